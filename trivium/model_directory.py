@@ -1,0 +1,250 @@
+"""One folder that holds one model, as the tokenizer, the generator and the command line see it.
+
+The layout is that of onnxruntime-genai's model builder. This module reads the small JSON files
+and looks at sizes; it knows nothing of graphs, tokens or runtimes, and imports only the standard
+library. A folder made by `generator_svc.export` also has a manifest with the size of every file,
+so a truncated copy is refused here; for other folders only existence can be checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+GENAI_CONFIG = "genai_config.json"
+GENERATION_CONFIG = "generation_config.json"
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+MANIFEST = "trivium_export.json"
+
+WHOLE_FILE_LIMIT = 16 * 2**20
+EDGE_BYTES = 2**20
+
+
+class ModelDirectoryError(ValueError):
+    """The folder is no usable model; the text is one line that says which file and why."""
+
+
+@dataclass(frozen=True)
+class GraphNames:
+    """Names of the decoder's inputs and outputs; the cache names hold one `%d` for the layer."""
+
+    input_ids: str = "input_ids"
+    attention_mask: str = "attention_mask"
+    past_key: str = "past_key_values.%d.key"
+    past_value: str = "past_key_values.%d.value"
+    logits: str = "logits"
+    present_key: str = "present.%d.key"
+    present_value: str = "present.%d.value"
+
+
+@dataclass(frozen=True)
+class ModelDirectory:
+    """A checked model folder.
+
+    `revision` is a digest (32 hex digits) of tokenizer, configuration, graph and weights: two
+    services with equal revisions speak of the same token ids and the same logits. Files over
+    16 MiB enter it by size and by their first and last MiB.
+    """
+
+    path: Path
+    id: str
+    revision: str
+    graph: Path
+    num_layers: int
+    num_attention_heads: int
+    num_kv_heads: int
+    head_size: int
+    hidden_size: int
+    context_length: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    pad_token_id: int | None
+    family: str
+    precision: str | None
+    names: GraphNames
+    generation_config: dict[str, Any] = field(repr=False)
+    manifest: dict[str, Any] = field(repr=False)
+
+    @property
+    def tokenizer(self) -> Path:
+        """The file `tokenizer.json`; it exists."""
+        return self.path / TOKENIZER
+
+    @property
+    def tokenizer_config(self) -> Path:
+        """The file `tokenizer_config.json`; it exists."""
+        return self.path / TOKENIZER_CONFIG
+
+    @property
+    def chat_template(self) -> Path | None:
+        """The file `chat_template.jinja`, or None: then look into `tokenizer_config.json`."""
+        path = self.path / CHAT_TEMPLATE
+        return path if path.is_file() else None
+
+    @property
+    def generation_config_file(self) -> Path | None:
+        """The file `generation_config.json`, or None when the model brings no defaults."""
+        path = self.path / GENERATION_CONFIG
+        return path if path.is_file() else None
+
+
+def load_model_directory(path: str | Path) -> ModelDirectory:
+    """Reads and checks the folder at `path`; raises ModelDirectoryError when it is not usable."""
+    folder = Path(path).expanduser().absolute()
+    _check_folder(folder)
+    manifest = _read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+    _check_sizes(folder, manifest)
+    for name in (GENAI_CONFIG, TOKENIZER, TOKENIZER_CONFIG):
+        _check_file(folder / name)
+    model = _Section(folder / GENAI_CONFIG, _read_json(folder / GENAI_CONFIG)).section("model")
+    decoder = model.section("decoder")
+    graph = folder / str(decoder.value("filename"))
+    _check_file(graph)
+    generation_config = (
+        _read_json(folder / GENERATION_CONFIG) if (folder / GENERATION_CONFIG).is_file() else {}
+    )
+    return ModelDirectory(
+        path=folder,
+        id=folder.name,
+        revision=_revision(folder, graph),
+        graph=graph,
+        num_layers=decoder.count("num_hidden_layers"),
+        num_attention_heads=decoder.count("num_attention_heads"),
+        num_kv_heads=decoder.count("num_key_value_heads"),
+        head_size=decoder.count("head_size"),
+        hidden_size=decoder.count("hidden_size"),
+        context_length=model.count("context_length"),
+        vocab_size=model.count("vocab_size"),
+        eos_token_ids=model.token_ids("eos_token_id"),
+        bos_token_id=model.token_id("bos_token_id"),
+        pad_token_id=model.token_id("pad_token_id"),
+        family=str(model.values.get("type", "")),
+        precision=manifest.get("precision"),
+        names=_graph_names(decoder),
+        generation_config=generation_config,
+        manifest=manifest,
+    )
+
+
+@dataclass(frozen=True)
+class _Section:
+    """One JSON object of the configuration, with the file's name for the messages."""
+
+    file: Path
+    values: dict[str, Any]
+
+    def value(self, key: str) -> Any:
+        if key not in self.values:
+            raise ModelDirectoryError(f"{self.file}: no {key!r}")
+        return self.values[key]
+
+    def section(self, key: str) -> _Section:
+        value = self.value(key)
+        if not isinstance(value, dict):
+            raise ModelDirectoryError(f"{self.file}: {key!r} is not an object")
+        return _Section(self.file, value)
+
+    def count(self, key: str) -> int:
+        value = self.value(key)
+        if type(value) is not int or value < 1:
+            raise ModelDirectoryError(f"{self.file}: {key!r} is not a positive integer")
+        return value
+
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        """The ids under `key`, which may be absent, null, one id or a list of ids."""
+        value = self.values.get(key)
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if any(type(token) is not int for token in ids):
+            raise ModelDirectoryError(f"{self.file}: {key!r} is neither a token id nor a list")
+        return tuple(token for token in ids if token >= 0)
+
+    def token_id(self, key: str) -> int | None:
+        return next(iter(self.token_ids(key)), None)
+
+
+def _graph_names(decoder: _Section) -> GraphNames:
+    inputs = decoder.section("inputs").values
+    outputs = decoder.section("outputs").values
+    standard = GraphNames()
+    return GraphNames(
+        input_ids=inputs.get("input_ids", standard.input_ids),
+        attention_mask=inputs.get("attention_mask", standard.attention_mask),
+        past_key=inputs.get("past_key_names", standard.past_key),
+        past_value=inputs.get("past_value_names", standard.past_value),
+        logits=outputs.get("logits", standard.logits),
+        present_key=outputs.get("present_key_names", standard.present_key),
+        present_value=outputs.get("present_value_names", standard.present_value),
+    )
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.exists():
+        raise ModelDirectoryError(f"{folder}: no such model folder")
+    if not folder.is_dir():
+        raise ModelDirectoryError(f"{folder}: is a file, not a model folder")
+    if not any(folder.iterdir()):
+        raise ModelDirectoryError(f"{folder}: the model folder is empty")
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise ModelDirectoryError(f"{path.parent}: {path.name} is missing")
+    if path.stat().st_size == 0:
+        raise ModelDirectoryError(f"{path.parent}: {path.name} is empty")
+
+
+def _check_sizes(folder: Path, manifest: dict[str, Any]) -> None:
+    sizes = manifest.get("files", {})
+    if not isinstance(sizes, dict):
+        raise ModelDirectoryError(f"{folder / MANIFEST}: 'files' is not an object")
+    for name, size in sizes.items():
+        _check_file(folder / name)
+        actual = (folder / name).stat().st_size
+        if actual != size:
+            raise ModelDirectoryError(
+                f"{folder}: {name} has {actual} bytes instead of {size}: truncated or replaced"
+            )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelDirectoryError(f"{path.parent}: {path.name} is missing") from None
+    except (OSError, ValueError) as error:
+        raise ModelDirectoryError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelDirectoryError(f"{path}: not a JSON object")
+    return value
+
+
+def _revision(folder: Path, graph: Path) -> str:
+    """A digest of what decides token ids and logits.
+
+    External data is found by name: both usual forms, `model.onnx.data` and `model.onnx_data`,
+    begin with the graph's name.
+    """
+    weights = sorted(path for path in graph.parent.glob(f"{graph.name}[._]*") if path.is_file())
+    digest = hashlib.sha256()
+    for path in (folder / TOKENIZER, folder / GENAI_CONFIG, graph, *weights):
+        digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
+        _digest_file(path, digest)
+    return digest.hexdigest()[:32]
+
+
+def _digest_file(path: Path, digest: hashlib._Hash) -> None:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= WHOLE_FILE_LIMIT:
+            digest.update(file.read())
+            return
+        digest.update(file.read(EDGE_BYTES))
+        file.seek(size - EDGE_BYTES)
+        digest.update(file.read())
