@@ -1,0 +1,222 @@
+"""The one table of errors, and its three faces: exception, gRPC status, JSON body.
+
+    ServiceError            anything a caller is told about
+      .code                 a key of ERRORS, which fixes HTTP status, type and gRPC status
+      .param                the field that is wrong, if one is
+
+Knows nothing about HTTP frameworks, nor about what the services do.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+DOMAIN = "trivium"
+MAX_MESSAGE_CHARACTERS = 2000  # details above 16 KiB turn into RESOURCE_EXHAUSTED on the way
+
+
+@dataclass(frozen=True)
+class ErrorKind:
+    """A row of the table. `retry_after` is the default in seconds; None means do not retry."""
+
+    http: int
+    type: str
+    grpc: grpc.StatusCode
+    when: str
+    retry_after: int | None = None
+
+
+def _invalid(when: str, http: int = 400) -> ErrorKind:
+    return ErrorKind(http, "invalid_request_error", grpc.StatusCode.INVALID_ARGUMENT, when)
+
+
+_UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
+_EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
+_NOT_FOUND = grpc.StatusCode.NOT_FOUND
+
+ERRORS: dict[str, ErrorKind] = {
+    "invalid_json": _invalid("the body is not JSON"),
+    "missing_required_parameter": _invalid("a required field is absent"),
+    "invalid_type": _invalid("a field has the wrong JSON type"),
+    "invalid_value": _invalid("a field has a value it cannot have"),
+    "integer_above_max_value": _invalid("an integer is too large"),
+    "integer_below_min_value": _invalid("an integer is too small"),
+    "decimal_above_max_value": _invalid("a number is too large"),
+    "decimal_below_min_value": _invalid("a number is too small"),
+    "array_above_max_length": _invalid("a list is too long"),
+    "string_above_max_length": _invalid("a string is too long"),
+    "empty_array": _invalid("a list needs at least one element"),
+    "unsupported_value": _invalid("a value that means something and is not supported"),
+    "unsupported_parameter": _invalid("a field that means something and is not supported"),
+    "invalid_parameter_combination": _invalid("two fields contradict each other"),
+    "invalid_json_schema": _invalid("a JSON schema cannot be compiled"),
+    "json_schema_too_complex": _invalid("a JSON schema is over the limits"),
+    "invalid_chat_template_input": _invalid("the model's chat template refuses the messages"),
+    "context_length_exceeded": ErrorKind(
+        400,
+        "invalid_request_error",
+        grpc.StatusCode.OUT_OF_RANGE,
+        "the prompt leaves no room in the model's context",
+    ),
+    "invalid_api_key": ErrorKind(
+        401, "invalid_request_error", grpc.StatusCode.UNAUTHENTICATED, "no or a wrong API key"
+    ),
+    "model_not_found": ErrorKind(404, "invalid_request_error", _NOT_FOUND, "no such model"),
+    "unknown_url": ErrorKind(404, "invalid_request_error", _NOT_FOUND, "no such path"),
+    "method_not_allowed": _invalid("the path does not take this method", 405),
+    "unsupported_media_type": _invalid("the body is not application/json", 415),
+    "revision_mismatch": ErrorKind(
+        503,
+        "server_error",
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "two stages serve different revisions of the model",
+        retry_after=5,
+    ),
+    "request_read_timeout": ErrorKind(
+        408, "timeout", grpc.StatusCode.DEADLINE_EXCEEDED, "the body came too slowly"
+    ),
+    "request_too_large": ErrorKind(
+        413, "invalid_request_error", _EXHAUSTED, "the body is over the size limit"
+    ),
+    "queue_full": ErrorKind(
+        429, "rate_limit_error", _EXHAUSTED, "the queue is full", retry_after=1
+    ),
+    "rate_limit_exceeded": ErrorKind(
+        429, "rate_limit_error", _EXHAUSTED, "too many requests", retry_after=1
+    ),
+    "client_closed_request": ErrorKind(
+        499, "timeout", grpc.StatusCode.CANCELLED, "the client went away (only logged)"
+    ),
+    "internal_error": ErrorKind(
+        500, "server_error", grpc.StatusCode.INTERNAL, "a fault of ours; the request id finds it"
+    ),
+    "backend_unavailable": ErrorKind(
+        503, "server_error", _UNAVAILABLE, "the next stage cannot be reached", retry_after=1
+    ),
+    "model_loading": ErrorKind(
+        503, "server_error", _UNAVAILABLE, "the model is being loaded", retry_after=2
+    ),
+    "draining": ErrorKind(
+        503, "server_error", _UNAVAILABLE, "this process is shutting down", retry_after=1
+    ),
+    "deadline_exceeded": ErrorKind(
+        504, "timeout", grpc.StatusCode.DEADLINE_EXCEEDED, "the caller's time ran out"
+    ),
+}
+
+INTERNAL_MESSAGE = "The server had an error while processing your request."
+
+# What a status without our details means: it was made by gRPC itself.
+_BARE_STATUS = {
+    grpc.StatusCode.UNAVAILABLE: ("backend_unavailable", "The model server cannot be reached."),
+    grpc.StatusCode.DEADLINE_EXCEEDED: ("deadline_exceeded", "The request's deadline passed."),
+    grpc.StatusCode.CANCELLED: ("client_closed_request", "The request was cancelled."),
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ("request_too_large", "The request is too large."),
+}
+
+
+class ServiceError(Exception):
+    """An error that a caller is told about.
+
+    `code` is a key of ERRORS (anything else is a bug). `param` names the field in
+    OpenAI's notation, such as `messages[0].content`. `retry_after` is in seconds.
+    """
+
+    def __init__(
+        self, code: str, message: str, param: str | None = None, retry_after: float | None = None
+    ) -> None:
+        assert code in ERRORS, f"{code} is not in the table of errors. This is a bug."
+        message = message.encode("utf-8", "replace").decode("utf-8")[:MAX_MESSAGE_CHARACTERS]
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.param = param
+        self.retry_after = ERRORS[code].retry_after if retry_after is None else retry_after
+
+    @property
+    def kind(self) -> ErrorKind:
+        return ERRORS[self.code]
+
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error object, all four keys always there."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.kind.type,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+    def status(self) -> grpc.Status:
+        """The same as a gRPC status with google.rpc details, for `context.abort_with_status`."""
+        details: list[Any] = [error_details_pb2.ErrorInfo(reason=self.code.upper(), domain=DOMAIN)]
+        if self.param is not None:
+            field = self.param.encode("utf-8", "replace").decode("utf-8")
+            violation = error_details_pb2.BadRequest.FieldViolation(
+                field=field, description=self.message
+            )
+            details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+        if self.retry_after is not None:
+            delay = duration_pb2.Duration()
+            delay.FromMilliseconds(int(self.retry_after * 1000))
+            details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+        status = status_pb2.Status(
+            code=getattr(code_pb2, self.kind.grpc.name), message=self.message
+        )
+        status.details.extend(_packed(detail) for detail in details)
+        return rpc_status.to_status(status)
+
+
+def _packed(message: Any) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(message)
+    return packed
+
+
+def internal_error() -> ServiceError:
+    """What a caller learns of a fault of ours: nothing but that it happened."""
+    return ServiceError("internal_error", INTERNAL_MESSAGE)
+
+
+def from_rpc_error(error: grpc.aio.AioRpcError) -> ServiceError:
+    """The error another stage raised, or the one that gRPC's own status amounts to."""
+    try:
+        status = rpc_status.from_call(error)  # type: ignore[arg-type]
+    except ValueError:  # details that do not match the status: not ours
+        status = None
+    code, param, retry_after = None, None, None
+    for detail in status.details if status is not None else ():
+        if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
+            info = error_details_pb2.ErrorInfo()
+            detail.Unpack(info)
+            code = info.reason.lower()
+        elif detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
+            bad_request = error_details_pb2.BadRequest()
+            detail.Unpack(bad_request)
+            param = bad_request.field_violations[0].field
+        elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
+            retry = error_details_pb2.RetryInfo()
+            detail.Unpack(retry)
+            retry_after = retry.retry_delay.ToMilliseconds() / 1000
+    if status is not None and code in ERRORS:
+        return ServiceError(code, status.message, param, retry_after)
+    bare = _BARE_STATUS.get(error.code())
+    return ServiceError(*bare) if bare else internal_error()
+
+
+def markdown_table() -> str:
+    """The table as docs/errors.md shows it."""
+    lines = [
+        "| code | HTTP | type | gRPC | Retry-After | when |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for code, kind in ERRORS.items():
+        retry = "" if kind.retry_after is None else f"{kind.retry_after} s"
+        row = (f"`{code}`", str(kind.http), kind.type, kind.grpc.name, retry, kind.when)
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,149 @@
+"""How a process serves gRPC: bind, health, reflection, the boundary of every call, drain.
+
+Knows nothing about what is served.
+"""
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, NoReturn
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from trivium.wire import telemetry
+from trivium.wire.channel import MAX_MESSAGE_BYTES
+from trivium.wire.errors import ServiceError, from_rpc_error, internal_error
+
+log = logging.getLogger(__name__)
+
+_OPTIONS: list[tuple[str, str | int]] = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.so_reuseport", 0),
+    # Clients may ping as they like; the default answers "Too many pings" and hangs up.
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_ping_strikes", 0),
+    # Names are resolved anew only when a connection ends, so connections end now and then.
+    ("grpc.max_connection_age_ms", 600_000),
+    ("grpc.max_connection_age_grace_ms", 3_600_000),
+]
+
+_OURS = "/trivium."
+
+
+class CallBoundary(grpc.aio.ServerInterceptor):
+    """The one broad `except`: whatever a handler raises becomes a status, and nothing leaks.
+
+    An unhandled exception's text would reach the caller, and a BaseException would never
+    be answered at all.
+    """
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith(_OURS):
+            return handler
+        if handler.response_streaming:
+            kind = "stream_stream" if handler.request_streaming else "unary_stream"
+            behaviour = _bounded_stream(getattr(handler, kind))
+        else:
+            kind = "stream_unary" if handler.request_streaming else "unary_unary"
+            behaviour = _bounded_unary(getattr(handler, kind))
+        return getattr(grpc, f"{kind}_rpc_method_handler")(
+            behaviour, handler.request_deserializer, handler.response_serializer
+        )
+
+
+def _bounded_unary(inner: Any) -> Any:
+    async def behaviour(request: Any, context: Any) -> Any:
+        telemetry.adopt(context.invocation_metadata() or ())
+        try:
+            return await inner(request, context)
+        except (asyncio.CancelledError, grpc.aio.AbortError):
+            raise
+        except BaseException as error:
+            await _abort(context, error)
+
+    return behaviour
+
+
+def _bounded_stream(inner: Any) -> Any:
+    async def behaviour(request: Any, context: Any) -> AsyncIterator[Any]:
+        telemetry.adopt(context.invocation_metadata() or ())
+        try:
+            async with contextlib.aclosing(inner(request, context)) as responses:
+                async for response in responses:
+                    yield response
+        except (asyncio.CancelledError, GeneratorExit, grpc.aio.AbortError):
+            raise
+        except BaseException as error:
+            await _abort(context, error)
+
+    return behaviour
+
+
+async def _abort(context: Any, error: BaseException) -> NoReturn:
+    if isinstance(error, grpc.aio.AioRpcError):
+        error = from_rpc_error(error)
+    if not isinstance(error, ServiceError):
+        log.error("unhandled error in a call", exc_info=error)
+        error = internal_error()
+    await context.abort_with_status(error.status())
+    raise AssertionError("abort_with_status returned. This is a bug.")
+
+
+class GrpcServer:
+    """A gRPC server with health and reflection that starts NOT_SERVING and drains at its end.
+
+    `services` pairs each servicer's `add_…_to_server` with the servicer; `names` are the
+    full service names for health and reflection.
+    """
+
+    def __init__(
+        self, services: Sequence[tuple[Callable[..., None], object]], names: Sequence[str]
+    ) -> None:
+        self._server = grpc.aio.server(interceptors=[CallBoundary()], options=_OPTIONS)
+        self._names = ("", *names)
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        for add, servicer in services:
+            add(servicer, self._server)
+        reflection.enable_server_reflection(
+            (*names, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+        )
+
+    async def start(self, address: str) -> int:
+        """Binds `address` (host:port, port 0 for any) and returns the port. Not yet SERVING."""
+        await self.set_serving(False)
+        port = self._server.add_insecure_port(address)
+        await self._server.start()
+        return int(port)
+
+    async def set_serving(self, serving: bool, names: Sequence[str] | None = None) -> None:
+        """Reports all services, or those named, as SERVING or NOT_SERVING."""
+        state = health_pb2.HealthCheckResponse.ServingStatus
+        for name in self._names if names is None else names:
+            await self._health.set(name, state.SERVING if serving else state.NOT_SERVING)
+
+    async def drain(self, notice_seconds: float, drain_seconds: float) -> None:
+        """NOT_SERVING, a moment for callers to notice, then running calls get `drain_seconds`."""
+        await self._health.enter_graceful_shutdown()
+        await asyncio.sleep(notice_seconds)
+        await self._server.stop(drain_seconds)
+
+
+async def wait_for_signal() -> None:
+    """Returns at the first SIGTERM or SIGINT."""
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    await stopped.wait()

@@ -1,0 +1,70 @@
+"""What is known of a call on every hop: its request id and its W3C trace parent; and logs.
+
+Knows nothing about who calls whom.
+"""
+
+import contextvars
+import json
+import logging
+import re
+import sys
+import time
+import uuid
+from collections.abc import Iterable
+
+REQUEST_ID = "x-request-id"
+TRACEPARENT = "traceparent"
+
+_SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+_SANE_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+
+request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
+traceparent: contextvars.ContextVar[str] = contextvars.ContextVar("traceparent", default="")
+
+
+def adopt(headers: Iterable[tuple[str, str | bytes]]) -> str:
+    """Makes the current context that of the call with these headers; returns its request id.
+
+    A request id that is absent, too long or of odd characters is replaced by a new one.
+    """
+    known = {name.lower(): value for name, value in headers if isinstance(value, str)}
+    wanted = known.get(REQUEST_ID, "")
+    adopted = wanted if _SANE_REQUEST_ID.fullmatch(wanted) else f"req_{uuid.uuid4().hex}"
+    request_id.set(adopted)
+    parent = known.get(TRACEPARENT, "")
+    traceparent.set(parent if _SANE_TRACEPARENT.fullmatch(parent) else "")
+    return adopted
+
+
+def outgoing_metadata() -> tuple[tuple[str, str], ...]:
+    """gRPC metadata that carries the current call's identity to the next stage."""
+    metadata = [(REQUEST_ID, request_id.get())]
+    if traceparent.get():
+        metadata.append((TRACEPARENT, traceparent.get()))
+    return tuple(metadata)
+
+
+class _JsonFormatter(logging.Formatter):
+    def __init__(self, service: str) -> None:
+        super().__init__()
+        self._service = service
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+            + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "service": self._service,
+            "request_id": request_id.get(),
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def configure_logging(service: str, level: str = "info") -> None:
+    """One JSON object a line on standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonFormatter(service))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
