@@ -8,7 +8,7 @@ Knows nothing about HTTP frameworks, nor about what the services do.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -169,7 +169,7 @@ class ServiceError(Exception):
             code=getattr(code_pb2, self.kind.grpc.name), message=self.message
         )
         status.details.extend(_packed(detail) for detail in details)
-        return rpc_status.to_status(status)
+        return cast("grpc.Status", rpc_status.to_status(status))
 
 
 def _packed(message: Any) -> any_pb2.Any:
@@ -186,7 +186,7 @@ def internal_error() -> ServiceError:
 def from_rpc_error(error: grpc.aio.AioRpcError) -> ServiceError:
     """The error another stage raised, or the one that gRPC's own status amounts to."""
     try:
-        status = rpc_status.from_call(error)  # type: ignore[arg-type]
+        status = rpc_status.from_call(error)
     except ValueError:  # details that do not match the status: not ours
         status = None
     code, param, retry_after = None, None, None
