@@ -1,0 +1,71 @@
+# Everything here needs Python 3.11, 3.12 or 3.13 and make; the rest is put into $(VENV).
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+# The first of these that runs, is of a version we know, and can make environments.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	$$p -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+	>/dev/null 2>&1 && { echo $$p; break; }; done)
+
+PROTOS := $(shell find protos -name '*.proto' | sed 's,^protos/,,' | sort)
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test check protos docs bench clean
+
+help:
+	@echo 'make serve   install, export the embedded model once, start the three services'
+	@echo 'make test    all checks and all tests'
+	@echo 'make check   ruff, mypy, buf'
+	@echo 'make protos  regenerate the stubs from protos/'
+	@echo 'make docs    regenerate the tables of docs/'
+	@echo 'make bench   load the server at URL (default http://127.0.0.1:8000)'
+	@echo 'make clean   remove $(VENV) and the caches of the tools'
+
+# ---- environments: a stamp for each set of packages, renewed when pyproject.toml changes
+
+$(BIN)/python:
+	@test -n '$(PYTHON)' || { echo 'No Python 3.11, 3.12 or 3.13 with venv and ensurepip was' \
+		'found. Name one: make PYTHON=/path/to/python3' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.serve: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e .
+	@touch $@
+
+$(VENV)/.export: pyproject.toml | $(VENV)/.serve
+	@echo 'Installing what the one-time export of the model needs (PyTorch among it) ...'
+	$(BIN)/python -m pip install --quiet -e '.[export]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@ $(VENV)/.serve $(VENV)/.export
+
+# ---- what one types
+
+# Exits 0 when the embedded model is in the cache, so that the export extra is not needed.
+serve: $(VENV)/.serve
+	@$(BIN)/python -m trivium.cli.embedded || $(MAKE) --no-print-directory $(VENV)/.export
+	@exec $(BIN)/trivium up $(ARGS)
+
+test: check
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/buf lint protos
+
+protos: $(VENV)/.dev
+	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)
+
+docs: $(VENV)/.dev
+	$(BIN)/python docs/generate.py
+
+URL ?= http://127.0.0.1:8000
+bench: $(VENV)/.serve
+	$(BIN)/trivium bench --url $(URL) $(ARGS)
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,185 @@
+"""The supervisor with small children of its own: what becomes of them in every kind of end."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from trivium.cli.supervisor import NotReady, Stage, StageDied, Supervisor
+
+# Writes "NAME ready" to the log, "NAME stopped" upon SIGTERM.
+CHILD = """
+import os, signal, sys
+log, name, tail = sys.argv[1:]
+def note(word):
+    with open(log, "a") as file:
+        file.write(f"{name} {word}\\n")
+def stop(number, frame):
+    note("stopped")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, stop)
+note("ready")
+exec(tail)
+while True:
+    signal.pause()
+"""
+
+
+class Children:
+    """Makes stages whose children write into one log."""
+
+    def __init__(self, folder: Path) -> None:
+        self.log = folder / "log"
+        self.log.touch()
+
+    def stage(self, name: str, then: str = "pass") -> Stage:
+        command = (sys.executable, "-c", CHILD, str(self.log), name, then)
+        return Stage(name, command, lambda: self.until(f"{name} ready"))
+
+    def lines(self) -> list[str]:
+        return self.log.read_text().splitlines()
+
+    async def until(self, line: str) -> None:
+        while line not in self.lines():  # noqa: ASYNC110 - a file has no event
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+def children(tmp_path: Path) -> Children:
+    return Children(tmp_path)
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process exists and is no zombie."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+async def test_stops_front_to_back(children: Children) -> None:
+    """The stage that was started last is drained first, the one it calls after it."""
+    stages = [children.stage(name) for name in ("generator", "tokenizer", "facade")]
+    async with Supervisor(stages, stop_seconds=30) as supervisor:
+        await supervisor.wait_until_ready(60)
+        pids = supervisor.pids()
+
+    assert ["facade stopped", "tokenizer stopped", "generator stopped"] == children.lines()[3:]
+    assert not any(is_running(pid) for pid in pids.values())
+
+
+async def test_reports_the_process_that_died(children: Children) -> None:
+    """A process that ends by itself is named with its status, and the others are stopped."""
+    stages = [children.stage("generator"), children.stage("tokenizer")]
+    with pytest.raises(StageDied, match="generator was killed by SIGKILL"):
+        async with Supervisor(stages, stop_seconds=30) as supervisor:
+            await supervisor.wait_until_ready(60)
+            os.kill(supervisor.pids()["generator"], signal.SIGKILL)
+            await supervisor.watch()
+
+    assert "tokenizer stopped" in children.lines()
+    assert not any(is_running(pid) for pid in supervisor.pids().values())
+
+
+async def test_a_process_that_refuses_to_start_ends_the_wait(children: Children) -> None:
+    """Waiting for readiness ends when a process ends, however long it might have waited."""
+    never = Stage("facade", children.stage("facade").command, asyncio.Event().wait)  # type: ignore[arg-type]
+    stages = [children.stage("generator", "sys.exit(2)"), never]
+    with pytest.raises(StageDied) as death:
+        async with Supervisor(stages, stop_seconds=30) as supervisor:
+            await supervisor.wait_until_ready(600)
+
+    assert ("generator", 2) == (death.value.name, death.value.returncode)
+
+
+async def test_names_the_stages_that_are_late(children: Children) -> None:
+    """A stage that never becomes ready is named when the time is over."""
+    late = Stage("tokenizer", children.stage("tokenizer").command, asyncio.Event().wait)  # type: ignore[arg-type]
+    with pytest.raises(NotReady, match=r"tokenizer$"):
+        async with Supervisor([children.stage("generator"), late], stop_seconds=30) as supervisor:
+            await children.until("generator ready")
+            await children.until("tokenizer ready")
+            await supervisor.wait_until_ready(0.2)
+
+
+async def test_kills_what_does_not_drain(children: Children) -> None:
+    """A process that ignores SIGTERM is killed once its time is over."""
+    deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN); note('deaf')"
+    async with Supervisor([children.stage("facade", deaf)], stop_seconds=0.2) as supervisor:
+        await children.until("facade deaf")
+        pid = supervisor.pids()["facade"]
+
+    assert not is_running(pid)
+
+
+async def test_a_failed_start_leaves_nothing_behind(
+    children: Children, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When one process cannot even be started, those before it are ended."""
+    started: list[int] = []
+    real = asyncio.create_subprocess_exec
+
+    async def second_fails(*command: str, **options: object) -> asyncio.subprocess.Process:
+        if started:
+            raise OSError("no more processes")
+        process = await real(*command, **options)  # type: ignore[arg-type]
+        started.append(process.pid)
+        return process
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", second_fails)
+    with pytest.raises(OSError, match="no more processes"):
+        async with Supervisor(
+            [children.stage("generator"), children.stage("facade")], stop_seconds=30
+        ):
+            pass
+
+    assert [False] == [is_running(pid) for pid in started]
+
+
+async def test_environment_reaches_the_process(children: Children) -> None:
+    """A stage's settings are added to the environment of its process."""
+    stage = children.stage("facade", "note(os.environ['TRIVIUM_FACADE_PORT'])")
+    settled = Stage(stage.name, stage.command, stage.ready, {"TRIVIUM_FACADE_PORT": "8123"})
+    async with Supervisor([settled], stop_seconds=30):
+        await children.until("facade 8123")
+
+
+def test_children_die_with_a_killed_supervisor(children: Children) -> None:
+    """`kill -9` of the supervisor takes its processes along."""
+    script = textwrap.dedent(
+        """
+        import asyncio, sys
+        from trivium.cli.supervisor import Stage, Supervisor
+
+        async def main():
+            stage = Stage("child", tuple(sys.argv[1:]), asyncio.Event().wait)
+            async with Supervisor([stage], stop_seconds=30) as supervisor:
+                print(supervisor.pids()["child"], flush=True)
+                await supervisor.watch()
+
+        asyncio.run(main())
+        """
+    )
+    command = children.stage("child").command
+    with subprocess.Popen(
+        [sys.executable, "-c", script, *command], stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        while "child ready" not in children.lines():
+            time.sleep(0.01)
+        parent.kill()
+
+    with contextlib.suppress(ProcessLookupError):
+        while is_running(pid):
+            time.sleep(0.01)
+
+    assert "child stopped" not in children.lines()

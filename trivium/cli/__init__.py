@@ -1,0 +1,1 @@
+"""The `trivium` command. Starts the services and talks to them; imports none but the exporter."""

@@ -1,0 +1,55 @@
+"""What `trivium up` prints once everything is ready. Only text; asks nobody anything."""
+
+from __future__ import annotations
+
+import json
+
+from trivium.cli.pipeline import Pipeline
+from trivium.generator.v1 import generator_pb2
+
+QUESTION = "What is the capital of France?"
+MEBIBYTE = 2**20
+
+
+def banner(info: generator_pb2.GetModelInfoResponse, pipeline: Pipeline, keys: bool) -> str:
+    """Facts, addresses, and two snippets that work when pasted. `keys`: an API key is needed."""
+    facts = {
+        "model": f"{info.id}  (revision {info.revision}, {info.precision or 'unknown'} weights)",
+        "runs on": f"{info.execution_provider}, {info.dtype}",
+        "context": f"{info.context_length:,} tokens",
+        "slots": f"{info.slots} sequences at once, {info.kv_cache_bytes / MEBIBYTE:,.0f} MiB of KV",
+        "limits": f"n up to {info.max_n}; {info.max_queued_requests:,} requests "
+        f"or {info.max_queued_tokens:,} prompt tokens may wait",
+        "REST": f"{pipeline.url}/v1",
+        "gRPC": f"{pipeline.chat_target}  (trivium.chat.v1.ChatService, reflection on)",
+        "docs": f"{pipeline.url}/docs",
+        "health": f"{pipeline.url}/health  (metrics: {pipeline.url}/metrics)",
+    }
+    lines = ["", "Trivium is ready. Ctrl-C drains and stops it.", ""]
+    lines += [f"  {name:<9}{value}" for name, value in facts.items()]
+    lines += ["", curl(info.id, pipeline.url, keys), "", openai_python(info.id, pipeline.url, keys)]
+    return "\n".join(lines) + "\n"
+
+
+def curl(model: str, url: str, keys: bool) -> str:
+    """A shell command that asks a question."""
+    body = {"model": model, "messages": [{"role": "user", "content": QUESTION}]}
+    authorisation = ' -H "Authorization: Bearer $OPENAI_API_KEY"' if keys else ""
+    return (
+        f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{authorisation} "
+        f"-d '{json.dumps(body)}'"
+    )
+
+
+def openai_python(model: str, url: str, keys: bool) -> str:
+    """The same for a Python prompt that has the `openai` package."""
+    key = "" if keys else ', api_key="none"'
+    return "\n".join(
+        (
+            "from openai import OpenAI",
+            f'client = OpenAI(base_url="{url}/v1"{key})',
+            f'messages = [{{"role": "user", "content": "{QUESTION}"}}]',
+            f'answer = client.chat.completions.create(model="{model}", messages=messages)',
+            "print(answer.choices[0].message.content)",
+        )
+    )

@@ -1,0 +1,27 @@
+"""Runs a command that dies with its parent: `python -I leash.py PARENT_PID COMMAND …`.
+
+Started as a script, imports no package of ours, and is replaced by the command at once. On Linux
+the kernel kills the command when the parent goes away, even by `kill -9`; elsewhere the command
+just runs, and only an orderly end of the parent stops it.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+
+PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Ties this process to its parent and becomes the command."""
+    parent, command = int(sys.argv[1]), sys.argv[2:]
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the line above took hold
+            sys.exit(1)
+    os.execvp(command[0], command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,15 @@
+"""The `trivium` command: one file per subcommand, put together here."""
+
+import typer
+
+from trivium.cli.export import export
+from trivium.cli.up import up
+
+app = typer.Typer(
+    help="Chat completions from three gRPC services on ONNX Runtime.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+for command in (up, export):
+    app.command()(command)

@@ -1,0 +1,147 @@
+"""The three services as stages of a supervisor: their commands, addresses and environment.
+
+Knows the names of the services' settings, and nothing else of the services.
+"""
+
+from __future__ import annotations
+
+import functools
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from trivium.cli.probe import until_ready
+from trivium.cli.supervisor import Stage
+
+ANY_HOST = ("", "0.0.0.0", "::")
+LOOPBACK = "127.0.0.1"
+
+
+class PortTaken(Exception):
+    """A port that a stage needs cannot be bound; the text names it and its setting."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Where the three services of one machine listen, and the model they serve."""
+
+    model: Path
+    device: str = "auto"
+    host: str = LOOPBACK
+    port: int = 8000
+    grpc_host: str = LOOPBACK
+    tokenizer_port: int = 50051
+    tokenizer_metrics_port: int = 9051
+    generator_port: int = 50052
+    generator_metrics_port: int = 9052
+    log_level: str = "warning"
+    drain_seconds: float = 30.0
+
+    @property
+    def url(self) -> str:
+        """Base URL of the REST API, reachable from this machine."""
+        return f"http://{authority(self.host, self.port)}"
+
+    @property
+    def chat_target(self) -> str:
+        """Where the ChatService is reached from this machine."""
+        return authority(self.grpc_host, self.tokenizer_port)
+
+    @property
+    def generator_target(self) -> str:
+        """Where the generator is reached from this machine."""
+        return authority(LOOPBACK, self.generator_port)
+
+    def stages(self) -> list[Stage]:
+        """Back to front, as the supervisor wants them."""
+        return [
+            _stage("generator_svc", f"grpc://{self.generator_target}", self._generator()),
+            _stage("tokenizer_svc", f"grpc://{self.chat_target}", self._tokenizer()),
+            _stage("rest_facade", f"{self.url}/health", self._facade()),
+        ]
+
+    def check_ports(self) -> None:
+        """Raises PortTaken for the first port that somebody else holds."""
+        for host, port, option in self._listeners():
+            try:
+                bind(host, port).close()
+            except OSError as error:
+                raise PortTaken(
+                    f"port {port} on {host} cannot be bound ({error.strerror}); "
+                    f"stop what uses it, or choose another with {option}"
+                ) from error
+
+    def _listeners(self) -> Iterator[tuple[str, int, str]]:
+        yield self.host, self.port, "--port"
+        yield self.grpc_host, self.tokenizer_port, "--tokenizer-port"
+        yield self.grpc_host, self.tokenizer_metrics_port, "--tokenizer-metrics-port"
+        yield LOOPBACK, self.generator_port, "--generator-port"
+        yield LOOPBACK, self.generator_metrics_port, "--generator-metrics-port"
+
+    def _generator(self) -> dict[str, str]:
+        return {
+            "TRIVIUM_GENERATOR_HOST": LOOPBACK,
+            "TRIVIUM_GENERATOR_PORT": str(self.generator_port),
+            "TRIVIUM_GENERATOR_METRICS_PORT": str(self.generator_metrics_port),
+            "TRIVIUM_GENERATOR_MODEL_DIRECTORY": str(self.model),
+            "TRIVIUM_GENERATOR_DEVICE": self.device,
+            "TRIVIUM_GENERATOR_LOG_LEVEL": self.log_level,
+            "TRIVIUM_GENERATOR_DRAIN_SECONDS": str(self.drain_seconds),
+        }
+
+    def _tokenizer(self) -> dict[str, str]:
+        return {
+            "TRIVIUM_TOKENIZER_HOST": self.grpc_host,
+            "TRIVIUM_TOKENIZER_PORT": str(self.tokenizer_port),
+            "TRIVIUM_TOKENIZER_METRICS_PORT": str(self.tokenizer_metrics_port),
+            "TRIVIUM_TOKENIZER_GENERATOR_TARGET": self.generator_target,
+            "TRIVIUM_TOKENIZER_MODEL_DIRECTORY": str(self.model),
+            "TRIVIUM_TOKENIZER_LOG_LEVEL": self.log_level,
+            "TRIVIUM_TOKENIZER_DRAIN_SECONDS": str(self.drain_seconds),
+        }
+
+    def _facade(self) -> dict[str, str]:
+        return {
+            "TRIVIUM_FACADE_HOST": self.host,
+            "TRIVIUM_FACADE_PORT": str(self.port),
+            "TRIVIUM_FACADE_TOKENIZER_TARGET": self.chat_target,
+            "TRIVIUM_FACADE_LOG_LEVEL": self.log_level,
+            "TRIVIUM_FACADE_DRAIN_SECONDS": str(self.drain_seconds),
+        }
+
+
+def authority(host: str, port: int) -> str:
+    """`host:port` by which this machine reaches a server bound to `host`."""
+    host = LOOPBACK if host in ANY_HOST else host
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket bound as a server would bind it; port 0 takes any free one. Raises OSError."""
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback interface that were free a moment ago, all different."""
+    listeners = [bind(LOOPBACK, 0) for _ in range(count)]
+    ports = [listener.getsockname()[1] for listener in listeners]
+    for listener in listeners:
+        listener.close()
+    return ports
+
+
+def _stage(name: str, address: str, environment: dict[str, str]) -> Stage:
+    command = (sys.executable, "-m", name)
+    return Stage(name, command, functools.partial(until_ready, address), environment)

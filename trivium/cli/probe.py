@@ -1,0 +1,66 @@
+"""Asks a running stage how it is: health, and what model it has.
+
+`python -m trivium.cli.probe grpc://HOST:PORT | http://…` exits with 0 when it can serve, which is
+what the health checks of containers run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+import grpc
+import httpx
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from trivium.generator.v1 import generator_pb2, generator_pb2_grpc
+from trivium.wire.channel import open_channel
+
+POLL_SECONDS = 0.1
+CALL_SECONDS = 5.0
+
+
+async def grpc_is_serving(target: str) -> bool:
+    """Whether the gRPC server at `target` (host:port) reports SERVING."""
+    async with open_channel(target) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        try:
+            answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=CALL_SECONDS)
+        except grpc.aio.AioRpcError:
+            return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+async def http_is_ready(url: str) -> bool:
+    """Whether a GET of `url` is answered with 200."""
+    async with httpx.AsyncClient(timeout=CALL_SECONDS, trust_env=False) as client:
+        try:
+            return (await client.get(url)).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+
+async def until_ready(address: str) -> None:
+    """Returns once the stage at `address` (grpc://host:port or http://…) can serve."""
+    while not await is_ready(address):  # noqa: ASYNC110 - another process sets no event of ours
+        await asyncio.sleep(POLL_SECONDS)
+
+
+async def is_ready(address: str) -> bool:
+    """Whether the stage at `address` (grpc://host:port or http://…) can serve."""
+    scheme, _, rest = address.partition("://")
+    return await (grpc_is_serving(rest) if scheme == "grpc" else http_is_ready(address))
+
+
+async def model_info(target: str) -> generator_pb2.GetModelInfoResponse:
+    """What the generator at `target` (host:port) has loaded."""
+    async with open_channel(target) as channel:
+        stub = generator_pb2_grpc.GeneratorServiceStub(channel)  # type: ignore[no-untyped-call]
+        answer: generator_pb2.GetModelInfoResponse = await stub.GetModelInfo(
+            generator_pb2.GetModelInfoRequest(), timeout=CALL_SECONDS
+        )
+        return answer
+
+
+if __name__ == "__main__":
+    sys.exit(not asyncio.run(is_ready(sys.argv[1])))

@@ -1,0 +1,165 @@
+"""Three processes as one: started together, stopped front to back, and none left behind.
+
+Knows nothing about what the processes do, nor about terminals. The orderly end is SIGTERM, upon
+which a process drains; one that has not ended after `stop_seconds` is killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+LEASH = str(Path(__file__).with_name("leash.py"))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One process. `ready` returns once it can serve, however long that takes."""
+
+    name: str
+    command: tuple[str, ...]
+    ready: Callable[[], Awaitable[None]]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+class StageDied(Exception):
+    """A process ended by itself. `returncode` is negative for a signal, as in subprocess."""
+
+    def __init__(self, name: str, returncode: int) -> None:
+        how = (
+            f"was killed by {signal.Signals(-returncode).name}"
+            if returncode < 0
+            else f"exited with status {returncode}"
+        )
+        super().__init__(f"{name} {how}")
+        self.name = name
+        self.returncode = returncode
+
+
+class NotReady(Exception):
+    """Some process did not become ready in time."""
+
+
+class Supervisor:
+    """Holds the processes of `stages`, which come back to front: a stage after those it calls.
+
+    An async context manager: entering starts all of them, leaving stops what still runs.
+    """
+
+    def __init__(self, stages: Sequence[Stage], stop_seconds: float) -> None:
+        self._stages = stages
+        self._stop_seconds = stop_seconds
+        self._running: dict[str, asyncio.subprocess.Process] = {}
+
+    async def __aenter__(self) -> Self:
+        try:
+            for stage in self._stages:
+                self._running[stage.name] = await _spawn(stage)
+        except BaseException:
+            await self._end_now()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            await self.stop()
+        finally:
+            await self._end_now()
+
+    def pids(self) -> dict[str, int]:
+        """Process ids by the name of the stage."""
+        return {name: process.pid for name, process in self._running.items()}
+
+    async def wait_until_ready(self, seconds: float) -> None:
+        """Returns when every stage is ready; raises StageDied or NotReady.
+
+        NotReady names the stages that were not ready after `seconds`.
+        """
+        waiting = {stage.name: asyncio.ensure_future(stage.ready()) for stage in self._stages}
+        death = asyncio.ensure_future(self.watch())
+        try:
+            ready = asyncio.gather(*waiting.values())
+            either: set[asyncio.Future[Any]] = {ready, death}
+            await asyncio.wait(either, timeout=seconds, return_when="FIRST_COMPLETED")
+            if death.done():
+                await death
+            if not ready.done():
+                late = [name for name, task in waiting.items() if not task.done()]
+                raise NotReady(f"not ready after {seconds:g} s: {', '.join(late)}")
+            await ready
+        finally:
+            for task in (ready, death):
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError, StageDied):
+                    await task
+
+    async def watch(self) -> None:
+        """Raises StageDied as soon as one of the processes has ended; never returns."""
+        waits = {
+            asyncio.ensure_future(process.wait()): name for name, process in self._running.items()
+        }
+        try:
+            done, _ = await asyncio.wait(waits, return_when="FIRST_COMPLETED")
+        finally:
+            for task in waits:
+                task.cancel()
+        first = done.pop()
+        raise StageDied(waits[first], first.result())
+
+    async def stop(self) -> None:
+        """Ends the processes one after the other, front to back, so that each drains undisturbed.
+
+        The front waits for its last answers, which the stages behind it still have to make.
+        """
+        for stage in reversed(self._stages):
+            process = self._running[stage.name]
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+            try:
+                await asyncio.wait_for(process.wait(), self._stop_seconds)
+            except TimeoutError:
+                _kill_group(process)
+                await process.wait()
+
+    async def _end_now(self) -> None:
+        self.kill()
+        for process in self._running.values():
+            await process.wait()
+
+    def kill(self) -> None:
+        """Ends at once whatever still runs."""
+        for process in self._running.values():
+            if process.returncode is None:
+                _kill_group(process)
+
+
+async def _spawn(stage: Stage) -> asyncio.subprocess.Process:
+    """Starts a stage in a session of its own: Ctrl-C in a terminal reaches the supervisor alone."""
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-I",
+        LEASH,
+        str(os.getpid()),
+        *stage.command,
+        stdin=asyncio.subprocess.DEVNULL,
+        env={**os.environ, **stage.environment},
+        start_new_session=True,
+    )
+
+
+def _kill_group(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)

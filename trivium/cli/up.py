@@ -1,0 +1,211 @@
+"""`trivium up`: the three services on this machine, as one thing to start and stop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from trivium.cli.banner import banner
+from trivium.cli.embedded import EMBEDDED_MODEL, cache_folder, embedded_folder, find_embedded
+from trivium.cli.export import how_to_install, missing_packages
+from trivium.cli.pipeline import LOOPBACK, Pipeline, PortTaken
+from trivium.cli.probe import model_info
+from trivium.cli.supervisor import LEASH, NotReady, StageDied, Supervisor
+from trivium.model_directory import ModelDirectoryError, load_model_directory
+
+STOPPED, FAILED, REFUSED = 0, 1, 2
+# A stage drains for its own limit first; this much later it is hung, and killed.
+STOP_SLACK_SECONDS = 10.0
+
+
+class Device(StrEnum):
+    """Where the model runs; `auto` is CUDA where it works."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        envvar="TRIVIUM_GENERATOR_MODEL_DIRECTORY",
+        help="A model folder, or the name of one in ./models or the cache. "
+        "Default: the embedded model, exported at the first start.",
+    ),
+]
+DeviceOption = Annotated[
+    Device, typer.Option(envvar="TRIVIUM_GENERATOR_DEVICE", help="Where the model runs.")
+]
+HostOption = Annotated[
+    str, typer.Option(envvar="TRIVIUM_FACADE_HOST", help="Address of the REST API.")
+]
+PortOption = Annotated[
+    int, typer.Option(envvar="TRIVIUM_FACADE_PORT", help="Port of the REST API.")
+]
+GrpcHostOption = Annotated[
+    str, typer.Option(envvar="TRIVIUM_TOKENIZER_HOST", help="Address of the gRPC API.")
+]
+TokenizerPortOption = Annotated[
+    int, typer.Option(envvar="TRIVIUM_TOKENIZER_PORT", help="Port of the gRPC API.")
+]
+TokenizerMetricsPortOption = Annotated[
+    int, typer.Option(envvar="TRIVIUM_TOKENIZER_METRICS_PORT", help="Its metrics.")
+]
+GeneratorPortOption = Annotated[
+    int, typer.Option(envvar="TRIVIUM_GENERATOR_PORT", help="Port of the generator.")
+]
+GeneratorMetricsPortOption = Annotated[
+    int, typer.Option(envvar="TRIVIUM_GENERATOR_METRICS_PORT", help="Its metrics.")
+]
+LogLevelOption = Annotated[str, typer.Option(help="Of all three services.")]
+DrainOption = Annotated[
+    float, typer.Option(help="How long each service may finish what it has begun, in seconds.")
+]
+ReadyOption = Annotated[
+    float, typer.Option(help="How long the services may take to become ready, in seconds.")
+]
+
+
+async def supervise(
+    supervisor: Supervisor, when_ready: Callable[[], Awaitable[None]], ready_seconds: float
+) -> int:
+    """Runs until a signal asks to stop or a process dies; returns the exit status.
+
+    The first SIGINT, SIGTERM or SIGHUP drains, the second kills. A stage that refused its
+    settings (status 2) hands that status on, any other death is 1.
+    """
+    stopping = asyncio.Event()
+
+    def on_signal() -> None:
+        if stopping.is_set():
+            supervisor.kill()
+        stopping.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, on_signal)
+
+    async def live() -> None:
+        await supervisor.wait_until_ready(ready_seconds)
+        await when_ready()
+        await supervisor.watch()
+
+    async with supervisor:
+        life, asked = asyncio.ensure_future(live()), asyncio.ensure_future(stopping.wait())
+        try:
+            await asyncio.wait({life, asked}, return_when="FIRST_COMPLETED")
+            if not asked.done():
+                await life
+            typer.echo("Draining ... (again to stop at once)", err=True)
+            return STOPPED
+        except StageDied as death:
+            typer.echo(f"trivium up: {death}; the others are stopped", err=True)
+            return REFUSED if death.returncode == REFUSED else FAILED
+        except NotReady as late:
+            typer.echo(f"trivium up: {late}", err=True)
+            return FAILED
+        finally:
+            life.cancel()
+            asked.cancel()
+            await asyncio.gather(life, asked, return_exceptions=True)
+
+
+def resolve_model(name: str | None) -> Path:
+    """The folder of the model called `name`, a path or an id; exits with 2 if there is none.
+
+    The embedded default is exported first if it is not there.
+    """
+    if name is None or name == EMBEDDED_MODEL:
+        if find_embedded() is None:
+            _export_embedded()
+        return embedded_folder()
+    candidates = [Path(name), Path("models") / name, cache_folder() / "models" / name]
+    for folder in candidates:
+        if folder.is_dir():
+            try:
+                return load_model_directory(folder).path
+            except ModelDirectoryError as error:
+                _refuse(str(error))
+    looked = ", ".join(str(folder.absolute()) for folder in candidates)
+    _refuse(f"no model folder for {name!r}; looked for {looked}")
+
+
+def up(
+    model: ModelOption = None,
+    device: DeviceOption = Device.AUTO,
+    host: HostOption = LOOPBACK,
+    port: PortOption = 8000,
+    grpc_host: GrpcHostOption = LOOPBACK,
+    tokenizer_port: TokenizerPortOption = 50051,
+    tokenizer_metrics_port: TokenizerMetricsPortOption = 9051,
+    generator_port: GeneratorPortOption = 50052,
+    generator_metrics_port: GeneratorMetricsPortOption = 9052,
+    log_level: LogLevelOption = "warning",
+    drain_seconds: DrainOption = 30.0,
+    ready_seconds: ReadyOption = 300.0,
+) -> None:
+    """Starts the three services here, and stops them together.
+
+    Every setting of the services can be given as an environment variable too, see
+    docs/configuration.md.
+    """
+    pipeline = Pipeline(
+        model=resolve_model(model),
+        device=device.value,
+        host=host,
+        port=port,
+        grpc_host=grpc_host,
+        tokenizer_port=tokenizer_port,
+        tokenizer_metrics_port=tokenizer_metrics_port,
+        generator_port=generator_port,
+        generator_metrics_port=generator_metrics_port,
+        log_level=log_level,
+        drain_seconds=drain_seconds,
+    )
+    try:
+        pipeline.check_ports()
+    except PortTaken as taken:
+        _refuse(str(taken))
+    raise typer.Exit(asyncio.run(_run(pipeline, ready_seconds)))
+
+
+async def _run(pipeline: Pipeline, ready_seconds: float) -> int:
+    async def when_ready() -> None:
+        info = await model_info(pipeline.generator_target)
+        keys = "TRIVIUM_FACADE_API_KEYS_FILE" in os.environ
+        sys.stdout.write(banner(info, pipeline, keys))
+        sys.stdout.flush()
+
+    supervisor = Supervisor(pipeline.stages(), pipeline.drain_seconds + STOP_SLACK_SECONDS)
+    return await supervise(supervisor, when_ready, ready_seconds)
+
+
+def _export_embedded() -> None:
+    """Exports the default in a process of its own: PyTorch's memory is not kept while serving."""
+    missing = missing_packages()
+    if missing:
+        _refuse(
+            f"{EMBEDDED_MODEL} is not in {embedded_folder().parent} yet.\n{how_to_install(missing)}"
+        )
+    typer.echo(f"Exporting {EMBEDDED_MODEL} to {embedded_folder()}, once.", err=True)
+    command = (sys.executable, "-m", "trivium.cli", "export", EMBEDDED_MODEL)
+    leash = (sys.executable, "-I", LEASH, str(os.getpid()))
+    broken = ["--force"] if embedded_folder().exists() else []
+    done = subprocess.run([*leash, *command, "--out", str(embedded_folder()), *broken], check=False)
+    if done.returncode != 0:
+        raise typer.Exit(FAILED)
+
+
+def _refuse(message: str) -> NoReturn:
+    typer.echo(f"trivium up: {message}", err=True)
+    raise typer.Exit(REFUSED)
