@@ -1,0 +1,21 @@
+"""From a checkpoint to a model directory.
+
+The only package that imports torch, transformers, optimum and onnx, and only inside the steps that
+need them: `from generator_svc.export import export_model` is cheap. It runs before serving and
+never within it.
+"""
+
+from generator_svc.export.errors import ExportError
+from generator_svc.export.pipeline import DEVICES, PRECISIONS, ExportOptions, export_model
+from generator_svc.export.progress import Progress
+from generator_svc.export.source import EMBEDDED_MODEL
+
+__all__ = [
+    "DEVICES",
+    "EMBEDDED_MODEL",
+    "PRECISIONS",
+    "ExportError",
+    "ExportOptions",
+    "Progress",
+    "export_model",
+]

