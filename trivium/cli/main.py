@@ -2,6 +2,9 @@
 
 import typer
 
+from trivium.cli.bench import bench
+from trivium.cli.chat import chat
+from trivium.cli.doctor import doctor
 from trivium.cli.export import export
 from trivium.cli.up import up
 
@@ -11,5 +14,5 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for command in (up, export):
+for command in (up, export, chat, bench, doctor):
     app.command()(command)

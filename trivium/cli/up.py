@@ -50,22 +50,26 @@ HostOption = Annotated[
     str, typer.Option(envvar="TRIVIUM_FACADE_HOST", help="Address of the REST API.")
 ]
 PortOption = Annotated[
-    int, typer.Option(envvar="TRIVIUM_FACADE_PORT", help="Port of the REST API.")
+    int, typer.Option(min=1, max=65535, envvar="TRIVIUM_FACADE_PORT", help="Port of the REST API.")
 ]
 GrpcHostOption = Annotated[
     str, typer.Option(envvar="TRIVIUM_TOKENIZER_HOST", help="Address of the gRPC API.")
 ]
 TokenizerPortOption = Annotated[
-    int, typer.Option(envvar="TRIVIUM_TOKENIZER_PORT", help="Port of the gRPC API.")
+    int,
+    typer.Option(min=1, max=65535, envvar="TRIVIUM_TOKENIZER_PORT", help="Port of the gRPC API."),
 ]
 TokenizerMetricsPortOption = Annotated[
-    int, typer.Option(envvar="TRIVIUM_TOKENIZER_METRICS_PORT", help="Its metrics.")
+    int,
+    typer.Option(min=1, max=65535, envvar="TRIVIUM_TOKENIZER_METRICS_PORT", help="Its metrics."),
 ]
 GeneratorPortOption = Annotated[
-    int, typer.Option(envvar="TRIVIUM_GENERATOR_PORT", help="Port of the generator.")
+    int,
+    typer.Option(min=1, max=65535, envvar="TRIVIUM_GENERATOR_PORT", help="Port of the generator."),
 ]
 GeneratorMetricsPortOption = Annotated[
-    int, typer.Option(envvar="TRIVIUM_GENERATOR_METRICS_PORT", help="Its metrics.")
+    int,
+    typer.Option(min=1, max=65535, envvar="TRIVIUM_GENERATOR_METRICS_PORT", help="Its metrics."),
 ]
 LogLevelOption = Annotated[str, typer.Option(help="Of all three services.")]
 DrainOption = Annotated[

@@ -1,0 +1,115 @@
+"""`trivium chat` in a process of its own, against a scripted server."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from tests.cli.openai_script import ScriptedServer
+
+
+@pytest.fixture
+def chat(scripted: ScriptedServer) -> Iterator[subprocess.Popen[str]]:
+    """The command, connected by pipes."""
+    command = [sys.executable, "-u", "-m", "trivium.cli", "chat", "--url", scripted.url]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    ) as process:
+        yield process
+        process.kill()
+
+
+def read_until(process: subprocess.Popen[str], wanted: str) -> str:
+    """Output up to and with `wanted`."""
+    assert process.stdout is not None
+    text = ""
+    while not text.endswith(wanted):
+        character = process.stdout.read(1)
+        assert character, f"ended after {text!r}"
+        text += character
+    return text
+
+
+def say(process: subprocess.Popen[str], line: str) -> None:
+    assert process.stdin is not None
+    process.stdin.write(f"{line}\n")
+    process.stdin.flush()
+
+
+def test_answers_and_remembers(chat: subprocess.Popen[str], scripted: ScriptedServer) -> None:
+    """An answer is shown with what it took, and the next question carries the conversation."""
+    say(chat, "hello")
+    shown = read_until(chat, "]\n")
+    say(chat, "again")
+    read_until(chat, "]\n")
+    say(chat, "/exit")
+
+    assert chat.wait() == 0
+    assert "word word word word " in shown
+    assert "[4 tokens, " in shown
+    assert " tokens/s, first after " in shown
+    assert "0.250 gpu_seconds]" in shown
+    assert ["user", "assistant", "user"] == [m["role"] for m in scripted.bodies[1]["messages"]]
+
+
+def test_ctrl_c_cancels_the_answer_only(
+    chat: subprocess.Popen[str], scripted: ScriptedServer
+) -> None:
+    """Ctrl-C closes the stream, so that the server stops, and the next question is answered."""
+    scripted.tokens_before_silence = 2
+    say(chat, "tell me everything")
+    read_until(chat, "word word ")
+    chat.send_signal(signal.SIGINT)
+    shown = read_until(chat, "]\n")
+    server_noticed = scripted.cut.wait(60)
+    scripted.tokens_before_silence = None
+    say(chat, "short please")
+    after = read_until(chat, "]\n")
+    say(chat, "/exit")
+
+    assert chat.wait() == 0
+    assert "[cancelled, " in shown
+    assert server_noticed
+    assert "word word word word " in after
+
+
+def test_new_starts_over(chat: subprocess.Popen[str], scripted: ScriptedServer) -> None:
+    """/new forgets the conversation."""
+    say(chat, "hello")
+    read_until(chat, "]\n")
+    say(chat, "/new")
+    say(chat, "hello")
+    read_until(chat, "]\n")
+
+    assert [1, 1] == [len(body["messages"]) for body in scripted.bodies]
+
+
+def test_a_refusal_does_not_end_the_program(
+    chat: subprocess.Popen[str], scripted: ScriptedServer
+) -> None:
+    """The server's words are shown and one can go on; the refused question is forgotten."""
+    scripted.refusal = (429, "the queue is full")
+    say(chat, "hello")
+    shown = read_until(chat, "full")
+    scripted.refusal = None
+    say(chat, "hello")
+    read_until(chat, "]\n")
+
+    assert "HTTP 429: the queue is full" in shown
+    assert len(scripted.bodies[1]["messages"]) == 1
+
+
+def test_ctrl_d_leaves(chat: subprocess.Popen[str]) -> None:
+    """The end of the input ends the program."""
+    read_until(chat, "> ")
+    assert chat.stdin is not None
+    chat.stdin.close()
+
+    assert chat.wait() == 0

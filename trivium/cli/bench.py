@@ -1,0 +1,131 @@
+"""`trivium bench`: how fast an OpenAI-compatible server is, as its clients see it."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import dataclasses
+import json
+import secrets
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from trivium.cli.answer import AnswerFailed, api_root, headers
+from trivium.cli.load import Level, Prompts, Target, open_client, run_level
+
+FAILED, REFUSED = 1, 2
+COLUMNS = ("clients", "requests", "failed", "tokens/s", "first token, ms", "between tokens, ms")
+
+
+def bench(
+    url: Annotated[str, typer.Option(help="Base URL, with or without /v1.")] = (
+        "http://127.0.0.1:8000"
+    ),
+    model: Annotated[str | None, typer.Option(help="Default: the first of /v1/models.")] = None,
+    clients: Annotated[str, typer.Option(help="How many at once, one run each.")] = "1,8,32",
+    requests: Annotated[int, typer.Option(min=1, help="Of each client, one after another.")] = 4,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="About this many.")] = 115,
+    output_tokens: Annotated[int, typer.Option(min=1, help="Of each answer.")] = 64,
+    ignore_eos: Annotated[bool, typer.Option(help="Send ignore_eos: answers of equal length.")] = (
+        True
+    ),
+    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the prompts. Default: a new one.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here.")] = (
+        None
+    ),
+) -> None:
+    """Loads a server in a closed loop and prints tokens/s and latencies (p50 / p95 / p99)."""
+    try:
+        levels = [int(number) for number in clients.split(",")]
+    except ValueError:
+        levels = []
+    if not levels or min(levels) < 1:
+        typer.echo(
+            f"trivium bench: --clients wants numbers such as 1,8,32; got {clients}", err=True
+        )
+        raise typer.Exit(REFUSED)
+    seed = secrets.randbelow(2**31) if seed is None else seed
+    target = Target(
+        api_root(url), headers(api_key), model or "", prompt_tokens, output_tokens, ignore_eos
+    )
+    try:
+        report = asyncio.run(_run(target, seed, levels, requests))
+    except (AnswerFailed, httpx.HTTPError) as error:
+        typer.echo(f"trivium bench: {url}: {error or type(error).__name__}", err=True)
+        raise typer.Exit(FAILED) from error
+    if json_file is not None:
+        json_file.write_text(json.dumps(report, indent=2) + "\n")
+    if any(level["failures"] for level in report["levels"]):
+        raise typer.Exit(FAILED)
+
+
+async def _run(target: Target, seed: int, levels: list[int], requests: int) -> dict[str, Any]:
+    console, prompts = Console(), Prompts(seed)
+    async with open_client(target) as client:
+        target = await _with_model(client, target)
+        await prompts.calibrate(client, target)
+    summaries = []
+    for clients in levels:
+        with console.status(f"{clients} clients"):
+            level = await run_level(target, prompts, clients, requests)
+        summaries.append(level.summary())
+        _show_failures(console, level)
+    console.print(
+        f"{target.model} at {target.root}: about {target.prompt_tokens} prompt and "
+        f"{target.output_tokens} output tokens, streamed, {requests} requests a client",
+        highlight=False,
+    )
+    console.print(table(summaries))
+    return {
+        "url": target.root,
+        "model": target.model,
+        "prompt_tokens": target.prompt_tokens,
+        "output_tokens": target.output_tokens,
+        "ignore_eos": target.ignore_eos,
+        "requests_per_client": requests,
+        "seed": seed,
+        "levels": summaries,
+    }
+
+
+async def _with_model(client: httpx.AsyncClient, target: Target) -> Target:
+    if target.model:
+        return target
+    response = await client.get(f"{target.root}/models")
+    response.raise_for_status()
+    models = response.json().get("data") or []
+    if not models:
+        raise AnswerFailed("the server lists no model; name one with --model")
+    return dataclasses.replace(target, model=models[0]["id"])
+
+
+def _show_failures(console: Console, level: Level) -> None:
+    for failure, count in collections.Counter(level.failures).items():
+        console.print(f"{count}x {failure}", style="red", markup=False)
+
+
+def table(summaries: list[dict[str, Any]]) -> Table:
+    """One row for each number of clients; latencies as p50 / p95 / p99."""
+    shown = Table()
+    for column in COLUMNS:
+        shown.add_column(column, justify="right")
+    for level in summaries:
+        shown.add_row(
+            str(level["clients"]),
+            str(level["requests"]),
+            str(level["failures"]),
+            f"{level['output_tokens_per_second']:.1f}",
+            _milliseconds(level["time_to_first_token"]),
+            _milliseconds(level["time_between_tokens"]),
+        )
+    return shown
+
+
+def _milliseconds(found: dict[str, float] | None) -> str:
+    return " / ".join(f"{value * 1000:.1f}" for value in found.values()) if found else "-"

@@ -1,0 +1,166 @@
+"""`trivium doctor`: is everything here that is needed, and does it answer?
+
+Each check is a function that returns findings; printing them is apart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import httpx
+import typer
+
+from trivium.cli import providers
+from trivium.cli.embedded import embedded_folder
+from trivium.cli.export import missing_packages
+from trivium.cli.pipeline import Pipeline, PortTaken, free_ports
+from trivium.cli.supervisor import NotReady, StageDied, Supervisor
+from trivium.cli.up import Device
+from trivium.model_directory import ModelDirectoryError, load_model_directory
+
+FAILED = 1
+SMOKE_TOKENS = 5
+PACKAGES = ("grpcio", "protobuf", "fastapi", "uvicorn", "pydantic", "tokenizers", "numpy")
+GOOD, NOTE, BAD = "ok", "note", "FAIL"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. Only BAD makes the doctor fail."""
+
+    verdict: str
+    subject: str
+    text: str
+
+
+def check_installation() -> Iterator[Finding]:
+    """Versions of Python, of Trivium and of what it stands on."""
+    version = platform.python_version()
+    known = (3, 11) <= sys.version_info[:2] <= (3, 13)
+    yield Finding(GOOD if known else BAD, "python", f"{version} at {sys.executable}")
+    yield from (_installed(name) for name in ("trivium", *PACKAGES))
+    missing = missing_packages()
+    found = f"not installed: {', '.join(missing)}" if missing else "installed"
+    yield Finding(NOTE if missing else GOOD, "export extra", found)
+
+
+def _installed(name: str) -> Finding:
+    try:
+        return Finding(GOOD, name, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(BAD, name, "not installed")
+
+
+def check_providers(device: Device) -> Iterator[Finding]:
+    """Whether the CPU and CUDA providers compute. Without CUDA one can do, unless asked for it."""
+    yield Finding(GOOD, "onnxruntime", providers.version())
+    for provider, needed in ((providers.CPU, True), (providers.CUDA, device is Device.CUDA)):
+        reason = providers.why_not(provider)
+        verdict = GOOD if reason is None else BAD if needed else NOTE
+        yield Finding(verdict, provider, reason or "works")
+
+
+def check_ports(pipeline: Pipeline) -> Iterator[Finding]:
+    """Whether `trivium up` could bind its default ports. A server that runs already is no fault."""
+    try:
+        pipeline.check_ports()
+    except PortTaken as taken:
+        yield Finding(NOTE, "ports", str(taken))
+    else:
+        yield Finding(GOOD, "ports", "the default ones are free")
+
+
+def check_model(folder: Path) -> Iterator[Finding]:
+    """Whether the model folder is whole."""
+    try:
+        model = load_model_directory(folder)
+    except ModelDirectoryError as error:
+        yield Finding(BAD, "model", str(error))
+        return
+    yield Finding(
+        GOOD,
+        "model",
+        f"{model.id}, {model.family}, {model.precision or 'unknown'} weights, "
+        f"context {model.context_length:,}, revision {model.revision}, at {model.path}",
+    )
+
+
+async def check_answer(pipeline: Pipeline, model: str) -> Finding:
+    """Starts the three services on free ports and asks for a few tokens."""
+    try:
+        async with Supervisor(pipeline.stages(), stop_seconds=30) as supervisor:
+            await supervisor.wait_until_ready(300)
+            text, usage = await _ask(pipeline.url, model)
+    except (StageDied, NotReady, httpx.HTTPError) as error:
+        return Finding(BAD, "smoke run", str(error) or type(error).__name__)
+    if usage["completion_tokens"] != SMOKE_TOKENS:
+        return Finding(BAD, "smoke run", f"asked for {SMOKE_TOKENS} tokens, got {usage}")
+    return Finding(GOOD, "smoke run", f"{text!r} in {usage['gpu_seconds']:.3f} gpu_seconds")
+
+
+async def _ask(url: str, model: str) -> tuple[str, dict[str, float]]:
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": "Count from one to ten."}],
+        "max_tokens": SMOKE_TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
+    async with httpx.AsyncClient(timeout=120, trust_env=False) as client:
+        response = await client.post(f"{url}/v1/chat/completions", json=body)
+    response.raise_for_status()
+    answer = response.json()
+    return answer["choices"][0]["message"]["content"], answer["usage"]
+
+
+def doctor(
+    model: Annotated[
+        Path | None, typer.Option(help="A model folder. Default: the embedded model's.")
+    ] = None,
+    device: Annotated[Device, typer.Option(help="Where the model has to run.")] = Device.AUTO,
+) -> None:
+    """Looks at the installation, the devices, the ports and the model, and makes five tokens."""
+    folder = (model or embedded_folder()).absolute()
+    found = [
+        *_reported(check_installation()),
+        *_reported(check_providers(device)),
+        *_reported(check_ports(Pipeline(folder))),
+        *_reported(check_model(folder)),
+    ]
+    if all(finding.verdict != BAD for finding in found):
+        smoke = check_answer(_on_free_ports(folder, device), folder.name)
+        found += _reported(iter([asyncio.run(smoke)]))
+    if any(finding.verdict == BAD for finding in found):
+        raise typer.Exit(FAILED)
+
+
+def _reported(findings: Iterator[Finding]) -> list[Finding]:
+    """The same findings, each printed as soon as it is made."""
+    found = []
+    colours = {GOOD: "green", NOTE: "yellow", BAD: "red"}
+    for finding in findings:
+        verdict = typer.style(f"{finding.verdict:<5}", fg=colours[finding.verdict])
+        typer.echo(f"{verdict} {finding.subject:<22} {finding.text}")
+        found.append(finding)
+    return found
+
+
+def _on_free_ports(folder: Path, device: Device) -> Pipeline:
+    port, tokenizer, tokenizer_metrics, generator, generator_metrics = free_ports(5)
+    return Pipeline(
+        model=folder,
+        device=device.value,
+        port=port,
+        tokenizer_port=tokenizer,
+        tokenizer_metrics_port=tokenizer_metrics,
+        generator_port=generator,
+        generator_metrics_port=generator_metrics,
+        drain_seconds=5,
+    )
