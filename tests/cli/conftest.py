@@ -2,11 +2,13 @@
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import uvicorn
 
+from tests.cli.children import Children
 from tests.cli.openai_script import ScriptedServer
 
 
@@ -31,3 +33,8 @@ def scripted() -> Iterator[ScriptedServer]:
     yield script
     server.should_exit = True
     thread.join()
+
+
+@pytest.fixture
+def children(tmp_path: Path) -> Children:
+    return Children(tmp_path)

@@ -1,0 +1,215 @@
+"""`trivium up` without the services: what it refuses, what it tells them, how it ends."""
+
+import asyncio
+import importlib
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from pydantic_settings import BaseSettings
+from typer.testing import CliRunner
+
+from tests.cli.children import Children, is_running
+from trivium.cli.banner import banner
+from trivium.cli.main import app
+from trivium.cli.pipeline import Pipeline, authority, bind, free_ports
+from trivium.cli.supervisor import Stage, Supervisor
+from trivium.cli.up import supervise
+from trivium.generator.v1 import generator_pb2
+
+
+async def nothing() -> None:
+    """When ready, do nothing."""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+async def test_a_signal_drains_and_ends_well(children: Children, number: int) -> None:
+    """Ctrl-C, SIGTERM and a closed terminal drain front to back, and the status is 0."""
+    supervisor = Supervisor([children.stage("generator"), children.stage("facade")], 30)
+
+    async def stop() -> None:
+        os.kill(os.getpid(), number)
+
+    status = await supervise(supervisor, stop, ready_seconds=60)
+
+    assert status == 0
+    assert ["facade stopped", "generator stopped"] == children.lines()[2:]
+    assert not any(is_running(pid) for pid in supervisor.pids().values())
+
+
+async def test_a_second_signal_does_not_wait(children: Children) -> None:
+    """A second Ctrl-C ends at once what does not drain."""
+    deaf = "signal.signal(signal.SIGTERM, lambda *_: note('asked'))"
+    supervisor = Supervisor([children.stage("facade", deaf)], stop_seconds=3600)
+
+    async def stop_twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    async def again() -> None:
+        await children.until("facade asked")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    second = asyncio.ensure_future(again())
+    status = await supervise(supervisor, stop_twice, ready_seconds=60)
+    await second
+
+    assert status == 0
+    assert not any(is_running(pid) for pid in supervisor.pids().values())
+
+
+@pytest.mark.parametrize(("dies_with", "status"), [(0, 1), (1, 1), (2, 2)])
+async def test_a_process_that_ends_takes_the_others_along(
+    children: Children, dies_with: int, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """If one process ends, the others are stopped and the status is not 0; refusals stay 2."""
+    dying = children.stage("generator", f"sys.exit({dies_with})")
+    supervisor = Supervisor([dying, children.stage("facade")], 30)
+
+    assert status == await supervise(supervisor, nothing, ready_seconds=60)
+    assert f"generator exited with status {dies_with}" in capsys.readouterr().err
+    assert not any(is_running(pid) for pid in supervisor.pids().values())
+
+
+async def test_gives_up_on_what_never_becomes_ready(
+    children: Children, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A stage that is not ready in time is named, and everything is stopped."""
+    command = children.stage("tokenizer").command
+    supervisor = Supervisor([Stage("tokenizer", command, asyncio.Event().wait)], 30)  # type: ignore[arg-type]
+
+    assert await supervise(supervisor, nothing, ready_seconds=0.1) == 1
+    assert "not ready after 0.1 s: tokenizer" in capsys.readouterr().err
+    assert not any(is_running(pid) for pid in supervisor.pids().values())
+
+
+def test_names_the_port_that_is_taken(tiny_folder: Path) -> None:
+    """A port in use is named with the option that changes it, and the status is 2."""
+    with bind("127.0.0.1", 0) as listener:
+        listener.listen()
+        port = str(listener.getsockname()[1])
+        options = ("--model", str(tiny_folder), "--port", port)
+        result = CliRunner().invoke(app, ["up", *options])
+
+    assert result.exit_code == 2
+    assert f"port {port} on 127.0.0.1" in result.output
+    assert "choose another with --port" in result.output
+
+
+def test_names_the_folders_it_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that is nowhere is refused with the places where it might have been."""
+    monkeypatch.setenv("TRIVIUM_CACHE", str(tmp_path))
+    result = CliRunner().invoke(app, ["up", "--model", "nobody"])
+
+    assert result.exit_code == 2
+    assert str(tmp_path / "models" / "nobody") in result.output.replace("\n", "")
+
+
+def test_an_empty_model_folder_is_refused(tmp_path: Path) -> None:
+    """A folder that holds no model is refused before anything is started."""
+    result = CliRunner().invoke(app, ["up", "--model", str(tmp_path)])
+
+    assert result.exit_code == 2
+    assert "empty" in result.output
+
+
+def test_says_what_to_install_for_the_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the model and without what exports it, one is told what to type."""
+    monkeypatch.setenv("TRIVIUM_CACHE", str(tmp_path))
+    monkeypatch.setattr("trivium.cli.up.missing_packages", lambda: ["torch", "optimum"])
+    result = CliRunner().invoke(app, ["up"])
+
+    assert result.exit_code == 2
+    assert "torch, optimum" in result.output
+    assert "-m pip install 'trivium[export]'" in result.output
+
+
+@pytest.fixture
+def tiny_folder(tmp_path: Path) -> Path:
+    """A folder that passes for a model as long as nobody runs it."""
+    decoder = {
+        "filename": "model.onnx",
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_size": 8,
+        "hidden_size": 8,
+        "inputs": {},
+        "outputs": {},
+    }
+    folder = tmp_path / "pretended"
+    folder.mkdir()
+    config = {"model": {"decoder": decoder, "context_length": 64, "vocab_size": 10}}
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json", "model.onnx"):
+        (folder / name).write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("number", "settings"),
+    [
+        (0, "generator_svc.config.GeneratorSettings"),
+        (1, "tokenizer_svc.config.TokenizerSettings"),
+        (2, "rest_facade.config.FacadeSettings"),
+    ],
+)
+def test_every_variable_it_sets_is_a_setting(
+    number: int, settings: str, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
+) -> None:
+    """What `up` puts into the environment of a service is what the service reads."""
+    stage = Pipeline(tiny_folder, port=8123).stages()[number]
+    for name, value in stage.environment.items():
+        monkeypatch.setenv(name, value)
+    module, _, name = settings.rpartition(".")
+    cls: type[BaseSettings] = getattr(importlib.import_module(module), name)
+    prefix = cls.model_config["env_prefix"]
+
+    assert stage.name == module.partition(".")[0]
+    assert stage.environment.keys() <= {f"{prefix}{field}".upper() for field in cls.model_fields}
+    for field, value in cls().model_dump().items():
+        wanted = stage.environment.get(f"{prefix}{field}".upper())
+        assert wanted is None or str(value) == wanted
+
+
+def test_the_banner_tells_what_is_really_in_use() -> None:
+    """Model, provider, memory, limits and addresses stand in the banner, as asked of the server."""
+    info = generator_pb2.GetModelInfoResponse(
+        id="tiny",
+        revision="0123abcd",
+        context_length=8192,
+        execution_provider="CPUExecutionProvider",
+        dtype="float32",
+        precision="int8",
+        slots=16,
+        kv_cache_bytes=512 * 2**20,
+        max_n=128,
+        max_queued_requests=1000,
+        max_queued_tokens=100_000,
+    )
+    text = banner(info, Pipeline(Path("tiny"), host="0.0.0.0", port=8123), keys=False)
+
+    wanted = ("tiny", "0123abcd", "int8", "CPUExecutionProvider", "8,192", "16", "512 MiB", "128")
+    assert [] == [word for word in (*wanted, "1,000", "100,000") if word not in text]
+    assert "http://127.0.0.1:8123/v1/chat/completions" in text
+    assert "127.0.0.1:50051" in text
+    assert "Bearer" not in text
+
+
+def test_the_banner_shows_where_a_key_goes() -> None:
+    """With API keys the snippets take the key from OPENAI_API_KEY, as the clients do."""
+    text = banner(generator_pb2.GetModelInfoResponse(), Pipeline(Path("tiny")), keys=True)
+
+    assert 'Authorization: Bearer $OPENAI_API_KEY"' in text
+    assert 'api_key="none"' not in text
+
+
+def test_addresses() -> None:
+    """A server bound to any address is reached over loopback; IPv6 gets its brackets."""
+    assert authority("0.0.0.0", 1) == "127.0.0.1:1"
+    assert authority("::1", 2) == "[::1]:2"
+    assert authority("10.0.0.5", 3) == "10.0.0.5:3"
+    assert len(set(free_ports(5))) == 5
