@@ -1,0 +1,168 @@
+"""The ASGI application: identity, error boundary and admission around the routes.
+
+Identity        request id and trace of the call; access log; counts
+  Boundary      every exception becomes OpenAI's error object, or a stream's last event
+    Admission   draining, API keys; counts what runs
+      routes
+"""
+
+import logging
+import time
+from typing import NoReturn
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from rest_facade.auth import KeyFile
+from rest_facade.backend import Backend
+from rest_facade.config import FacadeSettings
+from rest_facade.connection import ClientGone
+from rest_facade.errors import ErrorResponse, error_event
+from rest_facade.metrics import Metrics
+from rest_facade.routes import Routes
+from rest_facade.traffic import Traffic
+from trivium.wire import telemetry
+from trivium.wire.errors import ERRORS, ServiceError, internal_error
+
+log = logging.getLogger(__name__)
+
+_API = "/v1/"
+_ONE_MODEL = "/v1/models/"
+_CLIENT_GONE = ERRORS["client_closed_request"].http
+_IDENTITY_HEADERS = (telemetry.REQUEST_ID.encode(), telemetry.TRACEPARENT.encode())
+
+
+def build_app(
+    settings: FacadeSettings, backend: Backend, traffic: Traffic, keys: KeyFile | None
+) -> Starlette:
+    """The application; the caller owns `backend`'s channel, and drains by `traffic`."""
+    metrics = Metrics()
+    table = Routes(settings, backend, traffic, metrics).table()
+    app = Starlette(
+        routes=table,
+        middleware=[
+            Middleware(Identity, metrics=metrics, paths=frozenset(r.path for r in table)),
+            Middleware(Boundary, metrics=metrics),
+            Middleware(Admission, traffic=traffic, keys=keys),
+        ],
+        exception_handlers={HTTPException: _no_route},
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    where = f"{request.method} {request.url.path[:200]}"
+    if error.status_code == 405:
+        fault = ServiceError("method_not_allowed", f"Method not allowed: {where}.")
+    elif error.status_code == 404:
+        fault = ServiceError("unknown_url", f"Unknown request URL: {where}. The docs are at /docs.")
+    else:
+        raise AssertionError(f"HTTP {error.status_code} is not ours. This is a bug.")
+    return ErrorResponse(fault, error.headers)
+
+
+class Identity:
+    """Gives each request its id, says it in the answer, and notes how it went."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, paths: frozenset[str]) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._paths = paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            _refuse(scope)
+        identity = telemetry.adopt(
+            (name.decode(), value.decode("latin-1"))
+            for name, value in scope["headers"]
+            if name in _IDENTITY_HEADERS
+        )
+        status, started_at = _CLIENT_GONE, time.perf_counter()
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [
+                    *message["headers"],
+                    (telemetry.REQUEST_ID.encode(), identity.encode()),
+                ]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            self._note(scope, status, time.perf_counter() - started_at)
+
+    def _note(self, scope: Scope, status: int, seconds: float) -> None:
+        path = scope["path"]
+        route = path if path in self._paths else "other"
+        if path.startswith(_ONE_MODEL):
+            route = _ONE_MODEL + "{id}"
+        self._metrics.requests.labels(route, status).inc()
+        self._metrics.seconds.labels(route).observe(seconds)
+        level = logging.INFO if path.startswith(_API) else logging.DEBUG
+        log.log(level, "%s %s %d in %.3f s", scope["method"], path[:200], status, seconds)
+
+
+def _refuse(scope: Scope) -> NoReturn:
+    raise AssertionError(f"{scope['type']} is switched off in the server. This is a bug.")
+
+
+class Boundary:
+    """The one broad `except` of this process."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def noting_start(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting_start)
+            return
+        except ClientGone:
+            self._metrics.disconnects.inc()
+            return
+        except ServiceError as error:
+            fault = error
+        except Exception:
+            log.exception("unhandled error in a request")
+            fault = internal_error()
+        if not started:
+            await ErrorResponse(fault)(scope, receive, send)
+            return
+        # Only streams can fail after their start.
+        self._metrics.stream_errors.labels(fault.code).inc()
+        log.warning("a stream broke off: %s: %s", fault.code, fault.message)
+        await send({"type": "http.response.body", "body": error_event(fault)})
+
+
+class Admission:
+    """Who may call the API, and when; the paths outside /v1 are open to all."""
+
+    def __init__(self, app: ASGIApp, traffic: Traffic, keys: KeyFile | None) -> None:
+        self._app = app
+        self._traffic = traffic
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not scope["path"].startswith(_API):
+            await self._app(scope, receive, send)
+            return
+        with self._traffic.admitted():
+            if self._keys is not None:
+                self._keys.check(Request(scope).headers.get("authorization", ""))
+            await self._app(scope, receive, send)

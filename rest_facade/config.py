@@ -1,0 +1,80 @@
+"""Settings of the REST facade: read once, frozen. Nothing else looks at the environment."""
+
+import ipaddress
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class FacadeSettings(BaseSettings):
+    """How the facade listens, what it limits and whom it asks."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="TRIVIUM_FACADE_", env_ignore_empty=True, frozen=True
+    )
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    tokenizer_target: str = Field(
+        "127.0.0.1:50051", description="Where the tokenizer's gRPC is: host:port or a gRPC name."
+    )
+    api_keys_file: Path | None = Field(
+        None,
+        description="File with the SHA-256 digest (hex) of one accepted API key per line, then an "
+        "optional label; # starts a comment. Read again when it changes. Without it no key is "
+        "asked for.",
+    )
+    allow_unauthenticated_remote: bool = Field(
+        False,
+        description="Listen on an address that others can reach although no API keys are set.",
+    )
+    max_body_bytes: int = Field(
+        8 * 2**20, ge=1024, le=31 * 2**20, description="Largest request body in bytes."
+    )
+    body_read_seconds: float = Field(
+        30.0, gt=0, le=3600, description="Seconds within which a request body must have arrived."
+    )
+    request_timeout_seconds: float | None = Field(
+        None,
+        gt=0,
+        le=86_400,
+        description="Seconds a completion may take in all; then 504. Not set: no limit.",
+    )
+    keep_alive_seconds: float = Field(
+        15.0,
+        gt=0,
+        le=3600,
+        description="Seconds of silence in a stream after which a comment is sent.",
+    )
+    health_timeout_seconds: float = Field(
+        1.0, gt=0, le=60, description="Seconds /health waits for the tokenizer's answer."
+    )
+    drain_notice_seconds: float = Field(
+        0.5,
+        ge=0,
+        le=600,
+        description="Seconds between turning unready at a stop signal and closing the port.",
+    )
+    drain_seconds: float = Field(
+        30.0, ge=0, le=3600, description="Seconds running requests get to finish at a stop signal."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe level that is logged."
+    )
+
+    def exposes_without_keys(self) -> bool:
+        """Whether others could use this facade with no key, and nobody said they may."""
+        return not (
+            self.api_keys_file or self.allow_unauthenticated_remote or _is_loopback(self.host)
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,58 @@
+"""What the facade counts, in a registry of its own. Knows nothing of how it is asked for."""
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+)
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 600)
+
+
+class Metrics:
+    """The counters of one process."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self.requests = Counter(
+            "trivium_http_requests",
+            "HTTP requests answered, by route and status; 499 for clients that left first.",
+            ("route", "status"),
+            registry=self._registry,
+        )
+        self.seconds = Histogram(
+            "trivium_http_request_seconds",
+            "Time from a request's head to the end of its answer.",
+            ("route",),
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self.running = Gauge(
+            "trivium_http_requests_running", "API requests being answered.", registry=self._registry
+        )
+        self.first_token_seconds = Histogram(
+            "trivium_http_time_to_first_token_seconds",
+            "Time from a streaming request's head to its first text.",
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self.disconnects = Counter(
+            "trivium_http_disconnects",
+            "Clients that left before their answer was complete.",
+            registry=self._registry,
+        )
+        self.stream_errors = Counter(
+            "trivium_http_stream_errors",
+            "Streams that ended with an error event, by code.",
+            ("code",),
+            registry=self._registry,
+        )
+
+    def text(self) -> bytes:
+        """Everything in Prometheus' text format."""
+        return generate_latest(self._registry)

@@ -1,0 +1,134 @@
+"""What each path answers. A completion goes schema → convert → backend → convert → sse."""
+
+import time
+from pathlib import Path
+
+from pydantic import ValidationError
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from rest_facade import convert
+from rest_facade.backend import Backend
+from rest_facade.body import read_json
+from rest_facade.config import FacadeSettings
+from rest_facade.connection import while_connected
+from rest_facade.errors import from_validation_error
+from rest_facade.json_text import encode
+from rest_facade.metrics import CONTENT_TYPE, Metrics
+from rest_facade.openapi import openapi_document
+from rest_facade.schema import ChatRequest, check_meaning
+from rest_facade.sse import ChunkWriter
+from rest_facade.stream import EventStream
+from rest_facade.traffic import Traffic
+
+_DOCS_PAGE = Path(__file__).with_name("docs.html")
+# The page cannot load anything from elsewhere, whatever becomes of it.
+_DOCS_POLICY = (
+    "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
+)
+
+
+class JSONAnswer(Response):
+    """A success, as JSON."""
+
+    media_type = "application/json"
+
+
+class Routes:
+    """The handlers, and what they all need."""
+
+    def __init__(
+        self, settings: FacadeSettings, backend: Backend, traffic: Traffic, metrics: Metrics
+    ) -> None:
+        self._settings = settings
+        self._backend = backend
+        self._traffic = traffic
+        self._metrics = metrics
+        self._openapi = encode(openapi_document())
+        self._docs = _DOCS_PAGE.read_bytes()
+
+    def table(self) -> list[Route]:
+        """Which path goes where."""
+        return [
+            Route("/v1/chat/completions", self.chat_completions, methods=["POST"]),
+            Route("/v1/models", self.models, methods=["GET"]),
+            Route("/v1/models/{id:path}", self.model, methods=["GET"]),
+            Route("/health", self.ready, methods=["GET"]),
+            Route("/health/live", self.live, methods=["GET"]),
+            Route("/metrics", self.metrics, methods=["GET"]),
+            Route("/docs", self.docs, methods=["GET"]),
+            Route("/openapi.json", self.openapi, methods=["GET"]),
+        ]
+
+    async def chat_completions(self, request: Request) -> Response:
+        """A completion, whole or streamed."""
+        started_at = time.perf_counter()
+        raw = await read_json(
+            request, self._settings.max_body_bytes, self._settings.body_read_seconds
+        )
+        try:
+            wanted = ChatRequest.model_validate(raw)
+        except ValidationError as error:
+            raise from_validation_error(error) from None
+        check_meaning(wanted, raw)
+        if wanted.stream:
+            return await self._stream(request, wanted, started_at)
+        message = convert.completion_request(wanted)
+        response = await while_connected(request.receive, self._backend.complete(message))
+        return JSONAnswer(encode(convert.chat_completion(response, bool(wanted.logprobs))))
+
+    async def _stream(self, request: Request, wanted: ChatRequest, started_at: float) -> Response:
+        options = wanted.stream_options
+        writer = ChunkWriter(
+            include_usage=bool(options and options.include_usage),
+            continuous_usage=bool(options and options.continuous_usage_stats),
+        )
+        stream = self._backend.stream(convert.completion_request(wanted))
+        try:
+            # Awaited before any answer, so that early failures have their own HTTP status.
+            first = await while_connected(request.receive, stream.read())
+        except BaseException:
+            stream.close()
+            raise
+        first_token = self._metrics.first_token_seconds
+        return EventStream(
+            first,
+            stream,
+            writer,
+            self._settings.keep_alive_seconds,
+            on_text=lambda: first_token.observe(time.perf_counter() - started_at),
+        )
+
+    async def models(self, request: Request) -> Response:
+        """All models."""
+        return JSONAnswer(encode(convert.model_list(await self._backend.models())))
+
+    async def model(self, request: Request) -> Response:
+        """One model."""
+        found = await self._backend.model(request.path_params["id"])
+        return JSONAnswer(encode(convert.model_object(found)))
+
+    async def ready(self, request: Request) -> Response:
+        """Whether a completion would be taken on now."""
+        self._traffic.check_open()
+        await self._backend.check(self._settings.health_timeout_seconds)
+        return JSONAnswer(encode({"status": "ok"}))
+
+    async def live(self, request: Request) -> Response:
+        """Whether this process answers at all; its peers do not matter."""
+        return JSONAnswer(encode({"status": "ok"}))
+
+    async def metrics(self, request: Request) -> Response:
+        """Counters, in Prometheus' text format."""
+        self._metrics.running.set(self._traffic.running)
+        return Response(self._metrics.text(), headers={"content-type": CONTENT_TYPE})
+
+    async def docs(self, request: Request) -> Response:
+        """A page that shows /openapi.json."""
+        headers = {"content-security-policy": _DOCS_POLICY}
+        return Response(self._docs, media_type="text/html", headers=headers)
+
+    async def openapi(self, request: Request) -> Response:
+        """The API's description."""
+        return JSONAnswer(self._openapi)
