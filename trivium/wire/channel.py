@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import grpc
 
@@ -29,7 +30,7 @@ def open_channel(target: str) -> grpc.aio.Channel:
     return grpc.aio.insecure_channel(target, options=_OPTIONS)
 
 
-def remaining_seconds(context: grpc.aio.ServicerContext) -> float | None:  # type: ignore[type-arg]
+def remaining_seconds(context: grpc.aio.ServicerContext[Any, Any]) -> float | None:
     """What is left of the caller's deadline, to hand on as a timeout; None without one."""
     left = context.time_remaining()
     if left is None or math.isinf(left) or left > _LONGEST_DEADLINE_SECONDS:

@@ -1,0 +1,160 @@
+"""`python -m generator_svc`: loads the model, warms it up, serves until told to stop."""
+
+import asyncio
+import logging
+import sys
+
+import numpy as np
+import prometheus_client
+from prometheus_client.registry import CollectorRegistry
+
+from generator_svc.admission import Admission
+from generator_svc.artifact import (
+    MemoryPlanError,
+    default_sampling,
+    half_of_free_memory,
+    plan_memory,
+)
+from generator_svc.config import GeneratorSettings
+from generator_svc.convert import Limits
+from generator_svc.cuda_memory import free_bytes
+from generator_svc.engine import Engine
+from generator_svc.kv_cache import SlotCache
+from generator_svc.metering import WARM_UP, Meter
+from generator_svc.metrics import EngineCollector, RequestMetrics
+from generator_svc.plan import Chunk, Row, StepPlan
+from generator_svc.runner import DeviceError, OrtRunner, choose_device
+from generator_svc.scheduler import Scheduler
+from generator_svc.service import GeneratorService, Mailroom
+from trivium.generator.v1 import generator_pb2 as pb
+from trivium.generator.v1.generator_pb2_grpc import add_GeneratorServiceServicer_to_server
+from trivium.model_directory import ModelDirectory, ModelDirectoryError, load_model_directory
+from trivium.wire import telemetry
+from trivium.wire.serving import GrpcServer, wait_for_signal
+from trivium.wire.settings import load_settings, refuse_to_start
+
+log = logging.getLogger("generator_svc")
+
+SERVICE = "trivium.generator.v1.GeneratorService"
+
+# The engine's thread needs the interpreter lock the moment a run ends; 5 ms would be a step.
+_SWITCH_INTERVAL_SECONDS = 0.0005
+
+
+def load_runner(settings: GeneratorSettings, model: ModelDirectory) -> OrtRunner:
+    """The model on its device, with the slots that memory allows, warmed up."""
+    device = choose_device(settings.device)
+    element_bytes = 2 if model.precision == "fp16" else 4
+    cache_bytes = settings.kv_cache_bytes
+    if not cache_bytes:
+        cache_bytes = half_of_free_memory() if device == "cpu" else free_bytes() // 2
+    plan = plan_memory(
+        model, settings.slots, settings.max_sequence_length, cache_bytes, element_bytes
+    )
+    return OrtRunner(model, device, plan.slots, plan.slot_length, settings.threads)
+
+
+def warm_up(runner: OrtRunner, meter: Meter) -> None:
+    """One prefill and one decode; DeviceError when they fail or give anything but numbers."""
+    prefill = Chunk(slot=0, start=0, token_ids=(0, 0, 0), wants_logits=True)
+    outcome = runner.run(StepPlan(chunks=(prefill,), rows=(Row(0, 3),)))
+    for result in (*outcome.chunks, outcome.rows):
+        assert result is not None
+        meter.charge_overhead(result.nanoseconds, WARM_UP)
+        if result.error is not None:
+            raise DeviceError(f"the model cannot be run: {result.error}") from result.error
+        if result.logits is None or not np.isfinite(result.logits).all():
+            raise DeviceError("the model's logits are not finite")
+
+
+def describe(
+    model: ModelDirectory, runner: OrtRunner, settings: GeneratorSettings
+) -> pb.GetModelInfoResponse:
+    """What GetModelInfo answers."""
+    return pb.GetModelInfoResponse(
+        id=model.id,
+        revision=model.revision,
+        context_length=runner.info.slot_length,
+        vocabulary_size=model.vocab_size,
+        eos_token_ids=model.eos_token_ids,
+        execution_provider=runner.info.provider,
+        dtype=runner.info.dtype,
+        precision=model.precision or "",
+        slots=runner.info.slots,
+        kv_cache_bytes=runner.info.cache_bytes,
+        max_n=settings.max_n,
+        max_queued_requests=settings.max_queued_requests,
+        max_queued_tokens=settings.max_queued_tokens,
+    )
+
+
+async def serve(settings: GeneratorSettings, model: ModelDirectory, runner: OrtRunner) -> int:
+    """Serves until a signal (0) or a fault of the engine (1); returns the exit status."""
+    loop = asyncio.get_running_loop()
+    meter = Meter()
+    warm_up(runner, meter)
+    faulted = asyncio.Event()
+
+    def report_fault(fault: BaseException) -> None:
+        loop.call_soon_threadsafe(faulted.set)
+
+    cache = SlotCache(runner.info.slots, runner.info.slot_length, settings.prefix_cache)
+    engine = Engine(
+        Scheduler(cache, settings.prefill_tokens, settings.chunk_tokens, meter.settle),
+        runner,
+        meter,
+        Admission(settings.max_queued_requests, settings.max_queued_tokens),
+        Mailroom(loop).deliver,
+        report_fault,
+    )
+    limits = Limits(
+        revision=model.revision,
+        vocabulary_size=model.vocab_size,
+        slot_length=runner.info.slot_length,
+        max_n=settings.max_n,
+        eos_token_ids=model.eos_token_ids,
+        defaults=default_sampling(model),
+    )
+    registry = CollectorRegistry()
+    registry.register(EngineCollector(engine.load, meter, model.id))
+    metrics = RequestMetrics(registry, model.id)
+    info = describe(model, runner, settings)
+    service = GeneratorService(engine, limits, info, metrics)
+    server = GrpcServer([(add_GeneratorServiceServicer_to_server, service)], [SERVICE])
+    port = await server.start(f"{settings.host}:{settings.port}")
+    if settings.metrics_port:
+        prometheus_client.start_http_server(settings.metrics_port, settings.host, registry)
+    engine.start()
+    await server.set_serving(True)
+    log.info(
+        "serving %s on port %d: %s, %d slots of %d tokens, %d MiB of keys and values",
+        model.id, port, info.execution_provider, info.slots, info.context_length,
+        info.kv_cache_bytes >> 20,
+    )  # fmt: skip
+    stop, fault = asyncio.create_task(wait_for_signal()), asyncio.create_task(faulted.wait())
+    await asyncio.wait({stop, fault}, return_when=asyncio.FIRST_COMPLETED)
+    if faulted.is_set():
+        await server.drain(0, 0)
+        return 1
+    await server.drain(settings.drain_notice_seconds, settings.drain_seconds)
+    engine.close()
+    return 0
+
+
+def main() -> None:
+    settings = load_settings(GeneratorSettings)
+    telemetry.configure_logging("generator_svc", settings.log_level)
+    sys.setswitchinterval(_SWITCH_INTERVAL_SECONDS)
+    try:
+        model = load_model_directory(settings.model_directory)
+        runner = load_runner(settings, model)
+        status = asyncio.run(serve(settings, model, runner))
+    except (ModelDirectoryError, MemoryPlanError, DeviceError) as error:
+        refuse_to_start(f"generator_svc: {error}")
+    except (OSError, RuntimeError) as error:  # a port that is taken, for one
+        refuse_to_start(f"generator_svc: {error}")
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

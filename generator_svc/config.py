@@ -1,0 +1,69 @@
+"""The generator's settings, read once at start from TRIVIUM_GENERATOR_… variables."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class GeneratorSettings(BaseSettings):
+    """Every setting of generator_svc."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="TRIVIUM_GENERATOR_", frozen=True, extra="forbid", protected_namespaces=()
+    )
+
+    model_directory: Path = Field(description="The model's folder; its name is the model's id.")
+    host: str = Field("127.0.0.1", description="Address that gRPC and metrics bind to.")
+    port: int = Field(50052, ge=0, le=65535, description="gRPC port; 0 takes any free one.")
+    metrics_port: int = Field(
+        9052, ge=0, le=65535, description="HTTP port of /metrics; 0 turns it off."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe level that is logged."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where the model runs; cuda refuses to start without a CUDA device."
+    )
+    threads: int = Field(
+        0, ge=0, le=1024, description="Threads of a run on the CPU; 0 takes one per core."
+    )
+    slots: int = Field(
+        32, ge=1, le=4096, description="Most sequences held at once; fewer if memory is short."
+    )
+    max_sequence_length: int = Field(
+        4096,
+        ge=16,
+        description="Tokens a slot holds, prompt and answer together; at most the model's context.",
+    )
+    kv_cache_bytes: int = Field(
+        0,
+        ge=0,
+        description="Memory of keys and values in bytes; 0 takes up to half of what is free.",
+    )
+    prefix_cache: bool = Field(
+        True, description="Whether prompts reuse keys and values of earlier prompts."
+    )
+    prefill_tokens: int = Field(
+        256,
+        ge=8,
+        description="Prompt tokens a step computes while other sequences decode: more start new "
+        "requests sooner, fewer stall running streams less.",
+    )
+    chunk_tokens: int = Field(
+        512, ge=8, description="Prompt tokens a step computes while nothing decodes."
+    )
+    max_n: int = Field(128, ge=1, le=128, description="Largest n of a request.")
+    max_queued_requests: int = Field(
+        512, ge=1, description="Requests that may wait for a slot; more get 429."
+    )
+    max_queued_tokens: int = Field(
+        400_000, ge=1, description="Prompt tokens that may wait for a slot; more get 429."
+    )
+    drain_notice_seconds: float = Field(
+        0.5, ge=0, description="Time between reporting NOT_SERVING and refusing calls."
+    )
+    drain_seconds: float = Field(
+        30.0, ge=0, description="Time that running calls get to finish at SIGTERM."
+    )

@@ -1,0 +1,164 @@
+"""The protocol's messages to and from the engine's values; the checks of a request are here.
+
+Each field is checked once: what `to_generation` returns fits the model.
+"""
+
+import math
+import secrets
+from dataclasses import dataclass, replace
+
+from generator_svc.sequence import (
+    FinishReason,
+    Generation,
+    SampledToken,
+    Sampling,
+    Sequence,
+    Update,
+)
+from trivium.generator.v1 import generator_pb2 as pb
+from trivium.wire.errors import ServiceError
+
+MAX_TOP_LOGPROBS = 20
+
+_REASONS = {
+    FinishReason.STOP_TOKEN: pb.FINISH_REASON_STOP_TOKEN,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.STOPPED: pb.FINISH_REASON_STOPPED,
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request has to fit into. `slot_length` bounds prompt and answer together."""
+
+    revision: str
+    vocabulary_size: int
+    slot_length: int
+    max_n: int
+    eos_token_ids: tuple[int, ...]
+    defaults: Sampling
+
+
+def to_generation(start: pb.StartGeneration, limits: Limits) -> Generation:
+    """A checked request; raises ServiceError that names the field."""
+    if start.revision != limits.revision:
+        raise ServiceError(
+            "revision_mismatch",
+            f"The token ids are for revision {start.revision!r} of the model, and "
+            f"{limits.revision!r} is loaded.",
+        )
+    prompt = tuple(start.prompt_token_ids)
+    if not prompt:
+        raise ServiceError("empty_array", "The prompt has no tokens.", "prompt_token_ids")
+    _check_ids(prompt, limits, "prompt_token_ids")
+    _check_ids(start.stop_token_ids, limits, "stop_token_ids")
+    room = limits.slot_length - len(prompt)
+    if room < 1:
+        raise ServiceError(
+            "context_length_exceeded",
+            f"This model's maximum context length is {limits.slot_length} tokens. However, your "
+            f"messages resulted in {len(prompt)} tokens. Please reduce the length of the messages.",
+            "prompt_token_ids",
+        )
+    wanted = start.max_new_tokens if start.HasField("max_new_tokens") else room
+    _check_range("max_new_tokens", wanted, 1, math.inf)
+    n = start.n if start.HasField("n") else 1
+    _check_range("n", n, 1, limits.max_n)
+    _check_range("min_new_tokens", start.min_new_tokens, 0, math.inf)
+    stop_ids = {*start.stop_token_ids}
+    if not start.ignore_eos:
+        stop_ids.update(limits.eos_token_ids)
+    top_logprobs = start.top_logprobs if start.HasField("top_logprobs") else None
+    _check_range("top_logprobs", top_logprobs or 0, 0, MAX_TOP_LOGPROBS)
+    return Generation(
+        prompt=prompt,
+        max_new_tokens=min(wanted, room),
+        sampling=_to_sampling(start.sampling, limits),
+        n=n,
+        min_new_tokens=start.min_new_tokens,
+        stop_token_ids=frozenset(stop_ids),
+        top_logprobs=top_logprobs,
+    )
+
+
+_RANGES = {
+    "temperature": (0.0, 2.0),
+    "top_p": (0.0, 1.0),
+    "top_k": (-1, math.inf),
+    "min_p": (0.0, 1.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "repetition_penalty": (1e-6, 10.0),
+}
+
+
+def _to_sampling(params: pb.SamplingParams, limits: Limits) -> Sampling:
+    given = {}
+    for name, (least, most) in _RANGES.items():
+        if params.HasField(name):
+            given[name] = getattr(params, name)
+            _check_range(f"sampling.{name}", given[name], least, most)
+    bias = dict(params.logit_bias)
+    _check_ids(bias, limits, "sampling.logit_bias")
+    for token_id, value in bias.items():
+        _check_range(f"sampling.logit_bias[{token_id}]", value, -100.0, 100.0)
+    seed = params.seed if params.HasField("seed") else secrets.randbits(63)
+    return replace(limits.defaults, **given, logit_bias=bias, seed=seed)
+
+
+def _check_range(field: str, value: float, least: float, most: float) -> None:
+    kind = "decimal" if isinstance(value, float) else "integer"
+    if math.isnan(value):
+        raise ServiceError("invalid_value", f"Invalid '{field}': not a number.", field)
+    if value < least:
+        code, bound = f"{kind}_below_min_value", f"at least {least}"
+    elif value > most:
+        code, bound = f"{kind}_above_max_value", f"at most {most}"
+    else:
+        return
+    raise ServiceError(code, f"Invalid '{field}': {value} is not {bound}.", field)
+
+
+def _check_ids(ids: object, limits: Limits, field: str) -> None:
+    for token_id in ids:  # type: ignore[attr-defined]
+        if not 0 <= token_id < limits.vocabulary_size:
+            raise ServiceError(
+                "invalid_value",
+                f"Invalid '{field}': {token_id} is not in the vocabulary, which has "
+                f"{limits.vocabulary_size} tokens.",
+                field,
+            )
+
+
+def to_response(updates: list[Update]) -> pb.GenerateResponse:
+    """One message of all updates since the last, merged by sequence."""
+    merged: dict[int, pb.SequenceUpdate] = {}
+    for update in updates:
+        index = update.sequence.index
+        message = merged.setdefault(index, pb.SequenceUpdate(index=index))
+        if update.token is not None:
+            _add_token(message, update.token)
+        if update.is_finished:
+            message.finished.CopyFrom(_finished(update.sequence))
+    return pb.GenerateResponse(updates=merged.values())
+
+
+def _add_token(message: pb.SequenceUpdate, token: SampledToken) -> None:
+    message.token_ids.append(token.token_id)
+    if token.logprobs is not None:
+        message.logprobs.add(
+            logprob=token.logprobs.logprob,
+            top_token_ids=token.logprobs.top_token_ids,
+            top_logprobs=token.logprobs.top_logprobs,
+        )
+
+
+def _finished(sequence: Sequence) -> pb.Finished:
+    assert sequence.finish_reason in _REASONS, "this end is never told. This is a bug."
+    return pb.Finished(
+        reason=_REASONS[sequence.finish_reason],
+        completion_tokens=sequence.generated,
+        prompt_tokens=sequence.prompt_length,
+        cached_prompt_tokens=sequence.cached_prompt_tokens,
+        device_nanoseconds=sequence.device_nanoseconds,
+    )

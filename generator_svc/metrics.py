@@ -1,0 +1,108 @@
+"""What an operator sees of the generator, by the names vLLM's users know where they mean the same.
+
+Gauges and the engine's own counters are read when they are asked for, so steps pay nothing.
+"""
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector, CollectorRegistry
+
+from generator_svc.engine import Load
+from generator_svc.metering import Meter
+
+_FIRST_TOKEN_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+_NEXT_TOKEN_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+
+
+class RequestMetrics:
+    """Counters and histograms that calls feed."""
+
+    def __init__(self, registry: CollectorRegistry, model: str) -> None:
+        def counter(name: str, text: str) -> Counter:
+            return Counter(name, text, ["model_name"], registry=registry)
+
+        labels = {"model_name": model}
+        self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens").labels(**labels)
+        self.cached_tokens = counter(
+            "vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache"
+        ).labels(**labels)
+        self.generation_tokens = counter("vllm:generation_tokens", "Tokens generated").labels(
+            **labels
+        )
+        self.first_token = Histogram(
+            "vllm:time_to_first_token_seconds",
+            "From a call's arrival to its first token",
+            ["model_name"],
+            registry=registry,
+            buckets=_FIRST_TOKEN_BUCKETS,
+        ).labels(**labels)
+        self.next_token = Histogram(
+            "vllm:inter_token_latency_seconds",
+            "Between two tokens of a sequence",
+            ["model_name"],
+            registry=registry,
+            buckets=_NEXT_TOKEN_BUCKETS,
+        ).labels(**labels)
+        self._finished = Counter(
+            "vllm:request_success",
+            "Calls by how they ended",
+            ["model_name", "finished_reason"],
+            registry=registry,
+        )
+        self._model = model
+
+    def finished(self, reason: str) -> None:
+        self._finished.labels(model_name=self._model, finished_reason=reason).inc()
+
+
+class EngineCollector(Collector):
+    """The engine's load and its meter, read at each scrape."""
+
+    def __init__(self, load: Callable[[], Load], meter: Meter, model: str) -> None:
+        self._load = load
+        self._meter = meter
+        self._model = model
+
+    def collect(self) -> Iterator[Metric]:
+        load = self._load()
+        gauges = {
+            "vllm:num_requests_running": ("Sequences that hold a slot", load.running_sequences),
+            "vllm:num_requests_waiting": ("Requests that wait for a slot", load.waiting_requests),
+            "vllm:kv_cache_usage_perc": ("Share of slots in use", load.used_slots / load.slots),
+            "trivium_slots": ("Slots", load.slots),
+            "trivium_slots_in_use": ("Slots that a sequence holds", load.used_slots),
+            "trivium_waiting_prompt_tokens": ("Prompt tokens that wait", load.waiting_tokens),
+        }
+        for name, (text, value) in gauges.items():
+            gauge = GaugeMetricFamily(name, text, labels=["model_name"])
+            gauge.add_metric([self._model], value)
+            yield gauge
+        yield from self._account()
+
+    def _account(self) -> Iterator[Metric]:
+        busy = CounterMetricFamily(
+            "trivium_device_busy_nanoseconds", "Device time of all runs", labels=["model_name"]
+        )
+        busy.add_metric([self._model], self._meter.busy)
+        yield busy
+        overhead = CounterMetricFamily(
+            "trivium_device_overhead_nanoseconds",
+            "Device time that belongs to no request",
+            labels=["model_name", "reason"],
+        )
+        for reason, nanoseconds in sorted(self._meter.overhead.items()):
+            overhead.add_metric([self._model, reason], nanoseconds)
+        yield overhead
+        requests = CounterMetricFamily(
+            "trivium_device_request_nanoseconds",
+            "Device time of ended sequences, by how they ended",
+            labels=["model_name", "outcome"],
+        )
+        for outcome, nanoseconds in sorted(
+            (reason.name.lower(), nanos) for reason, nanos in self._meter.settled.items()
+        ):
+            requests.add_metric([self._model, outcome], nanoseconds)
+        yield requests

@@ -1,0 +1,61 @@
+"""What one step does, decided in advance: a frozen, printable value, all that the runner knows.
+
+A step first moves cache slots, then runs the prefill chunks one by one, then runs one decode
+batch over the slots 0 to len(rows) - 1.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Copies the keys and values of the first `length` tokens of a slot to another."""
+
+    source: int
+    target: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Swap:
+    """Exchanges the keys and values of the first `length` tokens of two slots."""
+
+    first: int
+    second: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Computes `token_ids` as the tokens from position `start` of a slot."""
+
+    slot: int
+    start: int
+    token_ids: tuple[int, ...]
+    wants_logits: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """Computes `token_id` as the token at `position` of the slot that has the row's number.
+
+    An idle row is there because its neighbours are: what it writes at its position is
+    garbage that is overwritten before it is ever read.
+    """
+
+    token_id: int
+    position: int
+    is_idle: bool = False
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step. `rows[i]` belongs to slot i."""
+
+    moves: tuple[Copy | Swap, ...] = ()
+    chunks: tuple[Chunk, ...] = ()
+    rows: tuple[Row, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.moves or self.chunks or self.rows)

@@ -1,0 +1,22 @@
+"""Uniform numbers that depend on a seed and a position alone, whatever else is drawn.
+
+The number at position t is the t-th output of SplitMix64 (Steele, Lea, Flood: "Fast splittable
+pseudorandom number generators", OOPSLA 2014), whose state is a plain counter, so that any
+position can be had without those before it. The seed is mixed once, since neighbouring seeds
+would otherwise give neighbouring streams.
+"""
+
+_MASK = (1 << 64) - 1
+_GOLDEN_GAMMA = 0x9E3779B97F4A7C15
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) with 53 random bits for any integers."""
+    state = _mix(seed & _MASK) + (position + 1) * _GOLDEN_GAMMA
+    return (_mix(state & _MASK) >> 11) * 2.0**-53
+
+
+def _mix(z: int) -> int:
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)

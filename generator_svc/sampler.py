@@ -1,0 +1,151 @@
+"""From logits to tokens. Each row is worked on alone, so its token never depends on its batch.
+
+The order is: raw log-probabilities (those are reported), logit bias, min_new_tokens mask,
+repetition penalty, frequency and presence penalty, temperature, top_k, top_p, min_p, draw.
+Knows nothing about slots, steps or text.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from generator_svc.random_draw import uniform
+from generator_svc.sequence import Logprobs, SampledToken, Sampling, Sequence
+
+Row = npt.NDArray[np.float32]  # [vocabulary]
+
+IMPOSSIBLE = -9999.0  # reported for a probability of zero; JSON has no infinity
+_FIRST_CANDIDATES = 256
+_BLOCK = 256
+
+
+class BadLogits(ArithmeticError):
+    """The model gave NaN, or nothing that can be drawn."""
+
+
+def sample(sequence: Sequence, logits: Row) -> SampledToken:
+    """The next token of `sequence` from `logits`, which are not changed. Raises BadLogits."""
+    generation = sequence.generation
+    best = int(logits.argmax())
+    if not np.isfinite(logits[best]):  # arg max stops at the first NaN
+        raise BadLogits("the model's logits are not finite")
+    sampling = generation.sampling
+    masks_stop = sequence.generated < generation.min_new_tokens
+    if sampling.is_plain_greedy and not masks_stop:
+        token_id = best
+    else:
+        row = _adjusted(sequence, logits, masks_stop)
+        token_id = _choose(row, sampling, sequence.index, sequence.generated)
+    if generation.top_logprobs is None:
+        return SampledToken(token_id)
+    return SampledToken(token_id, _report(logits, token_id, generation.top_logprobs))
+
+
+def _report(logits: Row, token_id: int, top: int) -> Logprobs:
+    row = logits.astype(np.float64)
+    row -= row.max()
+    row -= np.log(np.exp(row).sum())
+    np.maximum(row, IMPOSSIBLE, out=row)
+    ids = _most_likely(row, top)
+    return Logprobs(float(row[token_id]), tuple(ids.tolist()), tuple(row[ids].tolist()))
+
+
+def _most_likely(row: npt.NDArray[np.floating], count: int) -> npt.NDArray[np.intp]:
+    """Ids of the `count` largest, largest first, the lower id first among equals."""
+    if count == 0:
+        return np.empty(0, dtype=np.intp)
+    if count >= row.size:
+        return np.argsort(-row, kind="stable")
+    threshold = np.partition(row, row.size - count)[row.size - count]
+    ids = np.flatnonzero(row >= threshold)  # ascending; more than `count` only among equals
+    return ids[np.argsort(-row[ids], kind="stable")][:count]
+
+
+def _adjusted(sequence: Sequence, logits: Row, masks_stop: bool) -> npt.NDArray[np.float64]:
+    """A copy of the logits with bias, mask and penalties applied."""
+    sampling = sequence.generation.sampling
+    row = logits.astype(np.float64)
+    if sampling.logit_bias:
+        row[list(sampling.logit_bias)] += list(sampling.logit_bias.values())
+    if masks_stop:
+        row[list(sequence.generation.stop_token_ids)] = -np.inf
+    if sampling.repetition_penalty != 1:
+        seen = np.fromiter(set(sequence.token_ids), dtype=np.intp)
+        penalty = sampling.repetition_penalty
+        row[seen] = np.where(row[seen] > 0, row[seen] / penalty, row[seen] * penalty)
+    if sequence.output_counts and (sampling.frequency_penalty or sampling.presence_penalty):
+        ids = np.fromiter(sequence.output_counts.keys(), dtype=np.intp)
+        counts = np.fromiter(sequence.output_counts.values(), dtype=np.float64)
+        row[ids] -= sampling.frequency_penalty * counts + sampling.presence_penalty
+    return row
+
+
+def _choose(row: npt.NDArray[np.float64], sampling: Sampling, index: int, position: int) -> int:
+    best = int(row.argmax())
+    if not np.isfinite(row[best]):
+        raise BadLogits("no token is left that could be drawn")
+    if sampling.temperature == 0 or sampling.top_k == 1 or sampling.top_p == 0:
+        return best
+    with np.errstate(over="ignore"):  # a tiny temperature: -inf is what is meant
+        weights = np.exp((row - row[best]) / sampling.temperature)
+    draw = uniform(sampling.seed + index, position)
+    if sampling.top_p >= 1 and sampling.min_p == 0 and not 0 < sampling.top_k < row.size:
+        return _draw_from_all(weights, draw)
+    ids = _candidates(weights, sampling)
+    cumulative = np.cumsum(weights[ids])
+    return int(ids[_position(cumulative, draw)])
+
+
+def _draw_from_all(weights: npt.NDArray[np.float64], draw: float) -> int:
+    """Inverse of the distribution function: first the block of tokens, then the token in it."""
+    whole = weights.size - weights.size % _BLOCK
+    sums = weights[:whole].reshape(-1, _BLOCK).sum(axis=1)
+    cumulative = np.cumsum(np.append(sums, weights[whole:].sum()))
+    block = _position(cumulative, draw)
+    start = block * _BLOCK
+    inside = np.cumsum(weights[start : start + _BLOCK])
+    before = cumulative[block - 1] if block else 0.0
+    within = (draw * cumulative[-1] - before) / inside[-1]
+    return start + _position(inside, min(max(within, 0.0), np.nextafter(1.0, 0.0)))
+
+
+def _position(cumulative: npt.NDArray[np.float64], draw: float) -> int:
+    """The first place whose cumulative weight exceeds `draw` of the total."""
+    place = int(np.searchsorted(cumulative, draw * cumulative[-1], side="right"))
+    # Rounding may reach the total itself; then the last place that has any weight.
+    return min(place, int(np.searchsorted(cumulative, cumulative[-1])))
+
+
+def _candidates(weights: npt.NDArray[np.float64], sampling: Sampling) -> npt.NDArray[np.intp]:
+    """Ids that top_k, top_p and min_p leave, most likely first; at least one."""
+    has_top_k = 0 < sampling.top_k < weights.size
+    count = sampling.top_k if has_top_k else _FIRST_CANDIDATES
+    while True:
+        ids = _most_likely(weights, min(count, weights.size))
+        sums = np.cumsum(weights[ids])
+        total = sums[-1] if has_top_k else weights.sum()
+        enough = has_top_k or count >= weights.size or sums[-1] >= sampling.top_p * total
+        least = sampling.min_p  # the largest weight is 1
+        if enough or weights[ids[-1]] < least:
+            break
+        count *= 8
+    if sampling.top_p < 1:
+        ids = ids[: int(np.searchsorted(sums, sampling.top_p * total)) + 1]
+    if least > 0:
+        ids = ids[weights[ids] >= least]
+    return ids
+
+
+def sample_all(
+    drawing: Iterable[tuple[Sequence, Row]],
+) -> tuple[list[tuple[Sequence, SampledToken]], list[tuple[Sequence, BaseException]]]:
+    """Tokens for all, and the failures of those whose logits were bad."""
+    tokens: list[tuple[Sequence, SampledToken]] = []
+    failures: list[tuple[Sequence, BaseException]] = []
+    for sequence, logits in drawing:
+        try:
+            tokens.append((sequence, sample(sequence, logits)))
+        except BadLogits as error:
+            failures.append((sequence, error))
+    return tokens, failures

@@ -1,0 +1,231 @@
+"""Decides what the next step computes, and takes in what it brought. Standard library only.
+
+The policy, whole:
+
+    1. First come, first served. A request waits until a slot is free.
+    2. Every sequence that decodes gets one token in every step.
+    3. Prompts are prefilled in chunks beside it. While anything decodes, a step prefills at
+       most `prefill_tokens` (the one dial: more of them, and new requests start sooner;
+       fewer, and running streams stall less). While nothing decodes, up to `chunk_tokens`.
+    4. The n sequences of a request share one prefill: the others start when the first has its
+       prompt computed, from a copy of its slot and from the same logits.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from generator_svc.kv_cache import SlotCache
+from generator_svc.plan import Chunk, Row, StepPlan
+from generator_svc.sequence import (
+    FinishReason,
+    Group,
+    SampledToken,
+    Sequence,
+    Stage,
+    Update,
+)
+
+# A lone token's attention is computed by another kernel than that of several, which rounds
+# differently: a prompt that were cut there would give other logits than one that is not.
+SHORTEST_CHUNK = 2
+
+
+@dataclass(frozen=True)
+class Step:
+    """A plan and whose it is: `chunks[i]` belongs to plan.chunks[i], `rows[i]` to plan.rows[i].
+
+    `forks` draw their first token from their group's prompt logits and compute nothing.
+    """
+
+    plan: StepPlan
+    chunks: tuple[Sequence, ...] = ()
+    rows: tuple[Sequence | None, ...] = ()
+    forks: tuple[Sequence, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        return self.plan.is_empty and not self.forks
+
+
+class Scheduler:
+    """`prefill_tokens` and `chunk_tokens` as in the module's policy; more than 4, in tokens.
+
+    `on_finish` hears of every sequence that ended, once, however it did.
+    """
+
+    def __init__(
+        self,
+        cache: SlotCache,
+        prefill_tokens: int,
+        chunk_tokens: int,
+        on_finish: Callable[[Sequence], None],
+    ) -> None:
+        assert min(prefill_tokens, chunk_tokens) > 2 * SHORTEST_CHUNK
+        self.cache = cache
+        self._on_finish = on_finish
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self._prefill_tokens = prefill_tokens
+        self._chunk_tokens = chunk_tokens
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, group: Group) -> None:
+        """Queues a request. Only its first sequence: the others wait for its prompt."""
+        self.waiting.append(group.sequences[0])
+
+    def schedule(self) -> Step:
+        """Admits what there is room for and plans a step; does not run it."""
+        moves, forks = [], []
+        budget = self._budget() - sum(s.uncomputed for s in self._prefilling())
+        while self.waiting and self.cache.can_allocate() and budget > 0:
+            sequence = self.waiting.popleft()
+            sequence.group.permit.release()
+            # The prompt's end is computed anew, for its logits, unless these are kept.
+            has_logits = sequence.group.prompt_logits is not None
+            most = sequence.prompt_length - (0 if has_logits else SHORTEST_CHUNK)
+            moves += self.cache.allocate(sequence, max(most, 0))
+            self.running.append(sequence)
+            sequence.stage = Stage.PREFILL
+            if sequence.uncomputed:
+                budget -= sequence.uncomputed
+            else:
+                forks.append(sequence)
+        moves += self.cache.compact()
+        chunks = self._plan_chunks()
+        computed = {s: chunk.start + len(chunk.token_ids) for s, chunk in chunks.items()}
+        rows = self._plan_rows(computed)
+        owners = tuple(
+            None if row.is_idle else self.cache.owner(slot) for slot, row in enumerate(rows)
+        )
+        plan = StepPlan(tuple(moves), tuple(chunks.values()), rows)
+        return Step(plan, tuple(chunks), owners, tuple(forks))
+
+    def commit(
+        self,
+        step: Step,
+        tokens: Iterable[tuple[Sequence, SampledToken]],
+        failures: Iterable[tuple[Sequence, BaseException]] = (),
+    ) -> list[Update]:
+        """Takes in a step's tokens and failures; what ended has left its slot afterwards."""
+        for sequence, chunk in zip(step.chunks, step.plan.chunks, strict=True):
+            sequence.computed += len(chunk.token_ids)
+        for owner in step.rows:
+            if owner is not None:
+                owner.computed += 1
+        updates = []
+        for sequence, error in failures:
+            updates += self._fail(sequence.group, error)
+        for sequence, token in tokens:
+            if sequence.stage is Stage.FINISHED:  # its group failed in this very step
+                continue
+            if sequence.stage is Stage.PREFILL:
+                sequence.stage = Stage.DECODE
+                self._start_siblings(sequence.group)
+            sequence.append(token.token_id)
+            if sequence.finish_reason is not None:
+                self.finish(sequence, sequence.finish_reason)
+            ended = sequence.stage is Stage.FINISHED
+            updates.append(Update(sequence.group, sequence, token, ended))
+        return updates
+
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        """Ends a sequence wherever it is, and frees what it holds; a second time does nothing."""
+        if sequence.stage is Stage.FINISHED:
+            return
+        if sequence.stage is Stage.WAITING:
+            if sequence in self.waiting:
+                self.waiting.remove(sequence)
+        else:
+            self.running.remove(sequence)
+            if reason is FinishReason.FAILED:
+                self.cache.forget(sequence)
+            else:
+                self.cache.release(sequence)
+        was_first = sequence.stage in (Stage.WAITING, Stage.PREFILL)
+        sequence.stage = Stage.FINISHED
+        sequence.finish_reason = reason
+        self._on_finish(sequence)
+        group = sequence.group
+        if group.is_finished:
+            group.permit.release()
+            group.prompt_logits = None
+        elif was_first and reason is FinishReason.STOPPED:
+            self._promote(group)
+
+    def cancel(self, group: Group, reason: FinishReason = FinishReason.CANCELLED) -> None:
+        """Ends all sequences of a group."""
+        for sequence in group.sequences:
+            self.finish(sequence, reason)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when queue, running sequences and slots contradict each other."""
+        self.cache.check_integrity()
+        assert len(self.running) == self.cache.used_slots, "a slot has no running sequence"
+        assert all(self.cache.owner(s.slot) is s for s in self.running)
+        assert all(s.stage is Stage.WAITING for s in self.waiting)
+
+    def _budget(self) -> int:
+        decodes = any(sequence.stage is Stage.DECODE for sequence in self.running)
+        return self._prefill_tokens if decodes else self._chunk_tokens
+
+    def _prefilling(self) -> list[Sequence]:
+        return [s for s in self.running if s.stage is Stage.PREFILL and s.uncomputed]
+
+    def _plan_chunks(self) -> dict[Sequence, Chunk]:
+        budget = self._budget()
+        chunks = {}
+        for sequence in self._prefilling():
+            length = _chunk_length(sequence.uncomputed, min(budget, self._chunk_tokens))
+            if not length:
+                break
+            budget -= length
+            start = sequence.computed
+            tokens = tuple(sequence.token_ids[start : start + length])
+            chunks[sequence] = Chunk(sequence.slot, start, tokens, length == sequence.uncomputed)
+        return chunks
+
+    def _plan_rows(self, computed: dict[Sequence, int]) -> tuple[Row, ...]:
+        decoding = {s.slot: s for s in self.running if s.stage is Stage.DECODE}
+        rows = []
+        for slot in range(max(decoding, default=-1) + 1):
+            sequence = decoding.get(slot)
+            if sequence is not None:
+                rows.append(Row(sequence.token_ids[-1], sequence.computed))
+                continue
+            owner = self.cache.owner(slot)
+            position = self.cache.idle_position(slot)
+            if owner is not None:  # in prefill: a chunk of this step may run before
+                position = computed.get(owner, position)
+            rows.append(Row(0, position, is_idle=True))
+        return tuple(rows)
+
+    def _start_siblings(self, group: Group) -> None:
+        waiting = [s for s in group.sequences if s.stage is Stage.WAITING and s not in self.waiting]
+        self.waiting.extendleft(reversed(waiting))
+
+    def _promote(self, group: Group) -> None:
+        """The first sequence ended before its prompt was computed: the next one does that."""
+        if group.prompt_logits is not None:
+            return
+        queued = any(s.stage is Stage.PREFILL or s in self.waiting for s in group.sequences)
+        if not queued:
+            following = next(s for s in group.sequences if s.stage is Stage.WAITING)
+            self.waiting.appendleft(following)
+
+    def _fail(self, group: Group, error: BaseException) -> list[Update]:
+        if group.is_finished:
+            return []
+        self.cancel(group, FinishReason.FAILED)
+        return [Update(group, group.sequences[0], is_finished=True, error=error)]
+
+
+def _chunk_length(uncomputed: int, most: int) -> int:
+    """Tokens to compute now: all, or as many as fit while SHORTEST_CHUNK of them are left."""
+    if uncomputed <= most:
+        return uncomputed
+    length = min(most, uncomputed - SHORTEST_CHUNK)
+    return length if length >= SHORTEST_CHUNK else 0
