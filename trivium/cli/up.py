@@ -61,7 +61,7 @@ TokenizerPortOption = Annotated[
 ]
 TokenizerMetricsPortOption = Annotated[
     int,
-    typer.Option(min=1, max=65535, envvar="TRIVIUM_TOKENIZER_METRICS_PORT", help="Its metrics."),
+    typer.Option(min=0, max=65535, envvar="TRIVIUM_TOKENIZER_METRICS_PORT", help="Its metrics."),
 ]
 GeneratorPortOption = Annotated[
     int,
@@ -69,7 +69,7 @@ GeneratorPortOption = Annotated[
 ]
 GeneratorMetricsPortOption = Annotated[
     int,
-    typer.Option(min=1, max=65535, envvar="TRIVIUM_GENERATOR_METRICS_PORT", help="Its metrics."),
+    typer.Option(min=0, max=65535, envvar="TRIVIUM_GENERATOR_METRICS_PORT", help="Its metrics."),
 ]
 LogLevelOption = Annotated[str, typer.Option(help="Of all three services.")]
 DrainOption = Annotated[
