@@ -1,13 +1,18 @@
-"""Weights in 8 or 4 bits, activations in float, by ONNX Runtime's own quantiser.
+"""Weights in 8 or 4 bits, activations in float.
 
-Eight bits: symmetric, round to nearest. Four bits: k-quant, which loses much less than rounding,
-with the head still in eight bits.
+Eight bits, by ONNX Runtime's own quantiser: round to nearest, asymmetric in blocks of 32. The 16
+evenly spaced levels of a Q4_1 block are among the 256 of such a block but for a shift, so weights
+from a GGUF file pass almost unchanged. Four bits: its k-quant, which loses much less than rounding.
+
+The head is done here, in 8 bits with either precision: symmetric, with the largest magnitude of a
+block at 127. That reproduces Q8_0, which is what GGUF files keep the embedding in, exactly.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from onnxruntime.quantization.matmul_nbits_quantizer import (
     DefaultWeightOnlyQuantConfig,
     KQuantWeightOnlyQuantConfig,
@@ -15,33 +20,67 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
 )
 
 from generator_svc.export.checkpoint import quiet_libraries
-from generator_svc.export.graph import Graph
+from generator_svc.export.graph import MICROSOFT, Graph
 from generator_svc.export.head import HEAD
 
 BLOCK_SIZE = 32
 # Products may be computed in int8: each row of activations is quantised by itself.
 ACCURACY_LEVEL = 4
+ZERO_POINT = 128  # what MatMulNBits takes when it is given none
 
 
 def quantize_weights(graph: Graph, bits: int) -> Graph:
     """Swaps every product with a constant matrix for MatMulNBits; node names stay."""
     assert bits in (4, 8)
-    if bits == 8:
-        return _quantize(graph, _eight_bits(), keep=[])
-    others = [node.name for node in graph.nodes.values() if node.name != HEAD]
-    graph = _quantize(graph, _eight_bits(), keep=others)
-    four = KQuantWeightOnlyQuantConfig()
-    return _quantize(graph, four, keep=[])
-
-
-def _eight_bits() -> DefaultWeightOnlyQuantConfig:
-    return DefaultWeightOnlyQuantConfig(
-        block_size=BLOCK_SIZE, is_symmetric=True, accuracy_level=ACCURACY_LEVEL, bits=8
+    _quantize_head(graph)
+    if bits == 4:
+        return _quantize_others(graph, KQuantWeightOnlyQuantConfig())
+    config = DefaultWeightOnlyQuantConfig(
+        block_size=BLOCK_SIZE, is_symmetric=False, accuracy_level=ACCURACY_LEVEL, bits=8
     )
+    return _quantize_others(graph, config)
 
 
-def _quantize(graph: Graph, config: Any, keep: list[str]) -> Graph:
-    """`keep` names nodes to leave alone."""
+def quantize_rows(weight: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], ...]:
+    """Symmetric 8-bit blocks of float32 rows [N, K].
+
+    Returns uint8 [N, blocks, block size], zero at 128, and float32 scales [N, blocks]; the last
+    block is padded with zeros.
+    """
+    rows, columns = weight.shape
+    blocks = -(-columns // BLOCK_SIZE)
+    padded = np.pad(weight, ((0, 0), (0, blocks * BLOCK_SIZE - columns)))
+    padded = padded.reshape(rows, blocks, BLOCK_SIZE)
+    scales = np.abs(padded).max(-1) / np.float32(127)
+    steps = np.rint(padded / np.where(scales == 0, 1, scales)[..., None])
+    return (steps + ZERO_POINT).astype(np.uint8), scales
+
+
+def _quantize_head(graph: Graph) -> None:
+    head = graph.nodes[HEAD]
+    columns, rows = graph.initializers[head.input[1]].dims
+    quantized, scales = quantize_rows(graph.array(head.input[1]).T)
+    graph.remove([head])
+    graph.add(
+        "MatMulNBits",
+        HEAD,
+        [
+            head.input[0],
+            graph.constant("lm_head.weight_Q8", quantized),
+            graph.constant("lm_head.weight_scales", scales),
+        ],
+        list(head.output),
+        domain=MICROSOFT,
+        K=columns,
+        N=rows,
+        bits=8,
+        block_size=BLOCK_SIZE,
+        accuracy_level=ACCURACY_LEVEL,
+    )
+    graph.finish()
+
+
+def _quantize_others(graph: Graph, config: Any) -> Graph:
     names = {node.output[0]: node.name for node in graph.nodes.values()}
     with quiet_libraries():
         quantizer = MatMulNBitsQuantizer(
@@ -49,11 +88,10 @@ def _quantize(graph: Graph, config: Any, keep: list[str]) -> Graph:
             bits=4,
             block_size=BLOCK_SIZE,
             accuracy_level=ACCURACY_LEVEL,
-            nodes_to_exclude=keep,
             algo_config=config,
         )
         quantizer.process()
     model = quantizer.model.model
     for node in model.graph.node:
-        node.name = names.get(node.output[0], node.name)
+        node.name = names[node.output[0]]
     return Graph(model)
