@@ -3,7 +3,6 @@
 import time
 from pathlib import Path
 
-from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -13,14 +12,14 @@ from rest_facade.backend import Backend
 from rest_facade.body import read_json
 from rest_facade.config import FacadeSettings
 from rest_facade.connection import while_connected
-from rest_facade.errors import from_validation_error
 from rest_facade.json_text import encode
 from rest_facade.metrics import CONTENT_TYPE, Metrics
 from rest_facade.openapi import openapi_document
-from rest_facade.schema import ChatRequest, check_meaning
+from rest_facade.schema import ChatRequest
 from rest_facade.sse import ChunkWriter
 from rest_facade.stream import EventStream
 from rest_facade.traffic import Traffic
+from rest_facade.validation import parse_request
 
 _DOCS_PAGE = Path(__file__).with_name("docs.html")
 # The page cannot load anything from elsewhere, whatever becomes of it.
@@ -67,11 +66,7 @@ class Routes:
         raw = await read_json(
             request, self._settings.max_body_bytes, self._settings.body_read_seconds
         )
-        try:
-            wanted = ChatRequest.model_validate(raw)
-        except ValidationError as error:
-            raise from_validation_error(error) from None
-        check_meaning(wanted, raw)
+        wanted = parse_request(raw)
         if wanted.stream:
             return await self._stream(request, wanted, started_at)
         message = convert.completion_request(wanted)

@@ -1,0 +1,84 @@
+"""The facade under a real server, in front of a scripted next stage."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from rest_facade.app import build_app
+from rest_facade.auth import KeyFile
+from rest_facade.backend import Backend
+from rest_facade.config import FacadeSettings
+from rest_facade.edge import EdgeProtocol
+from rest_facade.traffic import Traffic
+from tests.rest_facade.scripted_backend import ScriptedBackend
+from trivium.wire.channel import open_channel
+
+StartFacade = Callable[..., Any]
+
+
+@pytest.fixture
+async def backend() -> AsyncIterator[ScriptedBackend]:
+    """A scripted next stage that is up."""
+    scripted = ScriptedBackend()
+    await scripted.start()
+    yield scripted
+    await scripted.die()
+
+
+@pytest.fixture
+async def start_facade(backend: ScriptedBackend) -> AsyncIterator[StartFacade]:
+    """Starts a facade with the given settings on a free port, and returns a client of it."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def start(**settings: Any) -> httpx.AsyncClient:
+            url = await stack.enter_async_context(_facade(backend.port, settings))
+            client = httpx.AsyncClient(base_url=url, timeout=30, trust_env=False)
+            return await stack.enter_async_context(client)
+
+        yield start
+
+
+@pytest.fixture
+async def client(start_facade: StartFacade) -> httpx.AsyncClient:
+    """A client of a facade with default settings."""
+    started: httpx.AsyncClient = await start_facade()
+    return started
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listening = asyncio.Event()
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        self.listening.set()
+
+
+@contextlib.asynccontextmanager
+async def _facade(backend_port: int, values: dict[str, Any]) -> AsyncIterator[str]:
+    settings = FacadeSettings(tokenizer_target=f"127.0.0.1:{backend_port}", **values)
+    keys = KeyFile(settings.api_keys_file) if settings.api_keys_file else None
+    async with open_channel(settings.tokenizer_target) as channel:
+        stage = Backend(channel, settings.request_timeout_seconds)
+        config = uvicorn.Config(
+            build_app(settings, stage, Traffic(), keys),
+            port=0,
+            http=EdgeProtocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            timeout_graceful_shutdown=1,
+        )
+        server = _Server(config)
+        serving = asyncio.create_task(server.serve())
+        await server.listening.wait()
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}"
+        server.should_exit = True
+        await serving

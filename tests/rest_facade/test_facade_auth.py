@@ -1,0 +1,92 @@
+"""API keys, as a client and an operator see them."""
+
+import hashlib
+from pathlib import Path
+
+import httpx
+import pytest
+
+from rest_facade import auth
+from rest_facade.auth import KeyFile, KeyFileError
+from tests.rest_facade.conftest import StartFacade
+from trivium.wire.errors import ServiceError
+
+
+def digest(key: str) -> str:
+    """What stands in the file for `key`."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def accepts(keys: KeyFile, key: str) -> bool:
+    """Whether `key` opens the API."""
+    try:
+        keys.check(f"Bearer {key}")
+    except ServiceError:
+        return False
+    return True
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A file with the keys `one`, labelled, and `two`."""
+    path = tmp_path / "keys"
+    path.write_text(f"# ours\n\n{digest('one')} alice\n{digest('two').upper()} # bob\n")
+    return path
+
+
+async def test_the_api_asks_for_a_key(start_facade: StartFacade, file: Path) -> None:
+    """With a key file the API wants one of its keys; all of them work."""
+    client: httpx.AsyncClient = await start_facade(api_keys_file=file)
+
+    for key in ("one", "two"):
+        answer = await client.get("/v1/models", headers={"authorization": f"Bearer {key}"})
+        assert answer.status_code == 200
+    for header in ({}, {"authorization": "Bearer no"}, {"authorization": "Basic b25l"}):
+        answer = await client.get("/v1/models", headers=header)
+        assert answer.status_code == 401
+        assert answer.headers["www-authenticate"] == "Bearer"
+        assert answer.json()["error"]["code"] == "invalid_api_key"
+
+
+async def test_what_stays_open(start_facade: StartFacade, file: Path) -> None:
+    """Health, metrics and documentation need no key."""
+    client: httpx.AsyncClient = await start_facade(api_keys_file=file)
+    paths = ("/health", "/health/live", "/metrics", "/docs", "/openapi.json")
+
+    assert [200] * 5 == [(await client.get(path)).status_code for path in paths]
+
+
+def test_reload(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A changed file takes effect without a restart, and a broken one changes nothing."""
+    monkeypatch.setattr(auth, "_CHECK_SECONDS", 0)
+    keys = KeyFile(file)
+    file.write_text(digest("three"))
+
+    assert not accepts(keys, "one")
+    assert accepts(keys, "three")
+    file.write_text("not a digest")
+    assert accepts(keys, "three")
+    file.unlink()
+    assert accepts(keys, "three")
+    file.write_text("# nobody any more")
+    assert not accepts(keys, "three")
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    """A file that is absent or has a line that is no digest is refused, by line."""
+    path = tmp_path / "keys"
+    with pytest.raises(KeyFileError, match="No such file"):
+        KeyFile(path)
+    path.write_text(f"{digest('one')}\nsk-plain-text-key\n")
+    with pytest.raises(KeyFileError, match="line 2") as caught:
+        KeyFile(path)
+
+    assert "sk-plain" not in str(caught.value)
+
+
+def test_odd_keys(file: Path) -> None:
+    """Keys that are not ASCII are wrong, and nothing worse."""
+    keys = KeyFile(file)
+
+    assert not accepts(keys, "ÿ\u20ac")
+    assert not accepts(keys, "")

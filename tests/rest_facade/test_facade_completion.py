@@ -1,0 +1,296 @@
+"""Completions through the facade, as a client sees them."""
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.rest_facade.scripted_backend import (
+    MODEL,
+    ScriptedBackend,
+    delta,
+    header,
+    logprob,
+    usage,
+)
+from trivium.chat.v1 import chat_pb2
+
+ASK = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
+USAGE = {
+    "prompt_tokens": 7,
+    "completion_tokens": 2,
+    "total_tokens": 9,
+    "gpu_seconds": 1.5,
+    "prompt_tokens_details": {"cached_tokens": 3, "audio_tokens": 0},
+    "completion_tokens_details": {
+        "reasoning_tokens": 0,
+        "audio_tokens": 0,
+        "accepted_prediction_tokens": 0,
+        "rejected_prediction_tokens": 0,
+    },
+}
+
+
+async def post(client: httpx.AsyncClient, **fields: Any) -> httpx.Response:
+    return await client.post("/v1/chat/completions", json=ASK | fields)
+
+
+def chunks(text: str) -> list[Any]:
+    """The JSON of a stream's events, after its framing has been checked."""
+    assert text.endswith("\n\n")
+    events = text.split("\n\n")[:-1]
+    assert all(event.startswith("data: ") and "\n" not in event for event in events)
+    return [d if d == "[DONE]" else json.loads(d) for d in (e[6:] for e in events)]
+
+
+async def test_whole_answer(client: httpx.AsyncClient) -> None:
+    """An answer without `stream` is OpenAI's object, key by key."""
+    answer = await post(client)
+
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.json() == {
+        "id": "chatcmpl-" + "0" * 32,
+        "object": "chat.completion",
+        "created": 1_700_000_000,
+        "model": MODEL,
+        "system_fingerprint": "fp_scripted",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "Hello world", "refusal": None},
+                "logprobs": None,
+                "finish_reason": "stop",
+            }
+        ],
+        "usage": USAGE,
+    }
+
+
+async def test_stream(client: httpx.AsyncClient) -> None:
+    """A stream is a role chunk, text, one finish chunk with an empty delta, and [DONE]."""
+    answer = await post(client, stream=True)
+    events = chunks(answer.text)
+
+    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert answer.headers["cache-control"] == "no-cache"
+    assert answer.headers["x-accel-buffering"] == "no"
+    assert [
+        ({"role": "assistant", "content": ""}, None),
+        ({"content": "Hello"}, None),
+        ({"content": " world"}, None),
+        ({}, "stop"),
+    ] == [(e["choices"][0]["delta"], e["choices"][0]["finish_reason"]) for e in events[:-1]]
+    assert events[-1] == "[DONE]"
+    assert events[0] == {
+        "id": "chatcmpl-" + "0" * 32,
+        "object": "chat.completion.chunk",
+        "created": 1_700_000_000,
+        "model": MODEL,
+        "system_fingerprint": "fp_scripted",
+        "choices": [
+            {
+                "index": 0,
+                "delta": {"role": "assistant", "content": ""},
+                "logprobs": None,
+                "finish_reason": None,
+            }
+        ],
+    }
+
+
+async def test_stream_usage(client: httpx.AsyncClient) -> None:
+    """With include_usage the last chunk has the usage and no choices, and the others null."""
+    answer = await post(client, stream=True, stream_options={"include_usage": True})
+    *others, last, done = chunks(answer.text)
+
+    assert done == "[DONE]"
+    assert last["choices"] == []
+    assert last["usage"] == USAGE
+    assert [None] * 4 == [chunk["usage"] for chunk in others]
+
+
+async def test_continuous_usage(client: httpx.AsyncClient) -> None:
+    """With continuous_usage_stats every chunk counts the tokens so far."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    answer = await post(client, stream=True, stream_options=options)
+    *others, last, _ = chunks(answer.text)
+
+    assert [(7, 0, 7), (7, 1, 8), (7, 2, 9), (7, 2, 9)] == [
+        tuple(chunk["usage"].values()) for chunk in others
+    ]
+    assert last["usage"] == USAGE
+
+
+async def test_choices_interleave(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
+    """Each index has its own role chunk and finish chunk, in the order things happened."""
+    backend.script = (
+        header(),
+        delta("a", index=0),
+        delta("b", index=1),
+        delta("B", index=1, tokens=2, finish="LENGTH"),
+        delta("A", index=0, tokens=2, finish="STOP"),
+        usage(4),
+    )
+    answer = await post(client, stream=True, n=2)
+    choices = [event["choices"][0] for event in chunks(answer.text)[:-1]]
+
+    assert [
+        (0, ""),
+        (0, "a"),
+        (1, ""),
+        (1, "b"),
+        (1, "B"),
+        (1, "length"),
+        (0, "A"),
+        (0, "stop"),
+    ] == [(c["index"], c["finish_reason"] or c["delta"]["content"]) for c in choices]
+    assert backend.requests[0].n == 2
+
+
+async def test_logprobs(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
+    """Log-probabilities come with token, bytes and alternatives, streamed and not."""
+    backend.script = (
+        header(),
+        delta("é", logprobs=[logprob("é")]),
+        delta(finish="STOP"),
+        usage(1),
+    )
+    entry = {"token": "é", "logprob": -0.5, "bytes": [195, 169]}
+    expected = {"content": [{**entry, "top_logprobs": [entry]}], "refusal": None}
+    whole = await post(client, logprobs=True, top_logprobs=1)
+    streamed = await post(client, logprobs=True, top_logprobs=1, stream=True)
+
+    assert whole.json()["choices"][0]["logprobs"] == expected
+    assert [None, expected, None] == [
+        chunk["choices"][0]["logprobs"] for chunk in chunks(streamed.text)[:-1]
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", ['\u2028\u2029\x85\r\n\t\x00"\\', "🫠 鼜 👩‍🚀", "data: [DONE]\n\n"]
+)
+async def test_text_survives(
+    client: httpx.AsyncClient, backend: ScriptedBackend, text: str
+) -> None:
+    """Any text arrives as it was made, and never breaks an event for whoever splits lines."""
+    backend.script = (header(), delta(text), delta(finish="STOP"), usage())
+    whole = await post(client)
+    streamed = await post(client, stream=True)
+    lines = [line for line in streamed.text.splitlines() if line]
+
+    assert whole.json()["choices"][0]["message"]["content"] == text
+    assert chunks(streamed.text)[1]["choices"][0]["delta"]["content"] == text
+    assert all(line.startswith("data: ") for line in lines)
+
+
+async def test_every_field_arrives(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
+    """Each field of the request reaches the next stage with its value."""
+    fields = {
+        "temperature": 0,
+        "top_p": 0.9,
+        "top_k": -1,
+        "min_p": 0.05,
+        "presence_penalty": -2,
+        "frequency_penalty": 2,
+        "repetition_penalty": 1.1,
+        "logit_bias": {"17": -100, "4": 1.5},
+        "max_completion_tokens": 5,
+        "min_tokens": 2,
+        "ignore_eos": True,
+        "stop": ["a", "b"],
+        "seed": -(2**63),
+        "n": 128,
+        "logprobs": True,
+        "top_logprobs": 20,
+        "user": "u",
+        "metadata": {"k": "v"},
+    }
+    messages = [
+        {"role": "developer", "content": "d", "name": "boss"},
+        {"role": "user", "content": [{"type": "text", "text": "1"}, {"type": "text", "text": "2"}]},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+            ],
+        },
+        {"role": "tool", "content": "r", "tool_call_id": "c"},
+    ]
+    answer = await client.post(
+        "/v1/chat/completions", json={"model": MODEL, "messages": messages, **fields}
+    )
+    text = chat_pb2.ContentPart
+
+    assert answer.status_code == 200, answer.text
+    assert backend.requests[0] == chat_pb2.CreateChatCompletionRequest(
+        model=MODEL,
+        messages=[
+            chat_pb2.ChatMessage(
+                role=chat_pb2.ROLE_DEVELOPER, content=[text(text="d")], name="boss"
+            ),
+            chat_pb2.ChatMessage(role=chat_pb2.ROLE_USER, content=[text(text="1"), text(text="2")]),
+            chat_pb2.ChatMessage(
+                role=chat_pb2.ROLE_ASSISTANT,
+                tool_calls=[chat_pb2.ToolCall(id="c", name="f", arguments="{}")],
+            ),
+            chat_pb2.ChatMessage(
+                role=chat_pb2.ROLE_TOOL, content=[text(text="r")], tool_call_id="c"
+            ),
+        ],
+        **{**fields, "logit_bias": {17: -100, 4: 1.5}},
+    )
+
+
+@pytest.mark.parametrize("field", ["temperature", "seed", "stop", "n", "logit_bias", "stream"])
+async def test_null_is_absence(
+    client: httpx.AsyncClient, backend: ScriptedBackend, field: str
+) -> None:
+    """`null` for an optional field asks for the same as its absence."""
+    await post(client)
+    answer = await post(client, **{field: None})
+
+    assert answer.status_code == 200
+    assert backend.requests[0] == backend.requests[1]
+
+
+async def test_max_tokens_is_the_old_name(
+    client: httpx.AsyncClient, backend: ScriptedBackend
+) -> None:
+    """max_tokens alone, or with an equal max_completion_tokens, is the limit."""
+    await post(client, max_tokens=3)
+    await post(client, max_tokens=3, max_completion_tokens=3)
+
+    assert [3, 3] == [request.max_completion_tokens for request in backend.requests]
+
+
+async def test_models(client: httpx.AsyncClient) -> None:
+    """Models are listed and found one by one, also with a slash in the id."""
+    listed = (await client.get("/v1/models")).json()
+    one = (await client.get("/v1/models/org/other")).json()
+
+    assert listed["object"] == "list"
+    assert [MODEL, "org/other"] == [model["id"] for model in listed["data"]]
+    assert one == {
+        "id": "org/other",
+        "object": "model",
+        "created": 1_600_000_000,
+        "owned_by": "trivium",
+        "context_length": 2048,
+        "max_model_len": 2048,
+    }
+
+
+async def test_identity(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
+    """A sane request id is echoed and handed on with the trace; any other is replaced."""
+    trace = f"00-{'a' * 32}-{'b' * 16}-01"
+    sane = {"x-request-id": "order-17", "traceparent": trace}
+    kept = await client.post("/v1/chat/completions", json=ASK, headers=sane)
+    made = await client.get("/nowhere", headers={"x-request-id": "two words"})
+
+    assert kept.headers["x-request-id"] == "order-17"
+    assert backend.metadata[0]["x-request-id"] == "order-17"
+    assert backend.metadata[0]["traceparent"] == trace
+    assert made.headers["x-request-id"].startswith("req_")

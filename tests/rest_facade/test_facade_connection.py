@@ -1,0 +1,148 @@
+"""Connections that end early, are silent for long, or have nobody behind them."""
+
+import asyncio
+import contextlib
+
+import httpx
+import pytest
+
+from tests.rest_facade.conftest import StartFacade
+from tests.rest_facade.scripted_backend import (
+    HELLO,
+    MODEL,
+    ScriptedBackend,
+    delta,
+    header,
+    usage,
+)
+
+ASK = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
+URL = "/v1/chat/completions"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_leaves_at_once(
+    client: httpx.AsyncClient, backend: ScriptedBackend, stream: bool
+) -> None:
+    """A client that hangs up before its answer begins cancels the call behind it."""
+    backend.script = (None,)
+    asking = asyncio.create_task(client.post(URL, json=ASK | {"stream": stream}))
+    await backend.started.wait()
+    asking.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await asking
+
+    await backend.cancelled.wait()
+    metrics = (await client.get("/metrics")).text
+    assert "trivium_http_disconnects_total 1.0" in metrics
+    assert f'trivium_http_requests_total{{route="{URL}",status="499"}} 1.0' in metrics
+
+
+async def test_a_client_that_leaves_in_the_middle(
+    client: httpx.AsyncClient, backend: ScriptedBackend
+) -> None:
+    """A client that hangs up while its stream is silent cancels the call behind it."""
+    backend.script = (header(), delta("He"), None)
+    async with client.stream("POST", URL, json=ASK | {"stream": True}) as answer:
+        async for line in answer.aiter_lines():
+            if "He" in line:
+                break
+
+    await backend.cancelled.wait()
+    metrics = (await client.get("/metrics")).text
+    assert "trivium_http_requests_running 0.0" in metrics
+
+
+async def test_keep_alives(start_facade: StartFacade, backend: ScriptedBackend) -> None:
+    """A silent stream sends comments, which no client takes for an event."""
+    client = await start_facade(keep_alive_seconds=0.02)
+    go_on = asyncio.Event()
+    backend.script = (header(), delta("He"), go_on, delta(finish="STOP"), usage())
+    events = []
+    async with client.stream("POST", URL, json=ASK | {"stream": True}) as answer:
+        async for line in answer.aiter_lines():
+            events.append(line)
+            if events.count(": keep-alive") == 3:
+                go_on.set()
+
+    first = events.index(": keep-alive")
+    assert events[first + 1] == ""
+    assert "He" in events[first - 2]
+    assert events[-2] == "data: [DONE]"
+
+
+async def test_status_waits_for_the_first_event(
+    client: httpx.AsyncClient, backend: ScriptedBackend
+) -> None:
+    """No HTTP status is sent before the next stage has said its first word."""
+    go_on = asyncio.Event()
+    backend.script = (go_on, *HELLO)
+    asking = asyncio.create_task(client.post(URL, json=ASK | {"stream": True}))
+    await backend.started.wait()
+    waiting = not asking.done()
+    go_on.set()
+
+    assert waiting
+    assert (await asking).status_code == 200
+
+
+async def test_next_stage_gone_and_back(
+    client: httpx.AsyncClient, backend: ScriptedBackend
+) -> None:
+    """Without the next stage everything is 503 but liveness; once it is back, all is well."""
+    await backend.die()
+    ready = await client.get("/health")
+    asked = await client.post(URL, json=ASK)
+    models = await client.get("/v1/models")
+    live = await client.get("/health/live")
+
+    assert [503, 503, 503, 200] == [a.status_code for a in (ready, asked, models, live)]
+    assert ready.json()["error"]["code"] == "backend_unavailable"
+    assert asked.headers["retry-after"] == "1"
+    await backend.start()
+    while (await client.get("/health")).status_code != 200:
+        pass
+    assert (await client.post(URL, json=ASK)).status_code == 200
+
+
+async def test_next_stage_dies_in_the_middle(
+    client: httpx.AsyncClient, backend: ScriptedBackend
+) -> None:
+    """A stream whose next stage dies ends with an error event, and not with [DONE]."""
+    backend.script = (header(), delta("He"), None)
+    text = ""
+    async with client.stream("POST", URL, json=ASK | {"stream": True}) as answer:
+        async for part in answer.aiter_text():
+            text += part
+            if "He" in part:
+                await backend.die()
+
+    assert '"code":"backend_unavailable"' in text.split("\n\n")[-2]
+    assert "[DONE]" not in text
+
+
+async def test_readiness(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
+    """/health is ready when the next stage says so, and 503 with Retry-After when not."""
+    ready = await client.get("/health")
+    await backend.set_serving(False)
+    loading = await client.get("/health")
+
+    assert (ready.status_code, ready.json()) == (200, {"status": "ok"})
+    assert loading.status_code == 503
+    assert loading.json()["error"]["code"] == "model_loading"
+    assert 1 <= int(loading.headers["retry-after"]) <= 60
+
+
+async def test_metrics(client: httpx.AsyncClient) -> None:
+    """/metrics counts requests by route and status, and streams' first tokens."""
+    await client.post(URL, json=ASK | {"stream": True})
+    await client.post(URL, json=[])
+    await client.get("/v1/models/org/other")
+    await client.get("/somewhere/else")
+    text = (await client.get("/metrics")).text
+
+    assert f'trivium_http_requests_total{{route="{URL}",status="200"}} 1.0' in text
+    assert f'trivium_http_requests_total{{route="{URL}",status="400"}} 1.0' in text
+    assert 'trivium_http_requests_total{route="/v1/models/{id}",status="200"} 1.0' in text
+    assert 'trivium_http_requests_total{route="other",status="404"} 1.0' in text
+    assert "trivium_http_time_to_first_token_seconds_count 1.0" in text

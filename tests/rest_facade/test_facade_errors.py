@@ -1,0 +1,294 @@
+"""Errors as clients of the facade get them: always OpenAI's shape, always the right status."""
+
+import asyncio
+import json
+import string
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rest_facade.errors import ErrorResponse, error_event
+from tests.rest_facade.conftest import StartFacade
+from tests.rest_facade.scripted_backend import HELLO, MODEL, ScriptedBackend, delta, header
+from trivium.wire.errors import ERRORS, ServiceError
+
+ASK = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
+URL = "/v1/chat/completions"
+
+
+def check_shape(answer: httpx.Response) -> dict[str, Any]:
+    """The error object of an answer, after its shape has been checked."""
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.headers["x-request-id"]
+    error: dict[str, Any] = answer.json()["error"]
+    assert answer.json().keys() == {"error"}
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str)
+    kind = ERRORS[error["code"]]
+    assert (kind.http, kind.type) == (answer.status_code, error["type"])
+    return error
+
+
+@pytest.mark.parametrize("code", sorted(set(ERRORS) - {"client_closed_request"}))
+async def test_errors_of_the_next_stage(
+    client: httpx.AsyncClient, backend: ScriptedBackend, code: str
+) -> None:
+    """Each error of the table passes through gRPC, whole and streamed, with its HTTP status."""
+    backend.script = (ServiceError(code, "Why.", param="messages", retry_after=90),)
+    whole = await client.post(URL, json=ASK)
+    streamed = await client.post(URL, json=ASK | {"stream": True})
+
+    for answer in (whole, streamed):
+        error = check_shape(answer)
+        assert (error["code"], error["param"]) == (code, "messages")
+        retriable = ERRORS[code].http in (429, 503)
+        assert answer.headers.get("retry-after") == ("60" if retriable else None)
+
+
+async def test_error_in_the_middle(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
+    """A stream that fails ends with an error event, and not with [DONE]."""
+    backend.script = (header(), delta("He"), ServiceError("backend_unavailable", "It is gone."))
+    answer = await client.post(URL, json=ASK | {"stream": True})
+    last = answer.text.split("\n\n")[-2]
+
+    assert answer.status_code == 200
+    assert answer.text.endswith("\n\n")
+    assert json.loads(last.removeprefix("data: ")) == {
+        "error": {
+            "message": "It is gone.",
+            "type": "server_error",
+            "param": None,
+            "code": "backend_unavailable",
+        }
+    }
+
+
+async def test_a_fault_of_ours_tells_nothing(
+    client: httpx.AsyncClient, backend: ScriptedBackend
+) -> None:
+    """An unexpected error shows generic words and the request id, before and in a stream."""
+    backend.script = (header(), delta("He"), RuntimeError("secret"))
+    whole = await client.post(URL, json=ASK, headers={"x-request-id": "r-1"})
+    streamed = await client.post(URL, json=ASK | {"stream": True}, headers={"x-request-id": "r-2"})
+
+    assert check_shape(whole)["code"] == "internal_error"
+    assert "r-1" in whole.text
+    assert "r-2" in streamed.text
+    assert "secret" not in whole.text + streamed.text
+
+
+@pytest.mark.parametrize("script", [(), (header(), delta("He")), (delta("He"),)])
+async def test_a_broken_next_stage(
+    client: httpx.AsyncClient, backend: ScriptedBackend, script: Any
+) -> None:
+    """A stream without header or usage never ends with [DONE], but with an error."""
+    backend.script = script
+    answer = await client.post(URL, json=ASK | {"stream": True})
+
+    assert "internal_error" in answer.text
+    assert "[DONE]" not in answer.text
+
+
+async def test_unknown_paths_and_methods(client: httpx.AsyncClient) -> None:
+    """Unknown paths are 404, wrong methods 405 with Allow, and neither is HTML or bare text."""
+    nowhere = await client.get("/v1/nowhere")
+    slash = await client.post("/v1/chat/completions/", json=ASK)
+    wrong = await client.get(URL)
+    no_model = await client.get("/v1/models/none")
+
+    assert check_shape(nowhere)["code"] == "unknown_url"
+    assert check_shape(slash)["code"] == "unknown_url"
+    assert check_shape(wrong)["code"] == "method_not_allowed"
+    assert wrong.headers["allow"] == "POST"
+    assert check_shape(no_model)["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"content-type": "application/json"}, 200),
+        ({"content-type": 'application/json; charset="UTF-8"'}, 200),
+        ({"content-type": "application/vnd.api+json"}, 200),
+        ({"content-type": "application/json; charset=utf-16"}, 415),
+        ({"content-type": "text/plain"}, 415),
+        ({"content-type": "text/json"}, 415),
+        ({}, 415),
+        ({"content-type": "application/json", "content-encoding": "gzip"}, 415),
+    ],
+)
+async def test_media_types(client: httpx.AsyncClient, headers: dict[str, str], status: int) -> None:
+    """Only JSON in UTF-8, uncompressed, is taken."""
+    answer = await client.post(URL, content=json.dumps(ASK), headers=headers)
+
+    assert answer.status_code == status
+    assert status == 200 or check_shape(answer)["code"] == "unsupported_media_type"
+
+
+async def test_large_bodies(start_facade: StartFacade, backend: ScriptedBackend) -> None:
+    """A body over the limit is 413, whether its size was declared or not."""
+    client = await start_facade(max_body_bytes=1024)
+    large = json.dumps(ASK | {"user": "x" * 1024}).encode()
+
+    async def pieces() -> Any:
+        for start in range(0, len(large), 100):
+            yield large[start : start + 100]
+
+    json_type = {"content-type": "application/json"}
+    declared = await client.post(URL, content=large, headers=json_type)
+    chunked = await client.post(URL, content=pieces(), headers=json_type)
+
+    assert check_shape(declared)["code"] == "request_too_large"
+    assert check_shape(chunked)["code"] == "request_too_large"
+    assert backend.requests == []
+
+
+async def test_slow_bodies(start_facade: StartFacade) -> None:
+    """A body that does not arrive in time is 408."""
+    client = await start_facade(body_read_seconds=0.05)
+    reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+    writer.write(
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n"
+        b"content-type: application/json\r\ncontent-length: 10\r\n\r\n{"
+    )
+    answer = (await reader.read()).decode()
+    writer.close()
+    await writer.wait_closed()
+
+    assert answer.startswith("HTTP/1.1 408")
+    assert "request_read_timeout" in answer
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"NONSENSE\r\n\r\n",
+        b"GET /v1/models HTTP/1.1\r\n" + b"x: y\r\n" * 101 + b"\r\n",
+        b"GET /v1/models HTTP/1.1\r\nx: " + b"y" * 70_000 + b"\r\n\r\n",
+        b"GET /\xff HTTP/1.1\r\n\r\n",
+    ],
+)
+async def test_what_is_not_http(client: httpx.AsyncClient, head: bytes) -> None:
+    """Even what the HTTP parser refuses is answered with an error object."""
+    reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+    writer.write(head)
+    answer = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    await writer.wait_closed()
+
+    assert answer[0].startswith(b"HTTP/1.1 4")
+    assert json.loads(answer[2])["error"].keys() == {"message", "type", "param", "code"}
+
+
+async def test_time_runs_out(start_facade: StartFacade, backend: ScriptedBackend) -> None:
+    """Past the time limit the call ends with 504, not to be retried, or with an error event."""
+    client = await start_facade(request_timeout_seconds=0.2)
+    backend.script = (header(), delta("He"), None)
+    whole = await client.post(URL, json=ASK)
+    streamed = await client.post(URL, json=ASK | {"stream": True})
+
+    assert check_shape(whole)["code"] == "deadline_exceeded"
+    assert whole.headers["x-should-retry"] == "false"
+    assert "deadline_exceeded" in streamed.text
+    assert all(left is not None and left <= 0.2 for left in backend.deadlines)
+
+
+def test_retry_after_is_within_what_clients_obey() -> None:
+    """Retry-After is a whole number of seconds from 1 to 60."""
+    waits = [0, 0.2, 1.5, 60, 3600]
+    answers = [ErrorResponse(ServiceError("queue_full", "", retry_after=wait)) for wait in waits]
+
+    assert ["1", "1", "2", "60", "60"] == [answer.headers["retry-after"] for answer in answers]
+
+
+def test_an_error_event_is_one_event() -> None:
+    """Line ends in a message do not break the event."""
+    event = error_event(ServiceError("invalid_value", "a\n\nb\u2028c")).decode()
+
+    assert event.count("\n") == 2
+    assert json.loads(event.removeprefix("data: "))["error"]["message"] == "a\n\nb\u2028c"
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from(["user", "text", "auto", "Hi"]),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text(string.ascii_lowercase, max_size=6), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+FULL = ASK | {
+    "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "a"}], "name": "n"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+            ],
+        },
+        {"role": "tool", "content": "x", "tool_call_id": "c"},
+    ],
+    "temperature": 1,
+    "top_k": 1,
+    "logit_bias": {"1": 1},
+    "stop": ["a"],
+    "seed": 1,
+    "n": 1,
+    "max_tokens": 1,
+    "metadata": {"a": "b"},
+    "logprobs": True,
+    "top_logprobs": 1,
+    "stream": True,
+    "stream_options": {"include_usage": True},
+    "tools": [],
+    "response_format": {"type": "text"},
+}
+
+
+def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Every path into a JSON value."""
+    inner: Any = ()
+    if isinstance(value, dict):
+        inner = value.items()
+    elif isinstance(value, list):
+        inner = enumerate(value)
+    return [path, *(place for key, v in inner for place in _places(v, (*path, key)))]
+
+
+def _replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    if not path:
+        return new
+    if isinstance(value, dict):
+        return {k: _replaced(v, path[1:], new) if k == path[0] else v for k, v in value.items()}
+    return [_replaced(v, path[1:], new) if i == path[0] else v for i, v in enumerate(value)]
+
+
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    path=st.sampled_from(_places(FULL)),
+    new=JSON,
+    cut=st.none() | st.integers(0, 700),
+)
+async def test_mutated_bodies_are_never_our_fault(
+    client: httpx.AsyncClient, backend: ScriptedBackend, path: Any, new: Any, cut: int | None
+) -> None:
+    """A valid body with any part replaced, or cut off, is answered or refused with 4xx."""
+    backend.script = HELLO
+    body = json.dumps(_replaced(FULL, path, new))[:cut]
+    answer = await client.post(URL, content=body, headers={"content-type": "application/json"})
+
+    assert answer.status_code < 500
+    if answer.status_code != 200:
+        check_shape(answer)
+    elif "data: " in answer.text:
+        assert answer.text.endswith("data: [DONE]\n\n")

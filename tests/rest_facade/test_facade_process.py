@@ -1,0 +1,151 @@
+"""`python -m rest_facade` as a process: how it starts, refuses to, and stops."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.rest_facade.scripted_backend import MODEL, ScriptedBackend, delta, header, usage
+
+ROOT = Path(__file__).parents[2]
+ASK = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "stream": True}
+URL = "/v1/chat/completions"
+
+
+async def spawn(**settings: object) -> asyncio.subprocess.Process:
+    """Starts the facade with these settings and no others."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("TRIVIUM_")}
+    ours = {f"TRIVIUM_FACADE_{name.upper()}": str(value) for name, value in settings.items()}
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "rest_facade"),
+        cwd=ROOT,
+        env=clean | ours,
+        stderr=asyncio.subprocess.PIPE,
+    )
+
+
+async def refusal(**settings: object) -> tuple[int | None, str]:
+    """The exit status and words of a facade that does not start."""
+    process = await spawn(**settings)
+    _, words = await process.communicate()
+    return process.returncode, words.decode()
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@contextlib.asynccontextmanager
+async def running(
+    backend: ScriptedBackend, **settings: object
+) -> AsyncIterator[tuple[asyncio.subprocess.Process, httpx.AsyncClient]]:
+    """A facade that is ready, and a client of it."""
+    port = free_port()
+    target = f"127.0.0.1:{backend.port}"
+    process = await spawn(port=port, tokenizer_target=target, **settings)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        async with httpx.AsyncClient(base_url=url, timeout=30, trust_env=False) as client:
+            while not await _is_ready(client):
+                assert process.returncode is None
+                await asyncio.sleep(0.05)
+            yield process, client
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def _is_ready(client: httpx.AsyncClient) -> bool:
+    try:
+        return (await client.get("/health")).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_drain(backend: ScriptedBackend, number: signal.Signals) -> None:
+    """At a stop signal a running stream finishes, newcomers hear 503, and the status is 0."""
+    finish = asyncio.Event()
+    backend.script = (header(), delta("He"), finish, delta("llo", finish="STOP"), usage())
+    async with running(backend, drain_notice_seconds=0) as (process, client):
+        async with client.stream("POST", URL, json=ASK) as answer:
+            parts = answer.aiter_text()
+            text = await anext(parts)
+            process.send_signal(number)
+            while (health := await client.get("/health")).status_code == 200:
+                pass
+            newcomer = await client.post(URL, json=ASK)
+            live = await client.get("/health/live")
+            finish.set()
+            text += "".join([part async for part in parts])
+        status = await process.wait()
+
+    assert health.json()["error"]["code"] == "draining"
+    assert newcomer.status_code == 503
+    assert newcomer.json()["error"]["code"] == "draining"
+    assert live.status_code == 200
+    assert text.endswith("data: [DONE]\n\n")
+    assert status == 0
+
+
+async def test_drain_time_runs_out(backend: ScriptedBackend) -> None:
+    """A stream that outlasts the drain time ends with an error event, and the status is 0."""
+    backend.script = (header(), delta("He"), None)
+    settings = {"drain_notice_seconds": 0, "drain_seconds": 0.2}
+    async with running(backend, **settings) as (process, client):
+        async with client.stream("POST", URL, json=ASK) as answer:
+            parts = answer.aiter_text()
+            text = await anext(parts)
+            process.send_signal(signal.SIGTERM)
+            text += "".join([part async for part in parts])
+        status = await process.wait()
+
+    assert '"code":"draining"' in text.split("\n\n")[-2]
+    assert "[DONE]" not in text
+    assert backend.cancelled.is_set()
+    assert status == 0
+
+
+async def test_wrong_settings() -> None:
+    """All wrong settings are named at once, and the status is 2."""
+    status, words = await refusal(port=70000, keep_alive_seconds="often")
+
+    assert status == 2
+    assert "TRIVIUM_FACADE_PORT" in words
+    assert "TRIVIUM_FACADE_KEEP_ALIVE_SECONDS" in words
+
+
+async def test_remote_without_keys() -> None:
+    """An address that others reach needs API keys, or the word of the operator."""
+    status, words = await refusal(host="0.0.0.0")
+
+    assert status == 2
+    assert "TRIVIUM_FACADE_API_KEYS_FILE" in words
+    assert "TRIVIUM_FACADE_ALLOW_UNAUTHENTICATED_REMOTE" in words
+
+
+async def test_bad_key_file(tmp_path: Path) -> None:
+    """A key file that cannot be used is refused at start."""
+    status, words = await refusal(api_keys_file=tmp_path / "none")
+
+    assert status == 2
+    assert "TRIVIUM_FACADE_API_KEYS_FILE" in words
+
+
+async def test_port_in_use() -> None:
+    """A port that is taken is an error that says so."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        status, words = await refusal(port=listener.getsockname()[1])
+
+    assert status not in (0, None)
+    assert "address already in use" in words

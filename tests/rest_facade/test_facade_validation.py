@@ -1,0 +1,331 @@
+"""What requests are refused, and in which words."""
+
+import copy
+from typing import Any
+
+import pytest
+
+from rest_facade.body import parse_json
+from rest_facade.validation import parse_request
+from trivium.wire.errors import ServiceError
+
+VALID: dict[str, Any] = {
+    "model": "m",
+    "messages": [
+        {"role": "user", "content": "Hi"},
+        {"role": "user", "content": [{"type": "text", "text": "a"}]},
+    ],
+}
+
+
+def refusal(raw: dict[str, Any]) -> ServiceError:
+    """The error that `raw` is refused with."""
+    with pytest.raises(ServiceError) as caught:
+        parse_request(raw)
+    return caught.value
+
+
+def test_missing_fields() -> None:
+    """Absent required fields are named by their path."""
+    assert refusal({"model": "m"}).message == "Missing required parameter: 'messages'."
+    assert refusal({"messages": VALID["messages"]}).param == "model"
+    assert refusal({"model": "m", "messages": [{"content": "x"}]}).param == "messages[0].role"
+    assert refusal({"model": "m", "messages": [{"role": "user"}]}).param == "messages[0].content"
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "param", "message"),
+    [
+        (
+            {"temperature": "1"},
+            "invalid_type",
+            "temperature",
+            "Invalid type for 'temperature': expected a decimal, but got a string instead.",
+        ),
+        (
+            {"temperature": True},
+            "invalid_type",
+            "temperature",
+            "Invalid type for 'temperature': expected a decimal, but got a boolean instead.",
+        ),
+        (
+            {"temperature": 3},
+            "decimal_above_max_value",
+            "temperature",
+            "Invalid 'temperature': decimal above maximum value. "
+            "Expected a value <= 2, but got 3 instead.",
+        ),
+        (
+            {"top_p": -0.5},
+            "decimal_below_min_value",
+            "top_p",
+            "Invalid 'top_p': decimal below minimum value. "
+            "Expected a value >= 0, but got -0.5 instead.",
+        ),
+        (
+            {"n": 0},
+            "integer_below_min_value",
+            "n",
+            "Invalid 'n': integer below minimum value. Expected a value >= 1, but got 0 instead.",
+        ),
+        (
+            {"n": 129},
+            "integer_above_max_value",
+            "n",
+            "Invalid 'n': integer above maximum value. "
+            "Expected a value <= 128, but got 129 instead.",
+        ),
+        (
+            {"max_tokens": 1.0},
+            "invalid_type",
+            "max_tokens",
+            "Invalid type for 'max_tokens': expected an integer, but got a decimal instead.",
+        ),
+        (
+            {"stop": ["a", "b", "c", "d", "e"]},
+            "array_above_max_length",
+            "stop",
+            "Invalid 'stop': array too long. Expected an array with maximum length 4, "
+            "but got an array with length 5 instead.",
+        ),
+        (
+            {"stop": 5},
+            "invalid_type",
+            "stop",
+            "Invalid type for 'stop': expected one of a string or array of strings, "
+            "but got an integer instead.",
+        ),
+        (
+            {"messages": []},
+            "empty_array",
+            "messages",
+            "Invalid 'messages': empty array. Expected an array with minimum length 1, "
+            "but got an empty array instead.",
+        ),
+        (
+            {"messages": None},
+            "invalid_type",
+            "messages",
+            "Invalid type for 'messages': expected an array of objects, but got null instead.",
+        ),
+        (
+            {"user": "x" * 513},
+            "string_above_max_length",
+            "user",
+            "Invalid 'user': string too long. Expected a string with maximum length 512, "
+            "but got a string with length 513 instead.",
+        ),
+    ],
+)
+def test_wording(fields: dict[str, Any], code: str, param: str, message: str) -> None:
+    """Faults are worded as OpenAI words them."""
+    error = refusal(VALID | fields)
+
+    assert (code, param, message) == (error.code, error.param, error.message)
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "param"),
+    [
+        ({"seed": 2**63}, "integer_above_max_value", "seed"),
+        ({"seed": 10**4000}, "integer_above_max_value", "seed"),
+        ({"temperature": 10**400}, "invalid_type", "temperature"),
+        ({"repetition_penalty": 0}, "decimal_below_min_value", "repetition_penalty"),
+        ({"top_k": -2}, "integer_below_min_value", "top_k"),
+        ({"stop": ""}, "invalid_value", "stop[0]"),
+        ({"stop": ["a", None]}, "invalid_type", "stop[1]"),
+        ({"logit_bias": {"x": 1}}, "invalid_value", "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "invalid_value", "logit_bias"),
+        ({"logit_bias": {"\uff12": 1}}, "invalid_value", "logit_bias"),
+        ({"logit_bias": {str(2**31): 1}}, "invalid_value", "logit_bias"),
+        ({"logit_bias": {"1": 101}}, "decimal_above_max_value", "logit_bias.1"),
+        ({"metadata": {"a": 1}}, "invalid_type", "metadata.a"),
+        ({"metadata": {str(i): "" for i in range(17)}}, "invalid_value", "metadata"),
+        ({"metadata": {"a" * 65: ""}}, "string_above_max_length", "metadata"),
+        ({"stream": 1}, "invalid_type", "stream"),
+        ({"stream_options": {}}, "invalid_parameter_combination", "stream_options"),
+        (
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "invalid_parameter_combination",
+            "stream_options.continuous_usage_stats",
+        ),
+        (
+            {"stream": True, "stream_options": {"include_obfuscation": True}},
+            "unsupported_value",
+            "stream_options.include_obfuscation",
+        ),
+        (
+            {"max_tokens": 1, "max_completion_tokens": 2},
+            "invalid_parameter_combination",
+            "max_tokens",
+        ),
+        ({"max_tokens": 1, "min_tokens": 2}, "invalid_parameter_combination", "min_tokens"),
+        ({"top_logprobs": 1}, "invalid_parameter_combination", "top_logprobs"),
+        ({"tools": [{"type": "function"}]}, "unsupported_value", "tools"),
+        ({"reasoning_effort": "low"}, "unsupported_parameter", "reasoning_effort"),
+        ({"response_format": {"type": "json_object"}}, "unsupported_value", "response_format"),
+        ({"modalities": ["text", "audio"]}, "unsupported_value", "modalities"),
+        ({"best_of": True}, "unsupported_value", "best_of"),
+        ({"store": True}, "unsupported_value", "store"),
+        ({"guided_json": {}}, "unsupported_parameter", "guided_json"),
+    ],
+)
+def test_refused_fields(fields: dict[str, Any], code: str, param: str) -> None:
+    """Wrong, contradicting and unsupported fields are refused, and named."""
+    error = refusal(VALID | fields)
+
+    assert (code, param) == (error.code, error.param)
+
+
+@pytest.mark.parametrize(
+    ("message", "code", "param"),
+    [
+        (5, "invalid_type", "messages[0]"),
+        ({"role": "robot", "content": "x"}, "invalid_value", "messages[0].role"),
+        ({"role": 5, "content": "x"}, "invalid_type", "messages[0].role"),
+        ({"role": "function", "content": "x"}, "unsupported_value", "messages[0].role"),
+        ({"role": "user", "content": 5}, "invalid_type", "messages[0].content"),
+        ({"role": "user", "content": []}, "empty_array", "messages[0].content"),
+        (
+            {"role": "user", "content": None},
+            "missing_required_parameter",
+            "messages[0].content",
+        ),
+        (
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]},
+            "unsupported_value",
+            "messages[0].content[1].type",
+        ),
+        (
+            {"role": "user", "content": [{"type": "smell"}]},
+            "invalid_value",
+            "messages[0].content[0].type",
+        ),
+        (
+            {"role": "user", "content": [{"type": "text"}]},
+            "missing_required_parameter",
+            "messages[0].content[0].text",
+        ),
+        (
+            {"role": "tool", "content": "x"},
+            "missing_required_parameter",
+            "messages[0].tool_call_id",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [{"id": "c", "type": "function"}]},
+            "missing_required_parameter",
+            "messages[0].tool_calls[0].function",
+        ),
+        (
+            {
+                "role": "user",
+                "content": "x",
+                "tool_calls": [
+                    {"id": "c", "type": "function", "function": {"name": "f", "arguments": ""}}
+                ],
+            },
+            "invalid_value",
+            "messages[0].tool_calls",
+        ),
+        (
+            {"role": "assistant", "content": "x", "refusal": "no"},
+            "unsupported_value",
+            "messages[0].refusal",
+        ),
+        (
+            {"role": "assistant", "function_call": {"name": "f"}},
+            "unsupported_parameter",
+            "messages[0].function_call",
+        ),
+    ],
+)
+def test_refused_messages(message: Any, code: str, param: str) -> None:
+    """A wrong message is refused at the very place that is wrong."""
+    error = refusal({"model": "m", "messages": [message]})
+
+    assert (code, param) == (error.code, error.param)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": []},
+        {"tool_choice": "none"},
+        {"parallel_tool_calls": True},
+        {"response_format": {"type": "text"}},
+        {"modalities": ["text"]},
+        {"store": False},
+        {"service_tier": "auto"},
+        {"skip_special_tokens": True},
+        {"length_penalty": 1.0},
+        {"stream": True, "stream_options": {"include_obfuscation": False}},
+        {"a_field_of_the_future": {"x": [1, 2]}},
+        {"prompt_cache_key": "k"},
+        {"temperature": 2, "top_p": 0, "top_logprobs": 0},
+    ],
+)
+def test_harmless_fields(fields: dict[str, Any]) -> None:
+    """Values that ask for what is done anyway, and unknown fields, are let through."""
+    assert parse_request(VALID | fields).model == "m"
+
+
+def test_an_answer_is_a_legal_message() -> None:
+    """The message of an answer can be sent back as part of the conversation."""
+    answer = {"role": "assistant", "content": "Hello", "refusal": None, "tool_calls": None}
+    messages = [*VALID["messages"], answer]
+
+    assert parse_request(VALID | {"messages": messages}).messages[-1].content is not None
+
+
+def test_the_body_is_not_changed() -> None:
+    """Checking a body leaves it as it was."""
+    raw = copy.deepcopy(VALID) | {"stop": "x", "tools": []}
+    before = copy.deepcopy(raw)
+    parse_request(raw)
+
+    assert raw == before
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"{} {}",
+        b'{"a":NaN}',
+        b'{"a":-Infinity}',
+        b'{"a":1e400}',
+        b'{"a":' + b"9" * 5000 + b"}",
+        b'{"a":01}',
+        b'{"a":"\\ud800"}',
+        b'{"\\udc00":1}',
+        b'{"a":"\xff"}',
+        b'{"a":"\xed\xa0\x80"}',
+        b"\xef\xbb\xbf{}",
+        "{}".encode("utf-16"),
+        b'{"a":' * 65 + b"1" + b"}" * 65,
+        b'{"a":' + b"[" * 100_000,
+    ],
+)
+def test_not_json(body: bytes) -> None:
+    """What is not strict JSON in UTF-8, of sane depth and numbers, is invalid_json."""
+    with pytest.raises(ServiceError) as caught:
+        parse_json(body)
+
+    assert caught.value.code == "invalid_json"
+
+
+@pytest.mark.parametrize("body", [b"[]", b'"x"', b"5", b"null", b"true"])
+def test_not_an_object(body: bytes) -> None:
+    """JSON that is no object has the wrong type."""
+    with pytest.raises(ServiceError) as caught:
+        parse_json(body)
+
+    assert caught.value.code == "invalid_type"
+
+
+def test_json_that_is_fine() -> None:
+    """Depth up to 64, astral characters as escapes, and repeated keys (the last wins) pass."""
+    assert parse_json(b'{"a":' * 64 + b"1" + b"}" * 64)
+    assert parse_json(b'{"a":"\\ud83e\\udee0"}') == {"a": "\U0001fae0"}
+    assert parse_json(b'{"a":1,"a":2}') == {"a": 2}
