@@ -1,0 +1,201 @@
+"""The import graph is the architecture: doors for heavy imports, no service knows another."""
+
+import ast
+import functools
+import graphlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SERVICES = ("rest_facade", "tokenizer_svc", "generator_svc")
+PACKAGES = ("trivium", *SERVICES)
+GENERATED = ("trivium/chat", "trivium/tokenizer", "trivium/generator")
+
+# What may be imported where: a name before a module's own imports, prefixes of paths after it.
+DOORS = {
+    "onnxruntime": ("generator_svc/runner.py", "generator_svc/export/", "trivium/cli/providers.py"),
+    "tokenizers": ("tokenizer_svc/tokenizer.py", "generator_svc/export/"),
+    "jinja2": ("tokenizer_svc/chat_template.py", "generator_svc/export/"),
+    "fastapi": ("rest_facade/",),
+    "starlette": ("rest_facade/",),
+    "uvicorn": ("rest_facade/",),
+    "typer": ("trivium/cli/",),
+    "rich": ("trivium/cli/",),
+    "torch": ("generator_svc/export/",),
+    "transformers": ("generator_svc/export/",),
+    "optimum": ("generator_svc/export/",),
+    "onnx": ("generator_svc/export/",),
+    "onnx_ir": ("generator_svc/export/",),
+    "gguf": ("generator_svc/export/",),
+}
+FORBIDDEN_NAMES = {"utils", "helpers", "common", "misc", "base", "core", "manager"}
+STANDARD_LIBRARY_ONLY = (
+    "generator_svc/sequence.py",
+    "generator_svc/scheduler.py",
+    "generator_svc/kv_cache.py",
+    "tokenizer_svc/stop.py",
+    "trivium/model_directory.py",
+)
+EDGES = ("service", "convert", "__main__")
+LONGEST_MODULE = 350
+LONGEST_FUNCTION = 50
+
+
+def sources() -> list[Path]:
+    """Every module that a person wrote."""
+    found = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    return [path for path in found if not relative(path).startswith(GENERATED)]
+
+
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def module_name(path: Path) -> str:
+    return relative(path).removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+
+
+def imports(path: Path, only_at_start: bool = False) -> Iterator[str]:
+    """Full names of what a module imports; those within functions too, unless `only_at_start`."""
+    for node in tree(path).body if only_at_start else ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{relative(path)}: imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_heavy_imports_have_one_door(name: str) -> None:
+    """A heavy library is imported where it is used, and nowhere else."""
+    strangers = [
+        relative(path)
+        for path in sources()
+        if not relative(path).startswith(DOORS[name])
+        and any(imported.split(".")[0] == name for imported in imports(path))
+    ]
+
+    assert [] == strangers
+
+
+def test_protobuf_stays_at_the_edge() -> None:
+    """Generated messages are known to a service's service, convert and main modules alone."""
+    edges = {f"{service}/{name}.py" for service in SERVICES for name in EDGES}
+    strangers = [
+        relative(path)
+        for path in sources()
+        if relative(path).startswith(SERVICES)
+        and any("_pb2" in imported for imported in imports(path))
+        and relative(path) not in edges
+    ]
+
+    assert [] == strangers
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_no_service_imports_another(service: str) -> None:
+    """Services know each other by their protocol only."""
+    others = set(SERVICES) - {service}
+    strangers = [
+        (relative(path), imported)
+        for path in sources()
+        if relative(path).startswith(f"{service}/")
+        for imported in imports(path)
+        if imported.split(".")[0] in others or imported.startswith("trivium.cli")
+    ]
+
+    assert [] == strangers
+
+
+def test_shared_code_knows_no_service() -> None:
+    """`trivium` imports no service; the command line alone may call the exporter."""
+    strangers = [
+        (relative(path), imported)
+        for path in sources()
+        if relative(path).startswith("trivium/")
+        for imported in imports(path)
+        if imported.split(".")[0] in SERVICES
+        and not (
+            relative(path) == "trivium/cli/export.py"
+            and imported.startswith("generator_svc.export")
+        )
+    ]
+
+    assert [] == strangers
+
+
+@pytest.mark.parametrize("module", STANDARD_LIBRARY_ONLY)
+def test_bookkeeping_needs_the_standard_library_alone(module: str) -> None:
+    """Decisions are made by plain Python, which can be read and tested without a runtime."""
+    package = module.split("/")[0]
+    libraries = {imported.split(".")[0] for imported in imports(ROOT / module)} - {package}
+
+    assert set() == libraries - set(sys.stdlib_module_names)
+
+
+def test_no_cycles() -> None:
+    """Modules can be read in an order in which each knows only those before it."""
+    modules = {module_name(path): path for path in sources()}
+    graph = {
+        name: {found for found in map(modules_of(modules), imports(path, True)) if found}
+        for name, path in modules.items()
+    }
+
+    assert list(graphlib.TopologicalSorter(graph).static_order())
+
+
+def modules_of(modules: dict[str, Path]) -> Callable[[str], str | None]:
+    """Finds the module that an imported name is, or is part of."""
+
+    def find(imported: str) -> str | None:
+        if imported in modules:
+            return imported
+        parent = imported.rpartition(".")[0]
+        return parent if parent in modules else None
+
+    return find
+
+
+def test_names_say_what_a_module_is() -> None:
+    """No module is called after nothing."""
+    assert [] == [relative(path) for path in sources() if path.stem in FORBIDDEN_NAMES]
+
+
+def test_modules_and_functions_fit_a_head() -> None:
+    """No module is over 350 lines, no function over 50."""
+    long = [relative(path) for path in sources() if lines(path) > LONGEST_MODULE]
+    for path in sources():
+        long += [
+            f"{relative(path)}:{node.lineno} {node.name}"
+            for node in ast.walk(tree(path))
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            and (node.end_lineno or 0) - node.lineno >= LONGEST_FUNCTION
+        ]
+
+    assert [] == long
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def test_every_module_says_what_it_is() -> None:
+    """Each module that says anything begins with a docstring."""
+    trees = {relative(path): tree(path) for path in sources()}
+
+    assert [] == [name for name, tree in trees.items() if tree.body and not ast.get_docstring(tree)]
+
+
+def test_wire_stays_small() -> None:
+    """What all services share of gRPC is no framework."""
+    shared = sum(lines(path) for path in (ROOT / "trivium" / "wire").glob("*.py"))
+
+    assert shared < 700

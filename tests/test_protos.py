@@ -1,0 +1,79 @@
+"""The contract: lint clean, documented throughout, and the committed stubs made from it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from google.protobuf import descriptor_pb2
+
+ROOT = Path(__file__).parents[1]
+PROTOS = ROOT / "protos"
+
+
+def names() -> list[str]:
+    return sorted(path.relative_to(PROTOS).as_posix() for path in PROTOS.rglob("*.proto"))
+
+
+def compile_protos(*options: str) -> None:
+    command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{PROTOS}", *options, *names()]
+    subprocess.run(command, check=True, cwd=PROTOS)
+
+
+def test_stubs_are_made_from_the_protos(tmp_path: Path) -> None:
+    """`make protos` would change nothing."""
+    out = str(tmp_path)
+    compile_protos(f"--python_out={out}", f"--pyi_out={out}", f"--grpc_python_out={out}")
+    made = [path for path in tmp_path.rglob("*") if path.is_file()]
+
+    assert len(made) == 2 * len(names()) + len(names())
+    for path in made:
+        committed = ROOT / path.relative_to(tmp_path)
+        assert path.read_text() == committed.read_text(), f"{committed}: run make protos"
+
+
+def test_lint() -> None:
+    """buf finds nothing against its standard rules."""
+    buf = Path(sys.executable).with_name("buf")
+    done = subprocess.run([buf, "lint", PROTOS], capture_output=True, text=True)
+
+    assert (0, "") == (done.returncode, done.stdout)
+
+
+def test_everything_is_documented(tmp_path: Path) -> None:
+    """Every service, call, message, field and enum value has a sentence of its own."""
+    out = tmp_path / "descriptors"
+    compile_protos(f"--descriptor_set_out={out}", "--include_source_info")
+    silent = []
+    for file in descriptor_pb2.FileDescriptorSet.FromString(out.read_bytes()).file:
+        said = {tuple(at.path) for at in file.source_code_info.location if at.leading_comments}
+        silent += [f"{file.name} {path}" for path in documentable(file) if path not in said]
+
+    assert [] == silent
+
+
+def documentable(file: descriptor_pb2.FileDescriptorProto) -> list[tuple[int, ...]]:
+    """Paths, as source_code_info has them, of what wants a comment. Map entries are generated."""
+    found: list[tuple[int, ...]] = []
+    for number, message in enumerate(file.message_type):
+        found += [(4, number), *((4, number, 2, field) for field in range(len(message.field)))]
+        assert all(nested.options.map_entry for nested in message.nested_type)
+    for number, enum in enumerate(file.enum_type):
+        found += [(5, number), *((5, number, 2, value) for value in range(len(enum.value)))]
+    for number, service in enumerate(file.service):
+        found += [(6, number), *((6, number, 2, call) for call in range(len(service.method)))]
+    return found
+
+
+def test_scalars_with_a_default_can_be_absent() -> None:
+    """A field whose comment names a default other than none tells "absent" from zero."""
+    text = "\n".join((PROTOS / name).read_text() for name in names())
+    fields = re.findall(r"((?:  //.*\n)+)  ((?:optional )?(?:double|int32|int64|bool) \w+)", text)
+    vague = [
+        field
+        for comment, field in fields
+        if re.search(r"default", comment, re.IGNORECASE) and not field.startswith("optional ")
+    ]
+
+    assert len(fields) > 50
+    assert [] == vague
