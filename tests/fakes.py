@@ -1,0 +1,108 @@
+"""Stand-ins that make rare events happen on command, and keep dull books to compare with."""
+
+import random
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from generator_svc.plan import Copy, StepPlan, Swap
+from generator_svc.runner import Logits, Outcome, RunResult
+
+VOCABULARY = 64
+EOS = 1
+
+
+def next_token(context: Sequence[int]) -> int:
+    """The scripted model's most likely token: any change of the context changes it."""
+    value = 0
+    for token in context:
+        value = (value * 31 + token + 7) % 1_000_003
+    return value % VOCABULARY
+
+
+def scripted_logits(context: Sequence[int]) -> Logits:
+    """Logits, float32 [VOCABULARY], that depend on the whole context; `next_token` is on top."""
+    generator = np.random.default_rng([len(context), *context])
+    logits = generator.normal(size=VOCABULARY).astype(np.float32)
+    logits[next_token(context)] = 6.0
+    return logits
+
+
+def greedy(prompt: Sequence[int], count: int, eos: int | None = EOS) -> list[int]:
+    """What the scripted model answers, one token at a time."""
+    context = list(prompt)
+    for _ in range(count):
+        context.append(next_token(context))
+        if context[-1] == eos:
+            break
+    return context[len(prompt) :]
+
+
+class ScriptedRunner:
+    """A runner whose cache holds token ids, so that a slip of bookkeeping changes the answer.
+
+    `fails` is asked before each run, with the run's slots, and may return an error to report.
+    `nanoseconds` gives each run's time. `chunks` and `moves` count what was asked for.
+    """
+
+    def __init__(
+        self,
+        slots: int,
+        slot_length: int,
+        logits: Callable[[Sequence[int]], Logits] = scripted_logits,
+        seed: int = 0,
+    ) -> None:
+        self.memory = [[-1] * slot_length for _ in range(slots)]
+        self.plans: list[StepPlan] = []
+        self.busy = 0
+        self.fails: Callable[[list[int]], BaseException | None] = lambda slots: None
+        self._logits = logits
+        self._random = random.Random(seed)
+
+    @property
+    def prefilled_tokens(self) -> int:
+        return sum(len(chunk.token_ids) for plan in self.plans for chunk in plan.chunks)
+
+    def run(self, plan: StepPlan) -> Outcome:
+        self.plans.append(plan)
+        for move in plan.moves:
+            self._move(move)
+        chunks = []
+        for chunk in plan.chunks:
+            places = range(chunk.start, chunk.start + len(chunk.token_ids))
+            entries = [(chunk.slot, place, token) for place, token in zip(places, chunk.token_ids)]
+            result = self._compute([entries])
+            chunks.append(
+                result if chunk.wants_logits else RunResult(result.nanoseconds, None, result.error)
+            )
+        rows = None
+        if plan.rows:
+            rows = self._compute(
+                [[(slot, row.position, row.token_id)] for slot, row in enumerate(plan.rows)]
+            )
+        return Outcome(self._time() if plan.moves else 0, tuple(chunks), rows)
+
+    def _time(self) -> int:
+        nanoseconds = self._random.randrange(1, 10_000_019)
+        self.busy += nanoseconds
+        return nanoseconds
+
+    def _compute(self, rows: list[list[tuple[int, int, int]]]) -> RunResult:
+        error = self.fails([entries[0][0] for entries in rows])
+        if error is not None:
+            return RunResult(self._time(), error=error)
+        logits = []
+        for entries in rows:
+            for slot, place, token in entries:
+                self.memory[slot][place] = token
+            slot, place, _ = entries[-1]
+            logits.append(self._logits(self.memory[slot][: place + 1]))
+        return RunResult(self._time(), np.stack(logits))
+
+    def _move(self, move: Copy | Swap) -> None:
+        length = move.length
+        if isinstance(move, Copy):
+            self.memory[move.target][:length] = self.memory[move.source][:length]
+            return
+        one, other = self.memory[move.first], self.memory[move.second]
+        one[:length], other[:length] = other[:length], one[:length]

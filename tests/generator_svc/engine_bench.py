@@ -1,0 +1,82 @@
+"""An engine on a scripted runner that a test steps by hand, and what came out of it."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from fakes import EOS, ScriptedRunner
+from generator_svc.admission import Admission
+from generator_svc.engine import Engine
+from generator_svc.kv_cache import SlotCache
+from generator_svc.metering import Meter
+from generator_svc.scheduler import Scheduler
+from generator_svc.sequence import Generation, Group, Sampling, Update
+
+GREEDY = Sampling(temperature=0)
+
+
+@dataclass
+class Bench:
+    """`tokens[group][index]` is what was delivered; `errors` the failures by group."""
+
+    slots: int = 4
+    slot_length: int = 64
+    reuse: bool = True
+    prefill_tokens: int = 8
+    chunk_tokens: int = 16
+    seed: int = 0
+    runner: Any = None
+    max_queued_requests: int = 100
+    max_queued_tokens: int = 10_000
+    tokens: dict[Group, dict[int, list[int]]] = field(default_factory=dict)
+    finished: dict[Group, set[int]] = field(default_factory=dict)
+    errors: dict[Group, BaseException] = field(default_factory=dict)
+    faults: list[BaseException] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.runner = self.runner or ScriptedRunner(self.slots, self.slot_length, seed=self.seed)
+        self.meter = Meter()
+        self.admission = Admission(self.max_queued_requests, self.max_queued_tokens)
+        self.cache = SlotCache(self.slots, self.slot_length, self.reuse)
+        self.scheduler = Scheduler(
+            self.cache, self.prefill_tokens, self.chunk_tokens, self.meter.settle
+        )
+        self.engine = Engine(
+            self.scheduler,
+            self.runner,
+            self.meter,
+            self.admission,
+            self._deliver,
+            self.faults.append,
+        )
+
+    def submit(self, prompt: list[int], count: int = 8, **fields: Any) -> Group:
+        fields.setdefault("sampling", GREEDY)
+        fields.setdefault("stop_token_ids", frozenset({EOS}))
+        group = self.engine.submit(Generation(tuple(prompt), count, **fields))
+        self.tokens[group] = defaultdict(list)
+        self.finished[group] = set()
+        return group
+
+    def step(self) -> None:
+        self.engine.step()
+        self.engine.check_integrity()
+
+    def finish(self) -> None:
+        """Steps until nothing is left to do, then looks whether anything was lost."""
+        self.step()
+        while self.scheduler.has_work:
+            self.step()
+        assert self.cache.used_slots == 0
+        assert (self.admission.requests, self.admission.tokens) == (0, 0)
+
+    def _deliver(self, updates: list[Update]) -> None:
+        for update in updates:
+            group, index = update.group, update.sequence.index
+            if update.error is not None:
+                self.errors[group] = update.error
+            if update.token is not None:
+                assert index not in self.finished[group], "a token after the end"
+                self.tokens[group][index].append(update.token.token_id)
+            if update.is_finished:
+                self.finished[group].add(index)
