@@ -1,0 +1,106 @@
+"""Chat templates as Hugging Face means them."""
+
+import re
+from datetime import datetime
+
+import pytest
+
+from tests.tokenizer_svc.sample_templates import LLAMA2
+from tokenizer_svc.chat_template import ChatTemplate, ChatTemplateError
+from trivium.wire.errors import ServiceError
+
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def render(source: str, **tokens: str) -> str:
+    return ChatTemplate(source, tokens).render(HELLO)
+
+
+def test_the_file_comes_before_the_configuration() -> None:
+    """chat_template.jinja wins; without it tokenizer_config.json has the template."""
+    config = {"chat_template": "from config"}
+
+    assert "from file" == ChatTemplate.from_config(config, "from file").render(HELLO)
+    assert "from config" == ChatTemplate.from_config(config, None).render(HELLO)
+
+
+def test_of_several_templates_the_default_is_taken() -> None:
+    """tokenizer_config.json may have a list."""
+    config = {
+        "chat_template": [
+            {"name": "tool_use", "template": "tools"},
+            {"name": "default", "template": "default"},
+        ]
+    }
+
+    assert "default" == ChatTemplate.from_config(config, None).render(HELLO)
+
+
+def test_no_template_is_an_error() -> None:
+    """As is a list without a default, or a template that is none."""
+    for config in ({}, {"chat_template": [{"name": "rag", "template": "x"}]}):
+        with pytest.raises(ChatTemplateError):
+            ChatTemplate.from_config(config, None)
+    with pytest.raises(ChatTemplateError, match="line 2"):
+        ChatTemplate("\n{% if %}", {})
+
+
+def test_named_tokens_are_text_or_objects() -> None:
+    """bos_token may be written in both ways; what is absent is undefined."""
+    config = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": None}
+    source = "{{ bos_token }}{{ eos_token }}{{ pad_token is defined }}"
+
+    assert "<s></s>False" == ChatTemplate.from_config(config, source).render(HELLO)
+
+
+def test_json_is_written_as_it_is() -> None:
+    """No escapes of HTML or of letters outside ASCII."""
+    assert '{"a": "<é>"}' == render("{{ {'a': '<é>'} | tojson }}")
+    assert '{\n  "a": 1\n}' == render("{{ {'a': 1} | tojson(indent=2) }}")
+
+
+def test_loops_can_be_left() -> None:
+    """`break` and `continue` are there."""
+    source = "{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}"
+
+    assert "01" == render(source)
+
+
+def test_generation_blocks_are_their_body() -> None:
+    """They matter to training only."""
+    assert "a Hello b" == render("a {% generation %}{{ messages[0].content }}{% endgeneration %} b")
+
+
+def test_white_space_around_blocks_goes() -> None:
+    """As `trim_blocks` and `lstrip_blocks` have it."""
+    assert "x\ny" == render("  {% if true %}\nx\n  {% endif %}\ny")
+
+
+def test_the_date_is_known() -> None:
+    """Templates may write today's date."""
+    assert str(datetime.now().year) == render("{{ strftime_now('%Y') }}")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ raise_exception('no') }}",
+        "{{ messages[0].content + 1 }}",
+        "{{ 1 / 0 }}",
+        "{{ messages[7].content.x }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+    ],
+)
+def test_a_template_that_fails_refuses_the_messages(source: str) -> None:
+    """What it cannot do is the caller's error, and the sandbox's limits are such errors too."""
+    with pytest.raises(ServiceError) as refused:
+        render(source)
+
+    assert ("invalid_chat_template_input", "messages") == (refused.value.code, refused.value.param)
+
+
+def test_the_templates_own_words_reach_the_caller() -> None:
+    """Its author wrote them for whoever sends the messages."""
+    with pytest.raises(ServiceError, match=re.escape("roles must alternate")):
+        ChatTemplate(LLAMA2, {"bos_token": "<s>"}).render(HELLO * 2)

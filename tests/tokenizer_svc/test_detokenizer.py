@@ -1,0 +1,109 @@
+"""Incremental decoding against decoding at once."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.tokenizer_svc.sample_tokenizers import byte_fallback, byte_level, unigram
+from tokenizer_svc.detokenizer import Detokenizer
+from tokenizer_svc.tokenizer import Tokenizer
+
+TEXTS = [
+    "plain words",
+    "\U0001fae0 melts",
+    "\U0001f979",
+    "\u9f9c and \u9f9c",
+    "family \U0001f468\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466!",
+    "e\u0301 a\u0308 n\u0303 combining",
+    "日本語の文章と한국어",
+    "\U0001f44d\U0001f3fd \U0001f1eb\U0001f1f7",
+    " leading and trailing ",
+    "  two\n\nlines\t",
+    "\u200d\ufe0f\ufeff",
+]
+
+KINDS = {
+    "byte level": Tokenizer(byte_level()),
+    "byte fallback": Tokenizer(byte_fallback()),
+}
+
+
+def pieces(tokenizer: Tokenizer, token_ids: list[int]) -> list[str]:
+    detokenizer = Detokenizer(tokenizer)
+    return [*map(detokenizer.push, token_ids), detokenizer.flush()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_pieces_are_whole_characters_of_the_text(kind: str, text: str) -> None:
+    """No piece has a replacement character, and joined they are what decoding at once gives."""
+    tokenizer = KINDS[kind]
+    token_ids = tokenizer.encode(text)
+    found = pieces(tokenizer, token_ids)
+
+    assert tokenizer.decode(token_ids) == "".join(found)
+    assert text == "".join(found)
+    assert "\ufffd" not in "".join(found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=st.text(st.characters(exclude_characters="▁", codec="utf-8"), max_size=30))
+def test_any_text_comes_back(kind: str, text: str) -> None:
+    """Also text that no one would write, but for the space of SentencePiece."""
+    tokenizer = KINDS[kind]
+
+    assert text == "".join(pieces(tokenizer, tokenizer.encode(text)))
+
+
+@given(token_ids=st.lists(st.integers(3, 480), max_size=30))
+def test_any_byte_level_tokens_decode_as_at_once(token_ids: list[int]) -> None:
+    """A model may make bytes that are no characters: they show as decoding at once shows them."""
+    tokenizer = KINDS["byte level"]
+
+    assert tokenizer.decode(token_ids) == "".join(pieces(tokenizer, token_ids))
+
+
+def test_a_character_comes_with_its_last_byte() -> None:
+    """Not later: nothing but an unfinished character is held back."""
+    tokenizer = KINDS["byte fallback"]
+    emoji = "\U0001fae0".encode()
+    token_ids = [3 + byte for byte in emoji]
+
+    assert ["", "", "", "\U0001fae0", ""] == pieces(tokenizer, token_ids)
+
+
+def test_only_the_first_space_of_a_sentencepiece_text_is_dropped() -> None:
+    """Words keep the spaces between them."""
+    tokenizer = KINDS["byte fallback"]
+    token_ids = tokenizer.encode("Hello world world")
+
+    assert "Hello world world" == "".join(pieces(tokenizer, token_ids))
+
+
+def test_unigram_with_metaspace() -> None:
+    """The same holds where Metaspace decodes."""
+    tokenizer = Tokenizer(unigram())
+    token_ids = tokenizer.encode("a b cd")
+
+    assert tokenizer.decode(token_ids) == "".join(pieces(tokenizer, token_ids)) == "a b cd"
+
+
+def test_control_tokens_have_no_text() -> None:
+    """They are skipped, even in the middle of a character."""
+    tokenizer = KINDS["byte level"]
+    first, *rest = tokenizer.encode("\U0001fae0")
+
+    assert "\U0001fae0" == "".join(pieces(tokenizer, [2, first, 2, *rest, 0]))
+
+
+def test_unfinished_bytes_show_at_the_end() -> None:
+    """What never became a character is one replacement character."""
+    tokenizer = KINDS["byte level"]
+    token_ids = tokenizer.encode("a\U0001fae0")[:-1]
+
+    assert "a\ufffd" == "".join(pieces(tokenizer, token_ids))
+
+
+def test_ids_beyond_the_tokenizer_have_no_text() -> None:
+    """Models pad their vocabulary; such an id says nothing."""
+    assert ["", ""] == pieces(KINDS["byte level"], [99_999])

@@ -1,0 +1,101 @@
+"""The stop matcher against a search of the whole text."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokenizer_svc.stop import Outcome, StopMatcher, StopStrings
+
+
+def search(text: str, stops: list[str]) -> tuple[str, str | None]:
+    """The oracle: the text before the match that ends first, and of those the longest."""
+    ends = [(text.find(stop) + len(stop), -len(stop), stop) for stop in stops if stop in text]
+    if not ends:
+        return text, None
+    end, _, stop = min(ends)
+    return text[: end - len(stop)], stop
+
+
+def feed(pieces: list[str], stops: list[str]) -> tuple[str, str | None]:
+    matcher = StopMatcher(StopStrings(stops))
+    shown = ""
+    for piece in pieces:
+        result = matcher.push(piece)
+        shown += result.text
+        if result.stop is not None:
+            return shown, result.stop
+    return shown + matcher.flush().text, None
+
+
+few_letters = st.text("ab<", max_size=14)
+stop_lists = st.lists(st.text("ab<", min_size=1, max_size=5), min_size=1, max_size=4)
+
+
+@given(few_letters, stop_lists)
+def test_every_split_gives_what_a_search_gives(text: str, stops: list[str]) -> None:
+    """Whatever the pieces are, the text before the first match comes out, and nothing else."""
+    expected = search(text, stops)
+
+    for cut in range(len(text) + 1):
+        assert expected == feed([text[:cut], text[cut:]], stops)
+    assert expected == feed(list(text), stops)
+
+
+@given(few_letters, stop_lists)
+def test_only_what_may_become_a_match_is_held(text: str, stops: list[str]) -> None:
+    """While nothing matched, what is held is the longest end that begins a stop string."""
+    matcher = StopMatcher(StopStrings(stops))
+    shown = ""
+    for end, character in enumerate(text, start=1):
+        result = matcher.push(character)
+        if result.stop is not None:
+            return
+        shown += result.text
+        seen = text[:end]
+        beginnings = [stop[:cut] for stop in stops for cut in range(1, len(stop))]
+        held = max((b for b in beginnings if seen.endswith(b)), key=len, default="")
+
+        assert seen[: len(seen) - len(held)] == shown
+
+
+def test_the_match_that_completes_first_wins() -> None:
+    """A short stop string inside a longer one that began earlier ends the text."""
+    assert ("xa", "b") == feed(["xabc"], ["abc", "b"])
+
+
+def test_of_matches_that_end_together_the_longest_wins() -> None:
+    """It is the one that began first."""
+    assert ("x", "ab") == feed(["xab"], ["b", "ab"])
+
+
+@pytest.mark.parametrize(
+    ("piece", "outcome"),
+    [
+        ("abc", Outcome.TEXT),
+        ("<", Outcome.HELD),
+        ("<end>", Outcome.STOPPED),
+        ("x<end>y", Outcome.STOPPED_WITH_TEXT),
+    ],
+)
+def test_outcomes_have_names(piece: str, outcome: Outcome) -> None:
+    """Text, held, stopped, stopped with text."""
+    assert outcome is StopMatcher(StopStrings(["<end>"])).push(piece).outcome
+
+
+def test_a_match_before_the_matcher_is_armed_is_text() -> None:
+    """It is shown, and a match that completes later still ends the text."""
+    matcher = StopMatcher(StopStrings(["ab"]))
+
+    assert "ab" == matcher.push("ab", armed=False).text
+    assert (Outcome.HELD, "") == (matcher.push("a", armed=False).outcome, "")
+    assert "ab" == matcher.push("b").stop
+
+
+def test_text_after_the_stop_string_is_gone() -> None:
+    """Nothing of the piece that completed the match comes after it."""
+    assert ("one ", "STOP") == feed(["one ST", "OP two"], ["STOP"])
+
+
+def test_no_stop_strings_hold_nothing() -> None:
+    """Every piece comes out as it went in."""
+    assert "abc" == StopMatcher(StopStrings([])).push("abc").text

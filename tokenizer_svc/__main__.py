@@ -1,0 +1,44 @@
+"""`python -m tokenizer_svc`: loads the model's text side, serves until told to stop."""
+
+import asyncio
+import logging
+
+import prometheus_client
+
+from tokenizer_svc.config import TokenizerSettings
+from tokenizer_svc.metrics import Metrics
+from tokenizer_svc.models import Model, load_model
+from tokenizer_svc.server import TokenizerServer
+from trivium.model_directory import ModelDirectoryError
+from trivium.wire import telemetry
+from trivium.wire.serving import wait_for_signal
+from trivium.wire.settings import load_settings, refuse_to_start
+
+log = logging.getLogger("tokenizer_svc")
+
+
+async def serve(settings: TokenizerSettings, model: Model) -> None:
+    """Serves until a signal, then drains."""
+    metrics = Metrics()
+    server = TokenizerServer(settings, model, metrics)
+    await server.start()
+    if settings.metrics_port:
+        prometheus_client.start_http_server(settings.metrics_port, settings.host, metrics.registry)
+    log.info("serving %s on port %d", model.id, server.port)
+    await wait_for_signal()
+    log.info("draining")
+    await server.drain()
+
+
+def main() -> None:
+    settings = load_settings(TokenizerSettings)
+    telemetry.configure_logging("tokenizer_svc", settings.log_level)
+    try:
+        model = load_model(settings.model_directory)
+        asyncio.run(serve(settings, model))
+    except (ModelDirectoryError, OSError, RuntimeError) as error:  # a port that is taken, for one
+        refuse_to_start(f"tokenizer_svc: {error}")
+
+
+if __name__ == "__main__":
+    main()

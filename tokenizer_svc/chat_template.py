@@ -1,0 +1,137 @@
+"""A model's chat template: the only door to jinja2, with the meaning Hugging Face gives it.
+
+Knows nothing of tokens. The sandbox keeps a template from the process's objects, not from its
+time and memory: templates come from the operator's model folder only.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from trivium.wire.errors import ServiceError
+
+# What a template can run into when messages are not what it expects. Anything else is a bug.
+_REFUSALS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
+
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
+
+
+class ChatTemplateError(ValueError):
+    """The model folder has no usable chat template; the text says why."""
+
+
+class _GenerationBlock(Extension):
+    """`{% generation %}` marks the assistant's text for training; here it is only its body."""
+
+    tags = {"generation"}  # noqa: RUF012 - the attribute is jinja2's
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class ChatTemplate:
+    """A compiled template. `render` may be called from any thread."""
+
+    def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"],
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ChatTemplateError(f"line {error.lineno}: {error.message}") from error
+        self._tokens = dict(tokens)
+        self.knows_tool_calls = "tool_calls" in source
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], source: str | None) -> "ChatTemplate":
+        """From tokenizer_config.json; `source` is chat_template.jinja, which comes first."""
+        source = _from_tokenizer_config(config) if source is None else source
+        return cls(source, _token_names(config))
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The prompt, up to where the assistant's answer begins.
+
+        Raises ServiceError invalid_chat_template_input when the template refuses the messages.
+        """
+        try:
+            return self._template.render(
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=True,
+                **self._tokens,
+            )
+        except _REFUSALS as error:
+            message = f"The model's chat template refuses the messages: {error}"
+            raise ServiceError("invalid_chat_template_input", message, "messages") from error
+
+
+def _from_tokenizer_config(config: Mapping[str, Any]) -> str:
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        by_name = {entry["name"]: entry["template"] for entry in template}
+        template = by_name.get("default")
+    if not isinstance(template, str):
+        raise ChatTemplateError(
+            "neither chat_template.jinja nor a default in tokenizer_config.json"
+        )
+    return template
+
+
+def _token_names(config: Mapping[str, Any]) -> dict[str, str]:
+    """bos_token and the like, each written as text or as an object with `content`."""
+    names = {}
+    for key in _NAMED_TOKENS:
+        value = config.get(key)
+        if isinstance(value, Mapping):
+            value = value.get("content")
+        if isinstance(value, str):
+            names[key] = value
+    return names
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """jinja2's own escapes HTML characters."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )

@@ -1,0 +1,39 @@
+"""Token ids to text, one at a time: whole characters, each as soon as its last byte is there.
+
+Knows nothing of stop strings or choices. What comes out, joined, is what decoding all ids at
+once gives. Control tokens have no text.
+"""
+
+import codecs
+
+from tokenizer_svc.tokenizer import Tokenizer
+
+
+class Detokenizer:
+    """The text of one choice."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._drop_space = tokenizer.drops_first_space
+
+    @property
+    def pending(self) -> bool:
+        """Whether the first bytes of a character wait for the rest."""
+        return bool(self._decoder.getstate()[0])
+
+    def push(self, token_id: int) -> str:
+        """The characters that this token completes; "" if none."""
+        if self._tokenizer.is_hidden(token_id):
+            return ""
+        return self._first(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
+
+    def flush(self) -> str:
+        """Nothing more comes: bytes that never became a character are U+FFFD."""
+        return self._first(self._decoder.decode(b"", final=True))
+
+    def _first(self, text: str) -> str:
+        if self._drop_space and text:
+            self._drop_space = False
+            return text.removeprefix(" ")
+        return text

@@ -1,0 +1,95 @@
+"""The generator, as this stage calls it. Every failure leaves here as a ServiceError.
+
+Knows nothing of text.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from typing import Any
+
+import grpc
+
+from tokenizer_svc import convert
+from tokenizer_svc.generation import GeneratorInfo, Start, Update
+from trivium.wire import telemetry
+from trivium.wire.errors import ServiceError, from_rpc_error
+
+INFO_SECONDS = 5.0
+
+
+class GeneratorClient:
+    """The generator behind one channel."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        # The stubs are generated without types.
+        self._generator: Any = convert.GeneratorStub(channel)  # type: ignore[no-untyped-call]
+        self._health = convert.HealthStub(channel)
+
+    async def health(self) -> AsyncGenerator[bool]:
+        """Whether it serves, now and at every change, until the connection is lost."""
+        call = self._health.Watch(convert.generator_health_request())
+        try:
+            async for response in call:
+                yield convert.is_serving(response)
+        except grpc.aio.AioRpcError as error:
+            raise _service_error(error) from error
+        finally:
+            call.cancel()
+
+    async def info(self) -> GeneratorInfo:
+        """What it serves."""
+        try:
+            response = await self._generator.GetModelInfo(
+                convert.generator_info_request(), timeout=INFO_SECONDS
+            )
+        except grpc.aio.AioRpcError as error:
+            raise _service_error(error) from error
+        return convert.generator_info(response)
+
+    def generate(self, start: Start, timeout: float | None) -> "Generation":
+        """A generation that is to take at most `timeout` seconds."""
+        call = self._generator.Generate(timeout=timeout, metadata=telemetry.outgoing_metadata())
+        return Generation(call, start)
+
+
+class Generation:
+    """One call of the generator. Whatever happens, it is cancelled when `messages` is closed."""
+
+    def __init__(self, call: Any, start: Start) -> None:
+        self._call = call
+        self._start = start
+
+    async def messages(self) -> AsyncGenerator[list[Update]]:
+        """Starts the generation; what the generator says, to the end of the call."""
+        try:
+            await self._write(convert.start_command(self._start))
+            if not self._start.request.stop:
+                await self._call.done_writing()
+            async for response in self._call:
+                yield convert.updates(response)
+        except grpc.aio.AioRpcError as error:
+            raise _service_error(error) from error
+        finally:
+            self._call.cancel()
+
+    async def stop(self, indices: list[int]) -> None:
+        """Tells the generator that these continuations are complete."""
+        for index in indices:
+            await self._write(convert.stop_command(index))
+
+    async def _write(self, command: Any) -> None:
+        # A call that is over takes no more commands; reading it says how it ended.
+        with suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
+            await self._call.write(command)
+
+
+def _service_error(error: grpc.aio.AioRpcError) -> ServiceError:
+    """Two statuses mean something else here than to a caller who gets them himself."""
+    if error.code() is grpc.StatusCode.CANCELLED:  # not by us: we would not be reading
+        return ServiceError("backend_unavailable", "The generator broke off the call.")
+    fault = from_rpc_error(error)
+    if error.code() is grpc.StatusCode.FAILED_PRECONDITION and fault.code == "internal_error":
+        message = "The generator serves another revision of the model."
+        return ServiceError("revision_mismatch", message)
+    return fault

@@ -1,0 +1,166 @@
+"""Text to token ids and ids to bytes: the only door to the `tokenizers` library.
+
+Knows no messages and no templates. A control token is one that tokenizer.json marks as special, or
+an added one of the form <|…|>: DeepSeek begins its turns with such, unmarked. Control tokens are kept apart from text by their names: the encoder is the model's own tokenizer
+with every control token renamed to a secret of this process. Text cannot spell such a name, be it
+by an added token, by a vocabulary entry or after normalisation, so text is always text; whoever
+wants a control token writes its name with `control_name`.
+"""
+
+import json
+import re
+import secrets
+from functools import lru_cache
+from typing import Any
+
+from tokenizers import Tokenizer as _Library  # type: ignore[import-untyped]
+
+_CONTROL_FORM = re.compile(r"<[|\uff5c].*[|\uff5c]>", re.DOTALL)
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class Tokenizer:
+    """The tokenizer of one model. All methods may be called from any thread."""
+
+    def __init__(self, tokenizer_json: str) -> None:
+        definition = json.loads(tokenizer_json)
+        added = definition.get("added_tokens", ())
+        decoders = set(_types(definition.get("decoder")))
+        self._plain = _load(tokenizer_json)
+        self._names = _secret_names([t["content"] for t in added if _is_control(t)])
+        self._encoder = _load(json.dumps(_renamed(definition, self._names)))
+        self._hidden_ids = frozenset(token["id"] for token in added if token["special"])
+        self._byte_level = "ByteLevel" in decoders
+        self._byte_fallback = "ByteFallback" in decoders
+        vocabulary = self._plain.get_vocab()
+        self.longest_token = max(map(len, vocabulary), default=1)
+        self._anchor = None if self._byte_level else _find_anchor(self._plain, vocabulary)
+        self.drops_first_space = not self._byte_level and self._first_space_is_lost(vocabulary)
+        self.token_bytes = lru_cache(maxsize=65536)(self._token_bytes)
+
+    @property
+    def control_tokens(self) -> tuple[str, ...]:
+        """The text of every control token."""
+        return tuple(self._names)
+
+    def control_name(self, control_token: str) -> str:
+        """What to write into a text for `encode` to see this control token."""
+        return self._names[control_token]
+
+    def is_hidden(self, token_id: int) -> bool:
+        """Whether the token is left out of a model's answer, as the marked ones are."""
+        return token_id in self._hidden_ids
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Ids of `text`, in which only `control_name`s are control tokens.
+
+        `add_special_tokens` adds what the tokenizer puts around a lone text, such as BOS.
+        """
+        return list(self._encoder.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of ids, control tokens included; bytes that are no character are U+FFFD."""
+        return str(self._plain.decode(token_ids, skip_special_tokens=False))
+
+    def _token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for inside a text; none for an id that is no token."""
+        token: str | None = self._plain.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self._byte_level:
+            return _byte_level_bytes(token)
+        if self._byte_fallback and (match := _BYTE_TOKEN.fullmatch(token)):
+            return bytes([int(match[1], 16)])
+        if self._anchor is None or token_id in self._hidden_ids:
+            return token.encode()
+        # What a token adds depends on where it stands: it is looked at behind another one.
+        before, both = self.decode([self._anchor]), self.decode([self._anchor, token_id])
+        return both[len(before) :].encode()
+
+    def _first_space_is_lost(self, vocabulary: dict[str, int]) -> bool:
+        """Whether decoding drops the space with which SentencePiece begins every text."""
+        for token, token_id in vocabulary.items():
+            if token[:1] == "\u2581" != token[1:2]:
+                inside = self._token_bytes(token_id)
+                alone = self.decode([token_id])
+                return inside[:1] == b" " and alone[:1] != " "
+        return False
+
+
+def _load(definition: str) -> _Library:
+    library = _Library.from_str(definition)
+    library.no_truncation()
+    library.no_padding()
+    return library
+
+
+def _is_control(added_token: dict[str, Any]) -> bool:
+    return bool(added_token["special"] or _CONTROL_FORM.fullmatch(added_token["content"]))
+
+
+def _secret_names(control_tokens: list[str]) -> dict[str, str]:
+    secret = secrets.token_hex(8)
+    return {token: f"\ufdd0{secret}:{index}\ufdd1" for index, token in enumerate(control_tokens)}
+
+
+def _renamed(definition: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """tokenizer.json with control tokens renamed wherever text could meet them; ids stay."""
+    model = dict(definition["model"])
+    if isinstance(model.get("vocab"), dict):
+        model["vocab"] = {names.get(token, token): i for token, i in model["vocab"].items()}
+    elif "vocab" in model:  # Unigram: pairs of token and score, in the order of ids
+        model["vocab"] = [[names.get(token, token), score] for token, score in model["vocab"]]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    if model.get("merges"):
+        model["merges"] = [m for m in model["merges"] if not _meets(m, names)]
+    added = [
+        token | {"content": names[token["content"]], "normalized": False, "single_word": False}
+        if token["content"] in names
+        else token
+        for token in definition.get("added_tokens", ())
+    ]
+    return definition | {"model": model, "added_tokens": added}
+
+
+def _meets(merge: str | list[str], names: dict[str, str]) -> bool:
+    """Whether a BPE merge makes or uses a control token."""
+    left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+    return left in names or right in names or left + right in names
+
+
+def _types(decoder: dict[str, Any] | None) -> list[str]:
+    """The types of a decoder and of all that it is made of."""
+    if decoder is None:
+        return []
+    return [decoder["type"], *(kind for d in decoder.get("decoders", ()) for kind in _types(d))]
+
+
+def _find_anchor(library: _Library, vocabulary: dict[str, int]) -> int | None:
+    """A token with visible text that decodes alike whatever follows it."""
+    for token, token_id in vocabulary.items():
+        if token.isascii() and token.isalpha():
+            alone = library.decode([token_id], skip_special_tokens=False)
+            twice = library.decode([token_id, token_id], skip_special_tokens=False)
+            if alone and twice.startswith(alone) and len(twice) > len(alone):
+                return token_id
+    return None
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's: printable Latin-1 characters are their own byte, the rest follow from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable}
+    return alphabet | {chr(0x100 + index): byte for index, byte in enumerate(others)}
+
+
+_BYTE_ALPHABET = _byte_alphabet()
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    """A token outside the alphabet, such as an added one with a space, is its own text."""
+    try:
+        return bytes([_BYTE_ALPHABET[character] for character in token])
+    except KeyError:
+        return token.encode()
