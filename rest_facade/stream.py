@@ -4,8 +4,7 @@ An error leaves as an exception; the application's boundary makes the last event
 """
 
 import asyncio
-import contextlib
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -43,6 +42,8 @@ class EventStream(Response):
         self._writer = writer
         self._keep_alive_seconds = keep_alive_seconds
         self._on_text = on_text
+        self._clock = asyncio.get_running_loop().time
+        self._sent_at = self._clock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -52,32 +53,30 @@ class EventStream(Response):
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        has_text = False
-        async with contextlib.aclosing(self._chunks()) as chunks:
-            async for chunk in chunks:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                if not has_text and chunk is not KEEP_ALIVE:
-                    has_text = True
-                    self._on_text()
+        silence = asyncio.create_task(self._break_silence(send))
+        event, has_text = self._first, False
+        try:
+            while event is not None:
+                if chunks := self._writer.push(event):
+                    await self._send(send, chunks)
+                    if not has_text:
+                        has_text = True
+                        self._on_text()
+                event = await self._stream.read()
+        finally:
+            silence.cancel()
         assert self._writer.complete, "The stream ended without its usage. This is a bug."
         await send({"type": "http.response.body", "body": DONE})
 
-    async def _chunks(self) -> AsyncGenerator[bytes, None]:
-        clock = asyncio.get_running_loop().time
-        event, sent_at, reading = self._first, clock(), None
-        try:
-            while event is not None:
-                if chunk := self._writer.push(event):
-                    yield chunk
-                    sent_at = clock()
-                reading = asyncio.ensure_future(self._stream.read())
-                while not reading.done():
-                    silence_left = sent_at + self._keep_alive_seconds - clock()
-                    await asyncio.wait((reading,), timeout=max(silence_left, 0))
-                    if not reading.done():
-                        yield KEEP_ALIVE
-                        sent_at = clock()
-                event = reading.result()
-        finally:
-            if reading is not None:
-                reading.cancel()
+    async def _break_silence(self, send: Send) -> None:
+        # A task of its own, as a timeout around every read would cost more than the read.
+        while True:
+            silent_for = self._clock() - self._sent_at
+            if silent_for >= self._keep_alive_seconds:
+                await self._send(send, KEEP_ALIVE)
+            else:
+                await asyncio.sleep(self._keep_alive_seconds - silent_for)
+
+    async def _send(self, send: Send, body: bytes) -> None:
+        self._sent_at = self._clock()
+        await send({"type": "http.response.body", "body": body, "more_body": True})
