@@ -1,0 +1,170 @@
+"""Writes the parts of docs/ that the code knows best:  make docs
+
+A page keeps them between `<!-- begin NAME -->` and `<!-- end NAME -->`; a test compares.
+"""
+
+import ast
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import get_args
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.metrics_core import Metric
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+from pydantic_settings import BaseSettings
+
+import rest_facade.metrics
+import tokenizer_svc.metrics
+from generator_svc.config import GeneratorSettings
+from generator_svc.engine import Load
+from generator_svc.metering import Meter
+from generator_svc.metrics import EngineCollector, RequestMetrics
+from generator_svc.sequence import FinishReason
+from rest_facade.config import FacadeSettings
+from tokenizer_svc.config import TokenizerSettings
+from trivium.wire.errors import markdown_table
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+MODULES = ("rest_facade", "tokenizer_svc", "generator_svc", "generator_svc/export")
+SHARED = ("trivium", "trivium/wire", "trivium/cli")
+SECTION = re.compile(r"(<!-- begin ([\w-]+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
+
+
+def modules(folder: str) -> str:
+    """One line for each module of a folder: the first sentence of its docstring."""
+    lines = []
+    for path in sorted((ROOT / folder).glob("*.py")):
+        text = ast.get_docstring(ast.parse(path.read_text()))
+        if text:
+            name = folder.replace("/", ".") if path.stem == "__init__" else path.stem
+            lines.append(f"- `{name}`: {first_sentence(text)}")
+    return "\n".join(lines) + "\n"
+
+
+def first_sentence(text: str) -> str:
+    """The first sentence of the first paragraph, on one line."""
+    paragraph = " ".join(text.split("\n\n")[0].split())
+    return re.split(r"(?<=[.!?]) (?=[A-Z])", paragraph)[0].rstrip(".") + "."
+
+
+def settings(cls: type[BaseSettings]) -> str:
+    """A table of a service's environment variables."""
+    lines = ["| variable | default | allowed | meaning |", "| --- | --- | --- | --- |"]
+    for name, field in cls.model_fields.items():
+        variable = f"{cls.model_config['env_prefix']}{name}".upper()
+        row = (f"`{variable}`", default(field), allowed(field), field.description or "")
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def default(field: FieldInfo) -> str:
+    """A setting's default as one would type it."""
+    if field.default is PydanticUndefined:
+        return "required"
+    if field.default is None:
+        return "not set"
+    if isinstance(field.default, bool):
+        return f"`{str(field.default).lower()}`"
+    return f"`{field.default}`"
+
+
+def allowed(field: FieldInfo) -> str:
+    """A setting's choices, or its type and bounds."""
+    choices = [choice for choice in get_args(field.annotation) if isinstance(choice, str)]
+    if choices:
+        return ", ".join(f"`{choice}`" for choice in choices)
+    types = [t for t in (get_args(field.annotation) or (field.annotation,)) if t is not type(None)]
+    words = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}
+    kind = ", ".join(words.get(t.__name__, t.__name__.lower()) for t in types)
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    bounds = [
+        f"{sign} {getattr(bound, name)}"
+        for bound in field.metadata
+        for name, sign in signs.items()
+        if hasattr(bound, name)
+    ]
+    return " ".join((kind, ", ".join(bounds))).strip()
+
+
+def metrics(families: Iterator[Metric]) -> str:
+    """A table of a process's metrics; those about the process itself are left out."""
+    lines = ["| metric | type | labels | meaning |", "| --- | --- | --- | --- |"]
+    for family in families:
+        if family.name.startswith(("process_", "python_")):
+            continue
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        labels = ", ".join(f"`{label}`" for label in family_labels(family))
+        lines.append(
+            f"| `{name}` | {family.type} | {labels} | {family.documentation.rstrip('.')} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def family_labels(family: Metric) -> list[str]:
+    """Names of the labels, from the one sample that `touched` made; buckets' own is left out."""
+    labels = family.samples[0].labels if family.samples else {}
+    return [label for label in labels if label != "le"]
+
+
+def touched(registry: CollectorRegistry) -> Iterator[Metric]:
+    """The registry's families, each with a sample, so that its labels can be seen."""
+    for collector in list(registry._collector_to_names):
+        names = getattr(collector, "_labelnames", ())
+        if names and not getattr(collector, "_labelvalues", ()):
+            collector.labels(*("" for _ in names))  # type: ignore[attr-defined]
+    return iter(sorted(registry.collect(), key=lambda family: family.name))
+
+
+def generator_registry() -> CollectorRegistry:
+    """The generator's metrics, without a generator."""
+    registry = CollectorRegistry()
+    meter = Meter()
+    meter.overhead["reason"] = 1
+    meter.settled[next(iter(FinishReason))] = 1
+    idle = Load(*(1 for _ in Load.__dataclass_fields__))
+    registry.register(EngineCollector(lambda: idle, meter, "model"))
+    RequestMetrics(registry, "model")
+    return registry
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    **{f"modules-{folder.replace('/', '-')}": lambda f=folder: modules(f) for folder in MODULES},
+    **{f"modules-{folder.replace('/', '-')}": lambda f=folder: modules(f) for folder in SHARED},
+    "settings-rest-facade": lambda: settings(FacadeSettings),
+    "settings-tokenizer-svc": lambda: settings(TokenizerSettings),
+    "settings-generator-svc": lambda: settings(GeneratorSettings),
+    "metrics-rest-facade": lambda: metrics(touched(rest_facade.metrics.Metrics()._registry)),
+    "metrics-tokenizer-svc": lambda: metrics(touched(tokenizer_svc.metrics.Metrics().registry)),
+    "metrics-generator-svc": lambda: metrics(touched(generator_registry())),
+    "errors": markdown_table,
+}
+
+
+def renewed(page: str) -> str:
+    """`page` with every generated section as the code has it now."""
+
+    def replace(match: re.Match[str]) -> str:
+        return f"{match[1]}{SECTIONS[match[2]]()}{match[3]}"
+
+    return SECTION.sub(replace, page)
+
+
+def pages() -> list[Path]:
+    """All pages, those without generated sections too."""
+    return sorted(DOCS.rglob("*.md"))
+
+
+def main() -> None:
+    """Rewrites the pages that are out of date."""
+    for page in pages():
+        text = page.read_text()
+        if renewed(text) != text:
+            page.write_text(renewed(text))
+            print(f"renewed {page.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

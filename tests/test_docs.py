@@ -1,0 +1,69 @@
+"""What the pages say is what the code does."""
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    """docs/generate.py as a module."""
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_generated_sections_are_up_to_date(page: Path, generate: ModuleType) -> None:
+    """`make docs` would change nothing: settings, metrics, errors and modules are as they are."""
+    text = page.read_text()
+
+    assert generate.renewed(text) == text, f"{page.name} is out of date: run make docs"
+
+
+def test_every_generated_section_has_a_page(generate: ModuleType) -> None:
+    """Nothing that can be generated is left out."""
+    shown = re.findall(r"<!-- begin ([\w-]+) -->", "\n".join(page.read_text() for page in PAGES))
+
+    assert sorted(generate.SECTIONS) == sorted(shown)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    """Links to files of the repository name files that exist."""
+    targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text())
+
+    assert [] == [target for target in targets if not (page.parent / target).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_make_targets_exist(page: Path) -> None:
+    """Every `make …` that a page tells to type is in the Makefile."""
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    told = set(re.findall(r"(?:^    |`)make ([a-z]+)", page.read_text(), re.MULTILINE))
+
+    assert set() == told - targets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_variables_exist(page: Path, generate: ModuleType) -> None:
+    """Every TRIVIUM_… variable that a page names is one that something reads."""
+    known = {"TRIVIUM_CACHE", "TRIVIUM_PROTOS"}
+    for cls in (
+        generate.FacadeSettings,
+        generate.TokenizerSettings,
+        generate.GeneratorSettings,
+    ):
+        known |= {f"{cls.model_config['env_prefix']}{name}".upper() for name in cls.model_fields}
+    named = set(re.findall(r"\bTRIVIUM_[A-Z_]*[A-Z]", page.read_text()))
+
+    assert set() == named - known
