@@ -52,24 +52,26 @@ def share_quantized_embedding(graph: Graph, hidden_size: int) -> None:
     """Lets the embedding read the rows of the quantised 8-bit head.
 
     The head's weights are [vocabulary, blocks, block size] and the gather wants
-    [vocabulary, hidden size]; ONNX Runtime folds the reshape when it loads the graph.
+    [vocabulary, hidden size]; ONNX Runtime folds the reshape when it loads the graph. A size that
+    does not fill its last block keeps the table of floats: the head's rows are padded then.
     """
     head, embedding = graph.nodes[HEAD], graph.nodes[EMBEDDING]
     attributes = {a.name: a.i for a in head.attribute}
-    weight, scales = head.input[1], head.input[2]
     assert attributes["bits"] == 8
-    assert hidden_size % attributes["block_size"] == 0
+    block = attributes["block_size"]
+    if hidden_size % block:
+        return
     shape = graph.constant("/model/embed_tokens/shape", np.array([-1, hidden_size], np.int64))
-    table = graph.add("Reshape", "/model/embed_tokens/Reshape", [weight, shape])
+    table = graph.add("Reshape", "/model/embed_tokens/Reshape", [head.input[1], shape])
     graph.remove([embedding])
     graph.add(
         "GatherBlockQuantized",
         EMBEDDING,
-        [table, embedding.input[1], scales],
+        [table, embedding.input[1], head.input[2]],
         list(embedding.output),
         domain=MICROSOFT,
         bits=8,
-        block_size=attributes["block_size"],
+        block_size=block,
         gather_axis=0,
         quantize_axis=1,
     )

@@ -1,0 +1,100 @@
+"""What loads, what is translated, and what is refused with a reason."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from generator_svc.export import ExportError
+from generator_svc.export.checkpoint import load_checkpoint, translate_rope
+from generator_svc.export.source import Source, locate
+from tests.tiny_models import tiny_checkpoint
+
+
+def changed(tmp_path: Path, **changes: object) -> Source:
+    """The tiny Llama with other values in its config.json."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint("llama"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return locate(str(folder))
+
+
+def test_rope_parameters_become_theta_and_scaling():
+    """The settings of transformers 5 move to where transformers 4 looks for them."""
+    new = {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}}
+
+    assert translate_rope(new) == {
+        "rope_theta": 5e5,
+        "rope_scaling": {"rope_type": "llama3", "factor": 8.0},
+    }
+
+
+def test_default_rope_parameters_mean_no_scaling():
+    """The type `default` is what transformers 4 writes as null."""
+    new = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "x": 1}
+
+    assert translate_rope(new) == {"rope_theta": 1e6, "rope_scaling": None, "x": 1}
+
+
+def test_old_settings_are_left_alone():
+    """A configuration without the new name passes as it is."""
+    old = {"rope_theta": 1e4, "rope_scaling": None}
+
+    assert translate_rope(old) == old
+
+
+def test_rope_parameters_per_layer_type_are_refused():
+    """Two rotary tables would be needed; one would be silently wrong."""
+    nested = {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}
+
+    with pytest.raises(ExportError, match="layer types"):
+        translate_rope(nested)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt_oss"}, "gpt_oss is not supported.*QMoE"),
+        ({"model_type": "gemma2"}, "'gemma2' is not supported"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantised already"),
+        ({"intermediate_size": 128}, "weights do not"),
+    ],
+)
+def test_what_cannot_be_exported_is_named(tmp_path, changes, message):
+    """Each refusal says which setting is the reason."""
+    with pytest.raises(ExportError, match=message):
+        load_checkpoint(changed(tmp_path, **changes))
+
+
+def test_missing_weights_are_refused(tmp_path):
+    """transformers would fill them with random numbers and a warning."""
+    source = changed(tmp_path)
+    file = source.path / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.layers.1.mlp.down_proj.weight"]
+    save_file(weights, file, {"format": "pt"})
+
+    with pytest.raises(ExportError, match="down_proj"):
+        load_checkpoint(source)
+
+
+def test_a_broken_gguf_is_refused(tmp_path):
+    """A file that is no GGUF gives one line, not a struct error."""
+    (tmp_path / "model.gguf").write_bytes(b"not a model" * 100)
+
+    with pytest.raises(ExportError, match="not a GGUF file"):
+        load_checkpoint(locate(str(tmp_path / "model.gguf")))
+
+
+def test_an_unknown_source_is_refused(tmp_path):
+    """The message lists what a source may be."""
+    with pytest.raises(ExportError, match=r"no folder.*smollm2-135m-instruct"):
+        locate("no-such-model")
+    with pytest.raises(ExportError, match=r"neither config\.json nor"):
+        locate(str(tmp_path))

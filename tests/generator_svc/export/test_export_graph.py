@@ -1,0 +1,160 @@
+"""The exported graph against two oracles: the checkpoint in PyTorch, and Optimum's own runtime."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from generator_svc.export.checkpoint import Checkpoint, load_checkpoint, quiet_libraries
+from generator_svc.export.source import locate
+from tests.tiny_models import FAMILIES, tiny_checkpoint, tiny_model_directory
+from trivium.model_directory import ModelDirectory, load_model_directory
+
+TOLERANCE = 1e-4
+
+
+@cache
+def exported(family: str) -> ModelDirectory:
+    return load_model_directory(tiny_model_directory(family))
+
+
+@cache
+def checkpoint(family: str) -> Checkpoint:
+    return load_checkpoint(locate(str(tiny_checkpoint(family))))
+
+
+def reference(family: str, tokens: list[int]) -> np.ndarray:
+    """Logits [positions, vocabulary] of the checkpoint."""
+    with torch.inference_mode():
+        return checkpoint(family).model(torch.tensor([tokens])).logits[0].numpy()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefill_equals_the_checkpoint(family, slots, prompt):
+    """One run over a prompt gives the checkpoint's logits at its last position."""
+    tokens = prompt(90)
+
+    logits = slots(exported(family)).prefill(0, tokens)
+
+    np.testing.assert_allclose(logits, reference(family, tokens)[-1], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chunks_into_one_buffer_equal_the_checkpoint(family, chunk, slots, prompt):
+    """A prompt fed in pieces, past and present in one longer buffer, ends in the same logits."""
+    tokens = prompt(90)
+
+    logits = slots(exported(family)).prefill(0, tokens, chunk)
+
+    np.testing.assert_allclose(logits, reference(family, tokens)[-1], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ragged_rows_decode_as_if_alone(family, slots, prompt):
+    """Rows of different lengths in one decode step each get their own checkpoint's logits."""
+    lengths = [1, 5, 40, 77]
+    prompts = [prompt(length, seed=length) for length in lengths]
+    running = slots(exported(family), rows=len(lengths))
+    for row, tokens in enumerate(prompts):
+        running.prefill(row, tokens)
+
+    logits = running.run(0, [[9]] * 4, [length + 1 for length in lengths])
+
+    expected = np.stack([reference(family, [*tokens, 9])[-1] for tokens in prompts])
+    np.testing.assert_allclose(logits, expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_equal_the_checkpoint(family, slots, prompt):
+    """Forty greedy tokens are the checkpoint's, and they are not one token repeated."""
+    tokens = prompt(12)
+    running = slots(exported(family))
+
+    generated = [int(running.prefill(0, tokens).argmax())]
+    while len(generated) < 40:
+        length = len(tokens) + len(generated)
+        generated.append(int(running.run(0, [generated[-1:]], [length]).argmax()))
+
+    expected = reference(family, [*tokens, *generated])[len(tokens) - 1 : -1].argmax(-1)
+    assert generated == expected.tolist()
+    assert len(set(generated)) > 5
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_greedy_tokens_equal_optimum(family, slots, prompt, tmp_path):
+    """Optimum's own runtime on the untouched trace generates the same tokens."""
+    from optimum.onnxruntime import ORTModelForCausalLM
+
+    from generator_svc.export.trace import trace
+
+    trace(checkpoint(family), tmp_path)
+    tokens = prompt(12)
+    with quiet_libraries():
+        oracle = ORTModelForCausalLM.from_pretrained(tmp_path, use_io_binding=False)
+        output = oracle.generate(
+            torch.tensor([tokens]),
+            attention_mask=torch.ones((1, len(tokens)), dtype=torch.int64),
+            max_new_tokens=24,
+            do_sample=False,
+        )
+    expected = output[0, len(tokens) :].tolist()
+
+    running = slots(exported(family))
+    generated = [int(running.prefill(0, tokens).argmax())]
+    while len(generated) < len(expected):
+        length = len(tokens) + len(generated)
+        generated.append(int(running.run(0, [generated[-1:]], [length]).argmax()))
+
+    assert generated == expected
+
+
+@pytest.mark.parametrize("family", ["llama-llama3", "llama-yarn", "llama-linear"])
+def test_rope_scaling_matters(family, prompt):
+    """The checkpoints with rope scaling differ from those without, so a lost scaling would show."""
+    tokens = prompt(90)
+
+    assert not np.allclose(reference(family, tokens), reference("llama-untied", tokens), atol=0.1)
+
+
+def test_rope_parameters_reach_the_tables():
+    """A checkpoint saved by transformers 5 keeps its theta: 250, not the default of 10,000."""
+    decoder = checkpoint("llama-transformers5").decoder
+
+    half = decoder.head_size // 2
+    slowest = np.float32(1) / np.float32(250.0) ** np.float32((half - 1) / half)
+    np.testing.assert_allclose(decoder.cos[100, -1], np.cos(100 * slowest), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_few_operators_remain(family):
+    """Attention, norms and projections are single operators; nothing of the trace is left over."""
+    import onnx
+
+    graph = onnx.load(exported(family).graph, load_external_data=False)
+    counts: dict[str, int] = {}
+    for node in graph.graph.node:
+        counts[node.op_type] = counts.get(node.op_type, 0) + 1
+
+    assert counts["GroupQueryAttention"] == 3
+    assert counts["SkipSimplifiedLayerNormalization"] == 6
+    assert counts["SimplifiedLayerNormalization"] == 1
+    assert counts["MatMul"] == 4 * 3  # qkv, o, gate and up, down
+    assert len(graph.graph.node) < 50
+    assert graph.ir_version <= 13
+    assert {i.name for i in graph.graph.input} >= {"input_ids", "attention_mask"}
+    assert "position_ids" not in {i.name for i in graph.graph.input}
+
+
+def test_tied_weights_are_stored_once():
+    """A tied head reads the embedding, so the file holds the vocabulary once."""
+    tied, untied = (
+        (exported(family).path / "model.onnx.data").stat().st_size
+        for family in ("llama", "llama-untied")
+    )
+
+    table = 4 * exported("llama").vocab_size * 64
+    assert abs((untied - tied) - table) < 0.05 * table

@@ -1,0 +1,134 @@
+"""A model folder appears whole or not at all, whoever else is at work and whenever it is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from generator_svc.export import ExportError, ExportOptions, export_model, pipeline
+from tests.tiny_models import tiny_checkpoint, tiny_model_directory
+from trivium.model_directory import load_model_directory
+
+FP32 = ExportOptions("fp32")
+
+
+@pytest.fixture
+def source() -> str:
+    return str(tiny_checkpoint("llama"))
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if not path.name.endswith(".lock")]
+
+
+def test_progress_only_moves_forward(source, tmp_path):
+    """The callback gets named steps with fractions from 0 to 1."""
+    seen: list[tuple[str, float]] = []
+
+    export_model(source, tmp_path / "m", FP32, lambda *step: seen.append(step))
+
+    fractions = [fraction for _, fraction in seen]
+    assert fractions == sorted(fractions)
+    assert (fractions[0], fractions[-1]) == (0.0, 1.0)
+
+
+def test_a_failure_leaves_nothing(source, tmp_path, monkeypatch):
+    """When a late step fails, neither the folder nor a half of it is there."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("disk full")
+
+    monkeypatch.setattr(pipeline, "_verify", fail)
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        export_model(source, tmp_path / "m", FP32)
+
+    assert leftovers(tmp_path) == []
+
+
+def test_a_killed_export_leaves_no_folder_and_the_next_one_works(source, tmp_path):
+    """kill -9 in the middle: nothing under the final name, and the remains are swept."""
+    command = [sys.executable, "-m", "generator_svc.export", source, "--precision", "fp32"]
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "m")], stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "rewriting" in line:
+            break
+    os.kill(process.pid, signal.SIGKILL)
+    process.stderr.close()
+    process.wait()
+    assert not (tmp_path / "m").exists()
+    assert leftovers(tmp_path) != []
+
+    export_model(source, tmp_path / "m", FP32)
+
+    assert leftovers(tmp_path) == ["m"]
+
+
+def test_exporters_to_one_place_wait_for_each_other(source, tmp_path):
+    """Of two at once one does the work and both return the same good folder."""
+    steps: list[str] = []
+
+    def work() -> None:
+        export_model(source, tmp_path / "m", FP32, lambda step, _: steps.append(step))
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert steps.count("tracing") == 1
+    assert load_model_directory(tmp_path / "m").num_layers == 3
+
+
+def test_an_existing_folder_is_kept_or_refused(source, tmp_path):
+    """Same source and options: returned as it is. Anything else is not overwritten unasked."""
+    folder = export_model(source, tmp_path / "m", FP32)
+    made = (folder / "model.onnx").stat().st_mtime_ns
+
+    assert export_model(source, folder, FP32) == folder
+    assert (folder / "model.onnx").stat().st_mtime_ns == made
+    with pytest.raises(ExportError, match="exists already"):
+        export_model(source, folder, ExportOptions("int8"))
+
+    export_model(source, folder, ExportOptions("int8"), force=True)
+    assert load_model_directory(folder).precision == "int8"
+    assert leftovers(tmp_path) == ["m"]
+
+
+def test_the_folder_has_the_layout_of_the_model_builder():
+    """The file that onnxruntime-genai reads names every tensor and every size."""
+    folder = tiny_model_directory("qwen2")
+    model = json.loads((folder / "genai_config.json").read_text())["model"]
+
+    assert model["type"] == "qwen2"
+    assert model["context_length"] == 2048
+    assert model["eos_token_id"] == 2
+    assert model["decoder"]["inputs"]["past_key_names"] == "past_key_values.%d.key"
+    assert model["decoder"]["outputs"]["present_value_names"] == "present.%d.value"
+    assert model["decoder"]["num_key_value_heads"] == 2
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"config.json", "generation_config.json", "chat_template.jinja"}
+
+
+def test_the_command_explains_itself(tmp_path):
+    """A wrong source is one line on stderr and exit code 2."""
+    done = subprocess.run(
+        [sys.executable, "-m", "generator_svc.export", "nothing", "--out", str(tmp_path / "m")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("export: 'nothing' is no folder")

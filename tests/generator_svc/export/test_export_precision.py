@@ -1,0 +1,71 @@
+"""Quantised and half-precision graphs."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto
+
+from generator_svc.export import ExportError, ExportOptions, export_model
+from tests.tiny_models import tiny_checkpoint, tiny_model_directory
+from trivium.model_directory import load_model_directory
+
+
+def test_eight_bits_stay_close(slots, prompt):
+    """Eight-bit weights keep the distribution of the full-precision graph."""
+    tokens = prompt(60)
+    exact, rounded = (
+        slots(load_model_directory(tiny_model_directory("llama", precision))).prefill(0, tokens)
+        for precision in ("fp32", "int8")
+    )
+
+    assert np.corrcoef(exact, rounded)[0, 1] > 0.995
+
+
+@pytest.mark.parametrize(("precision", "least"), [("int8", 0.8), ("int4", 0.3)])
+def test_agreement_is_in_the_manifest(precision, least):
+    """What quantisation cost is written into the folder."""
+    manifest = load_model_directory(tiny_model_directory("llama", precision)).manifest
+
+    assert manifest["agreement"]["top1_agreement"] >= least
+    assert manifest["agreement"]["mean_kl_divergence"] < 2
+    assert manifest["precision"] == precision
+
+
+@pytest.mark.parametrize(("family", "precision"), [("llama", "int8"), ("qwen2", "int4")])
+def test_a_tied_embedding_reads_the_quantised_head(family, precision):
+    """No float copy of the vocabulary is left, and node names are those of the modules."""
+    graph = onnx.load(load_model_directory(tiny_model_directory(family, precision)).graph).graph
+    nodes = {node.name: node for node in graph.node}
+
+    assert nodes["/lm_head/MatMul"].op_type == "MatMulNBits"
+    assert nodes["/model/embed_tokens/Gather"].op_type == "GatherBlockQuantized"
+    assert nodes["/model/layers.0/mlp/down_proj/MatMul"].op_type == "MatMulNBits"
+    floats = [t for t in graph.initializer if t.data_type == TensorProto.FLOAT]
+    assert max(np.prod(t.dims) for t in floats) <= 2048 * 8  # the rotary tables
+
+
+def test_cuda_gets_half_precision_throughout(tmp_path):
+    """For CUDA the cache and the activations are float16 and only the logits are float32."""
+    options = ExportOptions("int4", "cuda")
+
+    folder = export_model(str(tiny_checkpoint("llama")), tmp_path / "m", options)
+
+    graph = onnx.load(folder / "model.onnx").graph
+    kinds = {v.name: v.type.tensor_type.elem_type for v in [*graph.input, *graph.output]}
+    assert kinds["past_key_values.0.key"] == kinds["present.2.value"] == TensorProto.FLOAT16
+    assert kinds["logits"] == TensorProto.FLOAT
+    assert not [t.name for t in graph.initializer if t.data_type == TensorProto.FLOAT]
+    assert json.loads((folder / "trivium_export.json").read_text())["agreement"] is None
+
+
+@pytest.mark.parametrize(
+    ("precision", "device"), [("int3", "cpu"), ("int8", "tpu"), ("fp16", "cpu")]
+)
+def test_impossible_options_are_refused(precision, device):
+    """A wrong precision or device is named before any work is done."""
+    with pytest.raises(ExportError, match=rf"{precision}|{device}"):
+        ExportOptions(precision, device)
