@@ -97,6 +97,8 @@ def completion_request(request: ChatRequest) -> CompletionRequest:
         value = getattr(request, name)
         if value is not None:
             setattr(message, name, value)
+    if not request.logprobs:  # some clients always send a zero
+        message.ClearField("top_logprobs")
     return message
 
 

@@ -116,7 +116,7 @@ def _stop_string(value: str) -> str:
     return value
 
 
-_StopString = Annotated[str, Field(max_length=1024), AfterValidator(_stop_string)]
+_StopString = Annotated[str, Field(max_length=4096), AfterValidator(_stop_string)]
 _Stops = Annotated[list[_StopString], Field(max_length=4, fail_fast=True)]
 Stop = Annotated[_Stops, BeforeValidator(_as_strings, json_schema_input_type=str | _Stops)]
 

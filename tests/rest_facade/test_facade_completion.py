@@ -256,6 +256,17 @@ async def test_null_is_absence(
     assert backend.requests[0] == backend.requests[1]
 
 
+async def test_no_alternatives_of_no_logprobs(
+    client: httpx.AsyncClient, backend: ScriptedBackend
+) -> None:
+    """A top_logprobs of 0 without logprobs asks for nothing."""
+    await post(client)
+    await post(client, logprobs=False, top_logprobs=0)
+    backend.requests[1].ClearField("logprobs")
+
+    assert backend.requests[0] == backend.requests[1]
+
+
 async def test_max_tokens_is_the_old_name(
     client: httpx.AsyncClient, backend: ScriptedBackend
 ) -> None:

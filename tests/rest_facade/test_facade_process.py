@@ -99,19 +99,23 @@ async def test_drain(backend: ScriptedBackend, number: signal.Signals) -> None:
 
 
 async def test_drain_time_runs_out(backend: ScriptedBackend) -> None:
-    """A stream that outlasts the drain time ends with an error event, and the status is 0."""
+    """What outlasts the drain time ends with an error, streamed or not, and the status is 0."""
     backend.script = (header(), delta("He"), None)
     settings = {"drain_notice_seconds": 0, "drain_seconds": 0.2}
     async with running(backend, **settings) as (process, client):
+        whole = asyncio.create_task(client.post(URL, json=ASK | {"stream": False}))
+        await backend.started.wait()
         async with client.stream("POST", URL, json=ASK) as answer:
             parts = answer.aiter_text()
             text = await anext(parts)
             process.send_signal(signal.SIGTERM)
             text += "".join([part async for part in parts])
+        refused = await whole
         status = await process.wait()
 
     assert '"code":"draining"' in text.split("\n\n")[-2]
     assert "[DONE]" not in text
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
     assert backend.cancelled.is_set()
     assert status == 0
 
