@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import httpx
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -80,6 +81,7 @@ async def _run(target: Target, seed: int, levels: list[int], requests: int) -> d
         f"{target.model} at {target.root}: about {target.prompt_tokens} prompt and "
         f"{target.output_tokens} output tokens, streamed, {requests} requests a client",
         highlight=False,
+        soft_wrap=True,
     )
     console.print(table(summaries))
     return {
@@ -112,9 +114,9 @@ def _show_failures(console: Console, level: Level) -> None:
 
 def table(summaries: list[dict[str, Any]]) -> Table:
     """One row for each number of clients; latencies as p50 / p95 / p99."""
-    shown = Table()
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in COLUMNS:
-        shown.add_column(column, justify="right")
+        shown.add_column(column, justify="right", no_wrap=True)
     for level in summaries:
         shown.add_row(
             str(level["clients"]),
@@ -128,4 +130,7 @@ def table(summaries: list[dict[str, Any]]) -> Table:
 
 
 def _milliseconds(found: dict[str, float] | None) -> str:
-    return " / ".join(f"{value * 1000:.1f}" for value in found.values()) if found else "-"
+    if found is None:
+        return "-"
+    values = [value * 1000 for value in found.values()]
+    return " / ".join(f"{value:.0f}" if value >= 100 else f"{value:.1f}" for value in values)

@@ -1,0 +1,153 @@
+"""`trivium up` with the three real services on a tiny model: ready, and every way to end."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from tests.cli.children import is_running
+from tests.tiny_models import tiny_model_directory
+from trivium.cli.main import app
+from trivium.cli.pipeline import free_ports
+
+pytestmark = pytest.mark.pipeline
+
+OPTIONS = ("port", "tokenizer-port", "tokenizer-metrics-port")
+GENERATOR_OPTIONS = ("generator-port", "generator-metrics-port")
+
+
+@pytest.fixture(scope="module")
+def tiny_model() -> Path:
+    """A folder made by the real exporter."""
+    return tiny_model_directory("llama")
+
+
+@pytest.fixture
+def up(tiny_model: Path) -> Iterator[subprocess.Popen[str]]:
+    """The command in a process of its own, on free ports."""
+    names = (*OPTIONS, *GENERATOR_OPTIONS)
+    ports = [f"--{name}={port}" for name, port in zip(names, free_ports(5), strict=True)]
+    command = [sys.executable, "-m", "trivium.cli", "up", "--model", str(tiny_model), *ports]
+    small = {"TRIVIUM_GENERATOR_SLOTS": "4", "TRIVIUM_GENERATOR_MAX_SEQUENCE_LENGTH": "256"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, **small}
+    ) as process:
+        yield process
+        process.kill()
+
+
+def read_banner(process: subprocess.Popen[str]) -> str:
+    """All of the banner; the command is ready when it is there."""
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("print("):
+            return "".join(lines)
+    raise AssertionError(f"ended with {process.wait()} before it was ready")
+
+
+def children_of(pid: int) -> dict[str, int]:
+    """The services by name."""
+    pids = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return {Path(f"/proc/{child}/cmdline").read_text().split("\0")[2]: int(child) for child in pids}
+
+
+def test_a_pasted_snippet_is_answered_and_ctrl_c_leaves_nothing(
+    up: subprocess.Popen[str],
+) -> None:
+    """The banner's curl and its openai-python snippet work; SIGINT drains and ends with 0."""
+    text = read_banner(up)
+    services = children_of(up.pid)
+    curl = re.search(r"^curl .*$", text, re.MULTILINE)
+    assert curl is not None
+    curled = subprocess.run(curl[0], shell=True, capture_output=True, text=True)
+    snippet = text[text.index("from openai") :]
+    asked = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True)
+    up.send_signal(signal.SIGINT)
+
+    assert up.wait() == 0
+    assert {"rest_facade", "tokenizer_svc", "generator_svc"} == set(services)
+    assert [] == [name for name, pid in services.items() if is_running(pid)]
+    assert '"gpu_seconds":' in curled.stdout
+    assert asked.returncode == 0, asked.stderr
+    assert "CPUExecutionProvider" in text
+
+
+def test_a_running_answer_is_finished_before_the_end(up: subprocess.Popen[str]) -> None:
+    """A stream that is being read when SIGTERM comes goes on to its [DONE]."""
+    url = re.search(r"REST +(http://\S+)", read_banner(up))
+    assert url is not None
+    model = httpx.get(f"{url[1]}/models").json()["data"][0]["id"]
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": "hello"}],
+        "max_tokens": 200,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    with httpx.stream("POST", f"{url[1]}/chat/completions", json=body, timeout=60) as response:
+        lines = response.iter_lines()
+        first = next(lines)
+        up.send_signal(signal.SIGTERM)
+        rest = [line for line in lines if line]
+
+    assert up.wait() == 0
+    assert first.startswith("data: {")
+    assert rest[-1] == "data: [DONE]"
+
+
+@pytest.mark.parametrize("victim", ["generator_svc", "tokenizer_svc", "rest_facade"])
+def test_a_killed_service_ends_the_others(up: subprocess.Popen[str], victim: str) -> None:
+    """Whichever of the three dies, the other two are stopped and the status is not 0."""
+    read_banner(up)
+    services = children_of(up.pid)
+    os.kill(services[victim], signal.SIGKILL)
+
+    assert up.wait() == 1
+    assert [] == [name for name, pid in services.items() if is_running(pid)]
+
+
+def test_a_killed_supervisor_takes_the_services_along(up: subprocess.Popen[str]) -> None:
+    """`kill -9` of `trivium up` leaves no service behind."""
+    read_banner(up)
+    services = children_of(up.pid)
+    up.kill()
+    up.wait()
+    while any(is_running(pid) for pid in services.values()):
+        time.sleep(0.01)
+
+
+def test_settings_that_are_refused_are_told(tiny_model: Path) -> None:
+    """A service that refuses its settings says which, and the whole ends with status 2."""
+    names = (*OPTIONS, *GENERATOR_OPTIONS)
+    ports = [f"--{name}={port}" for name, port in zip(names, free_ports(5), strict=True)]
+    command = [sys.executable, "-m", "trivium.cli", "up", "--model", str(tiny_model), *ports]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRIVIUM_GENERATOR_SLOTS": "many"},
+    )
+
+    assert done.returncode == 2
+    assert "TRIVIUM_GENERATOR_SLOTS: " in done.stderr
+    assert "generator_svc exited with status 2" in done.stderr
+
+
+def test_doctor_makes_five_tokens(tiny_model: Path) -> None:
+    """The doctor starts the pipeline on free ports, gets its tokens, and finds nothing wrong."""
+    result = CliRunner().invoke(app, ["doctor", "--model", str(tiny_model)])
+
+    assert result.exit_code == 0, result.output
+    assert "FAIL" not in result.output
+    assert re.search(r"ok +CPUExecutionProvider +works", result.output)
+    assert re.search(r"ok +smoke run .* gpu_seconds", result.output)
