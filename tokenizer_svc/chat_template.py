@@ -67,6 +67,8 @@ class ChatTemplate:
     @classmethod
     def from_config(cls, config: Mapping[str, Any], source: str | None) -> "ChatTemplate":
         """From tokenizer_config.json; `source` is chat_template.jinja, which comes first."""
+        if not isinstance(config, Mapping):
+            raise ChatTemplateError("tokenizer_config.json is not an object")
         source = _from_tokenizer_config(config) if source is None else source
         return cls(source, _token_names(config))
 

@@ -93,8 +93,13 @@ def _chat_template(directory: ModelDirectory) -> ChatTemplate:
 
 def _warm_up(model: Model) -> None:
     """One prompt there and back, so that the first request finds everything built."""
-    prompt = model.prompts.build([Message(Role.USER, ("Hello",))])
-    if not prompt.token_ids or max(prompt.token_ids) >= model.vocabulary_size:
+    try:
+        prompt = model.prompts.build([Message(Role.USER, ("Hello",))])
+    except ServiceError as error:
+        raise ModelDirectoryError(f"{model.id}: {error.message}") from error
+    if not prompt.token_ids:
+        raise ModelDirectoryError(f"{model.id}: the chat template makes an empty prompt")
+    if max(prompt.token_ids) >= model.vocabulary_size:
         raise ModelDirectoryError(f"{model.id}: the tokenizer does not fit the model's vocabulary")
     detokenizer = Detokenizer(model.tokenizer)
     text = "".join(map(detokenizer.push, prompt.token_ids)) + detokenizer.flush()

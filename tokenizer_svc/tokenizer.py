@@ -1,7 +1,9 @@
 """Text to token ids and ids to bytes: the only door to the `tokenizers` library.
 
 Knows no messages and no templates. A control token is one that tokenizer.json marks as special, or
-an added one of the form <|…|>: DeepSeek begins its turns with such, unmarked. Control tokens are kept apart from text by their names: the encoder is the model's own tokenizer
+an added one of the form <|…|>: DeepSeek begins its turns with such, unmarked.
+
+Control tokens are kept apart from text by their names: the encoder is the model's own tokenizer
 with every control token renamed to a secret of this process. Text cannot spell such a name, be it
 by an added token, by a vocabulary entry or after normalisation, so text is always text; whoever
 wants a control token writes its name with `control_name`.

@@ -1,0 +1,129 @@
+"""A tokenizer stage in front of a scripted generator, both over real gRPC."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tokenizer_svc.sample_templates import SMOLLM2
+from tests.tokenizer_svc.sample_tokenizers import byte_level
+from tests.tokenizer_svc.scripted_generator import ScriptedGenerator
+from tokenizer_svc.config import TokenizerSettings
+from tokenizer_svc.metrics import Metrics
+from tokenizer_svc.models import Model, load_model
+from tokenizer_svc.server import TokenizerServer
+from trivium.chat.v1 import chat_pb2, chat_pb2_grpc, model_pb2_grpc
+from trivium.tokenizer.v1 import tokenizer_pb2_grpc
+from trivium.wire.channel import open_channel
+from trivium.wire.serving import GrpcServer
+
+CONTEXT_LENGTH = 256
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder whose graph no one will run."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    folder.mkdir()
+    decoder = {
+        "filename": "model.onnx",
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_size": 8,
+        "hidden_size": 8,
+        "inputs": {},
+        "outputs": {},
+    }
+    model = {
+        "type": "llama",
+        "context_length": CONTEXT_LENGTH,
+        "vocab_size": 512,
+        "eos_token_id": 2,
+        "decoder": decoder,
+    }
+    (folder / "genai_config.json").write_text(json.dumps({"model": model}))
+    (folder / "model.onnx").write_bytes(b"no graph")
+    (folder / "tokenizer.json").write_text(byte_level())
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    (folder / "chat_template.jinja").write_text(SMOLLM2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(model_folder: Path) -> Model:
+    return load_model(model_folder)
+
+
+class Stage:
+    """The tokenizer stage, its generator, and a client of it."""
+
+    def __init__(self, model: Model, folder: Path) -> None:
+        self.model = model
+        self.generator = ScriptedGenerator(model.revision)
+        self.metrics = Metrics()
+        self._folder = folder
+        self._generator_server: GrpcServer | None = None
+        self.generator_port = 0
+
+    async def start(self) -> None:
+        await self.start_generator()
+        settings = TokenizerSettings(
+            model_directory=self._folder,
+            port=0,
+            generator_target=f"127.0.0.1:{self.generator_port}",
+            drain_notice_seconds=0,
+            drain_seconds=0,
+        )
+        self.server = TokenizerServer(settings, self.model, self.metrics)
+        await self.server.start()
+        self.channel = open_channel(f"127.0.0.1:{self.server.port}")
+        self.chat: Any = chat_pb2_grpc.ChatServiceStub(self.channel)
+        self.models: Any = model_pb2_grpc.ModelServiceStub(self.channel)
+        self.tokenizer: Any = tokenizer_pb2_grpc.TokenizerServiceStub(self.channel)
+
+    async def start_generator(self) -> None:
+        self._generator_server, self.generator_port = await self.generator.serve(
+            self.generator_port
+        )
+
+    async def stop_generator(self) -> None:
+        if self._generator_server is not None:
+            await self._generator_server.drain(0, 0)
+            self._generator_server = None
+
+    async def close(self) -> None:
+        await self.channel.close()
+        await self.server.drain()
+        await self.stop_generator()
+
+    def request(self, **fields: Any) -> chat_pb2.CreateChatCompletionRequest:
+        """A good request with these fields."""
+        good: dict[str, Any] = {"model": self.model.id, "messages": [user("Hello")]}
+        return chat_pb2.CreateChatCompletionRequest(**good | fields)
+
+    def encode(self, text: str) -> list[int]:
+        return self.model.tokenizer.encode(text)
+
+    async def stream(self, **fields: Any) -> list[chat_pb2.StreamChatCompletionResponse]:
+        """All events of a stream."""
+        call = self.chat.StreamChatCompletion(self.request(**fields))
+        return [event async for event in call]
+
+
+@pytest.fixture
+async def stage(model: Model, model_folder: Path) -> AsyncIterator[Stage]:
+    stage = Stage(model, model_folder)
+    await stage.start()
+    yield stage
+    await stage.close()
+    await asyncio.sleep(0)
+
+
+def user(text: str) -> chat_pb2.ChatMessage:
+    """What a person says."""
+    part = chat_pb2.ContentPart(text=text)
+    return chat_pb2.ChatMessage(role=chat_pb2.ROLE_USER, content=[part])

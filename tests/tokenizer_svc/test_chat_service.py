@@ -1,0 +1,404 @@
+"""ChatService over a scripted generator: what a caller gets, and what the generator is told."""
+
+import asyncio
+from collections.abc import Sequence
+
+import grpc
+import pytest
+
+from tests.tokenizer_svc.conftest import CONTEXT_LENGTH, Stage, user
+from tests.tokenizer_svc.scripted_generator import (
+    code_of,
+    fails_after,
+    finish,
+    message_of,
+    says,
+    says_until_stopped,
+    stalls_after,
+    update,
+)
+from trivium.chat.v1 import chat_pb2, model_pb2
+from trivium.generator.v1 import generator_pb2
+from trivium.tokenizer.v1 import tokenizer_pb2
+from trivium.wire.errors import ServiceError
+
+STOP_TOKEN = generator_pb2.FINISH_REASON_STOP_TOKEN
+LENGTH = generator_pb2.FINISH_REASON_LENGTH
+IM_END = 2
+
+Events = Sequence[chat_pb2.StreamChatCompletionResponse]
+
+
+def one_by_one(token_ids: Sequence[int], index: int = 0) -> list[generator_pb2.GenerateResponse]:
+    return [message_of(update(index, [token_id])) for token_id in token_ids]
+
+
+def ended(tokens: int, index: int = 0, **more: int) -> generator_pb2.GenerateResponse:
+    return message_of(update(index, [IM_END]), finish(index, STOP_TOKEN, tokens, **more))
+
+
+def deltas(events: Events, index: int = 0) -> list[chat_pb2.ChoiceDelta]:
+    found = [event.delta for event in events if event.HasField("delta")]
+    return [delta for delta in found if delta.index == index]
+
+
+def text(events: Events, index: int = 0) -> str:
+    return "".join(delta.content for delta in deltas(events, index))
+
+
+async def test_a_stream_is_header_deltas_usage(stage: Stage) -> None:
+    """In this order; the finish delta has no content, and the stop token no text."""
+    token_ids = stage.encode("The capital \U0001fae0")
+    stage.generator.script = says([*one_by_one(token_ids), ended(len(token_ids) + 1, cached=5)])
+    events = await stage.stream()
+    header, usage, last = events[0].header, events[-1].usage, events[-2].delta
+
+    assert "The capital \U0001fae0" == text(events)
+    assert (38 + 3, "chatcmpl-") == (len(header.id), header.id[:9])
+    assert ("tiny", "fp_" + stage.model.revision[:10]) == (header.model, header.system_fingerprint)
+    assert ("", chat_pb2.FINISH_REASON_STOP) == (last.content, last.finish_reason)
+    assert not last.HasField("matched_stop")
+    prompt_tokens = len(stage.generator.calls[0].start.prompt_token_ids)
+    assert prompt_tokens == header.prompt_tokens == usage.prompt_tokens
+    assert (len(token_ids) + 1, 5) == (usage.completion_tokens, usage.cached_prompt_tokens)
+    assert 1_000 == usage.device_nanoseconds
+
+
+async def test_the_unary_call_gives_the_same(stage: Stage) -> None:
+    """Both calls answer the same request with the same text, reason and usage."""
+    token_ids = stage.encode("Hello there")
+    stage.generator.script = says([*one_by_one(token_ids), ended(len(token_ids) + 1)])
+    events = await stage.stream()
+    answer = await stage.chat.CreateChatCompletion(stage.request())
+
+    assert ["Hello there"] == [choice.content for choice in answer.choices]
+    assert chat_pb2.FINISH_REASON_STOP == answer.choices[0].finish_reason
+    assert events[-1].usage == answer.usage
+    assert "tiny" == answer.header.model
+
+
+async def test_the_generator_gets_the_prompt_and_the_sampling(stage: Stage) -> None:
+    """What the caller left out stays left out, and the revision goes along."""
+    stage.generator.script = says([ended(1)])
+    await stage.stream(temperature=0.0, seed=-7, logit_bias={5: -1.5}, min_tokens=3)
+    start = stage.generator.calls[0].start
+
+    assert stage.model.revision == start.revision
+    rendered = await stage.tokenizer.RenderChat(
+        tokenizer_pb2.RenderChatRequest(model="tiny", messages=[user("Hello")])
+    )
+    assert list(rendered.token_ids) == list(start.prompt_token_ids)
+    assert start.sampling.HasField("temperature")
+    assert (0.0, -7, {5: -1.5}) == (
+        start.sampling.temperature,
+        start.sampling.seed,
+        dict(start.sampling.logit_bias),
+    )
+    assert not start.sampling.HasField("top_p")
+    assert (1, 3) == (start.n, start.min_new_tokens)
+    assert not start.HasField("top_logprobs")
+    assert CONTEXT_LENGTH - len(start.prompt_token_ids) == start.max_new_tokens
+
+
+async def test_the_longest_answer_is_what_was_asked_or_what_is_left(stage: Stage) -> None:
+    """A limit beyond the context is no error."""
+    stage.generator.script = says([ended(1)])
+    await stage.stream(max_completion_tokens=7)
+    await stage.stream(max_completion_tokens=100_000)
+    short, long = (call.start for call in stage.generator.calls)
+
+    assert 7 == short.max_new_tokens
+    assert CONTEXT_LENGTH - len(long.prompt_token_ids) == long.max_new_tokens
+
+
+async def test_length_is_reported(stage: Stage) -> None:
+    """A choice that was cut off says so, and keeps its last token."""
+    token_ids = stage.encode("Hello there")
+    last = message_of(update(0, token_ids), finish(0, LENGTH, len(token_ids)))
+    stage.generator.script = says([last])
+    events = await stage.stream()
+
+    assert "Hello there" == text(events)
+    assert chat_pb2.FINISH_REASON_LENGTH == deltas(events)[-1].finish_reason
+
+
+async def test_tokens_of_one_message_are_one_delta(stage: Stage) -> None:
+    """The generator coalesces, and so do we."""
+    token_ids = stage.encode("one two three")
+    stage.generator.script = says([message_of(update(0, token_ids)), ended(len(token_ids) + 1)])
+
+    assert ["one two three", ""] == [delta.content for delta in deltas(await stage.stream())]
+
+
+async def test_a_stop_string_ends_the_choice_at_once(stage: Stage) -> None:
+    """The generator is told, what it still says is dropped, and its exact time is reported."""
+    token_ids = stage.encode("one two END three")
+    stage.generator.script = says_until_stopped(one_by_one(token_ids))
+    events = await stage.stream(stop=["never", "END"])
+    last = deltas(events)[-1]
+    completed = len(stage.encode("one two END"))
+
+    assert "one two " == text(events)
+    assert ("END", chat_pb2.FINISH_REASON_STOP) == (last.matched_stop, last.finish_reason)
+    assert (completed, completed) == (last.completion_tokens, events[-1].usage.completion_tokens)
+    assert [0] == stage.generator.calls[0].stops
+    assert 1_000 == events[-1].usage.device_nanoseconds
+
+
+async def test_a_stop_string_in_the_last_message_needs_no_command(stage: Stage) -> None:
+    """The generator is done anyway."""
+    token_ids = stage.encode("one END")
+    last = message_of(update(0, token_ids), finish(0, LENGTH, len(token_ids)))
+    stage.generator.script = says([last])
+    events = await stage.stream(stop=["END"])
+
+    assert ("one ", "END") == (text(events), deltas(events)[-1].matched_stop)
+    assert chat_pb2.FINISH_REASON_STOP == deltas(events)[-1].finish_reason
+    assert [] == stage.generator.calls[0].stops
+
+
+async def test_text_held_back_comes_at_the_end(stage: Stage) -> None:
+    """What began like a stop string and was none is text, before the finish delta."""
+    token_ids = stage.encode("one EN")
+    stage.generator.script = says([*one_by_one(token_ids), ended(len(token_ids) + 1)])
+    found = deltas(await stage.stream(stop=["END"]))
+
+    assert "one EN" == "".join(delta.content for delta in found)
+    assert ("EN", "") == (found[-2].content[-2:], found[-1].content)
+
+
+async def test_min_tokens_delays_stop_strings(stage: Stage) -> None:
+    """A match within the first tokens is text; a later one ends the choice."""
+    token_ids = stage.encode("ENDa bcd END")
+    stage.generator.script = says_until_stopped(one_by_one(token_ids))
+    events = await stage.stream(stop=["END"], min_tokens=len(stage.encode("ENDa")))
+
+    assert "ENDa bcd " == text(events)
+
+
+async def test_choices_interleave_and_finish_apart(stage: Stage) -> None:
+    """Each has its own text, stop string and end; usage adds them up, the prompt once."""
+    first, second = stage.encode("a STOP b"), stage.encode("other text")
+    messages = [message_of(update(0, first[:1]), update(1, second[:1]))]
+    messages += [message_of(update(0, first[1:]), update(1, second[1:]))]
+    messages += [ended(len(second) + 1, index=1, nanoseconds=30, cached=9)]
+    stage.generator.script = says_until_stopped(messages, cached=4, nanoseconds=12, choices=1)
+    events = await stage.stream(n=2, stop=["STOP"])
+    usage = events[-1].usage
+
+    assert ("a ", "other text") == (text(events, 0), text(events, 1))
+    assert ["STOP", ""] == [deltas(events, index)[-1].matched_stop for index in (0, 1)]
+    assert len(stage.encode("a STOP")) + len(second) + 1 == usage.completion_tokens
+    assert (42, 4) == (usage.device_nanoseconds, usage.cached_prompt_tokens)
+    assert [0] == stage.generator.calls[0].stops
+
+
+async def test_ignored_eos_has_no_text(stage: Stage) -> None:
+    """The choice goes on past it."""
+    token_ids = [*stage.encode("one"), IM_END, *stage.encode(" two")]
+    last = message_of(finish(0, LENGTH, len(token_ids)))
+    stage.generator.script = says([*one_by_one(token_ids), last])
+    events = await stage.stream(ignore_eos=True)
+
+    assert "one two" == text(events)
+    assert stage.generator.calls[0].start.ignore_eos
+
+
+def scored(token_ids: Sequence[int]) -> list[generator_pb2.GenerateResponse]:
+    """One message per token; the top list is the token and the letter "a"."""
+    return [
+        message_of(
+            update(
+                0,
+                [token_id],
+                [
+                    generator_pb2.TokenLogprobs(
+                        logprob=-position, top_token_ids=[token_id, 67], top_logprobs=[-1.0, -2.0]
+                    )
+                ],
+            )
+        )
+        for position, token_id in enumerate(token_ids)
+    ]
+
+
+async def test_logprobs_come_with_the_text_they_complete(stage: Stage) -> None:
+    """Every token has an entry with its true bytes, the stop token has none."""
+    token_ids = stage.encode("a \U0001fae0!")
+    stage.generator.script = says([*scored(token_ids), ended(len(token_ids) + 1)])
+    found = deltas(await stage.stream(logprobs=True, top_logprobs=2))
+    entries = [entry for delta in found for entry in delta.logprobs]
+    melting = next(delta for delta in found if "\U0001fae0" in delta.content)
+
+    assert 2 == stage.generator.calls[0].start.top_logprobs
+    assert "a \U0001fae0!".encode() == b"".join(entry.token_bytes for entry in entries)
+    assert [-float(i) for i in range(len(token_ids))] == [entry.logprob for entry in entries]
+    assert len(melting.logprobs) > 1
+    assert "\ufffd" in melting.logprobs[-1].token
+    assert [-1.0, -2.0] == [top.logprob for top in entries[0].top_logprobs]
+    assert "a" == entries[0].top_logprobs[0].token
+
+
+async def test_logprobs_end_where_a_stop_string_begins(stage: Stage) -> None:
+    """Tokens of which some text remains are reported, those wholly cut away are not."""
+    token_ids = stage.encode("one xSTOP")
+    stage.generator.script = says_until_stopped(scored(token_ids))
+    answer = await stage.chat.CreateChatCompletion(stage.request(logprobs=True, stop=["STOP"]))
+    entries = answer.choices[0].logprobs
+    kept = len(stage.encode("one x"))
+
+    assert "one x" == answer.choices[0].content
+    assert kept <= len(entries) < len(token_ids)
+    assert b"".join(entry.token_bytes for entry in entries).startswith(b"one x")
+
+
+async def test_logprobs_without_alternatives(stage: Stage) -> None:
+    """Asking for none still asks for the tokens' own."""
+    stage.generator.script = says([ended(1)])
+    await stage.stream(logprobs=True)
+
+    assert stage.generator.calls[0].start.HasField("top_logprobs")
+    assert 0 == stage.generator.calls[0].start.top_logprobs
+
+
+async def test_a_prompt_as_long_as_the_context_is_refused(stage: Stage) -> None:
+    """The words are those that client libraries look for; the generator is not asked."""
+    for content in ("word " * CONTEXT_LENGTH, "word " * 1_000_000):
+        with pytest.raises(grpc.aio.AioRpcError, match=str(CONTEXT_LENGTH)) as refused:
+            await stage.stream(messages=[user(content)])
+
+        assert grpc.StatusCode.OUT_OF_RANGE is refused.value.code()
+        assert ("context_length_exceeded", "messages") == code_of(refused.value)
+        assert f"maximum context length is {CONTEXT_LENGTH} tokens" in refused.value.details()
+    assert [] == stage.generator.calls
+
+
+async def test_the_generators_own_limit_counts(stage: Stage) -> None:
+    """Its slots may be shorter than the model's context."""
+    stage.generator.context_length = 200
+    await stage.stop_generator()
+    await stage.start_generator()
+    await available(stage)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stage.stream(messages=[user("word " * 200)])
+
+    assert "maximum context length is 200 tokens" in (refused.value.details() or "")
+
+
+async def available(stage: Stage) -> None:
+    """Waits until the stage is told of a generator that was started anew."""
+    stage.generator.script = says([ended(1)])
+    for _ in range(500):
+        try:
+            model = await stage.models.GetModel(model_pb2.GetModelRequest(id="tiny"))
+            if model.model.context_length == min(stage.generator.context_length, CONTEXT_LENGTH):
+                await stage.stream()
+                stage.generator.calls.clear()
+                return
+        except grpc.aio.AioRpcError:
+            pass
+        await asyncio.sleep(0.02)
+    raise AssertionError("the generator was not found again")
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+async def test_a_caller_that_leaves_takes_the_generation_along(
+    stage: Stage, streaming: bool
+) -> None:
+    """The generator's call is cancelled, whichever way the answer was to come."""
+    stage.generator.script = stalls_after(one_by_one(stage.encode("one")))
+    if streaming:
+        call = stage.chat.StreamChatCompletion(stage.request())
+        await call.read()
+    else:
+        call = stage.chat.CreateChatCompletion(stage.request())
+        await stage.generator.called.wait()
+    call.cancel()
+
+    await stage.generator.calls[0].cancelled.wait()
+
+
+async def test_a_caller_that_leaves_before_the_first_token(stage: Stage) -> None:
+    """Queued requests are cancelled as well."""
+    stage.generator.script = stalls_after([])
+    call = stage.chat.StreamChatCompletion(stage.request())
+    await stage.generator.called.wait()
+    call.cancel()
+
+    await stage.generator.calls[0].cancelled.wait()
+
+
+async def test_the_deadline_goes_down_and_ends_everything(stage: Stage) -> None:
+    """The generator sees the time that is left."""
+    stage.generator.script = stalls_after([])
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stage.chat.CreateChatCompletion(stage.request(), timeout=0.5)
+    await stage.generator.calls[0].cancelled.wait()
+
+    assert grpc.StatusCode.DEADLINE_EXCEEDED is refused.value.code()
+    assert 0 < (stage.generator.calls[0].seconds_left or 0) <= 0.5
+
+
+async def test_the_request_id_goes_down(stage: Stage) -> None:
+    """So does the trace parent."""
+    parent = f"00-{'a' * 32}-{'b' * 16}-01"
+    stage.generator.script = says([ended(1)])
+    metadata = (("x-request-id", "req-7"), ("traceparent", parent))
+    await stage.chat.CreateChatCompletion(stage.request(), metadata=metadata)
+    seen = stage.generator.calls[0].metadata
+
+    assert ("req-7", parent) == (seen["x-request-id"], seen["traceparent"])
+
+
+async def test_the_generators_refusal_is_passed_on(stage: Stage) -> None:
+    """With its code and the time to wait."""
+    stage.generator.script = fails_after([], ServiceError("queue_full", "full", retry_after=7))
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stage.stream()
+
+    assert grpc.StatusCode.RESOURCE_EXHAUSTED is refused.value.code()
+    assert ("queue_full", None) == code_of(refused.value)
+
+
+async def test_a_fault_in_the_middle_ends_the_stream(stage: Stage) -> None:
+    """What was said before stays said, and the fault's text stays in."""
+    fault = RuntimeError("secret")
+    stage.generator.script = fails_after(one_by_one(stage.encode("one")), fault)
+    call = stage.chat.StreamChatCompletion(stage.request())
+    events = []
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        async for event in call:
+            events.append(event)
+
+    assert "one" == text(events)
+    assert ("internal_error", None) == code_of(refused.value)
+    assert "secret" not in (refused.value.details() or "")
+
+
+async def test_a_generator_that_ends_early_is_a_fault(stage: Stage) -> None:
+    """An answer without its end is never taken for a whole one."""
+    stage.generator.script = says(one_by_one(stage.encode("one")))
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stage.chat.CreateChatCompletion(stage.request())
+
+    assert ("internal_error", None) == code_of(refused.value)
+
+
+async def test_metrics_add_up(stage: Stage) -> None:
+    """Requests, tokens and latencies are counted, and nothing is left in flight."""
+    token_ids = stage.encode("one two three")
+    stage.generator.script = says([*one_by_one(token_ids), ended(len(token_ids) + 1)])
+    await stage.stream()
+    with pytest.raises(grpc.aio.AioRpcError):
+        await stage.stream(temperature=3.0)
+    names = {"model_name": "tiny"}
+    value = stage.metrics.registry.get_sample_value
+
+    assert 1 == value("trivium_requests_total", {"code": "ok"})
+    assert 1 == value("trivium_requests_total", {"code": "decimal_above_max_value"})
+    assert 0 == value("trivium_requests_in_flight")
+    assert len(token_ids) + 1 == value("vllm:generation_tokens_total", names)
+    assert len(token_ids) == value("vllm:inter_token_latency_seconds_count", names)
+    assert 1 == value("vllm:time_to_first_token_seconds_count", names)
+    assert 1 == value("vllm:e2e_request_latency_seconds_count", names)
+    assert 1 == value("vllm:request_success_total", names | {"finished_reason": "stop"})

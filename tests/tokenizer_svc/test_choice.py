@@ -1,0 +1,81 @@
+"""A choice against decoding and searching its whole text, however its tokens come."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.tokenizer_svc.sample_tokenizers import byte_level
+from tests.tokenizer_svc.test_stop_strings import search
+from tokenizer_svc.choice import Choice
+from tokenizer_svc.events import Delta, FinishReason
+from tokenizer_svc.generation import Ending, Finished, Logprobs, Update
+from tokenizer_svc.stop import StopStrings
+from tokenizer_svc.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer(byte_level())
+
+
+def run(token_ids: list[int], sizes: list[int], stops: list[str]) -> tuple[Choice, list[Delta]]:
+    """All tokens, in messages of these sizes, then the end by length."""
+    choice = Choice(0, TOKENIZER, StopStrings(stops), min_tokens=0)
+    deltas, rest = [], list(token_ids)
+    for size in sizes:
+        piece, rest = rest[:size], rest[size:]
+        deltas += choice.push(scored(piece))
+    finished = Finished(Ending.LENGTH, len(token_ids), 0, 5)
+    return choice, deltas + choice.push(scored(rest, finished))
+
+
+def scored(token_ids: list[int], finished: Finished | None = None) -> Update:
+    entries = tuple(Logprobs(-1.0, ()) for _ in token_ids)
+    return Update(0, tuple(token_ids), entries, finished)
+
+
+texts = st.text("ab<é\U0001fae0", max_size=12)
+stop_lists = st.lists(st.text("ab<é", min_size=1, max_size=3), max_size=2)
+sizes = st.lists(st.integers(0, 4), max_size=8)
+
+
+@given(texts, sizes, stop_lists)
+def test_the_text_is_that_before_the_first_stop_string(
+    text: str, sizes: list[int], stops: list[str]
+) -> None:
+    """One delta at most for each message, one with the reason at the end, and nothing after."""
+    _, deltas = run(TOKENIZER.encode(text), sizes, stops)
+    expected, stop = search(text, stops)
+
+    assert expected == "".join(delta.content for delta in deltas)
+    assert [delta.finish_reason is not None for delta in deltas] == [False] * (len(deltas) - 1) + [
+        True
+    ]
+    assert stop == deltas[-1].matched_stop
+    assert (FinishReason.LENGTH if stop is None else FinishReason.STOP) == deltas[-1].finish_reason
+
+
+@given(texts, sizes, stop_lists)
+def test_log_probabilities_cover_the_text_and_no_more(
+    text: str, sizes: list[int], stops: list[str]
+) -> None:
+    """They never run ahead of it, but for the last token when a stop string cuts it."""
+    _, deltas = run(TOKENIZER.encode(text), sizes, stops)
+    expected, stop = search(text, stops)
+    shown, covered = b"", b""
+    for delta in deltas:
+        shown += delta.content.encode()
+        covered += b"".join(entry.token_bytes for entry in delta.logprobs)
+
+        assert shown.startswith(covered) or (stop is not None and delta in deltas[-2:])
+    assert covered.startswith(expected.encode())
+    assert stop is not None or covered == text.encode()
+
+
+@given(texts, sizes, stop_lists)
+def test_tokens_are_counted_to_the_one_that_completed_the_stop_string(
+    text: str, sizes: list[int], stops: list[str]
+) -> None:
+    """Not to the end of the message it came in."""
+    token_ids = TOKENIZER.encode(text)
+    choice, _ = run(token_ids, sizes, stops)
+    counts = range(1, len(token_ids) + 1)
+    stopped = [n for n in counts if search(TOKENIZER.decode(token_ids[:n]), stops)[1] is not None]
+
+    assert (stopped[0] if stopped else len(token_ids)) == choice.completion_tokens

@@ -1,0 +1,133 @@
+"""A generator that goes, comes back, or serves something else."""
+
+import asyncio
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tests.tokenizer_svc.conftest import Stage
+from tests.tokenizer_svc.scripted_generator import (
+    code_of,
+    fails_after,
+    finish,
+    message_of,
+    says,
+    stalls_after,
+    update,
+)
+from tokenizer_svc.service import PIPELINE_SERVICES, TOKENIZER_SERVICE
+from trivium.generator.v1 import generator_pb2
+from trivium.wire.errors import ServiceError
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+ANSWER = [message_of(update(0, [2]), finish(0, generator_pb2.FINISH_REASON_STOP_TOKEN, 1))]
+
+
+async def becomes(channel: grpc.aio.Channel, service: str, status: int) -> None:
+    """Returns when the service's health is `status`."""
+    watch = health_pb2_grpc.HealthStub(channel).Watch(
+        health_pb2.HealthCheckRequest(service=service)
+    )
+    async for response in watch:
+        if response.status == status:
+            watch.cancel()
+            return
+
+
+async def health(stage: Stage, service: str) -> int:
+    stub = health_pb2_grpc.HealthStub(stage.channel)
+    response = await stub.Check(health_pb2.HealthCheckRequest(service=service))
+    return int(response.status)
+
+
+async def test_it_is_ready_while_the_generator_is(stage: Stage) -> None:
+    """Readiness follows the generator there and back; liveness never looks at it."""
+    for service in PIPELINE_SERVICES:
+        await becomes(stage.channel, service, SERVING)
+    await stage.stop_generator()
+    for service in PIPELINE_SERVICES:
+        await becomes(stage.channel, service, NOT_SERVING)
+
+    assert SERVING == await health(stage, "")
+    assert SERVING == await health(stage, TOKENIZER_SERVICE)
+
+    await stage.start_generator()
+    for service in PIPELINE_SERVICES:
+        await becomes(stage.channel, service, SERVING)
+
+
+async def test_calls_fail_at_once_and_recover_by_themselves(stage: Stage) -> None:
+    """No call waits for a generator that is gone; when it is back, calls just work."""
+    stage.generator.script = says(ANSWER)
+    await becomes(stage.channel, PIPELINE_SERVICES[0], SERVING)
+    await stage.stop_generator()
+    await becomes(stage.channel, PIPELINE_SERVICES[0], NOT_SERVING)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stage.stream()
+
+    assert grpc.StatusCode.UNAVAILABLE is refused.value.code()
+    assert ("backend_unavailable", None) == code_of(refused.value)
+
+    await stage.start_generator()
+    await becomes(stage.channel, PIPELINE_SERVICES[0], SERVING)
+
+    assert await stage.stream()
+
+
+async def test_a_generator_that_dies_in_the_middle(stage: Stage) -> None:
+    """The stream ends with backend_unavailable, not with a cut answer."""
+    stage.generator.script = stalls_after([message_of(update(0, [70]))])
+    call = stage.chat.StreamChatCompletion(stage.request())
+    await call.read()
+    await stage.stop_generator()
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await call.read()
+        await call.read()
+
+    assert ("backend_unavailable", None) == code_of(refused.value)
+
+
+async def test_another_revision_is_refused(stage: Stage) -> None:
+    """Ids of one tokenizer are never given to the model of another."""
+    await becomes(stage.channel, PIPELINE_SERVICES[0], SERVING)
+    own, stage.generator.revision = stage.generator.revision, "another"
+    await stage.stop_generator()
+    await stage.start_generator()
+    await becomes(stage.channel, PIPELINE_SERVICES[0], NOT_SERVING)
+    for _ in range(500):
+        if await refusal(stage) == "revision_mismatch":
+            break
+        await asyncio.sleep(0.02)
+    stage.generator.calls.clear()
+
+    assert "revision_mismatch" == await refusal(stage)
+    assert NOT_SERVING == await health(stage, PIPELINE_SERVICES[1])
+    assert [] == stage.generator.calls
+
+    stage.generator.revision = own
+    stage.generator.script = says(ANSWER)
+    await stage.stop_generator()
+    await stage.start_generator()
+    await becomes(stage.channel, PIPELINE_SERVICES[0], SERVING)
+
+    assert await stage.stream()
+
+
+async def refusal(stage: Stage) -> str:
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stage.stream()
+    return code_of(refused.value)[0]
+
+
+async def test_the_generators_word_on_revisions_counts(stage: Stage) -> None:
+    """Of several generators behind one name only one was asked beforehand."""
+    mismatch = ServiceError("revision_mismatch", "The generator serves revision b.")
+    stage.generator.script = fails_after([], mismatch)
+    with pytest.raises(grpc.aio.AioRpcError, match="revision b") as refused:
+        await stage.stream()
+
+    assert grpc.StatusCode.FAILED_PRECONDITION is refused.value.code()
+    assert ("revision_mismatch", None) == code_of(refused.value)

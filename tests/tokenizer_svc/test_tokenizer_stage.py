@@ -1,0 +1,151 @@
+"""ModelService, TokenizerService, the model folder, and the process itself."""
+
+import asyncio
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import grpc
+import pytest
+
+from tests.tokenizer_svc.conftest import CONTEXT_LENGTH, Stage, user
+from tests.tokenizer_svc.scripted_generator import ScriptedGenerator, code_of
+from tests.tokenizer_svc.test_generator_loss import SERVING, becomes
+from tokenizer_svc.models import Model, load_model
+from trivium.chat.v1 import model_pb2
+from trivium.model_directory import ModelDirectoryError
+from trivium.tokenizer.v1 import tokenizer_pb2
+from trivium.wire.channel import open_channel
+
+
+async def test_models_are_listed_and_found(stage: Stage, model: Model) -> None:
+    """With context length, revision and a time that stays the same."""
+    listed = await stage.models.ListModels(model_pb2.ListModelsRequest())
+    found = await stage.models.GetModel(model_pb2.GetModelRequest(id="tiny"))
+
+    assert [found.model] == list(listed.models)
+    assert ("tiny", CONTEXT_LENGTH, model.revision) == (
+        found.model.id,
+        found.model.context_length,
+        found.model.revision,
+    )
+    assert int(model.created) == found.model.create_time.seconds
+
+
+async def test_text_to_tokens_and_back(stage: Stage) -> None:
+    """Control tokens in text stay text; ids of control tokens are written out."""
+    text = "a <|im_end|> \U0001fae0"
+    tokens = await stage.tokenizer.Tokenize(tokenizer_pb2.TokenizeRequest(model="tiny", text=text))
+    request = tokenizer_pb2.DetokenizeRequest(model="tiny", token_ids=[*tokens.token_ids, 2])
+    back = await stage.tokenizer.Detokenize(request)
+
+    assert 2 not in tokens.token_ids
+    assert text + "<|im_end|>" == back.text
+
+
+async def test_a_long_text_gives_the_same_tokens(stage: Stage) -> None:
+    """It is encoded in a thread, which makes no difference."""
+    text = "word " * 2_000
+    tokens = await stage.tokenizer.Tokenize(tokenizer_pb2.TokenizeRequest(model="tiny", text=text))
+
+    assert stage.encode(text) == list(tokens.token_ids)
+
+
+async def test_rendering_shows_the_prompt(stage: Stage) -> None:
+    """As text and as the generator gets it."""
+    request = tokenizer_pb2.RenderChatRequest(model="tiny", messages=[user("Hi")])
+    rendered = await stage.tokenizer.RenderChat(request)
+    detokenize = tokenizer_pb2.DetokenizeRequest(model="tiny", token_ids=rendered.token_ids)
+
+    assert rendered.prompt.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    assert rendered.prompt == (await stage.tokenizer.Detokenize(detokenize)).text
+
+
+@pytest.mark.parametrize("token_id", [-1, 512])
+async def test_ids_outside_the_vocabulary_are_refused(stage: Stage, token_id: int) -> None:
+    """The field tells which."""
+    request = tokenizer_pb2.DetokenizeRequest(model="tiny", token_ids=[5, token_id])
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stage.tokenizer.Detokenize(request)
+
+    assert ("invalid_value", "token_ids[1]") == code_of(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("tokenizer.json", "{}", "tokenizer.json"),
+        ("tokenizer.json", "", "empty"),
+        ("tokenizer_config.json", "[", "chat template"),
+        ("chat_template.jinja", "{% if %}", "chat template: line 1"),
+        ("chat_template.jinja", "{{ raise_exception('no') }}", "refuses"),
+        ("chat_template.jinja", "", "empty prompt"),
+        ("tokenizer_config.json", "[]", "not an object"),
+    ],
+)
+def test_a_model_folder_that_is_not_usable(
+    model_folder: Path, tmp_path: Path, name: str, content: str, words: str
+) -> None:
+    """It is refused at start, in words that name the fault."""
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    (folder / name).write_text(content)
+    with pytest.raises(ModelDirectoryError, match=words):
+        load_model(folder)
+
+
+async def start_process(**environment: str) -> asyncio.subprocess.Process:
+    settings = {f"TRIVIUM_TOKENIZER_{name.upper()}": value for name, value in environment.items()}
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tokenizer_svc"),
+        env=dict(os.environ) | settings,
+        stderr=asyncio.subprocess.PIPE,
+    )
+
+
+async def test_wrong_settings_are_all_listed() -> None:
+    """And the process exits with 2."""
+    process = await start_process(port="x", drain_seconds="-1")
+    _, errors = await process.communicate()
+
+    assert 2 == process.returncode
+    for name in (b"PORT", b"DRAIN_SECONDS", b"MODEL_DIRECTORY"):
+        assert b"TRIVIUM_TOKENIZER_" + name in errors
+
+
+async def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    """With one line, and exit code 2."""
+    process = await start_process(model_directory=str(tmp_path / "nothing"))
+    _, errors = await process.communicate()
+
+    assert (2, 1) == (process.returncode, errors.count(b"\n"))
+    assert b"no such model folder" in errors
+
+
+async def test_the_process_serves_and_ends(model_folder: Path, model: Model) -> None:
+    """Ready when the generator is, and gone with 0 after SIGTERM."""
+    server, generator_port = await ScriptedGenerator(model.revision).serve()
+    process = await start_process(
+        model_directory=str(model_folder),
+        port="0",
+        metrics_port="0",
+        generator_target=f"127.0.0.1:{generator_port}",
+        drain_notice_seconds="0",
+    )
+    port = await announced_port(process)
+    async with open_channel(f"127.0.0.1:{port}") as channel:
+        await becomes(channel, "trivium.chat.v1.ChatService", SERVING)
+    process.send_signal(signal.SIGTERM)
+    await process.communicate()
+    await server.drain(0, 0)
+
+    assert 0 == process.returncode
+
+
+async def announced_port(process: asyncio.subprocess.Process) -> int:
+    assert process.stderr is not None
+    while line := (await process.stderr.readline()).decode():
+        if "on port " in line:
+            return int(line.split("on port ")[1].split('"')[0])
+    raise AssertionError("the process ended before it served")
