@@ -70,7 +70,10 @@ class ScriptedRunner:
         chunks = []
         for chunk in plan.chunks:
             places = range(chunk.start, chunk.start + len(chunk.token_ids))
-            entries = [(chunk.slot, place, token) for place, token in zip(places, chunk.token_ids)]
+            entries = [
+                (chunk.slot, place, token)
+                for place, token in zip(places, chunk.token_ids, strict=True)
+            ]
             result = self._compute([entries])
             chunks.append(
                 result if chunk.wants_logits else RunResult(result.nanoseconds, None, result.error)

@@ -1,0 +1,110 @@
+"""The three services as real processes that a test can kill and start again."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from trivium.cli.pipeline import LOOPBACK, Pipeline, free_ports
+
+STAGES = ("generator_svc", "tokenizer_svc", "rest_facade")
+
+
+class Services:
+    """`settings` are further environment variables. A context manager that leaves nothing."""
+
+    def __init__(self, model: Path, logs: Path, **settings: Any) -> None:
+        ports = free_ports(5)
+        self.pipeline = Pipeline(
+            model=model,
+            port=ports[0],
+            tokenizer_port=ports[1],
+            tokenizer_metrics_port=ports[2],
+            generator_port=ports[3],
+            generator_metrics_port=ports[4],
+            drain_seconds=20,
+        )
+        self.model = model.name
+        self.url = self.pipeline.url
+        self.chat_target = self.pipeline.chat_target
+        self.generator_target = self.pipeline.generator_target
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._logs = logs
+        self._settings = {name: str(value) for name, value in settings.items()}
+
+    def __enter__(self) -> "Services":
+        for name in STAGES:
+            self.start(name)
+        self.wait_until_ready()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes.values():
+            process.kill()
+            process.wait()
+
+    def start(self, name: str, **settings: Any) -> None:
+        stage = next(stage for stage in self.pipeline.stages() if stage.name == name)
+        environment = {**os.environ, **stage.environment, **self._settings}
+        environment |= {key: str(value) for key, value in settings.items()}
+        with (self._logs / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                [sys.executable, "-W", "error", "-m", name], env=environment, stderr=log
+            )
+
+    def kill(self, name: str) -> None:
+        """kill -9."""
+        self.processes[name].kill()
+        self.processes[name].wait()
+
+    def terminate(self, name: str) -> None:
+        self.processes[name].send_signal(signal.SIGTERM)
+
+    def log(self, name: str) -> str:
+        return (self._logs / f"{name}.log").read_text()
+
+    def wait_until_ready(self) -> None:
+        self.until(lambda: self.health() == 200, "the services are not ready")
+
+    def health(self) -> int:
+        try:
+            return httpx.get(f"{self.url}/health").status_code
+        except httpx.TransportError:
+            return 0
+
+    def until(self, holds: Any, otherwise: str, seconds: float = 60) -> None:
+        """Polls until `holds()`; a process that died ends the wait."""
+        deadline = time.monotonic() + seconds
+        while not holds():
+            for name, process in self.processes.items():
+                assert process.poll() in (None, 0, -signal.SIGKILL), f"{name}: {self.log(name)}"
+            assert time.monotonic() < deadline, otherwise
+            time.sleep(0.02)
+
+    def generator_metrics(self) -> dict[str, float]:
+        """Values by name, those of one name added up."""
+        text = httpx.get(f"http://{LOOPBACK}:{self.pipeline.generator_metrics_port}/metrics").text
+        values: dict[str, float] = {}
+        for name, value in re.findall(r"^([a-zA-Z_:]+)(?:\{.*\})? ([0-9.e+-]+)$", text, re.M):
+            values[name] = values.get(name, 0.0) + float(value)
+        return values
+
+    def wait_until_idle(self) -> dict[str, float]:
+        """Until the generator holds nothing; returns its metrics."""
+
+        def is_idle() -> bool:
+            metrics = self.generator_metrics()
+            running = metrics["vllm:num_requests_running"] + metrics["vllm:num_requests_waiting"]
+            return running == metrics["trivium_slots_in_use"] == 0
+
+        self.until(is_idle, "the generator still holds something")
+        return self.generator_metrics()
+
+    def is_running(self, count: int) -> bool:
+        return self.generator_metrics()["vllm:num_requests_running"] == count
