@@ -10,7 +10,7 @@ import logging
 import time
 from typing import NoReturn
 
-from starlette.applications import Starlette
+from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -38,12 +38,15 @@ _IDENTITY_HEADERS = (telemetry.REQUEST_ID.encode(), telemetry.TRACEPARENT.encode
 
 def build_app(
     settings: FacadeSettings, backend: Backend, traffic: Traffic, keys: KeyFile | None
-) -> Starlette:
+) -> FastAPI:
     """The application; the caller owns `backend`'s channel, and drains by `traffic`."""
     metrics = Metrics()
     table = Routes(settings, backend, traffic, metrics).table()
-    app = Starlette(
-        routes=table,
+    app = FastAPI(
+        # Handlers that read the raw body and validate it strictly: the framework's own parsing
+        # takes NaN, turns "1" into 1, and answers with shapes of its own.
+        routes=[*table],
+        openapi_url=None,
         middleware=[
             Middleware(Identity, metrics=metrics, paths=frozenset(r.path for r in table)),
             Middleware(Boundary, metrics=metrics),
