@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import prometheus_client
@@ -25,6 +26,7 @@ from generator_svc.metrics import EngineCollector, RequestMetrics
 from generator_svc.plan import Chunk, Row, StepPlan
 from generator_svc.runner import DeviceError, OrtRunner, choose_device
 from generator_svc.scheduler import Scheduler
+from generator_svc.sequence import Update
 from generator_svc.service import GeneratorService, Mailroom
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.generator.v1.generator_pb2_grpc import add_GeneratorServiceServicer_to_server
@@ -88,49 +90,59 @@ def describe(
     )
 
 
+def build_engine(
+    settings: GeneratorSettings,
+    runner: OrtRunner,
+    meter: Meter,
+    deliver: Callable[[list[Update]], None],
+    on_fault: Callable[[BaseException], None],
+) -> Engine:
+    cache = SlotCache(runner.info.slots, runner.info.slot_length, settings.prefix_cache)
+    scheduler = Scheduler(cache, settings.prefill_tokens, settings.chunk_tokens, meter.settle)
+    admission = Admission(settings.max_queued_requests, settings.max_queued_tokens)
+    return Engine(scheduler, runner, meter, admission, deliver, on_fault)
+
+
+def build_service(
+    settings: GeneratorSettings,
+    model: ModelDirectory,
+    info: pb.GetModelInfoResponse,
+    engine: Engine,
+    registry: CollectorRegistry,
+) -> GeneratorService:
+    limits = Limits(
+        revision=model.revision,
+        vocabulary_size=model.vocab_size,
+        slot_length=info.context_length,
+        max_n=settings.max_n,
+        eos_token_ids=model.eos_token_ids,
+        defaults=default_sampling(model),
+    )
+    registry.register(EngineCollector(engine.load, engine.meter, model.id))
+    return GeneratorService(engine, limits, info, RequestMetrics(registry, model.id))
+
+
 async def serve(settings: GeneratorSettings, model: ModelDirectory, runner: OrtRunner) -> int:
     """Serves until a signal (0) or a fault of the engine (1); returns the exit status."""
     loop = asyncio.get_running_loop()
-    meter = Meter()
-    warm_up(runner, meter)
     faulted = asyncio.Event()
 
     def report_fault(fault: BaseException) -> None:
         loop.call_soon_threadsafe(faulted.set)
 
-    cache = SlotCache(runner.info.slots, runner.info.slot_length, settings.prefix_cache)
-    engine = Engine(
-        Scheduler(cache, settings.prefill_tokens, settings.chunk_tokens, meter.settle),
-        runner,
-        meter,
-        Admission(settings.max_queued_requests, settings.max_queued_tokens),
-        Mailroom(loop).deliver,
-        report_fault,
-    )
-    limits = Limits(
-        revision=model.revision,
-        vocabulary_size=model.vocab_size,
-        slot_length=runner.info.slot_length,
-        max_n=settings.max_n,
-        eos_token_ids=model.eos_token_ids,
-        defaults=default_sampling(model),
-    )
-    registry = CollectorRegistry()
-    registry.register(EngineCollector(engine.load, meter, model.id))
-    metrics = RequestMetrics(registry, model.id)
+    meter = Meter()
+    warm_up(runner, meter)
+    engine = build_engine(settings, runner, meter, Mailroom(loop).deliver, report_fault)
     info = describe(model, runner, settings)
-    service = GeneratorService(engine, limits, info, metrics)
+    registry = CollectorRegistry()
+    service = build_service(settings, model, info, engine, registry)
     server = GrpcServer([(add_GeneratorServiceServicer_to_server, service)], [SERVICE])
     port = await server.start(f"{settings.host}:{settings.port}")
     if settings.metrics_port:
         prometheus_client.start_http_server(settings.metrics_port, settings.host, registry)
     engine.start()
     await server.set_serving(True)
-    log.info(
-        "serving %s on port %d: %s, %d slots of %d tokens, %d MiB of keys and values",
-        model.id, port, info.execution_provider, info.slots, info.context_length,
-        info.kv_cache_bytes >> 20,
-    )  # fmt: skip
+    log.info("serving %s on port %d by %s", model.id, port, info.execution_provider)
     stop, fault = asyncio.create_task(wait_for_signal()), asyncio.create_task(faulted.wait())
     await asyncio.wait({stop, fault}, return_when=asyncio.FIRST_COMPLETED)
     if faulted.is_set():
