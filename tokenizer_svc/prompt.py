@@ -108,7 +108,8 @@ class _Guard:
 
     def text(self, text: str, mark: str) -> str:
         """The text of a message with a mark wherever a control token is or could begin or end."""
-        text = self._broken.sub(rf"\g<1>{mark}", text)
+        if self.whole.search(text):  # this is quick, and looking ahead everywhere is not
+            text = self._broken.sub(rf"\g<1>{mark}", text)
         inner = text.strip()
         if not inner:
             return text

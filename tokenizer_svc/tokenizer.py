@@ -58,11 +58,14 @@ class Tokenizer:
 
         `add_special_tokens` adds what the tokenizer puts around a lone text, such as BOS.
         """
-        return list(self._encoder.encode(text, add_special_tokens=add_special_tokens).ids)
+        # Of the library's ways to encode, those for batches alone release the interpreter lock.
+        [encoding] = self._encoder.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return list(encoding.ids)
 
     def decode(self, token_ids: list[int]) -> str:
         """The text of ids, control tokens included; bytes that are no character are U+FFFD."""
-        return str(self._plain.decode(token_ids, skip_special_tokens=False))
+        [text] = self._plain.decode_batch([token_ids], skip_special_tokens=False)
+        return str(text)
 
     def _token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for inside a text; none for an id that is no token."""
