@@ -5,19 +5,30 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
 from tests.tokenizer_svc.conftest import CONTEXT_LENGTH, Stage, user
-from tests.tokenizer_svc.scripted_generator import ScriptedGenerator, code_of
-from tests.tokenizer_svc.test_generator_loss import SERVING, becomes
+from tests.tokenizer_svc.scripted_generator import (
+    ScriptedGenerator,
+    code_of,
+    finish,
+    message_of,
+    update,
+)
+from tests.tokenizer_svc.test_generator_loss import NOT_SERVING, SERVING, becomes
 from tokenizer_svc.models import Model, load_model
-from trivium.chat.v1 import model_pb2
+from trivium.chat.v1 import chat_pb2, chat_pb2_grpc, model_pb2
+from trivium.generator.v1 import generator_pb2
 from trivium.model_directory import ModelDirectoryError
 from trivium.tokenizer.v1 import tokenizer_pb2
 from trivium.wire.channel import open_channel
+
+CHAT_SERVICE = "trivium.chat.v1.ChatService"
 
 
 async def test_models_are_listed_and_found(stage: Stage, model: Model) -> None:
@@ -123,24 +134,46 @@ async def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     assert b"no such model folder" in errors
 
 
-async def test_the_process_serves_and_ends(model_folder: Path, model: Model) -> None:
-    """Ready when the generator is, and gone with 0 after SIGTERM."""
-    server, generator_port = await ScriptedGenerator(model.revision).serve()
+async def test_a_running_stream_outlives_sigterm(model_folder: Path, model: Model) -> None:
+    """After SIGTERM the process is not ready; the stream goes on to its end; the exit code is 0."""
+    resumed = asyncio.Event()
+
+    async def script(start: object, stops: object) -> AsyncIterator[generator_pb2.GenerateResponse]:
+        yield message_of(update(0, model.tokenizer.encode("one")))
+        await resumed.wait()
+        yield message_of(finish(0, generator_pb2.FINISH_REASON_LENGTH, 1))
+
+    generator = ScriptedGenerator(model.revision)
+    generator.script = script
+    server, generator_port = await generator.serve()
     process = await start_process(
         model_directory=str(model_folder),
         port="0",
         metrics_port="0",
         generator_target=f"127.0.0.1:{generator_port}",
-        drain_notice_seconds="0",
+        drain_notice_seconds="0.5",
     )
-    port = await announced_port(process)
-    async with open_channel(f"127.0.0.1:{port}") as channel:
-        await becomes(channel, "trivium.chat.v1.ChatService", SERVING)
-    process.send_signal(signal.SIGTERM)
+    async with open_channel(f"127.0.0.1:{await announced_port(process)}") as channel:
+        await becomes(channel, CHAT_SERVICE, SERVING)
+        call = chat_pb2_grpc.ChatServiceStub(channel).StreamChatCompletion(
+            chat_pb2.CreateChatCompletionRequest(model="tiny", messages=[user("Hello")])
+        )
+        await call.read()
+        process.send_signal(signal.SIGTERM)
+        await becomes(channel, CHAT_SERVICE, NOT_SERVING)
+        resumed.set()
+        events = [event async for event in _rest(call)]
     await process.communicate()
     await server.drain(0, 0)
 
+    assert "one" == "".join(event.delta.content for event in events)
+    assert events[-1].HasField("usage")
     assert 0 == process.returncode
+
+
+async def _rest(call: Any) -> AsyncIterator[Any]:
+    while (event := await call.read()) is not grpc.aio.EOF:
+        yield event
 
 
 async def announced_port(process: asyncio.subprocess.Process) -> int:
