@@ -135,7 +135,7 @@ def _load_gguf(source: Source) -> PreTrainedModel:
     if config.model_type not in FAMILIES:
         raise ExportError(_unsupported_family(config.model_type))
     _check_rope(config)
-    return _from_pretrained(source, folder, gguf_file=name)
+    return _from_pretrained(source, folder, config=config, gguf_file=name)
 
 
 def _from_pretrained(source: Source, folder: str, **options: Any) -> PreTrainedModel:

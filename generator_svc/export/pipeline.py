@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("int8", "int4", "fp16", "fp32")
 DEVICES = ("cpu", "cuda")
+# Raised when the exporter makes other folders than before, so that older ones are made anew.
+EXPORTER_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -69,16 +71,15 @@ def export_model(
     """Makes the model directory `out` from `source` and returns its path.
 
     A folder that is there already and was made from the same source with the same options is
-    returned as it is, unless `force`; any other existing folder is an ExportError.
+    returned as it is, or replaced if it is damaged or an older exporter made it. Any other
+    existing folder is an ExportError, unless `force`.
     """
     final = Path(out).expanduser().absolute()
     final.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(final.parent / f".{final.name}.lock"):
         _sweep(final)
-        if final.exists() and not force:
-            if _is_made_from(final, source, options):
-                return final
-            raise ExportError(f"{final} exists already and is something else")
+        if not force and _is_current(final, {"source": source, **asdict(options)}):
+            return final
         scratch = final.parent / f".{final.name}.partial"
         (scratch / "model").mkdir(parents=True)
         try:
@@ -100,13 +101,25 @@ def _put_in_place(scratch: Path, final: Path) -> None:
     (scratch / "model").rename(final)
 
 
-def _is_made_from(folder: Path, source: str, options: ExportOptions) -> bool:
+def _is_current(folder: Path, wanted: dict[str, Any]) -> bool:
+    """Whether `folder` is what the export would make; ExportError if it is something else.
+
+    False for what may be made (anew): nothing, an empty folder, or the same export when it is
+    damaged or from an older exporter.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
     try:
-        manifest = load_model_directory(folder).manifest
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        manifest = {}
+    if any(manifest.get(key) != value for key, value in wanted.items()):
+        raise ExportError(f"{folder} exists already and is something else")
+    try:
+        load_model_directory(folder)
     except ModelDirectoryError:
         return False
-    wanted = {"source": source, **asdict(options)}
-    return all(manifest.get(key) == value for key, value in wanted.items())
+    return bool(manifest.get("exporter_version") == EXPORTER_VERSION)
 
 
 def _build(
@@ -117,27 +130,28 @@ def _build(
     folder = scratch / "model"
     progress("fetching", 0.0)
     origin = locate(source, cache)
-    progress("loading", 0.05)
+    progress("loading the checkpoint", 0.05)
     from generator_svc.export.checkpoint import load_checkpoint
     from generator_svc.export.tokenizer_files import write_tokenizer
 
     checkpoint = load_checkpoint(origin)
-    progress("writing the tokenizer", 0.2)
+    progress("writing the tokenizer", 0.3)
     write_tokenizer(origin, folder)
-    progress("tracing", 0.3)
+    progress("tracing", 0.45)
     from generator_svc.export.trace import trace
 
     model = trace(checkpoint, scratch / "traced")
-    progress("rewriting the graph", 0.55)
+    progress("rewriting the graph", 0.75)
     graph = rewrite(model, checkpoint, options, progress)
-    progress("saving", 0.8)
+    progress("saving", 0.88)
     _save_graph(graph, folder)
     shutil.rmtree(scratch / "traced")
     _write_configs(checkpoint, folder)
-    progress("verifying", 0.85)
+    progress("verifying", 0.9)
     manifest = {
         "source": source,
         **asdict(options),
+        "exporter_version": EXPORTER_VERSION,
         "node_count": len(graph.nodes),
         "agreement": _verify(checkpoint, folder, options),
         "seconds": round(time.monotonic() - began, 1),
@@ -161,7 +175,7 @@ def rewrite(
     head.keep_last_position(graph)
     is_tied = head.is_tied(graph)
     if options.precision in ("int8", "int4"):
-        progress("quantising", 0.65)
+        progress("quantising", 0.82)
         graph = quantize_weights(graph, bits=int(options.precision[3:]))
         if is_tied:
             head.share_quantized_embedding(graph, decoder.hidden_size)

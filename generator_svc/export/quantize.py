@@ -34,11 +34,25 @@ def quantize_weights(graph: Graph, bits: int) -> Graph:
     assert bits in (4, 8)
     _quantize_head(graph)
     if bits == 4:
-        return _quantize_others(graph, KQuantWeightOnlyQuantConfig())
+        graph = _quantize_others(graph, KQuantWeightOnlyQuantConfig(), keep=_odd_products(graph))
     config = DefaultWeightOnlyQuantConfig(
         block_size=BLOCK_SIZE, is_symmetric=False, accuracy_level=ACCURACY_LEVEL, bits=8
     )
-    return _quantize_others(graph, config)
+    return _quantize_others(graph, config, keep=[])
+
+
+def _odd_products(graph: Graph) -> list[str]:
+    """Products over an odd number of blocks, whose zero points k-quant fails to pack.
+
+    They are left for eight bits.
+    """
+    return [
+        node.name
+        for node in graph.nodes.values()
+        if node.op_type == "MatMul"
+        and node.input[1] in graph.initializers
+        and -(-graph.initializers[node.input[1]].dims[0] // BLOCK_SIZE) % 2
+    ]
 
 
 def quantize_rows(weight: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], ...]:
@@ -80,7 +94,8 @@ def _quantize_head(graph: Graph) -> None:
     graph.finish()
 
 
-def _quantize_others(graph: Graph, config: Any) -> Graph:
+def _quantize_others(graph: Graph, config: Any, keep: list[str]) -> Graph:
+    """`keep` names the products to leave as they are."""
     names = {node.output[0]: node.name for node in graph.nodes.values()}
     with quiet_libraries():
         quantizer = MatMulNBitsQuantizer(
@@ -88,6 +103,7 @@ def _quantize_others(graph: Graph, config: Any) -> Graph:
             bits=4,
             block_size=BLOCK_SIZE,
             accuracy_level=ACCURACY_LEVEL,
+            nodes_to_exclude=keep,
             algo_config=config,
         )
         quantizer.process()

@@ -23,7 +23,7 @@ TEXT = (
     "how to speak so that others listen. Water boils at one hundred degrees at the level of the "
     "sea; on a high mountain it boils sooner, because the air above it weighs less."
 )
-MAX_TOKENS = 96
+MAX_TOKENS = 64
 GREEDY_TOKENS = 16
 
 
@@ -54,6 +54,8 @@ class GraphRunner:
     def __init__(self, graph: Path, decoder: Decoder) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        # torch's threads run in turn with these; spinning ones would take their cores.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         self.decoder = decoder
         self.reset()

@@ -91,8 +91,8 @@ def test_exporters_to_one_place_wait_for_each_other(source, tmp_path):
     assert load_model_directory(tmp_path / "m").num_layers == 3
 
 
-def test_an_existing_folder_is_kept_or_refused(source, tmp_path):
-    """Same source and options: returned as it is. Anything else is not overwritten unasked."""
+def test_an_existing_folder_is_kept_or_refused(source, tmp_path, monkeypatch):
+    """Same source and options: kept, or renewed when broken or old. Others are refused."""
     folder = export_model(source, tmp_path / "m", FP32)
     made = (folder / "model.onnx").stat().st_mtime_ns
 
@@ -100,6 +100,15 @@ def test_an_existing_folder_is_kept_or_refused(source, tmp_path):
     assert (folder / "model.onnx").stat().st_mtime_ns == made
     with pytest.raises(ExportError, match="exists already"):
         export_model(source, folder, ExportOptions("int8"))
+
+    (folder / "model.onnx.data").write_bytes(b"broken")
+    export_model(source, folder, FP32)
+    assert load_model_directory(folder).precision == "fp32"
+
+    made = (folder / "model.onnx").stat().st_mtime_ns
+    monkeypatch.setattr(pipeline, "EXPORTER_VERSION", 1000)
+    export_model(source, folder, FP32)
+    assert (folder / "model.onnx").stat().st_mtime_ns != made
 
     export_model(source, folder, ExportOptions("int8"), force=True)
     assert load_model_directory(folder).precision == "int8"
@@ -132,3 +141,10 @@ def test_the_command_explains_itself(tmp_path):
 
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("export: 'nothing' is no folder")
+
+
+def test_an_empty_folder_may_be_filled(source, tmp_path):
+    """As a mounted volume may be, or one made by hand."""
+    (tmp_path / "m").mkdir()
+
+    assert load_model_directory(export_model(source, tmp_path / "m", FP32)).num_layers == 3
