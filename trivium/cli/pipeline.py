@@ -17,6 +17,8 @@ from trivium.cli.supervisor import Stage
 
 ANY_HOST = ("", "0.0.0.0", "::")
 LOOPBACK = "127.0.0.1"
+# Names under which health tells that a stage and those behind it can serve.
+CHAT, GENERATOR = "trivium.chat.v1.ChatService", "trivium.generator.v1.GeneratorService"
 
 
 class PortTaken(Exception):
@@ -57,8 +59,10 @@ class Pipeline:
     def stages(self) -> list[Stage]:
         """Back to front, as the supervisor wants them."""
         return [
-            _stage("generator_svc", f"grpc://{self.generator_target}", self._generator()),
-            _stage("tokenizer_svc", f"grpc://{self.chat_target}", self._tokenizer()),
+            _stage(
+                "generator_svc", f"grpc://{self.generator_target}/{GENERATOR}", self._generator()
+            ),
+            _stage("tokenizer_svc", f"grpc://{self.chat_target}/{CHAT}", self._tokenizer()),
             _stage("rest_facade", f"{self.url}/health", self._facade()),
         ]
 

@@ -1,7 +1,7 @@
 """Asks a running stage how it is: health, and what model it has.
 
-`python -m trivium.cli.probe grpc://HOST:PORT | http://…` exits with 0 when it can serve, which is
-what the health checks of containers run.
+`python -m trivium.cli.probe grpc://HOST:PORT[/SERVICE] | http://…` exits with 0 when it can serve,
+which is what the health checks of containers run.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ POLL_SECONDS = 0.1
 CALL_SECONDS = 5.0
 
 
-async def grpc_is_serving(target: str) -> bool:
-    """Whether the gRPC server at `target` (host:port) reports SERVING."""
+async def grpc_is_serving(target: str, service: str = "") -> bool:
+    """Whether the gRPC server at `target` (host:port) reports SERVING for `service`.
+
+    The empty name stands for the process: it says nothing of the stages behind.
+    """
     async with open_channel(target) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
-            answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=CALL_SECONDS)
+            request = health_pb2.HealthCheckRequest(service=service)
+            answer = await stub.Check(request, timeout=CALL_SECONDS)
         except grpc.aio.AioRpcError:
             return False
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
@@ -41,15 +45,18 @@ async def http_is_ready(url: str) -> bool:
 
 
 async def until_ready(address: str) -> None:
-    """Returns once the stage at `address` (grpc://host:port or http://…) can serve."""
+    """Returns once the stage at `address`, as in `is_ready`, can serve."""
     while not await is_ready(address):  # noqa: ASYNC110 - another process sets no event of ours
         await asyncio.sleep(POLL_SECONDS)
 
 
 async def is_ready(address: str) -> bool:
-    """Whether the stage at `address` (grpc://host:port or http://…) can serve."""
+    """Whether the stage at `address` can serve: grpc://host:port, with /service or not; http://…"""
     scheme, _, rest = address.partition("://")
-    return await (grpc_is_serving(rest) if scheme == "grpc" else http_is_ready(address))
+    if scheme != "grpc":
+        return await http_is_ready(address)
+    target, _, service = rest.partition("/")
+    return await grpc_is_serving(target, service)
 
 
 async def model_info(target: str) -> generator_pb2.GetModelInfoResponse:

@@ -1,0 +1,66 @@
+# One file, a target per service:  docker build --target rest_facade -t trivium-rest-facade .
+# The serving targets share one environment, which has no PyTorch; `export` has it.
+
+ARG PYTHON=python:3.12-slim-bookworm
+
+FROM ${PYTHON} AS build
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+WORKDIR /src
+RUN python -m venv /opt/trivium
+COPY pyproject.toml README.md LICENSE ./
+COPY trivium trivium
+COPY rest_facade rest_facade
+COPY tokenizer_svc tokenizer_svc
+COPY generator_svc generator_svc
+RUN /opt/trivium/bin/pip install .
+
+FROM build AS build-cuda
+RUN /opt/trivium/bin/pip install '.[cuda]'
+
+FROM build AS build-export
+# PyTorch's own index has builds for the CPU alone, without several gigabytes of CUDA libraries.
+RUN /opt/trivium/bin/pip install --extra-index-url https://download.pytorch.org/whl/cpu '.[export]'
+
+FROM ${PYTHON} AS runtime
+ENV PATH=/opt/trivium/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+RUN useradd --system --uid 10001 --home-dir /tmp trivium \
+    && install --directory --owner 10001 /models
+USER 10001
+WORKDIR /tmp
+STOPSIGNAL SIGTERM
+
+FROM runtime AS serving
+COPY --from=build /opt/trivium /opt/trivium
+
+FROM serving AS rest_facade
+ENV TRIVIUM_FACADE_HOST=0.0.0.0
+EXPOSE 8000
+HEALTHCHECK --interval=5s --timeout=10s --start-period=30s \
+    CMD ["python", "-m", "trivium.cli.probe", "http://127.0.0.1:8000/health"]
+CMD ["python", "-m", "rest_facade"]
+
+FROM serving AS tokenizer_svc
+ENV TRIVIUM_TOKENIZER_HOST=0.0.0.0
+EXPOSE 50051 9051
+HEALTHCHECK --interval=5s --timeout=10s --start-period=30s \
+    CMD ["python", "-m", "trivium.cli.probe", "grpc://127.0.0.1:50051/trivium.chat.v1.ChatService"]
+CMD ["python", "-m", "tokenizer_svc"]
+
+FROM serving AS generator_svc
+ENV TRIVIUM_GENERATOR_HOST=0.0.0.0
+EXPOSE 50052 9052
+HEALTHCHECK --interval=5s --timeout=10s --start-period=120s \
+    CMD ["python", "-m", "trivium.cli.probe", "grpc://127.0.0.1:50052/trivium.generator.v1.GeneratorService"]
+CMD ["python", "-m", "generator_svc"]
+
+FROM generator_svc AS generator_svc-cuda
+COPY --from=build-cuda /opt/trivium /opt/trivium
+ENV TRIVIUM_GENERATOR_DEVICE=cuda
+
+# Makes a model folder in the volume /models; what it fetches goes to /tmp.
+FROM runtime AS export
+COPY --from=build-export /opt/trivium /opt/trivium
+ENV TRIVIUM_CACHE=/tmp/trivium HF_HOME=/tmp/huggingface
+VOLUME /models
+ENTRYPOINT ["trivium", "export"]
+CMD ["smollm2-135m-instruct", "--out", "/models/smollm2-135m-instruct"]
