@@ -153,7 +153,7 @@ def _build(
         **asdict(options),
         "exporter_version": EXPORTER_VERSION,
         "node_count": len(graph.nodes),
-        "agreement": _verify(checkpoint, folder, options),
+        "agreement": _verify(checkpoint, folder),
         "seconds": round(time.monotonic() - began, 1),
     }
     _write_manifest(folder, manifest)
@@ -238,10 +238,8 @@ def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return generation
 
 
-def _verify(checkpoint: Checkpoint, folder: Path, options: ExportOptions) -> dict[str, Any] | None:
-    """None where this machine's CPU cannot run what was made."""
-    if options.is_half:
-        return None
+def _verify(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
+    """Always on the CPU, which also runs what is made for CUDA."""
     from generator_svc.export import verify
     from generator_svc.export.genai_config import GRAPH_FILE
     from generator_svc.export.tokenizer_files import encode
