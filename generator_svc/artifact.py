@@ -13,7 +13,7 @@ _MEMORY_SHARE = 0.5
 
 
 class MemoryPlanError(ValueError):
-    """Not even one slot fits into the memory."""
+    """Not even one slot fits into the memory, or the model's context is too short for one."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,10 @@ def plan_memory(
     """
     length = min(max_length, model.context_length)
     length -= length % _SLOT_GRANULARITY
+    if not length:
+        raise MemoryPlanError(
+            f"the model's context of {model.context_length} tokens is below {_SLOT_GRANULARITY}"
+        )
     per_token = 2 * model.num_layers * model.num_kv_heads * model.head_size * element_bytes
     fitting = min(slots, cache_bytes // (per_token * length))
     if fitting < 1:
@@ -79,10 +83,11 @@ def default_sampling(model: ModelDirectory) -> Sampling:
         if value is None or name in known:
             continue
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not least <= value <= most:
+        is_whole = is_number and math.isfinite(value) and value == int(value)
+        if not is_number or not least <= value <= most or (name == "top_k" and not is_whole):
             raise ModelDirectoryError(
                 f"{model.path}: generation_config.json: {name} is {value!r}, which is not "
-                f"between {least} and {most}"
+                f"{'a whole number ' if name == 'top_k' else ''}between {least} and {most}"
             )
-        known[name] = value
+        known[name] = int(value) if name == "top_k" else value  # some files say 50.0
     return Sampling(**known)

@@ -20,7 +20,7 @@ HOLE_PATIENCE steps, the last active slot is swapped into it.
 import itertools
 from dataclasses import dataclass, field
 
-from generator_svc.plan import Copy, Swap
+from generator_svc.plan import SHORTEST_CHUNK, Copy, Swap
 from generator_svc.sequence import Sequence
 
 # An idle row costs about a fourth of what swapping two slots does, so wait that many steps.
@@ -93,8 +93,8 @@ class SlotCache:
     def allocate(self, sequence: Sequence, most: int) -> list[Copy | Swap]:
         """Gives `sequence` a slot that already holds the longest known prefix of its tokens.
 
-        At most `most` tokens are taken from the cache. Sets the sequence's `slot`, `computed`
-        and `cached_prompt_tokens`.
+        At most `most` tokens are taken from the cache, and neither is a lone one taken nor left
+        to compute. Sets the sequence's `slot`, `computed` and `cached_prompt_tokens`.
         """
         assert sequence.slot < 0
         assert len(sequence.token_ids) <= self.slot_length
@@ -147,14 +147,16 @@ class SlotCache:
             assert slot.owner is not None or slot.length < self.slot_length
 
     def _longest_prefix(self, sequence: Sequence, most: int) -> tuple[int, int]:
-        source, best = -1, 0
+        source, best = -1, SHORTEST_CHUNK - 1
         for number, slot in enumerate(self._slots):
             if not self._reuse and (slot.owner is None or slot.owner.group is not sequence.group):
                 continue
             length = _common_prefix(slot.content, sequence.token_ids, min(most, slot.reusable))
             if length > best:
                 source, best = number, length
-        return source, best
+        if best < len(sequence.token_ids):
+            best = min(best, len(sequence.token_ids) - SHORTEST_CHUNK)
+        return (source, best) if best >= SHORTEST_CHUNK else (-1, 0)
 
     def _bring(self, source: int, target: int, length: int) -> list[Copy | Swap]:
         """Moves that put `length` tokens of `source` into the free slot `target`.

@@ -6,6 +6,10 @@ batch over the slots 0 to len(rows) - 1.
 
 from dataclasses import dataclass
 
+# A lone token's attention is computed by another kernel than that of several, which rounds
+# differently: a prompt that were cut there would give other logits than one that is not.
+SHORTEST_CHUNK = 2
+
 
 @dataclass(frozen=True)
 class Copy:

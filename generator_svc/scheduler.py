@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from generator_svc.kv_cache import SlotCache
-from generator_svc.plan import Chunk, Row, StepPlan
+from generator_svc.plan import SHORTEST_CHUNK, Chunk, Row, StepPlan
 from generator_svc.sequence import (
     FinishReason,
     Group,
@@ -25,10 +25,6 @@ from generator_svc.sequence import (
     Stage,
     Update,
 )
-
-# A lone token's attention is computed by another kernel than that of several, which rounds
-# differently: a prompt that were cut there would give other logits than one that is not.
-SHORTEST_CHUNK = 2
 
 
 @dataclass(frozen=True)
