@@ -1,0 +1,109 @@
+"""Sampling as a person would write it down: plain loops, one full sort, no short cuts."""
+
+import math
+
+import numpy as np
+import pytest
+
+from generator_svc.admission import Admission
+from generator_svc.sampler import sample
+from generator_svc.sequence import Generation, Group
+
+GRID = 500
+
+
+def sequence_of(prompt=(0,), output=(), **fields):
+    """A sequence that has generated `output` so far."""
+    generation = Generation(tuple(prompt), 1_000, **fields)
+    sequence = Group(generation, Admission(1, 1).enter(1)).sequences[0]
+    for token_id in output:
+        sequence.append(token_id)
+    return sequence
+
+
+def adjusted(sequence, logits):
+    """Logits after bias, mask, repetition, frequency and presence penalty, in this order."""
+    sampling, generation = sequence.generation.sampling, sequence.generation
+    output = sequence.token_ids[sequence.prompt_length :]
+    result = []
+    for token_id, given in enumerate(logits):
+        value = float(given) + sampling.logit_bias.get(token_id, 0.0)
+        if len(output) < generation.min_new_tokens and token_id in generation.stop_token_ids:
+            value = -math.inf
+        if token_id in sequence.token_ids:
+            penalty = sampling.repetition_penalty
+            value = value / penalty if value > 0 else value * penalty
+        value -= sampling.frequency_penalty * output.count(token_id)
+        value -= sampling.presence_penalty * (token_id in output)
+        result.append(value)
+    return result
+
+
+def probabilities(sequence, logits):
+    """Token id to probability, for the tokens that can be drawn."""
+    sampling = sequence.generation.sampling
+    row = adjusted(sequence, logits)
+    ids = sorted(range(len(row)), key=lambda token_id: (-row[token_id], token_id))
+    best = row[ids[0]]
+    if sampling.temperature == 0:
+        return {ids[0]: 1.0}
+    weight = {}
+    for token_id in ids:
+        distance = (row[token_id] - best) / sampling.temperature
+        weight[token_id] = math.exp(distance) if distance > -745 else 0.0
+    if sampling.top_k > 0:
+        ids = ids[: sampling.top_k]
+    ids = _nucleus(ids, weight, sampling.top_p) if sampling.top_p < 1 else ids
+    ids = [token_id for token_id in ids if weight[token_id] >= sampling.min_p]
+    total = math.fsum(weight[token_id] for token_id in ids)
+    return {token_id: weight[token_id] / total for token_id in ids}
+
+
+def _nucleus(ids, weight, top_p):
+    total = math.fsum(weight[token_id] for token_id in ids)
+    kept, reached = [], 0.0
+    for token_id in ids:
+        kept.append(token_id)
+        reached += weight[token_id]
+        if reached >= top_p * total:
+            break
+    return kept
+
+
+def swept(sequence, logits, grid=GRID):
+    """Token id to the number of draws that give it, over draws in the middle of `grid` cells."""
+    counts = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for cell in range(grid):
+            draw = (cell + 0.5) / grid
+            patch.setattr("generator_svc.sampler.uniform", lambda seed, position: draw)  # noqa: B023 - drawn before the loop goes on
+            token_id = sample(sequence, logits).token_id
+            counts[token_id] = counts.get(token_id, 0) + 1
+    return counts
+
+
+def assert_same_distribution(sequence, logits, grid=GRID):
+    """A token's draws are one interval, so its count is off by less than one cell."""
+    expected, counts = probabilities(sequence, logits), swept(sequence, logits, grid)
+
+    assert counts.keys() <= expected.keys()
+    for token_id, probability in expected.items():
+        assert abs(counts.get(token_id, 0) - probability * grid) < 1 + 1e-6 * grid
+
+
+def edges(sequence, logits):
+    """The tokens at the smallest and the largest possible draw."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        for draw in (0.0, float(np.nextafter(1.0, 0.0))):
+            patch.setattr("generator_svc.sampler.uniform", lambda seed, position: draw)  # noqa: B023 - drawn before the loop goes on
+            found.append(sample(sequence, logits).token_id)
+    return found
+
+
+def log_probabilities(logits):
+    """Natural logarithms of the softmax; -inf where it is zero."""
+    values = [float(value) for value in logits]
+    most = max(values)
+    total = math.log(math.fsum(math.exp(value - most) for value in values))
+    return [value - most - total for value in values]

@@ -1,0 +1,138 @@
+"""How many slots the memory allows, and what a model says about its own sampling."""
+
+from pathlib import Path
+
+import pytest
+
+from generator_svc.artifact import (
+    MemoryPlan,
+    MemoryPlanError,
+    default_sampling,
+    half_of_free_memory,
+    plan_memory,
+)
+from generator_svc.sequence import Sampling
+from trivium.model_directory import GraphNames, ModelDirectory, ModelDirectoryError
+
+# 2 · 2 layers · 3 heads · 4 · 4 bytes
+TOKEN_BYTES = 192
+
+
+def _model(context_length=100, **generation_config):
+    return ModelDirectory(
+        path=Path("/models/m"),
+        id="m",
+        revision="0" * 32,
+        graph=Path("/models/m/model.onnx"),
+        num_layers=2,
+        num_attention_heads=6,
+        num_kv_heads=3,
+        head_size=4,
+        hidden_size=24,
+        context_length=context_length,
+        vocab_size=50,
+        eos_token_ids=(1,),
+        bos_token_id=None,
+        pad_token_id=None,
+        family="llama",
+        precision="fp32",
+        names=GraphNames(),
+        generation_config=generation_config,
+        manifest={},
+    )
+
+
+@pytest.mark.parametrize(
+    ("slots", "max_length", "cache_bytes", "expected"),
+    [
+        (4, 4096, 10**9, MemoryPlan(4, 96)),  # 100 rounded down to eights
+        (4, 50, 10**9, MemoryPlan(4, 48)),
+        (4, 16, 3 * 16 * TOKEN_BYTES, MemoryPlan(3, 16)),
+        (4, 16, 3 * 16 * TOKEN_BYTES - 1, MemoryPlan(2, 16)),
+        (4, 16, 16 * TOKEN_BYTES, MemoryPlan(1, 16)),
+    ],
+)
+def test_slots_are_what_fits(slots, max_length, cache_bytes, expected):
+    """As many as asked for if memory holds them; lengths up to setting and context."""
+
+    assert expected == plan_memory(_model(), slots, max_length, cache_bytes, 4)
+
+
+def test_half_the_element_size_is_twice_the_slots():
+    """The bytes of an element count."""
+
+    assert 4 == plan_memory(_model(), 99, 16, 2 * 16 * TOKEN_BYTES, 2).slots
+
+
+def test_memory_for_less_than_one_slot_is_refused_with_the_numbers():
+    """The message says what a slot takes, what there is, and what to change."""
+    with pytest.raises(MemoryPlanError) as caught:
+        plan_memory(_model(), 4, 16, 16 * TOKEN_BYTES - 1, 4)
+
+    for part in ("16 tokens", "3072 bytes", "3071", "kv_cache_bytes", "max_sequence_length"):
+        assert part in str(caught.value)
+
+
+def test_a_context_below_the_granularity_is_refused():
+    """Not a division by zero."""
+    with pytest.raises(MemoryPlanError, match="context"):
+        plan_memory(_model(context_length=7), 4, 16, 10**9, 4)
+
+
+def test_half_of_free_memory_is_something_and_not_all():
+    """Some mebibytes at least, and less than the machine has."""
+    total = next(line for line in Path("/proc/meminfo").read_text().splitlines() if "Total" in line)
+
+    assert 2**20 < half_of_free_memory() < int(total.split()[1]) * 1024
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, Sampling()),
+        ({"do_sample": True}, Sampling()),
+        ({"do_sample": False}, Sampling(temperature=0.0)),
+        ({"do_sample": False, "temperature": 0.6}, Sampling(temperature=0.0)),
+        ({"temperature": 0.6, "top_k": 20}, Sampling(temperature=0.6, top_k=20)),
+        ({"top_p": 0.8, "min_p": 0.05}, Sampling(top_p=0.8, min_p=0.05)),
+        ({"repetition_penalty": 1.05, "top_p": None}, Sampling(repetition_penalty=1.05)),
+        ({"top_k": 50, "temperature": 1}, Sampling(top_k=50)),
+        ({"eos_token_id": 2, "frequency_penalty": 9}, Sampling()),
+    ],
+)
+def test_defaults_are_the_models_own_and_then_openais(config, expected):
+    """generation_config.json fills in what a request leaves open."""
+
+    assert expected == default_sampling(_model(**config))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", 2.1),
+        ("temperature", float("nan")),
+        ("temperature", "0.7"),
+        ("temperature", True),
+        ("top_p", 1.5),
+        ("top_k", -2),
+        ("top_k", 50.5),
+        ("top_k", float("inf")),
+        ("min_p", [0.1]),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", 11),
+    ],
+)
+def test_defaults_that_no_request_could_have_are_refused(name, value):
+    """One line that names folder, file, field and value."""
+    with pytest.raises(ModelDirectoryError) as caught:
+        default_sampling(_model(**{name: value}))
+
+    for part in ("/models/m", "generation_config.json", name, repr(value)):
+        assert part in str(caught.value)
+
+
+def test_a_whole_number_written_as_a_decimal_is_whole():
+    """Some files say top_k 50.0."""
+
+    assert isinstance(default_sampling(_model(top_k=50.0)).top_k, int)

@@ -1,0 +1,268 @@
+"""Each field of a request: its limits, its error, its default; and the messages of an answer."""
+
+import math
+
+import pytest
+
+from generator_svc.admission import Admission
+from generator_svc.convert import Limits, to_generation, to_response
+from generator_svc.sequence import (
+    FinishReason,
+    Generation,
+    Group,
+    Logprobs,
+    SampledToken,
+    Sampling,
+    Update,
+)
+from trivium.generator.v1 import generator_pb2 as pb
+from trivium.wire.errors import ServiceError
+
+DEFAULTS = Sampling(temperature=0.6, top_p=0.9, top_k=20, min_p=0.1, repetition_penalty=1.1)
+LIMITS = Limits(
+    revision="r1",
+    vocabulary_size=64,
+    slot_length=32,
+    max_n=8,
+    eos_token_ids=(1, 2),
+    defaults=DEFAULTS,
+)
+
+
+def _start(sampling=None, **fields):
+    fields = {"revision": "r1", "prompt_token_ids": [3, 4, 5]} | fields
+    return pb.StartGeneration(sampling=pb.SamplingParams(**(sampling or {})), **fields)
+
+
+def _error(start):
+    with pytest.raises(ServiceError) as caught:
+        to_generation(start, LIMITS)
+    return caught.value
+
+
+def test_absent_fields_take_the_models_defaults():
+    """Nothing said: the model's sampling, one answer up to the context's end, its own ends."""
+    generation = to_generation(_start(), LIMITS)
+
+    assert (3, 4, 5) == generation.prompt
+    assert (29, 1, 0) == (generation.max_new_tokens, generation.n, generation.min_new_tokens)
+    assert {1, 2} == generation.stop_token_ids
+    assert generation.top_logprobs is None
+    kept = {name: getattr(DEFAULTS, name) for name in vars(DEFAULTS) if name != "seed"}
+    assert kept == {name: getattr(generation.sampling, name) for name in kept}
+
+
+def test_given_fields_win_even_when_they_are_zero():
+    """Zero is a value and not an absence."""
+    given = {
+        "temperature": 0.0,
+        "top_p": 0.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "presence_penalty": -2.0,
+        "frequency_penalty": 2.0,
+        "repetition_penalty": 1.0,
+        "seed": 0,
+        "logit_bias": {0: -100.0, 63: 100.0},
+    }
+    generation = to_generation(_start(given, top_logprobs=0), LIMITS)
+
+    assert given == {name: getattr(generation.sampling, name) for name in given}
+    assert 0 == generation.top_logprobs
+
+
+def test_seeds_are_fresh_unless_given():
+    """Two requests without a seed do not draw alike; negative ones are seeds too."""
+    seeds = {to_generation(_start(), LIMITS).sampling.seed for _ in range(9)}
+
+    assert 9 == len(seeds)
+    assert -(2**63) == to_generation(_start({"seed": -(2**63)}), LIMITS).sampling.seed
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "param"),
+    [
+        ({"prompt_token_ids": []}, "empty_array", "prompt_token_ids"),
+        ({"prompt_token_ids": [3, 64]}, "invalid_value", "prompt_token_ids"),
+        ({"prompt_token_ids": [-1]}, "invalid_value", "prompt_token_ids"),
+        ({"prompt_token_ids": [3] * 32}, "context_length_exceeded", "prompt_token_ids"),
+        ({"stop_token_ids": [64]}, "invalid_value", "stop_token_ids"),
+        ({"stop_token_ids": [-1]}, "invalid_value", "stop_token_ids"),
+        ({"n": 0}, "integer_below_min_value", "n"),
+        ({"n": -1}, "integer_below_min_value", "n"),
+        ({"n": 9}, "integer_above_max_value", "n"),
+        ({"max_new_tokens": 0}, "integer_below_min_value", "max_new_tokens"),
+        ({"min_new_tokens": -1}, "integer_below_min_value", "min_new_tokens"),
+        ({"top_logprobs": 21}, "integer_above_max_value", "top_logprobs"),
+        ({"top_logprobs": -1}, "integer_below_min_value", "top_logprobs"),
+    ],
+)
+def test_wrong_fields_are_named(fields, code, param):
+    """Code and param of the table of errors."""
+    error = _error(_start(**fields))
+
+    assert (code, param) == (error.code, error.param)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "code"),
+    [
+        ("temperature", -0.01, "decimal_below_min_value"),
+        ("temperature", 2.01, "decimal_above_max_value"),
+        ("temperature", math.nan, "invalid_value"),
+        ("temperature", math.inf, "decimal_above_max_value"),
+        ("top_p", -0.01, "decimal_below_min_value"),
+        ("top_p", 1.01, "decimal_above_max_value"),
+        ("top_p", math.nan, "invalid_value"),
+        ("top_k", -2, "integer_below_min_value"),
+        ("min_p", -0.01, "decimal_below_min_value"),
+        ("min_p", 1.01, "decimal_above_max_value"),
+        ("min_p", -math.inf, "decimal_below_min_value"),
+        ("presence_penalty", -2.01, "decimal_below_min_value"),
+        ("presence_penalty", 2.01, "decimal_above_max_value"),
+        ("frequency_penalty", -2.01, "decimal_below_min_value"),
+        ("frequency_penalty", 2.01, "decimal_above_max_value"),
+        ("frequency_penalty", math.nan, "invalid_value"),
+        ("repetition_penalty", 0.0, "decimal_below_min_value"),
+        ("repetition_penalty", -1.0, "decimal_below_min_value"),
+        ("repetition_penalty", 10.01, "decimal_above_max_value"),
+        ("repetition_penalty", math.nan, "invalid_value"),
+    ],
+)
+def test_sampling_out_of_range_is_named(field, value, code):
+    """The message repeats field and value, so that the caller sees what arrived."""
+    error = _error(_start({field: value}))
+
+    assert (code, f"sampling.{field}") == (error.code, error.param)
+    assert field in error.message
+
+
+@pytest.mark.parametrize(
+    ("bias", "code", "param"),
+    [
+        ({64: 1.0}, "invalid_value", "sampling.logit_bias"),
+        ({-1: 1.0}, "invalid_value", "sampling.logit_bias"),
+        ({5: 100.5}, "decimal_above_max_value", "sampling.logit_bias[5]"),
+        ({5: -100.5}, "decimal_below_min_value", "sampling.logit_bias[5]"),
+        ({5: math.nan}, "invalid_value", "sampling.logit_bias[5]"),
+    ],
+)
+def test_logit_bias_is_checked_by_id_and_by_value(bias, code, param):
+    """The id that is wrong is part of the param."""
+    error = _error(_start({"logit_bias": bias}))
+
+    assert (code, param) == (error.code, error.param)
+
+
+def test_another_revision_is_refused_before_anything_else_is_looked_at():
+    """Token ids of another tokenizer mean nothing here."""
+    error = _error(_start(revision="r2", prompt_token_ids=[999]))
+
+    assert ("revision_mismatch", None) == (error.code, error.param)
+    assert "'r1'" in error.message
+    assert "'r2'" in error.message
+
+
+def test_a_prompt_at_the_context_is_refused_in_words_that_clients_look_for():
+    """One token less leaves room for one."""
+
+    assert (
+        "maximum context length is 32 tokens" in _error(_start(prompt_token_ids=[3] * 32)).message
+    )
+    assert 1 == to_generation(_start(prompt_token_ids=[3] * 31), LIMITS).max_new_tokens
+
+
+def test_more_tokens_than_there_is_room_for_are_cut():
+    """max_new_tokens is an upper bound, and so is the context."""
+
+    assert 29 == to_generation(_start(max_new_tokens=2**31 - 1), LIMITS).max_new_tokens
+    assert 5 == to_generation(_start(max_new_tokens=5), LIMITS).max_new_tokens
+
+
+def test_stop_tokens_add_to_the_models_own_unless_these_are_ignored():
+    """ignore_eos drops the model's, never the caller's."""
+
+    assert {1, 2, 9} == to_generation(_start(stop_token_ids=[9]), LIMITS).stop_token_ids
+    assert {9} == to_generation(_start(stop_token_ids=[9], ignore_eos=True), LIMITS).stop_token_ids
+    assert frozenset() == to_generation(_start(ignore_eos=True), LIMITS).stop_token_ids
+
+
+@pytest.mark.parametrize(
+    "fields", [{"n": 1}, {"n": 8}, {"top_logprobs": 20}, {"min_new_tokens": 2**31 - 1}]
+)
+def test_limits_are_inclusive(fields):
+    """The bound itself is allowed."""
+    generation = to_generation(_start(**fields), LIMITS)
+
+    assert fields == {name: getattr(generation, name) for name in fields}
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 2.0, "top_p": 1.0, "min_p": 1.0, "top_k": 2**31 - 1},
+        {"top_k": -1, "presence_penalty": 2.0, "frequency_penalty": -2.0},
+        {"repetition_penalty": 10.0},
+    ],
+)
+def test_limits_of_sampling_are_inclusive(sampling):
+    """The bound itself is allowed."""
+    sampled = to_generation(_start(sampling), LIMITS).sampling
+
+    assert sampling == {name: getattr(sampled, name) for name in sampling}
+
+
+def _group(n=1):
+    return Group(Generation((3, 4), 9, n=n), Admission(1, 9).enter(2))
+
+
+def test_updates_are_merged_by_continuation():
+    """One message holds all tokens since the last, and who ended how."""
+    group = _group(n=2)
+    first, second = group.sequences
+    updates = []
+    for sequence, token_id in ((first, 7), (second, 8), (first, 9)):
+        sequence.append(token_id)
+        updates.append(Update(group, sequence, SampledToken(token_id)))
+    first.finish_reason, first.device_nanoseconds = FinishReason.LENGTH, 2**40
+    first.cached_prompt_tokens = 1
+    updates.append(Update(group, first, is_finished=True))
+    one, other = to_response(updates).updates
+
+    assert (0, [7, 9]) == (one.index, list(one.token_ids))
+    assert (1, [8]) == (other.index, list(other.token_ids))
+    assert not other.HasField("finished")
+    expected = pb.Finished(
+        reason=pb.FINISH_REASON_LENGTH,
+        completion_tokens=2,
+        prompt_tokens=2,
+        cached_prompt_tokens=1,
+        device_nanoseconds=2**40,
+    )
+    assert expected == one.finished
+
+
+def test_logprobs_stand_beside_their_tokens():
+    """One for each token, alternatives included."""
+    group = _group()
+    sampled = SampledToken(5, Logprobs(-0.5, (5, 6), (-0.5, -1.5)))
+    [update] = to_response([Update(group, group.sequences[0], sampled)]).updates
+
+    expected = pb.TokenLogprobs(logprob=-0.5, top_token_ids=[5, 6], top_logprobs=[-0.5, -1.5])
+    assert [expected] == list(update.logprobs)
+
+
+@pytest.mark.parametrize(
+    ("reason", "told"),
+    [
+        (FinishReason.STOP_TOKEN, pb.FINISH_REASON_STOP_TOKEN),
+        (FinishReason.STOPPED, pb.FINISH_REASON_STOPPED),
+    ],
+)
+def test_ends_are_told_by_name(reason, told):
+    """The two ends that are not a matter of length."""
+    group = _group()
+    group.sequences[0].finish_reason = reason
+    [update] = to_response([Update(group, group.sequences[0], is_finished=True)]).updates
+
+    assert told == update.finished.reason

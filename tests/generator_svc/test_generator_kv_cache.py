@@ -1,0 +1,349 @@
+"""The books of the slots against a memory of token ids that carries out the moves."""
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from generator_svc.admission import Admission
+from generator_svc.kv_cache import HOLE_PATIENCE, SlotCache
+from generator_svc.plan import Copy, Swap
+from generator_svc.sequence import Generation, Group
+
+SLOT_LENGTH = 32
+GARBAGE = -7
+
+
+def _group(prompt, n=1):
+    return Group(Generation(tuple(prompt), 8, n=n), Admission(1, 99).enter(1))
+
+
+class Machine:
+    """A cache, the memory it keeps books of, and the sequences that run."""
+
+    def __init__(self, slots, reuse=True):
+        self.cache = SlotCache(slots, SLOT_LENGTH, reuse)
+        self.memory = [[GARBAGE] * SLOT_LENGTH for _ in range(slots)]
+        self.running = []
+        self.moves = []
+
+    def start(self, prompt, most=SLOT_LENGTH, group=None):
+        """Allocates, and returns the sequence; at first only what was cached is computed."""
+        group = group or _group(prompt)
+        sequence = next(s for s in group.sequences if s.slot < 0)
+        self.carry_out(self.cache.allocate(sequence, most))
+        self.running.append(sequence)
+        return sequence
+
+    def compute(self, sequence, count):
+        """The next `count` tokens are computed; those behind the prompt are generated."""
+        for _ in range(count):
+            if sequence.computed == len(sequence.token_ids):
+                if len(sequence.token_ids) + 1 >= SLOT_LENGTH:
+                    return
+                sequence.token_ids.append(100 + len(sequence.token_ids))
+            place = sequence.computed
+            self.memory[sequence.slot][place] = sequence.token_ids[place]
+            sequence.computed += 1
+
+    def run(self, prompt):
+        """A whole life: allocated, computed, released."""
+        sequence = self.start(prompt)
+        self.compute(sequence, len(prompt))
+        self.release(sequence)
+        return sequence
+
+    def release(self, sequence, trusted=True):
+        self.running.remove(sequence)
+        (self.cache.release if trusted else self.cache.forget)(sequence)
+
+    def compact(self):
+        self.carry_out(self.cache.compact())
+
+    def idle_rows(self):
+        """What a decode run does to the rows that are nobody's."""
+        for slot in range(self.cache.active_range):
+            if self.cache.owner(slot) is None:
+                self.memory[slot][self.cache.idle_position(slot)] = GARBAGE
+
+    def carry_out(self, moves):
+        self.moves = moves
+        for move in moves:
+            if isinstance(move, Copy):
+                self.memory[move.target][: move.length] = self.memory[move.source][: move.length]
+            else:
+                one, other, length = self.memory[move.first], self.memory[move.second], move.length
+                one[:length], other[:length] = other[:length], one[:length]
+
+    def kept(self):
+        """What the free slots are said to hold."""
+        return sorted(slot.tokens for slot in self.cache._slots if slot.tokens)
+
+    def check(self):
+        self.cache.check_integrity()
+        assert {s.slot for s in self.running} == {
+            slot for slot in range(self.cache.num_slots) if self.cache.owner(slot)
+        }
+        for sequence in self.running:
+            held = self.memory[sequence.slot][: sequence.computed]
+            assert sequence.token_ids[: sequence.computed] == held
+        for slot, memory in zip(self.cache._slots, self.memory, strict=True):
+            assert slot.tokens == memory[: len(slot.tokens)]
+
+
+def _common(left, right):
+    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(left, right))))  # noqa: B905 - ends with the shorter
+
+
+def _best_prefix(machine, group, most):
+    """The longest prefix that may be taken, found by looking at everything."""
+    prompt, best = group.generation.prompt, 0
+    for owner in machine.running:
+        if machine.cache._reuse or owner.group is group:
+            there = min(owner.computed, owner.prompt_length)
+            best = max(best, _common(prompt, owner.token_ids[:there]))
+    if machine.cache._reuse:
+        best = max([best, *(_common(prompt, tokens) for tokens in machine.kept())])
+    best = min(best, most)
+    if best == len(prompt) - 1:
+        best -= 1  # no lone token is left to compute
+    return best if best > 1 else 0  # nor taken
+
+
+BASES = [[7] * 30, list(range(30)), [*range(9), *range(50, 71)]]
+prompts = st.builds(
+    lambda base, cut, own: [*base[:cut], *own],
+    st.sampled_from(BASES),
+    st.integers(0, 24),
+    st.lists(st.integers(0, 2), min_size=1, max_size=6),
+)
+operations = st.lists(
+    st.one_of(
+        st.tuples(st.just("start"), prompts, st.integers(0, 3), st.integers(1, 3)),
+        st.tuples(st.just("sibling"), st.integers(0, 9)),
+        st.tuples(st.just("compute"), st.integers(0, 9), st.integers(1, 30)),
+        st.tuples(st.just("release"), st.integers(0, 9), st.booleans()),
+        st.tuples(st.just("release"), st.integers(0, 9), st.just(True)),
+        st.tuples(st.just("step")),
+    ),
+    max_size=40,
+)
+
+
+def _start(machine, group, most):
+    if machine.cache.can_allocate():
+        expected = _best_prefix(machine, group, most)
+        sequence = machine.start((), most, group)
+        assert expected == sequence.computed == sequence.cached_prompt_tokens
+
+
+def _apply(machine, operation):
+    name, *values = operation
+    running = machine.running
+    if name == "start":
+        prompt, short, n = values
+        _start(machine, _group(prompt, n), max(0, len(prompt) - short))
+    elif name == "step":
+        machine.compact()
+        machine.check()
+        machine.idle_rows()
+    elif running:
+        sequence = running[values[0] % len(running)]
+        if name == "compute":
+            machine.compute(sequence, values[1])
+        elif name == "release":
+            machine.release(sequence, values[1])
+        elif any(sibling.slot < 0 and not sibling.computed for sibling in sequence.group.sequences):
+            _start(machine, sequence.group, sequence.prompt_length)
+
+
+@settings(max_examples=400, deadline=None)
+@given(operations=operations, slots=st.integers(1, 5), reuse=st.booleans())
+def test_books_and_memory_agree_whatever_happens(operations, slots, reuse):
+    """Every owner finds its tokens, every free slot holds what is written, the longest prefix
+    is found, and neither moves nor idle rows overwrite anything of value."""
+    machine = Machine(slots, reuse)
+    for operation in operations:
+        _apply(machine, operation)
+        machine.check()
+
+
+DISTINCT = [[value] * 8 for value in (11, 12, 13, 14)]
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
+def test_the_least_recently_used_goes_first(order):
+    """Wherever it lies: each stranger costs the content that was left longest ago."""
+    machine = Machine(4)
+    sequences = [machine.start(prompt) for prompt in DISTINCT]
+    for number in order:
+        machine.compute(sequences[number], 8)
+        machine.release(sequences[number])
+    for strangers in range(1, 5):
+        machine.start([90 + strangers, 1, 2, 3])
+
+        assert sorted(DISTINCT[number] for number in order[strangers:]) == machine.kept()
+        machine.check()
+
+
+def test_taking_a_copy_counts_as_use():
+    """Content that somebody just copied from is not the next to go."""
+    machine = Machine(3)
+    shared = list(range(20))
+    machine.run(shared)
+    machine.run([31] * 6)
+    machine.run([32] * 6)
+    user = machine.start([*range(6), 77, 78])  # a small part of it: a copy
+    machine.check()
+
+    assert 6 == user.cached_prompt_tokens
+    assert shared in machine.kept()
+
+
+def test_empty_slots_are_filled_before_content_is_given_up():
+    """As long as there is room, everything that was ever computed is found again."""
+    machine = Machine(4)
+    for prompt in DISTINCT[:3]:
+        machine.run(prompt)
+    machine.start([99] * 4)
+
+    assert sorted(DISTINCT[:3]) == machine.kept()
+
+
+def test_a_conversation_that_goes_on_takes_its_slot_over_without_a_move():
+    """The common case costs nothing: the content already lies in the lowest free slot."""
+    machine = Machine(2)
+    machine.run(list(range(10)))
+    following = machine.start(list(range(14)))
+
+    assert [] == machine.moves
+    assert 10 == following.computed
+
+
+def test_a_conversation_elsewhere_is_swapped_in():
+    """Its slot and the lowest free one change places, so nothing is lost."""
+    machine = Machine(2)
+    first, second = machine.start([5] * 8), machine.start(list(range(10)))
+    for sequence in (first, second):
+        machine.compute(sequence, sequence.prompt_length)
+        machine.release(sequence)
+    following = machine.start(list(range(14)))
+    machine.check()
+
+    assert [Swap(1, 0, 10)] == machine.moves
+    assert (0, 10) == (following.slot, following.computed)
+    assert [[5] * 8] == machine.kept()
+
+
+def test_a_short_common_beginning_is_copied_and_the_conversation_stays():
+    """A system prompt shared with a long conversation does not cost that conversation."""
+    long, other = list(range(30)), [*range(6), 40, 41]
+    machine = Machine(2)
+    machine.run(long)
+    stranger = machine.start(other)
+    machine.check()
+
+    assert 6 == stranger.computed
+    assert [long] == machine.kept()
+
+
+def test_the_prefix_of_a_running_sequence_is_copied():
+    """It goes on in its own slot; only its prompt's tokens are taken, not its answer's."""
+    machine = Machine(2)
+    first = machine.start(list(range(10)))
+    machine.compute(first, 14)
+    second = machine.start(list(first.token_ids))
+    machine.check()
+
+    assert [Copy(0, 1, 10)] == machine.moves
+    assert 10 == second.computed
+
+
+def test_tokens_that_are_not_computed_yet_are_not_taken():
+    """A prompt in the middle of its prefill gives what it has."""
+    machine = Machine(2)
+    first = machine.start(list(range(10)))
+    machine.compute(first, 4)
+
+    assert 4 == machine.start(list(range(10))).computed
+
+
+def test_without_reuse_only_the_choices_of_a_request_share():
+    """Nothing of an ended or another request is found."""
+    machine = Machine(3, reuse=False)
+    prompt = list(range(10))
+    machine.run(prompt)
+    group = _group(prompt, n=2)
+    first = machine.start(prompt, group=group)
+    machine.compute(first, 10)
+    sibling = machine.start(prompt, group=group)
+    stranger = machine.start(prompt)
+
+    assert [0, 10, 0] == [first.cached_prompt_tokens, sibling.computed, stranger.computed]
+
+
+def test_a_hole_is_closed_after_the_patience():
+    """Not before, since a newcomer may take it; then the last active slot moves in."""
+    machine = Machine(4)
+    sequences = [machine.start(prompt) for prompt in DISTINCT[:3]]
+    for sequence in sequences:
+        machine.compute(sequence, 8)
+    machine.release(sequences[0])
+    moved = []
+    for _ in range(HOLE_PATIENCE + 2):
+        machine.compact()
+        machine.check()
+        moved.append(machine.moves)
+
+    assert [[]] * HOLE_PATIENCE + [[Swap(0, 2, 8)], []] == moved
+    assert 2 == machine.cache.active_range
+    assert [DISTINCT[0]] == machine.kept()
+
+
+def test_patience_starts_anew_with_every_hole():
+    """A slot that was taken and freed again has not been idle all the time."""
+    machine = Machine(2)
+    first, _ = machine.start(DISTINCT[0]), machine.start(DISTINCT[1])
+    for _ in range(3):
+        machine.release(first)
+        for _ in range(HOLE_PATIENCE):
+            machine.compact()
+            assert [] == machine.moves
+        first = machine.start(DISTINCT[0])
+
+
+def test_one_hole_is_closed_at_a_time():
+    """A step pays for one move, however many holes there are."""
+    machine = Machine(4)
+    sequences = [machine.start(prompt) for prompt in DISTINCT]
+    machine.release(sequences[0])
+    machine.release(sequences[1])
+    ranges = []
+    for _ in range(HOLE_PATIENCE + 3):
+        machine.compact()
+        machine.check()
+        ranges.append(machine.cache.active_range)
+
+    assert [4] * HOLE_PATIENCE + [3, 2, 2] == ranges
+
+
+def test_a_lone_token_is_neither_taken_nor_left():
+    """It is computed by other kernels than several, so its prompt would not be the same."""
+    machine = Machine(4)
+    machine.run([3])
+    machine.run([4, 5, 6])
+
+    assert 0 == machine.start([3, 4, 5]).computed
+    assert 0 == machine.start([4, 5, 7]).computed
+    assert 0 == machine.start([4, 9, 9]).computed
+
+
+def test_what_cannot_be_trusted_is_not_found_again():
+    """The slot of a failed run is empty afterwards."""
+    machine = Machine(1)
+    sequence = machine.start(list(range(10)))
+    machine.compute(sequence, 10)
+    machine.release(sequence, trusted=False)
+
+    assert 0 == machine.start(list(range(10))).computed

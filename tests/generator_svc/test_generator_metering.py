@@ -1,0 +1,99 @@
+"""Device time: shares that add up to the last nanosecond, and an account that shows a lost one."""
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from generator_svc.admission import Admission
+from generator_svc.metering import CACHE_MOVES, PADDING, Meter, share
+from generator_svc.sequence import FinishReason, Generation, Group
+
+weights = st.lists(st.integers(0, 4096), min_size=1, max_size=64).filter(any)
+times = st.integers(0, 10**12)
+
+
+@given(nanoseconds=times, weights=weights)
+def test_shares_add_up_and_are_the_nearest_integers(nanoseconds, weights):
+    """Nobody pays one nanosecond more or less than the exact share, rounded up or down."""
+    shares = share(nanoseconds, weights)
+    exact = [Fraction(nanoseconds * weight, sum(weights)) for weight in weights]
+
+    assert nanoseconds == sum(shares)
+    assert all(abs(got - wanted) < 1 for got, wanted in zip(shares, exact, strict=True))
+    assert all(got == wanted for got, wanted in zip(shares, exact, strict=True) if wanted == 0)
+
+
+@given(nanoseconds=times, weights=weights)
+def test_the_spare_nanoseconds_go_to_the_largest_remainders(nanoseconds, weights):
+    """Whoever is rounded up was cut by at least as much as anyone who is rounded down."""
+    shares = share(nanoseconds, weights)
+    cuts = [nanoseconds * weight % sum(weights) for weight in weights]
+    is_up = [got > nanoseconds * w // sum(weights) for got, w in zip(shares, weights, strict=True)]
+    up = [cut for cut, went_up in zip(cuts, is_up, strict=True) if went_up]
+    down = [cut for cut, went_up in zip(cuts, is_up, strict=True) if not went_up]
+
+    assert min(up, default=max(cuts)) >= max(down, default=0)
+
+
+def test_shares_are_known_by_heart():
+    """Ties go to those who come first, always in the same way."""
+    assert [4, 3, 3] == share(10, [1, 1, 1])
+    assert [1, 1, 0] == share(2, [5, 5, 5])
+    assert [2, 7, 0] == share(9, [1, 4, 0])  # 1.8 and 7.2
+    assert [0, 0] == share(0, [1, 2])
+
+
+def _sequences(count):
+    generation = Generation((1, 2), 3, n=count)
+    return Group(generation, Admission(1, 9).enter(2)).sequences
+
+
+charges = st.lists(
+    st.tuples(times, st.lists(st.tuples(st.integers(-1, 4), st.integers(1, 99)), min_size=1)),
+    max_size=20,
+)
+
+
+@given(charges=charges, overhead=st.lists(times), ended=st.sets(st.integers(0, 4)))
+def test_busy_is_what_sequences_and_overhead_were_charged(charges, overhead, ended):
+    """Whatever is charged to whom, and whoever has ended, the account closes."""
+    meter, sequences = Meter(), _sequences(5)
+    for nanoseconds, rows in charges:
+        owners = [(sequences[who] if who >= 0 else None, tokens) for who, tokens in rows]
+        meter.charge(nanoseconds, owners)
+    for nanoseconds in overhead:
+        meter.charge_overhead(nanoseconds, CACHE_MOVES)
+    for index in ended:
+        sequences[index].finish_reason = list(FinishReason)[index]
+        meter.settle(sequences[index])
+    running = [sequence for sequence in sequences if sequence.index not in ended]
+
+    meter.check_integrity(running)
+    spent = sum(sequence.device_nanoseconds for sequence in sequences)
+    assert sum(nanoseconds for nanoseconds, _ in charges) + sum(overhead) == meter.busy
+    assert meter.busy == spent + meter.overhead.total()
+    assert sum(overhead) == meter.overhead[CACHE_MOVES]
+    assert sum(sequences[i].device_nanoseconds for i in ended) == meter.settled.total()
+
+
+def test_idle_rows_are_padding():
+    """A row that is nobody's is paid by the overhead of that name."""
+    meter, [sequence] = Meter(), _sequences(1)
+    meter.charge(9, [(None, 1), (sequence, 1), (None, 1)])
+
+    assert 3 == sequence.device_nanoseconds
+    assert {PADDING: 6} == meter.overhead
+
+
+def test_a_lost_nanosecond_is_noticed():
+    """A sequence that was never settled, or one that changed afterwards, breaks the account."""
+    meter, [sequence] = Meter(), _sequences(1)
+    meter.charge(7, [(sequence, 1)])
+    meter.check_integrity([sequence])
+    with pytest.raises(AssertionError):
+        meter.check_integrity([])
+    meter.busy += 1
+    with pytest.raises(AssertionError):
+        meter.check_integrity([sequence])

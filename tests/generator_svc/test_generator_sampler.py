@@ -1,0 +1,306 @@
+"""Sampling against plain loops over the whole vocabulary: every filter, penalty and report."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from generator_svc.random_draw import uniform
+from generator_svc.sampler import BadLogits, sample, sample_all
+from generator_svc.sequence import Sampling
+from sampling_oracle import (
+    adjusted,
+    assert_same_distribution,
+    edges,
+    log_probabilities,
+    probabilities,
+    sequence_of,
+)
+
+# None of these can be reached exactly by a sum of equal weights.
+TOP_P = [0.0, 0.1237, 0.4567, 0.91234, 0.99991, 1.0]
+TEMPERATURES = [5e-324, 1e-300, 1e-8, 0.1, 0.7, 1.0, 2.0]
+VOCABULARIES = [1, 2, 7, 64, 255, 256, 257, 300, 513]
+
+
+def _logits(size, seed=0, scale=3.0, decimals=7, impossible=0.0):
+    """float32 [size]; few `decimals` make ties, `impossible` is the share of -inf."""
+    generator = np.random.default_rng([size, seed])
+    row = np.round(generator.normal(scale=scale, size=size), decimals)
+    row[generator.random(size) < impossible] = -np.inf
+    row[generator.integers(size)] = 1.0
+    return row.astype(np.float32)
+
+
+rows = st.builds(
+    _logits,
+    size=st.sampled_from(VOCABULARIES),
+    seed=st.integers(0, 10_000),
+    scale=st.sampled_from([0.0, 0.5, 3.0, 30.0]),
+    decimals=st.sampled_from([0, 1, 7]),
+    impossible=st.sampled_from([0.0, 0.3, 0.97]),
+)
+short_rows = st.lists(
+    st.floats(-60, 60, width=32) | st.sampled_from([-math.inf, 0.0, 1.0, 3.4e38, -3.4e38]),
+    min_size=1,
+    max_size=9,
+).map(lambda values: np.array([*values, 2.0], np.float32))
+filters = st.builds(
+    Sampling,
+    temperature=st.sampled_from(TEMPERATURES),
+    top_k=st.sampled_from([-1, 0, 1, 2, 5, 200, 256, 257, 2**31 - 1]),
+    top_p=st.sampled_from(TOP_P),
+    min_p=st.sampled_from([0.0, 1e-9, 0.03, 0.5, 1.0]),
+)
+
+
+@settings(max_examples=120, deadline=None)
+@given(logits=rows | short_rows, sampling=filters)
+def test_draws_follow_the_distribution_that_the_filters_leave(logits, sampling):
+    """Temperature, top_k, top_p and min_p in any combination, over all draws."""
+    sequence = sequence_of(sampling=sampling)
+
+    assert_same_distribution(sequence, logits, grid=200)
+    assert {*edges(sequence, logits)} <= {*probabilities(sequence, logits)}
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "min_p"),
+    list(itertools.product([0.6, 1.4], [0, 3], [0.8123, 1.0], [0.0, 0.2])),
+)
+@pytest.mark.parametrize("size", [20, 700])
+def test_each_filter_alone_and_with_the_others(size, temperature, top_k, top_p, min_p):
+    """The same on a fine grid, for each filter on and off."""
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+
+    assert_same_distribution(sequence_of(sampling=sampling), _logits(size, scale=1.5), grid=2_000)
+
+
+@pytest.mark.parametrize("size", [1_000, 3_000])
+def test_a_flat_distribution_needs_more_candidates_than_are_sorted_first(size):
+    """top_p over thousands of nearly equal tokens keeps exactly as many as it takes."""
+    sequence = sequence_of(sampling=Sampling(top_p=0.93217))
+    logits = _logits(size, scale=0.01)
+
+    assert_same_distribution(sequence, logits, grid=size)
+
+
+tokens = st.integers(0, 9)
+penalties = st.builds(
+    Sampling,
+    temperature=st.sampled_from([0.0, 0.5, 1.0, 2.0]),
+    repetition_penalty=st.sampled_from([1e-6, 0.5, 1.0, 1.3, 10.0]),
+    frequency_penalty=st.sampled_from([-2.0, 0.0, 0.7, 2.0]),
+    presence_penalty=st.sampled_from([-2.0, 0.0, 0.4, 2.0]),
+    logit_bias=st.dictionaries(tokens, st.sampled_from([-100.0, -1.5, 0.0, 2.5, 100.0])),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    logits=st.lists(st.sampled_from([-math.inf, -3, -1.5, 0, 0.5, 2, 7]), min_size=9, max_size=9),
+    sampling=penalties,
+    prompt=st.lists(tokens, min_size=1, max_size=6),
+    output=st.lists(tokens, max_size=6),
+    min_new_tokens=st.integers(0, 8),
+    stops=st.frozensets(tokens, max_size=3),
+)
+def test_penalties_bias_and_mask_in_the_documented_order(
+    logits, sampling, prompt, output, min_new_tokens, stops
+):
+    """Bias, mask, repetition, frequency and presence, in any combination."""
+    row = np.array([*logits, 1.0], np.float32)
+    sequence = sequence_of(
+        prompt,
+        output,
+        sampling=sampling,
+        min_new_tokens=min_new_tokens,
+        stop_token_ids=stops,
+    )
+    if max(adjusted(sequence, row)) == -math.inf:
+        with pytest.raises(BadLogits):
+            sample(sequence, row)
+        return
+
+    before = row.copy()
+    assert_same_distribution(sequence, row, grid=60)
+    assert before.tolist() == row.tolist()
+
+
+def _greedy(logits, prompt=(0,), output=(), **fields):
+    sampling = Sampling(temperature=0, **fields)
+    return sample(
+        sequence_of(prompt, output, sampling=sampling), np.array(logits, np.float32)
+    ).token_id
+
+
+def test_frequency_and_presence_look_at_generated_tokens_only():
+    """A token of the prompt is not penalised until it is generated."""
+    for field in ("frequency_penalty", "presence_penalty"):
+        assert 1 == _greedy([1, 2, 0], prompt=[1, 1], **{field: 2.0})
+        assert 0 == _greedy([1, 2, 0], prompt=[2], output=[1], **{field: 2.0})
+
+
+def test_frequency_counts_and_presence_does_not():
+    """Twice generated is twice the frequency penalty and once the presence penalty."""
+    assert 0 == _greedy([1, 2.5, 0], output=[1, 1], frequency_penalty=1.0)
+    assert 1 == _greedy([1, 2.5, 0], output=[1, 1], presence_penalty=1.0)
+
+
+def test_repetition_penalty_looks_at_prompt_and_answer():
+    """It divides positive and multiplies negative logits, once each."""
+    assert 0 == _greedy([1, 1.5, -9], prompt=[1], repetition_penalty=2.0)
+    assert 0 == _greedy([1, 1.5, -9], prompt=[2], output=[1], repetition_penalty=2.0)
+    assert 0 == _greedy([-1.5, -1, -9], prompt=[1, 1], repetition_penalty=2.0)
+    assert 1 == _greedy([1, 3.5, -9], prompt=[1, 1], output=[1, 1], repetition_penalty=2.0)
+
+
+def test_bias_comes_before_the_repetition_penalty():
+    """(1 + 3) / 4 is below 1.5, and 1 / 4 + 3 would not be."""
+    assert 0 == _greedy([1.5, 1], prompt=[1], repetition_penalty=4.0, logit_bias={1: 3.0})
+
+
+def test_frequency_comes_after_the_repetition_penalty():
+    """4 / 2 - 2 is 0 and below 0.5; (4 - 2) / 2 would not be."""
+    assert 0 == _greedy([0.5, 4], output=[1], repetition_penalty=2.0, frequency_penalty=2.0)
+
+
+def test_stop_tokens_are_masked_until_the_minimum_whatever_the_bias():
+    """A masked stop token cannot be drawn; at the minimum it can."""
+    fields = {
+        "sampling": Sampling(temperature=0, logit_bias={1: 100.0}),
+        "min_new_tokens": 2,
+        "stop_token_ids": frozenset({1}),
+    }
+    row = np.array([0, 9, 1], np.float32)
+    chosen = [sample(sequence_of([5], [2] * count, **fields), row).token_id for count in range(4)]
+
+    assert [2, 2, 1, 1] == chosen
+
+
+def test_temperature_zero_ignores_filters_and_the_draw():
+    """Greedy is greedy with any filter, and takes the lower id among equals."""
+    row = _logits(400, decimals=0)
+    best = row.tolist().index(max(row))
+    for top_k, top_p, min_p, seed in itertools.product([0, 5], [0.1, 1], [0, 0.5], range(3)):
+        sampling = Sampling(temperature=0, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+        assert best == sample(sequence_of(sampling=sampling), row).token_id
+
+
+@pytest.mark.parametrize("fields", [{"top_k": 1}, {"top_p": 0.0}, {"min_p": 1.0}])
+def test_the_narrowest_filters_keep_the_top_token(fields):
+    """Whatever is drawn, it is the most likely one."""
+    row = _logits(300)
+    for seed in range(50):
+        sequence = sequence_of(sampling=Sampling(temperature=2.0, seed=seed, **fields))
+        assert int(row.argmax()) == sample(sequence, row).token_id
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("place", [0, 3, 6])
+def test_logits_that_are_no_numbers_are_refused(temperature, value, place):
+    """NaN and infinity anywhere in the row, greedy or not."""
+    row = np.arange(7, dtype=np.float32)
+    row[place] = value
+    with pytest.raises(BadLogits):
+        sample(sequence_of(sampling=Sampling(temperature=temperature)), row)
+
+
+def test_a_row_of_impossible_tokens_is_refused():
+    """All -inf, be it by the model or by the mask."""
+    with pytest.raises(BadLogits):
+        sample(sequence_of(), np.full(5, -np.inf, np.float32))
+    masked = sequence_of(min_new_tokens=1, stop_token_ids=frozenset({0, 1}))
+    with pytest.raises(BadLogits):
+        sample(masked, np.zeros(2, np.float32))
+
+
+def test_a_bad_row_leaves_its_neighbours_alone():
+    """Of several rows, the good ones get tokens and the bad one an error."""
+    good, bad, other = sequence_of(), sequence_of(), sequence_of()
+    row = np.array([0, 5, 1], np.float32)
+    tokens, failures = sample_all([(good, row), (bad, row * np.nan), (other, row)])
+
+    assert [good, other] == [sequence for sequence, _ in tokens]
+    assert [bad] == [sequence for sequence, _ in failures]
+
+
+@settings(max_examples=100, deadline=None)
+@given(logits=rows, top=st.integers(0, 20), sampling=filters, others=penalties)
+def test_reported_logprobs_are_those_of_the_model(logits, top, sampling, others):
+    """Penalties, bias and filters change the token and never the report."""
+    wanted = Sampling(**(vars(others) | {"top_k": sampling.top_k, "logit_bias": {0: 3.0}}))
+    sequence = sequence_of([0], [0, 0], sampling=wanted, top_logprobs=top)
+    sampled = sample(sequence, logits)
+    raw = [max(value, -9999.0) for value in log_probabilities(logits)]
+    order = sorted(range(len(raw)), key=lambda token_id: (-logits[token_id], token_id))[:top]
+
+    assert tuple(order) == sampled.logprobs.top_token_ids
+    assert [raw[token_id] for token_id in order] == pytest.approx(
+        list(sampled.logprobs.top_logprobs), abs=1e-9
+    )
+    assert raw[sampled.token_id] == pytest.approx(sampled.logprobs.logprob, abs=1e-9)
+
+
+def test_impossible_tokens_are_reported_as_minus_9999():
+    """JSON has no infinity."""
+    row = np.array([1, -np.inf, -np.inf, 0], np.float32)
+    logprobs = sample(sequence_of(top_logprobs=4), row).logprobs
+
+    assert (0, 3, 1, 2) == logprobs.top_token_ids
+    assert (-9999.0, -9999.0) == logprobs.top_logprobs[2:]
+
+
+def test_no_report_unless_asked_for():
+    """None is not zero: zero alternatives still report the token itself."""
+    row = np.array([0.0, 0.0], np.float32)
+
+    assert sample(sequence_of(), row).logprobs is None
+    assert math.log(0.5) == pytest.approx(sample(sequence_of(top_logprobs=0), row).logprobs.logprob)
+
+
+def _split_mix_64(state):
+    """The published algorithm, one output after the other."""
+    while True:
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+        z = state
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+        yield z ^ (z >> 31)
+
+
+def test_split_mix_64_oracle_gives_the_published_numbers():
+    """The first outputs for 1234567, as the reference implementation prints them."""
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+    assert published == list(itertools.islice(_split_mix_64(1234567), 3))
+
+
+@settings(max_examples=60)
+@given(seed=st.integers(-(2**70), 2**70))
+def test_uniform_is_split_mix_64_of_a_mixed_seed(seed):
+    """Any position can be had alone, and equals the one reached step by step."""
+    gamma = 0x9E3779B97F4A7C15
+    start = next(_split_mix_64((seed - gamma) % 2**64))  # one mix of the seed itself
+    outputs = itertools.islice(_split_mix_64(start), 40)
+    expected = [(output >> 11) / 2**53 for output in outputs]
+    drawn = {position: uniform(seed, position) for position in reversed(range(40))}
+
+    assert expected == [drawn[position] for position in range(40)]
+    assert all(0 <= draw < 1 for draw in expected)
+
+
+def test_neighbouring_seeds_and_positions_share_nothing():
+    """No number appears twice, and streams of neighbouring seeds do not go together."""
+    draws = np.array([[uniform(seed, t) for t in range(300)] for seed in range(-50, 50)])
+    correlations = np.corrcoef(draws)[np.triu_indices(100, 1)]
+    shifted = np.corrcoef(draws[:, 1:].ravel(), draws[:, :-1].ravel())[0, 1]
+
+    assert draws.size == np.unique(draws).size
+    assert abs(draws.mean() - 0.5) < 0.01
+    assert np.abs(correlations).max() < 0.3
+    assert abs(shifted) < 0.02

@@ -1,0 +1,119 @@
+"""Corners of the schedule that random traffic rarely meets."""
+
+import random
+
+import pytest
+
+from engine_bench import Bench
+from fakes import greedy
+from generator_svc.sequence import Sampling
+
+
+def _chunk_lengths(bench):
+    return [len(chunk.token_ids) for plan in bench.runner.plans for chunk in plan.chunks]
+
+
+def test_a_choice_whose_prompt_was_nearly_evicted_computes_no_lone_token():
+    """Another request's prompt, one token apart, is all that is left of it in the cache."""
+    prompt, nearly = [*range(2, 22), 50], [*range(2, 22), 51]
+    bench = Bench(slots=2, slot_length=64)
+    first = bench.submit(prompt, 2, n=3, stop_token_ids=frozenset())
+    second = bench.submit(nearly, 9, n=3, stop_token_ids=frozenset())
+    bench.finish()
+
+    assert min(_chunk_lengths(bench)) >= 2
+    for index in range(3):
+        assert greedy(prompt, 2, eos=None) == bench.tokens[first][index]
+        assert greedy(nearly, 9, eos=None) == bench.tokens[second][index]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_prompts_that_nearly_agree_never_leave_a_lone_token(seed):
+    """Many choices of many prompts that differ in their last tokens, in few slots."""
+    draw = random.Random(seed)
+    bench = Bench(slots=draw.choice([2, 3]), chunk_tokens=draw.choice([8, 64]), seed=seed)
+    groups = []
+    for _ in range(12):
+        prompt = [*range(2, 2 + draw.randrange(2, 20)), draw.randrange(40, 44)]
+        groups.append(bench.submit(prompt, draw.randrange(1, 6), n=draw.choice([1, 2, 4])))
+    bench.finish()
+
+    assert min(_chunk_lengths(bench)) >= 2
+    for group in groups:
+        wanted = greedy(group.generation.prompt, group.generation.max_new_tokens)
+        assert all(wanted == tokens for tokens in bench.tokens[group].values())
+
+
+@pytest.mark.parametrize("stopped", [[0], [0, 1], [1], [2, 0], [1, 0]])
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_the_next_choice_takes_the_prefill_over(stopped, steps):
+    """Whichever choices are stopped, and whenever, the others answer."""
+    prompt = list(range(2, 40))
+    bench = Bench(slots=2, chunk_tokens=8)
+    group = bench.submit(prompt, 4, n=3)
+    for _ in range(steps):
+        bench.step()
+    for index in stopped:
+        bench.engine.stop(group, index)
+    bench.finish()
+
+    assert {0, 1, 2} == bench.finished[group]
+    for index in {0, 1, 2} - {*stopped}:
+        assert greedy(prompt, 4) == bench.tokens[group][index]
+
+
+def test_stopping_all_choices_ends_the_request():
+    """Nothing is computed for nobody."""
+    bench = Bench()
+    group = bench.submit(list(range(2, 40)), 4, n=3)
+    for index in (0, 1, 2):
+        bench.engine.stop(group, index)
+    bench.finish()
+
+    assert {0, 1, 2} == bench.finished[group]
+    assert 0 == bench.runner.prefilled_tokens
+
+
+def test_a_prompt_of_one_token_is_answered():
+    """The only lone token there is."""
+    bench = Bench()
+    group = bench.submit([5], 6, n=2)
+    bench.finish()
+
+    assert greedy([5], 6) == bench.tokens[group][0] == bench.tokens[group][1]
+
+
+def test_an_answer_may_fill_its_slot():
+    """Prompt and answer together take the slot to its last place."""
+    bench = Bench(slots=2, slot_length=16)
+    full = bench.submit([5, 6], 14, stop_token_ids=frozenset())
+    other = bench.submit(list(range(2, 17)), 1, stop_token_ids=frozenset())
+    bench.finish()
+
+    assert greedy([5, 6], 14, eos=None) == bench.tokens[full][0]
+    assert greedy(range(2, 17), 1, eos=None) == bench.tokens[other][0]
+
+
+def test_requests_start_in_the_order_they_came():
+    """With one slot, one after the other."""
+    bench = Bench(slots=1)
+    groups = [bench.submit([value, 3], 3, stop_token_ids=frozenset()) for value in (7, 8, 9)]
+    order = []
+    while len(order) < 3:
+        bench.step()
+        order += [g for g in groups if bench.finished[g] and g not in order]
+
+    assert groups == order
+    bench.finish()
+
+
+def test_a_stop_after_the_end_is_without_effect():
+    """No second last update, nothing freed twice."""
+    bench = Bench()
+    group = bench.submit([7, 8], 3, sampling=Sampling(seed=1))
+    bench.finish()
+    bench.engine.stop(group, 0)
+    bench.engine.cancel(group)
+    bench.finish()
+
+    assert {0} == bench.finished[group]
