@@ -1,11 +1,15 @@
 """What the pages say is what the code does."""
 
 import importlib.util
+import inspect
 import re
+import textwrap
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from generator_svc.engine import Engine
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -67,3 +71,11 @@ def test_variables_exist(page: Path, generate: ModuleType) -> None:
     named = set(re.findall(r"\bTRIVIUM_[A-Z_]*[A-Z](?![A-Z_])", page.read_text()))
 
     assert set() == named - known
+
+
+def test_the_readme_quotes_the_engine() -> None:
+    """The step in the README is the engine's, line for line."""
+    readme = (ROOT / "README.md").read_text()
+    quoted = readme[readme.index("def step(self)") :].partition("```")[0]
+
+    assert textwrap.dedent(inspect.getsource(Engine.step)) == quoted
