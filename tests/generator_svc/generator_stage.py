@@ -1,0 +1,130 @@
+"""The generator's service over real gRPC, with an engine on a scripted runner."""
+
+import asyncio
+import contextlib
+import time
+
+import prometheus_client
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import CollectorRegistry
+
+from fakes import EOS, VOCABULARY, ScriptedRunner, scripted_logits
+from generator_svc.admission import Admission
+from generator_svc.convert import Limits
+from generator_svc.engine import Engine
+from generator_svc.kv_cache import SlotCache
+from generator_svc.metering import Meter
+from generator_svc.metrics import EngineCollector, RequestMetrics
+from generator_svc.scheduler import Scheduler
+from generator_svc.sequence import Sampling
+from generator_svc.service import GeneratorService, Mailroom
+from trivium.generator.v1 import generator_pb2 as pb
+from trivium.generator.v1 import generator_pb2_grpc as pb_grpc
+from trivium.wire.channel import open_channel
+from trivium.wire.serving import GrpcServer
+
+SERVICE = "trivium.generator.v1.GeneratorService"
+REVISION = "r1"
+PATIENCE_SECONDS = 30
+
+
+class SlowRunner(ScriptedRunner):
+    """Takes `delay` seconds for each step, so that calls can be met on their way."""
+
+    delay = 0.0
+
+    def run(self, plan):
+        time.sleep(self.delay)
+        return super().run(plan)
+
+
+class Stage:
+    """A running stage and a client of it."""
+
+    def __init__(self, slots=4, slot_length=64, logits=scripted_logits, **queue):
+        self.runner = SlowRunner(slots, slot_length, logits)
+        self.meter = Meter()
+        self.registry = CollectorRegistry()
+        self.engine = Engine(
+            Scheduler(SlotCache(slots, slot_length), 8, 16, self.meter.settle),
+            self.runner,
+            self.meter,
+            Admission(queue.get("requests", 100), queue.get("tokens", 100_000)),
+            Mailroom(asyncio.get_running_loop()).deliver,
+            lambda fault: None,
+        )
+        self.registry.register(EngineCollector(self.engine.load, self.meter, "m"))
+        self.service = GeneratorService(
+            self.engine,
+            Limits(REVISION, VOCABULARY, slot_length, 8, (EOS,), Sampling(temperature=0)),
+            pb.GetModelInfoResponse(id="m", revision=REVISION, slots=slots),
+            RequestMetrics(self.registry, "m"),
+        )
+
+    @contextlib.asynccontextmanager
+    async def running(self):
+        """Serves; afterwards nothing may be held."""
+        add = pb_grpc.add_GeneratorServiceServicer_to_server
+        server = GrpcServer([(add, self.service)], [SERVICE])
+        port = await server.start("127.0.0.1:0")
+        self.engine.start()
+        await server.set_serving(True)
+        async with open_channel(f"127.0.0.1:{port}") as channel:
+            self.channel = channel
+            self.stub = pb_grpc.GeneratorServiceStub(channel)
+            try:
+                yield self
+                await self.until_free()
+            finally:
+                self.runner.delay = 0.0
+                await server.drain(0, 0)
+                self.engine.close()
+        self.engine.check_integrity()
+
+    async def call(self, prompt, half_close=True, timeout=None, **fields):
+        """A call that has sent its start."""
+        call = self.stub.Generate(timeout=timeout)
+        start = pb.StartGeneration(revision=REVISION, prompt_token_ids=prompt)
+        start.MergeFrom(pb.StartGeneration(**fields))
+        await call.write(pb.GenerateRequest(start=start))
+        if half_close:
+            await call.done_writing()
+        return call
+
+    async def generate(self, prompt, **fields):
+        """A whole call: tokens by index, and finishes by index."""
+        return collected([message async for message in await self.call(prompt, **fields)])
+
+    async def until(self, condition):
+        """Asks for the load until it fulfils `condition`."""
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while not condition(await self.stub.GetLoad(pb.GetLoadRequest())):
+                await asyncio.sleep(0.002)
+
+    async def until_free(self):
+        """Waits until nothing runs or waits and every slot is free."""
+        free = pb.GetLoadResponse(free_slots=len(self.runner.memory))
+        await self.until(lambda load: load == free)
+
+    def metric(self, name, **labels):
+        """A metric's value as /metrics shows it, summed over what `labels` leave open."""
+        text = prometheus_client.generate_latest(self.registry).decode()
+        samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
+        values = [
+            sample.value
+            for sample in samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        ]
+        return sum(values)
+
+
+def collected(messages):
+    """Tokens by index, and finishes by index, of a call's messages."""
+    tokens, finished = {}, {}
+    for message in messages:
+        for update in message.updates:
+            assert update.index not in finished, "an update after the last"
+            tokens.setdefault(update.index, []).extend(update.token_ids)
+            if update.HasField("finished"):
+                finished[update.index] = update.finished
+    return tokens, finished

@@ -1,0 +1,396 @@
+"""The generator over real gRPC on loopback: streams, stops, cancellations, refusals, metrics."""
+
+import asyncio
+import contextlib
+import logging
+
+import grpc
+import numpy as np
+import pytest
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_status import rpc_status
+
+from fakes import VOCABULARY, greedy, scripted_logits
+from generator_stage import SERVICE, Stage, collected
+from trivium.generator.v1 import generator_pb2 as pb
+from trivium.wire.errors import INTERNAL_MESSAGE
+
+
+@pytest.fixture
+async def stage():
+    async with Stage().running() as stage:
+        yield stage
+
+
+def _by_last_token(context):
+    """Cheap logits for long answers; token 1, the end, never comes."""
+    logits = np.zeros(VOCABULARY, np.float32)
+    logits[2 + (context[-1] * 5 + 3) % (VOCABULARY - 2)] = 9.0
+    return logits
+
+
+def _long_answer(first, count):
+    tokens = [first]
+    for _ in range(count):
+        tokens.append(2 + (tokens[-1] * 5 + 3) % (VOCABULARY - 2))
+    return tokens[1:]
+
+
+async def _error(call):
+    """The status of a call that fails: code, message, and details by type."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in call:
+            pass
+    details = {}
+    for kind in ("ErrorInfo", "BadRequest", "RetryInfo"):
+        message = getattr(error_details_pb2, kind)()
+        for packed in rpc_status.from_call(caught.value).details:
+            if packed.Unpack(message):
+                details[kind] = message
+    return caught.value.code(), caught.value.details(), details
+
+
+async def test_tokens_are_those_of_the_model(stage):
+    """The same as taking the most likely token again and again; then one finish with counts."""
+    prompt = [3, 4, 5, 6]
+    tokens, finished = await stage.generate(prompt, max_new_tokens=20)
+    wanted = greedy(prompt, 20)
+
+    assert {0: wanted} == tokens
+    assert (len(wanted), 4) == (finished[0].completion_tokens, finished[0].prompt_tokens)
+    assert finished[0].device_nanoseconds > 0
+
+
+async def test_ends_are_told_apart(stage):
+    """A stop token is the last of the tokens; a limit just cuts."""
+    prompt = next([i] for i in range(2, 60) if len(greedy([i], 30)) in range(3, 30))
+    wanted = greedy(prompt, 30)
+    _, stop = await stage.generate(prompt)
+    tokens, length = await stage.generate(prompt, max_new_tokens=2)
+    own, own_stop = await stage.generate(prompt, stop_token_ids=[wanted[1]])
+
+    assert pb.FINISH_REASON_STOP_TOKEN == stop[0].reason
+    assert pb.FINISH_REASON_LENGTH == length[0].reason
+    assert {0: wanted[:2]} == tokens
+    assert {0: wanted[: wanted.index(wanted[1]) + 1]} == own
+    assert pb.FINISH_REASON_STOP_TOKEN == own_stop[0].reason
+
+
+async def test_many_calls_at_once_get_their_own_answers(stage):
+    """More calls than slots, some with the same beginning."""
+    prompts = [[2, 3, 4, 5, value, value % 3] for value in range(6, 30)]
+    answers = await asyncio.gather(*(stage.generate(p, max_new_tokens=9) for p in prompts))
+
+    assert [{0: greedy(prompt, 9)} for prompt in prompts] == [tokens for tokens, _ in answers]
+
+
+async def test_choices_draw_apart_and_finish_apart(stage):
+    """n drawn choices under one seed are the same again, and each has its own finish."""
+    fields = {"n": 5, "max_new_tokens": 8, "ignore_eos": True}
+    fields["sampling"] = pb.SamplingParams(temperature=1.5, seed=3)
+    tokens, finished = await stage.generate([9, 8, 7], **fields)
+    again, _ = await stage.generate([9, 8, 7], **fields)
+
+    assert tokens == again
+    assert len({tuple(drawn) for drawn in tokens.values()}) > 1
+    assert {0, 1, 2, 3, 4} == finished.keys()
+    assert {8} == {last.completion_tokens for last in finished.values()}
+
+
+async def test_logprobs_come_with_each_token(stage):
+    """As many as were asked for, the greedy token on top."""
+    call = await stage.call([5, 6], max_new_tokens=6, top_logprobs=3)
+    updates = [update async for message in call for update in message.updates]
+    token_ids = [token for update in updates for token in update.token_ids]
+    logprobs = [logprob for update in updates for logprob in update.logprobs]
+
+    assert greedy([5, 6], 6) == token_ids == [one.top_token_ids[0] for one in logprobs]
+    assert {3} == {len(one.top_logprobs) for one in logprobs}
+    assert all(one.logprob == one.top_logprobs[0] for one in logprobs)
+
+
+async def test_a_stopped_choice_finishes_with_exact_counts_and_the_others_go_on(stage):
+    """Indices that do not exist are without effect."""
+    stage.runner.delay = 0.002
+    call = await stage.call([5, 6], half_close=False, n=2, max_new_tokens=50, ignore_eos=True)
+    messages = [await anext(aiter(call))]
+    for index in (7, -1, 1):
+        await call.write(pb.GenerateRequest(stop=pb.StopSequence(index=index)))
+    await call.done_writing()
+    messages += [message async for message in call]
+    tokens, finished = collected(messages)
+
+    assert pb.FINISH_REASON_STOPPED == finished[1].reason
+    assert len(tokens[1]) == finished[1].completion_tokens < 50
+    assert greedy([5, 6], 50, eos=None) == tokens[0]
+    assert tokens[0][: len(tokens[1])] == tokens[1]
+
+
+async def test_what_gathers_while_a_message_is_written_goes_out_as_one():
+    """The first token goes out at once; the rest waits for the reader and is complete."""
+    stage = Stage(slot_length=1024, logits=_by_last_token)
+    async with stage.running():
+        start = pb.StartGeneration(
+            revision="r1", prompt_token_ids=[4, 5], max_new_tokens=400, n=2, top_logprobs=1
+        )
+
+        async def requests():
+            yield pb.GenerateRequest(start=start)
+
+        responses = stage.service.Generate(requests(), None)
+        messages = [await anext(responses)]
+        await stage.until(lambda load: not load.running_sequences and not load.waiting_sequences)
+        messages += [message async for message in responses]
+
+    tokens, finished = collected(messages)
+    assert [1, 2] == [len(message.updates) for message in messages]
+    assert {0: _long_answer(5, 400), 1: _long_answer(5, 400)} == tokens
+    assert {0, 1} == finished.keys()
+    assert all(len(u.token_ids) == len(u.logprobs) for m in messages for u in m.updates)
+
+
+async def test_a_slow_reader_loses_nothing_and_holds_nobody_up():
+    """The engine is done long before the reader reads on; fewer messages than tokens come."""
+    stage = Stage(slot_length=4096, logits=_by_last_token)
+    async with stage.running():
+        call = await stage.call([4, 5], max_new_tokens=1500, top_logprobs=20)
+        messages = [await anext(aiter(call))]
+        await stage.until_free()
+        messages += [message async for message in call]
+
+    tokens, _ = collected(messages)
+    assert {0: _long_answer(5, 1500)} == tokens
+    assert len(messages) < 1500
+
+
+async def _decoding(stage):
+    call = await stage.call([4, 5], half_close=False)
+    await anext(aiter(call))
+    return call
+
+
+async def _prefilling(stage):
+    call = await stage.call([7] * 4000, half_close=False)
+    await stage.until(lambda load: load.running_sequences)
+    return call
+
+
+async def _queued(stage):
+    call = await stage.call([7] * 100, half_close=False)
+    await stage.until(lambda load: load.waiting_sequences)
+    return call
+
+
+@pytest.mark.parametrize("met", [_queued, _prefilling, _decoding])
+async def test_a_cancelled_call_frees_what_it_holds(met, caplog):
+    """Queued, in prefill or decoding, with open sending sides; and nothing is logged as a fault."""
+    stage = Stage(slots=1, slot_length=4096, logits=_by_last_token)
+    async with stage.running():
+        stage.runner.delay = 0.002
+        first = await _decoding(stage) if met is _queued else None
+        call = await met(stage)
+        call.cancel()
+        if first is not None:
+            await stage.until(lambda load: not load.waiting_sequences)
+            await stage.until(lambda load: not load.waiting_prompt_tokens)
+            first.cancel()
+        await stage.until_free()
+        stage.runner.delay = 0.0
+        tokens, _ = await stage.generate([4, 5], max_new_tokens=3)
+
+    assert {0: _long_answer(5, 3)} == tokens
+    assert [] == [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+async def test_a_deadline_frees_what_the_call_holds():
+    """The caller hears DEADLINE_EXCEEDED."""
+    stage = Stage(slots=1, slot_length=4096, logits=_by_last_token)
+    async with stage.running():
+        stage.runner.delay = 0.002
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in await stage.call([4, 5], timeout=0.3):
+                pass
+        await stage.until_free()
+
+    assert grpc.StatusCode.DEADLINE_EXCEEDED is caught.value.code()
+
+
+@pytest.mark.parametrize("bound", [{"requests": 1}, {"tokens": 3}])
+async def test_a_full_queue_is_told_with_a_time_to_try_again(bound):
+    """Those who run and those who wait are not touched by it."""
+    stage = Stage(slots=1, slot_length=4096, logits=_by_last_token, **bound)
+    async with stage.running():
+        stage.runner.delay = 0.002
+        running = await _decoding(stage)
+        waiting = await stage.call([8, 9], max_new_tokens=3)
+        await stage.until(lambda load: load.waiting_sequences)
+        code, _, details = await _error(await stage.call([8, 9]))
+        running.cancel()
+        tokens, _ = collected([message async for message in waiting])
+
+    assert grpc.StatusCode.RESOURCE_EXHAUSTED is code
+    assert ("QUEUE_FULL", "trivium") == (details["ErrorInfo"].reason, details["ErrorInfo"].domain)
+    assert 1 <= details["RetryInfo"].retry_delay.seconds <= 60
+    assert {0: _long_answer(9, 3)} == tokens
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "reason", "field"),
+    [
+        ({"prompt_token_ids": [64]}, "INVALID_ARGUMENT", "INVALID_VALUE", "prompt_token_ids"),
+        ({"prompt_token_ids": [-1]}, "INVALID_ARGUMENT", "INVALID_VALUE", "prompt_token_ids"),
+        (
+            {"prompt_token_ids": [2] * 64},
+            "OUT_OF_RANGE",
+            "CONTEXT_LENGTH_EXCEEDED",
+            "prompt_token_ids",
+        ),
+        ({"prompt_token_ids": []}, "INVALID_ARGUMENT", "EMPTY_ARRAY", "prompt_token_ids"),
+        ({"revision": "r2"}, "FAILED_PRECONDITION", "REVISION_MISMATCH", None),
+        ({"n": 9}, "INVALID_ARGUMENT", "INTEGER_ABOVE_MAX_VALUE", "n"),
+        (
+            {"sampling": pb.SamplingParams(temperature=3.0)},
+            "INVALID_ARGUMENT",
+            "DECIMAL_ABOVE_MAX_VALUE",
+            "sampling.temperature",
+        ),
+    ],
+)
+async def test_refusals_carry_status_reason_and_field(stage, fields, code, reason, field):
+    """As google.rpc details, and nothing is queued."""
+    fields = {"revision": "r1", "prompt_token_ids": [3]} | fields
+    call = stage.stub.Generate()
+    await call.write(pb.GenerateRequest(start=pb.StartGeneration(**fields)))
+    got, message, details = await _error(call)
+
+    assert grpc.StatusCode[code] is got
+    assert reason == details["ErrorInfo"].reason
+    assert message
+    if field is None:
+        assert "BadRequest" not in details
+    else:
+        assert [field] == [fault.field for fault in details["BadRequest"].field_violations]
+
+
+@pytest.mark.parametrize("first", [pb.GenerateRequest(stop=pb.StopSequence()), None])
+async def test_a_call_has_to_start_with_a_start(stage, first):
+    """Neither another command nor silence."""
+    call = stage.stub.Generate()
+    if first is not None:
+        await call.write(first)
+    await call.done_writing()
+    code, _, details = await _error(call)
+
+    assert grpc.StatusCode.INVALID_ARGUMENT is code
+    assert "MISSING_REQUIRED_PARAMETER" == details["ErrorInfo"].reason
+
+
+async def test_a_second_start_changes_nothing(stage):
+    """Only the first message starts."""
+    call = await stage.call([5, 6], half_close=False, max_new_tokens=4, ignore_eos=True)
+    with contextlib.suppress(asyncio.InvalidStateError):  # the answer may have been quicker
+        await call.write(pb.GenerateRequest(start=pb.StartGeneration(prompt_token_ids=[999])))
+        await call.done_writing()
+
+    assert greedy([5, 6], 4, eos=None) == collected([m async for m in call])[0][0]
+
+
+async def test_bad_logits_fail_their_request_with_a_generic_text(caplog):
+    """What went wrong is logged and not told; others go on."""
+
+    def logits(context):
+        row = scripted_logits(context)
+        return row * np.nan if context[0] == 13 and len(context) > 5 else row
+
+    stage = Stage(logits=logits)
+    async with stage.running():
+        bad = await stage.call([13, 2, 3], n=2, max_new_tokens=30, ignore_eos=True)
+        good = asyncio.create_task(stage.generate([14, 2, 3], max_new_tokens=30))
+        code, message, details = await _error(bad)
+        tokens, _ = await good
+
+    assert grpc.StatusCode.INTERNAL is code
+    assert INTERNAL_MESSAGE == message
+    assert "INTERNAL_ERROR" == details["ErrorInfo"].reason
+    assert {0: greedy([14, 2, 3], 30)} == tokens
+    assert "not finite" in caplog.text
+
+
+async def test_model_info_and_load_are_told(stage):
+    """What the operator's tools and the tokenizer stage ask for."""
+    info = await stage.stub.GetModelInfo(pb.GetModelInfoRequest())
+    load = await stage.stub.GetLoad(pb.GetLoadRequest())
+
+    assert ("m", "r1", 4) == (info.id, info.revision, info.slots)
+    assert pb.GetLoadResponse(free_slots=4) == load
+
+
+@pytest.mark.parametrize("name", ["", SERVICE])
+async def test_health_is_serving(stage, name):
+    """By service and for the whole process."""
+    stub = health_pb2_grpc.HealthStub(stage.channel)
+    answer = await stub.Check(health_pb2.HealthCheckRequest(service=name))
+
+    assert health_pb2.HealthCheckResponse.SERVING == answer.status
+
+
+async def test_reflection_lists_the_service(stage):
+    """grpcurl works without the .proto files."""
+    stub = reflection_pb2_grpc.ServerReflectionStub(stage.channel)
+    request = reflection_pb2.ServerReflectionRequest(list_services="")
+    [answer] = [one async for one in stub.ServerReflectionInfo(iter([request]))]
+
+    assert SERVICE in {service.name for service in answer.list_services_response.service}
+
+
+async def test_metrics_are_at_rest_and_add_up_after_any_traffic():
+    """Finished, stopped, cancelled and failed calls: nothing held, every nanosecond accounted."""
+    stage = Stage(slots=3)
+    stage.runner.fails = lambda slots: OSError("run") if len(stage.runner.plans) == 40 else None
+    async with stage.running():
+        stage.runner.delay = 0.001
+        calls = [
+            await stage.call([2, 3, value], half_close=False, n=1 + value % 3, ignore_eos=True)
+            for value in range(4, 24)
+        ]
+        for call in calls[::2]:
+            call.cancel()
+        await asyncio.gather(*map(_drained, calls[1::2]))
+        await stage.until_free()
+
+    name = "trivium_device_{}_nanoseconds_total"
+    busy = stage.metric(name.format("busy"))
+    requests, overhead = (stage.metric(name.format(part)) for part in ("request", "overhead"))
+    assert busy == requests + overhead == stage.runner.busy
+    assert stage.metric(name.format("request"), outcome="failed") > 0
+    for gauge in (
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
+        "vllm:kv_cache_usage_perc",
+        "trivium_slots_in_use",
+        "trivium_waiting_prompt_tokens",
+    ):
+        assert 0 == stage.metric(gauge)
+    assert 3 == stage.metric("trivium_slots")
+
+
+async def _drained(call):
+    with contextlib.suppress(grpc.aio.AioRpcError):
+        async for _ in call:
+            pass
+
+
+async def test_metrics_count_what_callers_got(stage):
+    """Tokens, cached tokens, first tokens and ends, by the names vLLM's users know."""
+    prompt = list(range(2, 22))
+    for _ in range(2):
+        await stage.generate(prompt, max_new_tokens=5, ignore_eos=True)
+
+    assert 40 == stage.metric("vllm:prompt_tokens_total", model_name="m")
+    assert 18 == stage.metric("vllm:prefix_cache_hits_total")
+    assert 10 == stage.metric("vllm:generation_tokens_total")
+    assert 2 == stage.metric("vllm:time_to_first_token_seconds_count")
+    assert 8 == stage.metric("vllm:inter_token_latency_seconds_count")
+    assert 2 == stage.metric("vllm:request_success_total", finished_reason="length")
