@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 PRECISIONS = ("int8", "int4", "fp16", "fp32")
 DEVICES = ("cpu", "cuda")
 # Raised when the exporter makes other folders than before, so that older ones are made anew.
-EXPORTER_VERSION = 1
+EXPORTER_VERSION = 2
 
 
 @dataclass(frozen=True)
