@@ -1,0 +1,169 @@
+"""The embedded model, made once and kept in the cache, through `trivium up` and the examples."""
+
+import concurrent.futures
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.examples import example_runs
+from trivium.cli.embedded import EMBEDDED_MODEL
+from trivium.cli.pipeline import free_ports
+
+pytestmark = pytest.mark.embedded
+
+CAPITAL = "The capital of France is Paris."
+
+
+@dataclass
+class Up:
+    """A running `trivium up`: its process, what it printed until it was ready, its addresses."""
+
+    process: subprocess.Popen[str]
+    banner: str
+    url: str
+    grpc: str
+
+    def wait(self) -> int:
+        """Its exit status, once it has ended."""
+        self.process.communicate(timeout=60)
+        return self.process.returncode
+
+    def children(self) -> list[int]:
+        listed = subprocess.run(
+            ["ps", "-o", "pid=", "--ppid", str(self.process.pid)], capture_output=True, text=True
+        )
+        return [int(pid) for pid in listed.stdout.split()]
+
+
+def start_up() -> Up:
+    """Starts `trivium up` on free ports and reads its output to the end of the banner."""
+    names = ("port", "tokenizer-port", "tokenizer-metrics-port", "generator-port")
+    ports = free_ports(5)
+    options = [f"--{name}={port}" for name, port in zip(names, ports, strict=False)]
+    command = [sys.executable, "-m", "trivium.cli", "up", *options]
+    command.append(f"--generator-metrics-port={ports[4]}")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    banner = ""
+    for line in process.stdout:
+        banner += line
+        if line.startswith("print("):
+            break
+    return Up(process, banner, f"http://127.0.0.1:{ports[0]}", f"127.0.0.1:{ports[1]}")
+
+
+def is_running(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+@pytest.fixture(scope="module")
+def up() -> Iterator[Up]:
+    running = start_up()
+    yield running
+    running.process.kill()
+    running.wait()
+
+
+def ask(url: str, **fields: Any) -> Any:
+    messages: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
+    with openai.OpenAI(
+        base_url=f"{url}/v1", api_key="none", max_retries=0, _strict_response_validation=True
+    ) as client:
+        return client.chat.completions.create(
+            **{"model": EMBEDDED_MODEL, "messages": messages, **fields}
+        )
+
+
+@pytest.mark.timeout(600)
+def test_the_banner_tells_what_runs_and_its_curl_works(up: Up) -> None:
+    """Model, provider, memory, addresses; and the command that it shows can be pasted."""
+    for word in (EMBEDDED_MODEL, "ExecutionProvider", "int8", "4,096 tokens", "slots", "gRPC"):
+        assert word in up.banner
+    command = re.search(r"^curl .*$", up.banner, re.M)
+    assert command is not None
+    answer = subprocess.run(command[0], shell=True, capture_output=True, text=True).stdout
+
+    assert CAPITAL in answer
+    assert '"gpu_seconds":' in answer
+
+
+def test_it_answers_alone_and_in_a_crowd(up: Up) -> None:
+    """Sixteen at once get what one alone gets."""
+    alone = ask(up.url)
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        crowd = list(pool.map(lambda _: ask(up.url), range(16)))
+
+    assert CAPITAL == alone.choices[0].message.content
+    assert {CAPITAL} == {answer.choices[0].message.content for answer in crowd}
+    assert all(answer.usage.gpu_seconds > 0 for answer in crowd)
+
+
+def test_a_seeded_draw_is_the_same_in_a_crowd(up: Up) -> None:
+    """Sampled answers depend on the seed, and on nothing else that runs."""
+    sampled: dict[str, Any] = {"temperature": 1.0, "max_tokens": 24}
+    alone = [ask(up.url, seed=seed, **sampled) for seed in range(4)]
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        crowd = list(pool.map(lambda n: ask(up.url, seed=n % 4, **sampled), range(12)))
+
+    texts = [answer.choices[0].message.content for answer in alone]
+    assert texts * 3 == [answer.choices[0].message.content for answer in crowd]
+    assert len(set(texts)) == 4
+
+
+async def test_the_examples_run(up: Up) -> None:
+    """Python and Node over gRPC, curl and openai-python over REST."""
+    outputs = [
+        await example_runs.run_python_grpc(up.grpc),
+        await example_runs.run_node_grpc(up.grpc),
+        await example_runs.run_python_openai(up.url),
+        await example_runs.run_curl(up.url, EMBEDDED_MODEL),
+    ]
+
+    assert all("Paris" in output for output in outputs), outputs
+
+
+def test_bench_and_doctor_run(up: Up) -> None:
+    """The load generator measures it; the doctor finds nothing wrong."""
+    trivium = [sys.executable, "-m", "trivium.cli"]
+    load = ["--clients=1,4", "--requests=4", "--output-tokens=8", "--prompt-tokens=30"]
+    bench = subprocess.run(
+        [*trivium, "bench", "--url", up.url, *load], capture_output=True, text=True
+    )
+    doctor = subprocess.run([*trivium, "doctor"], capture_output=True, text=True)
+
+    assert 0 == bench.returncode, bench.stdout + bench.stderr
+    # The default ports may be taken by another server on this machine; that is not at stake here.
+    assert "CPUExecutionProvider" in doctor.stdout
+
+
+def test_interrupt_leaves_no_process() -> None:
+    """Ctrl-C ends all four processes, and the status is 0."""
+    running = start_up()
+    children = running.children()
+    running.process.send_signal(signal.SIGINT)
+
+    assert 0 == running.wait()
+    assert len(children) >= 3
+    assert not any(is_running(pid) for pid in children)
+
+
+def test_a_dead_process_ends_the_others() -> None:
+    """kill -9 of one of the three: the others stop, and the status is not 0."""
+    running = start_up()
+    children = running.children()
+    os.kill(children[0], signal.SIGKILL)
+
+    assert running.wait() != 0
+    assert not any(is_running(pid) for pid in children)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(running.url)
