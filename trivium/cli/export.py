@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from generator_svc.export import ExportError, ExportOptions, export_model
-from trivium.cli.embedded import cache_folder
+from trivium.cli.embedded import cache_folder, embedded_folder
 
 NEEDED = ("torch", "transformers", "optimum", "onnx", "gguf")
 FAILED, REFUSED = 1, 2
@@ -81,4 +81,5 @@ def export(
     except ExportError as error:
         console.print(f"trivium export: {error}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(FAILED) from error
-    console.print(f"{out} is ready: trivium up --model {out}", markup=False, soft_wrap=True)
+    if out.absolute() != embedded_folder():  # `trivium up` goes on by itself
+        console.print(f"{out} is ready: trivium up --model {out}", markup=False, soft_wrap=True)

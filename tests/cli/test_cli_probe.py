@@ -1,0 +1,55 @@
+"""Health as containers and the doctor ask for it, and providers that are really tried."""
+
+import asyncio
+import sys
+
+import pytest
+
+from tests.cli.openai_script import ScriptedServer
+from tests.examples.chat_script import NAMES, ScriptedChat, scripted_server
+from trivium.cli import providers
+from trivium.cli.probe import is_ready
+
+
+async def exit_status(address: str) -> int:
+    """What a container's health check of `address` exits with."""
+    command = (sys.executable, "-m", "trivium.cli.probe", address)
+    return await (await asyncio.create_subprocess_exec(*command)).wait()
+
+
+async def test_grpc_services_are_asked_by_name() -> None:
+    """A service that cannot serve is not ready although its process is; unknown ones never are."""
+    server = scripted_server(ScriptedChat())
+    target = f"grpc://127.0.0.1:{await server.start('127.0.0.1:0')}"
+    await server.set_serving(True, [""])
+
+    assert await is_ready(target)
+    assert not await is_ready(f"{target}/{NAMES[0]}")
+    assert not await is_ready(f"{target}/no.such.Service")
+    await server.set_serving(True)
+    assert await exit_status(f"{target}/{NAMES[0]}") == 0
+    await server.drain(0, 0)
+    assert await exit_status(f"{target}/{NAMES[0]}") == 1
+
+
+async def test_http_is_ready_when_it_answers_200(scripted: ScriptedServer) -> None:
+    """Any other status, and nobody at all, is not ready."""
+    assert await is_ready(f"{scripted.url}/v1/models")
+    assert not await is_ready(f"{scripted.url}/nowhere")
+
+
+async def test_nobody_is_not_ready(unused_tcp_port: int) -> None:
+    """A port at which nobody listens is not ready, over HTTP and gRPC."""
+    for scheme in ("http", "grpc"):
+        assert not await is_ready(f"{scheme}://127.0.0.1:{unused_tcp_port}")
+
+
+def test_the_cpu_provider_computes() -> None:
+    """The provider that is always there runs the graph."""
+    assert providers.why_not(providers.CPU) is None
+
+
+def test_a_provider_that_is_not_there_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+    """A provider of another build is no crash, but a reason."""
+    assert providers.why_not("NoSuchExecutionProvider") == "not in this build of ONNX Runtime"
+    assert capfd.readouterr().err == ""
