@@ -50,6 +50,11 @@ class TokenizerServiceStub:
                 request_serializer=trivium_dot_tokenizer_dot_v1_dot_tokenizer__pb2.DetokenizeRequest.SerializeToString,
                 response_deserializer=trivium_dot_tokenizer_dot_v1_dot_tokenizer__pb2.DetokenizeResponse.FromString,
                 _registered_method=True)
+        self.GetTokenizerInfo = channel.unary_unary(
+                '/trivium.tokenizer.v1.TokenizerService/GetTokenizerInfo',
+                request_serializer=trivium_dot_tokenizer_dot_v1_dot_tokenizer__pb2.GetTokenizerInfoRequest.SerializeToString,
+                response_deserializer=trivium_dot_tokenizer_dot_v1_dot_tokenizer__pb2.GetTokenizerInfoResponse.FromString,
+                _registered_method=True)
 
 
 class TokenizerServiceServicer:
@@ -77,6 +82,13 @@ class TokenizerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetTokenizerInfo(self, request, context):
+        """What kind of tokenizer a model has.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TokenizerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -94,6 +106,11 @@ def add_TokenizerServiceServicer_to_server(servicer, server):
                     servicer.Detokenize,
                     request_deserializer=trivium_dot_tokenizer_dot_v1_dot_tokenizer__pb2.DetokenizeRequest.FromString,
                     response_serializer=trivium_dot_tokenizer_dot_v1_dot_tokenizer__pb2.DetokenizeResponse.SerializeToString,
+            ),
+            'GetTokenizerInfo': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTokenizerInfo,
+                    request_deserializer=trivium_dot_tokenizer_dot_v1_dot_tokenizer__pb2.GetTokenizerInfoRequest.FromString,
+                    response_serializer=trivium_dot_tokenizer_dot_v1_dot_tokenizer__pb2.GetTokenizerInfoResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -178,6 +195,33 @@ class TokenizerService:
             '/trivium.tokenizer.v1.TokenizerService/Detokenize',
             trivium_dot_tokenizer_dot_v1_dot_tokenizer__pb2.DetokenizeRequest.SerializeToString,
             trivium_dot_tokenizer_dot_v1_dot_tokenizer__pb2.DetokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTokenizerInfo(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/trivium.tokenizer.v1.TokenizerService/GetTokenizerInfo',
+            trivium_dot_tokenizer_dot_v1_dot_tokenizer__pb2.GetTokenizerInfoRequest.SerializeToString,
+            trivium_dot_tokenizer_dot_v1_dot_tokenizer__pb2.GetTokenizerInfoResponse.FromString,
             options,
             channel_credentials,
             insecure,
