@@ -6,8 +6,11 @@ batch over the slots 0 to len(rows) - 1.
 
 from dataclasses import dataclass
 
-# A lone token's attention is computed by another kernel than that of several, which rounds
-# differently: a prompt that were cut there would give other logits than one that is not.
+# The attention of a chunk works through its tokens in tiles, and computes a token that is alone in
+# its tile with another kernel than several, which rounds differently: a prompt cut there would
+# give other logits than one that is not. A tile has twice as many tokens as a head has elements
+# (measured on 16, 32 and 64), which is a multiple of ATTENTION_TILE for heads of 16, 32, 48, …
+ATTENTION_TILE = 32
 SHORTEST_CHUNK = 2
 
 

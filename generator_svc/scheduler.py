@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from generator_svc.kv_cache import SlotCache
-from generator_svc.plan import SHORTEST_CHUNK, Chunk, Row, StepPlan
+from generator_svc.plan import ATTENTION_TILE, SHORTEST_CHUNK, Chunk, Row, StepPlan
 from generator_svc.sequence import (
     FinishReason,
     Group,
@@ -220,8 +220,10 @@ class Scheduler:
 
 
 def _chunk_length(uncomputed: int, most: int) -> int:
-    """Tokens to compute now: all, or as many as fit while SHORTEST_CHUNK of them are left."""
-    if uncomputed <= most:
-        return uncomputed
-    length = min(most, uncomputed - SHORTEST_CHUNK)
-    return length if length >= SHORTEST_CHUNK else 0
+    """Tokens to compute now: as many as fit, none of them alone in its tile, nor one left over."""
+    if uncomputed == 1:
+        return min(1, most)
+    for length in range(min(uncomputed, most), SHORTEST_CHUNK - 1, -1):
+        if length % ATTENTION_TILE != 1 and uncomputed - length != 1:
+            return length
+    return 0

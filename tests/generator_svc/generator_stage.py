@@ -81,9 +81,9 @@ class Stage:
                 self.engine.close()
         self.engine.check_integrity()
 
-    async def call(self, prompt, half_close=True, timeout=None, **fields):
+    async def call(self, prompt, half_close=True, seconds=None, **fields):
         """A call that has sent its start."""
-        call = self.stub.Generate(timeout=timeout)
+        call = self.stub.Generate(timeout=seconds)
         start = pb.StartGeneration(revision=REVISION, prompt_token_ids=prompt)
         start.MergeFrom(pb.StartGeneration(**fields))
         await call.write(pb.GenerateRequest(start=start))
@@ -97,9 +97,9 @@ class Stage:
 
     async def until(self, condition):
         """Asks for the load until it fulfils `condition`."""
-        async with asyncio.timeout(PATIENCE_SECONDS):
-            while not condition(await self.stub.GetLoad(pb.GetLoadRequest())):
-                await asyncio.sleep(0.002)
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not condition(load := await self.stub.GetLoad(pb.GetLoadRequest())):
+            assert time.monotonic() < deadline, load
 
     async def until_free(self):
         """Waits until nothing runs or waits and every slot is free."""

@@ -31,7 +31,7 @@ class Machine:
     def start(self, prompt, most=SLOT_LENGTH, group=None):
         """Allocates, and returns the sequence; at first only what was cached is computed."""
         group = group or _group(prompt)
-        sequence = next(s for s in group.sequences if s.slot < 0)
+        sequence = next(s for s in group.sequences if s.slot < 0 and not s.computed)
         self.carry_out(self.cache.allocate(sequence, most))
         self.running.append(sequence)
         return sequence

@@ -44,6 +44,18 @@ def test_prompts_that_nearly_agree_never_leave_a_lone_token(seed):
         assert all(wanted == tokens for tokens in bench.tokens[group].values())
 
 
+@pytest.mark.parametrize("chunk_tokens", [8, 33, 40, 64, 512])
+def test_no_token_is_alone_in_a_tile_of_the_attention(chunk_tokens):
+    """Chunks of one token more than a multiple of the tile are cut shorter."""
+    bench = Bench(2, 256, reuse=False, chunk_tokens=chunk_tokens, max_queued_requests=200)
+    groups = [bench.submit([9] * length, 2) for length in range(2, 100)]
+    bench.finish()
+
+    assert 1 not in {length % 32 for length in _chunk_lengths(bench)}
+    for group in groups:
+        assert greedy(group.generation.prompt, 2) == bench.tokens[group][0]
+
+
 @pytest.mark.parametrize("stopped", [[0], [0, 1], [1], [2, 0], [1, 0]])
 @pytest.mark.parametrize("steps", [0, 1, 2])
 def test_the_next_choice_takes_the_prefill_over(stopped, steps):

@@ -210,7 +210,7 @@ async def test_a_deadline_frees_what_the_call_holds():
     async with stage.running():
         stage.runner.delay = 0.002
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            async for _ in await stage.call([4, 5], timeout=0.3):
+            async for _ in await stage.call([4, 5], seconds=0.3):
                 pass
         await stage.until_free()
 

@@ -1,0 +1,323 @@
+"""The model itself in slots: chunks, batches, moves and errors, against itself and the checkpoint.
+
+Compared bitwise, since the same request has to give the same tokens whatever else there is.
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from engine_bench import Bench
+from fakes import ScriptedRunner
+from generator_svc.plan import Chunk, Copy, Row, StepPlan, Swap
+from generator_svc.runner import DeviceError, OrtRunner, choose_device
+from generator_svc.sequence import Sampling
+from tiny_models import tiny_checkpoint, tiny_model_directory
+from trivium.model_directory import load_model_directory
+
+SLOTS, SLOT_LENGTH = 4, 128
+PROMPT = [int(token) for token in np.random.default_rng(7).integers(3, 300, 40)]
+OTHERS = [
+    [int(token) for token in np.random.default_rng(s).integers(3, 300, 9 + s)] for s in (1, 2)
+]
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(family):
+    return load_model_directory(tiny_model_directory(family))
+
+
+@pytest.fixture(scope="module")
+def runner(model):
+    return OrtRunner(model, "cpu", SLOTS, SLOT_LENGTH, threads=1)
+
+
+def _prefill(runner, slot, tokens, *lengths):
+    """Computes `tokens` from the slot's start in chunks of `lengths` and one of what is left."""
+    start, chunks = 0, []
+    for length in (*lengths, len(tokens) - sum(lengths)):
+        chunks.append(Chunk(slot, start, tuple(tokens[start : start + length]), True))
+        start += length
+    return runner.run(StepPlan(chunks=tuple(chunks))).chunks[-1].logits[0]
+
+
+def _decode(runner, *rows):
+    return runner.run(StepPlan(rows=rows)).rows.logits.copy()
+
+
+@pytest.mark.parametrize("lengths", [(2,), (8,), (20, 18), (2, 2, 32), (7, 11, 13)])
+def test_a_prompt_in_chunks_gives_the_logits_of_the_whole(runner, lengths):
+    """Wherever it is cut, as long as no token is alone in a tile of the attention."""
+    whole = _prefill(runner, 0, PROMPT)
+    cut = _prefill(runner, 1, PROMPT, *lengths)
+
+    assert whole.tolist() == cut.tolist()
+
+
+def test_slots_do_not_matter(runner):
+    """The same prompt anywhere gives the same logits."""
+    logits = [_prefill(runner, slot, PROMPT).tolist() for slot in range(SLOTS)]
+
+    assert [logits[0]] * SLOTS == logits
+
+
+def test_rows_together_give_what_each_gives_alone(runner):
+    """Batched decoding of different lengths, and idle rows in between."""
+    prompts = [PROMPT, OTHERS[0], OTHERS[1], PROMPT[:15]]
+    for slot, prompt in enumerate(prompts):
+        _prefill(runner, slot, prompt)
+    idle = [Row(0, len(prompt), is_idle=True) for prompt in prompts]
+    alone = []
+    for slot, prompt in enumerate(prompts):
+        rows = (*idle[:slot], Row(17, len(prompt)))
+        alone.append(_decode(runner, *rows)[slot].tolist())
+    together = _decode(runner, *(Row(17, len(prompt)) for prompt in prompts))
+
+    assert alone == together.tolist()
+
+
+def test_a_row_alone_in_a_batch_of_one_gives_the_same(runner):
+    """Batch size one is no special case."""
+    _prefill(runner, 0, PROMPT)
+    single = _decode(runner, Row(17, len(PROMPT)))[0]
+    _prefill(runner, 1, OTHERS[0])
+    pair = _decode(runner, Row(17, len(PROMPT)), Row(5, len(OTHERS[0])))[0]
+
+    assert single.tolist() == pair.tolist()
+
+
+def test_idle_rows_harm_nobody(runner):
+    """What is written behind a slot's content is overwritten before it is read."""
+    _prefill(runner, 0, PROMPT)
+    _prefill(runner, 1, OTHERS[0])
+    expected = _decode(runner, Row(4, len(PROMPT)), Row(5, len(OTHERS[0])))
+    for token_id in (9, 99):
+        idle = Row(token_id, len(PROMPT), is_idle=True)
+        _decode(runner, idle, Row(5, len(OTHERS[0])))
+    again = _decode(runner, Row(4, len(PROMPT)), Row(5, len(OTHERS[0])))
+
+    assert expected.tolist() == again.tolist()
+
+
+def test_copies_and_swaps_keep_answers(runner):
+    """Keys and values of all layers and heads move, as far as they are filled."""
+    _prefill(runner, 0, PROMPT)
+    _prefill(runner, 1, OTHERS[0])
+    expected = _decode(runner, Row(4, len(PROMPT)), Row(5, len(OTHERS[0])))
+    moves = (Copy(0, 3, len(PROMPT)), Swap(1, 2, len(OTHERS[0])), Swap(0, 2, len(PROMPT)))
+    filler = _prefill(runner, 1, OTHERS[1]) is not None
+    _prefill(runner, 1, OTHERS[0])
+    runner.run(StepPlan(moves=moves))
+    rows = (
+        Row(5, len(OTHERS[0])),
+        Row(0, 0, is_idle=True),
+        Row(4, len(PROMPT)),
+        Row(4, len(PROMPT)),
+    )
+    got = _decode(runner, *rows)
+
+    assert filler
+    assert expected[1].tolist() == got[0].tolist()
+    assert expected[0].tolist() == got[2].tolist() == got[3].tolist()
+
+
+def test_a_prefix_that_was_copied_can_be_continued(runner):
+    """A shorter copy and the rest of the prompt is the whole prompt."""
+    whole = _prefill(runner, 0, PROMPT)
+    runner.run(StepPlan(moves=(Copy(0, 2, 21),)))
+    rest = Chunk(2, 21, tuple(PROMPT[21:]), True)
+    continued = runner.run(StepPlan(chunks=(rest,))).chunks[0].logits[0]
+
+    assert whole.tolist() == continued.tolist()
+
+
+def test_a_step_does_moves_then_chunks_then_rows(runner):
+    """A plan with all three gives what the three give one after the other."""
+    _prefill(runner, 0, PROMPT)
+    expected = _decode(runner, Row(4, len(PROMPT)))[0]
+    rows = (Row(4, len(PROMPT)), Row(4, len(PROMPT)))
+    chunk = Chunk(1, 21, tuple(PROMPT[21:]), False)
+    outcome = runner.run(StepPlan((Copy(0, 1, 21),), (chunk,), rows))
+
+    assert [expected.tolist()] * 2 == outcome.rows.logits.tolist()
+    assert outcome.chunks[0].logits is None
+    assert min(outcome.move_nanoseconds, outcome.chunks[0].nanoseconds) > 0
+
+
+def test_a_token_outside_the_vocabulary_is_reported_and_the_runner_goes_on(runner, model):
+    """As the result's error: of its chunk, or of the rows, and of nothing else."""
+    expected = _prefill(runner, 0, PROMPT)
+    bad = Chunk(1, 0, (3, model.vocab_size + 5), True)
+    good = Chunk(0, 0, tuple(PROMPT), True)
+    outcome = runner.run(StepPlan(chunks=(bad, good)))
+    rows = runner.run(StepPlan(rows=(Row(model.vocab_size + 5, 3),))).rows
+
+    assert outcome.chunks[0].error is not None
+    assert outcome.chunks[0].logits is None
+    assert outcome.chunks[1].error is None
+    assert expected.tolist() == outcome.chunks[1].logits[0].tolist()
+    assert rows.error is not None
+    assert expected.tolist() == _prefill(runner, 2, PROMPT).tolist()
+
+
+def test_what_is_in_use_is_told(runner, model):
+    """Provider, type, and the bytes of the cache."""
+    info = runner.info
+    token_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_size * 4
+
+    assert ("CPUExecutionProvider", "float32") == (info.provider, info.dtype)
+    assert SLOTS * SLOT_LENGTH * token_bytes == info.cache_bytes
+
+
+@pytest.fixture(scope="module")
+def checkpoint_answers(family):
+    """What the checkpoint itself generates greedily, by transformers on PyTorch."""
+    import torch
+    import transformers
+
+    network = transformers.AutoModelForCausalLM.from_pretrained(tiny_checkpoint(family))
+    answers = []
+    for prompt in (PROMPT, *OTHERS):
+        ids = torch.tensor([prompt])
+        generated = network.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24
+        )
+        answers.append(generated[0, len(prompt) :].tolist())
+    return answers
+
+
+class Reporting(Bench):
+    """Keeps what the last updates said of the logits."""
+
+    def _deliver(self, updates):
+        super()._deliver(updates)
+        self.logprobs = [update.token.logprobs for update in updates]
+
+
+def _bench(runner, **fields):
+    return Bench(slots=SLOTS, slot_length=SLOT_LENGTH, runner=runner, **fields)
+
+
+def test_greedy_answers_are_the_checkpoints(runner, model, checkpoint_answers):
+    """Batched, in chunks, through slots: the same tokens as the original in PyTorch."""
+    bench = _bench(runner)
+    stops = frozenset(model.eos_token_ids)
+    groups = [bench.submit(p, 24, stop_token_ids=stops) for p in (PROMPT, *OTHERS)]
+    bench.finish()
+
+    assert checkpoint_answers == [bench.tokens[group][0] for group in groups]
+
+
+@pytest.mark.parametrize("length", [*range(30, 37), *range(63, 69), 97])
+def test_prompts_of_any_length_can_be_cut_anywhere(runner, length):
+    """The scheduler never leaves a token alone in a tile, so its chunks do not show."""
+    prompt = [int(token) for token in np.random.default_rng(length).integers(3, 300, length)]
+    logprobs = []
+    for chunk_tokens in (8, 11, 33, 40, 128):
+        bench = Reporting(SLOTS, SLOT_LENGTH, reuse=False, chunk_tokens=chunk_tokens, runner=runner)
+        bench.submit(prompt, 1, top_logprobs=20)
+        bench.finish()
+        logprobs.append(bench.logprobs)
+
+    assert [logprobs[0]] * 5 == logprobs
+
+
+@pytest.mark.parametrize("temperature", [0, 1.2])
+def test_batched_is_one_at_a_time(runner, temperature):
+    """Greedy and drawn with a seed, more requests than slots, arriving apart."""
+    requests = [
+        ([*PROMPT[: 5 + 3 * seed], seed + 3], Sampling(temperature=temperature, seed=seed))
+        for seed in range(9)
+    ]
+    alone = []
+    for prompt, sampling in requests:
+        bench = _bench(runner, reuse=False)
+        group = bench.submit(prompt, 12, sampling=sampling, n=2)
+        bench.finish()
+        alone.append(dict(bench.tokens[group]))
+    bench, groups = _bench(runner), []
+    for prompt, sampling in requests:
+        groups.append(bench.submit(prompt, 12, sampling=sampling, n=2))
+        bench.step()
+    bench.finish()
+
+    assert alone == [dict(bench.tokens[group]) for group in groups]
+
+
+@pytest.mark.parametrize("temperature", [0, 1.2])
+def test_prefix_cache_on_is_off(runner, temperature):
+    """Conversations that go on, and prompts with a common beginning: the same tokens, less work."""
+    sampling = Sampling(temperature=temperature, seed=4)
+    answers, cached = {}, {}
+    for reuse in (True, False):
+        bench = _bench(runner, reuse=reuse)
+        answers[reuse], cached[reuse] = [], 0
+        conversation = PROMPT[:20]
+        for turn in range(4):
+            group = bench.submit(conversation, 8, sampling=sampling, stop_token_ids=frozenset())
+            other = bench.submit([*PROMPT[:12], 50 + turn, 3], 5, sampling=sampling)
+            bench.finish()
+            conversation = [*conversation, *bench.tokens[group][0], 9, 10 + turn, 11]
+            answers[reuse] += [bench.tokens[group][0], bench.tokens[other][0]]
+            cached[reuse] += group.sequences[0].cached_prompt_tokens
+
+    assert answers[False] == answers[True]
+    assert (True, 0) == (cached[True] > 40, cached[False])
+
+
+def test_failed_runs_leave_the_engine_and_the_others_alone(runner, model):
+    """An id that got past the checks fails its own request."""
+    bench = _bench(runner)
+    bad = bench.submit([3, model.vocab_size + 1, 4], 5)
+    good = bench.submit(PROMPT, 5)
+    bench.finish()
+    alone = _bench(runner)
+    same = alone.submit(PROMPT, 5)
+    alone.finish()
+
+    assert bad in bench.errors
+    assert alone.tokens[same][0] == bench.tokens[good][0]
+
+
+def test_a_device_that_is_absent_is_refused_or_used():
+    """cuda is a demand, auto a preference, cpu always there."""
+    assert "cpu" == choose_device("cpu")
+    if choose_device("auto") == "cuda":
+        assert "cuda" == choose_device("cuda")
+    else:
+        with pytest.raises(DeviceError, match="cuda"):
+            choose_device("cuda")
+
+
+def test_a_graph_that_is_no_graph_is_refused(model, tmp_path):
+    """In one line that names the file."""
+    graph = tmp_path / "model.onnx"
+    graph.write_bytes(b"nothing of the kind")
+    with pytest.raises(DeviceError) as caught:
+        OrtRunner(dataclasses.replace(model, graph=graph), "cpu", 1, 16)
+
+    assert str(graph) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_graph_with_other_names_is_refused(model):
+    """The message lists what there is."""
+    names = dataclasses.replace(model.names, past_key="memory.%d.k")
+    with pytest.raises(DeviceError, match=r"memory\.0\.k.*past_key_values\.0\.key"):
+        OrtRunner(dataclasses.replace(model, names=names), "cpu", 1, 16)
+
+
+def test_the_scripted_runner_is_as_forgetful_as_the_real_one():
+    """The fake used elsewhere overwrites in place too, so that slips show."""
+    runner = ScriptedRunner(2, 8)
+    runner.run(StepPlan(chunks=(Chunk(0, 0, (5, 6, 7), True),)))
+    runner.run(StepPlan(moves=(Copy(0, 1, 2),), rows=(Row(9, 1),)))
+
+    assert [5, 9, 7] == runner.memory[0][:3]
+    assert [5, 6, -1] == runner.memory[1][:3]
