@@ -122,6 +122,17 @@ def build_service(
     return GeneratorService(engine, limits, info, RequestMetrics(registry, model.id))
 
 
+def serve_metrics(settings: GeneratorSettings, registry: CollectorRegistry) -> None:
+    """Starts the HTTP server of /metrics, if one is wanted; OSError names a port it cannot have."""
+    if not settings.metrics_port:
+        return
+    try:
+        prometheus_client.start_http_server(settings.metrics_port, settings.host, registry)
+    except OSError as error:
+        address = f"{settings.host}:{settings.metrics_port}"
+        raise OSError(f"metrics cannot be served on {address}: {error}") from error
+
+
 async def serve(settings: GeneratorSettings, model: ModelDirectory, runner: OrtRunner) -> int:
     """Serves until a signal (0) or a fault of the engine (1); returns the exit status."""
     loop = asyncio.get_running_loop()
@@ -136,10 +147,9 @@ async def serve(settings: GeneratorSettings, model: ModelDirectory, runner: OrtR
     info = describe(model, runner, settings)
     registry = CollectorRegistry()
     service = build_service(settings, model, info, engine, registry)
+    serve_metrics(settings, registry)
     server = GrpcServer([(add_GeneratorServiceServicer_to_server, service)], [SERVICE])
     port = await server.start(f"{settings.host}:{settings.port}")
-    if settings.metrics_port:
-        prometheus_client.start_http_server(settings.metrics_port, settings.host, registry)
     engine.start()
     await server.set_serving(True)
     log.info("serving %s on port %d by %s", model.id, port, info.execution_provider)

@@ -1,0 +1,100 @@
+"""`python -m generator_svc` as a process of its own: started, refused, signalled."""
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from trivium.generator.v1 import generator_pb2_grpc as pb_grpc
+from trivium.wire.channel import open_channel
+
+ROOT = Path(__file__).parents[2]
+SERVING = health_pb2.HealthCheckResponse.SERVING
+
+
+async def spawn(**settings):
+    """Starts a generator with these settings and no others."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("TRIVIUM_")}
+    ours = {f"TRIVIUM_GENERATOR_{name.upper()}": str(value) for name, value in settings.items()}
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "generator_svc"),
+        cwd=ROOT,
+        env=clean | ours,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+
+
+async def refusal(**settings):
+    """Exit status and words of a generator that should not start."""
+    process = await spawn(**({"port": 0, "metrics_port": 0, "threads": 1} | settings))
+    try:
+        async with asyncio.timeout(60):
+            _, words = await process.communicate()
+    except TimeoutError:
+        process.kill()
+        raise
+    return process.returncode, words.decode()
+
+
+def free_port():
+    """A port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+class Running:
+    """A generator that serves, and clients of it."""
+
+    def __init__(self, process, channel):
+        self.process = process
+        self.stub = pb_grpc.GeneratorServiceStub(channel)
+        self._health = health_pb2_grpc.HealthStub(channel)
+
+    async def health(self):
+        """The status of the whole process; None while nobody answers."""
+        try:
+            return (await self._health.Check(health_pb2.HealthCheckRequest())).status
+        except grpc.aio.AioRpcError:
+            return None
+
+    async def until_health(self, wanted):
+        while (found := await self.health()) != wanted:
+            assert self.process.returncode is None, f"ended while its health was {found}"
+            await asyncio.sleep(0.02)
+
+    def terminate(self):
+        self.process.send_signal(signal.SIGTERM)
+
+    async def ended(self):
+        """Exit status and words."""
+        _, words = await self.process.communicate()
+        return self.process.returncode, words.decode()
+
+
+@contextlib.asynccontextmanager
+async def running(**settings):
+    """A generator that is ready; it is killed afterwards if it still runs."""
+    port = free_port()
+    process = await spawn(port=port, **({"metrics_port": 0, "threads": 1} | settings))
+    try:
+        async with asyncio.timeout(60), open_channel(f"127.0.0.1:{port}") as channel:
+            generator = Running(process, channel)
+            await generator.until_health(SERVING)
+            yield generator
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
+
+
+def lines_of(words):
+    """What was said, without the lines of the log."""
+    return [line for line in words.splitlines() if line and not re.match(r'\{"time"', line)]

@@ -1,0 +1,220 @@
+"""The generator as a process: how it starts, refuses to, serves and ends."""
+
+import shutil
+import signal
+import socket
+
+import grpc
+import httpx
+import pytest
+from grpc_health.v1 import health_pb2
+
+from generator_process import free_port, lines_of, refusal, running
+from generator_svc.cuda_memory import device_count
+from tiny_models import tiny_model_directory
+from trivium.generator.v1 import generator_pb2 as pb
+from trivium.model_directory import MANIFEST, load_model_directory
+
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model_directory(tiny_model_directory())
+
+
+async def _call(generator, model, **fields):
+    call = generator.stub.Generate()
+    start = pb.StartGeneration(revision=model.revision, prompt_token_ids=[5, 6, 7], **fields)
+    await call.write(pb.GenerateRequest(start=start))
+    await call.done_writing()
+    return call
+
+
+async def test_wrong_settings_are_all_listed_at_once():
+    """By their variables' names, and the status is 2."""
+    status, words = await refusal(port="99999", device="tpu", slots="0", threads="many")
+
+    assert 2 == status
+    named = [line.split(":")[0] for line in lines_of(words)]
+    prefix = "TRIVIUM_GENERATOR_"
+    wanted = {"DEVICE", "MODEL_DIRECTORY", "PORT", "SLOTS", "THREADS"}
+    assert sorted(prefix + name for name in wanted) == sorted(named)
+
+
+def _missing(folder):
+    shutil.rmtree(folder)
+
+
+def _empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def _truncated(folder):
+    graph = folder / "model.onnx"
+    graph.write_bytes(graph.read_bytes()[:-100])
+
+
+def _truncated_without_manifest(folder):
+    (folder / MANIFEST).unlink()
+    _truncated(folder)
+
+
+def _without_tokenizer(folder):
+    (folder / MANIFEST).unlink()
+    (folder / "tokenizer.json").unlink()
+
+
+def _wrong_defaults(folder):
+    (folder / MANIFEST).unlink()
+    (folder / "generation_config.json").write_text('{"temperature": 7}')
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (_missing, "no such model folder"),
+        (_empty, "empty"),
+        (_truncated, "truncated"),
+        (_truncated_without_manifest, "model.onnx"),
+        (_without_tokenizer, "tokenizer.json is missing"),
+        (_wrong_defaults, "temperature is 7"),
+    ],
+)
+async def test_a_folder_that_is_no_model_is_refused_in_one_line(model, tmp_path, spoil, said):
+    """Which folder, and what is wrong with it; the status is 2."""
+    folder = tmp_path / "m"
+    shutil.copytree(model.path, folder)
+    spoil(folder)
+    status, words = await refusal(model_directory=folder, device="cpu")
+
+    assert 2 == status
+    [line] = lines_of(words)
+    assert str(folder) in line
+    assert said in line
+
+
+async def test_too_little_memory_is_refused_in_one_line(model):
+    """With what it takes and what there is."""
+    status, words = await refusal(model_directory=model.path, device="cpu", kv_cache_bytes=1000)
+
+    assert 2 == status
+    [line] = lines_of(words)
+    assert "1000" in line
+    assert "kv_cache_bytes" in line
+
+
+async def test_cuda_is_a_demand(model):
+    """Without a CUDA device the process refuses to start rather than run on the CPU."""
+    if device_count():
+        async with running(model_directory=model.path, device="cuda") as generator:
+            info = await generator.stub.GetModelInfo(pb.GetModelInfoRequest())
+        outcome = info.execution_provider
+    else:
+        status, words = await refusal(model_directory=model.path, device="cuda")
+        [line] = lines_of(words)
+        assert "cuda" in line
+        outcome = status
+
+    assert outcome in (2, "CUDAExecutionProvider")
+
+
+@pytest.mark.parametrize("setting", ["port", "metrics_port"])
+async def test_a_taken_port_is_refused(model, setting):
+    """The status is 2 and the last line names what could not be bound."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        status, words = await refusal(model_directory=model.path, device="cpu", **{setting: port})
+
+    assert 2 == status
+    assert "Traceback" not in words
+    [line] = [line for line in lines_of(words) if line.startswith("generator_svc:")]
+    assert str(port) in line
+
+
+async def test_it_tells_what_is_loaded(model):
+    """The settings' limits, the model's revision, what is really in use."""
+    async with running(
+        model_directory=model.path, device="cpu", slots=3, max_sequence_length=100, max_n=5
+    ) as generator:
+        info = await generator.stub.GetModelInfo(pb.GetModelInfoRequest())
+        load = await generator.stub.GetLoad(pb.GetLoadRequest())
+
+    assert (model.id, model.revision) == (info.id, info.revision)
+    assert (3, 96, 5) == (info.slots, info.context_length, info.max_n)
+    assert ("CPUExecutionProvider", "float32", "fp32") == (
+        info.execution_provider,
+        info.dtype,
+        info.precision,
+    )
+    assert model.vocab_size == info.vocabulary_size
+    assert list(model.eos_token_ids) == list(info.eos_token_ids)
+    assert pb.GetLoadResponse(free_slots=3) == load
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_drain(model, number):
+    """NOT_SERVING at once, a running stream finishes, then the status is 0."""
+    async with running(
+        model_directory=model.path, device="cpu", drain_notice_seconds=1.0
+    ) as generator:
+        fields = {"max_new_tokens": 1500, "ignore_eos": True, "sampling": pb.SamplingParams(seed=1)}
+        messages = aiter(await _call(generator, model, **fields))
+        first = await anext(messages)
+        generator.process.send_signal(number)
+        await generator.until_health(NOT_SERVING)
+        updates = list(first.updates) + [u async for m in messages for u in m.updates]
+        status, words = await generator.ended()
+
+    assert 1500 == sum(len(update.token_ids) for update in updates)
+    assert 1500 == updates[-1].finished.completion_tokens
+    assert 0 == status
+    assert [] == lines_of(words)
+
+
+async def test_a_stream_that_takes_longer_than_the_drain_is_cut(model):
+    """The process ends all the same, with status 0."""
+    async with running(
+        model_directory=model.path, device="cpu", drain_notice_seconds=0, drain_seconds=0.1
+    ) as generator:
+        call = await _call(generator, model, max_new_tokens=2040, n=64, ignore_eos=True)
+        await anext(aiter(call))
+        generator.terminate()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in call:
+                pass
+        status, _ = await generator.ended()
+
+    assert caught.value.code() in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
+    assert 0 == status
+
+
+async def test_metrics_are_served(model):
+    """After cut and whole calls nothing is held, and the device's time adds up."""
+    metrics_port = free_port()
+    async with running(
+        model_directory=model.path, device="cpu", metrics_port=metrics_port, slots=4
+    ) as generator:
+        calls = [await _call(generator, model, max_new_tokens=40, n=2) for _ in range(6)]
+        for call in calls[:3]:
+            call.cancel()
+        for call in calls[3:]:
+            assert [message async for message in call]
+        free = pb.GetLoadResponse(free_slots=4)
+        while (load := await generator.stub.GetLoad(pb.GetLoadRequest())) != free:
+            assert generator.process.returncode is None, load
+        async with httpx.AsyncClient(trust_env=False) as client:
+            text = (await client.get(f"http://127.0.0.1:{metrics_port}/metrics")).text
+
+    samples = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
+    label = f'{{model_name="{model.id}"}}'
+    values = {name.replace(label, ""): float(value) for name, value in samples}
+    name = "trivium_device_{}_nanoseconds_total"
+    parts = [
+        sum(value for key, value in values.items() if key.startswith(name.format(part)))
+        for part in ("busy", "request", "overhead")
+    ]
+    assert parts[0] == parts[1] + parts[2] > 0
+    assert 0 == values["vllm:num_requests_running"] == values["trivium_slots_in_use"]
+    assert values["vllm:generation_tokens_total"] > 0
