@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import TypeVar
 
+from google.protobuf.message import Message as ProtobufMessage
 from google.protobuf.timestamp_pb2 import Timestamp
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
@@ -30,6 +31,7 @@ from tokenizer_svc.request import ChatRequest, Message, Role, Sampling, ToolCall
 from trivium.chat.v1 import chat_pb2, model_pb2
 from trivium.generator.v1 import generator_pb2
 from trivium.generator.v1.generator_pb2_grpc import GeneratorServiceStub as GeneratorStub
+from trivium.wire.errors import ServiceError
 
 __all__ = ["GeneratorStub", "HealthStub"]
 
@@ -66,8 +68,36 @@ _SAMPLING_SCALARS = (
 )
 
 
+# Fields of the protocol that this stage cannot honour; they are refused, never dropped.
+_UNSUPPORTED = frozenset(
+    (
+        "response_format",
+        "structured_outputs",
+        "tools",
+        "tool_choice",
+        "parallel_tool_calls",
+        "reasoning_effort",
+        "chat_template_kwargs",
+        "continue_final_message",
+        "add_generation_prompt",
+        "stop_token_ids",
+        "include_stop_str_in_output",
+        "skip_special_tokens",
+    )
+)
+
+
+def refuse_unsupported(request: ProtobufMessage) -> None:
+    """Raises ServiceError unsupported_parameter for a field that is not supported."""
+    for field, _ in request.ListFields():
+        if field.name in _UNSUPPORTED:
+            message = f"Unsupported parameter: '{field.name}' is not supported."
+            raise ServiceError("unsupported_parameter", message, field.name)
+
+
 def chat_request(request: chat_pb2.CreateChatCompletionRequest) -> ChatRequest:
     """What the caller wrote, absent fields as None."""
+    refuse_unsupported(request)
     given = {name: getattr(request, name) for name in _SAMPLING_SCALARS if request.HasField(name)}
 
     def optional(name: str, value: Value) -> Value | None:

@@ -174,6 +174,7 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
         self, request: tokenizer_pb2.RenderChatRequest, context: Call
     ) -> tokenizer_pb2.RenderChatResponse:
         served = _find(self._models, request.model)
+        convert.refuse_unsupported(request)
         messages = convert.chat_messages(request.messages)
         check_messages(messages)
         prompt = await served.prompt(messages)
