@@ -85,6 +85,8 @@ def choose_device(wanted: str) -> str:
     if wanted == "cpu":
         return "cpu"
     works = _PROVIDERS["cuda"] in ort.get_available_providers() and device_count() > 0
+    if works:  # before anybody asks the CUDA runtime how much memory is free
+        ort.preload_dlls()
     if wanted == "cuda" and not works:
         raise DeviceError("device cuda was asked for, and no CUDA device or library was found")
     return "cuda" if works else "cpu"
@@ -175,7 +177,6 @@ def _open_session(model: ModelDirectory, device: str, threads: int) -> ort.Infer
     options.intra_op_num_threads = threads or _physical_cores()
     providers = [_PROVIDERS["cpu"]]
     if device == "cuda":
-        ort.preload_dlls()
         providers.insert(0, _PROVIDERS["cuda"])
     try:
         session = ort.InferenceSession(str(model.graph), options, providers=providers)

@@ -198,7 +198,9 @@ def test_taking_a_copy_counts_as_use():
     machine.check()
 
     assert 6 == user.cached_prompt_tokens
-    assert shared in machine.kept()
+    assert sorted([shared, [32] * 6]) == machine.kept()
+    machine.start([99] * 4)
+    assert [shared] == machine.kept()
 
 
 def test_empty_slots_are_filled_before_content_is_given_up():
@@ -274,6 +276,7 @@ def test_without_reuse_only_the_choices_of_a_request_share():
     machine = Machine(3, reuse=False)
     prompt = list(range(10))
     machine.run(prompt)
+    assert [] == machine.kept()
     group = _group(prompt, n=2)
     first = machine.start(prompt, group=group)
     machine.compute(first, 10)

@@ -119,6 +119,20 @@ def test_requests_start_in_the_order_they_came():
     bench.finish()
 
 
+def test_choices_start_in_the_order_of_their_indices():
+    """Before whoever came later, and the first index first."""
+    bench = Bench(slots=1)
+    group = bench.submit([7, 8, 9], 3, n=4, stop_token_ids=frozenset())
+    later = bench.submit([5, 6], 3, stop_token_ids=frozenset())
+    order = []
+    while not bench.finished[later]:
+        bench.step()
+        order += [index for index in bench.finished[group] if index not in order]
+
+    assert [0, 1, 2, 3] == order
+    bench.finish()
+
+
 def test_a_stop_after_the_end_is_without_effect():
     """No second last update, nothing freed twice."""
     bench = Bench()

@@ -17,6 +17,8 @@ from generator_stage import SERVICE, Stage, collected
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.wire.errors import INTERNAL_MESSAGE
 
+STALLING = 0.02  # seconds a step: a slot of 4096 tokens would take longer than any test waits
+
 
 @pytest.fixture
 async def stage():
@@ -116,16 +118,16 @@ async def test_a_stopped_choice_finishes_with_exact_counts_and_the_others_go_on(
     stage.runner.delay = 0.002
     call = await stage.call([5, 6], half_close=False, n=2, max_new_tokens=50, ignore_eos=True)
     messages = [await anext(aiter(call))]
-    for index in (7, -1, 1):
+    for index in (7, -1, 0):
         await call.write(pb.GenerateRequest(stop=pb.StopSequence(index=index)))
     await call.done_writing()
     messages += [message async for message in call]
     tokens, finished = collected(messages)
 
-    assert pb.FINISH_REASON_STOPPED == finished[1].reason
-    assert len(tokens[1]) == finished[1].completion_tokens < 50
-    assert greedy([5, 6], 50, eos=None) == tokens[0]
-    assert tokens[0][: len(tokens[1])] == tokens[1]
+    assert pb.FINISH_REASON_STOPPED == finished[0].reason
+    assert len(tokens[0]) == finished[0].completion_tokens < 50
+    assert greedy([5, 6], 50, eos=None) == tokens[1]
+    assert tokens[1][: len(tokens[0])] == tokens[0]
 
 
 async def test_what_gathers_while_a_message_is_written_goes_out_as_one():
@@ -188,7 +190,7 @@ async def test_a_cancelled_call_frees_what_it_holds(met, caplog):
     """Queued, in prefill or decoding, with open sending sides; and nothing is logged as a fault."""
     stage = Stage(slots=1, slot_length=4096, logits=_by_last_token)
     async with stage.running():
-        stage.runner.delay = 0.002
+        stage.runner.delay = STALLING
         first = await _decoding(stage) if met is _queued else None
         call = await met(stage)
         call.cancel()
@@ -208,7 +210,7 @@ async def test_a_deadline_frees_what_the_call_holds():
     """The caller hears DEADLINE_EXCEEDED."""
     stage = Stage(slots=1, slot_length=4096, logits=_by_last_token)
     async with stage.running():
-        stage.runner.delay = 0.002
+        stage.runner.delay = STALLING
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             async for _ in await stage.call([4, 5], seconds=0.3):
                 pass
