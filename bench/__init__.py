@@ -1,0 +1,1 @@
+"""Benchmarks. Speed is looked at here, never in a test."""
