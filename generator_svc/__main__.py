@@ -17,6 +17,7 @@ from generator_svc.artifact import (
     plan_memory,
 )
 from generator_svc.config import GeneratorSettings
+from generator_svc.constraint_compiler import ConstraintCompiler
 from generator_svc.convert import Limits
 from generator_svc.cuda_memory import free_bytes
 from generator_svc.engine import Engine
@@ -109,6 +110,7 @@ def build_service(
     info: pb.GetModelInfoResponse,
     engine: Engine,
     registry: CollectorRegistry,
+    constraints: ConstraintCompiler,
 ) -> GeneratorService:
     limits = Limits(
         revision=model.revision,
@@ -119,7 +121,8 @@ def build_service(
         defaults=default_sampling(model),
     )
     registry.register(EngineCollector(engine.load, engine.meter, model.id))
-    return GeneratorService(engine, limits, info, RequestMetrics(registry, model.id))
+    metrics = RequestMetrics(registry, model.id)
+    return GeneratorService(engine, limits, info, metrics, constraints)
 
 
 def serve_metrics(settings: GeneratorSettings, registry: CollectorRegistry) -> None:
@@ -135,6 +138,18 @@ def serve_metrics(settings: GeneratorSettings, registry: CollectorRegistry) -> N
 
 async def serve(settings: GeneratorSettings, model: ModelDirectory, runner: OrtRunner) -> int:
     """Serves until a signal (0) or a fault of the engine (1); returns the exit status."""
+    async with ConstraintCompiler(
+        model.tokenizer, model.vocab_size, model.eos_token_ids, settings.constraint_cache_bytes
+    ) as constraints:
+        return await serve_constrained(settings, model, runner, constraints)
+
+
+async def serve_constrained(
+    settings: GeneratorSettings,
+    model: ModelDirectory,
+    runner: OrtRunner,
+    constraints: ConstraintCompiler,
+) -> int:
     loop = asyncio.get_running_loop()
     faulted = asyncio.Event()
 
@@ -146,7 +161,7 @@ async def serve(settings: GeneratorSettings, model: ModelDirectory, runner: OrtR
     engine = build_engine(settings, runner, meter, Mailroom(loop).deliver, report_fault)
     info = describe(model, runner, settings)
     registry = CollectorRegistry()
-    service = build_service(settings, model, info, engine, registry)
+    service = build_service(settings, model, info, engine, registry, constraints)
     serve_metrics(settings, registry)
     server = GrpcServer([(add_GeneratorServiceServicer_to_server, service)], [SERVICE])
     port = await server.start(f"{settings.host}:{settings.port}")

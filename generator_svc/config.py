@@ -61,6 +61,9 @@ class GeneratorSettings(BaseSettings):
     max_queued_tokens: int = Field(
         400_000, ge=1, description="Prompt tokens that may wait for a slot; more get 429."
     )
+    constraint_cache_bytes: int = Field(
+        16 * 2**20, ge=0, description="Memory of what is known of constraints seen before."
+    )
     drain_notice_seconds: float = Field(
         0.5, ge=0, description="Time between reporting NOT_SERVING and refusing calls."
     )

@@ -19,6 +19,7 @@ from trivium.generator.v1 import generator_pb2 as pb
 from trivium.wire.errors import ServiceError
 
 MAX_TOP_LOGPROBS = 20
+CONSTRAINT = "constraint"  # the field's name in errors
 
 _REASONS = {
     FinishReason.STOP_TOKEN: pb.FINISH_REASON_STOP_TOKEN,
@@ -128,6 +129,28 @@ def _check_ids(ids: object, limits: Limits, field: str) -> None:
                 f"{limits.vocabulary_size} tokens.",
                 field,
             )
+
+
+# In bytes of UTF-8. Lark carries the schemas of all tools.
+_LONGEST_CONSTRAINTS = {"json_schema": 256 * 2**10, "regex": 64 * 2**10, "lark": 2**20}
+
+
+def to_constraint(start: pb.StartGeneration) -> tuple[str, str] | None:
+    """The kind and the text of the constraint, if one is given; raises ServiceError."""
+    if not start.HasField("constraint"):
+        return None
+    kind = start.constraint.WhichOneof("kind")
+    if kind is None:
+        raise ServiceError(
+            "missing_required_parameter", "The constraint is of no kind.", CONSTRAINT
+        )
+    text = getattr(start.constraint, kind)
+    most = _LONGEST_CONSTRAINTS[kind]
+    if len(text.encode()) > most:
+        code = "json_schema_too_complex" if kind == "json_schema" else "string_above_max_length"
+        message = f"The constraint has more than {most} bytes."
+        raise ServiceError(code, message, CONSTRAINT)
+    return kind, text
 
 
 def to_response(updates: list[Update]) -> pb.GenerateResponse:

@@ -1,7 +1,8 @@
 """From logits to tokens. Each row is worked on alone, so its token never depends on its batch.
 
-The order is: raw log-probabilities (those are reported), logit bias, min_new_tokens mask,
-repetition penalty, frequency and presence penalty, temperature, top_k, top_p, min_p, draw.
+The order is: raw log-probabilities (those are reported), logit bias, mask (the constraint's and
+that of min_new_tokens), repetition penalty, frequency and presence penalty, temperature, top_k,
+top_p, min_p, draw.
 Knows nothing about slots, steps or text.
 """
 
@@ -11,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from generator_svc.random_draw import uniform
-from generator_svc.sequence import Logprobs, SampledToken, Sampling, Sequence
+from generator_svc.sequence import ConstraintError, Logprobs, SampledToken, Sampling, Sequence
 
 Row = npt.NDArray[np.float32]  # [vocabulary]
+Mask = npt.NDArray[np.bool_]  # [vocabulary]
 
 IMPOSSIBLE = -9999.0  # reported for a probability of zero; JSON has no infinity
 _FIRST_CANDIDATES = 256
@@ -25,21 +27,54 @@ class BadLogits(ArithmeticError):
 
 
 def sample(sequence: Sequence, logits: Row) -> SampledToken:
-    """The next token of `sequence` from `logits`, which are not changed. Raises BadLogits."""
+    """The next token of `sequence` from `logits`, which are not changed.
+
+    Raises BadLogits or ConstraintError. A constraint's state is left before the token.
+    """
     generation = sequence.generation
     best = int(logits.argmax())
     if not np.isfinite(logits[best]):  # arg max stops at the first NaN
         raise BadLogits("the model's logits are not finite")
     sampling = generation.sampling
-    masks_stop = sequence.generated < generation.min_new_tokens
-    if sampling.is_plain_greedy and not masks_stop:
+    forbidden = _forbidden(sequence, logits.size)
+    if sampling.is_plain_greedy and (forbidden is None or not forbidden[best]):
         token_id = best
     else:
-        row = _adjusted(sequence, logits, masks_stop)
+        row = _adjusted(sequence, logits, forbidden)
         token_id = _choose(row, sampling, sequence.index, sequence.generated)
     if generation.top_logprobs is None:
         return SampledToken(token_id)
     return SampledToken(token_id, _report(logits, token_id, generation.top_logprobs))
+
+
+def _forbidden(sequence: Sequence, size: int) -> Mask | None:
+    """Tokens that may not be drawn now, bool [vocabulary]; None when there are none.
+
+    Where a constraint leaves nothing but tokens that end the text, these may be drawn, although
+    min_new_tokens or ignore_eos holds them back: a complete text ends.
+    """
+    generation = sequence.generation
+    constraint = generation.constraint
+    held: frozenset[int] = frozenset()
+    if sequence.generated < generation.min_new_tokens:
+        held = generation.all_stop_token_ids
+    elif constraint is not None:
+        held = constraint.end_token_ids - generation.stop_token_ids
+    if constraint is None:
+        return _mask_of(held, size) if held else None
+    if sequence.constraint_state is None:
+        sequence.constraint_state = constraint.new_state()
+    forbidden: Mask = ~sequence.constraint_state.allowed()
+    if held:
+        both = forbidden | _mask_of(held, size)
+        return forbidden if both.all() else both
+    return forbidden
+
+
+def _mask_of(ids: Iterable[int], size: int) -> Mask:
+    mask = np.zeros(size, np.bool_)
+    mask[list(ids)] = True
+    return mask
 
 
 def _report(logits: Row, token_id: int, top: int) -> Logprobs:
@@ -62,14 +97,14 @@ def _most_likely(row: npt.NDArray[np.floating], count: int) -> npt.NDArray[np.in
     return ids[np.argsort(-row[ids], kind="stable")][:count]
 
 
-def _adjusted(sequence: Sequence, logits: Row, masks_stop: bool) -> npt.NDArray[np.float64]:
+def _adjusted(sequence: Sequence, logits: Row, forbidden: Mask | None) -> npt.NDArray[np.float64]:
     """A copy of the logits with bias, mask and penalties applied."""
     sampling = sequence.generation.sampling
     row = logits.astype(np.float64)
     if sampling.logit_bias:
         row[list(sampling.logit_bias)] += list(sampling.logit_bias.values())
-    if masks_stop:
-        row[list(sequence.generation.stop_token_ids)] = -np.inf
+    if forbidden is not None:
+        row[forbidden] = -np.inf
     if sampling.repetition_penalty != 1:
         seen = np.fromiter(set(sequence.token_ids), dtype=np.intp)
         penalty = sampling.repetition_penalty
@@ -140,12 +175,16 @@ def _candidates(weights: npt.NDArray[np.float64], sampling: Sampling) -> npt.NDA
 def sample_all(
     drawing: Iterable[tuple[Sequence, Row]],
 ) -> tuple[list[tuple[Sequence, SampledToken]], list[tuple[Sequence, BaseException]]]:
-    """Tokens for all, and the failures of those whose logits were bad."""
+    """Tokens for all, and the failures of those whose logits or constraints were bad."""
     tokens: list[tuple[Sequence, SampledToken]] = []
     failures: list[tuple[Sequence, BaseException]] = []
     for sequence, logits in drawing:
         try:
-            tokens.append((sequence, sample(sequence, logits)))
-        except BadLogits as error:
+            token = sample(sequence, logits)
+            if sequence.constraint_state is not None:
+                sequence.constraint_state.accept(token.token_id)
+        except (BadLogits, ConstraintError) as error:
             failures.append((sequence, error))
+        else:
+            tokens.append((sequence, token))
     return tokens, failures

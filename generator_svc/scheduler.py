@@ -144,6 +144,7 @@ class Scheduler:
         was_first = sequence.stage in (Stage.WAITING, Stage.PREFILL)
         sequence.stage = Stage.FINISHED
         sequence.finish_reason = reason
+        sequence.constraint_state = None
         self._on_finish(sequence)
         group = sequence.group
         if group.is_finished:

@@ -7,7 +7,7 @@ import enum
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from generator_svc.admission import Permit
 
@@ -57,12 +57,42 @@ class Sampling:
         )
 
 
+class ConstraintError(Exception):
+    """A constraint that cannot be kept; `code` is one of the table in trivium.wire.errors."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+class ConstraintState(Protocol):
+    """Where a continuation is in its constraint."""
+
+    def allowed(self) -> Any:
+        """Which tokens may come next, bool [vocabulary]."""
+
+    def accept(self, token_id: int) -> None:
+        """Takes the next token, one of those allowed."""
+
+
+class Constraint(Protocol):
+    """What the continuations of a request have to fit. `end_token_ids` end one that does."""
+
+    @property
+    def end_token_ids(self) -> frozenset[int]: ...
+
+    def new_state(self) -> ConstraintState:
+        """The state before the first token."""
+
+
 @dataclass(frozen=True)
 class Generation:
     """A request that has been checked: it fits the model, and nobody checks it again.
 
     `stop_token_ids` holds the model's end-of-sequence tokens too, unless they are ignored.
-    `top_logprobs` is None when no log-probabilities are wanted.
+    `top_logprobs` is None when no log-probabilities are wanted. A complete text ends with one
+    of the constraint's tokens even where they are ignored, since nothing else may follow.
     """
 
     prompt: tuple[int, ...]
@@ -72,6 +102,14 @@ class Generation:
     min_new_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
     top_logprobs: int | None = None
+    constraint: Constraint | None = None
+
+    @property
+    def all_stop_token_ids(self) -> frozenset[int]:
+        """The stop tokens, and those that end a constrained text."""
+        if self.constraint is None:
+            return self.stop_token_ids
+        return self.stop_token_ids | self.constraint.end_token_ids
 
 
 @dataclass(frozen=True)
@@ -109,6 +147,7 @@ class Sequence:
     device_nanoseconds: int = 0
     finish_reason: FinishReason | None = None
     output_counts: Counter[int] = field(default_factory=Counter)
+    constraint_state: ConstraintState | None = None
 
     @property
     def generation(self) -> Generation:
@@ -132,7 +171,7 @@ class Sequence:
         """Takes a generated token, and finishes the sequence if it is the last."""
         self.token_ids.append(token_id)
         self.output_counts[token_id] += 1
-        if token_id in self.generation.stop_token_ids:
+        if token_id in self.generation.all_stop_token_ids:
             self.finish_reason = FinishReason.STOP_TOKEN
         elif self.generated >= self.generation.max_new_tokens:
             self.finish_reason = FinishReason.LENGTH

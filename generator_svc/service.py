@@ -8,15 +8,28 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import grpc
 
 from generator_svc.admission import QueueFull
-from generator_svc.convert import Limits, to_generation, to_response
+from generator_svc.constraint_compiler import (
+    CompilerBusy,
+    ConstraintCompiler,
+    ConstraintsUnavailable,
+)
+from generator_svc.convert import CONSTRAINT, Limits, to_constraint, to_generation, to_response
 from generator_svc.engine import Engine
 from generator_svc.metrics import RequestMetrics
-from generator_svc.sequence import FinishReason, Generation, Group, Update
+from generator_svc.sequence import (
+    Constraint,
+    ConstraintError,
+    FinishReason,
+    Generation,
+    Group,
+    Update,
+)
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.generator.v1 import generator_pb2_grpc as pb_grpc
 from trivium.wire.errors import ServiceError, internal_error
@@ -86,6 +99,14 @@ class _Clock:
             self._metrics.generation_tokens.inc()
 
 
+def _told(error: BaseException) -> ServiceError:
+    """What a caller is told of a step that failed."""
+    if isinstance(error, ConstraintError):
+        return ServiceError(error.code, error.message, CONSTRAINT)
+    log.error("a step failed", exc_info=error)
+    return internal_error()
+
+
 class GeneratorService(pb_grpc.GeneratorServiceServicer):
     """trivium.generator.v1.GeneratorService over one engine."""
 
@@ -95,8 +116,10 @@ class GeneratorService(pb_grpc.GeneratorServiceServicer):
         limits: Limits,
         info: pb.GetModelInfoResponse,
         metrics: RequestMetrics,
+        constraints: ConstraintCompiler,
     ) -> None:
         self._engine = engine
+        self._constraints = constraints
         self._limits = limits
         self._info = info
         self._metrics = metrics
@@ -118,8 +141,7 @@ class GeneratorService(pb_grpc.GeneratorServiceServicer):
                 for update in updates:
                     if update.error is not None:
                         outcome = FinishReason.FAILED
-                        log.error("a step failed", exc_info=update.error)
-                        raise internal_error()
+                        raise _told(update.error)
                 running -= sum(update.is_finished for update in updates)
                 yield to_response(updates)
             outcome = group.sequences[0].finish_reason or outcome
@@ -145,11 +167,28 @@ class GeneratorService(pb_grpc.GeneratorServiceServicer):
     async def _first(self, requests: AsyncIterator[pb.GenerateRequest]) -> Generation:
         async for request in requests:
             if request.HasField("start"):
-                return to_generation(request.start, self._limits)
+                generation = to_generation(request.start, self._limits)
+                constraint = to_constraint(request.start)
+                if constraint is None:
+                    return generation
+                return replace(generation, constraint=await self._compile(*constraint))
             break
         raise ServiceError(
             "missing_required_parameter", "The first message has to start a generation.", "start"
         )
+
+    async def _compile(self, kind: str, text: str) -> Constraint:
+        try:
+            return await self._constraints.compile(kind, text)
+        except ConstraintError as error:
+            raise ServiceError(error.code, error.message, CONSTRAINT) from None
+        except ConstraintsUnavailable as error:
+            log.warning("a constraint was refused: %s", error)
+            message = "This model's tokenizer does not allow constraints."
+            raise ServiceError("unsupported_parameter", message, CONSTRAINT) from None
+        except CompilerBusy:
+            message = "The server compiles as many constraints as it can. Please try again later."
+            raise ServiceError("queue_full", message) from None
 
     def _submit(self, generation: Generation, mailbox: Mailbox) -> Group:
         try:

@@ -3,13 +3,15 @@
 import asyncio
 import contextlib
 import time
+from pathlib import Path
 
 import prometheus_client
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import CollectorRegistry
 
-from fakes import EOS, VOCABULARY, ScriptedRunner, scripted_logits
+from fakes import EOS, ScriptedRunner, scripted_logits
 from generator_svc.admission import Admission
+from generator_svc.constraint_compiler import ConstraintCompiler
 from generator_svc.convert import Limits
 from generator_svc.engine import Engine
 from generator_svc.kv_cache import SlotCache
@@ -41,7 +43,13 @@ class SlowRunner(ScriptedRunner):
 class Stage:
     """A running stage and a client of it."""
 
-    def __init__(self, slots=4, slot_length=64, logits=scripted_logits, **queue):
+    def __init__(self, slots=4, slot_length=64, logits=scripted_logits, tokenizer=None, **queue):
+        vocabulary = len(logits([2]))
+        eos = tokenizer.eos if tokenizer else EOS
+        self.tokenizer = tokenizer
+        self.constraints = ConstraintCompiler(
+            tokenizer.file if tokenizer else Path("none"), vocabulary, (eos,), 2**20
+        )
         self.runner = SlowRunner(slots, slot_length, logits)
         self.meter = Meter()
         self.registry = CollectorRegistry()
@@ -56,9 +64,10 @@ class Stage:
         self.registry.register(EngineCollector(self.engine.load, self.meter, "m"))
         self.service = GeneratorService(
             self.engine,
-            Limits(REVISION, VOCABULARY, slot_length, 8, (EOS,), Sampling(temperature=0)),
+            Limits(REVISION, vocabulary, slot_length, 8, (eos,), Sampling(temperature=0)),
             pb.GetModelInfoResponse(id="m", revision=REVISION, slots=slots),
             RequestMetrics(self.registry, "m"),
+            self.constraints,
         )
 
     @contextlib.asynccontextmanager
@@ -69,7 +78,10 @@ class Stage:
         port = await server.start("127.0.0.1:0")
         self.engine.start()
         await server.set_serving(True)
-        async with open_channel(f"127.0.0.1:{port}") as channel:
+        async with (
+            self.constraints if self.tokenizer else contextlib.nullcontext(),
+            open_channel(f"127.0.0.1:{port}") as channel,
+        ):
             self.channel = channel
             self.stub = pb_grpc.GeneratorServiceStub(channel)
             try:

@@ -1,0 +1,166 @@
+"""Which tokens may come next, when the text has to fit something: the only door to llguidance.
+
+    grammar_of           the caller's words as llguidance's grammar
+    TokenTable           the tokens of a model, loaded once
+    CompiledConstraint   one request's own; never shared, see below
+    ConstraintState      one continuation's place in it
+
+Copies of a matcher share what its lexer has learned, and its limits with it: what one of them used
+up, the others lack. So every request has a matcher of its own, and only the continuations of a
+request share one: nothing that a request gets depends on others. Knows nothing about processes,
+threads or sampling.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from generator_svc.sequence import ConstraintError
+
+# Between JSON's tokens: a line's end and its indentation, and no endless blanks.
+WHITESPACE = r"\n? {0,20}"
+
+# A row of 1,000 items is 250 optional properties side by side. An ambiguous grammar reaches it
+# within some hundred characters, and takes about 25 ms for a step by then.
+_LIMITS = LLParserLimits(
+    max_items_in_row=1_000,
+    initial_lexer_fuel=1_000_000,
+    step_lexer_fuel=200_000,
+    step_max_items=50_000,
+    max_lexer_states=32_000,  # one or two kB each
+    max_grammar_size=500_000,
+    verbose_errors=False,
+)
+_OVER_LIMIT = re.compile(
+    r"too (big|large|many|complex|deep|long)|fuel|recursion limit|nest|max is|exceed|TooComplex"
+)
+_LONGEST_MESSAGE = 500
+
+# What may hold %json in Lark without being one, then one.
+_LARK_JSON = re.compile(r'//[^\n]*|"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|(?P<json>%json\s*)')
+
+
+def grammar_of(kind: str, text: str) -> str:
+    """llguidance's grammar for a `json_schema`, `regex` or `lark`; raises ConstraintError."""
+    if kind == "regex":
+        return LLMatcher.grammar_from_regex(text)
+    if kind == "lark":
+        return LLMatcher.grammar_from_lark(_cap_whitespace(text))
+    assert kind == "json_schema", f"no kind of constraint: {kind}. This is a bug."
+    if text.strip() == "true":
+        text = "{}"
+    options: Any = {"whitespace_pattern": WHITESPACE, "coerce_one_of": False, "lenient": False}
+    try:
+        return LLMatcher.grammar_from_json_schema(text, overrides=options)
+    except ValueError as error:
+        _refuse(kind, str(error))
+
+
+def _cap_whitespace(lark: str) -> str:
+    """The same grammar, whose JSON has no more blanks between tokens than WHITESPACE."""
+    option = f'"x-guidance": {json.dumps({"whitespace_pattern": WHITESPACE})}}}'
+    parts, done = [], 0
+    for match in _LARK_JSON.finditer(lark):
+        if match["json"] is None or match.end() < done:
+            continue
+        try:
+            schema, end = json.JSONDecoder().raw_decode(lark, match.end())
+        except (ValueError, RecursionError):  # llguidance will say what is wrong
+            continue
+        if isinstance(schema, dict):
+            parts.append(lark[done : end - 1] + (", " if schema else "") + option)
+            done = end
+    return "".join(parts) + lark[done:]
+
+
+class TokenTable:
+    """A model's tokens: the bytes of each, which are control tokens, and which end a text.
+
+    Ids go from 0 to `vocabulary_size` - 1; those without a token in the tokenizer's file are
+    never allowed. Raises ValueError when the file is of a kind that llguidance does not know.
+    """
+
+    def __init__(self, file: Path, vocabulary_size: int, eos_token_ids: Sequence[int]) -> None:
+        text = file.read_text(encoding="utf-8")
+        try:
+            known = LLTokenizer(text).vocab_size
+            self.tokenizer = LLTokenizer(
+                text, max(known, vocabulary_size), list(eos_token_ids) or None
+            )
+        except BaseException as error:  # a panic of Rust is no Exception
+            raise ValueError(f"{file}: no constraints on these tokens: {error}") from error
+        self.vocabulary_size = vocabulary_size
+        self.known = known
+        self.end_token_ids = frozenset(self.tokenizer.eos_tokens)
+
+
+class CompiledConstraint:
+    """A constraint that one request's continuations keep. Raises ConstraintError.
+
+    `end_token_ids` end a text; they are allowed where it is complete.
+    """
+
+    def __init__(self, table: TokenTable, kind: str, grammar: str) -> None:
+        self.end_token_ids = table.end_token_ids
+        self._table = table
+        self._kind = kind
+        try:
+            self._matcher = LLMatcher(table.tokenizer, grammar, log_level=0, limits=_LIMITS)
+        except BaseException as error:  # a panic of Rust is no Exception
+            _refuse(kind, str(error))
+        if self._matcher.is_error():
+            _refuse(kind, self._matcher.get_error())
+
+    def new_state(self) -> "ConstraintState":
+        """The state before the first token; some microseconds."""
+        return ConstraintState(self._table, self._kind, self._matcher.deep_copy())
+
+
+class ConstraintState:
+    """Where a continuation is in its constraint. For one thread."""
+
+    def __init__(self, table: TokenTable, kind: str, matcher: LLMatcher) -> None:
+        self._table = table
+        self._kind = kind
+        self._matcher = matcher
+        self._bits = np.zeros((table.tokenizer.vocab_size + 31) // 32, np.int32)
+
+    def allowed(self) -> npt.NDArray[np.bool_]:
+        """Which tokens may come next, bool [vocabulary], at least one; raises ConstraintError."""
+        try:
+            self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+        except BaseException as error:  # a panic of Rust is no Exception
+            _refuse(self._kind, str(error))
+        if self._matcher.is_error():
+            _refuse(self._kind, self._matcher.get_error())
+        table = self._table
+        bits = np.unpackbits(
+            self._bits.view(np.uint8), count=table.vocabulary_size, bitorder="little"
+        )
+        bits[table.known :] = 0
+        return bits.view(np.bool_)
+
+    def accept(self, token_id: int) -> None:
+        """Takes the next token, one of those allowed; raises ConstraintError."""
+        try:
+            accepted = self._matcher.consume_token(token_id)
+        except BaseException as error:  # a panic of Rust is no Exception
+            _refuse(self._kind, str(error))
+        if not accepted:
+            _refuse(self._kind, self._matcher.get_error())
+
+
+def _refuse(kind: str, reason: str) -> NoReturn:
+    """Raises ConstraintError for what llguidance says."""
+    reason = reason.replace("<non-verbose/>", "").strip()[:_LONGEST_MESSAGE]
+    if _OVER_LIMIT.search(reason):
+        raise ConstraintError("json_schema_too_complex", f"The constraint is too complex: {reason}")
+    if kind == "json_schema":
+        raise ConstraintError("invalid_json_schema", f"The JSON schema cannot be used: {reason}")
+    raise ConstraintError("invalid_value", f"The {kind} cannot be used: {reason}")
