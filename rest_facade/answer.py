@@ -1,4 +1,5 @@
-"""What the facade answers, as JSON objects: OpenAI's shapes, and `gpu_seconds` in the usage.
+"""What the facade answers, as JSON objects: OpenAI's shapes, with `gpu_seconds` in the usage and
+`reasoning_content` beside the content.
 
 The type checker holds `convert` to these, and the OpenAPI document is made from them.
 """
@@ -8,7 +9,8 @@ from typing import Literal, NotRequired
 # pydantic reads these, and takes typing's own TypedDict only from Python 3.12 on.
 from typing_extensions import TypedDict
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
+ServiceTier = Literal["default"]
 
 
 class TopLogprob(TypedDict):
@@ -70,12 +72,29 @@ class UsageSoFar(TypedDict):
     total_tokens: int
 
 
+class FunctionCall(TypedDict):
+    """A function's name, and the JSON text of its arguments."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(TypedDict):
+    """A call that the model makes."""
+
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
 class Message(TypedDict):
-    """What the model said."""
+    """What the model said; the content is null when it only called tools."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCall]]
 
 
 class Choice(TypedDict):
@@ -88,22 +107,41 @@ class Choice(TypedDict):
 
 
 class ChatCompletion(TypedDict):
-    """The answer to a request without `stream`."""
+    """The answer to a chat request without `stream`."""
 
     id: str
     object: Literal["chat.completion"]
     created: int
     model: str
+    service_tier: NotRequired[ServiceTier]
     system_fingerprint: str
     choices: list[Choice]
     usage: Usage
+
+
+class FunctionCallDelta(TypedDict):
+    """The name comes first and once; the arguments' pieces are to be joined."""
+
+    name: NotRequired[str]
+    arguments: str
+
+
+class ToolCallDelta(TypedDict):
+    """A piece of a call: the first one has all fields, the others index and arguments."""
+
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: FunctionCallDelta
 
 
 class Delta(TypedDict):
     """What is new in a choice; empty in its last chunk."""
 
     role: NotRequired[Literal["assistant"]]
-    content: NotRequired[str]
+    content: NotRequired[str | None]
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCallDelta]]
 
 
 class ChunkChoice(TypedDict):
@@ -116,15 +154,106 @@ class ChunkChoice(TypedDict):
 
 
 class ChatCompletionChunk(TypedDict):
-    """One `data:` event of a stream."""
+    """One `data:` event of a chat's stream."""
 
     id: str
     object: Literal["chat.completion.chunk"]
     created: int
     model: str
+    service_tier: NotRequired[ServiceTier]
     system_fingerprint: str
     choices: list[ChunkChoice]
     usage: NotRequired[Usage | UsageSoFar | None]
+
+
+class TextLogprobs(TypedDict):
+    """Log-probabilities of plain completions: parallel arrays, one element for each token.
+
+    The first token of an echoed prompt has null for its two.
+    """
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class TextChoice(TypedDict):
+    """One finished text."""
+
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: FinishReason
+
+
+class TextCompletion(TypedDict):
+    """The answer to a plain completion without `stream`."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    service_tier: NotRequired[ServiceTier]
+    system_fingerprint: str
+    choices: list[TextChoice]
+    usage: Usage
+
+
+class TextChunkChoice(TypedDict):
+    """A piece of one text."""
+
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class TextCompletionChunk(TypedDict):
+    """One `data:` event of a plain completion's stream."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    service_tier: NotRequired[ServiceTier]
+    system_fingerprint: str
+    choices: list[TextChunkChoice]
+    usage: NotRequired[Usage | UsageSoFar | None]
+
+
+class TokenizeAnswer(TypedDict):
+    """The tokens of a text or a conversation, as vLLM answers."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: None
+
+
+class DetokenizeAnswer(TypedDict):
+    """The text of tokens, as vLLM answers."""
+
+    prompt: str
+
+
+class AddedToken(TypedDict):
+    """A control token."""
+
+    content: str
+    special: Literal[True]
+
+
+class TokenizerInfo(TypedDict):
+    """What kind of tokenizer a model has, under the names of tokenizer_config.json."""
+
+    tokenizer_class: Literal["PreTrainedTokenizerFast"]
+    vocab_size: int
+    model_max_length: int
+    chat_template: str | None
+    bos_token: str | None
+    eos_token: str | None
+    added_tokens_decoder: dict[str, AddedToken]
 
 
 class ModelObject(TypedDict):

@@ -24,13 +24,15 @@ from rest_facade.connection import ClientGone
 from rest_facade.errors import ErrorResponse, error_event
 from rest_facade.metrics import Metrics
 from rest_facade.routes import Routes
+from rest_facade.token_routes import TokenRoutes
 from rest_facade.traffic import Traffic
 from trivium.wire import telemetry
 from trivium.wire.errors import ERRORS, ServiceError, internal_error
 
 log = logging.getLogger(__name__)
 
-_API = "/v1/"
+# What needs a key and is refused when draining; all else is about this process.
+_API = ("/v1/", "/tokenize", "/detokenize", "/tokenizer_info")
 _ONE_MODEL = "/v1/models/"
 _CLIENT_GONE = ERRORS["client_closed_request"].http
 _IDENTITY_HEADERS = (telemetry.REQUEST_ID.encode(), telemetry.TRACEPARENT.encode())
@@ -41,7 +43,10 @@ def build_app(
 ) -> FastAPI:
     """The application; the caller owns `backend`'s channel, and drains by `traffic`."""
     metrics = Metrics()
-    table = Routes(settings, backend, traffic, metrics).table()
+    table = [
+        *Routes(settings, backend, traffic, metrics).table(),
+        *TokenRoutes(settings, backend).table(),
+    ]
     app = FastAPI(
         # Handlers that read the raw body and validate it strictly: the framework's own parsing
         # takes NaN, turns "1" into 1, and answers with shapes of its own.
@@ -154,7 +159,7 @@ class Boundary:
 
 
 class Admission:
-    """Who may call the API, and when; the paths outside /v1 are open to all."""
+    """Who may call the API, and when; the paths outside it are open to all."""
 
     def __init__(self, app: ASGIApp, traffic: Traffic, keys: KeyFile | None) -> None:
         self._app = app

@@ -5,16 +5,21 @@ Knows nothing of HTTP or JSON.
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
 
 import grpc
 
-from rest_facade import convert
+from rest_facade.convert import chat, model, text, token
 from trivium.wire.errors import ServiceError, from_rpc_error
 from trivium.wire.telemetry import outgoing_metadata
 
 CHAT_SERVICE = "trivium.chat.v1.ChatService"
+
+_READ_SECONDS = 10  # what is known by heart
+_TOKENIZE_SECONDS = 60  # the largest body takes a few
+
+Event = TypeVar("Event")
 
 
 class Backend:
@@ -22,59 +27,89 @@ class Backend:
 
     def __init__(self, channel: grpc.aio.Channel, timeout: float | None = None) -> None:
         # The stubs are generated without types.
-        self._chat = convert.ChatServiceStub(channel)  # type: ignore[no-untyped-call]
-        self._models = convert.ModelServiceStub(channel)  # type: ignore[no-untyped-call]
-        self._health = convert.HealthStub(channel)
+        self._chat = chat.ChatServiceStub(channel)  # type: ignore[no-untyped-call]
+        self._text = text.CompletionServiceStub(channel)  # type: ignore[no-untyped-call]
+        self._models = model.ModelServiceStub(channel)  # type: ignore[no-untyped-call]
+        self._tokenizer = token.TokenizerServiceStub(channel)  # type: ignore[no-untyped-call]
+        self._health = model.HealthStub(channel)
         self._timeout = timeout
         self._running: set[Any] = set()
         self._stopped = False
 
-    async def complete(self, request: convert.CompletionRequest) -> convert.CompletionResponse:
+    async def complete_chat(self, request: chat.Request) -> chat.Response:
         """The whole answer; the call is cancelled when the caller is."""
-        call = self._chat.CreateChatCompletion(
-            request, timeout=self._timeout, metadata=outgoing_metadata()
-        )
-        self._running.add(call)
-        try:
-            with self.translated():
-                response: convert.CompletionResponse = await call
-                return response
-        finally:
-            self.end(call)
+        response: chat.Response = await self._completed(self._chat.CreateChatCompletion, request)
+        return response
 
-    def stream(self, request: convert.CompletionRequest) -> "CompletionStream":
+    async def complete_text(self, request: text.Request) -> text.Response:
+        """The same for a plain completion."""
+        response: text.Response = await self._completed(self._text.CreateCompletion, request)
+        return response
+
+    def stream_chat(self, request: chat.Request) -> "CompletionStream[chat.ChatEvent]":
         """An answer as it is made. The caller closes it, whatever happens."""
-        call = self._chat.StreamChatCompletion(
-            request, timeout=self._timeout, metadata=outgoing_metadata()
-        )
-        self._running.add(call)
-        return CompletionStream(self, call)
+        return self._stream(self._chat.StreamChatCompletion, request, chat.event)
+
+    def stream_text(self, request: text.Request) -> "CompletionStream[text.TextEvent]":
+        """The same for a plain completion."""
+        return self._stream(self._text.StreamCompletion, request, text.event)
 
     async def models(self) -> Any:
         """All models, as protobuf."""
-        with self.translated():
-            return await self._models.ListModels(
-                convert.models_request(), timeout=10, metadata=outgoing_metadata()
-            )
+        return await self._read(self._models.ListModels, model.models_request())
 
-    async def model(self, model: str) -> Any:
+    async def model(self, name: str) -> Any:
         """One model, as protobuf."""
-        with self.translated():
-            response = await self._models.GetModel(
-                convert.model_request(model), timeout=10, metadata=outgoing_metadata()
-            )
-            return response.model
+        return (await self._read(self._models.GetModel, model.model_request(name))).model
+
+    async def render_chat(self, request: Any) -> Any:
+        """The tokens of a conversation, as protobuf."""
+        return await self._read(self._tokenizer.RenderChat, request, _TOKENIZE_SECONDS)
+
+    async def tokenize(self, request: Any) -> Any:
+        """The tokens of a text, as protobuf."""
+        return await self._read(self._tokenizer.Tokenize, request, _TOKENIZE_SECONDS)
+
+    async def detokenize(self, request: Any) -> Any:
+        """The text of tokens, as protobuf."""
+        return await self._read(self._tokenizer.Detokenize, request, _TOKENIZE_SECONDS)
+
+    async def tokenizer_info(self, request: Any) -> Any:
+        """What kind of tokenizer a model has, as protobuf."""
+        return await self._read(self._tokenizer.GetTokenizerInfo, request)
 
     async def check(self, seconds: float) -> None:
         """Returns if the next stage can answer; raises ServiceError otherwise."""
-        request = convert.health_request(CHAT_SERVICE)
+        request = model.health_request(CHAT_SERVICE)
         try:
             response = await self._health.Check(request, timeout=seconds)
         except grpc.aio.AioRpcError:
             message = "The model server cannot be reached."
             raise ServiceError("backend_unavailable", message) from None
-        if not convert.is_serving(response):
+        if not model.is_serving(response):
             raise ServiceError("model_loading", "The model server is not ready.")
+
+    async def _read(self, method: Any, request: Any, seconds: float = _READ_SECONDS) -> Any:
+        with self.translated():
+            return await method(request, timeout=seconds, metadata=outgoing_metadata())
+
+    async def _completed(self, method: Any, request: Any) -> Any:
+        call = self._start(method, request)
+        try:
+            with self.translated():
+                return await call
+        finally:
+            self.end(call)
+
+    def _stream(
+        self, method: Any, request: Any, to_event: Callable[[Any], Event]
+    ) -> "CompletionStream[Event]":
+        return CompletionStream(self, self._start(method, request), to_event)
+
+    def _start(self, method: Any, request: Any) -> Any:
+        call = method(request, timeout=self._timeout, metadata=outgoing_metadata())
+        self._running.add(call)
+        return call
 
     def cancel_all(self) -> None:
         """Ends every running completion: the time to drain is over."""
@@ -105,18 +140,19 @@ class Backend:
             raise
 
 
-class CompletionStream:
+class CompletionStream(Generic[Event]):
     """The events of one streamed answer."""
 
-    def __init__(self, backend: Backend, call: Any) -> None:
+    def __init__(self, backend: Backend, call: Any, to_event: Callable[[Any], Event]) -> None:
         self._backend = backend
         self._call = call
+        self._to_event = to_event
 
-    async def read(self) -> convert.Event | None:
+    async def read(self) -> Event | None:
         """The next event, or None at the end; raises ServiceError."""
         with self._backend.translated():
             response = await self._call.read()
-        return None if response is grpc.aio.EOF else convert.stream_event(response)
+        return None if response is grpc.aio.EOF else self._to_event(response)
 
     def close(self) -> None:
         """Cancels what is not done."""

@@ -4,6 +4,8 @@ import json
 from json.encoder import encode_basestring
 from typing import Any
 
+from starlette.responses import Response
+
 # Legal in JSON and in a line of an event, but some clients take them for the line's end.
 _LINE_ENDS = str.maketrans({"\x85": r"\u0085", "\u2028": r"\u2028", "\u2029": r"\u2029"})
 
@@ -21,3 +23,9 @@ def encode(body: Any) -> bytes:
 
 def _one_line(text: str) -> str:
     return text if text.isascii() else text.translate(_LINE_ENDS)
+
+
+class JSONAnswer(Response):
+    """A success, as JSON."""
+
+    media_type = "application/json"

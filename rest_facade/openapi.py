@@ -6,19 +6,33 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import JsonSchemaMode
 
 from rest_facade import answer
+from rest_facade.completion import CompletionRequest
 from rest_facade.schema import ChatRequest
+from rest_facade.token_schema import DetokenizeRequest, TokenizeRequest, TokenizerInfoRequest
 from trivium.wire.errors import ERRORS
 
+_REQUESTS = (
+    ChatRequest,
+    CompletionRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
+    TokenizerInfoRequest,
+)
 _ANSWERS = (
     answer.ChatCompletion,
     answer.ChatCompletionChunk,
+    answer.TextCompletion,
+    answer.TextCompletionChunk,
+    answer.TokenizeAnswer,
+    answer.DetokenizeAnswer,
+    answer.TokenizerInfo,
     answer.ModelObject,
     answer.ModelList,
     answer.ErrorBody,
     answer.Health,
 )
-_COMPLETION_ERRORS = (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
-_READ_ERRORS = (401, 404, 500, 503)
+_BODY_ERRORS = (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
+_READ_ERRORS = (401, 404, 500, 503, 504)
 
 
 def openapi_document() -> dict[str, Any]:
@@ -28,7 +42,7 @@ def openapi_document() -> dict[str, Any]:
         "info": {
             "title": "Trivium",
             "version": "1",
-            "description": "Chat completions as the OpenAI API has them.",
+            "description": "Completions as the OpenAI API has them.",
         },
         "paths": _paths(),
         "components": {
@@ -46,60 +60,114 @@ def openapi_document() -> dict[str, Any]:
 
 def _schemas() -> dict[str, Any]:
     mode: JsonSchemaMode = "validation"
-    adapters = [(kind.__name__, mode, TypeAdapter(kind)) for kind in (ChatRequest, *_ANSWERS)]
+    adapters = [(kind.__name__, mode, TypeAdapter(kind)) for kind in (*_REQUESTS, *_ANSWERS)]
     _, document = TypeAdapter.json_schemas(adapters, ref_template="#/components/schemas/{model}")
     schemas: dict[str, Any] = document["$defs"]
     return schemas
 
 
 def _paths() -> dict[str, Any]:
-    events = {
-        "description": "With `stream`: one ChatCompletionChunk per event, then `data: [DONE]`.",
-        "schema": {"type": "string"},
-        "x-event-schema": _ref("ChatCompletionChunk"),
-    }
-    completion = {"schema": _ref("ChatCompletion")}
-    model_id = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
+    model = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
     return {
         "/v1/chat/completions": {
-            "post": {
-                "operationId": "createChatCompletion",
-                "summary": "Completes a conversation, whole or as server-sent events",
-                "security": [{"key": []}],
-                "requestBody": {
-                    "required": True,
-                    "content": {"application/json": {"schema": _ref("ChatRequest")}},
-                },
-                "responses": {
-                    "200": {
-                        "description": "The answer.",
-                        "content": {"application/json": completion, "text/event-stream": events},
-                    },
-                    **_errors(*_COMPLETION_ERRORS),
-                },
-            }
+            "post": _sent(
+                "createChatCompletion",
+                "Completes a conversation, whole or as server-sent events",
+                "ChatRequest",
+                _completion("ChatCompletion", "ChatCompletionChunk"),
+            )
+        },
+        "/v1/completions": {
+            "post": _sent(
+                "createCompletion",
+                "Completes plain prompts, whole or as server-sent events",
+                "CompletionRequest",
+                _completion("TextCompletion", "TextCompletionChunk"),
+            )
         },
         "/v1/models": {"get": _read("listModels", "All models", "ModelList", True)},
         "/v1/models/{id}": {
-            "parameters": [model_id],
+            "parameters": [model],
             "get": _read("getModel", "One model", "ModelObject", True),
         },
+        **_token_paths(),
         "/health": {"get": _read("ready", "Whether a completion would be taken on", "Health")},
         "/health/live": {"get": _read("live", "Whether this process answers", "Health")},
     }
 
 
-def _read(operation: str, summary: str, answered: str, needs_key: bool = False) -> dict[str, Any]:
+def _token_paths() -> dict[str, Any]:
+    query = {"name": "model", "in": "query", "schema": {"type": "string"}}
+    about = "What kind of tokenizer a model has"
+    return {
+        "/tokenize": {
+            "post": _sent(
+                "tokenize",
+                "The tokens of a text or a conversation",
+                "TokenizeRequest",
+                _json("TokenizeAnswer"),
+            )
+        },
+        "/detokenize": {
+            "post": _sent(
+                "detokenize", "The text of tokens", "DetokenizeRequest", _json("DetokenizeAnswer")
+            )
+        },
+        "/tokenizer_info": {
+            "get": {
+                **_read("getTokenizerInfo", about, "TokenizerInfo", True, (400,)),
+                "parameters": [query],
+            },
+            "post": _sent(
+                "askTokenizerInfo", about, "TokenizerInfoRequest", _json("TokenizerInfo")
+            ),
+        },
+    }
+
+
+def _completion(whole: str, chunk: str) -> dict[str, Any]:
+    events = {
+        "description": f"With `stream`: one {chunk} per event, then `data: [DONE]`.",
+        "schema": {"type": "string"},
+        "x-event-schema": _ref(chunk),
+    }
+    return {**_json(whole), "text/event-stream": events}
+
+
+def _json(name: str) -> dict[str, Any]:
+    return {"application/json": {"schema": _ref(name)}}
+
+
+def _sent(operation: str, summary: str, body: str, content: dict[str, Any]) -> dict[str, Any]:
+    """An operation that takes a body."""
+    return {
+        "operationId": operation,
+        "summary": summary,
+        "security": [{"key": []}],
+        "requestBody": {"required": True, "content": _json(body)},
+        "responses": {
+            "200": {"description": "The answer.", "content": content},
+            **_errors(*_BODY_ERRORS),
+        },
+    }
+
+
+def _read(
+    operation: str,
+    summary: str,
+    answered: str,
+    needs_key: bool = False,
+    further: tuple[int, ...] = (),
+) -> dict[str, Any]:
+    """An operation that takes none."""
+    errors = (*further, *_READ_ERRORS) if needs_key else (503,)
     return {
         "operationId": operation,
         "summary": summary,
         "security": [{"key": []}] if needs_key else [],
         "responses": {
-            "200": {
-                "description": summary + ".",
-                "content": {"application/json": {"schema": _ref(answered)}},
-            },
-            **_errors(*(_READ_ERRORS if needs_key else (503,))),
+            "200": {"description": summary + ".", "content": _json(answered)},
+            **_errors(*errors),
         },
     }
 

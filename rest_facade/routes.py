@@ -1,37 +1,36 @@
-"""What each path answers. A completion goes schema → convert → backend → convert → sse."""
+"""What each path of completions, models and health answers.
+
+A completion goes schema → convert → backend → convert → sse.
+"""
 
 import time
 from pathlib import Path
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from rest_facade import convert
-from rest_facade.backend import Backend
+from rest_facade.backend import Backend, CompletionStream
 from rest_facade.body import read_json
+from rest_facade.completion import CompletionRequest
 from rest_facade.config import FacadeSettings
 from rest_facade.connection import while_connected
-from rest_facade.json_text import encode
+from rest_facade.convert import chat, model, text
+from rest_facade.json_text import JSONAnswer, encode
 from rest_facade.metrics import CONTENT_TYPE, Metrics
 from rest_facade.openapi import openapi_document
 from rest_facade.schema import ChatRequest
-from rest_facade.sse import ChunkWriter
-from rest_facade.stream import EventStream
+from rest_facade.sse import ChatWriter, TextWriter
+from rest_facade.stream import ChunkWriter, Event, EventStream
 from rest_facade.traffic import Traffic
-from rest_facade.validation import parse_request
+from rest_facade.validation import parse
 
 _DOCS_PAGE = Path(__file__).with_name("docs.html")
 # The page cannot load anything from elsewhere, whatever becomes of it.
 _DOCS_POLICY = (
     "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
 )
-
-
-class JSONAnswer(Response):
-    """A success, as JSON."""
-
-    media_type = "application/json"
 
 
 class Routes:
@@ -51,6 +50,7 @@ class Routes:
         """Which path goes where."""
         return [
             Route("/v1/chat/completions", self.chat_completions, methods=["POST"]),
+            Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/v1/models", self.models, methods=["GET"]),
             Route("/v1/models/{id:path}", self.model, methods=["GET"]),
             Route("/health", self.ready, methods=["GET"]),
@@ -61,25 +61,38 @@ class Routes:
         ]
 
     async def chat_completions(self, request: Request) -> Response:
-        """A completion, whole or streamed."""
+        """A chat completion, whole or streamed."""
         started_at = time.perf_counter()
-        raw = await read_json(
-            request, self._settings.max_body_bytes, self._settings.body_read_seconds
-        )
-        wanted = parse_request(raw)
+        wanted = parse(ChatRequest, await self._body(request))
+        asked = chat.request(wanted)
         if wanted.stream:
-            return await self._stream(request, wanted, started_at)
-        message = convert.completion_request(wanted)
-        response = await while_connected(request.receive, self._backend.complete(message))
-        return JSONAnswer(encode(convert.chat_completion(response, bool(wanted.logprobs))))
+            stream = self._backend.stream_chat(asked)
+            return await self._streamed(request, stream, ChatWriter(wanted), started_at)
+        response = await while_connected(request.receive, self._backend.complete_chat(asked))
+        return JSONAnswer(encode(chat.answer(response, wanted)))
 
-    async def _stream(self, request: Request, wanted: ChatRequest, started_at: float) -> Response:
-        options = wanted.stream_options
-        writer = ChunkWriter(
-            include_usage=bool(options and options.include_usage),
-            continuous_usage=bool(options and options.continuous_usage_stats),
-        )
-        stream = self._backend.stream(convert.completion_request(wanted))
+    async def completions(self, request: Request) -> Response:
+        """A plain completion, whole or streamed."""
+        started_at = time.perf_counter()
+        wanted = parse(CompletionRequest, await self._body(request))
+        asked = text.request(wanted)
+        if wanted.stream:
+            stream = self._backend.stream_text(asked)
+            return await self._streamed(request, stream, TextWriter(wanted), started_at)
+        response = await while_connected(request.receive, self._backend.complete_text(asked))
+        return JSONAnswer(encode(text.answer(response, wanted)))
+
+    async def _body(self, request: Request) -> dict[str, Any]:
+        settings = self._settings
+        return await read_json(request, settings.max_body_bytes, settings.body_read_seconds)
+
+    async def _streamed(
+        self,
+        request: Request,
+        stream: CompletionStream[Event],
+        writer: ChunkWriter[Event],
+        started_at: float,
+    ) -> Response:
         try:
             # Awaited before any answer, so that early failures have their own HTTP status.
             first = await while_connected(request.receive, stream.read())
@@ -97,12 +110,12 @@ class Routes:
 
     async def models(self, request: Request) -> Response:
         """All models."""
-        return JSONAnswer(encode(convert.model_list(await self._backend.models())))
+        return JSONAnswer(encode(model.model_list(await self._backend.models())))
 
     async def model(self, request: Request) -> Response:
         """One model."""
         found = await self._backend.model(request.path_params["id"])
-        return JSONAnswer(encode(convert.model_object(found)))
+        return JSONAnswer(encode(model.model_object(found)))
 
     async def ready(self, request: Request) -> Response:
         """Whether a completion would be taken on now."""

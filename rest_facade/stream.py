@@ -5,20 +5,33 @@ An error leaves as an exception; the application's boundary makes the last event
 
 import asyncio
 from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from rest_facade.backend import CompletionStream
 from rest_facade.connection import while_connected
-from rest_facade.convert import Event
-from rest_facade.sse import DONE, KEEP_ALIVE, ChunkWriter
+from rest_facade.sse import DONE, KEEP_ALIVE
 
 _HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
     "x-accel-buffering": "no",
 }
+
+
+Event = TypeVar("Event")
+Read = TypeVar("Read", contravariant=True)
+
+
+class ChunkWriter(Protocol[Read]):
+    """Makes chunks of events; complete once it has seen the last one."""
+
+    complete: bool
+
+    def push(self, event: Read) -> bytes:
+        """The chunks for `event`; may be none."""
 
 
 class EventStream(Response):
@@ -30,8 +43,8 @@ class EventStream(Response):
     def __init__(
         self,
         first: Event | None,
-        stream: CompletionStream,
-        writer: ChunkWriter,
+        stream: CompletionStream[Event],
+        writer: ChunkWriter[Event],
         keep_alive_seconds: float,
         on_text: Callable[[], None],
     ) -> None:

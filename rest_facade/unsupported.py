@@ -1,7 +1,7 @@
 """Fields that mean something elsewhere and nothing here: refused, never silently dropped.
 
 Each stands with the values that change nothing and are therefore let through; `null` always is.
-Fields in neither this table nor `schema` are unknown to everyone and ignored.
+Fields in neither these tables nor the request models are unknown to everyone and ignored.
 """
 
 from collections.abc import Mapping
@@ -9,58 +9,45 @@ from typing import Any
 
 from trivium.wire.errors import ServiceError
 
-_REQUEST: dict[str, tuple[Any, ...]] = {
-    # OpenAI's
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
+Table = dict[str, tuple[Any, ...]]
+
+# Of both completions.
+_OPENAI: Table = {
+    "store": (False,),
     "audio": (),
     "prediction": (),
+    "moderation": (),
     "web_search_options": (),
-    "reasoning_effort": (),
-    "verbosity": ("medium",),
-    "store": (False,),
-    "service_tier": ("auto", "default"),
-    # vLLM's
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
+    "prompt_cache_retention": ("in_memory", "in-memory"),
+    "prompt_cache_options": (),
+    "functions": (),
+    "function_call": (),
+    "suffix": ("",),
+    "best_of": (1,),
+}
+_VLLM: Table = {
     "guided_decoding_backend": (),
     "guided_whitespace_pattern": (),
     "structural_tag": (),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "documents": ([],),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-    "add_special_tokens": (False,),
-    "echo": (False,),
-    "suffix": ("",),
-    "best_of": (1,),
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
     "early_stopping": (False,),
-    "stop_token_ids": ([],),
-    "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "bad_words": ([],),
     "allowed_token_ids": (),
     "logits_processors": ([],),
     "prompt_logprobs": (),
+    "prompt_embeds": (),
     "truncate_prompt_tokens": (),
     "return_tokens_as_token_ids": (False,),
     "return_token_ids": (False,),
     "priority": (0,),
-    "include_reasoning": (True,),
-    "mm_processor_kwargs": ({},),
-    # llama-server's
+    "cache_salt": (),
+    "kv_transfer_params": (),
+    "vllm_xargs": ({},),
+    "thinking_token_budget": (),
+}
+_LLAMA: Table = {
     "grammar": ("",),
     "json_schema": ({},),
     "n_predict": (-1,),
@@ -70,26 +57,78 @@ _REQUEST: dict[str, tuple[Any, ...]] = {
     "dry_multiplier": (0, 0.0),
     "xtc_probability": (0, 0.0),
 }
-_STREAM_OPTIONS: dict[str, tuple[Any, ...]] = {"include_obfuscation": (False,)}
-_MESSAGE: dict[str, tuple[Any, ...]] = {
+_CHAT: Table = {
+    **_OPENAI,
+    **_VLLM,
+    **_LLAMA,
+    "chat_template": (),
+    "documents": ([],),
+    "add_special_tokens": (False,),
+    "echo": (False,),
+    "include_reasoning": (True,),
+    "mm_processor_kwargs": ({},),
+}
+_COMPLETION: Table = {
+    **_OPENAI,
+    **_VLLM,
+    **_LLAMA,
+    "add_special_tokens": (True,),
+    "max_completion_tokens": (),
+    "messages": (),
+    "tools": ([],),
+    "reasoning_effort": (),
+}
+_TOKENIZE: Table = {
+    "return_token_strs": (False,),
+    "mm_processor_kwargs": ({},),
+    "chat_template": (),
+}
+_STREAM_OPTIONS: Table = {"include_obfuscation": (False,)}
+_RESPONSE_FORMAT: Table = {"schema": ()}
+_STRUCTURED_OUTPUTS: Table = {
+    "whitespace_pattern": (),
+    "structural_tag": (),
+    "disable_any_whitespace": (False,),
+    "disable_additional_properties": (False,),
+    "disable_fallback": (True, False),
+}
+_MESSAGE: Table = {
     "function_call": (),
     "audio": (),
     "refusal": ("",),
-    "reasoning": ("",),
-    "reasoning_content": ("",),
     "prefix": (False,),
 }
 
 
-def refuse_unsupported(raw: Mapping[str, Any]) -> None:
-    """Raises for the first field of a checked body that asks for something not built."""
-    _refuse(raw, _REQUEST, "")
-    _refuse(raw.get("stream_options") or {}, _STREAM_OPTIONS, "stream_options.")
+def refuse_unsupported_chat(raw: Mapping[str, Any]) -> None:
+    """Raises for the first field of a checked chat body that asks for something not built."""
+    _refuse(raw, _CHAT, "")
+    _refuse_in_objects(raw)
     for position, message in enumerate(raw["messages"]):
         _refuse(message, _MESSAGE, f"messages[{position}].")
 
 
-def _refuse(fields: Mapping[str, Any], table: dict[str, tuple[Any, ...]], place: str) -> None:
+def refuse_unsupported_completion(raw: Mapping[str, Any]) -> None:
+    """The same for plain completions."""
+    _refuse(raw, _COMPLETION, "")
+    _refuse_in_objects(raw)
+
+
+def refuse_unsupported_tokenize(raw: Mapping[str, Any]) -> None:
+    """The same for /tokenize."""
+    _refuse(raw, _TOKENIZE, "")
+
+
+def _refuse_in_objects(raw: Mapping[str, Any]) -> None:
+    for name, table in (
+        ("stream_options", _STREAM_OPTIONS),
+        ("response_format", _RESPONSE_FORMAT),
+        ("structured_outputs", _STRUCTURED_OUTPUTS),
+    ):
+        _refuse(raw.get(name) or {}, table, f"{name}.")
+
+
+def _refuse(fields: Mapping[str, Any], table: Table, place: str) -> None:
     for name, harmless in table.items():
         value = fields.get(name)
         # By repr, as True == 1 in Python and not in JSON.

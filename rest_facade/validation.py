@@ -5,12 +5,12 @@ Knows nothing of HTTP.
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from rest_facade.schema import FAULT, ChatRequest, check_meaning
+from rest_facade.field import FAULT, Body
 from trivium.wire.errors import ServiceError
 
 _EXPECTED = {
@@ -24,7 +24,7 @@ _EXPECTED = {
     "model_type": "an object",
     "model_attributes_type": "an object",
 }
-_ARRAYS_OF_OBJECTS = ("messages", "tool_calls")
+_ARRAYS_OF_OBJECTS = ("messages", "tool_calls", "tools")
 _BOUNDS = {
     "greater_than_equal": ("below_min_value", "below minimum value", ">=", "ge"),
     "greater_than": ("below_min_value", "below minimum value", ">", "gt"),
@@ -33,13 +33,16 @@ _BOUNDS = {
 _SHOWN_CHARACTERS = 64
 
 
-def parse_request(raw: dict[str, Any]) -> ChatRequest:
-    """The request in a JSON object; raises ServiceError for the first fault in it."""
+Request = TypeVar("Request", bound=Body)
+
+
+def parse(kind: type[Request], raw: dict[str, Any]) -> Request:
+    """The request of that kind in a JSON object; raises ServiceError for the first fault in it."""
     try:
-        request = ChatRequest.model_validate(raw)
+        request = kind.model_validate(raw)
     except ValidationError as error:
         raise _from_validation_error(error) from None
-    check_meaning(request, raw)
+    request.check(raw)
     return request
 
 

@@ -4,17 +4,28 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from trivium.chat.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc
+from trivium.chat.v1 import (
+    chat_pb2,
+    chat_pb2_grpc,
+    completion_pb2,
+    completion_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
+)
+from trivium.tokenizer.v1 import tokenizer_pb2, tokenizer_pb2_grpc
 from trivium.wire.errors import ServiceError
 from trivium.wire.serving import GrpcServer
 
 MODEL = "scripted"
 CHAT_SERVICE = "trivium.chat.v1.ChatService"
 MODEL_SERVICE = "trivium.chat.v1.ModelService"
+COMPLETION_SERVICE = "trivium.chat.v1.CompletionService"
+TOKENIZER_SERVICE = "trivium.tokenizer.v1.TokenizerService"
 
 # What a script is made of: an event is sent, an asyncio.Event is waited for, a number of seconds
 # is slept, an exception is raised, and None waits for ever.
-Step = chat_pb2.StreamChatCompletionResponse | asyncio.Event | float | Exception | None
+Message = chat_pb2.StreamChatCompletionResponse | completion_pb2.StreamCompletionResponse
+Step = Message | asyncio.Event | float | Exception | None
 
 
 def header() -> chat_pb2.StreamChatCompletionResponse:
@@ -31,7 +42,7 @@ def header() -> chat_pb2.StreamChatCompletionResponse:
 def delta(
     content: str = "", index: int = 0, tokens: int = 1, finish: str = "", **fields: Any
 ) -> chat_pb2.StreamChatCompletionResponse:
-    """New text; `finish` is empty, STOP or LENGTH."""
+    """New text; `finish` is empty, STOP, LENGTH or TOOL_CALLS."""
     event = chat_pb2.StreamChatCompletionResponse()
     event.delta.CopyFrom(
         chat_pb2.ChoiceDelta(index=index, content=content, completion_tokens=tokens, **fields)
@@ -41,13 +52,42 @@ def delta(
     return event
 
 
-def usage(completion_tokens: int = 2) -> chat_pb2.StreamChatCompletionResponse:
+def call(name: str | None = None, arguments: str = "", position: int = 0) -> chat_pb2.ToolCallDelta:
+    """A piece of a tool call; with a name it is the first one."""
+    piece = chat_pb2.ToolCallDelta(index=position, name=name, arguments=arguments)
+    if name is not None:
+        piece.id = f"call_{position}"
+    return piece
+
+
+def text_delta(
+    text: str = "", index: int = 0, tokens: int = 1, finish: str = "", **fields: Any
+) -> completion_pb2.StreamCompletionResponse:
+    """New text of a plain completion."""
+    event = completion_pb2.StreamCompletionResponse()
+    event.delta.CopyFrom(
+        completion_pb2.CompletionDelta(index=index, text=text, completion_tokens=tokens, **fields)
+    )
+    if finish:
+        event.delta.finish_reason = chat_pb2.FinishReason.Value(f"FINISH_REASON_{finish}")
+    return event
+
+
+def text_logprob(token: chat_pb2.TokenLogprob | None, offset: int) -> Any:
+    """A token of a plain completion and where its text begins; None is an echoed first one."""
+    return completion_pb2.CompletionTokenLogprob(token=token, text_offset=offset)
+
+
+def usage(
+    completion_tokens: int = 2, reasoning_tokens: int = 0
+) -> chat_pb2.StreamChatCompletionResponse:
     """What every scripted answer costs."""
     event = chat_pb2.StreamChatCompletionResponse()
     event.usage.CopyFrom(
         chat_pb2.Usage(
             prompt_tokens=7,
             completion_tokens=completion_tokens,
+            reasoning_tokens=reasoning_tokens,
             cached_prompt_tokens=3,
             device_nanoseconds=1_500_000_000,
         )
@@ -72,12 +112,30 @@ HELLO: Sequence[Step] = (
 )
 
 
-class ScriptedBackend(chat_pb2_grpc.ChatServiceServicer, model_pb2_grpc.ModelServiceServicer):
-    """Plays `script` for every completion, and remembers what it was asked."""
+HELLO_TEXT: Sequence[Step] = (
+    header(),
+    text_delta("Hello"),
+    text_delta(" world", tokens=2),
+    text_delta(tokens=2, finish="STOP"),
+    usage(),
+)
+
+
+class ScriptedBackend(
+    chat_pb2_grpc.ChatServiceServicer,
+    completion_pb2_grpc.CompletionServiceServicer,
+    model_pb2_grpc.ModelServiceServicer,
+    tokenizer_pb2_grpc.TokenizerServiceServicer,
+):
+    """Plays `script` for every chat, `text_script` for every plain completion, and remembers
+    what it was asked. A text is tokenized into its characters' code points.
+    """
 
     def __init__(self) -> None:
         self.script: Sequence[Step] = HELLO
-        self.requests: list[chat_pb2.CreateChatCompletionRequest] = []
+        self.text_script: Sequence[Step] = HELLO_TEXT
+        self.model_names = [MODEL, "org/other"]
+        self.requests: list[Any] = []
         self.metadata: list[dict[str, str]] = []
         self.deadlines: list[float | None] = []
         self.started = asyncio.Event()
@@ -90,9 +148,11 @@ class ScriptedBackend(chat_pb2_grpc.ChatServiceServicer, model_pb2_grpc.ModelSer
         self._server = GrpcServer(
             [
                 (chat_pb2_grpc.add_ChatServiceServicer_to_server, self),
+                (completion_pb2_grpc.add_CompletionServiceServicer_to_server, self),
                 (model_pb2_grpc.add_ModelServiceServicer_to_server, self),
+                (tokenizer_pb2_grpc.add_TokenizerServiceServicer_to_server, self),
             ],
-            [CHAT_SERVICE, MODEL_SERVICE],
+            [CHAT_SERVICE, COMPLETION_SERVICE, MODEL_SERVICE, TOKENIZER_SERVICE],
         )
         self.port = await self._server.start(f"127.0.0.1:{self.port}")
         await self._server.set_serving(True)
@@ -110,52 +170,125 @@ class ScriptedBackend(chat_pb2_grpc.ChatServiceServicer, model_pb2_grpc.ModelSer
 
     async def StreamChatCompletion(self, request: Any, context: Any) -> AsyncIterator[Any]:
         self._note(request, context)
-        async for event in self._play():
+        async for event in self._play(self.script):
             yield event
 
     async def CreateChatCompletion(self, request: Any, context: Any) -> Any:
         self._note(request, context)
         response = chat_pb2.CreateChatCompletionResponse()
         choices: dict[int, chat_pb2.Choice] = {}
-        async for event in self._play():
+        async for event in self._play(self.script):
             if event.HasField("header"):
                 response.header.CopyFrom(event.header)
             elif event.HasField("usage"):
                 response.usage.CopyFrom(event.usage)
             else:
+                index = event.delta.index
+                _add(choices.setdefault(index, chat_pb2.Choice(index=index)), event.delta)
+        response.choices.extend(choices[index] for index in sorted(choices))
+        return response
+
+    async def StreamCompletion(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        self._note(request, context)
+        async for event in self._play(self.text_script):
+            yield _as_text(event)
+
+    async def CreateCompletion(self, request: Any, context: Any) -> Any:
+        self._note(request, context)
+        response = completion_pb2.CreateCompletionResponse()
+        choices: dict[int, completion_pb2.CompletionChoice] = {}
+        async for event in self._play(self.text_script):
+            if event.HasField("header"):
+                response.header.CopyFrom(_as_text(event).header)
+            elif event.HasField("usage"):
+                response.usage.CopyFrom(event.usage)
+            else:
+                delta = event.delta
                 choice = choices.setdefault(
-                    event.delta.index, chat_pb2.Choice(index=event.delta.index)
+                    delta.index, completion_pb2.CompletionChoice(index=delta.index)
                 )
-                choice.content += event.delta.content
-                choice.logprobs.extend(event.delta.logprobs)
-                choice.finish_reason = event.delta.finish_reason
+                choice.text += delta.text
+                choice.logprobs.extend(delta.logprobs)
+                choice.finish_reason = delta.finish_reason
         response.choices.extend(choices[index] for index in sorted(choices))
         return response
 
     async def ListModels(self, request: Any, context: Any) -> Any:
-        return model_pb2.ListModelsResponse(models=[_model(MODEL), _model("org/other")])
+        return model_pb2.ListModelsResponse(models=map(_model, self.model_names))
 
     async def GetModel(self, request: Any, context: Any) -> Any:
-        if request.id not in (MODEL, "org/other"):
-            raise ServiceError("model_not_found", f"The model '{request.id}' does not exist.")
+        self._check_model(request.id)
         return model_pb2.GetModelResponse(model=_model(request.id))
+
+    async def RenderChat(self, request: Any, context: Any) -> Any:
+        self._note(request, context)
+        prompt = "".join(part.text for message in request.messages for part in message.content)
+        return tokenizer_pb2.RenderChatResponse(prompt=prompt, token_ids=map(ord, prompt))
+
+    async def Tokenize(self, request: Any, context: Any) -> Any:
+        self._note(request, context)
+        return tokenizer_pb2.TokenizeResponse(token_ids=map(ord, request.text))
+
+    async def Detokenize(self, request: Any, context: Any) -> Any:
+        self._note(request, context)
+        if any(token > 0xD7FF for token in request.token_ids):
+            raise ServiceError("invalid_value", "No such token.", "tokens")
+        return tokenizer_pb2.DetokenizeResponse(text="".join(map(chr, request.token_ids)))
+
+    async def GetTokenizerInfo(self, request: Any, context: Any) -> Any:
+        return tokenizer_pb2.GetTokenizerInfoResponse(
+            vocabulary_size=0xD800,
+            context_length=2048,
+            chat_template="{{ messages }}",
+            eos_token="<end>",
+            special_tokens={3: "<end>"},
+        )
+
+    def _check_model(self, name: str) -> None:
+        if name not in self.model_names:
+            raise ServiceError("model_not_found", f"The model '{name}' does not exist.", "model")
 
     def _note(self, request: Any, context: Any) -> None:
         self.requests.append(request)
         self.metadata.append(dict(context.invocation_metadata()))
         self.deadlines.append(context.time_remaining())
 
-    async def _play(self) -> AsyncIterator[chat_pb2.StreamChatCompletionResponse]:
+    async def _play(self, script: Sequence[Step]) -> AsyncIterator[Any]:
         self.started.set()
         try:
-            for step in self.script:
-                if isinstance(step, chat_pb2.StreamChatCompletionResponse):
+            for step in script:
+                if isinstance(step, Message):
                     yield step
                 else:
                     await _pause(step)
         except (asyncio.CancelledError, GeneratorExit):
             self.cancelled.set()
             raise
+
+
+def _add(choice: chat_pb2.Choice, delta: chat_pb2.ChoiceDelta) -> None:
+    """Makes `choice` longer by what is new."""
+    choice.content += delta.content
+    choice.reasoning_content += delta.reasoning_content
+    choice.logprobs.extend(delta.logprobs)
+    choice.finish_reason = delta.finish_reason
+    for piece in delta.tool_calls:
+        if piece.HasField("id"):
+            choice.tool_calls.add(id=piece.id, name=piece.name)
+        choice.tool_calls[piece.index].arguments += piece.arguments
+
+
+def _as_text(event: Any) -> completion_pb2.StreamCompletionResponse:
+    """A chat's header or usage as a plain completion's."""
+    if isinstance(event, completion_pb2.StreamCompletionResponse):
+        return event
+    same = completion_pb2.StreamCompletionResponse.FromString(b"")
+    if event.HasField("header"):
+        same.header.CopyFrom(event.header)
+        same.header.id = "cmpl-" + "0" * 32
+    else:
+        same.usage.CopyFrom(event.usage)
+    return same
 
 
 async def _pause(step: asyncio.Event | float | Exception | None) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from rest_facade.body import parse_json
-from rest_facade.validation import parse_request
+from rest_facade.schema import ChatRequest
+from rest_facade.validation import parse
 from trivium.wire.errors import ServiceError
 
 VALID: dict[str, Any] = {
@@ -21,7 +22,7 @@ VALID: dict[str, Any] = {
 def refusal(raw: dict[str, Any]) -> ServiceError:
     """The error that `raw` is refused with."""
     with pytest.raises(ServiceError) as caught:
-        parse_request(raw)
+        parse(ChatRequest, raw)
     return caught.value
 
 
@@ -161,17 +162,172 @@ def test_wording(fields: dict[str, Any], code: str, param: str, message: str) ->
         ),
         ({"max_tokens": 1, "min_tokens": 2}, "invalid_parameter_combination", "min_tokens"),
         ({"top_logprobs": 1}, "invalid_parameter_combination", "top_logprobs"),
-        ({"tools": [{"type": "function"}]}, "unsupported_value", "tools"),
-        ({"reasoning_effort": "low"}, "unsupported_parameter", "reasoning_effort"),
-        ({"response_format": {"type": "json_object"}}, "unsupported_value", "response_format"),
-        ({"modalities": ["text", "audio"]}, "unsupported_value", "modalities"),
+        ({"modalities": ["text", "audio"]}, "unsupported_value", "modalities[1]"),
         ({"best_of": True}, "unsupported_value", "best_of"),
         ({"store": True}, "unsupported_value", "store"),
-        ({"guided_json": {}}, "unsupported_parameter", "guided_json"),
+        ({"service_tier": "flex"}, "unsupported_value", "service_tier"),
+        ({"service_tier": "first"}, "invalid_value", "service_tier"),
+        ({"verbosity": "low"}, "unsupported_value", "verbosity"),
+        ({"prediction": {"type": "content"}}, "unsupported_parameter", "prediction"),
+        ({"prompt_cache_key": 5}, "invalid_type", "prompt_cache_key"),
+        ({"prompt_cache_retention": "24h"}, "unsupported_value", "prompt_cache_retention"),
+        ({"safety_identifier": "x" * 513}, "string_above_max_length", "safety_identifier"),
+        ({"functions": []}, "unsupported_parameter", "functions"),
+        ({"function_call": "auto"}, "unsupported_parameter", "function_call"),
+        ({"stop_token_ids": [-1]}, "integer_below_min_value", "stop_token_ids[0]"),
+        ({"reasoning_effort": "max"}, "unsupported_value", "reasoning_effort"),
+        ({"reasoning_effort": "much"}, "invalid_value", "reasoning_effort"),
+        ({"chat_template_kwargs": []}, "invalid_type", "chat_template_kwargs"),
+        (
+            {"continue_final_message": True, "add_generation_prompt": True},
+            "invalid_parameter_combination",
+            "add_generation_prompt",
+        ),
     ],
 )
 def test_refused_fields(fields: dict[str, Any], code: str, param: str) -> None:
     """Wrong, contradicting and unsupported fields are refused, and named."""
+    error = refusal(VALID | fields)
+
+    assert (code, param) == (error.code, error.param)
+
+
+FUNCTION = {"type": "function", "function": {"name": "f"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "param"),
+    [
+        ({"tools": [{}]}, "missing_required_parameter", "tools[0].type"),
+        ({"tools": [{"type": "custom"}]}, "unsupported_value", "tools[0].type"),
+        ({"tools": [{"type": "magic"}]}, "invalid_value", "tools[0].type"),
+        (
+            {"tools": [{"type": "function"}]},
+            "missing_required_parameter",
+            "tools[0].function",
+        ),
+        (
+            {"tools": [{"type": "function", "function": {"name": "a b"}}]},
+            "invalid_value",
+            "tools[0].function.name",
+        ),
+        (
+            {"tools": [{"type": "function", "function": {"name": "a" * 65}}]},
+            "string_above_max_length",
+            "tools[0].function.name",
+        ),
+        (
+            {"tools": [{"type": "function", "function": {"name": "a", "parameters": "{}"}}]},
+            "invalid_type",
+            "tools[0].function.parameters",
+        ),
+        ({"tools": [FUNCTION, FUNCTION]}, "invalid_value", "tools[1].function.name"),
+        ({"tools": [FUNCTION] * 129}, "array_above_max_length", "tools"),
+        ({"tool_choice": "always"}, "invalid_value", "tool_choice"),
+        ({"tool_choice": 5}, "invalid_type", "tool_choice"),
+        ({"tool_choice": "required"}, "invalid_parameter_combination", "tool_choice"),
+        (
+            {"tool_choice": {"type": "allowed_tools"}},
+            "unsupported_value",
+            "tool_choice.type",
+        ),
+        (
+            {"tool_choice": {"type": "function"}},
+            "missing_required_parameter",
+            "tool_choice.function",
+        ),
+        (
+            {
+                "tools": [FUNCTION],
+                "tool_choice": {"type": "function", "function": {"name": "g"}},
+            },
+            "invalid_value",
+            "tool_choice.function.name",
+        ),
+        ({"parallel_tool_calls": 1}, "invalid_type", "parallel_tool_calls"),
+    ],
+)
+def test_refused_tools(fields: dict[str, Any], code: str, param: str) -> None:
+    """Tools that cannot be called are refused where they are wrong."""
+    error = refusal(VALID | fields)
+
+    assert (code, param) == (error.code, error.param)
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "param"),
+    [
+        ({"response_format": "json"}, "invalid_type", "response_format"),
+        ({"response_format": {"type": "xml"}}, "invalid_value", "response_format.type"),
+        ({"response_format": {"type": "grammar"}}, "unsupported_value", "response_format.type"),
+        (
+            {"response_format": {"type": "json_schema"}},
+            "missing_required_parameter",
+            "response_format.json_schema",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+            "missing_required_parameter",
+            "response_format.json_schema.name",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "ü"}}},
+            "invalid_value",
+            "response_format.json_schema.name",
+        ),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "a", "schema": "{}"},
+                }
+            },
+            "invalid_type",
+            "response_format.json_schema.schema",
+        ),
+        (
+            {"response_format": {"type": "text", "json_schema": {"name": "a"}}},
+            "invalid_parameter_combination",
+            "response_format.json_schema",
+        ),
+        (
+            {"response_format": {"type": "json_object", "schema": {}}},
+            "unsupported_parameter",
+            "response_format.schema",
+        ),
+        ({"structured_outputs": {}}, "invalid_value", "structured_outputs"),
+        (
+            {"structured_outputs": {"json": "{", "regex": "a"}},
+            "invalid_json_schema",
+            "structured_outputs.json",
+        ),
+        ({"guided_json": "[]"}, "invalid_json_schema", "guided_json"),
+        ({"guided_choice": []}, "empty_array", "guided_choice"),
+        ({"guided_choice": [""]}, "invalid_value", "guided_choice[0]"),
+        (
+            {"structured_outputs": {"json": {}, "regex": "a"}},
+            "invalid_parameter_combination",
+            "structured_outputs.regex",
+        ),
+        (
+            {"structured_outputs": {"json": {}}, "guided_regex": "a"},
+            "invalid_parameter_combination",
+            "guided_regex",
+        ),
+        (
+            {"response_format": {"type": "json_object"}, "guided_regex": "a"},
+            "invalid_parameter_combination",
+            "guided_regex",
+        ),
+        (
+            {"structured_outputs": {"regex": "a", "whitespace_pattern": " "}},
+            "unsupported_parameter",
+            "structured_outputs.whitespace_pattern",
+        ),
+    ],
+)
+def test_refused_formats(fields: dict[str, Any], code: str, param: str) -> None:
+    """Constraints that are none, or more than one, are refused where they are wrong."""
     error = refusal(VALID | fields)
 
     assert (code, param) == (error.code, error.param)
@@ -228,6 +384,21 @@ def test_refused_fields(fields: dict[str, Any], code: str, param: str) -> None:
             "messages[0].tool_calls",
         ),
         (
+            {"role": "user", "content": "x", "reasoning_content": "y"},
+            "invalid_value",
+            "messages[0].reasoning_content",
+        ),
+        (
+            {"role": "assistant", "content": "x", "reasoning_content": "y", "reasoning": "z"},
+            "invalid_parameter_combination",
+            "messages[0].reasoning",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [{"id": "c", "type": "custom"}]},
+            "unsupported_value",
+            "messages[0].tool_calls[0].type",
+        ),
+        (
             {"role": "assistant", "content": "x", "refusal": "no"},
             "unsupported_value",
             "messages[0].refusal",
@@ -260,13 +431,14 @@ def test_refused_messages(message: Any, code: str, param: str) -> None:
         {"length_penalty": 1.0},
         {"stream": True, "stream_options": {"include_obfuscation": False}},
         {"a_field_of_the_future": {"x": [1, 2]}},
-        {"prompt_cache_key": "k"},
+        {"prompt_cache_key": "k", "safety_identifier": "s", "verbosity": "medium"},
+        {"service_tier": "default"},
         {"temperature": 2, "top_p": 0, "top_logprobs": 0},
     ],
 )
 def test_harmless_fields(fields: dict[str, Any]) -> None:
     """Values that ask for what is done anyway, and unknown fields, are let through."""
-    assert parse_request(VALID | fields).model == "m"
+    assert parse(ChatRequest, VALID | fields).model == "m"
 
 
 def test_an_answer_is_a_legal_message() -> None:
@@ -274,14 +446,14 @@ def test_an_answer_is_a_legal_message() -> None:
     answer = {"role": "assistant", "content": "Hello", "refusal": None, "tool_calls": None}
     messages = [*VALID["messages"], answer]
 
-    assert parse_request(VALID | {"messages": messages}).messages[-1].content is not None
+    assert parse(ChatRequest, VALID | {"messages": messages}).messages[-1].content is not None
 
 
 def test_the_body_is_not_changed() -> None:
     """Checking a body leaves it as it was."""
     raw = copy.deepcopy(VALID) | {"stop": "x", "tools": []}
     before = copy.deepcopy(raw)
-    parse_request(raw)
+    parse(ChatRequest, raw)
 
     assert raw == before
 

@@ -1,0 +1,77 @@
+"""The body of POST /v1/completions: a prompt as text or token ids, and how it is completed."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from rest_facade.field import INT32_MAX, Body, Strict, fault
+from rest_facade.option import Options
+from rest_facade.sampling import TokenId
+from rest_facade.unsupported import refuse_unsupported_completion
+
+MAX_PROMPTS = 2048
+
+
+def _as_prompts(value: Any) -> Any:
+    """`value` as a list of prompts, whichever of the four forms it has."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        raise fault(
+            "invalid_type", "one of a string, array of strings, or array of token ids or of such"
+        )
+    if value and _is_int(value[0]):
+        return [value]
+    return value
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _prompt(value: Any) -> Any:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise fault("invalid_type", "one of a string or array of token ids")
+    if not value:
+        raise fault("empty_array", "Invalid '{param}': a prompt needs at least one token.")
+    for position, token in enumerate(value):
+        if not _is_int(token):
+            raise fault("invalid_type", "token ids: an array of integers")
+        if not 0 <= token <= INT32_MAX:
+            raise fault(
+                "invalid_value", f"Invalid '{{param}}': the token id at {position} is out of range."
+            )
+    return value
+
+
+_TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+Prompt = Annotated[Any, BeforeValidator(_prompt, json_schema_input_type=str | _TokenIds)]
+Prompts = Annotated[
+    list[Prompt],
+    Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True),
+    BeforeValidator(
+        _as_prompts, json_schema_input_type=str | list[str] | _TokenIds | list[_TokenIds]
+    ),
+]
+
+
+class _Prompted(Strict):
+    model: str = Field(description="The model's id, as GET /v1/models gives it.")
+    prompt: Prompts = Field(description="One prompt or several, as text or token ids.")
+
+
+class CompletionRequest(Options, _Prompted, Body):
+    """The body of POST /v1/completions. `max_tokens` is 16 by default, as with OpenAI."""
+
+    echo: bool | None = Field(None, description="Whether the text begins with the prompt.")
+    logprobs: int | None = Field(
+        None, ge=0, le=5, description="Log-probabilities of the tokens and of this many others."
+    )
+
+    def check(self, raw: Mapping[str, Any]) -> None:
+        refuse_unsupported_completion(raw)
+        self.check_sampling()
+        self.check_constraint()

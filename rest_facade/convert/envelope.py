@@ -1,0 +1,127 @@
+"""What chat and plain completions share: the request's options, an answer's header and usage."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pydantic import BaseModel
+
+from rest_facade.answer import FinishReason, Usage
+from rest_facade.format import ResponseFormat, StructuredOutputs
+from rest_facade.option import Options
+from trivium.chat.v1 import chat_pb2
+
+FINISH_REASONS: dict[int, FinishReason] = {
+    chat_pb2.FINISH_REASON_STOP: "stop",
+    chat_pb2.FINISH_REASON_LENGTH: "length",
+    chat_pb2.FINISH_REASON_TOOL_CALLS: "tool_calls",
+}
+# Fields whose name, type and meaning are the same on both sides.
+_SAME = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "min_tokens",
+    "ignore_eos",
+    "seed",
+    "n",
+    "user",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What all chunks of a stream say."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    prompt_tokens: int
+
+
+def options(request: Options) -> chat_pb2.CreateChatCompletionRequest:
+    """The fields that chat and plain completions share; absent ones stay absent."""
+    message = chat_pb2.CreateChatCompletionRequest(
+        logit_bias={int(k): v for k, v in (request.logit_bias or {}).items()},
+        max_completion_tokens=request.longest_answer(),
+        stop=request.stop or (),
+        stop_token_ids=request.stop_token_ids or (),
+        metadata=request.metadata or {},
+    )
+    copy_given(request, message, _SAME)
+    if request.response_format is not None:
+        message.response_format.CopyFrom(_response_format(request.response_format))
+    constraint = request.constraint()
+    if constraint is not None:
+        message.structured_outputs.CopyFrom(_structured_outputs(constraint))
+    return message
+
+
+def copy_given(
+    request: BaseModel, message: chat_pb2.CreateChatCompletionRequest, names: Iterable[str]
+) -> None:
+    """Copies those of the fields that were given."""
+    for name in names:
+        value = getattr(request, name)
+        if value is not None:
+            setattr(message, name, value)
+
+
+def _response_format(wanted: ResponseFormat) -> chat_pb2.ResponseFormat:
+    if wanted.json_schema is not None:
+        given = wanted.json_schema
+        schema = chat_pb2.JsonSchemaFormat(
+            name=given.name,
+            description=given.description,
+            schema=given.schema_text,
+            strict=given.strict,
+        )
+        return chat_pb2.ResponseFormat(json_schema=schema)
+    if wanted.type == "json_object":
+        return chat_pb2.ResponseFormat(json_object=chat_pb2.JsonObjectFormat())
+    return chat_pb2.ResponseFormat(text=chat_pb2.TextFormat())
+
+
+def _structured_outputs(wanted: StructuredOutputs) -> chat_pb2.StructuredOutputs:
+    if wanted.choice is not None:
+        return chat_pb2.StructuredOutputs(choice=chat_pb2.ChoiceList(choices=wanted.choice))
+    return chat_pb2.StructuredOutputs(
+        json=wanted.json_text,
+        regex=wanted.regex,
+        grammar=wanted.grammar,
+        json_object=wanted.json_object or None,
+    )
+
+
+def header(given: chat_pb2.CompletionHeader) -> Header:
+    """What all chunks of a stream say."""
+    return Header(
+        id=given.id,
+        created=given.create_time.seconds,
+        model=given.model,
+        system_fingerprint=given.system_fingerprint,
+        prompt_tokens=given.prompt_tokens,
+    )
+
+
+def usage(given: chat_pb2.Usage) -> Usage:
+    """What a request cost."""
+    return Usage(
+        prompt_tokens=given.prompt_tokens,
+        completion_tokens=given.completion_tokens,
+        total_tokens=given.prompt_tokens + given.completion_tokens,
+        gpu_seconds=given.device_nanoseconds / 1e9,
+        prompt_tokens_details={"cached_tokens": given.cached_prompt_tokens, "audio_tokens": 0},
+        completion_tokens_details={
+            "reasoning_tokens": given.reasoning_tokens,
+            "audio_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
+    )

@@ -1,0 +1,67 @@
+"""Messages and tools of a conversation, from JSON to protobuf."""
+
+from collections.abc import Iterable
+
+from rest_facade.message import ChatMessage
+from rest_facade.tool import Tool, ToolChoice
+from trivium.chat.v1 import chat_pb2
+
+_ROLES = {
+    "system": chat_pb2.ROLE_SYSTEM,
+    "developer": chat_pb2.ROLE_DEVELOPER,
+    "user": chat_pb2.ROLE_USER,
+    "assistant": chat_pb2.ROLE_ASSISTANT,
+    "tool": chat_pb2.ROLE_TOOL,
+}
+_MODES = {
+    "none": chat_pb2.TOOL_CHOICE_MODE_NONE,
+    "auto": chat_pb2.TOOL_CHOICE_MODE_AUTO,
+    "required": chat_pb2.TOOL_CHOICE_MODE_REQUIRED,
+}
+
+
+def messages(given: Iterable[ChatMessage]) -> list[chat_pb2.ChatMessage]:
+    """The conversation."""
+    return [_message(message) for message in given]
+
+
+def _message(message: ChatMessage) -> chat_pb2.ChatMessage:
+    return chat_pb2.ChatMessage(
+        role=_ROLES[message.role],
+        content=[chat_pb2.ContentPart(text=part.text) for part in message.content or ()],
+        name=message.name,
+        tool_calls=[
+            chat_pb2.ToolCall(
+                id=call.id, name=call.function.name, arguments=call.function.arguments
+            )
+            for call in message.tool_calls or ()
+        ],
+        tool_call_id=message.tool_call_id,
+        reasoning_content=message.thought(),
+    )
+
+
+def tools(given: Iterable[Tool] | None) -> list[chat_pb2.Tool]:
+    """The functions that the model may call."""
+    return [
+        chat_pb2.Tool(
+            function=chat_pb2.FunctionTool(
+                name=tool.function.name,
+                description=tool.function.description,
+                parameters=tool.function.parameters,
+                strict=tool.function.strict,
+            )
+        )
+        for tool in given or ()
+    ]
+
+
+def tool_choice(given: ToolChoice | None) -> chat_pb2.ToolChoice | None:
+    """Which of them are called; None if nothing was said."""
+    if given is None:
+        return None
+    if given.type == "function":
+        return chat_pb2.ToolChoice(
+            mode=chat_pb2.TOOL_CHOICE_MODE_FUNCTION, function_name=given.function.name
+        )
+    return chat_pb2.ToolChoice(mode=_MODES[given.type])

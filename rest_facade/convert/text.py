@@ -1,0 +1,120 @@
+"""Plain completions: the request to protobuf, answers and events from it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rest_facade.answer import FinishReason, TextChoice, TextCompletion, TextLogprobs, Usage
+from rest_facade.completion import CompletionRequest
+from rest_facade.convert import envelope
+from rest_facade.convert.envelope import FINISH_REASONS, Header
+from trivium.chat.v1 import chat_pb2, completion_pb2
+from trivium.chat.v1.completion_pb2_grpc import CompletionServiceStub as CompletionServiceStub
+
+Request = completion_pb2.CreateCompletionRequest
+Response = completion_pb2.CreateCompletionResponse
+StreamResponse = completion_pb2.StreamCompletionResponse
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """What is new in one text; `completion_tokens` counts from its start."""
+
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    completion_tokens: int
+    finish_reason: FinishReason | None
+
+
+TextEvent = Header | TextDelta | Usage
+
+
+def request(wanted: CompletionRequest) -> Request:
+    """The request as the tokenizer takes it; absent fields stay absent."""
+    return Request(
+        model=wanted.model,
+        prompts=[_prompt(prompt) for prompt in wanted.prompt],
+        options=envelope.options(wanted),
+        echo=wanted.echo,
+        logprobs=wanted.logprobs,
+    )
+
+
+def _prompt(prompt: str | list[int]) -> completion_pb2.Prompt:
+    if isinstance(prompt, str):
+        return completion_pb2.Prompt(text=prompt)
+    return completion_pb2.Prompt(token_ids=completion_pb2.TokenIds(ids=prompt))
+
+
+def answer(response: Response, wanted: CompletionRequest) -> TextCompletion:
+    """The whole answer."""
+    header = response.header
+    completion = TextCompletion(
+        id=header.id,
+        object="text_completion",
+        created=header.create_time.seconds,
+        model=header.model,
+        system_fingerprint=header.system_fingerprint,
+        choices=[_choice(choice, wanted.logprobs is not None) for choice in response.choices],
+        usage=envelope.usage(response.usage),
+    )
+    if wanted.service_tier is not None:
+        completion["service_tier"] = "default"
+    return completion
+
+
+def _choice(choice: completion_pb2.CompletionChoice, with_logprobs: bool) -> TextChoice:
+    return TextChoice(
+        index=choice.index,
+        text=choice.text,
+        logprobs=_logprobs(choice.logprobs, choice.text) if with_logprobs else None,
+        finish_reason=FINISH_REASONS[choice.finish_reason],
+    )
+
+
+def event(response: StreamResponse) -> TextEvent:
+    """One event of a stream; raises ValueError for an empty one."""
+    match response.WhichOneof("event"):
+        case "delta":
+            delta = response.delta
+            return TextDelta(
+                index=delta.index,
+                text=delta.text,
+                logprobs=_logprobs(delta.logprobs, delta.text) if delta.logprobs else None,
+                completion_tokens=delta.completion_tokens,
+                finish_reason=FINISH_REASONS.get(delta.finish_reason),
+            )
+        case "header":
+            return envelope.header(response.header)
+        case "usage":
+            return envelope.usage(response.usage)
+    raise ValueError("an event of the stream is empty")
+
+
+def _logprobs(tokens: Sequence[completion_pb2.CompletionTokenLogprob], text: str) -> TextLogprobs:
+    """`text` is what the tokens make; the first of an echoed prompt shows its part of it only."""
+    shown = TextLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+    for entry in tokens:
+        token = entry.token if entry.HasField("token") else None
+        if token is None:
+            end = tokens[1].text_offset if len(tokens) > 1 else len(text)
+            shown["tokens"].append(text[:end])
+        else:
+            shown["tokens"].append(_name(token.token, token.token_bytes))
+        shown["token_logprobs"].append(token.logprob if token else None)
+        shown["top_logprobs"].append(_top(token) if token else None)
+        shown["text_offset"].append(entry.text_offset)
+    return shown
+
+
+def _top(token: chat_pb2.TokenLogprob) -> dict[str, float]:
+    """The likeliest tokens, and in any case the one that was taken."""
+    top = {_name(other.token, other.token_bytes): other.logprob for other in token.top_logprobs}
+    return top | {_name(token.token, token.token_bytes): token.logprob}
+
+
+def _name(token: str, token_bytes: bytes) -> str:
+    """The token as a key: tokens that are no whole characters differ in their bytes alone."""
+    if token.encode() == token_bytes:
+        return token
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token_bytes)

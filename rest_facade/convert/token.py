@@ -1,0 +1,67 @@
+"""Text to tokens and back, and what kind of tokenizer a model has."""
+
+from collections.abc import Sequence
+
+from rest_facade.answer import DetokenizeAnswer, TokenizeAnswer, TokenizerInfo
+from rest_facade.convert import message
+from rest_facade.token_schema import TokenizeRequest
+from trivium.tokenizer.v1 import tokenizer_pb2
+from trivium.tokenizer.v1.tokenizer_pb2_grpc import TokenizerServiceStub as TokenizerServiceStub
+
+
+def render_request(wanted: TokenizeRequest, model: str) -> tokenizer_pb2.RenderChatRequest:
+    """Asks for the tokens of a conversation."""
+    return tokenizer_pb2.RenderChatRequest(
+        model=model,
+        messages=message.messages(wanted.messages or ()),
+        tools=message.tools(wanted.tools),
+        add_generation_prompt=wanted.add_generation_prompt,
+        continue_final_message=wanted.continue_final_message,
+        chat_template_kwargs=wanted.chat_template_kwargs or {},
+    )
+
+
+def tokenize_request(wanted: TokenizeRequest, model: str) -> tokenizer_pb2.TokenizeRequest:
+    """Asks for the tokens of a text."""
+    added = wanted.add_special_tokens
+    return tokenizer_pb2.TokenizeRequest(
+        model=model, text=wanted.prompt, add_special_tokens=True if added is None else added
+    )
+
+
+def detokenize_request(model: str, tokens: Sequence[int]) -> tokenizer_pb2.DetokenizeRequest:
+    """Asks for the text of tokens."""
+    return tokenizer_pb2.DetokenizeRequest(model=model, token_ids=tokens)
+
+
+def info_request(model: str) -> tokenizer_pb2.GetTokenizerInfoRequest:
+    """Asks about a model's tokenizer."""
+    return tokenizer_pb2.GetTokenizerInfoRequest(model=model)
+
+
+def tokenize_answer(tokens: Sequence[int], context_length: int) -> TokenizeAnswer:
+    """The tokens of a text or a conversation."""
+    return TokenizeAnswer(
+        count=len(tokens), max_model_len=context_length, tokens=list(tokens), token_strs=None
+    )
+
+
+def detokenize_answer(response: tokenizer_pb2.DetokenizeResponse) -> DetokenizeAnswer:
+    """The text of tokens."""
+    return DetokenizeAnswer(prompt=response.text)
+
+
+def info(response: tokenizer_pb2.GetTokenizerInfoResponse) -> TokenizerInfo:
+    """What kind of tokenizer a model has."""
+    return TokenizerInfo(
+        tokenizer_class="PreTrainedTokenizerFast",
+        vocab_size=response.vocabulary_size,
+        model_max_length=response.context_length,
+        chat_template=response.chat_template or None,
+        bos_token=response.bos_token or None,
+        eos_token=response.eos_token or None,
+        added_tokens_decoder={
+            str(number): {"content": text, "special": True}
+            for number, text in sorted(response.special_tokens.items())
+        },
+    )

@@ -1,0 +1,122 @@
+"""What the fields of all requests share: strictness, faults in OpenAI's words, JSON kept as text.
+
+Knows no endpoint.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError, from_json
+
+from trivium.wire.errors import ServiceError
+
+FAULT = "fault"
+INT32_MAX = 2**31 - 1
+NAME_PATTERN = "^[a-zA-Z0-9_-]+$"
+_NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
+
+Value = TypeVar("Value")
+
+
+def fault(code: str, message: str) -> PydanticCustomError:
+    """An error with a code of the table; `{param}` in `message` becomes the field's name.
+
+    With `invalid_type` the message is only what was expected.
+    """
+    return PydanticCustomError(FAULT, "{message}", {"code": code, "message": message})
+
+
+def contradiction(param: str, why: str) -> ServiceError:
+    """What a field that contradicts another is refused with."""
+    return ServiceError(
+        "invalid_parameter_combination", f"The '{param}' parameter {why}", param=param
+    )
+
+
+def missing(param: str) -> ServiceError:
+    """What the absence of a field is refused with."""
+    return ServiceError(
+        "missing_required_parameter", f"Missing required parameter: '{param}'.", param=param
+    )
+
+
+class Strict(BaseModel):
+    """An object whose values have just the types they should; unknown fields are ignored."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+
+class Body(Strict):
+    """The whole body of a request."""
+
+    def check(self, raw: Mapping[str, Any]) -> None:
+        """Raises ServiceError for what is wrong with the fields together, or not supported."""
+
+
+def _name(value: str) -> str:
+    if not _NAME_CHARACTERS.issuperset(value) or not value:
+        raise fault(
+            "invalid_value",
+            "Invalid '{param}': string does not match pattern. "
+            f"Expected a string that matches the pattern '{NAME_PATTERN}'.",
+        )
+    return value
+
+
+Name = Annotated[
+    str,
+    Field(max_length=64, json_schema_extra={"pattern": NAME_PATTERN}),
+    AfterValidator(_name),
+]
+"""The name of a function or a schema."""
+
+
+def json_text(value: Any) -> str:
+    """`value` as JSON text, with its keys in the order in which they came."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _object_text(value: Any) -> str:
+    if not isinstance(value, dict):
+        raise fault("invalid_type", "an object")
+    return json_text(value)
+
+
+def _object_or_text(value: Any) -> str:
+    if not isinstance(value, str):
+        return _object_text(value)
+    try:
+        parsed = from_json(value, allow_inf_nan=False)
+    except ValueError as error:
+        raise fault("invalid_json_schema", f"Invalid '{{param}}': not JSON: {error}.") from None
+    if not isinstance(parsed, dict):
+        raise fault("invalid_json_schema", "Invalid '{param}': the text of no JSON object.")
+    return value
+
+
+ObjectText = Annotated[str, BeforeValidator(_object_text, json_schema_input_type=dict[str, Any])]
+"""A JSON object, kept as text."""
+
+SchemaText = Annotated[
+    str, BeforeValidator(_object_or_text, json_schema_input_type=dict[str, Any] | str)
+]
+"""A JSON object or the text of one, kept as text."""
+
+AnyText = Annotated[str, BeforeValidator(json_text, json_schema_input_type=Any)]
+"""Any JSON value, kept as text."""
+
+
+def elsewhere(*values: str) -> BeforeValidator:
+    """Refuses `values`, which mean something with other servers, as not supported."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, str) and value in values:
+            raise fault(
+                "unsupported_value",
+                f"Unsupported value: '{{param}}' does not support '{value}' with this server.",
+            )
+        return value
+
+    return BeforeValidator(check)

@@ -1,0 +1,139 @@
+"""What form an answer must have: `response_format`, and vLLM's constraints beyond it."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from rest_facade.field import (
+    Name,
+    ObjectText,
+    SchemaText,
+    Strict,
+    contradiction,
+    elsewhere,
+    missing,
+)
+from trivium.wire.errors import ServiceError
+
+
+class JsonSchemaFormat(Strict):
+    """A JSON Schema that the answer has to fit."""
+
+    name: Name = Field(description="Letters, digits, underscores and hyphens.")
+    description: str | None = Field(None, description="What the format is for.")
+    # Named so, as `schema` is a method of pydantic's.
+    schema_text: ObjectText | None = Field(
+        None, alias="schema", description="The schema. Default: any JSON value."
+    )
+    strict: bool | None = Field(
+        None, description="Whether the schema is held to exactly; it is in either case."
+    )
+
+
+class ResponseFormat(Strict):
+    """The form of the answer."""
+
+    type: Annotated[
+        Literal["text", "json_object", "json_schema"],
+        elsewhere("structural_tag", "grammar", "regex", "json", "python"),
+    ]
+    json_schema: JsonSchemaFormat | None = Field(None, description="With that type only.")
+
+    def check(self) -> None:
+        """Raises ServiceError for fields that do not go together."""
+        place = "response_format.json_schema"
+        if self.type == "json_schema" and self.json_schema is None:
+            raise missing(place)
+        if self.type != "json_schema" and self.json_schema is not None:
+            raise contradiction(place, "is only allowed with the type 'json_schema'.")
+
+
+_Choices = Annotated[
+    list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=1024, fail_fast=True)
+]
+
+
+class StructuredOutputs(Strict):
+    """vLLM's constraints: exactly one of these."""
+
+    json_text: SchemaText | None = Field(
+        None, alias="json", description="A JSON Schema, or the text of one."
+    )
+    regex: str | None = Field(None, description="A regular expression the whole answer matches.")
+    choice: _Choices | None = Field(None, description="The answers to choose from.")
+    grammar: str | None = Field(None, description="A grammar in llguidance's variant of Lark.")
+    json_object: bool | None = Field(None, description="Any JSON object, if true.")
+
+    def kinds(self) -> list[str]:
+        """Which constraints are given, by their JSON names."""
+        given = {
+            "json": self.json_text,
+            "regex": self.regex,
+            "choice": self.choice,
+            "grammar": self.grammar,
+            "json_object": self.json_object or None,
+        }
+        return [name for name, value in given.items() if value is not None]
+
+
+class Constrained(Strict):
+    """The fields of a request that say what form its answer has."""
+
+    response_format: ResponseFormat | None = Field(None, description="Default: plain text.")
+    structured_outputs: StructuredOutputs | None = Field(
+        None, description="vLLM's constraints beyond response_format."
+    )
+    guided_json: SchemaText | None = Field(None, description="Old name of structured_outputs.json.")
+    guided_regex: str | None = Field(None, description="Old name of structured_outputs.regex.")
+    guided_choice: _Choices | None = Field(
+        None, description="Old name of structured_outputs.choice."
+    )
+    guided_grammar: str | None = Field(None, description="Old name of structured_outputs.grammar.")
+
+    def constraint(self) -> StructuredOutputs | None:
+        """The constraint, under whichever name it was given; None if there is none."""
+        if self.structured_outputs is not None:
+            return self.structured_outputs
+        if not self._given():
+            return None
+        return StructuredOutputs.model_construct(
+            json_text=self.guided_json,
+            regex=self.guided_regex,
+            choice=self.guided_choice,
+            grammar=self.guided_grammar,
+            json_object=None,
+        )
+
+    def _given(self) -> list[str]:
+        names = (
+            "structured_outputs",
+            "guided_json",
+            "guided_regex",
+            "guided_choice",
+            "guided_grammar",
+        )
+        return [name for name in names if getattr(self, name) is not None]
+
+    def check_constraint(self) -> None:
+        """Raises ServiceError for more than one constraint, and for none where one is due."""
+        given = self._given()
+        if len(given) > 1:
+            raise contradiction(given[1], f"cannot be combined with '{given[0]}'.")
+        if self.response_format is not None:
+            self.response_format.check()
+            if given and self.response_format.type != "text":
+                raise contradiction(given[0], "cannot be combined with 'response_format'.")
+        if self.structured_outputs is None:
+            return
+        kinds = self.structured_outputs.kinds()
+        if len(kinds) > 1:
+            raise contradiction(
+                f"structured_outputs.{kinds[1]}", f"cannot be combined with '{kinds[0]}'."
+            )
+        if not kinds:
+            raise ServiceError(
+                "invalid_value",
+                "Invalid 'structured_outputs': give one of 'json', 'regex', 'choice', 'grammar' "
+                "and 'json_object'.",
+                param="structured_outputs",
+            )

@@ -1,0 +1,91 @@
+"""The messages of a conversation, as a client sends them. Knows nothing of HTTP or protobuf."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from rest_facade.field import Strict, contradiction, elsewhere, fault, missing
+from trivium.wire.errors import ServiceError
+
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+_FOREIGN_PARTS = elsewhere(
+    "image_url", "input_audio", "file", "refusal", "video_url", "audio_url", "image_embeds"
+)
+
+
+class ContentPart(Strict):
+    """A piece of a message's content."""
+
+    type: Annotated[Literal["text"], _FOREIGN_PARTS] = Field(
+        description="Only 'text' is supported."
+    )
+    text: str = Field(description="The text.")
+
+
+def _as_parts(value: Any) -> Any:
+    if isinstance(value, str):
+        return [ContentPart.model_construct(type="text", text=value)]
+    if not isinstance(value, list):
+        raise fault("invalid_type", "one of a string or array of objects")
+    return value
+
+
+_Parts = Annotated[list[ContentPart], Field(min_length=1, fail_fast=True)]
+Content = Annotated[_Parts, BeforeValidator(_as_parts, json_schema_input_type=str | _Parts)]
+
+
+class PastFunctionCall(Strict):
+    """The function that a tool call names, and its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class PastToolCall(Strict):
+    """A tool call that an assistant message of the conversation made."""
+
+    id: str
+    type: Annotated[Literal["function"], elsewhere("custom")]
+    function: PastFunctionCall
+
+
+class ChatMessage(Strict):
+    """One message of the conversation."""
+
+    role: Annotated[Role, elsewhere("function")] = Field(
+        description="The old role 'function' is not supported; use 'tool'."
+    )
+    content: Content | None = Field(
+        None, description="Text, or text parts. Only an assistant's may be null."
+    )
+    name: str | None = Field(None, max_length=256, description="The speaker's name.")
+    tool_calls: Annotated[list[PastToolCall], Field(fail_fast=True)] | None = Field(
+        None, description="The calls that an assistant message made."
+    )
+    tool_call_id: str | None = Field(None, description="The call that a tool message answers.")
+    reasoning_content: str | None = Field(
+        None, description="What the assistant thought before it said this."
+    )
+    reasoning: str | None = Field(None, description="Another name of reasoning_content.")
+
+    def thought(self) -> str | None:
+        """The reasoning, under whichever name it was given."""
+        return self.reasoning_content or self.reasoning
+
+    def check(self, place: str) -> None:
+        """Raises ServiceError for fields that do not go together; `place` is the message's."""
+        if self.content is None and self.role != "assistant":
+            raise missing(f"{place}.content")
+        for name in ("tool_calls", "reasoning_content", "reasoning"):
+            if getattr(self, name) and self.role != "assistant":
+                raise ServiceError(
+                    "invalid_value",
+                    f"Only messages with role 'assistant' have '{name}'.",
+                    param=f"{place}.{name}",
+                )
+        if self.role == "tool" and self.tool_call_id is None:
+            raise missing(f"{place}.tool_call_id")
+        if self.reasoning_content and self.reasoning not in (None, "", self.reasoning_content):
+            raise contradiction(
+                f"{place}.reasoning", "and 'reasoning_content' differ; give only the latter."
+            )

@@ -1,0 +1,130 @@
+"""How an answer is drawn, where it ends and how it is sent: the fields that chat and plain
+completions share, for `schema` and `completion`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from rest_facade.field import INT32_MAX, Strict, contradiction, elsewhere, fault
+
+
+class StreamOptions(Strict):
+    """What a stream contains besides the text."""
+
+    include_usage: bool | None = Field(None, description="Send one chunk with the usage at last.")
+    continuous_usage_stats: bool | None = Field(
+        None, description="With include_usage: token counts in every chunk."
+    )
+
+
+def _as_strings(value: Any) -> Any:
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        raise fault("invalid_type", "one of a string or array of strings")
+    return value
+
+
+def _stop_string(value: str) -> str:
+    if not value:
+        raise fault("invalid_value", "Invalid '{param}': a stop string cannot be empty.")
+    return value
+
+
+_StopString = Annotated[
+    str, Field(max_length=4096, json_schema_extra={"minLength": 1}), AfterValidator(_stop_string)
+]
+_Stops = Annotated[list[_StopString], Field(max_length=4, fail_fast=True)]
+Stop = Annotated[_Stops, BeforeValidator(_as_strings, json_schema_input_type=str | _Stops)]
+
+
+def _token_keys(value: dict[str, float]) -> dict[str, float]:
+    for key in value:
+        if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) <= INT32_MAX):
+            raise fault(
+                "invalid_value",
+                f"Invalid key in '{{param}}': {key[:40]!r}. Keys are token ids: "
+                "strings of non-negative integers.",
+            )
+    return value
+
+
+def _labels(value: dict[str, str]) -> dict[str, str]:
+    if len(value) > 16:
+        raise fault("invalid_value", "Invalid '{param}': more than 16 entries.")
+    for key, label in value.items():
+        if len(key) > 64 or len(label) > 512:
+            raise fault(
+                "string_above_max_length",
+                "Invalid '{param}': keys have at most 64 characters, values at most 512.",
+            )
+    return value
+
+
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Biases = Annotated[dict[str, Bias], AfterValidator(_token_keys)]
+Labels = Annotated[dict[str, str], AfterValidator(_labels)]
+Count = Annotated[int, Field(ge=1, le=INT32_MAX)]
+TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
+_ForeignTiers = elsewhere("flex", "scale", "priority", "fast")
+
+
+class Sampling(Strict):
+    """The fields that say how an answer is drawn, where it ends and how it is sent."""
+
+    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy.")
+    top_p: float | None = Field(None, ge=0, le=1, description="0 keeps the likeliest token.")
+    top_k: int | None = Field(None, ge=-1, le=INT32_MAX, description="0 and -1 mean all.")
+    min_p: float | None = Field(None, ge=0, le=1, description="Share of the likeliest token.")
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    logit_bias: Biases | None = Field(None, description="Added to logits, by token id.")
+    max_tokens: Count | None = Field(
+        None, description="Longest answer in tokens, per choice; in chat the old name."
+    )
+    min_tokens: int | None = Field(None, ge=0, le=INT32_MAX)
+    ignore_eos: bool | None = Field(None, description="Go on past end-of-sequence tokens.")
+    stop: Stop | None = Field(None, description="At most 4 strings that end a choice.")
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024, fail_fast=True)] | None = Field(
+        None, description="Tokens that end a choice besides the model's own."
+    )
+    include_stop_str_in_output: bool | None = Field(
+        None, description="Whether the stop string is part of the text. Default false."
+    )
+    skip_special_tokens: bool | None = Field(
+        None, description="Whether control tokens are left out of the text. Default true."
+    )
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    n: int | None = Field(None, ge=1, le=128, description="How many choices.")
+    stream: bool | None = Field(None, description="Answer with server-sent events.")
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, max_length=512, description="Who asks, for the logs.")
+    metadata: Labels | None = Field(None, description="The caller's own labels.")
+    service_tier: Annotated[Literal["auto", "default"], _ForeignTiers] | None = Field(
+        None, description="There is one tier; the answer says 'default' if this is given."
+    )
+    prompt_cache_key: str | None = Field(
+        None, max_length=512, description="Taken and not needed: prefixes are found by their text."
+    )
+    safety_identifier: str | None = Field(
+        None, max_length=512, description="Taken, and nothing is done with it."
+    )
+
+    def longest_answer(self) -> int | None:
+        """The limit on tokens per choice, under whichever name it was given."""
+        return self.max_tokens
+
+    def check_sampling(self) -> None:
+        """Raises ServiceError for fields that contradict each other."""
+        options = self.stream_options
+        if options is not None and not self.stream:
+            raise contradiction("stream_options", "is only allowed when 'stream' is enabled.")
+        if options is not None and options.continuous_usage_stats and not options.include_usage:
+            raise contradiction(
+                "stream_options.continuous_usage_stats", "is only allowed with 'include_usage'."
+            )
+        longest = self.longest_answer()
+        if self.min_tokens and longest is not None and self.min_tokens > longest:
+            raise contradiction("min_tokens", f"is above the longest answer, {longest} tokens.")

@@ -1,0 +1,80 @@
+"""The bodies of /tokenize, /detokenize and /tokenizer_info, which are vLLM's."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from rest_facade.field import AnyText, Body, contradiction, missing
+from rest_facade.message import ChatMessage
+from rest_facade.sampling import TokenId
+from rest_facade.tool import Tools, check_tools
+from rest_facade.unsupported import refuse_unsupported_tokenize
+
+_MODEL = "The model's id. Default: the one model, if there is only one."
+
+
+class TokenizeRequest(Body):
+    """The body of POST /tokenize: a prompt, or the messages of a conversation."""
+
+    model: str | None = Field(None, description=_MODEL)
+    prompt: str | None = Field(None, description="Text; control tokens in it stay text.")
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = Field(
+        None, description="A conversation, which the chat template renders first."
+    )
+    add_special_tokens: bool | None = Field(
+        None, description="With prompt: add what a lone text begins with. Default true."
+    )
+    add_generation_prompt: bool | None = Field(
+        None, description="With messages: open the assistant's message. Default true."
+    )
+    continue_final_message: bool | None = Field(
+        None, description="With messages: go on with the last one. Default false."
+    )
+    tools: Tools | None = Field(None, description="With messages: functions to be shown.")
+    chat_template_kwargs: dict[str, AnyText] | None = Field(
+        None, description="With messages: further variables for the chat template."
+    )
+
+    def check(self, raw: Mapping[str, Any]) -> None:
+        refuse_unsupported_tokenize(raw)
+        if self.prompt is None and self.messages is None:
+            raise missing("prompt")
+        if self.prompt is None:
+            self._check_conversation()
+            return
+        for name in (
+            "messages",
+            "add_generation_prompt",
+            "continue_final_message",
+            "tools",
+            "chat_template_kwargs",
+        ):
+            if getattr(self, name):
+                raise contradiction(name, "cannot be combined with 'prompt'.")
+
+    def _check_conversation(self) -> None:
+        for position, message in enumerate(self.messages or []):
+            message.check(f"messages[{position}]")
+        check_tools(self.tools or [], None)
+        if self.add_special_tokens:
+            raise contradiction("add_special_tokens", "is only allowed with 'prompt'.")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise contradiction(
+                "add_generation_prompt", "cannot be true with 'continue_final_message'."
+            )
+
+
+class DetokenizeRequest(Body):
+    """The body of POST /detokenize."""
+
+    model: str | None = Field(None, description=_MODEL)
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)] = Field(
+        description="Tokens of the vocabulary."
+    )
+
+
+class TokenizerInfoRequest(Body):
+    """The body of POST /tokenizer_info."""
+
+    model: str | None = Field(None, description=_MODEL)

@@ -1,0 +1,100 @@
+"""The tools of a request, and which of them are to be called."""
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from rest_facade.field import Name, ObjectText, Strict, contradiction, elsewhere, fault
+from trivium.wire.errors import ServiceError
+
+
+class FunctionTool(Strict):
+    """A function that the model may call."""
+
+    name: Name = Field(description="Letters, digits, underscores and hyphens.")
+    description: str | None = Field(None, description="What it does, for the model.")
+    parameters: ObjectText | None = Field(
+        None, description="JSON Schema of its arguments. Default: an object of any fields."
+    )
+    strict: bool | None = Field(
+        None, description="Arguments keep to the schema exactly; they do in either case."
+    )
+
+
+class Tool(Strict):
+    """A tool that the model may use."""
+
+    type: Annotated[Literal["function"], elsewhere("custom")]
+    function: FunctionTool
+
+
+Tools = Annotated[list[Tool], Field(max_length=128, fail_fast=True)]
+
+
+class NamedFunction(Strict):
+    """A function by its name."""
+
+    name: Name
+
+
+def _only_function(kind: str) -> str:
+    if kind in ("allowed_tools", "custom"):
+        raise fault("unsupported_value", f"Tool choices of type '{kind}' are not supported.")
+    if kind != "function":
+        raise fault(
+            "invalid_value", f"Invalid value: '{kind[:64]}'. Supported values are: 'function'."
+        )
+    return kind
+
+
+class ToolChoice(Strict):
+    """The one function to call. A mode is the same without `function`."""
+
+    type: Annotated[str, AfterValidator(_only_function)] = Field(
+        json_schema_extra={"enum": ["function"]}
+    )
+    function: NamedFunction
+
+
+_Mode = Literal["none", "auto", "required"]
+
+
+def _from_mode(value: Any) -> Any:
+    if isinstance(value, str):
+        if value not in get_args(_Mode):
+            raise fault(
+                "invalid_value",
+                f"Invalid value: '{value[:64]}'. "
+                "Supported values are: 'none', 'auto', and 'required'.",
+            )
+        return ToolChoice.model_construct(type=value, function=None)
+    if not isinstance(value, dict):
+        raise fault("invalid_type", "one of a string or object")
+    return value
+
+
+Choice = Annotated[
+    ToolChoice, BeforeValidator(_from_mode, json_schema_input_type=_Mode | ToolChoice)
+]
+
+
+def check_tools(tools: list[Tool], choice: ToolChoice | None) -> None:
+    """Raises ServiceError for names that are given twice, and choices that cannot be made."""
+    names = [tool.function.name for tool in tools]
+    for position, name in enumerate(names):
+        if name in names[:position]:
+            raise ServiceError(
+                "invalid_value",
+                f"Two tools are called '{name}'.",
+                param=f"tools[{position}].function.name",
+            )
+    if choice is None or choice.type in ("none", "auto"):
+        return
+    if not tools:
+        raise contradiction("tool_choice", "is only allowed when 'tools' are specified.")
+    if choice.type == "function" and choice.function.name not in names:
+        raise ServiceError(
+            "invalid_value",
+            f"Invalid value for 'tool_choice': no function is called '{choice.function.name}'.",
+            param="tool_choice.function.name",
+        )

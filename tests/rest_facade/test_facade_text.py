@@ -1,0 +1,200 @@
+"""Plain completions through the facade, as a client sees them."""
+
+from typing import Any
+
+import httpx
+import pytest
+
+from rest_facade.completion import CompletionRequest
+from rest_facade.validation import parse
+from tests.rest_facade.scripted_backend import (
+    MODEL,
+    ScriptedBackend,
+    header,
+    logprob,
+    text_delta,
+    text_logprob,
+    usage,
+)
+from tests.rest_facade.test_facade_completion import USAGE, chunks
+from trivium.chat.v1 import chat_pb2, completion_pb2
+from trivium.wire.errors import ServiceError
+
+URL = "/v1/completions"
+
+
+async def post(client: httpx.AsyncClient, **fields: Any) -> httpx.Response:
+    return await client.post(URL, json={"model": MODEL, "prompt": "Say", **fields})
+
+
+async def test_whole_text(client: httpx.AsyncClient) -> None:
+    """An answer without `stream` is OpenAI's text_completion, key by key."""
+    answer = await post(client)
+
+    assert answer.status_code == 200
+    assert answer.json() == {
+        "id": "cmpl-" + "0" * 32,
+        "object": "text_completion",
+        "created": 1_700_000_000,
+        "model": MODEL,
+        "system_fingerprint": "fp_scripted",
+        "choices": [{"index": 0, "text": "Hello world", "logprobs": None, "finish_reason": "stop"}],
+        "usage": USAGE,
+    }
+
+
+async def test_streamed_text(client: httpx.AsyncClient) -> None:
+    """A stream is text, one finish chunk, the usage if asked for, and [DONE]."""
+    answer = await post(client, stream=True, stream_options={"include_usage": True})
+    *events, last, done = chunks(answer.text)
+
+    assert done == "[DONE]"
+    assert [("Hello", None), (" world", None), ("", "stop")] == [
+        (event["choices"][0]["text"], event["choices"][0]["finish_reason"]) for event in events
+    ]
+    assert {"text_completion"} == {event["object"] for event in events}
+    assert (last["choices"], last["usage"]) == ([], USAGE)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a", ["a"]),
+        (["a", ""], ["a", ""]),
+        ([1, 2], [[1, 2]]),
+        ([[1], [2, 3]], [[1], [2, 3]]),
+    ],
+)
+async def test_prompts_arrive(
+    client: httpx.AsyncClient, backend: ScriptedBackend, prompt: Any, expected: Any
+) -> None:
+    """A text, texts, tokens and lists of tokens are all prompts."""
+    answer = await post(client, prompt=prompt)
+    prompts = backend.requests[0].prompts
+
+    assert answer.status_code == 200, answer.text
+    assert expected == [
+        p.text if p.WhichOneof("prompt") == "text" else list(p.token_ids.ids) for p in prompts
+    ]
+
+
+async def test_every_field_of_a_text_arrives(
+    client: httpx.AsyncClient, backend: ScriptedBackend
+) -> None:
+    """Each field of the request reaches the next stage with its value."""
+    same = {
+        "temperature": 0,
+        "top_p": 0.9,
+        "top_k": 3,
+        "min_p": 0.05,
+        "presence_penalty": -2,
+        "frequency_penalty": 2,
+        "repetition_penalty": 1.1,
+        "min_tokens": 2,
+        "ignore_eos": True,
+        "stop": ["a", "b"],
+        "stop_token_ids": [7],
+        "include_stop_str_in_output": True,
+        "skip_special_tokens": False,
+        "seed": 3,
+        "n": 2,
+        "user": "u",
+    }
+    regex = {"structured_outputs": {"regex": "a+"}}
+    await post(client, **same, **regex, max_tokens=5, echo=True, logprobs=5, logit_bias={"4": 1})
+
+    assert backend.requests[0] == completion_pb2.CreateCompletionRequest(
+        model=MODEL,
+        prompts=[completion_pb2.Prompt(text="Say")],
+        options=chat_pb2.CreateChatCompletionRequest(
+            **same, **regex, max_completion_tokens=5, logit_bias={4: 1}
+        ),
+        echo=True,
+        logprobs=5,
+    )
+
+
+async def test_absent_fields_of_a_text_stay_absent(
+    client: httpx.AsyncClient, backend: ScriptedBackend
+) -> None:
+    """Nothing is made up for what the request does not say, and `null` says nothing."""
+    await post(client)
+    await post(client, max_tokens=None, logprobs=None, suffix=None, best_of=None, echo=None)
+
+    assert backend.requests[0] == completion_pb2.CreateCompletionRequest(
+        model=MODEL,
+        prompts=[completion_pb2.Prompt(text="Say")],
+        options=chat_pb2.CreateChatCompletionRequest(),
+    )
+    assert backend.requests[0] == backend.requests[1]
+
+
+async def test_logprobs_of_a_text(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
+    """The old shape: parallel arrays, in which the taken token is always among the likeliest."""
+    part = logprob("\ufffd", -1.5)
+    part.token_bytes = b"\xf0\x9f"
+    part.top_logprobs[0].token, part.top_logprobs[0].token_bytes = "b", b"b"
+    tokens = [text_logprob(None, 0), text_logprob(logprob("a"), 3), text_logprob(part, 4)]
+    backend.text_script = (
+        header(),
+        text_delta("Saya", logprobs=tokens),
+        text_delta(finish="LENGTH"),
+        usage(),
+    )
+    expected = {
+        "tokens": ["Say", "a", r"bytes:\xf0\x9f"],
+        "token_logprobs": [None, -0.5, -1.5],
+        "top_logprobs": [None, {"a": -0.5}, {"b": -1.5, r"bytes:\xf0\x9f": -1.5}],
+        "text_offset": [0, 3, 4],
+    }
+    whole = await post(client, echo=True, logprobs=1)
+    streamed = await post(client, echo=True, logprobs=1, stream=True)
+
+    assert whole.json()["choices"][0]["logprobs"] == expected
+    assert [expected, None] == [
+        chunk["choices"][0]["logprobs"] for chunk in chunks(streamed.text)[:-1]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "param"),
+    [
+        ({"prompt": None}, "invalid_type", "prompt"),
+        ({"prompt": 5}, "invalid_type", "prompt"),
+        ({"prompt": []}, "empty_array", "prompt"),
+        ({"prompt": [[]]}, "empty_array", "prompt[0]"),
+        ({"prompt": ["a", 5]}, "invalid_type", "prompt[1]"),
+        ({"prompt": [1, "a"]}, "invalid_type", "prompt[0]"),
+        ({"prompt": [True]}, "invalid_type", "prompt[0]"),
+        ({"prompt": [-1]}, "invalid_value", "prompt[0]"),
+        ({"prompt": ["a"] * 2049}, "array_above_max_length", "prompt"),
+        ({"logprobs": 6}, "integer_above_max_value", "logprobs"),
+        ({"logprobs": True}, "invalid_type", "logprobs"),
+        ({"suffix": "x"}, "unsupported_value", "suffix"),
+        ({"best_of": 2}, "unsupported_value", "best_of"),
+        ({"max_completion_tokens": 2}, "unsupported_parameter", "max_completion_tokens"),
+        ({"max_tokens": 2, "min_tokens": 3}, "invalid_parameter_combination", "min_tokens"),
+        ({"stream_options": {}}, "invalid_parameter_combination", "stream_options"),
+        ({"messages": []}, "unsupported_parameter", "messages"),
+    ],
+)
+def test_refused_fields_of_a_text(fields: dict[str, Any], code: str, param: str) -> None:
+    """Wrong, contradicting and unsupported fields are refused, and named."""
+    with pytest.raises(ServiceError) as caught:
+        parse(CompletionRequest, {"model": "m", "prompt": "a"} | fields)
+
+    assert (code, param) == (caught.value.code, caught.value.param)
+
+
+async def test_errors_of_a_text(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
+    """Failures before and in the middle of a stream are OpenAI's errors, as in chat."""
+    backend.text_script = (ServiceError("context_length_exceeded", "Too long.", "prompt"),)
+    early = await post(client, stream=True)
+    whole = await post(client)
+    gone = ServiceError("backend_unavailable", "It is gone.")
+    backend.text_script = (header(), text_delta("He"), gone)
+    late = await post(client, stream=True)
+
+    assert [400, 400] == [answer.status_code for answer in (early, whole)]
+    assert early.json()["error"]["param"] == "prompt"
+    assert '"code":"backend_unavailable"' in late.text.split("\n\n")[-2]

@@ -1,0 +1,328 @@
+"""Tools, reasoning and the form of answers through the facade, as a client sees them."""
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.rest_facade.scripted_backend import (
+    MODEL,
+    ScriptedBackend,
+    call,
+    delta,
+    header,
+    logprob,
+    usage,
+)
+from tests.rest_facade.test_facade_completion import chunks, post
+from trivium.chat.v1 import chat_pb2
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Of a city.",
+        "parameters": {"type": "object", "properties": {"b": {}, "a": {"const": "é"}}},
+        "strict": True,
+    },
+}
+TWO_CALLS = (
+    header(),
+    delta(tool_calls=[call("weather", '{"city":')]),
+    delta(tokens=2, tool_calls=[call(arguments='"Rome"}'), call("clock", position=1)]),
+    delta(tokens=3, tool_calls=[call(arguments="{}", position=1)], finish="TOOL_CALLS"),
+    usage(3),
+)
+
+
+def deltas(answer: httpx.Response) -> list[Any]:
+    """The deltas and finish reasons of a stream of one choice."""
+    choices = [chunk["choices"][0] for chunk in chunks(answer.text)[:-1]]
+    return [(choice["delta"], choice["finish_reason"]) for choice in choices]
+
+
+async def test_tool_calls(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
+    """An answer of calls alone has null content, and finishes with tool_calls."""
+    backend.script = TWO_CALLS
+    answer = await post(client, tools=[WEATHER])
+    choice = answer.json()["choices"][0]
+
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"] == {
+        "role": "assistant",
+        "content": None,
+        "refusal": None,
+        "tool_calls": [
+            {
+                "id": "call_0",
+                "type": "function",
+                "function": {"name": "weather", "arguments": '{"city":"Rome"}'},
+            },
+            {
+                "id": "call_1",
+                "type": "function",
+                "function": {"name": "clock", "arguments": "{}"},
+            },
+        ],
+    }
+
+
+async def test_streamed_tool_calls(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
+    """Id, type and name come once and first, then the arguments in pieces, by the call's index."""
+    backend.script = TWO_CALLS
+    answer = await post(client, tools=[WEATHER], stream=True)
+
+    def opened(index: int, name: str) -> dict[str, Any]:
+        function = {"name": name, "arguments": ""}
+        return {"index": index, "id": f"call_{index}", "type": "function", "function": function}
+
+    def piece(index: int, arguments: str) -> dict[str, Any]:
+        return {"index": index, "function": {"arguments": arguments}}
+
+    assert deltas(answer) == [
+        ({"role": "assistant", "content": None}, None),
+        ({"tool_calls": [opened(0, "weather")]}, None),
+        ({"tool_calls": [piece(0, '{"city":')]}, None),
+        ({"tool_calls": [piece(0, '"Rome"}')]}, None),
+        ({"tool_calls": [opened(1, "clock")]}, None),
+        ({"tool_calls": [piece(1, "{}")]}, None),
+        ({}, "tool_calls"),
+    ]
+
+
+async def test_words_before_a_call(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
+    """Content beside tool calls stays content."""
+    backend.script = (
+        header(),
+        delta("Let me see."),
+        delta(tool_calls=[call("clock", "{}")], finish="TOOL_CALLS"),
+        usage(),
+    )
+    whole = await post(client, tools=[WEATHER])
+    streamed = await post(client, tools=[WEATHER], stream=True)
+
+    assert whole.json()["choices"][0]["message"]["content"] == "Let me see."
+    assert [{"role": "assistant", "content": ""}, {"content": "Let me see."}] == [
+        found for found, _ in deltas(streamed)[:2]
+    ]
+
+
+async def test_reasoning(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
+    """Reasoning stands beside the content, in message, delta and usage."""
+    backend.script = (
+        header(),
+        delta(reasoning_content="Hm"),
+        delta("Yes", reasoning_content=".", tokens=3),
+        delta(tokens=3, finish="STOP"),
+        usage(3, reasoning_tokens=2),
+    )
+    whole = (await post(client)).json()
+    streamed = await post(client, stream=True)
+
+    assert whole["choices"][0]["message"] == {
+        "role": "assistant",
+        "content": "Yes",
+        "refusal": None,
+        "reasoning_content": "Hm.",
+    }
+    assert whole["usage"]["completion_tokens_details"]["reasoning_tokens"] == 2
+    assert [found for found, _ in deltas(streamed)] == [
+        {"role": "assistant", "content": ""},
+        {"reasoning_content": "Hm"},
+        {"reasoning_content": "."},
+        {"content": "Yes"},
+        {},
+    ]
+
+
+async def test_logprobs_of_what_is_no_content(
+    client: httpx.AsyncClient, backend: ScriptedBackend
+) -> None:
+    """Every token's log-probability arrives once, whatever the token became."""
+    backend.script = (
+        header(),
+        delta(tool_calls=[call("clock", "{}")], logprobs=[logprob("{}")]),
+        delta(logprobs=[logprob("\ufffd")], finish="TOOL_CALLS"),
+        usage(),
+    )
+    answer = await post(client, tools=[WEATHER], stream=True, logprobs=True)
+    found = [chunk["choices"][0]["logprobs"] for chunk in chunks(answer.text)[:-1]]
+
+    assert ["{}", "\ufffd"] == [entry["content"][0]["token"] for entry in found if entry]
+
+
+async def test_tools_arrive(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
+    """Tools and choices reach the next stage, schemas as text with their keys in order."""
+    named = {"type": "function", "function": {"name": "weather"}}
+    for choice in (None, "none", "auto", "required", named):
+        await post(client, tools=[WEATHER], tool_choice=choice, parallel_tool_calls=False)
+    request = backend.requests[0]
+    tool = request.tools[0].function
+    modes = [chat_pb2.ToolChoiceMode.Name(r.tool_choice.mode)[17:] for r in backend.requests]
+
+    assert (tool.name, tool.description, tool.strict) == ("weather", "Of a city.", True)
+    assert list(json.loads(tool.parameters)["properties"]) == ["b", "a"]
+    assert "é" in tool.parameters
+    assert modes == ["UNSPECIFIED", "NONE", "AUTO", "REQUIRED", "FUNCTION"]
+    assert not request.HasField("tool_choice")
+    assert not request.parallel_tool_calls
+    assert backend.requests[-1].tool_choice.function_name == "weather"
+
+
+SCHEMA = {"type": "object", "required": ["z", "a"]}
+FORMATS = chat_pb2.CreateChatCompletionRequest
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        (
+            {"response_format": {"type": "text"}},
+            {"response_format": {"text": {}}},
+        ),
+        (
+            {"response_format": {"type": "json_object"}},
+            {"response_format": {"json_object": {}}},
+        ),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {
+                        "name": "n",
+                        "description": "d",
+                        "schema": SCHEMA,
+                        "strict": True,
+                    },
+                }
+            },
+            {
+                "response_format": {
+                    "json_schema": {
+                        "name": "n",
+                        "description": "d",
+                        "schema": json.dumps(SCHEMA),
+                        "strict": True,
+                    }
+                }
+            },
+        ),
+        (
+            {"structured_outputs": {"json": SCHEMA}},
+            {"structured_outputs": {"json": json.dumps(SCHEMA)}},
+        ),
+        (
+            {"structured_outputs": {"json": '{ "type":"string"}'}},
+            {"structured_outputs": {"json": '{ "type":"string"}'}},
+        ),
+        (
+            {"structured_outputs": {"regex": "a+"}},
+            {"structured_outputs": {"regex": "a+"}},
+        ),
+        (
+            {"structured_outputs": {"choice": ["a", "b"]}},
+            {"structured_outputs": {"choice": {"choices": ["a", "b"]}}},
+        ),
+        (
+            {"structured_outputs": {"grammar": "start: /a/"}},
+            {"structured_outputs": {"grammar": "start: /a/"}},
+        ),
+        (
+            {"structured_outputs": {"json_object": True, "regex": None}},
+            {"structured_outputs": {"json_object": True}},
+        ),
+        ({"guided_json": SCHEMA}, {"structured_outputs": {"json": json.dumps(SCHEMA)}}),
+        ({"guided_regex": "a+"}, {"structured_outputs": {"regex": "a+"}}),
+        ({"guided_choice": ["a"]}, {"structured_outputs": {"choice": {"choices": ["a"]}}}),
+        ({"guided_grammar": "start: /a/"}, {"structured_outputs": {"grammar": "start: /a/"}}),
+    ],
+)
+async def test_formats_arrive(
+    client: httpx.AsyncClient, backend: ScriptedBackend, fields: Any, expected: Any
+) -> None:
+    """Each form of an answer reaches the next stage, under old and new names."""
+    answer = await post(client, **fields)
+    request = backend.requests[0]
+    request.ClearField("model")
+    request.ClearField("messages")
+
+    assert answer.status_code == 200, answer.text
+    assert request == FORMATS(**expected)
+
+
+async def test_template_fields_arrive(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
+    """What the chat template and the end of an answer are told reaches the next stage."""
+    await post(
+        client,
+        reasoning_effort="low",
+        chat_template_kwargs={"enable_thinking": False, "x": {"b": 1, "a": None}},
+        continue_final_message=True,
+        add_generation_prompt=False,
+        stop_token_ids=[2, 0],
+        include_stop_str_in_output=True,
+        skip_special_tokens=False,
+    )
+    request = backend.requests[0]
+    request.ClearField("model")
+    request.ClearField("messages")
+
+    assert request == FORMATS(
+        reasoning_effort="low",
+        chat_template_kwargs={"enable_thinking": "false", "x": '{"b": 1, "a": null}'},
+        continue_final_message=True,
+        add_generation_prompt=False,
+        stop_token_ids=[2, 0],
+        include_stop_str_in_output=True,
+        skip_special_tokens=False,
+    )
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+async def test_reasoning_in_history(
+    client: httpx.AsyncClient, backend: ScriptedBackend, name: str
+) -> None:
+    """What the assistant thought before may be sent back, under both names in use."""
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yes", name: "Hm"},
+        {"role": "user", "content": "Why?"},
+    ]
+    await post(client, messages=messages)
+
+    assert backend.requests[0].messages[1].reasoning_content == "Hm"
+    assert not backend.requests[0].messages[0].HasField("reasoning_content")
+
+
+async def test_service_tier(client: httpx.AsyncClient) -> None:
+    """The tier is named in the answer, and in every chunk, if the request named one."""
+    silent = await post(client)
+    whole = await post(client, service_tier="auto")
+    streamed = await post(client, service_tier="auto", stream=True)
+
+    assert "service_tier" not in silent.json()
+    assert whole.json()["service_tier"] == "default"
+    assert {"default"} == {chunk["service_tier"] for chunk in chunks(streamed.text)[:-1]}
+
+
+async def test_an_answer_is_a_legal_message(
+    client: httpx.AsyncClient, backend: ScriptedBackend
+) -> None:
+    """The message of an answer, calls and reasoning included, can be sent back as it is."""
+    backend.script = (header(), delta(reasoning_content="Hm"), *TWO_CALLS[1:])
+    said = (await post(client, tools=[WEATHER])).json()["choices"][0]["message"]
+    results = [
+        {"role": "tool", "tool_call_id": made["id"], "content": "ok"} for made in said["tool_calls"]
+    ]
+    answer = await post(
+        client,
+        model=MODEL,
+        messages=[{"role": "user", "content": "Hi"}, said, *results],
+        tools=[WEATHER],
+    )
+    sent = backend.requests[1].messages
+
+    assert answer.status_code == 200, answer.text
+    assert [c.arguments for c in sent[1].tool_calls] == ['{"city":"Rome"}', "{}"]
+    assert sent[1].reasoning_content == "Hm"
+    assert [m.tool_call_id for m in sent[2:]] == ["call_0", "call_1"]
