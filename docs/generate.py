@@ -28,7 +28,13 @@ from trivium.wire.errors import markdown_table
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
-MODULES = ("rest_facade", "rest_facade/convert", "tokenizer_svc", "generator_svc", "generator_svc/export")
+MODULES = (
+    "rest_facade",
+    "rest_facade/convert",
+    "tokenizer_svc",
+    "generator_svc",
+    "generator_svc/export",
+)
 SHARED = ("trivium", "trivium/wire", "trivium/cli")
 SECTION = re.compile(r"(<!-- begin ([\w-]+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
 
