@@ -11,20 +11,17 @@ request share one: nothing that a request gets depends on others. Knows nothing 
 threads or sampling.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import numpy.typing as npt
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from generator_svc.json_schema import OPTIONS, repaired, repaired_lark
 from generator_svc.sequence import ConstraintError
-
-# Between JSON's tokens: a line's end and its indentation, and no endless blanks.
-WHITESPACE = r"\n? {0,20}"
 
 # A row of 1,000 items is 250 optional properties side by side. An ambiguous grammar reaches it
 # within some hundred characters, and takes about 25 ms for a step by then.
@@ -42,41 +39,21 @@ _OVER_LIMIT = re.compile(
 )
 _LONGEST_MESSAGE = 500
 
-# What may hold %json in Lark without being one, then one.
-_LARK_JSON = re.compile(r'//[^\n]*|"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|(?P<json>%json\s*)')
-
 
 def grammar_of(kind: str, text: str) -> str:
     """llguidance's grammar for a `json_schema`, `regex` or `lark`; raises ConstraintError."""
     if kind == "regex":
         return LLMatcher.grammar_from_regex(text)
     if kind == "lark":
-        return LLMatcher.grammar_from_lark(_cap_whitespace(text))
+        return LLMatcher.grammar_from_lark(repaired_lark(text))
     assert kind == "json_schema", f"no kind of constraint: {kind}. This is a bug."
     if text.strip() == "true":
         text = "{}"
-    options: Any = {"whitespace_pattern": WHITESPACE, "coerce_one_of": False, "lenient": False}
     try:
-        return LLMatcher.grammar_from_json_schema(text, overrides=options)
+        options = cast("Any", OPTIONS)
+        return LLMatcher.grammar_from_json_schema(repaired(text), overrides=options)
     except ValueError as error:
         _refuse(kind, str(error))
-
-
-def _cap_whitespace(lark: str) -> str:
-    """The same grammar, whose JSON has no more blanks between tokens than WHITESPACE."""
-    option = f'"x-guidance": {json.dumps({"whitespace_pattern": WHITESPACE})}}}'
-    parts, done = [], 0
-    for match in _LARK_JSON.finditer(lark):
-        if match["json"] is None or match.end() < done:
-            continue
-        try:
-            schema, end = json.JSONDecoder().raw_decode(lark, match.end())
-        except (ValueError, RecursionError):  # llguidance will say what is wrong
-            continue
-        if isinstance(schema, dict):
-            parts.append(lark[done : end - 1] + (", " if schema else "") + option)
-            done = end
-    return "".join(parts) + lark[done:]
 
 
 class TokenTable:

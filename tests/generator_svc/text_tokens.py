@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from generator_svc.constraint import CompiledConstraint, TokenTable, grammar_of
+
 EXTRA_IDS = 5  # the graph knows some ids more than the tokenizer, as graphs do
 CORPUS = (
     '{"name": "value", "items": [1, 2, 3], "nothing": null, "yes": true, "no": false}\n'
@@ -40,12 +42,30 @@ class TextTokens:
         """The text without control tokens; bytes that are no character make U+FFFD."""
         return str(self.tokenizer.decode(token_ids))
 
-    def random_logits(self, context: list[int], scale: float = 3.0) -> Any:
-        """Noise that depends on the whole context, float32 [size]; ends are a bit more likely."""
+    @functools.cached_property
+    def closers(self) -> list[int]:
+        """Tokens that end what is open in JSON."""
+        return [self.tokenizer.token_to_id(text) for text in '"}]']
+
+    def random_logits(self, context: list[int]) -> Any:
+        """Noise that depends on the whole context, float32 [size]; it rather ends than goes on."""
         draw = np.random.default_rng([len(context), *context])
-        logits = (draw.normal(size=self.size) * scale).astype(np.float32)
-        logits[self.eos] += 4 * scale
+        logits = (draw.normal(size=self.size) * 3).astype(np.float32)
+        logits[self.closers] += 6
+        logits[self.eos] += 12
         return logits
+
+
+@functools.cache
+def token_table() -> TokenTable:
+    """The same tokens as llguidance knows them."""
+    tokens = text_tokens()
+    return TokenTable(tokens.file, tokens.size, [tokens.eos])
+
+
+def compiled(kind: str, text: str) -> CompiledConstraint:
+    """A request's constraint on these tokens."""
+    return CompiledConstraint(token_table(), kind, grammar_of(kind, text))
 
 
 @functools.cache

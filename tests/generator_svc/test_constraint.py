@@ -1,0 +1,308 @@
+"""Masks over tokens: what they let through fits, and what fits they let through."""
+
+import json
+import math
+import random
+import re
+from collections import Counter
+
+import jsonschema
+import numpy as np
+import pytest
+
+from generator_svc.constraint import TokenTable
+from generator_svc.json_schema import repaired, repaired_lark
+from generator_svc.sequence import ConstraintError
+from schema_draw import draw_schema
+from text_tokens import EXTRA_IDS, compiled, text_tokens, token_table
+
+POINT = {
+    "type": "object",
+    "properties": {"x": {"type": "integer"}, "label": {"type": "string"}},
+    "required": ["x", "label"],
+    "additionalProperties": False,
+}
+
+
+def _accepts(kind, text, answer):
+    """Whether an answer can be written token by token, and be over after that."""
+    tokens = text_tokens()
+    state = compiled(kind, text).new_state()
+    for token_id in tokens.encode(answer):
+        if not state.allowed()[token_id]:
+            return False
+        state.accept(token_id)
+    return bool(state.allowed()[tokens.eos])
+
+
+def _written(state, seed, most=300):
+    """What a random model writes; None when it comes to no end."""
+    tokens = text_tokens()
+    draw = np.random.default_rng(seed)
+    written = []
+    for _ in range(most):
+        logits = draw.normal(size=tokens.size) * 3
+        logits[tokens.closers] += 6
+        logits[tokens.eos] += 12
+        logits[~state.allowed()] = -np.inf
+        token_id = int(logits.argmax())
+        if token_id == tokens.eos:
+            return tokens.decode(written)
+        state.accept(token_id)
+        written.append(token_id)
+    return None
+
+
+def _fits(schema, answer):
+    value = json.loads(answer)
+    # RFC 3339 knows leap seconds; the validator knows only those that there were.
+    value = json.loads(re.sub(r":60(?=[.Z+-])", ":59", json.dumps(value)))
+    kind = jsonschema.Draft202012Validator
+    return kind(schema, format_checker=kind.FORMAT_CHECKER).is_valid(value)
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_whatever_a_random_model_writes_fits_its_schema(part):
+    """Hundreds of schemas; those that are refused fit nothing, or use what cannot be kept."""
+    outcomes = Counter()
+    for seed in range(250 * part, 250 * part + 250):
+        schema = draw_schema(random.Random(seed))
+        try:
+            state = compiled("json_schema", json.dumps(schema)).new_state()
+        except ConstraintError as error:
+            outcomes[error.code] += 1
+            continue
+        answer = _written(state, seed)
+        outcomes["unfinished" if answer is None else "finished"] += 1
+
+        assert answer is None or _fits(schema, answer), (seed, schema, answer)
+    assert outcomes["finished"] > 175, outcomes
+    assert {"finished", "unfinished", "invalid_json_schema"} >= outcomes.keys()
+
+
+@pytest.mark.parametrize(
+    "regex",
+    ["[ab]{3,5}c", "(a+)+$", "^x?(yes|no)$", "[^a-z]{2,4}", r"\d{1,3}(\.\d{1,3}){3}", "é+🫠", ""],
+)
+def test_whatever_a_random_model_writes_matches_its_regex(regex):
+    """As a whole, from the first character to the last."""
+    answers = [_written(compiled("regex", regex).new_state(), seed) for seed in range(20)]
+    finished = [answer for answer in answers if answer is not None]
+
+    assert len(finished) > 10
+    assert all(re.fullmatch(regex, answer) for answer in finished), finished
+
+
+def test_whatever_a_random_model_writes_is_of_its_grammar():
+    """A Lark grammar with recursion: balanced brackets, and sums in them."""
+    lark = 'start: sum\nsum: item ("+" item)*\nitem: /[0-9]{1,3}/ | "(" sum ")"'
+    answers = [_written(compiled("lark", lark).new_state(), seed) for seed in range(40)]
+    finished = [answer for answer in answers if answer is not None]
+
+    assert len(finished) > 20
+    for answer in finished:
+        assert re.fullmatch(r"[0-9+()]+", answer)
+        assert isinstance(eval(re.sub(r"\b0+(?=\d)", "", answer)), int)
+
+
+@pytest.mark.parametrize(
+    ("answer", "fits"),
+    [
+        ('{"x":1,"label":"é"}', True),
+        ('{"x": 1, "label": "a \\" \\n"}', True),
+        ('{\n  "x": -12,\n  "label": ""\n}', True),
+        ('{"x":1}', False),
+        ('{"x":1.5,"label":""}', False),
+        ('{"label":"","x":1}', False),  # properties come in the schema's order
+        ('{"x":1,"label":"","y":2}', False),
+        (' {"x":1,"label":""}', False),
+        ('{"x":1,"label":""}\n', False),
+    ],
+)
+def test_json_may_be_indented_and_nothing_may_stand_around_it(answer, fits):
+    """The usual ways to write JSON are open."""
+    assert fits is _accepts("json_schema", json.dumps(POINT), answer)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("json_schema", '{"type": "array"}'),
+        ("lark", 'start: %json {"type": "array"}'),
+        ("lark", "start: %json{}"),
+        ("lark", 'start: %json {"type": "array", "x-guidance": {"whitespace_pattern": " *"}}'),
+        ("json_schema", '{"type": "array", "x-guidance": {"whitespace_pattern": " *"}}'),
+    ],
+)
+def test_blanks_do_not_run_away(kind, text):
+    """A line's end and its indentation; a model that likes blanks gets no more of them."""
+    assert _accepts(kind, text, "[\n" + " " * 20 + "]")
+    assert not _accepts(kind, text, "[" + " " * 21 + "]")
+    assert not _accepts(kind, text, "[\n\n]")
+    assert not _accepts(kind, text, "[\t]")
+
+
+def test_a_schema_in_lark_is_found_only_where_it_is_one():
+    """Not in strings, patterns or comments; what follows stays."""
+    lark = 'start: "%json {}" /%json {2}/ a // %json {}\na: %json {"type": "null"} "z"'
+    other = lark.replace(' a // %json {}\na: %json {"type": "null"} "z"', "")
+
+    assert repaired_lark(lark).startswith(other + " a // %json {}\na: %json ")
+    assert repaired_lark(lark).endswith('} "z"')
+    assert _accepts("lark", lark, "%json {}%json  nullz")
+    assert 'start: %json {"a": }' == repaired_lark('start: %json {"a": }')
+
+
+@pytest.mark.parametrize("least", ["minimum", "exclusiveMinimum"])
+@pytest.mark.parametrize("most", ["maximum", "exclusiveMaximum"])
+@pytest.mark.parametrize("form", ["plain", "lark", "merged"])
+def test_bounds_of_numbers_hold(least, most, form):
+    """Also those that llguidance alone lets slip: whole ones that are excluded."""
+    answers = "-1 -0.5 -0 0 0.0 0.25 0.5 0.50 0.9 1 1.0 1.5 2 2.5 3 3.0 3.25 3.5 4 1e0 30e-1"
+    ranges = [(0, 0.5), (-0.5, 0), (3, 3.5), (2.5, 3), (3, 4), (0, 3), (0, 1), (0.25, 0.5)]
+    for low, high in ranges:
+        schema = {"type": "number", least: low, most: high}
+        kind, text = "json_schema", json.dumps(schema)
+        if form == "lark":
+            kind, text = "lark", f"start: %json {text}"
+        elif form == "merged":
+            text = json.dumps({"allOf": [{"type": "number", least: low}, {most: high}]})
+        valid = jsonschema.Draft202012Validator(schema).is_valid
+        for answer in answers.split():
+            assert valid(json.loads(answer)) or not _accepts(kind, text, answer), (schema, answer)
+        assert _accepts(kind, text, str(round((low + high) / 2, 3)))
+
+
+def test_values_in_a_schema_are_no_schemas():
+    """A constant stays what it is, though it looks like a schema."""
+    text = '{"const": {"exclusiveMinimum": 3, "maximum": 3.5}}'
+
+    assert text == repaired(text)
+    assert _accepts("json_schema", text, '{"exclusiveMinimum":3,"maximum":3.5}')
+
+
+def test_a_name_cannot_be_written_in_a_second_way():
+    """What parsers take for the same property is held to the same schema."""
+    schema = {"properties": {"a": {"type": "null"}}, "additionalProperties": {"type": "integer"}}
+    schema = json.dumps(schema | {"type": "object"})
+
+    assert _accepts("json_schema", schema, '{"a":null,"b":1}')
+    assert not _accepts("json_schema", schema, '{"a":null,"\\u0061":1}')
+
+
+def test_ids_without_a_token_are_never_allowed():
+    """A graph's vocabulary may be larger than the tokenizer's."""
+    tokens = text_tokens()
+    for kind, text in [("regex", r"(.|\n)*"), ("lark", "start: <[*]>*")]:
+        allowed = compiled(kind, text).new_state().allowed()
+
+        assert (tokens.size,) == allowed.shape
+        assert allowed[3:259].any()
+        assert not allowed[-EXTRA_IDS:].any()
+
+
+def test_a_graph_may_know_fewer_tokens_than_the_tokenizer():
+    """The mask has the graph's width."""
+    tokens = text_tokens()
+    table = TokenTable(tokens.file, tokens.known - 10, [tokens.eos])
+
+    assert tokens.known - 10 == table.vocabulary_size
+    assert tokens.known == table.tokenizer.vocab_size
+
+
+def test_control_tokens_come_only_where_a_grammar_names_them():
+    """Text cannot become one."""
+    tool = text_tokens().tokenizer.token_to_id("<|tool|>")
+    regex = compiled("regex", r"(.|\n)*").new_state()
+    lark = compiled("lark", 'start: <|tool|> "x"').new_state()
+
+    assert not regex.allowed()[tool]
+    assert [tool] == np.flatnonzero(lark.allowed()).tolist()
+
+
+def test_a_complete_text_allows_only_its_end():
+    """And every continuation of a request is at its own place."""
+    tokens = text_tokens()
+    constraint = compiled("regex", "ab")
+    one, other = constraint.new_state(), constraint.new_state()
+    for token_id in tokens.encode("ab"):
+        one.accept(token_id)
+
+    assert {tokens.eos} == constraint.end_token_ids
+    assert [tokens.eos] == np.flatnonzero(one.allowed()).tolist()
+    assert not other.allowed()[tokens.eos]
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "code", "says"),
+    [
+        ("json_schema", "{", "invalid_json_schema", "EOF"),
+        ("json_schema", "[1]", "invalid_json_schema", "object"),
+        ("json_schema", "false", "invalid_json_schema", "object"),
+        ("json_schema", '{"type": "strin"}', "invalid_json_schema", "strin"),
+        ("json_schema", '{"type": "string", "format": "nosuch"}', "invalid_json_schema", "nosuch"),
+        ("json_schema", '{"not": {}}', "invalid_json_schema", "not"),
+        ("json_schema", '{"enum": []}', "invalid_json_schema", "nsatisfiable"),
+        ("json_schema", '{"$ref": "#/$defs/x"}', "invalid_json_schema", "#/$defs/x|/\\$defs/x"),
+        ("json_schema", '{"$ref": "http://localhost:1/x"}', "invalid_json_schema", "localhost:1"),
+        ("json_schema", '{"a":' * 200 + "1" + "}" * 200, "json_schema_too_complex", "recursion"),
+        ("json_schema", json.dumps({"enum": list(range(10**5))}), "json_schema_too_complex", "big"),
+        ("regex", "(a", "invalid_value", "regex"),
+        ("regex", "(?=a)b", "invalid_value", "look"),
+        ("regex", "(" * 9_000 + ")" * 9_000, "invalid_value", "regex"),
+        ("lark", "start: nosuch", "invalid_value", "nosuch"),
+        ("lark", "begin: X", "invalid_value", "start"),
+        ("lark", "start: <|nosuch|>", "invalid_value", "nosuch"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_kept_is_refused_with_its_place(kind, text, code, says):
+    """Never let through without its constraint."""
+    with pytest.raises(ConstraintError, match=says) as caught:
+        compiled(kind, text).new_state().allowed()
+
+    assert code == caught.value.code
+    assert len(caught.value.message) < 600
+
+
+def test_true_is_a_schema_of_anything():
+    """As in JSON Schema."""
+    assert _accepts("json_schema", "true", '[1, {"a": null}]')
+
+
+def test_tokenizers_of_other_kinds_are_told(tmp_path):
+    """A file that is none, for one."""
+    file = tmp_path / "tokenizer.json"
+    file.write_text('{"model": {"type": "WordLevel", "vocab": {"a": 0}}}')
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        TokenTable(file, 10, [0])
+
+
+def test_ambiguity_ends_in_an_error_and_not_in_hours():
+    """A grammar whose readings multiply with each character."""
+    tokens = text_tokens()
+    state = compiled("lark", 'start: e\ne: e e | "a" | e e e | ').new_state()
+    [a] = tokens.encode("a")
+    with pytest.raises(ConstraintError) as caught:
+        for _ in range(10_000):
+            assert state.allowed()[a]
+            state.accept(a)
+
+    assert "json_schema_too_complex" == caught.value.code
+
+
+def test_masks_do_not_depend_on_earlier_requests():
+    """What one request's matcher learned or used up, another's never sees."""
+    regex = r"(.|\n)*a(.|\n){12}"
+    first = [_written(compiled("regex", regex).new_state(), seed, 60) for seed in range(3)]
+    again = [_written(compiled("regex", regex).new_state(), seed, 60) for seed in range(3)]
+
+    assert first == again
+
+
+def test_no_text_is_lost_between_two_tables():
+    """The table's tokens are those of the file."""
+    table, tokens = token_table(), text_tokens()
+    text = 'Some "text", é🫠\n'
+
+    assert text.encode() == table.tokenizer.decode_bytes(tokens.encode(text))
+    assert math.inf > table.known == tokens.known
