@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import grpc
@@ -34,14 +34,40 @@ _OPTIONS: list[tuple[str, str | int]] = [
 ]
 
 _OURS = "/trivium."
+_LAST_WORDS_SECONDS = 0.5  # for answers whose handlers have returned to reach the wire
 
 
 class CallBoundary(grpc.aio.ServerInterceptor):
     """The one broad `except`: whatever a handler raises becomes a status, and nothing leaks.
 
     An unhandled exception's text would reach the caller, and a BaseException would never
-    be answered at all.
+    be answered at all. Counts the calls that run; while draining, new ones are refused.
     """
+
+    def __init__(self) -> None:
+        self._running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._draining = False
+
+    async def drain(self, seconds: float) -> None:
+        """Refuses new calls and waits until none runs, for at most `seconds`."""
+        self._draining = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), seconds)
+
+    @contextlib.contextmanager
+    def _admitted(self) -> Iterator[None]:
+        if self._draining:
+            raise ServiceError("draining", "The server is shutting down.")
+        self._running += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
 
     async def intercept_service(
         self,
@@ -53,41 +79,41 @@ class CallBoundary(grpc.aio.ServerInterceptor):
             return handler
         if handler.response_streaming:
             kind = "stream_stream" if handler.request_streaming else "unary_stream"
-            behaviour = _bounded_stream(getattr(handler, kind))
+            behaviour = self._bounded_stream(getattr(handler, kind))
         else:
             kind = "stream_unary" if handler.request_streaming else "unary_unary"
-            behaviour = _bounded_unary(getattr(handler, kind))
+            behaviour = self._bounded_unary(getattr(handler, kind))
         return getattr(grpc, f"{kind}_rpc_method_handler")(
             behaviour, handler.request_deserializer, handler.response_serializer
         )
 
+    def _bounded_unary(self, inner: Any) -> Any:
+        async def behaviour(request: Any, context: Any) -> Any:
+            telemetry.adopt(context.invocation_metadata() or ())
+            try:
+                with self._admitted():
+                    return await inner(request, context)
+            except (asyncio.CancelledError, grpc.aio.AbortError):
+                raise
+            except BaseException as error:
+                await _abort(context, error)
 
-def _bounded_unary(inner: Any) -> Any:
-    async def behaviour(request: Any, context: Any) -> Any:
-        telemetry.adopt(context.invocation_metadata() or ())
-        try:
-            return await inner(request, context)
-        except (asyncio.CancelledError, grpc.aio.AbortError):
-            raise
-        except BaseException as error:
-            await _abort(context, error)
+        return behaviour
 
-    return behaviour
+    def _bounded_stream(self, inner: Any) -> Any:
+        async def behaviour(request: Any, context: Any) -> AsyncIterator[Any]:
+            telemetry.adopt(context.invocation_metadata() or ())
+            try:
+                with self._admitted():
+                    async with contextlib.aclosing(inner(request, context)) as responses:
+                        async for response in responses:
+                            yield response
+            except (asyncio.CancelledError, GeneratorExit, grpc.aio.AbortError):
+                raise
+            except BaseException as error:
+                await _abort(context, error)
 
-
-def _bounded_stream(inner: Any) -> Any:
-    async def behaviour(request: Any, context: Any) -> AsyncIterator[Any]:
-        telemetry.adopt(context.invocation_metadata() or ())
-        try:
-            async with contextlib.aclosing(inner(request, context)) as responses:
-                async for response in responses:
-                    yield response
-        except (asyncio.CancelledError, GeneratorExit, grpc.aio.AbortError):
-            raise
-        except BaseException as error:
-            await _abort(context, error)
-
-    return behaviour
+        return behaviour
 
 
 async def _abort(context: Any, error: BaseException) -> NoReturn:
@@ -110,7 +136,8 @@ class GrpcServer:
     def __init__(
         self, services: Sequence[tuple[Callable[..., None], object]], names: Sequence[str]
     ) -> None:
-        self._server = grpc.aio.server(interceptors=[CallBoundary()], options=_OPTIONS)
+        self._boundary = CallBoundary()
+        self._server = grpc.aio.server(interceptors=[self._boundary], options=_OPTIONS)
         self._names = ("", *names)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -134,10 +161,14 @@ class GrpcServer:
             await self._health.set(name, state.SERVING if serving else state.NOT_SERVING)
 
     async def drain(self, notice_seconds: float, drain_seconds: float) -> None:
-        """NOT_SERVING, a moment for callers to notice, then running calls get `drain_seconds`."""
+        """NOT_SERVING, a moment for callers to notice, then running calls get `drain_seconds`.
+
+        Calls that watch the health never end by themselves, so they are not waited for.
+        """
         await self._health.enter_graceful_shutdown()
         await asyncio.sleep(notice_seconds)
-        await self._server.stop(drain_seconds)
+        await self._boundary.drain(drain_seconds)
+        await self._server.stop(_LAST_WORDS_SECONDS)
 
 
 async def wait_for_signal() -> None:
