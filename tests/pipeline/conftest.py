@@ -6,6 +6,7 @@ from pathlib import Path
 import openai
 import pytest
 
+from tests.openai_shapes import watched
 from tests.pipeline.services import Services
 from tests.tiny_models import tiny_model_directory
 
@@ -15,6 +16,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.pipeline)
+
+
+@pytest.fixture(autouse=True)
+def openai_shapes() -> Iterator[None]:
+    """Whatever a test receives has OpenAI's shapes, or the test fails."""
+    with watched():
+        yield
 
 
 @pytest.fixture(scope="session")

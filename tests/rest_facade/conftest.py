@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import httpx
@@ -15,10 +15,18 @@ from rest_facade.backend import Backend
 from rest_facade.config import FacadeSettings
 from rest_facade.edge import EdgeProtocol
 from rest_facade.traffic import Traffic
+from tests.openai_shapes import watched
 from tests.rest_facade.scripted_backend import ScriptedBackend
 from trivium.wire.channel import open_channel
 
 StartFacade = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def openai_shapes() -> Iterator[None]:
+    """Whatever a test receives has OpenAI's shapes, or the test fails."""
+    with watched():
+        yield
 
 
 @pytest.fixture

@@ -1,0 +1,103 @@
+"""The watch over all answers sees what is wrong, and the schemas are what they say."""
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+from jsonschema import Draft202012Validator
+
+from tests.openai_shapes import SCHEMAS, check, check_answer, watched
+
+USAGE = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2, "gpu_seconds": 0.5}
+MESSAGE: dict[str, Any] = {"role": "assistant", "content": "Hi", "refusal": None}
+CHOICE = {"index": 0, "message": MESSAGE, "logprobs": None, "finish_reason": "stop"}
+COMPLETION: dict[str, Any] = {
+    "id": "chatcmpl-1",
+    "object": "chat.completion",
+    "created": 1,
+    "model": "m",
+    "choices": [CHOICE],
+    "usage": USAGE,
+}
+
+
+def with_message(**fields: Any) -> dict[str, Any]:
+    return {**COMPLETION, "choices": [{**CHOICE, "message": {**MESSAGE, **fields}}]}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_schemas_are_schemas(name: str) -> None:
+    """Each file is a JSON Schema of the draft it names, whose objects are all closed."""
+    Draft202012Validator.check_schema(SCHEMAS[name])
+
+    assert SCHEMAS[name]["$id"] == f"{name}.json"
+    assert SCHEMAS[name]["additionalProperties"] is False
+
+
+def test_a_right_answer_passes() -> None:
+    """OpenAI's own shape, and our marked extensions, are let through."""
+    check("chat.completion", COMPLETION)
+    check("chat.completion", with_message(reasoning_content="Hm"))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        with_message(tool_calls=None),
+        with_message(tool_calls=[]),
+        with_message(annotations=None),
+        with_message(audio=None),
+        with_message(surprise=1),
+        {**COMPLETION, "usage": {**USAGE, "prompt_tokens": "1"}},
+        {**COMPLETION, "prompt_logprobs": None},
+        {key: value for key, value in COMPLETION.items() if key != "created"},
+        {**COMPLETION, "choices": [{**CHOICE, "finish_reason": None}]},
+        {**COMPLETION, "choices": [{**CHOICE, "stop_reason": None}]},
+        {**COMPLETION, "choices": [{"index": 0, "message": MESSAGE, "finish_reason": "stop"}]},
+    ],
+)
+def test_what_other_servers_answer_does_not_pass(body: Any) -> None:
+    """Null arrays, missing and foreign keys, wrong types: all seen."""
+    with pytest.raises(AssertionError, match=r"no chat\.completion"):
+        check("chat.completion", body)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"message": "m", "type": "t", "param": None, "code": 400},
+        {"message": "m", "type": "t", "param": None},
+        {"object": "error", "message": "m", "type": "t", "param": None, "code": None},
+    ],
+)
+def test_errors_of_other_servers_do_not_pass(error: Any) -> None:
+    """Number codes, missing and foreign keys: all seen."""
+    body = json.dumps({"error": error}).encode()
+    with pytest.raises(AssertionError, match="no error"):
+        check_answer("/v1/models", 400, "application/json", body, complete=True)
+
+
+def test_a_stream_without_end_does_not_pass() -> None:
+    """A stream that ends neither with [DONE] nor with an error is seen; a cut one is let be."""
+    chunk = {
+        **{key: COMPLETION[key] for key in ("id", "created", "model")},
+        "object": "chat.completion.chunk",
+        "choices": [{"index": 0, "delta": {"content": "a"}, "finish_reason": None}],
+    }
+    stream = f"data: {json.dumps(chunk)}\n\n".encode()
+    check_answer("/v1/chat/completions", 200, "text/event-stream", stream + b"da", complete=False)
+    with pytest.raises(AssertionError, match="no end"):
+        check_answer("/v1/chat/completions", 200, "text/event-stream", stream, complete=True)
+
+
+def test_the_watch_reads_what_clients_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong body that a client receives fails the test that asked for it."""
+
+    def answer(self: Any, request: httpx.Request) -> httpx.Response:
+        body = httpx.ByteStream(b'{"detail":"Not Found"}')
+        return httpx.Response(404, stream=body, headers={"content-type": "application/json"})
+
+    monkeypatch.setattr(httpx.HTTPTransport, "handle_request", answer)
+    with watched(), pytest.raises(AssertionError, match="no error"):
+        httpx.get("http://127.0.0.1:9/v1/models")
