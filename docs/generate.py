@@ -7,7 +7,7 @@ import ast
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import get_args
+from typing import get_args, get_origin
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
@@ -32,6 +32,7 @@ MODULES = (
     "rest_facade",
     "rest_facade/convert",
     "tokenizer_svc",
+    "tokenizer_svc/families",
     "generator_svc",
     "generator_svc/export",
 )
@@ -70,7 +71,7 @@ def default(field: FieldInfo) -> str:
     """A setting's default as one would type it."""
     if field.default is PydanticUndefined:
         return "required"
-    if field.default is None:
+    if field.default is None or field.default == ():
         return "not set"
     if isinstance(field.default, bool):
         return f"`{str(field.default).lower()}`"
@@ -82,6 +83,8 @@ def allowed(field: FieldInfo) -> str:
     choices = [choice for choice in get_args(field.annotation) if isinstance(choice, str)]
     if choices:
         return ", ".join(f"`{choice}`" for choice in choices)
+    if get_origin(field.annotation) is tuple:
+        return "JSON list"
     types = [t for t in (get_args(field.annotation) or (field.annotation,)) if t is not type(None)]
     words = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}
     kind = ", ".join(words.get(t.__name__, t.__name__.lower()) for t in types)

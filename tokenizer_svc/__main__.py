@@ -7,8 +7,8 @@ import prometheus_client
 
 from tokenizer_svc.config import TokenizerSettings
 from tokenizer_svc.metrics import Metrics
-from tokenizer_svc.models import Model, load_model
-from tokenizer_svc.server import TokenizerServer
+from tokenizer_svc.models import Model
+from tokenizer_svc.server import TokenizerServer, load_models
 from trivium.model_directory import ModelDirectoryError
 from trivium.wire import telemetry
 from trivium.wire.serving import wait_for_signal
@@ -17,14 +17,15 @@ from trivium.wire.settings import load_settings, refuse_to_start
 log = logging.getLogger("tokenizer_svc")
 
 
-async def serve(settings: TokenizerSettings, model: Model) -> None:
+async def serve(settings: TokenizerSettings, models: list[Model]) -> None:
     """Serves until a signal, then drains."""
     metrics = Metrics()
-    server = TokenizerServer(settings, model, metrics)
+    server = TokenizerServer(settings, models, metrics)
     await server.start()
     if settings.metrics_port:
         prometheus_client.start_http_server(settings.metrics_port, settings.host, metrics.registry)
-    log.info("serving %s on port %d", model.id, server.port)
+    ids = ", ".join(model.id for model in models)
+    log.info("serving %s on port %d", ids, server.port)
     await wait_for_signal()
     log.info("draining")
     await server.drain()
@@ -34,8 +35,8 @@ def main() -> None:
     settings = load_settings(TokenizerSettings)
     telemetry.configure_logging("tokenizer_svc", settings.log_level)
     try:
-        model = load_model(settings.model_directory)
-        asyncio.run(serve(settings, model))
+        models = load_models(settings)
+        asyncio.run(serve(settings, models))
     except (ModelDirectoryError, OSError, RuntimeError) as error:  # a port that is taken, for one
         refuse_to_start(f"tokenizer_svc: {error}")
 

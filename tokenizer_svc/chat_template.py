@@ -7,6 +7,7 @@ time and memory: templates come from the operator's model folder only.
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any
 
 import jinja2
@@ -27,6 +28,9 @@ _REFUSALS = (
     ArithmeticError,
     RecursionError,
 )
+
+_PROBE = "trivium_probe"
+_HELLO = {"role": "user", "content": "Hello"}
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 
@@ -62,7 +66,12 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise ChatTemplateError(f"line {error.lineno}: {error.message}") from error
         self._tokens = dict(tokens)
+        self.source = source
         self.knows_tool_calls = "tool_calls" in source
+        self.shows_tools = self._shows(
+            [_HELLO], [{"type": "function", "function": {"name": _PROBE, "parameters": {}}}]
+        )
+        self.knows_system = self._shows([{"role": "system", "content": _PROBE}, _HELLO], None)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], source: str | None) -> "ChatTemplate":
@@ -72,22 +81,43 @@ class ChatTemplate:
         source = _from_tokenizer_config(config) if source is None else source
         return cls(source, _token_names(config))
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    @property
+    def named_tokens(self) -> Mapping[str, str]:
+        """bos_token and the like, as far as they are known."""
+        return self._tokens
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
         """The prompt, up to where the assistant's answer begins.
 
         Raises ServiceError invalid_chat_template_input when the template refuses the messages.
         """
         try:
             return self._template.render(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=True,
-                **self._tokens,
+                **{
+                    **self._tokens,
+                    **variables,
+                    "messages": messages,
+                    "tools": tools,
+                    "documents": None,
+                    "add_generation_prompt": add_generation_prompt,
+                }
             )
         except _REFUSALS as error:
             message = f"The model's chat template refuses the messages: {error}"
             raise ServiceError("invalid_chat_template_input", message, "messages") from error
+
+    def _shows(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> bool:
+        """Whether the probe in these messages or tools comes out."""
+        try:
+            return _PROBE in self.render(messages, tools)
+        except ServiceError:
+            return False
 
 
 def _from_tokenizer_config(config: Mapping[str, Any]) -> str:

@@ -1,15 +1,51 @@
 """One choice: token ids in, deltas of text out, up to its end.
 
-Chains detokenizer, stop matcher and log-probabilities. Knows nothing of the other choices, nor
-of how tokens come and deltas go.
+Chains detokenizer, the parser of the model's format, stop matcher and log-probabilities. Knows
+nothing of the other choices, nor of how tokens come and deltas go.
 """
 
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
 from tokenizer_svc.detokenizer import Detokenizer
-from tokenizer_svc.events import Delta, FinishReason, TokenLogprob
-from tokenizer_svc.generation import Ending, Finished, Update
+from tokenizer_svc.events import CallDelta, Delta, FinishReason, TokenLogprob
+from tokenizer_svc.families.segments import (
+    CallStart,
+    Channel,
+    Parser,
+    Phase,
+    Plain,
+    Segment,
+    Text,
+)
+from tokenizer_svc.generation import Ending, Finished, Logprobs, Update
 from tokenizer_svc.logprobs import HeldLogprobs, describe
 from tokenizer_svc.stop import StopMatcher, StopStrings
 from tokenizer_svc.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a request's choices are read: a parser for each, the tokens it must see, the ends."""
+
+    parser: Callable[[], Parser] = Plain
+    call_id: Callable[[], str] = str
+    markers: frozenset[str] = frozenset()
+    show_hidden: bool = False
+    stops: StopStrings = field(default_factory=lambda: StopStrings(()))
+    include_stop: bool = False
+    min_tokens: int = 0
+
+
+@dataclass
+class _New:
+    """What a message brought."""
+
+    content: str = ""
+    reasoning: str = ""
+    calls: list[CallDelta] = field(default_factory=list)
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Choice:
@@ -19,84 +55,150 @@ class Choice:
     generator's last word, which comes later than the choice's end when a stop string ended it.
     """
 
-    def __init__(
-        self, index: int, tokenizer: Tokenizer, stops: StopStrings, min_tokens: int
-    ) -> None:
+    def __init__(self, index: int, tokenizer: Tokenizer, reading: Reading) -> None:
         self.completion_tokens = 0
+        self.reasoning_tokens = 0
         self.matched_stop: str | None = None
         self.finished: Finished | None = None
         self._index = index
         self._tokenizer = tokenizer
-        self._detokenizer = Detokenizer(tokenizer)
-        self._matcher = StopMatcher(stops)
-        self._min_tokens = min_tokens
+        self._reading = reading
+        self._detokenizer = Detokenizer(tokenizer, reading.markers, reading.show_hidden)
+        self._parser = reading.parser()
+        self._matcher = StopMatcher(reading.stops)
         self._logprobs = HeldLogprobs()
+        self._undecided_tokens = 0  # they count as reasoning if that is what they opened
+        self._calls = 0
         self._decoded = 0  # characters that came out of the detokenizer
-        self._shown = 0  # characters that went out
+        self._unshown: deque[tuple[int, int]] = deque()  # places of content the matcher holds
+        self._new = _New()
 
     def push(self, update: Update) -> list[Delta]:
         """At most one delta with what is new, then, at the choice's end, one with the reason."""
         self.finished = update.finished or self.finished
         if self.matched_stop is not None:
             return []  # what the generator made before it heard of the stop
-        text = self._take_tokens(update)
+        self._new = new = _New()
+        self._take_tokens(update)
         if update.finished is not None and self.matched_stop is None:
-            text += self._rest(update.finished)
-        self._shown += len(text)
-        entries = self._entries(ended=update.finished is not None)
+            self._finish(update.finished)
+        ended = self.finished is not None or self.matched_stop is not None
+        new.logprobs = self._logprobs.finish() if ended else self._logprobs.release(self._decided)
         deltas = []
-        if text or entries:
-            deltas.append(Delta(self._index, text, entries, self.completion_tokens))
-        if self.finished is not None or self.matched_stop is not None:
-            deltas.append(self._last_delta())
-        return deltas
+        if new != _New():
+            deltas.append(
+                Delta(
+                    index=self._index,
+                    content=new.content,
+                    logprobs=new.logprobs,
+                    completion_tokens=self.completion_tokens,
+                    reasoning=new.reasoning,
+                    calls=tuple(new.calls),
+                )
+            )
+        return [*deltas, self._last_delta()] if ended else deltas
 
-    def _take_tokens(self, update: Update) -> str:
+    def _take_tokens(self, update: Update) -> None:
         token_ids = update.token_ids
         if update.finished is not None and update.finished.ending is Ending.STOP_TOKEN:
             token_ids = token_ids[:-1]  # it ends the text and is no part of it
-        text = ""
         for position, token_id in enumerate(token_ids):
-            self.completion_tokens += 1
-            start = self._decoded
-            piece = self._detokenizer.push(token_id)
-            self._decoded += len(piece)
-            if update.logprobs:
-                end = self._decoded + self._detokenizer.pending
-                entry = describe(self._tokenizer, token_id, update.logprobs[position])
-                self._logprobs.push(start, end, entry)
-            text += self._match(piece)
+            self._take_token(token_id, update.logprobs[position] if update.logprobs else None)
             if self.matched_stop is not None:
                 break
-        return text
 
-    def _match(self, piece: str) -> str:
-        result = self._matcher.push(piece, armed=self.completion_tokens > self._min_tokens)
+    def _take_token(self, token_id: int, logprobs: Logprobs | None) -> None:
+        self.completion_tokens += 1
+        start, before = self._decoded, self._parser.phase
+        piece = self._detokenizer.push(token_id)
+        self._decoded += len(piece)
+        segments = self._parser.push(piece, start) if piece else []
+        self._count_reasoning(before, self._parser.phase)
+        if logprobs is not None:
+            end = self._decoded + self._detokenizer.pending
+            entry = describe(self._tokenizer, token_id, logprobs, start)
+            self._logprobs.push(start, end, entry, counts=before is Phase.ANSWER)
+        self._take_segments(segments)
+
+    def _count_reasoning(self, before: Phase, after: Phase) -> None:
+        if Phase.REASONING in (before, after):
+            self.reasoning_tokens += 1 + self._undecided_tokens
+            self._undecided_tokens = 0
+        elif after is Phase.UNDECIDED:
+            self._undecided_tokens += 1
+        else:
+            self._undecided_tokens = 0
+
+    def _take_segments(self, segments: list[Segment]) -> None:
+        for segment in segments:
+            if self.matched_stop is not None:
+                return
+            if not isinstance(segment, Text):
+                self._take_call(segment)
+            elif segment.channel is Channel.REASONING:
+                self._new.reasoning += segment.text
+            else:
+                self._unshown.append((segment.start, len(segment.text)))
+                self._match(segment.text)
+
+    def _take_call(self, segment: Segment) -> None:
+        if isinstance(segment, CallStart):
+            self._calls += 1
+            call_id = self._reading.call_id()
+            delta = CallDelta(self._calls - 1, id=call_id, name=segment.name)
+            self._new.calls.append(delta)
+        else:
+            last = self._new.calls[-1] if self._new.calls else CallDelta(self._calls - 1)
+            joined = CallDelta(last.index, last.arguments + segment.text, last.id, last.name)
+            self._new.calls[-1:] = [joined]
+
+    def _match(self, text: str) -> None:
+        armed = self.completion_tokens > self._reading.min_tokens
+        result = self._matcher.push(text, armed=armed)
         self.matched_stop = result.stop
-        return result.text
+        included = self._reading.include_stop and result.stop is not None
+        self._show(result.text + (result.stop or "") if included else result.text)
 
-    def _rest(self, finished: Finished) -> str:
+    def _show(self, text: str) -> None:
+        """`text` is shown: what the matcher held longest."""
+        self._new.content += text
+        left = len(text)
+        while left:
+            start, length = self._unshown.popleft()
+            shown = min(left, length)
+            self._logprobs.show(start, start + shown)
+            if shown < length:
+                self._unshown.appendleft((start + shown, length - shown))
+            left -= shown
+
+    @property
+    def _decided(self) -> int:
+        """Up to where it is known of all text whether it is shown."""
+        return self._unshown[0][0] if self._unshown else self._decoded - self._parser.held
+
+    def _finish(self, finished: Finished) -> None:
         """What was held back, once the generator says that nothing more comes."""
-        text = self._match(self._detokenizer.flush())
+        rest = self._detokenizer.flush()
+        start, self._decoded = self._decoded, self._decoded + len(rest)
+        if rest:
+            self._take_segments(self._parser.push(rest, start))
+        self._take_segments(self._parser.flush())
         if self.matched_stop is None:
             self.completion_tokens = finished.completion_tokens
-            text += self._matcher.flush().text
-        return text
-
-    def _entries(self, ended: bool) -> tuple[TokenLogprob, ...]:
-        if self.matched_stop is not None:
-            return self._logprobs.cut(self._shown)
-        return self._logprobs.flush() if ended else self._logprobs.release(self._shown)
+            self._show(self._matcher.flush().text)
 
     def _last_delta(self) -> Delta:
-        length = self.matched_stop is None and (
-            self.finished is not None and self.finished.ending is Ending.LENGTH
-        )
         return Delta(
             index=self._index,
             content="",
             logprobs=(),
             completion_tokens=self.completion_tokens,
-            finish_reason=FinishReason.LENGTH if length else FinishReason.STOP,
+            finish_reason=self._finish_reason(),
             matched_stop=self.matched_stop,
         )
+
+    def _finish_reason(self) -> FinishReason:
+        ending = None if self.finished is None else self.finished.ending
+        if self.matched_stop is None and ending is Ending.LENGTH:
+            return FinishReason.LENGTH
+        return FinishReason.TOOL_CALLS if self._calls else FinishReason.STOP

@@ -6,11 +6,10 @@ Knows nothing of calls and connections: updates of the generator go in, events c
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from tokenizer_svc.choice import Choice
+from tokenizer_svc.choice import Choice, Reading
 from tokenizer_svc.events import Delta, Event, FinishReason, Header, TokenLogprob, Usage
 from tokenizer_svc.generation import Update
-from tokenizer_svc.request import ValidRequest
-from tokenizer_svc.stop import StopStrings
+from tokenizer_svc.request import ToolCall
 from tokenizer_svc.tokenizer import Tokenizer
 
 
@@ -25,12 +24,9 @@ class Step:
 class Completion:
     """`take` every message of the generator until `done`; then `usage` is exact."""
 
-    def __init__(self, request: ValidRequest, tokenizer: Tokenizer, prompt_tokens: int) -> None:
-        stops = StopStrings(request.stop)
+    def __init__(self, n: int, reading: Reading, tokenizer: Tokenizer, prompt_tokens: int) -> None:
         self._prompt_tokens = prompt_tokens
-        self._choices = [
-            Choice(index, tokenizer, stops, request.min_tokens) for index in range(request.n)
-        ]
+        self._choices = [Choice(index, tokenizer, reading) for index in range(n)]
 
     def take(self, updates: Iterable[Update]) -> Step:
         """The deltas of a message's updates, and which continuations are complete by their text."""
@@ -59,6 +55,7 @@ class Completion:
             device_nanoseconds=sum(
                 choice.finished.device_nanoseconds for choice in self._choices if choice.finished
             ),
+            reasoning_tokens=sum(choice.reasoning_tokens for choice in self._choices),
         )
 
 
@@ -67,9 +64,24 @@ class WholeChoice:
     """A choice as the unary call gives it."""
 
     content: str = ""
+    reasoning: str = ""
+    calls: list[ToolCall] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     matched_stop: str | None = None
+
+    def push(self, delta: Delta) -> None:
+        self.content += delta.content
+        self.reasoning += delta.reasoning
+        for piece in delta.calls:
+            if piece.id is not None:
+                self.calls.append(ToolCall(piece.id, piece.name or "", piece.arguments))
+            else:
+                call = self.calls[-1]
+                self.calls[-1] = ToolCall(call.id, call.name, call.arguments + piece.arguments)
+        self.logprobs.extend(delta.logprobs)
+        self.finish_reason = delta.finish_reason
+        self.matched_stop = delta.matched_stop
 
 
 @dataclass
@@ -86,8 +98,4 @@ class WholeAnswer:
         elif isinstance(event, Usage):
             self.usage = event
         else:
-            choice = self.choices.setdefault(event.index, WholeChoice())
-            choice.content += event.content
-            choice.logprobs.extend(event.logprobs)
-            choice.finish_reason = event.finish_reason
-            choice.matched_stop = event.matched_stop
+            self.choices.setdefault(event.index, WholeChoice()).push(event)

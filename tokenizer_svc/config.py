@@ -1,10 +1,47 @@
 """The settings of the tokenizer stage, from environment variables that begin TRIVIUM_TOKENIZER_."""
 
+import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from tokenizer_svc.families.choose import REASONING_PARSERS, TOOL_PARSERS
+
+DEFAULT_TARGET = "127.0.0.1:50052"
+
+
+def _from_json(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else value
+
+
+class ModelSettings(BaseModel):
+    """One of several models; what is absent is as for a single one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model_directory: Path
+    generator_target: str = Field(DEFAULT_TARGET, min_length=1)
+    aliases: tuple[str, ...] = ()
+    tool_parser: str | None = None
+    reasoning_parser: str | None = None
+
+    @field_validator("tool_parser")
+    @classmethod
+    def _known_tool_parser(cls, value: str | None) -> str | None:
+        return _one_of(TOOL_PARSERS, value)
+
+    @field_validator("reasoning_parser")
+    @classmethod
+    def _known_reasoning_parser(cls, value: str | None) -> str | None:
+        return _one_of(REASONING_PARSERS, value)
+
+
+def _one_of(known: tuple[str, ...], value: str | None) -> str | None:
+    if value is not None and value not in known:
+        raise ValueError(f"should be one of {', '.join(known)}")
+    return value
 
 
 class TokenizerSettings(BaseSettings):
@@ -20,11 +57,33 @@ class TokenizerSettings(BaseSettings):
         9051, ge=0, le=65535, description="Port of the HTTP server with /metrics; 0 turns it off."
     )
     generator_target: str = Field(
-        "127.0.0.1:50052",
+        DEFAULT_TARGET,
         min_length=1,
         description="The generator: host:port, or a gRPC name such as dns:///host:port.",
     )
-    model_directory: Path = Field(description="The model's folder; its name is the model's id.")
+    models: Annotated[tuple[ModelSettings, ...], NoDecode, BeforeValidator(_from_json)] = Field(
+        (),
+        description=(
+            "Several models instead of the one of MODEL_DIRECTORY: a JSON list of objects with "
+            "model_directory, generator_target, aliases, tool_parser and reasoning_parser, of "
+            "which all but the first may be absent."
+        ),
+    )
+    model_directory: Path | None = Field(
+        None,
+        validate_default=True,
+        description="The model's folder; its name is the model's id. Required without MODELS.",
+    )
+    tool_parser: Literal["auto", "none", "hermes", "llama3_json", "mistral", "harmony"] = Field(
+        "auto", description="The format of tool calls; auto takes it from the chat template."
+    )
+    reasoning_parser: Literal["auto", "none", "deepseek_r1", "qwen3", "harmony"] = Field(
+        "auto", description="The format of reasoning; auto takes it from the chat template."
+    )
+    chat_template_kwargs: str = Field(
+        "enable_thinking,thinking,reasoning_effort",
+        description="Names of template variables that requests may set, separated by commas.",
+    )
     drain_notice_seconds: float = Field(
         0.5,
         ge=0,
@@ -40,3 +99,28 @@ class TokenizerSettings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="The least severe messages that are logged."
     )
+
+    @field_validator("model_directory")
+    @classmethod
+    def _one_or_several(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if value is None and not info.data.get("models"):
+            raise ValueError("required, as there are no MODELS")
+        if value is not None and info.data.get("models"):
+            raise ValueError("not together with MODELS")
+        return value
+
+    @property
+    def served(self) -> tuple[ModelSettings, ...]:
+        """All models, whichever way they were given."""
+        if self.model_directory is None:
+            return self.models
+        one = ModelSettings(
+            model_directory=self.model_directory, generator_target=self.generator_target
+        )
+        return (one,)
+
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """Names of template variables that requests may set."""
+        names = (name.strip() for name in self.chat_template_kwargs.split(","))
+        return frozenset(name for name in names if name)

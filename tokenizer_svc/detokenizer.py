@@ -1,19 +1,24 @@
 """Token ids to text, one at a time: whole characters, each as soon as its last byte is there.
 
 Knows nothing of stop strings or choices. What comes out, joined, is what decoding all ids at
-once gives. Control tokens have no text.
+once gives. Hidden tokens have no text, but for those that someone has to see.
 """
 
 import codecs
+from collections.abc import Set
 
 from tokenizer_svc.tokenizer import Tokenizer
 
 
 class Detokenizer:
-    """The text of one choice."""
+    """The text of one choice, in which hidden tokens show if they are among `markers`, or all."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, markers: Set[str] = frozenset(), show_hidden: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
+        self._markers = {marker.encode() for marker in markers}
+        self._show_hidden = show_hidden
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._drop_space = tokenizer.drops_first_space
 
@@ -24,13 +29,17 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """The characters that this token completes; "" if none."""
-        if self._tokenizer.is_hidden(token_id):
+        token = self._tokenizer.token_bytes(token_id)
+        if self._tokenizer.is_hidden(token_id) and not self._shows(token):
             return ""
-        return self._first(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
+        return self._first(self._decoder.decode(token))
 
     def flush(self) -> str:
         """Nothing more comes: bytes that never became a character are U+FFFD."""
         return self._first(self._decoder.decode(b"", final=True))
+
+    def _shows(self, hidden: bytes) -> bool:
+        return self._show_hidden or hidden in self._markers
 
     def _first(self, text: str) -> str:
         if self._drop_space and text:

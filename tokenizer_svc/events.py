@@ -9,6 +9,7 @@ class FinishReason(Enum):
 
     STOP = "stop"
     LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,13 @@ class Alternative:
 
 @dataclass(frozen=True)
 class TokenLogprob(Alternative):
-    """A generated token, and the most likely ones in its place."""
+    """A generated token, and the most likely ones in its place.
+
+    `offset` is where its text begins, in characters of all that was generated.
+    """
 
     top: tuple[Alternative, ...]
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,16 @@ class Header:
 
 
 @dataclass(frozen=True)
+class CallDelta:
+    """A piece of a tool call; the first piece of each has id and name."""
+
+    index: int
+    arguments: str = ""
+    id: str | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True)
 class Delta:
     """What is new in one choice; the last one has a reason and no content."""
 
@@ -50,6 +65,8 @@ class Delta:
     content: str
     logprobs: tuple[TokenLogprob, ...]
     completion_tokens: int
+    reasoning: str = ""
+    calls: tuple[CallDelta, ...] = ()
     finish_reason: FinishReason | None = None
     matched_stop: str | None = None
 
@@ -62,6 +79,7 @@ class Usage:
     completion_tokens: int
     cached_prompt_tokens: int
     device_nanoseconds: int
+    reasoning_tokens: int = 0
 
 
 Event = Header | Delta | Usage

@@ -1,9 +1,10 @@
 """What goes to the generator and what comes back, as plain values. Knows no protobuf."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 
-from tokenizer_svc.request import ValidRequest
+from tokenizer_svc.request import ValidOptions
 
 
 class Ending(Enum):
@@ -14,14 +15,36 @@ class Ending(Enum):
     STOPPED = "stopped"  # by us
 
 
+class ConstraintKind(Enum):
+    """How a constraint is written; the value is its name in the protocol."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    LARK = "lark"
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What the text of a continuation has to fit, and which field of the request asked for it.
+
+    `lines` are the lines of `text`, from 1, that stem from other fields.
+    """
+
+    kind: ConstraintKind
+    text: str
+    param: str
+    lines: Mapping[int, str] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Start:
     """A generation to start."""
 
     revision: str
     token_ids: list[int]
-    request: ValidRequest
+    options: ValidOptions
     max_new_tokens: int
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True)

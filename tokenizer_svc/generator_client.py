@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from tokenizer_svc import convert
+from tokenizer_svc import convert_generator as convert
 from tokenizer_svc.generation import GeneratorInfo, Start, Update
 from trivium.wire import telemetry
 from trivium.wire.errors import ServiceError, from_rpc_error
@@ -64,7 +64,7 @@ class Generation:
         """Starts the generation; what the generator says, to the end of the call."""
         try:
             await self._write(convert.start_command(self._start))
-            if not self._start.request.stop:
+            if not self._start.options.stop:
                 await self._call.done_writing()
             async for response in self._call:
                 yield convert.updates(response)

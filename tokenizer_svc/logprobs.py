@@ -1,16 +1,18 @@
 """Log-probabilities of tokens, held back as long as the text of their tokens is.
 
-Knows positions in a choice's text, counted in characters, and nothing of why text is held.
+Knows positions in all that a choice generated, counted in characters, and nothing of why text is
+held. Only tokens with text that is shown have an entry in the end.
 """
 
 from collections import deque
+from dataclasses import dataclass
 
 from tokenizer_svc.events import Alternative, TokenLogprob
 from tokenizer_svc.generation import Logprobs
 from tokenizer_svc.tokenizer import Tokenizer
 
 
-def describe(tokenizer: Tokenizer, token_id: int, logprobs: Logprobs) -> TokenLogprob:
+def describe(tokenizer: Tokenizer, token_id: int, logprobs: Logprobs, offset: int) -> TokenLogprob:
     """A token's log-probabilities with the tokens' true bytes, also of partial characters."""
     return TokenLogprob(
         token_bytes=tokenizer.token_bytes(token_id),
@@ -18,37 +20,54 @@ def describe(tokenizer: Tokenizer, token_id: int, logprobs: Logprobs) -> TokenLo
         top=tuple(
             Alternative(tokenizer.token_bytes(top_id), logprob) for top_id, logprob in logprobs.top
         ),
+        offset=offset,
     )
+
+
+@dataclass(frozen=True)
+class _Held:
+    start: int
+    end: int
+    entry: TokenLogprob
+    counts: bool  # whether it has an entry although it has no text
 
 
 class HeldLogprobs:
     """The entries of tokens whose text is not out yet, in order."""
 
     def __init__(self) -> None:
-        self._held: deque[tuple[int, int, TokenLogprob]] = deque()
+        self._held: deque[_Held] = deque()
+        self._shown: deque[tuple[int, int]] = deque()  # from where to where text is shown
 
-    def push(self, start: int, end: int, entry: TokenLogprob) -> None:
+    def push(self, start: int, end: int, entry: TokenLogprob, counts: bool = True) -> None:
         """An entry whose token's text goes from `start` to `end`.
 
         A token that ends inside a character ends with that character.
         """
-        self._held.append((start, end, entry))
+        self._held.append(_Held(start, end, entry, counts))
 
-    def release(self, shown: int) -> tuple[TokenLogprob, ...]:
-        """The entries whose text is among the `shown` characters."""
+    def show(self, start: int, end: int) -> None:
+        """The text from `start` to `end` is shown; it stands behind what was shown before."""
+        if self._shown and self._shown[-1][1] == start:
+            start, _ = self._shown.pop()
+        self._shown.append((start, end))
+
+    def release(self, decided: int) -> tuple[TokenLogprob, ...]:
+        """The entries of shown text; of all before `decided` it is known whether it is shown."""
         released = []
-        while self._held and self._held[0][1] <= shown:
-            released.append(self._held.popleft()[2])
+        while self._held and self._held[0].end <= decided:
+            held = self._held.popleft()
+            if self._is_shown(held):
+                released.append(held.entry)
         return tuple(released)
 
-    def cut(self, shown: int) -> tuple[TokenLogprob, ...]:
-        """No text comes after `shown`: the entries with any text before it; the others are gone."""
-        kept = tuple(entry for start, _, entry in self._held if start < shown)
-        self._held.clear()
-        return kept
+    def finish(self) -> tuple[TokenLogprob, ...]:
+        """No more text is shown: the entries of what is; the others are gone."""
+        return self.release(max((held.end for held in self._held), default=0))
 
-    def flush(self) -> tuple[TokenLogprob, ...]:
-        """All the text is out: all entries."""
-        rest = tuple(entry for _, _, entry in self._held)
-        self._held.clear()
-        return rest
+    def _is_shown(self, held: _Held) -> bool:
+        while self._shown and self._shown[0][1] <= held.start:
+            self._shown.popleft()
+        if held.start == held.end:
+            return held.counts
+        return bool(self._shown) and self._shown[0][0] < held.end

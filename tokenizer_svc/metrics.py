@@ -91,12 +91,15 @@ class RequestMeter:
         self._model = model
         self._metrics.prompt_tokens.labels(model).inc(tokens)
 
-    def step(self, updates: list[Update], deltas: list[Delta]) -> None:
-        """A message of the generator came just now, and this is what followed."""
+    def step(self, updates: list[Update], deltas: list[Delta], first_index: int = 0) -> None:
+        """A message of the generator came just now, and this is what followed.
+
+        The message's own choices count from `first_index` among the request's.
+        """
         now = time.monotonic()
         for update in updates:
             if update.token_ids:
-                self._tokens(update.index, len(update.token_ids), now)
+                self._tokens(first_index + update.index, len(update.token_ids), now)
         for delta in deltas:
             if delta.finish_reason is not None:
                 self._metrics.success.labels(self._model, delta.finish_reason.value).inc()

@@ -6,15 +6,16 @@ Knows nothing of the generator that runs it.
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from tokenizer_svc.chat_template import ChatTemplate
 from tokenizer_svc.detokenizer import Detokenizer
+from tokenizer_svc.families.choose import OutputFormat, choose
 from tokenizer_svc.prompt import Prompt, PromptBuilder
-from tokenizer_svc.request import Message, Role
+from tokenizer_svc.request import Conversation, Message, Role
 from tokenizer_svc.tokenizer import Tokenizer
 from trivium.model_directory import ModelDirectory, ModelDirectoryError, load_model_directory
 from trivium.wire.errors import ServiceError
@@ -38,22 +39,41 @@ class Model:
     context_length: int
     vocabulary_size: int
     tokenizer: Tokenizer
+    template: ChatTemplate
     prompts: PromptBuilder
+    output: OutputFormat
 
     @property
     def fingerprint(self) -> str:
         return "fp_" + self.revision[:10]
 
-    async def prompt(self, messages: Sequence[Message], context_length: int) -> Prompt:
-        """The messages' prompt; context_length_exceeded if it leaves no room for an answer."""
-        size = sum(_size(message) for message in messages)
+    async def prompt(self, conversation: Conversation, context_length: int) -> Prompt:
+        """Its prompt; context_length_exceeded if it leaves no room for an answer."""
+        size = sum(map(_size, conversation.messages))
+        size += sum(len(tool.parameters or "") for tool in conversation.tools)
+        self._check_size(size, context_length, "messages")
+        prompt = await off_loop(size, lambda: self.prompts.build(conversation))
+        self.check_tokens(len(prompt.token_ids), context_length, "messages")
+        return prompt
+
+    async def encode(self, text: str, context_length: int, param: str) -> list[int]:
+        """A plain prompt's tokens; context_length_exceeded if they leave no room."""
+        self._check_size(len(text), context_length, param)
+        token_ids = await off_loop(
+            len(text), lambda: self.tokenizer.encode(text, add_special_tokens=True)
+        )
+        self.check_tokens(len(token_ids), context_length, param)
+        return token_ids
+
+    def check_tokens(self, tokens: int, context_length: int, param: str) -> None:
+        """Raises ServiceError unless a prompt of so many tokens leaves room for an answer."""
+        if tokens >= context_length:
+            raise _too_long(context_length, str(tokens), param)
+
+    def _check_size(self, size: int, context_length: int, param: str) -> None:
         if size > context_length * self.tokenizer.longest_token:
             # Far too long, whatever its tokens: not worth the time to count them.
-            raise _too_long(context_length, f"more than {context_length}")
-        prompt = await off_loop(size, lambda: self.prompts.build(messages))
-        if len(prompt.token_ids) >= context_length:
-            raise _too_long(context_length, str(len(prompt.token_ids)))
-        return prompt
+            raise _too_long(context_length, f"more than {context_length}", param)
 
 
 async def off_loop(size: int, work: Callable[[], Result]) -> Result:
@@ -61,13 +81,22 @@ async def off_loop(size: int, work: Callable[[], Result]) -> Result:
     return work() if size <= INLINE_CHARACTERS else await asyncio.to_thread(work)
 
 
-def load_model(path: Path) -> Model:
-    """Reads a model folder and tries it out; ModelDirectoryError when it is not usable."""
+def load_model(
+    path: Path,
+    tool_parser: str = "auto",
+    reasoning_parser: str = "auto",
+    variables: Set[str] = frozenset(),
+) -> Model:
+    """Reads a model folder and tries it out; ModelDirectoryError when it is not usable.
+
+    The parsers are names that `choose` knows; `variables` are the template's that requests may set.
+    """
     directory = load_model_directory(path)
     try:
         tokenizer = Tokenizer(directory.tokenizer.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises bare Exceptions
         raise ModelDirectoryError(f"{directory.tokenizer}: {error}") from error
+    template = _chat_template(directory)
     model = Model(
         id=directory.id,
         revision=directory.revision,
@@ -75,7 +104,9 @@ def load_model(path: Path) -> Model:
         context_length=directory.context_length,
         vocabulary_size=directory.vocab_size,
         tokenizer=tokenizer,
-        prompts=PromptBuilder(_chat_template(directory), tokenizer),
+        template=template,
+        prompts=PromptBuilder(template, tokenizer, variables),
+        output=choose(template.source, tool_parser, reasoning_parser),
     )
     _warm_up(model)
     return model
@@ -94,7 +125,7 @@ def _chat_template(directory: ModelDirectory) -> ChatTemplate:
 def _warm_up(model: Model) -> None:
     """One prompt there and back, so that the first request finds everything built."""
     try:
-        prompt = model.prompts.build([Message(Role.USER, ("Hello",))])
+        prompt = model.prompts.build(Conversation((Message(Role.USER, ("Hello",)),)))
     except ServiceError as error:
         raise ModelDirectoryError(f"{model.id}: {error.message}") from error
     if not prompt.token_ids:
@@ -111,9 +142,10 @@ def _size(message: Message) -> int:
     return len(message.content or "") + len(message.name or "") + calls
 
 
-def _too_long(context_length: int, tokens: str) -> ServiceError:
+def _too_long(context_length: int, tokens: str, param: str) -> ServiceError:
+    what = "messages" if param == "messages" else "prompt"
     message = (
-        f"This model's maximum context length is {context_length} tokens. However, your messages "
-        f"resulted in {tokens} tokens. Please reduce the length of the messages."
+        f"This model's maximum context length is {context_length} tokens. However, your {what} "
+        f"resulted in {tokens} tokens. Please reduce the length of the {what}."
     )
-    return ServiceError("context_length_exceeded", message, "messages")
+    return ServiceError("context_length_exceeded", message, param)

@@ -14,18 +14,19 @@ What is left to the operator's template is to spell no control token around a pi
 out of a message's middle.
 """
 
-import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 from tokenizer_svc.chat_template import ChatTemplate
-from tokenizer_svc.request import Message, Role, ToolCall
+from tokenizer_svc.families.thinking import Thinking, thinking_after
+from tokenizer_svc.guard import Guard
+from tokenizer_svc.request import Conversation
+from tokenizer_svc.template_input import changed, message_input, tool_input
+from tokenizer_svc.template_variables import template_variables
 from tokenizer_svc.tokenizer import Tokenizer
+from tokenizer_svc.tool_text import with_tools, without_roles
 from trivium.wire.errors import ServiceError
-
-_Change = Callable[[str], str]
 
 # Characters that no text is supposed to have, then private ones that hardly any has.
 _MARKS = [chr(code) for code in (*range(0xFDD2, 0xFDF0), *range(0xE000, 0xF900))]
@@ -33,121 +34,89 @@ _MARKS = [chr(code) for code in (*range(0xFDD2, 0xFDF0), *range(0xE000, 0xF900))
 
 @dataclass(frozen=True)
 class Prompt:
-    """A rendered conversation: as text, control tokens written out, and as token ids."""
+    """A rendered conversation: as text, control tokens written out, and as token ids.
+
+    `thinking` is whether the model's answer begins with its reasoning.
+    """
 
     text: str
     token_ids: list[int]
+    thinking: Thinking = Thinking.DONE
 
 
 class PromptBuilder:
-    """Renders and encodes conversations for one model. May be used from any thread."""
+    """Renders and encodes conversations for one model. May be used from any thread.
 
-    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
+    `variables` are the further template variables that a request may set.
+    """
+
+    def __init__(
+        self, template: ChatTemplate, tokenizer: Tokenizer, variables: Set[str] = frozenset()
+    ) -> None:
         self._template = template
         self._tokenizer = tokenizer
-        self._guard = _Guard(tokenizer.control_tokens)
+        self._variables = variables
+        self._guard = Guard(tokenizer.control_tokens)
 
-    def build(self, messages: Sequence[Message]) -> Prompt:
+    def build(self, conversation: Conversation) -> Prompt:
         """The prompt up to the assistant's answer; ServiceError if the template refuses."""
-        mark = _unused_character(self._texts(messages))
-        guarded = [
-            self._for_template(message, lambda text: self._guard.text(text, mark))
-            for message in messages
-        ]
-        rendered = self._template.render(guarded)
+        variables = template_variables(conversation, self._template.source, self._variables)
+        mark = _unused_character(self._texts(conversation, variables))
+        rendered = self._render(conversation, variables, lambda text: self._guard.text(text, mark))
         named = self._guard.whole.sub(lambda m: self._tokenizer.control_name(m[0]), rendered)
         token_ids = self._tokenizer.encode(named.replace(mark, ""))
-        return Prompt(rendered.replace(mark, ""), token_ids)
+        text = rendered.replace(mark, "")
+        own = conversation.messages[-1].content if conversation.continue_final_message else None
+        return Prompt(text, token_ids, thinking_after(text, own or ""))
 
-    def _texts(self, messages: Sequence[Message]) -> list[str]:
+    def _texts(self, conversation: Conversation, variables: Mapping[str, Any]) -> list[str]:
         texts: list[str] = []
 
         def note(text: str) -> str:
             texts.append(text)
             return text
 
-        for message in messages:
-            self._for_template(message, note)
+        for message in conversation.messages:
+            message_input(message, self._template, note)
+        for tool in conversation.tools:
+            tool_input(tool, note)
+        changed(variables, note)
         return texts
 
-    def _for_template(self, message: Message, change: _Change) -> dict[str, Any]:
-        """A message as templates expect it, `change` applied to all of its text."""
-        assert message.role is not None, "An unchecked message reached the template. This is a bug."
-        role = Role.SYSTEM if message.role is Role.DEVELOPER else message.role
-        result: dict[str, Any] = {"role": role.value}
-        if message.content is not None:
-            result["content"] = change(message.content)
-        else:  # most templates join content to text and refuse null
-            null_is_known = message.tool_calls and self._template.knows_tool_calls
-            result["content"] = None if null_is_known else ""
-        if message.name is not None:
-            result["name"] = change(message.name)
-        if message.tool_calls:
-            result["tool_calls"] = [_tool_call(call, change) for call in message.tool_calls]
-        if message.tool_call_id is not None:
-            result["tool_call_id"] = change(message.tool_call_id)
-        return result
+    def _render(
+        self,
+        conversation: Conversation,
+        variables: Mapping[str, Any],
+        change: Callable[[str], str],
+    ) -> str:
+        """What the template makes of the conversation, `change` applied to all of its text."""
+        template = self._template
+        messages: Sequence[Mapping[str, Any]] = [
+            message_input(message, template, change) for message in conversation.messages
+        ]
+        tools: list[dict[str, Any]] | None = [
+            tool_input(tool, change) for tool in conversation.tools
+        ] or None
+        if not template.knows_tool_calls:
+            messages = without_roles(messages)
+        if tools is not None and not template.shows_tools:
+            messages, tools = with_tools(messages, tools, template.knows_system), None
+        opens = conversation.add_generation_prompt is not False
+        opens = opens and not conversation.continue_final_message
+        rendered = template.render(messages, tools, opens, changed(variables, change))
+        if conversation.continue_final_message:
+            return _up_to(rendered, str(messages[-1]["content"]))
+        return rendered
 
 
-class _Guard:
-    """Breaks the control tokens that a message spells out.
-
-    Control tokens of a single character cannot be broken; no known model has one.
-    """
-
-    def __init__(self, control_tokens: Sequence[str]) -> None:
-        tokens = sorted(control_tokens, key=len, reverse=True)
-        any_token = "|".join(map(re.escape, tokens)) or r"(?!)"
-        self.whole = re.compile(any_token)
-        # Looking ahead finds occurrences that overlap as well.
-        self._broken = re.compile(f"(?=(?:{any_token}))(.)", re.DOTALL)
-        self._tokens = tokens
-        self._beginnings = {token[:cut] for token in tokens for cut in range(1, len(token))}
-        self._endings = {token[cut:] for token in tokens for cut in range(1, len(token))}
-        self._longest = max(map(len, tokens), default=0)
-
-    def text(self, text: str, mark: str) -> str:
-        """The text of a message with a mark wherever a control token is or could begin or end."""
-        if self.whole.search(text):  # this is quick, and looking ahead everywhere is not
-            text = self._broken.sub(rf"\g<1>{mark}", text)
-        inner = text.strip()
-        if not inner:
-            return text
-        cuts = range(1, min(self._longest, len(inner) + 1))
-        # The mark stands next to the text, inside of white space that a template may trim.
-        if any(inner[:cut] in self._endings for cut in cuts) or self._is_inside(inner):
-            text = text.replace(inner, mark + inner, 1)
-        if any(inner[-cut:] in self._beginnings for cut in cuts):
-            end = len(text.rstrip())
-            text = text[:end] + mark + text[end:]
-        return text
-
-    def _is_inside(self, inner: str) -> bool:
-        return len(inner) < self._longest and any(inner in token for token in self._tokens)
-
-
-def _tool_call(call: ToolCall, change: _Change) -> dict[str, Any]:
-    function = {"name": change(call.name), "arguments": _arguments(call.arguments, change)}
-    return {"id": change(call.id), "type": "function", "function": function}
-
-
-def _arguments(text: str, change: _Change) -> Any:
-    """Templates expect arguments as an object; text that is none stays text."""
-    try:
-        parsed = json.loads(text)
-        return _changed(parsed, change) if isinstance(parsed, dict) else change(text)
-    except (ValueError, RecursionError):
-        return change(text)
-
-
-def _changed(value: Any, change: _Change) -> Any:
-    if isinstance(value, str):
-        return change(value.encode("utf-8", "replace").decode())  # JSON can spell lone surrogates
-    if isinstance(value, dict):
-        return {_changed(key, change): _changed(inner, change) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_changed(inner, change) for inner in value]
-    return value
+def _up_to(rendered: str, last: str) -> str:
+    """The prompt cut behind the last message's text, as Hugging Face does it."""
+    at = rendered.rfind(last.strip())
+    if at < 0:
+        message = "The model's chat template does not show the final message as it is."
+        raise ServiceError("invalid_chat_template_input", message, "messages")
+    kept = last.lstrip() if rendered[at:].startswith(last.lstrip()) else last.strip()
+    return rendered[: at + len(kept)]
 
 
 def _unused_character(texts: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""A request for a chat completion, as the caller wrote it and after it was checked.
+"""A request for a completion, as the caller wrote it and after it was checked.
 
 Plain values: knows no protobuf, and judges nothing (that is `validate`).
 """
@@ -36,11 +36,79 @@ class Message:
     name: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
+    reasoning: str | None = None
 
     @property
     def content(self) -> str | None:
         """The text, parts joined by newlines; None for JSON's null."""
         return "\n".join(part or "" for part in self.parts) if self.parts else None
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function that the model may call; `parameters` is the JSON text of a schema.
+
+    `name` is None for a tool that is no function.
+    """
+
+    name: str | None
+    description: str | None = None
+    parameters: str | None = None
+
+
+class ToolMode(Enum):
+    """Whether tools are called."""
+
+    NONE = "none"
+    AUTO = "auto"
+    REQUIRED = "required"
+    FUNCTION = "function"
+
+
+@dataclass(frozen=True)
+class ToolChoice:
+    """Which tools are called; `mode` is None for one we do not know."""
+
+    mode: ToolMode | None
+    function_name: str | None = None
+
+
+class Form(Enum):
+    """What the answer's text has to be; the value says how a schema or pattern is written."""
+
+    TEXT = "text"
+    JSON_OBJECT = "json_object"
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    CHOICE = "choice"
+    GRAMMAR = "grammar"
+
+
+@dataclass(frozen=True)
+class OutputForm:
+    """A form with what defines it, and the request's field that asked for it.
+
+    `definition` is a schema's JSON text, a pattern or a grammar. `form` is None for one we do not
+    know.
+    """
+
+    form: Form | None
+    param: str
+    definition: str | None = None
+    choices: tuple[str, ...] = ()
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What the chat template is given. `variables` are its further ones, as JSON text by name."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Tool, ...] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
+    reasoning_effort: str | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,33 +127,92 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class ChatRequest:
-    """What the caller wrote; None means absent."""
+class Options:
+    """How an answer is made, whatever it answers to; None means absent."""
 
-    model: str
-    messages: tuple[Message, ...]
     sampling: Sampling = Sampling()
     max_completion_tokens: int | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop: bool | None = None
+    skip_special_tokens: bool | None = None
     n: int | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
+    response_format: OutputForm | None = None
+    structured_outputs: OutputForm | None = None
 
 
 @dataclass(frozen=True)
-class ValidRequest:
-    """A request that was checked, so that nobody checks again. Made by `validate` only.
+class ChatRequest:
+    """What the caller of a chat completion wrote; None means absent."""
 
-    `top_logprobs` is None when no log-probabilities are wanted at all.
+    model: str
+    conversation: Conversation
+    options: Options = Options()
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+
+
+@dataclass(frozen=True)
+class CompletionRequest:
+    """What the caller of a plain completion wrote. A prompt is text, tokens, or None for neither.
+
+    `foreign` are fields that were set and belong to chat alone.
     """
 
-    messages: tuple[Message, ...]
+    model: str
+    prompts: tuple[str | tuple[int, ...] | None, ...]
+    options: Options = Options()
+    echo: bool = False
+    logprobs: int | None = None
+    foreign: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ValidOptions:
+    """Options that were checked, so that nobody checks again. Made by `validate` only.
+
+    `top_logprobs` is None when no log-probabilities are wanted at all. `form` is None for plain
+    text.
+    """
+
     sampling: Sampling
     max_completion_tokens: int | None
     min_tokens: int
     ignore_eos: bool
     stop: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+    include_stop: bool
+    skip_special_tokens: bool
     n: int
     top_logprobs: int | None
+    form: OutputForm | None
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """Which calls an answer may, or has to, consist of; there are none without tools.
+
+    `places` are the tools' indices in the request.
+    """
+
+    tools: tuple[Tool, ...] = ()
+    places: tuple[int, ...] = ()
+    forced: bool = False
+    parallel: bool = True
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(tool.name for tool in self.tools if tool.name is not None)
+
+
+@dataclass(frozen=True)
+class ValidRequest:
+    """A chat request that was checked. Made by `validate` only."""
+
+    conversation: Conversation
+    options: ValidOptions
+    tool_use: ToolUse

@@ -1,53 +1,81 @@
-"""The parts of this stage put together: model, watch on the generator, gRPC server.
+"""The parts of this stage put together: models, watches on their generators, gRPC server.
 
 Knows nothing of signals or of the environment.
 """
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 
-from tokenizer_svc.config import TokenizerSettings
+from tokenizer_svc.config import ModelSettings, TokenizerSettings
 from tokenizer_svc.generator_client import GeneratorClient
 from tokenizer_svc.generator_watch import GeneratorWatch
 from tokenizer_svc.metrics import Metrics
-from tokenizer_svc.models import Model
-from tokenizer_svc.service import (
-    PIPELINE_SERVICES,
-    TOKENIZER_SERVICE,
-    ServedModel,
-    create_server,
-)
+from tokenizer_svc.models import Model, load_model
+from tokenizer_svc.served_model import ServedModel, ServedModels
+from tokenizer_svc.service import PIPELINE_SERVICES, TOKENIZER_SERVICE, create_server
+from trivium.model_directory import ModelDirectoryError
 from trivium.wire.channel import open_channel
 
 
-class TokenizerServer:
-    """Serves one model until `drain`. `port` is the one that gRPC really has."""
+def load_models(settings: TokenizerSettings) -> list[Model]:
+    """The models of the settings, in their order; ModelDirectoryError for one that is not usable
+    or that goes by the name of another."""
+    models = [
+        load_model(
+            one.model_directory,
+            one.tool_parser or settings.tool_parser,
+            one.reasoning_parser or settings.reasoning_parser,
+            settings.template_variables,
+        )
+        for one in settings.served
+    ]
+    names = [model.id for model in models]
+    names += [alias for one in settings.served for alias in one.aliases]
+    for name in names:
+        if names.count(name) > 1:
+            raise ModelDirectoryError(f"two models go by the name {name}")
+    return models
 
-    def __init__(self, settings: TokenizerSettings, model: Model, metrics: Metrics) -> None:
+
+class TokenizerServer:
+    """Serves models until `drain`. `port` is the one that gRPC really has."""
+
+    def __init__(
+        self, settings: TokenizerSettings, models: Sequence[Model], metrics: Metrics
+    ) -> None:
         self.port = 0
         self._settings = settings
-        self._channel = open_channel(settings.generator_target)
-        connection = GeneratorClient(self._channel)
-        self._watch = GeneratorWatch(model.revision, connection)
-        models = {model.id: ServedModel(model, connection, self._watch)}
-        self._server = create_server(models, metrics)
         self._background = AsyncExitStack()
+        pairs = list(zip(models, settings.served, strict=True))
+        self._models = ServedModels(
+            {model.id: self._served(model, one) for model, one in pairs},
+            {alias: model.id for model, one in pairs for alias in one.aliases},
+        )
+        self._server = create_server(self._models, metrics)
+
+    def _served(self, model: Model, settings: ModelSettings) -> ServedModel:
+        channel = open_channel(settings.generator_target)
+        self._background.push_async_callback(channel.close)
+        connection = GeneratorClient(channel)
+        return ServedModel(model, connection, GeneratorWatch(model.revision, connection))
 
     async def start(self) -> None:
-        """Alive at once; ready for completions when the generator is."""
+        """Alive at once; ready for completions when a generator is."""
         self.port = await self._server.start(f"{self._settings.host}:{self._settings.port}")
         await self._server.set_serving(True, ["", TOKENIZER_SERVICE])
-        following = asyncio.create_task(self._watch.run(self._set_ready))
-        self._background.push_async_callback(self._channel.close)
-        self._background.push_async_callback(_end, following)
+        for served in self._models.by_id.values():
+            following = asyncio.create_task(served.watch.run(self._set_ready))
+            self._background.push_async_callback(_end, following)
 
     async def drain(self) -> None:
         """Not ready, then no new calls, then the running ones get their time."""
         await self._server.drain(self._settings.drain_notice_seconds, self._settings.drain_seconds)
         await self._background.aclose()
 
-    async def _set_ready(self, ready: bool) -> None:
-        await self._server.set_serving(ready, PIPELINE_SERVICES)
+    async def _set_ready(self, changed: bool) -> None:
+        """Ready while any of the generators is."""
+        await self._server.set_serving(bool(self._models.available), PIPELINE_SERVICES)
 
 
 async def _end(task: asyncio.Task[None]) -> None:

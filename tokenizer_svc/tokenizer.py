@@ -53,6 +53,16 @@ class Tokenizer:
         """Whether the token is left out of a model's answer, as the marked ones are."""
         return token_id in self._hidden_ids
 
+    def hidden_id(self, text: str) -> int | None:
+        """The id of the hidden token of this text; None if there is none."""
+        token_id: int | None = self._plain.token_to_id(text)
+        return token_id if token_id in self._hidden_ids else None
+
+    @property
+    def hidden_tokens(self) -> dict[int, str]:
+        """The text of every hidden token, by id."""
+        return {token_id: self._plain.id_to_token(token_id) for token_id in self._hidden_ids}
+
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Ids of `text`, in which only `control_name`s are control tokens.
 

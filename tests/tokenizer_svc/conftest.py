@@ -15,7 +15,12 @@ from tokenizer_svc.config import TokenizerSettings
 from tokenizer_svc.metrics import Metrics
 from tokenizer_svc.models import Model, load_model
 from tokenizer_svc.server import TokenizerServer
-from trivium.chat.v1 import chat_pb2, chat_pb2_grpc, model_pb2_grpc
+from trivium.chat.v1 import (
+    chat_pb2,
+    chat_pb2_grpc,
+    completion_pb2_grpc,
+    model_pb2_grpc,
+)
 from trivium.tokenizer.v1 import tokenizer_pb2_grpc
 from trivium.wire.channel import open_channel
 from trivium.wire.serving import GrpcServer
@@ -78,10 +83,11 @@ class Stage:
             drain_notice_seconds=0,
             drain_seconds=0,
         )
-        self.server = TokenizerServer(settings, self.model, self.metrics)
+        self.server = TokenizerServer(settings, [self.model], self.metrics)
         await self.server.start()
         self.channel = open_channel(f"127.0.0.1:{self.server.port}")
         self.chat: Any = chat_pb2_grpc.ChatServiceStub(self.channel)
+        self.completions: Any = completion_pb2_grpc.CompletionServiceStub(self.channel)
         self.models: Any = model_pb2_grpc.ModelServiceStub(self.channel)
         self.tokenizer: Any = tokenizer_pb2_grpc.TokenizerServiceStub(self.channel)
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from tests.tokenizer_svc.sample_tokenizers import byte_level
 from tests.tokenizer_svc.test_stop_strings import search
-from tokenizer_svc.choice import Choice
+from tokenizer_svc.choice import Choice, Reading
 from tokenizer_svc.events import Delta, FinishReason
 from tokenizer_svc.generation import Ending, Finished, Logprobs, Update
 from tokenizer_svc.stop import StopStrings
@@ -16,7 +16,7 @@ TOKENIZER = Tokenizer(byte_level())
 
 def run(token_ids: list[int], sizes: list[int], stops: list[str]) -> tuple[Choice, list[Delta]]:
     """All tokens, in messages of these sizes, then the end by length."""
-    choice = Choice(0, TOKENIZER, StopStrings(stops), min_tokens=0)
+    choice = Choice(0, TOKENIZER, Reading(stops=StopStrings(stops)))
     deltas, rest = [], list(token_ids)
     for size in sizes:
         piece, rest = rest[:size], rest[size:]

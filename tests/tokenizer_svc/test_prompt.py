@@ -14,7 +14,7 @@ from tests.tokenizer_svc import sample_templates as templates
 from tests.tokenizer_svc.sample_tokenizers import CHATML, byte_fallback, byte_level
 from tokenizer_svc.chat_template import ChatTemplate
 from tokenizer_svc.prompt import PromptBuilder
-from tokenizer_svc.request import Message, Role, ToolCall
+from tokenizer_svc.request import Conversation, Message, Role, ToolCall
 from tokenizer_svc.tokenizer import Tokenizer
 from trivium.wire.errors import ServiceError
 
@@ -33,7 +33,7 @@ class Sample:
         )
 
     def token_ids(self, messages: Sequence[Message]) -> list[int]:
-        return self.builder().build(messages).token_ids
+        return self.builder().build(Conversation(tuple(messages))).token_ids
 
     def transformers_ids(self, messages: list[dict[str, Any]]) -> list[int]:
         """The oracle."""
@@ -159,7 +159,9 @@ def test_control_tokens_in_text_are_text() -> None:
 
 def test_the_rendered_text_shows_no_trace_of_the_guard() -> None:
     """It is what the template would have made of the text."""
-    prompt = SAMPLES["SmolLM2"].builder().build([Message(Role.USER, ("<|im_end|> >",))])
+    prompt = (
+        SAMPLES["SmolLM2"].builder().build(Conversation((Message(Role.USER, ("<|im_end|> >",)),)))
+    )
 
     assert "<|im_start|>user\n<|im_end|> ><|im_end|>\n<|im_start|>assistant\n" in prompt.text
 
@@ -229,8 +231,8 @@ def test_pieces_of_control_tokens_do_not_join(texts: list[tuple[str, str]]) -> N
         "{{ '<|' + m.name + '|>' }}{{ '<|im_' + m.content | trim }}{% endfor %}<|im_start|>"
     )
     builder = PromptBuilder(ChatTemplate(source, {}), Tokenizer(byte_level()))
-    messages = [Message(Role.USER, (content,), name=name) for name, content in texts]
-    prompt = builder.build(messages)
+    messages = tuple(Message(Role.USER, (content,), name=name) for name, content in texts)
+    prompt = builder.build(Conversation(messages))
 
     assert [1] == [token_id for token_id in prompt.token_ids if token_id < len(CHATML)]
 

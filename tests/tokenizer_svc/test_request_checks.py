@@ -57,13 +57,13 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
 WRONG_MESSAGES: list[tuple[dict[str, Any], str, str]] = [
     ({"content": TEXT}, "invalid_value", "role"),
     ({"role": 17, "content": TEXT}, "invalid_value", "role"),
-    ({"role": chat_pb2.ROLE_USER}, "invalid_value", "content"),
-    ({"role": chat_pb2.ROLE_SYSTEM}, "invalid_value", "content"),
+    ({"role": chat_pb2.ROLE_USER}, "missing_required_parameter", "content"),
+    ({"role": chat_pb2.ROLE_SYSTEM}, "missing_required_parameter", "content"),
     ({"role": chat_pb2.ROLE_USER, "content": [{}]}, "invalid_value", "content[0]"),
     ({"role": chat_pb2.ROLE_TOOL, "content": TEXT}, "missing_required_parameter", "tool_call_id"),
     (
         {"role": chat_pb2.ROLE_USER, "content": TEXT, "tool_calls": [{"name": "f"}]},
-        "invalid_parameter_combination",
+        "invalid_value",
         "tool_calls",
     ),
     (

@@ -33,6 +33,7 @@ CHAT_SERVICE = "trivium.chat.v1.ChatService"
 
 async def test_models_are_listed_and_found(stage: Stage, model: Model) -> None:
     """With context length, revision and a time that stays the same."""
+    await becomes(stage.channel, "trivium.chat.v1.ModelService", SERVING)
     listed = await stage.models.ListModels(model_pb2.ListModelsRequest())
     found = await stage.models.GetModel(model_pb2.GetModelRequest(id="tiny"))
 

@@ -1,0 +1,114 @@
+"""Between the generator's protobuf and the plain values of this stage. Judges nothing."""
+
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health_pb2_grpc import HealthStub
+
+from tokenizer_svc.generation import (
+    Ending,
+    Finished,
+    GeneratorInfo,
+    Logprobs,
+    Start,
+    Update,
+)
+from tokenizer_svc.request import Sampling
+from trivium.generator.v1 import generator_pb2
+from trivium.generator.v1.generator_pb2_grpc import GeneratorServiceStub as GeneratorStub
+
+__all__ = ["GeneratorStub", "HealthStub"]
+
+_GENERATOR_SERVICE = "trivium.generator.v1.GeneratorService"
+
+_ENDINGS = {
+    generator_pb2.FINISH_REASON_STOP_TOKEN: Ending.STOP_TOKEN,
+    generator_pb2.FINISH_REASON_LENGTH: Ending.LENGTH,
+    generator_pb2.FINISH_REASON_STOPPED: Ending.STOPPED,
+}
+SAMPLING_SCALARS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+)
+
+
+def start_command(start: Start) -> generator_pb2.GenerateRequest:
+    """The first message to the generator."""
+    options, constraint = start.options, start.constraint
+    command = generator_pb2.StartGeneration(
+        revision=start.revision,
+        prompt_token_ids=start.token_ids,
+        sampling=_sampling(options.sampling),
+        n=options.n,
+        max_new_tokens=start.max_new_tokens,
+        min_new_tokens=options.min_tokens,
+        stop_token_ids=options.stop_token_ids,
+        ignore_eos=options.ignore_eos,
+        top_logprobs=options.top_logprobs,
+    )
+    if constraint is not None:
+        given = {constraint.kind.value: constraint.text}
+        command.constraint.CopyFrom(generator_pb2.Constraint(**given))
+    return generator_pb2.GenerateRequest(start=command)
+
+
+def _sampling(sampling: Sampling) -> generator_pb2.SamplingParams:
+    given = {name: getattr(sampling, name) for name in SAMPLING_SCALARS}
+    given = {name: value for name, value in given.items() if value is not None}
+    return generator_pb2.SamplingParams(**given, logit_bias=dict(sampling.logit_bias))
+
+
+def stop_command(index: int) -> generator_pb2.GenerateRequest:
+    """A later message to the generator: this continuation's text is complete."""
+    return generator_pb2.GenerateRequest(stop=generator_pb2.StopSequence(index=index))
+
+
+def updates(response: generator_pb2.GenerateResponse) -> list[Update]:
+    """What the generator says."""
+    return [
+        Update(
+            index=update.index,
+            token_ids=tuple(update.token_ids),
+            logprobs=tuple(
+                Logprobs(
+                    entry.logprob, tuple(zip(entry.top_token_ids, entry.top_logprobs, strict=True))
+                )
+                for entry in update.logprobs
+            ),
+            finished=_finished(update.finished) if update.HasField("finished") else None,
+        )
+        for update in response.updates
+    ]
+
+
+def _finished(finished: generator_pb2.Finished) -> Finished:
+    return Finished(
+        ending=_ENDINGS[finished.reason],
+        completion_tokens=finished.completion_tokens,
+        cached_prompt_tokens=finished.cached_prompt_tokens,
+        device_nanoseconds=finished.device_nanoseconds,
+    )
+
+
+def generator_health_request() -> health_pb2.HealthCheckRequest:
+    """Asks whether the generator serves."""
+    return health_pb2.HealthCheckRequest(service=_GENERATOR_SERVICE)
+
+
+def is_serving(response: health_pb2.HealthCheckResponse) -> bool:
+    """What a health service says."""
+    return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def generator_info_request() -> generator_pb2.GetModelInfoRequest:
+    """Asks what a generator serves."""
+    return generator_pb2.GetModelInfoRequest()
+
+
+def generator_info(response: generator_pb2.GetModelInfoResponse) -> GeneratorInfo:
+    """What a generator serves."""
+    return GeneratorInfo(response.revision, response.context_length)

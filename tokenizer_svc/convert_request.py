@@ -1,0 +1,213 @@
+"""Requests in protobuf to the plain values of this stage. Judges nothing."""
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+from google.protobuf.message import Message as ProtobufMessage
+
+from tokenizer_svc.convert_generator import SAMPLING_SCALARS
+from tokenizer_svc.request import (
+    ChatRequest,
+    CompletionRequest,
+    Conversation,
+    Form,
+    Message,
+    Options,
+    OutputForm,
+    Role,
+    Sampling,
+    Tool,
+    ToolCall,
+    ToolChoice,
+    ToolMode,
+)
+from trivium.chat.v1 import chat_pb2, completion_pb2
+from trivium.tokenizer.v1 import tokenizer_pb2
+
+Value = TypeVar("Value")
+
+_ROLES = {
+    chat_pb2.ROLE_SYSTEM: Role.SYSTEM,
+    chat_pb2.ROLE_DEVELOPER: Role.DEVELOPER,
+    chat_pb2.ROLE_USER: Role.USER,
+    chat_pb2.ROLE_ASSISTANT: Role.ASSISTANT,
+    chat_pb2.ROLE_TOOL: Role.TOOL,
+}
+_MODES = {
+    chat_pb2.TOOL_CHOICE_MODE_UNSPECIFIED: ToolMode.AUTO,
+    chat_pb2.TOOL_CHOICE_MODE_NONE: ToolMode.NONE,
+    chat_pb2.TOOL_CHOICE_MODE_AUTO: ToolMode.AUTO,
+    chat_pb2.TOOL_CHOICE_MODE_REQUIRED: ToolMode.REQUIRED,
+    chat_pb2.TOOL_CHOICE_MODE_FUNCTION: ToolMode.FUNCTION,
+}
+_FORMS = {
+    "json": Form.JSON_SCHEMA,
+    "regex": Form.REGEX,
+    "grammar": Form.GRAMMAR,
+    "choice": Form.CHOICE,
+    "json_object": Form.JSON_OBJECT,
+}
+# What a plain completion takes of a chat request.
+_SHARED_OPTIONS = frozenset(
+    (
+        *SAMPLING_SCALARS,
+        "logit_bias",
+        "max_completion_tokens",
+        "min_tokens",
+        "ignore_eos",
+        "stop",
+        "n",
+        "user",
+        "metadata",
+        "response_format",
+        "structured_outputs",
+        "stop_token_ids",
+        "include_stop_str_in_output",
+        "skip_special_tokens",
+    )
+)
+
+
+def chat_request(request: chat_pb2.CreateChatCompletionRequest) -> ChatRequest:
+    """What the caller wrote, absent fields as None."""
+    choice = request.tool_choice
+    return ChatRequest(
+        model=request.model,
+        conversation=Conversation(
+            messages=_messages(request.messages),
+            tools=_tools(request.tools),
+            variables=dict(request.chat_template_kwargs),
+            reasoning_effort=_optional(request, "reasoning_effort", str),
+            add_generation_prompt=_optional(request, "add_generation_prompt", bool),
+            continue_final_message=request.continue_final_message,
+        ),
+        options=_options(request),
+        logprobs=_optional(request, "logprobs", bool),
+        top_logprobs=_optional(request, "top_logprobs", int),
+        tool_choice=(
+            ToolChoice(_MODES.get(choice.mode), _optional(choice, "function_name", str))
+            if request.HasField("tool_choice")
+            else None
+        ),
+        parallel_tool_calls=_optional(request, "parallel_tool_calls", bool),
+    )
+
+
+def render_request(request: tokenizer_pb2.RenderChatRequest) -> Conversation:
+    """The conversation to render."""
+    return Conversation(
+        messages=_messages(request.messages),
+        tools=_tools(request.tools),
+        variables=dict(request.chat_template_kwargs),
+        add_generation_prompt=_optional(request, "add_generation_prompt", bool),
+        continue_final_message=request.continue_final_message,
+    )
+
+
+def completion_request(request: completion_pb2.CreateCompletionRequest) -> CompletionRequest:
+    """What the caller wrote, absent fields as None."""
+    set_fields = (field.name for field, _ in request.options.ListFields())
+    return CompletionRequest(
+        model=request.model,
+        prompts=tuple(_prompt(prompt) for prompt in request.prompts),
+        options=_options(request.options),
+        echo=request.echo,
+        logprobs=_optional(request, "logprobs", int),
+        foreign=tuple(name for name in set_fields if name not in _SHARED_OPTIONS),
+    )
+
+
+def _prompt(prompt: completion_pb2.Prompt) -> str | tuple[int, ...] | None:
+    if prompt.HasField("text"):
+        return str(prompt.text)
+    return tuple(prompt.token_ids.ids) if prompt.HasField("token_ids") else None
+
+
+def _options(request: chat_pb2.CreateChatCompletionRequest) -> Options:
+    given = {name: getattr(request, name) for name in SAMPLING_SCALARS if request.HasField(name)}
+    return Options(
+        sampling=Sampling(**given, logit_bias=dict(request.logit_bias)),
+        max_completion_tokens=_optional(request, "max_completion_tokens", int),
+        min_tokens=_optional(request, "min_tokens", int),
+        ignore_eos=_optional(request, "ignore_eos", bool),
+        stop=tuple(request.stop),
+        stop_token_ids=tuple(request.stop_token_ids),
+        include_stop=_optional(request, "include_stop_str_in_output", bool),
+        skip_special_tokens=_optional(request, "skip_special_tokens", bool),
+        n=_optional(request, "n", int),
+        response_format=(
+            _response_format(request.response_format)
+            if request.HasField("response_format")
+            else None
+        ),
+        structured_outputs=(
+            _structured_outputs(request.structured_outputs)
+            if request.HasField("structured_outputs")
+            else None
+        ),
+    )
+
+
+def _response_format(response_format: chat_pb2.ResponseFormat) -> OutputForm:
+    kind = response_format.WhichOneof("format")
+    if kind == "json_schema":
+        schema = response_format.json_schema
+        return OutputForm(
+            Form.JSON_SCHEMA,
+            "response_format.json_schema.schema",
+            definition=_optional(schema, "schema", str),
+            name=schema.name,
+        )
+    return OutputForm(Form(kind) if kind else None, "response_format")
+
+
+def _structured_outputs(structured: chat_pb2.StructuredOutputs) -> OutputForm | None:
+    kind = structured.WhichOneof("constraint")
+    if kind is None:
+        return OutputForm(None, "structured_outputs")
+    if kind == "json_object" and not structured.json_object:
+        return None
+    value = getattr(structured, kind)
+    return OutputForm(
+        _FORMS[kind],
+        f"structured_outputs.{kind}",
+        definition=value if isinstance(value, str) else None,
+        choices=tuple(structured.choice.choices),
+    )
+
+
+def _messages(messages: Iterable[chat_pb2.ChatMessage]) -> tuple[Message, ...]:
+    """The conversation; roles and parts that we do not know become None."""
+    return tuple(
+        Message(
+            role=_ROLES.get(message.role),
+            parts=tuple(part.text if part.HasField("text") else None for part in message.content),
+            name=_optional(message, "name", str),
+            tool_calls=tuple(
+                ToolCall(call.id, call.name, call.arguments) for call in message.tool_calls
+            ),
+            tool_call_id=_optional(message, "tool_call_id", str),
+            reasoning=_optional(message, "reasoning_content", str),
+        )
+        for message in messages
+    )
+
+
+def _tools(tools: Iterable[chat_pb2.Tool]) -> tuple[Tool, ...]:
+    return tuple(
+        Tool(
+            name=tool.function.name if tool.HasField("function") else None,
+            description=_optional(tool.function, "description", str),
+            parameters=_optional(tool.function, "parameters", str),
+        )
+        for tool in tools
+    )
+
+
+def _optional(message: ProtobufMessage, name: str, kind: type[Value]) -> Value | None:
+    """A field's value, of a type known to the caller; None if it is absent."""
+    if not message.HasField(name):
+        return None
+    value = getattr(message, name)
+    assert isinstance(value, kind), f"{name} is no {kind}. This is a bug."
+    return value

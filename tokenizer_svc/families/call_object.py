@@ -1,0 +1,148 @@
+"""One tool call written as a JSON object with a name and arguments, in text that comes in pieces.
+
+Knows nothing of what stands around the object.
+"""
+
+import json
+from collections.abc import Set
+
+from tokenizer_svc.families.json_scan import JsonScan
+from tokenizer_svc.families.segments import CallArguments, CallStart, Segment
+
+ARGUMENT_KEYS = ("arguments", "parameters")
+
+_SPACE = " \t\n\r"
+
+
+class CallObject:
+    """`feed` until `done` or `wrong`.
+
+    Arguments go out as they come once the name is known. Before that nothing goes out, and `raw` is
+    what was read, so that an object that is no call can be shown as text; afterwards `begun` is
+    true.
+    """
+
+    def __init__(self, names: Set[str]) -> None:
+        self.done = False
+        self.wrong = False
+        self.begun = False
+        self.length = 0  # characters read
+        self._names = names
+        self._raw: list[str] = []
+        self._expect = "{"
+        self._scan = JsonScan()
+        self._value: list[str] = []  # the key or value that is being read
+        self._key = ""
+        self._name: str | None = None
+        self._arguments: str | None = None
+        self._streaming = False
+
+    @property
+    def raw(self) -> str:
+        """What was read, up to where the call began or the text went wrong."""
+        return "".join(self._raw)
+
+    def feed(self, text: str, position: int, segments: list[Segment]) -> int:
+        """Reads on from `position`; where the object ended, went wrong, or the text ended."""
+        while position < len(text) and not (self.done or self.wrong):
+            if self._expect in ("key", "value"):
+                after = self._read_value(text, position, segments)
+            else:
+                after = self._punctuation(text[position], position, segments)
+            self.length += after - position
+            if not self.begun:
+                self._raw.append(text[position:after])
+            position = after
+        return position
+
+    def _punctuation(self, character: str, position: int, segments: list[Segment]) -> int:
+        """What stands between keys and values."""
+        if character in _SPACE:
+            return position + 1
+        expect = self._expect
+        if expect == "{" and character == "{":
+            self._expect = "key or }"
+        elif expect in ("key or }", "next key") and character == '"':
+            self._start("key")
+            return position
+        elif expect == ":" and character == ":":
+            self._expect = "value or space"
+        elif expect == "value or space":
+            self._begin_value(character, segments)
+            return position
+        elif expect == ", or }" and character == ",":
+            self._expect = "next key"
+        elif expect in (", or }", "key or }") and character == "}":
+            self._end(segments)
+            return position if self.wrong else position + 1
+        else:
+            self.wrong = True
+            return position
+        return position + 1
+
+    def _start(self, expect: str) -> None:
+        self._expect, self._scan = expect, JsonScan()
+        self._value = []
+
+    def _begin_value(self, character: str, segments: list[Segment]) -> None:
+        self._start("value")
+        if self._key in ARGUMENT_KEYS and character == "{" and self._name is not None:
+            self._streaming = True
+            if not self.begun:
+                self._begin(segments)
+
+    def _begin(self, segments: list[Segment]) -> None:
+        assert self._name is not None, "A call without a name began. This is a bug."
+        self.begun = True
+        segments.append(CallStart(self._name))
+
+    def _read_value(self, text: str, position: int, segments: list[Segment]) -> int:
+        after = self._scan.feed(text, position)
+        piece = text[position:after]
+        if self._streaming:
+            if piece:
+                segments.append(CallArguments(piece))
+        else:
+            self._value.append(piece)
+        self.wrong = self._scan.wrong
+        if self._scan.done:
+            self._take(self._expect, "".join(self._value))
+        return after
+
+    def _take(self, expect: str, value: str) -> None:
+        """A key or a value is complete."""
+        if expect == "key":
+            self._key, self._expect = json.loads(value), ":"
+            again = self._key == "name" and self._name is not None
+            self.wrong = again or (self._key in ARGUMENT_KEYS and self._arguments is not None)
+            return
+        self._expect = ", or }"
+        if self._streaming:
+            self._streaming, self._arguments = False, ""
+        elif self._key == "name":
+            name = json.loads(value)
+            self.wrong = not isinstance(name, str) or name not in self._names
+            self._name = name
+        elif self._key in ARGUMENT_KEYS:
+            self._arguments = _object_text(value)
+            self.wrong = self._arguments is None
+
+    def _end(self, segments: list[Segment]) -> None:
+        """The object is complete: a call whose arguments did not go out already."""
+        if self._name is None:
+            self.wrong = True
+            return
+        self.done = True
+        if not self.begun:
+            self._begin(segments)
+            segments.append(CallArguments(self._arguments or "{}"))
+
+
+def _object_text(value: str) -> str | None:
+    """The text of an object, which some models wrap in a string; None for anything else."""
+    if value.startswith('"'):
+        value = json.loads(value)
+        scan = JsonScan()
+        if scan.feed(value, 0) < len(value.rstrip()) or not scan.done:
+            return None
+    return value if value.lstrip().startswith("{") else None

@@ -1,0 +1,102 @@
+"""Which format a model writes its reasoning and its calls in, told by its chat template.
+
+Knows templates as text only, and the names by which settings overrule what they tell.
+"""
+
+from collections.abc import Callable, Set
+from dataclasses import dataclass
+
+from tokenizer_svc.families import harmony, hermes, llama3_json, mistral, thinking
+from tokenizer_svc.families.harmony import HarmonyParser
+from tokenizer_svc.families.hermes import HermesParser
+from tokenizer_svc.families.lark import Marker, Plan
+from tokenizer_svc.families.llama3_json import Llama3JsonParser
+from tokenizer_svc.families.mistral import MistralParser
+from tokenizer_svc.families.segments import Parser, Plain
+from tokenizer_svc.families.thinking import Thinking, ThinkingParser
+
+TOOL_PARSERS = ("auto", "none", "hermes", "llama3_json", "mistral", "harmony")
+REASONING_PARSERS = ("auto", "none", "deepseek_r1", "qwen3", "harmony")
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    """How calls are written: the rules of a grammar, and a parser for given names."""
+
+    markers: frozenset[str]
+    call_rule: Callable[[str, str, Marker], str]
+    body_rules: Callable[[Plan, Marker], list[str]]
+    parser: Callable[[Set[str]], Parser]
+
+
+HERMES = ToolFormat(hermes.MARKERS, hermes.call_rule, hermes.body_rules, HermesParser)
+LLAMA3_JSON = ToolFormat(
+    llama3_json.MARKERS, llama3_json.call_rule, llama3_json.body_rules, Llama3JsonParser
+)
+MISTRAL = ToolFormat(mistral.MARKERS, mistral.call_rule, mistral.body_rules, MistralParser)
+MISTRAL_NAMED = ToolFormat(
+    mistral.MARKERS, mistral.named_call_rule, mistral.named_body_rules, MistralParser
+)
+HARMONY = ToolFormat(harmony.MARKERS, harmony.call_rule, harmony.body_rules, HarmonyParser)
+
+
+@dataclass(frozen=True)
+class OutputFormat:
+    """How a model writes. `tools` is None where calls are not looked for."""
+
+    tools: ToolFormat | None
+    thinks: bool = False
+
+    @property
+    def is_harmony(self) -> bool:
+        """Whether every answer has the format's messages, with or without tools."""
+        return self.tools is HARMONY
+
+    def markers(self, calls: bool) -> frozenset[str]:
+        """The control tokens whose text the parser of an answer, maybe with calls, has to see."""
+        looks = self.tools is not None and (calls or self.is_harmony)
+        tools = self.tools.markers if self.tools is not None and looks else frozenset()
+        return tools | thinking.MARKERS if self.thinks else tools
+
+    @property
+    def short_call_ids(self) -> bool:
+        """Whether the template takes ids of nine letters and digits only."""
+        return self.tools in (MISTRAL, MISTRAL_NAMED)
+
+    def parser(self, names: Set[str], state: Thinking) -> Parser:
+        """A parser for one answer in which these functions may be called."""
+        inner: Parser = Plain()
+        if self.tools is not None and (names or self.is_harmony):
+            inner = self.tools.parser(names)
+        return ThinkingParser(state, inner) if self.thinks else inner
+
+
+def choose(
+    template: str, tool_parser: str = "auto", reasoning_parser: str = "auto"
+) -> OutputFormat:
+    """The format of a model with this template, where settings do not name another."""
+    if tool_parser == "auto":
+        tool_parser = _tool_parser(template)
+    if reasoning_parser == "auto":
+        is_thinking = "<think>" in template or "</think>" in template
+        reasoning_parser = "qwen3" if is_thinking else "none"
+    if "harmony" in (tool_parser, reasoning_parser):
+        return OutputFormat(HARMONY)
+    formats = {"hermes": HERMES, "llama3_json": LLAMA3_JSON, "none": None}
+    named = "[ARGS]" in template
+    tools = (
+        (MISTRAL_NAMED if named else MISTRAL) if tool_parser == "mistral" else formats[tool_parser]
+    )
+    return OutputFormat(tools, thinks=reasoning_parser != "none")
+
+
+def _tool_parser(template: str) -> str:
+    if "<|channel|>" in template and "<|message|>" in template:
+        return "harmony"
+    if "[TOOL_CALLS]" in template:
+        return "mistral"
+    if "<tool_call>" not in template and (
+        llama3_json.TAG in template or '{"name": function name, "parameters":' in template
+    ):
+        return "llama3_json"
+    return "hermes"

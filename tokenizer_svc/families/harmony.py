@@ -1,0 +1,198 @@
+"""gpt-oss's format: messages with channels for reasoning, calls and the answer.
+
+`<|channel|>analysis<|message|>…<|end|>`, then `<|start|>assistant<|channel|>commentary
+to=functions.NAME <|constrain|>json<|message|>{…}<|call|>` or
+`<|start|>assistant<|channel|>final<|message|>…<|return|>`.
+"""
+
+import re
+from collections.abc import Set
+
+from tokenizer_svc.families.json_scan import JsonScan
+from tokenizer_svc.families.lark import Marker, Plan, literal
+from tokenizer_svc.families.segments import (
+    CallArguments,
+    CallStart,
+    Channel,
+    Phase,
+    Segment,
+    Text,
+    content,
+)
+
+MARKERS = frozenset(
+    f"<|{name}|>" for name in ("start", "channel", "message", "end", "call", "return", "constrain")
+)
+
+_MARKER = re.compile("|".join(map(re.escape, sorted(MARKERS))))
+_BEGINNINGS = {marker[:cut] for marker in MARKERS for cut in range(1, len(marker))}
+_LONGEST_BEGINNING = max(map(len, _BEGINNINGS))
+_LONGEST_HEADER = 512
+_CHANNEL = re.compile(r"<\|channel\|>\s*([a-z]+)")
+_RECIPIENT = re.compile(r"\bto=functions\.([a-zA-Z0-9_-]+)")
+_HEADERS = ("<|channel|>", "<|start|>", "<|message|>", "to=functions.")
+
+
+def call_rule(name: str, schema: str, marker: Marker) -> str:
+    """A call of this function, behind `<|channel|>`; the token that ends it ends the answer."""
+    start = literal(f"commentary to=functions.{name} ")
+    return f'{start} {marker("<|constrain|>")} "json" {marker("<|message|>")} %json {schema}'
+
+
+def body_rules(plan: Plan, marker: Marker) -> list[str]:
+    """Rules of `body`: reasoning, what is said before a call, then a call or the answer."""
+    channel, message = marker("<|channel|>"), marker("<|message|>")
+    again = f'{marker("<|end|>")} {marker("<|start|>")} "assistant" {channel}'
+    answer = "answer" if plan.answer else "TEXT"
+    ends = [f'"final" {message} {answer}'] if not plan.forced else []
+    ends += ["call"] if plan.calls else []
+    return [
+        f"body: {channel} thought? remark? ({' | '.join(ends)})",
+        f'thought: "analysis" {message} TEXT {again}',
+        f'remark: "commentary" {message} TEXT {again}',
+    ]
+
+
+class HarmonyParser:
+    """Splits the output behind `<|start|>assistant` into its messages."""
+
+    def __init__(self, names: Set[str]) -> None:
+        self._names = names
+        self._held = ""  # what may become a marker
+        self._at = 0  # where the next piece begins
+        self._header: list[str] | None = []  # None within a message's body
+        self._header_length = 0
+        self._channel = Channel.CONTENT
+        self._callee: str | None = None  # whose call the body is to be
+        self._arguments: JsonScan | None = None
+        self._space: list[str] = []  # before the arguments
+        self._out: list[Segment] = []
+
+    @property
+    def held(self) -> int:
+        return len(self._held) + self._header_length + len(self._space)
+
+    @property
+    def phase(self) -> Phase:
+        if self._header is not None:
+            return Phase.UNDECIDED
+        return Phase.REASONING if self._channel is Channel.REASONING else Phase.ANSWER
+
+    def push(self, text: str, start: int) -> list[Segment]:
+        self._out = []
+        whole = self._held + text
+        self._at = start - len(self._held)
+        position = 0
+        for match in _MARKER.finditer(whole):
+            self._take_text(whole[position : match.start()])
+            self._take_marker(match[0])
+            position = match.end()
+        end = len(whole)
+        for cut in range(min(_LONGEST_BEGINNING, end - position), 0, -1):
+            if whole[end - cut :] in _BEGINNINGS:
+                end -= cut
+                break
+        self._take_text(whole[position:end])
+        self._held = whole[end:]
+        return self._out
+
+    def flush(self) -> list[Segment]:
+        self._out = []
+        held, self._held = self._held, ""
+        self._take_text(held)
+        if self._header is not None:
+            header = "".join(self._header)
+            if not header.startswith(_HEADERS):  # the others were cut short
+                self._show(header)
+            self._header, self._header_length = None, 0
+        elif self._space:
+            self._show("".join(self._space))
+        return self._out
+
+    def _take_marker(self, marker: str) -> None:
+        if self._header is not None:
+            if marker == "<|message|>":
+                self._at += len(marker)
+                self._begin_body("".join(self._header))
+            else:
+                self._take_header(marker)
+        elif marker in ("<|message|>", "<|constrain|>"):
+            self._take_body(marker)
+        else:
+            self._end_body()
+            if marker in ("<|start|>", "<|channel|>"):
+                self._take_header(marker)
+            else:
+                self._at += len(marker)
+
+    def _take_text(self, text: str) -> None:
+        if text and self._header is not None:
+            self._take_header(text)
+        elif text:
+            self._take_body(text)
+
+    def _take_header(self, text: str) -> None:
+        assert self._header is not None, "A body was taken for a header. This is a bug."
+        self._header.append(text)
+        self._header_length += len(text)
+        self._at += len(text)
+        header = "".join(self._header).lstrip()
+        if header and not _may_be_header(header):
+            whole = "".join(self._header)
+            self._header, self._header_length = None, 0
+            self._channel, self._callee = Channel.CONTENT, None
+            self._show(whole)
+
+    def _begin_body(self, header: str) -> None:
+        self._header, self._header_length = None, 0
+        channel, recipient = _CHANNEL.search(header), _RECIPIENT.search(header)
+        analysis = channel is not None and channel[1] == "analysis"
+        callee = recipient[1] if recipient is not None else None
+        self._callee = callee if callee in self._names else None
+        reasoning = analysis and self._callee is None
+        self._channel = Channel.REASONING if reasoning else Channel.CONTENT
+        self._arguments = None
+
+    def _end_body(self) -> None:
+        self._show("".join(self._space))
+        self._space = []
+        self._header, self._header_length = [], 0
+
+    def _take_body(self, text: str) -> None:
+        self._at += len(text)
+        if self._callee is not None:
+            text = self._take_arguments(self._callee, text)
+        self._show(text)
+
+    def _take_arguments(self, callee: str, text: str) -> str:
+        """Takes what belongs to the call; what does not is text."""
+        if self._arguments is None:
+            start = len(text) - len(text.lstrip())
+            if start == len(text):
+                self._space.append(text)
+                return ""
+            if text[start] != "{":
+                text = "".join(self._space) + text
+                self._callee, self._space = None, []
+                return text
+            self._arguments, self._space, text = JsonScan(), [], text[start:]
+            self._out.append(CallStart(callee))
+        end = self._arguments.feed(text, 0)
+        if end:
+            self._out.append(CallArguments(text[:end]))
+        if self._arguments.done or self._arguments.wrong:
+            self._callee = None
+        return text[end:]
+
+    def _show(self, text: str) -> None:
+        """`text`, which ends where the next piece begins, is part of the message."""
+        if text and self._channel is Channel.CONTENT:
+            self._out.extend(content(text, self._at - len(text)))
+        elif text:
+            self._out.append(Text(self._channel, text, self._at - len(text)))
+
+
+def _may_be_header(text: str) -> bool:
+    return len(text) <= _LONGEST_HEADER and any(
+        text.startswith(known) or known.startswith(text) for known in _HEADERS
+    )

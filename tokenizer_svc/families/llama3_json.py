@@ -1,0 +1,94 @@
+"""Calls as Llama 3 writes them: an answer that is `{"name": …, "parameters": {…}}`.
+
+It may stand behind `<|python_tag|>`; further calls follow a semicolon.
+"""
+
+from collections.abc import Set
+
+from tokenizer_svc.families.call_object import CallObject
+from tokenizer_svc.families.lark import Marker, Plan, is_control, literal
+from tokenizer_svc.families.machine import Machine
+
+TAG = "<|python_tag|>"
+MARKERS = frozenset((TAG,))
+
+
+def call_rule(name: str, schema: str, marker: Marker) -> str:
+    """A call of this function."""
+    before = literal(f'{{"name": "{name}", "parameters": ')
+    return f"{before} %json {schema} {literal('}')}"
+
+
+def body_rules(plan: Plan, marker: Marker) -> list[str]:
+    """Rules of `body`."""
+    if not plan.calls:
+        return ["body: answer"]
+    tag = f"{marker(TAG)}? " if is_control(marker(TAG)) else ""
+    calls = f'{tag}call ("; " call)*' if plan.parallel else f"{tag}call"
+    if plan.forced:
+        return [f"body: {calls}"]
+    if plan.answer:
+        return [f"body: answer | {calls}"]
+    return ["body: UNLIKE_CALL | " + calls, "UNLIKE_CALL: FIRST & /([^{](?s:.*))?/"]
+
+
+class Llama3JsonParser(Machine):
+    """Calls up to the first thing that is none; all the rest is text."""
+
+    def __init__(self, names: Set[str]) -> None:
+        super().__init__(self._between)
+        self._names = names
+        self._before: list[str] = []  # what stands before the next call: space, semicolon, tag
+        self._tag = 0  # characters of the tag
+        self._tagged = False
+        self._called = False
+        self._call: CallObject | None = None
+
+    @property
+    def held(self) -> int:
+        if self._call is not None and self._call.begun:
+            return 0
+        return len(self._before) + self._tag + (self._call.length if self._call else 0)
+
+    def _between(self, position: int) -> int:
+        """Before the first call or behind one."""
+        character = self._text[position]
+        if not self._tag and (character.isspace() or (self._called and character == ";")):
+            self._before.append(character)
+            return position + 1
+        if not self._tagged and character == TAG[self._tag]:
+            self._tag += 1
+            if self._tag == len(TAG):
+                self._before.extend(TAG)
+                self._tag, self._tagged = 0, True
+            return position + 1
+        if not self._tag and character == "{":
+            self._call, self._state = CallObject(self._names), self._in_call
+        else:
+            self._no_call(position)
+        return position
+
+    def _in_call(self, position: int) -> int:
+        call = self._call
+        assert call is not None, "There is no call to read. This is a bug."
+        position = call.feed(self._text, position, self._out)
+        if call.done:
+            self._before, self._tagged, self._called = [], False, True
+            self._call, self._state = None, self._between
+        elif call.wrong:
+            if not call.begun:
+                self._no_call(position, call.raw)
+            self._call, self._state = None, self._plain
+        return position
+
+    def _no_call(self, position: int, raw: str = "") -> None:
+        """What was held is text, and all the rest is."""
+        self._show("".join(self._before) + TAG[: self._tag] + raw, position)
+        self._before, self._tag, self._state = [], 0, self._plain
+
+    def _finish(self) -> None:
+        if self._call is not None:
+            if not self._call.begun:
+                self._no_call(0, self._call.raw)
+        elif not self._called or self._tag:
+            self._no_call(0)

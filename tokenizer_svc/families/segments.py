@@ -1,0 +1,86 @@
+"""What a parser of a model's output says, and what a parser is.
+
+Knows no format.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+
+class Channel(Enum):
+    """What a text is to the caller."""
+
+    CONTENT = "content"
+    REASONING = "reasoning"
+
+
+@dataclass(frozen=True)
+class Text:
+    """New text of a channel; its first character is at `start` of all that was parsed."""
+
+    channel: Channel
+    text: str
+    start: int
+
+
+@dataclass(frozen=True)
+class CallStart:
+    """A call of this function begins."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class CallArguments:
+    """The next characters of the arguments of the call that began last."""
+
+    text: str
+
+
+Segment = Text | CallStart | CallArguments
+
+
+class Phase(Enum):
+    """Where in an answer a parser is."""
+
+    UNDECIDED = "undecided"  # what has come may yet turn out to open the reasoning
+    REASONING = "reasoning"
+    ANSWER = "answer"
+
+
+class Parser(Protocol):
+    """Splits a model's output. However the output is cut into pieces, the joined result is the
+    same; time is linear in its length."""
+
+    def push(self, text: str, start: int) -> list[Segment]:
+        """Takes the next piece, whose first character is at `start` of the whole."""
+
+    def flush(self) -> list[Segment]:
+        """Nothing more comes: what was held back is decided."""
+
+    @property
+    def held(self) -> int:
+        """How many characters at the end are not decided yet."""
+
+    @property
+    def phase(self) -> Phase:
+        """Where in the answer it is."""
+
+
+class Plain:
+    """The parser of a format without anything special: all is content."""
+
+    held = 0
+    phase = Phase.ANSWER
+
+    def push(self, text: str, start: int) -> list[Segment]:
+        return content(text, start)
+
+    def flush(self) -> list[Segment]:
+        return []
+
+
+def content(text: str, start: int) -> list[Segment]:
+    """Text for the caller, if there is any."""
+    return [Text(Channel.CONTENT, text, start)] if text else []

@@ -1,0 +1,86 @@
+"""Checks of single values, with OpenAI's codes and wording.
+
+Knows no requests: a field is its name in JSON, a value is a number, a text or a list.
+"""
+
+import math
+from collections.abc import Sized
+
+from trivium.wire.errors import ServiceError
+
+
+def missing(field: str) -> ServiceError:
+    """The error for a required field that is absent."""
+    return ServiceError(
+        "missing_required_parameter", f"Missing required parameter: '{field}'.", field
+    )
+
+
+def check_integer(name: str, value: int | None, minimum: int, maximum: int | None = None) -> None:
+    """Raises ServiceError unless `value` is absent or within the bounds."""
+    if value is not None:
+        _check_range("integer", name, value, minimum, maximum)
+
+
+def check_decimal(name: str, value: float | None, minimum: int, maximum: int) -> None:
+    """Raises ServiceError unless `value` is absent or finite and within the bounds."""
+    if value is None:
+        return
+    if not math.isfinite(value):
+        text = f"Invalid '{name}': expected a finite number, but got {value} instead."
+        raise ServiceError("invalid_value", text, name)
+    _check_range("decimal", name, value, minimum, maximum)
+
+
+def _check_range(kind: str, name: str, value: float, minimum: int, maximum: int | None) -> None:
+    if maximum is not None and value > maximum:
+        fault, bound = "above maximum", f"<= {maximum}"
+    elif value < minimum:
+        fault, bound = "below minimum", f">= {minimum}"
+    else:
+        return
+    text = (
+        f"Invalid '{name}': {kind} {fault} value. "
+        f"Expected a value {bound}, but got {value} instead."
+    )
+    code = f"{kind}_{'above_max' if fault.startswith('above') else 'below_min'}_value"
+    raise ServiceError(code, text, name)
+
+
+def check_token_ids(name: str, token_ids: tuple[int, ...], vocabulary_size: int) -> None:
+    """Raises ServiceError for the first id that is not in the vocabulary."""
+    for index, token_id in enumerate(token_ids):
+        if not 0 <= token_id < vocabulary_size:
+            field = f"{name}[{index}]"
+            message = f"Invalid '{field}': {token_id} is not in the model's vocabulary."
+            raise ServiceError("invalid_value", message, field)
+
+
+def check_array(name: str, array: Sized, maximum: int) -> None:
+    """Raises ServiceError if the list is too long."""
+    if len(array) > maximum:
+        text = (
+            f"Invalid '{name}': array too long. Expected an array with maximum length "
+            f"{maximum}, but got an array with length {len(array)} instead."
+        )
+        raise ServiceError("array_above_max_length", text, name)
+
+
+def check_nonempty(name: str, array: Sized) -> None:
+    """Raises ServiceError if the list is empty."""
+    if not array:
+        text = (
+            f"Invalid '{name}': empty array. Expected an array with minimum length 1, "
+            "but got an empty array instead."
+        )
+        raise ServiceError("empty_array", text, name)
+
+
+def check_length(name: str, text: str, maximum: int) -> None:
+    """Raises ServiceError if the text is too long."""
+    if len(text) > maximum:
+        message = (
+            f"Invalid '{name}': string too long. Expected a string with maximum length "
+            f"{maximum}, but got a string with length {len(text)} instead."
+        )
+        raise ServiceError("string_above_max_length", message, name)

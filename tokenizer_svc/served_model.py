@@ -1,0 +1,55 @@
+"""The models that can be asked for, each with the generator that runs it.
+
+Knows nothing of gRPC.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tokenizer_svc.generator_client import GeneratorClient
+from tokenizer_svc.generator_watch import GeneratorWatch
+from tokenizer_svc.models import Model
+from tokenizer_svc.prompt import Prompt
+from tokenizer_svc.request import Conversation
+from trivium.wire.errors import ServiceError
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model and the generator that runs it."""
+
+    model: Model
+    connection: GeneratorClient
+    watch: GeneratorWatch
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens of prompt and answer together that both stages take."""
+        own, generators = self.model.context_length, self.watch.context_length
+        return own if generators is None else min(own, generators)
+
+    async def prompt(self, conversation: Conversation) -> Prompt:
+        return await self.model.prompt(conversation, self.context_length)
+
+
+@dataclass(frozen=True)
+class ServedModels:
+    """All models by id, and the other names that they go by."""
+
+    by_id: Mapping[str, ServedModel]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    def find(self, name: str, param: str = "model") -> ServedModel:
+        """The model of this id or alias; ServiceError if there is none."""
+        if not name:
+            message = f"Missing required parameter: '{param}'."
+            raise ServiceError("missing_required_parameter", message, param)
+        served = self.by_id.get(self.aliases.get(name, name))
+        if served is None:
+            raise ServiceError("model_not_found", f"The model `{name}` does not exist.", param)
+        return served
+
+    @property
+    def available(self) -> list[ServedModel]:
+        """Those whose generator can be asked, by id."""
+        return [served for _, served in sorted(self.by_id.items()) if served.watch.available]

@@ -1,0 +1,89 @@
+"""The gRPC calls about models and their text, which no generator is needed for.
+
+Decides nothing about text.
+"""
+
+from typing import Any
+
+import grpc
+
+from tokenizer_svc import convert, convert_request
+from tokenizer_svc.models import off_loop
+from tokenizer_svc.ranges import check_token_ids
+from tokenizer_svc.served_model import ServedModels
+from tokenizer_svc.validate_conversation import check_conversation
+from trivium.chat.v1 import model_pb2, model_pb2_grpc
+from trivium.tokenizer.v1 import tokenizer_pb2, tokenizer_pb2_grpc
+
+Call = grpc.aio.ServicerContext[Any, Any]
+
+
+class ModelService(model_pb2_grpc.ModelServiceServicer):
+    """trivium.chat.v1.ModelService."""
+
+    def __init__(self, models: ServedModels) -> None:
+        self._models = models
+
+    async def ListModels(
+        self, request: model_pb2.ListModelsRequest, context: Call
+    ) -> model_pb2.ListModelsResponse:
+        models = [
+            convert.model(served.model, served.context_length) for served in self._models.available
+        ]
+        return model_pb2.ListModelsResponse(models=models)
+
+    async def GetModel(
+        self, request: model_pb2.GetModelRequest, context: Call
+    ) -> model_pb2.GetModelResponse:
+        served = self._models.find(request.id, "id")
+        model = convert.model(served.model, served.context_length)
+        return model_pb2.GetModelResponse(model=model)
+
+
+class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
+    """trivium.tokenizer.v1.TokenizerService."""
+
+    def __init__(self, models: ServedModels) -> None:
+        self._models = models
+
+    async def RenderChat(
+        self, request: tokenizer_pb2.RenderChatRequest, context: Call
+    ) -> tokenizer_pb2.RenderChatResponse:
+        served = self._models.find(request.model)
+        conversation = convert_request.render_request(request)
+        check_conversation(conversation)
+        prompt = await served.prompt(conversation)
+        return tokenizer_pb2.RenderChatResponse(prompt=prompt.text, token_ids=prompt.token_ids)
+
+    async def Tokenize(
+        self, request: tokenizer_pb2.TokenizeRequest, context: Call
+    ) -> tokenizer_pb2.TokenizeResponse:
+        tokenizer = self._models.find(request.model).model.tokenizer
+        token_ids = await off_loop(
+            len(request.text), lambda: tokenizer.encode(request.text, request.add_special_tokens)
+        )
+        return tokenizer_pb2.TokenizeResponse(token_ids=token_ids)
+
+    async def Detokenize(
+        self, request: tokenizer_pb2.DetokenizeRequest, context: Call
+    ) -> tokenizer_pb2.DetokenizeResponse:
+        model = self._models.find(request.model).model
+        token_ids = list(request.token_ids)
+        check_token_ids("token_ids", tuple(token_ids), model.vocabulary_size)
+        text = await off_loop(len(token_ids), lambda: model.tokenizer.decode(token_ids))
+        return tokenizer_pb2.DetokenizeResponse(text=text)
+
+    async def GetTokenizerInfo(
+        self, request: tokenizer_pb2.GetTokenizerInfoRequest, context: Call
+    ) -> tokenizer_pb2.GetTokenizerInfoResponse:
+        served = self._models.find(request.model)
+        model = served.model
+        named = model.template.named_tokens
+        return tokenizer_pb2.GetTokenizerInfoResponse(
+            vocabulary_size=model.vocabulary_size,
+            context_length=served.context_length,
+            chat_template=model.template.source,
+            bos_token=named.get("bos_token", ""),
+            eos_token=named.get("eos_token", ""),
+            special_tokens=model.tokenizer.hidden_tokens,
+        )

@@ -1,0 +1,63 @@
+"""Tools for templates that know none: told in a system message, as Hermes models learned it.
+
+Such a template has no place for calls and their results either: calls become the assistant's text,
+results the user's. Knows nothing of templates.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_BEFORE = (
+    "You may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
+)
+_AFTER = (
+    "\n</tools>\n\n"
+    "For each function call, return a json object with function name and arguments within "
+    "<tool_call></tool_call> XML tags:\n"
+    '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+)
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+def with_tools(messages: Messages, tools: Messages, system: bool) -> list[Mapping[str, Any]]:
+    """The messages with the tools told in the first one.
+
+    Without `system`, for templates that know no such role, that is the first user message.
+    """
+    lines = "".join("\n" + json.dumps(tool, ensure_ascii=False) for tool in tools)
+    told = f"{_BEFORE}{lines}{_AFTER}"
+    role = "system" if system else "user"
+    first = messages[0] if messages else None
+    if first is None or first.get("role") != role:
+        return [{"role": role, "content": told}, *messages]
+    text = first.get("content") or ""
+    joined = f"{text}\n\n{told}" if system else f"{told}\n\n{text}"
+    return [{**first, "content": joined}, *messages[1:]]
+
+
+def without_roles(messages: Messages) -> list[Mapping[str, Any]]:
+    """The messages with calls and results as text; results in a row are one message."""
+    result: list[Mapping[str, Any]] = []
+    after_tool = False
+    for message in messages:
+        is_tool = message.get("role") == "tool"
+        if is_tool:
+            told = f"<tool_response>\n{message.get('content') or ''}\n</tool_response>"
+            if after_tool:
+                told = f"{result.pop()['content']}\n{told}"
+            message = {"role": "user", "content": told}
+        elif message.get("tool_calls"):
+            texts = [message.get("content") or "", *map(_call_text, message["tool_calls"])]
+            plain = {key: value for key, value in message.items() if key != "tool_calls"}
+            message = plain | {"content": "\n".join(text for text in texts if text)}
+        after_tool = is_tool
+        result.append(message)
+    return result
+
+
+def _call_text(call: Mapping[str, Any]) -> str:
+    function = json.dumps(call["function"], ensure_ascii=False)
+    return f"<tool_call>\n{function}\n</tool_call>"

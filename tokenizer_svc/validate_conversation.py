@@ -1,0 +1,68 @@
+"""Checks what a chat template is to be given: messages, tools, and how the answer begins.
+
+Raises ServiceError as `validate` does. Whether the template takes it is the template's to say.
+"""
+
+import json
+
+from tokenizer_svc.ranges import check_nonempty, missing
+from tokenizer_svc.request import Conversation, Message, Role
+from tokenizer_svc.validate_tools import check_tools
+from trivium.wire.errors import ServiceError
+
+REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high")
+
+
+def check_conversation(conversation: Conversation) -> None:
+    """The first thing that is wrong, if any."""
+    check_nonempty("messages", conversation.messages)
+    for index, message in enumerate(conversation.messages):
+        _check_message(message, f"messages[{index}]")
+    check_tools(conversation.tools)
+    if conversation.reasoning_effort not in (None, *REASONING_EFFORTS):
+        values = ", ".join(f"'{effort}'" for effort in REASONING_EFFORTS)
+        text = f"Invalid value for 'reasoning_effort'. Supported values are: {values}."
+        raise ServiceError("invalid_value", text, "reasoning_effort")
+    for name, value in conversation.variables.items():
+        _check_json(f"chat_template_kwargs.{name}", value)
+    if conversation.continue_final_message:
+        _check_continuation(conversation)
+
+
+def _check_message(message: Message, where: str) -> None:
+    if message.role is None:
+        roles = ", ".join(f"'{role.value}'" for role in Role)
+        text = f"Invalid value for '{where}.role'. Supported values are: {roles}."
+        raise ServiceError("invalid_value", text, f"{where}.role")
+    for index, part in enumerate(message.parts):
+        if part is None:
+            field = f"{where}.content[{index}]"
+            raise ServiceError("invalid_value", f"Invalid '{field}': only text is known.", field)
+    if message.content is None and message.role is not Role.ASSISTANT:
+        raise missing(f"{where}.content")
+    if message.role is Role.TOOL and not message.tool_call_id:
+        raise missing(f"{where}.tool_call_id")
+    if message.tool_calls and message.role is not Role.ASSISTANT:
+        text = f"Invalid '{where}.tool_calls': only assistant messages have tool calls."
+        raise ServiceError("invalid_value", text, f"{where}.tool_calls")
+    for index, call in enumerate(message.tool_calls):
+        if not call.name:
+            raise missing(f"{where}.tool_calls[{index}].function.name")
+
+
+def _check_json(field: str, text: str) -> None:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ServiceError("invalid_value", f"Invalid '{field}': not JSON.", field) from error
+
+
+def _check_continuation(conversation: Conversation) -> None:
+    field = "continue_final_message"
+    if conversation.add_generation_prompt:
+        message = "'continue_final_message' and 'add_generation_prompt' cannot both be true."
+        raise ServiceError("invalid_parameter_combination", message, field)
+    last = conversation.messages[-1]
+    if last.role is not Role.ASSISTANT or last.tool_calls or not (last.content or "").strip():
+        message = "'continue_final_message' needs a last message of the assistant's that has text."
+        raise ServiceError("invalid_parameter_combination", message, field)

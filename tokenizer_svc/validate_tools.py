@@ -1,0 +1,85 @@
+"""Checks tools and which of them are to be called.
+
+Raises ServiceError as `validate` does. Whether a schema can be compiled is the generator's to say.
+"""
+
+import re
+from collections.abc import Sequence
+
+from tokenizer_svc.ranges import check_array, check_length, missing
+from tokenizer_svc.request import Tool, ToolChoice, ToolMode, ToolUse
+from tokenizer_svc.schema_text import check_schema
+from trivium.wire.errors import ServiceError
+
+MAX_TOOLS = 128
+MAX_NAME_CHARACTERS = 64
+
+_NAME = re.compile(r"[a-zA-Z0-9_-]+")
+
+
+def check_tools(tools: Sequence[Tool]) -> None:
+    """The first thing that is wrong with the list of tools, if any."""
+    check_array("tools", tools, MAX_TOOLS)
+    seen = set()
+    for index, tool in enumerate(tools):
+        where = f"tools[{index}]"
+        if tool.name is None:
+            text = f"Invalid value for '{where}.type'. Supported values are: 'function'."
+            raise ServiceError("invalid_value", text, f"{where}.type")
+        check_name(f"{where}.function.name", tool.name)
+        if tool.name in seen:
+            text = f"Invalid '{where}.function.name': there is another tool '{tool.name}'."
+            raise ServiceError("invalid_value", text, f"{where}.function.name")
+        seen.add(tool.name)
+        if tool.parameters is not None:
+            check_parameters(tool.parameters, f"{where}.function.parameters")
+
+
+def check_name(field: str, name: str) -> None:
+    """Names of functions and of response formats have the same form."""
+    if not name:
+        raise missing(field)
+    check_length(field, name, MAX_NAME_CHARACTERS)
+    if not _NAME.fullmatch(name):
+        text = (
+            f"Invalid '{field}': string does not match pattern. "
+            "Expected a string that matches the pattern '^[a-zA-Z0-9_-]+$'."
+        )
+        raise ServiceError("invalid_value", text, field)
+
+
+def check_parameters(text: str, field: str) -> None:
+    """A function's arguments are an object, and its schema must not say otherwise."""
+    schema = check_schema(text, field)
+    if not isinstance(schema, dict) or schema.get("type", "object") != "object":
+        message = f"Invalid schema for '{field}': it must be an object of 'type: \"object\"'."
+        raise ServiceError("invalid_json_schema", message, field)
+
+
+def tool_use(tools: tuple[Tool, ...], choice: ToolChoice | None, parallel: bool | None) -> ToolUse:
+    """Which calls the answer may or has to consist of; `tools` were checked."""
+    mode = ToolMode.AUTO if choice is None else choice.mode
+    if mode is None:
+        modes = ", ".join(f"'{known.value}'" for known in ToolMode)
+        text = f"Invalid value for 'tool_choice'. Supported values are: {modes}."
+        raise ServiceError("invalid_value", text, "tool_choice")
+    if not tools and mode in (ToolMode.REQUIRED, ToolMode.FUNCTION):
+        text = "Invalid value for 'tool_choice': it is only allowed when 'tools' are specified."
+        raise ServiceError("invalid_parameter_combination", text, "tool_choice")
+    if not tools or mode is ToolMode.NONE:
+        return ToolUse()
+    places = tuple(range(len(tools)))
+    if mode is ToolMode.FUNCTION:
+        name = None if choice is None else choice.function_name
+        places = tuple(index for index, tool in enumerate(tools) if tool.name == name)
+        if not name:
+            raise missing("tool_choice.function.name")
+        if not places:
+            text = f"Tool choice '{name}' not found in 'tools' parameter."
+            raise ServiceError("invalid_parameter_combination", text, "tool_choice")
+    return ToolUse(
+        tools=tuple(tools[index] for index in places),
+        places=places,
+        forced=mode is not ToolMode.AUTO,
+        parallel=parallel is not False and mode is not ToolMode.FUNCTION,
+    )
