@@ -31,6 +31,8 @@ _ANSWERS = (
     answer.ErrorBody,
     answer.Health,
 )
+# Or none: whether a key is asked for is the operator's choice.
+_KEY: list[dict[str, list[str]]] = [{}, {"key": []}]
 _BODY_ERRORS = (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
 _READ_ERRORS = (401, 404, 500, 503, 504)
 
@@ -126,11 +128,8 @@ def _token_paths() -> dict[str, Any]:
 
 
 def _completion(whole: str, chunk: str) -> dict[str, Any]:
-    events = {
-        "description": f"With `stream`: one {chunk} per event, then `data: [DONE]`.",
-        "schema": {"type": "string"},
-        "x-event-schema": _ref(chunk),
-    }
+    # Without a schema: what 3.1 would have it describe is all events together.
+    events = {"x-event-schema": _ref(chunk)}
     return {**_json(whole), "text/event-stream": events}
 
 
@@ -140,13 +139,16 @@ def _json(name: str) -> dict[str, Any]:
 
 def _sent(operation: str, summary: str, body: str, content: dict[str, Any]) -> dict[str, Any]:
     """An operation that takes a body."""
+    words = "The answer."
+    if "text/event-stream" in content:
+        words = "The answer; with `stream` one chunk per event, then `data: [DONE]`."
     return {
         "operationId": operation,
         "summary": summary,
-        "security": [{"key": []}],
+        "security": _KEY,
         "requestBody": {"required": True, "content": _json(body)},
         "responses": {
-            "200": {"description": "The answer.", "content": content},
+            "200": {"description": words, "content": content},
             **_errors(*_BODY_ERRORS),
         },
     }
@@ -164,7 +166,7 @@ def _read(
     return {
         "operationId": operation,
         "summary": summary,
-        "security": [{"key": []}] if needs_key else [],
+        "security": _KEY if needs_key else [],
         "responses": {
             "200": {"description": summary + ".", "content": _json(answered)},
             **_errors(*errors),
