@@ -23,17 +23,9 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from generator_svc.json_schema import OPTIONS, repaired, repaired_lark
 from generator_svc.sequence import ConstraintError
 
-# A row of 1,000 items is 250 optional properties side by side. An ambiguous grammar reaches it
-# within some hundred characters, and takes about 25 ms for a step by then.
-_LIMITS = LLParserLimits(
-    max_items_in_row=1_000,
-    initial_lexer_fuel=1_000_000,
-    step_lexer_fuel=200_000,
-    step_max_items=50_000,
-    max_lexer_states=32_000,  # one or two kB each
-    max_grammar_size=500_000,
-    verbose_errors=False,
-)
+# An optional property takes four items of a row. JSON's rows are wide and cheap, while a step of
+# an ambiguous grammar, which only Lark can have, takes 15 ms at 500 items and 170 ms at 1,000.
+_MOST_ITEMS_IN_ROW = {"json_schema": 2_000, "regex": 500, "lark": 500}
 _OVER_LIMIT = re.compile(
     r"too (big|large|many|complex|deep|long)|fuel|recursion limit|nest|max is|exceed|TooComplex"
 )
@@ -77,6 +69,18 @@ class TokenTable:
         self.end_token_ids = frozenset(self.tokenizer.eos_tokens)
 
 
+def _limits(kind: str) -> LLParserLimits:
+    return LLParserLimits(
+        max_items_in_row=_MOST_ITEMS_IN_ROW[kind],
+        initial_lexer_fuel=1_000_000,
+        step_lexer_fuel=200_000,  # 14 ms
+        step_max_items=50_000,  # 3 ms
+        max_lexer_states=32_000,  # one or two kB each
+        max_grammar_size=500_000,
+        verbose_errors=False,
+    )
+
+
 class CompiledConstraint:
     """A constraint that one request's continuations keep. Raises ConstraintError.
 
@@ -88,7 +92,7 @@ class CompiledConstraint:
         self._table = table
         self._kind = kind
         try:
-            self._matcher = LLMatcher(table.tokenizer, grammar, log_level=0, limits=_LIMITS)
+            self._matcher = LLMatcher(table.tokenizer, grammar, log_level=0, limits=_limits(kind))
         except BaseException as error:  # a panic of Rust is no Exception
             _refuse(kind, str(error))
         if self._matcher.is_error():
@@ -136,6 +140,8 @@ class ConstraintState:
 def _refuse(kind: str, reason: str) -> NoReturn:
     """Raises ConstraintError for what llguidance says."""
     reason = reason.replace("<non-verbose/>", "").strip()[:_LONGEST_MESSAGE]
+    if reason.startswith("NoExtension"):
+        reason = "nothing fits it"
     if _OVER_LIMIT.search(reason):
         raise ConstraintError("json_schema_too_complex", f"The constraint is too complex: {reason}")
     if kind == "json_schema":

@@ -14,6 +14,7 @@ import resource
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,10 @@ from generator_svc.sequence import ConstraintError
 CPU_SECONDS = 1.0
 MEMORY_BYTES = 512 * 2**20
 
-# Half of what the generator compiles with: what fits here fits there.
-_STACK_BYTES = 4 * 2**20
+_STACK_BYTES = 2**20  # half of the least a thread of the generator may have
 _WALKS = 3
-_WALK_TOKENS = 40
+_WALK_TOKENS = 120
+_WALK_SECONDS = 0.15  # of CPU; a usual one takes 10 ms, and running streams wait for each
 _NICENESS = 10  # running streams go first
 
 
@@ -49,12 +50,16 @@ def try_out(table: TokenTable, kind: str, text: str) -> None:
 
 def _walk(table: TokenTable, compiled: CompiledConstraint, draw: random.Random) -> None:
     state = compiled.new_state()
+    started = time.thread_time()
     for _ in range(_WALK_TOKENS):
         allowed = state.allowed()
         allowed[list(table.end_token_ids)] = False
         ids = np.flatnonzero(allowed)
         if not ids.size:
             return
+        if time.thread_time() - started > _WALK_SECONDS:
+            message = "The constraint is too complex: its tokens take too long to find."
+            raise ConstraintError("json_schema_too_complex", message)
         state.accept(int(ids[draw.randrange(ids.size)]))
 
 

@@ -1,6 +1,8 @@
 """A small tokenizer of real text, and models that write at random with it."""
 
+import atexit
 import functools
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +87,7 @@ def text_tokens() -> TextTokens:
     )
     tokenizer.train_from_iterator([CORPUS], trainer)
     folder = tempfile.mkdtemp(prefix="trivium-tokens-")
+    atexit.register(shutil.rmtree, folder)
     file = Path(folder) / "tokenizer.json"
     tokenizer.save(str(file))
     return TextTokens(tokenizer, file)

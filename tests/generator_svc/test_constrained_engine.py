@@ -1,0 +1,300 @@
+"""Constraints in the engine: with n, seeds, crowds, stops, penalties, reuse and bad luck."""
+
+import itertools
+import json
+import random
+
+import jsonschema
+import numpy as np
+import pytest
+
+from engine_bench import Bench
+from fakes import ScriptedRunner
+from generator_svc.sequence import ConstraintError, FinishReason, Sampling
+from schema_draw import draw_schema
+from text_tokens import compiled, text_tokens
+
+PEOPLE = json.dumps(
+    {
+        "type": "array",
+        "items": {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string", "maxLength": 9},
+                "age": {"type": "integer", "minimum": 0, "maximum": 150},
+            },
+            "required": ["name", "age"],
+            "additionalProperties": False,
+        },
+        "minItems": 1,
+        "maxItems": 3,
+    }
+)
+
+
+def _bench(slots=4, logits=None, **fields):
+    tokens = text_tokens()
+    runner = ScriptedRunner(slots, 512, logits or tokens.random_logits)
+    return Bench(slots=slots, slot_length=512, runner=runner, **fields)
+
+
+def _submit(bench, prompt, kind="json_schema", text=PEOPLE, count=300, **fields):
+    fields.setdefault("stop_token_ids", frozenset({text_tokens().eos}))
+    fields.setdefault("sampling", Sampling(temperature=1.0, seed=7))
+    constraint = compiled(kind, text) if kind else None
+    return bench.submit(prompt, count, constraint=constraint, **fields)
+
+
+def _answers(bench, group):
+    """Texts by index, and how each ended."""
+    tokens = text_tokens()
+    texts = {i: tokens.decode(ids) for i, ids in bench.tokens[group].items()}
+    return texts, {s.index: s.finish_reason for s in group.sequences}
+
+
+def _fits(text, schema=PEOPLE):
+    return jsonschema.Draft202012Validator(json.loads(schema)).is_valid(json.loads(text))
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_every_answer_that_stops_fits(temperature):
+    """Many requests of many schemas at once, some with n, some without any constraint."""
+    bench = _bench(slots=5)
+    groups = {}
+    for seed in range(60):
+        draw = random.Random(seed)
+        schema = json.dumps(draw_schema(draw))
+        prompt = [3 + draw.randrange(300) for _ in range(draw.randrange(1, 9))]
+        sampling = Sampling(temperature=temperature, seed=seed)
+        fields = {"sampling": sampling, "count": 200, "n": draw.choice([1, 1, 3])}
+        try:
+            groups[_submit(bench, prompt, text=schema, **fields)] = schema
+        except ConstraintError:
+            _submit(bench, prompt, kind=None, **fields)
+        bench.step()
+    bench.finish()
+
+    stopped = 0
+    for group, schema in groups.items():
+        assert group not in bench.errors
+        texts, reasons = _answers(bench, group)
+        for index, text in texts.items():
+            if reasons[index] is FinishReason.STOP_TOKEN:
+                stopped += 1
+                assert _fits(text, schema), (schema, text)
+    assert stopped > 50
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_a_crowd_does_not_change_a_constrained_request(reuse):
+    """The same seed gives the same tokens alone and among others, constrained or not."""
+    prompt = list(range(30, 60))
+    alone = _bench(reuse=reuse)
+    wanted = _submit(alone, prompt, n=4)
+    alone.finish()
+    crowded = _bench(slots=3, reuse=reuse)
+    others = []
+    for seed in range(8):
+        kind, text = [("json_schema", PEOPLE), ("regex", "[a-z ]{4,90}"), (None, "")][seed % 3]
+        sampling = Sampling(temperature=1.0, seed=seed)
+        prefix = prompt[: 4 * seed]
+        others.append(_submit(crowded, [*prefix, 5], kind, text, sampling=sampling, count=60))
+        crowded.step()
+    got = _submit(crowded, prompt, n=4)
+    crowded.finish()
+
+    assert alone.tokens[wanted] == crowded.tokens[got]
+    assert len({tuple(ids) for ids in crowded.tokens[got].values()}) > 1
+    assert not crowded.errors
+    assert all(_fits(text) for text in _answers(crowded, got)[0].values())
+
+
+def test_greedy_takes_the_most_likely_of_what_fits():
+    """Step by step, against a mask made by hand."""
+    tokens = text_tokens()
+    bench = _bench()
+    group = _submit(bench, [9, 9], "regex", "[ab]{12}", sampling=Sampling(temperature=0))
+    bench.finish()
+    written, expected, context = "", [], [9, 9]
+    while len(written) < 12:
+        pieces = {t: tokens.decode([t]) for t in range(3, tokens.known)}
+        fitting = [t for t, p in pieces.items() if p and not p.strip("ab")]
+        fitting = [t for t in fitting if len(written) + len(pieces[t]) <= 12]
+        logits = tokens.random_logits(context)
+        expected.append(max(fitting, key=lambda token: logits[token]))
+        context.append(expected[-1])
+        written += pieces[expected[-1]]
+
+    assert [*expected, tokens.eos] == bench.tokens[group][0]
+
+
+def test_penalties_and_bias_work_within_the_constraint():
+    """A bias chooses among what fits, and cannot force what does not."""
+    tokens = text_tokens()
+    [a, b, c] = (tokens.encode(letter)[0] for letter in "abc")
+    bench = _bench()
+    bias = {a: 50.0, c: 100.0}
+    biased = Sampling(temperature=0, logit_bias=bias)
+    varied = Sampling(temperature=0, logit_bias=bias, frequency_penalty=2, repetition_penalty=10)
+    groups = [_submit(bench, [9], "regex", "[ab]{9}", sampling=one) for one in (biased, varied)]
+    bench.finish()
+
+    assert [a] * 9 == bench.tokens[groups[0]][0][:-1]
+    assert {a, b} <= set(bench.tokens[groups[1]][0])
+    assert not {c} & set(bench.tokens[groups[1]][0])
+
+
+def test_logprobs_are_those_of_the_model():
+    """As it gave them, before the mask: what is on top may be what did not fit."""
+    tokens = text_tokens()
+    bench = _bench()
+    group = _submit(bench, [9], "regex", "[ab]{5}", top_logprobs=3)
+    updates = []
+    deliver = bench.engine._deliver
+    bench.engine._deliver = lambda new: (updates.extend(new), deliver(new))
+    bench.finish()
+
+    context = [9]
+    for update in updates:
+        logits = tokens.random_logits(context).astype(np.float64)
+        logprobs = logits - np.log(np.exp(logits).sum())
+        token = update.token
+        assert token.logprobs.logprob == pytest.approx(logprobs[token.token_id])
+        assert np.argsort(-logprobs)[:3].tolist() == list(token.logprobs.top_token_ids)
+        context.append(token.token_id)
+    assert group.is_finished
+
+
+@pytest.mark.parametrize("ignores_end", [False, True])
+@pytest.mark.parametrize("least", [0, 30])
+def test_a_complete_text_ends_even_where_ends_are_held_back(ignores_end, least):
+    """Neither ignore_eos nor min_tokens can make more of a text that is complete."""
+    tokens = text_tokens()
+    stops = frozenset() if ignores_end else frozenset({tokens.eos})
+    bench = _bench()
+    fields = {"stop_token_ids": stops, "min_new_tokens": least}
+    exact = _submit(bench, [9], "regex", "[ab]{6}", **fields)
+    open_ended = _submit(bench, [9], "regex", "[ab]{6,}", count=40, **fields)
+    bench.finish()
+    texts, reasons = _answers(bench, exact)
+
+    assert 6 == len(texts[0])
+    assert FinishReason.STOP_TOKEN is reasons[0]
+    assert tokens.eos == bench.tokens[exact][0][-1]
+    assert len(bench.tokens[open_ended][0]) > (39 if ignores_end else least)
+
+
+def test_a_callers_stop_token_ends_an_unfinished_text():
+    """It was asked for."""
+    tokens = text_tokens()
+    [b] = tokens.encode("b")
+    bench = _bench()
+    group = _submit(bench, [9], "regex", "(a|b){200}", stop_token_ids=frozenset({tokens.eos, b}))
+    bench.finish()
+
+    assert b == bench.tokens[group][0][-1]
+    assert FinishReason.STOP_TOKEN is group.sequences[0].finish_reason
+
+
+def test_a_limit_cuts_a_constrained_text_too():
+    """As any other."""
+    bench = _bench()
+    group = _submit(bench, [9], "regex", "a{400}", count=5)
+    bench.finish()
+
+    assert FinishReason.LENGTH is group.sequences[0].finish_reason
+    assert set(_answers(bench, group)[0][0]) == {"a"}
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_stopping_one_choice_leaves_the_others_as_they_were(index):
+    """Each has a state of its own."""
+    whole = _bench()
+    wanted = _submit(whole, [5, 6], n=3)
+    whole.finish()
+    bench = _bench()
+    group = _submit(bench, [5, 6], n=3)
+    for _ in range(4):
+        bench.step()
+    bench.engine.stop(group, index)
+    bench.finish()
+
+    for other in {0, 1, 2} - {index}:
+        assert whole.tokens[wanted][other] == bench.tokens[group][other]
+    assert len(bench.tokens[group][index]) < len(whole.tokens[wanted][index])
+
+
+def test_cancelled_requests_leave_nothing():
+    """No state outlives its sequence."""
+    bench = _bench()
+    groups = [_submit(bench, [value], n=3) for value in range(5, 9)]
+    for _ in range(5):
+        bench.step()
+    assert any(s.constraint_state for group in groups for s in group.sequences)
+    for group in groups:
+        bench.engine.cancel(group)
+    bench.finish()
+
+    assert not any(s.constraint_state for group in groups for s in group.sequences)
+
+
+def test_nan_fails_its_own_request_only():
+    """A constraint does not hide bad logits."""
+    tokens = text_tokens()
+
+    def logits(context):
+        row = tokens.random_logits(context)
+        return row * np.nan if context[0] == 13 and len(context) > 4 else row
+
+    bench = _bench(logits=logits)
+    bad, good = _submit(bench, [13, 14], n=2), _submit(bench, [15, 14])
+    bench.finish()
+
+    assert [bad] == list(bench.errors)
+    assert _fits(_answers(bench, good)[0][0])
+
+
+def test_nothing_left_fails_its_own_request_only():
+    """A model that gives all that fits a probability of zero."""
+    tokens = text_tokens()
+    fitting = compiled("regex", "[ab]*").new_state().allowed()
+
+    def logits(context):
+        row = tokens.random_logits(context)
+        row[fitting & (context[0] == 13)] = -np.inf
+        return row
+
+    bench = _bench(logits=logits)
+    bad, good = _submit(bench, [13], "regex", "[ab]*"), _submit(bench, [15])
+    bench.finish()
+
+    assert [bad] == list(bench.errors)
+    assert good.is_finished
+
+
+def test_a_constraint_that_grows_too_complex_fails_its_own_request_only():
+    """With an error of its own; the others' tokens are those they get without it."""
+    tokens = text_tokens()
+    [a] = tokens.encode("a")
+    ambiguous = 'start: e\ne: e e | "a" | e e e | '
+    bench, quiet = _bench(), _bench()
+    sampling = Sampling(temperature=0, logit_bias={a: 90.0})
+    bad = _submit(bench, [9], "lark", ambiguous, n=2, count=400, sampling=sampling)
+    good = _submit(bench, [5, 6], count=400)
+    wanted = _submit(quiet, [5, 6], count=400)
+    bench.finish()
+    quiet.finish()
+
+    assert "json_schema_too_complex" == bench.errors[bad].code
+    assert {bad} == bench.errors.keys()
+    assert quiet.tokens[wanted] == bench.tokens[good]
+
+
+def test_unconstrained_requests_pay_nothing():
+    """No state and no mask where there is no constraint."""
+    bench = _bench()
+    group = _submit(bench, [5], kind=None, count=5)
+    bench.finish()
+
+    assert [None] == [s.constraint_state for s in group.sequences]
+    assert list(itertools.chain(*bench.tokens[group].values()))

@@ -1,0 +1,300 @@
+"""Constraints over real gRPC: hostile ones answered soon, others undisturbed, nothing left over."""
+
+import asyncio
+import contextlib
+import json
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from generator_stage import Stage
+from generator_svc.constraint_compiler import ConstraintCompiler, Verdict, VerdictCache
+from generator_svc.sequence import ConstraintError
+from text_tokens import text_tokens
+from trivium.generator.v1 import generator_pb2 as pb
+
+ANSWER_SECONDS = 5
+
+MULTIPLE = json.dumps({"type": "integer", "multipleOf": 1_000_003})
+CHAIN = "start: r0\n" + "".join(f'r{i}: r{i + 1} | "x{i}"\n' for i in range(5_000)) + 'r5000: "z"'
+
+
+def _deep(depth):
+    schema = {"type": "string"}
+    for _ in range(depth):
+        schema = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
+    return json.dumps(schema)
+
+
+# Code, kind, text; no code where such a thing can be kept.
+HOSTILE = {
+    "an automaton of a million states": ("json_schema_too_complex", "json_schema", MULTIPLE),
+    "a chain of rules": ("json_schema_too_complex", "lark", CHAIN),
+    "deep": ("json_schema_too_complex", "json_schema", _deep(100)),
+    "a wide object": (
+        "json_schema_too_complex",
+        "json_schema",
+        json.dumps({"type": "object", "properties": {f"p{i}": {} for i in range(3_000)}}),
+    ),
+    "a wide enum": (None, "json_schema", json.dumps({"enum": [f"v{i}" for i in range(20_000)]})),
+    "a huge enum": (
+        "json_schema_too_complex",
+        "json_schema",
+        json.dumps({"enum": [f"v{i}" for i in range(10**5)]}),
+    ),
+    "itself": ("invalid_json_schema", "json_schema", '{"$ref": "#"}'),
+    "itself within": (
+        None,
+        "json_schema",
+        '{"properties": {"a": {"$ref": "#"}}, "type": "object", "additionalProperties": false}',
+    ),
+    "products of unions": (
+        "json_schema_too_complex",
+        "json_schema",
+        json.dumps(
+            {
+                "allOf": [
+                    {"anyOf": [{"properties": {f"{i}{j}": {"const": 1}}} for j in range(4)]}
+                    for i in range(12)
+                ]
+            }
+        ),
+    ),
+    "many items": (None, "json_schema", '{"type": "array", "minItems": 1000000000}'),
+    "patterns of names": (
+        "invalid_json_schema",
+        "json_schema",
+        json.dumps({"patternProperties": {f"^.{{{i}}}a.*(b|c){{{i}}}$": {} for i in range(1, 40)}}),
+    ),
+    "backtracking": (None, "regex", "(a+)+$"),
+    "long repetition": (None, "regex", ".{1,100000}"),
+    "nested repetition": (
+        "json_schema_too_complex",
+        "regex",
+        "((((a{1,100}){1,100}){1,100}){1,100})" * 3,
+    ),
+    "exponential automata": (None, "regex", "(.*a.{30}|.*b.{29})c"),
+    "ambiguity": ("json_schema_too_complex", "lark", 'start: e\ne: e e | "a" | e e e | '),
+    "parentheses": ("invalid_value", "regex", "(" * 30_000 + ")" * 30_000),
+}
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return text_tokens()
+
+
+@pytest.fixture
+async def stage(tokens):
+    async with Stage(
+        slots=6, slot_length=512, logits=tokens.random_logits, tokenizer=tokens
+    ).running() as stage:
+        yield stage
+
+
+async def _outcome(call):
+    """None, or the reason and the field of its error, for a call that may fail."""
+    try:
+        async for _ in call:
+            pass
+    except grpc.aio.AioRpcError as error:
+        details = {}
+        for packed in rpc_status.from_call(error).details:
+            for kind in ("ErrorInfo", "BadRequest"):
+                message = getattr(error_details_pb2, kind)()
+                if packed.Unpack(message):
+                    details[kind] = message
+        field = details["BadRequest"].field_violations[0].field
+        return error.code(), details["ErrorInfo"].reason.lower(), field
+    return None
+
+
+async def test_an_answer_fits(stage, tokens):
+    """With n, and sooner the second time; each choice has its own."""
+    constraint = pb.Constraint(regex="[ab]{40}")
+    sampling = pb.SamplingParams(temperature=1.0, seed=3)
+    answers, finished = await stage.generate([5], constraint=constraint, n=4, sampling=sampling)
+
+    texts = [tokens.decode(ids) for ids in answers.values()]
+    assert {40} == {len(text) for text in texts}
+    assert 4 == len(set(texts))
+    assert {pb.FINISH_REASON_STOP_TOKEN} == {last.reason for last in finished.values()}
+
+
+async def test_ends_come_even_when_they_are_ignored(stage, tokens):
+    """A complete text ends, and the model's end is its last token."""
+    constraint = pb.Constraint(json_schema='{"const": "x"}')
+    fields = {"constraint": constraint, "ignore_eos": True, "min_new_tokens": 50}
+    answers, finished = await stage.generate([5], **fields)
+
+    assert tokens.eos == answers[0][-1]
+    assert '"x"' == tokens.decode(answers[0])
+    assert pb.FINISH_REASON_STOP_TOKEN == finished[0].reason
+
+
+@pytest.mark.parametrize(
+    ("constraint", "code"),
+    [
+        (pb.Constraint(), "missing_required_parameter"),
+        (pb.Constraint(json_schema="{"), "invalid_json_schema"),
+        (pb.Constraint(json_schema=" " * 300_000), "json_schema_too_complex"),
+        (pb.Constraint(regex="("), "invalid_value"),
+        (pb.Constraint(regex="a" * 70_000), "string_above_max_length"),
+        (pb.Constraint(lark="begin: X"), "invalid_value"),
+        (pb.Constraint(lark=" " * 1_100_000), "string_above_max_length"),
+    ],
+)
+async def test_refusals_name_the_constraint(stage, constraint, code):
+    """INVALID_ARGUMENT with the reason, and nothing is generated."""
+    outcome = await _outcome(await stage.call([5], constraint=constraint))
+
+    assert (grpc.StatusCode.INVALID_ARGUMENT, code, "constraint") == outcome
+    assert not stage.runner.plans
+
+
+async def test_what_grows_too_complex_on_its_way_is_told_as_such(stage, tokens):
+    """Found out while it is kept, since its trial went another way."""
+    [a] = tokens.encode("a")
+    lark = 'start: /b/ /(.|\\n)*/ | e\ne: e e | "a" | e e e'
+    sampling = pb.SamplingParams(temperature=0, logit_bias={a: 100.0})
+    call = await stage.call([5], constraint=pb.Constraint(lark=lark), sampling=sampling)
+    outcome = await _outcome(call)
+
+    assert (grpc.StatusCode.INVALID_ARGUMENT, "json_schema_too_complex", "constraint") == outcome
+
+
+async def test_a_model_without_constraints_still_answers(tmp_path, tokens, caplog):
+    """A tokenizer of another kind: constrained requests are refused, others are not."""
+    file = tmp_path / "tokenizer.json"
+    file.write_text('{"model": {"type": "WordLevel", "vocab": {"a": 0}}}')
+    other = type(tokens)(tokens.tokenizer, file)
+    stage = Stage(logits=tokens.random_logits, tokenizer=other)
+    async with stage.running():
+        constrained = await stage.call([5], constraint=pb.Constraint(regex="a"))
+        outcome = await _outcome(constrained)
+        answers, _ = await stage.generate([5], max_new_tokens=3)
+
+    assert (grpc.StatusCode.INVALID_ARGUMENT, "unsupported_parameter", "constraint") == outcome
+    assert answers[0]
+    assert "refused" in caplog.text
+
+
+@contextlib.asynccontextmanager
+async def _compiler(tokens, cache_bytes=2**20):
+    async with ConstraintCompiler(tokens.file, tokens.size, (tokens.eos,), cache_bytes) as compiler:
+        await compiler.compile("regex", "a")
+        yield compiler
+
+
+async def test_hostile_constraints_are_answered_soon_while_a_stream_goes_on(stage, tokens):
+    """Each before its deadline; the stream steps on, and gets the tokens that it gets alone."""
+    bias = pb.SamplingParams(temperature=0, logit_bias={tokens.eos: -100.0})
+    long = {"max_new_tokens": 400, "sampling": bias}
+    wanted, _ = await stage.generate([5, 6], **long)
+    await _outcome(await stage.call([5], constraint=pb.Constraint(regex="a")))
+    stage.runner.delay = 0.01
+    stream = asyncio.create_task(stage.generate([5, 6], **long))
+    codes, steps = {}, {}
+    for name, (_, kind, text) in HOSTILE.items():
+        fields = {"seconds": ANSWER_SECONDS, "max_new_tokens": 2}
+        call = await stage.call([7], constraint=pb.Constraint(**{kind: text}), **fields)
+        before = len(stage.runner.plans)
+        outcome = await _outcome(call)
+        codes[name] = outcome and outcome[1]
+        steps[name] = len(stage.runner.plans) - before
+    stage.runner.delay = 0.0
+    answers, _ = await stream
+
+    assert {name: code for name, (code, _, _) in HOSTILE.items()} == codes
+    assert steps["an automaton of a million states"] > 20
+    assert wanted == answers
+
+
+async def test_a_schema_elsewhere_is_not_fetched(tokens):
+    """No connection leaves the process, neither to hosts nor to files."""
+    connections = []
+    server = await asyncio.start_server(lambda *pair: connections.append(pair), "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server, _compiler(tokens) as compiler:
+        for reference in (f"http://127.0.0.1:{port}/x.json", f"file://{tokens.file}"):
+            with pytest.raises(ConstraintError) as caught:
+                await compiler.compile("json_schema", json.dumps({"$ref": reference}))
+            assert "invalid_json_schema" == caught.value.code
+
+    assert [] == connections
+
+
+async def test_verdicts_are_remembered(tokens):
+    """The second request of a constraint needs no trial, good or bad."""
+    async with _compiler(tokens) as compiler:
+        for kind, text in [("regex", "[ab]+"), ("json_schema", MULTIPLE)]:
+            with contextlib.suppress(ConstraintError):
+                await compiler.compile(kind, text)
+        asked = []
+        compiler._trial.ask = asked.append
+        await compiler.compile("regex", "[ab]+")
+        with pytest.raises(ConstraintError, match="too much time or memory"):
+            await compiler.compile("json_schema", MULTIPLE)
+
+    assert [] == asked
+
+
+async def test_many_who_want_the_same_share_one_trial(tokens):
+    """And those who leave take it from nobody."""
+    async with _compiler(tokens) as compiler:
+        ask, asked = compiler._trial.ask, []
+
+        async def counted(kind, text):
+            asked.append(text)
+            return await ask(kind, text)
+
+        compiler._trial.ask = counted
+        calls = [asyncio.create_task(compiler.compile("regex", "x+")) for _ in range(9)]
+        await asyncio.sleep(0)
+        calls[0].cancel()
+        constraints = await asyncio.gather(*calls, return_exceptions=True)
+
+    assert ["x+"] == asked
+    assert isinstance(constraints[0], asyncio.CancelledError)
+    assert 8 == len(set(constraints[1:]))  # each has its own
+
+
+async def test_a_killed_trial_process_is_started_again(tokens):
+    """Its question is answered with an error, the next one as if nothing had happened."""
+    async with _compiler(tokens) as compiler:
+        process = await compiler._trial.start()
+        process.kill()
+        await process.wait()
+        with pytest.raises(ConstraintError):
+            await compiler.compile("regex", "[xy]")
+
+        assert await compiler.compile("regex", "[yz]")
+
+
+async def test_a_process_that_grinds_is_ended_with_the_service(tokens):
+    """Nothing is left behind."""
+    async with _compiler(tokens) as compiler:
+        process = await compiler._trial.start()
+        grinding = asyncio.create_task(compiler.compile("json_schema", MULTIPLE))
+        await asyncio.sleep(0.1)
+    with pytest.raises(asyncio.CancelledError):
+        await grinding
+
+    assert process.returncode is not None
+
+
+def test_the_cache_keeps_within_its_bytes():
+    """What was not used for longest goes first."""
+    cache = VerdictCache(10_000)
+    for number in range(20):
+        cache.put(bytes([number]), Verdict("g" * 1_000))
+        assert cache.get(b"\0") is not None
+
+        assert cache.size_in_bytes <= 10_000
+    kept = [number for number in range(20) if cache.get(bytes([number]))]
+
+    assert [0, 15, 16, 17, 18, 19] == kept
+    cache.put(b"huge", Verdict("g" * 20_000))
+    assert 0 == cache.size_in_bytes
