@@ -10,7 +10,7 @@ from rest_facade.option import Options
 from rest_facade.sampling import TokenId
 from rest_facade.unsupported import refuse_unsupported_completion
 
-MAX_PROMPTS = 2048
+MAX_PROMPTS = 128
 
 
 def _as_prompts(value: Any) -> Any:

@@ -6,3 +6,13 @@ from rest_facade.sampling import Sampling
 
 class Options(Constrained, Sampling):
     """The form of an answer, how it is drawn, where it ends and how it is sent."""
+
+    def old_names(self) -> dict[str, str]:
+        """The names that the client used where the next stage knows others, by the latter."""
+        names = {}
+        if self.max_tokens is not None:
+            names["max_completion_tokens"] = "max_tokens"
+        for kind in ("json", "regex", "choice", "grammar"):
+            if getattr(self, f"guided_{kind}") is not None:
+                names[f"structured_outputs.{kind}"] = f"guided_{kind}"
+        return names

@@ -24,7 +24,7 @@ from rest_facade.schema import ChatRequest
 from rest_facade.sse import ChatWriter, TextWriter
 from rest_facade.stream import ChunkWriter, Event, EventStream
 from rest_facade.traffic import Traffic
-from rest_facade.validation import parse
+from rest_facade.validation import blaming, parse
 
 _DOCS_PAGE = Path(__file__).with_name("docs.html")
 # The page cannot load anything from elsewhere, whatever becomes of it.
@@ -67,8 +67,10 @@ class Routes:
         asked = chat.request(wanted)
         if wanted.stream:
             stream = self._backend.stream_chat(asked)
-            return await self._streamed(request, stream, ChatWriter(wanted), started_at)
-        response = await while_connected(request.receive, self._backend.complete_chat(asked))
+            with blaming(wanted.old_names()):
+                return await self._streamed(request, stream, ChatWriter(wanted), started_at)
+        with blaming(wanted.old_names()):
+            response = await while_connected(request.receive, self._backend.complete_chat(asked))
         return JSONAnswer(encode(chat.answer(response, wanted)))
 
     async def completions(self, request: Request) -> Response:
@@ -78,8 +80,10 @@ class Routes:
         asked = text.request(wanted)
         if wanted.stream:
             stream = self._backend.stream_text(asked)
-            return await self._streamed(request, stream, TextWriter(wanted), started_at)
-        response = await while_connected(request.receive, self._backend.complete_text(asked))
+            with blaming(wanted.old_names()):
+                return await self._streamed(request, stream, TextWriter(wanted), started_at)
+        with blaming(wanted.old_names()):
+            response = await while_connected(request.receive, self._backend.complete_text(asked))
         return JSONAnswer(encode(text.answer(response, wanted)))
 
     async def _body(self, request: Request) -> dict[str, Any]:
@@ -114,7 +118,8 @@ class Routes:
 
     async def model(self, request: Request) -> Response:
         """One model."""
-        found = await self._backend.model(request.path_params["id"])
+        with blaming({"id": "model"}):
+            found = await self._backend.model(request.path_params["id"])
         return JSONAnswer(encode(model.model_object(found)))
 
     async def ready(self, request: Request) -> Response:

@@ -87,7 +87,7 @@ class Sampling(Strict):
     min_tokens: int | None = Field(None, ge=0, le=INT32_MAX)
     ignore_eos: bool | None = Field(None, description="Go on past end-of-sequence tokens.")
     stop: Stop | None = Field(None, description="At most 4 strings that end a choice.")
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024, fail_fast=True)] | None = Field(
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] | None = Field(
         None, description="Tokens that end a choice besides the model's own."
     )
     include_stop_str_in_output: bool | None = Field(

@@ -14,7 +14,7 @@ from rest_facade.convert import token
 from rest_facade.field import missing
 from rest_facade.json_text import JSONAnswer, encode
 from rest_facade.token_schema import DetokenizeRequest, TokenizeRequest, TokenizerInfoRequest
-from rest_facade.validation import parse
+from rest_facade.validation import blaming, parse
 
 
 class TokenRoutes:
@@ -53,7 +53,9 @@ class TokenRoutes:
     async def _detokenize(self, wanted: DetokenizeRequest) -> Response:
         model = await self._model(wanted.model)
         asked = token.detokenize_request(model.id, wanted.tokens)
-        return JSONAnswer(encode(token.detokenize_answer(await self._backend.detokenize(asked))))
+        with blaming({"token_ids": "tokens"}):
+            response = await self._backend.detokenize(asked)
+        return JSONAnswer(encode(token.detokenize_answer(response)))
 
     async def info(self, request: Request) -> Response:
         """What kind of tokenizer a model has; GET takes the model as a query parameter."""
@@ -72,7 +74,8 @@ class TokenRoutes:
     async def _model(self, name: str | None) -> Any:
         """The model of that name, or the only one there is."""
         if name is not None:
-            return await self._backend.model(name)
+            with blaming({"id": "model"}):
+                return await self._backend.model(name)
         models = (await self._backend.models()).models
         if len(models) != 1:
             raise missing("model")

@@ -1,10 +1,12 @@
-"""From parsed JSON to a checked request; pydantic's faults in the words that OpenAI uses.
+"""From parsed JSON to a checked request; faults in the words that OpenAI uses, and the names
+that the client used.
 
 Knows nothing of HTTP.
 """
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -44,6 +46,22 @@ def parse(kind: type[Request], raw: dict[str, Any]) -> Request:
         raise _from_validation_error(error) from None
     request.check(raw)
     return request
+
+
+@contextlib.contextmanager
+def blaming(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors of the next stage name fields as the client named them; `names` has its for theirs."""
+    try:
+        yield
+    except ServiceError as error:
+        for theirs, ours in names.items():
+            if error.param == theirs or (error.param or "").startswith(
+                (f"{theirs}.", f"{theirs}[")
+            ):
+                param = ours + (error.param or "").removeprefix(theirs)
+                message = error.message.replace(theirs, ours)
+                raise ServiceError(error.code, message, param, error.retry_after) from None
+        raise
 
 
 def _from_validation_error(error: ValidationError) -> ServiceError:

@@ -214,7 +214,7 @@ def test_a_prompt_over_the_context_is_refused(client: openai.OpenAI, services: S
         ({"stop": ["a"] * 5}, "stop"),
         ({"frequency_penalty": -3}, "frequency_penalty"),
         ({"messages": []}, "messages"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
         ({"max_completion_tokens": 3}, "max_tokens"),
     ],
 )

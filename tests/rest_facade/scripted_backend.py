@@ -232,7 +232,7 @@ class ScriptedBackend(
     async def Detokenize(self, request: Any, context: Any) -> Any:
         self._note(request, context)
         if any(token > 0xD7FF for token in request.token_ids):
-            raise ServiceError("invalid_value", "No such token.", "tokens")
+            raise ServiceError("invalid_value", "Not in token_ids.", "token_ids[0]")
         return tokenizer_pb2.DetokenizeResponse(text="".join(map(chr, request.token_ids)))
 
     async def GetTokenizerInfo(self, request: Any, context: Any) -> Any:
@@ -246,7 +246,7 @@ class ScriptedBackend(
 
     def _check_model(self, name: str) -> None:
         if name not in self.model_names:
-            raise ServiceError("model_not_found", f"The model '{name}' does not exist.", "model")
+            raise ServiceError("model_not_found", f"The model '{name}' does not exist.", "id")
 
     def _note(self, request: Any, context: Any) -> None:
         self.requests.append(request)

@@ -48,6 +48,33 @@ async def test_errors_of_the_next_stage(
         assert answer.headers.get("retry-after") == ("60" if retriable else None)
 
 
+@pytest.mark.parametrize(
+    ("fields", "blamed", "shown"),
+    [
+        ({"max_tokens": 5}, "max_completion_tokens", "max_tokens"),
+        ({"max_completion_tokens": 5}, "max_completion_tokens", "max_completion_tokens"),
+        ({"guided_json": {}}, "structured_outputs.json", "guided_json"),
+        ({"structured_outputs": {"regex": ""}}, "structured_outputs.regex", None),
+        ({}, "max_completion_tokens", None),
+    ],
+)
+async def test_fields_are_named_as_the_client_named_them(
+    client: httpx.AsyncClient,
+    backend: ScriptedBackend,
+    fields: dict[str, Any],
+    blamed: str,
+    shown: str | None,
+) -> None:
+    """A fault that the next stage finds has the old name of a field if that was used."""
+    backend.script = (ServiceError("invalid_value", f"Bad '{blamed}'.", blamed),)
+    whole = await client.post(URL, json=ASK | fields)
+    streamed = await client.post(URL, json=ASK | fields | {"stream": True})
+
+    for answer in (whole, streamed):
+        assert check_shape(answer)["param"] == (shown or blamed)
+        assert check_shape(answer)["message"] == f"Bad '{shown or blamed}'."
+
+
 async def test_error_in_the_middle(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
     """A stream that fails ends with an error event, and not with [DONE]."""
     backend.script = (header(), delta("He"), ServiceError("backend_unavailable", "It is gone."))
@@ -248,8 +275,13 @@ FULL = ASK | {
     "top_logprobs": 1,
     "stream": True,
     "stream_options": {"include_usage": True},
-    "tools": [],
-    "response_format": {"type": "text"},
+    "stop_token_ids": [1],
+    "tools": [{"type": "function", "function": {"name": "f", "parameters": {}, "strict": True}}],
+    "tool_choice": {"type": "function", "function": {"name": "f"}},
+    "response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": {}}},
+    "chat_template_kwargs": {"a": {"b": 1}},
+    "reasoning_effort": "low",
+    "service_tier": "auto",
 }
 
 

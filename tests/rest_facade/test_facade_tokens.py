@@ -63,7 +63,8 @@ async def test_detokenize(client: httpx.AsyncClient) -> None:
     refused = await client.post("/detokenize", json={"model": MODEL, "tokens": [0xD800]})
 
     assert answer.json() == {"prompt": "Hi"}
-    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tokens")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tokens[0]")
+    assert refused.json()["error"]["message"] == "Not in tokens."
 
 
 async def test_tokenizer_info(client: httpx.AsyncClient) -> None:
@@ -89,6 +90,7 @@ async def test_the_only_model_need_not_be_named(
     assert answer.json()["count"] == 2
     assert info.json() == INFO
     assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
+    assert unknown.json()["error"]["param"] == "model"
 
 
 @pytest.mark.parametrize(
