@@ -10,11 +10,12 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 PROTOS := $(shell find protos -name '*.proto' | sed 's,^protos/,,' | sort)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check protos docs bench clean
+.PHONY: help serve test clients check protos docs bench clean
 
 help:
 	@echo 'make serve   install, export the embedded model once, start the three services'
 	@echo 'make test    all checks and all tests'
+	@echo 'make clients clients that are not ours, from npm and PyPI, against the three services'
 	@echo 'make check   ruff, mypy, buf'
 	@echo 'make protos  regenerate the stubs from protos/'
 	@echo 'make docs    regenerate the tables of docs/'
@@ -41,6 +42,10 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	@touch $@ $(VENV)/.serve $(VENV)/.export
 
+$(VENV)/.clients: pyproject.toml | $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet -e '.[clients]'
+	@touch $@
+
 # ---- what one types
 
 # Exits 0 when the embedded model is in the cache, so that the export extra is not needed.
@@ -50,6 +55,9 @@ serve: $(VENV)/.serve
 
 test: check
 	$(BIN)/python -m pytest $(ARGS)
+
+clients: $(VENV)/.clients
+	$(BIN)/python -m pytest -m clients $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

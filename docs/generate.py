@@ -23,6 +23,7 @@ from generator_svc.metering import Meter
 from generator_svc.metrics import EngineCollector, RequestMetrics
 from generator_svc.sequence import FinishReason
 from rest_facade.config import FacadeSettings
+from tests import compatibility
 from tokenizer_svc.config import TokenizerSettings
 from trivium.wire.errors import markdown_table
 
@@ -149,6 +150,10 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "metrics-tokenizer-svc": lambda: metrics(touched(tokenizer_svc.metrics.Metrics().registry)),
     "metrics-generator-svc": lambda: metrics(touched(generator_registry())),
     "errors": markdown_table,
+    **{
+        name: lambda rows=rows: compatibility.markdown(rows)
+        for name, rows in compatibility.TABLES.items()
+    },
 }
 
 

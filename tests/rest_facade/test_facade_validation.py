@@ -169,6 +169,10 @@ def test_wording(fields: dict[str, Any], code: str, param: str, message: str) ->
         ({"service_tier": "first"}, "invalid_value", "service_tier"),
         ({"verbosity": "low"}, "unsupported_value", "verbosity"),
         ({"prediction": {"type": "content"}}, "unsupported_parameter", "prediction"),
+        ({"audio": {"voice": "a"}}, "unsupported_parameter", "audio"),
+        ({"web_search_options": {}}, "unsupported_parameter", "web_search_options"),
+        ({"moderation": {"model": "m"}}, "unsupported_parameter", "moderation"),
+        ({"prompt_cache_options": {}}, "unsupported_parameter", "prompt_cache_options"),
         ({"prompt_cache_key": 5}, "invalid_type", "prompt_cache_key"),
         ({"prompt_cache_retention": "24h"}, "unsupported_value", "prompt_cache_retention"),
         ({"safety_identifier": "x" * 513}, "string_above_max_length", "safety_identifier"),
@@ -402,6 +406,11 @@ def test_refused_formats(fields: dict[str, Any], code: str, param: str) -> None:
             {"role": "assistant", "content": "x", "refusal": "no"},
             "unsupported_value",
             "messages[0].refusal",
+        ),
+        (
+            {"role": "assistant", "audio": {"id": "a"}},
+            "unsupported_parameter",
+            "messages[0].audio",
         ),
         (
             {"role": "assistant", "function_call": {"name": "f"}},

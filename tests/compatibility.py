@@ -1,0 +1,477 @@
+"""What OpenAI says of each field, what Trivium does, and the test that shows it.
+
+docs/compatibility.md is made from these rows; a test holds that no field is without one.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    """One field. `shown` is the test's id below tests/."""
+
+    field: str
+    openai: str
+    ours: str
+    shown: str
+
+
+_V = "rest_facade/test_facade_validation.py::"
+_C = "rest_facade/test_facade_completion.py::"
+_F = "rest_facade/test_facade_tools.py::"
+_T = "rest_facade/test_facade_text.py::"
+_K = "rest_facade/test_facade_tokens.py::"
+_E = "rest_facade/test_facade_errors.py::"
+_P = "pipeline/test_pipeline_answers.py::"
+_ARRIVES = f"{_C}test_every_field_arrives"
+_REFUSED = f"{_V}test_refused_fields"
+_FORMS = f"{_F}test_formats_arrive"
+_TEMPLATE = f"{_F}test_template_fields_arrive"
+_NOT_PUBLISHED = "—"
+_SAME = "the same"
+_IGNORED = "taken, and nothing is done with it"
+_NO = "400 `unsupported_parameter`"
+_NO_VALUE = "400 `unsupported_value`"
+
+CHAT_REQUEST = (
+    Row(
+        "model",
+        "required",
+        "required; 404 `model_not_found` if there is none such",
+        f"{_P}test_models",
+    ),
+    Row("messages", "required, at least one", _SAME, f"{_V}test_missing_fields"),
+    Row(
+        "messages[].role",
+        "`developer`, `system`, `user`, `assistant`, `tool`, `function`",
+        f"the same without `function`: {_NO_VALUE}",
+        f"{_V}test_refused_messages",
+    ),
+    Row(
+        "messages[].content",
+        "text, or parts of text, image, audio, file",
+        f"text, or parts of text; other parts {_NO_VALUE}",
+        f"{_V}test_refused_messages",
+    ),
+    Row("messages[].name", "the speaker's name", "the same, for templates that show it", _ARRIVES),
+    Row(
+        "messages[].tool_calls",
+        "calls of type `function` or `custom`",
+        f"`function`; `custom` {_NO_VALUE}",
+        f"{_V}test_refused_messages",
+    ),
+    Row(
+        "messages[].tool_call_id",
+        "required of role `tool`; must answer a call",
+        "required of role `tool`; whether it answers a call is not checked",
+        f"{_V}test_refused_messages",
+    ),
+    Row(
+        "messages[].refusal",
+        "what an assistant refused with",
+        f"empty or null; text {_NO_VALUE}",
+        f"{_V}test_refused_messages",
+    ),
+    Row("messages[].function_call", "deprecated", _NO, f"{_V}test_refused_messages"),
+    Row("messages[].audio", "a former audio answer", _NO, f"{_V}test_refused_messages"),
+    Row(
+        "messages[].reasoning_content",
+        _NOT_PUBLISHED,
+        "extension: an assistant's reasoning; `reasoning` is another name",
+        f"{_F}test_reasoning_in_history",
+    ),
+    Row(
+        "temperature",
+        "0 to 2, default 1",
+        "the same; the model's own default comes first",
+        f"{_V}test_wording",
+    ),
+    Row(
+        "top_p",
+        "0 to 1, default 1",
+        "the same; the model's own default comes first",
+        f"{_V}test_wording",
+    ),
+    Row("presence_penalty", "-2 to 2", _SAME, _ARRIVES),
+    Row("frequency_penalty", "-2 to 2", _SAME, _ARRIVES),
+    Row(
+        "logit_bias",
+        "-100 to 100 by token id",
+        "the same; ids that do not exist are 400",
+        f"{_P}test_bad_fields_are_named",
+    ),
+    Row("max_completion_tokens", "longest answer", "the same, without hidden reasoning", _ARRIVES),
+    Row(
+        "max_tokens",
+        "deprecated name of it",
+        "the same; both and different 400",
+        f"{_C}test_max_tokens_is_the_old_name",
+    ),
+    Row("stop", "a string or up to 4", _SAME, f"{_P}test_stop_strings_cut_exactly"),
+    Row(
+        "seed",
+        "best effort",
+        "exact, whatever else runs, under one `system_fingerprint`",
+        f"{_P}test_a_seed_gives_the_same_tokens_under_any_load",
+    ),
+    Row(
+        "n",
+        "1 to 128",
+        "the same; an operator may lower it",
+        f"{_P}test_choices_interleave_and_finish_apart",
+    ),
+    Row("stream", "server-sent events", _SAME, f"{_C}test_stream"),
+    Row(
+        "stream_options.include_usage",
+        "a last chunk with the usage",
+        _SAME,
+        f"{_C}test_stream_usage",
+    ),
+    Row("stream_options.include_obfuscation", "default true", f"false; true {_NO_VALUE}", _REFUSED),
+    Row(
+        "stream_options.continuous_usage_stats",
+        _NOT_PUBLISHED,
+        "extension: counts in every chunk",
+        f"{_C}test_continuous_usage",
+    ),
+    Row("logprobs", "whether to report them", _SAME, f"{_C}test_logprobs"),
+    Row(
+        "top_logprobs",
+        "0 to 20, needs `logprobs`",
+        "the same; 0 without `logprobs` asks for nothing",
+        f"{_C}test_no_alternatives_of_no_logprobs",
+    ),
+    Row(
+        "response_format",
+        "`text`, `json_object`, `json_schema`",
+        "the same, always held to exactly; a schema that cannot be compiled is 400",
+        _FORMS,
+    ),
+    Row(
+        "tools",
+        "up to 128 of type `function` or `custom`",
+        f"up to 128 of type `function`; `custom` {_NO_VALUE}; names are unique",
+        f"{_V}test_refused_tools",
+    ),
+    Row(
+        "tool_choice",
+        "`none`, `auto`, `required`, a function, `allowed_tools`, a custom tool",
+        f"`none`, `auto`, `required`, a function; else {_NO_VALUE}",
+        f"{_F}test_tools_arrive",
+    ),
+    Row("parallel_tool_calls", "default true", _SAME, f"{_F}test_tools_arrive"),
+    Row("functions", "deprecated", _NO, _REFUSED),
+    Row("function_call", "deprecated", _NO, _REFUSED),
+    Row(
+        "reasoning_effort",
+        "`none` to `max`",
+        f"`none` to `high`, if the model's template knows it; `xhigh` and `max` {_NO_VALUE}",
+        _TEMPLATE,
+    ),
+    Row("verbosity", "`low`, `medium`, `high`", f"`medium`; else {_NO_VALUE}", _REFUSED),
+    Row("modalities", "`text`, `audio`", f"`text`; else {_NO_VALUE}", _REFUSED),
+    Row("audio", "form of an audio answer", _NO, _REFUSED),
+    Row("prediction", "predicted output", _NO, _REFUSED),
+    Row("web_search_options", "web search", _NO, _REFUSED),
+    Row("moderation", "moderated answers", _NO, _REFUSED),
+    Row("store", "keeps the answer", f"false; true {_NO_VALUE}: nothing is kept", _REFUSED),
+    Row(
+        "service_tier",
+        "`auto`, `default`, `flex`, `priority`, …",
+        f"`auto`, `default`, and the answer says `default`; else {_NO_VALUE}",
+        f"{_F}test_service_tier",
+    ),
+    Row(
+        "prompt_cache_key",
+        "helps the cache",
+        f"{_IGNORED}: prefixes are found by their tokens",
+        f"{_V}test_harmless_fields",
+    ),
+    Row(
+        "prompt_cache_retention", "`in_memory`, `24h`", f"`in_memory`; `24h` {_NO_VALUE}", _REFUSED
+    ),
+    Row("prompt_cache_options", "explicit caching", _NO, _REFUSED),
+    Row("safety_identifier", "who asks", _IGNORED, f"{_V}test_harmless_fields"),
+    Row("user", "who asks", "the same, up to 512 characters", f"{_V}test_wording"),
+    Row("metadata", "16 labels", "the same; nothing is done with them", _ARRIVES),
+    Row("top_k", _NOT_PUBLISHED, "extension, as vLLM: -1 or more", _ARRIVES),
+    Row("min_p", _NOT_PUBLISHED, "extension, as vLLM: 0 to 1", _ARRIVES),
+    Row("repetition_penalty", _NOT_PUBLISHED, "extension, as vLLM: above 0 to 10", _ARRIVES),
+    Row("min_tokens", _NOT_PUBLISHED, "extension, as vLLM", f"{_P}test_lengths"),
+    Row("ignore_eos", _NOT_PUBLISHED, "extension, as vLLM", f"{_P}test_lengths"),
+    Row("stop_token_ids", _NOT_PUBLISHED, "extension, as vLLM: up to 64", _TEMPLATE),
+    Row("include_stop_str_in_output", _NOT_PUBLISHED, "extension, as vLLM", _TEMPLATE),
+    Row("skip_special_tokens", _NOT_PUBLISHED, "extension, as vLLM", _TEMPLATE),
+    Row(
+        "structured_outputs",
+        _NOT_PUBLISHED,
+        "extension, as vLLM: one of `json`, `regex`, `choice`, `grammar`, `json_object`",
+        _FORMS,
+    ),
+    Row(
+        "guided_json",
+        _NOT_PUBLISHED,
+        "extension: vLLM's old name of `structured_outputs.json`",
+        _FORMS,
+    ),
+    Row("guided_regex", _NOT_PUBLISHED, "extension: the same of `regex`", _FORMS),
+    Row("guided_choice", _NOT_PUBLISHED, "extension: the same of `choice`", _FORMS),
+    Row(
+        "guided_grammar",
+        _NOT_PUBLISHED,
+        "extension: the same of `grammar`; the grammar is llguidance's Lark",
+        _FORMS,
+    ),
+    Row(
+        "chat_template_kwargs",
+        _NOT_PUBLISHED,
+        "extension, as vLLM: those that the operator allows",
+        _TEMPLATE,
+    ),
+    Row("continue_final_message", _NOT_PUBLISHED, "extension, as vLLM", _TEMPLATE),
+    Row("add_generation_prompt", _NOT_PUBLISHED, "extension, as vLLM", _TEMPLATE),
+    Row(
+        "null",
+        "the same as absence, where it is allowed",
+        "the same for every optional field",
+        f"{_C}test_null_is_absence",
+    ),
+    Row(
+        "unknown fields",
+        "400",
+        "ignored; those that mean something to vLLM or llama-server are 400",
+        f"{_V}test_harmless_fields",
+    ),
+)
+
+CHAT_ANSWER = (
+    Row(
+        "object",
+        "`chat.completion`, in chunks `chat.completion.chunk`",
+        _SAME,
+        f"{_C}test_whole_answer",
+    ),
+    Row("id, created, model", "always there, the same in all chunks", _SAME, f"{_C}test_stream"),
+    Row("system_fingerprint", "optional", "always there", f"{_C}test_whole_answer"),
+    Row("service_tier", "if the request named one", _SAME, f"{_F}test_service_tier"),
+    Row(
+        "choices[].message.content",
+        "text or null",
+        "null only beside tool calls",
+        f"{_F}test_tool_calls",
+    ),
+    Row(
+        "choices[].message.refusal", "text or null, always there", "null", f"{_C}test_whole_answer"
+    ),
+    Row("choices[].message.tool_calls", "absent or not empty", _SAME, f"{_F}test_tool_calls"),
+    Row(
+        "choices[].message.reasoning_content",
+        _NOT_PUBLISHED,
+        "extension: absent if there was no reasoning",
+        f"{_F}test_reasoning",
+    ),
+    Row("choices[].logprobs", "object or null, always there", _SAME, f"{_C}test_logprobs"),
+    Row(
+        "choices[].logprobs.content[].bytes",
+        "bytes or null",
+        "always bytes, also of parts of a character",
+        f"{_P}test_logprobs_fit_the_text",
+    ),
+    Row(
+        "choices[].finish_reason",
+        "`stop`, `length`, `tool_calls`, …",
+        "`stop`, `length`, `tool_calls`",
+        f"{_F}test_tool_calls",
+    ),
+    Row(
+        "choices[].delta",
+        "a role chunk, what is new, and an empty one with the finish reason",
+        _SAME,
+        f"{_C}test_stream",
+    ),
+    Row(
+        "choices[].delta.tool_calls",
+        "id, type and name first and once, then arguments in pieces",
+        _SAME,
+        f"{_F}test_streamed_tool_calls",
+    ),
+    Row("choices[].delta.reasoning_content", _NOT_PUBLISHED, "extension", f"{_F}test_reasoning"),
+    Row("usage", "three counts and their details", _SAME, f"{_C}test_whole_answer"),
+    Row(
+        "usage.completion_tokens_details.reasoning_tokens",
+        "tokens of reasoning",
+        _SAME,
+        f"{_F}test_reasoning",
+    ),
+    Row(
+        "usage.prompt_tokens_details.cached_tokens",
+        "tokens from the cache",
+        _SAME,
+        f"{_P}test_a_second_turn_reuses_the_first_ones_prompt",
+    ),
+    Row(
+        "usage.gpu_seconds",
+        _NOT_PUBLISHED,
+        "extension: the request's exact share of the device's time",
+        f"{_P}test_stream_and_whole_answer_are_the_same",
+    ),
+    Row(
+        "data: [DONE]",
+        "ends a stream",
+        "the same, and no stream that failed",
+        f"{_E}test_error_in_the_middle",
+    ),
+)
+
+COMPLETION_REQUEST = (
+    Row(
+        "prompt",
+        "text, texts, tokens or lists of tokens",
+        "the same, up to 128; required",
+        f"{_T}test_prompts_arrive",
+    ),
+    Row(
+        "max_tokens",
+        "default 16, 0 or more",
+        "default 16, 1 or more",
+        f"{_T}test_every_field_of_a_text_arrives",
+    ),
+    Row(
+        "echo",
+        "the text begins with the prompt",
+        "the same; not together with `logprobs`",
+        f"{_T}test_every_field_of_a_text_arrives",
+    ),
+    Row("logprobs", "0 to 5", _SAME, f"{_T}test_logprobs_of_a_text"),
+    Row(
+        "suffix",
+        "for one model only",
+        f"empty or null; else {_NO_VALUE}",
+        f"{_T}test_refused_fields_of_a_text",
+    ),
+    Row("best_of", "1 to 20", f"1 or null; else {_NO_VALUE}", f"{_T}test_refused_fields_of_a_text"),
+    Row(
+        "model, temperature, top_p, n, seed, stop, stream, stream_options, user, "
+        "presence_penalty, frequency_penalty, logit_bias",
+        "as in chat",
+        "as in chat",
+        f"{_T}test_every_field_of_a_text_arrives",
+    ),
+    Row(
+        "response_format, structured_outputs, top_k, …",
+        _NOT_PUBLISHED,
+        "extension: as in chat",
+        f"{_T}test_every_field_of_a_text_arrives",
+    ),
+)
+
+COMPLETION_ANSWER = (
+    Row("object", "`text_completion`, in chunks too", _SAME, f"{_T}test_whole_text"),
+    Row(
+        "choices[].finish_reason",
+        "`stop`, `length`, `content_filter`; null before the last chunk, which is not published",
+        "`stop`, `length`; null before the last chunk",
+        f"{_T}test_streamed_text",
+    ),
+    Row(
+        "choices[].logprobs",
+        "parallel arrays; the taken token is among the likeliest",
+        _SAME,
+        f"{_T}test_logprobs_of_a_text",
+    ),
+    Row(
+        "choices[].logprobs.token_logprobs[]",
+        "numbers; null for an echoed prompt's first token, which is not published",
+        _SAME,
+        f"{_T}test_logprobs_of_a_text",
+    ),
+    Row(
+        "choices[].logprobs.top_logprobs[]",
+        "objects; null likewise",
+        _SAME,
+        f"{_T}test_logprobs_of_a_text",
+    ),
+    Row(
+        "usage",
+        "as in chat, over all prompts",
+        "as in chat, `gpu_seconds` too",
+        f"{_T}test_whole_text",
+    ),
+)
+
+MODELS = (
+    Row("GET /v1/models", "a list", _SAME, f"{_C}test_models"),
+    Row("id, object, created, owned_by", "always there", _SAME, f"{_C}test_models"),
+    Row("context_length", _NOT_PUBLISHED, "extension, as OpenRouter", f"{_C}test_models"),
+    Row("max_model_len", _NOT_PUBLISHED, "extension, as vLLM: the same number", f"{_C}test_models"),
+)
+
+ERRORS = (
+    Row(
+        "error.message, error.type, error.param, error.code",
+        "all four always there; `param` and `code` text or null",
+        _SAME,
+        f"{_E}test_errors_of_the_next_stage",
+    ),
+    Row("wording", "names the field, the bound and the value", _SAME, f"{_V}test_wording"),
+    Row(
+        "an error in a stream",
+        '`data: {"error": …}`, and no `[DONE]`',
+        _SAME,
+        f"{_E}test_error_in_the_middle",
+    ),
+    Row(
+        "429",
+        "with `Retry-After`",
+        "the same, 1 to 60 seconds; 503 too",
+        f"{_E}test_retry_after_is_within_what_clients_obey",
+    ),
+    Row(
+        "unknown paths and methods",
+        "404 and 405 with an error object",
+        _SAME,
+        f"{_E}test_unknown_paths_and_methods",
+    ),
+    Row(
+        "x-request-id",
+        "in every answer",
+        "the same; a sane one of the client's is kept",
+        f"{_C}test_identity",
+    ),
+)
+
+TOKENS = (
+    Row(
+        "POST /tokenize",
+        _NOT_PUBLISHED,
+        "as vLLM, for a prompt or messages; without `return_token_strs`",
+        f"{_K}test_tokenize_a_text",
+    ),
+    Row("POST /detokenize", _NOT_PUBLISHED, "as vLLM", f"{_K}test_detokenize"),
+    Row(
+        "GET, POST /tokenizer_info",
+        _NOT_PUBLISHED,
+        "as vLLM: names of tokenizer_config.json",
+        f"{_K}test_tokenizer_info",
+    ),
+)
+
+TABLES: dict[str, tuple[Row, ...]] = {
+    "compatibility-chat-request": CHAT_REQUEST,
+    "compatibility-chat-answer": CHAT_ANSWER,
+    "compatibility-completion-request": COMPLETION_REQUEST,
+    "compatibility-completion-answer": COMPLETION_ANSWER,
+    "compatibility-models": MODELS,
+    "compatibility-errors": ERRORS,
+    "compatibility-tokens": TOKENS,
+}
+
+
+def markdown(rows: tuple[Row, ...]) -> str:
+    """The rows as a page shows them."""
+    lines = ["| | OpenAI | Trivium | shown by |", "| --- | --- | --- | --- |"]
+    for row in rows:
+        file, _, test = row.shown.partition("::")
+        name = f"`{row.field}`" if " " not in row.field else row.field
+        lines.append(f"| {name} | {row.openai} | {row.ours} | [{test}](../tests/{file}) |")
+    return "\n".join(lines) + "\n"
