@@ -1,0 +1,52 @@
+"""Clients that are not ours, each with a small script, against the three real services.
+
+The embedded model was never trained for tools; forced calls and schemas come out valid all the
+same, since the grammar lets nothing else through.
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import node
+from tests.pipeline.services import Services
+from trivium.cli.embedded import EMBEDDED_MODEL
+from trivium.cli.up import resolve_model
+
+pytestmark = pytest.mark.clients
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+    """The three services on the embedded model, which is made if it is not there."""
+    with Services(resolve_model(None), tmp_path_factory.mktemp("services")) as services:
+        yield services
+
+
+def run(program: str | Path, script: Path, services: Services) -> None:
+    """Runs a client's script to its last line."""
+    command = [str(program), str(script), f"{services.url}/v1", EMBEDDED_MODEL]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+    assert 0 == done.returncode, done.stdout + done.stderr
+    assert done.stdout.endswith("all is well\n")
+
+
+def test_official_node_client(services: Services) -> None:
+    """npm's `openai`: chat, streams, tools and their results, zod schemas, completions, errors."""
+    run(node.executable(), node.beside_packages(HERE / "openai_node.mjs"), services)
+
+
+def test_vercel_ai_sdk(services: Services) -> None:
+    """npm's `ai` with `@ai-sdk/openai-compatible`: text, tools in two steps, objects, errors."""
+    run(node.executable(), node.beside_packages(HERE / "ai_sdk.mjs"), services)
+
+
+def test_langchain(services: Services) -> None:
+    """PyPI's `langchain-openai`: with_structured_output in both ways, tools, streamed calls."""
+    run(sys.executable, HERE / "langchain_script.py", services)
