@@ -10,7 +10,9 @@ import pytest
 
 from engine_bench import Bench
 from fakes import ScriptedRunner
+from generator_svc.sampler import sample
 from generator_svc.sequence import ConstraintError, FinishReason, Sampling
+from sampling_oracle import sequence_of
 from schema_draw import draw_schema
 from text_tokens import compiled, text_tokens
 
@@ -126,6 +128,28 @@ def test_greedy_takes_the_most_likely_of_what_fits():
         written += pieces[expected[-1]]
 
     assert [*expected, tokens.eos] == bench.tokens[group][0]
+
+
+@pytest.mark.parametrize("regex", ["[ab]{9}", "[^ab]{9}"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"top_p": 0.8}, {"top_k": 4}, {"min_p": 0.1}, {"top_p": 0.9, "top_k": 7, "min_p": 0.01}],
+)
+def test_draws_are_those_of_a_model_that_gives_nothing_else(regex, settings):
+    """A mask over few tokens or over many is the same as logits of minus infinity."""
+    tokens = text_tokens()
+    allowed = compiled("regex", regex).new_state().allowed()
+    logits = tokens.random_logits([1, 2, 3])
+    masked = np.where(allowed, logits, np.float32(-np.inf))
+    drawn = set()
+    for seed in range(150):
+        sampling = Sampling(temperature=2.0, seed=seed, **settings)
+        one = sequence_of(sampling=sampling, constraint=compiled("regex", regex))
+        other = sequence_of(sampling=sampling)
+        drawn.add(sample(one, logits).token_id)
+
+        assert sample(one, logits) == sample(other, masked)
+    assert len(drawn) > 1
 
 
 def test_penalties_and_bias_work_within_the_constraint():
