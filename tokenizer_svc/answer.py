@@ -36,7 +36,7 @@ def chat_constraint(model: Model, request: ValidRequest, prompt: Prompt) -> Cons
         request.tool_use,
         model.output,
         prompt.thinking,
-        model.tokenizer.hidden_id,
+        model.tokenizer.marker_id,
     )
 
 

@@ -31,6 +31,14 @@ _REFUSALS = (
 
 _PROBE = "trivium_probe"
 _HELLO = {"role": "user", "content": "Hello"}
+_PROBE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": _PROBE,
+        "description": "Nothing.",
+        "parameters": {"type": "object", "properties": {}},
+    },
+}
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 
@@ -50,9 +58,14 @@ class _GenerationBlock(Extension):
 
 
 class ChatTemplate:
-    """A compiled template. `render` may be called from any thread."""
+    """A compiled template. `render` may be called from any thread.
 
-    def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
+    `tool_source` is the template for conversations with tools, where it is another.
+    """
+
+    def __init__(
+        self, source: str, tokens: Mapping[str, str], tool_source: str | None = None
+    ) -> None:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -63,14 +76,16 @@ class ChatTemplate:
         environment.globals["strftime_now"] = _strftime_now
         try:
             self._template = environment.from_string(source)
+            self._tool_template = environment.from_string(tool_source or source)
         except jinja2.TemplateSyntaxError as error:
             raise ChatTemplateError(f"line {error.lineno}: {error.message}") from error
         self._tokens = dict(tokens)
         self.source = source
-        self.knows_tool_calls = "tool_calls" in source
-        self.shows_tools = self._shows(
-            [_HELLO], [{"type": "function", "function": {"name": _PROBE, "parameters": {}}}]
-        )
+        self.whole_source = source + (tool_source or "")
+        self.knows_tool_calls = "tool_calls" in self.whole_source
+        # Mistral's refuses ids of any other length.
+        self.short_call_ids = "length 9" in self.whole_source
+        self.shows_tools = self._shows([_HELLO], [_PROBE_TOOL])
         self.knows_system = self._shows([{"role": "system", "content": _PROBE}, _HELLO], None)
 
     @classmethod
@@ -78,8 +93,10 @@ class ChatTemplate:
         """From tokenizer_config.json; `source` is chat_template.jinja, which comes first."""
         if not isinstance(config, Mapping):
             raise ChatTemplateError("tokenizer_config.json is not an object")
-        source = _from_tokenizer_config(config) if source is None else source
-        return cls(source, _token_names(config))
+        tool_source = None
+        if source is None:
+            source, tool_source = _from_tokenizer_config(config)
+        return cls(source, _token_names(config), tool_source)
 
     @property
     def named_tokens(self) -> Mapping[str, str]:
@@ -97,8 +114,9 @@ class ChatTemplate:
 
         Raises ServiceError invalid_chat_template_input when the template refuses the messages.
         """
+        template = self._template if tools is None else self._tool_template
         try:
-            return self._template.render(
+            return template.render(
                 **{
                     **self._tokens,
                     **variables,
@@ -120,16 +138,17 @@ class ChatTemplate:
             return False
 
 
-def _from_tokenizer_config(config: Mapping[str, Any]) -> str:
-    template = config.get("chat_template")
+def _from_tokenizer_config(config: Mapping[str, Any]) -> tuple[str, str | None]:
+    """The template, and the one for requests with tools if there is one of its own."""
+    template, tool_template = config.get("chat_template"), None
     if isinstance(template, list):
         by_name = {entry["name"]: entry["template"] for entry in template}
-        template = by_name.get("default")
+        template, tool_template = by_name.get("default"), by_name.get("tool_use")
     if not isinstance(template, str):
         raise ChatTemplateError(
             "neither chat_template.jinja nor a default in tokenizer_config.json"
         )
-    return template
+    return template, tool_template
 
 
 def _token_names(config: Mapping[str, Any]) -> dict[str, str]:

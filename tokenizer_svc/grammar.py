@@ -35,8 +35,13 @@ def constraint(
     """The constraint on an answer, if there is any. `control_id` knows control tokens by text."""
     if form is None and not use.tools:
         return None
+    begun = output.is_harmony and thinking is Thinking.DONE
     if not output.thinks:
         thinking = Thinking.DONE
+    if begun and form is not None and not use.forced:
+        return bare(form)  # the text of the answer was begun, and nothing else can follow
+    if begun and not use.forced:
+        return None
     if not use.tools and thinking is Thinking.DONE and not output.is_harmony:
         assert form is not None, "There is nothing to constrain. This is a bug."
         return bare(form)
@@ -57,8 +62,8 @@ def blamed(error: ServiceError, constraint: Constraint | None) -> ServiceError:
     reason = _PLACE.sub("", _EXCERPT.sub("", error.message)).strip()
     is_schema = param.endswith(("schema", "parameters", ".json"))
     code = error.code
-    if code == "invalid_json_schema" and not is_schema:
-        code = "invalid_value"
+    if code in ("invalid_json_schema", "invalid_value"):
+        code = "invalid_json_schema" if is_schema else "invalid_value"
     return ServiceError(code, f"Invalid '{param}': {reason}", param)
 
 
@@ -85,8 +90,9 @@ def _wrapped(
     free = form is None and not use.forced
     lines = ["%llguidance {}", *start_rules(thinking, marker, gap=not free)]
     places = {}
+    parallel = use.parallel and not output.single_call
     plan = Plan(
-        calls=bool(use.tools), forced=use.forced, parallel=use.parallel, answer=form is not None
+        calls=bool(use.tools), forced=use.forced, parallel=parallel, answer=form is not None
     )
     if tools is None:
         lines.append("body: answer")

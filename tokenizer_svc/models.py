@@ -106,7 +106,7 @@ def load_model(
         tokenizer=tokenizer,
         template=template,
         prompts=PromptBuilder(template, tokenizer, variables),
-        output=choose(template.source, tool_parser, reasoning_parser),
+        output=choose(template.whole_source, tool_parser, reasoning_parser),
     )
     _warm_up(model)
     return model

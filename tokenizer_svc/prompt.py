@@ -22,7 +22,7 @@ from tokenizer_svc.chat_template import ChatTemplate
 from tokenizer_svc.families.thinking import Thinking, thinking_after
 from tokenizer_svc.guard import Guard
 from tokenizer_svc.request import Conversation
-from tokenizer_svc.template_input import changed, message_input, tool_input
+from tokenizer_svc.template_input import Leniency, changed, message_input, tool_input
 from tokenizer_svc.template_variables import template_variables
 from tokenizer_svc.tokenizer import Tokenizer
 from tokenizer_svc.tool_text import with_tools, without_roles
@@ -60,7 +60,7 @@ class PromptBuilder:
 
     def build(self, conversation: Conversation) -> Prompt:
         """The prompt up to the assistant's answer; ServiceError if the template refuses."""
-        variables = template_variables(conversation, self._template.source, self._variables)
+        variables = template_variables(conversation, self._template.whole_source, self._variables)
         mark = _unused_character(self._texts(conversation, variables))
         rendered = self._render(conversation, variables, lambda text: self._guard.text(text, mark))
         named = self._guard.whole.sub(lambda m: self._tokenizer.control_name(m[0]), rendered)
@@ -90,12 +90,28 @@ class PromptBuilder:
         change: Callable[[str], str],
     ) -> str:
         """What the template makes of the conversation, `change` applied to all of its text."""
+        refusal: ServiceError | None = None
+        for leniency in Leniency:
+            try:
+                return self._render_with(conversation, variables, change, leniency)
+            except ServiceError as error:
+                refusal = refusal or error
+        assert refusal is not None, "Nothing was tried. This is a bug."
+        raise refusal
+
+    def _render_with(
+        self,
+        conversation: Conversation,
+        variables: Mapping[str, Any],
+        change: Callable[[str], str],
+        leniency: Leniency,
+    ) -> str:
         template = self._template
         messages: Sequence[Mapping[str, Any]] = [
-            message_input(message, template, change) for message in conversation.messages
+            message_input(message, template, change, leniency) for message in conversation.messages
         ]
         tools: list[dict[str, Any]] | None = [
-            tool_input(tool, change) for tool in conversation.tools
+            tool_input(tool, change, leniency) for tool in conversation.tools
         ] or None
         if not template.knows_tool_calls:
             messages = without_roles(messages)

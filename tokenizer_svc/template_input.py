@@ -3,8 +3,11 @@
 Knows nothing of tokens.
 """
 
+import hashlib
 import json
+import re
 from collections.abc import Callable
+from enum import Enum
 from typing import Any
 
 from tokenizer_svc.chat_template import ChatTemplate
@@ -13,7 +16,20 @@ from tokenizer_svc.request import Message, Role, Tool, ToolCall
 Change = Callable[[str], str]
 
 
-def message_input(message: Message, template: ChatTemplate, change: Change) -> dict[str, Any]:
+class Leniency(Enum):
+    """What a template that refuses the plain form may be tried with."""
+
+    NONE = "none"
+    FILLED_TOOLS = "filled tools"  # descriptions and parameters that are absent are empty
+    ARGUMENTS_AS_TEXT = "arguments as text"  # those of calls, which DeepSeek's joins to text
+
+
+def message_input(
+    message: Message,
+    template: ChatTemplate,
+    change: Change,
+    leniency: Leniency = Leniency.NONE,
+) -> dict[str, Any]:
     """A message that was checked."""
     assert message.role is not None, "An unchecked message reached the template. This is a bug."
     role = Role.SYSTEM if message.role is Role.DEVELOPER else message.role
@@ -26,11 +42,13 @@ def message_input(message: Message, template: ChatTemplate, change: Change) -> d
     if message.name is not None:
         result["name"] = change(message.name)
     if message.reasoning is not None:
-        result |= _reasoning(message, template.source, change(message.reasoning))
+        result |= _reasoning(message, template.whole_source, change(message.reasoning))
     if message.tool_calls:
-        result["tool_calls"] = [_tool_call(call, change) for call in message.tool_calls]
+        result["tool_calls"] = [
+            _tool_call(call, template, change, leniency) for call in message.tool_calls
+        ]
     if message.tool_call_id is not None:
-        result["tool_call_id"] = change(message.tool_call_id)
+        result["tool_call_id"] = change(_call_id(message.tool_call_id, template))
     return result
 
 
@@ -42,9 +60,11 @@ def _reasoning(message: Message, source: str, text: str) -> dict[str, Any]:
     return names
 
 
-def tool_input(tool: Tool, change: Change) -> dict[str, Any]:
+def tool_input(tool: Tool, change: Change, leniency: Leniency = Leniency.NONE) -> dict[str, Any]:
     """A tool as OpenAI writes it."""
     function: dict[str, Any] = {"name": change(tool.name or "")}
+    if leniency is not Leniency.NONE:
+        function |= {"description": "", "parameters": {"type": "object", "properties": {}}}
     if tool.description is not None:
         function["description"] = change(tool.description)
     if tool.parameters is not None:
@@ -52,9 +72,21 @@ def tool_input(tool: Tool, change: Change) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _tool_call(call: ToolCall, change: Change) -> dict[str, Any]:
-    function = {"name": change(call.name), "arguments": _arguments(call.arguments, change)}
-    return {"id": change(call.id), "type": "function", "function": function}
+def _tool_call(
+    call: ToolCall, template: ChatTemplate, change: Change, leniency: Leniency
+) -> dict[str, Any]:
+    as_text = leniency is Leniency.ARGUMENTS_AS_TEXT
+    arguments = change(call.arguments) if as_text else _arguments(call.arguments, change)
+    function = {"name": change(call.name), "arguments": arguments}
+    call_id = change(_call_id(call.id, template))
+    return {"id": call_id, "type": "function", "function": function}
+
+
+def _call_id(call_id: str, template: ChatTemplate) -> str:
+    """The id of a call; another in its place where the template would refuse it."""
+    if not template.short_call_ids or re.fullmatch("[a-zA-Z0-9]{9}", call_id):
+        return call_id
+    return hashlib.sha256(call_id.encode()).hexdigest()[:9]
 
 
 def _arguments(text: str, change: Change) -> Any:

@@ -32,6 +32,7 @@ class Tokenizer:
         self._names = _secret_names([t["content"] for t in added if _is_control(t)])
         self._encoder = _load(json.dumps(_renamed(definition, self._names)))
         self._hidden_ids = frozenset(token["id"] for token in added if token["special"])
+        self._marker_ids = {t["content"]: t["id"] for t in added if _is_marker(t)}
         self._byte_level = "ByteLevel" in decoders
         self._byte_fallback = "ByteFallback" in decoders
         vocabulary = self._plain.get_vocab()
@@ -53,10 +54,12 @@ class Tokenizer:
         """Whether the token is left out of a model's answer, as the marked ones are."""
         return token_id in self._hidden_ids
 
-    def hidden_id(self, text: str) -> int | None:
-        """The id of the hidden token of this text; None if there is none."""
-        token_id: int | None = self._plain.token_to_id(text)
-        return token_id if token_id in self._hidden_ids else None
+    def marker_id(self, text: str) -> int | None:
+        """The id of the token that stands for the whole of a format's marker; None if none does.
+
+        Tokens that constraints do not take for letters: the hidden ones, and added ones in <…>.
+        """
+        return self._marker_ids.get(text)
 
     @property
     def hidden_tokens(self) -> dict[int, str]:
@@ -111,6 +114,11 @@ def _load(definition: str) -> _Library:
 
 def _is_control(added_token: dict[str, Any]) -> bool:
     return bool(added_token["special"] or _CONTROL_FORM.fullmatch(added_token["content"]))
+
+
+def _is_marker(added_token: dict[str, Any]) -> bool:
+    text = added_token["content"]
+    return bool(added_token["special"] or (text.startswith("<") and text.endswith(">")))
 
 
 def _secret_names(control_tokens: list[str]) -> dict[str, str]:

@@ -27,9 +27,9 @@ class Sample:
     tokenizer_json: str
     tokens: dict[str, str]
 
-    def builder(self) -> PromptBuilder:
+    def builder(self, variables: frozenset[str] = frozenset()) -> PromptBuilder:
         return PromptBuilder(
-            ChatTemplate(self.template, self.tokens), Tokenizer(self.tokenizer_json)
+            ChatTemplate(self.template, self.tokens), Tokenizer(self.tokenizer_json), variables
         )
 
     def token_ids(self, messages: Sequence[Message]) -> list[int]:

@@ -46,6 +46,7 @@ class OutputFormat:
 
     tools: ToolFormat | None
     thinks: bool = False
+    single_call: bool = False  # the template refuses messages with more than one
 
     @property
     def is_harmony(self) -> bool:
@@ -65,8 +66,10 @@ class OutputFormat:
 
     def parser(self, names: Set[str], state: Thinking) -> Parser:
         """A parser for one answer in which these functions may be called."""
+        if self.is_harmony:
+            return HarmonyParser(names, in_answer=state is Thinking.DONE)
         inner: Parser = Plain()
-        if self.tools is not None and (names or self.is_harmony):
+        if self.tools is not None and names:
             inner = self.tools.parser(names)
         return ThinkingParser(state, inner) if self.thinks else inner
 
@@ -87,7 +90,11 @@ def choose(
     tools = (
         (MISTRAL_NAMED if named else MISTRAL) if tool_parser == "mistral" else formats[tool_parser]
     )
-    return OutputFormat(tools, thinks=reasoning_parser != "none")
+    return OutputFormat(
+        tools,
+        thinks=reasoning_parser != "none",
+        single_call="only supports single tool-calls" in template,
+    )
 
 
 def _tool_parser(template: str) -> str:

@@ -56,21 +56,23 @@ def body_rules(plan: Plan, marker: Marker) -> list[str]:
 class HarmonyParser:
     """Splits the output behind `<|start|>assistant` into its messages."""
 
-    def __init__(self, names: Set[str]) -> None:
+    def __init__(self, names: Set[str], in_answer: bool = False) -> None:
         self._names = names
         self._held = ""  # what may become a marker
         self._at = 0  # where the next piece begins
-        self._header: list[str] | None = []  # None within a message's body
+        # None within a message's body, where the output begins if the prompt began the answer.
+        self._header: list[str] | None = None if in_answer else []
         self._header_length = 0
         self._channel = Channel.CONTENT
         self._callee: str | None = None  # whose call the body is to be
         self._arguments: JsonScan | None = None
         self._space: list[str] = []  # before the arguments
+        self._spaces = 0
         self._out: list[Segment] = []
 
     @property
     def held(self) -> int:
-        return len(self._held) + self._header_length + len(self._space)
+        return len(self._held) + self._header_length + self._spaces
 
     @property
     def phase(self) -> Phase:
@@ -105,8 +107,8 @@ class HarmonyParser:
             if not header.startswith(_HEADERS):  # the others were cut short
                 self._show(header)
             self._header, self._header_length = None, 0
-        elif self._space:
-            self._show("".join(self._space))
+        else:
+            self._show(self._take_space())
         return self._out
 
     def _take_marker(self, marker: str) -> None:
@@ -154,8 +156,7 @@ class HarmonyParser:
         self._arguments = None
 
     def _end_body(self) -> None:
-        self._show("".join(self._space))
-        self._space = []
+        self._show(self._take_space())
         self._header, self._header_length = [], 0
 
     def _take_body(self, text: str) -> None:
@@ -170,12 +171,13 @@ class HarmonyParser:
             start = len(text) - len(text.lstrip())
             if start == len(text):
                 self._space.append(text)
+                self._spaces += len(text)
                 return ""
             if text[start] != "{":
-                text = "".join(self._space) + text
-                self._callee, self._space = None, []
-                return text
-            self._arguments, self._space, text = JsonScan(), [], text[start:]
+                self._callee = None
+                return self._take_space() + text
+            self._arguments, text = JsonScan(), text[start:]
+            self._take_space()
             self._out.append(CallStart(callee))
         end = self._arguments.feed(text, 0)
         if end:
@@ -183,6 +185,11 @@ class HarmonyParser:
         if self._arguments.done or self._arguments.wrong:
             self._callee = None
         return text[end:]
+
+    def _take_space(self) -> str:
+        space = "".join(self._space)
+        self._space, self._spaces = [], 0
+        return space
 
     def _show(self, text: str) -> None:
         """`text`, which ends where the next piece begins, is part of the message."""

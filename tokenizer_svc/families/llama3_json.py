@@ -3,10 +3,12 @@
 It may stand behind `<|python_tag|>`; further calls follow a semicolon.
 """
 
+import json
 from collections.abc import Set
+from typing import Any
 
 from tokenizer_svc.families.call_object import CallObject
-from tokenizer_svc.families.lark import Marker, Plan, is_control, literal
+from tokenizer_svc.families.lark import Marker, Plan, is_control
 from tokenizer_svc.families.machine import Machine
 
 TAG = "<|python_tag|>"
@@ -14,9 +16,29 @@ MARKERS = frozenset((TAG,))
 
 
 def call_rule(name: str, schema: str, marker: Marker) -> str:
-    """A call of this function."""
-    before = literal(f'{{"name": "{name}", "parameters": ')
-    return f"{before} %json {schema} {literal('}')}"
+    """A call of this function, all of it one schema: an answer may have to be JSON too, and only
+    JSON can be told from JSON as it goes on."""
+    parameters = _moved(json.loads(schema))
+    whole = {
+        "type": "object",
+        "properties": {"name": {"const": name}, "parameters": parameters},
+        "required": ["name", "parameters"],
+        "additionalProperties": False,
+    }
+    return f"%json {json.dumps(whole)}"
+
+
+def _moved(schema: Any) -> Any:
+    """The schema with its references to itself as they are within the call's."""
+    if isinstance(schema, list):
+        return [_moved(inner) for inner in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {key: _moved(value) for key, value in schema.items()}
+    reference = moved.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#"):
+        moved["$ref"] = f"#/properties/parameters{reference[1:]}"
+    return moved
 
 
 def body_rules(plan: Plan, marker: Marker) -> list[str]:

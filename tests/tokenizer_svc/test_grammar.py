@@ -1,0 +1,386 @@
+"""Constraints as llguidance understands them: what an answer may be, and what the parsers make
+of it."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from llguidance import LLMatcher, LLTokenizer
+from tokenizers import Tokenizer as Library
+
+from tests.tokenizer_svc import sample_templates as templates
+from tests.tokenizer_svc.sample_tokenizers import byte_level
+from tests.tokenizer_svc.test_families import Calls, read
+from tokenizer_svc.families.choose import OutputFormat, choose
+from tokenizer_svc.families.thinking import Thinking
+from tokenizer_svc.generation import Constraint, ConstraintKind
+from tokenizer_svc.grammar import blamed, constraint
+from tokenizer_svc.request import Form, OutputForm, Tool, ToolUse
+from tokenizer_svc.tokenizer import Tokenizer
+from trivium.wire.errors import ServiceError
+
+SPECIAL = (
+    *("<|endoftext|>", "<|im_end|>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>"),
+    *templates.HARMONY_TOKENS[1:],
+)
+PLAIN = byte_level(SPECIAL)
+MARKED = byte_level(SPECIAL, templates.QWEN_PLAIN_TOKENS)
+LIBRARIES = {text: Library.from_str(text) for text in (PLAIN, MARKED)}
+TABLES = {text: LLTokenizer(text, eos_token=1) for text in (PLAIN, MARKED)}
+
+HERMES = choose(templates.QWEN25)
+QWEN3 = choose(templates.QWEN3)
+LLAMA3 = choose(templates.LLAMA31)
+MISTRAL = choose(templates.MISTRAL)
+NAMED = choose("[TOOL_CALLS] [ARGS]")
+HARMONY = choose(templates.HARMONY)
+FORMATS = {
+    "hermes": HERMES,
+    "qwen3": QWEN3,
+    "llama3": LLAMA3,
+    "mistral": MISTRAL,
+    "named": NAMED,
+    "harmony": HARMONY,
+}
+
+ADD = Tool("add", None, '{"properties": {"a": {"type": "integer"}}, "required": ["a"]}')
+NOW = Tool("now")
+BOTH = ToolUse((ADD, NOW), (0, 1))
+FORCED = ToolUse((ADD, NOW), (0, 1), forced=True)
+ONE = ToolUse((ADD, NOW), (0, 1), forced=True, parallel=False)
+JSON = OutputForm(
+    Form.JSON_SCHEMA,
+    "response_format.json_schema.schema",
+    definition='{"type": "object",\n "properties": {"q": {"const": "a\u2028// b"}}}',
+)
+
+
+def made(
+    output: OutputFormat,
+    use: ToolUse = BOTH,
+    form: OutputForm | None = None,
+    thinking: Thinking = Thinking.POSSIBLE,
+    tokens: str = PLAIN,
+) -> Constraint:
+    made = constraint(form, use, output, thinking, Tokenizer(tokens).marker_id)
+    assert made is not None
+    return made
+
+
+def compiled(made: Constraint, tokens: str = PLAIN) -> LLMatcher:
+    grammars: dict[ConstraintKind, Callable[[str], str]] = {
+        ConstraintKind.LARK: LLMatcher.grammar_from_lark,
+        ConstraintKind.REGEX: LLMatcher.grammar_from_regex,
+        ConstraintKind.JSON_SCHEMA: LLMatcher.grammar_from_json_schema,
+    }
+    matcher = LLMatcher(TABLES[tokens], grammars[made.kind](made.text))
+    assert not matcher.get_error(), matcher.get_error()
+    return matcher
+
+
+def allows(made: Constraint, text: str, tokens: str = PLAIN) -> bool:
+    """Whether the whole text may be an answer."""
+    matcher = compiled(made, tokens)
+    token_ids = LIBRARIES[tokens].encode(text, add_special_tokens=False).ids
+    return matcher.try_consume_tokens(token_ids) == len(token_ids) and matcher.is_accepting()
+
+
+CALLS: dict[str, tuple[str, str]] = {
+    "hermes": (
+        '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>',
+        '\n<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>',
+    ),
+    "mistral": (
+        '[TOOL_CALLS][{"name": "add", "arguments": {"a": 1}}',
+        ', {"name": "now", "arguments": {}}',
+    ),
+    "named": ('[TOOL_CALLS]add[ARGS]{"a": 1}', "[TOOL_CALLS]now[ARGS]{}"),
+    "llama3": ('{"name": "add", "parameters": {"a": 1}}', '; {"name": "now", "parameters": {}}'),
+    "harmony": (
+        '<|channel|>commentary to=functions.add <|constrain|>json<|message|>{"a": 1}',
+        "",
+    ),
+}
+CALLS["qwen3"] = CALLS["hermes"]
+
+
+def call(family: str) -> str:
+    return CALLS[family][0] + ("]" if family == "mistral" else "")
+
+
+def calls(family: str) -> str:
+    return "".join(CALLS[family]) + ("]" if family == "mistral" else "")
+
+
+def parsed(family: str, text: str) -> tuple[str, str, Calls]:
+    parser = FORMATS[family].parser(BOTH.names, Thinking.POSSIBLE)
+    return read(parser, [text])
+
+
+@pytest.mark.parametrize("family", FORMATS)
+def test_a_forced_call(family: str) -> None:
+    """One call fits, text does not; the parser finds the call."""
+    for use in (FORCED, ONE):
+        assert allows(made(FORMATS[family], use), call(family))
+        assert not allows(made(FORMATS[family], use), "Hello")
+        assert not allows(made(FORMATS[family], use), "")
+    assert ("", "", [("add", '{"a": 1}')]) == parsed(family, call(family))
+
+
+@pytest.mark.parametrize("family", ["hermes", "qwen3", "mistral", "named"])
+def test_several_forced_calls(family: str) -> None:
+    """Fit where they may be parallel, and only there."""
+    expected = ("", "", [("add", '{"a": 1}'), ("now", "{}")])
+
+    assert allows(made(FORMATS[family], FORCED), calls(family))
+    assert not allows(made(FORMATS[family], ONE), calls(family))
+    assert expected == parsed(family, calls(family))
+
+
+def test_a_template_that_refuses_several_calls_is_given_one() -> None:
+    """Llama 3.1's says so; another's with the same format takes more."""
+    other = choose(templates.LLAMA31.replace("only supports single", "supports"))
+
+    assert LLAMA3.single_call
+    assert not allows(made(LLAMA3, FORCED), calls("llama3"))
+    assert allows(made(other, FORCED), calls("llama3"))
+
+
+@pytest.mark.parametrize("family", FORMATS)
+def test_arguments_keep_to_the_schema(family: str) -> None:
+    """Of the function that is called, and no other function can be."""
+    for use in (BOTH, FORCED):
+        assert not allows(made(FORMATS[family], use), call(family).replace("1", '"1"'))
+        assert not allows(made(FORMATS[family], use), call(family).replace("add", "sub"))
+
+
+@pytest.mark.parametrize("family", ["hermes", "qwen3", "mistral", "named", "llama3"])
+def test_the_model_may_choose(family: str) -> None:
+    """Text, a call, or a text and then a call; what looks like a call has to be one."""
+    chosen = made(FORMATS[family])
+
+    assert allows(chosen, "Hello <tool> [TOOL] there {")
+    assert allows(chosen, "")
+    assert allows(chosen, call(family))
+    if family != "llama3":
+        assert allows(chosen, "Let me see." + call(family))
+        assert allows(chosen, "Let me see." + calls(family))
+        assert not allows(chosen, call(family)[:20])
+    else:
+        assert not allows(chosen, '{"city": "x"}')
+
+
+@pytest.mark.parametrize("family", ["hermes", "qwen3", "mistral", "named"])
+def test_the_model_may_choose_one_call(family: str) -> None:
+    """After which there is nothing, where calls are not parallel."""
+    chosen = made(FORMATS[family], ToolUse((ADD, NOW), (0, 1), parallel=False))
+
+    assert allows(chosen, "Hello")
+    assert allows(chosen, "Hello" + call(family))
+    assert not allows(chosen, calls(family))
+
+
+def test_harmony_lets_choose() -> None:
+    """Reasoning first, then a remark, then a call or the answer."""
+    chosen = made(HARMONY)
+    thought = "<|channel|>analysis<|message|>Hm {.<|end|><|start|>assistant"
+    remark = "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant"
+    final = "<|channel|>final<|message|>Hi."
+
+    assert allows(chosen, thought + final)
+    assert allows(chosen, final)
+    assert allows(chosen, thought + call("harmony"))
+    assert allows(chosen, thought + remark + call("harmony"))
+    assert not allows(made(HARMONY, FORCED), thought + final)
+    assert allows(made(HARMONY, FORCED), thought + call("harmony"))
+    assert ("Hm {.", "", [("add", '{"a": 1}')]) == parsed("harmony", thought + call("harmony"))
+
+
+@pytest.mark.parametrize("tokens", [PLAIN, MARKED], ids=["letters", "tokens"])
+@pytest.mark.parametrize("forced", [True, False])
+def test_reasoning_comes_before_calls(tokens: str, forced: bool) -> None:
+    """And is free, whatever it says of calls; markers may be tokens."""
+    use = FORCED if forced else BOTH
+    thought = "<think>\nWell, <tool_cal {\n</think>"
+    possible = made(QWEN3, use, tokens=tokens)
+    opened = made(QWEN3, use, thinking=Thinking.OPENED, tokens=tokens)
+
+    assert allows(possible, f"{thought}\n\n{call('qwen3')}", tokens)
+    assert allows(possible, call("qwen3"), tokens)
+    assert allows(opened, f"Hm.</think>\n\n{call('qwen3')}", tokens)
+    assert not allows(opened, "Hm.", tokens)
+    assert forced != allows(possible, f"{thought}\n\nHello", tokens)
+    if tokens is PLAIN:
+        assert allows(possible, f"<think>a <tool_call> b</think>{call('qwen3')}", tokens)
+
+
+@pytest.mark.parametrize("tokens", [PLAIN, MARKED], ids=["letters", "tokens"])
+def test_reasoning_comes_before_json(tokens: str) -> None:
+    """If the model reasons at all."""
+    answer = '{"q": "a\u2028// b"}'
+    possible = made(QWEN3, ToolUse(), JSON, tokens=tokens)
+    opened = made(QWEN3, ToolUse(), JSON, Thinking.OPENED, tokens)
+    done = made(QWEN3, ToolUse(), JSON, Thinking.DONE, tokens)
+
+    assert allows(possible, answer, tokens)
+    assert allows(possible, f"<think>\nHm.\n</think>\n\n{answer}", tokens)
+    assert not allows(possible, "Hello", tokens)
+    assert allows(opened, f"Hm.\n</think>\n\n{answer}", tokens)
+    assert not allows(opened, answer, tokens)
+    assert ConstraintKind.JSON_SCHEMA is done.kind
+    assert JSON.definition == done.text
+
+
+def test_harmony_reasons_before_json() -> None:
+    """And writes it into the final channel; a message that was begun is gone on with."""
+    wrapped = made(HARMONY, ToolUse(), JSON)
+    thought = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
+
+    assert allows(wrapped, thought + '<|channel|>final<|message|>{"q": "a\u2028// b"}')
+    assert not allows(wrapped, thought + "<|channel|>final<|message|>Hello")
+    assert ConstraintKind.JSON_SCHEMA is made(HARMONY, ToolUse(), JSON, Thinking.DONE).kind
+    assert constraint(None, BOTH, HARMONY, Thinking.DONE, lambda text: None) is None
+
+
+@pytest.mark.parametrize("family", FORMATS)
+def test_json_or_calls(family: str) -> None:
+    """With both an answer is one of the two."""
+    either = made(FORMATS[family], BOTH, JSON)
+    final = "<|channel|>final<|message|>" if family == "harmony" else ""
+
+    assert allows(either, final + '{"q": "a\u2028// b"}')
+    assert allows(either, call(family))
+    assert not allows(either, final + "Hello")
+
+
+FORMS: list[tuple[OutputForm, str, str]] = [
+    (OutputForm(Form.JSON_OBJECT, "response_format"), '{"x": [1]}', "[1]"),
+    (OutputForm(Form.JSON_SCHEMA, "structured_outputs.json"), '"any"', "any"),
+    (
+        OutputForm(Form.JSON_SCHEMA, "structured_outputs.json", definition='{"type": "null"}'),
+        "null",
+        "1",
+    ),
+    (
+        OutputForm(Form.REGEX, "structured_outputs.regex", definition=r"[a-c/]+\/\d\n"),
+        "a//1\n",
+        "d",
+    ),
+    (
+        OutputForm(Form.CHOICE, "structured_outputs.choice", choices=('a "b"\n', "é\\🙂", "\x7f")),
+        "é\\🙂",
+        "é",
+    ),
+    (
+        OutputForm(
+            Form.GRAMMAR,
+            "structured_outputs.grammar",
+            definition=(
+                'start: body TEXT? // start\nbody: "start" | start2\nstart2: /body/\nTEXT: "!"'
+            ),
+        ),
+        "body!",
+        "start2",
+    ),
+]
+
+
+@pytest.mark.parametrize(("form", "right", "wrong"), FORMS)
+def test_forms(form: OutputForm, right: str, wrong: str) -> None:
+    """Alone, behind reasoning, and beside calls."""
+    alone = made(HERMES, ToolUse(), form)
+    reasoned = made(QWEN3, ToolUse(), form, Thinking.OPENED)
+    beside = made(HERMES, BOTH, form)
+
+    assert (True, False) == (allows(alone, right), allows(alone, wrong))
+    assert allows(reasoned, f"Hm.</think>{right}")
+    assert not allows(reasoned, f"Hm.</think>{wrong}")
+    assert (True, False) == (allows(beside, right), allows(beside, wrong))
+    assert allows(beside, call("hermes"))
+
+
+def fault(made: Constraint) -> str:
+    matcher = LLMatcher(TABLES[PLAIN], LLMatcher.grammar_from_lark(made.text))
+    return f"The lark cannot be used: {matcher.get_error()}"
+
+
+@pytest.mark.parametrize("family", FORMATS)
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_tool_is_blamed_for_its_schema(family: str, place: int) -> None:
+    """The generator's error names a line, and the line is some tool's."""
+    schema = '{"type": "object", "properties": {"x": {"type": "strin"}}}'
+    tools = [ADD, NOW]
+    tools[place] = Tool("bad", None, schema)
+    for form in (None, JSON):
+        wrong = made(FORMATS[family], ToolUse(tuple(tools), (3, 5)), form)
+        error = blamed(ServiceError("invalid_value", fault(wrong), "constraint"), wrong)
+
+        assert ("invalid_json_schema", f"tools[{(3, 5)[place]}].function.parameters") == (
+            error.code,
+            error.param,
+        )
+        assert "Invalid type: strin" in error.message
+        assert "%json" not in error.message
+
+
+def test_a_format_is_blamed_for_its_schema() -> None:
+    """Also where tools stand beside it."""
+    form = OutputForm(Form.JSON_SCHEMA, "response_format.json_schema.schema", '{"type": "strin"}')
+    wrong = made(HERMES, BOTH, form)
+    error = blamed(ServiceError("invalid_value", fault(wrong), "constraint"), wrong)
+
+    assert ("invalid_json_schema", form.param) == (error.code, error.param)
+
+
+@pytest.mark.parametrize(
+    ("form", "code", "expected"),
+    [
+        (FORMS[3][0], "invalid_value", "invalid_value"),
+        (FORMS[3][0], "invalid_json_schema", "invalid_value"),
+        (FORMS[2][0], "invalid_json_schema", "invalid_json_schema"),
+        (FORMS[2][0], "json_schema_too_complex", "json_schema_too_complex"),
+        (FORMS[5][0], "json_schema_too_complex", "json_schema_too_complex"),
+    ],
+)
+def test_a_single_field_is_blamed(form: OutputForm, code: str, expected: str) -> None:
+    """Whatever asked for the constraint."""
+    error = blamed(ServiceError(code, "It cannot.", "constraint"), made(HERMES, ToolUse(), form))
+
+    assert (expected, form.param) == (error.code, error.param)
+    assert error.message.endswith("It cannot.")
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    """The queue's, for one."""
+    full = ServiceError("queue_full", "full")
+
+    assert full is blamed(full, made(HERMES))
+    assert full is blamed(full, None)
+
+
+def test_nothing_is_asked_for_where_nothing_is_wanted() -> None:
+    """Plain text needs no constraint, not even of a model that reasons."""
+    for output in FORMATS.values():
+        assert constraint(None, ToolUse(), output, Thinking.POSSIBLE, lambda text: None) is None
+
+
+def test_schemas_keep_their_letters() -> None:
+    """Numbers, escapes and order are the caller's."""
+    schema: dict[str, Any] = {"properties": {"z": {"const": 1e300}, "a": {"const": "\u00e9\n"}}}
+    text = json.dumps(schema)
+    constrained = made(HERMES, ToolUse((Tool("add", None, text),), (0,), forced=True))
+
+    assert '{"type": "object",' + text[1:] in constrained.text
+
+
+@pytest.mark.parametrize("family", FORMATS)
+def test_schemas_that_refer_to_themselves(family: str) -> None:
+    """Find what they mean, wherever they stand."""
+    tree = {"type": "object", "properties": {"a": {"$ref": "#/$defs/n"}, "b": {"$ref": "#"}}}
+    schema = json.dumps(tree | {"$defs": {"n": {"type": "integer"}}, "required": ["a"]})
+    forced = made(FORMATS[family], ToolUse((Tool("add", None, schema),), (0,), forced=True))
+
+    assert allows(forced, call(family))
+    assert allows(forced, call(family).replace("1", '1, "b": {"a": 2}'))
+    assert not allows(forced, call(family).replace("1", '1, "b": {"a": "2"}'))
