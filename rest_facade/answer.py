@@ -88,7 +88,7 @@ class ToolCall(TypedDict):
 
 
 class Message(TypedDict):
-    """What the model said; the content is null when it only called tools."""
+    """What the model said; the content is null when it only thought or called tools."""
 
     role: Literal["assistant"]
     content: str | None

@@ -90,8 +90,9 @@ class ChatWriter(_Writer):
         index, chunks = delta.index, ""
         if index not in self._completion_tokens:
             self._completion_tokens[index] = 0
-            only_calls = delta.tool_calls and not (delta.content or delta.reasoning)
-            opening = "null" if only_calls else '""'
+            # Null where content may never come.
+            opens_otherwise = (delta.tool_calls or delta.reasoning) and not delta.content
+            opening = "null" if opens_otherwise else '""'
             chunks = self._choice(index, f'"role":"assistant","content":{opening}')
         self._completion_tokens[index] = delta.completion_tokens
         parts = _parts(delta)

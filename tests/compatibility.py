@@ -257,7 +257,7 @@ CHAT_ANSWER = (
     Row(
         "choices[].message.content",
         "text or null",
-        "null only beside tool calls",
+        "null only beside tool calls or reasoning",
         f"{_F}test_tool_calls",
     ),
     Row(

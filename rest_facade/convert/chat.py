@@ -105,6 +105,7 @@ def _message(choice: chat_pb2.Choice) -> Message:
     said = Message(role="assistant", content=choice.content, refusal=None)
     if choice.reasoning_content:
         said["reasoning_content"] = choice.reasoning_content
+        said["content"] = choice.content or None
     if choice.tool_calls:
         said["content"] = choice.content or None
         said["tool_calls"] = [_tool_call(call) for call in choice.tool_calls]

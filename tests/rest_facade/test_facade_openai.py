@@ -10,9 +10,12 @@ from openai import AsyncOpenAI
 from tests.rest_facade.scripted_backend import (
     MODEL,
     ScriptedBackend,
+    call,
     delta,
     header,
     logprob,
+    text_delta,
+    text_logprob,
     usage,
 )
 from trivium.wire.errors import ServiceError
@@ -69,6 +72,49 @@ async def test_official_client_streaming(official: AsyncOpenAI) -> None:
     )
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.total_tokens == 9
+
+
+async def test_official_client_tools(official: AsyncOpenAI, backend: ScriptedBackend) -> None:
+    """Calls and reasoning fit OpenAI's schema; the client's helper joins a stream's pieces."""
+    backend.script = (
+        header(),
+        delta(reasoning_content="Hm"),
+        delta(tool_calls=[call("f", '{"a":')]),
+        delta(tool_calls=[call(arguments="1}"), call("g", "{}", position=1)]),
+        delta(finish="TOOL_CALLS"),
+        usage(3, reasoning_tokens=1),
+    )
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}, "strict": True}}]
+    asked = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "tools": tools}
+    whole = await official.chat.completions.create(**asked)
+    async with official.chat.completions.stream(**asked) as stream:
+        joined = await stream.get_final_completion()
+
+    for message in (whole.choices[0].message, joined.choices[0].message):
+        assert message.content is None
+        assert message.tool_calls is not None
+        assert [("call_0", "f", '{"a":1}'), ("call_1", "g", "{}")] == [
+            (made.id, made.function.name, made.function.arguments) for made in message.tool_calls
+        ]
+    assert whole.choices[0].message.reasoning_content == "Hm"
+    assert whole.usage.completion_tokens_details.reasoning_tokens == 1
+
+
+async def test_official_client_completions(official: AsyncOpenAI, backend: ScriptedBackend) -> None:
+    """A plain completion with log-probabilities fits OpenAI's schema."""
+    logprobs = [text_logprob(logprob("Hi"), 0)]
+    backend.text_script = (
+        header(),
+        text_delta("Hi", logprobs=logprobs),
+        text_delta(finish="STOP"),
+        usage(),
+    )
+    answer = await official.completions.create(model=MODEL, prompt="Say", logprobs=1)
+    choice = answer.choices[0]
+
+    assert (choice.text, choice.finish_reason) == ("Hi", "stop")
+    assert choice.logprobs is not None
+    assert choice.logprobs.top_logprobs == [{"Hi": -0.5}]
 
 
 async def test_official_client_models(official: AsyncOpenAI) -> None:

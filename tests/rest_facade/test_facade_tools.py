@@ -128,12 +128,27 @@ async def test_reasoning(client: httpx.AsyncClient, backend: ScriptedBackend) ->
     }
     assert whole["usage"]["completion_tokens_details"]["reasoning_tokens"] == 2
     assert [found for found, _ in deltas(streamed)] == [
-        {"role": "assistant", "content": ""},
+        {"role": "assistant", "content": None},
         {"reasoning_content": "Hm"},
         {"reasoning_content": "."},
         {"content": "Yes"},
         {},
     ]
+
+
+async def test_reasoning_that_was_cut(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
+    """Reasoning that reached the limit leaves null for content, whole and streamed."""
+    backend.script = (
+        header(),
+        delta(reasoning_content="Hm", finish="LENGTH"),
+        usage(1, reasoning_tokens=1),
+    )
+    whole = (await post(client)).json()["choices"][0]
+    streamed = await post(client, stream=True)
+
+    assert (whole["message"]["content"], whole["finish_reason"]) == (None, "length")
+    assert deltas(streamed)[0] == ({"role": "assistant", "content": None}, None)
+    assert deltas(streamed)[-1] == ({}, "length")
 
 
 async def test_logprobs_of_what_is_no_content(

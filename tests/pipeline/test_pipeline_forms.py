@@ -1,0 +1,222 @@
+"""Forms, tools, plain completions and tokens through all three services, on a tiny model.
+
+The weights are random, so whatever comes out right does so because nothing else was let through.
+"""
+
+import json
+import re
+from typing import Any
+
+import grpc
+import httpx
+import openai
+import pytest
+from jsonschema import Draft202012Validator
+
+from tests.pipeline.services import Services
+from trivium.chat.v1 import chat_pb2, completion_pb2, completion_pb2_grpc
+
+MESSAGES: list[Any] = [{"role": "user", "content": "Once upon a time in a village"}]
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 6},
+        "age": {"type": "integer", "minimum": 0, "maximum": 99},
+        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 2},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+TOOL = {"type": "function", "function": {"name": "note", "parameters": SCHEMA, "strict": True}}
+OTHER = {"type": "function", "function": {"name": "rest"}}
+NAMED = {"type": "function", "function": {"name": "note"}}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA, "strict": True}}
+
+
+def ask(client: openai.OpenAI, services: Services, **fields: Any) -> Any:
+    given = {"model": services.model, "messages": MESSAGES, "seed": 7, "max_tokens": 400}
+    return client.chat.completions.create(**{**given, **fields})
+
+
+def check(text: str) -> None:
+    Draft202012Validator(SCHEMA).validate(json.loads(text))
+
+
+def test_a_schema_is_kept_to(client: openai.OpenAI, services: Services) -> None:
+    """Every choice of a sampled answer is JSON of the schema; a stream has the same text."""
+    whole = ask(client, services, response_format=FORMAT, n=4)
+    texts = {choice.index: "" for choice in whole.choices}
+    for chunk in ask(client, services, response_format=FORMAT, n=4, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+
+    for choice in whole.choices:
+        assert "stop" == choice.finish_reason
+        check(choice.message.content)
+    assert texts == {choice.index: choice.message.content for choice in whole.choices}
+
+
+@pytest.mark.parametrize(
+    ("fields", "pattern"),
+    [
+        ({"structured_outputs": {"regex": "[ab]{3}-[0-9]+x"}}, "[ab]{3}-[0-9]+x"),
+        ({"structured_outputs": {"choice": ["left", "right"]}}, "left|right"),
+        ({"structured_outputs": {"grammar": 'start: "<" /[a-z]{1,9}/ ">"'}}, "<[a-z]{1,9}>"),
+        ({"guided_regex": "yes|no"}, "yes|no"),
+    ],
+)
+def test_constraints_are_kept_to(
+    client: openai.OpenAI, services: Services, fields: dict[str, Any], pattern: str
+) -> None:
+    """Expressions, choices and grammars: the whole answer fits."""
+    answer = ask(client, services, extra_body=fields, n=3)
+
+    assert all(re.fullmatch(pattern, choice.message.content) for choice in answer.choices)
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED])
+def test_forced_calls(client: openai.OpenAI, services: Services, choice: Any) -> None:
+    """A forced call names a tool and fits its schema, whole and streamed alike."""
+    fields = {"tools": [TOOL, OTHER], "tool_choice": choice, "parallel_tool_calls": False}
+    whole = ask(client, services, **fields).choices[0]
+    pieces = [chunk.choices[0].delta for chunk in ask(client, services, stream=True, **fields)]
+    calls = [call for delta in pieces for call in delta.tool_calls or ()]
+    made = whole.message.tool_calls[0].function
+
+    assert ("tool_calls", None, 1) == (
+        whole.finish_reason,
+        whole.message.content,
+        len(whole.message.tool_calls),
+    )
+    assert made.name in (["note"] if choice == NAMED else ["note", "rest"])
+    if made.name == "note":
+        check(made.arguments)
+    assert "".join(call.function.arguments for call in calls) == made.arguments
+    assert [(made.name, "function")] == [
+        (call.function.name, call.type) for call in calls if call.id
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "param"),
+    [
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "s", "schema": {"type": "nonsense"}},
+                }
+            },
+            "invalid_json_schema",
+            "response_format.json_schema.schema",
+        ),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "s", "schema": {"$ref": "https://example.com/schema"}},
+                }
+            },
+            "invalid_json_schema",
+            "response_format.json_schema.schema",
+        ),
+        ({"guided_json": '{"type": 5}'}, "invalid_json_schema", "guided_json"),
+        ({"guided_grammar": "start: ("}, "invalid_value", "guided_grammar"),
+        ({"structured_outputs": {"regex": "("}}, "invalid_value", "structured_outputs.regex"),
+        ({"stop_token_ids": [99999]}, "invalid_value", "stop_token_ids[0]"),
+        ({"chat_template_kwargs": {"x": 1}}, "unsupported_parameter", "chat_template_kwargs.x"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(
+    services: Services, fields: dict[str, Any], code: str, param: str
+) -> None:
+    """Never an answer without the constraint, but 400 and the place that is wrong."""
+    body = {"model": services.model, "messages": MESSAGES, **fields}
+    reply = httpx.post(f"{services.url}/v1/chat/completions", json=body, timeout=60)
+    error = reply.json()["error"]
+
+    assert (400, code) == (reply.status_code, error["code"])
+    assert error["param"].startswith(param)
+
+
+def test_plain_completions(client: openai.OpenAI, services: Services) -> None:
+    """Prompts times n choices, in order; an echo is the prompt; a stream has the same text."""
+    fields: dict[str, Any] = {
+        "model": services.model,
+        "prompt": ["Once upon", "In a village"],
+        "max_tokens": 12,
+        "seed": 3,
+        "n": 2,
+    }
+    whole = client.completions.create(**fields)
+    echoed = client.completions.create(**fields, echo=True)
+    texts = dict.fromkeys(range(4), "")
+    body = {**fields, "stream": True}
+    streamed = httpx.post(f"{services.url}/v1/completions", json=body, timeout=60)
+    for line in streamed.text.splitlines():
+        if line.startswith("data: {"):
+            for choice in json.loads(line[6:])["choices"]:
+                texts[choice["index"]] += choice["text"]
+
+    assert [0, 1, 2, 3] == [choice.index for choice in whole.choices]
+    assert texts == {choice.index: choice.text for choice in whole.choices}
+    for plain, echo in zip(whole.choices, echoed.choices, strict=True):
+        assert fields["prompt"][plain.index // 2] + plain.text == echo.text
+
+
+def test_plain_completions_over_grpc(client: openai.OpenAI, services: Services) -> None:
+    """A gRPC caller gets the text and counts that a REST caller gets."""
+    answer = client.completions.create(model=services.model, prompt="Once", seed=3, max_tokens=9)
+    request = completion_pb2.CreateCompletionRequest(
+        model=services.model,
+        prompts=[completion_pb2.Prompt(text="Once")],
+        options=chat_pb2.CreateChatCompletionRequest(seed=3, max_completion_tokens=9),
+    )
+    with grpc.insecure_channel(services.chat_target) as channel:
+        reply = completion_pb2_grpc.CompletionServiceStub(channel).CreateCompletion(request)
+
+    assert answer.choices[0].text == reply.choices[0].text
+    assert answer.usage.completion_tokens == reply.usage.completion_tokens
+    assert answer.usage.prompt_tokens == reply.usage.prompt_tokens
+
+
+def test_log_probabilities_of_plain_completions(client: openai.OpenAI, services: Services) -> None:
+    """Tokens stand where their offsets say, and the taken one is among the likeliest."""
+    answer = client.completions.create(
+        model=services.model, prompt="Once", logprobs=2, seed=1, max_tokens=9
+    )
+    choice = answer.choices[0]
+    shown = choice.logprobs
+
+    assert 9 == len(shown.tokens) == len(shown.token_logprobs) == len(shown.top_logprobs)
+    for token, value, top in zip(
+        shown.tokens, shown.token_logprobs, shown.top_logprobs, strict=True
+    ):
+        assert top[token] == value
+    # Bytes that turn out to be no character show only with what comes after them.
+    whole = [not token.startswith("bytes:") for token in shown.tokens]
+    for token, offset, own, before in zip(
+        shown.tokens, shown.text_offset, whole, [True, *whole], strict=False
+    ):
+        assert not (own and before) or choice.text[offset:].startswith(token)
+    assert shown.text_offset == sorted(shown.text_offset)
+
+
+def test_tokens_there_and_back(services: Services) -> None:
+    """/tokenize and /detokenize are each other's inverse; a completion takes those tokens."""
+    text = "Once upon a time 🫠"
+
+    def post(path: str, **body: Any) -> Any:
+        return httpx.post(f"{services.url}{path}", json=body).raise_for_status().json()
+
+    found = post("/tokenize", prompt=text, add_special_tokens=False)
+    back = post("/detokenize", tokens=found["tokens"])
+    fields = {"model": services.model, "seed": 1, "max_tokens": 5}
+    chat = post("/tokenize", messages=MESSAGES)
+    answer = post("/v1/chat/completions", messages=MESSAGES, **fields)
+    completed = post("/v1/completions", prompt=chat["tokens"], **fields)
+
+    assert (len(found["tokens"]), 2048) == (found["count"], found["max_model_len"])
+    assert {"prompt": text} == back
+    assert chat["count"] == answer["usage"]["prompt_tokens"]
+    assert answer["choices"][0]["message"]["content"] == completed["choices"][0]["text"]
