@@ -190,7 +190,7 @@ def test_the_banner_tells_what_is_really_in_use() -> None:
         max_queued_requests=1000,
         max_queued_tokens=100_000,
     )
-    text = banner(info, Pipeline(Path("tiny"), host="0.0.0.0", port=8123), keys=False)
+    text = banner([info], Pipeline(Path("tiny"), host="0.0.0.0", port=8123), keys=False)
 
     wanted = ("tiny", "0123abcd", "int8", "CPUExecutionProvider", "8,192", "16", "512 MiB", "128")
     assert [] == [word for word in (*wanted, "1,000", "100,000") if word not in text]
@@ -201,7 +201,7 @@ def test_the_banner_tells_what_is_really_in_use() -> None:
 
 def test_the_banner_shows_where_a_key_goes() -> None:
     """With API keys the snippets take the key from OPENAI_API_KEY, as the clients do."""
-    text = banner(generator_pb2.GetModelInfoResponse(), Pipeline(Path("tiny")), keys=True)
+    text = banner([generator_pb2.GetModelInfoResponse()], Pipeline(Path("tiny")), keys=True)
 
     assert 'Authorization: Bearer $OPENAI_API_KEY"' in text
     assert 'api_key="none"' not in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from trivium.cli.pipeline import Pipeline
 from trivium.generator.v1 import generator_pb2
@@ -11,24 +12,37 @@ QUESTION = "What is the capital of France?"
 MEBIBYTE = 2**20
 
 
-def banner(info: generator_pb2.GetModelInfoResponse, pipeline: Pipeline, keys: bool) -> str:
+def banner(
+    infos: Sequence[generator_pb2.GetModelInfoResponse], pipeline: Pipeline, keys: bool
+) -> str:
     """Facts, addresses, and two snippets that work when pasted. `keys`: an API key is needed."""
-    facts = {
-        "model": f"{info.id}  (revision {info.revision}, {info.precision or 'unknown'} weights)",
-        "runs on": f"{info.execution_provider}, {info.dtype}",
-        "context": f"{info.context_length:,} tokens",
-        "slots": f"{info.slots} sequences at once, {info.kv_cache_bytes / MEBIBYTE:,.0f} MiB of KV",
-        "limits": f"n up to {info.max_n}; {info.max_queued_requests:,} requests "
-        f"or {info.max_queued_tokens:,} prompt tokens may wait",
-        "REST": f"{pipeline.url}/v1",
-        "gRPC": f"{pipeline.chat_target}  (trivium.chat.v1.ChatService, reflection on)",
-        "docs": f"{pipeline.url}/docs",
-        "health": f"{pipeline.url}/health  (metrics: {pipeline.url}/metrics)",
-    }
+    facts = [fact for info in infos for fact in _model(info)]
+    facts += [
+        ("REST", f"{pipeline.url}/v1"),
+        ("gRPC", f"{pipeline.chat_target}  (trivium.chat.v1.ChatService, reflection on)"),
+        ("docs", f"{pipeline.url}/docs"),
+        ("health", f"{pipeline.url}/health  (metrics: {pipeline.url}/metrics)"),
+    ]
     lines = ["", "Trivium is ready. Ctrl-C drains and stops it.", ""]
-    lines += [f"  {name:<9}{value}" for name, value in facts.items()]
-    lines += ["", curl(info.id, pipeline.url, keys), "", openai_python(info.id, pipeline.url, keys)]
+    lines += [f"  {name:<9}{value}" for name, value in facts]
+    model, url = infos[0].id, pipeline.url
+    lines += ["", curl(model, url, keys), "", openai_python(model, url, keys)]
     return "\n".join(lines) + "\n"
+
+
+def _model(info: generator_pb2.GetModelInfoResponse) -> list[tuple[str, str]]:
+    memory = f"{info.kv_cache_bytes / MEBIBYTE:,.0f} MiB of KV"
+    return [
+        ("model", f"{info.id}  (revision {info.revision}, {info.precision or 'unknown'} weights)"),
+        ("runs on", f"{info.execution_provider}, {info.dtype}"),
+        ("context", f"{info.context_length:,} tokens"),
+        ("slots", f"{info.slots} sequences at once, {memory}"),
+        (
+            "limits",
+            f"n up to {info.max_n}; {info.max_queued_requests:,} requests "
+            f"or {info.max_queued_tokens:,} prompt tokens may wait",
+        ),
+    ]
 
 
 def curl(model: str, url: str, keys: bool) -> str:

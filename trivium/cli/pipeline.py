@@ -6,12 +6,15 @@ Knows the names of the services' settings, and nothing else of the services.
 from __future__ import annotations
 
 import functools
+import json
+import os
 import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from generator_svc.artifact import half_of_free_memory
 from trivium.cli.probe import until_ready
 from trivium.cli.supervisor import Stage
 
@@ -27,7 +30,10 @@ class PortTaken(Exception):
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Where the three services of one machine listen, and the model they serve."""
+    """Where the services of one machine listen, and the models they serve.
+
+    Each of `more_models` has a generator of its own, on the ports that follow the first one's.
+    """
 
     model: Path
     device: str = "auto"
@@ -40,6 +46,12 @@ class Pipeline:
     generator_metrics_port: int = 9052
     log_level: str = "warning"
     drain_seconds: float = 30.0
+    more_models: tuple[Path, ...] = ()
+
+    @property
+    def models(self) -> tuple[Path, ...]:
+        """All models, the first first."""
+        return (self.model, *self.more_models)
 
     @property
     def url(self) -> str:
@@ -52,16 +64,25 @@ class Pipeline:
         return authority(self.grpc_host, self.tokenizer_port)
 
     @property
+    def generator_targets(self) -> list[str]:
+        """Where the generators are reached from this machine, one for each model."""
+        return [
+            authority(LOOPBACK, self.generator_port + number) for number in range(len(self.models))
+        ]
+
+    @property
     def generator_target(self) -> str:
-        """Where the generator is reached from this machine."""
-        return authority(LOOPBACK, self.generator_port)
+        """Where the first model's generator is reached from this machine."""
+        return self.generator_targets[0]
 
     def stages(self) -> list[Stage]:
         """Back to front, as the supervisor wants them."""
+        generators = [
+            _stage("generator_svc", f"grpc://{target}/{GENERATOR}", self._generator(number), number)
+            for number, target in enumerate(self.generator_targets)
+        ]
         return [
-            _stage(
-                "generator_svc", f"grpc://{self.generator_target}/{GENERATOR}", self._generator()
-            ),
+            *generators,
             _stage("tokenizer_svc", f"grpc://{self.chat_target}/{CHAT}", self._tokenizer()),
             _stage("rest_facade", f"{self.url}/health", self._facade()),
         ]
@@ -81,27 +102,50 @@ class Pipeline:
         yield self.host, self.port, "--port"
         yield self.grpc_host, self.tokenizer_port, "--tokenizer-port"
         yield self.grpc_host, self.tokenizer_metrics_port, "--tokenizer-metrics-port"
-        yield LOOPBACK, self.generator_port, "--generator-port"
-        yield LOOPBACK, self.generator_metrics_port, "--generator-metrics-port"
+        for number in range(len(self.models)):
+            yield LOOPBACK, self.generator_port + number, "--generator-port"
+            metrics_port = self.generator_metrics_port and self.generator_metrics_port + number
+            yield LOOPBACK, metrics_port, "--generator-metrics-port"
 
-    def _generator(self) -> dict[str, str]:
+    def _generator(self, number: int) -> dict[str, str]:
+        metrics_port = self.generator_metrics_port and self.generator_metrics_port + number
         return {
             "TRIVIUM_GENERATOR_HOST": LOOPBACK,
-            "TRIVIUM_GENERATOR_PORT": str(self.generator_port),
-            "TRIVIUM_GENERATOR_METRICS_PORT": str(self.generator_metrics_port),
-            "TRIVIUM_GENERATOR_MODEL_DIRECTORY": str(self.model),
+            "TRIVIUM_GENERATOR_PORT": str(self.generator_port + number),
+            "TRIVIUM_GENERATOR_METRICS_PORT": str(metrics_port),
+            "TRIVIUM_GENERATOR_MODEL_DIRECTORY": str(self.models[number]),
+            **self._memory(),
             "TRIVIUM_GENERATOR_DEVICE": self.device,
             "TRIVIUM_GENERATOR_LOG_LEVEL": self.log_level,
             "TRIVIUM_GENERATOR_DRAIN_SECONDS": str(self.drain_seconds),
         }
 
+    def _memory(self) -> dict[str, str]:
+        """What each of several generators may take, as none of them knows of the others."""
+        setting = "TRIVIUM_GENERATOR_KV_CACHE_BYTES"
+        if len(self.models) == 1 or self.device == "cuda" or setting in os.environ:
+            return {}
+        return {setting: str(half_of_free_memory() // len(self.models))}
+
+    def _served(self) -> dict[str, str]:
+        """The models, as the tokenizer's settings say it."""
+        if len(self.models) == 1:
+            return {
+                "TRIVIUM_TOKENIZER_GENERATOR_TARGET": self.generator_target,
+                "TRIVIUM_TOKENIZER_MODEL_DIRECTORY": str(self.model),
+            }
+        served = [
+            {"model_directory": str(model), "generator_target": target}
+            for model, target in zip(self.models, self.generator_targets, strict=True)
+        ]
+        return {"TRIVIUM_TOKENIZER_MODELS": json.dumps(served)}
+
     def _tokenizer(self) -> dict[str, str]:
         return {
+            **self._served(),
             "TRIVIUM_TOKENIZER_HOST": self.grpc_host,
             "TRIVIUM_TOKENIZER_PORT": str(self.tokenizer_port),
             "TRIVIUM_TOKENIZER_METRICS_PORT": str(self.tokenizer_metrics_port),
-            "TRIVIUM_TOKENIZER_GENERATOR_TARGET": self.generator_target,
-            "TRIVIUM_TOKENIZER_MODEL_DIRECTORY": str(self.model),
             "TRIVIUM_TOKENIZER_LOG_LEVEL": self.log_level,
             "TRIVIUM_TOKENIZER_DRAIN_SECONDS": str(self.drain_seconds),
         }
@@ -146,6 +190,7 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def _stage(name: str, address: str, environment: dict[str, str]) -> Stage:
+def _stage(name: str, address: str, environment: dict[str, str], number: int = 0) -> Stage:
     command = (sys.executable, "-m", name)
-    return Stage(name, command, functools.partial(until_ready, address), environment)
+    ready = functools.partial(until_ready, address)
+    return Stage(f"{name}-{number + 1}" if number else name, command, ready, environment)

@@ -36,10 +36,11 @@ class Device(StrEnum):
 
 
 ModelOption = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
         envvar="TRIVIUM_GENERATOR_MODEL_DIRECTORY",
-        help="A model folder, or the name of one in ./models or the cache. "
+        help="A model folder, or the name of one in ./models or the cache; several, each with "
+        "a generator of its own, by giving it again. "
         "Default: the embedded model, exported at the first start.",
     ),
 ]
@@ -163,8 +164,12 @@ def up(
     Every setting of the services can be given as an environment variable too, see
     docs/configuration.md.
     """
+    models = [resolve_model(name) for name in model or [EMBEDDED_MODEL]]
+    if len({folder.name for folder in models}) < len(models):
+        _refuse("two models have the same id, which is their folder's name")
     pipeline = Pipeline(
-        model=resolve_model(model),
+        model=models[0],
+        more_models=tuple(models[1:]),
         device=device.value,
         host=host,
         port=port,
@@ -185,9 +190,9 @@ def up(
 
 async def _run(pipeline: Pipeline, ready_seconds: float) -> int:
     async def when_ready() -> None:
-        info = await model_info(pipeline.generator_target)
+        infos = [await model_info(target) for target in pipeline.generator_targets]
         keys = "TRIVIUM_FACADE_API_KEYS_FILE" in os.environ
-        sys.stdout.write(banner(info, pipeline, keys))
+        sys.stdout.write(banner(infos, pipeline, keys))
         sys.stdout.flush()
 
     supervisor = Supervisor(pipeline.stages(), pipeline.drain_seconds + STOP_SLACK_SECONDS)
