@@ -13,7 +13,7 @@ from generator_svc.admission import Admission
 from generator_svc.artifact import (
     MemoryPlanError,
     default_sampling,
-    half_of_free_memory,
+    free_memory,
     plan_memory,
 )
 from generator_svc.config import GeneratorSettings
@@ -47,10 +47,12 @@ _SWITCH_INTERVAL_SECONDS = 0.0005
 def load_runner(settings: GeneratorSettings, model: ModelDirectory) -> OrtRunner:
     """The model on its device, with the slots that memory allows, warmed up."""
     device = choose_device(settings.device)
-    element_bytes = 2 if model.precision == "fp16" else 4
+    is_half = model.precision == "fp16" or (device == "cuda" and model.precision != "fp32")
+    element_bytes = 2 if is_half else 4
     cache_bytes = settings.kv_cache_bytes
     if not cache_bytes:
-        cache_bytes = half_of_free_memory() if device == "cpu" else free_bytes() // 2
+        free = free_memory() if device == "cpu" else free_bytes()
+        cache_bytes = int(free * settings.kv_memory_share)
     plan = plan_memory(
         model, settings.slots, settings.max_sequence_length, cache_bytes, element_bytes
     )

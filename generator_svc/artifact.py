@@ -9,7 +9,6 @@ from generator_svc.sequence import Sampling
 from trivium.model_directory import ModelDirectory, ModelDirectoryError
 
 _SLOT_GRANULARITY = 8
-_MEMORY_SHARE = 0.5
 
 
 class MemoryPlanError(ValueError):
@@ -47,17 +46,17 @@ def plan_memory(
     return MemoryPlan(fitting, length)
 
 
-def half_of_free_memory() -> int:
-    """Bytes of main memory that a cache may take when nothing else is said."""
+def free_memory() -> int:
+    """Bytes of main memory that can be had without pushing anything out."""
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             for line in lines:
                 if line.startswith("MemAvailable:"):
-                    return int(int(line.split()[1]) * 1024 * _MEMORY_SHARE)
+                    return int(line.split()[1]) * 1024
     except OSError:
         pass
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(pages * _MEMORY_SHARE / 2)
+    # Not Linux: half of what is there is a guess that leaves room for others.
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 _LIMITS = {

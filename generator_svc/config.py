@@ -40,7 +40,14 @@ class GeneratorSettings(BaseSettings):
     kv_cache_bytes: int = Field(
         0,
         ge=0,
-        description="Memory of keys and values in bytes; 0 takes up to half of what is free.",
+        description="Memory of keys and values in bytes; 0 takes a share of what is free.",
+    )
+    kv_memory_share: float = Field(
+        0.5,
+        gt=0,
+        le=0.95,
+        description="That share, of main memory or of the CUDA device's. It is a bound: slots "
+        "take memory when they are first used on the CPU, at the start on CUDA.",
     )
     prefix_cache: bool = Field(
         True, description="Whether prompts reuse keys and values of earlier prompts."

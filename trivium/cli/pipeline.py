@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from generator_svc.artifact import half_of_free_memory
 from trivium.cli.probe import until_ready
 from trivium.cli.supervisor import Stage
 
@@ -22,6 +21,8 @@ ANY_HOST = ("", "0.0.0.0", "::")
 LOOPBACK = "127.0.0.1"
 # Names under which health tells that a stage and those behind it can serve.
 CHAT, GENERATOR = "trivium.chat.v1.ChatService", "trivium.generator.v1.GeneratorService"
+
+MEMORY_SHARE = 0.5  # of free memory, for the keys and values of all models together
 
 
 class PortTaken(Exception):
@@ -122,10 +123,10 @@ class Pipeline:
 
     def _memory(self) -> dict[str, str]:
         """What each of several generators may take, as none of them knows of the others."""
-        setting = "TRIVIUM_GENERATOR_KV_CACHE_BYTES"
-        if len(self.models) == 1 or self.device == "cuda" or setting in os.environ:
+        setting = "TRIVIUM_GENERATOR_KV_MEMORY_SHARE"
+        if len(self.models) == 1 or setting in os.environ:
             return {}
-        return {setting: str(half_of_free_memory() // len(self.models))}
+        return {setting: str(round(MEMORY_SHARE / len(self.models), 3))}
 
     def _served(self) -> dict[str, str]:
         """The models, as the tokenizer's settings say it."""
