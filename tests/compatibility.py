@@ -21,6 +21,7 @@ _C = "rest_facade/test_facade_completion.py::"
 _F = "rest_facade/test_facade_tools.py::"
 _T = "rest_facade/test_facade_text.py::"
 _K = "rest_facade/test_facade_tokens.py::"
+_R = "pipeline/test_pipeline_forms.py::"
 _E = "rest_facade/test_facade_errors.py::"
 _P = "pipeline/test_pipeline_answers.py::"
 _ARRIVES = f"{_C}test_every_field_arrives"
@@ -145,7 +146,7 @@ CHAT_REQUEST = (
         "response_format",
         "`text`, `json_object`, `json_schema`",
         "the same, always held to exactly; a schema that cannot be compiled is 400",
-        _FORMS,
+        f"{_R}test_a_schema_is_kept_to",
     ),
     Row(
         "tools",
@@ -157,7 +158,7 @@ CHAT_REQUEST = (
         "tool_choice",
         "`none`, `auto`, `required`, a function, `allowed_tools`, a custom tool",
         f"`none`, `auto`, `required`, a function; else {_NO_VALUE}",
-        f"{_F}test_tools_arrive",
+        f"{_R}test_forced_calls",
     ),
     Row("parallel_tool_calls", "default true", _SAME, f"{_F}test_tools_arrive"),
     Row("functions", "deprecated", _NO, _REFUSED),
@@ -206,7 +207,7 @@ CHAT_REQUEST = (
         "structured_outputs",
         _NOT_PUBLISHED,
         "extension, as vLLM: one of `json`, `regex`, `choice`, `grammar`, `json_object`",
-        _FORMS,
+        f"{_R}test_constraints_are_kept_to",
     ),
     Row(
         "guided_json",
@@ -340,7 +341,7 @@ COMPLETION_REQUEST = (
         "echo",
         "the text begins with the prompt",
         "the same; not together with `logprobs`",
-        f"{_T}test_every_field_of_a_text_arrives",
+        f"{_R}test_plain_completions",
     ),
     Row("logprobs", "0 to 5", _SAME, f"{_T}test_logprobs_of_a_text"),
     Row(

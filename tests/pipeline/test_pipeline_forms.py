@@ -162,6 +162,8 @@ def test_plain_completions(client: openai.OpenAI, services: Services) -> None:
     assert texts == {choice.index: choice.text for choice in whole.choices}
     for plain, echo in zip(whole.choices, echoed.choices, strict=True):
         assert fields["prompt"][plain.index // 2] + plain.text == echo.text
+    with pytest.raises(openai.BadRequestError, match="together with 'echo'"):
+        client.completions.create(**fields, echo=True, logprobs=1)
 
 
 def test_plain_completions_over_grpc(client: openai.OpenAI, services: Services) -> None:
