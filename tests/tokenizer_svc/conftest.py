@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,14 @@ from trivium.wire.serving import GrpcServer
 CONTEXT_LENGTH = 256
 
 
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_model(
+    folder: Path,
+    template: str = SMOLLM2,
+    tokenizer: str | None = None,
+    context_length: int = CONTEXT_LENGTH,
+    eos_token: str = "<|im_end|>",
+) -> Path:
     """A model folder whose graph no one will run."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
     folder.mkdir()
     decoder = {
         "filename": "model.onnx",
@@ -45,17 +50,23 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     model = {
         "type": "llama",
-        "context_length": CONTEXT_LENGTH,
+        "context_length": context_length,
         "vocab_size": 512,
         "eos_token_id": 2,
         "decoder": decoder,
     }
     (folder / "genai_config.json").write_text(json.dumps({"model": model}))
     (folder / "model.onnx").write_bytes(b"no graph")
-    (folder / "tokenizer.json").write_text(byte_level())
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
-    (folder / "chat_template.jinja").write_text(SMOLLM2)
+    (folder / "tokenizer.json").write_text(tokenizer or byte_level())
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos_token}))
+    (folder / "chat_template.jinja").write_text(template)
     return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model that knows no tools."""
+    return write_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +79,7 @@ class Stage:
 
     def __init__(self, model: Model, folder: Path) -> None:
         self.model = model
-        self.generator = ScriptedGenerator(model.revision)
+        self.generator = ScriptedGenerator(model.revision, max(512, model.context_length))
         self.metrics = Metrics()
         self._folder = folder
         self._generator_server: GrpcServer | None = None
@@ -122,7 +133,14 @@ class Stage:
 
 @pytest.fixture
 async def stage(model: Model, model_folder: Path) -> AsyncIterator[Stage]:
-    stage = Stage(model, model_folder)
+    async with running(model, model_folder) as stage:
+        yield stage
+
+
+@asynccontextmanager
+async def running(model: Model, folder: Path) -> AsyncIterator[Stage]:
+    """A stage that serves this model."""
+    stage = Stage(model, folder)
     await stage.start()
     yield stage
     await stage.close()

@@ -52,14 +52,14 @@ class ModelServiceServicer:
     """
 
     def ListModels(self, request, context):
-        """All models, by id.
+        """All models that can be asked now, by id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """One model; NOT_FOUND if there is none of that id.
+        """One model, by its id or an alias; NOT_FOUND if there is none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,0 +1,207 @@
+"""CompletionService over a scripted generator."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import grpc
+import pytest
+
+from tests.tokenizer_svc.conftest import Stage
+from tests.tokenizer_svc.scripted_generator import (
+    Script,
+    Stops,
+    code_of,
+    finish,
+    message_of,
+    update,
+)
+from trivium.chat.v1 import completion_pb2
+from trivium.generator.v1 import generator_pb2
+from trivium.wire.errors import ServiceError
+
+LENGTH = generator_pb2.FINISH_REASON_LENGTH
+STOPPED = generator_pb2.FINISH_REASON_STOPPED
+
+
+def prompts(*given: str | Sequence[int]) -> list[completion_pb2.Prompt]:
+    return [
+        completion_pb2.Prompt(text=one)
+        if isinstance(one, str)
+        else completion_pb2.Prompt(token_ids=completion_pb2.TokenIds(ids=one))
+        for one in given
+    ]
+
+
+def request(*given: str | Sequence[int], **fields: Any) -> completion_pb2.CreateCompletionRequest:
+    return completion_pb2.CreateCompletionRequest(model="tiny", prompts=prompts(*given), **fields)
+
+
+def continues(stage: Stage, text: str = " and so on", scored: bool = False) -> Script:
+    """Each choice goes on with its number and the text, until its end or until it is stopped."""
+
+    async def script(
+        start: generator_pb2.StartGeneration, stops: Stops
+    ) -> AsyncIterator[generator_pb2.GenerateResponse]:
+        entry = [generator_pb2.TokenLogprobs(logprob=-1.0)] if scored else []
+        for index in range(start.n):
+            token_ids = stage.encode(f"{index}{text}")
+            for token_id in token_ids:
+                yield message_of(update(index, [token_id], entry))
+            yield message_of(finish(index, LENGTH, len(token_ids), nanoseconds=10, cached=1))
+
+    return script
+
+
+async def events(stage: Stage, asked: Any) -> list[completion_pb2.StreamCompletionResponse]:
+    return [event async for event in stage.completions.StreamCompletion(asked)]
+
+
+async def test_a_prompt_is_continued(stage: Stage) -> None:
+    """Header, deltas, usage; the id says that it is no chat."""
+    stage.generator.script = continues(stage)
+    seen = await events(stage, request("Once upon"))
+    header, usage = seen[0].header, seen[-1].usage
+    start = stage.generator.calls[0].start
+
+    assert (37, "cmpl-") == (len(header.id), header.id[:5])
+    assert "0 and so on" == "".join(event.delta.text for event in seen)
+    assert stage.encode("Once upon") == list(start.prompt_token_ids)
+    assert (16, 1) == (start.max_new_tokens, start.n)
+    assert len(start.prompt_token_ids) == usage.prompt_tokens == header.prompt_tokens
+    assert len(stage.encode("0 and so on")) == usage.completion_tokens
+
+
+async def test_prompts_and_choices(stage: Stage) -> None:
+    """Choice i of prompt p is number p * n + i; usage is over all of them."""
+    stage.generator.script = continues(stage)
+    asked = request("one", [70, 71], "three", options={"n": 2, "max_completion_tokens": 9})
+    answer = await stage.completions.CreateCompletion(asked)
+    sent = {tuple(call.start.prompt_token_ids) for call in stage.generator.calls}
+
+    assert list(range(6)) == [choice.index for choice in answer.choices]
+    assert [f"{i % 2} and so on" for i in range(6)] == [choice.text for choice in answer.choices]
+    assert {tuple(stage.encode("one")), (70, 71), tuple(stage.encode("three"))} == sent
+    assert sum(map(len, sent)) == answer.usage.prompt_tokens == answer.header.prompt_tokens
+    assert (60, 3) == (answer.usage.device_nanoseconds, answer.usage.cached_prompt_tokens)
+    assert {9} == {call.start.max_new_tokens for call in stage.generator.calls}
+
+
+async def test_an_echo_comes_first(stage: Stage) -> None:
+    """In every choice, whether its prompt was text or tokens."""
+    stage.generator.script = continues(stage)
+    asked = request("Say: ", stage.encode("Tokens: "), echo=True, options={"n": 2})
+    answer = await stage.completions.CreateCompletion(asked)
+    streamed: dict[int, str] = {}
+    for event in await events(stage, asked):
+        if event.HasField("delta"):
+            streamed[event.delta.index] = streamed.get(event.delta.index, "") + event.delta.text
+    expected = [f"{prompt}{i} and so on" for prompt in ("Say: ", "Tokens: ") for i in range(2)]
+
+    assert expected == [choice.text for choice in answer.choices]
+    assert expected == [streamed[index] for index in range(4)]
+
+
+async def test_logprobs_have_places(stage: Stage) -> None:
+    """Each token's is where its text begins in the choice's."""
+    stage.generator.script = continues(stage, " é\U0001fae0!", scored=True)
+    answer = await stage.completions.CreateCompletion(request("x", logprobs=2))
+    [choice] = answer.choices
+    places = [entry.text_offset for entry in choice.logprobs]
+    encoded = b"".join(entry.token.token_bytes for entry in choice.logprobs)
+
+    assert 2 == stage.generator.calls[0].start.top_logprobs
+    assert choice.text.encode() == encoded
+    assert sorted(places) == places
+    assert 0 == places[0]
+    assert len(choice.text) - 1 == places[-1]
+
+
+async def test_stop_strings_may_be_kept(stage: Stage) -> None:
+    """They end a choice, and are part of its text where that is wanted."""
+    stage.generator.script = continues(stage)
+    for keep, expected in ((False, "0 and "), (True, "0 and so")):
+        options = {"stop": ["so"], "include_stop_str_in_output": keep}
+        [choice] = (await stage.completions.CreateCompletion(request("x", options=options))).choices
+
+        assert (expected, "so") == (choice.text, choice.matched_stop)
+
+
+async def test_control_tokens_may_be_shown(stage: Stage) -> None:
+    """They are left out unless one wants to see them."""
+
+    async def script(
+        start: generator_pb2.StartGeneration, stops: Stops
+    ) -> AsyncIterator[generator_pb2.GenerateResponse]:
+        yield message_of(update(0, [70, 1, 71]), finish(0, LENGTH, 3))
+
+    stage.generator.script = script
+    a, b = (stage.model.tokenizer.decode([token_id]) for token_id in (70, 71))
+    for skip, expected in ((True, a + b), (False, f"{a}<|im_start|>{b}")):
+        options = {"skip_special_tokens": skip}
+        [choice] = (await stage.completions.CreateCompletion(request("x", options=options))).choices
+
+        assert expected == choice.text
+
+
+async def test_options_reach_the_generator(stage: Stage) -> None:
+    """Sampling, endings and the constraint, the same for every prompt."""
+    stage.generator.script = continues(stage)
+    options = {
+        "temperature": 0.5,
+        "stop_token_ids": [7, 9],
+        "structured_outputs": {"regex": "[a-z]+"},
+        "min_tokens": 20,
+    }
+    await stage.completions.CreateCompletion(request("x", "y", options=options))
+
+    for call in stage.generator.calls:
+        assert 0.5 == call.start.sampling.temperature
+        assert [7, 9] == list(call.start.stop_token_ids)
+        assert "[a-z]+" == call.start.constraint.regex
+        assert 20 == call.start.max_new_tokens
+
+
+async def test_one_prompts_fault_ends_all(stage: Stage) -> None:
+    """The others are cancelled, and the caller is told."""
+    fault = ServiceError("queue_full", "full", retry_after=3)
+    began = asyncio.Event()
+
+    async def script(
+        start: generator_pb2.StartGeneration, stops: Stops
+    ) -> AsyncIterator[generator_pb2.GenerateResponse]:
+        if list(start.prompt_token_ids) == [70]:
+            yield message_of(update(0, [70]))
+            began.set()
+            await stops.get()
+        await began.wait()
+        raise fault
+
+    stage.generator.script = script
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stage.completions.CreateCompletion(request([70], [71]))
+    [other] = [c for c in stage.generator.calls if list(c.start.prompt_token_ids) == [70]]
+    await other.cancelled.wait()
+
+    assert ("queue_full", None) == code_of(refused.value)
+
+
+async def test_a_caller_that_leaves_takes_all_generations_along(stage: Stage) -> None:
+    """Whichever of them was being read."""
+
+    async def script(
+        start: generator_pb2.StartGeneration, stops: Stops
+    ) -> AsyncIterator[generator_pb2.GenerateResponse]:
+        yield message_of(update(0, [70]))
+        await stops.get()
+
+    stage.generator.script = script
+    call = stage.completions.StreamCompletion(request("x", "y"))
+    deltas = 0
+    while deltas < 2:
+        deltas += (await call.read()).HasField("delta")
+    call.cancel()
+    for seen in stage.generator.calls:
+        await seen.cancelled.wait()
+
+    assert 2 == len(stage.generator.calls)
