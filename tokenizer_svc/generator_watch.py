@@ -14,7 +14,7 @@ from trivium.wire.errors import ServiceError
 
 log = logging.getLogger(__name__)
 
-RETRY_SECONDS = 0.5
+RETRY_SECONDS = 0.1
 RESUME_SECONDS = 0.05
 
 

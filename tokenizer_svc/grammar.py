@@ -13,10 +13,11 @@ from tokenizer_svc.families.lark import ANYTHING, Marker, Plan, literal
 from tokenizer_svc.families.thinking import Thinking, start_rules
 from tokenizer_svc.generation import Constraint, ConstraintKind
 from tokenizer_svc.request import Form, OutputForm, ToolUse
-from tokenizer_svc.schema_text import ANY_OBJECT, object_schema, one_line
+from tokenizer_svc.schema_text import ANY_OBJECT, arguments_schema, one_line
 from trivium.wire.errors import ServiceError
 
 _PLACE = re.compile(r"\bat (\d+)\(\d+\): ?")
+_PREFIX = "The lark cannot be used: "  # nobody but us knows that there was a grammar
 _EXCERPT = re.compile(r"\n\s+\d+ \| .*", re.DOTALL)
 # Tokens of a Lark grammar: strings, comments, patterns, names.
 _LARK_TOKEN = re.compile(
@@ -59,7 +60,7 @@ def blamed(error: ServiceError, constraint: Constraint | None) -> ServiceError:
         return error
     place = _PLACE.search(error.message)
     param = constraint.lines.get(int(place[1]), constraint.param) if place else constraint.param
-    reason = _PLACE.sub("", _EXCERPT.sub("", error.message)).strip()
+    reason = _PLACE.sub("", _EXCERPT.sub("", error.message)).removeprefix(_PREFIX).strip()
     is_schema = param.endswith(("schema", "parameters", ".json"))
     code = error.code
     if code in ("invalid_json_schema", "invalid_value"):
@@ -99,7 +100,7 @@ def _wrapped(
     else:
         lines.extend(tools.body_rules(plan, marker))
         for tool, place in zip(use.tools, use.places, strict=True):
-            schema = one_line(object_schema(tool.parameters))
+            schema = one_line(arguments_schema(tool.parameters))
             lines.append(f"call_{place}: {tools.call_rule(tool.name or '', schema, marker)}")
             places[len(lines)] = f"tools[{place}].function.parameters"
     if use.tools:

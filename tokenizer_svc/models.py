@@ -7,7 +7,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -106,7 +106,7 @@ def load_model(
         tokenizer=tokenizer,
         template=template,
         prompts=PromptBuilder(template, tokenizer, variables),
-        output=choose(template.whole_source, tool_parser, reasoning_parser),
+        output=_output(template, tool_parser, reasoning_parser),
     )
     _warm_up(model)
     return model
@@ -120,6 +120,12 @@ def _chat_template(directory: ModelDirectory) -> ChatTemplate:
         return ChatTemplate.from_config(config, source)
     except (OSError, ValueError) as error:
         raise ModelDirectoryError(f"{directory.path}: chat template: {error}") from error
+
+
+def _output(template: ChatTemplate, tool_parser: str, reasoning_parser: str) -> OutputFormat:
+    """How the model writes; one that was not made for tools does not know when to stop calling."""
+    output = choose(template.whole_source, tool_parser, reasoning_parser)
+    return replace(output, single_call=output.single_call or not template.shows_tools)
 
 
 def _warm_up(model: Model) -> None:

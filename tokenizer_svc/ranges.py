@@ -5,6 +5,7 @@ Knows no requests: a field is its name in JSON, a value is a number, a text or a
 
 import math
 from collections.abc import Sized
+from typing import Any
 
 from trivium.wire.errors import ServiceError
 
@@ -84,3 +85,16 @@ def check_length(name: str, text: str, maximum: int) -> None:
             f"{maximum}, but got a string with length {len(text)} instead."
         )
         raise ServiceError("string_above_max_length", message, name)
+
+
+def is_deeper(value: Any, levels: int) -> bool:
+    """Whether parsed JSON is nested in more than so many levels of lists and objects."""
+    rest = [(value, 1)]
+    while rest:
+        value, level = rest.pop()
+        if isinstance(value, dict | list):
+            if level > levels:
+                return True
+            inner = value.values() if isinstance(value, dict) else value
+            rest.extend((item, level + 1) for item in inner)
+    return False

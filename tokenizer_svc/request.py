@@ -155,6 +155,17 @@ class ChatRequest:
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
 
+    @property
+    def schema_characters(self) -> int:
+        """How much JSON there is in it to be looked at."""
+        conversation, options = self.conversation, self.options
+        forms = (options.response_format, options.structured_outputs)
+        return (
+            sum(len(tool.parameters or "") for tool in conversation.tools)
+            + sum(len(form.definition or "") for form in forms if form is not None)
+            + sum(map(len, conversation.variables.values()))
+        )
+
 
 @dataclass(frozen=True)
 class CompletionRequest:

@@ -17,7 +17,7 @@ from tokenizer_svc.answer import answer, chat_constraint, chat_reading, start
 from tokenizer_svc.completion import Completion, WholeAnswer
 from tokenizer_svc.events import Event, Header
 from tokenizer_svc.metrics import Metrics
-from tokenizer_svc.models import Model
+from tokenizer_svc.models import Model, off_loop
 from tokenizer_svc.request import ChatRequest
 from tokenizer_svc.served_model import ServedModels
 from tokenizer_svc.service_completion import CompletionService
@@ -74,13 +74,14 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         with self._metrics.request() as meter:
             served = self._models.find(chat.model)
             model = served.model
-            request = validate(chat, model.vocabulary_size)
+            size = chat.schema_characters
+            request = await off_loop(size, lambda: validate(chat, model.vocabulary_size))
             prompt = await served.prompt(request.conversation)
             tokens = len(prompt.token_ids)
             reading = chat_reading(model, request, prompt)
             completion = Completion(request.options.n, reading, model.tokenizer, tokens)
             header: Header | None = _header(model, accepted, tokens)
-            constraint = chat_constraint(model, request, prompt)
+            constraint = await off_loop(size, lambda: chat_constraint(model, request, prompt))
             command = start(served, request.options, prompt.token_ids, constraint)
             steps = answer(served, command, completion, meter, remaining_seconds(context))
             async with aclosing(steps):

@@ -5,11 +5,12 @@ Raises ServiceError as `validate` does. Whether the template takes it is the tem
 
 import json
 
-from tokenizer_svc.ranges import check_nonempty, missing
+from tokenizer_svc.ranges import check_nonempty, is_deeper, missing
 from tokenizer_svc.request import Conversation, Message, Role
 from tokenizer_svc.validate_tools import check_tools
 from trivium.wire.errors import ServiceError
 
+MAX_VARIABLE_DEPTH = 64
 REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high")
 
 
@@ -52,9 +53,12 @@ def _check_message(message: Message, where: str) -> None:
 
 def _check_json(field: str, text: str) -> None:
     try:
-        json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ServiceError("invalid_value", f"Invalid '{field}': not JSON.", field) from error
+        is_right = not is_deeper(json.loads(text), MAX_VARIABLE_DEPTH)
+    except (ValueError, RecursionError):
+        is_right = False
+    if not is_right:
+        message = f"Invalid '{field}': not JSON, or nested too deeply."
+        raise ServiceError("invalid_value", message, field)
 
 
 def _check_continuation(conversation: Conversation) -> None:

@@ -365,13 +365,34 @@ def test_nothing_is_asked_for_where_nothing_is_wanted() -> None:
         assert constraint(None, ToolUse(), output, Thinking.POSSIBLE, lambda text: None) is None
 
 
-def test_schemas_keep_their_letters() -> None:
-    """Numbers, escapes and order are the caller's."""
-    schema: dict[str, Any] = {"properties": {"z": {"const": 1e300}, "a": {"const": "\u00e9\n"}}}
-    text = json.dumps(schema)
-    constrained = made(HERMES, ToolUse((Tool("add", None, text),), (0,), forced=True))
+@pytest.mark.parametrize(
+    ("schema", "wider"),
+    [
+        ({"properties": {"a": {"type": "integer"}}}, False),
+        ({"properties": {"a": {"type": "integer"}}, "additionalProperties": True}, True),
+        ({"properties": {"a": {}}, "patternProperties": {"^x": {}}}, True),
+        ({"properties": {"a": {}}, "anyOf": [{"required": ["a"]}, {"required": ["x"]}]}, True),
+        ({"allOf": [{"properties": {"a": {}}}, {"properties": {"x": {}}}]}, True),
+        ({}, True),
+        (None, True),
+    ],
+)
+def test_models_invent_no_arguments(schema: dict[str, Any] | None, wider: bool) -> None:
+    """Fields that a schema does not name are left out, unless it seems to want them."""
+    tool = Tool("add", None, None if schema is None else json.dumps(schema))
+    forced = made(HERMES, ToolUse((tool,), (0,), forced=True))
 
-    assert '{"type": "object",' + text[1:] in constrained.text
+    assert allows(forced, call("hermes"))
+    assert wider == allows(forced, call("hermes").replace("1", '1, "x": 2'))
+
+
+def test_data_in_schemas_is_left_alone() -> None:
+    """A constant that looks like a schema stays what it is."""
+    constant = {"properties": {"b": 1}}
+    schema = {"properties": {"a": {"const": constant}}, "required": ["a"]}
+    forced = made(HERMES, ToolUse((Tool("add", None, json.dumps(schema)),), (0,), forced=True))
+
+    assert allows(forced, call("hermes").replace("1", json.dumps(constant)))
 
 
 @pytest.mark.parametrize("family", FORMATS)

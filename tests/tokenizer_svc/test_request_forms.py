@@ -47,6 +47,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     (json_schema("[]"), SCHEMA, PLACE),
     (json_schema('{"const": NaN}'), SCHEMA, PLACE),
     (json_schema('{"not":' * 100_000 + "}" * 100_000), COMPLEX, PLACE),
+    (json_schema('{"not":' * 128 + "{}" + "}" * 128), COMPLEX, PLACE),
     (json_schema('{"not":' * 10_000 + "1" + "}" * 10_000), COMPLEX, PLACE),
     ({"structured_outputs": {}}, INVALID, "structured_outputs"),
     ({"structured_outputs": {"json": "nothing"}}, SCHEMA, "structured_outputs.json"),
@@ -97,6 +98,11 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"reasoning_effort": "extreme"}, INVALID, "reasoning_effort"),
     ({"reasoning_effort": "high"}, "unsupported_parameter", "reasoning_effort"),
     ({"chat_template_kwargs": {"thinking": "{"}}, INVALID, "chat_template_kwargs.thinking"),
+    (
+        {"chat_template_kwargs": {"thinking": "[" * 500 + "]" * 500}},
+        INVALID,
+        "chat_template_kwargs.thinking",
+    ),
     (
         {"chat_template_kwargs": {"tools": "[]"}},
         "unsupported_parameter",

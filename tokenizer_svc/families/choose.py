@@ -46,7 +46,7 @@ class OutputFormat:
 
     tools: ToolFormat | None
     thinks: bool = False
-    single_call: bool = False  # the template refuses messages with more than one
+    single_call: bool = False  # more than one call in a message is too many for the model
 
     @property
     def is_harmony(self) -> bool:
