@@ -4,9 +4,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tokenizer_svc.sample_tokenizers import byte_level
+from tests.tokenizer_svc.test_families import read
 from tests.tokenizer_svc.test_stop_strings import search
 from tokenizer_svc.choice import Choice, Reading
 from tokenizer_svc.events import Delta, FinishReason
+from tokenizer_svc.families.segments import Plain
+from tokenizer_svc.families.thinking import Thinking, ThinkingParser
 from tokenizer_svc.generation import Ending, Finished, Logprobs, Update
 from tokenizer_svc.stop import StopStrings
 from tokenizer_svc.tokenizer import Tokenizer
@@ -16,13 +19,7 @@ TOKENIZER = Tokenizer(byte_level())
 
 def run(token_ids: list[int], sizes: list[int], stops: list[str]) -> tuple[Choice, list[Delta]]:
     """All tokens, in messages of these sizes, then the end by length."""
-    choice = Choice(0, TOKENIZER, Reading(stops=StopStrings(stops)))
-    deltas, rest = [], list(token_ids)
-    for size in sizes:
-        piece, rest = rest[:size], rest[size:]
-        deltas += choice.push(scored(piece))
-    finished = Finished(Ending.LENGTH, len(token_ids), 0, 5)
-    return choice, deltas + choice.push(scored(rest, finished))
+    return read_tokens(token_ids, sizes, Reading(stops=StopStrings(stops)))
 
 
 def scored(token_ids: list[int], finished: Finished | None = None) -> Update:
@@ -79,3 +76,47 @@ def test_tokens_are_counted_to_the_one_that_completed_the_stop_string(
     stopped = [n for n in counts if search(TOKENIZER.decode(token_ids[:n]), stops)[1] is not None]
 
     assert (stopped[0] if stopped else len(token_ids)) == choice.completion_tokens
+
+
+words = st.lists(
+    st.sampled_from(["<think>", "</think>", "ab", "b<", "é", "\n", " ", "\U0001fae0"]), max_size=10
+).map("".join)
+
+
+@given(words, sizes, stop_lists, st.booleans())
+def test_reasoning_is_apart_and_stop_strings_mind_the_rest(
+    text: str, sizes: list[int], stops: list[str], include: bool
+) -> None:
+    """What is reasoned is never searched, and log-probabilities are of the answer's text alone."""
+    reading = Reading(
+        parser=lambda: ThinkingParser(Thinking.POSSIBLE, Plain()),
+        stops=StopStrings(stops),
+        include_stop=include,
+    )
+    reasoning, content, _ = read(ThinkingParser(Thinking.POSSIBLE, Plain()), [text])
+    expected, stop = search(content, stops)
+    token_ids = TOKENIZER.encode(text)
+    choice, deltas = read_tokens(token_ids, sizes, reading)
+    shown = "".join(delta.content for delta in deltas)
+    entries = [entry for delta in deltas for entry in delta.logprobs]
+    offsets = [entry.offset for entry in entries]
+
+    assert reasoning == "".join(delta.reasoning for delta in deltas)
+    assert expected + (stop or "" if include else "") == shown
+    assert stop == choice.matched_stop
+    assert shown.encode() in b"".join(entry.token_bytes for entry in entries)
+    assert sorted(offsets) == offsets
+    assert 0 <= choice.reasoning_tokens <= choice.completion_tokens
+
+
+def read_tokens(
+    token_ids: list[int], sizes: list[int], reading: Reading
+) -> tuple[Choice, list[Delta]]:
+    """All tokens, in messages of these sizes, then the end by length."""
+    choice = Choice(0, TOKENIZER, reading)
+    deltas, rest = [], list(token_ids)
+    for size in sizes:
+        piece, rest = rest[:size], rest[size:]
+        deltas += choice.push(scored(piece))
+    finished = Finished(Ending.LENGTH, len(token_ids), 0, 5)
+    return choice, deltas + choice.push(scored(rest, finished))

@@ -1,5 +1,7 @@
 """Incremental decoding against decoding at once."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -107,3 +109,17 @@ def test_unfinished_bytes_show_at_the_end() -> None:
 def test_ids_beyond_the_tokenizer_have_no_text() -> None:
     """Models pad their vocabulary; such an id says nothing."""
     assert ["", ""] == pieces(KINDS["byte level"], [99_999])
+
+
+def test_hidden_tokens_show_to_those_who_have_to_see_them() -> None:
+    """A parser's markers, or all of them for a caller who asks."""
+    tokenizer = KINDS["byte level"]
+    token_ids = [1, *tokenizer.encode("a"), 2]
+
+    def text(**more: Any) -> str:
+        detokenizer = Detokenizer(tokenizer, **more)
+        return "".join(map(detokenizer.push, token_ids)) + detokenizer.flush()
+
+    assert "a" == text()
+    assert "<|im_start|>a" == text(markers={"<|im_start|>", "<tool_call>"})
+    assert "<|im_start|>a<|im_end|>" == text(show_hidden=True)

@@ -88,3 +88,15 @@ def test_byte_level_tokens_have_no_space_dropped() -> None:
     assert not Tokenizer(byte_level()).drops_first_space
     assert Tokenizer(byte_fallback()).drops_first_space
     assert Tokenizer(unigram()).drops_first_space
+
+
+def test_markers_that_are_one_token() -> None:
+    """Hidden tokens, and added ones in angle brackets, which constraints keep apart from text."""
+    tokenizer = Tokenizer(byte_level(("<|im_end|>", "[CALL]"), ("<think>", "[ARGS]")))
+
+    assert 0 == tokenizer.marker_id("<|im_end|>")
+    assert 1 == tokenizer.marker_id("[CALL]")
+    assert tokenizer.marker_id("<think>") is not None
+    assert tokenizer.marker_id("[ARGS]") is None
+    assert tokenizer.marker_id("a") is None
+    assert {0: "<|im_end|>", 1: "[CALL]"} == tokenizer.hidden_tokens

@@ -13,6 +13,7 @@ import grpc
 import pytest
 
 from tests.tokenizer_svc.conftest import CONTEXT_LENGTH, Stage, user
+from tests.tokenizer_svc.sample_templates import SMOLLM2
 from tests.tokenizer_svc.scripted_generator import (
     ScriptedGenerator,
     code_of,
@@ -73,6 +74,16 @@ async def test_rendering_shows_the_prompt(stage: Stage) -> None:
 
     assert rendered.prompt.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     assert rendered.prompt == (await stage.tokenizer.Detokenize(detokenize)).text
+
+
+async def test_a_tokenizer_tells_of_itself(stage: Stage) -> None:
+    """Its size, its control tokens, and the template."""
+    request = tokenizer_pb2.GetTokenizerInfoRequest(model="tiny")
+    info = await stage.tokenizer.GetTokenizerInfo(request)
+
+    assert (512, CONTEXT_LENGTH) == (info.vocabulary_size, info.context_length)
+    assert (SMOLLM2, "", "<|im_end|>") == (info.chat_template, info.bos_token, info.eos_token)
+    assert {0: "<|endoftext|>", 1: "<|im_start|>", 2: "<|im_end|>"} == dict(info.special_tokens)
 
 
 @pytest.mark.parametrize("token_id", [-1, 512])

@@ -1,0 +1,63 @@
+"""Several streams as one."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+import pytest
+
+from tokenizer_svc.merge import merged
+
+
+async def counting(name: str, count: int, ended: list[str]) -> AsyncGenerator[str]:
+    try:
+        for number in range(count):
+            await asyncio.sleep(0)
+            yield f"{name}{number}"
+    finally:
+        ended.append(name)
+
+
+async def waiting(ended: list[str]) -> AsyncGenerator[str]:
+    try:
+        yield "first"
+        await asyncio.Event().wait()
+    finally:
+        ended.append("waiting")
+
+
+async def failing() -> AsyncGenerator[str]:
+    yield "before"
+    raise RuntimeError("a fault")
+
+
+@pytest.mark.parametrize("counts", [[3], [3, 0, 5], [0, 0]])
+async def test_all_items_come_in_their_order(counts: list[int]) -> None:
+    """Those of each stream as it has them, and the end after the last."""
+    ended: list[str] = []
+    streams = [counting(str(place), count, ended) for place, count in enumerate(counts)]
+    items = [item async for item in merged(streams)]
+
+    for place, count in enumerate(counts):
+        own = [item for item in items if item[0] == str(place)]
+        assert [f"{place}{number}" for number in range(count)] == own
+    assert len(counts) == len(ended)
+
+
+async def test_a_fault_ends_all_streams() -> None:
+    """And is raised."""
+    ended: list[str] = []
+    with pytest.raises(RuntimeError, match="a fault"):
+        async for _ in merged([waiting(ended), failing()]):
+            pass
+
+    assert ["waiting"] == ended
+
+
+async def test_who_stops_reading_ends_all_streams() -> None:
+    """At once, whether they had something to say or not."""
+    ended: list[str] = []
+    streams = merged([waiting(ended), counting("a", 100, ended)])
+    await anext(streams)
+    await streams.aclose()
+
+    assert ["a", "waiting"] == sorted(ended)
