@@ -138,6 +138,14 @@ def test_several_forced_calls(family: str) -> None:
     assert expected == parsed(family, calls(family))
 
 
+def test_mistrals_marker_may_have_a_space_behind_it() -> None:
+    """As the tokens of its older models have it."""
+    spaced = call("mistral").replace("]", "] ", 1)
+    for use in (BOTH, FORCED, ONE):
+        assert allows(made(MISTRAL, use), spaced)
+    assert ("", "", [("add", '{"a": 1}')]) == parsed("mistral", spaced)
+
+
 def test_a_template_that_refuses_several_calls_is_given_one() -> None:
     """Llama 3.1's says so; another's with the same format takes more."""
     other = choose(templates.LLAMA31.replace("only supports single", "supports"))

@@ -33,7 +33,8 @@ def named_call_rule(name: str, schema: str, marker: Marker) -> str:
 
 def body_rules(plan: Plan, marker: Marker) -> list[str]:
     """Rules of `body`."""
-    calls = '"[" call (", " call)* "]"' if plan.parallel else '"[" call "]"'
+    # Older tokenizers put a space after the marker.
+    calls = '" "? "[" call (", " call)* "]"' if plan.parallel else '" "? "[" call "]"'
     return _body_rules(plan, marker(OPENING), calls, repeats=False)
 
 
