@@ -110,14 +110,15 @@ class Choice:
     def _take_token(self, token_id: int, logprobs: Logprobs | None) -> None:
         self.completion_tokens += 1
         start, before = self._decoded, self._parser.phase
+        own = start + self._detokenizer.breaks_off(token_id)
         piece = self._detokenizer.push(token_id)
         self._decoded += len(piece)
         segments = self._parser.push(piece, start) if piece else []
         self._count_reasoning(before, self._parser.phase)
         if logprobs is not None:
             end = self._decoded + self._detokenizer.pending
-            entry = describe(self._tokenizer, token_id, logprobs, start)
-            self._logprobs.push(start, end, entry, counts=before is Phase.ANSWER)
+            entry = describe(self._tokenizer, token_id, logprobs, own)
+            self._logprobs.push(own, end, entry, counts=before is Phase.ANSWER)
         self._take_segments(segments)
 
     def _count_reasoning(self, before: Phase, after: Phase) -> None:

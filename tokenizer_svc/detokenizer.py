@@ -27,6 +27,15 @@ class Detokenizer:
         """Whether the first bytes of a character wait for the rest."""
         return bool(self._decoder.getstate()[0])
 
+    def breaks_off(self, token_id: int) -> bool:
+        """Whether pending bytes are no character after all if this token comes next.
+
+        They are then one U+FFFD, which comes with this token's text but stands before it.
+        """
+        token = self._tokenizer.token_bytes(token_id)
+        is_shown = not self._tokenizer.is_hidden(token_id) or self._shows(token)
+        return self.pending and is_shown and bool(token) and not 0x80 <= token[0] < 0xC0
+
     def push(self, token_id: int) -> str:
         """The characters that this token completes; "" if none."""
         token = self._tokenizer.token_bytes(token_id)
