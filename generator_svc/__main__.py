@@ -19,7 +19,7 @@ from generator_svc.artifact import (
 from generator_svc.config import GeneratorSettings
 from generator_svc.constraint_compiler import ConstraintCompiler
 from generator_svc.convert import Limits
-from generator_svc.cuda_memory import free_bytes
+from generator_svc.cuda_memory import CudaError, free_bytes
 from generator_svc.engine import Engine
 from generator_svc.kv_cache import SlotCache
 from generator_svc.metering import WARM_UP, Meter
@@ -45,8 +45,21 @@ _SWITCH_INTERVAL_SECONDS = 0.0005
 
 
 def load_runner(settings: GeneratorSettings, model: ModelDirectory) -> OrtRunner:
-    """The model on its device, with the slots that memory allows, warmed up."""
+    """The model on its device, with the slots that memory allows.
+
+    `auto` takes the CPU where there is a CUDA device and its libraries, or the model, fail.
+    """
     device = choose_device(settings.device)
+    try:
+        return _load_on(device, settings, model)
+    except (DeviceError, CudaError) as error:
+        if device == "cpu" or settings.device != "auto":
+            raise
+        log.warning("CUDA cannot be used, so the CPU is: %s", error)
+        return _load_on("cpu", settings, model)
+
+
+def _load_on(device: str, settings: GeneratorSettings, model: ModelDirectory) -> OrtRunner:
     is_half = model.precision == "fp16" or (device == "cuda" and model.precision != "fp32")
     element_bytes = 2 if is_half else 4
     cache_bytes = settings.kv_cache_bytes

@@ -114,7 +114,6 @@ class SlotCache:
         slot.tokens = sequence.token_ids[:kept]
         slot.owner = None
         slot.last_used = next(self._clock)
-        slot.idle_steps = 0
         sequence.slot = -1
 
     def forget(self, sequence: Sequence) -> None:

@@ -201,8 +201,11 @@ class Scheduler:
         return tuple(rows)
 
     def _start_siblings(self, group: Group) -> None:
+        """Lets those start that wait for the prompt; without any left its logits are done with."""
         waiting = [s for s in group.sequences if s.stage is Stage.WAITING and s not in self.waiting]
         self.waiting.extendleft(reversed(waiting))
+        if all(s.stage in (Stage.DECODE, Stage.FINISHED) for s in group.sequences):
+            group.prompt_logits = None
 
     def _promote(self, group: Group) -> None:
         """The first sequence ended before its prompt was computed: the next one does that."""

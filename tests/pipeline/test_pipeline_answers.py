@@ -109,12 +109,14 @@ def test_choices_interleave_and_finish_apart(client: openai.OpenAI, services: Se
 
 
 def test_choices_share_one_prompt(client: openai.OpenAI, services: Services) -> None:
-    """Four choices cost one prompt, in tokens counted and in tokens computed."""
+    """Four choices count one prompt, in the usage and in the generator's metrics."""
+    before = services.generator_metrics()["vllm:prompt_tokens_total"]
     messages = [{"role": "user", "content": "A prompt that nobody else sends " * 20}]
+    four = ask(client, services, messages=messages, n=4)
+    counted = services.generator_metrics()["vllm:prompt_tokens_total"] - before
     one = ask(client, services, messages=messages)
-    four = ask(client, services, messages=messages, n=4, max_completion_tokens=None)
 
-    assert one.usage.prompt_tokens == four.usage.prompt_tokens
+    assert one.usage.prompt_tokens == four.usage.prompt_tokens == counted
     assert four.usage.completion_tokens > one.usage.completion_tokens
 
 
