@@ -24,6 +24,7 @@ from generator_svc.engine import Engine
 from generator_svc.kv_cache import SlotCache
 from generator_svc.metering import WARM_UP, Meter
 from generator_svc.metrics import EngineCollector, RequestMetrics
+from generator_svc.pace import Pace
 from generator_svc.plan import Chunk, Row, StepPlan
 from generator_svc.runner import DeviceError, OrtRunner, choose_device
 from generator_svc.scheduler import Scheduler
@@ -64,7 +65,8 @@ def _load_on(device: str, settings: GeneratorSettings, model: ModelDirectory) ->
     element_bytes = 2 if is_half else 4
     cache_bytes = settings.kv_cache_bytes
     if not cache_bytes:
-        free = free_memory() if device == "cpu" else free_bytes()
+        # The weights are not there yet; on the CPU they are mapped from the file.
+        free = free_memory() if device == "cpu" else free_bytes() - model.weight_bytes
         cache_bytes = int(free * settings.kv_memory_share)
     plan = plan_memory(
         model, settings.slots, settings.max_sequence_length, cache_bytes, element_bytes
@@ -114,7 +116,8 @@ def build_engine(
     on_fault: Callable[[BaseException], None],
 ) -> Engine:
     cache = SlotCache(runner.info.slots, runner.info.slot_length, settings.prefix_cache)
-    scheduler = Scheduler(cache, settings.prefill_tokens, settings.chunk_tokens, meter.settle)
+    stall_nanoseconds = settings.prefill_stall_ms * 1_000_000
+    scheduler = Scheduler(cache, Pace(), stall_nanoseconds, settings.chunk_tokens, meter.settle)
     admission = Admission(settings.max_queued_requests, settings.max_queued_tokens)
     return Engine(scheduler, runner, meter, admission, deliver, on_fault)
 

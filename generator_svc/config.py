@@ -52,11 +52,11 @@ class GeneratorSettings(BaseSettings):
     prefix_cache: bool = Field(
         True, description="Whether prompts reuse keys and values of earlier prompts."
     )
-    prefill_tokens: int = Field(
-        256,
-        ge=8,
-        description="Prompt tokens a step computes while other sequences decode: more start new "
-        "requests sooner, fewer stall running streams less.",
+    prefill_stall_ms: int = Field(
+        100,
+        ge=1,
+        description="Milliseconds that a step spends on prompts while other sequences decode, by "
+        "what it measured: more start new requests sooner, fewer stall running streams less.",
     )
     chunk_tokens: int = Field(
         512, ge=8, description="Prompt tokens a step computes while nothing decodes."

@@ -1,4 +1,4 @@
-"""CUDA without a framework: how many devices there are, and the slots' memory on the first.
+"""CUDA without a framework: how many devices there are, and memory and time on the first.
 
 Calls the driver and the runtime library that ONNX Runtime brings or loads.
 """
@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from generator_svc.slot_memory import Shape
 
-_DEVICE_TO_DEVICE = 3
+_DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 2, 3
 _DRIVERS = ("libcuda.so.1", "nvcuda.dll")
 _RUNTIMES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so", "cudart64_13.dll")
 
@@ -52,6 +52,48 @@ def free_bytes() -> int:
     code = _load(_RUNTIMES).cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total))
     _check(code, "cudaMemGetInfo")
     return free.value
+
+
+def copy_to_host(target: int, source: int, size: int) -> None:
+    """Copies `size` bytes from an address on the device to one of the host, and waits for it."""
+    pointers = ctypes.c_void_p(target), ctypes.c_void_p(source)
+    kind = ctypes.c_int(_DEVICE_TO_HOST)
+    code = _load(_RUNTIMES).cudaMemcpy(*pointers, ctypes.c_size_t(size), kind)
+    _check(code, f"cudaMemcpy of {size} bytes")
+
+
+class CudaClock:
+    """The time that the device takes for what is done on `stream`, a stream of its own."""
+
+    def __init__(self) -> None:
+        self._runtime = _load(_RUNTIMES)
+        self.stream = self._create("cudaStreamCreate")
+        self._began, self._ended = (self._create("cudaEventCreate") for _ in range(2))
+
+    def start(self) -> None:
+        self._record(self._began)
+
+    def stop(self) -> int:
+        """Waits until the stream is done; nanoseconds since `start`, to half a microsecond."""
+        self._record(self._ended)
+        ended = ctypes.c_void_p(self._ended)
+        _check(self._runtime.cudaEventSynchronize(ended), "cudaEventSynchronize")
+        milliseconds = ctypes.c_float()
+        code = self._runtime.cudaEventElapsedTime(
+            ctypes.byref(milliseconds), ctypes.c_void_p(self._began), ended
+        )
+        _check(code, "cudaEventElapsedTime")
+        return round(milliseconds.value * 1e6)
+
+    def _create(self, call: str) -> int:
+        handle = ctypes.c_void_p()
+        _check(getattr(self._runtime, call)(ctypes.byref(handle)), call)
+        assert handle.value is not None
+        return handle.value
+
+    def _record(self, event: int) -> None:
+        pointers = ctypes.c_void_p(event), ctypes.c_void_p(self.stream)
+        _check(self._runtime.cudaEventRecord(*pointers), "cudaEventRecord")
 
 
 class CudaMemory:

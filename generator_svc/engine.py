@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from generator_svc.admission import Admission
+from generator_svc.candidates import sample_all
+from generator_svc.device_row import DeviceRow
+from generator_svc.logits_memory import Logits
 from generator_svc.metering import CACHE_MOVES, Meter
-from generator_svc.runner import Logits, Outcome, Runner
-from generator_svc.sampler import sample_all
+from generator_svc.runner import Outcome, Runner
 from generator_svc.scheduler import Scheduler, Step
 from generator_svc.sequence import FinishReason, Generation, Group, Sequence, Stage, Update
 
@@ -102,6 +104,7 @@ class Engine:
         step = self._scheduler.schedule()
         outcome = self._runner.run(step.plan)
         self._charge(step, outcome)
+        self._scheduler.observe(step, (chunk.nanoseconds for chunk in outcome.chunks))
         tokens, failures = sample_all(_drawing(step, outcome))
         failures += _failed_runs(step, outcome)
         updates += self._scheduler.commit(step, tokens, failures)
@@ -155,7 +158,7 @@ class Engine:
             self.meter.charge(outcome.rows.nanoseconds, [(owner, 1) for owner in step.rows])
 
 
-def _drawing(step: Step, outcome: Outcome) -> Iterator[tuple[Sequence, Logits]]:
+def _drawing(step: Step, outcome: Outcome) -> Iterator[tuple[Sequence, Logits | DeviceRow]]:
     """Who draws a token in this step, and from which logits, float32 [vocabulary]."""
     for sequence in step.forks:
         yield sequence, sequence.group.prompt_logits

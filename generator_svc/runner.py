@@ -3,10 +3,14 @@
 Carries out plans; decides nothing, and knows nothing about sequences or sampling.
 """
 
+import ctypes
+import functools
+import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,12 +18,15 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from generator_svc.batch import RunInputs, decode_inputs, prefill_inputs
-from generator_svc.cuda_memory import CudaMemory, device_count
+from generator_svc.cuda_memory import CudaClock, CudaError, CudaMemory, copy_to_host, device_count
+from generator_svc.device_row import CANDIDATES, GRAPH, DeviceRow
+from generator_svc.integer_products import are_exact
+from generator_svc.logits_memory import DeviceLogits, HostLogits, Logits
 from generator_svc.plan import Chunk, Copy, StepPlan, Swap
 from generator_svc.slot_memory import HostMemory, SlotMemory
 from trivium.model_directory import ModelDirectory
 
-Logits = npt.NDArray[np.float32]
+log = logging.getLogger(__name__)
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -31,10 +38,13 @@ class DeviceError(RuntimeError):
 
 @dataclass(frozen=True)
 class RunResult:
-    """One run: its device time, and either its logits, float32 [rows, vocabulary], or its error."""
+    """One run: its device time, and either its logits, float32 [rows, vocabulary], or its error.
+
+    Logits that stay on the device are a DeviceRow for each row.
+    """
 
     nanoseconds: int
-    logits: Logits | None = None
+    logits: Logits | tuple[DeviceRow, ...] | None = None
     error: BaseException | None = None
 
 
@@ -98,15 +108,19 @@ class OrtRunner:
     def __init__(
         self, model: ModelDirectory, device: str, slots: int, slot_length: int, threads: int = 0
     ) -> None:
+        if model.precision == "w8a8":
+            _check_integer_products(device)
         self._model = model
-        self._session = _open_session(model, device, threads)
+        self._clock = _start_clock(device)
+        self._session = _open_session(model.graph, device, threads, self._clock)
         self._device = device
         cache_type = _NUMPY_TYPES[_input_type(self._session, model.names.past_key % 0)]
-        self._logits_type = _NUMPY_TYPES[_output_type(self._session, model.names.logits)]
+        logits_type = _NUMPY_TYPES[_output_type(self._session, model.names.logits)]
         shape = (slots, model.num_kv_heads, slot_length, model.head_size)
         self._memory = _allocate(device, 2 * model.num_layers, shape, cache_type)
         self._bindings = _Bindings(self._create_binding)
-        self._row_logits = np.empty((slots, 1, model.vocab_size), self._logits_type)
+        self._logits = _logits_memory(device, model.vocab_size, logits_type, self._clock)
+        self._row_logits = self._logits.reserve(slots)
         self.info = DeviceInfo(
             provider=self._session.get_providers()[0],
             dtype=np.dtype(cache_type).name,
@@ -124,7 +138,7 @@ class OrtRunner:
         chunks = tuple(self._run_chunk(chunk) for chunk in plan.chunks)
         rows = None
         if plan.rows:  # their logits live until the next step
-            rows = self._run(decode_inputs(plan.rows), self._row_logits[: len(plan.rows)])
+            rows = self._run(decode_inputs(plan.rows), self._row_logits)
         return Outcome(move_nanoseconds, chunks, rows)
 
     def _move(self, move: Copy | Swap) -> None:
@@ -134,26 +148,24 @@ class OrtRunner:
             self._memory.swap(move.first, move.second, move.length)
 
     def _run_chunk(self, chunk: Chunk) -> RunResult:
-        logits = np.empty((1, 1, self._model.vocab_size), self._logits_type)
-        result = self._run(prefill_inputs(chunk), logits)
-        return result if chunk.wants_logits else replace(result, logits=None)
+        return self._run(prefill_inputs(chunk), None, chunk.wants_logits)
 
-    def _run(self, inputs: RunInputs, logits: npt.NDArray[Any]) -> RunResult:
-        """One run; `logits` [rows, 1, vocabulary] takes what it gives."""
+    def _run(self, inputs: RunInputs, room: Any, wants_logits: bool = True) -> RunResult:
+        """One run; `room` takes its logits, and None stands for room of their own."""
         names = self._model.names
-        binding = self._bindings.get(inputs.first_slot, inputs.rows)
-        binding.bind_cpu_input(names.input_ids, inputs.input_ids)
-        binding.bind_cpu_input(names.attention_mask, inputs.attention_mask)
-        binding.bind_output(
-            names.logits, "cpu", 0, self._logits_type, logits.shape, logits.ctypes.data
-        )
         started = time.perf_counter_ns()
         try:
+            room = self._logits.reserve(inputs.rows) if room is None else room
+            binding = self._bindings.get(inputs.first_slot, inputs.rows)
+            binding.bind_cpu_input(names.input_ids, inputs.input_ids)
+            binding.bind_cpu_input(names.attention_mask, inputs.attention_mask)
+            binding.bind_output(names.logits, *self._logits.place(room, inputs.rows))
+            self._clock.start()
             self._session.run_with_iobinding(binding)
+            logits = self._logits.read(room, inputs.rows) if wants_logits else None
+            return RunResult(self._clock.stop(), logits)
         except Exception as error:  # whatever the runtime raises ends this run, not the engine
             return RunResult(time.perf_counter_ns() - started, error=error)
-        nanoseconds = time.perf_counter_ns() - started
-        return RunResult(nanoseconds, logits[:, 0, :].astype(np.float32, copy=False))
 
     def _create_binding(self, first_slot: int, rows: int) -> Any:
         binding = self._session.io_binding()
@@ -171,17 +183,79 @@ class OrtRunner:
         return binding
 
 
-def _open_session(model: ModelDirectory, device: str, threads: int) -> ort.InferenceSession:
+def _check_integer_products(device: str) -> None:
+    if device != "cpu":
+        raise DeviceError("a model of precision w8a8 runs on the CPU alone")
+    if not are_exact():
+        raise DeviceError(
+            "this processor does not multiply bytes exactly, which a model of precision w8a8 "
+            "needs; export it with precision int8"
+        )
+
+
+class _HostClock:
+    """Time on the host, for a device that the host is, or waits for."""
+
+    def start(self) -> None:
+        self._started = time.perf_counter_ns()
+
+    def stop(self) -> int:
+        """Nanoseconds since `start`."""
+        return time.perf_counter_ns() - self._started
+
+
+def _start_clock(device: str) -> _HostClock | CudaClock:
+    """The device's own clock where it works."""
+    if device == "cuda":
+        try:
+            clock = CudaClock()
+            clock.start()
+            clock.stop()
+            return clock
+        except (CudaError, AttributeError) as error:
+            log.warning("the device's time is taken on the host: %s", error)
+    return _HostClock()
+
+
+def _logits_memory(
+    device: str, vocabulary: int, dtype: Any, clock: _HostClock | CudaClock
+) -> HostLogits | DeviceLogits:
+    """On the CUDA device where they are float32 and it picks candidates as it should."""
+    if device == "cuda" and dtype is np.float32 and vocabulary >= CANDIDATES:
+        try:
+            logits = _device_logits(device, vocabulary, clock)
+            logits.check()
+            return logits
+        except Exception as error:  # of the runtime's own types: a kernel is missing, for one
+            log.warning("all logits are brought to the host: %s", error)
+    return HostLogits(vocabulary, dtype)
+
+
+def _device_logits(device: str, vocabulary: int, clock: _HostClock | CudaClock) -> DeviceLogits:
+    session = _open_session(GRAPH, device, 1, clock)
+    reserve = functools.partial(
+        ort.OrtValue.ortvalue_from_shape_and_type,
+        element_type=np.float32,
+        device_type=device,
+    )
+    copy = ctypes.memmove if device == "cpu" else copy_to_host
+    return DeviceLogits(vocabulary, device, session, reserve, copy)
+
+
+def _open_session(
+    graph: Path, device: str, threads: int, clock: _HostClock | CudaClock
+) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or _physical_cores()
-    providers = [_PROVIDERS["cpu"]]
+    providers: list[Any] = [_PROVIDERS["cpu"]]
     if device == "cuda":
-        providers.insert(0, _PROVIDERS["cuda"])
+        stream = {"user_compute_stream": str(clock.stream)} if isinstance(clock, CudaClock) else {}
+        providers.insert(0, (_PROVIDERS["cuda"], stream))
     try:
-        session = ort.InferenceSession(str(model.graph), options, providers=providers)
+        session = ort.InferenceSession(str(graph), options, providers=providers)
     except Exception as error:
-        raise DeviceError(f"{model.graph}: ONNX Runtime cannot load it: {error}") from error
+        raise DeviceError(f"{graph}: ONNX Runtime cannot load it: {error}") from error
     if session.get_providers()[0] != _PROVIDERS[device]:
         raise DeviceError(f"the {_PROVIDERS[device]} did not start; see its log above")
     return session

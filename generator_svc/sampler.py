@@ -6,7 +6,8 @@ top_p, min_p, draw.
 Knows nothing about slots, steps or text.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +37,7 @@ def sample(sequence: Sequence, logits: Row) -> SampledToken:
     if not np.isfinite(logits[best]):  # arg max stops at the first NaN
         raise BadLogits("the model's logits are not finite")
     sampling = generation.sampling
-    forbidden = _forbidden(sequence, logits.size)
+    forbidden = forbidden_tokens(sequence, logits.size)
     if sampling.is_plain_greedy and (forbidden is None or not forbidden[best]):
         token_id = best
     else:
@@ -51,7 +52,7 @@ def sample(sequence: Sequence, logits: Row) -> SampledToken:
     return SampledToken(token_id, _report(logits, token_id, generation.top_logprobs))
 
 
-def _forbidden(sequence: Sequence, size: int) -> Mask | None:
+def forbidden_tokens(sequence: Sequence, size: int) -> Mask | None:
     """Tokens that may not be drawn now, bool [vocabulary]; None when there are none.
 
     Where a constraint leaves nothing but tokens that end the text, these may be drawn, although
@@ -141,7 +142,7 @@ def _choose(row: npt.NDArray[np.float64], sampling: Sampling, index: int, positi
         return _draw_from_all(weights, draw)
     ids = _candidates(weights, sampling)
     cumulative = np.cumsum(weights[ids])
-    return int(ids[_position(cumulative, draw)])
+    return int(ids[position_of(cumulative, draw)])
 
 
 def _draw_from_all(weights: npt.NDArray[np.float64], draw: float) -> int:
@@ -149,15 +150,15 @@ def _draw_from_all(weights: npt.NDArray[np.float64], draw: float) -> int:
     whole = weights.size - weights.size % _BLOCK
     sums = weights[:whole].reshape(-1, _BLOCK).sum(axis=1)
     cumulative = np.cumsum(np.append(sums, weights[whole:].sum()))
-    block = _position(cumulative, draw)
+    block = position_of(cumulative, draw)
     start = block * _BLOCK
     inside = np.cumsum(weights[start : start + _BLOCK])
     before = cumulative[block - 1] if block else 0.0
     within = (draw * cumulative[-1] - before) / inside[-1]
-    return start + _position(inside, min(max(within, 0.0), np.nextafter(1.0, 0.0)))
+    return start + position_of(inside, min(max(within, 0.0), np.nextafter(1.0, 0.0)))
 
 
-def _position(cumulative: npt.NDArray[np.float64], draw: float) -> int:
+def position_of(cumulative: npt.NDArray[np.float64], draw: float) -> int:
     """The first place whose cumulative weight exceeds `draw` of the total."""
     place = int(np.searchsorted(cumulative, draw * cumulative[-1], side="right"))
     # Rounding may reach the total itself; then the last place that has any weight.
@@ -185,14 +186,18 @@ def _candidates(weights: npt.NDArray[np.float64], sampling: Sampling) -> npt.NDA
 
 
 def sample_all(
-    drawing: Iterable[tuple[Sequence, Row]],
+    drawing: Iterable[tuple[Sequence, Any]],
+    draw: Callable[[Sequence, Any], SampledToken] = sample,
 ) -> tuple[list[tuple[Sequence, SampledToken]], list[tuple[Sequence, BaseException]]]:
-    """Tokens for all, and the failures of those whose logits or constraints were bad."""
+    """Tokens for all, and the failures of those whose logits or constraints were bad.
+
+    `draw` draws one; another than `sample` may know other kinds of rows.
+    """
     tokens: list[tuple[Sequence, SampledToken]] = []
     failures: list[tuple[Sequence, BaseException]] = []
     for sequence, logits in drawing:
         try:
-            token = sample(sequence, logits)
+            token = draw(sequence, logits)
             if sequence.constraint_state is not None:
                 sequence.constraint_state.accept(token.token_id)
         except (BadLogits, ConstraintError) as error:

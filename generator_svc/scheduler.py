@@ -2,12 +2,16 @@
 
 The policy, whole:
 
-    1. First come, first served. A request waits until a slot is free.
-    2. Every sequence that decodes gets one token in every step.
-    3. Prompts are prefilled in chunks beside it. While anything decodes, a step prefills at
-       most `prefill_tokens` (the one dial: more of them, and new requests start sooner;
-       fewer, and running streams stall less). While nothing decodes, up to `chunk_tokens`.
-    4. The n sequences of a request share one prefill: the others start when the first has its
+    1. Every sequence that decodes gets one token in every step.
+    2. Prompts are prefilled in chunks beside it. While anything decodes, a step's chunks take at
+       most `stall_nanoseconds`, by what chunks took so far. It is the one dial: more, and new
+       requests start sooner; less, and running streams stall less. At least one tile of tokens is
+       computed, however slow. While nothing decodes, up to `chunk_tokens`.
+    3. First come, first served, among prompts that one step can take. A longer one gets at least
+       half of every step's prefill once it is the oldest, and the others share the rest, the
+       shortest first: neither waits for all of the other. Of the longer ones, one at a time.
+    4. A request is started when a slot is free and its prompt is soon to be computed.
+    5. The n sequences of a request share one prefill: the others start when the first has its
        prompt computed, from a copy of its slot and from the same logits.
 """
 
@@ -16,7 +20,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from generator_svc.kv_cache import SlotCache
-from generator_svc.plan import ATTENTION_TILE, SHORTEST_CHUNK, Chunk, Row, StepPlan
+from generator_svc.pace import Pace
+from generator_svc.plan import ATTENTION_TILE, SHORTEST_CHUNK, Chunk, Copy, Row, StepPlan, Swap
 from generator_svc.sequence import (
     FinishReason,
     Group,
@@ -25,6 +30,8 @@ from generator_svc.sequence import (
     Stage,
     Update,
 )
+
+_LEAST_PROGRESS = 2 * SHORTEST_CHUNK  # of any prompt, that many can be cut off
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class Step:
 
 
 class Scheduler:
-    """`prefill_tokens` and `chunk_tokens` as in the module's policy; more than 4, in tokens.
+    """`stall_nanoseconds` and `chunk_tokens` as in the module's policy.
 
     `on_finish` hears of every sequence that ended, once, however it did.
     """
@@ -53,16 +60,18 @@ class Scheduler:
     def __init__(
         self,
         cache: SlotCache,
-        prefill_tokens: int,
+        pace: Pace,
+        stall_nanoseconds: int,
         chunk_tokens: int,
         on_finish: Callable[[Sequence], None],
     ) -> None:
-        assert min(prefill_tokens, chunk_tokens) > 2 * SHORTEST_CHUNK
+        assert chunk_tokens > _LEAST_PROGRESS
         self.cache = cache
+        self._pace = pace
         self._on_finish = on_finish
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self._prefill_tokens = prefill_tokens
+        self._stall_nanoseconds = stall_nanoseconds
         self._chunk_tokens = chunk_tokens
 
     @property
@@ -75,21 +84,7 @@ class Scheduler:
 
     def schedule(self) -> Step:
         """Admits what there is room for and plans a step; does not run it."""
-        moves, forks = [], []
-        budget = self._budget() - sum(s.uncomputed for s in self._prefilling())
-        while self.waiting and self.cache.can_allocate() and budget > 0:
-            sequence = self.waiting.popleft()
-            sequence.group.permit.release()
-            # The prompt's end is computed anew, for its logits, unless these are kept.
-            has_logits = sequence.group.prompt_logits is not None
-            most = sequence.prompt_length - (0 if has_logits else SHORTEST_CHUNK)
-            moves += self.cache.allocate(sequence, max(most, 0))
-            self.running.append(sequence)
-            sequence.stage = Stage.PREFILL
-            if sequence.uncomputed:
-                budget -= sequence.uncomputed
-            else:
-                forks.append(sequence)
+        moves, forks = self._admit()
         moves += self.cache.compact()
         chunks = self._plan_chunks()
         computed = {s: chunk.start + len(chunk.token_ids) for s, chunk in chunks.items()}
@@ -99,6 +94,11 @@ class Scheduler:
         )
         plan = StepPlan(tuple(moves), tuple(chunks.values()), rows)
         return Step(plan, tuple(chunks), owners, tuple(forks))
+
+    def observe(self, step: Step, nanoseconds: Iterable[int]) -> None:
+        """Learns from what each of a step's chunks took."""
+        for chunk, taken in zip(step.plan.chunks, nanoseconds, strict=True):
+            self._pace.observe(chunk.start, len(chunk.token_ids), taken)
 
     def commit(
         self,
@@ -165,25 +165,87 @@ class Scheduler:
         assert all(self.cache.owner(s.slot) is s for s in self.running)
         assert all(s.stage is Stage.WAITING for s in self.waiting)
 
+    def _admit(self) -> tuple[list[Copy | Swap], list[Sequence]]:
+        """Starts what waits, as long as a step would get to it; returns moves and forks."""
+        moves: list[Copy | Swap] = []
+        forks = []
+        budget = self._budget()
+        prefilling = self._prefilling()
+        is_long_running = any(s.uncomputed > budget for s in prefilling)
+        open_tokens = sum(s.uncomputed for s in prefilling if s.uncomputed <= budget)
+        while self.cache.can_allocate() and open_tokens < budget:
+            sequence = self._next(budget if is_long_running else None)
+            if sequence is None:
+                break
+            sequence.group.permit.release()
+            # The prompt's end is computed anew, for its logits, unless these are kept.
+            has_logits = sequence.group.prompt_logits is not None
+            most = sequence.prompt_length - (0 if has_logits else SHORTEST_CHUNK)
+            moves += self.cache.allocate(sequence, max(most, 0))
+            self.running.append(sequence)
+            sequence.stage = Stage.PREFILL
+            if not sequence.uncomputed:
+                forks.append(sequence)
+            elif sequence.uncomputed > budget:
+                is_long_running = True
+            else:
+                open_tokens += sequence.uncomputed
+        return moves, forks
+
+    def _next(self, longest: int | None) -> Sequence | None:
+        """Takes the first that waits, or the first that has at most `longest` tokens to compute."""
+        for position, sequence in enumerate(self.waiting):
+            is_computed = sequence.group.prompt_logits is not None
+            if longest is None or is_computed or sequence.prompt_length <= longest:
+                del self.waiting[position]
+                return sequence
+        return None
+
     def _budget(self) -> int:
-        decodes = any(sequence.stage is Stage.DECODE for sequence in self.running)
-        return self._prefill_tokens if decodes else self._chunk_tokens
+        """Prompt tokens that a step can take, at the speed of a prompt's beginning."""
+        if not any(sequence.stage is Stage.DECODE for sequence in self.running):
+            return self._chunk_tokens
+        return min(self._pace.fitting(self._stall_nanoseconds), self._chunk_tokens)
 
     def _prefilling(self) -> list[Sequence]:
         return [s for s in self.running if s.stage is Stage.PREFILL and s.uncomputed]
 
     def _plan_chunks(self) -> dict[Sequence, Chunk]:
+        """Chunks for this step, by the share of the step that each of them takes."""
         budget = self._budget()
-        chunks = {}
-        for sequence in self._prefilling():
-            length = _chunk_length(sequence.uncomputed, min(budget, self._chunk_tokens))
+        prefilling = self._prefilling()
+        if not prefilling:
+            return {}
+        oldest, *others = prefilling
+        others.sort(key=lambda sequence: sequence.uncomputed)
+        chunks: dict[Sequence, Chunk] = {}
+        if oldest.uncomputed > budget:
+            left = self._add_chunks(chunks, others, budget / 2) + budget / 2
+            self._add_chunks(chunks, [oldest], left)
+        else:
+            self._add_chunks(chunks, [oldest, *others], budget)
+        return chunks
+
+    def _add_chunks(
+        self, chunks: dict[Sequence, Chunk], sequences: list[Sequence], budget: float
+    ) -> float:
+        """Adds a chunk for each of `sequences` that fits; returns what is left of `budget`.
+
+        The budget counts tokens at a prompt's beginning; later ones take more of it.
+        """
+        for sequence in sequences:
+            weight = self._pace.cost(sequence.computed) / self._pace.cost(0)
+            most = int(budget / max(weight, 1.0))
+            if not chunks:  # however slow, a step gets on
+                most = max(most, _LEAST_PROGRESS)
+            length = _chunk_length(sequence.uncomputed, most)
             if not length:
                 break
-            budget -= length
+            budget -= length * max(weight, 1.0)
             start = sequence.computed
             tokens = tuple(sequence.token_ids[start : start + length])
             chunks[sequence] = Chunk(sequence.slot, start, tokens, length == sequence.uncomputed)
-        return chunks
+        return max(budget, 0.0)
 
     def _plan_rows(self, computed: dict[Sequence, int]) -> tuple[Row, ...]:
         decoding = {s.slot: s for s in self.running if s.stage is Stage.DECODE}

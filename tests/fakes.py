@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from generator_svc.pace import Pace
 from generator_svc.plan import Copy, StepPlan, Swap
 from generator_svc.runner import Logits, Outcome, RunResult
 
@@ -36,6 +37,20 @@ def greedy(prompt: Sequence[int], count: int, eos: int | None = EOS) -> list[int
         if context[-1] == eos:
             break
     return context[len(prompt) :]
+
+
+class SteadyPace(Pace):
+    """A pace at which `tokens` of any prompt fit into a step, whatever was measured."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self._tokens = tokens
+
+    def cost(self, start: int) -> float:
+        return 1.0
+
+    def fitting(self, nanoseconds: float) -> int:
+        return self._tokens
 
 
 class ScriptedRunner:

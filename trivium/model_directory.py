@@ -73,6 +73,11 @@ class ModelDirectory:
     manifest: dict[str, Any] = field(repr=False)
 
     @property
+    def weight_bytes(self) -> int:
+        """Size of the graph and its external data, which is about what its weights take."""
+        return sum(file.stat().st_size for file in self.path.glob(f"{self.graph.name}*"))
+
+    @property
     def tokenizer(self) -> Path:
         """The file `tokenizer.json`; it exists."""
         return self.path / TOKENIZER

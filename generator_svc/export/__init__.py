@@ -6,16 +6,25 @@ never within it.
 """
 
 from generator_svc.export.errors import ExportError
-from generator_svc.export.pipeline import DEVICES, PRECISIONS, ExportOptions, export_model
+from generator_svc.export.pipeline import (
+    DEVICES,
+    EXPORTER_VERSION,
+    PRECISIONS,
+    ExportOptions,
+    embedded_precision,
+    export_model,
+)
 from generator_svc.export.progress import Progress
 from generator_svc.export.source import EMBEDDED_MODEL
 
 __all__ = [
     "DEVICES",
     "EMBEDDED_MODEL",
+    "EXPORTER_VERSION",
     "PRECISIONS",
     "ExportError",
     "ExportOptions",
     "Progress",
+    "embedded_precision",
     "export_model",
 ]

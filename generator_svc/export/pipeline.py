@@ -29,13 +29,14 @@ from trivium.model_directory import (
 )
 
 if TYPE_CHECKING:
+    from generator_svc.export.calibration import Ranges
     from generator_svc.export.checkpoint import Checkpoint
     from generator_svc.export.graph import Graph
 
-PRECISIONS = ("int8", "int4", "fp16", "fp32")
+PRECISIONS = ("int8", "int4", "w8a8", "fp16", "fp32")
 DEVICES = ("cpu", "cuda")
 # Raised when the exporter makes other folders than before, so that older ones are made anew.
-EXPORTER_VERSION = 2
+EXPORTER_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,30 @@ class ExportOptions:
             raise ExportError(f"device {self.device!r}: choose from {', '.join(DEVICES)}")
         if self.precision == "fp16" and self.device == "cpu":
             raise ExportError("precision fp16 is for cuda: the CPU provider computes in fp32")
+        if self.precision == "w8a8":
+            if self.device != "cpu":
+                raise ExportError("precision w8a8 is for cpu: its products have no CUDA kernel")
+            if not _products_are_exact():
+                raise ExportError(
+                    "precision w8a8 needs a processor that multiplies bytes exactly (on x86: with "
+                    "VNNI), which this one does not; take int8"
+                )
 
     @property
     def is_half(self) -> bool:
         """On CUDA activations and cache are float16, unless full precision is asked for."""
         return self.device == "cuda" and self.precision != "fp32"
+
+
+def embedded_precision() -> str:
+    """The quickest that the embedded model has on this processor."""
+    return "w8a8" if _products_are_exact() else "int8"
+
+
+def _products_are_exact() -> bool:
+    from generator_svc.integer_products import are_exact
+
+    return are_exact()
 
 
 def export_model(
@@ -137,12 +157,16 @@ def _build(
     checkpoint = load_checkpoint(origin)
     progress("writing the tokenizer", 0.3)
     write_tokenizer(origin, folder)
+    ranges = None
+    if options.precision == "w8a8":
+        progress("calibrating", 0.35)
+        ranges = _calibrate(checkpoint, folder)
     progress("tracing", 0.45)
     from generator_svc.export.trace import trace
 
     model = trace(checkpoint, scratch / "traced")
     progress("rewriting the graph", 0.75)
-    graph = rewrite(model, checkpoint, options, progress)
+    graph = rewrite(model, checkpoint, options, progress, ranges)
     progress("saving", 0.88)
     _save_graph(graph, folder)
     shutil.rmtree(scratch / "traced")
@@ -159,13 +183,27 @@ def _build(
     _write_manifest(folder, manifest)
 
 
+def _calibrate(checkpoint: Checkpoint, folder: Path) -> Ranges:
+    """Smooths the checkpoint's model in place; returns the ranges of its activations."""
+    from generator_svc.export.calibration import TEXT, calibrate
+    from generator_svc.export.smooth import smooth
+    from generator_svc.export.tokenizer_files import encode
+
+    ranges = calibrate(checkpoint.model, encode(folder, TEXT.read_text(encoding="utf-8")))
+    smooth(checkpoint.model, ranges)
+    return ranges
+
+
 def rewrite(
-    model: Any, checkpoint: Checkpoint, options: ExportOptions, progress: Progress = silent
+    model: Any,
+    checkpoint: Checkpoint,
+    options: ExportOptions,
+    progress: Progress = silent,
+    ranges: Ranges | None = None,
 ) -> Graph:
-    """All passes over the traced graph."""
+    """All passes over the traced graph; `ranges` of activations are for w8a8 alone."""
     from generator_svc.export import attention, half, head, norm, projection
     from generator_svc.export.graph import Graph
-    from generator_svc.export.quantize import quantize_weights
 
     decoder = checkpoint.decoder
     graph = Graph(model)
@@ -174,9 +212,9 @@ def rewrite(
     projection.join_projections(graph, decoder.num_layers)
     head.keep_last_position(graph)
     is_tied = head.is_tied(graph)
-    if options.precision in ("int8", "int4"):
+    if options.precision in ("int8", "int4", "w8a8"):
         progress("quantising", 0.82)
-        graph = quantize_weights(graph, bits=int(options.precision[3:]))
+        graph = _quantize(graph, options.precision, ranges)
         if is_tied:
             head.share_quantized_embedding(graph, decoder.hidden_size)
     elif is_tied:
@@ -184,6 +222,16 @@ def rewrite(
     if options.is_half:
         half.to_half(graph)
     return graph
+
+
+def _quantize(graph: Graph, precision: str, ranges: Ranges | None) -> Graph:
+    from generator_svc.export.integer import integer_products
+    from generator_svc.export.quantize import quantize_weights
+
+    if precision == "w8a8":
+        assert ranges is not None
+        integer_products(graph, ranges)
+    return quantize_weights(graph, bits=4 if precision == "int4" else 8)
 
 
 def _save_graph(graph: Graph, folder: Path) -> None:

@@ -4,7 +4,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-from fakes import EOS, ScriptedRunner
+from fakes import EOS, ScriptedRunner, SteadyPace
 from generator_svc.admission import Admission
 from generator_svc.engine import Engine
 from generator_svc.kv_cache import SlotCache
@@ -38,9 +38,8 @@ class Bench:
         self.meter = Meter()
         self.admission = Admission(self.max_queued_requests, self.max_queued_tokens)
         self.cache = SlotCache(self.slots, self.slot_length, self.reuse)
-        self.scheduler = Scheduler(
-            self.cache, self.prefill_tokens, self.chunk_tokens, self.meter.settle
-        )
+        pace = SteadyPace(self.prefill_tokens)
+        self.scheduler = Scheduler(self.cache, pace, 1, self.chunk_tokens, self.meter.settle)
         self.engine = Engine(
             self.scheduler,
             self.runner,

@@ -9,7 +9,7 @@ import prometheus_client
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import CollectorRegistry
 
-from fakes import EOS, ScriptedRunner, scripted_logits
+from fakes import EOS, ScriptedRunner, SteadyPace, scripted_logits
 from generator_svc.admission import Admission
 from generator_svc.constraint_compiler import ConstraintCompiler
 from generator_svc.convert import Limits
@@ -54,7 +54,7 @@ class Stage:
         self.meter = Meter()
         self.registry = CollectorRegistry()
         self.engine = Engine(
-            Scheduler(SlotCache(slots, slot_length), 8, 16, self.meter.settle),
+            Scheduler(SlotCache(slots, slot_length), SteadyPace(8), 1, 16, self.meter.settle),
             self.runner,
             self.meter,
             Admission(queue.get("requests", 100), queue.get("tokens", 100_000)),

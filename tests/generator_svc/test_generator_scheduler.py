@@ -2,11 +2,15 @@
 
 import random
 
+import numpy as np
 import pytest
 
 from engine_bench import Bench
 from fakes import greedy
-from generator_svc.sequence import Sampling
+from generator_svc.kv_cache import SlotCache
+from generator_svc.pace import Pace
+from generator_svc.scheduler import Scheduler
+from generator_svc.sequence import Generation, Group, SampledToken, Sampling, Stage
 
 
 def _chunk_lengths(bench):
@@ -143,3 +147,94 @@ def test_a_stop_after_the_end_is_without_effect():
     bench.finish()
 
     assert {0} == bench.finished[group]
+
+
+def _steps_until(bench, group, most=400):
+    """Steps until the first token of `group`."""
+    for step in range(1, most):
+        bench.step()
+        if bench.tokens[group][0]:
+            return step
+    raise AssertionError("it never started")
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one():
+    """Half of each step is for the others, shortest first, while a long prompt is computed."""
+    bench = Bench(slots=4, slot_length=512, prefill_tokens=32, chunk_tokens=32)
+    running = bench.submit([5, 6], 200, stop_token_ids=frozenset())
+    bench.step()
+    long = bench.submit([7] * 400, 2)
+    bench.step()
+    short = bench.submit([8] * 14, 2)
+
+    assert _steps_until(bench, short) <= 2
+    assert not bench.tokens[long][0]
+    bench.engine.cancel(running)
+    bench.finish()
+
+
+def test_a_long_prompt_does_not_starve_under_short_ones():
+    """It gets at least half of every step once it has started, however many others come."""
+    bench = Bench(slots=4, slot_length=512, prefill_tokens=32, chunk_tokens=32)
+    bench.submit([5, 6], 300, stop_token_ids=frozenset())
+    bench.step()
+    long = bench.submit([7] * 320, 2)
+    steps = 0
+    while not bench.tokens[long][0]:
+        for value in (8, 9):
+            bench.submit([value] * 30, 1)
+        bench.step()
+        steps += 1
+
+    assert steps <= 2 * 320 / 32 + 4
+    bench.finish()
+
+
+def test_a_long_prompt_is_not_started_beside_another():
+    """The second would hold a slot that short requests can use meanwhile."""
+    bench = Bench(slots=3, slot_length=512, prefill_tokens=32, chunk_tokens=32)
+    bench.submit([5, 6], 300, stop_token_ids=frozenset())
+    bench.step()
+    first, second = bench.submit([7] * 300, 2), bench.submit([9] * 300, 2)
+    short = bench.submit([8] * 14, 2)
+    _steps_until(bench, short)
+
+    assert not bench.tokens[first][0]
+    assert second.sequences[0] in bench.scheduler.waiting
+    _steps_until(bench, first)
+    _steps_until(bench, second)
+    bench.finish()
+
+
+def test_running_streams_are_held_up_no_longer_than_the_dial_says():
+    """A step's chunks, at the speed that was measured, take no more than the stall."""
+    stall, slot_length = 50_000, 8192
+    bench = Bench(slots=2, slot_length=slot_length)
+    pace = Pace()
+    scheduler = Scheduler(SlotCache(2, slot_length), pace, stall, 512, bench.meter.settle)
+    for sequence in _groups(bench, [[5, 6], [7] * 8000]):
+        scheduler.add(sequence)
+    spent = []
+    while scheduler.waiting or any(s.stage is not Stage.DECODE for s in scheduler.running):
+        step = scheduler.schedule()
+        # A token at position p takes 100 ns and p / 40 more.
+        times = [len(c.token_ids) * (100 + c.start // 40) for c in step.plan.chunks]
+        if step.rows:
+            spent.append(sum(times))
+        scheduler.observe(step, times)
+        first = [
+            (s, SampledToken(9))
+            for s, c in zip(step.chunks, step.plan.chunks, strict=True)
+            if c.wants_logits
+        ]
+        rows = [(s, SampledToken(9)) for s in step.rows if s is not None]
+        scheduler.commit(step, [*first, *rows])
+
+    assert max(spent[2:]) <= 1.3 * stall
+    assert np.median(spent[2:]) >= 0.7 * stall
+
+
+def _groups(bench, prompts):
+    for prompt in prompts:
+        generation = Generation(tuple(prompt), 10_000 - len(prompt))
+        yield Group(generation, bench.admission.enter(len(prompt)))

@@ -3,11 +3,18 @@
 `python -m trivium.cli.embedded` exits with 0 when it is there: the Makefile asks.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
 
-from trivium.model_directory import ModelDirectory, ModelDirectoryError, load_model_directory
+from generator_svc.export import EXPORTER_VERSION
+from trivium.model_directory import (
+    MANIFEST,
+    ModelDirectory,
+    ModelDirectoryError,
+    load_model_directory,
+)
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 
@@ -27,11 +34,14 @@ def embedded_folder() -> Path:
 
 
 def find_embedded() -> ModelDirectory | None:
-    """The embedded model if it is there and whole."""
+    """The embedded model if it is there, whole, and as this version makes it."""
+    folder = embedded_folder()
     try:
-        return load_model_directory(embedded_folder())
-    except ModelDirectoryError:
+        model = load_model_directory(folder)
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (ModelDirectoryError, OSError, ValueError):
         return None
+    return model if manifest.get("exporter_version") == EXPORTER_VERSION else None
 
 
 if __name__ == "__main__":

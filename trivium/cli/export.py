@@ -20,10 +20,11 @@ FAILED, REFUSED = 1, 2
 
 
 class Precision(StrEnum):
-    """How the weights are stored."""
+    """How weights and activations are stored; w8a8 multiplies them as 8-bit integers."""
 
     INT8 = "int8"
     INT4 = "int4"
+    W8A8 = "w8a8"
     FP16 = "fp16"
     FP32 = "fp32"
 
@@ -58,7 +59,9 @@ def export(
         ),
     ],
     out: Annotated[Path, typer.Option(help="The folder to make; its name is the model's id.")],
-    precision: Annotated[Precision, typer.Option(help="Of the weights.")] = Precision.INT8,
+    precision: Annotated[
+        Precision, typer.Option(help="Of weights (and activations: w8a8).")
+    ] = Precision.INT8,
     device: Annotated[Device, typer.Option(help="What the graph is made for.")] = Device.CPU,
     force: Annotated[bool, typer.Option(help="Replace a folder that is there already.")] = False,
 ) -> None:

@@ -14,6 +14,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from generator_svc.export import embedded_precision
 from trivium.cli.banner import banner
 from trivium.cli.embedded import EMBEDDED_MODEL, cache_folder, embedded_folder, find_embedded
 from trivium.cli.export import how_to_install, missing_packages
@@ -207,7 +208,8 @@ def _export_embedded() -> None:
             f"{EMBEDDED_MODEL} is not in {embedded_folder().parent} yet.\n{how_to_install(missing)}"
         )
     typer.echo(f"Exporting {EMBEDDED_MODEL} to {embedded_folder()}, once.", err=True)
-    command = (sys.executable, "-m", "trivium.cli", "export", EMBEDDED_MODEL)
+    precision = ("--precision", embedded_precision())
+    command = (sys.executable, "-m", "trivium.cli", "export", EMBEDDED_MODEL, *precision)
     leash = (sys.executable, "-I", LEASH, str(os.getpid()))
     broken = ["--force"] if embedded_folder().exists() else []
     done = subprocess.run([*leash, *command, "--out", str(embedded_folder()), *broken], check=False)

@@ -1,0 +1,44 @@
+"""A row of logits that stays on the device: its candidates are here, the whole of it on demand.
+
+The candidates come from the graph `candidates.onnx`, which tests/generator_svc/candidate_graph.py
+writes. Knows nothing about sessions, memory or sampling.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+GRAPH = Path(__file__).with_name("candidates.onnx")
+CANDIDATES = 256
+BLOCK = 256  # tokens with consecutive ids, whose remaining mass is summed
+# Of a block's sum: 256 terms in float32, and the rounding of the exponents before.
+RELATIVE_ERROR = 1e-4
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceRow:
+    """`values`, float32 [256], are the largest logits, largest first, and `ids`, int64, theirs.
+
+    `rest`, float32 [blocks], is for each block of ids the sum of exp(logit - values[0]) over all
+    logits that are not above the last of `values`, NaN if one is. `size` is the vocabulary's.
+    `fetch` brings all logits, float32 [size]; it may be called until the device's next step.
+    """
+
+    size: int
+    ids: npt.NDArray[np.int64]
+    values: npt.NDArray[np.float32]
+    rest: npt.NDArray[np.float32]
+    fetch: Callable[[], npt.NDArray[np.float32]]
+
+    @functools.cached_property
+    def whole(self) -> npt.NDArray[np.float32]:
+        """All logits, float32 [size], fetched once."""
+        return self.fetch()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        return np.array(self.whole, dtype)

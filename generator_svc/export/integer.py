@@ -1,0 +1,78 @@
+"""Products of 8-bit integers: weights with a scale per output channel, activations quantised too.
+
+One scale, found by calibration, serves all rows of a product's input, so a request's numbers do
+not depend on what else is in its batch, and quantising is a single operator. ONNX Runtime's own
+DynamicQuantizeLinear finds one scale in each whole tensor, which would make them.
+
+The last product of each MLP is left to MatMulNBits: its input varies from token to token by orders
+of magnitude, which one scale cannot hold, and a scale for each row takes six operators.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from onnx import NodeProto
+
+from generator_svc.export.calibration import Ranges
+from generator_svc.export.graph import MICROSOFT, Graph
+
+LARGEST = 127
+ZERO_POINT = 128  # of the activations, which are uint8
+
+# Products that are swapped, and the observed module that has the same input.
+_INPUTS = {
+    "qkv_proj": "self_attn.q_proj",
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.q_proj",
+    "v_proj": "self_attn.q_proj",
+    "o_proj": "self_attn.o_proj",
+    "gate_up_proj": "mlp.gate_proj",
+    "gate_proj": "mlp.gate_proj",
+    "up_proj": "mlp.gate_proj",
+}
+
+
+def integer_products(graph: Graph, ranges: Ranges) -> None:
+    """Swaps the products that read a norm or the attention for MatMulIntegerToFloat."""
+    quantized: dict[str, str] = {}
+    for product in list(graph.nodes.values()):
+        module = product.name.removesuffix("/MatMul")
+        if product.op_type == "MatMul" and module.split("/")[-1] in _INPUTS:
+            _swap(graph, product, ranges[_observed_by(module)], quantized)
+    graph.finish()
+
+
+def _observed_by(module: str) -> tuple[int, str]:
+    """`/model/layers.3/mlp/gate_up_proj` to (3, "mlp.gate_proj")."""
+    parts = module.split("/")
+    number = next(part for part in parts if part.startswith("layers."))
+    return int(number.removeprefix("layers.")), _INPUTS[parts[-1]]
+
+
+def quantize_columns(weight: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], ...]:
+    """Symmetric 8-bit columns of float32 [K, N]: int8 [K, N] and float32 scales [N]."""
+    scales = np.abs(weight).max(0) / np.float32(LARGEST)
+    scales[scales == 0] = 1
+    return np.rint(weight / scales).astype(np.int8), scales
+
+
+def _swap(graph: Graph, product: NodeProto, largest: Any, quantized: dict[str, str]) -> None:
+    """Products that read one tensor share its `quantized` form."""
+    source = product.input[0]
+    step = graph.constant(f"{source}/step", np.array(float(largest.max()) / LARGEST, np.float32))
+    zero_point = graph.constant("/integer/zero_point", np.array(ZERO_POINT, np.uint8))
+    if source not in quantized:
+        name = f"{source}/QuantizeLinear"
+        quantized[source] = graph.add("QuantizeLinear", name, [source, step, zero_point])
+    weight, scales = quantize_columns(graph.array(product.input[1]))
+    prefix = product.name[1:].removesuffix("/MatMul").replace("/", ".")
+    weights = [
+        graph.constant(f"{prefix}.weight_S8", weight),
+        graph.constant(f"{prefix}.weight_scales", scales),
+    ]
+    inputs = [quantized[source], weights[0], step, weights[1], zero_point]
+    outputs = list(product.output)
+    graph.remove([product])
+    graph.add("MatMulIntegerToFloat", product.name, inputs, outputs, domain=MICROSOFT)

@@ -1,0 +1,128 @@
+"""Precision w8a8: products of bytes, whose scales depend on no other request."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from generator_svc import integer_products
+from generator_svc.export import ExportError, ExportOptions, embedded_precision
+from generator_svc.export.calibration import calibrate
+from generator_svc.export.checkpoint import load_checkpoint
+from generator_svc.export.integer import quantize_columns
+from generator_svc.export.smooth import smooth
+from generator_svc.export.source import locate
+from generator_svc.runner import DeviceError, OrtRunner
+from tests.tiny_models import tiny_checkpoint, tiny_model_directory
+from trivium.model_directory import load_model_directory
+
+FAMILIES = ("llama", "llama-untied", "qwen2", "qwen3", "mistral")
+TOKENS = [int(token) for token in np.random.default_rng(3).integers(3, 400, 300)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_smoothing_changes_nothing_but_rounding(family):
+    """Norms, biases and shared value heads included: the model says what it said."""
+    model = load_checkpoint(locate(str(tiny_checkpoint(family)))).model
+    tokens = torch.tensor([TOKENS[:64]])
+    with torch.inference_mode():
+        before = model(tokens).logits
+
+    smooth(model, calibrate(model, TOKENS))
+
+    with torch.inference_mode():
+        after = model(tokens).logits
+    assert torch.allclose(before, after, rtol=1e-3, atol=1e-3 * float(before.abs().max()))
+
+
+def test_ranges_after_smoothing_are_those_of_the_smoothed_model():
+    """What is known of activations follows them."""
+    model = load_checkpoint(locate(str(tiny_checkpoint("qwen2")))).model
+    ranges = calibrate(model, TOKENS)
+    smooth(model, ranges)
+
+    for key, largest in calibrate(model, TOKENS).items():
+        assert torch.allclose(largest, ranges[key], rtol=1e-2, atol=1e-3)
+
+
+def test_smoothing_evens_the_channels_out():
+    """The largest of an input's channels stands out less, which is what 8 bits need."""
+    model = load_checkpoint(locate(str(tiny_checkpoint("llama")))).model
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight[5] = 40.0
+    ranges = calibrate(model, TOKENS)
+    spread = {key: float(r.max() / r.median()) for key, r in ranges.items()}
+    smooth(model, ranges)
+
+    key = (0, "self_attn.q_proj")
+    assert float(ranges[key].max() / ranges[key].median()) < spread[key] / 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_stays_close_to_the_checkpoint(family):
+    """The manifest says what bytes cost, and that is little."""
+    model = load_model_directory(tiny_model_directory(family, "w8a8"))
+
+    assert "w8a8" == model.precision
+    assert model.manifest["agreement"]["top1_agreement"] >= 0.75
+    assert model.manifest["agreement"]["mean_kl_divergence"] < 0.2
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_products_are_of_integers(family):
+    """All but the MLP's last, which has a scale for each row and block, and the head."""
+    graph = onnx.load(load_model_directory(tiny_model_directory(family, "w8a8")).graph).graph
+    kinds = {node.name: node.op_type for node in graph.node}
+    qkv = "qkv_proj" if family == "llama" else "q_proj"
+
+    assert "MatMulIntegerToFloat" == kinds[f"/model/layers.0/self_attn/{qkv}/MatMul"]
+    assert "MatMulIntegerToFloat" == kinds["/model/layers.2/self_attn/o_proj/MatMul"]
+    assert "MatMulIntegerToFloat" == kinds["/model/layers.1/mlp/gate_up_proj/MatMul"]
+    assert "MatMulNBits" == kinds["/model/layers.1/mlp/down_proj/MatMul"]
+    assert "MatMulNBits" == kinds["/lm_head/MatMul"]
+    assert "MatMul" not in kinds.values()
+
+
+def test_columns_have_scales_of_their_own():
+    """Half a step is the most that rounding loses; a column of zeros stays one."""
+    weight = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
+    weight[:, 2] *= 1000
+    weight[:, 3] = 0
+    quantized, scales = quantize_columns(weight)
+
+    assert (np.abs(quantized * scales - weight) <= scales / 2 * 1.001).all()
+    assert not quantized[:, 3].any()
+
+
+def test_a_processor_that_saturates_is_refused(monkeypatch):
+    """Nothing is exported or loaded that would give other numbers than were measured."""
+    folder = tiny_model_directory("llama", "w8a8")
+    monkeypatch.setattr(integer_products, "are_exact", lambda: False)
+    monkeypatch.setattr("generator_svc.runner.are_exact", lambda: False)
+
+    assert "int8" == embedded_precision()
+    with pytest.raises(ExportError, match="take int8"):
+        ExportOptions("w8a8")
+    with pytest.raises(DeviceError, match="precision int8"):
+        OrtRunner(load_model_directory(folder), "cpu", 1, 64)
+
+
+def test_it_is_for_the_cpu():
+    """Said before any work is done, and at loading before the device is asked."""
+    with pytest.raises(ExportError, match="for cpu"):
+        ExportOptions("w8a8", "cuda")
+    with pytest.raises(DeviceError, match="CPU alone"):
+        OrtRunner(load_model_directory(tiny_model_directory("llama", "w8a8")), "cuda", 1, 64)
+
+
+def test_equal_bits_however_it_is_run(slots):
+    """Chunks, batch mates and the place in the batch change nothing."""
+    cache = slots(load_model_directory(tiny_model_directory("llama", "w8a8")), rows=4)
+    prompts = [TOKENS[:40], TOKENS[50:90], TOKENS[100:140]]
+    whole = [cache.prefill(row, prompt).tolist() for row, prompt in enumerate(prompts)]
+    alone = [cache.run(row, [[9]], [41])[0].tolist() for row in range(3)]
+
+    assert whole == [cache.prefill(row, p, chunk=20).tolist() for row, p in enumerate(prompts)]
+    assert alone == cache.run(0, [[9]] * 3, [41] * 3).tolist()

@@ -1,0 +1,350 @@
+"""Draws from candidates against the sampler on whole rows, and the graph that picks them."""
+
+import dataclasses
+
+import numpy as np
+import onnx
+import pytest
+
+import generator_svc.runner as runner_module
+from candidate_graph import candidate_graph, device_row
+from engine_bench import Bench
+from generator_svc.__main__ import warm_up
+from generator_svc.candidates import certain_token, sample
+from generator_svc.device_row import BLOCK, CANDIDATES, GRAPH, RELATIVE_ERROR, DeviceRow
+from generator_svc.metering import Meter
+from generator_svc.runner import OrtRunner
+from generator_svc.sampler import BadLogits
+from generator_svc.sampler import sample as sample_whole
+from generator_svc.sequence import Sampling
+from sampling_oracle import sequence_of
+from tiny_models import tiny_model_directory
+from trivium.model_directory import load_model_directory
+
+SIZES = [256, 257, 300, 1000, 5000]
+SHAPES = ["model", "zipf", "gauss"]
+
+
+def _row(random, size, shape):
+    """float32 [size]: a few likely tokens, a long tail, or numbers with ties and gaps."""
+    if shape == "model":
+        likely = np.where(random.random(size) < 8 / size, 14 * random.random(size), 0)
+        return (1.5 * random.standard_normal(size) + likely).astype(np.float32)
+    if shape == "zipf":
+        return (-random.uniform(1.3, 2.6) * np.log1p(random.permutation(size))).astype(np.float32)
+    row = random.standard_normal(size) * random.choice([0.0, 1e-20, 0.01, 0.5, 3, 30])
+    row = np.round(row, random.choice([0, 1, 7, 30]))
+    row[random.random(size) < random.choice([0, 0, 0.3, 0.97])] = -np.inf
+    return row.astype(np.float32)
+
+
+def _sampling(random):
+    """Any settings of requests, those that candidates cannot serve among them."""
+    return Sampling(
+        temperature=float(random.choice([0, 0.3, 0.7, 1, 1, 1, 1.5, 1e-300])),
+        top_k=int(random.choice([-1, 0, 0, 0, 1, 2, 20, 200, 255, 256, 1000])),
+        top_p=float(random.choice([0, 0.1, 0.5, 0.8, 0.95, 0.9999, 1, 1, 1, 1])),
+        min_p=float(random.choice([0, 0, 0, 0.05, 0.5, 1e-6, 1])),
+        repetition_penalty=float(random.choice([1, 1, 1, 1.05, 2, 0.8])),
+        frequency_penalty=float(random.choice([0, 0, 0, 0.5, -1])),
+        presence_penalty=float(random.choice([0, 0, 0, 0.5, -1])),
+        seed=int(random.integers(2**40)),
+    )
+
+
+def _sequence(random, row, sampling):
+    """One whose text has likely and unlikely tokens, and which at times may not end yet."""
+    likely = np.argsort(-row, kind="stable")
+    output = [*random.integers(row.size, size=2), *likely[: random.integers(4)]]
+    return sequence_of(
+        random.integers(row.size, size=3).tolist(),
+        [int(token_id) for token_id in output],
+        sampling=sampling,
+        min_new_tokens=int(random.choice([0, 0, 50])),
+        stop_token_ids=frozenset({int(likely[0]), 5}),
+    )
+
+
+def _shaken(random, row):
+    """The same row with sums as wrong as they may be, and equal logits in any order."""
+    error = RELATIVE_ERROR * random.uniform(-0.9, 0.9, row.rest.size)
+    order = random.permutation(CANDIDATES)
+    order = order[np.argsort(-row.values[order], kind="stable")]
+    return dataclasses.replace(
+        row, ids=row.ids[order], rest=(row.rest * (1 + error)).astype(np.float32)
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_what_is_certain_is_what_the_sampler_draws(size, shape):
+    """Any settings, ties, impossible tokens, penalties and masks; sums off by what they may be."""
+    random = np.random.default_rng([size, SHAPES.index(shape)])
+    certain = 0
+    for _ in range(20):
+        row = _row(random, size, shape)
+        on_device = _shaken(random, device_row(row))
+        for _ in range(12):
+            sequence = _sequence(random, row, _sampling(random))
+            token_id = certain_token(sequence, on_device)
+            if token_id is not None:
+                certain += 1
+                assert sample_whole(sequence, row).token_id == token_id
+
+    assert certain > 0
+
+
+@pytest.mark.parametrize(
+    ("least", "fields"),
+    [
+        (1.0, {"temperature": 0}),
+        (1.0, {"temperature": 0, "repetition_penalty": 1.1, "presence_penalty": 0.5}),
+        (1.0, {"top_k": 20, "top_p": 0.8, "temperature": 0.7, "repetition_penalty": 1.05}),
+        (0.9, {"top_p": 0.9, "temperature": 0.7}),
+        (0.9, {"min_p": 0.05}),
+        (0.9, {"temperature": 0.6}),
+        (0.8, {}),
+    ],
+)
+def test_usual_settings_seldom_need_the_whole_row(least, fields):
+    """Logits as models give them: a share of `least` of all draws is certain, and right."""
+    random = np.random.default_rng(1)
+    draws = 100
+    certain = 0
+    for seed in range(draws):
+        row = _row(random, 10_000, "zipf")
+        sequence = sequence_of((1, 2), (3, 4), sampling=Sampling(seed=seed, **fields))
+        token_id = certain_token(sequence, device_row(row))
+        if token_id is not None:
+            certain += 1
+            assert sample_whole(sequence, row).token_id == token_id
+
+    assert certain >= least * draws
+
+
+def _edges(row):
+    """Draws around the ends of the likely tokens' intervals, in the order of ids."""
+    weights = np.exp(row.astype(np.float64) - row.max())
+    ends = np.cumsum(weights) / weights.sum()
+    likely = np.argsort(-row, kind="stable")[:40]
+    away = [0, 1e-15, 1e-12, 1e-7, 1e-5, 1e-4, 1e-3]
+    draws = [end + sign * by for end in ends[likely] for by in away for sign in (1, -1)]
+    return [draw for draw in draws if 0 <= draw < 1]
+
+
+@pytest.mark.parametrize("error", [-1, 1])
+@pytest.mark.parametrize("shape", [*SHAPES, "ties"])
+@pytest.mark.parametrize("fields", [{}, {"temperature": 0.8}, {"top_p": 0.7}])
+def test_draws_at_the_edges_of_a_token(shape, error, fields, monkeypatch):
+    """Sums all too large or all too small, ends in the middle of equal logits."""
+    random = np.random.default_rng(3)
+    row = _row(random, 900, "model" if shape == "ties" else shape)
+    if shape == "ties":
+        row = np.maximum(np.round(row), 0)
+    given = device_row(row)
+    rest = (given.rest * (1 + 0.9 * error * RELATIVE_ERROR)).astype(np.float32)
+    given = dataclasses.replace(given, rest=rest)
+    sequence = sequence_of(sampling=Sampling(**fields))
+    certain = 0
+    for draw in _edges(row):
+        for name in ("candidates", "sampler"):
+            monkeypatch.setattr(f"generator_svc.{name}.uniform", lambda seed, at: draw)  # noqa: B023 - drawn before the loop goes on
+        token_id = certain_token(sequence, given)
+        if token_id is not None:
+            certain += 1
+            assert sample_whole(sequence, row).token_id == token_id
+
+    assert certain > 0 or shape == "gauss"
+
+
+def test_a_candidate_as_low_as_the_rest_may_be_is_not_certain():
+    """A penalty brings the only one above down to where a lower id may be."""
+    row = np.zeros(600, np.float32)
+    row[300] = 0.5
+    for penalty, expected in ((0.25, 300), (0.5, None), (0.75, None)):
+        sampling = Sampling(temperature=0, presence_penalty=penalty)
+        assert expected == certain_token(
+            sequence_of((1,), (300,), sampling=sampling), device_row(row)
+        )
+
+
+def test_top_k_of_as_many_as_are_allowed_is_no_limit():
+    """The sampler then draws in another order."""
+    row = np.linspace(0, 9, 1000).astype(np.float32)
+    constraint = Only(1000, [990, 995, 999])
+    drawn = set()
+    for seed in range(40):
+        sampling = Sampling(seed=seed, top_k=3)
+        drawn.add(
+            certain_token(sequence_of(sampling=sampling, constraint=constraint), device_row(row))
+        )
+
+    assert {None} == drawn
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"sampling": Sampling(temperature=0, logit_bias={7: 3.0})},
+        {"sampling": Sampling(temperature=0, repetition_penalty=0.9)},
+        {"sampling": Sampling(temperature=0, frequency_penalty=-0.1)},
+        {"sampling": Sampling(temperature=0, presence_penalty=-0.1)},
+        {"sampling": Sampling(temperature=0), "top_logprobs": 2},
+        {"sampling": Sampling(temperature=1.3)},
+        {"sampling": Sampling(top_k=256)},
+    ],
+)
+def test_what_could_come_from_outside_takes_the_whole_row(fields):
+    """Biases, penalties that raise, log-probabilities, and what candidates are too few for."""
+    row = _row(np.random.default_rng(4), 1000, "zipf")
+    sequence = sequence_of((1, 2), (3,), **fields)
+
+    assert certain_token(sequence, device_row(row)) is None
+    assert sample_whole(sequence, row) == sample(sequence, device_row(row))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.nan])
+@pytest.mark.parametrize("place", [0, 300, 999])
+def test_logits_that_are_no_numbers_are_refused(bad, place):
+    """Wherever the device shows them, in the sampler's words."""
+    good = _row(np.random.default_rng(5), 1000, "zipf")
+    row, values = good.copy(), device_row(good).values.copy()
+    row[place] = bad
+    values[100 if np.isnan(bad) else 0] = bad
+    among = dataclasses.replace(device_row(good), values=values, fetch=lambda: row)
+    for on_device in (device_row(row), among):
+        with pytest.raises(BadLogits):
+            sample(sequence_of(sampling=Sampling(temperature=0)), on_device)
+
+
+class Only:
+    """A constraint that allows some tokens, always."""
+
+    end_token_ids = frozenset()
+
+    def __init__(self, size, allowed):
+        self.mask = np.zeros(size, np.bool_)
+        self.mask[allowed] = True
+
+    def new_state(self):
+        return self
+
+    def allowed(self):
+        return self.mask
+
+
+@pytest.mark.parametrize("share", [0.02, 0.2, 0.9])
+def test_a_constraint_masks_candidates(share):
+    """Few allowed tokens, which the sampler draws from alone, and many."""
+    random = np.random.default_rng(6)
+    certain = 0
+    for seed in range(150):
+        row = _row(random, 2000, "zipf")
+        constraint = Only(row.size, random.random(row.size) < share)
+        constraint.mask[random.integers(row.size)] = True
+        fields = [{}, {"temperature": 0}, {"top_k": 2}, {"top_p": 0.6}, {"top_k": 50}][seed % 5]
+        sampling = Sampling(seed=seed, **fields)
+        sequence = sequence_of(sampling=sampling, constraint=constraint)
+        token_id = certain_token(sequence, device_row(row))
+        if token_id is not None:
+            certain += 1
+            assert sample_whole(sequence, row).token_id == token_id
+
+    assert certain > 30
+
+
+def test_the_shipped_graph_is_the_one_written_down():
+    """After a change: python tests/generator_svc/candidate_graph.py."""
+    assert onnx.load_from_string(candidate_graph()) == onnx.load(GRAPH)
+
+
+def _on_cpu(vocabulary):
+    """Logits as they are on a CUDA device, with main memory in its place."""
+    return runner_module._device_logits("cpu", vocabulary, runner_module._start_clock("cpu"))
+
+
+@pytest.mark.parametrize("size", [256, 257, 511, 640, 5000])
+def test_the_graph_picks_what_numpy_picks(size):
+    """Values, ids and sums of the rest, also where logits are equal or impossible."""
+    random = np.random.default_rng(size)
+    rows = np.stack([_row(random, size, shape) for shape in (*SHAPES, "gauss")])
+    memory = _on_cpu(size)
+    room = memory.reserve(len(rows) + 1)
+    room.update_inplace(np.concatenate([rows, rows[:1]])[:, None])
+
+    for row, given in zip(rows, memory.read(room, len(rows)), strict=True):
+        expected = device_row(row)
+        assert expected.ids.tolist() == given.ids.tolist()
+        assert expected.values.tolist() == given.values.tolist()
+        assert -(-size // BLOCK) == given.rest.size
+        assert np.allclose(expected.rest, given.rest, rtol=RELATIVE_ERROR / 4, atol=1e-36)
+        assert row.tolist() == given.whole.tolist()
+
+
+def test_the_graph_shows_what_is_no_number():
+    """Among candidates or outside, one token makes the row unsound."""
+    rows = np.stack([_row(np.random.default_rng(8), 1000, "zipf")] * 3)
+    rows[0, 400], rows[1, 3], rows[2, :] = np.nan, np.inf, -np.inf
+    memory = _on_cpu(1000)
+    room = memory.reserve(3)
+    room.update_inplace(rows[:, None])
+    sequence = sequence_of(sampling=Sampling(temperature=0))
+
+    assert [None] * 3 == [certain_token(sequence, row) for row in memory.read(room, 3)]
+
+
+def test_the_device_is_tried_before_it_is_trusted():
+    """A device that picks well passes, one that does not is noticed."""
+    memory = _on_cpu(700)
+    memory.check()
+    memory._copy = lambda target, source, size: None
+    with pytest.raises(ArithmeticError):
+        memory.check()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model_directory(tiny_model_directory())
+
+
+def _runner(model, patch=None):
+    """A runner, with logits as on a CUDA device if `patch` is given."""
+    if patch:
+        patch.setattr(runner_module, "_logits_memory", lambda device, size, *rest: _on_cpu(size))
+    return OrtRunner(model, "cpu", 4, 96, threads=1)
+
+
+def test_an_engine_makes_the_same_tokens_from_rows_on_the_device(model, monkeypatch):
+    """Greedy and drawn, filters, penalties, several choices, log-probabilities; after warm-up."""
+    requests = [
+        {"sampling": Sampling(temperature=0)},
+        {"sampling": Sampling(seed=3), "n": 3},
+        {"sampling": Sampling(seed=4, temperature=0.5, top_p=0.9)},
+        {"sampling": Sampling(seed=5, top_k=20, repetition_penalty=1.1)},
+        {"sampling": Sampling(seed=6, frequency_penalty=0.3), "top_logprobs": 2},
+    ]
+    answers = []
+    for runner in (_runner(model), _runner(model, monkeypatch)):
+        warm_up(runner, Meter())
+        bench = Bench(slots=4, slot_length=96, runner=runner)
+        groups = [
+            bench.submit([9 + i, *range(20, 40)], 20, stop_token_ids=frozenset(), **fields)
+            for i, fields in enumerate(requests)
+        ]
+        bench.finish()
+        answers.append([dict(bench.tokens[group]) for group in groups])
+
+    assert answers[0] == answers[1]
+
+
+def test_candidates_are_enough_for_a_greedy_batch(model, monkeypatch):
+    """No row is fetched, and prompts that want no logits have none."""
+    fetched = []
+    monkeypatch.setattr(DeviceRow, "whole", property(lambda row: fetched.append(row)))
+    bench = Bench(slots=4, slot_length=96, runner=_runner(model, monkeypatch))
+    for i in range(4):
+        bench.submit([9 + i, *range(20, 50)], 12, stop_token_ids=frozenset())
+    bench.finish()
+
+    assert [] == fetched
+    assert CANDIDATES <= model.vocab_size

@@ -1,0 +1,228 @@
+"""The CUDA road: its calls on a pretended runtime library, and all of it on a device."""
+
+import ctypes
+import time
+
+import numpy as np
+import pytest
+
+from bench.random_llama import SHAPES, make_random_llama
+from engine_bench import Bench
+from generator_svc import cuda_memory
+from generator_svc.__main__ import load_runner, warm_up
+from generator_svc.config import GeneratorSettings
+from generator_svc.cuda_memory import CudaClock, CudaError, CudaMemory, copy_to_host
+from generator_svc.device_row import CANDIDATES, RELATIVE_ERROR, DeviceRow
+from generator_svc.metering import Meter
+from generator_svc.plan import Chunk, Copy, Row, StepPlan, Swap
+from generator_svc.runner import OrtRunner
+from generator_svc.sequence import Sampling
+from generator_svc.slot_memory import HostMemory
+from trivium.model_directory import load_model_directory
+
+PROMPT = tuple(range(5, 45))
+
+
+class PretendedRuntime:
+    """The runtime library's calls on main memory; handles count up, two events are 1.5 ms apart."""
+
+    def __init__(self):
+        self.calls = []
+        self._kept = []
+
+    def cudaMalloc(self, address, size):
+        self._kept.append(ctypes.create_string_buffer(size.value))
+        address._obj.value = ctypes.addressof(self._kept[-1])
+        return 0
+
+    def cudaMemset(self, address, value, size):
+        ctypes.memset(address.value, value.value, size.value)
+        return 0
+
+    def cudaMemcpy(self, target, source, size, kind):
+        self.calls.append(("copy", kind.value))
+        ctypes.memmove(target.value, source.value, size.value)
+        return 0
+
+    def cudaMemcpy2D(self, target, target_pitch, source, source_pitch, width, height, kind):
+        assert kind.value == 3
+        for row in range(height.value):
+            to, of = row * target_pitch.value, row * source_pitch.value
+            ctypes.memmove(target.value + to, source.value + of, width.value)
+        return 0
+
+    def cudaDeviceSynchronize(self):
+        return 0
+
+    def cudaStreamCreate(self, handle):
+        self._kept.append(handle._obj)
+        handle._obj.value = 2**40 + len(self._kept)
+        return 0
+
+    cudaEventCreate = cudaStreamCreate
+
+    def cudaEventRecord(self, event, stream):
+        self.calls.append(("record", event.value, stream.value))
+        return 0
+
+    def cudaEventSynchronize(self, event):
+        self.calls.append(("wait", event.value))
+        return 0
+
+    def cudaEventElapsedTime(self, milliseconds, began, ended):
+        self.calls.append(("time", began.value, ended.value))
+        milliseconds._obj.value = 1.5
+        return 0
+
+
+@pytest.fixture
+def runtime(monkeypatch):
+    pretended = PretendedRuntime()
+    monkeypatch.setattr(cuda_memory, "_load", lambda names: pretended)
+    return pretended
+
+
+def _slot(memory, tensor, slot):
+    """What a slot holds, [kv_heads, slot_length, head_size]."""
+    count = int(np.prod(memory.shape[1:]))
+    numbers = (ctypes.c_float * count).from_address(memory.address(tensor, slot))
+    return np.frombuffer(numbers, np.float32).reshape(memory.shape[1:])
+
+
+@pytest.mark.usefixtures("runtime")
+def test_slots_move_as_in_main_memory():
+    """Copies and swaps of parts of slots, in every tensor and head."""
+    shape = (3, 2, 10, 4)
+    memories = [HostMemory(4, shape, np.float32), CudaMemory(4, shape, np.float32)]
+    for memory in memories:
+        random = np.random.default_rng(0)
+        for tensor in range(4):
+            for slot in range(3):
+                _slot(memory, tensor, slot)[:] = random.random(shape[1:], np.float32)
+        memory.copy(0, 2, 7)
+        memory.swap(1, 2, 3)
+
+    assert memories[0].size_in_bytes == memories[1].size_in_bytes
+    for tensor in range(4):
+        for slot in range(3):
+            on_host, on_device = (_slot(memory, tensor, slot).tolist() for memory in memories)
+            assert on_host == on_device
+
+
+def test_time_is_taken_between_events_on_the_stream(runtime):
+    """Both on the clock's own stream; the second is waited for; whole nanoseconds."""
+    clock = CudaClock()
+    clock.start()
+    spent = clock.stop()
+
+    (_, began, stream), (_, ended, same), *rest = runtime.calls
+    assert (1_500_000, clock.stream, clock.stream) == (spent, stream, same)
+    assert [("wait", ended), ("time", began, ended)] == rest
+    assert len({began, ended, stream}) == 3
+
+
+def test_rows_come_from_the_device(runtime):
+    """Bytes as they are, by a copy from device to host; a failed one is an error."""
+    source, target = np.arange(9, dtype=np.float32), np.zeros(9, np.float32)
+    copy_to_host(target.ctypes.data, source.ctypes.data, source.nbytes)
+
+    assert (source.tolist(), [("copy", 2)]) == (target.tolist(), runtime.calls)
+    runtime.cudaMemcpy = lambda *arguments: 700
+    with pytest.raises(CudaError, match="cudaMemcpy of 36 bytes failed with CUDA error 700"):
+        copy_to_host(target.ctypes.data, source.ctypes.data, source.nbytes)
+
+
+# ---- with a device
+
+
+@pytest.fixture(scope="module", params=["fp32", "fp16", "int8", "int4"])
+def model(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cuda") / "small"
+    return load_model_directory(
+        make_random_llama(folder, SHAPES["small"], request.param, device="cuda")
+    )
+
+
+@pytest.fixture(scope="module")
+def on_device(model):
+    """Loaded as the service loads it."""
+    settings = GeneratorSettings(
+        model_directory=model.path, device="cuda", slots=4, max_sequence_length=128
+    )
+    runner = load_runner(settings, model)
+    warm_up(runner, Meter())
+    return runner
+
+
+def _prefill(runner, slot, token_ids=PROMPT):
+    result = runner.run(StepPlan(chunks=(Chunk(slot, 0, token_ids, True),))).chunks[0]
+    assert result.error is None
+    return result.logits[0]
+
+
+@pytest.mark.gpu
+def test_all_is_on_the_device(on_device):
+    """Provider, logits, and time from the device's events."""
+    began = time.perf_counter_ns()
+    result = on_device.run(StepPlan(chunks=(Chunk(0, 0, PROMPT, True),))).chunks[0]
+    passed = time.perf_counter_ns() - began
+
+    assert "CUDAExecutionProvider" == on_device.info.provider
+    assert isinstance(on_device._clock, CudaClock)
+    assert isinstance(result.logits[0], DeviceRow)
+    assert 0 < result.nanoseconds <= passed
+
+
+@pytest.mark.gpu
+def test_logits_are_nearly_those_of_the_cpu(on_device, model):
+    """Other kernels round differently, TF32 among them; nothing more is different."""
+    expected = _prefill(OrtRunner(model, "cpu", 1, 128), 0)
+
+    assert np.allclose(expected, _prefill(on_device, 0).whole, atol=0.15)
+
+
+@pytest.mark.gpu
+def test_candidates_are_those_of_the_whole_row(on_device):
+    """Of every row of a batch, at positions of their own."""
+    for slot in range(4):
+        _prefill(on_device, slot, PROMPT[: 10 * (slot + 1)])
+    rows = tuple(Row(7, 10 * (slot + 1)) for slot in range(4))
+    for row in on_device.run(StepPlan(rows=rows)).rows.logits:
+        largest = np.sort(row.whole)[::-1][:CANDIDATES]
+        rest = np.exp(row.whole - largest[0])[row.whole <= largest[-1]].sum()
+
+        assert largest.tolist() == row.values.tolist() == row.whole[row.ids].tolist()
+        assert len(set(row.ids.tolist())) == CANDIDATES
+        assert abs(row.rest.sum() / rest - 1) < RELATIVE_ERROR
+
+
+@pytest.mark.gpu
+def test_slots_can_be_moved_on_the_device(on_device):
+    """A copied and swapped prompt goes on as it would have."""
+    _prefill(on_device, 0)
+    _prefill(on_device, 1, PROMPT[::-1])
+    first = on_device.run(StepPlan(rows=(Row(7, 40), Row(7, 40)))).rows.logits
+    expected = [row.whole.copy() for row in first]
+    _prefill(on_device, 0)
+    _prefill(on_device, 1, PROMPT[::-1])
+    moves = (Copy(0, 2, 40), Swap(0, 1, 40))
+    second = on_device.run(StepPlan(moves, rows=tuple(Row(7, 40) for _ in range(3)))).rows.logits
+    given = [row.whole for row in second]
+
+    for index, place in enumerate((1, 0, 0)):
+        assert np.allclose(expected[place], given[index], atol=0.05)
+
+
+@pytest.mark.gpu
+def test_the_engine_serves_from_the_device(on_device):
+    """Greedy and drawn requests end as asked, and the books are right after every step."""
+    bench = Bench(slots=4, slot_length=128, runner=on_device)
+    samplings = [Sampling(temperature=0), Sampling(seed=1), Sampling(seed=2, top_k=5)]
+    groups = [
+        bench.submit(list(PROMPT[: 9 + i]), 15, sampling=sampling, n=2, stop_token_ids=frozenset())
+        for i, sampling in enumerate(samplings)
+    ]
+    bench.finish()
+
+    assert {} == bench.errors
+    assert [[15, 15]] * 3 == [[len(bench.tokens[group][i]) for i in (0, 1)] for group in groups]
