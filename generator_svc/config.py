@@ -55,8 +55,9 @@ class GeneratorSettings(BaseSettings):
     prefill_stall_ms: int = Field(
         100,
         ge=1,
-        description="Milliseconds that a step spends on prompts while other sequences decode, by "
-        "what it measured: more start new requests sooner, fewer stall running streams less.",
+        description="Milliseconds that a step spends on a prompt while other sequences decode, by "
+        "what it measured, and up to four times that with as many prompts at hand: more start new "
+        "requests sooner, fewer stall running streams less.",
     )
     chunk_tokens: int = Field(
         512, ge=8, description="Prompt tokens a step computes while nothing decodes."

@@ -4,9 +4,10 @@ The policy, whole:
 
     1. Every sequence that decodes gets one token in every step.
     2. Prompts are prefilled in chunks beside it. While anything decodes, a step's chunks take at
-       most `stall_nanoseconds`, by what chunks took so far. It is the one dial: more, and new
-       requests start sooner; less, and running streams stall less. At least one tile of tokens is
-       computed, however slow. While nothing decodes, up to `chunk_tokens`.
+       most `stall_nanoseconds`, by what chunks took so far; twice that when two prompts are at
+       hand, and so on up to MOST_STRETCH times, for then it is others who would wait. It is the
+       one dial: more, and new requests start sooner; less, and running streams stall less. At
+       least one tile of tokens is computed, however slow. While nothing decodes, `chunk_tokens`.
     3. First come, first served, among prompts that one step can take. A longer one gets at least
        half of every step's prefill once it is the oldest, and the others share the rest, the
        shortest first: neither waits for all of the other. Of the longer ones, one at a time.
@@ -31,6 +32,7 @@ from generator_svc.sequence import (
     Update,
 )
 
+MOST_STRETCH = 4
 _LEAST_PROGRESS = 2 * SHORTEST_CHUNK  # of any prompt, that many can be cut off
 
 
@@ -205,7 +207,9 @@ class Scheduler:
         """Prompt tokens that a step can take, at the speed of a prompt's beginning."""
         if not any(sequence.stage is Stage.DECODE for sequence in self.running):
             return self._chunk_tokens
-        return min(self._pace.fitting(self._stall_nanoseconds), self._chunk_tokens)
+        prompts = len(self.waiting) + len(self._prefilling())
+        stretch = min(max(prompts, 1), MOST_STRETCH)
+        return min(self._pace.fitting(stretch * self._stall_nanoseconds), self._chunk_tokens)
 
     def _prefilling(self) -> list[Sequence]:
         return [s for s in self.running if s.stage is Stage.PREFILL and s.uncomputed]

@@ -1,12 +1,9 @@
 """`python -m rest_facade`: reads the settings, refuses what would be unsafe, serves."""
 
-import asyncio
-
-import uvloop
-
 from rest_facade.auth import KeyFile, KeyFileError
 from rest_facade.config import FacadeSettings
 from rest_facade.server import serve
+from trivium.wire.serving import run
 from trivium.wire.settings import load_settings, refuse_to_start
 from trivium.wire.telemetry import configure_logging
 
@@ -27,8 +24,7 @@ def main() -> None:
             "TRIVIUM_FACADE_ALLOW_UNAUTHENTICATED_REMOTE=true to serve everyone."
         )
     configure_logging("rest_facade", settings.log_level)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(serve(settings, keys))
+    run(serve(settings, keys))
 
 
 if __name__ == "__main__":

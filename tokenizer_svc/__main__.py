@@ -1,6 +1,5 @@
 """`python -m tokenizer_svc`: loads the model's text side, serves until told to stop."""
 
-import asyncio
 import logging
 
 import prometheus_client
@@ -11,7 +10,7 @@ from tokenizer_svc.models import Model
 from tokenizer_svc.server import TokenizerServer, load_models
 from trivium.model_directory import ModelDirectoryError
 from trivium.wire import telemetry
-from trivium.wire.serving import wait_for_signal
+from trivium.wire.serving import run, wait_for_signal
 from trivium.wire.settings import load_settings, refuse_to_start
 
 log = logging.getLogger("tokenizer_svc")
@@ -36,7 +35,7 @@ def main() -> None:
     telemetry.configure_logging("tokenizer_svc", settings.log_level)
     try:
         models = load_models(settings)
-        asyncio.run(serve(settings, models))
+        run(serve(settings, models))
     except (ModelDirectoryError, OSError, RuntimeError) as error:  # a port that is taken, for one
         refuse_to_start(f"tokenizer_svc: {error}")
 

@@ -19,7 +19,7 @@ from generator_svc.export.calibration import Ranges
 
 # How much of the spread goes into the weights, by where the input comes from: measured on
 # SmolLM2-135M, see docs/log.md.
-NORM_ALPHA, VALUE_ALPHA = 0.8, 0.7
+NORM_ALPHA, VALUE_ALPHA = 0.75, 0.7
 _TINY = 1e-5
 
 
