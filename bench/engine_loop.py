@@ -1,108 +1,152 @@
-"""A closed loop of clients on an engine in this process, and its steps over again without one.
+"""Clients of an engine in this process, and the engine's steps over again without one.
 
-`EngineLoop.run` is what the engine alone does; `replay` runs the very plans that it made on the
-bare runner, with nothing around it: the most that services on top could reach.
+`EngineLoop` is what the engine alone does, `BareRunner` the very plans that it made, with nothing
+around them: no sampling, no scheduling, no clients. It is the most that services could reach.
+Both take the service's own settings, and the engine is built by the service's own code. A bare
+runner is shown all plans of an engine in their order, so that its slots hold the same.
 """
 
-import queue
-import random
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from __future__ import annotations
 
-from generator_svc.admission import Admission
-from generator_svc.engine import Engine
-from generator_svc.kv_cache import SlotCache
+import queue
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.play import Ask, Recording, Script, Trace
+from generator_svc.__main__ import build_engine, load_runner, warm_up
+from generator_svc.config import GeneratorSettings
 from generator_svc.metering import Meter
 from generator_svc.plan import StepPlan
-from generator_svc.runner import OrtRunner, Outcome
-from generator_svc.scheduler import Scheduler
+from generator_svc.runner import DeviceInfo, OrtRunner, Outcome
 from generator_svc.sequence import Generation, Sampling, Update
+from trivium.model_directory import load_model_directory
 
-_CACHE_DEPTH = 100_000
-
-
-@dataclass(frozen=True)
-class LoopResult:
-    """`first` and `gaps` in seconds: from a request to its first token, and between tokens."""
-
-    tokens: int
-    seconds: float
-    first: Sequence[float]
-    gaps: Sequence[float]
-    plans: Sequence[StepPlan] = ()
+# As the service sets it: the engine's thread needs the interpreter lock when a run ends.
+_SWITCH_INTERVAL_SECONDS = 0.0005
 
 
 class _Recorder:
-    """A runner that notes what it is told."""
+    """A runner that notes what it is told, and how many steps have ended.
+
+    Whatever else is asked of it, the runner answers.
+    """
 
     def __init__(self, runner: OrtRunner) -> None:
         self._runner = runner
         self.plans: list[StepPlan] = []
+        self.ended = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+    def start(self) -> None:
+        self.plans, self.ended = [], 0
 
     def run(self, plan: StepPlan) -> Outcome:
         self.plans.append(plan)
-        return self._runner.run(plan)
+        outcome = self._runner.run(plan)
+        self.ended += 1
+        return outcome
 
 
 class EngineLoop:
-    """`clients` clients, each with `requests` greedy requests of one shape, one after another.
+    """An engine whose prefix cache lives on from script to script, as a server's does."""
 
-    Prompts differ but for their first `shared` tokens.
-    """
+    def __init__(self, folder: Path, device: str) -> None:
+        sys.setswitchinterval(_SWITCH_INTERVAL_SECONDS)
+        settings, runner, meter = _load(folder, device)
+        self._info = runner.info
+        self._recorder = _Recorder(runner)
+        self._events: queue.SimpleQueue[tuple[int, list[Update]] | BaseException]
+        self._events = queue.SimpleQueue()
+        recorder: Any = self._recorder  # as good as the runner that it records
+        self._engine = build_engine(settings, recorder, meter, self._deliver, self._events.put)
+        self._engine.start()
 
-    def __init__(self, runner: OrtRunner, vocabulary: int, seed: int) -> None:
-        self._runner = runner
-        self._vocabulary = vocabulary
-        self._random = random.Random(seed)
+    def info(self) -> DeviceInfo:
+        """What the service would run with."""
+        return self._info
 
-    def run(
-        self, clients: int, requests: int, prompt: int, output: int, shared: int = 0
-    ) -> LoopResult:
-        recorder = _Recorder(self._runner)
-        updates: queue.SimpleQueue[list[Update]] = queue.SimpleQueue()
-        meter = Meter()
-        info = self._runner.info
-        cache = SlotCache(info.slots, info.slot_length)
-        scheduler = Scheduler(cache, 256, 512, meter.settle)
-        admission = Admission(_CACHE_DEPTH, _CACHE_DEPTH * prompt)
-        engine = Engine(scheduler, recorder, meter, admission, updates.put, _raise)
-        engine.start()
-        left, running = clients * (requests - 1), clients
-        first, gaps, last = [], [], {}
-        began = time.perf_counter()
-        for _ in range(clients):
-            last[self._submit(engine, prompt, output, shared)] = time.perf_counter(), True
+    def play(self, script: Script) -> Recording:
+        """Plays a script; raises what the engine failed with."""
+        self._recorder.start()
+        clients, late = script.numbered()
+        firsts = [asks[0][0] for asks in clients]
+        lines = [iter(asks) for asks in clients]
+        line_of = {place: lines[at] for at, asks in enumerate(clients) for place, _ in asks}
+        traces: dict[int, Trace] = {}
+        running = sum(self._ask_next(line, traces) for line in lines)
         while running:
-            for update in updates.get():
-                now = time.perf_counter()
-                before, is_first = last[update.group]
-                (first if is_first else gaps).append(now - before)
-                last[update.group] = now, False
-                if not update.is_finished:
-                    continue
-                if left:
-                    left -= 1
-                    last[self._submit(engine, prompt, output, shared)] = time.perf_counter(), True
-                else:
-                    running -= 1
-        seconds = time.perf_counter() - began
-        engine.close()
-        return LoopResult(clients * requests * output, seconds, first, gaps, recorder.plans)
+            for place in self._ended():
+                running += self._ask_next(line_of.get(place, iter(())), traces) - 1
+            if late and _have_had(traces, firsts, script.late_after):
+                running += self._ask_next(iter([late]), traces)
+                late = None
+        return Recording(tuple(self._recorder.plans), tuple(traces[n] for n in sorted(traces)))
 
-    def _submit(self, engine: Engine, prompt: int, output: int, shared: int) -> object:
-        own = (self._random.randrange(self._vocabulary) for _ in range(prompt - shared))
-        ids = (*[0] * shared, *own)
-        return engine.submit(Generation(ids, output, Sampling(temperature=0)))
+    def _deliver(self, updates: list[Update]) -> None:
+        self._events.put((self._recorder.ended - 1, updates))
+
+    def _ask_next(self, asks: Iterator[tuple[int, Ask]], traces: dict[int, Trace]) -> int:
+        """Submits a client's next request, if there is one; returns how many."""
+        following = next(asks, None)
+        if following is None:
+            return 0
+        place, ask = following
+        trace = Trace(ask, time.perf_counter(), self._recorder.ended, [[] for _ in range(ask.n)])
+        traces[place] = trace
+        generation = Generation(ask.token_ids, ask.output, Sampling(temperature=0), n=ask.n)
+        self._engine.submit(generation, tag=(place, trace))
+        return 1
+
+    def _ended(self) -> Iterator[int]:
+        """Takes in what a step brought; gives the places of the requests that ended."""
+        event = self._events.get()
+        now = time.perf_counter()
+        if isinstance(event, BaseException):
+            raise event
+        step, updates = event
+        for update in updates:
+            if update.error is not None:
+                raise update.error
+            if update.token is None:
+                continue
+            place, trace = update.group.tag
+            trace.tokens[update.sequence.index].append((now, step, update.token.token_id))
+            if sum(map(len, trace.tokens)) == trace.ask.output * trace.ask.n:
+                sequences = update.group.sequences
+                trace.cached_tokens = sequences[0].cached_prompt_tokens
+                trace.device_nanoseconds = sum(each.device_nanoseconds for each in sequences)
+                yield place
 
 
-def replay(runner: OrtRunner, plans: Sequence[StepPlan]) -> float:
-    """Seconds that the plans take on the bare runner."""
-    began = time.perf_counter()
-    for plan in plans:
-        runner.run(plan)
-    return time.perf_counter() - began
+class BareRunner:
+    """A runner on its own."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        _, self._runner, _ = _load(folder, device)
+
+    def replay(self, plans: Sequence[StepPlan]) -> list[float]:
+        """Runs plans one after another; seconds from the start until each of them had ended."""
+        ends = []
+        began = time.perf_counter()
+        for plan in plans:
+            self._runner.run(plan)
+            ends.append(time.perf_counter() - began)
+        return ends
 
 
-def _raise(fault: BaseException) -> None:
-    raise fault
+def _load(folder: Path, device: str) -> tuple[GeneratorSettings, OrtRunner, Meter]:
+    """A warm runner as the service would load it, from the same variables."""
+    given: dict[str, Any] = {"model_directory": folder, "device": device}
+    settings = GeneratorSettings(**given)
+    runner, meter = load_runner(settings, load_model_directory(folder)), Meter()
+    warm_up(runner, meter)
+    return settings, runner, meter
+
+
+def _have_had(traces: dict[int, Trace], places: list[int], tokens: int) -> bool:
+    return all(len(traces[place].tokens[0]) >= tokens for place in places)

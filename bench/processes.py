@@ -1,28 +1,81 @@
 """What processes used: processor time and peak memory, from /proc."""
 
+from __future__ import annotations
+
+import contextlib
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 _TICKS = os.sysconf("SC_CLK_TCK")
+_IDLE, _IO_WAIT = 3, 4  # columns of /proc/stat that are not work
+_GUEST = 8  # from here on columns count what others hold already
 
 
 @dataclass(frozen=True)
-class Usage:
-    """Processor seconds so far, and the most memory ever held, in bytes."""
+class Used:
+    """Processor seconds and the most memory held at a time, in bytes, by name of the process.
 
-    cpu_seconds: float
-    peak_bytes: int
+    `others` is the share, 0 to 1, of all cores' time that went to any other process, or was taken
+    by the host of a virtual machine.
+    """
+
+    cpu_seconds: Mapping[str, float]
+    peak_bytes: Mapping[str, int]
+    others: float
 
 
-def usage(pid: int) -> Usage:
-    """Of one process, its threads included."""
+class Watch:
+    """Watches named processes from its making until `stop`, this process being their keeper."""
+
+    def __init__(self, pids: Mapping[str, int]) -> None:
+        self._pids = pids
+        for pid in pids.values():
+            _reset_peak(pid)
+        self._before = self._now()
+
+    def stop(self) -> Used:
+        """What was used since the beginning."""
+        before, after = self._before, self._now()
+        spent = {name: after[1][name] - before[1][name] for name in after[1]}
+        machine = (after[0] - before[0]) * len(os.sched_getaffinity(0))
+        others = (after[2] - before[2] - sum(spent.values())) / machine
+        own = {name: spent[name] for name in self._pids}
+        peaks = {name: peak_bytes(pid) for name, pid in self._pids.items()}
+        return Used(own, peaks, min(max(others, 0.0), 1.0))
+
+    def _now(self) -> tuple[float, dict[str, float], float]:
+        """The time, processor seconds by process (the keeper's under ""), and the machine's."""
+        spent = {name: cpu_seconds(pid) for name, pid in self._pids.items()}
+        keeper = cpu_seconds(os.getpid(), with_children=True)
+        return time.perf_counter(), {**spent, "": keeper}, _machine_seconds()
+
+
+def cpu_seconds(pid: int, with_children: bool = False) -> float:
+    """Processor seconds of one process so far, its threads included, to a hundredth.
+
+    `with_children` adds those of its children that have ended.
+    """
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return sum(map(int, fields[11 : 15 if with_children else 13])) / _TICKS
+
+
+def peak_bytes(pid: int) -> int:
+    """The most memory that a process held since its peak was last reset."""
     status = Path(f"/proc/{pid}/status").read_text()
     peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-    return Usage((int(fields[11]) + int(fields[12])) / _TICKS, int(peak.split()[1]) * 1024)
+    return int(peak.split()[1]) * 1024
 
 
-def usages(pids: Mapping[str, int]) -> dict[str, Usage]:
-    return {name: usage(pid) for name, pid in pids.items()}
+def _reset_peak(pid: int) -> None:
+    with contextlib.suppress(OSError):  # not allowed everywhere; then the peak is of all its life
+        Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+def _machine_seconds() -> float:
+    """Seconds that all cores together were busy, or away at the host's."""
+    columns = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1 : 1 + _GUEST]
+    busy = [int(ticks) for at, ticks in enumerate(columns) if at not in (_IDLE, _IO_WAIT)]
+    return sum(busy) / _TICKS

@@ -1,145 +1,294 @@
-"""`python -m bench.serving`: how near the services come to the bare runtime.
+"""`python -m bench.serving`: how near the services come to the bare runtime, and to others.
 
-Each round measures, one after the other and at each number of clients:
-
-    engine    the engine alone, in this process
-    bare      the runner on the very plans that the engine just made, with nothing around it
-    services  the three services, streamed over REST
-    URL       any other OpenAI-compatible server, if one is named
-
-Medians over the rounds are printed, and the ratio of each to `bare` in its own round, since a
-machine's speed drifts. Prompts are all different; `ignore_eos` keeps answers equally long.
+Every round plays the same requests, which nobody has seen before, with one contender after
+another: the engine alone, the bare runner on the engine's own plans, the three services over REST,
+and whoever is named besides. bench/README.md says what is measured and how to read it.
 """
+
+from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import importlib.metadata
+import itertools
 import json
-import statistics
+import os
+import secrets
+import sys
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+import httpx
 
-from bench.engine_loop import EngineLoop, LoopResult, replay
-from bench.processes import usages
-from generator_svc.runner import OrtRunner, choose_device
+from bench.contenders import (
+    READY_SECONDS,
+    Bare,
+    Contender,
+    Engine,
+    GenAi,
+    LlamaServer,
+    Services,
+    Url,
+)
+from bench.load_client import Server
+from bench.measures import Numbers, checks, costs
+from bench.play import Answer, Play, Recording, Script
+from bench.prompts import Prompts, Text
+from bench.report import Results, Row, as_json, machine, notes, page, renewed, tables
+from bench.scenarios import Choices, Load, LongPrompt, Scenario, SharedSystemPrompt, Turns
+from bench.worker import Worker
+from generator_svc.runner import DeviceInfo
 from trivium.cli.embedded import embedded_folder
-from trivium.cli.load import Prompts, Target, open_client, run_level
 from trivium.cli.pipeline import Pipeline, free_ports
 from trivium.cli.supervisor import Supervisor
-from trivium.model_directory import load_model_directory
 
-SLOTS, SLOT_LENGTH = 32, 4096
-# What the embedded model's chat template puts before every prompt: cached after the first.
-TEMPLATE_TOKENS = 24
+NAMES = ("load", "long", "shared", "turns", "streams", "choices", "stall")
+LONG_CLIENTS, LONG_PROMPT = (1, 8), 1000
+STREAMS = 256
+LATE_PROMPT, LATE_ROOM = 4000, 16
+STOP_SECONDS = 30.0
+WARM_UP = Load("warm up", clients=2, requests=1, prompt=64, output=8)
+MOST_FAULTS = 3  # that are told of one measurement
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=embedded_folder())
-    parser.add_argument("--clients", default="1,8,32")
-    parser.add_argument("--requests", type=int, default=3, help="of each client, a round")
-    parser.add_argument("--prompt-tokens", type=int, default=115)
-    parser.add_argument("--output-tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--url", action="append", default=[], help="another server to compare")
-    parser.add_argument("--json", type=Path, help="write the numbers here")
-    return parser.parse_args()
+    add = parser.add_argument
+    add("--model", type=Path, default=embedded_folder())
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add("--scenarios", default=",".join(NAMES), help="some of the default's")
+    add("--rounds", type=int, default=5)
+    add("--clients", default="1,8,32", help="of the scenario load")
+    add("--requests", type=int, default=3, help="of each client, in load and long")
+    add("--prompt-tokens", type=int, default=115, help="of load and streams")
+    add("--output-tokens", type=int, default=64, help="of load, long and streams")
+    add("--url", action="append", default=[], metavar="NAME=URL", help="a server that runs")
+    add("--llama-server", type=Path, metavar="BINARY", help="a llama-server to run; wants --gguf")
+    add("--gguf", type=Path, metavar="FILE", help="the model for it")
+    add("--genai", type=Path, metavar="PYTHON", help="an interpreter with onnxruntime-genai")
+    add("--seed", type=int, default=secrets.randbelow(2**31), help="of the prompts")
+    add("--json", type=Path, metavar="FILE", help="write all numbers here, after every round")
+    add("--markdown", type=Path, metavar="FILE", help="write the results into this page")
+    options = parser.parse_args()
+    _check(parser, options)
+    return options
 
 
-def _percentiles(values: Any) -> dict[str, float]:
-    return {f"p{rank}": round(float(np.percentile(values, rank)) * 1000, 2) for rank in (50, 99)}
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Finds out now what would be a pity to find out after an hour."""
+    unknown = set(options.scenarios.split(",")) - set(NAMES)
+    if unknown:
+        parser.error(f"--scenarios: there is no {', '.join(sorted(unknown))}")
+    if any("=" not in named for named in options.url):
+        parser.error("--url wants NAME=URL")
+    if (options.llama_server is None) != (options.gguf is None):
+        parser.error("--llama-server and --gguf go together")
+    if options.markdown:
+        try:
+            renewed(options.markdown.read_text(), "")
+        except (OSError, ValueError) as error:
+            parser.error(f"--markdown: {error}")
 
 
-def _loop_row(result: LoopResult) -> dict[str, Any]:
+def scenarios(options: argparse.Namespace, longest: int) -> list[Scenario]:
+    """What was asked for, as far as it fits into a slot of `longest` tokens."""
+    prompt, output, requests = options.prompt_tokens, options.output_tokens, options.requests
+    clients = map(int, options.clients.split(","))
+    found: list[Scenario] = [
+        *(Load("load", n, requests * (4 if n == 1 else 1), prompt, output) for n in clients),
+        *(Load("long", n, requests, LONG_PROMPT, output) for n in LONG_CLIENTS),
+        SharedSystemPrompt(),
+        Turns(),
+        Load("streams", STREAMS, 1, prompt, output),
+        Choices(),
+        LongPrompt(prompt=min(LATE_PROMPT, longest - LATE_ROOM)),
+    ]
+    wanted = [each for each in found if each.name in options.scenarios.split(",")]
+    for each in wanted:
+        if each.length > longest:
+            _tell(f"{each.name} is left out: a slot has {longest} tokens, not {each.length}")
+    return [each for each in wanted if each.length <= longest]
+
+
+class Recorder:
+    """A stage on which one contender plays; keeps what was played."""
+
+    def __init__(self, contender: Contender) -> None:
+        self._contender = contender
+        self.played: list[tuple[Script, Play]] = []
+
+    def play(self, script: Script) -> Sequence[Answer]:
+        play = self._contender.play(script)
+        self.played.append((script, play))
+        return play.answers
+
+    def numbers(self) -> Numbers:
+        """Costs and checks of all that was played."""
+        checked: Counter[str] = Counter()
+        for script, play in self.played:
+            checked.update(checks(script, play))
+        return {**costs([play for _, play in self.played]), **checked}
+
+    def faults(self) -> tuple[str, ...]:
+        """Some of what went wrong."""
+        said = (answer.fault for _, play in self.played for answer in play.answers)
+        return tuple(itertools.islice(dict.fromkeys(filter(None, said)), MOST_FAULTS))
+
+
+def measure(scenario: Scenario, contender: Contender, prompts: Prompts, number: int) -> Row:
+    """One scenario by one contender, in round `number`."""
+    recorder = Recorder(contender)
+    with contender.turn(scenario):
+        numbers = scenario.run(recorder, prompts)
+    numbers = {**numbers, **recorder.numbers()}
+    return Row(scenario.name, scenario.case, number, contender.name, numbers, recorder.faults())
+
+
+def rounds(
+    options: argparse.Namespace,
+    planned: list[Scenario],
+    contenders: list[list[Contender]],
+    text: Text,
+) -> Iterator[list[Row]]:
+    """The rows of each round. Every second one has the groups of contenders in reverse."""
+    for number in range(options.rounds):
+        rows = []
+        groups = contenders[::-1] if number % 2 else contenders
+        for scenario in planned:
+            for contender in itertools.chain(*groups):
+                if contender.takes(scenario):
+                    seed = f"{options.seed}/{number}/{scenario.name}/{scenario.case}"
+                    rows.append(measure(scenario, contender, Prompts(text, seed), number))
+                    _tell(f"round {number + 1} of {options.rounds}: {_in_short(rows[-1])}")
+        yield rows
+
+
+def _in_short(row: Row) -> str:
+    shown = (f"{name} {value:.4g}" for name, value in itertools.islice(row.numbers.items(), 3))
+    return f"{row.scenario} {row.case}, {row.contender}: {', '.join(shown)}"
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def started(pipeline: Pipeline) -> Iterator[Supervisor]:
+    """The three services, ready."""
+    with asyncio.Runner() as loop:
+        supervisor = Supervisor(pipeline.stages(), STOP_SECONDS)
+        loop.run(supervisor.__aenter__())
+        try:
+            loop.run(supervisor.wait_until_ready(READY_SECONDS))
+            yield supervisor
+        finally:
+            loop.run(supervisor.__aexit__(None, None, None))
+
+
+def _servers(options: argparse.Namespace, client: Worker) -> Iterator[list[Contender]]:
+    """Those that were named."""
+    key = os.environ.get("OPENAI_API_KEY", "")
+    for name, _, root in (named.partition("=") for named in options.url):
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        models = httpx.get(f"{root}/models", headers=headers, trust_env=False).raise_for_status()
+        yield [Url(name, Server(root, models.json()["data"][0]["id"], key), client)]
+    if options.llama_server:
+        yield [LlamaServer(options.llama_server, options.gguf, client)]
+    if options.genai:
+        yield [GenAi(options.genai, options.model)]
+
+
+def _pipeline(options: argparse.Namespace) -> Pipeline:
+    """The services at ports that nobody uses."""
+    facade, tokenizer, tokenizer_metrics, generator, generator_metrics = free_ports(5)
+    return Pipeline(
+        options.model,
+        options.device,
+        port=facade,
+        tokenizer_port=tokenizer,
+        tokenizer_metrics_port=tokenizer_metrics,
+        generator_port=generator,
+        generator_metrics_port=generator_metrics,
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Starts everybody, measures, reports."""
+    folder = options.model, options.device
+    with contextlib.ExitStack() as stack:
+        engine = stack.enter_context(Worker("bench.engine_loop:EngineLoop", *folder))
+        info: DeviceInfo = engine.call("info")
+        os.environ |= _same_slots(info)
+        bare = stack.enter_context(Worker("bench.engine_loop:BareRunner", *folder))
+        client = stack.enter_context(Worker("bench.load_client:LoadClient"))
+        pipeline = _pipeline(options)
+        supervisor = stack.enter_context(started(pipeline))
+        text = stack.enter_context(Text(pipeline.url, options.model.name))
+        recordings: deque[Recording] = deque()
+        server = Server(f"{pipeline.url}/v1", options.model.name)
+        own: list[list[Contender]] = [
+            [Engine(engine, recordings), Bare(bare, recordings)],
+            [Services(server, client, supervisor)],
+        ]
+        for contender in itertools.chain(*own):
+            measure(WARM_UP, contender, Prompts(text, "warm up"), 0)
+        contenders = [*own, *_servers(options, client)]
+        planned = scenarios(options, info.slot_length)
+        results = Results([], {each.name: each.title for each in planned})
+        for rows in rounds(options, planned, contenders, text):
+            results = replace(results, rows=[*results.rows, *rows])
+            save(options, results, _about(options, results, info, contenders))
+    show(results)
+
+
+def show(results: Results) -> None:
+    """Prints the tables and what has to be known of them."""
+    for table in tables(results):
+        print(table.text(), end="\n\n")
+    for note in notes(results):
+        print(f"note: {note}")
+
+
+def save(options: argparse.Namespace, results: Results, about: dict[str, object]) -> None:
+    """Writes what there is to where it is wanted."""
+    if options.json:
+        options.json.write_text(json.dumps(as_json(results, about), indent=1) + "\n")
+    if options.markdown:
+        text = options.markdown.read_text()
+        options.markdown.write_text(renewed(text, page(results, about)))
+
+
+def _same_slots(info: DeviceInfo) -> dict[str, str]:
+    """Settings that give later generators what the first got, however much memory is left."""
     return {
-        "tokens_per_second": result.tokens / result.seconds,
-        "first_ms": _percentiles(result.first),
-        "between_ms": _percentiles(result.gaps),
+        "TRIVIUM_GENERATOR_SLOTS": str(info.slots),
+        "TRIVIUM_GENERATOR_KV_CACHE_BYTES": str(info.cache_bytes),
     }
 
 
-async def _rest_row(target: Target, prompts: Prompts, clients: int, requests: int) -> Any:
-    level = await run_level(target, prompts, clients, requests)
-    assert not level.failures, level.failures
-    tokens = sum(answer.completion_tokens for answer in level.answers)
+def _about(
+    options: argparse.Namespace,
+    results: Results,
+    info: DeviceInfo,
+    contenders: list[list[Contender]],
+) -> dict[str, object]:
     return {
-        "tokens_per_second": tokens / level.seconds,
-        "first_ms": _percentiles([a.first_token_seconds for a in level.answers]),
-        "between_ms": _percentiles([gap for a in level.answers for gap in a.gaps]),
+        **machine(),
+        "rounds": len({row.round for row in results.rows}),
+        "seed": options.seed,
+        "model": options.model.name,
+        "slots": info.slots,
+        "provider": info.provider,
+        "onnxruntime": importlib.metadata.version("onnxruntime-gpu"),
+        **{each.name: each.version for each in itertools.chain(*contenders) if each.version},
     }
-
-
-async def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    model = load_model_directory(options.model)
-    runner = OrtRunner(model, choose_device("auto"), SLOTS, min(SLOT_LENGTH, model.context_length))
-    loop = EngineLoop(runner, model.vocab_size, seed=0)
-    ports = free_ports(5)
-    pipeline = Pipeline(options.model, "auto", "127.0.0.1", ports[0], "127.0.0.1", *ports[1:])
-    shape = (options.prompt_tokens, options.output_tokens)
-    rows = []
-    async with Supervisor(pipeline.stages(), 30) as supervisor:
-        await supervisor.wait_until_ready(120)
-        names = {"services": f"{pipeline.url}/v1", **{url: url for url in options.url}}
-        targets = {n: Target(root, {}, model.id, *shape) for n, root in names.items()}
-        prompts = Prompts(seed=0)
-        async with open_client(targets["services"]) as client:
-            await prompts.calibrate(client, targets["services"])
-        for number in range(options.rounds):
-            for clients in map(int, options.clients.split(",")):
-                requests = options.requests * (4 if clients == 1 else 1)
-                found = await asyncio.to_thread(
-                    loop.run, clients, requests, *shape, TEMPLATE_TOKENS
-                )
-                bare = found.tokens / await asyncio.to_thread(replay, runner, found.plans)
-                measured = {"engine": _loop_row(found), "bare": {"tokens_per_second": bare}}
-                for name, target in targets.items():
-                    before = usages(supervisor.pids())
-                    measured[name] = await _rest_row(target, prompts, clients, requests)
-                    if name == "services":
-                        used = usages(supervisor.pids())
-                        measured[name]["cpu_us_per_token"] = {
-                            stage: (used[stage].cpu_seconds - before[stage].cpu_seconds)
-                            / found.tokens
-                            * 1e6
-                            for stage in used
-                        }
-                        measured[name]["peak_mib"] = {
-                            stage: use.peak_bytes >> 20 for stage, use in used.items()
-                        }
-                rows.append({"round": number, "clients": clients, "measured": measured})
-    return rows
-
-
-def _show(rows: list[dict[str, Any]]) -> None:
-    print(f"{'clients':>7} {'what':10} {'tokens/s':>9} {'of bare':>8} {'first p50/p99 ms':>20}")
-    for clients in sorted({row["clients"] for row in rows}):
-        of_level = [row["measured"] for row in rows if row["clients"] == clients]
-        for name in of_level[0]:
-            speeds = [found[name]["tokens_per_second"] for found in of_level]
-            ratios = [
-                found[name]["tokens_per_second"] / found["bare"]["tokens_per_second"]
-                for found in of_level
-            ]
-            first = [found[name].get("first_ms") for found in of_level]
-            shown = "-"
-            if first[0] is not None:
-                shown = " / ".join(
-                    f"{statistics.median(f[rank] for f in first):.0f}" for rank in ("p50", "p99")
-                )
-            print(
-                f"{clients:7} {name[:10]:10} {statistics.median(speeds):9.1f} "
-                f"{statistics.median(ratios):8.2f} {shown:>20}  "
-                f"(ratios {min(ratios):.2f} to {max(ratios):.2f})"
-            )
 
 
 def main() -> None:
-    options = arguments()
-    rows = asyncio.run(_measure(options))
-    _show(rows)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    run(arguments())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,301 @@
+"""How near to the device's memory bandwidth decoding comes, with a Llama of random weights.
+
+    python -m bench.gpu --device cuda --precision fp16,int4 --json FILE
+    python -m bench.gpu --small --device cpu
+
+makes the model on the spot (8 billion parameters; --small, a few million) and measures, for each
+precision and number of sequences:
+
+    bare          output tokens/s of decode steps on the bare runner, after prompts of --prompt
+    floor         the least time of such a step, its weights and keys and values read once at the
+                  bandwidth of a copy on the device, as a share of the time that it took
+    engine        output tokens/s of the engine, greedy, from the first prompt to the last token
+    transformers  the same of transformers' generate, in float16 on CUDA, in float32 on the CPU
+    genai         the same of onnxruntime-genai on the same folder, with --genai-python
+
+Every candidate has the device to itself, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import importlib.util
+import json
+import multiprocessing
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from bench import transformers_generate
+from bench.random_llama import PRECISIONS, SHAPES, Shape, llama_config, make_random_llama
+from generator_svc.__main__ import build_engine, load_runner, warm_up
+from generator_svc.config import GeneratorSettings
+from generator_svc.cuda_memory import CudaMemory
+from generator_svc.metering import Meter
+from generator_svc.plan import Chunk, Row, StepPlan
+from generator_svc.runner import OrtRunner, choose_device
+from generator_svc.sequence import Generation, Sampling, Update
+from generator_svc.slot_memory import HostMemory
+from trivium.model_directory import load_model_directory
+
+Result = TypeVar("Result")
+
+COUNTS = (1, 8, 32, 128, 256)
+REPEATS = 5
+_GENAI = Path(__file__).with_name("genai.py")
+_LARGEST_GENAI_BATCH = 32  # it refuses more
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is asked for: a shape of model, numbers of sequences, tokens of prompt and answer."""
+
+    shape: str
+    device: str
+    counts: tuple[int, ...]
+    prompt: int
+    output: int
+    chunk: int
+    copied_bytes: int
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """`bare` and `engine` in output tokens/s; `floor` as a share of the time of a bare step."""
+
+    bare: float
+    floor: float
+    engine: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one model does on the device; bandwidth in bytes/s, prefill in tokens/s."""
+
+    provider: str
+    dtype: str
+    slots: int
+    weight_bytes: int
+    bandwidth: float
+    prefill: float
+    decoding: dict[int, Decoding]
+
+
+def measure(folder: Path, work: Work) -> Measured:
+    """Loads the model as the service does, and measures runner and engine."""
+    settings = _settings(folder, work)
+    runner, meter = load_runner(settings, load_model_directory(folder)), Meter()
+    warm_up(runner, meter)
+    bandwidth = copy_bandwidth(work.device, work.copied_bytes)
+    weights = _weight_bytes(folder, SHAPES[work.shape])
+    token_bytes = runner.info.cache_bytes // (runner.info.slots * runner.info.slot_length)
+    decoding = {}
+    for count in (count for count in work.counts if count <= runner.info.slots):
+        seconds = _decode_seconds(runner, count, work.prompt)
+        floor = (weights + count * work.prompt * token_bytes) / bandwidth
+        engine = _engine_rate(runner, settings, count, work)
+        decoding[count] = Decoding(count / seconds, floor / seconds, engine)
+    prefill = work.chunk / _prefill_seconds(runner, work.chunk)
+    info = runner.info
+    return Measured(info.provider, info.dtype, info.slots, weights, bandwidth, prefill, decoding)
+
+
+def copy_bandwidth(device: str, size: int) -> float:
+    """Bytes/s, read and written together, of copies of `size` bytes on the device."""
+    kind = CudaMemory if device == "cuda" else HostMemory
+    memory = kind(1, (2, 1, size // 128, 64), np.float16)  # two slots of `size` bytes
+    return 2 * size / _best(lambda: memory.copy(0, 1, size // 128))
+
+
+def _settings(folder: Path, work: Work) -> GeneratorSettings:
+    length = max(work.prompt + work.output, work.chunk) + 8
+    given: dict[str, Any] = {
+        "model_directory": folder,
+        "device": work.device,
+        "slots": max(work.counts),
+        "max_sequence_length": max(length - length % -8, 16),
+        "max_queued_requests": 2 * max(work.counts),
+    }
+    return GeneratorSettings(**given)
+
+
+def _weight_bytes(folder: Path, shape: Shape) -> int:
+    """Bytes of weights that a step reads: all but the embedding, of which it reads a few rows."""
+    manifest = json.loads((folder / "trivium_export.json").read_text())
+    is_half = manifest["precision"] == "fp16" or (
+        manifest["device"] == "cuda" and manifest["precision"] != "fp32"
+    )
+    embedding = shape.vocabulary * shape.hidden * (2 if is_half else 4)
+    return int(manifest["files"]["model.onnx.data"]) - embedding
+
+
+def _decode_seconds(runner: OrtRunner, count: int, position: int) -> float:
+    plan = StepPlan(rows=(Row(2, position),) * count)
+    return _median(lambda: runner.run(plan))
+
+
+def _prefill_seconds(runner: OrtRunner, length: int) -> float:
+    ids = tuple(np.random.default_rng(0).integers(2, 258, length).tolist())
+    plan = StepPlan(chunks=(Chunk(0, 0, ids, True),))
+    return _median(lambda: runner.run(plan))
+
+
+def _engine_rate(runner: OrtRunner, settings: GeneratorSettings, count: int, work: Work) -> float:
+    """Output tokens/s of `count` greedy requests that come at once, with different prompts."""
+    updates: list[Update] = []
+    engine = build_engine(settings, runner, Meter(), updates.extend, _raise)
+    random = np.random.default_rng(count)
+    began = time.perf_counter()
+    for prompt in random.integers(2, 258, (count, work.prompt)).tolist():
+        engine.submit(Generation(tuple(prompt), work.output, Sampling(temperature=0)))
+    ended = 0
+    while ended < count:
+        engine.step()
+        for update in updates:
+            if update.error is not None:
+                raise update.error
+            ended += update.is_finished
+        updates.clear()
+    return count * work.output / (time.perf_counter() - began)
+
+
+def _raise(fault: BaseException) -> None:
+    raise fault
+
+
+def _times(action: Callable[[], Any]) -> list[float]:
+    """Seconds of some repetitions, after one that is not counted."""
+    times = []
+    for _ in range(REPEATS + 1):
+        began = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - began)
+    return times[1:]
+
+
+def _median(action: Callable[[], Any]) -> float:
+    return statistics.median(_times(action))
+
+
+def _best(action: Callable[[], Any]) -> float:
+    return min(_times(action))
+
+
+def genai_rates(python: str, folder: Path, work: Work) -> dict[int, float]:
+    """Output tokens/s by number of sequences; none when it fails, which it says itself."""
+    counts = [count for count in work.counts if count <= _LARGEST_GENAI_BATCH]
+    options = {
+        "--batch": ",".join(map(str, counts)),
+        "--batches": "1",
+        "--prompt-tokens": str(work.prompt),
+        "--output-tokens": str(work.output),
+    }
+    command = [
+        python,
+        str(_GENAI),
+        str(folder),
+        *(part for pair in options.items() for part in pair),
+    ]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+    if done.returncode:
+        return {}
+    sizes = json.loads(done.stdout)["sizes"]
+    return {int(size): found["tokens_per_second"] for size, found in sizes.items()}
+
+
+def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Calls it in a process of its own, so that it leaves nothing on the device."""
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def report(precision: str, measured: Measured, others: dict[str, dict[int, float]]) -> str:
+    """A table: numbers of sequences down, candidates across."""
+    lines = [
+        f"{precision}: {measured.provider}, cache in {measured.dtype}, {measured.slots} slots; "
+        f"a step reads {measured.weight_bytes / 1e9:.3g} GB of weights; "
+        f"copies {measured.bandwidth / 1e9:.1f} GB/s; prefill {measured.prefill:.0f} tokens/s",
+        f"{'sequences':>9} {'bare':>9} {'floor':>7} {'engine':>9}"
+        + "".join(f" {name:>12}" for name in others),
+    ]
+    for count, row in measured.decoding.items():
+        rates = (found.get(count) for found in others.values())
+        lines.append(
+            f"{count:9} {row.bare:9.1f} {row.floor:7.1%} {row.engine:9.1f}"
+            + "".join(f" {rate:12.1f}" if rate else f" {'-':>12}" for rate in rates)
+        )
+    return "\n".join(lines)
+
+
+def run(work: Work, precisions: Sequence[str], models: Path, genai: str | None) -> dict[str, Any]:
+    """Measures all, prints tables as they are ready, and returns all numbers."""
+    found: dict[str, Any] = {"work": dataclasses.asdict(work)}
+    usual: dict[int, float] = {}
+    if importlib.util.find_spec("transformers") and importlib.util.find_spec("torch"):
+        config = llama_config(SHAPES[work.shape])
+        asked = (config, work.device, work.counts, work.prompt, work.output)
+        usual = in_own_process(transformers_generate.tokens_per_second, *asked)
+    for precision in precisions:
+        folder = models / f"random-{work.shape}-{precision}-{work.device}"
+        if not folder.exists():
+            make_random_llama(folder, SHAPES[work.shape], precision, work.device)
+        measured = in_own_process(measure, folder, work)
+        others = {
+            "transformers": usual,
+            "genai": genai_rates(genai, folder, work) if genai else {},
+        }
+        print(report(precision, measured, others), flush=True)
+        found[precision] = {**dataclasses.asdict(measured), **others}
+    return found
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="a model that any CPU can run")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--precision", default="fp16,int4", help=f"of {', '.join(PRECISIONS)}")
+    parser.add_argument("--shape", choices=SHAPES, help="instead of 8b, or of small with --small")
+    parser.add_argument("--sequences", default=",".join(map(str, COUNTS)))
+    parser.add_argument("--prompt", type=int, help="tokens; 128, or 16 with --small")
+    parser.add_argument("--output", type=int, help="tokens; 128, or 8 with --small")
+    parser.add_argument("--models", type=Path, help="keeps the models there and takes them again")
+    parser.add_argument("--genai-python", help="an interpreter that has onnxruntime-genai")
+    parser.add_argument("--json", type=Path, help="where to write all numbers")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    small = options.small
+    work = Work(
+        shape=options.shape or ("small" if small else "8b"),
+        device=choose_device(options.device),
+        counts=tuple(map(int, options.sequences.split(","))),
+        prompt=options.prompt or (16 if small else 128),
+        output=options.output or (8 if small else 128),
+        chunk=64 if small else 512,
+        copied_bytes=2**26 if small else 2**28,
+    )
+    genai = options.genai_python
+    if genai is None and importlib.util.find_spec("onnxruntime_genai"):
+        genai = sys.executable
+    with tempfile.TemporaryDirectory() as temporary:
+        models = options.models or Path(temporary)
+        found = run(work, options.precision.split(","), models, genai)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""HTTP/1.1 and server-sent events as a load generator needs them: almost nothing while it counts.
+
+A connection only notes which bytes came when. Making sense of them is put off until all streams
+have ended, since the processor's time is the server's until then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from bench.play import Answer
+from trivium.cli.answer import error_message
+from trivium.cli.sse import DONE, SseDecoder
+
+Pieces = Sequence[tuple[float, bytes]]
+
+_LINE_END, _HEAD_END, _LAST_CHUNK = b"\r\n", b"\r\n\r\n", b"\r\n0\r\n\r\n"
+
+
+class Connection(asyncio.Protocol):
+    """A connection that is kept for one request after another. `pieces` are the answer's bytes."""
+
+    def __init__(self) -> None:
+        self.pieces: list[tuple[float, bytes]] = []
+        self.is_open = False
+        self._transport: Any = None  # uvloop's are none of asyncio's
+        self._whole: asyncio.Future[None] | None = None
+        self._tail = b""
+        self._head = b""
+        self._left: int | None = None  # bytes of a body that says its length
+
+    async def ask(self, request: bytes) -> Pieces:
+        """Sends a request; its answer's pieces, or what there is when the server hangs up."""
+        assert self._transport is not None
+        self.pieces, self._tail, self._head, self._left = [], b"", b"", None
+        self._whole = asyncio.get_running_loop().create_future()
+        self._transport.write(request)
+        await self._whole
+        return self.pieces
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport, self.is_open = transport, True
+
+    def data_received(self, data: bytes) -> None:
+        self.pieces.append((time.perf_counter(), data))
+        self._tail = (self._tail + data[-len(_LAST_CHUNK) :])[-len(_LAST_CHUNK) :]
+        if self._tail == _LAST_CHUNK or self._has_length(data):
+            self._end()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.is_open = False
+        self._end()
+
+    def _has_length(self, data: bytes) -> bool:
+        """Whether this ends a body that is not chunked: an error's."""
+        if self._left is None:
+            self._head += data
+            head, found, data = self._head.partition(_HEAD_END)
+            if not found:
+                return False
+            length = headers(head).get(b"content-length")
+            self._left = -1 if length is None else int(length)
+        if self._left < 0:
+            return False
+        self._left -= len(data)
+        return self._left <= 0
+
+    def _end(self) -> None:
+        if self._whole is not None and not self._whole.done():
+            self._whole.set_result(None)
+
+
+class Unchunker:
+    """Takes a chunked body in pieces of any size; gives what the chunks hold."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._left = 0  # of the current chunk, with the line end behind it
+
+    def push(self, piece: bytes) -> bytes:
+        """What of the body is known after `piece`."""
+        data, body = self._rest + piece, []
+        while data:
+            if self._left:
+                taken, data = data[: self._left], data[self._left :]
+                # The line end behind a chunk may come later than the chunk, or in two pieces.
+                body.append(taken[: max(self._left - len(_LINE_END), 0)])
+                self._left -= len(taken)
+                continue
+            line, found, after = data.partition(_LINE_END)
+            if not found:
+                break
+            data = after
+            self._left = int(line.partition(b";")[0], 16) + len(_LINE_END)
+        self._rest = data
+        return b"".join(body)
+
+
+def headers(head: bytes) -> dict[bytes, bytes]:
+    """Headers by their names in lower case."""
+    lines = (line.partition(b":") for line in head.split(_LINE_END)[1:])
+    return {name.strip().lower(): value.strip() for name, _, value in lines}
+
+
+def read_answer(asked: float, pieces: Pieces) -> Answer:
+    """What a stream said and when. Never raises: what is wrong is the answer's fault."""
+    ended = pieces[-1][0] if pieces else asked
+    try:
+        return _read(asked, ended, pieces)
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        return Answer(asked, ended, (), fault=f"{type(error).__name__}: {error}")
+
+
+def _read(asked: float, ended: float, pieces: Pieces) -> Answer:
+    whole = b"".join(data for _, data in pieces)
+    head, found, body = whole.partition(_HEAD_END)
+    if not found:
+        raise ValueError("the server hung up without an answer")
+    if head.split()[1] != b"200":
+        raise ValueError(f"HTTP {head.split()[1].decode()}: {_refusal(body)}")
+    known = headers(head)
+    is_chunked = known.get(b"transfer-encoding", b"").lower() == b"chunked"
+    return _collect(asked, ended, _events(pieces, len(head) + len(_HEAD_END), is_chunked))
+
+
+def _refusal(body: bytes) -> str:
+    try:
+        return error_message(json.loads(body))
+    except ValueError:
+        return body[:200].decode("utf-8", "replace")
+
+
+def _events(pieces: Pieces, skip: int, is_chunked: bool) -> Iterator[tuple[float, str]]:
+    """The data of each event, and when its end came; the first `skip` bytes are the head."""
+    unchunker, decoder = Unchunker(), SseDecoder()
+    for when, data in pieces:
+        skipped, skip = data[skip:], max(skip - len(data), 0)
+        body = unchunker.push(skipped) if is_chunked else skipped
+        for event in decoder.push(body):
+            yield when, event
+
+
+def _collect(asked: float, ended: float, events: Iterator[tuple[float, str]]) -> Answer:
+    times: dict[int, list[float]] = {}
+    finished: dict[int, float] = {}
+    texts: list[str] = []
+    usages: list[dict[str, Any]] = []  # one, but for servers that send one for each choice
+    is_done = False
+    for when, data in events:
+        if data == DONE:
+            is_done = True
+            continue
+        chunk = json.loads(data)
+        if "error" in chunk:
+            raise ValueError(error_message(chunk))
+        usages += [chunk["usage"]] if chunk.get("usage") else []
+        for choice in chunk.get("choices", ()):
+            text, index = _text(choice), choice["index"]
+            if text:
+                times.setdefault(index, []).append(when)
+                texts.append("" if index else text)
+            if choice.get("finish_reason"):
+                finished[index] = when
+    if not is_done or not finished:
+        raise ValueError("the stream ended before its answer did")
+    # A choice of control tokens alone has no text; the end of it came with the last of them.
+    choices = tuple(tuple(times.get(index, (end,))) for index, end in sorted(finished.items()))
+    return _with_usage(Answer(asked, ended, choices, text="".join(texts)), usages)
+
+
+def _with_usage(answer: Answer, usages: list[dict[str, Any]]) -> Answer:
+    """The answer with what the server counted, or with its parts where that counts nothing."""
+    if not usages:
+        return replace(answer, completion_tokens=sum(map(len, answer.choices)))
+    last = usages[-1]
+    return replace(
+        answer,
+        prompt_tokens=last.get("prompt_tokens") or 0,
+        completion_tokens=sum(usage.get("completion_tokens") or 0 for usage in usages),
+        cached_tokens=(last.get("prompt_tokens_details") or {}).get("cached_tokens"),
+        device_seconds=last.get("gpu_seconds"),
+    )
+
+
+def _text(choice: dict[str, Any]) -> str:
+    delta = choice.get("delta") or {}
+    return delta.get("content") or delta.get("reasoning_content") or ""

@@ -1,0 +1,107 @@
+"""From what was played to numbers, each under a name that ends in its unit. Pure."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from bench.play import Answer, Ask, Play, Script
+
+Numbers = dict[str, float]
+
+CPU, PEAK = "cpu_us_per_token", "peak_mib"  # each followed by / and the name of a process
+
+
+def whole(answers: Iterable[Answer]) -> list[Answer]:
+    """Those that nothing was wrong with."""
+    return [answer for answer in answers if not answer.fault]
+
+
+def percentiles(name: str, seconds: Sequence[float], with_max: bool = False) -> Numbers:
+    """p50 and p99 in milliseconds, linearly interpolated, and the largest; none of nothing."""
+    if not seconds:
+        return {}
+    found = {f"{name}_p{rank}_ms": float(np.percentile(seconds, rank)) * 1e3 for rank in (50, 99)}
+    return {**found, f"{name}_max_ms": max(seconds) * 1e3} if with_max else found
+
+
+def median_ms(name: str, seconds: Sequence[float]) -> Numbers:
+    """The median in milliseconds; none of nothing."""
+    return {f"{name}_ms": statistics.median(seconds) * 1e3} if seconds else {}
+
+
+def ratio(name: str, numbers: Numbers, over: str, under: str) -> Numbers:
+    """One number by another, where there are both."""
+    if over not in numbers or not numbers.get(under):
+        return {}
+    return {name: numbers[over] / numbers[under]}
+
+
+def streaming(answers: Sequence[Answer]) -> Numbers:
+    """Output tokens/s from the first request to the last answer's end, and latencies."""
+    good = whole(answers)
+    if not good:
+        return {}
+    seconds = max(a.ended for a in answers) - min(a.asked for a in answers)
+    return {
+        "tokens_per_second": sum(a.completion_tokens for a in good) / seconds,
+        **percentiles("ttft", [a.first for a in good]),
+        **percentiles("gap", [gap for a in good for gap in a.gaps]),
+    }
+
+
+def stalls(answers: Sequence[Answer], late: Answer) -> Numbers:
+    """Gaps of running streams until a late request was sent, and then until its first token.
+
+    Those count as quiet that began when all streams had.
+    """
+    running = whole(answers)
+    if late.fault or not running:
+        return {}
+    quiet, busy = [], []
+    begun = max(answer.choices[0][0] for answer in running)
+    for answer in running:
+        for before, after in zip(answer.choices[0], answer.choices[0][1:], strict=False):
+            if begun <= before and after <= late.asked:
+                quiet.append(after - before)
+            elif after > late.asked and before < late.asked + late.first:
+                busy.append(after - before)
+    outlasted = all(answer.ended > late.asked + late.first for answer in running)
+    return {
+        **percentiles("quiet_gap", quiet, with_max=True),
+        **percentiles("busy_gap", busy, with_max=True),
+        **median_ms("late_ttft", [late.first]),
+        "streams_outlasted": float(outlasted),
+    }
+
+
+def costs(plays: Sequence[Play]) -> Numbers:
+    """Processor time for each output token and peak memory, by process; and who else was there."""
+    tokens = sum(a.completion_tokens for play in plays for a in whole(play.answers))
+    numbers: Numbers = {"others_percent": 100 * statistics.fmean(play.others for play in plays)}
+    for name in plays[0].cpu_seconds:
+        spent = sum(play.cpu_seconds[name] for play in plays)
+        if tokens:
+            numbers[f"{CPU}/{name}"] = spent / tokens * 1e6
+    for name in plays[0].peak_bytes:
+        numbers[f"{PEAK}/{name}"] = max(play.peak_bytes[name] for play in plays) / 2**20
+    return numbers
+
+
+def checks(script: Script, play: Play) -> Numbers:
+    """How many requests failed, and how many answers are of other work than was asked for."""
+    pairs = [(ask, a) for ask, a in zip(script.asks, play.answers, strict=True) if not a.fault]
+    return {
+        "requests": float(len(play.answers)),
+        "faults": float(len(play.answers) - len(pairs)),
+        "other_prompts": float(sum(a.prompt_tokens != len(ask.token_ids) for ask, a in pairs)),
+        "other_outputs": float(sum(not _is_whole(ask, a) for ask, a in pairs)),
+    }
+
+
+def _is_whole(ask: Ask, answer: Answer) -> bool:
+    """Whether all choices have all of their tokens."""
+    is_complete = answer.completion_tokens == ask.output * ask.n
+    return is_complete and len(answer.choices) == ask.n

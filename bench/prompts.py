@@ -1,0 +1,97 @@
+"""Prompts of an exact length that no cache knows: random words, counted by our own tokenizer."""
+
+from __future__ import annotations
+
+import random
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+from bench.play import Answer, Ask, Message
+from trivium.cli.load import WORDS
+
+_SYSTEM_WORDS = 8
+_TRIES = 60
+
+
+class Text:
+    """What the services' tokenizer says, asked for while nothing is measured.
+
+    `url` is the base URL of the REST API, without /v1.
+    """
+
+    def __init__(self, url: str, model: str) -> None:
+        self._client = httpx.Client(base_url=url, trust_env=False, timeout=60.0)
+        self._model = model
+
+    def token_ids(self, messages: tuple[Message, ...]) -> tuple[int, ...]:
+        """The prompt that the chat template and the tokenizer make of a conversation."""
+        return tuple(self._post("/tokenize", messages=list(messages))["tokens"])
+
+    def text(self, token_ids: tuple[int, ...]) -> str:
+        """The text of tokens."""
+        return str(self._post("/detokenize", tokens=list(token_ids))["prompt"])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._client.close()
+
+    def _post(self, path: str, **body: object) -> Any:
+        response = self._client.post(path, json={"model": self._model, **body})
+        response.raise_for_status()
+        return response.json()
+
+
+class Prompts:
+    """Draws from a seed, so that every contender is asked the same.
+
+    The system message is random too: with the one that the chat template would put there, all
+    prompts would begin alike, and the beginning would come from a cache.
+    """
+
+    def __init__(self, text: Text, seed: str) -> None:
+        self._text = text
+        self._random = random.Random(seed)
+        self._words_for: dict[int, int] = {}
+
+    def words(self, count: int) -> str:
+        """Random words."""
+        return " ".join(self._random.choices(WORDS, k=count))
+
+    def ask(self, tokens: int, output: int, n: int = 1, system: str | None = None) -> Ask:
+        """A request with a prompt of exactly `tokens` tokens, under a system message or a new one.
+
+        ValueError when it cannot be made.
+        """
+        system = self.words(_SYSTEM_WORDS) if system is None else system
+        count = self._words_for.get(tokens, tokens)
+        for _ in range(_TRIES):
+            messages = _conversation(system, self.words(max(count, 1)))
+            ids = self._text.token_ids(messages)
+            if len(ids) == tokens:
+                self._words_for[tokens] = count
+                return Ask(messages, ids, output, n)
+            count = max(count + tokens - len(ids), 1)
+        raise ValueError(f"no prompt of {tokens} tokens could be made; the nearest has {len(ids)}")
+
+    def next_turn(self, ask: Ask, answer: Answer, words: int) -> Ask:
+        """The conversation gone on with: what was answered, and another question."""
+        said = answer.text or self._text.text(answer.token_ids)
+        messages = (
+            *ask.messages,
+            {"role": "assistant", "content": said or "-"},
+            {"role": "user", "content": self.words(words)},
+        )
+        return Ask(messages, self._text.token_ids(messages), ask.output)
+
+
+def _conversation(system: str, user: str) -> tuple[Message, ...]:
+    return {"role": "system", "content": system}, {"role": "user", "content": user}

@@ -1,0 +1,232 @@
+"""What is measured: each scenario says what clients ask, and what of it counts.
+
+A scenario plays the same scripts with every contender. `slots` and `length` are how many
+conversations a server must hold at once and how many tokens the longest has, for those servers
+that have to be told.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from bench.measures import Numbers, median_ms, percentiles, ratio, stalls, streaming, whole
+from bench.play import Answer, Ask, Script
+from bench.prompts import Prompts
+
+# The services have 32 slots unless they are told otherwise; more clients wait.
+MOST_SLOTS = 32
+
+
+class Stage(Protocol):
+    """Where a script is played."""
+
+    def play(self, script: Script) -> Sequence[Answer]:
+        """The answers, in the order of the script's requests."""
+
+
+class Scenario(Protocol):
+    """`name` is how the command line calls it, `case` what tells it from its like.
+
+    `title` is what a heading calls all cases.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def case(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+    @property
+    def slots(self) -> int: ...
+    @property
+    def length(self) -> int: ...
+    def run(self, stage: Stage, prompts: Prompts) -> Numbers: ...
+
+
+@dataclass(frozen=True)
+class Load:
+    """Clients that each send their next request when the last one is answered."""
+
+    name: str
+    clients: int
+    requests: int
+    prompt: int
+    output: int
+
+    @property
+    def case(self) -> str:
+        return f"{self.clients} client{'s' * (self.clients > 1)}"
+
+    @property
+    def title(self) -> str:
+        return f"{self.prompt} prompt and {self.output} output tokens, all prompts different"
+
+    @property
+    def slots(self) -> int:
+        return min(self.clients, MOST_SLOTS)
+
+    @property
+    def length(self) -> int:
+        return self.prompt + self.output
+
+    def run(self, stage: Stage, prompts: Prompts) -> Numbers:
+        """Tokens/s, time to the first token, time between tokens."""
+        clients = tuple(
+            tuple(prompts.ask(self.prompt, self.output) for _ in range(self.requests))
+            for _ in range(self.clients)
+        )
+        return streaming(stage.play(Script(clients)))
+
+
+@dataclass(frozen=True)
+class SharedSystemPrompt:
+    """Users who come one after another, under one long system message that is new to the server."""
+
+    system: int = 500
+    user: int = 40
+    output: int = 16
+    users: int = 8
+    name: str = "shared"
+    case: str = ""
+    slots: int = 4
+
+    @property
+    def title(self) -> str:
+        return f"A shared system prompt of {self.system} tokens: time to the first token"
+
+    @property
+    def length(self) -> int:
+        return self.system + self.user + self.output
+
+    def run(self, stage: Stage, prompts: Prompts) -> Numbers:
+        """Time to the first token of the first user, who finds nothing cached, and of others."""
+        system = prompts.words(self.system)
+        asks = [
+            prompts.ask(self.system + self.user, self.output, system=system)
+            for _ in range(self.users)
+        ]
+        first, *later = stage.play(Script((tuple(asks),)))
+        numbers = {
+            **median_ms("cold_ttft", [a.first for a in whole([first])]),
+            **percentiles("later_ttft", [a.first for a in whole(later)]),
+        }
+        return numbers | ratio("later_of_cold", numbers, "later_ttft_p50_ms", "cold_ttft_ms")
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Conversations that take turns at one server, and prompts as long without a past."""
+
+    turns: int = 5
+    conversations: int = 3
+    prompt: int = 115
+    words: int = 60
+    output: int = 64
+    name: str = "turns"
+    case: str = ""
+    slots: int = 4
+
+    @property
+    def title(self) -> str:
+        return f"Conversations of {self.turns} turns: time to the first token, by turn"
+
+    @property
+    def length(self) -> int:
+        return self.prompt + self.turns * (2 * self.words + self.output)
+
+    def run(self, stage: Stage, prompts: Prompts) -> Numbers:
+        """Time to the first token by turn, and what part it is of a cold prompt's, as long."""
+        numbers: Numbers = {}
+        asks = [prompts.ask(self.prompt, self.output) for _ in range(self.conversations)]
+        for turn in range(1, self.turns + 1):
+            answers = stage.play(Script((tuple(asks),)))
+            numbers |= median_ms(f"turn_{turn}_ttft", [a.first for a in whole(answers)])
+            if turn > 1:
+                cold = stage.play(Script((self._cold(asks, prompts),)))
+                numbers |= median_ms(f"cold_{turn}_ttft", [a.first for a in whole(cold)])
+                names = f"turn_{turn}_ttft_ms", f"cold_{turn}_ttft_ms"
+                numbers |= ratio(f"turn_{turn}_of_cold", numbers, *names)
+            asks = [
+                prompts.next_turn(ask, answer, self.words)
+                for ask, answer in zip(asks, answers, strict=True)
+            ]
+        return numbers
+
+    @staticmethod
+    def _cold(asks: list[Ask], prompts: Prompts) -> tuple[Ask, ...]:
+        return tuple(prompts.ask(len(ask.token_ids), 1) for ask in asks)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A long prompt that is answered once, or several times over; answers of one token."""
+
+    prompt: int = 2000
+    n: int = 4
+    requests: int = 3
+    name: str = "choices"
+    case: str = ""
+
+    @property
+    def title(self) -> str:
+        return f"n={self.n} against n=1: a prompt of {self.prompt} tokens, answers of one"
+
+    @property
+    def slots(self) -> int:
+        return self.n
+
+    @property
+    def length(self) -> int:
+        return self.prompt + 1
+
+    def run(self, stage: Stage, prompts: Prompts) -> Numbers:
+        """Time until all choices have their first token, and device time, against one choice's."""
+        numbers: Numbers = {}
+        for n in (1, self.n):
+            asks = tuple(prompts.ask(self.prompt, 1, n) for _ in range(self.requests))
+            answers = whole(stage.play(Script((asks,))))
+            name = "one" if n == 1 else "many"
+            numbers |= median_ms(f"{name}_ttft", [a.first for a in answers])
+            device = [a.device_seconds for a in answers if a.device_seconds is not None]
+            if device:
+                numbers[f"{name}_device_ms"] = statistics.median(device) * 1e3
+        numbers |= ratio("ttft_ratio", numbers, "many_ttft_ms", "one_ttft_ms")
+        return numbers | ratio("device_ratio", numbers, "many_device_ms", "one_device_ms")
+
+
+@dataclass(frozen=True)
+class LongPrompt:
+    """Streams that run, and a long prompt that comes among them."""
+
+    prompt: int = 4000
+    streams: int = 4
+    quiet: int = 64
+    output: int = 320
+    short: int = 115
+    name: str = "stall"
+
+    @property
+    def case(self) -> str:
+        return f"{self.prompt} tokens"
+
+    @property
+    def title(self) -> str:
+        return f"Time between tokens of {self.streams} streams, quiet and beside a long prompt"
+
+    @property
+    def slots(self) -> int:
+        return self.streams + 1
+
+    @property
+    def length(self) -> int:
+        return self.prompt + 1
+
+    def run(self, stage: Stage, prompts: Prompts) -> Numbers:
+        """Time between the streams' tokens before it came, and while it is computed."""
+        clients = tuple((prompts.ask(self.short, self.output),) for _ in range(self.streams))
+        late = prompts.ask(self.prompt, 1)
+        *answers, last = stage.play(Script(clients, late, late_after=self.quiet))
+        return stalls(answers, last)

@@ -1,0 +1,387 @@
+"""Planning past one machine: `python -m bench.simulate measure | plan | check`.
+
+    measure   what the generator's steps cost on this device, written as JSON
+    plan      how many replicas of each stage a load needs under targets of latency, by policy
+    check     one real replica of each stage against what the simulation says of it
+
+`plan` replays a drawn trace, or one read from a file, in virtual time; with the costs in a file it
+needs no model. `check` measures costs before and after a real run over HTTP and takes their mean,
+since a machine's speed drifts, and exits 1 when output tokens/s or the mean latency of a request
+is off by more than 15 %. It also shows what it would have said of a device as fast as the run's,
+whose seconds the answers tell in their usage: what is off there is the simulation's own.
+"""
+
+import argparse
+import asyncio
+import dataclasses
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from bench import step_costs, trace
+from bench.simulation import POLICIES, Cluster, Result, TokenizerCosts, simulate
+from bench.step_costs import StepCosts
+from bench.trace import Bursts, Lengths, Request, Workload
+from generator_svc.__main__ import load_runner
+from generator_svc.config import GeneratorSettings
+from generator_svc.runner import OrtRunner
+from trivium.cli.answer import Answer
+from trivium.cli.embedded import embedded_folder
+from trivium.cli.load import Prompts, Target, open_client, percentiles
+from trivium.cli.pipeline import Pipeline, free_ports
+from trivium.cli.supervisor import Supervisor
+from trivium.model_directory import load_model_directory
+
+TOLERANCE = 0.15
+TEMPLATE_TOKENS = 32  # about what a chat template adds to a prompt
+WARM_UP_REQUESTS = 8
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Seconds that time to first token and time between tokens may take, at a percentile."""
+
+    first_token: float
+    between_tokens: float
+    rank: float
+
+    def are_met(self, result: Result) -> bool:
+        """Nobody may have been refused either."""
+        return (
+            len(result.served) == len(result.answers)
+            and result.first_token(self.rank) <= self.first_token
+            and result.between_tokens(self.rank) <= self.between_tokens
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Numbers of replicas that were tried, and the smallest that meet the targets, if any do."""
+
+    tried: dict[tuple[int, int], Result]  # by generators and tokenizers
+    found: tuple[int, int] | None
+
+
+def smallest(most: int, is_enough: Callable[[int], bool]) -> int | None:
+    """The smallest number from 1 to `most` that is enough, if any; more than enough is enough."""
+    low, high = 0, 1
+    while not is_enough(high):
+        if high == most:
+            return None
+        low, high = high, min(2 * high, most)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if is_enough(middle) else (middle, high)
+    return high
+
+
+def find_replicas(
+    requests: Sequence[Request], cluster: Cluster, policy: str, targets: Targets, most: int
+) -> Plan:
+    """The fewest generators behind `most` tokenizers, then the fewest tokenizers before these."""
+    tried: dict[tuple[int, int], Result] = {}
+
+    def is_enough(generators: int, tokenizers: int) -> bool:
+        replicas = {"generators": generators, "tokenizers": tokenizers}
+        result = simulate(requests, dataclasses.replace(cluster, **replicas), policy)
+        tried[generators, tokenizers] = result
+        return targets.are_met(result)
+
+    generators = smallest(most, lambda count: is_enough(count, most))
+    if generators is None:
+        return Plan(tried, None)
+    tokenizers = smallest(most, lambda count: is_enough(generators, count))
+    return Plan(tried, None if tokenizers is None else (generators, tokenizers))
+
+
+async def replay(target: Target, requests: Sequence[Request], seed: int) -> list[Answer]:
+    """Sends each request when its time has come, whatever became of those before."""
+    prompts = Prompts(seed)
+    async with open_client(target) as client:
+        warm_up = [
+            _ask(client, target, prompts.draw(16), 8, time.perf_counter())
+            for _ in range(WARM_UP_REQUESTS)
+        ]
+        await asyncio.gather(*warm_up)
+        start = time.perf_counter() - requests[0].arrival
+
+        async def one(request: Request) -> Answer:
+            prompt = prompts.draw(max(1, request.prompt_tokens - TEMPLATE_TOKENS))
+            due = start + request.arrival
+            await asyncio.sleep(due - time.perf_counter())
+            return await _ask(client, target, prompt, request.output_tokens, due)
+
+        return await asyncio.gather(*(one(request) for request in requests))
+
+
+async def _ask(
+    client: httpx.AsyncClient, target: Target, prompt: str, output_tokens: int, began: float
+) -> Answer:
+    body = target.body(prompt, output_tokens, stream=True)
+    answer = Answer(began)
+    async with client.stream("POST", f"{target.root}/chat/completions", json=body) as response:
+        response.raise_for_status()
+        async for piece in response.aiter_raw():
+            answer.push(piece, time.perf_counter())
+    return answer
+
+
+async def run_services(model: Path, requests: Sequence[Request], seed: int) -> list[Answer]:
+    """Starts one real replica of each stage, replays the trace, stops them."""
+    ports = free_ports(5)
+    pipeline = Pipeline(model, "auto", "127.0.0.1", ports[0], "127.0.0.1", *ports[1:])
+    target = Target(f"{pipeline.url}/v1", {}, load_model_directory(model).id, 0, 0)
+    async with Supervisor(pipeline.stages(), 30) as supervisor:
+        await supervisor.wait_until_ready(120)
+        return await replay(target, requests, seed)
+
+
+def as_measured(requests: Sequence[Request], answers: Sequence[Answer]) -> list[Request]:
+    """The trace with the prompt lengths that the server counted, and what it found cached."""
+    cached = [a.usage["prompt_tokens_details"]["cached_tokens"] for a in answers]
+    return [
+        dataclasses.replace(
+            request,
+            prompt_tokens=answer.usage["prompt_tokens"],
+            shared_tokens=round(statistics.median(cached)),
+        )
+        for request, answer in zip(requests, answers, strict=True)
+    ]
+
+
+def summary_of_run(answers: Sequence[Answer]) -> dict[str, float]:
+    """What the clients saw; times in seconds."""
+    first = percentiles([a.first_token_seconds for a in answers if a.first_token_seconds])
+    gaps = percentiles([gap for answer in answers for gap in answer.gaps])
+    assert first is not None
+    assert gaps is not None
+    seconds = max(a.ended for a in answers) - min(a.began for a in answers)
+    return {
+        "output tokens/s": sum(a.completion_tokens for a in answers) / seconds,
+        "mean latency": statistics.fmean(a.ended - a.began for a in answers),
+        "first token, median": first["p50"],
+        "first token, p95": first["p95"],
+        "between tokens, median": gaps["p50"],
+        "between tokens, p95": gaps["p95"],
+        "device seconds": sum(answer.usage["gpu_seconds"] for answer in answers),
+    }
+
+
+def summary_of_simulation(result: Result) -> dict[str, float]:
+    """The same of a simulation."""
+    return {
+        "output tokens/s": result.tokens_per_second,
+        "mean latency": statistics.fmean(answer.seconds for answer in result.served),
+        "first token, median": result.first_token(50),
+        "first token, p95": result.first_token(95),
+        "between tokens, median": result.between_tokens(50),
+        "between tokens, p95": result.between_tokens(95),
+        "device seconds": sum(answer.device_seconds for answer in result.served),
+    }
+
+
+def check(options: argparse.Namespace) -> int:
+    """Exit status: 0 when the prediction is near enough."""
+    runner = open_runner(options.model)
+    before = step_costs.measure(runner)
+    cluster = cluster_of(options, before, runner)
+    rate = options.rate or options.load * capacity(workload(options, 1.0), cluster)
+    requests = workload(options, rate).draw(options.requests, options.seed)
+    answers = asyncio.run(run_services(options.model, requests, options.seed))
+    after = step_costs.measure(runner)
+    costs = step_costs.mean([before, after])
+    drift = after.decode_seconds(8, 128) / before.decode_seconds(8, 128)
+    print(f"costs measured after the run are {drift:.2f} times those before")
+    requests = as_measured(requests, answers)
+    cluster = dataclasses.replace(cluster, costs=costs)
+    predicted = simulate(requests, cluster)
+    print(
+        f"{len(requests)} requests, {rate:.2f} a second, generator {predicted.utilization:.0%} busy"
+    )
+    measured = summary_of_run(answers)
+    corrected = at_speed_of(requests, cluster, measured["device seconds"])
+    return show_check(summary_of_simulation(predicted), summary_of_simulation(corrected), measured)
+
+
+def at_speed_of(requests: Sequence[Request], cluster: Cluster, device_seconds: float) -> Result:
+    """The simulation with costs scaled until it takes `device_seconds`."""
+    factor = 1.0
+    for _ in range(4):  # each time nearer, as batches change with the speed
+        scaled = dataclasses.replace(cluster, costs=cluster.costs.scaled(factor))
+        result = simulate(requests, scaled)
+        factor *= device_seconds / summary_of_simulation(result)["device seconds"]
+    return result
+
+
+def show_check(
+    predicted: dict[str, float], corrected: dict[str, float], measured: dict[str, float]
+) -> int:
+    """One table; the exit status."""
+    columns = ("measured", "predicted", "error", "at its speed", "error")
+    print(f"{'':24} {' '.join(f'{column:>12}' for column in columns)}")
+    for name, value in measured.items():
+        print(
+            f"{name:24} {value:12.4g} {predicted[name]:12.4g} {predicted[name] / value - 1:+12.1%} "
+            f"{corrected[name]:12.4g} {corrected[name] / value - 1:+12.1%}"
+        )
+    names = ("output tokens/s", "mean latency")
+    worst = max(abs(predicted[name] / measured[name] - 1) for name in names)
+    print(f"{' and '.join(names)}: at most {worst:.1%} off, {TOLERANCE:.0%} allowed")
+    return int(worst > TOLERANCE)
+
+
+def capacity(load: Workload, cluster: Cluster) -> float:
+    """Requests a second of one replica that is never without work."""
+    requests = load.draw(4 * cluster.slots, seed=0)
+    at_once = [dataclasses.replace(request, arrival=0.0) for request in requests]
+    return len(requests) / simulate(at_once, cluster).seconds
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Exit status: 0 when some number of replicas meets the targets under every policy."""
+    if options.costs is None:
+        runner = open_runner(options.model)
+        cluster = cluster_of(options, step_costs.measure(runner), runner)
+    else:
+        cluster = cluster_of(options, step_costs.load(options.costs))
+    if options.trace is not None:
+        requests = trace.load(options.trace)
+    else:
+        load = workload(options, options.rate)
+        requests = load.draw(round(options.rate * options.seconds), options.seed)
+    if options.save_trace is not None:
+        trace.save(options.save_trace, requests)
+    targets = Targets(options.first_token, options.between_tokens, options.percentile)
+    print(
+        f"{len(requests)} requests in {requests[-1].arrival:.0f} s; wanted: p{targets.rank:g} of "
+        f"{targets.first_token:g} s to the first token and {targets.between_tokens:g} s between"
+    )
+    plans = {
+        policy: find_replicas(requests, cluster, policy, targets, options.most)
+        for policy in options.policies.split(",")
+    }
+    show_plans(plans)
+    return int(any(found.found is None for found in plans.values()))
+
+
+def show_plans(plans: dict[str, Plan]) -> None:
+    """One table: all that was tried, with a mark at what was found."""
+    print(
+        f"{'policy':14} {'generators':>10} {'tokenizers':>10} {'first p50/p95/p99 ms':>22} "
+        f"{'between p50/p95/p99 ms':>22} {'tokens/s':>9} {'cached':>7} {'busy':>6}"
+    )
+    for policy, found in plans.items():
+        for replicas, result in sorted(found.tried.items()):
+            first = "/".join(f"{result.first_token(r) * 1e3:.0f}" for r in (50, 95, 99))
+            between = "/".join(f"{result.between_tokens(r) * 1e3:.0f}" for r in (50, 95, 99))
+            mark = "  enough" if replicas == found.found else ""
+            print(
+                f"{policy:14} {replicas[0]:10} {replicas[1]:10} {first:>22} {between:>22} "
+                f"{result.tokens_per_second:9.0f} {result.cached_share:7.0%} "
+                f"{result.utilization:6.0%}{mark}"
+            )
+        if found.found is None:
+            print(f"{policy:14} nothing that was tried meets the targets")
+
+
+def measure(options: argparse.Namespace) -> int:
+    step_costs.measure(open_runner(options.model)).save(options.costs)
+    return 0
+
+
+def open_runner(model: Path) -> OrtRunner:
+    """The model as the service opens it."""
+    settings = GeneratorSettings(model_directory=model)
+    return load_runner(settings, load_model_directory(model))
+
+
+def cluster_of(
+    options: argparse.Namespace, costs: StepCosts, runner: OrtRunner | None = None
+) -> Cluster:
+    settings = GeneratorSettings(model_directory=options.model)
+    tokenizer_costs = TokenizerCosts(
+        options.tokenizer_request_us * 1e-6,
+        options.tokenizer_prompt_us * 1e-6,
+        options.tokenizer_output_us * 1e-6,
+        options.hop_us * 1e-6,
+    )
+    slots, length = settings.slots, settings.max_sequence_length
+    if runner is not None:
+        slots, length = runner.info.slots, runner.info.slot_length
+    return Cluster(costs, tokenizer_costs, slots=slots, slot_length=length)
+
+
+def workload(options: argparse.Namespace, rate: float) -> Workload:
+    is_bursty = options.arrivals == "bursty"
+    return Workload(
+        rate=rate,
+        prompt=Lengths(options.prompt_tokens, options.sigma),
+        output=Lengths(options.output_tokens, options.sigma),
+        bursts=Bursts(options.burst_peak, options.burst_share) if is_bursty else None,
+        conversations=options.conversations,
+        shared_tokens=options.shared_tokens,
+    )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    for command, function in (("measure", measure), ("plan", plan), ("check", check)):
+        options = commands.add_parser(
+            command, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        options.set_defaults(function=function)
+        options.add_argument("--model", type=Path, default=embedded_folder())
+        options.add_argument("--costs", type=Path, required=command == "measure", help="JSON file")
+        if command != "measure":
+            _add_load(options)
+        if command == "plan":
+            _add_targets(options)
+        if command == "check":
+            options.add_argument("--rate", type=float, help="requests/s; by default from --load")
+            options.add_argument("--load", type=float, default=0.6, help="share of the capacity")
+            options.add_argument("--requests", type=int, default=50)
+    return parser.parse_args()
+
+
+def _add_load(options: argparse.ArgumentParser) -> None:
+    options.add_argument("--arrivals", choices=("poisson", "bursty"), default="poisson")
+    options.add_argument("--burst-peak", type=float, default=3.0, help="of the mean rate")
+    options.add_argument("--burst-share", type=float, default=0.2, help="of the time")
+    options.add_argument("--prompt-tokens", type=float, default=115, help="mean")
+    options.add_argument("--output-tokens", type=float, default=64, help="mean")
+    options.add_argument("--sigma", type=float, default=0.5, help="of the log-lengths; 0 is fixed")
+    options.add_argument("--conversations", type=int, default=1, help="that share a prefix")
+    options.add_argument("--shared-tokens", type=int, default=0, help="length of that prefix")
+    options.add_argument("--seed", type=int, default=0)
+    costs = TokenizerCosts()
+    options.add_argument("--tokenizer-request-us", type=float, default=costs.request * 1e6)
+    options.add_argument("--tokenizer-prompt-us", type=float, default=costs.prompt_token * 1e6)
+    options.add_argument("--tokenizer-output-us", type=float, default=costs.output_token * 1e6)
+    options.add_argument("--hop-us", type=float, default=costs.hop * 1e6, help="facade, each way")
+
+
+def _add_targets(options: argparse.ArgumentParser) -> None:
+    options.add_argument("--rate", type=float, default=8.0, help="requests/s")
+    options.add_argument("--seconds", type=float, default=120.0, help="length of the trace")
+    options.add_argument("--trace", type=Path, help="replay this instead, JSON lines")
+    options.add_argument("--save-trace", type=Path)
+    options.add_argument("--first-token", type=float, default=1.0, help="target, seconds")
+    options.add_argument("--between-tokens", type=float, default=0.2, help="target, seconds")
+    options.add_argument("--percentile", type=float, default=95.0)
+    options.add_argument("--policies", default=",".join(POLICIES))
+    options.add_argument("--most", type=int, default=32, help="replicas of a stage to try")
+
+
+def main() -> None:
+    options = arguments()
+    sys.exit(options.function(options))
+
+
+if __name__ == "__main__":
+    main()

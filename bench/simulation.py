@@ -1,0 +1,346 @@
+"""The services in virtual time: N generators behind M tokenizers, and a trace that goes through.
+
+A generator is the engine that is served, with its scheduler, slots and queue; only its runner is
+replaced by one that computes nothing and tells what the plan would have cost. A tokenizer is a
+queue with one server, which takes time for each prompt and each delivered token. The rest of
+the road, the facade and the network, is a delay that does not depend on load.
+"""
+
+import heapq
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from bench.step_costs import StepCosts, served_engine
+from bench.trace import Request
+from generator_svc.admission import QueueFull
+from generator_svc.plan import StepPlan
+from generator_svc.runner import DeviceInfo, Outcome, RunResult
+from generator_svc.sequence import Generation, Sampling, Update
+
+
+@dataclass(frozen=True)
+class TokenizerCosts:
+    """Processor seconds of a tokenizer for a request, a prompt token and an output token.
+
+    `hop` is the time, each way, of all that is neither tokenizer nor generator.
+    """
+
+    request: float = 2e-3
+    prompt_token: float = 5e-6
+    output_token: float = 350e-6
+    hop: float = 2e-3
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What is simulated. Each generator has `slots` slots of `slot_length` tokens."""
+
+    costs: StepCosts
+    tokenizer_costs: TokenizerCosts = TokenizerCosts()
+    generators: int = 1
+    tokenizers: int = 1
+    slots: int = 32
+    slot_length: int = 4096
+
+
+@dataclass
+class Answer:
+    """What a request got. `times` of its tokens at the client, in seconds on the trace's clock."""
+
+    request: Request
+    generator: int = -1
+    cached_tokens: int = 0
+    device_seconds: float = 0.0
+    times: list[float] = field(default_factory=list)
+    is_refused: bool = False
+
+    @property
+    def first_token_seconds(self) -> float:
+        """Time to first token."""
+        return self.times[0] - self.request.arrival
+
+    @property
+    def seconds(self) -> float:
+        """From the request to its last token."""
+        return self.times[-1] - self.request.arrival
+
+    @property
+    def gaps(self) -> list[float]:
+        """Seconds between tokens."""
+        return [after - before for before, after in itertools.pairwise(self.times)]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Answers in the order of their requests, and the busy seconds of each generator."""
+
+    answers: Sequence[Answer]
+    generator_seconds: Sequence[float]
+
+    @property
+    def served(self) -> list[Answer]:
+        return [answer for answer in self.answers if not answer.is_refused]
+
+    @property
+    def seconds(self) -> float:
+        """From the first arrival to the last token."""
+        first = min(answer.request.arrival for answer in self.answers)
+        return max(answer.times[-1] for answer in self.served) - first
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Output tokens."""
+        return sum(len(answer.times) for answer in self.served) / self.seconds
+
+    @property
+    def cached_share(self) -> float:
+        """Of all prompt tokens."""
+        prompts = sum(answer.request.prompt_tokens for answer in self.served)
+        return sum(answer.cached_tokens for answer in self.served) / prompts
+
+    @property
+    def utilization(self) -> float:
+        """Mean share of the time that a generator was in a step."""
+        return sum(self.generator_seconds) / len(self.generator_seconds) / self.seconds
+
+    def first_token(self, rank: float) -> float:
+        """Percentile of the time to first token, seconds."""
+        return float(np.percentile([a.first_token_seconds for a in self.served], rank))
+
+    def between_tokens(self, rank: float) -> float:
+        """Percentile of the time between tokens, seconds, over all gaps of all answers."""
+        gaps = [gap for answer in self.served for gap in answer.gaps]
+        return float(np.percentile(gaps, rank)) if gaps else 0.0
+
+
+class Router(Protocol):
+    """Where a request goes."""
+
+    def choose(self, conversation: int, loads: Sequence[int]) -> int:
+        """The number of a replica; `loads` are the outstanding tokens of each."""
+
+
+class RoundRobin:
+    """One after the other."""
+
+    def __init__(self) -> None:
+        self._next = itertools.count()
+
+    def choose(self, conversation: int, loads: Sequence[int]) -> int:
+        return next(self._next) % len(loads)
+
+
+class LeastLoaded:
+    """Fewest outstanding tokens; the first among equals."""
+
+    def choose(self, conversation: int, loads: Sequence[int]) -> int:
+        return min(range(len(loads)), key=loads.__getitem__)
+
+
+class PrefixAffine:
+    """The replica that last served the conversation, unless it has much more to do than another.
+
+    Much more is more than `ratio` times as many outstanding tokens and at least `slack` more.
+    """
+
+    def __init__(self, ratio: float = 1.5, slack: int = 512) -> None:
+        self._ratio = ratio
+        self._slack = slack
+        self._homes: dict[int, int] = {}
+        self._fallback = LeastLoaded()
+
+    def choose(self, conversation: int, loads: Sequence[int]) -> int:
+        least = self._fallback.choose(conversation, loads)
+        home = self._homes.get(conversation, least)
+        if loads[home] > max(loads[least] * self._ratio, loads[least] + self._slack):
+            home = least
+        self._homes[conversation] = home
+        return home
+
+
+POLICIES: dict[str, Callable[[], Router]] = {
+    "round-robin": RoundRobin,
+    "least-loaded": LeastLoaded,
+    "prefix-affine": PrefixAffine,
+}
+
+
+class Clock:
+    """Virtual time, in seconds: things happen in the order of their time."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._count = itertools.count()
+
+    def at(self, when: float, action: Callable[[], None]) -> None:
+        """Those of one time happen in the order in which they were asked for."""
+        heapq.heappush(self._events, (when, next(self._count), action))
+
+    def run(self) -> None:
+        """Until nothing is left to happen."""
+        while self._events:
+            self.now, _, action = heapq.heappop(self._events)
+            action()
+
+
+class VirtualRunner:
+    """Computes nothing, and adds up in `seconds` what the plans would have taken.
+
+    Its logits are float32 [rows, 1], so that every token is 0.
+    """
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._costs = cluster.costs
+        self._logits = np.zeros((cluster.slots, 1), np.float32)
+        self.info = DeviceInfo("virtual", "float32", cluster.slots, cluster.slot_length, 0)
+        self.seconds = 0.0
+
+    def run(self, plan: StepPlan) -> Outcome:
+        moves = sum(self._costs.move_seconds(move) for move in plan.moves)
+        chunks = []
+        for chunk in plan.chunks:
+            seconds = self._costs.chunk_seconds(len(chunk.token_ids), chunk.start)
+            chunks.append(self._result(seconds, 1 if chunk.wants_logits else 0))
+        rows = None
+        if plan.rows:
+            context = sum(row.position for row in plan.rows) / len(plan.rows)
+            seconds = self._costs.decode_seconds(len(plan.rows), context)
+            rows = self._result(seconds, len(plan.rows))
+        self.seconds += moves
+        return Outcome(round(moves * 1e9), tuple(chunks), rows)
+
+    def _result(self, seconds: float, rows: int) -> RunResult:
+        self.seconds += seconds
+        return RunResult(round(seconds * 1e9), self._logits[:rows] if rows else None)
+
+
+class Generator:
+    """The engine over a runner in virtual time. `load` counts outstanding tokens."""
+
+    def __init__(self, clock: Clock, cluster: Cluster) -> None:
+        self._clock = clock
+        self._costs = cluster.costs
+        self._runner = VirtualRunner(cluster)
+        self._updates: list[Update] = []
+        self._engine = served_engine(self._runner, self._updates.extend)
+        self._is_stepping = False
+        self.load = 0
+        self.busy_seconds = 0.0
+
+    def submit(self, generation: Generation, receive: Callable[[Update], None]) -> None:
+        """`receive` hears of each token when the step that brought it ends. Raises QueueFull."""
+        self._engine.submit(generation, receive)
+        if not self._is_stepping:
+            self._begin_step()
+
+    def _begin_step(self) -> None:
+        """The engine steps at once; what the step brought is there when its time is over."""
+        self._is_stepping = True
+        before = self._runner.seconds
+        self._engine.step()
+        around = self._costs.around_step + self._costs.around_token * len(self._updates)
+        seconds = self._runner.seconds - before + around
+        self.busy_seconds += seconds
+        self._clock.at(self._clock.now + seconds, self._end_step)
+
+    def _end_step(self) -> None:
+        for update in self._updates:
+            update.group.tag(update)
+        self._updates.clear()
+        self._is_stepping = False
+        load = self._engine.load()
+        if load.waiting_requests or load.running_sequences:
+            self._begin_step()
+
+
+class Tokenizer:
+    """A queue with one server: first come, first served. `load` counts outstanding tokens."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._free_at = 0.0
+        self.load = 0
+
+    def work(self, seconds: float, done: Callable[[], None]) -> None:
+        """Queues a piece of work of `seconds`; `done` is called when it ends."""
+        self._free_at = max(self._free_at, self._clock.now) + seconds
+        self._clock.at(self._free_at, done)
+
+
+class _Simulation:
+    """One run: the replicas, and the road of a request through them."""
+
+    def __init__(self, cluster: Cluster, policy: str) -> None:
+        self.clock = Clock()
+        self._costs = cluster.tokenizer_costs
+        self._count = itertools.count()
+        self.generators = [Generator(self.clock, cluster) for _ in range(cluster.generators)]
+        self._tokenizers = [Tokenizer(self.clock) for _ in range(cluster.tokenizers)]
+        # Tokenizers keep nothing of a conversation, so that affinity means nothing to them.
+        self._to_tokenizer = RoundRobin() if policy == "round-robin" else LeastLoaded()
+        self._to_generator = POLICIES[policy]()
+
+    def arrive(self, answer: Answer) -> None:
+        request, costs = answer.request, self._costs
+        number = self._to_tokenizer.choose(
+            request.conversation, [tokenizer.load for tokenizer in self._tokenizers]
+        )
+        tokenizer = self._tokenizers[number]
+        tokenizer.load += request.output_tokens
+        seconds = costs.request + costs.prompt_token * request.prompt_tokens
+        tokenizer.work(seconds, lambda: self._generate(answer, tokenizer))
+
+    def _generate(self, answer: Answer, tokenizer: Tokenizer) -> None:
+        request = answer.request
+        answer.generator = self._to_generator.choose(
+            request.conversation, [generator.load for generator in self.generators]
+        )
+        generator = self.generators[answer.generator]
+        generation = _generation(request, next(self._count))
+        try:
+            generator.submit(
+                generation, lambda update: self._receive(answer, tokenizer, generator, update)
+            )
+        except QueueFull:
+            answer.is_refused = True
+            tokenizer.load -= request.output_tokens
+        else:
+            generator.load += request.prompt_tokens + request.output_tokens
+
+    def _receive(
+        self, answer: Answer, tokenizer: Tokenizer, generator: Generator, update: Update
+    ) -> None:
+        sequence = update.sequence
+        if sequence.generated == 1:
+            generator.load -= answer.request.prompt_tokens
+            answer.cached_tokens = sequence.cached_prompt_tokens
+        generator.load -= 1
+        answer.device_seconds = sequence.device_nanoseconds / 1e9
+        tokenizer.work(self._costs.output_token, lambda: self._deliver(answer, tokenizer))
+
+    def _deliver(self, answer: Answer, tokenizer: Tokenizer) -> None:
+        tokenizer.load -= 1
+        answer.times.append(self.clock.now + self._costs.hop)
+
+
+def _generation(request: Request, own: int) -> Generation:
+    """Token ids that agree with those of other requests in the shared tokens, and nowhere else."""
+    rest = request.prompt_tokens - request.shared_tokens
+    prompt = (-1 - request.conversation,) * request.shared_tokens + (own,) * rest
+    return Generation(prompt, request.output_tokens, Sampling(temperature=0))
+
+
+def simulate(requests: Sequence[Request], cluster: Cluster, policy: str = "round-robin") -> Result:
+    """Replays a trace. `policy` is one of POLICIES."""
+    simulation = _Simulation(cluster, policy)
+    answers = [Answer(request) for request in requests]
+    for answer in answers:
+        when = answer.request.arrival + cluster.tokenizer_costs.hop
+        simulation.clock.at(when, lambda answer=answer: simulation.arrive(answer))
+    simulation.clock.run()
+    return Result(answers, [generator.busy_seconds for generator in simulation.generators])

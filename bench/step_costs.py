@@ -1,0 +1,207 @@
+"""What a step of the generator costs on a device: measured once, kept as JSON, asked by plan.
+
+Four kinds of time, in seconds; fits are least squares of the relative error.
+
+    decode   by rows and context, measured on a grid and interpolated linearly
+    chunk    a + b*k + c*k*p for k prompt tokens at a mean position p, fitted
+    move     a + b*n for n tokens copied from slot to slot, fitted; a swap is three copies
+    around   what a step takes outside its runs, and more for each token it brings
+"""
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from generator_svc.__main__ import build_engine
+from generator_svc.config import GeneratorSettings
+from generator_svc.engine import Engine
+from generator_svc.metering import Meter
+from generator_svc.plan import Chunk, Copy, Row, StepPlan, Swap
+from generator_svc.runner import OrtRunner, Outcome, Runner
+from generator_svc.sequence import Generation, Sampling, Update
+
+ROWS = (1, 2, 4, 8, 16, 32)
+CONTEXTS = (64, 1024)  # tokens before the one that is computed
+CHUNKS = (8, 64, 256)  # tokens
+STARTS = (0, 512)  # where the chunks begin
+MOVES = (32, 512)  # tokens
+REPEATS = 5
+OVERHEAD_STEPS = 24
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Times in seconds. `decode` is [contexts][rows]; the others are coefficients, as above."""
+
+    rows: tuple[int, ...]
+    contexts: tuple[int, ...]
+    decode: tuple[tuple[float, ...], ...]
+    chunk: tuple[float, ...]
+    move: tuple[float, ...]
+    around_step: float
+    around_token: float
+
+    def decode_seconds(self, rows: int, context: float) -> float:
+        """A decode batch of `rows` whose mean context is `context` tokens; lines go on outside."""
+        times = [_on_line(self.rows, of_context, rows) for of_context in self.decode]
+        return max(_on_line(self.contexts, times, context), 0.0)
+
+    def chunk_seconds(self, length: int, start: int) -> float:
+        """A prefill chunk of `length` tokens from position `start`."""
+        constant, per_token, per_pair = self.chunk
+        return max(constant + length * (per_token + per_pair * (start + length / 2)), 0.0)
+
+    def move_seconds(self, move: Copy | Swap) -> float:
+        """Keys and values copied from slot to slot, or exchanged."""
+        constant, per_token = self.move
+        return (constant + per_token * move.length) * (3 if isinstance(move, Swap) else 1)
+
+    def scaled(self, factor: float) -> "StepCosts":
+        """Of a device that takes `factor` times as long."""
+        return _map(lambda times: times[0] * factor, [self])
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+
+def load(path: Path) -> StepCosts:
+    """What `StepCosts.save` wrote."""
+    fields = json.loads(path.read_text())
+    fields["decode"] = [tuple(times) for times in fields["decode"]]
+    return StepCosts(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def served_engine(
+    runner: Runner,
+    deliver: Callable[[list[Update]], None],
+    settings: GeneratorSettings | None = None,
+) -> Engine:
+    """The engine as the service builds it, its policy set by the service's own environment.
+
+    `runner` has an `info` like OrtRunner's. For whoever calls `step`: its thread is not started.
+    """
+    settings = settings or GeneratorSettings(model_directory=Path())
+    return build_engine(settings, runner, Meter(), deliver, _raise)
+
+
+def measure(runner: OrtRunner) -> StepCosts:
+    """Takes some ten seconds on a small model, and all of the runner's slots."""
+    info = runner.info
+    rows = (*(number for number in ROWS if number < info.slots), info.slots)
+    contexts = tuple(min(context, info.slot_length - 1) for context in CONTEXTS)
+    chunks = [(k, p) for p in STARTS for k in CHUNKS if k + p <= info.slot_length]
+    moves = [min(length, info.slot_length) for length in MOVES]
+    plans = [StepPlan(rows=(Row(0, context),) * count) for context in contexts for count in rows]
+    plans += [StepPlan(chunks=(Chunk(0, p, (0,) * k, wants_logits=True),)) for k, p in chunks]
+    plans += [StepPlan(moves=(Copy(0, info.slots - 1, length),)) for length in moves]
+    times = _times(runner, plans)
+    chunk_times = times[len(contexts) * len(rows) : -len(moves)]
+    around_step, around_token = _measure_around(runner)
+    return StepCosts(
+        rows=rows,
+        contexts=contexts,
+        decode=tuple(tuple(times[n * len(rows) :][: len(rows)]) for n in range(len(contexts))),
+        chunk=_fit([(1.0, k, k * (p + k / 2)) for k, p in chunks], chunk_times),
+        move=_fit([(1.0, length) for length in moves], times[-len(moves) :]),
+        around_step=around_step,
+        around_token=around_token,
+    )
+
+
+def mean(many: Sequence[StepCosts]) -> StepCosts:
+    """The mean of measurements on one grid, say of those before and after something."""
+    return _map(statistics.fmean, many)
+
+
+def _map(function: Callable[[Sequence[float]], float], many: Sequence[StepCosts]) -> StepCosts:
+    """`function` of each time of all."""
+
+    def of(values: Sequence[Any]) -> Any:
+        if isinstance(values[0], tuple):
+            return tuple(of(parts) for parts in zip(*values, strict=True))
+        return function(values)
+
+    names = ("decode", "chunk", "move", "around_step", "around_token")
+    times = {name: of([getattr(costs, name) for costs in many]) for name in names}
+    return dataclasses.replace(many[0], **times)
+
+
+def _on_line(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
+    """`ys` at `x`, linear between neighbours and beyond the ends; `xs` ascend."""
+    if len(xs) == 1 or xs[0] == xs[-1]:
+        return ys[0]
+    right = min(max(int(np.searchsorted(xs, x)), 1), len(xs) - 1)
+    left = right - 1
+    return ys[left] + (ys[right] - ys[left]) * (x - xs[left]) / (xs[right] - xs[left])
+
+
+def _fit(terms: Sequence[Sequence[float]], times: Sequence[float]) -> tuple[float, ...]:
+    """A coefficient for each term."""
+    scaled = np.array(terms) / np.array(times)[:, None]
+    return tuple(map(float, np.linalg.lstsq(scaled, np.ones(len(times)), rcond=None)[0]))
+
+
+def _times(runner: OrtRunner, plans: Sequence[StepPlan]) -> list[float]:
+    """Of each plan the median of some runs. They take turns: a slow moment then strikes all."""
+    rounds = []
+    for _ in range(REPEATS + 1):
+        times = []
+        for plan in plans:
+            began = time.perf_counter()
+            runner.run(plan)
+            times.append(time.perf_counter() - began)
+        rounds.append(times)
+    return [statistics.median(times) for times in zip(*rounds[1:], strict=True)]
+
+
+class _Stopwatch:
+    """A runner that adds up the time spent in it, in seconds."""
+
+    def __init__(self, runner: OrtRunner) -> None:
+        self._runner = runner
+        self.info = runner.info
+        self.seconds = 0.0
+
+    def run(self, plan: StepPlan) -> Outcome:
+        began = time.perf_counter()
+        outcome = self._runner.run(plan)
+        self.seconds += time.perf_counter() - began
+        return outcome
+
+
+def _measure_around(runner: OrtRunner) -> tuple[float, float]:
+    """Seconds around the runs of a step: a constant, and for each row."""
+    few, many = 1, max(runner.info.slots // 2, 2)
+    if runner.info.slots < 2:
+        return _time_around(runner, 1), 0.0
+    at_few, at_many = _time_around(runner, few), _time_around(runner, many)
+    per_token = max(at_many - at_few, 0.0) / (many - few)
+    return max(at_few - per_token * few, 0.0), per_token
+
+
+def _time_around(runner: OrtRunner, rows: int) -> float:
+    """Seconds of a step of the engine with `rows` greedy sequences, less those of its runs."""
+    stopwatch = _Stopwatch(runner)
+    engine = served_engine(stopwatch, lambda updates: None)
+    for number in range(rows):
+        prompt = (number + 1,) * 8
+        engine.submit(Generation(prompt, 2 * OVERHEAD_STEPS + rows, Sampling(temperature=0)))
+    while engine.load().waiting_requests:
+        engine.step()
+    spent = []
+    for _ in range(OVERHEAD_STEPS):
+        before, began = stopwatch.seconds, time.perf_counter()
+        engine.step()
+        spent.append(time.perf_counter() - began - (stopwatch.seconds - before))
+    return statistics.median(spent)
+
+
+def _raise(fault: BaseException) -> None:
+    raise fault

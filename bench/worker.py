@@ -1,0 +1,89 @@
+"""A process of its own that holds one object, whose methods are called from here one at a time.
+
+What is measured and what measures share no interpreter lock, and memory is told apart. The process
+ends when this one does, however that comes about.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import multiprocessing
+import signal
+import traceback
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any, Self
+
+_END_SECONDS = 10
+
+
+class WorkerFailed(Exception):
+    """The object could not be made or its method raised; the text is the traceback."""
+
+
+class Worker:
+    """Makes `factory` ("module:name") of `arguments` in a new process; leaving it ends that."""
+
+    def __init__(self, factory: str, *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(theirs, factory, arguments), name=factory, daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        self._receive()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Calls a method there and waits for what it returns. Raises WorkerFailed."""
+        self._pipe.send((method, arguments))
+        return self._receive()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._pipe.close()
+        self._process.join(_END_SECONDS)
+        self._process.kill()
+
+    def _receive(self) -> Any:
+        try:
+            result, failure = self._pipe.recv()
+        except EOFError:
+            self._process.join(_END_SECONDS)
+            told = f"{self._process.name} ended with {self._process.exitcode}"
+            raise WorkerFailed(told) from None
+        if failure:
+            raise WorkerFailed(failure)
+        return result
+
+
+def _serve(pipe: Connection, factory: str, arguments: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the one in front decides
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        try:
+            module, _, name = factory.partition(":")
+            served = getattr(importlib.import_module(module), name)(*arguments)
+        except Exception:
+            pipe.send((None, traceback.format_exc()))
+            return
+        pipe.send((None, ""))
+        while True:
+            method, arguments = pipe.recv()
+            try:
+                answer = getattr(served, method)(*arguments), ""
+            except Exception:
+                answer = None, traceback.format_exc()
+            pipe.send(answer)

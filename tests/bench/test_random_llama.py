@@ -1,0 +1,110 @@
+"""Models with random weights: what the exporter would make, and nothing but numbers out of them."""
+
+import dataclasses
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+
+from bench.random_llama import SHAPES, Shape, make_random_llama
+from generator_svc.plan import Chunk, Row, StepPlan
+from generator_svc.runner import OrtRunner
+from tiny_models import SHAPE, tiny_model_directory
+from tokenizer_svc.tokenizer import Tokenizer
+from trivium.model_directory import load_model_directory
+
+PROMPTS = [tuple(range(5, 25)), tuple(range(40, 47)), (9, 8)]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("fp32", "cpu"), ("fp16", "cuda"), ("int8", "cpu"), ("int4", "cpu"), ("int4", "cuda")],
+    ids="-".join,
+)
+def model(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("random") / "tiny"
+    return load_model_directory(make_random_llama(folder, SHAPES["tiny"], *request.param))
+
+
+@pytest.fixture(scope="module")
+def runner(model):
+    """On the CPU, which runs the models for CUDA too."""
+    return OrtRunner(model, "cpu", 3, 64, threads=1)
+
+
+def _prefill(runner, slot, token_ids):
+    plan = StepPlan(chunks=(Chunk(slot, 0, token_ids, True),))
+    return runner.run(plan).chunks[0].logits[0]
+
+
+def test_rows_in_a_batch_give_what_their_prompts_give(runner, model):
+    """Finite logits of about one, which depend on what the cache holds."""
+    for slot, prompt in enumerate(PROMPTS):
+        _prefill(runner, slot, prompt)
+    rows = runner.run(StepPlan(rows=tuple(Row(3, len(p)) for p in PROMPTS))).rows
+    whole = np.stack([_prefill(runner, 0, (*prompt, 3)) for prompt in PROMPTS])
+
+    assert rows.error is None
+    assert (3, model.vocab_size) == rows.logits.shape
+    assert np.isfinite(rows.logits).all()
+    assert 0.5 < rows.logits.std() < 2
+    assert np.allclose(whole, rows.logits, atol=0.1)
+    assert not np.allclose(whole[0], whole[1], atol=0.5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+def test_the_graph_is_the_exporters(precision, tmp_path):
+    """The same operators, as often, as in an export of a checkpoint of this shape."""
+    exported = tiny_model_directory("llama-untied", precision)
+    shape = Shape(
+        hidden=SHAPE["hidden_size"],
+        layers=SHAPE["num_hidden_layers"],
+        heads=SHAPE["num_attention_heads"],
+        kv_heads=SHAPE["num_key_value_heads"],
+        head_size=SHAPE["hidden_size"] // SHAPE["num_attention_heads"],
+        ffn=SHAPE["intermediate_size"],
+        vocabulary=load_model_directory(exported).vocab_size,
+    )
+    made = make_random_llama(tmp_path / "made", shape, precision)
+
+    assert _interface(exported) == _interface(made)
+    assert _operators(exported) == _operators(made)
+
+
+def _graph(folder):
+    return onnx.load(folder / "model.onnx", load_external_data=False).graph
+
+
+def _operators(folder):
+    return Counter((node.domain, node.op_type) for node in _graph(folder).node)
+
+
+def _interface(folder):
+    graph = _graph(folder)
+    return {
+        value.name: (value.type.tensor_type.elem_type, len(value.type.tensor_type.shape.dim))
+        for value in (*graph.input, *graph.output)
+    }
+
+
+def test_the_tokenizer_has_a_token_for_each_byte(model):
+    """Any text comes back, as token ids within the vocabulary."""
+    tokenizer = Tokenizer(model.tokenizer.read_text())
+    text = "Zwölf Boxkämpfer, 十二\n"
+    ids = tokenizer.encode(text)
+
+    assert text == tokenizer.decode(ids)
+    assert max(ids) < model.vocab_size
+
+
+def test_a_folder_appears_whole(tmp_path, monkeypatch):
+    """What failed half-way is not there under its name, and does not stand in the way."""
+    shape = dataclasses.replace(SHAPES["tiny"], layers=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("bench.random_llama._write_text_side", None)
+        with pytest.raises(TypeError):
+            make_random_llama(tmp_path / "model", shape, "fp32")
+
+    assert not (tmp_path / "model").exists()
+    assert make_random_llama(tmp_path / "model", shape, "fp32").is_dir()

@@ -1,0 +1,210 @@
+"""What the benchmark makes of what it measured; speed itself is never tested."""
+
+import pytest
+
+from bench.http_stream import Unchunker, read_answer
+from bench.measures import percentiles, ratio, stalls, streaming
+from bench.play import Answer, Ask, Script, Trace
+from bench.report import BEGIN, END, Results, Row, Spread, Table, as_json, notes, page, renewed
+
+HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+TOKENS = ('{"choices":[{"index":0,"delta":{"content":"a"}}]}',) * 2
+
+
+def _answer(*times: float, asked: float = 0.0) -> Answer:
+    return Answer(asked, times[-1], (times,), 5, len(times))
+
+
+def _rows(name: str, speeds: list[float]) -> list[Row]:
+    return [
+        Row("load", "8 clients", number, name, {"tokens_per_second": speed})
+        for number, speed in enumerate(speeds)
+    ]
+
+
+def _results(*rows: Row) -> Results:
+    return Results(rows, {"load": "A load"})
+
+
+def _chunked(*events: str) -> bytes:
+    data = [f"data: {event}\n\n".encode() for event in events]
+    return b"".join(b"%x\r\n%s\r\n" % (len(each), each) for each in data) + b"0\r\n\r\n"
+
+
+def test_percentiles_are_interpolated_and_in_milliseconds() -> None:
+    """p50 of an even number of values is between the two in the middle."""
+    found = percentiles("gap", [0.001, 0.002, 0.003, 0.004], with_max=True)
+
+    assert {"gap_p50_ms": 2.5, "gap_p99_ms": 3.97, "gap_max_ms": 4.0} == pytest.approx(found)
+    assert {} == percentiles("gap", [])
+
+
+def test_a_ratio_wants_both_numbers() -> None:
+    """What was not measured, or is zero, gives no ratio."""
+    assert {"half": 0.5} == ratio("half", {"a": 1.0, "b": 2.0}, "a", "b")
+    assert {} == ratio("half", {"a": 1.0}, "a", "b")
+    assert {} == ratio("half", {"a": 1.0, "b": 0.0}, "a", "b")
+
+
+def test_speed_is_of_whole_answers_over_all_of_the_time() -> None:
+    """A failed request adds its time and no tokens."""
+    failed = Answer(0.0, 4.0, (), fault="gone")
+    found = streaming([_answer(1.0, 1.5, 2.0), failed])
+
+    assert 3 / 4 == found["tokens_per_second"]
+    assert 1000 == found["ttft_p50_ms"]
+    assert 500 == found["gap_p99_ms"]
+
+
+def test_gaps_are_told_apart_by_the_late_request() -> None:
+    """A gap in which the late request came, or another stream began, is not a quiet one."""
+    stream, other = _answer(0.1, 1.0, 1.1, 1.2, 2.2, 2.4, 2.5, 2.6), _answer(1.0, 3.0)
+    found = stalls([stream, other], _answer(2.3, asked=1.3))
+
+    assert 100 == pytest.approx(found["quiet_gap_max_ms"])
+    assert 2000 == pytest.approx(found["busy_gap_max_ms"])
+    assert 1000 == pytest.approx(found["busy_gap_p50_ms"])
+    assert 1000 == pytest.approx(found["late_ttft_ms"])
+    assert 1 == found["streams_outlasted"]
+
+
+def test_a_replay_moves_tokens_to_its_own_steps() -> None:
+    """A request is asked when the step before its first one ends; device time is not copied."""
+    trace = Trace(Ask((), (1, 2), 2), 7.0, 1, [[(8.0, 1, 11), (9.0, 3, 12)]], 0, 5)
+    answer = trace.replayed([0.5, 1.5, 2.0, 4.0])
+
+    assert (0.5, 4.0, ((1.5, 4.0),)) == (answer.asked, answer.ended, answer.choices)
+    assert (1.0, (11, 12), None) == (answer.first, answer.token_ids, answer.device_seconds)
+
+
+def test_answers_come_in_the_order_of_the_script() -> None:
+    """Client by client, the late request last."""
+    first, second, late = (Ask((), (number,), 1) for number in range(3))
+    clients, last = Script(((first, first), (second,)), late).numbered()
+
+    assert [[(0, first), (1, first)], [(2, second)]] == clients
+    assert (3, late) == last
+    assert [first, first, second, late] == Script(((first, first), (second,)), late).asks
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    """A machine that is half as fast in one round changes no ratio."""
+    results = _results(*_rows("bare", [100, 50, 80]), *_rows("services", [90, 45, 80]))
+    services, bare = results.kinds("load")[::-1]
+
+    assert Spread(0.9, 0.9, 1.0) == results.ratio_to(services, "bare")
+    assert Spread(80, 45, 90) == results.spread(services, "tokens_per_second")
+    assert results.ratio_to(bare, "bare") is None
+
+
+def test_a_round_without_the_other_gives_no_ratio() -> None:
+    """Rounds are paired by their number, not by their place."""
+    results = _results(*_rows("bare", [100])[:1], *_rows("services", [50, 70]))
+
+    assert Spread(0.5, 0.5, 0.5) == results.ratio_to(results.kinds("load")[1], "bare")
+
+
+def test_a_spread_shows_its_ends_when_they_differ() -> None:
+    """About three digits each."""
+    assert "1.50" == str(Spread(1.5, 1.5, 1.5))
+    assert "12.3 (9.87 to 123)" == str(Spread(12.34, 9.87, 123.4))
+
+
+def test_tables_are_markdown() -> None:
+    """A heading, a head, a line, the body."""
+    table = Table("Speed", ("who", "tokens/s"), (("bare", "10"),))
+
+    assert "### Speed\n\n| who | tokens/s |\n| --- | --- |\n| bare | 10 |" == table.markdown()
+    assert "Speed\n\nwho   tokens/s\nbare  10" == table.text()
+
+
+def test_a_page_says_what_it_is_of() -> None:
+    """Commit and machine come first; columns without a number are left out."""
+    results = _results(*_rows("bare", [100]), *_rows("services", [90]))
+    shown = page(results, {"commit": "abc", "cores": 2})
+
+    assert shown.startswith("Commit abc, cores 2.")
+    assert "|  |  | tokens/s | of bare | services to it |" in shown
+    assert "| 8 clients | services | 90.0 | 0.90 | - |" in shown
+    assert "| 8 clients | bare | 100 | - | 0.90 |" in shown
+
+
+def test_failures_and_noise_are_told() -> None:
+    """Failures are summed over the rounds; other processes are a note."""
+    numbers = {"faults": 2.0, "others_percent": 30.0}
+    row = Row("load", "8 clients", 0, "services", numbers, ("HTTP 503",))
+    said = notes(_results(row, row))
+
+    assert "services, load 8 clients: 4 requests failed (HTTP 503)" in said
+    assert any("in 2 of 2 measurements other processes" in note for note in said)
+
+
+def test_results_go_between_the_markers() -> None:
+    """The rest of the page stays; a page without markers is refused."""
+    assert f"a\n{BEGIN}\n\nnew\n\n{END}\nb\n" == renewed(f"a\n{BEGIN}\nold\n{END}\nb\n", "new")
+    with pytest.raises(ValueError, match="begin results"):
+        renewed("a page", "new")
+
+
+def test_the_json_has_rows_and_their_summary() -> None:
+    """Each round's numbers, and median, lowest and highest."""
+    results = _results(*_rows("bare", [100, 50]), *_rows("services", [80, 45]))
+    found = as_json(results, {"cores": 2})
+
+    assert 4 == len(found["rows"])
+    assert {"median": 0.85, "low": 0.8, "high": 0.9} == pytest.approx(
+        found["summary"][1]["of_bare"]
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+def test_a_stream_reads_the_same_however_it_is_cut(size: int) -> None:
+    """Pieces of any size: each event counts when its end came."""
+    events = (*TOKENS, '{"choices":[{"index":0,"delta":{},"finish_reason":"length"}]}')
+    usage = '{"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2,"gpu_seconds":0.5}}'
+    whole = HEAD + _chunked(*events, usage, "[DONE]")
+    pieces = [(float(at + 1), whole[at : at + size]) for at in range(0, len(whole), size)]
+    answer = read_answer(0.0, pieces)
+
+    assert "" == answer.fault
+    assert ("aa", 3, 2, 0.5) == (
+        answer.text,
+        answer.prompt_tokens,
+        answer.completion_tokens,
+        answer.device_seconds,
+    )
+    assert 2 == len(answer.choices[0])
+    assert answer.ended == pieces[-1][0]
+
+
+def test_chunks_may_be_cut_anywhere() -> None:
+    """Sizes, line ends and data may each come in two pieces."""
+    body = b"5\r\nhello\r\n6;x=y\r\n world\r\n0\r\n\r\n"
+
+    for at in range(len(body)):
+        unchunker = Unchunker()
+        assert b"hello world" == unchunker.push(body[:at]) + unchunker.push(body[at:])
+
+
+def test_what_went_wrong_is_the_answers_fault() -> None:
+    """An error, a stream that breaks off and a hang-up never raise."""
+    refused = b'HTTP/1.1 503 No\r\nContent-Length: 9\r\n\r\n{"error": {"message": "full"}}'
+
+    assert "ValueError: HTTP 503: full" == read_answer(0.0, [(1.0, refused)]).fault
+    assert "hung up" in read_answer(0.0, []).fault
+    assert "before its answer" in read_answer(0.0, [(1.0, HEAD + _chunked(*TOKENS))]).fault
+
+
+def test_usage_of_each_choice_is_added_up() -> None:
+    """Some servers send one for each choice. A choice without text came when it ended."""
+    ends = [
+        f'{{"choices":[{{"index":{n},"delta":{{}},"finish_reason":"length"}}]}}' for n in (0, 1)
+    ]
+    usages = ['{"choices":[],"usage":{"completion_tokens":1}}'] * 2
+    pieces = [(1.0, HEAD + _chunked(TOKENS[0], *ends, *usages, "[DONE]"))]
+    answer = read_answer(0.0, pieces)
+
+    assert 2 == answer.completion_tokens
+    assert ((1.0,), (1.0,)) == answer.choices

@@ -1,0 +1,228 @@
+"""The simulator of bench.simulate: its queues against formulas, its books, its routing."""
+
+import dataclasses
+import itertools
+import statistics
+
+import pytest
+
+from bench import step_costs, trace
+from bench.simulate import Targets, find_replicas, smallest
+from bench.simulation import (
+    POLICIES,
+    Clock,
+    Cluster,
+    PrefixAffine,
+    Tokenizer,
+    TokenizerCosts,
+    simulate,
+)
+from bench.step_costs import StepCosts
+from bench.trace import Bursts, Lengths, Request, Workload
+from generator_svc.plan import Copy, Swap
+
+# A step of 10 ms, and 5 for each row; a prompt's token takes 1 ms.
+COSTS = StepCosts(
+    rows=(1, 3),
+    contexts=(0, 1000),
+    decode=((0.015, 0.025), (0.025, 0.055)),
+    chunk=(0.01, 0.001, 0.0),
+    move=(0.001, 1e-6),
+    around_step=0.0,
+    around_token=0.0,
+)
+FREE = TokenizerCosts(0.0, 0.0, 0.0, 0.0)
+CLUSTER = Cluster(COSTS, FREE, slots=4, slot_length=512)
+
+
+def workload(rate: float, **changes: object) -> Workload:
+    mixed = Workload(rate, Lengths(40, 0.7, most=300), Lengths(12, 0.7, most=100))
+    return dataclasses.replace(mixed, **changes)
+
+
+def test_one_slot_waits_as_long_as_an_md1_queue() -> None:
+    """One token each, so that every request is one step of the same length (Pollaczek 1930)."""
+    requests = workload(20.0, prompt=Lengths(20), output=Lengths(1)).draw(6000, seed=1)
+    service = COSTS.chunk_seconds(20, 0)
+    busy = 20.0 * service
+    cluster = dataclasses.replace(CLUSTER, slots=1)
+
+    answers = simulate(requests, cluster).served
+    waits = [answer.first_token_seconds - service for answer in answers]
+
+    assert len(requests) == len(answers)
+    assert min(waits) == pytest.approx(0, abs=1e-6)
+    assert service * busy / (2 * (1 - busy)) == pytest.approx(statistics.fmean(waits), rel=0.1)
+
+
+def test_a_tokenizer_waits_as_long_as_an_md1_queue() -> None:
+    """Work of 20 ms each, 30 times a second."""
+    clock = Clock()
+    tokenizer = Tokenizer(clock)
+    waits: list[float] = []
+
+    def arrive() -> None:
+        began = clock.now
+        tokenizer.work(0.02, lambda: waits.append(clock.now - began - 0.02))
+
+    for request in workload(30.0).draw(10_000, seed=2):
+        clock.at(request.arrival, arrive)
+    clock.run()
+
+    assert 0.02 * 0.6 / (2 * (1 - 0.6)) == pytest.approx(statistics.fmean(waits), rel=0.1)
+
+
+def test_a_lone_request_takes_the_sum_of_its_parts() -> None:
+    """Hops, tokenizer, chunk, then a step for each further token at its context."""
+    costs = TokenizerCosts(request=0.5, prompt_token=0.01, output_token=0.1, hop=0.25)
+    chunk = COSTS.chunk_seconds(20, 0)
+    steps = [COSTS.decode_seconds(1, context) for context in (20, 21)]
+
+    [answer] = simulate(
+        [Request(3.0, 20, 3)], dataclasses.replace(CLUSTER, tokenizer_costs=costs)
+    ).answers
+
+    first = 3.0 + 0.25 + 0.5 + 0.2 + chunk + 0.1 + 0.25
+    # The tokenizer is slower than the steps, so that tokens queue before it.
+    assert [first, first + 0.1, first + 0.2] == pytest.approx(answer.times)
+    assert chunk + sum(steps) == pytest.approx(answer.device_seconds)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_request_gets_exactly_its_tokens(policy: str) -> None:
+    """And pays for no more than the generators were busy."""
+    requests = workload(12.0, conversations=5, shared_tokens=16, bursts=Bursts()).draw(150, seed=3)
+    cluster = dataclasses.replace(CLUSTER, generators=3, tokenizers=2)
+
+    result = simulate(requests, cluster, policy)
+
+    assert [r.output_tokens for r in requests] == [len(a.times) for a in result.answers]
+    assert all(before < after for a in result.answers for before, after in _pairs(a.times))
+    paid = sum(answer.device_seconds for answer in result.answers)
+    assert paid <= sum(result.generator_seconds) + 1e-6
+    assert {0, 1, 2} == {answer.generator for answer in result.answers}
+
+
+def test_a_full_queue_refuses() -> None:
+    """As the service's admission does, and the rest is served."""
+    requests = [Request(0.0, 300, 1) for _ in range(600)]
+    cluster = dataclasses.replace(CLUSTER, costs=COSTS.scaled(1e-3), slots=1)
+
+    result = simulate(requests, cluster)
+
+    assert 0 < len(result.served) < len(requests)
+    assert not Targets(1e9, 1e9, 95).are_met(result)
+
+
+def test_affinity_finds_more_in_the_caches_than_turns() -> None:
+    """More conversations than slots: a replica keeps those that come back to it."""
+    requests = workload(4.0, conversations=8, shared_tokens=64).draw(200, seed=4)
+    cluster = dataclasses.replace(CLUSTER, generators=3)
+
+    turns, affine = (simulate(requests, cluster, p) for p in ("round-robin", "prefix-affine"))
+
+    assert affine.cached_share > 1.2 * turns.cached_share > 0
+
+
+def test_affinity_gives_way_to_load() -> None:
+    """A replica keeps its conversation until it has much more to do than another."""
+    router = PrefixAffine(ratio=1.5, slack=100)
+
+    assert 1 == router.choose(7, [50, 0])
+    assert 1 == router.choose(7, [0, 100])
+    assert 0 == router.choose(7, [0, 101])
+    assert 0 == router.choose(7, [20, 0])
+
+
+@pytest.mark.parametrize("policy", ["round-robin", "least-loaded"])
+def test_more_replicas_are_never_slower(policy: str) -> None:
+    """On one trace, at the 95th percentile of the time to first token."""
+    requests = workload(10.0).draw(150, seed=5)
+
+    times = [
+        simulate(requests, dataclasses.replace(CLUSTER, generators=n), policy).first_token(95)
+        for n in (1, 2, 4, 8)
+    ]
+
+    assert sorted(times, reverse=True) == times
+
+
+def test_the_plan_is_the_smallest_that_meets_the_targets() -> None:
+    """One generator less, or one tokenizer less, does not meet them."""
+    requests = workload(10.0).draw(150, seed=6)
+    targets = Targets(first_token=0.5, between_tokens=0.2, rank=95)
+    costs = TokenizerCosts(output_token=0.012)
+    cluster = dataclasses.replace(CLUSTER, tokenizer_costs=costs)
+
+    found = find_replicas(requests, cluster, "least-loaded", targets, most=8)
+    assert found.found is not None
+    generators, tokenizers = found.found
+
+    assert generators > 1
+    assert tokenizers > 1
+    assert targets.are_met(found.tried[found.found])
+    for fewer in ((generators - 1, 8), (generators, tokenizers - 1)):
+        assert not targets.are_met(found.tried[fewer])
+
+
+def test_smallest_finds_every_number() -> None:
+    """By doubling and halving, and None beyond the most."""
+    for most in range(1, 20):
+        for wanted in range(1, most + 3):
+            found = smallest(most, lambda count, wanted=wanted: count >= wanted)
+            assert (wanted if wanted <= most else None) == found
+
+
+def test_traces_survive_a_file(tmp_path) -> None:
+    """JSON lines, and back."""
+    requests = workload(5.0, conversations=3, shared_tokens=8).draw(20, seed=7)
+
+    trace.save(tmp_path / "trace.jsonl", requests)
+
+    assert requests == trace.load(tmp_path / "trace.jsonl")
+
+
+def test_costs_survive_a_file(tmp_path) -> None:
+    """JSON, and back."""
+    COSTS.save(tmp_path / "costs.json")
+
+    assert COSTS == step_costs.load(tmp_path / "costs.json")
+
+
+@pytest.mark.parametrize("bursts", [None, Bursts(peak=4.0, share=0.2, seconds=1.0)])
+def test_arrivals_keep_their_mean_rate(bursts: Bursts | None) -> None:
+    """Poisson gaps vary as much as their mean; bursts vary more."""
+    requests = workload(20.0, bursts=bursts).draw(30_000, seed=8)
+    gaps = [after.arrival - before.arrival for before, after in _pairs(requests)]
+    variation = statistics.stdev(gaps) / statistics.fmean(gaps)
+
+    assert 1 / 20 == pytest.approx(statistics.fmean(gaps), rel=0.1)
+    assert (bursts is None) == (variation == pytest.approx(1.0, rel=0.05))
+    assert bursts is None or variation > 1.2
+
+
+def test_lengths_keep_their_mean_and_spread() -> None:
+    """The mean is that of the tokens, not of their logarithms; the same seed draws the same."""
+    load = workload(1.0, prompt=Lengths(100, 0.5), output=Lengths(30))
+    requests = load.draw(20_000, seed=9)
+
+    assert 100 == pytest.approx(statistics.fmean(r.prompt_tokens for r in requests), rel=0.02)
+    assert {30} == {request.output_tokens for request in requests}
+    assert requests[:50] == load.draw(50, seed=9)
+    assert requests[:50] != load.draw(50, seed=10)
+
+
+def test_costs_lie_on_their_lines() -> None:
+    """Between the measured points, and beyond them."""
+    assert 0.020 == pytest.approx(COSTS.decode_seconds(2, 0))
+    assert 0.040 == pytest.approx(COSTS.decode_seconds(3, 500))
+    assert 0.030 == pytest.approx(COSTS.decode_seconds(4, 0))
+    assert 0.042 == pytest.approx(COSTS.chunk_seconds(32, 100))
+    assert 0.0015 == pytest.approx(COSTS.move_seconds(Copy(0, 1, 500)))
+    assert 0.0045 == pytest.approx(COSTS.move_seconds(Swap(0, 1, 500)))
+    doubled = step_costs.mean([COSTS, COSTS.scaled(3.0)])
+    assert 0.040 == pytest.approx(doubled.decode_seconds(2, 0))
+
+
+def _pairs(values: list) -> list[tuple]:
+    return list(itertools.pairwise(values))
