@@ -34,7 +34,7 @@ from trivium.generator.v1 import generator_pb2 as pb
 from trivium.generator.v1.generator_pb2_grpc import add_GeneratorServiceServicer_to_server
 from trivium.model_directory import ModelDirectory, ModelDirectoryError, load_model_directory
 from trivium.wire import telemetry
-from trivium.wire.serving import GrpcServer, run, wait_for_signal
+from trivium.wire.serving import GrpcServer, wait_for_signal
 from trivium.wire.settings import load_settings, refuse_to_start
 
 log = logging.getLogger("generator_svc")
@@ -203,7 +203,8 @@ def main() -> None:
     try:
         model = load_model_directory(settings.model_directory)
         runner = load_runner(settings, model)
-        status = run(serve(settings, model, runner))
+        # Not uvloop: it starts processes by fork, of which gRPC's threads know nothing.
+        status = asyncio.run(serve(settings, model, runner))
     except (ModelDirectoryError, MemoryPlanError, DeviceError) as error:
         refuse_to_start(f"generator_svc: {error}")
     except (OSError, RuntimeError) as error:  # a port that is taken, for one
