@@ -106,7 +106,9 @@ async def answer(
                     admitted = True
                 step = completion.take(updates)
                 await generation.stop(step.stops)
-                deltas = [replace(delta, index=first_index + delta.index) for delta in step.deltas]
+                deltas = step.deltas
+                if first_index:
+                    deltas = [replace(delta, index=first_index + delta.index) for delta in deltas]
                 meter.step(updates, deltas, first_index)
                 yield deltas
     except ServiceError as error:

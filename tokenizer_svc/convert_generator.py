@@ -73,16 +73,15 @@ def updates(response: generator_pb2.GenerateResponse) -> list[Update]:
         Update(
             index=update.index,
             token_ids=tuple(update.token_ids),
-            logprobs=tuple(
-                Logprobs(
-                    entry.logprob, tuple(zip(entry.top_token_ids, entry.top_logprobs, strict=True))
-                )
-                for entry in update.logprobs
-            ),
+            logprobs=tuple(map(_logprobs, update.logprobs)) if update.logprobs else (),
             finished=_finished(update.finished) if update.HasField("finished") else None,
         )
         for update in response.updates
     ]
+
+
+def _logprobs(entry: generator_pb2.TokenLogprobs) -> Logprobs:
+    return Logprobs(entry.logprob, tuple(zip(entry.top_token_ids, entry.top_logprobs, strict=True)))
 
 
 def _finished(finished: generator_pb2.Finished) -> Finished:

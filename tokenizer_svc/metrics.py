@@ -90,6 +90,9 @@ class RequestMeter:
         """The request is for `model`, and its prompt has so many tokens."""
         self._model = model
         self._metrics.prompt_tokens.labels(model).inc(tokens)
+        # Looked up once, as they are told of every token.
+        self._generated = self._metrics.generation_tokens.labels(model)
+        self._gaps = self._metrics.inter_token_latency.labels(model)
 
     def step(self, updates: list[Update], deltas: list[Delta], first_index: int = 0) -> None:
         """A message of the generator came just now, and this is what followed.
@@ -110,9 +113,9 @@ class RequestMeter:
         if index in self._last:
             gap = (now - self._last[index]) / count
             for _ in range(count):
-                self._metrics.inter_token_latency.labels(self._model).observe(gap)
+                self._gaps.observe(gap)
         self._last[index] = now
-        self._metrics.generation_tokens.labels(self._model).inc(count)
+        self._generated.inc(count)
 
     def __exit__(
         self,
