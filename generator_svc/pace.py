@@ -24,7 +24,7 @@ class Pace:
         if tokens < _SHORTEST_SAMPLE:
             return
         window = start // _WINDOW
-        seen = nanoseconds / tokens
+        seen = max(nanoseconds, 1) / tokens  # a clock may be too coarse
         known = self._cost.get(window, seen)
         self._cost[window] = known + _LEARNING_RATE * (seen - known)
 

@@ -46,3 +46,11 @@ def test_something_always_fits():
     pace.observe(0, 512, 10**12)
 
     assert 32 == pace.fitting(1)
+
+
+def test_a_clock_that_stands_still_stops_nothing():
+    """A device's clock may be too coarse for a small chunk."""
+    pace = Pace()
+    pace.observe(0, 64, 0)
+
+    assert pace.fitting(1_000) >= 32
