@@ -5,10 +5,12 @@
     check     one real replica of each stage against what the simulation says of it
 
 `plan` replays a drawn trace, or one read from a file, in virtual time; with the costs in a file it
-needs no model. `check` measures costs before and after a real run over HTTP and takes their mean,
-since a machine's speed drifts, and exits 1 when output tokens/s or the mean latency of a request
-is off by more than 15 %. It also shows what it would have said of a device as fast as the run's,
-whose seconds the answers tell in their usage: what is off there is the simulation's own.
+needs no model. Each replica has a device of its own then, as the measured one had.
+
+`check` runs all stages on one machine, where they take each other's time: its decode batches take
+what a few parallel streams show them to take, just before and after the replay. Costs are measured
+before and after too, since a machine's speed drifts. It exits 1 when output tokens/s or the mean
+latency of a request is off by more than 15 %.
 """
 
 import argparse
@@ -25,7 +27,7 @@ import httpx
 
 from bench import step_costs, trace
 from bench.simulation import POLICIES, Cluster, Result, TokenizerCosts, simulate
-from bench.step_costs import StepCosts
+from bench.step_costs import StepCosts, interpolate
 from bench.trace import Bursts, Lengths, Request, Workload
 from generator_svc.__main__ import load_runner
 from generator_svc.config import GeneratorSettings
@@ -39,7 +41,8 @@ from trivium.model_directory import load_model_directory
 
 TOLERANCE = 0.15
 TEMPLATE_TOKENS = 32  # about what a chat template adds to a prompt
-WARM_UP_REQUESTS = 8
+STREAMS = (1, 2, 4, 8, 16)  # at once, that show how the stages slow each other
+STREAM_WORDS, STREAM_TOKENS = 64, 48
 
 
 @dataclass(frozen=True)
@@ -99,24 +102,34 @@ def find_replicas(
     return Plan(tried, None if tokenizers is None else (generators, tokenizers))
 
 
-async def replay(target: Target, requests: Sequence[Request], seed: int) -> list[Answer]:
+async def replay(
+    client: httpx.AsyncClient, target: Target, prompts: Prompts, requests: Sequence[Request]
+) -> list[Answer]:
     """Sends each request when its time has come, whatever became of those before."""
-    prompts = Prompts(seed)
-    async with open_client(target) as client:
-        warm_up = [
-            _ask(client, target, prompts.draw(16), 8, time.perf_counter())
-            for _ in range(WARM_UP_REQUESTS)
+    start = time.perf_counter() - requests[0].arrival
+
+    async def one(request: Request) -> Answer:
+        prompt = prompts.draw(max(1, request.prompt_tokens - TEMPLATE_TOKENS))
+        due = start + request.arrival
+        await asyncio.sleep(due - time.perf_counter())
+        return await _ask(client, target, prompt, request.output_tokens, due)
+
+    return await asyncio.gather(*(one(request) for request in requests))
+
+
+async def between_tokens(
+    client: httpx.AsyncClient, target: Target, prompts: Prompts
+) -> dict[int, float]:
+    """Median seconds between tokens by the number of streams at once."""
+    found = {}
+    for streams in STREAMS:
+        asking = [
+            _ask(client, target, prompts.draw(STREAM_WORDS), STREAM_TOKENS, time.perf_counter())
+            for _ in range(streams)
         ]
-        await asyncio.gather(*warm_up)
-        start = time.perf_counter() - requests[0].arrival
-
-        async def one(request: Request) -> Answer:
-            prompt = prompts.draw(max(1, request.prompt_tokens - TEMPLATE_TOKENS))
-            due = start + request.arrival
-            await asyncio.sleep(due - time.perf_counter())
-            return await _ask(client, target, prompt, request.output_tokens, due)
-
-        return await asyncio.gather(*(one(request) for request in requests))
+        answers = await asyncio.gather(*asking)
+        found[streams] = statistics.median(gap for answer in answers for gap in answer.gaps)
+    return found
 
 
 async def _ask(
@@ -131,14 +144,39 @@ async def _ask(
     return answer
 
 
-async def run_services(model: Path, requests: Sequence[Request], seed: int) -> list[Answer]:
-    """Starts one real replica of each stage, replays the trace, stops them."""
+@dataclass(frozen=True)
+class Run:
+    """Of one replica of each stage: the answers to a trace, and `between_tokens` around it."""
+
+    answers: Sequence[Answer]
+    gaps: Sequence[dict[int, float]]
+
+
+async def run_services(model: Path, requests: Sequence[Request], seed: int) -> Run:
+    """Starts the services, replays the trace, stops them."""
     ports = free_ports(5)
     pipeline = Pipeline(model, "auto", "127.0.0.1", ports[0], "127.0.0.1", *ports[1:])
     target = Target(f"{pipeline.url}/v1", {}, load_model_directory(model).id, 0, 0)
-    async with Supervisor(pipeline.stages(), 30) as supervisor:
+    prompts = Prompts(seed)
+    async with Supervisor(pipeline.stages(), 30) as supervisor, open_client(target) as client:
         await supervisor.wait_until_ready(120)
-        return await replay(target, requests, seed)
+        await between_tokens(client, target, prompts)  # to be warm
+        before = await between_tokens(client, target, prompts)
+        answers = await replay(client, target, prompts, requests)
+        return Run(answers, [before, await between_tokens(client, target, prompts)])
+
+
+def on_one_machine(costs: StepCosts, gaps: Sequence[dict[int, float]]) -> StepCosts:
+    """The costs with decode batches as slow as the time between tokens shows them to be."""
+    context = TEMPLATE_TOKENS + STREAM_WORDS + STREAM_TOKENS / 2
+    seen = [statistics.fmean(gap[streams] for gap in gaps) for streams in STREAMS]
+
+    def seconds(rows: int, at: int) -> float:
+        alone = costs.decode_seconds(rows, context) + costs.around_seconds(rows)
+        return costs.decode_seconds(rows, at) + interpolate(STREAMS, seen, rows) - alone
+
+    decode = tuple(tuple(seconds(rows, at) for rows in STREAMS) for at in costs.contexts)
+    return dataclasses.replace(costs, rows=STREAMS, decode=decode)
 
 
 def as_measured(requests: Sequence[Request], answers: Sequence[Answer]) -> list[Request]:
@@ -167,7 +205,7 @@ def summary_of_run(answers: Sequence[Answer]) -> dict[str, float]:
         "first token, median": first["p50"],
         "first token, p95": first["p95"],
         "between tokens, median": gaps["p50"],
-        "between tokens, p95": gaps["p95"],
+        "between tokens, p99": gaps["p99"],
         "device seconds": sum(answer.usage["gpu_seconds"] for answer in answers),
     }
 
@@ -180,7 +218,7 @@ def summary_of_simulation(result: Result) -> dict[str, float]:
         "first token, median": result.first_token(50),
         "first token, p95": result.first_token(95),
         "between tokens, median": result.between_tokens(50),
-        "between tokens, p95": result.between_tokens(95),
+        "between tokens, p99": result.between_tokens(99),
         "device seconds": sum(answer.device_seconds for answer in result.served),
     }
 
@@ -192,45 +230,25 @@ def check(options: argparse.Namespace) -> int:
     cluster = cluster_of(options, before, runner)
     rate = options.rate or options.load * capacity(workload(options, 1.0), cluster)
     requests = workload(options, rate).draw(options.requests, options.seed)
-    answers = asyncio.run(run_services(options.model, requests, options.seed))
+    run = asyncio.run(run_services(options.model, requests, options.seed))
     after = step_costs.measure(runner)
-    costs = step_costs.mean([before, after])
+    costs = on_one_machine(step_costs.mean([before, after]), run.gaps)
     drift = after.decode_seconds(8, 128) / before.decode_seconds(8, 128)
     print(f"costs measured after the run are {drift:.2f} times those before")
-    requests = as_measured(requests, answers)
-    cluster = dataclasses.replace(cluster, costs=costs)
-    predicted = simulate(requests, cluster)
-    print(
-        f"{len(requests)} requests, {rate:.2f} a second, generator {predicted.utilization:.0%} busy"
-    )
-    measured = summary_of_run(answers)
-    corrected = at_speed_of(requests, cluster, measured["device seconds"])
-    return show_check(summary_of_simulation(predicted), summary_of_simulation(corrected), measured)
+    requests = as_measured(requests, run.answers)
+    result = simulate(requests, dataclasses.replace(cluster, costs=costs))
+    print(f"{len(requests)} requests, {rate:.2f} a second, generator {result.utilization:.0%} busy")
+    return show_check(summary_of_simulation(result), summary_of_run(run.answers))
 
 
-def at_speed_of(requests: Sequence[Request], cluster: Cluster, device_seconds: float) -> Result:
-    """The simulation with costs scaled until it takes `device_seconds`."""
-    factor = 1.0
-    for _ in range(4):  # each time nearer, as batches change with the speed
-        scaled = dataclasses.replace(cluster, costs=cluster.costs.scaled(factor))
-        result = simulate(requests, scaled)
-        factor *= device_seconds / summary_of_simulation(result)["device seconds"]
-    return result
-
-
-def show_check(
-    predicted: dict[str, float], corrected: dict[str, float], measured: dict[str, float]
-) -> int:
+def show_check(predicted: dict[str, float], measured: dict[str, float]) -> int:
     """One table; the exit status."""
-    columns = ("measured", "predicted", "error", "at its speed", "error")
-    print(f"{'':24} {' '.join(f'{column:>12}' for column in columns)}")
+    print(f"{'seconds, unless said':24} {'predicted':>10} {'measured':>10} {'error':>7}")
+    errors = {name: predicted[name] / value - 1 for name, value in measured.items()}
     for name, value in measured.items():
-        print(
-            f"{name:24} {value:12.4g} {predicted[name]:12.4g} {predicted[name] / value - 1:+12.1%} "
-            f"{corrected[name]:12.4g} {corrected[name] / value - 1:+12.1%}"
-        )
+        print(f"{name:24} {predicted[name]:10.4g} {value:10.4g} {errors[name]:+7.1%}")
     names = ("output tokens/s", "mean latency")
-    worst = max(abs(predicted[name] / measured[name] - 1) for name in names)
+    worst = max(abs(errors[name]) for name in names)
     print(f"{' and '.join(names)}: at most {worst:.1%} off, {TOLERANCE:.0%} allowed")
     return int(worst > TOLERANCE)
 
@@ -337,7 +355,9 @@ def arguments() -> argparse.Namespace:
         )
         options.set_defaults(function=function)
         options.add_argument("--model", type=Path, default=embedded_folder())
-        options.add_argument("--costs", type=Path, required=command == "measure", help="JSON file")
+        if command != "check":
+            help = "JSON file; what to write, or to read instead of measuring"
+            options.add_argument("--costs", type=Path, required=command == "measure", help=help)
         if command != "measure":
             _add_load(options)
         if command == "plan":

@@ -21,6 +21,8 @@ from generator_svc.plan import StepPlan
 from generator_svc.runner import DeviceInfo, Outcome, RunResult
 from generator_svc.sequence import Generation, Sampling, Update
 
+LEAST_STEP_SECONDS = 1e-6  # so that a step that is free cannot be taken without end
+
 
 @dataclass(frozen=True)
 class TokenizerCosts:
@@ -243,8 +245,8 @@ class Generator:
         self._is_stepping = True
         before = self._runner.seconds
         self._engine.step()
-        around = self._costs.around_step + self._costs.around_token * len(self._updates)
-        seconds = self._runner.seconds - before + around
+        around = self._costs.around_seconds(len(self._updates))
+        seconds = max(self._runner.seconds - before + around, LEAST_STEP_SECONDS)
         self.busy_seconds += seconds
         self._clock.at(self._clock.now + seconds, self._end_step)
 

@@ -5,7 +5,7 @@ Four kinds of time, in seconds; fits are least squares of the relative error.
     decode   by rows and context, measured on a grid and interpolated linearly
     chunk    a + b*k + c*k*p for k prompt tokens at a mean position p, fitted
     move     a + b*n for n tokens copied from slot to slot, fitted; a swap is three copies
-    around   what a step takes outside its runs, and more for each token it brings
+    around   what a step takes outside its runs: a constant, and more for each token it brings
 """
 
 import dataclasses
@@ -50,8 +50,8 @@ class StepCosts:
 
     def decode_seconds(self, rows: int, context: float) -> float:
         """A decode batch of `rows` whose mean context is `context` tokens; lines go on outside."""
-        times = [_on_line(self.rows, of_context, rows) for of_context in self.decode]
-        return max(_on_line(self.contexts, times, context), 0.0)
+        times = [interpolate(self.rows, of_context, rows) for of_context in self.decode]
+        return max(interpolate(self.contexts, times, context), 0.0)
 
     def chunk_seconds(self, length: int, start: int) -> float:
         """A prefill chunk of `length` tokens from position `start`."""
@@ -63,9 +63,9 @@ class StepCosts:
         constant, per_token = self.move
         return (constant + per_token * move.length) * (3 if isinstance(move, Swap) else 1)
 
-    def scaled(self, factor: float) -> "StepCosts":
-        """Of a device that takes `factor` times as long."""
-        return _map(lambda times: times[0] * factor, [self])
+    def around_seconds(self, tokens: int) -> float:
+        """Outside its runs, a step that brings `tokens` tokens."""
+        return self.around_step + self.around_token * tokens
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
@@ -117,23 +117,19 @@ def measure(runner: OrtRunner) -> StepCosts:
 
 def mean(many: Sequence[StepCosts]) -> StepCosts:
     """The mean of measurements on one grid, say of those before and after something."""
-    return _map(statistics.fmean, many)
-
-
-def _map(function: Callable[[Sequence[float]], float], many: Sequence[StepCosts]) -> StepCosts:
-    """`function` of each time of all."""
-
-    def of(values: Sequence[Any]) -> Any:
-        if isinstance(values[0], tuple):
-            return tuple(of(parts) for parts in zip(*values, strict=True))
-        return function(values)
-
     names = ("decode", "chunk", "move", "around_step", "around_token")
-    times = {name: of([getattr(costs, name) for costs in many]) for name in names}
+    times = {name: _mean([getattr(costs, name) for costs in many]) for name in names}
     return dataclasses.replace(many[0], **times)
 
 
-def _on_line(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
+def _mean(values: Sequence[Any]) -> Any:
+    """Of numbers, or of tuples of equal shape, number by number."""
+    if isinstance(values[0], tuple):
+        return tuple(_mean(parts) for parts in zip(*values, strict=True))
+    return statistics.fmean(values)
+
+
+def interpolate(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
     """`ys` at `x`, linear between neighbours and beyond the ends; `xs` ascend."""
     if len(xs) == 1 or xs[0] == xs[-1]:
         return ys[0]
@@ -178,12 +174,10 @@ class _Stopwatch:
 
 def _measure_around(runner: OrtRunner) -> tuple[float, float]:
     """Seconds around the runs of a step: a constant, and for each row."""
-    few, many = 1, max(runner.info.slots // 2, 2)
-    if runner.info.slots < 2:
-        return _time_around(runner, 1), 0.0
-    at_few, at_many = _time_around(runner, few), _time_around(runner, many)
-    per_token = max(at_many - at_few, 0.0) / (many - few)
-    return max(at_few - per_token * few, 0.0), per_token
+    many = max(runner.info.slots // 2, 1)
+    at_one, at_many = _time_around(runner, 1), _time_around(runner, many)
+    per_token = max(at_many - at_one, 0.0) / max(many - 1, 1)
+    return max(at_one - per_token, 0.0), per_token
 
 
 def _time_around(runner: OrtRunner, rows: int) -> float:

@@ -7,7 +7,7 @@ import statistics
 import pytest
 
 from bench import step_costs, trace
-from bench.simulate import Targets, find_replicas, smallest
+from bench.simulate import STREAMS, Targets, find_replicas, on_one_machine, smallest
 from bench.simulation import (
     POLICIES,
     Clock,
@@ -106,7 +106,7 @@ def test_every_request_gets_exactly_its_tokens(policy: str) -> None:
 def test_a_full_queue_refuses() -> None:
     """As the service's admission does, and the rest is served."""
     requests = [Request(0.0, 300, 1) for _ in range(600)]
-    cluster = dataclasses.replace(CLUSTER, costs=COSTS.scaled(1e-3), slots=1)
+    cluster = dataclasses.replace(CLUSTER, slots=1)
 
     result = simulate(requests, cluster)
 
@@ -220,8 +220,33 @@ def test_costs_lie_on_their_lines() -> None:
     assert 0.042 == pytest.approx(COSTS.chunk_seconds(32, 100))
     assert 0.0015 == pytest.approx(COSTS.move_seconds(Copy(0, 1, 500)))
     assert 0.0045 == pytest.approx(COSTS.move_seconds(Swap(0, 1, 500)))
-    doubled = step_costs.mean([COSTS, COSTS.scaled(3.0)])
-    assert 0.040 == pytest.approx(doubled.decode_seconds(2, 0))
+
+
+def test_costs_have_a_mean() -> None:
+    """Time by time; the grid stays."""
+    slow = dataclasses.replace(COSTS, decode=((0.03, 0.05), (0.05, 0.11)), chunk=(0.03, 0.0, 0.0))
+
+    mean = step_costs.mean([COSTS, slow])
+
+    assert 0.03 == pytest.approx(mean.decode_seconds(2, 0))
+    assert (0.02, 0.0005, 0.0) == pytest.approx(mean.chunk)
+    assert COSTS.rows == mean.rows
+
+
+def test_costs_on_one_machine_are_those_that_streams_show() -> None:
+    """Where they were seen, and by as much more at any other context."""
+    alone = dataclasses.replace(COSTS, around_step=0.001, around_token=0.0001)
+    seen = {streams: 0.05 + 0.01 * streams for streams in STREAMS}
+
+    shared = on_one_machine(alone, [seen, {streams: gap + 0.02 for streams, gap in seen.items()}])
+
+    for rows in (*STREAMS, 5):
+        more = [
+            shared.decode_seconds(rows, at) - alone.decode_seconds(rows, at) for at in (120, 900)
+        ]
+        assert more[0] == pytest.approx(more[1])
+        step = shared.decode_seconds(rows, 120) + shared.around_seconds(rows)
+        assert 0.06 + 0.01 * rows == pytest.approx(step)
 
 
 def _pairs(values: list) -> list[tuple]:
