@@ -195,7 +195,10 @@ class Scheduler:
         return moves, forks
 
     def _next(self, longest: int | None) -> Sequence | None:
-        """Takes the first that waits, or the first that has at most `longest` tokens to compute."""
+        """Takes the first that waits, or the first whose prompt has at most `longest` tokens.
+
+        A choice whose prompt is computed always may go: it costs nothing.
+        """
         for position, sequence in enumerate(self.waiting):
             is_computed = sequence.group.prompt_logits is not None
             if longest is None or is_computed or sequence.prompt_length <= longest:
@@ -238,14 +241,14 @@ class Scheduler:
         The budget counts tokens at a prompt's beginning; later ones take more of it.
         """
         for sequence in sequences:
-            weight = self._pace.cost(sequence.computed) / self._pace.cost(0)
-            most = int(budget / max(weight, 1.0))
+            weight = max(self._pace.cost(sequence.computed) / self._pace.cost(0), 1.0)
+            most = int(budget / weight)
             if not chunks:  # however slow, a step gets on
                 most = max(most, _LEAST_PROGRESS)
             length = _chunk_length(sequence.uncomputed, most)
             if not length:
                 break
-            budget -= length * max(weight, 1.0)
+            budget -= length * weight
             start = sequence.computed
             tokens = tuple(sequence.token_ids[start : start + length])
             chunks[sequence] = Chunk(sequence.slot, start, tokens, length == sequence.uncomputed)

@@ -90,7 +90,7 @@ class RequestMeter:
         """The request is for `model`, and its prompt has so many tokens."""
         self._model = model
         self._metrics.prompt_tokens.labels(model).inc(tokens)
-        # Looked up once, as they are told of every token.
+        # Looked up once, as each token is told to them.
         self._generated = self._metrics.generation_tokens.labels(model)
         self._gaps = self._metrics.inter_token_latency.labels(model)
 
