@@ -1,5 +1,6 @@
 """`trivium export`: a folder that serves, or a sentence that says why not."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from tests.tiny_models import tiny_checkpoint
 from trivium.cli.embedded import EMBEDDED_MODEL, find_embedded
 from trivium.cli.main import app
 from trivium.cli.up import resolve_model
-from trivium.model_directory import load_model_directory
+from trivium.model_directory import MANIFEST, load_model_directory
 
 
 def run(*arguments: str) -> tuple[int, str]:
@@ -66,3 +67,21 @@ def test_the_embedded_model_is_found_in_the_cache(
 
     assert absent is None
     assert [out, out] == [resolve_model(None), resolve_model(EMBEDDED_MODEL)]
+
+
+def test_an_embedded_model_that_this_processor_cannot_run_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when machines share a cache, and only some of them multiply bytes exactly."""
+    monkeypatch.setenv("TRIVIUM_CACHE", str(tmp_path))
+    out = tmp_path / "models" / EMBEDDED_MODEL
+    run(str(tiny_checkpoint("llama")), "--out", str(out), "--precision", "fp32")
+    manifest = json.loads((out / MANIFEST).read_text())
+    (out / MANIFEST).write_text(json.dumps({**manifest, "precision": "w8a8"}))
+
+    found = {}
+    for exact in (True, False):
+        monkeypatch.setattr("generator_svc.integer_products.are_exact", lambda exact=exact: exact)
+        found[exact] = find_embedded() is not None
+
+    assert found == {True: True, False: False}

@@ -16,7 +16,7 @@ import openai
 import pytest
 
 from tests.examples import example_runs
-from trivium.cli.embedded import EMBEDDED_MODEL
+from trivium.cli.embedded import EMBEDDED_MODEL, find_embedded
 from trivium.cli.pipeline import free_ports
 
 pytestmark = pytest.mark.embedded
@@ -87,7 +87,10 @@ def ask(url: str, **fields: Any) -> Any:
 @pytest.mark.timeout(600)
 def test_the_banner_tells_what_runs_and_its_curl_works(up: Up) -> None:
     """Model, provider, memory, addresses; and the command that it shows can be pasted."""
-    for word in (EMBEDDED_MODEL, "ExecutionProvider", "int8", "4,096 tokens", "slots", "gRPC"):
+    embedded = find_embedded()
+    assert embedded is not None
+    precision = embedded.manifest["precision"]
+    for word in (EMBEDDED_MODEL, "ExecutionProvider", precision, "4,096 tokens", "slots", "gRPC"):
         assert word in up.banner
     command = re.search(r"^curl .*$", up.banner, re.M)
     assert command is not None

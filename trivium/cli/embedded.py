@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from generator_svc.export import EXPORTER_VERSION
+from generator_svc.export import EXPORTER_VERSION, embedded_precision
 from trivium.model_directory import (
     MANIFEST,
     ModelDirectory,
@@ -34,14 +34,19 @@ def embedded_folder() -> Path:
 
 
 def find_embedded() -> ModelDirectory | None:
-    """The embedded model if it is there, whole, and as this version makes it."""
+    """The embedded model if it is there, whole, as this version makes it, and runs here.
+
+    A cache that several machines share may have it in a precision that this processor lacks.
+    """
     folder = embedded_folder()
     try:
         model = load_model_directory(folder)
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (ModelDirectoryError, OSError, ValueError):
         return None
-    return model if manifest.get("exporter_version") == EXPORTER_VERSION else None
+    current = manifest.get("exporter_version") == EXPORTER_VERSION
+    runs = manifest.get("precision") != "w8a8" or embedded_precision() == "w8a8"
+    return model if current and runs else None
 
 
 if __name__ == "__main__":

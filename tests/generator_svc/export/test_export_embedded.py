@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from jinja2 import Environment
 from transformers import PreTrainedTokenizerFast
 
-from generator_svc.export import EMBEDDED_MODEL, export_model
 from generator_svc.export.quantize import quantize_rows
-from generator_svc.export.source import cache_folder
+from trivium.cli.up import resolve_model
 from trivium.model_directory import ModelDirectory, load_model_directory
 
 pytestmark = [pytest.mark.embedded, pytest.mark.timeout(900)]
@@ -19,9 +16,8 @@ pytestmark = [pytest.mark.embedded, pytest.mark.timeout(900)]
 
 @pytest.fixture(scope="module")
 def model() -> ModelDirectory:
-    """Exported once into the same place that serving takes it from."""
-    folder = Path(cache_folder()) / "models" / EMBEDDED_MODEL
-    return load_model_directory(export_model(EMBEDDED_MODEL, folder))
+    """What serving takes, exported if it is not there."""
+    return load_model_directory(resolve_model(None))
 
 
 @pytest.fixture(scope="module")
