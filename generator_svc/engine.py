@@ -15,12 +15,16 @@ from generator_svc.admission import Admission
 from generator_svc.candidates import sample_all
 from generator_svc.device_row import DeviceRow
 from generator_svc.logits_memory import Logits
-from generator_svc.metering import CACHE_MOVES, Meter
+from generator_svc.metering import ANSWERS, CACHE_MOVES, Meter
 from generator_svc.runner import Outcome, Runner
 from generator_svc.scheduler import Scheduler, Step
 from generator_svc.sequence import FinishReason, Generation, Group, Sequence, Stage, Update
 
 log = logging.getLogger(__name__)
+
+# How long there has to be nothing to do before finished answers are computed as prompts: longer
+# than a program takes to send its next request, shorter than a person takes to write.
+_PATIENCE_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,20 @@ class Engine:
         if updates:
             self._deliver(updates)
 
+    def prefill_answer(self) -> None:
+        """Computes some of a finished answer as the next turn's prompt would; nobody pays for it.
+
+        That takes as long as a few tokens do, so a request that comes meanwhile hardly waits.
+        """
+        plan = self._scheduler.schedule_answer()
+        if plan is None:
+            return
+        (result,) = self._runner.run(plan).chunks
+        self.meter.charge_overhead(result.nanoseconds, ANSWERS)
+        if result.error is not None:
+            log.warning("an answer could not be computed as a prompt: %s", result.error)
+        self._scheduler.commit_answer(plan, failed=result.error is not None)
+
     def check_integrity(self) -> None:
         """Raises AssertionError when books contradict each other. Between steps only."""
         self._scheduler.check_integrity()
@@ -123,13 +141,20 @@ class Engine:
                     self.step()
                     continue
                 self.check_integrity()
-                self._wake.wait()
-                self._wake.clear()
+                self._rest()
             for sequence in [*self._scheduler.waiting, *self._scheduler.running]:
                 self._scheduler.cancel(sequence.group)
         except BaseException as fault:
             log.critical("the engine failed", exc_info=fault)
             self._on_fault(fault)
+
+    def _rest(self) -> None:
+        """Until a command comes; after a while, finished answers are computed meanwhile."""
+        patience = _PATIENCE_SECONDS
+        while not self._wake.wait(patience if self._scheduler.has_answers else None):
+            self.prefill_answer()
+            patience = 0.0
+        self._wake.clear()
 
     def _post(self, command: Callable[[], list[Update] | None]) -> None:
         self._inbox.append(command)

@@ -4,12 +4,13 @@ A slot's content, and who may do what with it:
 
     owned by a sequence    its tokens so far; others may copy a prefix, nobody may overwrite it
     free, with content     what a finished sequence left: the prefix cache; least recently used
-                           goes first
+                           goes first. Its answer is remembered as mere tokens
     free, empty            for anyone
 
 Only a prompt's tokens are reused. Those of an answer were computed one by one, by kernels that
 round differently from those that would compute them as part of the next prompt, so taking them
-would make a request's tokens depend on what was cached.
+would make a request's tokens depend on what was cached. What may be taken of an answer is what has
+been computed anew, as a prompt's is: `next_answer` says what is left of that to do.
 
 Active slots are kept at the low end, since decode runs over a contiguous range of them: a new
 sequence takes the lowest free slot, whose content moves to the least valuable free one. A slot
@@ -25,11 +26,14 @@ from generator_svc.sequence import Sequence
 
 # An idle row costs about a fourth of what swapping two slots does, so wait that many steps.
 HOLE_PATIENCE = 4
+# Of so many finished sequences the answers are remembered: those that may soon go on.
+MOST_ANSWERS = 4
 
 
 @dataclass
 class _Slot:
     tokens: list[int] = field(default_factory=list)  # the content of a free slot
+    answer: list[int] = field(default_factory=list)  # what came after it, to be computed anew
     owner: Sequence | None = None
     last_used: int = 0
     idle_steps: int = 0
@@ -112,9 +116,33 @@ class SlotCache:
         assert slot.owner is sequence, "a slot is released by another than its owner"
         kept = slot.reusable if self._reuse else 0
         slot.tokens = sequence.token_ids[:kept]
+        if kept == sequence.prompt_length:
+            slot.answer = sequence.token_ids[kept : self.slot_length - 1]
         slot.owner = None
         slot.last_used = next(self._clock)
         sequence.slot = -1
+        for other in self._slots_with_answers()[:-MOST_ANSWERS]:
+            other.answer = []
+
+    def next_answer(self) -> tuple[int, int, list[int]] | None:
+        """Tokens of an answer to compute as a prompt's: their slot, where they begin, and they.
+
+        That of the conversation that was used last; None when nothing is left to do.
+        """
+        slots = self._slots_with_answers()
+        if not slots:
+            return None
+        number = next(n for n, slot in enumerate(self._slots) if slot is slots[-1])
+        return number, slots[-1].length, slots[-1].answer
+
+    def answer_computed(self, number: int, count: int) -> None:
+        """The next `count` tokens of a slot's answer are computed as a prompt's: they are content.
+
+        None are when it failed: the rest of the answer is forgotten.
+        """
+        slot = self._slots[number]
+        slot.tokens = slot.tokens + slot.answer[:count]
+        slot.answer = slot.answer[count:] if count else []
 
     def forget(self, sequence: Sequence) -> None:
         """Frees the slot of a sequence whose content cannot be trusted."""
@@ -142,8 +170,14 @@ class SlotCache:
                 assert slot.owner.slot == number, f"slot {number} has an owner elsewhere"
                 assert not slot.tokens, f"slot {number} has an owner and content of its own"
                 assert slot.owner.computed <= len(slot.owner.token_ids) <= self.slot_length
+            assert slot.owner is None or not slot.answer, f"slot {number} has two answers"
             assert slot.length <= self.slot_length
-            assert slot.owner is not None or slot.length < self.slot_length
+            assert slot.owner is not None or slot.length + len(slot.answer) < self.slot_length
+
+    def _slots_with_answers(self) -> list[_Slot]:
+        """Free slots with an answer of which something can be computed; last used last."""
+        slots = (slot for slot in self._slots if len(slot.answer) >= SHORTEST_CHUNK)
+        return sorted(slots, key=lambda slot: slot.last_used)
 
     def _longest_prefix(self, sequence: Sequence, most: int) -> tuple[int, int]:
         source, best = -1, SHORTEST_CHUNK - 1
@@ -189,7 +223,7 @@ class SlotCache:
         last_used, victim = min(others)
         if last_used > slot.last_used:
             return []
-        self._slots[victim] = _Slot(tokens=slot.tokens, last_used=slot.last_used)
+        self._slots[victim] = _Slot(slot.tokens, slot.answer, last_used=slot.last_used)
         return [Copy(number, victim, len(slot.tokens))]
 
     def _exchange(self, first: int, second: int) -> Copy | Swap:

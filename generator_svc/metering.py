@@ -6,6 +6,7 @@ A run's time is shared among the sequences in it by the tokens each had there, l
 remainder first (Hamilton's method), so that the shares are integers that add up to the time.
 """
 
+import threading
 from collections import Counter
 from collections.abc import Sequence as ListOf
 
@@ -14,6 +15,7 @@ from generator_svc.sequence import FinishReason, Sequence
 PADDING = "padding"
 CACHE_MOVES = "cache_moves"
 WARM_UP = "warm_up"
+ANSWERS = "answers"
 
 
 def share(nanoseconds: int, weights: ListOf[int]) -> list[int]:
@@ -28,9 +30,13 @@ def share(nanoseconds: int, weights: ListOf[int]) -> list[int]:
 
 
 class Meter:
-    """The engine's account. `settled` has the time of ended sequences by how they ended."""
+    """The engine's account. `settled` has the time of ended sequences by how they ended.
+
+    The engine's thread writes; another one takes a `snapshot`, which adds up at any moment.
+    """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self.busy = 0
         self.overhead: Counter[str] = Counter()
         self.charged = 0
@@ -39,23 +45,31 @@ class Meter:
     def charge(self, nanoseconds: int, tokens: ListOf[tuple[Sequence | None, int]]) -> None:
         """Charges a run to those in it. None stands for rows that were nobody's: padding."""
         shares = share(nanoseconds, [count for _, count in tokens])
-        self.busy += nanoseconds
-        for (sequence, _), nanos in zip(tokens, shares, strict=True):
-            if sequence is None:
-                self.overhead[PADDING] += nanos
-            else:
-                sequence.device_nanoseconds += nanos
-                self.charged += nanos
+        with self._lock:
+            self.busy += nanoseconds
+            for (sequence, _), nanos in zip(tokens, shares, strict=True):
+                if sequence is None:
+                    self.overhead[PADDING] += nanos
+                else:
+                    sequence.device_nanoseconds += nanos
+                    self.charged += nanos
 
     def charge_overhead(self, nanoseconds: int, reason: str) -> None:
         """Charges time that belongs to no sequence."""
-        self.busy += nanoseconds
-        self.overhead[reason] += nanoseconds
+        with self._lock:
+            self.busy += nanoseconds
+            self.overhead[reason] += nanoseconds
 
     def settle(self, sequence: Sequence) -> None:
         """Books an ended sequence's time under the way it ended; once for each sequence."""
         assert sequence.finish_reason is not None
-        self.settled[sequence.finish_reason] += sequence.device_nanoseconds
+        with self._lock:
+            self.settled[sequence.finish_reason] += sequence.device_nanoseconds
+
+    def snapshot(self) -> tuple[int, Counter[str], Counter[FinishReason]]:
+        """Copies of `busy`, `overhead` and `settled`, all of one moment. For any thread."""
+        with self._lock:
+            return self.busy, self.overhead.copy(), self.settled.copy()
 
     def check_integrity(self, running: ListOf[Sequence]) -> None:
         """Raises AssertionError when a nanosecond is missing. `running`: who is not settled."""

@@ -83,17 +83,18 @@ class EngineCollector(Collector):
         yield from self._account()
 
     def _account(self) -> Iterator[Metric]:
+        busy_nanoseconds, overheads, settled = self._meter.snapshot()
         busy = CounterMetricFamily(
             "trivium_device_busy_nanoseconds", "Device time of all runs", labels=["model_name"]
         )
-        busy.add_metric([self._model], self._meter.busy)
+        busy.add_metric([self._model], busy_nanoseconds)
         yield busy
         overhead = CounterMetricFamily(
             "trivium_device_overhead_nanoseconds",
             "Device time that belongs to no request",
             labels=["model_name", "reason"],
         )
-        for reason, nanoseconds in sorted(self._meter.overhead.items()):
+        for reason, nanoseconds in sorted(overheads.items()):
             overhead.add_metric([self._model, reason], nanoseconds)
         yield overhead
         requests = CounterMetricFamily(
@@ -102,7 +103,7 @@ class EngineCollector(Collector):
             labels=["model_name", "outcome"],
         )
         for outcome, nanoseconds in sorted(
-            (reason.name.lower(), nanos) for reason, nanos in self._meter.settled.items()
+            (reason.name.lower(), nanos) for reason, nanos in settled.items()
         ):
             requests.add_metric([self._model, outcome], nanoseconds)
         yield requests

@@ -14,6 +14,8 @@ The policy, whole:
     4. A request is started when a slot is free and its prompt is soon to be computed.
     5. The n sequences of a request share one prefill: the others start when the first has its
        prompt computed, from a copy of its slot and from the same logits.
+    6. While there is nothing else to do, finished answers are computed as prompts are, a tile at a
+       time, so that the next turn of a conversation finds them in the cache.
 """
 
 from collections import deque
@@ -96,6 +98,25 @@ class Scheduler:
         )
         plan = StepPlan(tuple(moves), tuple(chunks.values()), rows)
         return Step(plan, tuple(chunks), owners, tuple(forks))
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether `schedule_answer` would find something to do."""
+        return self.cache.next_answer() is not None
+
+    def schedule_answer(self) -> StepPlan | None:
+        """Plans to compute some of a finished answer as a prompt; `commit_answer` follows."""
+        found = self.cache.next_answer()
+        if found is None:
+            return None
+        slot, start, tokens = found
+        length = _chunk_length(len(tokens), ATTENTION_TILE)
+        return StepPlan(chunks=(Chunk(slot, start, tuple(tokens[:length]), wants_logits=False),))
+
+    def commit_answer(self, plan: StepPlan, failed: bool) -> None:
+        """Takes in what `schedule_answer` planned."""
+        (chunk,) = plan.chunks
+        self.cache.answer_computed(chunk.slot, 0 if failed else len(chunk.token_ids))
 
     def observe(self, step: Step, nanoseconds: Iterable[int]) -> None:
         """Learns from what each of a step's chunks took."""

@@ -15,6 +15,10 @@ from generator_svc.sequence import Generation, Group, Sampling, Update
 GREEDY = Sampling(temperature=0)
 
 
+def _by_index() -> dict[Group, dict[int, list[int]]]:
+    return defaultdict(lambda: defaultdict(list))
+
+
 @dataclass
 class Bench:
     """`tokens[group][index]` is what was delivered; `errors` the failures by group."""
@@ -28,8 +32,8 @@ class Bench:
     runner: Any = None
     max_queued_requests: int = 100
     max_queued_tokens: int = 10_000
-    tokens: dict[Group, dict[int, list[int]]] = field(default_factory=dict)
-    finished: dict[Group, set[int]] = field(default_factory=dict)
+    tokens: dict[Group, dict[int, list[int]]] = field(default_factory=_by_index)
+    finished: dict[Group, set[int]] = field(default_factory=lambda: defaultdict(set))
     errors: dict[Group, BaseException] = field(default_factory=dict)
     faults: list[BaseException] = field(default_factory=list)
 
@@ -52,10 +56,7 @@ class Bench:
     def submit(self, prompt: list[int], count: int = 8, **fields: Any) -> Group:
         fields.setdefault("sampling", GREEDY)
         fields.setdefault("stop_token_ids", frozenset({EOS}))
-        group = self.engine.submit(Generation(tuple(prompt), count, **fields))
-        self.tokens[group] = defaultdict(list)
-        self.finished[group] = set()
-        return group
+        return self.engine.submit(Generation(tuple(prompt), count, **fields))
 
     def step(self) -> None:
         self.engine.step()

@@ -1,6 +1,7 @@
 """The engine on a runner whose cache holds token ids: every slip changes an answer."""
 
 import random
+import time
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from engine_bench import GREEDY, Bench
 from fakes import EOS, VOCABULARY, ScriptedRunner, greedy, scripted_logits
 from generator_svc.admission import QueueFull
+from generator_svc.metering import ANSWERS
 from generator_svc.sequence import FinishReason, Sampling
 
 
@@ -39,6 +41,8 @@ def test_random_traffic_gives_each_request_its_own_answer_and_every_nanosecond_a
             else:
                 bench.engine.stop(group, draw.randrange(group.generation.n))
         bench.step()
+        if draw.random() < 0.3:
+            bench.engine.prefill_answer()
     bench.finish()
 
     for group in groups:
@@ -100,6 +104,61 @@ def test_tokens_of_an_answer_are_not_reused():
     bench.finish()
 
     assert len(prompt) == following.sequences[0].cached_prompt_tokens
+
+
+def test_an_answer_computed_anew_is_reused():
+    """The next turn has only its own words to compute; that time is named, and nobody pays it."""
+    prompt = list(range(2, 20))
+    bench = Bench()
+    group = bench.submit(prompt, 40, stop_token_ids=frozenset())
+    bench.finish()
+    paid = bench.meter.settled.total()
+    for _ in range(3):
+        bench.engine.prefill_answer()
+    chunks = [len(chunk.token_ids) for plan in bench.runner.plans[-2:] for chunk in plan.chunks]
+    following = bench.submit([*prompt, *bench.tokens[group][0], 9, 9, 9], 2)
+    bench.finish()
+
+    assert [32, 8] == chunks
+    assert len(prompt) + 40 == following.sequences[0].cached_prompt_tokens
+    assert greedy(following.generation.prompt, 2) == bench.tokens[following][0]
+    assert paid == group.sequences[0].device_nanoseconds
+    assert bench.meter.overhead[ANSWERS] > 0
+    assert bench.runner.busy == bench.meter.busy
+
+
+def test_an_answer_that_cannot_be_computed_is_forgotten(caplog):
+    """Nothing that failed is reused, nor tried for ever."""
+    bench = Bench()
+    group = bench.submit(list(range(2, 20)), 12, stop_token_ids=frozenset())
+    bench.finish()
+    bench.runner.fails = lambda slots: OSError("device")
+    bench.engine.prefill_answer()
+    bench.runner.fails = lambda slots: None
+    assert not bench.scheduler.has_answers
+    following = bench.submit([*range(2, 20), *bench.tokens[group][0], 9, 9], 2)
+    bench.finish()
+
+    assert "device" in caplog.text
+    assert 18 == following.sequences[0].cached_prompt_tokens
+    assert greedy(following.generation.prompt, 2) == bench.tokens[following][0]
+
+
+def test_an_engine_at_rest_computes_answers_until_it_has_work(monkeypatch):
+    """Not at once, since a program's next request comes at once; and work goes first."""
+    monkeypatch.setattr("generator_svc.engine._PATIENCE_SECONDS", 0.05)
+    bench = Bench()
+    prompt = list(range(2, 20))
+    bench.engine.start()
+    for count in (20, 3):
+        group = bench.submit(prompt, count, stop_token_ids=frozenset())
+        while not bench.finished[group] or (bench.scheduler.has_answers and not bench.faults):
+            time.sleep(0.01)
+        prompt = [*prompt, *bench.tokens[group][0], 9, 9]
+    bench.engine.close()
+
+    assert 18 + 20 == group.sequences[0].cached_prompt_tokens
+    assert not bench.faults
 
 
 @pytest.mark.parametrize("reuse", [True, False])

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from generator_svc.admission import Admission
-from generator_svc.kv_cache import HOLE_PATIENCE, SlotCache
+from generator_svc.kv_cache import HOLE_PATIENCE, MOST_ANSWERS, SlotCache
 from generator_svc.plan import Copy, Swap
 from generator_svc.sequence import Generation, Group
 
@@ -57,6 +57,15 @@ class Machine:
     def release(self, sequence, trusted=True):
         self.running.remove(sequence)
         (self.cache.release if trusted else self.cache.forget)(sequence)
+
+    def compute_answer(self, count):
+        """Some of an answer is computed as a prompt's tokens are, if there is one."""
+        found = self.cache.next_answer()
+        if found is not None:
+            slot, start, tokens = found
+            tokens = tokens[:count]
+            self.memory[slot][start : start + len(tokens)] = tokens
+            self.cache.answer_computed(slot, len(tokens))
 
     def compact(self):
         self.carry_out(self.cache.compact())
@@ -126,6 +135,7 @@ operations = st.lists(
         st.tuples(st.just("release"), st.integers(0, 9), st.booleans()),
         st.tuples(st.just("release"), st.integers(0, 9), st.just(True)),
         st.tuples(st.just("step")),
+        st.tuples(st.just("answer"), st.integers(0, 9)),
     ),
     max_size=40,
 )
@@ -148,6 +158,8 @@ def _apply(machine, operation):
         machine.compact()
         machine.check()
         machine.idle_rows()
+    elif name == "answer":
+        machine.compute_answer(values[0])
     elif running:
         sequence = running[values[0] % len(running)]
         if name == "compute":
@@ -350,3 +362,79 @@ def test_what_cannot_be_trusted_is_not_found_again():
     machine.release(sequence, trusted=False)
 
     assert 0 == machine.start(list(range(10))).computed
+
+
+def _converse(machine, prompt, count):
+    """A whole life with an answer of `count` tokens; returns all tokens."""
+    sequence = machine.start(prompt)
+    machine.compute(sequence, len(prompt) + count - sequence.computed)
+    machine.release(sequence)
+    return sequence.token_ids
+
+
+def test_an_answer_is_found_as_far_as_it_was_computed_anew():
+    """Not before, for other kernels made it; then up to where that got."""
+    machine = Machine(2)
+    tokens = _converse(machine, list(range(10)), 12)
+    found = []
+    for _ in range(3):
+        following = machine.start([*tokens, 7, 7])
+        found.append(following.cached_prompt_tokens)
+        machine.release(following)
+        tokens = _converse(machine, list(range(10)), 12)
+        machine.compute_answer(5)
+        machine.check()
+
+    assert [10, 15, 15] == found
+
+
+def test_the_answer_of_the_last_conversation_is_computed_first():
+    """Who was just answered goes on first."""
+    machine = Machine(3)
+    _converse(machine, [5] * 8, 6)
+    last = _converse(machine, list(range(10)), 6)
+    machine.compute_answer(6)
+
+    assert 16 == machine.start([*last, 3, 3]).cached_prompt_tokens
+    assert machine.cache.next_answer() is not None
+
+
+def test_answers_of_the_last_few_are_remembered():
+    """After a rush of requests not all of their answers are computed twice."""
+    machine = Machine(MOST_ANSWERS + 3)
+    sequences = [machine.start([60 + number] * 5) for number in range(MOST_ANSWERS + 3)]
+    for sequence in sequences:
+        machine.compute(sequence, 5 + 4)
+        machine.release(sequence)
+    count = 0
+    while machine.cache.next_answer() is not None:
+        machine.compute_answer(99)
+        count += 1
+
+    assert MOST_ANSWERS == count
+
+
+def test_nothing_is_left_to_compute_of_what_never_was_an_answer():
+    """A prompt that was given up, a lone token, a cache that is off, a slot not to be trusted."""
+    machine = Machine(4)
+    given_up = machine.start(list(range(10)))
+    machine.compute(given_up, 4)
+    machine.release(given_up)
+    _converse(machine, [5] * 8, 1)
+    broken = machine.start([6] * 8)
+    machine.compute(broken, 12)
+    machine.release(broken, trusted=False)
+    forgetful = Machine(1, reuse=False)
+    _converse(forgetful, list(range(10)), 9)
+
+    assert machine.cache.next_answer() is None is forgetful.cache.next_answer()
+
+
+def test_an_answer_that_fills_its_slot_leaves_room_for_an_idle_row():
+    """Which writes behind what is of value."""
+    machine = Machine(2)
+    tokens = _converse(machine, list(range(10)), 99)
+    machine.compute_answer(99)
+    machine.check()
+
+    assert SLOT_LENGTH - 1 == len(tokens) == machine.cache.idle_position(0)

@@ -252,23 +252,30 @@ def test_batched_is_one_at_a_time(runner, temperature):
 
 @pytest.mark.parametrize("temperature", [0, 1.2])
 def test_prefix_cache_on_is_off(runner, temperature):
-    """Conversations that go on, and prompts with a common beginning: the same tokens, less work."""
+    """Conversations that go on, and prompts with a common beginning: the same tokens, less work.
+
+    Less still with pauses, in which the answers are computed as the next prompt would.
+    """
     sampling = Sampling(temperature=temperature, seed=4)
     answers, cached = {}, {}
-    for reuse in (True, False):
+    for reuse, pauses in ((True, True), (True, False), (False, True)):
         bench = _bench(runner, reuse=reuse)
-        answers[reuse], cached[reuse] = [], 0
+        key = reuse, pauses
+        answers[key], cached[key] = [], 0
         conversation = PROMPT[:20]
         for turn in range(4):
             group = bench.submit(conversation, 8, sampling=sampling, stop_token_ids=frozenset())
             other = bench.submit([*PROMPT[:12], 50 + turn, 3], 5, sampling=sampling)
             bench.finish()
             conversation = [*conversation, *bench.tokens[group][0], 9, 10 + turn, 11]
-            answers[reuse] += [bench.tokens[group][0], bench.tokens[other][0]]
-            cached[reuse] += group.sequences[0].cached_prompt_tokens
+            answers[key] += [bench.tokens[group][0], bench.tokens[other][0]]
+            cached[key] += group.sequences[0].cached_prompt_tokens
+            for _ in range(9 if pauses else 0):
+                bench.engine.prefill_answer()
 
-    assert answers[False] == answers[True]
-    assert (True, 0) == (cached[True] > 40, cached[False])
+    assert answers[False, True] == answers[True, False] == answers[True, True]
+    assert cached[True, True] >= cached[True, False] + 3 * 8
+    assert cached[True, False] > 40 > 0 == cached[False, True]
 
 
 def test_failed_runs_leave_the_engine_and_the_others_alone(runner, model):

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,13 @@ class Up:
     banner: str
     url: str
     grpc: str
+    metrics: str
+
+    def answers_nanoseconds(self) -> int:
+        """What the generator has spent on computing answers as prompts."""
+        text = httpx.get(self.metrics, trust_env=False).text
+        found = re.search(r'overhead_nanoseconds_total\{[^}]*reason="answers"\} (\S+)', text)
+        return int(float(found[1])) if found else 0
 
     def wait(self) -> int:
         """Its exit status, once it has ended."""
@@ -59,7 +67,8 @@ def start_up() -> Up:
         banner += line
         if line.startswith("print("):
             break
-    return Up(process, banner, f"http://127.0.0.1:{ports[0]}", f"127.0.0.1:{ports[1]}")
+    url, metrics = (f"http://127.0.0.1:{port}" for port in (ports[0], ports[4]))
+    return Up(process, banner, url, f"127.0.0.1:{ports[1]}", f"{metrics}/metrics")
 
 
 def is_running(pid: int) -> bool:
@@ -109,6 +118,23 @@ def test_it_answers_alone_and_in_a_crowd(up: Up) -> None:
     assert CAPITAL == alone.choices[0].message.content
     assert {CAPITAL} == {answer.choices[0].message.content for answer in crowd}
     assert all(answer.usage.gpu_seconds > 0 for answer in crowd)
+
+
+def test_after_a_pause_the_next_turn_finds_the_answer_in_the_cache(up: Up) -> None:
+    """Only what is new is computed then."""
+    question: list[Any] = [{"role": "user", "content": "Name a river in Africa."}]
+    before = up.answers_nanoseconds()
+    first = ask(up.url, messages=question, max_tokens=24)
+    spent = [before, up.answers_nanoseconds()]
+    while spent[-1] == before or spent[-1] != spent[-2]:
+        time.sleep(0.5)
+        spent.append(up.answers_nanoseconds())
+    said = {"role": "assistant", "content": first.choices[0].message.content}
+    more = {"role": "user", "content": "And one in Asia?"}
+    second = ask(up.url, messages=[*question, said, more], max_tokens=4)
+
+    used, reused = first.usage, second.usage.prompt_tokens_details.cached_tokens
+    assert reused >= used.prompt_tokens + used.completion_tokens - 1
 
 
 def test_a_seeded_draw_is_the_same_in_a_crowd(up: Up) -> None:
