@@ -46,9 +46,11 @@ class _Recorder:
         self.plans, self.ended = [], 0
 
     def run(self, plan: StepPlan) -> Outcome:
-        self.plans.append(plan)
+        plans = self.plans
+        plans.append(plan)
         outcome = self._runner.run(plan)
-        self.ended += 1
+        if plans is self.plans:  # else it began in a pause, before the script that is played now
+            self.ended += 1
         return outcome
 
 

@@ -8,6 +8,7 @@ that have to be told.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -118,13 +119,17 @@ class SharedSystemPrompt:
 
 @dataclass(frozen=True)
 class Turns:
-    """Conversations that take turns at one server, and prompts as long without a past."""
+    """Conversations that take turns at one server, and prompts as long without a past.
+
+    After an answer there is a `pause` in seconds, as if people were writing.
+    """
 
     turns: int = 5
     conversations: int = 3
     prompt: int = 115
     words: int = 60
     output: int = 64
+    pause: float = 1.0
     name: str = "turns"
     case: str = ""
     slots: int = 4
@@ -149,6 +154,7 @@ class Turns:
                 numbers |= median_ms(f"cold_{turn}_ttft", [a.first for a in whole(cold)])
                 names = f"turn_{turn}_ttft_ms", f"cold_{turn}_ttft_ms"
                 numbers |= ratio(f"turn_{turn}_of_cold", numbers, *names)
+            time.sleep(self.pause)
             asks = [
                 prompts.next_turn(ask, answer, self.words)
                 for ask, answer in zip(asks, answers, strict=True)

@@ -94,6 +94,10 @@ class SlotCache:
     def can_allocate(self) -> bool:
         return any(slot.owner is None for slot in self._slots)
 
+    def known_length(self, sequence: Sequence, most: int) -> int:
+        """How many tokens `allocate` would find in the cache now."""
+        return self._longest_prefix(sequence, most)[1]
+
     def allocate(self, sequence: Sequence, most: int) -> list[Copy | Swap]:
         """Gives `sequence` a slot that already holds the longest known prefix of its tokens.
 
@@ -243,10 +247,17 @@ class SlotCache:
 
 
 def _common_prefix(left: list[int], right: list[int], most: int) -> int:
-    """Length of the common prefix, at most `most`. Slices compare in C, so halve by slices."""
-    low, high = 0, min(most, len(left), len(right))
-    if left[:high] == right[:high]:
-        return high
+    """Length of the common prefix, at most `most`.
+
+    Slices compare in C: ever longer ones up to the first that differs, which is then halved.
+    """
+    most = min(most, len(left), len(right))
+    low, step = 0, 32
+    while low < most and left[low : (high := min(low + step, most))] == right[low:high]:
+        low, step = high, 2 * step
+    if low == most:
+        return most
+    high -= 1
     while low < high:
         middle = (low + high + 1) // 2
         if left[low:middle] == right[low:middle]:

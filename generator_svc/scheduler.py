@@ -201,10 +201,7 @@ class Scheduler:
             if sequence is None:
                 break
             sequence.group.permit.release()
-            # The prompt's end is computed anew, for its logits, unless these are kept.
-            has_logits = sequence.group.prompt_logits is not None
-            most = sequence.prompt_length - (0 if has_logits else SHORTEST_CHUNK)
-            moves += self.cache.allocate(sequence, max(most, 0))
+            moves += self.cache.allocate(sequence, _most_cached(sequence))
             self.running.append(sequence)
             sequence.stage = Stage.PREFILL
             if not sequence.uncomputed:
@@ -216,16 +213,19 @@ class Scheduler:
         return moves, forks
 
     def _next(self, longest: int | None) -> Sequence | None:
-        """Takes the first that waits, or the first whose prompt has at most `longest` tokens.
-
-        A choice whose prompt is computed always may go: it costs nothing.
-        """
+        """Takes the first that waits, or the first with at most `longest` tokens to compute."""
         for position, sequence in enumerate(self.waiting):
-            is_computed = sequence.group.prompt_logits is not None
-            if longest is None or is_computed or sequence.prompt_length <= longest:
+            if longest is None or self._is_short(sequence, longest):
                 del self.waiting[position]
                 return sequence
         return None
+
+    def _is_short(self, sequence: Sequence, longest: int) -> bool:
+        """Whether so few tokens of its prompt are neither cached nor computed already."""
+        length = sequence.prompt_length
+        if length <= longest or sequence.group.prompt_logits is not None:
+            return True
+        return length - self.cache.known_length(sequence, _most_cached(sequence)) <= longest
 
     def _budget(self) -> int:
         """Prompt tokens that a step can take, at the speed of a prompt's beginning."""
@@ -311,6 +311,13 @@ class Scheduler:
             return []
         self.cancel(group, FinishReason.FAILED)
         return [Update(group, group.sequences[0], is_finished=True, error=error)]
+
+
+def _most_cached(sequence: Sequence) -> int:
+    """Tokens that may be taken from the cache: a prompt's end is computed anew, for its logits,
+    unless these are kept."""
+    has_logits = sequence.group.prompt_logits is not None
+    return max(sequence.prompt_length - (0 if has_logits else SHORTEST_CHUNK), 0)
 
 
 def _chunk_length(uncomputed: int, most: int) -> int:

@@ -206,6 +206,22 @@ def test_a_long_prompt_is_not_started_beside_another():
     bench.finish()
 
 
+def test_a_long_conversation_that_is_cached_does_not_wait_for_a_long_prompt():
+    """What it has to compute is short, so it counts as short."""
+    bench = Bench(slots=4, slot_length=512, prefill_tokens=32, chunk_tokens=32)
+    bench.submit([9] * 300, 2)
+    bench.finish()
+    bench.submit([5, 6], 300, stop_token_ids=frozenset())
+    bench.step()
+    long = bench.submit([7] * 400, 2)
+    bench.step()
+    following = bench.submit([*[9] * 300, *range(2, 10)], 2)
+
+    assert _steps_until(bench, following) <= 2
+    assert not bench.tokens[long][0]
+    bench.finish()
+
+
 def test_running_streams_are_held_up_no_longer_than_the_dial_says():
     """A step's chunks, at the speed that was measured, take no more than the stall."""
     stall, slot_length = 50_000, 8192
