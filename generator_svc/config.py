@@ -50,7 +50,9 @@ class GeneratorSettings(BaseSettings):
         "take memory when they are first used on the CPU, at the start on CUDA.",
     )
     prefix_cache: bool = Field(
-        True, description="Whether prompts reuse keys and values of earlier prompts."
+        True,
+        description="Whether prompts reuse keys and values of earlier prompts, and of answers, which "
+        "are computed as prompts while there is nothing else to do.",
     )
     prefill_stall_ms: int = Field(
         100,
