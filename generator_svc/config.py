@@ -51,8 +51,8 @@ class GeneratorSettings(BaseSettings):
     )
     prefix_cache: bool = Field(
         True,
-        description="Whether prompts reuse keys and values of earlier prompts, and of answers, which "
-        "are computed as prompts while there is nothing else to do.",
+        description="Whether prompts reuse keys and values of earlier prompts, and of answers, "
+        "which are computed as prompts while there is nothing else to do.",
     )
     prefill_stall_ms: int = Field(
         100,
