@@ -35,6 +35,7 @@ from generator_svc.sequence import (
 )
 
 MOST_STRETCH = 4
+_MOST_LOOKED_UP = 8  # long prompts that wait, in the cache, in a step: it takes time for each
 _LEAST_PROGRESS = 2 * SHORTEST_CHUNK  # of any prompt, that many can be cut off
 
 
@@ -213,19 +214,20 @@ class Scheduler:
         return moves, forks
 
     def _next(self, longest: int | None) -> Sequence | None:
-        """Takes the first that waits, or the first with at most `longest` tokens to compute."""
+        """Takes the first that waits, or the first with at most `longest` tokens to compute.
+
+        What is cached counts as computed; of long prompts only the first few are looked up.
+        """
+        lookups = 0
         for position, sequence in enumerate(self.waiting):
-            if longest is None or self._is_short(sequence, longest):
+            left = 0 if sequence.group.prompt_logits is not None else sequence.prompt_length
+            if longest is not None and left > longest and lookups < _MOST_LOOKED_UP:
+                left -= self.cache.known_length(sequence, _most_cached(sequence))
+                lookups += 1
+            if longest is None or left <= longest:
                 del self.waiting[position]
                 return sequence
         return None
-
-    def _is_short(self, sequence: Sequence, longest: int) -> bool:
-        """Whether so few tokens of its prompt are neither cached nor computed already."""
-        length = sequence.prompt_length
-        if length <= longest or sequence.group.prompt_logits is not None:
-            return True
-        return length - self.cache.known_length(sequence, _most_cached(sequence)) <= longest
 
     def _budget(self) -> int:
         """Prompt tokens that a step can take, at the speed of a prompt's beginning."""
