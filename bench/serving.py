@@ -16,6 +16,7 @@ import json
 import os
 import secrets
 import sys
+import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -50,6 +51,7 @@ LONG_CLIENTS, LONG_PROMPT = (1, 8), 1000
 STREAMS = 256
 LATE_PROMPT, LATE_ROOM = 4000, 16
 STOP_SECONDS = 30.0
+SETTLE_SECONDS = 1.5  # for what a contender does when it has nothing to do: not in another's turn
 WARM_UP = Load("warm up", clients=2, requests=1, prompt=64, output=8)
 MOST_FAULTS = 3  # that are told of one measurement
 
@@ -163,6 +165,7 @@ def rounds(
                     seed = f"{options.seed}/{number}/{scenario.name}/{scenario.case}"
                     rows.append(measure(scenario, contender, Prompts(text, seed), number))
                     _tell(f"round {number + 1} of {options.rounds}: {_in_short(rows[-1])}")
+                    time.sleep(SETTLE_SECONDS)
         yield rows
 
 
