@@ -127,7 +127,7 @@ def test_after_a_pause_the_next_turn_finds_the_answer_in_the_cache(up: Up) -> No
     first = ask(up.url, messages=question, max_tokens=24)
     spent = [before, up.answers_nanoseconds()]
     while spent[-1] == before or spent[-1] != spent[-2]:
-        time.sleep(0.5)
+        time.sleep(1.0)
         spent.append(up.answers_nanoseconds())
     said = {"role": "assistant", "content": first.choices[0].message.content}
     more = {"role": "user", "content": "And one in Asia?"}
