@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import httpx
 
@@ -33,15 +32,7 @@ class Text:
         """The text of tokens."""
         return str(self._post("/detokenize", tokens=list(token_ids))["prompt"])
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self._client.close()
 
     def _post(self, path: str, **body: object) -> Any:

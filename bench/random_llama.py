@@ -24,7 +24,7 @@ import onnx
 import tokenizers
 from onnx import TensorProto, helper
 
-from generator_svc.export.attention import COS, LENGTHS, SIN, TOTAL
+from generator_svc.export.attention import COS, LENGTHS, SIN, TOTAL, add_lengths
 from generator_svc.export.decoder import Decoder, LayerAttention
 from generator_svc.export.genai_config import GRAPH_FILE, WEIGHTS_FILE, genai_config
 from generator_svc.export.graph import MICROSOFT, Graph
@@ -149,7 +149,7 @@ class _Llama:
 
     def build(self) -> Graph:
         shape, graph = self._shape, self._graph
-        _add_lengths(graph)
+        add_lengths(graph)
         for name, table in zip((COS, SIN), _rotary_tables(shape), strict=True):
             graph.constant(name, table.astype(self._weights.dtype))
         table_name = self._random("embed_tokens", (shape.vocabulary, shape.hidden), 1.0)
@@ -277,18 +277,6 @@ class _Llama:
             for part in ("key", "value"):
                 proto.input.append(value(f"past_key_values.{layer}.{part}", self._kind, cache))
                 proto.output.append(value(f"present.{layer}.{part}", self._kind, cache))
-
-
-def _add_lengths(graph: Graph) -> None:
-    """What GroupQueryAttention reads from the mask; see generator_svc.export.attention."""
-    axis = graph.constant("/attention/axis", np.array([1], np.int64))
-    one = graph.constant("/attention/one", np.array(1, np.int64))
-    total = graph.add("ReduceSum", "/attention/ReduceSum", ["attention_mask", axis], keepdims=0)
-    last = graph.add("Sub", "/attention/Sub", [total, one])
-    graph.add("Cast", "/attention/Cast", [last], [LENGTHS], to=TensorProto.INT32)
-    shape = graph.add("Shape", "/attention/Shape", ["attention_mask"])
-    width = graph.add("Gather", "/attention/Gather", [shape, one], axis=0)
-    graph.add("Cast", "/attention/Cast_1", [width], [TOTAL], to=TensorProto.INT32)
 
 
 def _rotary_tables(shape: Shape) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

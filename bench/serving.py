@@ -229,7 +229,7 @@ def run(options: argparse.Namespace) -> None:
         client = stack.enter_context(Worker("bench.load_client:LoadClient"))
         pipeline = _pipeline(options)
         supervisor = stack.enter_context(started(pipeline))
-        text = stack.enter_context(Text(pipeline.url, options.model.name))
+        text = stack.enter_context(contextlib.closing(Text(pipeline.url, options.model.name)))
         recordings: deque[Recording] = deque()
         server = Server(f"{pipeline.url}/v1", options.model.name)
         own: list[list[Contender]] = [

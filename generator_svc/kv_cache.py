@@ -125,19 +125,19 @@ class SlotCache:
         slot.owner = None
         slot.last_used = next(self._clock)
         sequence.slot = -1
-        for other in self._slots_with_answers()[:-MOST_ANSWERS]:
-            other.answer = []
+        for number in self._slots_with_answers()[:-MOST_ANSWERS]:
+            self._slots[number].answer = []
 
     def next_answer(self) -> tuple[int, int, list[int]] | None:
         """Tokens of an answer to compute as a prompt's: their slot, where they begin, and they.
 
         That of the conversation that was used last; None when nothing is left to do.
         """
-        slots = self._slots_with_answers()
-        if not slots:
+        numbers = self._slots_with_answers()
+        if not numbers:
             return None
-        number = next(n for n, slot in enumerate(self._slots) if slot is slots[-1])
-        return number, slots[-1].length, slots[-1].answer
+        slot = self._slots[numbers[-1]]
+        return numbers[-1], slot.length, slot.answer
 
     def answer_computed(self, number: int, count: int) -> None:
         """The next `count` tokens of a slot's answer are computed as a prompt's: they are content.
@@ -178,10 +178,10 @@ class SlotCache:
             assert slot.length <= self.slot_length
             assert slot.owner is not None or slot.length + len(slot.answer) < self.slot_length
 
-    def _slots_with_answers(self) -> list[_Slot]:
+    def _slots_with_answers(self) -> list[int]:
         """Free slots with an answer of which something can be computed; last used last."""
-        slots = (slot for slot in self._slots if len(slot.answer) >= SHORTEST_CHUNK)
-        return sorted(slots, key=lambda slot: slot.last_used)
+        numbers = (n for n, slot in enumerate(self._slots) if len(slot.answer) >= SHORTEST_CHUNK)
+        return sorted(numbers, key=lambda number: self._slots[number].last_used)
 
     def _longest_prefix(self, sequence: Sequence, most: int) -> tuple[int, int]:
         source, best = -1, SHORTEST_CHUNK - 1

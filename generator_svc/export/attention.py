@@ -27,7 +27,7 @@ def swap_attention(graph: Graph, decoder: Decoder) -> None:
     """Rewrites all layers; `position_ids` disappears from the inputs."""
     graph.constant(COS, decoder.cos)
     graph.constant(SIN, decoder.sin)
-    _add_lengths(graph)
+    add_lengths(graph)
     for layer in range(decoder.num_layers):
         _swap_layer(graph, decoder, layer)
     _declare_inputs_and_outputs(graph, decoder)
@@ -43,7 +43,7 @@ def projection_output(graph: Graph, module: str) -> NodeProto:
     raise ExportError(f"the traced graph has no {module}: this attention is not known")
 
 
-def _add_lengths(graph: Graph) -> None:
+def add_lengths(graph: Graph) -> None:
     """`seqlens_k`, int32 [batch]: index of each row's last key. `total`: int32, the mask's width.
 
     The operator takes the width as a scalar that lives on the CPU, hence Shape.

@@ -145,7 +145,7 @@ def test_an_answer_that_cannot_be_computed_is_forgotten(caplog):
 
 
 def test_an_engine_at_rest_computes_answers_until_it_has_work(monkeypatch):
-    """Not at once, since a program's next request comes at once; and work goes first."""
+    """By itself, in a pause; and the next turn, which wakes it, finds them."""
     monkeypatch.setattr("generator_svc.engine._PATIENCE_SECONDS", 0.05)
     bench = Bench()
     prompt = list(range(2, 20))

@@ -1,5 +1,7 @@
 """Device time: shares that add up to the last nanosecond, and an account that shows a lost one."""
 
+import sys
+import threading
 from fractions import Fraction
 
 import pytest
@@ -97,3 +99,26 @@ def test_a_lost_nanosecond_is_noticed():
     meter.busy += 1
     with pytest.raises(AssertionError):
         meter.check_integrity([sequence])
+
+
+def test_a_snapshot_adds_up_while_time_is_charged():
+    """Taken by another thread, in the middle of whatever the engine's does."""
+    meter, ended = Meter(), threading.Event()
+
+    def charge():
+        while not ended.is_set():
+            meter.charge(800, [(None, 1)] * 8)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    engine = threading.Thread(target=charge)
+    engine.start()
+    try:
+        books = [meter.snapshot() for _ in range(2_000)]
+    finally:
+        ended.set()
+        engine.join()
+        sys.setswitchinterval(interval)
+
+    assert [busy for busy, _, _ in books] == [overhead.total() for _, overhead, _ in books]
+    assert books[-1][0] > 0
