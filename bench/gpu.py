@@ -41,9 +41,10 @@ from bench.random_llama import PRECISIONS, SHAPES, Shape, llama_config, make_ran
 from generator_svc.__main__ import build_engine, load_runner, warm_up
 from generator_svc.config import GeneratorSettings
 from generator_svc.cuda_memory import CudaMemory
+from generator_svc.device import choose_device
 from generator_svc.metering import Meter
 from generator_svc.plan import Chunk, Row, StepPlan
-from generator_svc.runner import OrtRunner, choose_device
+from generator_svc.runner import OrtRunner
 from generator_svc.sequence import Generation, Sampling, Update
 from generator_svc.slot_memory import HostMemory
 from trivium.model_directory import load_model_directory
@@ -67,6 +68,7 @@ class Work:
     output: int
     chunk: int
     copied_bytes: int
+    cuda_graphs: bool
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ def _settings(folder: Path, work: Work) -> GeneratorSettings:
         "slots": max(work.counts),
         "max_sequence_length": max(length - length % -8, 16),
         "max_queued_requests": 2 * max(work.counts),
+        "cuda_graphs": work.cuda_graphs,
     }
     return GeneratorSettings(**given)
 
@@ -269,6 +272,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sequences", default=",".join(map(str, COUNTS)))
     parser.add_argument("--prompt", type=int, help="tokens; 128, or 16 with --small")
     parser.add_argument("--output", type=int, help="tokens; 128, or 8 with --small")
+    parser.add_argument("--cuda-graphs", action="store_true", help="replay decode steps")
     parser.add_argument("--models", type=Path, help="keeps the models there and takes them again")
     parser.add_argument("--genai-python", help="an interpreter that has onnxruntime-genai")
     parser.add_argument("--json", type=Path, help="where to write all numbers")
@@ -286,6 +290,7 @@ def main() -> None:
         output=options.output or (8 if small else 128),
         chunk=64 if small else 512,
         copied_bytes=2**26 if small else 2**28,
+        cuda_graphs=options.cuda_graphs,
     )
     genai = options.genai_python
     if genai is None and importlib.util.find_spec("onnxruntime_genai"):

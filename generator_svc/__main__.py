@@ -20,13 +20,14 @@ from generator_svc.config import GeneratorSettings
 from generator_svc.constraint_compiler import ConstraintCompiler
 from generator_svc.convert import Limits
 from generator_svc.cuda_memory import CudaError, free_bytes
+from generator_svc.device import DeviceError, choose_device
 from generator_svc.engine import Engine
 from generator_svc.kv_cache import SlotCache
 from generator_svc.metering import WARM_UP, Meter
 from generator_svc.metrics import EngineCollector, RequestMetrics
 from generator_svc.pace import Pace
 from generator_svc.plan import Chunk, Row, StepPlan
-from generator_svc.runner import DeviceError, OrtRunner, choose_device
+from generator_svc.runner import OrtRunner
 from generator_svc.scheduler import Scheduler
 from generator_svc.sequence import Update
 from generator_svc.service import GeneratorService, Mailroom
@@ -71,7 +72,8 @@ def _load_on(device: str, settings: GeneratorSettings, model: ModelDirectory) ->
     plan = plan_memory(
         model, settings.slots, settings.max_sequence_length, cache_bytes, element_bytes
     )
-    return OrtRunner(model, device, plan.slots, plan.slot_length, settings.threads)
+    cuda_graphs = settings.cuda_graphs and device == "cuda"
+    return OrtRunner(model, device, plan.slots, plan.slot_length, settings.threads, cuda_graphs)
 
 
 def warm_up(runner: OrtRunner, meter: Meter) -> None:

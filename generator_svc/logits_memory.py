@@ -1,16 +1,13 @@
-"""Where a run leaves its logits: main memory, or the device, which shows their candidates.
-
-Knows the runtime by what it is given only: a session of the graph of `device_row`, and its tensors.
-"""
+"""Where a run leaves its logits: main memory, or the device, which shows their candidates."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from generator_svc.device_row import BLOCK, CANDIDATES, RELATIVE_ERROR, DeviceRow
+from generator_svc.device import Device
+from generator_svc.device_row import BLOCK, CANDIDATES, GRAPH, RELATIVE_ERROR, DeviceRow
 
 Logits = npt.NDArray[np.float32]
 Place = tuple[str, int, Any, tuple[int, ...], int]  # device, its number, type, shape, address
@@ -38,32 +35,19 @@ class HostLogits:
 
 
 class DeviceLogits:
-    """Logits, float32, on the device; `reserve`, `place` and `read` as of HostLogits.
+    """Logits, float32, on the device; `reserve`, `place` and `read` as of HostLogits."""
 
-    `session` runs the graph that picks candidates. `allocate` makes a tensor of a shape on the
-    device, and `copy` brings bytes from there: target, source, size.
-    """
-
-    def __init__(
-        self,
-        vocabulary: int,
-        device: str,
-        session: Any,
-        allocate: Callable[[tuple[int, ...]], Any],
-        copy: Callable[[int, int, int], Any],
-    ) -> None:
+    def __init__(self, device: Device, vocabulary: int) -> None:
         self._vocabulary = vocabulary
         self._device = device
-        self._session = session
-        self._allocate = allocate
-        self._copy = copy
+        self._session = device.open(GRAPH)
 
     def reserve(self, rows: int) -> Any:
-        return self._allocate((rows, 1, self._vocabulary))
+        return self._device.tensor((rows, 1, self._vocabulary), np.float32)
 
     def place(self, room: Any, rows: int) -> Place:
         shape = (rows, 1, self._vocabulary)
-        return self._device, 0, np.float32, shape, room.data_ptr()
+        return self._device.name, 0, np.float32, shape, room.data_ptr()
 
     def read(self, room: Any, rows: int) -> tuple[DeviceRow, ...]:
         blocks = -(-self._vocabulary // BLOCK)
@@ -72,7 +56,7 @@ class DeviceLogits:
         rest = np.empty((rows, blocks), np.float32)
         binding = self._session.io_binding()
         shape = (rows, self._vocabulary)
-        binding.bind_input("logits", self._device, 0, np.float32, shape, room.data_ptr())
+        binding.bind_input("logits", self._device.name, 0, np.float32, shape, room.data_ptr())
         for name, array in (("ids", ids), ("values", values), ("rest", rest)):
             place = "cpu", 0, array.dtype.type, array.shape, array.ctypes.data
             binding.bind_output(name, *place)
@@ -101,5 +85,7 @@ class DeviceLogits:
 
     def _fetch_row(self, room: Any, row: int) -> Logits:
         logits = np.empty(self._vocabulary, np.float32)
-        self._copy(logits.ctypes.data, room.data_ptr() + row * logits.nbytes, logits.nbytes)
+        self._device.copy_to_host(
+            logits.ctypes.data, room.data_ptr() + row * logits.nbytes, logits.nbytes
+        )
         return logits

@@ -1,46 +1,35 @@
-"""The only door to ONNX Runtime: a session, the slots' memory, and runs over them.
+"""Carries out plans on the device: the model's session, the slots' memory, and runs over them.
 
-Carries out plans; decides nothing, and knows nothing about sequences or sampling.
+Decides nothing, and knows nothing about sequences or sampling.
 """
 
-import ctypes
 import functools
 import logging
-import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 
 from generator_svc.batch import RunInputs, decode_inputs, prefill_inputs
-from generator_svc.cuda_memory import CudaClock, CudaError, CudaMemory, copy_to_host, device_count
-from generator_svc.device_row import CANDIDATES, GRAPH, DeviceRow
+from generator_svc.cuda_memory import CudaMemory
+from generator_svc.device import NO_GRAPH, Device, DeviceError, run_options, type_of
+from generator_svc.device_row import CANDIDATES, DeviceRow
+from generator_svc.fixed_inputs import FixedInputs
 from generator_svc.integer_products import are_exact
 from generator_svc.logits_memory import DeviceLogits, HostLogits, Logits
-from generator_svc.plan import Chunk, Copy, StepPlan, Swap
+from generator_svc.plan import Chunk, Copy, Row, StepPlan, Swap
 from generator_svc.slot_memory import HostMemory, SlotMemory
 from trivium.model_directory import ModelDirectory
 
 log = logging.getLogger(__name__)
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
-
-# How long an idle thread of the runtime waits busily for its next operator: long enough for the
-# gaps within a run, short enough to leave the core to the other services between runs. With none,
-# one sequence decodes a third slower; with the default, which is far longer, everything takes up
-# to half as long again as soon as others want a core (docs/log.md).
-_SPIN_MICROSECONDS = "50"
-
-
-class DeviceError(RuntimeError):
-    """The device that was asked for cannot be used."""
+# Of the largest logit: a mask of another length may make the attention split its work otherwise.
+_GRAPH_TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
@@ -96,37 +85,34 @@ class _Bindings:
         return self.known[key]
 
 
-def choose_device(wanted: str) -> str:
-    """`auto`, `cpu` or `cuda` to `cpu` or `cuda`; DeviceError when CUDA is wanted and absent."""
-    assert wanted in ("auto", "cpu", "cuda")
-    if wanted == "cpu":
-        return "cpu"
-    works = _PROVIDERS["cuda"] in ort.get_available_providers() and device_count() > 0
-    if works:  # before anybody asks the CUDA runtime how much memory is free
-        ort.preload_dlls()
-    if wanted == "cuda" and not works:
-        raise DeviceError("device cuda was asked for, and no CUDA device or library was found")
-    return "cuda" if works else "cpu"
-
-
 class OrtRunner:
-    """A model on a device, with `slots` slots of `slot_length` tokens."""
+    """A model on a device, with `slots` slots of `slot_length` tokens.
+
+    With `cuda_graphs`, decode runs of a number of rows that comes again are captured as a CUDA
+    graph and replayed.
+    """
 
     def __init__(
-        self, model: ModelDirectory, device: str, slots: int, slot_length: int, threads: int = 0
+        self,
+        model: ModelDirectory,
+        device: str,
+        slots: int,
+        slot_length: int,
+        threads: int = 0,
+        cuda_graphs: bool = False,
     ) -> None:
         if model.precision == "w8a8":
             _check_integer_products(device)
         self._model = model
-        self._clock = _start_clock(device)
-        self._session = _open_session(model.graph, device, threads, self._clock)
-        self._device = device
-        cache_type = _NUMPY_TYPES[_input_type(self._session, model.names.past_key % 0)]
-        logits_type = _NUMPY_TYPES[_output_type(self._session, model.names.logits)]
+        self._device = Device(device)
+        self._session = self._device.open(model.graph, threads, cuda_graphs)
+        past_type = type_of(self._session.get_inputs(), model.names.past_key % 0)
+        cache_type = _NUMPY_TYPES[past_type]
+        logits_type = _NUMPY_TYPES[type_of(self._session.get_outputs(), model.names.logits)]
         shape = (slots, model.num_kv_heads, slot_length, model.head_size)
         self._memory = _allocate(device, 2 * model.num_layers, shape, cache_type)
         self._bindings = _Bindings(self._create_binding)
-        self._logits = _logits_memory(device, model.vocab_size, logits_type, self._clock)
+        self._logits = _logits_memory(self._device, model.vocab_size, logits_type)
         self._row_logits = self._logits.reserve(slots)
         self.info = DeviceInfo(
             provider=self._session.get_providers()[0],
@@ -135,6 +121,10 @@ class OrtRunner:
             slot_length=slot_length,
             cache_bytes=self._memory.size_in_bytes,
         )
+        self._fixed_inputs: FixedInputs | None = None
+        self._decoded: set[int] = set()  # numbers of rows that there was a run of
+        if cuda_graphs:
+            self._try_capturing()
 
     def run(self, plan: StepPlan) -> Outcome:
         """Carries out a plan. A run that fails is reported in its result, never raised."""
@@ -145,7 +135,7 @@ class OrtRunner:
         chunks = tuple(self._run_chunk(chunk) for chunk in plan.chunks)
         rows = None
         if plan.rows:  # their logits live until the next step
-            rows = self._run(decode_inputs(plan.rows), self._row_logits)
+            rows = self._run_rows(plan.rows)
         return Outcome(move_nanoseconds, chunks, rows)
 
     def _move(self, move: Copy | Swap) -> None:
@@ -155,24 +145,79 @@ class OrtRunner:
             self._memory.swap(move.first, move.second, move.length)
 
     def _run_chunk(self, chunk: Chunk) -> RunResult:
-        return self._run(prefill_inputs(chunk), None, chunk.wants_logits)
+        inputs = prefill_inputs(chunk)
+        bind = functools.partial(self._bind_inputs, inputs)
+        return self._run(inputs.first_slot, inputs.rows, bind, None, chunk.wants_logits)
 
-    def _run(self, inputs: RunInputs, room: Any, wants_logits: bool = True) -> RunResult:
-        """One run; `room` takes its logits, and None stands for room of their own."""
-        names = self._model.names
+    def _run_rows(self, rows: tuple[Row, ...]) -> RunResult:
+        count, lost = len(rows), 0
+        if self._fixed_inputs is not None and count in self._decoded:
+            bind = functools.partial(self._bind_fixed_inputs, self._fixed_inputs, rows)
+            result = self._run(0, count, bind, self._row_logits, graph=count)
+            if result.error is None:
+                return result
+            log.warning("CUDA graphs are given up: %s", result.error)
+            self._fixed_inputs, lost = None, result.nanoseconds
+        self._decoded.add(count)
+        bind = functools.partial(self._bind_inputs, decode_inputs(rows))
+        result = self._run(0, count, bind, self._row_logits)
+        return replace(result, nanoseconds=lost + result.nanoseconds)
+
+    def _run(
+        self,
+        first_slot: int,
+        rows: int,
+        bind_inputs: Callable[[Any], None],
+        room: Any,
+        wants_logits: bool = True,
+        graph: int = NO_GRAPH,
+    ) -> RunResult:
+        """One run; `room` takes its logits, and None stands for room of their own.
+
+        `graph` numbers the captured graph that it is, or becomes.
+        """
         started = time.perf_counter_ns()
         try:
-            room = self._logits.reserve(inputs.rows) if room is None else room
-            binding = self._bindings.get(inputs.first_slot, inputs.rows)
-            binding.bind_cpu_input(names.input_ids, inputs.input_ids)
-            binding.bind_cpu_input(names.attention_mask, inputs.attention_mask)
-            binding.bind_output(names.logits, *self._logits.place(room, inputs.rows))
-            self._clock.start()
-            self._session.run_with_iobinding(binding)
-            logits = self._logits.read(room, inputs.rows) if wants_logits else None
-            return RunResult(self._clock.stop(), logits)
+            room = self._logits.reserve(rows) if room is None else room
+            binding = self._bindings.get(first_slot, rows)
+            binding.bind_output(self._model.names.logits, *self._logits.place(room, rows))
+            self._device.clock.start()
+            bind_inputs(binding)
+            self._session.run_with_iobinding(binding, run_options(graph))
+            logits = self._logits.read(room, rows) if wants_logits else None
+            return RunResult(self._device.clock.stop(), logits)
         except Exception as error:  # whatever the runtime raises ends this run, not the engine
             return RunResult(time.perf_counter_ns() - started, error=error)
+
+    def _bind_inputs(self, inputs: RunInputs, binding: Any) -> None:
+        names = self._model.names
+        binding.bind_cpu_input(names.input_ids, inputs.input_ids)
+        binding.bind_cpu_input(names.attention_mask, inputs.attention_mask)
+
+    def _bind_fixed_inputs(self, inputs: FixedInputs, rows: tuple[Row, ...], binding: Any) -> None:
+        ids, mask = inputs.write(rows)
+        binding.bind_input(self._model.names.input_ids, *ids)
+        binding.bind_input(self._model.names.attention_mask, *mask)
+
+    def _try_capturing(self) -> None:
+        """From now on, if the first captured graph gives what ordinary runs do."""
+        plans = [StepPlan(rows=(Row(token, position),)) for position, token in enumerate((0, 1, 0))]
+        ordinary = [self._checked_logits(plan) for plan in plans]
+        self._fixed_inputs = FixedInputs(self._device, self.info.slots, self.info.slot_length)
+        for plan, expected in zip(plans, ordinary, strict=True):
+            tolerance = _GRAPH_TOLERANCE * np.abs(expected).max()
+            if not np.allclose(expected, self._checked_logits(plan), rtol=0, atol=tolerance):
+                log.warning("CUDA graphs are given up: their logits are not those of other runs")
+                self._fixed_inputs = None
+                return
+
+    def _checked_logits(self, plan: StepPlan) -> Logits:
+        """The logits of a plan of one row, float32 [vocabulary]; raises DeviceError."""
+        result = self.run(plan).rows
+        assert result is not None
+        if result.logits is None:
+            raise DeviceError(f"the model cannot be run: {result.error}") from result.error
+        return np.array(result.logits[0])
 
     def _create_binding(self, first_slot: int, rows: int) -> Any:
         binding = self._session.io_binding()
@@ -184,7 +229,7 @@ class OrtRunner:
                 (names.past_value, names.present_value, 2 * layer + 1),
             ):
                 address = self._memory.address(tensor, first_slot)
-                place = (self._device, 0, self._memory.dtype, shape, address)
+                place = (self._device.name, 0, self._memory.dtype, shape, address)
                 binding.bind_input(past % layer, *place)
                 binding.bind_output(present % layer, *place)
         return binding
@@ -200,77 +245,16 @@ def _check_integer_products(device: str) -> None:
         )
 
 
-class _HostClock:
-    """Time on the host, for a device that the host is, or waits for."""
-
-    def start(self) -> None:
-        self._started = time.perf_counter_ns()
-
-    def stop(self) -> int:
-        """Nanoseconds since `start`."""
-        return time.perf_counter_ns() - self._started
-
-
-def _start_clock(device: str) -> _HostClock | CudaClock:
-    """The device's own clock where it works."""
-    if device == "cuda":
-        try:
-            clock = CudaClock()
-            clock.start()
-            clock.stop()
-            return clock
-        except (CudaError, AttributeError) as error:
-            log.warning("the device's time is taken on the host: %s", error)
-    return _HostClock()
-
-
-def _logits_memory(
-    device: str, vocabulary: int, dtype: Any, clock: _HostClock | CudaClock
-) -> HostLogits | DeviceLogits:
+def _logits_memory(device: Device, vocabulary: int, dtype: Any) -> HostLogits | DeviceLogits:
     """On the CUDA device where they are float32 and it picks candidates as it should."""
-    if device == "cuda" and dtype is np.float32 and vocabulary >= CANDIDATES:
+    if device.name == "cuda" and dtype is np.float32 and vocabulary >= CANDIDATES:
         try:
-            logits = _device_logits(device, vocabulary, clock)
+            logits = DeviceLogits(device, vocabulary)
             logits.check()
             return logits
         except Exception as error:  # of the runtime's own types: a kernel is missing, for one
             log.warning("all logits are brought to the host: %s", error)
     return HostLogits(vocabulary, dtype)
-
-
-def _device_logits(device: str, vocabulary: int, clock: _HostClock | CudaClock) -> DeviceLogits:
-    session = _open_session(GRAPH, device, 1, clock)
-    reserve = functools.partial(
-        ort.OrtValue.ortvalue_from_shape_and_type,
-        element_type=np.float32,
-        device_type=device,
-    )
-    copy = ctypes.memmove if device == "cpu" else copy_to_host
-    return DeviceLogits(vocabulary, device, session, reserve, copy)
-
-
-def _open_session(
-    graph: Path, device: str, threads: int, clock: _HostClock | CudaClock
-) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads or _physical_cores()
-    options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN_MICROSECONDS)
-    providers: list[Any] = [_PROVIDERS["cpu"]]
-    if device == "cuda":
-        stream = {"user_compute_stream": str(clock.stream)} if isinstance(clock, CudaClock) else {}
-        providers.insert(0, (_PROVIDERS["cuda"], stream))
-    try:
-        session = ort.InferenceSession(str(graph), options, providers=providers)
-    except Exception as error:
-        raise DeviceError(f"{graph}: ONNX Runtime cannot load it: {error}") from error
-    if session.get_providers()[0] != _PROVIDERS[device]:
-        raise DeviceError(f"the {_PROVIDERS[device]} did not start; see its log above")
-    return session
-
-
-def _physical_cores() -> int:
-    return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
 
 
 def _allocate(
@@ -279,18 +263,3 @@ def _allocate(
     if device == "cpu":
         return HostMemory(tensors, shape, dtype)
     return CudaMemory(tensors, shape, dtype)
-
-
-def _input_type(session: ort.InferenceSession, name: str) -> str:
-    return _type_of(session.get_inputs(), name)
-
-
-def _output_type(session: ort.InferenceSession, name: str) -> str:
-    return _type_of(session.get_outputs(), name)
-
-
-def _type_of(nodes: list[Any], name: str) -> str:
-    for node in nodes:
-        if node.name == name:
-            return str(node.type)
-    raise DeviceError(f"the graph has no {name!r}; its nodes are {[n.name for n in nodes]}")

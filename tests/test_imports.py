@@ -17,7 +17,7 @@ GENERATED = ("trivium/chat", "trivium/tokenizer", "trivium/generator")
 # What may be imported where: a name before a module's own imports, prefixes of paths after it.
 DOORS = {
     "onnxruntime": (
-        "generator_svc/runner.py",
+        "generator_svc/device.py",
         "generator_svc/integer_products.py",
         "generator_svc/export/",
         "trivium/cli/providers.py",

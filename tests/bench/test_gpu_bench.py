@@ -6,7 +6,14 @@ from bench.gpu import Work, measure, report
 from bench.random_llama import SHAPES, make_random_llama
 
 WORK = Work(
-    shape="tiny", device="cpu", counts=(1, 3), prompt=6, output=4, chunk=16, copied_bytes=2**20
+    shape="tiny",
+    device="cpu",
+    counts=(1, 3),
+    prompt=6,
+    output=4,
+    chunk=16,
+    copied_bytes=2**20,
+    cuda_graphs=False,
 )
 
 

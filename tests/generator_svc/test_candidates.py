@@ -11,7 +11,9 @@ from candidate_graph import candidate_graph, device_row
 from engine_bench import Bench
 from generator_svc.__main__ import warm_up
 from generator_svc.candidates import certain_token, sample
+from generator_svc.device import Device
 from generator_svc.device_row import BLOCK, CANDIDATES, GRAPH, RELATIVE_ERROR, DeviceRow
+from generator_svc.logits_memory import DeviceLogits
 from generator_svc.metering import Meter
 from generator_svc.runner import OrtRunner
 from generator_svc.sampler import BadLogits
@@ -260,7 +262,7 @@ def test_the_shipped_graph_is_the_one_written_down():
 
 def _on_cpu(vocabulary):
     """Logits as they are on a CUDA device, with main memory in its place."""
-    return runner_module._device_logits("cpu", vocabulary, runner_module._start_clock("cpu"))
+    return DeviceLogits(Device("cpu"), vocabulary)
 
 
 @pytest.mark.parametrize("size", [256, 257, 511, 640, 5000])
@@ -297,7 +299,7 @@ def test_the_device_is_tried_before_it_is_trusted():
     """A device that picks well passes, one that does not is noticed."""
     memory = _on_cpu(700)
     memory.check()
-    memory._copy = lambda target, source, size: None
+    memory._device.copy_to_host = lambda target, source, size: None
     with pytest.raises(ArithmeticError):
         memory.check()
 
@@ -310,7 +312,7 @@ def model():
 def _runner(model, patch=None):
     """A runner, with logits as on a CUDA device if `patch` is given."""
     if patch:
-        patch.setattr(runner_module, "_logits_memory", lambda device, size, *rest: _on_cpu(size))
+        patch.setattr(runner_module, "_logits_memory", lambda device, size, dtype: _on_cpu(size))
     return OrtRunner(model, "cpu", 4, 96, threads=1)
 
 

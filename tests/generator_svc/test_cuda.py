@@ -154,6 +154,12 @@ def on_device(model):
     return runner
 
 
+@pytest.fixture(scope="module")
+def capturing(model):
+    """The same, with decode steps as CUDA graphs."""
+    return OrtRunner(model, "cuda", 4, 128, cuda_graphs=True)
+
+
 def _prefill(runner, slot, token_ids=PROMPT):
     result = runner.run(StepPlan(chunks=(Chunk(slot, 0, token_ids, True),))).chunks[0]
     assert result.error is None
@@ -214,9 +220,25 @@ def test_slots_can_be_moved_on_the_device(on_device):
 
 
 @pytest.mark.gpu
-def test_the_engine_serves_from_the_device(on_device):
+def test_replayed_graphs_give_nearly_the_logits_of_ordinary_runs(on_device, capturing):
+    """Of one to four rows, with other sizes and prompts in between; no graph was given up."""
+    for step, count in enumerate((1, 4, 4, 2, 4, 2, 1)):
+        found = []
+        for runner in (on_device, capturing):
+            for slot in range(count):
+                _prefill(runner, slot, PROMPT[: 10 * (slot + 1)])
+            rows = tuple(Row(7 + step, 10 * (slot + 1)) for slot in range(count))
+            found.append([row.whole for row in runner.run(StepPlan(rows=rows)).rows.logits])
+
+        assert np.allclose(*found, atol=0.05)
+    assert capturing._fixed_inputs is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("runner", ["on_device", "capturing"])
+def test_the_engine_serves_from_the_device(runner, request):
     """Greedy and drawn requests end as asked, and the books are right after every step."""
-    bench = Bench(slots=4, slot_length=128, runner=on_device)
+    bench = Bench(slots=4, slot_length=128, runner=request.getfixturevalue(runner))
     samplings = [Sampling(temperature=0), Sampling(seed=1), Sampling(seed=2, top_k=5)]
     groups = [
         bench.submit(list(PROMPT[: 9 + i]), 15, sampling=sampling, n=2, stop_token_ids=frozenset())

@@ -5,7 +5,7 @@ import pytest
 import generator_svc.__main__ as generator
 from generator_svc.config import GeneratorSettings
 from generator_svc.cuda_memory import CudaError
-from generator_svc.runner import DeviceError
+from generator_svc.device import DeviceError
 from tests.tiny_models import tiny_model_directory
 from trivium.model_directory import load_model_directory
 

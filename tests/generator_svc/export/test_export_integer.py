@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from generator_svc import integer_products
+from generator_svc.device import DeviceError
 from generator_svc.export import ExportError, ExportOptions, embedded_precision
 from generator_svc.export.calibration import calibrate
 from generator_svc.export.checkpoint import load_checkpoint
 from generator_svc.export.integer import quantize_columns
 from generator_svc.export.smooth import smooth
 from generator_svc.export.source import locate
-from generator_svc.runner import DeviceError, OrtRunner
+from generator_svc.runner import OrtRunner
 from tests.tiny_models import tiny_checkpoint, tiny_model_directory
 from trivium.model_directory import load_model_directory
 

@@ -1,0 +1,130 @@
+"""The only door to ONNX Runtime: the device, its clock, and sessions and tensors on it."""
+
+import ctypes
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+import onnxruntime as ort
+
+from generator_svc.cuda_memory import CudaClock, CudaError, copy_to_host, device_count
+
+log = logging.getLogger(__name__)
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+# How long an idle thread of the runtime waits busily for its next operator: long enough for the
+# gaps within a run, short enough to leave the core to the other services between runs. With none,
+# one sequence decodes a third slower; with the default, which is far longer, everything takes up
+# to half as long again as soon as others want a core (docs/log.md).
+_SPIN_MICROSECONDS = "50"
+
+NO_GRAPH = -1  # the runtime's number for a run that is not captured
+
+
+class DeviceError(RuntimeError):
+    """The device that was asked for cannot be used."""
+
+
+def choose_device(wanted: str) -> str:
+    """`auto`, `cpu` or `cuda` to `cpu` or `cuda`; DeviceError when CUDA is wanted and absent."""
+    assert wanted in ("auto", "cpu", "cuda")
+    if wanted == "cpu":
+        return "cpu"
+    works = _PROVIDERS["cuda"] in ort.get_available_providers() and device_count() > 0
+    if works:  # before anybody asks the CUDA runtime how much memory is free
+        ort.preload_dlls()
+    if wanted == "cuda" and not works:
+        raise DeviceError("device cuda was asked for, and no CUDA device or library was found")
+    return "cuda" if works else "cpu"
+
+
+class HostClock:
+    """Time on the host, for a device that the host is, or waits for."""
+
+    def start(self) -> None:
+        self._started = time.perf_counter_ns()
+
+    def stop(self) -> int:
+        """Nanoseconds since `start`."""
+        return time.perf_counter_ns() - self._started
+
+
+class Device:
+    """The `cpu`, or the first `cuda` device."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.clock = _start_clock(name)
+
+    def open(self, graph: Path, threads: int = 1, cuda_graphs: bool = False) -> Any:
+        """A session of the graph; 0 threads are one for each core. Raises DeviceError.
+
+        With `cuda_graphs`, runs with a number are captured as CUDA graphs and replayed.
+        """
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads or _physical_cores()
+        options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN_MICROSECONDS)
+        providers: list[Any] = [_PROVIDERS["cpu"]]
+        if self.name == "cuda":
+            providers.insert(0, (_PROVIDERS["cuda"], self._cuda_options(cuda_graphs)))
+        try:
+            session = ort.InferenceSession(str(graph), options, providers=providers)
+        except Exception as error:
+            raise DeviceError(f"{graph}: ONNX Runtime cannot load it: {error}") from error
+        if session.get_providers()[0] != _PROVIDERS[self.name]:
+            raise DeviceError(f"the {_PROVIDERS[self.name]} did not start; see its log above")
+        return session
+
+    def tensor(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Any:
+        """Room for a tensor on the device, as an OrtValue, which lasts as long as it is kept."""
+        return ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self.name)
+
+    def copy_to_host(self, target: int, source: int, size: int) -> None:
+        """Copies `size` bytes from an address on the device to one of the host."""
+        if self.name == "cuda":
+            copy_to_host(target, source, size)
+        else:
+            ctypes.memmove(target, source, size)
+
+    def _cuda_options(self, cuda_graphs: bool) -> dict[str, str]:
+        options = {"enable_cuda_graph": "1"} if cuda_graphs else {}
+        if isinstance(self.clock, CudaClock):
+            options["user_compute_stream"] = str(self.clock.stream)
+        return options
+
+
+def run_options(graph: int) -> Any:
+    """For a run that is captured, or a replay, as CUDA graph number `graph`, or NO_GRAPH."""
+    options = ort.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(graph))
+    return options
+
+
+def type_of(nodes: list[Any], name: str) -> str:
+    """The type of one of a session's inputs or outputs; raises DeviceError without one."""
+    for node in nodes:
+        if node.name == name:
+            return str(node.type)
+    raise DeviceError(f"the graph has no {name!r}; its nodes are {[n.name for n in nodes]}")
+
+
+def _start_clock(device: str) -> HostClock | CudaClock:
+    """The device's own clock where it works."""
+    if device == "cuda":
+        try:
+            clock = CudaClock()
+            clock.start()
+            clock.stop()
+            return clock
+        except (CudaError, AttributeError) as error:
+            log.warning("the device's time is taken on the host: %s", error)
+    return HostClock()
+
+
+def _physical_cores() -> int:
+    return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)

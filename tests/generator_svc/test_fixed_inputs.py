@@ -1,0 +1,108 @@
+"""Decode runs whose inputs stand in fixed places, as captured CUDA graphs need: on the CPU.
+
+The CPU captures nothing, so what is compared here is all but the capture itself.
+"""
+
+import logging
+
+import onnx
+import pytest
+
+from engine_bench import Bench
+from fixed_inputs_graph import fixed_inputs_graph
+from generator_svc.fixed_inputs import GRAPH, FixedInputs
+from generator_svc.plan import Chunk, Row, StepPlan
+from generator_svc.runner import OrtRunner
+from generator_svc.sequence import Sampling
+from tiny_models import tiny_model_directory
+from trivium.model_directory import load_model_directory
+
+PROMPTS = [tuple(range(5, 30)), tuple(range(40, 49)), tuple(range(60, 93))]
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def model(request):
+    return load_model_directory(tiny_model_directory(request.param))
+
+
+def _runner(model, cuda_graphs):
+    runner = OrtRunner(model, "cpu", 4, 96, threads=1, cuda_graphs=cuda_graphs)
+    for slot, prompt in enumerate(PROMPTS):
+        runner.run(StepPlan(chunks=(Chunk(slot, 0, prompt, True),)))
+    return runner
+
+
+def _decoded(runner):
+    """Logits of steps of one to three rows, at positions of their own, one of them idle."""
+    found = []
+    for step, count in enumerate((1, 3, 3, 2, 3, 1, 2)):
+        rows = [Row(7 + step, len(prompt) + step) for prompt in PROMPTS[:count]]
+        rows[count // 2] = Row(0, len(PROMPTS[count // 2]) + step, is_idle=True)
+        found.append(runner.run(StepPlan(rows=tuple(rows))).rows.logits.tolist())
+    return found
+
+
+def test_the_shipped_graph_is_the_one_written_down():
+    """After a change: python tests/generator_svc/fixed_inputs_graph.py."""
+    assert onnx.load_from_string(fixed_inputs_graph()) == onnx.load(GRAPH)
+
+
+def test_steps_that_come_again_give_the_same_bits(model, monkeypatch):
+    """Fewer rows after more, and more again."""
+    written = []
+    write = FixedInputs.write
+    monkeypatch.setattr(
+        FixedInputs, "write", lambda self, rows: [written.append(len(rows)), write(self, rows)][1]
+    )
+    expected, given = (_decoded(_runner(model, graphs)) for graphs in (False, True))
+
+    assert expected == given
+    assert [1, 1, 1, 1, 3, 3, 1, 2] == written  # three at the start; each number's first is plain
+
+
+def test_an_engine_makes_the_same_tokens(model):
+    """Greedy and drawn, several choices, ends at different times."""
+    requests = [
+        {"sampling": Sampling(temperature=0)},
+        {"sampling": Sampling(seed=3), "n": 2},
+        {"sampling": Sampling(seed=5, top_k=20, repetition_penalty=1.1)},
+    ]
+    answers = []
+    for cuda_graphs in (False, True):
+        bench = Bench(slots=4, slot_length=96, runner=_runner(model, cuda_graphs))
+        groups = [
+            bench.submit([9 + i, *range(20, 40)], 10 + 5 * i, stop_token_ids=frozenset(), **fields)
+            for i, fields in enumerate(requests)
+        ]
+        bench.finish()
+        answers.append([dict(bench.tokens[group]) for group in groups])
+
+    assert answers[0] == answers[1]
+
+
+def test_a_graph_that_fails_is_replaced_by_an_ordinary_run(model, monkeypatch, caplog):
+    """Nobody notices but the log, and the time that was lost is told."""
+    expected = _decoded(_runner(model, cuda_graphs=False))
+    runner = _runner(model, cuda_graphs=True)
+
+    def fail(self, rows):
+        raise MemoryError("no room for a graph")
+
+    monkeypatch.setattr(FixedInputs, "write", fail)
+    with caplog.at_level(logging.WARNING):
+        given = _decoded(runner)
+
+    assert expected == given
+    assert ["CUDA graphs are given up: no room for a graph"] == caplog.messages
+
+
+def test_graphs_are_tried_before_they_are_trusted(model, monkeypatch, caplog):
+    """A replay of what was captured before, whatever the tokens are now, is noticed."""
+    expected = _decoded(_runner(model, cuda_graphs=False))
+    write = FixedInputs.write
+    monkeypatch.setattr(FixedInputs, "write", lambda self, rows: write(self, (Row(0, 0),)))
+    with caplog.at_level(logging.WARNING):
+        runner = _runner(model, cuda_graphs=True)
+
+    assert 1 == len(caplog.messages)
+    assert expected == _decoded(runner)
