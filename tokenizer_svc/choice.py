@@ -47,6 +47,10 @@ class _New:
     calls: list[CallDelta] = field(default_factory=list)
     logprobs: tuple[TokenLogprob, ...] = ()
 
+    @property
+    def is_empty(self) -> bool:
+        return not (self.content or self.reasoning or self.calls or self.logprobs)
+
 
 class Choice:
     """`push` every update of the generator, the one that finishes included.
@@ -85,7 +89,7 @@ class Choice:
         ended = self.finished is not None or self.matched_stop is not None
         new.logprobs = self._logprobs.finish() if ended else self._logprobs.release(self._decided)
         deltas = []
-        if new != _New():
+        if not new.is_empty:
             deltas.append(
                 Delta(
                     index=self._index,
@@ -110,7 +114,8 @@ class Choice:
     def _take_token(self, token_id: int, logprobs: Logprobs | None) -> None:
         self.completion_tokens += 1
         start, before = self._decoded, self._parser.phase
-        own = start + self._detokenizer.breaks_off(token_id)
+        if logprobs is not None:
+            own = start + self._detokenizer.breaks_off(token_id)
         piece = self._detokenizer.push(token_id)
         self._decoded += len(piece)
         segments = self._parser.push(piece, start) if piece else []

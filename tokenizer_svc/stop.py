@@ -63,6 +63,8 @@ class StopMatcher:
     def push(self, text: str, armed: bool = True) -> StopResult:
         """Takes the next piece. A match that completes while not `armed` is ordinary text."""
         assert not self._stopped, "Text came after a stop string. This is a bug."
+        if not self._stops.texts:
+            return StopResult(Outcome.TEXT, text)
         whole = self._held + text
         for position, character in enumerate(text, start=len(self._held) + 1):
             completed = self._advance(character)
