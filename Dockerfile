@@ -49,7 +49,8 @@ HEALTHCHECK --interval=5s --timeout=10s --start-period=30s \
 CMD ["python", "-m", "tokenizer_svc"]
 
 FROM serving AS generator_svc
-ENV TRIVIUM_GENERATOR_HOST=0.0.0.0
+# The weights in huge pages, as with `trivium up`.
+ENV TRIVIUM_GENERATOR_HOST=0.0.0.0 GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 EXPOSE 50052 9052
 HEALTHCHECK --interval=5s --timeout=10s --start-period=120s \
     CMD ["python", "-m", "trivium.cli.probe", "grpc://127.0.0.1:50052/trivium.generator.v1.GeneratorService"]

@@ -36,7 +36,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from bench import transformers_generate
+from bench import huge_pages, transformers_generate
 from bench.random_llama import PRECISIONS, SHAPES, Shape, llama_config, make_random_llama
 from generator_svc.__main__ import build_engine, load_runner, warm_up
 from generator_svc.config import GeneratorSettings
@@ -280,6 +280,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    huge_pages.restart()
     options = arguments()
     small = options.small
     work = Work(

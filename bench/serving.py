@@ -24,6 +24,7 @@ from pathlib import Path
 
 import httpx
 
+from bench import huge_pages
 from bench.contenders import (
     READY_SECONDS,
     Bare,
@@ -291,6 +292,7 @@ def _about(
 
 
 def main() -> None:
+    huge_pages.restart()
     run(arguments())
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import httpx
 
-from bench import step_costs, trace
+from bench import huge_pages, step_costs, trace
 from bench.simulation import POLICIES, Cluster, Result, TokenizerCosts, simulate
 from bench.step_costs import StepCosts, interpolate
 from bench.trace import Bursts, Lengths, Request, Workload
@@ -399,6 +399,7 @@ def _add_targets(options: argparse.ArgumentParser) -> None:
 
 
 def main() -> None:
+    huge_pages.restart()
     options = arguments()
     sys.exit(options.function(options))
 

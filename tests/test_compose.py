@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings
 from generator_svc.config import GeneratorSettings
 from rest_facade.config import FacadeSettings
 from tokenizer_svc.config import TokenizerSettings
+from trivium.cli.pipeline import HUGE_PAGES, TUNABLES
 from trivium.wire.errors import ERRORS
 
 ROOT = Path(__file__).parents[1]
@@ -89,6 +90,11 @@ def test_each_target_starts_its_service(service: str) -> None:
     assert [port if isinstance(port, int) else port.default for port in ports if port] == exposed
     assert ["python", "-m", "trivium.cli.probe"] == probe[:3]
     assert f"://127.0.0.1:{ports[0]}/" in probe[3]
+
+
+def test_the_generator_has_its_weights_in_huge_pages() -> None:
+    """As `trivium up` starts it."""
+    assert HUGE_PAGES == dockerfile_environment("generator_svc")[TUNABLES]
 
 
 @pytest.mark.parametrize("target", [*SERVICES, "generator_svc-cuda", "export"])

@@ -169,10 +169,24 @@ def test_every_variable_it_sets_is_a_setting(
     prefix = cls.model_config["env_prefix"]
 
     assert stage.name == module.partition(".")[0]
-    assert stage.environment.keys() <= {f"{prefix}{field}".upper() for field in cls.model_fields}
+    known = {f"{prefix}{field}".upper() for field in cls.model_fields}
+    assert stage.environment.keys() <= known | {"GLIBC_TUNABLES"}
     for field, value in cls().model_dump().items():
         wanted = stage.environment.get(f"{prefix}{field}".upper())
         assert wanted is None or str(value) == wanted
+
+
+def test_a_generator_has_its_weights_in_huge_pages(
+    monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
+) -> None:
+    """The generator alone, and not against what its owner says of the allocator."""
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    given = [stage.environment.get("GLIBC_TUNABLES") for stage in Pipeline(tiny_folder).stages()]
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=3")
+    left = [stage.environment.get("GLIBC_TUNABLES") for stage in Pipeline(tiny_folder).stages()]
+
+    assert ["glibc.malloc.hugetlb=1", None, None] == given
+    assert [None, None, None] == left
 
 
 def test_the_banner_tells_what_is_really_in_use() -> None:
