@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
+import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Annotated
 
 import httpx
@@ -20,8 +22,8 @@ Message = dict[str, str]
 class Conversation:
     """The messages so far, and how the next answer is asked for."""
 
-    def __init__(self, client: httpx.Client, root: str, model: str, system: str | None) -> None:
-        self._client = client
+    def __init__(self, root: str, api_key: str | None, model: str, system: str | None) -> None:
+        self._headers = headers(api_key)
         self._url = f"{root}/chat/completions"
         self._model = model
         self.messages: list[Message] = (
@@ -31,31 +33,47 @@ class Conversation:
     def ask(self, question: str, show: Callable[[str], None]) -> Answer:
         """Streams the answer to `show`. Raises AnswerFailed or httpx.HTTPError.
 
-        A KeyboardInterrupt cancels the answer: the connection is closed, upon which the server
-        stops, and what was said so far stays part of the conversation.
+        Ctrl-C cancels the answer: the connection is closed, upon which the server stops, and what
+        was said so far stays part of the conversation.
         """
         messages = [*self.messages, {"role": "user", "content": question}]
         answer = Answer(began=time.perf_counter())
         try:
-            for piece in self._stream(messages):
-                show(answer.push(piece, time.perf_counter()))
-        except KeyboardInterrupt:
+            asyncio.run(self._listen(messages, answer, show))
+        except KeyboardInterrupt:  # before or after it listened
             answer.finish_reason = "cancelled"
         self.messages = [*messages, {"role": "assistant", "content": answer.text}]
         return answer
 
-    def _stream(self, messages: list[Message]) -> Iterator[bytes]:
+    async def _listen(
+        self, messages: list[Message], answer: Answer, show: Callable[[str], None]
+    ) -> None:
+        """Reads in a task that the signal cancels, as a blocking read might sleep through it."""
+        reading = asyncio.create_task(self._read(messages, answer, show))
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, reading.cancel)
+        try:
+            await reading
+        except asyncio.CancelledError:
+            answer.finish_reason = "cancelled"
+
+    async def _read(
+        self, messages: list[Message], answer: Answer, show: Callable[[str], None]
+    ) -> None:
         body = {
             "model": self._model,
             "messages": messages,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        with self._client.stream("POST", self._url, json=body) as response:
+        async with (
+            httpx.AsyncClient(headers=self._headers, timeout=TIMEOUT, trust_env=False) as client,
+            client.stream("POST", self._url, json=body) as response,
+        ):
             if response.status_code != 200:
-                response.read()
+                await response.aread()
                 raise AnswerFailed(f"HTTP {response.status_code}: {_reason(response)}")
-            yield from response.iter_raw()
+            async for piece in response.aiter_raw():
+                show(answer.push(piece, time.perf_counter()))
 
 
 def footer(answer: Answer) -> str:
@@ -84,17 +102,14 @@ def chat(
     """Talks to a model. Ctrl-C cancels an answer, Ctrl-D or /exit leaves, /new starts over."""
     _enable_line_editing()
     root = api_root(url)
-    with httpx.Client(headers=headers(api_key), timeout=TIMEOUT, trust_env=False) as client:
-        try:
-            name = model or _first_model(client, root)
-        except (AnswerFailed, httpx.HTTPError) as error:
-            typer.echo(f"trivium chat: {root}: {error or type(error).__name__}", err=True)
-            raise typer.Exit(FAILED) from error
-        typer.echo(f"{name} at {root}. Ctrl-C cancels an answer, Ctrl-D leaves, /new starts over.")
-        while True:
-            conversation = Conversation(client, root, name, system)
-            if not _converse(conversation):
-                return
+    try:
+        name = model or _first_model(root, api_key)
+    except (AnswerFailed, httpx.HTTPError) as error:
+        typer.echo(f"trivium chat: {root}: {error or type(error).__name__}", err=True)
+        raise typer.Exit(FAILED) from error
+    typer.echo(f"{name} at {root}. Ctrl-C cancels an answer, Ctrl-D leaves, /new starts over.")
+    while _converse(Conversation(root, api_key, name, system)):
+        pass
 
 
 def _converse(conversation: Conversation) -> bool:
@@ -121,8 +136,9 @@ def _converse(conversation: Conversation) -> bool:
             typer.echo(f"\n{typer.style(str(error) or type(error).__name__, fg='red')}")
 
 
-def _first_model(client: httpx.Client, root: str) -> str:
-    response = client.get(f"{root}/models")
+def _first_model(root: str, api_key: str | None) -> str:
+    with httpx.Client(headers=headers(api_key), timeout=TIMEOUT, trust_env=False) as client:
+        response = client.get(f"{root}/models")
     if response.status_code != 200:
         raise AnswerFailed(f"HTTP {response.status_code}: {_reason(response)}")
     models = response.json().get("data") or []
