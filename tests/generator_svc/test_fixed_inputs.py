@@ -96,6 +96,20 @@ def test_a_graph_that_fails_is_replaced_by_an_ordinary_run(model, monkeypatch, c
     assert ["CUDA graphs are given up: no room for a graph"] == caplog.messages
 
 
+def test_no_room_for_the_inputs_is_no_reason_not_to_start(model, monkeypatch, caplog):
+    """The log says why steps are ordinary ones."""
+
+    def fail(self, *arguments):
+        raise MemoryError("no room for a mask")
+
+    monkeypatch.setattr(FixedInputs, "__init__", fail)
+    with caplog.at_level(logging.WARNING):
+        given = _decoded(_runner(model, cuda_graphs=True))
+
+    assert _decoded(_runner(model, cuda_graphs=False)) == given
+    assert ["CUDA graphs are given up: no room for a mask"] == caplog.messages
+
+
 def test_graphs_are_tried_before_they_are_trusted(model, monkeypatch, caplog):
     """A replay of what was captured before, whatever the tokens are now, is noticed."""
     expected = _decoded(_runner(model, cuda_graphs=False))
