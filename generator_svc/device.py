@@ -1,6 +1,7 @@
 """The only door to ONNX Runtime: the device, its clock, and sessions and tensors on it."""
 
 import ctypes
+import functools
 import logging
 import os
 import time
@@ -21,6 +22,9 @@ _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # one sequence decodes a third slower; with the default, which is far longer, everything takes up
 # to half as long again as soon as others want a core (docs/log.md).
 _SPIN_MICROSECONDS = "50"
+
+# Where a tensor is: device, its number, type, shape, address.
+Place = tuple[str, int, Any, tuple[int, ...], int]
 
 NO_GRAPH = -1  # the runtime's number for a run that is not captured
 
@@ -60,8 +64,8 @@ class Device:
         self.name = name
         self.clock = _start_clock(name)
 
-    def open(self, graph: Path, threads: int = 1, cuda_graphs: bool = False) -> Any:
-        """A session of the graph; 0 threads are one for each core. Raises DeviceError.
+    def open(self, graph: Path | bytes, threads: int = 1, cuda_graphs: bool = False) -> Any:
+        """A session of a graph or its file; 0 threads are one for each core. Raises DeviceError.
 
         With `cuda_graphs`, runs with a number are captured as CUDA graphs and replayed.
         """
@@ -73,9 +77,10 @@ class Device:
         if self.name == "cuda":
             providers.insert(0, (_PROVIDERS["cuda"], self._cuda_options(cuda_graphs)))
         try:
-            session = ort.InferenceSession(str(graph), options, providers=providers)
+            model = str(graph) if isinstance(graph, Path) else graph
+            session = ort.InferenceSession(model, options, providers=providers)
         except Exception as error:
-            raise DeviceError(f"{graph}: ONNX Runtime cannot load it: {error}") from error
+            raise DeviceError(f"{graph!s:.200}: ONNX Runtime cannot load it: {error}") from error
         if session.get_providers()[0] != _PROVIDERS[self.name]:
             raise DeviceError(f"the {_PROVIDERS[self.name]} did not start; see its log above")
         return session
@@ -83,6 +88,10 @@ class Device:
     def tensor(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Any:
         """Room for a tensor on the device, as an OrtValue, which lasts as long as it is kept."""
         return ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self.name)
+
+    def place(self, dtype: Any, shape: tuple[int, ...], address: int) -> Place:
+        """A tensor at `address` on the device, as bindings take it."""
+        return self.name, 0, dtype, shape, address
 
     def copy_to_host(self, target: int, source: int, size: int) -> None:
         """Copies `size` bytes from an address on the device to one of the host."""
@@ -98,6 +107,7 @@ class Device:
         return options
 
 
+@functools.cache
 def run_options(graph: int) -> Any:
     """For a run that is captured, or a replay, as CUDA graph number `graph`, or NO_GRAPH."""
     options = ort.RunOptions()

@@ -7,23 +7,20 @@ each row.
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from generator_svc.device import Device
+from generator_svc.device import Device, Place
 from generator_svc.plan import Row
 
 GRAPH = Path(__file__).with_name("fixed_inputs.onnx")
-
-Place = tuple[str, int, Any, tuple[int, int], int]  # device, its number, type, shape, address
 
 
 class FixedInputs:
     """Inputs of runs of up to `slots` rows, each with one new token."""
 
     def __init__(self, device: Device, slots: int, slot_length: int) -> None:
-        self._device = device.name
+        self._device = device
         self._session = device.open(GRAPH)
         self._length = np.array(slot_length, np.int64)
         self._input_ids = device.tensor((slots, 1), np.int64)
@@ -32,9 +29,9 @@ class FixedInputs:
     def write(self, rows: tuple[Row, ...]) -> tuple[Place, Place]:
         """Writes the inputs of `rows`; where their ids are, and where their mask."""
         count = len(rows)
-        ids = self._device, 0, np.int64, (count, 1), self._input_ids.data_ptr()
+        ids = self._device.place(np.int64, (count, 1), self._input_ids.data_ptr())
         shape = (count, int(self._length))
-        mask = self._device, 0, np.int64, shape, self._attention_mask.data_ptr()
+        mask = self._device.place(np.int64, shape, self._attention_mask.data_ptr())
         binding = self._session.io_binding()
         tokens = np.array([[row.token_id] for row in rows], np.int64)
         positions = np.array([[row.position] for row in rows], np.int64)

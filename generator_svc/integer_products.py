@@ -6,7 +6,8 @@ unsigned and signed bytes into 16 bits, which saturates; ONNX Runtime uses that 
 """
 
 import numpy as np
-import onnxruntime as ort
+
+from generator_svc.device import Device
 
 # y = a b, MatMulInteger of uint8 [1, 8] and eight constants of 127: a serialised ONNX model of IR
 # version 8 and opset 17.
@@ -22,8 +23,5 @@ _EXACT = 8 * 255 * 127
 
 def are_exact() -> bool:
     """Asks ONNX Runtime's CPU provider for the largest sum there is."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    session = ort.InferenceSession(_GRAPH, options, providers=["CPUExecutionProvider"])
-    (product,) = session.run(None, {"a": _LARGEST})
+    (product,) = Device("cpu").open(_GRAPH).run(None, {"a": _LARGEST})
     return int(product[0, 0]) == _EXACT

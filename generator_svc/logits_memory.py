@@ -6,11 +6,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from generator_svc.device import Device
+from generator_svc.device import Device, Place
 from generator_svc.device_row import BLOCK, CANDIDATES, GRAPH, RELATIVE_ERROR, DeviceRow
 
 Logits = npt.NDArray[np.float32]
-Place = tuple[str, int, Any, tuple[int, ...], int]  # device, its number, type, shape, address
 
 
 class HostLogits:
@@ -47,7 +46,7 @@ class DeviceLogits:
 
     def place(self, room: Any, rows: int) -> Place:
         shape = (rows, 1, self._vocabulary)
-        return self._device.name, 0, np.float32, shape, room.data_ptr()
+        return self._device.place(np.float32, shape, room.data_ptr())
 
     def read(self, room: Any, rows: int) -> tuple[DeviceRow, ...]:
         blocks = -(-self._vocabulary // BLOCK)
@@ -56,7 +55,7 @@ class DeviceLogits:
         rest = np.empty((rows, blocks), np.float32)
         binding = self._session.io_binding()
         shape = (rows, self._vocabulary)
-        binding.bind_input("logits", self._device.name, 0, np.float32, shape, room.data_ptr())
+        binding.bind_input("logits", *self._device.place(np.float32, shape, room.data_ptr()))
         for name, array in (("ids", ids), ("values", values), ("rest", rest)):
             place = "cpu", 0, array.dtype.type, array.shape, array.ctypes.data
             binding.bind_output(name, *place)

@@ -233,7 +233,7 @@ class OrtRunner:
                 (names.past_value, names.present_value, 2 * layer + 1),
             ):
                 address = self._memory.address(tensor, first_slot)
-                place = (self._device.name, 0, self._memory.dtype, shape, address)
+                place = self._device.place(self._memory.dtype, shape, address)
                 binding.bind_input(past % layer, *place)
                 binding.bind_output(present % layer, *place)
         return binding

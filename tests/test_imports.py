@@ -18,7 +18,6 @@ GENERATED = ("trivium/chat", "trivium/tokenizer", "trivium/generator")
 DOORS = {
     "onnxruntime": (
         "generator_svc/device.py",
-        "generator_svc/integer_products.py",
         "generator_svc/export/",
         "trivium/cli/providers.py",
     ),

@@ -52,9 +52,12 @@ def test_steps_that_come_again_give_the_same_bits(model, monkeypatch):
     """Fewer rows after more, and more again."""
     written = []
     write = FixedInputs.write
-    monkeypatch.setattr(
-        FixedInputs, "write", lambda self, rows: [written.append(len(rows)), write(self, rows)][1]
-    )
+
+    def note(self, rows):
+        written.append(len(rows))
+        return write(self, rows)
+
+    monkeypatch.setattr(FixedInputs, "write", note)
     expected, given = (_decoded(_runner(model, graphs)) for graphs in (False, True))
 
     assert expected == given

@@ -40,7 +40,7 @@ class Conversation:
         answer = Answer(began=time.perf_counter())
         try:
             asyncio.run(self._listen(messages, answer, show))
-        except KeyboardInterrupt:  # before or after it listened
+        except (asyncio.CancelledError, KeyboardInterrupt):
             answer.finish_reason = "cancelled"
         self.messages = [*messages, {"role": "assistant", "content": answer.text}]
         return answer
@@ -51,10 +51,7 @@ class Conversation:
         """Reads in a task that the signal cancels, as a blocking read might sleep through it."""
         reading = asyncio.create_task(self._read(messages, answer, show))
         asyncio.get_running_loop().add_signal_handler(signal.SIGINT, reading.cancel)
-        try:
-            await reading
-        except asyncio.CancelledError:
-            answer.finish_reason = "cancelled"
+        await reading
 
     async def _read(
         self, messages: list[Message], answer: Answer, show: Callable[[str], None]

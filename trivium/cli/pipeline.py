@@ -23,7 +23,7 @@ LOOPBACK = "127.0.0.1"
 CHAT, GENERATOR = "trivium.chat.v1.ChatService", "trivium.generator.v1.GeneratorService"
 
 # glibc's allocator then asks for huge pages, which is where the weights are: a step reads all of
-# them, and one sequence decodes a sixth faster (docs/log.md).
+# them, and one sequence decodes a seventh faster (docs/log.md).
 TUNABLES, HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
 
 MEMORY_SHARE = 0.5  # of free memory, for the keys and values of all models together

@@ -1,7 +1,7 @@
 """Which ONNX Runtime providers really work here: each runs a graph of one addition.
 
 Asking for CUDA where it cannot work only warns and runs on the CPU, so the session is asked what
-it uses. This module and `generator_svc/device.py` are the only ones that import the runtime.
+it uses. Besides this module, only `generator_svc/device.py` and the exporter import the runtime.
 """
 
 from __future__ import annotations
