@@ -8,6 +8,7 @@ runner is shown all plans of an engine in their order, so that its slots hold th
 
 from __future__ import annotations
 
+import functools
 import queue
 import sys
 import time
@@ -66,7 +67,7 @@ class EngineLoop:
         self._events = queue.SimpleQueue()
         recorder: Any = self._recorder  # as good as the runner that it records
         self._engine = build_engine(settings, recorder, meter, self._deliver, self._events.put)
-        self._engine.start()
+        self._engine.start(functools.partial(warm_up, runner, meter))
 
     def info(self) -> DeviceInfo:
         """What the service would run with."""
@@ -142,11 +143,10 @@ class BareRunner:
 
 
 def _load(folder: Path, device: str) -> tuple[GeneratorSettings, OrtRunner, Meter]:
-    """A warm runner as the service would load it, from the same variables."""
+    """A runner as the service would load it, from the same variables, not yet warm."""
     given: dict[str, Any] = {"model_directory": folder, "device": device}
     settings = GeneratorSettings(**given)
     runner, meter = load_runner(settings, load_model_directory(folder)), Meter()
-    warm_up(runner, meter)
     return settings, runner, meter
 
 

@@ -272,7 +272,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sequences", default=",".join(map(str, COUNTS)))
     parser.add_argument("--prompt", type=int, help="tokens; 128, or 16 with --small")
     parser.add_argument("--output", type=int, help="tokens; 128, or 8 with --small")
-    parser.add_argument("--cuda-graphs", action="store_true", help="replay decode steps")
+    parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--models", type=Path, help="keeps the models there and takes them again")
     parser.add_argument("--genai-python", help="an interpreter that has onnxruntime-genai")
     parser.add_argument("--json", type=Path, help="where to write all numbers")
@@ -291,7 +291,7 @@ def main() -> None:
         output=options.output or (8 if small else 128),
         chunk=64 if small else 512,
         copied_bytes=2**26 if small else 2**28,
-        cuda_graphs=options.cuda_graphs,
+        cuda_graphs=not options.eager,
     )
     genai = options.genai_python
     if genai is None and importlib.util.find_spec("onnxruntime_genai"):

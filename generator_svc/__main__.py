@@ -1,6 +1,7 @@
 """`python -m generator_svc`: loads the model, warms it up, serves until told to stop."""
 
 import asyncio
+import functools
 import logging
 import sys
 from collections.abc import Callable
@@ -40,6 +41,8 @@ from trivium.wire.settings import load_settings, refuse_to_start
 
 log = logging.getLogger("generator_svc")
 
+_CAPTURE_SECONDS = 30.0  # at the start; what is left is captured when it first comes up
+
 SERVICE = "trivium.generator.v1.GeneratorService"
 
 # The engine's thread needs the interpreter lock the moment a run ends; 5 ms would be a step.
@@ -72,12 +75,16 @@ def _load_on(device: str, settings: GeneratorSettings, model: ModelDirectory) ->
     plan = plan_memory(
         model, settings.slots, settings.max_sequence_length, cache_bytes, element_bytes
     )
-    cuda_graphs = settings.cuda_graphs and device == "cuda"
+    # ONNX Runtime leaves some float32 nodes to the CPU, and then refuses to capture any.
+    cuda_graphs = settings.cuda_graphs and device == "cuda" and model.precision != "fp32"
     return OrtRunner(model, device, plan.slots, plan.slot_length, settings.threads, cuda_graphs)
 
 
 def warm_up(runner: OrtRunner, meter: Meter) -> None:
-    """One prefill and one decode; DeviceError when they fail or give anything but numbers."""
+    """One prefill, one decode and the CUDA graphs, on the thread that is to run the model.
+
+    Raises DeviceError when a run fails or gives anything but numbers.
+    """
     prefill = Chunk(slot=0, start=0, token_ids=(0, 0, 0), wants_logits=True)
     outcome = runner.run(StepPlan(chunks=(prefill,), rows=(Row(0, 3),)))
     for result in (*outcome.chunks, outcome.rows):
@@ -87,6 +94,7 @@ def warm_up(runner: OrtRunner, meter: Meter) -> None:
             raise DeviceError(f"the model cannot be run: {result.error}") from result.error
         if result.logits is None or not np.isfinite(result.logits).all():
             raise DeviceError("the model's logits are not finite")
+    meter.charge_overhead(runner.capture(_CAPTURE_SECONDS), WARM_UP)
 
 
 def describe(
@@ -119,7 +127,14 @@ def build_engine(
 ) -> Engine:
     cache = SlotCache(runner.info.slots, runner.info.slot_length, settings.prefix_cache)
     stall_nanoseconds = settings.prefill_stall_ms * 1_000_000
-    scheduler = Scheduler(cache, Pace(), stall_nanoseconds, settings.chunk_tokens, meter.settle)
+    scheduler = Scheduler(
+        cache,
+        Pace(),
+        stall_nanoseconds,
+        settings.chunk_tokens,
+        meter.settle,
+        runner.info.capture_sizes,
+    )
     admission = Admission(settings.max_queued_requests, settings.max_queued_tokens)
     return Engine(scheduler, runner, meter, admission, deliver, on_fault)
 
@@ -177,15 +192,14 @@ async def serve_constrained(
         loop.call_soon_threadsafe(faulted.set)
 
     meter = Meter()
-    warm_up(runner, meter)
     engine = build_engine(settings, runner, meter, Mailroom(loop).deliver, report_fault)
+    await asyncio.to_thread(engine.start, functools.partial(warm_up, runner, meter))
     info = describe(model, runner, settings)
     registry = CollectorRegistry()
     service = build_service(settings, model, info, engine, registry, constraints)
     serve_metrics(settings, registry)
     server = GrpcServer([(add_GeneratorServiceServicer_to_server, service)], [SERVICE])
     port = await server.start(f"{settings.host}:{settings.port}")
-    engine.start()
     await server.set_serving(True)
     log.info("serving %s on port %d by %s", model.id, port, info.execution_provider)
     stop, fault = asyncio.create_task(wait_for_signal()), asyncio.create_task(faulted.wait())

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from generator_svc import sampler
-from generator_svc.device_row import BLOCK, RELATIVE_ERROR, DeviceRow
+from generator_svc.device_row import BLOCK, RELATIVE_ERROR, DeviceRow, GreedyRow
 from generator_svc.random_draw import uniform
 from generator_svc.sequence import SampledToken, Sampling, Sequence
 
@@ -54,14 +54,18 @@ class _Known:
 
 
 def sample_all(
-    drawing: Iterable[tuple[Sequence, sampler.Row | DeviceRow]],
+    drawing: Iterable[tuple[Sequence, sampler.Row | DeviceRow | GreedyRow]],
 ) -> tuple[list[tuple[Sequence, SampledToken]], list[tuple[Sequence, BaseException]]]:
     """Tokens for all, as `sampler.sample_all` has it, from rows that are here or on the device."""
     return sampler.sample_all(drawing, sample)
 
 
-def sample(sequence: Sequence, logits: sampler.Row | DeviceRow) -> SampledToken:
+def sample(sequence: Sequence, logits: sampler.Row | DeviceRow | GreedyRow) -> SampledToken:
     """The next token, as `sampler.sample` has it, from a row that is here or on the device."""
+    if isinstance(logits, GreedyRow):
+        if logits.is_certain:
+            return SampledToken(logits.token_id)
+        logits = logits.fetch()
     if isinstance(logits, DeviceRow):
         token_id = certain_token(sequence, logits)
         if token_id is not None:

@@ -23,6 +23,8 @@ _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # to half as long again as soon as others want a core (docs/log.md).
 _SPIN_MICROSECONDS = "50"
 
+_FLASH_ATTENTION = "1"  # of the provider option sdpa_kernel
+
 # Where a tensor is: device, its number, type, shape, address.
 Place = tuple[str, int, Any, tuple[int, ...], int]
 
@@ -65,17 +67,24 @@ class Device:
         self.clock = _start_clock(name)
 
     def open(self, graph: Path | bytes, threads: int = 1, cuda_graphs: bool = False) -> Any:
-        """A session of a graph or its file; 0 threads are one for each core. Raises DeviceError.
+        """A session of a graph or its file. Raises DeviceError.
+
+        `threads` of a run on the CPU, 0 for one per core; on CUDA the host only launches kernels.
 
         With `cuda_graphs`, runs with a number are captured as CUDA graphs and replayed.
         """
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        options.intra_op_num_threads = threads or _physical_cores()
         options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN_MICROSECONDS)
         providers: list[Any] = [_PROVIDERS["cpu"]]
         if self.name == "cuda":
             providers.insert(0, (_PROVIDERS["cuda"], self._cuda_options(cuda_graphs)))
+            options.intra_op_num_threads = 1  # more would do nothing but spin
+            # Frees the raw weights once a kernel has packed them its own way.
+            entry = "session.use_device_allocator_for_initializers"
+            options.add_session_config_entry(entry, "1")
+        else:
+            options.intra_op_num_threads = threads or _physical_cores()
         try:
             model = str(graph) if isinstance(graph, Path) else graph
             session = ort.InferenceSession(model, options, providers=providers)
@@ -101,17 +110,27 @@ class Device:
             ctypes.memmove(target, source, size)
 
     def _cuda_options(self, cuda_graphs: bool) -> dict[str, str]:
-        options = {"enable_cuda_graph": "1"} if cuda_graphs else {}
+        # Flash attention for prompts: cuDNN's, the default, stalls up to 92 ms on each new prompt
+        # length while it plans, Flash up to 22 ms (docs/log.md). Decode kernels are not concerned.
+        options = {"sdpa_kernel": _FLASH_ATTENTION}
+        if cuda_graphs:
+            options["enable_cuda_graph"] = "1"
         if isinstance(self.clock, CudaClock):
             options["user_compute_stream"] = str(self.clock.stream)
         return options
 
 
 @functools.cache
-def run_options(graph: int) -> Any:
-    """For a run that is captured, or a replay, as CUDA graph number `graph`, or NO_GRAPH."""
+def run_options(graph: int = NO_GRAPH, synchronize: bool = True) -> Any:
+    """For a run that is captured, or a replay, as CUDA graph number `graph`, or NO_GRAPH.
+
+    Without `synchronize`, the host does not wait until the device is done, so that nothing may be
+    read on the host but by a later run, or after Device.clock has stopped.
+    """
     options = ort.RunOptions()
     options.add_run_config_entry("gpu_graph_id", str(graph))
+    if not synchronize:
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
     return options
 
 

@@ -1,7 +1,8 @@
-"""A row of logits that stays on the device: its candidates are here, the whole of it on demand.
+"""A row of logits that stays on the device: what decides is here, the whole of it on demand.
 
-The candidates come from the graph `candidates.onnx`, which tests/generator_svc/candidate_graph.py
-writes. Knows nothing about sessions, memory or sampling.
+For a greedy row that is the largest logit, from the graph `argmax.onnx`, for others the candidates,
+from `candidates.onnx`; tests/generator_svc/candidate_graph.py writes both. Knows nothing about
+sessions, memory or sampling.
 """
 
 import functools
@@ -14,10 +15,26 @@ import numpy as np
 import numpy.typing as npt
 
 GRAPH = Path(__file__).with_name("candidates.onnx")
+ARGMAX_GRAPH = Path(__file__).with_name("argmax.onnx")
 CANDIDATES = 256
 BLOCK = 256  # tokens with consecutive ids, whose remaining mass is summed
 # Of a block's sum: 256 terms in float32, and the rounding of the exponents before.
 RELATIVE_ERROR = 1e-4
+
+
+@dataclass(frozen=True, eq=False)
+class GreedyRow:
+    """`token_id` has the largest logit; `is_certain` if no other has the same, and all are numbers.
+
+    `fetch` brings all logits, float32 [vocabulary]; it may be called until the device's next step.
+    """
+
+    token_id: int
+    is_certain: bool
+    fetch: Callable[[], npt.NDArray[np.float32]]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        return np.array(self.fetch(), dtype)
 
 
 @dataclass(frozen=True, eq=False)

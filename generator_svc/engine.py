@@ -8,12 +8,13 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 from generator_svc.admission import Admission
 from generator_svc.candidates import sample_all
-from generator_svc.device_row import DeviceRow
+from generator_svc.device_row import DeviceRow, GreedyRow
 from generator_svc.logits_memory import Logits
 from generator_svc.metering import ANSWERS, CACHE_MOVES, Meter
 from generator_svc.runner import Outcome, Runner
@@ -21,6 +22,8 @@ from generator_svc.scheduler import Scheduler, Step
 from generator_svc.sequence import FinishReason, Generation, Group, Sequence, Stage, Update
 
 log = logging.getLogger(__name__)
+
+LogitsRow = Logits | DeviceRow | GreedyRow  # float32 [vocabulary]
 
 # How long there has to be nothing to do before finished answers are computed as prompts: longer
 # than a program takes to send its next request, shorter than a person takes to write.
@@ -64,16 +67,27 @@ class Engine:
         self._inbox: deque[Callable[[], list[Update] | None]] = deque()
         self._wake = threading.Event()
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread: threading.Thread | None = None
 
-    def start(self) -> None:
+    def start(self, prepare: Callable[[], None] = lambda: None) -> None:
+        """Starts the thread and waits until it has run `prepare`, which may raise here.
+
+        On CUDA, captured graphs and attention plans belong to the thread that made them.
+        """
+        prepared: Future[None] = Future()
+        arguments = (prepare, prepared)
+        self._thread = threading.Thread(
+            target=self._run, name="engine", args=arguments, daemon=True
+        )
         self._thread.start()
+        prepared.result()
 
     def close(self) -> None:
         """Ends the thread after the current step; what still runs is cancelled."""
         self._closed = True
         self._wake.set()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
 
     def submit(self, generation: Generation, tag: Any = None) -> Group:
         """Queues a checked request; raises QueueFull. Its updates carry the returned group."""
@@ -134,7 +148,13 @@ class Engine:
         self._scheduler.check_integrity()
         self.meter.check_integrity(self._scheduler.running)
 
-    def _run(self) -> None:
+    def _run(self, prepare: Callable[[], None], prepared: Future[None]) -> None:
+        try:
+            prepare()
+        except BaseException as error:
+            prepared.set_exception(error)
+            return
+        prepared.set_result(None)
         try:
             while not self._closed:
                 if self._inbox or self._scheduler.has_work:
@@ -183,7 +203,7 @@ class Engine:
             self.meter.charge(outcome.rows.nanoseconds, [(owner, 1) for owner in step.rows])
 
 
-def _drawing(step: Step, outcome: Outcome) -> Iterator[tuple[Sequence, Logits | DeviceRow]]:
+def _drawing(step: Step, outcome: Outcome) -> Iterator[tuple[Sequence, LogitsRow]]:
     """Who draws a token in this step, and from which logits, float32 [vocabulary]."""
     for sequence in step.forks:
         yield sequence, sequence.group.prompt_logits

@@ -47,12 +47,14 @@ class Row:
     """Computes `token_id` as the token at `position` of the slot that has the row's number.
 
     An idle row is there because its neighbours are: what it writes at its position is
-    garbage that is overwritten before it is ever read.
+    garbage that is overwritten before it is ever read. Of a greedy row's logits only the largest
+    is needed.
     """
 
     token_id: int
     position: int
     is_idle: bool = False
+    is_greedy: bool = False
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ import numpy.typing as npt
 from generator_svc.batch import RunInputs, decode_inputs, prefill_inputs
 from generator_svc.cuda_memory import CudaMemory
 from generator_svc.device import NO_GRAPH, Device, DeviceError, run_options, type_of
-from generator_svc.device_row import CANDIDATES, DeviceRow
+from generator_svc.device_row import CANDIDATES
 from generator_svc.fixed_inputs import FixedInputs
 from generator_svc.integer_products import are_exact
-from generator_svc.logits_memory import DeviceLogits, HostLogits, Logits
+from generator_svc.logits_memory import DeviceLogits, DeviceRows, HostLogits, Logits
 from generator_svc.plan import Chunk, Copy, Row, StepPlan, Swap
 from generator_svc.slot_memory import HostMemory, SlotMemory
 from trivium.model_directory import ModelDirectory
@@ -27,6 +27,9 @@ from trivium.model_directory import ModelDirectory
 log = logging.getLogger(__name__)
 
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+# Decode batches that are captured as CUDA graphs; others are padded up to the next of them.
+CAPTURE_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 # Of the largest logit: a mask of another length may make the attention split its work otherwise.
 _GRAPH_TOLERANCE = 0.02
@@ -36,11 +39,11 @@ _GRAPH_TOLERANCE = 0.02
 class RunResult:
     """One run: its device time, and either its logits, float32 [rows, vocabulary], or its error.
 
-    Logits that stay on the device are a DeviceRow for each row.
+    Logits that stay on the device are a DeviceRow or GreedyRow for each row.
     """
 
     nanoseconds: int
-    logits: Logits | tuple[DeviceRow, ...] | None = None
+    logits: Logits | DeviceRows | None = None
     error: BaseException | None = None
 
 
@@ -69,6 +72,7 @@ class DeviceInfo:
     slots: int
     slot_length: int
     cache_bytes: int
+    capture_sizes: tuple[int, ...] = ()  # batch sizes of CUDA graphs, ascending; empty without
 
 
 @dataclass
@@ -76,10 +80,13 @@ class _Bindings:
     """I/O bindings by first slot and row count, since binding a cache takes longer than a step."""
 
     create: Callable[[int, int], Any]
+    are_reused: bool
     known: dict[tuple[int, int], Any] = field(default_factory=dict)
 
     def get(self, first_slot: int, rows: int) -> Any:
         key = (first_slot, rows)
+        if not self.are_reused:
+            return self.create(*key)
         if key not in self.known:
             self.known[key] = self.create(first_slot, rows)
         return self.known[key]
@@ -88,8 +95,9 @@ class _Bindings:
 class OrtRunner:
     """A model on a device, with `slots` slots of `slot_length` tokens.
 
-    With `cuda_graphs`, decode runs of a number of rows that comes again are captured as a CUDA
-    graph and replayed.
+    With `cuda_graphs`, decode runs are captured as one CUDA graph for each of
+    `info.capture_sizes` and replayed, once `capture` has found that to work. Graphs belong to the
+    thread that captured them: all runs, and `capture`, are for one thread.
     """
 
     def __init__(
@@ -105,13 +113,16 @@ class OrtRunner:
             _check_integer_products(device)
         self._model = model
         self._device = Device(device)
-        self._session = self._device.open(model.graph, threads, cuda_graphs)
+        self._session, cuda_graphs = self._open(threads, cuda_graphs)
         past_type = type_of(self._session.get_inputs(), model.names.past_key % 0)
         cache_type = _NUMPY_TYPES[past_type]
         logits_type = _NUMPY_TYPES[type_of(self._session.get_outputs(), model.names.logits)]
         shape = (slots, model.num_kv_heads, slot_length, model.head_size)
         self._memory = _allocate(device, 2 * model.num_layers, shape, cache_type)
-        self._bindings = _Bindings(self._create_binding)
+        # In float32 on CUDA, a binding that had a mask of another shape before gives wrong logits
+        # (ONNX Runtime 1.31.1, docs/log.md).
+        are_reused = not (device == "cuda" and cache_type is np.float32)
+        self._bindings = _Bindings(self._create_binding, are_reused)
         self._logits = _logits_memory(self._device, model.vocab_size, logits_type)
         self._row_logits = self._logits.reserve(slots)
         self.info = DeviceInfo(
@@ -120,11 +131,9 @@ class OrtRunner:
             slots=slots,
             slot_length=slot_length,
             cache_bytes=self._memory.size_in_bytes,
+            capture_sizes=_capture_sizes(slots) if cuda_graphs else (),
         )
         self._fixed_inputs: FixedInputs | None = None
-        self._decoded: set[int] = set()  # numbers of rows that there was a run of
-        if cuda_graphs:
-            self._try_capturing()
 
     def run(self, plan: StepPlan) -> Outcome:
         """Carries out a plan. A run that fails is reported in its result, never raised."""
@@ -138,6 +147,30 @@ class OrtRunner:
             rows = self._run_rows(plan.rows)
         return Outcome(move_nanoseconds, chunks, rows)
 
+    def capture(self, seconds: float) -> int:
+        """Captures decode runs as CUDA graphs, the smallest batches first; returns nanoseconds.
+
+        Those that `seconds` do not suffice for are captured when they are first run. Without
+        `info.capture_sizes` there is nothing to do; what fails disables the graphs, with one line
+        in the log. Raises DeviceError if the model cannot be run. Writes to all slots.
+        """
+        started = time.perf_counter_ns()
+        if not self.info.capture_sizes:
+            return 0
+        try:
+            self._fixed_inputs = FixedInputs(self._device, self.info.slots, self.info.slot_length)
+        except Exception as error:  # no memory for them, for one
+            log.warning("CUDA graphs are disabled: %s", error)
+            return time.perf_counter_ns() - started
+        if not self._matches_eager_runs():
+            log.warning("CUDA graphs are disabled: their logits are not those of eager runs")
+            self._fixed_inputs = None
+        for size in self.info.capture_sizes:
+            if self._fixed_inputs is None or time.perf_counter_ns() - started > seconds * 1e9:
+                break
+            self.run(StepPlan(rows=(Row(0, 0),) * size))
+        return time.perf_counter_ns() - started
+
     def _move(self, move: Copy | Swap) -> None:
         if isinstance(move, Copy):
             self._memory.copy(move.source, move.target, move.length)
@@ -147,44 +180,46 @@ class OrtRunner:
     def _run_chunk(self, chunk: Chunk) -> RunResult:
         inputs = prefill_inputs(chunk)
         bind = functools.partial(self._bind_inputs, inputs)
-        return self._run(inputs.first_slot, inputs.rows, bind, None, chunk.wants_logits)
+        return self._run(inputs.first_slot, [False], bind, None, chunk.wants_logits)
 
     def _run_rows(self, rows: tuple[Row, ...]) -> RunResult:
         count, lost = len(rows), 0
-        if self._fixed_inputs is not None and count in self._decoded:
+        is_greedy = [row.is_greedy or row.is_idle for row in rows]
+        if self._fixed_inputs is not None and count in self.info.capture_sizes:
             bind = functools.partial(self._bind_fixed_inputs, self._fixed_inputs, rows)
-            result = self._run(0, count, bind, self._row_logits, graph=count)
+            result = self._run(0, is_greedy, bind, self._row_logits, graph=count)
             if result.error is None:
                 return result
-            log.warning("CUDA graphs are given up: %s", result.error)
+            log.warning("CUDA graphs are disabled: %s", result.error)
             self._fixed_inputs, lost = None, result.nanoseconds
-        self._decoded.add(count)
         bind = functools.partial(self._bind_inputs, decode_inputs(rows))
-        result = self._run(0, count, bind, self._row_logits)
+        result = self._run(0, is_greedy, bind, self._row_logits)
         return replace(result, nanoseconds=lost + result.nanoseconds)
 
     def _run(
         self,
         first_slot: int,
-        rows: int,
+        is_greedy: list[bool],
         bind_inputs: Callable[[Any], None],
         room: Any,
         wants_logits: bool = True,
         graph: int = NO_GRAPH,
     ) -> RunResult:
-        """One run; `room` takes its logits, and None stands for room of their own.
+        """One run of a row for each of `is_greedy`.
 
+        `room` takes its logits, and None stands for room of their own.
         `graph` numbers the captured graph that it is, or becomes.
         """
-        started = time.perf_counter_ns()
+        started, rows = time.perf_counter_ns(), len(is_greedy)
         try:
             room = self._logits.reserve(rows) if room is None else room
             binding = self._bindings.get(first_slot, rows)
             binding.bind_output(self._model.names.logits, *self._logits.place(room, rows))
             self._device.clock.start()
             bind_inputs(binding)
-            self._session.run_with_iobinding(binding, run_options(graph))
-            logits = self._logits.read(room, rows) if wants_logits else None
+            options = run_options(graph, synchronize=self._logits.is_on_host)
+            self._session.run_with_iobinding(binding, options)
+            logits = self._logits.read(room, is_greedy) if wants_logits else None
             return RunResult(self._device.clock.stop(), logits)
         except Exception as error:  # whatever the runtime raises ends this run, not the engine
             return RunResult(time.perf_counter_ns() - started, error=error)
@@ -199,21 +234,30 @@ class OrtRunner:
         binding.bind_input(self._model.names.input_ids, *ids)
         binding.bind_input(self._model.names.attention_mask, *mask)
 
-    def _try_capturing(self) -> None:
-        """From now on, if the first captured graph gives what ordinary runs do."""
+    def _open(self, threads: int, cuda_graphs: bool) -> tuple[Any, bool]:
+        """A session, and whether its runs can be captured; raises DeviceError."""
+        if cuda_graphs:
+            try:
+                return self._device.open(self._model.graph, threads, cuda_graphs=True), True
+            except DeviceError as error:  # some of its operators run on the CPU, for one
+                log.warning("CUDA graphs are disabled: %s", error)
+        return self._device.open(self._model.graph, threads), False
+
+    def _matches_eager_runs(self) -> bool:
+        """Whether the first captured graph, replayed on other tokens, gives what eager runs do."""
         plans = [StepPlan(rows=(Row(token, position),)) for position, token in enumerate((0, 1, 0))]
-        ordinary = [self._checked_logits(plan) for plan in plans]
-        try:
-            self._fixed_inputs = FixedInputs(self._device, self.info.slots, self.info.slot_length)
-        except Exception as error:  # no room for them, for one
-            log.warning("CUDA graphs are given up: %s", error)
-            return
-        for plan, expected in zip(plans, ordinary, strict=True):
-            tolerance = _GRAPH_TOLERANCE * np.abs(expected).max()
-            if not np.allclose(expected, self._checked_logits(plan), rtol=0, atol=tolerance):
-                log.warning("CUDA graphs are given up: their logits are not those of other runs")
-                self._fixed_inputs = None
-                return
+        inputs, self._fixed_inputs = self._fixed_inputs, None
+        eager = [self._checked_logits(plan) for plan in plans]
+        self._fixed_inputs = inputs
+        return all(
+            np.allclose(
+                expected,
+                self._checked_logits(plan),
+                rtol=0,
+                atol=_GRAPH_TOLERANCE * np.abs(expected).max(),
+            )
+            for plan, expected in zip(plans, eager, strict=True)
+        )
 
     def _checked_logits(self, plan: StepPlan) -> Logits:
         """The logits of a plan of one row, float32 [vocabulary]; raises DeviceError."""
@@ -237,6 +281,10 @@ class OrtRunner:
                 binding.bind_input(past % layer, *place)
                 binding.bind_output(present % layer, *place)
         return binding
+
+
+def _capture_sizes(slots: int) -> tuple[int, ...]:
+    return (*(size for size in CAPTURE_SIZES if size < slots), slots)
 
 
 def _check_integer_products(device: str) -> None:

@@ -59,7 +59,9 @@ class Step:
 class Scheduler:
     """`stall_nanoseconds` and `chunk_tokens` as in the module's policy.
 
-    `on_finish` hears of every sequence that ended, once, however it did.
+    `on_finish` hears of every sequence that ended, once, however it did. Decode batches are padded
+    with idle rows up to the next of `batch_sizes` (ascending, the last one every slot); without,
+    they are as long as they have to be.
     """
 
     def __init__(
@@ -69,11 +71,13 @@ class Scheduler:
         stall_nanoseconds: int,
         chunk_tokens: int,
         on_finish: Callable[[Sequence], None],
+        batch_sizes: tuple[int, ...] = (),
     ) -> None:
         assert chunk_tokens > _LEAST_PROGRESS
         self.cache = cache
         self._pace = pace
         self._on_finish = on_finish
+        self._batch_sizes = batch_sizes
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._stall_nanoseconds = stall_nanoseconds
@@ -280,10 +284,11 @@ class Scheduler:
     def _plan_rows(self, computed: dict[Sequence, int]) -> tuple[Row, ...]:
         decoding = {s.slot: s for s in self.running if s.stage is Stage.DECODE}
         rows = []
-        for slot in range(max(decoding, default=-1) + 1):
+        for slot in range(self._padded(max(decoding, default=-1) + 1)):
             sequence = decoding.get(slot)
             if sequence is not None:
-                rows.append(Row(sequence.token_ids[-1], sequence.computed))
+                is_greedy = sequence.is_greedy
+                rows.append(Row(sequence.token_ids[-1], sequence.computed, is_greedy=is_greedy))
                 continue
             owner = self.cache.owner(slot)
             position = self.cache.idle_position(slot)
@@ -291,6 +296,9 @@ class Scheduler:
                 position = computed.get(owner, position)
             rows.append(Row(0, position, is_idle=True))
         return tuple(rows)
+
+    def _padded(self, rows: int) -> int:
+        return next((size for size in self._batch_sizes if size >= rows), rows) if rows else 0
 
     def _start_siblings(self, group: Group) -> None:
         """Lets those start that wait for the prompt; without any left its logits are done with."""

@@ -49,7 +49,7 @@ class Sampling:
     def is_plain_greedy(self) -> bool:
         """Whether the next token is the arg max of the logits as they are."""
         return (
-            self.temperature == 0
+            (self.temperature == 0 or self.top_k == 1 or self.top_p == 0)
             and not self.logit_bias
             and self.repetition_penalty == 1
             and self.presence_penalty == 0
@@ -166,6 +166,17 @@ class Sequence:
     def uncomputed(self) -> int:
         """Tokens whose keys and values are not in the cache yet; 1 while decoding."""
         return len(self.token_ids) - self.computed
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the next token is the arg max of its logits, and that is all they are for."""
+        generation = self.generation
+        return (
+            generation.sampling.is_plain_greedy
+            and generation.constraint is None
+            and generation.top_logprobs is None
+            and self.generated >= generation.min_new_tokens
+        )
 
     def append(self, token_id: int) -> None:
         """Takes a generated token, and finishes the sequence if it is the last."""

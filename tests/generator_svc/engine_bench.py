@@ -29,6 +29,7 @@ class Bench:
     prefill_tokens: int = 8
     chunk_tokens: int = 16
     seed: int = 0
+    batch_sizes: tuple[int, ...] = ()
     runner: Any = None
     max_queued_requests: int = 100
     max_queued_tokens: int = 10_000
@@ -43,7 +44,9 @@ class Bench:
         self.admission = Admission(self.max_queued_requests, self.max_queued_tokens)
         self.cache = SlotCache(self.slots, self.slot_length, self.reuse)
         pace = SteadyPace(self.prefill_tokens)
-        self.scheduler = Scheduler(self.cache, pace, 1, self.chunk_tokens, self.meter.settle)
+        self.scheduler = Scheduler(
+            self.cache, pace, 1, self.chunk_tokens, self.meter.settle, self.batch_sizes
+        )
         self.engine = Engine(
             self.scheduler,
             self.runner,

@@ -7,12 +7,20 @@ import onnx
 import pytest
 
 import generator_svc.runner as runner_module
-from candidate_graph import candidate_graph, device_row
+from candidate_graph import argmax_graph, candidate_graph, device_row
 from engine_bench import Bench
 from generator_svc.__main__ import warm_up
 from generator_svc.candidates import certain_token, sample
 from generator_svc.device import Device
-from generator_svc.device_row import BLOCK, CANDIDATES, GRAPH, RELATIVE_ERROR, DeviceRow
+from generator_svc.device_row import (
+    ARGMAX_GRAPH,
+    BLOCK,
+    CANDIDATES,
+    GRAPH,
+    RELATIVE_ERROR,
+    DeviceRow,
+    GreedyRow,
+)
 from generator_svc.logits_memory import DeviceLogits
 from generator_svc.metering import Meter
 from generator_svc.runner import OrtRunner
@@ -258,6 +266,7 @@ def test_a_constraint_masks_candidates(share):
 def test_the_shipped_graph_is_the_one_written_down():
     """After a change: python tests/generator_svc/candidate_graph.py."""
     assert onnx.load_from_string(candidate_graph()) == onnx.load(GRAPH)
+    assert onnx.load_from_string(argmax_graph()) == onnx.load(ARGMAX_GRAPH)
 
 
 def _on_cpu(vocabulary):
@@ -274,7 +283,7 @@ def test_the_graph_picks_what_numpy_picks(size):
     room = memory.reserve(len(rows) + 1)
     room.update_inplace(np.concatenate([rows, rows[:1]])[:, None])
 
-    for row, given in zip(rows, memory.read(room, len(rows)), strict=True):
+    for row, given in zip(rows, memory.read(room, [False] * len(rows)), strict=True):
         expected = device_row(row)
         assert expected.ids.tolist() == given.ids.tolist()
         assert expected.values.tolist() == given.values.tolist()
@@ -292,7 +301,43 @@ def test_the_graph_shows_what_is_no_number():
     room.update_inplace(rows[:, None])
     sequence = sequence_of(sampling=Sampling(temperature=0))
 
-    assert [None] * 3 == [certain_token(sequence, row) for row in memory.read(room, 3)]
+    assert [None] * 3 == [certain_token(sequence, row) for row in memory.read(room, [False] * 3)]
+
+
+@pytest.mark.parametrize("size", [256, 257, 5000])
+def test_the_largest_logit_is_told_without_candidates(size):
+    """Certain unless another is as large, or one is no number; then the whole row is fetched."""
+    random = np.random.default_rng(size)
+    rows = np.stack([random.permutation(size).astype(np.float32) for _ in range(6)])
+    rows[1, rows[1].argmin()] = rows[1].max()
+    rows[2, 7], rows[3, 9], rows[4, :], rows[5, 1:] = np.nan, np.inf, np.nan, -np.inf
+    memory = _on_cpu(size)
+    room = memory.reserve(6)
+    room.update_inplace(rows[:, None])
+    given = memory.read(room, [True] * 6)
+
+    assert [True, False, False, False, False, True] == [row.is_certain for row in given]
+    assert [int(rows[0].argmax()), 0] == [given[0].token_id, given[5].token_id]
+    greedy = sequence_of(sampling=Sampling(temperature=0))
+    assert int(rows[1].argmax()) == sample(greedy, given[1]).token_id
+    for row in given[2:5]:
+        with pytest.raises(BadLogits):
+            sample(greedy, row)
+
+
+def test_rows_are_read_in_slices():
+    """Candidates for the 64 rows that one row needs them in, the largest logit for the others."""
+    rows = np.random.default_rng(3).permutation(200 * 300).astype(np.float32).reshape(200, 300)
+    memory = _on_cpu(300)
+    room = memory.reserve(200)
+    room.update_inplace(rows[:, None])
+    given = memory.read(room, [row != 70 for row in range(200)])
+    kinds = [type(row) for row in given]
+
+    assert [GreedyRow] * 64 + [DeviceRow] * 64 + [GreedyRow] * 72 == kinds
+    for row, part in zip(rows, given, strict=True):
+        assert row.argmax() == (part.token_id if isinstance(part, GreedyRow) else part.ids[0])
+        assert row.tolist() == part.fetch().tolist()
 
 
 def test_the_device_is_tried_before_it_is_trusted():
@@ -342,7 +387,7 @@ def test_an_engine_makes_the_same_tokens_from_rows_on_the_device(model, monkeypa
 def test_candidates_are_enough_for_a_greedy_batch(model, monkeypatch):
     """No row is fetched, and prompts that want no logits have none."""
     fetched = []
-    monkeypatch.setattr(DeviceRow, "whole", property(lambda row: fetched.append(row)))
+    monkeypatch.setattr(DeviceLogits, "_fetch_row", lambda *row: fetched.append(row))
     bench = Bench(slots=4, slot_length=96, runner=_runner(model, monkeypatch))
     for i in range(4):
         bench.submit([9 + i, *range(20, 50)], 12, stop_token_ids=frozenset())

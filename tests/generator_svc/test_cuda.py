@@ -2,6 +2,7 @@
 
 import ctypes
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from generator_svc import cuda_memory
 from generator_svc.__main__ import load_runner, warm_up
 from generator_svc.config import GeneratorSettings
 from generator_svc.cuda_memory import CudaClock, CudaError, CudaMemory, copy_to_host
+from generator_svc.device import Device
 from generator_svc.device_row import CANDIDATES, RELATIVE_ERROR, DeviceRow
 from generator_svc.metering import Meter
 from generator_svc.plan import Chunk, Copy, Row, StepPlan, Swap
@@ -145,19 +147,32 @@ def model(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def on_device(model):
-    """Loaded as the service loads it."""
-    settings = GeneratorSettings(
-        model_directory=model.path, device="cuda", slots=4, max_sequence_length=128
-    )
-    runner = load_runner(settings, model)
-    warm_up(runner, Meter())
-    return runner
+    """Loaded as the service loads it, without CUDA graphs."""
+    return _loaded(model, cuda_graphs=False)
 
 
 @pytest.fixture(scope="module")
 def capturing(model):
-    """The same, with decode steps as CUDA graphs."""
-    return OrtRunner(model, "cuda", 4, 128, cuda_graphs=True)
+    """The same, with decode steps as CUDA graphs where there can be any: not in float32."""
+    return _loaded(model, cuda_graphs=True)
+
+
+@pytest.fixture(params=["eager", "captured"])
+def either(request, on_device, capturing):
+    return {"eager": on_device, "captured": capturing}[request.param]
+
+
+def _loaded(model, cuda_graphs):
+    settings = GeneratorSettings(
+        model_directory=model.path,
+        device="cuda",
+        slots=4,
+        max_sequence_length=128,
+        cuda_graphs=cuda_graphs,
+    )
+    runner = load_runner(settings, model)
+    warm_up(runner, Meter())
+    return runner
 
 
 def _prefill(runner, slot, token_ids=PROMPT):
@@ -174,7 +189,7 @@ def test_all_is_on_the_device(on_device):
     passed = time.perf_counter_ns() - began
 
     assert "CUDAExecutionProvider" == on_device.info.provider
-    assert isinstance(on_device._clock, CudaClock)
+    assert isinstance(Device("cuda").clock, CudaClock)
     assert isinstance(result.logits[0], DeviceRow)
     assert 0 < result.nanoseconds <= passed
 
@@ -188,11 +203,33 @@ def test_logits_are_nearly_those_of_the_cpu(on_device, model):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_decode_logits_do_not_depend_on_earlier_runs(either, model, rows):
+    """After steps and prompts of other lengths they are those of a runner that had none."""
+    for slot in range(4):
+        _prefill(either, slot, PROMPT[::-1])
+    either.run(StepPlan(rows=tuple(Row(7, 40) for _ in range(rows))))
+    logits = []
+    for runner in (OrtRunner(model, "cuda", 4, 128), either):
+        for slot in range(rows):
+            _prefill(runner, slot, PROMPT[: 10 * (slot + 1)])
+        plan = StepPlan(rows=tuple(Row(7, 10 * (slot + 1)) for slot in range(rows)))
+        logits.append([np.array(row) for row in runner.run(plan).rows.logits])
+
+    assert np.allclose(*logits, atol=0.05)
+
+
+@pytest.mark.gpu
 def test_candidates_are_those_of_the_whole_row(on_device):
     """Of every row of a batch, at positions of their own."""
     for slot in range(4):
         _prefill(on_device, slot, PROMPT[: 10 * (slot + 1)])
     rows = tuple(Row(7, 10 * (slot + 1)) for slot in range(4))
+    greedy = on_device.run(StepPlan(rows=tuple(replace(row, is_greedy=True) for row in rows)))
+    best = [(row.token_id, row.is_certain) for row in greedy.rows.logits]
+    expected = [(int(row.fetch().argmax()), True) for row in greedy.rows.logits]
+
+    assert expected == best
     for row in on_device.run(StepPlan(rows=rows)).rows.logits:
         largest = np.sort(row.whole)[::-1][:CANDIDATES]
         rest = np.exp(row.whole - largest[0])[row.whole <= largest[-1]].sum()
@@ -220,8 +257,8 @@ def test_slots_can_be_moved_on_the_device(on_device):
 
 
 @pytest.mark.gpu
-def test_replayed_graphs_give_nearly_the_logits_of_ordinary_runs(on_device, capturing):
-    """Of one to four rows, with other sizes and prompts in between; no graph was given up."""
+def test_replayed_graphs_give_nearly_the_logits_of_eager_runs(on_device, capturing, caplog):
+    """Of one to four rows, with other sizes and prompts in between; no graph was disabled."""
     for step, count in enumerate((1, 4, 4, 2, 4, 2, 1)):
         found = []
         for runner in (on_device, capturing):
@@ -231,14 +268,23 @@ def test_replayed_graphs_give_nearly_the_logits_of_ordinary_runs(on_device, capt
             found.append([row.whole for row in runner.run(StepPlan(rows=rows)).rows.logits])
 
         assert np.allclose(*found, atol=0.05)
-    assert capturing._fixed_inputs is not None
+    assert [] == caplog.messages
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("runner", ["on_device", "capturing"])
-def test_the_engine_serves_from_the_device(runner, request):
+def test_float32_is_served_without_graphs(model, capturing, caplog):
+    """Decided before the session is made: nothing fails, and nothing is logged."""
+    expected = () if model.precision == "fp32" else (1, 2, 4)
+
+    assert expected == capturing.info.capture_sizes
+    assert [] == caplog.messages
+
+
+@pytest.mark.gpu
+def test_the_engine_serves_from_the_device(either):
     """Greedy and drawn requests end as asked, and the books are right after every step."""
-    bench = Bench(slots=4, slot_length=128, runner=request.getfixturevalue(runner))
+    sizes = either.info.capture_sizes
+    bench = Bench(slots=4, slot_length=128, runner=either, batch_sizes=sizes)
     samplings = [Sampling(temperature=0), Sampling(seed=1), Sampling(seed=2, top_k=5)]
     groups = [
         bench.submit(list(PROMPT[: 9 + i]), 15, sampling=sampling, n=2, stop_token_ids=frozenset())

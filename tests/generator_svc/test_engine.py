@@ -1,6 +1,7 @@
 """The engine on a runner whose cache holds token ids: every slip changes an answer."""
 
 import random
+import threading
 import time
 
 import numpy as np
@@ -321,6 +322,31 @@ def test_min_new_tokens_holds_stop_tokens_back():
     assert [EOS] == bench.tokens[short][0]
     assert EOS not in bench.tokens[long][0][:4]
     assert len(bench.tokens[long][0]) >= 4
+
+
+def test_the_start_waits_for_what_is_prepared_on_the_engines_thread():
+    """CUDA graphs belong to the thread that captures them."""
+    bench = Bench()
+    threads = []
+    bench.engine.start(lambda: threads.append(threading.current_thread().name))
+    prepared = threads.copy()
+    bench.engine.close()
+
+    assert ["engine"] == prepared
+
+
+def test_an_engine_that_cannot_be_prepared_does_not_start():
+    """Whoever starts it is told why, and there is no fault to report afterwards."""
+    bench = Bench()
+    with pytest.raises(MemoryError, match="no room"):
+        bench.engine.start(_fail)
+    bench.engine.close()
+
+    assert [] == bench.faults
+
+
+def _fail():
+    raise MemoryError("no room")
 
 
 def test_a_crash_of_the_engine_is_reported():

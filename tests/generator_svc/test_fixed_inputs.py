@@ -5,6 +5,7 @@ The CPU captures nothing, so what is compared here is all but the capture itself
 
 import logging
 import time
+from dataclasses import replace
 
 import onnx
 import pytest
@@ -18,7 +19,7 @@ from generator_svc.sequence import Sampling
 from tiny_models import tiny_model_directory
 from trivium.model_directory import load_model_directory
 
-PROMPTS = [tuple(range(5, 30)), tuple(range(40, 49)), tuple(range(60, 93))]
+PROMPTS = [tuple(range(5, 30)), tuple(range(40, 49)), tuple(range(60, 93)), (3, 9)]
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2"])
@@ -28,17 +29,18 @@ def model(request):
 
 def _runner(model, cuda_graphs):
     runner = OrtRunner(model, "cpu", 4, 96, threads=1, cuda_graphs=cuda_graphs)
+    runner.capture(seconds=60)
     for slot, prompt in enumerate(PROMPTS):
         runner.run(StepPlan(chunks=(Chunk(slot, 0, prompt, True),)))
     return runner
 
 
 def _decoded(runner):
-    """Logits of steps of one to three rows, at positions of their own, one of them idle."""
+    """Logits of steps of one to four rows, at positions of their own, one of them idle."""
     found = []
-    for step, count in enumerate((1, 3, 3, 2, 3, 1, 2)):
+    for step, count in enumerate((1, 4, 3, 2, 4, 1, 2)):
         rows = [Row(7 + step, len(prompt) + step) for prompt in PROMPTS[:count]]
-        rows[count // 2] = Row(0, len(PROMPTS[count // 2]) + step, is_idle=True)
+        rows[count // 2] = replace(rows[count // 2], token_id=0, is_idle=True)
         found.append(runner.run(StepPlan(rows=tuple(rows))).rows.logits.tolist())
     return found
 
@@ -48,8 +50,8 @@ def test_the_shipped_graph_is_the_one_written_down():
     assert onnx.load_from_string(fixed_inputs_graph()) == onnx.load(GRAPH)
 
 
-def test_steps_that_come_again_give_the_same_bits(model, monkeypatch):
-    """Fewer rows after more, and more again."""
+def test_captured_sizes_give_the_same_bits_as_eager_runs(model, monkeypatch):
+    """Fewer rows after more, and more again; three rows, which no graph is for, run eagerly."""
     written = []
     write = FixedInputs.write
 
@@ -61,7 +63,19 @@ def test_steps_that_come_again_give_the_same_bits(model, monkeypatch):
     expected, given = (_decoded(_runner(model, graphs)) for graphs in (False, True))
 
     assert expected == given
-    assert [1, 1, 1, 1, 3, 3, 1, 2] == written  # three at the start; each number's first is plain
+    comparison, captures, steps = [1, 1, 1], [1, 2, 4], [1, 4, 2, 4, 1, 2]
+    assert comparison + captures + steps == written
+
+
+def test_what_there_is_no_time_to_capture_at_the_start_is_captured_later(model):
+    """The start is as short as it was told to be, and nobody notices afterwards."""
+    runner = OrtRunner(model, "cpu", 4, 96, threads=1, cuda_graphs=True)
+    spent = runner.capture(seconds=0)
+    for slot, prompt in enumerate(PROMPTS):
+        runner.run(StepPlan(chunks=(Chunk(slot, 0, prompt, True),)))
+
+    assert spent > 0
+    assert _decoded(_runner(model, cuda_graphs=False)) == _decoded(runner)
 
 
 def test_an_engine_makes_the_same_tokens(model):
@@ -73,7 +87,9 @@ def test_an_engine_makes_the_same_tokens(model):
     ]
     answers = []
     for cuda_graphs in (False, True):
-        bench = Bench(slots=4, slot_length=96, runner=_runner(model, cuda_graphs))
+        runner = _runner(model, cuda_graphs)
+        sizes = runner.info.capture_sizes
+        bench = Bench(slots=4, slot_length=96, runner=runner, batch_sizes=sizes)
         groups = [
             bench.submit([9 + i, *range(20, 40)], 10 + 5 * i, stop_token_ids=frozenset(), **fields)
             for i, fields in enumerate(requests)
@@ -100,7 +116,7 @@ def test_a_graph_that_fails_is_replaced_by_an_ordinary_run(model, monkeypatch, c
 
     assert expected == given
     assert first.nanoseconds >= 50_000_000
-    assert ["CUDA graphs are given up: no room for a graph"] == caplog.messages
+    assert ["CUDA graphs are disabled: no room for a graph"] == caplog.messages
 
 
 def test_no_room_for_the_inputs_is_no_reason_not_to_start(model, monkeypatch, caplog):
@@ -114,7 +130,7 @@ def test_no_room_for_the_inputs_is_no_reason_not_to_start(model, monkeypatch, ca
         given = _decoded(_runner(model, cuda_graphs=True))
 
     assert _decoded(_runner(model, cuda_graphs=False)) == given
-    assert ["CUDA graphs are given up: no room for a mask"] == caplog.messages
+    assert ["CUDA graphs are disabled: no room for a mask"] == caplog.messages
 
 
 def test_graphs_are_tried_before_they_are_trusted(model, monkeypatch, caplog):

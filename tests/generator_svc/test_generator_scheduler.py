@@ -60,6 +60,29 @@ def test_no_token_is_alone_in_a_tile_of_the_attention(chunk_tokens):
         assert greedy(group.generation.prompt, 2) == bench.tokens[group][0]
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_padded_decode_batches_give_the_same_tokens(seed):
+    """Every batch has one of the sizes asked for; prompts in free slots stay cached."""
+    draw = random.Random(seed)
+    sizes = (1, 2, 4, 6)
+    bench = Bench(slots=6, seed=seed, batch_sizes=sizes)
+    groups = []
+    for _ in range(20):
+        prompt = [*range(2, 2 + draw.randrange(2, 20)), draw.randrange(40, 44)]
+        groups.append(bench.submit(prompt, draw.randrange(1, 9), n=draw.choice([1, 2, 3])))
+        for _ in range(draw.randrange(4)):
+            bench.step()
+    bench.finish()
+    again = bench.submit(list(groups[-1].generation.prompt), 2)
+    bench.finish()
+
+    assert {len(plan.rows) for plan in bench.runner.plans} <= {0, *sizes}
+    for group in groups:
+        wanted = greedy(group.generation.prompt, group.generation.max_new_tokens)
+        assert all(wanted == tokens for tokens in bench.tokens[group].values())
+    assert again.sequences[0].cached_prompt_tokens >= len(again.generation.prompt) - 2
+
+
 @pytest.mark.parametrize("stopped", [[0], [0, 1], [1], [2, 0], [1, 0]])
 @pytest.mark.parametrize("steps", [0, 1, 2])
 def test_the_next_choice_takes_the_prefill_over(stopped, steps):
