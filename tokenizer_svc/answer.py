@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from tokenizer_svc.choice import Reading
 from tokenizer_svc.completion import Completion
-from tokenizer_svc.events import Delta
+from tokenizer_svc.events import Delta, FinishReason
 from tokenizer_svc.families.segments import Parser
 from tokenizer_svc.generation import Constraint, Start
 from tokenizer_svc.grammar import blamed, constraint
@@ -42,7 +42,9 @@ def chat_constraint(model: Model, request: ValidRequest, prompt: Prompt) -> Cons
 
 def chat_reading(model: Model, request: ValidRequest, prompt: Prompt) -> Reading:
     """How the answer to a chat request is read."""
-    output, names = model.output, request.tool_use.names
+    output, use = model.output, request.tool_use
+    names, markers = use.names, output.markers(calls=bool(use.names))
+    is_token = model.tokenizer.marker_id
 
     def parser() -> Parser:
         return output.parser(names, prompt.thinking)
@@ -51,7 +53,11 @@ def chat_reading(model: Model, request: ValidRequest, prompt: Prompt) -> Reading
         plain_reading(request.options),
         parser=parser,
         call_id=_short_call_id if output.short_call_ids else _call_id,
-        markers=output.markers(calls=bool(names)),
+        markers=markers,
+        spelled_markers=frozenset(text for text in markers if is_token(text) is None),
+        forced_call=use.forced,
+        # As OpenAI has it: a call that the caller named is no decision of the model's.
+        called=FinishReason.STOP if use.named else FinishReason.TOOL_CALLS,
     )
 
 

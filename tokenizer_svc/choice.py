@@ -27,11 +27,19 @@ from tokenizer_svc.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Reading:
-    """How a request's choices are read: a parser for each, the tokens it must see, the ends."""
+    """How a request's choices are read: a parser for each, the tokens it must see, the ends.
+
+    `spelled_markers` are those of the parser's markers that are not a token of their own, so that
+    the end of the output may cut them in two. `forced_call` is whether the output has to be a call;
+    `called` is the reason of a choice that ended with one.
+    """
 
     parser: Callable[[], Parser] = Plain
     call_id: Callable[[], str] = str
     markers: frozenset[str] = frozenset()
+    spelled_markers: frozenset[str] = frozenset()
+    forced_call: bool = False
+    called: FinishReason = FinishReason.TOOL_CALLS
     show_hidden: bool = False
     stops: StopStrings = field(default_factory=lambda: StopStrings(()))
     include_stop: bool = False
@@ -188,7 +196,9 @@ class Choice:
         start, self._decoded = self._decoded, self._decoded + len(rest)
         if rest:
             self._take_segments(self._parser.push(rest, start))
-        self._take_segments(self._parser.flush())
+        is_cut = finished.ending is Ending.LENGTH or self._reading.forced_call
+        cut = self._reading.spelled_markers if is_cut else frozenset()
+        self._take_segments(self._parser.flush(cut))
         if self.matched_stop is None:
             self.completion_tokens = finished.completion_tokens
             self._show(self._matcher.flush().text)
@@ -207,4 +217,4 @@ class Choice:
         ending = None if self.finished is None else self.finished.ending
         if self.matched_stop is None and ending is Ending.LENGTH:
             return FinishReason.LENGTH
-        return FinishReason.TOOL_CALLS if self._calls else FinishReason.STOP
+        return self._reading.called if self._calls else FinishReason.STOP

@@ -207,13 +207,15 @@ class ValidOptions:
 class ToolUse:
     """Which calls an answer may, or has to, consist of; there are none without tools.
 
-    `places` are the tools' indices in the request.
+    `places` are the tools' indices in the request; `named` is whether the caller named the function
+    to call.
     """
 
     tools: tuple[Tool, ...] = ()
     places: tuple[int, ...] = ()
     forced: bool = False
     parallel: bool = True
+    named: bool = False
 
     @property
     def names(self) -> frozenset[str]:

@@ -82,4 +82,5 @@ def tool_use(tools: tuple[Tool, ...], choice: ToolChoice | None, parallel: bool 
         places=places,
         forced=mode is not ToolMode.AUTO,
         parallel=parallel is not False and mode is not ToolMode.FUNCTION,
+        named=mode is ToolMode.FUNCTION,
     )

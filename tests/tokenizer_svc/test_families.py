@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from types import FrameType
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tokenizer_svc.families import harmony, hermes, llama3_json, mistral, thinking
 from tokenizer_svc.families.harmony import HarmonyParser
 from tokenizer_svc.families.hermes import HermesParser
 from tokenizer_svc.families.llama3_json import Llama3JsonParser
@@ -41,7 +42,7 @@ Result = tuple[str, str, Calls]
 """Reasoning, content, calls."""
 
 
-def read(parser: Parser, pieces: list[str]) -> Result:
+def read(parser: Parser, pieces: list[str], cut: Set[str] = frozenset()) -> Result:
     """All segments put together; each text must stand where it says it does."""
     whole, segments = "".join(pieces), []
     start = 0
@@ -50,7 +51,7 @@ def read(parser: Parser, pieces: list[str]) -> Result:
         start += len(piece)
 
         assert 0 <= parser.held <= start
-    segments += parser.flush()
+    segments += parser.flush(cut)
     return joined(segments, whole)
 
 
@@ -169,8 +170,7 @@ MALFORMED: list[tuple[str, str]] = [
     ("hermes", '<tool_call>{"name": "add", "name": "add"}</tool_call>'),
     ("hermes", '<tool_call>{"arguments": {}}</tool_call>'),
     ("hermes", "<tool_call>[]</tool_call>"),
-    ("hermes", ' <tool_call> \n{"name": "add", "argu'),
-    ("hermes", "<tool_call>"),
+    ("hermes", "a <tool_cal"),
     ("hermes", '<tool_call>{"name" "add"}'),
     ("hermes", '<tool_call>{"name": "add",}'),
     ("hermes", '<tool_call>{"x": 01, "name": "add"}'),
@@ -178,8 +178,10 @@ MALFORMED: list[tuple[str, str]] = [
     ("llama3_json", '<|python_tag|>print("hi")'),
     ("llama3_json", "<|python_"),
     ("llama3_json", '{"city": "Köln"}'),
-    ("llama3_json", ' {"name": "add", "para'),
-    ("mistral", "[TOOL_CALLS]"),
+    ("llama3_json", ' {"city": "K'),
+    ("llama3_json", '{"name": "Bob'),
+    ("mistral", "a [TOOL_CALL"),
+    ("mistral", "[TOOL_CALLS]Hello there"),
     ("mistral", "x [TOOL_CALLS] [1, 2]"),
     ("mistral", '[TOOL_CALLS][{"name": "nobody"}]'),
     ("mistral", "[TOOL_CALLS]nobody[ARGS]{}"),
@@ -201,6 +203,51 @@ def test_malformed_calls_are_text(family: str, output: str) -> None:
     """Nothing is lost, and nothing is a call."""
     assert ("", output, []) == read(PARSERS[family](), [output])
     assert ("", output, []) == read(PARSERS[family](), list(output))
+
+
+# Where a call that was cut off is one, and where nothing is known of it.
+UNFINISHED: list[tuple[str, str, Calls]] = [
+    ("hermes", "<tool_call>", []),
+    ("hermes", '\n<tool_call>\n{"name": "ad', []),
+    ("hermes", '<tool_call>{"name": "add', []),
+    ("hermes", ' <tool_call> \n{"name": "add", "argu', [("add", "")]),
+    ("hermes", '<tool_call>{"name": "add", "arguments": ', [("add", "")]),
+    ("hermes", '<tool_call>{"arguments": {"a": 1}, "name": "ad', []),
+    ("hermes", '<tool_call>{"arguments": {"a": 1}, "name": "add"', [("add", '{"a": 1}')]),
+    ("hermes", f'{HERMES_ADD}\n<tool_call>\n{{"name": "', [("add", A)]),
+    ("llama3_json", ' {"na', []),
+    ("llama3_json", "<|python_tag|>", []),
+    ("llama3_json", '<|python_tag|>{"parameters": {"a"', []),
+    ("llama3_json", '{"name": "add", "para', [("add", "")]),
+    ("llama3_json", f'{{"name": "add", "parameters": {A}}}; {{"name', [("add", A)]),
+    ("mistral", "[TOOL_CALLS]", []),
+    ("mistral", '[TOOL_CALLS] [{"name": "add"', [("add", "")]),
+    ("mistral", f'[TOOL_CALLS][{{"name": "add", "arguments": {A}}}, {{"name', [("add", A)]),
+    ("mistral", "[TOOL_CALLS]add", []),  # it may be a longer name
+    ("mistral", "[TOOL_CALLS]add[", [("add", "")]),
+    ("mistral", "[TOOL_CALLS]get_weather[CALL_ID]abc123", [("get_weather", "")]),
+    ("mistral", "[TOOL_CALLS]add[ARGS]", [("add", "")]),
+    ("mistral", f"[TOOL_CALLS]add[ARGS]{A}[TOOL_CALLS]get_w", [("add", A)]),
+    ("harmony", "<|channel|>commentary to=functions.add", []),
+    ("harmony", "<|channel|>commentary to=functions.add ", [("add", "")]),
+    ("harmony", " to=functions.add<|channel|>comm", [("add", "")]),
+    ("harmony", "<|channel|>commentary to=functions.add<|message|> ", [("add", "")]),
+    ("harmony", "<|channel|>commentary to=functions.sub <|constrain|>json", []),
+]
+
+
+@pytest.mark.parametrize(("family", "output", "calls"), UNFINISHED)
+def test_unfinished_calls_are_no_text(family: str, output: str, calls: Calls) -> None:
+    """They are reported as far as they go once the name is whole, and not at all before."""
+    assert ("", "", calls) == read(PARSERS[family](), [output])
+    assert ("", "", calls) == read(PARSERS[family](), list(output))
+
+
+def test_a_call_without_arguments_in_harmony() -> None:
+    """An empty message to a function calls it, as an object without arguments does elsewhere."""
+    output = "<|channel|>commentary to=functions.add<|message|> <|call|><|start|>"
+
+    assert ("", "", [("add", "{}")]) == read(PARSERS["harmony"](), [output])
 
 
 def test_arguments_that_go_wrong_end_the_call() -> None:
@@ -230,6 +277,10 @@ def test_arguments_come_in_pieces() -> None:
     ] == seen
 
 
+MARKERS = (
+    hermes.MARKERS | llama3_json.MARKERS | mistral.MARKERS | harmony.MARKERS | thinking.MARKERS
+)
+
 alphabet = st.sampled_from(
     [
         *'<>{}[]",:; \n\\ax17',
@@ -242,18 +293,24 @@ alphabet = st.sampled_from(
 
 
 @pytest.mark.parametrize("family", PARSERS)
-@given(pieces=st.lists(alphabet, max_size=14), cuts=st.lists(st.integers(1, 9), max_size=12))
-def test_pieces_make_no_difference(family: str, pieces: list[str], cuts: list[int]) -> None:
+@given(
+    pieces=st.lists(alphabet, max_size=14),
+    cuts=st.lists(st.integers(1, 9), max_size=12),
+    markers=st.sets(st.sampled_from(sorted(MARKERS))),
+)
+def test_pieces_make_no_difference(
+    family: str, pieces: list[str], cuts: list[int], markers: set[str]
+) -> None:
     """Any output gives the same, whole, in characters, and in any other pieces."""
     output = "".join(pieces)
     cut, position = [], 0
     for length in cuts:
         cut.append(output[position : position + length])
         position += length
-    expected = read(PARSERS[family](), [output])
+    expected = read(PARSERS[family](), [output], markers)
 
-    assert expected == read(PARSERS[family](), list(output))
-    assert expected == read(PARSERS[family](), [*cut, output[position:]])
+    assert expected == read(PARSERS[family](), list(output), markers)
+    assert expected == read(PARSERS[family](), [*cut, output[position:]], markers)
 
 
 @pytest.mark.parametrize("family", PARSERS)

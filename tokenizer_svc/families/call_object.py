@@ -33,7 +33,7 @@ class CallObject:
         self._scan = JsonScan()
         self._value: list[str] = []  # the key or value that is being read
         self._key = ""
-        self._name: str | None = None
+        self._name: str | None = None  # once it is whole
         self._arguments: str | None = None
         self._streaming = False
 
@@ -45,7 +45,9 @@ class CallObject:
     def feed(self, text: str, position: int, segments: list[Segment]) -> int:
         """Reads on from `position`; where the object ended, went wrong, or the text ended."""
         while position < len(text) and not (self.done or self.wrong):
-            if self._expect in ("key", "value"):
+            if self._expect == "name":
+                after = self._read_name(text[position], position)
+            elif self._expect in ("key", "value"):
                 after = self._read_value(text, position, segments)
             else:
                 after = self._punctuation(text[position], position, segments)
@@ -54,6 +56,13 @@ class CallObject:
                 self._raw.append(text[position:after])
             position = after
         return position
+
+    def flush(self, segments: list[Segment]) -> None:
+        """Nothing more comes: the call as far as it goes, if its name is known."""
+        if self._name is not None and not self.begun:
+            self._begin(segments)
+            if self._arguments:
+                segments.append(CallArguments(self._arguments))
 
     def _punctuation(self, character: str, position: int, segments: list[Segment]) -> int:
         """What stands between keys and values."""
@@ -68,8 +77,7 @@ class CallObject:
         elif expect == ":" and character == ":":
             self._expect = "value or space"
         elif expect == "value or space":
-            self._begin_value(character, segments)
-            return position
+            return self._begin_value(character, position, segments)
         elif expect == ", or }" and character == ",":
             self._expect = "next key"
         elif expect in (", or }", "key or }") and character == "}":
@@ -84,12 +92,30 @@ class CallObject:
         self._expect, self._scan = expect, JsonScan()
         self._value = []
 
-    def _begin_value(self, character: str, segments: list[Segment]) -> None:
+    def _begin_value(self, character: str, position: int, segments: list[Segment]) -> int:
         self._start("value")
-        if self._key in ARGUMENT_KEYS and character == "{" and self._name is not None:
-            self._streaming = True
-            if not self.begun:
-                self._begin(segments)
+        if self._key == "name":
+            self._expect, self.wrong = "name", character != '"'
+            return position if self.wrong else position + 1
+        if self._key in ARGUMENT_KEYS:
+            self.wrong = character not in '{"'
+            if character == "{" and self._name is not None:
+                self._streaming = True
+                if not self.begun:
+                    self._begin(segments)
+        return position
+
+    def _read_name(self, character: str, position: int) -> int:
+        """The name's next character. No name of a function has to be escaped in JSON."""
+        name = "".join(self._value)
+        if character == '"' and name in self._names:
+            self._name, self._expect = name, ", or }"
+            return position + 1
+        self.wrong = not any(known.startswith(name + character) for known in self._names)
+        if self.wrong:
+            return position
+        self._value.append(character)
+        return position + 1
 
     def _begin(self, segments: list[Segment]) -> None:
         assert self._name is not None, "A call without a name began. This is a bug."
@@ -119,10 +145,6 @@ class CallObject:
         self._expect = ", or }"
         if self._streaming:
             self._streaming, self._arguments = False, ""
-        elif self._key == "name":
-            name = json.loads(value)
-            self.wrong = not isinstance(name, str) or name not in self._names
-            self._name = name
         elif self._key in ARGUMENT_KEYS:
             self._arguments = _object_text(value)
             self.wrong = self._arguments is None

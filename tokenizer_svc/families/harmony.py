@@ -20,17 +20,20 @@ from tokenizer_svc.families.segments import (
     content,
 )
 
-MARKERS = frozenset(
+_TOKENS = frozenset(
     f"<|{name}|>" for name in ("start", "channel", "message", "end", "call", "return", "constrain")
 )
+_CALL = "to=functions."
+MARKERS = _TOKENS | {_CALL}
 
-_MARKER = re.compile("|".join(map(re.escape, sorted(MARKERS))))
-_BEGINNINGS = {marker[:cut] for marker in MARKERS for cut in range(1, len(marker))}
+_MARKER = re.compile("|".join(map(re.escape, sorted(_TOKENS))))
+_BEGINNINGS = {marker[:cut] for marker in _TOKENS for cut in range(1, len(marker))}
 _LONGEST_BEGINNING = max(map(len, _BEGINNINGS))
 _LONGEST_HEADER = 512
 _CHANNEL = re.compile(r"<\|channel\|>\s*([a-z]+)")
 _RECIPIENT = re.compile(r"\bto=functions\.([a-zA-Z0-9_-]+)")
-_HEADERS = ("<|channel|>", "<|start|>", "<|message|>", "to=functions.")
+_WHOLE_RECIPIENT = re.compile(_RECIPIENT.pattern + "(?=[^a-zA-Z0-9_-])")
+_HEADERS = ("<|channel|>", "<|start|>", "<|message|>", _CALL)
 
 
 def call_rule(name: str, schema: str, marker: Marker) -> str:
@@ -98,18 +101,26 @@ class HarmonyParser:
         self._held = whole[end:]
         return self._out
 
-    def flush(self) -> list[Segment]:
+    def flush(self, cut: Set[str] = frozenset()) -> list[Segment]:
         self._out = []
         held, self._held = self._held, ""
-        self._take_text(held)
+        if not _begins_one_of(cut, held):
+            self._take_text(held)
         if self._header is not None:
-            header = "".join(self._header)
-            if not header.startswith(_HEADERS):  # the others were cut short
-                self._show(header)
-            self._header, self._header_length = None, 0
-        else:
-            self._show(self._take_space())
+            self._finish_header("".join(self._header), cut)
+        elif self._callee is not None and self._arguments is None:
+            self._out.append(CallStart(self._callee))
         return self._out
+
+    def _finish_header(self, header: str, cut: Set[str]) -> None:
+        begun = header.lstrip()
+        if begun.startswith(_HEADERS):
+            recipient = _WHOLE_RECIPIENT.search(header)
+            if recipient is not None and recipient[1] in self._names:
+                self._out.append(CallStart(recipient[1]))
+        elif not _begins_one_of(cut, begun):
+            self._show(header)
+        self._header, self._header_length = None, 0
 
     def _take_marker(self, marker: str) -> None:
         if self._header is not None:
@@ -156,7 +167,9 @@ class HarmonyParser:
         self._arguments = None
 
     def _end_body(self) -> None:
-        self._show(self._take_space())
+        if self._callee is not None and self._arguments is None:
+            self._take_space()
+            self._out += [CallStart(self._callee), CallArguments("{}")]
         self._header, self._header_length = [], 0
 
     def _take_body(self, text: str) -> None:
@@ -197,6 +210,10 @@ class HarmonyParser:
             self._out.extend(content(text, self._at - len(text)))
         elif text:
             self._out.append(Text(self._channel, text, self._at - len(text)))
+
+
+def _begins_one_of(markers: Set[str], text: str) -> bool:
+    return bool(text) and any(marker.startswith(text) for marker in markers)
 
 
 def _may_be_header(text: str) -> bool:

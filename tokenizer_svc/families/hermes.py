@@ -95,10 +95,10 @@ class HermesParser(Machine):
         shown, _, _ = self._search.scan(rest, 0)
         self._show(shown, position - self._search.held)
 
-    def _finish(self) -> None:
-        if self._call is not None and not self._call.begun:
-            self._show(self._unproven(self._call), 0)
+    def _finish(self, cut: Set[str]) -> None:
+        if self._call is not None:
+            self._call.flush(self._out)
         elif self._state == self._in_closing:
             self._after_call, self._closed = [], 0
         else:
-            self._show(self._search.flush(drop_space=self._called), 0)
+            self._show(self._search.flush(self._called, drop_marker=OPENING in cut), 0)

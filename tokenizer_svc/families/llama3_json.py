@@ -14,6 +14,8 @@ from tokenizer_svc.families.machine import Machine
 TAG = "<|python_tag|>"
 MARKERS = frozenset((TAG,))
 
+_BEGINNING = '{"name":"'  # of a call, but for white space
+
 
 def call_rule(name: str, schema: str, marker: Marker) -> str:
     """A call of this function, all of it one schema: an answer may have to be JSON too, and only
@@ -108,9 +110,18 @@ class Llama3JsonParser(Machine):
         self._show("".join(self._before) + TAG[: self._tag] + raw, position)
         self._before, self._tag, self._state = [], 0, self._plain
 
-    def _finish(self) -> None:
-        if self._call is not None:
-            if not self._call.begun:
-                self._no_call(0, self._call.raw)
+    def _finish(self, cut: Set[str]) -> None:
+        call = self._call
+        if call is not None:
+            call.flush(self._out)
+            if not (call.begun or self._tagged or _begins_call(call.raw)):
+                self._no_call(0, call.raw)  # an answer in JSON that was cut off
+        elif self._tagged or (self._tag and TAG in cut):
+            return
         elif not self._called or self._tag:
             self._no_call(0)
+
+
+def _begins_call(raw: str) -> bool:
+    """Whether an object that was cut off has begun as a call does, with its name."""
+    return _BEGINNING.startswith("".join(raw.split())[: len(_BEGINNING)])

@@ -3,7 +3,7 @@
 Knows no format.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 from tokenizer_svc.families.segments import Phase, Segment, content
 
@@ -28,13 +28,13 @@ class Machine:
             position = self._state(position)
         return self._out
 
-    def flush(self) -> list[Segment]:
+    def flush(self, cut: Set[str] = frozenset()) -> list[Segment]:
         self._start, self._text, self._out = self._start + len(self._text), "", []
-        self._finish()
+        self._finish(cut)
         return self._out
 
-    def _finish(self) -> None:
-        """Decides what is held."""
+    def _finish(self, cut: Set[str]) -> None:
+        """Decides what is held; `cut` as for `flush`."""
 
     def _show(self, text: str, position: int) -> None:
         """`text`, which ends at `position` of the current piece, is content."""

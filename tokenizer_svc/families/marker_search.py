@@ -43,8 +43,14 @@ class MarkerSearch:
                 self._give_up(shown)
         return "".join(shown), position, False
 
-    def flush(self, drop_space: bool) -> str:
-        """Nothing more comes: what was held back; white space alone only if it is not dropped."""
+    def flush(self, drop_space: bool, drop_marker: bool = False) -> str:
+        """Nothing more comes: what was held back is text, or the end of what is text.
+
+        `drop_space` drops white space alone, `drop_marker` what may be the beginning of the marker
+        and the white space before it.
+        """
+        if drop_marker and self._matched:
+            self._matched, drop_space = 0, True
         if drop_space and not self._matched:
             self._drop_space()
         rest: list[str] = []

@@ -18,6 +18,8 @@ MARKERS = frozenset((OPENING, ARGUMENTS, "[CALL_ID]"))
 
 _LONGEST_HEAD = 256
 _HEAD = re.compile(r"\s*([a-zA-Z0-9_-]+)(?:\[CALL_ID\][a-zA-Z0-9_-]*)?(?:\[ARGS\])?\s*")
+# As far as it goes, where it was cut off: the name, and what shows that the name is whole.
+_CUT_HEAD = re.compile(r"\s*([a-zA-Z0-9_-]*)((?:\[[A-Z_]*(?:\][a-zA-Z0-9_-]*)?){0,2}\s*)")
 
 
 def call_rule(name: str, schema: str, marker: Marker) -> str:
@@ -168,12 +170,17 @@ class MistralParser(Machine):
         self._show(text, position)
         return position
 
-    def _finish(self) -> None:
+    def _finish(self, cut: Set[str]) -> None:
         if self._state == self._in_text:
-            self._show(self._search.flush(drop_space=self._ever_called), 0)
+            self._show(self._search.flush(self._ever_called, drop_marker=OPENING in cut), 0)
         elif self._call is not None:
-            if not self._call.begun:
-                self._read.append(self._call.raw)
-                self._give_up(0)
-        elif not self._called:
+            self._call.flush(self._out)
+        elif self._state == self._in_head:
+            self._finish_head()
+
+    def _finish_head(self) -> None:
+        head = _CUT_HEAD.fullmatch("".join(self._read))
+        if head is None:
             self._give_up(0)
+        elif head[2] and head[1] in self._names:
+            self._out.append(CallStart(head[1]))

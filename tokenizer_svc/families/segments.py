@@ -3,6 +3,7 @@
 Knows no format.
 """
 
+from collections.abc import Set
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -56,8 +57,13 @@ class Parser(Protocol):
     def push(self, text: str, start: int) -> list[Segment]:
         """Takes the next piece, whose first character is at `start` of the whole."""
 
-    def flush(self) -> list[Segment]:
-        """Nothing more comes: what was held back is decided."""
+    def flush(self, cut: Set[str] = frozenset()) -> list[Segment]:
+        """Nothing more comes: what was held back is decided.
+
+        A call that is not complete is reported as far as it goes once its name is known, and
+        dropped before. `cut` are the markers that may have been cut off: if the output ends with
+        the beginning of one of them, that is no text.
+        """
 
     @property
     def held(self) -> int:
@@ -77,7 +83,7 @@ class Plain:
     def push(self, text: str, start: int) -> list[Segment]:
         return content(text, start)
 
-    def flush(self) -> list[Segment]:
+    def flush(self, cut: Set[str] = frozenset()) -> list[Segment]:
         return []
 
 

@@ -4,6 +4,7 @@ Knows nothing of what the answer is: another parser takes it.
 """
 
 import re
+from collections.abc import Set
 from enum import Enum
 
 from tokenizer_svc.families.lark import Marker, is_control
@@ -133,9 +134,11 @@ class ThinkingParser(Machine):
         self._out.extend(self._answer.push(self._text[position:], self._start + position))
         return len(self._text)
 
-    def _finish(self) -> None:
-        if self._state == self._at_start:
+    def _finish(self, cut: Set[str]) -> None:
+        if self._opening and OPENING in cut:
+            self._before, self._opening = [], 0
+        elif self._state == self._at_start:
             self._no_opening(0)
         if self.phase is Phase.REASONING:
-            self._reasoning(self._search.flush(drop_space=False), 0)
-        self._out.extend(self._answer.flush())
+            self._reasoning(self._search.flush(False, drop_marker=CLOSING in cut), 0)
+        self._out.extend(self._answer.flush(cut))
