@@ -1,0 +1,362 @@
+"""Answers that end early, cut at every character and at every token: no markup ever shows.
+
+Complete answers with reasoning, text and calls are the oracle: whatever is cut off, what is left is
+a beginning of what the whole answer gives, a call as far as it goes.
+"""
+
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tokenizer_svc import sample_templates as templates
+from tests.tokenizer_svc.conftest import Stage, running, write_model
+from tests.tokenizer_svc.sample_tokenizers import byte_level
+from tests.tokenizer_svc.scripted_generator import finish, message_of, says, update
+from tests.tokenizer_svc.test_families import MARKERS, NAMES, Calls, Result, read
+from tests.tokenizer_svc.test_tool_calls import ADD, FAMILIES, LENGTH, NOW, STOP_TOKEN, ids
+from tokenizer_svc.families.harmony import HarmonyParser
+from tokenizer_svc.families.hermes import HermesParser
+from tokenizer_svc.families.llama3_json import Llama3JsonParser
+from tokenizer_svc.families.mistral import MistralParser
+from tokenizer_svc.families.segments import Parser
+from tokenizer_svc.families.thinking import Thinking, ThinkingParser
+from tokenizer_svc.models import load_model
+from trivium.chat.v1 import chat_pb2
+
+A = '{"a": 1, "b": ["x < y", {"c": null}]}'
+C = '{"city": "Köln [TOOL] </tool"}'
+HERMES = (
+    f'<tool_call>\n{{"name": "add", "arguments": {A}}}\n</tool_call>'
+    f'\n<tool_call>\n{{"name": "get_weather", "arguments": {C}}}\n</tool_call>'
+)
+CALLS = [("add", A), ("get_weather", C)]
+THOUGHT = "Is a < b? </thin> is no end."
+THINKING = f"\n{THOUGHT}\n</think>\n\n"
+ANALYSIS = f"<|channel|>analysis<|message|>{THOUGHT}<|end|><|start|>assistant"
+REMARK = "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant"
+
+
+def harmony_call(name: str, arguments: str) -> str:
+    return (
+        f"<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{arguments}<|call|>"
+    )
+
+
+def thinks(state: Thinking) -> Callable[[], Parser]:
+    return lambda: ThinkingParser(state, HermesParser(NAMES))
+
+
+COMPLETE: dict[str, tuple[Callable[[], Parser], str, Result]] = {
+    "hermes": (lambda: HermesParser(NAMES), f"I look.\n{HERMES}", ("", "I look.", CALLS)),
+    "thinking": (
+        thinks(Thinking.POSSIBLE),
+        f"\n<think>{THINKING}I look.\n{HERMES}\n",
+        (THOUGHT, "I look.", CALLS),
+    ),
+    "thinking, opened": (
+        thinks(Thinking.OPENED),
+        f"{THINKING}I look.\n{HERMES}",
+        (THOUGHT, "I look.", CALLS),
+    ),
+    "llama3, tagged": (
+        lambda: Llama3JsonParser(NAMES),
+        f'<|python_tag|>{{"name": "add", "parameters": {A}}}; '
+        f'{{"name": "get_weather", "parameters": {C}}}',
+        ("", "", CALLS),
+    ),
+    "llama3": (
+        lambda: Llama3JsonParser(NAMES),
+        f'{{"name": "add", "parameters": {A}}}',
+        ("", "", [("add", A)]),
+    ),
+    "mistral": (
+        lambda: MistralParser(NAMES),
+        f'I look.[TOOL_CALLS] [{{"name": "add", "arguments": {A}}}, '
+        f'{{"name": "get_weather", "arguments": {C}}}]',
+        ("", "I look.", CALLS),
+    ),
+    "mistral, named": (
+        lambda: MistralParser(NAMES),
+        f"I look.[TOOL_CALLS]add[ARGS]{A}[TOOL_CALLS]get_weather[CALL_ID]aB3[ARGS]{C}",
+        ("", "I look.", CALLS),
+    ),
+    "harmony": (
+        lambda: HarmonyParser(NAMES),
+        ANALYSIS
+        + REMARK
+        + f"{harmony_call('add', A)}<|start|>assistant{harmony_call('get_weather', C)}",
+        (THOUGHT, "I look.", CALLS),
+    ),
+    "harmony, recipient first": (
+        lambda: HarmonyParser(NAMES),
+        f" to=functions.add<|channel|>commentary json<|message|>{A}<|call|>",
+        ("", "", [("add", A)]),
+    ),
+    "harmony, text": (
+        lambda: HarmonyParser(NAMES),
+        f"{ANALYSIS}<|channel|>final<|message|>Hi.<|return|>",
+        (THOUGHT, "Hi.", []),
+    ),
+}
+
+
+def check_beginning(part: Result, whole: Result) -> None:
+    """`part` is a beginning of `whole`, but for white space before a marker, which is nobody's.
+
+    A character that was cut in two shows as U+FFFD.
+    """
+    reasoning, content, calls = part
+    assert whole[0].startswith(reasoning.rstrip("\ufffd").rstrip())
+    assert whole[1].startswith(content.rstrip("\ufffd").rstrip())
+    assert len(calls) <= len(whole[2])
+    for (name, arguments), (whole_name, whole_arguments) in zip(calls, whole[2], strict=False):
+        assert name == whole_name
+        assert whole_arguments.startswith(arguments.rstrip("\ufffd"))
+    for earlier, whole_call in zip(calls[:-1], whole[2], strict=False):
+        assert earlier == whole_call
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+def test_cut_at_every_character(name: str) -> None:
+    """Where markers are letters; the pieces in which the output comes make no difference."""
+    parser, output, whole = COMPLETE[name]
+    assert whole == read(parser(), [output])
+    lengths = []
+    for end in range(len(output) + 1):
+        cut = output[:end]
+        part = read(parser(), [cut], MARKERS)
+        pieces = [cut[at : at + 5] for at in range(0, end, 5)]
+
+        check_beginning(part, whole)
+        assert part == read(parser(), list(cut), MARKERS)
+        assert part == read(parser(), pieces, MARKERS)
+        lengths.append(sum(len(arguments) for _, arguments in part[2]))
+    assert sorted(lengths) == lengths, "arguments that were there are gone"
+    assert len(set(lengths)) > len("".join(arguments for _, arguments in whole[2])) * 0.9
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """What a model of a family writes, part by part, with all that it can write."""
+
+    template: str
+    tokenizer: str
+    thought: str
+    remark: str
+    call: str
+    another: str
+
+    @property
+    def output(self) -> str:
+        return self.thought + self.remark + self.call + self.another
+
+    @property
+    def whole(self) -> Result:
+        calls = [("add", D), ("now", E)] if self.another else [("add", D)]
+        return "Hm é." if self.thought else "", "I look." if self.remark else "", calls
+
+
+D, E = '{"a": 1}', "{}"
+HERMES_ADD = f'<tool_call>\n{{"name": "add", "arguments": {D}}}\n</tool_call>'
+HERMES_NOW = f'\n<tool_call>\n{{"name": "now", "arguments": {E}}}\n</tool_call>'
+SPOKEN = {
+    "smollm2": Spoken(*FAMILIES["smollm2"], "", "I look.\n", HERMES_ADD, HERMES_NOW),
+    "qwen3": Spoken(
+        *FAMILIES["qwen3"], "<think>\nHm é.\n</think>\n\n", "I look.\n", HERMES_ADD, HERMES_NOW
+    ),
+    "deepseek": Spoken(
+        *FAMILIES["deepseek"], "Hm é.\n</think>\n\n", "I look.\n", HERMES_ADD, HERMES_NOW
+    ),
+    "mistral": Spoken(
+        *FAMILIES["mistral"],
+        "",
+        "I look.",
+        f'[TOOL_CALLS][{{"name": "add", "arguments": {D}}}',
+        f', {{"name": "now", "arguments": {E}}}]',
+    ),
+    "mistral named": Spoken(
+        templates.MISTRAL + "{#- [ARGS] #}",
+        byte_level((*templates.MISTRAL_TOKENS, "[ARGS]")),
+        "",
+        "I look.",
+        f"[TOOL_CALLS]add[ARGS]{D}",
+        f"[TOOL_CALLS]now[ARGS]{E}",
+    ),
+    "llama3": Spoken(
+        templates.LLAMA31,
+        byte_level((*templates.LLAMA3_TOKENS, "<|python_tag|>")),
+        "",
+        "",
+        f'<|python_tag|>{{"name": "add", "parameters": {D}}}',
+        f'; {{"name": "now", "parameters": {E}}}',
+    ),
+    "harmony": Spoken(
+        *FAMILIES["harmony"],
+        "<|channel|>analysis<|message|>Hm é.<|end|><|start|>assistant",
+        REMARK,
+        harmony_call("add", D),
+        "",
+    ),
+}
+# The marker of calls is spelled out in several tokens, so that an end can cut it in two.
+SPELLED = ("smollm2", "deepseek")
+REQUIRED = chat_pb2.ToolChoice(mode=chat_pb2.TOOL_CHOICE_MODE_REQUIRED)
+NAMED = chat_pb2.ToolChoice(mode=chat_pb2.TOOL_CHOICE_MODE_FUNCTION, function_name="add")
+TOOLS = [ADD, NOW]
+
+
+@pytest.fixture
+async def spoken(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> AsyncIterator[tuple[Stage, Spoken]]:
+    """A model of the family that the test names, and what it says."""
+    said = SPOKEN[request.param]
+    folder = write_model(tmp_path / "tiny", said.template, said.tokenizer, context_length=4096)
+    model = load_model(folder)
+    async with running(model, folder) as stage:
+        yield stage, said
+
+
+def of(*names: str) -> Any:
+    return pytest.mark.parametrize("spoken", names, indirect=True)
+
+
+def say(stage: Stage, token_ids: list[int], reason: Any, size: int = 1) -> None:
+    """The model says these tokens, `size` to a message, and ends for this reason."""
+    parts = [token_ids[at : at + size] for at in range(0, len(token_ids), size)]
+    end = [2] if reason is STOP_TOKEN else []
+    last = message_of(update(0, end), finish(0, reason, len(token_ids) + len(end)))
+    stage.generator.script = says([*(message_of(update(0, part)) for part in parts), last])
+
+
+async def whole(stage: Stage, **fields: Any) -> tuple[Result, Any]:
+    """What the unary call answers, and why it ended."""
+    answer = await stage.chat.CreateChatCompletion(stage.request(**fields))
+    [choice] = answer.choices
+    calls = [(call.name, call.arguments) for call in choice.tool_calls]
+    return (choice.reasoning_content, choice.content, calls), choice.finish_reason
+
+
+async def streamed(stage: Stage, **fields: Any) -> tuple[Result, Any]:
+    """What a stream says, put together, and why it ended."""
+    deltas = [e.delta for e in await stage.stream(**fields) if e.HasField("delta")]
+    reasoning = "".join(delta.reasoning_content for delta in deltas)
+    content = "".join(delta.content for delta in deltas)
+    calls: Calls = []
+    for piece in (piece for delta in deltas for piece in delta.tool_calls):
+        if piece.HasField("name"):
+            calls.append((piece.name, ""))
+        calls[-1] = (calls[-1][0], calls[-1][1] + piece.arguments)
+    return (reasoning, content, calls), deltas[-1].finish_reason
+
+
+@of(*SPOKEN)
+async def test_cut_at_every_token(spoken: tuple[Stage, Spoken]) -> None:
+    """By the longest answer: `length`, and the stream says what the unary call does."""
+    stage, said = spoken
+    token_ids = ids(stage, said.output)
+    for end in range(len(token_ids) + 1):
+        say(stage, token_ids[:end], LENGTH)
+        part, reason = await whole(stage, tools=TOOLS)
+
+        check_beginning(part, said.whole)
+        assert chat_pb2.FINISH_REASON_LENGTH == reason
+        say(stage, token_ids[:end], LENGTH, size=1 + end % 4)
+        assert (part, reason) == await streamed(stage, tools=TOOLS)
+    assert said.whole == part
+
+
+@of(*(name for name in SPOKEN if name not in SPELLED))
+async def test_ended_at_every_token(spoken: tuple[Stage, Spoken]) -> None:
+    """By a stop token in the middle of it all: no markup either."""
+    stage, said = spoken
+    token_ids = ids(stage, said.output)
+    for end in range(len(token_ids) + 1):
+        say(stage, token_ids[:end], STOP_TOKEN)
+        part, reason = await whole(stage, tools=TOOLS)
+
+        check_beginning(part, said.whole)
+        assert (part, reason) == await streamed(stage, tools=TOOLS)
+
+
+@of(*SPOKEN)
+@pytest.mark.parametrize("choice", [REQUIRED, NAMED], ids=["required", "named"])
+async def test_a_forced_call_is_never_content(
+    spoken: tuple[Stage, Spoken], choice: chat_pb2.ToolChoice
+) -> None:
+    """However much of it there is, and whatever ended it, in the middle of a marker too."""
+    stage, said = spoken
+    token_ids = ids(stage, said.thought + said.call)
+    for reason in (LENGTH, STOP_TOKEN):
+        for end in range(len(token_ids) + 1):
+            say(stage, token_ids[:end], reason)
+            (_, content, calls), _ = await whole(stage, tools=TOOLS, tool_choice=choice)
+
+            assert "" == content.strip()
+            assert [name for name, _ in calls] in ([], ["add"])
+        assert [("add", D)] == calls
+
+
+@of(*SPOKEN)
+@pytest.mark.parametrize("reason", [LENGTH, STOP_TOKEN])
+async def test_stop_strings_find_no_markup(spoken: tuple[Stage, Spoken], reason: Any) -> None:
+    """Neither in a call nor in one that is cut off; what they end has no call behind it."""
+    stage, said = spoken
+    token_ids = ids(stage, said.output)
+    call = len(ids(stage, said.thought + said.remark + said.call[:-4]))
+    for end in (call, len(token_ids)):
+        say(stage, token_ids[:end], reason)
+        expected, _ = await whole(stage, tools=TOOLS)
+        for stop in ('{"', "tool_call", "TOOL_CALLS", "commentary", "name", ">", "add", ": 1"):
+            assert expected == (await whole(stage, tools=TOOLS, stop=[stop]))[0]
+        if said.remark:
+            part, why = await whole(stage, tools=TOOLS, stop=["look"])
+
+            assert ("I ", [], chat_pb2.FINISH_REASON_STOP) == (*part[1:], why)
+
+
+TEXT = "if a < b and x[0] <= {1} | <tool> [TOOL, </think <|x|> \n\n"
+STARTS = ("<", "<tool", "[", "[TOOL_", '{"city', "<|", "t", "to=", "\n")
+
+
+@of(*SPOKEN)
+async def test_text_is_never_lost(spoken: tuple[Stage, Spoken]) -> None:
+    """Not even what looks like a marker, unless that is spelled out and the answer was cut off."""
+    stage, said = spoken
+    is_spelled = said in (SPOKEN[name] for name in SPELLED)
+    harmony = said.thought.startswith("<|channel|>")
+    before = "<|channel|>final<|message|>" if harmony else said.thought
+    for text in (*(TEXT[:end] for end in range(len(TEXT) + 1)), *STARTS):
+        for reason in (LENGTH, STOP_TOKEN):
+            say(stage, ids(stage, before + text), reason)
+            (_, content, calls), _ = await whole(stage, tools=TOOLS)
+            rest = text.removeprefix(content).strip()
+
+            assert [] == calls
+            assert "" == rest or (
+                is_spelled and reason is LENGTH and "<tool_call>".startswith(rest)
+            ), (text, content)
+
+
+@of(*SPOKEN)
+async def test_why_a_call_ended(spoken: tuple[Stage, Spoken]) -> None:
+    """A call that the caller named is no decision of the model's: `stop`, as OpenAI has it."""
+    stage, said = spoken
+    token_ids = ids(stage, said.thought + said.call)
+    for choice, ended in (
+        (None, chat_pb2.FINISH_REASON_TOOL_CALLS),
+        (REQUIRED, chat_pb2.FINISH_REASON_TOOL_CALLS),
+        (NAMED, chat_pb2.FINISH_REASON_STOP),
+    ):
+        for reason, expected in (
+            (STOP_TOKEN, ended),
+            (LENGTH, chat_pb2.FINISH_REASON_LENGTH),
+        ):
+            say(stage, token_ids, reason)
+            for ask in (whole, streamed):
+                part, why = await ask(stage, tools=TOOLS, tool_choice=choice)
+
+                assert ([("add", D)], expected) == (part[2], why)
