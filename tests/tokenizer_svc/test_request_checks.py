@@ -133,6 +133,19 @@ async def test_a_model_that_is_not_there(stage: Stage) -> None:
     assert {grpc.StatusCode.NOT_FOUND} == {error.code() for error in errors}
 
 
+@pytest.mark.parametrize("character", ["x", "%", "日", "🙂", "\x01"])
+async def test_a_long_name_is_no_other_error(stage: Stage, character: str) -> None:
+    """Errors quote what was sent, and are short enough to reach the caller, in any script."""
+    name = character * 5000
+    error = await refusal(stage, model=name)
+    unknown = await refusal(stage, chat_template_kwargs={name: "1"})
+
+    assert ("model_not_found", "model") == code_of(error)
+    assert f"`{character * 100}" in (error.details() or "")
+    assert "unsupported_parameter" == code_of(unknown)[0]
+    assert (code_of(unknown)[1] or "").startswith(f"chat_template_kwargs.{character}")
+
+
 async def test_the_edges_of_every_range_are_fine(stage: Stage) -> None:
     """Both ends belong to it."""
     answer = message_of(update(0, [2]), finish(0, generator_pb2.FINISH_REASON_STOP_TOKEN, 1))

@@ -130,11 +130,11 @@ class ServiceError(Exception):
         self, code: str, message: str, param: str | None = None, retry_after: float | None = None
     ) -> None:
         assert code in ERRORS, f"{code} is not in the table of errors. This is a bug."
-        message = message.encode("utf-8", "replace").decode("utf-8")[:MAX_MESSAGE_CHARACTERS]
+        message = _fits_trailers(message, MAX_MESSAGE_CHARACTERS)
         super().__init__(message)
         self.code = code
         self.message = message
-        self.param = param
+        self.param = None if param is None else _fits_trailers(param, _MAX_PARAM_CHARACTERS)
         self.retry_after = ERRORS[code].retry_after if retry_after is None else retry_after
 
     @property
@@ -156,9 +156,8 @@ class ServiceError(Exception):
         """The same as a gRPC status with google.rpc details, for `context.abort_with_status`."""
         details: list[Any] = [error_details_pb2.ErrorInfo(reason=self.code.upper(), domain=DOMAIN)]
         if self.param is not None:
-            field = self.param.encode("utf-8", "replace").decode("utf-8")
             violation = error_details_pb2.BadRequest.FieldViolation(
-                field=field, description=self.message
+                field=self.param, description=self.message
             )
             details.append(error_details_pb2.BadRequest(field_violations=[violation]))
         if self.retry_after is not None:
@@ -170,6 +169,24 @@ class ServiceError(Exception):
         )
         status.details.extend(_packed(detail) for detail in details)
         return cast("grpc.Status", rpc_status.to_status(status))
+
+
+_MAX_PARAM_CHARACTERS = 400
+_PLAIN = frozenset(map(chr, range(0x20, 0x7F))) - {"%"}
+
+
+def _fits_trailers(text: str, most: int) -> str:
+    """As much of `text` as is `most` characters long when percent-encoded, as gRPC sends it.
+
+    A lone surrogate becomes a question mark.
+    """
+    length = 0
+    for position, character in enumerate(text):
+        length += 1 if character in _PLAIN else 3 * len(character.encode("utf-8", "replace"))
+        if length > most:
+            text = text[:position]
+            break
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _packed(message: Any) -> any_pb2.Any:
