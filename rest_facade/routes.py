@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -117,7 +118,9 @@ class Routes:
         return JSONAnswer(encode(model.model_list(await self._backend.models())))
 
     async def model(self, request: Request) -> Response:
-        """One model."""
+        """One model. The path's empty end is none's name."""
+        if not request.path_params["id"]:
+            raise HTTPException(404)
         with blaming({"id": "model"}):
             found = await self._backend.model(request.path_params["id"])
         return JSONAnswer(encode(model.model_object(found)))

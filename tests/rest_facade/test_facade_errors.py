@@ -133,6 +133,66 @@ async def test_unknown_paths_and_methods(client: httpx.AsyncClient) -> None:
     assert check_shape(no_model)["code"] == "model_not_found"
 
 
+NO_URL, NO_MODEL, WRONG = (
+    (404, "unknown_url"),
+    (404, "model_not_found"),
+    (405, "method_not_allowed"),
+)
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "expected"),
+    [
+        *(("GET", path + "/", NO_URL) for path in ("/health", "/health/live", "/metrics", "/docs")),
+        *(("POST", path + "/", NO_URL) for path in ("/v1/completions", "/tokenize", "/detokenize")),
+        ("GET", "/v1/models/", NO_URL),
+        ("GET", "/v1/models/?x=1", NO_URL),
+        ("GET", "/v1/models//", NO_MODEL),
+        ("GET", "/v1//models", NO_URL),
+        ("GET", "//v1/models", NO_URL),
+        ("GET", "/v1/", NO_URL),
+        ("GET", "/", NO_URL),
+        ("GET", "//", NO_URL),
+        ("POST", "/v1//chat/completions", NO_URL),
+        ("POST", "//v1/chat/completions", NO_URL),
+        ("GET", "/openapi.json/", NO_URL),
+        ("GET", "/tokenizer_info/", NO_URL),
+        ("GET", "/v1/models/%20", NO_MODEL),
+        ("GET", "/v1/models/%00", NO_MODEL),
+        ("GET", "/v1/models/%0d%0aa: b", NO_URL),
+        ("GET", "/v1/models/%2F", NO_MODEL),
+        ("GET", "/v1/models/%2e%2e/%2e%2e", NO_MODEL),
+        ("GET", "/v1/models/%", NO_MODEL),
+        ("GET", "/v1/models/%zz", NO_MODEL),
+        ("GET", "/v1/models/%ff%fe", NO_MODEL),
+        ("GET", "/v1/models/%ed%a0%80", NO_MODEL),
+        ("GET", f"/v1/models/{'x' * 9000}", NO_MODEL),
+        ("GET", "/v1%2Fmodels", (200, None)),
+        ("HEAD", "/v1/models/", (404, None)),
+        ("HEAD", "/v1/models", (200, None)),
+        ("HEAD", f"/v1/models/{MODEL}", (200, None)),
+        ("POST", "/v1/models/", WRONG),
+        ("OPTIONS", "/v1/models/", WRONG),
+        ("OPTIONS", "/v1/models", WRONG),
+        ("OPTIONS", URL, WRONG),
+        ("OPTIONS", "*", NO_URL),
+    ],
+)
+async def test_odd_paths(
+    client: httpx.AsyncClient, method: str, target: str, expected: tuple[int, str | None]
+) -> None:
+    """Slashes too many, empty segments, odd escapes: what is not there is 404, never 400 or 500."""
+    reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+    head = f"{method} {target.replace(' ', '%20')} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
+    writer.write(f"{head}content-length: 0\r\n\r\n".encode())
+    answer, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    await writer.wait_closed()
+    error = json.loads(body).get("error", {}) if body else {}
+
+    assert expected == (int(answer.split()[1]), error.get("code"))
+
+
 @pytest.mark.parametrize(
     ("headers", "status"),
     [
