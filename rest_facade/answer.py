@@ -4,7 +4,9 @@
 The type checker holds `convert` to these, and the OpenAPI document is made from them.
 """
 
-from typing import Literal, NotRequired
+from typing import Annotated, Literal, NotRequired
+
+from pydantic import Field
 
 # pydantic reads these, and takes typing's own TypedDict only from Python 3.12 on.
 from typing_extensions import TypedDict
@@ -88,11 +90,15 @@ class ToolCall(TypedDict):
 
 
 class Message(TypedDict):
-    """What the model said; the content is null when it only thought or called tools."""
+    """What the model said; the content is null when it only thought or called tools.
+
+    Annotations are the sources of a web search, which there is none of.
+    """
 
     role: Literal["assistant"]
     content: str | None
     refusal: None
+    annotations: Annotated[list[object], Field(max_length=0)]
     reasoning_content: NotRequired[str]
     tool_calls: NotRequired[list[ToolCall]]
 

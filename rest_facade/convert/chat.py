@@ -102,7 +102,7 @@ def _choice(choice: chat_pb2.Choice, with_logprobs: bool) -> Choice:
 
 
 def _message(choice: chat_pb2.Choice) -> Message:
-    said = Message(role="assistant", content=choice.content, refusal=None)
+    said = Message(role="assistant", content=choice.content, refusal=None, annotations=[])
     if choice.reasoning_content:
         said["reasoning_content"] = choice.reasoning_content
         said["content"] = choice.content or None

@@ -59,7 +59,12 @@ async def test_whole_answer(client: httpx.AsyncClient) -> None:
         "choices": [
             {
                 "index": 0,
-                "message": {"role": "assistant", "content": "Hello world", "refusal": None},
+                "message": {
+                    "role": "assistant",
+                    "content": "Hello world",
+                    "refusal": None,
+                    "annotations": [],
+                },
                 "logprobs": None,
                 "finish_reason": "stop",
             }

@@ -53,6 +53,7 @@ async def test_tool_calls(client: httpx.AsyncClient, backend: ScriptedBackend) -
         "role": "assistant",
         "content": None,
         "refusal": None,
+        "annotations": [],
         "tool_calls": [
             {
                 "id": "call_0",
@@ -124,6 +125,7 @@ async def test_reasoning(client: httpx.AsyncClient, backend: ScriptedBackend) ->
         "role": "assistant",
         "content": "Yes",
         "refusal": None,
+        "annotations": [],
         "reasoning_content": "Hm.",
     }
     assert whole["usage"]["completion_tokens_details"]["reasoning_tokens"] == 2
