@@ -101,7 +101,13 @@ CHAT_REQUEST = (
         "the same; ids that do not exist are 400",
         f"{_P}test_bad_fields_are_named",
     ),
-    Row("max_completion_tokens", "longest answer", "the same, without hidden reasoning", _ARRIVES),
+    Row(
+        "max_completion_tokens",
+        "longest answer, default the model's own limit",
+        "the same, without hidden reasoning; default the end of the context, or "
+        "TRIVIUM_TOKENIZER_DEFAULT_MAX_TOKENS",
+        "tokenizer_svc/test_chat_service.py::test_the_longest_answer_unless_told_otherwise",
+    ),
     Row(
         "max_tokens",
         "deprecated name of it",
@@ -157,7 +163,8 @@ CHAT_REQUEST = (
     Row(
         "tool_choice",
         "`none`, `auto`, `required`, a function, `allowed_tools`, a custom tool",
-        f"`none`, `auto`, `required`, a function; else {_NO_VALUE}",
+        f"`none`, `auto`, `required`, a function; else {_NO_VALUE}; a call cut off by "
+        "`max_tokens` is reported as far as it goes, and its markup is never content",
         f"{_R}test_forced_calls",
     ),
     Row("parallel_tool_calls", "default true", _SAME, f"{_F}test_tools_arrive"),
@@ -264,6 +271,12 @@ CHAT_ANSWER = (
     Row(
         "choices[].message.refusal", "text or null, always there", "null", f"{_C}test_whole_answer"
     ),
+    Row(
+        "choices[].message.annotations",
+        "always there, empty without a web search",
+        "always empty; not in chunks, as with OpenAI",
+        f"{_C}test_whole_answer",
+    ),
     Row("choices[].message.tool_calls", "absent or not empty", _SAME, f"{_F}test_tool_calls"),
     Row(
         "choices[].message.reasoning_content",
@@ -281,8 +294,8 @@ CHAT_ANSWER = (
     Row(
         "choices[].finish_reason",
         "`stop`, `length`, `tool_calls`, …",
-        "`stop`, `length`, `tool_calls`",
-        f"{_F}test_tool_calls",
+        "`stop`, `length`, `tool_calls`; `stop` for a call that `tool_choice` names, as OpenAI",
+        f"{_R}test_forced_calls",
     ),
     Row(
         "choices[].delta",

@@ -80,6 +80,8 @@ def start(
     """What the generator is asked for, within the room that the prompt leaves."""
     room = served.context_length - len(token_ids)
     longest = options.max_completion_tokens
+    if longest is None and served.default_max_tokens is not None:
+        longest = max(served.default_max_tokens, options.min_tokens)
     return Start(
         revision=served.model.revision,
         token_ids=token_ids,

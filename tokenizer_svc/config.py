@@ -26,6 +26,7 @@ class ModelSettings(BaseModel):
     aliases: tuple[str, ...] = ()
     tool_parser: str | None = None
     reasoning_parser: str | None = None
+    default_max_tokens: Annotated[int, Field(ge=1)] | None = None
 
     @field_validator("tool_parser")
     @classmethod
@@ -65,8 +66,8 @@ class TokenizerSettings(BaseSettings):
         (),
         description=(
             "Several models instead of the one of MODEL_DIRECTORY: a JSON list of objects with "
-            "model_directory, generator_target, aliases, tool_parser and reasoning_parser, of "
-            "which all but the first may be absent."
+            "model_directory, generator_target, aliases, tool_parser, reasoning_parser and "
+            "default_max_tokens, of which all but the first may be absent."
         ),
     )
     model_directory: Path | None = Field(
@@ -83,6 +84,14 @@ class TokenizerSettings(BaseSettings):
     chat_template_kwargs: str = Field(
         "enable_thinking,thinking,reasoning_effort",
         description="Names of template variables that requests may set, separated by commas.",
+    )
+    default_max_tokens: int | None = Field(
+        None,
+        ge=1,
+        description=(
+            "The longest answer in tokens to a chat that sets neither max_completion_tokens nor "
+            "max_tokens. Unset: up to the end of the context."
+        ),
     )
     drain_notice_seconds: float = Field(
         0.5,

@@ -16,11 +16,16 @@ from trivium.wire.errors import ServiceError
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model and the generator that runs it."""
+    """A model and the generator that runs it.
+
+    `default_max_tokens` is the longest answer where the request names none; None is all that the
+    context leaves.
+    """
 
     model: Model
     connection: GeneratorClient
     watch: GeneratorWatch
+    default_max_tokens: int | None = None
 
     @property
     def context_length(self) -> int:

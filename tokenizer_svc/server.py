@@ -58,7 +58,12 @@ class TokenizerServer:
         channel = open_channel(settings.generator_target)
         self._background.push_async_callback(channel.close)
         connection = GeneratorClient(channel)
-        return ServedModel(model, connection, GeneratorWatch(model.revision, connection))
+        return ServedModel(
+            model,
+            connection,
+            GeneratorWatch(model.revision, connection),
+            settings.default_max_tokens or self._settings.default_max_tokens,
+        )
 
     async def start(self) -> None:
         """Alive at once; ready for completions when a generator is."""

@@ -79,15 +79,18 @@ def test_forced_calls(client: openai.OpenAI, services: Services, choice: Any) ->
     """A forced call names a tool and fits its schema, whole and streamed alike."""
     fields = {"tools": [TOOL, OTHER], "tool_choice": choice, "parallel_tool_calls": False}
     whole = ask(client, services, **fields).choices[0]
-    pieces = [chunk.choices[0].delta for chunk in ask(client, services, stream=True, **fields)]
-    calls = [call for delta in pieces for call in delta.tool_calls or ()]
+    chunks = list(ask(client, services, stream=True, **fields))
+    calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
     made = whole.message.tool_calls[0].function
 
-    assert ("tool_calls", None, 1) == (
+    assert ("stop" if choice == NAMED else "tool_calls", None, 1) == (
         whole.finish_reason,
         whole.message.content,
         len(whole.message.tool_calls),
     )
+    assert [whole.finish_reason] == [
+        chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason
+    ]
     assert made.name in (["note"] if choice == NAMED else ["note", "rest"])
     if made.name == "note":
         check(made.arguments)
@@ -95,6 +98,31 @@ def test_forced_calls(client: openai.OpenAI, services: Services, choice: Any) ->
     assert [(made.name, "function")] == [
         (call.function.name, call.type) for call in calls if call.id
     ]
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED])
+def test_a_forced_call_that_is_cut_off(
+    client: openai.OpenAI, services: Services, choice: Any
+) -> None:
+    """Has no content at any length, and a name as soon as it is whole, whole and streamed alike."""
+    fields = {"tools": [TOOL], "tool_choice": choice, "parallel_tool_calls": False}
+    [complete] = ask(client, services, **fields).choices[0].message.tool_calls
+    told = []
+    for tokens in range(1, 60, 3):
+        [answer] = ask(client, services, max_tokens=tokens, **fields).choices
+        chunks = list(ask(client, services, max_tokens=tokens, stream=True, **fields))
+        deltas = [chunk.choices[0].delta for chunk in chunks]
+        pieces = [piece.function for delta in deltas for piece in delta.tool_calls or ()]
+        calls = [call.function for call in answer.message.tool_calls or ()]
+        told.append("".join(call.arguments for call in calls))
+
+        assert not answer.message.content
+        assert "" == "".join(delta.content or "" for delta in deltas)
+        assert ["note"] * len(calls) == [piece.name for piece in pieces if piece.name]
+        assert told[-1] == "".join(piece.arguments or "" for piece in pieces)
+        assert complete.function.arguments.startswith(told[-1])
+        assert answer.finish_reason == "length" or told[-1] == complete.function.arguments
+    assert "" == told[0] != told[-1]
 
 
 @pytest.mark.parametrize(

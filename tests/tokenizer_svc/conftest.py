@@ -77,11 +77,12 @@ def model(model_folder: Path) -> Model:
 class Stage:
     """The tokenizer stage, its generator, and a client of it."""
 
-    def __init__(self, model: Model, folder: Path) -> None:
+    def __init__(self, model: Model, folder: Path, **settings: Any) -> None:
         self.model = model
         self.generator = ScriptedGenerator(model.revision, max(512, model.context_length))
         self.metrics = Metrics()
         self._folder = folder
+        self._settings = settings
         self._generator_server: GrpcServer | None = None
         self.generator_port = 0
 
@@ -93,6 +94,7 @@ class Stage:
             generator_target=f"127.0.0.1:{self.generator_port}",
             drain_notice_seconds=0,
             drain_seconds=0,
+            **self._settings,
         )
         self.server = TokenizerServer(settings, [self.model], self.metrics)
         await self.server.start()
@@ -138,9 +140,9 @@ async def stage(model: Model, model_folder: Path) -> AsyncIterator[Stage]:
 
 
 @asynccontextmanager
-async def running(model: Model, folder: Path) -> AsyncIterator[Stage]:
+async def running(model: Model, folder: Path, **settings: Any) -> AsyncIterator[Stage]:
     """A stage that serves this model."""
-    stage = Stage(model, folder)
+    stage = Stage(model, folder, **settings)
     await stage.start()
     yield stage
     await stage.close()

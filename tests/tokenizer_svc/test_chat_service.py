@@ -2,11 +2,12 @@
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 
 import grpc
 import pytest
 
-from tests.tokenizer_svc.conftest import CONTEXT_LENGTH, Stage, user
+from tests.tokenizer_svc.conftest import CONTEXT_LENGTH, Stage, running, user
 from tests.tokenizer_svc.scripted_generator import (
     code_of,
     fails_after,
@@ -17,7 +18,8 @@ from tests.tokenizer_svc.scripted_generator import (
     stalls_after,
     update,
 )
-from trivium.chat.v1 import chat_pb2, model_pb2
+from tokenizer_svc.models import Model
+from trivium.chat.v1 import chat_pb2, completion_pb2, model_pb2
 from trivium.generator.v1 import generator_pb2
 from trivium.tokenizer.v1 import tokenizer_pb2
 from trivium.wire.errors import ServiceError
@@ -109,6 +111,28 @@ async def test_the_longest_answer_is_what_was_asked_or_what_is_left(stage: Stage
 
     assert 7 == short.max_new_tokens
     assert CONTEXT_LENGTH - len(long.prompt_token_ids) == long.max_new_tokens
+
+
+async def test_the_longest_answer_unless_told_otherwise(model: Model, model_folder: Path) -> None:
+    """Is the operator's, within what the context leaves; plain completions have OpenAI's."""
+    async with running(model, model_folder, default_max_tokens=20) as stage:
+        stage.generator.script = says([ended(1)])
+        await stage.stream()
+        await stage.stream(max_completion_tokens=50)
+        await stage.stream(min_tokens=30)
+        long_prompt = [user("Hello " * 25)]
+        while CONTEXT_LENGTH - 20 > len(stage.generator.calls[-1].start.prompt_token_ids):
+            await stage.stream(messages=long_prompt)
+            long_prompt.append(user("Hi"))
+        prompt = completion_pb2.Prompt(text="Hello")
+        await stage.completions.CreateCompletion(
+            completion_pb2.CreateCompletionRequest(model="tiny", prompts=[prompt])
+        )
+    first, asked, least, *_, full, plain = (call.start for call in stage.generator.calls)
+    left = CONTEXT_LENGTH - len(full.prompt_token_ids)
+
+    assert (20, 50, 30, 16) == tuple(s.max_new_tokens for s in (first, asked, least, plain))
+    assert left == full.max_new_tokens < 20
 
 
 async def test_length_is_reported(stage: Stage) -> None:

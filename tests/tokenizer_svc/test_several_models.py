@@ -73,12 +73,14 @@ class Pair:
                 "model_directory": str(folder),
                 "generator_target": f"127.0.0.1:{ports.get(name, 1)}",
                 "aliases": [f"my-{name}"],
+                "default_max_tokens": 5 if name == "b" else None,
             }
             for name, folder in self.folders.items()
         ]
         return TokenizerSettings(
             models=json.dumps(models),  # type: ignore[arg-type]
             port=0,
+            default_max_tokens=9,
             drain_notice_seconds=0,
             drain_seconds=0,
         )
@@ -117,6 +119,14 @@ async def test_each_model_has_its_generator(pair: Pair) -> None:
 
         assert name == answer.header.model
         assert 1 == len(pair.generators[name].calls)
+
+
+async def test_each_model_has_its_longest_answer(pair: Pair) -> None:
+    """Its own, or else the one of all models."""
+    for name, expected in (("a", 9), ("b", 5)):
+        await pair.ask(name)
+
+        assert expected == pair.generators[name].calls[-1].start.max_new_tokens
 
 
 async def test_aliases_lead_to_the_model(pair: Pair) -> None:
@@ -172,6 +182,8 @@ def models(**more: Any) -> dict[str, Any]:
         (models(tool_parser="vllm"), "models"),
         (models(reasoning_parser="r2"), "models"),
         (models(port=1), "models"),
+        (models(default_max_tokens=0), "models"),
+        ({"model_directory": "y", "default_max_tokens": 0}, "default_max_tokens"),
         ({"model_directory": "y", "tool_parser": "vllm"}, "tool_parser"),
     ],
 )
