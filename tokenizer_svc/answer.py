@@ -44,7 +44,7 @@ def chat_reading(model: Model, request: ValidRequest, prompt: Prompt) -> Reading
     """How the answer to a chat request is read."""
     output, use = model.output, request.tool_use
     names, markers = use.names, output.markers(calls=bool(use.names))
-    is_token = model.tokenizer.marker_id
+    marker_id = model.tokenizer.marker_id
 
     def parser() -> Parser:
         return output.parser(names, prompt.thinking)
@@ -54,10 +54,10 @@ def chat_reading(model: Model, request: ValidRequest, prompt: Prompt) -> Reading
         parser=parser,
         call_id=_short_call_id if output.short_call_ids else _call_id,
         markers=markers,
-        spelled_markers=frozenset(text for text in markers if is_token(text) is None),
+        spelled_markers=frozenset(text for text in markers if marker_id(text) is None),
         forced_call=use.forced,
         # As OpenAI has it: a call that the caller named is no decision of the model's.
-        called=FinishReason.STOP if use.named else FinishReason.TOOL_CALLS,
+        call_finish_reason=FinishReason.STOP if use.named else FinishReason.TOOL_CALLS,
     )
 
 

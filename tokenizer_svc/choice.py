@@ -31,7 +31,7 @@ class Reading:
 
     `spelled_markers` are those of the parser's markers that are not a token of their own, so that
     the end of the output may cut them in two. `forced_call` is whether the output has to be a call;
-    `called` is the reason of a choice that ended with one.
+    `call_finish_reason` is the finish reason of a choice that made one.
     """
 
     parser: Callable[[], Parser] = Plain
@@ -39,7 +39,7 @@ class Reading:
     markers: frozenset[str] = frozenset()
     spelled_markers: frozenset[str] = frozenset()
     forced_call: bool = False
-    called: FinishReason = FinishReason.TOOL_CALLS
+    call_finish_reason: FinishReason = FinishReason.TOOL_CALLS
     show_hidden: bool = False
     stops: StopStrings = field(default_factory=lambda: StopStrings(()))
     include_stop: bool = False
@@ -196,6 +196,7 @@ class Choice:
         start, self._decoded = self._decoded, self._decoded + len(rest)
         if rest:
             self._take_segments(self._parser.push(rest, start))
+        # A model that ended by itself began no marker: what looks like one is its text.
         is_cut = finished.ending is Ending.LENGTH or self._reading.forced_call
         cut = self._reading.spelled_markers if is_cut else frozenset()
         self._take_segments(self._parser.flush(cut))
@@ -217,4 +218,4 @@ class Choice:
         ending = None if self.finished is None else self.finished.ending
         if self.matched_stop is None and ending is Ending.LENGTH:
             return FinishReason.LENGTH
-        return self._reading.called if self._calls else FinishReason.STOP
+        return self._reading.call_finish_reason if self._calls else FinishReason.STOP

@@ -101,4 +101,5 @@ class HermesParser(Machine):
         elif self._state == self._in_closing:
             self._after_call, self._closed = [], 0
         else:
-            self._show(self._search.flush(self._called, drop_marker=OPENING in cut), 0)
+            rest = self._search.flush(drop_space=self._called, drop_marker=OPENING in cut)
+            self._show(rest, 0)

@@ -172,7 +172,8 @@ class MistralParser(Machine):
 
     def _finish(self, cut: Set[str]) -> None:
         if self._state == self._in_text:
-            self._show(self._search.flush(self._ever_called, drop_marker=OPENING in cut), 0)
+            rest = self._search.flush(drop_space=self._ever_called, drop_marker=OPENING in cut)
+            self._show(rest, 0)
         elif self._call is not None:
             self._call.flush(self._out)
         elif self._state == self._in_head:

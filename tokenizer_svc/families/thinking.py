@@ -140,5 +140,6 @@ class ThinkingParser(Machine):
         elif self._state == self._at_start:
             self._no_opening(0)
         if self.phase is Phase.REASONING:
-            self._reasoning(self._search.flush(False, drop_marker=CLOSING in cut), 0)
+            rest = self._search.flush(drop_space=False, drop_marker=CLOSING in cut)
+            self._reasoning(rest, 0)
         self._out.extend(self._answer.flush(cut))
