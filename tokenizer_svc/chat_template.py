@@ -1,11 +1,12 @@
 """A model's chat template: the only door to jinja2, with the meaning Hugging Face gives it.
 
 Knows nothing of tokens. The sandbox keeps a template from the process's objects, not from its
-time and memory: templates come from the operator's model folder only.
+time and memory: templates come from the operator's model folder only. A template may change lists
+and dictionaries, as Kimi's does with those it makes, so that it is given some of its own each time.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from types import MappingProxyType
 from typing import Any
@@ -14,7 +15,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import SandboxedEnvironment
 
 from trivium.wire.errors import ServiceError
 
@@ -28,17 +29,6 @@ _REFUSALS = (
     ArithmeticError,
     RecursionError,
 )
-
-_PROBE = "trivium_probe"
-_HELLO = {"role": "user", "content": "Hello"}
-_PROBE_TOOL = {
-    "type": "function",
-    "function": {
-        "name": _PROBE,
-        "description": "Nothing.",
-        "parameters": {"type": "object", "properties": {}},
-    },
-}
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 
@@ -66,7 +56,7 @@ class ChatTemplate:
     def __init__(
         self, source: str, tokens: Mapping[str, str], tool_source: str | None = None
     ) -> None:
-        environment = ImmutableSandboxedEnvironment(
+        environment = SandboxedEnvironment(
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"],
@@ -82,11 +72,6 @@ class ChatTemplate:
         self._tokens = dict(tokens)
         self.source = source
         self.whole_source = source + (tool_source or "")
-        self.knows_tool_calls = "tool_calls" in self.whole_source
-        # Mistral's refuses ids of any other length.
-        self.short_call_ids = "length 9" in self.whole_source
-        self.shows_tools = self._shows([_HELLO], [_PROBE_TOOL])
-        self.knows_system = self._shows([{"role": "system", "content": _PROBE}, _HELLO], None)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], source: str | None) -> "ChatTemplate":
@@ -112,6 +97,7 @@ class ChatTemplate:
     ) -> str:
         """The prompt, up to where the assistant's answer begins.
 
+        The template may change the messages and tools, which are therefore the caller's to lose.
         Raises ServiceError invalid_chat_template_input when the template refuses the messages.
         """
         template = self._template if tools is None else self._tool_template
@@ -129,13 +115,6 @@ class ChatTemplate:
         except _REFUSALS as error:
             message = f"The model's chat template refuses the messages: {error}"
             raise ServiceError("invalid_chat_template_input", message, "messages") from error
-
-    def _shows(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> bool:
-        """Whether the probe in these messages or tools comes out."""
-        try:
-            return _PROBE in self.render(messages, tools)
-        except ServiceError:
-            return False
 
 
 def _from_tokenizer_config(config: Mapping[str, Any]) -> tuple[str, str | None]:
@@ -178,9 +157,9 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """jinja2's own escapes HTML characters."""
+    """jinja2's own escapes HTML characters. What `map` and `select` make is a list."""
     return json.dumps(
-        value,
+        list(value) if isinstance(value, Iterator) else value,
         ensure_ascii=ensure_ascii,
         indent=indent,
         separators=separators,

@@ -93,6 +93,15 @@ class TokenizerSettings(BaseSettings):
             "max_tokens. Unset: up to the end of the context."
         ),
     )
+    fold_messages: bool = Field(
+        True,
+        description=(
+            "Whether a conversation that the chat template refuses, or shows only in part, is "
+            "folded into one that it takes: later system messages (or all) into the user's next to "
+            "them, neighbours of one role into one message. Without, it is refused with 400 "
+            "invalid_chat_template_input."
+        ),
+    )
     drain_notice_seconds: float = Field(
         0.5,
         ge=0,

@@ -86,10 +86,12 @@ def load_model(
     tool_parser: str = "auto",
     reasoning_parser: str = "auto",
     variables: Set[str] = frozenset(),
+    folds: bool = True,
 ) -> Model:
     """Reads a model folder and tries it out; ModelDirectoryError when it is not usable.
 
-    The parsers are names that `choose` knows; `variables` are the template's that requests may set.
+    The parsers are names that `choose` knows; `variables` are the template's that requests may set;
+    `folds` is whether conversations that the template refuses are tried in other forms.
     """
     directory = load_model_directory(path)
     try:
@@ -97,6 +99,7 @@ def load_model(
     except Exception as error:  # the library raises bare Exceptions
         raise ModelDirectoryError(f"{directory.tokenizer}: {error}") from error
     template = _chat_template(directory)
+    prompts = PromptBuilder(template, tokenizer, variables, folds, directory.id)
     model = Model(
         id=directory.id,
         revision=directory.revision,
@@ -105,8 +108,8 @@ def load_model(
         vocabulary_size=directory.vocab_size,
         tokenizer=tokenizer,
         template=template,
-        prompts=PromptBuilder(template, tokenizer, variables),
-        output=_output(template, tool_parser, reasoning_parser),
+        prompts=prompts,
+        output=_output(template, prompts.shows_tools, tool_parser, reasoning_parser),
     )
     _warm_up(model)
     return model
@@ -122,10 +125,12 @@ def _chat_template(directory: ModelDirectory) -> ChatTemplate:
         raise ModelDirectoryError(f"{directory.path}: chat template: {error}") from error
 
 
-def _output(template: ChatTemplate, tool_parser: str, reasoning_parser: str) -> OutputFormat:
+def _output(
+    template: ChatTemplate, shows_tools: bool, tool_parser: str, reasoning_parser: str
+) -> OutputFormat:
     """How the model writes; one that was not made for tools does not know when to stop calling."""
     output = choose(template.whole_source, tool_parser, reasoning_parser)
-    return replace(output, single_call=output.single_call or not template.shows_tools)
+    return replace(output, single_call=output.single_call or not shows_tools)
 
 
 def _warm_up(model: Model) -> None:

@@ -14,19 +14,25 @@ What is left to the operator's template is to spell no control token around a pi
 out of a message's middle.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from tokenizer_svc.chat_template import ChatTemplate
 from tokenizer_svc.families.thinking import Thinking, thinking_after
 from tokenizer_svc.guard import Guard
-from tokenizer_svc.request import Conversation
-from tokenizer_svc.template_input import Leniency, changed, message_input, tool_input
+from tokenizer_svc.message_folding import FOLDINGS, Folding, folded
+from tokenizer_svc.request import SYSTEM_ROLES, Conversation
+from tokenizer_svc.template_input import changed, message_input, separate_calls, tool_input
+from tokenizer_svc.template_traits import TemplateProbe
 from tokenizer_svc.template_variables import template_variables
 from tokenizer_svc.tokenizer import Tokenizer
 from tokenizer_svc.tool_text import with_tools, without_roles
 from trivium.wire.errors import ServiceError
+
+log = logging.getLogger(__name__)
 
 # Characters that no text is supposed to have, then private ones that hardly any has.
 _MARKS = [chr(code) for code in (*range(0xFDD2, 0xFDF0), *range(0xE000, 0xF900))]
@@ -44,19 +50,43 @@ class Prompt:
     thinking: Thinking = Thinking.DONE
 
 
+class ToolForm(Enum):
+    """How a conversation's tools reach the prompt."""
+
+    NONE = "none"  # there are none
+    GIVEN = "given"  # the template is given them as they are
+    FILLED = "filled"  # the same, with empty descriptions and parameters for absent ones
+    TEXT = "text"  # they stand in a message, for a template that knows no tools, or not such ones
+
+
 class PromptBuilder:
     """Renders and encodes conversations for one model. May be used from any thread.
 
-    `variables` are the further template variables that a request may set.
+    `variables` are the further template variables that a request may set. With `folds`,
+    conversations that the template refuses, or shows only in part, are tried in other forms;
+    `model` is what the log calls it.
     """
 
     def __init__(
-        self, template: ChatTemplate, tokenizer: Tokenizer, variables: Set[str] = frozenset()
+        self,
+        template: ChatTemplate,
+        tokenizer: Tokenizer,
+        variables: Set[str] = frozenset(),
+        folds: bool = True,
+        model: str = "",
     ) -> None:
         self._template = template
         self._tokenizer = tokenizer
         self._variables = variables
         self._guard = Guard(tokenizer.control_tokens)
+        self._folds = folds
+        self._model = model
+        self._fold_is_logged = False
+        plain, beside_tools = TemplateProbe(template, False), TemplateProbe(template, True)
+        self.shows_tools = beside_tools.shows_tools()
+        self._shows_system = plain.shows_system()
+        self._traits = plain.traits()
+        self._traits_beside_tools = beside_tools.traits() if self.shows_tools else self._traits
 
     def build(self, conversation: Conversation) -> Prompt:
         """The prompt up to the assistant's answer; ServiceError if the template refuses."""
@@ -76,8 +106,9 @@ class PromptBuilder:
             texts.append(text)
             return text
 
-        for message in conversation.messages:
-            message_input(message, self._template, note)
+        for traits in (self._traits, self._traits_beside_tools):
+            for message in conversation.messages:
+                message_input(message, traits, note)
         for tool in conversation.tools:
             tool_input(tool, note)
         changed(variables, note)
@@ -91,38 +122,86 @@ class PromptBuilder:
     ) -> str:
         """What the template makes of the conversation, `change` applied to all of its text."""
         refusal: ServiceError | None = None
-        for leniency in Leniency:
-            try:
-                return self._render_with(conversation, variables, change, leniency)
-            except ServiceError as error:
-                refusal = refusal or error
+        for folding in self._foldings(conversation):
+            for form in self._tool_forms(conversation):
+                messages, tools = self._input(conversation, change, form, folding)
+                try:
+                    given = changed(variables, change)
+                    rendered = self._render_as(conversation, messages, tools, given)
+                except ServiceError as error:
+                    refusal = refusal or error
+                    continue
+                if folding is not None:
+                    self._log_fold()
+                return rendered
         assert refusal is not None, "Nothing was tried. This is a bug."
         raise refusal
 
-    def _render_with(
+    def _foldings(self, conversation: Conversation) -> Sequence[Folding | None]:
+        """In the order of trying; None is the conversation as it is."""
+        traits = self._traits_beside_tools if conversation.tools else self._traits
+        later = any(message.role in SYSTEM_ROLES for message in conversation.messages[1:])
+        left_out = later and not traits.later_system
+        if self._folds:
+            return FOLDINGS if left_out else (None, *FOLDINGS)
+        if left_out:
+            message = "The model's chat template shows no system messages after the first."
+            raise ServiceError("invalid_chat_template_input", message, "messages")
+        return (None,)
+
+    def _tool_forms(self, conversation: Conversation) -> tuple[ToolForm, ...]:
+        if not conversation.tools:
+            return (ToolForm.NONE,)
+        if not self.shows_tools:
+            return (ToolForm.TEXT,)
+        return (ToolForm.GIVEN, ToolForm.FILLED, ToolForm.TEXT)
+
+    def _input(
         self,
         conversation: Conversation,
-        variables: Mapping[str, Any],
         change: Callable[[str], str],
-        leniency: Leniency,
-    ) -> str:
-        template = self._template
+        form: ToolForm,
+        folding: Folding | None,
+    ) -> tuple[Sequence[Mapping[str, Any]], list[dict[str, Any]] | None]:
+        """Messages and tools for the template, made anew, as it may change them."""
+        given = form in (ToolForm.GIVEN, ToolForm.FILLED)
+        traits = self._traits_beside_tools if given else self._traits
         messages: Sequence[Mapping[str, Any]] = [
-            message_input(message, template, change, leniency) for message in conversation.messages
+            message_input(message, traits, change)
+            for message in separate_calls(conversation.messages, traits)
         ]
-        tools: list[dict[str, Any]] | None = [
-            tool_input(tool, change, leniency) for tool in conversation.tools
-        ] or None
-        if not template.knows_tool_calls:
+        if not traits.shows_calls:
             messages = without_roles(messages)
-        if tools is not None and not template.shows_tools:
-            messages, tools = with_tools(messages, tools, template.knows_system), None
+        if folding is not None:
+            messages = folded(messages, folding)
+        tools = [tool_input(tool, change, form is ToolForm.FILLED) for tool in conversation.tools]
+        if form is ToolForm.TEXT:
+            messages = with_tools(messages, tools, self._shows_system)
+        return messages, tools if given else None
+
+    def _render_as(
+        self,
+        conversation: Conversation,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any],
+    ) -> str:
         opens = conversation.add_generation_prompt is not False
         opens = opens and not conversation.continue_final_message
-        rendered = template.render(messages, tools, opens, changed(variables, change))
-        if conversation.continue_final_message:
-            return _up_to(rendered, str(messages[-1]["content"]))
-        return rendered
+        last = str(messages[-1]["content"])
+        rendered = self._template.render(messages, tools, opens, variables)
+        return _up_to(rendered, last) if conversation.continue_final_message else rendered
+
+    def _log_fold(self) -> None:
+        """Once: the operator should know, and the log is not the clients' to fill."""
+        if self._fold_is_logged:
+            return
+        self._fold_is_logged = True
+        log.warning(
+            "model %s: folded a conversation that its chat template refuses or shows only in part; "
+            "this is logged once (TRIVIUM_TOKENIZER_FOLD_MESSAGES=false refuses such ones instead)",
+            self._model,
+        )
 
 
 def _up_to(rendered: str, last: str) -> str:

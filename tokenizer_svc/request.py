@@ -18,6 +18,10 @@ class Role(Enum):
     TOOL = "tool"
 
 
+# What a developer says is a system message to every template.
+SYSTEM_ROLES = (Role.SYSTEM, Role.DEVELOPER)
+
+
 @dataclass(frozen=True)
 class ToolCall:
     """A call that the assistant made earlier; `arguments` is JSON text."""

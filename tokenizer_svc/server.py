@@ -27,6 +27,7 @@ def load_models(settings: TokenizerSettings) -> list[Model]:
             one.tool_parser or settings.tool_parser,
             one.reasoning_parser or settings.reasoning_parser,
             settings.template_variables,
+            settings.fold_messages,
         )
         for one in settings.served
     ]

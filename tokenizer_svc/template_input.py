@@ -6,96 +6,131 @@ Knows nothing of tokens.
 import hashlib
 import json
 import re
-from collections.abc import Callable
-from enum import Enum
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
-from tokenizer_svc.chat_template import ChatTemplate
-from tokenizer_svc.request import Message, Role, Tool, ToolCall
+from tokenizer_svc.ranges import is_deeper
+from tokenizer_svc.request import SYSTEM_ROLES, Message, Role, Tool, ToolCall
+from tokenizer_svc.template_traits import TemplateTraits
 
 Change = Callable[[str], str]
 
-
-class Leniency(Enum):
-    """What a template that refuses the plain form may be tried with."""
-
-    NONE = "none"
-    FILLED_TOOLS = "filled tools"  # descriptions and parameters that are absent are empty
-    ARGUMENTS_AS_TEXT = "arguments as text"  # those of calls, which DeepSeek's joins to text
+# The key of arguments that are no JSON object, for templates that take nothing but objects. A
+# model that reads its own broken call there also reads what is wrong with it.
+INVALID_ARGUMENTS = "invalid_arguments"
+MAX_ARGUMENTS_DEPTH = 64
 
 
-def message_input(
-    message: Message,
-    template: ChatTemplate,
-    change: Change,
-    leniency: Leniency = Leniency.NONE,
-) -> dict[str, Any]:
-    """A message that was checked."""
-    assert message.role is not None, "An unchecked message reached the template. This is a bug."
-    role = Role.SYSTEM if message.role is Role.DEVELOPER else message.role
-    result: dict[str, Any] = {"role": role.value}
-    if message.content is not None:
-        result["content"] = change(message.content)
-    else:  # most templates join content to text and refuse null
-        null_is_known = message.tool_calls and template.knows_tool_calls
-        result["content"] = None if null_is_known else ""
-    if message.name is not None:
-        result["name"] = change(message.name)
-    if message.reasoning is not None:
-        result |= _reasoning(message, template.whole_source, change(message.reasoning))
-    if message.tool_calls:
-        result["tool_calls"] = [
-            _tool_call(call, template, change, leniency) for call in message.tool_calls
-        ]
-    if message.tool_call_id is not None:
-        result["tool_call_id"] = change(_call_id(message.tool_call_id, template))
+def separate_calls(messages: Sequence[Message], traits: TemplateTraits) -> list[Message]:
+    """The conversation with no message of which the template would show a part only.
+
+    Where it needs that, text and calls in one message become two messages, and several calls one
+    message each, followed by its results.
+    """
+    result: list[Message] = []
+    results_done = 0
+    for index, message in enumerate(messages):
+        if message.role is Role.TOOL and index < results_done:
+            continue
+        if message.tool_calls and message.content and not traits.calls_beside_text:
+            result.append(replace(message, tool_calls=()))
+            message = replace(message, parts=(), reasoning=None)
+        if len(message.tool_calls) < 2 or traits.several_calls:
+            result.append(message)
+            continue
+        results_done = _end_of_results(messages, index + 1)
+        result += _one_by_one(message, list(messages[index + 1 : results_done]))
     return result
 
 
-def _reasoning(message: Message, source: str, text: str) -> dict[str, Any]:
-    """Under the names that templates use; gpt-oss's takes no text besides it where calls are."""
-    names = {"reasoning_content": text}
-    if "message.thinking" in source and not (message.tool_calls and message.content):
-        names["thinking"] = text
-    return names
+def _end_of_results(messages: Sequence[Message], start: int) -> int:
+    end = start
+    while end < len(messages) and messages[end].role is Role.TOOL:
+        end += 1
+    return end
 
 
-def tool_input(tool: Tool, change: Change, leniency: Leniency = Leniency.NONE) -> dict[str, Any]:
-    """A tool as OpenAI writes it."""
+def _one_by_one(message: Message, results: list[Message]) -> list[Message]:
+    """A message for each call; results that belong to none of them come last."""
+    separate: list[Message] = []
+    for call in message.tool_calls:
+        separate.append(replace(message, tool_calls=(call,)))
+        message = replace(message, parts=(), reasoning=None)
+        separate += [own for own in results if own.tool_call_id == call.id]
+        results = [other for other in results if other.tool_call_id != call.id]
+    return separate + results
+
+
+def message_input(message: Message, traits: TemplateTraits, change: Change) -> dict[str, Any]:
+    """A message that was checked."""
+    assert message.role is not None, "An unchecked message reached the template. This is a bug."
+    role = Role.SYSTEM if message.role in SYSTEM_ROLES else message.role
+    content: str | None = change(message.content or "")
+    if message.tool_calls and not content and traits.null_content:
+        content = None
+    result: dict[str, Any] = {"role": role.value, "content": content}
+    if message.name is not None:
+        result["name"] = change(message.name)
+    if message.reasoning is not None:
+        both = message.tool_calls and message.content
+        if traits.reasoning_beside_both or not both:
+            result[traits.reasoning_name] = change(message.reasoning)
+    if message.tool_calls:
+        result["tool_calls"] = [_tool_call(call, traits, change) for call in message.tool_calls]
+    if message.tool_call_id is not None:
+        result["tool_call_id"] = change(_call_id(message.tool_call_id, traits))
+    return result
+
+
+def tool_input(tool: Tool, change: Change, filled: bool = False) -> dict[str, Any]:
+    """A tool as OpenAI writes it; `filled` with what some templates ask every tool for."""
     function: dict[str, Any] = {"name": change(tool.name or "")}
-    if leniency is not Leniency.NONE:
-        function |= {"description": "", "parameters": {"type": "object", "properties": {}}}
+    if filled:
+        function |= {"description": "", "parameters": {}}
     if tool.description is not None:
         function["description"] = change(tool.description)
     if tool.parameters is not None:
         function["parameters"] = changed(json.loads(tool.parameters), change)
+    if filled:
+        function["parameters"] = {"type": "object", "properties": {}} | function["parameters"]
     return {"type": "function", "function": function}
 
 
-def _tool_call(
-    call: ToolCall, template: ChatTemplate, change: Change, leniency: Leniency
-) -> dict[str, Any]:
-    as_text = leniency is Leniency.ARGUMENTS_AS_TEXT
-    arguments = change(call.arguments) if as_text else _arguments(call.arguments, change)
-    function = {"name": change(call.name), "arguments": arguments}
-    call_id = change(_call_id(call.id, template))
-    return {"id": call_id, "type": "function", "function": function}
+def _tool_call(call: ToolCall, traits: TemplateTraits, change: Change) -> dict[str, Any]:
+    function = {"name": change(call.name), "arguments": _arguments(call.arguments, traits, change)}
+    return {"id": change(_call_id(call.id, traits)), "type": "function", "function": function}
 
 
-def _call_id(call_id: str, template: ChatTemplate) -> str:
+def _call_id(call_id: str, traits: TemplateTraits) -> str:
     """The id of a call; another in its place where the template would refuse it."""
-    if not template.short_call_ids or re.fullmatch("[a-zA-Z0-9]{9}", call_id):
+    if not traits.short_call_ids or re.fullmatch("[a-zA-Z0-9]{9}", call_id):
         return call_id
     return hashlib.sha256(call_id.encode()).hexdigest()[:9]
 
 
-def _arguments(text: str, change: Change) -> Any:
-    """Templates expect arguments as an object; text that is none stays text."""
+def _arguments(text: str, traits: TemplateTraits, change: Change) -> Any:
+    """Arguments as the template takes them, whatever they are.
+
+    They are the client's memory of what a model wrote, and may have been cut off.
+    """
+    if text.strip() in ("", "null"):
+        text = "{}"
+    if traits.text_arguments:
+        return change(text)
+    parsed = _json_object(text)
+    if parsed is not None:
+        return changed(parsed, change)
+    return change(text) if traits.takes_odd_arguments else {INVALID_ARGUMENTS: change(text)}
+
+
+def _json_object(text: str) -> dict[str, Any] | None:
     try:
         parsed = json.loads(text)
-        return changed(parsed, change) if isinstance(parsed, dict) else change(text)
     except (ValueError, RecursionError):
-        return change(text)
+        return None
+    is_right = isinstance(parsed, dict) and not is_deeper(parsed, MAX_ARGUMENTS_DEPTH)
+    return parsed if is_right else None
 
 
 def changed(value: Any, change: Change) -> Any:

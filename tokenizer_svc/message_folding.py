@@ -1,0 +1,92 @@
+"""Conversations in other forms, for a template that refuses the roles or their order.
+
+System messages become the user's, neighbours of one role become one message, and at last calls and
+results become text. Knows nothing of templates.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizer_svc.tool_text import without_roles
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Folding:
+    """How much of a conversation is changed.
+
+    `keeps_system`: system messages at the beginning stay. `alternates`: users and assistants take
+    turns, with empty messages where one of them said nothing.
+    """
+
+    keeps_system: bool
+    alternates: bool = False
+    calls_as_text: bool = False
+
+
+# In the order of trying: what changes little comes first.
+FOLDINGS = tuple(
+    Folding(keeps_system, *more)
+    for more in ((False, False), (True, False), (True, True))
+    for keeps_system in (True, False)
+)
+
+
+def folded(messages: Messages, folding: Folding) -> list[Mapping[str, Any]]:
+    """The conversation in this form; messages that need no change are the same objects."""
+    if folding.calls_as_text:
+        messages = without_roles(messages)
+    result = _joined(_system_as_user(messages, folding.keeps_system))
+    return _alternating(result) if folding.alternates else result
+
+
+def _system_as_user(messages: Messages, keeps_first: bool) -> Messages:
+    result = []
+    for message in messages:
+        is_system = message["role"] == "system"
+        keeps_first = keeps_first and is_system
+        result.append({**message, "role": "user"} if is_system and not keeps_first else message)
+    return result
+
+
+def _joined(messages: Messages) -> list[Mapping[str, Any]]:
+    """Neighbours of one role as one message; an assistant's without a word is left out."""
+    result: list[Mapping[str, Any]] = []
+    for message in messages:
+        if message["role"] == "assistant" and not (message["content"] or _has_calls(message)):
+            continue
+        if result and _belong_together(result[-1], message):
+            before = result.pop()
+            message = {**before, **message, "content": _both_texts(before, message)}
+            if before.get("name") != message.get("name"):
+                message.pop("name")
+        result.append(message)
+    return result
+
+
+def _belong_together(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    is_same = first["role"] == second["role"] and first["role"] != "tool"
+    return is_same and not _has_calls(first) and not _has_calls(second)
+
+
+def _both_texts(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    return "\n\n".join(text for text in (first["content"], second["content"]) if text)
+
+
+def _alternating(messages: Messages) -> list[Mapping[str, Any]]:
+    """An empty message before an assistant that begins, and before a user who answers no one."""
+    result: list[Mapping[str, Any]] = []
+    for message in messages:
+        role, before = message["role"], result[-1] if result else {"role": "system"}
+        if role == "assistant" and before["role"] == "system":
+            result.append({"role": "user", "content": ""})
+        elif role == "user" and (before["role"] == "tool" or _has_calls(before)):
+            result.append({"role": "assistant", "content": ""})
+        result.append(message)
+    return result
+
+
+def _has_calls(message: Mapping[str, Any]) -> bool:
+    return bool(message.get("tool_calls"))

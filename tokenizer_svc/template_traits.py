@@ -1,0 +1,174 @@
+"""What a chat template takes and shows, found out by rendering small conversations at load.
+
+Told by what comes out, not by what the source looks like: templates differ in what they refuse,
+print as the word None, or leave out without a word. Knows nothing of requests.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tokenizer_svc.chat_template import ChatTemplate
+from trivium.wire.errors import ServiceError
+
+_TEXT = "trivium_text"
+# Names under which templates look for an assistant's reasoning.
+_REASONING_NAMES = ("reasoning_content", "reasoning", "thinking", "thought")
+
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class TemplateTraits:
+    """How conversations have to be written for a template, either with or without tools.
+
+    The defaults are those of a template that shows no calls: they reach it as text.
+    """
+
+    shows_calls: bool = False
+    null_content: bool = False  # absent text beside calls is None, not ""
+    text_arguments: bool = False  # arguments of calls are JSON text, not an object
+    takes_odd_arguments: bool = True  # text that is no JSON object is shown as it is
+    several_calls: bool = True  # all calls of a message are shown
+    calls_beside_text: bool = True  # calls of a message that has text are shown
+    reasoning_name: str = _REASONING_NAMES[0]
+    reasoning_beside_both: bool = True  # reasoning is taken beside text and calls
+    later_system: bool = True  # system messages after the first are shown
+    short_call_ids: bool = False  # ids of calls are nine letters and digits, as Mistral has them
+
+
+class TemplateProbe:
+    """Renders small conversations with one template, with or without tools, and looks for words."""
+
+    def __init__(self, template: ChatTemplate, with_tools: bool) -> None:
+        self._template = template
+        self._with_tools = with_tools
+
+    def shows_tools(self) -> bool:
+        """Whether tools reach the prompt."""
+        return self._shows([_user()], "trivium_call_0")
+
+    def shows_system(self) -> bool:
+        """Whether a system message at the beginning reaches the prompt."""
+        return self._shows([_system(_TEXT), _user()], _TEXT)
+
+    def traits(self) -> TemplateTraits:
+        """All traits. They cost some twenty renderings."""
+        short_ids = "length 9" in self._template.whole_source
+        traits = replace(self._call_form(), short_call_ids=short_ids)
+        if traits.shows_calls:
+            odd = '{"trivium_odd": "trivium_cut'
+            traits = replace(
+                traits,
+                takes_odd_arguments=self._shows(
+                    _called(traits, arguments=odd), "trivium_odd", "trivium_cut"
+                ),
+                several_calls=self._shows(_called(traits, calls=2), *_words(2)),
+                calls_beside_text=self._shows(_called(traits, content=_TEXT), *_words(1)),
+            )
+        later = [_system("trivium_first"), _user(), _answer(), _system(_TEXT), _user()]
+        traits = replace(traits, later_system=self._shows(later, "trivium_first", _TEXT))
+        return self._with_reasoning(traits)
+
+    def _call_form(self) -> TemplateTraits:
+        """The form in which a call and its result are shown, if there is one."""
+        found = []
+        for text in (False, True):
+            for null in (False, True):
+                form = TemplateTraits(True, null_content=null, text_arguments=text)
+                prompt = self._prompt(_called(form))
+                if all(word in prompt for word in _words(1)):
+                    found.append((prompt, form))
+
+        def flaws(candidate: tuple[str, TemplateTraits]) -> tuple[bool, bool, int, int]:
+            # Text that a template writes as JSON is quoted, so that objects come first, unless it
+            # prints them as Python does. Absent content that is shown makes the longer prompt,
+            # be it as None, as null or as a turn without words.
+            prompt, form = candidate
+            is_python = "{'trivium_key" in prompt
+            return is_python, form.text_arguments, prompt.count("None"), len(prompt)
+
+        return min(found, key=flaws)[1] if found else TemplateTraits()
+
+    def _with_reasoning(self, traits: TemplateTraits) -> TemplateTraits:
+        for name in _REASONING_NAMES:
+            conversations = [[_user(), _answer() | {name: _TEXT}]]
+            if traits.shows_calls:  # many show it nowhere else
+                conversations.append(_with(_called(traits), {name: _TEXT}))
+            if any(self._shows(messages, _TEXT) for messages in conversations):
+                traits = replace(traits, reasoning_name=name)
+                break
+        if not (traits.shows_calls and traits.calls_beside_text):
+            return traits
+        both = _with(_called(traits, content="a"), {traits.reasoning_name: _TEXT})
+        return replace(traits, reasoning_beside_both=self._shows(both))
+
+    def _shows(self, messages: Messages, *words: str) -> bool:
+        prompt = self._prompt(messages)
+        return bool(prompt) and all(word in prompt for word in words)
+
+    def _prompt(self, messages: Messages) -> str:
+        """Empty if the template refuses."""
+        try:
+            return self._template.render(messages, _tools() if self._with_tools else None)
+        except ServiceError:
+            return ""
+
+
+# Made anew for each rendering, as a template may change what it is given.
+
+
+def _tools() -> Messages:
+    schema = {"type": "object", "properties": {}}
+    functions = [
+        {"name": f"trivium_call_{index}", "description": "Nothing.", "parameters": schema}
+        for index in range(2)
+    ]
+    return [{"type": "function", "function": function} for function in functions]
+
+
+def _user() -> dict[str, Any]:
+    return {"role": "user", "content": "Hello"}
+
+
+def _system(text: str) -> dict[str, Any]:
+    return {"role": "system", "content": text}
+
+
+def _answer() -> dict[str, Any]:
+    return {"role": "assistant", "content": "Hello"}
+
+
+def _called(
+    form: TemplateTraits,
+    calls: int = 1,
+    arguments: str | None = None,
+    content: str | None = None,
+) -> Messages:
+    """A question, calls in this form, and their results."""
+    made, results = [], []
+    for index in range(calls):
+        given: Any = {f"trivium_key_{index}": f"trivium_value_{index}"}
+        if arguments is not None:
+            given = arguments
+        elif form.text_arguments:
+            given = f'{{"trivium_key_{index}": "trivium_value_{index}"}}'
+        call_id = f"trivium0{index}"  # nine letters and digits: Mistral's templates want them
+        function = {"name": f"trivium_call_{index}", "arguments": given}
+        made.append({"id": call_id, "type": "function", "function": function})
+        result = {"role": "tool", "content": f"trivium_result_{index}", "tool_call_id": call_id}
+        results.append(result)
+    if content is None and not form.null_content:
+        content = ""
+    return [_user(), {"role": "assistant", "content": content, "tool_calls": made}, *results]
+
+
+def _with(messages: Messages, more: dict[str, Any]) -> Messages:
+    """The same with more in the assistant's message."""
+    return [message | more if message["role"] == "assistant" else message for message in messages]
+
+
+def _words(calls: int) -> list[str]:
+    """What the prompt has to show of so many calls. Their names stand among the tools anyway."""
+    return [
+        f"trivium_{part}_{index}" for part in ("key", "value", "result") for index in range(calls)
+    ]
