@@ -58,8 +58,8 @@ CHAT_REQUEST = (
     Row(
         "messages[].tool_calls",
         "calls of type `function` or `custom`",
-        f"`function`; `custom` {_NO_VALUE}",
-        f"{_V}test_refused_messages",
+        f"`function`; `custom` {_NO_VALUE}; arguments need not be JSON",
+        f"{_F}test_arguments_in_history",
     ),
     Row(
         "messages[].tool_call_id",

@@ -1,8 +1,8 @@
 """A model's chat template: the only door to jinja2, with the meaning Hugging Face gives it.
 
 Knows nothing of tokens. The sandbox keeps a template from the process's objects, not from its
-time and memory: templates come from the operator's model folder only. A template may change lists
-and dictionaries, as Kimi's does with those it makes, so that it is given some of its own each time.
+time and memory: templates come from the operator's model folder only. Templates may change lists
+and dictionaries, as Kimi's does with a list of its own.
 """
 
 import json
@@ -97,7 +97,7 @@ class ChatTemplate:
     ) -> str:
         """The prompt, up to where the assistant's answer begins.
 
-        The template may change the messages and tools, which are therefore the caller's to lose.
+        The template may change messages and tools, which have to be made anew for each rendering.
         Raises ServiceError invalid_chat_template_input when the template refuses the messages.
         """
         template = self._template if tools is None else self._tool_template

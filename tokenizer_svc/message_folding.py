@@ -38,7 +38,7 @@ def folded(messages: Messages, folding: Folding) -> list[Mapping[str, Any]]:
     """The conversation in this form; messages that need no change are the same objects."""
     if folding.calls_as_text:
         messages = without_roles(messages)
-    result = _joined(_system_as_user(messages, folding.keeps_system))
+    result = _joined(_system_as_user(messages, folding.keeps_system)) or list(messages)
     return _alternating(result) if folding.alternates else result
 
 

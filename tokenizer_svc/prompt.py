@@ -18,6 +18,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from enum import Enum
+from itertools import product
 from typing import Any
 
 from tokenizer_svc.chat_template import ChatTemplate
@@ -106,7 +107,7 @@ class PromptBuilder:
             texts.append(text)
             return text
 
-        for traits in (self._traits, self._traits_beside_tools):
+        for traits in {self._traits, self._traits_beside_tools}:
             for message in conversation.messages:
                 message_input(message, traits, note)
         for tool in conversation.tools:
@@ -122,18 +123,23 @@ class PromptBuilder:
     ) -> str:
         """What the template makes of the conversation, `change` applied to all of its text."""
         refusal: ServiceError | None = None
-        for folding in self._foldings(conversation):
-            for form in self._tool_forms(conversation):
-                messages, tools = self._input(conversation, change, form, folding)
-                try:
-                    given = changed(variables, change)
-                    rendered = self._render_as(conversation, messages, tools, given)
-                except ServiceError as error:
-                    refusal = refusal or error
-                    continue
-                if folding is not None:
-                    self._log_fold()
-                return rendered
+        tried: list[Any] = []
+        opens = conversation.add_generation_prompt is not False
+        opens = opens and not conversation.continue_final_message
+        for folding, form in product(self._foldings(conversation), self._tool_forms(conversation)):
+            messages, tools = self._input(conversation, change, form, folding)
+            if (messages, tools) in tried:
+                continue
+            tried.append((messages, tools))
+            last = str(messages[-1]["content"])
+            try:
+                rendered = self._template.render(messages, tools, opens, changed(variables, change))
+            except ServiceError as error:
+                refusal = refusal or error
+                continue
+            if folding is not None:
+                self._log_fold()
+            return _up_to(rendered, last) if conversation.continue_final_message else rendered
         assert refusal is not None, "Nothing was tried. This is a bug."
         raise refusal
 
@@ -178,19 +184,6 @@ class PromptBuilder:
         if form is ToolForm.TEXT:
             messages = with_tools(messages, tools, self._shows_system)
         return messages, tools if given else None
-
-    def _render_as(
-        self,
-        conversation: Conversation,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None,
-        variables: Mapping[str, Any],
-    ) -> str:
-        opens = conversation.add_generation_prompt is not False
-        opens = opens and not conversation.continue_final_message
-        last = str(messages[-1]["content"])
-        rendered = self._template.render(messages, tools, opens, variables)
-        return _up_to(rendered, last) if conversation.continue_final_message else rendered
 
     def _log_fold(self) -> None:
         """Once: the operator should know, and the log is not the clients' to fill."""

@@ -23,19 +23,21 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 def with_tools(messages: Messages, tools: Messages, system: bool) -> list[Mapping[str, Any]]:
-    """The messages with the tools told in the first one.
+    """The messages with the tools told in the system message at the beginning.
 
-    Without `system`, for templates that know no such role, that is the first user message.
+    Without `system`, for templates that know no such role, in the first user message.
     """
     lines = "".join("\n" + json.dumps(tool, ensure_ascii=False) for tool in tools)
     told = f"{_BEFORE}{lines}{_AFTER}"
     role = "system" if system else "user"
-    first = messages[0] if messages else None
-    if first is None or first.get("role") != role:
+    candidates = messages[:1] if system else messages
+    place = next((at for at, message in enumerate(candidates) if message["role"] == role), None)
+    if place is None:
         return [{"role": role, "content": told}, *messages]
-    text = first.get("content") or ""
+    found = messages[place]
+    text = found.get("content") or ""
     joined = f"{text}\n\n{told}" if system else f"{told}\n\n{text}"
-    return [{**first, "content": joined}, *messages[1:]]
+    return [*messages[:place], {**found, "content": joined}, *messages[place + 1 :]]
 
 
 def without_roles(messages: Messages) -> list[Mapping[str, Any]]:

@@ -56,6 +56,29 @@ def test_a_schema_is_kept_to(client: openai.OpenAI, services: Services) -> None:
     assert texts == {choice.index: choice.message.content for choice in whole.choices}
 
 
+def test_a_call_that_was_cut_off_can_be_sent_back(
+    client: openai.OpenAI, services: Services
+) -> None:
+    """The history may hold whatever was answered, and arguments that are no object."""
+    text = {"type": "string", "minLength": 200}
+    schema = {"type": "object", "properties": {"text": text}, "required": ["text"]}
+    tool = {"type": "function", "function": {"name": "note", "parameters": schema}}
+    answer = ask(client, services, tools=[tool], tool_choice=NAMED, max_tokens=64)
+    [call] = answer.choices[0].message.tool_calls
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(call.function.arguments)
+    for arguments in (call.function.arguments, "", "null", "[1]", "7", "no JSON"):
+        function = {"name": "note", "arguments": arguments}
+        called = {"id": call.id, "type": "function", "function": function}
+        messages = [
+            *MESSAGES,
+            {"role": "assistant", "content": None, "tool_calls": [called]},
+            {"role": "tool", "content": "invalid", "tool_call_id": call.id},
+        ]
+
+        assert ask(client, services, messages=messages, max_tokens=2).usage.prompt_tokens > 8
+
+
 @pytest.mark.parametrize(
     ("fields", "pattern"),
     [

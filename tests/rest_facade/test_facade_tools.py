@@ -311,6 +311,24 @@ async def test_reasoning_in_history(
     assert not backend.requests[0].messages[0].HasField("reasoning_content")
 
 
+@pytest.mark.parametrize("arguments", ["", "{}", "null", '{"city": "Par', "[1]", "7", "no JSON"])
+async def test_arguments_in_history(
+    client: httpx.AsyncClient, backend: ScriptedBackend, arguments: str
+) -> None:
+    """Are passed on as they are: a model may have got them wrong, and a limit cut them off."""
+    past = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": None, "tool_calls": [past]},
+        {"role": "tool", "content": [{"type": "text", "text": "invalid"}], "tool_call_id": "c"},
+    ]
+    answer = await post(client, messages=messages)
+
+    assert 200 == answer.status_code
+    assert arguments == backend.requests[0].messages[1].tool_calls[0].arguments
+    assert not backend.requests[0].messages[1].content
+
+
 async def test_service_tier(client: httpx.AsyncClient) -> None:
     """The tier is named in the answer, and in every chunk, if the request named one."""
     silent = await post(client)

@@ -91,18 +91,23 @@ QWEN3 = (
     {%- if message.role == "user" or (message.role == "system" and not loop.first) %}
         {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
     {%- elif message.role == "assistant" %}
+        {%- set content = message.content %}
         {%- set reasoning_content = '' %}
-        {%- if message.reasoning_content is string %}
+        {%- if message.reasoning_content is defined and message.reasoning_content is not none %}
             {%- set reasoning_content = message.reasoning_content %}
+        {%- elif '</think>' in message.content %}
+            {%- set content = message.content.split('</think>')[-1].lstrip('\\n') %}
+            {%- set reasoning_content = message.content.split('</think>')[0].rstrip('\\n')\
+.split('<think>')[-1].lstrip('\\n') %}
         {%- endif %}
         {{- '<|im_start|>' + message.role + '\\n' }}
         {%- if reasoning_content %}
             {{- '<think>\\n' + reasoning_content.strip('\\n') + '\\n</think>\\n\\n' }}
         {%- endif %}
-        {{- message.content if message.content is string else '' }}
+        {{- content.lstrip('\\n') }}
         {%- if message.tool_calls %}
             {%- for tool_call in message.tool_calls %}
-                {%- if (loop.first and message.content) or (not loop.first) %}
+                {%- if (loop.first and content) or (not loop.first) %}
                     {{- '\\n' }}
                 {%- endif %}
                 {%- if tool_call.function %}
@@ -156,14 +161,17 @@ DEEPSEEK_R1 = (
     "{{bos_token}}{{ns.system_prompt}}"
     "{%- for message in messages %}"
     "{%- if message['role'] == 'user' %}{{'<｜User｜>' + message['content']}}{%- endif %}"
-    "{%- if message['role'] == 'assistant' and message['tool_calls'] %}"
-    "{%- for tool in message['tool_calls'] %}"
-    "{{'<｜Assistant｜><｜tool▁call▁begin｜>' + tool['function']['name'] + '\n```json\n'"
-    " + tool['function']['arguments'] + '\n```<｜tool▁call▁end｜>'}}{%- endfor %}{%- endif %}"
+    "{%- if message['role'] == 'assistant' and message['content'] is none %}"
+    "{{'<｜Assistant｜><｜tool▁calls▁begin｜>'}}{%- for tool in message['tool_calls'] %}"
+    "{{'<｜tool▁call▁begin｜>' + tool['type'] + '<｜tool▁sep｜>' + tool['function']['name']"
+    " + '\n```json\n' + tool['function']['arguments'] + '\n```<｜tool▁call▁end｜>'}}"
+    "{%- endfor %}{{'<｜tool▁calls▁end｜><｜end▁of▁sentence｜>'}}{%- endif %}"
     "{%- if message['role'] == 'assistant' and message['content'] is not none %}"
     "{% set content = message['content'] %}"
     "{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}"
     "{{'<｜Assistant｜>' + content + '<｜end▁of▁sentence｜>'}}{%- endif %}"
+    "{%- if message['role'] == 'tool' %}"
+    "{{'<｜tool▁output▁begin｜>' + message['content'] + '<｜tool▁output▁end｜>'}}{%- endif %}"
     "{%- endfor -%}"
     "{% if add_generation_prompt %}{{'<｜Assistant｜><think>\n'}}{% endif %}"
 )
@@ -246,6 +254,15 @@ MISTRAL = """\
     {%- set loop_messages = messages %}
 {%- endif %}
 {%- set user_messages = loop_messages | selectattr("role", "equalto", "user") | list %}
+{%- set ns = namespace(index=0) %}
+{%- for message in loop_messages %}
+    {%- if message.role == "user" or (message.role == "assistant" and not message.tool_calls) %}
+        {%- if (message["role"] == "user") != (ns.index % 2 == 0) %}
+            {{- raise_exception("After the optional system message, roles must alternate") }}
+        {%- endif %}
+        {%- set ns.index = ns.index + 1 %}
+    {%- endif %}
+{%- endfor %}
 {{- bos_token }}
 {%- for message in loop_messages %}
     {%- if message["role"] == "user" %}
@@ -315,6 +332,12 @@ HARMONY = """\
 {%- set last_tool_call = namespace(name=none) %}
 {%- for message in loop_messages %}
     {%- if message.role == "assistant" %}
+        {%- if "<|channel|>analysis<|message|>" in message.content %}
+            {{- raise_exception("You have passed a message containing <|channel|> tags.") }}
+        {%- endif %}
+        {%- if message.tool_calls and message.content and message.thinking %}
+            {{- raise_exception("Cannot pass both content and thinking with tool calls!") }}
+        {%- endif %}
         {%- if message.thinking is defined %}
             {{- "<|start|>assistant<|channel|>analysis<|message|>" + message.thinking + "<|end|>" }}
         {%- endif %}
@@ -327,15 +350,110 @@ HARMONY = """\
             {{- "<|start|>assistant<|channel|>final<|message|>" + message.content + "<|end|>" }}
         {%- endif %}
     {%- elif message.role == "tool" %}
+        {%- if last_tool_call.name is none %}
+            {{- raise_exception("Message has tool role, but there was no previous tool call!") }}
+        {%- endif %}
         {{- "<|start|>functions." + last_tool_call.name }}
         {{- " to=assistant<|channel|>commentary<|message|>" + message.content|tojson + "<|end|>" }}
-    {%- else %}
+    {%- elif message.role == "user" %}
         {{- "<|start|>user<|message|>" + message.content + "<|end|>" }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- "<|start|>assistant" }}
 {%- endif %}
+"""
+
+# Calls as XML elements, for which arguments have to be an object; system messages only at first.
+QWEN35 = """\
+{%- if tools %}
+    {{- '<|im_start|>system\\n# Tools\\n' }}
+    {%- for tool in tools %}{{- tool | tojson }}{%- endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == "system" %}
+        {%- if not loop.first %}
+            {{- raise_exception('System message must be at the beginning.') }}
+        {%- endif %}
+        {{- '<|im_start|>system\\n' + message.content + '<|im_end|>\\n' }}
+    {%- elif message.role == "user" %}
+        {{- '<|im_start|>user\\n' + message.content + '<|im_end|>\\n' }}
+    {%- elif message.role == "assistant" %}
+        {{- '<|im_start|>assistant\\n' + message.content }}
+        {%- for tool_call in message.tool_calls or [] %}
+            {{- '<tool_call>\\n<function=' + tool_call.function.name + '>\\n' }}
+            {%- for name, value in tool_call.function.arguments | items %}
+                {{- '<parameter=' + name + '>\\n' }}
+                {{- value if value is string else value | tojson }}
+                {{- '\\n</parameter>\\n' }}
+            {%- endfor %}
+            {{- '</function>\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- elif message.role == "tool" %}
+        {{- '<|im_start|>user\\n<tool_response>\\n' + message.content }}
+        {{- '\\n</tool_response><|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+
+# Prints whatever the content is, so that a null becomes a word.
+MINIMAX_M2 = """\
+{%- for tool in tools or [] %}{{- tool | tojson }}{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {{- ']~b]ai\\n' }}
+        {%- if message.reasoning_content %}
+            {{- '<think>' ~ message.reasoning_content ~ '</think>' }}
+        {%- endif %}
+        {{- message.content ~ '\\n' }}
+        {%- for tool_call in message.tool_calls or [] %}
+            {{- '<minimax:tool_call>\\n<invoke name="' ~ tool_call.function.name ~ '">\\n' }}
+            {%- for name, value in tool_call.function.arguments.items() %}
+                {{- '<parameter name="' ~ name ~ '">' ~ value ~ '</parameter>\\n' }}
+            {%- endfor %}
+            {{- '</invoke>\\n</minimax:tool_call>' }}
+        {%- endfor %}
+        {{- '[e~[\\n' }}
+    {%- elif message.role == 'tool' %}
+        {{- ']~b]tool\\n<response>' ~ message.content ~ '</response>[e~[\\n' }}
+    {%- elif message.role == 'user' or loop.first %}
+        {{- ']~b]' ~ message.role ~ '\\n' ~ message.content ~ '[e~[\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- ']~b]ai\\n' }}{%- endif %}
+"""
+
+GEMMA2 = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}"
+    "{% endif %}"
+    "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
+)
+
+# Keeps a list of its own, and numbers the calls.
+KIMI_K2 = """\
+{%- set queue = namespace(ids=[]) -%}
+{%- for tool in tools or [] %}{{ tool | tojson }}{% endfor -%}
+{%- for message in messages -%}
+    <|im_{{ message.role }}|>
+    {%- if message.content is not none %}{{ message.content }}{% endif -%}
+    {%- for tool_call in message.get('tool_calls') or [] -%}
+        {%- set _ = queue.ids.append('functions.' + tool_call.function.name) -%}
+        <|tool_call_begin|>{{ queue.ids[-1] }}{{ tool_call.function.arguments | tojson }}
+    {%- endfor -%}
+    {%- if message.role == 'tool' %} of {{ queue.ids.pop(0) }}{% endif -%}
+    <|im_end|>
+{%- endfor -%}
+{%- if add_generation_prompt %}<|im_assistant|>{% endif -%}
 """
 
 LLAMA3_TOKENS = (

@@ -92,7 +92,7 @@ def test_tools_reach_the_template(sample: str) -> None:
         sample,
         [
             {"role": "user", "content": "1 and 2?"},
-            {"role": "assistant", "content": None, "tool_calls": calls},
+            {"role": "assistant", "content": "", "tool_calls": calls},
             {"role": "tool", "content": "3", "tool_call_id": "abcDEF123"},
         ],
         tools=OPENAI_TOOLS,
@@ -203,14 +203,6 @@ def test_tools_without_a_description() -> None:
     assert "// \ntype now = (_: ) => any;" in text
 
 
-def test_arguments_are_text_where_the_template_wants_text() -> None:
-    """DeepSeek's joins them to text."""
-    call = ToolCall("c", "add", '{"a":1}')
-    prompt = build("DeepSeek R1", said("x"), Message(Role.ASSISTANT, (), tool_calls=(call,)))
-
-    assert 'add\n```json\n{"a":1}\n```' in prompt.text
-
-
 def test_mistrals_call_ids() -> None:
     """Ids that its template would refuse are replaced, the same by the same."""
     call = ToolCall("call_0123456789", "add", "{}")
@@ -303,7 +295,7 @@ def test_going_on_with_the_last_message(sample: str, text: str) -> None:
 def test_going_on_within_the_reasoning() -> None:
     """What the assistant said may have opened it."""
     last = Message(Role.ASSISTANT, ("<think>\nHm, let",))
-    done = Message(Role.ASSISTANT, ("<think>\nHm.</think>\n\nWell",))
+    done = Message(Role.ASSISTANT, ("<think>\nHm.\n</think>\n\nWell",))
     opened = build("Qwen3", said("Hi"), last, continue_final_message=True)
     closed = build("Qwen3", said("Hi"), done, continue_final_message=True)
 
