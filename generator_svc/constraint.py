@@ -20,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from generator_svc.json_schema import OPTIONS, repaired, repaired_lark
+from generator_svc.json_schema import OPTIONS, prepared, prepared_lark
 from generator_svc.sequence import ConstraintError
+from trivium.ecma_regex import to_rust
 
 # An optional property takes four items of a row. JSON's rows are wide and cheap, while a step of
 # an ambiguous grammar, which only Lark can have, takes 15 ms at 500 items and 170 ms at 1,000.
@@ -35,15 +36,15 @@ _LONGEST_MESSAGE = 500
 def grammar_of(kind: str, text: str) -> str:
     """llguidance's grammar for a `json_schema`, `regex` or `lark`; raises ConstraintError."""
     if kind == "regex":
-        return LLMatcher.grammar_from_regex(text)
+        return LLMatcher.grammar_from_regex(to_rust(text))
     if kind == "lark":
-        return LLMatcher.grammar_from_lark(repaired_lark(text))
+        return LLMatcher.grammar_from_lark(prepared_lark(text))
     assert kind == "json_schema", f"no kind of constraint: {kind}. This is a bug."
     if text.strip() == "true":
         text = "{}"
     try:
         options = cast("Any", OPTIONS)
-        return LLMatcher.grammar_from_json_schema(repaired(text), overrides=options)
+        return LLMatcher.grammar_from_json_schema(prepared(text), overrides=options)
     except ValueError as error:
         _refuse(kind, str(error))
 

@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 _TURN_SECONDS = 1.5
 _TRIAL_SECONDS = 3.0
 
+# A lark's longest text, each character of it escaped.
+_LONGEST_ANSWER = 8 * 2**20
+
 _THREADS = 2
 _ENTRY_BYTES = 500  # about what an entry takes besides its texts
 
@@ -99,8 +102,11 @@ class Trial:
             with contextlib.suppress(asyncio.CancelledError, ConstraintsUnavailable):
                 await _end(await task)
 
-    async def ask(self, kind: str, text: str) -> ConstraintError | None:
-        """What is wrong with a constraint; raises CompilerBusy after waiting in vain."""
+    async def ask(self, kind: str, text: str) -> str:
+        """The constraint's text as it can be used.
+
+        Raises ConstraintError where it cannot, and CompilerBusy after waiting in vain.
+        """
         await asyncio.shield(self.start())
         try:
             async with asyncio.timeout(_TURN_SECONDS):
@@ -117,7 +123,9 @@ class Trial:
         finally:
             self._turn.release()
         answer = json.loads(line)
-        return ConstraintError(**answer) if answer["code"] else None
+        if answer["code"]:
+            raise ConstraintError(answer["code"], answer["message"])
+        return str(answer["text"])
 
 
 async def _spawn(command: list[str]) -> Process:
@@ -125,7 +133,7 @@ async def _spawn(command: list[str]) -> Process:
     # A process of one thread is one that can fork.
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
     process = await asyncio.create_subprocess_exec(
-        *command, stdin=pipe, stdout=pipe, env=environment
+        *command, stdin=pipe, stdout=pipe, env=environment, limit=_LONGEST_ANSWER
     )
     assert process.stdout is not None
     try:
@@ -238,11 +246,12 @@ class ConstraintCompiler:
             done.exception()  # seen, even when every caller has left
 
     async def _try_out(self, digest: bytes, kind: str, text: str) -> Verdict:
-        error = await self._trial.ask(kind, text)
-        grammar = ""
-        if error is None:
+        try:
+            usable = await self._trial.ask(kind, text)
             loop = asyncio.get_running_loop()
-            grammar = await loop.run_in_executor(self._threads, grammar_of, kind, text)
-        verdict = Verdict(grammar, error)
+            grammar = await loop.run_in_executor(self._threads, grammar_of, kind, usable)
+            verdict = Verdict(grammar)
+        except ConstraintError as error:
+            verdict = Verdict(error=error)
         self.cache.put(digest, verdict)
         return verdict

@@ -2,8 +2,9 @@
 
     python -m generator_svc.constraint_trial TOKENIZER VOCABULARY_SIZE EOS_ID …
 
-Reads a line of JSON, {"kind", "text"}, and answers with one, {"code", "message"}, both null when
-the constraint can be used. This process has the tokens and forks for each question, so that one
+Reads a line of JSON, {"kind", "text"}, and answers with one, {"code", "message", "text"}: the text
+that can be used, which says less than the one read where that is allowed, or what is wrong with
+it; the others are null. This process has the tokens and forks for each question, so that one
 that takes too much time or memory, or overflows the stack, ends its fork alone. Knows nothing
 about requests.
 """
@@ -17,10 +18,12 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from generator_svc.constraint import CompiledConstraint, TokenTable, grammar_of
+from generator_svc.json_schema import loosened_text
 from generator_svc.sequence import ConstraintError
 
 CPU_SECONDS = 1.0
@@ -34,12 +37,39 @@ _NICENESS = 19
 
 _WALKS = 3
 _WALK_TOKENS = 120
+_SHORT_WALK_TOKENS = 16  # enough to get into a schema
 _WALK_SECONDS = 0.15  # of CPU; a usual one takes 10 ms, and running streams wait for each
 
 _ENDED = {
     "code": "json_schema_too_complex",
     "message": "The constraint takes too much time or memory to compile.",
+    "text": None,
 }
+
+
+def usable(table: TokenTable, kind: str, text: str) -> str:
+    """The constraint as it can be used; raises ConstraintError where it cannot.
+
+    It is another one only where its schemas are lenient and something had to go.
+    """
+
+    def compiles(schema: dict[str, Any]) -> bool:
+        try:
+            grammar = grammar_of("json_schema", json.dumps(schema))
+            _walk(table, CompiledConstraint(table, kind, grammar), random.Random(0), short=True)
+        except ConstraintError:
+            return False
+        return True
+
+    try:
+        try_out(table, kind, text)
+    except ConstraintError:
+        loosened = loosened_text(kind, text, compiles)
+        if loosened == text:
+            raise
+        try_out(table, kind, loosened)
+        return loosened
+    return text
 
 
 def try_out(table: TokenTable, kind: str, text: str) -> None:
@@ -58,10 +88,12 @@ def try_out(table: TokenTable, kind: str, text: str) -> None:
         raise failures[0]
 
 
-def _walk(table: TokenTable, compiled: CompiledConstraint, draw: random.Random) -> None:
+def _walk(
+    table: TokenTable, compiled: CompiledConstraint, draw: random.Random, short: bool = False
+) -> None:
     state = compiled.new_state()
     started = time.thread_time()
-    for _ in range(_WALK_TOKENS):
+    for _ in range(_SHORT_WALK_TOKENS if short else _WALK_TOKENS):
         allowed = state.allowed()
         allowed[list(table.end_token_ids)] = False
         ids = np.flatnonzero(allowed)
@@ -81,28 +113,33 @@ def answer(table: TokenTable, line: str) -> str:
         try:
             os.closerange(0, 2)  # nobody is to wait for the end of these
             _limit_myself()
-            os.write(writer, _answer(table, line).encode())
+            with open(writer, "w", encoding="utf-8") as pipe:
+                pipe.write(_answer(table, line) + "\n")
         finally:
             os._exit(0)
     os.close(writer)
     deadline = time.monotonic() + WALL_SECONDS
     if not select.select([reader], [], [], _EAGER_SECONDS)[0]:
         os.setpriority(os.PRIO_PROCESS, fork, _NICENESS)
-        select.select([reader], [], [], max(0, deadline - time.monotonic()))
+    said = b""
+    while select.select([reader], [], [], max(0, deadline - time.monotonic()))[0]:
+        part = os.read(reader, 2**16)
+        if not part:
+            break
+        said += part
     os.kill(fork, signal.SIGKILL)  # it has answered, or never will
     os.waitpid(fork, 0)
-    with open(reader, encoding="utf-8") as pipe:
-        return pipe.read() or json.dumps(_ENDED)
+    os.close(reader)
+    return said.decode().rstrip() if said.endswith(b"\n") else json.dumps(_ENDED)
 
 
 def _answer(table: TokenTable, line: str) -> str:
     question = json.loads(line)
-    code, message = None, None
     try:
-        try_out(table, question["kind"], question["text"])
+        text = usable(table, question["kind"], question["text"])
     except ConstraintError as error:
-        code, message = error.code, error.message
-    return json.dumps({"code": code, "message": message})
+        return json.dumps({"code": error.code, "message": error.message, "text": None})
+    return json.dumps({"code": None, "message": None, "text": text})
 
 
 def _limit_myself() -> None:

@@ -1,12 +1,17 @@
 """JSON schemas as llguidance has to be told them, so that what it lets through fits them.
 
-Knows nothing about tokens.
+A schema is kept exactly or refused, unless its `x-guidance` says `lenient`: then what cannot be
+kept is dropped (generator_svc.schema_relaxation). Knows nothing about tokens.
 """
 
 import json
 import math
 import re
+from collections.abc import Callable
 from typing import Any
+
+from generator_svc.schema_relaxation import Compiles, children, loosened, relaxed
+from trivium.ecma_regex import to_rust
 
 # Between JSON's tokens: a line's end and its indentation, and no endless blanks. No \u escapes:
 # they would let a property's name be written in a way that is not taken for it.
@@ -19,7 +24,8 @@ OPTIONS: dict[str, Any] = {
 
 # What may hold %json in Lark without being one, then one.
 _IN_LARK = re.compile(r'//[^\n]*|"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|(?P<json>%json\s*)')
-_DATA = ("const", "enum", "default", "examples")  # values in a schema that are no schemas
+# Schemas without these words are told as they are.
+_CHANGED = re.compile(r'exclusiveM|"pattern|"x-guidance')
 _BOUNDS = (
     ("exclusiveMinimum", "minimum", ("maximum", "exclusiveMaximum"), 1),
     ("exclusiveMaximum", "maximum", ("minimum", "exclusiveMinimum"), -1),
@@ -27,18 +33,22 @@ _BOUNDS = (
 _HAIR = 1e-6
 
 
-def repaired(text: str) -> str:
-    """The same schema, or one a hair narrower.
+def prepared(text: str) -> str:
+    """The same schema in llguidance's terms, or a hair narrower; a wider one if it is lenient.
 
-    llguidance 1.9 lets 3 through as "above 3 and at most 3.5": an exclusive whole bound whose
-    other bound is less than 1 away.
+    Its patterns are Rust's. And llguidance 1.9 lets 3 through as "above 3 and at most 3.5": an
+    exclusive whole bound whose other bound is less than 1 away.
     """
-    if "exclusiveM" not in text:
+    if not _CHANGED.search(text):
         return text
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError):  # llguidance will say what is wrong
         return text
+    before = text
+    if is_lenient(schema):
+        schema = relaxed(schema)
+        before = ""
     is_changed = False
     rest = [schema]
     while rest:
@@ -46,15 +56,51 @@ def repaired(text: str) -> str:
         if isinstance(node, dict):
             # Schemas that are merged may bring the other bound from elsewhere.
             is_changed |= _narrow(node, "allOf" in text or "$ref" in text)
-            rest += [value for key, value in node.items() if key not in _DATA]
-        elif isinstance(node, list):
-            rest += node
-    return json.dumps(schema) if is_changed else text
+            is_changed |= _translate(node)
+            rest += [child for _, child in children(node)]
+    return json.dumps(schema) if is_changed or not before else text
 
 
-def repaired_lark(lark: str) -> str:
-    """The same grammar, with every %json repaired and held to OPTIONS."""
+def prepared_lark(lark: str) -> str:
+    """The same grammar, with every %json prepared and held to OPTIONS."""
     option = f'"x-guidance": {json.dumps(OPTIONS)}}}'
+
+    def told(text: str) -> str:
+        text = prepared(text)
+        return f"{text[:-1]}, {option}" if text[1:-1].strip() else f"{{{option}"
+
+    return _each_json(lark, told)
+
+
+def is_lenient(schema: Any) -> bool:
+    """Whether what cannot be kept of a schema may be dropped."""
+    options = schema.get("x-guidance") if isinstance(schema, dict) else None
+    return isinstance(options, dict) and options.get("lenient") is True
+
+
+def loosened_text(kind: str, text: str, compiles: Compiles) -> str:
+    """The same `json_schema` or `lark`, with less in its lenient schemas, so that each compiles.
+
+    `compiles` tells whether a schema, which is lenient, can be used.
+    """
+
+    def told(text: str) -> str:
+        try:
+            schema = json.loads(text)
+        except (ValueError, RecursionError):
+            return text
+        if not is_lenient(schema) or compiles(schema):
+            return text
+        options = {"x-guidance": schema["x-guidance"]}
+        return json.dumps(loosened(relaxed(schema), lambda tried: compiles(tried | options)) | options)
+
+    if kind == "lark":
+        return _each_json(text, told)
+    return told(text) if kind == "json_schema" else text
+
+
+def _each_json(lark: str, told: Callable[[str], str]) -> str:
+    """The grammar with another text for the object of every %json."""
     parts, done = [], 0
     for match in _IN_LARK.finditer(lark):
         start = match.end()
@@ -65,10 +111,20 @@ def repaired_lark(lark: str) -> str:
         except (ValueError, RecursionError):  # llguidance will say what is wrong
             continue
         if isinstance(schema, dict):
-            text = repaired(lark[start:end])
-            parts += [lark[done:start], text[:-1], ", " if schema else "", option]
+            parts += [lark[done:start], told(lark[start:end])]
             done = end
     return "".join(parts) + lark[done:]
+
+
+def _translate(node: dict[str, Any]) -> bool:
+    """Writes patterns in Rust's syntax; tells whether that changed them."""
+    before = node.get("pattern"), node.get("patternProperties")
+    pattern, named = before
+    if isinstance(pattern, str):
+        node["pattern"] = to_rust(pattern)
+    if isinstance(named, dict):
+        node["patternProperties"] = {to_rust(name): child for name, child in named.items()}
+    return (node.get("pattern"), node.get("patternProperties")) != before
 
 
 def _narrow(node: dict[str, Any], is_merged: bool) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from generator_svc.constraint import TokenTable
-from generator_svc.json_schema import repaired, repaired_lark
+from generator_svc.json_schema import prepared, prepared_lark
 from generator_svc.sequence import ConstraintError
 from schema_draw import draw_schema
 from text_tokens import EXTRA_IDS, compiled, text_tokens, token_table
@@ -147,10 +147,10 @@ def test_a_schema_in_lark_is_found_only_where_it_is_one():
     lark = 'start: "%json {}" /%json {2}/ a // %json {}\na: %json {"type": "null"} "z"'
     other = lark.replace(' a // %json {}\na: %json {"type": "null"} "z"', "")
 
-    assert repaired_lark(lark).startswith(other + " a // %json {}\na: %json ")
-    assert repaired_lark(lark).endswith('} "z"')
+    assert prepared_lark(lark).startswith(other + " a // %json {}\na: %json ")
+    assert prepared_lark(lark).endswith('} "z"')
     assert _accepts("lark", lark, "%json {}%json  nullz")
-    assert 'start: %json {"a": }' == repaired_lark('start: %json {"a": }')
+    assert 'start: %json {"a": }' == prepared_lark('start: %json {"a": }')
 
 
 @pytest.mark.parametrize("least", ["minimum", "exclusiveMinimum"])
@@ -177,7 +177,7 @@ def test_values_in_a_schema_are_no_schemas():
     """A constant stays what it is, though it looks like a schema."""
     text = '{"const": {"exclusiveMinimum": 3, "maximum": 3.5}}'
 
-    assert text == repaired(text)
+    assert text == prepared(text)
     assert _accepts("json_schema", text, '{"exclusiveMinimum":3,"maximum":3.5}')
 
 

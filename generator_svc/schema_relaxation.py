@@ -1,0 +1,231 @@
+"""What of a JSON schema can be kept, and the schema without the rest.
+
+Dropping a keyword lets more through, never less: whatever fits the schema fits what is left of it.
+First goes what llguidance does not know (`relaxed`), then, in a schema that still does not compile,
+as little as it takes (`loosened`). Knows nothing about tokens.
+"""
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from typing import Any
+from urllib.parse import quote, unquote
+
+from trivium.ecma_regex import widened
+
+Schema = dict[str, Any]
+Compiles = Callable[[Schema], bool]
+Path = tuple[str | int, ...]
+
+# Formats that are held to; others are any string.
+FORMATS = frozenset(
+    ("date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
+)
+# Keywords that are dropped wherever they stand.
+DROPPED = frozenset(
+    "not if then else dependentSchemas dependentRequired dependencies uniqueItems contains "
+    "minContains maxContains propertyNames unevaluatedItems unevaluatedProperties "
+    "$dynamicRef $recursiveRef".split()
+)
+# The significant digits of a multipleOf, as a number. It is what an automaton counts to: 99,991
+# takes a second to compile.
+MAX_MULTIPLE = 10_000
+
+# Keywords with data in them, and with schemas by name.
+_DATA = frozenset(("const", "enum", "default", "examples", "example", "x-guidance"))
+_NAMING = frozenset(("properties", "patternProperties", "$defs", "definitions"))
+# What is given up first where not everything can be kept.
+_ORDER = (
+    *("$schema", "$id", "pattern", "multipleOf", "maxProperties", "minProperties"),
+    *("patternProperties", "maxLength", "minLength", "maxItems", "minItems", "format"),
+    *("exclusiveMaximum", "exclusiveMinimum", "maximum", "minimum", "additionalProperties"),
+    *("required", "allOf", "enum", "const", "additionalItems", "items", "prefixItems", "anyOf"),
+    *("properties", "type", "$ref"),
+)
+# Keywords that mean something else, and maybe something narrower, once another is gone.
+_DEPENDENT = {
+    "properties": ("patternProperties", "additionalProperties"),
+    "prefixItems": ("items",),
+    "items": ("additionalItems",),
+}
+# Where a schema stands while parts of it are tried.
+_ROOT = "#/$defs/root"
+
+
+def children(node: Schema) -> Iterator[tuple[Path, Any]]:
+    """The schemas that a schema holds, and where."""
+    for key, value in node.items():
+        if key in _NAMING and isinstance(value, dict):
+            yield from (((key, name), child) for name, child in value.items())
+        elif isinstance(value, list) and key not in _DATA:
+            yield from (((key, place), child) for place, child in enumerate(value))
+        elif isinstance(value, dict) and key not in _DATA:
+            yield (key,), value
+
+
+def relaxed(schema: Any) -> Any:
+    """A copy without what llguidance does not know; `oneOf` is `anyOf`."""
+    if isinstance(schema, list):
+        return [relaxed(inner) for inner in schema]
+    if not isinstance(schema, dict):
+        return schema
+    kept = {
+        key: _relaxed_keyword(key, value) for key, value in schema.items() if _is_kept(key, value)
+    }
+    if isinstance(kept.get("oneOf"), list):
+        options = kept.pop("oneOf")
+        if "anyOf" in kept:
+            kept["allOf"] = [*kept.get("allOf", ()), {"anyOf": options}]
+        else:
+            kept["anyOf"] = options
+    patterns = kept.get("patternProperties")
+    if isinstance(patterns, dict) and any(name != widened(name) for name in patterns):
+        kept = _without(kept, "patternProperties")
+    return kept
+
+
+def _is_kept(key: str, value: Any) -> bool:
+    if key == "format":
+        return not isinstance(value, str) or value in FORMATS
+    if key == "multipleOf" and isinstance(value, int | float) and not isinstance(value, bool):
+        digits = Decimal(str(value)).normalize().as_tuple().digits
+        return int("".join(map(str, digits))) <= MAX_MULTIPLE
+    return key not in DROPPED
+
+
+def _relaxed_keyword(key: str, value: Any) -> Any:
+    if key == "pattern" and isinstance(value, str):
+        return widened(value)
+    if key in _DATA:
+        return value
+    if key in _NAMING and isinstance(value, dict):
+        return {name: relaxed(child) for name, child in value.items()}
+    return relaxed(value)
+
+
+def loosened(schema: Schema, compiles: Compiles) -> Schema:
+    """A schema that compiles, without the keywords that keep it from it and as few others as may
+    be: first those that cannot be kept even alone, then those that cannot be kept together."""
+    root = _moved(schema)
+    for node in _nodes(root):
+        _loosen(node, lambda node=node: compiles(_alone(node)))  # type: ignore[misc]
+    _loosen_below(root, (), compiles, set())
+    return _reference(root, ())
+
+
+def _moved(schema: Any) -> Any:
+    """A copy whose references are right where it stands below another schema."""
+    if isinstance(schema, list):
+        return [_moved(inner) for inner in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {key: value if key in _DATA else _moved(value) for key, value in schema.items()}
+    reference = moved.get("$ref")
+    if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
+        moved["$ref"] = _ROOT + reference[1:].rstrip("/")
+    return moved
+
+
+def _reference(root: Schema, path: Path) -> Schema:
+    """A schema that is the one at `path`, and no more than that."""
+    pointer = "".join(
+        "/" + quote(str(key).replace("~", "~0").replace("/", "~1"), safe="~$") for key in path
+    )
+    return {"$ref": _ROOT + pointer, "$defs": {"root": root}}
+
+
+def _nodes(node: Any) -> Iterator[Schema]:
+    if isinstance(node, dict):
+        for _, child in children(node):
+            yield from _nodes(child)
+        yield node
+
+
+def _alone(node: Schema) -> Schema:
+    """A schema with anything for the schemas that it holds or refers to."""
+    alone = {key: value for key, value in node.items() if key in _ORDER and key != "$ref"}
+    for key in ("allOf", "anyOf"):
+        alone.pop(key, None)
+    for (key, *place), child in children(alone):
+        if place and isinstance(child, dict):
+            alone[key] = copy.copy(alone[key])
+            alone[key][place[0]] = True
+        elif isinstance(child, dict):
+            alone[str(key)] = True
+    return alone
+
+
+def _loosen_below(root: Schema, path: Path, compiles: Compiles, seen: set[Path]) -> None:
+    """Makes the schema at `path` compile, beginning with those that it holds or refers to."""
+
+    def fits() -> bool:
+        return compiles(_reference(root, path))
+
+    node = _at(root, path)
+    if not isinstance(node, dict) or path in seen or fits():
+        return
+    seen.add(path)
+    for inner, _ in list(children(node)):
+        _loosen_below(root, path + inner, compiles, seen)
+    target = node.get("$ref")
+    if isinstance(target, str) and target.startswith(_ROOT):
+        keys = unquote(target.removeprefix(_ROOT)).split("/")[1:]
+        path_there = tuple(key.replace("~1", "/").replace("~0", "~") for key in keys)
+        _loosen_below(root, path_there, compiles, seen)
+    _loosen(node, fits)
+
+
+def _at(root: Schema, path: Path) -> Any:
+    """What stands at a path; None for nothing."""
+    found: Any = root
+    for key in path:
+        try:
+            found = found[int(key) if isinstance(found, list) else key]
+        except (KeyError, IndexError, TypeError, ValueError):
+            return None
+    return found
+
+
+def _loosen(node: Schema, fits: Callable[[], bool]) -> None:
+    """Drops keywords in their order until the rest can be kept, then takes back what it can."""
+    whole = dict(node)
+    keys = [key for key in _ORDER for _ in range(_parts(whole, key))]
+    dropped: list[str] = []
+    while not fits() and len(dropped) < len(keys):
+        dropped.append(keys[len(dropped)])
+        _replace(node, functools.reduce(_without, dropped, whole))
+    for place in reversed(range(len(dropped) - 1)):
+        fewer = dropped[:place] + dropped[place + 1 :]
+        _replace(node, functools.reduce(_without, fewer, whole))
+        if fits():
+            dropped = fewer
+    _replace(node, functools.reduce(_without, dropped, whole))
+
+
+def _parts(node: Schema, key: str) -> int:
+    """In how many steps a keyword is dropped."""
+    if key == "allOf" and isinstance(node.get(key), list):
+        return len(node[key])
+    return int(key in node)
+
+
+def _without(node: Schema, key: str) -> Schema:
+    """The schema without a keyword, and without what others mean by its absence alone."""
+    left = {name: value for name, value in node.items() if name != key}
+    for dependent in _DEPENDENT.get(key, ()):
+        left.pop(dependent, None)
+    if key == "allOf" and len(node[key]) > 1:
+        left[key] = node[key][:-1]
+    rest = node.get("additionalProperties", True)
+    if key == "patternProperties" and key in node and rest is not True:
+        # Names that matched a pattern are now like all others.
+        options = [*node[key].values(), *([] if rest is False else [rest])]
+        left["additionalProperties"] = {"anyOf": options}
+    return left
+
+
+def _replace(node: Schema, other: Schema) -> None:
+    other = dict(other)
+    node.clear()
+    node.update(other)

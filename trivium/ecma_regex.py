@@ -1,0 +1,91 @@
+"""ECMA-262's regular expressions, which JSON Schema has, as Rust's `regex` and llguidance read them.
+
+The syntaxes are nearly the same. What differs is told apart here: `\\d` and `\\w` are ASCII, `\\s`
+is ECMA's white space, a bracket or `&&` within a class means itself, and a brace that repeats
+nothing does too. What only Rust knows, such as `(?i)` or `(?P<name>…)`, is left as it is.
+"""
+
+import re
+from collections.abc import Iterator
+
+_SPACE = r"\t\n\x0B\x0C\r \u00A0\u1680\u2000-\u200A\u2028\u2029\u202F\u205F\u3000\uFEFF"
+_CLASSES = {"d": "0-9", "w": "0-9A-Za-z_", "s": _SPACE}
+
+_TOKEN = re.compile(
+    r"""(?P<set>\[\^?\]?(?:\\.|\[:\^?[a-z]+:\]|[^\]\\])*\])
+    |(?P<look>\(\?<?[=!])
+    |(?P<reference>\\[1-9][0-9]*|\\k<[^>]*>)
+    |(?P<boundary>\\[bB])
+    |(?P<escape>\\(?:c[A-Za-z]|[pPuUx]\{[^}]*\}|.))
+    |(?P<brace>\{(?![0-9]*,?[0-9]*\}))
+    |.""",
+    re.VERBOSE | re.DOTALL,
+)
+_SET_TOKEN = re.compile(
+    r"(?P<before>-?)\\(?P<class>[dDwWsS])(?P<after>-?)|\[:\^?[a-z]+:\]|\\b|\\(?:c[A-Za-z]|.)|--|[\[&~]",
+    re.DOTALL,
+)
+
+
+def to_rust(pattern: str) -> str:
+    """The same pattern in Rust's syntax."""
+    return "".join(map(_token, _TOKEN.finditer(pattern)))
+
+
+def widened(pattern: str) -> str:
+    """A pattern that matches whatever `pattern` does, and that an automaton can keep: without
+    assertions other than `^` and `$`, and without references to what was matched before."""
+    return "".join(_widened(pattern))
+
+
+def _widened(pattern: str) -> Iterator[str]:
+    depth = 0  # of parentheses within an assertion
+    for match in _TOKEN.finditer(pattern):
+        if depth:
+            depth += 1 if match["look"] else {"(": 1, ")": -1}.get(match[0], 0)
+        elif match["look"]:
+            depth = 1
+            yield "(?:)"  # nothing, which may be repeated
+        elif match["boundary"]:
+            yield "(?:)"
+        elif match["reference"]:
+            yield r"[\s\S]*"
+        else:
+            yield match[0]
+
+
+def _token(match: re.Match[str]) -> str:
+    if match["set"]:
+        return "[" + _SET_TOKEN.sub(_in_set, match[0][1:])
+    if match["brace"]:
+        return r"\{"
+    return _escape(match[0]) if match["escape"] else match[0]
+
+
+def _escape(escape: str) -> str:
+    kind = escape[1]
+    if kind in "dws":
+        return f"[{_CLASSES[kind]}]"
+    if kind in "DWS":
+        return f"[^{_CLASSES[kind.lower()]}]"
+    if kind == "c" and len(escape) == 3:
+        return f"\\x{ord(escape[2]) % 32:02X}"
+    # A backslash makes letters of what Rust means something else by.
+    return {"\\0": r"\x00", "\\<": "<", "\\>": ">", "\\/": "/"}.get(escape, escape)
+
+
+def _in_set(match: re.Match[str]) -> str:
+    text = match[0]
+    if match["class"]:
+        kind = match["class"]
+        members = _CLASSES[kind.lower()]
+        members = members if kind.islower() else f"[^{members}]"
+        # Beside a class a hyphen is itself and no range.
+        return (r"\-" if match["before"] else "") + members + (r"\-" if match["after"] else "")
+    if text in ("[", "&", "~"):
+        return f"\\{text}"
+    if text == "--":
+        return r"-\-"
+    if text == r"\b":
+        return r"\x08"
+    return text if text.startswith("[:") else _escape(text)
