@@ -92,7 +92,9 @@ def loosened_text(kind: str, text: str, compiles: Compiles) -> str:
         if not is_lenient(schema) or compiles(schema):
             return text
         options = {"x-guidance": schema["x-guidance"]}
-        return json.dumps(loosened(relaxed(schema), lambda tried: compiles(tried | options)) | options)
+        return json.dumps(
+            loosened(relaxed(schema), lambda tried: compiles(tried | options)) | options
+        )
 
     if kind == "lark":
         return _each_json(text, told)

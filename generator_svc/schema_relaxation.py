@@ -24,9 +24,24 @@ FORMATS = frozenset(
 )
 # Keywords that are dropped wherever they stand.
 DROPPED = frozenset(
-    "not if then else dependentSchemas dependentRequired dependencies uniqueItems contains "
-    "minContains maxContains propertyNames unevaluatedItems unevaluatedProperties "
-    "$dynamicRef $recursiveRef".split()
+    {
+        "not",
+        "if",
+        "then",
+        "else",
+        "dependentSchemas",
+        "dependentRequired",
+        "dependencies",
+        "uniqueItems",
+        "contains",
+        "minContains",
+        "maxContains",
+        "propertyNames",
+        "unevaluatedItems",
+        "unevaluatedProperties",
+        "$dynamicRef",
+        "$recursiveRef",
+    }
 )
 # The significant digits of a multipleOf, as a number. It is what an automaton counts to: 99,991
 # takes a second to compile.
@@ -147,12 +162,12 @@ def _alone(node: Schema) -> Schema:
     alone = {key: value for key, value in node.items() if key in _ORDER and key != "$ref"}
     for key in ("allOf", "anyOf"):
         alone.pop(key, None)
-    for (key, *place), child in children(alone):
-        if place and isinstance(child, dict):
-            alone[key] = copy.copy(alone[key])
-            alone[key][place[0]] = True
-        elif isinstance(child, dict):
-            alone[str(key)] = True
+    for path, child in list(children(alone)):
+        if isinstance(child, dict):
+            key = str(path[0])
+            alone[key] = True if len(path) == 1 else copy.copy(alone[key])
+            if len(path) > 1:
+                alone[key][path[1]] = True
     return alone
 
 

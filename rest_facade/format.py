@@ -26,7 +26,9 @@ class JsonSchemaFormat(Strict):
         None, alias="schema", description="The schema. Default: any JSON value."
     )
     strict: bool | None = Field(
-        None, description="Whether the schema is held to exactly; it is in either case."
+        None,
+        description="Whether the schema is held to exactly, or refused; otherwise what cannot be "
+        "enforced is left to the model. Default false.",
     )
 
 
@@ -61,7 +63,9 @@ class StructuredOutputs(Strict):
     )
     regex: str | None = Field(None, description="A regular expression the whole answer matches.")
     choice: _Choices | None = Field(None, description="The answers to choose from.")
-    grammar: str | None = Field(None, description="A grammar in llguidance's variant of Lark.")
+    grammar: str | None = Field(
+        None, description="A grammar in llguidance's variant of Lark, or in GBNF."
+    )
     json_object: bool | None = Field(None, description="Any JSON object, if true.")
 
     def kinds(self) -> list[str]:
@@ -74,6 +78,19 @@ class StructuredOutputs(Strict):
             "json_object": self.json_object or None,
         }
         return [name for name, value in given.items() if value is not None]
+
+
+# Top-level fields that are one of structured_outputs under another name, vLLM's old ones and
+# SGLang's.
+OTHER_NAMES = {
+    "guided_json": "json",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+    "json_schema": "json",
+    "regex": "regex",
+    "ebnf": "grammar",
+}
 
 
 class Constrained(Strict):
@@ -90,33 +107,37 @@ class Constrained(Strict):
     )
     guided_grammar: str | None = Field(None, description="Old name of structured_outputs.grammar.")
 
+    json_schema: SchemaText | None = Field(
+        None, description="SGLang's name of structured_outputs.json; {} is no constraint."
+    )
+    regex: str | None = Field(None, description="SGLang's name of structured_outputs.regex.")
+    ebnf: str | None = Field(None, description="SGLang's name of structured_outputs.grammar.")
+
     def constraint(self) -> StructuredOutputs | None:
         """The constraint, under whichever name it was given; None if there is none."""
         if self.structured_outputs is not None:
             return self.structured_outputs
-        if not self._given():
+        given = {OTHER_NAMES[name]: getattr(self, name) for name in self.constraints()}
+        if not given:
             return None
         return StructuredOutputs.model_construct(
-            json_text=self.guided_json,
-            regex=self.guided_regex,
-            choice=self.guided_choice,
-            grammar=self.guided_grammar,
+            json_text=given.get("json"),
+            regex=given.get("regex"),
+            choice=given.get("choice"),
+            grammar=given.get("grammar"),
             json_object=None,
         )
 
-    def _given(self) -> list[str]:
-        names = (
-            "structured_outputs",
-            "guided_json",
-            "guided_regex",
-            "guided_choice",
-            "guided_grammar",
-        )
-        return [name for name in names if getattr(self, name) is not None]
+    def constraints(self) -> list[str]:
+        """The fields that give a constraint; no more than one once the request was checked."""
+        names = ["structured_outputs", *OTHER_NAMES]
+        given = [name for name in names if getattr(self, name) is not None]
+        # llama.cpp's clients send an empty schema for none.
+        return [name for name in given if name != "json_schema" or self.json_schema != "{}"]
 
     def check_constraint(self) -> None:
         """Raises ServiceError for more than one constraint, and for none where one is due."""
-        given = self._given()
+        given = self.constraints()
         if len(given) > 1:
             raise contradiction(given[1], f"cannot be combined with '{given[0]}'.")
         if self.response_format is not None:

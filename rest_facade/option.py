@@ -1,6 +1,6 @@
 """What chat and plain completions say alike of the answer they want."""
 
-from rest_facade.format import Constrained
+from rest_facade.format import OTHER_NAMES, Constrained
 from rest_facade.sampling import Sampling
 
 
@@ -12,7 +12,7 @@ class Options(Constrained, Sampling):
         names = {}
         if self.max_tokens is not None:
             names["max_completion_tokens"] = "max_tokens"
-        for kind in ("json", "regex", "choice", "grammar"):
-            if getattr(self, f"guided_{kind}") is not None:
-                names[f"structured_outputs.{kind}"] = f"guided_{kind}"
+        for name in self.constraints():
+            if name in OTHER_NAMES:
+                names[f"structured_outputs.{OTHER_NAMES[name]}"] = name
         return names

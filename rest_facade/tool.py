@@ -14,10 +14,12 @@ class FunctionTool(Strict):
     name: Name = Field(description="Letters, digits, underscores and hyphens.")
     description: str | None = Field(None, description="What it does, for the model.")
     parameters: ObjectText | None = Field(
-        None, description="JSON Schema of its arguments. Default: an object of any fields."
+        None, description="JSON Schema of its arguments. Default: it has none."
     )
     strict: bool | None = Field(
-        None, description="Arguments keep to the schema exactly; they do in either case."
+        None,
+        description="Whether arguments keep to the schema exactly, or it is refused; otherwise "
+        "what cannot be enforced is left to the model. Default false.",
     )
 
 

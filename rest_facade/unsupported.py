@@ -49,7 +49,6 @@ _VLLM: Table = {
 }
 _LLAMA: Table = {
     "grammar": ("",),
-    "json_schema": ({},),
     "n_predict": (-1,),
     "repeat_penalty": (1, 1.0),
     "typical_p": (1, 1.0),
@@ -57,10 +56,19 @@ _LLAMA: Table = {
     "dry_multiplier": (0, 0.0),
     "xtc_probability": (0, 0.0),
 }
+_SGLANG: Table = {
+    "stop_regex": (),
+    "no_stop_trim": (False,),
+    "custom_logit_processor": (),
+    "custom_params": (),
+    "lora_path": (),
+    "return_hidden_states": (False,),
+}
 _CHAT: Table = {
     **_OPENAI,
     **_VLLM,
     **_LLAMA,
+    **_SGLANG,
     "chat_template": (),
     "documents": ([],),
     "add_special_tokens": (False,),
@@ -72,6 +80,7 @@ _COMPLETION: Table = {
     **_OPENAI,
     **_VLLM,
     **_LLAMA,
+    **_SGLANG,
     "add_special_tokens": (True,),
     "max_completion_tokens": (),
     "messages": (),

@@ -157,6 +157,7 @@ def _response_format(response_format: chat_pb2.ResponseFormat) -> OutputForm:
             "response_format.json_schema.schema",
             definition=_optional(schema, "schema", str),
             name=schema.name,
+            lenient=not schema.strict,
         )
     return OutputForm(Form(kind) if kind else None, "response_format")
 
@@ -199,6 +200,7 @@ def _tools(tools: Iterable[chat_pb2.Tool]) -> tuple[Tool, ...]:
             name=tool.function.name if tool.HasField("function") else None,
             description=_optional(tool.function, "description", str),
             parameters=_optional(tool.function, "parameters", str),
+            strict=tool.function.strict,
         )
         for tool in tools
     )

@@ -13,7 +13,8 @@ from tokenizer_svc.families.lark import ANYTHING, Marker, Plan, literal
 from tokenizer_svc.families.thinking import Thinking, start_rules
 from tokenizer_svc.generation import Constraint, ConstraintKind
 from tokenizer_svc.request import Form, OutputForm, ToolUse
-from tokenizer_svc.schema_text import ANY_OBJECT, arguments_schema, one_line
+from tokenizer_svc.schema_text import ANY_OBJECT, arguments_schema, lenient, one_line
+from trivium.ecma_regex import to_rust
 from trivium.wire.errors import ServiceError
 
 _PLACE = re.compile(r"\bat (\d+)\(\d+\): ?")
@@ -100,7 +101,8 @@ def _wrapped(
     else:
         lines.extend(tools.body_rules(plan, marker))
         for tool, place in zip(use.tools, use.places, strict=True):
-            schema = one_line(arguments_schema(tool.parameters))
+            schema = arguments_schema(tool.parameters)
+            schema = one_line(schema if tool.strict else lenient(schema))
             lines.append(f"call_{place}: {tools.call_rule(tool.name or '', schema, marker)}")
             places[len(lines)] = f"tools[{place}].function.parameters"
     if use.tools:
@@ -133,7 +135,9 @@ def _answer(form: OutputForm) -> str:
 def _schema(form: OutputForm) -> str:
     if form.form is Form.JSON_OBJECT:
         return ANY_OBJECT
-    return "true" if form.definition is None else form.definition
+    if form.definition is None:
+        return "true"
+    return lenient(form.definition) if form.lenient else form.definition
 
 
 def _choices(form: OutputForm) -> str:
@@ -141,8 +145,10 @@ def _choices(form: OutputForm) -> str:
 
 
 def _pattern(regex: str) -> str:
-    """A pattern as it stands between slashes."""
-    escaped = re.sub(r"\\.|/", lambda m: r"\/" if m[0] == "/" else m[0], regex, flags=re.DOTALL)
+    """A pattern as it stands between slashes, where patterns are Rust's."""
+    escaped = re.sub(
+        r"\\.|/", lambda m: r"\/" if m[0] == "/" else m[0], to_rust(regex), flags=re.DOTALL
+    )
     return escaped.replace("\n", r"\n").replace("\r", r"\r")
 
 

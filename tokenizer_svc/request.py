@@ -52,12 +52,14 @@ class Message:
 class Tool:
     """A function that the model may call; `parameters` is the JSON text of a schema.
 
-    `name` is None for a tool that is no function.
+    `name` is None for a tool that is no function. Arguments keep to a `strict` schema exactly, and
+    to another as far as it can be kept.
     """
 
     name: str | None
     description: str | None = None
     parameters: str | None = None
+    strict: bool = False
 
 
 class ToolMode(Enum):
@@ -93,7 +95,7 @@ class OutputForm:
     """A form with what defines it, and the request's field that asked for it.
 
     `definition` is a schema's JSON text, a pattern or a grammar. `form` is None for one we do not
-    know.
+    know. A `lenient` schema is kept to as far as it can be, others exactly.
     """
 
     form: Form | None
@@ -101,6 +103,7 @@ class OutputForm:
     definition: str | None = None
     choices: tuple[str, ...] = ()
     name: str | None = None
+    lenient: bool = False
 
 
 @dataclass(frozen=True)

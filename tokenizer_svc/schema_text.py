@@ -1,22 +1,40 @@
-"""JSON Schemas as text: whether they are JSON at all, and how they stand inside of a grammar.
+"""JSON Schemas as text: whether they are any, and how they stand inside of a grammar.
 
 Whether a schema can be compiled is the generator's to say.
 """
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
+from tokenizer_svc.metaschema import fault
 from tokenizer_svc.ranges import is_deeper
 from trivium.wire.errors import ServiceError
 
-# Keywords that judge an object beside `properties`, in the same schema and in another.
-_JOINING = frozenset(("anyOf", "oneOf", "$ref"))
-_MEDDLING = frozenset(
-    ("allOf", "not", "if", "dependentSchemas", "minProperties", "unevaluatedProperties")
-) | {"$dynamicRef", "propertyNames"}
 # Keywords with data in them, and with schemas by name.
 _DATA = frozenset(("const", "enum", "default", "examples"))
-_NAMING = frozenset(("properties", "patternProperties", "$defs", "definitions"))
+_NAMING = frozenset(
+    {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies"}
+)
+_DEFINITIONS = ("$defs", "definitions")
+# Keywords whose schemas are about the same object, and those that may ask what is not so.
+_IN_PLACE = frozenset(("allOf", "anyOf", "oneOf"))
+_CONDITIONS = frozenset(("not", "if", "then", "else", "dependentSchemas", "dependencies"))
+# Keywords that say, themselves or elsewhere, which fields there are besides `properties`.
+_FIELDS = _IN_PLACE | frozenset(
+    {
+        "$ref",
+        "$dynamicRef",
+        "if",
+        "dependentSchemas",
+        "dependentRequired",
+        "dependencies",
+        "patternProperties",
+        "additionalProperties",
+        "unevaluatedProperties",
+        "minProperties",
+    }
+)
 
 MAX_SCHEMA_CHARACTERS = 262_144
 MAX_DEPTH = 128
@@ -40,6 +58,10 @@ def check_schema(text: str, field: str) -> Any:
     if not isinstance(schema, dict | bool):
         message = f"Invalid '{field}': a schema is an object."
         raise ServiceError("invalid_json_schema", message, field)
+    wrong = fault(schema)
+    if wrong is not None:
+        message = f"Invalid schema for '{field}': {wrong}."
+        raise ServiceError("invalid_json_schema", message, field)
     return schema
 
 
@@ -48,45 +70,72 @@ def one_line(text: str) -> str:
     return text.replace("\n", " ").replace("\r", " ").strip()
 
 
+def lenient(text: str) -> str:
+    """The schema with the word to the generator to drop from it what cannot be kept."""
+    schema = json.loads(text)
+    return json.dumps(schema | {"x-guidance": {"lenient": True}} if schema is not True else schema)
+
+
 def arguments_schema(text: str | None) -> str:
     """A function's parameters as a schema of what a model may write.
 
     That is an object; and where the schema names fields and does not say whether there may be
-    others, there are none, or else small models invent some.
+    others, there are none, or else small models invent some. A function whose parameters say
+    nothing of fields has none.
     """
-    if text is None:
-        return ANY_OBJECT
-    schema = {"type": "object"} | json.loads(text)
-    return json.dumps(_closed(schema) if _can_be_closed(schema) else schema)
+    schema = {"type": "object"} | json.loads(text or "{}")
+    schema.pop("x-guidance", None)
+    others = {"required", "propertyNames", "maxProperties", "const", "enum"}
+    if (_FIELDS | others).isdisjoint(schema):
+        schema.setdefault("properties", {})
+    _close(schema)
+    return json.dumps(schema)
 
 
-def _can_be_closed(schema: Any) -> bool:
-    """Whether no part of the schema is put together with another that names further fields."""
-    if isinstance(schema, list):
-        return all(map(_can_be_closed, schema))
-    if not isinstance(schema, dict):
-        return True
-    joined = "properties" in schema and not _JOINING.isdisjoint(schema)
-    return not joined and _MEDDLING.isdisjoint(schema) and all(map(_can_be_closed, schema.values()))
+def _close(root: dict[str, Any]) -> None:
+    """Rules out fields that no schema of an object names, where all that name them are known."""
+    nodes = list(_subschemas(root))
+    # What is used beside other schemas must leave room for the fields that they name.
+    merged = [
+        str(node["$ref"])
+        for node, shared, _ in nodes
+        if "$ref" in node and (shared or _judges(node, "$ref"))
+    ]
+    if not all(target.startswith(("#/$defs/", "#/definitions/")) for target in merged):
+        return
+    for node, shared, is_definition in nodes:
+        closes = not shared and not (is_definition and merged) and _FIELDS.isdisjoint(node)
+        if closes and isinstance(node.get("properties"), dict):
+            node["additionalProperties"] = False
+            named = node["properties"]
+            node["properties"] = named | {
+                name: True for name in node.get("required", ()) if name not in named
+            }
 
 
-def _closed(schema: Any) -> Any:
-    if isinstance(schema, list):
-        return [_closed(inner) for inner in schema]
-    if not isinstance(schema, dict):
-        return schema
-    closed = {key: _closed_keyword(key, value) for key, value in schema.items()}
-    if "properties" in schema and "patternProperties" not in schema:
-        closed.setdefault("additionalProperties", False)
-    return closed
+def _subschemas(
+    node: Any, shared: bool = False, is_definition: bool = False
+) -> Iterator[tuple[dict[str, Any], bool, bool]]:
+    """All schemas within one, whether others judge the same object, and whether by reference."""
+    if not isinstance(node, dict):
+        return
+    yield node, shared, is_definition
+    for key, value in node.items():
+        if key in _DATA:
+            continue
+        if key in _NAMING and isinstance(value, dict):
+            value = list(value.values())
+        inner = value if isinstance(value, list) else [value]
+        beside = key in _CONDITIONS
+        if key in _IN_PLACE:
+            beside = shared or _judges(node, key) or (key == "allOf" and len(inner) > 1)
+        for schema in inner:
+            yield from _subschemas(schema, beside, is_definition or key in _DEFINITIONS)
 
 
-def _closed_keyword(key: str, value: Any) -> Any:
-    if key in _DATA:
-        return value
-    if key in _NAMING and isinstance(value, dict):
-        return {name: _closed(schema) for name, schema in value.items()}
-    return _closed(value)
+def _judges(node: dict[str, Any], key: str) -> bool:
+    """Whether a schema says anything about an object's fields besides with this keyword."""
+    return bool(((_FIELDS | {"properties", "required"}) - {key}) & node.keys())
 
 
 def _too_deep(field: str) -> ServiceError:

@@ -3,6 +3,9 @@
 Raises ServiceError as `validate` does. Whether it can be compiled is the generator's to say.
 """
 
+from dataclasses import replace
+
+from tokenizer_svc.gbnf import is_gbnf, to_lark
 from tokenizer_svc.ranges import check_array, check_length, check_nonempty, missing
 from tokenizer_svc.request import Form, OutputForm
 from tokenizer_svc.schema_text import check_schema
@@ -27,7 +30,18 @@ def valid_form(
             "'structured_outputs' cannot be used together with a 'response_format' other than text."
         )
         raise ServiceError("invalid_parameter_combination", message, "structured_outputs")
-    return response_format or structured_outputs
+    return response_format or (structured_outputs and _in_lark(structured_outputs))
+
+
+def _in_lark(form: OutputForm) -> OutputForm:
+    """The same form, with Lark for a grammar in GBNF."""
+    if form.form is not Form.GRAMMAR or not is_gbnf(form.definition or ""):
+        return form
+    try:
+        return replace(form, definition=to_lark(form.definition or ""))
+    except ValueError as error:
+        message = f"Invalid '{form.param}': the grammar cannot be used: {error}."
+        raise ServiceError("invalid_value", message, form.param) from error
 
 
 def _check(form: OutputForm) -> None:

@@ -1,6 +1,6 @@
-"""ECMA-262's regular expressions, which JSON Schema has, as Rust's `regex` and llguidance read them.
+"""Regular expressions of ECMA-262, which are JSON Schema's, as Rust and llguidance read them.
 
-The syntaxes are nearly the same. What differs is told apart here: `\\d` and `\\w` are ASCII, `\\s`
+The syntaxes are nearly the same. What differs is translated: `\\d` and `\\w` are ASCII, `\\s`
 is ECMA's white space, a bracket or `&&` within a class means itself, and a brace that repeats
 nothing does too. What only Rust knows, such as `(?i)` or `(?P<name>…)`, is left as it is.
 """

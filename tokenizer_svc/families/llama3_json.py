@@ -21,11 +21,13 @@ def call_rule(name: str, schema: str, marker: Marker) -> str:
     """A call of this function, all of it one schema: an answer may have to be JSON too, and only
     JSON can be told from JSON as it goes on."""
     parameters = _moved(json.loads(schema))
+    options = {key: parameters.pop(key) for key in ("x-guidance",) if key in parameters}
     whole = {
         "type": "object",
         "properties": {"name": {"const": name}, "parameters": parameters},
         "required": ["name", "parameters"],
         "additionalProperties": False,
+        **options,
     }
     return f"%json {json.dumps(whole)}"
 
