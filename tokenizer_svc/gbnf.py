@@ -1,0 +1,170 @@
+"""GBNF, in which llama.cpp, vLLM and SGLang take grammars, as llguidance's variant of Lark.
+
+Also called EBNF; xgrammar's is the same but for its lookaheads, which are refused. Every terminal
+becomes a single character: Lark's lexer takes the longest match and never a shorter one, so that
+`[a-z]+ "b"` as two terminals would never end.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+
+MAX_DEPTH = 64  # of parentheses
+
+_RULE = re.compile(r"^[ \t]*[a-zA-Z0-9_-]+[ \t]*::=", re.MULTILINE)
+_TOKEN = re.compile(
+    r"""(?:\s|\#[^\n]*)*(?:
+    (?P<rule>[a-zA-Z0-9_-]+)\s*::=
+    |(?P<name>[a-zA-Z0-9_-]+)
+    |"(?P<text>(?:\\.|[^"\\\n])*)"
+    |\[(?P<set>\^?(?:\\.|[^\]\\\n])*)\]
+    |(?P<repeat>[*+?]|\{\s*[0-9]+\s*(?:,\s*[0-9]*\s*)?\})
+    |(?P<sign>[|().])
+    |(?P<end>$)
+    |(?P<other>.))""",
+    re.VERBOSE | re.DOTALL,
+)
+_CHARACTER = re.compile(
+    r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))|(.)", re.DOTALL
+)
+_ESCAPED = {"n": "\n", "r": "\r", "t": "\t", "f": "\f", "v": "\v", "b": "\b", "a": "\a"}
+_ITSELF = frozenset("\"'\\[]-^/.?*+(){}|$ ")
+
+
+def is_gbnf(grammar: str) -> bool:
+    """Whether a grammar is written so: with `::=` where Lark has a colon."""
+    return _RULE.search(grammar) is not None
+
+
+def to_lark(grammar: str) -> str:
+    """The same grammar in Lark; ValueError with what is wrong with it."""
+    return _Reader(grammar).lark()
+
+
+class _Reader:
+    """Reads a grammar from its first token to its last."""
+
+    def __init__(self, grammar: str) -> None:
+        self._grammar = grammar
+        self._tokens = list(_TOKEN.finditer(grammar))
+        self._place = 0
+        self._depth = 0
+        rules = [match["rule"] for match in self._tokens if match["rule"]]
+        self._names = {name: f"rule_{number}" for number, name in enumerate(rules)}
+        self._names["root"] = "start"
+        if len(rules) != len(set(rules)):
+            raise ValueError("a rule is defined twice")
+        if "root" not in rules:
+            raise ValueError("there is no rule 'root'")
+
+    def lark(self) -> str:
+        lines = []
+        while not self._token("end"):
+            name = self._token("rule")
+            if not name:
+                raise self._unexpected()
+            self._place += 1
+            lines.append(f"{self._names[name]}: {self._options()}\n")
+        return "".join(lines)
+
+    def _token(self, kind: str) -> str:
+        """The next token if it is of this kind; at the end, something of no text."""
+        match = self._tokens[self._place]
+        return match[kind] or ("end" if kind == "end" and match.lastgroup == "end" else "")
+
+    def _options(self) -> str:
+        options = [self._sequence()]
+        while self._token("sign") == "|":
+            self._place += 1
+            options.append(self._sequence())
+        return " | ".join(options)
+
+    def _sequence(self) -> str:
+        items: list[str] = []
+        while (item := self._item()) is not None:
+            repeat = self._token("repeat")
+            if repeat:
+                self._place += 1
+                item = f"({item}){''.join(repeat.split())}"
+            items.append(item)
+        return " ".join(items) or '""'
+
+    def _item(self) -> str | None:
+        """What stands next; None at the end of a sequence."""
+        match = self._tokens[self._place]
+        kind = match.lastgroup
+        if kind in ("rule", "end") or (kind == "sign" and match["sign"] in "|)"):
+            return None
+        if kind == "sign" and match["sign"] == "(":
+            return self._group()
+        self._place += 1
+        if kind == "name" and match["name"] in self._names:
+            return self._names[match["name"]]
+        if kind == "name":
+            raise ValueError(f"there is no rule '{match['name']}'")
+        if kind == "text":
+            return " ".join(map(json.dumps, _characters(match["text"]))) or '""'
+        if kind == "set":
+            return f"/{_set(match['set'])}/"
+        if kind == "sign":
+            return "/(?s:.)/"
+        self._place -= 1
+        raise self._unexpected()
+
+    def _group(self) -> str:
+        self._place += 1
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise ValueError(f"more than {MAX_DEPTH} parentheses within one another")
+        options = self._options()
+        if self._token("sign") != ")":
+            raise self._unexpected()
+        self._place += 1
+        self._depth -= 1
+        return f"({options})"
+
+    def _unexpected(self) -> ValueError:
+        match = self._tokens[self._place]
+        start = match.end() if match.lastgroup == "end" else match.start(match.lastgroup or 0)
+        line = self._grammar.count("\n", 0, start) + 1
+        found = "the end" if match.lastgroup == "end" else repr(self._grammar[start : start + 20])
+        return ValueError(f"line {line} has {found} where nothing such is expected")
+
+
+def _characters(text: str) -> list[str]:
+    """The characters that a literal spells."""
+    characters = []
+    for match in _CHARACTER.finditer(text):
+        code = match[1] or match[2] or match[3]
+        if code:
+            if int(code, 16) > 0x10FFFF or 0xD800 <= int(code, 16) < 0xE000:
+                raise ValueError(f"{match[0]} is no character")
+            characters.append(chr(int(code, 16)))
+        elif match[4] is None:
+            characters.append(match[5])
+        elif match[4] in _ESCAPED or match[4] in _ITSELF:
+            characters.append(_ESCAPED.get(match[4], match[4]))
+        else:
+            raise ValueError(f"{match[0]} is no escape sequence")
+    return characters
+
+
+def _set(text: str) -> str:
+    """A set of characters in a regular expression's syntax."""
+    negated = text.startswith("^")
+    members = [match[0] for match in _CHARACTER.finditer(text[negated:])]
+    ranges, place = [], 0
+    while place < len(members):
+        is_range = members[place + 1 : place + 2] == ["-"] and place + 2 < len(members)
+        ranges.append(_range(members[place : place + 3 : 2] if is_range else [members[place]]))
+        place += 3 if is_range else 1
+    if not ranges:
+        return r"(?s:.)" if negated else r"[^\x00-\u{10FFFF}]"
+    return f"[{'^' * negated}{''.join(ranges)}]"
+
+
+def _range(ends: Sequence[str]) -> str:
+    codes = [ord(character) for end in ends for character in _characters(end)]
+    if codes[0] > codes[-1]:
+        raise ValueError(f"the range {'-'.join(ends)} is empty")
+    return "-".join(f"\\u{{{code:X}}}" for code in codes)
