@@ -150,6 +150,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "metrics-tokenizer-svc": lambda: metrics(touched(tokenizer_svc.metrics.Metrics().registry)),
     "metrics-generator-svc": lambda: metrics(touched(generator_registry())),
     "errors": markdown_table,
+    "schema-keywords": compatibility.keywords_markdown,
     **{
         name: lambda rows=rows: compatibility.markdown(rows)
         for name, rows in compatibility.TABLES.items()

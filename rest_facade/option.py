@@ -15,4 +15,5 @@ class Options(Constrained, Sampling):
         for name in self.constraints():
             if name in OTHER_NAMES:
                 names[f"structured_outputs.{OTHER_NAMES[name]}"] = name
+                names["structured_outputs"] = name
         return names

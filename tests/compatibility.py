@@ -16,6 +16,15 @@ class Row:
     shown: str
 
 
+@dataclass(frozen=True)
+class Keyword:
+    """Keywords of JSON Schema, what is done with them in a strict schema, and in others."""
+
+    keywords: str
+    strict: str
+    otherwise: str
+
+
 _V = "rest_facade/test_facade_validation.py::"
 _C = "rest_facade/test_facade_completion.py::"
 _F = "rest_facade/test_facade_tools.py::"
@@ -151,7 +160,7 @@ CHAT_REQUEST = (
     Row(
         "response_format",
         "`text`, `json_object`, `json_schema`",
-        "the same, always held to exactly; a schema that cannot be compiled is 400",
+        "the same; without `strict` too a schema is enforced [as far as it can be](#json-schema)",
         f"{_R}test_a_schema_is_kept_to",
     ),
     Row(
@@ -159,6 +168,21 @@ CHAT_REQUEST = (
         "up to 128 of type `function` or `custom`",
         f"up to 128 of type `function`; `custom` {_NO_VALUE}; names are unique",
         f"{_V}test_refused_tools",
+    ),
+    Row(
+        "tools[].function.parameters",
+        "a JSON Schema; omitted, the function has none",
+        "the same; fields that it does not name are not made, unless it has "
+        "`additionalProperties`, and without any word of fields, as `{}` or "
+        '`{"type": "object"}`, there are none',
+        "tokenizer_svc/test_grammar.py::test_a_function_without_fields_is_given_none",
+    ),
+    Row(
+        "tools[].function.strict",
+        "arguments keep to the schema exactly",
+        "the same, of any schema that can be [enforced](#json-schema), else 400; without it the "
+        "schema is enforced as far as it can be",
+        f"{_R}test_a_tool_that_cannot_be_enforced_hinders_no_request",
     ),
     Row(
         "tool_choice",
@@ -227,7 +251,25 @@ CHAT_REQUEST = (
     Row(
         "guided_grammar",
         _NOT_PUBLISHED,
-        "extension: the same of `grammar`; the grammar is llguidance's Lark",
+        "extension: the same of `grammar`; the grammar is llguidance's Lark, or GBNF",
+        _FORMS,
+    ),
+    Row(
+        "regex",
+        _NOT_PUBLISHED,
+        "extension: SGLang's name of `structured_outputs.regex`",
+        _FORMS,
+    ),
+    Row(
+        "ebnf",
+        _NOT_PUBLISHED,
+        "extension: SGLang's name of `structured_outputs.grammar`",
+        _FORMS,
+    ),
+    Row(
+        "json_schema",
+        _NOT_PUBLISHED,
+        "extension: SGLang's and llama-server's name of `structured_outputs.json`",
         _FORMS,
     ),
     Row(
@@ -470,6 +512,61 @@ TOKENS = (
     ),
 )
 
+_ENFORCED = "enforced"
+SCHEMA_KEYWORDS = (
+    Keyword("`type`, `enum`, `const`, `anyOf`, `allOf`", _ENFORCED, _ENFORCED),
+    Keyword(
+        "`$ref`, `$defs`, `definitions`, `$anchor`",
+        "enforced within the schema; else 400",
+        "enforced within the schema; else dropped",
+    ),
+    Keyword(
+        "`properties`, `required`, `additionalProperties`",
+        "enforced; fields come in the schema's order",
+        "the same",
+    ),
+    Keyword(
+        "`patternProperties`",
+        "enforced where no name can fit two patterns; else 400",
+        "the same; else any of their schemas for all names",
+    ),
+    Keyword(
+        "`minProperties`, `maxProperties`",
+        "enforced where all of `properties` are required; else 400",
+        "the same; else dropped",
+    ),
+    Keyword(
+        "`items`, `prefixItems`, `additionalItems`, `minItems`, `maxItems`", _ENFORCED, _ENFORCED
+    ),
+    Keyword("`minLength`, `maxLength`", _ENFORCED, _ENFORCED),
+    Keyword(
+        "`pattern`",
+        "enforced, as ECMA-262 has it; 400 with lookarounds, `\\b` or references",
+        "the same, without these",
+    ),
+    Keyword(
+        "`format`",
+        "`date-time`, `date`, `time`, `duration`, `email`, `hostname`, `ipv4`, `ipv6`, `uuid`, "
+        "`uri` enforced; others 400",
+        "the same; others dropped",
+    ),
+    Keyword("`minimum`, `maximum`, `exclusiveMinimum`, `exclusiveMaximum`", _ENFORCED, _ENFORCED),
+    Keyword(
+        "`multipleOf`",
+        _ENFORCED,
+        "enforced up to 10,000, not counting zeros at the end; else dropped",
+    ),
+    Keyword("`oneOf`", "enforced where its schemas are plainly apart; else 400", "as `anyOf`"),
+    Keyword(
+        "`not`, `if`, `then`, `else`, `dependentRequired`, `dependentSchemas`, `dependencies`, "
+        "`propertyNames`, `unevaluatedProperties`, `uniqueItems`, `contains`, `minContains`, "
+        "`maxContains`, `unevaluatedItems`, `$dynamicRef`, `$recursiveRef`",
+        "400",
+        "dropped",
+    ),
+    Keyword("all others", "without meaning", "without meaning"),
+)
+
 TABLES: dict[str, tuple[Row, ...]] = {
     "compatibility-chat-request": CHAT_REQUEST,
     "compatibility-chat-answer": CHAT_ANSWER,
@@ -488,4 +585,11 @@ def markdown(rows: tuple[Row, ...]) -> str:
         file, _, test = row.shown.partition("::")
         name = f"`{row.field}`" if " " not in row.field else row.field
         lines.append(f"| {name} | {row.openai} | {row.ours} | [{test}](../tests/{file}) |")
+    return "\n".join(lines) + "\n"
+
+
+def keywords_markdown() -> str:
+    """What is done with JSON Schema's keywords, as a page shows it."""
+    lines = ["| keyword | `strict` | otherwise |", "| --- | --- | --- |"]
+    lines += [f"| {row.keywords} | {row.strict} | {row.otherwise} |" for row in SCHEMA_KEYWORDS]
     return "\n".join(lines) + "\n"

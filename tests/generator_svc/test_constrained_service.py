@@ -217,6 +217,45 @@ async def test_hostile_constraints_are_answered_soon_while_a_stream_goes_on(stag
     assert wanted == answers
 
 
+async def test_hostile_schemas_that_are_lenient_are_answered_soon_too(tokens):
+    """Loosened, or refused as too complex; and what comes back may be longer than a pipe holds."""
+    lenient = {"x-guidance": {"lenient": True}}
+    outcomes = {}
+    async with _compiler(tokens) as compiler:
+        for name, (_, kind, text) in HOSTILE.items():
+            if kind != "json_schema":
+                continue
+            try:
+                await asyncio.wait_for(
+                    compiler.compile(kind, json.dumps(json.loads(text) | lenient)), ANSWER_SECONDS
+                )
+                outcomes[name] = None
+            except ConstraintError as error:
+                outcomes[name] = error.code
+        schema = {"type": "string", "pattern": "(", "description": "é" * 80_000} | lenient
+        await compiler.compile("json_schema", json.dumps(schema, ensure_ascii=False))
+
+    assert {None, "json_schema_too_complex"} >= set(outcomes.values())
+    assert outcomes["an automaton of a million states"] is None
+    assert outcomes["patterns of names"] is None
+
+
+async def test_a_lenient_schema_is_kept_as_far_as_it_can_be(stage, tokens):
+    """Over gRPC, where without that word it is refused."""
+    schema = {"type": "object", "properties": {"a": {"const": 1}}, "minProperties": 1}
+    schema |= {"additionalProperties": {"type": "null"}, "maxProperties": 1}
+    exact = await _outcome(
+        await stage.call([5], constraint=pb.Constraint(json_schema=json.dumps(schema)))
+    )
+    lenient = json.dumps(schema | {"x-guidance": {"lenient": True}})
+    answers, _ = await stage.generate([5], constraint=pb.Constraint(json_schema=lenient), n=4)
+
+    assert "invalid_json_schema" == exact[1]
+    for ids in answers.values():
+        answer = json.loads(tokens.decode(ids))
+        assert all(value == (1 if name == "a" else None) for name, value in answer.items())
+
+
 async def test_a_schema_elsewhere_is_not_fetched(tokens):
     """No connection leaves the process, neither to hosts nor to files."""
     connections = []

@@ -14,7 +14,7 @@ from generator_svc.constraint import TokenTable
 from generator_svc.json_schema import prepared, prepared_lark
 from generator_svc.sequence import ConstraintError
 from schema_draw import draw_schema
-from text_tokens import EXTRA_IDS, compiled, text_tokens, token_table
+from text_tokens import EXTRA_IDS, accepts, compiled, text_tokens, token_table
 
 POINT = {
     "type": "object",
@@ -22,17 +22,6 @@ POINT = {
     "required": ["x", "label"],
     "additionalProperties": False,
 }
-
-
-def _accepts(kind, text, answer):
-    """Whether an answer can be written token by token, and be over after that."""
-    tokens = text_tokens()
-    state = compiled(kind, text).new_state()
-    for token_id in tokens.encode(answer):
-        if not state.allowed()[token_id]:
-            return False
-        state.accept(token_id)
-    return bool(state.allowed()[tokens.eos])
 
 
 def _written(state, seed, most=300):
@@ -121,7 +110,7 @@ def test_whatever_a_random_model_writes_is_of_its_grammar():
 )
 def test_json_may_be_indented_and_nothing_may_stand_around_it(answer, fits):
     """The usual ways to write JSON are open."""
-    assert fits is _accepts("json_schema", json.dumps(POINT), answer)
+    assert fits is accepts("json_schema", json.dumps(POINT), answer)
 
 
 @pytest.mark.parametrize(
@@ -136,10 +125,10 @@ def test_json_may_be_indented_and_nothing_may_stand_around_it(answer, fits):
 )
 def test_blanks_do_not_run_away(kind, text):
     """A line's end and its indentation; a model that likes blanks gets no more of them."""
-    assert _accepts(kind, text, "[\n" + " " * 20 + "]")
-    assert not _accepts(kind, text, "[" + " " * 21 + "]")
-    assert not _accepts(kind, text, "[\n\n]")
-    assert not _accepts(kind, text, "[\t]")
+    assert accepts(kind, text, "[\n" + " " * 20 + "]")
+    assert not accepts(kind, text, "[" + " " * 21 + "]")
+    assert not accepts(kind, text, "[\n\n]")
+    assert not accepts(kind, text, "[\t]")
 
 
 def test_a_schema_in_lark_is_found_only_where_it_is_one():
@@ -149,7 +138,7 @@ def test_a_schema_in_lark_is_found_only_where_it_is_one():
 
     assert prepared_lark(lark).startswith(other + " a // %json {}\na: %json ")
     assert prepared_lark(lark).endswith('} "z"')
-    assert _accepts("lark", lark, "%json {}%json  nullz")
+    assert accepts("lark", lark, "%json {}%json  nullz")
     assert 'start: %json {"a": }' == prepared_lark('start: %json {"a": }')
 
 
@@ -169,8 +158,8 @@ def test_bounds_of_numbers_hold(least, most, form):
             text = json.dumps({"allOf": [{"type": "number", least: low}, {most: high}]})
         valid = jsonschema.Draft202012Validator(schema).is_valid
         for answer in answers.split():
-            assert valid(json.loads(answer)) or not _accepts(kind, text, answer), (schema, answer)
-        assert _accepts(kind, text, str(round((low + high) / 2, 3)))
+            assert valid(json.loads(answer)) or not accepts(kind, text, answer), (schema, answer)
+        assert accepts(kind, text, str(round((low + high) / 2, 3)))
 
 
 def test_values_in_a_schema_are_no_schemas():
@@ -178,7 +167,7 @@ def test_values_in_a_schema_are_no_schemas():
     text = '{"const": {"exclusiveMinimum": 3, "maximum": 3.5}}'
 
     assert text == prepared(text)
-    assert _accepts("json_schema", text, '{"exclusiveMinimum":3,"maximum":3.5}')
+    assert accepts("json_schema", text, '{"exclusiveMinimum":3,"maximum":3.5}')
 
 
 def test_a_name_cannot_be_written_in_a_second_way():
@@ -186,8 +175,8 @@ def test_a_name_cannot_be_written_in_a_second_way():
     schema = {"properties": {"a": {"type": "null"}}, "additionalProperties": {"type": "integer"}}
     schema = json.dumps(schema | {"type": "object"})
 
-    assert _accepts("json_schema", schema, '{"a":null,"b":1}')
-    assert not _accepts("json_schema", schema, '{"a":null,"\\u0061":1}')
+    assert accepts("json_schema", schema, '{"a":null,"b":1}')
+    assert not accepts("json_schema", schema, '{"a":null,"\\u0061":1}')
 
 
 def test_ids_without_a_token_are_never_allowed():
@@ -266,7 +255,7 @@ def test_what_cannot_be_kept_is_refused_with_its_place(kind, text, code, says):
 
 def test_true_is_a_schema_of_anything():
     """As in JSON Schema."""
-    assert _accepts("json_schema", "true", '[1, {"a": null}]')
+    assert accepts("json_schema", "true", '[1, {"a": null}]')
 
 
 def test_tokenizers_of_other_kinds_are_told(tmp_path):

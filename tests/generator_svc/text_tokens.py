@@ -70,6 +70,17 @@ def compiled(kind: str, text: str) -> CompiledConstraint:
     return CompiledConstraint(token_table(), kind, grammar_of(kind, text))
 
 
+def accepts(kind: str, text: str, answer: str) -> bool:
+    """Whether an answer can be written token by token, and be over after that."""
+    tokens = text_tokens()
+    state = compiled(kind, text).new_state()
+    for token_id in tokens.encode(answer):
+        if not state.allowed()[token_id]:
+            return False
+        state.accept(token_id)
+    return bool(state.allowed()[tokens.eos])
+
+
 @functools.cache
 def text_tokens() -> TextTokens:
     """All 256 bytes and about 150 merges."""

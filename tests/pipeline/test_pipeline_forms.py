@@ -29,6 +29,7 @@ SCHEMA = {
 }
 TOOL = {"type": "function", "function": {"name": "note", "parameters": SCHEMA, "strict": True}}
 OTHER = {"type": "function", "function": {"name": "rest"}}
+COMBINATION = "invalid_parameter_combination"
 NAMED = {"type": "function", "function": {"name": "note"}}
 FORMAT = {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA, "strict": True}}
 
@@ -86,6 +87,10 @@ def test_a_call_that_was_cut_off_can_be_sent_back(
         ({"structured_outputs": {"choice": ["left", "right"]}}, "left|right"),
         ({"structured_outputs": {"grammar": 'start: "<" /[a-z]{1,9}/ ">"'}}, "<[a-z]{1,9}>"),
         ({"guided_regex": "yes|no"}, "yes|no"),
+        ({"regex": r"\d{9}[\d]{9}"}, "[0-9]{18}"),
+        ({"ebnf": 'root ::= "<" name ">"\nname ::= [a-z]{1,9}'}, "<[a-z]{1,9}>"),
+        ({"guided_grammar": 'root ::= [0-9]{3} | "x"'}, "[0-9]{3}|x"),
+        ({"json_schema": {"enum": [1, 2]}}, "1|2"),
     ],
 )
 def test_constraints_are_kept_to(
@@ -148,6 +153,108 @@ def test_a_forced_call_that_is_cut_off(
     assert "" == told[0] != told[-1]
 
 
+# What pydantic makes of a set, zod of a record, an OpenAPI document of a choice, and worse.
+LOOSE = {
+    "type": "object",
+    "properties": {
+        "tags": {
+            "type": "array",
+            "items": {"enum": ["a", "b"]},
+            "uniqueItems": True,
+            "maxItems": 2,
+        },
+        "sizes": {
+            "type": "object",
+            "propertyNames": {"enum": ["s", "m"]},
+            "additionalProperties": {"type": "boolean"},
+            "maxProperties": 2,
+        },
+        "file": {"type": "string", "format": "binary", "maxLength": 4},
+        "price": {"type": "string", "pattern": "^(?!^[-+.]*$)[+-]?0*\\d{1,3}$", "maxLength": 9},
+        "either": {"oneOf": [{"type": "integer", "maximum": 99, "minimum": 0}, {"const": 7}]},
+        "other": {"$ref": "#/components/schemas/Other", "type": "boolean"},
+    },
+    "additionalProperties": False,
+    "required": ["tags", "file", "price", "either"],
+    "not": {"required": ["secret"]},
+    "if": {"required": ["sizes"]},
+    "then": {"required": ["other"]},
+    "dependentRequired": {"sizes": ["tags"]},
+}
+
+
+def keeps(arguments: dict[str, Any]) -> bool:
+    """Whether arguments keep to what of LOOSE can be enforced."""
+    return (
+        ["tags", "file", "price", "either"]
+        == [name for name in arguments if name not in ("sizes", "other")]
+        and {"a", "b"} >= set(arguments["tags"])
+        and len(arguments["file"]) <= 4
+        and re.fullmatch("[+-]?0*[0-9]{1,3}", arguments["price"]) is not None
+        and arguments["either"] in range(100)
+        and all(isinstance(size, bool) for size in arguments.get("sizes", {}).values())
+    )
+
+
+def loose(name: str, **more: Any) -> dict[str, Any]:
+    """A tool that cannot be enforced exactly."""
+    return {"type": "function", "function": {"name": name, "parameters": LOOSE} | more}
+
+
+def test_a_tool_that_cannot_be_enforced_hinders_no_request(
+    client: openai.OpenAI, services: Services
+) -> None:
+    """Called or not; a call keeps to what can be enforced. Where it must be exact it is refused."""
+    tools = [TOOL, loose("one"), loose("two", strict=False)]
+    ask(client, services, tools=tools, tool_choice="auto", max_tokens=8)
+    named = {"type": "function", "function": {"name": "two"}}
+    answer = ask(client, services, tools=tools, tool_choice=named, n=8, max_tokens=1500)
+    # Names of sizes may be of any length, and random weights know no end.
+    whole = [choice for choice in answer.choices if choice.finish_reason != "length"]
+    made = [choice.message.tool_calls[0].function.arguments for choice in whole]
+
+    assert len(made) > 1
+    assert all(keeps(json.loads(arguments)) for arguments in made), made
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(client, services, tools=[TOOL, loose("one", strict=True)], tool_choice="auto")
+    assert "tools[1].function.parameters" == refused.value.param
+    assert "invalid_json_schema" == refused.value.code
+
+
+def test_a_format_that_cannot_be_enforced(client: openai.OpenAI, services: Services) -> None:
+    """As far as it can be where it need not be exact, and else not at all."""
+    response_format = {"type": "json_schema", "json_schema": {"name": "s", "schema": LOOSE}}
+    answer = ask(client, services, response_format=response_format, n=8, max_tokens=1500)
+    whole = [choice for choice in answer.choices if choice.finish_reason != "length"]
+    strict = {"name": "s", "schema": LOOSE, "strict": True}
+
+    assert len(whole) > 1
+    assert all(keeps(json.loads(choice.message.content)) for choice in whole)
+    for fields in (
+        {"response_format": {"type": "json_schema", "json_schema": strict}},
+        {"extra_body": {"structured_outputs": {"json": LOOSE}}},
+        {"extra_body": {"guided_json": LOOSE}},
+    ):
+        with pytest.raises(openai.BadRequestError, match="cannot be used"):
+            ask(client, services, **fields)
+
+
+def test_a_tool_without_parameters_is_called_with_none(
+    client: openai.OpenAI, services: Services
+) -> None:
+    """Whichever way that is written."""
+    for parameters in (
+        {},
+        {"parameters": None},
+        {"parameters": {}},
+        {"parameters": {"type": "object"}},
+    ):
+        tool = {"type": "function", "function": {"name": "rest", **parameters}}
+        answer = ask(client, services, tools=[tool], tool_choice="required", n=3)
+        for choice in answer.choices:
+            assert {} == json.loads(choice.message.tool_calls[0].function.arguments)
+
+
 @pytest.mark.parametrize(
     ("fields", "code", "param"),
     [
@@ -165,7 +272,11 @@ def test_a_forced_call_that_is_cut_off(
             {
                 "response_format": {
                     "type": "json_schema",
-                    "json_schema": {"name": "s", "schema": {"$ref": "https://example.com/schema"}},
+                    "json_schema": {
+                        "name": "s",
+                        "schema": {"$ref": "https://example.com/schema"},
+                        "strict": True,
+                    },
                 }
             },
             "invalid_json_schema",
@@ -173,6 +284,11 @@ def test_a_forced_call_that_is_cut_off(
         ),
         ({"guided_json": '{"type": 5}'}, "invalid_json_schema", "guided_json"),
         ({"guided_grammar": "start: ("}, "invalid_value", "guided_grammar"),
+        ({"guided_grammar": "root ::= x"}, "invalid_value", "guided_grammar"),
+        ({"ebnf": 'root ::= (= "a")'}, "invalid_value", "ebnf"),
+        ({"regex": "("}, "invalid_value", "regex"),
+        ({"regex": "a", "tools": [OTHER], "tool_choice": "required"}, COMBINATION, "regex"),
+        ({"json_schema": '{"not": {}}'}, "invalid_json_schema", "json_schema"),
         ({"structured_outputs": {"regex": "("}}, "invalid_value", "structured_outputs.regex"),
         ({"stop_token_ids": [99999]}, "invalid_value", "stop_token_ids[0]"),
         ({"chat_template_kwargs": {"x": 1}}, "unsupported_parameter", "chat_template_kwargs.x"),

@@ -253,6 +253,11 @@ FORMATS = chat_pb2.CreateChatCompletionRequest
         ({"guided_regex": "a+"}, {"structured_outputs": {"regex": "a+"}}),
         ({"guided_choice": ["a"]}, {"structured_outputs": {"choice": {"choices": ["a"]}}}),
         ({"guided_grammar": "start: /a/"}, {"structured_outputs": {"grammar": "start: /a/"}}),
+        ({"regex": "a+"}, {"structured_outputs": {"regex": "a+"}}),
+        ({"ebnf": 'root ::= "a"'}, {"structured_outputs": {"grammar": 'root ::= "a"'}}),
+        ({"json_schema": SCHEMA}, {"structured_outputs": {"json": json.dumps(SCHEMA)}}),
+        ({"json_schema": '{"type": "null"}'}, {"structured_outputs": {"json": '{"type": "null"}'}}),
+        ({"json_schema": {}, "regex": None}, {}),
     ],
 )
 async def test_formats_arrive(

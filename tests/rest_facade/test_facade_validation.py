@@ -306,6 +306,12 @@ def test_refused_tools(fields: dict[str, Any], code: str, param: str) -> None:
             "structured_outputs.json",
         ),
         ({"guided_json": "[]"}, "invalid_json_schema", "guided_json"),
+        ({"json_schema": "[]"}, "invalid_json_schema", "json_schema"),
+        ({"regex": 5}, "invalid_type", "regex"),
+        ({"regex": "a", "ebnf": "b"}, "invalid_parameter_combination", "ebnf"),
+        ({"guided_regex": "a", "regex": "a"}, "invalid_parameter_combination", "regex"),
+        ({"stop_regex": "a"}, "unsupported_parameter", "stop_regex"),
+        ({"return_hidden_states": True}, "unsupported_value", "return_hidden_states"),
         ({"guided_choice": []}, "empty_array", "guided_choice"),
         ({"guided_choice": [""]}, "invalid_value", "guided_choice[0]"),
         (

@@ -308,6 +308,16 @@ def test_forms(form: OutputForm, right: str, wrong: str) -> None:
     assert allows(beside, call("hermes"))
 
 
+def test_a_regex_is_the_same_alone_and_wrapped() -> None:
+    """Its digits are ASCII's in either case."""
+    form = OutputForm(Form.REGEX, "structured_outputs.regex", definition=r"\d[\w-]/[^\D]")
+    wrapped = made(QWEN3, ToolUse(), form, Thinking.OPENED)
+
+    assert allows(wrapped, "</think>1-/2")
+    assert not allows(wrapped, "</think>٣-/2")
+    assert not allows(wrapped, "</think>1é/2")
+
+
 def fault(made: Constraint) -> str:
     matcher = LLMatcher(TABLES[PLAIN], LLMatcher.grammar_from_lark(made.text))
     return f"The lark cannot be used: {matcher.get_error()}"
@@ -381,17 +391,89 @@ def test_nothing_is_asked_for_where_nothing_is_wanted() -> None:
         ({"properties": {"a": {}}, "patternProperties": {"^x": {}}}, True),
         ({"properties": {"a": {}}, "anyOf": [{"required": ["a"]}, {"required": ["x"]}]}, True),
         ({"allOf": [{"properties": {"a": {}}}, {"properties": {"x": {}}}]}, True),
-        ({}, True),
-        (None, True),
+        ({"properties": {"a": {}}, "$ref": "#/$defs/x", "$defs": {"x": {"properties": {}}}}, True),
+        ({"properties": {"a": {}}, "if": {}, "then": {"properties": {"x": {}}}}, True),
+        ({"properties": {"a": {}}, "dependencies": {"a": {"properties": {"x": {}}}}}, True),
+        ({"required": ["a"]}, True),
+        ({"maxProperties": 2}, True),
+        ({"additionalProperties": True}, True),
+        # What is elsewhere in the schema does not open the rest of it.
+        (
+            {
+                "properties": {
+                    "a": {},
+                    "b": {"allOf": [{"properties": {"c": {}}}, {"properties": {"d": {}}}]},
+                }
+            },
+            False,
+        ),
+        ({"properties": {"a": {}, "b": {"type": "object", "minProperties": 1}}}, False),
+        ({"properties": {"a": {}}, "not": {"required": ["b"]}}, False),
+        ({"allOf": [{"$ref": "#/$defs/x"}], "$defs": {"x": {"properties": {"a": {}}}}}, False),
+        ({"anyOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]}, False),
     ],
 )
-def test_models_invent_no_arguments(schema: dict[str, Any] | None, wider: bool) -> None:
+def test_models_invent_no_arguments(schema: dict[str, Any], wider: bool) -> None:
     """Fields that a schema does not name are left out, unless it seems to want them."""
-    tool = Tool("add", None, None if schema is None else json.dumps(schema))
+    tool = Tool("add", None, json.dumps(schema))
     forced = made(HERMES, ToolUse((tool,), (0,), forced=True))
 
     assert allows(forced, call("hermes"))
     assert wider == allows(forced, call("hermes").replace("1", '1, "x": 2'))
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        None,
+        "{}",
+        '{"type": "object"}',
+        '{"type": "object", "properties": {}}',
+        '{"type": "object", "description": "none", "title": "x"}',
+    ],
+)
+@pytest.mark.parametrize("family", FORMATS)
+def test_a_function_without_fields_is_given_none(family: str, parameters: str | None) -> None:
+    """Whichever way its parameters say nothing, its arguments are an empty object."""
+    tool = Tool("add", None, parameters)
+    forced = made(FORMATS[family], ToolUse((tool,), (0,), forced=True))
+
+    assert allows(forced, call(family).replace('{"a": 1}', "{}"))
+    assert not allows(forced, call(family))
+
+
+def test_a_nested_object_of_no_fields_may_have_any() -> None:
+    """As the value of a field it is data, and JSON Schema means what it says."""
+    tool = Tool("add", None, '{"properties": {"a": {"type": "object"}}}')
+    forced = made(HERMES, ToolUse((tool,), (0,), forced=True))
+
+    assert allows(forced, call("hermes").replace("1", '{"any": [1]}'))
+
+
+def test_a_required_field_that_is_not_named_can_be_given() -> None:
+    """It may be anything, and no others are made."""
+    schema = {"properties": {"a": {"type": "integer"}}, "required": ["a", "b"]}
+    forced = made(HERMES, ToolUse((Tool("add", None, json.dumps(schema)),), (0,), forced=True))
+
+    assert allows(forced, call("hermes").replace("1", '1, "b": [2]'))
+    assert not allows(forced, call("hermes"))
+    assert not allows(forced, call("hermes").replace("1", '1, "b": 2, "c": 3'))
+
+
+@pytest.mark.parametrize("family", FORMATS)
+def test_only_a_strict_schema_is_to_be_kept_exactly(family: str) -> None:
+    """The generator is told of every other that it may drop from it what cannot be kept; a schema
+    of the caller's own cannot say so itself where it is strict."""
+    schema = '{"properties": {"a": {"x-guidance": 1}}, "x-guidance": {"lenient": true}}'
+    for strict in (True, False):
+        tools = (Tool("add", None, schema, strict=strict),)
+        text = made(FORMATS[family], ToolUse(tools, (0,), forced=True)).text
+        [schema_text] = [
+            line.partition("%json ")[2] for line in text.split("\n") if "%json" in line
+        ]
+        told, _ = json.JSONDecoder().raw_decode(schema_text)
+
+        assert (None if strict else {"lenient": True}) == told.get("x-guidance")
 
 
 def test_data_in_schemas_is_left_alone() -> None:

@@ -26,8 +26,8 @@ def tool(name: str = "f", **function: Any) -> dict[str, Any]:
     return {"function": {"name": name} | function}
 
 
-def json_schema(schema: str, name: str = "n") -> dict[str, Any]:
-    return {"response_format": {"json_schema": {"name": name, "schema": schema}}}
+def json_schema(schema: str, name: str = "n", **more: Any) -> dict[str, Any]:
+    return {"response_format": {"json_schema": {"name": name, "schema": schema} | more}}
 
 
 def parameters(schema: str) -> dict[str, Any]:
@@ -49,6 +49,18 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     (json_schema('{"not":' * 100_000 + "}" * 100_000), COMPLEX, PLACE),
     (json_schema('{"not":' * 128 + "{}" + "}" * 128), COMPLEX, PLACE),
     (json_schema('{"not":' * 10_000 + "1" + "}" * 10_000), COMPLEX, PLACE),
+    (json_schema('{"type": "float"}'), SCHEMA, PLACE),
+    (json_schema('{"properties": {"a": {"anyOf": [{}, {"minLength": -1}]}}}'), SCHEMA, PLACE),
+    (json_schema('{"items": [{"required": true}]}'), SCHEMA, PLACE),
+    (json_schema('{"$defs": {"a": 1}}'), SCHEMA, PLACE),
+    (json_schema('{"multipleOf": 0}'), SCHEMA, PLACE),
+    (parameters('{"properties": ["a"]}'), SCHEMA, PARAMETERS),
+    (parameters('{"properties": {"a": {"type": ["string", "any"]}}}'), SCHEMA, PARAMETERS),
+    ({"structured_outputs": {"json": '{"enum": 1}'}}, SCHEMA, "structured_outputs.json"),
+    *(
+        ({"structured_outputs": {"grammar": grammar}}, INVALID, "structured_outputs.grammar")
+        for grammar in ("a ::= b", "root ::= a", 'root ::= "a', "root ::= [b-a]", "root ::= (a")
+    ),
     ({"structured_outputs": {}}, INVALID, "structured_outputs"),
     ({"structured_outputs": {"json": "nothing"}}, SCHEMA, "structured_outputs.json"),
     ({"structured_outputs": {"regex": ""}}, MISSING, "structured_outputs.regex"),
@@ -207,7 +219,7 @@ async def test_wrong_completions(
 @pytest.mark.parametrize(
     ("fields", "kind", "param"),
     [
-        (json_schema('{"type": "strin"}'), "json_schema", PLACE),
+        (json_schema('{"enum": []}'), "json_schema", PLACE),
         ({"structured_outputs": {"regex": "("}}, "regex", "structured_outputs.regex"),
         ({"response_format": {"json_object": {}}}, "json_schema", "response_format"),
     ],
@@ -233,7 +245,19 @@ async def test_the_generators_refusal_of_a_constraint(
         ({"tools": [tool()], "tool_choice": {"mode": chat_pb2.TOOL_CHOICE_MODE_NONE}}, None, ""),
         ({"tool_choice": {"mode": chat_pb2.TOOL_CHOICE_MODE_AUTO}}, None, ""),
         ({"parallel_tool_calls": False}, None, ""),
-        (json_schema('{"type":\n"null"}'), "json_schema", '{"type":\n"null"}'),
+        (
+            json_schema('{"type":\n"null"}'),
+            "json_schema",
+            '{"type": "null", "x-guidance": {"lenient": true}}',
+        ),
+        (json_schema("true"), "json_schema", "true"),
+        (json_schema('{"type":\n"null"}', strict=True), "json_schema", '{"type":\n"null"}'),
+        ({"structured_outputs": {"json": '{"not": {}}'}}, "json_schema", '{"not": {}}'),
+        (
+            {"structured_outputs": {"grammar": 'root ::= "a"\n  | [b-d]+ # x'}},
+            "lark",
+            'start: "a" | (/[\\u{62}-\\u{64}]/)+\n',
+        ),
         ({"structured_outputs": {"json_object": True}}, "json_schema", '{"type": "object"}'),
         ({"structured_outputs": {"regex": "a/b"}}, "regex", "a/b"),
         ({"structured_outputs": {"grammar": 'start: "a"'}}, "lark", 'start: "a"'),
@@ -243,7 +267,7 @@ async def test_the_generators_refusal_of_a_constraint(
 async def test_the_generator_gets_the_constraint(
     stage: Stage, fields: dict[str, Any], kind: str | None, text: str
 ) -> None:
-    """As the caller wrote it, or none where nothing is asked for."""
+    """As the caller wrote it, and that it need not be exact; a grammar in Lark; or none at all."""
     stage.generator.script = fails_after([], ServiceError("queue_full", "full"))
     with pytest.raises(grpc.aio.AioRpcError):
         await stage.chat.CreateChatCompletion(stage.request(**fields))

@@ -1,0 +1,111 @@
+"""Patterns of JSON Schema: what they match in JavaScript is what a constraint lets through."""
+
+import json
+import subprocess
+
+import pytest
+
+from generator_svc.sequence import ConstraintError
+from tests import node
+from text_tokens import accepts
+from trivium.ecma_regex import widened
+
+TEXTS = [
+    *("", "a", "b", "ab", "aab", "a-b", "a.b", "_", "-", "1", "12", "123", "٣", "é", "K", "a1_"),
+    *("[", "]", "a[", "&", "a&&b", "~", "{", "{a}", "a{b}", "/", "a/b", " ", "\u00a0", "\n", "\t"),
+    *(
+        "\ufeff",
+        "\u3000",
+        "foo",
+        "a foo b",
+        "foobar",
+        "x@y.zz",
+        ".x@y.zz",
+        "a..b@c.de",
+        "1.50",
+        ".",
+    ),
+    *("-1", "+", "<", ">", "a^", "$5", "aa", "bb", "A", "\\", "d"),
+]
+SAME = [
+    *(
+        r"^\d+$",
+        r"^\D$",
+        r"^\w+$",
+        r"^\W$",
+        r"^\s$",
+        r"^\S$",
+        r"^[\d.-]+$",
+        r"^[^\d]$",
+        r"^[\s\d]$",
+    ),
+    *(r"^[\w-.]+$", r"^[.-\w]+$", r"^[\w.-]+$", r"^[^\W]$", r"^[^\S]$", r"^[[]$", r"^[a[]+$"),
+    *(r"^[a&&b]+$", r"^[~~a]$", r"^[+--]$", r"^\{a\}$", r"^{a}$", r"a{b}", r"^a{2}b?$", r"^\/$"),
+    *(r"^a\/b$", r"^[/]$", r"^\<$", r"^[\>]$", r"^\cJ$", r"^[\cI]$", r"^\u0041$", r"^[\u00e9]$"),
+    *(r"^\x41$", r"^(?<n>a)b$", r"^(?:a|b)+$", r"^$|^a$", r"(^a$)|(^1$)", r"^[^\]]$", r"^[\b]$"),
+    *(r"^[\\d]$", r"^\\$", r"\.", r"^[\^$]", r"^\$\d$", "^é$", "o{2}", r"^\S+@\S+\.\S+$"),
+]
+WIDER = [
+    (r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([a-z]+\.)+[A-Za-z]{2,}$", "foo"),
+    (r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$", "a"),
+    (r"\bfoo\b", "a"),
+    (r"^(?=a)\w+$", "-"),
+    (r"^\w+(?<!b)$", "-"),
+    (r"^(a|b)\1$", "1"),
+    (r"^(?<q>a|b)\k<q>$", "1"),
+    (r"^(?:(?=[)\]])|a)b$", "a"),
+    (r"^\B.+$", ""),
+]
+
+
+def javascript(patterns):
+    """Which of the texts each pattern matches in JavaScript."""
+    script = "const [ps, ts] = JSON.parse(require('fs').readFileSync(0));"
+    script += "console.log(JSON.stringify(ps.map(p => ts.filter(t => new RegExp(p).test(t)))))"
+    command = [node.executable(), "-e", script]
+    given = json.dumps([patterns, TEXTS])
+    return json.loads(subprocess.run(command, input=given, text=True, capture_output=True).stdout)
+
+
+def let_through(schema):
+    schema = json.dumps({"type": "string"} | schema)
+    return [
+        text
+        for text in TEXTS
+        if accepts("json_schema", schema, json.dumps(text, ensure_ascii=False))
+        # What JSON has to escape by its number is never let through.
+        or ("\ufeff" == text and accepts("json_schema", schema, f'"{text}"'))
+    ]
+
+
+def test_a_pattern_is_javascripts():
+    """ECMA-262's, as JSON Schema says: digits are ASCII, a bracket in a class is one."""
+    for pattern, expected in zip(SAME, javascript(SAME), strict=True):
+        assert expected == let_through({"pattern": pattern}), pattern
+        if pattern.startswith("^") and pattern.endswith("$") and "|" not in pattern:
+            whole = [text for text in TEXTS if accepts("regex", pattern, text)]
+            assert expected == whole, pattern
+
+
+def test_a_regex_has_the_same_classes():
+    """Digits and letters of other scripts are none, in and out of brackets."""
+    for pattern in (r"\d", r"[\d]", r"\w", r"[\w-]"):
+        assert accepts("regex", pattern, "1")
+        assert not accepts("regex", pattern, "٣")
+        assert not accepts("regex", pattern, "é")
+    assert accepts("regex", r"[^\d]", "٣")
+    assert accepts("regex", r"\s", "\u3000")
+
+
+@pytest.mark.parametrize(("pattern", "wrong"), WIDER)
+def test_what_an_automaton_cannot_keep_is_left_out_of_a_pattern(pattern, wrong):
+    """All that matches still does, and the rest of the pattern holds; exactly it is refused."""
+    [expected] = javascript([pattern])
+    wider = let_through({"pattern": pattern, "x-guidance": {"lenient": True}})
+
+    assert set() == set(expected) - set(wider)
+    assert expected
+    assert wrong not in wider
+    assert widened(pattern) == widened(widened(pattern))
+    with pytest.raises(ConstraintError):
+        let_through({"pattern": pattern})
