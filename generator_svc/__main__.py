@@ -14,8 +14,9 @@ from generator_svc.admission import Admission
 from generator_svc.artifact import (
     MemoryPlanError,
     default_sampling,
-    free_memory,
+    host_cache_bytes,
     plan_memory,
+    plan_threads,
 )
 from generator_svc.config import GeneratorSettings
 from generator_svc.constraint_compiler import ConstraintCompiler
@@ -34,6 +35,7 @@ from generator_svc.sequence import Update
 from generator_svc.service import GeneratorService, Mailroom
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.generator.v1.generator_pb2_grpc import add_GeneratorServiceServicer_to_server
+from trivium.host_limits import cpu_limit, memory_limit
 from trivium.model_directory import ModelDirectory, ModelDirectoryError, load_model_directory
 from trivium.wire import telemetry
 from trivium.wire.serving import GrpcServer, wait_for_signal
@@ -67,17 +69,19 @@ def load_runner(settings: GeneratorSettings, model: ModelDirectory) -> OrtRunner
 def _load_on(device: str, settings: GeneratorSettings, model: ModelDirectory) -> OrtRunner:
     is_half = model.precision == "fp16" or (device == "cuda" and model.precision != "fp32")
     element_bytes = 2 if is_half else 4
+    share, length = settings.kv_memory_share, settings.max_sequence_length
     cache_bytes = settings.kv_cache_bytes
-    if not cache_bytes:
-        # The weights are not there yet; on the CPU they are mapped from the file.
-        free = free_memory() if device == "cpu" else free_bytes() - model.weight_bytes
-        cache_bytes = int(free * settings.kv_memory_share)
-    plan = plan_memory(
-        model, settings.slots, settings.max_sequence_length, cache_bytes, element_bytes
-    )
+    cpu, memory = cpu_limit(), memory_limit()
+    threads = settings.threads or plan_threads(cpu.cores, model.weight_bytes)
+    log.info("%s; %s; threads of a run on the CPU: %d", cpu, memory, threads)
+    if device == "cpu":
+        cache_bytes = host_cache_bytes(model, memory, length, element_bytes, share, cache_bytes)
+    else:
+        cache_bytes = cache_bytes or int((free_bytes() - model.weight_bytes) * share)
+    plan = plan_memory(model, settings.slots, length, cache_bytes, element_bytes)
     # ONNX Runtime leaves some float32 nodes to the CPU, and then refuses to capture any.
     cuda_graphs = settings.cuda_graphs and device == "cuda" and model.precision != "fp32"
-    return OrtRunner(model, device, plan.slots, plan.slot_length, settings.threads, cuda_graphs)
+    return OrtRunner(model, device, plan.slots, plan.slot_length, threads, cuda_graphs)
 
 
 def warm_up(runner: OrtRunner, meter: Meter) -> None:

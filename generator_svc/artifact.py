@@ -1,18 +1,40 @@
-"""What the model's folder and the machine's memory allow: slots, lengths, sampling defaults."""
+"""What the model's folder and the host allow: threads, slots, lengths, sampling defaults."""
 
+import logging
 import math
-import os
 from dataclasses import dataclass
 from typing import Any
 
 from generator_svc.sequence import Sampling
+from trivium.host_limits import MemoryLimit
 from trivium.model_directory import ModelDirectory, ModelDirectoryError
 
+log = logging.getLogger(__name__)
+
 _SLOT_GRANULARITY = 8
+_MEBIBYTE = 2**20
+
+# Up to 16 threads every model gets quicker, or at least not slower where it counts: a model of
+# 250 MiB decodes best with 8 to 12 and computes prompts best with 16. Beyond, a thread has to have
+# enough to read for what it costs to wait for it: 2,330 MiB still gain a tenth from 12 to 16
+# threads, at 146 MiB each (docs/log.md).
+_MANY_THREADS = 16
+_WEIGHT_BYTES_OF_A_THREAD = 64 * _MEBIBYTE
+
+# Beside weights and cache: activations, masks, what is sent, and the process that tries out
+# constraints.
+_WORKING_BYTES = 272 * _MEBIBYTE
+
+_SHORTEST_ADVISED = 256  # tokens of a sequence that are still of use to somebody
 
 
 class MemoryPlanError(ValueError):
     """Not even one slot fits into the memory, or the model's context is too short for one."""
+
+
+def plan_threads(cores: int, weight_bytes: int) -> int:
+    """How many threads a run on the CPU gets, if nobody says: at most one for each core."""
+    return min(cores, max(_MANY_THREADS, weight_bytes // _WEIGHT_BYTES_OF_A_THREAD))
 
 
 @dataclass(frozen=True)
@@ -23,6 +45,46 @@ class MemoryPlan:
     slot_length: int
 
 
+def host_cache_bytes(
+    model: ModelDirectory,
+    memory: MemoryLimit,
+    max_length: int,
+    element_bytes: int,
+    share: float,
+    wanted: int = 0,
+) -> int:
+    """Bytes of main memory for keys and values, asked before the weights are loaded.
+
+    `wanted` or, if that is 0, a `share` of what is left beside the weights, but one slot at least.
+    Raises MemoryPlanError if not even one slot fits.
+    """
+    length = _slot_length(model, max_length)
+    per_token = _token_bytes(model, element_bytes)
+    slot_bytes = per_token * length
+    room = memory.free - model.weight_bytes - _WORKING_BYTES
+    if room < slot_bytes:
+        needed = model.weight_bytes + _WORKING_BYTES + slot_bytes
+        fitting = room // per_token // _SLOT_GRANULARITY * _SLOT_GRANULARITY
+        shorter = f", or set TRIVIUM_GENERATOR_MAX_SEQUENCE_LENGTH to {fitting} or less"
+        raise MemoryPlanError(
+            f"{model.id} needs {_mebibytes(needed)} of memory: {_mebibytes(model.weight_bytes)} "
+            f"for weights, {_mebibytes(slot_bytes)} for one sequence of {length} tokens, "
+            f"{_mebibytes(_WORKING_BYTES)} for the rest; of {_mebibytes(memory.total)} "
+            f"({memory.source}) {_mebibytes(memory.free)} are free: allow "
+            f"{_mebibytes(needed - memory.free)} more"
+            f"{shorter if fitting >= _SHORTEST_ADVISED else ''}"
+        )
+    if wanted > room:
+        log.warning(
+            "TRIVIUM_GENERATOR_KV_CACHE_BYTES allows %s and weights leave %s (%s): the process "
+            "may be killed when the cache fills up",
+            _mebibytes(wanted),
+            _mebibytes(room),
+            memory.source,
+        )
+    return wanted or max(slot_bytes, int(room * share))
+
+
 def plan_memory(
     model: ModelDirectory, slots: int, max_length: int, cache_bytes: int, element_bytes: int
 ) -> MemoryPlan:
@@ -30,13 +92,8 @@ def plan_memory(
 
     A token takes 2 · layers · kv_heads · head_size · element_bytes bytes.
     """
-    length = min(max_length, model.context_length)
-    length -= length % _SLOT_GRANULARITY
-    if not length:
-        raise MemoryPlanError(
-            f"the model's context of {model.context_length} tokens is below {_SLOT_GRANULARITY}"
-        )
-    per_token = 2 * model.num_layers * model.num_kv_heads * model.head_size * element_bytes
+    length = _slot_length(model, max_length)
+    per_token = _token_bytes(model, element_bytes)
     fitting = min(slots, cache_bytes // (per_token * length))
     if fitting < 1:
         raise MemoryPlanError(
@@ -46,17 +103,22 @@ def plan_memory(
     return MemoryPlan(fitting, length)
 
 
-def free_memory() -> int:
-    """Bytes of main memory that can be had without pushing anything out."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    # Not Linux: half of what is there is a guess that leaves room for others.
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+def _slot_length(model: ModelDirectory, max_length: int) -> int:
+    length = min(max_length, model.context_length)
+    length -= length % _SLOT_GRANULARITY
+    if not length:
+        raise MemoryPlanError(
+            f"the model's context of {model.context_length} tokens is below {_SLOT_GRANULARITY}"
+        )
+    return length
+
+
+def _token_bytes(model: ModelDirectory, element_bytes: int) -> int:
+    return 2 * model.num_layers * model.num_kv_heads * model.head_size * element_bytes
+
+
+def _mebibytes(count: int) -> str:
+    return f"{-(-count // _MEBIBYTE):,} MiB"
 
 
 _LIMITS = {

@@ -32,7 +32,12 @@ class GeneratorSettings(BaseSettings):
         "the start; disabled with a warning where that fails. Not with precision fp32.",
     )
     threads: int = Field(
-        0, ge=0, le=1024, description="Threads of a run on the CPU; 0 takes one per core."
+        0,
+        ge=0,
+        le=1024,
+        description="Threads of a run on the CPU. 0: one per physical core of the affinity mask, "
+        "no more than a cgroup's CPU quota (rounded down), and at most 16, or one for each 64 MiB "
+        "of weights if that is more.",
     )
     slots: int = Field(
         32, ge=1, le=4096, description="Most sequences held at once; fewer if memory is short."
@@ -45,14 +50,16 @@ class GeneratorSettings(BaseSettings):
     kv_cache_bytes: int = Field(
         0,
         ge=0,
-        description="Memory of keys and values in bytes; 0 takes a share of what is free.",
+        description="Memory of keys and values in bytes; 0 takes a share of what is free beside "
+        "the weights, but one slot at least.",
     )
     kv_memory_share: float = Field(
         0.5,
         gt=0,
         le=0.95,
-        description="That share, of main memory or of the CUDA device's. It is a bound: slots "
-        "take memory when they are first used on the CPU, at the start on CUDA.",
+        description="That share, of main memory (the lowest limit of a cgroup counts) or of the "
+        "CUDA device's. It is a bound: slots take memory when they are first used on the CPU, at "
+        "the start on CUDA.",
     )
     prefix_cache: bool = Field(
         True,

@@ -3,7 +3,6 @@
 import ctypes
 import functools
 import logging
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from generator_svc.cuda_memory import CudaClock, CudaError, copy_to_host, device_count
+from trivium.host_limits import cpu_limit
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Device:
     def open(self, graph: Path | bytes, threads: int = 1, cuda_graphs: bool = False) -> Any:
         """A session of a graph or its file. Raises DeviceError.
 
-        `threads` of a run on the CPU, 0 for one per core; on CUDA the host only launches kernels.
+        `threads` of a run on the CPU, 0 for one per core that may be used; on CUDA the host only launches kernels.
 
         With `cuda_graphs`, runs with a number are captured as CUDA graphs and replayed.
         """
@@ -84,7 +84,7 @@ class Device:
             entry = "session.use_device_allocator_for_initializers"
             options.add_session_config_entry(entry, "1")
         else:
-            options.intra_op_num_threads = threads or _physical_cores()
+            options.intra_op_num_threads = threads or cpu_limit().cores
         try:
             model = str(graph) if isinstance(graph, Path) else graph
             session = ort.InferenceSession(model, options, providers=providers)
@@ -153,7 +153,3 @@ def _start_clock(device: str) -> HostClock | CudaClock:
         except (CudaError, AttributeError) as error:
             log.warning("the device's time is taken on the host: %s", error)
     return HostClock()
-
-
-def _physical_cores() -> int:
-    return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)

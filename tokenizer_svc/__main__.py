@@ -1,6 +1,8 @@
 """`python -m tokenizer_svc`: loads the model's text side, serves until told to stop."""
 
+import asyncio
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import prometheus_client
 
@@ -8,6 +10,7 @@ from tokenizer_svc.config import TokenizerSettings
 from tokenizer_svc.metrics import Metrics
 from tokenizer_svc.models import Model
 from tokenizer_svc.server import TokenizerServer, load_models
+from trivium.host_limits import cpu_limit
 from trivium.model_directory import ModelDirectoryError
 from trivium.wire import telemetry
 from trivium.wire.serving import run, wait_for_signal
@@ -18,6 +21,9 @@ log = logging.getLogger("tokenizer_svc")
 
 async def serve(settings: TokenizerSettings, models: list[Model]) -> None:
     """Serves until a signal, then drains."""
+    # Long texts are encoded in threads; more of them than cores would only take turns.
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPoolExecutor(cpu_limit().cores, "encode"))
     metrics = Metrics()
     server = TokenizerServer(settings, models, metrics)
     await server.start()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from generator_svc.export.errors import ExportError
+from trivium.cache_folder import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -45,12 +45,6 @@ class Source:
     label: str
     kind: Literal["folder", "gguf"]
     path: Path
-
-
-def cache_folder() -> Path:
-    """Where fetched checkpoints are kept: `$XDG_CACHE_HOME/trivium` or `~/.cache/trivium`."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "trivium"
 
 
 def locate(source: str, cache: Path | None = None) -> Source:

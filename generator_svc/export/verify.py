@@ -16,6 +16,7 @@ import torch
 
 from generator_svc.export.checkpoint import Checkpoint
 from generator_svc.export.decoder import Decoder
+from trivium.host_limits import cpu_limit
 
 TEXT = (
     "The three roads of the old curriculum were grammar, logic and rhetoric. A student learned "
@@ -53,6 +54,7 @@ class GraphRunner:
 
     def __init__(self, graph: Path, decoder: Decoder) -> None:
         options = ort.SessionOptions()
+        options.intra_op_num_threads = cpu_limit().cores
         options.log_severity_level = 3
         # torch's threads run in turn with these; spinning ones would take their cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")

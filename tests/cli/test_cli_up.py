@@ -18,6 +18,7 @@ from trivium.cli.pipeline import Pipeline, authority, bind, free_ports
 from trivium.cli.supervisor import Stage, Supervisor
 from trivium.cli.up import supervise
 from trivium.generator.v1 import generator_pb2
+from trivium.host_limits import CpuLimit, MemoryLimit, cpu_limit, memory_limit
 
 
 async def nothing() -> None:
@@ -204,9 +205,12 @@ def test_the_banner_tells_what_is_really_in_use() -> None:
         max_queued_requests=1000,
         max_queued_tokens=100_000,
     )
-    text = banner([info], Pipeline(Path("tiny"), host="0.0.0.0", port=8123), keys=False)
+    limits = CpuLimit(3, "quota of 3.5 CPUs in /a"), MemoryLimit(2**31, 2**30, "memory limit in /b")
+    pipeline = Pipeline(Path("tiny"), host="0.0.0.0", port=8123)
+    text = banner([info], pipeline, keys=False, limits=limits)
 
     wanted = ("tiny", "0123abcd", "int8", "CPUExecutionProvider", "8,192", "16", "512 MiB", "128")
+    wanted += ("3 cores (quota of 3.5 CPUs in /a)", "1.00 of 2.00 GiB", "memory limit in /b")
     assert [] == [word for word in (*wanted, "1,000", "100,000") if word not in text]
     assert "http://127.0.0.1:8123/v1/chat/completions" in text
     assert "127.0.0.1:50051" in text
@@ -215,7 +219,8 @@ def test_the_banner_tells_what_is_really_in_use() -> None:
 
 def test_the_banner_shows_where_a_key_goes() -> None:
     """With API keys the snippets take the key from OPENAI_API_KEY, as the clients do."""
-    text = banner([generator_pb2.GetModelInfoResponse()], Pipeline(Path("tiny")), keys=True)
+    info, limits = generator_pb2.GetModelInfoResponse(), (cpu_limit(), memory_limit())
+    text = banner([info], Pipeline(Path("tiny")), keys=True, limits=limits)
 
     assert 'Authorization: Bearer $OPENAI_API_KEY"' in text
     assert 'api_key="none"' not in text

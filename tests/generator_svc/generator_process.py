@@ -19,12 +19,15 @@ ROOT = Path(__file__).parents[2]
 SERVING = health_pb2.HealthCheckResponse.SERVING
 
 
-async def spawn(**settings):
-    """Starts a generator with these settings and no others."""
+async def spawn(*prefix, **settings):
+    """Starts a generator with these settings and no others; `prefix` is a command that starts it.
+
+    A prefix takes the rest of its line as the command to become.
+    """
     clean = {k: v for k, v in os.environ.items() if not k.startswith("TRIVIUM_")}
     ours = {f"TRIVIUM_GENERATOR_{name.upper()}": str(value) for name, value in settings.items()}
     return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "generator_svc"),
+        *(*prefix, sys.executable, "-m", "generator_svc"),
         cwd=ROOT,
         env=clean | ours,
         stdout=asyncio.subprocess.PIPE,
@@ -32,9 +35,9 @@ async def spawn(**settings):
     )
 
 
-async def refusal(**settings):
+async def refusal(*prefix, **settings):
     """Exit status and words of a generator that should not start."""
-    process = await spawn(**({"port": 0, "metrics_port": 0, "threads": 1} | settings))
+    process = await spawn(*prefix, **({"port": 0, "metrics_port": 0, "threads": 1} | settings))
     try:
         async with asyncio.timeout(60):
             _, words = await process.communicate()
@@ -80,10 +83,10 @@ class Running:
 
 
 @contextlib.asynccontextmanager
-async def running(**settings):
+async def running(*prefix, **settings):
     """A generator that is ready; it is killed afterwards if it still runs."""
     port = free_port()
-    process = await spawn(port=port, **({"metrics_port": 0, "threads": 1} | settings))
+    process = await spawn(*prefix, port=port, **({"metrics_port": 0, "threads": 1} | settings))
     try:
         async with asyncio.timeout(60), open_channel(f"127.0.0.1:{port}") as channel:
             generator = Running(process, channel)

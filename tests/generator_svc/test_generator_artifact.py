@@ -1,5 +1,6 @@
-"""How many slots the memory allows, and what a model says about its own sampling."""
+"""How many threads and slots the host allows, and what a model says about its own sampling."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,12 @@ from generator_svc.artifact import (
     MemoryPlan,
     MemoryPlanError,
     default_sampling,
-    free_memory,
+    host_cache_bytes,
     plan_memory,
+    plan_threads,
 )
 from generator_svc.sequence import Sampling
+from trivium.host_limits import MemoryLimit
 from trivium.model_directory import GraphNames, ModelDirectory, ModelDirectoryError
 
 # 2 · 2 layers · 3 heads · 4 · 4 bytes
@@ -24,6 +27,7 @@ def _model(context_length=100, **generation_config):
         id="m",
         revision="0" * 32,
         graph=Path("/models/m/model.onnx"),
+        weights=(),
         num_layers=2,
         num_attention_heads=6,
         num_kv_heads=3,
@@ -79,11 +83,82 @@ def test_a_context_below_the_granularity_is_refused():
         plan_memory(_model(context_length=7), 4, 16, 10**9, 4)
 
 
-def test_free_memory_is_something_and_not_all():
-    """Some mebibytes at least, and less than the machine has."""
-    total = next(line for line in Path("/proc/meminfo").read_text().splitlines() if "Total" in line)
+MIB = 2**20
 
-    assert 2**20 < free_memory() < int(total.split()[1]) * 1024
+
+@pytest.mark.parametrize(
+    ("cores", "weight_mib", "threads"),
+    [(1, 139, 1), (8, 139, 8), (64, 139, 16), (64, 2330, 36), (64, 8000, 64), (4, 8000, 4)],
+)
+def test_small_models_do_not_take_all_cores(cores, weight_mib, threads):
+    """Up to 16 always; beyond, a thread for each 64 MiB of weights."""
+
+    assert threads == plan_threads(cores, weight_mib * MIB)
+
+
+@pytest.fixture
+def heavy(tmp_path):
+    """A model with 100 MiB of weights, all of them holes."""
+    graph, weights = tmp_path / "model.onnx", tmp_path / "model.onnx.data"
+    for file, size in ((graph, 0), (weights, 100 * MIB)):
+        with file.open("wb") as opened:
+            opened.truncate(size)
+    return dataclasses.replace(
+        _model(context_length=8192), graph=graph, weights=(weights,), num_layers=20, head_size=64
+    )
+
+
+SLOT = 2 * 20 * 3 * 64 * 4 * 4096  # 120 MiB
+
+
+def _free(mib):
+    return MemoryLimit(512 * MIB, mib * MIB, "memory limit in /sys/fs/cgroup")
+
+
+def test_the_cache_takes_a_share_of_what_weights_leave(heavy):
+    """Weights and working memory come first."""
+    share = host_cache_bytes(heavy, _free(1000), 4096, 4, 0.5)
+
+    assert 120 * MIB == SLOT
+    assert (1000 - 100) * MIB / 2 > share > (1000 - 100 - 400) * MIB / 2
+
+
+def test_one_slot_may_take_more_than_the_share(heavy):
+    """Where memory is short, one sequence at a time is better than none."""
+
+    assert SLOT == host_cache_bytes(heavy, _free(500), 4096, 4, 0.5)
+
+
+@pytest.mark.parametrize("wanted", [0, 10**9])
+def test_too_little_memory_for_one_slot_is_refused(heavy, wanted):
+    """With what is needed, what there is, who says so, and what one can do; in one line."""
+    with pytest.raises(MemoryPlanError) as caught:
+        host_cache_bytes(heavy, _free(420), 4096, 4, 0.5, wanted)
+
+    told = str(caught.value)
+    for part in ("512 MiB (memory limit in /sys/fs/cgroup)", "420 MiB are free", "100 MiB for we"):
+        assert part in told
+    assert "\n" not in told
+    fitting = int(told.rpartition("MAX_SEQUENCE_LENGTH to ")[2].split()[0])
+    assert SLOT > host_cache_bytes(heavy, _free(420), fitting, 4, 1.0) > 0
+    with pytest.raises(MemoryPlanError):
+        host_cache_bytes(heavy, _free(420), fitting + 8, 4, 1.0)
+
+
+def test_shorter_sequences_are_no_advice_where_nothing_fits(heavy):
+    """The weights alone are too much: only memory helps."""
+    with pytest.raises(MemoryPlanError, match=r"allow \d+ MiB more$"):
+        host_cache_bytes(heavy, _free(120), 4096, 4, 0.5)
+
+
+def test_a_cache_beyond_the_memory_is_warned_of(heavy, caplog):
+    """It is the operator's own word, and counts; the log says what may come of it."""
+    small = host_cache_bytes(heavy, _free(1000), 4096, 4, 0.5, 200 * MIB)
+    assert (200 * MIB, []) == (small, caplog.messages)
+
+    assert 900 * MIB == host_cache_bytes(heavy, _free(1000), 4096, 4, 0.5, 900 * MIB)
+    assert "TRIVIUM_GENERATOR_KV_CACHE_BYTES allows 900 MiB" in caplog.text
+    assert "memory limit in /sys/fs/cgroup" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -7,17 +7,22 @@ from collections.abc import Sequence
 
 from trivium.cli.pipeline import Pipeline
 from trivium.generator.v1 import generator_pb2
+from trivium.host_limits import CpuLimit, MemoryLimit
 
 QUESTION = "What is the capital of France?"
 MEBIBYTE = 2**20
 
 
 def banner(
-    infos: Sequence[generator_pb2.GetModelInfoResponse], pipeline: Pipeline, keys: bool
+    infos: Sequence[generator_pb2.GetModelInfoResponse],
+    pipeline: Pipeline,
+    keys: bool,
+    limits: tuple[CpuLimit, MemoryLimit],
 ) -> str:
     """Facts, addresses, and two snippets that work when pasted. `keys`: an API key is needed."""
     facts = [fact for info in infos for fact in _model(info)]
     facts += [
+        ("host", "; ".join(map(str, limits))),
         ("REST", f"{pipeline.url}/v1"),
         ("gRPC", f"{pipeline.chat_target}  (trivium.chat.v1.ChatService, reflection on)"),
         ("docs", f"{pipeline.url}/docs"),

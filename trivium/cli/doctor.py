@@ -23,6 +23,7 @@ from trivium.cli.export import missing_packages
 from trivium.cli.pipeline import Pipeline, PortTaken, free_ports
 from trivium.cli.supervisor import NotReady, StageDied, Supervisor
 from trivium.cli.up import Device
+from trivium.host_limits import cpu_limit, memory_limit
 from trivium.model_directory import ModelDirectoryError, load_model_directory
 
 FAILED = 1
@@ -65,6 +66,12 @@ def check_providers(device: Device) -> Iterator[Finding]:
         reason = providers.why_not(provider)
         verdict = GOOD if reason is None else BAD if needed else NOTE
         yield Finding(verdict, provider, reason or "works")
+
+
+def check_host() -> Iterator[Finding]:
+    """What this process may use of the host."""
+    yield Finding(GOOD, "processor", str(cpu_limit()))
+    yield Finding(GOOD, "memory", str(memory_limit()))
 
 
 def check_ports(pipeline: Pipeline) -> Iterator[Finding]:
@@ -130,6 +137,7 @@ def doctor(
     folder = (model or embedded_folder()).absolute()
     found = [
         *_reported(check_installation()),
+        *_reported(check_host()),
         *_reported(check_providers(device)),
         *_reported(check_ports(Pipeline(folder))),
         *_reported(check_model(folder)),

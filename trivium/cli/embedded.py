@@ -4,11 +4,11 @@
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
 from generator_svc.export import EXPORTER_VERSION, embedded_precision
+from trivium.cache_folder import cache_folder
 from trivium.model_directory import (
     MANIFEST,
     ModelDirectory,
@@ -17,15 +17,6 @@ from trivium.model_directory import (
 )
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
-
-
-def cache_folder() -> Path:
-    """`$TRIVIUM_CACHE`, or `trivium` in the user's cache folder (`$XDG_CACHE_HOME`, ~/.cache)."""
-    own = os.environ.get("TRIVIUM_CACHE")
-    if own:
-        return Path(own).expanduser().absolute()
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache").absolute() / "trivium"
 
 
 def embedded_folder() -> Path:

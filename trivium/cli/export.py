@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from generator_svc.export import ExportError, ExportOptions, export_model
-from trivium.cli.embedded import cache_folder, embedded_folder
+from trivium.cache_folder import cache_folder
+from trivium.cli.embedded import embedded_folder
 
 NEEDED = ("torch", "transformers", "optimum", "onnx", "gguf")
 FAILED, REFUSED = 1, 2

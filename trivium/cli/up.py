@@ -15,12 +15,14 @@ from typing import Annotated, NoReturn
 import typer
 
 from generator_svc.export import embedded_precision
+from trivium.cache_folder import cache_folder
 from trivium.cli.banner import banner
-from trivium.cli.embedded import EMBEDDED_MODEL, cache_folder, embedded_folder, find_embedded
+from trivium.cli.embedded import EMBEDDED_MODEL, embedded_folder, find_embedded
 from trivium.cli.export import how_to_install, missing_packages
 from trivium.cli.pipeline import LOOPBACK, Pipeline, PortTaken
 from trivium.cli.probe import model_info
 from trivium.cli.supervisor import LEASH, NotReady, StageDied, Supervisor
+from trivium.host_limits import cpu_limit, memory_limit
 from trivium.model_directory import ModelDirectoryError, load_model_directory
 
 STOPPED, FAILED, REFUSED = 0, 1, 2
@@ -193,7 +195,8 @@ async def _run(pipeline: Pipeline, ready_seconds: float) -> int:
     async def when_ready() -> None:
         infos = [await model_info(target) for target in pipeline.generator_targets]
         keys = "TRIVIUM_FACADE_API_KEYS_FILE" in os.environ
-        sys.stdout.write(banner(infos, pipeline, keys))
+        limits = cpu_limit(), memory_limit()
+        sys.stdout.write(banner(infos, pipeline, keys, limits))
         sys.stdout.flush()
 
     supervisor = Supervisor(pipeline.stages(), pipeline.drain_seconds + STOP_SLACK_SECONDS)

@@ -1,0 +1,18 @@
+"""Where this user's copies of models are kept, and what was found out about files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """`$TRIVIUM_CACHE`, or `trivium` in the user's cache folder (`$XDG_CACHE_HOME`, ~/.cache).
+
+    It need not exist. Raises RuntimeError for a user without a home folder.
+    """
+    own = os.environ.get("TRIVIUM_CACHE")
+    if own:
+        return Path(own).expanduser().absolute()
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache").absolute() / "trivium"
