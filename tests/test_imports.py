@@ -43,6 +43,9 @@ STANDARD_LIBRARY_ONLY = (
     "generator_svc/pace.py",
     "generator_svc/kv_cache.py",
     "tokenizer_svc/stop.py",
+    "trivium/cache_folder.py",
+    "trivium/file_digest.py",
+    "trivium/host_limits.py",
     "trivium/model_directory.py",
 )
 EDGES = ("service", "convert", "__main__")

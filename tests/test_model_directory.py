@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.tiny_models import tiny_model_directory
-from trivium.model_directory import ModelDirectoryError, load_model_directory
+from trivium.model_directory import MANIFEST, ModelDirectoryError, load_model_directory
+
+MIB = 2**20
+LARGE = 20 * MIB  # what is beyond 16 MiB is remembered
+LOAD = """
+import sys
+from trivium.model_directory import load_model_directory
+def bytes_read():
+    return int(open("/proc/self/io").read().split()[1])
+before = bytes_read()
+print(load_model_directory(sys.argv[1]).revision, bytes_read() - before)
+"""
 
 
 @pytest.fixture
@@ -81,6 +96,187 @@ def test_the_revision_follows_the_content_and_not_the_place(folder, tmp_path):
         changed = load_model_directory(copy).revision
         assert changed != revision
         revision = changed
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    """A cache folder of the test's own."""
+    monkeypatch.setenv("TRIVIUM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def large(foreign) -> Path:
+    """With large weights, written a while ago."""
+    with (foreign / "model.onnx.data").open("r+b") as file:
+        file.truncate(LARGE)
+    time.sleep(2.1)  # what has just changed may change again at the same time, and is read again
+    return foreign
+
+
+def flip(file: Path, position: int) -> None:
+    """Changes one bit in place."""
+    with file.open("r+b") as opened:
+        opened.seek(position)
+        byte = opened.read(1)[0]
+        opened.seek(position)
+        opened.write(bytes([byte ^ 1]))
+
+
+def load_elsewhere(folder: Path) -> tuple[str, int]:
+    """The revision as another process finds it, and how many bytes that process read for it."""
+    command = [sys.executable, "-c", LOAD, str(folder)]
+    revision, read = subprocess.run(
+        command, capture_output=True, text=True, check=True
+    ).stdout.split()
+    return revision, int(read)
+
+
+def test_any_byte_of_the_weights_changes_the_revision(large):
+    """In the middle of a large file too, and when the time of its modification is set back."""
+    weights = large / "model.onnx.data"
+    before, times = load_model_directory(large).revision, weights.stat()
+
+    for position in (0, 2 * MIB, LARGE // 2, LARGE - 2 * MIB, LARGE - 1):
+        for keep_times in (False, True):
+            flip(weights, position)
+            if keep_times:
+                os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+            assert before != load_model_directory(large).revision
+            flip(weights, position)
+            assert before == load_model_directory(large).revision
+
+
+def test_a_copy_of_large_weights_has_the_same_revision(large, tmp_path):
+    """On every machine, whatever times the copy has."""
+    for copy in (shutil.copyfile, shutil.copy2):
+        other = shutil.copytree(large, tmp_path / copy.__name__, copy_function=copy)
+        assert load_model_directory(large).revision == load_model_directory(other).revision
+
+
+def test_large_weights_are_read_once(large):
+    """By the first process of a machine; the others are told."""
+    first, read_first = load_elsewhere(large)
+    second, read_second = load_elsewhere(large)
+
+    assert first == second == load_model_directory(large).revision
+    assert read_first > LARGE
+    assert read_second < LARGE / 10
+
+
+def test_a_long_read_is_announced(foreign, caplog):
+    """A gigabyte and more takes a while, which should not look like a hang."""
+    load_model_directory(foreign)
+    assert "" == caplog.text
+
+    with (foreign / "model.onnx.data").open("r+b") as file:
+        file.truncate(2**30)
+    load_model_directory(foreign)
+
+    assert f"reading all of {foreign / 'model.onnx.data'} (1.1 GB)" in caplog.text
+
+
+def test_processes_that_start_together_agree(large):
+    """Each may find the digest while another writes it down."""
+    command = [sys.executable, "-c", LOAD, str(large)]
+    together = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    revisions = {process.communicate()[0].split()[0] for process in together}
+
+    assert {load_model_directory(large).revision} == revisions
+    assert [0] * 4 == [process.returncode for process in together]
+
+
+def test_what_has_just_changed_is_not_trusted(foreign):
+    """A file system's clock may stand still between two changes."""
+    weights = foreign / "model.onnx.data"
+    with weights.open("r+b") as file:
+        file.truncate(LARGE)
+    revision, _ = load_elsewhere(foreign)
+
+    again, read = load_elsewhere(foreign)
+
+    assert revision == again
+    assert read > LARGE
+
+
+def test_no_cache_is_no_fault(large, monkeypatch, caplog):
+    """The revision is the same; the log says that it is found anew each time, and why."""
+    revision = load_model_directory(large).revision
+
+    for place in ("/sys/trivium", "/dev/null/trivium"):  # not even root can make these
+        monkeypatch.setenv("TRIVIUM_CACHE", place)
+        assert revision == load_model_directory(large).revision
+        assert place in caplog.text
+
+
+def test_no_home_is_no_fault(large, monkeypatch):
+    """As in a container whose user is a mere number."""
+    revision = load_model_directory(large).revision
+    for name in ("TRIVIUM_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+
+    assert revision == load_model_directory(large).revision
+
+
+def test_a_broken_cache_is_no_fault(large, cache):
+    """What cannot be read is found anew."""
+    revision = load_model_directory(large).revision
+    [entry] = [file for file in cache.rglob("*") if file.is_file()]
+
+    for content in (b"", b"{", b"[]", b"{}", b'{"sha256": 1, "size": 2}', b"\xff"):
+        entry.write_bytes(content)
+        assert revision == load_model_directory(large).revision
+        assert "sha256" in json.loads(entry.read_text())
+
+
+def test_weights_of_any_name_count(foreign):
+    """The graph says what its files are called."""
+    for file in (foreign / "model.onnx", foreign / "genai_config.json"):
+        file.write_bytes(file.read_bytes().replace(b"model.onnx.data", b"tensors-of-it.w"))
+    weights = (foreign / "model.onnx.data").rename(foreign / "tensors-of-it.w")
+    model = load_model_directory(foreign)
+
+    flip(weights, weights.stat().st_size // 2)
+
+    assert (weights,) == model.weights
+    assert model.weight_bytes > weights.stat().st_size
+    assert model.revision != load_model_directory(foreign).revision
+
+
+def test_an_export_knows_its_digests(tmp_path):
+    """A fresh one is not read again; `sha256sum` says the same as its manifest."""
+    folder = tiny_model_directory()
+    _, read = load_elsewhere(folder)
+    digests = json.loads((folder / MANIFEST).read_text())["digests"]
+    command = ["sha256sum", *sorted(digests)]
+    told = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+
+    assert read < (folder / "model.onnx.data").stat().st_size / 2
+    assert set(digests) == {file.name for file in folder.iterdir()} - {MANIFEST}
+    assert told.split()[::2] == [digests[name]["sha256"] for name in sorted(digests)]
+
+
+def test_an_export_from_before_there_were_digests_is_as_good(folder):
+    """It need not be made again, and has the same revision."""
+    revision = load_model_directory(folder).revision
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["digests"]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+    assert revision == load_model_directory(folder).revision
+
+
+def test_an_export_that_was_changed_is_warned_of(folder, caplog):
+    """A copy that went wrong looks the same; so does one that somebody changed on purpose."""
+    load_model_directory(folder)
+    assert "" == caplog.text
+
+    flip(folder / "model.onnx.data", 500_000)
+    load_model_directory(folder)
+
+    assert f"{folder / 'model.onnx.data'} is not as it was exported" in caplog.text
 
 
 @pytest.mark.parametrize(

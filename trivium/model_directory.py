@@ -1,18 +1,27 @@
 """One folder that holds one model, as the tokenizer, the generator and the command line see it.
 
-The layout is that of onnxruntime-genai's model builder. This module reads the small JSON files
-and looks at sizes; it knows nothing of graphs, tokens or runtimes, and imports only the standard
-library. A folder made by `generator_svc.export` also has a manifest with the size of every file,
-so a truncated copy is refused here; for other folders only existence can be checked.
+The layout is that of onnxruntime-genai's model builder. This module reads the small JSON files,
+and of the others only sizes and digests; it knows nothing of tokens or runtimes, and imports only
+the standard library. A folder made by `generator_svc.export` also has a manifest with the size and
+the digest of every file, so a truncated copy is refused here and one with other bytes is warned of;
+for other folders only existence can be checked.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import mmap
+import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from trivium.file_digest import FileDigest, digest_files
+
+log = logging.getLogger(__name__)
 
 GENAI_CONFIG = "genai_config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -22,8 +31,9 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 MANIFEST = "trivium_export.json"
 
-WHOLE_FILE_LIMIT = 16 * 2**20
-EDGE_BYTES = 2**20
+# How a graph's protobuf names a file with tensors: an entry of two fields, the key `location` and
+# the path, relative to the graph's folder and of less than 128 bytes.
+_LOCATION = re.compile(rb"\x0a\x08location\x12([\x01-\x7f])", re.DOTALL)
 
 
 class ModelDirectoryError(ValueError):
@@ -47,15 +57,16 @@ class GraphNames:
 class ModelDirectory:
     """A checked model folder.
 
-    `revision` is a digest (32 hex digits) of tokenizer, configuration, graph and weights: two
-    services with equal revisions speak of the same token ids and the same logits. Files over
-    16 MiB enter it by size and by their first and last MiB.
+    `revision` is a digest (32 hex digits) of every byte of tokenizer, configuration, graph and
+    weights, wherever the folder is: two services with equal revisions speak of the same token ids
+    and the same logits. `weights` are the files of the graph's external data.
     """
 
     path: Path
     id: str
     revision: str
     graph: Path
+    weights: tuple[Path, ...]
     num_layers: int
     num_attention_heads: int
     num_kv_heads: int
@@ -75,7 +86,7 @@ class ModelDirectory:
     @property
     def weight_bytes(self) -> int:
         """Size of the graph and its external data, which is about what its weights take."""
-        return sum(file.stat().st_size for file in self.path.glob(f"{self.graph.name}*"))
+        return sum(file.stat().st_size for file in (self.graph, *self.weights))
 
     @property
     def tokenizer(self) -> Path:
@@ -112,14 +123,21 @@ def load_model_directory(path: str | Path) -> ModelDirectory:
     decoder = model.section("decoder")
     graph = folder / str(decoder.value("filename"))
     _check_file(graph)
+    try:
+        weights = _weights(graph)
+        files = [folder / TOKENIZER, folder / GENAI_CONFIG, graph, *weights]
+        revision = _revision(folder, files, manifest)
+    except OSError as error:
+        raise ModelDirectoryError(f"{folder}: {error}") from error
     generation_config = (
         _read_json(folder / GENERATION_CONFIG) if (folder / GENERATION_CONFIG).is_file() else {}
     )
     return ModelDirectory(
         path=folder,
         id=folder.name,
-        revision=_revision(folder, graph),
+        revision=revision,
         graph=graph,
+        weights=weights,
         num_layers=decoder.count("num_hidden_layers"),
         num_attention_heads=decoder.count("num_attention_heads"),
         num_kv_heads=decoder.count("num_key_value_heads"),
@@ -230,26 +248,30 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _revision(folder: Path, graph: Path) -> str:
-    """A digest of what decides token ids and logits.
+def _weights(graph: Path) -> tuple[Path, ...]:
+    """The files of the graph's external data that exist.
 
-    External data is found by name: both usual forms, `model.onnx.data` and `model.onnx_data`,
-    begin with the graph's name.
+    Those that the graph names, and those whose names begin with the graph's, as the usual ones do:
+    `model.onnx.data` and `model.onnx_data`.
     """
-    weights = sorted(path for path in graph.parent.glob(f"{graph.name}[._]*") if path.is_file())
-    digest = hashlib.sha256()
-    for path in (folder / TOKENIZER, folder / GENAI_CONFIG, graph, *weights):
-        digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
-        _digest_file(path, digest)
-    return digest.hexdigest()[:32]
+    names = {path.name for path in graph.parent.glob(f"{graph.name}[._]*")}
+    with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for match in _LOCATION.finditer(content):
+            name = content[match.end() : match.end() + match[1][0]]
+            if b"\0" not in name:
+                names.add(os.path.normpath(os.fsdecode(name)))
+    return tuple(path for name in sorted(names) if (path := graph.parent / name).is_file())
 
 
-def _digest_file(path: Path, digest: hashlib._Hash) -> None:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if size <= WHOLE_FILE_LIMIT:
-            digest.update(file.read())
-            return
-        digest.update(file.read(EDGE_BYTES))
-        file.seek(size - EDGE_BYTES)
-        digest.update(file.read())
+def _revision(folder: Path, files: list[Path], manifest: dict[str, Any]) -> str:
+    """A digest of the files' names and bytes."""
+    names = [os.path.relpath(path, folder) for path in files]
+    listed = manifest.get("digests")
+    listed = listed if isinstance(listed, dict) else {}
+    exported = [FileDigest.from_json(listed.get(name)) for name in names]
+    whole = hashlib.sha256()
+    for name, expected, found in zip(names, exported, digest_files(files, exported), strict=True):
+        if expected is not None and expected.sha256 != found.sha256:
+            log.warning("%s is not as it was exported", folder / name)
+        whole.update(f"{name}\0{found.sha256}\0".encode())
+    return whole.hexdigest()[:32]

@@ -7,9 +7,13 @@ killed exporter left behind is removed by the next one.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +23,8 @@ from filelock import FileLock
 from generator_svc.export.errors import ExportError
 from generator_svc.export.progress import Progress, silent
 from generator_svc.export.source import EMBEDDED_MODEL, EMBEDDED_SAMPLING, locate
+from trivium.file_digest import read_digest
+from trivium.host_limits import cpu_limit
 from trivium.model_directory import (
     CONFIG,
     GENAI_CONFIG,
@@ -37,6 +43,8 @@ PRECISIONS = ("int8", "int4", "w8a8", "fp16", "fp32")
 DEVICES = ("cpu", "cuda")
 # Raised when the exporter makes other folders than before, so that older ones are made anew.
 EXPORTER_VERSION = 3
+
+_FULL_DISK_BYTES = 2**16  # what is left of a full one: not enough for the next write
 
 
 @dataclass(frozen=True)
@@ -92,23 +100,51 @@ def export_model(
 
     A folder that is there already and was made from the same source with the same options is
     returned as it is, or replaced if it is damaged or an older exporter made it. Any other
-    existing folder is an ExportError, unless `force`.
+    existing folder is an ExportError, unless `force`; so is a folder that cannot be written.
     """
     final = Path(out).expanduser().absolute()
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(final.parent / f".{final.name}.lock"):
-        _sweep(final)
-        if not force and _is_current(final, {"source": source, **asdict(options)}):
-            return final
-        scratch = final.parent / f".{final.name}.partial"
-        (scratch / "model").mkdir(parents=True)
-        try:
-            _build(source, scratch, options, progress, cache)
-            _put_in_place(scratch, final)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(final.parent / f".{final.name}.lock"):
+            _sweep(final)
+            if not force and _is_current(final, {"source": source, **asdict(options)}):
+                return final
+            scratch = final.parent / f".{final.name}.partial"
+            try:
+                (scratch / "model").mkdir(parents=True)
+                with _report_full_disk(scratch):
+                    _build(source, scratch, options, progress, cache)
+                _put_in_place(scratch, final)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        raise ExportError(f"{final} cannot be made: {_reason(error)}") from error
     progress("done", 1.0)
     return final
+
+
+def _reason(error: OSError) -> str:
+    """One line, which names the file that was to be written, where that is known."""
+    if error.strerror is None:  # a library's own
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    file = error.filename2 or error.filename
+    return f"{error.strerror}: {file}" if file else error.strerror
+
+
+@contextlib.contextmanager
+def _report_full_disk(folder: Path) -> Iterator[None]:
+    """Raises OSError for whatever went wrong in a library while the disk was full.
+
+    Some of them have errors of their own for it, or none but a wrong result.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        if shutil.disk_usage(folder).free >= _FULL_DISK_BYTES:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
 
 
 def _sweep(final: Path) -> None:
@@ -146,6 +182,7 @@ def _build(
     source: str, scratch: Path, options: ExportOptions, progress: Progress, cache: Path | None
 ) -> None:
     """All steps, into `scratch/model`. The heavy imports are here so that importing is cheap."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(cpu_limit().cores))  # PyTorch reads it once
     began = time.monotonic()
     folder = scratch / "model"
     progress("fetching", 0.0)
@@ -298,8 +335,11 @@ def _verify(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    _write_json(folder / MANIFEST, {"files": files, **manifest})
+    """Last of all: with what to know every file by, as long as nobody changes it."""
+    digests = {path.name: read_digest(path) for path in sorted(folder.iterdir())}
+    files = {name: digest.size for name, digest in digests.items()}
+    digests_json = {name: asdict(digest) for name, digest in digests.items()}
+    _write_json(folder / MANIFEST, {"files": files, "digests": digests_json, **manifest})
 
 
 def _write_json(file: Path, value: Any) -> None:
