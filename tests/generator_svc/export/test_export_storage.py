@@ -1,0 +1,107 @@
+"""An export that cannot be written: one line that says why, a status, and nothing half-made."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_models import tiny_checkpoint
+
+ROOT = Path(__file__).parents[3]
+# As large as a file may get in the export's process: the kernel refuses the write beyond.
+WITH_FILE_LIMIT = """
+import resource, runpy, sys
+limit = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+runpy.run_module("generator_svc.export", run_name="__main__", alter_sys=True)
+"""
+# A file system of so many bytes, which its process alone sees.
+ON_SMALL_DISK = """
+import os, subprocess, sys
+size, folder, *command = sys.argv[1:]
+subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], check=True)
+status = subprocess.run(command).returncode
+print(sorted(os.listdir(folder)))
+sys.exit(status)
+"""
+
+
+@pytest.fixture(scope="module")
+def source() -> str:
+    return str(tiny_checkpoint())
+
+
+def ended(*command: str, **environment: str) -> tuple[int, str, list[str]]:
+    """Status, standard output and lines of standard error."""
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr.splitlines()
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock"))
+
+
+@pytest.mark.parametrize("limit", [1000, 100_000, 500_000])
+def test_a_write_that_is_refused(source: str, tmp_path: Path, limit: int) -> None:
+    """At whichever step: the tokenizer, the trace or the weights."""
+    out = tmp_path / "models" / "m"
+    options = (source, "--out", str(out), "--precision", "fp32")
+    status, _, words = ended("-c", WITH_FILE_LIMIT, str(limit), *options)
+
+    assert 2 == status
+    assert words[-1].startswith(f"export: {out} cannot be made: File too large")
+    assert "Traceback" not in "\n".join(words)
+    assert [] == leftovers(out.parent)
+
+
+@pytest.mark.parametrize("size", ["16k", "200k", "1500k"])
+def test_a_disk_that_is_full(source: str, tmp_path: Path, size: str) -> None:
+    """The same, on a real file system without room; where one may be mounted."""
+    isolated = ("unshare", "--map-root-user", "--mount")
+    if subprocess.run([*isolated, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no file system may be mounted here")
+    out = tmp_path / "m"
+    command = (sys.executable, "-m", "generator_svc.export", source, "--precision", "fp32")
+    disk = (sys.executable, "-c", ON_SMALL_DISK, size, str(tmp_path))
+    done = subprocess.run(
+        [*isolated, *disk, *command, "--out", str(out)], cwd=ROOT, capture_output=True, text=True
+    )
+
+    assert 2 == done.returncode
+    told = done.stderr.splitlines()[-1]
+    assert told.startswith(f"export: {out} cannot be made: No space left on device")
+    assert "Traceback" not in done.stderr
+    assert done.stdout.splitlines()[-1] == "['.m.lock']"
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "status"),
+    [("generator_svc.export", "export", 2), ("trivium.cli", "trivium export", 1)],
+)
+def test_a_folder_that_cannot_be_written(source: str, command: str, name: str, status: int) -> None:
+    """Not even by root, as a volume that is mounted to be read."""
+    subcommand = ("export",) if command == "trivium.cli" else ()
+    options = (source, "--out", "/sys/trivium/m", "--precision", "fp32")
+    found, _, words = ended("-m", command, *subcommand, *options)
+
+    assert status == found
+    assert words[-1].startswith(f"{name}: /sys/trivium/m cannot be made: ")
+    assert "Traceback" not in "\n".join(words)
+
+
+def test_a_cache_that_cannot_be_written() -> None:
+    """`trivium up` wants to export the embedded model into it, and cannot."""
+    status, _, words = ended("-m", "trivium.cli", "up", TRIVIUM_CACHE="/sys/trivium")
+
+    assert 1 == status
+    assert words[-1].startswith("trivium export: /sys/trivium/models/smollm2-135m-instruct cannot")
+    assert "Traceback" not in "\n".join(words)
