@@ -69,7 +69,8 @@ class Device:
     def open(self, graph: Path | bytes, threads: int = 1, cuda_graphs: bool = False) -> Any:
         """A session of a graph or its file. Raises DeviceError.
 
-        `threads` of a run on the CPU, 0 for one per core that may be used; on CUDA the host only launches kernels.
+        `threads` of a run on the CPU, 0 for one per core that may be used; on CUDA the host only
+        launches kernels.
 
         With `cuda_graphs`, runs with a number are captured as CUDA graphs and replayed.
         """
