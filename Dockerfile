@@ -22,7 +22,10 @@ FROM build AS build-export
 RUN /opt/trivium/bin/pip install --extra-index-url https://download.pytorch.org/whl/cpu '.[export]'
 
 FROM ${PYTHON} AS runtime
-ENV PATH=/opt/trivium/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+# What is remembered between starts goes to HOME, which is writable where the root is not, whatever
+# the user. ONNX Runtime reports to nobody.
+ENV PATH=/opt/trivium/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+    HOME=/tmp ORT_DISABLE_TELEMETRY=1
 RUN useradd --system --uid 10001 --home-dir /tmp trivium \
     && install --directory --owner 10001 /models
 USER 10001
@@ -63,7 +66,7 @@ ENV TRIVIUM_GENERATOR_DEVICE=cuda
 # Makes a model folder in the volume /models; what it fetches goes to /tmp.
 FROM runtime AS export
 COPY --from=build-export /opt/trivium /opt/trivium
-ENV TRIVIUM_CACHE=/tmp/trivium HF_HOME=/tmp/huggingface
+ENV HF_HOME=/tmp/huggingface
 VOLUME /models
 ENTRYPOINT ["trivium", "export"]
 CMD ["smollm2-135m-instruct", "--out", "/models/smollm2-135m-instruct"]
