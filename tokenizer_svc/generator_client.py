@@ -4,7 +4,7 @@ Knows nothing of text.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import suppress
 from typing import Any
 
@@ -16,6 +16,9 @@ from trivium.wire import telemetry
 from trivium.wire.errors import ServiceError, from_rpc_error
 
 INFO_SECONDS = 5.0
+
+# What grpcio says of a call once a write to it has failed, whatever the peer has said.
+_FAILED_WRITE = "Internal error from Core"
 
 
 class GeneratorClient:
@@ -59,17 +62,24 @@ class Generation:
     def __init__(self, call: Any, start: Start) -> None:
         self._call = call
         self._start = start
+        self._status: asyncio.Future[grpc.aio.AioRpcError] = (
+            asyncio.get_running_loop().create_future()
+        )
+        call.add_done_callback(self._keep_status)
 
     async def messages(self) -> AsyncGenerator[list[Update]]:
         """Starts the generation; what the generator says, to the end of the call."""
         try:
             await self._write(convert.start_command(self._start))
             if not self._start.options.stop:
-                await self._call.done_writing()
+                with suppress(grpc.aio.InternalError):  # as in `_write`
+                    await self._call.done_writing()
             async for response in self._call:
                 yield convert.updates(response)
-        except grpc.aio.AioRpcError as error:
-            raise _service_error(error) from error
+        except grpc.aio.AioRpcError:
+            status = await self._status
+            if status.code() is not grpc.StatusCode.OK:
+                raise _service_error(status) from status
         finally:
             self._call.cancel()
 
@@ -82,6 +92,25 @@ class Generation:
         # A call that is over takes no more commands; reading it says how it ended.
         with suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
             await self._call.write(command)
+
+    def _keep_status(self, call: Any) -> None:
+        """Keeps the peer's status, which a write that fails before or after it would replace."""
+        code, details = _result(call.code()), _result(call.details())
+        if self._status.done() or details == _FAILED_WRITE:
+            return
+        trailing = _result(call.trailing_metadata())
+        self._status.set_result(
+            grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, details)
+        )
+
+
+def _result(done: Coroutine[Any, Any, Any]) -> Any:
+    """The result of a coroutine that has nothing to wait for."""
+    try:
+        done.send(None)
+    except StopIteration as stop:
+        return stop.value
+    raise AssertionError("A call that is done has no status. This is a bug.")
 
 
 def _service_error(error: grpc.aio.AioRpcError) -> ServiceError:

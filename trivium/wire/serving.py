@@ -27,6 +27,10 @@ _OPTIONS: list[tuple[str, str | int]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),
+    # Calls that wait to be picked up; of more than 1,000, gRPC would reset some at random, so that
+    # their callers never hear why. What is too much is refused by whoever knows it.
+    ("grpc.server.max_pending_requests", 2**31 - 1),
+    ("grpc.server.max_pending_requests_hard_limit", 2**31 - 1),
     # Clients may ping as they like; the default answers "Too many pings" and hangs up.
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     ("grpc.keepalive_permit_without_calls", 1),

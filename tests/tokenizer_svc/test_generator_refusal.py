@@ -1,0 +1,106 @@
+"""What a generator says when it refuses a call is what the caller hears, whatever was written."""
+
+import asyncio
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from tests.tokenizer_svc.scripted_generator import (
+    ScriptedGenerator,
+    finish,
+    message_of,
+    says,
+    update,
+)
+from tokenizer_svc.generation import Start
+from tokenizer_svc.generator_client import GeneratorClient
+from tokenizer_svc.request import Sampling, ValidOptions
+from trivium.generator.v1 import generator_pb2 as pb
+from trivium.wire.channel import open_channel
+from trivium.wire.errors import ServiceError
+
+CALLS = 200
+
+
+@pytest.fixture
+def refusing() -> Iterator[Callable[[str], str]]:
+    """Starts a generator that refuses with this code, in a process of its own; its address."""
+    with ExitStack() as stack:
+
+        def start(code: str) -> str:
+            command = [sys.executable, "-m", "tests.tokenizer_svc.refusing_generator", code]
+            process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE))
+            stack.callback(process.kill)
+            assert process.stdout is not None
+            return f"127.0.0.1:{int(process.stdout.readline())}"
+
+        yield start
+
+
+def start(prompt_tokens: int, *stop: str) -> Start:
+    """What is asked; a long prompt takes long to write."""
+    options = ValidOptions(
+        sampling=Sampling(),
+        max_completion_tokens=None,
+        min_tokens=0,
+        ignore_eos=False,
+        stop=stop,
+        stop_token_ids=(),
+        include_stop=False,
+        skip_special_tokens=True,
+        n=1,
+        top_logprobs=None,
+        form=None,
+    )
+    return Start("r1", [7] * prompt_tokens, options, max_new_tokens=5, constraint=None)
+
+
+@pytest.mark.parametrize("prompt_tokens", [10, 100_000])
+@pytest.mark.parametrize("stop", [(), ("x",)])
+@pytest.mark.parametrize("code", ["queue_full", "draining"])
+async def test_a_call_that_is_refused_while_it_is_written(
+    refusing: Callable[[str], str], code: str, stop: tuple[str, ...], prompt_tokens: int
+) -> None:
+    """The refusal and its time arrive, though the write fails: no broken call, no fault of ours."""
+    heard: Counter[tuple[str, float | None]] = Counter()
+    async with open_channel(refusing(code)) as channel:
+        client = GeneratorClient(channel)
+
+        async def one() -> None:
+            try:
+                async for _ in client.generate(start(prompt_tokens, *stop), None).messages():
+                    pass
+            except ServiceError as error:
+                heard[error.code, error.retry_after] += 1
+
+        await asyncio.gather(*(one() for _ in range(CALLS)))
+
+    assert {(code, 7): CALLS} == heard
+
+
+async def test_a_command_that_comes_after_the_end() -> None:
+    """A generation that ends while it is told to stop has ended well, and all of it arrives."""
+    last = message_of(update(0, [3]), finish(0, pb.FINISH_REASON_LENGTH, 3))
+    messages = [message_of(update(0, [1])), message_of(update(0, [2])), last]
+    generator = ScriptedGenerator("r1")
+    generator.script = says(messages)
+    heard: Counter[int] = Counter()
+    server, port = await generator.serve()
+    async with open_channel(f"127.0.0.1:{port}") as channel:
+        client = GeneratorClient(channel)
+
+        async def one() -> None:
+            generation, count = client.generate(start(10, "x"), None), 0
+            async for _ in generation.messages():
+                count += 1
+                await generation.stop([0])
+            heard[count] += 1
+
+        await asyncio.gather(*(one() for _ in range(CALLS)))
+
+    await server.drain(0, 0)
+    assert {len(messages): CALLS} == heard
