@@ -38,6 +38,7 @@ from trivium.generator.v1.generator_pb2_grpc import add_GeneratorServiceServicer
 from trivium.host_limits import cpu_limit, memory_limit
 from trivium.model_directory import ModelDirectory, ModelDirectoryError, load_model_directory
 from trivium.wire import telemetry
+from trivium.wire.open_files import prepare_open_files
 from trivium.wire.serving import GrpcServer, wait_for_signal
 from trivium.wire.settings import load_settings, refuse_to_start
 
@@ -219,6 +220,7 @@ async def serve_constrained(
 def main() -> None:
     settings = load_settings(GeneratorSettings)
     telemetry.configure_logging("generator_svc", settings.log_level)
+    prepare_open_files()
     sys.setswitchinterval(_SWITCH_INTERVAL_SECONDS)
     try:
         model = load_model_directory(settings.model_directory)

@@ -3,6 +3,7 @@
 from rest_facade.auth import KeyFile, KeyFileError
 from rest_facade.config import FacadeSettings
 from rest_facade.server import serve
+from trivium.wire.open_files import prepare_open_files
 from trivium.wire.serving import run
 from trivium.wire.settings import load_settings, refuse_to_start
 from trivium.wire.telemetry import configure_logging
@@ -24,6 +25,7 @@ def main() -> None:
             "TRIVIUM_FACADE_ALLOW_UNAUTHENTICATED_REMOTE=true to serve everyone."
         )
     configure_logging("rest_facade", settings.log_level)
+    prepare_open_files()
     run(serve(settings, keys))
 
 

@@ -13,6 +13,7 @@ from tokenizer_svc.server import TokenizerServer, load_models
 from trivium.host_limits import cpu_limit
 from trivium.model_directory import ModelDirectoryError
 from trivium.wire import telemetry
+from trivium.wire.open_files import prepare_open_files
 from trivium.wire.serving import run, wait_for_signal
 from trivium.wire.settings import load_settings, refuse_to_start
 
@@ -39,6 +40,7 @@ async def serve(settings: TokenizerSettings, models: list[Model]) -> None:
 def main() -> None:
     settings = load_settings(TokenizerSettings)
     telemetry.configure_logging("tokenizer_svc", settings.log_level)
+    prepare_open_files()
     try:
         models = load_models(settings)
         run(serve(settings, models))

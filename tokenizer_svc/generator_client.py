@@ -99,9 +99,7 @@ class Generation:
         if self._status.done() or details == _FAILED_WRITE:
             return
         trailing = _result(call.trailing_metadata())
-        self._status.set_result(
-            grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, details)
-        )
+        self._status.set_result(grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, details))
 
 
 def _result(done: Coroutine[Any, Any, Any]) -> Any:
