@@ -31,12 +31,22 @@ def tiny_model() -> Path:
 
 
 @pytest.fixture
+def dead_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment that sends everything through a proxy, at which nobody listens."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+        monkeypatch.setenv(name.upper(), "http://127.0.0.1:1")
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
 def up(tiny_model: Path) -> Iterator[subprocess.Popen[str]]:
     """The command in a process of its own, on free ports."""
     names = (*OPTIONS, *GENERATOR_OPTIONS)
     ports = [f"--{name}={port}" for name, port in zip(names, free_ports(5), strict=True)]
     command = [sys.executable, "-m", "trivium.cli", "up", "--model", str(tiny_model), *ports]
-    small = {"TRIVIUM_GENERATOR_SLOTS": "4", "TRIVIUM_GENERATOR_MAX_SEQUENCE_LENGTH": "256"}
+    small = {"TRIVIUM_GENERATOR_SLOTS": "4", "TRIVIUM_GENERATOR_MAX_SEQUENCE_LENGTH": "512"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env={**os.environ, **small}
     ) as process:
@@ -103,6 +113,35 @@ def test_a_running_answer_is_finished_before_the_end(up: subprocess.Popen[str]) 
     assert up.wait() == 0
     assert first.startswith("data: {")
     assert rest[-1] == "data: [DONE]"
+
+
+def test_a_proxy_in_the_environment_is_not_asked(
+    dead_proxy: None, up: subprocess.Popen[str]
+) -> None:
+    """The services reach each other, and our commands reach them, as any laptop's owner expects."""
+    text = read_banner(up)
+    url, target = re.search(r"REST +(http://\S+)", text), re.search(r"gRPC +(\S+)", text)
+    assert url is not None and target is not None
+    host = url[1].removesuffix("/v1")
+    for arguments in (
+        ["trivium.cli.probe", f"{host}/health"],
+        ["trivium.cli.probe", f"grpc://{target[1]}/trivium.chat.v1.ChatService"],
+        ["trivium.cli", "chat", "--url", host],
+        ["trivium.cli", "bench", "--url", host, "--clients=1", "--prompt-tokens=8", "--requests=1"],
+    ):
+        command = [sys.executable, "-m", *arguments]
+        done = subprocess.run(command, input="Hello\n", capture_output=True, text=True)
+
+        assert 0 == done.returncode, f"{arguments}: {done.stdout}{done.stderr}"
+        assert "refused" not in done.stdout + done.stderr
+
+
+def test_the_doctor_asks_no_proxy_either(dead_proxy: None, tiny_model: Path) -> None:
+    """Its smoke run goes over loopback as well."""
+    result = CliRunner().invoke(app, ["doctor", "--model", str(tiny_model)])
+
+    assert result.exit_code == 0, result.output
+    assert "FAIL" not in result.output
 
 
 @pytest.mark.parametrize("victim", ["generator_svc", "tokenizer_svc", "rest_facade"])

@@ -14,6 +14,8 @@ _OPTIONS: list[tuple[str, str | int]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.service_config", _SERVICE_CONFIG),
+    # `http_proxy` in the environment is for the way out, not for one stage to reach the next.
+    ("grpc.enable_http_proxy", 0),
     # A peer that is gone without a word is noticed; one that is back is found within a second.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 5_000),
