@@ -1,7 +1,10 @@
-"""What never reaches the application: requests that are not HTTP, or whose head is too large."""
+"""What never reaches the application: requests that are not HTTP, or whose head is too large, and
+offers to go on in another protocol.
+"""
 
 import json
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from trivium.wire.errors import ServiceError
@@ -11,7 +14,35 @@ MAX_HEAD_BYTES = 64 * 1024
 
 
 class EdgeProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with limits on a request's head, and its only own answer in JSON."""
+    """uvicorn's protocol with limits on a request's head, and its only own answer in JSON.
+
+    A client may offer to go on in another protocol (`Upgrade: h2c`, as Java's does), and a server
+    that does not want to answers as if nothing had been offered. The parser cannot: it takes the
+    request for complete without its body. So it is told the same head again, less the offer.
+    """
+
+    def data_received(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        try:
+            while data:
+                data = self._parse(data)
+        except httptools.HttpParserError:
+            self.logger.warning("Invalid HTTP request received.")
+            self.send_400_response("Invalid HTTP request received.")
+
+    def _parse(self, data: bytes) -> bytes:
+        """What is still to be parsed."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as offer:
+            return self._head_without_offer() + data[offer.args[0] :]
+        return b""
+
+    def _head_without_offer(self) -> bytes:
+        version = self.parser.get_http_version().encode()
+        lines = [self.parser.get_method() + b" " + self.url + b" HTTP/" + version]
+        lines += [name + b": " + value for name, value in self.headers if name != b"upgrade"]
+        return b"\r\n".join((*lines, b"", b""))
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -29,6 +60,16 @@ class EdgeProtocol(HttpToolsProtocol):
         self._head_bytes += added
         if self._head_bytes > MAX_HEAD_BYTES or len(self.headers) >= MAX_HEADERS:
             raise ValueError("the head of the request is too large")
+
+    def on_headers_complete(self) -> None:
+        if self.parser.get_method() == b"CONNECT":
+            raise ValueError("this is no proxy")
+        if not self.parser.should_upgrade():
+            super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
         """Answers `msg` as an error object, and hangs up."""
