@@ -1,9 +1,10 @@
 """The ASGI application: identity, error boundary and admission around the routes.
 
-Identity        request id and trace of the call; access log; counts
-  Boundary      every exception becomes OpenAI's error object, or a stream's last event
-    Admission   draining, API keys; counts what runs
-      routes
+Identity          request id and trace of the call; access log; counts
+  CORS            if pages of other origins may call; answers preflights, which bear no key
+    Boundary      every exception becomes OpenAI's error object, or a stream's last event
+      Admission   draining, API keys; counts what runs
+        routes
 """
 
 import logging
@@ -21,6 +22,7 @@ from rest_facade.auth import KeyFile
 from rest_facade.backend import Backend
 from rest_facade.config import FacadeSettings
 from rest_facade.connection import ClientGone
+from rest_facade.cors import cors
 from rest_facade.errors import ErrorResponse, error_event
 from rest_facade.metrics import Metrics
 from rest_facade.routes import Routes
@@ -54,6 +56,7 @@ def build_app(
         openapi_url=None,
         middleware=[
             Middleware(Identity, metrics=metrics, paths=frozenset(r.path for r in table)),
+            *cors(settings.allowed_origins),
             Middleware(Boundary, metrics=metrics),
             Middleware(Admission, traffic=traffic, keys=keys),
         ],

@@ -1,11 +1,18 @@
 """Settings of the REST facade: read once, frozen. Nothing else looks at the environment."""
 
 import ipaddress
+import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#@]+")
+
+
+def _parts(value: str) -> list[str]:
+    return [part.strip() for part in value.split(",") if part.strip()]
 
 
 class FacadeSettings(BaseSettings):
@@ -30,6 +37,12 @@ class FacadeSettings(BaseSettings):
         False,
         description="Listen on an address that others can reach although no API keys are set.",
     )
+    cors_origins: str | None = Field(
+        None,
+        description="Origins whose pages may call this server from a browser, separated by "
+        "commas (`https://chat.example.org,http://localhost:3000`); `*` is all. Without it no "
+        "page may.",
+    )
     max_body_bytes: int = Field(
         8 * 2**20, ge=1024, le=31 * 2**20, description="Largest request body in bytes."
     )
@@ -48,6 +61,14 @@ class FacadeSettings(BaseSettings):
         le=3600,
         description="Seconds of silence in a stream after which a comment is sent.",
     )
+    idle_connection_seconds: int = Field(
+        75,
+        ge=1,
+        le=3600,
+        description="Seconds after its last answer for which a connection is kept open. Clients "
+        "and proxies should drop theirs earlier (nginx: 60), so that no request meets a "
+        "connection that is being closed.",
+    )
     health_timeout_seconds: float = Field(
         1.0, gt=0, le=60, description="Seconds /health waits for the tokenizer's answer."
     )
@@ -63,6 +84,22 @@ class FacadeSettings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe level that is logged."
     )
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, value: str | None) -> str | None:
+        for origin in _parts(value or ""):
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"{origin!r} is no origin: expected one such as https://chat.example.org, "
+                    "with no path and no slash at its end, or *"
+                )
+        return value
+
+    @property
+    def allowed_origins(self) -> tuple[str, ...]:
+        """Origins whose pages may call this server."""
+        return tuple(_parts(self.cors_origins or ""))
 
     def exposes_without_keys(self) -> bool:
         """Whether others could use this facade with no key, and nobody said they may."""

@@ -15,6 +15,7 @@ from rest_facade.traffic import Traffic
 from trivium.wire.channel import open_channel
 from trivium.wire.serving import wait_for_signal
 
+_BACKLOG = 65_535  # connections to be taken; the system's own bound (somaxconn) is what counts
 _LAST_WORDS_SECONDS = 5  # to write the error events of streams that were cut off
 
 
@@ -43,6 +44,8 @@ async def serve(settings: FacadeSettings, keys: KeyFile | None) -> None:
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
+                backlog=_BACKLOG,
+                timeout_keep_alive=settings.idle_connection_seconds,
                 timeout_graceful_shutdown=_LAST_WORDS_SECONDS,
             )
         )

@@ -121,7 +121,8 @@ def test_a_proxy_in_the_environment_is_not_asked(
     """The services reach each other, and our commands reach them, as any laptop's owner expects."""
     text = read_banner(up)
     url, target = re.search(r"REST +(http://\S+)", text), re.search(r"gRPC +(\S+)", text)
-    assert url is not None and target is not None
+    assert url is not None
+    assert target is not None
     host = url[1].removesuffix("/v1")
     for arguments in (
         ["trivium.cli.probe", f"{host}/health"],

@@ -81,6 +81,7 @@ async def _facade(backend_port: int, values: dict[str, Any]) -> AsyncIterator[st
             ws="none",
             lifespan="off",
             log_config=None,
+            timeout_keep_alive=settings.idle_connection_seconds,
             timeout_graceful_shutdown=1,
         )
         server = _Server(config)

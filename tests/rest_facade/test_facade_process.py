@@ -120,6 +120,27 @@ async def test_drain_time_runs_out(backend: ScriptedBackend) -> None:
     assert status == 0
 
 
+async def ends(backend: ScriptedBackend, seconds: float, **settings: object) -> bool:
+    """Whether the facade closes a connection within so many seconds of its last answer."""
+    async with running(backend, **settings) as (_, client):
+        reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+        writer.write(b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n")
+        await reader.readuntil(b'{"status":"ok"}')
+        try:
+            async with asyncio.timeout(seconds):
+                return await reader.read() == b""
+        except TimeoutError:
+            return False
+        finally:
+            writer.close()
+
+
+async def test_idle_connections_are_kept(backend: ScriptedBackend) -> None:
+    """Longer than clients keep theirs, so that it is they who close; and as long as one likes."""
+    assert not await ends(backend, seconds=7)
+    assert await ends(backend, seconds=60, idle_connection_seconds=1)
+
+
 async def test_wrong_settings() -> None:
     """All wrong settings are named at once, and the status is 2."""
     status, words = await refusal(port=70000, keep_alive_seconds="often")

@@ -1,0 +1,46 @@
+"""Pages of other origins: which of them may call this server from a browser (CORS)."""
+
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+
+from rest_facade.errors import ErrorResponse
+from trivium.wire import telemetry
+from trivium.wire.errors import ServiceError
+
+# What clients read besides the body, which a browser hides from a page unless it is named here.
+_EXPOSED = (telemetry.REQUEST_ID, "retry-after", "x-should-retry", "www-authenticate")
+
+
+def cors(origins: Sequence[str]) -> list[Middleware]:
+    """The middleware that lets pages of these origins in; `*` is all, and none needs none.
+
+    Keys come in a header, so cookies and other credentials of the browser are not let through.
+    """
+    if not origins:
+        return []
+    return [
+        Middleware(
+            _Cors,
+            allow_origins=origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            allow_private_network=True,
+            expose_headers=_EXPOSED,
+        )
+    ]
+
+
+class _Cors(CORSMiddleware):
+    """Starlette's, whose answers to preflights are no plain text."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        answer = super().preflight_response(request_headers)
+        headers = {k: v for k, v in answer.headers.items() if not k.startswith("content-")}
+        if answer.status_code == 200:
+            return Response(status_code=204, headers=headers)
+        why = bytes(answer.body).decode()
+        return ErrorResponse(ServiceError("invalid_value", f"{why}."), headers)
