@@ -6,19 +6,31 @@ surrogate, no deep nesting. Knows nothing of what the JSON means.
 
 import asyncio
 import math
-from typing import Any
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from pydantic_core import from_json
 from starlette.requests import Request
 
 from rest_facade.connection import ClientGone
+from rest_facade.json_size import Excess, check_size
 from trivium.wire.errors import ServiceError
 
 MAX_DEPTH = 64
 
+# Up to here a body is parsed in place, within a few milliseconds; larger ones in a thread, so that
+# no stream waits for them. One thread, as the event loop's has to wait for each in turn.
+INLINE_BYTES = 64 * 1024
+_PARSER = ThreadPoolExecutor(1, thread_name_prefix="parser")
 
-async def read_json(request: Request, max_bytes: int, seconds: float) -> dict[str, Any]:
-    """The JSON object in the body; raises ServiceError, or ClientGone."""
+Result = TypeVar("Result")
+
+
+async def read_json(
+    request: Request, max_bytes: int, seconds: float, convert: Callable[[dict[str, Any]], Result]
+) -> Result:
+    """What `convert` makes of the JSON object in the body; raises ServiceError, or ClientGone."""
     _check_headers(request, max_bytes)
     try:
         async with asyncio.timeout(seconds):
@@ -26,7 +38,10 @@ async def read_json(request: Request, max_bytes: int, seconds: float) -> dict[st
     except TimeoutError:
         message = f"The request body did not arrive within {seconds:g} seconds."
         raise ServiceError("request_read_timeout", message) from None
-    return parse_json(body)
+    if len(body) <= INLINE_BYTES:
+        return convert(parse_json(body))
+    work = asyncio.get_running_loop().run_in_executor(_PARSER, lambda: convert(parse_json(body)))
+    return await work
 
 
 def _check_headers(request: Request, max_bytes: int) -> None:
@@ -69,6 +84,13 @@ def _too_large(max_bytes: int) -> ServiceError:
 
 def parse_json(body: bytes) -> dict[str, Any]:
     """`body` as a JSON object; raises ServiceError."""
+    if len(body) > INLINE_BYTES:
+        try:
+            check_size(body)
+        except Excess as excess:
+            raise _too_much(body[: excess.position], str(excess)) from None
+        except ValueError as error:
+            raise _invalid_json(str(error)) from None
     try:
         # Refuses what the module's docstring lists, but for depths up to 200 and 1e400.
         value = from_json(body, allow_inf_nan=False)
@@ -89,6 +111,42 @@ def _check_nested(value: Any, depth_left: int) -> None:
             raise _invalid_json(f"nested deeper than {MAX_DEPTH} levels")
         for inner in value.values() if isinstance(value, dict) else value:
             _check_nested(inner, depth_left - 1)
+
+
+def _too_much(beginning: bytes, why: str) -> ServiceError:
+    """The error for a body that goes on like its beginning, named by what is largest in it."""
+    try:
+        value = from_json(beginning, allow_inf_nan=False, allow_partial=True)
+    except ValueError as error:
+        return _invalid_json(str(error))
+    param, largest = "", value
+    for path, inner in _unfinished(value):
+        if len(inner) >= len(largest):
+            param, largest = path, inner
+    code, kind = (
+        ("array_above_max_length", "array")
+        if isinstance(largest, list)
+        else (
+            "invalid_value",
+            "object",
+        )
+    )
+    message = f"Invalid '{param or 'body'}': {kind} too long. The body has {why}."
+    return ServiceError(code, message, param or None)
+
+
+def _unfinished(value: Any) -> Iterator[tuple[str, dict[str, Any] | list[Any]]]:
+    """The objects and arrays that are open where the text ends, and their names in it."""
+    path = ""
+    while isinstance(value, (dict, list)):
+        yield path, value
+        if not value:
+            return
+        if isinstance(value, list):
+            path, value = f"{path}[{len(value) - 1}]", value[-1]
+        else:
+            key = next(reversed(value))
+            path, value = f"{path}.{key[:64]}" if path else key[:64], value[key]
 
 
 def _invalid_json(why: str) -> ServiceError:

@@ -42,6 +42,12 @@ def missing(param: str) -> ServiceError:
     )
 
 
+def too_many(param: str, maximum: int, what: str) -> ServiceError:
+    """What a list is refused with that takes the number of `what` in a request too far."""
+    message = f"Invalid '{param}': array too long. A request has at most {maximum} {what}."
+    return ServiceError("array_above_max_length", message, param)
+
+
 class Strict(BaseModel):
     """An object whose values have just the types they should; unknown fields are ignored."""
 

@@ -1,10 +1,12 @@
 """The messages of a conversation, as a client sends them. Knows nothing of HTTP or protobuf."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from rest_facade.field import Strict, contradiction, elsewhere, fault, missing
+from rest_facade.field import Strict, contradiction, elsewhere, fault, missing, too_many
+from trivium.limits import MAX_CONTENT_PARTS, MAX_MESSAGES, MAX_TOOL_CALLS
 from trivium.wire.errors import ServiceError
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
@@ -30,7 +32,9 @@ def _as_parts(value: Any) -> Any:
     return value
 
 
-_Parts = Annotated[list[ContentPart], Field(min_length=1, fail_fast=True)]
+_Parts = Annotated[
+    list[ContentPart], Field(min_length=1, max_length=MAX_CONTENT_PARTS, fail_fast=True)
+]
 Content = Annotated[_Parts, BeforeValidator(_as_parts, json_schema_input_type=str | _Parts)]
 
 
@@ -49,6 +53,9 @@ class PastToolCall(Strict):
     function: PastFunctionCall
 
 
+_Calls = Annotated[list[PastToolCall], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)]
+
+
 class ChatMessage(Strict):
     """One message of the conversation."""
 
@@ -59,9 +66,7 @@ class ChatMessage(Strict):
         None, description="Text, or text parts. Only an assistant's may be null."
     )
     name: str | None = Field(None, max_length=256, description="The speaker's name.")
-    tool_calls: Annotated[list[PastToolCall], Field(fail_fast=True)] | None = Field(
-        None, description="The calls that an assistant message made."
-    )
+    tool_calls: _Calls | None = Field(None, description="The calls that an assistant message made.")
     tool_call_id: str | None = Field(None, description="The call that a tool message answers.")
     reasoning_content: str | None = Field(
         None, description="What the assistant thought before it said this."
@@ -89,3 +94,22 @@ class ChatMessage(Strict):
             raise contradiction(
                 f"{place}.reasoning", "and 'reasoning_content' differ; give only the latter."
             )
+
+
+Messages = Annotated[
+    list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+]
+
+
+def check_messages(messages: Sequence[ChatMessage]) -> None:
+    """Raises ServiceError for the first message that is wrong, or one too many of its parts."""
+    parts = calls = 0
+    for position, message in enumerate(messages):
+        place = f"messages[{position}]"
+        message.check(place)
+        parts += len(message.content or ())
+        calls += len(message.tool_calls or ())
+        if parts > MAX_CONTENT_PARTS:
+            raise too_many(f"{place}.content", MAX_CONTENT_PARTS, "content parts")
+        if calls > MAX_TOOL_CALLS:
+            raise too_many(f"{place}.tool_calls", MAX_TOOL_CALLS, "tool calls")

@@ -4,8 +4,9 @@ A completion goes schema → convert → backend → convert → sse.
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -18,6 +19,7 @@ from rest_facade.completion import CompletionRequest
 from rest_facade.config import FacadeSettings
 from rest_facade.connection import while_connected
 from rest_facade.convert import chat, model, text
+from rest_facade.field import Body
 from rest_facade.json_text import JSONAnswer, encode
 from rest_facade.metrics import CONTENT_TYPE, Metrics
 from rest_facade.openapi import openapi_document
@@ -26,6 +28,9 @@ from rest_facade.sse import ChatWriter, TextWriter
 from rest_facade.stream import ChunkWriter, Event, EventStream
 from rest_facade.traffic import Traffic
 from rest_facade.validation import blaming, parse
+
+Wanted = TypeVar("Wanted", bound=Body)
+Asked = TypeVar("Asked")
 
 _DOCS_PAGE = Path(__file__).with_name("docs.html")
 # The page cannot load anything from elsewhere, whatever becomes of it.
@@ -64,8 +69,7 @@ class Routes:
     async def chat_completions(self, request: Request) -> Response:
         """A chat completion, whole or streamed."""
         started_at = time.perf_counter()
-        wanted = parse(ChatRequest, await self._body(request))
-        asked = chat.request(wanted)
+        wanted, asked = await self._body(request, ChatRequest, chat.request)
         if wanted.stream:
             stream = self._backend.stream_chat(asked)
             with blaming(wanted.old_names()):
@@ -77,8 +81,7 @@ class Routes:
     async def completions(self, request: Request) -> Response:
         """A plain completion, whole or streamed."""
         started_at = time.perf_counter()
-        wanted = parse(CompletionRequest, await self._body(request))
-        asked = text.request(wanted)
+        wanted, asked = await self._body(request, CompletionRequest, text.request)
         if wanted.stream:
             stream = self._backend.stream_text(asked)
             with blaming(wanted.old_names()):
@@ -87,9 +90,19 @@ class Routes:
             response = await while_connected(request.receive, self._backend.complete_text(asked))
         return JSONAnswer(encode(text.answer(response, wanted)))
 
-    async def _body(self, request: Request) -> dict[str, Any]:
+    async def _body(
+        self, request: Request, kind: type[Wanted], convert: Callable[[Wanted], Asked]
+    ) -> tuple[Wanted, Asked]:
+        """The request in the body, and as the next stage takes it."""
+
+        def checked(raw: dict[str, Any]) -> tuple[Wanted, Asked]:
+            wanted = parse(kind, raw)
+            return wanted, convert(wanted)
+
         settings = self._settings
-        return await read_json(request, settings.max_body_bytes, settings.body_read_seconds)
+        return await read_json(
+            request, settings.max_body_bytes, settings.body_read_seconds, checked
+        )
 
     async def _streamed(
         self,

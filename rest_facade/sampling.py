@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from rest_facade.field import INT32_MAX, Strict, contradiction, elsewhere, fault
+from trivium.limits import MAX_LOGIT_BIASES
 
 
 class StreamOptions(Strict):
@@ -40,6 +41,8 @@ Stop = Annotated[_Stops, BeforeValidator(_as_strings, json_schema_input_type=str
 
 
 def _token_keys(value: dict[str, float]) -> dict[str, float]:
+    if len(value) > MAX_LOGIT_BIASES:
+        raise fault("invalid_value", f"Invalid '{{param}}': more than {MAX_LOGIT_BIASES} entries.")
     for key in value:
         if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) <= INT32_MAX):
             raise fault(

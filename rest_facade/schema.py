@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from rest_facade.field import AnyText, Body, Strict, contradiction, elsewhere
-from rest_facade.message import ChatMessage
+from rest_facade.message import Messages, check_messages
 from rest_facade.option import Options
 from rest_facade.sampling import Count
 from rest_facade.tool import Choice, Tools, check_tools
@@ -23,9 +23,7 @@ _Kwargs = Annotated[dict[str, AnyText], Field(max_length=64)]
 
 class _Conversation(Strict):
     model: str = Field(description="The model's id, as GET /v1/models gives it.")
-    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] = Field(
-        description="The conversation so far, oldest first."
-    )
+    messages: Messages = Field(description="The conversation so far, oldest first.")
 
 
 class ChatRequest(Options, _Conversation, Body):
@@ -73,8 +71,7 @@ class ChatRequest(Options, _Conversation, Body):
             )
         if self.top_logprobs and not self.logprobs:
             raise contradiction("top_logprobs", "is only allowed when 'logprobs' is true.")
-        for position, message in enumerate(self.messages):
-            message.check(f"messages[{position}]")
+        check_messages(self.messages)
         self.check_constraint()
         check_tools(self.tools or [], self.tool_choice)
         if self.continue_final_message and self.add_generation_prompt:

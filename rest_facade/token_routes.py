@@ -1,6 +1,6 @@
 """What /tokenize, /detokenize and /tokenizer_info answer: vLLM's shapes, at vLLM's paths."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -11,10 +11,12 @@ from rest_facade.body import read_json
 from rest_facade.config import FacadeSettings
 from rest_facade.connection import while_connected
 from rest_facade.convert import token
-from rest_facade.field import missing
+from rest_facade.field import Body, missing
 from rest_facade.json_text import JSONAnswer, encode
 from rest_facade.token_schema import DetokenizeRequest, TokenizeRequest, TokenizerInfoRequest
 from rest_facade.validation import blaming, parse
+
+Wanted = TypeVar("Wanted", bound=Body)
 
 
 class TokenRoutes:
@@ -34,7 +36,7 @@ class TokenRoutes:
 
     async def tokenize(self, request: Request) -> Response:
         """The tokens of a text or a conversation."""
-        wanted = parse(TokenizeRequest, await self._body(request))
+        wanted = await self._body(request, TokenizeRequest)
         return await while_connected(request.receive, self._tokenize(wanted))
 
     async def _tokenize(self, wanted: TokenizeRequest) -> Response:
@@ -47,7 +49,7 @@ class TokenRoutes:
 
     async def detokenize(self, request: Request) -> Response:
         """The text of tokens."""
-        wanted = parse(DetokenizeRequest, await self._body(request))
+        wanted = await self._body(request, DetokenizeRequest)
         return await while_connected(request.receive, self._detokenize(wanted))
 
     async def _detokenize(self, wanted: DetokenizeRequest) -> Response:
@@ -60,16 +62,21 @@ class TokenRoutes:
     async def info(self, request: Request) -> Response:
         """What kind of tokenizer a model has; GET takes the model as a query parameter."""
         if request.method == "POST":
-            name = parse(TokenizerInfoRequest, await self._body(request)).model
+            name = (await self._body(request, TokenizerInfoRequest)).model
         else:
             name = request.query_params.get("model")
         model = await self._model(name)
         response = await self._backend.tokenizer_info(token.info_request(model.id))
         return JSONAnswer(encode(token.info(response)))
 
-    async def _body(self, request: Request) -> dict[str, Any]:
+    async def _body(self, request: Request, kind: type[Wanted]) -> Wanted:
         settings = self._settings
-        return await read_json(request, settings.max_body_bytes, settings.body_read_seconds)
+        return await read_json(
+            request,
+            settings.max_body_bytes,
+            settings.body_read_seconds,
+            lambda raw: parse(kind, raw),
+        )
 
     async def _model(self, name: str | None) -> Any:
         """The model of that name, or the only one there is."""

@@ -6,10 +6,11 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from rest_facade.field import AnyText, Body, contradiction, missing
-from rest_facade.message import ChatMessage
+from rest_facade.message import Messages, check_messages
 from rest_facade.sampling import TokenId
 from rest_facade.tool import Tools, check_tools
 from rest_facade.unsupported import refuse_unsupported_tokenize
+from trivium.limits import MAX_TOKEN_IDS
 
 _MODEL = "The model's id. Default: the one model, if there is only one."
 
@@ -19,7 +20,7 @@ class TokenizeRequest(Body):
 
     model: str | None = Field(None, description=_MODEL)
     prompt: str | None = Field(None, description="Text; control tokens in it stay text.")
-    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = Field(
+    messages: Messages | None = Field(
         None, description="A conversation, which the chat template renders first."
     )
     add_special_tokens: bool | None = Field(
@@ -54,8 +55,7 @@ class TokenizeRequest(Body):
                 raise contradiction(name, "cannot be combined with 'prompt'.")
 
     def _check_conversation(self) -> None:
-        for position, message in enumerate(self.messages or []):
-            message.check(f"messages[{position}]")
+        check_messages(self.messages or [])
         check_tools(self.tools or [], None)
         if self.add_special_tokens:
             raise contradiction("add_special_tokens", "is only allowed with 'prompt'.")
@@ -69,7 +69,7 @@ class DetokenizeRequest(Body):
     """The body of POST /detokenize."""
 
     model: str | None = Field(None, description=_MODEL)
-    tokens: Annotated[list[TokenId], Field(fail_fast=True)] = Field(
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKEN_IDS, fail_fast=True)] = Field(
         description="Tokens of the vocabulary."
     )
 

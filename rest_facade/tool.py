@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from rest_facade.field import Name, ObjectText, Strict, contradiction, elsewhere, fault
+from trivium.limits import MAX_TOOLS
 from trivium.wire.errors import ServiceError
 
 
@@ -30,7 +31,7 @@ class Tool(Strict):
     function: FunctionTool
 
 
-Tools = Annotated[list[Tool], Field(max_length=128, fail_fast=True)]
+Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]
 
 
 class NamedFunction(Strict):
