@@ -9,8 +9,7 @@ from rest_facade.field import INT32_MAX, Body, Strict, fault
 from rest_facade.option import Options
 from rest_facade.sampling import TokenId
 from rest_facade.unsupported import refuse_unsupported_completion
-
-MAX_PROMPTS = 128
+from trivium.limits import MAX_PROMPTS, MAX_TOKEN_IDS
 
 
 def _as_prompts(value: Any) -> Any:
@@ -47,7 +46,7 @@ def _prompt(value: Any) -> Any:
     return value
 
 
-_TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+_TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKEN_IDS)]
 Prompt = Annotated[Any, BeforeValidator(_prompt, json_schema_input_type=str | _TokenIds)]
 Prompts = Annotated[
     list[Prompt],

@@ -16,9 +16,10 @@ from rest_facade.option import Options
 from rest_facade.sampling import Count
 from rest_facade.tool import Choice, Tools, check_tools
 from rest_facade.unsupported import refuse_unsupported_chat
+from trivium.limits import MAX_TEMPLATE_VARIABLES
 
 _Effort = Literal["none", "minimal", "low", "medium", "high"]
-_Kwargs = Annotated[dict[str, AnyText], Field(max_length=64)]
+_Kwargs = Annotated[dict[str, AnyText], Field(max_length=MAX_TEMPLATE_VARIABLES)]
 
 
 class _Conversation(Strict):

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 # Up to here a text is done in place, within a few milliseconds; longer ones go to a thread, so
 # that no stream waits for them.
 INLINE_CHARACTERS = 2048
+INLINE_BYTES = 16_384  # of a request that is only converted and checked
 
 Result = TypeVar("Result")
 
@@ -76,9 +77,11 @@ class Model:
             raise _too_long(context_length, f"more than {context_length}", param)
 
 
-async def off_loop(size: int, work: Callable[[], Result]) -> Result:
+async def off_loop(
+    size: int, work: Callable[[], Result], inline: int = INLINE_CHARACTERS
+) -> Result:
     """Does `work` on a text of `size` characters without holding up the event loop."""
-    return work() if size <= INLINE_CHARACTERS else await asyncio.to_thread(work)
+    return work() if size <= inline else await asyncio.to_thread(work)
 
 
 def load_model(
@@ -150,7 +153,8 @@ def _warm_up(model: Model) -> None:
 
 def _size(message: Message) -> int:
     calls = sum(len(call.name) + len(call.arguments) for call in message.tool_calls)
-    return len(message.content or "") + len(message.name or "") + calls
+    text = sum(len(part or "") for part in message.parts)
+    return text + len(message.name or "") + len(message.reasoning or "") + calls
 
 
 def _too_long(context_length: int, tokens: str, param: str) -> ServiceError:

@@ -4,7 +4,7 @@ Knows no requests: a field is its name in JSON, a value is a number, a text or a
 """
 
 import math
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from typing import Any
 
 from trivium.wire.errors import ServiceError
@@ -48,7 +48,7 @@ def _check_range(kind: str, name: str, value: float, minimum: int, maximum: int 
     raise ServiceError(code, text, name)
 
 
-def check_token_ids(name: str, token_ids: tuple[int, ...], vocabulary_size: int) -> None:
+def check_token_ids(name: str, token_ids: Sequence[int], vocabulary_size: int) -> None:
     """Raises ServiceError for the first id that is not in the vocabulary."""
     for index, token_id in enumerate(token_ids):
         if not 0 <= token_id < vocabulary_size:

@@ -17,8 +17,9 @@ from tokenizer_svc.answer import answer, chat_constraint, chat_reading, start
 from tokenizer_svc.completion import Completion, WholeAnswer
 from tokenizer_svc.events import Event, Header
 from tokenizer_svc.metrics import Metrics
-from tokenizer_svc.models import Model, off_loop
-from tokenizer_svc.request import ChatRequest
+from tokenizer_svc.models import INLINE_BYTES, Model, off_loop
+from tokenizer_svc.request import ValidRequest
+from tokenizer_svc.request_size import check_chat_size
 from tokenizer_svc.served_model import ServedModels
 from tokenizer_svc.service_completion import CompletionService
 from tokenizer_svc.service_text import ModelService, TokenizerService
@@ -54,8 +55,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
     async def StreamChatCompletion(
         self, request: chat_pb2.CreateChatCompletionRequest, context: Call
     ) -> AsyncIterator[chat_pb2.StreamChatCompletionResponse]:
-        chat = convert_request.chat_request(request)
-        async with aclosing(self._complete(chat, context)) as events:
+        async with aclosing(self._complete(request, context)) as events:
             async for event in events:
                 yield convert.stream_response(event)
 
@@ -63,19 +63,22 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         self, request: chat_pb2.CreateChatCompletionRequest, context: Call
     ) -> chat_pb2.CreateChatCompletionResponse:
         whole = WholeAnswer()
-        chat = convert_request.chat_request(request)
-        async with aclosing(self._complete(chat, context)) as events:
+        async with aclosing(self._complete(request, context)) as events:
             async for event in events:
                 whole.push(event)
         return convert.whole_response(whole)
 
-    async def _complete(self, chat: ChatRequest, context: Call) -> AsyncGenerator[Event]:
+    async def _complete(
+        self, asked: chat_pb2.CreateChatCompletionRequest, context: Call
+    ) -> AsyncGenerator[Event]:
         accepted = time.time()
         with self._metrics.request() as meter:
-            served = self._models.find(chat.model)
+            check_chat_size(asked)
+            served = self._models.find(asked.model)
             model = served.model
-            size = chat.schema_characters
-            request = await off_loop(size, lambda: validate(chat, model.vocabulary_size))
+            request, size = await off_loop(
+                asked.ByteSize(), lambda: _valid(asked, model), INLINE_BYTES
+            )
             prompt = await served.prompt(request.conversation)
             tokens = len(prompt.token_ids)
             reading = chat_reading(model, request, prompt)
@@ -92,6 +95,12 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                     for delta in deltas:
                         yield delta
             yield completion.usage
+
+
+def _valid(asked: chat_pb2.CreateChatCompletionRequest, model: Model) -> tuple[ValidRequest, int]:
+    """The request, and how many characters of schemas are in it."""
+    chat = convert_request.chat_request(asked)
+    return validate(chat, model.vocabulary_size), chat.schema_characters
 
 
 def _header(model: Model, accepted: float, prompt_tokens: int) -> Header:

@@ -19,7 +19,9 @@ from tokenizer_svc.events import Delta, Event, Header, Usage
 from tokenizer_svc.grammar import bare
 from tokenizer_svc.merge import merged
 from tokenizer_svc.metrics import Metrics, RequestMeter
+from tokenizer_svc.models import INLINE_BYTES, Model, off_loop
 from tokenizer_svc.request import CompletionRequest, ValidOptions
+from tokenizer_svc.request_size import check_completion_size
 from tokenizer_svc.served_model import ServedModel, ServedModels
 from tokenizer_svc.validate import validate_completion
 from trivium.chat.v1 import completion_pb2, completion_pb2_grpc
@@ -45,8 +47,7 @@ class CompletionService(completion_pb2_grpc.CompletionServiceServicer):
     async def StreamCompletion(
         self, request: completion_pb2.CreateCompletionRequest, context: Call
     ) -> AsyncIterator[completion_pb2.StreamCompletionResponse]:
-        plain = convert_request.completion_request(request)
-        async with aclosing(self._complete(plain, context)) as events:
+        async with aclosing(self._complete(request, context)) as events:
             async for event in events:
                 yield convert.completion_event(event)
 
@@ -54,17 +55,22 @@ class CompletionService(completion_pb2_grpc.CompletionServiceServicer):
         self, request: completion_pb2.CreateCompletionRequest, context: Call
     ) -> completion_pb2.CreateCompletionResponse:
         whole = WholeAnswer()
-        plain = convert_request.completion_request(request)
-        async with aclosing(self._complete(plain, context)) as events:
+        async with aclosing(self._complete(request, context)) as events:
             async for event in events:
                 whole.push(event)
         return convert.whole_completion(whole)
 
-    async def _complete(self, request: CompletionRequest, context: Call) -> AsyncGenerator[Event]:
+    async def _complete(
+        self, asked: completion_pb2.CreateCompletionRequest, context: Call
+    ) -> AsyncGenerator[Event]:
         accepted = time.time()
         with self._metrics.request() as meter:
-            served = self._models.find(request.model)
-            options = validate_completion(request, served.model.vocabulary_size)
+            check_completion_size(asked)
+            served = self._models.find(asked.model)
+            model = served.model
+            request, options = await off_loop(
+                asked.ByteSize(), lambda: _valid(asked, model), INLINE_BYTES
+            )
             prompts = [await _prompt(served, request, place) for place in _places(request)]
             tokens = sum(len(prompt.token_ids) for prompt in prompts)
             completions = [_completion(served, options, prompt) for prompt in prompts]
@@ -80,6 +86,13 @@ class CompletionService(completion_pb2_grpc.CompletionServiceServicer):
                     for delta in deltas:
                         yield delta
             yield _sum([completion.usage for completion in completions])
+
+
+def _valid(
+    asked: completion_pb2.CreateCompletionRequest, model: Model
+) -> tuple[CompletionRequest, ValidOptions]:
+    request = convert_request.completion_request(asked)
+    return request, validate_completion(request, model.vocabulary_size)
 
 
 def _places(request: CompletionRequest) -> range:

@@ -8,11 +8,14 @@ from typing import Any
 import grpc
 
 from tokenizer_svc import convert, convert_request
-from tokenizer_svc.models import off_loop
-from tokenizer_svc.ranges import check_token_ids
+from tokenizer_svc.models import INLINE_BYTES, off_loop
+from tokenizer_svc.ranges import check_array, check_token_ids
+from tokenizer_svc.request import Conversation
+from tokenizer_svc.request_size import check_conversation_size
 from tokenizer_svc.served_model import ServedModels
 from tokenizer_svc.validate_conversation import check_conversation
 from trivium.chat.v1 import model_pb2, model_pb2_grpc
+from trivium.limits import MAX_TOKEN_IDS
 from trivium.tokenizer.v1 import tokenizer_pb2, tokenizer_pb2_grpc
 
 Call = grpc.aio.ServicerContext[Any, Any]
@@ -50,8 +53,10 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
         self, request: tokenizer_pb2.RenderChatRequest, context: Call
     ) -> tokenizer_pb2.RenderChatResponse:
         served = self._models.find(request.model)
-        conversation = convert_request.render_request(request)
-        check_conversation(conversation)
+        check_conversation_size(request)
+        conversation = await off_loop(
+            request.ByteSize(), lambda: _conversation(request), INLINE_BYTES
+        )
         prompt = await served.prompt(conversation)
         return tokenizer_pb2.RenderChatResponse(prompt=prompt.text, token_ids=prompt.token_ids)
 
@@ -68,9 +73,14 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
         self, request: tokenizer_pb2.DetokenizeRequest, context: Call
     ) -> tokenizer_pb2.DetokenizeResponse:
         model = self._models.find(request.model).model
-        token_ids = list(request.token_ids)
-        check_token_ids("token_ids", tuple(token_ids), model.vocabulary_size)
-        text = await off_loop(len(token_ids), lambda: model.tokenizer.decode(token_ids))
+        check_array("token_ids", request.token_ids, MAX_TOKEN_IDS)
+
+        def decoded() -> str:
+            token_ids = list(request.token_ids)
+            check_token_ids("token_ids", token_ids, model.vocabulary_size)
+            return model.tokenizer.decode(token_ids)
+
+        text = await off_loop(len(request.token_ids), decoded)
         return tokenizer_pb2.DetokenizeResponse(text=text)
 
     async def GetTokenizerInfo(
@@ -87,3 +97,9 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
             eos_token=named.get("eos_token", ""),
             special_tokens=model.tokenizer.hidden_tokens,
         )
+
+
+def _conversation(request: tokenizer_pb2.RenderChatRequest) -> Conversation:
+    conversation = convert_request.render_request(request)
+    check_conversation(conversation)
+    return conversation

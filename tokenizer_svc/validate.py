@@ -27,6 +27,7 @@ from tokenizer_svc.request import (
 from tokenizer_svc.validate_conversation import check_conversation
 from tokenizer_svc.validate_form import valid_form
 from tokenizer_svc.validate_tools import tool_use
+from trivium.limits import MAX_PROMPTS
 from trivium.wire.errors import ServiceError
 
 MAX_STOP_STRINGS = 4
@@ -35,7 +36,6 @@ MAX_STOP_TOKENS = 64
 MAX_N = 128
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 100
-MAX_PROMPTS = 128
 MAX_COMPLETION_LOGPROBS = 5
 COMPLETION_TOKENS = 16  # what a plain completion makes unless told otherwise
 

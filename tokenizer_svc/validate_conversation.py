@@ -39,7 +39,7 @@ def _check_message(message: Message, where: str) -> None:
         if part is None:
             field = f"{where}.content[{index}]"
             raise ServiceError("invalid_value", f"Invalid '{field}': only text is known.", field)
-    if message.content is None and message.role is not Role.ASSISTANT:
+    if not message.parts and message.role is not Role.ASSISTANT:
         raise missing(f"{where}.content")
     if message.role is Role.TOOL and not message.tool_call_id:
         raise missing(f"{where}.tool_call_id")

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from tokenizer_svc.ranges import check_array, check_length, missing
 from tokenizer_svc.request import Tool, ToolChoice, ToolMode, ToolUse
 from tokenizer_svc.schema_text import check_schema
+from trivium.limits import MAX_TOOLS
 from trivium.wire.errors import ServiceError
 
-MAX_TOOLS = 128
 MAX_NAME_CHARACTERS = 64
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]+")

@@ -1,0 +1,69 @@
+"""How many of each thing a request has, checked before anything is made of them.
+
+Of protobuf it knows only that a repeated field has a length.
+"""
+
+from typing import Any
+
+from tokenizer_svc.ranges import check_array
+from tokenizer_svc.validate import MAX_STOP_STRINGS, MAX_STOP_TOKENS
+from tokenizer_svc.validate_form import MAX_CHOICES
+from trivium.limits import (
+    MAX_CONTENT_PARTS,
+    MAX_LOGIT_BIASES,
+    MAX_MESSAGES,
+    MAX_PROMPTS,
+    MAX_TEMPLATE_VARIABLES,
+    MAX_TOKEN_IDS,
+    MAX_TOOL_CALLS,
+    MAX_TOOLS,
+)
+from trivium.wire.errors import ServiceError
+
+
+def check_chat_size(request: Any) -> None:
+    """Raises ServiceError for the first field of a chat completion that has too many elements."""
+    check_conversation_size(request)
+    _check_options(request)
+
+
+def check_conversation_size(request: Any) -> None:
+    """The same for what a chat template is given."""
+    check_array("messages", request.messages, MAX_MESSAGES)
+    parts = calls = 0
+    for index, message in enumerate(request.messages):
+        parts += len(message.content)
+        calls += len(message.tool_calls)
+        if parts > MAX_CONTENT_PARTS:
+            raise _too_many(f"messages[{index}].content", MAX_CONTENT_PARTS, "content parts")
+        if calls > MAX_TOOL_CALLS:
+            raise _too_many(f"messages[{index}].tool_calls", MAX_TOOL_CALLS, "tool calls")
+    check_array("tools", request.tools, MAX_TOOLS)
+    _check_map("chat_template_kwargs", request.chat_template_kwargs, MAX_TEMPLATE_VARIABLES)
+
+
+def check_completion_size(request: Any) -> None:
+    """The same for a plain completion."""
+    check_array("prompt", request.prompts, MAX_PROMPTS)
+    for index, prompt in enumerate(request.prompts):
+        check_array(f"prompt[{index}]", prompt.token_ids.ids, MAX_TOKEN_IDS)
+    _check_options(request.options)
+
+
+def _check_options(options: Any) -> None:
+    _check_map("logit_bias", options.logit_bias, MAX_LOGIT_BIASES)
+    check_array("stop", options.stop, MAX_STOP_STRINGS)
+    check_array("stop_token_ids", options.stop_token_ids, MAX_STOP_TOKENS)
+    choices = options.structured_outputs.choice.choices
+    check_array("structured_outputs.choice", choices, MAX_CHOICES)
+
+
+def _check_map(field: str, entries: Any, maximum: int) -> None:
+    if len(entries) > maximum:
+        message = f"Invalid '{field}': more than {maximum} entries."
+        raise ServiceError("invalid_value", message, field)
+
+
+def _too_many(field: str, maximum: int, what: str) -> ServiceError:
+    message = f"Invalid '{field}': array too long. A request has at most {maximum} {what}."
+    return ServiceError("array_above_max_length", message, field)
