@@ -14,7 +14,7 @@ from pydantic_core import from_json
 from starlette.requests import Request
 
 from rest_facade.connection import ClientGone
-from rest_facade.json_size import Excess, check_size
+from trivium.json_size import Excess, JsonSize
 from trivium.wire.errors import ServiceError
 
 MAX_DEPTH = 64
@@ -86,7 +86,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
     """`body` as a JSON object; raises ServiceError."""
     if len(body) > INLINE_BYTES:
         try:
-            check_size(body)
+            JsonSize().add(body)
         except Excess as excess:
             raise _too_much(body[: excess.position], str(excess)) from None
         except ValueError as error:

@@ -4,7 +4,10 @@ Knows nothing of messages and templates.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+
+# The lock of the interpreter is held for as long as one search takes.
+_STEP_CHARACTERS = 65_536
 
 
 class Guard:
@@ -16,7 +19,7 @@ class Guard:
     def __init__(self, control_tokens: Sequence[str]) -> None:
         tokens = sorted(control_tokens, key=len, reverse=True)
         any_token = "|".join(map(re.escape, tokens)) or r"(?!)"
-        self.whole = re.compile(any_token)
+        self._whole = re.compile(any_token)
         # Looking ahead finds occurrences that overlap as well.
         self._broken = re.compile(f"(?=(?:{any_token}))(.)", re.DOTALL)
         self._tokens = tokens
@@ -26,8 +29,9 @@ class Guard:
 
     def text(self, text: str, mark: str) -> str:
         """The text of a message with a mark wherever a control token is or could begin or end."""
-        if self.whole.search(text):  # this is quick, and looking ahead everywhere is not
-            text = self._broken.sub(rf"\g<1>{mark}", text)
+        # The first search is quick, and looking ahead everywhere is not.
+        if next(self._found(self._whole, text), None):
+            text = self._replaced(self._broken, text, lambda character: character + mark)
         inner = text.strip()
         if not inner:
             return text
@@ -39,6 +43,31 @@ class Guard:
             end = len(text.rstrip())
             text = text[:end] + mark + text[end:]
         return text
+
+    def renamed(self, text: str, name: Callable[[str], str]) -> str:
+        """The text with every whole control token replaced by its `name`."""
+        return self._replaced(self._whole, text, name)
+
+    def _replaced(self, pattern: re.Pattern[str], text: str, by: Callable[[str], str]) -> str:
+        pieces: list[str] = []
+        at = 0
+        for match in self._found(pattern, text):
+            pieces += (text[at : match.start()], by(match[0]))
+            at = match.end()
+        return "".join((*pieces, text[at:]))
+
+    def _found(self, pattern: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
+        """What `finditer` finds, step by step, so that other threads have their turn in a text of
+        many megabytes."""
+        at = 0
+        while at < len(text):
+            end = at + _STEP_CHARACTERS
+            match = pattern.search(text, at, end + self._longest)
+            if match is None or match.start() >= end:
+                at = end
+            elif found := pattern.match(text, match.start()):  # with all of the text behind it
+                yield found
+                at = found.end()
 
     def _is_inside(self, inner: str) -> bool:
         return len(inner) < self._longest and any(inner in token for token in self._tokens)

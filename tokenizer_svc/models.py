@@ -15,8 +15,8 @@ from tokenizer_svc.chat_template import ChatTemplate
 from tokenizer_svc.detokenizer import Detokenizer
 from tokenizer_svc.families.choose import OutputFormat, choose
 from tokenizer_svc.prompt import Prompt, PromptBuilder
-from tokenizer_svc.request import Conversation, Message, Role
-from tokenizer_svc.tokenizer import Tokenizer
+from tokenizer_svc.request import Conversation, Message, Role, Tool
+from tokenizer_svc.tokenizer import Tokenizer, TooManyTokens
 from trivium.model_directory import ModelDirectory, ModelDirectoryError, load_model_directory
 from trivium.wire.errors import ServiceError
 
@@ -51,18 +51,29 @@ class Model:
     async def prompt(self, conversation: Conversation, context_length: int) -> Prompt:
         """Its prompt; context_length_exceeded if it leaves no room for an answer."""
         size = sum(map(_size, conversation.messages))
-        size += sum(len(tool.parameters or "") for tool in conversation.tools)
+        size += sum(map(_tool_size, conversation.tools))
         self._check_size(size, context_length, "messages")
-        prompt = await off_loop(size, lambda: self.prompts.build(conversation))
+        try:
+            prompt = await off_loop(
+                size, lambda: self.prompts.build(conversation, max_tokens=context_length)
+            )
+        except TooManyTokens:
+            raise _too_long(context_length, f"more than {context_length}", "messages") from None
         self.check_tokens(len(prompt.token_ids), context_length, "messages")
         return prompt
 
     async def encode(self, text: str, context_length: int, param: str) -> list[int]:
         """A plain prompt's tokens; context_length_exceeded if they leave no room."""
         self._check_size(len(text), context_length, param)
-        token_ids = await off_loop(
-            len(text), lambda: self.tokenizer.encode(text, add_special_tokens=True)
-        )
+        try:
+            token_ids = await off_loop(
+                len(text),
+                lambda: self.tokenizer.encode(
+                    text, add_special_tokens=True, max_tokens=context_length
+                ),
+            )
+        except TooManyTokens:
+            raise _too_long(context_length, f"more than {context_length}", param) from None
         self.check_tokens(len(token_ids), context_length, param)
         return token_ids
 
@@ -155,6 +166,10 @@ def _size(message: Message) -> int:
     calls = sum(len(call.name) + len(call.arguments) for call in message.tool_calls)
     text = sum(len(part or "") for part in message.parts)
     return text + len(message.name or "") + len(message.reasoning or "") + calls
+
+
+def _tool_size(tool: Tool) -> int:
+    return len(tool.name or "") + len(tool.description or "") + len(tool.parameters or "")
 
 
 def _too_long(context_length: int, tokens: str, param: str) -> ServiceError:

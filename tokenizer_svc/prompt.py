@@ -89,13 +89,16 @@ class PromptBuilder:
         self._traits = plain.traits()
         self._traits_beside_tools = beside_tools.traits() if self.shows_tools else self._traits
 
-    def build(self, conversation: Conversation) -> Prompt:
-        """The prompt up to the assistant's answer; ServiceError if the template refuses."""
+    def build(self, conversation: Conversation, max_tokens: int | None = None) -> Prompt:
+        """The prompt up to the assistant's answer; ServiceError if the template refuses.
+
+        May raise TooManyTokens for one of more than `max_tokens`.
+        """
         variables = template_variables(conversation, self._template.whole_source, self._variables)
         mark = _unused_character(self._texts(conversation, variables))
         rendered = self._render(conversation, variables, lambda text: self._guard.text(text, mark))
-        named = self._guard.whole.sub(lambda m: self._tokenizer.control_name(m[0]), rendered)
-        token_ids = self._tokenizer.encode(named.replace(mark, ""))
+        named = self._guard.renamed(rendered, self._tokenizer.control_name)
+        token_ids = self._tokenizer.encode(named.replace(mark, ""), max_tokens=max_tokens)
         text = rendered.replace(mark, "")
         own = conversation.messages[-1].content if conversation.continue_final_message else None
         return Prompt(text, token_ids, thinking_after(text, own or ""))

@@ -20,6 +20,13 @@ from tokenizers import Tokenizer as _Library  # type: ignore[import-untyped]
 _CONTROL_FORM = re.compile(r"<[|\uff5c].*[|\uff5c]>", re.DOTALL)
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
+_CHARACTERS_A_TOKEN = 8  # twice of what they are in most languages
+_AT_A_CUT = 64  # tokens
+
+
+class TooManyTokens(Exception):
+    """A text has more tokens than are of use."""
+
 
 class Tokenizer:
     """The tokenizer of one model. All methods may be called from any thread."""
@@ -66,14 +73,27 @@ class Tokenizer:
         """The text of every hidden token, by id."""
         return {token_id: self._plain.id_to_token(token_id) for token_id in self._hidden_ids}
 
-    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+    def encode(
+        self, text: str, add_special_tokens: bool = False, max_tokens: int | None = None
+    ) -> list[int]:
         """Ids of `text`, in which only `control_name`s are control tokens.
 
-        `add_special_tokens` adds what the tokenizer puts around a lone text, such as BOS.
+        `add_special_tokens` adds what the tokenizer puts around a lone text, such as BOS. Raises
+        TooManyTokens once it is clear that there are more than `max_tokens`, which for a text that
+        is much too long is so after its beginning.
         """
+        if max_tokens is not None and len(text) > max_tokens * _CHARACTERS_A_TOKEN:
+            beginning = text[: max_tokens * _CHARACTERS_A_TOKEN]
+            # Where the text was cut there may be a few tokens that the whole has not.
+            if len(self._encode(beginning, add_special_tokens)) > max_tokens + _AT_A_CUT:
+                raise TooManyTokens
+        ids: list[int] = self._encode(text, add_special_tokens).ids
+        return ids
+
+    def _encode(self, text: str, add_special_tokens: bool) -> Any:
         # Of the library's ways to encode, those for batches alone release the interpreter lock.
         [encoding] = self._encoder.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        return list(encoding.ids)
+        return encoding
 
     def decode(self, token_ids: list[int]) -> str:
         """The text of ids, control tokens included; bytes that are no character are U+FFFD."""

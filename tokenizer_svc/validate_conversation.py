@@ -4,10 +4,12 @@ Raises ServiceError as `validate` does. Whether the template takes it is the tem
 """
 
 import json
+from collections.abc import Iterator
 
 from tokenizer_svc.ranges import check_nonempty, is_deeper, missing
 from tokenizer_svc.request import Conversation, Message, Role
 from tokenizer_svc.validate_tools import check_tools
+from trivium.json_size import Excess, JsonSize
 from trivium.wire.errors import ServiceError
 
 MAX_VARIABLE_DEPTH = 64
@@ -17,6 +19,7 @@ REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high")
 def check_conversation(conversation: Conversation) -> None:
     """The first thing that is wrong, if any."""
     check_nonempty("messages", conversation.messages)
+    _check_json_size(conversation)
     for index, message in enumerate(conversation.messages):
         _check_message(message, f"messages[{index}]")
     check_tools(conversation.tools)
@@ -28,6 +31,29 @@ def check_conversation(conversation: Conversation) -> None:
         _check_json(f"chat_template_kwargs.{name}", value)
     if conversation.continue_final_message:
         _check_continuation(conversation)
+
+
+def _check_json_size(conversation: Conversation) -> None:
+    """All that is parsed for the template together is no more than a REST body may have."""
+    size = JsonSize()
+    for field, text in _json_texts(conversation):
+        try:
+            size.add(text.encode("utf-8", "replace"))
+        except Excess as excess:
+            message = f"Invalid '{field}': with what is before it, the request has {excess}."
+            raise ServiceError("invalid_value", message, field) from None
+        except ValueError as error:
+            raise ServiceError("invalid_value", f"Invalid '{field}': {error}.", field) from None
+
+
+def _json_texts(conversation: Conversation) -> Iterator[tuple[str, str]]:
+    for index, message in enumerate(conversation.messages):
+        for number, call in enumerate(message.tool_calls):
+            yield f"messages[{index}].tool_calls[{number}].function.arguments", call.arguments
+    for index, tool in enumerate(conversation.tools):
+        yield f"tools[{index}].function.parameters", tool.parameters or ""
+    for name, value in conversation.variables.items():
+        yield f"chat_template_kwargs.{name}", value
 
 
 def _check_message(message: Message, where: str) -> None:

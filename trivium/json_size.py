@@ -27,26 +27,34 @@ class Excess(Exception):
         self.position = position
 
 
-def check_size(text: bytes) -> None:
-    """Raises Excess for more than can be parsed in a moment, ValueError for too long a number.
+class JsonSize:
+    """What is in one or several texts that are to be parsed for the same request."""
 
-    Other threads run in between.
-    """
-    heavy = values = at = 0
-    in_string = False
-    while at < len(text):
-        end = _end_of_chunk(text, at)
-        outside, in_string = _outside_strings(text[at:end], in_string)
-        heavy += outside.count(b"{") + outside.count(b"[") + outside.count(b":")
-        values += outside.count(b",")
-        if heavy > MAX_OBJECTS_ARRAYS_AND_FIELDS:
+    def __init__(self) -> None:
+        self._heavy = self._values = 0
+
+    def add(self, text: bytes) -> None:
+        """Raises Excess for more than can be parsed in a moment, ValueError for a long number.
+
+        Other threads run in between.
+        """
+        at, in_string = 0, False
+        while at < len(text):
+            end = _end_of_chunk(text, at)
+            outside, in_string = _outside_strings(text[at:end], in_string)
+            self._count(outside, end)
+            if _LONG_NUMBER.search(outside):
+                raise ValueError(f"a number of more than {MAX_DIGITS} digits")
+            at = end
+
+    def _count(self, outside: bytes, end: int) -> None:
+        self._heavy += outside.count(b"{") + outside.count(b"[") + outside.count(b":")
+        self._values += outside.count(b",")
+        if self._heavy > MAX_OBJECTS_ARRAYS_AND_FIELDS:
             why = f"more than {MAX_OBJECTS_ARRAYS_AND_FIELDS} objects, arrays and fields"
             raise Excess(why, end)
-        if values > MAX_VALUES:
+        if self._values > MAX_VALUES:
             raise Excess(f"more than {MAX_VALUES} values", end)
-        if _LONG_NUMBER.search(outside):
-            raise ValueError(f"a number of more than {MAX_DIGITS} digits")
-        at = end
 
 
 def _end_of_chunk(text: bytes, start: int) -> int:
