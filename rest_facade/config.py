@@ -44,7 +44,11 @@ class FacadeSettings(BaseSettings):
         "page may.",
     )
     max_body_bytes: int = Field(
-        8 * 2**20, ge=1024, le=31 * 2**20, description="Largest request body in bytes."
+        8 * 2**20,
+        ge=1024,
+        le=31 * 2**20,
+        description="Largest request body in bytes. While one is "
+        "parsed, running streams wait for up to 5 ms a MiB.",
     )
     body_read_seconds: float = Field(
         30.0, gt=0, le=3600, description="Seconds within which a request body must have arrived."

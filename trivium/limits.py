@@ -5,7 +5,7 @@ Generous for whoever means it, and far below what would keep a process busy for 
 
 MAX_MESSAGES = 2_048
 MAX_CONTENT_PARTS = 8_192  # of all messages together
-MAX_TOOL_CALLS = 8_192  # of all messages together
+MAX_TOOL_CALLS = 4_096  # of all messages together
 MAX_TOOLS = 128
 MAX_LOGIT_BIASES = 16_384
 MAX_TEMPLATE_VARIABLES = 64

@@ -1,0 +1,26 @@
+"""Control tokens in a text, searched for step by step, against one search of the whole."""
+
+import random
+import re
+
+import pytest
+
+from tokenizer_svc import guard
+from tokenizer_svc.guard import Guard
+
+TOKENS = ["<|a|>", "<|ab|>", "<|a|>x", "|><|", "[I]", "[I"]
+PIECES = ["<|", "a", "b", "|>", "x", "[", "I", "]", "<|a|>"]
+ANY = "|".join(map(re.escape, sorted(TOKENS, key=len, reverse=True)))
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5, 1_000])
+def test_steps_change_nothing(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Wherever a step ends, the longest token at each place is found, and each only once."""
+    monkeypatch.setattr(guard, "_STEP_CHARACTERS", step)
+    draw, guarding = random.Random(step), Guard(TOKENS)
+    for _ in range(500):
+        text = "".join(draw.choices(PIECES, k=draw.randrange(14)))
+
+        expected = re.sub(ANY, lambda token: f"({token[0]})", text)
+        assert expected == guarding.renamed(text, lambda token: f"({token})")
+        assert not re.search(ANY, guarding.text(text, "\ufdd2"))

@@ -1,0 +1,175 @@
+"""Requests that hold too much, from callers who come over gRPC; and large ones that do not."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from tests.tokenizer_svc.conftest import Stage, user, write_model
+from tests.tokenizer_svc.scripted_generator import code_of, finish, message_of, says, update
+from tokenizer_svc.models import load_model
+from trivium.chat.v1 import chat_pb2, completion_pb2
+from trivium.generator.v1 import generator_pb2
+from trivium.tokenizer.v1 import tokenizer_pb2
+
+ANSWER = [message_of(update(0, [2]), finish(0, generator_pb2.FINISH_REASON_STOP_TOKEN, 1))]
+PART = chat_pb2.ContentPart(text="a")
+CALL = chat_pb2.ToolCall(id="a", name="f", arguments="{}")
+NUMBERS = "[" + "1," * 600_000 + "1]"
+
+
+def said(parts: int) -> chat_pb2.ChatMessage:
+    return chat_pb2.ChatMessage(role=chat_pb2.ROLE_USER, content=[PART] * parts)
+
+
+def called(calls: int, arguments: str = "{}") -> chat_pb2.ChatMessage:
+    call = chat_pb2.ToolCall(id="a", name="f", arguments=arguments)
+    return chat_pb2.ChatMessage(role=chat_pb2.ROLE_ASSISTANT, tool_calls=[call] * calls)
+
+
+def tool(number: int = 0, **fields: str) -> chat_pb2.Tool:
+    return chat_pb2.Tool(function=chat_pb2.FunctionTool(name=f"f{number}", **fields))
+
+
+def choices(count: int) -> chat_pb2.StructuredOutputs:
+    return chat_pb2.StructuredOutputs(choice=chat_pb2.ChoiceList(choices=["a"] * count))
+
+
+async def refusal(call: Any) -> tuple[str, str | None]:
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await call
+    return code_of(refused.value)
+
+
+ARGUMENTS = "messages[0].tool_calls[0].function.arguments"
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "param"),
+    [
+        ({"messages": [user("a")] * 2_049}, "array_above_max_length", "messages"),
+        ({"messages": [said(8_192), said(1)]}, "array_above_max_length", "messages[1].content"),
+        (
+            {"messages": [called(4_096), called(1)]},
+            "array_above_max_length",
+            "messages[1].tool_calls",
+        ),
+        ({"tools": [tool(n) for n in range(129)]}, "array_above_max_length", "tools"),
+        ({"stop": ["a"] * 100_000}, "array_above_max_length", "stop"),
+        ({"stop_token_ids": [1] * 100_000}, "array_above_max_length", "stop_token_ids"),
+        (
+            {"structured_outputs": choices(100_000)},
+            "array_above_max_length",
+            "structured_outputs.choice",
+        ),
+        ({"logit_bias": dict.fromkeys(range(16_385), 1.0)}, "invalid_value", "logit_bias"),
+        (
+            {"chat_template_kwargs": {f"v{n}": "1" for n in range(65)}},
+            "invalid_value",
+            "chat_template_kwargs",
+        ),
+        ({"messages": [called(1, '{"a":' + NUMBERS + "}")]}, "invalid_value", ARGUMENTS),
+        ({"messages": [called(1, "[" * 40_000)]}, "invalid_value", ARGUMENTS),
+        (
+            {"chat_template_kwargs": {"thinking": NUMBERS}},
+            "invalid_value",
+            "chat_template_kwargs.thinking",
+        ),
+        (
+            {"tools": [tool(n, parameters='{"a":[' + "{}," * 9_000 + "{}]}") for n in range(4)]},
+            "invalid_value",
+            "tools[3].function.parameters",
+        ),
+    ],
+)
+async def test_too_much(stage: Stage, fields: dict[str, Any], code: str, param: str) -> None:
+    """The field that takes it too far is named, and no generator hears of it."""
+    assert (code, param) == await refusal(stage.chat.CreateChatCompletion(stage.request(**fields)))
+    assert [] == stage.generator.calls
+
+
+async def test_as_much_as_is_allowed(stage: Stage) -> None:
+    """2,048 messages of 8,192 parts are no mistake; these are only too long for the model."""
+    messages = [said(4) for _ in range(2_048)]
+    code, param = await refusal(stage.chat.CreateChatCompletion(stage.request(messages=messages)))
+
+    assert ("context_length_exceeded", "messages") == (code, param)
+
+
+async def test_other_calls(stage: Stage) -> None:
+    """The calls for plain completions and for tokens have the same bounds."""
+    ids = completion_pb2.TokenIds(ids=[1] * 524_289)
+    completion = completion_pb2.CreateCompletionRequest(
+        model=stage.model.id, prompts=[completion_pb2.Prompt(token_ids=ids)]
+    )
+    rendered = tokenizer_pb2.RenderChatRequest(model=stage.model.id, messages=[user("a")] * 2_049)
+    tokens = tokenizer_pb2.DetokenizeRequest(model=stage.model.id, token_ids=[1] * 524_289)
+    too_long = "array_above_max_length"
+
+    assert (too_long, "prompt[0]") == await refusal(stage.completions.CreateCompletion(completion))
+    assert (too_long, "messages") == await refusal(stage.tokenizer.RenderChat(rendered))
+    assert (too_long, "token_ids") == await refusal(stage.tokenizer.Detokenize(tokens))
+
+
+@pytest.fixture(scope="module")
+def long_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose context holds a few million tokens."""
+    folder = tmp_path_factory.mktemp("models") / "long"
+    return write_model(folder, context_length=3_000_000)
+
+
+@pytest.fixture
+async def long_stage(long_folder: Path) -> AsyncIterator[Stage]:
+    stage = Stage(load_model(long_folder), long_folder)
+    await stage.start()
+    yield stage
+    await stage.close()
+
+
+@pytest.mark.parametrize("where", ["text", "tool", "reasoning and calls", "control tokens"])
+async def test_nobody_waits_for_a_long_conversation(long_stage: Stage, where: str) -> None:
+    """While it is rendered and encoded the event loop goes on, wherever the text stands."""
+    text = "lorem ipsum " * 150_000
+    fields: dict[str, Any] = {
+        "text": {"messages": [user(text)]},
+        "tool": {"tools": [tool(description=text)]},
+        "reasoning and calls": {
+            "messages": [
+                user("a"),
+                chat_pb2.ChatMessage(
+                    role=chat_pb2.ROLE_ASSISTANT, reasoning_content=text, tool_calls=[CALL]
+                ),
+                chat_pb2.ChatMessage(
+                    role=chat_pb2.ROLE_ASSISTANT,
+                    tool_calls=[chat_pb2.ToolCall(id="a", name="f", arguments=text)],
+                ),
+            ]
+        },
+        "control tokens": {"messages": [user("<|" * 100_000 + "<|im_end|>" * 100_000)]},
+    }[where]
+    long_stage.generator.script = says(ANSWER)
+    request, longest = long_stage.request(**fields), 0.0
+
+    async def beat() -> None:
+        nonlocal longest
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(0.001)
+            longest = max(longest, time.monotonic() - before)
+
+    began = time.monotonic()
+    beating = asyncio.create_task(beat())
+    await long_stage.chat.CreateChatCompletion(request)
+    beating.cancel()
+
+    assert longest < (time.monotonic() - began) / 2
+
+
+async def test_a_prompt_that_is_far_too_long_is_refused_after_its_beginning(stage: Stage) -> None:
+    """How long it really is, nobody has to know."""
+    with pytest.raises(grpc.aio.AioRpcError, match="resulted in more than 256 tokens"):
+        await stage.stream(messages=[user("ä" * 2_100)])
