@@ -48,7 +48,7 @@ class FacadeSettings(BaseSettings):
         ge=1024,
         le=31 * 2**20,
         description="Largest request body in bytes. While one is "
-        "parsed, running streams wait for up to 5 ms a MiB.",
+        "parsed, running streams wait for some 5 ms a MiB.",
     )
     body_read_seconds: float = Field(
         30.0, gt=0, le=3600, description="Seconds within which a request body must have arrived."
