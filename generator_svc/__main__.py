@@ -38,8 +38,9 @@ from trivium.generator.v1.generator_pb2_grpc import add_GeneratorServiceServicer
 from trivium.host_limits import cpu_limit, memory_limit
 from trivium.model_directory import ModelDirectory, ModelDirectoryError, load_model_directory
 from trivium.wire import telemetry
+from trivium.wire.channel import revision_service
 from trivium.wire.open_files import prepare_open_files
-from trivium.wire.serving import GrpcServer, wait_for_signal
+from trivium.wire.serving import GrpcServer, StopSignals
 from trivium.wire.settings import load_settings, refuse_to_start
 
 log = logging.getLogger("generator_svc")
@@ -203,16 +204,23 @@ async def serve_constrained(
     registry = CollectorRegistry()
     service = build_service(settings, model, info, engine, registry, constraints)
     serve_metrics(settings, registry)
-    server = GrpcServer([(add_GeneratorServiceServicer_to_server, service)], [SERVICE])
+    server = GrpcServer(
+        [(add_GeneratorServiceServicer_to_server, service)],
+        [SERVICE],
+        [revision_service(SERVICE, model.revision)],
+        settings.max_connection_age_seconds,
+    )
+    signals = StopSignals()
     port = await server.start(f"{settings.host}:{settings.port}")
     await server.set_serving(True)
     log.info("serving %s on port %d by %s", model.id, port, info.execution_provider)
-    stop, fault = asyncio.create_task(wait_for_signal()), asyncio.create_task(faulted.wait())
+    stop, fault = asyncio.create_task(signals.first.wait()), asyncio.create_task(faulted.wait())
     await asyncio.wait({stop, fault}, return_when=asyncio.FIRST_COMPLETED)
     if faulted.is_set():
         await server.drain(0, 0)
         return 1
-    await server.drain(settings.drain_notice_seconds, settings.drain_seconds)
+    log.info("draining")
+    await server.drain(settings.drain_notice_seconds, settings.drain_seconds, signals.second)
     engine.close()
     return 0
 

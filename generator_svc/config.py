@@ -6,6 +6,8 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from trivium.wire.serving import MAX_CONNECTION_AGE_SECONDS
+
 
 class GeneratorSettings(BaseSettings):
     """Every setting of generator_svc."""
@@ -86,9 +88,22 @@ class GeneratorSettings(BaseSettings):
     constraint_cache_bytes: int = Field(
         16 * 2**20, ge=0, description="Memory of what is known of constraints seen before."
     )
+    max_connection_age_seconds: float = Field(
+        MAX_CONNECTION_AGE_SECONDS,
+        ge=1,
+        le=86_400,
+        description="Seconds after which a caller has to connect anew, upon which it resolves the "
+        "generators' name: new replicas get their share of calls within this time.",
+    )
     drain_notice_seconds: float = Field(
-        0.5, ge=0, description="Time between reporting NOT_SERVING and refusing calls."
+        5.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds at a stop signal in which health checks fail and all is still served.",
     )
     drain_seconds: float = Field(
-        30.0, ge=0, description="Time that running calls get to finish at SIGTERM."
+        30.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds after that in which running calls may finish.",
     )

@@ -55,7 +55,12 @@ def build_app(
         routes=[*table],
         openapi_url=None,
         middleware=[
-            Middleware(Identity, metrics=metrics, paths=frozenset(r.path for r in table)),
+            Middleware(
+                Identity,
+                metrics=metrics,
+                traffic=traffic,
+                paths=frozenset(r.path for r in table),
+            ),
             *cors(settings.allowed_origins),
             Middleware(Boundary, metrics=metrics),
             Middleware(Admission, traffic=traffic, keys=keys),
@@ -81,9 +86,12 @@ async def _no_route(request: Request, error: Exception) -> Response:
 class Identity:
     """Gives each request its id, says it in the answer, and notes how it went."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, paths: frozenset[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, traffic: Traffic, paths: frozenset[str]
+    ) -> None:
         self._app = app
         self._metrics = metrics
+        self._traffic = traffic
         self._paths = paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -104,6 +112,8 @@ class Identity:
                     *message["headers"],
                     (telemetry.REQUEST_ID.encode(), identity.encode()),
                 ]
+                if self._traffic.leaving:
+                    message["headers"].append((b"connection", b"close"))
             await send(message)
 
         try:

@@ -5,16 +5,19 @@ Knows nothing of HTTP or JSON.
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import grpc
 
 from rest_facade.convert import chat, model, text, token
+from trivium.wire.channel import GAP_SECONDS, open_channel, serving
 from trivium.wire.errors import ServiceError, from_rpc_error
 from trivium.wire.telemetry import outgoing_metadata
 
 CHAT_SERVICE = "trivium.chat.v1.ChatService"
+WHOLE_SERVER = ""  # in the health protocol
 
 _READ_SECONDS = 10  # what is known by heart
 _TOKENIZE_SECONDS = 60  # the largest body takes a few
@@ -23,18 +26,51 @@ Event = TypeVar("Event")
 
 
 class Backend:
-    """Calls on one channel. `timeout` in seconds is the longest that a completion may take."""
+    """The tokenizers at `target`. An async context manager.
 
-    def __init__(self, channel: grpc.aio.Channel, timeout: float | None = None) -> None:
+    `timeout` in seconds is the longest that a completion may take.
+    """
+
+    def __init__(self, target: str, timeout: float | None = None) -> None:
+        # Completions go to tokenizers that have a generator, all else to any that runs.
+        self._with_generator = open_channel(target, CHAT_SERVICE)
+        self._any_tokenizer = open_channel(target, WHOLE_SERVER)
         # The stubs are generated without types.
-        self._chat = chat.ChatServiceStub(channel)  # type: ignore[no-untyped-call]
-        self._text = text.CompletionServiceStub(channel)  # type: ignore[no-untyped-call]
-        self._models = model.ModelServiceStub(channel)  # type: ignore[no-untyped-call]
-        self._tokenizer = token.TokenizerServiceStub(channel)  # type: ignore[no-untyped-call]
-        self._health = model.HealthStub(channel)
+        self._chats = tuple(map(chat.ChatServiceStub, (self._with_generator, self._any_tokenizer)))
+        self._texts = tuple(
+            map(text.CompletionServiceStub, (self._with_generator, self._any_tokenizer))
+        )
+        self._models = model.ModelServiceStub(self._any_tokenizer)  # type: ignore[no-untyped-call]
+        self._tokenizer = token.TokenizerServiceStub(self._any_tokenizer)  # type: ignore[no-untyped-call]
         self._timeout = timeout
         self._running: set[Any] = set()
         self._stopped = False
+        self._clock = asyncio.get_running_loop().time
+        self._can_complete = asyncio.Event()
+        self._lost_at = -math.inf
+
+    async def __aenter__(self) -> Self:
+        self._following = asyncio.create_task(self._follow())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._following.cancel()
+        await asyncio.gather(self._following, return_exceptions=True)
+        await self._with_generator.close()
+        await self._any_tokenizer.close()
+
+    @property
+    def _chat(self) -> Any:
+        return self._chats[self._is_stuck()]
+
+    @property
+    def _text(self) -> Any:
+        return self._texts[self._is_stuck()]
+
+    def _is_stuck(self) -> bool:
+        """Whether no tokenizer has a generator: then any of them says why."""
+        failed = grpc.ChannelConnectivity.TRANSIENT_FAILURE
+        return self._with_generator.get_state(try_to_connect=True) is failed
 
     async def complete_chat(self, request: chat.Request) -> chat.Response:
         """The whole answer; the call is cancelled when the caller is."""
@@ -79,15 +115,31 @@ class Backend:
         return await self._read(self._tokenizer.GetTokenizerInfo, request)
 
     async def check(self, seconds: float) -> None:
-        """Returns if the next stage can answer; raises ServiceError otherwise."""
-        request = model.health_request(CHAT_SERVICE)
+        """Returns if some tokenizer can complete; raises ServiceError that says why none can."""
+        if self._clock() - self._lost_at < GAP_SECONDS:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds / 2):
+                await self._can_complete.wait()
+                return
         try:
-            response = await self._health.Check(request, timeout=seconds)
-        except grpc.aio.AioRpcError:
-            message = "The model server cannot be reached."
-            raise ServiceError("backend_unavailable", message) from None
-        if not model.is_serving(response):
-            raise ServiceError("model_loading", "The model server is not ready.")
+            await self._models.ListModels(model.models_request(), timeout=seconds / 2)
+        except grpc.aio.AioRpcError as error:
+            fault = from_rpc_error(error)
+            if fault.code == "deadline_exceeded":
+                message = "The model server cannot be reached."
+                fault = ServiceError("backend_unavailable", message)
+            raise fault from None
+        raise ServiceError("model_loading", "The model server is not ready.")
+
+    async def _follow(self) -> None:
+        async with contextlib.aclosing(serving(self._with_generator)) as states:
+            async for can_complete in states:
+                if can_complete:
+                    self._can_complete.set()
+                elif self._can_complete.is_set():
+                    self._can_complete.clear()
+                    self._lost_at = self._clock()
 
     async def _read(self, method: Any, request: Any, seconds: float = _READ_SECONDS) -> Any:
         with self.translated():

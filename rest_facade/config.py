@@ -77,13 +77,13 @@ class FacadeSettings(BaseSettings):
         1.0, gt=0, le=60, description="Seconds /health waits for the tokenizer's answer."
     )
     drain_notice_seconds: float = Field(
-        0.5,
+        5.0,
         ge=0,
         le=600,
-        description="Seconds between turning unready at a stop signal and closing the port.",
+        description="Seconds at a stop signal in which /health fails and all is still served.",
     )
     drain_seconds: float = Field(
-        30.0, ge=0, le=3600, description="Seconds running requests get to finish at a stop signal."
+        30.0, ge=0, le=3600, description="Seconds after that in which running requests may finish."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe level that is logged."

@@ -140,7 +140,7 @@ class Routes:
 
     async def ready(self, request: Request) -> Response:
         """Whether a completion would be taken on now."""
-        self._traffic.check_open()
+        self._traffic.check_ready()
         await self._backend.check(self._settings.health_timeout_seconds)
         return JSONAnswer(encode({"status": "ok"}))
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Iterator
 
 import uvicorn
@@ -12,8 +13,9 @@ from rest_facade.backend import Backend
 from rest_facade.config import FacadeSettings
 from rest_facade.edge import EdgeProtocol
 from rest_facade.traffic import Traffic
-from trivium.wire.channel import open_channel
-from trivium.wire.serving import wait_for_signal
+from trivium.wire.serving import StopSignals, wait_for_any
+
+log = logging.getLogger(__name__)
 
 _BACKLOG = 65_535  # connections to be taken; the system's own bound (somaxconn) is what counts
 _LAST_WORDS_SECONDS = 5  # to write the error events of streams that were cut off
@@ -30,8 +32,8 @@ class _Server(uvicorn.Server):
 async def serve(settings: FacadeSettings, keys: KeyFile | None) -> None:
     """Serves until a stop signal, then drains; raises SystemExit when the port is taken."""
     traffic = Traffic()
-    async with open_channel(settings.tokenizer_target) as channel:
-        backend = Backend(channel, settings.request_timeout_seconds)
+    signals = StopSignals()
+    async with Backend(settings.tokenizer_target, settings.request_timeout_seconds) as backend:
         server = _Server(
             uvicorn.Config(
                 build_app(settings, backend, traffic, keys),
@@ -49,22 +51,29 @@ async def serve(settings: FacadeSettings, keys: KeyFile | None) -> None:
                 timeout_graceful_shutdown=_LAST_WORDS_SECONDS,
             )
         )
-        stopper = asyncio.create_task(_stop_at_signal(settings, server, traffic, backend))
+        stopper = asyncio.create_task(_drain(settings, server, traffic, backend, signals))
         try:
             await server.serve()
         finally:
             stopper.cancel()
 
 
-async def _stop_at_signal(
-    settings: FacadeSettings, server: uvicorn.Server, traffic: Traffic, backend: Backend
+async def _drain(
+    settings: FacadeSettings,
+    server: uvicorn.Server,
+    traffic: Traffic,
+    backend: Backend,
+    signals: StopSignals,
 ) -> None:
-    await wait_for_signal()
-    # The port stays open meanwhile, so that newcomers hear why they are refused.
+    await signals.first.wait()
+    log.info("draining")
+    traffic.leaving = True
+    await wait_for_any(settings.drain_notice_seconds, signals.second)
+    # The port stays open, so that those who come all the same hear why they are refused.
     traffic.draining = True
-    await asyncio.sleep(settings.drain_notice_seconds)
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(settings.drain_seconds):
-            await traffic.until_idle()
+    # Who keeps a connection for later finds it closed and connects to another replica.
+    for connection in list(server.server_state.connections):
+        connection.shutdown()
+    await wait_for_any(settings.drain_seconds, traffic.idle, signals.second)
     backend.cancel_all()
     server.should_exit = True

@@ -1,4 +1,4 @@
-"""What is going on in this process: how many API requests run, and whether more may come."""
+"""How many API requests run, and whether more may come."""
 
 import asyncio
 import contextlib
@@ -8,32 +8,38 @@ from trivium.wire.errors import ServiceError
 
 
 class Traffic:
-    """Counts running API requests; once draining, refuses new ones."""
+    """Counts running API requests.
+
+    First `leaving`: not ready any more, though requests are served, on connections that close
+    after them. Then `draining` too: new ones are refused. `idle` is set while none runs.
+    """
 
     def __init__(self) -> None:
+        self.leaving = False
         self.draining = False
         self.running = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self.idle = asyncio.Event()
+        self.idle.set()
 
-    def check_open(self) -> None:
-        """Raises ServiceError when this process is about to end."""
-        if self.draining:
-            raise ServiceError("draining", "The server is shutting down.")
+    def check_ready(self) -> None:
+        """Raises ServiceError when requests should go elsewhere, as this process is to end."""
+        if self.leaving:
+            raise _draining()
 
     @contextlib.contextmanager
     def admitted(self) -> Iterator[None]:
         """Counts a request for as long as it runs; raises ServiceError when draining."""
-        self.check_open()
+        if self.draining:
+            raise _draining()
         self.running += 1
-        self._idle.clear()
+        self.idle.clear()
         try:
             yield
         finally:
             self.running -= 1
             if self.running == 0:
-                self._idle.set()
+                self.idle.set()
 
-    async def until_idle(self) -> None:
-        """Returns when no request runs."""
-        await self._idle.wait()
+
+def _draining() -> ServiceError:
+    return ServiceError("draining", "The server is shutting down.")

@@ -14,7 +14,7 @@ from trivium.host_limits import cpu_limit
 from trivium.model_directory import ModelDirectoryError
 from trivium.wire import telemetry
 from trivium.wire.open_files import prepare_open_files
-from trivium.wire.serving import run, wait_for_signal
+from trivium.wire.serving import StopSignals, run
 from trivium.wire.settings import load_settings, refuse_to_start
 
 log = logging.getLogger("tokenizer_svc")
@@ -25,6 +25,7 @@ async def serve(settings: TokenizerSettings, models: list[Model]) -> None:
     # Long texts are encoded in threads; more of them than cores would only take turns.
     loop = asyncio.get_running_loop()
     loop.set_default_executor(ThreadPoolExecutor(cpu_limit().cores, "encode"))
+    signals = StopSignals()
     metrics = Metrics()
     server = TokenizerServer(settings, models, metrics)
     await server.start()
@@ -32,9 +33,9 @@ async def serve(settings: TokenizerSettings, models: list[Model]) -> None:
         prometheus_client.start_http_server(settings.metrics_port, settings.host, metrics.registry)
     ids = ", ".join(model.id for model in models)
     log.info("serving %s on port %d", ids, server.port)
-    await wait_for_signal()
+    await signals.first.wait()
     log.info("draining")
-    await server.drain()
+    await server.drain(signals.second)
 
 
 def main() -> None:

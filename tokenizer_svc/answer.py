@@ -103,7 +103,7 @@ async def answer(
 
     Choices count from `first_index` in what is metered and shown.
     """
-    served.watch.check_revision()
+    served.watch.check_available()
     generation = served.connection.generate(start, seconds)
     admitted = False
     try:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from tokenizer_svc.families.choose import REASONING_PARSERS, TOOL_PARSERS
+from trivium.wire.serving import MAX_CONNECTION_AGE_SECONDS
 
 DEFAULT_TARGET = "127.0.0.1:50052"
 
@@ -102,17 +103,24 @@ class TokenizerSettings(BaseSettings):
             "invalid_chat_template_input."
         ),
     )
+    max_connection_age_seconds: float = Field(
+        MAX_CONNECTION_AGE_SECONDS,
+        ge=1,
+        le=86_400,
+        description="Seconds after which a caller has to connect anew, upon which it resolves the "
+        "tokenizers' name: new replicas get their share of calls within this time.",
+    )
     drain_notice_seconds: float = Field(
-        0.5,
+        5.0,
         ge=0,
         allow_inf_nan=False,
-        description="How long to wait at the end, not ready, before new calls are refused.",
+        description="Seconds at a stop signal in which health checks fail and all is still served.",
     )
     drain_seconds: float = Field(
         30.0,
         ge=0,
         allow_inf_nan=False,
-        description="How long running calls may go on at the end.",
+        description="Seconds after that in which running calls may finish.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="The least severe messages that are logged."

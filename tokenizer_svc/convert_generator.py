@@ -1,8 +1,5 @@
 """Between the generator's protobuf and the plain values of this stage. Judges nothing."""
 
-from grpc_health.v1 import health_pb2
-from grpc_health.v1.health_pb2_grpc import HealthStub
-
 from tokenizer_svc.generation import (
     Ending,
     Finished,
@@ -15,9 +12,9 @@ from tokenizer_svc.request import Sampling
 from trivium.generator.v1 import generator_pb2
 from trivium.generator.v1.generator_pb2_grpc import GeneratorServiceStub as GeneratorStub
 
-__all__ = ["GeneratorStub", "HealthStub"]
+__all__ = ["GeneratorStub"]
 
-_GENERATOR_SERVICE = "trivium.generator.v1.GeneratorService"
+GENERATOR_SERVICE = "trivium.generator.v1.GeneratorService"
 
 _ENDINGS = {
     generator_pb2.FINISH_REASON_STOP_TOKEN: Ending.STOP_TOKEN,
@@ -91,16 +88,6 @@ def _finished(finished: generator_pb2.Finished) -> Finished:
         cached_prompt_tokens=finished.cached_prompt_tokens,
         device_nanoseconds=finished.device_nanoseconds,
     )
-
-
-def generator_health_request() -> health_pb2.HealthCheckRequest:
-    """Asks whether the generator serves."""
-    return health_pb2.HealthCheckRequest(service=_GENERATOR_SERVICE)
-
-
-def is_serving(response: health_pb2.HealthCheckResponse) -> bool:
-    """What a health service says."""
-    return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
 
 def generator_info_request() -> generator_pb2.GetModelInfoRequest:

@@ -13,6 +13,7 @@ import grpc
 from tokenizer_svc import convert_generator as convert
 from tokenizer_svc.generation import GeneratorInfo, Start, Update
 from trivium.wire import telemetry
+from trivium.wire.channel import open_channel, revision_service, serving
 from trivium.wire.errors import ServiceError, from_rpc_error
 
 INFO_SECONDS = 5.0
@@ -22,33 +23,42 @@ _FAILED_WRITE = "Internal error from Core"
 
 
 class GeneratorClient:
-    """The generator behind one channel."""
+    """The generators at `target` that serve this revision of a model, behind one channel."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    def __init__(self, target: str, revision: str) -> None:
+        self._target = target
+        self._revision = revision
+        health_service = revision_service(convert.GENERATOR_SERVICE, revision)
+        self._channel = open_channel(target, health_service)
         # The stubs are generated without types.
-        self._generator: Any = convert.GeneratorStub(channel)  # type: ignore[no-untyped-call]
-        self._health = convert.HealthStub(channel)
+        self._generator: Any = convert.GeneratorStub(self._channel)  # type: ignore[no-untyped-call]
 
-    async def health(self) -> AsyncGenerator[bool]:
-        """Whether it serves, now and at every change, until the connection is lost."""
-        call = self._health.Watch(convert.generator_health_request())
-        try:
-            async for response in call:
-                yield convert.is_serving(response)
-        except grpc.aio.AioRpcError as error:
-            raise _service_error(error) from error
-        finally:
-            call.cancel()
+    async def close(self) -> None:
+        """Ends whatever runs."""
+        await self._channel.close()
+
+    def serving(self) -> AsyncGenerator[bool]:
+        """Whether any of them serves: at once, then at every change."""
+        return serving(self._channel)
 
     async def info(self) -> GeneratorInfo:
-        """What it serves."""
-        try:
-            response = await self._generator.GetModelInfo(
-                convert.generator_info_request(), timeout=INFO_SECONDS
+        """What they serve."""
+        return await _info(self._generator)
+
+    async def fault(self) -> ServiceError:
+        """Why none of them serves, as told by any generator that can be reached."""
+        async with open_channel(self._target) as channel:
+            try:
+                info = await _info(convert.GeneratorStub(channel))  # type: ignore[no-untyped-call]
+            except ServiceError:
+                return ServiceError("backend_unavailable", "The generator cannot be reached.")
+        if info.revision != self._revision:
+            message = (
+                f"The tokenizer serves revision {self._revision} of the model, "
+                f"the generator {info.revision}."
             )
-        except grpc.aio.AioRpcError as error:
-            raise _service_error(error) from error
-        return convert.generator_info(response)
+            return ServiceError("revision_mismatch", message)
+        return ServiceError("model_loading", "The generator is not ready.")
 
     def generate(self, start: Start, timeout: float | None) -> "Generation":
         """A generation that is to take at most `timeout` seconds."""
@@ -109,6 +119,16 @@ def _result(done: Coroutine[Any, Any, Any]) -> Any:
     except StopIteration as stop:
         return stop.value
     raise AssertionError("A call that is done has no status. This is a bug.")
+
+
+async def _info(generator: Any) -> GeneratorInfo:
+    try:
+        response = await generator.GetModelInfo(
+            convert.generator_info_request(), timeout=INFO_SECONDS
+        )
+    except grpc.aio.AioRpcError as error:
+        raise _service_error(error) from error
+    return convert.generator_info(response)
 
 
 def _service_error(error: grpc.aio.AioRpcError) -> ServiceError:

@@ -1,4 +1,4 @@
-"""Whether the generator behind a model is there and serves the same revision of it.
+"""Whether there is a generator for a model, and if not, why.
 
 Knows nothing of gRPC: `Informant` says what it needs to be told.
 """
@@ -10,76 +10,90 @@ from contextlib import aclosing
 from typing import Protocol
 
 from tokenizer_svc.generation import GeneratorInfo
+from trivium.wire.channel import GAP_SECONDS
 from trivium.wire.errors import ServiceError
 
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 0.1
-RESUME_SECONDS = 0.05
 
 
 class Informant(Protocol):
-    """What a generator is asked; both raise ServiceError when it cannot be reached."""
+    """What the generators of one revision tell of themselves."""
 
-    def health(self) -> AsyncGenerator[bool]:
-        """Whether it serves: at once, then at every change, until the connection is lost."""
+    def serving(self) -> AsyncGenerator[bool]:
+        """Whether any of them serves: at once, then at every change, for good."""
 
     async def info(self) -> GeneratorInfo:
-        """What it serves."""
+        """What they serve; raises ServiceError."""
+
+    async def fault(self) -> ServiceError:
+        """Why none of them serves."""
 
 
 class GeneratorWatch:
-    """Follows one generator; `available` while it can be asked for answers."""
+    """Follows the generators of one model.
 
-    def __init__(self, revision: str, client: Informant) -> None:
-        self._revision = revision
+    `available` while one can be asked for answers; `fault` says why none can, once that is known.
+    """
+
+    def __init__(self, client: Informant) -> None:
         self._client = client
+        self._serving = asyncio.Event()
+        self._gone = asyncio.Event()
         self._info: GeneratorInfo | None = None
         self.available = False
+        self.fault: ServiceError | None = None
 
     @property
     def context_length(self) -> int | None:
         """The generator's own limit on prompt and answer together; None before it was asked."""
         return None if self._info is None else self._info.context_length
 
-    def check_revision(self) -> None:
-        """Raises ServiceError revision_mismatch if the generator is known to serve another."""
-        if self._info is not None and self._info.revision != self._revision:
-            message = (
-                f"The tokenizer serves revision {self._revision} of the model, "
-                f"the generator {self._info.revision}."
-            )
-            raise ServiceError("revision_mismatch", message)
+    def check_available(self) -> None:
+        """Raises ServiceError if it is known that no generator can be asked, and why."""
+        if self.fault is not None:
+            raise ServiceError(self.fault.code, self.fault.message, everywhere=True)
 
     async def run(self, on_change: Callable[[bool], Awaitable[None]]) -> None:
-        """Follows the generator for good; `on_change` hears of every change of `available`."""
+        """Follows the generators for good; `on_change` hears of every change of `available`."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._listen())
+            tasks.create_task(self._judge(on_change))
+
+    async def _listen(self) -> None:
+        async with aclosing(self._client.serving()) as states:
+            async for serving in states:
+                now, before = self._serving, self._gone
+                if not serving:
+                    now, before = before, now
+                before.clear()
+                now.set()
+
+    async def _judge(self, on_change: Callable[[bool], Awaitable[None]]) -> None:
         while True:
-            heard = False
             try:
-                async with aclosing(self._client.health()) as states:
-                    async for serving in states:
-                        await self._set(await self._is_right(serving), on_change)
-                        heard = True
+                async with asyncio.timeout(GAP_SECONDS):
+                    await self._serving.wait()
+            except TimeoutError:
+                await self._set(await self._client.fault(), on_change)
+                continue
+            try:
+                self._info = await self._client.info()
             except ServiceError as error:
-                log.debug("the generator cannot be followed: %s", error.message)
-            # A connection that ends of old age is followed by a new one without a gap.
-            if not heard:
-                await self._set(False, on_change)
-            await asyncio.sleep(RESUME_SECONDS if heard else RETRY_SECONDS)
+                log.debug("the generator cannot be asked what it serves: %s", error.message)
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
+            await self._set(None, on_change)
+            await self._gone.wait()
 
-    async def _is_right(self, serving: bool) -> bool:
-        if not serving:
-            return False
-        self._info = await self._client.info()
-        try:
-            self.check_revision()
-        except ServiceError as error:
-            log.error("%s", error.message)
-            return False
-        return True
-
-    async def _set(self, available: bool, on_change: Callable[[bool], Awaitable[None]]) -> None:
-        if available != self.available:
-            log.info("the generator is %s", "available" if available else "not available")
-            self.available = available
-            await on_change(available)
+    async def _set(
+        self, fault: ServiceError | None, on_change: Callable[[bool], Awaitable[None]]
+    ) -> None:
+        known, self.fault = self.fault, fault
+        if fault is not None and (known is None or known.message != fault.message):
+            log.error("no generator can be asked: %s", fault.message)
+        if self.available is not (fault is None):
+            self.available = fault is None
+            log.info("the generator is %s", "available" if self.available else "not available")
+            await on_change(self.available)

@@ -54,6 +54,14 @@ class ServedModels:
             raise ServiceError("model_not_found", f"The model `{name}` does not exist.", param)
         return served
 
+    def check_any(self) -> None:
+        """Raises ServiceError if no generator of any model can be asked, and why."""
+        if self.available:
+            return
+        for served in self.by_id.values():
+            served.watch.check_available()
+        raise ServiceError("model_loading", "No generator has been reached yet.")
+
     @property
     def available(self) -> list[ServedModel]:
         """Those whose generator can be asked, by id."""

@@ -15,7 +15,6 @@ from tokenizer_svc.models import Model, load_model
 from tokenizer_svc.served_model import ServedModel, ServedModels
 from tokenizer_svc.service import PIPELINE_SERVICES, TOKENIZER_SERVICE, create_server
 from trivium.model_directory import ModelDirectoryError
-from trivium.wire.channel import open_channel
 
 
 def load_models(settings: TokenizerSettings) -> list[Model]:
@@ -53,16 +52,15 @@ class TokenizerServer:
             {model.id: self._served(model, one) for model, one in pairs},
             {alias: model.id for model, one in pairs for alias in one.aliases},
         )
-        self._server = create_server(self._models, metrics)
+        self._server = create_server(self._models, metrics, settings.max_connection_age_seconds)
 
     def _served(self, model: Model, settings: ModelSettings) -> ServedModel:
-        channel = open_channel(settings.generator_target)
-        self._background.push_async_callback(channel.close)
-        connection = GeneratorClient(channel)
+        connection = GeneratorClient(settings.generator_target, model.revision)
+        self._background.push_async_callback(connection.close)
         return ServedModel(
             model,
             connection,
-            GeneratorWatch(model.revision, connection),
+            GeneratorWatch(connection),
             settings.default_max_tokens or self._settings.default_max_tokens,
         )
 
@@ -74,9 +72,10 @@ class TokenizerServer:
             following = asyncio.create_task(served.watch.run(self._set_ready))
             self._background.push_async_callback(_end, following)
 
-    async def drain(self) -> None:
-        """Not ready, then no new calls, then the running ones get their time."""
-        await self._server.drain(self._settings.drain_notice_seconds, self._settings.drain_seconds)
+    async def drain(self, hurry: asyncio.Event | None = None) -> None:
+        """Ends as GrpcServer.drain does."""
+        settings = self._settings
+        await self._server.drain(settings.drain_notice_seconds, settings.drain_seconds, hurry)
         await self._background.aclose()
 
     async def _set_ready(self, changed: bool) -> None:

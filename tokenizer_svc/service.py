@@ -113,7 +113,9 @@ def _header(model: Model, accepted: float, prompt_tokens: int) -> Header:
     )
 
 
-def create_server(models: ServedModels, metrics: Metrics) -> GrpcServer:
+def create_server(
+    models: ServedModels, metrics: Metrics, max_connection_age_seconds: float
+) -> GrpcServer:
     """A server of all services over these models."""
     chat, completions = ChatService(models, metrics), CompletionService(models, metrics)
     return GrpcServer(
@@ -124,4 +126,5 @@ def create_server(models: ServedModels, metrics: Metrics) -> GrpcServer:
             (tokenizer_pb2_grpc.add_TokenizerServiceServicer_to_server, TokenizerService(models)),
         ],
         [*PIPELINE_SERVICES, TOKENIZER_SERVICE],
+        max_connection_age_seconds=max_connection_age_seconds,
     )

@@ -1,4 +1,4 @@
-"""The gRPC calls about models and their text, which no generator is needed for.
+"""The gRPC calls about models and their text, which need no generator to answer them.
 
 Decides nothing about text.
 """
@@ -30,6 +30,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
     async def ListModels(
         self, request: model_pb2.ListModelsRequest, context: Call
     ) -> model_pb2.ListModelsResponse:
+        self._models.check_any()
         models = [
             convert.model(served.model, served.context_length) for served in self._models.available
         ]

@@ -1,7 +1,4 @@
-"""Models, and whether the next stage serves."""
-
-from grpc_health.v1 import health_pb2
-from grpc_health.v1.health_pb2_grpc import HealthStub as HealthStub
+"""Models."""
 
 from rest_facade.answer import ModelList, ModelObject
 from trivium.chat.v1 import model_pb2
@@ -33,13 +30,3 @@ def model_object(model: model_pb2.Model) -> ModelObject:
         context_length=model.context_length,
         max_model_len=model.context_length,
     )
-
-
-def health_request(service: str) -> health_pb2.HealthCheckRequest:
-    """Asks whether `service` is being served."""
-    return health_pb2.HealthCheckRequest(service=service)
-
-
-def is_serving(response: health_pb2.HealthCheckResponse) -> bool:
-    """Whether the service asked about is being served."""
-    return bool(response.status == health_pb2.HealthCheckResponse.SERVING)

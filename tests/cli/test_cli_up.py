@@ -190,6 +190,19 @@ def test_a_generator_has_its_weights_in_huge_pages(
     assert [None, None, None] == left
 
 
+def test_stages_on_one_machine_give_no_notice(
+    monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
+) -> None:
+    """Ctrl-C is quick, as no load balancer has to hear of it, unless the owner says otherwise."""
+    names = [f"TRIVIUM_{name}_DRAIN_NOTICE_SECONDS" for name in ("GENERATOR", "TOKENIZER")]
+    monkeypatch.delenv(names[0], raising=False)
+    monkeypatch.setenv(names[1], "7")
+    stages = Pipeline(tiny_folder).stages()
+
+    assert "0.0" == stages[0].environment.get(names[0])
+    assert names[1] not in stages[1].environment
+
+
 def test_the_banner_tells_what_is_really_in_use() -> None:
     """Model, provider, memory, limits and addresses stand in the banner, as asked of the server."""
     info = generator_pb2.GetModelInfoResponse(

@@ -17,7 +17,6 @@ from rest_facade.edge import EdgeProtocol
 from rest_facade.traffic import Traffic
 from tests.openai_shapes import watched
 from tests.rest_facade.scripted_backend import ScriptedBackend
-from trivium.wire.channel import open_channel
 
 StartFacade = Callable[..., Any]
 
@@ -72,8 +71,7 @@ class _Server(uvicorn.Server):
 async def _facade(backend_port: int, values: dict[str, Any]) -> AsyncIterator[str]:
     settings = FacadeSettings(tokenizer_target=f"127.0.0.1:{backend_port}", **values)
     keys = KeyFile(settings.api_keys_file) if settings.api_keys_file else None
-    async with open_channel(settings.tokenizer_target) as channel:
-        stage = Backend(channel, settings.request_timeout_seconds)
+    async with Backend(settings.tokenizer_target, settings.request_timeout_seconds) as stage:
         config = uvicorn.Config(
             build_app(settings, stage, Traffic(), keys),
             port=0,

@@ -158,14 +158,15 @@ class ScriptedBackend(
         await self._server.set_serving(True)
 
     async def set_serving(self, serving: bool) -> None:
-        """What its health service says."""
+        """What its health service says of all that needs a generator."""
         assert self._server is not None
-        await self._server.set_serving(serving)
+        needing = [CHAT_SERVICE, COMPLETION_SERVICE, MODEL_SERVICE]
+        await self._server.set_serving(serving, needing)
 
     async def die(self) -> None:
         """Ends at once, whatever runs."""
         if self._server is not None:
-            await self._server.drain(0, 0)
+            await self._server._server.stop(None)  # a drain would find kinder words
             self._server = None
 
     async def StreamChatCompletion(self, request: Any, context: Any) -> AsyncIterator[Any]:

@@ -72,7 +72,7 @@ async def _is_ready(client: httpx.AsyncClient) -> bool:
         return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 async def test_drain(backend: ScriptedBackend, number: signal.Signals) -> None:
     """At a stop signal a running stream finishes, newcomers hear 503, and the status is 0."""
     finish = asyncio.Event()
@@ -139,6 +139,25 @@ async def test_idle_connections_are_kept(backend: ScriptedBackend) -> None:
     """Longer than clients keep theirs, so that it is they who close; and as long as one likes."""
     assert not await ends(backend, seconds=7)
     assert await ends(backend, seconds=60, idle_connection_seconds=1)
+
+
+async def test_a_second_signal_ends_at_once(backend: ScriptedBackend) -> None:
+    """What runs ends with an error, however much notice and time were promised."""
+    backend.script = (header(), delta("He"), None)
+    settings = {"drain_notice_seconds": 600, "drain_seconds": 600}
+    async with running(backend, **settings) as (process, client):
+        async with client.stream("POST", URL, json=ASK) as answer:
+            parts = answer.aiter_text()
+            text = await anext(parts)
+            process.send_signal(signal.SIGTERM)
+            while (await client.get("/health")).status_code == 200:
+                pass
+            process.send_signal(signal.SIGTERM)
+            text += "".join([part async for part in parts])
+        status = await process.wait()
+
+    assert '"code":"draining"' in text.split("\n\n")[-2]
+    assert status == 0
 
 
 async def test_wrong_settings() -> None:

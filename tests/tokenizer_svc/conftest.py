@@ -111,7 +111,7 @@ class Stage:
 
     async def stop_generator(self) -> None:
         if self._generator_server is not None:
-            await self._generator_server.drain(0, 0)
+            await self._generator_server._server.stop(None)  # a drain would find kinder words
             self._generator_server = None
 
     async def close(self) -> None:

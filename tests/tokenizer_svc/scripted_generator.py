@@ -9,6 +9,7 @@ import grpc
 
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.generator.v1 import generator_pb2_grpc
+from trivium.wire.channel import revision_service
 from trivium.wire.errors import from_rpc_error
 from trivium.wire.serving import GrpcServer
 
@@ -73,7 +74,7 @@ class ScriptedGenerator(generator_pb2_grpc.GeneratorServiceServicer):
     async def serve(self, port: int = 0) -> tuple[GrpcServer, int]:
         """Starts a server that is SERVING; returns it and its port."""
         add = generator_pb2_grpc.add_GeneratorServiceServicer_to_server
-        server = GrpcServer([(add, self)], [SERVICE])
+        server = GrpcServer([(add, self)], [SERVICE], [revision_service(SERVICE, self.revision)])
         port = await server.start(f"127.0.0.1:{port}")
         await server.set_serving(True)
         return server, port

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,10 @@ class Pair:
         return [model.id for model in answer.models]
 
     async def until_listed(self, names: list[str]) -> None:
-        while await self.listed() != names:
-            pass
+        found: list[str] = []
+        while found != names:
+            with suppress(grpc.aio.AioRpcError):  # while no generator has been reached
+                found = await self.listed()
 
     async def ask(self, model: str) -> Any:
         request = chat_pb2.CreateChatCompletionRequest(model=model, messages=[user("Hi")])
@@ -164,7 +167,10 @@ async def test_healthy_models_are_listed(pair: Pair) -> None:
     await pair.servers["b"].drain(0, 0)
     await becomes(pair.channel, CHAT_SERVICE, NOT_SERVING)
 
-    assert [] == await pair.listed()
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await pair.listed()
+
+    assert ("backend_unavailable", None) == code_of(refused.value)
 
 
 def models(**more: Any) -> dict[str, Any]:

@@ -124,6 +124,7 @@ class Pipeline:
             "TRIVIUM_GENERATOR_DEVICE": self.device,
             "TRIVIUM_GENERATOR_LOG_LEVEL": self.log_level,
             "TRIVIUM_GENERATOR_DRAIN_SECONDS": str(self.drain_seconds),
+            **_no_notice("GENERATOR"),
         }
 
     def _memory(self) -> dict[str, str]:
@@ -154,6 +155,7 @@ class Pipeline:
             "TRIVIUM_TOKENIZER_METRICS_PORT": str(self.tokenizer_metrics_port),
             "TRIVIUM_TOKENIZER_LOG_LEVEL": self.log_level,
             "TRIVIUM_TOKENIZER_DRAIN_SECONDS": str(self.drain_seconds),
+            **_no_notice("TOKENIZER"),
         }
 
     def _facade(self) -> dict[str, str]:
@@ -163,7 +165,14 @@ class Pipeline:
             "TRIVIUM_FACADE_TOKENIZER_TARGET": self.chat_target,
             "TRIVIUM_FACADE_LOG_LEVEL": self.log_level,
             "TRIVIUM_FACADE_DRAIN_SECONDS": str(self.drain_seconds),
+            **_no_notice("FACADE"),
         }
+
+
+def _no_notice(service: str) -> dict[str, str]:
+    """No load balancer has to notice that a stage here stops, unless its owner says so."""
+    setting = f"TRIVIUM_{service}_DRAIN_NOTICE_SECONDS"
+    return {} if setting in os.environ else {setting: "0.0"}
 
 
 def huge_pages() -> dict[str, str]:

@@ -18,6 +18,9 @@ from grpc_status import rpc_status
 DOMAIN = "trivium"
 MAX_MESSAGE_CHARACTERS = 2000  # details above 16 KiB turn into RESOURCE_EXHAUSTED on the way
 
+# Tells a caller's gRPC not to repeat the call on another replica.
+_DO_NOT_RETRY = ("grpc-retry-pushback-ms", "-1")
+
 
 @dataclass(frozen=True)
 class ErrorKind:
@@ -123,11 +126,17 @@ class ServiceError(Exception):
     """An error that a caller is told about.
 
     `code` is a key of ERRORS (anything else is a bug). `param` names the field in
-    OpenAI's notation, such as `messages[0].content`. `retry_after` is in seconds.
+    OpenAI's notation, such as `messages[0].content`. `retry_after` is in seconds. With
+    `everywhere` all replicas of this stage would fail with it, so that callers try no other one.
     """
 
     def __init__(
-        self, code: str, message: str, param: str | None = None, retry_after: float | None = None
+        self,
+        code: str,
+        message: str,
+        param: str | None = None,
+        retry_after: float | None = None,
+        everywhere: bool = False,
     ) -> None:
         assert code in ERRORS, f"{code} is not in the table of errors. This is a bug."
         message = _fits_trailers(message, MAX_MESSAGE_CHARACTERS)
@@ -136,6 +145,7 @@ class ServiceError(Exception):
         self.message = message
         self.param = None if param is None else _fits_trailers(param, _MAX_PARAM_CHARACTERS)
         self.retry_after = ERRORS[code].retry_after if retry_after is None else retry_after
+        self.everywhere = everywhere
 
     @property
     def kind(self) -> ErrorKind:
@@ -168,7 +178,10 @@ class ServiceError(Exception):
             code=getattr(code_pb2, self.kind.grpc.name), message=self.message
         )
         status.details.extend(_packed(detail) for detail in details)
-        return cast("grpc.Status", rpc_status.to_status(status))
+        made = rpc_status.to_status(status)
+        if self.everywhere:
+            made = made._replace(trailing_metadata=(*made.trailing_metadata, _DO_NOT_RETRY))
+        return cast("grpc.Status", made)
 
 
 _MAX_PARAM_CHARACTERS = 400

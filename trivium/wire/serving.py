@@ -35,10 +35,11 @@ _OPTIONS: list[tuple[str, str | int]] = [
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_ping_strikes", 0),
-    # Names are resolved anew only when a connection ends, so connections end now and then.
-    ("grpc.max_connection_age_ms", 600_000),
+    # What runs on a connection that is too old may go on for as long as the longest answer.
     ("grpc.max_connection_age_grace_ms", 3_600_000),
 ]
+
+MAX_CONNECTION_AGE_SECONDS = 60.0
 
 _OURS = "/trivium."
 _LAST_WORDS_SECONDS = 0.5  # for answers whose handlers have returned to reach the wire
@@ -48,33 +49,49 @@ class CallBoundary(grpc.aio.ServerInterceptor):
     """The one broad `except`: whatever a handler raises becomes a status, and nothing leaks.
 
     An unhandled exception's text would reach the caller, and a BaseException would never
-    be answered at all. Counts the calls that run; while draining, new ones are refused.
+    be answered at all. Knows the calls that run; while draining, new ones are refused.
     """
 
     def __init__(self) -> None:
-        self._running = 0
+        self._running: set[asyncio.Task[Any]] = set()
+        self._sending: set[asyncio.Task[Any]] = set()  # their handlers cannot be interrupted
+        self._cut: set[asyncio.Task[Any]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
 
-    async def drain(self, seconds: float) -> None:
-        """Refuses new calls and waits until none runs, for at most `seconds`."""
+    async def drain(self, seconds: float, hurry: asyncio.Event) -> None:
+        """Refuses new calls and waits until none runs; ends those that still do after `seconds`,
+        or when `hurry` is set."""
         self._draining = True
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), seconds)
+        await wait_for_any(seconds, self._idle, hurry)
+        self._cut = set(self._running)
+        for call in self._cut - self._sending:
+            call.cancel()
 
     @contextlib.contextmanager
-    def _admitted(self) -> Iterator[None]:
+    def _admitted(self) -> Iterator[asyncio.Task[Any]]:
         if self._draining:
             raise ServiceError("draining", "The server is shutting down.")
-        self._running += 1
+        call = asyncio.current_task()
+        assert call is not None, "A call is handled outside a task. This is a bug."
+        self._running.add(call)
         self._idle.clear()
         try:
-            yield
+            yield call
+        except asyncio.CancelledError:
+            self._check_cut(call)
+            raise
         finally:
-            self._running -= 1
+            self._sending.discard(call)
+            self._running.discard(call)
             if not self._running:
                 self._idle.set()
+
+    def _check_cut(self, call: asyncio.Task[Any]) -> None:
+        if call in self._cut:
+            message = "The server is shutting down, and its time to finish calls is over."
+            raise ServiceError("draining", message) from None
 
     async def intercept_service(
         self,
@@ -111,10 +128,13 @@ class CallBoundary(grpc.aio.ServerInterceptor):
         async def behaviour(request: Any, context: Any) -> AsyncIterator[Any]:
             telemetry.adopt(context.invocation_metadata() or ())
             try:
-                with self._admitted():
+                with self._admitted() as call:
                     async with contextlib.aclosing(inner(request, context)) as responses:
                         async for response in responses:
+                            self._sending.add(call)
                             yield response
+                            self._sending.discard(call)
+                            self._check_cut(call)
             except (asyncio.CancelledError, GeneratorExit, grpc.aio.AbortError):
                 raise
             except BaseException as error:
@@ -133,20 +153,46 @@ async def _abort(context: Any, error: BaseException) -> NoReturn:
     raise AssertionError("abort_with_status returned. This is a bug.")
 
 
+class Health(health.aio.HealthServicer):  # type: ignore[misc]  # has no types
+    """Health that tells of a drain twice.
+
+    Load balancers and probes, which poll, hear of it at once and stop sending. gRPC's channels,
+    which watch, would then leave without asking where to go instead: they hear of it together
+    with the GOAWAY that makes them resolve the server's name anew.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.draining = False
+
+    async def Check(self, request: Any, context: Any) -> Any:
+        response = await super().Check(request, context)
+        if self.draining:
+            response.status = health_pb2.HealthCheckResponse.NOT_SERVING
+        return response
+
+
 class GrpcServer:
     """A gRPC server with health and reflection that starts NOT_SERVING and drains at its end.
 
     `services` pairs each servicer's `add_…_to_server` with the servicer; `names` are the
-    full service names for health and reflection.
+    full service names for health and reflection, `health_names` further ones for health.
+    Callers resolve a name anew only when a connection ends, so each ends after
+    `max_connection_age_seconds`: new replicas get their share of the calls within this time.
     """
 
     def __init__(
-        self, services: Sequence[tuple[Callable[..., None], object]], names: Sequence[str]
+        self,
+        services: Sequence[tuple[Callable[..., None], object]],
+        names: Sequence[str],
+        health_names: Sequence[str] = (),
+        max_connection_age_seconds: float = MAX_CONNECTION_AGE_SECONDS,
     ) -> None:
         self._boundary = CallBoundary()
-        self._server = grpc.aio.server(interceptors=[self._boundary], options=_OPTIONS)
-        self._names = ("", *names)
-        self._health = health.aio.HealthServicer()
+        age = ("grpc.max_connection_age_ms", int(max_connection_age_seconds * 1000))
+        self._server = grpc.aio.server(interceptors=[self._boundary], options=[*_OPTIONS, age])
+        self._names = ("", *names, *health_names)
+        self._health = Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         for add, servicer in services:
             add(servicer, self._server)
@@ -167,15 +213,24 @@ class GrpcServer:
         for name in self._names if names is None else names:
             await self._health.set(name, state.SERVING if serving else state.NOT_SERVING)
 
-    async def drain(self, notice_seconds: float, drain_seconds: float) -> None:
-        """NOT_SERVING, a moment for callers to notice, then running calls get `drain_seconds`.
+    async def drain(
+        self, notice_seconds: float, drain_seconds: float, hurry: asyncio.Event | None = None
+    ) -> None:
+        """Ends without a call being lost; docs/operations.md says what callers see.
 
-        Calls that watch the health never end by themselves, so they are not waited for.
+        For `notice_seconds` everything is served as before, but health checks fail. Then the
+        port is closed, callers are sent elsewhere, and running calls get `drain_seconds`; what
+        is left of them ends as `draining`. Once `hurry` is set nothing is waited for.
         """
+        hurry = hurry or asyncio.Event()
+        self._health.draining = True
+        await wait_for_any(notice_seconds, hurry)
         await self._health.enter_graceful_shutdown()
-        await asyncio.sleep(notice_seconds)
-        await self._boundary.drain(drain_seconds)
+        stopping = asyncio.create_task(self._server.stop(drain_seconds + _LAST_WORDS_SECONDS))
+        await self._boundary.drain(drain_seconds, hurry)
+        # Calls that watch the health never end by themselves, so they are not waited for.
         await self._server.stop(_LAST_WORDS_SECONDS)
+        await stopping
 
 
 def run(main: Coroutine[Any, Any, Result]) -> Result:
@@ -184,10 +239,28 @@ def run(main: Coroutine[Any, Any, Result]) -> Result:
         return runner.run(main)
 
 
-async def wait_for_signal() -> None:
-    """Returns at the first SIGTERM or SIGINT."""
-    stopped = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopped.set)
-    await stopped.wait()
+class StopSignals:
+    """SIGTERM, SIGINT and SIGHUP: the `first` one asks to drain, the `second` to end at once.
+
+    Made while the event loop runs.
+    """
+
+    def __init__(self) -> None:
+        self.first = asyncio.Event()
+        self.second = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.add_signal_handler(number, self._received)
+
+    def _received(self) -> None:
+        if self.first.is_set():
+            self.second.set()
+        self.first.set()
+
+
+async def wait_for_any(seconds: float, *events: asyncio.Event) -> None:
+    """Returns when one of `events` is set, or after `seconds`."""
+    waiting = [asyncio.create_task(event.wait()) for event in events]
+    await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    for task in waiting:
+        task.cancel()

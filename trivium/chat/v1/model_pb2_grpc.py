@@ -52,7 +52,8 @@ class ModelServiceServicer:
     """
 
     def ListModels(self, request, context):
-        """All models that can be asked now, by id.
+        """All models that can be asked now, by id. Without any: UNAVAILABLE where no generator can be
+        reached, FAILED_PRECONDITION where those that can serve another revision of the model.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

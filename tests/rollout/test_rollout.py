@@ -1,0 +1,225 @@
+"""Replicas that are replaced, drained, killed, frozen, added or of another model, under load."""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.rollout.fleet import FACADE, GENERATOR, TOKENIZER, Fleet
+from tests.rollout.load import Load, loaded
+from tests.tiny_models import tiny_model_directory
+from trivium.model_directory import load_model_directory
+
+A, B, C = "127.0.0.2", "127.0.0.3", "127.0.0.4"
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    with Fleet(tiny_model_directory(), tmp_path_factory.mktemp("fleet")) as fleet:
+        yield fleet
+
+
+@pytest.fixture
+async def fleet(started: Fleet) -> AsyncIterator[Fleet]:
+    """Two ready replicas of each stage at A and B, and DNS that knows them."""
+    for stage in (GENERATOR, TOKENIZER, FACADE):
+        for host in (A, B):
+            if (stage, host) not in started.processes:
+                await started.start(stage, host)
+        started.publish(stage, A, B)
+    # The test before may have left them without anybody to call.
+    for stage in (TOKENIZER, FACADE):
+        for host in (A, B):
+            await started.until_ready(stage, host)
+    yield started
+    for stage, host in list(started.processes):
+        if host == C:
+            await started.kill(stage, host)
+
+
+async def busy(fleet: Fleet, load: Load, stage: str) -> None:
+    """Returns when the replica at A has its share of the load."""
+    before = await fleet.tokens(stage, A)
+    async with asyncio.timeout(60):
+        while await fleet.tokens(stage, A) == before:
+            await load.more(1)
+
+
+def facades(fleet: Fleet, *hosts: str) -> list[str]:
+    return [fleet.url(host) for host in hosts]
+
+
+@pytest.mark.parametrize("stage", [GENERATOR, TOKENIZER])
+async def test_the_only_replica_is_replaced(fleet: Fleet, stage: str) -> None:
+    """Its successor is ready and in DNS when it is told to stop: no client and no health check
+    notices."""
+    fleet.publish(stage, A)
+    await fleet.kill(stage, B)
+    async with loaded(fleet.model.name, facades(fleet, A, B)) as load:
+        await load.more(10)
+        await fleet.start(stage, C)
+        fleet.publish(stage, C)
+        fleet.signal(stage, A, signal.SIGTERM)
+        status = await fleet.ended(stage, A)
+        await load.more(30)
+
+    assert [] == load.faults
+    assert {"ready"} == {said for heard in load.balancer.health.values() for said in heard}
+    assert 0 == status
+
+
+@pytest.mark.parametrize(
+    ("stage", "number"),
+    [(GENERATOR, signal.SIGTERM), (TOKENIZER, signal.SIGHUP), (FACADE, signal.SIGTERM)],
+)
+async def test_one_of_two_is_drained(fleet: Fleet, stage: str, number: signal.Signals) -> None:
+    """No request fails, whichever stage it is, and the process ends well."""
+    async with loaded(fleet.model.name, facades(fleet, A, B)) as load:
+        if stage != FACADE:
+            await busy(fleet, load, stage)
+        await load.more(10)
+        fleet.publish(stage, B)
+        fleet.signal(stage, A, number)
+        status = await fleet.ended(stage, A)
+        await load.more(30)
+
+    assert [] == load.faults
+    assert 0 == status
+    assert {"ready"} == set(load.balancer.health[fleet.url(B)])
+
+
+async def test_a_facade_that_drains_says_so_and_serves(fleet: Fleet) -> None:
+    """For the time of notice it is not ready but answers, on connections that close after it."""
+    body = {
+        "model": fleet.model.name,
+        "messages": [{"role": "user", "content": "Hi"}],
+        "max_tokens": 2,
+    }
+    async with httpx.AsyncClient(base_url=fleet.url(A), trust_env=False, timeout=30) as client:
+        kept = await client.post("/v1/chat/completions", json=body)
+        fleet.signal(FACADE, A, signal.SIGTERM)
+        while (health := await client.get("/health")).status_code == 200:
+            pass
+        served = await client.post("/v1/chat/completions", json=body)
+    status = await fleet.ended(FACADE, A)
+
+    assert 200 == kept.status_code
+    assert "close" != kept.headers.get("connection")
+    assert (503, "draining") == (health.status_code, health.json()["error"]["code"])
+    assert (200, "close") == (served.status_code, served.headers["connection"])
+    assert 0 == status
+
+
+@pytest.mark.parametrize("stage", [GENERATOR, TOKENIZER])
+async def test_one_of_two_is_killed(fleet: Fleet, stage: str) -> None:
+    """kill -9 ends the streams under way and nothing else; DNS need not know."""
+    async with loaded(fleet.model.name, facades(fleet, A, B)) as load:
+        await busy(fleet, load, stage)
+        await fleet.kill(stage, A)
+        await load.more(30)
+
+    assert [] == [fault for fault in load.faults if not fault.begun]
+    assert len(load.faults) <= load.streams
+    assert {"ready"} == {said for heard in load.balancer.health.values() for said in heard}
+
+
+@pytest.mark.parametrize("stage", [GENERATOR, TOKENIZER])
+async def test_one_of_two_is_frozen(fleet: Fleet, stage: str) -> None:
+    """What it had not begun to answer is answered by the other one, and later calls go there."""
+    async with loaded(fleet.model.name, facades(fleet, A, B)) as load:
+        await busy(fleet, load, stage)
+        fleet.signal(stage, A, signal.SIGSTOP)
+        try:
+            await load.more(40)
+        finally:
+            fleet.signal(stage, A, signal.SIGCONT)
+
+    assert [] == [fault for fault in load.faults if not fault.begun]
+    assert len(load.faults) <= load.streams
+
+
+async def test_a_new_replica_gets_its_share(fleet: Fleet) -> None:
+    """Although no connection breaks: connections end when they are as old as the setting says."""
+    await fleet.kill(GENERATOR, A, B)
+    await fleet.start(GENERATOR, A, TRIVIUM_GENERATOR_MAX_CONNECTION_AGE_SECONDS=1)
+    fleet.publish(GENERATOR, A)
+    async with loaded(fleet.model.name, facades(fleet, A, B)) as load:
+        await load.more(10)
+        await fleet.start(GENERATOR, B)
+        fleet.publish(GENERATOR, A, B)
+        async with asyncio.timeout(60):
+            while not await fleet.tokens(GENERATOR, B):
+                await load.more(1)
+
+    assert [] == load.faults
+
+
+async def test_generators_of_another_revision(fleet: Fleet, tmp_path: Path) -> None:
+    """They get no requests while there is one of the right revision; when there is none, both
+    revisions are named, also by /health; and when there is one again, all is well."""
+    other = tmp_path / fleet.model.name
+    other.symlink_to(tiny_model_directory("qwen2"))
+    await fleet.kill(GENERATOR, B)
+    await fleet.start(GENERATOR, C, TRIVIUM_GENERATOR_MODEL_DIRECTORY=other)
+    fleet.publish(GENERATOR, A, C)
+    for host in (A, B):
+        await fleet.kill(TOKENIZER, host)
+        await fleet.start(TOKENIZER, host)
+    async with loaded(fleet.model.name, facades(fleet, A, B)) as load:
+        await load.more(30)
+    tokens = await fleet.tokens(GENERATOR, C)
+
+    assert [] == load.faults
+    assert 0 == tokens
+
+    await fleet.kill(GENERATOR, A)
+    async with httpx.AsyncClient(base_url=fleet.url(A), trust_env=False, timeout=30) as client:
+        async with asyncio.timeout(60):
+            while "revision" not in (health := await client.get("/health")).text:
+                pass
+        refused = await client.post("/v1/completions", json={"model": other.name, "prompt": "Hi"})
+        models = await client.get("/v1/models")
+        await fleet.start(GENERATOR, A)
+        async with asyncio.timeout(60):
+            while (await client.get("/health")).status_code != 200:
+                pass
+
+    for answer in (health, refused, models):
+        error = answer.json()["error"]
+        assert (503, "revision_mismatch") == (answer.status_code, error["code"])
+        for model in (fleet.model, other):
+            assert load_model_directory(model).revision in error["message"]
+
+
+async def test_a_stream_that_outlasts_the_drain(fleet: Fleet) -> None:
+    """It ends with an error that says why; an answer that is not streamed is made elsewhere."""
+    for host in (A, B):
+        await fleet.kill(GENERATOR, host)
+    await fleet.start(GENERATOR, A, TRIVIUM_GENERATOR_DRAIN_SECONDS=0.2)
+    fleet.publish(GENERATOR, A, B)
+    body = {
+        "model": fleet.model.name,
+        "messages": [{"role": "user", "content": "Hi"}],
+        "max_tokens": 1900,
+        "n": 8,
+        "ignore_eos": True,
+    }
+    async with httpx.AsyncClient(base_url=fleet.url(A), trust_env=False, timeout=120) as client:
+        stream = client.stream("POST", "/v1/chat/completions", json={**body, "stream": True})
+        async with stream as answer:
+            parts = answer.aiter_text()
+            text = await anext(parts)
+            whole = asyncio.create_task(client.post("/v1/chat/completions", json=body))
+            await fleet.start(GENERATOR, B)
+            fleet.signal(GENERATOR, A, signal.SIGTERM)
+            text += "".join([part async for part in parts])
+        status = await fleet.ended(GENERATOR, A)
+        made = await whole
+
+    assert '"code":"draining"' in text.split("\n\n")[-2]
+    assert "[DONE]" not in text
+    assert 0 == status
+    assert (200, 8) == (made.status_code, len(made.json()["choices"]))
