@@ -1,25 +1,44 @@
 """A name server on the loopback interface that knows what a test says, and may change its mind."""
 
 import asyncio
-import contextlib
 import socket
+import socketserver
 import struct
-from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from typing import Self
 
-_RESPONSE, _NAME_ERROR = 0x8180, 0x8183
-_A, _IN, _TTL_SECONDS = 1, 1, 1
+_RESPONSE, _NO_SUCH_NAME = 0x8580, 3
+_A, _IN = 1, 1
 _NAME_OF_THE_QUESTION = 0xC00C
+_HEADER = struct.Struct("!6H")
 
 
-class NameServer(asyncio.DatagramProtocol):
-    """Answers A queries by `names`, a name's IPv4 addresses; other names do not exist."""
+class NameServer:
+    """Answers A queries by `names`, a name's IPv4 addresses; other names do not exist.
+
+    A context manager; over UDP alone. Names may be changed at any time: nobody may keep an answer.
+    """
 
     def __init__(self, **names: Sequence[str]) -> None:
         self.names: dict[str, Sequence[str]] = dict(names)
-        self.port = 0
-        self._asked: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
-        self._transport: asyncio.DatagramTransport | None = None
+        self._unseen: Counter[str] = Counter()  # questions until a change has been taken in
+        self._seen = threading.Event()
+        self._server = socketserver.UDPServer(("127.0.0.1", 0), self._handler())
+        self.port: int = self._server.server_address[1]
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def target(self, name: str, port: int) -> str:
+        """What a gRPC channel is opened to: `port` at every address of `name`."""
+        return f"dns://127.0.0.1:{self.port}/{name}:{port}"
 
     async def change(self, name: str, *addresses: str) -> None:
         """Gives a name other addresses, and returns when whoever asks for it has taken them in.
@@ -27,43 +46,40 @@ class NameServer(asyncio.DatagramProtocol):
         That is known when it asks again.
         """
         self.names[name] = addresses
-        for _ in range(2):
-            self._asked[name] = asyncio.Event()
-            await self._asked[name].wait()
+        self._unseen = Counter({name: 2})
+        self._seen.clear()
+        await asyncio.to_thread(self._seen.wait)
 
-    @contextlib.asynccontextmanager
-    async def running(self) -> AsyncIterator["NameServer"]:
-        """Listens on `port` of 127.0.0.1, over UDP alone."""
-        loop = asyncio.get_running_loop()
-        self._transport, _ = await loop.create_datagram_endpoint(
-            lambda: self, local_addr=("127.0.0.1", 0)
-        )
-        self.port = self._transport.get_extra_info("sockname")[1]
-        try:
-            yield self
-        finally:
-            self._transport.close()
+    def _handler(self) -> type[socketserver.BaseRequestHandler]:
+        names = self
 
-    def datagram_received(self, query: bytes, sender: tuple[str, int]) -> None:
-        assert self._transport is not None
-        self._transport.sendto(self._answer(query), sender)
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                query, connection = self.request
+                connection.sendto(names._answer(query), self.client_address)
+
+        return Handler
+
+    def _note(self, name: str) -> None:
+        if self._unseen[name] > 0:
+            self._unseen[name] -= 1
+            if not self._unseen[name]:
+                self._seen.set()
 
     def _answer(self, query: bytes) -> bytes:
-        end = query.index(b"\0", 12) + 1
-        labels, position = [], 12
-        while query[position]:
-            labels.append(query[position + 1 : position + 1 + query[position]])
-            position += 1 + query[position]
-        (kind,) = struct.unpack_from(">H", query, end)
+        labels, position = [], _HEADER.size
+        while length := query[position]:
+            labels.append(query[position + 1 : position + 1 + length])
+            position += 1 + length
+        (kind,) = struct.unpack_from("!H", query, position + 1)
         name = b".".join(labels).decode().lower()
-        self._asked[name].set()
+        self._note(name)
         known = self.names.get(name)
-        addresses = known or () if kind == _A else ()
-        flags = _RESPONSE if known else _NAME_ERROR
-        records = (
-            struct.pack(">HHHIH", _NAME_OF_THE_QUESTION, _A, _IN, _TTL_SECONDS, 4)
-            + socket.inet_aton(address)
-            for address in addresses
-        )
-        head = query[:2] + struct.pack(">HHHHH", flags, 1, len(addresses), 0, 0)
-        return head + query[12 : end + 4] + b"".join(records)
+        records = [
+            struct.pack("!HHHIH", _NAME_OF_THE_QUESTION, _A, _IN, 0, 4) + socket.inet_aton(address)
+            for address in (known or () if kind == _A else ())
+        ]
+        flags = _RESPONSE | (0 if known else _NO_SUCH_NAME)
+        (number,) = struct.unpack_from("!H", query)
+        header = _HEADER.pack(number, flags, 1, len(records), 0, 0)
+        return header + query[_HEADER.size : position + 5] + b"".join(records)

@@ -109,7 +109,7 @@ async def _is_listening(port: int) -> bool:
 async def edge(tmp_path: Path, backend: ScriptedBackend) -> AsyncIterator[Edge]:
     """The edge as it is deployed, but for its ports and the name server."""
     http_port, grpc_port, facade_port = free_port(), free_port(), free_port()
-    async with NameServer(rest_facade=[], tokenizer_svc=[]).running() as names:
+    with NameServer(rest_facade=[], tokenizer_svc=[]) as names:
         replaced = {
             "/tmp/": f"{tmp_path}/",
             "resolver 127.0.0.11": f"resolver 127.0.0.1:{names.port}",

@@ -169,7 +169,9 @@ def test_services_find_their_pods(folder: str, name: str) -> None:
 
     assert service["selector"].items() <= labels.items()
     assert deployment["selector"]["matchLabels"].items() <= labels.items()
-    assert (service.get("clusterIP") == "None") == name.endswith("-svc")
+    is_headless = name.endswith("-svc")
+    assert (service.get("clusterIP") == "None") == is_headless
+    assert service.get("publishNotReadyAddresses", False) == is_headless
     assert port.get("targetPort", port["port"]) == container["ports"][0]["containerPort"]
 
 

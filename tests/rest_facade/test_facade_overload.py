@@ -10,7 +10,6 @@ from rest_facade.backend import Backend
 from rest_facade.convert import chat
 from tests.rest_facade.scripted_backend import MODEL, ScriptedBackend
 from trivium.chat.v1 import chat_pb2
-from trivium.wire.channel import open_channel
 from trivium.wire.errors import ServiceError
 
 CALLS = 3_000
@@ -42,8 +41,7 @@ async def test_every_refusal_of_a_burst_arrives(
     """However many calls come before the first is picked up, none is reset instead."""
     backend.script = [ServiceError("queue_full", "Full.", retry_after=7)]
     heard: Counter[tuple[str, float | None]] = Counter()
-    async with open_channel(f"127.0.0.1:{backend.port}") as channel:
-        client = Backend(channel)
+    async with Backend(f"127.0.0.1:{backend.port}") as client:
 
         async def one() -> None:
             try:

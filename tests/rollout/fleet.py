@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.rollout.name_server import NameServer
+from tests.name_server import NameServer
 from trivium.cli.pipeline import free_ports
 from trivium.cli.probe import is_ready
 
@@ -64,7 +64,7 @@ class Fleet:
 
     def publish(self, stage: str, *hosts: str) -> None:
         """What DNS says from now on."""
-        self.names.addresses[f"{stage}.test"] = list(hosts)
+        self.names.names[f"{stage}.test"] = hosts
 
     def signal(self, stage: str, host: str, number: signal.Signals) -> None:
         self.processes[stage, host].send_signal(number)

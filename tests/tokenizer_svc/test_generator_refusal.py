@@ -4,8 +4,8 @@ import asyncio
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager
 
 import pytest
 
@@ -20,7 +20,6 @@ from tokenizer_svc.generation import Start
 from tokenizer_svc.generator_client import GeneratorClient
 from tokenizer_svc.request import Sampling, ValidOptions
 from trivium.generator.v1 import generator_pb2 as pb
-from trivium.wire.channel import open_channel
 from trivium.wire.errors import ServiceError
 
 CALLS = 200
@@ -39,6 +38,16 @@ def refusing() -> Iterator[Callable[[str], str]]:
             return f"127.0.0.1:{int(process.stdout.readline())}"
 
         yield start
+
+
+@asynccontextmanager
+async def connected(client: GeneratorClient) -> AsyncIterator[GeneratorClient]:
+    """The client once it has found the generator."""
+    async for serves in client.serving():
+        if serves:
+            break
+    yield client
+    await client.close()
 
 
 def start(prompt_tokens: int, *stop: str) -> Start:
@@ -67,8 +76,7 @@ async def test_a_call_that_is_refused_while_it_is_written(
 ) -> None:
     """The refusal and its time arrive, though the write fails: no broken call, no fault of ours."""
     heard: Counter[tuple[str, float | None]] = Counter()
-    async with open_channel(refusing(code)) as channel:
-        client = GeneratorClient(channel)
+    async with connected(GeneratorClient(refusing(code), "r1")) as client:
 
         async def one() -> None:
             try:
@@ -90,8 +98,7 @@ async def test_a_command_that_comes_after_the_end() -> None:
     generator.script = says(messages)
     heard: Counter[int] = Counter()
     server, port = await generator.serve()
-    async with open_channel(f"127.0.0.1:{port}") as channel:
-        client = GeneratorClient(channel)
+    async with connected(GeneratorClient(f"127.0.0.1:{port}", "r1")) as client:
 
         async def one() -> None:
             generation, count = client.generate(start(10, "x"), None), 0
