@@ -40,7 +40,7 @@ from trivium.model_directory import ModelDirectory, ModelDirectoryError, load_mo
 from trivium.wire import telemetry
 from trivium.wire.channel import revision_service
 from trivium.wire.open_files import prepare_open_files
-from trivium.wire.serving import GrpcServer, StopSignals
+from trivium.wire.serving import GrpcServer, StopSignals, end_at_stop_signal
 from trivium.wire.settings import load_settings, refuse_to_start
 
 log = logging.getLogger("generator_svc")
@@ -226,6 +226,7 @@ async def serve_constrained(
 
 
 def main() -> None:
+    end_at_stop_signal()
     settings = load_settings(GeneratorSettings)
     telemetry.configure_logging("generator_svc", settings.log_level)
     prepare_open_files()

@@ -4,13 +4,14 @@ from rest_facade.auth import KeyFile, KeyFileError
 from rest_facade.config import FacadeSettings
 from rest_facade.server import serve
 from trivium.wire.open_files import prepare_open_files
-from trivium.wire.serving import run
+from trivium.wire.serving import end_at_stop_signal, run
 from trivium.wire.settings import load_settings, refuse_to_start
 from trivium.wire.telemetry import configure_logging
 
 
 def main() -> None:
     """Runs the facade; ends with status 2 when it was told something it cannot do."""
+    end_at_stop_signal()
     settings = load_settings(FacadeSettings)
     keys = None
     if settings.api_keys_file is not None:

@@ -14,7 +14,7 @@ from trivium.host_limits import cpu_limit
 from trivium.model_directory import ModelDirectoryError
 from trivium.wire import telemetry
 from trivium.wire.open_files import prepare_open_files
-from trivium.wire.serving import StopSignals, run
+from trivium.wire.serving import StopSignals, end_at_stop_signal, run
 from trivium.wire.settings import load_settings, refuse_to_start
 
 log = logging.getLogger("tokenizer_svc")
@@ -39,6 +39,7 @@ async def serve(settings: TokenizerSettings, models: list[Model]) -> None:
 
 
 def main() -> None:
+    end_at_stop_signal()
     settings = load_settings(TokenizerSettings)
     telemetry.configure_logging("tokenizer_svc", settings.log_level)
     prepare_open_files()

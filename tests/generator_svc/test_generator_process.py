@@ -1,5 +1,6 @@
 """The generator as a process: how it starts, refuses to, serves and ends."""
 
+import asyncio
 import shutil
 import signal
 import socket
@@ -9,7 +10,7 @@ import httpx
 import pytest
 from grpc_health.v1 import health_pb2
 
-from generator_process import free_port, lines_of, refusal, running
+from generator_process import free_port, lines_of, refusal, running, spawn
 from generator_svc.cuda_memory import device_count
 from tiny_models import tiny_model_directory
 from trivium.generator.v1 import generator_pb2 as pb
@@ -172,6 +173,19 @@ async def test_drain(model, number):
     assert 1500 == updates[-1].finished.completion_tokens
     assert 0 == status
     assert [] == lines_of(words)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+async def test_a_stop_signal_ends_the_loading(model, number):
+    """In good order too: as process 1 of a container, a signal without a handler would be lost."""
+    process = await spawn(model_directory=model.path, port=0, metrics_port=0, threads=1)
+    async with asyncio.timeout(60):
+        while b"threads of a run" not in await process.stderr.readline():
+            assert process.returncode is None
+        process.send_signal(number)
+        _, words = await process.communicate()
+
+    assert (0, False) == (process.returncode, b"Traceback" in words)
 
 
 async def test_a_stream_that_takes_longer_than_the_drain_is_cut(model):

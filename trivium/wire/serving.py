@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -41,6 +42,7 @@ _OPTIONS: list[tuple[str, str | int]] = [
 
 MAX_CONNECTION_AGE_SECONDS = 60.0
 
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _OURS = "/trivium."
 _LAST_WORDS_SECONDS = 0.5  # for answers whose handlers have returned to reach the wire
 
@@ -239,6 +241,15 @@ def run(main: Coroutine[Any, Any, Result]) -> Result:
         return runner.run(main)
 
 
+def end_at_stop_signal() -> None:
+    """From now on, and until StopSignals are made, a stop signal ends the process with status 0.
+
+    As process 1 of a container, one that only loads would ignore it, and serve on afterwards.
+    """
+    for number in _STOP_SIGNALS:
+        signal.signal(number, lambda *_: sys.exit(0))
+
+
 class StopSignals:
     """SIGTERM, SIGINT and SIGHUP: the `first` one asks to drain, the `second` to end at once.
 
@@ -249,7 +260,7 @@ class StopSignals:
         self.first = asyncio.Event()
         self.second = asyncio.Event()
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in _STOP_SIGNALS:
             loop.add_signal_handler(number, self._received)
 
     def _received(self) -> None:
