@@ -6,7 +6,7 @@ import json
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ import pytest
 
 from rest_facade.config import FacadeSettings
 from tests.name_server import NameServer
-from tests.openai_shapes import watched
 from tests.rest_facade.scripted_backend import MODEL, ScriptedBackend, delta, header, usage
 from tests.rest_facade.test_facade_process import free_port, spawn
 from tokenizer_svc.config import TokenizerSettings
@@ -29,29 +28,13 @@ pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="elsewhere 127.0.0.2 is no address of this machine"
 )
 
-CONFIG = Path(__file__).parents[1] / "deploy" / "nginx.conf"
+CONFIG = Path(__file__).parents[2] / "deploy" / "nginx.conf"
 URL = "/v1/chat/completions"
 ASK: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
 FIRST, SECOND, NOBODY = "127.0.0.2", "127.0.0.3", "127.0.0.4"
 MAX_BODY_BYTES = FacadeSettings.model_fields["max_body_bytes"].default
 
 Answer = Callable[[bytes], Awaitable[bytes]]
-
-
-@pytest.fixture(autouse=True)
-def openai_shapes() -> Iterator[None]:
-    """Whatever a test receives has OpenAI's shapes, or the test fails."""
-    with watched():
-        yield
-
-
-@pytest.fixture
-async def backend() -> AsyncIterator[ScriptedBackend]:
-    """A scripted tokenizer that is up."""
-    scripted = ScriptedBackend()
-    await scripted.start()
-    yield scripted
-    await scripted.die()
 
 
 @dataclass
