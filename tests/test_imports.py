@@ -200,10 +200,3 @@ def test_every_module_says_what_it_is() -> None:
     trees = {relative(path): tree(path) for path in sources()}
 
     assert [] == [name for name, tree in trees.items() if tree.body and not ast.get_docstring(tree)]
-
-
-def test_wire_stays_small() -> None:
-    """What all services share of gRPC is no framework."""
-    shared = sum(lines(path) for path in (ROOT / "trivium" / "wire").glob("*.py"))
-
-    assert shared < 700
