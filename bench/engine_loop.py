@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.play import Ask, Recording, Script, Trace
-from generator_svc.__main__ import build_engine, load_runner, warm_up
 from generator_svc.config import GeneratorSettings
 from generator_svc.metering import Meter
 from generator_svc.plan import StepPlan
-from generator_svc.runner import DeviceInfo, OrtRunner, Outcome
+from generator_svc.run.runner import DeviceInfo, OrtRunner, Outcome
 from generator_svc.sequence import Generation, Sampling, Update
+from generator_svc.server import build_engine, load_runner, warm_up
 from trivium.model_directory import load_model_directory
 
 # As the service sets it: the engine's thread needs the interpreter lock when a run ends.

@@ -38,15 +38,15 @@ import numpy as np
 
 from bench import huge_pages, transformers_generate
 from bench.random_llama import PRECISIONS, SHAPES, Shape, llama_config, make_random_llama
-from generator_svc.__main__ import build_engine, load_runner, warm_up
 from generator_svc.config import GeneratorSettings
-from generator_svc.cuda_memory import CudaMemory
 from generator_svc.device import choose_device
 from generator_svc.metering import Meter
 from generator_svc.plan import Chunk, Row, StepPlan
-from generator_svc.runner import OrtRunner
+from generator_svc.run.cuda_memory import CudaMemory
+from generator_svc.run.runner import OrtRunner
+from generator_svc.run.slot_memory import HostMemory
 from generator_svc.sequence import Generation, Sampling, Update
-from generator_svc.slot_memory import HostMemory
+from generator_svc.server import build_engine, load_runner, warm_up
 from trivium.model_directory import load_model_directory
 
 Result = TypeVar("Result")

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from generator_svc.admission import Admission
-from generator_svc.constraint import CompiledConstraint, TokenTable, grammar_of
-from generator_svc.sampler import sample_all
+from generator_svc.constraint.llguidance import CompiledConstraint, TokenTable, grammar_of
+from generator_svc.sampling.sampler import sample_all
 from generator_svc.sequence import Generation, Group, Sampling
 from trivium.model_directory import load_model_directory
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from generator_svc.plan import Row, StepPlan
-from generator_svc.runner import OrtRunner
+from generator_svc.run.runner import OrtRunner
 from trivium.model_directory import ModelDirectory, load_model_directory
 
 ROWS = 32

@@ -42,7 +42,7 @@ from bench.prompts import Prompts, Text
 from bench.report import Results, Row, as_json, machine, notes, page, renewed, tables
 from bench.scenarios import Choices, Load, LongPrompt, Scenario, SharedSystemPrompt, Turns
 from bench.worker import Worker
-from generator_svc.runner import DeviceInfo
+from generator_svc.run.runner import DeviceInfo
 from trivium.cli.embedded import embedded_folder
 from trivium.cli.pipeline import Pipeline, free_ports
 from trivium.cli.supervisor import Supervisor

@@ -29,9 +29,9 @@ from bench import huge_pages, step_costs, trace
 from bench.simulation import POLICIES, Cluster, Result, TokenizerCosts, simulate
 from bench.step_costs import StepCosts, interpolate
 from bench.trace import Bursts, Lengths, Request, Workload
-from generator_svc.__main__ import load_runner
 from generator_svc.config import GeneratorSettings
-from generator_svc.runner import OrtRunner
+from generator_svc.run.runner import OrtRunner
+from generator_svc.server import load_runner
 from trivium.cli.answer import Answer
 from trivium.cli.embedded import embedded_folder
 from trivium.cli.load import Prompts, Target, open_client, percentiles

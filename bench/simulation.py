@@ -18,7 +18,7 @@ from bench.step_costs import StepCosts, served_engine
 from bench.trace import Request
 from generator_svc.admission import QueueFull
 from generator_svc.plan import StepPlan
-from generator_svc.runner import DeviceInfo, Outcome, RunResult
+from generator_svc.run.runner import DeviceInfo, Outcome, RunResult
 from generator_svc.sequence import Generation, Sampling, Update
 
 LEAST_STEP_SECONDS = 1e-6  # so that a step that is free cannot be taken without end

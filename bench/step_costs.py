@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from generator_svc.__main__ import build_engine
 from generator_svc.config import GeneratorSettings
 from generator_svc.engine import Engine
 from generator_svc.metering import Meter
 from generator_svc.plan import Chunk, Copy, Row, StepPlan, Swap
-from generator_svc.runner import OrtRunner, Outcome, Runner
+from generator_svc.run.runner import OrtRunner, Outcome, Runner
 from generator_svc.sequence import Generation, Sampling, Update
+from generator_svc.server import build_engine
 
 ROWS = (1, 2, 4, 8, 16, 32)
 CONTEXTS = (64, 1024)  # tokens before the one that is computed

@@ -35,6 +35,10 @@ MODULES = (
     "tokenizer_svc",
     "tokenizer_svc/families",
     "generator_svc",
+    "generator_svc/run",
+    "generator_svc/sampling",
+    "generator_svc/constraint",
+    "generator_svc/graphs",
     "generator_svc/export",
 )
 SHARED = ("trivium", "trivium/wire", "trivium/cli")

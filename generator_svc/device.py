@@ -7,10 +7,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from generator_svc.cuda_memory import CudaClock, CudaError, copy_to_host, device_count
+from generator_svc.cuda import CudaClock, CudaError, copy_to_host, device_count
+from generator_svc.graphs import BYTE_PRODUCT
 from trivium.host_limits import cpu_limit
 
 log = logging.getLogger(__name__)
@@ -66,8 +68,8 @@ class Device:
         self.name = name
         self.clock = _start_clock(name)
 
-    def open(self, graph: Path | bytes, threads: int = 1, cuda_graphs: bool = False) -> Any:
-        """A session of a graph or its file. Raises DeviceError.
+    def open(self, graph: Path, threads: int = 1, cuda_graphs: bool = False) -> Any:
+        """An inference session of a graph file. Raises DeviceError.
 
         `threads` of a run on the CPU, 0 for one per core that may be used; on CUDA the host only
         launches kernels.
@@ -87,10 +89,9 @@ class Device:
         else:
             options.intra_op_num_threads = threads or cpu_limit().cores
         try:
-            model = str(graph) if isinstance(graph, Path) else graph
-            session = ort.InferenceSession(model, options, providers=providers)
+            session = ort.InferenceSession(str(graph), options, providers=providers)
         except Exception as error:
-            raise DeviceError(f"{graph!s:.200}: ONNX Runtime cannot load it: {error}") from error
+            raise DeviceError(f"{graph}: ONNX Runtime cannot load it: {error}") from error
         if session.get_providers()[0] != _PROVIDERS[self.name]:
             raise DeviceError(f"the {_PROVIDERS[self.name]} did not start; see its log above")
         return session
@@ -133,6 +134,19 @@ def run_options(graph: int = NO_GRAPH, synchronize: bool = True) -> Any:
     if not synchronize:
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
     return options
+
+
+def multiplies_bytes_exactly() -> bool:
+    """Whether this processor's int8 matrix products are exact, as precision w8a8 needs them.
+
+    x86 processors with AVX2 or AVX-512 but without their VNNI instructions add two products of
+    unsigned and signed bytes into 16 bits, which saturates; ONNX Runtime uses that instruction
+    there (its quantisation guide calls for 7-bit weights then). The sum computed here is the
+    largest that eight products can have.
+    """
+    largest = np.full((1, 8), 255, np.uint8)
+    (product,) = Device("cpu").open(BYTE_PRODUCT).run(None, {"a": largest})
+    return int(product[0, 0]) == 8 * 255 * 127
 
 
 def type_of(nodes: list[Any], name: str) -> str:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from generator_svc.admission import Admission
-from generator_svc.candidates import sample_all
-from generator_svc.device_row import DeviceRow, GreedyRow
-from generator_svc.logits_memory import Logits
 from generator_svc.metering import ANSWERS, CACHE_MOVES, Meter
-from generator_svc.runner import Outcome, Runner
+from generator_svc.run.logits_buffers import Logits
+from generator_svc.run.runner import Outcome, Runner
+from generator_svc.sampling.device_row import DeviceRow, GreedyRow
+from generator_svc.sampling.device_sampler import sample_all
 from generator_svc.scheduler import Scheduler, Step
 from generator_svc.sequence import FinishReason, Generation, Group, Sequence, Stage, Update
 

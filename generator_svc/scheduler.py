@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from generator_svc.kv_cache import SlotCache
-from generator_svc.pace import Pace
 from generator_svc.plan import ATTENTION_TILE, SHORTEST_CHUNK, Chunk, Copy, Row, StepPlan, Swap
+from generator_svc.prefill_cost import Pace
 from generator_svc.sequence import (
     FinishReason,
     Group,

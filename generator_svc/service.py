@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 
 from generator_svc.admission import QueueFull
-from generator_svc.constraint_compiler import (
+from generator_svc.constraint.compiler import (
     CompilerBusy,
     ConstraintCompiler,
     ConstraintsUnavailable,

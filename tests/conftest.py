@@ -2,7 +2,7 @@
 
 import pytest
 
-from generator_svc.cuda_memory import device_count
+from generator_svc.cuda import device_count
 
 
 def pytest_collection_modifyitems(items):

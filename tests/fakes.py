@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from generator_svc.pace import Pace
 from generator_svc.plan import Copy, StepPlan, Swap
-from generator_svc.runner import Logits, Outcome, RunResult
+from generator_svc.prefill_cost import Pace
+from generator_svc.run.runner import Logits, Outcome, RunResult
 
 VOCABULARY = 64
 EOS = 1

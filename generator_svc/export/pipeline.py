@@ -64,7 +64,7 @@ class ExportOptions:
         if self.precision == "w8a8":
             if self.device != "cpu":
                 raise ExportError("precision w8a8 is for cpu: its products have no CUDA kernel")
-            if not _products_are_exact():
+            if not _multiplies_bytes_exactly():
                 raise ExportError(
                     "precision w8a8 needs a processor that multiplies bytes exactly (on x86: with "
                     "VNNI), which this one does not; take int8"
@@ -78,13 +78,13 @@ class ExportOptions:
 
 def embedded_precision() -> str:
     """The quickest that the embedded model has on this processor."""
-    return "w8a8" if _products_are_exact() else "int8"
+    return "w8a8" if _multiplies_bytes_exactly() else "int8"
 
 
-def _products_are_exact() -> bool:
-    from generator_svc.integer_products import are_exact
+def _multiplies_bytes_exactly() -> bool:
+    from generator_svc.device import multiplies_bytes_exactly
 
-    return are_exact()
+    return multiplies_bytes_exactly()
 
 
 def export_model(

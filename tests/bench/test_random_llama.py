@@ -9,7 +9,7 @@ import pytest
 
 from bench.random_llama import SHAPES, Shape, make_random_llama
 from generator_svc.plan import Chunk, Row, StepPlan
-from generator_svc.runner import OrtRunner
+from generator_svc.run.runner import OrtRunner
 from tiny_models import SHAPE, tiny_model_directory
 from tokenizer_svc.tokenizer import Tokenizer
 from trivium.model_directory import load_model_directory

@@ -81,7 +81,9 @@ def test_an_embedded_model_that_this_processor_cannot_run_is_made_anew(
 
     found = {}
     for exact in (True, False):
-        monkeypatch.setattr("generator_svc.integer_products.are_exact", lambda exact=exact: exact)
+        monkeypatch.setattr(
+            "generator_svc.device.multiplies_bytes_exactly", lambda exact=exact: exact
+        )
         found[exact] = find_embedded() is not None
 
     assert found == {True: True, False: False}

@@ -11,7 +11,7 @@ from prometheus_client.registry import CollectorRegistry
 
 from fakes import EOS, ScriptedRunner, SteadyPace, scripted_logits
 from generator_svc.admission import Admission
-from generator_svc.constraint_compiler import ConstraintCompiler
+from generator_svc.constraint.compiler import ConstraintCompiler
 from generator_svc.convert import Limits
 from generator_svc.engine import Engine
 from generator_svc.kv_cache import SlotCache

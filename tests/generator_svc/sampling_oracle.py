@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from generator_svc.admission import Admission
-from generator_svc.sampler import sample
+from generator_svc.sampling.device_row import BLOCK, CANDIDATES, DeviceRow
+from generator_svc.sampling.sampler import sample
 from generator_svc.sequence import Generation, Group
 
 GRID = 500
@@ -76,7 +77,7 @@ def swept(sequence, logits, grid=GRID):
     with pytest.MonkeyPatch.context() as patch:
         for cell in range(grid):
             draw = (cell + 0.5) / grid
-            patch.setattr("generator_svc.sampler.uniform", lambda seed, position: draw)  # noqa: B023 - drawn before the loop goes on
+            patch.setattr("generator_svc.sampling.sampler.uniform", lambda seed, position: draw)  # noqa: B023 - drawn before the loop goes on
             token_id = sample(sequence, logits).token_id
             counts[token_id] = counts.get(token_id, 0) + 1
     return counts
@@ -96,7 +97,7 @@ def edges(sequence, logits):
     found = []
     with pytest.MonkeyPatch.context() as patch:
         for draw in (0.0, float(np.nextafter(1.0, 0.0))):
-            patch.setattr("generator_svc.sampler.uniform", lambda seed, position: draw)  # noqa: B023 - drawn before the loop goes on
+            patch.setattr("generator_svc.sampling.sampler.uniform", lambda seed, position: draw)  # noqa: B023 - drawn before the loop goes on
             found.append(sample(sequence, logits).token_id)
     return found
 
@@ -107,3 +108,16 @@ def log_probabilities(logits):
     most = max(values)
     total = math.log(math.fsum(math.exp(value - most) for value in values))
     return [value - most - total for value in values]
+
+
+def device_row(row):
+    """What the device finds out about a row, float32 [vocabulary], by numpy."""
+    size = row.size
+    ids = np.lexsort((np.arange(size), -row))[:CANDIDATES]
+    values = row[ids]
+    with np.errstate(invalid="ignore"):
+        mass = np.exp((row - values[0]).astype(np.float64))
+        rest = np.zeros(-(-size // BLOCK) * BLOCK)
+        rest[:size] = np.where(row > values[-1], 0, mass)
+    sums = rest.reshape(-1, BLOCK).sum(axis=1).astype(np.float32)
+    return DeviceRow(size, ids, values, sums, lambda: row)

@@ -10,7 +10,7 @@ import pytest
 
 from engine_bench import Bench
 from fakes import ScriptedRunner
-from generator_svc.sampler import sample
+from generator_svc.sampling.sampler import sample
 from generator_svc.sequence import ConstraintError, FinishReason, Sampling
 from sampling_oracle import sequence_of
 from schema_draw import draw_schema

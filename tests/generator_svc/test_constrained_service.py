@@ -10,7 +10,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from generator_stage import Stage
-from generator_svc.constraint_compiler import (
+from generator_svc.constraint.compiler import (
     CompilerBusy,
     ConstraintCompiler,
     Verdict,

@@ -10,8 +10,8 @@ import jsonschema
 import numpy as np
 import pytest
 
-from generator_svc.constraint import TokenTable
-from generator_svc.json_schema import prepared, prepared_lark
+from generator_svc.constraint.json_schema import prepared, prepared_lark
+from generator_svc.constraint.llguidance import TokenTable
 from generator_svc.sequence import ConstraintError
 from schema_draw import draw_schema
 from text_tokens import EXTRA_IDS, accepts, compiled, text_tokens, token_table

@@ -9,17 +9,18 @@ import pytest
 
 from bench.random_llama import SHAPES, make_random_llama
 from engine_bench import Bench
-from generator_svc import cuda_memory
-from generator_svc.__main__ import load_runner, warm_up
+from generator_svc import cuda
 from generator_svc.config import GeneratorSettings
-from generator_svc.cuda_memory import CudaClock, CudaError, CudaMemory, copy_to_host
+from generator_svc.cuda import CudaClock, CudaError, copy_to_host
 from generator_svc.device import Device
-from generator_svc.device_row import CANDIDATES, RELATIVE_ERROR, DeviceRow
 from generator_svc.metering import Meter
 from generator_svc.plan import Chunk, Copy, Row, StepPlan, Swap
-from generator_svc.runner import OrtRunner
+from generator_svc.run.cuda_memory import CudaMemory
+from generator_svc.run.runner import OrtRunner
+from generator_svc.run.slot_memory import HostMemory
+from generator_svc.sampling.device_row import CANDIDATES, RELATIVE_ERROR, DeviceRow
 from generator_svc.sequence import Sampling
-from generator_svc.slot_memory import HostMemory
+from generator_svc.server import load_runner, warm_up
 from trivium.model_directory import load_model_directory
 
 PROMPT = tuple(range(5, 45))
@@ -80,7 +81,7 @@ class PretendedRuntime:
 @pytest.fixture
 def runtime(monkeypatch):
     pretended = PretendedRuntime()
-    monkeypatch.setattr(cuda_memory, "_load", lambda names: pretended)
+    monkeypatch.setattr(cuda, "_load", lambda names: pretended)
     return pretended
 
 

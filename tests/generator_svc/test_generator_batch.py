@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from generator_svc.batch import decode_inputs, prefill_inputs
 from generator_svc.plan import Chunk, Row
+from generator_svc.run.batch import decode_inputs, prefill_inputs
 
 
 def test_a_chunk_attends_to_all_before_it():

@@ -2,9 +2,9 @@
 
 import pytest
 
-import generator_svc.__main__ as generator
+import generator_svc.server as generator
 from generator_svc.config import GeneratorSettings
-from generator_svc.cuda_memory import CudaError
+from generator_svc.cuda import CudaError
 from generator_svc.device import DeviceError
 from tests.tiny_models import tiny_model_directory
 from trivium.model_directory import load_model_directory

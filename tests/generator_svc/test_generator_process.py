@@ -11,7 +11,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from generator_process import free_port, lines_of, refusal, running, spawn
-from generator_svc.cuda_memory import device_count
+from generator_svc.cuda import device_count
 from tiny_models import tiny_model_directory
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.model_directory import MANIFEST, load_model_directory

@@ -12,7 +12,7 @@ from engine_bench import Bench
 from fakes import ScriptedRunner
 from generator_svc.device import DeviceError, choose_device
 from generator_svc.plan import Chunk, Copy, Row, StepPlan, Swap
-from generator_svc.runner import OrtRunner
+from generator_svc.run.runner import OrtRunner
 from generator_svc.sequence import Sampling
 from tiny_models import tiny_checkpoint, tiny_model_directory
 from trivium.model_directory import load_model_directory

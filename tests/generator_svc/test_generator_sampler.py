@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from generator_svc.random_draw import uniform
-from generator_svc.sampler import BadLogits, sample, sample_all
+from generator_svc.sampling.random_draw import uniform
+from generator_svc.sampling.sampler import BadLogits, sample, sample_all
 from generator_svc.sequence import Sampling
 from sampling_oracle import (
     adjusted,

@@ -8,7 +8,7 @@ import pytest
 from engine_bench import Bench
 from fakes import greedy
 from generator_svc.kv_cache import SlotCache
-from generator_svc.pace import Pace
+from generator_svc.prefill_cost import Pace
 from generator_svc.scheduler import Scheduler
 from generator_svc.sequence import Generation, Group, SampledToken, Sampling, Stage
 

@@ -7,8 +7,8 @@ from collections import Counter
 import jsonschema
 import pytest
 
-from generator_svc.constraint_trial import usable
-from generator_svc.schema_relaxation import DROPPED, FORMATS, MAX_MULTIPLE, children
+from generator_svc.constraint.sandbox import usable
+from generator_svc.constraint.schema_relaxation import DROPPED, FORMATS, MAX_MULTIPLE, children
 from generator_svc.sequence import ConstraintError
 from sample_schemas import SAMPLES, written
 from schema_draw import draw_schema

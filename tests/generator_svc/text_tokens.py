@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from generator_svc.constraint import CompiledConstraint, TokenTable, grammar_of
+from generator_svc.constraint.llguidance import CompiledConstraint, TokenTable, grammar_of
 
 EXTRA_IDS = 5  # the graph knows some ids more than the tokenizer, as graphs do
 CORPUS = (

@@ -7,7 +7,7 @@ import onnx
 import pytest
 import torch
 
-from generator_svc import integer_products
+from generator_svc import device
 from generator_svc.device import DeviceError
 from generator_svc.export import ExportError, ExportOptions, embedded_precision
 from generator_svc.export.calibration import calibrate
@@ -15,7 +15,7 @@ from generator_svc.export.checkpoint import load_checkpoint
 from generator_svc.export.integer import quantize_columns
 from generator_svc.export.smooth import smooth
 from generator_svc.export.source import locate
-from generator_svc.runner import OrtRunner
+from generator_svc.run.runner import OrtRunner
 from tests.tiny_models import tiny_checkpoint, tiny_model_directory
 from trivium.model_directory import load_model_directory
 
@@ -100,8 +100,8 @@ def test_columns_have_scales_of_their_own():
 def test_a_processor_that_saturates_is_refused(monkeypatch):
     """Nothing is exported or loaded that would give other numbers than were measured."""
     folder = tiny_model_directory("llama", "w8a8")
-    monkeypatch.setattr(integer_products, "are_exact", lambda: False)
-    monkeypatch.setattr("generator_svc.runner.are_exact", lambda: False)
+    monkeypatch.setattr(device, "multiplies_bytes_exactly", lambda: False)
+    monkeypatch.setattr("generator_svc.run.runner.multiplies_bytes_exactly", lambda: False)
 
     assert "int8" == embedded_precision()
     with pytest.raises(ExportError, match="take int8"):

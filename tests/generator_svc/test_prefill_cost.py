@@ -1,6 +1,6 @@
 """What fits into a time is what was measured, place by place."""
 
-from generator_svc.pace import Pace
+from generator_svc.prefill_cost import Pace
 
 
 def test_it_follows_what_it_sees():

@@ -1,6 +1,6 @@
 """Tries constraints out in processes of their own, which a hostile one may ruin.
 
-    python -m generator_svc.constraint_trial TOKENIZER VOCABULARY_SIZE EOS_ID …
+    python -m generator_svc.constraint.sandbox TOKENIZER VOCABULARY_SIZE EOS_ID …
 
 Reads a line of JSON, {"kind", "text"}, and answers with one, {"code", "message", "text"}: the text
 that can be used, which says less than the one read where that is allowed, or what is wrong with
@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from generator_svc.constraint import CompiledConstraint, TokenTable, grammar_of
-from generator_svc.json_schema import loosened_text
+from generator_svc.constraint.json_schema import loosened_text
+from generator_svc.constraint.llguidance import CompiledConstraint, TokenTable, grammar_of
 from generator_svc.sequence import ConstraintError
 
 CPU_SECONDS = 1.0

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from generator_svc.json_schema import OPTIONS, prepared, prepared_lark
+from generator_svc.constraint.json_schema import OPTIONS, prepared, prepared_lark
 from generator_svc.sequence import ConstraintError
 from trivium.ecma_regex import to_rust
 

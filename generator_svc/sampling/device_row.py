@@ -1,21 +1,16 @@
-"""A row of logits that stays on the device: what decides is here, the whole of it on demand.
+"""Device-resident rows of logits: what usually decides is copied to the host, the rest on demand.
 
-For a greedy row that is the largest logit, from the graph `argmax.onnx`, for others the candidates,
-from `candidates.onnx`; tests/generator_svc/candidate_graph.py writes both. Knows nothing about
-sessions, memory or sampling.
+Of a greedy row that is the largest logit, of any other its top 256, the candidates.
 """
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-GRAPH = Path(__file__).with_name("candidates.onnx")
-ARGMAX_GRAPH = Path(__file__).with_name("argmax.onnx")
 CANDIDATES = 256
 BLOCK = 256  # tokens with consecutive ids, whose remaining mass is summed
 # Of a block's sum: 256 terms in float32, and the rounding of the exponents before.

@@ -1,19 +1,15 @@
-"""The inputs of decode runs in fixed places on the device, as a captured CUDA graph wants them.
+"""Inputs of decode runs at fixed addresses on the device, as captured CUDA graphs need them.
 
 A captured graph is replayed with the addresses and shapes it was captured with, so the mask is
-always as long as a slot. The graph `fixed_inputs.onnx`, which
-tests/generator_svc/fixed_inputs_graph.py writes, fills the places from a token and a position for
-each row.
+always as long as a slot. The graph DECODE_INPUTS fills both tensors from a token and a position
+per row.
 """
-
-from pathlib import Path
 
 import numpy as np
 
 from generator_svc.device import Device, Place, run_options
+from generator_svc.graphs import DECODE_INPUTS
 from generator_svc.plan import Row
-
-GRAPH = Path(__file__).with_name("fixed_inputs.onnx")
 
 
 class FixedInputs:
@@ -21,7 +17,7 @@ class FixedInputs:
 
     def __init__(self, device: Device, slots: int, slot_length: int) -> None:
         self._device = device
-        self._session = device.open(GRAPH)
+        self._session = device.open(DECODE_INPUTS)
         self._length = np.array(slot_length, np.int64)
         self._input_ids = device.tensor((slots, 1), np.int64)
         self._attention_mask = device.tensor((slots, slot_length), np.int64)

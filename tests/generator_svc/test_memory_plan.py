@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from generator_svc.artifact import (
+from generator_svc.default_sampling import default_sampling
+from generator_svc.memory_plan import (
     MemoryPlan,
     MemoryPlanError,
-    default_sampling,
     host_cache_bytes,
     plan_memory,
     plan_threads,

@@ -1,7 +1,7 @@
 """JSON schemas as llguidance has to be told them, so that what it lets through fits them.
 
 A schema is kept exactly or refused, unless its `x-guidance` says `lenient`: then what cannot be
-kept is dropped (generator_svc.schema_relaxation). Knows nothing about tokens.
+kept is dropped (generator_svc.constraint.schema_relaxation). Knows nothing about tokens.
 """
 
 import json
@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from generator_svc.schema_relaxation import Compiles, children, loosened, relaxed
+from generator_svc.constraint.schema_relaxation import Compiles, children, loosened, relaxed
 from trivium.ecma_regex import to_rust
 
 # Between JSON's tokens: a line's end and its indentation, and no endless blanks. No \u escapes:

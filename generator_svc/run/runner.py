@@ -13,15 +13,21 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from generator_svc.batch import RunInputs, decode_inputs, prefill_inputs
-from generator_svc.cuda_memory import CudaMemory
-from generator_svc.device import NO_GRAPH, Device, DeviceError, run_options, type_of
-from generator_svc.device_row import CANDIDATES
-from generator_svc.fixed_inputs import FixedInputs
-from generator_svc.integer_products import are_exact
-from generator_svc.logits_memory import DeviceLogits, DeviceRows, HostLogits, Logits
+from generator_svc.device import (
+    NO_GRAPH,
+    Device,
+    DeviceError,
+    multiplies_bytes_exactly,
+    run_options,
+    type_of,
+)
 from generator_svc.plan import Chunk, Copy, Row, StepPlan, Swap
-from generator_svc.slot_memory import HostMemory, SlotMemory
+from generator_svc.run.batch import RunInputs, decode_inputs, prefill_inputs
+from generator_svc.run.cuda_memory import CudaMemory
+from generator_svc.run.fixed_inputs import FixedInputs
+from generator_svc.run.logits_buffers import DeviceLogits, DeviceRows, HostLogits, Logits
+from generator_svc.run.slot_memory import HostMemory, SlotMemory
+from generator_svc.sampling.device_row import CANDIDATES
 from trivium.model_directory import ModelDirectory
 
 log = logging.getLogger(__name__)
@@ -290,7 +296,7 @@ def _capture_sizes(slots: int) -> tuple[int, ...]:
 def _check_integer_products(device: str) -> None:
     if device != "cpu":
         raise DeviceError("a model of precision w8a8 runs on the CPU alone")
-    if not are_exact():
+    if not multiplies_bytes_exactly():
         raise DeviceError(
             "this processor does not multiply bytes exactly, which a model of precision w8a8 "
             "needs; export it with precision int8"

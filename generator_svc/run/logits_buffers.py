@@ -8,11 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from generator_svc.device import Device, Place
-from generator_svc.device_row import (
-    ARGMAX_GRAPH,
+from generator_svc.graphs import ARGMAX, DEVICE_TOPK
+from generator_svc.sampling.device_row import (
     BLOCK,
     CANDIDATES,
-    GRAPH,
     RELATIVE_ERROR,
     DeviceRow,
     GreedyRow,
@@ -57,8 +56,8 @@ class DeviceLogits:
     def __init__(self, device: Device, vocabulary: int) -> None:
         self._vocabulary = vocabulary
         self._device = device
-        self._candidates = device.open(GRAPH)
-        self._argmax = device.open(ARGMAX_GRAPH)
+        self._candidates = device.open(DEVICE_TOPK)
+        self._argmax = device.open(ARGMAX)
 
     def reserve(self, rows: int) -> Any:
         return self._device.tensor((rows, 1, self._vocabulary), np.float32)

@@ -1,9 +1,9 @@
 """From a caller's constraint to one that can be kept, while everyone else's tokens go on.
 
-A constraint is tried out in a process of its own first (generator_svc.constraint_trial), for
+A constraint is tried out in a process of its own first (generator_svc.constraint.sandbox), for
 there are some that take minutes, all memory, or the process that compiles them. What came of it
 is remembered by digest. Then it is compiled here, in a thread, for each request anew (see
-generator_svc.constraint for why). Knows nothing about gRPC or the engine.
+generator_svc.constraint.llguidance for why). Knows nothing about gRPC or the engine.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from generator_svc.constraint import CompiledConstraint, TokenTable, grammar_of
+from generator_svc.constraint.llguidance import CompiledConstraint, TokenTable, grammar_of
 from generator_svc.sequence import ConstraintError
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class Trial:
     """The process that tries constraints out, one at a time; started anew should it fail."""
 
     def __init__(self, file: Path, vocabulary_size: int, eos_token_ids: tuple[int, ...]) -> None:
-        module = "generator_svc.constraint_trial"
+        module = "generator_svc.constraint.sandbox"
         self._command = [sys.executable, "-m", module, str(file), str(vocabulary_size)]
         self._command += [str(token_id) for token_id in eos_token_ids]
         self._process: asyncio.Task[Process] | None = None

@@ -3,31 +3,27 @@
 import dataclasses
 
 import numpy as np
-import onnx
 import pytest
 
-import generator_svc.runner as runner_module
-from candidate_graph import argmax_graph, candidate_graph, device_row
+import generator_svc.run.runner as runner_module
 from engine_bench import Bench
-from generator_svc.__main__ import warm_up
-from generator_svc.candidates import certain_token, sample
 from generator_svc.device import Device
-from generator_svc.device_row import (
-    ARGMAX_GRAPH,
+from generator_svc.metering import Meter
+from generator_svc.run.logits_buffers import DeviceLogits
+from generator_svc.run.runner import OrtRunner
+from generator_svc.sampling.device_row import (
     BLOCK,
     CANDIDATES,
-    GRAPH,
     RELATIVE_ERROR,
     DeviceRow,
     GreedyRow,
 )
-from generator_svc.logits_memory import DeviceLogits
-from generator_svc.metering import Meter
-from generator_svc.runner import OrtRunner
-from generator_svc.sampler import BadLogits
-from generator_svc.sampler import sample as sample_whole
+from generator_svc.sampling.device_sampler import certain_token, sample
+from generator_svc.sampling.sampler import BadLogits
+from generator_svc.sampling.sampler import sample as sample_whole
 from generator_svc.sequence import Sampling
-from sampling_oracle import sequence_of
+from generator_svc.server import warm_up
+from sampling_oracle import device_row, sequence_of
 from tiny_models import tiny_model_directory
 from trivium.model_directory import load_model_directory
 
@@ -157,8 +153,8 @@ def test_draws_at_the_edges_of_a_token(shape, error, fields, monkeypatch):
     sequence = sequence_of(sampling=Sampling(**fields))
     certain = 0
     for draw in _edges(row):
-        for name in ("candidates", "sampler"):
-            monkeypatch.setattr(f"generator_svc.{name}.uniform", lambda seed, at: draw)  # noqa: B023 - drawn before the loop goes on
+        for name in ("device_sampler", "sampler"):
+            monkeypatch.setattr(f"generator_svc.sampling.{name}.uniform", lambda seed, at: draw)  # noqa: B023 - drawn before the loop goes on
         token_id = certain_token(sequence, given)
         if token_id is not None:
             certain += 1
@@ -261,12 +257,6 @@ def test_a_constraint_masks_candidates(share):
             assert sample_whole(sequence, row).token_id == token_id
 
     assert certain > 30
-
-
-def test_the_shipped_graph_is_the_one_written_down():
-    """After a change: python tests/generator_svc/candidate_graph.py."""
-    assert onnx.load_from_string(candidate_graph()) == onnx.load(GRAPH)
-    assert onnx.load_from_string(argmax_graph()) == onnx.load(ARGMAX_GRAPH)
 
 
 def _on_cpu(vocabulary):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from generator_svc.random_draw import uniform
+from generator_svc.sampling.random_draw import uniform
 from generator_svc.sequence import ConstraintError, Logprobs, SampledToken, Sampling, Sequence
 
 Row = npt.NDArray[np.float32]  # [vocabulary]

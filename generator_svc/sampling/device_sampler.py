@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from generator_svc import sampler
-from generator_svc.device_row import BLOCK, RELATIVE_ERROR, DeviceRow, GreedyRow
-from generator_svc.random_draw import uniform
+from generator_svc.sampling import sampler
+from generator_svc.sampling.device_row import BLOCK, RELATIVE_ERROR, DeviceRow, GreedyRow
+from generator_svc.sampling.random_draw import uniform
 from generator_svc.sequence import SampledToken, Sampling, Sequence
 
 Floats = npt.NDArray[np.float64]

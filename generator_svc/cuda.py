@@ -1,0 +1,97 @@
+"""Minimal ctypes bindings to the CUDA driver and runtime: devices, free memory, copies, a clock.
+
+They call the runtime library that ONNX Runtime brings or loads.
+"""
+
+import ctypes
+from typing import Any
+
+_DEVICE_TO_HOST = 2
+_DRIVERS = ("libcuda.so.1", "nvcuda.dll")
+_RUNTIMES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so", "cudart64_13.dll")
+
+
+class CudaError(RuntimeError):
+    """A call of the CUDA runtime failed."""
+
+
+def runtime() -> Any:
+    """The CUDA runtime library; raises CudaError without one."""
+    return _load(_RUNTIMES)
+
+
+def check(code: int, call: str) -> None:
+    """Raises CudaError for any `code` but success."""
+    if code:
+        raise CudaError(f"{call} failed with CUDA error {code}")
+
+
+def _load(names: tuple[str, ...]) -> Any:
+    for name in names:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise CudaError(f"none of {', '.join(names)} was found")
+
+
+def device_count() -> int:
+    """Number of CUDA devices that the driver reports; 0 without a driver."""
+    count = ctypes.c_int()
+    try:
+        driver = _load(_DRIVERS)
+        check(driver.cuInit(0), "cuInit")
+        check(driver.cuDeviceGetCount(ctypes.byref(count)), "cuDeviceGetCount")
+    except CudaError:
+        return 0
+    return count.value
+
+
+def free_bytes() -> int:
+    """Free memory of the current device, in bytes."""
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    code = runtime().cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total))
+    check(code, "cudaMemGetInfo")
+    return free.value
+
+
+def copy_to_host(target: int, source: int, size: int) -> None:
+    """Copies `size` bytes from an address on the device to one of the host, and waits for it."""
+    pointers = ctypes.c_void_p(target), ctypes.c_void_p(source)
+    kind = ctypes.c_int(_DEVICE_TO_HOST)
+    code = runtime().cudaMemcpy(*pointers, ctypes.c_size_t(size), kind)
+    check(code, f"cudaMemcpy of {size} bytes")
+
+
+class CudaClock:
+    """Measures device time with CUDA events on `stream`, a stream of its own."""
+
+    def __init__(self) -> None:
+        self._runtime = runtime()
+        self.stream = self._create("cudaStreamCreate")
+        self._began, self._ended = (self._create("cudaEventCreate") for _ in range(2))
+
+    def start(self) -> None:
+        self._record(self._began)
+
+    def stop(self) -> int:
+        """Waits until the stream is done; nanoseconds since `start`, to half a microsecond."""
+        self._record(self._ended)
+        ended = ctypes.c_void_p(self._ended)
+        check(self._runtime.cudaEventSynchronize(ended), "cudaEventSynchronize")
+        milliseconds = ctypes.c_float()
+        code = self._runtime.cudaEventElapsedTime(
+            ctypes.byref(milliseconds), ctypes.c_void_p(self._began), ended
+        )
+        check(code, "cudaEventElapsedTime")
+        return round(milliseconds.value * 1e6)
+
+    def _create(self, call: str) -> int:
+        handle = ctypes.c_void_p()
+        check(getattr(self._runtime, call)(ctypes.byref(handle)), call)
+        assert handle.value is not None
+        return handle.value
+
+    def _record(self, event: int) -> None:
+        pointers = ctypes.c_void_p(event), ctypes.c_void_p(self.stream)
+        check(self._runtime.cudaEventRecord(*pointers), "cudaEventRecord")

@@ -1,0 +1,1 @@
+"""Runs a plan on the device: input arrays, slot memory, logits buffers, CUDA graphs."""

@@ -1,0 +1,217 @@
+"""Composition root: loads the model, warms it up, builds engine and service, serves, drains."""
+
+import asyncio
+import functools
+import logging
+from collections.abc import Callable
+
+import numpy as np
+import prometheus_client
+from prometheus_client.registry import CollectorRegistry
+
+from generator_svc.admission import Admission
+from generator_svc.config import GeneratorSettings
+from generator_svc.constraint.compiler import ConstraintCompiler
+from generator_svc.convert import Limits
+from generator_svc.cuda import CudaError, free_bytes
+from generator_svc.default_sampling import default_sampling
+from generator_svc.device import DeviceError, choose_device
+from generator_svc.engine import Engine
+from generator_svc.kv_cache import SlotCache
+from generator_svc.memory_plan import (
+    host_cache_bytes,
+    plan_memory,
+    plan_threads,
+)
+from generator_svc.metering import WARM_UP, Meter
+from generator_svc.metrics import EngineCollector, RequestMetrics
+from generator_svc.plan import Chunk, Row, StepPlan
+from generator_svc.prefill_cost import Pace
+from generator_svc.run.runner import OrtRunner
+from generator_svc.scheduler import Scheduler
+from generator_svc.sequence import Update
+from generator_svc.service import GeneratorService, Mailroom
+from trivium.generator.v1 import generator_pb2 as pb
+from trivium.generator.v1.generator_pb2_grpc import add_GeneratorServiceServicer_to_server
+from trivium.host_limits import cpu_limit, memory_limit
+from trivium.model_directory import ModelDirectory
+from trivium.wire.channel import revision_service
+from trivium.wire.serving import GrpcServer, StopSignals
+
+log = logging.getLogger("generator_svc")
+
+_CAPTURE_SECONDS = 30.0  # at the start; what is left is captured when it first comes up
+
+SERVICE = "trivium.generator.v1.GeneratorService"
+
+
+def load_runner(settings: GeneratorSettings, model: ModelDirectory) -> OrtRunner:
+    """The model on its device, with the slots that memory allows.
+
+    `auto` takes the CPU where there is a CUDA device and its libraries, or the model, fail.
+    """
+    device = choose_device(settings.device)
+    try:
+        return _load_on(device, settings, model)
+    except (DeviceError, CudaError) as error:
+        if device == "cpu" or settings.device != "auto":
+            raise
+        log.warning("CUDA cannot be used, so the CPU is: %s", error)
+        return _load_on("cpu", settings, model)
+
+
+def _load_on(device: str, settings: GeneratorSettings, model: ModelDirectory) -> OrtRunner:
+    is_half = model.precision == "fp16" or (device == "cuda" and model.precision != "fp32")
+    element_bytes = 2 if is_half else 4
+    share, length = settings.kv_memory_share, settings.max_sequence_length
+    cache_bytes = settings.kv_cache_bytes
+    cpu, memory = cpu_limit(), memory_limit()
+    threads = settings.threads or plan_threads(cpu.cores, model.weight_bytes)
+    log.info("%s; %s; threads of a run on the CPU: %d", cpu, memory, threads)
+    if device == "cpu":
+        cache_bytes = host_cache_bytes(model, memory, length, element_bytes, share, cache_bytes)
+    else:
+        cache_bytes = cache_bytes or int((free_bytes() - model.weight_bytes) * share)
+    plan = plan_memory(model, settings.slots, length, cache_bytes, element_bytes)
+    # ONNX Runtime leaves some float32 nodes to the CPU, and then refuses to capture any.
+    cuda_graphs = settings.cuda_graphs and device == "cuda" and model.precision != "fp32"
+    return OrtRunner(model, device, plan.slots, plan.slot_length, threads, cuda_graphs)
+
+
+def warm_up(runner: OrtRunner, meter: Meter) -> None:
+    """One prefill, one decode and the CUDA graphs, on the thread that is to run the model.
+
+    Raises DeviceError when a run fails or gives anything but numbers.
+    """
+    prefill = Chunk(slot=0, start=0, token_ids=(0, 0, 0), wants_logits=True)
+    outcome = runner.run(StepPlan(chunks=(prefill,), rows=(Row(0, 3),)))
+    for result in (*outcome.chunks, outcome.rows):
+        assert result is not None
+        meter.charge_overhead(result.nanoseconds, WARM_UP)
+        if result.error is not None:
+            raise DeviceError(f"the model cannot be run: {result.error}") from result.error
+        if result.logits is None or not np.isfinite(result.logits).all():
+            raise DeviceError("the model's logits are not finite")
+    meter.charge_overhead(runner.capture(_CAPTURE_SECONDS), WARM_UP)
+
+
+def describe(
+    model: ModelDirectory, runner: OrtRunner, settings: GeneratorSettings
+) -> pb.GetModelInfoResponse:
+    """What GetModelInfo answers."""
+    return pb.GetModelInfoResponse(
+        id=model.id,
+        revision=model.revision,
+        context_length=runner.info.slot_length,
+        vocabulary_size=model.vocab_size,
+        eos_token_ids=model.eos_token_ids,
+        execution_provider=runner.info.provider,
+        dtype=runner.info.dtype,
+        precision=model.precision or "",
+        slots=runner.info.slots,
+        kv_cache_bytes=runner.info.cache_bytes,
+        max_n=settings.max_n,
+        max_queued_requests=settings.max_queued_requests,
+        max_queued_tokens=settings.max_queued_tokens,
+    )
+
+
+def build_engine(
+    settings: GeneratorSettings,
+    runner: OrtRunner,
+    meter: Meter,
+    deliver: Callable[[list[Update]], None],
+    on_fault: Callable[[BaseException], None],
+) -> Engine:
+    cache = SlotCache(runner.info.slots, runner.info.slot_length, settings.prefix_cache)
+    stall_nanoseconds = settings.prefill_stall_ms * 1_000_000
+    scheduler = Scheduler(
+        cache,
+        Pace(),
+        stall_nanoseconds,
+        settings.chunk_tokens,
+        meter.settle,
+        runner.info.capture_sizes,
+    )
+    admission = Admission(settings.max_queued_requests, settings.max_queued_tokens)
+    return Engine(scheduler, runner, meter, admission, deliver, on_fault)
+
+
+def build_service(
+    settings: GeneratorSettings,
+    model: ModelDirectory,
+    info: pb.GetModelInfoResponse,
+    engine: Engine,
+    registry: CollectorRegistry,
+    constraints: ConstraintCompiler,
+) -> GeneratorService:
+    limits = Limits(
+        revision=model.revision,
+        vocabulary_size=model.vocab_size,
+        slot_length=info.context_length,
+        max_n=settings.max_n,
+        eos_token_ids=model.eos_token_ids,
+        defaults=default_sampling(model),
+    )
+    registry.register(EngineCollector(engine.load, engine.meter, model.id))
+    metrics = RequestMetrics(registry, model.id)
+    return GeneratorService(engine, limits, info, metrics, constraints)
+
+
+def serve_metrics(settings: GeneratorSettings, registry: CollectorRegistry) -> None:
+    """Starts the HTTP server of /metrics, if one is wanted; OSError names a port it cannot have."""
+    if not settings.metrics_port:
+        return
+    try:
+        prometheus_client.start_http_server(settings.metrics_port, settings.host, registry)
+    except OSError as error:
+        address = f"{settings.host}:{settings.metrics_port}"
+        raise OSError(f"metrics cannot be served on {address}: {error}") from error
+
+
+async def serve(settings: GeneratorSettings, model: ModelDirectory, runner: OrtRunner) -> int:
+    """Serves until a signal (0) or a fault of the engine (1); returns the exit status."""
+    async with ConstraintCompiler(
+        model.tokenizer, model.vocab_size, model.eos_token_ids, settings.constraint_cache_bytes
+    ) as constraints:
+        return await serve_constrained(settings, model, runner, constraints)
+
+
+async def serve_constrained(
+    settings: GeneratorSettings,
+    model: ModelDirectory,
+    runner: OrtRunner,
+    constraints: ConstraintCompiler,
+) -> int:
+    loop = asyncio.get_running_loop()
+    faulted = asyncio.Event()
+
+    def report_fault(fault: BaseException) -> None:
+        loop.call_soon_threadsafe(faulted.set)
+
+    meter = Meter()
+    engine = build_engine(settings, runner, meter, Mailroom(loop).deliver, report_fault)
+    await asyncio.to_thread(engine.start, functools.partial(warm_up, runner, meter))
+    info = describe(model, runner, settings)
+    registry = CollectorRegistry()
+    service = build_service(settings, model, info, engine, registry, constraints)
+    serve_metrics(settings, registry)
+    server = GrpcServer(
+        [(add_GeneratorServiceServicer_to_server, service)],
+        [SERVICE],
+        [revision_service(SERVICE, model.revision)],
+        settings.max_connection_age_seconds,
+    )
+    signals = StopSignals()
+    port = await server.start(f"{settings.host}:{settings.port}")
+    await server.set_serving(True)
+    log.info("serving %s on port %d by %s", model.id, port, info.execution_provider)
+    stop, fault = asyncio.create_task(signals.first.wait()), asyncio.create_task(faulted.wait())
+    await asyncio.wait({stop, fault}, return_when=asyncio.FIRST_COMPLETED)
+    if faulted.is_set():
+        await server.drain(0, 0)
+        return 1
+    log.info("draining")
+    await server.drain(settings.drain_notice_seconds, settings.drain_seconds, signals.second)
+    engine.close()
+    return 0
