@@ -20,8 +20,8 @@ from bench.play import Ask, Recording, Script, Trace
 from generator_svc.config import GeneratorSettings
 from generator_svc.metering import Meter
 from generator_svc.plan import StepPlan
-from generator_svc.run.runner import DeviceInfo, OrtRunner, Outcome
-from generator_svc.sequence import Generation, Sampling, Update
+from generator_svc.run.runner import DeviceInfo, OrtRunner, StepOutcome
+from generator_svc.sequence import EngineRequest, SamplingParams, SequenceUpdate
 from generator_svc.server import build_engine, load_runner, warm_up
 from trivium.model_directory import load_model_directory
 
@@ -46,7 +46,7 @@ class _Recorder:
     def start(self) -> None:
         self.plans, self.ended = [], 0
 
-    def run(self, plan: StepPlan) -> Outcome:
+    def run(self, plan: StepPlan) -> StepOutcome:
         plans = self.plans
         plans.append(plan)
         outcome = self._runner.run(plan)
@@ -63,7 +63,7 @@ class EngineLoop:
         settings, runner, meter = _load(folder, device)
         self._info = runner.info
         self._recorder = _Recorder(runner)
-        self._events: queue.SimpleQueue[tuple[int, list[Update]] | BaseException]
+        self._events: queue.SimpleQueue[tuple[int, list[SequenceUpdate]] | BaseException]
         self._events = queue.SimpleQueue()
         recorder: Any = self._recorder  # as good as the runner that it records
         self._engine = build_engine(settings, recorder, meter, self._deliver, self._events.put)
@@ -90,7 +90,7 @@ class EngineLoop:
                 late = None
         return Recording(tuple(self._recorder.plans), tuple(traces[n] for n in sorted(traces)))
 
-    def _deliver(self, updates: list[Update]) -> None:
+    def _deliver(self, updates: list[SequenceUpdate]) -> None:
         self._events.put((self._recorder.ended - 1, updates))
 
     def _ask_next(self, asks: Iterator[tuple[int, Ask]], traces: dict[int, Trace]) -> int:
@@ -101,8 +101,8 @@ class EngineLoop:
         place, ask = following
         trace = Trace(ask, time.perf_counter(), self._recorder.ended, [[] for _ in range(ask.n)])
         traces[place] = trace
-        generation = Generation(ask.token_ids, ask.output, Sampling(temperature=0), n=ask.n)
-        self._engine.submit(generation, tag=(place, trace))
+        request = EngineRequest(ask.token_ids, ask.output, SamplingParams(temperature=0), n=ask.n)
+        self._engine.submit(request, tag=(place, trace))
         return 1
 
     def _ended(self) -> Iterator[int]:

@@ -45,7 +45,7 @@ from generator_svc.plan import Chunk, Row, StepPlan
 from generator_svc.run.cuda_memory import CudaMemory
 from generator_svc.run.runner import OrtRunner
 from generator_svc.run.slot_memory import HostMemory
-from generator_svc.sequence import Generation, Sampling, Update
+from generator_svc.sequence import EngineRequest, SamplingParams, SequenceUpdate
 from generator_svc.server import build_engine, load_runner, warm_up
 from trivium.model_directory import load_model_directory
 
@@ -155,12 +155,12 @@ def _prefill_seconds(runner: OrtRunner, length: int) -> float:
 
 def _engine_rate(runner: OrtRunner, settings: GeneratorSettings, count: int, work: Work) -> float:
     """Output tokens/s of `count` greedy requests that come at once, with different prompts."""
-    updates: list[Update] = []
+    updates: list[SequenceUpdate] = []
     engine = build_engine(settings, runner, Meter(), updates.extend, _raise)
     random = np.random.default_rng(count)
     began = time.perf_counter()
     for prompt in random.integers(2, 258, (count, work.prompt)).tolist():
-        engine.submit(Generation(tuple(prompt), work.output, Sampling(temperature=0)))
+        engine.submit(EngineRequest(tuple(prompt), work.output, SamplingParams(temperature=0)))
     ended = 0
     while ended < count:
         engine.step()

@@ -16,7 +16,7 @@ import numpy as np
 from generator_svc.admission import Admission
 from generator_svc.constraint.llguidance import CompiledConstraint, TokenTable, grammar_of
 from generator_svc.sampling.sampler import sample_all
-from generator_svc.sequence import Generation, Group, Sampling
+from generator_svc.sequence import EngineRequest, SamplingParams, SequenceGroup
 from trivium.model_directory import load_model_directory
 
 SCHEMA = {
@@ -41,9 +41,9 @@ ANSWER = {
     "home": {"city": "London", "zip": "12345"},
 }
 SAMPLINGS = {
-    "greedy": Sampling(temperature=0),
-    "temperature 1": Sampling(),
-    "top_p 0.9": Sampling(top_p=0.9),
+    "greedy": SamplingParams(temperature=0),
+    "temperature 1": SamplingParams(),
+    "top_p 0.9": SamplingParams(top_p=0.9),
 }
 
 
@@ -60,12 +60,12 @@ def show(name: str, times: list[float]) -> None:
     print(f"{name:28} median {statistics.median(times):6.0f} us, 90 % within {late:6.0f} us")
 
 
-def forced(table: TokenTable, sampling: Sampling, compiled: Any) -> list[float]:
+def forced(table: TokenTable, sampling: SamplingParams, compiled: Any) -> list[float]:
     """Times of the tokens of ANSWER."""
     ids = table.tokenizer.tokenize_str(json.dumps(ANSWER))
     noise = np.random.default_rng(0).normal(size=table.vocabulary_size).astype(np.float32)
-    generation = Generation((5,), 10_000, sampling, constraint=compiled)
-    [sequence] = Group(generation, Admission(1, 1).enter(1)).sequences
+    request = EngineRequest((5,), 10_000, sampling, constraint=compiled)
+    [sequence] = SequenceGroup(request, Admission(1, 1).enter(1)).sequences
     times = []
     for token_id in ids:
         logits = noise.copy()

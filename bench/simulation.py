@@ -18,8 +18,8 @@ from bench.step_costs import StepCosts, served_engine
 from bench.trace import Request
 from generator_svc.admission import QueueFull
 from generator_svc.plan import StepPlan
-from generator_svc.run.runner import DeviceInfo, Outcome, RunResult
-from generator_svc.sequence import Generation, Sampling, Update
+from generator_svc.run.runner import DeviceInfo, RunResult, StepOutcome
+from generator_svc.sequence import EngineRequest, SamplingParams, SequenceUpdate
 
 LEAST_STEP_SECONDS = 1e-6  # so that a step that is free cannot be taken without end
 
@@ -202,7 +202,7 @@ class VirtualRunner:
         self.info = DeviceInfo("virtual", "float32", cluster.slots, cluster.slot_length, 0)
         self.seconds = 0.0
 
-    def run(self, plan: StepPlan) -> Outcome:
+    def run(self, plan: StepPlan) -> StepOutcome:
         moves = sum(self._costs.move_seconds(move) for move in plan.moves)
         chunks = []
         for chunk in plan.chunks:
@@ -214,7 +214,7 @@ class VirtualRunner:
             seconds = self._costs.decode_seconds(len(plan.rows), context)
             rows = self._result(seconds, len(plan.rows))
         self.seconds += moves
-        return Outcome(round(moves * 1e9), tuple(chunks), rows)
+        return StepOutcome(round(moves * 1e9), tuple(chunks), rows)
 
     def _result(self, seconds: float, rows: int) -> RunResult:
         self.seconds += seconds
@@ -228,13 +228,13 @@ class Generator:
         self._clock = clock
         self._costs = cluster.costs
         self._runner = VirtualRunner(cluster)
-        self._updates: list[Update] = []
+        self._updates: list[SequenceUpdate] = []
         self._engine = served_engine(self._runner, self._updates.extend)
         self._is_stepping = False
         self.load = 0
         self.busy_seconds = 0.0
 
-    def submit(self, generation: Generation, receive: Callable[[Update], None]) -> None:
+    def submit(self, generation: EngineRequest, receive: Callable[[SequenceUpdate], None]) -> None:
         """`receive` hears of each token when the step that brought it ends. Raises QueueFull."""
         self._engine.submit(generation, receive)
         if not self._is_stepping:
@@ -315,7 +315,7 @@ class _Simulation:
             generator.load += request.prompt_tokens + request.output_tokens
 
     def _receive(
-        self, answer: Answer, tokenizer: Tokenizer, generator: Generator, update: Update
+        self, answer: Answer, tokenizer: Tokenizer, generator: Generator, update: SequenceUpdate
     ) -> None:
         sequence = update.sequence
         if sequence.generated == 1:
@@ -330,11 +330,11 @@ class _Simulation:
         answer.times.append(self.clock.now + self._costs.hop)
 
 
-def _generation(request: Request, own: int) -> Generation:
+def _generation(request: Request, own: int) -> EngineRequest:
     """Token ids that agree with those of other requests in the shared tokens, and nowhere else."""
     rest = request.prompt_tokens - request.shared_tokens
     prompt = (-1 - request.conversation,) * request.shared_tokens + (own,) * rest
-    return Generation(prompt, request.output_tokens, Sampling(temperature=0))
+    return EngineRequest(prompt, request.output_tokens, SamplingParams(temperature=0))
 
 
 def simulate(requests: Sequence[Request], cluster: Cluster, policy: str = "round-robin") -> Result:

@@ -23,8 +23,8 @@ from generator_svc.config import GeneratorSettings
 from generator_svc.engine import Engine
 from generator_svc.metering import Meter
 from generator_svc.plan import Chunk, Copy, Row, StepPlan, Swap
-from generator_svc.run.runner import OrtRunner, Outcome, Runner
-from generator_svc.sequence import Generation, Sampling, Update
+from generator_svc.run.runner import OrtRunner, Runner, StepOutcome
+from generator_svc.sequence import EngineRequest, SamplingParams, SequenceUpdate
 from generator_svc.server import build_engine
 
 ROWS = (1, 2, 4, 8, 16, 32)
@@ -80,7 +80,7 @@ def load(path: Path) -> StepCosts:
 
 def served_engine(
     runner: Runner,
-    deliver: Callable[[list[Update]], None],
+    deliver: Callable[[list[SequenceUpdate]], None],
     settings: GeneratorSettings | None = None,
 ) -> Engine:
     """The engine as the service builds it, its policy set by the service's own environment.
@@ -165,7 +165,7 @@ class _Stopwatch:
         self.info = runner.info
         self.seconds = 0.0
 
-    def run(self, plan: StepPlan) -> Outcome:
+    def run(self, plan: StepPlan) -> StepOutcome:
         began = time.perf_counter()
         outcome = self._runner.run(plan)
         self.seconds += time.perf_counter() - began
@@ -186,7 +186,9 @@ def _time_around(runner: OrtRunner, rows: int) -> float:
     engine = served_engine(stopwatch, lambda updates: None)
     for number in range(rows):
         prompt = (number + 1,) * 8
-        engine.submit(Generation(prompt, 2 * OVERHEAD_STEPS + rows, Sampling(temperature=0)))
+        engine.submit(
+            EngineRequest(prompt, 2 * OVERHEAD_STEPS + rows, SamplingParams(temperature=0))
+        )
     while engine.load().waiting_requests:
         engine.step()
     spent = []

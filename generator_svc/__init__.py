@@ -1,8 +1,8 @@
-"""Token ids in, token ids out: the stage that owns the model and its device."""
+"""The generator stage: token ids in, token ids out; owns the model and its device."""
 
 import os
 
-import trivium  # noqa: F401 - before ONNX Runtime is loaded, which it tells to keep quiet
+import trivium  # noqa: F401 - sets the log level of ONNX Runtime, so before that is loaded
 
-# NumPy's linear algebra would start a thread for each processor it sees, and is not used here.
+# NumPy's linear algebra, unused here, would start a thread per processor.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -13,11 +13,12 @@ from trivium.wire.open_files import prepare_open_files
 from trivium.wire.serving import end_at_stop_signal
 from trivium.wire.settings import load_settings, refuse_to_start
 
-# The engine's thread needs the interpreter lock the moment a run ends; 5 ms would be a step.
+# The engine's thread needs the GIL as soon as a run ends; the default of 5 ms is a whole step.
 _SWITCH_INTERVAL_SECONDS = 0.0005
 
 
 def main() -> None:
+    """Exits 0 after a signal, 1 after a fault of the engine, 2 when it cannot start."""
     end_at_stop_signal()
     settings = load_settings(GeneratorSettings)
     telemetry.configure_logging("generator_svc", settings.log_level)

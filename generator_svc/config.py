@@ -1,4 +1,4 @@
-"""The generator's settings, read once at start from TRIVIUM_GENERATOR_… variables."""
+"""Settings of generator_svc, read once at start from TRIVIUM_GENERATOR_… variables."""
 
 from pathlib import Path
 from typing import Literal
@@ -23,15 +23,17 @@ class GeneratorSettings(BaseSettings):
         9052, ge=0, le=65535, description="HTTP port of /metrics; 0 turns it off."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="Least severe level that is logged."
+        "info", description="Lowest log level that is written."
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="Where the model runs; cuda refuses to start without a CUDA device."
+        "auto",
+        description="Where the model runs. auto falls back to the CPU; cuda refuses to start "
+        "without a CUDA device.",
     )
     cuda_graphs: bool = Field(
         True,
-        description="Capture decode steps as CUDA graphs, one for each of several batch sizes, at "
-        "the start; disabled with a warning where that fails. Not with precision fp32.",
+        description="Capture decode steps as CUDA graphs at start, for a set of batch sizes; "
+        "disabled with a warning if that fails. Not with precision fp32.",
     )
     threads: int = Field(
         0,
@@ -42,51 +44,51 @@ class GeneratorSettings(BaseSettings):
         "of weights if that is more.",
     )
     slots: int = Field(
-        32, ge=1, le=4096, description="Most sequences held at once; fewer if memory is short."
+        32, ge=1, le=4096, description="Maximum sequences in flight; fewer if memory is short."
     )
     max_sequence_length: int = Field(
         4096,
         ge=16,
-        description="Tokens a slot holds, prompt and answer together; at most the model's context.",
+        description="Maximum tokens per sequence, prompt and completion together; at most the "
+        "model's context.",
     )
     kv_cache_bytes: int = Field(
         0,
         ge=0,
-        description="Memory of keys and values in bytes; 0 takes a share of what is free beside "
-        "the weights, but one slot at least.",
+        description="Size of the KV cache in bytes. 0: kv_memory_share of what the weights leave "
+        "free, but at least one slot.",
     )
     kv_memory_share: float = Field(
         0.5,
         gt=0,
         le=0.95,
-        description="That share, of main memory (the lowest limit of a cgroup counts) or of the "
-        "CUDA device's. It is a bound: slots take memory when they are first used on the CPU, at "
-        "the start on CUDA.",
+        description="Share of free memory for the KV cache, of main memory (within the lowest "
+        "cgroup limit) or of the CUDA device's. An upper bound: slots take memory on first use on "
+        "the CPU, at start on CUDA.",
     )
     prefix_cache: bool = Field(
         True,
-        description="Whether prompts reuse keys and values of earlier prompts, and of answers, "
-        "which are computed as prompts while there is nothing else to do.",
+        description="Reuse the KV cache of common prompt prefixes. Finished answers are "
+        "re-prefilled while the engine is idle, so that the next turn hits the cache too.",
     )
     prefill_stall_ms: int = Field(
         100,
         ge=1,
-        description="Milliseconds that a step spends on a prompt while other sequences decode, by "
-        "what it measured, and up to four times that with as many prompts at hand: more start new "
-        "requests sooner, fewer stall running streams less.",
+        description="Prefill time budget per step (ms) while others decode; scaled up to 4x with "
+        "pending prompts. Higher: lower TTFT; lower: smaller inter-token stalls.",
     )
     chunk_tokens: int = Field(
-        512, ge=8, description="Prompt tokens a step computes while nothing decodes."
+        512, ge=8, description="Maximum prefill tokens per step while nothing decodes."
     )
-    max_n: int = Field(128, ge=1, le=128, description="Largest n of a request.")
+    max_n: int = Field(128, ge=1, le=128, description="Maximum n of a request.")
     max_queued_requests: int = Field(
-        512, ge=1, description="Requests that may wait for a slot; more get 429."
+        512, ge=1, description="Maximum requests waiting for a slot; more get 429."
     )
     max_queued_tokens: int = Field(
-        400_000, ge=1, description="Prompt tokens that may wait for a slot; more get 429."
+        400_000, ge=1, description="Maximum prompt tokens waiting for a slot; more get 429."
     )
     constraint_cache_bytes: int = Field(
-        16 * 2**20, ge=0, description="Memory of what is known of constraints seen before."
+        16 * 2**20, ge=0, description="Size of the LRU cache of compiled constraints, in bytes."
     )
     max_connection_age_seconds: float = Field(
         MAX_CONNECTION_AGE_SECONDS,

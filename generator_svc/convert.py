@@ -1,6 +1,6 @@
-"""The protocol's messages to and from the engine's values; the checks of a request are here.
+"""Between protobuf and the engine's types; validates requests.
 
-Each field is checked once: what `to_generation` returns fits the model.
+Each field is checked once: what `to_engine_request` returns fits the model.
 """
 
 import math
@@ -8,12 +8,12 @@ import secrets
 from dataclasses import dataclass, replace
 
 from generator_svc.sequence import (
+    EngineRequest,
     FinishReason,
-    Generation,
     SampledToken,
-    Sampling,
+    SamplingParams,
     Sequence,
-    Update,
+    SequenceUpdate,
 )
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.wire.errors import ServiceError
@@ -30,18 +30,18 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request has to fit into. `slot_length` bounds prompt and answer together."""
+    """Limits of a request. `slot_length` bounds prompt and completion together."""
 
     revision: str
     vocabulary_size: int
     slot_length: int
     max_n: int
     eos_token_ids: tuple[int, ...]
-    defaults: Sampling
+    defaults: SamplingParams
 
 
-def to_generation(start: pb.StartGeneration, limits: Limits) -> Generation:
-    """A checked request; raises ServiceError that names the field."""
+def to_engine_request(start: pb.StartGeneration, limits: Limits) -> EngineRequest:
+    """A validated request; raises ServiceError, which names the field."""
     if start.revision != limits.revision:
         raise ServiceError(
             "revision_mismatch",
@@ -53,16 +53,16 @@ def to_generation(start: pb.StartGeneration, limits: Limits) -> Generation:
         raise ServiceError("empty_array", "The prompt has no tokens.", "prompt_token_ids")
     _check_ids(prompt, limits, "prompt_token_ids")
     _check_ids(start.stop_token_ids, limits, "stop_token_ids")
-    room = limits.slot_length - len(prompt)
-    if room < 1:
+    remaining = limits.slot_length - len(prompt)
+    if remaining < 1:
         raise ServiceError(
             "context_length_exceeded",
             f"This model's maximum context length is {limits.slot_length} tokens. However, your "
             f"messages resulted in {len(prompt)} tokens. Please reduce the length of the messages.",
             "prompt_token_ids",
         )
-    wanted = start.max_new_tokens if start.HasField("max_new_tokens") else room
-    _check_range("max_new_tokens", wanted, 1, math.inf)
+    max_new_tokens = start.max_new_tokens if start.HasField("max_new_tokens") else remaining
+    _check_range("max_new_tokens", max_new_tokens, 1, math.inf)
     n = start.n if start.HasField("n") else 1
     _check_range("n", n, 1, limits.max_n)
     _check_range("min_new_tokens", start.min_new_tokens, 0, math.inf)
@@ -71,9 +71,9 @@ def to_generation(start: pb.StartGeneration, limits: Limits) -> Generation:
         stop_ids.update(limits.eos_token_ids)
     top_logprobs = start.top_logprobs if start.HasField("top_logprobs") else None
     _check_range("top_logprobs", top_logprobs or 0, 0, MAX_TOP_LOGPROBS)
-    return Generation(
+    return EngineRequest(
         prompt=prompt,
-        max_new_tokens=min(wanted, room),
+        max_new_tokens=min(max_new_tokens, remaining),
         sampling=_to_sampling(start.sampling, limits),
         n=n,
         min_new_tokens=start.min_new_tokens,
@@ -93,28 +93,28 @@ _RANGES = {
 }
 
 
-def _to_sampling(params: pb.SamplingParams, limits: Limits) -> Sampling:
-    given = {}
-    for name, (least, most) in _RANGES.items():
+def _to_sampling(params: pb.SamplingParams, limits: Limits) -> SamplingParams:
+    values = {}
+    for name, (minimum, maximum) in _RANGES.items():
         if params.HasField(name):
-            given[name] = getattr(params, name)
-            _check_range(f"sampling.{name}", given[name], least, most)
+            values[name] = getattr(params, name)
+            _check_range(f"sampling.{name}", values[name], minimum, maximum)
     bias = dict(params.logit_bias)
     _check_ids(bias, limits, "sampling.logit_bias")
     for token_id, value in bias.items():
         _check_range(f"sampling.logit_bias[{token_id}]", value, -100.0, 100.0)
     seed = params.seed if params.HasField("seed") else secrets.randbits(63)
-    return replace(limits.defaults, **given, logit_bias=bias, seed=seed)
+    return replace(limits.defaults, **values, logit_bias=bias, seed=seed)
 
 
-def _check_range(field: str, value: float, least: float, most: float) -> None:
+def _check_range(field: str, value: float, minimum: float, maximum: float) -> None:
     kind = "decimal" if isinstance(value, float) else "integer"
     if math.isnan(value):
         raise ServiceError("invalid_value", f"Invalid '{field}': not a number.", field)
-    if value < least:
-        code, bound = f"{kind}_below_min_value", f"at least {least}"
-    elif value > most:
-        code, bound = f"{kind}_above_max_value", f"at most {most}"
+    if value < minimum:
+        code, bound = f"{kind}_below_min_value", f"at least {minimum}"
+    elif value > maximum:
+        code, bound = f"{kind}_above_max_value", f"at most {maximum}"
     else:
         return
     raise ServiceError(code, f"Invalid '{field}': {value} is not {bound}.", field)
@@ -131,12 +131,12 @@ def _check_ids(ids: object, limits: Limits, field: str) -> None:
             )
 
 
-# In bytes of UTF-8. Lark carries the schemas of all tools.
-_LONGEST_CONSTRAINTS = {"json_schema": 256 * 2**10, "regex": 64 * 2**10, "lark": 2**20}
+# Of the UTF-8 text. A Lark grammar carries the schemas of all tools.
+_MAX_CONSTRAINT_BYTES = {"json_schema": 256 * 2**10, "regex": 64 * 2**10, "lark": 2**20}
 
 
 def to_constraint(start: pb.StartGeneration) -> tuple[str, str] | None:
-    """The kind and the text of the constraint, if one is given; raises ServiceError."""
+    """The constraint's kind and text, or None; raises ServiceError."""
     if not start.HasField("constraint"):
         return None
     kind = start.constraint.WhichOneof("kind")
@@ -145,16 +145,16 @@ def to_constraint(start: pb.StartGeneration) -> tuple[str, str] | None:
             "missing_required_parameter", "The constraint is of no kind.", CONSTRAINT
         )
     text = getattr(start.constraint, kind)
-    most = _LONGEST_CONSTRAINTS[kind]
-    if len(text.encode()) > most:
+    max_bytes = _MAX_CONSTRAINT_BYTES[kind]
+    if len(text.encode()) > max_bytes:
         code = "json_schema_too_complex" if kind == "json_schema" else "string_above_max_length"
-        message = f"The constraint has more than {most} bytes."
+        message = f"The constraint has more than {max_bytes} bytes."
         raise ServiceError(code, message, CONSTRAINT)
     return kind, text
 
 
-def to_response(updates: list[Update]) -> pb.GenerateResponse:
-    """One message of all updates since the last, merged by sequence."""
+def to_response(updates: list[SequenceUpdate]) -> pb.GenerateResponse:
+    """One message from all pending updates, merged by sequence."""
     merged: dict[int, pb.SequenceUpdate] = {}
     for update in updates:
         index = update.sequence.index
@@ -177,7 +177,7 @@ def _add_token(message: pb.SequenceUpdate, token: SampledToken) -> None:
 
 
 def _finished(sequence: Sequence) -> pb.Finished:
-    assert sequence.finish_reason in _REASONS, "this end is never told. This is a bug."
+    assert sequence.finish_reason in _REASONS, "reported by no call. This is a bug."
     return pb.Finished(
         reason=_REASONS[sequence.finish_reason],
         completion_tokens=sequence.generated,

@@ -1,6 +1,6 @@
 """Minimal ctypes bindings to the CUDA driver and runtime: devices, free memory, copies, a clock.
 
-They call the runtime library that ONNX Runtime brings or loads.
+The runtime library is the one that ONNX Runtime ships or loads.
 """
 
 import ctypes
@@ -12,7 +12,7 @@ _RUNTIMES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so", "cudart64_13.
 
 
 class CudaError(RuntimeError):
-    """A call of the CUDA runtime failed."""
+    """A call of the CUDA driver or runtime failed, or its library is missing."""
 
 
 def runtime() -> Any:
@@ -72,6 +72,7 @@ class CudaClock:
         self._began, self._ended = (self._create("cudaEventCreate") for _ in range(2))
 
     def start(self) -> None:
+        """Begins a measurement."""
         self._record(self._began)
 
     def stop(self) -> int:

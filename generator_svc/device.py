@@ -1,4 +1,4 @@
-"""The only door to ONNX Runtime: the device, its clock, and sessions and tensors on it."""
+"""The only importer of ONNX Runtime: the device, its clock, and sessions and tensors on it."""
 
 import ctypes
 import functools
@@ -19,41 +19,42 @@ log = logging.getLogger(__name__)
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
-# How long an idle thread of the runtime waits busily for its next operator: long enough for the
-# gaps within a run, short enough to leave the core to the other services between runs. With none,
-# one sequence decodes a third slower; with the default, which is far longer, everything takes up
-# to half as long again as soon as others want a core (docs/log.md).
+# How long an idle ORT intra-op thread spins before it sleeps: long enough for the gaps within a
+# run, short enough to leave the core to the other services between runs. Without spinning one
+# sequence decodes a third slower; with the default, which is far longer, everything takes up to 1.5
+# times as long as soon as others need a core (docs/log.md).
 _SPIN_MICROSECONDS = "50"
 
 _FLASH_ATTENTION = "1"  # of the provider option sdpa_kernel
 
-# Where a tensor is: device, its number, type, shape, address.
-Place = tuple[str, int, Any, tuple[int, ...], int]
+# Arguments of an OrtValue binding: device name, device number, element type, shape, address.
+TensorRef = tuple[str, int, Any, tuple[int, ...], int]
 
-NO_GRAPH = -1  # the runtime's number for a run that is not captured
+NO_GRAPH = -1  # the gpu_graph_id of a run that is not captured
 
 
 class DeviceError(RuntimeError):
-    """The device that was asked for cannot be used."""
+    """The requested device cannot be used, or the model cannot run on it."""
 
 
-def choose_device(wanted: str) -> str:
-    """`auto`, `cpu` or `cuda` to `cpu` or `cuda`; DeviceError when CUDA is wanted and absent."""
-    assert wanted in ("auto", "cpu", "cuda")
-    if wanted == "cpu":
+def choose_device(requested: str) -> str:
+    """`cpu` or `cuda` for `auto`, `cpu` or `cuda`; DeviceError if CUDA is requested and absent."""
+    assert requested in ("auto", "cpu", "cuda")
+    if requested == "cpu":
         return "cpu"
     works = _PROVIDERS["cuda"] in ort.get_available_providers() and device_count() > 0
-    if works:  # before anybody asks the CUDA runtime how much memory is free
+    if works:  # the CUDA runtime has to be loaded before free memory is queried
         ort.preload_dlls()
-    if wanted == "cuda" and not works:
-        raise DeviceError("device cuda was asked for, and no CUDA device or library was found")
+    if requested == "cuda" and not works:
+        raise DeviceError("device cuda was requested, and no CUDA device or library was found")
     return "cuda" if works else "cpu"
 
 
 class HostClock:
-    """Time on the host, for a device that the host is, or waits for."""
+    """Wall-clock time, for the CPU, or for a device that the host waits for."""
 
     def start(self) -> None:
+        """Begins a measurement."""
         self._started = time.perf_counter_ns()
 
     def stop(self) -> int:
@@ -71,10 +72,9 @@ class Device:
     def open(self, graph: Path, threads: int = 1, cuda_graphs: bool = False) -> Any:
         """An inference session of a graph file. Raises DeviceError.
 
-        `threads` of a run on the CPU, 0 for one per core that may be used; on CUDA the host only
-        launches kernels.
-
-        With `cuda_graphs`, runs with a number are captured as CUDA graphs and replayed.
+        `threads` is the number of intra-op threads on the CPU, 0 for one per usable core; on CUDA
+        the host only launches kernels. With `cuda_graphs`, runs with a graph number are captured
+        as CUDA graphs and replayed.
         """
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -82,7 +82,7 @@ class Device:
         providers: list[Any] = [_PROVIDERS["cpu"]]
         if self.name == "cuda":
             providers.insert(0, (_PROVIDERS["cuda"], self._cuda_options(cuda_graphs)))
-            options.intra_op_num_threads = 1  # more would do nothing but spin
+            options.intra_op_num_threads = 1  # more would only spin
             # Frees the raw weights once a kernel has packed them its own way.
             entry = "session.use_device_allocator_for_initializers"
             options.add_session_config_entry(entry, "1")
@@ -97,11 +97,11 @@ class Device:
         return session
 
     def tensor(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Any:
-        """Room for a tensor on the device, as an OrtValue, which lasts as long as it is kept."""
+        """An uninitialised tensor on the device, as an OrtValue, freed with its last reference."""
         return ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self.name)
 
-    def place(self, dtype: Any, shape: tuple[int, ...], address: int) -> Place:
-        """A tensor at `address` on the device, as bindings take it."""
+    def tensor_ref(self, dtype: Any, shape: tuple[int, ...], address: int) -> TensorRef:
+        """A tensor at `address` on the device, as the arguments of a binding."""
         return self.name, 0, dtype, shape, address
 
     def copy_to_host(self, target: int, source: int, size: int) -> None:
@@ -112,8 +112,8 @@ class Device:
             ctypes.memmove(target, source, size)
 
     def _cuda_options(self, cuda_graphs: bool) -> dict[str, str]:
-        # Flash attention for prompts: cuDNN's, the default, stalls up to 92 ms on each new prompt
-        # length while it plans, Flash up to 22 ms (docs/log.md). Decode kernels are not concerned.
+        # Flash attention for prefill: cuDNN's, the default, stalls up to 92 ms for each new prompt
+        # length while it plans, Flash up to 22 ms (docs/log.md). Decode kernels are not affected.
         options = {"sdpa_kernel": _FLASH_ATTENTION}
         if cuda_graphs:
             options["enable_cuda_graph"] = "1"
@@ -124,10 +124,10 @@ class Device:
 
 @functools.cache
 def run_options(graph: int = NO_GRAPH, synchronize: bool = True) -> Any:
-    """For a run that is captured, or a replay, as CUDA graph number `graph`, or NO_GRAPH.
+    """Options of a run that captures or replays CUDA graph number `graph`, or of an eager one.
 
-    Without `synchronize`, the host does not wait until the device is done, so that nothing may be
-    read on the host but by a later run, or after Device.clock has stopped.
+    Without `synchronize` the host does not wait for the device: outputs may be read only by a later
+    run on the device, or after Device.clock has stopped.
     """
     options = ort.RunOptions()
     options.add_run_config_entry("gpu_graph_id", str(graph))
@@ -150,7 +150,7 @@ def multiplies_bytes_exactly() -> bool:
 
 
 def type_of(nodes: list[Any], name: str) -> str:
-    """The type of one of a session's inputs or outputs; raises DeviceError without one."""
+    """The element type of a session's input or output; raises DeviceError if there is none."""
     for node in nodes:
         if node.name == name:
             return str(node.type)
@@ -158,7 +158,7 @@ def type_of(nodes: list[Any], name: str) -> str:
 
 
 def _start_clock(device: str) -> HostClock | CudaClock:
-    """The device's own clock where it works."""
+    """CUDA events where they work, else the host's clock."""
     if device == "cuda":
         try:
             clock = CudaClock()
@@ -166,5 +166,5 @@ def _start_clock(device: str) -> HostClock | CudaClock:
             clock.stop()
             return clock
         except (CudaError, AttributeError) as error:
-            log.warning("the device's time is taken on the host: %s", error)
+            log.warning("device time is measured on the host: %s", error)
     return HostClock()

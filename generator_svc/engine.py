@@ -1,7 +1,7 @@
-"""The engine: one thread that owns all sequences, slots and the device, and steps.
+"""The engine: one thread that owns all sequences, slots and the device, and runs step after step.
 
-Others post commands to its inbox; what a step brings goes to `deliver`, once a step. Knows
-nothing about gRPC, asyncio or text.
+Other threads post commands to its inbox; each step's updates are passed to `deliver` in one call.
+Knows nothing about gRPC, asyncio or text.
 """
 
 import logging
@@ -13,26 +13,29 @@ from dataclasses import dataclass
 from typing import Any
 
 from generator_svc.admission import Admission
-from generator_svc.metering import ANSWERS, CACHE_MOVES, Meter
-from generator_svc.run.logits_buffers import Logits
-from generator_svc.run.runner import Outcome, Runner
-from generator_svc.sampling.device_row import DeviceRow, GreedyRow
-from generator_svc.sampling.device_sampler import sample_all
-from generator_svc.scheduler import Scheduler, Step
-from generator_svc.sequence import FinishReason, Generation, Group, Sequence, Stage, Update
+from generator_svc.metering import CACHE_MOVES, REPREFILL, Meter
+from generator_svc.run.runner import Runner, StepOutcome
+from generator_svc.sampling.device_sampler import LogitsRow, sample_all
+from generator_svc.scheduler import ScheduledStep, Scheduler
+from generator_svc.sequence import (
+    EngineRequest,
+    FinishReason,
+    Sequence,
+    SequenceGroup,
+    SequenceStatus,
+    SequenceUpdate,
+)
 
 log = logging.getLogger(__name__)
 
-LogitsRow = Logits | DeviceRow | GreedyRow  # float32 [vocabulary]
-
-# How long there has to be nothing to do before finished answers are computed as prompts: longer
-# than a program takes to send its next request, shorter than a person takes to write.
-_PATIENCE_SECONDS = 0.1
+# How long the engine has to be idle before it re-prefills finished answers: longer than a program
+# takes to send its next request, shorter than a person takes to write.
+_IDLE_BEFORE_REPREFILL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
 class Load:
-    """How busy the engine is."""
+    """A snapshot of how busy the engine is."""
 
     waiting_requests: int
     waiting_tokens: int
@@ -43,7 +46,7 @@ class Load:
 
 
 class Engine:
-    """Generates for many at once. `submit`, `stop` and `cancel` may be called by any thread.
+    """Continuous batching. `submit`, `stop`, `cancel` and `load` may be called from any thread.
 
     `deliver` is called on the engine's thread with the updates of a step; it must not block.
     `on_fault` is called there when the engine itself fails, which ends it.
@@ -55,7 +58,7 @@ class Engine:
         runner: Runner,
         meter: Meter,
         admission: Admission,
-        deliver: Callable[[list[Update]], None],
+        deliver: Callable[[list[SequenceUpdate]], None],
         on_fault: Callable[[BaseException], None],
     ) -> None:
         self.meter = meter
@@ -64,15 +67,16 @@ class Engine:
         self._admission = admission
         self._deliver = deliver
         self._on_fault = on_fault
-        self._inbox: deque[Callable[[], list[Update] | None]] = deque()
+        self._inbox: deque[Callable[[], list[SequenceUpdate] | None]] = deque()
         self._wake = threading.Event()
         self._closed = False
         self._thread: threading.Thread | None = None
 
     def start(self, prepare: Callable[[], None] = lambda: None) -> None:
-        """Starts the thread and waits until it has run `prepare`, which may raise here.
+        """Starts the thread and waits until it has run `prepare`, whose exception is raised here.
 
-        On CUDA, captured graphs and attention plans belong to the thread that made them.
+        `prepare` warms the device up on the thread that will use it: on CUDA, captured graphs and
+        attention plans belong to the thread that made them.
         """
         prepared: Future[None] = Future()
         arguments = (prepare, prepared)
@@ -83,25 +87,25 @@ class Engine:
         prepared.result()
 
     def close(self) -> None:
-        """Ends the thread after the current step; what still runs is cancelled."""
+        """Ends the thread after the current step and cancels what still runs."""
         self._closed = True
         self._wake.set()
         if self._thread is not None:
             self._thread.join()
 
-    def submit(self, generation: Generation, tag: Any = None) -> Group:
-        """Queues a checked request; raises QueueFull. Its updates carry the returned group."""
-        permit = self._admission.enter(len(generation.prompt))
-        group = Group(generation, permit, tag)
+    def submit(self, request: EngineRequest, tag: Any = None) -> SequenceGroup:
+        """Queues a validated request; raises QueueFull. Its updates carry the returned group."""
+        permit = self._admission.enter(len(request.prompt))
+        group = SequenceGroup(request, permit, tag)
         self._post(lambda: self._scheduler.add(group))
         return group
 
-    def stop(self, group: Group, index: int) -> None:
-        """Ends one sequence, whose last update follows; one that has ended stays as it is."""
+    def stop(self, group: SequenceGroup, index: int) -> None:
+        """Ends one sequence, whose last update follows; no effect on a finished one."""
         self._post(lambda: self._stop(group.sequences[index]))
 
-    def cancel(self, group: Group) -> None:
-        """Ends all of a group's sequences; no update follows. May be called again."""
+    def cancel(self, group: SequenceGroup) -> None:
+        """Ends all of a group's sequences without further updates; idempotent."""
         self._post(lambda: self._scheduler.cancel(group))
 
     def load(self) -> Load:
@@ -129,22 +133,22 @@ class Engine:
         if updates:
             self._deliver(updates)
 
-    def prefill_answer(self) -> None:
-        """Computes some of a finished answer as the next turn's prompt would; nobody pays for it.
+    def reprefill(self) -> None:
+        """Re-prefills one tile of a finished answer, for the next turn; its time is overhead.
 
-        That takes as long as a few tokens do, so a request that comes meanwhile hardly waits.
+        One tile takes about as long as a few decode steps, so a new request hardly waits for it.
         """
-        plan = self._scheduler.schedule_answer()
+        plan = self._scheduler.schedule_reprefill()
         if plan is None:
             return
         (result,) = self._runner.run(plan).chunks
-        self.meter.charge_overhead(result.nanoseconds, ANSWERS)
+        self.meter.charge_overhead(result.nanoseconds, REPREFILL)
         if result.error is not None:
-            log.warning("an answer could not be computed as a prompt: %s", result.error)
-        self._scheduler.commit_answer(plan, failed=result.error is not None)
+            log.warning("a finished answer could not be re-prefilled: %s", result.error)
+        self._scheduler.commit_reprefill(plan, failed=result.error is not None)
 
     def check_integrity(self) -> None:
-        """Raises AssertionError when books contradict each other. Between steps only."""
+        """Raises AssertionError if the bookkeeping is inconsistent. Between steps only."""
         self._scheduler.check_integrity()
         self.meter.check_integrity(self._scheduler.running)
 
@@ -161,38 +165,38 @@ class Engine:
                     self.step()
                     continue
                 self.check_integrity()
-                self._rest()
+                self._wait_idle()
             for sequence in [*self._scheduler.waiting, *self._scheduler.running]:
                 self._scheduler.cancel(sequence.group)
         except BaseException as fault:
             log.critical("the engine failed", exc_info=fault)
             self._on_fault(fault)
 
-    def _rest(self) -> None:
-        """Until a command comes; after a while, finished answers are computed meanwhile."""
-        patience = _PATIENCE_SECONDS
-        while not self._wake.wait(patience if self._scheduler.has_answers else None):
-            self.prefill_answer()
-            patience = 0.0
+    def _wait_idle(self) -> None:
+        """Waits for a command; after a while, re-prefills finished answers meanwhile."""
+        timeout = _IDLE_BEFORE_REPREFILL_SECONDS
+        while not self._wake.wait(timeout if self._scheduler.has_reprefills else None):
+            self.reprefill()
+            timeout = 0.0
         self._wake.clear()
 
-    def _post(self, command: Callable[[], list[Update] | None]) -> None:
+    def _post(self, command: Callable[[], list[SequenceUpdate] | None]) -> None:
         self._inbox.append(command)
         self._wake.set()
 
-    def _drain_inbox(self) -> list[Update]:
-        updates: list[Update] = []
+    def _drain_inbox(self) -> list[SequenceUpdate]:
+        updates: list[SequenceUpdate] = []
         while self._inbox:
             updates += self._inbox.popleft()() or ()
         return updates
 
-    def _stop(self, sequence: Sequence) -> list[Update]:
-        if sequence.stage is Stage.FINISHED:
+    def _stop(self, sequence: Sequence) -> list[SequenceUpdate]:
+        if sequence.status is SequenceStatus.FINISHED:
             return []
         self._scheduler.finish(sequence, FinishReason.STOPPED)
-        return [Update(sequence.group, sequence, is_finished=True)]
+        return [SequenceUpdate(sequence.group, sequence, is_finished=True)]
 
-    def _charge(self, step: Step, outcome: Outcome) -> None:
+    def _charge(self, step: ScheduledStep, outcome: StepOutcome) -> None:
         if outcome.move_nanoseconds:
             self.meter.charge_overhead(outcome.move_nanoseconds, CACHE_MOVES)
         for sequence, chunk, result in zip(
@@ -203,13 +207,13 @@ class Engine:
             self.meter.charge(outcome.rows.nanoseconds, [(owner, 1) for owner in step.rows])
 
 
-def _drawing(step: Step, outcome: Outcome) -> Iterator[tuple[Sequence, LogitsRow]]:
-    """Who draws a token in this step, and from which logits, float32 [vocabulary]."""
+def _drawing(step: ScheduledStep, outcome: StepOutcome) -> Iterator[tuple[Sequence, LogitsRow]]:
+    """The sequences that draw a token in this step, each with its row of logits."""
     for sequence in step.forks:
         yield sequence, sequence.group.prompt_logits
     for sequence, result in zip(step.chunks, outcome.chunks, strict=True):
         if result.logits is not None:
-            if sequence.generation.n > 1:
+            if sequence.request.n > 1:
                 sequence.group.prompt_logits = result.logits[0]
             yield sequence, result.logits[0]
     if outcome.rows is not None and outcome.rows.logits is not None:
@@ -218,8 +222,8 @@ def _drawing(step: Step, outcome: Outcome) -> Iterator[tuple[Sequence, LogitsRow
                 yield owner, logits
 
 
-def _failed_runs(step: Step, outcome: Outcome) -> list[tuple[Sequence, BaseException]]:
-    """Everyone who was in a run that failed."""
+def _failed_runs(step: ScheduledStep, outcome: StepOutcome) -> list[tuple[Sequence, BaseException]]:
+    """The sequences of failed runs, each with the error."""
     failures = []
     for sequence, result in zip(step.chunks, outcome.chunks, strict=True):
         if result.error is not None:

@@ -11,27 +11,27 @@ log = logging.getLogger(__name__)
 _SLOT_GRANULARITY = 8
 _MEBIBYTE = 2**20
 
-# Up to 16 threads every model gets quicker, or at least not slower where it counts: a model of
-# 250 MiB decodes best with 8 to 12 and computes prompts best with 16. Beyond, a thread has to have
-# enough to read for what it costs to wait for it: 2,330 MiB still gain a tenth from 12 to 16
-# threads, at 146 MiB each (docs/log.md).
-_MANY_THREADS = 16
-_WEIGHT_BYTES_OF_A_THREAD = 64 * _MEBIBYTE
+# Up to 16 threads no model gets slower: one of 250 MiB decodes fastest with 8 to 12 and prefills
+# fastest with 16. Beyond that, a thread needs enough weights to read to make up for the cost of
+# synchronising with it: 2,330 MiB still gain a tenth from 12 to 16 threads, at 146 MiB each
+# (docs/log.md).
+_DEFAULT_MAX_THREADS = 16
+_WEIGHT_BYTES_PER_THREAD = 64 * _MEBIBYTE
 
-# Beside weights and cache: activations, masks, what is sent, and the process that tries out
+# Beside weights and cache: activations, masks, responses, and the process that compiles untrusted
 # constraints.
 _WORKING_BYTES = 272 * _MEBIBYTE
 
-_SHORTEST_ADVISED = 256  # tokens of a sequence that are still of use to somebody
+_MIN_ADVISED_LENGTH = 256  # tokens; a shorter context is not worth suggesting
 
 
 class MemoryPlanError(ValueError):
-    """Not even one slot fits into the memory, or the model's context is too short for one."""
+    """Memory does not hold a single slot, or the model's context is too short for one."""
 
 
 def plan_threads(cores: int, weight_bytes: int) -> int:
-    """How many threads a run on the CPU gets, if nobody says: at most one for each core."""
-    return min(cores, max(_MANY_THREADS, weight_bytes // _WEIGHT_BYTES_OF_A_THREAD))
+    """Default number of threads of a run on the CPU: at most one per core."""
+    return min(cores, max(_DEFAULT_MAX_THREADS, weight_bytes // _WEIGHT_BYTES_PER_THREAD))
 
 
 @dataclass(frozen=True)
@@ -48,20 +48,20 @@ def host_cache_bytes(
     max_length: int,
     element_bytes: int,
     share: float,
-    wanted: int = 0,
+    requested: int = 0,
 ) -> int:
-    """Bytes of main memory for keys and values, asked before the weights are loaded.
+    """Bytes of main memory for the KV cache, planned before the weights are loaded.
 
-    `wanted` or, if that is 0, a `share` of what is left beside the weights, but one slot at least.
+    `requested` or, if that is 0, a `share` of what the weights leave free, but at least one slot.
     Raises MemoryPlanError if not even one slot fits.
     """
     length = _slot_length(model, max_length)
     per_token = _token_bytes(model, element_bytes)
     slot_bytes = per_token * length
-    room = memory.free - model.weight_bytes - _WORKING_BYTES
-    if room < slot_bytes:
+    available = memory.free - model.weight_bytes - _WORKING_BYTES
+    if available < slot_bytes:
         needed = model.weight_bytes + _WORKING_BYTES + slot_bytes
-        fitting = room // per_token // _SLOT_GRANULARITY * _SLOT_GRANULARITY
+        fitting = available // per_token // _SLOT_GRANULARITY * _SLOT_GRANULARITY
         shorter = f", or set TRIVIUM_GENERATOR_MAX_SEQUENCE_LENGTH to {fitting} or less"
         raise MemoryPlanError(
             f"{model.id} needs {_mebibytes(needed)} of memory: {_mebibytes(model.weight_bytes)} "
@@ -69,17 +69,17 @@ def host_cache_bytes(
             f"{_mebibytes(_WORKING_BYTES)} for the rest; of {_mebibytes(memory.total)} "
             f"({memory.source}) {_mebibytes(memory.free)} are free: allow "
             f"{_mebibytes(needed - memory.free)} more"
-            f"{shorter if fitting >= _SHORTEST_ADVISED else ''}"
+            f"{shorter if fitting >= _MIN_ADVISED_LENGTH else ''}"
         )
-    if wanted > room:
+    if requested > available:
         log.warning(
             "TRIVIUM_GENERATOR_KV_CACHE_BYTES allows %s and weights leave %s (%s): the process "
             "may be killed when the cache fills up",
-            _mebibytes(wanted),
-            _mebibytes(room),
+            _mebibytes(requested),
+            _mebibytes(available),
             memory.source,
         )
-    return wanted or max(slot_bytes, int(room * share))
+    return requested or max(slot_bytes, int(available * share))
 
 
 def plan_memory(
@@ -87,7 +87,7 @@ def plan_memory(
 ) -> MemoryPlan:
     """As many of `slots` slots of up to `max_length` tokens as `cache_bytes` hold.
 
-    A token takes 2 · layers · kv_heads · head_size · element_bytes bytes.
+    A token takes 2 · layers · kv_heads · head_size · element_bytes bytes. Raises MemoryPlanError.
     """
     length = _slot_length(model, max_length)
     per_token = _token_bytes(model, element_bytes)

@@ -1,9 +1,9 @@
-"""Device time in integer nanoseconds: who used it, to the last one.
+"""Metering of device time in integer nanoseconds, exact to the last one.
 
-    busy = what all sequences were charged + overhead by reason        (exactly, always)
+    busy = charged to sequences + overhead by reason        (exactly, at any time)
 
-A run's time is shared among the sequences in it by the tokens each had there, largest
-remainder first (Hamilton's method), so that the shares are integers that add up to the time.
+A run's time is split among the sequences in it in proportion to their tokens, by the largest
+remainder method (Hamilton), so that the shares are integers and add up to the run's time.
 """
 
 import threading
@@ -15,7 +15,7 @@ from generator_svc.sequence import FinishReason, Sequence
 PADDING = "padding"
 CACHE_MOVES = "cache_moves"
 WARM_UP = "warm_up"
-ANSWERS = "answers"
+REPREFILL = "reprefill"
 
 
 def share(nanoseconds: int, weights: ListOf[int]) -> list[int]:
@@ -30,9 +30,9 @@ def share(nanoseconds: int, weights: ListOf[int]) -> list[int]:
 
 
 class Meter:
-    """The engine's account. `settled` has the time of ended sequences by how they ended.
+    """Counts device time. `settled` has that of ended sequences, by finish reason.
 
-    The engine's thread writes; another one takes a `snapshot`, which adds up at any moment.
+    The engine's thread writes; any thread may take a `snapshot`, which is always consistent.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Meter:
         self.settled: Counter[FinishReason] = Counter()
 
     def charge(self, nanoseconds: int, tokens: ListOf[tuple[Sequence | None, int]]) -> None:
-        """Charges a run to those in it. None stands for rows that were nobody's: padding."""
+        """Charges a run to its sequences by their tokens; None stands for padding rows."""
         shares = share(nanoseconds, [count for _, count in tokens])
         with self._lock:
             self.busy += nanoseconds
@@ -61,18 +61,18 @@ class Meter:
             self.overhead[reason] += nanoseconds
 
     def settle(self, sequence: Sequence) -> None:
-        """Books an ended sequence's time under the way it ended; once for each sequence."""
+        """Adds an ended sequence's time to its finish reason's; once per sequence."""
         assert sequence.finish_reason is not None
         with self._lock:
             self.settled[sequence.finish_reason] += sequence.device_nanoseconds
 
     def snapshot(self) -> tuple[int, Counter[str], Counter[FinishReason]]:
-        """Copies of `busy`, `overhead` and `settled`, all of one moment. For any thread."""
+        """Consistent copies of `busy`, `overhead` and `settled`. For any thread."""
         with self._lock:
             return self.busy, self.overhead.copy(), self.settled.copy()
 
     def check_integrity(self, running: ListOf[Sequence]) -> None:
-        """Raises AssertionError when a nanosecond is missing. `running`: who is not settled."""
+        """Raises AssertionError if a nanosecond is missing. `running`: the unsettled sequences."""
         assert self.busy == self.charged + self.overhead.total()
         unsettled = sum(sequence.device_nanoseconds for sequence in running)
         assert self.charged == self.settled.total() + unsettled

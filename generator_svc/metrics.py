@@ -1,6 +1,6 @@
-"""What an operator sees of the generator, by the names vLLM's users know where they mean the same.
+"""Prometheus metrics of the generator, under vLLM's names where they mean the same.
 
-Gauges and the engine's own counters are read when they are asked for, so steps pay nothing.
+Gauges and the engine's own counters are read at scrape time, so steps pay nothing.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ _NEXT_TOKEN_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 
 
 class RequestMetrics:
-    """Counters and histograms that calls feed."""
+    """Counters and histograms observed per call."""
 
     def __init__(self, registry: CollectorRegistry, model: str) -> None:
         def counter(name: str, text: str) -> Counter:
@@ -27,39 +27,40 @@ class RequestMetrics:
         labels = {"model_name": model}
         self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens").labels(**labels)
         self.cached_tokens = counter(
-            "vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache"
+            "vllm:prefix_cache_hits", "Prompt tokens served from the prefix cache"
         ).labels(**labels)
         self.generation_tokens = counter("vllm:generation_tokens", "Tokens generated").labels(
             **labels
         )
         self.first_token = Histogram(
             "vllm:time_to_first_token_seconds",
-            "From a call's arrival to its first token",
+            "Time from a call's arrival to its first token",
             ["model_name"],
             registry=registry,
             buckets=_FIRST_TOKEN_BUCKETS,
         ).labels(**labels)
         self.next_token = Histogram(
             "vllm:inter_token_latency_seconds",
-            "Between two tokens of a sequence",
+            "Time between two tokens of a sequence",
             ["model_name"],
             registry=registry,
             buckets=_NEXT_TOKEN_BUCKETS,
         ).labels(**labels)
         self._finished = Counter(
             "vllm:request_success",
-            "Calls by how they ended",
+            "Finished calls by finish reason",
             ["model_name", "finished_reason"],
             registry=registry,
         )
         self._model = model
 
     def finished(self, reason: str) -> None:
+        """Counts a call that ended."""
         self._finished.labels(model_name=self._model, finished_reason=reason).inc()
 
 
 class EngineCollector(Collector):
-    """The engine's load and its meter, read at each scrape."""
+    """The engine's load and metering, read at each scrape."""
 
     def __init__(self, load: Callable[[], Load], meter: Meter, model: str) -> None:
         self._load = load
@@ -70,19 +71,22 @@ class EngineCollector(Collector):
         load = self._load()
         gauges = {
             "vllm:num_requests_running": ("Sequences that hold a slot", load.running_sequences),
-            "vllm:num_requests_waiting": ("Requests that wait for a slot", load.waiting_requests),
+            "vllm:num_requests_waiting": ("Requests waiting for a slot", load.waiting_requests),
             "vllm:kv_cache_usage_perc": ("Share of slots in use", load.used_slots / load.slots),
             "trivium_slots": ("Slots", load.slots),
-            "trivium_slots_in_use": ("Slots that a sequence holds", load.used_slots),
-            "trivium_waiting_prompt_tokens": ("Prompt tokens that wait", load.waiting_tokens),
+            "trivium_slots_in_use": ("Slots held by sequences", load.used_slots),
+            "trivium_waiting_prompt_tokens": (
+                "Prompt tokens waiting for a slot",
+                load.waiting_tokens,
+            ),
         }
         for name, (text, value) in gauges.items():
             gauge = GaugeMetricFamily(name, text, labels=["model_name"])
             gauge.add_metric([self._model], value)
             yield gauge
-        yield from self._account()
+        yield from self._device_time()
 
-    def _account(self) -> Iterator[Metric]:
+    def _device_time(self) -> Iterator[Metric]:
         busy_nanoseconds, overheads, settled = self._meter.snapshot()
         busy = CounterMetricFamily(
             "trivium_device_busy_nanoseconds", "Device time of all runs", labels=["model_name"]
@@ -91,7 +95,7 @@ class EngineCollector(Collector):
         yield busy
         overhead = CounterMetricFamily(
             "trivium_device_overhead_nanoseconds",
-            "Device time that belongs to no request",
+            "Device time not charged to any request",
             labels=["model_name", "reason"],
         )
         for reason, nanoseconds in sorted(overheads.items()):
@@ -99,7 +103,7 @@ class EngineCollector(Collector):
         yield overhead
         requests = CounterMetricFamily(
             "trivium_device_request_nanoseconds",
-            "Device time of ended sequences, by how they ended",
+            "Device time of ended sequences by finish reason",
             labels=["model_name", "outcome"],
         )
         for outcome, nanoseconds in sorted(

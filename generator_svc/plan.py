@@ -1,17 +1,17 @@
-"""What one step does, decided in advance: a frozen, printable value, all that the runner knows.
+"""The plan of one step: a frozen, printable value, and all that the runner gets to know.
 
-A step first moves cache slots, then runs the prefill chunks one by one, then runs one decode
-batch over the slots 0 to len(rows) - 1.
+A step first moves cache slots, then runs the prefill chunks one by one, then one decode batch over
+the slots 0 to len(rows) - 1.
 """
 
 from dataclasses import dataclass
 
-# The attention of a chunk works through its tokens in tiles, and computes a token that is alone in
-# its tile with another kernel than several, which rounds differently: a prompt cut there would
-# give other logits than one that is not. A tile has twice as many tokens as a head has elements
-# (measured on 16, 32 and 64), which is a multiple of ATTENTION_TILE for heads of 16, 32, 48, …
+# Attention processes a chunk in tiles of tokens, and uses a different kernel for a tile that holds
+# a single token, which rounds differently: a prompt split there would give other logits than one
+# that is not. A tile has twice as many tokens as a head has elements (measured for 16, 32 and 64),
+# which is a multiple of ATTENTION_TILE for head sizes of 16, 32, 48, …
 ATTENTION_TILE = 32
-SHORTEST_CHUNK = 2
+MIN_CHUNK_TOKENS = 2
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Swap:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Computes `token_ids` as the tokens from position `start` of a slot."""
+    """Prefills `token_ids` from position `start` of a slot."""
 
     slot: int
     start: int
@@ -44,11 +44,10 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Row:
-    """Computes `token_id` as the token at `position` of the slot that has the row's number.
+    """Decodes `token_id` at `position` of the slot that has the row's number.
 
-    An idle row is there because its neighbours are: what it writes at its position is
-    garbage that is overwritten before it is ever read. Of a greedy row's logits only the largest
-    is needed.
+    An idle row only pads the batch: what it writes at its position is overwritten before it is ever
+    read. Of a greedy row's logits only the largest is needed.
     """
 
     token_id: int
@@ -64,7 +63,3 @@ class StepPlan:
     moves: tuple[Copy | Swap, ...] = ()
     chunks: tuple[Chunk, ...] = ()
     rows: tuple[Row, ...] = ()
-
-    @property
-    def is_empty(self) -> bool:
-        return not (self.moves or self.chunks or self.rows)

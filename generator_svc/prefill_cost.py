@@ -1,41 +1,40 @@
-"""How many prompt tokens fit into a time, as measured: the scheduler's bound is one of time.
+"""A moving average of what a prompt token costs, by position, so that prefill is bounded in time.
 
-A token of a prompt costs more the more tokens are before it, since it attends to all of them, so
-speeds are kept by where in its prompt a chunk begins. Knows nothing of sequences or slots.
+A token costs more the more tokens precede it, since it attends to all of them, so the averages are
+kept by where in its prompt a chunk begins.
 """
 
 from generator_svc.plan import ATTENTION_TILE
 
-# What is taken before anything is measured: 640 tokens/s, which a laptop reaches.
-_FIRST_GUESS = 1_600_000
-_WINDOW = 512  # tokens; chunks that begin within the same one share a speed
+_INITIAL_COST = 1_600_000  # ns per token, before the first measurement: a laptop's 640 tokens/s
+_WINDOW_TOKENS = 512  # chunks that begin within the same window share an average
 _LEARNING_RATE = 0.3
-_SHORTEST_SAMPLE = 32  # a run's fixed cost would count for too much in less
+_MIN_SAMPLE_TOKENS = 32  # in shorter chunks a run's fixed cost would dominate
 
 
-class Pace:
-    """Nanoseconds a prompt token takes, by where it stands: a moving average of what was seen."""
+class PrefillCostModel:
+    """Nanoseconds per prompt token, by position: exponential moving averages of measured chunks."""
 
     def __init__(self) -> None:
         self._cost: dict[int, float] = {}
 
     def observe(self, start: int, tokens: int, nanoseconds: int) -> None:
         """A chunk of `tokens` from position `start` took `nanoseconds`."""
-        if tokens < _SHORTEST_SAMPLE:
+        if tokens < _MIN_SAMPLE_TOKENS:
             return
-        window = start // _WINDOW
-        seen = max(nanoseconds, 1) / tokens  # a clock may be too coarse
-        known = self._cost.get(window, seen)
-        self._cost[window] = known + _LEARNING_RATE * (seen - known)
+        window = start // _WINDOW_TOKENS
+        sample = max(nanoseconds, 1) / tokens  # a coarse clock may report 0
+        average = self._cost.get(window, sample)
+        self._cost[window] = average + _LEARNING_RATE * (sample - average)
 
     def cost(self, start: int) -> float:
-        """Nanoseconds of a token at `start`: as seen there, or at the nearest place before it."""
-        before = [window for window in self._cost if window <= start // _WINDOW]
+        """Nanoseconds per token at `start`, from its window or the nearest measured one before."""
+        before = [window for window in self._cost if window <= start // _WINDOW_TOKENS]
         if before:
             return self._cost[max(before)]
-        return self._cost[min(self._cost)] if self._cost else _FIRST_GUESS
+        return self._cost[min(self._cost)] if self._cost else _INITIAL_COST
 
-    def fitting(self, nanoseconds: float) -> int:
-        """Tokens of a prompt's beginning that fit: whole tiles of the attention, at least one."""
+    def tokens_within(self, nanoseconds: float) -> int:
+        """Tokens from a prompt's start that fit: whole attention tiles, at least one."""
         tokens = int(nanoseconds / self.cost(0))
         return max(tokens - tokens % ATTENTION_TILE, ATTENTION_TILE)

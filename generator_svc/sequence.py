@@ -1,7 +1,4 @@
-"""What is asked of the engine, and one continuation of a prompt on its way through it.
-
-Knows nothing about tensors, slots' memory, gRPC or text.
-"""
+"""The engine's request, its sequences and their updates. No tensors, gRPC or text."""
 
 import enum
 from collections import Counter
@@ -13,7 +10,7 @@ from generator_svc.admission import Permit
 
 
 class FinishReason(enum.Enum):
-    """Why a sequence ended. The last two end the whole call, so no caller is told of them."""
+    """Why a sequence ended. CANCELLED and FAILED end the whole call and are never reported."""
 
     STOP_TOKEN = enum.auto()
     LENGTH = enum.auto()
@@ -22,8 +19,8 @@ class FinishReason(enum.Enum):
     FAILED = enum.auto()
 
 
-class Stage(enum.Enum):
-    """Where a sequence is."""
+class SequenceStatus(enum.Enum):
+    """A sequence's progress through the scheduler."""
 
     WAITING = enum.auto()
     PREFILL = enum.auto()
@@ -32,8 +29,8 @@ class Stage(enum.Enum):
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen; every value concrete and within its range. See generator.proto."""
+class SamplingParams:
+    """Validated sampling parameters, defaults filled in; generator.proto says what each means."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -47,7 +44,7 @@ class Sampling:
 
     @property
     def is_plain_greedy(self) -> bool:
-        """Whether the next token is the arg max of the logits as they are."""
+        """Whether the next token is the arg max of the unmodified logits."""
         return (
             (self.temperature == 0 or self.top_k == 1 or self.top_p == 0)
             and not self.logit_bias
@@ -58,7 +55,7 @@ class Sampling:
 
 
 class ConstraintError(Exception):
-    """A constraint that cannot be kept; `code` is one of the table in trivium.wire.errors."""
+    """A constraint that cannot be enforced; `code` is one of trivium.wire.errors."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -67,17 +64,17 @@ class ConstraintError(Exception):
 
 
 class ConstraintState(Protocol):
-    """Where a continuation is in its constraint."""
+    """A sequence's state within its constraint."""
 
     def allowed(self) -> Any:
-        """Which tokens may come next, bool [vocabulary]."""
+        """The mask of allowed next tokens, bool [vocabulary]."""
 
     def accept(self, token_id: int) -> None:
-        """Takes the next token, one of those allowed."""
+        """Advances by the next token, which has to be an allowed one."""
 
 
 class Constraint(Protocol):
-    """What the continuations of a request have to fit. `end_token_ids` end one that does."""
+    """What a request's text has to match. `end_token_ids` end a text that does."""
 
     @property
     def end_token_ids(self) -> frozenset[int]: ...
@@ -87,17 +84,17 @@ class Constraint(Protocol):
 
 
 @dataclass(frozen=True)
-class Generation:
-    """A request that has been checked: it fits the model, and nobody checks it again.
+class EngineRequest:
+    """A validated request: it fits the model and is not checked again.
 
-    `stop_token_ids` holds the model's end-of-sequence tokens too, unless they are ignored.
-    `top_logprobs` is None when no log-probabilities are wanted. A complete text ends with one
-    of the constraint's tokens even where they are ignored, since nothing else may follow.
+    `stop_token_ids` includes the model's end-of-sequence tokens, unless they are ignored.
+    `top_logprobs` is None when no log-probabilities are requested. A complete constrained text ends
+    with one of the constraint's end tokens even if those are ignored: nothing else may follow.
     """
 
     prompt: tuple[int, ...]
     max_new_tokens: int
-    sampling: Sampling = Sampling()
+    sampling: SamplingParams = SamplingParams()
     n: int = 1
     min_new_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
@@ -113,8 +110,8 @@ class Generation:
 
 
 @dataclass(frozen=True)
-class Logprobs:
-    """Natural logarithms of what the model gave a token and the most likely ones."""
+class TokenLogprobs:
+    """Log-probabilities (natural) of a sampled token and of the most likely ones."""
 
     logprob: float
     top_token_ids: tuple[int, ...]
@@ -123,24 +120,24 @@ class Logprobs:
 
 @dataclass(frozen=True)
 class SampledToken:
-    """A token drawn for a sequence, with its log-probabilities if they were asked for."""
+    """A token drawn for a sequence, with log-probabilities if requested."""
 
     token_id: int
-    logprobs: Logprobs | None = None
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(eq=False)
 class Sequence:
     """One of the n continuations of a prompt; owned by the engine's thread.
 
-    `token_ids` is the prompt and what was generated. Of these, `computed` have their keys and
-    values in `slot`. `device_nanoseconds` is the sequence's share of the device's time so far.
+    `token_ids` is the prompt and the generated tokens, of which the first `computed` have their
+    keys and values in `slot`. `device_nanoseconds` is its share of the device time so far.
     """
 
-    group: "Group"
+    group: "SequenceGroup"
     index: int
     token_ids: list[int]
-    stage: Stage = Stage.WAITING
+    status: SequenceStatus = SequenceStatus.WAITING
     slot: int = -1
     computed: int = 0
     cached_prompt_tokens: int = 0
@@ -150,12 +147,12 @@ class Sequence:
     constraint_state: ConstraintState | None = None
 
     @property
-    def generation(self) -> Generation:
-        return self.group.generation
+    def request(self) -> EngineRequest:
+        return self.group.request
 
     @property
     def prompt_length(self) -> int:
-        return len(self.group.generation.prompt)
+        return len(self.group.request.prompt)
 
     @property
     def generated(self) -> int:
@@ -170,52 +167,50 @@ class Sequence:
     @property
     def is_greedy(self) -> bool:
         """Whether the next token is the arg max of its logits, and that is all they are for."""
-        generation = self.generation
+        request = self.request
         return (
-            generation.sampling.is_plain_greedy
-            and generation.constraint is None
-            and generation.top_logprobs is None
-            and self.generated >= generation.min_new_tokens
+            request.sampling.is_plain_greedy
+            and request.constraint is None
+            and request.top_logprobs is None
+            and self.generated >= request.min_new_tokens
         )
 
     def append(self, token_id: int) -> None:
-        """Takes a generated token, and finishes the sequence if it is the last."""
+        """Adds a generated token; sets `finish_reason` if it is the last."""
         self.token_ids.append(token_id)
         self.output_counts[token_id] += 1
-        if token_id in self.generation.all_stop_token_ids:
+        if token_id in self.request.all_stop_token_ids:
             self.finish_reason = FinishReason.STOP_TOKEN
-        elif self.generated >= self.generation.max_new_tokens:
+        elif self.generated >= self.request.max_new_tokens:
             self.finish_reason = FinishReason.LENGTH
 
 
 @dataclass(frozen=True)
-class Update:
-    """What a step brought for one sequence: a token, the end, or both; or the group's failure."""
+class SequenceUpdate:
+    """A sequence's new token and/or end after one step; or its group's failure, as `error`."""
 
-    group: "Group"
+    group: "SequenceGroup"
     sequence: Sequence
     token: SampledToken | None = None
     is_finished: bool = False
     error: BaseException | None = None
 
 
-class Group:
+class SequenceGroup:
     """A request in the engine: its sequences, which share one prompt.
 
-    `permit` is its place in the queue, given back when the first sequence gets a slot.
-    `prompt_logits`, float32 [vocabulary], is kept from the first sequence's prefill until
-    all others have drawn their first token from it. `tag` is the caller's own.
+    `permit` is its place in the queue, released when the first sequence gets a slot.
+    `prompt_logits`, float32 [vocabulary], is kept from the first sequence's prefill until all
+    others have drawn their first token from it. `tag` is opaque to the engine.
     """
 
-    def __init__(self, generation: Generation, permit: Permit, tag: Any = None) -> None:
-        self.generation = generation
+    def __init__(self, request: EngineRequest, permit: Permit, tag: Any = None) -> None:
+        self.request = request
         self.permit = permit
         self.tag = tag
-        self.sequences = [
-            Sequence(self, index, list(generation.prompt)) for index in range(generation.n)
-        ]
+        self.sequences = [Sequence(self, index, list(request.prompt)) for index in range(request.n)]
         self.prompt_logits: Any = None
 
     @property
     def is_finished(self) -> bool:
-        return all(sequence.stage is Stage.FINISHED for sequence in self.sequences)
+        return all(sequence.status is SequenceStatus.FINISHED for sequence in self.sequences)

@@ -18,19 +18,15 @@ from generator_svc.default_sampling import default_sampling
 from generator_svc.device import DeviceError, choose_device
 from generator_svc.engine import Engine
 from generator_svc.kv_cache import SlotCache
-from generator_svc.memory_plan import (
-    host_cache_bytes,
-    plan_memory,
-    plan_threads,
-)
+from generator_svc.memory_plan import host_cache_bytes, plan_memory, plan_threads
 from generator_svc.metering import WARM_UP, Meter
 from generator_svc.metrics import EngineCollector, RequestMetrics
 from generator_svc.plan import Chunk, Row, StepPlan
-from generator_svc.prefill_cost import Pace
+from generator_svc.prefill_cost import PrefillCostModel
 from generator_svc.run.runner import OrtRunner
 from generator_svc.scheduler import Scheduler
-from generator_svc.sequence import Update
-from generator_svc.service import GeneratorService, Mailroom
+from generator_svc.sequence import SequenceUpdate
+from generator_svc.service import GeneratorService, UpdateDispatcher
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.generator.v1.generator_pb2_grpc import add_GeneratorServiceServicer_to_server
 from trivium.host_limits import cpu_limit, memory_limit
@@ -40,15 +36,16 @@ from trivium.wire.serving import GrpcServer, StopSignals
 
 log = logging.getLogger("generator_svc")
 
-_CAPTURE_SECONDS = 30.0  # at the start; what is left is captured when it first comes up
+_CAPTURE_SECONDS = 30.0  # at start; the remaining batch sizes are captured on first use
 
 SERVICE = "trivium.generator.v1.GeneratorService"
 
 
 def load_runner(settings: GeneratorSettings, model: ModelDirectory) -> OrtRunner:
-    """The model on its device, with the slots that memory allows.
+    """The model on its device, with as many slots as memory allows.
 
-    `auto` takes the CPU where there is a CUDA device and its libraries, or the model, fail.
+    Device `auto` falls back to the CPU when the CUDA libraries or the model on CUDA fail. Raises
+    DeviceError, CudaError or MemoryPlanError.
     """
     device = choose_device(settings.device)
     try:
@@ -56,7 +53,7 @@ def load_runner(settings: GeneratorSettings, model: ModelDirectory) -> OrtRunner
     except (DeviceError, CudaError) as error:
         if device == "cpu" or settings.device != "auto":
             raise
-        log.warning("CUDA cannot be used, so the CPU is: %s", error)
+        log.warning("CUDA cannot be used, falling back to the CPU: %s", error)
         return _load_on("cpu", settings, model)
 
 
@@ -73,15 +70,15 @@ def _load_on(device: str, settings: GeneratorSettings, model: ModelDirectory) ->
     else:
         cache_bytes = cache_bytes or int((free_bytes() - model.weight_bytes) * share)
     plan = plan_memory(model, settings.slots, length, cache_bytes, element_bytes)
-    # ONNX Runtime leaves some float32 nodes to the CPU, and then refuses to capture any.
+    # ONNX Runtime places some float32 nodes on the CPU, and then refuses to capture the graph.
     cuda_graphs = settings.cuda_graphs and device == "cuda" and model.precision != "fp32"
     return OrtRunner(model, device, plan.slots, plan.slot_length, threads, cuda_graphs)
 
 
 def warm_up(runner: OrtRunner, meter: Meter) -> None:
-    """One prefill, one decode and the CUDA graphs, on the thread that is to run the model.
+    """One prefill, one decode and the CUDA graphs, on the thread that will run the model.
 
-    Raises DeviceError when a run fails or gives anything but numbers.
+    Raises DeviceError if a run fails or its logits are not finite.
     """
     prefill = Chunk(slot=0, start=0, token_ids=(0, 0, 0), wants_logits=True)
     outcome = runner.run(StepPlan(chunks=(prefill,), rows=(Row(0, 3),)))
@@ -98,7 +95,7 @@ def warm_up(runner: OrtRunner, meter: Meter) -> None:
 def describe(
     model: ModelDirectory, runner: OrtRunner, settings: GeneratorSettings
 ) -> pb.GetModelInfoResponse:
-    """What GetModelInfo answers."""
+    """The response of GetModelInfo."""
     return pb.GetModelInfoResponse(
         id=model.id,
         revision=model.revision,
@@ -120,14 +117,15 @@ def build_engine(
     settings: GeneratorSettings,
     runner: OrtRunner,
     meter: Meter,
-    deliver: Callable[[list[Update]], None],
+    deliver: Callable[[list[SequenceUpdate]], None],
     on_fault: Callable[[BaseException], None],
 ) -> Engine:
+    """An engine with its scheduler, slots and queue, not started; see Engine for the callbacks."""
     cache = SlotCache(runner.info.slots, runner.info.slot_length, settings.prefix_cache)
     stall_nanoseconds = settings.prefill_stall_ms * 1_000_000
     scheduler = Scheduler(
         cache,
-        Pace(),
+        PrefillCostModel(),
         stall_nanoseconds,
         settings.chunk_tokens,
         meter.settle,
@@ -145,6 +143,7 @@ def build_service(
     registry: CollectorRegistry,
     constraints: ConstraintCompiler,
 ) -> GeneratorService:
+    """The gRPC service of an engine, whose metrics it registers."""
     limits = Limits(
         revision=model.revision,
         vocabulary_size=model.vocab_size,
@@ -159,7 +158,7 @@ def build_service(
 
 
 def serve_metrics(settings: GeneratorSettings, registry: CollectorRegistry) -> None:
-    """Starts the HTTP server of /metrics, if one is wanted; OSError names a port it cannot have."""
+    """Starts the HTTP server of /metrics, if enabled; raises OSError for a port that is taken."""
     if not settings.metrics_port:
         return
     try:
@@ -190,7 +189,7 @@ async def serve_constrained(
         loop.call_soon_threadsafe(faulted.set)
 
     meter = Meter()
-    engine = build_engine(settings, runner, meter, Mailroom(loop).deliver, report_fault)
+    engine = build_engine(settings, runner, meter, UpdateDispatcher(loop).deliver, report_fault)
     await asyncio.to_thread(engine.start, functools.partial(warm_up, runner, meter))
     info = describe(model, runner, settings)
     registry = CollectorRegistry()

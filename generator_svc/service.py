@@ -1,7 +1,7 @@
-"""gRPC to the engine and back: one call is one group, its mailbox, and its commands.
+"""GeneratorService over the engine: a call is one sequence group, its updates and its commands.
 
-The road of a call: `Generate` → `to_generation` → `engine.submit` → the engine's thread →
-`Mailroom.deliver` → mailbox → `to_response`. Decides nothing about scheduling or sampling.
+The path of a call: `Generate` → `to_engine_request` → `engine.submit` → the engine's thread →
+`UpdateDispatcher.deliver` → the call's UpdateQueue → `to_response`.
 """
 
 import asyncio
@@ -19,16 +19,16 @@ from generator_svc.constraint.compiler import (
     ConstraintCompiler,
     ConstraintsUnavailable,
 )
-from generator_svc.convert import CONSTRAINT, Limits, to_constraint, to_generation, to_response
+from generator_svc.convert import CONSTRAINT, Limits, to_constraint, to_engine_request, to_response
 from generator_svc.engine import Engine
 from generator_svc.metrics import RequestMetrics
 from generator_svc.sequence import (
     Constraint,
     ConstraintError,
+    EngineRequest,
     FinishReason,
-    Generation,
-    Group,
-    Update,
+    SequenceGroup,
+    SequenceUpdate,
 )
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.generator.v1 import generator_pb2_grpc as pb_grpc
@@ -38,52 +38,54 @@ log = logging.getLogger(__name__)
 
 Call = grpc.aio.ServicerContext[Any, Any]
 
-_RETRY_TOKENS_PER_SECOND = 1_000  # a cautious guess of how fast a queue of prompts drains
+_RETRY_TOKENS_PER_SECOND = 1_000  # a conservative guess of the prefill speed
 
 
-class Mailbox:
-    """What became ready for a call since it was last emptied. For the event loop's thread."""
+class UpdateQueue:
+    """A call's pending updates. For the event loop's thread."""
 
     def __init__(self) -> None:
-        self._updates: list[Update] = []
+        self._updates: list[SequenceUpdate] = []
         self._ready = asyncio.Event()
 
-    def put(self, update: Update) -> None:
+    def put(self, update: SequenceUpdate) -> None:
+        """Adds an update."""
         self._updates.append(update)
         self._ready.set()
 
-    async def take(self) -> list[Update]:
-        """Waits for at least one update and returns all there are."""
+    async def take(self) -> list[SequenceUpdate]:
+        """Waits for at least one update and returns all pending ones."""
         await self._ready.wait()
         self._ready.clear()
         updates, self._updates = self._updates, []
         return updates
 
 
-class Mailroom:
-    """Carries updates from the engine's thread into mailboxes, all of a step at once."""
+class UpdateDispatcher:
+    """Hands updates from the engine's thread to their calls' queues, a whole step at a time."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
 
-    def deliver(self, updates: list[Update]) -> None:
-        self._loop.call_soon_threadsafe(self._sort, updates)
+    def deliver(self, updates: list[SequenceUpdate]) -> None:
+        """Hands over a step's updates; called on the engine's thread."""
+        self._loop.call_soon_threadsafe(self._dispatch, updates)
 
     @staticmethod
-    def _sort(updates: list[Update]) -> None:
+    def _dispatch(updates: list[SequenceUpdate]) -> None:
         for update in updates:
             update.group.tag.put(update)
 
 
-class _Clock:
-    """Times of a call's tokens, for its metrics."""
+class _TokenTimer:
+    """Observes a call's TTFT and inter-token latencies."""
 
     def __init__(self, metrics: RequestMetrics) -> None:
         self._metrics = metrics
         self._arrival = time.monotonic()
         self._last: dict[int, float] = {}
 
-    def observe(self, updates: list[Update]) -> None:
+    def observe(self, updates: list[SequenceUpdate]) -> None:
         now = time.monotonic()
         for update in updates:
             if update.token is None:
@@ -99,8 +101,8 @@ class _Clock:
             self._metrics.generation_tokens.inc()
 
 
-def _told(error: BaseException) -> ServiceError:
-    """What a caller is told of a step that failed."""
+def _to_service_error(error: BaseException) -> ServiceError:
+    """The error that a caller gets for a failed step."""
     if isinstance(error, ConstraintError):
         return ServiceError(error.code, error.message, CONSTRAINT)
     log.error("a step failed", exc_info=error)
@@ -127,21 +129,21 @@ class GeneratorService(pb_grpc.GeneratorServiceServicer):
     async def Generate(
         self, request_iterator: AsyncIterator[pb.GenerateRequest], context: Call
     ) -> AsyncIterator[pb.GenerateResponse]:
-        clock = _Clock(self._metrics)
-        generation = await self._first(request_iterator)
-        mailbox = Mailbox()
-        group = self._submit(generation, mailbox)
-        commands = asyncio.create_task(self._follow(request_iterator, group))
+        timer = _TokenTimer(self._metrics)
+        request = await self._receive_request(request_iterator)
+        queue = UpdateQueue()
+        group = self._submit(request, queue)
+        commands = asyncio.create_task(self._handle_commands(request_iterator, group))
         outcome = FinishReason.CANCELLED
         try:
-            running = generation.n
+            running = request.n
             while running:
-                updates = await mailbox.take()
-                clock.observe(updates)
+                updates = await queue.take()
+                timer.observe(updates)
                 for update in updates:
                     if update.error is not None:
                         outcome = FinishReason.FAILED
-                        raise _told(update.error)
+                        raise _to_service_error(update.error)
                 running -= sum(update.is_finished for update in updates)
                 yield to_response(updates)
             outcome = group.sequences[0].finish_reason or outcome
@@ -164,14 +166,15 @@ class GeneratorService(pb_grpc.GeneratorServiceServicer):
             waiting_prompt_tokens=load.waiting_tokens,
         )
 
-    async def _first(self, requests: AsyncIterator[pb.GenerateRequest]) -> Generation:
-        async for request in requests:
-            if request.HasField("start"):
-                generation = to_generation(request.start, self._limits)
-                constraint = to_constraint(request.start)
+    async def _receive_request(self, messages: AsyncIterator[pb.GenerateRequest]) -> EngineRequest:
+        """The request in the first message, with its constraint compiled; raises ServiceError."""
+        async for message in messages:
+            if message.HasField("start"):
+                request = to_engine_request(message.start, self._limits)
+                constraint = to_constraint(message.start)
                 if constraint is None:
-                    return generation
-                return replace(generation, constraint=await self._compile(*constraint))
+                    return request
+                return replace(request, constraint=await self._compile(*constraint))
             break
         raise ServiceError(
             "missing_required_parameter", "The first message has to start a generation.", "start"
@@ -190,9 +193,9 @@ class GeneratorService(pb_grpc.GeneratorServiceServicer):
             message = "The server compiles as many constraints as it can. Please try again later."
             raise ServiceError("queue_full", message) from None
 
-    def _submit(self, generation: Generation, mailbox: Mailbox) -> Group:
+    def _submit(self, request: EngineRequest, queue: UpdateQueue) -> SequenceGroup:
         try:
-            return self._engine.submit(generation, mailbox)
+            return self._engine.submit(request, queue)
         except QueueFull as full:
             retry = min(max(1, full.waiting_tokens // _RETRY_TOKENS_PER_SECOND), 60)
             raise ServiceError(
@@ -201,9 +204,13 @@ class GeneratorService(pb_grpc.GeneratorServiceServicer):
                 retry_after=retry,
             ) from None
 
-    async def _follow(self, requests: AsyncIterator[pb.GenerateRequest], group: Group) -> None:
-        """Carries out the caller's stop commands; others, and indices that do not exist, are
-        without effect, since what they might mean has ended or never began."""
-        async for request in requests:
-            if request.HasField("stop") and 0 <= request.stop.index < group.generation.n:
-                self._engine.stop(group, request.stop.index)
+    async def _handle_commands(
+        self, messages: AsyncIterator[pb.GenerateRequest], group: SequenceGroup
+    ) -> None:
+        """Executes the caller's stop commands.
+
+        Anything else and unknown indices have no effect: what they refer to has ended or never was.
+        """
+        async for message in messages:
+            if message.HasField("stop") and 0 <= message.stop.index < group.request.n:
+                self._engine.stop(group, message.stop.index)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from generator_svc.plan import Copy, StepPlan, Swap
-from generator_svc.prefill_cost import Pace
-from generator_svc.run.runner import Logits, Outcome, RunResult
+from generator_svc.prefill_cost import PrefillCostModel
+from generator_svc.run.runner import Logits, RunResult, StepOutcome
 
 VOCABULARY = 64
 EOS = 1
@@ -39,8 +39,8 @@ def greedy(prompt: Sequence[int], count: int, eos: int | None = EOS) -> list[int
     return context[len(prompt) :]
 
 
-class SteadyPace(Pace):
-    """A pace at which `tokens` of any prompt fit into a step, whatever was measured."""
+class FixedPrefillCost(PrefillCostModel):
+    """Lets `tokens` of any prompt fit into a step, whatever was measured."""
 
     def __init__(self, tokens: int) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class SteadyPace(Pace):
     def cost(self, start: int) -> float:
         return 1.0
 
-    def fitting(self, nanoseconds: float) -> int:
+    def tokens_within(self, nanoseconds: float) -> int:
         return self._tokens
 
 
@@ -78,7 +78,7 @@ class ScriptedRunner:
     def prefilled_tokens(self) -> int:
         return sum(len(chunk.token_ids) for plan in self.plans for chunk in plan.chunks)
 
-    def run(self, plan: StepPlan) -> Outcome:
+    def run(self, plan: StepPlan) -> StepOutcome:
         self.plans.append(plan)
         for move in plan.moves:
             self._move(move)
@@ -98,7 +98,7 @@ class ScriptedRunner:
             rows = self._compute(
                 [[(slot, row.position, row.token_id)] for slot, row in enumerate(plan.rows)]
             )
-        return Outcome(self._time() if plan.moves else 0, tuple(chunks), rows)
+        return StepOutcome(self._time() if plan.moves else 0, tuple(chunks), rows)
 
     def _time(self) -> int:
         nanoseconds = self._random.randrange(1, 10_000_019)

@@ -1,1 +1,1 @@
-"""Constrained decoding: JSON schemas, regular expressions and grammars to token masks."""
+"""Constrained decoding: from JSON schemas, regular expressions and grammars to token masks."""

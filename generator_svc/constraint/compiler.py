@@ -1,9 +1,9 @@
-"""From a caller's constraint to one that can be kept, while everyone else's tokens go on.
+"""Compiles callers' constraints without blocking the event loop or trusting the constraint.
 
-A constraint is tried out in a process of its own first (generator_svc.constraint.sandbox), for
-there are some that take minutes, all memory, or the process that compiles them. What came of it
-is remembered by digest. Then it is compiled here, in a thread, for each request anew (see
-generator_svc.constraint.llguidance for why). Knows nothing about gRPC or the engine.
+A constraint is first compiled in a sandboxed child process (generator_svc.constraint.sandbox),
+since a hostile one may take minutes, all memory, or the process that compiles it. The result is
+cached by digest. Then it is compiled here, in a thread, once per request (see
+generator_svc.constraint.llguidance for why).
 """
 
 import asyncio
@@ -25,115 +25,116 @@ from generator_svc.sequence import ConstraintError
 
 log = logging.getLogger(__name__)
 
-# Together below the five seconds in which every constraint is answered.
-_TURN_SECONDS = 1.5
-_TRIAL_SECONDS = 3.0
+# Their sum stays below the five seconds within which every constraint gets an answer.
+_QUEUE_SECONDS = 1.5
+_COMPILE_SECONDS = 3.0
 
-# A lark's longest text, each character of it escaped.
-_LONGEST_ANSWER = 8 * 2**20
+# The longest Lark grammar with every character escaped.
+_MAX_RESPONSE_BYTES = 8 * 2**20
 
 _THREADS = 2
-_ENTRY_BYTES = 500  # about what an entry takes besides its texts
+_ENTRY_BYTES = 500  # overhead of a cache entry beside its text
 
 
 class ConstraintsUnavailable(Exception):
-    """This model's tokenizer is of a kind that cannot be constrained."""
+    """Constraints are not supported for this model's kind of tokenizer."""
 
 
 class CompilerBusy(Exception):
-    """Too many new constraints wait to be tried out."""
+    """Too many new constraints are waiting for the sandbox."""
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What came of a trial: a grammar, or why there is none."""
+class CompileResult:
+    """A grammar for llguidance, or the error that compiling it gave."""
 
     grammar: str = ""
     error: ConstraintError | None = None
 
     @property
     def size_in_bytes(self) -> int:
+        """What a cache entry takes, roughly."""
         return _ENTRY_BYTES + len(self.grammar.encode())
 
 
-class VerdictCache:
-    """Verdicts by digest, up to `most_bytes`; those not used for longest go first."""
+class CompileCache:
+    """An LRU cache of results by digest, of up to `max_bytes`."""
 
-    def __init__(self, most_bytes: int) -> None:
+    def __init__(self, max_bytes: int) -> None:
         self.size_in_bytes = 0
-        self._most_bytes = most_bytes
-        self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()
+        self._max_bytes = max_bytes
+        self._results: OrderedDict[bytes, CompileResult] = OrderedDict()
 
-    def get(self, digest: bytes) -> Verdict | None:
-        verdict = self._verdicts.get(digest)
-        if verdict is not None:
-            self._verdicts.move_to_end(digest)
-        return verdict
+    def get(self, digest: bytes) -> CompileResult | None:
+        result = self._results.get(digest)
+        if result is not None:
+            self._results.move_to_end(digest)
+        return result
 
-    def put(self, digest: bytes, verdict: Verdict) -> None:
-        self._verdicts[digest] = verdict
-        self.size_in_bytes += verdict.size_in_bytes
-        while self.size_in_bytes > self._most_bytes:
-            _, dropped = self._verdicts.popitem(last=False)
+    def put(self, digest: bytes, result: CompileResult) -> None:
+        self._results[digest] = result
+        self.size_in_bytes += result.size_in_bytes
+        while self.size_in_bytes > self._max_bytes:
+            _, dropped = self._results.popitem(last=False)
             self.size_in_bytes -= dropped.size_in_bytes
 
 
-class Trial:
-    """The process that tries constraints out, one at a time; started anew should it fail."""
+class SandboxWorker:
+    """The child process that compiles untrusted constraints one at a time, restarted on failure."""
 
     def __init__(self, file: Path, vocabulary_size: int, eos_token_ids: tuple[int, ...]) -> None:
         module = "generator_svc.constraint.sandbox"
         self._command = [sys.executable, "-m", module, str(file), str(vocabulary_size)]
         self._command += [str(token_id) for token_id in eos_token_ids]
         self._process: asyncio.Task[Process] | None = None
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
 
     def start(self) -> asyncio.Task[Process]:
-        """The process, on its way if it does not run yet."""
+        """The process, which is started if it does not run yet."""
         if self._process is None:
             self._process = asyncio.create_task(_spawn(self._command))
         return self._process
 
     async def close(self) -> None:
-        """Ends the process, whatever it does."""
+        """Kills the process, whatever it is doing."""
         task, self._process = self._process, None
         if task is not None:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError, ConstraintsUnavailable):
                 await _end(await task)
 
-    async def ask(self, kind: str, text: str) -> str:
-        """The constraint's text as it can be used.
+    async def compile(self, kind: str, text: str) -> str:
+        """The constraint's text in a form known to compile.
 
-        Raises ConstraintError where it cannot, and CompilerBusy after waiting in vain.
+        Raises ConstraintError if there is none, and CompilerBusy after waiting in vain.
         """
         await asyncio.shield(self.start())
         try:
-            async with asyncio.timeout(_TURN_SECONDS):
-                await self._turn.acquire()
+            async with asyncio.timeout(_QUEUE_SECONDS):
+                await self._lock.acquire()
         except TimeoutError:
             raise CompilerBusy from None
         try:
             process = await asyncio.shield(self.start())
-            line = await _answer(process, json.dumps({"kind": kind, "text": text}))
+            line = await _exchange(process, json.dumps({"kind": kind, "text": text}))
             if not line.endswith(b"\n"):
                 await self.close()
                 self.start()
                 raise CompilerBusy
         finally:
-            self._turn.release()
-        answer = json.loads(line)
-        if answer["code"]:
-            raise ConstraintError(answer["code"], answer["message"])
-        return str(answer["text"])
+            self._lock.release()
+        response = json.loads(line)
+        if response["code"]:
+            raise ConstraintError(response["code"], response["message"])
+        return str(response["text"])
 
 
 async def _spawn(command: list[str]) -> Process:
     pipe = asyncio.subprocess.PIPE
-    # A process of one thread is one that can fork.
+    # Only a single-threaded process can fork safely.
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
     process = await asyncio.create_subprocess_exec(
-        *command, stdin=pipe, stdout=pipe, env=environment, limit=_LONGEST_ANSWER
+        *command, stdin=pipe, stdout=pipe, env=environment, limit=_MAX_RESPONSE_BYTES
     )
     assert process.stdout is not None
     try:
@@ -143,17 +144,17 @@ async def _spawn(command: list[str]) -> Process:
         raise
     if not is_ready:
         await _end(process)
-        raise ConstraintsUnavailable("the process that tries constraints out does not start")
+        raise ConstraintsUnavailable("the process that compiles constraints does not start")
     return process
 
 
-async def _answer(process: Process, question: str) -> bytes:
-    """The answer's line; without an end when there is none in time."""
+async def _exchange(process: Process, request: str) -> bytes:
+    """The line that the process responds with; without a newline if it did not in time."""
     assert process.stdin is not None
     assert process.stdout is not None
     with contextlib.suppress(TimeoutError, ConnectionError):
-        async with asyncio.timeout(_TRIAL_SECONDS):
-            process.stdin.write(question.encode() + b"\n")
+        async with asyncio.timeout(_COMPILE_SECONDS):
+            process.stdin.write(request.encode() + b"\n")
             await process.stdin.drain()
             return await process.stdout.readline()
     return b""
@@ -168,7 +169,7 @@ async def _end(process: Process) -> None:
 class ConstraintCompiler:
     """Compiles constraints for one model's tokens; for one event loop.
 
-    `cache_bytes` bounds what is remembered of constraints seen before.
+    `cache_bytes` bounds the cache of sandbox results.
     """
 
     def __init__(
@@ -178,16 +179,16 @@ class ConstraintCompiler:
         eos_token_ids: tuple[int, ...],
         cache_bytes: int,
     ) -> None:
-        self.cache = VerdictCache(cache_bytes)
+        self.cache = CompileCache(cache_bytes)
         self._model = (file, vocabulary_size, eos_token_ids)
-        self._trial = Trial(file, vocabulary_size, eos_token_ids)
+        self._sandbox = SandboxWorker(file, vocabulary_size, eos_token_ids)
         self._threads = ThreadPoolExecutor(_THREADS, "constraint")
         self._table: asyncio.Future[TokenTable] | None = None
-        self._running: dict[bytes, asyncio.Task[Verdict]] = {}
+        self._running: dict[bytes, asyncio.Task[CompileResult]] = {}
 
     async def __aenter__(self) -> Self:
-        """Begins to load the tokens and the trial process, so that the first request finds them."""
-        self._warm_up = asyncio.create_task(self._begin())
+        """Starts loading the token table and the sandbox, ahead of the first request."""
+        self._warm_up = asyncio.create_task(self._preload())
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -195,63 +196,66 @@ class ConstraintCompiler:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._trial.close()
+        await self._sandbox.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def compile(self, kind: str, text: str) -> CompiledConstraint:
-        """A request's own constraint.
+        """A constraint for one request, never shared with another.
 
         Raises ConstraintError, CompilerBusy or ConstraintsUnavailable.
         """
-        table = await self._load()
-        verdict = await self._verdict(kind, text)
-        if verdict.error is not None:
-            raise ConstraintError(verdict.error.code, verdict.error.message)
+        table = await self._load_tokens()
+        result = await self._compile_result(kind, text)
+        if result.error is not None:
+            raise ConstraintError(result.error.code, result.error.message)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
-            self._threads, CompiledConstraint, table, kind, verdict.grammar
+            self._threads, CompiledConstraint, table, kind, result.grammar
         )
 
-    async def _begin(self) -> None:
+    async def _preload(self) -> None:
         try:
-            await self._load()
+            await self._load_tokens()
         except ConstraintsUnavailable as error:
             log.warning("requests with constraints will be refused: %s", error)
 
-    async def _load(self) -> TokenTable:
+    async def _load_tokens(self) -> TokenTable:
         if self._table is None:
             loop = asyncio.get_running_loop()
             self._table = loop.run_in_executor(self._threads, TokenTable, *self._model)
-            self._trial.start()
+            self._sandbox.start()
         try:
             return await asyncio.shield(self._table)
         except ValueError as error:
             raise ConstraintsUnavailable(str(error)) from None
 
-    async def _verdict(self, kind: str, text: str) -> Verdict:
-        """Remembered, or from a trial that goes on when its first caller leaves."""
+    async def _compile_result(self, kind: str, text: str) -> CompileResult:
+        """The cached result, or a new one; concurrent callers share one compilation.
+
+        That goes on when its first caller is cancelled.
+        """
         digest = hashlib.sha256(f"{kind}\0{text}".encode()).digest()
-        known = self.cache.get(digest)
-        if known is not None:
-            return known
+        cached = self.cache.get(digest)
+        if cached is not None:
+            return cached
         if digest not in self._running:
-            task = asyncio.create_task(self._try_out(digest, kind, text))
+            task = asyncio.create_task(self._compile_in_sandbox(digest, kind, text))
             self._running[digest] = task
             task.add_done_callback(lambda done: self._forget(digest, done))
         return await asyncio.shield(self._running[digest])
 
-    def _forget(self, digest: bytes, done: asyncio.Task[Verdict]) -> None:
+    def _forget(self, digest: bytes, done: asyncio.Task[CompileResult]) -> None:
         del self._running[digest]
         if not done.cancelled():
-            done.exception()  # seen, even when every caller has left
+            done.exception()  # retrieved, even if every caller was cancelled
 
-    async def _try_out(self, digest: bytes, kind: str, text: str) -> Verdict:
+    async def _compile_in_sandbox(self, digest: bytes, kind: str, text: str) -> CompileResult:
         try:
-            usable = await self._trial.ask(kind, text)
+            usable = await self._sandbox.compile(kind, text)
             loop = asyncio.get_running_loop()
             grammar = await loop.run_in_executor(self._threads, grammar_of, kind, usable)
-            verdict = Verdict(grammar)
+            result = CompileResult(grammar)
         except ConstraintError as error:
-            verdict = Verdict(error=error)
-        self.cache.put(digest, verdict)
-        return verdict
+            result = CompileResult(error=error)
+        self.cache.put(digest, result)
+        return result

@@ -1,7 +1,7 @@
-"""JSON schemas as llguidance has to be told them, so that what it lets through fits them.
+"""Rewrites JSON schemas for llguidance, so that whatever it generates is valid.
 
-A schema is kept exactly or refused, unless its `x-guidance` says `lenient`: then what cannot be
-kept is dropped (generator_svc.constraint.schema_relaxation). Knows nothing about tokens.
+A schema is enforced exactly or refused, unless its `x-guidance` says `lenient`: then unsupported
+parts are dropped (generator_svc.constraint.schema_relaxation).
 """
 
 import json
@@ -13,8 +13,8 @@ from typing import Any
 from generator_svc.constraint.schema_relaxation import Compiles, children, loosened, relaxed
 from trivium.ecma_regex import to_rust
 
-# Between JSON's tokens: a line's end and its indentation, and no endless blanks. No \u escapes:
-# they would let a property's name be written in a way that is not taken for it.
+# Whitespace between JSON's tokens is a newline and indentation, never an endless run. No \u
+# escapes: a property's name written with them would not be recognised as that name.
 OPTIONS: dict[str, Any] = {
     "whitespace_pattern": r"\n? {0,20}",
     "json_allowed_escapes": '"\\bfnrt',
@@ -22,28 +22,28 @@ OPTIONS: dict[str, Any] = {
     "lenient": False,
 }
 
-# What may hold %json in Lark without being one, then one.
+# Comments, strings and regular expressions of Lark, in which %json means nothing, then %json.
 _IN_LARK = re.compile(r'//[^\n]*|"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|(?P<json>%json\s*)')
-# Schemas without these words are told as they are.
-_CHANGED = re.compile(r'exclusiveM|"pattern|"x-guidance')
+# Schemas without these words need no change.
+_MAY_CHANGE = re.compile(r'exclusiveM|"pattern|"x-guidance')
 _BOUNDS = (
     ("exclusiveMinimum", "minimum", ("maximum", "exclusiveMaximum"), 1),
     ("exclusiveMaximum", "maximum", ("minimum", "exclusiveMinimum"), -1),
 )
-_HAIR = 1e-6
+_EPSILON = 1e-6
 
 
 def prepared(text: str) -> str:
-    """The same schema in llguidance's terms, or a hair narrower; a wider one if it is lenient.
+    """An equivalent or very slightly narrower schema for llguidance; a wider one if lenient.
 
-    Its patterns are Rust's. And llguidance 1.9 lets 3 through as "above 3 and at most 3.5": an
-    exclusive whole bound whose other bound is less than 1 away.
+    Patterns are rewritten in Rust's syntax. Whole exclusive bounds become inclusive ones where the
+    other bound is less than 1 away: llguidance 1.9 accepts 3 as "above 3 and at most 3.5".
     """
-    if not _CHANGED.search(text):
+    if not _MAY_CHANGE.search(text):
         return text
     try:
         schema = json.loads(text)
-    except (ValueError, RecursionError):  # llguidance will say what is wrong
+    except (ValueError, RecursionError):  # llguidance reports what is wrong
         return text
     before = text
     if is_lenient(schema):
@@ -54,7 +54,7 @@ def prepared(text: str) -> str:
     while rest:
         node = rest.pop()
         if isinstance(node, dict):
-            # Schemas that are merged may bring the other bound from elsewhere.
+            # A merged schema may get its other bound from elsewhere.
             is_changed |= _narrow(node, "allOf" in text or "$ref" in text)
             is_changed |= _translate(node)
             rest += [child for _, child in children(node)]
@@ -62,29 +62,29 @@ def prepared(text: str) -> str:
 
 
 def prepared_lark(lark: str) -> str:
-    """The same grammar, with every %json prepared and held to OPTIONS."""
+    """The same grammar with every %json schema prepared, under OPTIONS."""
     option = f'"x-guidance": {json.dumps(OPTIONS)}}}'
 
-    def told(text: str) -> str:
+    def rewritten(text: str) -> str:
         text = prepared(text)
         return f"{text[:-1]}, {option}" if text[1:-1].strip() else f"{{{option}"
 
-    return _each_json(lark, told)
+    return _each_json(lark, rewritten)
 
 
 def is_lenient(schema: Any) -> bool:
-    """Whether what cannot be kept of a schema may be dropped."""
+    """Whether unsupported parts of a schema may be dropped."""
     options = schema.get("x-guidance") if isinstance(schema, dict) else None
     return isinstance(options, dict) and options.get("lenient") is True
 
 
 def loosened_text(kind: str, text: str, compiles: Compiles) -> str:
-    """The same `json_schema` or `lark`, with less in its lenient schemas, so that each compiles.
+    """The same `json_schema` or `lark` with its lenient schemas relaxed until each compiles.
 
-    `compiles` tells whether a schema, which is lenient, can be used.
+    `compiles` says whether a lenient schema does.
     """
 
-    def told(text: str) -> str:
+    def rewritten(text: str) -> str:
         try:
             schema = json.loads(text)
         except (ValueError, RecursionError):
@@ -97,12 +97,12 @@ def loosened_text(kind: str, text: str, compiles: Compiles) -> str:
         )
 
     if kind == "lark":
-        return _each_json(text, told)
-    return told(text) if kind == "json_schema" else text
+        return _each_json(text, rewritten)
+    return rewritten(text) if kind == "json_schema" else text
 
 
-def _each_json(lark: str, told: Callable[[str], str]) -> str:
-    """The grammar with another text for the object of every %json."""
+def _each_json(lark: str, rewrite: Callable[[str], str]) -> str:
+    """The grammar with the schema of every %json rewritten."""
     parts, done = [], 0
     for match in _IN_LARK.finditer(lark):
         start = match.end()
@@ -110,16 +110,16 @@ def _each_json(lark: str, told: Callable[[str], str]) -> str:
             continue
         try:
             schema, end = json.JSONDecoder().raw_decode(lark, start)
-        except (ValueError, RecursionError):  # llguidance will say what is wrong
+        except (ValueError, RecursionError):  # llguidance reports what is wrong
             continue
         if isinstance(schema, dict):
-            parts += [lark[done:start], told(lark[start:end])]
+            parts += [lark[done:start], rewrite(lark[start:end])]
             done = end
     return "".join(parts) + lark[done:]
 
 
 def _translate(node: dict[str, Any]) -> bool:
-    """Writes patterns in Rust's syntax; tells whether that changed them."""
+    """Rewrites patterns in Rust's syntax; returns whether that changed them."""
     before = node.get("pattern"), node.get("patternProperties")
     pattern, named = before
     if isinstance(pattern, str):
@@ -130,7 +130,7 @@ def _translate(node: dict[str, Any]) -> bool:
 
 
 def _narrow(node: dict[str, Any], is_merged: bool) -> bool:
-    """Makes inclusive bounds of exclusive ones where needed; tells whether there were any."""
+    """Turns exclusive bounds into inclusive ones where needed; returns whether any were."""
     is_changed = False
     for exclusive, inclusive, opposite, sign in _BOUNDS:
         bound: Any = node.get(exclusive)
@@ -140,7 +140,7 @@ def _narrow(node: dict[str, Any], is_merged: bool) -> bool:
         width = min(widths, default=1.0 if is_merged else math.inf)
         if width <= 1:
             del node[exclusive]
-            narrow = bound + sign * (min(_HAIR, width / 1000) or _HAIR)
+            narrow = bound + sign * (min(_EPSILON, width / 1000) or _EPSILON)
             known = node.get(inclusive)
             if _is_number(known):
                 narrow = max(narrow, known) if sign > 0 else min(narrow, known)

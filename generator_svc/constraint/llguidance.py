@@ -1,14 +1,13 @@
-"""Which tokens may come next, when the text has to fit something: the only door to llguidance.
+"""Token masks for constrained decoding: the only importer of llguidance.
 
-    grammar_of           the caller's words as llguidance's grammar
+    grammar_of           the caller's constraint as llguidance's grammar
     TokenTable           the tokens of a model, loaded once
-    CompiledConstraint   one request's own; never shared, see below
-    ConstraintState      one continuation's place in it
+    CompiledConstraint   a grammar compiled for one request; never shared, see below
+    ConstraintState      one sequence's state in it
 
-Copies of a matcher share what its lexer has learned, and its limits with it: what one of them used
-up, the others lack. So every request has a matcher of its own, and only the continuations of a
-request share one: nothing that a request gets depends on others. Knows nothing about processes,
-threads or sampling.
+Copies of a matcher share its lexer's cache and thereby its limits: what one copy uses up, the
+others lack. So every request compiles a matcher of its own, shared by its sequences only, and
+nothing that a request gets depends on other requests.
 """
 
 import re
@@ -24,13 +23,14 @@ from generator_svc.constraint.json_schema import OPTIONS, prepared, prepared_lar
 from generator_svc.sequence import ConstraintError
 from trivium.ecma_regex import to_rust
 
-# An optional property takes four items of a row. JSON's rows are wide and cheap, while a step of
-# an ambiguous grammar, which only Lark can have, takes 15 ms at 500 items and 170 ms at 1,000.
-_MOST_ITEMS_IN_ROW = {"json_schema": 2_000, "regex": 500, "lark": 500}
+# An optional property takes four items of a row of the Earley parser. JSON's rows are wide and
+# cheap, while a step of an ambiguous grammar, which only Lark can express, takes 15 ms at 500 items
+# and 170 ms at 1,000.
+_MAX_ITEMS_IN_ROW = {"json_schema": 2_000, "regex": 500, "lark": 500}
 _OVER_LIMIT = re.compile(
     r"too (big|large|many|complex|deep|long)|fuel|recursion limit|nest|max is|exceed|TooComplex"
 )
-_LONGEST_MESSAGE = 500
+_MAX_MESSAGE_LENGTH = 500
 
 
 def grammar_of(kind: str, text: str) -> str:
@@ -50,29 +50,29 @@ def grammar_of(kind: str, text: str) -> str:
 
 
 class TokenTable:
-    """A model's tokens: the bytes of each, which are control tokens, and which end a text.
+    """A model's tokens: their bytes, which ones are control tokens, and which ones end a text.
 
-    Ids go from 0 to `vocabulary_size` - 1; those without a token in the tokenizer's file are
-    never allowed. Raises ValueError when the file is of a kind that llguidance does not know.
+    Ids go from 0 to `vocabulary_size` - 1; those without a token in the tokenizer's file are never
+    allowed. Raises ValueError for a file that llguidance does not support.
     """
 
     def __init__(self, file: Path, vocabulary_size: int, eos_token_ids: Sequence[int]) -> None:
         text = file.read_text(encoding="utf-8")
         try:
-            known = LLTokenizer(text).vocab_size
+            num_tokens = LLTokenizer(text).vocab_size
             self.tokenizer = LLTokenizer(
-                text, max(known, vocabulary_size), list(eos_token_ids) or None
+                text, max(num_tokens, vocabulary_size), list(eos_token_ids) or None
             )
-        except BaseException as error:  # a panic of Rust is no Exception
-            raise ValueError(f"{file}: no constraints on these tokens: {error}") from error
+        except BaseException as error:  # a Rust panic is not an Exception
+            raise ValueError(f"{file}: tokens do not support constraints: {error}") from error
         self.vocabulary_size = vocabulary_size
-        self.known = known
+        self.num_tokens = num_tokens
         self.end_token_ids = frozenset(self.tokenizer.eos_tokens)
 
 
 def _limits(kind: str) -> LLParserLimits:
     return LLParserLimits(
-        max_items_in_row=_MOST_ITEMS_IN_ROW[kind],
+        max_items_in_row=_MAX_ITEMS_IN_ROW[kind],
         initial_lexer_fuel=1_000_000,
         step_lexer_fuel=200_000,  # 14 ms
         step_max_items=50_000,  # 3 ms
@@ -83,7 +83,7 @@ def _limits(kind: str) -> LLParserLimits:
 
 
 class CompiledConstraint:
-    """A constraint that one request's continuations keep. Raises ConstraintError.
+    """A constraint compiled for the sequences of one request. Raises ConstraintError.
 
     `end_token_ids` end a text; they are allowed where it is complete.
     """
@@ -94,18 +94,18 @@ class CompiledConstraint:
         self._kind = kind
         try:
             self._matcher = LLMatcher(table.tokenizer, grammar, log_level=0, limits=_limits(kind))
-        except BaseException as error:  # a panic of Rust is no Exception
+        except BaseException as error:  # a Rust panic is not an Exception
             _refuse(kind, str(error))
         if self._matcher.is_error():
             _refuse(kind, self._matcher.get_error())
 
     def new_state(self) -> "ConstraintState":
-        """The state before the first token; some microseconds."""
+        """The state before the first token; takes some microseconds."""
         return ConstraintState(self._table, self._kind, self._matcher.deep_copy())
 
 
 class ConstraintState:
-    """Where a continuation is in its constraint. For one thread."""
+    """A sequence's state in its constraint. For one thread."""
 
     def __init__(self, table: TokenTable, kind: str, matcher: LLMatcher) -> None:
         self._table = table
@@ -114,10 +114,10 @@ class ConstraintState:
         self._bits = np.zeros((table.tokenizer.vocab_size + 31) // 32, np.int32)
 
     def allowed(self) -> npt.NDArray[np.bool_]:
-        """Which tokens may come next, bool [vocabulary], at least one; raises ConstraintError."""
+        """Mask of allowed next tokens, bool [vocabulary], at least one; raises ConstraintError."""
         try:
             self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
-        except BaseException as error:  # a panic of Rust is no Exception
+        except BaseException as error:  # a Rust panic is not an Exception
             _refuse(self._kind, str(error))
         if self._matcher.is_error():
             _refuse(self._kind, self._matcher.get_error())
@@ -125,22 +125,22 @@ class ConstraintState:
         bits = np.unpackbits(
             self._bits.view(np.uint8), count=table.vocabulary_size, bitorder="little"
         )
-        bits[table.known :] = 0
+        bits[table.num_tokens :] = 0
         return bits.view(np.bool_)
 
     def accept(self, token_id: int) -> None:
-        """Takes the next token, one of those allowed; raises ConstraintError."""
+        """Advances by the next token, which has to be allowed; raises ConstraintError."""
         try:
             accepted = self._matcher.consume_token(token_id)
-        except BaseException as error:  # a panic of Rust is no Exception
+        except BaseException as error:  # a Rust panic is not an Exception
             _refuse(self._kind, str(error))
         if not accepted:
             _refuse(self._kind, self._matcher.get_error())
 
 
 def _refuse(kind: str, reason: str) -> NoReturn:
-    """Raises ConstraintError for what llguidance says."""
-    reason = reason.replace("<non-verbose/>", "").strip()[:_LONGEST_MESSAGE]
+    """Raises ConstraintError for an error message of llguidance."""
+    reason = reason.replace("<non-verbose/>", "").strip()[:_MAX_MESSAGE_LENGTH]
     if reason.startswith("NoExtension"):
         reason = "nothing fits it"
     if _OVER_LIMIT.search(reason):

@@ -1,12 +1,11 @@
-"""Tries constraints out in processes of their own, which a hostile one may ruin.
+"""Compiles untrusted constraints in a sandboxed child process.
 
     python -m generator_svc.constraint.sandbox TOKENIZER VOCABULARY_SIZE EOS_ID …
 
-Reads a line of JSON, {"kind", "text"}, and answers with one, {"code", "message", "text"}: the text
-that can be used, which says less than the one read where that is allowed, or what is wrong with
-it; the others are null. This process has the tokens and forks for each question, so that one
-that takes too much time or memory, or overflows the stack, ends its fork alone. Knows nothing
-about requests.
+Reads lines of JSON, {"kind", "text"}, and responds with one each, {"code", "message", "text"}:
+either `text` in a form that compiles, relaxed if the caller allows that, or `code` and `message` of
+the error; the others are null. The process loads the tokens once and forks for every line, so that
+a constraint which takes too much time or memory, or overflows the stack, ends its fork alone.
 """
 
 import json
@@ -29,28 +28,28 @@ from generator_svc.sequence import ConstraintError
 CPU_SECONDS = 1.0
 WALL_SECONDS = 1.5
 _MEMORY_BYTES = 512 * 2**20
-_STACK_BYTES = 2**20  # half of the least a thread of the generator may have
+_STACK_BYTES = 2**20  # half of the smallest stack of a generator thread
 
-# What is not done by then makes room for running streams.
-_EAGER_SECONDS = 0.06
+# After that long, a compilation yields the processor to running streams.
+_FULL_PRIORITY_SECONDS = 0.06
 _NICENESS = 19
 
 _WALKS = 3
 _WALK_TOKENS = 120
-_SHORT_WALK_TOKENS = 16  # enough to get into a schema
-_WALK_SECONDS = 0.15  # of CPU; a usual one takes 10 ms, and running streams wait for each
+_SHORT_WALK_TOKENS = 16  # enough to enter a schema
+_WALK_SECONDS = 0.15  # of CPU time; usually 10 ms, by which every running stream is delayed
 
-_ENDED = {
+_KILLED_RESPONSE = {
     "code": "json_schema_too_complex",
     "message": "The constraint takes too much time or memory to compile.",
     "text": None,
 }
 
 
-def usable(table: TokenTable, kind: str, text: str) -> str:
-    """The constraint as it can be used; raises ConstraintError where it cannot.
+def compilable_text(table: TokenTable, kind: str, text: str) -> str:
+    """The constraint in a form that compiles; raises ConstraintError if there is none.
 
-    It is another one only where its schemas are lenient and something had to go.
+    The text differs only if its schemas are lenient and something had to be dropped.
     """
 
     def compiles(schema: dict[str, Any]) -> bool:
@@ -62,20 +61,20 @@ def usable(table: TokenTable, kind: str, text: str) -> str:
         return True
 
     try:
-        try_out(table, kind, text)
+        dry_run(table, kind, text)
     except ConstraintError:
         loosened = loosened_text(kind, text, compiles)
         if loosened == text:
             raise
-        try_out(table, kind, loosened)
+        dry_run(table, kind, loosened)
         return loosened
     return text
 
 
-def try_out(table: TokenTable, kind: str, text: str) -> None:
-    """Compiles a constraint and walks a little way into it at random; raises ConstraintError.
+def dry_run(table: TokenTable, kind: str, text: str) -> None:
+    """Compiles a constraint and samples some tokens at random from it; raises ConstraintError.
 
-    It is refused where most walks fail: a single one may have taken a way that nobody goes.
+    It is refused if most of these walks fail: one random walk may be unrepresentative.
     """
     compiled = CompiledConstraint(table, kind, grammar_of(kind, text))
     failures = []
@@ -91,6 +90,7 @@ def try_out(table: TokenTable, kind: str, text: str) -> None:
 def _walk(
     table: TokenTable, compiled: CompiledConstraint, draw: random.Random, short: bool = False
 ) -> None:
+    """Advances by random allowed tokens; raises ConstraintError if masks take too long."""
     state = compiled.new_state()
     started = time.thread_time()
     for _ in range(_SHORT_WALK_TOKENS if short else _WALK_TOKENS):
@@ -105,61 +105,62 @@ def _walk(
         state.accept(int(ids[draw.randrange(ids.size)]))
 
 
-def answer(table: TokenTable, line: str) -> str:
-    """The answer to one line, found in a fork of this process."""
+def respond(table: TokenTable, line: str) -> str:
+    """The response to one line, computed in a fork of this process."""
     reader, writer = os.pipe()
     fork = os.fork()
     if not fork:
         try:
-            os.closerange(0, 2)  # nobody is to wait for the end of these
-            _limit_myself()
+            os.closerange(0, 2)  # or their other ends would stay open as long as the fork
+            _limit_resources()
             with open(writer, "w", encoding="utf-8") as pipe:
-                pipe.write(_answer(table, line) + "\n")
+                pipe.write(_response(table, line) + "\n")
         finally:
             os._exit(0)
     os.close(writer)
     deadline = time.monotonic() + WALL_SECONDS
-    if not select.select([reader], [], [], _EAGER_SECONDS)[0]:
+    if not select.select([reader], [], [], _FULL_PRIORITY_SECONDS)[0]:
         os.setpriority(os.PRIO_PROCESS, fork, _NICENESS)
-    said = b""
+    response = b""
     while select.select([reader], [], [], max(0, deadline - time.monotonic()))[0]:
         part = os.read(reader, 2**16)
         if not part:
             break
-        said += part
-    os.kill(fork, signal.SIGKILL)  # it has answered, or never will
+        response += part
+    os.kill(fork, signal.SIGKILL)  # it has responded, or never will
     os.waitpid(fork, 0)
     os.close(reader)
-    return said.decode().rstrip() if said.endswith(b"\n") else json.dumps(_ENDED)
+    return response.decode().rstrip() if response.endswith(b"\n") else json.dumps(_KILLED_RESPONSE)
 
 
-def _answer(table: TokenTable, line: str) -> str:
-    question = json.loads(line)
+def _response(table: TokenTable, line: str) -> str:
+    request = json.loads(line)
     try:
-        text = usable(table, question["kind"], question["text"])
+        text = compilable_text(table, request["kind"], request["text"])
     except ConstraintError as error:
         return json.dumps({"code": error.code, "message": error.message, "text": None})
     return json.dumps({"code": None, "message": None, "text": text})
 
 
-def _limit_myself() -> None:
-    """Ends this process when it takes more than it may."""
+def _limit_resources() -> None:
+    """Makes the system end this process when it exceeds its time or memory."""
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
         with open("/proc/self/statm", encoding="ascii") as file:
-            taken = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        resource.setrlimit(resource.RLIMIT_AS, (taken + _MEMORY_BYTES,) * 2)
+            in_use = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (in_use + _MEMORY_BYTES,) * 2)
         resource.setrlimit(resource.RLIMIT_STACK, (_STACK_BYTES,) * 2)
 
 
 def main() -> None:
+    """Responds to lines of stdin until it is closed."""
     file, size, *eos_token_ids = sys.argv[1:]
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the generator's end is the end of its input
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ends when the generator closes its stdin
     table = TokenTable(Path(file), int(size), [int(token) for token in eos_token_ids])
     print("ready", flush=True)
     for line in sys.stdin:
-        print(answer(table, line), flush=True)
+        print(respond(table, line), flush=True)
 
 
 if __name__ == "__main__":

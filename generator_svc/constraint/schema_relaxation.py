@@ -1,8 +1,8 @@
-"""What of a JSON schema can be kept, and the schema without the rest.
+"""Relaxes lenient JSON schemas: drops what llguidance cannot enforce.
 
-Dropping a keyword lets more through, never less: whatever fits the schema fits what is left of it.
-First goes what llguidance does not know (`relaxed`), then, in a schema that still does not compile,
-as little as it takes (`loosened`). Knows nothing about tokens.
+Dropping a keyword accepts more, never less: whatever is valid stays valid. First unsupported
+keywords are dropped (`relaxed`), then, if the schema still does not compile, as few others as
+possible (`loosened`).
 """
 
 import copy
@@ -18,11 +18,11 @@ Schema = dict[str, Any]
 Compiles = Callable[[Schema], bool]
 Path = tuple[str | int, ...]
 
-# Formats that are held to; others are any string.
+# Formats that are enforced; any other is any string.
 FORMATS = frozenset(
     ("date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
 )
-# Keywords that are dropped wherever they stand.
+# Keywords that are dropped wherever they occur.
 DROPPED = frozenset(
     {
         "not",
@@ -43,14 +43,14 @@ DROPPED = frozenset(
         "$recursiveRef",
     }
 )
-# The significant digits of a multipleOf, as a number. It is what an automaton counts to: 99,991
+# Of the significant digits of a multipleOf, as a number. The automaton has that many states: 99,991
 # takes a second to compile.
 MAX_MULTIPLE = 10_000
 
-# Keywords with data in them, and with schemas by name.
+# Keywords whose values are data, and those whose values are schemas by name.
 _DATA = frozenset(("const", "enum", "default", "examples", "example", "x-guidance"))
 _NAMING = frozenset(("properties", "patternProperties", "$defs", "definitions"))
-# What is given up first where not everything can be kept.
+# The order in which keywords are given up.
 _ORDER = (
     *("$schema", "$id", "pattern", "multipleOf", "maxProperties", "minProperties"),
     *("patternProperties", "maxLength", "minLength", "maxItems", "minItems", "format"),
@@ -58,18 +58,18 @@ _ORDER = (
     *("required", "allOf", "enum", "const", "additionalItems", "items", "prefixItems", "anyOf"),
     *("properties", "type", "$ref"),
 )
-# Keywords that mean something else, and maybe something narrower, once another is gone.
+# Keywords that would mean something else, maybe something narrower, without another one.
 _DEPENDENT = {
     "properties": ("patternProperties", "additionalProperties"),
     "prefixItems": ("items",),
     "items": ("additionalItems",),
 }
-# Where a schema stands while parts of it are tried.
+# Where a schema is placed while parts of it are compiled.
 _ROOT = "#/$defs/root"
 
 
 def children(node: Schema) -> Iterator[tuple[Path, Any]]:
-    """The schemas that a schema holds, and where."""
+    """The subschemas of a schema, with their paths."""
     for key, value in node.items():
         if key in _NAMING and isinstance(value, dict):
             yield from (((key, name), child) for name, child in value.items())
@@ -80,7 +80,7 @@ def children(node: Schema) -> Iterator[tuple[Path, Any]]:
 
 
 def relaxed(schema: Any) -> Any:
-    """A copy without what llguidance does not know; `oneOf` is `anyOf`."""
+    """A copy without unsupported keywords; `oneOf` becomes `anyOf`."""
     if isinstance(schema, list):
         return [relaxed(inner) for inner in schema]
     if not isinstance(schema, dict):
@@ -120,8 +120,10 @@ def _relaxed_keyword(key: str, value: Any) -> Any:
 
 
 def loosened(schema: Schema, compiles: Compiles) -> Schema:
-    """A schema that compiles, without the keywords that keep it from it and as few others as may
-    be: first those that cannot be kept even alone, then those that cannot be kept together."""
+    """A schema that compiles, with as few keywords dropped as possible.
+
+    First those that do not compile even alone are dropped, then those that do not compile together.
+    """
     root = _moved(schema)
     for node in _nodes(root):
         _loosen(node, lambda node=node: compiles(_alone(node)))  # type: ignore[misc]
@@ -130,7 +132,7 @@ def loosened(schema: Schema, compiles: Compiles) -> Schema:
 
 
 def _moved(schema: Any) -> Any:
-    """A copy whose references are right where it stands below another schema."""
+    """A copy whose references are valid when it is placed at _ROOT."""
     if isinstance(schema, list):
         return [_moved(inner) for inner in schema]
     if not isinstance(schema, dict):
@@ -143,7 +145,7 @@ def _moved(schema: Any) -> Any:
 
 
 def _reference(root: Schema, path: Path) -> Schema:
-    """A schema that is the one at `path`, and no more than that."""
+    """A schema that is equivalent to the subschema at `path`."""
     pointer = "".join(
         "/" + quote(str(key).replace("~", "~0").replace("/", "~1"), safe="~$") for key in path
     )
@@ -158,7 +160,7 @@ def _nodes(node: Any) -> Iterator[Schema]:
 
 
 def _alone(node: Schema) -> Schema:
-    """A schema with anything for the schemas that it holds or refers to."""
+    """The schema with `true` for every schema that it contains or refers to."""
     alone = {key: value for key, value in node.items() if key in _ORDER and key != "$ref"}
     for key in ("allOf", "anyOf"):
         alone.pop(key, None)
@@ -172,7 +174,7 @@ def _alone(node: Schema) -> Schema:
 
 
 def _loosen_below(root: Schema, path: Path, compiles: Compiles, seen: set[Path]) -> None:
-    """Makes the schema at `path` compile, beginning with those that it holds or refers to."""
+    """Makes the schema at `path` compile, beginning with those that it contains or refers to."""
 
     def fits() -> bool:
         return compiles(_reference(root, path))
@@ -192,7 +194,7 @@ def _loosen_below(root: Schema, path: Path, compiles: Compiles, seen: set[Path])
 
 
 def _at(root: Schema, path: Path) -> Any:
-    """What stands at a path; None for nothing."""
+    """The value at a path; None if there is none."""
     found: Any = root
     for key in path:
         try:
@@ -203,7 +205,7 @@ def _at(root: Schema, path: Path) -> Any:
 
 
 def _loosen(node: Schema, fits: Callable[[], bool]) -> None:
-    """Drops keywords in their order until the rest can be kept, then takes back what it can."""
+    """Drops keywords in _ORDER until the rest compiles, then restores those that it can."""
     whole = dict(node)
     keys = [key for key in _ORDER for _ in range(_parts(whole, key))]
     dropped: list[str] = []
@@ -219,14 +221,14 @@ def _loosen(node: Schema, fits: Callable[[], bool]) -> None:
 
 
 def _parts(node: Schema, key: str) -> int:
-    """In how many steps a keyword is dropped."""
+    """In how many steps a keyword is dropped: an allOf one part at a time."""
     if key == "allOf" and isinstance(node.get(key), list):
         return len(node[key])
     return int(key in node)
 
 
 def _without(node: Schema, key: str) -> Schema:
-    """The schema without a keyword, and without what others mean by its absence alone."""
+    """The schema without a keyword, and without those whose meaning would change with it."""
     left = {name: value for name, value in node.items() if name != key}
     for dependent in _DEPENDENT.get(key, ()):
         left.pop(dependent, None)
@@ -234,7 +236,7 @@ def _without(node: Schema, key: str) -> Schema:
         left[key] = node[key][:-1]
     rest = node.get("additionalProperties", True)
     if key == "patternProperties" and key in node and rest is not True:
-        # Names that matched a pattern are now like all others.
+        # Names that matched a pattern are additional properties now.
         options = [*node[key].values(), *([] if rest is False else [rest])]
         left["additionalProperties"] = {"anyOf": options}
     return left

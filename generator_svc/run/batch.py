@@ -1,4 +1,4 @@
-"""A plan's runs as the arrays that the graph takes. Knows nothing about sessions or memory."""
+"""The input arrays of a plan's runs."""
 
 from dataclasses import dataclass
 
@@ -14,8 +14,8 @@ Ids = npt.NDArray[np.int64]
 class RunInputs:
     """One run over the slots `first_slot` … `first_slot + rows - 1`.
 
-    `input_ids` int64 [rows, new tokens]; `attention_mask` int64 [rows, longest], ones for the
-    tokens of each row, the new ones included, from the left: its row sums tell GroupQueryAttention
+    `input_ids` int64 [rows, new tokens]; `attention_mask` int64 [rows, longest], from the left ones
+    for each row's tokens including the new ones: from its row sums GroupQueryAttention computes
     where each row's new tokens go.
     """
 
@@ -29,7 +29,7 @@ class RunInputs:
 
 
 def prefill_inputs(chunk: Chunk) -> RunInputs:
-    """The run of one chunk: batch 1, since a ragged batch takes one new token per row only."""
+    """The run of one chunk, batch size 1: GroupQueryAttention takes no ragged prefill batches."""
     total = chunk.start + len(chunk.token_ids)
     return RunInputs(
         first_slot=chunk.slot,
@@ -39,7 +39,7 @@ def prefill_inputs(chunk: Chunk) -> RunInputs:
 
 
 def decode_inputs(rows: tuple[Row, ...]) -> RunInputs:
-    """The run of all rows: one new token each, every row at a position of its own."""
+    """The run of all rows: one new token each, at each row's own position."""
     positions = np.array([row.position for row in rows], dtype=np.int64)
     places = np.arange(positions.max() + 1, dtype=np.int64)
     return RunInputs(

@@ -12,7 +12,7 @@ _DEVICE_TO_DEVICE = 3
 
 
 class CudaMemory:
-    """Slots in device memory, held until the process ends; see SlotMemory."""
+    """SlotMemory on the CUDA device, never freed: it lives as long as the process."""
 
     def __init__(self, tensors: int, shape: Shape, dtype: npt.DTypeLike) -> None:
         self.shape = shape
@@ -52,7 +52,7 @@ class CudaMemory:
         return address.value
 
     def _copy(self, source: int, target: int, length: int) -> None:
-        """Copies the first `length` tokens of every head: a strided block."""
+        """Copies the first `length` tokens of every head, a strided block in memory."""
         code = self._runtime.cudaMemcpy2D(
             ctypes.c_void_p(target),
             ctypes.c_size_t(self._head_bytes),

@@ -7,7 +7,7 @@ per row.
 
 import numpy as np
 
-from generator_svc.device import Device, Place, run_options
+from generator_svc.device import Device, TensorRef, run_options
 from generator_svc.graphs import DECODE_INPUTS
 from generator_svc.plan import Row
 
@@ -22,12 +22,12 @@ class FixedInputs:
         self._input_ids = device.tensor((slots, 1), np.int64)
         self._attention_mask = device.tensor((slots, slot_length), np.int64)
 
-    def write(self, rows: tuple[Row, ...]) -> tuple[Place, Place]:
-        """Writes the inputs of `rows`; where their ids are, and where their mask."""
+    def write(self, rows: tuple[Row, ...]) -> tuple[TensorRef, TensorRef]:
+        """Writes the inputs of `rows` and returns their input ids and attention mask."""
         count = len(rows)
-        ids = self._device.place(np.int64, (count, 1), self._input_ids.data_ptr())
+        ids = self._device.tensor_ref(np.int64, (count, 1), self._input_ids.data_ptr())
         shape = (count, int(self._length))
-        mask = self._device.place(np.int64, shape, self._attention_mask.data_ptr())
+        mask = self._device.tensor_ref(np.int64, shape, self._attention_mask.data_ptr())
         binding = self._session.io_binding()
         tokens = np.array([[row.token_id] for row in rows], np.int64)
         positions = np.array([[row.position] for row in rows], np.int64)

@@ -1,4 +1,4 @@
-"""Where a run leaves its logits: main memory, or the device, which shows what decides."""
+"""Output buffers for logits: host memory, or device memory plus top-k on the host."""
 
 import functools
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from generator_svc.device import Device, Place
+from generator_svc.device import Device, TensorRef
 from generator_svc.graphs import ARGMAX, DEVICE_TOPK
 from generator_svc.sampling.device_row import (
     BLOCK,
@@ -20,12 +20,12 @@ from generator_svc.sampling.device_row import (
 Logits = npt.NDArray[np.float32]
 DeviceRows = tuple[DeviceRow | GreedyRow, ...]
 
-# TopK of 128 rows takes longer than of twice 64 (docs/log.md).
-_SLICE = 64
+# TopK of 128 rows takes longer than two of 64 (docs/log.md).
+_MAX_TOPK_ROWS = 64
 
 
 class HostLogits:
-    """Logits in main memory, in the type that the graph gives them."""
+    """Logits in host memory, in the element type of the graph's output."""
 
     is_on_host = True
 
@@ -33,99 +33,103 @@ class HostLogits:
         self._vocabulary = vocabulary
         self._dtype = dtype
 
-    def reserve(self, rows: int) -> npt.NDArray[Any]:
-        """Room for so many rows, which lasts as long as it is kept."""
+    def allocate(self, rows: int) -> npt.NDArray[Any]:
+        """A buffer for that many rows, freed with its last reference."""
         return np.empty((rows, 1, self._vocabulary), self._dtype)
 
-    def place(self, room: npt.NDArray[Any], rows: int) -> Place:
-        """What the output of a run of `rows` rows is bound to."""
+    def tensor_ref(self, buffer: npt.NDArray[Any], rows: int) -> TensorRef:
+        """What to bind the logits of a run of `rows` rows to."""
         shape = (rows, 1, self._vocabulary)
-        return "cpu", 0, self._dtype, shape, room.ctypes.data
+        return "cpu", 0, self._dtype, shape, buffer.ctypes.data
 
-    def read(self, room: npt.NDArray[Any], is_greedy: Sequence[bool]) -> Logits:
-        """What the run gave, float32 [rows, vocabulary]; `is_greedy` has an item for each row."""
+    def read(self, buffer: npt.NDArray[Any], is_greedy: Sequence[bool]) -> Logits:
+        """The run's logits, float32 [rows, vocabulary]; `is_greedy` has an item per row."""
         rows = len(is_greedy)
-        return room[:rows, 0].astype(np.float32, copy=False)
+        return buffer[:rows, 0].astype(np.float32, copy=False)
 
 
 class DeviceLogits:
-    """Logits, float32, on the device; `reserve`, `place` and `read` as of HostLogits."""
+    """Logits on the device, float32; `allocate`, `tensor_ref` and `read` as in HostLogits."""
 
     is_on_host = False
 
     def __init__(self, device: Device, vocabulary: int) -> None:
         self._vocabulary = vocabulary
         self._device = device
-        self._candidates = device.open(DEVICE_TOPK)
+        self._topk = device.open(DEVICE_TOPK)
         self._argmax = device.open(ARGMAX)
 
-    def reserve(self, rows: int) -> Any:
+    def allocate(self, rows: int) -> Any:
         return self._device.tensor((rows, 1, self._vocabulary), np.float32)
 
-    def place(self, room: Any, rows: int) -> Place:
+    def tensor_ref(self, buffer: Any, rows: int) -> TensorRef:
         shape = (rows, 1, self._vocabulary)
-        return self._device.place(np.float32, shape, room.data_ptr())
+        return self._device.tensor_ref(np.float32, shape, buffer.data_ptr())
 
-    def read(self, room: Any, is_greedy: Sequence[bool]) -> DeviceRows:
-        """A row each: a GreedyRow where `is_greedy` and no other row near it needs candidates."""
+    def read(self, buffer: Any, is_greedy: Sequence[bool]) -> DeviceRows:
+        """A GreedyRow or DeviceRow per row.
+
+        Rows are processed 64 at a time: if all of these are greedy, ArgMax is enough, which takes
+        a fraction of the time of TopK.
+        """
         rows: list[DeviceRow | GreedyRow] = []
-        for first in range(0, len(is_greedy), _SLICE):
-            part = is_greedy[first : first + _SLICE]
+        for first in range(0, len(is_greedy), _MAX_TOPK_ROWS):
+            part = is_greedy[first : first + _MAX_TOPK_ROWS]
             read = self._read_greedy if all(part) else self._read_candidates
-            rows += read(room, first, len(part))
+            rows += read(buffer, first, len(part))
         return tuple(rows)
 
-    def _read_greedy(self, room: Any, first: int, count: int) -> list[DeviceRow | GreedyRow]:
+    def _read_greedy(self, buffer: Any, first: int, count: int) -> list[DeviceRow | GreedyRow]:
         ids = np.empty(count, np.int64)
         largest = np.empty(count, np.float32)
         equals = np.empty(count, np.float32)
         outputs = {"ids": ids, "largest": largest, "equals": equals}
-        self._run(self._argmax, room, first, count, outputs)
+        self._run(self._argmax, buffer, first, count, outputs)
         is_certain = (equals == 1) & np.isfinite(largest)
         return [
-            GreedyRow(*row, fetch=functools.partial(self._fetch_row, room, first + index))
+            GreedyRow(*row, fetch=functools.partial(self._fetch_row, buffer, first + index))
             for index, row in enumerate(zip(ids.tolist(), is_certain.tolist(), strict=True))
         ]
 
-    def _read_candidates(self, room: Any, first: int, count: int) -> list[DeviceRow | GreedyRow]:
+    def _read_candidates(self, buffer: Any, first: int, count: int) -> list[DeviceRow | GreedyRow]:
         blocks = -(-self._vocabulary // BLOCK)
         ids = np.empty((count, CANDIDATES), np.int64)
         values = np.empty((count, CANDIDATES), np.float32)
         rest = np.empty((count, blocks), np.float32)
         outputs = {"ids": ids, "values": values, "rest": rest}
-        self._run(self._candidates, room, first, count, outputs)
+        self._run(self._topk, buffer, first, count, outputs)
         return [
             DeviceRow(
                 self._vocabulary,
                 *parts,
-                fetch=functools.partial(self._fetch_row, room, first + index),
+                fetch=functools.partial(self._fetch_row, buffer, first + index),
             )
             for index, parts in enumerate(zip(ids, values, rest, strict=True))
         ]
 
     def _run(
-        self, session: Any, room: Any, first: int, count: int, outputs: dict[str, Any]
+        self, session: Any, buffer: Any, first: int, count: int, outputs: dict[str, Any]
     ) -> None:
-        """Runs a graph over `count` rows from `first`; waits until `outputs` are there."""
+        """Runs a graph over `count` rows from `first` and waits for `outputs`."""
         binding = session.io_binding()
-        address = room.data_ptr() + first * self._vocabulary * np.dtype(np.float32).itemsize
+        address = buffer.data_ptr() + first * self._vocabulary * np.dtype(np.float32).itemsize
         shape = (count, self._vocabulary)
-        binding.bind_input("logits", *self._device.place(np.float32, shape, address))
+        binding.bind_input("logits", *self._device.tensor_ref(np.float32, shape, address))
         for name, array in outputs.items():
-            place = "cpu", 0, array.dtype.type, array.shape, array.ctypes.data
-            binding.bind_output(name, *place)
+            ref = "cpu", 0, array.dtype.type, array.shape, array.ctypes.data
+            binding.bind_output(name, *ref)
         session.run_with_iobinding(binding)
 
     def check(self) -> None:
-        """Raises ArithmeticError unless known logits come back as they are."""
+        """Raises ArithmeticError unless the graphs give the right answers for known logits."""
         numbers = np.random.default_rng(0).permutation(2 * self._vocabulary)
         logits = (numbers / self._vocabulary).astype(np.float32).reshape(2, 1, -1)
-        room = self.reserve(2)
-        room.update_inplace(logits)
+        buffer = self.allocate(2)
+        buffer.update_inplace(logits)
         rows = zip(
             logits[:, 0],
-            self.read(room, [False, False]),
-            self.read(room, [True, True]),
+            self.read(buffer, [False, False]),
+            self.read(buffer, [True, True]),
             strict=True,
         )
         for row, given, best in rows:
@@ -140,11 +144,11 @@ class DeviceLogits:
                 and np.isclose(rest, given.rest.sum(), rtol=RELATIVE_ERROR)
                 and (ids[0], True) == (best.token_id, best.is_certain)
             ):
-                raise ArithmeticError("the candidates that the device picks are not the largest")
+                raise ArithmeticError("the top-k logits of the device are not the largest ones")
 
-    def _fetch_row(self, room: Any, row: int) -> Logits:
+    def _fetch_row(self, buffer: Any, row: int) -> Logits:
         logits = np.empty(self._vocabulary, np.float32)
         self._device.copy_to_host(
-            logits.ctypes.data, room.data_ptr() + row * logits.nbytes, logits.nbytes
+            logits.ctypes.data, buffer.data_ptr() + row * logits.nbytes, logits.nbytes
         )
         return logits

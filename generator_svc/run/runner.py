@@ -1,6 +1,6 @@
-"""Carries out plans on the device: the model's session, the slots' memory, and runs over them.
+"""Executes plans on the device: owns the model's session and the slots' memory.
 
-Decides nothing, and knows nothing about sequences or sampling.
+Makes no decisions, and knows nothing about sequences or sampling.
 """
 
 import functools
@@ -34,10 +34,10 @@ log = logging.getLogger(__name__)
 
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
-# Decode batches that are captured as CUDA graphs; others are padded up to the next of them.
+# Batch sizes of decode that are captured as CUDA graphs; others are padded to the next of them.
 CAPTURE_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
-# Of the largest logit: a mask of another length may make the attention split its work otherwise.
+# Relative to the largest logit: attention may split its work differently for a longer mask.
 _GRAPH_TOLERANCE = 0.02
 
 
@@ -45,7 +45,7 @@ _GRAPH_TOLERANCE = 0.02
 class RunResult:
     """One run: its device time, and either its logits, float32 [rows, vocabulary], or its error.
 
-    Logits that stay on the device are a DeviceRow or GreedyRow for each row.
+    Logits that stay on the device are one DeviceRow or GreedyRow per row.
     """
 
     nanoseconds: int
@@ -54,8 +54,8 @@ class RunResult:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a plan brought: a result for each chunk, one for the rows, if there were any."""
+class StepOutcome:
+    """The results of one plan: one per chunk, and one for the decode rows if there are any."""
 
     move_nanoseconds: int = 0
     chunks: tuple[RunResult, ...] = ()
@@ -63,15 +63,15 @@ class Outcome:
 
 
 class Runner(Protocol):
-    """What the engine needs of a device."""
+    """Executes plans; the engine's view of a device."""
 
-    def run(self, plan: StepPlan) -> Outcome:
-        """Carries out a plan. A run that fails is reported in its result, never raised."""
+    def run(self, plan: StepPlan) -> StepOutcome:
+        """Executes a plan. A failed run is reported in its result, never raised."""
 
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """What is really in use."""
+    """The execution provider and the sizes actually in use."""
 
     provider: str
     dtype: str
@@ -83,27 +83,28 @@ class DeviceInfo:
 
 @dataclass
 class _Bindings:
-    """I/O bindings by first slot and row count, since binding a cache takes longer than a step."""
+    """I/O bindings by first slot and row count: binding the cache anew takes longer than a step."""
 
     create: Callable[[int, int], Any]
     are_reused: bool
-    known: dict[tuple[int, int], Any] = field(default_factory=dict)
+    cached: dict[tuple[int, int], Any] = field(default_factory=dict)
 
     def get(self, first_slot: int, rows: int) -> Any:
+        """The binding of all cache tensors for a run over these slots."""
         key = (first_slot, rows)
         if not self.are_reused:
             return self.create(*key)
-        if key not in self.known:
-            self.known[key] = self.create(first_slot, rows)
-        return self.known[key]
+        if key not in self.cached:
+            self.cached[key] = self.create(first_slot, rows)
+        return self.cached[key]
 
 
 class OrtRunner:
     """A model on a device, with `slots` slots of `slot_length` tokens.
 
-    With `cuda_graphs`, decode runs are captured as one CUDA graph for each of
-    `info.capture_sizes` and replayed, once `capture` has found that to work. Graphs belong to the
-    thread that captured them: all runs, and `capture`, are for one thread.
+    With `cuda_graphs`, decode runs are captured as one CUDA graph per size in
+    `info.capture_sizes` and replayed, once `capture` has verified that this works. Graphs belong to
+    the thread that captured them: call `run` and `capture` on one thread only. Raises DeviceError.
     """
 
     def __init__(
@@ -125,12 +126,12 @@ class OrtRunner:
         logits_type = _NUMPY_TYPES[type_of(self._session.get_outputs(), model.names.logits)]
         shape = (slots, model.num_kv_heads, slot_length, model.head_size)
         self._memory = _allocate(device, 2 * model.num_layers, shape, cache_type)
-        # In float32 on CUDA, a binding that had a mask of another shape before gives wrong logits
-        # (ONNX Runtime 1.31.1, docs/log.md).
+        # In float32 on CUDA, a binding reused with a mask of another shape gives wrong logits (ONNX
+        # Runtime 1.31.1, docs/log.md).
         are_reused = not (device == "cuda" and cache_type is np.float32)
         self._bindings = _Bindings(self._create_binding, are_reused)
-        self._logits = _logits_memory(self._device, model.vocab_size, logits_type)
-        self._row_logits = self._logits.reserve(slots)
+        self._logits = _logits_buffers(self._device, model.vocab_size, logits_type)
+        self._row_logits = self._logits.allocate(slots)
         self.info = DeviceInfo(
             provider=self._session.get_providers()[0],
             dtype=np.dtype(cache_type).name,
@@ -141,31 +142,31 @@ class OrtRunner:
         )
         self._fixed_inputs: FixedInputs | None = None
 
-    def run(self, plan: StepPlan) -> Outcome:
-        """Carries out a plan. A run that fails is reported in its result, never raised."""
+    def run(self, plan: StepPlan) -> StepOutcome:
+        """Executes a plan. A failed run is reported in its result, never raised."""
         started = time.perf_counter_ns()
         for move in plan.moves:
             self._move(move)
         move_nanoseconds = time.perf_counter_ns() - started if plan.moves else 0
         chunks = tuple(self._run_chunk(chunk) for chunk in plan.chunks)
         rows = None
-        if plan.rows:  # their logits live until the next step
+        if plan.rows:  # their logits share one buffer, valid until the next step
             rows = self._run_rows(plan.rows)
-        return Outcome(move_nanoseconds, chunks, rows)
+        return StepOutcome(move_nanoseconds, chunks, rows)
 
     def capture(self, seconds: float) -> int:
-        """Captures decode runs as CUDA graphs, the smallest batches first; returns nanoseconds.
+        """Captures decode runs as CUDA graphs, smallest batch first; returns nanoseconds spent.
 
-        Those that `seconds` do not suffice for are captured when they are first run. Without
-        `info.capture_sizes` there is nothing to do; what fails disables the graphs, with one line
-        in the log. Raises DeviceError if the model cannot be run. Writes to all slots.
+        Sizes not captured within `seconds` are captured on their first run. Without
+        `info.capture_sizes` this does nothing; a failure disables CUDA graphs with a warning.
+        Raises DeviceError if the model cannot be run. Writes to all slots.
         """
         started = time.perf_counter_ns()
         if not self.info.capture_sizes:
             return 0
         try:
             self._fixed_inputs = FixedInputs(self._device, self.info.slots, self.info.slot_length)
-        except Exception as error:  # no memory for them, for one
+        except Exception as error:  # such as lack of memory
             log.warning("CUDA graphs are disabled: %s", error)
             return time.perf_counter_ns() - started
         if not self._matches_eager_runs():
@@ -189,7 +190,7 @@ class OrtRunner:
         return self._run(inputs.first_slot, [False], bind, None, chunk.wants_logits)
 
     def _run_rows(self, rows: tuple[Row, ...]) -> RunResult:
-        count, lost = len(rows), 0
+        count, wasted = len(rows), 0
         is_greedy = [row.is_greedy or row.is_idle for row in rows]
         if self._fixed_inputs is not None and count in self.info.capture_sizes:
             bind = functools.partial(self._bind_fixed_inputs, self._fixed_inputs, rows)
@@ -197,37 +198,37 @@ class OrtRunner:
             if result.error is None:
                 return result
             log.warning("CUDA graphs are disabled: %s", result.error)
-            self._fixed_inputs, lost = None, result.nanoseconds
+            self._fixed_inputs, wasted = None, result.nanoseconds
         bind = functools.partial(self._bind_inputs, decode_inputs(rows))
         result = self._run(0, is_greedy, bind, self._row_logits)
-        return replace(result, nanoseconds=lost + result.nanoseconds)
+        return replace(result, nanoseconds=wasted + result.nanoseconds)
 
     def _run(
         self,
         first_slot: int,
         is_greedy: list[bool],
         bind_inputs: Callable[[Any], None],
-        room: Any,
+        logits_buffer: Any,
         wants_logits: bool = True,
         graph: int = NO_GRAPH,
     ) -> RunResult:
-        """One run of a row for each of `is_greedy`.
+        """One run over `len(is_greedy)` slots from `first_slot`.
 
-        `room` takes its logits, and None stands for room of their own.
-        `graph` numbers the captured graph that it is, or becomes.
+        `logits_buffer` receives the logits; None allocates one. `graph` is the number of the CUDA
+        graph to replay, or to capture if there is none yet.
         """
         started, rows = time.perf_counter_ns(), len(is_greedy)
         try:
-            room = self._logits.reserve(rows) if room is None else room
+            buffer = self._logits.allocate(rows) if logits_buffer is None else logits_buffer
             binding = self._bindings.get(first_slot, rows)
-            binding.bind_output(self._model.names.logits, *self._logits.place(room, rows))
+            binding.bind_output(self._model.names.logits, *self._logits.tensor_ref(buffer, rows))
             self._device.clock.start()
             bind_inputs(binding)
             options = run_options(graph, synchronize=self._logits.is_on_host)
             self._session.run_with_iobinding(binding, options)
-            logits = self._logits.read(room, is_greedy) if wants_logits else None
+            logits = self._logits.read(buffer, is_greedy) if wants_logits else None
             return RunResult(self._device.clock.stop(), logits)
-        except Exception as error:  # whatever the runtime raises ends this run, not the engine
+        except Exception as error:  # an error of the runtime fails this run, not the engine
             return RunResult(time.perf_counter_ns() - started, error=error)
 
     def _bind_inputs(self, inputs: RunInputs, binding: Any) -> None:
@@ -241,16 +242,16 @@ class OrtRunner:
         binding.bind_input(self._model.names.attention_mask, *mask)
 
     def _open(self, threads: int, cuda_graphs: bool) -> tuple[Any, bool]:
-        """A session, and whether its runs can be captured; raises DeviceError."""
+        """A session, and whether its runs can be captured as CUDA graphs; raises DeviceError."""
         if cuda_graphs:
             try:
                 return self._device.open(self._model.graph, threads, cuda_graphs=True), True
-            except DeviceError as error:  # some of its operators run on the CPU, for one
+            except DeviceError as error:  # such as operators that run on the CPU
                 log.warning("CUDA graphs are disabled: %s", error)
         return self._device.open(self._model.graph, threads), False
 
     def _matches_eager_runs(self) -> bool:
-        """Whether the first captured graph, replayed on other tokens, gives what eager runs do."""
+        """Whether the first captured graph, replayed on other tokens, matches eager runs."""
         plans = [StepPlan(rows=(Row(token, position),)) for position, token in enumerate((0, 1, 0))]
         inputs, self._fixed_inputs = self._fixed_inputs, None
         eager = [self._checked_logits(plan) for plan in plans]
@@ -266,7 +267,7 @@ class OrtRunner:
         )
 
     def _checked_logits(self, plan: StepPlan) -> Logits:
-        """The logits of a plan of one row, float32 [vocabulary]; raises DeviceError."""
+        """The logits of a plan with one row, float32 [vocabulary]; raises DeviceError."""
         result = self.run(plan).rows
         assert result is not None
         if result.logits is None:
@@ -283,9 +284,9 @@ class OrtRunner:
                 (names.past_value, names.present_value, 2 * layer + 1),
             ):
                 address = self._memory.address(tensor, first_slot)
-                place = self._device.place(self._memory.dtype, shape, address)
-                binding.bind_input(past % layer, *place)
-                binding.bind_output(present % layer, *place)
+                ref = self._device.tensor_ref(self._memory.dtype, shape, address)
+                binding.bind_input(past % layer, *ref)
+                binding.bind_output(present % layer, *ref)
         return binding
 
 
@@ -303,15 +304,15 @@ def _check_integer_products(device: str) -> None:
         )
 
 
-def _logits_memory(device: Device, vocabulary: int, dtype: Any) -> HostLogits | DeviceLogits:
-    """On the CUDA device where they are float32 and it picks candidates as it should."""
+def _logits_buffers(device: Device, vocabulary: int, dtype: Any) -> HostLogits | DeviceLogits:
+    """On the CUDA device if they are float32 and its top-k works, else on the host."""
     if device.name == "cuda" and dtype is np.float32 and vocabulary >= CANDIDATES:
         try:
             logits = DeviceLogits(device, vocabulary)
             logits.check()
             return logits
-        except Exception as error:  # of the runtime's own types: a kernel is missing, for one
-            log.warning("all logits are brought to the host: %s", error)
+        except Exception as error:  # of the runtime's own types, such as for a missing kernel
+            log.warning("all logits are copied to the host: %s", error)
     return HostLogits(vocabulary, dtype)
 
 

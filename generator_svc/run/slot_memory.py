@@ -1,7 +1,7 @@
-"""The memory of the slots: one tensor per layer for keys and one for values.
+"""The KV cache's memory: one tensor per layer for keys and one for values.
 
 Each is [slots, kv_heads, slot_length, head_size], so a range of slots is contiguous and can be
-bound as past and present at once. Knows nothing about what the slots hold.
+bound as past and present at once.
 """
 
 import math
@@ -22,7 +22,7 @@ class SlotMemory(Protocol):
     size_in_bytes: int
 
     def address(self, tensor: int, slot: int) -> int:
-        """Where a slot of a tensor begins, on the device."""
+        """The device address at which a slot of a tensor begins."""
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` tokens of one slot to another, in every tensor."""
@@ -32,9 +32,9 @@ class SlotMemory(Protocol):
 
 
 class HostMemory:
-    """Slots in main memory. Pages are taken by the system when they are first written.
+    """Slots in main memory. The system commits pages when they are first written.
 
-    Mapped rather than allocated by numpy, which asks for huge pages: the first write to a slot
+    Mapped rather than allocated by numpy, which requests huge pages: the first write to a slot
     would then zero all of it, which took half a second where ordinary pages took 7 ms.
     """
 

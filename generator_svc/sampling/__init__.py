@@ -1,1 +1,1 @@
-"""From logits to tokens, on the host or from what the device found out about a row."""
+"""Sampling: from logits, on the host or on the device, to tokens."""

@@ -11,17 +11,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-CANDIDATES = 256
+CANDIDATES = 256  # the k of the device's top-k
 BLOCK = 256  # tokens with consecutive ids, whose remaining mass is summed
-# Of a block's sum: 256 terms in float32, and the rounding of the exponents before.
+# Of a block's sum: 256 terms in float32, and the rounding of their exponents.
 RELATIVE_ERROR = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
 class GreedyRow:
-    """`token_id` has the largest logit; `is_certain` if no other has the same, and all are numbers.
+    """The arg max of a device-resident row, for plain greedy sampling.
 
-    `fetch` brings all logits, float32 [vocabulary]; it may be called until the device's next step.
+    `token_id` has the largest logit; `is_certain` if it is the only one and no logit is NaN.
+    `fetch` copies all logits, float32 [vocabulary]; it may be called until the device's next step.
     """
 
     token_id: int
@@ -34,11 +35,13 @@ class GreedyRow:
 
 @dataclass(frozen=True, eq=False)
 class DeviceRow:
-    """`values`, float32 [256], are the largest logits, largest first, and `ids`, int64, theirs.
+    """A device-resident row of logits with its top 256, the candidates, copied to the host.
 
-    `rest`, float32 [blocks], is for each block of ids the sum of exp(logit - values[0]) over all
-    logits that are not above the last of `values`, NaN if one is. `size` is the vocabulary's.
-    `fetch` brings all logits, float32 [size]; it may be called until the device's next step.
+    `values`, float32 [256], are the largest logits in descending order, and `ids`, int64 [256],
+    their tokens. `rest`, float32 [blocks], is for each block of ids the sum of
+    exp(logit - values[0]) over all logits that are not above the last of `values`, NaN if any is
+    NaN. `size` is the vocabulary's. `fetch` copies all logits, float32 [size]; it may be called
+    until the device's next step.
     """
 
     size: int
@@ -49,7 +52,7 @@ class DeviceRow:
 
     @functools.cached_property
     def whole(self) -> npt.NDArray[np.float32]:
-        """All logits, float32 [size], fetched once."""
+        """All logits, float32 [size], copied once."""
         return self.fetch()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:

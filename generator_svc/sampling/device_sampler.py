@@ -1,16 +1,16 @@
-"""Draws from a row's candidates where they alone decide, and from the whole row where not.
+"""Samples from a device-resident row's candidates if they alone decide, else from the whole row.
 
-The token is the very one that `sampler.sample` draws from the whole row: what is known of the rest
-of the row, its largest possible logit and the sum of its weights in every block of ids, bounds all
-that the rest could change, and a draw that it could change is not made here.
+The token is exactly the one that `sampler.sample` draws from the whole row. What is known of the
+other tokens, their largest possible logit and the sum of their weights in every block of ids,
+bounds their influence on a draw; where they could change it, the whole row is fetched.
 
     greedy          the most likely candidate, if no token outside can be as likely
     top_k           the same arithmetic on the same numbers, if all top_k are candidates
-    top_p, min_p    the same, if all that the total may be cuts at the same candidate
+    top_p, min_p    likewise, if every possible total truncates at the same candidate
     none of them    if the draw falls into one candidate's interval, wherever the rest lies
 
-Penalties and masks are applied before, since they only lower logits: what they do to the rest
-keeps its bounds. What raises logits, and log-probabilities, need the whole row.
+Penalties and masks are applied to the candidates first: they only lower logits, so the bounds on
+the rest still hold. Whatever may raise logits, and log-probabilities, needs the whole row.
 """
 
 from collections.abc import Iterable
@@ -22,46 +22,47 @@ import numpy.typing as npt
 from generator_svc.sampling import sampler
 from generator_svc.sampling.device_row import BLOCK, RELATIVE_ERROR, DeviceRow, GreedyRow
 from generator_svc.sampling.random_draw import uniform
-from generator_svc.sequence import SampledToken, Sampling, Sequence
+from generator_svc.sequence import SampledToken, SamplingParams, Sequence
 
+LogitsRow = sampler.HostRow | DeviceRow | GreedyRow  # float32 [vocabulary]
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
 
-_ROUNDING = 1e-9  # of sums and exponentials in float64, with a wide margin
-_SMALLEST = 1e-35  # what float32 may have taken for zero, in a block
+_ROUNDING = 1e-9  # relative error of sums and exponentials in float64, generously
+_SMALLEST = 1e-35  # a block sum that float32 may have flushed to zero
 
 
 @dataclass(frozen=True, eq=False)
-class _Known:
-    """What is known of a row after penalties and masks, as weights relative to the largest.
+class _WeightBounds:
+    """A row after penalties and masks, as weights relative to the largest one.
 
-    `ids`, ascending, and their `weights`, each right to the last bit. No other token weighs more
-    than `most`. The others' weights sum to between `low` and `high`, [blocks].
+    `weights` of the candidates `ids` (ascending) are exact to the last bit. No other token weighs
+    more than `max_other`; per block of ids the others' sum lies between `low` and `high`, [blocks].
     """
 
     ids: Ids
     weights: Floats
-    most: float
+    max_other: float
     low: Floats
     high: Floats
 
     @property
     def totals(self) -> tuple[float, float]:
-        """The least and the most that all weights together may be."""
+        """Lower and upper bound of the sum of all weights."""
         known = self.weights.sum()
         low, high = known + self.low.sum(), known + self.high.sum()
         return float(low * (1 - _ROUNDING)), float(high * (1 + _ROUNDING))
 
 
 def sample_all(
-    drawing: Iterable[tuple[Sequence, sampler.Row | DeviceRow | GreedyRow]],
+    drawing: Iterable[tuple[Sequence, LogitsRow]],
 ) -> tuple[list[tuple[Sequence, SampledToken]], list[tuple[Sequence, BaseException]]]:
-    """Tokens for all, as `sampler.sample_all` has it, from rows that are here or on the device."""
+    """`sampler.sample_all`, for rows on the host or on the device."""
     return sampler.sample_all(drawing, sample)
 
 
-def sample(sequence: Sequence, logits: sampler.Row | DeviceRow | GreedyRow) -> SampledToken:
-    """The next token, as `sampler.sample` has it, from a row that is here or on the device."""
+def sample(sequence: Sequence, logits: LogitsRow) -> SampledToken:
+    """`sampler.sample`, for a row on the host or on the device."""
     if isinstance(logits, GreedyRow):
         if logits.is_certain:
             return SampledToken(logits.token_id)
@@ -75,9 +76,9 @@ def sample(sequence: Sequence, logits: sampler.Row | DeviceRow | GreedyRow) -> S
 
 
 def certain_token(sequence: Sequence, row: DeviceRow) -> int | None:
-    """The token that `sampler.sample` draws from the whole row; None if candidates do not tell."""
-    sampling = sequence.generation.sampling
-    if sequence.generation.top_logprobs is not None or _may_raise(sampling) or not _is_sound(row):
+    """The token that `sampler.sample` draws from the whole row; None if candidates cannot tell."""
+    sampling = sequence.request.sampling
+    if sequence.request.top_logprobs is not None or _may_raise(sampling) or not _is_sound(row):
         return None
     forbidden = sampler.forbidden_tokens(sequence, row.size)
     is_lowered = forbidden is not None or _has_penalties(sampling)
@@ -95,12 +96,12 @@ def certain_token(sequence: Sequence, row: DeviceRow) -> int | None:
         known = _weigh(row, ids, logits, sampling.temperature, is_lowered)
         draw = uniform(sampling.seed + sequence.index, sequence.generated)
         if 0 < sampling.top_k < row.size or sampling.top_p < 1 or sampling.min_p > 0:
-            return _draw_from_few(known, sampling, row.size, draw)
+            return _draw_truncated(known, sampling, row.size, draw)
         return _draw_from_all(known, draw)
 
 
-def _may_raise(sampling: Sampling) -> bool:
-    """Whether a token outside the candidates may end up above them."""
+def _may_raise(sampling: SamplingParams) -> bool:
+    """Whether the parameters may raise a token outside the candidates above them."""
     return bool(
         sampling.logit_bias
         or sampling.repetition_penalty < 1
@@ -109,7 +110,7 @@ def _may_raise(sampling: Sampling) -> bool:
     )
 
 
-def _has_penalties(sampling: Sampling) -> bool:
+def _has_penalties(sampling: SamplingParams) -> bool:
     return (
         sampling.repetition_penalty != 1
         or sampling.frequency_penalty != 0
@@ -118,13 +119,16 @@ def _has_penalties(sampling: Sampling) -> bool:
 
 
 def _is_sound(row: DeviceRow) -> bool:
-    """Whether all logits are numbers or -inf, and not all -inf."""
+    """Whether the largest logit is finite and none is NaN or +inf."""
     is_sound = np.isfinite(row.values[0]) and np.isfinite(row.rest).all()
     return bool(is_sound) and not np.isnan(row.values).any()
 
 
 def _above_the_rest(row: DeviceRow) -> tuple[Ids, Floats]:
-    """Ids, ascending, and logits of the candidates that no other token is as likely as."""
+    """Ids (ascending) and logits of the candidates that are above every other token.
+
+    Candidates equal to the last one are left out: a token outside may be equal to them too.
+    """
     count = int(np.searchsorted(-row.values, -row.values[-1]))
     order = np.argsort(row.ids[:count])
     return row.ids[order], row.values[order].astype(np.float64)
@@ -133,8 +137,8 @@ def _above_the_rest(row: DeviceRow) -> tuple[Ids, Floats]:
 def _lowered(
     sequence: Sequence, ids: Ids, logits: Floats, forbidden: sampler.Mask | None
 ) -> Floats:
-    """The logits of `ids` with mask and penalties, computed as the sampler does."""
-    sampling = sequence.generation.sampling
+    """The logits of `ids` with mask and penalties, by the sampler's own arithmetic."""
+    sampling = sequence.request.sampling
     row = logits.copy()
     if forbidden is not None:
         row[forbidden[ids]] = -np.inf
@@ -151,12 +155,13 @@ def _lowered(
 
 def _weigh(
     row: DeviceRow, ids: Ids, logits: Floats, temperature: float, is_lowered: bool
-) -> _Known:
-    """Weights exp((logit - best) / temperature), and what the others' may be.
+) -> _WeightBounds:
+    """Weights exp((logit - best) / temperature) of the candidates, and bounds on the others'.
 
-    The device's weight of another token is e = exp(x - values[0]) for a logit x of at most
-    t = values[-1]. Up to temperature 1, exp((x - best) / temperature) / e grows with x, so that
-    the sum of the e times that quotient at t bounds the sum of the weights. Above it nothing does.
+    The device summed e = exp(x - values[0]) over the other logits x, each at most t = values[-1].
+    Up to temperature 1, the quotient exp((x - best) / temperature) / e grows with x, so its value
+    at t times the sum of the e is an upper bound of the sum of the weights. Above temperature 1 the
+    quotient falls with x, and there is no such bound.
     """
     best, top, last = float(logits.max()), float(row.values[0]), float(row.values[-1])
     weights = np.exp((logits - best) / temperature)
@@ -168,15 +173,19 @@ def _weigh(
     else:
         scale = np.exp((last - best) / temperature + (top - last))
         high = (rest * (1 + RELATIVE_ERROR) + _SMALLEST) * scale
+        # Only at temperature 1 is the quotient the same for every x, so that the sum is known from
+        # below too, and only if no penalty or mask has taken anything from the rest.
         is_exact = temperature == 1 and not is_lowered
         low = rest * (1 - RELATIVE_ERROR) * scale if is_exact else np.zeros(rest.size)
-    return _Known(ids, weights, float(np.exp((last - best) / temperature)), low, high)
+    return _WeightBounds(ids, weights, float(np.exp((last - best) / temperature)), low, high)
 
 
-def _draw_from_few(known: _Known, sampling: Sampling, size: int, draw: float) -> int | None:
-    """From what top_k, top_p and min_p leave, most likely first."""
-    # Nothing outside weighs as much as these, so they come first in the whole row too.
-    above = known.most * (1 + _ROUNDING) + 1e-300
+def _draw_truncated(
+    known: _WeightBounds, sampling: SamplingParams, size: int, draw: float
+) -> int | None:
+    """Draws from what top_k, top_p and min_p keep, most likely first; None if uncertain."""
+    # Nothing else weighs as much as these, so they come first in the sorted whole row too.
+    above = known.max_other * (1 + _ROUNDING) + 1e-300
     sure = np.flatnonzero(known.weights > above)
     order = sure[np.argsort(-known.weights[sure], kind="stable")]
     weights = known.weights[order]
@@ -186,35 +195,41 @@ def _draw_from_few(known: _Known, sampling: Sampling, size: int, draw: float) ->
             return None
         weights, sums = weights[: sampling.top_k], sums[: sampling.top_k]
         totals, above = (float(sums[-1]),) * 2, 0.0
-        most = sums.size
+        max_count = sums.size
     else:
-        totals, most = known.totals, sums.size + 1
+        # One more than is known: reaching it means that tokens outside may be kept too.
+        totals, max_count = known.totals, sums.size + 1
     if sampling.min_p > above:
-        most = int(np.count_nonzero(weights >= sampling.min_p))
-    kept = {_reach(sums, sampling.top_p, total, most) for total in totals}
+        max_count = int(np.count_nonzero(weights >= sampling.min_p))
+    kept = {_nucleus_size(sums, sampling.top_p, total, max_count) for total in totals}
     count = kept.pop()
     if kept or count > sums.size:
         return None
     return int(known.ids[order[sampler.position_of(sums[:count], draw)]])
 
 
-def _reach(sums: Floats, top_p: float, total: float, most: int) -> int:
-    """How many of the most likely it takes to reach `top_p` of the total; at most `most`."""
+def _nucleus_size(sums: Floats, top_p: float, total: float, max_count: int) -> int:
+    """How many of the most likely tokens reach `top_p` of `total`; at most `max_count`."""
     if top_p >= 1:
-        return most
-    return min(int(np.searchsorted(sums, top_p * total)) + 1, most)
+        return max_count
+    return min(int(np.searchsorted(sums, top_p * total)) + 1, max_count)
 
 
-def _draw_from_all(known: _Known, draw: float) -> int | None:
-    """The candidate in whose interval, in the order of ids, the draw falls wherever the rest is."""
-    least, most = known.totals
-    slack = _ROUNDING * most
+def _draw_from_all(known: _WeightBounds, draw: float) -> int | None:
+    """The candidate into whose interval the draw falls, wherever the rest lies; None if uncertain.
+
+    Intervals are in the order of ids, as in the sampler: the tokens before a candidate move its
+    interval by some amount between `before` and `up_to`.
+    """
+    low_total, high_total = known.totals
+    slack = _ROUNDING * high_total
     ends = np.cumsum(known.weights)
     starts = ends - known.weights
     block = known.ids // BLOCK
-    # Of its own block the rest may lie all before a candidate, or all behind it.
+    # The rest of its own block may lie entirely before a candidate, or entirely after it.
     before = np.concatenate(([0.0], np.cumsum(known.low)))[block]
     up_to = np.cumsum(known.high)[block]
-    inside = (starts + up_to + slack <= draw * least) & (draw * most < ends + before - slack)
+    is_after_start = starts + up_to + slack <= draw * low_total
+    inside = is_after_start & (draw * high_total < ends + before - slack)
     hits = np.flatnonzero(inside)
     return int(known.ids[hits[0]]) if hits.size else None

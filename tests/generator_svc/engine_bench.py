@@ -4,18 +4,18 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-from fakes import EOS, ScriptedRunner, SteadyPace
+from fakes import EOS, FixedPrefillCost, ScriptedRunner
 from generator_svc.admission import Admission
 from generator_svc.engine import Engine
 from generator_svc.kv_cache import SlotCache
 from generator_svc.metering import Meter
 from generator_svc.scheduler import Scheduler
-from generator_svc.sequence import Generation, Group, Sampling, Update
+from generator_svc.sequence import EngineRequest, SamplingParams, SequenceGroup, SequenceUpdate
 
-GREEDY = Sampling(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 
 
-def _by_index() -> dict[Group, dict[int, list[int]]]:
+def _by_index() -> dict[SequenceGroup, dict[int, list[int]]]:
     return defaultdict(lambda: defaultdict(list))
 
 
@@ -33,9 +33,9 @@ class Bench:
     runner: Any = None
     max_queued_requests: int = 100
     max_queued_tokens: int = 10_000
-    tokens: dict[Group, dict[int, list[int]]] = field(default_factory=_by_index)
-    finished: dict[Group, set[int]] = field(default_factory=lambda: defaultdict(set))
-    errors: dict[Group, BaseException] = field(default_factory=dict)
+    tokens: dict[SequenceGroup, dict[int, list[int]]] = field(default_factory=_by_index)
+    finished: dict[SequenceGroup, set[int]] = field(default_factory=lambda: defaultdict(set))
+    errors: dict[SequenceGroup, BaseException] = field(default_factory=dict)
     faults: list[BaseException] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -43,9 +43,9 @@ class Bench:
         self.meter = Meter()
         self.admission = Admission(self.max_queued_requests, self.max_queued_tokens)
         self.cache = SlotCache(self.slots, self.slot_length, self.reuse)
-        pace = SteadyPace(self.prefill_tokens)
+        cost_model = FixedPrefillCost(self.prefill_tokens)
         self.scheduler = Scheduler(
-            self.cache, pace, 1, self.chunk_tokens, self.meter.settle, self.batch_sizes
+            self.cache, cost_model, 1, self.chunk_tokens, self.meter.settle, self.batch_sizes
         )
         self.engine = Engine(
             self.scheduler,
@@ -56,10 +56,10 @@ class Bench:
             self.faults.append,
         )
 
-    def submit(self, prompt: list[int], count: int = 8, **fields: Any) -> Group:
+    def submit(self, prompt: list[int], count: int = 8, **fields: Any) -> SequenceGroup:
         fields.setdefault("sampling", GREEDY)
         fields.setdefault("stop_token_ids", frozenset({EOS}))
-        return self.engine.submit(Generation(tuple(prompt), count, **fields))
+        return self.engine.submit(EngineRequest(tuple(prompt), count, **fields))
 
     def step(self) -> None:
         self.engine.step()
@@ -73,7 +73,7 @@ class Bench:
         assert self.cache.used_slots == 0
         assert (self.admission.requests, self.admission.tokens) == (0, 0)
 
-    def _deliver(self, updates: list[Update]) -> None:
+    def _deliver(self, updates: list[SequenceUpdate]) -> None:
         for update in updates:
             group, index = update.group, update.sequence.index
             if update.error is not None:

@@ -9,7 +9,7 @@ import prometheus_client
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import CollectorRegistry
 
-from fakes import EOS, ScriptedRunner, SteadyPace, scripted_logits
+from fakes import EOS, FixedPrefillCost, ScriptedRunner, scripted_logits
 from generator_svc.admission import Admission
 from generator_svc.constraint.compiler import ConstraintCompiler
 from generator_svc.convert import Limits
@@ -18,8 +18,8 @@ from generator_svc.kv_cache import SlotCache
 from generator_svc.metering import Meter
 from generator_svc.metrics import EngineCollector, RequestMetrics
 from generator_svc.scheduler import Scheduler
-from generator_svc.sequence import Sampling
-from generator_svc.service import GeneratorService, Mailroom
+from generator_svc.sequence import SamplingParams
+from generator_svc.service import GeneratorService, UpdateDispatcher
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.generator.v1 import generator_pb2_grpc as pb_grpc
 from trivium.wire.channel import open_channel
@@ -54,17 +54,17 @@ class Stage:
         self.meter = Meter()
         self.registry = CollectorRegistry()
         self.engine = Engine(
-            Scheduler(SlotCache(slots, slot_length), SteadyPace(8), 1, 16, self.meter.settle),
+            Scheduler(SlotCache(slots, slot_length), FixedPrefillCost(8), 1, 16, self.meter.settle),
             self.runner,
             self.meter,
             Admission(queue.get("requests", 100), queue.get("tokens", 100_000)),
-            Mailroom(asyncio.get_running_loop()).deliver,
+            UpdateDispatcher(asyncio.get_running_loop()).deliver,
             lambda fault: None,
         )
         self.registry.register(EngineCollector(self.engine.load, self.meter, "m"))
         self.service = GeneratorService(
             self.engine,
-            Limits(REVISION, vocabulary, slot_length, 8, (eos,), Sampling(temperature=0)),
+            Limits(REVISION, vocabulary, slot_length, 8, (eos,), SamplingParams(temperature=0)),
             pb.GetModelInfoResponse(id="m", revision=REVISION, slots=slots),
             RequestMetrics(self.registry, "m"),
             self.constraints,

@@ -8,15 +8,15 @@ import pytest
 from generator_svc.admission import Admission
 from generator_svc.sampling.device_row import BLOCK, CANDIDATES, DeviceRow
 from generator_svc.sampling.sampler import sample
-from generator_svc.sequence import Generation, Group
+from generator_svc.sequence import EngineRequest, SequenceGroup
 
 GRID = 500
 
 
 def sequence_of(prompt=(0,), output=(), **fields):
     """A sequence that has generated `output` so far."""
-    generation = Generation(tuple(prompt), 1_000, **fields)
-    sequence = Group(generation, Admission(1, 1).enter(1)).sequences[0]
+    request = EngineRequest(tuple(prompt), 1_000, **fields)
+    sequence = SequenceGroup(request, Admission(1, 1).enter(1)).sequences[0]
     for token_id in output:
         sequence.append(token_id)
     return sequence
@@ -24,12 +24,12 @@ def sequence_of(prompt=(0,), output=(), **fields):
 
 def adjusted(sequence, logits):
     """Logits after bias, mask, repetition, frequency and presence penalty, in this order."""
-    sampling, generation = sequence.generation.sampling, sequence.generation
+    sampling, request = sequence.request.sampling, sequence.request
     output = sequence.token_ids[sequence.prompt_length :]
     result = []
     for token_id, given in enumerate(logits):
         value = float(given) + sampling.logit_bias.get(token_id, 0.0)
-        if len(output) < generation.min_new_tokens and token_id in generation.stop_token_ids:
+        if len(output) < request.min_new_tokens and token_id in request.stop_token_ids:
             value = -math.inf
         if token_id in sequence.token_ids:
             penalty = sampling.repetition_penalty
@@ -42,7 +42,7 @@ def adjusted(sequence, logits):
 
 def probabilities(sequence, logits):
     """Token id to probability, for the tokens that can be drawn."""
-    sampling = sequence.generation.sampling
+    sampling = sequence.request.sampling
     row = adjusted(sequence, logits)
     ids = sorted(range(len(row)), key=lambda token_id: (-row[token_id], token_id))
     best = row[ids[0]]

@@ -11,7 +11,7 @@ import pytest
 from engine_bench import Bench
 from fakes import ScriptedRunner
 from generator_svc.sampling.sampler import sample
-from generator_svc.sequence import ConstraintError, FinishReason, Sampling
+from generator_svc.sequence import ConstraintError, FinishReason, SamplingParams
 from sampling_oracle import sequence_of
 from schema_draw import draw_schema
 from text_tokens import compiled, text_tokens
@@ -42,7 +42,7 @@ def _bench(slots=4, logits=None, **fields):
 
 def _submit(bench, prompt, kind="json_schema", text=PEOPLE, count=300, **fields):
     fields.setdefault("stop_token_ids", frozenset({text_tokens().eos}))
-    fields.setdefault("sampling", Sampling(temperature=1.0, seed=7))
+    fields.setdefault("sampling", SamplingParams(temperature=1.0, seed=7))
     constraint = compiled(kind, text) if kind else None
     return bench.submit(prompt, count, constraint=constraint, **fields)
 
@@ -67,7 +67,7 @@ def test_every_answer_that_stops_fits(temperature):
         draw = random.Random(seed)
         schema = json.dumps(draw_schema(draw))
         prompt = [3 + draw.randrange(300) for _ in range(draw.randrange(1, 9))]
-        sampling = Sampling(temperature=temperature, seed=seed)
+        sampling = SamplingParams(temperature=temperature, seed=seed)
         fields = {"sampling": sampling, "count": 200, "n": draw.choice([1, 1, 3])}
         try:
             groups[_submit(bench, prompt, text=schema, **fields)] = schema
@@ -98,7 +98,7 @@ def test_a_crowd_does_not_change_a_constrained_request(reuse):
     others = []
     for seed in range(8):
         kind, text = [("json_schema", PEOPLE), ("regex", "[a-z ]{4,90}"), (None, "")][seed % 3]
-        sampling = Sampling(temperature=1.0, seed=seed)
+        sampling = SamplingParams(temperature=1.0, seed=seed)
         prefix = prompt[: 4 * seed]
         others.append(_submit(crowded, [*prefix, 5], kind, text, sampling=sampling, count=60))
         crowded.step()
@@ -115,7 +115,7 @@ def test_greedy_takes_the_most_likely_of_what_fits():
     """Step by step, against a mask made by hand."""
     tokens = text_tokens()
     bench = _bench()
-    group = _submit(bench, [9, 9], "regex", "[ab]{12}", sampling=Sampling(temperature=0))
+    group = _submit(bench, [9, 9], "regex", "[ab]{12}", sampling=SamplingParams(temperature=0))
     bench.finish()
     written, expected, context = "", [], [9, 9]
     while len(written) < 12:
@@ -143,7 +143,7 @@ def test_draws_are_those_of_a_model_that_gives_nothing_else(regex, settings):
     masked = np.where(allowed, logits, np.float32(-np.inf))
     drawn = set()
     for seed in range(150):
-        sampling = Sampling(temperature=2.0, seed=seed, **settings)
+        sampling = SamplingParams(temperature=2.0, seed=seed, **settings)
         one = sequence_of(sampling=sampling, constraint=compiled("regex", regex))
         other = sequence_of(sampling=sampling)
         drawn.add(sample(one, logits).token_id)
@@ -158,8 +158,10 @@ def test_penalties_and_bias_work_within_the_constraint():
     [a, b, c] = (tokens.encode(letter)[0] for letter in "abc")
     bench = _bench()
     bias = {a: 50.0, c: 100.0}
-    biased = Sampling(temperature=0, logit_bias=bias)
-    varied = Sampling(temperature=0, logit_bias=bias, frequency_penalty=2, repetition_penalty=10)
+    biased = SamplingParams(temperature=0, logit_bias=bias)
+    varied = SamplingParams(
+        temperature=0, logit_bias=bias, frequency_penalty=2, repetition_penalty=10
+    )
     groups = [_submit(bench, [9], "regex", "[ab]{9}", sampling=one) for one in (biased, varied)]
     bench.finish()
 
@@ -302,7 +304,7 @@ def test_a_constraint_that_grows_too_complex_fails_its_own_request_only():
     [a] = tokens.encode("a")
     ambiguous = 'start: e\ne: e e | "a" | e e e | '
     bench, quiet = _bench(), _bench()
-    sampling = Sampling(temperature=0, logit_bias={a: 90.0})
+    sampling = SamplingParams(temperature=0, logit_bias={a: 90.0})
     bad = _submit(bench, [9], "lark", ambiguous, n=2, count=400, sampling=sampling)
     good = _submit(bench, [5, 6], count=400)
     wanted = _submit(quiet, [5, 6], count=400)

@@ -11,10 +11,10 @@ from grpc_status import rpc_status
 
 from generator_stage import Stage
 from generator_svc.constraint.compiler import (
+    CompileCache,
     CompilerBusy,
+    CompileResult,
     ConstraintCompiler,
-    Verdict,
-    VerdictCache,
 )
 from generator_svc.sequence import ConstraintError
 from text_tokens import text_tokens
@@ -160,7 +160,7 @@ async def test_refusals_name_the_constraint(stage, constraint, code):
 
 
 async def test_what_grows_too_complex_on_its_way_is_told_as_such(stage, tokens):
-    """Found out while it is kept, since its trial went another way."""
+    """Found out while it is kept, since the dry run went another way."""
     [a] = tokens.encode("a")
     lark = 'start: /b/ /(.|\\n)*/ | e\ne: e e | "a" | e e e'
     sampling = pb.SamplingParams(temperature=0, logit_bias={a: 100.0})
@@ -270,14 +270,14 @@ async def test_a_schema_elsewhere_is_not_fetched(tokens):
     assert [] == connections
 
 
-async def test_verdicts_are_remembered(tokens):
-    """The second request of a constraint needs no trial, good or bad."""
+async def test_compile_results_are_cached(tokens):
+    """The second request of a constraint needs no sandbox, good or bad."""
     async with _compiler(tokens) as compiler:
         for kind, text in [("regex", "[ab]+"), ("json_schema", MULTIPLE)]:
             with contextlib.suppress(ConstraintError):
                 await compiler.compile(kind, text)
         asked = []
-        compiler._trial.ask = asked.append
+        compiler._sandbox.compile = asked.append
         await compiler.compile("regex", "[ab]+")
         with pytest.raises(ConstraintError, match="too much time or memory"):
             await compiler.compile("json_schema", MULTIPLE)
@@ -285,16 +285,16 @@ async def test_verdicts_are_remembered(tokens):
     assert [] == asked
 
 
-async def test_many_who_want_the_same_share_one_trial(tokens):
+async def test_many_who_want_the_same_share_one_compilation(tokens):
     """And those who leave take it from nobody."""
     async with _compiler(tokens) as compiler:
-        ask, asked = compiler._trial.ask, []
+        ask, asked = compiler._sandbox.compile, []
 
         async def counted(kind, text):
             asked.append(text)
             return await ask(kind, text)
 
-        compiler._trial.ask = counted
+        compiler._sandbox.compile = counted
         calls = [asyncio.create_task(compiler.compile("regex", "x+")) for _ in range(9)]
         await asyncio.sleep(0)
         calls[0].cancel()
@@ -305,10 +305,10 @@ async def test_many_who_want_the_same_share_one_trial(tokens):
     assert 8 == len(set(constraints[1:]))  # each has its own
 
 
-async def test_a_killed_trial_process_is_started_again(tokens):
+async def test_a_killed_sandbox_is_started_again(tokens):
     """Its question is to be asked again, and then is answered as if nothing had happened."""
     async with _compiler(tokens) as compiler:
-        process = await compiler._trial.start()
+        process = await compiler._sandbox.start()
         process.kill()
         await process.wait()
         with pytest.raises(CompilerBusy):
@@ -320,7 +320,7 @@ async def test_a_killed_trial_process_is_started_again(tokens):
 async def test_a_process_that_grinds_is_ended_with_the_service(tokens):
     """Nothing is left behind."""
     async with _compiler(tokens) as compiler:
-        process = await compiler._trial.start()
+        process = await compiler._sandbox.start()
         grinding = asyncio.create_task(compiler.compile("json_schema", MULTIPLE))
         await asyncio.sleep(0.1)
     with pytest.raises(asyncio.CancelledError):
@@ -331,14 +331,14 @@ async def test_a_process_that_grinds_is_ended_with_the_service(tokens):
 
 def test_the_cache_keeps_within_its_bytes():
     """What was not used for longest goes first."""
-    cache = VerdictCache(10_000)
+    cache = CompileCache(10_000)
     for number in range(20):
-        cache.put(bytes([number]), Verdict("g" * 1_000))
+        cache.put(bytes([number]), CompileResult("g" * 1_000))
         assert cache.get(b"\0") is not None
 
         assert cache.size_in_bytes <= 10_000
     kept = [number for number in range(20) if cache.get(bytes([number]))]
 
     assert [0, 15, 16, 17, 18, 19] == kept
-    cache.put(b"huge", Verdict("g" * 20_000))
+    cache.put(b"huge", CompileResult("g" * 20_000))
     assert 0 == cache.size_in_bytes

@@ -19,7 +19,7 @@ from generator_svc.run.cuda_memory import CudaMemory
 from generator_svc.run.runner import OrtRunner
 from generator_svc.run.slot_memory import HostMemory
 from generator_svc.sampling.device_row import CANDIDATES, RELATIVE_ERROR, DeviceRow
-from generator_svc.sequence import Sampling
+from generator_svc.sequence import SamplingParams
 from generator_svc.server import load_runner, warm_up
 from trivium.model_directory import load_model_directory
 
@@ -286,7 +286,11 @@ def test_the_engine_serves_from_the_device(either):
     """Greedy and drawn requests end as asked, and the books are right after every step."""
     sizes = either.info.capture_sizes
     bench = Bench(slots=4, slot_length=128, runner=either, batch_sizes=sizes)
-    samplings = [Sampling(temperature=0), Sampling(seed=1), Sampling(seed=2, top_k=5)]
+    samplings = [
+        SamplingParams(temperature=0),
+        SamplingParams(seed=1),
+        SamplingParams(seed=2, top_k=5),
+    ]
     groups = [
         bench.submit(list(PROMPT[: 9 + i]), 15, sampling=sampling, n=2, stop_token_ids=frozenset())
         for i, sampling in enumerate(samplings)

@@ -21,7 +21,7 @@ from generator_svc.sampling.device_row import (
 from generator_svc.sampling.device_sampler import certain_token, sample
 from generator_svc.sampling.sampler import BadLogits
 from generator_svc.sampling.sampler import sample as sample_whole
-from generator_svc.sequence import Sampling
+from generator_svc.sequence import SamplingParams
 from generator_svc.server import warm_up
 from sampling_oracle import device_row, sequence_of
 from tiny_models import tiny_model_directory
@@ -46,7 +46,7 @@ def _row(random, size, shape):
 
 def _sampling(random):
     """Any settings of requests, those that candidates cannot serve among them."""
-    return Sampling(
+    return SamplingParams(
         temperature=float(random.choice([0, 0.3, 0.7, 1, 1, 1, 1.5, 1e-300])),
         top_k=int(random.choice([-1, 0, 0, 0, 1, 2, 20, 200, 255, 256, 1000])),
         top_p=float(random.choice([0, 0.1, 0.5, 0.8, 0.95, 0.9999, 1, 1, 1, 1])),
@@ -119,7 +119,7 @@ def test_usual_settings_seldom_need_the_whole_row(least, fields):
     certain = 0
     for seed in range(draws):
         row = _row(random, 10_000, "zipf")
-        sequence = sequence_of((1, 2), (3, 4), sampling=Sampling(seed=seed, **fields))
+        sequence = sequence_of((1, 2), (3, 4), sampling=SamplingParams(seed=seed, **fields))
         token_id = certain_token(sequence, device_row(row))
         if token_id is not None:
             certain += 1
@@ -150,7 +150,7 @@ def test_draws_at_the_edges_of_a_token(shape, error, fields, monkeypatch):
     given = device_row(row)
     rest = (given.rest * (1 + 0.9 * error * RELATIVE_ERROR)).astype(np.float32)
     given = dataclasses.replace(given, rest=rest)
-    sequence = sequence_of(sampling=Sampling(**fields))
+    sequence = sequence_of(sampling=SamplingParams(**fields))
     certain = 0
     for draw in _edges(row):
         for name in ("device_sampler", "sampler"):
@@ -168,7 +168,7 @@ def test_a_candidate_as_low_as_the_rest_may_be_is_not_certain():
     row = np.zeros(600, np.float32)
     row[300] = 0.5
     for penalty, expected in ((0.25, 300), (0.5, None), (0.75, None)):
-        sampling = Sampling(temperature=0, presence_penalty=penalty)
+        sampling = SamplingParams(temperature=0, presence_penalty=penalty)
         assert expected == certain_token(
             sequence_of((1,), (300,), sampling=sampling), device_row(row)
         )
@@ -180,7 +180,7 @@ def test_top_k_of_as_many_as_are_allowed_is_no_limit():
     constraint = Only(1000, [990, 995, 999])
     drawn = set()
     for seed in range(40):
-        sampling = Sampling(seed=seed, top_k=3)
+        sampling = SamplingParams(seed=seed, top_k=3)
         drawn.add(
             certain_token(sequence_of(sampling=sampling, constraint=constraint), device_row(row))
         )
@@ -191,13 +191,13 @@ def test_top_k_of_as_many_as_are_allowed_is_no_limit():
 @pytest.mark.parametrize(
     "fields",
     [
-        {"sampling": Sampling(temperature=0, logit_bias={7: 3.0})},
-        {"sampling": Sampling(temperature=0, repetition_penalty=0.9)},
-        {"sampling": Sampling(temperature=0, frequency_penalty=-0.1)},
-        {"sampling": Sampling(temperature=0, presence_penalty=-0.1)},
-        {"sampling": Sampling(temperature=0), "top_logprobs": 2},
-        {"sampling": Sampling(temperature=1.3)},
-        {"sampling": Sampling(top_k=256)},
+        {"sampling": SamplingParams(temperature=0, logit_bias={7: 3.0})},
+        {"sampling": SamplingParams(temperature=0, repetition_penalty=0.9)},
+        {"sampling": SamplingParams(temperature=0, frequency_penalty=-0.1)},
+        {"sampling": SamplingParams(temperature=0, presence_penalty=-0.1)},
+        {"sampling": SamplingParams(temperature=0), "top_logprobs": 2},
+        {"sampling": SamplingParams(temperature=1.3)},
+        {"sampling": SamplingParams(top_k=256)},
     ],
 )
 def test_what_could_come_from_outside_takes_the_whole_row(fields):
@@ -220,7 +220,7 @@ def test_logits_that_are_no_numbers_are_refused(bad, place):
     among = dataclasses.replace(device_row(good), values=values, fetch=lambda: row)
     for on_device in (device_row(row), among):
         with pytest.raises(BadLogits):
-            sample(sequence_of(sampling=Sampling(temperature=0)), on_device)
+            sample(sequence_of(sampling=SamplingParams(temperature=0)), on_device)
 
 
 class Only:
@@ -249,7 +249,7 @@ def test_a_constraint_masks_candidates(share):
         constraint = Only(row.size, random.random(row.size) < share)
         constraint.mask[random.integers(row.size)] = True
         fields = [{}, {"temperature": 0}, {"top_k": 2}, {"top_p": 0.6}, {"top_k": 50}][seed % 5]
-        sampling = Sampling(seed=seed, **fields)
+        sampling = SamplingParams(seed=seed, **fields)
         sequence = sequence_of(sampling=sampling, constraint=constraint)
         token_id = certain_token(sequence, device_row(row))
         if token_id is not None:
@@ -270,10 +270,10 @@ def test_the_graph_picks_what_numpy_picks(size):
     random = np.random.default_rng(size)
     rows = np.stack([_row(random, size, shape) for shape in (*SHAPES, "gauss")])
     memory = _on_cpu(size)
-    room = memory.reserve(len(rows) + 1)
-    room.update_inplace(np.concatenate([rows, rows[:1]])[:, None])
+    buffer = memory.allocate(len(rows) + 1)
+    buffer.update_inplace(np.concatenate([rows, rows[:1]])[:, None])
 
-    for row, given in zip(rows, memory.read(room, [False] * len(rows)), strict=True):
+    for row, given in zip(rows, memory.read(buffer, [False] * len(rows)), strict=True):
         expected = device_row(row)
         assert expected.ids.tolist() == given.ids.tolist()
         assert expected.values.tolist() == given.values.tolist()
@@ -287,11 +287,11 @@ def test_the_graph_shows_what_is_no_number():
     rows = np.stack([_row(np.random.default_rng(8), 1000, "zipf")] * 3)
     rows[0, 400], rows[1, 3], rows[2, :] = np.nan, np.inf, -np.inf
     memory = _on_cpu(1000)
-    room = memory.reserve(3)
-    room.update_inplace(rows[:, None])
-    sequence = sequence_of(sampling=Sampling(temperature=0))
+    buffer = memory.allocate(3)
+    buffer.update_inplace(rows[:, None])
+    sequence = sequence_of(sampling=SamplingParams(temperature=0))
 
-    assert [None] * 3 == [certain_token(sequence, row) for row in memory.read(room, [False] * 3)]
+    assert [None] * 3 == [certain_token(sequence, row) for row in memory.read(buffer, [False] * 3)]
 
 
 @pytest.mark.parametrize("size", [256, 257, 5000])
@@ -302,13 +302,13 @@ def test_the_largest_logit_is_told_without_candidates(size):
     rows[1, rows[1].argmin()] = rows[1].max()
     rows[2, 7], rows[3, 9], rows[4, :], rows[5, 1:] = np.nan, np.inf, np.nan, -np.inf
     memory = _on_cpu(size)
-    room = memory.reserve(6)
-    room.update_inplace(rows[:, None])
-    given = memory.read(room, [True] * 6)
+    buffer = memory.allocate(6)
+    buffer.update_inplace(rows[:, None])
+    given = memory.read(buffer, [True] * 6)
 
     assert [True, False, False, False, False, True] == [row.is_certain for row in given]
     assert [int(rows[0].argmax()), 0] == [given[0].token_id, given[5].token_id]
-    greedy = sequence_of(sampling=Sampling(temperature=0))
+    greedy = sequence_of(sampling=SamplingParams(temperature=0))
     assert int(rows[1].argmax()) == sample(greedy, given[1]).token_id
     for row in given[2:5]:
         with pytest.raises(BadLogits):
@@ -319,9 +319,9 @@ def test_rows_are_read_in_slices():
     """Candidates for the 64 rows that one row needs them in, the largest logit for the others."""
     rows = np.random.default_rng(3).permutation(200 * 300).astype(np.float32).reshape(200, 300)
     memory = _on_cpu(300)
-    room = memory.reserve(200)
-    room.update_inplace(rows[:, None])
-    given = memory.read(room, [row != 70 for row in range(200)])
+    buffer = memory.allocate(200)
+    buffer.update_inplace(rows[:, None])
+    given = memory.read(buffer, [row != 70 for row in range(200)])
     kinds = [type(row) for row in given]
 
     assert [GreedyRow] * 64 + [DeviceRow] * 64 + [GreedyRow] * 72 == kinds
@@ -347,18 +347,18 @@ def model():
 def _runner(model, patch=None):
     """A runner, with logits as on a CUDA device if `patch` is given."""
     if patch:
-        patch.setattr(runner_module, "_logits_memory", lambda device, size, dtype: _on_cpu(size))
+        patch.setattr(runner_module, "_logits_buffers", lambda device, size, dtype: _on_cpu(size))
     return OrtRunner(model, "cpu", 4, 96, threads=1)
 
 
 def test_an_engine_makes_the_same_tokens_from_rows_on_the_device(model, monkeypatch):
     """Greedy and drawn, filters, penalties, several choices, log-probabilities; after warm-up."""
     requests = [
-        {"sampling": Sampling(temperature=0)},
-        {"sampling": Sampling(seed=3), "n": 3},
-        {"sampling": Sampling(seed=4, temperature=0.5, top_p=0.9)},
-        {"sampling": Sampling(seed=5, top_k=20, repetition_penalty=1.1)},
-        {"sampling": Sampling(seed=6, frequency_penalty=0.3), "top_logprobs": 2},
+        {"sampling": SamplingParams(temperature=0)},
+        {"sampling": SamplingParams(seed=3), "n": 3},
+        {"sampling": SamplingParams(seed=4, temperature=0.5, top_p=0.9)},
+        {"sampling": SamplingParams(seed=5, top_k=20, repetition_penalty=1.1)},
+        {"sampling": SamplingParams(seed=6, frequency_penalty=0.3), "top_logprobs": 2},
     ]
     answers = []
     for runner in (_runner(model), _runner(model, monkeypatch)):

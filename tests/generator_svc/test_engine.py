@@ -10,8 +10,8 @@ import pytest
 from engine_bench import GREEDY, Bench
 from fakes import EOS, VOCABULARY, ScriptedRunner, greedy, scripted_logits
 from generator_svc.admission import QueueFull
-from generator_svc.metering import ANSWERS
-from generator_svc.sequence import FinishReason, Sampling
+from generator_svc.metering import REPREFILL
+from generator_svc.sequence import FinishReason, SamplingParams
 
 
 def _prompts(seed, count, longest=40):
@@ -40,15 +40,15 @@ def test_random_traffic_gives_each_request_its_own_answer_and_every_nanosecond_a
             if draw.random() < 0.5:
                 bench.engine.cancel(group)
             else:
-                bench.engine.stop(group, draw.randrange(group.generation.n))
+                bench.engine.stop(group, draw.randrange(group.request.n))
         bench.step()
         if draw.random() < 0.3:
-            bench.engine.prefill_answer()
+            bench.engine.reprefill()
     bench.finish()
 
     for group in groups:
-        wanted = greedy(group.generation.prompt, group.generation.max_new_tokens)
-        for index in range(group.generation.n):
+        wanted = greedy(group.request.prompt, group.request.max_new_tokens)
+        for index in range(group.request.n):
             got = bench.tokens[group][index]
             whole = group not in cut and group not in bench.errors
             assert (wanted if whole else wanted[: len(got)]) == got
@@ -61,14 +61,14 @@ def test_random_traffic_gives_each_request_its_own_answer_and_every_nanosecond_a
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_batch_mates_do_not_change_a_request(temperature):
     """The same seed gives the same tokens alone and among others."""
-    sampling = Sampling(temperature=temperature, seed=5, top_p=0.95)
+    sampling = SamplingParams(temperature=temperature, seed=5, top_p=0.95)
     prompt = [3, 1, 4, 1, 5]
     alone = Bench()
     group = alone.submit(prompt, 20, sampling=sampling, n=2)
     alone.finish()
     crowd = Bench(slots=6)
     for other in _prompts(1, 9):
-        crowd.submit(other, 12, sampling=Sampling(seed=len(other)))
+        crowd.submit(other, 12, sampling=SamplingParams(seed=len(other)))
     crowd.step()
     same = crowd.submit(prompt, 20, sampling=sampling, n=2)
     crowd.finish()
@@ -115,16 +115,16 @@ def test_an_answer_computed_anew_is_reused():
     bench.finish()
     paid = bench.meter.settled.total()
     for _ in range(3):
-        bench.engine.prefill_answer()
+        bench.engine.reprefill()
     chunks = [len(chunk.token_ids) for plan in bench.runner.plans[-2:] for chunk in plan.chunks]
     following = bench.submit([*prompt, *bench.tokens[group][0], 9, 9, 9], 2)
     bench.finish()
 
     assert [32, 8] == chunks
     assert len(prompt) + 40 == following.sequences[0].cached_prompt_tokens
-    assert greedy(following.generation.prompt, 2) == bench.tokens[following][0]
+    assert greedy(following.request.prompt, 2) == bench.tokens[following][0]
     assert paid == group.sequences[0].device_nanoseconds
-    assert bench.meter.overhead[ANSWERS] > 0
+    assert bench.meter.overhead[REPREFILL] > 0
     assert bench.runner.busy == bench.meter.busy
 
 
@@ -134,26 +134,26 @@ def test_an_answer_that_cannot_be_computed_is_forgotten(caplog):
     group = bench.submit(list(range(2, 20)), 12, stop_token_ids=frozenset())
     bench.finish()
     bench.runner.fails = lambda slots: OSError("device")
-    bench.engine.prefill_answer()
+    bench.engine.reprefill()
     bench.runner.fails = lambda slots: None
-    assert not bench.scheduler.has_answers
+    assert not bench.scheduler.has_reprefills
     following = bench.submit([*range(2, 20), *bench.tokens[group][0], 9, 9], 2)
     bench.finish()
 
     assert "device" in caplog.text
     assert 18 == following.sequences[0].cached_prompt_tokens
-    assert greedy(following.generation.prompt, 2) == bench.tokens[following][0]
+    assert greedy(following.request.prompt, 2) == bench.tokens[following][0]
 
 
 def test_an_engine_at_rest_computes_answers_until_it_has_work(monkeypatch):
     """By itself, in a pause; and the next turn, which wakes it, finds them."""
-    monkeypatch.setattr("generator_svc.engine._PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr("generator_svc.engine._IDLE_BEFORE_REPREFILL_SECONDS", 0.05)
     bench = Bench()
     prompt = list(range(2, 20))
     bench.engine.start()
     for count in (20, 3):
         group = bench.submit(prompt, count, stop_token_ids=frozenset())
-        while not bench.finished[group] or (bench.scheduler.has_answers and not bench.faults):
+        while not bench.finished[group] or (bench.scheduler.has_reprefills and not bench.faults):
             time.sleep(0.01)
         prompt = [*prompt, *bench.tokens[group][0], 9, 9]
     bench.engine.close()
@@ -168,7 +168,7 @@ def test_choices_share_one_prefill(slots, reuse):
     """Seven choices compute their prompt once, though there are fewer slots than choices."""
     prompt = list(range(2, 30))
     bench = Bench(slots=slots, reuse=reuse)
-    group = bench.submit(prompt, 5, n=7, sampling=Sampling(temperature=1, seed=3))
+    group = bench.submit(prompt, 5, n=7, sampling=SamplingParams(temperature=1, seed=3))
     bench.finish()
 
     assert 7 == len(bench.finished[group])
@@ -181,8 +181,8 @@ def test_choices_draw_by_seed_plus_index():
     """Choice i of seed s is choice 0 of seed s + i."""
     prompt = [5, 6, 7, 8]
     bench = Bench()
-    group = bench.submit(prompt, 8, n=3, sampling=Sampling(seed=11))
-    others = [bench.submit(prompt, 8, sampling=Sampling(seed=11 + i)) for i in range(3)]
+    group = bench.submit(prompt, 8, n=3, sampling=SamplingParams(seed=11))
+    others = [bench.submit(prompt, 8, sampling=SamplingParams(seed=11 + i)) for i in range(3)]
     bench.finish()
 
     assert [bench.tokens[other][0] for other in others] == [
@@ -354,7 +354,7 @@ def test_a_crash_of_the_engine_is_reported():
     bench = Bench()
     bench.runner.run = lambda plan: 1 / 0
     bench.engine.start()
-    bench.engine.submit(bench.submit([2], 1, sampling=GREEDY).generation)
+    bench.engine.submit(bench.submit([2], 1, sampling=GREEDY).request)
     bench.engine._thread.join(10)
 
     assert isinstance(bench.faults[0], ZeroDivisionError)

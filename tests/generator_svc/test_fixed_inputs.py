@@ -13,7 +13,7 @@ from engine_bench import Bench
 from generator_svc.plan import Chunk, Row, StepPlan
 from generator_svc.run.fixed_inputs import FixedInputs
 from generator_svc.run.runner import OrtRunner
-from generator_svc.sequence import Sampling
+from generator_svc.sequence import SamplingParams
 from tiny_models import tiny_model_directory
 from trivium.model_directory import load_model_directory
 
@@ -74,9 +74,9 @@ def test_what_there_is_no_time_to_capture_at_the_start_is_captured_later(model):
 def test_an_engine_makes_the_same_tokens(model):
     """Greedy and drawn, several choices, ends at different times."""
     requests = [
-        {"sampling": Sampling(temperature=0)},
-        {"sampling": Sampling(seed=3), "n": 2},
-        {"sampling": Sampling(seed=5, top_k=20, repetition_penalty=1.1)},
+        {"sampling": SamplingParams(temperature=0)},
+        {"sampling": SamplingParams(seed=3), "n": 2},
+        {"sampling": SamplingParams(seed=5, top_k=20, repetition_penalty=1.1)},
     ]
     answers = []
     for cuda_graphs in (False, True):

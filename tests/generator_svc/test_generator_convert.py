@@ -5,20 +5,20 @@ import math
 import pytest
 
 from generator_svc.admission import Admission
-from generator_svc.convert import Limits, to_generation, to_response
+from generator_svc.convert import Limits, to_engine_request, to_response
 from generator_svc.sequence import (
+    EngineRequest,
     FinishReason,
-    Generation,
-    Group,
-    Logprobs,
     SampledToken,
-    Sampling,
-    Update,
+    SamplingParams,
+    SequenceGroup,
+    SequenceUpdate,
+    TokenLogprobs,
 )
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.wire.errors import ServiceError
 
-DEFAULTS = Sampling(temperature=0.6, top_p=0.9, top_k=20, min_p=0.1, repetition_penalty=1.1)
+DEFAULTS = SamplingParams(temperature=0.6, top_p=0.9, top_k=20, min_p=0.1, repetition_penalty=1.1)
 LIMITS = Limits(
     revision="r1",
     vocabulary_size=64,
@@ -36,20 +36,20 @@ def _start(sampling=None, **fields):
 
 def _error(start):
     with pytest.raises(ServiceError) as caught:
-        to_generation(start, LIMITS)
+        to_engine_request(start, LIMITS)
     return caught.value
 
 
 def test_absent_fields_take_the_models_defaults():
     """Nothing said: the model's sampling, one answer up to the context's end, its own ends."""
-    generation = to_generation(_start(), LIMITS)
+    request = to_engine_request(_start(), LIMITS)
 
-    assert (3, 4, 5) == generation.prompt
-    assert (29, 1, 0) == (generation.max_new_tokens, generation.n, generation.min_new_tokens)
-    assert {1, 2} == generation.stop_token_ids
-    assert generation.top_logprobs is None
+    assert (3, 4, 5) == request.prompt
+    assert (29, 1, 0) == (request.max_new_tokens, request.n, request.min_new_tokens)
+    assert {1, 2} == request.stop_token_ids
+    assert request.top_logprobs is None
     kept = {name: getattr(DEFAULTS, name) for name in vars(DEFAULTS) if name != "seed"}
-    assert kept == {name: getattr(generation.sampling, name) for name in kept}
+    assert kept == {name: getattr(request.sampling, name) for name in kept}
 
 
 def test_given_fields_win_even_when_they_are_zero():
@@ -65,18 +65,18 @@ def test_given_fields_win_even_when_they_are_zero():
         "seed": 0,
         "logit_bias": {0: -100.0, 63: 100.0},
     }
-    generation = to_generation(_start(given, top_logprobs=0), LIMITS)
+    request = to_engine_request(_start(given, top_logprobs=0), LIMITS)
 
-    assert given == {name: getattr(generation.sampling, name) for name in given}
-    assert 0 == generation.top_logprobs
+    assert given == {name: getattr(request.sampling, name) for name in given}
+    assert 0 == request.top_logprobs
 
 
 def test_seeds_are_fresh_unless_given():
     """Two requests without a seed do not draw alike; negative ones are seeds too."""
-    seeds = {to_generation(_start(), LIMITS).sampling.seed for _ in range(9)}
+    seeds = {to_engine_request(_start(), LIMITS).sampling.seed for _ in range(9)}
 
     assert 9 == len(seeds)
-    assert -(2**63) == to_generation(_start({"seed": -(2**63)}), LIMITS).sampling.seed
+    assert -(2**63) == to_engine_request(_start({"seed": -(2**63)}), LIMITS).sampling.seed
 
 
 @pytest.mark.parametrize(
@@ -169,22 +169,24 @@ def test_a_prompt_at_the_context_is_refused_in_words_that_clients_look_for():
     assert (
         "maximum context length is 32 tokens" in _error(_start(prompt_token_ids=[3] * 32)).message
     )
-    assert 1 == to_generation(_start(prompt_token_ids=[3] * 31), LIMITS).max_new_tokens
+    assert 1 == to_engine_request(_start(prompt_token_ids=[3] * 31), LIMITS).max_new_tokens
 
 
 def test_more_tokens_than_there_is_room_for_are_cut():
     """max_new_tokens is an upper bound, and so is the context."""
 
-    assert 29 == to_generation(_start(max_new_tokens=2**31 - 1), LIMITS).max_new_tokens
-    assert 5 == to_generation(_start(max_new_tokens=5), LIMITS).max_new_tokens
+    assert 29 == to_engine_request(_start(max_new_tokens=2**31 - 1), LIMITS).max_new_tokens
+    assert 5 == to_engine_request(_start(max_new_tokens=5), LIMITS).max_new_tokens
 
 
 def test_stop_tokens_add_to_the_models_own_unless_these_are_ignored():
     """ignore_eos drops the model's, never the caller's."""
 
-    assert {1, 2, 9} == to_generation(_start(stop_token_ids=[9]), LIMITS).stop_token_ids
-    assert {9} == to_generation(_start(stop_token_ids=[9], ignore_eos=True), LIMITS).stop_token_ids
-    assert frozenset() == to_generation(_start(ignore_eos=True), LIMITS).stop_token_ids
+    assert {1, 2, 9} == to_engine_request(_start(stop_token_ids=[9]), LIMITS).stop_token_ids
+    assert {9} == to_engine_request(
+        _start(stop_token_ids=[9], ignore_eos=True), LIMITS
+    ).stop_token_ids
+    assert frozenset() == to_engine_request(_start(ignore_eos=True), LIMITS).stop_token_ids
 
 
 @pytest.mark.parametrize(
@@ -192,9 +194,9 @@ def test_stop_tokens_add_to_the_models_own_unless_these_are_ignored():
 )
 def test_limits_are_inclusive(fields):
     """The bound itself is allowed."""
-    generation = to_generation(_start(**fields), LIMITS)
+    request = to_engine_request(_start(**fields), LIMITS)
 
-    assert fields == {name: getattr(generation, name) for name in fields}
+    assert fields == {name: getattr(request, name) for name in fields}
 
 
 @pytest.mark.parametrize(
@@ -207,13 +209,13 @@ def test_limits_are_inclusive(fields):
 )
 def test_limits_of_sampling_are_inclusive(sampling):
     """The bound itself is allowed."""
-    sampled = to_generation(_start(sampling), LIMITS).sampling
+    sampled = to_engine_request(_start(sampling), LIMITS).sampling
 
     assert sampling == {name: getattr(sampled, name) for name in sampling}
 
 
 def _group(n=1):
-    return Group(Generation((3, 4), 9, n=n), Admission(1, 9).enter(2))
+    return SequenceGroup(EngineRequest((3, 4), 9, n=n), Admission(1, 9).enter(2))
 
 
 def test_updates_are_merged_by_continuation():
@@ -223,10 +225,10 @@ def test_updates_are_merged_by_continuation():
     updates = []
     for sequence, token_id in ((first, 7), (second, 8), (first, 9)):
         sequence.append(token_id)
-        updates.append(Update(group, sequence, SampledToken(token_id)))
+        updates.append(SequenceUpdate(group, sequence, SampledToken(token_id)))
     first.finish_reason, first.device_nanoseconds = FinishReason.LENGTH, 2**40
     first.cached_prompt_tokens = 1
-    updates.append(Update(group, first, is_finished=True))
+    updates.append(SequenceUpdate(group, first, is_finished=True))
     one, other = to_response(updates).updates
 
     assert (0, [7, 9]) == (one.index, list(one.token_ids))
@@ -245,8 +247,8 @@ def test_updates_are_merged_by_continuation():
 def test_logprobs_stand_beside_their_tokens():
     """One for each token, alternatives included."""
     group = _group()
-    sampled = SampledToken(5, Logprobs(-0.5, (5, 6), (-0.5, -1.5)))
-    [update] = to_response([Update(group, group.sequences[0], sampled)]).updates
+    sampled = SampledToken(5, TokenLogprobs(-0.5, (5, 6), (-0.5, -1.5)))
+    [update] = to_response([SequenceUpdate(group, group.sequences[0], sampled)]).updates
 
     expected = pb.TokenLogprobs(logprob=-0.5, top_token_ids=[5, 6], top_logprobs=[-0.5, -1.5])
     assert [expected] == list(update.logprobs)
@@ -263,6 +265,6 @@ def test_ends_are_told_by_name(reason, told):
     """The two ends that are not a matter of length."""
     group = _group()
     group.sequences[0].finish_reason = reason
-    [update] = to_response([Update(group, group.sequences[0], is_finished=True)]).updates
+    [update] = to_response([SequenceUpdate(group, group.sequences[0], is_finished=True)]).updates
 
     assert told == update.finished.reason

@@ -7,16 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from generator_svc.admission import Admission
-from generator_svc.kv_cache import HOLE_PATIENCE, MOST_ANSWERS, SlotCache
+from generator_svc.kv_cache import COMPACT_AFTER_IDLE_STEPS, MAX_PENDING_REPREFILLS, SlotCache
 from generator_svc.plan import Copy, Swap
-from generator_svc.sequence import Generation, Group
+from generator_svc.sequence import EngineRequest, SequenceGroup
 
 SLOT_LENGTH = 32
 GARBAGE = -7
 
 
 def _group(prompt, n=1):
-    return Group(Generation(tuple(prompt), 8, n=n), Admission(1, 99).enter(1))
+    return SequenceGroup(EngineRequest(tuple(prompt), 8, n=n), Admission(1, 99).enter(1))
 
 
 class Machine:
@@ -56,16 +56,16 @@ class Machine:
 
     def release(self, sequence, trusted=True):
         self.running.remove(sequence)
-        (self.cache.release if trusted else self.cache.forget)(sequence)
+        (self.cache.release if trusted else self.cache.discard)(sequence)
 
     def compute_answer(self, count):
         """Some of an answer is computed as a prompt's tokens are, if there is one."""
-        found = self.cache.next_answer()
+        found = self.cache.next_reprefill()
         if found is not None:
             slot, start, tokens = found
             tokens = tokens[:count]
             self.memory[slot][start : start + len(tokens)] = tokens
-            self.cache.answer_computed(slot, len(tokens))
+            self.cache.reprefilled(slot, len(tokens))
 
     def compact(self):
         self.carry_out(self.cache.compact())
@@ -107,7 +107,7 @@ def _common(left, right):
 
 def _best_prefix(machine, group, most):
     """The longest prefix that may be taken, found by looking at everything."""
-    prompt, best = group.generation.prompt, 0
+    prompt, best = group.request.prompt, 0
     for owner in machine.running:
         if machine.cache._reuse or owner.group is group:
             there = min(owner.computed, owner.prompt_length)
@@ -306,12 +306,12 @@ def test_a_hole_is_closed_after_the_patience():
         machine.compute(sequence, 8)
     machine.release(sequences[0])
     moved = []
-    for _ in range(HOLE_PATIENCE + 2):
+    for _ in range(COMPACT_AFTER_IDLE_STEPS + 2):
         machine.compact()
         machine.check()
         moved.append(machine.moves)
 
-    assert [[]] * HOLE_PATIENCE + [[Swap(0, 2, 8)], []] == moved
+    assert [[]] * COMPACT_AFTER_IDLE_STEPS + [[Swap(0, 2, 8)], []] == moved
     assert 2 == machine.cache.active_range
     assert [DISTINCT[0]] == machine.kept()
 
@@ -322,7 +322,7 @@ def test_patience_starts_anew_with_every_hole():
     first, _ = machine.start(DISTINCT[0]), machine.start(DISTINCT[1])
     for _ in range(3):
         machine.release(first)
-        for _ in range(HOLE_PATIENCE):
+        for _ in range(COMPACT_AFTER_IDLE_STEPS):
             machine.compact()
             assert [] == machine.moves
         first = machine.start(DISTINCT[0])
@@ -335,12 +335,12 @@ def test_one_hole_is_closed_at_a_time():
     machine.release(sequences[0])
     machine.release(sequences[1])
     ranges = []
-    for _ in range(HOLE_PATIENCE + 3):
+    for _ in range(COMPACT_AFTER_IDLE_STEPS + 3):
         machine.compact()
         machine.check()
         ranges.append(machine.cache.active_range)
 
-    assert [4] * HOLE_PATIENCE + [3, 2, 2] == ranges
+    assert [4] * COMPACT_AFTER_IDLE_STEPS + [3, 2, 2] == ranges
 
 
 def test_a_lone_token_is_neither_taken_nor_left():
@@ -396,22 +396,22 @@ def test_the_answer_of_the_last_conversation_is_computed_first():
     machine.compute_answer(6)
 
     assert 16 == machine.start([*last, 3, 3]).cached_prompt_tokens
-    assert machine.cache.next_answer() is not None
+    assert machine.cache.next_reprefill() is not None
 
 
 def test_answers_of_the_last_few_are_remembered():
     """After a rush of requests not all of their answers are computed twice."""
-    machine = Machine(MOST_ANSWERS + 3)
-    sequences = [machine.start([60 + number] * 5) for number in range(MOST_ANSWERS + 3)]
+    machine = Machine(MAX_PENDING_REPREFILLS + 3)
+    sequences = [machine.start([60 + number] * 5) for number in range(MAX_PENDING_REPREFILLS + 3)]
     for sequence in sequences:
         machine.compute(sequence, 5 + 4)
         machine.release(sequence)
     count = 0
-    while machine.cache.next_answer() is not None:
+    while machine.cache.next_reprefill() is not None:
         machine.compute_answer(99)
         count += 1
 
-    assert MOST_ANSWERS == count
+    assert MAX_PENDING_REPREFILLS == count
 
 
 def test_nothing_is_left_to_compute_of_what_never_was_an_answer():
@@ -427,7 +427,7 @@ def test_nothing_is_left_to_compute_of_what_never_was_an_answer():
     forgetful = Machine(1, reuse=False)
     _converse(forgetful, list(range(10)), 9)
 
-    assert machine.cache.next_answer() is None is forgetful.cache.next_answer()
+    assert machine.cache.next_reprefill() is None is forgetful.cache.next_reprefill()
 
 
 def test_an_answer_that_fills_its_slot_leaves_room_for_an_idle_row():

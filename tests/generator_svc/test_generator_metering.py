@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from generator_svc.admission import Admission
 from generator_svc.metering import CACHE_MOVES, PADDING, Meter, share
-from generator_svc.sequence import FinishReason, Generation, Group
+from generator_svc.sequence import EngineRequest, FinishReason, SequenceGroup
 
 weights = st.lists(st.integers(0, 4096), min_size=1, max_size=64).filter(any)
 times = st.integers(0, 10**12)
@@ -48,8 +48,8 @@ def test_shares_are_known_by_heart():
 
 
 def _sequences(count):
-    generation = Generation((1, 2), 3, n=count)
-    return Group(generation, Admission(1, 9).enter(2)).sequences
+    request = EngineRequest((1, 2), 3, n=count)
+    return SequenceGroup(request, Admission(1, 9).enter(2)).sequences
 
 
 charges = st.lists(

@@ -13,7 +13,7 @@ from fakes import ScriptedRunner
 from generator_svc.device import DeviceError, choose_device
 from generator_svc.plan import Chunk, Copy, Row, StepPlan, Swap
 from generator_svc.run.runner import OrtRunner
-from generator_svc.sequence import Sampling
+from generator_svc.sequence import SamplingParams
 from tiny_models import tiny_checkpoint, tiny_model_directory
 from trivium.model_directory import load_model_directory
 
@@ -233,7 +233,7 @@ def test_prompts_of_any_length_can_be_cut_anywhere(runner, length):
 def test_batched_is_one_at_a_time(runner, temperature):
     """Greedy and drawn with a seed, more requests than slots, arriving apart."""
     requests = [
-        ([*PROMPT[: 5 + 3 * seed], seed + 3], Sampling(temperature=temperature, seed=seed))
+        ([*PROMPT[: 5 + 3 * seed], seed + 3], SamplingParams(temperature=temperature, seed=seed))
         for seed in range(9)
     ]
     alone = []
@@ -257,7 +257,7 @@ def test_prefix_cache_on_is_off(runner, temperature):
 
     Less still with pauses, in which the answers are computed as the next prompt would.
     """
-    sampling = Sampling(temperature=temperature, seed=4)
+    sampling = SamplingParams(temperature=temperature, seed=4)
     answers, cached = {}, {}
     for reuse, pauses in ((True, True), (True, False), (False, True)):
         bench = _bench(runner, reuse=reuse)
@@ -272,7 +272,7 @@ def test_prefix_cache_on_is_off(runner, temperature):
             answers[key] += [bench.tokens[group][0], bench.tokens[other][0]]
             cached[key] += group.sequences[0].cached_prompt_tokens
             for _ in range(9 if pauses else 0):
-                bench.engine.prefill_answer()
+                bench.engine.reprefill()
 
     assert answers[False, True] == answers[True, False] == answers[True, True]
     assert cached[True, True] >= cached[True, False] + 3 * 8

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from generator_svc.sampling.random_draw import uniform
 from generator_svc.sampling.sampler import BadLogits, sample, sample_all
-from generator_svc.sequence import Sampling
+from generator_svc.sequence import SamplingParams
 from sampling_oracle import (
     adjusted,
     assert_same_distribution,
@@ -49,7 +49,7 @@ short_rows = st.lists(
     max_size=9,
 ).map(lambda values: np.array([*values, 2.0], np.float32))
 filters = st.builds(
-    Sampling,
+    SamplingParams,
     temperature=st.sampled_from(TEMPERATURES),
     top_k=st.sampled_from([-1, 0, 1, 2, 5, 200, 256, 257, 2**31 - 1]),
     top_p=st.sampled_from(TOP_P),
@@ -74,7 +74,7 @@ def test_draws_follow_the_distribution_that_the_filters_leave(logits, sampling):
 @pytest.mark.parametrize("size", [20, 700])
 def test_each_filter_alone_and_with_the_others(size, temperature, top_k, top_p, min_p):
     """The same on a fine grid, for each filter on and off."""
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
 
     assert_same_distribution(sequence_of(sampling=sampling), _logits(size, scale=1.5), grid=2_000)
 
@@ -82,7 +82,7 @@ def test_each_filter_alone_and_with_the_others(size, temperature, top_k, top_p, 
 @pytest.mark.parametrize("size", [1_000, 3_000])
 def test_a_flat_distribution_needs_more_candidates_than_are_sorted_first(size):
     """top_p over thousands of nearly equal tokens keeps exactly as many as it takes."""
-    sequence = sequence_of(sampling=Sampling(top_p=0.93217))
+    sequence = sequence_of(sampling=SamplingParams(top_p=0.93217))
     logits = _logits(size, scale=0.01)
 
     assert_same_distribution(sequence, logits, grid=size)
@@ -90,7 +90,7 @@ def test_a_flat_distribution_needs_more_candidates_than_are_sorted_first(size):
 
 tokens = st.integers(0, 9)
 penalties = st.builds(
-    Sampling,
+    SamplingParams,
     temperature=st.sampled_from([0.0, 0.5, 1.0, 2.0]),
     repetition_penalty=st.sampled_from([1e-6, 0.5, 1.0, 1.3, 10.0]),
     frequency_penalty=st.sampled_from([-2.0, 0.0, 0.7, 2.0]),
@@ -131,7 +131,7 @@ def test_penalties_bias_and_mask_in_the_documented_order(
 
 
 def _greedy(logits, prompt=(0,), output=(), **fields):
-    sampling = Sampling(temperature=0, **fields)
+    sampling = SamplingParams(temperature=0, **fields)
     return sample(
         sequence_of(prompt, output, sampling=sampling), np.array(logits, np.float32)
     ).token_id
@@ -171,7 +171,7 @@ def test_frequency_comes_after_the_repetition_penalty():
 def test_stop_tokens_are_masked_until_the_minimum_whatever_the_bias():
     """A masked stop token cannot be drawn; at the minimum it can."""
     fields = {
-        "sampling": Sampling(temperature=0, logit_bias={1: 100.0}),
+        "sampling": SamplingParams(temperature=0, logit_bias={1: 100.0}),
         "min_new_tokens": 2,
         "stop_token_ids": frozenset({1}),
     }
@@ -186,7 +186,7 @@ def test_temperature_zero_ignores_filters_and_the_draw():
     row = _logits(400, decimals=0)
     best = row.tolist().index(max(row))
     for top_k, top_p, min_p, seed in itertools.product([0, 5], [0.1, 1], [0, 0.5], range(3)):
-        sampling = Sampling(temperature=0, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+        sampling = SamplingParams(temperature=0, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
         assert best == sample(sequence_of(sampling=sampling), row).token_id
 
 
@@ -195,7 +195,7 @@ def test_the_narrowest_filters_keep_the_top_token(fields):
     """Whatever is drawn, it is the most likely one."""
     row = _logits(300)
     for seed in range(50):
-        sequence = sequence_of(sampling=Sampling(temperature=2.0, seed=seed, **fields))
+        sequence = sequence_of(sampling=SamplingParams(temperature=2.0, seed=seed, **fields))
         assert int(row.argmax()) == sample(sequence, row).token_id
 
 
@@ -207,7 +207,7 @@ def test_logits_that_are_no_numbers_are_refused(temperature, value, place):
     row = np.arange(7, dtype=np.float32)
     row[place] = value
     with pytest.raises(BadLogits):
-        sample(sequence_of(sampling=Sampling(temperature=temperature)), row)
+        sample(sequence_of(sampling=SamplingParams(temperature=temperature)), row)
 
 
 def test_a_row_of_impossible_tokens_is_refused():
@@ -233,7 +233,7 @@ def test_a_bad_row_leaves_its_neighbours_alone():
 @given(logits=rows, top=st.integers(0, 20), sampling=filters, others=penalties)
 def test_reported_logprobs_are_those_of_the_model(logits, top, sampling, others):
     """Penalties, bias and filters change the token and never the report."""
-    wanted = Sampling(**(vars(others) | {"top_k": sampling.top_k, "logit_bias": {0: 3.0}}))
+    wanted = SamplingParams(**(vars(others) | {"top_k": sampling.top_k, "logit_bias": {0: 3.0}}))
     sequence = sequence_of([0], [0, 0], sampling=wanted, top_logprobs=top)
     sampled = sample(sequence, logits)
     raw = [max(value, -9999.0) for value in log_probabilities(logits)]

@@ -8,9 +8,15 @@ import pytest
 from engine_bench import Bench
 from fakes import greedy
 from generator_svc.kv_cache import SlotCache
-from generator_svc.prefill_cost import Pace
+from generator_svc.prefill_cost import PrefillCostModel
 from generator_svc.scheduler import Scheduler
-from generator_svc.sequence import Generation, Group, SampledToken, Sampling, Stage
+from generator_svc.sequence import (
+    EngineRequest,
+    SampledToken,
+    SamplingParams,
+    SequenceGroup,
+    SequenceStatus,
+)
 
 
 def _chunk_lengths(bench):
@@ -44,7 +50,7 @@ def test_prompts_that_nearly_agree_never_leave_a_lone_token(seed):
 
     assert min(_chunk_lengths(bench)) >= 2
     for group in groups:
-        wanted = greedy(group.generation.prompt, group.generation.max_new_tokens)
+        wanted = greedy(group.request.prompt, group.request.max_new_tokens)
         assert all(wanted == tokens for tokens in bench.tokens[group].values())
 
 
@@ -57,7 +63,7 @@ def test_no_token_is_alone_in_a_tile_of_the_attention(chunk_tokens):
 
     assert 1 not in {length % 32 for length in _chunk_lengths(bench)}
     for group in groups:
-        assert greedy(group.generation.prompt, 2) == bench.tokens[group][0]
+        assert greedy(group.request.prompt, 2) == bench.tokens[group][0]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -73,14 +79,14 @@ def test_padded_decode_batches_give_the_same_tokens(seed):
         for _ in range(draw.randrange(4)):
             bench.step()
     bench.finish()
-    again = bench.submit(list(groups[-1].generation.prompt), 2)
+    again = bench.submit(list(groups[-1].request.prompt), 2)
     bench.finish()
 
     assert {len(plan.rows) for plan in bench.runner.plans} <= {0, *sizes}
     for group in groups:
-        wanted = greedy(group.generation.prompt, group.generation.max_new_tokens)
+        wanted = greedy(group.request.prompt, group.request.max_new_tokens)
         assert all(wanted == tokens for tokens in bench.tokens[group].values())
-    assert again.sequences[0].cached_prompt_tokens >= len(again.generation.prompt) - 2
+    assert again.sequences[0].cached_prompt_tokens >= len(again.request.prompt) - 2
 
 
 @pytest.mark.parametrize("stopped", [[0], [0, 1], [1], [2, 0], [1, 0]])
@@ -163,7 +169,7 @@ def test_choices_start_in_the_order_of_their_indices():
 def test_a_stop_after_the_end_is_without_effect():
     """No second last update, nothing freed twice."""
     bench = Bench()
-    group = bench.submit([7, 8], 3, sampling=Sampling(seed=1))
+    group = bench.submit([7, 8], 3, sampling=SamplingParams(seed=1))
     bench.finish()
     bench.engine.stop(group, 0)
     bench.engine.cancel(group)
@@ -249,12 +255,14 @@ def test_running_streams_are_held_up_no_longer_than_the_dial_says():
     """A step's chunks, at the speed that was measured, take no more than the stall."""
     stall, slot_length = 50_000, 8192
     bench = Bench(slots=2, slot_length=slot_length)
-    pace = Pace()
-    scheduler = Scheduler(SlotCache(2, slot_length), pace, stall, 512, bench.meter.settle)
+    cost_model = PrefillCostModel()
+    scheduler = Scheduler(SlotCache(2, slot_length), cost_model, stall, 512, bench.meter.settle)
     for sequence in _groups(bench, [[5, 6], [7] * 8000]):
         scheduler.add(sequence)
     spent = []
-    while scheduler.waiting or any(s.stage is not Stage.DECODE for s in scheduler.running):
+    while scheduler.waiting or any(
+        s.status is not SequenceStatus.DECODE for s in scheduler.running
+    ):
         step = scheduler.schedule()
         # A token at position p takes 100 ns and p / 40 more.
         times = [len(c.token_ids) * (100 + c.start // 40) for c in step.plan.chunks]
@@ -275,5 +283,5 @@ def test_running_streams_are_held_up_no_longer_than_the_dial_says():
 
 def _groups(bench, prompts):
     for prompt in prompts:
-        generation = Generation(tuple(prompt), 10_000 - len(prompt))
-        yield Group(generation, bench.admission.enter(len(prompt)))
+        request = EngineRequest(tuple(prompt), 10_000 - len(prompt))
+        yield SequenceGroup(request, bench.admission.enter(len(prompt)))

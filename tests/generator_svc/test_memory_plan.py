@@ -13,7 +13,7 @@ from generator_svc.memory_plan import (
     plan_memory,
     plan_threads,
 )
-from generator_svc.sequence import Sampling
+from generator_svc.sequence import SamplingParams
 from trivium.host_limits import MemoryLimit
 from trivium.model_directory import GraphNames, ModelDirectory, ModelDirectoryError
 
@@ -164,15 +164,15 @@ def test_a_cache_beyond_the_memory_is_warned_of(heavy, caplog):
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        ({}, Sampling()),
-        ({"do_sample": True}, Sampling()),
-        ({"do_sample": False}, Sampling(temperature=0.0)),
-        ({"do_sample": False, "temperature": 0.6}, Sampling(temperature=0.0)),
-        ({"temperature": 0.6, "top_k": 20}, Sampling(temperature=0.6, top_k=20)),
-        ({"top_p": 0.8, "min_p": 0.05}, Sampling(top_p=0.8, min_p=0.05)),
-        ({"repetition_penalty": 1.05, "top_p": None}, Sampling(repetition_penalty=1.05)),
-        ({"top_k": 50, "temperature": 1}, Sampling(top_k=50)),
-        ({"eos_token_id": 2, "frequency_penalty": 9}, Sampling()),
+        ({}, SamplingParams()),
+        ({"do_sample": True}, SamplingParams()),
+        ({"do_sample": False}, SamplingParams(temperature=0.0)),
+        ({"do_sample": False, "temperature": 0.6}, SamplingParams(temperature=0.0)),
+        ({"temperature": 0.6, "top_k": 20}, SamplingParams(temperature=0.6, top_k=20)),
+        ({"top_p": 0.8, "min_p": 0.05}, SamplingParams(top_p=0.8, min_p=0.05)),
+        ({"repetition_penalty": 1.05, "top_p": None}, SamplingParams(repetition_penalty=1.05)),
+        ({"top_k": 50, "temperature": 1}, SamplingParams(top_k=50)),
+        ({"eos_token_id": 2, "frequency_penalty": 9}, SamplingParams()),
     ],
 )
 def test_defaults_are_the_models_own_and_then_openais(config, expected):

@@ -7,7 +7,7 @@ from collections import Counter
 import jsonschema
 import pytest
 
-from generator_svc.constraint.sandbox import usable
+from generator_svc.constraint.sandbox import compilable_text
 from generator_svc.constraint.schema_relaxation import DROPPED, FORMATS, MAX_MULTIPLE, children
 from generator_svc.sequence import ConstraintError
 from sample_schemas import SAMPLES, written
@@ -21,7 +21,7 @@ LENIENT = {"x-guidance": {"lenient": True}}
 
 def kept(schema, kind="json_schema"):
     """The text of what is kept of a schema."""
-    return usable(token_table(), kind, json.dumps(schema | LENIENT))
+    return compilable_text(token_table(), kind, json.dumps(schema | LENIENT))
 
 
 @pytest.mark.parametrize(
@@ -151,18 +151,18 @@ def test_lenient_schemas_in_lark_are_loosened_each_by_itself():
     bad = {"type": "integer", "not": {"const": 1}}
     hard = {"type": "number", "multipleOf": 1e-20, "minimum": 0}
     lark = f'start: "a" %json {json.dumps(hard | LENIENT)} | "b" %json {json.dumps(bad | LENIENT)}'
-    text = usable(token_table(), "lark", lark + ' | "c" %json {"type": "null"}')
+    text = compilable_text(token_table(), "lark", lark + ' | "c" %json {"type": "null"}')
 
     assert [True] * 3 == [accepts("lark", text, answer) for answer in ("a0.5", "b1", "cnull")]
     assert [False] * 3 == [accepts("lark", text, answer) for answer in ("a-1", "b1.5", "c1")]
     with pytest.raises(ConstraintError):
-        usable(token_table(), "lark", lark + f' | "c" %json {json.dumps(bad)}')
+        compilable_text(token_table(), "lark", lark + f' | "c" %json {json.dumps(bad)}')
 
 
 def test_a_tool_of_very_many_fields_is_an_object():
     """More optional fields than a grammar may have at a place: they are not held to."""
     wide = {"type": "object", "properties": {f"p{i}": {"type": "null"} for i in range(200)}}
-    text = usable(token_table(), "lark", f"start: %json {json.dumps(wide | LENIENT)}")
+    text = compilable_text(token_table(), "lark", f"start: %json {json.dumps(wide | LENIENT)}")
 
     assert accepts("lark", text, '{"p199":null,"p3":1}')
     assert not accepts("lark", text, "[]")
