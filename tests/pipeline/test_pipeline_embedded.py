@@ -38,7 +38,7 @@ class Up:
     def answers_nanoseconds(self) -> int:
         """What the generator has spent on computing answers as prompts."""
         text = httpx.get(self.metrics, trust_env=False).text
-        found = re.search(r'overhead_nanoseconds_total\{[^}]*reason="answers"\} (\S+)', text)
+        found = re.search(r'overhead_nanoseconds_total\{[^}]*reason="reprefill"\} (\S+)', text)
         return int(float(found[1])) if found else 0
 
     def wait(self) -> int:
