@@ -23,7 +23,7 @@ DOORS = {
     ),
     "llguidance": ("generator_svc/constraint/llguidance.py",),
     "tokenizers": ("tokenizer_svc/tokenizer.py", "generator_svc/export/"),
-    "jinja2": ("tokenizer_svc/chat_template.py", "generator_svc/export/"),
+    "jinja2": ("tokenizer_svc/prompt/chat_template.py", "generator_svc/export/"),
     "fastapi": ("rest_facade/",),
     "starlette": ("rest_facade/",),
     "uvicorn": ("rest_facade/",),
@@ -42,13 +42,25 @@ STANDARD_LIBRARY_ONLY = (
     "generator_svc/scheduler.py",
     "generator_svc/prefill_cost.py",
     "generator_svc/kv_cache.py",
-    "tokenizer_svc/stop.py",
+    "tokenizer_svc/output/stop.py",
     "trivium/cache_folder.py",
     "trivium/file_digest.py",
     "trivium/host_limits.py",
     "trivium/model_directory.py",
 )
 EDGES = ("service", "convert", "server", "__main__")
+# Folders and modules of the tokenizer by stage; each knows only those before it. What stands in
+# the package itself, and is not named here, puts them together.
+TOKENIZER_STAGES = (
+    "tokenizer",
+    "families",
+    "request",
+    "prompt",
+    "generator",
+    "constraint",
+    "output",
+    "convert",
+)
 LONGEST_MODULE = 350
 LONGEST_FUNCTION = 50
 
@@ -102,7 +114,7 @@ def test_protobuf_stays_at_the_edge() -> None:
         for path in sources()
         if relative(path).startswith(SERVICES)
         and any("_pb2" in imported for imported in imports(path))
-        and not relative(path).split("/")[1].startswith(EDGES)
+        and not any(part.startswith(EDGES) for part in relative(path).split("/")[1:])
     ]
 
     assert [] == strangers
@@ -158,6 +170,25 @@ def test_no_cycles() -> None:
     }
 
     assert list(graphlib.TopologicalSorter(graph).static_order())
+
+
+def test_stages_of_the_tokenizer_know_only_those_before() -> None:
+    """Its folders stand in the order in which a request goes through them: no import goes back."""
+
+    def stage(name: str) -> int:
+        part = name.split(".")[1] if "." in name else ""
+        known = part in TOKENIZER_STAGES
+        return TOKENIZER_STAGES.index(part) if known else len(TOKENIZER_STAGES)
+
+    strangers = [
+        (relative(path), imported)
+        for path in sources()
+        if relative(path).startswith("tokenizer_svc/")
+        for imported in imports(path)
+        if imported.startswith("tokenizer_svc.") and stage(imported) > stage(module_name(path))
+    ]
+
+    assert [] == strangers
 
 
 def modules_of(modules: dict[str, Path]) -> Callable[[str], str | None]:

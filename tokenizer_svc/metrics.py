@@ -9,8 +9,8 @@ from types import TracebackType
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
-from tokenizer_svc.events import Delta
-from tokenizer_svc.generation import Update
+from tokenizer_svc.generator.types import Update
+from tokenizer_svc.output.events import Delta
 from trivium.wire.errors import ServiceError
 
 _LABELS = ["model_name"]

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from tokenizer_svc.chat_template import ChatTemplate
-from tokenizer_svc.detokenizer import Detokenizer
 from tokenizer_svc.families.choose import OutputFormat, choose
-from tokenizer_svc.prompt import Prompt, PromptBuilder
-from tokenizer_svc.request import Conversation, Message, Role, Tool
+from tokenizer_svc.output.detokenizer import Detokenizer
+from tokenizer_svc.prompt.builder import Prompt, PromptBuilder
+from tokenizer_svc.prompt.chat_template import ChatTemplate
+from tokenizer_svc.request.types import Conversation, Message, Role, Tool
 from tokenizer_svc.tokenizer import Tokenizer, TooManyTokens
 from trivium.model_directory import ModelDirectory, ModelDirectoryError, load_model_directory
 from trivium.wire.errors import ServiceError

@@ -6,11 +6,11 @@ Knows nothing of gRPC.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from tokenizer_svc.generator_client import GeneratorClient
-from tokenizer_svc.generator_watch import GeneratorWatch
+from tokenizer_svc.generator.client import GeneratorClient
+from tokenizer_svc.generator.watch import GeneratorWatch
 from tokenizer_svc.models import Model
-from tokenizer_svc.prompt import Prompt
-from tokenizer_svc.request import Conversation
+from tokenizer_svc.prompt.builder import Prompt
+from tokenizer_svc.request.types import Conversation
 from trivium.wire.errors import ServiceError
 
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 
 from tokenizer_svc.config import ModelSettings, TokenizerSettings
-from tokenizer_svc.generator_client import GeneratorClient
-from tokenizer_svc.generator_watch import GeneratorWatch
+from tokenizer_svc.generator.client import GeneratorClient
+from tokenizer_svc.generator.watch import GeneratorWatch
 from tokenizer_svc.metrics import Metrics
 from tokenizer_svc.models import Model, load_model
 from tokenizer_svc.served_model import ServedModel, ServedModels

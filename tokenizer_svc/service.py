@@ -12,18 +12,19 @@ from typing import Any
 
 import grpc
 
-from tokenizer_svc import convert, convert_request
-from tokenizer_svc.answer import answer, chat_constraint, chat_reading, start
-from tokenizer_svc.completion import Completion, WholeAnswer
-from tokenizer_svc.events import Event, Header
+from tokenizer_svc.completion_stream import answer, chat_constraint, chat_reading, start
+from tokenizer_svc.convert.request import chat_request
+from tokenizer_svc.convert.response import stream_response, whole_response
 from tokenizer_svc.metrics import Metrics
 from tokenizer_svc.models import INLINE_BYTES, Model, off_loop
-from tokenizer_svc.request import ValidRequest
-from tokenizer_svc.request_size import check_chat_size
+from tokenizer_svc.output.completion import Completion, WholeAnswer
+from tokenizer_svc.output.events import Event, Header
+from tokenizer_svc.request.request_size import check_chat_size
+from tokenizer_svc.request.types import ValidRequest
+from tokenizer_svc.request.validate import validate
 from tokenizer_svc.served_model import ServedModels
 from tokenizer_svc.service_completion import CompletionService
-from tokenizer_svc.service_text import ModelService, TokenizerService
-from tokenizer_svc.validate import validate
+from tokenizer_svc.service_models import ModelService, TokenizerService
 from trivium.chat.v1 import (
     chat_pb2,
     chat_pb2_grpc,
@@ -57,7 +58,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
     ) -> AsyncIterator[chat_pb2.StreamChatCompletionResponse]:
         async with aclosing(self._complete(request, context)) as events:
             async for event in events:
-                yield convert.stream_response(event)
+                yield stream_response(event)
 
     async def CreateChatCompletion(
         self, request: chat_pb2.CreateChatCompletionRequest, context: Call
@@ -66,7 +67,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         async with aclosing(self._complete(request, context)) as events:
             async for event in events:
                 whole.push(event)
-        return convert.whole_response(whole)
+        return whole_response(whole)
 
     async def _complete(
         self, asked: chat_pb2.CreateChatCompletionRequest, context: Call
@@ -99,7 +100,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
 
 def _valid(asked: chat_pb2.CreateChatCompletionRequest, model: Model) -> tuple[ValidRequest, int]:
     """The request, and how many characters of schemas are in it."""
-    chat = convert_request.chat_request(asked)
+    chat = chat_request(asked)
     return validate(chat, model.vocabulary_size), chat.schema_characters
 
 

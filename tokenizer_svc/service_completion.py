@@ -12,18 +12,19 @@ from typing import Any
 
 import grpc
 
-from tokenizer_svc import convert, convert_request
-from tokenizer_svc.answer import answer, plain_reading, start
-from tokenizer_svc.completion import Completion, WholeAnswer
-from tokenizer_svc.events import Delta, Event, Header, Usage
-from tokenizer_svc.grammar import bare
+from tokenizer_svc.completion_stream import answer, plain_reading, start
+from tokenizer_svc.constraint.grammar import bare
+from tokenizer_svc.convert.request import completion_request
+from tokenizer_svc.convert.response import completion_event, whole_completion
 from tokenizer_svc.merge import merged
 from tokenizer_svc.metrics import Metrics, RequestMeter
 from tokenizer_svc.models import INLINE_BYTES, Model, off_loop
-from tokenizer_svc.request import CompletionRequest, ValidOptions
-from tokenizer_svc.request_size import check_completion_size
+from tokenizer_svc.output.completion import Completion, WholeAnswer
+from tokenizer_svc.output.events import Delta, Event, Header, Usage
+from tokenizer_svc.request.request_size import check_completion_size
+from tokenizer_svc.request.types import CompletionRequest, ValidOptions
+from tokenizer_svc.request.validate import validate_completion
 from tokenizer_svc.served_model import ServedModel, ServedModels
-from tokenizer_svc.validate import validate_completion
 from trivium.chat.v1 import completion_pb2, completion_pb2_grpc
 from trivium.wire.channel import remaining_seconds
 from trivium.wire.errors import ServiceError
@@ -49,7 +50,7 @@ class CompletionService(completion_pb2_grpc.CompletionServiceServicer):
     ) -> AsyncIterator[completion_pb2.StreamCompletionResponse]:
         async with aclosing(self._complete(request, context)) as events:
             async for event in events:
-                yield convert.completion_event(event)
+                yield completion_event(event)
 
     async def CreateCompletion(
         self, request: completion_pb2.CreateCompletionRequest, context: Call
@@ -58,7 +59,7 @@ class CompletionService(completion_pb2_grpc.CompletionServiceServicer):
         async with aclosing(self._complete(request, context)) as events:
             async for event in events:
                 whole.push(event)
-        return convert.whole_completion(whole)
+        return whole_completion(whole)
 
     async def _complete(
         self, asked: completion_pb2.CreateCompletionRequest, context: Call
@@ -91,7 +92,7 @@ class CompletionService(completion_pb2_grpc.CompletionServiceServicer):
 def _valid(
     asked: completion_pb2.CreateCompletionRequest, model: Model
 ) -> tuple[CompletionRequest, ValidOptions]:
-    request = convert_request.completion_request(asked)
+    request = completion_request(asked)
     return request, validate_completion(request, model.vocabulary_size)
 
 

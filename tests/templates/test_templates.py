@@ -10,9 +10,9 @@ import pytest
 from tests.templates.download import FOLDER
 from tests.tokenizer_svc.sample_templates import SMOLLM2
 from tests.tokenizer_svc.sample_tokenizers import byte_level
-from tokenizer_svc.chat_template import ChatTemplate
-from tokenizer_svc.prompt import PromptBuilder
-from tokenizer_svc.request import Conversation, Message, Role, Tool, ToolCall
+from tokenizer_svc.prompt.builder import PromptBuilder
+from tokenizer_svc.prompt.chat_template import ChatTemplate
+from tokenizer_svc.request.types import Conversation, Message, Role, Tool, ToolCall
 from tokenizer_svc.tokenizer import Tokenizer
 from trivium.wire.errors import ServiceError
 

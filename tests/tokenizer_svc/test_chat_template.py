@@ -6,7 +6,7 @@ from datetime import datetime
 import pytest
 
 from tests.tokenizer_svc.sample_templates import LLAMA2
-from tokenizer_svc.chat_template import ChatTemplate, ChatTemplateError
+from tokenizer_svc.prompt.chat_template import ChatTemplate, ChatTemplateError
 from trivium.wire.errors import ServiceError
 
 HELLO = [{"role": "user", "content": "Hello"}]

@@ -6,12 +6,12 @@ from hypothesis import strategies as st
 from tests.tokenizer_svc.sample_tokenizers import byte_level
 from tests.tokenizer_svc.test_families import read
 from tests.tokenizer_svc.test_stop_strings import search
-from tokenizer_svc.choice import Choice, Reading
-from tokenizer_svc.events import Delta, FinishReason
-from tokenizer_svc.families.segments import Plain
+from tokenizer_svc.families.parser import Plain
 from tokenizer_svc.families.thinking import Thinking, ThinkingParser
-from tokenizer_svc.generation import Ending, Finished, Logprobs, Update
-from tokenizer_svc.stop import StopStrings
+from tokenizer_svc.generator.types import Ending, Finished, Logprobs, Update
+from tokenizer_svc.output.choice import Choice, Reading
+from tokenizer_svc.output.events import Delta, FinishReason
+from tokenizer_svc.output.stop import StopStrings
 from tokenizer_svc.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(byte_level())

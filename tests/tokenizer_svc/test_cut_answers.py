@@ -21,7 +21,7 @@ from tokenizer_svc.families.harmony import HarmonyParser
 from tokenizer_svc.families.hermes import HermesParser
 from tokenizer_svc.families.llama3_json import Llama3JsonParser
 from tokenizer_svc.families.mistral import MistralParser
-from tokenizer_svc.families.segments import Parser
+from tokenizer_svc.families.parser import Parser
 from tokenizer_svc.families.thinking import Thinking, ThinkingParser
 from tokenizer_svc.models import load_model
 from trivium.chat.v1 import chat_pb2

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tokenizer_svc.sample_tokenizers import byte_fallback, byte_level, unigram
-from tokenizer_svc.detokenizer import Detokenizer
+from tokenizer_svc.output.detokenizer import Detokenizer
 from tokenizer_svc.tokenizer import Tokenizer
 
 TEXTS = [

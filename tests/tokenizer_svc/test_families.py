@@ -15,7 +15,7 @@ from tokenizer_svc.families.harmony import HarmonyParser
 from tokenizer_svc.families.hermes import HermesParser
 from tokenizer_svc.families.llama3_json import Llama3JsonParser
 from tokenizer_svc.families.mistral import MistralParser
-from tokenizer_svc.families.segments import (
+from tokenizer_svc.families.parser import (
     CallArguments,
     CallStart,
     Channel,

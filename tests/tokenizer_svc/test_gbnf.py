@@ -4,7 +4,7 @@ import pytest
 from llguidance import LLMatcher
 
 from tests.tokenizer_svc.test_grammar import LIBRARIES, PLAIN, TABLES
-from tokenizer_svc.gbnf import is_gbnf, to_lark
+from tokenizer_svc.request.gbnf import is_gbnf, to_lark
 
 SQL = """
     root ::= select_statement

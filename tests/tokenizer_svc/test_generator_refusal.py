@@ -16,9 +16,9 @@ from tests.tokenizer_svc.scripted_generator import (
     says,
     update,
 )
-from tokenizer_svc.generation import Start
-from tokenizer_svc.generator_client import GeneratorClient
-from tokenizer_svc.request import Sampling, ValidOptions
+from tokenizer_svc.generator.client import GeneratorClient
+from tokenizer_svc.generator.types import Start
+from tokenizer_svc.request.types import Sampling, ValidOptions
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.wire.errors import ServiceError
 

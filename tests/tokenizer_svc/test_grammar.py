@@ -12,11 +12,11 @@ from tokenizers import Tokenizer as Library
 from tests.tokenizer_svc import sample_templates as templates
 from tests.tokenizer_svc.sample_tokenizers import byte_level
 from tests.tokenizer_svc.test_families import Calls, read
+from tokenizer_svc.constraint.grammar import blamed, constraint
 from tokenizer_svc.families.choose import OutputFormat, choose
 from tokenizer_svc.families.thinking import Thinking
-from tokenizer_svc.generation import Constraint, ConstraintKind
-from tokenizer_svc.grammar import blamed, constraint
-from tokenizer_svc.request import Form, OutputForm, Tool, ToolUse
+from tokenizer_svc.generator.types import Constraint, ConstraintKind
+from tokenizer_svc.request.types import Form, OutputForm, Tool, ToolUse
 from tokenizer_svc.tokenizer import Tokenizer
 from trivium.wire.errors import ServiceError
 

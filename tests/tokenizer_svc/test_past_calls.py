@@ -12,10 +12,10 @@ from tests.tokenizer_svc.conftest import Stage, running, user, write_model
 from tests.tokenizer_svc.sample_tokenizers import byte_level
 from tests.tokenizer_svc.scripted_generator import says
 from tests.tokenizer_svc.test_chat_service import ended
-from tokenizer_svc.chat_template import ChatTemplate
 from tokenizer_svc.models import load_model
-from tokenizer_svc.prompt import PromptBuilder
-from tokenizer_svc.request import Conversation, Message, Role, Tool, ToolCall
+from tokenizer_svc.prompt.builder import PromptBuilder
+from tokenizer_svc.prompt.chat_template import ChatTemplate
+from tokenizer_svc.request.types import Conversation, Message, Role, Tool, ToolCall
 from tokenizer_svc.tokenizer import Tokenizer
 from trivium.chat.v1 import chat_pb2
 from trivium.tokenizer.v1 import tokenizer_pb2

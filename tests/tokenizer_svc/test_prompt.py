@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.tokenizer_svc import sample_templates as templates
 from tests.tokenizer_svc.sample_tokenizers import CHATML, byte_fallback, byte_level
-from tokenizer_svc.chat_template import ChatTemplate
-from tokenizer_svc.prompt import PromptBuilder
-from tokenizer_svc.request import Conversation, Message, Role, ToolCall
+from tokenizer_svc.prompt.builder import PromptBuilder
+from tokenizer_svc.prompt.chat_template import ChatTemplate
+from tokenizer_svc.request.types import Conversation, Message, Role, ToolCall
 from tokenizer_svc.tokenizer import Tokenizer
 from trivium.wire.errors import ServiceError
 

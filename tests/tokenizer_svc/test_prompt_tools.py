@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerFast
 from tests.tokenizer_svc import sample_templates as templates
 from tests.tokenizer_svc.sample_tokenizers import byte_level
 from tests.tokenizer_svc.test_prompt import Sample
-from tokenizer_svc.chat_template import ChatTemplate
 from tokenizer_svc.families.thinking import Thinking
-from tokenizer_svc.prompt import Prompt, PromptBuilder
-from tokenizer_svc.request import Conversation, Message, Role, Tool, ToolCall
+from tokenizer_svc.prompt.builder import Prompt, PromptBuilder
+from tokenizer_svc.prompt.chat_template import ChatTemplate
+from tokenizer_svc.request.types import Conversation, Message, Role, Tool, ToolCall
 from tokenizer_svc.tokenizer import Tokenizer
 from trivium.wire.errors import ServiceError
 

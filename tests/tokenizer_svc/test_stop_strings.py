@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenizer_svc.stop import Outcome, StopMatcher, StopStrings
+from tokenizer_svc.output.stop import Outcome, StopMatcher, StopStrings
 
 
 def search(text: str, stops: list[str]) -> tuple[str, str | None]:

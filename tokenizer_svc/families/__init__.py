@@ -1,0 +1,1 @@
+"""How models of different families write their reasoning and their tool calls."""

@@ -7,7 +7,7 @@ import json
 from collections.abc import Set
 
 from tokenizer_svc.families.json_scan import JsonScan
-from tokenizer_svc.families.segments import CallArguments, CallStart, Segment
+from tokenizer_svc.families.parser import CallArguments, CallStart, Segment
 
 ARGUMENT_KEYS = ("arguments", "parameters")
 

@@ -12,7 +12,7 @@ from tokenizer_svc.families.hermes import HermesParser
 from tokenizer_svc.families.lark import Marker, Plan
 from tokenizer_svc.families.llama3_json import Llama3JsonParser
 from tokenizer_svc.families.mistral import MistralParser
-from tokenizer_svc.families.segments import Parser, Plain
+from tokenizer_svc.families.parser import Parser, Plain
 from tokenizer_svc.families.thinking import Thinking, ThinkingParser
 
 TOOL_PARSERS = ("auto", "none", "hermes", "llama3_json", "mistral", "harmony")

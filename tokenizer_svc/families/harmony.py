@@ -10,7 +10,7 @@ from collections.abc import Set
 
 from tokenizer_svc.families.json_scan import JsonScan
 from tokenizer_svc.families.lark import Marker, Plan, literal
-from tokenizer_svc.families.segments import (
+from tokenizer_svc.families.parser import (
     CallArguments,
     CallStart,
     Channel,

@@ -4,8 +4,8 @@ from collections.abc import Set
 
 from tokenizer_svc.families.call_object import CallObject
 from tokenizer_svc.families.lark import Marker, Plan, after_opening, literal
-from tokenizer_svc.families.machine import Machine
 from tokenizer_svc.families.marker_search import MarkerSearch
+from tokenizer_svc.families.parser import Machine
 
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
 MARKERS = frozenset((OPENING, CLOSING))

@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizer_svc.families.call_object import CallObject
 from tokenizer_svc.families.lark import Marker, Plan, is_control
-from tokenizer_svc.families.machine import Machine
+from tokenizer_svc.families.parser import Machine
 
 TAG = "<|python_tag|>"
 MARKERS = frozenset((TAG,))

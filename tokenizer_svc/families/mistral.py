@@ -9,9 +9,8 @@ from collections.abc import Set
 from tokenizer_svc.families.call_object import CallObject
 from tokenizer_svc.families.json_scan import JsonScan
 from tokenizer_svc.families.lark import Marker, Plan, after_opening, literal
-from tokenizer_svc.families.machine import Machine
 from tokenizer_svc.families.marker_search import MarkerSearch
-from tokenizer_svc.families.segments import CallArguments, CallStart
+from tokenizer_svc.families.parser import CallArguments, CallStart, Machine
 
 OPENING, ARGUMENTS = "[TOOL_CALLS]", "[ARGS]"
 MARKERS = frozenset((OPENING, ARGUMENTS, "[CALL_ID]"))

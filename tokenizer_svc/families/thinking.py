@@ -8,9 +8,8 @@ from collections.abc import Set
 from enum import Enum
 
 from tokenizer_svc.families.lark import Marker, is_control
-from tokenizer_svc.families.machine import Machine
 from tokenizer_svc.families.marker_search import MarkerSearch
-from tokenizer_svc.families.segments import Channel, Parser, Phase, Text
+from tokenizer_svc.families.parser import Channel, Machine, Parser, Phase, Text
 
 OPENING, CLOSING = "<think>", "</think>"
 MARKERS = frozenset((OPENING, CLOSING))

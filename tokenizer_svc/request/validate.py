@@ -7,7 +7,7 @@ Knows no protobuf, and leaves the generator's own limits to the generator.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from tokenizer_svc.ranges import (
+from tokenizer_svc.request.field_checks import (
     check_array,
     check_decimal,
     check_integer,
@@ -16,7 +16,7 @@ from tokenizer_svc.ranges import (
     check_token_ids,
     missing,
 )
-from tokenizer_svc.request import (
+from tokenizer_svc.request.types import (
     ChatRequest,
     CompletionRequest,
     Options,
@@ -24,9 +24,9 @@ from tokenizer_svc.request import (
     ValidOptions,
     ValidRequest,
 )
-from tokenizer_svc.validate_conversation import check_conversation
-from tokenizer_svc.validate_form import valid_form
-from tokenizer_svc.validate_tools import tool_use
+from tokenizer_svc.request.validate_conversation import check_conversation
+from tokenizer_svc.request.validate_form import valid_form
+from tokenizer_svc.request.validate_tools import tool_use
 from trivium.limits import MAX_PROMPTS
 from trivium.wire.errors import ServiceError
 

@@ -8,12 +8,12 @@ to say; `blamed` finds the field of the request that its answer is about.
 import re
 from collections.abc import Callable
 
+from tokenizer_svc.constraint.json_schema import ANY_OBJECT, arguments_schema, lenient, one_line
 from tokenizer_svc.families.choose import OutputFormat
 from tokenizer_svc.families.lark import ANYTHING, Marker, Plan, literal
 from tokenizer_svc.families.thinking import Thinking, start_rules
-from tokenizer_svc.generation import Constraint, ConstraintKind
-from tokenizer_svc.request import Form, OutputForm, ToolUse
-from tokenizer_svc.schema_text import ANY_OBJECT, arguments_schema, lenient, one_line
+from tokenizer_svc.generator.types import Constraint, ConstraintKind
+from tokenizer_svc.request.types import Form, OutputForm, ToolUse
 from trivium.ecma_regex import to_rust
 from trivium.wire.errors import ServiceError
 

@@ -2,8 +2,8 @@
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from tokenizer_svc.completion import WholeAnswer, WholeChoice
-from tokenizer_svc.events import (
+from tokenizer_svc.output.completion import WholeAnswer, WholeChoice
+from tokenizer_svc.output.events import (
     Alternative,
     CallDelta,
     Delta,
@@ -13,8 +13,7 @@ from tokenizer_svc.events import (
     TokenLogprob,
     Usage,
 )
-from tokenizer_svc.models import Model
-from trivium.chat.v1 import chat_pb2, completion_pb2, model_pb2
+from trivium.chat.v1 import chat_pb2, completion_pb2
 
 FINISH_REASONS = {
     None: chat_pb2.FINISH_REASON_UNSPECIFIED,
@@ -101,21 +100,10 @@ def _placed_logprob(entry: TokenLogprob) -> completion_pb2.CompletionTokenLogpro
     return completion_pb2.CompletionTokenLogprob(token=_logprob(entry), text_offset=entry.offset)
 
 
-def model(model: Model, context_length: int) -> model_pb2.Model:
-    """A model that is served."""
-    return model_pb2.Model(
-        id=model.id,
-        create_time=_timestamp(model.created),
-        owned_by="trivium",
-        context_length=context_length,
-        revision=model.revision,
-    )
-
-
 def _header(header: Header) -> chat_pb2.CompletionHeader:
     return chat_pb2.CompletionHeader(
         id=header.id,
-        create_time=_timestamp(header.created),
+        create_time=timestamp(header.created),
         model=header.model,
         system_fingerprint=header.fingerprint,
         prompt_tokens=header.prompt_tokens,
@@ -166,5 +154,6 @@ def _usage(usage: Usage) -> chat_pb2.Usage:
     )
 
 
-def _timestamp(seconds: float) -> Timestamp:
+def timestamp(seconds: float) -> Timestamp:
+    """Seconds since 1970."""
     return Timestamp(seconds=int(seconds), nanos=int(seconds % 1 * 1e9))

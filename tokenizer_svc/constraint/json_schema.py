@@ -1,15 +1,8 @@
-"""JSON Schemas as text: whether they are any, and how they stand inside of a grammar.
-
-Whether a schema can be compiled is the generator's to say.
-"""
+"""JSON Schemas as they stand in a grammar: of an answer's text or of a function's arguments."""
 
 import json
 from collections.abc import Iterator
 from typing import Any
-
-from tokenizer_svc.metaschema import fault
-from tokenizer_svc.ranges import is_deeper
-from trivium.wire.errors import ServiceError
 
 # Keywords with data in them, and with schemas by name.
 _DATA = frozenset(("const", "enum", "default", "examples"))
@@ -36,33 +29,7 @@ _FIELDS = _IN_PLACE | frozenset(
     }
 )
 
-MAX_SCHEMA_CHARACTERS = 262_144
-MAX_DEPTH = 128
 ANY_OBJECT = '{"type": "object"}'
-
-
-def check_schema(text: str, field: str) -> Any:
-    """The parsed schema; ServiceError if it is none, or too large to be worth a try."""
-    if len(text) > MAX_SCHEMA_CHARACTERS:
-        message = f"Invalid '{field}': a schema of more than {MAX_SCHEMA_CHARACTERS} characters."
-        raise ServiceError("json_schema_too_complex", message, field)
-    try:
-        schema = json.loads(text, parse_constant=_refuse)
-    except RecursionError as error:
-        raise _too_deep(field) from error
-    except ValueError as error:
-        message = f"Invalid '{field}': the schema is not JSON."
-        raise ServiceError("invalid_json_schema", message, field) from error
-    if is_deeper(schema, MAX_DEPTH):
-        raise _too_deep(field)
-    if not isinstance(schema, dict | bool):
-        message = f"Invalid '{field}': a schema is an object."
-        raise ServiceError("invalid_json_schema", message, field)
-    wrong = fault(schema)
-    if wrong is not None:
-        message = f"Invalid schema for '{field}': {wrong}."
-        raise ServiceError("invalid_json_schema", message, field)
-    return schema
 
 
 def one_line(text: str) -> str:
@@ -136,12 +103,3 @@ def _subschemas(
 def _judges(node: dict[str, Any], key: str) -> bool:
     """Whether a schema says anything about an object's fields besides with this keyword."""
     return bool(((_FIELDS | {"properties", "required"}) - {key}) & node.keys())
-
-
-def _too_deep(field: str) -> ServiceError:
-    message = f"Invalid '{field}': the schema is nested too deeply."
-    return ServiceError("json_schema_too_complex", message, field)
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")

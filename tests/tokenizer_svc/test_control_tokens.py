@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from tokenizer_svc import guard
-from tokenizer_svc.guard import Guard
+from tokenizer_svc.prompt import control_tokens
+from tokenizer_svc.prompt.control_tokens import Guard
 
 TOKENS = ["<|a|>", "<|ab|>", "<|a|>x", "|><|", "[I]", "[I"]
 PIECES = ["<|", "a", "b", "|>", "x", "[", "I", "]", "<|a|>"]
@@ -16,7 +16,7 @@ ANY = "|".join(map(re.escape, sorted(TOKENS, key=len, reverse=True)))
 @pytest.mark.parametrize("step", [1, 2, 3, 5, 1_000])
 def test_steps_change_nothing(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Wherever a step ends, the longest token at each place is found, and each only once."""
-    monkeypatch.setattr(guard, "_STEP_CHARACTERS", step)
+    monkeypatch.setattr(control_tokens, "_STEP_CHARACTERS", step)
     draw, guarding = random.Random(step), Guard(TOKENS)
     for _ in range(500):
         text = "".join(draw.choices(PIECES, k=draw.randrange(14)))

@@ -7,8 +7,8 @@ held. Only tokens with text that is shown have an entry in the end.
 from collections import deque
 from dataclasses import dataclass
 
-from tokenizer_svc.events import Alternative, TokenLogprob
-from tokenizer_svc.generation import Logprobs
+from tokenizer_svc.generator.types import Logprobs
+from tokenizer_svc.output.events import Alternative, TokenLogprob
 from tokenizer_svc.tokenizer import Tokenizer
 
 

@@ -10,18 +10,18 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 
-from tokenizer_svc.choice import Reading
-from tokenizer_svc.completion import Completion
-from tokenizer_svc.events import Delta, FinishReason
-from tokenizer_svc.families.segments import Parser
-from tokenizer_svc.generation import Constraint, Start
-from tokenizer_svc.grammar import blamed, constraint
+from tokenizer_svc.constraint.grammar import blamed, constraint
+from tokenizer_svc.families.parser import Parser
+from tokenizer_svc.generator.types import Constraint, Start
 from tokenizer_svc.metrics import RequestMeter
 from tokenizer_svc.models import Model
-from tokenizer_svc.prompt import Prompt
-from tokenizer_svc.request import ValidOptions, ValidRequest
+from tokenizer_svc.output.choice import Reading
+from tokenizer_svc.output.completion import Completion
+from tokenizer_svc.output.events import Delta, FinishReason
+from tokenizer_svc.output.stop import StopStrings
+from tokenizer_svc.prompt.builder import Prompt
+from tokenizer_svc.request.types import ValidOptions, ValidRequest
 from tokenizer_svc.served_model import ServedModel
-from tokenizer_svc.stop import StopStrings
 from trivium.wire.errors import ServiceError, internal_error
 
 log = logging.getLogger(__name__)

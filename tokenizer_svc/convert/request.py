@@ -5,8 +5,8 @@ from typing import TypeVar
 
 from google.protobuf.message import Message as ProtobufMessage
 
-from tokenizer_svc.convert_generator import SAMPLING_SCALARS
-from tokenizer_svc.request import (
+from tokenizer_svc.generator.convert import SAMPLING_SCALARS
+from tokenizer_svc.request.types import (
     ChatRequest,
     CompletionRequest,
     Conversation,

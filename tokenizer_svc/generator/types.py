@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-from tokenizer_svc.request import ValidOptions
+from tokenizer_svc.request.types import ValidOptions
 
 
 class Ending(Enum):

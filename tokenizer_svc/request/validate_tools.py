@@ -6,9 +6,9 @@ Raises ServiceError as `validate` does. Whether a schema can be compiled is the 
 import re
 from collections.abc import Sequence
 
-from tokenizer_svc.ranges import check_array, check_length, missing
-from tokenizer_svc.request import Tool, ToolChoice, ToolMode, ToolUse
-from tokenizer_svc.schema_text import check_schema
+from tokenizer_svc.request.field_checks import check_array, check_length, missing
+from tokenizer_svc.request.json_schema import check_schema
+from tokenizer_svc.request.types import Tool, ToolChoice, ToolMode, ToolUse
 from trivium.limits import MAX_TOOLS
 from trivium.wire.errors import ServiceError
 

@@ -5,9 +5,9 @@ Of protobuf it knows only that a repeated field has a length.
 
 from typing import Any
 
-from tokenizer_svc.ranges import check_array
-from tokenizer_svc.validate import MAX_STOP_STRINGS, MAX_STOP_TOKENS
-from tokenizer_svc.validate_form import MAX_CHOICES
+from tokenizer_svc.request.field_checks import check_array
+from tokenizer_svc.request.validate import MAX_STOP_STRINGS, MAX_STOP_TOKENS
+from tokenizer_svc.request.validate_form import MAX_CHOICES
 from trivium.limits import (
     MAX_CONTENT_PARTS,
     MAX_LOGIT_BIASES,

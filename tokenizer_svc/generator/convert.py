@@ -1,6 +1,6 @@
 """Between the generator's protobuf and the plain values of this stage. Judges nothing."""
 
-from tokenizer_svc.generation import (
+from tokenizer_svc.generator.types import (
     Ending,
     Finished,
     GeneratorInfo,
@@ -8,7 +8,7 @@ from tokenizer_svc.generation import (
     Start,
     Update,
 )
-from tokenizer_svc.request import Sampling
+from tokenizer_svc.request.types import Sampling
 from trivium.generator.v1 import generator_pb2
 from trivium.generator.v1.generator_pb2_grpc import GeneratorServiceStub as GeneratorStub
 

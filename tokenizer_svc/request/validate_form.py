@@ -5,11 +5,11 @@ Raises ServiceError as `validate` does. Whether it can be compiled is the genera
 
 from dataclasses import replace
 
-from tokenizer_svc.gbnf import is_gbnf, to_lark
-from tokenizer_svc.ranges import check_array, check_length, check_nonempty, missing
-from tokenizer_svc.request import Form, OutputForm
-from tokenizer_svc.schema_text import check_schema
-from tokenizer_svc.validate_tools import check_name
+from tokenizer_svc.request.field_checks import check_array, check_length, check_nonempty, missing
+from tokenizer_svc.request.gbnf import is_gbnf, to_lark
+from tokenizer_svc.request.json_schema import check_schema
+from tokenizer_svc.request.types import Form, OutputForm
+from tokenizer_svc.request.validate_tools import check_name
 from trivium.wire.errors import ServiceError
 
 MAX_CHOICES = 1024

@@ -6,9 +6,9 @@ Raises ServiceError as `validate` does. Whether the template takes it is the tem
 import json
 from collections.abc import Iterator
 
-from tokenizer_svc.ranges import check_nonempty, is_deeper, missing
-from tokenizer_svc.request import Conversation, Message, Role
-from tokenizer_svc.validate_tools import check_tools
+from tokenizer_svc.request.field_checks import check_nonempty, is_deeper, missing
+from tokenizer_svc.request.types import Conversation, Message, Role
+from tokenizer_svc.request.validate_tools import check_tools
 from trivium.json_size import Excess, JsonSize
 from trivium.wire.errors import ServiceError
 

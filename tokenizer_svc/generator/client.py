@@ -10,8 +10,8 @@ from typing import Any
 
 import grpc
 
-from tokenizer_svc import convert_generator as convert
-from tokenizer_svc.generation import GeneratorInfo, Start, Update
+from tokenizer_svc.generator import convert
+from tokenizer_svc.generator.types import GeneratorInfo, Start, Update
 from trivium.wire import telemetry
 from trivium.wire.channel import open_channel, revision_service, serving
 from trivium.wire.errors import ServiceError, from_rpc_error

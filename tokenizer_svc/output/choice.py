@@ -8,9 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tokenizer_svc.detokenizer import Detokenizer
-from tokenizer_svc.events import CallDelta, Delta, FinishReason, TokenLogprob
-from tokenizer_svc.families.segments import (
+from tokenizer_svc.families.parser import (
     CallStart,
     Channel,
     Parser,
@@ -19,9 +17,11 @@ from tokenizer_svc.families.segments import (
     Segment,
     Text,
 )
-from tokenizer_svc.generation import Ending, Finished, Logprobs, Update
-from tokenizer_svc.logprobs import HeldLogprobs, describe
-from tokenizer_svc.stop import StopMatcher, StopStrings
+from tokenizer_svc.generator.types import Ending, Finished, Logprobs, Update
+from tokenizer_svc.output.detokenizer import Detokenizer
+from tokenizer_svc.output.events import CallDelta, Delta, FinishReason, TokenLogprob
+from tokenizer_svc.output.logprobs import HeldLogprobs, describe
+from tokenizer_svc.output.stop import StopMatcher, StopStrings
 from tokenizer_svc.tokenizer import Tokenizer
 
 

@@ -7,7 +7,7 @@ print as the word None, or leave out without a word. Knows nothing of requests.
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tokenizer_svc.chat_template import ChatTemplate
+from tokenizer_svc.prompt.chat_template import ChatTemplate
 from trivium.wire.errors import ServiceError
 
 _TEXT = "trivium_text"

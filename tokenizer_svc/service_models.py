@@ -7,13 +7,14 @@ from typing import Any
 
 import grpc
 
-from tokenizer_svc import convert, convert_request
+from tokenizer_svc.convert.request import render_request
+from tokenizer_svc.convert.response import timestamp
 from tokenizer_svc.models import INLINE_BYTES, off_loop
-from tokenizer_svc.ranges import check_array, check_token_ids
-from tokenizer_svc.request import Conversation
-from tokenizer_svc.request_size import check_conversation_size
-from tokenizer_svc.served_model import ServedModels
-from tokenizer_svc.validate_conversation import check_conversation
+from tokenizer_svc.request.field_checks import check_array, check_token_ids
+from tokenizer_svc.request.request_size import check_conversation_size
+from tokenizer_svc.request.types import Conversation
+from tokenizer_svc.request.validate_conversation import check_conversation
+from tokenizer_svc.served_model import ServedModel, ServedModels
 from trivium.chat.v1 import model_pb2, model_pb2_grpc
 from trivium.limits import MAX_TOKEN_IDS
 from trivium.tokenizer.v1 import tokenizer_pb2, tokenizer_pb2_grpc
@@ -31,17 +32,12 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         self, request: model_pb2.ListModelsRequest, context: Call
     ) -> model_pb2.ListModelsResponse:
         self._models.check_any()
-        models = [
-            convert.model(served.model, served.context_length) for served in self._models.available
-        ]
-        return model_pb2.ListModelsResponse(models=models)
+        return model_pb2.ListModelsResponse(models=map(_model, self._models.available))
 
     async def GetModel(
         self, request: model_pb2.GetModelRequest, context: Call
     ) -> model_pb2.GetModelResponse:
-        served = self._models.find(request.id, "id")
-        model = convert.model(served.model, served.context_length)
-        return model_pb2.GetModelResponse(model=model)
+        return model_pb2.GetModelResponse(model=_model(self._models.find(request.id, "id")))
 
 
 class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
@@ -100,7 +96,18 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
         )
 
 
+def _model(served: ServedModel) -> model_pb2.Model:
+    model = served.model
+    return model_pb2.Model(
+        id=model.id,
+        create_time=timestamp(model.created),
+        owned_by="trivium",
+        context_length=served.context_length,
+        revision=model.revision,
+    )
+
+
 def _conversation(request: tokenizer_pb2.RenderChatRequest) -> Conversation:
-    conversation = convert_request.render_request(request)
+    conversation = render_request(request)
     check_conversation(conversation)
     return conversation

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Protocol
 
-from tokenizer_svc.generation import GeneratorInfo
+from tokenizer_svc.generator.types import GeneratorInfo
 from trivium.wire.channel import GAP_SECONDS
 from trivium.wire.errors import ServiceError
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tokenizer_svc.tool_text import without_roles
+from tokenizer_svc.prompt.tool_prompt import without_roles
 
 Messages = Sequence[Mapping[str, Any]]
 

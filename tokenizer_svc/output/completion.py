@@ -6,10 +6,10 @@ Knows nothing of calls and connections: updates of the generator go in, events c
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from tokenizer_svc.choice import Choice, Reading
-from tokenizer_svc.events import Delta, Event, FinishReason, Header, TokenLogprob, Usage
-from tokenizer_svc.generation import Update
-from tokenizer_svc.request import ToolCall
+from tokenizer_svc.generator.types import Update
+from tokenizer_svc.output.choice import Choice, Reading
+from tokenizer_svc.output.events import Delta, Event, FinishReason, Header, TokenLogprob, Usage
+from tokenizer_svc.request.types import ToolCall
 from tokenizer_svc.tokenizer import Tokenizer
 
 

@@ -21,16 +21,21 @@ from enum import Enum
 from itertools import product
 from typing import Any
 
-from tokenizer_svc.chat_template import ChatTemplate
 from tokenizer_svc.families.thinking import Thinking, thinking_after
-from tokenizer_svc.guard import Guard
-from tokenizer_svc.message_folding import FOLDINGS, Folding, folded
-from tokenizer_svc.request import SYSTEM_ROLES, Conversation
-from tokenizer_svc.template_input import changed, message_input, separate_calls, tool_input
-from tokenizer_svc.template_traits import TemplateProbe
-from tokenizer_svc.template_variables import template_variables
+from tokenizer_svc.prompt.chat_template import ChatTemplate
+from tokenizer_svc.prompt.control_tokens import Guard
+from tokenizer_svc.prompt.message_folding import FOLDINGS, Folding, folded
+from tokenizer_svc.prompt.template_input import (
+    changed,
+    message_input,
+    separate_calls,
+    template_variables,
+    tool_input,
+)
+from tokenizer_svc.prompt.template_traits import TemplateProbe
+from tokenizer_svc.prompt.tool_prompt import with_tools, without_roles
+from tokenizer_svc.request.types import SYSTEM_ROLES, Conversation
 from tokenizer_svc.tokenizer import Tokenizer
-from tokenizer_svc.tool_text import with_tools, without_roles
 from trivium.wire.errors import ServiceError
 
 log = logging.getLogger(__name__)

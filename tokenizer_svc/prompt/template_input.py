@@ -6,13 +6,14 @@ Knows nothing of tokens.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
-from tokenizer_svc.ranges import is_deeper
-from tokenizer_svc.request import SYSTEM_ROLES, Message, Role, Tool, ToolCall
-from tokenizer_svc.template_traits import TemplateTraits
+from tokenizer_svc.prompt.template_traits import TemplateTraits
+from tokenizer_svc.request.field_checks import is_deeper
+from tokenizer_svc.request.types import SYSTEM_ROLES, Conversation, Message, Role, Tool, ToolCall
+from trivium.wire.errors import ServiceError
 
 Change = Callable[[str], str]
 
@@ -20,6 +21,10 @@ Change = Callable[[str], str]
 # model that reads its own broken call there also reads what is wrong with it.
 INVALID_ARGUMENTS = "invalid_arguments"
 MAX_ARGUMENTS_DEPTH = 64
+
+_EFFORT = "reasoning_effort"
+# Variables by which a template that knows no effort is told whether to reason at all.
+_SWITCHES = ("enable_thinking", "thinking")
 
 
 def separate_calls(messages: Sequence[Message], traits: TemplateTraits) -> list[Message]:
@@ -142,3 +147,29 @@ def changed(value: Any, change: Change) -> Any:
     if isinstance(value, list):
         return [changed(inner, change) for inner in value]
     return value
+
+
+def template_variables(
+    conversation: Conversation, source: str, allowed: Set[str]
+) -> Mapping[str, Any]:
+    """The variables by name; ServiceError for one that is not allowed or means nothing here."""
+    variables = {}
+    for name, text in conversation.variables.items():
+        if name not in allowed:
+            field = f"chat_template_kwargs.{name}"
+            message = f"Unsupported parameter: '{field}' is not supported with this server."
+            raise ServiceError("unsupported_parameter", message, field)
+        variables[name] = json.loads(text)
+    if conversation.reasoning_effort is not None:
+        variables |= _effort(conversation.reasoning_effort, source)
+    return variables
+
+
+def _effort(effort: str, source: str) -> dict[str, Any]:
+    if _EFFORT in source:
+        return {_EFFORT: effort}
+    switches = [name for name in _SWITCHES if name in source]
+    if not switches:
+        message = f"Unsupported parameter: '{_EFFORT}' is not supported with this model."
+        raise ServiceError("unsupported_parameter", message, _EFFORT)
+    return dict.fromkeys(switches, effort != "none")

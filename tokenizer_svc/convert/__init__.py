@@ -1,0 +1,1 @@
+"""Between the public protocol's protobuf and plain values."""

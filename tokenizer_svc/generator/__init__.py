@@ -1,0 +1,1 @@
+"""The generator, as this stage calls it."""

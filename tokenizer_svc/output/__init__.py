@@ -1,0 +1,1 @@
+"""From the generator's tokens to what a caller sees."""

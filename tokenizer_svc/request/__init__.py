@@ -1,0 +1,1 @@
+"""A request as plain values, and every check of it."""
