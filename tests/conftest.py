@@ -1,8 +1,13 @@
-"""Tests that need a CUDA device are skipped where there is none."""
+"""Tests that need a CUDA device are skipped where there is none; no example is timed."""
 
+import hypothesis
 import pytest
 
 from generator_svc.cuda import device_count
+
+# A busy machine makes an example slow, and a slow example is no fault.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 def pytest_collection_modifyitems(items):
