@@ -1,116 +1,121 @@
-"""From a checked request to the generator and back: one generation, read as it comes.
+"""A completion from its prompts to its events: one generation for each prompt, read as they come.
 
 Knows no protobuf and no callers.
 """
 
+import asyncio
 import logging
-import secrets
-import string
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
-from tokenizer_svc.constraint.grammar import blamed, constraint
-from tokenizer_svc.families.parser import Parser
+from tokenizer_svc.constraint.grammar import blamed
 from tokenizer_svc.generator.types import Constraint, Start
 from tokenizer_svc.metrics import RequestMeter
-from tokenizer_svc.models import Model
-from tokenizer_svc.output.choice import Reading
+from tokenizer_svc.models import ServedModel
 from tokenizer_svc.output.completion import Completion
-from tokenizer_svc.output.events import Delta, FinishReason
-from tokenizer_svc.output.stop import StopStrings
-from tokenizer_svc.prompt.builder import Prompt
-from tokenizer_svc.request.types import ValidOptions, ValidRequest
-from tokenizer_svc.served_model import ServedModel
+from tokenizer_svc.output.decoding_options import DecodingOptions
+from tokenizer_svc.output.events import Delta, Event, Header, Usage
+from tokenizer_svc.request.types import ValidOptions
 from trivium.wire.errors import ServiceError, internal_error
 
 log = logging.getLogger(__name__)
 
-_LETTERS_AND_DIGITS = string.ascii_letters + string.digits
+Item = TypeVar("Item")
 
 
-def chat_constraint(model: Model, request: ValidRequest, prompt: Prompt) -> Constraint | None:
-    """What the answer to a chat request has to fit."""
-    return constraint(
-        request.options.form,
-        request.tool_use,
-        model.output,
-        prompt.thinking,
-        model.tokenizer.marker_id,
+@dataclass(frozen=True)
+class CompletionJob:
+    """A checked request with its prompts' token ids; a chat has one prompt.
+
+    `created` is in seconds since 1970. The deltas of `echo` come before all others.
+    """
+
+    id: str
+    created: float
+    prompts: Sequence[list[int]]
+    options: ValidOptions
+    decoding: DecodingOptions
+    constraint: Constraint | None
+    echo: Sequence[Delta] = ()
+
+
+async def stream_completion(
+    served: ServedModel, job: CompletionJob, meter: RequestMeter, seconds: float | None
+) -> AsyncGenerator[Event]:
+    """The header once the generator has admitted a prompt, deltas, and the usage at the end.
+
+    The choices of each prompt count on from those of the prompts before. Takes at most `seconds`;
+    raises ServiceError.
+    """
+    model, n = served.model, job.options.n
+    completions = [
+        Completion(n, job.decoding, model.tokenizer, len(token_ids)) for token_ids in job.prompts
+    ]
+    streams = [
+        _generate(served, job, completion, token_ids, place * n, meter, seconds)
+        for place, (completion, token_ids) in enumerate(zip(completions, job.prompts, strict=True))
+    ]
+    steps = streams[0] if len(streams) == 1 else merge_streams(streams)
+    header: Header | None = Header(
+        id=job.id,
+        created=job.created,
+        model=model.id,
+        fingerprint=model.fingerprint,
+        prompt_tokens=sum(map(len, job.prompts)),
     )
+    async with aclosing(steps):
+        async for deltas in steps:
+            if header is not None:
+                yield header
+                header = None
+                for delta in job.echo:
+                    yield delta
+            for delta in deltas:
+                yield delta
+    yield _sum([completion.usage for completion in completions])
 
 
-def chat_reading(model: Model, request: ValidRequest, prompt: Prompt) -> Reading:
-    """How the answer to a chat request is read."""
-    output, use = model.output, request.tool_use
-    names, markers = use.names, output.markers(calls=bool(use.names))
-    marker_id = model.tokenizer.marker_id
-
-    def parser() -> Parser:
-        return output.parser(names, prompt.thinking)
-
-    return replace(
-        plain_reading(request.options),
-        parser=parser,
-        call_id=_short_call_id if output.short_call_ids else _call_id,
-        markers=markers,
-        spelled_markers=frozenset(text for text in markers if marker_id(text) is None),
-        forced_call=use.forced,
-        # As OpenAI has it: a call that the caller named is no decision of the model's.
-        call_finish_reason=FinishReason.STOP if use.named else FinishReason.TOOL_CALLS,
-    )
-
-
-def plain_reading(options: ValidOptions) -> Reading:
-    """How an answer that is text and nothing else is read."""
-    return Reading(
-        show_hidden=not options.skip_special_tokens,
-        stops=StopStrings(options.stop),
-        include_stop=options.include_stop,
-        min_tokens=options.min_tokens,
-    )
-
-
-def start(
-    served: ServedModel,
-    options: ValidOptions,
-    token_ids: list[int],
-    constraint: Constraint | None,
-) -> Start:
-    """What the generator is asked for, within the room that the prompt leaves."""
-    room = served.context_length - len(token_ids)
-    longest = options.max_completion_tokens
-    if longest is None and served.default_max_tokens is not None:
-        longest = max(served.default_max_tokens, options.min_tokens)
+def _command(served: ServedModel, job: CompletionJob, token_ids: list[int]) -> Start:
+    """What the generator is asked for, within the context that the prompt leaves."""
+    options = job.options
+    remaining_context = served.context_length - len(token_ids)
+    max_tokens = options.max_completion_tokens
+    if max_tokens is None and served.default_max_tokens is not None:
+        max_tokens = max(served.default_max_tokens, options.min_tokens)
     return Start(
         revision=served.model.revision,
         token_ids=token_ids,
         options=options,
-        max_new_tokens=room if longest is None else min(longest, room),
-        constraint=constraint,
+        max_new_tokens=(
+            remaining_context if max_tokens is None else min(max_tokens, remaining_context)
+        ),
+        constraint=job.constraint,
     )
 
 
-async def answer(
+async def _generate(
     served: ServedModel,
-    start: Start,
+    job: CompletionJob,
     completion: Completion,
+    token_ids: list[int],
+    first_index: int,
     meter: RequestMeter,
     seconds: float | None,
-    first_index: int = 0,
 ) -> AsyncGenerator[list[Delta]]:
-    """What follows from each message of the generator, in at most `seconds`.
+    """The deltas of each message of the generator, for the prompt of these tokens.
 
     Choices count from `first_index` in what is metered and shown.
     """
     served.watch.check_available()
-    generation = served.connection.generate(start, seconds)
+    generation = served.connection.generate(_command(served, job, token_ids), seconds)
     admitted = False
     try:
         async with aclosing(generation.messages()) as messages:
             async for updates in messages:
                 if not admitted:
-                    meter.prompt(served.model.id, len(start.token_ids))
+                    meter.prompt(served.model.id, len(token_ids))
                     admitted = True
                 step = completion.take(updates)
                 await generation.stop(step.stops)
@@ -120,16 +125,50 @@ async def answer(
                 meter.step(updates, deltas, first_index)
                 yield deltas
     except ServiceError as error:
-        raise blamed(error, start.constraint) from error
+        raise blamed(error, job.constraint) from error
     if not completion.done:
         log.error("the generator ended the call before its choices")
         raise internal_error()
 
 
-def _call_id() -> str:
-    return f"call_{secrets.token_hex(12)}"
+async def merge_streams(streams: Sequence[AsyncGenerator[Item]]) -> AsyncGenerator[Item]:
+    """All items of all streams, each as soon as it is there.
+
+    Ends when all have ended; the first error ends all of them.
+    """
+    # One item at most is buffered: a slow reader holds back the streams (backpressure).
+    items: asyncio.Queue[Item] = asyncio.Queue(1)
+    readers = [asyncio.create_task(_read(stream, items)) for stream in streams]
+    getting: asyncio.Task[Item] | None = None
+    try:
+        while not items.empty() or not all(reader.done() for reader in readers):
+            getting = getting or asyncio.create_task(items.get())
+            waiting = [reader for reader in readers if not reader.done()]
+            await asyncio.wait([getting, *waiting], return_when=asyncio.FIRST_COMPLETED)
+            for reader in readers:
+                if reader.done():
+                    reader.result()
+            if getting.done():
+                yield getting.result()
+                getting = None
+    finally:
+        tasks = readers if getting is None else [*readers, getting]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _short_call_id() -> str:
-    """Mistral's template takes none but these."""
-    return "".join(secrets.choice(_LETTERS_AND_DIGITS) for _ in range(9))
+async def _read(stream: AsyncGenerator[Item], items: asyncio.Queue[Item]) -> None:
+    async with aclosing(stream):
+        async for item in stream:
+            await items.put(item)
+
+
+def _sum(usages: Sequence[Usage]) -> Usage:
+    return Usage(
+        prompt_tokens=sum(usage.prompt_tokens for usage in usages),
+        completion_tokens=sum(usage.completion_tokens for usage in usages),
+        cached_prompt_tokens=sum(usage.cached_prompt_tokens for usage in usages),
+        device_nanoseconds=sum(usage.device_nanoseconds for usage in usages),
+        reasoning_tokens=sum(usage.reasoning_tokens for usage in usages),
+    )

@@ -1,17 +1,15 @@
-"""A model as this stage holds it: its folder's identity, its text and its limits.
+"""The models that are served: the text side of each, its limits, and the generator that runs it."""
 
-Knows nothing of the generator that runs it.
-"""
-
-import asyncio
 import json
 import logging
-from collections.abc import Callable, Set
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
 
 from tokenizer_svc.families.choose import OutputFormat, choose
+from tokenizer_svc.generator.client import GeneratorClient
+from tokenizer_svc.generator.watch import GeneratorWatch
+from tokenizer_svc.offload import offload
 from tokenizer_svc.output.detokenizer import Detokenizer
 from tokenizer_svc.prompt.builder import Prompt, PromptBuilder
 from tokenizer_svc.prompt.chat_template import ChatTemplate
@@ -21,13 +19,6 @@ from trivium.model_directory import ModelDirectory, ModelDirectoryError, load_mo
 from trivium.wire.errors import ServiceError
 
 log = logging.getLogger(__name__)
-
-# Up to here a text is done in place, within a few milliseconds; longer ones go to a thread, so
-# that no stream waits for them.
-INLINE_CHARACTERS = 2048
-INLINE_BYTES = 16_384  # of a request that is only converted and checked
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -54,7 +45,7 @@ class Model:
         size += sum(map(_tool_size, conversation.tools))
         self._check_size(size, context_length, "messages")
         try:
-            prompt = await off_loop(
+            prompt = await offload(
                 size, lambda: self.prompts.build(conversation, max_tokens=context_length)
             )
         except TooManyTokens:
@@ -66,7 +57,7 @@ class Model:
         """A plain prompt's tokens; context_length_exceeded if they leave no room."""
         self._check_size(len(text), context_length, param)
         try:
-            token_ids = await off_loop(
+            token_ids = await offload(
                 len(text),
                 lambda: self.tokenizer.encode(
                     text, add_special_tokens=True, max_tokens=context_length
@@ -88,11 +79,58 @@ class Model:
             raise _too_long(context_length, f"more than {context_length}", param)
 
 
-async def off_loop(
-    size: int, work: Callable[[], Result], inline: int = INLINE_CHARACTERS
-) -> Result:
-    """Does `work` on a text of `size` characters without holding up the event loop."""
-    return work() if size <= inline else await asyncio.to_thread(work)
+@dataclass(frozen=True)
+class ServedModel:
+    """A model and the generator that runs it.
+
+    `default_max_tokens` is the longest answer where the request names none; None is all that the
+    context leaves.
+    """
+
+    model: Model
+    connection: GeneratorClient
+    watch: GeneratorWatch
+    default_max_tokens: int | None = None
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens of prompt and answer together that both stages take."""
+        own, generators = self.model.context_length, self.watch.context_length
+        return own if generators is None else min(own, generators)
+
+    async def prompt(self, conversation: Conversation) -> Prompt:
+        return await self.model.prompt(conversation, self.context_length)
+
+
+@dataclass(frozen=True)
+class ServedModels:
+    """All models by id, and the other names that they go by."""
+
+    by_id: Mapping[str, ServedModel]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    def find(self, name: str, param: str = "model") -> ServedModel:
+        """The model of this id or alias; ServiceError if there is none."""
+        if not name:
+            message = f"Missing required parameter: '{param}'."
+            raise ServiceError("missing_required_parameter", message, param)
+        served = self.by_id.get(self.aliases.get(name, name))
+        if served is None:
+            raise ServiceError("model_not_found", f"The model `{name}` does not exist.", param)
+        return served
+
+    def check_any(self) -> None:
+        """Raises ServiceError if no generator of any model can be asked, and why."""
+        if self.available:
+            return
+        for served in self.by_id.values():
+            served.watch.check_available()
+        raise ServiceError("model_loading", "No generator has been reached yet.")
+
+    @property
+    def available(self) -> list[ServedModel]:
+        """Those whose generator can be asked, by id."""
+        return [served for _, served in sorted(self.by_id.items()) if served.watch.available]
 
 
 def load_model(

@@ -11,8 +11,7 @@ from tokenizer_svc.config import ModelSettings, TokenizerSettings
 from tokenizer_svc.generator.client import GeneratorClient
 from tokenizer_svc.generator.watch import GeneratorWatch
 from tokenizer_svc.metrics import Metrics
-from tokenizer_svc.models import Model, load_model
-from tokenizer_svc.served_model import ServedModel, ServedModels
+from tokenizer_svc.models import Model, ServedModel, ServedModels, load_model
 from tokenizer_svc.service import PIPELINE_SERVICES, TOKENIZER_SERVICE, create_server
 from trivium.model_directory import ModelDirectoryError
 

@@ -1,7 +1,6 @@
 """The gRPC calls that answer a conversation, and the server of all calls of this stage.
 
-The road of a completion: `_complete` → validate → prompt → generator → Completion → events.
-Decides nothing about text.
+A completion: `_complete` → validate → prompt → constraint → completion_stream.
 """
 
 import time
@@ -12,17 +11,21 @@ from typing import Any
 
 import grpc
 
-from tokenizer_svc.completion_stream import answer, chat_constraint, chat_reading, start
+from tokenizer_svc.completion_stream import CompletionJob, stream_completion
+from tokenizer_svc.constraint.grammar import constraint
 from tokenizer_svc.convert.request import chat_request
 from tokenizer_svc.convert.response import stream_response, whole_response
+from tokenizer_svc.generator.types import Constraint
 from tokenizer_svc.metrics import Metrics
-from tokenizer_svc.models import INLINE_BYTES, Model, off_loop
-from tokenizer_svc.output.completion import Completion, WholeAnswer
-from tokenizer_svc.output.events import Event, Header
+from tokenizer_svc.models import Model, ServedModels
+from tokenizer_svc.offload import INLINE_BYTES, offload
+from tokenizer_svc.output.completion import WholeAnswer
+from tokenizer_svc.output.decoding_options import chat_decoding
+from tokenizer_svc.output.events import Event
+from tokenizer_svc.prompt.builder import Prompt
 from tokenizer_svc.request.request_size import check_chat_size
 from tokenizer_svc.request.types import ValidRequest
 from tokenizer_svc.request.validate import validate
-from tokenizer_svc.served_model import ServedModels
 from tokenizer_svc.service_completion import CompletionService
 from tokenizer_svc.service_models import ModelService, TokenizerService
 from trivium.chat.v1 import (
@@ -70,47 +73,50 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         return whole_response(whole)
 
     async def _complete(
-        self, asked: chat_pb2.CreateChatCompletionRequest, context: Call
+        self, message: chat_pb2.CreateChatCompletionRequest, context: Call
     ) -> AsyncGenerator[Event]:
-        accepted = time.time()
+        created = time.time()
         with self._metrics.request() as meter:
-            check_chat_size(asked)
-            served = self._models.find(asked.model)
+            check_chat_size(message)
+            served = self._models.find(message.model)
             model = served.model
-            request, size = await off_loop(
-                asked.ByteSize(), lambda: _valid(asked, model), INLINE_BYTES
+            request, size = await offload(
+                message.ByteSize(), lambda: _valid(message, model), INLINE_BYTES
             )
             prompt = await served.prompt(request.conversation)
-            tokens = len(prompt.token_ids)
-            reading = chat_reading(model, request, prompt)
-            completion = Completion(request.options.n, reading, model.tokenizer, tokens)
-            header: Header | None = _header(model, accepted, tokens)
-            constraint = await off_loop(size, lambda: chat_constraint(model, request, prompt))
-            command = start(served, request.options, prompt.token_ids, constraint)
-            steps = answer(served, command, completion, meter, remaining_seconds(context))
-            async with aclosing(steps):
-                async for deltas in steps:
-                    if header is not None:
-                        yield header
-                        header = None
-                    for delta in deltas:
-                        yield delta
-            yield completion.usage
+            job = CompletionJob(
+                id=f"chatcmpl-{uuid.uuid4().hex}",
+                created=created,
+                prompts=[prompt.token_ids],
+                options=request.options,
+                decoding=chat_decoding(
+                    request.options,
+                    request.tool_use,
+                    model.output,
+                    prompt.thinking,
+                    model.tokenizer.marker_id,
+                ),
+                constraint=await offload(size, lambda: _constraint(model, request, prompt)),
+            )
+            events = stream_completion(served, job, meter, remaining_seconds(context))
+            async with aclosing(events):
+                async for event in events:
+                    yield event
 
 
-def _valid(asked: chat_pb2.CreateChatCompletionRequest, model: Model) -> tuple[ValidRequest, int]:
+def _valid(message: chat_pb2.CreateChatCompletionRequest, model: Model) -> tuple[ValidRequest, int]:
     """The request, and how many characters of schemas are in it."""
-    chat = chat_request(asked)
-    return validate(chat, model.vocabulary_size), chat.schema_characters
+    request = chat_request(message)
+    return validate(request, model.vocabulary_size), request.schema_characters
 
 
-def _header(model: Model, accepted: float, prompt_tokens: int) -> Header:
-    return Header(
-        id=f"chatcmpl-{uuid.uuid4().hex}",
-        created=accepted,
-        model=model.id,
-        fingerprint=model.fingerprint,
-        prompt_tokens=prompt_tokens,
+def _constraint(model: Model, request: ValidRequest, prompt: Prompt) -> Constraint | None:
+    return constraint(
+        request.options.form,
+        request.tool_use,
+        model.output,
+        prompt.thinking,
+        model.tokenizer.marker_id,
     )
 
 

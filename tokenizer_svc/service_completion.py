@@ -1,7 +1,4 @@
-"""The gRPC calls that complete plain prompts: one generation for each, read as they come.
-
-Decides nothing about text.
-"""
+"""The gRPC calls that complete plain prompts, several in one request."""
 
 import time
 import uuid
@@ -12,19 +9,19 @@ from typing import Any
 
 import grpc
 
-from tokenizer_svc.completion_stream import answer, plain_reading, start
+from tokenizer_svc.completion_stream import CompletionJob, stream_completion
 from tokenizer_svc.constraint.grammar import bare
 from tokenizer_svc.convert.request import completion_request
 from tokenizer_svc.convert.response import completion_event, whole_completion
-from tokenizer_svc.merge import merged
-from tokenizer_svc.metrics import Metrics, RequestMeter
-from tokenizer_svc.models import INLINE_BYTES, Model, off_loop
-from tokenizer_svc.output.completion import Completion, WholeAnswer
-from tokenizer_svc.output.events import Delta, Event, Header, Usage
+from tokenizer_svc.metrics import Metrics
+from tokenizer_svc.models import Model, ServedModel, ServedModels
+from tokenizer_svc.offload import INLINE_BYTES, offload
+from tokenizer_svc.output.completion import WholeAnswer
+from tokenizer_svc.output.decoding_options import plain_decoding
+from tokenizer_svc.output.events import Delta, Event
 from tokenizer_svc.request.request_size import check_completion_size
 from tokenizer_svc.request.types import CompletionRequest, ValidOptions
 from tokenizer_svc.request.validate import validate_completion
-from tokenizer_svc.served_model import ServedModel, ServedModels
 from trivium.chat.v1 import completion_pb2, completion_pb2_grpc
 from trivium.wire.channel import remaining_seconds
 from trivium.wire.errors import ServiceError
@@ -62,42 +59,39 @@ class CompletionService(completion_pb2_grpc.CompletionServiceServicer):
         return whole_completion(whole)
 
     async def _complete(
-        self, asked: completion_pb2.CreateCompletionRequest, context: Call
+        self, message: completion_pb2.CreateCompletionRequest, context: Call
     ) -> AsyncGenerator[Event]:
-        accepted = time.time()
+        created = time.time()
         with self._metrics.request() as meter:
-            check_completion_size(asked)
-            served = self._models.find(asked.model)
+            check_completion_size(message)
+            served = self._models.find(message.model)
             model = served.model
-            request, options = await off_loop(
-                asked.ByteSize(), lambda: _valid(asked, model), INLINE_BYTES
+            request, options = await offload(
+                message.ByteSize(), lambda: _valid(message, model), INLINE_BYTES
             )
-            prompts = [await _prompt(served, request, place) for place in _places(request)]
-            tokens = sum(len(prompt.token_ids) for prompt in prompts)
-            completions = [_completion(served, options, prompt) for prompt in prompts]
-            steps = merged(_answers(served, options, prompts, completions, meter, context))
-            header: Header | None = _header(served, accepted, tokens)
-            async with aclosing(steps):
-                async for deltas in steps:
-                    if header is not None:
-                        yield header
-                        header = None
-                        for delta in _echo(request, options, prompts):
-                            yield delta
-                    for delta in deltas:
-                        yield delta
-            yield _sum([completion.usage for completion in completions])
+            prompts = [
+                await _prompt(served, request, place) for place in range(len(request.prompts))
+            ]
+            job = CompletionJob(
+                id=f"cmpl-{uuid.uuid4().hex}",
+                created=created,
+                prompts=[prompt.token_ids for prompt in prompts],
+                options=options,
+                decoding=plain_decoding(options),
+                constraint=None if options.form is None else bare(options.form),
+                echo=_echo(prompts, options.n) if request.echo else (),
+            )
+            events = stream_completion(served, job, meter, remaining_seconds(context))
+            async with aclosing(events):
+                async for event in events:
+                    yield event
 
 
 def _valid(
-    asked: completion_pb2.CreateCompletionRequest, model: Model
+    message: completion_pb2.CreateCompletionRequest, model: Model
 ) -> tuple[CompletionRequest, ValidOptions]:
-    request = completion_request(asked)
+    request = completion_request(message)
     return request, validate_completion(request, model.vocabulary_size)
-
-
-def _places(request: CompletionRequest) -> range:
-    return range(len(request.prompts))
 
 
 async def _prompt(served: ServedModel, request: CompletionRequest, place: int) -> _Prompt:
@@ -116,59 +110,7 @@ async def _prompt(served: ServedModel, request: CompletionRequest, place: int) -
     return _Prompt(model.tokenizer.decode(token_ids) if request.echo else "", token_ids)
 
 
-def _completion(served: ServedModel, options: ValidOptions, prompt: _Prompt) -> Completion:
-    reading, tokens = plain_reading(options), len(prompt.token_ids)
-    return Completion(options.n, reading, served.model.tokenizer, tokens)
-
-
-def _answers(
-    served: ServedModel,
-    options: ValidOptions,
-    prompts: Sequence[_Prompt],
-    completions: Sequence[Completion],
-    meter: RequestMeter,
-    context: Call,
-) -> list[AsyncGenerator[list[Delta]]]:
-    """A generation for each prompt, whose choices count on from those of the prompts before."""
-    constraint = None if options.form is None else bare(options.form)
-    seconds = remaining_seconds(context)
-    return [
-        answer(
-            served,
-            start(served, options, prompt.token_ids, constraint),
-            completion,
-            meter,
-            seconds,
-            first_index=place * options.n,
-        )
-        for place, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
-    ]
-
-
-def _echo(
-    request: CompletionRequest, options: ValidOptions, prompts: Sequence[_Prompt]
-) -> list[Delta]:
-    """The prompts' text in front of their choices', if that is wanted."""
-    if not request.echo:
-        return []
-    texts = [prompt.text for prompt in prompts for _ in range(options.n)]
+def _echo(prompts: Sequence[_Prompt], n: int) -> list[Delta]:
+    """The prompts' text, in front of that of their choices."""
+    texts = [prompt.text for prompt in prompts for _ in range(n)]
     return [Delta(index, text, (), completion_tokens=0) for index, text in enumerate(texts)]
-
-
-def _header(served: ServedModel, accepted: float, prompt_tokens: int) -> Header:
-    return Header(
-        id=f"cmpl-{uuid.uuid4().hex}",
-        created=accepted,
-        model=served.model.id,
-        fingerprint=served.model.fingerprint,
-        prompt_tokens=prompt_tokens,
-    )
-
-
-def _sum(usages: Sequence[Usage]) -> Usage:
-    return Usage(
-        prompt_tokens=sum(usage.prompt_tokens for usage in usages),
-        completion_tokens=sum(usage.completion_tokens for usage in usages),
-        cached_prompt_tokens=sum(usage.cached_prompt_tokens for usage in usages),
-        device_nanoseconds=sum(usage.device_nanoseconds for usage in usages),
-    )

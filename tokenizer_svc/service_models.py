@@ -9,12 +9,12 @@ import grpc
 
 from tokenizer_svc.convert.request import render_request
 from tokenizer_svc.convert.response import timestamp
-from tokenizer_svc.models import INLINE_BYTES, off_loop
+from tokenizer_svc.models import ServedModel, ServedModels
+from tokenizer_svc.offload import INLINE_BYTES, offload
 from tokenizer_svc.request.field_checks import check_array, check_token_ids
 from tokenizer_svc.request.request_size import check_conversation_size
 from tokenizer_svc.request.types import Conversation
 from tokenizer_svc.request.validate_conversation import check_conversation
-from tokenizer_svc.served_model import ServedModel, ServedModels
 from trivium.chat.v1 import model_pb2, model_pb2_grpc
 from trivium.limits import MAX_TOKEN_IDS
 from trivium.tokenizer.v1 import tokenizer_pb2, tokenizer_pb2_grpc
@@ -51,7 +51,7 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
     ) -> tokenizer_pb2.RenderChatResponse:
         served = self._models.find(request.model)
         check_conversation_size(request)
-        conversation = await off_loop(
+        conversation = await offload(
             request.ByteSize(), lambda: _conversation(request), INLINE_BYTES
         )
         prompt = await served.prompt(conversation)
@@ -61,7 +61,7 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
         self, request: tokenizer_pb2.TokenizeRequest, context: Call
     ) -> tokenizer_pb2.TokenizeResponse:
         tokenizer = self._models.find(request.model).model.tokenizer
-        token_ids = await off_loop(
+        token_ids = await offload(
             len(request.text), lambda: tokenizer.encode(request.text, request.add_special_tokens)
         )
         return tokenizer_pb2.TokenizeResponse(token_ids=token_ids)
@@ -77,7 +77,7 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
             check_token_ids("token_ids", token_ids, model.vocabulary_size)
             return model.tokenizer.decode(token_ids)
 
-        text = await off_loop(len(request.token_ids), decoded)
+        text = await offload(len(request.token_ids), decoded)
         return tokenizer_pb2.DetokenizeResponse(text=text)
 
     async def GetTokenizerInfo(

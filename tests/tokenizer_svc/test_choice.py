@@ -9,7 +9,8 @@ from tests.tokenizer_svc.test_stop_strings import search
 from tokenizer_svc.families.parser import Plain
 from tokenizer_svc.families.thinking import Thinking, ThinkingParser
 from tokenizer_svc.generator.types import Ending, Finished, Logprobs, Update
-from tokenizer_svc.output.choice import Choice, Reading
+from tokenizer_svc.output.choice import Choice
+from tokenizer_svc.output.decoding_options import DecodingOptions
 from tokenizer_svc.output.events import Delta, FinishReason
 from tokenizer_svc.output.stop import StopStrings
 from tokenizer_svc.tokenizer import Tokenizer
@@ -19,7 +20,7 @@ TOKENIZER = Tokenizer(byte_level())
 
 def run(token_ids: list[int], sizes: list[int], stops: list[str]) -> tuple[Choice, list[Delta]]:
     """All tokens, in messages of these sizes, then the end by length."""
-    return read_tokens(token_ids, sizes, Reading(stops=StopStrings(stops)))
+    return read_tokens(token_ids, sizes, DecodingOptions(stops=StopStrings(stops)))
 
 
 def scored(token_ids: list[int], finished: Finished | None = None) -> Update:
@@ -88,7 +89,7 @@ def test_reasoning_is_apart_and_stop_strings_mind_the_rest(
     text: str, sizes: list[int], stops: list[str], include: bool
 ) -> None:
     """What is reasoned is never searched, and log-probabilities are of the answer's text alone."""
-    reading = Reading(
+    options = DecodingOptions(
         parser=lambda: ThinkingParser(Thinking.POSSIBLE, Plain()),
         stops=StopStrings(stops),
         include_stop=include,
@@ -96,7 +97,7 @@ def test_reasoning_is_apart_and_stop_strings_mind_the_rest(
     reasoning, content, _ = read(ThinkingParser(Thinking.POSSIBLE, Plain()), [text])
     expected, stop = search(content, stops)
     token_ids = TOKENIZER.encode(text)
-    choice, deltas = read_tokens(token_ids, sizes, reading)
+    choice, deltas = read_tokens(token_ids, sizes, options)
     shown = "".join(delta.content for delta in deltas)
     entries = [entry for delta in deltas for entry in delta.logprobs]
     offsets = [entry.offset for entry in entries]
@@ -110,10 +111,10 @@ def test_reasoning_is_apart_and_stop_strings_mind_the_rest(
 
 
 def read_tokens(
-    token_ids: list[int], sizes: list[int], reading: Reading
+    token_ids: list[int], sizes: list[int], options: DecodingOptions
 ) -> tuple[Choice, list[Delta]]:
     """All tokens, in messages of these sizes, then the end by length."""
-    choice = Choice(0, TOKENIZER, reading)
+    choice = Choice(0, TOKENIZER, options)
     deltas, rest = [], list(token_ids)
     for size in sizes:
         piece, rest = rest[:size], rest[size:]

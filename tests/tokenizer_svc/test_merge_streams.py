@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
-from tokenizer_svc.merge import merged
+from tokenizer_svc.completion_stream import merge_streams
 
 
 async def counting(name: str, count: int, ended: list[str]) -> AsyncGenerator[str]:
@@ -35,7 +35,7 @@ async def test_all_items_come_in_their_order(counts: list[int]) -> None:
     """Those of each stream as it has them, and the end after the last."""
     ended: list[str] = []
     streams = [counting(str(place), count, ended) for place, count in enumerate(counts)]
-    items = [item async for item in merged(streams)]
+    items = [item async for item in merge_streams(streams)]
 
     for place, count in enumerate(counts):
         own = [item for item in items if item[0] == str(place)]
@@ -47,7 +47,7 @@ async def test_a_fault_ends_all_streams() -> None:
     """And is raised."""
     ended: list[str] = []
     with pytest.raises(RuntimeError, match="a fault"):
-        async for _ in merged([waiting(ended), failing()]):
+        async for _ in merge_streams([waiting(ended), failing()]):
             pass
 
     assert ["waiting"] == ended
@@ -56,7 +56,7 @@ async def test_a_fault_ends_all_streams() -> None:
 async def test_who_stops_reading_ends_all_streams() -> None:
     """At once, whether they had something to say or not."""
     ended: list[str] = []
-    streams = merged([waiting(ended), counting("a", 100, ended)])
+    streams = merge_streams([waiting(ended), counting("a", 100, ended)])
     await anext(streams)
     await streams.aclose()
 

@@ -5,45 +5,22 @@ nothing of the other choices, nor of how tokens come and deltas go.
 """
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tokenizer_svc.families.parser import (
     CallStart,
     Channel,
-    Parser,
     Phase,
-    Plain,
     Segment,
     Text,
 )
 from tokenizer_svc.generator.types import Ending, Finished, Logprobs, Update
+from tokenizer_svc.output.decoding_options import DecodingOptions
 from tokenizer_svc.output.detokenizer import Detokenizer
 from tokenizer_svc.output.events import CallDelta, Delta, FinishReason, TokenLogprob
 from tokenizer_svc.output.logprobs import HeldLogprobs, describe
-from tokenizer_svc.output.stop import StopMatcher, StopStrings
+from tokenizer_svc.output.stop import StopMatcher
 from tokenizer_svc.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How a request's choices are read: a parser for each, the tokens it must see, the ends.
-
-    `spelled_markers` are those of the parser's markers that are not a token of their own, so that
-    the end of the output may cut them in two. `forced_call` is whether the output has to be a call;
-    `call_finish_reason` is the finish reason of a choice that made one.
-    """
-
-    parser: Callable[[], Parser] = Plain
-    call_id: Callable[[], str] = str
-    markers: frozenset[str] = frozenset()
-    spelled_markers: frozenset[str] = frozenset()
-    forced_call: bool = False
-    call_finish_reason: FinishReason = FinishReason.TOOL_CALLS
-    show_hidden: bool = False
-    stops: StopStrings = field(default_factory=lambda: StopStrings(()))
-    include_stop: bool = False
-    min_tokens: int = 0
 
 
 @dataclass
@@ -67,17 +44,17 @@ class Choice:
     generator's last word, which comes later than the choice's end when a stop string ended it.
     """
 
-    def __init__(self, index: int, tokenizer: Tokenizer, reading: Reading) -> None:
+    def __init__(self, index: int, tokenizer: Tokenizer, options: DecodingOptions) -> None:
         self.completion_tokens = 0
         self.reasoning_tokens = 0
         self.matched_stop: str | None = None
         self.finished: Finished | None = None
         self._index = index
         self._tokenizer = tokenizer
-        self._reading = reading
-        self._detokenizer = Detokenizer(tokenizer, reading.markers, reading.show_hidden)
-        self._parser = reading.parser()
-        self._matcher = StopMatcher(reading.stops)
+        self._options = options
+        self._detokenizer = Detokenizer(tokenizer, options.markers, options.show_hidden)
+        self._parser = options.parser()
+        self._matcher = StopMatcher(options.stops)
         self._logprobs = HeldLogprobs()
         self._undecided_tokens = 0  # they count as reasoning if that is what they opened
         self._calls = 0
@@ -158,7 +135,7 @@ class Choice:
     def _take_call(self, segment: Segment) -> None:
         if isinstance(segment, CallStart):
             self._calls += 1
-            call_id = self._reading.call_id()
+            call_id = self._options.call_id()
             delta = CallDelta(self._calls - 1, id=call_id, name=segment.name)
             self._new.calls.append(delta)
         else:
@@ -167,10 +144,10 @@ class Choice:
             self._new.calls[-1:] = [joined]
 
     def _match(self, text: str) -> None:
-        armed = self.completion_tokens > self._reading.min_tokens
+        armed = self.completion_tokens > self._options.min_tokens
         result = self._matcher.push(text, armed=armed)
         self.matched_stop = result.stop
-        included = self._reading.include_stop and result.stop is not None
+        included = self._options.include_stop and result.stop is not None
         self._show(result.text + (result.stop or "") if included else result.text)
 
     def _show(self, text: str) -> None:
@@ -197,8 +174,8 @@ class Choice:
         if rest:
             self._take_segments(self._parser.push(rest, start))
         # A model that ended by itself began no marker: what looks like one is its text.
-        is_cut = finished.ending is Ending.LENGTH or self._reading.forced_call
-        cut = self._reading.spelled_markers if is_cut else frozenset()
+        is_cut = finished.ending is Ending.LENGTH or self._options.forced_call
+        cut = self._options.spelled_markers if is_cut else frozenset()
         self._take_segments(self._parser.flush(cut))
         if self.matched_stop is None:
             self.completion_tokens = finished.completion_tokens
@@ -218,4 +195,4 @@ class Choice:
         ending = None if self.finished is None else self.finished.ending
         if self.matched_stop is None and ending is Ending.LENGTH:
             return FinishReason.LENGTH
-        return self._reading.call_finish_reason if self._calls else FinishReason.STOP
+        return self._options.call_finish_reason if self._calls else FinishReason.STOP

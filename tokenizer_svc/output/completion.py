@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from tokenizer_svc.generator.types import Update
-from tokenizer_svc.output.choice import Choice, Reading
+from tokenizer_svc.output.choice import Choice
+from tokenizer_svc.output.decoding_options import DecodingOptions
 from tokenizer_svc.output.events import Delta, Event, FinishReason, Header, TokenLogprob, Usage
 from tokenizer_svc.request.types import ToolCall
 from tokenizer_svc.tokenizer import Tokenizer
@@ -24,9 +25,11 @@ class Step:
 class Completion:
     """`take` every message of the generator until `done`; then `usage` is exact."""
 
-    def __init__(self, n: int, reading: Reading, tokenizer: Tokenizer, prompt_tokens: int) -> None:
+    def __init__(
+        self, n: int, options: DecodingOptions, tokenizer: Tokenizer, prompt_tokens: int
+    ) -> None:
         self._prompt_tokens = prompt_tokens
-        self._choices = [Choice(index, tokenizer, reading) for index in range(n)]
+        self._choices = [Choice(index, tokenizer, options) for index in range(n)]
 
     def take(self, updates: Iterable[Update]) -> Step:
         """The deltas of a message's updates, and which continuations are complete by their text."""

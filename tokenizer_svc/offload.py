@@ -1,0 +1,16 @@
+"""Runs long work in a thread, so that no stream waits for it."""
+
+import asyncio
+from collections.abc import Callable
+from typing import TypeVar
+
+# Shorter texts are done in place, within a few milliseconds: less than a thread costs streams.
+INLINE_CHARACTERS = 2048
+INLINE_BYTES = 16_384  # of a request that is only converted and checked
+
+Result = TypeVar("Result")
+
+
+async def offload(size: int, work: Callable[[], Result], inline: int = INLINE_CHARACTERS) -> Result:
+    """The result of `work` on an input of `size`, which is done in place up to `inline`."""
+    return work() if size <= inline else await asyncio.to_thread(work)

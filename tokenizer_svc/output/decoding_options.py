@@ -1,0 +1,80 @@
+"""How the tokens of a request's answer become text, calls and ends."""
+
+import secrets
+import string
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from tokenizer_svc.families.choose import OutputFormat
+from tokenizer_svc.families.parser import Parser, Plain
+from tokenizer_svc.families.thinking import Thinking
+from tokenizer_svc.output.events import FinishReason
+from tokenizer_svc.output.stop import StopStrings
+from tokenizer_svc.request.types import ToolUse, ValidOptions
+
+_LETTERS_AND_DIGITS = string.ascii_letters + string.digits
+
+
+@dataclass(frozen=True)
+class DecodingOptions:
+    """How a request's choices are read: a parser for each, the tokens it must see, the ends.
+
+    `spelled_markers` are those of the parser's markers that are not a token of their own, so that
+    the end of the output may cut them in two. `forced_call` is whether the output has to be a call;
+    `call_finish_reason` is the finish reason of a choice that made one.
+    """
+
+    parser: Callable[[], Parser] = Plain
+    call_id: Callable[[], str] = str
+    markers: frozenset[str] = frozenset()
+    spelled_markers: frozenset[str] = frozenset()
+    forced_call: bool = False
+    call_finish_reason: FinishReason = FinishReason.TOOL_CALLS
+    show_hidden: bool = False
+    stops: StopStrings = field(default_factory=lambda: StopStrings(()))
+    include_stop: bool = False
+    min_tokens: int = 0
+
+
+def plain_decoding(options: ValidOptions) -> DecodingOptions:
+    """For an answer that is text and nothing else."""
+    return DecodingOptions(
+        show_hidden=not options.skip_special_tokens,
+        stops=StopStrings(options.stop),
+        include_stop=options.include_stop,
+        min_tokens=options.min_tokens,
+    )
+
+
+def chat_decoding(
+    options: ValidOptions,
+    use: ToolUse,
+    output: OutputFormat,
+    thinking: Thinking,
+    marker_id: Callable[[str], int | None],
+) -> DecodingOptions:
+    """For an answer to a conversation. `marker_id` knows control tokens by text."""
+    names, markers = use.names, output.markers(calls=bool(use.names))
+
+    def parser() -> Parser:
+        return output.parser(names, thinking)
+
+    return replace(
+        plain_decoding(options),
+        parser=parser,
+        call_id=_short_call_id if output.short_call_ids else _call_id,
+        markers=markers,
+        spelled_markers=frozenset(text for text in markers if marker_id(text) is None),
+        forced_call=use.forced,
+        # As OpenAI has it: a call that the caller named is no decision of the model's.
+        call_finish_reason=FinishReason.STOP if use.named else FinishReason.TOOL_CALLS,
+    )
+
+
+def _call_id() -> str:
+    return f"call_{secrets.token_hex(12)}"
+
+
+def _short_call_id() -> str:
+    """Mistral's template takes none but these."""
+    return "".join(secrets.choice(_LETTERS_AND_DIGITS) for _ in range(9))
