@@ -1,4 +1,4 @@
-"""Text in, text out: the stage that owns templates, tokenizers and the formats of answers."""
+"""The stage that owns all text: chat templates, tokenizers and the models' output formats."""
 
 import os
 

@@ -10,8 +10,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from tokenizer_svc.constraint.grammar import blamed
-from tokenizer_svc.generator.types import Constraint, Start
+from tokenizer_svc.constraint.grammar import attribute_error_to_field
+from tokenizer_svc.generator.types import Constraint, GenerateCommand
 from tokenizer_svc.metrics import RequestMeter
 from tokenizer_svc.models import ServedModel
 from tokenizer_svc.output.completion import Completion
@@ -77,14 +77,14 @@ async def stream_completion(
     yield _sum([completion.usage for completion in completions])
 
 
-def _command(served: ServedModel, job: CompletionJob, token_ids: list[int]) -> Start:
+def _command(served: ServedModel, job: CompletionJob, token_ids: list[int]) -> GenerateCommand:
     """What the generator is asked for, within the context that the prompt leaves."""
     options = job.options
     remaining_context = served.context_length - len(token_ids)
     max_tokens = options.max_completion_tokens
     if max_tokens is None and served.default_max_tokens is not None:
         max_tokens = max(served.default_max_tokens, options.min_tokens)
-    return Start(
+    return GenerateCommand(
         revision=served.model.revision,
         token_ids=token_ids,
         options=options,
@@ -125,7 +125,7 @@ async def _generate(
                 meter.step(updates, deltas, first_index)
                 yield deltas
     except ServiceError as error:
-        raise blamed(error, job.constraint) from error
+        raise attribute_error_to_field(error, job.constraint) from error
     if not completion.done:
         log.error("the generator ended the call before its choices")
         raise internal_error()

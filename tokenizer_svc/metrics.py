@@ -9,7 +9,7 @@ from types import TracebackType
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
-from tokenizer_svc.generator.types import Update
+from tokenizer_svc.generator.types import TokenUpdate
 from tokenizer_svc.output.events import Delta
 from trivium.wire.errors import ServiceError
 
@@ -94,7 +94,7 @@ class RequestMeter:
         self._generated = self._metrics.generation_tokens.labels(model)
         self._gaps = self._metrics.inter_token_latency.labels(model)
 
-    def step(self, updates: list[Update], deltas: list[Delta], first_index: int = 0) -> None:
+    def step(self, updates: list[TokenUpdate], deltas: list[Delta], first_index: int = 0) -> None:
         """A message of the generator came just now, and this is what followed.
 
         The message's own choices count from `first_index` among the request's.

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tokenizer_svc.families.choose import OutputFormat, choose
+from tokenizer_svc.families.choose import ModelOutputFormat, choose
 from tokenizer_svc.generator.client import GeneratorClient
 from tokenizer_svc.generator.watch import GeneratorWatch
 from tokenizer_svc.offload import offload
@@ -33,7 +33,7 @@ class Model:
     tokenizer: Tokenizer
     template: ChatTemplate
     prompts: PromptBuilder
-    output: OutputFormat
+    output: ModelOutputFormat
 
     @property
     def fingerprint(self) -> str:
@@ -74,7 +74,7 @@ class Model:
             raise _too_long(context_length, str(tokens), param)
 
     def _check_size(self, size: int, context_length: int, param: str) -> None:
-        if size > context_length * self.tokenizer.longest_token:
+        if size > context_length * self.tokenizer.max_token_characters:
             # Far too long, whatever its tokens: not worth the time to count them.
             raise _too_long(context_length, f"more than {context_length}", param)
 
@@ -179,7 +179,7 @@ def _chat_template(directory: ModelDirectory) -> ChatTemplate:
 
 def _output(
     template: ChatTemplate, shows_tools: bool, tool_parser: str, reasoning_parser: str
-) -> OutputFormat:
+) -> ModelOutputFormat:
     """How the model writes; one that was not made for tools does not know when to stop calling."""
     output = choose(template.whole_source, tool_parser, reasoning_parser)
     return replace(output, single_call=output.single_call or not shows_tools)

@@ -12,14 +12,14 @@ from typing import Any
 import grpc
 
 from tokenizer_svc.completion_stream import CompletionJob, stream_completion
-from tokenizer_svc.constraint.grammar import constraint
+from tokenizer_svc.constraint.grammar import build_constraint
 from tokenizer_svc.convert.request import chat_request
 from tokenizer_svc.convert.response import stream_response, whole_response
 from tokenizer_svc.generator.types import Constraint
 from tokenizer_svc.metrics import Metrics
 from tokenizer_svc.models import Model, ServedModels
 from tokenizer_svc.offload import INLINE_BYTES, offload
-from tokenizer_svc.output.completion import WholeAnswer
+from tokenizer_svc.output.completion import WholeCompletion
 from tokenizer_svc.output.decoding_options import chat_decoding
 from tokenizer_svc.output.events import Event
 from tokenizer_svc.prompt.builder import Prompt
@@ -66,7 +66,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
     async def CreateChatCompletion(
         self, request: chat_pb2.CreateChatCompletionRequest, context: Call
     ) -> chat_pb2.CreateChatCompletionResponse:
-        whole = WholeAnswer()
+        whole = WholeCompletion()
         async with aclosing(self._complete(request, context)) as events:
             async for event in events:
                 whole.push(event)
@@ -111,8 +111,8 @@ def _valid(message: chat_pb2.CreateChatCompletionRequest, model: Model) -> tuple
 
 
 def _constraint(model: Model, request: ValidRequest, prompt: Prompt) -> Constraint | None:
-    return constraint(
-        request.options.form,
+    return build_constraint(
+        request.options.response_constraint,
         request.tool_use,
         model.output,
         prompt.thinking,

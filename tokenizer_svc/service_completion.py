@@ -10,13 +10,13 @@ from typing import Any
 import grpc
 
 from tokenizer_svc.completion_stream import CompletionJob, stream_completion
-from tokenizer_svc.constraint.grammar import bare
+from tokenizer_svc.constraint.grammar import whole_output
 from tokenizer_svc.convert.request import completion_request
 from tokenizer_svc.convert.response import completion_event, whole_completion
 from tokenizer_svc.metrics import Metrics
 from tokenizer_svc.models import Model, ServedModel, ServedModels
 from tokenizer_svc.offload import INLINE_BYTES, offload
-from tokenizer_svc.output.completion import WholeAnswer
+from tokenizer_svc.output.completion import WholeCompletion
 from tokenizer_svc.output.decoding_options import plain_decoding
 from tokenizer_svc.output.events import Delta, Event
 from tokenizer_svc.request.request_size import check_completion_size
@@ -30,7 +30,7 @@ Call = grpc.aio.ServicerContext[Any, Any]
 
 
 @dataclass(frozen=True)
-class _Prompt:
+class _PlainPrompt:
     text: str  # as an echo shows it
     token_ids: list[int]
 
@@ -52,7 +52,7 @@ class CompletionService(completion_pb2_grpc.CompletionServiceServicer):
     async def CreateCompletion(
         self, request: completion_pb2.CreateCompletionRequest, context: Call
     ) -> completion_pb2.CreateCompletionResponse:
-        whole = WholeAnswer()
+        whole = WholeCompletion()
         async with aclosing(self._complete(request, context)) as events:
             async for event in events:
                 whole.push(event)
@@ -72,13 +72,15 @@ class CompletionService(completion_pb2_grpc.CompletionServiceServicer):
             prompts = [
                 await _prompt(served, request, place) for place in range(len(request.prompts))
             ]
+            response = options.response_constraint
+            constraint = None if response is None else whole_output(response)
             job = CompletionJob(
                 id=f"cmpl-{uuid.uuid4().hex}",
                 created=created,
                 prompts=[prompt.token_ids for prompt in prompts],
                 options=options,
                 decoding=plain_decoding(options),
-                constraint=None if options.form is None else bare(options.form),
+                constraint=constraint,
                 echo=_echo(prompts, options.n) if request.echo else (),
             )
             events = stream_completion(served, job, meter, remaining_seconds(context))
@@ -94,7 +96,7 @@ def _valid(
     return request, validate_completion(request, model.vocabulary_size)
 
 
-async def _prompt(served: ServedModel, request: CompletionRequest, place: int) -> _Prompt:
+async def _prompt(served: ServedModel, request: CompletionRequest, place: int) -> _PlainPrompt:
     """The prompt at this place, within the context."""
     model, prompt = served.model, request.prompts[place]
     assert prompt is not None, "An unchecked prompt is to be answered. This is a bug."
@@ -104,13 +106,13 @@ async def _prompt(served: ServedModel, request: CompletionRequest, place: int) -
         if not token_ids:
             message = f"Invalid '{param}': empty string. Expected at least one token."
             raise ServiceError("invalid_value", message, param)
-        return _Prompt(prompt, token_ids)
+        return _PlainPrompt(prompt, token_ids)
     token_ids = list(prompt)
     model.check_tokens(len(token_ids), served.context_length, param)
-    return _Prompt(model.tokenizer.decode(token_ids) if request.echo else "", token_ids)
+    return _PlainPrompt(model.tokenizer.decode(token_ids) if request.echo else "", token_ids)
 
 
-def _echo(prompts: Sequence[_Prompt], n: int) -> list[Delta]:
+def _echo(prompts: Sequence[_PlainPrompt], n: int) -> list[Delta]:
     """The prompts' text, in front of that of their choices."""
     texts = [prompt.text for prompt in prompts for _ in range(n)]
     return [Delta(index, text, (), completion_tokens=0) for index, text in enumerate(texts)]

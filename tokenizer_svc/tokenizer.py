@@ -43,7 +43,7 @@ class Tokenizer:
         self._byte_level = "ByteLevel" in decoders
         self._byte_fallback = "ByteFallback" in decoders
         vocabulary = self._plain.get_vocab()
-        self.longest_token = max(map(len, vocabulary), default=1)
+        self.max_token_characters = max(map(len, vocabulary), default=1)
         self._anchor = None if self._byte_level else _find_anchor(self._plain, vocabulary)
         self.drops_first_space = not self._byte_level and self._first_space_is_lost(vocabulary)
         self.token_bytes = lru_cache(maxsize=65536)(self._token_bytes)

@@ -8,8 +8,13 @@ from tests.tokenizer_svc.test_families import read
 from tests.tokenizer_svc.test_stop_strings import search
 from tokenizer_svc.families.parser import Plain
 from tokenizer_svc.families.thinking import Thinking, ThinkingParser
-from tokenizer_svc.generator.types import Ending, Finished, Logprobs, Update
-from tokenizer_svc.output.choice import Choice
+from tokenizer_svc.generator.types import (
+    Finished,
+    GeneratorFinishReason,
+    TokenIdLogprobs,
+    TokenUpdate,
+)
+from tokenizer_svc.output.choice import ChoiceDecoder
 from tokenizer_svc.output.decoding_options import DecodingOptions
 from tokenizer_svc.output.events import Delta, FinishReason
 from tokenizer_svc.output.stop import StopStrings
@@ -18,14 +23,16 @@ from tokenizer_svc.tokenizer import Tokenizer
 TOKENIZER = Tokenizer(byte_level())
 
 
-def run(token_ids: list[int], sizes: list[int], stops: list[str]) -> tuple[Choice, list[Delta]]:
+def run(
+    token_ids: list[int], sizes: list[int], stops: list[str]
+) -> tuple[ChoiceDecoder, list[Delta]]:
     """All tokens, in messages of these sizes, then the end by length."""
     return read_tokens(token_ids, sizes, DecodingOptions(stops=StopStrings(stops)))
 
 
-def scored(token_ids: list[int], finished: Finished | None = None) -> Update:
-    entries = tuple(Logprobs(-1.0, ()) for _ in token_ids)
-    return Update(0, tuple(token_ids), entries, finished)
+def scored(token_ids: list[int], finished: Finished | None = None) -> TokenUpdate:
+    entries = tuple(TokenIdLogprobs(-1.0, ()) for _ in token_ids)
+    return TokenUpdate(0, tuple(token_ids), entries, finished)
 
 
 texts = st.text("ab<é\U0001fae0", max_size=12)
@@ -112,12 +119,12 @@ def test_reasoning_is_apart_and_stop_strings_mind_the_rest(
 
 def read_tokens(
     token_ids: list[int], sizes: list[int], options: DecodingOptions
-) -> tuple[Choice, list[Delta]]:
+) -> tuple[ChoiceDecoder, list[Delta]]:
     """All tokens, in messages of these sizes, then the end by length."""
-    choice = Choice(0, TOKENIZER, options)
+    choice = ChoiceDecoder(0, TOKENIZER, options)
     deltas, rest = [], list(token_ids)
     for size in sizes:
         piece, rest = rest[:size], rest[size:]
         deltas += choice.push(scored(piece))
-    finished = Finished(Ending.LENGTH, len(token_ids), 0, 5)
+    finished = Finished(GeneratorFinishReason.LENGTH, len(token_ids), 0, 5)
     return choice, deltas + choice.push(scored(rest, finished))

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from tokenizer_svc.prompt import control_tokens
-from tokenizer_svc.prompt.control_tokens import Guard
+from tokenizer_svc.prompt.control_tokens import ControlTokenEscaper
 
 TOKENS = ["<|a|>", "<|ab|>", "<|a|>x", "|><|", "[I]", "[I"]
 PIECES = ["<|", "a", "b", "|>", "x", "[", "I", "]", "<|a|>"]
@@ -17,7 +17,7 @@ ANY = "|".join(map(re.escape, sorted(TOKENS, key=len, reverse=True)))
 def test_steps_change_nothing(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Wherever a step ends, the longest token at each place is found, and each only once."""
     monkeypatch.setattr(control_tokens, "_STEP_CHARACTERS", step)
-    draw, guarding = random.Random(step), Guard(TOKENS)
+    draw, guarding = random.Random(step), ControlTokenEscaper(TOKENS)
     for _ in range(500):
         text = "".join(draw.choices(PIECES, k=draw.randrange(14)))
 

@@ -17,7 +17,7 @@ from tests.tokenizer_svc.scripted_generator import (
     update,
 )
 from tokenizer_svc.generator.client import GeneratorClient
-from tokenizer_svc.generator.types import Start
+from tokenizer_svc.generator.types import GenerateCommand
 from tokenizer_svc.request.types import Sampling, ValidOptions
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.wire.errors import ServiceError
@@ -50,7 +50,7 @@ async def connected(client: GeneratorClient) -> AsyncIterator[GeneratorClient]:
     await client.close()
 
 
-def start(prompt_tokens: int, *stop: str) -> Start:
+def start(prompt_tokens: int, *stop: str) -> GenerateCommand:
     """What is asked; a long prompt takes long to write."""
     options = ValidOptions(
         sampling=Sampling(),
@@ -63,9 +63,9 @@ def start(prompt_tokens: int, *stop: str) -> Start:
         skip_special_tokens=True,
         n=1,
         top_logprobs=None,
-        form=None,
+        response_constraint=None,
     )
-    return Start("r1", [7] * prompt_tokens, options, max_new_tokens=5, constraint=None)
+    return GenerateCommand("r1", [7] * prompt_tokens, options, max_new_tokens=5, constraint=None)
 
 
 @pytest.mark.parametrize("prompt_tokens", [10, 100_000])

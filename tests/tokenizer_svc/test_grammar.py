@@ -12,11 +12,11 @@ from tokenizers import Tokenizer as Library
 from tests.tokenizer_svc import sample_templates as templates
 from tests.tokenizer_svc.sample_tokenizers import byte_level
 from tests.tokenizer_svc.test_families import Calls, read
-from tokenizer_svc.constraint.grammar import blamed, constraint
-from tokenizer_svc.families.choose import OutputFormat, choose
+from tokenizer_svc.constraint.grammar import attribute_error_to_field, build_constraint
+from tokenizer_svc.families.choose import ModelOutputFormat, choose
 from tokenizer_svc.families.thinking import Thinking
 from tokenizer_svc.generator.types import Constraint, ConstraintKind
-from tokenizer_svc.request.types import Form, OutputForm, Tool, ToolUse
+from tokenizer_svc.request.types import ResponseConstraint, ResponseKind, Tool, ToolUse
 from tokenizer_svc.tokenizer import Tokenizer
 from trivium.wire.errors import ServiceError
 
@@ -49,21 +49,21 @@ NOW = Tool("now")
 BOTH = ToolUse((ADD, NOW), (0, 1))
 FORCED = ToolUse((ADD, NOW), (0, 1), forced=True)
 ONE = ToolUse((ADD, NOW), (0, 1), forced=True, parallel=False)
-JSON = OutputForm(
-    Form.JSON_SCHEMA,
+JSON = ResponseConstraint(
+    ResponseKind.JSON_SCHEMA,
     "response_format.json_schema.schema",
     definition='{"type": "object",\n "properties": {"q": {"const": "a\u2028// b"}}}',
 )
 
 
 def made(
-    output: OutputFormat,
+    output: ModelOutputFormat,
     use: ToolUse = BOTH,
-    form: OutputForm | None = None,
+    form: ResponseConstraint | None = None,
     thinking: Thinking = Thinking.POSSIBLE,
     tokens: str = PLAIN,
 ) -> Constraint:
-    made = constraint(form, use, output, thinking, Tokenizer(tokens).marker_id)
+    made = build_constraint(form, use, output, thinking, Tokenizer(tokens).marker_id)
     assert made is not None
     return made
 
@@ -248,7 +248,7 @@ def test_harmony_reasons_before_json() -> None:
     assert allows(wrapped, thought + '<|channel|>final<|message|>{"q": "a\u2028// b"}')
     assert not allows(wrapped, thought + "<|channel|>final<|message|>Hello")
     assert ConstraintKind.JSON_SCHEMA is made(HARMONY, ToolUse(), JSON, Thinking.DONE).kind
-    assert constraint(None, BOTH, HARMONY, Thinking.DONE, lambda text: None) is None
+    assert build_constraint(None, BOTH, HARMONY, Thinking.DONE, lambda text: None) is None
 
 
 @pytest.mark.parametrize("family", FORMATS)
@@ -262,27 +262,45 @@ def test_json_or_calls(family: str) -> None:
     assert not allows(either, final + "Hello")
 
 
-FORMS: list[tuple[OutputForm, str, str]] = [
-    (OutputForm(Form.JSON_OBJECT, "response_format"), '{"x": [1]}', "[1]"),
-    (OutputForm(Form.JSON_SCHEMA, "structured_outputs.json"), '"any"', "any"),
+FORMS: list[tuple[ResponseConstraint, str, str]] = [
     (
-        OutputForm(Form.JSON_SCHEMA, "structured_outputs.json", definition='{"type": "null"}'),
+        ResponseConstraint(ResponseKind.JSON_OBJECT, "response_format"),
+        '{"x": [1]}',
+        "[1]",
+    ),
+    (
+        ResponseConstraint(ResponseKind.JSON_SCHEMA, "structured_outputs.json"),
+        '"any"',
+        "any",
+    ),
+    (
+        ResponseConstraint(
+            ResponseKind.JSON_SCHEMA,
+            "structured_outputs.json",
+            definition='{"type": "null"}',
+        ),
         "null",
         "1",
     ),
     (
-        OutputForm(Form.REGEX, "structured_outputs.regex", definition=r"[a-c/]+\/\d\n"),
+        ResponseConstraint(
+            ResponseKind.REGEX, "structured_outputs.regex", definition=r"[a-c/]+\/\d\n"
+        ),
         "a//1\n",
         "d",
     ),
     (
-        OutputForm(Form.CHOICE, "structured_outputs.choice", choices=('a "b"\n', "é\\🙂", "\x7f")),
+        ResponseConstraint(
+            ResponseKind.CHOICE,
+            "structured_outputs.choice",
+            choices=('a "b"\n', "é\\🙂", "\x7f"),
+        ),
         "é\\🙂",
         "é",
     ),
     (
-        OutputForm(
-            Form.GRAMMAR,
+        ResponseConstraint(
+            ResponseKind.GRAMMAR,
             "structured_outputs.grammar",
             definition=(
                 'start: body TEXT? // start\nbody: "start" | start2\nstart2: /body/\nTEXT: "!"'
@@ -295,7 +313,7 @@ FORMS: list[tuple[OutputForm, str, str]] = [
 
 
 @pytest.mark.parametrize(("form", "right", "wrong"), FORMS)
-def test_forms(form: OutputForm, right: str, wrong: str) -> None:
+def test_forms(form: ResponseConstraint, right: str, wrong: str) -> None:
     """Alone, behind reasoning, and beside calls."""
     alone = made(HERMES, ToolUse(), form)
     reasoned = made(QWEN3, ToolUse(), form, Thinking.OPENED)
@@ -310,7 +328,9 @@ def test_forms(form: OutputForm, right: str, wrong: str) -> None:
 
 def test_a_regex_is_the_same_alone_and_wrapped() -> None:
     """Its digits are ASCII's in either case."""
-    form = OutputForm(Form.REGEX, "structured_outputs.regex", definition=r"\d[\w-]/[^\D]")
+    form = ResponseConstraint(
+        ResponseKind.REGEX, "structured_outputs.regex", definition=r"\d[\w-]/[^\D]"
+    )
     wrapped = made(QWEN3, ToolUse(), form, Thinking.OPENED)
 
     assert allows(wrapped, "</think>1-/2")
@@ -332,7 +352,9 @@ def test_a_tool_is_blamed_for_its_schema(family: str, place: int) -> None:
     tools[place] = Tool("bad", None, schema)
     for form in (None, JSON):
         wrong = made(FORMATS[family], ToolUse(tuple(tools), (3, 5)), form)
-        error = blamed(ServiceError("invalid_value", fault(wrong), "constraint"), wrong)
+        error = attribute_error_to_field(
+            ServiceError("invalid_value", fault(wrong), "constraint"), wrong
+        )
 
         assert ("invalid_json_schema", f"tools[{(3, 5)[place]}].function.parameters") == (
             error.code,
@@ -344,9 +366,15 @@ def test_a_tool_is_blamed_for_its_schema(family: str, place: int) -> None:
 
 def test_a_format_is_blamed_for_its_schema() -> None:
     """Also where tools stand beside it."""
-    form = OutputForm(Form.JSON_SCHEMA, "response_format.json_schema.schema", '{"type": "strin"}')
+    form = ResponseConstraint(
+        ResponseKind.JSON_SCHEMA,
+        "response_format.json_schema.schema",
+        '{"type": "strin"}',
+    )
     wrong = made(HERMES, BOTH, form)
-    error = blamed(ServiceError("invalid_value", fault(wrong), "constraint"), wrong)
+    error = attribute_error_to_field(
+        ServiceError("invalid_value", fault(wrong), "constraint"), wrong
+    )
 
     assert ("invalid_json_schema", form.param) == (error.code, error.param)
 
@@ -361,9 +389,11 @@ def test_a_format_is_blamed_for_its_schema() -> None:
         (FORMS[5][0], "json_schema_too_complex", "json_schema_too_complex"),
     ],
 )
-def test_a_single_field_is_blamed(form: OutputForm, code: str, expected: str) -> None:
+def test_a_single_field_is_blamed(form: ResponseConstraint, code: str, expected: str) -> None:
     """Whatever asked for the constraint."""
-    error = blamed(ServiceError(code, "It cannot.", "constraint"), made(HERMES, ToolUse(), form))
+    error = attribute_error_to_field(
+        ServiceError(code, "It cannot.", "constraint"), made(HERMES, ToolUse(), form)
+    )
 
     assert (expected, form.param) == (error.code, error.param)
     assert error.message.endswith("It cannot.")
@@ -373,14 +403,15 @@ def test_other_errors_stay_what_they_are() -> None:
     """The queue's, for one."""
     full = ServiceError("queue_full", "full")
 
-    assert full is blamed(full, made(HERMES))
-    assert full is blamed(full, None)
+    assert full is attribute_error_to_field(full, made(HERMES))
+    assert full is attribute_error_to_field(full, None)
 
 
 def test_nothing_is_asked_for_where_nothing_is_wanted() -> None:
     """Plain text needs no constraint, not even of a model that reasons."""
     for output in FORMATS.values():
-        assert constraint(None, ToolUse(), output, Thinking.POSSIBLE, lambda text: None) is None
+        made = build_constraint(None, ToolUse(), output, Thinking.POSSIBLE, lambda text: None)
+        assert made is None
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""What the generator is told of the form that an answer must have."""
+"""From tools and response constraints to the decoding constraint sent to the generator."""

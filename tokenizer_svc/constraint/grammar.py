@@ -1,24 +1,24 @@
-"""What the generator is told of the form that an answer must have.
+"""Builds the decoding constraint that is sent to the generator.
 
-The reasoning comes first where the model reasons, then calls in the model's own format, or the
-text in the form that was asked for. Whether a schema or pattern can be compiled is the generator's
-to say; `blamed` finds the field of the request that its answer is about.
+Reasoning comes first where the model reasons, then tool calls in the model's own format, or text
+that fits the response constraint. The generator compiles schemas and patterns;
+`attribute_error_to_field` finds the field of the request that its error is about.
 """
 
 import re
 from collections.abc import Callable
 
 from tokenizer_svc.constraint.json_schema import ANY_OBJECT, arguments_schema, lenient, one_line
-from tokenizer_svc.families.choose import OutputFormat
+from tokenizer_svc.families.choose import ModelOutputFormat
 from tokenizer_svc.families.lark import ANYTHING, Marker, Plan, literal
 from tokenizer_svc.families.thinking import Thinking, start_rules
 from tokenizer_svc.generator.types import Constraint, ConstraintKind
-from tokenizer_svc.request.types import Form, OutputForm, ToolUse
+from tokenizer_svc.request.types import ResponseConstraint, ResponseKind, ToolUse
 from trivium.ecma_regex import to_rust
 from trivium.wire.errors import ServiceError
 
-_PLACE = re.compile(r"\bat (\d+)\(\d+\): ?")
-_PREFIX = "The lark cannot be used: "  # nobody but us knows that there was a grammar
+_LINE_IN_ERROR = re.compile(r"\bat (\d+)\(\d+\): ?")
+_PREFIX = "The lark cannot be used: "  # callers do not know that a grammar was made
 _EXCERPT = re.compile(r"\n\s+\d+ \| .*", re.DOTALL)
 # Tokens of a Lark grammar: strings, comments, patterns, names.
 _LARK_TOKEN = re.compile(
@@ -27,41 +27,44 @@ _LARK_TOKEN = re.compile(
 _LARK_RULE = re.compile(r"^[ \t]*[?!]?([A-Za-z_][\w-]*)(?:\[[^\]\n]*\])?(?:\.-?\d+)?[ \t]*:", re.M)
 
 
-def constraint(
-    form: OutputForm | None,
-    use: ToolUse,
-    output: OutputFormat,
+def build_constraint(
+    response: ResponseConstraint | None,
+    tool_use: ToolUse,
+    output: ModelOutputFormat,
     thinking: Thinking,
     control_id: Callable[[str], int | None],
 ) -> Constraint | None:
-    """The constraint on an answer, if there is any. `control_id` knows control tokens by text."""
-    if form is None and not use.tools:
+    """The constraint on an answer; None if any text will do.
+
+    `control_id` gives the id of a control token by its text.
+    """
+    if response is None and not tool_use.tools:
         return None
-    begun = output.is_harmony and thinking is Thinking.DONE
+    is_prefilled = output.is_harmony and thinking is Thinking.DONE
     if not output.thinks:
         thinking = Thinking.DONE
-    if begun and form is not None and not use.forced:
-        return bare(form)  # the text of the answer was begun, and nothing else can follow
-    if begun and not use.forced:
+    if is_prefilled and response is not None and not tool_use.forced:
+        return whole_output(response)  # the prompt began its text: nothing else can follow
+    if is_prefilled and not tool_use.forced:
         return None
-    if not use.tools and thinking is Thinking.DONE and not output.is_harmony:
-        assert form is not None, "There is nothing to constrain. This is a bug."
-        return bare(form)
+    if not tool_use.tools and thinking is Thinking.DONE and not output.is_harmony:
+        assert response is not None, "There is nothing to constrain. This is a bug."
+        return whole_output(response)
 
     def marker(text: str) -> str:
         token_id = control_id(text)
         return literal(text) if token_id is None else f"<[{token_id}]>"
 
-    return _wrapped(form, use, output, thinking, marker)
+    return _wrapped(response, tool_use, output, thinking, marker)
 
 
-def blamed(error: ServiceError, constraint: Constraint | None) -> ServiceError:
-    """The generator's error as one about the field of the request that is to blame."""
+def attribute_error_to_field(error: ServiceError, constraint: Constraint | None) -> ServiceError:
+    """The generator's error about a constraint, as one about the field that it was made from."""
     if constraint is None or not (error.param or "").startswith("constraint"):
         return error
-    place = _PLACE.search(error.message)
-    param = constraint.lines.get(int(place[1]), constraint.param) if place else constraint.param
-    reason = _PLACE.sub("", _EXCERPT.sub("", error.message)).removeprefix(_PREFIX).strip()
+    line = _LINE_IN_ERROR.search(error.message)
+    param = constraint.lines.get(int(line[1]), constraint.param) if line else constraint.param
+    reason = _LINE_IN_ERROR.sub("", _EXCERPT.sub("", error.message)).removeprefix(_PREFIX).strip()
     is_schema = param.endswith(("schema", "parameters", ".json"))
     code = error.code
     if code in ("invalid_json_schema", "invalid_value"):
@@ -69,83 +72,85 @@ def blamed(error: ServiceError, constraint: Constraint | None) -> ServiceError:
     return ServiceError(code, f"Invalid '{param}': {reason}", param)
 
 
-def bare(form: OutputForm) -> Constraint:
+def whole_output(response: ResponseConstraint) -> Constraint:
     """A constraint on the whole of the output."""
-    if form.form is Form.REGEX:
-        return Constraint(ConstraintKind.REGEX, form.definition or "", form.param)
-    if form.form is Form.GRAMMAR:
-        return Constraint(ConstraintKind.LARK, form.definition or "", form.param)
-    if form.form is Form.CHOICE:
-        return Constraint(ConstraintKind.LARK, f"start: {_choices(form)}\n", form.param)
-    return Constraint(ConstraintKind.JSON_SCHEMA, _schema(form), form.param)
+    if response.kind is ResponseKind.REGEX:
+        return Constraint(ConstraintKind.REGEX, response.definition or "", response.param)
+    if response.kind is ResponseKind.GRAMMAR:
+        return Constraint(ConstraintKind.LARK, response.definition or "", response.param)
+    if response.kind is ResponseKind.CHOICE:
+        return Constraint(ConstraintKind.LARK, f"start: {_choices(response)}\n", response.param)
+    return Constraint(ConstraintKind.JSON_SCHEMA, _schema(response), response.param)
 
 
 def _wrapped(
-    form: OutputForm | None,
-    use: ToolUse,
-    output: OutputFormat,
+    response: ResponseConstraint | None,
+    tool_use: ToolUse,
+    output: ModelOutputFormat,
     thinking: Thinking,
     marker: Marker,
 ) -> Constraint:
-    """A grammar of reasoning, calls and text."""
+    """A Lark grammar of reasoning, tool calls and text."""
     tools = output.tools
-    free = form is None and not use.forced
-    lines = ["%llguidance {}", *start_rules(thinking, marker, gap=not free)]
-    places = {}
-    parallel = use.parallel and not output.single_call
+    is_free = response is None and not tool_use.forced
+    lines = ["%llguidance {}", *start_rules(thinking, marker, gap=not is_free)]
+    fields = {}  # of the request, by the line of the grammar that is made from it
     plan = Plan(
-        calls=bool(use.tools), forced=use.forced, parallel=parallel, answer=form is not None
+        calls=bool(tool_use.tools),
+        forced=tool_use.forced,
+        parallel=tool_use.parallel and not output.single_call,
+        answer=response is not None,
     )
     if tools is None:
         lines.append("body: answer")
     else:
         lines.extend(tools.body_rules(plan, marker))
-        for tool, place in zip(use.tools, use.places, strict=True):
+        for tool, place in zip(tool_use.tools, tool_use.places, strict=True):
             schema = arguments_schema(tool.parameters)
             schema = one_line(schema if tool.strict else lenient(schema))
             lines.append(f"call_{place}: {tools.call_rule(tool.name or '', schema, marker)}")
-            places[len(lines)] = f"tools[{place}].function.parameters"
-    if use.tools:
-        lines.append("call: " + " | ".join(f"call_{place}" for place in use.places))
+            fields[len(lines)] = f"tools[{place}].function.parameters"
+    if tool_use.tools:
+        lines.append("call: " + " | ".join(f"call_{place}" for place in tool_use.places))
     lines.append(f"TEXT: {ANYTHING}")
-    if form is not None and not use.forced:
-        lines.append(_answer(form))
-        places |= dict.fromkeys(
-            range(len(lines), len("\n".join(lines).split("\n")) + 1), form.param
+    if response is not None and not tool_use.forced:
+        lines.append(_answer(response))
+        fields |= dict.fromkeys(
+            range(len(lines), len("\n".join(lines).split("\n")) + 1), response.param
         )
     return Constraint(
         ConstraintKind.LARK,
         "\n".join(lines) + "\n",
-        form.param if form is not None and not use.forced else "tools",
-        places,
+        response.param if response is not None and not tool_use.forced else "tools",
+        fields,
     )
 
 
-def _answer(form: OutputForm) -> str:
-    """The rule `answer`, and all that it needs."""
-    if form.form is Form.GRAMMAR:
-        return _renamed(form.definition or "")
-    if form.form is Form.CHOICE:
-        return f"answer: {_choices(form)}"
-    if form.form is Form.REGEX:
-        return f"answer: /{_pattern(form.definition or '')}/"
-    return f"answer: %json {one_line(_schema(form))}"
+def _answer(response: ResponseConstraint) -> str:
+    """The rule `answer`, and every rule that it refers to."""
+    if response.kind is ResponseKind.GRAMMAR:
+        return _renamed(response.definition or "")
+    if response.kind is ResponseKind.CHOICE:
+        return f"answer: {_choices(response)}"
+    if response.kind is ResponseKind.REGEX:
+        return f"answer: /{_pattern(response.definition or '')}/"
+    return f"answer: %json {one_line(_schema(response))}"
 
 
-def _schema(form: OutputForm) -> str:
-    if form.form is Form.JSON_OBJECT:
+def _schema(response: ResponseConstraint) -> str:
+    if response.kind is ResponseKind.JSON_OBJECT:
         return ANY_OBJECT
-    if form.definition is None:
+    if response.definition is None:
         return "true"
-    return lenient(form.definition) if form.lenient else form.definition
+    return lenient(response.definition) if response.lenient else response.definition
 
 
-def _choices(form: OutputForm) -> str:
-    return " | ".join(literal(choice) for choice in form.choices)
+def _choices(response: ResponseConstraint) -> str:
+    return " | ".join(literal(choice) for choice in response.choices)
 
 
 def _pattern(regex: str) -> str:
-    """A pattern as it stands between slashes, where patterns are Rust's."""
+    """A pattern as Lark writes it between slashes, in the syntax of Rust's regex crate."""
     escaped = re.sub(
         r"\\.|/", lambda m: r"\/" if m[0] == "/" else m[0], to_rust(regex), flags=re.DOTALL
     )
@@ -153,7 +158,7 @@ def _pattern(regex: str) -> str:
 
 
 def _renamed(grammar: str) -> str:
-    """A grammar of the caller's with its `start` as `answer`, and names that clash with none."""
+    """The caller's grammar with `start` as `answer`, and names that clash with none of ours."""
     own = set(_LARK_RULE.findall(grammar))
 
     def rename(match: re.Match[str]) -> str:

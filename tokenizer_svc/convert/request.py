@@ -10,10 +10,10 @@ from tokenizer_svc.request.types import (
     ChatRequest,
     CompletionRequest,
     Conversation,
-    Form,
     Message,
-    Options,
-    OutputForm,
+    RequestOptions,
+    ResponseConstraint,
+    ResponseKind,
     Role,
     Sampling,
     Tool,
@@ -41,11 +41,11 @@ _MODES = {
     chat_pb2.TOOL_CHOICE_MODE_FUNCTION: ToolMode.FUNCTION,
 }
 _FORMS = {
-    "json": Form.JSON_SCHEMA,
-    "regex": Form.REGEX,
-    "grammar": Form.GRAMMAR,
-    "choice": Form.CHOICE,
-    "json_object": Form.JSON_OBJECT,
+    "json": ResponseKind.JSON_SCHEMA,
+    "regex": ResponseKind.REGEX,
+    "grammar": ResponseKind.GRAMMAR,
+    "choice": ResponseKind.CHOICE,
+    "json_object": ResponseKind.JSON_OBJECT,
 }
 # What a plain completion takes of a chat request.
 _SHARED_OPTIONS = frozenset(
@@ -123,9 +123,9 @@ def _prompt(prompt: completion_pb2.Prompt) -> str | tuple[int, ...] | None:
     return tuple(prompt.token_ids.ids) if prompt.HasField("token_ids") else None
 
 
-def _options(request: chat_pb2.CreateChatCompletionRequest) -> Options:
+def _options(request: chat_pb2.CreateChatCompletionRequest) -> RequestOptions:
     given = {name: getattr(request, name) for name in SAMPLING_SCALARS if request.HasField(name)}
-    return Options(
+    return RequestOptions(
         sampling=Sampling(**given, logit_bias=dict(request.logit_bias)),
         max_completion_tokens=_optional(request, "max_completion_tokens", int),
         min_tokens=_optional(request, "min_tokens", int),
@@ -148,28 +148,28 @@ def _options(request: chat_pb2.CreateChatCompletionRequest) -> Options:
     )
 
 
-def _response_format(response_format: chat_pb2.ResponseFormat) -> OutputForm:
+def _response_format(response_format: chat_pb2.ResponseFormat) -> ResponseConstraint:
     kind = response_format.WhichOneof("format")
     if kind == "json_schema":
         schema = response_format.json_schema
-        return OutputForm(
-            Form.JSON_SCHEMA,
+        return ResponseConstraint(
+            ResponseKind.JSON_SCHEMA,
             "response_format.json_schema.schema",
             definition=_optional(schema, "schema", str),
             name=schema.name,
             lenient=not schema.strict,
         )
-    return OutputForm(Form(kind) if kind else None, "response_format")
+    return ResponseConstraint(ResponseKind(kind) if kind else None, "response_format")
 
 
-def _structured_outputs(structured: chat_pb2.StructuredOutputs) -> OutputForm | None:
+def _structured_outputs(structured: chat_pb2.StructuredOutputs) -> ResponseConstraint | None:
     kind = structured.WhichOneof("constraint")
     if kind is None:
-        return OutputForm(None, "structured_outputs")
+        return ResponseConstraint(None, "structured_outputs")
     if kind == "json_object" and not structured.json_object:
         return None
     value = getattr(structured, kind)
-    return OutputForm(
+    return ResponseConstraint(
         _FORMS[kind],
         f"structured_outputs.{kind}",
         definition=value if isinstance(value, str) else None,

@@ -2,7 +2,7 @@
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from tokenizer_svc.output.completion import WholeAnswer, WholeChoice
+from tokenizer_svc.output.completion import WholeChoice, WholeCompletion
 from tokenizer_svc.output.events import (
     Alternative,
     CallDelta,
@@ -32,7 +32,7 @@ def stream_response(event: Event) -> chat_pb2.StreamChatCompletionResponse:
     return chat_pb2.StreamChatCompletionResponse(delta=_delta(event))
 
 
-def whole_response(answer: WholeAnswer) -> chat_pb2.CreateChatCompletionResponse:
+def whole_response(answer: WholeCompletion) -> chat_pb2.CreateChatCompletionResponse:
     """The unary call's answer, choices by index."""
     assert answer.header is not None, "A stream had no header. This is a bug."
     assert answer.usage is not None, "A stream had no usage. This is a bug."
@@ -73,7 +73,7 @@ def completion_event(event: Event) -> completion_pb2.StreamCompletionResponse:
     return completion_pb2.StreamCompletionResponse(delta=delta)
 
 
-def whole_completion(answer: WholeAnswer) -> completion_pb2.CreateCompletionResponse:
+def whole_completion(answer: WholeCompletion) -> completion_pb2.CreateCompletionResponse:
     """A plain completion's unary answer, choices by index."""
     assert answer.header is not None, "A stream had no header. This is a bug."
     assert answer.usage is not None, "A stream had no usage. This is a bug."

@@ -41,7 +41,7 @@ HARMONY = ToolFormat(harmony.MARKERS, harmony.call_rule, harmony.body_rules, Har
 
 
 @dataclass(frozen=True)
-class OutputFormat:
+class ModelOutputFormat:
     """How a model writes. `tools` is None where calls are not looked for."""
 
     tools: ToolFormat | None
@@ -76,7 +76,7 @@ class OutputFormat:
 
 def choose(
     template: str, tool_parser: str = "auto", reasoning_parser: str = "auto"
-) -> OutputFormat:
+) -> ModelOutputFormat:
     """The format of a model with this template, where settings do not name another."""
     if tool_parser == "auto":
         tool_parser = _tool_parser(template)
@@ -84,13 +84,13 @@ def choose(
         is_thinking = "<think>" in template or "</think>" in template
         reasoning_parser = "qwen3" if is_thinking else "none"
     if "harmony" in (tool_parser, reasoning_parser):
-        return OutputFormat(HARMONY)
+        return ModelOutputFormat(HARMONY)
     formats = {"hermes": HERMES, "llama3_json": LLAMA3_JSON, "none": None}
     named = "[ARGS]" in template
     tools = (
         (MISTRAL_NAMED if named else MISTRAL) if tool_parser == "mistral" else formats[tool_parser]
     )
-    return OutputFormat(
+    return ModelOutputFormat(
         tools,
         thinks=reasoning_parser != "none",
         single_call="only supports single tool-calls" in template,

@@ -28,8 +28,8 @@ MARKERS = _TOKENS | {_CALL}
 
 _MARKER = re.compile("|".join(map(re.escape, sorted(_TOKENS))))
 _BEGINNINGS = {marker[:cut] for marker in _TOKENS for cut in range(1, len(marker))}
-_LONGEST_BEGINNING = max(map(len, _BEGINNINGS))
-_LONGEST_HEADER = 512
+_MAX_BEGINNING_LENGTH = max(map(len, _BEGINNINGS))
+_MAX_HEADER_LENGTH = 512
 _CHANNEL = re.compile(r"<\|channel\|>\s*([a-z]+)")
 _RECIPIENT = re.compile(r"\bto=functions\.([a-zA-Z0-9_-]+)")
 _WHOLE_RECIPIENT = re.compile(_RECIPIENT.pattern + "(?=[^a-zA-Z0-9_-])")
@@ -93,7 +93,7 @@ class HarmonyParser:
             self._take_marker(match[0])
             position = match.end()
         end = len(whole)
-        for cut in range(min(_LONGEST_BEGINNING, end - position), 0, -1):
+        for cut in range(min(_MAX_BEGINNING_LENGTH, end - position), 0, -1):
             if whole[end - cut :] in _BEGINNINGS:
                 end -= cut
                 break
@@ -217,6 +217,6 @@ def _begins_one_of(markers: Set[str], text: str) -> bool:
 
 
 def _may_be_header(text: str) -> bool:
-    return len(text) <= _LONGEST_HEADER and any(
+    return len(text) <= _MAX_HEADER_LENGTH and any(
         text.startswith(known) or known.startswith(text) for known in _HEADERS
     )

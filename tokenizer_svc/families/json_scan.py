@@ -9,7 +9,7 @@ _SPACE = " \t\n\r"
 _PLAIN = re.compile(r'[^"\\\x00-\x1f]*')
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 _NUMBER_CHARACTERS = frozenset("0123456789+-.eE")
-_LONGEST_NUMBER = 1000
+_MAX_NUMBER_LENGTH = 1000
 _LITERALS = {"t": "true", "f": "false", "n": "null"}
 _HEX = frozenset("0123456789abcdefABCDEF")
 
@@ -141,7 +141,7 @@ class JsonScan:
     def _in_number(self, character: str, position: int) -> int:
         if character in _NUMBER_CHARACTERS:
             self._word += character
-            self.wrong = len(self._word) > _LONGEST_NUMBER  # a number of that length is none
+            self.wrong = len(self._word) > _MAX_NUMBER_LENGTH  # a number of that length is none
             return position + 1
         self.wrong = _NUMBER.fullmatch(self._word) is None
         self._end()

@@ -15,7 +15,7 @@ from tokenizer_svc.families.parser import CallArguments, CallStart, Machine
 OPENING, ARGUMENTS = "[TOOL_CALLS]", "[ARGS]"
 MARKERS = frozenset((OPENING, ARGUMENTS, "[CALL_ID]"))
 
-_LONGEST_HEAD = 256
+_MAX_HEAD_LENGTH = 256
 _HEAD = re.compile(r"\s*([a-zA-Z0-9_-]+)(?:\[CALL_ID\][a-zA-Z0-9_-]*)?(?:\[ARGS\])?\s*")
 # As far as it goes, where it was cut off: the name, and what shows that the name is whole.
 _CUT_HEAD = re.compile(r"\s*([a-zA-Z0-9_-]*)((?:\[[A-Z_]*(?:\][a-zA-Z0-9_-]*)?){0,2}\s*)")
@@ -143,7 +143,7 @@ class MistralParser(Machine):
 
     def _in_head(self, position: int) -> int:
         """The name of a call that is not in a list."""
-        if self._text[position] != "{" and self._length < _LONGEST_HEAD:
+        if self._text[position] != "{" and self._length < _MAX_HEAD_LENGTH:
             return self._note(position)
         head = _HEAD.fullmatch("".join(self._read))
         if self._text[position] != "{" or head is None or head[1] not in self._names:

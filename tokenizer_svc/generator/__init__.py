@@ -1,1 +1,1 @@
-"""The generator, as this stage calls it."""
+"""The generator as this stage sees it: its protocol, its calls, its availability."""

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 
 from tokenizer_svc.generator import convert
-from tokenizer_svc.generator.types import GeneratorInfo, Start, Update
+from tokenizer_svc.generator.types import GenerateCommand, GeneratorInfo, TokenUpdate
 from trivium.wire import telemetry
 from trivium.wire.channel import open_channel, revision_service, serving
 from trivium.wire.errors import ServiceError, from_rpc_error
@@ -60,16 +60,16 @@ class GeneratorClient:
             return ServiceError("revision_mismatch", message)
         return ServiceError("model_loading", "The generator is not ready.")
 
-    def generate(self, start: Start, timeout: float | None) -> "Generation":
+    def generate(self, start: GenerateCommand, timeout: float | None) -> "GenerationCall":
         """A generation that is to take at most `timeout` seconds."""
         call = self._generator.Generate(timeout=timeout, metadata=telemetry.outgoing_metadata())
-        return Generation(call, start)
+        return GenerationCall(call, start)
 
 
-class Generation:
+class GenerationCall:
     """One call of the generator. Whatever happens, it is cancelled when `messages` is closed."""
 
-    def __init__(self, call: Any, start: Start) -> None:
+    def __init__(self, call: Any, start: GenerateCommand) -> None:
         self._call = call
         self._start = start
         self._status: asyncio.Future[grpc.aio.AioRpcError] = (
@@ -77,7 +77,7 @@ class Generation:
         )
         call.add_done_callback(self._keep_status)
 
-    async def messages(self) -> AsyncGenerator[list[Update]]:
+    async def messages(self) -> AsyncGenerator[list[TokenUpdate]]:
         """Starts the generation; what the generator says, to the end of the call."""
         try:
             await self._write(convert.start_command(self._start))

@@ -1,12 +1,12 @@
 """Between the generator's protobuf and the plain values of this stage. Judges nothing."""
 
 from tokenizer_svc.generator.types import (
-    Ending,
     Finished,
+    GenerateCommand,
+    GeneratorFinishReason,
     GeneratorInfo,
-    Logprobs,
-    Start,
-    Update,
+    TokenIdLogprobs,
+    TokenUpdate,
 )
 from tokenizer_svc.request.types import Sampling
 from trivium.generator.v1 import generator_pb2
@@ -17,9 +17,9 @@ __all__ = ["GeneratorStub"]
 GENERATOR_SERVICE = "trivium.generator.v1.GeneratorService"
 
 _ENDINGS = {
-    generator_pb2.FINISH_REASON_STOP_TOKEN: Ending.STOP_TOKEN,
-    generator_pb2.FINISH_REASON_LENGTH: Ending.LENGTH,
-    generator_pb2.FINISH_REASON_STOPPED: Ending.STOPPED,
+    generator_pb2.FINISH_REASON_STOP_TOKEN: GeneratorFinishReason.STOP_TOKEN,
+    generator_pb2.FINISH_REASON_LENGTH: GeneratorFinishReason.LENGTH,
+    generator_pb2.FINISH_REASON_STOPPED: GeneratorFinishReason.STOPPED,
 }
 SAMPLING_SCALARS = (
     "temperature",
@@ -33,7 +33,7 @@ SAMPLING_SCALARS = (
 )
 
 
-def start_command(start: Start) -> generator_pb2.GenerateRequest:
+def start_command(start: GenerateCommand) -> generator_pb2.GenerateRequest:
     """The first message to the generator."""
     options, constraint = start.options, start.constraint
     command = generator_pb2.StartGeneration(
@@ -64,10 +64,10 @@ def stop_command(index: int) -> generator_pb2.GenerateRequest:
     return generator_pb2.GenerateRequest(stop=generator_pb2.StopSequence(index=index))
 
 
-def updates(response: generator_pb2.GenerateResponse) -> list[Update]:
+def updates(response: generator_pb2.GenerateResponse) -> list[TokenUpdate]:
     """What the generator says."""
     return [
-        Update(
+        TokenUpdate(
             index=update.index,
             token_ids=tuple(update.token_ids),
             logprobs=tuple(map(_logprobs, update.logprobs)) if update.logprobs else (),
@@ -77,13 +77,15 @@ def updates(response: generator_pb2.GenerateResponse) -> list[Update]:
     ]
 
 
-def _logprobs(entry: generator_pb2.TokenLogprobs) -> Logprobs:
-    return Logprobs(entry.logprob, tuple(zip(entry.top_token_ids, entry.top_logprobs, strict=True)))
+def _logprobs(entry: generator_pb2.TokenLogprobs) -> TokenIdLogprobs:
+    return TokenIdLogprobs(
+        entry.logprob, tuple(zip(entry.top_token_ids, entry.top_logprobs, strict=True))
+    )
 
 
 def _finished(finished: generator_pb2.Finished) -> Finished:
     return Finished(
-        ending=_ENDINGS[finished.reason],
+        reason=_ENDINGS[finished.reason],
         completion_tokens=finished.completion_tokens,
         cached_prompt_tokens=finished.cached_prompt_tokens,
         device_nanoseconds=finished.device_nanoseconds,

@@ -7,7 +7,7 @@ from enum import Enum
 from tokenizer_svc.request.types import ValidOptions
 
 
-class Ending(Enum):
+class GeneratorFinishReason(Enum):
     """Why the generator ended a continuation."""
 
     STOP_TOKEN = "stop token"  # the stop token is the last one
@@ -37,7 +37,7 @@ class Constraint:
 
 
 @dataclass(frozen=True)
-class Start:
+class GenerateCommand:
     """A generation to start."""
 
     revision: str
@@ -51,14 +51,14 @@ class Start:
 class Finished:
     """The last word on a continuation."""
 
-    ending: Ending
+    reason: GeneratorFinishReason
     completion_tokens: int
     cached_prompt_tokens: int
     device_nanoseconds: int
 
 
 @dataclass(frozen=True)
-class Logprobs:
+class TokenIdLogprobs:
     """At one token: its log-probability and the most likely tokens' ids and theirs."""
 
     logprob: float
@@ -66,12 +66,12 @@ class Logprobs:
 
 
 @dataclass(frozen=True)
-class Update:
+class TokenUpdate:
     """What is new in one continuation; `logprobs` is empty or as long as `token_ids`."""
 
     index: int
     token_ids: tuple[int, ...] = ()
-    logprobs: tuple[Logprobs, ...] = ()
+    logprobs: tuple[TokenIdLogprobs, ...] = ()
     finished: Finished | None = None
 
 

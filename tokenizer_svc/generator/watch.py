@@ -1,6 +1,6 @@
 """Whether there is a generator for a model, and if not, why.
 
-Knows nothing of gRPC: `Informant` says what it needs to be told.
+Knows nothing of gRPC: `GeneratorInfoSource` says what it needs to be told.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 RETRY_SECONDS = 0.1
 
 
-class Informant(Protocol):
+class GeneratorInfoSource(Protocol):
     """What the generators of one revision tell of themselves."""
 
     def serving(self) -> AsyncGenerator[bool]:
@@ -37,7 +37,7 @@ class GeneratorWatch:
     `available` while one can be asked for answers; `fault` says why none can, once that is known.
     """
 
-    def __init__(self, client: Informant) -> None:
+    def __init__(self, client: GeneratorInfoSource) -> None:
         self._client = client
         self._serving = asyncio.Event()
         self._gone = asyncio.Event()

@@ -14,7 +14,12 @@ from tokenizer_svc.families.parser import (
     Segment,
     Text,
 )
-from tokenizer_svc.generator.types import Ending, Finished, Logprobs, Update
+from tokenizer_svc.generator.types import (
+    Finished,
+    GeneratorFinishReason,
+    TokenIdLogprobs,
+    TokenUpdate,
+)
 from tokenizer_svc.output.decoding_options import DecodingOptions
 from tokenizer_svc.output.detokenizer import Detokenizer
 from tokenizer_svc.output.events import CallDelta, Delta, FinishReason, TokenLogprob
@@ -24,7 +29,7 @@ from tokenizer_svc.tokenizer import Tokenizer
 
 
 @dataclass
-class _New:
+class _NewOutput:
     """What a message brought."""
 
     content: str = ""
@@ -37,7 +42,7 @@ class _New:
         return not (self.content or self.reasoning or self.calls or self.logprobs)
 
 
-class Choice:
+class ChoiceDecoder:
     """`push` every update of the generator, the one that finishes included.
 
     `completion_tokens` counts up to the token that completed a stop string; `finished` is the
@@ -60,14 +65,14 @@ class Choice:
         self._calls = 0
         self._decoded = 0  # characters that came out of the detokenizer
         self._unshown: deque[tuple[int, int]] = deque()  # places of content the matcher holds
-        self._new = _New()
+        self._new = _NewOutput()
 
-    def push(self, update: Update) -> list[Delta]:
+    def push(self, update: TokenUpdate) -> list[Delta]:
         """At most one delta with what is new, then, at the choice's end, one with the reason."""
         self.finished = update.finished or self.finished
         if self.matched_stop is not None:
             return []  # what the generator made before it heard of the stop
-        self._new = new = _New()
+        self._new = new = _NewOutput()
         self._take_tokens(update)
         if update.finished is not None and self.matched_stop is None:
             self._finish(update.finished)
@@ -87,16 +92,19 @@ class Choice:
             )
         return [*deltas, self._last_delta()] if ended else deltas
 
-    def _take_tokens(self, update: Update) -> None:
+    def _take_tokens(self, update: TokenUpdate) -> None:
         token_ids = update.token_ids
-        if update.finished is not None and update.finished.ending is Ending.STOP_TOKEN:
+        if (
+            update.finished is not None
+            and update.finished.reason is GeneratorFinishReason.STOP_TOKEN
+        ):
             token_ids = token_ids[:-1]  # it ends the text and is no part of it
         for position, token_id in enumerate(token_ids):
             self._take_token(token_id, update.logprobs[position] if update.logprobs else None)
             if self.matched_stop is not None:
                 break
 
-    def _take_token(self, token_id: int, logprobs: Logprobs | None) -> None:
+    def _take_token(self, token_id: int, logprobs: TokenIdLogprobs | None) -> None:
         self.completion_tokens += 1
         start, before = self._decoded, self._parser.phase
         if logprobs is not None:
@@ -174,7 +182,7 @@ class Choice:
         if rest:
             self._take_segments(self._parser.push(rest, start))
         # A model that ended by itself began no marker: what looks like one is its text.
-        is_cut = finished.ending is Ending.LENGTH or self._options.forced_call
+        is_cut = finished.reason is GeneratorFinishReason.LENGTH or self._options.forced_call
         cut = self._options.spelled_markers if is_cut else frozenset()
         self._take_segments(self._parser.flush(cut))
         if self.matched_stop is None:
@@ -192,7 +200,7 @@ class Choice:
         )
 
     def _finish_reason(self) -> FinishReason:
-        ending = None if self.finished is None else self.finished.ending
-        if self.matched_stop is None and ending is Ending.LENGTH:
+        ending = None if self.finished is None else self.finished.reason
+        if self.matched_stop is None and ending is GeneratorFinishReason.LENGTH:
             return FinishReason.LENGTH
         return self._options.call_finish_reason if self._calls else FinishReason.STOP

@@ -6,8 +6,8 @@ Knows nothing of calls and connections: updates of the generator go in, events c
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from tokenizer_svc.generator.types import Update
-from tokenizer_svc.output.choice import Choice
+from tokenizer_svc.generator.types import TokenUpdate
+from tokenizer_svc.output.choice import ChoiceDecoder
 from tokenizer_svc.output.decoding_options import DecodingOptions
 from tokenizer_svc.output.events import Delta, Event, FinishReason, Header, TokenLogprob, Usage
 from tokenizer_svc.request.types import ToolCall
@@ -15,7 +15,7 @@ from tokenizer_svc.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Step:
+class CompletionStep:
     """What follows from one message of the generator: choices to stop there, deltas to show."""
 
     stops: list[int]
@@ -29,11 +29,11 @@ class Completion:
         self, n: int, options: DecodingOptions, tokenizer: Tokenizer, prompt_tokens: int
     ) -> None:
         self._prompt_tokens = prompt_tokens
-        self._choices = [Choice(index, tokenizer, options) for index in range(n)]
+        self._choices = [ChoiceDecoder(index, tokenizer, options) for index in range(n)]
 
-    def take(self, updates: Iterable[Update]) -> Step:
+    def take(self, updates: Iterable[TokenUpdate]) -> CompletionStep:
         """The deltas of a message's updates, and which continuations are complete by their text."""
-        step = Step([], [])
+        step = CompletionStep([], [])
         for update in updates:
             choice = self._choices[update.index]
             was_open = choice.matched_stop is None
@@ -88,7 +88,7 @@ class WholeChoice:
 
 
 @dataclass
-class WholeAnswer:
+class WholeCompletion:
     """All events of a stream put together: the unary call is the same stream, read to its end."""
 
     header: Header | None = None

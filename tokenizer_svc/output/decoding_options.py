@@ -5,7 +5,7 @@ import string
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from tokenizer_svc.families.choose import OutputFormat
+from tokenizer_svc.families.choose import ModelOutputFormat
 from tokenizer_svc.families.parser import Parser, Plain
 from tokenizer_svc.families.thinking import Thinking
 from tokenizer_svc.output.events import FinishReason
@@ -49,7 +49,7 @@ def plain_decoding(options: ValidOptions) -> DecodingOptions:
 def chat_decoding(
     options: ValidOptions,
     use: ToolUse,
-    output: OutputFormat,
+    output: ModelOutputFormat,
     thinking: Thinking,
     marker_id: Callable[[str], int | None],
 ) -> DecodingOptions:

@@ -7,12 +7,14 @@ held. Only tokens with text that is shown have an entry in the end.
 from collections import deque
 from dataclasses import dataclass
 
-from tokenizer_svc.generator.types import Logprobs
+from tokenizer_svc.generator.types import TokenIdLogprobs
 from tokenizer_svc.output.events import Alternative, TokenLogprob
 from tokenizer_svc.tokenizer import Tokenizer
 
 
-def describe(tokenizer: Tokenizer, token_id: int, logprobs: Logprobs, offset: int) -> TokenLogprob:
+def describe(
+    tokenizer: Tokenizer, token_id: int, logprobs: TokenIdLogprobs, offset: int
+) -> TokenLogprob:
     """A token's log-probabilities with the tokens' true bytes, also of partial characters."""
     return TokenLogprob(
         token_bytes=tokenizer.token_bytes(token_id),

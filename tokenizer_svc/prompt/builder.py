@@ -23,7 +23,7 @@ from typing import Any
 
 from tokenizer_svc.families.thinking import Thinking, thinking_after
 from tokenizer_svc.prompt.chat_template import ChatTemplate
-from tokenizer_svc.prompt.control_tokens import Guard
+from tokenizer_svc.prompt.control_tokens import ControlTokenEscaper
 from tokenizer_svc.prompt.message_folding import FOLDINGS, Folding, folded
 from tokenizer_svc.prompt.template_input import (
     changed,
@@ -84,7 +84,7 @@ class PromptBuilder:
         self._template = template
         self._tokenizer = tokenizer
         self._variables = variables
-        self._guard = Guard(tokenizer.control_tokens)
+        self._guard = ControlTokenEscaper(tokenizer.control_tokens)
         self._folds = folds
         self._model = model
         self._fold_is_logged = False

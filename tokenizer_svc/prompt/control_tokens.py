@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 _STEP_CHARACTERS = 65_536
 
 
-class Guard:
+class ControlTokenEscaper:
     """Breaks the control tokens that a message spells out.
 
     Control tokens of a single character cannot be broken; no known model has one.

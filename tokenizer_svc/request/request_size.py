@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenizer_svc.request.field_checks import check_array
 from tokenizer_svc.request.validate import MAX_STOP_STRINGS, MAX_STOP_TOKENS
-from tokenizer_svc.request.validate_form import MAX_CHOICES
+from tokenizer_svc.request.validate_constraint import MAX_CHOICES
 from trivium.limits import (
     MAX_CONTENT_PARTS,
     MAX_LOGIT_BIASES,

@@ -79,7 +79,7 @@ class ToolChoice:
     function_name: str | None = None
 
 
-class Form(Enum):
+class ResponseKind(Enum):
     """What the answer's text has to be; the value says how a schema or pattern is written."""
 
     TEXT = "text"
@@ -91,14 +91,14 @@ class Form(Enum):
 
 
 @dataclass(frozen=True)
-class OutputForm:
+class ResponseConstraint:
     """A form with what defines it, and the request's field that asked for it.
 
     `definition` is a schema's JSON text, a pattern or a grammar. `form` is None for one we do not
     know. A `lenient` schema is kept to as far as it can be, others exactly.
     """
 
-    form: Form | None
+    kind: ResponseKind | None
     param: str
     definition: str | None = None
     choices: tuple[str, ...] = ()
@@ -134,7 +134,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Options:
+class RequestOptions:
     """How an answer is made, whatever it answers to; None means absent."""
 
     sampling: Sampling = Sampling()
@@ -146,8 +146,8 @@ class Options:
     include_stop: bool | None = None
     skip_special_tokens: bool | None = None
     n: int | None = None
-    response_format: OutputForm | None = None
-    structured_outputs: OutputForm | None = None
+    response_format: ResponseConstraint | None = None
+    structured_outputs: ResponseConstraint | None = None
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class ChatRequest:
 
     model: str
     conversation: Conversation
-    options: Options = Options()
+    options: RequestOptions = RequestOptions()
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tool_choice: ToolChoice | None = None
@@ -183,7 +183,7 @@ class CompletionRequest:
 
     model: str
     prompts: tuple[str | tuple[int, ...] | None, ...]
-    options: Options = Options()
+    options: RequestOptions = RequestOptions()
     echo: bool = False
     logprobs: int | None = None
     foreign: tuple[str, ...] = ()
@@ -207,7 +207,7 @@ class ValidOptions:
     skip_special_tokens: bool
     n: int
     top_logprobs: int | None
-    form: OutputForm | None
+    response_constraint: ResponseConstraint | None
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from tokenizer_svc.request.field_checks import (
 from tokenizer_svc.request.types import (
     ChatRequest,
     CompletionRequest,
-    Options,
+    RequestOptions,
     Sampling,
     ValidOptions,
     ValidRequest,
 )
+from tokenizer_svc.request.validate_constraint import valid_response_constraint
 from tokenizer_svc.request.validate_conversation import check_conversation
-from tokenizer_svc.request.validate_form import valid_form
 from tokenizer_svc.request.validate_tools import tool_use
 from trivium.limits import MAX_PROMPTS
 from trivium.wire.errors import ServiceError
@@ -41,7 +41,7 @@ COMPLETION_TOKENS = 16  # what a plain completion makes unless told otherwise
 
 
 def validate(request: ChatRequest, vocabulary_size: int) -> ValidRequest:
-    """The same request as a type that says it is right, or the first thing that is wrong."""
+    """The request as a type that says it was checked; ServiceError for the first invalid field."""
     check_conversation(request.conversation)
     options = valid_options(request.options, vocabulary_size)
     check_integer("top_logprobs", request.top_logprobs, 0, MAX_TOP_LOGPROBS)
@@ -52,7 +52,8 @@ def validate(request: ChatRequest, vocabulary_size: int) -> ValidRequest:
         options = replace(options, top_logprobs=request.top_logprobs or 0)
     tools = request.conversation.tools
     use = tool_use(tools, request.tool_choice, request.parallel_tool_calls)
-    if use.forced and options.form is not None and request.options.structured_outputs is not None:
+    is_constrained = options.response_constraint is not None
+    if use.forced and is_constrained and request.options.structured_outputs is not None:
         message = "'structured_outputs' cannot be used when 'tool_choice' forces a call."
         raise ServiceError("invalid_parameter_combination", message, "structured_outputs")
     # A model that may not call is not told of tools.
@@ -61,7 +62,7 @@ def validate(request: ChatRequest, vocabulary_size: int) -> ValidRequest:
 
 
 def validate_completion(request: CompletionRequest, vocabulary_size: int) -> ValidOptions:
-    """The options of a plain completion, or the first thing that is wrong."""
+    """The options of a plain completion; ServiceError for the first invalid field."""
     for field in request.foreign:
         message = f"Unsupported parameter: '{field}' is not supported for plain completions."
         raise ServiceError("unsupported_parameter", message, field)
@@ -84,8 +85,8 @@ def validate_completion(request: CompletionRequest, vocabulary_size: int) -> Val
     return replace(options, max_completion_tokens=longest, top_logprobs=request.logprobs)
 
 
-def valid_options(options: Options, vocabulary_size: int) -> ValidOptions:
-    """The part of `validate` that is the same whatever is answered; without log-probabilities."""
+def valid_options(options: RequestOptions, vocabulary_size: int) -> ValidOptions:
+    """Checks what chat and plain completions share: all options but log-probabilities."""
     _check_sampling(options.sampling, vocabulary_size)
     check_integer("max_completion_tokens", options.max_completion_tokens, 1)
     check_integer("min_tokens", options.min_tokens, 0)
@@ -108,7 +109,9 @@ def valid_options(options: Options, vocabulary_size: int) -> ValidOptions:
         skip_special_tokens=options.skip_special_tokens is not False,
         n=1 if options.n is None else options.n,
         top_logprobs=None,
-        form=valid_form(options.response_format, options.structured_outputs),
+        response_constraint=valid_response_constraint(
+            options.response_format, options.structured_outputs
+        ),
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from tokenizer_svc.request.field_checks import check_array, check_length, check_nonempty, missing
 from tokenizer_svc.request.gbnf import is_gbnf, to_lark
 from tokenizer_svc.request.json_schema import check_schema
-from tokenizer_svc.request.types import Form, OutputForm
+from tokenizer_svc.request.types import ResponseConstraint, ResponseKind
 from tokenizer_svc.request.validate_tools import check_name
 from trivium.wire.errors import ServiceError
 
@@ -16,14 +16,14 @@ MAX_CHOICES = 1024
 MAX_PATTERN_CHARACTERS = 65_536
 
 
-def valid_form(
-    response_format: OutputForm | None, structured_outputs: OutputForm | None
-) -> OutputForm | None:
+def valid_response_constraint(
+    response_format: ResponseConstraint | None, structured_outputs: ResponseConstraint | None
+) -> ResponseConstraint | None:
     """The form that either of the two asks for; None for plain text."""
     for form in (response_format, structured_outputs):
         if form is not None:
             _check(form)
-    if response_format is not None and response_format.form is Form.TEXT:
+    if response_format is not None and response_format.kind is ResponseKind.TEXT:
         response_format = None
     if response_format is not None and structured_outputs is not None:
         message = (
@@ -33,9 +33,9 @@ def valid_form(
     return response_format or (structured_outputs and _in_lark(structured_outputs))
 
 
-def _in_lark(form: OutputForm) -> OutputForm:
+def _in_lark(form: ResponseConstraint) -> ResponseConstraint:
     """The same form, with Lark for a grammar in GBNF."""
-    if form.form is not Form.GRAMMAR or not is_gbnf(form.definition or ""):
+    if form.kind is not ResponseKind.GRAMMAR or not is_gbnf(form.definition or ""):
         return form
     try:
         return replace(form, definition=to_lark(form.definition or ""))
@@ -44,8 +44,8 @@ def _in_lark(form: OutputForm) -> OutputForm:
         raise ServiceError("invalid_value", message, form.param) from error
 
 
-def _check(form: OutputForm) -> None:
-    if form.form is None:
+def _check(form: ResponseConstraint) -> None:
+    if form.kind is None:
         known = (
             "'text', 'json_object' and 'json_schema'"
             if form.param == "response_format"
@@ -55,17 +55,17 @@ def _check(form: OutputForm) -> None:
         raise ServiceError("invalid_value", text, form.param)
     if form.param.startswith("response_format.json_schema"):
         check_name("response_format.json_schema.name", form.name or "")
-    if form.form is Form.JSON_SCHEMA and form.definition is not None:
+    if form.kind is ResponseKind.JSON_SCHEMA and form.definition is not None:
         check_schema(form.definition, form.param)
-    elif form.form in (Form.REGEX, Form.GRAMMAR):
+    elif form.kind in (ResponseKind.REGEX, ResponseKind.GRAMMAR):
         if not form.definition:
             raise missing(form.param)
         check_length(form.param, form.definition, MAX_PATTERN_CHARACTERS)
-    elif form.form is Form.CHOICE:
+    elif form.kind is ResponseKind.CHOICE:
         _check_choices(form)
 
 
-def _check_choices(form: OutputForm) -> None:
+def _check_choices(form: ResponseConstraint) -> None:
     check_nonempty(form.param, form.choices)
     check_array(form.param, form.choices, MAX_CHOICES)
     for index, choice in enumerate(form.choices):
