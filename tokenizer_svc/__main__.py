@@ -1,4 +1,4 @@
-"""`python -m tokenizer_svc`: loads the model's text side, serves until told to stop."""
+"""`python -m tokenizer_svc`: loads the models' text side, serves until a signal."""
 
 import asyncio
 import logging

@@ -1,7 +1,4 @@
-"""A completion from its prompts to its events: one generation for each prompt, read as they come.
-
-Knows no protobuf and no callers.
-"""
+"""Streams a completion: one generation for each prompt, decoded into events."""
 
 import asyncio
 import logging
@@ -78,7 +75,7 @@ async def stream_completion(
 
 
 def _command(served: ServedModel, job: CompletionJob, token_ids: list[int]) -> GenerateCommand:
-    """What the generator is asked for, within the context that the prompt leaves."""
+    """The command to the generator; output is limited by the context that the prompt leaves."""
     options = job.options
     remaining_context = served.context_length - len(token_ids)
     max_tokens = options.max_completion_tokens

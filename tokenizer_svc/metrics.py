@@ -1,6 +1,6 @@
-"""What Prometheus is told about requests, by the names that users of vLLM look for.
+"""Prometheus metrics of this service, under vLLM's names where it has the same.
 
-Knows nothing of calls: a `RequestMeter` lives as long as a request does.
+A `RequestMeter` lives as long as a request does.
 """
 
 import asyncio
@@ -90,7 +90,7 @@ class RequestMeter:
         """The request is for `model`, and its prompt has so many tokens."""
         self._model = model
         self._metrics.prompt_tokens.labels(model).inc(tokens)
-        # Looked up once, as each token is told to them.
+        # Looked up once and not for each token.
         self._generated = self._metrics.generation_tokens.labels(model)
         self._gaps = self._metrics.inter_token_latency.labels(model)
 

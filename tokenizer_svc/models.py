@@ -120,7 +120,7 @@ class ServedModels:
         return served
 
     def check_any(self) -> None:
-        """Raises ServiceError if no generator of any model can be asked, and why."""
+        """Raises ServiceError if no model has a generator that serves."""
         if self.available:
             return
         for served in self.by_id.values():
@@ -129,7 +129,7 @@ class ServedModels:
 
     @property
     def available(self) -> list[ServedModel]:
-        """Those whose generator can be asked, by id."""
+        """The models that have a generator, by id."""
         return [served for _, served in sorted(self.by_id.items()) if served.watch.available]
 
 

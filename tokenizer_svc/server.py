@@ -1,7 +1,4 @@
-"""The parts of this stage put together: models, watches on their generators, gRPC server.
-
-Knows nothing of signals or of the environment.
-"""
+"""Builds the service: models, watches on their generators, gRPC server."""
 
 import asyncio
 from collections.abc import Sequence

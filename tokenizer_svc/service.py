@@ -1,4 +1,4 @@
-"""The gRPC calls that answer a conversation, and the server of all calls of this stage.
+"""ChatService, and the server of all gRPC services of this stage.
 
 A completion: `_complete` → validate → prompt → constraint → completion_stream.
 """

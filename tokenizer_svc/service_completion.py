@@ -1,4 +1,4 @@
-"""The gRPC calls that complete plain prompts, several in one request."""
+"""CompletionService: plain prompts, several in one request."""
 
 import time
 import uuid

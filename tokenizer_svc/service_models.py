@@ -1,7 +1,4 @@
-"""The gRPC calls about models and their text, which need no generator to answer them.
-
-Decides nothing about text.
-"""
+"""ModelService and TokenizerService, which need no generator to answer."""
 
 from typing import Any
 

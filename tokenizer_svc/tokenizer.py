@@ -1,6 +1,6 @@
 """Text to token ids and ids to bytes: the only door to the `tokenizers` library.
 
-Knows no messages and no templates. A control token is one that tokenizer.json marks as special, or
+A control token is one that tokenizer.json marks as special, or
 an added one of the form <|…|>: DeepSeek begins its turns with such, unmarked.
 
 Control tokens are kept apart from text by their names: the encoder is the model's own tokenizer

@@ -17,10 +17,10 @@ ANY = "|".join(map(re.escape, sorted(TOKENS, key=len, reverse=True)))
 def test_steps_change_nothing(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Wherever a step ends, the longest token at each place is found, and each only once."""
     monkeypatch.setattr(control_tokens, "_STEP_CHARACTERS", step)
-    draw, guarding = random.Random(step), ControlTokenEscaper(TOKENS)
+    draw, escaper = random.Random(step), ControlTokenEscaper(TOKENS)
     for _ in range(500):
         text = "".join(draw.choices(PIECES, k=draw.randrange(14)))
 
         expected = re.sub(ANY, lambda token: f"({token[0]})", text)
-        assert expected == guarding.renamed(text, lambda token: f"({token})")
-        assert not re.search(ANY, guarding.text(text, "\ufdd2"))
+        assert expected == escaper.renamed(text, lambda token: f"({token})")
+        assert not re.search(ANY, escaper.escaped(text, "\ufdd2"))

@@ -1,1 +1,1 @@
-"""Between the public protocol's protobuf and plain values."""
+"""Converts between the public protocol's protobuf and plain values."""

@@ -1,4 +1,4 @@
-"""Requests in protobuf to the plain values of this stage. Judges nothing."""
+"""Converts requests from protobuf, unchecked."""
 
 from collections.abc import Iterable
 from typing import TypeVar

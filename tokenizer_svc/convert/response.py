@@ -1,4 +1,4 @@
-"""Answers, as plain values of this stage, to protobuf. Judges nothing."""
+"""Converts events and whole completions to protobuf."""
 
 from google.protobuf.timestamp_pb2 import Timestamp
 

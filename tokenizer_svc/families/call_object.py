@@ -1,7 +1,4 @@
-"""One tool call written as a JSON object with a name and arguments, in text that comes in pieces.
-
-Knows nothing of what stands around the object.
-"""
+"""Parses a tool call written as a JSON object with name and arguments, piece by piece."""
 
 import json
 from collections.abc import Set

@@ -1,7 +1,4 @@
-"""Which format a model writes its reasoning and its calls in, told by its chat template.
-
-Knows templates as text only, and the names by which settings overrule what they tell.
-"""
+"""Chooses a model's output format by its chat template's text, unless settings name one."""
 
 from collections.abc import Callable, Set
 from dataclasses import dataclass
@@ -21,7 +18,7 @@ REASONING_PARSERS = ("auto", "none", "deepseek_r1", "qwen3", "harmony")
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """How calls are written: the rules of a grammar, and a parser for given names."""
+    """How calls are written: grammar rules, and a parser for functions of these names."""
 
     markers: frozenset[str]
     call_rule: Callable[[str, str, Marker], str]
@@ -46,7 +43,7 @@ class ModelOutputFormat:
 
     tools: ToolFormat | None
     thinks: bool = False
-    single_call: bool = False  # more than one call in a message is too many for the model
+    single_call: bool = False  # the model makes at most one call in a message
 
     @property
     def is_harmony(self) -> bool:

@@ -24,14 +24,16 @@ _TOKENS = frozenset(
     f"<|{name}|>" for name in ("start", "channel", "message", "end", "call", "return", "constrain")
 )
 _CALL = "to=functions."
+# The recipient is spelled in ordinary tokens; output that was cut inside of it is no text either.
 MARKERS = _TOKENS | {_CALL}
 
 _MARKER = re.compile("|".join(map(re.escape, sorted(_TOKENS))))
 _BEGINNINGS = {marker[:cut] for marker in _TOKENS for cut in range(1, len(marker))}
 _MAX_BEGINNING_LENGTH = max(map(len, _BEGINNINGS))
-_MAX_HEADER_LENGTH = 512
+_MAX_HEADER_LENGTH = 512  # a model that never ends its header is shown as text after so much
 _CHANNEL = re.compile(r"<\|channel\|>\s*([a-z]+)")
 _RECIPIENT = re.compile(r"\bto=functions\.([a-zA-Z0-9_-]+)")
+# With a character after the name that cannot be part of it: the name is known to be complete.
 _WHOLE_RECIPIENT = re.compile(_RECIPIENT.pattern + "(?=[^a-zA-Z0-9_-])")
 _HEADERS = ("<|channel|>", "<|start|>", "<|message|>", _CALL)
 
@@ -43,7 +45,7 @@ def call_rule(name: str, schema: str, marker: Marker) -> str:
 
 
 def body_rules(plan: Plan, marker: Marker) -> list[str]:
-    """Rules of `body`: reasoning, what is said before a call, then a call or the answer."""
+    """Rules of `body`: reasoning, a preamble to a call, then a call or the answer."""
     channel, message = marker("<|channel|>"), marker("<|message|>")
     again = f'{marker("<|end|>")} {marker("<|start|>")} "assistant" {channel}'
     answer = "answer" if plan.answer else "TEXT"
@@ -92,6 +94,8 @@ class HarmonyParser:
             self._take_text(whole[position : match.start()])
             self._take_marker(match[0])
             position = match.end()
+        # An end that may yet become a marker is held back: a tokenizer without the special tokens
+        # spells markers out in pieces.
         end = len(whole)
         for cut in range(min(_MAX_BEGINNING_LENGTH, end - position), 0, -1):
             if whole[end - cut :] in _BEGINNINGS:
@@ -109,16 +113,18 @@ class HarmonyParser:
         if self._header is not None:
             self._finish_header("".join(self._header), cut)
         elif self._callee is not None and self._arguments is None:
+            # Cut off between the name and the arguments: a call as far as it goes.
             self._out.append(CallStart(self._callee))
         return self._out
 
     def _finish_header(self, header: str, cut: Set[str]) -> None:
-        begun = header.lstrip()
-        if begun.startswith(_HEADERS):
+        stripped = header.lstrip()
+        if stripped.startswith(_HEADERS):
+            # A header that was cut off is never text. It is a call if the whole name is there.
             recipient = _WHOLE_RECIPIENT.search(header)
             if recipient is not None and recipient[1] in self._names:
                 self._out.append(CallStart(recipient[1]))
-        elif not _begins_one_of(cut, begun):
+        elif not _begins_one_of(cut, stripped):
             self._show(header)
         self._header, self._header_length = None, 0
 
@@ -130,9 +136,11 @@ class HarmonyParser:
             else:
                 self._take_header(marker)
         elif marker in ("<|message|>", "<|constrain|>"):
-            self._take_body(marker)
+            self._take_body(marker)  # neither ends a message: within one they are text
         else:
             self._end_body()
+            # Those that begin the next header are kept with it, to be shown if it turns out to be
+            # none; those that only end a message are dropped.
             if marker in ("<|start|>", "<|channel|>"):
                 self._take_header(marker)
             else:
@@ -150,6 +158,7 @@ class HarmonyParser:
         self._header_length += len(text)
         self._at += len(text)
         header = "".join(self._header).lstrip()
+        # Text where a header should be: the model left it out, and all that follows is content.
         if header and not _may_be_header(header):
             whole = "".join(self._header)
             self._header, self._header_length = None, 0
@@ -162,12 +171,15 @@ class HarmonyParser:
         analysis = channel is not None and channel[1] == "analysis"
         callee = recipient[1] if recipient is not None else None
         self._callee = callee if callee in self._names else None
+        # A call in `analysis` is no reasoning: if its body turns out to be no JSON object, that is
+        # shown as content.
         reasoning = analysis and self._callee is None
         self._channel = Channel.REASONING if reasoning else Channel.CONTENT
         self._arguments = None
 
     def _end_body(self) -> None:
         if self._callee is not None and self._arguments is None:
+            # An empty body is a call without arguments, which clients expect as an empty object.
             self._take_space()
             self._out += [CallStart(self._callee), CallArguments("{}")]
         self._header, self._header_length = [], 0
@@ -183,6 +195,7 @@ class HarmonyParser:
         if self._arguments is None:
             start = len(text) - len(text.lstrip())
             if start == len(text):
+                # Held back: part of the call before an object, text before anything else.
                 self._space.append(text)
                 self._spaces += len(text)
                 return ""

@@ -1,7 +1,4 @@
-"""Pieces of a grammar in llguidance's variant of Lark.
-
-Knows no model's format, nor which tokens a model has.
-"""
+"""Pieces of a grammar in llguidance's variant of Lark."""
 
 import json
 from collections.abc import Callable

@@ -1,7 +1,4 @@
-"""What a parser of a model's output says, and what a parser is.
-
-Knows no format.
-"""
+"""Parsers of a model's output: their protocol, the segments they make, a state machine for them."""
 
 from collections.abc import Callable, Set
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """Reasoning as DeepSeek-R1 and Qwen3 write it: `<think>…</think>` before the answer.
 
-Knows nothing of what the answer is: another parser takes it.
+The answer itself is left to another parser.
 """
 
 import re

@@ -1,7 +1,4 @@
-"""The generator, as this stage calls it. Every failure leaves here as a ServiceError.
-
-Knows nothing of text.
-"""
+"""Calls the generator. Every failure leaves here as a ServiceError."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
@@ -18,7 +15,7 @@ from trivium.wire.errors import ServiceError, from_rpc_error
 
 INFO_SECONDS = 5.0
 
-# What grpcio says of a call once a write to it has failed, whatever the peer has said.
+# The details that grpcio gives a call once a write to it has failed, whatever the peer's status.
 _FAILED_WRITE = "Internal error from Core"
 
 
@@ -46,7 +43,7 @@ class GeneratorClient:
         return await _info(self._generator)
 
     async def fault(self) -> ServiceError:
-        """Why none of them serves, as told by any generator that can be reached."""
+        """Why none of them serves, by asking any generator that can be reached."""
         async with open_channel(self._target) as channel:
             try:
                 info = await _info(convert.GeneratorStub(channel))  # type: ignore[no-untyped-call]
@@ -78,7 +75,7 @@ class GenerationCall:
         call.add_done_callback(self._keep_status)
 
     async def messages(self) -> AsyncGenerator[list[TokenUpdate]]:
-        """Starts the generation; what the generator says, to the end of the call."""
+        """Starts the generation and yields the updates of each message."""
         try:
             await self._write(convert.start_command(self._start))
             if not self._start.options.stop:
@@ -94,12 +91,12 @@ class GenerationCall:
             self._call.cancel()
 
     async def stop(self, indices: list[int]) -> None:
-        """Tells the generator that these continuations are complete."""
+        """Stops these sequences: a stop string has completed them."""
         for index in indices:
             await self._write(convert.stop_command(index))
 
     async def _write(self, command: Any) -> None:
-        # A call that is over takes no more commands; reading it says how it ended.
+        # A call that is over takes no more commands; reading it raises its status.
         with suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
             await self._call.write(command)
 
@@ -132,7 +129,7 @@ async def _info(generator: Any) -> GeneratorInfo:
 
 
 def _service_error(error: grpc.aio.AioRpcError) -> ServiceError:
-    """Two statuses mean something else here than to a caller who gets them himself."""
+    """Maps two statuses whose meaning differs on this hop."""
     if error.code() is grpc.StatusCode.CANCELLED:  # not by us: we would not be reading
         return ServiceError("backend_unavailable", "The generator broke off the call.")
     fault = from_rpc_error(error)

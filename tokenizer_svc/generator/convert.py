@@ -1,4 +1,4 @@
-"""Between the generator's protobuf and the plain values of this stage. Judges nothing."""
+"""Converts between the generator's protobuf and plain values."""
 
 from tokenizer_svc.generator.types import (
     Finished,
@@ -65,7 +65,7 @@ def stop_command(index: int) -> generator_pb2.GenerateRequest:
 
 
 def updates(response: generator_pb2.GenerateResponse) -> list[TokenUpdate]:
-    """What the generator says."""
+    """The updates in a message of the generator."""
     return [
         TokenUpdate(
             index=update.index,

@@ -1,4 +1,4 @@
-"""What goes to the generator and what comes back, as plain values. Knows no protobuf."""
+"""Commands to the generator and updates from it, as plain values."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,11 +8,11 @@ from tokenizer_svc.request.types import ValidOptions
 
 
 class GeneratorFinishReason(Enum):
-    """Why the generator ended a continuation."""
+    """Why the generator ended a sequence."""
 
     STOP_TOKEN = "stop token"  # the stop token is the last one
     LENGTH = "length"
-    STOPPED = "stopped"  # by us
+    STOPPED = "stopped"  # by a stop command
 
 
 class ConstraintKind(Enum):
@@ -25,9 +25,9 @@ class ConstraintKind(Enum):
 
 @dataclass(frozen=True)
 class Constraint:
-    """What the text of a continuation has to fit, and which field of the request asked for it.
+    """What the generated text has to match, and the request's field that it was made from.
 
-    `lines` are the lines of `text`, from 1, that stem from other fields.
+    `lines` names other fields by the lines of `text`, from 1, that were made from them.
     """
 
     kind: ConstraintKind
@@ -49,7 +49,7 @@ class GenerateCommand:
 
 @dataclass(frozen=True)
 class Finished:
-    """The last word on a continuation."""
+    """The end of a sequence, and what it took."""
 
     reason: GeneratorFinishReason
     completion_tokens: int
@@ -67,7 +67,7 @@ class TokenIdLogprobs:
 
 @dataclass(frozen=True)
 class TokenUpdate:
-    """What is new in one continuation; `logprobs` is empty or as long as `token_ids`."""
+    """What is new in one sequence; `logprobs` is empty or as long as `token_ids`."""
 
     index: int
     token_ids: tuple[int, ...] = ()

@@ -1,7 +1,4 @@
-"""Whether there is a generator for a model, and if not, why.
-
-Knows nothing of gRPC: `GeneratorInfoSource` says what it needs to be told.
-"""
+"""Follows whether there is a generator for a model, and if not, why."""
 
 import asyncio
 import logging
@@ -19,7 +16,7 @@ RETRY_SECONDS = 0.1
 
 
 class GeneratorInfoSource(Protocol):
-    """What the generators of one revision tell of themselves."""
+    """Where the state of the generators of one revision comes from."""
 
     def serving(self) -> AsyncGenerator[bool]:
         """Whether any of them serves: at once, then at every change, for good."""
@@ -34,7 +31,7 @@ class GeneratorInfoSource(Protocol):
 class GeneratorWatch:
     """Follows the generators of one model.
 
-    `available` while one can be asked for answers; `fault` says why none can, once that is known.
+    `available` while any of them serves; `fault` is why none does, once that is known.
     """
 
     def __init__(self, client: GeneratorInfoSource) -> None:
@@ -47,16 +44,16 @@ class GeneratorWatch:
 
     @property
     def context_length(self) -> int | None:
-        """The generator's own limit on prompt and answer together; None before it was asked."""
+        """The generator's own limit on prompt and answer together; None until it is known."""
         return None if self._info is None else self._info.context_length
 
     def check_available(self) -> None:
-        """Raises ServiceError if it is known that no generator can be asked, and why."""
+        """Raises ServiceError if it is known that no generator serves."""
         if self.fault is not None:
             raise ServiceError(self.fault.code, self.fault.message, everywhere=True)
 
     async def run(self, on_change: Callable[[bool], Awaitable[None]]) -> None:
-        """Follows the generators for good; `on_change` hears of every change of `available`."""
+        """Follows the generators for good; `on_change` is called at every change of `available`."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._listen())
             tasks.create_task(self._judge(on_change))

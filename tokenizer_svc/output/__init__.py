@@ -1,1 +1,1 @@
-"""From the generator's tokens to what a caller sees."""
+"""From the generator's tokens to the events that callers see."""

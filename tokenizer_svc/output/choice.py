@@ -1,7 +1,7 @@
-"""One choice: token ids in, deltas of text out, up to its end.
+"""Decodes one choice: token ids in, deltas of text out, up to its end.
 
-Chains detokenizer, the parser of the model's format, stop matcher and log-probabilities. Knows
-nothing of the other choices, nor of how tokens come and deltas go.
+Chains the detokenizer, the parser of the model's output format, the stop matcher and the
+log-probabilities.
 """
 
 from collections import deque
@@ -30,7 +30,7 @@ from tokenizer_svc.tokenizer import Tokenizer
 
 @dataclass
 class _NewOutput:
-    """What a message brought."""
+    """What one message of the generator adds to the choice."""
 
     content: str = ""
     reasoning: str = ""
@@ -45,8 +45,8 @@ class _NewOutput:
 class ChoiceDecoder:
     """`push` every update of the generator, the one that finishes included.
 
-    `completion_tokens` counts up to the token that completed a stop string; `finished` is the
-    generator's last word, which comes later than the choice's end when a stop string ended it.
+    `completion_tokens` counts up to the token that completed a stop string. `finished` is the
+    generator's final update, which comes after the choice's end when a stop string ended it.
     """
 
     def __init__(self, index: int, tokenizer: Tokenizer, options: DecodingOptions) -> None:
@@ -61,22 +61,25 @@ class ChoiceDecoder:
         self._parser = options.parser()
         self._matcher = StopMatcher(options.stops)
         self._logprobs = HeldLogprobs()
-        self._undecided_tokens = 0  # they count as reasoning if that is what they opened
+        self._undecided_tokens = 0  # they count as reasoning if they open it
         self._calls = 0
-        self._decoded = 0  # characters that came out of the detokenizer
-        self._unshown: deque[tuple[int, int]] = deque()  # places of content the matcher holds
+        self._decoded = 0  # characters out of the detokenizer
+        # (start, length) of the content that the stop matcher holds back, within all that was
+        # decoded: the matcher sees content alone, and log-probabilities go by these positions.
+        self._unshown: deque[tuple[int, int]] = deque()
         self._new = _NewOutput()
 
     def push(self, update: TokenUpdate) -> list[Delta]:
         """At most one delta with what is new, then, at the choice's end, one with the reason."""
         self.finished = update.finished or self.finished
         if self.matched_stop is not None:
-            return []  # what the generator made before it heard of the stop
+            return []  # generated before the stop command reached the generator
         self._new = new = _NewOutput()
         self._take_tokens(update)
         if update.finished is not None and self.matched_stop is None:
             self._finish(update.finished)
         ended = self.finished is not None or self.matched_stop is not None
+        # An entry goes out with the text of its token, so it waits while that is held back.
         new.logprobs = self._logprobs.finish() if ended else self._logprobs.release(self._decided)
         deltas = []
         if not new.is_empty:
@@ -108,6 +111,7 @@ class ChoiceDecoder:
         self.completion_tokens += 1
         start, before = self._decoded, self._parser.phase
         if logprobs is not None:
+            # Bytes that this token leaves incomplete come out as one U+FFFD before its text.
             own = start + self._detokenizer.breaks_off(token_id)
         piece = self._detokenizer.push(token_id)
         self._decoded += len(piece)
@@ -116,10 +120,15 @@ class ChoiceDecoder:
         if logprobs is not None:
             end = self._decoded + self._detokenizer.pending
             entry = describe(self._tokenizer, token_id, logprobs, own)
+            # In the answer a token without text, such as a special token, has an entry too; the
+            # markers around the reasoning have none.
             self._logprobs.push(own, end, entry, counts=before is Phase.ANSWER)
         self._take_segments(segments)
 
     def _count_reasoning(self, before: Phase, after: Phase) -> None:
+        # The markers' own tokens count as reasoning: the one that opens it is in this phase only
+        # afterwards, the one that closes it only before. A marker of several tokens is undecided
+        # until it is complete.
         if Phase.REASONING in (before, after):
             self.reasoning_tokens += 1 + self._undecided_tokens
             self._undecided_tokens = 0
@@ -147,11 +156,13 @@ class ChoiceDecoder:
             delta = CallDelta(self._calls - 1, id=call_id, name=segment.name)
             self._new.calls.append(delta)
         else:
+            # All pieces of a call's arguments in one message go out as one delta.
             last = self._new.calls[-1] if self._new.calls else CallDelta(self._calls - 1)
             joined = CallDelta(last.index, last.arguments + segment.text, last.id, last.name)
             self._new.calls[-1:] = [joined]
 
     def _match(self, text: str) -> None:
+        # A stop string that is complete before `min_tokens` is ordinary text, as in vLLM.
         armed = self.completion_tokens > self._options.min_tokens
         result = self._matcher.push(text, armed=armed)
         self.matched_stop = result.stop
@@ -159,7 +170,7 @@ class ChoiceDecoder:
         self._show(result.text + (result.stop or "") if included else result.text)
 
     def _show(self, text: str) -> None:
-        """`text` is shown: what the matcher held longest."""
+        """Adds `text` to the delta: the oldest content that the matcher held back."""
         self._new.content += text
         left = len(text)
         while left:
@@ -172,20 +183,22 @@ class ChoiceDecoder:
 
     @property
     def _decided(self) -> int:
-        """Up to where it is known of all text whether it is shown."""
+        """The position up to which it is decided of all text whether it is shown."""
         return self._unshown[0][0] if self._unshown else self._decoded - self._parser.held
 
     def _finish(self, finished: Finished) -> None:
-        """What was held back, once the generator says that nothing more comes."""
+        """Flushes what was held back: nothing more comes."""
         rest = self._detokenizer.flush()
         start, self._decoded = self._decoded, self._decoded + len(rest)
         if rest:
             self._take_segments(self._parser.push(rest, start))
-        # A model that ended by itself began no marker: what looks like one is its text.
+        # Only an output that was cut off, or that has to be a call, can end inside a marker. If the
+        # model ended by itself, what looks like the beginning of one is its text.
         is_cut = finished.reason is GeneratorFinishReason.LENGTH or self._options.forced_call
         cut = self._options.spelled_markers if is_cut else frozenset()
         self._take_segments(self._parser.flush(cut))
         if self.matched_stop is None:
+            # The generator counts the stop token too, which was not decoded.
             self.completion_tokens = finished.completion_tokens
             self._show(self._matcher.flush().text)
 

@@ -1,7 +1,4 @@
-"""One completion: its choices, which of them to stop, and what all of it cost.
-
-Knows nothing of calls and connections: updates of the generator go in, events come out.
-"""
+"""The choices of one prompt: updates go in; deltas, choices to stop, and usage come out."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -16,7 +13,7 @@ from tokenizer_svc.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class CompletionStep:
-    """What follows from one message of the generator: choices to stop there, deltas to show."""
+    """The result of one message of the generator: choices that it has to stop, and new deltas."""
 
     stops: list[int]
     deltas: list[Delta]
@@ -32,7 +29,7 @@ class Completion:
         self._choices = [ChoiceDecoder(index, tokenizer, options) for index in range(n)]
 
     def take(self, updates: Iterable[TokenUpdate]) -> CompletionStep:
-        """The deltas of a message's updates, and which continuations are complete by their text."""
+        """Decodes a message's updates; finds the choices that a stop string has completed."""
         step = CompletionStep([], [])
         for update in updates:
             choice = self._choices[update.index]
@@ -44,12 +41,12 @@ class Completion:
 
     @property
     def done(self) -> bool:
-        """Whether the generator has said its last word on every choice."""
+        """Whether every choice has its final update."""
         return all(choice.finished is not None for choice in self._choices)
 
     @property
     def usage(self) -> Usage:
-        """What was used so far; the prompt's share in the cache is that of choice 0."""
+        """Usage so far. The prompt is shared: what was cached of it is choice 0's figure."""
         first = self._choices[0].finished
         return Usage(
             prompt_tokens=self._prompt_tokens,

@@ -1,4 +1,4 @@
-"""How the tokens of a request's answer become text, calls and ends."""
+"""Per-request decoding options, for plain completions and for chats."""
 
 import secrets
 import string
@@ -17,11 +17,11 @@ _LETTERS_AND_DIGITS = string.ascii_letters + string.digits
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """How a request's choices are read: a parser for each, the tokens it must see, the ends.
+    """How a request's choices are decoded: output parser, visible special tokens, stop strings.
 
-    `spelled_markers` are those of the parser's markers that are not a token of their own, so that
-    the end of the output may cut them in two. `forced_call` is whether the output has to be a call;
-    `call_finish_reason` is the finish reason of a choice that made one.
+    `markers` are the special tokens that the parser has to see. `spelled_markers` are those of them
+    that are no single token, so that the end of the output may cut them in two. `forced_call` is
+    whether the output has to be a call; `call_finish_reason` is that of a choice with calls.
     """
 
     parser: Callable[[], Parser] = Plain
@@ -66,7 +66,7 @@ def chat_decoding(
         markers=markers,
         spelled_markers=frozenset(text for text in markers if marker_id(text) is None),
         forced_call=use.forced,
-        # As OpenAI has it: a call that the caller named is no decision of the model's.
+        # As OpenAI has it: a call that the caller named was not the model's decision.
         call_finish_reason=FinishReason.STOP if use.named else FinishReason.TOOL_CALLS,
     )
 
@@ -76,5 +76,5 @@ def _call_id() -> str:
 
 
 def _short_call_id() -> str:
-    """Mistral's template takes none but these."""
+    """The form that Mistral's templates insist on."""
     return "".join(secrets.choice(_LETTERS_AND_DIGITS) for _ in range(9))

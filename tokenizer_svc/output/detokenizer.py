@@ -1,7 +1,7 @@
 """Token ids to text, one at a time: whole characters, each as soon as its last byte is there.
 
-Knows nothing of stop strings or choices. What comes out, joined, is what decoding all ids at
-once gives. Hidden tokens have no text, but for those that someone has to see.
+What comes out, joined, is what decoding all ids at once gives. Special tokens have no text, but
+for those that a parser has to see.
 """
 
 import codecs
@@ -11,7 +11,7 @@ from tokenizer_svc.tokenizer import Tokenizer
 
 
 class Detokenizer:
-    """The text of one choice, in which hidden tokens show if they are among `markers`, or all."""
+    """Decodes one choice. Special tokens show if among `markers`, or all with `show_hidden`."""
 
     def __init__(
         self, tokenizer: Tokenizer, markers: Set[str] = frozenset(), show_hidden: bool = False

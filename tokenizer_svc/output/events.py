@@ -1,4 +1,4 @@
-"""What a caller is told while a completion is made, as plain values. Knows no protobuf."""
+"""The events of a completion, as plain values: header, deltas, usage."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -38,7 +38,7 @@ class TokenLogprob(Alternative):
 
 @dataclass(frozen=True)
 class Header:
-    """What a completion is known by; `created` is in seconds since 1970."""
+    """What identifies a completion; `created` is in seconds since 1970."""
 
     id: str
     created: float
@@ -73,7 +73,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class Usage:
-    """What the request cost."""
+    """The tokens and the device time that a request took."""
 
     prompt_tokens: int
     completion_tokens: int

@@ -1,7 +1,7 @@
 """Log-probabilities of tokens, held back as long as the text of their tokens is.
 
-Knows positions in all that a choice generated, counted in characters, and nothing of why text is
-held. Only tokens with text that is shown have an entry in the end.
+Positions are in characters of all that a choice generated. In the end only tokens whose text is
+shown have an entry.
 """
 
 from collections import deque

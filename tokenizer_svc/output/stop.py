@@ -1,6 +1,6 @@
 """Finds the strings that end a choice, in text that comes in pieces.
 
-Knows nothing of tokens: text goes in, text that is safe to show comes out. Of several stop
+Text goes in, and text that is safe to show comes out. Of several stop
 strings the one whose last character comes first wins; of those that end at the same character
 the one that starts first, which is the longest. What the pieces are makes no difference.
 """

@@ -1,13 +1,13 @@
-"""Messages to the prompt's token ids, so that no text of a message becomes a control token.
+"""Builds prompts: messages to token ids, so that no text of a message becomes a control token.
 
 The template must see the messages' real text, as it may trim, split or compare it; but in what it
-renders, its own control tokens have to be told from those that a message spells out. So, first,
-each control token inside a message is broken by a mark, one character that no message has, put
-behind its first character; and a message whose edge could complete a control token together with
-its surroundings gets a mark at that edge. Second, the template renders. Third, the control tokens
-that are still whole are the template's own: they get the tokenizer's secret names. Last, the marks
-go, and the tokenizer, which knows control tokens by their secret names alone, encodes the whole
-text at once. Without control tokens in messages nothing was marked, and the ids are those of
+renders, its own control tokens must not be confused with those that a message spells out. So,
+first, each control token inside a message is broken by a mark, one character that no message has,
+put behind its first character; and a message whose edge could complete a control token together
+with its surroundings gets a mark at that edge. Second, the template renders. Third, the control
+tokens that are still whole are the template's own: they get the tokenizer's secret names. Last, the
+marks go, and the tokenizer, which knows control tokens by their secret names alone, encodes the
+whole text at once. Without control tokens in messages nothing was marked, and the ids are those of
 Hugging Face's `apply_chat_template`.
 
 What is left to the operator's template is to spell no control token around a piece that it cuts
@@ -60,9 +60,9 @@ class ToolForm(Enum):
     """How a conversation's tools reach the prompt."""
 
     NONE = "none"  # there are none
-    GIVEN = "given"  # the template is given them as they are
+    NATIVE = "native"  # the template renders them as they are
     FILLED = "filled"  # the same, with empty descriptions and parameters for absent ones
-    TEXT = "text"  # they stand in a message, for a template that knows no tools, or not such ones
+    TEXT = "text"  # they are described in a message, where the template refuses or ignores tools
 
 
 class PromptBuilder:
@@ -84,7 +84,7 @@ class PromptBuilder:
         self._template = template
         self._tokenizer = tokenizer
         self._variables = variables
-        self._guard = ControlTokenEscaper(tokenizer.control_tokens)
+        self._escaper = ControlTokenEscaper(tokenizer.control_tokens)
         self._folds = folds
         self._model = model
         self._fold_is_logged = False
@@ -101,8 +101,10 @@ class PromptBuilder:
         """
         variables = template_variables(conversation, self._template.whole_source, self._variables)
         mark = _unused_character(self._texts(conversation, variables))
-        rendered = self._render(conversation, variables, lambda text: self._guard.text(text, mark))
-        named = self._guard.renamed(rendered, self._tokenizer.control_name)
+        rendered = self._render(
+            conversation, variables, lambda text: self._escaper.escaped(text, mark)
+        )
+        named = self._escaper.renamed(rendered, self._tokenizer.control_name)
         token_ids = self._tokenizer.encode(named.replace(mark, ""), max_tokens=max_tokens)
         text = rendered.replace(mark, "")
         own = conversation.messages[-1].content if conversation.continue_final_message else None
@@ -168,7 +170,7 @@ class PromptBuilder:
             return (ToolForm.NONE,)
         if not self.shows_tools:
             return (ToolForm.TEXT,)
-        return (ToolForm.GIVEN, ToolForm.FILLED, ToolForm.TEXT)
+        return (ToolForm.NATIVE, ToolForm.FILLED, ToolForm.TEXT)
 
     def _input(
         self,
@@ -178,8 +180,8 @@ class PromptBuilder:
         folding: Folding | None,
     ) -> tuple[Sequence[Mapping[str, Any]], list[dict[str, Any]] | None]:
         """Messages and tools for the template, made anew, as it may change them."""
-        given = form in (ToolForm.GIVEN, ToolForm.FILLED)
-        traits = self._traits_beside_tools if given else self._traits
+        is_native = form in (ToolForm.NATIVE, ToolForm.FILLED)
+        traits = self._traits_beside_tools if is_native else self._traits
         messages: Sequence[Mapping[str, Any]] = [
             message_input(message, traits, change)
             for message in separate_calls(conversation.messages, traits)
@@ -191,7 +193,7 @@ class PromptBuilder:
         tools = [tool_input(tool, change, form is ToolForm.FILLED) for tool in conversation.tools]
         if form is ToolForm.TEXT:
             messages = with_tools(messages, tools, self._shows_system)
-        return messages, tools if given else None
+        return messages, tools if is_native else None
 
     def _log_fold(self) -> None:
         """Once: the operator should know, and the log is not the clients' to fill."""

@@ -1,6 +1,6 @@
-"""A model's chat template: the only door to jinja2, with the meaning Hugging Face gives it.
+"""A model's chat template: the only door to jinja2, with Hugging Face's semantics.
 
-Knows nothing of tokens. The sandbox keeps a template from the process's objects, not from its
+The sandbox keeps a template from the process's objects, not from its
 time and memory: templates come from the operator's model folder only. Templates may change lists
 and dictionaries, as Kimi's does with a list of its own.
 """

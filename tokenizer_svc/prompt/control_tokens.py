@@ -1,7 +1,4 @@
-"""Breaks the control tokens that a text spells out, with a mark that can be taken out again.
-
-Knows nothing of messages and templates.
-"""
+"""Escapes the control tokens that a text spells out, by a mark that can be taken out again."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -11,9 +8,9 @@ _STEP_CHARACTERS = 65_536
 
 
 class ControlTokenEscaper:
-    """Breaks the control tokens that a message spells out.
+    """Puts a mark into every control token that a message spells out.
 
-    Control tokens of a single character cannot be broken; no known model has one.
+    Control tokens of a single character cannot be escaped; no known model has one.
     """
 
     def __init__(self, control_tokens: Sequence[str]) -> None:
@@ -27,7 +24,7 @@ class ControlTokenEscaper:
         self._endings = {token[cut:] for token in tokens for cut in range(1, len(token))}
         self._longest = max(map(len, tokens), default=0)
 
-    def text(self, text: str, mark: str) -> str:
+    def escaped(self, text: str, mark: str) -> str:
         """The text of a message with a mark wherever a control token is or could begin or end."""
         # The first search is quick, and looking ahead everywhere is not.
         if next(self._found(self._whole, text), None):

@@ -1,7 +1,7 @@
-"""Conversations in other forms, for a template that refuses the roles or their order.
+"""Folds conversations for templates that refuse their roles or the order of them.
 
-System messages become the user's, neighbours of one role become one message, and at last calls and
-results become text. Knows nothing of templates.
+System messages become the user's, neighbours of one role become one message, and as a last resort
+calls and results become text.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ class Folding:
     """How much of a conversation is changed.
 
     `keeps_system`: system messages at the beginning stay. `alternates`: users and assistants take
-    turns, with empty messages where one of them said nothing.
+    turns, with empty messages where one is missing.
     """
 
     keeps_system: bool

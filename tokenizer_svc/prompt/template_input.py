@@ -1,6 +1,6 @@
-"""Messages and tools as chat templates expect them, with a change made to all of their text.
+"""Messages, tools and variables as chat templates expect them.
 
-Knows nothing of tokens.
+`change` is applied to every text in them: it escapes control tokens.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ INVALID_ARGUMENTS = "invalid_arguments"
 MAX_ARGUMENTS_DEPTH = 64
 
 _EFFORT = "reasoning_effort"
-# Variables by which a template that knows no effort is told whether to reason at all.
+# Variables that switch reasoning on or off in templates without an effort.
 _SWITCHES = ("enable_thinking", "thinking")
 
 

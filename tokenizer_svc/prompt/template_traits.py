@@ -1,7 +1,7 @@
-"""What a chat template takes and shows, found out by rendering small conversations at load.
+"""Probes what a chat template takes and shows, by rendering small conversations at load.
 
-Told by what comes out, not by what the source looks like: templates differ in what they refuse,
-print as the word None, or leave out without a word. Knows nothing of requests.
+The output decides, not what the source looks like: templates differ in what they refuse, print as
+the word None, or silently leave out.
 """
 
 from dataclasses import dataclass, replace
@@ -147,13 +147,13 @@ def _called(
     """A question, calls in this form, and their results."""
     made, results = [], []
     for index in range(calls):
-        given: Any = {f"trivium_key_{index}": f"trivium_value_{index}"}
+        value: Any = {f"trivium_key_{index}": f"trivium_value_{index}"}
         if arguments is not None:
-            given = arguments
+            value = arguments
         elif form.text_arguments:
-            given = f'{{"trivium_key_{index}": "trivium_value_{index}"}}'
+            value = f'{{"trivium_key_{index}": "trivium_value_{index}"}}'
         call_id = f"trivium0{index}"  # nine letters and digits: Mistral's templates want them
-        function = {"name": f"trivium_call_{index}", "arguments": given}
+        function = {"name": f"trivium_call_{index}", "arguments": value}
         made.append({"id": call_id, "type": "function", "function": function})
         result = {"role": "tool", "content": f"trivium_result_{index}", "tool_call_id": call_id}
         results.append(result)

@@ -1,7 +1,7 @@
-"""Tools for templates that know none: told in a system message, as Hermes models learned it.
+"""Describes tools in a system message, in the Hermes format, for templates without tools.
 
 Such a template has no place for calls and their results either: calls become the assistant's text,
-results the user's. Knows nothing of templates.
+results the user's.
 """
 
 import json
@@ -23,20 +23,20 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 def with_tools(messages: Messages, tools: Messages, system: bool) -> list[Mapping[str, Any]]:
-    """The messages with the tools told in the system message at the beginning.
+    """The messages with the tools described in the system message at the beginning.
 
-    Without `system`, for templates that know no such role, in the first user message.
+    Without `system`, for templates without that role, in the first user message.
     """
     lines = "".join("\n" + json.dumps(tool, ensure_ascii=False) for tool in tools)
-    told = f"{_BEFORE}{lines}{_AFTER}"
+    description = f"{_BEFORE}{lines}{_AFTER}"
     role = "system" if system else "user"
     candidates = messages[:1] if system else messages
     place = next((at for at, message in enumerate(candidates) if message["role"] == role), None)
     if place is None:
-        return [{"role": role, "content": told}, *messages]
+        return [{"role": role, "content": description}, *messages]
     found = messages[place]
     text = found.get("content") or ""
-    joined = f"{text}\n\n{told}" if system else f"{told}\n\n{text}"
+    joined = f"{text}\n\n{description}" if system else f"{description}\n\n{text}"
     return [*messages[:place], {**found, "content": joined}, *messages[place + 1 :]]
 
 
@@ -47,10 +47,10 @@ def without_roles(messages: Messages) -> list[Mapping[str, Any]]:
     for message in messages:
         is_tool = message.get("role") == "tool"
         if is_tool:
-            told = f"<tool_response>\n{message.get('content') or ''}\n</tool_response>"
+            text = f"<tool_response>\n{message.get('content') or ''}\n</tool_response>"
             if after_tool:
-                told = f"{result.pop()['content']}\n{told}"
-            message = {"role": "user", "content": told}
+                text = f"{result.pop()['content']}\n{text}"
+            message = {"role": "user", "content": text}
         elif message.get("tool_calls"):
             texts = [message.get("content") or "", *map(_call_text, message["tool_calls"])]
             plain = {key: value for key, value in message.items() if key != "tool_calls"}

@@ -1,6 +1,6 @@
 """Checks a JSON Schema that is given as text.
 
-Whether the schema can be compiled is for the generator to say.
+The generator compiles it and may still refuse.
 """
 
 import json

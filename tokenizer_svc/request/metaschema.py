@@ -1,7 +1,6 @@
-"""Whether a JSON Schema is one: its keywords have values of the kinds that they should.
+"""Checks JSON Schemas against their metaschema: each keyword's value is of the right kind.
 
-Judges the keywords that constraints are made of, as JSON Schema's drafts 4 to 2020-12 do together.
-Whether they can be kept is the generator's to say.
+Covers the keywords that constraints are made of, in the union of drafts 4 to 2020-12.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""How many of each thing a request has, checked before anything is made of them.
+"""Bounds the number of elements of a request's fields, before anything is converted.
 
 Of protobuf it knows only that a repeated field has a length.
 """

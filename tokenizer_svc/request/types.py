@@ -1,6 +1,6 @@
 """A request for a completion, as the caller wrote it and after it was checked.
 
-Plain values: knows no protobuf, and judges nothing (that is `validate`).
+Plain values, which `validate` checks.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from enum import Enum
 
 
 class Role(Enum):
-    """Who says a message; the value is what chat templates call it."""
+    """The author of a message; the value is the role's name in chat templates."""
 
     SYSTEM = "system"
     DEVELOPER = "developer"
@@ -18,7 +18,7 @@ class Role(Enum):
     TOOL = "tool"
 
 
-# What a developer says is a system message to every template.
+# Every template gets developer messages as system messages.
 SYSTEM_ROLES = (Role.SYSTEM, Role.DEVELOPER)
 
 
@@ -80,7 +80,7 @@ class ToolChoice:
 
 
 class ResponseKind(Enum):
-    """What the answer's text has to be; the value says how a schema or pattern is written."""
+    """What the answer's text has to be."""
 
     TEXT = "text"
     JSON_OBJECT = "json_object"
@@ -92,10 +92,10 @@ class ResponseKind(Enum):
 
 @dataclass(frozen=True)
 class ResponseConstraint:
-    """A form with what defines it, and the request's field that asked for it.
+    """What the caller wants the answer's text to match, and the request's field that holds it.
 
-    `definition` is a schema's JSON text, a pattern or a grammar. `form` is None for one we do not
-    know. A `lenient` schema is kept to as far as it can be, others exactly.
+    `definition` is a schema's JSON text, a pattern or a grammar. `kind` is None for an unknown one.
+    Of a `lenient` schema, keywords that are not supported are ignored; others have to be exact.
     """
 
     kind: ResponseKind | None
@@ -108,7 +108,7 @@ class ResponseConstraint:
 
 @dataclass(frozen=True)
 class Conversation:
-    """What the chat template is given. `variables` are its further ones, as JSON text by name."""
+    """The chat template's input. `variables` are further ones of its own, as JSON text by name."""
 
     messages: tuple[Message, ...]
     tools: tuple[Tool, ...] = ()
@@ -193,7 +193,7 @@ class CompletionRequest:
 class ValidOptions:
     """Options that were checked, so that nobody checks again. Made by `validate` only.
 
-    `top_logprobs` is None when no log-probabilities are wanted at all. `form` is None for plain
+    `top_logprobs` is None for no log-probabilities at all. `response_constraint` is None for plain
     text.
     """
 

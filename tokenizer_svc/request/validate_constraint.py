@@ -1,6 +1,6 @@
-"""Checks what form the answer's text is to have.
+"""Checks response constraints: response_format and structured_outputs.
 
-Raises ServiceError as `validate` does. Whether it can be compiled is the generator's to say.
+Raises ServiceError as `validate` does. The generator compiles them and may still refuse.
 """
 
 from dataclasses import replace
@@ -19,7 +19,7 @@ MAX_PATTERN_CHARACTERS = 65_536
 def valid_response_constraint(
     response_format: ResponseConstraint | None, structured_outputs: ResponseConstraint | None
 ) -> ResponseConstraint | None:
-    """The form that either of the two asks for; None for plain text."""
+    """The constraint in either of the two; None for plain text."""
     for form in (response_format, structured_outputs):
         if form is not None:
             _check(form)
@@ -34,7 +34,7 @@ def valid_response_constraint(
 
 
 def _in_lark(form: ResponseConstraint) -> ResponseConstraint:
-    """The same form, with Lark for a grammar in GBNF."""
+    """The same constraint, with a grammar in GBNF translated to Lark."""
     if form.kind is not ResponseKind.GRAMMAR or not is_gbnf(form.definition or ""):
         return form
     try:

@@ -1,6 +1,6 @@
-"""Checks what a chat template is to be given: messages, tools, and how the answer begins.
+"""Checks a chat template's input: messages, tools, variables, and how the answer begins.
 
-Raises ServiceError as `validate` does. Whether the template takes it is the template's to say.
+Raises ServiceError as `validate` does. The template may still refuse.
 """
 
 import json

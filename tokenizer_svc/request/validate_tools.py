@@ -1,6 +1,6 @@
 """Checks tools and which of them are to be called.
 
-Raises ServiceError as `validate` does. Whether a schema can be compiled is the generator's to say.
+Raises ServiceError as `validate` does. The generator compiles schemas and may still refuse.
 """
 
 import re
