@@ -90,7 +90,7 @@ class TokenizerSettings(BaseSettings):
         None,
         ge=1,
         description=(
-            "The longest answer in tokens to a chat that sets neither max_completion_tokens nor "
+            "Maximum output tokens of a chat that sets neither max_completion_tokens nor "
             "max_tokens. Unset: up to the end of the context."
         ),
     )
@@ -137,7 +137,7 @@ class TokenizerSettings(BaseSettings):
 
     @property
     def served(self) -> tuple[ModelSettings, ...]:
-        """All models, whichever way they were given."""
+        """All models, from MODELS or MODEL_DIRECTORY."""
         if self.model_directory is None:
             return self.models
         one = ModelSettings(

@@ -33,12 +33,14 @@ class Metrics:
         ProcessCollector(registry=registry)
         self.requests = Counter(
             "trivium_requests_total",
-            "Chat requests that ended, by error code, or ok.",
+            "Chat and completion requests that ended, by error code, or ok.",
             ["code"],
             registry=registry,
         )
         self.in_flight = Gauge(
-            "trivium_requests_in_flight", "Chat requests being answered.", registry=registry
+            "trivium_requests_in_flight",
+            "Chat and completion requests in flight.",
+            registry=registry,
         )
         self.success = Counter(
             "vllm:request_success_total",
@@ -53,13 +55,22 @@ class Metrics:
             "vllm:generation_tokens_total", "Tokens generated.", _LABELS, registry=registry
         )
         self.time_to_first_token = _seconds(
-            "time_to_first_token", "From request to first token.", _FIRST_TOKEN_BUCKETS, registry
+            "time_to_first_token",
+            "Time to first token (TTFT), from the request's arrival.",
+            _FIRST_TOKEN_BUCKETS,
+            registry,
         )
         self.inter_token_latency = _seconds(
-            "inter_token_latency", "Between tokens of a choice.", _TOKEN_BUCKETS, registry
+            "inter_token_latency",
+            "Inter-token latency (ITL) of a choice.",
+            _TOKEN_BUCKETS,
+            registry,
         )
         self.request_latency = _seconds(
-            "e2e_request_latency", "From request to last token.", _REQUEST_BUCKETS, registry
+            "e2e_request_latency",
+            "End-to-end latency of a request, to its last token.",
+            _REQUEST_BUCKETS,
+            registry,
         )
 
     def request(self) -> "RequestMeter":

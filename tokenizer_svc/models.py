@@ -83,8 +83,8 @@ class Model:
 class ServedModel:
     """A model and the generator that runs it.
 
-    `default_max_tokens` is the longest answer where the request names none; None is all that the
-    context leaves.
+    `default_max_tokens` limits the output of requests without a limit; None is all that the context
+    leaves.
     """
 
     model: Model

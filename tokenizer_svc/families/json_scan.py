@@ -1,4 +1,4 @@
-"""Follows one JSON value in text that comes in pieces, as strictly as RFC 8259 has it.
+"""Scans one JSON value incrementally, as strictly as RFC 8259 has it.
 
 Builds nothing: knows only whether the text is still right and where the value ends.
 """

@@ -1,4 +1,4 @@
-"""Finds a marker in text that comes in pieces, each character looked at once.
+"""Searches for a marker incrementally, in linear time.
 
 White space before the marker is held back with what may become the marker, as it belongs to the
 format and not to the text.

@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 class Channel(Enum):
-    """What a text is to the caller."""
+    """Which field of the answer a text belongs to."""
 
     CONTENT = "content"
     REASONING = "reasoning"

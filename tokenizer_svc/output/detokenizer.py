@@ -1,4 +1,4 @@
-"""Token ids to text, one at a time: whole characters, each as soon as its last byte is there.
+"""Decodes token ids incrementally: whole characters, each as soon as its last byte is there.
 
 What comes out, joined, is what decoding all ids at once gives. Special tokens have no text, but
 for those that a parser has to see.

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens, held back as long as the text of their tokens is.
+"""Holds back log-probabilities as long as the text of their tokens.
 
 Positions are in characters of all that a choice generated. In the end only tokens whose text is
 shown have an entry.

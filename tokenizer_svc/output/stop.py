@@ -1,4 +1,4 @@
-"""Finds the strings that end a choice, in text that comes in pieces.
+"""Searches for stop strings incrementally.
 
 Text goes in, and text that is safe to show comes out. Of several stop
 strings the one whose last character comes first wins; of those that end at the same character

@@ -1,1 +1,1 @@
-"""A request as plain values, and every check of it."""
+"""Requests as plain values, and all checks of them."""

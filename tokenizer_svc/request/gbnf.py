@@ -1,4 +1,4 @@
-"""GBNF, in which llama.cpp, vLLM and SGLang take grammars, as llguidance's variant of Lark.
+"""Translates GBNF, llama.cpp's, vLLM's and SGLang's grammars, to llguidance's variant of Lark.
 
 Also called EBNF; xgrammar's is the same but for its lookaheads, which are refused. Every terminal
 becomes a single character: Lark's lexer takes the longest match and never a shorter one, so that

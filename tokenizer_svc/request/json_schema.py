@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from tokenizer_svc.request.field_checks import is_deeper
-from tokenizer_svc.request.metaschema import fault
+from tokenizer_svc.request.metaschema import schema_error
 from trivium.wire.errors import ServiceError
 
 MAX_SCHEMA_CHARACTERS = 262_144
@@ -31,7 +31,7 @@ def check_schema(text: str, field: str) -> Any:
     if not isinstance(schema, dict | bool):
         message = f"Invalid '{field}': a schema is an object."
         raise ServiceError("invalid_json_schema", message, field)
-    wrong = fault(schema)
+    wrong = schema_error(schema)
     if wrong is not None:
         message = f"Invalid schema for '{field}': {wrong}."
         raise ServiceError("invalid_json_schema", message, field)

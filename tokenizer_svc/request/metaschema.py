@@ -69,7 +69,7 @@ _KINDS: dict[str, Kind] = {
 }
 
 
-def fault(schema: Any, place: str = "#") -> str | None:
+def schema_error(schema: Any, place: str = "#") -> str | None:
     """The first thing that is wrong with a schema, as a clause; None for nothing."""
     if isinstance(schema, bool):
         return None
@@ -81,7 +81,7 @@ def fault(schema: Any, place: str = "#") -> str | None:
         if not kind[1](schema[key]):
             return f"'{place}/{key}' must be {kind[0]}"
         for name, inner in _schemas(key, kind, schema[key]):
-            found = fault(inner, f"{place}/{name}")
+            found = schema_error(inner, f"{place}/{name}")
             if found is not None:
                 return found
     return None

@@ -1,4 +1,4 @@
-"""A request for a completion, as the caller wrote it and after it was checked.
+"""Requests for completions, before and after they are checked.
 
 Plain values, which `validate` checks.
 """
