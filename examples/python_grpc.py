@@ -8,6 +8,7 @@ import sys
 import grpc
 
 from trivium.chat.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc
+from trivium.sampling.v1.sampling_pb2 import SamplingParams
 
 target = sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50051"
 question = sys.argv[2] if len(sys.argv) > 2 else "What is the capital of France?"
@@ -21,8 +22,9 @@ with grpc.insecure_channel(target) as channel:
                 role=chat_pb2.ROLE_USER, content=[chat_pb2.ContentPart(text=question)]
             )
         ],
-        temperature=0,
-        max_completion_tokens=100,
+        options=chat_pb2.CompletionOptions(
+            sampling=SamplingParams(temperature=0), max_completion_tokens=100
+        ),
     )
     chat = chat_pb2_grpc.ChatServiceStub(channel)
     for event in chat.StreamChatCompletion(request, timeout=120):

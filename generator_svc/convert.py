@@ -16,6 +16,7 @@ from generator_svc.sequence import (
     SequenceUpdate,
 )
 from trivium.generator.v1 import generator_pb2 as pb
+from trivium.sampling.v1 import sampling_pb2
 from trivium.wire.errors import ServiceError
 
 MAX_TOP_LOGPROBS = 20
@@ -93,7 +94,7 @@ _RANGES = {
 }
 
 
-def _to_sampling(params: pb.SamplingParams, limits: Limits) -> SamplingParams:
+def _to_sampling(params: sampling_pb2.SamplingParams, limits: Limits) -> SamplingParams:
     values = {}
     for name, (minimum, maximum) in _RANGES.items():
         if params.HasField(name):

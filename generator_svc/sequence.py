@@ -30,7 +30,7 @@ class SequenceStatus(enum.Enum):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Validated sampling parameters, defaults filled in; generator.proto says what each means."""
+    """Validated sampling parameters, defaults filled in; sampling.proto says what each means."""
 
     temperature: float = 1.0
     top_p: float = 1.0

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SERVICES = ("rest_facade", "tokenizer_svc", "generator_svc")
 PACKAGES = ("trivium", *SERVICES)
-GENERATED = ("trivium/chat", "trivium/tokenizer", "trivium/generator")
+GENERATED = ("trivium/chat", "trivium/tokenizer", "trivium/generator", "trivium/sampling")
 
 # What may be imported where: a name before a module's own imports, prefixes of paths after it.
 DOORS = {

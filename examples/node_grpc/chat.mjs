@@ -25,8 +25,7 @@ const chat = new ChatService(target, credentials);
 const stream = chat.StreamChatCompletion({
   model,
   messages: [{ role: "ROLE_USER", content: [{ text: question }] }],
-  temperature: 0,
-  max_completion_tokens: 100,
+  options: { sampling: { temperature: 0 }, max_completion_tokens: 100 },
 });
 for await (const { event, delta, usage } of stream) {
   if (event === "delta") {

@@ -23,15 +23,6 @@ Request = chat_pb2.CreateChatCompletionRequest
 Response = chat_pb2.CreateChatCompletionResponse
 StreamResponse = chat_pb2.StreamChatCompletionResponse
 
-_SAME = (
-    "logprobs",
-    "top_logprobs",
-    "parallel_tool_calls",
-    "reasoning_effort",
-    "continue_final_message",
-    "add_generation_prompt",
-)
-
 
 @dataclass(frozen=True, slots=True)
 class ToolCallPiece:
@@ -61,15 +52,14 @@ ChatEvent = Header | ChoiceDelta | Usage
 
 def request(wanted: ChatRequest) -> Request:
     """The request as the tokenizer takes it; absent fields stay absent."""
-    asked = envelope.options(wanted)
-    asked.model = wanted.model
-    asked.messages.extend(message.messages(wanted.messages))
-    asked.tools.extend(message.tools(wanted.tools))
-    choice = message.tool_choice(wanted.tool_choice)
-    if choice is not None:
-        asked.tool_choice.CopyFrom(choice)
-    asked.chat_template_kwargs.update(wanted.chat_template_kwargs or {})
-    envelope.copy_given(wanted, asked, _SAME)
+    asked = Request(
+        messages=message.messages(wanted.messages),
+        options=envelope.options(wanted),
+        tools=message.tools(wanted.tools),
+        tool_choice=message.tool_choice(wanted.tool_choice),
+        chat_template_kwargs=wanted.chat_template_kwargs or {},
+    )
+    envelope.copy_scalars(wanted, asked)
     if not wanted.logprobs:  # some clients always send a zero
         asked.ClearField("top_logprobs")
     return asked

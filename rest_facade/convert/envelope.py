@@ -1,37 +1,23 @@
 """What chat and plain completions share: the request's options, an answer's header and usage."""
 
-from collections.abc import Iterable
+import functools
 from dataclasses import dataclass
 
+from google.protobuf.descriptor import Descriptor
+from google.protobuf.message import Message
 from pydantic import BaseModel
 
 from rest_facade.answer import FinishReason, Usage
 from rest_facade.format import ResponseFormat, StructuredOutputs
 from rest_facade.option import Options
 from trivium.chat.v1 import chat_pb2
+from trivium.sampling.v1.sampling_pb2 import SamplingParams
 
 FINISH_REASONS: dict[int, FinishReason] = {
     chat_pb2.FINISH_REASON_STOP: "stop",
     chat_pb2.FINISH_REASON_LENGTH: "length",
     chat_pb2.FINISH_REASON_TOOL_CALLS: "tool_calls",
 }
-# Fields whose name, type and meaning are the same on both sides.
-_SAME = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "min_tokens",
-    "ignore_eos",
-    "seed",
-    "n",
-    "user",
-    "include_stop_str_in_output",
-    "skip_special_tokens",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +31,18 @@ class Header:
     prompt_tokens: int
 
 
-def options(request: Options) -> chat_pb2.CreateChatCompletionRequest:
+def options(request: Options) -> chat_pb2.CompletionOptions:
     """The fields that chat and plain completions share; absent ones stay absent."""
-    message = chat_pb2.CreateChatCompletionRequest(
-        logit_bias={int(k): v for k, v in (request.logit_bias or {}).items()},
+    sampling = SamplingParams(logit_bias={int(k): v for k, v in (request.logit_bias or {}).items()})
+    copy_scalars(request, sampling)
+    message = chat_pb2.CompletionOptions(
+        sampling=sampling,
         max_completion_tokens=request.longest_answer(),
         stop=request.stop or (),
         stop_token_ids=request.stop_token_ids or (),
         metadata=request.metadata or {},
     )
-    copy_given(request, message, _SAME)
+    copy_scalars(request, message)
     if request.response_format is not None:
         message.response_format.CopyFrom(_response_format(request.response_format))
     constraint = request.constraint()
@@ -63,14 +51,21 @@ def options(request: Options) -> chat_pb2.CreateChatCompletionRequest:
     return message
 
 
-def copy_given(
-    request: BaseModel, message: chat_pb2.CreateChatCompletionRequest, names: Iterable[str]
-) -> None:
-    """Copies those of the fields that were given."""
-    for name in names:
-        value = getattr(request, name)
+def copy_scalars(request: BaseModel, message: Message) -> None:
+    """Copies the numbers, texts and flags that both name alike; absent ones stay absent."""
+    for name in _scalars(message.DESCRIPTOR):
+        value = getattr(request, name, None)
         if value is not None:
             setattr(message, name, value)
+
+
+@functools.cache
+def _scalars(kind: Descriptor) -> tuple[str, ...]:
+    return tuple(
+        field.name
+        for field in kind.fields
+        if field.message_type is None and field.enum_type is None and not field.is_repeated
+    )
 
 
 def _response_format(wanted: ResponseFormat) -> chat_pb2.ResponseFormat:

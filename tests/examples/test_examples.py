@@ -71,8 +71,8 @@ async def test_node_grpc(grpc_door: ScriptedPipeline) -> None:
 
     assert f"{ANSWER}\n{COST}\n" == output
     assert request.messages[0].content[0].text == "What is the capital of France?"
-    assert request.HasField("temperature")
-    assert request.temperature == 0
+    assert request.options.sampling.HasField("temperature")
+    assert request.options.sampling.temperature == 0
 
 
 async def test_python_openai(rest_door: ScriptedPipeline) -> None:

@@ -19,6 +19,7 @@ from generator_svc.constraint.compiler import (
 from generator_svc.sequence import ConstraintError
 from text_tokens import text_tokens
 from trivium.generator.v1 import generator_pb2 as pb
+from trivium.sampling.v1.sampling_pb2 import SamplingParams
 
 ANSWER_SECONDS = 5
 
@@ -119,7 +120,7 @@ async def _outcome(call):
 async def test_an_answer_fits(stage, tokens):
     """With n, and sooner the second time; each choice has its own."""
     constraint = pb.Constraint(regex="[ab]{40}")
-    sampling = pb.SamplingParams(temperature=1.0, seed=3)
+    sampling = SamplingParams(temperature=1.0, seed=3)
     answers, finished = await stage.generate([5], constraint=constraint, n=4, sampling=sampling)
 
     texts = [tokens.decode(ids) for ids in answers.values()]
@@ -163,7 +164,7 @@ async def test_what_grows_too_complex_on_its_way_is_told_as_such(stage, tokens):
     """Found out while it is kept, since the dry run went another way."""
     [a] = tokens.encode("a")
     lark = 'start: /b/ /(.|\\n)*/ | e\ne: e e | "a" | e e e'
-    sampling = pb.SamplingParams(temperature=0, logit_bias={a: 100.0})
+    sampling = SamplingParams(temperature=0, logit_bias={a: 100.0})
     call = await stage.call([5], constraint=pb.Constraint(lark=lark), sampling=sampling)
     outcome = await _outcome(call)
 
@@ -195,7 +196,7 @@ async def _compiler(tokens, cache_bytes=2**20):
 
 async def test_hostile_constraints_are_answered_soon_while_a_stream_goes_on(stage, tokens):
     """Each before its deadline; the stream steps on, and gets the tokens that it gets alone."""
-    bias = pb.SamplingParams(temperature=0, logit_bias={tokens.eos: -100.0})
+    bias = SamplingParams(temperature=0, logit_bias={tokens.eos: -100.0})
     long = {"max_new_tokens": 400, "sampling": bias}
     wanted, _ = await stage.generate([5, 6], **long)
     await _outcome(await stage.call([5], constraint=pb.Constraint(regex="a")))

@@ -15,6 +15,7 @@ from generator_svc.cuda import device_count
 from tiny_models import tiny_model_directory
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.model_directory import MANIFEST, load_model_directory
+from trivium.sampling.v1.sampling_pb2 import SamplingParams
 from trivium.wire.errors import from_rpc_error
 
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -161,7 +162,7 @@ async def test_drain(model, number):
     async with running(
         model_directory=model.path, device="cpu", drain_notice_seconds=1.0
     ) as generator:
-        fields = {"max_new_tokens": 1500, "ignore_eos": True, "sampling": pb.SamplingParams(seed=1)}
+        fields = {"max_new_tokens": 1500, "ignore_eos": True, "sampling": SamplingParams(seed=1)}
         messages = aiter(await _call(generator, model, **fields))
         first = await anext(messages)
         generator.process.send_signal(number)

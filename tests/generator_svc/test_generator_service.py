@@ -15,6 +15,7 @@ from grpc_status import rpc_status
 from fakes import VOCABULARY, greedy, scripted_logits
 from generator_stage import SERVICE, Stage, collected
 from trivium.generator.v1 import generator_pb2 as pb
+from trivium.sampling.v1.sampling_pb2 import SamplingParams
 from trivium.wire.errors import INTERNAL_MESSAGE
 
 STALLING = 0.02  # seconds a step: a slot of 4096 tokens would take longer than any test waits
@@ -91,7 +92,7 @@ async def test_many_calls_at_once_get_their_own_answers(stage):
 async def test_choices_draw_apart_and_finish_apart(stage):
     """n drawn choices under one seed are the same again, and each has its own finish."""
     fields = {"n": 5, "max_new_tokens": 8, "ignore_eos": True}
-    fields["sampling"] = pb.SamplingParams(temperature=1.5, seed=3)
+    fields["sampling"] = SamplingParams(temperature=1.5, seed=3)
     tokens, finished = await stage.generate([9, 8, 7], **fields)
     again, _ = await stage.generate([9, 8, 7], **fields)
 
@@ -253,7 +254,7 @@ async def test_a_full_queue_is_told_with_a_time_to_try_again(bound):
         ({"revision": "r2"}, "FAILED_PRECONDITION", "REVISION_MISMATCH", None),
         ({"n": 9}, "INVALID_ARGUMENT", "INTEGER_ABOVE_MAX_VALUE", "n"),
         (
-            {"sampling": pb.SamplingParams(temperature=3.0)},
+            {"sampling": SamplingParams(temperature=3.0)},
             "INVALID_ARGUMENT",
             "DECIMAL_ABOVE_MAX_VALUE",
             "sampling.temperature",

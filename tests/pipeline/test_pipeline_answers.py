@@ -10,6 +10,7 @@ import httpx
 import openai
 import pytest
 
+from tests.completion_requests import chat_request
 from tests.pipeline.services import Services
 from trivium.chat.v1 import chat_pb2, chat_pb2_grpc
 
@@ -41,7 +42,7 @@ def test_chat_service_gives_the_same_answer_as_rest(
 ) -> None:
     """A gRPC caller gets the text, counts and reasons that a REST caller gets."""
     answer = ask(client, services, n=3)
-    request = chat_pb2.CreateChatCompletionRequest(
+    request = chat_request(
         model=services.model,
         messages=[
             chat_pb2.ChatMessage(

@@ -13,8 +13,9 @@ import openai
 import pytest
 from jsonschema import Draft202012Validator
 
+from tests.completion_requests import options
 from tests.pipeline.services import Services
-from trivium.chat.v1 import chat_pb2, completion_pb2, completion_pb2_grpc
+from trivium.chat.v1 import completion_pb2, completion_pb2_grpc
 
 MESSAGES: list[Any] = [{"role": "user", "content": "Once upon a time in a village"}]
 SCHEMA = {
@@ -339,7 +340,7 @@ def test_plain_completions_over_grpc(client: openai.OpenAI, services: Services) 
     request = completion_pb2.CreateCompletionRequest(
         model=services.model,
         prompts=[completion_pb2.Prompt(text="Once")],
-        options=chat_pb2.CreateChatCompletionRequest(seed=3, max_completion_tokens=9),
+        options=options(seed=3, max_completion_tokens=9),
     )
     with grpc.insecure_channel(services.chat_target) as channel:
         reply = completion_pb2_grpc.CompletionServiceStub(channel).CreateCompletion(request)

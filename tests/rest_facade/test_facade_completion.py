@@ -6,6 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.completion_requests import chat_request
 from tests.rest_facade.scripted_backend import (
     MODEL,
     ScriptedBackend,
@@ -151,7 +152,7 @@ async def test_choices_interleave(client: httpx.AsyncClient, backend: ScriptedBa
         (0, "A"),
         (0, "stop"),
     ] == [(c["index"], c["finish_reason"] or c["delta"]["content"]) for c in choices]
-    assert backend.requests[0].n == 2
+    assert backend.requests[0].options.n == 2
 
 
 async def test_logprobs(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
@@ -230,7 +231,7 @@ async def test_every_field_arrives(client: httpx.AsyncClient, backend: ScriptedB
     text = chat_pb2.ContentPart
 
     assert answer.status_code == 200, answer.text
-    assert backend.requests[0] == chat_pb2.CreateChatCompletionRequest(
+    assert backend.requests[0] == chat_request(
         model=MODEL,
         messages=[
             chat_pb2.ChatMessage(
@@ -279,7 +280,7 @@ async def test_max_tokens_is_the_old_name(
     await post(client, max_tokens=3)
     await post(client, max_tokens=3, max_completion_tokens=3)
 
-    assert [3, 3] == [request.max_completion_tokens for request in backend.requests]
+    assert [3, 3] == [request.options.max_completion_tokens for request in backend.requests]
 
 
 async def test_models(client: httpx.AsyncClient) -> None:

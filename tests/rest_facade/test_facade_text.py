@@ -7,6 +7,7 @@ import pytest
 
 from rest_facade.completion import CompletionRequest
 from rest_facade.validation import parse
+from tests.completion_requests import options
 from tests.rest_facade.scripted_backend import (
     MODEL,
     ScriptedBackend,
@@ -17,7 +18,7 @@ from tests.rest_facade.scripted_backend import (
     usage,
 )
 from tests.rest_facade.test_facade_completion import USAGE, chunks
-from trivium.chat.v1 import chat_pb2, completion_pb2
+from trivium.chat.v1 import completion_pb2
 from trivium.wire.errors import ServiceError
 
 URL = "/v1/completions"
@@ -106,9 +107,7 @@ async def test_every_field_of_a_text_arrives(
     assert backend.requests[0] == completion_pb2.CreateCompletionRequest(
         model=MODEL,
         prompts=[completion_pb2.Prompt(text="Say")],
-        options=chat_pb2.CreateChatCompletionRequest(
-            **same, **regex, max_completion_tokens=5, logit_bias={4: 1}
-        ),
+        options=options(**same, **regex, max_completion_tokens=5, logit_bias={4: 1}),
         echo=True,
         logprobs=5,
     )
@@ -124,7 +123,7 @@ async def test_absent_fields_of_a_text_stay_absent(
     assert backend.requests[0] == completion_pb2.CreateCompletionRequest(
         model=MODEL,
         prompts=[completion_pb2.Prompt(text="Say")],
-        options=chat_pb2.CreateChatCompletionRequest(),
+        options=options(),
     )
     assert backend.requests[0] == backend.requests[1]
 

@@ -6,6 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.completion_requests import chat_request
 from tests.rest_facade.scripted_backend import (
     MODEL,
     ScriptedBackend,
@@ -188,7 +189,6 @@ async def test_tools_arrive(client: httpx.AsyncClient, backend: ScriptedBackend)
 
 
 SCHEMA = {"type": "object", "required": ["z", "a"]}
-FORMATS = chat_pb2.CreateChatCompletionRequest
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ async def test_formats_arrive(
     request.ClearField("messages")
 
     assert answer.status_code == 200, answer.text
-    assert request == FORMATS(**expected)
+    assert request == chat_request(**expected)
 
 
 async def test_template_fields_arrive(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
@@ -289,7 +289,7 @@ async def test_template_fields_arrive(client: httpx.AsyncClient, backend: Script
     request.ClearField("model")
     request.ClearField("messages")
 
-    assert request == FORMATS(
+    assert request == chat_request(
         reasoning_effort="low",
         chat_template_kwargs={"enable_thinking": "false", "x": '{"b": 1, "a": null}'},
         continue_final_message=True,

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.completion_requests import chat_request
 from tests.tokenizer_svc.sample_templates import SMOLLM2
 from tests.tokenizer_svc.sample_tokenizers import byte_level
 from tests.tokenizer_svc.scripted_generator import ScriptedGenerator
@@ -120,9 +121,9 @@ class Stage:
         await self.stop_generator()
 
     def request(self, **fields: Any) -> chat_pb2.CreateChatCompletionRequest:
-        """A good request with these fields."""
+        """A good request with these fields, of its options and its sampling too."""
         good: dict[str, Any] = {"model": self.model.id, "messages": [user("Hello")]}
-        return chat_pb2.CreateChatCompletionRequest(**good | fields)
+        return chat_request(**good | fields)
 
     def encode(self, text: str) -> list[int]:
         return self.model.tokenizer.encode(text)

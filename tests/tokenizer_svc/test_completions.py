@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 import pytest
 
+from tests.completion_requests import options
 from tests.tokenizer_svc.conftest import Stage
 from tests.tokenizer_svc.scripted_generator import (
     Script,
@@ -75,7 +76,7 @@ async def test_a_prompt_is_continued(stage: Stage) -> None:
 async def test_prompts_and_choices(stage: Stage) -> None:
     """Choice i of prompt p is number p * n + i; usage is over all of them."""
     stage.generator.script = continues(stage)
-    asked = request("one", [70, 71], "three", options={"n": 2, "max_completion_tokens": 9})
+    asked = request("one", [70, 71], "three", options=options(n=2, max_completion_tokens=9))
     answer = await stage.completions.CreateCompletion(asked)
     sent = {tuple(call.start.prompt_token_ids) for call in stage.generator.calls}
 
@@ -90,7 +91,7 @@ async def test_prompts_and_choices(stage: Stage) -> None:
 async def test_an_echo_comes_first(stage: Stage) -> None:
     """In every choice, whether its prompt was text or tokens."""
     stage.generator.script = continues(stage)
-    asked = request("Say: ", stage.encode("Tokens: "), echo=True, options={"n": 2})
+    asked = request("Say: ", stage.encode("Tokens: "), echo=True, options=options(n=2))
     answer = await stage.completions.CreateCompletion(asked)
     streamed: dict[int, str] = {}
     for event in await events(stage, asked):
@@ -121,8 +122,8 @@ async def test_stop_strings_may_be_kept(stage: Stage) -> None:
     """They end a choice, and are part of its text where that is wanted."""
     stage.generator.script = continues(stage)
     for keep, expected in ((False, "0 and "), (True, "0 and so")):
-        options = {"stop": ["so"], "include_stop_str_in_output": keep}
-        [choice] = (await stage.completions.CreateCompletion(request("x", options=options))).choices
+        asked = request("x", options=options(stop=["so"], include_stop_str_in_output=keep))
+        [choice] = (await stage.completions.CreateCompletion(asked)).choices
 
         assert (expected, "so") == (choice.text, choice.matched_stop)
 
@@ -138,8 +139,8 @@ async def test_control_tokens_may_be_shown(stage: Stage) -> None:
     stage.generator.script = script
     a, b = (stage.model.tokenizer.decode([token_id]) for token_id in (70, 71))
     for skip, expected in ((True, a + b), (False, f"{a}<|im_start|>{b}")):
-        options = {"skip_special_tokens": skip}
-        [choice] = (await stage.completions.CreateCompletion(request("x", options=options))).choices
+        asked = request("x", options=options(skip_special_tokens=skip))
+        [choice] = (await stage.completions.CreateCompletion(asked)).choices
 
         assert expected == choice.text
 
@@ -147,13 +148,13 @@ async def test_control_tokens_may_be_shown(stage: Stage) -> None:
 async def test_options_reach_the_generator(stage: Stage) -> None:
     """Sampling, endings and the constraint, the same for every prompt."""
     stage.generator.script = continues(stage)
-    options = {
-        "temperature": 0.5,
-        "stop_token_ids": [7, 9],
-        "structured_outputs": {"regex": "[a-z]+"},
-        "min_tokens": 20,
-    }
-    await stage.completions.CreateCompletion(request("x", "y", options=options))
+    given = options(
+        temperature=0.5,
+        stop_token_ids=[7, 9],
+        structured_outputs={"regex": "[a-z]+"},
+        min_tokens=20,
+    )
+    await stage.completions.CreateCompletion(request("x", "y", options=given))
 
     for call in stage.generator.calls:
         assert 0.5 == call.start.sampling.temperature

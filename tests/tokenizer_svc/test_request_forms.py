@@ -5,6 +5,7 @@ from typing import Any
 import grpc
 import pytest
 
+from tests.completion_requests import options
 from tests.tokenizer_svc.conftest import Stage, user
 from tests.tokenizer_svc.scripted_generator import code_of, fails_after
 from trivium.chat.v1 import chat_pb2, completion_pb2
@@ -195,10 +196,8 @@ def ids_prompt(*token_ids: int) -> completion_pb2.Prompt:
         ({"prompts": [ids_prompt(*[3] * 256)]}, "context_length_exceeded", "prompt"),
         ({"logprobs": 6}, "integer_above_max_value", "logprobs"),
         ({"logprobs": 0, "echo": True}, "unsupported_parameter", "logprobs"),
-        ({"options": {"temperature": 3.0}}, "decimal_above_max_value", "temperature"),
-        ({"options": {"tools": [tool()]}}, "unsupported_parameter", "tools"),
-        ({"options": {"model": "tiny"}}, "unsupported_parameter", "model"),
-        ({"options": {"logprobs": True}}, "unsupported_parameter", "logprobs"),
+        ({"options": options(temperature=3.0)}, "decimal_above_max_value", "temperature"),
+        ({"options": options(n=129)}, "integer_above_max_value", "n"),
         ({"model": "other"}, "model_not_found", "model"),
         ({"options": {"structured_outputs": {"json": "{"}}}, SCHEMA, "structured_outputs.json"),
     ],

@@ -47,25 +47,6 @@ _FORMS = {
     "choice": ResponseKind.CHOICE,
     "json_object": ResponseKind.JSON_OBJECT,
 }
-# What a plain completion takes of a chat request.
-_SHARED_OPTIONS = frozenset(
-    (
-        *SAMPLING_SCALARS,
-        "logit_bias",
-        "max_completion_tokens",
-        "min_tokens",
-        "ignore_eos",
-        "stop",
-        "n",
-        "user",
-        "metadata",
-        "response_format",
-        "structured_outputs",
-        "stop_token_ids",
-        "include_stop_str_in_output",
-        "skip_special_tokens",
-    )
-)
 
 
 def chat_request(request: chat_pb2.CreateChatCompletionRequest) -> ChatRequest:
@@ -81,7 +62,7 @@ def chat_request(request: chat_pb2.CreateChatCompletionRequest) -> ChatRequest:
             add_generation_prompt=_optional(request, "add_generation_prompt", bool),
             continue_final_message=request.continue_final_message,
         ),
-        options=_options(request),
+        options=_options(request.options),
         logprobs=_optional(request, "logprobs", bool),
         top_logprobs=_optional(request, "top_logprobs", int),
         tool_choice=(
@@ -106,14 +87,12 @@ def render_request(request: tokenizer_pb2.RenderChatRequest) -> Conversation:
 
 def completion_request(request: completion_pb2.CreateCompletionRequest) -> CompletionRequest:
     """What the caller wrote, absent fields as None."""
-    set_fields = (field.name for field, _ in request.options.ListFields())
     return CompletionRequest(
         model=request.model,
         prompts=tuple(_prompt(prompt) for prompt in request.prompts),
         options=_options(request.options),
         echo=request.echo,
         logprobs=_optional(request, "logprobs", int),
-        foreign=tuple(name for name in set_fields if name not in _SHARED_OPTIONS),
     )
 
 
@@ -123,10 +102,11 @@ def _prompt(prompt: completion_pb2.Prompt) -> str | tuple[int, ...] | None:
     return tuple(prompt.token_ids.ids) if prompt.HasField("token_ids") else None
 
 
-def _options(request: chat_pb2.CreateChatCompletionRequest) -> RequestOptions:
-    given = {name: getattr(request, name) for name in SAMPLING_SCALARS if request.HasField(name)}
+def _options(request: chat_pb2.CompletionOptions) -> RequestOptions:
+    params = request.sampling
+    given = {name: getattr(params, name) for name in SAMPLING_SCALARS if params.HasField(name)}
     return RequestOptions(
-        sampling=Sampling(**given, logit_bias=dict(request.logit_bias)),
+        sampling=Sampling(**given, logit_bias=dict(params.logit_bias)),
         max_completion_tokens=_optional(request, "max_completion_tokens", int),
         min_tokens=_optional(request, "min_tokens", int),
         ignore_eos=_optional(request, "ignore_eos", bool),

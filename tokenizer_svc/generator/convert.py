@@ -11,6 +11,7 @@ from tokenizer_svc.generator.types import (
 from tokenizer_svc.request.types import Sampling
 from trivium.generator.v1 import generator_pb2
 from trivium.generator.v1.generator_pb2_grpc import GeneratorServiceStub as GeneratorStub
+from trivium.sampling.v1 import sampling_pb2
 
 __all__ = ["GeneratorStub"]
 
@@ -53,10 +54,10 @@ def start_command(start: GenerateCommand) -> generator_pb2.GenerateRequest:
     return generator_pb2.GenerateRequest(start=command)
 
 
-def _sampling(sampling: Sampling) -> generator_pb2.SamplingParams:
+def _sampling(sampling: Sampling) -> sampling_pb2.SamplingParams:
     given = {name: getattr(sampling, name) for name in SAMPLING_SCALARS}
     given = {name: value for name, value in given.items() if value is not None}
-    return generator_pb2.SamplingParams(**given, logit_bias=dict(sampling.logit_bias))
+    return sampling_pb2.SamplingParams(**given, logit_bias=dict(sampling.logit_bias))
 
 
 def stop_command(index: int) -> generator_pb2.GenerateRequest:

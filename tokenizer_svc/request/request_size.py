@@ -24,7 +24,7 @@ from trivium.wire.errors import ServiceError
 def check_chat_size(request: Any) -> None:
     """Raises ServiceError for the first field of a chat completion that has too many elements."""
     check_conversation_size(request)
-    _check_options(request)
+    _check_options(request.options)
 
 
 def check_conversation_size(request: Any) -> None:
@@ -51,7 +51,7 @@ def check_completion_size(request: Any) -> None:
 
 
 def _check_options(options: Any) -> None:
-    _check_map("logit_bias", options.logit_bias, MAX_LOGIT_BIASES)
+    _check_map("logit_bias", options.sampling.logit_bias, MAX_LOGIT_BIASES)
     check_array("stop", options.stop, MAX_STOP_STRINGS)
     check_array("stop_token_ids", options.stop_token_ids, MAX_STOP_TOKENS)
     choices = options.structured_outputs.choice.choices

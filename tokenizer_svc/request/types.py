@@ -176,17 +176,13 @@ class ChatRequest:
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """What the caller of a plain completion wrote. A prompt is text, tokens, or None for neither.
-
-    `foreign` are fields that were set and belong to chat alone.
-    """
+    """What the caller of a plain completion wrote. A prompt is text, tokens, or None."""
 
     model: str
     prompts: tuple[str | tuple[int, ...] | None, ...]
     options: RequestOptions = RequestOptions()
     echo: bool = False
     logprobs: int | None = None
-    foreign: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -63,9 +63,6 @@ def validate(request: ChatRequest, vocabulary_size: int) -> ValidRequest:
 
 def validate_completion(request: CompletionRequest, vocabulary_size: int) -> ValidOptions:
     """The options of a plain completion; ServiceError for the first invalid field."""
-    for field in request.foreign:
-        message = f"Unsupported parameter: '{field}' is not supported for plain completions."
-        raise ServiceError("unsupported_parameter", message, field)
     check_nonempty("prompt", request.prompts)
     check_array("prompt", request.prompts, MAX_PROMPTS)
     several = len(request.prompts) > 1

@@ -30,10 +30,10 @@ class CreateCompletionRequest(_message.Message):
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     model: str
     prompts: _containers.RepeatedCompositeFieldContainer[Prompt]
-    options: _chat_pb2.CreateChatCompletionRequest
+    options: _chat_pb2.CompletionOptions
     echo: bool
     logprobs: int
-    def __init__(self, model: _Optional[str] = ..., prompts: _Optional[_Iterable[_Union[Prompt, _Mapping]]] = ..., options: _Optional[_Union[_chat_pb2.CreateChatCompletionRequest, _Mapping]] = ..., echo: _Optional[bool] = ..., logprobs: _Optional[int] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., prompts: _Optional[_Iterable[_Union[Prompt, _Mapping]]] = ..., options: _Optional[_Union[_chat_pb2.CompletionOptions, _Mapping]] = ..., echo: _Optional[bool] = ..., logprobs: _Optional[int] = ...) -> None: ...
 
 class CompletionTokenLogprob(_message.Message):
     __slots__ = ("token", "text_offset")
