@@ -1,7 +1,43 @@
-"""How many of a thing a request may have: what REST and gRPC callers are both held to.
+"""The ranges and counts of a request's fields: what REST and gRPC callers are both held to.
 
-Generous for whoever means it, and far below what would keep a process busy for seconds.
+The one place that has them: the facade's models, the checks of tokenizer and generator, and a
+model's own defaults read them here. Counts are generous for whoever means it, and far below what
+would keep a process busy for seconds.
 """
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers from `minimum` to `maximum`, both included unless `above_minimum`."""
+
+    minimum: int
+    maximum: int
+    above_minimum: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return not self.is_below(value) and value <= self.maximum
+
+    def is_below(self, value: float) -> bool:
+        """Whether `value` is too small."""
+        return value <= self.minimum if self.above_minimum else value < self.minimum
+
+
+# The numbers of trivium.sampling.v1.SamplingParams by name, but for `seed`, which may be anything.
+SAMPLING: Mapping[str, Range] = {
+    "temperature": Range(0, 2),
+    "top_p": Range(0, 1),
+    "top_k": Range(-1, INT32_MAX),
+    "min_p": Range(0, 1),
+    "presence_penalty": Range(-2, 2),
+    "frequency_penalty": Range(-2, 2),
+    "repetition_penalty": Range(0, 10, above_minimum=True),
+}
+LOGIT_BIAS = Range(-100, 100)
 
 MAX_MESSAGES = 2_048
 MAX_CONTENT_PARTS = 8_192  # of all messages together

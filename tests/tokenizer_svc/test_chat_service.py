@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -100,6 +101,21 @@ async def test_the_generator_gets_the_prompt_and_the_sampling(stage: Stage) -> N
     assert (1, 3) == (start.n, start.min_new_tokens)
     assert not start.HasField("top_logprobs")
     assert CONTEXT_LENGTH - len(start.prompt_token_ids) == start.max_new_tokens
+
+
+async def test_sampling_goes_through_as_it_came(stage: Stage) -> None:
+    """Every field, those that only a newer generator knows among them."""
+    stage.generator.script = says([ended(1)])
+    given: dict[str, Any] = {"temperature": 0.5, "top_p": 0.9, "top_k": -1, "min_p": 0.0}
+    given |= {"presence_penalty": -2.0, "frequency_penalty": 2.0, "repetition_penalty": 1e-9}
+    request = stage.request(**given, seed=2**63 - 1, logit_bias={1: 2.5, 3: -100.0})
+    field_100_is_1 = b"\xa0\x06\x01"
+    request.options.sampling.MergeFromString(field_100_is_1)
+    await stage.chat.CreateChatCompletion(request)
+    sampling = stage.generator.calls[0].start.sampling
+
+    assert request.options.sampling == sampling
+    assert sampling.SerializeToString().endswith(field_100_is_1)
 
 
 async def test_the_longest_answer_is_what_was_asked_or_what_is_left(stage: Stage) -> None:

@@ -18,8 +18,9 @@ from tests.tokenizer_svc.scripted_generator import (
 )
 from tokenizer_svc.generator.client import GeneratorClient
 from tokenizer_svc.generator.types import GenerateCommand
-from tokenizer_svc.request.types import Sampling, ValidOptions
+from tokenizer_svc.request.types import ValidOptions
 from trivium.generator.v1 import generator_pb2 as pb
+from trivium.sampling.v1.sampling_pb2 import SamplingParams
 from trivium.wire.errors import ServiceError
 
 CALLS = 200
@@ -53,7 +54,7 @@ async def connected(client: GeneratorClient) -> AsyncIterator[GeneratorClient]:
 def start(prompt_tokens: int, *stop: str) -> GenerateCommand:
     """What is asked; a long prompt takes long to write."""
     options = ValidOptions(
-        sampling=Sampling(),
+        sampling=SamplingParams(),
         max_completion_tokens=None,
         min_tokens=0,
         ignore_eos=False,

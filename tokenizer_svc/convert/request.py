@@ -5,7 +5,6 @@ from typing import TypeVar
 
 from google.protobuf.message import Message as ProtobufMessage
 
-from tokenizer_svc.generator.convert import SAMPLING_SCALARS
 from tokenizer_svc.request.types import (
     ChatRequest,
     CompletionRequest,
@@ -15,7 +14,6 @@ from tokenizer_svc.request.types import (
     ResponseConstraint,
     ResponseKind,
     Role,
-    Sampling,
     Tool,
     ToolCall,
     ToolChoice,
@@ -103,10 +101,8 @@ def _prompt(prompt: completion_pb2.Prompt) -> str | tuple[int, ...] | None:
 
 
 def _options(request: chat_pb2.CompletionOptions) -> RequestOptions:
-    params = request.sampling
-    given = {name: getattr(params, name) for name in SAMPLING_SCALARS if params.HasField(name)}
     return RequestOptions(
-        sampling=Sampling(**given, logit_bias=dict(params.logit_bias)),
+        sampling=request.sampling,
         max_completion_tokens=_optional(request, "max_completion_tokens", int),
         min_tokens=_optional(request, "min_tokens", int),
         ignore_eos=_optional(request, "ignore_eos", bool),

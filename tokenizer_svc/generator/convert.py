@@ -8,10 +8,8 @@ from tokenizer_svc.generator.types import (
     TokenIdLogprobs,
     TokenUpdate,
 )
-from tokenizer_svc.request.types import Sampling
 from trivium.generator.v1 import generator_pb2
 from trivium.generator.v1.generator_pb2_grpc import GeneratorServiceStub as GeneratorStub
-from trivium.sampling.v1 import sampling_pb2
 
 __all__ = ["GeneratorStub"]
 
@@ -22,16 +20,6 @@ _ENDINGS = {
     generator_pb2.FINISH_REASON_LENGTH: GeneratorFinishReason.LENGTH,
     generator_pb2.FINISH_REASON_STOPPED: GeneratorFinishReason.STOPPED,
 }
-SAMPLING_SCALARS = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "seed",
-)
 
 
 def start_command(start: GenerateCommand) -> generator_pb2.GenerateRequest:
@@ -40,7 +28,7 @@ def start_command(start: GenerateCommand) -> generator_pb2.GenerateRequest:
     command = generator_pb2.StartGeneration(
         revision=start.revision,
         prompt_token_ids=start.token_ids,
-        sampling=_sampling(options.sampling),
+        sampling=options.sampling,
         n=options.n,
         max_new_tokens=start.max_new_tokens,
         min_new_tokens=options.min_tokens,
@@ -52,12 +40,6 @@ def start_command(start: GenerateCommand) -> generator_pb2.GenerateRequest:
         given = {constraint.kind.value: constraint.text}
         command.constraint.CopyFrom(generator_pb2.Constraint(**given))
     return generator_pb2.GenerateRequest(start=command)
-
-
-def _sampling(sampling: Sampling) -> sampling_pb2.SamplingParams:
-    given = {name: getattr(sampling, name) for name in SAMPLING_SCALARS}
-    given = {name: value for name, value in given.items() if value is not None}
-    return sampling_pb2.SamplingParams(**given, logit_bias=dict(sampling.logit_bias))
 
 
 def stop_command(index: int) -> generator_pb2.GenerateRequest:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence, Sized
 from typing import Any
 
+from trivium.limits import INT32_MAX, Range
 from trivium.wire.errors import ServiceError
 
 
@@ -17,35 +18,30 @@ def missing(field: str) -> ServiceError:
     )
 
 
-def check_integer(name: str, value: int | None, minimum: int, maximum: int | None = None) -> None:
+def check_integer(name: str, value: int | None, minimum: int, maximum: int = INT32_MAX) -> None:
     """Raises ServiceError unless `value` is absent or within the bounds."""
     if value is not None:
-        _check_range("integer", name, value, minimum, maximum)
+        check_number(name, value, Range(minimum, maximum))
 
 
-def check_decimal(name: str, value: float | None, minimum: int, maximum: int) -> None:
-    """Raises ServiceError unless `value` is absent or finite and within the bounds."""
-    if value is None:
-        return
+def check_number(name: str, value: float, allowed: Range) -> None:
+    """Raises ServiceError unless `value` is finite and within the range."""
     if not math.isfinite(value):
         text = f"Invalid '{name}': expected a finite number, but got {value} instead."
         raise ServiceError("invalid_value", text, name)
-    _check_range("decimal", name, value, minimum, maximum)
-
-
-def _check_range(kind: str, name: str, value: float, minimum: int, maximum: int | None) -> None:
-    if maximum is not None and value > maximum:
-        fault, bound = "above maximum", f"<= {maximum}"
-    elif value < minimum:
-        fault, bound = "below minimum", f">= {minimum}"
-    else:
+    if value in allowed:
         return
+    kind = "integer" if isinstance(value, int) else "decimal"
+    if allowed.is_below(value):
+        sign = ">" if allowed.above_minimum else ">="
+        code, fault, bound = "below_min", "below minimum", f"{sign} {allowed.minimum}"
+    else:
+        code, fault, bound = "above_max", "above maximum", f"<= {allowed.maximum}"
     text = (
         f"Invalid '{name}': {kind} {fault} value. "
         f"Expected a value {bound}, but got {value} instead."
     )
-    code = f"{kind}_{'above_max' if fault.startswith('above') else 'below_min'}_value"
-    raise ServiceError(code, text, name)
+    raise ServiceError(f"{kind}_{code}_value", text, name)
 
 
 def check_token_ids(name: str, token_ids: Sequence[int], vocabulary_size: int) -> None:

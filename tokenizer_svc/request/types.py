@@ -1,11 +1,14 @@
 """Requests for completions, before and after they are checked.
 
-Plain values, which `validate` checks.
+Plain values, which `validate` checks, but for SamplingParams, which goes through to the generator
+as it came.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+
+from trivium.sampling.v1.sampling_pb2 import SamplingParams
 
 
 class Role(Enum):
@@ -119,25 +122,10 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen; None means the model's default."""
-
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    seed: int | None = None
-
-
-@dataclass(frozen=True)
 class RequestOptions:
     """How an answer is made, whatever it answers to; None means absent."""
 
-    sampling: Sampling = Sampling()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     max_completion_tokens: int | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
@@ -193,7 +181,7 @@ class ValidOptions:
     text.
     """
 
-    sampling: Sampling
+    sampling: SamplingParams
     max_completion_tokens: int | None
     min_tokens: int
     ignore_eos: bool

@@ -1,7 +1,7 @@
 """Checks a request against the ranges that chat.proto and completion.proto document.
 
 Raises ServiceError with OpenAI's codes and wording, `param` being the field's name in JSON.
-Knows no protobuf, and leaves the generator's own limits to the generator.
+Leaves the generator's own limits to the generator.
 """
 
 from collections.abc import Sequence
@@ -9,10 +9,10 @@ from dataclasses import replace
 
 from tokenizer_svc.request.field_checks import (
     check_array,
-    check_decimal,
     check_integer,
     check_length,
     check_nonempty,
+    check_number,
     check_token_ids,
     missing,
 )
@@ -20,14 +20,14 @@ from tokenizer_svc.request.types import (
     ChatRequest,
     CompletionRequest,
     RequestOptions,
-    Sampling,
     ValidOptions,
     ValidRequest,
 )
 from tokenizer_svc.request.validate_constraint import valid_response_constraint
 from tokenizer_svc.request.validate_conversation import check_conversation
 from tokenizer_svc.request.validate_tools import tool_use
-from trivium.limits import MAX_PROMPTS
+from trivium.limits import LOGIT_BIAS, MAX_PROMPTS, SAMPLING
+from trivium.sampling.v1.sampling_pb2 import SamplingParams
 from trivium.wire.errors import ServiceError
 
 MAX_STOP_STRINGS = 4
@@ -35,7 +35,6 @@ MAX_STOP_CHARACTERS = 4096
 MAX_STOP_TOKENS = 64
 MAX_N = 128
 MAX_TOP_LOGPROBS = 20
-MAX_LOGIT_BIAS = 100
 MAX_COMPLETION_LOGPROBS = 5
 COMPLETION_TOKENS = 16  # what a plain completion makes unless told otherwise
 
@@ -112,20 +111,10 @@ def valid_options(options: RequestOptions, vocabulary_size: int) -> ValidOptions
     )
 
 
-def _check_sampling(sampling: Sampling, vocabulary_size: int) -> None:
-    check_decimal("temperature", sampling.temperature, 0, 2)
-    check_decimal("top_p", sampling.top_p, 0, 1)
-    check_integer("top_k", sampling.top_k, -1)
-    check_decimal("min_p", sampling.min_p, 0, 1)
-    check_decimal("presence_penalty", sampling.presence_penalty, -2, 2)
-    check_decimal("frequency_penalty", sampling.frequency_penalty, -2, 2)
-    check_decimal("repetition_penalty", sampling.repetition_penalty, 0, 10)
-    if sampling.repetition_penalty == 0:
-        text = (
-            "Invalid 'repetition_penalty': decimal below minimum value. "
-            "Expected a value > 0, but got 0.0 instead."
-        )
-        raise ServiceError("decimal_below_min_value", text, "repetition_penalty")
+def _check_sampling(sampling: SamplingParams, vocabulary_size: int) -> None:
+    for name, allowed in SAMPLING.items():
+        if sampling.HasField(name):
+            check_number(name, getattr(sampling, name), allowed)
     for token_id, bias in sampling.logit_bias.items():
         if not 0 <= token_id < vocabulary_size:
             text = (
@@ -133,7 +122,7 @@ def _check_sampling(sampling: Sampling, vocabulary_size: int) -> None:
                 f"Expected a token id from 0 to {vocabulary_size - 1}."
             )
             raise ServiceError("invalid_value", text, "logit_bias")
-        check_decimal("logit_bias", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
+        check_number("logit_bias", bias, LOGIT_BIAS)
 
 
 def _check_stop(stop: Sequence[str]) -> None:
