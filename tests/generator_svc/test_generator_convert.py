@@ -16,7 +16,7 @@ from generator_svc.sequence import (
     TokenLogprobs,
 )
 from trivium.generator.v1 import generator_pb2 as pb
-from trivium.sampling.v1.sampling_pb2 import SamplingParams
+from trivium.sampling.v1 import sampling_pb2
 from trivium.wire.errors import ServiceError
 
 DEFAULTS = SamplingParams(temperature=0.6, top_p=0.9, top_k=20, min_p=0.1, repetition_penalty=1.1)
@@ -32,7 +32,7 @@ LIMITS = Limits(
 
 def _start(sampling=None, **fields):
     fields = {"revision": "r1", "prompt_token_ids": [3, 4, 5]} | fields
-    return pb.StartGeneration(sampling=SamplingParams(**(sampling or {})), **fields)
+    return pb.StartGeneration(sampling=sampling_pb2.SamplingParams(**(sampling or {})), **fields)
 
 
 def _error(start):
