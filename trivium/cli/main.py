@@ -1,5 +1,8 @@
 """The `trivium` command: one file per subcommand, put together here."""
 
+import importlib.metadata
+from typing import Annotated
+
 import typer
 
 from trivium.cli.bench import bench
@@ -14,5 +17,25 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+
+
+def _print_version(requested: bool) -> None:
+    if requested:
+        typer.echo(f"trivium {importlib.metadata.version('trivium')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Options of the command itself, given before any subcommand."""
+
+
 for command in (up, export, chat, bench, doctor):
     app.command()(command)
