@@ -68,15 +68,11 @@ class ModelDirectory:
     graph: Path
     weights: tuple[Path, ...]
     num_layers: int
-    num_attention_heads: int
     num_kv_heads: int
     head_size: int
-    hidden_size: int
     context_length: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
-    bos_token_id: int | None
-    pad_token_id: int | None
     family: str
     precision: str | None
     names: GraphNames
@@ -102,12 +98,6 @@ class ModelDirectory:
     def chat_template(self) -> Path | None:
         """The file `chat_template.jinja`, or None: then look into `tokenizer_config.json`."""
         path = self.path / CHAT_TEMPLATE
-        return path if path.is_file() else None
-
-    @property
-    def generation_config_file(self) -> Path | None:
-        """The file `generation_config.json`, or None when the model brings no defaults."""
-        path = self.path / GENERATION_CONFIG
         return path if path.is_file() else None
 
 
@@ -139,15 +129,11 @@ def load_model_directory(path: str | Path) -> ModelDirectory:
         graph=graph,
         weights=weights,
         num_layers=decoder.count("num_hidden_layers"),
-        num_attention_heads=decoder.count("num_attention_heads"),
         num_kv_heads=decoder.count("num_key_value_heads"),
         head_size=decoder.count("head_size"),
-        hidden_size=decoder.count("hidden_size"),
         context_length=model.count("context_length"),
         vocab_size=model.count("vocab_size"),
         eos_token_ids=model.token_ids("eos_token_id"),
-        bos_token_id=model.token_id("bos_token_id"),
-        pad_token_id=model.token_id("pad_token_id"),
         family=str(model.values.get("type", "")),
         precision=manifest.get("precision"),
         names=_graph_names(decoder),
@@ -187,9 +173,6 @@ class _Section:
         if any(type(token) is not int for token in ids):
             raise ModelDirectoryError(f"{self.file}: {key!r} is neither a token id nor a list")
         return tuple(token for token in ids if token >= 0)
-
-    def token_id(self, key: str) -> int | None:
-        return next(iter(self.token_ids(key)), None)
 
 
 def _graph_names(decoder: _Section) -> GraphNames:

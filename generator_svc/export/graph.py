@@ -6,7 +6,6 @@ reachable and puts the rest into topological order.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -92,13 +91,6 @@ class Graph:
                 if name == old:
                     node.input[index] = new
 
-    def replace_many(self, renames: dict[str, str]) -> None:
-        """`replace_uses` for many tensors in one walk."""
-        for node in self.nodes.values():
-            for index, name in enumerate(node.input):
-                if name in renames:
-                    node.input[index] = renames[name]
-
     def finish(self) -> onnx.ModelProto:
         """Prunes, sorts and writes everything back into the model, which is returned."""
         graph = self.model.graph
@@ -141,6 +133,3 @@ class Graph:
         known = {opset.domain for opset in self.model.opset_import}
         if MICROSOFT not in known:
             self.model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
-
-    def operator_counts(self) -> Counter[str]:
-        return Counter(node.op_type for node in self.nodes.values())

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenizer_svc.output.stop import Outcome, StopMatcher, StopStrings
+from tokenizer_svc.output.stop import StopMatcher, StopResult, StopStrings
 
 
 def search(text: str, stops: list[str]) -> tuple[str, str | None]:
@@ -69,17 +69,12 @@ def test_of_matches_that_end_together_the_longest_wins() -> None:
 
 
 @pytest.mark.parametrize(
-    ("piece", "outcome"),
-    [
-        ("abc", Outcome.TEXT),
-        ("<", Outcome.HELD),
-        ("<end>", Outcome.STOPPED),
-        ("x<end>y", Outcome.STOPPED_WITH_TEXT),
-    ],
+    ("piece", "text", "stop"),
+    [("abc", "abc", None), ("<", "", None), ("<end>", "", "<end>"), ("x<end>y", "x", "<end>")],
 )
-def test_outcomes_have_names(piece: str, outcome: Outcome) -> None:
-    """Text, held, stopped, stopped with text."""
-    assert outcome is StopMatcher(StopStrings(["<end>"])).push(piece).outcome
+def test_a_piece_is_text_or_held_back_or_ends_it(piece: str, text: str, stop: str | None) -> None:
+    """What may be shown comes at once, with the stop string that ended the text."""
+    assert StopResult(text, stop) == StopMatcher(StopStrings(["<end>"])).push(piece)
 
 
 def test_a_match_before_the_matcher_is_armed_is_text() -> None:
@@ -87,7 +82,7 @@ def test_a_match_before_the_matcher_is_armed_is_text() -> None:
     matcher = StopMatcher(StopStrings(["ab"]))
 
     assert "ab" == matcher.push("ab", armed=False).text
-    assert (Outcome.HELD, "") == (matcher.push("a", armed=False).outcome, "")
+    assert "" == matcher.push("a", armed=False).text
     assert "ab" == matcher.push("b").stop
 
 

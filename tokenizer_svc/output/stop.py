@@ -7,24 +7,13 @@ the one that starts first, which is the longest. What the pieces are makes no di
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
-
-
-class Outcome(Enum):
-    """What a piece of text led to."""
-
-    TEXT = "text"
-    HELD = "held"
-    STOPPED = "stopped"
-    STOPPED_WITH_TEXT = "stopped with text"
 
 
 @dataclass(frozen=True)
 class StopResult:
     """`text` may be shown now; `stop` is the string that ended the choice, once one did."""
 
-    outcome: Outcome
-    text: str = ""
+    text: str
     stop: str | None = None
 
 
@@ -64,7 +53,7 @@ class StopMatcher:
         """Takes the next piece. A match that completes while not `armed` is ordinary text."""
         assert not self._stopped, "Text came after a stop string. This is a bug."
         if not self._stops.texts:
-            return StopResult(Outcome.TEXT, text)
+            return StopResult(text)
         whole = self._held + text
         for position, character in enumerate(text, start=len(self._held) + 1):
             completed = self._advance(character)
@@ -72,13 +61,12 @@ class StopMatcher:
                 return self._stop(whole[: position - len(completed)], completed)
         held = max(self._matched, default=0)
         self._held = whole[len(whole) - held :]
-        shown = whole[: len(whole) - held]
-        return StopResult(Outcome.TEXT if shown or not held else Outcome.HELD, shown)
+        return StopResult(whole[: len(whole) - held])
 
     def flush(self) -> StopResult:
         """Nothing more comes: what was held back is text after all."""
         text, self._held = self._held, ""
-        return StopResult(Outcome.TEXT, text)
+        return StopResult(text)
 
     def _advance(self, character: str) -> str | None:
         """One character on; the longest stop string that ends here."""
@@ -99,5 +87,4 @@ class StopMatcher:
 
     def _stop(self, text: str, stop: str) -> StopResult:
         self._stopped, self._held = True, ""
-        outcome = Outcome.STOPPED_WITH_TEXT if text else Outcome.STOPPED
-        return StopResult(outcome, text, stop)
+        return StopResult(text, stop)
