@@ -29,26 +29,18 @@ from trivium.wire.errors import markdown_table
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
-MODULES = (
-    "rest_facade",
-    "rest_facade/convert",
-    "tokenizer_svc",
-    "tokenizer_svc/request",
-    "tokenizer_svc/prompt",
-    "tokenizer_svc/constraint",
-    "tokenizer_svc/generator",
-    "tokenizer_svc/output",
-    "tokenizer_svc/families",
-    "tokenizer_svc/convert",
-    "generator_svc",
-    "generator_svc/run",
-    "generator_svc/sampling",
-    "generator_svc/constraint",
-    "generator_svc/graphs",
-    "generator_svc/export",
-)
-SHARED = ("trivium", "trivium/wire", "trivium/cli")
+PACKAGES = ("rest_facade", "tokenizer_svc", "generator_svc", "trivium")
 SECTION = re.compile(r"(<!-- begin ([\w-]+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
+
+
+def folders() -> list[str]:
+    """The packages and their subpackages that a person wrote, as paths."""
+    found = {path.parent for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
+    generated = {path.parent for name in PACKAGES for path in (ROOT / name).rglob("*_pb2.py")}
+    return sorted(
+        (folder.relative_to(ROOT).as_posix() for folder in found - generated),
+        key=lambda folder: (PACKAGES.index(folder.split("/")[0]), folder),
+    )
 
 
 def modules(folder: str) -> str:
@@ -60,6 +52,11 @@ def modules(folder: str) -> str:
             name = folder.replace("/", ".") if path.stem == "__init__" else path.stem
             lines.append(f"- `{name}`: {first_sentence(text)}")
     return "\n".join(lines) + "\n"
+
+
+def all_modules() -> str:
+    """A heading and a list of modules for each folder."""
+    return "\n".join(f"## {folder}\n\n{modules(folder)}" for folder in folders())
 
 
 def first_sentence(text: str) -> str:
@@ -151,8 +148,7 @@ def generator_registry() -> CollectorRegistry:
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
-    **{f"modules-{folder.replace('/', '-')}": lambda f=folder: modules(f) for folder in MODULES},
-    **{f"modules-{folder.replace('/', '-')}": lambda f=folder: modules(f) for folder in SHARED},
+    "modules": all_modules,
     "settings-rest-facade": lambda: settings(FacadeSettings),
     "settings-tokenizer-svc": lambda: settings(TokenizerSettings),
     "settings-generator-svc": lambda: settings(GeneratorSettings),

@@ -41,6 +41,24 @@ def test_every_generated_section_has_a_page(generate: ModuleType) -> None:
     assert sorted(generate.SECTIONS) == sorted(shown)
 
 
+def test_the_architecture_names_every_package(generate: ModuleType) -> None:
+    """Each folder with code has its line, so that a newcomer finds the way."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+
+    assert [] == [folder for folder in generate.folders() if f"| `{folder}` |" not in page]
+
+
+def test_every_decision_has_a_date_and_a_status() -> None:
+    """Under its title, so that one sees at once whether it still stands."""
+    line = re.compile(r"# \d+\. .+\n\n\d{4}-\d\d-\d\d\. Status: (Accepted|Superseded by \d+)[.;]")
+
+    assert [] == [
+        page.name
+        for page in (ROOT / "docs" / "decisions").glob("*.md")
+        if not line.match(page.read_text())
+    ]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     """Links to files of the repository name files that exist."""
