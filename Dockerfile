@@ -7,13 +7,17 @@ FROM ${PYTHON} AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
 RUN python -m venv /opt/trivium
+# What the lock has, first, so that a change of ours downloads nothing again.
+COPY requirements.lock ./
+RUN /opt/trivium/bin/pip install --require-hashes -r requirements.lock
 COPY pyproject.toml README.md LICENSE ./
 COPY trivium trivium
 COPY rest_facade rest_facade
 COPY tokenizer_svc tokenizer_svc
 COPY generator_svc generator_svc
-RUN /opt/trivium/bin/pip install .
+RUN /opt/trivium/bin/pip install --no-deps .
 
+# CUDA's libraries and the exporter's come on top, in the ranges of pyproject.toml.
 FROM build AS build-cuda
 RUN /opt/trivium/bin/pip install '.[cuda]'
 

@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 PROTOS := $(shell find protos -name '*.proto' | sed 's,^protos/,,' | sort)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test clients templates check protos docs bench clean
+.PHONY: help serve test clients templates check protos docs lock bench clean
 
 help:
 	@echo 'make serve   install, export the embedded model once, start the three services'
@@ -20,6 +20,7 @@ help:
 	@echo 'make check   ruff, mypy, buf, hadolint'
 	@echo 'make protos  regenerate the stubs from protos/'
 	@echo 'make docs    regenerate the tables of docs/'
+	@echo 'make lock    renew requirements.lock, which the images install; ARGS=--upgrade for newer versions'
 	@echo 'make bench   load the server at URL (default http://127.0.0.1:8000)'
 	@echo 'make clean   remove $(VENV) and the caches of the tools'
 
@@ -76,6 +77,15 @@ protos: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py
+
+# Resolved for the Python of the images, in an environment of its own. Keeps what still fits.
+LOCK_PYTHON ?= python3.12
+lock:
+	$(LOCK_PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet pip-tools==7.6.2
+	.venv-lock/bin/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe --no-header \
+		--no-emit-index-url --no-emit-trusted-host --no-emit-find-links \
+		--output-file requirements.lock $(ARGS) pyproject.toml
 
 URL ?= http://127.0.0.1:8000
 bench: $(VENV)/.serve

@@ -87,7 +87,7 @@ def test_what_is_copied_exists() -> None:
     copied = [line.split()[1:-1] for line in instructions("build") if line.startswith("COPY ")]
     paths = [path for line in copied for path in line]
 
-    assert len(paths) == 7
+    assert len(paths) == 8
     assert [] == [path for path in paths if not (ROOT / path).exists()]
     assert [] == [path for path in paths if f"!{path}" not in ignore]
 

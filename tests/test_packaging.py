@@ -9,14 +9,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from tests.images import instructions
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 PACKAGES: list[str] = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
 INSTALLED = importlib.metadata.packages_distributions()
+LOCK = (ROOT / "requirements.lock").read_text()
+# What the lock is made for: the Dockerfile's Python.
+_PYTHON = re.findall(r"python:(\d+\.\d+)", (ROOT / "Dockerfile").read_text())[0]
+IMAGE = {
+    "extra": "",
+    "platform_system": "Linux",
+    "python_full_version": f"{_PYTHON}.0",
+    "python_version": _PYTHON,
+    "sys_platform": "linux",
+}
 EXPORT = "generator_svc/export/"
 # Both distributions put modules into the namespace `google`.
 GOOGLE = {"google.protobuf": "protobuf", "google.rpc": "googleapis-common-protos"}
@@ -87,3 +100,71 @@ def test_the_makefile_accepts_the_pythons_that_are_declared() -> None:
     sought = re.findall(r"python(3\.\d+)", (ROOT / "Makefile").read_text().split("python3;")[0])
 
     assert sorted(classified) == sorted(sought)
+
+
+def pins(text: str) -> dict[str, str]:
+    """Versions by name, of the lines `name==version` in the lock, those for Linux."""
+    found = re.findall(r"^([a-z0-9.-]+)==(\S+)(?: ; (.+?))? \\$", text, re.MULTILINE)
+    return {name: version for name, version, marker in found if on_the_images(marker)}
+
+
+def on_the_images(marker: str | None) -> bool:
+    """Whether a marker is true in the images: the Dockerfile's Python on Linux."""
+    return not marker or Marker(marker).evaluate(IMAGE)
+
+
+def unmet(lines: list[str], locked: dict[str, str]) -> list[str]:
+    """The requirements that hold in the images and that the lock does not satisfy."""
+    wanted = [Requirement(line) for line in lines]
+    return [
+        str(requirement)
+        for requirement in wanted
+        if on_the_images(str(requirement.marker or ""))
+        and not requirement.specifier.contains(
+            locked.get(canonicalize_name(requirement.name), "0.dev0"), prereleases=True
+        )
+    ]
+
+
+def test_the_lock_satisfies_what_is_declared() -> None:
+    """Each dependency is pinned to a version within its range."""
+    assert [] == unmet(PROJECT["dependencies"], pins(LOCK))
+
+
+def test_the_lock_is_whole() -> None:
+    """It has what its packages need, as far as they are installed here in the same version."""
+    locked = pins(LOCK)
+    same = [name for name in locked if installed_version(name) == locked[name]]
+
+    assert len(same) > len(locked) // 2
+    assert {} == {
+        name: missing
+        for name in same
+        if (missing := unmet(importlib.metadata.requires(name) or [], locked))
+    }
+
+
+def installed_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def test_every_pin_has_hashes_and_no_host() -> None:
+    """Images get the same files from whatever index; without a hash pip refuses to."""
+    pinned = re.split(r"^(?=[a-z0-9])", LOCK, flags=re.MULTILINE)[1:]
+
+    assert len(pinned) >= len(PROJECT["dependencies"])
+    assert [] == [entry for entry in pinned if "--hash=sha256:" not in entry]
+    assert "://" not in LOCK
+
+
+def test_the_images_install_the_lock() -> None:
+    """With hashes required, and nothing beside it but this project."""
+    installs = [line for line in instructions("serving") + instructions("build") if "pip " in line]
+
+    assert [
+        "RUN /opt/trivium/bin/pip install --require-hashes -r requirements.lock",
+        "RUN /opt/trivium/bin/pip install --no-deps .",
+    ] == installs
