@@ -16,7 +16,7 @@ from bench.play import Answer, Ask, Script
 try:
     from uvloop import new_event_loop
 except ImportError:  # where there is none, asyncio's own
-    from asyncio import new_event_loop
+    from asyncio import new_event_loop  # type: ignore[assignment]
 
 ANSWER_SECONDS = 900.0
 _LOOK_SECONDS = 0.002  # how often it is looked whether a late request's time has come

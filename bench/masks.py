@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def forced(table: TokenTable, sampling: SamplingParams, compiled: Any) -> list[f
     for token_id in ids:
         logits = noise.copy()
         logits[token_id] = 40
-        spent, (tokens, _) = timed(lambda row=logits: sample_all([(sequence, row)]))
+        spent, (tokens, _) = timed(partial(sample_all, [(sequence, logits)]))
         assert [token_id] == [token.token_id for _, token in tokens]
         sequence.append(token_id)
         times.append(spent)

@@ -90,8 +90,8 @@ def find_replicas(
     tried: dict[tuple[int, int], Result] = {}
 
     def is_enough(generators: int, tokenizers: int) -> bool:
-        replicas = {"generators": generators, "tokenizers": tokenizers}
-        result = simulate(requests, dataclasses.replace(cluster, **replicas), policy)
+        replicas = dataclasses.replace(cluster, generators=generators, tokenizers=tokenizers)
+        result = simulate(requests, replicas, policy)
         tried[generators, tokenizers] = result
         return targets.are_met(result)
 
@@ -154,8 +154,15 @@ class Run:
 
 async def run_services(model: Path, requests: Sequence[Request], seed: int) -> Run:
     """Starts the services, replays the trace, stops them."""
-    ports = free_ports(5)
-    pipeline = Pipeline(model, "auto", "127.0.0.1", ports[0], "127.0.0.1", *ports[1:])
+    port, *behind = free_ports(5)
+    pipeline = Pipeline(
+        model,
+        port=port,
+        tokenizer_port=behind[0],
+        tokenizer_metrics_port=behind[1],
+        generator_port=behind[2],
+        generator_metrics_port=behind[3],
+    )
     target = Target(f"{pipeline.url}/v1", {}, load_model_directory(model).id, 0, 0)
     prompts = Prompts(seed)
     async with Supervisor(pipeline.stages(), 30) as supervisor, open_client(target) as client:

@@ -10,6 +10,7 @@ import heapq
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -343,6 +344,6 @@ def simulate(requests: Sequence[Request], cluster: Cluster, policy: str = "round
     answers = [Answer(request) for request in requests]
     for answer in answers:
         when = answer.request.arrival + cluster.tokenizer_costs.hop
-        simulation.clock.at(when, lambda answer=answer: simulation.arrive(answer))
+        simulation.clock.at(when, partial(simulation.arrive, answer))
     simulation.clock.run()
     return Result(answers, [generator.busy_seconds for generator in simulation.generators])

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -73,9 +73,10 @@ class StepCosts:
 
 def load(path: Path) -> StepCosts:
     """What `StepCosts.save` wrote."""
-    fields = json.loads(path.read_text())
+    fields: dict[str, Any] = json.loads(path.read_text())
     fields["decode"] = [tuple(times) for times in fields["decode"]]
-    return StepCosts(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    return StepCosts(**tuples)
 
 
 def served_engine(
@@ -88,7 +89,7 @@ def served_engine(
     `runner` has an `info` like OrtRunner's. For whoever calls `step`: its thread is not started.
     """
     settings = settings or GeneratorSettings(model_directory=Path())
-    return build_engine(settings, runner, Meter(), deliver, _raise)
+    return build_engine(settings, cast(OrtRunner, runner), Meter(), deliver, _raise)
 
 
 def measure(runner: OrtRunner) -> StepCosts:

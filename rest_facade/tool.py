@@ -70,7 +70,7 @@ def _from_mode(value: Any) -> Any:
                 f"Invalid value: '{value[:64]}'. "
                 "Supported values are: 'none', 'auto', and 'required'.",
             )
-        return ToolChoice.model_construct(type=value, function=None)
+        return ToolChoice.model_construct(type=value, function=None)  # type: ignore[arg-type]
     if not isinstance(value, dict):
         raise fault("invalid_type", "one of a string or object")
     return value

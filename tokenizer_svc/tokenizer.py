@@ -15,7 +15,7 @@ import secrets
 from functools import lru_cache
 from typing import Any
 
-from tokenizers import Tokenizer as _Library  # type: ignore[import-untyped]
+from tokenizers import Tokenizer as _Library
 
 _CONTROL_FORM = re.compile(r"<[|\uff5c].*[|\uff5c]>", re.DOTALL)
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
