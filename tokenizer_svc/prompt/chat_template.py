@@ -147,7 +147,7 @@ def _raise_exception(message: str) -> None:
 
 
 def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
+    return datetime.now().strftime(pattern)  # noqa: DTZ005 - the date where the model runs
 
 
 def _to_json(

@@ -17,7 +17,7 @@ from pathlib import Path
 from trivium.cli.probe import until_ready
 from trivium.cli.supervisor import Stage
 
-ANY_HOST = ("", "0.0.0.0", "::")
+ANY_HOST = ("", "0.0.0.0", "::")  # noqa: S104 - compared with, not bound to
 LOOPBACK = "127.0.0.1"
 # Names under which health tells that a stage and those behind it can serve.
 CHAT, GENERATOR = "trivium.chat.v1.ChatService", "trivium.generator.v1.GeneratorService"

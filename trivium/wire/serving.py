@@ -167,7 +167,7 @@ class Health(health.aio.HealthServicer):  # type: ignore[misc]  # has no types
         super().__init__()
         self.draining = False
 
-    async def Check(self, request: Any, context: Any) -> Any:
+    async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
         response = await super().Check(request, context)
         if self.draining:
             response.status = health_pb2.HealthCheckResponse.NOT_SERVING
