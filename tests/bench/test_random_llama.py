@@ -10,7 +10,7 @@ import pytest
 from bench.random_llama import SHAPES, Shape, make_random_llama
 from generator_svc.plan import Chunk, Row, StepPlan
 from generator_svc.run.runner import OrtRunner
-from tiny_models import SHAPE, tiny_model_directory
+from tests.tiny_models import SHAPE, tiny_model_directory
 from tokenizer_svc.tokenizer import Tokenizer
 from trivium.model_directory import load_model_directory
 

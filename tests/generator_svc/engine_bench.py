@@ -4,13 +4,13 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-from fakes import EOS, FixedPrefillCost, ScriptedRunner
 from generator_svc.admission import Admission
 from generator_svc.engine import Engine
 from generator_svc.kv_cache import SlotCache
 from generator_svc.metering import Meter
 from generator_svc.scheduler import Scheduler
 from generator_svc.sequence import EngineRequest, SamplingParams, SequenceGroup, SequenceUpdate
+from tests.fakes import EOS, FixedPrefillCost, ScriptedRunner
 
 GREEDY = SamplingParams(temperature=0)
 

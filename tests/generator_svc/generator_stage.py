@@ -9,7 +9,6 @@ import prometheus_client
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import CollectorRegistry
 
-from fakes import EOS, FixedPrefillCost, ScriptedRunner, scripted_logits
 from generator_svc.admission import Admission
 from generator_svc.constraint.compiler import ConstraintCompiler
 from generator_svc.convert import Limits
@@ -20,6 +19,7 @@ from generator_svc.metrics import EngineCollector, RequestMetrics
 from generator_svc.scheduler import Scheduler
 from generator_svc.sequence import SamplingParams
 from generator_svc.service import GeneratorService, UpdateDispatcher
+from tests.fakes import EOS, FixedPrefillCost, ScriptedRunner, scripted_logits
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.generator.v1 import generator_pb2_grpc as pb_grpc
 from trivium.wire.channel import open_channel

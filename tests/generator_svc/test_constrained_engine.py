@@ -8,13 +8,13 @@ import jsonschema
 import numpy as np
 import pytest
 
-from engine_bench import Bench
-from fakes import ScriptedRunner
 from generator_svc.sampling.sampler import sample
 from generator_svc.sequence import ConstraintError, FinishReason, SamplingParams
-from sampling_oracle import sequence_of
-from schema_draw import draw_schema
-from text_tokens import compiled, text_tokens
+from tests.fakes import ScriptedRunner
+from tests.generator_svc.engine_bench import Bench
+from tests.generator_svc.sampling_oracle import sequence_of
+from tests.generator_svc.schema_draw import draw_schema
+from tests.generator_svc.text_tokens import compiled, text_tokens
 
 PEOPLE = json.dumps(
     {

@@ -9,7 +9,6 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from generator_stage import Stage
 from generator_svc.constraint.compiler import (
     CompileCache,
     CompilerBusy,
@@ -17,7 +16,8 @@ from generator_svc.constraint.compiler import (
     ConstraintCompiler,
 )
 from generator_svc.sequence import ConstraintError
-from text_tokens import text_tokens
+from tests.generator_svc.generator_stage import Stage
+from tests.generator_svc.text_tokens import text_tokens
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.sampling.v1.sampling_pb2 import SamplingParams
 

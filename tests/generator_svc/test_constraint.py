@@ -13,8 +13,8 @@ import pytest
 from generator_svc.constraint.json_schema import prepared, prepared_lark
 from generator_svc.constraint.llguidance import TokenTable
 from generator_svc.sequence import ConstraintError
-from schema_draw import draw_schema
-from text_tokens import EXTRA_IDS, accepts, compiled, text_tokens, token_table
+from tests.generator_svc.schema_draw import draw_schema
+from tests.generator_svc.text_tokens import EXTRA_IDS, accepts, compiled, text_tokens, token_table
 
 POINT = {
     "type": "object",

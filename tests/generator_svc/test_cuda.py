@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from bench.random_llama import SHAPES, make_random_llama
-from engine_bench import Bench
 from generator_svc import cuda
 from generator_svc.config import GeneratorSettings
 from generator_svc.cuda import CudaClock, CudaError, copy_to_host
@@ -21,6 +20,7 @@ from generator_svc.run.slot_memory import HostMemory
 from generator_svc.sampling.device_row import CANDIDATES, RELATIVE_ERROR, DeviceRow
 from generator_svc.sequence import SamplingParams
 from generator_svc.server import load_runner, warm_up
+from tests.generator_svc.engine_bench import Bench
 from trivium.model_directory import load_model_directory
 
 PROMPT = tuple(range(5, 45))

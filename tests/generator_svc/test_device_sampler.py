@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import generator_svc.run.runner as runner_module
-from engine_bench import Bench
 from generator_svc.device import Device
 from generator_svc.metering import Meter
 from generator_svc.run.logits_buffers import DeviceLogits
@@ -23,8 +22,9 @@ from generator_svc.sampling.sampler import BadLogits
 from generator_svc.sampling.sampler import sample as sample_whole
 from generator_svc.sequence import SamplingParams
 from generator_svc.server import warm_up
-from sampling_oracle import device_row, sequence_of
-from tiny_models import tiny_model_directory
+from tests.generator_svc.engine_bench import Bench
+from tests.generator_svc.sampling_oracle import device_row, sequence_of
+from tests.tiny_models import tiny_model_directory
 from trivium.model_directory import load_model_directory
 
 SIZES = [256, 257, 300, 1000, 5000]

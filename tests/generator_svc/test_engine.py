@@ -7,8 +7,6 @@ import time
 import numpy as np
 import pytest
 
-from engine_bench import GREEDY, Bench
-from fakes import EOS, VOCABULARY, ScriptedRunner, greedy, scripted_logits
 from generator_svc.admission import QueueFull
 from generator_svc.metering import REPREFILL
 from generator_svc.sequence import FinishReason, SamplingParams

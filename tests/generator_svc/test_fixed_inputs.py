@@ -9,12 +9,12 @@ from dataclasses import replace
 
 import pytest
 
-from engine_bench import Bench
 from generator_svc.plan import Chunk, Row, StepPlan
 from generator_svc.run.fixed_inputs import FixedInputs
 from generator_svc.run.runner import OrtRunner
 from generator_svc.sequence import SamplingParams
-from tiny_models import tiny_model_directory
+from tests.generator_svc.engine_bench import Bench
+from tests.tiny_models import tiny_model_directory
 from trivium.model_directory import load_model_directory
 
 PROMPTS = [tuple(range(5, 30)), tuple(range(40, 49)), tuple(range(60, 93)), (3, 9)]

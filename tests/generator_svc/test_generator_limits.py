@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from control_group import NoGroups, limited
-from generator_process import lines_of, refusal, running
-from tiny_models import tiny_model_directory
+from tests.generator_svc.control_group import NoGroups, limited
+from tests.generator_svc.generator_process import lines_of, refusal, running
+from tests.tiny_models import tiny_model_directory
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.model_directory import load_model_directory
 

@@ -10,9 +10,9 @@ import httpx
 import pytest
 from grpc_health.v1 import health_pb2
 
-from generator_process import free_port, lines_of, refusal, running, spawn
 from generator_svc.cuda import device_count
-from tiny_models import tiny_model_directory
+from tests.generator_svc.generator_process import free_port, lines_of, refusal, running, spawn
+from tests.tiny_models import tiny_model_directory
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.model_directory import MANIFEST, load_model_directory
 from trivium.sampling.v1.sampling_pb2 import SamplingParams

@@ -8,13 +8,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from engine_bench import Bench
-from fakes import ScriptedRunner
 from generator_svc.device import DeviceError, choose_device
 from generator_svc.plan import Chunk, Copy, Row, StepPlan, Swap
 from generator_svc.run.runner import OrtRunner
 from generator_svc.sequence import SamplingParams
-from tiny_models import tiny_checkpoint, tiny_model_directory
+from tests.tiny_models import tiny_checkpoint, tiny_model_directory
 from trivium.model_directory import load_model_directory
 
 SLOTS, SLOT_LENGTH = 4, 128

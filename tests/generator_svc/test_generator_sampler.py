@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from generator_svc.sampling.random_draw import uniform
 from generator_svc.sampling.sampler import BadLogits, sample, sample_all
 from generator_svc.sequence import SamplingParams
-from sampling_oracle import (
+from tests.generator_svc.sampling_oracle import (
     adjusted,
     assert_same_distribution,
     edges,

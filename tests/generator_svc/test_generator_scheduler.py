@@ -5,8 +5,6 @@ import random
 import numpy as np
 import pytest
 
-from engine_bench import Bench
-from fakes import greedy
 from generator_svc.kv_cache import SlotCache
 from generator_svc.prefill_cost import PrefillCostModel
 from generator_svc.scheduler import Scheduler

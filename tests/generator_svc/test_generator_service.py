@@ -12,8 +12,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
-from fakes import VOCABULARY, greedy, scripted_logits
-from generator_stage import SERVICE, Stage, collected
+from tests.fakes import VOCABULARY, greedy, scripted_logits
+from tests.generator_svc.generator_stage import SERVICE, Stage, collected
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.sampling.v1.sampling_pb2 import SamplingParams
 from trivium.wire.errors import INTERNAL_MESSAGE

@@ -7,7 +7,7 @@ import pytest
 
 from generator_svc.sequence import ConstraintError
 from tests import node
-from text_tokens import accepts
+from tests.generator_svc.text_tokens import accepts
 from trivium.ecma_regex import widened
 
 TEXTS = [

@@ -10,11 +10,11 @@ import pytest
 from generator_svc.constraint.sandbox import compilable_text
 from generator_svc.constraint.schema_relaxation import DROPPED, FORMATS, MAX_MULTIPLE, children
 from generator_svc.sequence import ConstraintError
-from sample_schemas import SAMPLES, written
-from schema_draw import draw_schema
-from test_constraint import _written
 from tests.compatibility import SCHEMA_KEYWORDS
-from text_tokens import accepts, compiled, token_table
+from tests.generator_svc.sample_schemas import SAMPLES, written
+from tests.generator_svc.schema_draw import draw_schema
+from tests.generator_svc.test_constraint import _written
+from tests.generator_svc.text_tokens import accepts, compiled, token_table
 
 LENIENT = {"x-guidance": {"lenient": True}}
 

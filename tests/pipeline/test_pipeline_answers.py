@@ -243,6 +243,6 @@ def test_models(client: openai.OpenAI, services: Services) -> None:
     models = client.models.list().data
 
     assert [services.model] == [model.id for model in models]
-    assert 2048 == models[0].context_length
+    assert 2048 == models[0].model_dump()["context_length"]
     with pytest.raises(openai.NotFoundError):
         ask(client, services, model="gpt-4o")
