@@ -7,7 +7,8 @@ import numpy as np
 
 from generator_svc.plan import Copy, StepPlan, Swap
 from generator_svc.prefill_cost import PrefillCostModel
-from generator_svc.run.runner import Logits, RunResult, StepOutcome
+from generator_svc.run.logits_buffers import Logits
+from generator_svc.run.runner import RunResult, StepOutcome
 
 VOCABULARY = 64
 EOS = 1

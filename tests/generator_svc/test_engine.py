@@ -10,6 +10,8 @@ import pytest
 from generator_svc.admission import QueueFull
 from generator_svc.metering import REPREFILL
 from generator_svc.sequence import FinishReason, SamplingParams
+from tests.fakes import EOS, VOCABULARY, ScriptedRunner, greedy, scripted_logits
+from tests.generator_svc.engine_bench import GREEDY, Bench
 
 
 def _prompts(seed, count, longest=40):

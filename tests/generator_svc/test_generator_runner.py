@@ -12,6 +12,8 @@ from generator_svc.device import DeviceError, choose_device
 from generator_svc.plan import Chunk, Copy, Row, StepPlan, Swap
 from generator_svc.run.runner import OrtRunner
 from generator_svc.sequence import SamplingParams
+from tests.fakes import ScriptedRunner
+from tests.generator_svc.engine_bench import Bench
 from tests.tiny_models import tiny_checkpoint, tiny_model_directory
 from trivium.model_directory import load_model_directory
 

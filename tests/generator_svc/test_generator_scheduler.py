@@ -15,6 +15,8 @@ from generator_svc.sequence import (
     SequenceGroup,
     SequenceStatus,
 )
+from tests.fakes import greedy
+from tests.generator_svc.engine_bench import Bench
 
 
 def _chunk_lengths(bench):
