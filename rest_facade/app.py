@@ -23,10 +23,10 @@ from rest_facade.backend import Backend
 from rest_facade.config import FacadeSettings
 from rest_facade.connection import ClientGone
 from rest_facade.cors import cors
-from rest_facade.errors import ErrorResponse, error_event
+from rest_facade.errors import ErrorResponse, error_body
 from rest_facade.metrics import Metrics
 from rest_facade.routes import Routes
-from rest_facade.token_routes import TokenRoutes
+from rest_facade.sse import sse_event
 from rest_facade.traffic import Traffic
 from trivium.wire import telemetry
 from trivium.wire.errors import ERRORS, ServiceError, internal_error
@@ -45,10 +45,7 @@ def build_app(
 ) -> FastAPI:
     """The application; the caller owns `backend`'s channel, and drains by `traffic`."""
     metrics = Metrics()
-    table = [
-        *Routes(settings, backend, traffic, metrics).table(),
-        *TokenRoutes(settings, backend).table(),
-    ]
+    table = Routes(settings, backend, traffic, metrics).table()
     app = FastAPI(
         # Handlers that read the raw body and validate it strictly: the framework's own parsing
         # takes NaN, turns "1" into 1, and answers with shapes of its own.
@@ -168,7 +165,8 @@ class Boundary:
         # Only streams can fail after their start.
         self._metrics.stream_errors.labels(fault.code).inc()
         log.warning("a stream broke off: %s: %s", fault.code, fault.message)
-        await send({"type": "http.response.body", "body": error_event(fault)})
+        # No `[DONE]` follows.
+        await send({"type": "http.response.body", "body": sse_event(error_body(fault))})
 
 
 class Admission:

@@ -11,7 +11,7 @@ from typing import Any, Generic, Self, TypeVar
 
 import grpc
 
-from rest_facade.convert import chat, model, text, token
+from rest_facade.convert import chat, completion, tokenizer
 from trivium.wire.channel import GAP_SECONDS, open_channel, serving
 from trivium.wire.errors import ServiceError, from_rpc_error
 from trivium.wire.telemetry import outgoing_metadata
@@ -38,10 +38,10 @@ class Backend:
         # The stubs are generated without types.
         self._chats = tuple(map(chat.ChatServiceStub, (self._with_generator, self._any_tokenizer)))
         self._texts = tuple(
-            map(text.CompletionServiceStub, (self._with_generator, self._any_tokenizer))
+            map(completion.CompletionServiceStub, (self._with_generator, self._any_tokenizer))
         )
-        self._models = model.ModelServiceStub(self._any_tokenizer)  # type: ignore[no-untyped-call]
-        self._tokenizer = token.TokenizerServiceStub(self._any_tokenizer)  # type: ignore[no-untyped-call]
+        self._models = tokenizer.ModelServiceStub(self._any_tokenizer)  # type: ignore[no-untyped-call]
+        self._tokenizer = tokenizer.TokenizerServiceStub(self._any_tokenizer)  # type: ignore[no-untyped-call]
         self._timeout = timeout
         self._running: set[Any] = set()
         self._stopped = False
@@ -77,26 +77,26 @@ class Backend:
         response: chat.Response = await self._completed(self._chat.CreateChatCompletion, request)
         return response
 
-    async def complete_text(self, request: text.Request) -> text.Response:
+    async def complete_text(self, request: completion.Request) -> completion.Response:
         """The same for a plain completion."""
-        response: text.Response = await self._completed(self._text.CreateCompletion, request)
+        response: completion.Response = await self._completed(self._text.CreateCompletion, request)
         return response
 
     def stream_chat(self, request: chat.Request) -> "CompletionStream[chat.ChatEvent]":
         """An answer as it is made. The caller closes it, whatever happens."""
         return self._stream(self._chat.StreamChatCompletion, request, chat.event)
 
-    def stream_text(self, request: text.Request) -> "CompletionStream[text.TextEvent]":
+    def stream_text(self, request: completion.Request) -> "CompletionStream[completion.TextEvent]":
         """The same for a plain completion."""
-        return self._stream(self._text.StreamCompletion, request, text.event)
+        return self._stream(self._text.StreamCompletion, request, completion.event)
 
     async def models(self) -> Any:
         """All models, as protobuf."""
-        return await self._read(self._models.ListModels, model.models_request())
+        return await self._read(self._models.ListModels, tokenizer.models_request())
 
     async def model(self, name: str) -> Any:
         """One model, as protobuf."""
-        return (await self._read(self._models.GetModel, model.model_request(name))).model
+        return (await self._read(self._models.GetModel, tokenizer.model_request(name))).model
 
     async def render_chat(self, request: Any) -> Any:
         """The tokens of a conversation, as protobuf."""
@@ -123,7 +123,7 @@ class Backend:
                 await self._can_complete.wait()
                 return
         try:
-            await self._models.ListModels(model.models_request(), timeout=seconds / 2)
+            await self._models.ListModels(tokenizer.models_request(), timeout=seconds / 2)
         except grpc.aio.AioRpcError as error:
             fault = from_rpc_error(error)
             if fault.code == "deadline_exceeded":

@@ -1,4 +1,4 @@
-"""Errors as clients of the OpenAI API know them: an HTTP answer, or a stream's last event.
+"""Errors as clients of the OpenAI API know them.
 
 Which error has which status, type and code stands in `trivium.wire.errors` alone.
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from rest_facade.json_text import encode
+from rest_facade.json_encoding import encode
 from trivium.wire import telemetry
 from trivium.wire.errors import ServiceError
 
@@ -21,7 +21,7 @@ class ErrorResponse(Response):
 
     def __init__(self, error: ServiceError, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(
-            content=encode(_public_body(error)),
+            content=encode(error_body(error)),
             status_code=error.kind.http,
             headers={**_headers(error), **(headers or {})},
         )
@@ -40,12 +40,8 @@ def _headers(error: ServiceError) -> dict[str, str]:
     return {}
 
 
-def error_event(error: ServiceError) -> bytes:
-    """The last event of a stream that fails after its HTTP 200; no `[DONE]` follows it."""
-    return b"data: " + encode(_public_body(error)) + b"\n\n"
-
-
-def _public_body(error: ServiceError) -> dict[str, Any]:
+def error_body(error: ServiceError) -> dict[str, Any]:
+    """OpenAI's error object, as a body or as the last event of a stream."""
     body = error.body()
     if error.code == "internal_error":
         body["error"]["message"] += f" (request id: {telemetry.request_id.get()})"

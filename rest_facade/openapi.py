@@ -5,10 +5,14 @@ from typing import Any
 from pydantic import TypeAdapter
 from pydantic.json_schema import JsonSchemaMode
 
-from rest_facade import answer
-from rest_facade.completion import CompletionRequest
-from rest_facade.schema import ChatRequest
-from rest_facade.token_schema import DetokenizeRequest, TokenizeRequest, TokenizerInfoRequest
+from rest_facade import responses
+from rest_facade.requests.chat import ChatRequest
+from rest_facade.requests.completion import CompletionRequest
+from rest_facade.requests.tokenization import (
+    DetokenizeRequest,
+    TokenizeRequest,
+    TokenizerInfoRequest,
+)
 from trivium.wire.errors import ERRORS
 
 _REQUESTS = (
@@ -19,17 +23,17 @@ _REQUESTS = (
     TokenizerInfoRequest,
 )
 _ANSWERS = (
-    answer.ChatCompletion,
-    answer.ChatCompletionChunk,
-    answer.TextCompletion,
-    answer.TextCompletionChunk,
-    answer.TokenizeAnswer,
-    answer.DetokenizeAnswer,
-    answer.TokenizerInfo,
-    answer.ModelObject,
-    answer.ModelList,
-    answer.ErrorBody,
-    answer.Health,
+    responses.ChatCompletion,
+    responses.ChatCompletionChunk,
+    responses.TextCompletion,
+    responses.TextCompletionChunk,
+    responses.TokenizeAnswer,
+    responses.DetokenizeAnswer,
+    responses.TokenizerInfo,
+    responses.ModelObject,
+    responses.ModelList,
+    responses.ErrorBody,
+    responses.Health,
 )
 # Or none: whether a key is asked for is the operator's choice.
 _KEY: list[dict[str, list[str]]] = [{}, {"key": []}]

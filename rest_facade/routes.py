@@ -1,10 +1,11 @@
-"""What each path of completions, models and health answers.
+"""What each path answers.
 
-A completion goes schema → convert → backend → convert → sse.
+A completion goes requests → convert → backend → convert → sse.
 """
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,22 +16,28 @@ from starlette.routing import Route
 
 from rest_facade.backend import Backend, CompletionStream
 from rest_facade.body import read_json
-from rest_facade.completion import CompletionRequest
 from rest_facade.config import FacadeSettings
 from rest_facade.connection import while_connected
-from rest_facade.convert import chat, model, text
-from rest_facade.field import Body
-from rest_facade.json_text import JSONAnswer, encode
+from rest_facade.convert import chat, completion, tokenizer
+from rest_facade.json_encoding import encode
 from rest_facade.metrics import CONTENT_TYPE, Metrics
 from rest_facade.openapi import openapi_document
-from rest_facade.schema import ChatRequest
+from rest_facade.requests.chat import ChatRequest
+from rest_facade.requests.completion import CompletionRequest
+from rest_facade.requests.field import Body, missing
+from rest_facade.requests.tokenization import (
+    DetokenizeRequest,
+    TokenizeRequest,
+    TokenizerInfoRequest,
+)
+from rest_facade.requests.validation import blaming, parse
 from rest_facade.sse import ChatWriter, TextWriter
 from rest_facade.stream import ChunkWriter, Event, EventStream
 from rest_facade.traffic import Traffic
-from rest_facade.validation import blaming, parse
 
-Wanted = TypeVar("Wanted", bound=Body)
-Asked = TypeVar("Asked")
+Parsed = TypeVar("Parsed", bound=Body)
+Message = TypeVar("Message")
+Result = TypeVar("Result")
 
 _DOCS_PAGE = Path(__file__).with_name("docs.html")
 # The page cannot load anything from elsewhere, whatever becomes of it.
@@ -59,6 +66,9 @@ class Routes:
             Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/v1/models", self.models, methods=["GET"]),
             Route("/v1/models/{id:path}", self.model, methods=["GET"]),
+            Route("/tokenize", self.tokenize, methods=["POST"]),
+            Route("/detokenize", self.detokenize, methods=["POST"]),
+            Route("/tokenizer_info", self.tokenizer_info, methods=["GET", "POST"]),
             Route("/health", self.ready, methods=["GET"]),
             Route("/health/live", self.live, methods=["GET"]),
             Route("/metrics", self.metrics, methods=["GET"]),
@@ -69,39 +79,32 @@ class Routes:
     async def chat_completions(self, request: Request) -> Response:
         """A chat completion, whole or streamed."""
         started_at = time.perf_counter()
-        wanted, asked = await self._body(request, ChatRequest, chat.request)
-        if wanted.stream:
-            stream = self._backend.stream_chat(asked)
-            with blaming(wanted.old_names()):
-                return await self._streamed(request, stream, ChatWriter(wanted), started_at)
-        with blaming(wanted.old_names()):
-            response = await while_connected(request.receive, self._backend.complete_chat(asked))
-        return JSONAnswer(encode(chat.answer(response, wanted)))
+        body, message = await self._read(request, partial(_converted, ChatRequest, chat.request))
+        with blaming(body.old_names()):
+            if body.stream:
+                stream = self._backend.stream_chat(message)
+                return await self._streamed(request, stream, ChatWriter(body), started_at)
+            response = await while_connected(request.receive, self._backend.complete_chat(message))
+        return _json(chat.answer(response, body))
 
     async def completions(self, request: Request) -> Response:
         """A plain completion, whole or streamed."""
         started_at = time.perf_counter()
-        wanted, asked = await self._body(request, CompletionRequest, text.request)
-        if wanted.stream:
-            stream = self._backend.stream_text(asked)
-            with blaming(wanted.old_names()):
-                return await self._streamed(request, stream, TextWriter(wanted), started_at)
-        with blaming(wanted.old_names()):
-            response = await while_connected(request.receive, self._backend.complete_text(asked))
-        return JSONAnswer(encode(text.answer(response, wanted)))
+        body, message = await self._read(
+            request, partial(_converted, CompletionRequest, completion.request)
+        )
+        with blaming(body.old_names()):
+            if body.stream:
+                stream = self._backend.stream_text(message)
+                return await self._streamed(request, stream, TextWriter(body), started_at)
+            response = await while_connected(request.receive, self._backend.complete_text(message))
+        return _json(completion.answer(response, body))
 
-    async def _body(
-        self, request: Request, kind: type[Wanted], convert: Callable[[Wanted], Asked]
-    ) -> tuple[Wanted, Asked]:
-        """The request in the body, and as the next stage takes it."""
-
-        def checked(raw: dict[str, Any]) -> tuple[Wanted, Asked]:
-            wanted = parse(kind, raw)
-            return wanted, convert(wanted)
-
+    async def _read(self, request: Request, convert: Callable[[dict[str, Any]], Result]) -> Result:
+        """What `convert` makes of the JSON object in the body."""
         settings = self._settings
         return await read_json(
-            request, settings.max_body_bytes, settings.body_read_seconds, checked
+            request, settings.max_body_bytes, settings.body_read_seconds, convert
         )
 
     async def _streamed(
@@ -128,25 +131,68 @@ class Routes:
 
     async def models(self, request: Request) -> Response:
         """All models."""
-        return JSONAnswer(encode(model.model_list(await self._backend.models())))
+        return _json(tokenizer.model_list(await self._backend.models()))
 
     async def model(self, request: Request) -> Response:
         """One model. The path's empty end is none's name."""
         if not request.path_params["id"]:
             raise HTTPException(404)
-        with blaming({"id": "model"}):
-            found = await self._backend.model(request.path_params["id"])
-        return JSONAnswer(encode(model.model_object(found)))
+        return _json(tokenizer.model_object(await self._model(request.path_params["id"])))
+
+    async def tokenize(self, request: Request) -> Response:
+        """The tokens of a text or a conversation."""
+        body = await self._read(request, partial(parse, TokenizeRequest))
+        return await while_connected(request.receive, self._tokenize(body))
+
+    async def _tokenize(self, body: TokenizeRequest) -> Response:
+        model = await self._model(body.model)
+        if body.messages is None:
+            response = await self._backend.tokenize(tokenizer.tokenize_request(body, model.id))
+        else:
+            response = await self._backend.render_chat(tokenizer.render_request(body, model.id))
+        return _json(tokenizer.tokenize_answer(response.token_ids, model.context_length))
+
+    async def detokenize(self, request: Request) -> Response:
+        """The text of tokens."""
+        body = await self._read(request, partial(parse, DetokenizeRequest))
+        return await while_connected(request.receive, self._detokenize(body))
+
+    async def _detokenize(self, body: DetokenizeRequest) -> Response:
+        model = await self._model(body.model)
+        message = tokenizer.detokenize_request(model.id, body.tokens)
+        with blaming({"token_ids": "tokens"}):
+            response = await self._backend.detokenize(message)
+        return _json(tokenizer.detokenize_answer(response))
+
+    async def tokenizer_info(self, request: Request) -> Response:
+        """What kind of tokenizer a model has; GET takes the model as a query parameter."""
+        if request.method == "POST":
+            name = (await self._read(request, partial(parse, TokenizerInfoRequest))).model
+        else:
+            name = request.query_params.get("model")
+        model = await self._model(name)
+        response = await self._backend.tokenizer_info(tokenizer.info_request(model.id))
+        return _json(tokenizer.info(response))
+
+    async def _model(self, name: str | None) -> Any:
+        """The model of that name, or the only one there is."""
+        if name is not None:
+            with blaming({"id": "model"}):
+                return await self._backend.model(name)
+        models = (await self._backend.models()).models
+        if len(models) != 1:
+            raise missing("model")
+        return models[0]
 
     async def ready(self, request: Request) -> Response:
         """Whether a completion would be taken on now."""
         self._traffic.check_ready()
         await self._backend.check(self._settings.health_timeout_seconds)
-        return JSONAnswer(encode({"status": "ok"}))
+        return _json({"status": "ok"})
 
     async def live(self, request: Request) -> Response:
         """Whether this process answers at all; its peers do not matter."""
-        return JSONAnswer(encode({"status": "ok"}))
+        return _json({"status": "ok"})
 
     async def metrics(self, request: Request) -> Response:
         """Counters, in Prometheus' text format."""
@@ -160,4 +206,16 @@ class Routes:
 
     async def openapi(self, request: Request) -> Response:
         """The API's description."""
-        return JSONAnswer(self._openapi)
+        return Response(self._openapi, media_type="application/json")
+
+
+def _converted(
+    kind: type[Parsed], convert: Callable[[Parsed], Message], raw: dict[str, Any]
+) -> tuple[Parsed, Message]:
+    """The request in a body's JSON, and as the next stage takes it."""
+    body = parse(kind, raw)
+    return body, convert(body)
+
+
+def _json(body: Any) -> Response:
+    return Response(encode(body), media_type="application/json")

@@ -11,7 +11,7 @@ from rest_facade.app import build_app
 from rest_facade.auth import KeyFile
 from rest_facade.backend import Backend
 from rest_facade.config import FacadeSettings
-from rest_facade.edge import EdgeProtocol
+from rest_facade.http_limits import LimitedHttpProtocol
 from rest_facade.traffic import Traffic
 from trivium.wire.serving import StopSignals, wait_for_any
 
@@ -39,7 +39,7 @@ async def serve(settings: FacadeSettings, keys: KeyFile | None) -> None:
                 build_app(settings, backend, traffic, keys),
                 host=settings.host,
                 port=settings.port,
-                http=EdgeProtocol,
+                http=LimitedHttpProtocol,
                 ws="none",
                 lifespan="off",
                 log_config=None,

@@ -3,15 +3,22 @@
 Knows nothing of HTTP or gRPC. What is the same in every chunk is serialised once.
 """
 
-from rest_facade.answer import Logprobs, TextLogprobs, Usage, UsageSoFar
+from typing import Any
+
 from rest_facade.convert.chat import ChatEvent, ChoiceDelta, ToolCallPiece
+from rest_facade.convert.completion import TextDelta, TextEvent
 from rest_facade.convert.envelope import Header
-from rest_facade.convert.text import TextDelta, TextEvent
-from rest_facade.json_text import encode, json_string
-from rest_facade.option import Options
+from rest_facade.json_encoding import encode, to_json
+from rest_facade.requests.options import Options
+from rest_facade.responses import Logprobs, TextLogprobs, Usage, UsageSoFar
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
+
+
+def sse_event(body: Any) -> bytes:
+    """`body` as the JSON of one event."""
+    return b"data: " + encode(body) + b"\n\n"
 
 
 class _Writer:
@@ -116,14 +123,14 @@ def _parts(delta: ChoiceDelta) -> list[str]:
     """What is new, each to be the only thing in its chunk."""
     parts = []
     if delta.reasoning:
-        parts.append(f'"reasoning_content":{json_string(delta.reasoning)}')
+        parts.append(f'"reasoning_content":{to_json(delta.reasoning)}')
     if delta.content:
-        parts.append(f'"content":{json_string(delta.content)}')
+        parts.append(f'"content":{to_json(delta.content)}')
     for piece in delta.tool_calls:
         if piece.id is not None:
             parts.append(_opened(piece))
         if piece.arguments:
-            function = f'{{"arguments":{json_string(piece.arguments)}}}'
+            function = f'{{"arguments":{to_json(piece.arguments)}}}'
             parts.append(f'"tool_calls":[{{"index":{piece.index},"function":{function}}}]')
     return parts
 
@@ -157,7 +164,7 @@ class TextWriter(_Writer):
         self._completion_tokens[delta.index] = delta.completion_tokens
         chunks = ""
         if delta.text or delta.logprobs:
-            choice = f'"index":{delta.index},"text":{json_string(delta.text)}'
+            choice = f'"index":{delta.index},"text":{to_json(delta.text)}'
             chunks = self._chunk(choice, delta.logprobs, "null")
         if delta.finish_reason:
             choice = f'"index":{delta.index},"text":""'

@@ -11,8 +11,8 @@ from openai.types.completion_create_params import (
     CompletionCreateParamsBase as TextCompletionCreateParamsBase,
 )
 
-from rest_facade.message import ChatMessage
-from rest_facade.schema import ChatRequest
+from rest_facade.requests.chat import ChatRequest
+from rest_facade.requests.message import ChatMessage
 from tests.compatibility import (
     CHAT_ANSWER,
     CHAT_REQUEST,

@@ -3,7 +3,10 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from rest_facade.answer import (
+from rest_facade.convert import envelope, message
+from rest_facade.convert.envelope import FINISH_REASONS, Header
+from rest_facade.requests.chat import ChatRequest
+from rest_facade.responses import (
     ChatCompletion,
     Choice,
     FinishReason,
@@ -13,9 +16,6 @@ from rest_facade.answer import (
     ToolCall,
     Usage,
 )
-from rest_facade.convert import envelope, message
-from rest_facade.convert.envelope import FINISH_REASONS, Header
-from rest_facade.schema import ChatRequest
 from trivium.chat.v1 import chat_pb2
 from trivium.chat.v1.chat_pb2_grpc import ChatServiceStub as ChatServiceStub
 

@@ -7,9 +7,9 @@ from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 from pydantic import BaseModel
 
-from rest_facade.answer import FinishReason, Usage
-from rest_facade.format import ResponseFormat, StructuredOutputs
-from rest_facade.option import Options
+from rest_facade.requests.options import Options
+from rest_facade.requests.structured_output import ResponseFormat, StructuredOutputs
+from rest_facade.responses import FinishReason, Usage
 from trivium.chat.v1 import chat_pb2
 from trivium.sampling.v1.sampling_pb2 import SamplingParams
 

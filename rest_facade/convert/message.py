@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from rest_facade.message import ChatMessage
-from rest_facade.tool import Tool, ToolChoice
+from rest_facade.requests.message import ChatMessage
+from rest_facade.requests.tool import Tool, ToolChoice
 from trivium.chat.v1 import chat_pb2
 
 _ROLES = {

@@ -13,7 +13,7 @@ from rest_facade.app import build_app
 from rest_facade.auth import KeyFile
 from rest_facade.backend import Backend
 from rest_facade.config import FacadeSettings
-from rest_facade.edge import EdgeProtocol
+from rest_facade.http_limits import LimitedHttpProtocol
 from rest_facade.traffic import Traffic
 from tests.openai_shapes import watched
 from tests.rest_facade.scripted_backend import ScriptedBackend
@@ -75,7 +75,7 @@ async def _facade(backend_port: int, values: dict[str, Any]) -> AsyncIterator[st
         config = uvicorn.Config(
             build_app(settings, stage, Traffic(), keys),
             port=0,
-            http=EdgeProtocol,
+            http=LimitedHttpProtocol,
             ws="none",
             lifespan="off",
             log_config=None,

@@ -5,9 +5,9 @@ from typing import Any
 
 import httpx
 
-from rest_facade import answer
+from rest_facade import responses
 from rest_facade.openapi import openapi_document
-from rest_facade.schema import ChatRequest
+from rest_facade.requests.chat import ChatRequest
 
 
 def _references(value: Any) -> set[str]:
@@ -38,7 +38,7 @@ def test_request_and_answers_are_described() -> None:
     assert {"minimum": 0, "maximum": 2, "type": "number"} in request["properties"]["temperature"][
         "anyOf"
     ]
-    assert schemas["Usage"]["properties"].keys() == answer.Usage.__annotations__.keys()
+    assert schemas["Usage"]["properties"].keys() == responses.Usage.__annotations__.keys()
 
 
 async def test_served_document(client: httpx.AsyncClient) -> None:

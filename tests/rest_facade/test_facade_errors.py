@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rest_facade.errors import ErrorResponse, error_event
+from rest_facade.errors import ErrorResponse, error_body
+from rest_facade.sse import sse_event
 from tests.rest_facade.conftest import StartFacade
 from tests.rest_facade.scripted_backend import HELLO, MODEL, ScriptedBackend, delta, header
 from trivium.wire.errors import ERRORS, ServiceError
@@ -293,7 +294,7 @@ def test_retry_after_is_within_what_clients_obey() -> None:
 
 def test_an_error_event_is_one_event() -> None:
     """Line ends in a message do not break the event."""
-    event = error_event(ServiceError("invalid_value", "a\n\nb\u2028c")).decode()
+    event = sse_event(error_body(ServiceError("invalid_value", "a\n\nb\u2028c"))).decode()
 
     assert event.count("\n") == 2
     assert json.loads(event.removeprefix("data: "))["error"]["message"] == "a\n\nb\u2028c"

@@ -5,8 +5,8 @@ from typing import Any
 import httpx
 import pytest
 
-from rest_facade.completion import CompletionRequest
-from rest_facade.validation import parse
+from rest_facade.requests.completion import CompletionRequest
+from rest_facade.requests.validation import parse
 from tests.completion_requests import options
 from tests.rest_facade.scripted_backend import (
     MODEL,

@@ -189,6 +189,7 @@ async def test_tools_arrive(client: httpx.AsyncClient, backend: ScriptedBackend)
 
 
 SCHEMA = {"type": "object", "required": ["z", "a"]}
+SCHEMA_TEXT = '{"type":"object","required":["z","a"]}'
 
 
 @pytest.mark.parametrize(
@@ -219,7 +220,7 @@ SCHEMA = {"type": "object", "required": ["z", "a"]}
                     "json_schema": {
                         "name": "n",
                         "description": "d",
-                        "schema": json.dumps(SCHEMA),
+                        "schema": SCHEMA_TEXT,
                         "strict": True,
                     }
                 }
@@ -227,7 +228,7 @@ SCHEMA = {"type": "object", "required": ["z", "a"]}
         ),
         (
             {"structured_outputs": {"json": SCHEMA}},
-            {"structured_outputs": {"json": json.dumps(SCHEMA)}},
+            {"structured_outputs": {"json": SCHEMA_TEXT}},
         ),
         (
             {"structured_outputs": {"json": '{ "type":"string"}'}},
@@ -249,13 +250,13 @@ SCHEMA = {"type": "object", "required": ["z", "a"]}
             {"structured_outputs": {"json_object": True, "regex": None}},
             {"structured_outputs": {"json_object": True}},
         ),
-        ({"guided_json": SCHEMA}, {"structured_outputs": {"json": json.dumps(SCHEMA)}}),
+        ({"guided_json": SCHEMA}, {"structured_outputs": {"json": SCHEMA_TEXT}}),
         ({"guided_regex": "a+"}, {"structured_outputs": {"regex": "a+"}}),
         ({"guided_choice": ["a"]}, {"structured_outputs": {"choice": {"choices": ["a"]}}}),
         ({"guided_grammar": "start: /a/"}, {"structured_outputs": {"grammar": "start: /a/"}}),
         ({"regex": "a+"}, {"structured_outputs": {"regex": "a+"}}),
         ({"ebnf": 'root ::= "a"'}, {"structured_outputs": {"grammar": 'root ::= "a"'}}),
-        ({"json_schema": SCHEMA}, {"structured_outputs": {"json": json.dumps(SCHEMA)}}),
+        ({"json_schema": SCHEMA}, {"structured_outputs": {"json": SCHEMA_TEXT}}),
         ({"json_schema": '{"type": "null"}'}, {"structured_outputs": {"json": '{"type": "null"}'}}),
         ({"json_schema": {}, "regex": None}, {}),
     ],
@@ -291,7 +292,7 @@ async def test_template_fields_arrive(client: httpx.AsyncClient, backend: Script
 
     assert request == chat_request(
         reasoning_effort="low",
-        chat_template_kwargs={"enable_thinking": "false", "x": '{"b": 1, "a": null}'},
+        chat_template_kwargs={"enable_thinking": "false", "x": '{"b":1,"a":null}'},
         continue_final_message=True,
         add_generation_prompt=False,
         stop_token_ids=[2, 0],

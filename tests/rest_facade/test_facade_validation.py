@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from rest_facade.body import parse_json
-from rest_facade.schema import ChatRequest
-from rest_facade.validation import parse
+from rest_facade.requests.chat import ChatRequest
+from rest_facade.requests.validation import parse
 from trivium.wire.errors import ServiceError
 
 VALID: dict[str, Any] = {

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rest_facade.field import (
+from rest_facade.requests.field import (
     Name,
     ObjectText,
     SchemaText,

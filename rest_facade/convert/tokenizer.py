@@ -1,10 +1,18 @@
-"""Text to tokens and back, and what kind of tokenizer a model has."""
+"""Models and their tokenizers: which there are, text to tokens and back."""
 
 from collections.abc import Sequence
 
-from rest_facade.answer import DetokenizeAnswer, TokenizeAnswer, TokenizerInfo
 from rest_facade.convert import message
-from rest_facade.token_schema import TokenizeRequest
+from rest_facade.requests.tokenization import TokenizeRequest
+from rest_facade.responses import (
+    DetokenizeAnswer,
+    ModelList,
+    ModelObject,
+    TokenizeAnswer,
+    TokenizerInfo,
+)
+from trivium.chat.v1 import model_pb2
+from trivium.chat.v1.model_pb2_grpc import ModelServiceStub as ModelServiceStub
 from trivium.tokenizer.v1 import tokenizer_pb2
 from trivium.tokenizer.v1.tokenizer_pb2_grpc import TokenizerServiceStub as TokenizerServiceStub
 
@@ -64,4 +72,31 @@ def info(response: tokenizer_pb2.GetTokenizerInfoResponse) -> TokenizerInfo:
             str(number): {"content": text, "special": True}
             for number, text in sorted(response.special_tokens.items())
         },
+    )
+
+
+def models_request() -> model_pb2.ListModelsRequest:
+    """Asks for all models."""
+    return model_pb2.ListModelsRequest()
+
+
+def model_request(model: str) -> model_pb2.GetModelRequest:
+    """Asks for one model."""
+    return model_pb2.GetModelRequest(id=model)
+
+
+def model_list(response: model_pb2.ListModelsResponse) -> ModelList:
+    """All models."""
+    return ModelList(object="list", data=[model_object(model) for model in response.models])
+
+
+def model_object(model: model_pb2.Model) -> ModelObject:
+    """One model."""
+    return ModelObject(
+        id=model.id,
+        object="model",
+        created=model.create_time.seconds,
+        owned_by=model.owned_by,
+        context_length=model.context_length,
+        max_model_len=model.context_length,
     )

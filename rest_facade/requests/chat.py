@@ -10,12 +10,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from rest_facade.field import AnyText, Body, Strict, contradiction, elsewhere
-from rest_facade.message import Messages, check_messages
-from rest_facade.option import Options
-from rest_facade.sampling import Count
-from rest_facade.tool import Choice, Tools, check_tools
-from rest_facade.unsupported import refuse_unsupported_chat
+from rest_facade.requests.field import AnyText, Body, Strict, contradiction, elsewhere
+from rest_facade.requests.message import Messages, check_messages
+from rest_facade.requests.options import Count, Options
+from rest_facade.requests.tool import Choice, Tools, check_tools
+from rest_facade.requests.unsupported import refuse_unsupported_chat
 from trivium.limits import MAX_TEMPLATE_VARIABLES
 
 _Effort = Literal["none", "minimal", "low", "medium", "high"]

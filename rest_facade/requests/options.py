@@ -1,12 +1,11 @@
-"""How an answer is drawn, where it ends and how it is sent: the fields that chat and plain
-completions share, for `schema` and `completion`.
-"""
+"""Options shared by /v1/chat/completions and /v1/completions."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from rest_facade.field import INT32_MAX, Strict, contradiction, elsewhere, fault
+from rest_facade.requests.field import INT32_MAX, Strict, contradiction, elsewhere, fault
+from rest_facade.requests.structured_output import OTHER_NAMES, Constrained
 from trivium.limits import MAX_LOGIT_BIASES
 
 
@@ -131,3 +130,18 @@ class Sampling(Strict):
         longest = self.longest_answer()
         if self.min_tokens and longest is not None and self.min_tokens > longest:
             raise contradiction("min_tokens", f"is above the longest answer, {longest} tokens.")
+
+
+class Options(Constrained, Sampling):
+    """The form of an answer, how it is drawn, where it ends and how it is sent."""
+
+    def old_names(self) -> dict[str, str]:
+        """The names that the client used where the next stage knows others, by the latter."""
+        names = {}
+        if self.max_tokens is not None:
+            names["max_completion_tokens"] = "max_tokens"
+        for name in self.constraints():
+            if name in OTHER_NAMES:
+                names[f"structured_outputs.{OTHER_NAMES[name]}"] = name
+                names["structured_outputs"] = name
+        return names

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rest_facade.answer import FinishReason, TextChoice, TextCompletion, TextLogprobs, Usage
-from rest_facade.completion import CompletionRequest
 from rest_facade.convert import envelope
 from rest_facade.convert.envelope import FINISH_REASONS, Header
+from rest_facade.requests.completion import CompletionRequest
+from rest_facade.responses import FinishReason, TextChoice, TextCompletion, TextLogprobs, Usage
 from trivium.chat.v1 import chat_pb2, completion_pb2
 from trivium.chat.v1.completion_pb2_grpc import CompletionServiceStub as CompletionServiceStub
 

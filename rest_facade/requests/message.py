@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from rest_facade.field import Strict, contradiction, elsewhere, fault, missing, too_many
+from rest_facade.requests.field import Strict, contradiction, elsewhere, fault, missing, too_many
 from trivium.limits import MAX_CONTENT_PARTS, MAX_MESSAGES, MAX_TOOL_CALLS
 from trivium.wire.errors import ServiceError
 

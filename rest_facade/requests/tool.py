@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from rest_facade.field import Name, ObjectText, Strict, contradiction, elsewhere, fault
+from rest_facade.requests.field import Name, ObjectText, Strict, contradiction, elsewhere, fault
 from trivium.limits import MAX_TOOLS
 from trivium.wire.errors import ServiceError
 

@@ -5,11 +5,11 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from rest_facade.field import AnyText, Body, contradiction, missing
-from rest_facade.message import Messages, check_messages
-from rest_facade.sampling import TokenId
-from rest_facade.tool import Tools, check_tools
-from rest_facade.unsupported import refuse_unsupported_tokenize
+from rest_facade.requests.field import AnyText, Body, contradiction, missing
+from rest_facade.requests.message import Messages, check_messages
+from rest_facade.requests.options import TokenId
+from rest_facade.requests.tool import Tools, check_tools
+from rest_facade.requests.unsupported import refuse_unsupported_tokenize
 from trivium.limits import MAX_TOKEN_IDS
 
 _MODEL = "The model's id. Default: the one model, if there is only one."

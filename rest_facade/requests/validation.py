@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from rest_facade.field import FAULT, Body
+from rest_facade.requests.field import FAULT, Body
 from trivium.wire.errors import ServiceError
 
 _EXPECTED = {

@@ -3,13 +3,13 @@
 Knows no endpoint.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError, from_json
 
+from rest_facade.json_encoding import to_json
 from trivium.wire.errors import ServiceError
 
 FAULT = "fault"
@@ -79,15 +79,10 @@ Name = Annotated[
 """The name of a function or a schema."""
 
 
-def json_text(value: Any) -> str:
-    """`value` as JSON text, with its keys in the order in which they came."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
-
-
 def _object_text(value: Any) -> str:
     if not isinstance(value, dict):
         raise fault("invalid_type", "an object")
-    return json_text(value)
+    return to_json(value)
 
 
 def _object_or_text(value: Any) -> str:
@@ -110,7 +105,7 @@ SchemaText = Annotated[
 ]
 """A JSON object or the text of one, kept as text."""
 
-AnyText = Annotated[str, BeforeValidator(json_text, json_schema_input_type=Any)]
+AnyText = Annotated[str, BeforeValidator(to_json, json_schema_input_type=Any)]
 """Any JSON value, kept as text."""
 
 

@@ -13,7 +13,7 @@ MAX_HEADERS = 100
 MAX_HEAD_BYTES = 64 * 1024
 
 
-class EdgeProtocol(HttpToolsProtocol):
+class LimitedHttpProtocol(HttpToolsProtocol):
     """uvicorn's protocol with limits on a request's head, and its only own answer in JSON.
 
     A client may offer to go on in another protocol (`Upgrade: h2c`, as Java's does), and a server

@@ -5,10 +5,9 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from rest_facade.field import INT32_MAX, Body, Strict, fault
-from rest_facade.option import Options
-from rest_facade.sampling import TokenId
-from rest_facade.unsupported import refuse_unsupported_completion
+from rest_facade.requests.field import INT32_MAX, Body, Strict, fault
+from rest_facade.requests.options import Options, TokenId
+from rest_facade.requests.unsupported import refuse_unsupported_completion
 from trivium.limits import MAX_PROMPTS, MAX_TOKEN_IDS
 
 
