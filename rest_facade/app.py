@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rest_facade.auth import KeyFile
@@ -25,6 +26,7 @@ from rest_facade.connection import ClientGone
 from rest_facade.cors import cors
 from rest_facade.errors import ErrorResponse, error_body
 from rest_facade.metrics import Metrics
+from rest_facade.openapi import RawRoute
 from rest_facade.routes import Routes
 from rest_facade.sse import sse_event
 from rest_facade.traffic import Traffic
@@ -45,18 +47,16 @@ def build_app(
 ) -> FastAPI:
     """The application; the caller owns `backend`'s channel, and drains by `traffic`."""
     metrics = Metrics()
-    table = Routes(settings, backend, traffic, metrics).table()
+    routes = Routes(settings, backend, traffic, metrics).router().routes
     app = FastAPI(
-        # Handlers that read the raw body and validate it strictly: the framework's own parsing
-        # takes NaN, turns "1" into 1, and answers with shapes of its own.
-        routes=[*table],
+        routes=routes,
         openapi_url=None,
         middleware=[
             Middleware(
                 Identity,
                 metrics=metrics,
                 traffic=traffic,
-                paths=frozenset(r.path for r in table),
+                paths=frozenset(route.path for route in routes if isinstance(route, RawRoute)),
             ),
             *cors(settings.allowed_origins),
             Middleware(Boundary, metrics=metrics),
@@ -73,11 +73,19 @@ async def _no_route(request: Request, error: Exception) -> Response:
     where = f"{request.method} {request.url.path[:200]}"
     if error.status_code == 405:
         fault = ServiceError("method_not_allowed", f"Method not allowed: {where}.")
+        return ErrorResponse(fault, {"allow": ", ".join(sorted(_allowed(request)))})
     elif error.status_code == 404:
         fault = ServiceError("unknown_url", f"Unknown request URL: {where}. The docs are at /docs.")
     else:
         raise AssertionError(f"HTTP {error.status_code} is not ours. This is a bug.")
-    return ErrorResponse(fault, error.headers)
+    return ErrorResponse(fault)
+
+
+def _allowed(request: Request) -> set[str]:
+    """The methods of all routes at a path; the framework names those of the first alone."""
+    routes = [route for route in request.app.routes if isinstance(route, RawRoute)]
+    at_path = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return {method for route in at_path for method in route.methods or ()}
 
 
 class Identity:

@@ -1,191 +1,150 @@
-"""The API's OpenAPI document, made from the request models and the types of the answers."""
+"""The API's OpenAPI document: how routes are declared, and what FastAPI cannot know of them.
 
+FastAPI never parses a body here, so the request models are named by hand; so are the chunks of
+streams, which OpenAPI 3.1 has no words for.
+"""
+
+import copy
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
 from pydantic import TypeAdapter
 from pydantic.json_schema import JsonSchemaMode
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute
 
-from rest_facade import responses
 from rest_facade.requests.chat import ChatRequest
 from rest_facade.requests.completion import CompletionRequest
+from rest_facade.requests.field import Body
 from rest_facade.requests.tokenization import (
     DetokenizeRequest,
     TokenizeRequest,
     TokenizerInfoRequest,
 )
+from rest_facade.responses import ChatCompletionChunk, ErrorBody, TextCompletionChunk
 from trivium.wire.errors import ERRORS
 
-_REQUESTS = (
+_SCHEMAS = (
     ChatRequest,
     CompletionRequest,
     TokenizeRequest,
     DetokenizeRequest,
     TokenizerInfoRequest,
-)
-_ANSWERS = (
-    responses.ChatCompletion,
-    responses.ChatCompletionChunk,
-    responses.TextCompletion,
-    responses.TextCompletionChunk,
-    responses.TokenizeAnswer,
-    responses.DetokenizeAnswer,
-    responses.TokenizerInfo,
-    responses.ModelObject,
-    responses.ModelList,
-    responses.ErrorBody,
-    responses.Health,
+    ChatCompletionChunk,
+    TextCompletionChunk,
 )
 # Or none: whether a key is asked for is the operator's choice.
 _KEY: list[dict[str, list[str]]] = [{}, {"key": []}]
 _BODY_ERRORS = (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
-_READ_ERRORS = (401, 404, 500, 503, 504)
+READ_ERRORS = (401, 404, 500, 503, 504)
 
 
-def openapi_document() -> dict[str, Any]:
-    """An OpenAPI 3.1 document."""
-    return {
-        "openapi": "3.1.0",
-        "info": {
-            "title": "Trivium",
-            "version": "1",
-            "description": "Completions as the OpenAI API has them.",
-        },
-        "paths": _paths(),
-        "components": {
-            "schemas": _schemas(),
-            "securitySchemes": {
-                "key": {
-                    "type": "http",
-                    "scheme": "bearer",
-                    "description": "Asked for when the server has a key file.",
-                }
-            },
-        },
-    }
+class RawRoute(APIRoute):
+    """A route that FastAPI describes and whose handler reads the request itself, strictly.
+
+    FastAPI's own parsing takes NaN, turns "1" into 1, and answers with shapes of its own.
+    """
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **declared: Any) -> None:
+        super().__init__(path, endpoint, **declared)
+        self.description = ""  # the handler's docstring is for those who read the code
+        if self.methods and "GET" in self.methods:
+            self.methods.add("HEAD")
+
+    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
+        return self.endpoint
 
 
-def _schemas() -> dict[str, Any]:
-    mode: JsonSchemaMode = "validation"
-    adapters = [(kind.__name__, mode, TypeAdapter(kind)) for kind in (*_REQUESTS, *_ANSWERS)]
-    _, document = TypeAdapter.json_schemas(adapters, ref_template="#/components/schemas/{model}")
-    schemas: dict[str, Any] = document["$defs"]
-    return schemas
-
-
-def _paths() -> dict[str, Any]:
-    model = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
-    return {
-        "/v1/chat/completions": {
-            "post": _sent(
-                "createChatCompletion",
-                "Completes a conversation, whole or as server-sent events",
-                "ChatRequest",
-                _completion("ChatCompletion", "ChatCompletionChunk"),
-            )
-        },
-        "/v1/completions": {
-            "post": _sent(
-                "createCompletion",
-                "Completes plain prompts, whole or as server-sent events",
-                "CompletionRequest",
-                _completion("TextCompletion", "TextCompletionChunk"),
-            )
-        },
-        "/v1/models": {"get": _read("listModels", "All models", "ModelList", True)},
-        "/v1/models/{id}": {
-            "parameters": [model],
-            "get": _read("getModel", "One model", "ModelObject", True),
-        },
-        **_token_paths(),
-        "/health": {"get": _read("ready", "Whether a completion would be taken on", "Health")},
-        "/health/live": {"get": _read("live", "Whether this process answers", "Health")},
-    }
-
-
-def _token_paths() -> dict[str, Any]:
-    query = {"name": "model", "in": "query", "schema": {"type": "string"}}
-    about = "What kind of tokenizer a model has"
-    return {
-        "/tokenize": {
-            "post": _sent(
-                "tokenize",
-                "The tokens of a text or a conversation",
-                "TokenizeRequest",
-                _json("TokenizeAnswer"),
-            )
-        },
-        "/detokenize": {
-            "post": _sent(
-                "detokenize", "The text of tokens", "DetokenizeRequest", _json("DetokenizeAnswer")
-            )
-        },
-        "/tokenizer_info": {
-            "get": {
-                **_read("getTokenizerInfo", about, "TokenizerInfo", True, (400,)),
-                "parameters": [query],
-            },
-            "post": _sent(
-                "askTokenizerInfo", about, "TokenizerInfoRequest", _json("TokenizerInfo")
-            ),
-        },
-    }
-
-
-def _completion(whole: str, chunk: str) -> dict[str, Any]:
-    # Without a schema: what 3.1 would have it describe is all events together.
-    events = {"x-event-schema": _ref(chunk)}
-    return {**_json(whole), "text/event-stream": events}
-
-
-def _json(name: str) -> dict[str, Any]:
-    return {"application/json": {"schema": _ref(name)}}
-
-
-def _sent(operation: str, summary: str, body: str, content: dict[str, Any]) -> dict[str, Any]:
-    """An operation that takes a body."""
-    words = "The answer."
-    if "text/event-stream" in content:
-        words = "The answer; with `stream` one chunk per event, then `data: [DONE]`."
-    return {
-        "operationId": operation,
-        "summary": summary,
-        "security": _KEY,
-        "requestBody": {"required": True, "content": _json(body)},
-        "responses": {
-            "200": {"description": words, "content": content},
-            **_errors(*_BODY_ERRORS),
-        },
-    }
-
-
-def _read(
-    operation: str,
-    summary: str,
-    answered: str,
-    needs_key: bool = False,
-    further: tuple[int, ...] = (),
+def takes_body(
+    operation_id: str, summary: str, body: type[Body], answer: type, chunk: type | None = None
 ) -> dict[str, Any]:
-    """An operation that takes none."""
-    errors = (*further, *_READ_ERRORS) if needs_key else (503,)
+    """The declaration of a route that takes `body`, and streams `chunk`s if that is given."""
+    answered: dict[str, Any] = {"description": "The answer.", "model": answer}
+    if chunk is not None:
+        answered["description"] = (
+            "The answer; with `stream` one chunk per event, then `data: [DONE]`."
+        )
+        # Without a schema: what 3.1 would have it describe is all events together.
+        answered["content"] = {"text/event-stream": {"x-event-schema": _ref(chunk)}}
+    content = {"application/json": {"schema": _ref(body)}}
     return {
-        "operationId": operation,
+        "operation_id": operation_id,
         "summary": summary,
-        "security": _KEY if needs_key else [],
-        "responses": {
-            "200": {"description": summary + ".", "content": _json(answered)},
-            **_errors(*errors),
+        "responses": {200: answered, **_errors(_BODY_ERRORS)},
+        "openapi_extra": {
+            "security": _KEY,
+            "requestBody": {"required": True, "content": content},
         },
     }
 
 
-def _errors(*statuses: int) -> dict[str, Any]:
-    content = {"application/json": {"schema": _ref("ErrorBody")}}
-    return {str(status): {"description": _codes(status), "content": content} for status in statuses}
+def reads(
+    operation_id: str,
+    summary: str,
+    answer: type,
+    errors: Sequence[int] = READ_ERRORS,
+    **extra: Any,
+) -> dict[str, Any]:
+    """The declaration of a route of the API that takes no body."""
+    return {
+        "operation_id": operation_id,
+        "summary": summary,
+        "responses": {200: {"description": f"{summary}.", "model": answer}, **_errors(errors)},
+        "openapi_extra": {"security": _KEY} | extra,
+    }
+
+
+def checks_health(operation_id: str, summary: str, answer: type) -> dict[str, Any]:
+    """The declaration of a route that needs no key."""
+    return reads(operation_id, summary, answer, (503,), security=[])
+
+
+def _errors(statuses: Sequence[int]) -> dict[int, dict[str, Any]]:
+    return {status: {"description": _codes(status), "model": ErrorBody} for status in statuses}
 
 
 def _codes(status: int) -> str:
     return ", ".join(f"`{code}`" for code, kind in ERRORS.items() if kind.http == status)
 
 
-def _ref(name: str) -> dict[str, str]:
-    return {"$ref": f"#/components/schemas/{name}"}
+def _ref(kind: type) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{kind.__name__}"}
+
+
+def openapi_document(routes: Sequence[BaseRoute]) -> dict[str, Any]:
+    """An OpenAPI 3.1 document of the declared routes."""
+    document = get_openapi(
+        title="Trivium",
+        version="1",
+        description="Completions as the OpenAI API has them.",
+        routes=[_without_head(route) for route in routes],
+    )
+    components = document["components"]
+    components["schemas"] = dict(sorted((components["schemas"] | _schemas()).items()))
+    components["securitySchemes"] = {
+        "key": {
+            "type": "http",
+            "scheme": "bearer",
+            "description": "Asked for when the server has a key file.",
+        }
+    }
+    return document
+
+
+def _without_head(route: BaseRoute) -> BaseRoute:
+    """HEAD is GET without a body; FastAPI would describe it as an operation of the same name."""
+    shown = copy.copy(route)
+    if isinstance(shown, RawRoute):
+        shown.methods = (shown.methods or set()) - {"HEAD"}
+    return shown
+
+
+def _schemas() -> dict[str, Any]:
+    mode: JsonSchemaMode = "validation"
+    adapters = [(kind.__name__, mode, TypeAdapter(kind)) for kind in _SCHEMAS]
+    _, document = TypeAdapter.json_schemas(adapters, ref_template="#/components/schemas/{model}")
+    schemas: dict[str, Any] = document["$defs"]
+    return schemas

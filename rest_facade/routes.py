@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fastapi import APIRouter
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from rest_facade.backend import Backend, CompletionStream
 from rest_facade.body import read_json
@@ -21,7 +21,14 @@ from rest_facade.connection import while_connected
 from rest_facade.convert import chat, completion, tokenizer
 from rest_facade.json_encoding import encode
 from rest_facade.metrics import CONTENT_TYPE, Metrics
-from rest_facade.openapi import openapi_document
+from rest_facade.openapi import (
+    READ_ERRORS,
+    RawRoute,
+    checks_health,
+    openapi_document,
+    reads,
+    takes_body,
+)
 from rest_facade.requests.chat import ChatRequest
 from rest_facade.requests.completion import CompletionRequest
 from rest_facade.requests.field import Body, missing
@@ -31,6 +38,18 @@ from rest_facade.requests.tokenization import (
     TokenizerInfoRequest,
 )
 from rest_facade.requests.validation import blaming, parse
+from rest_facade.responses import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    DetokenizeAnswer,
+    Health,
+    ModelList,
+    ModelObject,
+    TextCompletion,
+    TextCompletionChunk,
+    TokenizeAnswer,
+    TokenizerInfo,
+)
 from rest_facade.sse import ChatWriter, TextWriter
 from rest_facade.stream import ChunkWriter, Event, EventStream
 from rest_facade.traffic import Traffic
@@ -39,6 +58,8 @@ Parsed = TypeVar("Parsed", bound=Body)
 Message = TypeVar("Message")
 Result = TypeVar("Result")
 
+_MODEL_IN_PATH = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
+_MODEL_IN_QUERY = {"name": "model", "in": "query", "schema": {"type": "string"}}
 _DOCS_PAGE = Path(__file__).with_name("docs.html")
 # The page cannot load anything from elsewhere, whatever becomes of it.
 _DOCS_POLICY = (
@@ -56,25 +77,102 @@ class Routes:
         self._backend = backend
         self._traffic = traffic
         self._metrics = metrics
-        self._openapi = encode(openapi_document())
         self._docs = _DOCS_PAGE.read_bytes()
 
-    def table(self) -> list[Route]:
-        """Which path goes where."""
-        return [
-            Route("/v1/chat/completions", self.chat_completions, methods=["POST"]),
-            Route("/v1/completions", self.completions, methods=["POST"]),
-            Route("/v1/models", self.models, methods=["GET"]),
-            Route("/v1/models/{id:path}", self.model, methods=["GET"]),
-            Route("/tokenize", self.tokenize, methods=["POST"]),
-            Route("/detokenize", self.detokenize, methods=["POST"]),
-            Route("/tokenizer_info", self.tokenizer_info, methods=["GET", "POST"]),
-            Route("/health", self.ready, methods=["GET"]),
-            Route("/health/live", self.live, methods=["GET"]),
-            Route("/metrics", self.metrics, methods=["GET"]),
-            Route("/docs", self.docs, methods=["GET"]),
-            Route("/openapi.json", self.openapi, methods=["GET"]),
-        ]
+    def router(self) -> APIRouter:
+        """Which path goes where, and what the OpenAPI document says of it."""
+        router = APIRouter(route_class=RawRoute)
+        self._declare_completions(router)
+        self._declare_models(router)
+        router.add_api_route(
+            "/health",
+            self.ready,
+            **checks_health("ready", "Whether a completion would be taken on", Health),
+        )
+        router.add_api_route(
+            "/health/live",
+            self.live,
+            **checks_health("live", "Whether this process answers", Health),
+        )
+        for path, handler in (
+            ("/metrics", self.metrics),
+            ("/docs", self.docs),
+            ("/openapi.json", self.openapi),
+        ):
+            router.add_api_route(path, handler, include_in_schema=False)
+        self._openapi = encode(openapi_document(router.routes))
+        return router
+
+    def _declare_completions(self, router: APIRouter) -> None:
+        router.add_api_route(
+            "/v1/chat/completions",
+            self.chat_completions,
+            methods=["POST"],
+            **takes_body(
+                "createChatCompletion",
+                "Completes a conversation, whole or as server-sent events",
+                ChatRequest,
+                ChatCompletion,
+                ChatCompletionChunk,
+            ),
+        )
+        router.add_api_route(
+            "/v1/completions",
+            self.completions,
+            methods=["POST"],
+            **takes_body(
+                "createCompletion",
+                "Completes plain prompts, whole or as server-sent events",
+                CompletionRequest,
+                TextCompletion,
+                TextCompletionChunk,
+            ),
+        )
+
+    def _declare_models(self, router: APIRouter) -> None:
+        router.add_api_route(
+            "/v1/models", self.models, **reads("listModels", "All models", ModelList)
+        )
+        router.add_api_route(
+            "/v1/models/{id:path}",
+            self.model,
+            **reads("getModel", "One model", ModelObject, parameters=[_MODEL_IN_PATH]),
+        )
+        router.add_api_route(
+            "/tokenize",
+            self.tokenize,
+            methods=["POST"],
+            **takes_body(
+                "tokenize",
+                "The tokens of a text or a conversation",
+                TokenizeRequest,
+                TokenizeAnswer,
+            ),
+        )
+        router.add_api_route(
+            "/detokenize",
+            self.detokenize,
+            methods=["POST"],
+            **takes_body("detokenize", "The text of tokens", DetokenizeRequest, DetokenizeAnswer),
+        )
+        about = "What kind of tokenizer a model has"
+        router.add_api_route(
+            "/tokenizer_info",
+            self.tokenizer_info,
+            **reads(
+                "getTokenizerInfo",
+                about,
+                TokenizerInfo,
+                (400, *READ_ERRORS),
+                parameters=[_MODEL_IN_QUERY],
+            ),
+        )
+        router.add_api_route(
+            "/tokenizer_info",
+            self.tokenizer_info,
+            methods=["POST"],
+            **takes_body("askTokenizerInfo", about, TokenizerInfoRequest, TokenizerInfo),
+        )
 
     async def chat_completions(self, request: Request) -> Response:
         """A chat completion, whole or streamed."""

@@ -4,9 +4,9 @@ import re
 from typing import Any
 
 import httpx
+import pytest
 
 from rest_facade import responses
-from rest_facade.openapi import openapi_document
 from rest_facade.requests.chat import ChatRequest
 
 
@@ -19,18 +19,24 @@ def _references(value: Any) -> set[str]:
     return set()
 
 
-def test_references_resolve() -> None:
+@pytest.fixture
+async def document(client: httpx.AsyncClient) -> dict[str, Any]:
+    """What /openapi.json serves."""
+    served: dict[str, Any] = (await client.get("/openapi.json")).json()
+    return served
+
+
+def test_references_resolve(document: dict[str, Any]) -> None:
     """Every reference in the OpenAPI document leads to a schema in it."""
-    document = openapi_document()
     names = {ref.removeprefix("#/components/schemas/") for ref in _references(document)}
 
     assert names
     assert names <= document["components"]["schemas"].keys()
 
 
-def test_request_and_answers_are_described() -> None:
+def test_request_and_answers_are_described(document: dict[str, Any]) -> None:
     """The document has every field of the request, with its limits, and every answer."""
-    schemas = openapi_document()["components"]["schemas"]
+    schemas = document["components"]["schemas"]
     request = schemas["ChatRequest"]
 
     assert request["properties"].keys() == ChatRequest.model_fields.keys()
@@ -41,14 +47,27 @@ def test_request_and_answers_are_described() -> None:
     assert schemas["Usage"]["properties"].keys() == responses.Usage.__annotations__.keys()
 
 
-async def test_served_document(client: httpx.AsyncClient) -> None:
-    """/openapi.json is that document, and its paths exist."""
-    document = (await client.get("/openapi.json")).json()
+async def test_paths_of_the_document_exist(
+    client: httpx.AsyncClient, document: dict[str, Any]
+) -> None:
+    """Each path of the document answers its own methods, HEAD with GET, and no others."""
+    assert "/v1/chat/completions" in document["paths"]
+    for path, operations in document["paths"].items():
+        methods = {name.upper() for name in operations}
+        refused = await client.options(path.replace("{id}", "scripted"))
 
-    assert document == openapi_document()
-    for path in document["paths"]:
-        missing = await client.options(path.replace("{id}", "scripted"))
-        assert missing.status_code == 405
+        assert refused.status_code == 405
+        assert set(refused.headers["allow"].split(", ")) == methods | (
+            {"HEAD"} if "GET" in methods else set()
+        )
+
+
+async def test_head(client: httpx.AsyncClient) -> None:
+    """HEAD is answered as GET is, without the body."""
+    for path in ("/v1/models", "/v1/models/scripted", "/health", "/metrics", "/docs"):
+        got, head = await client.get(path), await client.head(path)
+
+        assert (got.status_code, head.status_code, head.content) == (200, 200, b"")
 
 
 async def test_docs_page_is_self_contained(client: httpx.AsyncClient) -> None:
