@@ -6,7 +6,7 @@ Knows nothing of HTTP or JSON.
 import asyncio
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Generic, Self, TypeVar
 
 import grpc
@@ -82,13 +82,15 @@ class Backend:
         response: completion.Response = await self._completed(self._text.CreateCompletion, request)
         return response
 
-    def stream_chat(self, request: chat.Request) -> "CompletionStream[chat.ChatEvent]":
+    def stream_chat(self, request: chat.Request) -> "CompletionStream[chat.StreamResponse]":
         """An answer as it is made. The caller closes it, whatever happens."""
-        return self._stream(self._chat.StreamChatCompletion, request, chat.event)
+        return self._stream(self._chat.StreamChatCompletion, request)
 
-    def stream_text(self, request: completion.Request) -> "CompletionStream[completion.TextEvent]":
+    def stream_text(
+        self, request: completion.Request
+    ) -> "CompletionStream[completion.StreamResponse]":
         """The same for a plain completion."""
-        return self._stream(self._text.StreamCompletion, request, completion.event)
+        return self._stream(self._text.StreamCompletion, request)
 
     async def models(self) -> Any:
         """All models, as protobuf."""
@@ -153,10 +155,8 @@ class Backend:
         finally:
             self.end(call)
 
-    def _stream(
-        self, method: Any, request: Any, to_event: Callable[[Any], Event]
-    ) -> "CompletionStream[Event]":
-        return CompletionStream(self, self._start(method, request), to_event)
+    def _stream(self, method: Any, request: Any) -> "CompletionStream[Any]":
+        return CompletionStream(self, self._start(method, request))
 
     def _start(self, method: Any, request: Any) -> Any:
         call = method(request, timeout=self._timeout, metadata=outgoing_metadata())
@@ -195,16 +195,15 @@ class Backend:
 class CompletionStream(Generic[Event]):
     """The events of one streamed answer."""
 
-    def __init__(self, backend: Backend, call: Any, to_event: Callable[[Any], Event]) -> None:
+    def __init__(self, backend: Backend, call: Any) -> None:
         self._backend = backend
         self._call = call
-        self._to_event = to_event
 
     async def read(self) -> Event | None:
         """The next event, or None at the end; raises ServiceError."""
         with self._backend.translated():
-            response = await self._call.read()
-        return None if response is grpc.aio.EOF else self._to_event(response)
+            event: Event = await self._call.read()
+        return None if event is grpc.aio.EOF else event
 
     def close(self) -> None:
         """Cancels what is not done."""

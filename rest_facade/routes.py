@@ -19,6 +19,9 @@ from rest_facade.body import read_json
 from rest_facade.config import FacadeSettings
 from rest_facade.connection import while_connected
 from rest_facade.convert import chat, completion, tokenizer
+from rest_facade.convert.chat import ChatChunks
+from rest_facade.convert.chunks import Chunks
+from rest_facade.convert.completion import CompletionChunks
 from rest_facade.json_encoding import encode
 from rest_facade.metrics import CONTENT_TYPE, Metrics
 from rest_facade.openapi import (
@@ -50,8 +53,7 @@ from rest_facade.responses import (
     TokenizeAnswer,
     TokenizerInfo,
 )
-from rest_facade.sse import ChatWriter, TextWriter
-from rest_facade.stream import ChunkWriter, Event, EventStream
+from rest_facade.stream import Event, EventStream
 from rest_facade.traffic import Traffic
 
 Parsed = TypeVar("Parsed", bound=Body)
@@ -181,7 +183,7 @@ class Routes:
         with blaming(body.old_names()):
             if body.stream:
                 stream = self._backend.stream_chat(message)
-                return await self._streamed(request, stream, ChatWriter(body), started_at)
+                return await self._streamed(request, stream, ChatChunks(body), started_at)
             response = await while_connected(request.receive, self._backend.complete_chat(message))
         return _json(chat.answer(response, body))
 
@@ -194,7 +196,7 @@ class Routes:
         with blaming(body.old_names()):
             if body.stream:
                 stream = self._backend.stream_text(message)
-                return await self._streamed(request, stream, TextWriter(body), started_at)
+                return await self._streamed(request, stream, CompletionChunks(body), started_at)
             response = await while_connected(request.receive, self._backend.complete_text(message))
         return _json(completion.answer(response, body))
 
@@ -209,12 +211,13 @@ class Routes:
         self,
         request: Request,
         stream: CompletionStream[Event],
-        writer: ChunkWriter[Event],
+        converter: Chunks[Any],
         started_at: float,
     ) -> Response:
         try:
             # Awaited before any answer, so that early failures have their own HTTP status.
-            first = await while_connected(request.receive, stream.read())
+            event = await while_connected(request.receive, stream.read())
+            first = None if event is None else converter.push(event)
         except BaseException:
             stream.close()
             raise
@@ -222,7 +225,7 @@ class Routes:
         return EventStream(
             first,
             stream,
-            writer,
+            converter,
             self._settings.keep_alive_seconds,
             on_text=lambda: first_token.observe(time.perf_counter() - started_at),
         )

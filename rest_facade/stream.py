@@ -4,15 +4,16 @@ An error leaves as an exception; the application's boundary makes the last event
 """
 
 import asyncio
-from collections.abc import Callable
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from rest_facade.backend import CompletionStream
 from rest_facade.connection import while_connected
-from rest_facade.sse import DONE, KEEP_ALIVE
+from rest_facade.convert.chunks import Chunks
+from rest_facade.sse import DONE, KEEP_ALIVE, sse_event
 
 _HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -22,29 +23,20 @@ _HEADERS = {
 
 
 Event = TypeVar("Event")
-Read = TypeVar("Read", contravariant=True)
-
-
-class ChunkWriter(Protocol[Read]):
-    """Makes chunks of events; complete once it has seen the last one."""
-
-    complete: bool
-
-    def push(self, event: Read) -> bytes:
-        """The chunks for `event`; may be none."""
 
 
 class EventStream(Response):
-    """Sends `first` and all that follows it in `stream`, which it closes.
+    """Sends the chunks of a stream, the `first` ones and those of all events that follow in
+    `stream`, which it closes.
 
     `on_text` is called once, when the first text has been sent.
     """
 
     def __init__(
         self,
-        first: Event | None,
+        first: Sequence[Any] | None,
         stream: CompletionStream[Event],
-        writer: ChunkWriter[Event],
+        converter: Chunks[Any],
         keep_alive_seconds: float,
         on_text: Callable[[], None],
     ) -> None:
@@ -52,7 +44,7 @@ class EventStream(Response):
         del self.headers["content-length"]
         self._first = first
         self._stream = stream
-        self._writer = writer
+        self._converter = converter
         self._keep_alive_seconds = keep_alive_seconds
         self._on_text = on_text
         self._clock = asyncio.get_running_loop().time
@@ -67,18 +59,19 @@ class EventStream(Response):
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         silence = asyncio.create_task(self._break_silence(send))
-        event, has_text = self._first, False
+        chunks, has_text = self._first, False
         try:
-            while event is not None:
-                if chunks := self._writer.push(event):
-                    await self._send(send, chunks)
+            while chunks is not None:
+                if chunks:
+                    await self._send(send, b"".join(map(sse_event, chunks)))
                     if not has_text:
                         has_text = True
                         self._on_text()
                 event = await self._stream.read()
+                chunks = None if event is None else self._converter.push(event)
         finally:
             silence.cancel()
-        assert self._writer.complete, "The stream ended without its usage. This is a bug."
+        assert self._converter.complete, "The stream ended without its usage. This is a bug."
         await send({"type": "http.response.body", "body": DONE})
 
     async def _break_silence(self, send: Send) -> None:

@@ -1,20 +1,23 @@
 """Chat completions: the request to protobuf, answers and events from it."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 
 from rest_facade.convert import envelope, message
-from rest_facade.convert.envelope import FINISH_REASONS, Header
+from rest_facade.convert.chunks import Chunks
+from rest_facade.convert.envelope import FINISH_REASONS
 from rest_facade.requests.chat import ChatRequest
 from rest_facade.responses import (
     ChatCompletion,
+    ChatCompletionChunk,
     Choice,
+    ChunkChoice,
+    Delta,
     FinishReason,
     Logprobs,
     Message,
     TokenLogprob,
     ToolCall,
-    Usage,
+    ToolCallDelta,
 )
 from trivium.chat.v1 import chat_pb2
 from trivium.chat.v1.chat_pb2_grpc import ChatServiceStub as ChatServiceStub
@@ -22,32 +25,6 @@ from trivium.chat.v1.chat_pb2_grpc import ChatServiceStub as ChatServiceStub
 Request = chat_pb2.CreateChatCompletionRequest
 Response = chat_pb2.CreateChatCompletionResponse
 StreamResponse = chat_pb2.StreamChatCompletionResponse
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCallPiece:
-    """A piece of a tool call; id and name are None but in the call's first piece."""
-
-    index: int
-    id: str | None
-    name: str | None
-    arguments: str
-
-
-@dataclass(frozen=True, slots=True)
-class ChoiceDelta:
-    """What is new in one choice; `completion_tokens` counts from its start."""
-
-    index: int
-    content: str
-    reasoning: str
-    tool_calls: tuple[ToolCallPiece, ...]
-    logprobs: Logprobs | None
-    completion_tokens: int
-    finish_reason: FinishReason | None
-
-
-ChatEvent = Header | ChoiceDelta | Usage
 
 
 def request(wanted: ChatRequest) -> Request:
@@ -110,36 +87,64 @@ def _tool_call(call: chat_pb2.ToolCall) -> ToolCall:
     )
 
 
-def event(response: StreamResponse) -> ChatEvent:
-    """One event of a stream; raises ValueError for an empty one."""
-    match response.WhichOneof("event"):
-        case "delta":
-            return _choice_delta(response.delta)
-        case "header":
-            return envelope.header(response.header)
-        case "usage":
-            return envelope.usage(response.usage)
-    raise ValueError("an event of the stream is empty")
+class ChatChunks(Chunks[ChatCompletionChunk]):
+    """The chunks of one chat's stream."""
+
+    object = "chat.completion.chunk"
+
+    def _choices(self, delta: chat_pb2.ChoiceDelta) -> Iterator[ChunkChoice]:
+        index = delta.index
+        if index not in self._completion_tokens:
+            self._completion_tokens[index] = 0
+            # Null where content may never come.
+            opens_otherwise = (delta.tool_calls or delta.reasoning_content) and not delta.content
+            yield _chunk_choice(
+                index, Delta(role="assistant", content=None if opens_otherwise else "")
+            )
+        self._completion_tokens[index] = delta.completion_tokens
+        parts = _parts(delta)
+        if delta.logprobs and not parts:
+            parts = [Delta(content="")]
+        # Log-probabilities stand beside the last of what their tokens made.
+        for position, part in enumerate(parts, start=1):
+            with_logprobs = delta.logprobs and position == len(parts)
+            yield _chunk_choice(index, part, _logprobs(delta.logprobs) if with_logprobs else None)
+        if delta.finish_reason:
+            yield _chunk_choice(index, Delta(), finish_reason=FINISH_REASONS[delta.finish_reason])
 
 
-def _choice_delta(delta: chat_pb2.ChoiceDelta) -> ChoiceDelta:
-    return ChoiceDelta(
-        index=delta.index,
-        content=delta.content,
-        reasoning=delta.reasoning_content,
-        tool_calls=tuple(map(_piece, delta.tool_calls)) if delta.tool_calls else (),
-        logprobs=_logprobs(delta.logprobs) if delta.logprobs else None,
-        completion_tokens=delta.completion_tokens,
-        finish_reason=FINISH_REASONS.get(delta.finish_reason),
-    )
+def _chunk_choice(
+    index: int,
+    delta: Delta,
+    logprobs: Logprobs | None = None,
+    finish_reason: FinishReason | None = None,
+) -> ChunkChoice:
+    return ChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=finish_reason)
 
 
-def _piece(call: chat_pb2.ToolCallDelta) -> ToolCallPiece:
-    return ToolCallPiece(
+def _parts(delta: chat_pb2.ChoiceDelta) -> list[Delta]:
+    """What is new, each to be the only thing in its chunk."""
+    parts = []
+    if delta.reasoning_content:
+        parts.append(Delta(reasoning_content=delta.reasoning_content))
+    if delta.content:
+        parts.append(Delta(content=delta.content))
+    for call in delta.tool_calls:
+        if call.HasField("id"):
+            parts.append(Delta(tool_calls=[_opened(call)]))
+        if call.arguments:
+            arguments = ToolCallDelta(index=call.index, function={"arguments": call.arguments})
+            parts.append(Delta(tool_calls=[arguments]))
+    return parts
+
+
+def _opened(call: chat_pb2.ToolCallDelta) -> ToolCallDelta:
+    """The first fragment of a call; its arguments come in chunks of their own, as with OpenAI."""
+    return ToolCallDelta(
         index=call.index,
-        id=call.id if call.HasField("id") else None,
-        name=call.name if call.HasField("name") else None,
-        arguments=call.arguments,
+        id=call.id,
+        type="function",
+        function={"name": call.name, "arguments": ""},
     )
 
 

@@ -1,32 +1,24 @@
 """Plain completions: the request to protobuf, answers and events from it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 from rest_facade.convert import envelope
-from rest_facade.convert.envelope import FINISH_REASONS, Header
+from rest_facade.convert.chunks import Chunks
+from rest_facade.convert.envelope import FINISH_REASONS
 from rest_facade.requests.completion import CompletionRequest
-from rest_facade.responses import FinishReason, TextChoice, TextCompletion, TextLogprobs, Usage
+from rest_facade.responses import (
+    TextChoice,
+    TextChunkChoice,
+    TextCompletion,
+    TextCompletionChunk,
+    TextLogprobs,
+)
 from trivium.chat.v1 import chat_pb2, completion_pb2
 from trivium.chat.v1.completion_pb2_grpc import CompletionServiceStub as CompletionServiceStub
 
 Request = completion_pb2.CreateCompletionRequest
 Response = completion_pb2.CreateCompletionResponse
 StreamResponse = completion_pb2.StreamCompletionResponse
-
-
-@dataclass(frozen=True, slots=True)
-class TextDelta:
-    """What is new in one text; `completion_tokens` counts from its start."""
-
-    index: int
-    text: str
-    logprobs: TextLogprobs | None
-    completion_tokens: int
-    finish_reason: FinishReason | None
-
-
-TextEvent = Header | TextDelta | Usage
 
 
 def request(wanted: CompletionRequest) -> Request:
@@ -72,23 +64,22 @@ def _choice(choice: completion_pb2.CompletionChoice, with_logprobs: bool) -> Tex
     )
 
 
-def event(response: StreamResponse) -> TextEvent:
-    """One event of a stream; raises ValueError for an empty one."""
-    match response.WhichOneof("event"):
-        case "delta":
-            delta = response.delta
-            return TextDelta(
-                index=delta.index,
-                text=delta.text,
-                logprobs=_logprobs(delta.logprobs, delta.text) if delta.logprobs else None,
-                completion_tokens=delta.completion_tokens,
-                finish_reason=FINISH_REASONS.get(delta.finish_reason),
+class CompletionChunks(Chunks[TextCompletionChunk]):
+    """The chunks of one plain completion's stream."""
+
+    object = "text_completion"
+
+    def _choices(self, delta: completion_pb2.CompletionDelta) -> Iterator[TextChunkChoice]:
+        index = delta.index
+        self._completion_tokens[index] = delta.completion_tokens
+        if delta.text or delta.logprobs:
+            logprobs = _logprobs(delta.logprobs, delta.text) if delta.logprobs else None
+            yield TextChunkChoice(
+                index=index, text=delta.text, logprobs=logprobs, finish_reason=None
             )
-        case "header":
-            return envelope.header(response.header)
-        case "usage":
-            return envelope.usage(response.usage)
-    raise ValueError("an event of the stream is empty")
+        if delta.finish_reason:
+            finish_reason = FINISH_REASONS[delta.finish_reason]
+            yield TextChunkChoice(index=index, text="", logprobs=None, finish_reason=finish_reason)
 
 
 def _logprobs(tokens: Sequence[completion_pb2.CompletionTokenLogprob], text: str) -> TextLogprobs:

@@ -1,7 +1,6 @@
-"""What chat and plain completions share: the request's options, an answer's header and usage."""
+"""What chat and plain completions share: the request's options and an answer's usage."""
 
 import functools
-from dataclasses import dataclass
 
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
@@ -18,17 +17,6 @@ FINISH_REASONS: dict[int, FinishReason] = {
     chat_pb2.FINISH_REASON_LENGTH: "length",
     chat_pb2.FINISH_REASON_TOOL_CALLS: "tool_calls",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """What all chunks of a stream say."""
-
-    id: str
-    created: int
-    model: str
-    system_fingerprint: str
-    prompt_tokens: int
 
 
 def options(request: Options) -> chat_pb2.CompletionOptions:
@@ -91,17 +79,6 @@ def _structured_outputs(wanted: StructuredOutputs) -> chat_pb2.StructuredOutputs
         regex=wanted.regex,
         grammar=wanted.grammar,
         json_object=wanted.json_object or None,
-    )
-
-
-def header(given: chat_pb2.CompletionHeader) -> Header:
-    """What all chunks of a stream say."""
-    return Header(
-        id=given.id,
-        created=given.create_time.seconds,
-        model=given.model,
-        system_fingerprint=given.system_fingerprint,
-        prompt_tokens=given.prompt_tokens,
     )
 
 

@@ -1,0 +1,81 @@
+"""The chunks of a stream: what chat and plain completions share of them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, Generic, TypeVar, cast
+
+from rest_facade.convert import envelope
+from rest_facade.requests.options import Options
+from rest_facade.responses import Usage, UsageSoFar
+from trivium.chat.v1 import chat_pb2
+
+Chunk = TypeVar("Chunk")
+
+
+class Chunks(ABC, Generic[Chunk]):
+    """Turns the events of one stream into chunks, in order; the header comes first.
+
+    `include_usage` ends the stream with a usage chunk, as OpenAI does; `continuous_usage_stats`
+    puts token counts into all others, which otherwise say `"usage": null`. `complete` once the
+    usage has come, which is a stream's last event.
+    """
+
+    object = ""
+
+    def __init__(self, options: Options) -> None:
+        stream_options = options.stream_options
+        self.complete = False
+        self._include_usage = bool(stream_options and stream_options.include_usage)
+        self._continuous_usage = bool(stream_options and stream_options.continuous_usage_stats)
+        self._has_tier = options.service_tier is not None
+        self._head: dict[str, Any] = {}
+        self._prompt_tokens = 0
+        self._completion_tokens: dict[int, int] = {}
+
+    def push(self, response: Any) -> list[Chunk]:
+        """The chunks for one event, maybe none; raises ValueError for an empty event."""
+        match response.WhichOneof("event"):
+            case "delta":
+                assert self._head, "A delta came before the header. This is a bug."
+                # One by one: each chunk has the token counts as they are when it is made.
+                return [self._chunk([choice]) for choice in self._choices(response.delta)]
+            case "header":
+                self._start(response.header)
+                return []
+            case "usage":
+                self.complete = True
+                usage = envelope.usage(response.usage)
+                return [self._chunk([], usage)] if self._include_usage else []
+        raise ValueError("an event of the stream is empty")
+
+    @abstractmethod
+    def _choices(self, delta: Any) -> Iterator[Any]:
+        """The choices of the chunks for `delta`; notes how many tokens there are."""
+
+    def _start(self, header: chat_pb2.CompletionHeader) -> None:
+        self._head = {
+            "id": header.id,
+            "object": self.object,
+            "created": header.create_time.seconds,
+            "model": header.model,
+        }
+        if self._has_tier:
+            self._head["service_tier"] = "default"
+        self._head["system_fingerprint"] = header.system_fingerprint
+        self._prompt_tokens = header.prompt_tokens
+
+    def _chunk(self, choices: list[Any], usage: Usage | None = None) -> Chunk:
+        chunk = {**self._head, "choices": choices}
+        if self._include_usage:
+            chunk["usage"] = usage or self._usage_so_far()
+        return cast(Chunk, chunk)
+
+    def _usage_so_far(self) -> UsageSoFar | None:
+        if not self._continuous_usage:
+            return None
+        generated = sum(self._completion_tokens.values())
+        return UsageSoFar(
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=generated,
+            total_tokens=self._prompt_tokens + generated,
+        )
