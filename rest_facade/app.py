@@ -1,9 +1,9 @@
 """The ASGI application: identity, error boundary and admission around the routes.
 
-Identity          request id and trace of the call; access log; counts
-  CORS            if pages of other origins may call; answers preflights, which bear no key
-    Boundary      every exception becomes OpenAI's error object, or a stream's last event
-      Admission   draining, API keys; counts what runs
+IdentityMiddleware        request id and trace of the call; access log; request metrics
+  CORSMiddleware          if cors_origins are set; answers preflights, which carry no key
+    ErrorMiddleware       every exception becomes OpenAI's error object, or a stream's last event
+      AdmissionMiddleware draining, API keys; counts requests in flight
         routes
 """
 
@@ -35,7 +35,7 @@ from trivium.wire.errors import ERRORS, ServiceError, internal_error
 
 log = logging.getLogger(__name__)
 
-# What needs a key and is refused when draining; all else is about this process.
+# Paths that need a key and are refused while draining; all others are about this process.
 _API = ("/v1/", "/tokenize", "/detokenize", "/tokenizer_info")
 _ONE_MODEL = "/v1/models/"
 _CLIENT_GONE = ERRORS["client_closed_request"].http
@@ -53,32 +53,34 @@ def build_app(
         openapi_url=None,
         middleware=[
             Middleware(
-                Identity,
+                IdentityMiddleware,
                 metrics=metrics,
                 traffic=traffic,
                 paths=frozenset(route.path for route in routes if isinstance(route, RawRoute)),
             ),
             *cors(settings.allowed_origins),
-            Middleware(Boundary, metrics=metrics),
-            Middleware(Admission, traffic=traffic, keys=keys),
+            Middleware(ErrorMiddleware, metrics=metrics),
+            Middleware(AdmissionMiddleware, traffic=traffic, keys=keys),
         ],
-        exception_handlers={HTTPException: _no_route},
+        exception_handlers={HTTPException: _routing_error},
     )
     app.router.redirect_slashes = False
     return app
 
 
-async def _no_route(request: Request, error: Exception) -> Response:
+async def _routing_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     where = f"{request.method} {request.url.path[:200]}"
     if error.status_code == 405:
-        fault = ServiceError("method_not_allowed", f"Method not allowed: {where}.")
-        return ErrorResponse(fault, {"allow": ", ".join(sorted(_allowed(request)))})
+        service_error = ServiceError("method_not_allowed", f"Method not allowed: {where}.")
+        return ErrorResponse(service_error, {"allow": ", ".join(sorted(_allowed(request)))})
     elif error.status_code == 404:
-        fault = ServiceError("unknown_url", f"Unknown request URL: {where}. The docs are at /docs.")
+        service_error = ServiceError(
+            "unknown_url", f"Unknown request URL: {where}. The docs are at /docs."
+        )
     else:
         raise AssertionError(f"HTTP {error.status_code} is not ours. This is a bug.")
-    return ErrorResponse(fault)
+    return ErrorResponse(service_error)
 
 
 def _allowed(request: Request) -> set[str]:
@@ -88,8 +90,8 @@ def _allowed(request: Request) -> set[str]:
     return {method for route in at_path for method in route.methods or ()}
 
 
-class Identity:
-    """Gives each request its id, says it in the answer, and notes how it went."""
+class IdentityMiddleware:
+    """Gives each request its id and returns it as a header; logs and counts the outcome."""
 
     def __init__(
         self, app: ASGIApp, metrics: Metrics, traffic: Traffic, paths: frozenset[str]
@@ -101,7 +103,7 @@ class Identity:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            _refuse(scope)
+            _reject_protocol(scope)
         identity = telemetry.adopt(
             (name.decode(), value.decode("latin-1"))
             for name, value in scope["headers"]
@@ -124,9 +126,9 @@ class Identity:
         try:
             await self._app(scope, receive, send_with_id)
         finally:
-            self._note(scope, status, time.perf_counter() - started_at)
+            self._record(scope, status, time.perf_counter() - started_at)
 
-    def _note(self, scope: Scope, status: int, seconds: float) -> None:
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
         path = scope["path"]
         route = path if path in self._paths else "other"
         if path.startswith(_ONE_MODEL):
@@ -137,11 +139,11 @@ class Identity:
         log.log(level, "%s %s %d in %.3f s", scope["method"], path[:200], status, seconds)
 
 
-def _refuse(scope: Scope) -> NoReturn:
+def _reject_protocol(scope: Scope) -> NoReturn:
     raise AssertionError(f"{scope['type']} is switched off in the server. This is a bug.")
 
 
-class Boundary:
+class ErrorMiddleware:
     """The one broad `except` of this process."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -151,34 +153,34 @@ class Boundary:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
 
-        async def noting_start(message: Message) -> None:
+        async def send_and_note_start(message: Message) -> None:
             nonlocal started
             started = True
             await send(message)
 
         try:
-            await self._app(scope, receive, noting_start)
+            await self._app(scope, receive, send_and_note_start)
             return
         except ClientGone:
             self._metrics.disconnects.inc()
             return
         except ServiceError as error:
-            fault = error
+            service_error = error
         except Exception:
             log.exception("unhandled error in a request")
-            fault = internal_error()
+            service_error = internal_error()
         if not started:
-            await ErrorResponse(fault)(scope, receive, send)
+            await ErrorResponse(service_error)(scope, receive, send)
             return
         # Only streams can fail after their start.
-        self._metrics.stream_errors.labels(fault.code).inc()
-        log.warning("a stream broke off: %s: %s", fault.code, fault.message)
+        self._metrics.stream_errors.labels(service_error.code).inc()
+        log.warning("a stream broke off: %s: %s", service_error.code, service_error.message)
         # No `[DONE]` follows.
-        await send({"type": "http.response.body", "body": sse_event(error_body(fault))})
+        await send({"type": "http.response.body", "body": sse_event(error_body(service_error))})
 
 
-class Admission:
-    """Who may call the API, and when; the paths outside it are open to all."""
+class AdmissionMiddleware:
+    """Checks API keys and draining for the API's paths; all others are open."""
 
     def __init__(self, app: ASGIApp, traffic: Traffic, keys: KeyFile | None) -> None:
         self._app = app

@@ -19,7 +19,7 @@ from trivium.wire.telemetry import outgoing_metadata
 CHAT_SERVICE = "trivium.chat.v1.ChatService"
 WHOLE_SERVER = ""  # in the health protocol
 
-_READ_SECONDS = 10  # what is known by heart
+_READ_SECONDS = 10  # metadata lookups
 _TOKENIZE_SECONDS = 60  # the largest body takes a few
 
 Event = TypeVar("Event")
@@ -127,11 +127,11 @@ class Backend:
         try:
             await self._models.ListModels(tokenizer.models_request(), timeout=seconds / 2)
         except grpc.aio.AioRpcError as error:
-            fault = from_rpc_error(error)
-            if fault.code == "deadline_exceeded":
+            service_error = from_rpc_error(error)
+            if service_error.code == "deadline_exceeded":
                 message = "The model server cannot be reached."
-                fault = ServiceError("backend_unavailable", message)
-            raise fault from None
+                service_error = ServiceError("backend_unavailable", message)
+            raise service_error from None
         raise ServiceError("model_loading", "The model server is not ready.")
 
     async def _follow(self) -> None:
@@ -144,13 +144,13 @@ class Backend:
                     self._lost_at = self._clock()
 
     async def _read(self, method: Any, request: Any, seconds: float = _READ_SECONDS) -> Any:
-        with self.translated():
+        with self.errors_translated():
             return await method(request, timeout=seconds, metadata=outgoing_metadata())
 
     async def _completed(self, method: Any, request: Any) -> Any:
         call = self._start(method, request)
         try:
-            with self.translated():
+            with self.errors_translated():
                 return await call
         finally:
             self.end(call)
@@ -170,21 +170,21 @@ class Backend:
             call.cancel()
 
     def end(self, call: Any) -> None:
-        """Lets go of `call`, and cancels it if it is not done."""
+        """Forgets `call`, and cancels it if it is still running."""
         self._running.discard(call)
         call.cancel()
 
     @contextlib.contextmanager
-    def translated(self) -> Iterator[None]:
+    def errors_translated(self) -> Iterator[None]:
         """Whatever gRPC raises inside becomes a ServiceError."""
         try:
             yield
         except grpc.aio.AioRpcError as error:
-            fault = from_rpc_error(error)
-            if fault.code == "client_closed_request":  # it was not we who cancelled
+            service_error = from_rpc_error(error)
+            if service_error.code == "client_closed_request":  # it was not we who cancelled
                 message = "The model server broke off."
-                fault = ServiceError("backend_unavailable", message)
-            raise fault from None
+                service_error = ServiceError("backend_unavailable", message)
+            raise service_error from None
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if self._stopped and task is not None and not task.cancelling():
@@ -201,10 +201,10 @@ class CompletionStream(Generic[Event]):
 
     async def read(self) -> Event | None:
         """The next event, or None at the end; raises ServiceError."""
-        with self._backend.translated():
+        with self._backend.errors_translated():
             event: Event = await self._call.read()
         return None if event is grpc.aio.EOF else event
 
     def close(self) -> None:
-        """Cancels what is not done."""
+        """Cancels the call if it is still running."""
         self._backend.end(self._call)

@@ -1,6 +1,4 @@
-"""What never reaches the application: requests that are not HTTP, or whose head is too large, and
-offers to go on in another protocol.
-"""
+"""Limits on request heads, and refusals of what is not HTTP, below the ASGI application."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What the facade counts, in a registry of its own. Knows nothing of how it is asked for."""
+"""Prometheus metrics of this service."""
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,

@@ -1,4 +1,4 @@
-"""What the facade answers, as JSON objects: OpenAI's shapes, with `gpu_seconds` in the usage and
+"""Response bodies as typed JSON objects: OpenAI's shapes, with `gpu_seconds` in the usage and
 `reasoning_content` beside the content.
 
 The type checker holds `convert` to these, and the OpenAPI document is made from them.

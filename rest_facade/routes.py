@@ -40,7 +40,7 @@ from rest_facade.requests.tokenization import (
     TokenizeRequest,
     TokenizerInfoRequest,
 )
-from rest_facade.requests.validation import blaming, parse
+from rest_facade.requests.validation import parse, rename_error_params
 from rest_facade.responses import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -56,8 +56,8 @@ from rest_facade.responses import (
 from rest_facade.stream import Event, EventStream
 from rest_facade.traffic import Traffic
 
-Parsed = TypeVar("Parsed", bound=Body)
-Message = TypeVar("Message")
+RequestBody = TypeVar("RequestBody", bound=Body)
+RequestMessage = TypeVar("RequestMessage")
 Result = TypeVar("Result")
 
 _MODEL_IN_PATH = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
@@ -180,7 +180,7 @@ class Routes:
         """A chat completion, whole or streamed."""
         started_at = time.perf_counter()
         body, message = await self._read(request, partial(_converted, ChatRequest, chat.request))
-        with blaming(body.old_names()):
+        with rename_error_params(body.old_names()):
             if body.stream:
                 stream = self._backend.stream_chat(message)
                 return await self._streamed(request, stream, ChatChunks(body), started_at)
@@ -193,7 +193,7 @@ class Routes:
         body, message = await self._read(
             request, partial(_converted, CompletionRequest, completion.request)
         )
-        with blaming(body.old_names()):
+        with rename_error_params(body.old_names()):
             if body.stream:
                 stream = self._backend.stream_text(message)
                 return await self._streamed(request, stream, CompletionChunks(body), started_at)
@@ -235,7 +235,7 @@ class Routes:
         return _json(tokenizer.model_list(await self._backend.models()))
 
     async def model(self, request: Request) -> Response:
-        """One model. The path's empty end is none's name."""
+        """One model; an empty id is 404."""
         if not request.path_params["id"]:
             raise HTTPException(404)
         return _json(tokenizer.model_object(await self._model(request.path_params["id"])))
@@ -261,7 +261,7 @@ class Routes:
     async def _detokenize(self, body: DetokenizeRequest) -> Response:
         model = await self._model(body.model)
         message = tokenizer.detokenize_request(model.id, body.tokens)
-        with blaming({"token_ids": "tokens"}):
+        with rename_error_params({"token_ids": "tokens"}):
             response = await self._backend.detokenize(message)
         return _json(tokenizer.detokenize_answer(response))
 
@@ -278,7 +278,7 @@ class Routes:
     async def _model(self, name: str | None) -> Any:
         """The model of that name, or the only one there is."""
         if name is not None:
-            with blaming({"id": "model"}):
+            with rename_error_params({"id": "model"}):
                 return await self._backend.model(name)
         models = (await self._backend.models()).models
         if len(models) != 1:
@@ -311,8 +311,8 @@ class Routes:
 
 
 def _converted(
-    kind: type[Parsed], convert: Callable[[Parsed], Message], raw: dict[str, Any]
-) -> tuple[Parsed, Message]:
+    kind: type[RequestBody], convert: Callable[[RequestBody], RequestMessage], raw: dict[str, Any]
+) -> tuple[RequestBody, RequestMessage]:
     """The request in a body's JSON, and as the next stage takes it."""
     body = parse(kind, raw)
     return body, convert(body)

@@ -17,8 +17,8 @@ from trivium.wire.serving import StopSignals, wait_for_any
 
 log = logging.getLogger(__name__)
 
-_BACKLOG = 65_535  # connections to be taken; the system's own bound (somaxconn) is what counts
-_LAST_WORDS_SECONDS = 5  # to write the error events of streams that were cut off
+_BACKLOG = 65_535  # pending connections; the system's own limit (somaxconn) applies
+_FLUSH_TIMEOUT_SECONDS = 5  # to write the error events of streams that were cut off
 
 
 class _Server(uvicorn.Server):
@@ -48,7 +48,7 @@ async def serve(settings: FacadeSettings, keys: KeyFile | None) -> None:
                 proxy_headers=False,
                 backlog=_BACKLOG,
                 timeout_keep_alive=settings.idle_connection_seconds,
-                timeout_graceful_shutdown=_LAST_WORDS_SECONDS,
+                timeout_graceful_shutdown=_FLUSH_TIMEOUT_SECONDS,
             )
         )
         stopper = asyncio.create_task(_drain(settings, server, traffic, backend, signals))
@@ -69,9 +69,9 @@ async def _drain(
     log.info("draining")
     traffic.leaving = True
     await wait_for_any(settings.drain_notice_seconds, signals.second)
-    # The port stays open, so that those who come all the same hear why they are refused.
+    # The port stays open, so that late requests get an error that says why.
     traffic.draining = True
-    # Who keeps a connection for later finds it closed and connects to another replica.
+    # Clients that pool connections find theirs closed and connect to another replica.
     for connection in list(server.server_state.connections):
         connection.shutdown()
     await wait_for_any(settings.drain_seconds, traffic.idle, signals.second)

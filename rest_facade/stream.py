@@ -58,7 +58,7 @@ class EventStream(Response):
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        silence = asyncio.create_task(self._break_silence(send))
+        keep_alives = asyncio.create_task(self._send_keep_alives(send))
         chunks, has_text = self._first, False
         try:
             while chunks is not None:
@@ -70,11 +70,11 @@ class EventStream(Response):
                 event = await self._stream.read()
                 chunks = None if event is None else self._converter.push(event)
         finally:
-            silence.cancel()
+            keep_alives.cancel()
         assert self._converter.complete, "The stream ended without its usage. This is a bug."
         await send({"type": "http.response.body", "body": DONE})
 
-    async def _break_silence(self, send: Send) -> None:
+    async def _send_keep_alives(self, send: Send) -> None:
         # A task of its own, as a timeout around every read would cost more than the read.
         while True:
             silent_for = self._clock() - self._sent_at

@@ -1,4 +1,4 @@
-"""How many API requests run, and whether more may come."""
+"""In-flight request counter and drain gate."""
 
 import asyncio
 import contextlib
@@ -8,7 +8,7 @@ from trivium.wire.errors import ServiceError
 
 
 class Traffic:
-    """Counts running API requests.
+    """Counts API requests in flight.
 
     First `leaving`: not ready any more, though requests are served, on connections that close
     after them. Then `draining` too: new ones are refused. `idle` is set while none runs.

@@ -1,4 +1,4 @@
-"""Between the public protobuf and JSON; the one door for generated protobuf code.
+"""Between JSON objects and the public protobuf; the one door for generated protobuf code.
 
 Knows nothing of HTTP, SSE or gRPC calls.
 """

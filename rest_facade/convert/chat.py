@@ -27,22 +27,22 @@ Response = chat_pb2.CreateChatCompletionResponse
 StreamResponse = chat_pb2.StreamChatCompletionResponse
 
 
-def request(wanted: ChatRequest) -> Request:
+def request(body: ChatRequest) -> Request:
     """The request as the tokenizer takes it; absent fields stay absent."""
-    asked = Request(
-        messages=message.messages(wanted.messages),
-        options=envelope.options(wanted),
-        tools=message.tools(wanted.tools),
-        tool_choice=message.tool_choice(wanted.tool_choice),
-        chat_template_kwargs=wanted.chat_template_kwargs or {},
+    request = Request(
+        messages=message.messages(body.messages),
+        options=envelope.options(body),
+        tools=message.tools(body.tools),
+        tool_choice=message.tool_choice(body.tool_choice),
+        chat_template_kwargs=body.chat_template_kwargs or {},
     )
-    envelope.copy_scalars(wanted, asked)
-    if not wanted.logprobs:  # some clients always send a zero
-        asked.ClearField("top_logprobs")
-    return asked
+    envelope.copy_scalars(body, request)
+    if not body.logprobs:  # some clients always send a zero
+        request.ClearField("top_logprobs")
+    return request
 
 
-def answer(response: Response, wanted: ChatRequest) -> ChatCompletion:
+def answer(response: Response, body: ChatRequest) -> ChatCompletion:
     """The whole answer."""
     header = response.header
     completion = ChatCompletion(
@@ -51,10 +51,10 @@ def answer(response: Response, wanted: ChatRequest) -> ChatCompletion:
         created=header.create_time.seconds,
         model=header.model,
         system_fingerprint=header.system_fingerprint,
-        choices=[_choice(choice, bool(wanted.logprobs)) for choice in response.choices],
+        choices=[_choice(choice, bool(body.logprobs)) for choice in response.choices],
         usage=envelope.usage(response.usage),
     )
-    if wanted.service_tier is not None:
+    if body.service_tier is not None:
         completion["service_tier"] = "default"
     return completion
 
@@ -69,14 +69,14 @@ def _choice(choice: chat_pb2.Choice, with_logprobs: bool) -> Choice:
 
 
 def _message(choice: chat_pb2.Choice) -> Message:
-    said = Message(role="assistant", content=choice.content, refusal=None, annotations=[])
+    result = Message(role="assistant", content=choice.content, refusal=None, annotations=[])
     if choice.reasoning_content:
-        said["reasoning_content"] = choice.reasoning_content
-        said["content"] = choice.content or None
+        result["reasoning_content"] = choice.reasoning_content
+        result["content"] = choice.content or None
     if choice.tool_calls:
-        said["content"] = choice.content or None
-        said["tool_calls"] = [_tool_call(call) for call in choice.tool_calls]
-    return said
+        result["content"] = choice.content or None
+        result["tool_calls"] = [_tool_call(call) for call in choice.tool_calls]
+    return result
 
 
 def _tool_call(call: chat_pb2.ToolCall) -> ToolCall:

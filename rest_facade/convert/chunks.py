@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from typing import Any, Generic, TypeVar, cast
 
 from rest_facade.convert import envelope
-from rest_facade.requests.options import Options
+from rest_facade.requests.options import SharedOptions
 from rest_facade.responses import Usage, UsageSoFar
 from trivium.chat.v1 import chat_pb2
 
-Chunk = TypeVar("Chunk")
+ChunkObject = TypeVar("ChunkObject")
 
 
-class Chunks(ABC, Generic[Chunk]):
+class Chunks(ABC, Generic[ChunkObject]):
     """Turns the events of one stream into chunks, in order; the header comes first.
 
     `include_usage` ends the stream with a usage chunk, as OpenAI does; `continuous_usage_stats`
@@ -22,7 +22,7 @@ class Chunks(ABC, Generic[Chunk]):
 
     object = ""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: SharedOptions) -> None:
         stream_options = options.stream_options
         self.complete = False
         self._include_usage = bool(stream_options and stream_options.include_usage)
@@ -32,7 +32,7 @@ class Chunks(ABC, Generic[Chunk]):
         self._prompt_tokens = 0
         self._completion_tokens: dict[int, int] = {}
 
-    def push(self, response: Any) -> list[Chunk]:
+    def push(self, response: Any) -> list[ChunkObject]:
         """The chunks for one event, maybe none; raises ValueError for an empty event."""
         match response.WhichOneof("event"):
             case "delta":
@@ -64,11 +64,11 @@ class Chunks(ABC, Generic[Chunk]):
         self._head["system_fingerprint"] = header.system_fingerprint
         self._prompt_tokens = header.prompt_tokens
 
-    def _chunk(self, choices: list[Any], usage: Usage | None = None) -> Chunk:
+    def _chunk(self, choices: list[Any], usage: Usage | None = None) -> ChunkObject:
         chunk = {**self._head, "choices": choices}
         if self._include_usage:
             chunk["usage"] = usage or self._usage_so_far()
-        return cast(Chunk, chunk)
+        return cast(ChunkObject, chunk)
 
     def _usage_so_far(self) -> UsageSoFar | None:
         if not self._continuous_usage:

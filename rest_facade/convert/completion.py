@@ -21,14 +21,14 @@ Response = completion_pb2.CreateCompletionResponse
 StreamResponse = completion_pb2.StreamCompletionResponse
 
 
-def request(wanted: CompletionRequest) -> Request:
+def request(body: CompletionRequest) -> Request:
     """The request as the tokenizer takes it; absent fields stay absent."""
     return Request(
-        model=wanted.model,
-        prompts=[_prompt(prompt) for prompt in wanted.prompt],
-        options=envelope.options(wanted),
-        echo=wanted.echo,
-        logprobs=wanted.logprobs,
+        model=body.model,
+        prompts=[_prompt(prompt) for prompt in body.prompt],
+        options=envelope.options(body),
+        echo=body.echo,
+        logprobs=body.logprobs,
     )
 
 
@@ -38,7 +38,7 @@ def _prompt(prompt: str | list[int]) -> completion_pb2.Prompt:
     return completion_pb2.Prompt(token_ids=completion_pb2.TokenIds(ids=prompt))
 
 
-def answer(response: Response, wanted: CompletionRequest) -> TextCompletion:
+def answer(response: Response, body: CompletionRequest) -> TextCompletion:
     """The whole answer."""
     header = response.header
     completion = TextCompletion(
@@ -47,10 +47,10 @@ def answer(response: Response, wanted: CompletionRequest) -> TextCompletion:
         created=header.create_time.seconds,
         model=header.model,
         system_fingerprint=header.system_fingerprint,
-        choices=[_choice(choice, wanted.logprobs is not None) for choice in response.choices],
+        choices=[_choice(choice, body.logprobs is not None) for choice in response.choices],
         usage=envelope.usage(response.usage),
     )
-    if wanted.service_tier is not None:
+    if body.service_tier is not None:
         completion["service_tier"] = "default"
     return completion
 

@@ -6,7 +6,7 @@ from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 from pydantic import BaseModel
 
-from rest_facade.requests.options import Options
+from rest_facade.requests.options import SharedOptions
 from rest_facade.requests.structured_output import ResponseFormat, StructuredOutputs
 from rest_facade.responses import FinishReason, Usage
 from trivium.chat.v1 import chat_pb2
@@ -19,7 +19,7 @@ FINISH_REASONS: dict[int, FinishReason] = {
 }
 
 
-def options(request: Options) -> chat_pb2.CompletionOptions:
+def options(request: SharedOptions) -> chat_pb2.CompletionOptions:
     """The fields that chat and plain completions share; absent ones stay absent."""
     sampling = SamplingParams(logit_bias={int(k): v for k, v in (request.logit_bias or {}).items()})
     copy_scalars(request, sampling)
@@ -60,38 +60,38 @@ def _response_format(wanted: ResponseFormat) -> chat_pb2.ResponseFormat:
     if wanted.json_schema is not None:
         given = wanted.json_schema
         schema = chat_pb2.JsonSchemaFormat(
-            name=given.name,
-            description=given.description,
-            schema=given.schema_text,
-            strict=given.strict,
+            name=json_schema.name,
+            description=json_schema.description,
+            schema=json_schema.schema_text,
+            strict=json_schema.strict,
         )
         return chat_pb2.ResponseFormat(json_schema=schema)
-    if wanted.type == "json_object":
+    if response_format.type == "json_object":
         return chat_pb2.ResponseFormat(json_object=chat_pb2.JsonObjectFormat())
     return chat_pb2.ResponseFormat(text=chat_pb2.TextFormat())
 
 
-def _structured_outputs(wanted: StructuredOutputs) -> chat_pb2.StructuredOutputs:
-    if wanted.choice is not None:
-        return chat_pb2.StructuredOutputs(choice=chat_pb2.ChoiceList(choices=wanted.choice))
+def _structured_outputs(constraint: StructuredOutputs) -> chat_pb2.StructuredOutputs:
+    if constraint.choice is not None:
+        return chat_pb2.StructuredOutputs(choice=chat_pb2.ChoiceList(choices=constraint.choice))
     return chat_pb2.StructuredOutputs(
-        json=wanted.json_text,
-        regex=wanted.regex,
-        grammar=wanted.grammar,
-        json_object=wanted.json_object or None,
+        json=constraint.json_text,
+        regex=constraint.regex,
+        grammar=constraint.grammar,
+        json_object=constraint.json_object or None,
     )
 
 
-def usage(given: chat_pb2.Usage) -> Usage:
+def usage(message: chat_pb2.Usage) -> Usage:
     """What a request cost."""
     return Usage(
-        prompt_tokens=given.prompt_tokens,
-        completion_tokens=given.completion_tokens,
-        total_tokens=given.prompt_tokens + given.completion_tokens,
-        gpu_seconds=given.device_nanoseconds / 1e9,
-        prompt_tokens_details={"cached_tokens": given.cached_prompt_tokens, "audio_tokens": 0},
+        prompt_tokens=message.prompt_tokens,
+        completion_tokens=message.completion_tokens,
+        total_tokens=message.prompt_tokens + message.completion_tokens,
+        gpu_seconds=message.device_nanoseconds / 1e9,
+        prompt_tokens_details={"cached_tokens": message.cached_prompt_tokens, "audio_tokens": 0},
         completion_tokens_details={
-            "reasoning_tokens": given.reasoning_tokens,
+            "reasoning_tokens": message.reasoning_tokens,
             "audio_tokens": 0,
             "accepted_prediction_tokens": 0,
             "rejected_prediction_tokens": 0,

@@ -20,9 +20,9 @@ _MODES = {
 }
 
 
-def messages(given: Iterable[ChatMessage]) -> list[chat_pb2.ChatMessage]:
+def messages(conversation: Iterable[ChatMessage]) -> list[chat_pb2.ChatMessage]:
     """The conversation."""
-    return [_message(message) for message in given]
+    return [_message(message) for message in conversation]
 
 
 def _message(message: ChatMessage) -> chat_pb2.ChatMessage:
@@ -41,7 +41,7 @@ def _message(message: ChatMessage) -> chat_pb2.ChatMessage:
     )
 
 
-def tools(given: Iterable[Tool] | None) -> list[chat_pb2.Tool]:
+def tools(functions: Iterable[Tool] | None) -> list[chat_pb2.Tool]:
     """The functions that the model may call."""
     return [
         chat_pb2.Tool(
@@ -52,16 +52,16 @@ def tools(given: Iterable[Tool] | None) -> list[chat_pb2.Tool]:
                 strict=tool.function.strict,
             )
         )
-        for tool in given or ()
+        for tool in functions or ()
     ]
 
 
-def tool_choice(given: ToolChoice | None) -> chat_pb2.ToolChoice | None:
-    """Which of them are called; None if nothing was said."""
-    if given is None:
+def tool_choice(choice: ToolChoice | None) -> chat_pb2.ToolChoice | None:
+    """Which of them are called; None if unspecified."""
+    if choice is None:
         return None
-    if given.type == "function":
+    if choice.type == "function":
         return chat_pb2.ToolChoice(
-            mode=chat_pb2.TOOL_CHOICE_MODE_FUNCTION, function_name=given.function.name
+            mode=chat_pb2.TOOL_CHOICE_MODE_FUNCTION, function_name=choice.function.name
         )
-    return chat_pb2.ToolChoice(mode=_MODES[given.type])
+    return chat_pb2.ToolChoice(mode=_MODES[choice.type])

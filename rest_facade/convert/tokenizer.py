@@ -17,23 +17,22 @@ from trivium.tokenizer.v1 import tokenizer_pb2
 from trivium.tokenizer.v1.tokenizer_pb2_grpc import TokenizerServiceStub as TokenizerServiceStub
 
 
-def render_request(wanted: TokenizeRequest, model: str) -> tokenizer_pb2.RenderChatRequest:
+def render_request(body: TokenizeRequest, model: str) -> tokenizer_pb2.RenderChatRequest:
     """Asks for the tokens of a conversation."""
     return tokenizer_pb2.RenderChatRequest(
         model=model,
-        messages=message.messages(wanted.messages or ()),
-        tools=message.tools(wanted.tools),
-        add_generation_prompt=wanted.add_generation_prompt,
-        continue_final_message=wanted.continue_final_message,
-        chat_template_kwargs=wanted.chat_template_kwargs or {},
+        messages=message.messages(body.messages or ()),
+        tools=message.tools(body.tools),
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        chat_template_kwargs=body.chat_template_kwargs or {},
     )
 
 
-def tokenize_request(wanted: TokenizeRequest, model: str) -> tokenizer_pb2.TokenizeRequest:
+def tokenize_request(body: TokenizeRequest, model: str) -> tokenizer_pb2.TokenizeRequest:
     """Asks for the tokens of a text."""
-    added = wanted.add_special_tokens
     return tokenizer_pb2.TokenizeRequest(
-        model=model, text=wanted.prompt, add_special_tokens=True if added is None else added
+        model=model, text=body.prompt, add_special_tokens=body.add_special_tokens is not False
     )
 
 

@@ -1,1 +1,1 @@
-"""The bodies that clients send: types, limits and rules, checked strictly. Knows no protobuf."""
+"""Request bodies: strict types, ranges and rules. Knows nothing of protobuf."""

@@ -1,8 +1,8 @@
 """The body of POST /v1/chat/completions: types and ranges, strictly.
 
 Knows nothing of HTTP or protobuf. `null` for an optional field is the same as its absence.
-Unknown fields are ignored; known ones that are not supported are refused by `unsupported`. The
-order of fields is that of blame.
+Unknown fields are ignored; known ones that are not supported are refused by `unsupported`.
+Fields are validated in declaration order; the first error is reported.
 """
 
 from collections.abc import Mapping
@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from rest_facade.requests.field import AnyText, Body, Strict, contradiction, elsewhere
+from rest_facade.requests.field import AnyText, Body, Strict, contradiction, reject_unsupported
 from rest_facade.requests.message import Messages, check_messages
-from rest_facade.requests.options import Count, Options
-from rest_facade.requests.tool import Choice, Tools, check_tools
+from rest_facade.requests.options import Count, SharedOptions
+from rest_facade.requests.tool import ToolChoiceOption, Tools, check_tools
 from rest_facade.requests.unsupported import refuse_unsupported_chat
 from trivium.limits import MAX_TEMPLATE_VARIABLES
 
@@ -26,7 +26,7 @@ class _Conversation(Strict):
     messages: Messages = Field(description="The conversation so far, oldest first.")
 
 
-class ChatRequest(Options, _Conversation, Body):
+class ChatRequest(SharedOptions, _Conversation, Body):
     """The body of POST /v1/chat/completions."""
 
     max_completion_tokens: Count | None = Field(
@@ -35,13 +35,13 @@ class ChatRequest(Options, _Conversation, Body):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20, description="Needs logprobs.")
     tools: Tools | None = Field(None, description="Functions that the model may call.")
-    tool_choice: Choice | None = Field(
+    tool_choice: ToolChoiceOption | None = Field(
         None, description="Default: 'auto' if there are tools, 'none' if not."
     )
     parallel_tool_calls: bool | None = Field(
         None, description="Whether one answer may make more than one call. Default true."
     )
-    reasoning_effort: Annotated[_Effort, elsewhere("xhigh", "max")] | None = Field(
+    reasoning_effort: Annotated[_Effort, reject_unsupported("xhigh", "max")] | None = Field(
         None, description="How much the model thinks first, for templates that know it."
     )
     chat_template_kwargs: _Kwargs | None = Field(
@@ -53,8 +53,8 @@ class ChatRequest(Options, _Conversation, Body):
     add_generation_prompt: bool | None = Field(
         None, description="Open the assistant's message. Default: not continue_final_message."
     )
-    verbosity: Annotated[Literal["medium"], elsewhere("low", "high")] | None = None
-    modalities: list[Annotated[Literal["text"], elsewhere("audio", "image")]] | None = None
+    verbosity: Annotated[Literal["medium"], reject_unsupported("low", "high")] | None = None
+    modalities: list[Annotated[Literal["text"], reject_unsupported("audio", "image")]] | None = None
     store: bool | None = Field(None, description="True is not supported: nothing is kept.")
 
     def longest_answer(self) -> int | None:

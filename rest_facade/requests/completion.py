@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from rest_facade.requests.field import INT32_MAX, Body, Strict, fault
-from rest_facade.requests.options import Options, TokenId
+from rest_facade.requests.field import INT32_MAX, Body, Strict, field_error
+from rest_facade.requests.options import SharedOptions, TokenId
 from rest_facade.requests.unsupported import refuse_unsupported_completion
 from trivium.limits import MAX_PROMPTS, MAX_TOKEN_IDS
 
@@ -16,7 +16,7 @@ def _as_prompts(value: Any) -> Any:
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list):
-        raise fault(
+        raise field_error(
             "invalid_type", "one of a string, array of strings, or array of token ids or of such"
         )
     if value and _is_int(value[0]):
@@ -32,23 +32,23 @@ def _prompt(value: Any) -> Any:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise fault("invalid_type", "one of a string or array of token ids")
+        raise field_error("invalid_type", "one of a string or array of token ids")
     if not value:
-        raise fault("empty_array", "Invalid '{param}': a prompt needs at least one token.")
+        raise field_error("empty_array", "Invalid '{param}': a prompt needs at least one token.")
     for position, token in enumerate(value):
         if not _is_int(token):
-            raise fault("invalid_type", "token ids: an array of integers")
+            raise field_error("invalid_type", "token ids: an array of integers")
         if not 0 <= token <= INT32_MAX:
-            raise fault(
+            raise field_error(
                 "invalid_value", f"Invalid '{{param}}': the token id at {position} is out of range."
             )
     return value
 
 
 _TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKEN_IDS)]
-Prompt = Annotated[Any, BeforeValidator(_prompt, json_schema_input_type=str | _TokenIds)]
-Prompts = Annotated[
-    list[Prompt],
+_Prompt = Annotated[Any, BeforeValidator(_prompt, json_schema_input_type=str | _TokenIds)]
+_Prompts = Annotated[
+    list[_Prompt],
     Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True),
     BeforeValidator(
         _as_prompts, json_schema_input_type=str | list[str] | _TokenIds | list[_TokenIds]
@@ -58,10 +58,10 @@ Prompts = Annotated[
 
 class _Prompted(Strict):
     model: str = Field(description="The model's id, as GET /v1/models gives it.")
-    prompt: Prompts = Field(description="One prompt or several, as text or token ids.")
+    prompt: _Prompts = Field(description="One prompt or several, as text or token ids.")
 
 
-class CompletionRequest(Options, _Prompted, Body):
+class CompletionRequest(SharedOptions, _Prompted, Body):
     """The body of POST /v1/completions. `max_tokens` is 16 by default, as with OpenAI."""
 
     echo: bool | None = Field(None, description="Whether the text begins with the prompt.")

@@ -1,4 +1,4 @@
-"""What the fields of all requests share: strictness, faults in OpenAI's words, JSON kept as text.
+"""Building blocks of request models: strict types, errors in OpenAI's words, JSON kept as text.
 
 Knows no endpoint.
 """
@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError, from_json
 from rest_facade.json_encoding import to_json
 from trivium.wire.errors import ServiceError
 
-FAULT = "fault"
+FIELD_ERROR = "field_error"
 INT32_MAX = 2**31 - 1
 NAME_PATTERN = "^[a-zA-Z0-9_-]+$"
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
@@ -20,30 +20,30 @@ _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWX
 Value = TypeVar("Value")
 
 
-def fault(code: str, message: str) -> PydanticCustomError:
+def field_error(code: str, message: str) -> PydanticCustomError:
     """An error with a code of the table; `{param}` in `message` becomes the field's name.
 
     With `invalid_type` the message is only what was expected.
     """
-    return PydanticCustomError(FAULT, "{message}", {"code": code, "message": message})
+    return PydanticCustomError(FIELD_ERROR, "{message}", {"code": code, "message": message})
 
 
 def contradiction(param: str, why: str) -> ServiceError:
-    """What a field that contradicts another is refused with."""
+    """The error for a field that contradicts another."""
     return ServiceError(
         "invalid_parameter_combination", f"The '{param}' parameter {why}", param=param
     )
 
 
 def missing(param: str) -> ServiceError:
-    """What the absence of a field is refused with."""
+    """The error for a field that is absent."""
     return ServiceError(
         "missing_required_parameter", f"Missing required parameter: '{param}'.", param=param
     )
 
 
 def too_many(param: str, maximum: int, what: str) -> ServiceError:
-    """What a list is refused with that takes the number of `what` in a request too far."""
+    """The error for a list that takes the number of `what` in a request above `maximum`."""
     message = f"Invalid '{param}': array too long. A request has at most {maximum} {what}."
     return ServiceError("array_above_max_length", message, param)
 
@@ -63,7 +63,7 @@ class Body(Strict):
 
 def _name(value: str) -> str:
     if not _NAME_CHARACTERS.issuperset(value) or not value:
-        raise fault(
+        raise field_error(
             "invalid_value",
             "Invalid '{param}': string does not match pattern. "
             f"Expected a string that matches the pattern '{NAME_PATTERN}'.",
@@ -81,7 +81,7 @@ Name = Annotated[
 
 def _object_text(value: Any) -> str:
     if not isinstance(value, dict):
-        raise fault("invalid_type", "an object")
+        raise field_error("invalid_type", "an object")
     return to_json(value)
 
 
@@ -91,9 +91,13 @@ def _object_or_text(value: Any) -> str:
     try:
         parsed = from_json(value, allow_inf_nan=False)
     except ValueError as error:
-        raise fault("invalid_json_schema", f"Invalid '{{param}}': not JSON: {error}.") from None
+        raise field_error(
+            "invalid_json_schema", f"Invalid '{{param}}': not JSON: {error}."
+        ) from None
     if not isinstance(parsed, dict):
-        raise fault("invalid_json_schema", "Invalid '{param}': the text of no JSON object.")
+        raise field_error(
+            "invalid_json_schema", "Invalid '{param}': must be a string containing a JSON object."
+        )
     return value
 
 
@@ -109,12 +113,12 @@ AnyText = Annotated[str, BeforeValidator(to_json, json_schema_input_type=Any)]
 """Any JSON value, kept as text."""
 
 
-def elsewhere(*values: str) -> BeforeValidator:
-    """Refuses `values`, which mean something with other servers, as not supported."""
+def reject_unsupported(*values: str) -> BeforeValidator:
+    """Rejects `values`, which other servers know, as not supported by this one."""
 
     def check(value: Any) -> Any:
         if isinstance(value, str) and value in values:
-            raise fault(
+            raise field_error(
                 "unsupported_value",
                 f"Unsupported value: '{{param}}' does not support '{value}' with this server.",
             )

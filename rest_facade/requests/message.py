@@ -5,12 +5,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from rest_facade.requests.field import Strict, contradiction, elsewhere, fault, missing, too_many
+from rest_facade.requests.field import (
+    Strict,
+    contradiction,
+    field_error,
+    missing,
+    reject_unsupported,
+    too_many,
+)
 from trivium.limits import MAX_CONTENT_PARTS, MAX_MESSAGES, MAX_TOOL_CALLS
 from trivium.wire.errors import ServiceError
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
-_FOREIGN_PARTS = elsewhere(
+_UNSUPPORTED_PARTS = reject_unsupported(
     "image_url", "input_audio", "file", "refusal", "video_url", "audio_url", "image_embeds"
 )
 
@@ -18,7 +25,7 @@ _FOREIGN_PARTS = elsewhere(
 class ContentPart(Strict):
     """A piece of a message's content."""
 
-    type: Annotated[Literal["text"], _FOREIGN_PARTS] = Field(
+    type: Annotated[Literal["text"], _UNSUPPORTED_PARTS] = Field(
         description="Only 'text' is supported."
     )
     text: str = Field(description="The text.")
@@ -28,7 +35,7 @@ def _as_parts(value: Any) -> Any:
     if isinstance(value, str):
         return [ContentPart.model_construct(type="text", text=value)]
     if not isinstance(value, list):
-        raise fault("invalid_type", "one of a string or array of objects")
+        raise field_error("invalid_type", "one of a string or array of objects")
     return value
 
 
@@ -49,7 +56,7 @@ class PastToolCall(Strict):
     """A tool call that an assistant message of the conversation made."""
 
     id: str
-    type: Annotated[Literal["function"], elsewhere("custom")]
+    type: Annotated[Literal["function"], reject_unsupported("custom")]
     function: PastFunctionCall
 
 
@@ -59,7 +66,7 @@ _Calls = Annotated[list[PastToolCall], Field(max_length=MAX_TOOL_CALLS, fail_fas
 class ChatMessage(Strict):
     """One message of the conversation."""
 
-    role: Annotated[Role, elsewhere("function")] = Field(
+    role: Annotated[Role, reject_unsupported("function")] = Field(
         description="The old role 'function' is not supported; use 'tool'."
     )
     content: Content | None = Field(

@@ -1,11 +1,17 @@
-"""Options shared by /v1/chat/completions and /v1/completions."""
+"""SharedOptions shared by /v1/chat/completions and /v1/completions: sampling, limits, streaming."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from rest_facade.requests.field import INT32_MAX, Strict, contradiction, elsewhere, fault
-from rest_facade.requests.structured_output import OTHER_NAMES, Constrained
+from rest_facade.requests.field import (
+    INT32_MAX,
+    Strict,
+    contradiction,
+    field_error,
+    reject_unsupported,
+)
+from rest_facade.requests.structured_output import OTHER_NAMES, StructuredOutputFields
 from trivium.limits import MAX_LOGIT_BIASES
 
 
@@ -22,13 +28,13 @@ def _as_strings(value: Any) -> Any:
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list):
-        raise fault("invalid_type", "one of a string or array of strings")
+        raise field_error("invalid_type", "one of a string or array of strings")
     return value
 
 
 def _stop_string(value: str) -> str:
     if not value:
-        raise fault("invalid_value", "Invalid '{param}': a stop string cannot be empty.")
+        raise field_error("invalid_value", "Invalid '{param}': a stop string cannot be empty.")
     return value
 
 
@@ -41,10 +47,12 @@ Stop = Annotated[_Stops, BeforeValidator(_as_strings, json_schema_input_type=str
 
 def _token_keys(value: dict[str, float]) -> dict[str, float]:
     if len(value) > MAX_LOGIT_BIASES:
-        raise fault("invalid_value", f"Invalid '{{param}}': more than {MAX_LOGIT_BIASES} entries.")
+        raise field_error(
+            "invalid_value", f"Invalid '{{param}}': more than {MAX_LOGIT_BIASES} entries."
+        )
     for key in value:
         if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) <= INT32_MAX):
-            raise fault(
+            raise field_error(
                 "invalid_value",
                 f"Invalid key in '{{param}}': {key[:40]!r}. Keys are token ids: "
                 "strings of non-negative integers.",
@@ -54,10 +62,10 @@ def _token_keys(value: dict[str, float]) -> dict[str, float]:
 
 def _labels(value: dict[str, str]) -> dict[str, str]:
     if len(value) > 16:
-        raise fault("invalid_value", "Invalid '{param}': more than 16 entries.")
+        raise field_error("invalid_value", "Invalid '{param}': more than 16 entries.")
     for key, label in value.items():
         if len(key) > 64 or len(label) > 512:
-            raise fault(
+            raise field_error(
                 "string_above_max_length",
                 "Invalid '{param}': keys have at most 64 characters, values at most 512.",
             )
@@ -69,10 +77,10 @@ Biases = Annotated[dict[str, Bias], AfterValidator(_token_keys)]
 Labels = Annotated[dict[str, str], AfterValidator(_labels)]
 Count = Annotated[int, Field(ge=1, le=INT32_MAX)]
 TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
-_ForeignTiers = elsewhere("flex", "scale", "priority", "fast")
+_UnsupportedTiers = reject_unsupported("flex", "scale", "priority", "fast")
 
 
-class Sampling(Strict):
+class SamplingFields(Strict):
     """The fields that say how an answer is drawn, where it ends and how it is sent."""
 
     temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy.")
@@ -104,15 +112,13 @@ class Sampling(Strict):
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, max_length=512, description="Who asks, for the logs.")
     metadata: Labels | None = Field(None, description="The caller's own labels.")
-    service_tier: Annotated[Literal["auto", "default"], _ForeignTiers] | None = Field(
+    service_tier: Annotated[Literal["auto", "default"], _UnsupportedTiers] | None = Field(
         None, description="There is one tier; the answer says 'default' if this is given."
     )
     prompt_cache_key: str | None = Field(
         None, max_length=512, description="Taken and not needed: prefixes are found by their text."
     )
-    safety_identifier: str | None = Field(
-        None, max_length=512, description="Taken, and nothing is done with it."
-    )
+    safety_identifier: str | None = Field(None, max_length=512, description="Accepted and ignored.")
 
     def longest_answer(self) -> int | None:
         """The limit on tokens per choice, under whichever name it was given."""
@@ -132,7 +138,7 @@ class Sampling(Strict):
             raise contradiction("min_tokens", f"is above the longest answer, {longest} tokens.")
 
 
-class Options(Constrained, Sampling):
+class SharedOptions(StructuredOutputFields, SamplingFields):
     """The form of an answer, how it is drawn, where it ends and how it is sent."""
 
     def old_names(self) -> dict[str, str]:

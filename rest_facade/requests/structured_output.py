@@ -1,4 +1,4 @@
-"""What form an answer must have: `response_format`, and vLLM's constraints beyond it."""
+"""Structured output: `response_format`, and vLLM's constraints beyond it."""
 
 from typing import Annotated, Literal
 
@@ -10,8 +10,8 @@ from rest_facade.requests.field import (
     SchemaText,
     Strict,
     contradiction,
-    elsewhere,
     missing,
+    reject_unsupported,
 )
 from trivium.wire.errors import ServiceError
 
@@ -37,7 +37,7 @@ class ResponseFormat(Strict):
 
     type: Annotated[
         Literal["text", "json_object", "json_schema"],
-        elsewhere("structural_tag", "grammar", "regex", "json", "python"),
+        reject_unsupported("structural_tag", "grammar", "regex", "json", "python"),
     ]
     json_schema: JsonSchemaFormat | None = Field(None, description="With that type only.")
 
@@ -93,7 +93,7 @@ OTHER_NAMES = {
 }
 
 
-class Constrained(Strict):
+class StructuredOutputFields(Strict):
     """The fields of a request that say what form its answer has."""
 
     response_format: ResponseFormat | None = Field(None, description="Default: plain text.")

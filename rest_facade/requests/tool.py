@@ -4,7 +4,14 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from rest_facade.requests.field import Name, ObjectText, Strict, contradiction, elsewhere, fault
+from rest_facade.requests.field import (
+    Name,
+    ObjectText,
+    Strict,
+    contradiction,
+    field_error,
+    reject_unsupported,
+)
 from trivium.limits import MAX_TOOLS
 from trivium.wire.errors import ServiceError
 
@@ -27,7 +34,7 @@ class FunctionTool(Strict):
 class Tool(Strict):
     """A tool that the model may use."""
 
-    type: Annotated[Literal["function"], elsewhere("custom")]
+    type: Annotated[Literal["function"], reject_unsupported("custom")]
     function: FunctionTool
 
 
@@ -42,9 +49,9 @@ class NamedFunction(Strict):
 
 def _only_function(kind: str) -> str:
     if kind in ("allowed_tools", "custom"):
-        raise fault("unsupported_value", f"Tool choices of type '{kind}' are not supported.")
+        raise field_error("unsupported_value", f"Tool choices of type '{kind}' are not supported.")
     if kind != "function":
-        raise fault(
+        raise field_error(
             "invalid_value", f"Invalid value: '{kind[:64]}'. Supported values are: 'function'."
         )
     return kind
@@ -65,18 +72,18 @@ _Mode = Literal["none", "auto", "required"]
 def _from_mode(value: Any) -> Any:
     if isinstance(value, str):
         if value not in get_args(_Mode):
-            raise fault(
+            raise field_error(
                 "invalid_value",
                 f"Invalid value: '{value[:64]}'. "
                 "Supported values are: 'none', 'auto', and 'required'.",
             )
         return ToolChoice.model_construct(type=value, function=None)  # type: ignore[arg-type]
     if not isinstance(value, dict):
-        raise fault("invalid_type", "one of a string or object")
+        raise field_error("invalid_type", "one of a string or object")
     return value
 
 
-Choice = Annotated[
+ToolChoiceOption = Annotated[
     ToolChoice, BeforeValidator(_from_mode, json_schema_input_type=_Mode | ToolChoice)
 ]
 

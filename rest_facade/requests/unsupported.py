@@ -1,4 +1,4 @@
-"""Fields that mean something elsewhere and nothing here: refused, never silently dropped.
+"""Fields that other servers know and this one does not support: refused, never silently dropped.
 
 Each stands with the values that change nothing and are therefore let through; `null` always is.
 Fields in neither these tables nor the request models are unknown to everyone and ignored.

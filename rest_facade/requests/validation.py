@@ -1,5 +1,4 @@
-"""From parsed JSON to a checked request; faults in the words that OpenAI uses, and the names
-that the client used.
+"""From parsed JSON to a validated request; errors in OpenAI's words, with the client's field names.
 
 Knows nothing of HTTP.
 """
@@ -12,7 +11,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from rest_facade.requests.field import FAULT, Body
+from rest_facade.requests.field import FIELD_ERROR, Body
 from trivium.wire.errors import ServiceError
 
 _EXPECTED = {
@@ -32,14 +31,14 @@ _BOUNDS = {
     "greater_than": ("below_min_value", "below minimum value", ">", "gt"),
     "less_than_equal": ("above_max_value", "above maximum value", "<=", "le"),
 }
-_SHOWN_CHARACTERS = 64
+_MAX_SHOWN_CHARACTERS = 64
 
 
-Request = TypeVar("Request", bound=Body)
+RequestBody = TypeVar("RequestBody", bound=Body)
 
 
-def parse(kind: type[Request], raw: dict[str, Any]) -> Request:
-    """The request of that kind in a JSON object; raises ServiceError for the first fault in it."""
+def parse(kind: type[RequestBody], raw: dict[str, Any]) -> RequestBody:
+    """A JSON object as a request; raises ServiceError for the first invalid field."""
     try:
         request = kind.model_validate(raw)
     except ValidationError as error:
@@ -49,8 +48,8 @@ def parse(kind: type[Request], raw: dict[str, Any]) -> Request:
 
 
 @contextlib.contextmanager
-def blaming(names: Mapping[str, str]) -> Iterator[None]:
-    """Errors of the next stage name fields as the client named them; `names` has its for theirs."""
+def rename_error_params(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors of the next stage name fields as the client did: by `names`, from theirs to ours."""
     try:
         yield
     except ServiceError as error:
@@ -73,7 +72,7 @@ def _from_validation_error(error: ValidationError) -> ServiceError:
 
 def _code_and_message(details: ErrorDetails, param: str) -> tuple[str, str]:
     kind, value, context = details["type"], details["input"], details.get("ctx", {})
-    if kind == FAULT:
+    if kind == FIELD_ERROR:
         if context["code"] == "invalid_type":
             return _wrong_type(param, context["message"], value)
         return context["code"], context["message"].replace("{param}", param, 1)
@@ -127,13 +126,13 @@ def _wrong_length(kind: str, param: str, value: Any, context: Mapping[str, Any])
 
 
 def _param(location: tuple[int | str, ...]) -> str:
-    """`messages[0].content`, as OpenAI writes the place of a fault."""
+    """`messages[0].content`, as OpenAI writes the path of a field."""
     text = ""
     for part in location:
         if isinstance(part, int):
             text += f"[{part}]"
         else:
-            text += f".{part[:_SHOWN_CHARACTERS]}" if text else part
+            text += f".{part[:_MAX_SHOWN_CHARACTERS]}" if text else part
     return text
 
 
@@ -154,4 +153,4 @@ def _shown(value: Any) -> str:
     if isinstance(value, float) and value == math.trunc(value):
         value = int(value)
     text = repr(value)
-    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "…"
+    return text if len(text) <= _MAX_SHOWN_CHARACTERS else text[:_MAX_SHOWN_CHARACTERS] + "…"
