@@ -14,6 +14,7 @@ from rest_facade.errors import ErrorResponse, error_body
 from rest_facade.sse import sse_event
 from tests.rest_facade.conftest import StartFacade
 from tests.rest_facade.scripted_backend import HELLO, MODEL, ScriptedBackend, delta, header
+from trivium.chat.v1 import chat_pb2
 from trivium.wire.errors import ERRORS, ServiceError
 
 ASK = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
@@ -92,6 +93,23 @@ async def test_error_in_the_middle(client: httpx.AsyncClient, backend: ScriptedB
             "code": "backend_unavailable",
         }
     }
+
+
+async def test_an_event_of_a_later_protocol(
+    client: httpx.AsyncClient, backend: ScriptedBackend
+) -> None:
+    """An event that the facade cannot read is an internal error, with a status while there can be
+    one."""
+    unknown = chat_pb2.StreamChatCompletionResponse()
+    backend.script = (unknown,)
+    first = await client.post(URL, json=ASK | {"stream": True})
+    backend.script = (header(), delta("He"), unknown)
+    later = await client.post(URL, json=ASK | {"stream": True})
+
+    assert first.status_code == 500
+    assert check_shape(first)["code"] == "internal_error"
+    assert later.status_code == 200
+    assert "internal_error" in later.text.split("\n\n")[-2]
 
 
 async def test_a_fault_of_ours_tells_nothing(

@@ -90,6 +90,12 @@ def test_missing_fields() -> None:
             "but got an array with length 5 instead.",
         ),
         (
+            {"guided_json": "[]"},
+            "invalid_json_schema",
+            "guided_json",
+            "Invalid 'guided_json': must be a string containing a JSON object.",
+        ),
+        (
             {"stop": 5},
             "invalid_type",
             "stop",
