@@ -74,7 +74,7 @@ async def _routing_error(request: Request, error: Exception) -> Response:
     if error.status_code == 405:
         service_error = ServiceError("method_not_allowed", f"Method not allowed: {where}.")
         return ErrorResponse(service_error, {"allow": ", ".join(sorted(_allowed(request)))})
-    elif error.status_code == 404:
+    if error.status_code == 404:
         service_error = ServiceError(
             "unknown_url", f"Unknown request URL: {where}. The docs are at /docs."
         )

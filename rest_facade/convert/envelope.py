@@ -56,9 +56,9 @@ def _scalars(kind: Descriptor) -> tuple[str, ...]:
     )
 
 
-def _response_format(wanted: ResponseFormat) -> chat_pb2.ResponseFormat:
-    if wanted.json_schema is not None:
-        given = wanted.json_schema
+def _response_format(response_format: ResponseFormat) -> chat_pb2.ResponseFormat:
+    if response_format.json_schema is not None:
+        json_schema = response_format.json_schema
         schema = chat_pb2.JsonSchemaFormat(
             name=json_schema.name,
             description=json_schema.description,
