@@ -3,7 +3,6 @@
 Each field is checked once: what `to_engine_request` returns fits the model.
 """
 
-import math
 import secrets
 from dataclasses import dataclass, replace
 
@@ -15,11 +14,22 @@ from generator_svc.sequence import (
     Sequence,
     SequenceUpdate,
 )
+from trivium.field_errors import check_number
 from trivium.generator.v1 import generator_pb2 as pb
+from trivium.limits import (
+    LOGIT_BIAS,
+    MAX_COMPLETION_TOKENS,
+    MAX_PATTERN_CHARACTERS,
+    MAX_SCHEMA_CHARACTERS,
+    MIN_TOKENS,
+    SAMPLING,
+    TOP_LOGPROBS,
+    N,
+    Range,
+)
 from trivium.sampling.v1 import sampling_pb2
 from trivium.wire.errors import ServiceError
 
-MAX_TOP_LOGPROBS = 20
 CONSTRAINT = "constraint"  # the field's name in errors
 
 _REASONS = {
@@ -63,15 +73,15 @@ def to_engine_request(start: pb.StartGeneration, limits: Limits) -> EngineReques
             "prompt_token_ids",
         )
     max_new_tokens = start.max_new_tokens if start.HasField("max_new_tokens") else remaining
-    _check_range("max_new_tokens", max_new_tokens, 1, math.inf)
+    check_number("max_new_tokens", max_new_tokens, MAX_COMPLETION_TOKENS)
     n = start.n if start.HasField("n") else 1
-    _check_range("n", n, 1, limits.max_n)
-    _check_range("min_new_tokens", start.min_new_tokens, 0, math.inf)
+    check_number("n", n, Range(N.minimum, limits.max_n))
+    check_number("min_new_tokens", start.min_new_tokens, MIN_TOKENS)
     stop_ids = {*start.stop_token_ids}
     if not start.ignore_eos:
         stop_ids.update(limits.eos_token_ids)
     top_logprobs = start.top_logprobs if start.HasField("top_logprobs") else None
-    _check_range("top_logprobs", top_logprobs or 0, 0, MAX_TOP_LOGPROBS)
+    check_number("top_logprobs", top_logprobs or 0, TOP_LOGPROBS)
     return EngineRequest(
         prompt=prompt,
         max_new_tokens=min(max_new_tokens, remaining),
@@ -83,42 +93,16 @@ def to_engine_request(start: pb.StartGeneration, limits: Limits) -> EngineReques
     )
 
 
-_RANGES = {
-    "temperature": (0.0, 2.0),
-    "top_p": (0.0, 1.0),
-    "top_k": (-1, math.inf),
-    "min_p": (0.0, 1.0),
-    "presence_penalty": (-2.0, 2.0),
-    "frequency_penalty": (-2.0, 2.0),
-    "repetition_penalty": (1e-6, 10.0),
-}
-
-
 def _to_sampling(params: sampling_pb2.SamplingParams, limits: Limits) -> SamplingParams:
-    values = {}
-    for name, (minimum, maximum) in _RANGES.items():
-        if params.HasField(name):
-            values[name] = getattr(params, name)
-            _check_range(f"sampling.{name}", values[name], minimum, maximum)
+    values = {name: getattr(params, name) for name in SAMPLING if params.HasField(name)}
+    for name, value in values.items():
+        check_number(f"sampling.{name}", value, SAMPLING[name])
     bias = dict(params.logit_bias)
     _check_ids(bias, limits, "sampling.logit_bias")
     for token_id, value in bias.items():
-        _check_range(f"sampling.logit_bias[{token_id}]", value, -100.0, 100.0)
+        check_number(f"sampling.logit_bias[{token_id}]", value, LOGIT_BIAS)
     seed = params.seed if params.HasField("seed") else secrets.randbits(63)
     return replace(limits.defaults, **values, logit_bias=bias, seed=seed)
-
-
-def _check_range(field: str, value: float, minimum: float, maximum: float) -> None:
-    kind = "decimal" if isinstance(value, float) else "integer"
-    if math.isnan(value):
-        raise ServiceError("invalid_value", f"Invalid '{field}': not a number.", field)
-    if value < minimum:
-        code, bound = f"{kind}_below_min_value", f"at least {minimum}"
-    elif value > maximum:
-        code, bound = f"{kind}_above_max_value", f"at most {maximum}"
-    else:
-        return
-    raise ServiceError(code, f"Invalid '{field}': {value} is not {bound}.", field)
 
 
 def _check_ids(ids: object, limits: Limits, field: str) -> None:
@@ -132,8 +116,12 @@ def _check_ids(ids: object, limits: Limits, field: str) -> None:
             )
 
 
-# Of the UTF-8 text. A Lark grammar carries the schemas of all tools.
-_MAX_CONSTRAINT_BYTES = {"json_schema": 256 * 2**10, "regex": 64 * 2**10, "lark": 2**20}
+# In bytes of UTF-8. Lark carries the schemas of all tools.
+_MAX_CONSTRAINT_BYTES = {
+    "json_schema": MAX_SCHEMA_CHARACTERS,
+    "regex": MAX_PATTERN_CHARACTERS,
+    "lark": 2**20,
+}
 
 
 def to_constraint(start: pb.StartGeneration) -> tuple[str, str] | None:

@@ -4,15 +4,11 @@ import math
 from typing import Any
 
 from generator_svc.sequence import SamplingParams
+from trivium.limits import SAMPLING
 from trivium.model_directory import ModelDirectory, ModelDirectoryError
 
-_RANGES = {
-    "temperature": (0.0, 2.0),
-    "top_p": (0.0, 1.0),
-    "top_k": (-1.0, math.inf),
-    "min_p": (0.0, 1.0),
-    "repetition_penalty": (1e-6, 10.0),
-}
+# The fields that transformers' generation_config.json shares with a request.
+_MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def default_sampling(model: ModelDirectory) -> SamplingParams:
@@ -24,16 +20,17 @@ def default_sampling(model: ModelDirectory) -> SamplingParams:
     values: dict[str, Any] = {}
     if model.generation_config.get("do_sample") is False:
         values["temperature"] = 0.0
-    for name, (minimum, maximum) in _RANGES.items():
-        value = model.generation_config.get(name)
+    for name in _MODEL_DEFAULTS:
+        allowed, value = SAMPLING[name], model.generation_config.get(name)
         if value is None or name in values:
             continue
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         is_whole = is_number and math.isfinite(value) and value == int(value)
-        if not is_number or not minimum <= value <= maximum or (name == "top_k" and not is_whole):
+        if not is_number or value not in allowed or (name == "top_k" and not is_whole):
+            whole = "a whole number " if name == "top_k" else ""
             raise ModelDirectoryError(
                 f"{model.path}: generation_config.json: {name} is {value!r}, which is not "
-                f"{'a whole number ' if name == 'top_k' else ''}between {minimum} and {maximum}"
+                f"{whole}{allowed}"
             )
         values[name] = int(value) if name == "top_k" else value  # some files say 50.0
     return SamplingParams(**values)

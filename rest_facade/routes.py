@@ -34,7 +34,7 @@ from rest_facade.openapi import (
 )
 from rest_facade.requests.chat import ChatRequest
 from rest_facade.requests.completion import CompletionRequest
-from rest_facade.requests.field import Body, missing
+from rest_facade.requests.field import Body
 from rest_facade.requests.tokenization import (
     DetokenizeRequest,
     TokenizeRequest,
@@ -55,6 +55,7 @@ from rest_facade.responses import (
 )
 from rest_facade.stream import Event, EventStream
 from rest_facade.traffic import Traffic
+from trivium.field_errors import missing
 
 RequestBody = TypeVar("RequestBody", bound=Body)
 RequestMessage = TypeVar("RequestMessage")

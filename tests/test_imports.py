@@ -46,6 +46,7 @@ STANDARD_LIBRARY_ONLY = (
     "trivium/cache_folder.py",
     "trivium/file_digest.py",
     "trivium/host_limits.py",
+    "trivium/limits.py",
     "trivium/model_directory.py",
 )
 EDGES = ("service", "convert", "server", "__main__")

@@ -15,6 +15,7 @@ from tokenizer_svc.prompt.builder import Prompt, PromptBuilder
 from tokenizer_svc.prompt.chat_template import ChatTemplate
 from tokenizer_svc.request.types import Conversation, Message, Role, Tool
 from tokenizer_svc.tokenizer import Tokenizer, TooManyTokens
+from trivium.field_errors import missing
 from trivium.model_directory import ModelDirectory, ModelDirectoryError, load_model_directory
 from trivium.wire.errors import ServiceError
 
@@ -112,8 +113,7 @@ class ServedModels:
     def find(self, name: str, param: str = "model") -> ServedModel:
         """The model of this id or alias; ServiceError if there is none."""
         if not name:
-            message = f"Missing required parameter: '{param}'."
-            raise ServiceError("missing_required_parameter", message, param)
+            raise missing(param)
         served = self.by_id.get(self.aliases.get(name, name))
         if served is None:
             raise ServiceError("model_not_found", f"The model `{name}` does not exist.", param)

@@ -23,8 +23,8 @@ from tokenizer_svc.request.request_size import check_completion_size
 from tokenizer_svc.request.types import CompletionRequest, ValidOptions
 from tokenizer_svc.request.validate import validate_completion
 from trivium.chat.v1 import completion_pb2, completion_pb2_grpc
+from trivium.field_errors import empty_string
 from trivium.wire.channel import remaining_seconds
-from trivium.wire.errors import ServiceError
 
 Call = grpc.aio.ServicerContext[Any, Any]
 
@@ -104,8 +104,7 @@ async def _prompt(served: ServedModel, request: CompletionRequest, place: int) -
     if isinstance(prompt, str):
         token_ids = await model.encode(prompt, served.context_length, param)
         if not token_ids:
-            message = f"Invalid '{param}': empty string. Expected at least one token."
-            raise ServiceError("invalid_value", message, param)
+            raise empty_string(param, "token")
         return _PlainPrompt(prompt, token_ids)
     token_ids = list(prompt)
     model.check_tokens(len(token_ids), served.context_length, param)

@@ -19,6 +19,9 @@ class Range:
     maximum: int
     above_minimum: bool = False
 
+    def __str__(self) -> str:
+        return f"{'above' if self.above_minimum else 'from'} {self.minimum} to {self.maximum}"
+
     def __contains__(self, value: float) -> bool:
         return not self.is_below(value) and value <= self.maximum
 
@@ -37,8 +40,24 @@ SAMPLING: Mapping[str, Range] = {
     "frequency_penalty": Range(-2, 2),
     "repetition_penalty": Range(0, 10, above_minimum=True),
 }
+SEED = Range(-(2**63), 2**63 - 1)
 LOGIT_BIAS = Range(-100, 100)
+TOKEN_ID = Range(0, INT32_MAX)
 
+MAX_COMPLETION_TOKENS = Range(1, INT32_MAX)
+MIN_TOKENS = Range(0, INT32_MAX)
+N = Range(1, 128)
+TOP_LOGPROBS = Range(0, 20)
+COMPLETION_LOGPROBS = Range(0, 5)  # of a plain completion
+
+MAX_STOP_STRINGS = 4
+MAX_STOP_CHARACTERS = 4_096  # of each
+MAX_STOP_TOKENS = 64
+MAX_CHOICES = 1_024  # of structured_outputs.choice
+MAX_PATTERN_CHARACTERS = 65_536  # of a regular expression, a grammar, or one of the choices
+MAX_SCHEMA_CHARACTERS = 262_144
+MAX_NAME_CHARACTERS = 64  # of a function or a response format
+NAME_PATTERN = "^[a-zA-Z0-9_-]+$"
 MAX_MESSAGES = 2_048
 MAX_CONTENT_PARTS = 8_192  # of all messages together
 MAX_TOOL_CALLS = 4_096  # of all messages together

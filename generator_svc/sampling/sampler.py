@@ -24,6 +24,7 @@ HostRow = npt.NDArray[np.float32]  # logits [vocabulary]
 Mask = npt.NDArray[np.bool_]  # [vocabulary]
 
 MIN_LOGPROB = -9999.0  # reported for a probability of zero; JSON has no infinity
+_MIN_REPETITION_PENALTY = 1e-6
 _INITIAL_CANDIDATES = 256  # of top_p and min_p, before looking at more
 _BLOCK = 256
 
@@ -127,7 +128,8 @@ def _adjusted(
         row[forbidden] = -np.inf
     if sampling.repetition_penalty != 1:
         seen = np.fromiter(set(sequence.token_ids), dtype=np.intp)
-        penalty = sampling.repetition_penalty
+        # Much smaller ones change nothing any more, and a quotient could become infinite.
+        penalty = max(sampling.repetition_penalty, _MIN_REPETITION_PENALTY)
         row[seen] = np.where(row[seen] > 0, row[seen] / penalty, row[seen] * penalty)
     if sequence.output_counts and (sampling.frequency_penalty or sampling.presence_penalty):
         ids = np.fromiter(sequence.output_counts.keys(), dtype=np.intp)

@@ -10,12 +10,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from rest_facade.requests.field import AnyText, Body, Strict, contradiction, reject_unsupported
+from rest_facade.requests.field import AnyText, Body, Strict, reject_unsupported, within
 from rest_facade.requests.message import Messages, check_messages
 from rest_facade.requests.options import Count, SharedOptions
 from rest_facade.requests.tool import ToolChoiceOption, Tools, check_tools
 from rest_facade.requests.unsupported import refuse_unsupported_chat
-from trivium.limits import MAX_TEMPLATE_VARIABLES
+from trivium.field_errors import contradiction
+from trivium.limits import MAX_TEMPLATE_VARIABLES, TOP_LOGPROBS
 
 _Effort = Literal["none", "minimal", "low", "medium", "high"]
 _Kwargs = Annotated[dict[str, AnyText], Field(max_length=MAX_TEMPLATE_VARIABLES)]
@@ -33,7 +34,9 @@ class ChatRequest(SharedOptions, _Conversation, Body):
         None, description="Longest answer in tokens, per choice. Default: the context's end."
     )
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20, description="Needs logprobs.")
+    top_logprobs: Annotated[int, within(TOP_LOGPROBS)] | None = Field(
+        None, description="Needs logprobs."
+    )
     tools: Tools | None = Field(None, description="Functions that the model may call.")
     tool_choice: ToolChoiceOption | None = Field(
         None, description="Default: 'auto' if there are tools, 'none' if not."

@@ -5,10 +5,10 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from rest_facade.requests.field import INT32_MAX, Body, Strict, field_error
+from rest_facade.requests.field import Body, Strict, field_error, within
 from rest_facade.requests.options import SharedOptions, TokenId
 from rest_facade.requests.unsupported import refuse_unsupported_completion
-from trivium.limits import MAX_PROMPTS, MAX_TOKEN_IDS
+from trivium.limits import COMPLETION_LOGPROBS, MAX_PROMPTS, MAX_TOKEN_IDS, TOKEN_ID
 
 
 def _as_prompts(value: Any) -> Any:
@@ -38,7 +38,7 @@ def _prompt(value: Any) -> Any:
     for position, token in enumerate(value):
         if not _is_int(token):
             raise field_error("invalid_type", "token ids: an array of integers")
-        if not 0 <= token <= INT32_MAX:
+        if token not in TOKEN_ID:
             raise field_error(
                 "invalid_value", f"Invalid '{{param}}': the token id at {position} is out of range."
             )
@@ -65,8 +65,8 @@ class CompletionRequest(SharedOptions, _Prompted, Body):
     """The body of POST /v1/completions. `max_tokens` is 16 by default, as with OpenAI."""
 
     echo: bool | None = Field(None, description="Whether the text begins with the prompt.")
-    logprobs: int | None = Field(
-        None, ge=0, le=5, description="Log-probabilities of the tokens and of this many others."
+    logprobs: Annotated[int, within(COMPLETION_LOGPROBS)] | None = Field(
+        None, description="Log-probabilities of the tokens and of this many others."
     )
 
     def check(self, raw: Mapping[str, Any]) -> None:

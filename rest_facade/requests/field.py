@@ -10,11 +10,11 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError, from_json
 
 from rest_facade.json_encoding import to_json
+from trivium.field_errors import malformed_name
+from trivium.limits import MAX_NAME_CHARACTERS, NAME_PATTERN, Range
 from trivium.wire.errors import ServiceError
 
 FIELD_ERROR = "field_error"
-INT32_MAX = 2**31 - 1
-NAME_PATTERN = "^[a-zA-Z0-9_-]+$"
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
 
 Value = TypeVar("Value")
@@ -28,24 +28,9 @@ def field_error(code: str, message: str) -> PydanticCustomError:
     return PydanticCustomError(FIELD_ERROR, "{message}", {"code": code, "message": message})
 
 
-def contradiction(param: str, why: str) -> ServiceError:
-    """The error for a field that contradicts another."""
-    return ServiceError(
-        "invalid_parameter_combination", f"The '{param}' parameter {why}", param=param
-    )
-
-
-def missing(param: str) -> ServiceError:
-    """The error for a field that is absent."""
-    return ServiceError(
-        "missing_required_parameter", f"Missing required parameter: '{param}'.", param=param
-    )
-
-
-def too_many(param: str, maximum: int, what: str) -> ServiceError:
-    """The error for a list that takes the number of `what` in a request above `maximum`."""
-    message = f"Invalid '{param}': array too long. A request has at most {maximum} {what}."
-    return ServiceError("array_above_max_length", message, param)
+def field_error_of(error: ServiceError) -> PydanticCustomError:
+    """The same error, whose param was written as `{param}`, within a field's own checks."""
+    return field_error(error.code, error.message)
 
 
 class Strict(BaseModel):
@@ -63,17 +48,13 @@ class Body(Strict):
 
 def _name(value: str) -> str:
     if not _NAME_CHARACTERS.issuperset(value) or not value:
-        raise field_error(
-            "invalid_value",
-            "Invalid '{param}': string does not match pattern. "
-            f"Expected a string that matches the pattern '{NAME_PATTERN}'.",
-        )
+        raise field_error_of(malformed_name("{param}"))
     return value
 
 
 Name = Annotated[
     str,
-    Field(max_length=64, json_schema_extra={"pattern": NAME_PATTERN}),
+    Field(max_length=MAX_NAME_CHARACTERS, json_schema_extra={"pattern": NAME_PATTERN}),
     AfterValidator(_name),
 ]
 """The name of a function or a schema."""
@@ -99,6 +80,13 @@ def _object_or_text(value: Any) -> str:
             "invalid_json_schema", "Invalid '{param}': must be a string containing a JSON object."
         )
     return value
+
+
+def within(allowed: Range) -> Any:
+    """The range as a constraint, for Annotated."""
+    if allowed.above_minimum:
+        return Field(gt=allowed.minimum, le=allowed.maximum)
+    return Field(ge=allowed.minimum, le=allowed.maximum)
 
 
 ObjectText = Annotated[str, BeforeValidator(_object_text, json_schema_input_type=dict[str, Any])]

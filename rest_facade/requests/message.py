@@ -5,14 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from rest_facade.requests.field import (
-    Strict,
-    contradiction,
-    field_error,
-    missing,
-    reject_unsupported,
-    too_many,
-)
+from rest_facade.requests.field import Strict, field_error, reject_unsupported
+from trivium.field_errors import contradiction, missing, too_many
 from trivium.limits import MAX_CONTENT_PARTS, MAX_MESSAGES, MAX_TOOL_CALLS
 from trivium.wire.errors import ServiceError
 

@@ -1,18 +1,31 @@
-"""SharedOptions shared by /v1/chat/completions and /v1/completions: sampling, limits, streaming."""
+"""Options shared by /v1/chat/completions and /v1/completions: sampling, limits, streaming."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from rest_facade.requests.field import (
-    INT32_MAX,
     Strict,
-    contradiction,
     field_error,
+    field_error_of,
     reject_unsupported,
+    within,
 )
 from rest_facade.requests.structured_output import OTHER_NAMES, StructuredOutputFields
-from trivium.limits import MAX_LOGIT_BIASES
+from trivium.field_errors import contradiction, too_many_entries
+from trivium.limits import (
+    LOGIT_BIAS,
+    MAX_COMPLETION_TOKENS,
+    MAX_LOGIT_BIASES,
+    MAX_STOP_CHARACTERS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKENS,
+    MIN_TOKENS,
+    SAMPLING,
+    SEED,
+    TOKEN_ID,
+    N,
+)
 
 
 class StreamOptions(Strict):
@@ -22,6 +35,9 @@ class StreamOptions(Strict):
     continuous_usage_stats: bool | None = Field(
         None, description="With include_usage: token counts in every chunk."
     )
+
+
+MAX_LABELS = 16
 
 
 def _as_strings(value: Any) -> Any:
@@ -39,19 +55,19 @@ def _stop_string(value: str) -> str:
 
 
 _StopString = Annotated[
-    str, Field(max_length=4096, json_schema_extra={"minLength": 1}), AfterValidator(_stop_string)
+    str,
+    Field(max_length=MAX_STOP_CHARACTERS, json_schema_extra={"minLength": 1}),
+    AfterValidator(_stop_string),
 ]
-_Stops = Annotated[list[_StopString], Field(max_length=4, fail_fast=True)]
+_Stops = Annotated[list[_StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)]
 Stop = Annotated[_Stops, BeforeValidator(_as_strings, json_schema_input_type=str | _Stops)]
 
 
 def _token_keys(value: dict[str, float]) -> dict[str, float]:
     if len(value) > MAX_LOGIT_BIASES:
-        raise field_error(
-            "invalid_value", f"Invalid '{{param}}': more than {MAX_LOGIT_BIASES} entries."
-        )
+        raise field_error_of(too_many_entries("{param}", MAX_LOGIT_BIASES))
     for key in value:
-        if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) <= INT32_MAX):
+        if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) in TOKEN_ID):
             raise field_error(
                 "invalid_value",
                 f"Invalid key in '{{param}}': {key[:40]!r}. Keys are token ids: "
@@ -61,8 +77,8 @@ def _token_keys(value: dict[str, float]) -> dict[str, float]:
 
 
 def _labels(value: dict[str, str]) -> dict[str, str]:
-    if len(value) > 16:
-        raise field_error("invalid_value", "Invalid '{param}': more than 16 entries.")
+    if len(value) > MAX_LABELS:
+        raise field_error_of(too_many_entries("{param}", MAX_LABELS))
     for key, label in value.items():
         if len(key) > 64 or len(label) > 512:
             raise field_error(
@@ -72,32 +88,41 @@ def _labels(value: dict[str, str]) -> dict[str, str]:
     return value
 
 
-Bias = Annotated[float, Field(ge=-100, le=100)]
+Bias = Annotated[float, within(LOGIT_BIAS)]
 Biases = Annotated[dict[str, Bias], AfterValidator(_token_keys)]
 Labels = Annotated[dict[str, str], AfterValidator(_labels)]
-Count = Annotated[int, Field(ge=1, le=INT32_MAX)]
-TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
+Count = Annotated[int, within(MAX_COMPLETION_TOKENS)]
+TokenId = Annotated[int, within(TOKEN_ID)]
+StopTokens = Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS, fail_fast=True)]
 _UnsupportedTiers = reject_unsupported("flex", "scale", "priority", "fast")
 
 
 class SamplingFields(Strict):
     """The fields that say how an answer is drawn, where it ends and how it is sent."""
 
-    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy.")
-    top_p: float | None = Field(None, ge=0, le=1, description="0 keeps the likeliest token.")
-    top_k: int | None = Field(None, ge=-1, le=INT32_MAX, description="0 and -1 mean all.")
-    min_p: float | None = Field(None, ge=0, le=1, description="Share of the likeliest token.")
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    temperature: Annotated[float, within(SAMPLING["temperature"])] | None = Field(
+        None, description="0 is greedy."
+    )
+    top_p: Annotated[float, within(SAMPLING["top_p"])] | None = Field(
+        None, description="0 keeps the likeliest token."
+    )
+    top_k: Annotated[int, within(SAMPLING["top_k"])] | None = Field(
+        None, description="0 and -1 mean all."
+    )
+    min_p: Annotated[float, within(SAMPLING["min_p"])] | None = Field(
+        None, description="Share of the likeliest token."
+    )
+    presence_penalty: Annotated[float, within(SAMPLING["presence_penalty"])] | None = None
+    frequency_penalty: Annotated[float, within(SAMPLING["frequency_penalty"])] | None = None
+    repetition_penalty: Annotated[float, within(SAMPLING["repetition_penalty"])] | None = None
     logit_bias: Biases | None = Field(None, description="Added to logits, by token id.")
     max_tokens: Count | None = Field(
         None, description="Longest answer in tokens, per choice; in chat the old name."
     )
-    min_tokens: int | None = Field(None, ge=0, le=INT32_MAX)
+    min_tokens: Annotated[int, within(MIN_TOKENS)] | None = None
     ignore_eos: bool | None = Field(None, description="Go on past end-of-sequence tokens.")
     stop: Stop | None = Field(None, description="At most 4 strings that end a choice.")
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] | None = Field(
+    stop_token_ids: StopTokens | None = Field(
         None, description="Tokens that end a choice besides the model's own."
     )
     include_stop_str_in_output: bool | None = Field(
@@ -106,8 +131,8 @@ class SamplingFields(Strict):
     skip_special_tokens: bool | None = Field(
         None, description="Whether control tokens are left out of the text. Default true."
     )
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    n: int | None = Field(None, ge=1, le=128, description="How many choices.")
+    seed: Annotated[int, within(SEED)] | None = None
+    n: Annotated[int, within(N)] | None = Field(None, description="How many choices.")
     stream: bool | None = Field(None, description="Answer with server-sent events.")
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, max_length=512, description="Who asks, for the logs.")

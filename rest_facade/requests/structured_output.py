@@ -4,15 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rest_facade.requests.field import (
-    Name,
-    ObjectText,
-    SchemaText,
-    Strict,
-    contradiction,
-    missing,
-    reject_unsupported,
-)
+from rest_facade.requests.field import Name, ObjectText, SchemaText, Strict, reject_unsupported
+from trivium.field_errors import contradiction, missing
+from trivium.limits import MAX_CHOICES
 from trivium.wire.errors import ServiceError
 
 
@@ -51,7 +45,8 @@ class ResponseFormat(Strict):
 
 
 _Choices = Annotated[
-    list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=1024, fail_fast=True)
+    list[Annotated[str, Field(min_length=1)]],
+    Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True),
 ]
 
 

@@ -5,11 +5,12 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from rest_facade.requests.field import AnyText, Body, contradiction, missing
+from rest_facade.requests.field import AnyText, Body
 from rest_facade.requests.message import Messages, check_messages
 from rest_facade.requests.options import TokenId
 from rest_facade.requests.tool import Tools, check_tools
 from rest_facade.requests.unsupported import refuse_unsupported_tokenize
+from trivium.field_errors import contradiction, missing
 from trivium.limits import MAX_TOKEN_IDS
 
 _MODEL = "The model's id. Default: the one model, if there is only one."

@@ -4,14 +4,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from rest_facade.requests.field import (
-    Name,
-    ObjectText,
-    Strict,
-    contradiction,
-    field_error,
-    reject_unsupported,
-)
+from rest_facade.requests.field import Name, ObjectText, Strict, field_error, reject_unsupported
+from trivium.field_errors import contradiction
 from trivium.limits import MAX_TOOLS
 from trivium.wire.errors import ServiceError
 

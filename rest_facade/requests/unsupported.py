@@ -7,6 +7,7 @@ Fields in neither these tables nor the request models are unknown to everyone an
 from collections.abc import Mapping
 from typing import Any
 
+from trivium.field_errors import unsupported_parameter
 from trivium.wire.errors import ServiceError
 
 Table = dict[str, tuple[Any, ...]]
@@ -145,11 +146,7 @@ def _refuse(fields: Mapping[str, Any], table: Table, place: str) -> None:
             continue
         param = place + name
         if not harmless:
-            raise ServiceError(
-                "unsupported_parameter",
-                f"Unsupported parameter: '{param}' is not supported by this server.",
-                param,
-            )
+            raise unsupported_parameter(param, "by this server")
         raise ServiceError(
             "unsupported_value",
             f"Unsupported value: '{param}' has a value that this server does not support.",

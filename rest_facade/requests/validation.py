@@ -12,6 +12,16 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from rest_facade.requests.field import FIELD_ERROR, Body
+from trivium.field_errors import (
+    Noun,
+    Sign,
+    array_too_long,
+    empty_array,
+    missing,
+    out_of_range,
+    string_too_long,
+    wrong_type,
+)
 from trivium.wire.errors import ServiceError
 
 _EXPECTED = {
@@ -26,10 +36,11 @@ _EXPECTED = {
     "model_attributes_type": "an object",
 }
 _ARRAYS_OF_OBJECTS = ("messages", "tool_calls", "tools")
-_BOUNDS = {
-    "greater_than_equal": ("below_min_value", "below minimum value", ">=", "ge"),
-    "greater_than": ("below_min_value", "below minimum value", ">", "gt"),
-    "less_than_equal": ("above_max_value", "above maximum value", "<=", "le"),
+# pydantic's kinds of errors: the sign, and the bound's name in the context.
+_BOUNDS: dict[str, tuple[Sign, str]] = {
+    "greater_than_equal": (">=", "ge"),
+    "greater_than": (">", "gt"),
+    "less_than_equal": ("<=", "le"),
 }
 _MAX_SHOWN_CHARACTERS = 64
 
@@ -65,64 +76,41 @@ def rename_error_params(names: Mapping[str, str]) -> Iterator[None]:
 
 def _from_validation_error(error: ValidationError) -> ServiceError:
     details = error.errors(include_url=False)[0]
-    param = _param(details["loc"])
-    code, message = _code_and_message(details, param)
-    return ServiceError(code, message, param or None)
+    return _field_error(details, _param(details["loc"]))
 
 
-def _code_and_message(details: ErrorDetails, param: str) -> tuple[str, str]:
+def _field_error(details: ErrorDetails, param: str) -> ServiceError:
     kind, value, context = details["type"], details["input"], details.get("ctx", {})
     if kind == FIELD_ERROR:
         if context["code"] == "invalid_type":
-            return _wrong_type(param, context["message"], value)
-        return context["code"], context["message"].replace("{param}", param, 1)
+            return wrong_type(param, context["message"], _json_type(value))
+        message = context["message"].replace("{param}", param, 1)
+        return ServiceError(context["code"], message, param or None)
     if kind == "missing":
-        return "missing_required_parameter", f"Missing required parameter: '{param}'."
+        return missing(param)
     if kind in _EXPECTED:
         expected = _EXPECTED[kind]
         if kind == "list_type" and param.rpartition(".")[2] in _ARRAYS_OF_OBJECTS:
             expected = "an array of objects"
-        return _wrong_type(param, expected, value)
+        return wrong_type(param, expected, _json_type(value))
     if kind == "literal_error":
+        supported = context["expected"]
         if not isinstance(value, str):
-            return _wrong_type(param, f"one of {context['expected']}", value)
-        return "invalid_value", (
-            f"Invalid value: {_shown(value)}. Supported values are: {context['expected']}."
-        )
+            return wrong_type(param, f"one of {supported}", _json_type(value))
+        message = f"Invalid value: {_shown(value)}. Supported values are: {supported}."
+        return ServiceError("invalid_value", message, param)
     if kind in _BOUNDS:
-        return _out_of_bounds(kind, param, value, context)
-    if kind in ("too_long", "too_short", "string_too_long"):
-        return _wrong_length(kind, param, value, context)
-    return "invalid_value", f"Invalid value for '{param}': {details['msg']}."
-
-
-def _wrong_type(param: str, expected: str, value: Any) -> tuple[str, str]:
-    field = f" for '{param}'" if param else ""
-    got = f"expected {expected}, but got {_json_type(value)} instead."
-    return "invalid_type", f"Invalid type{field}: {got}"
-
-
-def _out_of_bounds(
-    kind: str, param: str, value: Any, context: Mapping[str, Any]
-) -> tuple[str, str]:
-    suffix, words, sign, key = _BOUNDS[kind]
-    bound = context[key]
-    noun = "integer" if isinstance(bound, int) else "decimal"
-    limit = f"Expected a value {sign} {_shown(bound)}, but got {_shown(value)} instead."
-    return f"{noun}_{suffix}", f"Invalid '{param}': {noun} {words}. {limit}"
-
-
-def _wrong_length(kind: str, param: str, value: Any, context: Mapping[str, Any]) -> tuple[str, str]:
+        sign, key = _BOUNDS[kind]
+        noun: Noun = "integer" if isinstance(context[key], int) else "decimal"
+        return out_of_range(param, noun, sign, _shown(context[key]), _shown(value))
+    if kind == "too_long":
+        return array_too_long(param, context["max_length"], len(value))
     if kind == "too_short":
-        return "empty_array", (
-            f"Invalid '{param}': empty array. Expected an array with minimum length "
-            f"{context['min_length']}, but got an empty array instead."
-        )
-    noun, article = ("array", "an") if kind == "too_long" else ("string", "a")
-    return f"{noun}_above_max_length", (
-        f"Invalid '{param}': {noun} too long. Expected {article} {noun} with maximum length "
-        f"{context['max_length']}, but got {article} {noun} with length {len(value)} instead."
-    )
+        return empty_array(param)
+    if kind == "string_too_long":
+        return string_too_long(param, context["max_length"], len(value))
+    message = f"Invalid value for '{param}': {details['msg']}."
+    return ServiceError("invalid_value", message, param or None)
 
 
 def _param(location: tuple[int | str, ...]) -> str:

@@ -158,6 +158,15 @@ def test_repetition_penalty_looks_at_prompt_and_answer():
     assert 1 == _greedy([1, 3.5, -9], prompt=[1, 1], output=[1, 1], repetition_penalty=2.0)
 
 
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_the_smallest_repetition_penalty_makes_a_token_sure(temperature):
+    """It is a number like others, although a quotient by it would be none."""
+    sampling = SamplingParams(temperature=temperature, repetition_penalty=5e-324)
+    row = np.array([1, 2, 30], np.float32)
+
+    assert 1 == sample(sequence_of([1], sampling=sampling), row).token_id
+
+
 def test_bias_comes_before_the_repetition_penalty():
     """(1 + 3) / 4 is below 1.5, and 1 / 4 + 3 would not be."""
     assert 0 == _greedy([1.5, 1], prompt=[1], repetition_penalty=4.0, logit_bias={1: 3.0})

@@ -13,7 +13,7 @@ from typing import Any
 from tokenizer_svc.prompt.template_traits import TemplateTraits
 from tokenizer_svc.request.field_checks import is_deeper
 from tokenizer_svc.request.types import SYSTEM_ROLES, Conversation, Message, Role, Tool, ToolCall
-from trivium.wire.errors import ServiceError
+from trivium.field_errors import unsupported_parameter
 
 Change = Callable[[str], str]
 
@@ -156,9 +156,7 @@ def template_variables(
     variables = {}
     for name, text in conversation.variables.items():
         if name not in allowed:
-            field = f"chat_template_kwargs.{name}"
-            message = f"Unsupported parameter: '{field}' is not supported with this server."
-            raise ServiceError("unsupported_parameter", message, field)
+            raise unsupported_parameter(f"chat_template_kwargs.{name}", "with this server")
         variables[name] = json.loads(text)
     if conversation.reasoning_effort is not None:
         variables |= _effort(conversation.reasoning_effort, source)
@@ -170,6 +168,5 @@ def _effort(effort: str, source: str) -> dict[str, Any]:
         return {_EFFORT: effort}
     switches = [name for name in _SWITCHES if name in source]
     if not switches:
-        message = f"Unsupported parameter: '{_EFFORT}' is not supported with this model."
-        raise ServiceError("unsupported_parameter", message, _EFFORT)
+        raise unsupported_parameter(_EFFORT, "with this model")
     return dict.fromkeys(switches, effort != "none")

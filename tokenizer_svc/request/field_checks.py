@@ -1,47 +1,20 @@
-"""Checks of single values, with OpenAI's codes and wording.
+"""Checks of single values; a field is its name in JSON.
 
-Knows no requests: a field is its name in JSON, a value is a number, a text or a list.
+Knows no requests.
 """
 
-import math
 from collections.abc import Sequence, Sized
 from typing import Any
 
-from trivium.limits import INT32_MAX, Range
+from trivium.field_errors import array_too_long, check_number, empty_array, string_too_long
+from trivium.limits import Range
 from trivium.wire.errors import ServiceError
 
 
-def missing(field: str) -> ServiceError:
-    """The error for a required field that is absent."""
-    return ServiceError(
-        "missing_required_parameter", f"Missing required parameter: '{field}'.", field
-    )
-
-
-def check_integer(name: str, value: int | None, minimum: int, maximum: int = INT32_MAX) -> None:
-    """Raises ServiceError unless `value` is absent or within the bounds."""
+def check_optional(name: str, value: float | None, allowed: Range) -> None:
+    """Raises ServiceError unless `value` is absent or within the range."""
     if value is not None:
-        check_number(name, value, Range(minimum, maximum))
-
-
-def check_number(name: str, value: float, allowed: Range) -> None:
-    """Raises ServiceError unless `value` is finite and within the range."""
-    if not math.isfinite(value):
-        text = f"Invalid '{name}': expected a finite number, but got {value} instead."
-        raise ServiceError("invalid_value", text, name)
-    if value in allowed:
-        return
-    kind = "integer" if isinstance(value, int) else "decimal"
-    if allowed.is_below(value):
-        sign = ">" if allowed.above_minimum else ">="
-        code, fault, bound = "below_min", "below minimum", f"{sign} {allowed.minimum}"
-    else:
-        code, fault, bound = "above_max", "above maximum", f"<= {allowed.maximum}"
-    text = (
-        f"Invalid '{name}': {kind} {fault} value. "
-        f"Expected a value {bound}, but got {value} instead."
-    )
-    raise ServiceError(f"{kind}_{code}_value", text, name)
+        check_number(name, value, allowed)
 
 
 def check_token_ids(name: str, token_ids: Sequence[int], vocabulary_size: int) -> None:
@@ -56,31 +29,19 @@ def check_token_ids(name: str, token_ids: Sequence[int], vocabulary_size: int) -
 def check_array(name: str, array: Sized, maximum: int) -> None:
     """Raises ServiceError if the list is too long."""
     if len(array) > maximum:
-        text = (
-            f"Invalid '{name}': array too long. Expected an array with maximum length "
-            f"{maximum}, but got an array with length {len(array)} instead."
-        )
-        raise ServiceError("array_above_max_length", text, name)
+        raise array_too_long(name, maximum, len(array))
 
 
 def check_nonempty(name: str, array: Sized) -> None:
     """Raises ServiceError if the list is empty."""
     if not array:
-        text = (
-            f"Invalid '{name}': empty array. Expected an array with minimum length 1, "
-            "but got an empty array instead."
-        )
-        raise ServiceError("empty_array", text, name)
+        raise empty_array(name)
 
 
 def check_length(name: str, text: str, maximum: int) -> None:
     """Raises ServiceError if the text is too long."""
     if len(text) > maximum:
-        message = (
-            f"Invalid '{name}': string too long. Expected a string with maximum length "
-            f"{maximum}, but got a string with length {len(text)} instead."
-        )
-        raise ServiceError("string_above_max_length", message, name)
+        raise string_too_long(name, maximum, len(text))
 
 
 def is_deeper(value: Any, levels: int) -> bool:

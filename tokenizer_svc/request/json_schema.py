@@ -8,9 +8,9 @@ from typing import Any
 
 from tokenizer_svc.request.field_checks import is_deeper
 from tokenizer_svc.request.metaschema import schema_error
+from trivium.limits import MAX_SCHEMA_CHARACTERS
 from trivium.wire.errors import ServiceError
 
-MAX_SCHEMA_CHARACTERS = 262_144
 MAX_DEPTH = 128
 
 

@@ -6,19 +6,20 @@ Of protobuf it knows only that a repeated field has a length.
 from typing import Any
 
 from tokenizer_svc.request.field_checks import check_array
-from tokenizer_svc.request.validate import MAX_STOP_STRINGS, MAX_STOP_TOKENS
-from tokenizer_svc.request.validate_constraint import MAX_CHOICES
+from trivium.field_errors import too_many, too_many_entries
 from trivium.limits import (
+    MAX_CHOICES,
     MAX_CONTENT_PARTS,
     MAX_LOGIT_BIASES,
     MAX_MESSAGES,
     MAX_PROMPTS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKENS,
     MAX_TEMPLATE_VARIABLES,
     MAX_TOKEN_IDS,
     MAX_TOOL_CALLS,
     MAX_TOOLS,
 )
-from trivium.wire.errors import ServiceError
 
 
 def check_chat_size(request: Any) -> None:
@@ -35,9 +36,9 @@ def check_conversation_size(request: Any) -> None:
         parts += len(message.content)
         calls += len(message.tool_calls)
         if parts > MAX_CONTENT_PARTS:
-            raise _too_many(f"messages[{index}].content", MAX_CONTENT_PARTS, "content parts")
+            raise too_many(f"messages[{index}].content", MAX_CONTENT_PARTS, "content parts")
         if calls > MAX_TOOL_CALLS:
-            raise _too_many(f"messages[{index}].tool_calls", MAX_TOOL_CALLS, "tool calls")
+            raise too_many(f"messages[{index}].tool_calls", MAX_TOOL_CALLS, "tool calls")
     check_array("tools", request.tools, MAX_TOOLS)
     _check_map("chat_template_kwargs", request.chat_template_kwargs, MAX_TEMPLATE_VARIABLES)
 
@@ -60,10 +61,4 @@ def _check_options(options: Any) -> None:
 
 def _check_map(field: str, entries: Any, maximum: int) -> None:
     if len(entries) > maximum:
-        message = f"Invalid '{field}': more than {maximum} entries."
-        raise ServiceError("invalid_value", message, field)
-
-
-def _too_many(field: str, maximum: int, what: str) -> ServiceError:
-    message = f"Invalid '{field}': array too long. A request has at most {maximum} {what}."
-    return ServiceError("array_above_max_length", message, field)
+        raise too_many_entries(field, maximum)

@@ -9,12 +9,10 @@ from dataclasses import replace
 
 from tokenizer_svc.request.field_checks import (
     check_array,
-    check_integer,
     check_length,
     check_nonempty,
-    check_number,
+    check_optional,
     check_token_ids,
-    missing,
 )
 from tokenizer_svc.request.types import (
     ChatRequest,
@@ -26,16 +24,29 @@ from tokenizer_svc.request.types import (
 from tokenizer_svc.request.validate_constraint import valid_response_constraint
 from tokenizer_svc.request.validate_conversation import check_conversation
 from tokenizer_svc.request.validate_tools import tool_use
-from trivium.limits import LOGIT_BIAS, MAX_PROMPTS, SAMPLING
+from trivium.field_errors import (
+    check_number,
+    contradiction,
+    empty_string,
+    missing,
+    unsupported_parameter,
+)
+from trivium.limits import (
+    COMPLETION_LOGPROBS,
+    LOGIT_BIAS,
+    MAX_COMPLETION_TOKENS,
+    MAX_PROMPTS,
+    MAX_STOP_CHARACTERS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKENS,
+    MIN_TOKENS,
+    SAMPLING,
+    TOP_LOGPROBS,
+    N,
+)
 from trivium.sampling.v1.sampling_pb2 import SamplingParams
 from trivium.wire.errors import ServiceError
 
-MAX_STOP_STRINGS = 4
-MAX_STOP_CHARACTERS = 4096
-MAX_STOP_TOKENS = 64
-MAX_N = 128
-MAX_TOP_LOGPROBS = 20
-MAX_COMPLETION_LOGPROBS = 5
 COMPLETION_TOKENS = 16  # what a plain completion makes unless told otherwise
 
 
@@ -43,10 +54,9 @@ def validate(request: ChatRequest, vocabulary_size: int) -> ValidRequest:
     """The request as a type that says it was checked; ServiceError for the first invalid field."""
     check_conversation(request.conversation)
     options = valid_options(request.options, vocabulary_size)
-    check_integer("top_logprobs", request.top_logprobs, 0, MAX_TOP_LOGPROBS)
+    check_optional("top_logprobs", request.top_logprobs, TOP_LOGPROBS)
     if request.top_logprobs is not None and not request.logprobs:
-        message = "The 'top_logprobs' parameter is only allowed when 'logprobs' is enabled."
-        raise ServiceError("invalid_parameter_combination", message, "top_logprobs")
+        raise contradiction("top_logprobs", "is only allowed when 'logprobs' is enabled.")
     if request.logprobs:
         options = replace(options, top_logprobs=request.top_logprobs or 0)
     tools = request.conversation.tools
@@ -73,10 +83,9 @@ def validate_completion(request: CompletionRequest, vocabulary_size: int) -> Val
             check_nonempty(field, prompt)
             check_token_ids(field, prompt, vocabulary_size)
     options = valid_options(request.options, vocabulary_size)
-    check_integer("logprobs", request.logprobs, 0, MAX_COMPLETION_LOGPROBS)
+    check_optional("logprobs", request.logprobs, COMPLETION_LOGPROBS)
     if request.echo and request.logprobs is not None:
-        message = "Unsupported parameter: 'logprobs' is not supported together with 'echo'."
-        raise ServiceError("unsupported_parameter", message, "logprobs")
+        raise unsupported_parameter("logprobs", "together with 'echo'")
     longest = options.max_completion_tokens or max(COMPLETION_TOKENS, options.min_tokens)
     return replace(options, max_completion_tokens=longest, top_logprobs=request.logprobs)
 
@@ -84,9 +93,9 @@ def validate_completion(request: CompletionRequest, vocabulary_size: int) -> Val
 def valid_options(options: RequestOptions, vocabulary_size: int) -> ValidOptions:
     """Checks what chat and plain completions share: all options but log-probabilities."""
     _check_sampling(options.sampling, vocabulary_size)
-    check_integer("max_completion_tokens", options.max_completion_tokens, 1)
-    check_integer("min_tokens", options.min_tokens, 0)
-    check_integer("n", options.n, 1, MAX_N)
+    check_optional("max_completion_tokens", options.max_completion_tokens, MAX_COMPLETION_TOKENS)
+    check_optional("min_tokens", options.min_tokens, MIN_TOKENS)
+    check_optional("n", options.n, N)
     _check_stop(options.stop)
     check_array("stop_token_ids", options.stop_token_ids, MAX_STOP_TOKENS)
     check_token_ids("stop_token_ids", options.stop_token_ids, vocabulary_size)
@@ -129,6 +138,5 @@ def _check_stop(stop: Sequence[str]) -> None:
     check_array("stop", stop, MAX_STOP_STRINGS)
     for index, string in enumerate(stop):
         if not string:
-            text = f"Invalid 'stop[{index}]': empty string. Expected at least one character."
-            raise ServiceError("invalid_value", text, f"stop[{index}]")
+            raise empty_string(f"stop[{index}]")
         check_length(f"stop[{index}]", string, MAX_STOP_CHARACTERS)

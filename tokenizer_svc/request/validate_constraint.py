@@ -5,15 +5,14 @@ Raises ServiceError as `validate` does. The generator compiles them and may stil
 
 from dataclasses import replace
 
-from tokenizer_svc.request.field_checks import check_array, check_length, check_nonempty, missing
+from tokenizer_svc.request.field_checks import check_array, check_length, check_nonempty
 from tokenizer_svc.request.gbnf import is_gbnf, to_lark
 from tokenizer_svc.request.json_schema import check_schema
 from tokenizer_svc.request.types import ResponseConstraint, ResponseKind
 from tokenizer_svc.request.validate_tools import check_name
+from trivium.field_errors import empty_string, missing, unknown_value
+from trivium.limits import MAX_CHOICES, MAX_PATTERN_CHARACTERS
 from trivium.wire.errors import ServiceError
-
-MAX_CHOICES = 1024
-MAX_PATTERN_CHARACTERS = 65_536
 
 
 def valid_response_constraint(
@@ -51,8 +50,7 @@ def _check(form: ResponseConstraint) -> None:
             if form.param == "response_format"
             else "'json', 'regex', 'choice', 'grammar' and 'json_object'"
         )
-        text = f"Invalid value for '{form.param}'. Supported values are: {known}."
-        raise ServiceError("invalid_value", text, form.param)
+        raise unknown_value(form.param, known)
     if form.param.startswith("response_format.json_schema"):
         check_name("response_format.json_schema.name", form.name or "")
     if form.kind is ResponseKind.JSON_SCHEMA and form.definition is not None:
@@ -71,6 +69,5 @@ def _check_choices(form: ResponseConstraint) -> None:
     for index, choice in enumerate(form.choices):
         field = f"{form.param}[{index}]"
         if not choice:
-            text = f"Invalid '{field}': empty string. Expected at least one character."
-            raise ServiceError("invalid_value", text, field)
+            raise empty_string(field)
         check_length(field, choice, MAX_PATTERN_CHARACTERS)

@@ -6,9 +6,10 @@ Raises ServiceError as `validate` does. The template may still refuse.
 import json
 from collections.abc import Iterator
 
-from tokenizer_svc.request.field_checks import check_nonempty, is_deeper, missing
+from tokenizer_svc.request.field_checks import check_nonempty, is_deeper
 from tokenizer_svc.request.types import Conversation, Message, Role
 from tokenizer_svc.request.validate_tools import check_tools
+from trivium.field_errors import missing, unknown_value
 from trivium.json_size import Excess, JsonSize
 from trivium.wire.errors import ServiceError
 
@@ -25,8 +26,7 @@ def check_conversation(conversation: Conversation) -> None:
     check_tools(conversation.tools)
     if conversation.reasoning_effort not in (None, *REASONING_EFFORTS):
         values = ", ".join(f"'{effort}'" for effort in REASONING_EFFORTS)
-        text = f"Invalid value for 'reasoning_effort'. Supported values are: {values}."
-        raise ServiceError("invalid_value", text, "reasoning_effort")
+        raise unknown_value("reasoning_effort", values)
     for name, value in conversation.variables.items():
         _check_json(f"chat_template_kwargs.{name}", value)
     if conversation.continue_final_message:
@@ -59,8 +59,7 @@ def _json_texts(conversation: Conversation) -> Iterator[tuple[str, str]]:
 def _check_message(message: Message, where: str) -> None:
     if message.role is None:
         roles = ", ".join(f"'{role.value}'" for role in Role)
-        text = f"Invalid value for '{where}.role'. Supported values are: {roles}."
-        raise ServiceError("invalid_value", text, f"{where}.role")
+        raise unknown_value(f"{where}.role", roles)
     for index, part in enumerate(message.parts):
         if part is None:
             field = f"{where}.content[{index}]"

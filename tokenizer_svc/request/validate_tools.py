@@ -6,15 +6,14 @@ Raises ServiceError as `validate` does. The generator compiles schemas and may s
 import re
 from collections.abc import Sequence
 
-from tokenizer_svc.request.field_checks import check_array, check_length, missing
+from tokenizer_svc.request.field_checks import check_array, check_length
 from tokenizer_svc.request.json_schema import check_schema
 from tokenizer_svc.request.types import Tool, ToolChoice, ToolMode, ToolUse
-from trivium.limits import MAX_TOOLS
+from trivium.field_errors import malformed_name, missing, unknown_value
+from trivium.limits import MAX_NAME_CHARACTERS, MAX_TOOLS, NAME_PATTERN
 from trivium.wire.errors import ServiceError
 
-MAX_NAME_CHARACTERS = 64
-
-_NAME = re.compile(r"[a-zA-Z0-9_-]+")
+_NAME = re.compile(NAME_PATTERN)
 
 
 def check_tools(tools: Sequence[Tool]) -> None:
@@ -24,8 +23,7 @@ def check_tools(tools: Sequence[Tool]) -> None:
     for index, tool in enumerate(tools):
         where = f"tools[{index}]"
         if tool.name is None:
-            text = f"Invalid value for '{where}.type'. Supported values are: 'function'."
-            raise ServiceError("invalid_value", text, f"{where}.type")
+            raise unknown_value(f"{where}.type", "'function'")
         check_name(f"{where}.function.name", tool.name)
         if tool.name in seen:
             text = f"Invalid '{where}.function.name': there is another tool '{tool.name}'."
@@ -41,11 +39,7 @@ def check_name(field: str, name: str) -> None:
         raise missing(field)
     check_length(field, name, MAX_NAME_CHARACTERS)
     if not _NAME.fullmatch(name):
-        text = (
-            f"Invalid '{field}': string does not match pattern. "
-            "Expected a string that matches the pattern '^[a-zA-Z0-9_-]+$'."
-        )
-        raise ServiceError("invalid_value", text, field)
+        raise malformed_name(field)
 
 
 def check_parameters(text: str, field: str) -> None:
@@ -61,8 +55,7 @@ def tool_use(tools: tuple[Tool, ...], choice: ToolChoice | None, parallel: bool 
     mode = ToolMode.AUTO if choice is None else choice.mode
     if mode is None:
         modes = ", ".join(f"'{known.value}'" for known in ToolMode)
-        text = f"Invalid value for 'tool_choice'. Supported values are: {modes}."
-        raise ServiceError("invalid_value", text, "tool_choice")
+        raise unknown_value("tool_choice", modes)
     if not tools and mode in (ToolMode.REQUIRED, ToolMode.FUNCTION):
         text = "Invalid value for 'tool_choice': it is only allowed when 'tools' are specified."
         raise ServiceError("invalid_parameter_combination", text, "tool_choice")
