@@ -228,6 +228,12 @@ CHAT_REQUEST = (
     Row("metadata", "16 labels", "the same; nothing is done with them", _ARRIVES),
     Row("top_k", _NOT_PUBLISHED, "extension, as vLLM: -1 or more", _ARRIVES),
     Row("min_p", _NOT_PUBLISHED, "extension, as vLLM: 0 to 1", _ARRIVES),
+    Row(
+        "top_n_sigma",
+        _NOT_PUBLISHED,
+        "extension, as llama.cpp: -1 to 100, 0 or less is off",
+        "generator_svc/test_generator_sampler.py::test_top_n_sigma_keeps_what_is_near_the_best",
+    ),
     Row("repetition_penalty", _NOT_PUBLISHED, "extension, as vLLM: above 0 to 10", _ARRIVES),
     Row("min_tokens", _NOT_PUBLISHED, "extension, as vLLM", f"{_P}test_lengths"),
     Row("ignore_eos", _NOT_PUBLISHED, "extension, as vLLM", f"{_P}test_lengths"),

@@ -67,6 +67,15 @@ def test_every_way_in_has_the_same_ranges(name: str, way: Any) -> None:
         assert name in (caught.value.param or "")
 
 
+def test_every_field_reaches_the_sampler() -> None:
+    """With the value that the caller sent, whatever the model's default is."""
+    given = {name: allowed.maximum for name, allowed in SAMPLING.items()}
+    sampling = SamplingParams(**given, seed=5, logit_bias={3: 1.5})
+    start = StartGeneration(revision="r", prompt_token_ids=[1], sampling=sampling)
+
+    assert Sampling(**given, seed=5, logit_bias={3: 1.5}) == to_generation(start, LIMITS).sampling
+
+
 def test_the_table_is_that_of_the_protocol() -> None:
     """Each number has a range, which its comment names; the engine has a default for each field."""
     text = PROTO.read_text()

@@ -39,6 +39,7 @@ SAMPLING: Mapping[str, Range] = {
     "presence_penalty": Range(-2, 2),
     "frequency_penalty": Range(-2, 2),
     "repetition_penalty": Range(0, 10, above_minimum=True),
+    "top_n_sigma": Range(-1, 100),
 }
 SEED = Range(-(2**63), 2**63 - 1)
 LOGIT_BIAS = Range(-100, 100)

@@ -10,7 +10,8 @@ bounds their influence on a draw; where they could change it, the whole row is f
     none of them    if the draw falls into one candidate's interval, wherever the rest lies
 
 Penalties and masks are applied to the candidates first: they only lower logits, so the bounds on
-the rest still hold. Whatever may raise logits, and log-probabilities, needs the whole row.
+the rest still hold. Whatever may raise logits, log-probabilities, and a draw with top_n_sigma need
+the whole row.
 """
 
 from collections.abc import Iterable
@@ -92,6 +93,8 @@ def certain_token(sequence: Sequence, row: DeviceRow) -> int | None:
         return None
     if is_greedy:
         return int(ids[logits.argmax()])
+    if sampling.top_n_sigma > 0:  # needs the deviation of all logits
+        return None
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         known = _weigh(row, ids, logits, sampling.temperature, is_lowered)
         draw = uniform(sampling.seed + sequence.index, sequence.generated)

@@ -1,8 +1,8 @@
 """Sampling on the host. Rows are processed one by one, so a token never depends on its batch.
 
 The order is: raw log-probabilities (the ones reported), logit bias, mask (of the constraint and of
-min_new_tokens), repetition penalty, frequency and presence penalty, temperature, top_k, top_p,
-min_p, draw.
+min_new_tokens), repetition penalty, frequency and presence penalty, top_n_sigma, temperature,
+top_k, top_p, min_p, draw.
 """
 
 from collections.abc import Callable, Iterable
@@ -144,6 +144,8 @@ def _draw(row: npt.NDArray[np.float64], sampling: SamplingParams, index: int, po
         raise BadLogits("no token is left that could be drawn")
     if sampling.temperature == 0 or sampling.top_k == 1 or sampling.top_p == 0:
         return best
+    if sampling.top_n_sigma > 0:
+        row = _near_the_best(row, sampling.top_n_sigma)
     with np.errstate(over="ignore"):  # with a tiny temperature -inf is the right result
         weights = np.exp((row - row[best]) / sampling.temperature)
     draw = uniform(sampling.seed + index, position)
@@ -152,6 +154,16 @@ def _draw(row: npt.NDArray[np.float64], sampling: SamplingParams, index: int, po
     ids = _candidates(weights, sampling)
     cumulative = np.cumsum(weights[ids])
     return int(ids[position_of(cumulative, draw)])
+
+
+def _near_the_best(row: npt.NDArray[np.float64], deviations: float) -> npt.NDArray[np.float64]:
+    """The row without the tokens that are further than so many standard deviations below the best.
+
+    As llama.cpp has it, masked tokens do not count for the deviation, and the filter comes after
+    the penalties and before top_k. Temperature scales both sides, so it may come before or after.
+    """
+    spread = row[np.isfinite(row)].std()
+    return np.where(row < row.max() - deviations * spread, -np.inf, row)
 
 
 def _draw_from_all(weights: npt.NDArray[np.float64], draw: float) -> int:

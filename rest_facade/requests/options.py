@@ -115,6 +115,9 @@ class SamplingFields(Strict):
     presence_penalty: Annotated[float, within(SAMPLING["presence_penalty"])] | None = None
     frequency_penalty: Annotated[float, within(SAMPLING["frequency_penalty"])] | None = None
     repetition_penalty: Annotated[float, within(SAMPLING["repetition_penalty"])] | None = None
+    top_n_sigma: Annotated[float, within(SAMPLING["top_n_sigma"])] | None = Field(
+        None, description="Standard deviations below the highest logit; 0 and -1 mean all."
+    )
     logit_bias: Biases | None = Field(None, description="Added to logits, by token id.")
     max_tokens: Count | None = Field(
         None, description="Longest answer in tokens, per choice; in chat the old name."

@@ -48,6 +48,11 @@ def probabilities(sequence, logits):
     best = row[ids[0]]
     if sampling.temperature == 0:
         return {ids[0]: 1.0}
+    if sampling.top_n_sigma > 0:
+        finite = [value for value in row if value > -math.inf]
+        mean = math.fsum(finite) / len(finite)
+        deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in finite) / len(finite))
+        ids = [i for i in ids if row[i] >= best - sampling.top_n_sigma * deviation]
     weight = {}
     for token_id in ids:
         distance = (row[token_id] - best) / sampling.temperature

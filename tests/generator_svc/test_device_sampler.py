@@ -54,6 +54,7 @@ def _sampling(random):
         repetition_penalty=float(random.choice([1, 1, 1, 1.05, 2, 0.8])),
         frequency_penalty=float(random.choice([0, 0, 0, 0.5, -1])),
         presence_penalty=float(random.choice([0, 0, 0, 0.5, -1])),
+        top_n_sigma=float(random.choice([0, 0, 0, -1, 0.5, 3])),
         seed=int(random.integers(2**40)),
     )
 
@@ -104,6 +105,7 @@ def test_what_is_certain_is_what_the_sampler_draws(size, shape):
     ("least", "fields"),
     [
         (1.0, {"temperature": 0}),
+        (1.0, {"temperature": 0, "top_n_sigma": 1.0}),
         (1.0, {"temperature": 0, "repetition_penalty": 1.1, "presence_penalty": 0.5}),
         (1.0, {"top_k": 20, "top_p": 0.8, "temperature": 0.7, "repetition_penalty": 1.05}),
         (0.9, {"top_p": 0.9, "temperature": 0.7}),
@@ -198,10 +200,11 @@ def test_top_k_of_as_many_as_are_allowed_is_no_limit():
         {"sampling": SamplingParams(temperature=0), "top_logprobs": 2},
         {"sampling": SamplingParams(temperature=1.3)},
         {"sampling": SamplingParams(top_k=256)},
+        {"sampling": SamplingParams(top_n_sigma=1.0)},
     ],
 )
 def test_what_could_come_from_outside_takes_the_whole_row(fields):
-    """Biases, penalties that raise, log-probabilities, and what candidates are too few for."""
+    """Biases, penalties that raise, deviations, log-probabilities, and too few candidates."""
     row = _row(np.random.default_rng(4), 1000, "zipf")
     sequence = sequence_of((1, 2), (3,), **fields)
 

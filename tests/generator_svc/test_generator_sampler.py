@@ -18,6 +18,7 @@ from tests.generator_svc.sampling_oracle import (
     log_probabilities,
     probabilities,
     sequence_of,
+    swept,
 )
 
 # None of these can be reached exactly by a sum of equal weights.
@@ -54,13 +55,14 @@ filters = st.builds(
     top_k=st.sampled_from([-1, 0, 1, 2, 5, 200, 256, 257, 2**31 - 1]),
     top_p=st.sampled_from(TOP_P),
     min_p=st.sampled_from([0.0, 1e-9, 0.03, 0.5, 1.0]),
+    top_n_sigma=st.sampled_from([-1.0, 0.0, 0.0, 0.5123, 1.0371, 3.4567, 100.0]),
 )
 
 
 @settings(max_examples=120, deadline=None)
 @given(logits=rows | short_rows, sampling=filters)
 def test_draws_follow_the_distribution_that_the_filters_leave(logits, sampling):
-    """Temperature, top_k, top_p and min_p in any combination, over all draws."""
+    """top_n_sigma, temperature, top_k, top_p and min_p in any combination, over all draws."""
     sequence = sequence_of(sampling=sampling)
 
     assert_same_distribution(sequence, logits, grid=200)
@@ -77,6 +79,24 @@ def test_each_filter_alone_and_with_the_others(size, temperature, top_k, top_p, 
     sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
 
     assert_same_distribution(sequence_of(sampling=sampling), _logits(size, scale=1.5), grid=2_000)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+def test_top_n_sigma_keeps_what_is_near_the_best(temperature):
+    """Of logits that deviate by 0.2 from their mean, half are two deviations below the best."""
+    row = np.array([0.2, -0.2, 0.2, -0.2, -np.inf], np.float32)
+    every, best = {0, 1, 2, 3}, {0, 2}
+    for deviations, kept in ((0, every), (-1, every), (1.99, best), (2.01, every), (100, every)):
+        sampling = Sampling(temperature=temperature, top_n_sigma=deviations)
+        assert kept == swept(sequence_of(sampling=sampling), row).keys()
+
+
+def test_top_n_sigma_comes_after_the_penalties():
+    """A penalty of 2 takes a token out of reach of the best, and the deviation is the new one."""
+    sampling = Sampling(top_n_sigma=1.0, presence_penalty=2.0)
+    drawn = swept(sequence_of(output=[1], sampling=sampling), np.array([1, 1, 0.9], np.float32))
+
+    assert {0, 2} == drawn.keys()
 
 
 @pytest.mark.parametrize("size", [1_000, 3_000])

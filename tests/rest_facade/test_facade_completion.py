@@ -201,6 +201,7 @@ async def test_every_field_arrives(client: httpx.AsyncClient, backend: ScriptedB
         "presence_penalty": -2,
         "frequency_penalty": 2,
         "repetition_penalty": 1.1,
+        "top_n_sigma": 1.5,
         "logit_bias": {"17": -100, "4": 1.5},
         "max_completion_tokens": 5,
         "min_tokens": 2,

@@ -91,6 +91,7 @@ async def test_every_field_of_a_text_arrives(
         "presence_penalty": -2,
         "frequency_penalty": 2,
         "repetition_penalty": 1.1,
+        "top_n_sigma": 1.5,
         "min_tokens": 2,
         "ignore_eos": True,
         "stop": ["a", "b"],

@@ -36,6 +36,8 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"repetition_penalty": 10.5}, ABOVE, "repetition_penalty"),
     ({"repetition_penalty": 0.0}, BELOW, "repetition_penalty"),
     ({"repetition_penalty": -1.0}, BELOW, "repetition_penalty"),
+    ({"top_n_sigma": 100.5}, ABOVE, "top_n_sigma"),
+    ({"top_n_sigma": -1.5}, BELOW, "top_n_sigma"),
     ({"logit_bias": {512: 1.0}}, "invalid_value", "logit_bias"),
     ({"logit_bias": {-1: 1.0}}, "invalid_value", "logit_bias"),
     ({"logit_bias": {3: 100.5}}, ABOVE, "logit_bias"),
