@@ -73,7 +73,10 @@ def test_every_field_reaches_the_sampler() -> None:
     sampling = SamplingParams(**given, seed=5, logit_bias={3: 1.5})
     start = StartGeneration(revision="r", prompt_token_ids=[1], sampling=sampling)
 
-    assert Sampling(**given, seed=5, logit_bias={3: 1.5}) == to_generation(start, LIMITS).sampling
+    assert (
+        sequence.SamplingParams(**given, seed=5, logit_bias={3: 1.5})
+        == to_engine_request(start, LIMITS).sampling
+    )
 
 
 def test_the_table_is_that_of_the_protocol() -> None:

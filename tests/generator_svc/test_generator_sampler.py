@@ -87,13 +87,13 @@ def test_top_n_sigma_keeps_what_is_near_the_best(temperature):
     row = np.array([0.2, -0.2, 0.2, -0.2, -np.inf], np.float32)
     every, best = {0, 1, 2, 3}, {0, 2}
     for deviations, kept in ((0, every), (-1, every), (1.99, best), (2.01, every), (100, every)):
-        sampling = Sampling(temperature=temperature, top_n_sigma=deviations)
+        sampling = SamplingParams(temperature=temperature, top_n_sigma=deviations)
         assert kept == swept(sequence_of(sampling=sampling), row).keys()
 
 
 def test_top_n_sigma_comes_after_the_penalties():
     """A penalty of 2 takes a token out of reach of the best, and the deviation is the new one."""
-    sampling = Sampling(top_n_sigma=1.0, presence_penalty=2.0)
+    sampling = SamplingParams(top_n_sigma=1.0, presence_penalty=2.0)
     drawn = swept(sequence_of(output=[1], sampling=sampling), np.array([1, 1, 0.9], np.float32))
 
     assert {0, 2} == drawn.keys()
