@@ -39,7 +39,7 @@ _FORMS = f"{_F}test_formats_arrive"
 _TEMPLATE = f"{_F}test_template_fields_arrive"
 _NOT_PUBLISHED = "—"
 _SAME = "the same"
-_IGNORED = "taken, and nothing is done with it"
+_IGNORED = "accepted and ignored"
 _NO = "400 `unsupported_parameter`"
 _NO_VALUE = "400 `unsupported_value`"
 
