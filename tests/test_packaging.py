@@ -30,7 +30,8 @@ IMAGE = {
     "python_version": _PYTHON,
     "sys_platform": "linux",
 }
-EXPORT = "generator_svc/export/"
+# What needs the exporter's libraries: the exporter, and what builds the graphs that are shipped.
+EXPORT = ("generator_svc/export/", "generator_svc/graphs/build.py")
 # Both distributions put modules into the namespace `google`.
 GOOGLE = {"google.protobuf": "protobuf", "google.rpc": "googleapis-common-protos"}
 
