@@ -95,7 +95,8 @@ breaking: $(VENV)/.dev
 	git archive "$$tag" protos | $(BIN)/buf breaking protos --against '-#format=tar,subdir=protos'
 
 protos: $(VENV)/.dev
-	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)
+	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=. --pyi_out=. --grpc_python_out=. \
+		--plugin=$(BIN)/protoc-gen-mypy_grpc --mypy_grpc_out=quiet:. $(PROTOS)
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py

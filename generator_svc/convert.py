@@ -4,6 +4,7 @@ Each field is checked once: what `to_engine_request` returns fits the model.
 """
 
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from generator_svc.sequence import (
@@ -105,8 +106,8 @@ def _to_sampling(params: sampling_pb2.SamplingParams, limits: Limits) -> Samplin
     return replace(limits.defaults, **values, logit_bias=bias, seed=seed)
 
 
-def _check_ids(ids: object, limits: Limits, field: str) -> None:
-    for token_id in ids:  # type: ignore[attr-defined]
+def _check_ids(ids: Iterable[int], limits: Limits, field: str) -> None:
+    for token_id in ids:
         if not 0 <= token_id < limits.vocabulary_size:
             raise ServiceError(
                 "invalid_value",

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar, cast
 
 import grpc
 
@@ -23,6 +23,8 @@ _READ_SECONDS = 10  # metadata lookups
 _TOKENIZE_SECONDS = 60  # the largest body takes a few
 
 Event = TypeVar("Event")
+Request = TypeVar("Request")
+Response = TypeVar("Response")
 
 
 class Backend:
@@ -35,15 +37,18 @@ class Backend:
         # Completions go to tokenizers that have a generator, all else to any that runs.
         self._with_generator = open_channel(target, CHAT_SERVICE)
         self._any_tokenizer = open_channel(target, WHOLE_SERVER)
-        # The stubs are generated without types.
-        self._chats = tuple(map(chat.ChatServiceStub, (self._with_generator, self._any_tokenizer)))
-        self._texts = tuple(
-            map(completion.CompletionServiceStub, (self._with_generator, self._any_tokenizer))
+        self._chats = (
+            chat.ChatServiceStub(self._with_generator),
+            chat.ChatServiceStub(self._any_tokenizer),
         )
-        self._models = tokenizer.ModelServiceStub(self._any_tokenizer)  # type: ignore[no-untyped-call]
-        self._tokenizer = tokenizer.TokenizerServiceStub(self._any_tokenizer)  # type: ignore[no-untyped-call]
+        self._texts = (
+            completion.CompletionServiceStub(self._with_generator),
+            completion.CompletionServiceStub(self._any_tokenizer),
+        )
+        self._models = tokenizer.ModelServiceStub(self._any_tokenizer)
+        self._tokenizer = tokenizer.TokenizerServiceStub(self._any_tokenizer)
         self._timeout = timeout
-        self._running: set[Any] = set()
+        self._running: set[grpc.aio.Call] = set()
         self._stopped = False
         self._clock = asyncio.get_running_loop().time
         self._can_complete = asyncio.Event()
@@ -59,14 +64,6 @@ class Backend:
         await self._with_generator.close()
         await self._any_tokenizer.close()
 
-    @property
-    def _chat(self) -> Any:
-        return self._chats[self._is_stuck()]
-
-    @property
-    def _text(self) -> Any:
-        return self._texts[self._is_stuck()]
-
     def _is_stuck(self) -> bool:
         """Whether no tokenizer has a generator: then any of them says why."""
         failed = grpc.ChannelConnectivity.TRANSIENT_FAILURE
@@ -74,45 +71,45 @@ class Backend:
 
     async def complete_chat(self, request: chat.Request) -> chat.Response:
         """The whole answer; the call is cancelled when the caller is."""
-        response: chat.Response = await self._completed(self._chat.CreateChatCompletion, request)
-        return response
+        return await self._completed(self._chats[self._is_stuck()].CreateChatCompletion, request)
 
     async def complete_text(self, request: completion.Request) -> completion.Response:
         """The same for a plain completion."""
-        response: completion.Response = await self._completed(self._text.CreateCompletion, request)
-        return response
+        return await self._completed(self._texts[self._is_stuck()].CreateCompletion, request)
 
     def stream_chat(self, request: chat.Request) -> "CompletionStream[chat.StreamResponse]":
         """An answer as it is made. The caller closes it, whatever happens."""
-        return self._stream(self._chat.StreamChatCompletion, request)
+        method = self._chats[self._is_stuck()].StreamChatCompletion
+        return self._stream(method, request)
 
     def stream_text(
         self, request: completion.Request
     ) -> "CompletionStream[completion.StreamResponse]":
         """The same for a plain completion."""
-        return self._stream(self._text.StreamCompletion, request)
+        method = self._texts[self._is_stuck()].StreamCompletion
+        return self._stream(method, request)
 
-    async def models(self) -> Any:
+    async def models(self) -> tokenizer.Models:
         """All models, as protobuf."""
         return await self._read(self._models.ListModels, tokenizer.models_request())
 
-    async def model(self, name: str) -> Any:
+    async def model(self, name: str) -> tokenizer.Model:
         """One model, as protobuf."""
         return (await self._read(self._models.GetModel, tokenizer.model_request(name))).model
 
-    async def render_chat(self, request: Any) -> Any:
+    async def render_chat(self, request: tokenizer.RenderRequest) -> tokenizer.RenderResponse:
         """The tokens of a conversation, as protobuf."""
         return await self._read(self._tokenizer.RenderChat, request, _TOKENIZE_SECONDS)
 
-    async def tokenize(self, request: Any) -> Any:
+    async def tokenize(self, request: tokenizer.EncodeRequest) -> tokenizer.EncodeResponse:
         """The tokens of a text, as protobuf."""
         return await self._read(self._tokenizer.Tokenize, request, _TOKENIZE_SECONDS)
 
-    async def detokenize(self, request: Any) -> Any:
+    async def detokenize(self, request: tokenizer.DecodeRequest) -> tokenizer.DecodeResponse:
         """The text of tokens, as protobuf."""
         return await self._read(self._tokenizer.Detokenize, request, _TOKENIZE_SECONDS)
 
-    async def tokenizer_info(self, request: Any) -> Any:
+    async def tokenizer_info(self, request: tokenizer.InfoRequest) -> tokenizer.InfoResponse:
         """What kind of tokenizer a model has, as protobuf."""
         return await self._read(self._tokenizer.GetTokenizerInfo, request)
 
@@ -143,25 +140,32 @@ class Backend:
                     self._can_complete.clear()
                     self._lost_at = self._clock()
 
-    async def _read(self, method: Any, request: Any, seconds: float = _READ_SECONDS) -> Any:
+    async def _read(
+        self,
+        method: grpc.aio.UnaryUnaryMultiCallable[Request, Response],
+        request: Request,
+        seconds: float = _READ_SECONDS,
+    ) -> Response:
         with self.errors_translated():
             return await method(request, timeout=seconds, metadata=outgoing_metadata())
 
-    async def _completed(self, method: Any, request: Any) -> Any:
-        call = self._start(method, request)
+    async def _completed(
+        self, method: grpc.aio.UnaryUnaryMultiCallable[Request, Response], request: Request
+    ) -> Response:
+        call = method(request, timeout=self._timeout, metadata=outgoing_metadata())
+        self._running.add(call)
         try:
             with self.errors_translated():
                 return await call
         finally:
             self.end(call)
 
-    def _stream(self, method: Any, request: Any) -> "CompletionStream[Any]":
-        return CompletionStream(self, self._start(method, request))
-
-    def _start(self, method: Any, request: Any) -> Any:
+    def _stream(
+        self, method: grpc.aio.UnaryStreamMultiCallable[Request, Response], request: Request
+    ) -> "CompletionStream[Response]":
         call = method(request, timeout=self._timeout, metadata=outgoing_metadata())
         self._running.add(call)
-        return call
+        return CompletionStream(self, call)
 
     def cancel_all(self) -> None:
         """Ends every running completion: the time to drain is over."""
@@ -169,7 +173,7 @@ class Backend:
         for call in tuple(self._running):
             call.cancel()
 
-    def end(self, call: Any) -> None:
+    def end(self, call: grpc.aio.Call) -> None:
         """Forgets `call`, and cancels it if it is still running."""
         self._running.discard(call)
         call.cancel()
@@ -195,15 +199,16 @@ class Backend:
 class CompletionStream(Generic[Event]):
     """The events of one streamed answer."""
 
-    def __init__(self, backend: Backend, call: Any) -> None:
+    def __init__(self, backend: Backend, call: grpc.aio.UnaryStreamCall[Any, Event]) -> None:
         self._backend = backend
         self._call = call
 
     async def read(self) -> Event | None:
         """The next event, or None at the end; raises ServiceError."""
         with self._backend.errors_translated():
-            event: Event = await self._call.read()
-        return None if event is grpc.aio.EOF else event
+            event = await self._call.read()
+        # The stub's types do not tell an event from EOF.
+        return None if event is grpc.aio.EOF else cast("Event", event)
 
     def close(self) -> None:
         """Cancels the call if it is still running."""

@@ -248,6 +248,7 @@ class Routes:
 
     async def _tokenize(self, body: TokenizeRequest) -> Response:
         model = await self._model(body.model)
+        response: tokenizer.EncodeResponse | tokenizer.RenderResponse
         if body.messages is None:
             response = await self._backend.tokenize(tokenizer.tokenize_request(body, model.id))
         else:
@@ -276,7 +277,7 @@ class Routes:
         response = await self._backend.tokenizer_info(tokenizer.info_request(model.id))
         return _json(tokenizer.info(response))
 
-    async def _model(self, name: str | None) -> Any:
+    async def _model(self, name: str | None) -> tokenizer.Model:
         """The model of that name, or the only one there is."""
         if name is not None:
             with rename_error_params({"id": "model"}):

@@ -24,10 +24,17 @@ def compile_protos(*options: str) -> None:
 def test_stubs_are_made_from_the_protos(tmp_path: Path) -> None:
     """`make protos` would change nothing."""
     out = str(tmp_path)
-    compile_protos(f"--python_out={out}", f"--pyi_out={out}", f"--grpc_python_out={out}")
+    plugin = Path(sys.executable).with_name("protoc-gen-mypy_grpc")
+    compile_protos(
+        f"--python_out={out}",
+        f"--pyi_out={out}",
+        f"--grpc_python_out={out}",
+        f"--plugin={plugin}",
+        f"--mypy_grpc_out=quiet:{out}",
+    )
     made = [path for path in tmp_path.rglob("*") if path.is_file()]
 
-    assert len(made) == 2 * len(names()) + len(names())
+    assert len(made) == 4 * len(names())
     for path in made:
         committed = ROOT / path.relative_to(tmp_path)
         assert path.read_text() == committed.read_text(), f"{committed}: run make protos"

@@ -16,6 +16,17 @@ from trivium.chat.v1.model_pb2_grpc import ModelServiceStub as ModelServiceStub
 from trivium.tokenizer.v1 import tokenizer_pb2
 from trivium.tokenizer.v1.tokenizer_pb2_grpc import TokenizerServiceStub as TokenizerServiceStub
 
+Model = model_pb2.Model
+Models = model_pb2.ListModelsResponse
+RenderRequest = tokenizer_pb2.RenderChatRequest
+RenderResponse = tokenizer_pb2.RenderChatResponse
+EncodeRequest = tokenizer_pb2.TokenizeRequest
+EncodeResponse = tokenizer_pb2.TokenizeResponse
+DecodeRequest = tokenizer_pb2.DetokenizeRequest
+DecodeResponse = tokenizer_pb2.DetokenizeResponse
+InfoRequest = tokenizer_pb2.GetTokenizerInfoRequest
+InfoResponse = tokenizer_pb2.GetTokenizerInfoResponse
+
 
 def render_request(body: TokenizeRequest, model: str) -> tokenizer_pb2.RenderChatRequest:
     """Asks for the tokens of a conversation."""

@@ -71,6 +71,9 @@ class ScriptedGenerator(generator_pb2_grpc.GeneratorServiceServicer):
     ) -> pb.GetModelInfoResponse:
         return pb.GetModelInfoResponse(revision=self.revision, context_length=self.context_length)
 
+    async def GetLoad(self, request: pb.GetLoadRequest, context: Any) -> pb.GetLoadResponse:
+        return pb.GetLoadResponse()
+
     async def serve(self, port: int = 0) -> tuple[GrpcServer, int]:
         """Starts a server that is SERVING; returns it and its port."""
         add = generator_pb2_grpc.add_GeneratorServiceServicer_to_server

@@ -27,8 +27,7 @@ class GeneratorClient:
         self._revision = revision
         health_service = revision_service(convert.GENERATOR_SERVICE, revision)
         self._channel = open_channel(target, health_service)
-        # The stubs are generated without types.
-        self._generator: Any = convert.GeneratorStub(self._channel)  # type: ignore[no-untyped-call]
+        self._generator = convert.GeneratorStub(self._channel)
 
     async def close(self) -> None:
         """Ends whatever runs."""
@@ -40,13 +39,13 @@ class GeneratorClient:
 
     async def info(self) -> GeneratorInfo:
         """What they serve."""
-        return await _info(self._generator)
+        return await _info(self._generator.GetModelInfo)
 
     async def fault(self) -> ServiceError:
         """Why none of them serves, by asking any generator that can be reached."""
         async with open_channel(self._target) as channel:
             try:
-                info = await _info(convert.GeneratorStub(channel))  # type: ignore[no-untyped-call]
+                info = await _info(convert.GeneratorStub(channel).GetModelInfo)
             except ServiceError:
                 return ServiceError("backend_unavailable", "The generator cannot be reached.")
         if info.revision != self._revision:
@@ -66,7 +65,7 @@ class GeneratorClient:
 class GenerationCall:
     """One call of the generator. Whatever happens, it is cancelled when `messages` is closed."""
 
-    def __init__(self, call: Any, start: GenerateCommand) -> None:
+    def __init__(self, call: convert.Call, start: GenerateCommand) -> None:
         self._call = call
         self._start = start
         self._status: asyncio.Future[grpc.aio.AioRpcError] = (
@@ -95,12 +94,12 @@ class GenerationCall:
         for index in indices:
             await self._write(convert.stop_command(index))
 
-    async def _write(self, command: Any) -> None:
+    async def _write(self, command: convert.Command) -> None:
         # A call that is over takes no more commands; reading it raises its status.
         with suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
             await self._call.write(command)
 
-    def _keep_status(self, call: Any) -> None:
+    def _keep_status(self, call: convert.Call) -> None:
         """Keeps the peer's status, which a write that fails before or after it would replace."""
         code, details = _result(call.code()), _result(call.details())
         if self._status.done() or details == _FAILED_WRITE:
@@ -118,11 +117,9 @@ def _result(done: Coroutine[Any, Any, Any]) -> Any:
     raise AssertionError("A call that is done has no status. This is a bug.")
 
 
-async def _info(generator: Any) -> GeneratorInfo:
+async def _info(method: convert.GetModelInfo) -> GeneratorInfo:
     try:
-        response = await generator.GetModelInfo(
-            convert.generator_info_request(), timeout=INFO_SECONDS
-        )
+        response = await method(convert.generator_info_request(), timeout=INFO_SECONDS)
     except grpc.aio.AioRpcError as error:
         raise _service_error(error) from error
     return convert.generator_info(response)

@@ -1,5 +1,7 @@
 """Converts between the generator's protobuf and plain values."""
 
+import grpc
+
 from tokenizer_svc.generator.types import (
     Finished,
     GenerateCommand,
@@ -13,6 +15,11 @@ from trivium.generator.v1.generator_pb2_grpc import GeneratorServiceStub as Gene
 
 __all__ = ["GeneratorStub"]
 
+Command = generator_pb2.GenerateRequest
+Call = grpc.aio.StreamStreamCall[generator_pb2.GenerateRequest, generator_pb2.GenerateResponse]
+GetModelInfo = grpc.aio.UnaryUnaryMultiCallable[
+    generator_pb2.GetModelInfoRequest, generator_pb2.GetModelInfoResponse
+]
 GENERATOR_SERVICE = "trivium.generator.v1.GeneratorService"
 
 _ENDINGS = {

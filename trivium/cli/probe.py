@@ -62,11 +62,8 @@ async def is_ready(address: str) -> bool:
 async def model_info(target: str) -> generator_pb2.GetModelInfoResponse:
     """What the generator at `target` (host:port) has loaded."""
     async with open_channel(target) as channel:
-        stub = generator_pb2_grpc.GeneratorServiceStub(channel)  # type: ignore[no-untyped-call]
-        answer: generator_pb2.GetModelInfoResponse = await stub.GetModelInfo(
-            generator_pb2.GetModelInfoRequest(), timeout=CALL_SECONDS
-        )
-        return answer
+        stub = generator_pb2_grpc.GeneratorServiceStub(channel)
+        return await stub.GetModelInfo(generator_pb2.GetModelInfoRequest(), timeout=CALL_SECONDS)
 
 
 if __name__ == "__main__":
