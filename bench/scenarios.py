@@ -18,7 +18,7 @@ from bench.play import Answer, Ask, Script
 from bench.prompts import Prompts
 
 # The services have 32 slots unless they are told otherwise; more clients wait.
-MOST_SLOTS = 32
+MAX_SLOTS = 32
 
 
 class Stage(Protocol):
@@ -67,7 +67,7 @@ class Load:
 
     @property
     def slots(self) -> int:
-        return min(self.clients, MOST_SLOTS)
+        return min(self.clients, MAX_SLOTS)
 
     @property
     def length(self) -> int:

@@ -54,7 +54,7 @@ LATE_PROMPT, LATE_ROOM = 4000, 16
 STOP_SECONDS = 30.0
 SETTLE_SECONDS = 1.5  # for what a contender does when it has nothing to do: not in another's turn
 WARM_UP = Load("warm up", clients=2, requests=1, prompt=64, output=8)
-MOST_FAULTS = 3  # that are told of one measurement
+MAX_ERRORS = 3  # that are told of one measurement
 
 
 def arguments() -> argparse.Namespace:
@@ -138,7 +138,7 @@ class Recorder:
     def faults(self) -> tuple[str, ...]:
         """Some of what went wrong."""
         said = (answer.fault for _, play in self.played for answer in play.answers)
-        return tuple(itertools.islice(dict.fromkeys(filter(None, said)), MOST_FAULTS))
+        return tuple(itertools.islice(dict.fromkeys(filter(None, said)), MAX_ERRORS))
 
 
 def measure(scenario: Scenario, contender: Contender, prompts: Prompts, number: int) -> Row:

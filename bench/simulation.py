@@ -22,7 +22,7 @@ from generator_svc.plan import StepPlan
 from generator_svc.run.runner import DeviceInfo, RunResult, StepOutcome
 from generator_svc.sequence import EngineRequest, SamplingParams, SequenceUpdate
 
-LEAST_STEP_SECONDS = 1e-6  # so that a step that is free cannot be taken without end
+MIN_STEP_SECONDS = 1e-6  # so that a step that is free cannot be taken without end
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ class Generator:
         before = self._runner.seconds
         self._engine.step()
         around = self._costs.around_seconds(len(self._updates))
-        seconds = max(self._runner.seconds - before + around, LEAST_STEP_SECONDS)
+        seconds = max(self._runner.seconds - before + around, MIN_STEP_SECONDS)
         self.busy_seconds += seconds
         self._clock.at(self._clock.now + seconds, self._end_step)
 

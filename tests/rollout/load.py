@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-MOST_REQUESTS = 400
+MAX_REQUESTS = 400
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ async def loaded(model: str, urls: list[str], clients: int = 4) -> AsyncIterator
                 await asyncio.sleep(0.1)
 
         async def ask(streamed: bool) -> None:
-            while not leaving.is_set() and len(load.outcomes) < MOST_REQUESTS:
+            while not leaving.is_set() and len(load.outcomes) < MAX_REQUESTS:
                 load.note(await _outcome(load.balancer, client, model, streamed))
                 await asyncio.sleep(0.01)
 

@@ -50,7 +50,7 @@ _REPLICA_OPTIONS: list[tuple[str, str | int]] = [
     ("grpc.client_idle_timeout_ms", 2**31 - 1),
 ]
 
-_LONGEST_DEADLINE_SECONDS = 1e8  # gRPC takes 1e10 s and more as already expired
+_MAX_DEADLINE_SECONDS = 1e8  # gRPC takes 1e10 s and more as already expired
 
 
 def open_channel(target: str, health_service: str | None = None) -> grpc.aio.Channel:
@@ -86,6 +86,6 @@ def revision_service(service: str, revision: str) -> str:
 def remaining_seconds(context: grpc.aio.ServicerContext[Any, Any]) -> float | None:
     """What is left of the caller's deadline, to hand on as a timeout; None without one."""
     left = context.time_remaining()
-    if left is None or math.isinf(left) or left > _LONGEST_DEADLINE_SECONDS:
+    if left is None or math.isinf(left) or left > _MAX_DEADLINE_SECONDS:
         return None
     return max(float(left), 0.0)
