@@ -71,9 +71,11 @@ async def _drain(
     await wait_for_any(settings.drain_notice_seconds, signals.second)
     # The port stays open, so that late requests get an error that says why.
     traffic.draining = True
-    # Clients that pool connections find theirs closed and connect to another replica.
+    # Clients that pool connections find theirs closed and connect to another replica. A connection
+    # without a request yet is left alone: the first one may be on its way, and is told why.
     for connection in list(server.server_state.connections):
-        connection.shutdown()
+        if isinstance(connection, LimitedHttpProtocol) and connection.cycle is not None:
+            connection.shutdown()
     await wait_for_any(settings.drain_seconds, traffic.idle, signals.second)
     backend.cancel_all()
     server.should_exit = True

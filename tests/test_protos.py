@@ -60,7 +60,7 @@ def test_clients_of_the_last_tag_are_served(tmp_path: Path) -> None:
         subprocess.run(["git", *author, *arguments], check=True, cwd=tmp_path, capture_output=True)
 
     def breaking() -> tuple[int, str]:
-        command = ["make", "breaking", f"VENV={venv}", "-o", f"{venv}/.dev"]
+        command = ["make", "--no-print-directory", "breaking", f"VENV={venv}", "-o", f"{venv}/.dev"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         return done.returncode, done.stdout
 

@@ -141,6 +141,27 @@ async def test_idle_connections_are_kept(backend: ScriptedBackend) -> None:
     assert await ends(backend, seconds=60, idle_connection_seconds=1)
 
 
+async def test_a_new_connection_is_told_of_the_drain(backend: ScriptedBackend) -> None:
+    """Its request may have been on its way when the notice was over; it is not just hung up on."""
+    backend.script = (header(), delta("He"), None)
+    async with (
+        running(backend, drain_notice_seconds=0.2, drain_seconds=600) as (process, client),
+        client.stream("POST", URL, json=ASK) as answer,
+    ):
+        await anext(answer.aiter_text())
+        reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+        process.send_signal(signal.SIGTERM)
+        while (await client.get("/v1/models")).status_code != 503:
+            pass
+        writer.write(b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n")
+        head = await reader.readline()
+        writer.close()
+        await writer.wait_closed()
+        process.send_signal(signal.SIGTERM)
+
+    assert b"HTTP/1.1 503 Service Unavailable\r\n" == head
+
+
 async def test_a_second_signal_ends_at_once(backend: ScriptedBackend) -> None:
     """What runs ends with an error, however much notice and time were promised."""
     backend.script = (header(), delta("He"), None)
