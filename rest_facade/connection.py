@@ -1,4 +1,4 @@
-"""The client's connection while an answer is made: work stops when nobody waits for it."""
+"""Watches the client's connection: a request whose client has disconnected is cancelled."""
 
 import asyncio
 from collections.abc import Coroutine

@@ -16,7 +16,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     A client may offer to go on in another protocol (`Upgrade: h2c`, as Java's does), and a server
     that does not want to answers as if nothing had been offered. The parser cannot: it takes the
-    request for complete without its body. So it is told the same head again, less the offer.
+    request for complete without its body. So it is fed the same head again, without the offer.
     """
 
     def data_received(self, data: bytes) -> None:

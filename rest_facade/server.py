@@ -72,7 +72,7 @@ async def _drain(
     # The port stays open, so that late requests get an error that says why.
     traffic.draining = True
     # Clients that pool connections find theirs closed and connect to another replica. A connection
-    # without a request yet is left alone: the first one may be on its way, and is told why.
+    # without a request yet stays open: its first one may be on its way, and is answered with 503.
     for connection in list(server.server_state.connections):
         if isinstance(connection, LimitedHttpProtocol) and connection.cycle is not None:
             connection.shutdown()

@@ -41,7 +41,7 @@ class Model:
         return "fp_" + self.revision[:10]
 
     async def prompt(self, conversation: Conversation, context_length: int) -> Prompt:
-        """Its prompt; context_length_exceeded if it leaves no room for an answer."""
+        """Renders and encodes the prompt; context_length_exceeded if it fills the context."""
         size = sum(map(_size, conversation.messages))
         size += sum(map(_tool_size, conversation.tools))
         self._check_size(size, context_length, "messages")
@@ -55,7 +55,7 @@ class Model:
         return prompt
 
     async def encode(self, text: str, context_length: int, param: str) -> list[int]:
-        """A plain prompt's tokens; context_length_exceeded if they leave no room."""
+        """A plain prompt's tokens; context_length_exceeded if they fill the context."""
         self._check_size(len(text), context_length, param)
         try:
             token_ids = await offload(
@@ -70,7 +70,7 @@ class Model:
         return token_ids
 
     def check_tokens(self, tokens: int, context_length: int, param: str) -> None:
-        """Raises ServiceError unless a prompt of so many tokens leaves room for an answer."""
+        """Raises ServiceError if a prompt of so many tokens fills the context."""
         if tokens >= context_length:
             raise _too_long(context_length, str(tokens), param)
 

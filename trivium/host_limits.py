@@ -113,7 +113,7 @@ def _host_memory(root: Path) -> MemoryLimit:
     if "MemAvailable" in kibibytes:
         total, free = kibibytes["MemTotal"] * 1024, kibibytes["MemAvailable"] * 1024
     else:
-        # Not Linux: half of what is there is a guess that leaves room for others.
+        # Not Linux: assume that half of the memory is free.
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         free = total // 2
     return MemoryLimit(total, free, "this host")

@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class LayerAttention:
-    """What one layer's GroupQueryAttention is told beside its tensors.
+    """The attributes of one layer's GroupQueryAttention.
 
     `window` counts the keys a query sees, its own included; None is all of them.
     """

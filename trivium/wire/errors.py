@@ -1,6 +1,6 @@
 """The one table of errors, and its three faces: exception, gRPC status, JSON body.
 
-    ServiceError            anything a caller is told about
+    ServiceError            any error that is returned to a caller
       .code                 a key of ERRORS, which fixes HTTP status, type and gRPC status
       .param                the field that is wrong, if one is
 
@@ -63,7 +63,7 @@ ERRORS: dict[str, ErrorKind] = {
         400,
         "invalid_request_error",
         grpc.StatusCode.OUT_OF_RANGE,
-        "the prompt leaves no room in the model's context",
+        "the prompt fills the model's context",
     ),
     "invalid_api_key": ErrorKind(
         401, "invalid_request_error", grpc.StatusCode.UNAUTHENTICATED, "no or a wrong API key"
@@ -123,7 +123,7 @@ _BARE_STATUS = {
 
 
 class ServiceError(Exception):
-    """An error that a caller is told about.
+    """An error that is returned to the caller.
 
     `code` is a key of ERRORS (anything else is a bug). `param` names the field in
     OpenAI's notation, such as `messages[0].content`. `retry_after` is in seconds. With

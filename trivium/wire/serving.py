@@ -44,7 +44,7 @@ MAX_CONNECTION_AGE_SECONDS = 60.0
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _OURS = "/trivium."
-_LAST_WORDS_SECONDS = 0.5  # for answers whose handlers have returned to reach the wire
+_FLUSH_TIMEOUT_SECONDS = 0.5  # for answers whose handlers have returned to reach the wire
 
 
 class CallBoundary(grpc.aio.ServerInterceptor):
@@ -228,10 +228,10 @@ class GrpcServer:
         self._health.draining = True
         await wait_for_any(notice_seconds, hurry)
         await self._health.enter_graceful_shutdown()
-        stopping = asyncio.create_task(self._server.stop(drain_seconds + _LAST_WORDS_SECONDS))
+        stopping = asyncio.create_task(self._server.stop(drain_seconds + _FLUSH_TIMEOUT_SECONDS))
         await self._boundary.drain(drain_seconds, hurry)
         # Calls that watch the health never end by themselves, so they are not waited for.
-        await self._server.stop(_LAST_WORDS_SECONDS)
+        await self._server.stop(_FLUSH_TIMEOUT_SECONDS)
         await stopping
 
 
