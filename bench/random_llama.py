@@ -24,10 +24,10 @@ import onnx
 import tokenizers
 from onnx import TensorProto, helper
 
-from generator_svc.export.attention import COS, LENGTHS, SIN, TOTAL, add_lengths
-from generator_svc.export.decoder import Decoder, LayerAttention
+from generator_svc.export.checkpoint.decoder import Decoder, LayerAttention
 from generator_svc.export.genai_config import GRAPH_FILE, WEIGHTS_FILE, genai_config
-from generator_svc.export.graph import MICROSOFT, Graph
+from generator_svc.export.graph.attention import COS, LENGTHS, SIN, TOTAL, add_lengths
+from generator_svc.export.graph.graph import MICROSOFT, Graph
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 BLOCK_SIZE = 32

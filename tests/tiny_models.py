@@ -101,7 +101,7 @@ def cache_folder() -> Path:
     import generator_svc.export as exporter
 
     digest = hashlib.sha256(Path(__file__).read_bytes())
-    for path in sorted(Path(exporter.__file__).parent.glob("*.py")):
+    for path in sorted(Path(exporter.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "trivium" / "tests" / digest.hexdigest()[:16]

@@ -5,6 +5,7 @@ need them: `from generator_svc.export import export_model` is cheap. It runs bef
 never within it.
 """
 
+from generator_svc.export.checkpoint.source import EMBEDDED_MODEL
 from generator_svc.export.errors import ExportError
 from generator_svc.export.pipeline import (
     DEVICES,
@@ -15,7 +16,6 @@ from generator_svc.export.pipeline import (
     export_model,
 )
 from generator_svc.export.progress import Progress
-from generator_svc.export.source import EMBEDDED_MODEL
 
 __all__ = [
     "DEVICES",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from generator_svc.export.decoder import Decoder
+from generator_svc.export.checkpoint.decoder import Decoder
 
 GRAPH_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from generator_svc.export.checkpoint.source import EMBEDDED_MODEL, EMBEDDED_SAMPLING, locate
 from generator_svc.export.errors import ExportError
 from generator_svc.export.progress import Progress, silent
-from generator_svc.export.source import EMBEDDED_MODEL, EMBEDDED_SAMPLING, locate
 from trivium.file_digest import read_digest
 from trivium.host_limits import cpu_limit
 from trivium.model_directory import (
@@ -35,9 +35,9 @@ from trivium.model_directory import (
 )
 
 if TYPE_CHECKING:
-    from generator_svc.export.calibration import Ranges
-    from generator_svc.export.checkpoint import Checkpoint
-    from generator_svc.export.graph import Graph
+    from generator_svc.export.calibration.activations import Ranges
+    from generator_svc.export.checkpoint.checkpoint import Checkpoint
+    from generator_svc.export.graph.graph import Graph
 
 PRECISIONS = ("int8", "int4", "w8a8", "fp16", "fp32")
 DEVICES = ("cpu", "cuda")
@@ -188,7 +188,7 @@ def _build(
     progress("fetching", 0.0)
     origin = locate(source, cache)
     progress("loading the checkpoint", 0.05)
-    from generator_svc.export.checkpoint import load_checkpoint
+    from generator_svc.export.checkpoint.checkpoint import load_checkpoint
     from generator_svc.export.tokenizer_files import write_tokenizer
 
     checkpoint = load_checkpoint(origin)
@@ -199,7 +199,7 @@ def _build(
         progress("calibrating", 0.35)
         ranges = _calibrate(checkpoint, folder)
     progress("tracing", 0.45)
-    from generator_svc.export.trace import trace
+    from generator_svc.export.graph.trace import trace
 
     model = trace(checkpoint, scratch / "traced")
     progress("rewriting the graph", 0.75)
@@ -222,8 +222,8 @@ def _build(
 
 def _calibrate(checkpoint: Checkpoint, folder: Path) -> Ranges:
     """Smooths the checkpoint's model in place; returns the ranges of its activations."""
-    from generator_svc.export.calibration import TEXT, calibrate
-    from generator_svc.export.smooth import smooth
+    from generator_svc.export.calibration.activations import TEXT, calibrate
+    from generator_svc.export.calibration.smooth import smooth
     from generator_svc.export.tokenizer_files import encode
 
     ranges = calibrate(checkpoint.model, encode(folder, TEXT.read_text(encoding="utf-8")))
@@ -239,8 +239,8 @@ def rewrite(
     ranges: Ranges | None = None,
 ) -> Graph:
     """All passes over the traced graph; `ranges` of activations are for w8a8 alone."""
-    from generator_svc.export import attention, half, head, norm, projection
-    from generator_svc.export.graph import Graph
+    from generator_svc.export.graph import attention, half, head, norm, projection
+    from generator_svc.export.graph.graph import Graph
 
     decoder = checkpoint.decoder
     graph = Graph(model)
@@ -262,8 +262,8 @@ def rewrite(
 
 
 def _quantize(graph: Graph, precision: str, ranges: Ranges | None) -> Graph:
-    from generator_svc.export.integer import integer_products
-    from generator_svc.export.quantize import quantize_weights
+    from generator_svc.export.graph.integer import integer_products
+    from generator_svc.export.graph.quantize import quantize_weights
 
     if precision == "w8a8":
         assert ranges is not None

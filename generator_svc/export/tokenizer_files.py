@@ -15,9 +15,9 @@ from typing import Any
 from gguf import GGUFReader
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from generator_svc.export.checkpoint import quiet_libraries
+from generator_svc.export.checkpoint.checkpoint import quiet_libraries
+from generator_svc.export.checkpoint.source import Source
 from generator_svc.export.errors import ExportError
-from generator_svc.export.source import Source
 
 COPIED = (
     "tokenizer.json",

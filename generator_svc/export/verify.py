@@ -14,8 +14,8 @@ import numpy as np
 import onnxruntime as ort
 import torch
 
-from generator_svc.export.checkpoint import Checkpoint
-from generator_svc.export.decoder import Decoder
+from generator_svc.export.checkpoint.checkpoint import Checkpoint
+from generator_svc.export.checkpoint.decoder import Decoder
 from trivium.host_limits import cpu_limit
 
 TEXT = (

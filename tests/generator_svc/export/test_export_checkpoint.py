@@ -10,8 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from generator_svc.export import ExportError
-from generator_svc.export.checkpoint import load_checkpoint, translate_rope
-from generator_svc.export.source import Source, locate
+from generator_svc.export.checkpoint.checkpoint import load_checkpoint, translate_rope
+from generator_svc.export.checkpoint.source import Source, locate
 from tests.tiny_models import tiny_checkpoint
 
 

@@ -7,7 +7,7 @@ import pytest
 from jinja2 import Environment
 from transformers import PreTrainedTokenizerFast
 
-from generator_svc.export.quantize import quantize_rows
+from generator_svc.export.graph.quantize import quantize_rows
 from trivium.cli.up import resolve_model
 from trivium.model_directory import ModelDirectory, load_model_directory
 

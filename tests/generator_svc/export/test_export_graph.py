@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from generator_svc.export.checkpoint import Checkpoint, load_checkpoint, quiet_libraries
-from generator_svc.export.source import locate
+from generator_svc.export.checkpoint.checkpoint import Checkpoint, load_checkpoint, quiet_libraries
+from generator_svc.export.checkpoint.source import locate
 from tests.tiny_models import FAMILIES, tiny_checkpoint, tiny_model_directory
 from trivium.model_directory import ModelDirectory, load_model_directory
 
@@ -89,7 +89,7 @@ def test_greedy_tokens_equal_optimum(family, slots, prompt, tmp_path):
     """Optimum's own runtime on the untouched trace generates the same tokens."""
     from optimum.onnxruntime import ORTModelForCausalLM
 
-    from generator_svc.export.trace import trace
+    from generator_svc.export.graph.trace import trace
 
     trace(checkpoint(family), tmp_path)
     tokens = prompt(12)

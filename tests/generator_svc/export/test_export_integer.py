@@ -10,11 +10,11 @@ import torch
 from generator_svc import device
 from generator_svc.device import DeviceError
 from generator_svc.export import ExportError, ExportOptions, embedded_precision
-from generator_svc.export.calibration import calibrate
-from generator_svc.export.checkpoint import load_checkpoint
-from generator_svc.export.integer import quantize_columns
-from generator_svc.export.smooth import smooth
-from generator_svc.export.source import locate
+from generator_svc.export.calibration.activations import calibrate
+from generator_svc.export.calibration.smooth import smooth
+from generator_svc.export.checkpoint.checkpoint import load_checkpoint
+from generator_svc.export.checkpoint.source import locate
+from generator_svc.export.graph.integer import quantize_columns
 from generator_svc.run.runner import OrtRunner
 from tests.tiny_models import tiny_checkpoint, tiny_model_directory
 from trivium.model_directory import load_model_directory

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from generator_svc.export import ExportError, source, tokenizer_files
-from generator_svc.export.source import EMBEDDED_FILE, locate
+from generator_svc.export import ExportError, tokenizer_files
+from generator_svc.export.checkpoint import source
+from generator_svc.export.checkpoint.source import EMBEDDED_FILE, locate
 from tests.tiny_models import CHAT_TEMPLATE, tiny_checkpoint, tiny_model_directory
 
 

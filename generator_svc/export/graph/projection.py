@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto
 
-from generator_svc.export.graph import Graph
+from generator_svc.export.graph.graph import Graph
 
 
 def join_projections(graph: Graph, num_layers: int) -> None:

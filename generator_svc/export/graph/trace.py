@@ -11,7 +11,7 @@ from pathlib import Path
 import onnx
 from optimum.exporters.onnx import onnx_export_from_model
 
-from generator_svc.export.checkpoint import Checkpoint, quiet_libraries
+from generator_svc.export.checkpoint.checkpoint import Checkpoint, quiet_libraries
 
 TASK = "text-generation-with-past"
 

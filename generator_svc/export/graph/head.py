@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from generator_svc.export.errors import ExportError
-from generator_svc.export.graph import MICROSOFT, Graph
+from generator_svc.export.graph.graph import MICROSOFT, Graph
 
 HEAD = "/lm_head/MatMul"
 EMBEDDING = "/model/embed_tokens/Gather"

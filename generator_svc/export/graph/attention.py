@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
-from generator_svc.export.decoder import Decoder
+from generator_svc.export.checkpoint.decoder import Decoder
 from generator_svc.export.errors import ExportError
-from generator_svc.export.graph import MICROSOFT, Graph
+from generator_svc.export.graph.graph import MICROSOFT, Graph
 
 COS, SIN = "cos_cache", "sin_cache"
 LENGTHS, TOTAL = "/attention/seqlens_k", "/attention/total_sequence_length"

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 
-from generator_svc.export.attention import module_output
-from generator_svc.export.graph import MICROSOFT, Graph
+from generator_svc.export.graph.attention import module_output
+from generator_svc.export.graph.graph import MICROSOFT, Graph
 
 NORM_MODULE = re.compile(r"(/model/(?:.*/)?\w*norm/)[^/]+")
 

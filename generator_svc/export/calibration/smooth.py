@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from generator_svc.export.calibration import Ranges
+from generator_svc.export.calibration.activations import Ranges
 
 # How much of the spread goes into the weights, by where the input comes from: measured on
 # SmolLM2-135M, see docs/log.md.

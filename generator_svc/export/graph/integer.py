@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto
 
-from generator_svc.export.calibration import Ranges
-from generator_svc.export.graph import MICROSOFT, Graph
+from generator_svc.export.calibration.activations import Ranges
+from generator_svc.export.graph.graph import MICROSOFT, Graph
 
 LARGEST = 127
 ZERO_POINT = 128  # of the activations, which are uint8

@@ -19,9 +19,9 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
     MatMulNBitsQuantizer,
 )
 
-from generator_svc.export.checkpoint import quiet_libraries
-from generator_svc.export.graph import MICROSOFT, Graph
-from generator_svc.export.head import HEAD
+from generator_svc.export.checkpoint.checkpoint import quiet_libraries
+from generator_svc.export.graph.graph import MICROSOFT, Graph
+from generator_svc.export.graph.head import HEAD
 
 BLOCK_SIZE = 32
 # Products may be computed in int8: each row of activations is quantised by itself.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from onnx import TensorProto, numpy_helper
 
-from generator_svc.export.graph import Graph
+from generator_svc.export.graph.graph import Graph
 
 LARGEST = float(np.finfo(np.float16).max)
 

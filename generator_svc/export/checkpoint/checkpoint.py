@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from generator_svc.export.decoder import Decoder, LayerAttention
+from generator_svc.export.checkpoint.decoder import Decoder, LayerAttention
+from generator_svc.export.checkpoint.source import Source
 from generator_svc.export.errors import ExportError
-from generator_svc.export.source import Source
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # Rope types whose frequencies do not depend on the length of the sequence.

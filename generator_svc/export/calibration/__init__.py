@@ -1,0 +1,1 @@
+"""What a text shows of a checkpoint's activations, and how they are smoothed."""

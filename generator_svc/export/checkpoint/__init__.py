@@ -1,0 +1,1 @@
+"""What is exported: where it comes from, its shape, its weights."""

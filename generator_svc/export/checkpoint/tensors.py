@@ -1,0 +1,36 @@
+"""The tensors of a checkpoint by name, read in slices and never whole unless they are small."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import numpy as np
+
+from generator_svc.export.weights.matrix import Matrix
+
+Array = np.ndarray[Any, Any]
+
+
+class Tensors(Protocol):
+    """Names and shapes are those of the Hugging Face checkpoint, whatever the files are.
+
+    What cannot be read, or is not there, is an ExportError that names the tensor and its file.
+    """
+
+    def names(self) -> Iterable[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        """Rows start to stop along the first axis: float32 for any type of floats, else as it is.
+
+        The memory that reading took is given back, pages of mapped files included.
+        """
+        ...
+
+
+def matrix(tensors: Tensors, name: str) -> Matrix:
+    """The two-dimensional tensor `name`."""
+    rows, columns = tensors.shape(name)
+    return Matrix(rows, columns, lambda start, stop: tensors.read(name, start, stop))

@@ -1,0 +1,1 @@
+"""The traced graph and the passes that rewrite it."""
