@@ -1,0 +1,19 @@
+"""Rows of weights cut into the blocks that share a scale."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+BLOCK_SIZE = 32
+
+
+def cut(rows: Array) -> Array:
+    """Rows [n, K] as [n, blocks, block size]; the last block of each is padded with zeros."""
+    count, columns = rows.shape
+    padding = -columns % BLOCK_SIZE
+    padded = np.pad(rows, ((0, 0), (0, padding))) if padding else np.ascontiguousarray(rows)
+    return padded.reshape(count, -1, BLOCK_SIZE)
