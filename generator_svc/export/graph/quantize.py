@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from onnxruntime.quantization.matmul_nbits_quantizer import (
     DefaultWeightOnlyQuantConfig,
     KQuantWeightOnlyQuantConfig,
@@ -22,11 +21,11 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
 from generator_svc.export.checkpoint.checkpoint import quiet_libraries
 from generator_svc.export.graph.graph import MICROSOFT, Graph
 from generator_svc.export.graph.head import HEAD
+from generator_svc.export.weights.blocks import BLOCK_SIZE
+from generator_svc.export.weights.int8 import quantize_symmetric
 
-BLOCK_SIZE = 32
 # Products may be computed in int8: each row of activations is quantised by itself.
 ACCURACY_LEVEL = 4
-ZERO_POINT = 128  # what MatMulNBits takes when it is given none
 
 
 def quantize_weights(graph: Graph, bits: int) -> Graph:
@@ -55,25 +54,10 @@ def _odd_products(graph: Graph) -> list[str]:
     ]
 
 
-def quantize_rows(weight: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], ...]:
-    """Symmetric 8-bit blocks of float32 rows [N, K].
-
-    Returns uint8 [N, blocks, block size], zero at 128, and float32 scales [N, blocks]; the last
-    block is padded with zeros.
-    """
-    rows, columns = weight.shape
-    blocks = -(-columns // BLOCK_SIZE)
-    padded = np.pad(weight, ((0, 0), (0, blocks * BLOCK_SIZE - columns)))
-    padded = padded.reshape(rows, blocks, BLOCK_SIZE)
-    scales = np.abs(padded).max(-1) / np.float32(127)
-    steps = np.rint(padded / np.where(scales == 0, 1, scales)[..., None])
-    return (steps + ZERO_POINT).astype(np.uint8), scales
-
-
 def _quantize_head(graph: Graph) -> None:
     head = graph.nodes[HEAD]
     columns, rows = graph.initializers[head.input[1]].dims
-    quantized, scales = quantize_rows(graph.array(head.input[1]).T)
+    quantized, scales = quantize_symmetric(graph.array(head.input[1]).T)
     graph.remove([head])
     graph.add(
         "MatMulNBits",

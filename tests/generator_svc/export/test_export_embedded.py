@@ -7,7 +7,7 @@ import pytest
 from jinja2 import Environment
 from transformers import PreTrainedTokenizerFast
 
-from generator_svc.export.graph.quantize import quantize_rows
+from generator_svc.export.weights.int8 import quantize_symmetric
 from trivium.cli.up import resolve_model
 from trivium.model_directory import ModelDirectory, load_model_directory
 
@@ -87,7 +87,7 @@ def test_eight_bit_rows_reproduce_q8_0():
     scales = generator.random((5, 3), np.float32).astype(np.float16).astype(np.float32)
     weight = (steps * scales[..., None]).reshape(5, 96)
 
-    quantized, got = quantize_rows(weight)
+    quantized, got = quantize_symmetric(weight)
 
     restored = (quantized.astype(np.float32) - 128) * got[..., None]
     np.testing.assert_allclose(restored.reshape(5, 96), weight, rtol=1e-6)

@@ -1,0 +1,152 @@
+"""Four bits per weight: a k-quant for whole zero points, in the layout of MatMulNBits.
+
+As in the k-quants of llama.cpp, each block tries several ranges around its own, and the error of a
+weight x counts |x| + rms(block) times (`make_qkx2_quants` in
+https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-quants.c). Those fit a scale and a
+free offset to each candidate. MatMulNBits has only zero points from 0 to 15, and when the offset
+of the best fit is rounded to one afterwards, as ONNX Runtime's `quant_tensor_k_quant_cpu` does, the
+error is larger than without any search. So here every candidate has a whole zero point z from the
+start:
+
+- x is v steps from zero, v = round(x / step), clipped to -z and 15 - z;
+- the scale that fits best is p / q, where p = sum(w x v), q = sum(w v²) and w is how much x counts;
+- its error is sum(w x²) - p² / q, so the largest p² / q wins, and no candidate is written out.
+
+Blocks whose weights are 16 or fewer evenly spaced levels around zero already, as those of a GGUF
+file in Q4_0 are, come back exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from generator_svc.export.weights.blocks import BLOCK_SIZE, Array, cut
+from trivium.host_limits import cpu_limit
+
+ZERO_POINT = 8  # what MatMulNBits takes when it is given none
+TOP = np.float32(15)  # levels are 0 to 15
+# Steps that a block's range, with zero in it, is divided into. With more than 15 its ends are cut
+# off. Fewer than 13 are best only for a block that has that many levels; it has 8 at least in Q4_0.
+STEPS = [*range(8, 13), *(13 + number / 4 for number in range(17))]
+# Steps from zero to the largest magnitude of a symmetric block, which is below zero.
+SYMMETRIC_STEPS = [7 + number / 4 for number in range(9)]
+# Blocks that are worked on at once, so that the arrays of a tile stay in a core's own cache. All
+# tiles are of this size, so a block's sums do not depend on where it stands.
+TILE = 2048
+
+# Steps per unit and the zero point of each column's next candidate, float32 [b] both.
+_Candidates = Iterator[tuple[Array, Array]]
+
+
+def quantize_asymmetric(rows: Array) -> tuple[Array, Array, Array]:
+    """Blocks of float32 rows [n, K] with a zero point each, on all cores.
+
+    A weight is scale * (level - zero point). Returns levels as uint8 [n, blocks, 16], the first of
+    two in the lower half of a byte; float32 scales [n, blocks]; and zero points as uint8
+    [n, ceil(blocks / 2)], packed in the same way row by row.
+    """
+    packed, scales, zero_points = _quantize(rows, _ranges)
+    odd = zero_points.shape[1] % 2
+    zero_points = np.pad(zero_points, ((0, 0), (0, odd)), constant_values=ZERO_POINT)
+    return packed, scales, zero_points[:, 0::2] | zero_points[:, 1::2] << 4
+
+
+def quantize_symmetric(rows: Array) -> tuple[Array, Array]:
+    """Blocks of float32 rows [n, K] whose zero point is 8, on all cores.
+
+    Returns levels and scales as `quantize_asymmetric` does. A scale is negative where the largest
+    magnitude is that of a positive weight, which has level 0 then.
+    """
+    packed, scales, _ = _quantize(rows, _magnitudes)
+    return packed, scales
+
+
+def _ranges(weights: Array) -> _Candidates:
+    low = np.minimum(weights.min(0), 0)
+    width = np.maximum(weights.max(0), 0) - low
+    width[width == 0] = 1
+    for steps in STEPS:
+        per_unit = np.float32(steps) / width
+        yield per_unit, np.clip(np.rint(-low * per_unit), 0, TOP)
+
+
+def _magnitudes(weights: Array) -> _Candidates:
+    low, high = weights.min(0), weights.max(0)
+    largest = np.where(high > -low, high, low)
+    largest[largest == 0] = 1
+    zero_point = np.full_like(largest, ZERO_POINT)
+    for steps in SYMMETRIC_STEPS:
+        yield np.float32(-steps) / largest, zero_point
+
+
+def _quantize(
+    rows: Array, candidates: Callable[[Array], _Candidates]
+) -> tuple[Array, Array, Array]:
+    """Levels [n, blocks, 16], two a byte, and scales and zero points [n, blocks]."""
+    blocks = cut(rows)
+    count, per_row, _ = blocks.shape
+    flat = blocks.reshape(-1, BLOCK_SIZE)
+    packed = np.empty((len(flat), BLOCK_SIZE // 2), np.uint8)
+    scales = np.empty(len(flat), np.float32)
+    zero_points = np.empty(len(flat), np.uint8)
+
+    def work(start: int) -> None:
+        tile = slice(start, start + TILE)
+        found = _quantize_tile(flat[tile], candidates)
+        packed[tile], scales[tile], zero_points[tile] = found
+
+    with ThreadPoolExecutor(cpu_limit().cores) as pool:
+        list(pool.map(work, range(0, len(flat), TILE)))
+    return (
+        packed.reshape(count, per_row, -1),
+        scales.reshape(count, per_row),
+        zero_points.reshape(count, per_row),
+    )
+
+
+def _quantize_tile(
+    blocks: Array, candidates: Callable[[Array], _Candidates]
+) -> tuple[Array, Array, Array]:
+    """Levels [b, 16], scales [b] and zero points [b] of at most `TILE` blocks [b, 32].
+
+    Inside, blocks are columns, so that sums over a block run along contiguous memory.
+    """
+    columns = np.zeros((BLOCK_SIZE, TILE), np.float32)
+    columns[:, : len(blocks)] = blocks.T
+    # Squares of very large or small weights have no float32. A power of two rounds nothing.
+    unit = np.ldexp(np.float32(1), np.frexp(np.abs(columns).max(0))[1] - 1)
+    columns /= unit
+    scale, zero_point = _best(columns, candidates(columns))
+    columns /= scale
+    columns += zero_point
+    levels = np.clip(np.rint(columns), 0, TOP).astype(np.uint8)
+    packed = levels[0::2] | levels[1::2] << 4
+    count = len(blocks)
+    return packed.T[:count], (scale * unit)[:count], zero_point[:count].astype(np.uint8)
+
+
+def _best(weights: Array, candidates: _Candidates) -> tuple[Array, Array]:
+    """The scale and zero point of each column of float32 [32, b], float32 [b] both."""
+    importance = np.abs(weights)
+    importance += np.sqrt(np.einsum("ij,ij->j", weights, weights) / BLOCK_SIZE)
+    weighted = importance * weights
+    levels = np.empty_like(weights)  # counted from the zero point
+    gain = np.full_like(weights[0], -1)  # less than any
+    scale, zero_point = np.empty_like(gain), np.empty_like(gain)
+    for per_unit, zero in candidates:
+        np.multiply(weights, per_unit, out=levels)
+        np.rint(levels, out=levels)
+        np.maximum(levels, -zero, out=levels)  # np.clip is slow when its bounds are arrays
+        np.minimum(levels, TOP - zero, out=levels)
+        product = np.einsum("ij,ij->j", weighted, levels)
+        square = np.einsum("ij,ij,ij->j", importance, levels, levels)
+        # All levels of a block of zeros are zero. Any scale fits them.
+        fitted = np.divide(product, square, out=np.ones_like(product), where=square > 0)
+        better = fitted * product > gain
+        np.copyto(gain, fitted * product, where=better)
+        np.copyto(scale, fitted, where=better)
+        np.copyto(zero_point, zero, where=better)
+    return scale, zero_point

@@ -1,0 +1,38 @@
+"""Eight bits per weight, in the layout of MatMulNBits."""
+
+from __future__ import annotations
+
+import numpy as np
+from onnxruntime.quantization.matmul_nbits_quantizer import (
+    DefaultWeightOnlyQuantConfig,
+    DefaultWeightOnlyQuantizer,
+)
+
+from generator_svc.export.weights.blocks import BLOCK_SIZE, Array, cut
+
+ZERO_POINT = 128  # what MatMulNBits takes when it is given none
+LARGEST = np.float32(127)
+
+
+def quantize_asymmetric(rows: Array) -> tuple[Array, Array, Array]:
+    """Blocks of float32 rows [n, K] with a zero point each, by ONNX Runtime: round to nearest.
+
+    A weight is scale * (level - zero point). Returns levels as uint8 [n, blocks, 32], float32
+    scales [n, blocks] and zero points as uint8 [n, blocks].
+    """
+    config = DefaultWeightOnlyQuantConfig(block_size=BLOCK_SIZE, is_symmetric=False, bits=8)
+    # It reads memory as if columns were contiguous, whatever the strides say.
+    columns = np.ascontiguousarray(rows.T)
+    levels, scales, zero_points = DefaultWeightOnlyQuantizer(config).qbits_block_quant(columns)
+    return levels, scales, zero_points
+
+
+def quantize_symmetric(rows: Array) -> tuple[Array, Array]:
+    """Blocks of float32 rows [n, K] whose zero point is 128 and largest magnitude 127 steps.
+
+    Returns uint8 [n, blocks, 32] and float32 scales [n, blocks].
+    """
+    blocks = cut(rows)
+    scales = np.abs(blocks).max(-1) / LARGEST
+    levels = np.rint(blocks / np.where(scales == 0, 1, scales)[..., None])
+    return (levels + ZERO_POINT).astype(np.uint8), scales
