@@ -47,7 +47,9 @@ WEIGHTS = {
 EXTREMES = {
     "zeros": np.zeros((3, 64), np.float32),
     "constant": np.repeat(np.float32([[0.3], [-7], [1e-3]]), 64, axis=1),
-    "one sign": 1 + normal((3, 64)) / 100,
+    "almost constant": 1 + normal((3, 64)) / 100,
+    "positive": np.random.default_rng(3).uniform(0.5, 1, (3, 64)).astype(np.float32),
+    "negative": -np.random.default_rng(3).uniform(0.5, 1, (3, 64)).astype(np.float32),
     "tiny": normal((3, 64)) * np.float32(1e-33),
     "subnormal": normal((3, 64)) * np.float32(1e-41),
     "huge": normal((3, 64)) * np.float32(1e37),
