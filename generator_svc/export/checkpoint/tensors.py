@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Protocol
 
-import numpy as np
-
-from generator_svc.export.weights.matrix import Matrix
-
-Array = np.ndarray[Any, Any]
+from generator_svc.export.checkpoint.safetensors_folder import open_safetensors
+from generator_svc.export.checkpoint.source import Source
+from generator_svc.export.weights.matrix import Array, Matrix
 
 
 class Tensors(Protocol):
@@ -22,12 +21,21 @@ class Tensors(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
+    def file(self, name: str) -> Path:
+        """Where the tensor is, for messages about it."""
+        ...
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Rows start to stop along the first axis: float32 for any type of floats, else as it is.
 
         The memory that reading took is given back, pages of mapped files included.
         """
         ...
+
+
+def open_tensors(source: Source) -> Tensors:
+    """The tensors of a checkpoint on the disk; raises ExportError for files that are not whole."""
+    return open_safetensors(source.path)
 
 
 def matrix(tensors: Tensors, name: str) -> Matrix:

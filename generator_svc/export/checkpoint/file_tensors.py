@@ -1,0 +1,88 @@
+"""Tensors that lie row after row in files, whatever the files' format is.
+
+Rows are read into memory of their own. Mapping the files would be as quick, but every page that was
+read would count as resident until the file is unmapped: 15 GB for a model of 7 billion weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from generator_svc.export.errors import ExportError
+from generator_svc.export.weights.matrix import Array
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """Where the bytes of a tensor lie and what they mean.
+
+    `decode` turns bytes [rows, row_bytes] into values [rows, elements of a row]. It is given whole
+    groups of `group` rows, which are only to be decoded together.
+    """
+
+    file: Path
+    offset: int
+    shape: tuple[int, ...]
+    row_bytes: int
+    decode: Callable[[Array], Array]
+    group: int = 1
+
+
+class FileTensors:
+    """A checkpoint as tensors by name; what is not there is an ExportError that names `place`."""
+
+    def __init__(self, place: Path, tensors: Mapping[str, FileTensor]) -> None:
+        self._place = place
+        self._tensors = tensors
+
+    def names(self) -> Iterable[str]:
+        return self._tensors.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._find(name).shape
+
+    def file(self, name: str) -> Path:
+        return self._find(name).file
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        tensor = self._find(name)
+        rows = range(tensor.shape[0])[start:stop]
+        first = rows.start // tensor.group * tensor.group
+        last = -(-rows.stop // tensor.group) * tensor.group
+        values = tensor.decode(_read_rows(name, tensor, first, last))
+        values = values[rows.start - first : rows.stop - first]
+        return values.reshape(len(rows), *tensor.shape[1:])
+
+    def _find(self, name: str) -> FileTensor:
+        if name not in self._tensors:
+            raise ExportError(f"{self._place}: has no tensor {name!r}")
+        return self._tensors[name]
+
+
+def decode_bfloat16(raw: Array) -> Array:
+    """bfloat16 is the upper half of float32."""
+    bits = raw.view("<u2").astype(np.uint32)
+    bits <<= 16
+    return bits.view(np.float32)
+
+
+def decode_numbers(dtype: str) -> Callable[[Array], Array]:
+    """Decodes numbers that NumPy knows: floats become float32, others stay as they are."""
+    is_float = np.dtype(dtype).kind == "f"
+    return lambda raw: raw.view(dtype).astype(np.float32 if is_float else dtype, copy=False)
+
+
+def _read_rows(name: str, tensor: FileTensor, start: int, stop: int) -> Array:
+    count = (stop - start) * tensor.row_bytes
+    offset = tensor.offset + start * tensor.row_bytes
+    try:
+        raw = np.fromfile(tensor.file, np.uint8, count, offset=offset)
+    except OSError as error:
+        raise ExportError(f"{tensor.file}: tensor {name!r} cannot be read: {error}") from error
+    if len(raw) < count:
+        raise ExportError(f"{tensor.file}: ends within tensor {name!r}")
+    return raw.reshape(stop - start, tensor.row_bytes)

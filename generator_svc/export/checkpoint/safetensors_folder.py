@@ -1,0 +1,92 @@
+"""The safetensors files of a Hugging Face folder: one, or shards with an index."""
+
+from __future__ import annotations
+
+import json
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from generator_svc.export.checkpoint.file_tensors import (
+    FileTensor,
+    FileTensors,
+    decode_bfloat16,
+    decode_numbers,
+)
+from generator_svc.export.errors import ExportError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# Types of the format: bytes of an element, and how they become values.
+TYPES = {
+    "BF16": (2, decode_bfloat16),
+    "F16": (2, decode_numbers("<f2")),
+    "F32": (4, decode_numbers("<f4")),
+    "F64": (8, decode_numbers("<f8")),
+    "U8": (1, decode_numbers("u1")),
+    "I8": (1, decode_numbers("i1")),
+    "I32": (4, decode_numbers("<i4")),
+    "I64": (8, decode_numbers("<i8")),
+    "BOOL": (1, decode_numbers("?")),
+}
+
+
+def open_safetensors(folder: Path) -> FileTensors:
+    """The checkpoint in `folder`. Every file is checked at once, but for the values of its weights.
+
+    Raises ExportError for a file that is missing, cut short or damaged, for a tensor that is not
+    where the index says, and for a type of numbers that is not supported.
+    """
+    if (folder / SINGLE).is_file():
+        return FileTensors(folder / SINGLE, _read_header(folder / SINGLE))
+    if not (folder / INDEX).is_file():
+        raise ExportError(f"{folder}: holds neither {SINGLE} nor {INDEX}")
+    shard_of = _read_index(folder / INDEX)
+    headers = {}
+    for shard in sorted(set(shard_of.values())):
+        if not (folder / shard).is_file():
+            raise ExportError(f"{folder / shard}: is missing, but {INDEX} names it")
+        headers[shard] = _read_header(folder / shard)
+    for name, shard in shard_of.items():
+        if name not in headers[shard]:
+            raise ExportError(f"{folder / shard}: has no tensor {name!r}, but {INDEX} says so")
+    return FileTensors(
+        folder / INDEX, {name: headers[shard][name] for name, shard in shard_of.items()}
+    )
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor names and the shards that hold them."""
+    try:
+        shard_of = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if not all(isinstance(shard, str) for shard in shard_of.values()):
+            raise TypeError("weight_map holds names of files only")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ExportError(f"{path}: not an index of safetensors files: {error!r}") from error
+    return dict(shard_of)
+
+
+def _read_header(path: Path) -> dict[str, FileTensor]:
+    """The tensors of one file. The library checks the header against the size of the file."""
+    try:
+        with safe_open(path, framework="numpy"), path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ExportError(f"{path}: not a whole safetensors file: {error}") from error
+    header.pop("__metadata__", None)
+    return {name: _tensor(path, name, 8 + size, entry) for name, entry in header.items()}
+
+
+def _tensor(path: Path, name: str, start: int, entry: dict[str, Any]) -> FileTensor:
+    if entry["dtype"] not in TYPES:
+        raise ExportError(
+            f"{path}: tensor {name!r} is {entry['dtype']}, which is not supported "
+            f"(supported: {', '.join(TYPES)})"
+        )
+    size, decode = TYPES[entry["dtype"]]
+    shape = tuple(entry["shape"])
+    return FileTensor(path, start + entry["data_offsets"][0], shape, size * prod(shape[1:]), decode)
