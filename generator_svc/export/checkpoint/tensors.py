@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
 from pathlib import Path
 from typing import Protocol
 
+from generator_svc.export.checkpoint.gguf_file import open_gguf
 from generator_svc.export.checkpoint.safetensors_folder import open_safetensors
 from generator_svc.export.checkpoint.source import Source
 from generator_svc.export.weights.matrix import Array, Matrix
+
+# A checkpoint that is no larger than this in float32 is kept in memory.
+MAX_KEPT_BYTES = 2**30
 
 
 class Tensors(Protocol):
@@ -28,14 +33,39 @@ class Tensors(Protocol):
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Rows start to stop along the first axis: float32 for any type of floats, else as it is.
 
-        The memory that reading took is given back, pages of mapped files included.
+        The array is the caller's own; nothing else that reading took stays in memory, pages of
+        mapped files included.
         """
         ...
 
 
 def open_tensors(source: Source) -> Tensors:
     """The tensors of a checkpoint on the disk; raises ExportError for files that are not whole."""
-    return open_safetensors(source.path)
+    tensors = open_gguf(source.path) if source.kind == "gguf" else open_safetensors(source.path)
+    elements = sum(prod(tensors.shape(name)) for name in tensors.names())
+    return KeptInMemory(tensors) if 4 * elements <= MAX_KEPT_BYTES else tensors
+
+
+class KeptInMemory:
+    """Reads each tensor once and keeps it: for small checkpoints that are read again and again."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        self._tensors = tensors
+        self._kept: dict[str, Array] = {}
+
+    def names(self) -> Iterable[str]:
+        return self._tensors.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors.shape(name)
+
+    def file(self, name: str) -> Path:
+        return self._tensors.file(name)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        if name not in self._kept:
+            self._kept[name] = self._tensors.read(name)
+        return self._kept[name][start:stop].copy()
 
 
 def matrix(tensors: Tensors, name: str) -> Matrix:

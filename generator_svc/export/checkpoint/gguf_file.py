@@ -1,0 +1,145 @@
+"""A GGUF file as the Hugging Face checkpoint from which llama.cpp made it.
+
+Names are translated, quantised blocks become float32 again, and the rows of Llama's queries and
+keys go back to their order.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFEndian, GGUFReader, dequantize
+
+from generator_svc.export.checkpoint.file_tensors import FileTensor, FileTensors
+from generator_svc.export.errors import ExportError
+from generator_svc.export.weights.matrix import Array
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral's is llama too
+
+# Standardized tensor names of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+TENSOR = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)")
+OUTSIDE_LAYERS = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+IN_LAYERS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+# Follow from the configuration, so that a checkpoint has no tensors for them.
+ROTARY = re.compile(r"rope_\w+\.weight|blk\.\d+\.attn_rot_embd\.weight")
+
+
+def open_gguf(path: Path) -> FileTensors:
+    """The checkpoint in the file `path`, which is checked at once but for the values of weights.
+
+    Raises ExportError for a file that is cut short, damaged or one of several parts, and for an
+    architecture, a tensor or a quantisation that is not known.
+    """
+    try:
+        reader = GGUFReader(path)
+    except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
+        raise ExportError(f"{path}: cut short, damaged or no GGUF file: {error}") from error
+    if reader.endianess != GGUFEndian.LITTLE:
+        raise ExportError(f"{path}: is big-endian, which is not supported")
+    if (parts := _metadata(reader, "split.count") or 1) > 1:
+        raise ExportError(
+            f"{path}: is one of {parts} parts; join them with `llama-gguf-split --merge`"
+        )
+    architecture = _metadata(reader, "general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise ExportError(
+            f"{path}: architecture {architecture!r} is not supported "
+            f"(supported: {', '.join(ARCHITECTURES)})"
+        )
+    heads = _permuted_heads(path, reader) if architecture == "llama" else {}
+    # The reader maps the whole file: nothing of it may be kept.
+    return FileTensors(
+        path,
+        {
+            _translate(path, tensor.name): _tensor(path, tensor, heads)
+            for tensor in reader.tensors
+            if not ROTARY.fullmatch(tensor.name)
+        },
+    )
+
+
+def _metadata(reader: GGUFReader, key: str) -> Any:
+    field = reader.get_field(key)
+    return None if field is None else field.contents()
+
+
+def _permuted_heads(path: Path, reader: GGUFReader) -> dict[str, int]:
+    """The tensors of a layer whose rows llama.cpp permutes, and the number of their heads."""
+    queries = _metadata(reader, "llama.attention.head_count")
+    keys = _metadata(reader, "llama.attention.head_count_kv") or queries
+    if not (isinstance(queries, int) and isinstance(keys, int)):
+        raise ExportError(f"{path}: needs one llama.attention.head_count for all layers")
+    return {"attn_q": queries, "attn_k": keys}
+
+
+def _translate(path: Path, name: str) -> str:
+    if match := TENSOR.fullmatch(name):
+        layer, part, kind = match.groups()
+        if layer is None and part in OUTSIDE_LAYERS:
+            return f"{OUTSIDE_LAYERS[part]}.{kind}"
+        if layer is not None and part in IN_LAYERS:
+            return f"model.layers.{layer}.{IN_LAYERS[part]}.{kind}"
+    raise ExportError(f"{path}: tensor {name!r} is not supported: a dense decoder has none such")
+
+
+def _tensor(path: Path, tensor: Any, permuted_heads: dict[str, int]) -> FileTensor:
+    """`tensor` is a gguf.ReaderTensor; its dimensions begin with that of neighbours in memory."""
+    kind, shape = tensor.tensor_type, tuple(reversed(tensor.shape.tolist()))
+    row_bytes, rest = divmod(int(tensor.n_bytes), shape[0])
+    if rest or not _can_dequantize(kind):
+        raise ExportError(f"{path}: tensor {tensor.name!r} is {kind.name}, which is not supported")
+    heads = next((n for part, n in permuted_heads.items() if f".{part}." in tensor.name), None)
+    if heads is None:
+        decode, group = _decode(kind), 1
+    else:
+        decode, group = _decode_heads(kind, shape[0] // heads), shape[0] // heads
+    return FileTensor(path, int(tensor.data_offset), shape, row_bytes, decode, group)
+
+
+def _can_dequantize(kind: GGMLQuantizationType) -> bool:
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _decode(kind: GGMLQuantizationType) -> Callable[[Array], Array]:
+    return lambda raw: dequantize(raw, kind)
+
+
+def _decode_heads(kind: GGMLQuantizationType, head_size: int) -> Callable[[Array], Array]:
+    """Decodes whole heads whose rows are permuted.
+
+    The two halves of a head are rotated together. llama.cpp interleaves their rows
+    (`LlamaModel.permute` in its convert_hf_to_gguf.py); a Hugging Face checkpoint has one half
+    after the other.
+    """
+
+    def decode(raw: Array) -> Array:
+        pairs = raw.reshape(-1, head_size // 2, 2, raw.shape[1])
+        halves = pairs.swapaxes(1, 2).reshape(raw.shape)
+        values: Array = dequantize(halves, kind)
+        return values
+
+    return decode
