@@ -35,6 +35,7 @@ DOORS = {
     "onnx": ("generator_svc/export/", "generator_svc/graphs/build.py"),
     "onnx_ir": ("generator_svc/export/",),
     "gguf": ("generator_svc/export/",),
+    "safetensors": ("generator_svc/export/",),
 }
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "misc", "base", "core", "manager"}
 STANDARD_LIBRARY_ONLY = (

@@ -110,10 +110,12 @@ def _tensor(path: Path, tensor: Any, permuted_heads: dict[str, int]) -> FileTens
         raise ExportError(f"{path}: tensor {tensor.name!r} is {kind.name}, which is not supported")
     heads = next((n for part, n in permuted_heads.items() if f".{part}." in tensor.name), None)
     if heads is None:
-        decode, group = _decode(kind), 1
-    else:
-        decode, group = _decode_heads(kind, shape[0] // heads), shape[0] // heads
-    return FileTensor(path, int(tensor.data_offset), shape, row_bytes, decode, group)
+        return FileTensor(path, int(tensor.data_offset), shape, row_bytes, _decode(kind))
+    size, rest = divmod(shape[0], heads)
+    if rest or size % 2:
+        raise ExportError(f"{path}: tensor {tensor.name!r} has {shape[0]} rows for {heads} heads")
+    decode = _decode_heads(kind, size)
+    return FileTensor(path, int(tensor.data_offset), shape, row_bytes, decode, size)
 
 
 def _can_dequantize(kind: GGMLQuantizationType) -> bool:

@@ -382,6 +382,7 @@ ONE_TENSOR = (np.zeros((4, 32), np.float32), GGMLQuantizationType.F32)
         ({"architecture": "gemma2"}, "architecture 'gemma2' is not supported"),
         ({"parts": 3}, "is one of 3 parts; join them"),
         ({"head_count_kv": [1, 2]}, "needs one llama.attention.head_count"),
+        ({"head_count_kv": 3}, "tensor 'blk.0.attn_k.weight' has 128 rows for 3 heads"),
         (
             {"more": {"blk.0.ffn_gate_exps.weight": ONE_TENSOR}},
             "tensor 'blk.0.ffn_gate_exps.weight' is not supported",
