@@ -65,8 +65,7 @@ class FileTensors:
 
 def decode_bfloat16(raw: Array) -> Array:
     """bfloat16 is the upper half of float32."""
-    bits = raw.view("<u2").astype(np.uint32)
-    bits <<= 16
+    bits: Array = np.left_shift(raw.view("<u2"), 16, dtype=np.uint32)
     return bits.view(np.float32)
 
 
