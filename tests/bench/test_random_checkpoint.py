@@ -1,0 +1,215 @@
+"""Checkpoints with random weights: the published form, and numbers that a model can live with."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+
+from bench.published import PUBLISHED
+from bench.published_text import published_tokenizer
+from bench.random_checkpoint import checkpoint_tensors, main, write_random_checkpoint
+
+NAMES = list(PUBLISHED)
+# Sizes small enough for a test; all else is as published.
+SMALL = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 3,
+    "vocab_size": 4096,
+}
+SMALL_EXPERTS = {"head_dim": 32, "num_local_experts": 8}
+FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+_HARMONY = {"<|return|>": 200002, "<|end|>": 200007, "<|call|>": 200012, "<|endofprompt|>": 200018}
+ADDED_TOKENS = {
+    "qwen-2.5-7b": {"<|endoftext|>": 151643, "<|im_end|>": 151645, "<|file_sep|>": 151664},
+    "deepseek-r1-distill-llama-8b": {
+        "<｜begin▁of▁sentence｜>": 128000,  # noqa: RUF001 - DeepSeek's bars
+        "<think>": 128013,
+        "<|reserved_special_token_247|>": 128255,
+    },
+    "gpt-oss-20b": _HARMONY,
+    "gpt-oss-120b": _HARMONY,
+}
+
+
+def small(name):
+    fields = SMALL | (SMALL_EXPERTS if name.startswith("gpt-oss") else {})
+    return PUBLISHED[name].with_config(**fields)
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(name, tmp_path_factory):
+    """Several shards."""
+    path = tmp_path_factory.mktemp("checkpoints") / name
+    return write_random_checkpoint(path, small(name), shard_bytes=2**20)
+
+
+@pytest.fixture(scope="module")
+def tensors(folder):
+    """All of them as they are stored, and in which file each is."""
+    return {
+        name: (tensor, path.name)
+        for path in folder.glob("*.safetensors")
+        for name, tensor in _read(path).items()
+    }
+
+
+def _read(path):
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+
+
+def _expected(config):
+    """Names and shapes of the model's parameters; experts as MXFP4 keeps them."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    shapes = {}
+    for name, parameter in model.state_dict().items():
+        if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+            experts, inputs, outputs = parameter.shape
+            shapes[f"{name}_blocks"] = (experts, outputs, inputs // 32, 16)
+            shapes[f"{name}_scales"] = (experts, outputs, inputs // 32)
+        else:
+            shapes[name] = tuple(parameter.shape)
+    return shapes
+
+
+def test_names_and_shapes_are_the_models(folder, tensors):
+    """The folder has the parameters that transformers' model of its config.json has."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+
+    assert _expected(config) == {name: tuple(t.shape) for name, (t, _) in tensors.items()}
+
+
+def test_at_full_size_too(name, tmp_path):
+    """The published configuration, of which no weights are written here."""
+    config = PUBLISHED[name].config
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    read = transformers.AutoConfig.from_pretrained(tmp_path)
+
+    assert _expected(read) == {t.name: t.shape for t in checkpoint_tensors(config)}
+
+
+def test_the_index_finds_every_tensor(folder, tensors):
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    size = sum(tensor.nbytes for tensor, _ in tensors.values())
+
+    assert {name: file for name, (_, file) in tensors.items()} == index["weight_map"]
+    assert size == index["metadata"]["total_size"]
+    assert len(set(index["weight_map"].values())) > 1
+
+
+def test_what_is_stored_has_the_published_types(tensors):
+    """Experts in bytes, everything else in bfloat16."""
+    for name, (tensor, _) in tensors.items():
+        packed = name.endswith(("_blocks", "_scales"))
+
+        assert tensor.dtype == (torch.uint8 if packed else torch.bfloat16), name
+
+
+def test_numbers_are_of_their_size(tensors):
+    """Around one for norms and zero for all else; no row of a matrix is another's."""
+    for name, (tensor, _) in tensors.items():
+        if tensor.dtype == torch.uint8:
+            continue
+        numbers = tensor.float().numpy()
+        mean = 1.0 if "norm" in name else 0.0
+        assert np.isfinite(numbers).all(), name
+        if tensor.ndim == 2 and name.endswith("weight"):
+            deviation = 1.0 if "embed" in name else tensor.shape[1] ** -0.5
+            assert abs(numbers.std() / deviation - 1) < 0.1, name
+            assert len(numbers) == len(np.unique(numbers, axis=0)), name
+            assert min(numbers.shape) == np.linalg.matrix_rank(numbers), name
+        if not name.endswith("sinks"):
+            assert abs(numbers.mean() - mean) < 0.1, name
+
+
+def test_experts_are_of_their_size(name, folder):
+    """Once unpacked, as large as the number of their inputs asks for."""
+    experts = [t for t in checkpoint_tensors(small(name).config) if t.kind == "scales"]
+    assert bool(experts) == name.startswith("gpt-oss")
+    for scales in experts:
+        stored = dict(kv for path in folder.glob("*.safetensors") for kv in _read(path).items())
+        blocks = stored[scales.name.replace("_scales", "_blocks")].numpy()
+        values = FP4[np.stack([blocks & 15, blocks >> 4], -1)].reshape(*blocks.shape[:3], 32)
+        values *= np.exp2(stored[scales.name].numpy() - 127.0)[..., None]
+
+        assert 0.6 < values.std() * (blocks.shape[2] * 32) ** 0.5 < 1.6
+        assert len(np.unique(stored[scales.name])) == 3
+
+
+def test_the_model_computes(folder, name):
+    """Logits near one, which depend on what was asked."""
+    quantization = {}
+    if name.startswith("gpt-oss"):
+        quantization["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, **quantization
+    )
+    with torch.no_grad():
+        hidden = model(torch.arange(48).view(2, 24), output_hidden_states=True)
+    logits = hidden.logits.float()
+
+    assert 0.5 < logits.std() < 2
+    assert 0.5 < (logits[0, -1] - logits[1, -1]).std()
+    assert hidden.hidden_states[-2].float().abs().max() < 50
+
+
+def test_the_seed_decides(tmp_path):
+    published = small("qwen-2.5-7b")
+    folders = [
+        write_random_checkpoint(tmp_path / str(index), published, seed)
+        for index, seed in enumerate((1, 1, 2))
+    ]
+    first, same, other = ((f / "model-00001-of-00001.safetensors").read_bytes() for f in folders)
+
+    assert first == same
+    assert first != other
+
+
+def test_added_tokens_have_their_published_ids(name):
+    """And any text comes back."""
+    tokenizer = published_tokenizer(PUBLISHED[name])
+    text = "Zwölf Boxkämpfer jagen, 十二\n\n  12345"
+
+    assert ADDED_TOKENS[name] == {t: tokenizer.token_to_id(t) for t in ADDED_TOKENS[name]}
+    assert text == tokenizer.decode(tokenizer.encode(text).ids)
+
+
+def test_layers_are_cut_everywhere(name):
+    """What config.json says of each layer is as long as there are layers."""
+    config = PUBLISHED[name].with_config(num_hidden_layers=2).config
+
+    assert len(config.get("layer_types", "12")) == 2
+    assert config.get("max_window_layers", 2) == 2
+
+
+def test_a_folder_appears_whole(tmp_path, monkeypatch):
+    """What failed half-way leaves nothing, and does not stand in the way."""
+    published = small("qwen-2.5-7b")
+    with monkeypatch.context() as patch:
+        patch.setattr("bench.random_checkpoint._normal", None)
+        with pytest.raises(TypeError):
+            write_random_checkpoint(tmp_path / "model", published)
+
+    assert list(tmp_path.iterdir()) == []
+    assert write_random_checkpoint(tmp_path / "model", published).is_dir()
+
+
+@pytest.mark.parametrize("layers", ["0", "29"])
+def test_a_number_of_layers_that_is_not_there_is_refused(layers, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["", "qwen-2.5-7b", str(tmp_path / "m"), "--layers", layers])
+    with pytest.raises(SystemExit):
+        main()
+
+    assert "--layers: qwen-2.5-7b has 28, so from 1 to 28" in capsys.readouterr().err
