@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings
 
 import rest_facade.metrics
 import tokenizer_svc.metrics
+from bench import published_sizes
 from generator_svc.config import GeneratorSettings
 from generator_svc.engine import Load
 from generator_svc.metering import Meter
@@ -156,6 +157,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "metrics-tokenizer-svc": lambda: metrics(touched(tokenizer_svc.metrics.Metrics().registry)),
     "metrics-generator-svc": lambda: metrics(touched(generator_registry())),
     "errors": markdown_table,
+    "model-sizes": published_sizes.sizes_markdown,
+    "model-cards": published_sizes.cards_markdown,
     "schema-keywords": compatibility.keywords_markdown,
     **{
         name: lambda rows=rows: compatibility.markdown(rows)

@@ -16,6 +16,7 @@ HERE = Path(__file__).parent
 # What --fast leaves out: tests that need PyTorch and its kin, or a model that the exporter makes,
 NEED_THE_EXPORTER = (
     "bench/test_gpu_bench.py",
+    "bench/test_published_sizes.py",
     "bench/test_random_checkpoint.py",
     "bench/test_random_llama.py",
     "cli/test_cli_export.py",

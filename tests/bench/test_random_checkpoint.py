@@ -213,3 +213,17 @@ def test_a_number_of_layers_that_is_not_there_is_refused(layers, tmp_path, monke
         main()
 
     assert "--layers: qwen-2.5-7b has 28, so from 1 to 28" in capsys.readouterr().err
+
+
+def test_the_command_writes_what_is_not_there_yet(tmp_path, monkeypatch, capsys):
+    """With as many layers as asked for; a folder that exists is left as it is."""
+    monkeypatch.setitem(PUBLISHED, "qwen-2.5-7b", small("qwen-2.5-7b"))
+    folder = tmp_path / "qwen-2.5-7b"
+    monkeypatch.setattr("sys.argv", ["", "qwen-2.5-7b", str(folder), "--layers", "1"])
+    main()
+    config = transformers.AutoConfig.from_pretrained(folder)
+    with pytest.raises(SystemExit):
+        main()
+
+    assert config.num_hidden_layers == 1
+    assert capsys.readouterr().err == f"{folder} is already there\n"

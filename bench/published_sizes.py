@@ -1,0 +1,144 @@
+"""What the published models take on disk, in memory and on a card, by their configurations.
+
+The tables of docs/models.md; `make docs` writes them there. Sizes of exported folders are those of
+the exporter's formats: blocks of 32 weights share a scale, and a zero point where they are not
+symmetric; embedding, norms and biases stay in the type of the activations.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from bench.published import PUBLISHED
+from bench.random_checkpoint import CheckpointTensor, checkpoint_tensors
+from generator_svc.config import GeneratorSettings
+
+BLOCK = 32
+# Each precision on each device, in the order of the tables; gpt-oss has some of them.
+DEVICES = {"cuda": ("fp16", "int8", "int4"), "cpu": ("w8a8", "int8", "int4", "fp32")}
+SOURCES = {
+    "deepseek-r1-distill-llama-8b": "deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
+    "qwen-2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
+    "gpt-oss-120b": "openai/gpt-oss-120b",
+    "gpt-oss-20b": "openai/gpt-oss-20b",
+}
+# Bytes that CUDA has to give away on cards of so many GB: an L4, an L40S, an H100 and an H200.
+CARDS = {24: 22.5 * 2**30, 48: 44.5 * 2**30, 80: 78 * 2**30, 141: 139 * 2**30}
+# Of the host's memory beside weights and cache.
+WORKING_BYTES = 272 * 2**20
+CACHED_TOKENS = 8192  # in the column of the host's memory
+
+
+def checkpoint_bytes(config: dict[str, Any]) -> int:
+    """Of all tensors, as they are published."""
+    return sum(tensor.size for tensor in checkpoint_tensors(config))
+
+
+def cached_bytes(config: dict[str, Any], device: str) -> int:
+    """Of one token in the KV cache, which is float16 on CUDA and float32 on the CPU."""
+    kv_heads = config["num_key_value_heads"]
+    return 2 * config["num_hidden_layers"] * kv_heads * _head_size(config) * _float_bytes(device)
+
+
+def folder_bytes(config: dict[str, Any], precision: str, device: str) -> int:
+    """Of the exported weights on disk; on the CPU they take as much memory."""
+    return _weight_bytes(config, precision, device, mxfp4_scales=1)
+
+
+def loaded_bytes(config: dict[str, Any], precision: str, device: str) -> int:
+    """Of the weights on the device, where MXFP4 has scales in float16 beside the exponents."""
+    return _weight_bytes(config, precision, device, mxfp4_scales=3)
+
+
+def _weight_bytes(config: dict[str, Any], precision: str, device: str, mxfp4_scales: int) -> int:
+    """`mxfp4_scales` is the number of bytes that a block's scale takes."""
+    floats = _float_bytes(device) if precision != "fp32" else 4
+    rotary = config["max_position_embeddings"] * _head_size(config) * floats
+    return rotary + sum(
+        _tensor_bytes(tensor, precision, floats, device, mxfp4_scales)
+        for tensor in checkpoint_tensors(config)
+    )
+
+
+def _tensor_bytes(
+    tensor: CheckpointTensor, precision: str, floats: int, device: str, mxfp4_scales: int
+) -> int:
+    elements, name = math.prod(tensor.shape), tensor.name
+    if tensor.kind == "blocks":
+        if device == "cuda":
+            return elements
+        return elements if precision == "int4" else 2 * elements
+    if tensor.kind == "scales":
+        return elements * (mxfp4_scales if device == "cuda" else floats)
+    is_matrix = len(tensor.shape) == 2 and name.endswith("proj.weight")
+    if precision in ("fp16", "fp32") or not (is_matrix or name == "lm_head.weight"):
+        return elements * floats
+    blocks = tensor.shape[0] * -(-tensor.shape[1] // BLOCK)
+    if name == "lm_head.weight":
+        return blocks * (BLOCK + floats)
+    if precision == "int4":
+        return blocks * BLOCK // 2 + blocks * floats + blocks // 2
+    if precision == "w8a8" and "down_proj" not in name:
+        return elements + tensor.shape[0] * floats
+    return blocks * (BLOCK + floats + 1)
+
+
+def _float_bytes(device: str) -> int:
+    return 2 if device == "cuda" else 4
+
+
+def _head_size(config: dict[str, Any]) -> int:
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def precisions(config: dict[str, Any], device: str) -> list[str]:
+    """Those that a model with this configuration has there."""
+    has_experts = "num_local_experts" in config
+    return [p for p in DEVICES[device] if not has_experts or p not in ("w8a8", "fp32")]
+
+
+def sizes_markdown() -> str:
+    """Disk and memory of each model in each precision."""
+    lines = [
+        "| model | options | checkpoint | folder | weights in memory | cache of 1,000 tokens |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for model, _ in SOURCES.items():
+        config = PUBLISHED[model].config
+        for device in DEVICES:
+            for precision in precisions(config, device):
+                row = [
+                    f"`{model}`",
+                    f"`--device {device} --precision {precision}`",
+                    _gb(checkpoint_bytes(config)),
+                    _gb(folder_bytes(config, precision, device)),
+                    _gb(loaded_bytes(config, precision, device)),
+                    _gb(1000 * cached_bytes(config, device), 3),
+                ]
+                lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines) + "\n"
+
+
+def cards_markdown() -> str:
+    """How many tokens the cache holds on cards of several sizes, next to the weights."""
+    share = GeneratorSettings.model_fields["kv_memory_share"].default
+    lines = [
+        f"| model | precision | {' | '.join(f'{card} GB' for card in CARDS)} |",
+        f"| --- | --- | {' | '.join('---:' for _ in CARDS)} |",
+    ]
+    for model in SOURCES:
+        config = PUBLISHED[model].config
+        for precision in precisions(config, "cuda"):
+            weights = loaded_bytes(config, precision, "cuda")
+            tokens = [
+                int(share * (usable - weights) / cached_bytes(config, "cuda"))
+                for usable in CARDS.values()
+            ]
+            shown = [f"{count // 1000 * 1000:,}" if count >= 1000 else "—" for count in tokens]
+            lines.append(f"| `{model}` | {precision} | {' | '.join(shown)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _gb(size: float, digits: int = 1) -> str:
+    return f"{size / 1e9:,.{digits}f} GB"
