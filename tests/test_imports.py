@@ -36,6 +36,8 @@ DOORS = {
     "onnx_ir": ("generator_svc/export/",),
     "gguf": ("generator_svc/export/",),
     "safetensors": ("generator_svc/export/",),
+    "huggingface_hub": ("generator_svc/export/checkpoint/hub.py",),
+    "requests": ("generator_svc/export/checkpoint/hub.py",),
 }
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "misc", "base", "core", "manager"}
 STANDARD_LIBRARY_ONLY = (

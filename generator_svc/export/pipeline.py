@@ -186,7 +186,11 @@ def _build(
     began = time.monotonic()
     folder = scratch / "model"
     progress("fetching", 0.0)
-    origin = locate(source, cache)
+
+    def received(there: int, total: int) -> None:
+        progress(f"fetching: {there / 1e9:.1f} of {total / 1e9:.1f} GB", 0.05 * there / total)
+
+    origin = locate(source, cache, received)
     progress("loading the checkpoint", 0.05)
     from generator_svc.export.checkpoint.checkpoint import load_checkpoint
     from generator_svc.export.tokenizer_files import write_tokenizer

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 import subprocess
 import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from generator_svc.export.checkpoint.files import INDEX_FILE, Kind, check_is_whole, choose_files
+from generator_svc.export.checkpoint.hub import HubName, Received, fetch
 from generator_svc.export.errors import ExportError
 from trivium.cache_folder import cache_folder
 
@@ -34,54 +34,69 @@ EMBEDDED_LICENCE = (
 # miss what it knows: greedy, it says that the capital of France is Paris; at 0.2 in 6 of 10 tries.
 EMBEDDED_SAMPLING = {"do_sample": False}
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
-
 
 @dataclass(frozen=True)
 class Source:
     """A checkpoint on the disk: a Hugging Face folder, or one GGUF file."""
 
     label: str
-    kind: Literal["folder", "gguf"]
+    kind: Kind
     path: Path
 
 
-def locate(source: str, cache: Path | None = None) -> Source:
-    """Finds or fetches what `source` names: a folder, a GGUF file, the default, or a hub id."""
+def unheard(there: int, total: int) -> None:
+    """Tells nobody how many bytes have been received."""
+
+
+def locate(source: str, cache: Path | None = None, received: Received = unheard) -> Source:
+    """Finds or fetches what `source` names: a folder, a GGUF file, the default, or a hub id.
+
+    A folder or file of that name comes first. `received` hears of a download from the hub. Raises
+    ExportError for what is none of them, or lacks something.
+    """
     path = Path(source).expanduser()
     if path.is_dir():
         return _in_folder(source, path)
     if path.is_file():
-        if path.suffix != ".gguf":
-            raise ExportError(f"{path}: a checkpoint file must be a .gguf file")
-        return Source(source, "gguf", path)
+        return _file(source, path)
     if source == EMBEDDED_MODEL:
         return Source(source, "gguf", _embedded((cache or cache_folder()) / "sources"))
-    if HUB_ID.fullmatch(source):
-        return Source(source, "folder", _from_hub(source))
+    name = HubName.parse(source)
+    if name is not None and not _is_path(source):
+        return Source(source, *fetch(name, received))
+    if _is_path(source) or (path.parent != Path() and "://" not in source):
+        raise ExportError(f"{source}: {_where_it_ends(path)}")
     raise ExportError(
         f"{source!r} is no folder, no .gguf file, no hub id (owner/name) and not {EMBEDDED_MODEL!r}"
     )
 
 
 def _in_folder(label: str, folder: Path) -> Source:
-    if (folder / "config.json").is_file():
-        return Source(label, "folder", folder)
-    files = sorted(folder.glob("*.gguf"))
-    if len(files) == 1:
-        return Source(label, "gguf", files[0])
-    raise ExportError(f"{folder}: holds neither config.json nor exactly one .gguf file")
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    kind, files = choose_files(label, names, lambda: folder / INDEX_FILE)
+    return Source(label, kind, folder / files[0] if kind == "gguf" else folder)
 
 
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+def _file(label: str, path: Path) -> Source:
+    if path.name.endswith((".safetensors", ".safetensors.index.json")):
+        raise ExportError(f"{label}: is one file of a checkpoint; name its folder: {path.parent}")
+    if path.suffix != ".gguf":
+        raise ExportError(f"{label}: a checkpoint file must be a .gguf file")
+    check_is_whole(str(path.parent), path.name)
+    return Source(label, "gguf", path)
 
-    try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ExportError(f"{name}: not available from the hub: {error}") from error
+
+def _is_path(source: str) -> bool:
+    """Whether it can only be meant for a path, although it may look like owner/name."""
+    return source.startswith(("/", "./", "../", "~")) or (
+        source.endswith((".gguf", ".safetensors")) and ":" not in source
+    )
+
+
+def _where_it_ends(path: Path) -> str:
+    """Which part of a path is not there, so that one sees what is misspelt."""
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    return f"no such file or folder: {there} has no {path.absolute().relative_to(there).parts[0]}"
 
 
 def _embedded(folder: Path) -> Path:

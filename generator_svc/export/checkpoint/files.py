@@ -1,0 +1,108 @@
+"""Which of a checkpoint's files are read, by their names; the same for a folder and for the hub."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Literal
+
+from generator_svc.export.errors import ExportError
+
+Kind = Literal["folder", "gguf"]
+
+CONFIG_FILE = "config.json"
+INDEX_FILE = "model.safetensors.index.json"
+WEIGHTS_FILE = "model.safetensors"
+TOKENIZER_FILE = "tokenizer.json"
+TEXT_FILES = (
+    "generation_config.json",
+    TOKENIZER_FILE,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+# What tokenizer.json is made from where there is none.
+SLOW_TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
+
+_PART_OF_GGUF = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
+_MAX_NAMES_TOLD = 8
+
+
+def choose_files(
+    label: str, names: Collection[str], index: Callable[[], Path], gguf: str | None = None
+) -> tuple[Kind, list[str]]:
+    """Of the files of a checkpoint, those that are read: configuration, tokenizer and weights.
+
+    `names` are relative to the checkpoint's folder; `index` gives the path of the index of shards
+    and is called where `names` has one. Safetensors come before GGUF, unless `gguf` names a file,
+    or a quantisation as in its name (Q4_K_M). Raises ExportError, beginning with `label`, where
+    something is missing or more than one file could be meant.
+    """
+    if gguf is not None:
+        return "gguf", [_find_gguf(label, names, gguf)]
+    if INDEX_FILE in names or WEIGHTS_FILE in names:
+        if CONFIG_FILE not in names:
+            raise ExportError(f"{label}: has weights but no {CONFIG_FILE}")
+        slow = () if TOKENIZER_FILE in names else SLOW_TOKENIZER_FILES
+        small = [name for name in (CONFIG_FILE, *TEXT_FILES, *slow) if name in names]
+        if INDEX_FILE in names:
+            return "folder", [*small, INDEX_FILE, *_shards(label, names, index())]
+        return "folder", [*small, WEIGHTS_FILE]
+    found = [name for name in names if name.endswith(".gguf")]
+    if len(found) > 1:
+        raise ExportError(f"{label}: has {len(found)} GGUF files, name one: {_listed(found)}")
+    if found:
+        return "gguf", [check_is_whole(label, found[0])]
+    raise ExportError(_no_weights(label, names))
+
+
+def check_is_whole(label: str, gguf: str) -> str:
+    """`gguf` again; ExportError if it is one part of a model in several files."""
+    part = _PART_OF_GGUF.search(gguf)
+    if part and int(part[1]) > 1:
+        raise ExportError(
+            f"{label}: {gguf} is one of {int(part[1])} parts; make one file of them with "
+            "llama-gguf-split --merge"
+        )
+    return gguf
+
+
+def _find_gguf(label: str, names: Collection[str], wanted: str) -> str:
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    if wanted in ggufs:
+        return check_is_whole(label, wanted)
+    tag = re.compile(rf"(^|[-._/]){re.escape(wanted)}[-./]", re.IGNORECASE)
+    found = [name for name in ggufs if tag.search(name)]
+    if len(found) == 1:
+        return check_is_whole(label, found[0])
+    if found:
+        raise ExportError(f"{label}: {wanted} stands for {len(found)} files: {_listed(found)}")
+    raise ExportError(f"{label}: has no {wanted}; its GGUF files: {_listed(ggufs) or 'none'}")
+
+
+def _shards(label: str, names: Collection[str], index: Path) -> list[str]:
+    try:
+        shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ExportError(f"{label}: {INDEX_FILE} is no index of tensors by file") from None
+    missing = [shard for shard in shards if shard not in names]
+    if missing:
+        raise ExportError(f"{label}: {INDEX_FILE} names what is not there: {_listed(missing)}")
+    return shards
+
+
+def _no_weights(label: str, names: Collection[str]) -> str:
+    said = f"{label}: has neither {WEIGHTS_FILE} (or its index of shards) nor a GGUF file"
+    if not names:
+        return f"{said}; it is empty"
+    if any(name.endswith((".bin", ".pth", ".pt")) for name in names):
+        said += ", and PyTorch's pickles are not read: let transformers save it as safetensors"
+    return f"{said}; it has {_listed(names)}"
+
+
+def _listed(names: Collection[str]) -> str:
+    told = sorted(names)[:_MAX_NAMES_TOLD]
+    more = len(names) - len(told)
+    return ", ".join(told) + (f" and {more} more" if more else "")

@@ -1,0 +1,308 @@
+"""A checkpoint from the Hugging Face Hub: what is needed of it, in the hub's own cache.
+
+All that huggingface_hub knows holds here: HF_ENDPOINT, HF_TOKEN and the token file, HF_HUB_OFFLINE,
+HF_HOME, its layout of the cache, and files that are there in part and resumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import queue
+import re
+import shutil
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from generator_svc.export.checkpoint.files import INDEX_FILE, Kind, choose_files
+from generator_svc.export.errors import ExportError
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.hf_api import RepoSibling
+
+Received = Callable[[int, int], None]
+"""Called with the bytes that are there and the bytes that there will be."""
+
+MAX_STREAMS = 4  # files at a time; one connection alone seldom fills a line
+_POLL_SECONDS = 0.25
+_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^\s:]+))?(?::(?P<gguf>\S+))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class HubName:
+    """`owner/name`, `@` a branch, tag or commit, `:` a GGUF file or its quantisation (Q4_K_M)."""
+
+    text: str
+    repo: str
+    revision: str
+    gguf: str | None
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        """None for what is no name of that form."""
+        found = _NAME.fullmatch(text)
+        return found and cls(text, found["repo"], found["revision"] or "main", found["gguf"])
+
+
+def fetch(name: HubName, received: Received) -> tuple[Kind, Path]:
+    """The folder of a checkpoint, or the path of a GGUF file, fetched where it is not there yet.
+
+    Without a network, or in offline mode, what is whole in the cache is taken. Raises ExportError
+    for all else: what was fetched until then stays, and the next call goes on from there.
+    """
+    # Xet, which huggingface_hub prefers, starts a file anew after an interruption.
+    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+    from huggingface_hub import constants
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if constants.HF_HUB_OFFLINE:
+        return _from_cache(name, "offline mode is on (HF_HUB_OFFLINE)")
+    disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        commit, files = _list_files(name)
+    except _Unreachable as error:
+        return _from_cache(name, str(error))
+    except (OSError, ValueError) as error:
+        raise ExportError(_explanation(name, error)) from error
+    download = _Download(name, commit, files)
+    try:
+        kind, wanted = choose_files(name.text, files, lambda: download.one(INDEX_FILE), name.gguf)
+        download.check_room(wanted)
+        download.all(wanted, received)
+        return kind, download.finish(kind, wanted)
+    except ExportError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ExportError(_explanation(name, error)) from error
+
+
+class _Unreachable(Exception):
+    """The hub does not answer; says why."""
+
+
+def _list_files(name: HubName) -> tuple[str, dict[str, RepoSibling]]:
+    """The commit that the revision is now, and its files by name."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+    from requests.exceptions import ConnectionError, Timeout
+
+    try:
+        info = HfApi().model_info(
+            name.repo,
+            revision=name.revision,
+            files_metadata=True,
+            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+        )
+    except (ConnectionError, Timeout) as error:
+        raise _Unreachable(f"{constants.ENDPOINT} cannot be reached ({_root(error)})") from error
+    except HfHubHTTPError as error:
+        status = _status(error)
+        if status < 500:
+            raise
+        raise _Unreachable(f"{constants.ENDPOINT} answers with status {status}") from error
+    if info.sha is None:
+        raise ValueError(f"{constants.ENDPOINT} does not say which commit {name.revision} is")
+    return info.sha, {file.rfilename: file for file in info.siblings or []}
+
+
+def _from_cache(name: HubName, why: str) -> tuple[Kind, Path]:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name.repo, revision=name.revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        raise ExportError(
+            f"{name.text}: {why}, and it is not in the cache ({constants.HF_HUB_CACHE}); "
+            f"there is no folder of that name here either"
+        ) from None
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    try:
+        kind, files = choose_files(name.text, names, lambda: folder / INDEX_FILE, name.gguf)
+    except ExportError as error:
+        raise ExportError(f"{error} ({why}, and this is what the cache has)") from None
+    return kind, folder / files[0] if kind == "gguf" else folder
+
+
+class _Download:
+    """Files of one commit on their way into the cache."""
+
+    def __init__(self, name: HubName, commit: str, files: dict[str, RepoSibling]) -> None:
+        from huggingface_hub import constants
+        from huggingface_hub.file_download import repo_folder_name
+
+        self._name = name
+        self._commit = commit
+        self._files = files
+        self._cache = Path(constants.HF_HUB_CACHE)
+        self._folder = self._cache / repo_folder_name(repo_id=name.repo, repo_type="model")
+        self._snapshot = self._folder / "snapshots" / commit
+
+    def one(self, file: str) -> Path:
+        """Goes on for as long as each connection brings something."""
+        from huggingface_hub import hf_hub_download
+        from requests.exceptions import ChunkedEncodingError
+
+        path = self._snapshot / file
+        while not path.exists():
+            before = self._size(file)
+            try:
+                hf_hub_download(self._name.repo, file, revision=self._commit)
+                self._check(file)
+            except ChunkedEncodingError:
+                if self._size(file) <= before:
+                    raise
+        return path
+
+    def check_room(self, files: list[str]) -> None:
+        """ExportError if the disk cannot hold what is still to come."""
+        missing = sum((self._files[file].size or 0) - self._size(file) for file in files)
+        self._cache.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self._cache).free
+        if missing > free:
+            raise ExportError(
+                f"{self._name.text}: {missing / 1e9:.1f} GB are still to come, and the disk of "
+                f"{self._cache} has {free / 1e9:.1f} GB free"
+            )
+
+    def all(self, files: list[str], received: Received) -> None:
+        """Several at a time, on threads that end with the process: Ctrl-C waits for no shard."""
+        waiting = deque(files)
+        ended: queue.Queue[Exception | None] = queue.Queue()
+
+        def work() -> None:
+            try:
+                while True:
+                    self.one(waiting.popleft())
+                    ended.put(None)
+            except IndexError:
+                pass  # none is left
+            except Exception as error:
+                ended.put(error)
+
+        for _ in range(min(MAX_STREAMS, len(files))):
+            threading.Thread(target=work, daemon=True).start()
+        total = sum(self._files[file].size or 0 for file in files)
+        left = len(files)
+        try:
+            while left:
+                try:
+                    error = ended.get(timeout=_POLL_SECONDS)
+                except queue.Empty:
+                    pass
+                else:
+                    if error is not None:
+                        raise error
+                    left -= 1
+                if total:  # a mirror may not say how large files are
+                    received(sum(map(self._size, files)), total)
+        finally:
+            waiting.clear()
+
+    def finish(self, kind: Kind, files: list[str]) -> Path:
+        """Notes what the revision is, by which it is found without the hub; returns the path."""
+        if not _COMMIT.fullmatch(self._name.revision):
+            ref = self._folder / "refs" / self._name.revision
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            ref.write_text(self._commit)
+        return self._snapshot / files[0] if kind == "gguf" else self._snapshot
+
+    def _size(self, file: str) -> int:
+        """Bytes of a file that are there, of one that is still being fetched too."""
+        listed = self._files[file]
+        blob = listed.lfs.sha256 if listed.lfs else listed.blob_id
+        for path in (self._snapshot / file, self._folder / "blobs" / f"{blob}.incomplete"):
+            try:
+                return path.stat().st_size
+            except FileNotFoundError:
+                pass
+        return 0
+
+    def _check(self, file: str) -> None:
+        """A part that was left behind by something else may hold anything."""
+        lfs, path = self._files[file].lfs, self._snapshot / file
+        if lfs is None:
+            return
+        with path.open("rb") as content:
+            if hashlib.file_digest(content, "sha256").hexdigest() == lfs.sha256:
+                return
+        path.resolve().unlink()
+        path.unlink()
+        raise ExportError(
+            f"{self._name.text}: {file} came damaged (its SHA-256 is not what the hub says) and "
+            "was removed; run it again"
+        )
+
+
+def _explanation(name: HubName, error: Exception) -> str:
+    """One line on what is missing, and what to do about it."""
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+    from requests.exceptions import RequestException
+
+    hub, has_token = constants.ENDPOINT, get_token() is not None
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    match error:
+        case GatedRepoError() if has_token:
+            said = f"is gated, and your token has no access: ask for it at {hub}/{name.repo}"
+        case GatedRepoError():
+            said = (
+                f"is gated: ask for access at {hub}/{name.repo}, then set HF_TOKEN to your token "
+                "(or log in with `hf auth login`)"
+            )
+        case RepositoryNotFoundError():
+            said = f"there is no such folder, and {hub} has no such model; "
+            said += "a private one needs " + ("another token" if has_token else "HF_TOKEN")
+        case RevisionNotFoundError():
+            said = f"{hub}/{name.repo} has no revision {name.revision!r}"
+        case EntryNotFoundError():
+            said = f"{hub} lists a file that it does not have: {_first_line(error)}"
+        case HFValidationError():
+            said = f"is no folder and no hub id: {_first_line(error)}"
+        case HfHubHTTPError() if _status(error) == 401:
+            said = f"{hub} does not accept your token (HF_TOKEN, or the file of `hf auth login`)"
+        case HfHubHTTPError() if _status(error) == 403:
+            said = f"{hub} denies access; your token may lack the right to read this model"
+        case HfHubHTTPError():
+            said = f"{hub} answers with status {_status(error)}"
+        case RequestException():
+            said = f"the download broke off ({_root(error)}); run it again and it goes on"
+        case OSError(strerror=str(reason)):
+            said = f"cannot be fetched into {constants.HF_HUB_CACHE}: {reason}"
+        case _:
+            said = _first_line(error)
+    return f"{name.text}: {said}"
+
+
+def _status(error: HfHubHTTPError) -> int:
+    assert error.response is not None
+    return error.response.status_code
+
+
+def _root(error: BaseException) -> str:
+    """What the operating system said, beneath the layers of HTTP libraries."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    reason: Any = getattr(error, "strerror", None)
+    return reason or _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)

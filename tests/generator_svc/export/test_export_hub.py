@@ -1,0 +1,441 @@
+"""A checkpoint from a hub: what is fetched, resumed, taken from the cache, and what is told.
+
+huggingface_hub reads its settings when it is imported, so each download has its own process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from http import HTTPStatus
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.model_hub import ModelHub
+from tests.tiny_models import tiny_checkpoint
+from trivium.model_directory import load_model_directory
+
+ROOT = Path(__file__).parents[3]
+LOCATE = """
+import resource, shutil, sys
+from generator_svc.export import ExportError
+from generator_svc.export.checkpoint.source import locate
+source, before = sys.argv[1:]
+exec(before)
+try:
+    found = locate(source, received=lambda there, total: print(there, total, sep="/"))
+except ExportError as error:
+    sys.exit(f"told: {error}")
+print(found.kind, found.path)
+"""
+CHUNK = 10 * 2**20  # what huggingface_hub keeps in memory before it writes
+SMALL = ["chat_template.jinja", "config.json", "tokenizer.json", "tokenizer_config.json"]
+INDEX = "model.safetensors.index.json"
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+
+
+@pytest.fixture
+def hub() -> Iterator[ModelHub]:
+    with ModelHub().served() as hub:
+        yield hub
+
+
+class User:
+    """Somebody with a cache and an environment of their own."""
+
+    def __init__(self, home: Path, hub: ModelHub) -> None:
+        self.home = home
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        self.environment = kept | {
+            "HF_HOME": str(home),
+            "HF_ENDPOINT": hub.url,
+            "NO_PROXY": "127.0.0.1",
+            "TRANSFORMERS_OFFLINE": "",
+        }
+
+    def start(self, *command: str, **environment: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=self.environment | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def locate(self, source: str, before: str = "", **environment: str) -> tuple[str, list[str]]:
+        """Kind and path, or what is told on standard error; and the progress."""
+        process = self.start("-c", LOCATE, source, before, **environment)
+        output, errors = process.communicate(timeout=300)
+        lines = output.splitlines()
+        if process.returncode == 0:
+            assert errors == ""  # no bars, no warnings
+            return lines[-1], lines[:-1]
+        assert errors.startswith("told: "), errors
+        assert len(errors.splitlines()) == 1
+        return errors.removeprefix("told: ").strip(), lines
+
+
+@pytest.fixture
+def user(tmp_path: Path, hub: ModelHub) -> User:
+    return User(tmp_path / "home", hub)
+
+
+def files(*names: str, **content: bytes) -> dict[str, bytes | Path]:
+    """A repository's files, small and without a meaning, but for those with their own content."""
+    return {**{name: name.encode() for name in names}, **content}
+
+
+def in_shards() -> dict[str, bytes | Path]:
+    """The text side of a checkpoint and two shards with their index."""
+    shards = {"a": SHARDS[0], "b": SHARDS[1], "c": SHARDS[0]}
+    return files(*SMALL, *SHARDS) | {INDEX: json.dumps({"weight_map": shards}).encode()}
+
+
+def test_fetches_what_is_read_and_nothing_else(hub: ModelHub, user: User) -> None:
+    """No other formats, no copies in folders, no shard that the index does not name."""
+    hub.models["acme/tiny"] = {
+        "main": in_shards()
+        | files(
+            "README.md",
+            ".gitattributes",
+            "USE_POLICY.md",
+            "consolidated.safetensors",
+            "pytorch_model-00001-of-00002.bin",
+            "pytorch_model.bin.index.json",
+            "tf_model.h5",
+            "tiny-Q4_K_M.gguf",
+            "tokenizer.model",
+            "vocab.json",
+            "merges.txt",
+            "original/consolidated.00.pth",
+            "original/model.safetensors",
+            "metal/model.bin",
+            "onnx/model.onnx",
+        )
+    }
+    found, _ = user.locate("acme/tiny")
+
+    commit = hub.commit("acme/tiny", "main")
+    assert found == f"folder {user.home}/hub/models--acme--tiny/snapshots/{commit}"
+    assert sorted([*SMALL, *SHARDS, INDEX]) == hub.fetched()
+    assert not [request.path for request in hub.requests if "xet" in request.path]
+
+
+def test_a_tokenizer_without_tokenizer_json(hub: ModelHub, user: User) -> None:
+    """Then the files that it is made from come too."""
+    names = ("config.json", "model.safetensors", "tokenizer.model", "vocab.json", "merges.txt")
+    hub.models["acme/slow"] = {"main": files(*names, "README.md")}
+    user.locate("acme/slow")
+
+    assert sorted(names) == hub.fetched()
+
+
+def test_a_cut_connection_is_resumed(hub: ModelHub, user: User) -> None:
+    """Each byte is sent once, although the connection breaks off twice."""
+    content = os.urandom(3 * CHUNK + 5)
+    hub.models["acme/large"] = {"main": files(*SMALL) | {"model.safetensors": content}}
+    hub.cuts["model.safetensors"] = [CHUNK, CHUNK]
+    found, progress = user.locate("acme/large")
+
+    path = Path(found.split()[1])
+    assert content == (path / "model.safetensors").read_bytes()
+    assert len(content) == hub.sent["model.safetensors"]
+    total = len(content) + sum(map(len, SMALL))
+    assert f"{total}/{total}" == progress[-1]
+    assert progress == sorted(progress, key=lambda line: int(line.split("/")[0]))
+
+
+def test_a_connection_that_brings_nothing(hub: ModelHub, user: User) -> None:
+    """Then one is told, and the next run goes on from there."""
+    content = os.urandom(2 * CHUNK)
+    hub.models["acme/large"] = {"main": files(*SMALL) | {"model.safetensors": content}}
+    hub.cuts["model.safetensors"] = [CHUNK, 0]
+    told, _ = user.locate("acme/large")
+    found, _ = user.locate("acme/large")
+
+    assert told.startswith("acme/large: the download broke off (")
+    assert told.endswith("; run it again and it goes on")
+    assert content == (Path(found.split()[1]) / "model.safetensors").read_bytes()
+    assert len(content) == hub.sent["model.safetensors"]
+
+
+def test_ctrl_c_and_again(hub: ModelHub, user: User) -> None:
+    """The process ends at once, and the next one fetches what the first has not."""
+    content = os.urandom(3 * CHUNK)
+    hub.models["acme/large"] = {"main": files(*SMALL) | {"model.safetensors": content}}
+    hub.stalls["model.safetensors"] = [CHUNK]
+    process = user.start("-c", LOCATE, "acme/large", "")
+    try:
+        wait_for_partial(user, CHUNK)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    found, progress = user.locate("acme/large")
+
+    assert content == (Path(found.split()[1]) / "model.safetensors").read_bytes()
+    assert len(content) == hub.sent["model.safetensors"]
+    assert int(progress[0].split("/")[0]) >= CHUNK
+
+
+def wait_for_partial(user: User, size: int) -> None:
+    """Until a file is there in part, with `size` bytes."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if any(path.stat().st_size == size for path in user.home.rglob("*.incomplete")):
+            return
+        time.sleep(0.05)
+    raise AssertionError("nothing arrived")
+
+
+def test_a_partial_file_that_holds_something_else(hub: ModelHub, user: User) -> None:
+    """Its digest tells: it is said, removed, and fetched by the next run."""
+    hub.models["acme/tiny"] = {"main": files(*SMALL, "model.safetensors")}
+    found, _ = user.locate("acme/tiny")
+    path = Path(found.split()[1]) / "model.safetensors"
+    blob = path.resolve()
+    path.unlink()
+    blob.rename(f"{blob}.incomplete").write_bytes(bytes(5))
+    told, _ = user.locate("acme/tiny")
+    again, _ = user.locate("acme/tiny")
+
+    assert "acme/tiny: model.safetensors came damaged" in told
+    assert found == again
+    assert path.read_bytes() == b"model.safetensors"
+
+
+@pytest.mark.parametrize("where", ["variable", "file"])
+def test_the_token_goes_to_the_hub_alone(hub: ModelHub, user: User, where: str) -> None:
+    """From HF_TOKEN or the file of `hf auth login`; not to where the hub redirects."""
+    hub.models["acme/gated"] = {"main": files(*SMALL, "model.safetensors")}
+    hub.gated, hub.tokens = {"acme/gated": "hf_secret"}, {"hf_secret"}
+    environment = {"HF_TOKEN": "hf_secret"} if where == "variable" else {}
+    user.home.mkdir()
+    if where == "file":
+        (user.home / "token").write_text("hf_secret\n")
+    found, _ = user.locate("acme/gated", **environment)
+
+    seen = {(request.host, request.token) for request in hub.requests}
+    assert found.startswith("folder ")
+    assert {("hub", "hf_secret"), ("cdn", None)} == seen
+
+
+def test_offline_from_the_cache(hub: ModelHub, user: User) -> None:
+    """What is whole in the cache is taken without a request; so it is if the hub is down."""
+    hub.models["acme/tiny"] = {"main": in_shards()}
+    found, _ = user.locate("acme/tiny")
+    hub.requests.clear()
+    offline, _ = user.locate("acme/tiny", HF_HUB_OFFLINE="1")
+    asked = len(hub.requests)
+    unreachable, _ = user.locate("acme/tiny", HF_ENDPOINT="http://127.0.0.1:1")
+    hub.status = HTTPStatus.SERVICE_UNAVAILABLE
+    failing, _ = user.locate("acme/tiny")
+
+    assert {found} == {offline, unreachable, failing}
+    assert asked == 0
+
+
+def test_what_is_there_is_not_fetched_again(hub: ModelHub, user: User) -> None:
+    """One question, which commit it is and what belongs to it; no file."""
+    hub.models["acme/tiny"] = {"main": in_shards()}
+    found, _ = user.locate("acme/tiny")
+    hub.requests.clear()
+    again, _ = user.locate("acme/tiny")
+
+    assert found == again
+    assert ["/api/models/acme/tiny/revision/main"] == [request.path for request in hub.requests]
+
+
+def test_offline_and_not_whole(hub: ModelHub, user: User) -> None:
+    """What the cache lacks is named."""
+    hub.models["acme/tiny"] = {"main": in_shards()}
+    absent, _ = user.locate("acme/tiny", HF_HUB_OFFLINE="1")
+    found, _ = user.locate("acme/tiny")
+    (Path(found.split()[1]) / SHARDS[1]).unlink()
+    partial, _ = user.locate("acme/tiny", HF_HUB_OFFLINE="1")
+
+    assert "acme/tiny: offline mode is on (HF_HUB_OFFLINE), and it is not in the cache" in absent
+    assert str(user.home / "hub") in absent
+    assert f"acme/tiny: {INDEX} names what is not there: {SHARDS[1]}" in partial
+    assert "offline mode is on" in partial
+
+
+@pytest.mark.parametrize(
+    ("source", "environment", "told"),
+    [
+        ("acme/gated", {}, "is gated: ask for access at {url}/acme/gated, then set HF_TOKEN"),
+        ("acme/gated", {"HF_TOKEN": "hf_known"}, "is gated, and your token has no access: ask for"),
+        ("acme/none", {}, "has no such model; a private one needs HF_TOKEN"),
+        ("acme/none", {"HF_TOKEN": "hf_known"}, "a private one needs another token"),
+        ("acme/tiny@v2", {}, "{url}/acme/tiny has no revision 'v2'"),
+        ("acme/tiny", {"HF_TOKEN": "hf_wrong"}, "{url} does not accept your token (HF_TOKEN"),
+        ("acme--tiny/x..y", {}, "is no folder and no hub id"),
+        (
+            "acme/tiny",
+            {"HF_ENDPOINT": "http://127.0.0.1:1"},
+            "http://127.0.0.1:1 cannot be reached (Connection refused), and it is not in the cache",
+        ),
+        ("acme/pickled", {}, "PyTorch's pickles are not read"),
+        ("acme/pickled", {}, "it has README.md, config.json, pytorch_model.bin"),
+        ("acme/empty", {}, "it is empty"),
+        ("acme/bare", {}, "has weights but no config.json"),
+        ("acme/torn", {}, f"{INDEX} names what is not there: {SHARDS[0]}, {SHARDS[1]}"),
+        ("acme/odd", {}, f"{INDEX} is no index"),
+        ("acme/quants", {}, "has 3 GGUF files, name one: q-Q4_K_M.gguf, q-Q8_0.gguf, q-UD-Q8_0"),
+        ("acme/quants:Q2_K", {}, "has no Q2_K; its GGUF files: q-Q4_K_M.gguf, "),
+        ("acme/quants:Q8_0", {}, "Q8_0 stands for 2 files: q-Q8_0.gguf, q-UD-Q8_0.gguf"),
+        ("acme/parts:Q8_0", {}, "one of 2 parts; make one file of them with llama-gguf-split"),
+        ("acme/tiny:Q8_0", {}, "has no Q8_0; its GGUF files: none"),
+    ],
+)
+def test_says_what_is_missing(
+    hub: ModelHub, user: User, source: str, environment: dict[str, str], told: str
+) -> None:
+    """One line that begins with what was asked for."""
+    tiny = in_shards()
+    index = {INDEX: tiny[INDEX]}
+    hub.models = {
+        name: {"main": content}
+        for name, content in {
+            "acme/tiny": tiny,
+            "acme/gated": tiny,
+            "acme/pickled": files("config.json", "pytorch_model.bin", "README.md"),
+            "acme/empty": {},
+            "acme/bare": files("model.safetensors"),
+            "acme/torn": files("config.json") | index,
+            "acme/odd": files("config.json", INDEX),
+            "acme/quants": files("q-Q4_K_M.gguf", "q-Q8_0.gguf", "q-UD-Q8_0.gguf"),
+            "acme/parts": files("Q8_0/p-00001-of-00002.gguf"),
+        }.items()
+    }
+    hub.gated, hub.tokens = {"acme/gated": "hf_granted"}, {"hf_known", "hf_granted"}
+    said, _ = user.locate(source, **environment)
+
+    assert said.startswith(f"{source}: ")
+    assert told.format(url=hub.url) in said
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [
+        (HTTPStatus.FORBIDDEN, "{url} denies access; your token may lack the right to read this"),
+        (HTTPStatus.TOO_MANY_REQUESTS, "{url} answers with status 429"),
+        (HTTPStatus.BAD_GATEWAY, "{url} answers with status 502, and it is not in the cache"),
+    ],
+)
+def test_a_hub_that_answers_otherwise(
+    hub: ModelHub, user: User, status: HTTPStatus, told: str
+) -> None:
+    """The status is told, and what it may mean."""
+    hub.status = status
+    said, _ = user.locate("acme/tiny")
+
+    assert f"acme/tiny: {told.format(url=hub.url)}" in said
+
+
+@pytest.mark.parametrize(
+    ("source", "file"),
+    [
+        ("acme/quants:q-Q4_K_M.gguf", "q-Q4_K_M.gguf"),
+        ("acme/quants:Q4_K_M", "q-Q4_K_M.gguf"),
+        ("acme/quants:q8_0", "large/q-Q8_0.gguf"),
+        ("acme/one", "one.gguf"),
+        ("acme/both:Q8_0", "both.Q8_0.gguf"),
+    ],
+)
+def test_a_gguf_file_is_chosen(hub: ModelHub, user: User, source: str, file: str) -> None:
+    """By its name or its quantisation; alone where it is the only one; nothing else is fetched."""
+    hub.models = {
+        "acme/quants": {"main": files("config.json", "q-Q4_K_M.gguf", "large/q-Q8_0.gguf")},
+        "acme/one": {"main": files("one.gguf", "README.md", "config.json")},
+        "acme/both": {"main": in_shards() | files("both.Q8_0.gguf")},
+    }
+    found, _ = user.locate(source)
+    offline, _ = user.locate(source, HF_HUB_OFFLINE="1")
+
+    assert [file] == hub.fetched()
+    assert found == offline
+    kind, path = found.split()
+    assert "gguf" == kind
+    assert file == Path(path).read_text() == path[-len(file) :]
+
+
+def test_a_revision(hub: ModelHub, user: User) -> None:
+    """A branch, a tag, a pull request or a commit; each from its own snapshot."""
+    weights = {name: {"model.safetensors": name.encode()} for name in ("main", "v1.0", "refs/pr/3")}
+    hub.models["acme/tiny"] = {name: files(*SMALL) | own for name, own in weights.items()}
+    found = {}
+    for name in ("v1.0", "refs/pr/3", hub.commit("acme/tiny", "main")):
+        path = user.locate(f"acme/tiny@{name}")[0].split()[1]
+        assert path == user.locate(f"acme/tiny@{name}", HF_HUB_OFFLINE="1")[0].split()[1]
+        found[name] = (Path(path) / "model.safetensors").read_text()
+
+    assert ["v1.0", "refs/pr/3", "main"] == list(found.values())
+
+
+def test_a_disk_without_room(hub: ModelHub, user: User) -> None:
+    """Told before anything large is fetched; and when a write fails after all."""
+    content = bytes(2 * CHUNK)
+    hub.models["acme/large"] = {"main": files(*SMALL) | {"model.safetensors": content}}
+    small = "shutil.disk_usage = lambda folder: shutil._ntuple_diskusage(0, 0, 10**7)"
+    before, _ = user.locate("acme/large", small)
+    sent = hub.sent.total()
+    limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({CHUNK}, {CHUNK}))"
+    during, _ = user.locate("acme/large", limit)
+
+    assert "acme/large: 0.0 GB are still to come, and the disk of" in before
+    assert sent == 0
+    assert f"acme/large: cannot be fetched into {user.home}/hub: File too large" == during
+
+
+def test_export_from_the_hub(hub: ModelHub, user: User, tmp_path: Path) -> None:
+    """A real checkpoint in two shards becomes a model folder; the bytes are shown."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for path in tiny_checkpoint("qwen2").iterdir():
+        if path.name in (*SMALL, "generation_config.json"):
+            (folder / path.name).write_bytes(path.read_bytes())
+    weights = sorted(load_file(tiny_checkpoint("qwen2") / "model.safetensors").items())
+    for shard, part in zip(SHARDS, (weights[::2], weights[1::2]), strict=True):
+        save_file(dict(part), folder / shard, {"format": "pt"})
+    names = {name: SHARDS[i % 2] for i, (name, _) in enumerate(weights)}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    hub.add("acme/tiny", folder)
+    out = tmp_path / "models" / "tiny"
+    script = "from generator_svc.export import *; print(export_model({!r}, {!r}, {}, {}))"
+    options = 'ExportOptions("fp32"), lambda step, fraction: print(step)'
+    command = script.format("acme/tiny", str(out), *options.split(", ", 1))
+    process = user.start("-c", command)
+    output, errors = process.communicate(timeout=600)
+
+    assert (0, str(out)) == (process.returncode, output.splitlines()[-1]), errors
+    assert "fetching: 0.0 of 0.0 GB" in output
+    assert ("tiny", "fp32") == (load_model_directory(out).id, load_model_directory(out).precision)
+    assert "acme/tiny" == json.loads((out / "trivium_export.json").read_text())["source"]
+
+
+def test_export_as_one_types_it(hub: ModelHub, user: User, tmp_path: Path) -> None:
+    """`trivium export owner/name`: first refused in one line, then, with a token, made."""
+    hub.add("acme/gated", tiny_checkpoint("llama"))
+    hub.gated, hub.tokens = {"acme/gated": "hf_secret"}, {"hf_secret"}
+    out = tmp_path / "gated"
+    arguments = ("export", "acme/gated", "--out", str(out), "--precision", "fp32")
+    ended = []
+    for environment in ({}, {"HF_TOKEN": "hf_secret"}):
+        process = user.start("-m", "trivium.cli", *arguments, **environment)
+        _, errors = process.communicate(timeout=600)
+        ended.append((process.returncode, errors.splitlines()[-1]))
+
+    refused, made = ended
+    assert 1 == refused[0]
+    assert refused[1].startswith("trivium export: acme/gated: is gated: ask for access at ")
+    assert (0, f"{out} is ready: trivium up --model {out}") == made
+    assert load_model_directory(out).id == "gated"

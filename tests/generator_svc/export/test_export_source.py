@@ -1,0 +1,111 @@
+"""What a source may be, and what one is told where it lacks something."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from generator_svc.export import ExportError
+from generator_svc.export.checkpoint.source import locate
+
+INDEX = "model.safetensors.index.json"
+
+
+def folder(path: Path, *names: str, **shards: str) -> Path:
+    """With empty files, and an index of `shards` (tensor → file) where there are any."""
+    path.mkdir(parents=True)
+    for name in names:
+        (path / name).touch()
+    if shards:
+        (path / INDEX).write_text(json.dumps({"weight_map": shards}))
+    return path
+
+
+def refusal(source: str | Path) -> str:
+    """The one line that is told."""
+    with pytest.raises(ExportError) as error:
+        locate(str(source))
+    assert 1 == len(str(error.value).splitlines())
+    return str(error.value)
+
+
+def test_folders_and_files(tmp_path: Path) -> None:
+    """Safetensors in one file or in shards; one GGUF file, beside a config.json or not."""
+    single = folder(tmp_path / "single", "config.json", "model.safetensors", "x.gguf")
+    sharded = folder(tmp_path / "sharded", "config.json", "1.safetensors", a="1.safetensors")
+    gguf = folder(tmp_path / "gguf", "config.json", "x.gguf")
+    found = [locate(str(source)) for source in (single, sharded, gguf, gguf / "x.gguf")]
+
+    assert [("folder", single), ("folder", sharded)] == [(f.kind, f.path) for f in found[:2]]
+    assert [("gguf", gguf / "x.gguf")] * 2 == [(f.kind, f.path) for f in found[2:]]
+
+
+@pytest.mark.parametrize(
+    ("names", "shards", "told"),
+    [
+        ([], {}, "has neither model.safetensors (or its index of shards) nor a GGUF file; it is e"),
+        (["config.json"], {}, "nor a GGUF file; it has config.json"),
+        (["config.json", "pytorch_model.bin"], {}, "PyTorch's pickles are not read: let transform"),
+        (["model.safetensors"], {}, "has weights but no config.json"),
+        (["config.json", "1"], {"a": "1", "b": "2"}, f"{INDEX} names what is not there: 2"),
+        (["config.json", INDEX], {}, f"{INDEX} is no index of tensors by file"),
+        (["a.gguf", "b.gguf"], {}, "has 2 GGUF files, name one: a.gguf, b.gguf"),
+        (["a-00001-of-00003.gguf"], {}, "a-00001-of-00003.gguf is one of 3 parts"),
+        (list("abcdefghij"), {}, "it has a, b, c, d, e, f, g, h and 2 more"),
+    ],
+)
+def test_a_folder_that_lacks_something(
+    tmp_path: Path, names: list[str], shards: dict[str, str], told: str
+) -> None:
+    """The folder is named, and what it lacks, or what it has instead."""
+    said = refusal(folder(tmp_path / "checkpoint", *names, **shards))
+
+    assert said.startswith(f"{tmp_path / 'checkpoint'}: ")
+    assert told in said
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("model.safetensors", "is one file of a checkpoint; name its folder: {folder}"),
+        (INDEX, "is one file of a checkpoint; name its folder: {folder}"),
+        ("pytorch_model.bin", "a checkpoint file must be a .gguf file"),
+        ("a-00002-of-00003.gguf", "a-00002-of-00003.gguf is one of 3 parts"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint(tmp_path: Path, name: str, told: str) -> None:
+    """One is told what to name instead."""
+    file = folder(tmp_path / "checkpoint", "config.json", name) / name
+
+    assert told.format(folder=file.parent) in refusal(file)
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("{tmp}/modles/llama", "{tmp}/modles/llama: no such file or folder: {tmp} has no modles"),
+        ("{tmp}/models/lama", "no such file or folder: {tmp}/models has no lama"),
+        ("{tmp}/models/llama/x.gguf", "no such file or folder: {tmp}/models/llama has no x.gguf"),
+        ("./modles", "./modles: no such file or folder: {here} has no modles"),
+        ("../no/such/path", "no such file or folder: "),
+        ("models/lama.gguf", "no such file or folder: {here} has no models"),
+        ("models/llama/7b", "no such file or folder: {here} has no models"),
+        (
+            "no-such-model",
+            "'no-such-model' is no folder, no .gguf file, no hub id (owner/name) and",
+        ),
+        ("https://huggingface.co/acme/tiny", "is no folder, no .gguf file, no hub id (owner/name)"),
+    ],
+)
+def test_a_misspelt_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, told: str
+) -> None:
+    """What is not there is named with the folder that lacks it; the hub is not asked."""
+    folder(tmp_path / "models" / "llama")
+    here = folder(tmp_path / "here")
+    monkeypatch.chdir(here)
+    monkeypatch.setattr("generator_svc.export.checkpoint.source.fetch", None)
+
+    assert told.format(tmp=tmp_path, here=here) in refusal(source.format(tmp=tmp_path))
