@@ -107,6 +107,11 @@ def test_compose_starts_what_the_dockerfile_has(
         assert not settings.exposes_without_keys()
 
 
+def test_compose_fetches_gated_models() -> None:
+    """The export has the token and the hub of whoever runs it."""
+    assert ["HF_TOKEN", "HF_ENDPOINT"] == compose()["services"]["export"]["environment"]
+
+
 @pytest.mark.parametrize("service", SERVICES)
 def test_compose_can_scale_each_stage(service: str) -> None:
     """Nothing of a stage exists once only: no name, no port of the host."""

@@ -11,7 +11,7 @@ from generator_svc.export import DEVICES, PRECISIONS, ExportError, ExportOptions
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m generator_svc.export", description=__doc__)
-    parser.add_argument("source", help="Hugging Face folder or id, .gguf file, or default name")
+    parser.add_argument("source", help="Hugging Face folder or hub id, .gguf file, or default name")
     parser.add_argument("--out", required=True, type=Path, help="the model directory to make")
     parser.add_argument("--precision", choices=PRECISIONS, default="int8")
     parser.add_argument("--device", choices=DEVICES, default="cpu")

@@ -55,8 +55,9 @@ def export(
     source: Annotated[
         str,
         typer.Argument(
-            help="A Hugging Face folder, a hub id (owner/name), a .gguf file, or the embedded "
-            "default smollm2-135m-instruct."
+            help="A Hugging Face folder, a .gguf file, a model of the Hugging Face Hub "
+            "(owner/name, owner/name@revision, owner/name:file.gguf; HF_TOKEN and HF_ENDPOINT are "
+            "heeded), or the embedded default smollm2-135m-instruct."
         ),
     ],
     out: Annotated[Path, typer.Option(help="The folder to make; its name is the model's id.")],

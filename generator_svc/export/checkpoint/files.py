@@ -31,14 +31,19 @@ _MAX_NAMES_TOLD = 8
 
 
 def choose_files(
-    label: str, names: Collection[str], index: Callable[[], Path], gguf: str | None = None
+    label: str,
+    names: Collection[str],
+    index: Callable[[], Path],
+    gguf: str | None = None,
+    separator: str = "/",
 ) -> tuple[Kind, list[str]]:
     """Of the files of a checkpoint, those that are read: configuration, tokenizer and weights.
 
     `names` are relative to the checkpoint's folder; `index` gives the path of the index of shards
     and is called where `names` has one. Safetensors come before GGUF, unless `gguf` names a file,
     or a quantisation as in its name (Q4_K_M). Raises ExportError, beginning with `label`, where
-    something is missing or more than one file could be meant.
+    something is missing or more than one file could be meant; one of them is named by `label`,
+    `separator` and its own name.
     """
     if gguf is not None:
         return "gguf", [_find_gguf(label, names, gguf)]
@@ -52,7 +57,10 @@ def choose_files(
         return "folder", [*small, WEIGHTS_FILE]
     found = [name for name in names if name.endswith(".gguf")]
     if len(found) > 1:
-        raise ExportError(f"{label}: has {len(found)} GGUF files, name one: {_listed(found)}")
+        example = f"{label}{separator}{min(found)}"
+        raise ExportError(
+            f"{label}: has {len(found)} GGUF files; name one, as in {example}: {_listed(found)}"
+        )
     if found:
         return "gguf", [check_is_whole(label, found[0])]
     raise ExportError(_no_weights(label, names))

@@ -62,21 +62,21 @@ def fetch(name: HubName, received: Received) -> tuple[Kind, Path]:
     from huggingface_hub import constants
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    if constants.HF_HUB_OFFLINE:
-        return _from_cache(name, "offline mode is on (HF_HUB_OFFLINE)")
     disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        commit, files = _list_files(name)
-    except _Unreachable as error:
-        return _from_cache(name, str(error))
-    except (OSError, ValueError) as error:
-        raise ExportError(_explanation(name, error)) from error
-    download = _Download(name, commit, files)
-    try:
-        kind, wanted = choose_files(name.text, files, lambda: download.one(INDEX_FILE), name.gguf)
+        if constants.HF_HUB_OFFLINE:
+            return _from_cache(name, "offline mode is on (HF_HUB_OFFLINE)")
+        try:
+            commit, files = _list_files(name)
+        except _Unreachable as error:
+            return _from_cache(name, str(error))
+        download = _Download(name, commit, files)
+        kind, wanted = choose_files(
+            name.text, files, lambda: download.fetch_one(INDEX_FILE), name.gguf, ":"
+        )
         download.check_room(wanted)
-        download.all(wanted, received)
+        download.fetch_all(wanted, received)
         return kind, download.finish(kind, wanted)
     except ExportError:
         raise
@@ -92,7 +92,7 @@ def _list_files(name: HubName) -> tuple[str, dict[str, RepoSibling]]:
     """The commit that the revision is now, and its files by name."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
-    from requests.exceptions import ConnectionError, Timeout
+    from requests.exceptions import ConnectionError, JSONDecodeError, Timeout
 
     try:
         info = HfApi().model_info(
@@ -103,6 +103,8 @@ def _list_files(name: HubName) -> tuple[str, dict[str, RepoSibling]]:
         )
     except (ConnectionError, Timeout) as error:
         raise _Unreachable(f"{constants.ENDPOINT} cannot be reached ({_root(error)})") from error
+    except (JSONDecodeError, KeyError):
+        raise ValueError(f"{constants.ENDPOINT} does not answer as a hub of models does") from None
     except HfHubHTTPError as error:
         status = _status(error)
         if status < 500:
@@ -122,11 +124,11 @@ def _from_cache(name: HubName, why: str) -> tuple[Kind, Path]:
     except LocalEntryNotFoundError:
         raise ExportError(
             f"{name.text}: {why}, and it is not in the cache ({constants.HF_HUB_CACHE}); "
-            f"there is no folder of that name here either"
+            "there is no folder of that name here either"
         ) from None
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     try:
-        kind, files = choose_files(name.text, names, lambda: folder / INDEX_FILE, name.gguf)
+        kind, files = choose_files(name.text, names, lambda: folder / INDEX_FILE, name.gguf, ":")
     except ExportError as error:
         raise ExportError(f"{error} ({why}, and this is what the cache has)") from None
     return kind, folder / files[0] if kind == "gguf" else folder
@@ -146,20 +148,23 @@ class _Download:
         self._folder = self._cache / repo_folder_name(repo_id=name.repo, repo_type="model")
         self._snapshot = self._folder / "snapshots" / commit
 
-    def one(self, file: str) -> Path:
+    def fetch_one(self, file: str) -> Path:
         """Goes on for as long as each connection brings something."""
         from huggingface_hub import hf_hub_download
         from requests.exceptions import ChunkedEncodingError
 
         path = self._snapshot / file
-        while not path.exists():
+        if path.exists():
+            return path
+        while True:
             before = self._size(file)
             try:
                 hf_hub_download(self._name.repo, file, revision=self._commit)
-                self._check(file)
-            except ChunkedEncodingError:
+                break
+            except ChunkedEncodingError:  # all else is repeated in there
                 if self._size(file) <= before:
                     raise
+        self._check(file)
         return path
 
     def check_room(self, files: list[str]) -> None:
@@ -173,20 +178,22 @@ class _Download:
                 f"{self._cache} has {free / 1e9:.1f} GB free"
             )
 
-    def all(self, files: list[str], received: Received) -> None:
+    def fetch_all(self, files: list[str], received: Received) -> None:
         """Several at a time, on threads that end with the process: Ctrl-C waits for no shard."""
         waiting = deque(files)
         ended: queue.Queue[Exception | None] = queue.Queue()
 
         def work() -> None:
-            try:
-                while True:
-                    self.one(waiting.popleft())
+            while True:
+                try:
+                    file = waiting.popleft()
+                except IndexError:
+                    return
+                try:
+                    self.fetch_one(file)
                     ended.put(None)
-            except IndexError:
-                pass  # none is left
-            except Exception as error:
-                ended.put(error)
+                except Exception as error:
+                    ended.put(error)
 
         for _ in range(min(MAX_STREAMS, len(files))):
             threading.Thread(target=work, daemon=True).start()

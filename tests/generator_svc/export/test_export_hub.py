@@ -58,6 +58,7 @@ class User:
             "HF_ENDPOINT": hub.url,
             "NO_PROXY": "127.0.0.1",
             "TRANSFORMERS_OFFLINE": "",
+            "TQDM_POSITION": "-1",  # huggingface_hub shows bars although this is no terminal
         }
 
     def start(self, *command: str, **environment: str) -> subprocess.Popen[str]:
@@ -167,20 +168,26 @@ def test_a_connection_that_brings_nothing(hub: ModelHub, user: User) -> None:
     assert len(content) == hub.sent["model.safetensors"]
 
 
-def test_ctrl_c_and_again(hub: ModelHub, user: User) -> None:
-    """The process ends at once, and the next one fetches what the first has not."""
+def test_ctrl_c_and_again(hub: ModelHub, user: User, tmp_path: Path) -> None:
+    """The process ends without waiting for a shard, and the next one fetches what it has not."""
     content = os.urandom(3 * CHUNK)
     hub.models["acme/large"] = {"main": files(*SMALL) | {"model.safetensors": content}}
     hub.stalls["model.safetensors"] = [CHUNK]
-    process = user.start("-c", LOCATE, "acme/large", "")
+    out = tmp_path / "models" / "large"
+    process = user.start("-m", "trivium.cli", "export", "acme/large", "--out", str(out))
     try:
         wait_for_partial(user, CHUNK)
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
+    sent = hub.sent["model.safetensors"]
     found, progress = user.locate("acme/large")
 
+    assert CHUNK == sent
+    assert process.returncode != 0
+    assert "Traceback" not in errors
+    assert [out.parent / ".large.lock"] == list(out.parent.iterdir())
     assert content == (Path(found.split()[1]) / "model.safetensors").read_bytes()
     assert len(content) == hub.sent["model.safetensors"]
     assert int(progress[0].split("/")[0]) >= CHUNK
@@ -278,6 +285,7 @@ def test_offline_and_not_whole(hub: ModelHub, user: User) -> None:
         ("acme/tiny@v2", {}, "{url}/acme/tiny has no revision 'v2'"),
         ("acme/tiny", {"HF_TOKEN": "hf_wrong"}, "{url} does not accept your token (HF_TOKEN"),
         ("acme--tiny/x..y", {}, "is no folder and no hub id"),
+        ("acme--tiny/x..y", {"HF_HUB_OFFLINE": "1"}, "is no folder and no hub id"),
         (
             "acme/tiny",
             {"HF_ENDPOINT": "http://127.0.0.1:1"},
@@ -289,7 +297,8 @@ def test_offline_and_not_whole(hub: ModelHub, user: User) -> None:
         ("acme/bare", {}, "has weights but no config.json"),
         ("acme/torn", {}, f"{INDEX} names what is not there: {SHARDS[0]}, {SHARDS[1]}"),
         ("acme/odd", {}, f"{INDEX} is no index"),
-        ("acme/quants", {}, "has 3 GGUF files, name one: q-Q4_K_M.gguf, q-Q8_0.gguf, q-UD-Q8_0"),
+        ("acme/quants", {}, "has 3 GGUF files; name one, as in acme/quants:q-Q4_K_M.gguf: q-Q4_"),
+        ("acme/quants", {}, "q-Q4_K_M.gguf, q-Q8_0.gguf, q-UD-Q8_0.gguf"),
         ("acme/quants:Q2_K", {}, "has no Q2_K; its GGUF files: q-Q4_K_M.gguf, "),
         ("acme/quants:Q8_0", {}, "Q8_0 stands for 2 files: q-Q8_0.gguf, q-UD-Q8_0.gguf"),
         ("acme/parts:Q8_0", {}, "one of 2 parts; make one file of them with llama-gguf-split"),
@@ -326,6 +335,7 @@ def test_says_what_is_missing(
 @pytest.mark.parametrize(
     ("status", "told"),
     [
+        (HTTPStatus.OK, "{url} does not answer as a hub of models does"),
         (HTTPStatus.FORBIDDEN, "{url} denies access; your token may lack the right to read this"),
         (HTTPStatus.TOO_MANY_REQUESTS, "{url} answers with status 429"),
         (HTTPStatus.BAD_GATEWAY, "{url} answers with status 502, and it is not in the cache"),

@@ -51,7 +51,7 @@ def test_folders_and_files(tmp_path: Path) -> None:
         (["model.safetensors"], {}, "has weights but no config.json"),
         (["config.json", "1"], {"a": "1", "b": "2"}, f"{INDEX} names what is not there: 2"),
         (["config.json", INDEX], {}, f"{INDEX} is no index of tensors by file"),
-        (["a.gguf", "b.gguf"], {}, "has 2 GGUF files, name one: a.gguf, b.gguf"),
+        (["a.gguf", "b.gguf"], {}, "checkpoint/a.gguf: a.gguf, b.gguf"),
         (["a-00001-of-00003.gguf"], {}, "a-00001-of-00003.gguf is one of 3 parts"),
         (list("abcdefghij"), {}, "it has a, b, c, d, e, f, g, h and 2 more"),
     ],
