@@ -2,7 +2,7 @@
 
 The tables of docs/models.md; `make docs` writes them there. Sizes of exported folders are those of
 the exporter's formats: blocks of 32 weights share a scale, and a zero point where they are not
-symmetric; embedding, norms and biases stay in the type of the activations.
+symmetric; norms and biases stay in the type of the activations.
 """
 
 from __future__ import annotations
@@ -72,10 +72,11 @@ def _tensor_bytes(
     if tensor.kind == "scales":
         return elements * (mxfp4_scales if device == "cuda" else floats)
     is_matrix = len(tensor.shape) == 2 and name.endswith("proj.weight")
-    if precision in ("fp16", "fp32") or not (is_matrix or name == "lm_head.weight"):
+    is_vocabulary = name in ("lm_head.weight", "model.embed_tokens.weight")
+    if precision in ("fp16", "fp32") or not (is_matrix or is_vocabulary):
         return elements * floats
     blocks = tensor.shape[0] * -(-tensor.shape[1] // BLOCK)
-    if name == "lm_head.weight":
+    if is_vocabulary:
         return blocks * (BLOCK + floats)
     if precision == "int4":
         return blocks * BLOCK // 2 + blocks * floats + blocks // 2
@@ -104,7 +105,7 @@ def sizes_markdown() -> str:
         "| model | options | checkpoint | folder | weights in memory | cache of 1,000 tokens |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
-    for model, _ in SOURCES.items():
+    for model in SOURCES:
         config = PUBLISHED[model].config
         for device in DEVICES:
             for precision in precisions(config, device):

@@ -11,7 +11,7 @@ from generator_svc.export import DEVICES, PRECISIONS, ExportError, ExportOptions
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m generator_svc.export", description=__doc__)
-    parser.add_argument("source", help="Hugging Face folder or hub id, .gguf file, or default name")
+    parser.add_argument("source", help="Hugging Face folder or id, .gguf file, or default name")
     parser.add_argument("--out", required=True, type=Path, help="the model directory to make")
     parser.add_argument("--precision", choices=PRECISIONS, default="int8")
     parser.add_argument("--device", choices=DEVICES, default="cpu")
@@ -27,8 +27,9 @@ def main() -> int:
     return 0
 
 
-def _show(step: str, fraction: float) -> None:
-    print(f"{fraction:4.0%} {step}", file=sys.stderr, flush=True)
+def _show(step: str, done: int = 0, total: int | None = None) -> None:
+    if done == 0:
+        print(step, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 PRECISIONS = ("int8", "int4", "w8a8", "fp16", "fp32")
 DEVICES = ("cpu", "cuda")
 # Raised when the exporter makes other folders than before, so that older ones are made anew.
-EXPORTER_VERSION = 3
+EXPORTER_VERSION = 4
 
 _FULL_DISK_BYTES = 2**16  # what is left of a full one: not enough for the next write
 
@@ -119,7 +119,7 @@ def export_model(
                 shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
         raise ExportError(f"{final} cannot be made: {_reason(error)}") from error
-    progress("done", 1.0)
+    progress("done")
     return final
 
 
@@ -185,42 +185,37 @@ def _build(
     os.environ.setdefault("OMP_NUM_THREADS", str(cpu_limit().cores))  # PyTorch reads it once
     began = time.monotonic()
     folder = scratch / "model"
-    progress("fetching", 0.0)
-
-    def received(there: int, total: int) -> None:
-        progress(f"fetching: {there / 1e9:.1f} of {total / 1e9:.1f} GB", 0.05 * there / total)
-
-    origin = locate(source, cache, received)
-    progress("loading the checkpoint", 0.05)
+    progress("fetching")
+    origin = locate(source, cache, lambda there, total: progress("fetching", there, total))
+    progress("opening the checkpoint")
     from generator_svc.export.checkpoint.checkpoint import load_checkpoint
+    from generator_svc.export.genai_config import GRAPH_FILE, WEIGHTS_FILE
+    from generator_svc.export.graph.trace import trace
     from generator_svc.export.tokenizer_files import write_tokenizer
+    from generator_svc.export.weights.external_data import save
 
     checkpoint = load_checkpoint(origin)
-    progress("writing the tokenizer", 0.3)
+    progress("writing the tokenizer")
     write_tokenizer(origin, folder)
     ranges = None
     if options.precision == "w8a8":
-        progress("calibrating", 0.35)
+        progress("calibrating")
         ranges = _calibrate(checkpoint, folder)
-    progress("tracing", 0.45)
-    from generator_svc.export.graph.trace import trace
-
-    model = trace(checkpoint, scratch / "traced")
-    progress("rewriting the graph", 0.75)
-    graph = rewrite(model, checkpoint, options, progress, ranges)
-    progress("saving", 0.88)
-    _save_graph(graph, folder)
+    progress("tracing")
+    graph = trace(checkpoint, scratch / "traced")
+    rewrite(graph, checkpoint, options, ranges)
     shutil.rmtree(scratch / "traced")
+    save(graph, folder / GRAPH_FILE, folder / WEIGHTS_FILE, progress)
     _write_configs(checkpoint, folder)
-    progress("verifying", 0.9)
     manifest = {
         "source": source,
         **asdict(options),
         "exporter_version": EXPORTER_VERSION,
         "node_count": len(graph.nodes),
-        "agreement": _verify(checkpoint, folder),
+        "agreement": _verify(checkpoint, folder, progress),
         "seconds": round(time.monotonic() - began, 1),
     }
+    progress("computing digests")
     _write_manifest(folder, manifest)
 
 
@@ -236,60 +231,28 @@ def _calibrate(checkpoint: Checkpoint, folder: Path) -> Ranges:
 
 
 def rewrite(
-    model: Any,
-    checkpoint: Checkpoint,
-    options: ExportOptions,
-    progress: Progress = silent,
-    ranges: Ranges | None = None,
-) -> Graph:
+    graph: Graph, checkpoint: Checkpoint, options: ExportOptions, ranges: Ranges | None = None
+) -> None:
     """All passes over the traced graph; `ranges` of activations are for w8a8 alone."""
     from generator_svc.export.graph import attention, half, head, norm, projection
-    from generator_svc.export.graph.graph import Graph
+    from generator_svc.export.graph.integer import integer_products
+    from generator_svc.export.graph.quantize import quantize_embedding, quantize_weights
 
     decoder = checkpoint.decoder
-    graph = Graph(model)
     attention.swap_attention(graph, decoder)
     norm.fuse_norms(graph, decoder.norm_epsilon)
     projection.join_projections(graph, decoder.num_layers)
     head.keep_last_position(graph)
-    is_tied = head.is_tied(graph)
+    if options.precision == "w8a8":
+        assert ranges is not None
+        integer_products(graph, ranges)
     if options.precision in ("int8", "int4", "w8a8"):
-        progress("quantising", 0.82)
-        graph = _quantize(graph, options.precision, ranges)
-        if is_tied:
-            head.share_quantized_embedding(graph, decoder.hidden_size)
-    elif is_tied:
+        quantize_weights(graph, bits=4 if options.precision == "int4" else 8)
+        quantize_embedding(graph, decoder.hidden_size, decoder.tied_embeddings)
+    elif decoder.tied_embeddings:
         head.share_embedding(graph)
     if options.is_half:
         half.to_half(graph)
-    return graph
-
-
-def _quantize(graph: Graph, precision: str, ranges: Ranges | None) -> Graph:
-    from generator_svc.export.graph.integer import integer_products
-    from generator_svc.export.graph.quantize import quantize_weights
-
-    if precision == "w8a8":
-        assert ranges is not None
-        integer_products(graph, ranges)
-    return quantize_weights(graph, bits=4 if precision == "int4" else 8)
-
-
-def _save_graph(graph: Graph, folder: Path) -> None:
-    import onnx
-
-    from generator_svc.export.genai_config import GRAPH_FILE, WEIGHTS_FILE
-
-    # ONNX Runtime 1.31 reads up to 13, and older readers of the layout want less.
-    graph.model.ir_version = 10
-    onnx.save(
-        graph.model,
-        folder / GRAPH_FILE,
-        save_as_external_data=True,
-        location=WEIGHTS_FILE,
-        size_threshold=1024,
-    )
-    (folder / WEIGHTS_FILE).chmod(0o644)  # onnx makes it private; the folder is for all services
 
 
 def _write_configs(checkpoint: Checkpoint, folder: Path) -> None:
@@ -327,7 +290,7 @@ def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return generation
 
 
-def _verify(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
+def _verify(checkpoint: Checkpoint, folder: Path, progress: Progress) -> dict[str, Any]:
     """Always on the CPU, which also runs what is made for CUDA."""
     from generator_svc.export import verify
     from generator_svc.export.genai_config import GRAPH_FILE
@@ -335,7 +298,7 @@ def _verify(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
 
     tokens = encode(folder, verify.TEXT)
     limit = min(verify.MAX_TOKENS, checkpoint.decoder.context_length - verify.GREEDY_TOKENS)
-    return verify.compare(checkpoint, folder / GRAPH_FILE, tokens[:limit]).as_dict()
+    return verify.compare(checkpoint, folder / GRAPH_FILE, tokens[:limit], progress).as_dict()
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-Progress = Callable[[str, float], None]
-"""Called with the name of the step that begins and the fraction, 0 to 1, that is already done."""
+from typing import Protocol
 
 
-def silent(step: str, fraction: float) -> None:
+class Progress(Protocol):
+    """Called when a step begins, and as often as a step that counts bytes comes further.
+
+    `done` of `total` bytes; a total of None is a step that does not count them. A step with
+    another name than the last ends that one.
+    """
+
+    def __call__(self, step: str, done: int = 0, total: int | None = None) -> None: ...
+
+
+def silent(step: str, done: int = 0, total: int | None = None) -> None:
     """Shows nothing."""

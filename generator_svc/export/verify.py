@@ -6,6 +6,7 @@ and its quantisation cost.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,13 @@ import torch
 
 from generator_svc.export.checkpoint.checkpoint import Checkpoint
 from generator_svc.export.checkpoint.decoder import Decoder
+from generator_svc.export.graph.pieces import CutGraph, Piece
+from generator_svc.export.progress import Progress, silent
 from trivium.host_limits import cpu_limit
+
+Array = np.ndarray[Any, Any]
+Arrays = dict[str, Array]
+PAST, PRESENT = "past_key_values.", "present."
 
 TEXT = (
     "The three roads of the old curriculum were grammar, logic and rhetoric. A student learned "
@@ -26,6 +33,8 @@ TEXT = (
 )
 MAX_TOKENS = 64
 GREEDY_TOKENS = 16
+# Weights that are loaded at once. ONNX Runtime may hold them twice, once as it wants them.
+MAX_PIECE_BYTES = 2**29
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,8 @@ class Agreement:
     """Exported graph against checkpoint, over the positions of one short text.
 
     Perplexities are those of the text's own next tokens; `greedy_tokens_equal` counts how many of
-    the first tokens that both generate after the text are the same.
+    the first `greedy_tokens` that both generate after the text are the same. `not_compared` says
+    in words what was left out because of the model's size.
     """
 
     positions: int
@@ -44,57 +54,111 @@ class Agreement:
     perplexity_checkpoint: float
     greedy_tokens: int
     greedy_tokens_equal: int
+    not_compared: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 class GraphRunner:
-    """Runs an exported graph on the CPU, one row at a time, with caches that grow."""
+    """Runs an exported graph on the CPU, one row at a time, with caches that grow.
+
+    A graph in one piece stays loaded; of several, one is loaded at a time.
+    """
 
     def __init__(self, graph: Path, decoder: Decoder) -> None:
+        self._cut = CutGraph(graph, MAX_PIECE_BYTES)
+        self._decoder = decoder
+        self._session: ort.InferenceSession | None = None
+        self._cache: Arrays = {}
+        shape = (1, decoder.num_kv_heads, 0, decoder.head_size)
+        self._empty = np.zeros(shape, self._cut.cache_dtype)
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self._cut.pieces) == 1
+
+    def run(self, tokens: list[int], show: Callable[[int], None] = lambda nbytes: None) -> Array:
+        """Feeds tokens one by one into an empty cache; logits [positions, vocabulary].
+
+        `show` is told the bytes of weights that are done with.
+        """
+        self._cache = {}
+        feeds = [self._inputs([token], position + 1) for position, token in enumerate(tokens)]
+        for piece in self._cut.pieces:
+            session = self._load(piece, feeds[0])
+            for feed in feeds:
+                self._step(session, piece, feed)
+            show(self._cut.nbytes(piece.nodes))
+        return np.stack([feed["logits"][0, -1] for feed in feeds])
+
+    def push(self, tokens: list[int], position: int) -> Array:
+        """Feeds tokens from `position` on to a graph in one piece; logits [vocabulary] of the last.
+
+        At position 0 the cache is empty.
+        """
+        (piece,) = self._cut.pieces
+        if position == 0:
+            self._cache = {}
+        feed = self._inputs(tokens, position + len(tokens))
+        self._step(self._load(piece, feed), piece, feed)
+        logits: Array = feed["logits"][0, -1]
+        return logits
+
+    def _inputs(self, tokens: list[int], total: int) -> Arrays:
+        return {
+            "input_ids": np.array([tokens], np.int64),
+            "attention_mask": np.ones((1, total), np.int64),
+        }
+
+    def _load(self, piece: Piece, feed: Arrays) -> ort.InferenceSession:
+        if self._session is not None and self.is_whole:
+            return self._session
+        self._session = None  # before the next one is made
         options = ort.SessionOptions()
         options.intra_op_num_threads = cpu_limit().cores
         options.log_severity_level = 3
         # torch's threads run in turn with these; spinning ones would take their cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self.session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        self.decoder = decoder
-        self.reset()
+        path = self._cut.save(piece, feed)
+        try:
+            self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        finally:
+            path.unlink()
+        return self._session
 
-    def reset(self) -> None:
-        kinds = {value.name: value.type for value in self.session.get_inputs()}
-        is_half = "float16" in kinds["past_key_values.0.key"]
-        empty = np.zeros(
-            (1, self.decoder.num_kv_heads, 0, self.decoder.head_size),
-            np.float16 if is_half else np.float32,
-        )
-        self.cache = [empty] * (2 * self.decoder.num_layers)
-
-    def push(self, tokens: list[int]) -> np.ndarray[Any, Any]:
-        """Feeds tokens after those already there; logits [vocabulary] of the last one."""
-        parts = [f"{i}.{p}" for i in range(self.decoder.num_layers) for p in ("key", "value")]
-        total = self.cache[0].shape[2] + len(tokens)
-        feed = {f"past_key_values.{part}": v for part, v in zip(parts, self.cache, strict=True)}
-        feed["input_ids"] = np.array([tokens], np.int64)
-        feed["attention_mask"] = np.ones((1, total), np.int64)
-        outputs = self.session.run(["logits", *(f"present.{part}" for part in parts)], feed)
-        self.cache = outputs[1:]
-        logits: np.ndarray[Any, Any] = outputs[0][0, -1]
-        return logits
+    def _step(self, session: ort.InferenceSession, piece: Piece, feed: Arrays) -> None:
+        """Adds what the piece makes of one position to `feed`, and its part of the cache."""
+        inputs = {
+            name: self._cache.get(name, self._empty) if name.startswith(PAST) else feed[name]
+            for name in piece.inputs
+        }
+        for name, value in zip(piece.outputs, session.run(piece.outputs, inputs), strict=True):
+            if name.startswith(PRESENT):
+                self._cache[PAST + name.removeprefix(PRESENT)] = value
+            else:
+                feed[name] = value
 
 
-def compare(checkpoint: Checkpoint, graph: Path, tokens: list[int]) -> Agreement:
-    """Runs both over `tokens` (at least two), then generates a few tokens greedily with both."""
+def compare(
+    checkpoint: Checkpoint, graph: Path, tokens: list[int], progress: Progress = silent
+) -> Agreement:
+    """Runs both over `tokens` (at least two), then generates a few tokens greedily with both.
+
+    A model that has to be run in pieces is not let generate: each token would read all of it.
+    """
     runner = GraphRunner(graph, checkpoint.decoder)
-    exported = np.stack([runner.push([token]) for token in tokens])
+    progress("running the checkpoint")
     with torch.inference_mode():
         reference = checkpoint.model(torch.tensor([tokens])).logits[0].numpy()
+    progress("verifying")
+    exported = runner.run(tokens)
     ours, theirs = _log_softmax(exported), _log_softmax(reference)
     following = np.array(tokens[1:])
     steps = np.arange(len(following))
-    expected = _greedy_checkpoint(checkpoint, tokens)
-    got = _greedy_exported(runner, tokens)
+    expected, got = [], []
+    if runner.is_whole:
+        expected, got = _greedy_checkpoint(checkpoint, tokens), _greedy_exported(runner, tokens)
     equal = next(
         (i for i, pair in enumerate(zip(got, expected, strict=True)) if len(set(pair)) > 1),
         len(expected),
@@ -108,16 +172,16 @@ def compare(checkpoint: Checkpoint, graph: Path, tokens: list[int]) -> Agreement
         perplexity_checkpoint=float(np.exp(-theirs[steps, following].mean())),
         greedy_tokens=len(expected),
         greedy_tokens_equal=equal,
+        not_compared=() if runner.is_whole else ("greedily generated tokens",),
     )
 
 
 def _greedy_exported(runner: GraphRunner, tokens: list[int]) -> list[int]:
-    runner.reset()
-    logits = runner.push(tokens)
+    logits = runner.push(tokens, 0)
     generated: list[int] = []
     while len(generated) < GREEDY_TOKENS:
         generated.append(int(logits.argmax()))
-        logits = runner.push(generated[-1:])
+        logits = runner.push(generated[-1:], len(tokens) + len(generated) - 1)
     return generated
 
 
@@ -134,7 +198,7 @@ def _greedy_checkpoint(checkpoint: Checkpoint, tokens: list[int]) -> list[int]:
     return generated
 
 
-def _log_softmax(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _log_softmax(logits: Array) -> Array:
     shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    result: np.ndarray[Any, Any] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    result: Array = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     return result

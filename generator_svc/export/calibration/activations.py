@@ -23,11 +23,18 @@ OBSERVED = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj")
 
 
 def calibrate(model: Any, token_ids: list[int]) -> Ranges:
-    """Runs `model` over `token_ids` in windows, each from position 0, and keeps the extremes."""
+    """Runs the decoder over `token_ids` in windows, each from position 0, and keeps the extremes.
+
+    All whole windows are one batch, since a streamed model is read anew for each run.
+    """
+    whole = len(token_ids) - len(token_ids) % WINDOW
+    windows = torch.tensor(token_ids[:whole]).reshape(-1, WINDOW)
+    batches = [windows, torch.tensor([token_ids[whole:]])]
     ranges: Ranges = {}
     with torch.inference_mode(), _observed(model, ranges):
-        for start in range(0, len(token_ids), WINDOW):
-            model(torch.tensor([token_ids[start : start + WINDOW]]), use_cache=False)
+        for batch in batches:
+            if batch.numel():
+                model.model(batch, use_cache=False)
     return ranges
 
 

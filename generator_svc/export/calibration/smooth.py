@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from generator_svc.export.calibration.activations import Ranges
+from generator_svc.export.weights.matrix import scale as scale_matrix
 
 # How much of the spread goes into the weights, by where the input comes from: measured on
 # SmolLM2-135M, see docs/log.md.
@@ -44,29 +45,31 @@ def _smooth_norm(norm: Any, readers: list[Any], ranges: Ranges, key: tuple[int, 
     scale = _scale(ranges[key], _largest(readers), NORM_ALPHA)
     norm.weight /= scale
     for reader in readers:
-        reader.weight *= scale
+        reader.matrix = scale_matrix(reader.matrix, columns=scale.numpy())
     ranges[key] = ranges[key] / scale
 
 
 def _smooth_values(attention: Any, ranges: Ranges, key: tuple[int, str]) -> None:
     """Several query heads read one value head, so they share its scales."""
-    group = attention.o_proj.in_features // attention.v_proj.out_features
-    heads = attention.v_proj.out_features // attention.head_dim
+    values, output = attention.v_proj, attention.o_proj
+    group = output.in_features // values.out_features
+    heads = values.out_features // attention.head_dim
     shape = (heads, group, attention.head_dim)
     largest = ranges[key].reshape(shape).amax(1).flatten()
-    weights = _largest([attention.o_proj]).reshape(shape).amax(1).flatten()
+    weights = _largest([output]).reshape(shape).amax(1).flatten()
     scale = _scale(largest, weights, VALUE_ALPHA)
-    attention.v_proj.weight /= scale[:, None]
-    if attention.v_proj.bias is not None:
-        attention.v_proj.bias /= scale
+    values.matrix = scale_matrix(values.matrix, rows=(1 / scale).numpy())
+    if values.bias is not None:
+        values.bias /= scale
     repeated = scale.reshape(heads, 1, -1).expand(shape).flatten()
-    attention.o_proj.weight *= repeated
+    output.matrix = scale_matrix(output.matrix, columns=repeated.numpy())
     ranges[key] = ranges[key] / repeated
 
 
 def _largest(readers: list[Any]) -> torch.Tensor:
     """Largest absolute weight of each input channel, over all that read it."""
-    return torch.stack([reader.weight.abs().amax(0) for reader in readers]).amax(0)
+    slices = (rows() for reader in readers for rows in reader.matrix.slices())
+    return torch.stack([torch.from_numpy(rows).abs().amax(0) for rows in slices]).amax(0)
 
 
 def _scale(activations: torch.Tensor, weights: torch.Tensor, alpha: float) -> torch.Tensor:

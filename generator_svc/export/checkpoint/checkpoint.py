@@ -1,4 +1,4 @@
-"""A checkpoint as a PyTorch model in float32, and what the graph passes need of its shape.
+"""A checkpoint as a PyTorch model that leaves its matrices on the disk, and its shape.
 
 Knows transformers and torch; knows nothing of ONNX. Refuses what would export cleanly and then
 talk nonsense: unknown rope types, weights that are missing, attention the swap cannot express.
@@ -20,18 +20,23 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from generator_svc.export.checkpoint.decoder import Decoder, LayerAttention
 from generator_svc.export.checkpoint.source import Source
+from generator_svc.export.checkpoint.streamed import StreamedEmbedding, StreamedLinear
+from generator_svc.export.checkpoint.tensors import Tensors, matrix, open_tensors
 from generator_svc.export.errors import ExportError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # Rope types whose frequencies do not depend on the length of the sequence.
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+ROPE_DIVISORS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The loaded model, on the CPU, in float32 and evaluation mode."""
+    """The model in evaluation mode: matrices are streamed from the files, all else is float32."""
 
     source: Source
+    tensors: Tensors
     model: PreTrainedModel
     decoder: Decoder
 
@@ -41,10 +46,18 @@ class Checkpoint:
 
 
 def load_checkpoint(source: Source) -> Checkpoint:
-    """Loads `source`; raises ExportError for a family or a setting that is not supported."""
+    """Opens `source`; raises ExportError for a family or a setting that is not supported."""
     with quiet_libraries():
-        model = _load_gguf(source) if source.kind == "gguf" else _load_folder(source)
-    return Checkpoint(source, model.eval(), describe(model))
+        config = _gguf_config(source) if source.kind == "gguf" else _folder_config(source)
+        if config.model_type not in FAMILIES:
+            raise ExportError(_unsupported_family(config.model_type))
+        _check_rope(config)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        tensors = open_tensors(source)
+    _check_weights(source, model, tensors)
+    _stream_weights(model, tensors)
+    return Checkpoint(source, tensors, model.eval(), describe(model))
 
 
 def translate_rope(config: dict[str, Any]) -> dict[str, Any]:
@@ -110,7 +123,7 @@ def _rotary_tables(model: PreTrainedModel, context: int) -> tuple[torch.Tensor, 
     return angles.cos() * scaling, angles.sin() * scaling
 
 
-def _load_folder(source: Source) -> PreTrainedModel:
+def _folder_config(source: Source) -> PretrainedConfig:
     try:
         raw = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
@@ -121,34 +134,54 @@ def _load_folder(source: Source) -> PreTrainedModel:
         raise ExportError(_unsupported_family(family))
     if raw.get("quantization_config"):
         raise ExportError(f"{source.label}: is quantised already; export the full-precision one")
-    config = AutoConfig.for_model(family, **raw)
-    _check_rope(config)
-    return _from_pretrained(source, str(source.path), config=config)
+    return AutoConfig.for_model(family, **raw)
 
 
-def _load_gguf(source: Source) -> PreTrainedModel:
-    folder, name = str(source.path.parent), source.path.name
+def _gguf_config(source: Source) -> PretrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(folder, gguf_file=name)
+        return AutoConfig.from_pretrained(str(source.path.parent), gguf_file=source.path.name)
     except (ValueError, KeyError, OSError) as error:
         raise ExportError(f"{source.path}: not a GGUF file that can be read: {error}") from error
-    if config.model_type not in FAMILIES:
-        raise ExportError(_unsupported_family(config.model_type))
-    _check_rope(config)
-    return _from_pretrained(source, folder, config=config, gguf_file=name)
 
 
-def _from_pretrained(source: Source, folder: str, **options: Any) -> PreTrainedModel:
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, **options
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ExportError(f"{source.label}: the weights do not load: {error}") from error
-    missing = sorted(report["missing_keys"]) + sorted(str(k) for k in report["mismatched_keys"])
-    if missing:
-        raise ExportError(f"{source.label}: {len(missing)} weights do not fit, e.g. {missing[0]}")
-    return model
+def _check_weights(source: Source, model: PreTrainedModel, tensors: Tensors) -> None:
+    """Every weight of the model is in the checkpoint, in the model's own shape."""
+    known = set(tensors.names())
+    tied = _tied(model)
+    wrong = [
+        name
+        for name, weight in model.named_parameters(remove_duplicate=False)
+        if name not in tied and (name not in known or tensors.shape(name) != tuple(weight.shape))
+    ]
+    if wrong:
+        raise ExportError(f"{source.label}: {len(wrong)} weights do not fit, e.g. {min(wrong)}")
+
+
+def _tied(model: PreTrainedModel) -> set[str]:
+    return {HEAD} if model.config.tie_word_embeddings else set()
+
+
+def _stream_weights(model: PreTrainedModel, tensors: Tensors) -> None:
+    """Gives every module of the model on the meta device its weights, or the way to them."""
+    tied = _tied(model)
+    for name, module in list(model.named_modules()):
+        weight = f"{name}.weight"
+        if isinstance(module, torch.nn.Linear):
+            origin = EMBEDDING if weight in tied else weight
+            bias = None
+            if module.bias is not None:
+                bias = torch.from_numpy(tensors.read(f"{name}.bias"))
+            model.set_submodule(name, StreamedLinear(matrix(tensors, origin), bias))
+        elif isinstance(module, torch.nn.Embedding):
+            model.set_submodule(name, StreamedEmbedding(matrix(tensors, weight)))
+        else:
+            for own, _ in list(module.named_parameters(recurse=False)):
+                value = torch.from_numpy(tensors.read(f"{name}.{own}"))
+                setattr(module, own, torch.nn.Parameter(value, requires_grad=False))
+    # Its frequencies come from the configuration, not from the files.
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    if ROPE_DIVISORS in set(tensors.names()):  # of a GGUF file, which has no rope scaling else
+        model.model.rotary_emb.inv_freq /= torch.from_numpy(tensors.read(ROPE_DIVISORS))
 
 
 def _check_rope(config: PretrainedConfig) -> None:

@@ -26,6 +26,9 @@ OUTSIDE_LAYERS = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
+    # What Llama 3.1's rope scaling divides the frequencies by. Its configuration is not in the
+    # file, and no checkpoint has such a tensor.
+    "rope_freqs": "rope_freqs",
 }
 IN_LAYERS = {
     "attn_norm": "input_layernorm",
@@ -40,8 +43,8 @@ IN_LAYERS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# Follow from the configuration, so that a checkpoint has no tensors for them.
-ROTARY = re.compile(r"rope_\w+\.weight|blk\.\d+\.attn_rot_embd\.weight")
+# Follows from the configuration, so that a checkpoint has no tensors for it.
+ROTARY = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")
 
 
 def open_gguf(path: Path) -> FileTensors:
@@ -65,6 +68,12 @@ def open_gguf(path: Path) -> FileTensors:
         raise ExportError(
             f"{path}: architecture {architecture!r} is not supported "
             f"(supported: {', '.join(ARCHITECTURES)})"
+        )
+    scaling = _metadata(reader, f"{architecture}.rope.scaling.type") or "none"
+    if scaling != "none":
+        raise ExportError(
+            f"{path}: rope scaling {scaling!r} is not read from GGUF files; "
+            "export from the Hugging Face folder instead"
         )
     heads = _permuted_heads(path, reader) if architecture == "llama" else {}
     # The reader maps the whole file: nothing of it may be kept.

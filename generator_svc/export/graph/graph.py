@@ -1,7 +1,9 @@
 """An ONNX graph that is being rewritten. Knows nothing of language models.
 
 Edits are made by name: nodes are added and removed freely, and `finish` drops what is no longer
-reachable and puts the rest into topological order.
+reachable and puts the rest into topological order. Large weights are in the graph by name and
+dimensions alone: `matrices` says where those come from that nothing has packed yet, `packings` how
+the others are made when the graph is saved.
 """
 
 from __future__ import annotations
@@ -13,6 +15,9 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
+from generator_svc.export.weights.matrix import Matrix
+from generator_svc.export.weights.packing import Packed, Packing
+
 MICROSOFT = "com.microsoft"
 
 
@@ -23,6 +28,8 @@ class Graph:
         self.model = model
         self.nodes: dict[str, NodeProto] = {}
         self.initializers: dict[str, TensorProto] = {}
+        self.matrices: dict[str, Matrix] = {}
+        self.packings: list[Packing] = []
         self._index()
 
     def _index(self) -> None:
@@ -62,6 +69,21 @@ class Graph:
         if name not in self.initializers:
             self.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
         return name
+
+    def weight(self, name: str, matrix: Matrix, is_transposed: bool = False) -> str:
+        """Adds a float initializer [rows, columns], or the transpose; returns its name."""
+        dims = (matrix.rows, matrix.columns)
+        packed = Packed(name, dims[::-1] if is_transposed else dims, TensorProto.FLOAT)
+        self.initializers[name] = packed.proto()
+        self.matrices[name] = matrix
+        return name
+
+    def stream(self, packing: Packing) -> list[str]:
+        """Adds the initializers that `packing` makes; returns their names."""
+        self.packings.append(packing)
+        for output in packing.outputs:
+            self.initializers[output.name] = output.proto()
+        return [output.name for output in packing.outputs]
 
     def add(
         self,
@@ -108,6 +130,8 @@ class Graph:
         graph.ClearField("value_info")
         self._declare_domains()
         self._index()
+        self.matrices = {k: v for k, v in self.matrices.items() if k in used}
+        self.packings = [p for p in self.packings if any(out.name in used for out in p.outputs)]
         return self.model
 
     def _sorted_live_nodes(self) -> list[NodeProto]:

@@ -13,9 +13,16 @@ LARGEST = float(np.finfo(np.float16).max)
 def to_half(graph: Graph) -> None:
     """Turns every float32 tensor of the graph into float16, except the logits."""
     for name, tensor in list(graph.initializers.items()):
-        if tensor.data_type == TensorProto.FLOAT:
+        if tensor.data_type != TensorProto.FLOAT:
+            continue
+        if tensor.data_location == TensorProto.EXTERNAL:
+            tensor.data_type = TensorProto.FLOAT16
+        else:
             value = np.clip(numpy_helper.to_array(tensor), -LARGEST, LARGEST)
             graph.initializers[name] = numpy_helper.from_array(value.astype(np.float16), name)
+    for output in (output for packing in graph.packings for output in packing.outputs):
+        if output.data_type == TensorProto.FLOAT:
+            output.data_type = TensorProto.FLOAT16
     for node in graph.nodes.values():
         for attribute in node.attribute:
             if node.op_type == "Cast" and attribute.i == TensorProto.FLOAT:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from generator_svc.export.errors import ExportError
-from generator_svc.export.graph.graph import MICROSOFT, Graph
+from generator_svc.export.graph.graph import Graph
 
 HEAD = "/lm_head/MatMul"
 EMBEDDING = "/model/embed_tokens/Gather"
@@ -31,12 +31,6 @@ def keep_last_position(graph: Graph) -> None:
     graph.finish()
 
 
-def is_tied(graph: Graph) -> bool:
-    """Whether the head is the transposed embedding, which a trace stores twice."""
-    head, embedding = graph.nodes[HEAD], graph.nodes[EMBEDDING]
-    return np.array_equal(graph.array(head.input[1]), graph.array(embedding.input[0]).T)
-
-
 def share_embedding(graph: Graph) -> None:
     """Lets a floating-point head read the embedding itself, transposed within the product."""
     head, table = graph.nodes[HEAD], graph.nodes[EMBEDDING].input[0]
@@ -45,34 +39,4 @@ def share_embedding(graph: Graph) -> None:
     product = graph.add("Gemm", "/lm_head/Gemm", [rows, table], transB=1)
     graph.remove([head])
     graph.add("Unsqueeze", "/lm_head/Unsqueeze", [product, axis], ["logits"])
-    graph.finish()
-
-
-def share_quantized_embedding(graph: Graph, hidden_size: int) -> None:
-    """Lets the embedding read the rows of the quantised 8-bit head.
-
-    The head's weights are [vocabulary, blocks, block size] and the gather wants
-    [vocabulary, hidden size]; ONNX Runtime folds the reshape when it loads the graph. A size that
-    does not fill its last block keeps the table of floats: the head's rows are padded then.
-    """
-    head, embedding = graph.nodes[HEAD], graph.nodes[EMBEDDING]
-    attributes = {a.name: a.i for a in head.attribute}
-    assert attributes["bits"] == 8
-    block = attributes["block_size"]
-    if hidden_size % block:
-        return
-    shape = graph.constant("/model/embed_tokens/shape", np.array([-1, hidden_size], np.int64))
-    table = graph.add("Reshape", "/model/embed_tokens/Reshape", [head.input[1], shape])
-    graph.remove([embedding])
-    graph.add(
-        "GatherBlockQuantized",
-        EMBEDDING,
-        [table, embedding.input[1], head.input[2]],
-        list(embedding.output),
-        domain=MICROSOFT,
-        bits=8,
-        block_size=block,
-        gather_axis=0,
-        quantize_axis=1,
-    )
     graph.finish()

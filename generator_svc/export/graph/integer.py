@@ -13,10 +13,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from onnx import NodeProto
+from onnx import NodeProto, TensorProto
 
 from generator_svc.export.calibration.activations import Ranges
 from generator_svc.export.graph.graph import MICROSOFT, Graph
+from generator_svc.export.weights import int8_channels
+from generator_svc.export.weights.packing import Packed, pack_matrix
 
 LARGEST = 127
 ZERO_POINT = 128  # of the activations, which are uint8
@@ -51,13 +53,6 @@ def _observed_by(module: str) -> tuple[int, str]:
     return int(number.removeprefix("layers.")), _INPUTS[parts[-1]]
 
 
-def quantize_columns(weight: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], ...]:
-    """Symmetric 8-bit columns of float32 [K, N]: int8 [K, N] and float32 scales [N]."""
-    scales = np.abs(weight).max(0) / np.float32(LARGEST)
-    scales[scales == 0] = 1
-    return np.rint(weight / scales).astype(np.int8), scales
-
-
 def _swap(graph: Graph, product: NodeProto, largest: Any, quantized: dict[str, str]) -> None:
     """Products that read one tensor share its `quantized` form."""
     source = product.input[0]
@@ -66,12 +61,14 @@ def _swap(graph: Graph, product: NodeProto, largest: Any, quantized: dict[str, s
     if source not in quantized:
         name = f"{source}/QuantizeLinear"
         quantized[source] = graph.add("QuantizeLinear", name, [source, step, zero_point])
-    weight, scales = quantize_columns(graph.array(product.input[1]))
+    matrix = graph.matrices[product.input[1]]
     prefix = product.name[1:].removesuffix("/MatMul").replace("/", ".")
-    weights = [
-        graph.constant(f"{prefix}.weight_S8", weight),
-        graph.constant(f"{prefix}.weight_scales", scales),
-    ]
+    dims = (matrix.columns, matrix.rows)
+    packed = (
+        Packed(f"{prefix}.weight_S8", dims, TensorProto.INT8, is_transposed=True),
+        Packed(f"{prefix}.weight_scales", (matrix.rows,), TensorProto.FLOAT),
+    )
+    weights = graph.stream(pack_matrix(packed, matrix, int8_channels.quantize))
     inputs = [quantized[source], weights[0], step, weights[1], zero_point]
     outputs = list(product.output)
     graph.remove([product])

@@ -12,6 +12,7 @@ import numpy as np
 from onnx import NodeProto
 
 from generator_svc.export.graph.graph import Graph
+from generator_svc.export.weights.matrix import stack
 
 
 def join_projections(graph: Graph, num_layers: int) -> None:
@@ -57,12 +58,9 @@ def _joined_product(graph: Graph, parts: list[str], name: str) -> str | None:
     if len(nodes) != len(parts) or len({node.input[0] for node in nodes}) != 1:
         return None
     biases = [_bias(graph, part) for part in parts]
-    weight = np.concatenate([graph.array(node.input[1]) for node in nodes], axis=1)
-    output = graph.add(
-        "MatMul",
-        f"{name}/MatMul",
-        [nodes[0].input[0], graph.constant(f"{name[1:].replace('/', '.')}.weight", weight)],
-    )
+    joined = stack([graph.matrices[node.input[1]] for node in nodes])
+    weight = graph.weight(f"{name[1:].replace('/', '.')}.weight", joined, is_transposed=True)
+    output = graph.add("MatMul", f"{name}/MatMul", [nodes[0].input[0], weight])
     present = [bias for bias in biases if bias is not None]
     if not present:
         return output

@@ -1,97 +1,121 @@
 """Weights in 8 or 4 bits, activations in float.
 
-Eight bits, by ONNX Runtime's own quantiser: round to nearest, asymmetric in blocks of 32. The 16
-evenly spaced levels of a Q4_1 block are among the 256 of such a block but for a shift, so weights
-from a GGUF file pass almost unchanged. Four bits: its k-quant, which loses much less than rounding.
+Eight bits, as ONNX Runtime's own quantiser makes them: round to nearest, asymmetric in blocks of
+32. The 16 evenly spaced levels of a Q4_1 block are among the 256 of such a block but for a shift,
+so weights from a GGUF file pass almost unchanged. Four bits: with a search in each block for
+the scale and zero point that lose least.
 
-The head is done here, in 8 bits with either precision: symmetric, with the largest magnitude of a
-block at 127. That reproduces Q8_0, which is what GGUF files keep the embedding in, exactly.
+The head and the embedding are in 8 bits with either precision: symmetric, with the largest
+magnitude of a block at 127. That reproduces Q8_0, which is what GGUF files keep the embedding in,
+exactly.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
-from onnxruntime.quantization.matmul_nbits_quantizer import (
-    DefaultWeightOnlyQuantConfig,
-    KQuantWeightOnlyQuantConfig,
-    MatMulNBitsQuantizer,
-)
+import numpy as np
+from onnx import NodeProto, TensorProto
 
-from generator_svc.export.checkpoint.checkpoint import quiet_libraries
 from generator_svc.export.graph.graph import MICROSOFT, Graph
-from generator_svc.export.graph.head import HEAD
+from generator_svc.export.graph.head import EMBEDDING, HEAD
+from generator_svc.export.weights import int4, int8
 from generator_svc.export.weights.blocks import BLOCK_SIZE
-from generator_svc.export.weights.int8 import quantize_symmetric
+from generator_svc.export.weights.matrix import Array, Matrix
+from generator_svc.export.weights.packing import Packed, pack_matrix
 
 # Products may be computed in int8: each row of activations is quantised by itself.
 ACCURACY_LEVEL = 4
 
 
-def quantize_weights(graph: Graph, bits: int) -> Graph:
-    """Swaps every product with a constant matrix for MatMulNBits; node names stay."""
+def quantize_weights(graph: Graph, bits: int) -> None:
+    """Swaps every product with a streamed matrix for MatMulNBits; node names stay."""
     assert bits in (4, 8)
-    _quantize_head(graph)
-    if bits == 4:
-        graph = _quantize_others(graph, KQuantWeightOnlyQuantConfig(), keep=_odd_products(graph))
-    config = DefaultWeightOnlyQuantConfig(
-        block_size=BLOCK_SIZE, is_symmetric=False, accuracy_level=ACCURACY_LEVEL, bits=8
-    )
-    return _quantize_others(graph, config, keep=[])
+    for node in [n for n in graph.nodes.values() if n.op_type == "MatMul"]:
+        if node.input[1] not in graph.matrices:
+            continue
+        if node.name == HEAD:
+            _swap(graph, node, 8, ("Q8", "scales"), int8.quantize_symmetric)
+        elif bits == 4:
+            _swap(graph, node, 4, ("Q4", "scales", "zero_points"), int4.quantize_asymmetric)
+        else:
+            _swap(graph, node, 8, ("Q8", "scales", "zero_points"), int8.quantize_asymmetric)
+    graph.finish()
 
 
-def _odd_products(graph: Graph) -> list[str]:
-    """Products over an odd number of blocks, whose zero points k-quant fails to pack.
+def quantize_embedding(graph: Graph, hidden_size: int, is_tied: bool) -> None:
+    """Swaps the lookup for one in 8-bit rows, which are those of the quantised head if tied.
 
-    They are left for eight bits.
+    The rows are [vocabulary, blocks, block size] and the lookup wants [vocabulary, hidden size];
+    ONNX Runtime folds the reshape when it loads the graph. A size that does not fill its last
+    block keeps the table of floats: the rows are padded then.
     """
-    return [
-        node.name
-        for node in graph.nodes.values()
-        if node.op_type == "MatMul"
-        and node.input[1] in graph.initializers
-        and -(-graph.initializers[node.input[1]].dims[0] // BLOCK_SIZE) % 2
-    ]
-
-
-def _quantize_head(graph: Graph) -> None:
-    head = graph.nodes[HEAD]
-    columns, rows = graph.initializers[head.input[1]].dims
-    quantized, scales = quantize_symmetric(graph.array(head.input[1]).T)
-    graph.remove([head])
+    embedding = graph.nodes[EMBEDDING]
+    if hidden_size % BLOCK_SIZE:
+        return
+    if is_tied:
+        rows, scales = graph.nodes[HEAD].input[1:3]
+    else:
+        matrix = graph.matrices[embedding.input[0]]
+        parts = ("Q8", "scales")
+        rows, scales = _stream(graph, embedding.input[0], matrix, parts, int8.quantize_symmetric)
+    shape = graph.constant("/model/embed_tokens/shape", np.array([-1, hidden_size], np.int64))
+    table = graph.add("Reshape", "/model/embed_tokens/Reshape", [rows, shape])
+    graph.remove([embedding])
     graph.add(
-        "MatMulNBits",
-        HEAD,
-        [
-            head.input[0],
-            graph.constant("lm_head.weight_Q8", quantized),
-            graph.constant("lm_head.weight_scales", scales),
-        ],
-        list(head.output),
+        "GatherBlockQuantized",
+        EMBEDDING,
+        [table, embedding.input[1], scales],
+        list(embedding.output),
         domain=MICROSOFT,
-        K=columns,
-        N=rows,
         bits=8,
         block_size=BLOCK_SIZE,
-        accuracy_level=ACCURACY_LEVEL,
+        gather_axis=0,
+        quantize_axis=1,
     )
     graph.finish()
 
 
-def _quantize_others(graph: Graph, config: Any, keep: list[str]) -> Graph:
-    """`keep` names the products to leave as they are."""
-    names = {node.output[0]: node.name for node in graph.nodes.values()}
-    with quiet_libraries():
-        quantizer = MatMulNBitsQuantizer(
-            graph.model,
-            bits=4,
-            block_size=BLOCK_SIZE,
-            accuracy_level=ACCURACY_LEVEL,
-            nodes_to_exclude=keep,
-            algo_config=config,
-        )
-        quantizer.process()
-    model = quantizer.model.model
-    for node in model.graph.node:
-        node.name = names[node.output[0]]
-    return Graph(model)
+def _swap(
+    graph: Graph,
+    node: NodeProto,
+    bits: int,
+    parts: tuple[str, ...],
+    pack: Callable[[Array], tuple[Array, ...]],
+) -> None:
+    matrix = graph.matrices[node.input[1]]
+    weights = _stream(graph, node.input[1], matrix, parts, pack)
+    graph.remove([node])
+    graph.add(
+        "MatMulNBits",
+        node.name,
+        [node.input[0], *weights],
+        list(node.output),
+        domain=MICROSOFT,
+        K=matrix.columns,
+        N=matrix.rows,
+        bits=bits,
+        block_size=BLOCK_SIZE,
+        accuracy_level=ACCURACY_LEVEL,
+    )
+
+
+def _stream(
+    graph: Graph,
+    name: str,
+    matrix: Matrix,
+    parts: tuple[str, ...],
+    pack: Callable[[Array], tuple[Array, ...]],
+) -> list[str]:
+    """Declares what `pack` makes of the rows: blocks of bytes, their scales and zero points."""
+    blocks = -(-matrix.columns // BLOCK_SIZE)
+    outputs = {
+        "Q8": Packed(f"{name}_Q8", (matrix.rows, blocks, BLOCK_SIZE), TensorProto.UINT8),
+        "Q4": Packed(f"{name}_Q4", (matrix.rows, blocks, BLOCK_SIZE // 2), TensorProto.UINT8),
+        "scales": Packed(f"{name}_scales", (matrix.rows, blocks), TensorProto.FLOAT),
+    }
+    bytes_a_row = -(-blocks // 2) if parts[0] == "Q4" else blocks
+    outputs["zero_points"] = Packed(
+        f"{name}_zero_points", (matrix.rows, bytes_a_row), TensorProto.UINT8
+    )
+    return graph.stream(pack_matrix(tuple(outputs[part] for part in parts), matrix, pack))

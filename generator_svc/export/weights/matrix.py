@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -28,11 +29,13 @@ class Matrix:
     columns: int
     read: Callable[[int, int], Array]
 
-    def slices(self) -> Iterator[Array]:
-        """All rows in order, float32, at most `MAX_SLICE` elements at a time (but whole rows)."""
+    def slices(self) -> list[Callable[[], Array]]:
+        """Reads of all rows in order, each of whole rows and about `MAX_SLICE` elements at most."""
         step = max(1, MAX_SLICE // self.columns)
-        for start in range(0, self.rows, step):
-            yield self.read(start, min(start + step, self.rows))
+        return [
+            partial(self.read, start, min(start + step, self.rows))
+            for start in range(0, self.rows, step)
+        ]
 
 
 def stack(parts: Sequence[Matrix]) -> Matrix:

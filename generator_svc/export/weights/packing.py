@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from onnx import TensorProto
+from onnx import TensorProto, helper
+
+from generator_svc.export.weights.matrix import Matrix
 
 Array = np.ndarray[Any, Any]
 
@@ -33,18 +35,37 @@ class Packed:
         return tensor
 
     @property
-    def elements(self) -> int:
-        return math.prod(self.dims)
+    def dtype(self) -> np.dtype[Any]:
+        """Of the bytes in the file; FLOAT8E8M0, which numpy lacks, is uint8."""
+        if self.data_type == TensorProto.FLOAT8E8M0:
+            return np.dtype(np.uint8)
+        kind: np.dtype[Any] = helper.tensor_dtype_to_np_dtype(self.data_type)
+        return kind
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.dims) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Packing:
     """Initializers that come out of one pass over the same weights.
 
-    `slices()` begins the pass: each item holds the next slice of every output, in their order.
-    Floats may come as float32 whatever the output's type: they are converted (and clipped to
-    float16's range) as they are written.
+    Each of `slices` makes the next slice of every output, in their order; they may be called in
+    several threads. Floats may come as float32 whatever the output's type: they are converted
+    (and clipped to float16's range) as they are written.
     """
 
     outputs: tuple[Packed, ...]
-    slices: Callable[[], Iterator[tuple[Array, ...]]]
+    slices: Sequence[Callable[[], tuple[Array, ...]]]
+
+
+def pack_matrix(
+    outputs: tuple[Packed, ...], matrix: Matrix, pack: Callable[[Array], tuple[Array, ...]]
+) -> Packing:
+    """`pack` takes float32 rows [n, columns] and gives n rows of every output."""
+
+    def slice_of(read: Callable[[], Array]) -> Callable[[], tuple[Array, ...]]:
+        return lambda: pack(read())
+
+    return Packing(outputs, [slice_of(read) for read in matrix.slices()])

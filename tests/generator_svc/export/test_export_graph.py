@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from generator_svc.export.checkpoint.checkpoint import Checkpoint, load_checkpoint, quiet_libraries
+from generator_svc.export.checkpoint.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    quiet_libraries,
+    translate_rope,
+)
 from generator_svc.export.checkpoint.source import locate
 from tests.tiny_models import FAMILIES, tiny_checkpoint, tiny_model_directory
 from trivium.model_directory import ModelDirectory, load_model_directory
@@ -26,10 +33,33 @@ def checkpoint(family: str) -> Checkpoint:
     return load_checkpoint(locate(str(tiny_checkpoint(family))))
 
 
+@cache
+def pytorch(family: str) -> PreTrainedModel:
+    """The checkpoint as transformers itself loads it."""
+    folder = tiny_checkpoint(family)
+    config = translate_rope(json.loads((folder / "config.json").read_text()))
+    model_type = config.pop("model_type")
+    with quiet_libraries():
+        return AutoModelForCausalLM.from_pretrained(
+            folder, config=AutoConfig.for_model(model_type, **config), dtype=torch.float32
+        ).eval()
+
+
 def reference(family: str, tokens: list[int]) -> np.ndarray:
     """Logits [positions, vocabulary] of the checkpoint."""
     with torch.inference_mode():
-        return checkpoint(family).model(torch.tensor([tokens])).logits[0].numpy()
+        return pytorch(family)(torch.tensor([tokens])).logits[0].numpy()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_that_leaves_its_weights_on_the_disk_says_the_same(family, prompt):
+    """It is what an export is verified against."""
+    tokens = prompt(90)
+
+    with torch.inference_mode():
+        streamed = checkpoint(family).model(torch.tensor([tokens])).logits[0].numpy()
+
+    np.testing.assert_allclose(streamed, reference(family, tokens), atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -87,13 +117,18 @@ def test_greedy_tokens_equal_the_checkpoint(family, slots, prompt):
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_greedy_tokens_equal_optimum(family, slots, prompt, tmp_path):
     """Optimum's own runtime on the untouched trace generates the same tokens."""
+    from optimum.exporters.onnx import onnx_export_from_model
     from optimum.onnxruntime import ORTModelForCausalLM
 
-    from generator_svc.export.graph.trace import trace
-
-    trace(checkpoint(family), tmp_path)
     tokens = prompt(12)
     with quiet_libraries():
+        onnx_export_from_model(
+            pytorch(family),
+            tmp_path,
+            task="text-generation-with-past",
+            no_post_process=True,
+            do_validation=False,
+        )
         oracle = ORTModelForCausalLM.from_pretrained(tmp_path, use_io_binding=False)
         output = oracle.generate(
             torch.tensor([tokens]),

@@ -14,7 +14,6 @@ from generator_svc.export.calibration.activations import calibrate
 from generator_svc.export.calibration.smooth import smooth
 from generator_svc.export.checkpoint.checkpoint import load_checkpoint
 from generator_svc.export.checkpoint.source import locate
-from generator_svc.export.graph.integer import quantize_columns
 from generator_svc.run.runner import OrtRunner
 from tests.tiny_models import tiny_checkpoint, tiny_model_directory
 from trivium.model_directory import load_model_directory
@@ -84,17 +83,6 @@ def test_products_are_of_integers(family):
     assert "MatMulNBits" == kinds["/model/layers.1/mlp/down_proj/MatMul"]
     assert "MatMulNBits" == kinds["/lm_head/MatMul"]
     assert "MatMul" not in kinds.values()
-
-
-def test_columns_have_scales_of_their_own():
-    """Half a step is the most that rounding loses; a column of zeros stays one."""
-    weight = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
-    weight[:, 2] *= 1000
-    weight[:, 3] = 0
-    quantized, scales = quantize_columns(weight)
-
-    assert (np.abs(quantized * scales - weight) <= scales / 2 * 1.001).all()
-    assert not quantized[:, 3].any()
 
 
 def test_a_processor_that_saturates_is_refused(monkeypatch):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -29,14 +30,21 @@ def leftovers(folder: Path) -> list[str]:
 
 
 def test_progress_only_moves_forward(source, tmp_path):
-    """The callback gets named steps with fractions from 0 to 1."""
-    seen: list[tuple[str, float]] = []
+    """The callback gets named steps, one after the other, and the bytes of some of them."""
+    seen: list[tuple[str, int, int | None]] = []
 
-    export_model(source, tmp_path / "m", FP32, lambda *step: seen.append(step))
+    def show(step: str, done: int = 0, total: int | None = None) -> None:
+        seen.append((step, done, total))
 
-    fractions = [fraction for _, fraction in seen]
-    assert fractions == sorted(fractions)
-    assert (fractions[0], fractions[-1]) == (0.0, 1.0)
+    export_model(source, tmp_path / "m", FP32, show)
+
+    names = [step for step, _, _ in seen]
+    assert [name for name, _ in groupby(names)] == list(dict.fromkeys(names))
+    assert ("fetching", "done") == (names[0], names[-1])
+    counted = [(done, total) for step, done, total in seen if step == "writing the weights"]
+    assert counted == sorted(counted)
+    assert 0 < counted[0][0] < counted[-1][0] <= counted[-1][1]
+    assert {total for _, total in counted} == {(tmp_path / "m" / "model.onnx.data").stat().st_size}
 
 
 def test_a_failure_leaves_nothing(source, tmp_path, monkeypatch):
@@ -61,7 +69,7 @@ def test_a_killed_export_leaves_no_folder_and_the_next_one_works(source, tmp_pat
     )
     assert process.stderr is not None
     for line in process.stderr:
-        if "rewriting" in line:
+        if "writing the weights" in line:
             break
     os.kill(process.pid, signal.SIGKILL)
     process.stderr.close()
@@ -79,7 +87,7 @@ def test_exporters_to_one_place_wait_for_each_other(source, tmp_path):
     steps: list[str] = []
 
     def work() -> None:
-        export_model(source, tmp_path / "m", FP32, lambda step, _: steps.append(step))
+        export_model(source, tmp_path / "m", FP32, lambda step, *_: steps.append(step))
 
     threads = [threading.Thread(target=work) for _ in range(2)]
     for thread in threads:

@@ -16,12 +16,15 @@ import torch
 from gguf import GGMLQuantizationType
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from generator_svc.export import ExportError
+from generator_svc.export.checkpoint.checkpoint import load_checkpoint
 from generator_svc.export.checkpoint.gguf_file import open_gguf
 from generator_svc.export.checkpoint.safetensors_folder import open_safetensors
 from generator_svc.export.checkpoint.source import EMBEDDED_MODEL, Source, locate
 from generator_svc.export.checkpoint.tensors import KeptInMemory, Tensors, open_tensors
+from tests.tiny_models import LLAMA3_SCALING
 
 INDEX = "model.safetensors.index.json"
 
@@ -202,7 +205,7 @@ def peak():  # ru_maxrss of a child starts with what its parent had
 before = peak()
 path = Path(sys.argv[1])
 tensors = open_tensors(Source("test", "gguf" if path.is_file() else "folder", path))
-rows = sum(len(part) for name in tensors.names() for part in matrix(tensors, name).slices())
+rows = sum(len(read()) for name in tensors.names() for read in matrix(tensors, name).slices())
 print(rows, peak() - before)
 """
 
@@ -306,7 +309,10 @@ def write_gguf(path: Path, family: str = "llama", kind: str = "F32", **changes: 
         writer.add_tensor(
             f"{names.get_name(base)}.{suffix}", encode(values, dtype), raw_dtype=dtype
         )
-    writer.add_tensor("rope_freqs.weight", np.ones(32, np.float32))
+    if (scaling := changes.get("rope_scaling")) is not None:
+        writer.add_string(f"{architecture}.rope.scaling.type", scaling)
+    if (divisors := changes.get("rope_freqs")) is not None:
+        writer.add_tensor("rope_freqs.weight", divisors)
     for name, (values, dtype) in changes.get("more", {}).items():
         writer.add_tensor(name, values, raw_dtype=dtype)
     writer.write_header_to_file()
@@ -373,6 +379,22 @@ def test_what_llama_cpp_permuted_is_put_back(tmp_path):
         assert check_slices(tensors, f"model.layers.0.{name}", weights[f"model.layers.0.{name}"])
 
 
+def test_the_rope_scaling_of_llama_3_1_is_read_from_a_gguf_file(tmp_path):
+    """It stands there as divisors of the frequencies alone, which transformers ignores."""
+    config, _ = random_weights("llama")
+    plain = LlamaRotaryEmbedding(config).inv_freq
+    config.rope_scaling = LLAMA3_SCALING | {"original_max_position_embeddings": 64}
+    config.max_position_embeddings = 512
+    scaled = LlamaRotaryEmbedding(config).inv_freq
+    path = write_gguf(tmp_path / "model.gguf", rope_freqs=(plain / scaled).numpy())
+
+    decoder = load_checkpoint(Source("m", "gguf", path)).decoder
+
+    angles = torch.outer(torch.arange(config.max_position_embeddings).float(), scaled)
+    assert not torch.equal(plain, scaled)
+    np.testing.assert_allclose(decoder.cos, angles.cos(), atol=1e-4)
+
+
 ONE_TENSOR = (np.zeros((4, 32), np.float32), GGMLQuantizationType.F32)
 
 
@@ -381,6 +403,7 @@ ONE_TENSOR = (np.zeros((4, 32), np.float32), GGMLQuantizationType.F32)
     [
         ({"architecture": "gemma2"}, "architecture 'gemma2' is not supported"),
         ({"parts": 3}, "is one of 3 parts; join them"),
+        ({"rope_scaling": "yarn"}, "rope scaling 'yarn' is not read from GGUF files"),
         ({"head_count_kv": [1, 2]}, "needs one llama.attention.head_count"),
         ({"head_count_kv": 3}, "tensor 'blk.0.attn_k.weight' has 128 rows for 3 heads"),
         (

@@ -1,0 +1,114 @@
+"""Cuts a saved graph between its layers, so that it can be run a piece at a time.
+
+Knows nothing of what the layers are: nodes say by their names which of them they belong to.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import ModelProto, NodeProto, ValueInfoProto, helper
+
+_LAYER = re.compile(r"/layers\.(\d+)/")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some layers of a graph that follow each other.
+
+    `inputs` come from the graph's inputs and from earlier pieces, `outputs` go to the graph's
+    outputs and to later pieces.
+    """
+
+    nodes: tuple[NodeProto, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+class CutGraph:
+    """The graph in the file `model`, cut so that no piece has more than `max_bytes` of weights.
+
+    What is before the first layer and behind the last are layers of their own, of which no piece
+    holds less than one.
+    """
+
+    def __init__(self, model: Path, max_bytes: int) -> None:
+        self.folder = model.parent
+        self.model: ModelProto = onnx.load(model, load_external_data=False)
+        self._initializers = {tensor.name: tensor for tensor in self.model.graph.initializer}
+        self.pieces = tuple(self._pieces(max_bytes))
+
+    @property
+    def cache_dtype(self) -> np.dtype[Any]:
+        """Of the keys and values."""
+        cache = next(v for v in self.model.graph.input if v.name.startswith("past_key_values."))
+        kind: np.dtype[Any] = helper.tensor_dtype_to_np_dtype(cache.type.tensor_type.elem_type)
+        return kind
+
+    def _pieces(self, max_bytes: int) -> Iterator[Piece]:
+        layers: dict[int, list[NodeProto]] = {}
+        last = -1
+        for node in self.model.graph.node:  # in topological order
+            match = _LAYER.search(node.name)
+            layer = int(match[1]) if match else (-1 if last < 0 else last + 1)
+            last = max(last, int(match[1])) if match else last
+            layers.setdefault(layer, []).append(node)
+        group: list[NodeProto] = []
+        for _, nodes in sorted(layers.items()):
+            if group and self.nbytes([*group, *nodes]) > max_bytes:
+                yield self._piece(group)
+                group = []
+            group = [*group, *nodes]
+        yield self._piece(group)
+
+    def nbytes(self, nodes: list[NodeProto] | tuple[NodeProto, ...]) -> int:
+        """Of the weights that `nodes` read from the file beside the graph."""
+        names = {name for node in nodes for name in node.input} & self._initializers.keys()
+        places = [
+            {entry.key: entry.value for entry in self._initializers[name].external_data}
+            for name in names
+        ]
+        return sum(int(place["length"]) for place in places if place)
+
+    def _piece(self, nodes: list[NodeProto]) -> Piece:
+        made = {name for node in nodes for name in node.output if name}
+        read = {name for node in nodes for name in node.input if name}
+        own = {node.name for node in nodes}
+        others = (node for node in self.model.graph.node if node.name not in own)
+        wanted = {name for node in others for name in node.input}
+        wanted |= {value.name for value in self.model.graph.output}
+        inputs = read - made - self._initializers.keys()
+        return Piece(tuple(nodes), tuple(sorted(inputs)), tuple(sorted(made & wanted)))
+
+    def save(self, piece: Piece, inputs: dict[str, np.ndarray[Any, Any]]) -> Path:
+        """Writes `piece` as a model of its own beside the graph, whose weights it shares.
+
+        `inputs` tell the types of what earlier pieces made.
+        """
+        model = ModelProto()
+        model.CopyFrom(self.model)
+        graph = model.graph
+        known = {value.name: value for value in self.model.graph.input}
+        read = {name for node in piece.nodes for name in node.input}
+        for field, values in (
+            ("node", piece.nodes),
+            ("initializer", [t for n, t in self._initializers.items() if n in read]),
+            ("input", [known.get(name) or _value(name, inputs[name]) for name in piece.inputs]),
+            ("output", [ValueInfoProto(name=name) for name in piece.outputs]),
+        ):
+            graph.ClearField(field)
+            getattr(graph, field).extend(values)
+        path = self.folder / ".piece.onnx"
+        onnx.save(model, path)
+        return path
+
+
+def _value(name: str, array: np.ndarray[Any, Any]) -> ValueInfoProto:
+    kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+    return helper.make_tensor_value_info(name, kind, [None] * array.ndim)
