@@ -59,7 +59,7 @@ $(VENV)/.clients: pyproject.toml | $(VENV)/.dev
 
 # Exits 0 when the embedded model is in the cache, so that the export extra is not needed.
 serve: $(VENV)/.serve
-	@$(BIN)/python -m trivium.cli.embedded || $(MAKE) --no-print-directory $(VENV)/.export
+	@$(BIN)/python -m generator_svc.export.embedded --check || $(MAKE) --no-print-directory $(VENV)/.export
 	@exec $(BIN)/trivium up $(ARGS)
 
 test: check

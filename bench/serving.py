@@ -43,9 +43,9 @@ from bench.report import Results, Row, as_json, machine, notes, page, renewed, t
 from bench.scenarios import Choices, Load, LongPrompt, Scenario, SharedSystemPrompt, Turns
 from bench.worker import Worker
 from generator_svc.run.runner import DeviceInfo
-from trivium.cli.embedded import embedded_folder
 from trivium.cli.pipeline import Pipeline, free_ports
 from trivium.cli.supervisor import Supervisor
+from trivium.embedded_model import embedded_folder
 
 NAMES = ("load", "long", "shared", "turns", "streams", "choices", "stall")
 LONG_CLIENTS, LONG_PROMPT = (1, 8), 1000

@@ -33,10 +33,10 @@ from generator_svc.config import GeneratorSettings
 from generator_svc.run.runner import OrtRunner
 from generator_svc.server import load_runner
 from trivium.cli.answer import Answer
-from trivium.cli.embedded import embedded_folder
 from trivium.cli.load import Prompts, Target, open_client, percentiles
 from trivium.cli.pipeline import Pipeline, free_ports
 from trivium.cli.supervisor import Supervisor
+from trivium.embedded_model import embedded_folder
 from trivium.model_directory import load_model_directory
 
 TOLERANCE = 0.15

@@ -1,36 +1,85 @@
-"""`python -m generator_svc.export SOURCE --out DIR`: an export without the rest of Trivium."""
+"""`python -m generator_svc.export`, which `trivium export` becomes: a progress bar, and its end."""
 
 from __future__ import annotations
 
-import argparse
 import sys
+from enum import StrEnum
 from pathlib import Path
+from typing import Annotated
 
-from generator_svc.export import DEVICES, PRECISIONS, ExportError, ExportOptions, export_model
+import typer
+from rich.console import Console
+
+from generator_svc.export import ExportError, ExportOptions, export_model
+from generator_svc.export.progress_bar import Steps
+from trivium.cache_folder import cache_folder
+from trivium.embedded_model import embedded_folder
+from trivium.export_extra import missing_packages
+
+FAILED, REFUSED = 1, 2
+
+app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m generator_svc.export", description=__doc__)
-    parser.add_argument("source", help="Hugging Face folder or id, .gguf file, or default name")
-    parser.add_argument("--out", required=True, type=Path, help="the model directory to make")
-    parser.add_argument("--precision", choices=PRECISIONS, default="int8")
-    parser.add_argument("--device", choices=DEVICES, default="cpu")
-    parser.add_argument("--force", action="store_true", help="replace an existing folder")
-    arguments = parser.parse_args()
+class Precision(StrEnum):
+    """How weights and activations are stored; w8a8 multiplies them as 8-bit integers."""
+
+    INT8 = "int8"
+    INT4 = "int4"
+    W8A8 = "w8a8"
+    FP16 = "fp16"
+    FP32 = "fp32"
+
+
+class Device(StrEnum):
+    """What the graph is made for."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+def how_to_install(missing: list[str]) -> str:
+    """What to type when the export extra is not there."""
+    return (
+        f"The export needs packages that are not installed: {', '.join(missing)}.\n"
+        f"Install them with: {sys.executable} -m pip install 'trivium[export]'\n"
+        f"or, in a checkout: {sys.executable} -m pip install -e '.[export]'"
+    )
+
+
+@app.command()
+def export(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A Hugging Face folder, a .gguf file, a model of the Hugging Face Hub "
+            "(owner/name, owner/name@revision, owner/name:file.gguf; HF_TOKEN and HF_ENDPOINT are "
+            "heeded), or the embedded default smollm2-135m-instruct."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to make; its name is the model's id.")],
+    precision: Annotated[
+        Precision, typer.Option(help="Of weights (and activations: w8a8).")
+    ] = Precision.INT8,
+    device: Annotated[Device, typer.Option(help="What the graph is made for.")] = Device.CPU,
+    force: Annotated[bool, typer.Option(help="Replace a folder that is there already.")] = False,
+) -> None:
+    """Makes a model folder from a checkpoint."""
+    console = Console(stderr=True)
+    missing = missing_packages()
+    if missing:
+        console.print(how_to_install(missing), markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(REFUSED)
     try:
-        options = ExportOptions(arguments.precision, arguments.device)
-        out = export_model(arguments.source, arguments.out, options, _show, force=arguments.force)
+        options = ExportOptions(precision=precision.value, device=device.value)
+        with Steps(console) as steps:
+            export_model(source, out, options, steps.show, force=force, cache=cache_folder())
     except ExportError as error:
-        print(f"export: {error}", file=sys.stderr)
-        return 2
-    print(out)
-    return 0
-
-
-def _show(step: str, done: int = 0, total: int | None = None) -> None:
-    if done == 0:
-        print(step, file=sys.stderr, flush=True)
+        console.print(f"trivium export: {error}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(FAILED) from error
+    if out.absolute() != embedded_folder():  # `trivium up` goes on by itself
+        console.print(f"{out} is ready: trivium up --model {out}", markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    app(prog_name="trivium export")

@@ -1,21 +1,34 @@
 """`trivium export`: a folder that serves, or a sentence that says why not."""
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from tests.tiny_models import tiny_checkpoint
-from trivium.cli.embedded import EMBEDDED_MODEL, find_embedded
-from trivium.cli.main import app
+from generator_svc.export.embedded import find_embedded
+from tests.tiny_models import tiny_checkpoint, tiny_model_directory
 from trivium.cli.up import resolve_model
+from trivium.embedded_model import EMBEDDED_MODEL, embedded_folder
 from trivium.model_directory import MANIFEST, load_model_directory
 
+TRIVIUM = (sys.executable, "-m", "trivium.cli")
 
-def run(*arguments: str) -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["export", *arguments])
-    return result.exit_code, result.output
+
+def run(*arguments: str, **environment: str) -> tuple[int, str]:
+    """Exit status and output, to both streams, of `trivium export`."""
+    done = subprocess.run(
+        [*TRIVIUM, "export", *arguments],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    return done.returncode, done.stdout
 
 
 def test_makes_a_model_folder(tmp_path: Path) -> None:
@@ -46,14 +59,47 @@ def test_says_what_cannot_be_combined(tmp_path: Path) -> None:
     assert "fp16 is for cuda" in output
 
 
-def test_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_says_what_to_install(tmp_path: Path) -> None:
     """Without the export extra one is told what to type."""
-    monkeypatch.setattr("trivium.cli.export.NEEDED", ("no_such_package",))
-    status, output = run("any", "--out", str(tmp_path / "model"))
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['gguf'] = None\n")
+    status, output = run("any", "--out", str(tmp_path / "model"), PYTHONPATH=str(tmp_path))
 
     assert status == 2
-    assert "no_such_package" in output
+    assert "not installed: gguf." in output
     assert "pip install 'trivium[export]'" in output
+
+
+@pytest.mark.parametrize("module", [("trivium.cli", "export"), ("generator_svc.export",)])
+def test_explains_its_options(module: tuple[str, ...]) -> None:
+    """The exporter's own command is the same one."""
+    command = [sys.executable, "-m", *module, "--help"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert "Usage: trivium export [OPTIONS]" in told
+    assert {"--out", "--precision", "--device", "--force"} <= set(told.split())
+
+
+def test_is_stopped_by_the_signal_that_its_process_gets(tmp_path: Path) -> None:
+    """As a shell, a container or a supervisor sends it; nothing half-made is left."""
+    source, out = str(tiny_checkpoint("llama")), tmp_path / "models" / "model"
+    process = subprocess.Popen(
+        [*TRIVIUM, "export", source, "--out", str(out)], stderr=subprocess.PIPE, text=True
+    )
+    while not (out.parent / ".model.partial").exists() and process.poll() is None:
+        pass
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=120)
+
+    assert process.returncode == 130
+    assert "Traceback" not in told
+    assert [".model.lock"] == [path.name for path in out.parent.iterdir()]
+
+
+def put_embedded(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model folder in the embedded model's place, in a cache of its own."""
+    monkeypatch.setenv("TRIVIUM_CACHE", str(cache))
+    shutil.copytree(tiny_model_directory("llama"), embedded_folder())
+    return embedded_folder()
 
 
 def test_the_embedded_model_is_found_in_the_cache(
@@ -61,11 +107,12 @@ def test_the_embedded_model_is_found_in_the_cache(
 ) -> None:
     """With no model named, `up` serves what is in the cache folder under the embedded name."""
     monkeypatch.setenv("TRIVIUM_CACHE", str(tmp_path))
-    absent = find_embedded()
-    out = tmp_path / "models" / EMBEDDED_MODEL
-    run(str(tiny_checkpoint("llama")), "--out", str(out), "--precision", "fp32")
+    check = [sys.executable, "-m", "generator_svc.export.embedded", "--check"]
+    absent = subprocess.run(check).returncode
+    out = put_embedded(tmp_path, monkeypatch)
 
-    assert absent is None
+    assert (1, 0) == (absent, subprocess.run(check).returncode)
+    assert tmp_path / "models" / EMBEDDED_MODEL == out
     assert [out, out] == [resolve_model(None), resolve_model(EMBEDDED_MODEL)]
 
 
@@ -73,9 +120,7 @@ def test_an_embedded_model_that_this_processor_cannot_run_is_made_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when machines share a cache, and only some of them multiply bytes exactly."""
-    monkeypatch.setenv("TRIVIUM_CACHE", str(tmp_path))
-    out = tmp_path / "models" / EMBEDDED_MODEL
-    run(str(tiny_checkpoint("llama")), "--out", str(out), "--precision", "fp32")
+    out = put_embedded(tmp_path, monkeypatch)
     manifest = json.loads((out / MANIFEST).read_text())
     (out / MANIFEST).write_text(json.dumps({**manifest, "precision": "w8a8"}))
 

@@ -116,16 +116,20 @@ def test_an_empty_model_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_says_what_to_install_for_the_export(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Without the model and without what exports it, one is told what to type."""
+    hide = "import sys\nsys.modules.update(torch=None, optimum=None)\n"
+    (tmp_path / "sitecustomize.py").write_text(hide)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("TRIVIUM_CACHE", str(tmp_path))
-    monkeypatch.setattr("trivium.cli.up.missing_packages", lambda: ["torch", "optimum"])
     result = CliRunner().invoke(app, ["up"])
 
+    told = capfd.readouterr().err
     assert result.exit_code == 2
-    assert "torch, optimum" in result.output
-    assert "-m pip install 'trivium[export]'" in result.output
+    assert f"smollm2-135m-instruct to {tmp_path}" in told
+    assert "torch, optimum" in told
+    assert "-m pip install 'trivium[export]'" in told
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import pytest
 
 from tests import node
 from tests.pipeline.services import Services
-from trivium.cli.embedded import EMBEDDED_MODEL
 from trivium.cli.up import resolve_model
+from trivium.embedded_model import EMBEDDED_MODEL
 
 pytestmark = pytest.mark.clients
 

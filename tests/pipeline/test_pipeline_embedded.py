@@ -16,9 +16,10 @@ import httpx
 import openai
 import pytest
 
+from generator_svc.export.embedded import find_embedded
 from tests.examples import example_runs
-from trivium.cli.embedded import EMBEDDED_MODEL, find_embedded
 from trivium.cli.pipeline import free_ports
+from trivium.embedded_model import EMBEDDED_MODEL
 
 pytestmark = pytest.mark.embedded
 

@@ -18,11 +18,11 @@ import httpx
 import typer
 
 from trivium.cli import providers
-from trivium.cli.embedded import embedded_folder
-from trivium.cli.export import missing_packages
 from trivium.cli.pipeline import Pipeline, PortTaken, free_ports
 from trivium.cli.supervisor import NotReady, StageDied, Supervisor
 from trivium.cli.up import Device
+from trivium.embedded_model import embedded_folder
+from trivium.export_extra import missing_packages
 from trivium.host_limits import cpu_limit, memory_limit
 from trivium.model_directory import ModelDirectoryError, load_model_directory
 

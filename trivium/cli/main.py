@@ -8,7 +8,7 @@ import typer
 from trivium.cli.bench import bench
 from trivium.cli.chat import chat
 from trivium.cli.doctor import doctor
-from trivium.cli.export import export
+from trivium.cli.export import PASS_ALL, export
 from trivium.cli.up import up
 
 app = typer.Typer(
@@ -37,5 +37,7 @@ def options(
     """Options of the command itself, given before any subcommand."""
 
 
-for command in (up, export, chat, bench, doctor):
+app.command()(up)
+app.command(context_settings=PASS_ALL)(export)
+for command in (chat, bench, doctor):
     app.command()(command)

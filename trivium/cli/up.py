@@ -14,14 +14,12 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from generator_svc.export import embedded_precision
 from trivium.cache_folder import cache_folder
 from trivium.cli.banner import banner
-from trivium.cli.embedded import EMBEDDED_MODEL, embedded_folder, find_embedded
-from trivium.cli.export import how_to_install, missing_packages
 from trivium.cli.pipeline import LOOPBACK, Pipeline, PortTaken
 from trivium.cli.probe import model_info
 from trivium.cli.supervisor import LEASH, NotReady, StageDied, Supervisor
+from trivium.embedded_model import EMBEDDED_MODEL, embedded_folder
 from trivium.host_limits import cpu_limit, memory_limit
 from trivium.model_directory import ModelDirectoryError, load_model_directory
 
@@ -134,8 +132,7 @@ def resolve_model(name: str | None) -> Path:
     The embedded default is exported first if it is not there.
     """
     if name is None or name == EMBEDDED_MODEL:
-        if find_embedded() is None:
-            _export_embedded()
+        _make_embedded()
         return embedded_folder()
     candidates = [Path(name), Path("models") / name, cache_folder() / "models" / name]
     for folder in candidates:
@@ -203,21 +200,13 @@ async def _run(pipeline: Pipeline, ready_seconds: float) -> int:
     return await supervise(supervisor, when_ready, ready_seconds)
 
 
-def _export_embedded() -> None:
-    """Exports the default in a process of its own: PyTorch's memory is not kept while serving."""
-    missing = missing_packages()
-    if missing:
-        _refuse(
-            f"{EMBEDDED_MODEL} is not in {embedded_folder().parent} yet.\n{how_to_install(missing)}"
-        )
-    typer.echo(f"Exporting {EMBEDDED_MODEL} to {embedded_folder()}, once.", err=True)
-    precision = ("--precision", embedded_precision())
-    command = (sys.executable, "-m", "trivium.cli", "export", EMBEDDED_MODEL, *precision)
+def _make_embedded() -> None:
+    """Has the embedded model exported if it is not there, by a process of its own."""
     leash = (sys.executable, "-I", LEASH, str(os.getpid()))
-    broken = ["--force"] if embedded_folder().exists() else []
-    done = subprocess.run([*leash, *command, "--out", str(embedded_folder()), *broken], check=False)
-    if done.returncode != 0:
-        raise typer.Exit(FAILED)
+    command = (sys.executable, "-m", "generator_svc.export.embedded")
+    status = subprocess.run([*leash, *command], check=False).returncode
+    if status != 0:
+        raise typer.Exit(REFUSED if status == REFUSED else FAILED)
 
 
 def _refuse(message: str) -> NoReturn:

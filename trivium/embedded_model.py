@@ -1,0 +1,14 @@
+"""The model that is served when none is named: its name, and where this user's copy is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trivium.cache_folder import cache_folder
+
+EMBEDDED_MODEL = "smollm2-135m-instruct"
+
+
+def embedded_folder() -> Path:
+    """Where the embedded model is, or will be."""
+    return cache_folder() / "models" / EMBEDDED_MODEL
