@@ -29,9 +29,9 @@ from rest_facade.metrics import Metrics
 from rest_facade.openapi import RawRoute
 from rest_facade.routes import Routes
 from rest_facade.sse import sse_event
-from rest_facade.traffic import Traffic
 from trivium.wire import telemetry
 from trivium.wire.errors import ERRORS, ServiceError, internal_error
+from trivium.wire.in_flight import InFlight
 
 log = logging.getLogger(__name__)
 
@@ -43,11 +43,11 @@ _IDENTITY_HEADERS = (telemetry.REQUEST_ID.encode(), telemetry.TRACEPARENT.encode
 
 
 def build_app(
-    settings: FacadeSettings, backend: Backend, traffic: Traffic, keys: KeyFile | None
+    settings: FacadeSettings, backend: Backend, in_flight: InFlight, keys: KeyFile | None
 ) -> FastAPI:
-    """The application; the caller owns `backend`'s channel, and drains by `traffic`."""
+    """The application; the caller owns `backend`'s channel, and drains by `in_flight`."""
     metrics = Metrics()
-    routes = Routes(settings, backend, traffic, metrics).router().routes
+    routes = Routes(settings, backend, in_flight, metrics).router().routes
     app = FastAPI(
         routes=routes,
         openapi_url=None,
@@ -55,12 +55,12 @@ def build_app(
             Middleware(
                 IdentityMiddleware,
                 metrics=metrics,
-                traffic=traffic,
+                in_flight=in_flight,
                 paths=frozenset(route.path for route in routes if isinstance(route, RawRoute)),
             ),
             *cors(settings.allowed_origins),
             Middleware(ErrorMiddleware, metrics=metrics),
-            Middleware(AdmissionMiddleware, traffic=traffic, keys=keys),
+            Middleware(AdmissionMiddleware, in_flight=in_flight, keys=keys),
         ],
         exception_handlers={HTTPException: _routing_error},
     )
@@ -94,11 +94,11 @@ class IdentityMiddleware:
     """Gives each request its id and returns it as a header; logs and counts the outcome."""
 
     def __init__(
-        self, app: ASGIApp, metrics: Metrics, traffic: Traffic, paths: frozenset[str]
+        self, app: ASGIApp, metrics: Metrics, in_flight: InFlight, paths: frozenset[str]
     ) -> None:
         self._app = app
         self._metrics = metrics
-        self._traffic = traffic
+        self._in_flight = in_flight
         self._paths = paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -119,7 +119,7 @@ class IdentityMiddleware:
                     *message["headers"],
                     (telemetry.REQUEST_ID.encode(), identity.encode()),
                 ]
-                if self._traffic.leaving:
+                if self._in_flight.leaving:
                     message["headers"].append((b"connection", b"close"))
             await send(message)
 
@@ -182,16 +182,16 @@ class ErrorMiddleware:
 class AdmissionMiddleware:
     """Checks API keys and draining for the API's paths; all others are open."""
 
-    def __init__(self, app: ASGIApp, traffic: Traffic, keys: KeyFile | None) -> None:
+    def __init__(self, app: ASGIApp, in_flight: InFlight, keys: KeyFile | None) -> None:
         self._app = app
-        self._traffic = traffic
+        self._in_flight = in_flight
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not scope["path"].startswith(_API):
             await self._app(scope, receive, send)
             return
-        with self._traffic.admitted():
+        with self._in_flight.admitted():
             if self._keys is not None:
                 self._keys.check(Request(scope).headers.get("authorization", ""))
             await self._app(scope, receive, send)

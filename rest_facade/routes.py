@@ -54,8 +54,8 @@ from rest_facade.responses import (
     TokenizerInfo,
 )
 from rest_facade.stream import Event, EventStream
-from rest_facade.traffic import Traffic
 from trivium.field_errors import missing
+from trivium.wire.in_flight import InFlight
 
 RequestBody = TypeVar("RequestBody", bound=Body)
 RequestMessage = TypeVar("RequestMessage")
@@ -74,11 +74,11 @@ class Routes:
     """The handlers, and what they all need."""
 
     def __init__(
-        self, settings: FacadeSettings, backend: Backend, traffic: Traffic, metrics: Metrics
+        self, settings: FacadeSettings, backend: Backend, in_flight: InFlight, metrics: Metrics
     ) -> None:
         self._settings = settings
         self._backend = backend
-        self._traffic = traffic
+        self._in_flight = in_flight
         self._metrics = metrics
         self._docs = _DOCS_PAGE.read_bytes()
 
@@ -289,7 +289,7 @@ class Routes:
 
     async def ready(self, request: Request) -> Response:
         """Whether a completion would be taken on now."""
-        self._traffic.check_ready()
+        self._in_flight.check_ready()
         await self._backend.check(self._settings.health_timeout_seconds)
         return _json({"status": "ok"})
 
@@ -299,7 +299,7 @@ class Routes:
 
     async def metrics(self, request: Request) -> Response:
         """Counters, in Prometheus' text format."""
-        self._metrics.running.set(self._traffic.running)
+        self._metrics.running.set(self._in_flight.count)
         return Response(self._metrics.text(), headers={"content-type": CONTENT_TYPE})
 
     async def docs(self, request: Request) -> Response:

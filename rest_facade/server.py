@@ -12,7 +12,7 @@ from rest_facade.auth import KeyFile
 from rest_facade.backend import Backend
 from rest_facade.config import FacadeSettings
 from rest_facade.http_limits import LimitedHttpProtocol
-from rest_facade.traffic import Traffic
+from trivium.wire.in_flight import InFlight
 from trivium.wire.serving import StopSignals, wait_for_any
 
 log = logging.getLogger(__name__)
@@ -31,12 +31,12 @@ class _Server(uvicorn.Server):
 
 async def serve(settings: FacadeSettings, keys: KeyFile | None) -> None:
     """Serves until a stop signal, then drains; raises SystemExit when the port is taken."""
-    traffic = Traffic()
+    in_flight = InFlight()
     signals = StopSignals()
     async with Backend(settings.tokenizer_target, settings.request_timeout_seconds) as backend:
         server = _Server(
             uvicorn.Config(
-                build_app(settings, backend, traffic, keys),
+                build_app(settings, backend, in_flight, keys),
                 host=settings.host,
                 port=settings.port,
                 http=LimitedHttpProtocol,
@@ -51,7 +51,7 @@ async def serve(settings: FacadeSettings, keys: KeyFile | None) -> None:
                 timeout_graceful_shutdown=_FLUSH_TIMEOUT_SECONDS,
             )
         )
-        stopper = asyncio.create_task(_drain(settings, server, traffic, backend, signals))
+        stopper = asyncio.create_task(_drain(settings, server, in_flight, backend, signals))
         try:
             await server.serve()
         finally:
@@ -61,21 +61,21 @@ async def serve(settings: FacadeSettings, keys: KeyFile | None) -> None:
 async def _drain(
     settings: FacadeSettings,
     server: uvicorn.Server,
-    traffic: Traffic,
+    in_flight: InFlight,
     backend: Backend,
     signals: StopSignals,
 ) -> None:
     await signals.first.wait()
     log.info("draining")
-    traffic.leaving = True
+    in_flight.leaving = True
     await wait_for_any(settings.drain_notice_seconds, signals.second)
     # The port stays open, so that late requests get an error that says why.
-    traffic.draining = True
+    in_flight.draining.set()
     # Clients that pool connections find theirs closed and connect to another replica. A connection
     # without a request yet stays open: its first one may be on its way, and is answered with 503.
     for connection in list(server.server_state.connections):
         if isinstance(connection, LimitedHttpProtocol) and connection.cycle is not None:
             connection.shutdown()
-    await wait_for_any(settings.drain_seconds, traffic.idle, signals.second)
+    await wait_for_any(settings.drain_seconds, in_flight.idle, signals.second)
     backend.cancel_all()
     server.should_exit = True

@@ -19,6 +19,7 @@ from grpc_reflection.v1alpha import reflection
 from trivium.wire import telemetry
 from trivium.wire.channel import MAX_MESSAGE_BYTES
 from trivium.wire.errors import ServiceError, from_rpc_error, internal_error
+from trivium.wire.in_flight import InFlight
 
 log = logging.getLogger(__name__)
 
@@ -51,44 +52,38 @@ class CallBoundary(grpc.aio.ServerInterceptor):
     """The one broad `except`: whatever a handler raises becomes a status, and nothing leaks.
 
     An unhandled exception's text would reach the caller, and a BaseException would never
-    be answered at all. Knows the calls that run; while draining, new ones are refused.
+    be answered at all. Knows the calls in flight, of which a drain can cut what takes too long.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, in_flight: InFlight) -> None:
+        self._in_flight = in_flight
         self._running: set[asyncio.Task[Any]] = set()
         self._sending: set[asyncio.Task[Any]] = set()  # their handlers cannot be interrupted
         self._cut: set[asyncio.Task[Any]] = set()
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self._draining = False
 
     async def drain(self, seconds: float, hurry: asyncio.Event) -> None:
         """Refuses new calls and waits until none runs; ends those that still do after `seconds`,
         or when `hurry` is set."""
-        self._draining = True
-        await wait_for_any(seconds, self._idle, hurry)
+        self._in_flight.draining.set()
+        await wait_for_any(seconds, self._in_flight.idle, hurry)
         self._cut = set(self._running)
         for call in self._cut - self._sending:
             call.cancel()
 
     @contextlib.contextmanager
     def _admitted(self) -> Iterator[asyncio.Task[Any]]:
-        if self._draining:
-            raise ServiceError("draining", "The server is shutting down.")
         call = asyncio.current_task()
         assert call is not None, "A call is handled outside a task. This is a bug."
-        self._running.add(call)
-        self._idle.clear()
-        try:
-            yield call
-        except asyncio.CancelledError:
-            self._check_cut(call)
-            raise
-        finally:
-            self._sending.discard(call)
-            self._running.discard(call)
-            if not self._running:
-                self._idle.set()
+        with self._in_flight.admitted():
+            self._running.add(call)
+            try:
+                yield call
+            except asyncio.CancelledError:
+                self._check_cut(call)
+                raise
+            finally:
+                self._sending.discard(call)
+                self._running.discard(call)
 
     def _check_cut(self, call: asyncio.Task[Any]) -> None:
         if call in self._cut:
@@ -163,13 +158,13 @@ class Health(health.aio.HealthServicer):  # type: ignore[misc]  # has no types
     with the GOAWAY that makes them resolve the server's name anew.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, in_flight: InFlight) -> None:
         super().__init__()
-        self.draining = False
+        self._in_flight = in_flight
 
     async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
         response = await super().Check(request, context)
-        if self.draining:
+        if self._in_flight.leaving:
             response.status = health_pb2.HealthCheckResponse.NOT_SERVING
         return response
 
@@ -181,6 +176,7 @@ class GrpcServer:
     full service names for health and reflection, `health_names` further ones for health.
     Callers resolve a name anew only when a connection ends, so each ends after
     `max_connection_age_seconds`: new replicas get their share of the calls within this time.
+    `in_flight` is for servicers that have to know of the drain.
     """
 
     def __init__(
@@ -189,12 +185,14 @@ class GrpcServer:
         names: Sequence[str],
         health_names: Sequence[str] = (),
         max_connection_age_seconds: float = MAX_CONNECTION_AGE_SECONDS,
+        in_flight: InFlight | None = None,
     ) -> None:
-        self._boundary = CallBoundary()
+        self._in_flight = in_flight or InFlight()
+        self._boundary = CallBoundary(self._in_flight)
         age = ("grpc.max_connection_age_ms", int(max_connection_age_seconds * 1000))
         self._server = grpc.aio.server(interceptors=[self._boundary], options=[*_OPTIONS, age])
         self._names = ("", *names, *health_names)
-        self._health = Health()
+        self._health = Health(self._in_flight)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         for add, servicer in services:
             add(servicer, self._server)
@@ -225,7 +223,7 @@ class GrpcServer:
         is left of them ends as `draining`. Once `hurry` is set nothing is waited for.
         """
         hurry = hurry or asyncio.Event()
-        self._health.draining = True
+        self._in_flight.leaving = True
         await wait_for_any(notice_seconds, hurry)
         await self._health.enter_graceful_shutdown()
         stopping = asyncio.create_task(self._server.stop(drain_seconds + _FLUSH_TIMEOUT_SECONDS))
@@ -272,6 +270,8 @@ class StopSignals:
 async def wait_for_any(seconds: float, *events: asyncio.Event) -> None:
     """Returns when one of `events` is set, or after `seconds`."""
     waiting = [asyncio.create_task(event.wait()) for event in events]
-    await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-    for task in waiting:
-        task.cancel()
+    try:
+        await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in waiting:
+            task.cancel()

@@ -1,4 +1,4 @@
-"""In-flight request counter and drain gate."""
+"""What is in flight in a process, and the gate that closes when the process is to end."""
 
 import asyncio
 import contextlib
@@ -7,17 +7,18 @@ from collections.abc import Iterator
 from trivium.wire.errors import ServiceError
 
 
-class Traffic:
-    """Counts API requests in flight.
+class InFlight:
+    """Counts requests, or calls, from their admission to their end.
 
-    First `leaving`: not ready any more, though requests are served, on connections that close
-    after them. Then `draining` too: new ones are refused. `idle` is set while none runs.
+    A process ends in two stages. First `leaving` is set: it is not ready any more, though all is
+    served as before. Then `draining`: what is new is refused. `idle` is set while none is in
+    flight.
     """
 
     def __init__(self) -> None:
+        self.count = 0
         self.leaving = False
-        self.draining = False
-        self.running = 0
+        self.draining = asyncio.Event()
         self.idle = asyncio.Event()
         self.idle.set()
 
@@ -28,16 +29,16 @@ class Traffic:
 
     @contextlib.contextmanager
     def admitted(self) -> Iterator[None]:
-        """Counts a request for as long as it runs; raises ServiceError when draining."""
-        if self.draining:
+        """Counts one for as long as it runs; raises ServiceError when draining."""
+        if self.draining.is_set():
             raise _draining()
-        self.running += 1
+        self.count += 1
         self.idle.clear()
         try:
             yield
         finally:
-            self.running -= 1
-            if self.running == 0:
+            self.count -= 1
+            if self.count == 0:
                 self.idle.set()
 
 
