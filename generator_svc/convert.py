@@ -33,6 +33,9 @@ from trivium.wire.errors import ServiceError
 
 CONSTRAINT = "constraint"  # the field's name in errors
 
+_LOAD_INTERVAL_MILLISECONDS = Range(10, 5_000)
+_DEFAULT_LOAD_INTERVAL_MILLISECONDS = 100
+
 _REASONS = {
     FinishReason.STOP_TOKEN: pb.FINISH_REASON_STOP_TOKEN,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
@@ -115,6 +118,15 @@ def _check_ids(ids: Iterable[int], limits: Limits, field: str) -> None:
                 f"{limits.vocabulary_size} tokens.",
                 field,
             )
+
+
+def to_load_interval(request: pb.WatchLoadRequest) -> float:
+    """The least seconds between two load reports; raises ServiceError."""
+    milliseconds = _DEFAULT_LOAD_INTERVAL_MILLISECONDS
+    if request.HasField("min_interval_milliseconds"):
+        milliseconds = request.min_interval_milliseconds
+    check_number("min_interval_milliseconds", milliseconds, _LOAD_INTERVAL_MILLISECONDS)
+    return milliseconds / 1000
 
 
 # In bytes of UTF-8. Lark carries the schemas of all tools.

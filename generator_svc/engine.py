@@ -44,6 +44,11 @@ class Load:
     used_slots: int
     slots: int
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do: no request waits, and no sequence has a slot."""
+        return not (self.waiting_requests or self.running_sequences or self.used_slots)
+
 
 class Engine:
     """Continuous batching. `submit`, `stop`, `cancel` and `load` may be called from any thread.

@@ -32,6 +32,7 @@ from trivium.generator.v1.generator_pb2_grpc import add_GeneratorServiceServicer
 from trivium.host_limits import cpu_limit, memory_limit
 from trivium.model_directory import ModelDirectory
 from trivium.wire.channel import revision_service
+from trivium.wire.in_flight import InFlight
 from trivium.wire.serving import GrpcServer, StopSignals
 
 log = logging.getLogger("generator_svc")
@@ -142,6 +143,7 @@ def build_service(
     engine: Engine,
     registry: CollectorRegistry,
     constraints: ConstraintCompiler,
+    draining: asyncio.Event,
 ) -> GeneratorService:
     """The gRPC service of an engine, whose metrics it registers."""
     limits = Limits(
@@ -154,7 +156,7 @@ def build_service(
     )
     registry.register(EngineCollector(engine.load, engine.meter, model.id))
     metrics = RequestMetrics(registry, model.id)
-    return GeneratorService(engine, limits, info, metrics, constraints)
+    return GeneratorService(engine, limits, info, metrics, constraints, draining)
 
 
 def serve_metrics(settings: GeneratorSettings, registry: CollectorRegistry) -> None:
@@ -193,13 +195,17 @@ async def serve_constrained(
     await asyncio.to_thread(engine.start, functools.partial(warm_up, runner, meter))
     info = describe(model, runner, settings)
     registry = CollectorRegistry()
-    service = build_service(settings, model, info, engine, registry, constraints)
+    in_flight = InFlight()
+    service = build_service(
+        settings, model, info, engine, registry, constraints, in_flight.draining
+    )
     serve_metrics(settings, registry)
     server = GrpcServer(
         [(add_GeneratorServiceServicer_to_server, service)],
         [SERVICE],
         [revision_service(SERVICE, model.revision)],
         settings.max_connection_age_seconds,
+        in_flight,
     )
     signals = StopSignals()
     port = await server.start(f"{settings.host}:{settings.port}")

@@ -19,8 +19,15 @@ from generator_svc.constraint.compiler import (
     ConstraintCompiler,
     ConstraintsUnavailable,
 )
-from generator_svc.convert import CONSTRAINT, Limits, to_constraint, to_engine_request, to_response
-from generator_svc.engine import Engine
+from generator_svc.convert import (
+    CONSTRAINT,
+    Limits,
+    to_constraint,
+    to_engine_request,
+    to_load_interval,
+    to_response,
+)
+from generator_svc.engine import Engine, Load
 from generator_svc.metrics import RequestMetrics
 from generator_svc.sequence import (
     Constraint,
@@ -33,11 +40,13 @@ from generator_svc.sequence import (
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.generator.v1 import generator_pb2_grpc as pb_grpc
 from trivium.wire.errors import ServiceError, internal_error
+from trivium.wire.serving import wait_for_any
 
 log = logging.getLogger(__name__)
 
 Call = grpc.aio.ServicerContext[Any, Any]
 
+_LOAD_REPORT_SECONDS = 5.0  # between two reports of a load, even of an unchanged one, at most
 _RETRY_TOKENS_PER_SECOND = 1_000  # a conservative guess of the prefill speed
 
 
@@ -109,8 +118,17 @@ def _to_service_error(error: BaseException) -> ServiceError:
     return internal_error()
 
 
+def _to_load_response(load: Load) -> pb.WatchLoadResponse:
+    return pb.WatchLoadResponse(
+        waiting_sequences=load.waiting_sequences,
+        running_sequences=load.running_sequences,
+        free_slots=load.slots - load.used_slots,
+        waiting_prompt_tokens=load.waiting_tokens,
+    )
+
+
 class GeneratorService(pb_grpc.GeneratorServiceServicer):
-    """trivium.generator.v1.GeneratorService over one engine."""
+    """trivium.generator.v1.GeneratorService over one engine; `draining` ends its load reports."""
 
     def __init__(
         self,
@@ -119,12 +137,16 @@ class GeneratorService(pb_grpc.GeneratorServiceServicer):
         info: pb.GetModelInfoResponse,
         metrics: RequestMetrics,
         constraints: ConstraintCompiler,
+        draining: asyncio.Event,
     ) -> None:
         self._engine = engine
         self._constraints = constraints
         self._limits = limits
         self._info = info
         self._metrics = metrics
+        self._draining = draining
+        self._submitted = 0  # calls that the engine has
+        self._busy = asyncio.Event()  # set while there are any
 
     async def Generate(
         self, request_iterator: AsyncIterator[pb.GenerateRequest], context: Call
@@ -133,6 +155,8 @@ class GeneratorService(pb_grpc.GeneratorServiceServicer):
         request = await self._receive_request(request_iterator)
         queue = UpdateQueue()
         group = self._submit(request, queue)
+        self._submitted += 1
+        self._busy.set()
         commands = asyncio.create_task(self._handle_commands(request_iterator, group))
         outcome = FinishReason.CANCELLED
         try:
@@ -149,6 +173,9 @@ class GeneratorService(pb_grpc.GeneratorServiceServicer):
             outcome = group.sequences[0].finish_reason or outcome
         finally:
             self._engine.cancel(group)
+            self._submitted -= 1
+            if not self._submitted:
+                self._busy.clear()
             commands.cancel()
             self._metrics.finished(outcome.name.lower())
 
@@ -157,14 +184,25 @@ class GeneratorService(pb_grpc.GeneratorServiceServicer):
     ) -> pb.GetModelInfoResponse:
         return self._info
 
-    async def GetLoad(self, request: pb.GetLoadRequest, context: Call) -> pb.GetLoadResponse:
-        load = self._engine.load()
-        return pb.GetLoadResponse(
-            waiting_sequences=load.waiting_sequences,
-            running_sequences=load.running_sequences,
-            free_slots=load.slots - load.used_slots,
-            waiting_prompt_tokens=load.waiting_tokens,
-        )
+    async def WatchLoad(
+        self, request: pb.WatchLoadRequest, context: Call
+    ) -> AsyncIterator[pb.WatchLoadResponse]:
+        """Samples here, on the event loop, so that reports cost the engine's steps nothing.
+
+        While calls are in flight, the load is looked at in the caller's interval; without any it
+        stays as it is, and is not looked at.
+        """
+        interval = to_load_interval(request)
+        reported, due = None, 0.0
+        while not self._draining.is_set():
+            load = self._engine.load()
+            now = time.monotonic()
+            if load != reported or now >= due:
+                yield _to_load_response(load)
+                reported, due = load, now + _LOAD_REPORT_SECONDS
+            await wait_for_any(interval, self._draining)
+            if load.is_idle:
+                await wait_for_any(due - time.monotonic(), self._draining, self._busy)
 
     async def _receive_request(self, messages: AsyncIterator[pb.GenerateRequest]) -> EngineRequest:
         """The request in the first message, with its constraint compiled; raises ServiceError."""

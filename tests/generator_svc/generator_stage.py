@@ -23,6 +23,7 @@ from tests.fakes import EOS, FixedPrefillCost, ScriptedRunner, scripted_logits
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.generator.v1 import generator_pb2_grpc as pb_grpc
 from trivium.wire.channel import open_channel
+from trivium.wire.in_flight import InFlight
 from trivium.wire.serving import GrpcServer
 
 SERVICE = "trivium.generator.v1.GeneratorService"
@@ -62,19 +63,21 @@ class Stage:
             lambda fault: None,
         )
         self.registry.register(EngineCollector(self.engine.load, self.meter, "m"))
+        self.in_flight = InFlight()
         self.service = GeneratorService(
             self.engine,
             Limits(REVISION, vocabulary, slot_length, 8, (eos,), SamplingParams(temperature=0)),
             pb.GetModelInfoResponse(id="m", revision=REVISION, slots=slots),
             RequestMetrics(self.registry, "m"),
             self.constraints,
+            self.in_flight.draining,
         )
 
     @contextlib.asynccontextmanager
     async def running(self):
         """Serves; afterwards nothing may be held."""
         add = pb_grpc.add_GeneratorServiceServicer_to_server
-        server = GrpcServer([(add, self.service)], [SERVICE])
+        server = GrpcServer([(add, self.service)], [SERVICE], in_flight=self.in_flight)
         port = await server.start("127.0.0.1:0")
         self.engine.start()
         await server.set_serving(True)
@@ -108,14 +111,12 @@ class Stage:
         return collected([message async for message in await self.call(prompt, **fields)])
 
     async def until(self, condition):
-        """Asks for the load until it fulfils `condition`."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not condition(load := await self.stub.GetLoad(pb.GetLoadRequest())):
-            assert time.monotonic() < deadline, load
+        """Waits until the load fulfils `condition`."""
+        await until_load(self.stub, condition)
 
     async def until_free(self):
         """Waits until nothing runs or waits and every slot is free."""
-        free = pb.GetLoadResponse(free_slots=len(self.runner.memory))
+        free = pb.WatchLoadResponse(free_slots=len(self.runner.memory))
         await self.until(lambda load: load == free)
 
     def metric(self, name, **labels):
@@ -128,6 +129,19 @@ class Stage:
             if sample.name == name and labels.items() <= sample.labels.items()
         ]
         return sum(values)
+
+
+async def until_load(stub, condition=lambda load: True):
+    """The first reported load that fulfils `condition`."""
+    watch = stub.WatchLoad(pb.WatchLoadRequest(min_interval_milliseconds=10))
+    try:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            async for load in watch:
+                if condition(load):
+                    return load
+    finally:
+        watch.cancel()
+    raise AssertionError("the reports ended")
 
 
 def collected(messages):

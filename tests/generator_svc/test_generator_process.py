@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2
 
 from generator_svc.cuda import device_count
 from tests.generator_svc.generator_process import free_port, lines_of, refusal, running, spawn
+from tests.generator_svc.generator_stage import until_load
 from tests.tiny_models import tiny_model_directory
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.model_directory import MANIFEST, load_model_directory
@@ -142,7 +143,7 @@ async def test_it_tells_what_is_loaded(model):
         model_directory=model.path, device="cpu", slots=3, max_sequence_length=100, max_n=5
     ) as generator:
         info = await generator.stub.GetModelInfo(pb.GetModelInfoRequest())
-        load = await generator.stub.GetLoad(pb.GetLoadRequest())
+        load = await until_load(generator.stub)
 
     assert (model.id, model.revision) == (info.id, info.revision)
     assert (3, 96, 5) == (info.slots, info.context_length, info.max_n)
@@ -153,7 +154,35 @@ async def test_it_tells_what_is_loaded(model):
     )
     assert model.vocab_size == info.vocabulary_size
     assert list(model.eos_token_ids) == list(info.eos_token_ids)
-    assert pb.GetLoadResponse(free_slots=3) == load
+    assert pb.WatchLoadResponse(free_slots=3) == load
+
+
+async def test_load_is_reported_while_it_changes_and_while_it_does_not(model):
+    """To whom picks a replica: at once, on every change, now and then, and until the drain."""
+    async with running(
+        model_directory=model.path, device="cpu", slots=4, drain_notice_seconds=0
+    ) as generator:
+        watch = generator.stub.WatchLoad(pb.WatchLoadRequest(min_interval_milliseconds=10))
+        reports = aiter(watch)
+        seen = [await anext(reports)]
+        call = await _call(generator, model, max_new_tokens=1500, n=6, ignore_eos=True)
+        while seen[-1].running_sequences < 4:
+            seen.append(await anext(reports))
+        busy = seen[-1]
+        call.cancel()
+        while seen[-1] != seen[0]:
+            seen.append(await anext(reports))
+        unchanged = await anext(reports)
+        generator.terminate()
+        late = [report async for report in reports]
+        code = await watch.code()
+        status, _ = await generator.ended()
+
+    free = pb.WatchLoadResponse(free_slots=4)
+    assert free == seen[0] == unchanged
+    assert pb.WatchLoadResponse(running_sequences=4, waiting_sequences=2) == busy
+    assert all(free == report for report in late)
+    assert (grpc.StatusCode.OK, 0) == (code, status)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -218,9 +247,8 @@ async def test_metrics_are_served(model):
             call.cancel()
         for call in calls[3:]:
             assert [message async for message in call]
-        free = pb.GetLoadResponse(free_slots=4)
-        while (load := await generator.stub.GetLoad(pb.GetLoadRequest())) != free:
-            assert generator.process.returncode is None, load
+        free = pb.WatchLoadResponse(free_slots=4)
+        await until_load(generator.stub, lambda load: load == free)
         async with httpx.AsyncClient(trust_env=False) as client:
             text = (await client.get(f"http://127.0.0.1:{metrics_port}/metrics")).text
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import time
 
 import grpc
 import numpy as np
@@ -13,7 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
 from tests.fakes import VOCABULARY, greedy, scripted_logits
-from tests.generator_svc.generator_stage import SERVICE, Stage, collected
+from tests.generator_svc.generator_stage import SERVICE, Stage, collected, until_load
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.sampling.v1.sampling_pb2 import SamplingParams
 from trivium.wire.errors import INTERNAL_MESSAGE
@@ -324,10 +325,42 @@ async def test_bad_logits_fail_their_request_with_a_generic_text(caplog):
 async def test_model_info_and_load_are_told(stage):
     """What the operator's tools and the tokenizer stage ask for."""
     info = await stage.stub.GetModelInfo(pb.GetModelInfoRequest())
-    load = await stage.stub.GetLoad(pb.GetLoadRequest())
+    load = await until_load(stage.stub)
 
     assert ("m", "r1", 4) == (info.id, info.revision, info.slots)
-    assert pb.GetLoadResponse(free_slots=4) == load
+    assert pb.WatchLoadResponse(free_slots=4) == load
+
+
+async def test_load_is_reported_as_often_as_asked_at_most(stage):
+    """However much changes meanwhile."""
+    interval = 0.1
+    began = time.monotonic()
+    watch = stage.stub.WatchLoad(pb.WatchLoadRequest(min_interval_milliseconds=100))
+    reports = []
+
+    async def collect():
+        async for report in watch:
+            reports.append(report)
+
+    collecting = asyncio.create_task(collect())
+    while len(reports) < 4:
+        await stage.generate([5, 6], max_new_tokens=4)
+        await stage.generate([5, 7, 8], max_new_tokens=50, n=3)
+    count, seconds = len(reports), time.monotonic() - began
+    watch.cancel()
+    await asyncio.gather(collecting, return_exceptions=True)
+
+    assert count <= seconds / interval + 1
+
+
+@pytest.mark.parametrize("milliseconds", [0, 9, 5001])
+async def test_load_is_not_reported_in_any_interval(stage, milliseconds):
+    """The field is named."""
+    request = pb.WatchLoadRequest(min_interval_milliseconds=milliseconds)
+    code, message, _ = await _error(stage.stub.WatchLoad(request))
+
+    assert grpc.StatusCode.INVALID_ARGUMENT is code
+    assert "'min_interval_milliseconds'" in message
 
 
 @pytest.mark.parametrize("name", ["", SERVICE])

@@ -71,8 +71,10 @@ class ScriptedGenerator(generator_pb2_grpc.GeneratorServiceServicer):
     ) -> pb.GetModelInfoResponse:
         return pb.GetModelInfoResponse(revision=self.revision, context_length=self.context_length)
 
-    async def GetLoad(self, request: pb.GetLoadRequest, context: Any) -> pb.GetLoadResponse:
-        return pb.GetLoadResponse()
+    async def WatchLoad(
+        self, request: pb.WatchLoadRequest, context: Any
+    ) -> AsyncIterator[pb.WatchLoadResponse]:
+        yield pb.WatchLoadResponse()
 
     async def serve(self, port: int = 0) -> tuple[GrpcServer, int]:
         """Starts a server that is SERVING; returns it and its port."""

@@ -143,11 +143,13 @@ class GetModelInfoResponse(_message.Message):
     max_queued_tokens: int
     def __init__(self, id: _Optional[str] = ..., revision: _Optional[str] = ..., context_length: _Optional[int] = ..., vocabulary_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., execution_provider: _Optional[str] = ..., dtype: _Optional[str] = ..., precision: _Optional[str] = ..., slots: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., max_n: _Optional[int] = ..., max_queued_requests: _Optional[int] = ..., max_queued_tokens: _Optional[int] = ...) -> None: ...
 
-class GetLoadRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+class WatchLoadRequest(_message.Message):
+    __slots__ = ("min_interval_milliseconds",)
+    MIN_INTERVAL_MILLISECONDS_FIELD_NUMBER: _ClassVar[int]
+    min_interval_milliseconds: int
+    def __init__(self, min_interval_milliseconds: _Optional[int] = ...) -> None: ...
 
-class GetLoadResponse(_message.Message):
+class WatchLoadResponse(_message.Message):
     __slots__ = ("waiting_sequences", "running_sequences", "free_slots", "waiting_prompt_tokens")
     WAITING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     RUNNING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]

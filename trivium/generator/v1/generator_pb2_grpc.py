@@ -45,10 +45,10 @@ class GeneratorServiceStub:
                 request_serializer=trivium_dot_generator_dot_v1_dot_generator__pb2.GetModelInfoRequest.SerializeToString,
                 response_deserializer=trivium_dot_generator_dot_v1_dot_generator__pb2.GetModelInfoResponse.FromString,
                 _registered_method=True)
-        self.GetLoad = channel.unary_unary(
-                '/trivium.generator.v1.GeneratorService/GetLoad',
-                request_serializer=trivium_dot_generator_dot_v1_dot_generator__pb2.GetLoadRequest.SerializeToString,
-                response_deserializer=trivium_dot_generator_dot_v1_dot_generator__pb2.GetLoadResponse.FromString,
+        self.WatchLoad = channel.unary_stream(
+                '/trivium.generator.v1.GeneratorService/WatchLoad',
+                request_serializer=trivium_dot_generator_dot_v1_dot_generator__pb2.WatchLoadRequest.SerializeToString,
+                response_deserializer=trivium_dot_generator_dot_v1_dot_generator__pb2.WatchLoadResponse.FromString,
                 _registered_method=True)
 
 
@@ -73,8 +73,10 @@ class GeneratorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def GetLoad(self, request, context):
-        """How busy the generator is, now.
+    def WatchLoad(self, request, context):
+        """How busy the generator is: at once, then whenever something has changed,
+        and at least every five seconds, so that a frozen process shows by its
+        silence. Ends with OK when the process drains.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -93,10 +95,10 @@ def add_GeneratorServiceServicer_to_server(servicer, server):
                     request_deserializer=trivium_dot_generator_dot_v1_dot_generator__pb2.GetModelInfoRequest.FromString,
                     response_serializer=trivium_dot_generator_dot_v1_dot_generator__pb2.GetModelInfoResponse.SerializeToString,
             ),
-            'GetLoad': grpc.unary_unary_rpc_method_handler(
-                    servicer.GetLoad,
-                    request_deserializer=trivium_dot_generator_dot_v1_dot_generator__pb2.GetLoadRequest.FromString,
-                    response_serializer=trivium_dot_generator_dot_v1_dot_generator__pb2.GetLoadResponse.SerializeToString,
+            'WatchLoad': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchLoad,
+                    request_deserializer=trivium_dot_generator_dot_v1_dot_generator__pb2.WatchLoadRequest.FromString,
+                    response_serializer=trivium_dot_generator_dot_v1_dot_generator__pb2.WatchLoadResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -165,7 +167,7 @@ class GeneratorService:
             _registered_method=True)
 
     @staticmethod
-    def GetLoad(request,
+    def WatchLoad(request,
             target,
             options=(),
             channel_credentials=None,
@@ -175,12 +177,12 @@ class GeneratorService:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
+        return grpc.experimental.unary_stream(
             request,
             target,
-            '/trivium.generator.v1.GeneratorService/GetLoad',
-            trivium_dot_generator_dot_v1_dot_generator__pb2.GetLoadRequest.SerializeToString,
-            trivium_dot_generator_dot_v1_dot_generator__pb2.GetLoadResponse.FromString,
+            '/trivium.generator.v1.GeneratorService/WatchLoad',
+            trivium_dot_generator_dot_v1_dot_generator__pb2.WatchLoadRequest.SerializeToString,
+            trivium_dot_generator_dot_v1_dot_generator__pb2.WatchLoadResponse.FromString,
             options,
             channel_credentials,
             insecure,

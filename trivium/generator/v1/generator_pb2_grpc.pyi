@@ -41,8 +41,11 @@ class GeneratorServiceStub:
     """
     GetModelInfo: _grpc.UnaryUnaryMultiCallable[_generator_pb2.GetModelInfoRequest, _generator_pb2.GetModelInfoResponse]
     """What is loaded, and its limits."""
-    GetLoad: _grpc.UnaryUnaryMultiCallable[_generator_pb2.GetLoadRequest, _generator_pb2.GetLoadResponse]
-    """How busy the generator is, now."""
+    WatchLoad: _grpc.UnaryStreamMultiCallable[_generator_pb2.WatchLoadRequest, _generator_pb2.WatchLoadResponse]
+    """How busy the generator is: at once, then whenever something has changed,
+    and at least every five seconds, so that a frozen process shows by its
+    silence. Ends with OK when the process drains.
+    """
 
 @_typing.type_check_only
 class GeneratorServiceAsyncStub(GeneratorServiceStub):
@@ -57,8 +60,11 @@ class GeneratorServiceAsyncStub(GeneratorServiceStub):
     """
     GetModelInfo: _aio.UnaryUnaryMultiCallable[_generator_pb2.GetModelInfoRequest, _generator_pb2.GetModelInfoResponse]  # type: ignore[assignment]
     """What is loaded, and its limits."""
-    GetLoad: _aio.UnaryUnaryMultiCallable[_generator_pb2.GetLoadRequest, _generator_pb2.GetLoadResponse]  # type: ignore[assignment]
-    """How busy the generator is, now."""
+    WatchLoad: _aio.UnaryStreamMultiCallable[_generator_pb2.WatchLoadRequest, _generator_pb2.WatchLoadResponse]  # type: ignore[assignment]
+    """How busy the generator is: at once, then whenever something has changed,
+    and at least every five seconds, so that a frozen process shows by its
+    silence. Ends with OK when the process drains.
+    """
 
 class GeneratorServiceServicer(metaclass=_abc_1.ABCMeta):
     """Token generation on one model."""
@@ -84,11 +90,14 @@ class GeneratorServiceServicer(metaclass=_abc_1.ABCMeta):
         """What is loaded, and its limits."""
 
     @_abc_1.abstractmethod
-    def GetLoad(
+    def WatchLoad(
         self,
-        request: _generator_pb2.GetLoadRequest,
+        request: _generator_pb2.WatchLoadRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_generator_pb2.GetLoadResponse, _abc.Awaitable[_generator_pb2.GetLoadResponse]]:
-        """How busy the generator is, now."""
+    ) -> _typing.Union[_abc.Iterator[_generator_pb2.WatchLoadResponse], _abc.AsyncIterator[_generator_pb2.WatchLoadResponse]]:
+        """How busy the generator is: at once, then whenever something has changed,
+        and at least every five seconds, so that a frozen process shows by its
+        silence. Ends with OK when the process drains.
+        """
 
 def add_GeneratorServiceServicer_to_server(servicer: GeneratorServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
