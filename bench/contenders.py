@@ -26,11 +26,11 @@ from typing import Any
 
 import httpx
 
-from bench.load_client import Server
 from bench.play import Answer, Ask, Play, Recording, Script
 from bench.processes import Watch
 from bench.scenarios import Load, Scenario
 from bench.worker import Worker
+from trivium.cli.load import Target
 from trivium.cli.pipeline import free_ports
 from trivium.cli.supervisor import LEASH, Supervisor
 
@@ -122,25 +122,25 @@ class Bare(Watched):
 class Url(Watched):
     """A server that somebody else started; its processes are not known."""
 
-    def __init__(self, name: str, server: Server | None, client: Worker) -> None:
+    def __init__(self, name: str, target: Target | None, client: Worker) -> None:
         super().__init__(name)
-        self._server = server
+        self._target = target
         self._client = client
 
     def processes(self) -> Mapping[str, int]:
         return {CLIENT: self._client.pid}
 
     def _answers(self, script: Script) -> tuple[Sequence[Answer], float]:
-        assert self._server is not None
-        answers, seconds = self._client.call("play", self._server, script)
+        assert self._target is not None
+        answers, seconds = self._client.call("play", self._target, script)
         return answers, seconds
 
 
 class Services(Url):
     """The three services, which `supervisor` keeps."""
 
-    def __init__(self, server: Server, client: Worker, supervisor: Supervisor) -> None:
-        super().__init__("services", server, client)
+    def __init__(self, target: Target, client: Worker, supervisor: Supervisor) -> None:
+        super().__init__("services", target, client)
         self._supervisor = supervisor
 
     def processes(self) -> Mapping[str, int]:
@@ -168,7 +168,7 @@ class LlamaServer(Url):
         )
         try:
             self._wait(f"http://127.0.0.1:{port}/health")
-            self._server = Server(f"http://127.0.0.1:{port}/v1", self._gguf.stem)
+            self._target = Target(f"http://127.0.0.1:{port}/v1", self._gguf.stem)
             yield
         finally:
             self._process.send_signal(signal.SIGKILL)

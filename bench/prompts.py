@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 
 from bench.play import Answer, Ask, Message
-from trivium.cli.load import WORDS
+from trivium.cli.random_prompts import WORDS
 
 _SYSTEM_WORDS = 8
 _TRIES = 60

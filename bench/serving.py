@@ -35,7 +35,6 @@ from bench.contenders import (
     Services,
     Url,
 )
-from bench.load_client import Server
 from bench.measures import Numbers, checks, costs
 from bench.play import Answer, Play, Recording, Script
 from bench.prompts import Prompts, Text
@@ -43,6 +42,7 @@ from bench.report import Results, Row, as_json, machine, notes, page, renewed, t
 from bench.scenarios import Choices, Load, LongPrompt, Scenario, SharedSystemPrompt, Turns
 from bench.worker import Worker
 from generator_svc.run.runner import DeviceInfo
+from trivium.cli.load import Target
 from trivium.cli.pipeline import Pipeline, free_ports
 from trivium.cli.supervisor import Supervisor
 from trivium.embedded_model import embedded_folder
@@ -198,7 +198,7 @@ def _servers(options: argparse.Namespace, client: Worker) -> Iterator[list[Conte
     for name, _, root in (named.partition("=") for named in options.url):
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         models = httpx.get(f"{root}/models", headers=headers, trust_env=False).raise_for_status()
-        yield [Url(name, Server(root, models.json()["data"][0]["id"], key), client)]
+        yield [Url(name, Target(root, models.json()["data"][0]["id"], key), client)]
     if options.llama_server:
         yield [LlamaServer(options.llama_server, options.gguf, client)]
     if options.genai:
@@ -232,10 +232,10 @@ def run(options: argparse.Namespace) -> None:
         supervisor = stack.enter_context(started(pipeline))
         text = stack.enter_context(contextlib.closing(Text(pipeline.url, options.model.name)))
         recordings: deque[Recording] = deque()
-        server = Server(f"{pipeline.url}/v1", options.model.name)
+        target = Target(f"{pipeline.url}/v1", options.model.name)
         own: list[list[Contender]] = [
             [Engine(engine, recordings), Bare(bare, recordings)],
-            [Services(server, client, supervisor)],
+            [Services(target, client, supervisor)],
         ]
         for contender in itertools.chain(*own):
             measure(WARM_UP, contender, Prompts(text, "warm up"), 0)

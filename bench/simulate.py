@@ -15,6 +15,7 @@ latency of a request is off by more than 15 %.
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import statistics
 import sys
@@ -22,8 +23,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import httpx
 
 from bench import huge_pages, step_costs, trace
 from bench.simulation import POLICIES, Cluster, Result, TokenizerCosts, simulate
@@ -33,8 +32,10 @@ from generator_svc.config import GeneratorSettings
 from generator_svc.run.runner import OrtRunner
 from generator_svc.server import load_runner
 from trivium.cli.answer import Answer
-from trivium.cli.load import Prompts, Target, open_client, percentiles
+from trivium.cli.http_stream import read_answer
+from trivium.cli.load import Client, Target, percentiles
 from trivium.cli.pipeline import Pipeline, free_ports
+from trivium.cli.random_prompts import Prompts
 from trivium.cli.supervisor import Supervisor
 from trivium.embedded_model import embedded_folder
 from trivium.model_directory import load_model_directory
@@ -102,9 +103,7 @@ def find_replicas(
     return Plan(tried, None if tokenizers is None else (generators, tokenizers))
 
 
-async def replay(
-    client: httpx.AsyncClient, target: Target, prompts: Prompts, requests: Sequence[Request]
-) -> list[Answer]:
+async def replay(target: Target, prompts: Prompts, requests: Sequence[Request]) -> list[Answer]:
     """Sends each request when its time has come, whatever became of those before."""
     start = time.perf_counter() - requests[0].arrival
 
@@ -112,19 +111,17 @@ async def replay(
         prompt = prompts.draw(max(1, request.prompt_tokens - TEMPLATE_TOKENS))
         due = start + request.arrival
         await asyncio.sleep(due - time.perf_counter())
-        return await _ask(client, target, prompt, request.output_tokens, due)
+        return await _ask(target, prompt, request.output_tokens, due)
 
     return await asyncio.gather(*(one(request) for request in requests))
 
 
-async def between_tokens(
-    client: httpx.AsyncClient, target: Target, prompts: Prompts
-) -> dict[int, float]:
+async def between_tokens(target: Target, prompts: Prompts) -> dict[int, float]:
     """Median seconds between tokens by the number of streams at once."""
     found = {}
     for streams in STREAMS:
         asking = [
-            _ask(client, target, prompts.draw(STREAM_WORDS), STREAM_TOKENS, time.perf_counter())
+            _ask(target, prompts.draw(STREAM_WORDS), STREAM_TOKENS, time.perf_counter())
             for _ in range(streams)
         ]
         answers = await asyncio.gather(*asking)
@@ -132,16 +129,10 @@ async def between_tokens(
     return found
 
 
-async def _ask(
-    client: httpx.AsyncClient, target: Target, prompt: str, output_tokens: int, began: float
-) -> Answer:
-    body = target.body(prompt, output_tokens, stream=True)
-    answer = Answer(began)
-    async with client.stream("POST", f"{target.root}/chat/completions", json=body) as response:
-        response.raise_for_status()
-        async for piece in response.aiter_raw():
-            answer.push(piece, time.perf_counter())
-    return answer
+async def _ask(target: Target, prompt: str, output_tokens: int, began: float) -> Answer:
+    body = target.body([{"role": "user", "content": prompt}], output_tokens)
+    with contextlib.closing(Client(target)) as client:
+        return read_answer(began, await client.ask(target.request(body)))
 
 
 @dataclass(frozen=True)
@@ -163,14 +154,14 @@ async def run_services(model: Path, requests: Sequence[Request], seed: int) -> R
         generator_port=behind[2],
         generator_metrics_port=behind[3],
     )
-    target = Target(f"{pipeline.url}/v1", {}, load_model_directory(model).id, 0, 0)
+    target = Target(f"{pipeline.url}/v1", load_model_directory(model).id)
     prompts = Prompts(seed)
-    async with Supervisor(pipeline.stages(), 30) as supervisor, open_client(target) as client:
+    async with Supervisor(pipeline.stages(), 30) as supervisor:
         await supervisor.wait_until_ready(120)
-        await between_tokens(client, target, prompts)  # to be warm
-        before = await between_tokens(client, target, prompts)
-        answers = await replay(client, target, prompts, requests)
-        return Run(answers, [before, await between_tokens(client, target, prompts)])
+        await between_tokens(target, prompts)  # to be warm
+        before = await between_tokens(target, prompts)
+        answers = await replay(target, prompts, requests)
+        return Run(answers, [before, await between_tokens(target, prompts)])
 
 
 def on_one_machine(costs: StepCosts, gaps: Sequence[dict[int, float]]) -> StepCosts:

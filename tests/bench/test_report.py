@@ -2,15 +2,9 @@
 
 import pytest
 
-from bench.http_stream import Unchunker, read_answer
 from bench.measures import percentiles, ratio, stalls, streaming
 from bench.play import Answer, Ask, Script, Trace
 from bench.report import BEGIN, END, Results, Row, Spread, Table, as_json, notes, page, renewed
-
-HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-
-
-TOKENS = ('{"choices":[{"index":0,"delta":{"content":"a"}}]}',) * 2
 
 
 def _answer(*times: float, asked: float = 0.0) -> Answer:
@@ -26,11 +20,6 @@ def _rows(name: str, speeds: list[float]) -> list[Row]:
 
 def _results(*rows: Row) -> Results:
     return Results(rows, {"load": "A load"})
-
-
-def _chunked(*events: str) -> bytes:
-    data = [f"data: {event}\n\n".encode() for event in events]
-    return b"".join(b"%x\r\n%s\r\n" % (len(each), each) for each in data) + b"0\r\n\r\n"
 
 
 def test_percentiles_are_interpolated_and_in_milliseconds() -> None:
@@ -157,54 +146,3 @@ def test_the_json_has_rows_and_their_summary() -> None:
     assert {"median": 0.85, "low": 0.8, "high": 0.9} == pytest.approx(
         found["summary"][1]["of_bare"]
     )
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
-def test_a_stream_reads_the_same_however_it_is_cut(size: int) -> None:
-    """Pieces of any size: each event counts when its end came."""
-    events = (*TOKENS, '{"choices":[{"index":0,"delta":{},"finish_reason":"length"}]}')
-    usage = '{"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2,"gpu_seconds":0.5}}'
-    whole = HEAD + _chunked(*events, usage, "[DONE]")
-    pieces = [(float(at + 1), whole[at : at + size]) for at in range(0, len(whole), size)]
-    answer = read_answer(0.0, pieces)
-
-    assert "" == answer.fault
-    assert ("aa", 3, 2, 0.5) == (
-        answer.text,
-        answer.prompt_tokens,
-        answer.completion_tokens,
-        answer.device_seconds,
-    )
-    assert 2 == len(answer.choices[0])
-    assert answer.ended == pieces[-1][0]
-
-
-def test_chunks_may_be_cut_anywhere() -> None:
-    """Sizes, line ends and data may each come in two pieces."""
-    body = b"5\r\nhello\r\n6;x=y\r\n world\r\n0\r\n\r\n"
-
-    for at in range(len(body)):
-        unchunker = Unchunker()
-        assert b"hello world" == unchunker.push(body[:at]) + unchunker.push(body[at:])
-
-
-def test_what_went_wrong_is_the_answers_fault() -> None:
-    """An error, a stream that breaks off and a hang-up never raise."""
-    refused = b'HTTP/1.1 503 No\r\nContent-Length: 9\r\n\r\n{"error": {"message": "full"}}'
-
-    assert "ValueError: HTTP 503: full" == read_answer(0.0, [(1.0, refused)]).fault
-    assert "hung up" in read_answer(0.0, []).fault
-    assert "before its answer" in read_answer(0.0, [(1.0, HEAD + _chunked(*TOKENS))]).fault
-
-
-def test_usage_of_each_choice_is_added_up() -> None:
-    """Some servers send one for each choice. A choice without text came when it ended."""
-    ends = [
-        f'{{"choices":[{{"index":{n},"delta":{{}},"finish_reason":"length"}}]}}' for n in (0, 1)
-    ]
-    usages = ['{"choices":[],"usage":{"completion_tokens":1}}'] * 2
-    pieces = [(1.0, HEAD + _chunked(TOKENS[0], *ends, *usages, "[DONE]"))]
-    answer = read_answer(0.0, pieces)
-
-    assert 2 == answer.completion_tokens
-    assert ((1.0,), (1.0,)) == answer.choices

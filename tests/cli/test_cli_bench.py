@@ -9,8 +9,9 @@ from typer.testing import CliRunner
 
 from tests.cli.openai_script import ScriptedServer
 from trivium.cli.answer import Answer, AnswerFailed, api_root
-from trivium.cli.load import Prompts, percentiles
+from trivium.cli.load import percentiles
 from trivium.cli.main import app
+from trivium.cli.random_prompts import Prompts
 
 
 def run(*arguments: str) -> tuple[int, str]:
@@ -105,7 +106,7 @@ def test_times_of_an_answer() -> None:
     """The first token is counted from the request, gaps lie between parts with text."""
     answer = Answer(began=10.0)
     for now, content in ((10.5, ""), (11.0, "a"), (11.25, "b"), (12.0, "c")):
-        chunk = {"choices": [{"delta": {"content": content}}]}
+        chunk = {"choices": [{"index": 0, "delta": {"content": content}}]}
         answer.push(f"data: {json.dumps(chunk)}\n\n".encode(), now)
 
     assert answer.first_token_seconds == 1.0

@@ -19,19 +19,27 @@ class AnswerFailed(Exception):
 
 @dataclass
 class Answer:
-    """Collects the chunks of one stream. Times are in seconds on one monotonic clock."""
+    """Collects the chunks of one stream. Times are in seconds on one monotonic clock.
+
+    `parts` has, for each choice, when each of its events with text came; `ends`, when it finished.
+    """
 
     began: float
     ended: float = 0.0
-    text: str = ""
-    times: list[float] = field(default_factory=list)
+    text: str = ""  # of the first choice
+    parts: dict[int, list[float]] = field(default_factory=dict)
+    ends: dict[int, float] = field(default_factory=dict)
     usage: dict[str, Any] = field(default_factory=dict)
+    completion_tokens: int = 0  # as the server counts them, or the number of parts if it does not
     finish_reason: str | None = None
     complete: bool = False
     _decoder: SseDecoder = field(default_factory=SseDecoder)
 
     def push(self, piece: bytes, now: float) -> str:
-        """Takes bytes that came at `now`; returns the text in them. Raises AnswerFailed."""
+        """Takes bytes that came at `now`; returns the first choice's text in them.
+
+        Raises AnswerFailed.
+        """
         self.ended = now
         return "".join(self._take(data, now) for data in self._decoder.push(piece))
 
@@ -42,38 +50,52 @@ class Answer:
         chunk = json.loads(data)
         if "error" in chunk:
             raise AnswerFailed(error_message(chunk))
-        self.usage = chunk.get("usage") or self.usage
-        new = ""
+        texts = {}
         for choice in chunk.get("choices", ()):
-            delta = choice.get("delta") or {}
-            new += delta.get("content") or delta.get("reasoning_content") or ""
-            self.finish_reason = choice.get("finish_reason") or self.finish_reason
-        if new:
-            self.times.append(now)
-            self.text += new
-        return new
+            delta, index = choice.get("delta") or {}, choice["index"]
+            texts[index] = delta.get("content") or delta.get("reasoning_content") or ""
+            if texts[index]:
+                self.parts.setdefault(index, []).append(now)
+                self.completion_tokens += not self.usage
+            if choice.get("finish_reason"):
+                self.finish_reason, self.ends[index] = choice["finish_reason"], now
+        self._count(chunk.get("usage") or {})
+        self.text += texts.get(0, "")
+        return texts.get(0, "")
 
-    @property
-    def completion_tokens(self) -> int:
-        """As the server counts them, or the number of parts where it does not."""
-        return int(self.usage.get("completion_tokens", len(self.times)))
+    def _count(self, usage: dict[str, Any]) -> None:
+        counted = usage.get("completion_tokens")
+        if counted is not None:  # one usage, but for servers that send one for each choice
+            self.completion_tokens = counted + (self.completion_tokens if self.usage else 0)
+        self.usage = usage or self.usage
 
     @property
     def first_token_seconds(self) -> float | None:
-        """From the request to the first text; None when there was none."""
-        return self.times[0] - self.began if self.times else None
+        """From the request until every choice had text; None when there was none."""
+        return max(times[0] for times in self.parts.values()) - self.began if self.parts else None
 
     @property
     def gaps(self) -> list[float]:
-        """Seconds between one part of the text and the next."""
-        return [after - before for before, after in itertools.pairwise(self.times)]
+        """Seconds between one part of a choice's text and the next."""
+        pairs = (itertools.pairwise(times) for times in self.parts.values())
+        return [after - before for before, after in itertools.chain(*pairs)]
 
     @property
     def tokens_per_second(self) -> float | None:
         """Of the stream after its first part; None when there is nothing to divide."""
-        if len(self.times) < 2 or self.completion_tokens < 2:
+        times = sorted(itertools.chain(*self.parts.values()))
+        if len(times) < 2 or self.completion_tokens < 2:
             return None
-        return (self.completion_tokens - 1) / (self.times[-1] - self.times[0])
+        return (self.completion_tokens - 1) / (times[-1] - times[0])
+
+
+def refusal(status: int, body: bytes) -> AnswerFailed:
+    """What a server says with another status than 200."""
+    try:
+        message = error_message(json.loads(body))
+    except ValueError:
+        message = body[:200].decode("utf-8", "replace")
+    return AnswerFailed(f"HTTP {status}: {message}")
 
 
 def error_message(body: object) -> str:

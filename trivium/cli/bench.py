@@ -16,8 +16,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from trivium.cli.answer import AnswerFailed, api_root, headers
-from trivium.cli.load import Level, Prompts, Target, open_client, run_level
+from trivium.cli.answer import AnswerFailed, api_root
+from trivium.cli.load import Level, Target, open_client, run_level
+from trivium.cli.random_prompts import Prompts
 
 FAILED, REFUSED = 1, 2
 COLUMNS = ("clients", "requests", "failed", "tokens/s", "first token, ms", "between tokens, ms")
@@ -52,11 +53,10 @@ def bench(
         )
         raise typer.Exit(REFUSED)
     seed = secrets.randbelow(2**31) if seed is None else seed
-    target = Target(
-        api_root(url), headers(api_key), model or "", prompt_tokens, output_tokens, ignore_eos
-    )
+    workload = Workload(levels, requests, prompt_tokens, output_tokens, seed)
+    target = Target(api_root(url), model or "", api_key, ignore_eos)
     try:
-        report = asyncio.run(_run(target, seed, levels, requests))
+        report = asyncio.run(_run(target, workload))
     except (AnswerFailed, httpx.HTTPError) as error:
         typer.echo(f"trivium bench: {url}: {error or type(error).__name__}", err=True)
         raise typer.Exit(FAILED) from error
@@ -66,20 +66,32 @@ def bench(
         raise typer.Exit(FAILED)
 
 
-async def _run(target: Target, seed: int, levels: list[int], requests: int) -> dict[str, Any]:
-    console, prompts = Console(), Prompts(seed)
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What is sent: `levels` are numbers of clients, each of which sends so many `requests`."""
+
+    levels: list[int]
+    requests: int
+    prompt_tokens: int
+    output_tokens: int
+    seed: int
+
+
+async def _run(target: Target, workload: Workload) -> dict[str, Any]:
+    console, prompts = Console(), Prompts(workload.seed)
+    requests, output_tokens = workload.requests, workload.output_tokens
     async with open_client(target) as client:
         target = await _with_model(client, target)
-        await prompts.calibrate(client, target)
+        await prompts.calibrate(client, target, workload.prompt_tokens)
     summaries = []
-    for clients in levels:
+    for clients in workload.levels:
         with console.status(f"{clients} clients"):
-            level = await run_level(target, prompts, clients, requests)
+            level = await run_level(target, prompts.draw, clients, requests, output_tokens)
         summaries.append(level.summary())
         _show_failures(console, level)
     console.print(
-        f"{target.model} at {target.root}: about {target.prompt_tokens} prompt and "
-        f"{target.output_tokens} output tokens, streamed, {requests} requests a client",
+        f"{target.model} at {target.root}: about {workload.prompt_tokens} prompt and "
+        f"{output_tokens} output tokens, streamed, {requests} requests a client",
         highlight=False,
         soft_wrap=True,
     )
@@ -87,11 +99,11 @@ async def _run(target: Target, seed: int, levels: list[int], requests: int) -> d
     return {
         "url": target.root,
         "model": target.model,
-        "prompt_tokens": target.prompt_tokens,
-        "output_tokens": target.output_tokens,
+        "prompt_tokens": workload.prompt_tokens,
+        "output_tokens": output_tokens,
         "ignore_eos": target.ignore_eos,
         "requests_per_client": requests,
-        "seed": seed,
+        "seed": workload.seed,
         "levels": summaries,
     }
 

@@ -12,7 +12,7 @@ from typing import Annotated
 import httpx
 import typer
 
-from trivium.cli.answer import Answer, AnswerFailed, api_root, error_message, headers
+from trivium.cli.answer import Answer, AnswerFailed, api_root, headers, refusal
 
 FAILED = 1
 TIMEOUT = httpx.Timeout(600.0, connect=10.0)
@@ -67,8 +67,7 @@ class Conversation:
             client.stream("POST", self._url, json=body) as response,
         ):
             if response.status_code != 200:
-                await response.aread()
-                raise AnswerFailed(f"HTTP {response.status_code}: {_reason(response)}")
+                raise refusal(response.status_code, await response.aread())
             async for piece in response.aiter_raw():
                 show(answer.push(piece, time.perf_counter()))
 
@@ -137,18 +136,11 @@ def _first_model(root: str, api_key: str | None) -> str:
     with httpx.Client(headers=headers(api_key), timeout=TIMEOUT, trust_env=False) as client:
         response = client.get(f"{root}/models")
     if response.status_code != 200:
-        raise AnswerFailed(f"HTTP {response.status_code}: {_reason(response)}")
+        raise refusal(response.status_code, response.content)
     models = response.json().get("data") or []
     if not models:
         raise AnswerFailed("the server lists no model; name one with --model")
     return str(models[0]["id"])
-
-
-def _reason(response: httpx.Response) -> str:
-    try:
-        return error_message(response.json())
-    except ValueError:
-        return response.text[:200]
 
 
 def _enable_line_editing() -> None:

@@ -1,59 +1,117 @@
-"""A closed loop of clients against an OpenAI-compatible server, and what they saw.
+"""Clients of an OpenAI-compatible server, as many as one likes, and what they saw.
 
-Each client sends its next request when its last one is answered. Prints nothing.
+A client notes what comes and when, and no more: making sense of it is put off until all have
+ended, since the processor's time may be the server's until then. Prints nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
-import random
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
 
-from trivium.cli.answer import Answer, AnswerFailed, error_message
+from trivium.cli.answer import Answer, AnswerFailed, headers
+from trivium.cli.http_stream import Connection, Pieces, read_answer
 
-# Words that most tokenizers take as one token each.
-_TEXT = (
-    "time year people way day man thing woman life child world school state family student "
-    "group country problem hand part place case week company system program question work "
-    "government number night point home water room mother area money story fact month lot "
-    "right study book eye job word business issue side kind head house service friend father "
-    "power hour game line end member law car city name president team minute idea kid body"
-)
-WORDS = _TEXT.split()
 PERCENTILES = (50, 95, 99)
-TIMEOUT = httpx.Timeout(600.0, connect=30.0)
+ANSWER_SECONDS = 900.0  # for a whole answer
+
+Message = dict[str, str]
 
 
 @dataclass(frozen=True)
 class Target:
-    """A server, a model there, and the shape of the requests."""
+    """A server and a model there. `root` is the URL that ends in /v1."""
 
     root: str
-    headers: dict[str, str]
     model: str
-    prompt_tokens: int
-    output_tokens: int
+    api_key: str | None = None
     ignore_eos: bool = True
 
-    def body(self, prompt: str, output_tokens: int, stream: bool) -> dict[str, object]:
+    def body(
+        self, messages: Sequence[Message], output_tokens: int, n: int = 1, stream: bool = True
+    ) -> dict[str, object]:
         """One request. Greedy, so that a server's speed does not hang on its sampler."""
         body: dict[str, object] = {
             "model": self.model,
-            "messages": [{"role": "user", "content": prompt}],
+            "messages": list(messages),
             "max_tokens": output_tokens,
             "temperature": 0,
             "stream": stream,
         }
+        if n > 1:
+            body["n"] = n
         if self.ignore_eos:
             body["ignore_eos"] = True
         if stream:
             body["stream_options"] = {"include_usage": True}
         return body
+
+    def request(self, body: dict[str, object]) -> bytes:
+        """A request for a completion, as it is sent."""
+        content = json.dumps(body).encode()
+        parts = urlsplit(self.root)
+        lines = [
+            f"POST {parts.path}/chat/completions HTTP/1.1",
+            f"Host: {parts.netloc}",
+            "Content-Type: application/json",
+            "Accept: text/event-stream",
+            f"Content-Length: {len(content)}",
+            *(f"{name}: {value}" for name, value in headers(self.api_key).items()),
+        ]
+        return "\r\n".join([*lines, "", ""]).encode() + content
+
+
+class Client:
+    """Sends one request after another, on a connection of its own that the first one opens."""
+
+    def __init__(self, target: Target) -> None:
+        address = urlsplit(target.root)
+        if address.scheme not in ("http", "https") or address.hostname is None:
+            raise ValueError(f"{target.root}: only http:// and https:// addresses can be measured")
+        is_secure = address.scheme == "https"
+        self._address = address.hostname, address.port or (443 if is_secure else 80)
+        self._ssl = httpx.create_ssl_context() if is_secure else None
+        self._connection: Connection | None = None
+
+    @property
+    def pieces(self) -> Pieces:
+        """What has come of the current answer."""
+        return self._connection.pieces if self._connection is not None else ()
+
+    async def ask(self, request: bytes) -> Pieces:
+        """What comes, and when, until the answer's end or the server hangs up; see read_answer.
+
+        Raises OSError if the server cannot be reached, TimeoutError if it does not come to an end.
+        """
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                pieces: Pieces = ()
+                if self._connection is not None and self._connection.is_open:
+                    pieces = await self._connection.ask(request)
+                if not pieces:  # a kept connection may be closed while a request is sent
+                    self._connection = await self._connect()
+                    pieces = await self._connection.ask(request)
+                return pieces
+        except BaseException:
+            self.close()  # the rest of the answer would come before the next one
+            raise
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
+
+    async def _connect(self) -> Connection:
+        loop = asyncio.get_running_loop()
+        _, connection = await loop.create_connection(Connection, *self._address, ssl=self._ssl)
+        return connection
 
 
 @dataclass(frozen=True)
@@ -101,75 +159,40 @@ def percentiles(values: Sequence[float]) -> dict[str, float] | None:
     }
 
 
-class Prompts:
-    """Prompts of random words: all different from their first words on, so that none is cached."""
+async def run_level(
+    target: Target, draw: Callable[[], str], clients: int, requests: int, output_tokens: int
+) -> Level:
+    """`clients` clients, each of which sends `requests` requests one after the other.
 
-    def __init__(self, seed: int) -> None:
-        self._random = random.Random(seed)
-        self.words = 1
-
-    def draw(self, words: int | None = None) -> str:
-        """A new prompt of `words` words, or of as many as calibrated."""
-        return " ".join(self._random.choices(WORDS, k=words or self.words))
-
-    async def calibrate(self, client: httpx.AsyncClient, target: Target) -> None:
-        """Finds by two requests how many words make the wanted number of tokens."""
-        few, many = 8, 72
-        low = await _count(client, target, self.draw(few))
-        high = await _count(client, target, self.draw(many))
-        per_word = max((high - low) / (many - few), 0.01)
-        self.words = max(1, round(few + (target.prompt_tokens - low) / per_word))
-
-
-async def _count(client: httpx.AsyncClient, target: Target, prompt: str) -> int:
-    response = await client.post(
-        f"{target.root}/chat/completions", json=target.body(prompt, 1, stream=False)
-    )
-    if response.status_code != 200:
-        raise AnswerFailed(_refusal(response.status_code, response.content))
-    return int(response.json()["usage"]["prompt_tokens"])
-
-
-async def run_level(target: Target, prompts: Prompts, clients: int, requests: int) -> Level:
-    """`clients` clients, each of which sends `requests` requests one after the other."""
-    answers: list[Answer] = []
-    failures: list[str] = []
+    `draw` makes the prompts.
+    """
+    came: list[tuple[float, Pieces | Exception]] = []
 
     async def one_client() -> None:
-        # A connection pool each, as separate clients would have.
-        async with open_client(target) as client:
-            for _ in range(requests):
-                try:
-                    answers.append(await _ask(client, target, prompts.draw()))
-                except (AnswerFailed, httpx.HTTPError) as error:
-                    failures.append(f"{type(error).__name__}: {error}")
+        client = Client(target)
+        for _ in range(requests):
+            body = target.body([{"role": "user", "content": draw()}], output_tokens)
+            began = time.perf_counter()
+            try:
+                came.append((began, await client.ask(target.request(body))))
+            except OSError as error:  # TimeoutError is one
+                came.append((began, error))
+        client.close()
 
     began = time.perf_counter()
     await asyncio.gather(*(one_client() for _ in range(clients)))
-    return Level(clients, time.perf_counter() - began, answers, failures)
+    seconds = time.perf_counter() - began
+    answers, failures = [], []
+    for began, result in came:
+        try:
+            if isinstance(result, Exception):
+                raise result
+            answers.append(read_answer(began, result))
+        except (AnswerFailed, OSError) as error:
+            failures.append(f"{type(error).__name__}: {error}")
+    return Level(clients, seconds, answers, failures)
 
 
 def open_client(target: Target) -> httpx.AsyncClient:
-    """A client of the target's server."""
-    return httpx.AsyncClient(headers=target.headers, timeout=TIMEOUT, trust_env=False)
-
-
-async def _ask(client: httpx.AsyncClient, target: Target, prompt: str) -> Answer:
-    body = target.body(prompt, target.output_tokens, stream=True)
-    answer = Answer(began=time.perf_counter())
-    async with client.stream("POST", f"{target.root}/chat/completions", json=body) as response:
-        if response.status_code != 200:
-            raise AnswerFailed(_refusal(response.status_code, await response.aread()))
-        async for piece in response.aiter_raw():
-            answer.push(piece, time.perf_counter())
-    if not answer.complete:
-        raise AnswerFailed("the stream ended without [DONE]")
-    return answer
-
-
-def _refusal(status: int, body: bytes) -> str:
-    try:
-        message = error_message(httpx.Response(status, content=body).json())
-    except ValueError:
-        message = body[:200].decode("utf-8", "replace")
-    return f"HTTP {status}: {message}"
+    """A client for what is no stream: the list of models, and counts of tokens."""
+    return httpx.AsyncClient(headers=headers(target.api_key), timeout=60.0, trust_env=False)

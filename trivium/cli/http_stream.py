@@ -7,15 +7,11 @@ have ended, since the processor's time is the server's until then.
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
-from bench.play import Answer
-from trivium.cli.answer import error_message
-from trivium.cli.sse import DONE, SseDecoder
+from trivium.cli.answer import Answer, AnswerFailed, refusal
 
 Pieces = Sequence[tuple[float, bytes]]
 
@@ -111,86 +107,30 @@ def headers(head: bytes) -> dict[bytes, bytes]:
     return {name.strip().lower(): value.strip() for name, _, value in lines}
 
 
-def read_answer(asked: float, pieces: Pieces) -> Answer:
-    """What a stream said and when. Never raises: what is wrong is the answer's fault."""
-    ended = pieces[-1][0] if pieces else asked
+def read_answer(began: float, pieces: Pieces) -> Answer:
+    """What a stream said and when; raises AnswerFailed unless it came to its end."""
     try:
-        return _read(asked, ended, pieces)
+        answer = _read(began, pieces)
     except (ValueError, KeyError, IndexError, TypeError) as error:
-        return Answer(asked, ended, (), fault=f"{type(error).__name__}: {error}")
+        raise AnswerFailed(f"{type(error).__name__}: {error}") from error
+    if not answer.complete:
+        raise AnswerFailed("the stream ended without [DONE]")
+    return answer
 
 
-def _read(asked: float, ended: float, pieces: Pieces) -> Answer:
+def _read(began: float, pieces: Pieces) -> Answer:
     whole = b"".join(data for _, data in pieces)
     head, found, body = whole.partition(_HEAD_END)
     if not found:
-        raise ValueError("the server hung up without an answer")
-    if head.split()[1] != b"200":
-        raise ValueError(f"HTTP {head.split()[1].decode()}: {_refusal(body)}")
+        raise AnswerFailed("the server hung up without an answer")
     known = headers(head)
     is_chunked = known.get(b"transfer-encoding", b"").lower() == b"chunked"
-    return _collect(asked, ended, _events(pieces, len(head) + len(_HEAD_END), is_chunked))
-
-
-def _refusal(body: bytes) -> str:
-    try:
-        return error_message(json.loads(body))
-    except ValueError:
-        return body[:200].decode("utf-8", "replace")
-
-
-def _events(pieces: Pieces, skip: int, is_chunked: bool) -> Iterator[tuple[float, str]]:
-    """The data of each event, and when its end came; the first `skip` bytes are the head."""
-    unchunker, decoder = Unchunker(), SseDecoder()
+    if head.split()[1] != b"200":
+        body = Unchunker().push(body) if is_chunked else body
+        raise refusal(int(head.split()[1]), body)
+    answer, unchunker = Answer(began), Unchunker()
+    skip = len(head) + len(_HEAD_END)
     for when, data in pieces:
         skipped, skip = data[skip:], max(skip - len(data), 0)
-        body = unchunker.push(skipped) if is_chunked else skipped
-        for event in decoder.push(body):
-            yield when, event
-
-
-def _collect(asked: float, ended: float, events: Iterator[tuple[float, str]]) -> Answer:
-    times: dict[int, list[float]] = {}
-    finished: dict[int, float] = {}
-    texts: list[str] = []
-    usages: list[dict[str, Any]] = []  # one, but for servers that send one for each choice
-    is_done = False
-    for when, data in events:
-        if data == DONE:
-            is_done = True
-            continue
-        chunk = json.loads(data)
-        if "error" in chunk:
-            raise ValueError(error_message(chunk))
-        usages += [chunk["usage"]] if chunk.get("usage") else []
-        for choice in chunk.get("choices", ()):
-            text, index = _text(choice), choice["index"]
-            if text:
-                times.setdefault(index, []).append(when)
-                texts.append("" if index else text)
-            if choice.get("finish_reason"):
-                finished[index] = when
-    if not is_done or not finished:
-        raise ValueError("the stream ended before its answer did")
-    # A choice of control tokens alone has no text; the end of it came with the last of them.
-    choices = tuple(tuple(times.get(index, (end,))) for index, end in sorted(finished.items()))
-    return _with_usage(Answer(asked, ended, choices, text="".join(texts)), usages)
-
-
-def _with_usage(answer: Answer, usages: list[dict[str, Any]]) -> Answer:
-    """The answer with what the server counted, or with its parts where that counts nothing."""
-    if not usages:
-        return replace(answer, completion_tokens=sum(map(len, answer.choices)))
-    last = usages[-1]
-    return replace(
-        answer,
-        prompt_tokens=last.get("prompt_tokens") or 0,
-        completion_tokens=sum(usage.get("completion_tokens") or 0 for usage in usages),
-        cached_tokens=(last.get("prompt_tokens_details") or {}).get("cached_tokens"),
-        device_seconds=last.get("gpu_seconds"),
-    )
-
-
-def _text(choice: dict[str, Any]) -> str:
-    delta = choice.get("delta") or {}
-    return delta.get("content") or delta.get("reasoning_content") or ""
+        answer.push(unchunker.push(skipped) if is_chunked else skipped, when)
+    return answer

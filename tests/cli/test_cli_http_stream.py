@@ -1,0 +1,71 @@
+"""A stream's bytes and when they came, read once all have come."""
+
+import pytest
+
+from bench.load_client import to_answer
+from trivium.cli.answer import AnswerFailed
+from trivium.cli.http_stream import Unchunker, read_answer
+
+HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+TOKENS = ('{"choices":[{"index":0,"delta":{"content":"a"}}]}',) * 2
+
+
+def _chunked(*events: str) -> bytes:
+    data = [f"data: {event}\n\n".encode() for event in events]
+    return b"".join(b"%x\r\n%s\r\n" % (len(each), each) for each in data) + b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+def test_a_stream_reads_the_same_however_it_is_cut(size: int) -> None:
+    """Pieces of any size: each event counts when its end came."""
+    events = (*TOKENS, '{"choices":[{"index":0,"delta":{},"finish_reason":"length"}]}')
+    usage = '{"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2,"gpu_seconds":0.5}}'
+    whole = HEAD + _chunked(*events, usage, "[DONE]")
+    pieces = [(float(at + 1), whole[at : at + size]) for at in range(0, len(whole), size)]
+    answer = read_answer(0.0, pieces)
+
+    assert ("aa", 2, "length") == (answer.text, answer.completion_tokens, answer.finish_reason)
+    assert (3, 0.5) == (answer.usage["prompt_tokens"], answer.usage["gpu_seconds"])
+    assert 2 == len(answer.parts[0])
+    assert answer.ended == pieces[-1][0]
+
+
+def test_chunks_may_be_cut_anywhere() -> None:
+    """Sizes, line ends and data may each come in two pieces."""
+    body = b"5\r\nhello\r\n6;x=y\r\n world\r\n0\r\n\r\n"
+
+    for at in range(len(body)):
+        unchunker = Unchunker()
+        assert b"hello world" == unchunker.push(body[:at]) + unchunker.push(body[at:])
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b'HTTP/1.1 503 No\r\nContent-Length: 30\r\n\r\n{"error": {"message": "full"}}', "full"),
+        (b"", "hung up"),
+        (HEAD + _chunked(*TOKENS), "without \\[DONE\\]"),
+        (HEAD + _chunked("no JSON"), "JSONDecodeError"),
+        (HEAD + _chunked('{"error": {"message": "too late"}}'), "too late"),
+    ],
+)
+def test_what_went_wrong_is_told(data: bytes, why: str) -> None:
+    """A refusal, a hang-up, a stream that breaks off; to the benchmark it is an answer's fault."""
+    with pytest.raises(AnswerFailed, match=why) as caught:
+        read_answer(0.0, [(1.0, data)])
+
+    assert str(caught.value) == to_answer(0.0, [(1.0, data)]).fault
+
+
+def test_choices_are_told_apart() -> None:
+    """Some servers send usage for each choice. A choice without text came when it ended."""
+    ends = [
+        f'{{"choices":[{{"index":{n},"delta":{{}},"finish_reason":"length"}}]}}' for n in (0, 1)
+    ]
+    usages = ['{"choices":[],"usage":{"completion_tokens":1}}'] * 2
+    pieces = [(1.0, HEAD + _chunked(TOKENS[0], *ends, *usages, "[DONE]"))]
+    answer = to_answer(0.0, pieces)
+
+    assert 2 == answer.completion_tokens
+    assert ((1.0,), (1.0,)) == answer.choices
+    assert "a" == answer.text
