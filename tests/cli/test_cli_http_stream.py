@@ -2,9 +2,12 @@
 
 import pytest
 
-from bench.load_client import to_answer
+from bench.load_client import LoadClient, to_answer
+from bench.play import Ask, Script
+from tests.cli.openai_script import ScriptedServer
 from trivium.cli.answer import AnswerFailed
 from trivium.cli.http_stream import Unchunker, read_answer
+from trivium.cli.load import Target
 
 HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 TOKENS = ('{"choices":[{"index":0,"delta":{"content":"a"}}]}',) * 2
@@ -69,3 +72,27 @@ def test_choices_are_told_apart() -> None:
     assert 2 == answer.completion_tokens
     assert ((1.0,), (1.0,)) == answer.choices
     assert "a" == answer.text
+
+
+def test_a_script_is_played_to_a_server(scripted: ScriptedServer) -> None:
+    """Each client asks one after another; the late request is sent while all others are read."""
+    first, second, late = (
+        Ask(({"role": "user", "content": name},), (), 5) for name in ("first", "second", "late")
+    )
+    script = Script(((first, first), (second,)), late, late_after=1)
+    answers, _ = LoadClient().play(Target(f"{scripted.url}/v1", "scripted"), script)
+
+    names = [body["messages"][0]["content"] for body in scripted.bodies]
+    assert ["first", "first", "late", "second"] == sorted(names)
+    assert [""] * 4 == [answer.fault for answer in answers]
+    assert {(5, 5)} == {(len(each.choices[0]), each.completion_tokens) for each in answers}
+    assert answers[0].ended <= answers[1].asked
+
+
+def test_a_server_that_is_not_there_is_a_fault(unused_tcp_port: int) -> None:
+    """Of each request to it."""
+    ask = Ask(({"role": "user", "content": "hello"},), (), 5)
+    target = Target(f"http://127.0.0.1:{unused_tcp_port}/v1", "none")
+    answers, _ = LoadClient().play(target, Script(((ask, ask),)))
+
+    assert ["the server hung up without an answer"] * 2 == [answer.fault for answer in answers]

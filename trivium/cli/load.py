@@ -77,7 +77,7 @@ class Client:
             raise ValueError(f"{target.root}: only http:// and https:// addresses can be measured")
         is_secure = address.scheme == "https"
         self._address = address.hostname, address.port or (443 if is_secure else 80)
-        self._ssl = httpx.create_ssl_context() if is_secure else None
+        self._ssl = httpx.create_ssl_context(trust_env=False) if is_secure else None
         self._connection: Connection | None = None
 
     @property
