@@ -71,7 +71,7 @@ class SlotCache:
         assert slot_length > 1
         self.num_slots = num_slots
         self.slot_length = slot_length
-        self._reuse = reuse
+        self.reuse = reuse
         self._slots = [_Slot() for _ in range(num_slots)]
         self._clock = itertools.count(1)
 
@@ -89,6 +89,10 @@ class SlotCache:
     def owner(self, slot: int) -> Sequence | None:
         """The sequence that owns a slot; None for a free one."""
         return self._slots[slot].owner
+
+    def kept_tokens(self, slot: int) -> list[int]:
+        """The tokens whose keys and values a free slot keeps; none of one that is owned."""
+        return self._slots[slot].tokens
 
     def idle_position(self, slot: int) -> int:
         """Where an idle row of `slot` may write: the position after the slot's content."""
@@ -123,7 +127,7 @@ class SlotCache:
         """Frees the sequence's slot, whose prefilled tokens stay in the prefix cache."""
         slot = self._slots[sequence.slot]
         assert slot.owner is sequence, "a slot is released by a sequence that does not own it"
-        kept = slot.reusable if self._reuse else 0
+        kept = slot.reusable if self.reuse else 0
         slot.tokens = sequence.token_ids[:kept]
         if kept == sequence.prompt_length:
             # One position stays free: an idle row of this slot writes behind its content.
@@ -198,7 +202,7 @@ class SlotCache:
         """
         source, best = -1, MIN_CHUNK_TOKENS - 1
         for number, slot in enumerate(self._slots):
-            if not self._reuse and (slot.owner is None or slot.owner.group is not sequence.group):
+            if not self.reuse and (slot.owner is None or slot.owner.group is not sequence.group):
                 continue
             length = _common_prefix(
                 slot.content, sequence.token_ids, min(max_tokens, slot.reusable)

@@ -45,7 +45,7 @@ def test_no_more_and_no_less_than_a_parser_finds(
     monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     """Wherever the pieces are cut: exactly what is there is allowed, and one less is not."""
-    monkeypatch.setattr(json_size, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(json_size, "CHUNK_BYTES", chunk)
     draw = random.Random(chunk)
     for number in range(200):
         value = drawn(draw, 5)

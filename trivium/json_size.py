@@ -12,7 +12,7 @@ MAX_OBJECTS_ARRAYS_AND_FIELDS = 32_768
 MAX_VALUES = 524_288
 MAX_DIGITS = 400  # of one number; a double has 17, and an integer takes longer the longer it is
 
-_CHUNK_BYTES = 64 * 1024
+CHUNK_BYTES = 64 * 1024
 _KEPT = b'"{[:,0123456789'
 _DROPPED = bytes(set(range(256)) - set(_KEPT))
 _STRING = re.compile(b'"[^"]*"')
@@ -59,7 +59,7 @@ class JsonSize:
 
 def _end_of_chunk(text: bytes, start: int) -> int:
     """Not between a backslash and what it escapes."""
-    end = min(start + _CHUNK_BYTES, len(text))
+    end = min(start + CHUNK_BYTES, len(text))
     backslashes = end - start - len(text[start:end].rstrip(b"\\"))
     return end + backslashes % 2 if end < len(text) else end
 

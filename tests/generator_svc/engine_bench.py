@@ -21,7 +21,8 @@ def _by_index() -> dict[SequenceGroup, dict[int, list[int]]]:
 
 @dataclass
 class Bench:
-    """`tokens[group][index]` is what was delivered; `errors` the failures by group."""
+    """`updates` is what was delivered, `tokens[group][index]` the tokens in it, and `errors` the
+    failures by group."""
 
     slots: int = 4
     slot_length: int = 64
@@ -33,6 +34,7 @@ class Bench:
     runner: Any = None
     max_queued_requests: int = 100
     max_queued_tokens: int = 10_000
+    updates: list[SequenceUpdate] = field(default_factory=list)
     tokens: dict[SequenceGroup, dict[int, list[int]]] = field(default_factory=_by_index)
     finished: dict[SequenceGroup, set[int]] = field(default_factory=lambda: defaultdict(set))
     errors: dict[SequenceGroup, BaseException] = field(default_factory=dict)
@@ -52,7 +54,7 @@ class Bench:
             self.runner,
             self.meter,
             self.admission,
-            self._deliver,
+            self.deliver,
             self.faults.append,
         )
 
@@ -73,7 +75,9 @@ class Bench:
         assert self.cache.used_slots == 0
         assert (self.admission.requests, self.admission.tokens) == (0, 0)
 
-    def _deliver(self, updates: list[SequenceUpdate]) -> None:
+    def deliver(self, updates: list[SequenceUpdate]) -> None:
+        """Takes what a step brought."""
+        self.updates += updates
         for update in updates:
             group, index = update.group, update.sequence.index
             if update.error is not None:

@@ -175,13 +175,10 @@ def test_logprobs_are_those_of_the_model():
     tokens = text_tokens()
     bench = _bench()
     group = _submit(bench, [9], "regex", "[ab]{5}", top_logprobs=3)
-    updates = []
-    deliver = bench.engine._deliver
-    bench.engine._deliver = lambda new: (updates.extend(new), deliver(new))
     bench.finish()
 
     context = [9]
-    for update in updates:
+    for update in bench.updates:
         logits = tokens.random_logits(context).astype(np.float64)
         logprobs = logits - np.log(np.exp(logits).sum())
         token = update.token

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from bench.random_llama import SHAPES, make_random_llama
-from generator_svc import cuda
 from generator_svc.config import GeneratorSettings
 from generator_svc.cuda import CudaClock, CudaError, copy_to_host
 from generator_svc.device import Device
@@ -81,7 +80,7 @@ class PretendedRuntime:
 @pytest.fixture
 def runtime(monkeypatch):
     pretended = PretendedRuntime()
-    monkeypatch.setattr(cuda, "_load", lambda names: pretended)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: pretended)
     return pretended
 
 

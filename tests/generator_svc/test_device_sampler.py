@@ -333,11 +333,11 @@ def test_rows_are_read_in_slices():
         assert row.tolist() == part.fetch().tolist()
 
 
-def test_the_device_is_tried_before_it_is_trusted():
+def test_the_device_is_tried_before_it_is_trusted(monkeypatch):
     """A device that picks well passes, one that does not is noticed."""
     memory = _on_cpu(700)
     memory.check()
-    memory._device.copy_to_host = lambda target, source, size: None
+    monkeypatch.setattr(Device, "copy_to_host", lambda self, target, source, size: None)
     with pytest.raises(ArithmeticError):
         memory.check()
 
@@ -350,7 +350,7 @@ def model():
 def _runner(model, patch=None):
     """A runner, with logits as on a CUDA device if `patch` is given."""
     if patch:
-        patch.setattr(runner_module, "_logits_buffers", lambda device, size, dtype: _on_cpu(size))
+        patch.setattr(runner_module, "HostLogits", lambda size, dtype: _on_cpu(size))
     return OrtRunner(model, "cpu", 4, 96, threads=1)
 
 
@@ -380,7 +380,7 @@ def test_an_engine_makes_the_same_tokens_from_rows_on_the_device(model, monkeypa
 def test_candidates_are_enough_for_a_greedy_batch(model, monkeypatch):
     """No row is fetched, and prompts that want no logits have none."""
     fetched = []
-    monkeypatch.setattr(DeviceLogits, "_fetch_row", lambda *row: fetched.append(row))
+    monkeypatch.setattr(Device, "copy_to_host", lambda *copy: fetched.append(copy))
     bench = Bench(slots=4, slot_length=96, runner=_runner(model, monkeypatch))
     for i in range(4):
         bench.submit([9 + i, *range(20, 50)], 12, stop_token_ids=frozenset())

@@ -6,6 +6,7 @@ import generator_svc.server as generator
 from generator_svc.config import GeneratorSettings
 from generator_svc.cuda import CudaError
 from generator_svc.device import DeviceError
+from generator_svc.run.runner import OrtRunner
 from tests.tiny_models import tiny_model_directory
 from trivium.model_directory import load_model_directory
 
@@ -32,14 +33,13 @@ def test_auto_goes_on_with_the_cpu(cache_bytes, monkeypatch):
     """Whether its memory cannot be asked for or its session does not start."""
     settings = _settings("auto", kv_cache_bytes=cache_bytes)
     if cache_bytes:
-        load_on = generator._load_on
 
-        def refuse_cuda(device, *rest):
+        def refuse_cuda(model, device, *rest):
             if device == "cuda":
                 raise DeviceError("the CUDAExecutionProvider did not start")
-            return load_on(device, *rest)
+            return OrtRunner(model, device, *rest)
 
-        monkeypatch.setattr(generator, "_load_on", refuse_cuda)
+        monkeypatch.setattr(generator, "OrtRunner", refuse_cuda)
     runner = generator.load_runner(settings, load_model_directory(settings.model_directory))
 
     assert "CPUExecutionProvider" == runner.info.provider

@@ -87,7 +87,7 @@ class Machine:
 
     def kept(self):
         """What the free slots are said to hold."""
-        return sorted(slot.tokens for slot in self.cache._slots if slot.tokens)
+        return sorted(filter(None, map(self.cache.kept_tokens, range(self.cache.num_slots))))
 
     def check(self):
         self.cache.check_integrity()
@@ -97,8 +97,9 @@ class Machine:
         for sequence in self.running:
             held = self.memory[sequence.slot][: sequence.computed]
             assert sequence.token_ids[: sequence.computed] == held
-        for slot, memory in zip(self.cache._slots, self.memory, strict=True):
-            assert slot.tokens == memory[: len(slot.tokens)]
+        for slot, memory in enumerate(self.memory):
+            kept = self.cache.kept_tokens(slot)
+            assert kept == memory[: len(kept)]
 
 
 def _common(left, right):
@@ -109,10 +110,10 @@ def _best_prefix(machine, group, most):
     """The longest prefix that may be taken, found by looking at everything."""
     prompt, best = group.request.prompt, 0
     for owner in machine.running:
-        if machine.cache._reuse or owner.group is group:
+        if machine.cache.reuse or owner.group is group:
             there = min(owner.computed, owner.prompt_length)
             best = max(best, _common(prompt, owner.token_ids[:there]))
-    if machine.cache._reuse:
+    if machine.cache.reuse:
         best = max([best, *(_common(prompt, tokens) for tokens in machine.kept())])
     best = min(best, most)
     if best == len(prompt) - 1:

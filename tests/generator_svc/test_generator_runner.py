@@ -196,8 +196,8 @@ def checkpoint_answers(family):
 class Reporting(Bench):
     """Keeps what the last updates said of the logits."""
 
-    def _deliver(self, updates):
-        super()._deliver(updates)
+    def deliver(self, updates):
+        super().deliver(updates)
         self.logprobs = [update.token.logprobs for update in updates]
 
 
