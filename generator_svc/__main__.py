@@ -4,6 +4,7 @@ import asyncio
 import sys
 
 from generator_svc.config import GeneratorSettings
+from generator_svc.cuda import CudaError
 from generator_svc.device import DeviceError
 from generator_svc.memory_plan import MemoryPlanError
 from generator_svc.server import load_runner, serve
@@ -29,10 +30,8 @@ def main() -> None:
         runner = load_runner(settings, model)
         # Not uvloop: it starts processes by fork, of which gRPC's threads know nothing.
         status = asyncio.run(serve(settings, model, runner))
-    except (ModelDirectoryError, MemoryPlanError, DeviceError) as error:
-        refuse_to_start(f"generator_svc: {error}")
-    except (OSError, RuntimeError) as error:  # a port that is taken, for one
-        refuse_to_start(f"generator_svc: {error}")
+    except (ModelDirectoryError, MemoryPlanError, DeviceError, CudaError, OSError) as error:
+        refuse_to_start(f"generator_svc: {error}")  # a port that is taken, for one
     sys.exit(status)
 
 

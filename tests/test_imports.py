@@ -69,8 +69,6 @@ TOKENIZER_STAGES = (
 )
 # Goes from the caller to the sampler as it came, so that the tokenizer's own types hold it.
 PASSED_THROUGH = "trivium.sampling.v1.sampling_pb2."
-MAX_MODULE_LINES = 350
-MAX_FUNCTION_LINES = 50
 
 
 def sources() -> list[Path]:
@@ -214,24 +212,6 @@ def modules_of(modules: dict[str, Path]) -> Callable[[str], str | None]:
 def test_names_say_what_a_module_is() -> None:
     """No module is called after nothing."""
     assert [] == [relative(path) for path in sources() if path.stem in FORBIDDEN_NAMES]
-
-
-def test_modules_and_functions_fit_a_head() -> None:
-    """No module is over 350 lines, no function over 50."""
-    long = [relative(path) for path in sources() if lines(path) > MAX_MODULE_LINES]
-    for path in sources():
-        long += [
-            f"{relative(path)}:{node.lineno} {node.name}"
-            for node in ast.walk(tree(path))
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-            and (node.end_lineno or 0) - node.lineno >= MAX_FUNCTION_LINES
-        ]
-
-    assert [] == long
-
-
-def lines(path: Path) -> int:
-    return len(path.read_text().splitlines())
 
 
 def test_every_module_says_what_it_is() -> None:

@@ -46,7 +46,7 @@ def main() -> None:
     try:
         models = load_models(settings)
         run(serve(settings, models))
-    except (ModelDirectoryError, OSError, RuntimeError) as error:  # a port that is taken, for one
+    except (ModelDirectoryError, OSError) as error:  # a port that is taken, for one
         refuse_to_start(f"tokenizer_svc: {error}")
 
 

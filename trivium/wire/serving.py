@@ -201,9 +201,15 @@ class GrpcServer:
         )
 
     async def start(self, address: str) -> int:
-        """Binds `address` (host:port, port 0 for any) and returns the port. Not yet SERVING."""
+        """Binds `address` (host:port, port 0 for any) and returns the port. Not yet SERVING.
+
+        Raises OSError if it cannot be bound.
+        """
         await self.set_serving(False)
-        port = self._server.add_insecure_port(address)
+        try:
+            port = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise OSError(str(error)) from error
         await self._server.start()
         return int(port)
 
