@@ -155,8 +155,8 @@ class LlamaServer(Url):
         self._binary = binary
         self._gguf = gguf
         self._process: subprocess.Popen[bytes] | None = None
-        told = subprocess.run([binary, "--version"], capture_output=True, text=True, check=True)
-        self.version = (told.stdout + told.stderr).splitlines()[0].removeprefix("version: ")
+        printed = subprocess.run([binary, "--version"], capture_output=True, text=True, check=True)
+        self.version = (printed.stdout + printed.stderr).splitlines()[0].removeprefix("version: ")
 
     @contextlib.contextmanager
     def turn(self, scenario: Scenario) -> Iterator[None]:

@@ -144,8 +144,8 @@ class BareRunner:
 
 def _load(folder: Path, device: str) -> tuple[GeneratorSettings, OrtRunner, Meter]:
     """A runner as the service would load it, from the same variables, not yet warm."""
-    given: dict[str, Any] = {"model_directory": folder, "device": device}
-    settings = GeneratorSettings(**given)
+    values: dict[str, Any] = {"model_directory": folder, "device": device}
+    settings = GeneratorSettings(**values)
     runner, meter = load_runner(settings, load_model_directory(folder)), Meter()
     return settings, runner, meter
 

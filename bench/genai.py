@@ -60,8 +60,8 @@ def load(folder: Path, threads: int) -> og.Model:
 def batches(options: argparse.Namespace) -> list[Batch]:
     """What is to be run: the file's prompts, or random ones."""
     if options.prompts:
-        given: list[Batch] = json.loads(options.prompts.read_text())
-        return given
+        batches: list[Batch] = json.loads(options.prompts.read_text())
+        return batches
     vocabulary = json.loads((options.model / CONFIG).read_text())["model"]["vocab_size"]
     random = np.random.default_rng()
     shapes = [(int(size), options.prompt_tokens) for size in options.batch.split(",")]

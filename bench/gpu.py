@@ -121,7 +121,7 @@ def copy_bandwidth(device: str, size: int) -> float:
 
 def _settings(folder: Path, work: Work) -> GeneratorSettings:
     length = max(work.prompt + work.output, work.chunk) + 8
-    given: dict[str, Any] = {
+    values: dict[str, Any] = {
         "model_directory": folder,
         "device": work.device,
         "slots": max(work.counts),
@@ -129,7 +129,7 @@ def _settings(folder: Path, work: Work) -> GeneratorSettings:
         "max_queued_requests": 2 * max(work.counts),
         "cuda_graphs": work.cuda_graphs,
     }
-    return GeneratorSettings(**given)
+    return GeneratorSettings(**values)
 
 
 def _weight_bytes(folder: Path, shape: Shape) -> int:

@@ -75,10 +75,10 @@ class Prompts:
 
     def next_turn(self, ask: Ask, answer: Answer, words: int) -> Ask:
         """The conversation gone on with: what was answered, and another question."""
-        said = answer.text or self._text.text(answer.token_ids)
+        text = answer.text or self._text.text(answer.token_ids)
         messages = (
             *ask.messages,
-            {"role": "assistant", "content": said or "-"},
+            {"role": "assistant", "content": text or "-"},
             {"role": "user", "content": self.words(words)},
         )
         return Ask(messages, self._text.token_ids(messages), ask.output)

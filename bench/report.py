@@ -113,8 +113,8 @@ class Results:
         return sorted(found.values(), key=lambda row: cases.index(row.case))
 
     def _rounds(self, like: Row) -> Iterable[Row]:
-        wanted = (like.scenario, like.case, like.contender)
-        return (row for row in self.rows if (row.scenario, row.case, row.contender) == wanted)
+        kind = (like.scenario, like.case, like.contender)
+        return (row for row in self.rows if (row.scenario, row.case, row.contender) == kind)
 
 
 Cell = Callable[[Results, Row], object]
@@ -212,16 +212,18 @@ def notes(results: Results) -> list[str]:
     found: Counter[tuple[str, str]] = Counter()
     for row in results.rows:
         where = f"{row.contender}, {row.scenario} {row.case}".strip()
-        for name, said in (
+        for name, problem in (
             ("faults", f"requests failed ({'; '.join(row.faults)})"),
             ("other_prompts", "prompts were of another length, as the server counts"),
             ("other_outputs", "answers were of another length than asked for"),
         ):
             if row.numbers.get(name):
-                found[where, said] += round(row.numbers[name])
+                found[where, problem] += round(row.numbers[name])
         if row.numbers.get("streams_outlasted") == 0:
             found[where, "times the streams ended before the long prompt was computed"] += 1
-    return [f"{where}: {count} {said}" for (where, said), count in found.items()] + _noise(results)
+    return [f"{where}: {count} {problem}" for (where, problem), count in found.items()] + _noise(
+        results
+    )
 
 
 def _noise(results: Results) -> list[str]:
@@ -249,8 +251,8 @@ def machine() -> dict[str, object]:
 
 def page(results: Results, about: dict[str, object]) -> str:
     """The results section of a page."""
-    told = ", ".join(f"{name} {value}" for name, value in about.items())
-    parts = [f"{told[0].upper()}{told[1:]}. Medians over the rounds, with lowest and highest."]
+    facts = ", ".join(f"{name} {value}" for name, value in about.items())
+    parts = [f"{facts[0].upper()}{facts[1:]}. Medians over the rounds, with lowest and highest."]
     parts += [table.markdown() for table in tables(results)]
     remarks = notes(results)
     if remarks:

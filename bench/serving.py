@@ -109,11 +109,11 @@ def scenarios(options: argparse.Namespace, longest: int) -> list[Scenario]:
         Choices(),
         LongPrompt(prompt=min(LATE_PROMPT, longest - LATE_ROOM)),
     ]
-    wanted = [each for each in found if each.name in options.scenarios.split(",")]
-    for each in wanted:
+    chosen = [each for each in found if each.name in options.scenarios.split(",")]
+    for each in chosen:
         if each.length > longest:
             _tell(f"{each.name} is left out: a slot has {longest} tokens, not {each.length}")
-    return [each for each in wanted if each.length <= longest]
+    return [each for each in chosen if each.length <= longest]
 
 
 class Recorder:
@@ -137,8 +137,8 @@ class Recorder:
 
     def faults(self) -> tuple[str, ...]:
         """Some of what went wrong."""
-        said = (answer.fault for _, play in self.played for answer in play.answers)
-        return tuple(itertools.islice(dict.fromkeys(filter(None, said)), MAX_ERRORS))
+        faults = (answer.fault for _, play in self.played for answer in play.answers)
+        return tuple(itertools.islice(dict.fromkeys(filter(None, faults)), MAX_ERRORS))
 
 
 def measure(scenario: Scenario, contender: Contender, prompts: Prompts, number: int) -> Row:

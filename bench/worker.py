@@ -63,8 +63,8 @@ class Worker:
             result, failure = self._pipe.recv()
         except EOFError:
             self._process.join(_END_SECONDS)
-            told = f"{self._process.name} ended with {self._process.exitcode}"
-            raise WorkerFailed(told) from None
+            message = f"{self._process.name} ended with {self._process.exitcode}"
+            raise WorkerFailed(message) from None
         if failure:
             raise WorkerFailed(failure)
         return result

@@ -16,20 +16,20 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
-from rest_facade.requests.chat import ChatRequest
-from rest_facade.requests.completion import CompletionRequest
+from rest_facade.requests.chat import ChatCompletionRequest
+from rest_facade.requests.completion import TextCompletionRequest
 from rest_facade.requests.field import Body
 from rest_facade.requests.tokenization import (
     DetokenizeRequest,
     TokenizeRequest,
     TokenizerInfoRequest,
 )
-from rest_facade.responses import ChatCompletionChunk, ErrorBody, TextCompletionChunk
+from rest_facade.responses import ChatCompletionChunk, ErrorResponse, TextCompletionChunk
 from trivium.wire.errors import ERRORS
 
 _SCHEMAS = (
-    ChatRequest,
-    CompletionRequest,
+    ChatCompletionRequest,
+    TextCompletionRequest,
     TokenizeRequest,
     DetokenizeRequest,
     TokenizerInfoRequest,
@@ -103,7 +103,7 @@ def checks_health(operation_id: str, summary: str, answer: type) -> dict[str, An
 
 
 def _errors(statuses: Sequence[int]) -> dict[int, dict[str, Any]]:
-    return {status: {"description": _codes(status), "model": ErrorBody} for status in statuses}
+    return {status: {"description": _codes(status), "model": ErrorResponse} for status in statuses}
 
 
 def _codes(status: int) -> str:

@@ -23,8 +23,8 @@ class TopLogprob(TypedDict):
     bytes: list[int]
 
 
-class TokenLogprob(TypedDict):
-    """The log-probability of a generated token, and of the likeliest ones in its place."""
+class ChatCompletionTokenLogprob(TypedDict):
+    """The log-probability of a generated token, and of the most likely ones at its position."""
 
     token: str
     logprob: float
@@ -35,19 +35,19 @@ class TokenLogprob(TypedDict):
 class Logprobs(TypedDict):
     """Log-probabilities of a choice's tokens."""
 
-    content: list[TokenLogprob]
+    content: list[ChatCompletionTokenLogprob]
     refusal: None
 
 
 class PromptTokensDetails(TypedDict):
-    """Parts of the prompt's token count."""
+    """A breakdown of the prompt's token count."""
 
     cached_tokens: int
     audio_tokens: int
 
 
 class CompletionTokensDetails(TypedDict):
-    """Parts of the answer's token count."""
+    """A breakdown of the completion's token count."""
 
     reasoning_tokens: int
     audio_tokens: int
@@ -55,7 +55,7 @@ class CompletionTokensDetails(TypedDict):
     rejected_prediction_tokens: int
 
 
-class Usage(TypedDict):
+class CompletionUsage(TypedDict):
     """What a request cost. `gpu_seconds` is its exact share of the device's busy time."""
 
     prompt_tokens: int
@@ -81,7 +81,7 @@ class FunctionCall(TypedDict):
     arguments: str
 
 
-class ToolCall(TypedDict):
+class MessageToolCall(TypedDict):
     """A call that the model makes."""
 
     id: str
@@ -89,10 +89,10 @@ class ToolCall(TypedDict):
     function: FunctionCall
 
 
-class Message(TypedDict):
-    """What the model said; the content is null when it only thought or called tools.
+class ChatCompletionMessage(TypedDict):
+    """The model's message; `content` is null if it only reasoned or called tools.
 
-    Annotations are the sources of a web search, which there is none of.
+    `annotations` is always empty: there is no web search.
     """
 
     role: Literal["assistant"]
@@ -100,20 +100,20 @@ class Message(TypedDict):
     refusal: None
     annotations: Annotated[list[object], Field(max_length=0)]
     reasoning_content: NotRequired[str]
-    tool_calls: NotRequired[list[ToolCall]]
+    tool_calls: NotRequired[list[MessageToolCall]]
 
 
 class Choice(TypedDict):
     """One finished answer."""
 
     index: int
-    message: Message
+    message: ChatCompletionMessage
     logprobs: Logprobs | None
     finish_reason: FinishReason
 
 
 class ChatCompletion(TypedDict):
-    """The answer to a chat request without `stream`."""
+    """The response to a chat request without `stream`."""
 
     id: str
     object: Literal["chat.completion"]
@@ -122,7 +122,7 @@ class ChatCompletion(TypedDict):
     service_tier: NotRequired[ServiceTier]
     system_fingerprint: str
     choices: list[Choice]
-    usage: Usage
+    usage: CompletionUsage
 
 
 class FunctionCallDelta(TypedDict):
@@ -141,7 +141,7 @@ class ToolCallDelta(TypedDict):
     function: FunctionCallDelta
 
 
-class Delta(TypedDict):
+class ChoiceDelta(TypedDict):
     """What is new in a choice; empty in its last chunk."""
 
     role: NotRequired[Literal["assistant"]]
@@ -154,7 +154,7 @@ class ChunkChoice(TypedDict):
     """A piece of one answer."""
 
     index: int
-    delta: Delta
+    delta: ChoiceDelta
     logprobs: Logprobs | None
     finish_reason: FinishReason | None
 
@@ -169,7 +169,7 @@ class ChatCompletionChunk(TypedDict):
     service_tier: NotRequired[ServiceTier]
     system_fingerprint: str
     choices: list[ChunkChoice]
-    usage: NotRequired[Usage | UsageSoFar | None]
+    usage: NotRequired[CompletionUsage | UsageSoFar | None]
 
 
 class TextLogprobs(TypedDict):
@@ -194,7 +194,7 @@ class TextChoice(TypedDict):
 
 
 class TextCompletion(TypedDict):
-    """The answer to a plain completion without `stream`."""
+    """The response to a plain completion without `stream`."""
 
     id: str
     object: Literal["text_completion"]
@@ -203,7 +203,7 @@ class TextCompletion(TypedDict):
     service_tier: NotRequired[ServiceTier]
     system_fingerprint: str
     choices: list[TextChoice]
-    usage: Usage
+    usage: CompletionUsage
 
 
 class TextChunkChoice(TypedDict):
@@ -225,11 +225,11 @@ class TextCompletionChunk(TypedDict):
     service_tier: NotRequired[ServiceTier]
     system_fingerprint: str
     choices: list[TextChunkChoice]
-    usage: NotRequired[Usage | UsageSoFar | None]
+    usage: NotRequired[CompletionUsage | UsageSoFar | None]
 
 
-class TokenizeAnswer(TypedDict):
-    """The tokens of a text or a conversation, as vLLM answers."""
+class TokenizeResponse(TypedDict):
+    """The tokens of a text or a conversation, in vLLM's shape."""
 
     count: int
     max_model_len: int
@@ -237,8 +237,8 @@ class TokenizeAnswer(TypedDict):
     token_strs: None
 
 
-class DetokenizeAnswer(TypedDict):
-    """The text of tokens, as vLLM answers."""
+class DetokenizeResponse(TypedDict):
+    """The text of tokens, in vLLM's shape."""
 
     prompt: str
 
@@ -250,7 +250,7 @@ class AddedToken(TypedDict):
     special: Literal[True]
 
 
-class TokenizerInfo(TypedDict):
+class TokenizerInfoResponse(TypedDict):
     """What kind of tokenizer a model has, under the names of tokenizer_config.json."""
 
     tokenizer_class: Literal["PreTrainedTokenizerFast"]
@@ -263,7 +263,7 @@ class TokenizerInfo(TypedDict):
 
 
 class ModelObject(TypedDict):
-    """A model that can be asked for; both names of the context's length are in use elsewhere."""
+    """A model. Its context length stands under both names that clients look for."""
 
     id: str
     object: Literal["model"]
@@ -280,8 +280,8 @@ class ModelList(TypedDict):
     data: list[ModelObject]
 
 
-class Error(TypedDict):
-    """What went wrong; `param` names the field, if one is to blame."""
+class ErrorInfo(TypedDict):
+    """The error; `param` names the invalid field, if there is one."""
 
     message: str
     type: str
@@ -289,13 +289,13 @@ class Error(TypedDict):
     code: str | None
 
 
-class ErrorBody(TypedDict):
-    """The body of every answer that is no success."""
+class ErrorResponse(TypedDict):
+    """The body of every error response."""
 
-    error: Error
+    error: ErrorInfo
 
 
-class Health(TypedDict):
+class HealthResponse(TypedDict):
     """The body of a successful health check."""
 
     status: Literal["ok"]

@@ -32,8 +32,8 @@ from rest_facade.openapi import (
     reads,
     takes_body,
 )
-from rest_facade.requests.chat import ChatRequest
-from rest_facade.requests.completion import CompletionRequest
+from rest_facade.requests.chat import ChatCompletionRequest
+from rest_facade.requests.completion import TextCompletionRequest
 from rest_facade.requests.field import Body
 from rest_facade.requests.tokenization import (
     DetokenizeRequest,
@@ -44,14 +44,14 @@ from rest_facade.requests.validation import parse, rename_error_params
 from rest_facade.responses import (
     ChatCompletion,
     ChatCompletionChunk,
-    DetokenizeAnswer,
-    Health,
+    DetokenizeResponse,
+    HealthResponse,
     ModelList,
     ModelObject,
     TextCompletion,
     TextCompletionChunk,
-    TokenizeAnswer,
-    TokenizerInfo,
+    TokenizeResponse,
+    TokenizerInfoResponse,
 )
 from rest_facade.stream import Event, EventStream
 from trivium.field_errors import missing
@@ -90,12 +90,12 @@ class Routes:
         router.add_api_route(
             "/health",
             self.ready,
-            **checks_health("ready", "Whether a completion would be taken on", Health),
+            **checks_health("ready", "Whether a completion would be taken on", HealthResponse),
         )
         router.add_api_route(
             "/health/live",
             self.live,
-            **checks_health("live", "Whether this process answers", Health),
+            **checks_health("live", "Whether this process answers", HealthResponse),
         )
         for path, handler in (
             ("/metrics", self.metrics),
@@ -114,7 +114,7 @@ class Routes:
             **takes_body(
                 "createChatCompletion",
                 "Completes a conversation, whole or as server-sent events",
-                ChatRequest,
+                ChatCompletionRequest,
                 ChatCompletion,
                 ChatCompletionChunk,
             ),
@@ -126,7 +126,7 @@ class Routes:
             **takes_body(
                 "createCompletion",
                 "Completes plain prompts, whole or as server-sent events",
-                CompletionRequest,
+                TextCompletionRequest,
                 TextCompletion,
                 TextCompletionChunk,
             ),
@@ -149,14 +149,14 @@ class Routes:
                 "tokenize",
                 "The tokens of a text or a conversation",
                 TokenizeRequest,
-                TokenizeAnswer,
+                TokenizeResponse,
             ),
         )
         router.add_api_route(
             "/detokenize",
             self.detokenize,
             methods=["POST"],
-            **takes_body("detokenize", "The text of tokens", DetokenizeRequest, DetokenizeAnswer),
+            **takes_body("detokenize", "The text of tokens", DetokenizeRequest, DetokenizeResponse),
         )
         about = "What kind of tokenizer a model has"
         router.add_api_route(
@@ -165,7 +165,7 @@ class Routes:
             **reads(
                 "getTokenizerInfo",
                 about,
-                TokenizerInfo,
+                TokenizerInfoResponse,
                 (400, *READ_ERRORS),
                 parameters=[_MODEL_IN_QUERY],
             ),
@@ -174,13 +174,15 @@ class Routes:
             "/tokenizer_info",
             self.tokenizer_info,
             methods=["POST"],
-            **takes_body("askTokenizerInfo", about, TokenizerInfoRequest, TokenizerInfo),
+            **takes_body("askTokenizerInfo", about, TokenizerInfoRequest, TokenizerInfoResponse),
         )
 
     async def chat_completions(self, request: Request) -> Response:
         """A chat completion, whole or streamed."""
         started_at = time.perf_counter()
-        body, message = await self._read(request, partial(_converted, ChatRequest, chat.request))
+        body, message = await self._read(
+            request, partial(_converted, ChatCompletionRequest, chat.request)
+        )
         with rename_error_params(body.old_names()):
             if body.stream:
                 stream = self._backend.stream_chat(message)
@@ -192,7 +194,7 @@ class Routes:
         """A plain completion, whole or streamed."""
         started_at = time.perf_counter()
         body, message = await self._read(
-            request, partial(_converted, CompletionRequest, completion.request)
+            request, partial(_converted, TextCompletionRequest, completion.request)
         )
         with rename_error_params(body.old_names()):
             if body.stream:

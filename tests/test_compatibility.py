@@ -11,8 +11,8 @@ from openai.types.completion_create_params import (
     CompletionCreateParamsBase as TextCompletionCreateParamsBase,
 )
 
-from rest_facade.requests.chat import ChatRequest
-from rest_facade.requests.message import ChatMessage
+from rest_facade.requests.chat import ChatCompletionRequest
+from rest_facade.requests.message import MessageParam
 from tests.compatibility import (
     CHAT_ANSWER,
     CHAT_REQUEST,
@@ -49,9 +49,9 @@ def test_the_test_that_shows_it_exists(row: Row) -> None:
 def test_every_request_field_has_a_row() -> None:
     """Fields that we know, and fields that OpenAI's client can send, all stand in the table."""
     named = {row.field for row in CHAT_REQUEST}
-    ours = ChatRequest.model_fields.keys() - {"stream_options"}
+    ours = ChatCompletionRequest.model_fields.keys() - {"stream_options"}
     openais = CompletionCreateParamsBase.__annotations__.keys() - {"stream_options"}
-    messages = {f"messages[].{name}" for name in ChatMessage.model_fields} - {
+    messages = {f"messages[].{name}" for name in MessageParam.model_fields} - {
         "messages[].reasoning"  # in the row of reasoning_content
     }
 

@@ -12,7 +12,7 @@ import pytest
 
 from generator_svc import sequence
 from generator_svc.convert import Limits, to_engine_request
-from rest_facade.requests.chat import ChatRequest
+from rest_facade.requests.chat import ChatCompletionRequest
 from rest_facade.requests.validation import parse
 from tests.completion_requests import chat_request
 from tokenizer_svc.convert.request import chat_request as from_message
@@ -29,7 +29,7 @@ WHOLE = ("top_k",)
 
 def rest(name: str, value: float) -> None:
     messages = [{"role": "user", "content": "Hi"}]
-    parse(ChatRequest, {"model": "m", "messages": messages, name: value})
+    parse(ChatCompletionRequest, {"model": "m", "messages": messages, name: value})
 
 
 def public(name: str, value: float) -> None:

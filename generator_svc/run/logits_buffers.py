@@ -132,16 +132,16 @@ class DeviceLogits:
             self.read(buffer, [True, True]),
             strict=True,
         )
-        for row, given, best in rows:
-            assert isinstance(given, DeviceRow)
+        for row, candidates, best in rows:
+            assert isinstance(candidates, DeviceRow)
             assert isinstance(best, GreedyRow)
             ids = np.argsort(-row)[:CANDIDATES]
             rest = np.where(row > row[ids[-1]], 0, np.exp(row - row.max())).sum()
             if not (
-                np.array_equal(row, given.whole)
-                and np.array_equal(row[ids], given.values)
-                and np.array_equal(given.values, row[given.ids])
-                and np.isclose(rest, given.rest.sum(), rtol=RELATIVE_ERROR)
+                np.array_equal(row, candidates.whole)
+                and np.array_equal(row[ids], candidates.values)
+                and np.array_equal(candidates.values, row[candidates.ids])
+                and np.isclose(rest, candidates.rest.sum(), rtol=RELATIVE_ERROR)
                 and (ids[0], True) == (best.token_id, best.is_certain)
             ):
                 raise ArithmeticError("the top-k logits of the device are not the largest ones")

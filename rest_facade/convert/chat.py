@@ -5,18 +5,18 @@ from collections.abc import Iterable, Iterator
 from rest_facade.convert import envelope, message
 from rest_facade.convert.chunks import Chunks
 from rest_facade.convert.envelope import FINISH_REASONS
-from rest_facade.requests.chat import ChatRequest
+from rest_facade.requests.chat import ChatCompletionRequest
 from rest_facade.responses import (
     ChatCompletion,
     ChatCompletionChunk,
+    ChatCompletionMessage,
+    ChatCompletionTokenLogprob,
     Choice,
+    ChoiceDelta,
     ChunkChoice,
-    Delta,
     FinishReason,
     Logprobs,
-    Message,
-    TokenLogprob,
-    ToolCall,
+    MessageToolCall,
     ToolCallDelta,
 )
 from trivium.chat.v1 import chat_pb2
@@ -27,7 +27,7 @@ Response = chat_pb2.CreateChatCompletionResponse
 StreamResponse = chat_pb2.StreamChatCompletionResponse
 
 
-def request(body: ChatRequest) -> Request:
+def request(body: ChatCompletionRequest) -> Request:
     """The request as the tokenizer takes it; absent fields stay absent."""
     request = Request(
         messages=message.messages(body.messages),
@@ -42,7 +42,7 @@ def request(body: ChatRequest) -> Request:
     return request
 
 
-def answer(response: Response, body: ChatRequest) -> ChatCompletion:
+def answer(response: Response, body: ChatCompletionRequest) -> ChatCompletion:
     """The whole answer."""
     header = response.header
     completion = ChatCompletion(
@@ -68,8 +68,10 @@ def _choice(choice: chat_pb2.Choice, with_logprobs: bool) -> Choice:
     )
 
 
-def _message(choice: chat_pb2.Choice) -> Message:
-    result = Message(role="assistant", content=choice.content, refusal=None, annotations=[])
+def _message(choice: chat_pb2.Choice) -> ChatCompletionMessage:
+    result = ChatCompletionMessage(
+        role="assistant", content=choice.content, refusal=None, annotations=[]
+    )
     if choice.reasoning_content:
         result["reasoning_content"] = choice.reasoning_content
         result["content"] = choice.content or None
@@ -79,8 +81,8 @@ def _message(choice: chat_pb2.Choice) -> Message:
     return result
 
 
-def _tool_call(call: chat_pb2.ToolCall) -> ToolCall:
-    return ToolCall(
+def _tool_call(call: chat_pb2.ToolCall) -> MessageToolCall:
+    return MessageToolCall(
         id=call.id,
         type="function",
         function={"name": call.name, "arguments": call.arguments},
@@ -99,42 +101,44 @@ class ChatChunks(Chunks[ChatCompletionChunk]):
             # Null where content may never come.
             opens_otherwise = (delta.tool_calls or delta.reasoning_content) and not delta.content
             yield _chunk_choice(
-                index, Delta(role="assistant", content=None if opens_otherwise else "")
+                index, ChoiceDelta(role="assistant", content=None if opens_otherwise else "")
             )
         self._completion_tokens[index] = delta.completion_tokens
         parts = _parts(delta)
         if delta.logprobs and not parts:
-            parts = [Delta(content="")]
+            parts = [ChoiceDelta(content="")]
         # Log-probabilities stand beside the last of what their tokens made.
         for position, part in enumerate(parts, start=1):
             with_logprobs = delta.logprobs and position == len(parts)
             yield _chunk_choice(index, part, _logprobs(delta.logprobs) if with_logprobs else None)
         if delta.finish_reason:
-            yield _chunk_choice(index, Delta(), finish_reason=FINISH_REASONS[delta.finish_reason])
+            yield _chunk_choice(
+                index, ChoiceDelta(), finish_reason=FINISH_REASONS[delta.finish_reason]
+            )
 
 
 def _chunk_choice(
     index: int,
-    delta: Delta,
+    delta: ChoiceDelta,
     logprobs: Logprobs | None = None,
     finish_reason: FinishReason | None = None,
 ) -> ChunkChoice:
     return ChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=finish_reason)
 
 
-def _parts(delta: chat_pb2.ChoiceDelta) -> list[Delta]:
+def _parts(delta: chat_pb2.ChoiceDelta) -> list[ChoiceDelta]:
     """What is new, each to be the only thing in its chunk."""
     parts = []
     if delta.reasoning_content:
-        parts.append(Delta(reasoning_content=delta.reasoning_content))
+        parts.append(ChoiceDelta(reasoning_content=delta.reasoning_content))
     if delta.content:
-        parts.append(Delta(content=delta.content))
+        parts.append(ChoiceDelta(content=delta.content))
     for call in delta.tool_calls:
         if call.HasField("id"):
-            parts.append(Delta(tool_calls=[_opened(call)]))
+            parts.append(ChoiceDelta(tool_calls=[_opened(call)]))
         if call.arguments:
             arguments = ToolCallDelta(index=call.index, function={"arguments": call.arguments})
-            parts.append(Delta(tool_calls=[arguments]))
+            parts.append(ChoiceDelta(tool_calls=[arguments]))
     return parts
 
 
@@ -152,8 +156,8 @@ def _logprobs(tokens: Iterable[chat_pb2.TokenLogprob]) -> Logprobs:
     return Logprobs(content=[_token_logprob(token) for token in tokens], refusal=None)
 
 
-def _token_logprob(token: chat_pb2.TokenLogprob) -> TokenLogprob:
-    return TokenLogprob(
+def _token_logprob(token: chat_pb2.TokenLogprob) -> ChatCompletionTokenLogprob:
+    return ChatCompletionTokenLogprob(
         token=token.token,
         logprob=token.logprob,
         bytes=list(token.token_bytes),

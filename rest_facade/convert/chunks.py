@@ -6,7 +6,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from rest_facade.convert import envelope
 from rest_facade.requests.options import SharedOptions
-from rest_facade.responses import Usage, UsageSoFar
+from rest_facade.responses import CompletionUsage, UsageSoFar
 from trivium.chat.v1 import chat_pb2
 
 ChunkObject = TypeVar("ChunkObject")
@@ -64,7 +64,7 @@ class Chunks(ABC, Generic[ChunkObject]):
         self._head["system_fingerprint"] = header.system_fingerprint
         self._prompt_tokens = header.prompt_tokens
 
-    def _chunk(self, choices: list[Any], usage: Usage | None = None) -> ChunkObject:
+    def _chunk(self, choices: list[Any], usage: CompletionUsage | None = None) -> ChunkObject:
         chunk = {**self._head, "choices": choices}
         if self._include_usage:
             chunk["usage"] = usage or self._usage_so_far()

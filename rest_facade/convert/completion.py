@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from rest_facade.convert import envelope
 from rest_facade.convert.chunks import Chunks
 from rest_facade.convert.envelope import FINISH_REASONS
-from rest_facade.requests.completion import CompletionRequest
+from rest_facade.requests.completion import TextCompletionRequest
 from rest_facade.responses import (
     TextChoice,
     TextChunkChoice,
@@ -21,7 +21,7 @@ Response = completion_pb2.CreateCompletionResponse
 StreamResponse = completion_pb2.StreamCompletionResponse
 
 
-def request(body: CompletionRequest) -> Request:
+def request(body: TextCompletionRequest) -> Request:
     """The request as the tokenizer takes it; absent fields stay absent."""
     return Request(
         model=body.model,
@@ -38,7 +38,7 @@ def _prompt(prompt: str | list[int]) -> completion_pb2.Prompt:
     return completion_pb2.Prompt(token_ids=completion_pb2.TokenIds(ids=prompt))
 
 
-def answer(response: Response, body: CompletionRequest) -> TextCompletion:
+def answer(response: Response, body: TextCompletionRequest) -> TextCompletion:
     """The whole answer."""
     header = response.header
     completion = TextCompletion(

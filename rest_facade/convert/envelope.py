@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from rest_facade.requests.options import SharedOptions
 from rest_facade.requests.structured_output import ResponseFormat, StructuredOutputs
-from rest_facade.responses import FinishReason, Usage
+from rest_facade.responses import CompletionUsage, FinishReason
 from trivium.chat.v1 import chat_pb2
 from trivium.sampling.v1.sampling_pb2 import SamplingParams
 
@@ -82,9 +82,9 @@ def _structured_outputs(constraint: StructuredOutputs) -> chat_pb2.StructuredOut
     )
 
 
-def usage(message: chat_pb2.Usage) -> Usage:
+def usage(message: chat_pb2.Usage) -> CompletionUsage:
     """What a request cost."""
-    return Usage(
+    return CompletionUsage(
         prompt_tokens=message.prompt_tokens,
         completion_tokens=message.completion_tokens,
         total_tokens=message.prompt_tokens + message.completion_tokens,

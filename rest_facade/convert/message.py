@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from rest_facade.requests.message import ChatMessage
-from rest_facade.requests.tool import Tool, ToolChoice
+from rest_facade.requests.message import MessageParam
+from rest_facade.requests.tool import ToolChoiceParam, ToolParam
 from trivium.chat.v1 import chat_pb2
 
 _ROLES = {
@@ -20,12 +20,12 @@ _MODES = {
 }
 
 
-def messages(conversation: Iterable[ChatMessage]) -> list[chat_pb2.ChatMessage]:
+def messages(conversation: Iterable[MessageParam]) -> list[chat_pb2.ChatMessage]:
     """The conversation."""
     return [_message(message) for message in conversation]
 
 
-def _message(message: ChatMessage) -> chat_pb2.ChatMessage:
+def _message(message: MessageParam) -> chat_pb2.ChatMessage:
     return chat_pb2.ChatMessage(
         role=_ROLES[message.role],
         content=[chat_pb2.ContentPart(text=part.text) for part in message.content or ()],
@@ -41,7 +41,7 @@ def _message(message: ChatMessage) -> chat_pb2.ChatMessage:
     )
 
 
-def tools(functions: Iterable[Tool] | None) -> list[chat_pb2.Tool]:
+def tools(functions: Iterable[ToolParam] | None) -> list[chat_pb2.Tool]:
     """The functions that the model may call."""
     return [
         chat_pb2.Tool(
@@ -56,7 +56,7 @@ def tools(functions: Iterable[Tool] | None) -> list[chat_pb2.Tool]:
     ]
 
 
-def tool_choice(choice: ToolChoice | None) -> chat_pb2.ToolChoice | None:
+def tool_choice(choice: ToolChoiceParam | None) -> chat_pb2.ToolChoice | None:
     """Which of them are called; None if unspecified."""
     if choice is None:
         return None

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from rest_facade.convert import message
 from rest_facade.requests.tokenization import TokenizeRequest
 from rest_facade.responses import (
-    DetokenizeAnswer,
+    DetokenizeResponse,
     ModelList,
     ModelObject,
-    TokenizeAnswer,
-    TokenizerInfo,
+    TokenizeResponse,
+    TokenizerInfoResponse,
 )
 from trivium.chat.v1 import model_pb2
 from trivium.chat.v1.model_pb2_grpc import ModelServiceStub as ModelServiceStub
@@ -57,21 +57,21 @@ def info_request(model: str) -> tokenizer_pb2.GetTokenizerInfoRequest:
     return tokenizer_pb2.GetTokenizerInfoRequest(model=model)
 
 
-def tokenize_answer(tokens: Sequence[int], context_length: int) -> TokenizeAnswer:
+def tokenize_answer(tokens: Sequence[int], context_length: int) -> TokenizeResponse:
     """The tokens of a text or a conversation."""
-    return TokenizeAnswer(
+    return TokenizeResponse(
         count=len(tokens), max_model_len=context_length, tokens=list(tokens), token_strs=None
     )
 
 
-def detokenize_answer(response: tokenizer_pb2.DetokenizeResponse) -> DetokenizeAnswer:
+def detokenize_answer(response: tokenizer_pb2.DetokenizeResponse) -> DetokenizeResponse:
     """The text of tokens."""
-    return DetokenizeAnswer(prompt=response.text)
+    return DetokenizeResponse(prompt=response.text)
 
 
-def info(response: tokenizer_pb2.GetTokenizerInfoResponse) -> TokenizerInfo:
+def info(response: tokenizer_pb2.GetTokenizerInfoResponse) -> TokenizerInfoResponse:
     """What kind of tokenizer a model has."""
-    return TokenizerInfo(
+    return TokenizerInfoResponse(
         tokenizer_class="PreTrainedTokenizerFast",
         vocab_size=response.vocabulary_size,
         model_max_length=response.context_length,

@@ -27,11 +27,11 @@ class _Conversation(Strict):
     messages: Messages = Field(description="The conversation so far, oldest first.")
 
 
-class ChatRequest(SharedOptions, _Conversation, Body):
+class ChatCompletionRequest(SharedOptions, _Conversation, Body):
     """The body of POST /v1/chat/completions."""
 
     max_completion_tokens: Count | None = Field(
-        None, description="Longest answer in tokens, per choice. Default: the context's end."
+        None, description="Maximum number of tokens per choice. Default: up to the context length."
     )
     logprobs: bool | None = None
     top_logprobs: Annotated[int, within(TOP_LOGPROBS)] | None = Field(
@@ -45,13 +45,13 @@ class ChatRequest(SharedOptions, _Conversation, Body):
         None, description="Whether one answer may make more than one call. Default true."
     )
     reasoning_effort: Annotated[_Effort, reject_unsupported("xhigh", "max")] | None = Field(
-        None, description="How much the model thinks first, for templates that know it."
+        None, description="How much the model reasons first, for templates that support it."
     )
     chat_template_kwargs: _Kwargs | None = Field(
         None, description="Further variables for the chat template; those the operator allows."
     )
     continue_final_message: bool | None = Field(
-        None, description="Go on with the last message, which is the assistant's. Default false."
+        None, description="Continue the last message, which is the assistant's. Default false."
     )
     add_generation_prompt: bool | None = Field(
         None, description="Open the assistant's message. Default: not continue_final_message."

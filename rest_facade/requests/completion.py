@@ -61,7 +61,7 @@ class _Prompted(Strict):
     prompt: _Prompts = Field(description="One prompt or several, as text or token ids.")
 
 
-class CompletionRequest(SharedOptions, _Prompted, Body):
+class TextCompletionRequest(SharedOptions, _Prompted, Body):
     """The body of POST /v1/completions. `max_tokens` is 16 by default, as with OpenAI."""
 
     echo: bool | None = Field(None, description="Whether the text begins with the prompt.")

@@ -39,25 +39,25 @@ _Parts = Annotated[
 Content = Annotated[_Parts, BeforeValidator(_as_parts, json_schema_input_type=str | _Parts)]
 
 
-class PastFunctionCall(Strict):
+class FunctionCallParam(Strict):
     """The function that a tool call names, and its arguments as JSON text."""
 
     name: str
     arguments: str
 
 
-class PastToolCall(Strict):
+class ToolCallParam(Strict):
     """A tool call that an assistant message of the conversation made."""
 
     id: str
     type: Annotated[Literal["function"], reject_unsupported("custom")]
-    function: PastFunctionCall
+    function: FunctionCallParam
 
 
-_Calls = Annotated[list[PastToolCall], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)]
+_Calls = Annotated[list[ToolCallParam], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)]
 
 
-class ChatMessage(Strict):
+class MessageParam(Strict):
     """One message of the conversation."""
 
     role: Annotated[Role, reject_unsupported("function")] = Field(
@@ -70,7 +70,7 @@ class ChatMessage(Strict):
     tool_calls: _Calls | None = Field(None, description="The calls that an assistant message made.")
     tool_call_id: str | None = Field(None, description="The call that a tool message answers.")
     reasoning_content: str | None = Field(
-        None, description="What the assistant thought before it said this."
+        None, description="The assistant's reasoning before this message."
     )
     reasoning: str | None = Field(None, description="Another name of reasoning_content.")
 
@@ -98,11 +98,11 @@ class ChatMessage(Strict):
 
 
 Messages = Annotated[
-    list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    list[MessageParam], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
 ]
 
 
-def check_messages(messages: Sequence[ChatMessage]) -> None:
+def check_messages(messages: Sequence[MessageParam]) -> None:
     """Raises ServiceError for the first message that is wrong, or one too many of its parts."""
     parts = calls = 0
     for position, message in enumerate(messages):

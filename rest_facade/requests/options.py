@@ -31,7 +31,7 @@ from trivium.limits import (
 class StreamOptions(Strict):
     """What a stream contains besides the text."""
 
-    include_usage: bool | None = Field(None, description="Send one chunk with the usage at last.")
+    include_usage: bool | None = Field(None, description="Send a last chunk with the usage.")
     continuous_usage_stats: bool | None = Field(
         None, description="With include_usage: token counts in every chunk."
     )
@@ -104,13 +104,13 @@ class SamplingFields(Strict):
         None, description="0 is greedy."
     )
     top_p: Annotated[float, within(SAMPLING["top_p"])] | None = Field(
-        None, description="0 keeps the likeliest token."
+        None, description="0 keeps the most likely token only."
     )
     top_k: Annotated[int, within(SAMPLING["top_k"])] | None = Field(
         None, description="0 and -1 mean all."
     )
     min_p: Annotated[float, within(SAMPLING["min_p"])] | None = Field(
-        None, description="Share of the likeliest token."
+        None, description="Minimum probability, as a share of the most likely token's."
     )
     presence_penalty: Annotated[float, within(SAMPLING["presence_penalty"])] | None = None
     frequency_penalty: Annotated[float, within(SAMPLING["frequency_penalty"])] | None = None
@@ -120,10 +120,10 @@ class SamplingFields(Strict):
     )
     logit_bias: Biases | None = Field(None, description="Added to logits, by token id.")
     max_tokens: Count | None = Field(
-        None, description="Longest answer in tokens, per choice; in chat the old name."
+        None, description="Maximum number of tokens per choice; in chat, the old name."
     )
     min_tokens: Annotated[int, within(MIN_TOKENS)] | None = None
-    ignore_eos: bool | None = Field(None, description="Go on past end-of-sequence tokens.")
+    ignore_eos: bool | None = Field(None, description="Continue past end-of-sequence tokens.")
     stop: Stop | None = Field(None, description="At most 4 strings that end a choice.")
     stop_token_ids: StopTokens | None = Field(
         None, description="Tokens that end a choice besides the model's own."
@@ -144,7 +144,9 @@ class SamplingFields(Strict):
         None, description="There is one tier; the answer says 'default' if this is given."
     )
     prompt_cache_key: str | None = Field(
-        None, max_length=512, description="Taken and not needed: prefixes are found by their text."
+        None,
+        max_length=512,
+        description="Accepted and ignored: the prefix cache finds prefixes by their tokens.",
     )
     safety_identifier: str | None = Field(None, max_length=512, description="Accepted and ignored.")
 

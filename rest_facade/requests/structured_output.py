@@ -21,7 +21,7 @@ class JsonSchemaFormat(Strict):
     )
     strict: bool | None = Field(
         None,
-        description="Whether the schema is held to exactly, or refused; otherwise what cannot be "
+        description="Whether the schema is enforced exactly, or refused; otherwise what cannot be "
         "enforced is left to the model. Default false.",
     )
 
@@ -57,7 +57,7 @@ class StructuredOutputs(Strict):
         None, alias="json", description="A JSON Schema, or the text of one."
     )
     regex: str | None = Field(None, description="A regular expression the whole answer matches.")
-    choice: _Choices | None = Field(None, description="The answers to choose from.")
+    choice: _Choices | None = Field(None, description="The texts to choose from.")
     grammar: str | None = Field(
         None, description="A grammar in llguidance's variant of Lark, or in GBNF."
     )
@@ -65,14 +65,14 @@ class StructuredOutputs(Strict):
 
     def kinds(self) -> list[str]:
         """Which constraints are given, by their JSON names."""
-        given = {
+        values = {
             "json": self.json_text,
             "regex": self.regex,
             "choice": self.choice,
             "grammar": self.grammar,
             "json_object": self.json_object or None,
         }
-        return [name for name, value in given.items() if value is not None]
+        return [name for name, value in values.items() if value is not None]
 
 
 # Top-level fields that are one of structured_outputs under another name, vLLM's old ones and
@@ -112,33 +112,33 @@ class StructuredOutputFields(Strict):
         """The constraint, under whichever name it was given; None if there is none."""
         if self.structured_outputs is not None:
             return self.structured_outputs
-        given = {OTHER_NAMES[name]: getattr(self, name) for name in self.constraints()}
-        if not given:
+        values = {OTHER_NAMES[name]: getattr(self, name) for name in self.constraints()}
+        if not values:
             return None
         return StructuredOutputs.model_construct(
-            json_text=given.get("json"),
-            regex=given.get("regex"),
-            choice=given.get("choice"),
-            grammar=given.get("grammar"),
+            json_text=values.get("json"),
+            regex=values.get("regex"),
+            choice=values.get("choice"),
+            grammar=values.get("grammar"),
             json_object=None,
         )
 
     def constraints(self) -> list[str]:
         """The fields that give a constraint; no more than one once the request was checked."""
         names = ["structured_outputs", *OTHER_NAMES]
-        given = [name for name in names if getattr(self, name) is not None]
+        present = [name for name in names if getattr(self, name) is not None]
         # llama.cpp's clients send an empty schema for none.
-        return [name for name in given if name != "json_schema" or self.json_schema != "{}"]
+        return [name for name in present if name != "json_schema" or self.json_schema != "{}"]
 
     def check_constraint(self) -> None:
         """Raises ServiceError for more than one constraint, and for none where one is due."""
-        given = self.constraints()
-        if len(given) > 1:
-            raise contradiction(given[1], f"cannot be combined with '{given[0]}'.")
+        fields = self.constraints()
+        if len(fields) > 1:
+            raise contradiction(fields[1], f"cannot be combined with '{fields[0]}'.")
         if self.response_format is not None:
             self.response_format.check()
-            if given and self.response_format.type != "text":
-                raise contradiction(given[0], "cannot be combined with 'response_format'.")
+            if fields and self.response_format.type != "text":
+                raise contradiction(fields[0], "cannot be combined with 'response_format'.")
         if self.structured_outputs is None:
             return
         kinds = self.structured_outputs.kinds()

@@ -10,32 +10,32 @@ from trivium.limits import MAX_TOOLS
 from trivium.wire.errors import ServiceError
 
 
-class FunctionTool(Strict):
+class FunctionDefinition(Strict):
     """A function that the model may call."""
 
     name: Name = Field(description="Letters, digits, underscores and hyphens.")
     description: str | None = Field(None, description="What it does, for the model.")
     parameters: ObjectText | None = Field(
-        None, description="JSON Schema of its arguments. Default: it has none."
+        None, description="JSON Schema of its arguments. Default: no arguments."
     )
     strict: bool | None = Field(
         None,
-        description="Whether arguments keep to the schema exactly, or it is refused; otherwise "
+        description="Whether the schema is enforced exactly, or refused; otherwise "
         "what cannot be enforced is left to the model. Default false.",
     )
 
 
-class Tool(Strict):
+class ToolParam(Strict):
     """A tool that the model may use."""
 
     type: Annotated[Literal["function"], reject_unsupported("custom")]
-    function: FunctionTool
+    function: FunctionDefinition
 
 
-Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]
+Tools = Annotated[list[ToolParam], Field(max_length=MAX_TOOLS, fail_fast=True)]
 
 
-class NamedFunction(Strict):
+class FunctionName(Strict):
     """A function by its name."""
 
     name: Name
@@ -51,13 +51,13 @@ def _only_function(kind: str) -> str:
     return kind
 
 
-class ToolChoice(Strict):
-    """The one function to call. A mode is the same without `function`."""
+class ToolChoiceParam(Strict):
+    """The function to call; the modes 'none', 'auto' and 'required' are given as text."""
 
     type: Annotated[str, AfterValidator(_only_function)] = Field(
         json_schema_extra={"enum": ["function"]}
     )
-    function: NamedFunction
+    function: FunctionName
 
 
 _Mode = Literal["none", "auto", "required"]
@@ -71,18 +71,18 @@ def _from_mode(value: Any) -> Any:
                 f"Invalid value: '{value[:64]}'. "
                 "Supported values are: 'none', 'auto', and 'required'.",
             )
-        return ToolChoice.model_construct(type=value, function=None)  # type: ignore[arg-type]
+        return ToolChoiceParam.model_construct(type=value, function=None)  # type: ignore[arg-type]
     if not isinstance(value, dict):
         raise field_error("invalid_type", "one of a string or object")
     return value
 
 
 ToolChoiceOption = Annotated[
-    ToolChoice, BeforeValidator(_from_mode, json_schema_input_type=_Mode | ToolChoice)
+    ToolChoiceParam, BeforeValidator(_from_mode, json_schema_input_type=_Mode | ToolChoiceParam)
 ]
 
 
-def check_tools(tools: list[Tool], choice: ToolChoice | None) -> None:
+def check_tools(tools: list[ToolParam], choice: ToolChoiceParam | None) -> None:
     """Raises ServiceError for names that are given twice, and choices that cannot be made."""
     names = [tool.function.name for tool in tools]
     for position, name in enumerate(names):

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from rest_facade import responses
-from rest_facade.requests.chat import ChatRequest
+from rest_facade.requests.chat import ChatCompletionRequest
 
 
 def _references(value: Any) -> set[str]:
@@ -37,14 +37,17 @@ def test_references_resolve(document: dict[str, Any]) -> None:
 def test_request_and_answers_are_described(document: dict[str, Any]) -> None:
     """The document has every field of the request, with its limits, and every answer."""
     schemas = document["components"]["schemas"]
-    request = schemas["ChatRequest"]
+    request = schemas["ChatCompletionRequest"]
 
-    assert request["properties"].keys() == ChatRequest.model_fields.keys()
+    assert request["properties"].keys() == ChatCompletionRequest.model_fields.keys()
     assert request["required"] == ["model", "messages"]
     assert {"minimum": 0, "maximum": 2, "type": "number"} in request["properties"]["temperature"][
         "anyOf"
     ]
-    assert schemas["Usage"]["properties"].keys() == responses.Usage.__annotations__.keys()
+    assert (
+        schemas["CompletionUsage"]["properties"].keys()
+        == responses.CompletionUsage.__annotations__.keys()
+    )
 
 
 async def test_paths_of_the_document_exist(

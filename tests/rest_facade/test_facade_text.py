@@ -5,7 +5,7 @@ from typing import Any
 import httpx
 import pytest
 
-from rest_facade.requests.completion import CompletionRequest
+from rest_facade.requests.completion import TextCompletionRequest
 from rest_facade.requests.validation import parse
 from tests.completion_requests import options
 from tests.rest_facade.scripted_backend import (
@@ -181,7 +181,7 @@ async def test_logprobs_of_a_text(client: httpx.AsyncClient, backend: ScriptedBa
 def test_refused_fields_of_a_text(fields: dict[str, Any], code: str, param: str) -> None:
     """Wrong, contradicting and unsupported fields are refused, and named."""
     with pytest.raises(ServiceError) as caught:
-        parse(CompletionRequest, {"model": "m", "prompt": "a"} | fields)
+        parse(TextCompletionRequest, {"model": "m", "prompt": "a"} | fields)
 
     assert (code, param) == (caught.value.code, caught.value.param)
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from rest_facade.body import parse_json
-from rest_facade.requests.chat import ChatRequest
+from rest_facade.requests.chat import ChatCompletionRequest
 from rest_facade.requests.validation import parse
 from trivium.wire.errors import ServiceError
 
@@ -22,7 +22,7 @@ VALID: dict[str, Any] = {
 def refusal(raw: dict[str, Any]) -> ServiceError:
     """The error that `raw` is refused with."""
     with pytest.raises(ServiceError) as caught:
-        parse(ChatRequest, raw)
+        parse(ChatCompletionRequest, raw)
     return caught.value
 
 
@@ -459,7 +459,7 @@ def test_refused_messages(message: Any, code: str, param: str) -> None:
 )
 def test_harmless_fields(fields: dict[str, Any]) -> None:
     """Values that ask for what is done anyway, and unknown fields, are let through."""
-    assert parse(ChatRequest, VALID | fields).model == "m"
+    assert parse(ChatCompletionRequest, VALID | fields).model == "m"
 
 
 def test_an_answer_is_a_legal_message() -> None:
@@ -467,14 +467,17 @@ def test_an_answer_is_a_legal_message() -> None:
     answer = {"role": "assistant", "content": "Hello", "refusal": None, "tool_calls": None}
     messages = [*VALID["messages"], answer]
 
-    assert parse(ChatRequest, VALID | {"messages": messages}).messages[-1].content is not None
+    assert (
+        parse(ChatCompletionRequest, VALID | {"messages": messages}).messages[-1].content
+        is not None
+    )
 
 
 def test_the_body_is_not_changed() -> None:
     """Checking a body leaves it as it was."""
     raw = copy.deepcopy(VALID) | {"stop": "x", "tools": []}
     before = copy.deepcopy(raw)
-    parse(ChatRequest, raw)
+    parse(ChatCompletionRequest, raw)
 
     assert raw == before
 

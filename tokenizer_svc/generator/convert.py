@@ -44,8 +44,8 @@ def start_command(start: GenerateCommand) -> generator_pb2.GenerateRequest:
         top_logprobs=options.top_logprobs,
     )
     if constraint is not None:
-        given = {constraint.kind.value: constraint.text}
-        command.constraint.CopyFrom(generator_pb2.Constraint(**given))
+        kind = {constraint.kind.value: constraint.text}
+        command.constraint.CopyFrom(generator_pb2.Constraint(**kind))
     return generator_pb2.GenerateRequest(start=command)
 
 

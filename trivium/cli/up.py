@@ -107,10 +107,10 @@ async def supervise(
         await supervisor.watch()
 
     async with supervisor:
-        life, asked = asyncio.ensure_future(live()), asyncio.ensure_future(stopping.wait())
+        life, stop = asyncio.ensure_future(live()), asyncio.ensure_future(stopping.wait())
         try:
-            await asyncio.wait({life, asked}, return_when="FIRST_COMPLETED")
-            if not asked.done():
+            await asyncio.wait({life, stop}, return_when="FIRST_COMPLETED")
+            if not stop.done():
                 await life
             typer.echo("Draining ... (again to stop at once)", err=True)
             return STOPPED
@@ -122,8 +122,8 @@ async def supervise(
             return FAILED
         finally:
             life.cancel()
-            asked.cancel()
-            await asyncio.gather(life, asked, return_exceptions=True)
+            stop.cancel()
+            await asyncio.gather(life, stop, return_exceptions=True)
 
 
 def resolve_model(name: str | None) -> Path:

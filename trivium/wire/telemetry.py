@@ -28,8 +28,8 @@ def adopt(headers: Iterable[tuple[str, str | bytes]]) -> str:
     A request id that is absent, too long or of odd characters is replaced by a new one.
     """
     known = {name.lower(): value for name, value in headers if isinstance(value, str)}
-    wanted = known.get(REQUEST_ID, "")
-    adopted = wanted if _SANE_REQUEST_ID.fullmatch(wanted) else f"req_{uuid.uuid4().hex}"
+    received = known.get(REQUEST_ID, "")
+    adopted = received if _SANE_REQUEST_ID.fullmatch(received) else f"req_{uuid.uuid4().hex}"
     request_id.set(adopted)
     parent = known.get(TRACEPARENT, "")
     traceparent.set(parent if _SANE_TRACEPARENT.fullmatch(parent) else "")
