@@ -13,7 +13,11 @@ class GeneratorSettings(BaseSettings):
     """Every setting of generator_svc."""
 
     model_config = SettingsConfigDict(
-        env_prefix="TRIVIUM_GENERATOR_", frozen=True, extra="forbid", protected_namespaces=()
+        env_prefix="TRIVIUM_GENERATOR_",
+        env_ignore_empty=True,
+        frozen=True,
+        extra="forbid",
+        protected_namespaces=(),
     )
 
     model_directory: Path = Field(description="The model's folder; its name is the model's id.")

@@ -50,7 +50,10 @@ class TokenizerSettings(BaseSettings):
     """Read once at start, never changed."""
 
     model_config = SettingsConfigDict(
-        env_prefix="TRIVIUM_TOKENIZER_", frozen=True, protected_namespaces=()
+        env_prefix="TRIVIUM_TOKENIZER_",
+        env_ignore_empty=True,
+        frozen=True,
+        protected_namespaces=(),
     )
 
     host: str = Field("127.0.0.1", description="Address to listen on, for gRPC and metrics.")

@@ -181,6 +181,28 @@ def test_every_variable_it_sets_is_a_setting(
         assert wanted is None or str(value) == wanted
 
 
+@pytest.mark.parametrize(
+    ("variable", "settings"),
+    [
+        ("TRIVIUM_GENERATOR_SLOTS", "generator_svc.config.GeneratorSettings"),
+        ("TRIVIUM_TOKENIZER_PORT", "tokenizer_svc.config.TokenizerSettings"),
+        ("TRIVIUM_FACADE_PORT", "rest_facade.config.FacadeSettings"),
+    ],
+)
+def test_an_empty_variable_is_none(
+    variable: str, settings: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `VARIABLE: ${VARIABLE:-}` in a compose file makes it: the default holds."""
+    module, _, name = settings.rpartition(".")
+    cls = getattr(importlib.import_module(module), name)
+    monkeypatch.setenv("TRIVIUM_GENERATOR_MODEL_DIRECTORY", "models/any")
+    monkeypatch.setenv("TRIVIUM_TOKENIZER_MODEL_DIRECTORY", "models/any")
+    default = cls()
+    monkeypatch.setenv(variable, "")
+
+    assert default == cls()
+
+
 def test_a_generator_has_its_weights_in_huge_pages(
     monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
 ) -> None:
