@@ -1,4 +1,7 @@
-"""Prometheus metrics of the generator, under vLLM's names where they mean the same.
+"""Prometheus metrics of the generator.
+
+What vLLM has too has its name, unless the tokenizer counts it under that name, as its callers see
+it: then it is the engine's.
 
 Gauges and the engine's own counters are read at scrape time, so steps pay nothing.
 """
@@ -25,30 +28,32 @@ class RequestMetrics:
             return Counter(name, text, ["model_name"], registry=registry)
 
         labels = {"model_name": model}
-        self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens").labels(**labels)
+        self.prompt_tokens = counter("trivium_engine_prompt_tokens", "Prompt tokens").labels(
+            **labels
+        )
         self.cached_tokens = counter(
             "vllm:prefix_cache_hits", "Prompt tokens served from the prefix cache"
         ).labels(**labels)
-        self.generation_tokens = counter("vllm:generation_tokens", "Tokens generated").labels(
-            **labels
-        )
+        self.generation_tokens = counter(
+            "trivium_engine_generation_tokens", "Tokens generated"
+        ).labels(**labels)
         self.first_token = Histogram(
-            "vllm:time_to_first_token_seconds",
+            "trivium_engine_time_to_first_token_seconds",
             "Time from a call's arrival to its first token",
             ["model_name"],
             registry=registry,
             buckets=_FIRST_TOKEN_BUCKETS,
         ).labels(**labels)
         self.next_token = Histogram(
-            "vllm:inter_token_latency_seconds",
+            "trivium_engine_inter_token_latency_seconds",
             "Time between two tokens of a sequence",
             ["model_name"],
             registry=registry,
             buckets=_NEXT_TOKEN_BUCKETS,
         ).labels(**labels)
         self._finished = Counter(
-            "vllm:request_success",
-            "Finished calls by finish reason",
+            "trivium_engine_calls",
+            "Calls that ended, by finish reason; cancelled and failed ones too",
             ["model_name", "finished_reason"],
             registry=registry,
         )

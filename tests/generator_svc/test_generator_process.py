@@ -262,4 +262,4 @@ async def test_metrics_are_served(model):
     ]
     assert parts[0] == parts[1] + parts[2] > 0
     assert 0 == values["vllm:num_requests_running"] == values["trivium_slots_in_use"]
-    assert values["vllm:generation_tokens_total"] > 0
+    assert values["trivium_engine_generation_tokens_total"] > 0

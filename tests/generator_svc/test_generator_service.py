@@ -424,9 +424,9 @@ async def test_metrics_count_what_callers_got(stage):
     for _ in range(2):
         await stage.generate(prompt, max_new_tokens=5, ignore_eos=True)
 
-    assert 40 == stage.metric("vllm:prompt_tokens_total", model_name="m")
+    assert 40 == stage.metric("trivium_engine_prompt_tokens_total", model_name="m")
     assert 18 == stage.metric("vllm:prefix_cache_hits_total")
-    assert 10 == stage.metric("vllm:generation_tokens_total")
-    assert 2 == stage.metric("vllm:time_to_first_token_seconds_count")
-    assert 8 == stage.metric("vllm:inter_token_latency_seconds_count")
-    assert 2 == stage.metric("vllm:request_success_total", finished_reason="length")
+    assert 10 == stage.metric("trivium_engine_generation_tokens_total")
+    assert 2 == stage.metric("trivium_engine_time_to_first_token_seconds_count")
+    assert 8 == stage.metric("trivium_engine_inter_token_latency_seconds_count")
+    assert 2 == stage.metric("trivium_engine_calls_total", finished_reason="length")

@@ -111,10 +111,10 @@ def test_choices_interleave_and_finish_apart(client: openai.OpenAI, services: Se
 
 def test_choices_share_one_prompt(client: openai.OpenAI, services: Services) -> None:
     """Four choices count one prompt, in the usage and in the generator's metrics."""
-    before = services.generator_metrics()["vllm:prompt_tokens_total"]
+    before = services.generator_metrics()["trivium_engine_prompt_tokens_total"]
     messages = [{"role": "user", "content": "A prompt that nobody else sends " * 20}]
     four = ask(client, services, messages=messages, n=4)
-    counted = services.generator_metrics()["vllm:prompt_tokens_total"] - before
+    counted = services.generator_metrics()["trivium_engine_prompt_tokens_total"] - before
     one = ask(client, services, messages=messages)
 
     assert one.usage.prompt_tokens == four.usage.prompt_tokens == counted

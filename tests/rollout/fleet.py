@@ -88,7 +88,8 @@ class Fleet:
         port = {GENERATOR: self.ports.generator_metrics, TOKENIZER: self.ports.tokenizer_metrics}
         async with httpx.AsyncClient(trust_env=False) as client:
             text = (await client.get(f"http://{host}:{port[stage]}/metrics")).text
-        found = re.search(r"^vllm:generation_tokens_total\{.*\} ([0-9.e+]+)$", text, re.M)
+        name = "(?:vllm:|trivium_engine_)generation_tokens_total"
+        found = re.search(rf"^{name}\{{.*\}} ([0-9.e+]+)$", text, re.M)
         return float(found[1]) if found else 0.0
 
     def _spawn(self, stage: str, host: str, settings: dict[str, str]) -> None:
