@@ -51,7 +51,8 @@ class Load:
 
 
 class Engine:
-    """Continuous batching. `submit`, `stop`, `cancel` and `load` may be called from any thread.
+    """Continuous batching. `submit`, `stop`, `cancel`, `load` and `prefill_seconds` may be called
+    from any thread.
 
     `deliver` is called on the engine's thread with the updates of a step; it must not block.
     `on_fault` is called there when the engine itself fails, which ends it.
@@ -124,6 +125,10 @@ class Engine:
             used_slots=cache.used_slots,
             slots=cache.num_slots,
         )
+
+    def prefill_seconds(self, tokens: int) -> float:
+        """How long so many tokens of waiting prompts take, by what was measured; any thread."""
+        return self._scheduler.prefill_nanoseconds(tokens) / 1e9
 
     def step(self) -> None:
         """Drain the inbox, schedule, run, sample, deliver."""

@@ -28,11 +28,15 @@ class PrefillCostModel:
         self._cost[window] = average + _LEARNING_RATE * (sample - average)
 
     def cost(self, start: int) -> float:
-        """Nanoseconds per token at `start`, from its window or the nearest measured one before."""
-        before = [window for window in self._cost if window <= start // _WINDOW_TOKENS]
-        if before:
-            return self._cost[max(before)]
-        return self._cost[min(self._cost)] if self._cost else _INITIAL_COST
+        """Nanoseconds per token at `start`, from its window or the nearest measured one before.
+
+        For any thread.
+        """
+        windows = sorted(self._cost.copy())
+        if not windows:
+            return _INITIAL_COST
+        before = [window for window in windows if window <= start // _WINDOW_TOKENS]
+        return self._cost[before[-1] if before else windows[0]]
 
     def tokens_within(self, nanoseconds: float) -> int:
         """Tokens from a prompt's start that fit: whole attention tiles, at least one."""

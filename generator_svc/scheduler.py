@@ -186,6 +186,10 @@ class Scheduler:
         for sequence in group.sequences:
             self.finish(sequence, reason)
 
+    def prefill_nanoseconds(self, tokens: int) -> float:
+        """What prompts of so many tokens together cost, if none of them is long."""
+        return tokens * self._prefill_cost.cost(0)
+
     def check_integrity(self) -> None:
         """Raises AssertionError if queue, running sequences and slots are inconsistent."""
         self.cache.check_integrity()

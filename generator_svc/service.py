@@ -6,6 +6,7 @@ The path of a call: `Generate` → `to_engine_request` → `engine.submit` → t
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -47,7 +48,7 @@ log = logging.getLogger(__name__)
 Call = grpc.aio.ServicerContext[Any, Any]
 
 _LOAD_REPORT_SECONDS = 5.0  # between two reports of a load, even of an unchanged one, at most
-_RETRY_TOKENS_PER_SECOND = 1_000  # a conservative guess of the prefill speed
+_MAX_RETRY_SECONDS = 60
 
 
 class UpdateQueue:
@@ -235,11 +236,11 @@ class GeneratorService(pb_grpc.GeneratorServiceServicer):
         try:
             return self._engine.submit(request, queue)
         except QueueFull as full:
-            retry = min(max(1, full.waiting_tokens // _RETRY_TOKENS_PER_SECOND), 60)
+            seconds = math.ceil(self._engine.prefill_seconds(full.waiting_tokens))
             raise ServiceError(
                 "queue_full",
                 "The server has as many requests waiting as it takes. Please try again later.",
-                retry_after=retry,
+                retry_after=min(max(seconds, 1), _MAX_RETRY_SECONDS),
             ) from None
 
     async def _handle_commands(

@@ -44,7 +44,9 @@ class SlowRunner(ScriptedRunner):
 class Stage:
     """A running stage and a client of it."""
 
-    def __init__(self, slots=4, slot_length=64, logits=scripted_logits, tokenizer=None, **queue):
+    def __init__(
+        self, slots=4, slot_length=64, logits=scripted_logits, tokenizer=None, cost=None, **queue
+    ):
         vocabulary = len(logits([2]))
         eos = tokenizer.eos if tokenizer else EOS
         self.tokenizer = tokenizer
@@ -54,8 +56,9 @@ class Stage:
         self.runner = SlowRunner(slots, slot_length, logits)
         self.meter = Meter()
         self.registry = CollectorRegistry()
+        cache = SlotCache(slots, slot_length)
         self.engine = Engine(
-            Scheduler(SlotCache(slots, slot_length), FixedPrefillCost(8), 1, 16, self.meter.settle),
+            Scheduler(cache, cost or FixedPrefillCost(8), 1, 16, self.meter.settle),
             self.runner,
             self.meter,
             Admission(queue.get("requests", 100), queue.get("tokens", 100_000)),

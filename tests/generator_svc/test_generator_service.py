@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
-from tests.fakes import VOCABULARY, greedy, scripted_logits
+from tests.fakes import VOCABULARY, FixedPrefillCost, greedy, scripted_logits
 from tests.generator_svc.generator_stage import SERVICE, Stage, collected, until_load
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.sampling.v1.sampling_pb2 import SamplingParams
@@ -219,6 +219,26 @@ async def test_a_deadline_frees_what_the_call_holds():
         await stage.until_free()
 
     assert grpc.StatusCode.DEADLINE_EXCEEDED is caught.value.code()
+
+
+async def test_the_time_to_try_again_is_what_the_queue_takes():
+    """As prompts were measured here: ten tokens at two seconds each."""
+
+    class SlowPrefill(FixedPrefillCost):
+        def cost(self, start):
+            return 2e9
+
+    stage = Stage(slots=1, slot_length=4096, logits=_by_last_token, cost=SlowPrefill(8), requests=1)
+    async with stage.running():
+        stage.runner.delay = 0.002
+        running = await _decoding(stage)
+        waiting = await stage.call([8] * 10, max_new_tokens=3)
+        await stage.until(lambda load: load.waiting_sequences)
+        _, _, details = await _error(await stage.call([8, 9]))
+        running.cancel()
+        waiting.cancel()
+
+    assert 20 == details["RetryInfo"].retry_delay.seconds
 
 
 @pytest.mark.parametrize("bound", [{"requests": 1}, {"tokens": 3}])
