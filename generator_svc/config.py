@@ -54,7 +54,7 @@ class GeneratorSettings(BaseSettings):
         4096,
         ge=16,
         description="Maximum tokens per sequence, prompt and completion together; at most the "
-        "model's context.",
+        "model's context. If neither this nor kv_cache_bytes is set, less where memory is short.",
     )
     kv_cache_bytes: int = Field(
         0,

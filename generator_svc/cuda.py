@@ -6,6 +6,8 @@ The runtime library is the one that ONNX Runtime ships or loads.
 import ctypes
 from typing import Any
 
+from trivium.host_limits import MemoryLimit
+
 _DEVICE_TO_HOST = 2
 _DRIVERS = ("libcuda.so.1", "nvcuda.dll")
 _RUNTIMES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so", "cudart64_13.dll")
@@ -47,12 +49,12 @@ def device_count() -> int:
     return count.value
 
 
-def free_bytes() -> int:
-    """Free memory of the current device, in bytes."""
+def device_memory() -> MemoryLimit:
+    """Memory of the current device. Raises CudaError."""
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
     code = runtime().cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total))
     check(code, "cudaMemGetInfo")
-    return free.value
+    return MemoryLimit(total.value, free.value, "the CUDA device")
 
 
 def copy_to_host(target: int, source: int, size: int) -> None:

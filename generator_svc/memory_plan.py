@@ -1,9 +1,15 @@
-"""How much of the host a model gets: threads, KV cache bytes, slots and their length."""
+"""How much of the machine a model gets: threads, KV cache bytes, slots and their length.
+
+Planned before anything is loaded, from the sizes of the model's files and the free memory.
+"""
 
 import logging
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
-from trivium.host_limits import MemoryLimit
+from generator_svc.config import GeneratorSettings
+from generator_svc.cuda import device_memory
+from trivium.host_limits import MemoryLimit, memory_limit
 from trivium.model_directory import ModelDirectory
 
 log = logging.getLogger(__name__)
@@ -22,7 +28,15 @@ _WEIGHT_BYTES_PER_THREAD = 64 * _MEBIBYTE
 # constraints.
 _WORKING_BYTES = 272 * _MEBIBYTE
 
-_MIN_ADVISED_LENGTH = 256  # tokens; a shorter context is not worth suggesting
+# The CPU's kernels keep weights in an order of their own, as copies that replace the mapped file
+# tensor by tensor. Quantised ones grow by a float for each block of 32: its sum, beside its scale.
+# Shares of the file's size, at most: tables and norms stay as they are.
+_PACKING_GROWTH = {"int4": 4 / (16 + 4), "int8": 4 / (32 + 4)}
+
+# About how many bits the file has for a weight, scales included.
+_WEIGHT_BITS = {"fp32": 32, "fp16": 16, "int8": 9, "w8a8": 9, "int4": 5}
+
+_MIN_DEFAULT_LENGTH = 256  # tokens; a shorter context is neither planned nor suggested
 
 
 class MemoryPlanError(ValueError):
@@ -36,82 +50,177 @@ def plan_threads(cores: int, weight_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """`slots` slots of `slot_length` tokens."""
+    """`slots` slots of `slot_length` tokens, `slot_bytes` each.
+
+    `needed_bytes` of `memory` are taken with a single slot, weights and all else included.
+    """
 
     slots: int
     slot_length: int
+    slot_bytes: int
+    weight_bytes: int
+    needed_bytes: int
+    memory: MemoryLimit
 
-
-def host_cache_bytes(
-    model: ModelDirectory,
-    memory: MemoryLimit,
-    max_length: int,
-    element_bytes: int,
-    share: float,
-    requested: int = 0,
-) -> int:
-    """Bytes of main memory for the KV cache, planned before the weights are loaded.
-
-    `requested` or, if that is 0, a `share` of what the weights leave free, but at least one slot.
-    Raises MemoryPlanError if not even one slot fits.
-    """
-    length = _slot_length(model, max_length)
-    per_token = _token_bytes(model, element_bytes)
-    slot_bytes = per_token * length
-    available = memory.free - model.weight_bytes - _WORKING_BYTES
-    if available < slot_bytes:
-        needed = model.weight_bytes + _WORKING_BYTES + slot_bytes
-        fitting = available // per_token // _SLOT_GRANULARITY * _SLOT_GRANULARITY
-        shorter = f", or set TRIVIUM_GENERATOR_MAX_SEQUENCE_LENGTH to {fitting} or less"
-        raise MemoryPlanError(
-            f"{model.id} needs {_mebibytes(needed)} of memory: {_mebibytes(model.weight_bytes)} "
-            f"for weights, {_mebibytes(slot_bytes)} for one sequence of {length} tokens, "
-            f"{_mebibytes(_WORKING_BYTES)} for the rest; of {_mebibytes(memory.total)} "
-            f"({memory.source}) {_mebibytes(memory.free)} are free: allow "
-            f"{_mebibytes(needed - memory.free)} more"
-            f"{shorter if fitting >= _MIN_ADVISED_LENGTH else ''}"
+    def __str__(self) -> str:
+        memory, sequences = self.memory, f"{self.slots} sequence{'s' if self.slots > 1 else ''}"
+        return (
+            f"{_mebibytes(self.weight_bytes)} of weights, up to "
+            f"{_mebibytes(self.slots * self.slot_bytes)} of KV cache for {sequences} of "
+            f"{self.slot_length:,} tokens; {_mebibytes(memory.free)} of "
+            f"{_mebibytes(memory.total)} are free ({memory.source})"
         )
-    if requested > available:
+
+
+def plan_on(
+    device: str, settings: GeneratorSettings, model: ModelDirectory, beside: int = 0
+) -> MemoryPlan:
+    """The plan for `cpu` or `cuda`, from the memory that is free there now.
+
+    `beside` bytes of it are kept for others. Raises MemoryPlanError, CudaError.
+    """
+    memory = memory_limit() if device == "cpu" else device_memory()
+    if beside:
+        source = f"{memory.source}, less {_mebibytes(beside)} for what runs beside it"
+        memory = replace(memory, free=max(0, memory.free - beside), source=source)
+    return plan_memory(device, settings, model, memory)
+
+
+def plan_memory(
+    device: str, settings: GeneratorSettings, model: ModelDirectory, memory: MemoryLimit
+) -> MemoryPlan:
+    """As many of settings.slots as fit: into kv_cache_bytes, or else into their share of memory.
+
+    At least one: on the CPU it may take more than the share, and where no length was set, it is as
+    short as it has to be. Raises MemoryPlanError.
+    """
+    demand = _demand(device, settings, model, memory)
+    length = _slot_length(demand, settings)
+    slot_bytes = demand.token_bytes * length
+    share = demand.available - demand.packing_bytes
+    if device == "cpu":
+        share = int(share * settings.kv_memory_share)
+    cache_bytes = settings.kv_cache_bytes or max(slot_bytes, share)
+    slots = min(settings.slots, cache_bytes // slot_bytes)
+    if slots < 1:
+        raise MemoryPlanError(
+            f"one slot of {length} tokens takes {slot_bytes} bytes and the cache may have "
+            f"{cache_bytes}: raise kv_cache_bytes or lower max_sequence_length"
+        )
+    _warn_if_tight(demand, slot_bytes, settings.kv_cache_bytes)
+    needed_bytes = demand.needed_bytes(slot_bytes)
+    return MemoryPlan(slots, length, slot_bytes, model.weight_bytes, needed_bytes, memory)
+
+
+@dataclass(frozen=True)
+class _Demand:
+    """What a model takes of memory, beside its slots."""
+
+    model: ModelDirectory
+    memory: MemoryLimit
+    token_bytes: int  # of keys and values: 2 · layers · kv_heads · head_size elements
+    working_bytes: int = 0
+    packing_bytes: int = 0  # by which weights may grow
+    share: float = 1.0  # of what all that leaves, which slots may have
+
+    @property
+    def available(self) -> int:
+        """Bytes for slots, below 0 where not even the weights fit."""
+        return int((self.memory.free - self.model.weight_bytes - self.working_bytes) * self.share)
+
+    def needed_bytes(self, slot_bytes: int) -> int:
+        """Memory with which a slot of this size fits."""
+        return self.model.weight_bytes + self.working_bytes + math.ceil(slot_bytes / self.share)
+
+    @property
+    def fitting_length(self) -> int:
+        """Tokens of a slot that takes all there is."""
+        return max(0, self.available) // self.token_bytes // _SLOT_GRANULARITY * _SLOT_GRANULARITY
+
+
+def _demand(
+    device: str, settings: GeneratorSettings, model: ModelDirectory, memory: MemoryLimit
+) -> _Demand:
+    precision = model.precision or ""
+    elements = 2 * model.num_layers * model.num_kv_heads * model.head_size
+    if device == "cpu":
+        packing = int(model.weight_bytes * _PACKING_GROWTH.get(precision, 0))
+        token_bytes = elements * (2 if precision == "fp16" else 4)
+        return _Demand(model, memory, token_bytes, _WORKING_BYTES, packing)
+    # All but the share is the runtime's: activations, CUDA graphs, copies of weights.
+    share = 1.0 if settings.kv_cache_bytes else settings.kv_memory_share
+    return _Demand(model, memory, elements * (4 if precision == "fp32" else 2), share=share)
+
+
+def _slot_length(demand: _Demand, settings: GeneratorSettings) -> int:
+    """Tokens of a slot; raises MemoryPlanError if memory does not hold one."""
+    context = demand.model.context_length
+    length = min(settings.max_sequence_length, context)
+    length -= length % _SLOT_GRANULARITY
+    if not length:
+        raise MemoryPlanError(
+            f"the model's context of {context} tokens is below {_SLOT_GRANULARITY}"
+        )
+    fitting = demand.fitting_length
+    if length <= fitting:
+        return length
+    is_default = not {"max_sequence_length", "kv_cache_bytes"} & settings.model_fields_set
+    if fitting < _MIN_DEFAULT_LENGTH or not is_default:
+        raise MemoryPlanError(_refusal(demand, length))
+    log.warning(
+        "memory is short (%s): sequences have at most %d tokens instead of %d",
+        demand.memory.source,
+        fitting,
+        length,
+    )
+    return fitting
+
+
+def _refusal(demand: _Demand, length: int) -> str:
+    """What is needed, what there is, and what would fit, in one line."""
+    model, memory = demand.model, demand.memory
+    slot_bytes = demand.token_bytes * length
+    needed = demand.needed_bytes(slot_bytes)
+    missing, rest = needed - memory.free, needed - model.weight_bytes - slot_bytes
+    advice = [f"allow {_mebibytes(missing)} more"]
+    if demand.fitting_length >= _MIN_DEFAULT_LENGTH:
+        setting = "TRIVIUM_GENERATOR_MAX_SEQUENCE_LENGTH"
+        advice.append(f"set {setting} to {demand.fitting_length} or less")
+    bits = _WEIGHT_BITS.get(model.precision or "", 0)
+    for precision in ("int8", "int4"):
+        smaller = model.weight_bytes * _WEIGHT_BITS[precision] // (bits or 1)
+        if _WEIGHT_BITS[precision] < bits and model.weight_bytes - smaller >= missing:
+            advice.append(f"export it in {precision} (about {_mebibytes(smaller)} of weights)")
+            break
+    return (
+        f"{model.id} needs {_mebibytes(needed)} of memory: "
+        f"{_mebibytes(model.weight_bytes)} for weights, {_mebibytes(slot_bytes)} for one sequence "
+        f"of {length} tokens, {_mebibytes(rest)} for the rest; of "
+        f"{_mebibytes(memory.total)} ({memory.source}) {_mebibytes(memory.free)} are free: "
+        f"{', or '.join(advice)}"
+    )
+
+
+def _warn_if_tight(demand: _Demand, slot_bytes: int, requested: int) -> None:
+    memory = demand.memory
+    if requested > demand.available:
         log.warning(
             "TRIVIUM_GENERATOR_KV_CACHE_BYTES allows %s and weights leave %s (%s): the process "
             "may be killed when the cache fills up",
             _mebibytes(requested),
-            _mebibytes(available),
+            _mebibytes(demand.available),
             memory.source,
         )
-    return requested or max(slot_bytes, int(available * share))
-
-
-def plan_memory(
-    model: ModelDirectory, slots: int, max_length: int, cache_bytes: int, element_bytes: int
-) -> MemoryPlan:
-    """As many of `slots` slots of up to `max_length` tokens as `cache_bytes` hold.
-
-    A token takes 2 · layers · kv_heads · head_size · element_bytes bytes. Raises MemoryPlanError.
-    """
-    length = _slot_length(model, max_length)
-    per_token = _token_bytes(model, element_bytes)
-    fitting = min(slots, cache_bytes // (per_token * length))
-    if fitting < 1:
-        raise MemoryPlanError(
-            f"one slot of {length} tokens takes {per_token * length} bytes and the cache may have "
-            f"{cache_bytes}: raise kv_cache_bytes or lower max_sequence_length"
+    elif demand.available - demand.packing_bytes < slot_bytes:
+        most = demand.needed_bytes(slot_bytes) + demand.packing_bytes
+        log.warning(
+            "%s only just fits: it may take %s, and %s of %s are free (%s)",
+            demand.model.id,
+            _mebibytes(most),
+            _mebibytes(memory.free),
+            _mebibytes(memory.total),
+            memory.source,
         )
-    return MemoryPlan(fitting, length)
-
-
-def _slot_length(model: ModelDirectory, max_length: int) -> int:
-    length = min(max_length, model.context_length)
-    length -= length % _SLOT_GRANULARITY
-    if not length:
-        raise MemoryPlanError(
-            f"the model's context of {model.context_length} tokens is below {_SLOT_GRANULARITY}"
-        )
-    return length
-
-
-def _token_bytes(model: ModelDirectory, element_bytes: int) -> int:
-    return 2 * model.num_layers * model.num_kv_heads * model.head_size * element_bytes
 
 
 def _mebibytes(count: int) -> str:

@@ -13,12 +13,12 @@ from generator_svc.admission import Admission
 from generator_svc.config import GeneratorSettings
 from generator_svc.constraint.compiler import ConstraintCompiler
 from generator_svc.convert import Limits
-from generator_svc.cuda import CudaError, free_bytes
+from generator_svc.cuda import CudaError
 from generator_svc.default_sampling import default_sampling
 from generator_svc.device import DeviceError, choose_device
 from generator_svc.engine import Engine
 from generator_svc.kv_cache import SlotCache
-from generator_svc.memory_plan import host_cache_bytes, plan_memory, plan_threads
+from generator_svc.memory_plan import plan_on, plan_threads
 from generator_svc.metering import WARM_UP, Meter
 from generator_svc.metrics import EngineCollector, RequestMetrics
 from generator_svc.plan import Chunk, Row, StepPlan
@@ -29,7 +29,7 @@ from generator_svc.sequence import SequenceUpdate
 from generator_svc.service import GeneratorService, UpdateDispatcher
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.generator.v1.generator_pb2_grpc import add_GeneratorServiceServicer_to_server
-from trivium.host_limits import cpu_limit, memory_limit
+from trivium.host_limits import cpu_limit
 from trivium.model_directory import ModelDirectory
 from trivium.wire.channel import revision_service
 from trivium.wire.in_flight import InFlight
@@ -59,18 +59,10 @@ def load_runner(settings: GeneratorSettings, model: ModelDirectory) -> OrtRunner
 
 
 def _load_on(device: str, settings: GeneratorSettings, model: ModelDirectory) -> OrtRunner:
-    is_half = model.precision == "fp16" or (device == "cuda" and model.precision != "fp32")
-    element_bytes = 2 if is_half else 4
-    share, length = settings.kv_memory_share, settings.max_sequence_length
-    cache_bytes = settings.kv_cache_bytes
-    cpu, memory = cpu_limit(), memory_limit()
+    cpu = cpu_limit()
     threads = settings.threads or plan_threads(cpu.cores, model.weight_bytes)
-    log.info("%s; %s; threads of a run on the CPU: %d", cpu, memory, threads)
-    if device == "cpu":
-        cache_bytes = host_cache_bytes(model, memory, length, element_bytes, share, cache_bytes)
-    else:
-        cache_bytes = cache_bytes or int((free_bytes() - model.weight_bytes) * share)
-    plan = plan_memory(model, settings.slots, length, cache_bytes, element_bytes)
+    plan = plan_on(device, settings, model)
+    log.info("%s; %s; threads of a run on the CPU: %d", cpu, plan, threads)
     # ONNX Runtime places some float32 nodes on the CPU, and then refuses to capture the graph.
     cuda_graphs = settings.cuda_graphs and device == "cuda" and model.precision != "fp32"
     return OrtRunner(model, device, plan.slots, plan.slot_length, threads, cuda_graphs)

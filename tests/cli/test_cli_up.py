@@ -246,9 +246,19 @@ def test_the_banner_tells_what_is_really_in_use() -> None:
     )
     limits = CpuLimit(3, "quota of 3.5 CPUs in /a"), MemoryLimit(2**31, 2**30, "memory limit in /b")
     pipeline = Pipeline(Path("tiny"), host="0.0.0.0", port=8123)
-    text = banner([info], pipeline, keys=False, limits=limits)
+    text = banner([info], [130 * 2**20], pipeline, keys=False, limits=limits)
 
-    wanted = ("tiny", "0123abcd", "int8", "CPUExecutionProvider", "8,192", "16", "512 MiB", "128")
+    wanted = (
+        "tiny",
+        "0123abcd",
+        "int8",
+        "CPUExecutionProvider",
+        "8,192",
+        "16",
+        "512 MiB",
+        "128",
+        "130 MiB",
+    )
     wanted += ("3 cores (quota of 3.5 CPUs in /a)", "1.00 of 2.00 GiB", "memory limit in /b")
     assert [] == [word for word in (*wanted, "1,000", "100,000") if word not in text]
     assert "http://127.0.0.1:8123/v1/chat/completions" in text
@@ -259,7 +269,7 @@ def test_the_banner_tells_what_is_really_in_use() -> None:
 def test_the_banner_shows_where_a_key_goes() -> None:
     """With API keys the snippets take the key from OPENAI_API_KEY, as the clients do."""
     info, limits = generator_pb2.GetModelInfoResponse(), (cpu_limit(), memory_limit())
-    text = banner([info], Pipeline(Path("tiny")), keys=True, limits=limits)
+    text = banner([info], [0], Pipeline(Path("tiny")), keys=True, limits=limits)
 
     assert 'Authorization: Bearer $OPENAI_API_KEY"' in text
     assert 'api_key="none"' not in text

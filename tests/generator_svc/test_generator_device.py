@@ -19,7 +19,7 @@ def broken_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         raise CudaError("no runtime library was found")
 
     monkeypatch.setattr(generator, "choose_device", lambda wanted: "cuda")
-    monkeypatch.setattr(generator, "free_bytes", no_library)
+    monkeypatch.setattr("generator_svc.memory_plan.device_memory", no_library)
 
 
 def _settings(device: str, **fields: object) -> GeneratorSettings:

@@ -5,14 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from generator_svc.config import GeneratorSettings
 from generator_svc.default_sampling import default_sampling
-from generator_svc.memory_plan import (
-    MemoryPlan,
-    MemoryPlanError,
-    host_cache_bytes,
-    plan_memory,
-    plan_threads,
-)
+from generator_svc.memory_plan import MemoryPlanError, plan_memory, plan_threads
 from generator_svc.sequence import SamplingParams
 from trivium.host_limits import MemoryLimit
 from trivium.model_directory import GraphNames, ModelDirectory, ModelDirectoryError
@@ -42,44 +37,85 @@ def _model(context_length=100, **generation_config):
     )
 
 
+MIB = 2**20
+
+
+def _free(mib):
+    return MemoryLimit(1024 * MIB, mib * MIB, "memory limit in /sys/fs/cgroup")
+
+
+def _plan(model, free_mib, device="cpu", **settings):
+    chosen = GeneratorSettings(model_directory="m", **settings)
+    return plan_memory(device, chosen, model, _free(free_mib))
+
+
+@pytest.fixture(autouse=True)
+def no_settings_of_the_shell(monkeypatch):
+    for name in GeneratorSettings.model_fields:
+        monkeypatch.delenv(f"TRIVIUM_GENERATOR_{name}".upper(), raising=False)
+
+
+@pytest.fixture
+def light(tmp_path):
+    """A model whose weights take nothing."""
+    return _with_files(_model(), tmp_path, 0)
+
+
+@pytest.fixture
+def heavy(tmp_path):
+    """A model with 100 MiB of weights, all of them holes, and 30 KiB for each token."""
+    return _with_files(_model(context_length=8192), tmp_path, 100, num_layers=20, head_size=64)
+
+
+def _with_files(model, folder, mib, **fields):
+    graph, weights = folder / "model.onnx", folder / "model.onnx.data"
+    for file, size in ((graph, 0), (weights, mib * MIB)):
+        with file.open("wb") as opened:
+            opened.truncate(size)
+    return dataclasses.replace(model, graph=graph, weights=(weights,), **fields)
+
+
 @pytest.mark.parametrize(
     ("slots", "max_length", "cache_bytes", "expected"),
     [
-        (4, 4096, 10**9, MemoryPlan(4, 96)),  # 100 rounded down to eights
-        (4, 50, 10**9, MemoryPlan(4, 48)),
-        (4, 16, 3 * 16 * TOKEN_BYTES, MemoryPlan(3, 16)),
-        (4, 16, 3 * 16 * TOKEN_BYTES - 1, MemoryPlan(2, 16)),
-        (4, 16, 16 * TOKEN_BYTES, MemoryPlan(1, 16)),
+        (4, 4096, 10**8, (4, 96)),  # 100 rounded down to eights
+        (4, 50, 10**8, (4, 48)),
+        (4, 16, 3 * 16 * TOKEN_BYTES, (3, 16)),
+        (4, 16, 3 * 16 * TOKEN_BYTES - 1, (2, 16)),
+        (4, 16, 16 * TOKEN_BYTES, (1, 16)),
     ],
 )
-def test_slots_are_what_fits(slots, max_length, cache_bytes, expected):
+def test_slots_are_what_fits(light, slots, max_length, cache_bytes, expected):
     """As many as asked for if memory holds them; lengths up to setting and context."""
+    settings = {"max_sequence_length": max_length, "kv_cache_bytes": cache_bytes}
+    plan = _plan(light, 1000, slots=slots, **settings)
 
-    assert expected == plan_memory(_model(), slots, max_length, cache_bytes, 4)
-
-
-def test_half_the_element_size_is_twice_the_slots():
-    """The bytes of an element count."""
-
-    assert 4 == plan_memory(_model(), 99, 16, 2 * 16 * TOKEN_BYTES, 2).slots
+    assert expected == (plan.slots, plan.slot_length)
 
 
-def test_memory_for_less_than_one_slot_is_refused_with_the_numbers():
+def test_half_the_element_size_is_twice_the_slots(light):
+    """The bytes of an element count, which are two on CUDA unless the model is fp32."""
+    settings = {"slots": 99, "max_sequence_length": 16, "kv_cache_bytes": 2 * 16 * TOKEN_BYTES}
+    half = dataclasses.replace(light, precision="int4")
+
+    assert 2 == _plan(half, 1000, "cpu", **settings).slots
+    assert 4 == _plan(half, 1000, "cuda", **settings).slots
+    assert 2 == _plan(light, 1000, "cuda", **settings).slots
+
+
+def test_memory_for_less_than_one_slot_is_refused_with_the_numbers(light):
     """The message says what a slot takes, what there is, and what to change."""
     with pytest.raises(MemoryPlanError) as caught:
-        plan_memory(_model(), 4, 16, 16 * TOKEN_BYTES - 1, 4)
+        _plan(light, 1000, max_sequence_length=16, kv_cache_bytes=16 * TOKEN_BYTES - 1)
 
     for part in ("16 tokens", "3072 bytes", "3071", "kv_cache_bytes", "max_sequence_length"):
         assert part in str(caught.value)
 
 
-def test_a_context_below_the_granularity_is_refused():
+def test_a_context_below_the_granularity_is_refused(light):
     """Not a division by zero."""
     with pytest.raises(MemoryPlanError, match="context"):
-        plan_memory(_model(context_length=7), 4, 16, 10**9, 4)
-
-
-MIB = 2**20
+        _plan(dataclasses.replace(light, context_length=7), 1000)
 
 
 @pytest.mark.parametrize(
@@ -92,67 +128,120 @@ def test_small_models_do_not_take_all_cores(cores, weight_mib, threads):
     assert threads == plan_threads(cores, weight_mib * MIB)
 
 
-@pytest.fixture
-def heavy(tmp_path):
-    """A model with 100 MiB of weights, all of them holes."""
-    graph, weights = tmp_path / "model.onnx", tmp_path / "model.onnx.data"
-    for file, size in ((graph, 0), (weights, 100 * MIB)):
-        with file.open("wb") as opened:
-            opened.truncate(size)
-    return dataclasses.replace(
-        _model(context_length=8192), graph=graph, weights=(weights,), num_layers=20, head_size=64
-    )
-
-
 SLOT = 2 * 20 * 3 * 64 * 4 * 4096  # 120 MiB
 
 
-def _free(mib):
-    return MemoryLimit(512 * MIB, mib * MIB, "memory limit in /sys/fs/cgroup")
-
-
 def test_the_cache_takes_a_share_of_what_weights_leave(heavy):
-    """Weights and working memory come first."""
-    share = host_cache_bytes(heavy, _free(1000), 4096, 4, 0.5)
+    """Weights and working memory come first; the rest of the plan is what one slot needs."""
+    plan = _plan(heavy, 1000, kv_memory_share=0.5)
 
-    assert 120 * MIB == SLOT
-    assert (1000 - 100) * MIB / 2 > share > (1000 - 100 - 400) * MIB / 2
+    assert 120 * MIB == SLOT == plan.slot_bytes
+    assert 2 == plan.slots
+    assert 4 == _plan(heavy, 1000, kv_memory_share=0.9).slots
+    assert 220 * MIB < plan.needed_bytes < 620 * MIB
+
+
+def test_the_plan_tells_weights_cache_and_memory(heavy):
+    """In one line, as it is logged and shown before a start."""
+    told = str(_plan(heavy, 1000, slots=2))
+
+    for part in ("100 MiB of weights", "240 MiB of KV cache", "2 sequences of 4,096 tokens"):
+        assert part in told
+    assert "1,000 MiB of 1,024 MiB are free (memory limit in /sys/fs/cgroup)" in told
 
 
 def test_one_slot_may_take_more_than_the_share(heavy):
     """Where memory is short, one sequence at a time is better than none."""
+    plan = _plan(heavy, 500, kv_memory_share=0.1)
 
-    assert SLOT == host_cache_bytes(heavy, _free(500), 4096, 4, 0.5)
+    assert (1, 4096) == (plan.slots, plan.slot_length)
 
 
-@pytest.mark.parametrize("wanted", [0, 10**9])
+def test_sequences_are_shorter_where_memory_is_short(heavy, caplog):
+    """As long as it holds them, with a warning, if nobody asked for a length."""
+    plan = _plan(heavy, 420)
+
+    assert 1 == plan.slots
+    assert 256 <= plan.slot_length < 4096
+    assert plan.needed_bytes <= 420 * MIB < plan.needed_bytes + 8 * 30 * 1024
+    assert f"at most {plan.slot_length} tokens instead of 4096" in caplog.text
+
+
+@pytest.mark.parametrize("wanted", [{}, {"kv_cache_bytes": 10**9}])
 def test_too_little_memory_for_one_slot_is_refused(heavy, wanted):
     """With what is needed, what there is, who says so, and what one can do; in one line."""
     with pytest.raises(MemoryPlanError) as caught:
-        host_cache_bytes(heavy, _free(420), 4096, 4, 0.5, wanted)
+        _plan(heavy, 420, max_sequence_length=4096, **wanted)
 
     told = str(caught.value)
-    for part in ("512 MiB (memory limit in /sys/fs/cgroup)", "420 MiB are free", "100 MiB for we"):
+    for part in ("1,024 MiB (memory limit in /sys/fs/cgroup)", "420 MiB are free", "100 MiB for w"):
         assert part in told
     assert "\n" not in told
     fitting = int(told.rpartition("MAX_SEQUENCE_LENGTH to ")[2].split()[0])
-    assert SLOT > host_cache_bytes(heavy, _free(420), fitting, 4, 1.0) > 0
+    assert fitting == _plan(heavy, 420, max_sequence_length=fitting, **wanted).slot_length
     with pytest.raises(MemoryPlanError):
-        host_cache_bytes(heavy, _free(420), fitting + 8, 4, 1.0)
+        _plan(heavy, 420, max_sequence_length=fitting + 8, **wanted)
 
 
 def test_shorter_sequences_are_no_advice_where_nothing_fits(heavy):
-    """The weights alone are too much: only memory helps."""
-    with pytest.raises(MemoryPlanError, match=r"allow \d+ MiB more$"):
-        host_cache_bytes(heavy, _free(120), 4096, 4, 0.5)
+    """The weights alone are too much: only memory helps, or smaller weights."""
+    with pytest.raises(MemoryPlanError) as caught:
+        _plan(dataclasses.replace(heavy, precision="int4"), 120)
+
+    assert str(caught.value).endswith(" MiB more")
+
+
+@pytest.mark.parametrize(
+    ("precision", "free_mib", "advice"),
+    [
+        ("fp32", 425, "export it in int8 (about 29 MiB of weights)"),
+        ("fp32", 410, "export it in int4 (about 16 MiB of weights)"),
+        ("fp16", 390, "export it in int8 (about 57 MiB of weights)"),
+        ("fp16", 370, "export it in int4 (about 32 MiB of weights)"),
+        ("int8", 450, "export it in int4 (about 56 MiB of weights)"),
+    ],
+)
+def test_smaller_weights_are_advised_where_they_fit(heavy, precision, free_mib, advice):
+    """The largest precision that fits, with its size."""
+    model = dataclasses.replace(heavy, precision=precision)
+    with pytest.raises(MemoryPlanError) as caught:
+        _plan(model, free_mib, max_sequence_length=4096)
+
+    assert str(caught.value).endswith(f", or {advice}")
+
+
+@pytest.mark.parametrize(("precision", "grows"), [("int4", 20), ("int8", 11), ("fp32", 0)])
+def test_what_only_just_fits_is_warned_of(heavy, precision, grows, caplog):
+    """Quantised weights may take more memory than their file, and there is none to spare."""
+    model = dataclasses.replace(heavy, precision=precision)
+    needed = _plan(model, 900).needed_bytes // MIB + 1
+    _plan(model, needed + grows + 1)
+    assert [] == caplog.messages
+
+    _plan(model, needed)
+    warned = [line for line in caplog.messages if "m only just fits: it may take" in line]
+    assert bool(grows) == bool(warned)
+
+
+def test_a_cuda_device_keeps_what_is_not_the_share(heavy):
+    """Its own free memory counts: weights, and then a share of the rest for slots."""
+    plan = _plan(heavy, 580, "cuda", kv_memory_share=0.5)
+
+    assert (2, 120 * MIB) == (plan.slots, plan.slot_bytes)
+    assert 3 == _plan(dataclasses.replace(heavy, precision="fp16"), 500, "cuda").slots
+    with pytest.raises(MemoryPlanError) as caught:
+        _plan(heavy, 580, "cuda", kv_memory_share=0.1, max_sequence_length=4096)
+
+    assert "1,300 MiB of memory: 100 MiB for weights, 120 MiB for one" in str(caught.value)
+    assert "580 MiB are free: allow 720 MiB more" in str(caught.value)
 
 
 def test_a_cache_beyond_the_memory_is_warned_of(heavy, caplog):
     """It is the operator's own word, and counts; the log says what may come of it."""
-    small = host_cache_bytes(heavy, _free(1000), 4096, 4, 0.5, 200 * MIB)
-    assert (200 * MIB, []) == (small, caplog.messages)
+    small = _plan(heavy, 1000, kv_cache_bytes=250 * MIB).slots
+    assert (2, []) == (small, caplog.messages)
 
-    assert 900 * MIB == host_cache_bytes(heavy, _free(1000), 4096, 4, 0.5, 900 * MIB)
+    assert 7 == _plan(heavy, 1000, kv_cache_bytes=900 * MIB).slots
     assert "TRIVIUM_GENERATOR_KV_CACHE_BYTES allows 900 MiB" in caplog.text
     assert "memory limit in /sys/fs/cgroup" in caplog.text
 

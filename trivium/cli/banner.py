@@ -15,12 +15,17 @@ MEBIBYTE = 2**20
 
 def banner(
     infos: Sequence[generator_pb2.GetModelInfoResponse],
+    weights: Sequence[int],
     pipeline: Pipeline,
     keys: bool,
     limits: tuple[CpuLimit, MemoryLimit],
 ) -> str:
-    """Facts, addresses, and two snippets that work when pasted. `keys`: an API key is needed."""
-    facts = [fact for info in infos for fact in _model(info)]
+    """Facts, addresses, and two snippets that work when pasted.
+
+    `weights` are bytes, one number for each model. `keys`: an API key is needed.
+    """
+    models = zip(infos, weights, strict=True)
+    facts = [fact for info, weight_bytes in models for fact in _model(info, weight_bytes)]
     facts += [
         ("host", "; ".join(map(str, limits))),
         ("REST", f"{pipeline.url}/v1"),
@@ -35,13 +40,17 @@ def banner(
     return "\n".join(lines) + "\n"
 
 
-def _model(info: generator_pb2.GetModelInfoResponse) -> list[tuple[str, str]]:
-    memory = f"{info.kv_cache_bytes / MEBIBYTE:,.0f} MiB of KV"
+def _model(info: generator_pb2.GetModelInfoResponse, weight_bytes: int) -> list[tuple[str, str]]:
     return [
         ("model", f"{info.id}  (revision {info.revision}, {info.precision or 'unknown'} weights)"),
         ("runs on", f"{info.execution_provider}, {info.dtype}"),
         ("context", f"{info.context_length:,} tokens"),
-        ("slots", f"{info.slots} sequences at once, {memory}"),
+        ("slots", f"{info.slots} sequences at once"),
+        (
+            "memory",
+            f"{weight_bytes / MEBIBYTE:,.0f} MiB of weights, "
+            f"up to {info.kv_cache_bytes / MEBIBYTE:,.0f} MiB of KV cache",
+        ),
         (
             "limits",
             f"n up to {info.max_n}; {info.max_queued_requests:,} requests "

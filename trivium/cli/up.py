@@ -16,6 +16,7 @@ import typer
 
 from trivium.cache_folder import cache_folder
 from trivium.cli.banner import banner
+from trivium.cli.fit import DoesNotFit, memory_plans
 from trivium.cli.pipeline import LOOPBACK, Pipeline, PortTaken
 from trivium.cli.probe import model_info
 from trivium.cli.supervisor import LEASH, NotReady, StageDied, Supervisor
@@ -183,17 +184,22 @@ def up(
     )
     try:
         pipeline.check_ports()
+        for line in memory_plans(pipeline):
+            typer.echo(line, err=True)
     except PortTaken as taken:
         _refuse(str(taken))
+    except DoesNotFit as refused:
+        raise typer.Exit(REFUSED if refused.status == REFUSED else FAILED) from refused
     raise typer.Exit(asyncio.run(_run(pipeline, ready_seconds)))
 
 
 async def _run(pipeline: Pipeline, ready_seconds: float) -> int:
     async def when_ready() -> None:
         infos = [await model_info(target) for target in pipeline.generator_targets]
+        weights = [load_model_directory(folder).weight_bytes for folder in pipeline.models]
         keys = "TRIVIUM_FACADE_API_KEYS_FILE" in os.environ
         limits = cpu_limit(), memory_limit()
-        sys.stdout.write(banner(infos, pipeline, keys, limits))
+        sys.stdout.write(banner(infos, weights, pipeline, keys, limits))
         sys.stdout.flush()
 
     supervisor = Supervisor(pipeline.stages(), pipeline.drain_seconds + STOP_SLACK_SECONDS)
