@@ -27,6 +27,7 @@ NEED_THE_EXPORTER = (
     "generator_svc/test_generator_device.py",
     "generator_svc/test_graphs.py",
     "generator_svc/test_generator_limits.py",
+    "generator_svc/test_generator_memory.py",
     "generator_svc/test_generator_process.py",
     "generator_svc/test_generator_runner.py",
     "pipeline",
@@ -37,6 +38,7 @@ NEED_THE_EXPORTER = (
 )
 # those that start servers or other programs, or look at the clock, which do not run in parallel,
 START_PROGRAMS = (
+    "cli/test_cli_fit.py",
     "cli/test_cli_up_real.py",
     "clients",
     "examples",

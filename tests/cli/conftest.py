@@ -1,5 +1,6 @@
 """Fixtures for the tests of the command line."""
 
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,3 +39,29 @@ def scripted() -> Iterator[ScriptedServer]:
 @pytest.fixture
 def children(tmp_path: Path) -> Children:
     return Children(tmp_path)
+
+
+@pytest.fixture
+def tiny_folder(tmp_path: Path) -> Path:
+    """A folder that passes for a model as long as nobody runs it."""
+    return pretended_model(tmp_path / "pretended")
+
+
+def pretended_model(folder: Path, token_bytes: int = 64, context_length: int = 64) -> Path:
+    """A folder of this name that passes for a model with so much cache for each token."""
+    decoder = {
+        "filename": "model.onnx",
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_size": token_bytes // 8,
+        "hidden_size": 8,
+        "inputs": {},
+        "outputs": {},
+    }
+    folder.mkdir()
+    model = {"decoder": decoder, "context_length": context_length, "vocab_size": 10}
+    (folder / "genai_config.json").write_text(json.dumps({"model": model}))
+    for name in ("tokenizer.json", "tokenizer_config.json", "model.onnx"):
+        (folder / name).write_text("{}")
+    return folder

@@ -2,7 +2,6 @@
 
 import asyncio
 import importlib
-import json
 import os
 import signal
 from pathlib import Path
@@ -130,28 +129,6 @@ def test_says_what_to_install_for_the_export(
     assert f"smollm2-135m-instruct to {tmp_path}" in told
     assert "torch, optimum" in told
     assert "-m pip install 'trivium[export]'" in told
-
-
-@pytest.fixture
-def tiny_folder(tmp_path: Path) -> Path:
-    """A folder that passes for a model as long as nobody runs it."""
-    decoder = {
-        "filename": "model.onnx",
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-        "num_key_value_heads": 1,
-        "head_size": 8,
-        "hidden_size": 8,
-        "inputs": {},
-        "outputs": {},
-    }
-    folder = tmp_path / "pretended"
-    folder.mkdir()
-    config = {"model": {"decoder": decoder, "context_length": 64, "vocab_size": 10}}
-    (folder / "genai_config.json").write_text(json.dumps(config))
-    for name in ("tokenizer.json", "tokenizer_config.json", "model.onnx"):
-        (folder / name).write_text("{}")
-    return folder
 
 
 @pytest.mark.parametrize(

@@ -166,21 +166,26 @@ def test_a_killed_supervisor_takes_the_services_along(up: subprocess.Popen[str])
         time.sleep(0.01)
 
 
-def test_settings_that_are_refused_are_told(tiny_model: Path) -> None:
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("TRIVIUM_GENERATOR_SLOTS", ""),  # before any service is started
+        ("TRIVIUM_TOKENIZER_MAX_CONNECTION_AGE_SECONDS", "tokenizer_svc exited with status 2"),
+    ],
+)
+def test_settings_that_are_refused_are_told(tiny_model: Path, setting: str, told: str) -> None:
     """A service that refuses its settings says which, and the whole ends with status 2."""
     names = (*OPTIONS, *GENERATOR_OPTIONS)
     ports = [f"--{name}={port}" for name, port in zip(names, free_ports(5), strict=True)]
     command = [sys.executable, "-m", "trivium.cli", "up", "--model", str(tiny_model), *ports]
     done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TRIVIUM_GENERATOR_SLOTS": "many"},
+        command, capture_output=True, text=True, env={**os.environ, setting: "many"}
     )
 
     assert done.returncode == 2
-    assert "TRIVIUM_GENERATOR_SLOTS: " in done.stderr
-    assert "generator_svc exited with status 2" in done.stderr
+    assert f"{setting}: " in done.stderr
+    assert told in done.stderr
+    assert bool(told) == ("trivium up: " in done.stderr)
 
 
 def test_doctor_makes_five_tokens(tiny_model: Path) -> None:

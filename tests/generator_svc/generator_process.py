@@ -73,6 +73,11 @@ class Running:
             assert self.process.returncode is None, f"ended while its health was {found}"
             await asyncio.sleep(0.02)
 
+    def peak_bytes(self):
+        """The most memory that was ever resident, mapped files included."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+
     def terminate(self):
         self.process.send_signal(signal.SIGTERM)
 

@@ -1,0 +1,93 @@
+"""`trivium up` on a machine that is too small for its models, and what it tells before a start."""
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from generator_svc.config import GeneratorSettings
+from tests.cli.conftest import pretended_model
+from trivium.cli.fit import memory_plans
+from trivium.cli.main import app
+from trivium.cli.pipeline import Pipeline
+from trivium.host_limits import memory_limit
+
+MIB = 2**20
+LENGTH = 1024
+
+
+@pytest.fixture(autouse=True)
+def own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU, and nothing that the shell has set."""
+    for name in GeneratorSettings.model_fields:
+        monkeypatch.delenv(f"TRIVIUM_GENERATOR_{name}".upper(), raising=False)
+    monkeypatch.setenv("TRIVIUM_GENERATOR_DEVICE", "cpu")
+
+
+def _taking(folder: Path, share: float) -> Path:
+    """A model of which one sequence takes this share of the free memory."""
+    return pretended_model(folder, int(memory_limit().free * share / LENGTH), LENGTH)
+
+
+def _refused(capfd: pytest.CaptureFixture[str], *models: Path) -> str:
+    """What `trivium up` says, in its only line."""
+    options = [option for model in models for option in ("--model", str(model))]
+    result = CliRunner().invoke(app, ["up", "--device", "cpu", *options])
+    [line] = (capfd.readouterr().err + result.output).splitlines()
+
+    assert 2 == result.exit_code
+    return line
+
+
+def test_a_model_that_fits_is_shown_with_its_memory(tmp_path: Path) -> None:
+    """Weights, cache, slots and free memory, each model's in a line."""
+    models = [pretended_model(tmp_path / name, 2**14, LENGTH) for name in ("one", "two")]
+    first, second = memory_plans(Pipeline(models[0], "cpu", more_models=(models[1],)))
+
+    plan = "1 MiB of weights, up to 512 MiB of KV cache for 32 sequences of 1,024 tokens; "
+    assert first.startswith(f"one: {plan}")
+    assert second.startswith(f"two: {plan}")
+    assert all("are free (" in line for line in (first, second))
+
+
+def test_a_model_that_is_too_large_is_refused_before_anything_starts(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One line: what is needed, what there is, and how much memory would do; the status is 2."""
+    line = _refused(capfd, _taking(tmp_path / "huge", 10))
+
+    numbers = re.search(r"huge needs ([\d,]+) MiB .* ([\d,]+) MiB are free: allow ([\d,]+)", line)
+    assert numbers, line
+    needed, free, missing = (int(number.replace(",", "")) for number in numbers.groups())
+    assert abs(needed - free - missing) <= 1
+    assert free < memory_limit().total / MIB < needed
+
+
+def test_a_length_that_would_fit_is_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody who asked for more tokens than fit is told how many would."""
+    setting = "TRIVIUM_GENERATOR_MAX_SEQUENCE_LENGTH"
+    model = _taking(tmp_path / "long", 2)
+    monkeypatch.setenv(setting, "1024")
+    line = _refused(capfd, model)
+    monkeypatch.setenv(setting, "256")
+
+    assert 256 < int(line.rpartition(f"set {setting} to ")[2].split()[0]) < 512
+    assert " of 256 tokens" in memory_plans(Pipeline(model, "cpu"))[0]
+
+
+def test_models_have_to_fit_together(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each alone would, and the second is refused for what the first one takes."""
+    monkeypatch.setenv("TRIVIUM_GENERATOR_MAX_SEQUENCE_LENGTH", str(LENGTH))
+    models = [_taking(tmp_path / name, 0.7) for name in ("one", "two")]
+    for model in models:
+        assert 1 == len(memory_plans(Pipeline(model, "cpu")))
+    capfd.readouterr()
+    line = _refused(capfd, *models)
+
+    assert "two needs" in line
+    assert "for what runs beside it" in line
