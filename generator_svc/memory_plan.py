@@ -164,8 +164,8 @@ def _slot_length(demand: _Demand, settings: GeneratorSettings) -> int:
     fitting = demand.fitting_length
     if length <= fitting:
         return length
-    is_default = not {"max_sequence_length", "kv_cache_bytes"} & settings.model_fields_set
-    if fitting < _MIN_DEFAULT_LENGTH or not is_default:
+    is_default = "max_sequence_length" not in settings.model_fields_set
+    if fitting < _MIN_DEFAULT_LENGTH or not is_default or settings.kv_cache_bytes:
         raise MemoryPlanError(_refusal(demand, length))
     log.warning(
         "memory is short (%s): sequences have at most %d tokens instead of %d",

@@ -8,21 +8,21 @@ from trivium.generator.v1 import generator_pb2 as pb
 from trivium.model_directory import load_model_directory
 
 MIB = 2**20
-# Almost all of it are the layers' products: 381 MiB in four bits.
-WIDE = Shape(2048, 8, 16, 4, 128, 11_264, 2048, 1024)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("random") / "wide"
-    return load_model_directory(make_random_llama(folder, WIDE, "int4"))
+@pytest.fixture(params=[("int4", 8), ("int8", 4), ("fp32", 1)], ids=lambda param: param[0])
+def model(request, tmp_path):
+    """Almost all of its 330 to 400 MiB are the matrices of its layers."""
+    precision, layers = request.param
+    shape = Shape(2048, layers, 16, 4, 128, 11_264, 2048, 1024)
+    return load_model_directory(make_random_llama(tmp_path / "wide", shape, precision))
 
 
 async def test_weights_are_in_memory_once(model):
     """From the start through a prompt, the peak leaves no room for a second copy of the weights.
 
-    Kernels replace the mapped file by packed copies, tensor by tensor; those take a fifth more, and
-    as much of the file stays mapped.
+    Kernels replace the mapped file by packed copies, tensor by tensor. Those may take a fifth more,
+    and a fifth of the file, the scales, stays mapped.
     """
     settings = {"device": "cpu", "slots": 2, "max_sequence_length": 256}
     async with running(model_directory=model.path, **settings) as generator:
@@ -37,5 +37,5 @@ async def test_weights_are_in_memory_once(model):
         peak = generator.peak_bytes()
 
     assert 2 == tokens
-    assert model.weight_bytes > 350 * MIB
+    assert model.weight_bytes > 300 * MIB
     assert peak < 1.5 * model.weight_bytes + 256 * MIB

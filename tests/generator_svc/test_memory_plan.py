@@ -157,9 +157,10 @@ def test_one_slot_may_take_more_than_the_share(heavy):
     assert (1, 4096) == (plan.slots, plan.slot_length)
 
 
-def test_sequences_are_shorter_where_memory_is_short(heavy, caplog):
+@pytest.mark.parametrize("settings", [{}, {"kv_cache_bytes": 0}])
+def test_sequences_are_shorter_where_memory_is_short(heavy, settings, caplog):
     """As long as it holds them, with a warning, if nobody asked for a length."""
-    plan = _plan(heavy, 420)
+    plan = _plan(heavy, 420, **settings)
 
     assert 1 == plan.slots
     assert 256 <= plan.slot_length < 4096
@@ -167,20 +168,21 @@ def test_sequences_are_shorter_where_memory_is_short(heavy, caplog):
     assert f"at most {plan.slot_length} tokens instead of 4096" in caplog.text
 
 
-@pytest.mark.parametrize("wanted", [{}, {"kv_cache_bytes": 10**9}])
+@pytest.mark.parametrize("wanted", [{"max_sequence_length": 4096}, {"kv_cache_bytes": 10**9}])
 def test_too_little_memory_for_one_slot_is_refused(heavy, wanted):
     """With what is needed, what there is, who says so, and what one can do; in one line."""
     with pytest.raises(MemoryPlanError) as caught:
-        _plan(heavy, 420, max_sequence_length=4096, **wanted)
+        _plan(heavy, 420, **wanted)
 
     told = str(caught.value)
     for part in ("1,024 MiB (memory limit in /sys/fs/cgroup)", "420 MiB are free", "100 MiB for w"):
         assert part in told
     assert "\n" not in told
     fitting = int(told.rpartition("MAX_SEQUENCE_LENGTH to ")[2].split()[0])
-    assert fitting == _plan(heavy, 420, max_sequence_length=fitting, **wanted).slot_length
+    shorter = {**wanted, "max_sequence_length": fitting}
+    assert fitting == _plan(heavy, 420, **shorter).slot_length
     with pytest.raises(MemoryPlanError):
-        _plan(heavy, 420, max_sequence_length=fitting + 8, **wanted)
+        _plan(heavy, 420, **{**wanted, "max_sequence_length": fitting + 8})
 
 
 def test_shorter_sequences_are_no_advice_where_nothing_fits(heavy):
