@@ -17,17 +17,9 @@ from generator_svc.config import GeneratorSettings
 BLOCK = 32
 # Each precision on each device, in the order of the tables; gpt-oss has some of them.
 DEVICES = {"cuda": ("fp16", "int8", "int4"), "cpu": ("w8a8", "int8", "int4", "fp32")}
-SOURCES = {
-    "deepseek-r1-distill-llama-8b": "deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
-    "qwen-2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
-    "gpt-oss-120b": "openai/gpt-oss-120b",
-    "gpt-oss-20b": "openai/gpt-oss-20b",
-}
+MODELS = ("deepseek-r1-distill-llama-8b", "qwen-2.5-7b", "gpt-oss-120b", "gpt-oss-20b")
 # Bytes that CUDA has to give away on cards of so many GB: an L4, an L40S, an H100 and an H200.
 CARDS = {24: 22.5 * 2**30, 48: 44.5 * 2**30, 80: 78 * 2**30, 141: 139 * 2**30}
-# Of the host's memory beside weights and cache.
-WORKING_BYTES = 272 * 2**20
-CACHED_TOKENS = 8192  # in the column of the host's memory
 
 
 def checkpoint_bytes(config: dict[str, Any]) -> int:
@@ -37,8 +29,8 @@ def checkpoint_bytes(config: dict[str, Any]) -> int:
 
 def cached_bytes(config: dict[str, Any], device: str) -> int:
     """Of one token in the KV cache, which is float16 on CUDA and float32 on the CPU."""
-    kv_heads = config["num_key_value_heads"]
-    return 2 * config["num_hidden_layers"] * kv_heads * _head_size(config) * _float_bytes(device)
+    layers, kv_heads = int(config["num_hidden_layers"]), int(config["num_key_value_heads"])
+    return 2 * layers * kv_heads * _head_size(config) * _float_bytes(device)
 
 
 def folder_bytes(config: dict[str, Any], precision: str, device: str) -> int:
@@ -54,7 +46,7 @@ def loaded_bytes(config: dict[str, Any], precision: str, device: str) -> int:
 def _weight_bytes(config: dict[str, Any], precision: str, device: str, mxfp4_scales: int) -> int:
     """`mxfp4_scales` is the number of bytes that a block's scale takes."""
     floats = _float_bytes(device) if precision != "fp32" else 4
-    rotary = config["max_position_embeddings"] * _head_size(config) * floats
+    rotary = int(config["max_position_embeddings"]) * _head_size(config) * floats
     return rotary + sum(
         _tensor_bytes(tensor, precision, floats, device, mxfp4_scales)
         for tensor in checkpoint_tensors(config)
@@ -105,7 +97,7 @@ def sizes_markdown() -> str:
         "| model | options | checkpoint | folder | weights in memory | cache of 1,000 tokens |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
-    for model in SOURCES:
+    for model in MODELS:
         config = PUBLISHED[model].config
         for device in DEVICES:
             for precision in precisions(config, device):
@@ -128,7 +120,7 @@ def cards_markdown() -> str:
         f"| model | precision | {' | '.join(f'{card} GB' for card in CARDS)} |",
         f"| --- | --- | {' | '.join('---:' for _ in CARDS)} |",
     ]
-    for model in SOURCES:
+    for model in MODELS:
         config = PUBLISHED[model].config
         for precision in precisions(config, "cuda"):
             weights = loaded_bytes(config, precision, "cuda")

@@ -28,7 +28,11 @@ DOORS = {
     "starlette": ("rest_facade/",),
     "uvicorn": ("rest_facade/",),
     "typer": ("trivium/cli/", "generator_svc/export/__main__.py"),
-    "rich": ("trivium/cli/", "generator_svc/export/__main__.py"),
+    "rich": (
+        "trivium/cli/",
+        "generator_svc/export/progress_bar.py",
+        "generator_svc/export/__main__.py",
+    ),
     "torch": ("generator_svc/export/",),
     "transformers": ("generator_svc/export/",),
     "optimum": ("generator_svc/export/",),

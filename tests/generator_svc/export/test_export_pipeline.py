@@ -139,7 +139,7 @@ def test_the_folder_has_the_layout_of_the_model_builder():
 
 
 def test_the_command_explains_itself(tmp_path):
-    """A wrong source is one line on stderr and exit code 2."""
+    """A wrong source is one line on stderr and exit code 1."""
     done = subprocess.run(
         [sys.executable, "-m", "generator_svc.export", "nothing", "--out", str(tmp_path / "m")],
         capture_output=True,
@@ -147,8 +147,8 @@ def test_the_command_explains_itself(tmp_path):
         check=False,
     )
 
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("export: 'nothing' is no folder")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("trivium export: 'nothing' is no folder")
 
 
 def test_an_empty_folder_may_be_filled(source, tmp_path):
