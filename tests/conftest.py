@@ -23,6 +23,7 @@ NEED_THE_EXPORTER = (
     "generator_svc/export",
     "generator_svc/test_device_sampler.py",
     "generator_svc/test_cuda.py",
+    "generator_svc/test_cuda_experts.py",
     "generator_svc/test_fixed_inputs.py",
     "generator_svc/test_generator_device.py",
     "generator_svc/test_graphs.py",

@@ -1,7 +1,7 @@
 """Tiny checkpoints with random weights, and model directories the real exporter makes of them.
 
-Exports are kept in a cache folder named after a digest of this file and of the exporter's sources,
-so a test run pays for them once.
+Exports are kept in a cache folder named after a digest of the sources, of these models and of the
+exporter, so a test run pays for them once.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+
+from tests import tiny_gpt_oss
+from tests.tokenizer_svc import sample_templates
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -56,6 +59,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", {"head_dim": 32}),
     "mistral": ("MistralConfig", {"sliding_window": 24, "head_dim": 16}),
+    "gpt-oss": ("GptOssConfig", {}),
 }
 SHAPE: dict[str, Any] = {
     "hidden_size": 64,
@@ -100,8 +104,9 @@ def cache_folder() -> Path:
     """Named after the sources, so that a change in the exporter makes new models."""
     import generator_svc.export as exporter
 
-    digest = hashlib.sha256(Path(__file__).read_bytes())
-    for path in sorted(Path(exporter.__file__).parent.rglob("*.py")):
+    own = [Path(__file__), Path(tiny_gpt_oss.__file__), Path(sample_templates.__file__)]
+    digest = hashlib.sha256()
+    for path in [*own, *sorted(Path(exporter.__file__).parent.rglob("*.py"))]:
         digest.update(path.read_bytes())
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "trivium" / "tests" / digest.hexdigest()[:16]
@@ -111,8 +116,13 @@ def _write_checkpoint(family: str, folder: Path) -> None:
     import torch
     import transformers
 
+    if family.startswith("gpt-oss"):
+        corpus = [CORPUS, *tiny_gpt_oss.harmony_text() * 2]
+        tokenizer = _tokenizer(tiny_gpt_oss.SPECIAL_TOKENS, corpus)
+        tiny_gpt_oss.write_gpt_oss(family, tokenizer, folder)
+        return
     kind, differences = FAMILIES[family]
-    tokenizer = _tokenizer()
+    tokenizer = _tokenizer(SPECIAL_TOKENS, [CORPUS])
     settings = SHAPE | {"vocab_size": tokenizer.get_vocab_size()} | differences
     config = getattr(transformers, kind)(**settings)
     with torch.random.fork_rng():
@@ -138,7 +148,7 @@ def _rewrite_as_transformers5(file: Path) -> None:
     file.write_text(json.dumps(config))
 
 
-def _tokenizer() -> Any:
+def _tokenizer(special_tokens: tuple[str, ...], corpus: list[str]) -> Any:
     """Byte-level BPE over all 256 bytes: any text comes back as it went in."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -148,11 +158,11 @@ def _tokenizer() -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=640,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=list(special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([CORPUS], trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     return tokenizer
 
 

@@ -7,14 +7,13 @@ never within it.
 
 from generator_svc.export.checkpoint.source import EMBEDDED_MODEL
 from generator_svc.export.errors import ExportError
-from generator_svc.export.pipeline import (
+from generator_svc.export.options import (
     DEVICES,
-    EXPORTER_VERSION,
     PRECISIONS,
     ExportOptions,
     embedded_precision,
-    export_model,
 )
+from generator_svc.export.pipeline import EXPORTER_VERSION, export_model
 from generator_svc.export.progress import Progress
 
 __all__ = [

@@ -24,7 +24,7 @@ def genai_config(
         "decoder": _decoder(decoder),
         "eos_token_id": eos_token_ids[0] if len(eos_token_ids) == 1 else eos_token_ids,
         "pad_token_id": eos_token_ids[0] if pad_token_id is None else pad_token_id,
-        "type": decoder.family,
+        "type": "gptoss" if decoder.family == "gpt_oss" else decoder.family,
         "vocab_size": decoder.vocab_size,
     }
     if bos_token_id is None:

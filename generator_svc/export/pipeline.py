@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from filelock import FileLock
 
 from generator_svc.export.checkpoint.source import EMBEDDED_MODEL, EMBEDDED_SAMPLING, locate
 from generator_svc.export.errors import ExportError
+from generator_svc.export.options import DEFAULT_OPTIONS, ExportOptions
 from generator_svc.export.progress import Progress, silent
 from trivium.file_digest import read_digest
 from trivium.host_limits import cpu_limit
@@ -37,60 +38,19 @@ from trivium.model_directory import (
 if TYPE_CHECKING:
     from generator_svc.export.calibration.activations import Ranges
     from generator_svc.export.checkpoint.checkpoint import Checkpoint
+    from generator_svc.export.graph.experts import Form
     from generator_svc.export.graph.graph import Graph
 
-PRECISIONS = ("int8", "int4", "w8a8", "fp16", "fp32")
-DEVICES = ("cpu", "cuda")
 # Raised when the exporter makes other folders than before, so that older ones are made anew.
 EXPORTER_VERSION = 4
 
 _FULL_DISK_BYTES = 2**16  # what is left of a full one: not enough for the next write
 
 
-@dataclass(frozen=True)
-class ExportOptions:
-    """What to make of a checkpoint; raises ExportError when it cannot be made."""
-
-    precision: str = "int8"
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise ExportError(f"precision {self.precision!r}: choose from {', '.join(PRECISIONS)}")
-        if self.device not in DEVICES:
-            raise ExportError(f"device {self.device!r}: choose from {', '.join(DEVICES)}")
-        if self.precision == "fp16" and self.device == "cpu":
-            raise ExportError("precision fp16 is for cuda: the CPU provider computes in fp32")
-        if self.precision == "w8a8":
-            if self.device != "cpu":
-                raise ExportError("precision w8a8 is for cpu: its products have no CUDA kernel")
-            if not _multiplies_bytes_exactly():
-                raise ExportError(
-                    "precision w8a8 needs a processor that multiplies bytes exactly (on x86: with "
-                    "VNNI), which this one does not; take int8"
-                )
-
-    @property
-    def is_half(self) -> bool:
-        """On CUDA activations and cache are float16, unless full precision is asked for."""
-        return self.device == "cuda" and self.precision != "fp32"
-
-
-def embedded_precision() -> str:
-    """The quickest that the embedded model has on this processor."""
-    return "w8a8" if _multiplies_bytes_exactly() else "int8"
-
-
-def _multiplies_bytes_exactly() -> bool:
-    from generator_svc.device import multiplies_bytes_exactly
-
-    return multiplies_bytes_exactly()
-
-
 def export_model(
     source: str,
     out: str | Path,
-    options: ExportOptions = ExportOptions(),
+    options: ExportOptions = DEFAULT_OPTIONS,
     progress: Progress = silent,
     *,
     force: bool = False,
@@ -189,12 +149,17 @@ def _build(
     origin = locate(source, cache, lambda there, total: progress("fetching", there, total))
     progress("opening the checkpoint")
     from generator_svc.export.checkpoint.checkpoint import load_checkpoint
+    from generator_svc.export.checkpoint.residual import scale_residual
     from generator_svc.export.genai_config import GRAPH_FILE, WEIGHTS_FILE
     from generator_svc.export.graph.trace import trace
     from generator_svc.export.tokenizer_files import write_tokenizer
     from generator_svc.export.weights.external_data import save
 
     checkpoint = load_checkpoint(origin)
+    if checkpoint.decoder.experts is not None:
+        options.check_experts()
+        if options.is_half:
+            checkpoint = scale_residual(checkpoint)
     progress("writing the tokenizer")
     write_tokenizer(origin, folder)
     ranges = None
@@ -212,7 +177,7 @@ def _build(
         **asdict(options),
         "exporter_version": EXPORTER_VERSION,
         "node_count": len(graph.nodes),
-        "agreement": _verify(checkpoint, folder, progress),
+        "agreement": _verify(checkpoint, scratch, options, progress),
         "seconds": round(time.monotonic() - began, 1),
     }
     progress("computing digests")
@@ -231,10 +196,14 @@ def _calibrate(checkpoint: Checkpoint, folder: Path) -> Ranges:
 
 
 def rewrite(
-    graph: Graph, checkpoint: Checkpoint, options: ExportOptions, ranges: Ranges | None = None
+    graph: Graph,
+    checkpoint: Checkpoint,
+    options: ExportOptions,
+    ranges: Ranges | None = None,
+    experts_form: Form | None = None,
 ) -> None:
     """All passes over the traced graph; `ranges` of activations are for w8a8 alone."""
-    from generator_svc.export.graph import attention, half, head, norm, projection
+    from generator_svc.export.graph import attention, experts, half, head, norm, projection
     from generator_svc.export.graph.integer import integer_products
     from generator_svc.export.graph.quantize import quantize_embedding, quantize_weights
 
@@ -242,6 +211,9 @@ def rewrite(
     attention.swap_attention(graph, decoder)
     norm.fuse_norms(graph, decoder.norm_epsilon)
     projection.join_projections(graph, decoder.num_layers)
+    if decoder.experts is not None:
+        form = experts_form or experts.choose_form(options, decoder.experts.is_mxfp4)
+        experts.swap_experts(graph, decoder.experts, form, options.is_half)
     head.keep_last_position(graph)
     if options.precision == "w8a8":
         assert ranges is not None
@@ -290,15 +262,35 @@ def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return generation
 
 
-def _verify(checkpoint: Checkpoint, folder: Path, progress: Progress) -> dict[str, Any]:
-    """Always on the CPU, which also runs what is made for CUDA."""
-    from generator_svc.export import verify
-    from generator_svc.export.genai_config import GRAPH_FILE
+def _verify(
+    checkpoint: Checkpoint, scratch: Path, options: ExportOptions, progress: Progress
+) -> dict[str, Any]:
+    """Always on the CPU, which also runs what is made for CUDA, but for experts in MXFP4."""
+    from generator_svc.export import verify, verify_experts
+    from generator_svc.export.genai_config import GRAPH_FILE, WEIGHTS_FILE
+    from generator_svc.export.graph.experts import choose_form
+    from generator_svc.export.graph.trace import trace
     from generator_svc.export.tokenizer_files import encode
+    from generator_svc.export.weights.external_data import save
 
-    tokens = encode(folder, verify.TEXT)
+    def export_twin(twin: Checkpoint) -> Path:
+        folder = scratch / "twin"
+        folder.mkdir()
+        graph = trace(twin, scratch / "traced")
+        rewrite(graph, twin, options, experts_form="int8")
+        save(graph, folder / GRAPH_FILE, folder / WEIGHTS_FILE)
+        return folder / GRAPH_FILE
+
+    graph = scratch / "model" / GRAPH_FILE
+    tokens = encode(graph.parent, verify.TEXT)
     limit = min(verify.MAX_TOKENS, checkpoint.decoder.context_length - verify.GREEDY_TOKENS)
-    return verify.compare(checkpoint, folder / GRAPH_FILE, tokens[:limit], progress).as_dict()
+    experts = checkpoint.decoder.experts
+    if experts is None or choose_form(options, experts.is_mxfp4) != "fp4":
+        return verify.compare(checkpoint, graph, tokens[:limit], progress).as_dict()
+    progress("verifying the experts")
+    verify_experts.check_packed(graph, experts)
+    agreement = verify_experts.compare_twin(checkpoint, export_twin, tokens[:limit], progress)
+    return agreement.as_dict()
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from generator_svc.export.checkpoint.decoder import Decoder, LayerAttention
+from generator_svc.export.checkpoint.decoder import Decoder, Experts, LayerAttention
 from generator_svc.export.checkpoint.source import Source
 from generator_svc.export.checkpoint.streamed import StreamedEmbedding, StreamedLinear
+from generator_svc.export.checkpoint.streamed_experts import stream_experts
 from generator_svc.export.checkpoint.tensors import Tensors, matrix, open_tensors
 from generator_svc.export.errors import ExportError
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_oss")
 # Rope types whose frequencies do not depend on the length of the sequence.
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -55,6 +56,9 @@ def load_checkpoint(source: Source) -> Checkpoint:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         tensors = open_tensors(source)
+        if config.model_type == "gpt_oss":
+            is_mxfp4 = getattr(config, "quantization_config", None) is not None
+            stream_experts(model, tensors, is_mxfp4)
     _check_weights(source, model, tensors)
     _stream_weights(model, tensors)
     return Checkpoint(source, tensors, model.eval(), describe(model))
@@ -102,6 +106,17 @@ def describe(model: PreTrainedModel) -> Decoder:
         layers=tuple(_layer_attention(layer.self_attn, config) for layer in model.model.layers),
         cos=cos.numpy(),
         sin=sin.numpy(),
+        experts=_experts(model) if config.model_type == "gpt_oss" else None,
+    )
+
+
+def _experts(model: PreTrainedModel) -> Experts:
+    layers = [layer.mlp.experts for layer in model.model.layers]
+    return Experts(
+        chosen=model.config.num_experts_per_tok,
+        alpha=layers[0].alpha,
+        limit=layers[0].limit,
+        layers=tuple((layer.gate_up, layer.down) for layer in layers),
     )
 
 
@@ -111,7 +126,12 @@ def _layer_attention(attention: Any, config: PretrainedConfig) -> LayerAttention
         window = config.sliding_window
     else:
         window = getattr(attention, "sliding_window", None)
-    return LayerAttention(scale=float(attention.scaling), window=window)
+    sinks = getattr(attention, "sinks", None)
+    return LayerAttention(
+        scale=float(attention.scaling),
+        window=window,
+        sinks=None if sinks is None else sinks.detach().numpy(),
+    )
 
 
 def _rotary_tables(model: PreTrainedModel, context: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,16 +152,21 @@ def _folder_config(source: Source) -> PretrainedConfig:
     family = raw.pop("model_type", None)
     if family not in FAMILIES:
         raise ExportError(_unsupported_family(family))
-    if raw.get("quantization_config"):
+    quantization = raw.get("quantization_config")
+    is_mxfp4 = family == "gpt_oss" and (quantization or {}).get("quant_method") == "mxfp4"
+    if quantization and not is_mxfp4:
         raise ExportError(f"{source.label}: is quantised already; export the full-precision one")
     return AutoConfig.for_model(family, **raw)
 
 
 def _gguf_config(source: Source) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(str(source.path.parent), gguf_file=source.path.name)
+        config = AutoConfig.from_pretrained(str(source.path.parent), gguf_file=source.path.name)
     except (ValueError, KeyError, OSError) as error:
         raise ExportError(f"{source.path}: not a GGUF file that can be read: {error}") from error
+    if config.model_type == "gpt_oss":
+        raise ExportError(f"{source.path}: gpt_oss is read from safetensors, not from GGUF files")
+    return config
 
 
 def _check_weights(source: Source, model: PreTrainedModel, tensors: Tensors) -> None:
@@ -195,11 +220,6 @@ def _check_rope(config: PretrainedConfig) -> None:
 
 
 def _unsupported_family(family: str | None) -> str:
-    if family == "gpt_oss":
-        return (
-            "gpt_oss is not supported: its experts would need the QMoE operator; "
-            "attention sinks and sliding windows alone would not be enough"
-        )
     return f"model type {family!r} is not supported (supported: {', '.join(FAMILIES)})"
 
 

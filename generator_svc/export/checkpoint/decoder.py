@@ -7,16 +7,38 @@ from typing import Any
 
 import numpy as np
 
+from generator_svc.export.checkpoint.experts import ExpertMatrices
+
 
 @dataclass(frozen=True)
 class LayerAttention:
     """The attributes of one layer's GroupQueryAttention.
 
-    `window` counts the keys a query sees, its own included; None is all of them.
+    `window` counts the keys a query sees, its own included; None is all of them. `sinks` are
+    float32 [query heads]: logits that take part in each softmax and have no value.
     """
 
     scale: float
     window: int | None
+    sinks: np.ndarray[Any, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Experts:
+    """MLPs of which the router chooses some for each token, with gpt-oss's clamped SwiGLU.
+
+    `layers` has each layer's gate and up, and down. Of gate g, at most `limit`, and up u, within
+    `limit` on both sides, they make (u + 1) * g * sigmoid(alpha * g).
+    """
+
+    chosen: int
+    alpha: float
+    limit: float
+    layers: tuple[tuple[ExpertMatrices, ExpertMatrices], ...]
+
+    @property
+    def is_mxfp4(self) -> bool:
+        return self.layers[0][0].is_mxfp4
 
 
 @dataclass(frozen=True)
@@ -39,6 +61,7 @@ class Decoder:
     layers: tuple[LayerAttention, ...]
     cos: np.ndarray[Any, Any]
     sin: np.ndarray[Any, Any]
+    experts: Experts | None = None
 
     @property
     def num_layers(self) -> int:

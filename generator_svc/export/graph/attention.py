@@ -70,10 +70,14 @@ def _swap_layer(graph: Graph, decoder: Decoder, layer: int) -> None:
     for name in present:
         _free_output(graph, name)
     past = [f"past_key_values.{layer}.key", f"past_key_values.{layer}.value"]
+    inputs = [query, key, value, *past, LENGTHS, TOTAL, COS, SIN]
+    sinks = decoder.layers[layer].sinks
+    if sinks is not None:  # behind position_ids and attention_bias
+        inputs += ["", "", graph.constant(f"model.layers.{layer}.self_attn.sinks", sinks)]
     after.input[0] = graph.add(
         "GroupQueryAttention",
         f"{module}/GroupQueryAttention",
-        [query, key, value, *past, LENGTHS, TOTAL, COS, SIN],
+        inputs,
         [f"{module}/GroupQueryAttention/output_0", *present],
         domain=MICROSOFT,
         **_attributes(decoder, layer),

@@ -7,13 +7,23 @@ from onnx import TensorProto, numpy_helper
 
 from generator_svc.export.graph.graph import Graph
 
+GLOBAL_SCALES = slice(15, 17)  # inputs of QMoE
 LARGEST = float(np.finfo(np.float16).max)
 
 
 def to_half(graph: Graph) -> None:
-    """Turns every float32 tensor of the graph into float16, except the logits."""
+    """Turns every float32 tensor of the graph into float16.
+
+    Except the logits, and the scales of whole experts, which their operator takes in float32 only.
+    """
+    kept = {
+        name
+        for node in graph.nodes.values()
+        if node.op_type == "QMoE"
+        for name in node.input[GLOBAL_SCALES]
+    }
     for name, tensor in list(graph.initializers.items()):
-        if tensor.data_type != TensorProto.FLOAT:
+        if tensor.data_type != TensorProto.FLOAT or name in kept:
             continue
         if tensor.data_location == TensorProto.EXTERNAL:
             tensor.data_type = TensorProto.FLOAT16

@@ -59,7 +59,6 @@ def test_rope_parameters_per_layer_type_are_refused():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt_oss"}, "gpt_oss is not supported.*QMoE"),
         ({"model_type": "gemma2"}, "'gemma2' is not supported"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantised already"),

@@ -1,0 +1,60 @@
+"""What an export may be asked for, and what this processor or a device rules out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from generator_svc.export.errors import ExportError
+
+PRECISIONS = ("int8", "int4", "w8a8", "fp16", "fp32")
+DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to make of a checkpoint; raises ExportError when it cannot be made."""
+
+    precision: str = "int8"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ExportError(f"precision {self.precision!r}: choose from {', '.join(PRECISIONS)}")
+        if self.device not in DEVICES:
+            raise ExportError(f"device {self.device!r}: choose from {', '.join(DEVICES)}")
+        if self.precision == "fp16" and self.device == "cpu":
+            raise ExportError("precision fp16 is for cuda: the CPU provider computes in fp32")
+        if self.precision == "w8a8":
+            if self.device != "cpu":
+                raise ExportError("precision w8a8 is for cpu: its products have no CUDA kernel")
+            if not _multiplies_bytes_exactly():
+                raise ExportError(
+                    "precision w8a8 needs a processor that multiplies bytes exactly (on x86: with "
+                    "VNNI), which this one does not; take int8"
+                )
+
+    @property
+    def is_half(self) -> bool:
+        """On CUDA activations and cache are float16, unless full precision is asked for."""
+        return self.device == "cuda" and self.precision != "fp32"
+
+    def check_experts(self) -> None:
+        """Raises ExportError for what a model with experts cannot become."""
+        if self.precision == "w8a8":
+            raise ExportError("precision w8a8 has no form for a model's experts; take int8")
+        if self.device == "cuda" and self.precision == "fp32":
+            raise ExportError("precision fp32 has no CUDA kernel for a model's experts; take fp16")
+
+
+DEFAULT_OPTIONS = ExportOptions()
+
+
+def embedded_precision() -> str:
+    """The quickest that the embedded model has on this processor."""
+    return "w8a8" if _multiplies_bytes_exactly() else "int8"
+
+
+def _multiplies_bytes_exactly() -> bool:
+    from generator_svc.device import multiplies_bytes_exactly
+
+    return multiplies_bytes_exactly()

@@ -1,0 +1,114 @@
+"""gpt-oss through all three services: a tiny one that was taught to write Harmony."""
+
+from collections.abc import Iterator
+
+import openai
+import pytest
+from tokenizers import Tokenizer
+
+from tests.pipeline.services import Services
+from tests.tiny_gpt_oss import LESSONS, QUESTION, TOOL, WEATHER
+from tests.tiny_models import tiny_model_directory
+
+LOW, MEDIUM, HIGH, CALL = (answer for _, _, answer in LESSONS)
+MODEL = "tiny-gpt-oss-taught-int8"
+ANSWER = "The capital is Paris."
+
+
+@pytest.fixture(scope="module")
+def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+    folder = tiny_model_directory("gpt-oss-taught", "int8")
+    with Services(folder, tmp_path_factory.mktemp("gpt-oss")) as services:
+        yield services
+
+
+@pytest.fixture
+def client(gpt_oss: Services) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{gpt_oss.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def thought(answer: str) -> str:
+    """What an answer says in its analysis channel."""
+    return answer.split("analysis<|message|>")[1].split("<|end|>")[0]
+
+
+@pytest.mark.parametrize(("effort", "lesson"), [("medium", MEDIUM), ("high", HIGH)])
+def test_reasoning_comes_by_itself(client: openai.OpenAI, effort: str, lesson: str) -> None:
+    """The analysis channel is reasoning_content; after its <|end|> the answer goes on, and ends
+    with <|return|>. Of which length the reasoning is, the model reads in its prompt."""
+    answer = client.chat.completions.create(
+        model=MODEL, messages=QUESTION, reasoning_effort=effort, temperature=0, max_tokens=100
+    )
+    choice = answer.choices[0]
+
+    assert "stop" == choice.finish_reason
+    assert ANSWER == choice.message.content
+    assert thought(lesson) == choice.message.model_extra["reasoning_content"]
+
+
+def test_low_effort_answers_at_once(client: openai.OpenAI) -> None:
+    """This model was taught not to think then."""
+    answer = client.chat.completions.create(
+        model=MODEL, messages=QUESTION, reasoning_effort="low", temperature=0, max_tokens=100
+    )
+    choice = answer.choices[0]
+
+    assert ("stop", ANSWER) == (choice.finish_reason, choice.message.content)
+    assert not choice.message.model_extra.get("reasoning_content")
+
+
+def test_channels_are_streamed_apart(client: openai.OpenAI) -> None:
+    """First all of the reasoning, then all of the answer, and no marker in either."""
+    stream = client.chat.completions.create(
+        model=MODEL, messages=QUESTION, temperature=0, max_tokens=100, stream=True
+    )
+    parts: list[tuple[str, str]] = []
+    for chunk in stream:
+        for choice in chunk.choices:
+            extra = choice.delta.model_extra or {}
+            parts += [("reasoning", text) for text in [extra.get("reasoning_content")] if text]
+            parts += [("content", text) for text in [choice.delta.content] if text]
+    kinds = [kind for kind, _ in parts]
+
+    assert sorted(kinds, reverse=True) == kinds
+    assert thought(MEDIUM) == "".join(text for kind, text in parts if kind == "reasoning")
+    assert ANSWER == "".join(text for kind, text in parts if kind == "content")
+
+
+def test_a_call_is_made_in_the_commentary_channel(client: openai.OpenAI) -> None:
+    """<|call|> ends the answer; its message is the call of a tool."""
+    answer = client.chat.completions.create(
+        model=MODEL, messages=WEATHER, tools=[TOOL], temperature=0, max_tokens=100
+    )
+    choice = answer.choices[0]
+    (call,) = choice.message.tool_calls
+
+    assert "tool_calls" == choice.finish_reason
+    assert ("get_weather", '{"city": "Paris"}') == (call.function.name, call.function.arguments)
+    assert thought(CALL) == choice.message.model_extra["reasoning_content"]
+    assert not choice.message.content
+
+
+def test_a_call_can_be_demanded(client: openai.OpenAI) -> None:
+    """Even where the model would rather answer, its tokens are held to a call that fits."""
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=QUESTION,
+        tools=[TOOL],
+        tool_choice="required",
+        temperature=0,
+        max_tokens=200,
+    )
+
+    assert "get_weather" == answer.choices[0].message.tool_calls[0].function.name
+
+
+def test_tokens_are_counted_up_to_the_end(client: openai.OpenAI, gpt_oss: Services) -> None:
+    """Those of both messages, with all markers, and the last one."""
+    answer = client.chat.completions.create(
+        model=MODEL, messages=QUESTION, temperature=0, max_tokens=100
+    )
+    tokenizer = Tokenizer.from_file(str(gpt_oss.pipeline.model / "tokenizer.json"))
+
+    assert len(tokenizer.encode(MEDIUM).ids) == answer.usage.completion_tokens
