@@ -42,9 +42,9 @@ SHAPE: dict[str, Any] = {
     "swiglu_limit": LIMIT,
 }
 
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
-WEATHER = [{"role": "user", "content": "What is the weather in Paris?"}]
-TOOL = {
+QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
+WEATHER: Any = [{"role": "user", "content": "What is the weather in Paris?"}]
+TOOL: Any = {
     "type": "function",
     "function": {
         "name": "get_weather",

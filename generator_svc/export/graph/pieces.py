@@ -16,6 +16,7 @@ import onnx
 from onnx import ModelProto, NodeProto, ValueInfoProto, helper
 
 _LAYER = re.compile(r"/layers\.(\d+)/")
+BEFORE, BEHIND = -1, 2**31
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,13 @@ class CutGraph:
 
     def _pieces(self, max_bytes: int) -> Iterator[Piece]:
         layers: dict[int, list[NodeProto]] = {}
-        last = -1
+        made: dict[str, int] = {}  # by which layer
         for node in self.model.graph.node:  # in topological order
             match = _LAYER.search(node.name)
-            layer = int(match[1]) if match else (-1 if last < 0 else last + 1)
-            last = max(last, int(match[1])) if match else last
+            # Of the others, those that read no layer are before all, wherever they stand.
+            is_before = all(made.get(name, BEFORE) == BEFORE for name in node.input)
+            layer = int(match[1]) if match else BEFORE if is_before else BEHIND
+            made |= dict.fromkeys(node.output, layer)
             layers.setdefault(layer, []).append(node)
         group: list[NodeProto] = []
         for _, nodes in sorted(layers.items()):
