@@ -6,7 +6,6 @@ and its quantisation cost.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,10 @@ TEXT = (
 )
 MAX_TOKENS = 64
 GREEDY_TOKENS = 16
-# Weights that are loaded at once. ONNX Runtime may hold them twice, once as it wants them.
+# Weights that are loaded at once, and those of a graph that is not cut at all, if they are float32
+# or quantised. ONNX Runtime may hold them twice, once as it wants them, and widens float16.
 MAX_PIECE_BYTES = 2**29
+MAX_WHOLE_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class GraphRunner:
 
     def __init__(self, graph: Path, decoder: Decoder) -> None:
         self._cut = CutGraph(graph, MAX_PIECE_BYTES)
+        if self._cut.total_bytes * 4 // self._cut.cache_dtype.itemsize <= MAX_WHOLE_BYTES:
+            self._cut = CutGraph(graph, MAX_WHOLE_BYTES)
         self._decoder = decoder
         self._session: ort.InferenceSession | None = None
         self._cache: Arrays = {}
@@ -78,18 +81,23 @@ class GraphRunner:
     def is_whole(self) -> bool:
         return len(self._cut.pieces) == 1
 
-    def run(self, tokens: list[int], show: Callable[[int], None] = lambda nbytes: None) -> Array:
+    def run(self, tokens: list[int], progress: Progress = silent) -> Array:
         """Feeds tokens one by one into an empty cache; logits [positions, vocabulary].
 
-        `show` is told the bytes of weights that are done with.
+        Progress counts the bytes of weights that are done with.
         """
         self._cache = {}
         feeds = [self._inputs([token], position + 1) for position, token in enumerate(tokens)]
+        done = 0
         for piece in self._cut.pieces:
-            session = self._load(piece, feeds[0])
-            for feed in feeds:
-                self._step(session, piece, feed)
-            show(self._cut.nbytes(piece.nodes))
+            if self._cut.is_product(piece):
+                self._multiply(piece, feeds)
+            else:
+                session = self._load(piece, feeds[0])
+                for feed in feeds:
+                    self._step(session, piece, feed)
+            done += self._cut.nbytes(piece.nodes)
+            progress("verifying", done, self._cut.total_bytes)
         return np.stack([feed["logits"][0, -1] for feed in feeds])
 
     def push(self, tokens: list[int], position: int) -> Array:
@@ -104,6 +112,14 @@ class GraphRunner:
         self._step(self._load(piece, feed), piece, feed)
         logits: Array = feed["logits"][0, -1]
         return logits
+
+    def _multiply(self, piece: Piece, feeds: list[Arrays]) -> None:
+        """The product of all positions, and rounded as the graph has it."""
+        (product,) = piece.nodes
+        name = product.input[0]
+        rows = np.concatenate([feed[name][0] for feed in feeds]).astype(np.float32)
+        for feed, row in zip(feeds, self._cut.multiply(product, rows), strict=True):
+            feed[product.output[0]] = row[None, None].astype(feed[name].dtype)
 
     def _inputs(self, tokens: list[int], total: int) -> Arrays:
         return {
@@ -152,7 +168,7 @@ def compare(
     with torch.inference_mode():
         reference = checkpoint.model(torch.tensor([tokens])).logits[0].numpy()
     progress("verifying")
-    exported = runner.run(tokens)
+    exported = runner.run(tokens, progress)
     ours, theirs = _log_softmax(exported), _log_softmax(reference)
     following = np.array(tokens[1:])
     steps = np.arange(len(following))

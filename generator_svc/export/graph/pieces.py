@@ -6,7 +6,7 @@ Knows nothing of what the layers are: nodes say by their names which of them the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, ValueInfoProto, helper
+
+from generator_svc.export.weights.matrix import MAX_SLICE, Array
 
 _LAYER = re.compile(r"/layers\.(\d+)/")
 BEFORE, BEHIND = -1, 2**31
@@ -36,7 +38,7 @@ class CutGraph:
     """The graph in the file `model`, cut so that no piece has more than `max_bytes` of weights.
 
     What is before the first layer and behind the last are layers of their own, of which no piece
-    holds less than one.
+    holds less than one; but a product with more weights than that is a piece, for `multiply`.
     """
 
     def __init__(self, model: Path, max_bytes: int) -> None:
@@ -44,6 +46,13 @@ class CutGraph:
         self.model: ModelProto = onnx.load(model, load_external_data=False)
         self._initializers = {tensor.name: tensor for tensor in self.model.graph.initializer}
         self.pieces = tuple(self._pieces(max_bytes))
+
+    @property
+    def total_bytes(self) -> int:
+        return self.nbytes(self.model.graph.node)
+
+    def is_product(self, piece: Piece) -> bool:
+        return len(piece.nodes) == 1 and piece.nodes[0].op_type == "MatMul"
 
     @property
     def cache_dtype(self) -> np.dtype[Any]:
@@ -62,15 +71,51 @@ class CutGraph:
             layer = int(match[1]) if match else BEFORE if is_before else BEHIND
             made |= dict.fromkeys(node.output, layer)
             layers.setdefault(layer, []).append(node)
+        parts = [
+            part for _, nodes in sorted(layers.items()) for part in self._split(nodes, max_bytes)
+        ]
         group: list[NodeProto] = []
-        for _, nodes in sorted(layers.items()):
+        for nodes in parts:
             if group and self.nbytes([*group, *nodes]) > max_bytes:
                 yield self._piece(group)
                 group = []
             group = [*group, *nodes]
         yield self._piece(group)
 
-    def nbytes(self, nodes: list[NodeProto] | tuple[NodeProto, ...]) -> int:
+    def _split(self, nodes: list[NodeProto], max_bytes: int) -> Iterator[list[NodeProto]]:
+        """Floating-point products that are too large for a piece stand alone."""
+        group: list[NodeProto] = []
+        for node in nodes:
+            if node.op_type == "MatMul" and self.nbytes([node]) > max_bytes:
+                yield group
+                yield [node]
+                group = []
+            else:
+                group.append(node)
+        if group:
+            yield group
+
+    def multiply(self, product: NodeProto, rows: Array) -> Array:
+        """`rows` @ weight, float32 [n, inputs] to [n, outputs], with the weight read in slices.
+
+        ONNX Runtime would hold a large one three times: as it is, in float32, and packed.
+        """
+        tensor = self._initializers[product.input[1]]
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        inputs, outputs = tensor.dims
+        result = np.zeros((len(rows), outputs), np.float32)
+        step = max(1, MAX_SLICE // outputs)
+        for start in range(0, inputs, step):
+            count = min(step, inputs - start)
+            offset = int(place["offset"]) + start * outputs * dtype.itemsize
+            path = self.folder / place["location"]
+            weight = np.fromfile(path, dtype, count * outputs, offset=offset)
+            part = weight.reshape(count, outputs).astype(np.float32)
+            result += rows[:, start : start + count] @ part
+        return result
+
+    def nbytes(self, nodes: Sequence[NodeProto]) -> int:
         """Of the weights that `nodes` read from the file beside the graph."""
         names = {name for node in nodes for name in node.input} & self._initializers.keys()
         places = [
@@ -89,7 +134,7 @@ class CutGraph:
         inputs = read - made - self._initializers.keys()
         return Piece(tuple(nodes), tuple(sorted(inputs)), tuple(sorted(made & wanted)))
 
-    def save(self, piece: Piece, inputs: dict[str, np.ndarray[Any, Any]]) -> Path:
+    def save(self, piece: Piece, inputs: dict[str, Array]) -> Path:
         """Writes `piece` as a model of its own beside the graph, whose weights it shares.
 
         `inputs` tell the types of what earlier pieces made.
@@ -112,6 +157,6 @@ class CutGraph:
         return path
 
 
-def _value(name: str, array: np.ndarray[Any, Any]) -> ValueInfoProto:
+def _value(name: str, array: Array) -> ValueInfoProto:
     kind = helper.np_dtype_to_tensor_dtype(array.dtype)
     return helper.make_tensor_value_info(name, kind, [None] * array.ndim)
