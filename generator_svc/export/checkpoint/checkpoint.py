@@ -1,13 +1,12 @@
 """A checkpoint as a PyTorch model that leaves its matrices on the disk, and its shape.
 
 Knows transformers and torch; knows nothing of ONNX. Refuses what would export cleanly and then
-talk nonsense: unknown rope types, weights that are missing, attention the swap cannot express.
+talk nonsense: weights that are missing or have another shape.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -18,18 +17,26 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from generator_svc.export.checkpoint.config import check_family, read_config
 from generator_svc.export.checkpoint.decoder import Decoder, Experts, LayerAttention
+from generator_svc.export.checkpoint.files import CONFIG_FILE
 from generator_svc.export.checkpoint.source import Source
 from generator_svc.export.checkpoint.streamed import StreamedEmbedding, StreamedLinear
 from generator_svc.export.checkpoint.streamed_experts import stream_experts
 from generator_svc.export.checkpoint.tensors import Tensors, matrix, open_tensors
 from generator_svc.export.errors import ExportError
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_oss")
-# Rope types whose frequencies do not depend on the length of the sequence.
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 ROPE_DIVISORS = "rope_freqs.weight"
+# transformers checks few settings: a wrong one raises whatever it happens to, where it is used.
+_SETTING_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)
@@ -50,11 +57,7 @@ def load_checkpoint(source: Source) -> Checkpoint:
     """Opens `source`; raises ExportError for a family or a setting that is not supported."""
     with quiet_libraries():
         config = _gguf_config(source) if source.kind == "gguf" else _folder_config(source)
-        if config.model_type not in FAMILIES:
-            raise ExportError(_unsupported_family(config.model_type))
-        _check_rope(config)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = _without_weights(source, config)
         tensors = open_tensors(source)
         if config.model_type == "gpt_oss":
             is_mxfp4 = getattr(config, "quantization_config", None) is not None
@@ -62,30 +65,6 @@ def load_checkpoint(source: Source) -> Checkpoint:
     _check_weights(source, model, tensors)
     _stream_weights(model, tensors)
     return Checkpoint(source, tensors, model.eval(), describe(model))
-
-
-def translate_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Rewrites the rope settings of transformers 5 for transformers 4.
-
-    Version 5 saves `rope_parameters` and drops `rope_theta` and `rope_scaling`. Version 4 ignores
-    the new name without a word and falls back to a theta of 10,000.
-    """
-    config = dict(config)
-    parameters = config.pop("rope_parameters", None)
-    if parameters is None:
-        return config
-    if not isinstance(parameters, dict) or any(isinstance(v, dict) for v in parameters.values()):
-        raise ExportError("rope_parameters that differ between layer types are not supported")
-    scaling = dict(parameters)
-    theta = scaling.pop("rope_theta", config.get("rope_theta"))
-    if theta is None:
-        raise ExportError("rope_parameters has no rope_theta")
-    if "partial_rotary_factor" in scaling:
-        config["partial_rotary_factor"] = scaling.pop("partial_rotary_factor")
-    config["rope_theta"] = theta
-    is_plain = scaling.get("rope_type", "default") == "default"
-    config["rope_scaling"] = None if is_plain else scaling
-    return config
 
 
 def describe(model: PreTrainedModel) -> Decoder:
@@ -144,19 +123,11 @@ def _rotary_tables(model: PreTrainedModel, context: int) -> tuple[torch.Tensor, 
 
 
 def _folder_config(source: Source) -> PretrainedConfig:
+    config = read_config(source.label, source.path / CONFIG_FILE)
     try:
-        raw = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ExportError(f"{source.path / 'config.json'}: not JSON: {error}") from None
-    raw = translate_rope(raw)
-    family = raw.pop("model_type", None)
-    if family not in FAMILIES:
-        raise ExportError(_unsupported_family(family))
-    quantization = raw.get("quantization_config")
-    is_mxfp4 = family == "gpt_oss" and (quantization or {}).get("quant_method") == "mxfp4"
-    if quantization and not is_mxfp4:
-        raise ExportError(f"{source.label}: is quantised already; export the full-precision one")
-    return AutoConfig.for_model(family, **raw)
+        return AutoConfig.for_model(config.pop("model_type"), **config)
+    except _SETTING_ERRORS as error:
+        raise _unreadable(source, error) from error
 
 
 def _gguf_config(source: Source) -> PretrainedConfig:
@@ -164,22 +135,54 @@ def _gguf_config(source: Source) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(str(source.path.parent), gguf_file=source.path.name)
     except (ValueError, KeyError, OSError) as error:
         raise ExportError(f"{source.path}: not a GGUF file that can be read: {error}") from error
+    check_family(source.label, config.model_type)
     if config.model_type == "gpt_oss":
         raise ExportError(f"{source.path}: gpt_oss is read from safetensors, not from GGUF files")
     return config
 
 
+def _without_weights(source: Source, config: PretrainedConfig) -> PreTrainedModel:
+    """The model on the meta device, but for its rotary module, which needs no weights."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        # Its frequencies come from the configuration, not from the files.
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    except _SETTING_ERRORS as error:
+        raise _unreadable(source, error) from error
+    return model
+
+
+def _unreadable(source: Source, error: Exception) -> ExportError:
+    reason = (str(error).splitlines() or [""])[0]
+    kind = type(error).__name__
+    return ExportError(f"{source.label}: transformers cannot use its config.json: {kind}: {reason}")
+
+
 def _check_weights(source: Source, model: PreTrainedModel, tensors: Tensors) -> None:
-    """Every weight of the model is in the checkpoint, in the model's own shape."""
+    """Every weight of the model is in the checkpoint, in the model's own shape, as floats."""
     known = set(tensors.names())
     tied = _tied(model)
-    wrong = [
-        name
+    weights = {
+        name: list(weight.shape)
         for name, weight in model.named_parameters(remove_duplicate=False)
-        if name not in tied and (name not in known or tensors.shape(name) != tuple(weight.shape))
-    ]
-    if wrong:
-        raise ExportError(f"{source.label}: {len(wrong)} weights do not fit, e.g. {min(wrong)}")
+        if name not in tied
+    }
+    if missing := sorted(weights.keys() - known):
+        others = f" and {len(missing) - 1} others" if missing[1:] else ""
+        raise ExportError(f"{source.label}: the weights lack {missing[0]}{others}")
+    for name, shape in weights.items():
+        found = list(tensors.shape(name))
+        if found != shape:
+            raise ExportError(
+                f"{tensors.file(name)}: {name} is {found}; by config.json it is {shape}"
+            )
+        kind = tensors.read(name, 0, 1).dtype
+        if kind != "float32":
+            raise ExportError(
+                f"{tensors.file(name)}: {name} holds {kind}: is it quantised? export the "
+                "full-precision checkpoint"
+            )
 
 
 def _tied(model: PreTrainedModel) -> set[str]:
@@ -203,24 +206,8 @@ def _stream_weights(model: PreTrainedModel, tensors: Tensors) -> None:
             for own, _ in list(module.named_parameters(recurse=False)):
                 value = torch.from_numpy(tensors.read(f"{name}.{own}"))
                 setattr(module, own, torch.nn.Parameter(value, requires_grad=False))
-    # Its frequencies come from the configuration, not from the files.
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     if ROPE_DIVISORS in set(tensors.names()):  # of a GGUF file, which has no rope scaling else
         model.model.rotary_emb.inv_freq /= torch.from_numpy(tensors.read(ROPE_DIVISORS))
-
-
-def _check_rope(config: PretrainedConfig) -> None:
-    scaling = getattr(config, "rope_scaling", None) or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in STATIC_ROPE:
-        raise ExportError(
-            f"rope type {kind!r} is not supported: its frequencies change with the length of the "
-            f"sequence (supported: {', '.join(STATIC_ROPE)})"
-        )
-
-
-def _unsupported_family(family: str | None) -> str:
-    return f"model type {family!r} is not supported (supported: {', '.join(FAMILIES)})"
 
 
 @contextmanager

@@ -52,9 +52,9 @@ def choose_files(
             raise ExportError(f"{label}: has weights but no {CONFIG_FILE}")
         slow = () if TOKENIZER_FILE in names else SLOW_TOKENIZER_FILES
         small = [name for name in (CONFIG_FILE, *TEXT_FILES, *slow) if name in names]
-        if INDEX_FILE in names:
-            return "folder", [*small, INDEX_FILE, *_shards(label, names, index())]
-        return "folder", [*small, WEIGHTS_FILE]
+        if WEIGHTS_FILE in names:  # before shards, as in transformers
+            return "folder", [*small, WEIGHTS_FILE]
+        return "folder", [*small, INDEX_FILE, *_shards(label, names, index())]
     found = [name for name in names if name.endswith(".gguf")]
     if len(found) > 1:
         example = f"{label}{separator}{min(found)}"

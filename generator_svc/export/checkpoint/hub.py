@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from generator_svc.export.checkpoint.files import INDEX_FILE, Kind, choose_files
+from generator_svc.export.checkpoint.config import read_config
+from generator_svc.export.checkpoint.files import CONFIG_FILE, INDEX_FILE, Kind, choose_files
 from generator_svc.export.errors import ExportError
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ def fetch(name: HubName, received: Received) -> tuple[Kind, Path]:
         kind, wanted = choose_files(
             name.text, files, lambda: download.fetch_one(INDEX_FILE), name.gguf, ":"
         )
+        if kind == "folder":  # refused before its weights are fetched, if it is
+            read_config(name.text, download.fetch_one(CONFIG_FILE))
         download.check_room(wanted)
         download.fetch_all(wanted, received)
         return kind, download.finish(kind, wanted)

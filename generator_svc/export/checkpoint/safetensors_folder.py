@@ -15,10 +15,8 @@ from generator_svc.export.checkpoint.file_tensors import (
     decode_bfloat16,
     decode_numbers,
 )
+from generator_svc.export.checkpoint.files import INDEX_FILE, WEIGHTS_FILE
 from generator_svc.export.errors import ExportError
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
 # Types of the format: bytes of an element, and how they become values.
 TYPES = {
@@ -40,21 +38,21 @@ def open_safetensors(folder: Path) -> FileTensors:
     Raises ExportError for a file that is missing, cut short or damaged, for a tensor that is not
     where the index says, and for a type of numbers that is not supported.
     """
-    if (folder / SINGLE).is_file():
-        return FileTensors(folder / SINGLE, _read_header(folder / SINGLE))
-    if not (folder / INDEX).is_file():
-        raise ExportError(f"{folder}: holds neither {SINGLE} nor {INDEX}")
-    shard_of = _read_index(folder / INDEX)
+    if (folder / WEIGHTS_FILE).is_file():
+        return FileTensors(folder / WEIGHTS_FILE, _read_header(folder / WEIGHTS_FILE))
+    if not (folder / INDEX_FILE).is_file():
+        raise ExportError(f"{folder}: holds neither {WEIGHTS_FILE} nor {INDEX_FILE}")
+    shard_of = _read_index(folder / INDEX_FILE)
     headers = {}
     for shard in sorted(set(shard_of.values())):
         if not (folder / shard).is_file():
-            raise ExportError(f"{folder / shard}: is missing, but {INDEX} names it")
+            raise ExportError(f"{folder / shard}: is missing, but {INDEX_FILE} names it")
         headers[shard] = _read_header(folder / shard)
     for name, shard in shard_of.items():
         if name not in headers[shard]:
-            raise ExportError(f"{folder / shard}: has no tensor {name!r}, but {INDEX} says so")
+            raise ExportError(f"{folder / shard}: has no tensor {name!r}, but {INDEX_FILE} says so")
     return FileTensors(
-        folder / INDEX, {name: headers[shard][name] for name, shard in shard_of.items()}
+        folder / INDEX_FILE, {name: headers[shard][name] for name, shard in shard_of.items()}
     )
 
 

@@ -10,7 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from generator_svc.export import ExportError
-from generator_svc.export.checkpoint.checkpoint import load_checkpoint, translate_rope
+from generator_svc.export.checkpoint.checkpoint import load_checkpoint
+from generator_svc.export.checkpoint.config import translate_rope
 from generator_svc.export.checkpoint.source import Source, locate
 from tests.tiny_models import tiny_checkpoint
 
@@ -61,8 +62,14 @@ def test_rope_parameters_per_layer_type_are_refused():
     [
         ({"model_type": "gemma2"}, "'gemma2' is not supported"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantised already"),
-        ({"intermediate_size": 128}, "weights do not"),
+        ({"quantization_config": {"quant_method": "awq"}}, r"quantised already \(awq\)"),
+        (
+            {"intermediate_size": 128},
+            r"model.safetensors: model.layers.0.mlp.gate_proj.weight is \[160, 64\]; by "
+            r"config.json it is \[128, 64\]",
+        ),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "transformers cannot use its config.json: Key"),
+        ({"hidden_size": "64"}, "transformers cannot use its config.json: TypeError: "),
     ],
 )
 def test_what_cannot_be_exported_is_named(tmp_path, changes, message):
@@ -79,7 +86,20 @@ def test_missing_weights_are_refused(tmp_path):
     del weights["model.layers.1.mlp.down_proj.weight"]
     save_file(weights, file, {"format": "pt"})
 
-    with pytest.raises(ExportError, match="down_proj"):
+    told = "the weights lack model.layers.1.mlp.down_proj.weight$"
+    with pytest.raises(ExportError, match=told):
+        load_checkpoint(source)
+
+
+def test_weights_of_whole_numbers_are_refused(tmp_path):
+    """They have scales somewhere, or mean nothing."""
+    source = changed(tmp_path)
+    file = source.path / "model.safetensors"
+    weights = load_file(file)
+    name = "model.layers.1.mlp.down_proj.weight"
+    save_file(weights | {name: (50 * weights[name]).char()}, file, {"format": "pt"})
+
+    with pytest.raises(ExportError, match=f"model.safetensors: {name} holds int8: is it quantised"):
         load_checkpoint(source)
 
 

@@ -14,8 +14,8 @@ from generator_svc.export.checkpoint.checkpoint import (
     Checkpoint,
     load_checkpoint,
     quiet_libraries,
-    translate_rope,
 )
+from generator_svc.export.checkpoint.config import translate_rope
 from generator_svc.export.checkpoint.source import locate
 from tests.tiny_models import FAMILIES, tiny_checkpoint, tiny_model_directory
 from trivium.model_directory import ModelDirectory, load_model_directory

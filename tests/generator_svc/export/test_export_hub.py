@@ -91,7 +91,8 @@ def user(tmp_path: Path, hub: ModelHub) -> User:
 
 def files(*names: str, **content: bytes) -> dict[str, bytes | Path]:
     """A repository's files, small and without a meaning, but for those with their own content."""
-    return {**{name: name.encode() for name in names}, **content}
+    own = {"config.json": b'{"model_type": "llama"}'}
+    return {**{name: own.get(name, name.encode()) for name in names}, **content}
 
 
 def in_shards() -> dict[str, bytes | Path]:
@@ -149,7 +150,7 @@ def test_a_cut_connection_is_resumed(hub: ModelHub, user: User) -> None:
     path = Path(found.split()[1])
     assert content == (path / "model.safetensors").read_bytes()
     assert len(content) == hub.sent["model.safetensors"]
-    total = len(content) + sum(map(len, SMALL))
+    total = sum(map(len, hub.models["acme/large"]["main"].values()))
     assert f"{total}/{total}" == progress[-1]
     assert progress == sorted(progress, key=lambda line: int(line.split("/")[0]))
 
@@ -185,7 +186,8 @@ def test_ctrl_c_and_again(hub: ModelHub, user: User, tmp_path: Path) -> None:
     found, progress = user.locate("acme/large")
 
     assert CHUNK == sent
-    assert process.returncode != 0
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == f"trivium export: interrupted; {out} is as it was before"
     assert "Traceback" not in errors
     assert [out.parent / ".large.lock"] == list(out.parent.iterdir())
     assert content == (Path(found.split()[1]) / "model.safetensors").read_bytes()
@@ -378,6 +380,32 @@ def test_a_gguf_file_is_chosen(hub: ModelHub, user: User, source: str, file: str
     assert file == Path(path).read_text() == path[-len(file) :]
 
 
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"model_type": "bert"}, "model type 'bert' is not supported (supported: llama, "),
+        (
+            {"model_type": "qwen2", "quantization_config": {"quant_method": "awq"}},
+            "is quantised already (awq); export the full-precision checkpoint",
+        ),
+        (
+            {"model_type": "llama", "rope_scaling": {"rope_type": "longrope"}},
+            "rope type 'longrope' is not supported",
+        ),
+    ],
+)
+def test_what_cannot_be_exported_is_not_fetched(
+    hub: ModelHub, user: User, config: dict[str, object], told: str
+) -> None:
+    """Its config.json says so, which comes first."""
+    own = {"config.json": json.dumps(config).encode()}
+    hub.models["acme/other"] = {"main": in_shards() | own}
+    said, _ = user.locate("acme/other")
+
+    assert said.startswith(f"acme/other: {told}")
+    assert ["config.json", INDEX] == hub.fetched()
+
+
 def test_a_revision(hub: ModelHub, user: User) -> None:
     """A branch, a tag, a pull request or a commit; each from its own snapshot."""
     weights = {name: {"model.safetensors": name.encode()} for name in ("main", "v1.0", "refs/pr/3")}
@@ -397,12 +425,12 @@ def test_a_disk_without_room(hub: ModelHub, user: User) -> None:
     hub.models["acme/large"] = {"main": files(*SMALL) | {"model.safetensors": content}}
     small = "shutil.disk_usage = lambda folder: shutil._ntuple_diskusage(0, 0, 10**7)"
     before, _ = user.locate("acme/large", small)
-    sent = hub.sent.total()
+    sent = hub.fetched()
     limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({CHUNK}, {CHUNK}))"
     during, _ = user.locate("acme/large", limit)
 
     assert "acme/large: 0.0 GB are still to come, and the disk of" in before
-    assert sent == 0
+    assert ["config.json"] == sent
     assert f"acme/large: cannot be fetched into {user.home}/hub: File too large" == during
 
 
@@ -421,13 +449,14 @@ def test_export_from_the_hub(hub: ModelHub, user: User, tmp_path: Path) -> None:
     hub.add("acme/tiny", folder)
     out = tmp_path / "models" / "tiny"
     script = "from generator_svc.export import *; print(export_model({!r}, {!r}, {}, {}))"
-    options = 'ExportOptions("fp32"), lambda step, fraction: print(step)'
+    options = 'ExportOptions("fp32"), lambda *told: print(*told)'
     command = script.format("acme/tiny", str(out), *options.split(", ", 1))
     process = user.start("-c", command)
     output, errors = process.communicate(timeout=600)
 
     assert (0, str(out)) == (process.returncode, output.splitlines()[-1]), errors
-    assert "fetching: 0.0 of 0.0 GB" in output
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    assert f"fetching {size} {size}\n" in output
     assert ("tiny", "fp32") == (load_model_directory(out).id, load_model_directory(out).precision)
     assert "acme/tiny" == json.loads((out / "trivium_export.json").read_text())["source"]
 

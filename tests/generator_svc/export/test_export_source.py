@@ -36,10 +36,12 @@ def test_folders_and_files(tmp_path: Path) -> None:
     single = folder(tmp_path / "single", "config.json", "model.safetensors", "x.gguf")
     sharded = folder(tmp_path / "sharded", "config.json", "1.safetensors", a="1.safetensors")
     gguf = folder(tmp_path / "gguf", "config.json", "x.gguf")
-    found = [locate(str(source)) for source in (single, sharded, gguf, gguf / "x.gguf")]
+    both = folder(tmp_path / "both", "config.json", "model.safetensors", a="gone.safetensors")
+    found = [locate(str(source)) for source in (single, sharded, gguf, gguf / "x.gguf", both)]
 
     assert [("folder", single), ("folder", sharded)] == [(f.kind, f.path) for f in found[:2]]
-    assert [("gguf", gguf / "x.gguf")] * 2 == [(f.kind, f.path) for f in found[2:]]
+    assert [("gguf", gguf / "x.gguf")] * 2 == [(f.kind, f.path) for f in found[2:4]]
+    assert ("folder", both) == (found[4].kind, found[4].path)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,87 @@
+"""A checkpoint's config.json: whether it is one that can be exported, and in which words.
+
+Needs no torch, so that a model of the hub is refused before its weights are fetched. Refuses what
+would export cleanly and then talk nonsense.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from generator_svc.export.errors import ExportError
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_oss")
+# Rope types whose frequencies do not depend on the length of the sequence.
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+
+
+def read_config(label: str, file: Path) -> dict[str, Any]:
+    """The settings in `file`, in the words of transformers 4.
+
+    Raises ExportError, beginning with `label`, for a family, a rope type or a quantisation that is
+    not supported.
+    """
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ExportError(f"{label}: config.json is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ExportError(f"{label}: config.json is not a JSON object")
+    check_family(label, config.get("model_type"))
+    try:
+        config = translate_rope(config)
+        check_rope(config.get("rope_scaling"))
+    except ExportError as error:
+        raise ExportError(f"{label}: {error}") from None
+    quantization = config.get("quantization_config") or {}
+    method = quantization.get("quant_method")
+    if quantization and (config["model_type"], method) != ("gpt_oss", "mxfp4"):
+        raise ExportError(
+            f"{label}: is quantised already ({method}); export the full-precision checkpoint"
+        )
+    return config
+
+
+def check_family(label: str, family: object) -> None:
+    """Raises ExportError unless it is one of `FAMILIES`."""
+    if family not in FAMILIES:
+        raise ExportError(
+            f"{label}: model type {family!r} is not supported (supported: {', '.join(FAMILIES)})"
+        )
+
+
+def translate_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """Rewrites the rope settings of transformers 5 for transformers 4.
+
+    Version 5 saves `rope_parameters` and drops `rope_theta` and `rope_scaling`. Version 4 ignores
+    the new name without a word and falls back to a theta of 10,000.
+    """
+    config = dict(config)
+    parameters = config.pop("rope_parameters", None)
+    if parameters is None:
+        return config
+    if not isinstance(parameters, dict) or any(isinstance(v, dict) for v in parameters.values()):
+        raise ExportError("rope_parameters that differ between layer types are not supported")
+    scaling = dict(parameters)
+    theta = scaling.pop("rope_theta", config.get("rope_theta"))
+    if theta is None:
+        raise ExportError("rope_parameters has no rope_theta")
+    if "partial_rotary_factor" in scaling:
+        config["partial_rotary_factor"] = scaling.pop("partial_rotary_factor")
+    config["rope_theta"] = theta
+    is_plain = scaling.get("rope_type", "default") == "default"
+    config["rope_scaling"] = None if is_plain else scaling
+    return config
+
+
+def check_rope(scaling: dict[str, Any] | None) -> None:
+    """Raises ExportError unless the rope type is one of `STATIC_ROPE`."""
+    scaling = scaling or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in STATIC_ROPE:
+        raise ExportError(
+            f"rope type {kind!r} is not supported: its frequencies change with the length of the "
+            f"sequence (supported: {', '.join(STATIC_ROPE)})"
+        )
