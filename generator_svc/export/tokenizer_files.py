@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from gguf import GGUFReader
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from generator_svc.export.checkpoint.checkpoint import quiet_libraries
+from generator_svc.export.checkpoint.files import SLOW_TOKENIZER_FILES, TOKENIZER_FILE
 from generator_svc.export.checkpoint.source import Source
 from generator_svc.export.errors import ExportError
 
 COPIED = (
-    "tokenizer.json",
+    TOKENIZER_FILE,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
@@ -36,16 +38,17 @@ def write_tokenizer(source: Source, folder: Path) -> None:
     """Puts tokenizer.json, tokenizer_config.json and chat_template.jinja into `folder`."""
     if source.kind == "gguf":
         _convert_gguf(source.path, folder)
-    elif (source.path / "tokenizer.json").is_file():
+    elif (source.path / TOKENIZER_FILE).is_file():
         _copy(source.path, folder)
     else:
         _convert_slow(source, folder)
+    _check(source, folder)
     _extract_chat_template(folder)
 
 
 def encode(folder: Path, text: str) -> list[int]:
     """Token ids of plain text, without any the tokenizer would add."""
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / TOKENIZER_FILE))
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
     return ids
 
@@ -60,6 +63,11 @@ def _copy(origin: Path, folder: Path) -> None:
 
 def _convert_slow(source: Source, folder: Path) -> None:
     """A folder with, say, only a sentencepiece model."""
+    if not any((source.path / name).is_file() for name in SLOW_TOKENIZER_FILES):
+        raise ExportError(
+            f"{source.label}: has no tokenizer: neither {TOKENIZER_FILE} nor what it could be made "
+            f"from ({', '.join(SLOW_TOKENIZER_FILES)})"
+        )
     try:
         with quiet_libraries():
             tokenizer = AutoTokenizer.from_pretrained(source.path)
@@ -75,6 +83,18 @@ def _save(tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(scratch)
     _copy(scratch, folder)
     shutil.rmtree(scratch)
+
+
+def _check(source: Source, folder: Path) -> None:
+    """Raises ExportError if what was copied cannot be read."""
+    try:
+        json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ExportError(f"{source.label}: tokenizer_config.json is not JSON: {error}") from None
+    try:
+        Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+    except Exception as error:  # the library has no other
+        raise ExportError(f"{source.label}: {TOKENIZER_FILE} cannot be read: {error}") from error
 
 
 def _extract_chat_template(folder: Path) -> None:
@@ -94,7 +114,7 @@ def _convert_gguf(path: Path, folder: Path) -> None:
     with quiet_libraries():
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     _save(tokenizer, folder)
-    file = folder / "tokenizer.json"
+    file = folder / TOKENIZER_FILE
     content = json.loads(file.read_text(encoding="utf-8"))
     tokens = {entry["id"]: entry["content"] for entry in content["added_tokens"]}
     if metadata.get("tokenizer.ggml.model") == "gpt2":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from generator_svc.export import ExportError, tokenizer_files
 from generator_svc.export.checkpoint import source
-from generator_svc.export.checkpoint.source import EMBEDDED_FILE, locate
+from generator_svc.export.checkpoint.source import EMBEDDED_FILE, Source, locate
+from generator_svc.export.tokenizer_files import write_tokenizer
 from tests.tiny_models import CHAT_TEMPLATE, tiny_checkpoint, tiny_model_directory
 
 
@@ -40,12 +42,49 @@ def test_files_of_a_folder_are_copied_as_they_are():
 )
 def test_a_template_inside_the_configuration_gets_its_file(tmp_path, entry):
     """Old checkpoints keep it in tokenizer_config.json, alone or among others."""
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": entry}))
+    old = copied(tmp_path)
+    (old / "chat_template.jinja").unlink()
+    (old / "tokenizer_config.json").write_text(json.dumps({"chat_template": entry}))
+    made = tmp_path / "made"
+    made.mkdir()
 
-    tokenizer_files._extract_chat_template(tmp_path)
+    write_tokenizer(Source("old", "folder", old), made)
 
     expected = CHAT_TEMPLATE if entry == CHAT_TEMPLATE else "y"
-    assert (tmp_path / "chat_template.jinja").read_text() == expected
+    assert (made / "chat_template.jinja").read_text() == expected
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("tokenizer.json", None, "has no tokenizer: neither tokenizer.json nor what it could be "),
+        ("tokenizer.json", "{}", "tokenizer.json cannot be read: "),
+        ("tokenizer_config.json", "{", "tokenizer_config.json is not JSON: "),
+    ],
+)
+def test_a_tokenizer_that_is_missing_or_damaged(tmp_path, file, content, told):
+    """One line that names the file, before anything large is done."""
+    folder = copied(tmp_path)
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_text(content)
+    (tmp_path / "made").mkdir()
+
+    with pytest.raises(ExportError) as error:
+        write_tokenizer(Source("acme", "folder", folder), tmp_path / "made")
+
+    assert str(error.value).startswith(f"acme: {told}")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def copied(tmp_path: Path) -> Path:
+    """The text side of a checkpoint, to be changed."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tiny_checkpoint() / name, folder)
+    return folder
 
 
 def test_an_unknown_pre_tokenizer_is_refused():
