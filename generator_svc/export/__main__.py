@@ -16,7 +16,7 @@ from trivium.cache_folder import cache_folder
 from trivium.embedded_model import embedded_folder
 from trivium.export_extra import missing_packages
 
-FAILED, REFUSED = 1, 2
+FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -77,6 +77,10 @@ def export(
     except ExportError as error:
         console.print(f"trivium export: {error}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(FAILED) from error
+    except KeyboardInterrupt:
+        told = f"trivium export: interrupted; {out} is as it was before"
+        console.print(told, markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(INTERRUPTED) from None
     if out.absolute() != embedded_folder():  # `trivium up` goes on by itself
         console.print(f"{out} is ready: trivium up --model {out}", markup=False, soft_wrap=True)
 

@@ -18,12 +18,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from generator_svc.export.checkpoint.source import EMBEDDED_MODEL, EMBEDDED_SAMPLING, locate
+from generator_svc.export.checkpoint.source import EMBEDDED_SAMPLING, locate
 from generator_svc.export.errors import ExportError
 from generator_svc.export.options import DEFAULT_OPTIONS, ExportOptions
 from generator_svc.export.progress import Progress, silent
+from trivium.embedded_model import EMBEDDED_MODEL
 from trivium.file_digest import read_digest
 from trivium.host_limits import cpu_limit
 from trivium.model_directory import (
@@ -65,7 +66,7 @@ def export_model(
     final = Path(out).expanduser().absolute()
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(final.parent / f".{final.name}.lock"):
+        with _alone(final, progress):
             _sweep(final)
             if not force and _is_current(final, {"source": source, **asdict(options)}):
                 return final
@@ -76,7 +77,7 @@ def export_model(
                     _build(source, scratch, options, progress, cache)
                 _put_in_place(scratch, final)
             finally:
-                shutil.rmtree(scratch, ignore_errors=True)
+                _sweep(final)
     except OSError as error:
         raise ExportError(f"{final} cannot be made: {_reason(error)}") from error
     progress("done")
@@ -107,8 +108,28 @@ def _report_full_disk(folder: Path) -> Iterator[None]:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
 
 
+@contextlib.contextmanager
+def _alone(final: Path, progress: Progress) -> Iterator[None]:
+    """Waits until no other exporter makes `final`."""
+    lock = FileLock(final.parent / f".{final.name}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        progress("waiting for another export to this folder")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _sweep(final: Path) -> None:
-    shutil.rmtree(final.parent / f".{final.name}.partial", ignore_errors=True)
+    """Removes what an export leaves behind, but not the folder that it was about to replace."""
+    scratch = final.parent / f".{final.name}.partial"
+    replaced = scratch / "replaced"
+    if replaced.exists() and not final.exists():
+        replaced.rename(final)
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _put_in_place(scratch: Path, final: Path) -> None:
@@ -160,8 +181,10 @@ def _build(
         options.check_experts()
         if options.is_half:
             checkpoint = scale_residual(checkpoint)
+    generation = generation_config(checkpoint)
     progress("writing the tokenizer")
     write_tokenizer(origin, folder)
+    _check_vocabulary(checkpoint, folder)
     ranges = None
     if options.precision == "w8a8":
         progress("calibrating")
@@ -171,7 +194,7 @@ def _build(
     rewrite(graph, checkpoint, options, ranges)
     shutil.rmtree(scratch / "traced")
     save(graph, folder / GRAPH_FILE, folder / WEIGHTS_FILE, progress)
-    _write_configs(checkpoint, folder)
+    _write_configs(checkpoint, generation, folder)
     manifest = {
         "source": source,
         **asdict(options),
@@ -182,6 +205,23 @@ def _build(
     }
     progress("computing digests")
     _write_manifest(folder, manifest)
+
+
+def _check_vocabulary(checkpoint: Checkpoint, folder: Path) -> None:
+    """Raises ExportError if a text of several languages has tokens that the model lacks.
+
+    A tokenizer may name more than the model has, as long as they are never used.
+    """
+    from generator_svc.export.calibration.activations import TEXT
+    from generator_svc.export.tokenizer_files import encode
+
+    highest = max(encode(folder, TEXT.read_text(encoding="utf-8")))
+    size = checkpoint.decoder.vocab_size
+    if highest >= size:
+        raise ExportError(
+            f"{checkpoint.source.label}: the tokenizer is another model's: it makes token {highest}"
+            f", and config.json has a vocab_size of {size}"
+        )
 
 
 def _calibrate(checkpoint: Checkpoint, folder: Path) -> Ranges:
@@ -227,10 +267,9 @@ def rewrite(
         half.to_half(graph)
 
 
-def _write_configs(checkpoint: Checkpoint, folder: Path) -> None:
+def _write_configs(checkpoint: Checkpoint, generation: dict[str, Any], folder: Path) -> None:
     from generator_svc.export.genai_config import genai_config
 
-    generation = generation_config(checkpoint)
     eos = generation["eos_token_id"]
     config = checkpoint.config
     genai = genai_config(
@@ -246,11 +285,14 @@ def _write_configs(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The checkpoint's own defaults; token ids alone where it has none."""
+    """The checkpoint's own defaults; token ids alone where it has none. Raises ExportError."""
     file = checkpoint.source.path / GENERATION_CONFIG
     generation: dict[str, Any] = {}
     if checkpoint.source.kind == "folder" and file.is_file():
-        generation = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            generation = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ExportError(f"{file}: not a JSON object: {error}") from None
     if checkpoint.source.label == EMBEDDED_MODEL:
         generation |= EMBEDDED_SAMPLING
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -258,7 +300,10 @@ def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
         if value is not None:
             generation.setdefault(name, value)
     if generation.get("eos_token_id") is None:
-        raise ExportError("the checkpoint names no end-of-sequence token")
+        raise ExportError(
+            f"{checkpoint.source.label}: names no end-of-sequence token (eos_token_id), neither in "
+            "generation_config.json nor in config.json"
+        )
     return generation
 
 

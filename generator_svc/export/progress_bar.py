@@ -51,6 +51,10 @@ class Steps:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if not self._console.is_terminal:
+            return
+        if error is None:
+            self._finish()
         self._bars.stop()
 
     def show(self, step: str, done: int = 0, total: int | None = None) -> None:
@@ -64,11 +68,14 @@ class Steps:
         if not self._console.is_terminal:
             self._console.print(step, markup=False, highlight=False)
             return
+        self._finish()
+        self._task = self._bars.add_task(step, total=None)
+
+    def _finish(self) -> None:
         if self._task is not None:
             last = self._bars.tasks[-1]
             end = last.total if last.total is not None else 1
             self._bars.update(last.id, completed=end, total=end)
-        self._task = self._bars.add_task(step, total=None)
 
 
 class _OfBytes(ProgressColumn):

@@ -91,6 +91,7 @@ def test_is_stopped_by_the_signal_that_its_process_gets(tmp_path: Path) -> None:
     _, told = process.communicate(timeout=120)
 
     assert process.returncode == 130
+    assert told.splitlines()[-1] == f"trivium export: interrupted; {out} is as it was before"
     assert "Traceback" not in told
     assert [".model.lock"] == [path.name for path in out.parent.iterdir()]
 

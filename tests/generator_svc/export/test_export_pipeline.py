@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from generator_svc.export import ExportError, ExportOptions, export_model, pipeline
+from generator_svc.export.progress import Progress
 from tests.tiny_models import tiny_checkpoint, tiny_model_directory
 from trivium.model_directory import load_model_directory
 
@@ -47,18 +49,61 @@ def test_progress_only_moves_forward(source, tmp_path):
     assert {total for _, total in counted} == {(tmp_path / "m" / "model.onnx.data").stat().st_size}
 
 
-def test_a_failure_leaves_nothing(source, tmp_path, monkeypatch):
-    """When a late step fails, neither the folder nor a half of it is there."""
+class Broken(Exception):
+    """What a step ends in."""
 
-    def fail(*_: object) -> None:
-        raise RuntimeError("disk full")
 
-    monkeypatch.setattr(pipeline, "_verify", fail)
+def fail_at(wanted: str) -> Progress:
+    def show(step: str, done: int = 0, total: int | None = None) -> None:
+        if step == wanted:
+            raise Broken
 
-    with pytest.raises(RuntimeError, match="disk full"):
-        export_model(source, tmp_path / "m", FP32)
+    return show
+
+
+@pytest.mark.parametrize("step", ["tracing", "writing the weights", "computing digests"])
+def test_a_failure_leaves_all_as_it_was(source, tmp_path, step):
+    """Whichever step fails: no folder where none was, and the former one where it was to go."""
+    with pytest.raises(Broken):
+        export_model(source, tmp_path / "m", FP32, fail_at(step))
 
     assert leftovers(tmp_path) == []
+
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "mine").touch()
+    with pytest.raises(Broken):
+        export_model(source, tmp_path / "m", FP32, fail_at(step), force=True)
+
+    assert leftovers(tmp_path) == ["m"]
+    assert ["mine"] == leftovers(tmp_path / "m")
+
+
+def test_a_folder_that_was_about_to_be_replaced_comes_back(source, tmp_path):
+    """As when the power fails between the two renames of --force."""
+    moved = tmp_path / ".m.partial" / "replaced"
+    moved.mkdir(parents=True)
+    (moved / "mine").touch()
+
+    with pytest.raises(ExportError, match="exists already"):
+        export_model(source, tmp_path / "m", FP32)
+
+    assert leftovers(tmp_path) == ["m"]
+    assert ["mine"] == leftovers(tmp_path / "m")
+
+
+def test_a_checkpoint_that_never_ends_is_refused_at_once(tmp_path):
+    """Without an end-of-sequence token no answer would end. Told before the long steps."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint("llama"), folder)
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    steps: list[str] = []
+
+    with pytest.raises(ExportError, match="names no end-of-sequence token"):
+        export_model(str(folder), tmp_path / "m", FP32, lambda step, *_: steps.append(step))
+
+    assert steps == ["fetching", "opening the checkpoint"]
 
 
 def test_a_killed_export_leaves_no_folder_and_the_next_one_works(source, tmp_path):
@@ -96,6 +141,7 @@ def test_exporters_to_one_place_wait_for_each_other(source, tmp_path):
         thread.join()
 
     assert steps.count("tracing") == 1
+    assert steps.count("waiting for another export to this folder") == 1
     assert load_model_directory(tmp_path / "m").num_layers == 3
 
 
