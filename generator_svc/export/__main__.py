@@ -65,7 +65,8 @@ def export(
     force: Annotated[bool, typer.Option(help="Replace a folder that is there already.")] = False,
 ) -> None:
     """Makes a model folder from a checkpoint."""
-    console = Console(stderr=True)
+    # Of its own, for the steps redirect sys.stderr while libraries chatter.
+    console = Console(file=sys.stderr)
     missing = missing_packages()
     if missing:
         console.print(how_to_install(missing), markup=False, highlight=False, soft_wrap=True)

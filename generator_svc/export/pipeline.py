@@ -151,7 +151,7 @@ def _is_current(folder: Path, wanted: dict[str, Any]) -> bool:
     except (OSError, ValueError):
         manifest = {}
     if any(manifest.get(key) != value for key, value in wanted.items()):
-        raise ExportError(f"{folder} exists already and is something else")
+        raise ExportError(f"{folder} exists already and is something else; --force replaces it")
     try:
         load_model_directory(folder)
     except ModelDirectoryError:

@@ -13,6 +13,7 @@ from itertools import groupby
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from generator_svc.export import ExportError, ExportOptions, export_model, pipeline
 from generator_svc.export.progress import Progress
@@ -104,6 +105,20 @@ def test_a_checkpoint_that_never_ends_is_refused_at_once(tmp_path):
         export_model(str(folder), tmp_path / "m", FP32, lambda step, *_: steps.append(step))
 
     assert steps == ["fetching", "opening the checkpoint"]
+
+
+def test_the_tokenizer_of_another_model_is_refused_at_once(tmp_path):
+    """Its tokens have no embedding."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint("llama"), folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:300].clone()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+
+    with pytest.raises(ExportError, match=r"another model's: it makes token 5\d\d, and .* vocab_size of 300"):
+        export_model(str(folder), tmp_path / "m", FP32, fail_at("tracing"))
 
 
 def test_a_killed_export_leaves_no_folder_and_the_next_one_works(source, tmp_path):

@@ -10,46 +10,53 @@ from rich.console import Console
 from generator_svc.export.progress_bar import Steps
 
 
-def shown(error: Exception | None, *, is_terminal: bool) -> list[str]:
-    """The last state of each line after two steps, of which the second counts bytes."""
+class Broken(Exception):
+    """What a step ends in."""
+
+
+def shown(*, fails: bool, is_terminal: bool) -> list[str]:
+    """All lines that are written for two steps, of which the first counts bytes."""
     output = io.StringIO()
     console = Console(file=output, force_terminal=is_terminal, width=100, color_system=None)
     try:
         with Steps(console) as steps:
-            steps.show("tracing")
             steps.show("writing the weights", 0, 2_000_000)
-            steps.show("writing the weights", 2_000_000 if error is None else 500_000, 2_000_000)
-            if error is not None:
-                raise error
-    except ValueError:
+            steps.show("writing the weights", 500_000, 2_000_000)
+            if fails:
+                raise Broken
+            steps.show("writing the weights", 2_000_000, 2_000_000)
+            steps.show("computing digests")
+    except Broken:
         pass
-    lines = output.getvalue().splitlines()
-    return [
-        next(line for line in reversed(lines) if step in line)
-        for step in ("tracing", "writing the weights")
-    ]
+    return output.getvalue().splitlines()
+
+
+def last(lines: list[str], step: str) -> str:
+    return next(line for line in reversed(lines) if step in line)
 
 
 def test_steps_and_bytes_on_a_terminal() -> None:
-    """Steps that are done are ticked; one that counts bytes says how many, and the time left."""
-    tracing, weights = shown(None, is_terminal=True)
+    """Steps that are done are ticked, the last one too; those that count bytes say how many."""
+    lines = shown(fails=False, is_terminal=True)
+    weights, digests = last(lines, "writing the weights"), last(lines, "computing digests")
 
-    assert "✓ tracing" in tracing
-    assert "MB" not in tracing
     assert "✓ writing the weights" in weights
     assert "2.0/2.0 MB" in weights
+    assert "✓ computing digests" in digests
+    assert "MB" not in digests
 
 
 def test_a_step_that_failed_is_not_ticked() -> None:
     """It stays as far as it came."""
-    tracing, weights = shown(ValueError(), is_terminal=True)
+    weights = last(shown(fails=True, is_terminal=True), "writing the weights")
 
-    assert "✓ tracing" in tracing
     assert "✓" not in weights
     assert "0.5/2.0 MB" in weights
 
 
-@pytest.mark.parametrize("error", [None, ValueError()])
-def test_a_line_for_each_step_elsewhere(error: Exception | None) -> None:
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_line_for_each_step_elsewhere(fails: bool) -> None:
     """Without escape sequences, and not one for each byte."""
-    assert ["tracing", "writing the weights"] == shown(error, is_terminal=False)
+    steps = ["writing the weights", *(["computing digests"] if not fails else [])]
+
+    assert steps == shown(fails=fails, is_terminal=False)

@@ -28,6 +28,16 @@ sys.exit(status)
 """
 
 
+# Promises room that is not there, as when somebody else fills the disk meanwhile.
+WITH_FALSE_PROMISE = """
+import collections, runpy, shutil
+usage = collections.namedtuple("usage", "total used free")
+shutil.disk_usage = lambda folder: usage(2**40, 0, 2**40)
+runpy.run_module("generator_svc.export", run_name="__main__", alter_sys=True)
+"""
+EXPORT = ("-m", "generator_svc.export")
+
+
 @pytest.fixture(scope="module")
 def source() -> str:
     return str(tiny_checkpoint())
@@ -63,14 +73,27 @@ def test_a_write_that_is_refused(source: str, tmp_path: Path, limit: int) -> Non
     assert [] == leftovers(out.parent)
 
 
-@pytest.mark.parametrize("size", ["16k", "200k", "700k"])
-def test_a_disk_that_is_full(source: str, tmp_path: Path, size: str) -> None:
-    """The same, on a real file system without room; where one may be mounted."""
+@pytest.mark.parametrize(
+    ("size", "script"),
+    [
+        ("16k", EXPORT),
+        ("200k", EXPORT),
+        ("700k", EXPORT),
+        ("700k", ("-c", WITH_FALSE_PROMISE)),
+    ],
+)
+def test_a_disk_that_is_full(
+    source: str, tmp_path: Path, size: str, script: tuple[str, str]
+) -> None:
+    """The same, on a real file system without room; where one may be mounted.
+
+    The last one is full in the midst of the weights.
+    """
     isolated = ("unshare", "--map-root-user", "--mount")
     if subprocess.run([*isolated, "true"], capture_output=True, check=False).returncode:
         pytest.skip("no file system may be mounted here")
     out = tmp_path / "m"
-    command = (sys.executable, "-m", "generator_svc.export", source, "--precision", "fp32")
+    command = (sys.executable, *script, source, "--precision", "fp32")
     disk = (sys.executable, "-c", ON_SMALL_DISK, size, str(tmp_path))
     done = subprocess.run(
         [*isolated, *disk, *command, "--out", str(out)], cwd=ROOT, capture_output=True, text=True
