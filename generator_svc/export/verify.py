@@ -18,9 +18,9 @@ from generator_svc.export.checkpoint.checkpoint import Checkpoint
 from generator_svc.export.checkpoint.decoder import Decoder
 from generator_svc.export.graph.pieces import CutGraph, Piece
 from generator_svc.export.progress import Progress, silent
+from generator_svc.export.weights.matrix import Array
 from trivium.host_limits import cpu_limit
 
-Array = np.ndarray[Any, Any]
 Arrays = dict[str, Array]
 PAST, PRESENT = "past_key_values.", "present."
 

@@ -24,7 +24,7 @@ from generator_svc.export.checkpoint.mxfp4 import FLOAT16_EXPONENTS
 from generator_svc.export.errors import ExportError
 from generator_svc.export.progress import Progress, silent
 from generator_svc.export.verify import Agreement, compare
-from generator_svc.export.weights.blocks import Array
+from generator_svc.export.weights.matrix import Array
 
 EXACT_PRODUCTS = "ORT_QMOE_CPU_QNBIT_GEMM"
 TWIN_LAYERS = 2  # one with a window, one without

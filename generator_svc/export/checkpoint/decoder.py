@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
 
 from generator_svc.export.checkpoint.experts import ExpertMatrices
+from generator_svc.export.weights.matrix import Array
 
 
 @dataclass(frozen=True)
@@ -20,7 +18,7 @@ class LayerAttention:
 
     scale: float
     window: int | None
-    sinks: np.ndarray[Any, Any] | None = None
+    sinks: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,8 @@ class Decoder:
     norm_epsilon: float
     tied_embeddings: bool
     layers: tuple[LayerAttention, ...]
-    cos: np.ndarray[Any, Any]
-    sin: np.ndarray[Any, Any]
+    cos: Array
+    sin: Array
     experts: Experts | None = None
 
     @property

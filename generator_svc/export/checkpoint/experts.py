@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from generator_svc.export.checkpoint import mxfp4
 from generator_svc.export.checkpoint.tensors import Tensors
 from generator_svc.export.errors import ExportError
-
-Array = np.ndarray[Any, Any]
+from generator_svc.export.weights.matrix import Array
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,10 @@ specification 1.0. Every e2m1 value is half a whole number, so int8 with half th
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from generator_svc.export.errors import ExportError
-
-Array = np.ndarray[Any, Any]
+from generator_svc.export.weights.matrix import Array
 
 BLOCK_SIZE = 32
 ZERO_POINT = 128

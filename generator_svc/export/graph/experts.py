@@ -22,7 +22,8 @@ from generator_svc.export.graph.attention import module_output
 from generator_svc.export.graph.graph import MICROSOFT, Graph
 from generator_svc.export.options import ExportOptions
 from generator_svc.export.weights import int4, int8
-from generator_svc.export.weights.blocks import BLOCK_SIZE, Array
+from generator_svc.export.weights.blocks import BLOCK_SIZE
+from generator_svc.export.weights.matrix import Array
 from generator_svc.export.weights.packing import Packed, Packing
 
 Form = Literal["float", "int8", "int4", "fp4"]

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from generator_svc.export.weights.matrix import Matrix
+from generator_svc.export.weights.matrix import Array, Matrix
 from generator_svc.export.weights.packing import Packed, Packing
 
 MICROSOFT = "com.microsoft"
@@ -59,12 +59,12 @@ class Graph:
     def consumers(self, tensor: str) -> list[NodeProto]:
         return [node for node in self.nodes.values() if tensor in node.input]
 
-    def array(self, name: str) -> np.ndarray[Any, Any]:
+    def array(self, name: str) -> Array:
         """The value of an initializer."""
-        value: np.ndarray[Any, Any] = numpy_helper.to_array(self.initializers[name])
+        value: Array = numpy_helper.to_array(self.initializers[name])
         return value
 
-    def constant(self, name: str, value: np.ndarray[Any, Any]) -> str:
+    def constant(self, name: str, value: Array) -> str:
         """Adds an initializer and returns its name; an equal name is reused."""
         if name not in self.initializers:
             self.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)

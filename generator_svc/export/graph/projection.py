@@ -6,13 +6,11 @@ that is split afterwards. Fewer, wider products keep more of the machine busy.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from onnx import NodeProto
 
 from generator_svc.export.graph.graph import Graph
-from generator_svc.export.weights.matrix import stack
+from generator_svc.export.weights.matrix import Array, stack
 
 
 def join_projections(graph: Graph, num_layers: int) -> None:
@@ -69,7 +67,7 @@ def _joined_product(graph: Graph, parts: list[str], name: str) -> str | None:
     return graph.add("Add", f"{name}/Add", [output, bias])
 
 
-def _bias(graph: Graph, part: str) -> np.ndarray[Any, Any] | None:
+def _bias(graph: Graph, part: str) -> Array | None:
     node: NodeProto | None = graph.node(f"{part}/Add")
     if node is None:
         return None

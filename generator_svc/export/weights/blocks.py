@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-Array = np.ndarray[Any, Any]
+from generator_svc.export.weights.matrix import Array
 
 BLOCK_SIZE = 32
 

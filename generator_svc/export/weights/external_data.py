@@ -21,7 +21,8 @@ from onnx import TensorProto
 
 from generator_svc.export.graph.graph import Graph
 from generator_svc.export.progress import Progress, silent
-from generator_svc.export.weights.packing import Array, Packed, Packing, pack_matrix
+from generator_svc.export.weights.matrix import Array
+from generator_svc.export.weights.packing import Packed, Packing, pack_matrix
 from trivium.host_limits import cpu_limit
 
 # ONNX Runtime 1.31 reads up to 13, and older readers of the layout want less.

@@ -23,7 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from generator_svc.export.weights.blocks import BLOCK_SIZE, Array, cut
+from generator_svc.export.weights.blocks import BLOCK_SIZE, cut
+from generator_svc.export.weights.matrix import Array
 from trivium.host_limits import cpu_limit
 
 ZERO_POINT = 8  # what MatMulNBits takes when it is given none

@@ -8,7 +8,8 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
     DefaultWeightOnlyQuantizer,
 )
 
-from generator_svc.export.weights.blocks import BLOCK_SIZE, Array, cut
+from generator_svc.export.weights.blocks import BLOCK_SIZE, cut
+from generator_svc.export.weights.matrix import Array
 
 ZERO_POINT = 128  # what MatMulNBits takes when it is given none
 LARGEST = np.float32(127)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from generator_svc.export.weights.blocks import Array
+from generator_svc.export.weights.matrix import Array
 
 LARGEST = np.float32(127)
 

@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper
 
-from generator_svc.export.weights.matrix import Matrix
-
-Array = np.ndarray[Any, Any]
+from generator_svc.export.weights.matrix import Array, Matrix
 
 
 @dataclass
