@@ -27,6 +27,8 @@ COPIED = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
+# What transformers raises for files that are missing, damaged or not what it expects.
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -71,9 +73,14 @@ def _convert_slow(source: Source, folder: Path) -> None:
     try:
         with quiet_libraries():
             tokenizer = AutoTokenizer.from_pretrained(source.path)
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{source.label}: no tokenizer that can be read: {error}") from error
+    except _UNREADABLE as error:
+        raise _no_tokenizer(source.label, error) from error
     _save(tokenizer, folder)
+
+
+def _no_tokenizer(label: str, error: Exception) -> ExportError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return ExportError(f"{label}: no tokenizer that can be read: {reason}")
 
 
 def _save(tokenizer: Any, folder: Path) -> None:
@@ -111,8 +118,11 @@ def _extract_chat_template(folder: Path) -> None:
 
 def _convert_gguf(path: Path, folder: Path) -> None:
     metadata = gguf_metadata(path)
-    with quiet_libraries():
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    try:
+        with quiet_libraries():
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except _UNREADABLE as error:
+        raise _no_tokenizer(str(path), error) from error
     _save(tokenizer, folder)
     file = folder / TOKENIZER_FILE
     content = json.loads(file.read_text(encoding="utf-8"))

