@@ -16,6 +16,7 @@ import torch
 
 from generator_svc.export.checkpoint.checkpoint import Checkpoint
 from generator_svc.export.checkpoint.decoder import Decoder
+from generator_svc.export.errors import ExportError
 from generator_svc.export.graph.pieces import CutGraph, Piece
 from generator_svc.export.progress import Progress, silent
 from generator_svc.export.weights.matrix import Array
@@ -162,6 +163,7 @@ def compare(
     """Runs both over `tokens` (at least two), then generates a few tokens greedily with both.
 
     A model that has to be run in pieces is not let generate: each token would read all of it.
+    Raises ExportError for logits that are no numbers.
     """
     runner = GraphRunner(graph, checkpoint.decoder)
     progress("running the checkpoint")
@@ -169,6 +171,11 @@ def compare(
         reference = checkpoint.model(torch.tensor([tokens])).logits[0].numpy()
     progress("verifying")
     exported = runner.run(tokens, progress)
+    if not np.isfinite(exported).all():
+        raise ExportError(
+            f"{checkpoint.source.label}: the exported graph computes NaN or infinity where the "
+            "checkpoint does not: its activations exceed float16; take --precision fp32"
+        )
     ours, theirs = _log_softmax(exported), _log_softmax(reference)
     following = np.array(tokens[1:])
     steps = np.arange(len(following))

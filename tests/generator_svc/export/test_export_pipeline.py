@@ -117,8 +117,24 @@ def test_the_tokenizer_of_another_model_is_refused_at_once(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
 
-    with pytest.raises(ExportError, match=r"another model's: it makes token 5\d\d, and .* vocab_size of 300"):
+    told = r"another model's: it makes token 5\d\d, and config.json has a vocab_size of 300"
+    with pytest.raises(ExportError, match=told):
         export_model(str(folder), tmp_path / "m", FP32, fail_at("tracing"))
+
+
+def test_activations_that_float16_cannot_hold_are_told(tmp_path):
+    """As bfloat16 checkpoints may have them. Every answer would be noise."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint("llama"), folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"] *= 1e4
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    said = r"NaN or infinity where the checkpoint does not: .* exceed float16"
+
+    with pytest.raises(ExportError, match=said):
+        export_model(str(folder), tmp_path / "m", ExportOptions("fp16", "cuda"))
+
+    assert leftovers(tmp_path) == ["checkpoint"]
 
 
 def test_a_killed_export_leaves_no_folder_and_the_next_one_works(source, tmp_path):
