@@ -234,3 +234,14 @@ def _train(model: Any, parameters: list[Any], lessons: list[list[list[int]]]) ->
         (losses.sum() / (losses > 0).sum()).backward()
         optimizer.step()
     raise AssertionError("the lessons were not learnt")
+
+
+def in_transformers(folder: Path) -> Any:
+    """The model without quantisation, float32; MXFP4 values are exact in it."""
+    import torch
+    from transformers import AutoModelForCausalLM, Mxfp4Config
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=Mxfp4Config(dequantize=True)
+    )
+    return model.float().eval()

@@ -18,7 +18,6 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Mxfp4Config
 
 from generator_svc.export import ExportError, ExportOptions, export_model
 from generator_svc.export.checkpoint.checkpoint import load_checkpoint
@@ -30,20 +29,12 @@ from generator_svc.export.verify import GraphRunner
 from generator_svc.export.verify_experts import EXACT_PRODUCTS, check_packed
 from generator_svc.export.weights import int4
 from generator_svc.export.weights.external_data import save
-from tests.tiny_gpt_oss import END_TOKENS
+from tests.tiny_gpt_oss import END_TOKENS, in_transformers
 from tests.tiny_models import tiny_checkpoint, tiny_model_directory
 from trivium.model_directory import ModelDirectory, load_model_directory
 
 TOLERANCE = 1e-4
 PARTS = ("gate_up_proj", "down_proj")
-
-
-def in_transformers(folder: Path):
-    """The model without quantisation, float32; MXFP4 values are exact in it."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=Mxfp4Config(dequantize=True)
-    )
-    return model.float().eval()
 
 
 @cache

@@ -17,6 +17,7 @@ from generator_svc.export.checkpoint.checkpoint import (
 )
 from generator_svc.export.checkpoint.config import translate_rope
 from generator_svc.export.checkpoint.source import locate
+from tests.tiny_gpt_oss import in_transformers
 from tests.tiny_models import FAMILIES, tiny_checkpoint, tiny_model_directory
 from trivium.model_directory import ModelDirectory, load_model_directory
 
@@ -37,6 +38,8 @@ def checkpoint(family: str) -> Checkpoint:
 def pytorch(family: str) -> PreTrainedModel:
     """The checkpoint as transformers itself loads it."""
     folder = tiny_checkpoint(family)
+    if family == "gpt-oss":
+        return in_transformers(folder)
     config = translate_rope(json.loads((folder / "config.json").read_text()))
     model_type = config.pop("model_type")
     with quiet_libraries():
