@@ -91,6 +91,22 @@ class GeneratorSettings(BaseSettings):
     max_queued_tokens: int = Field(
         400_000, ge=1, description="Maximum prompt tokens waiting for a slot; more get 429."
     )
+    max_messages_per_second: float = Field(
+        1000.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Messages per second beyond which the tokens of a stream are merged, so that "
+        "delivering them costs a bounded share of a core in each stage. The interval between two "
+        "messages of a stream is then the number of streams divided by this. First and last "
+        "tokens are sent at once and do not count.",
+    )
+    max_message_interval_ms: int = Field(
+        100,
+        ge=0,
+        le=5_000,
+        description="Maximum of that interval, however many streams there are and messages that "
+        "makes (ms). 0: every token is sent at once.",
+    )
     constraint_cache_bytes: int = Field(
         16 * 2**20, ge=0, description="Size of the LRU cache of compiled constraints, in bytes."
     )

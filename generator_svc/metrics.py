@@ -6,7 +6,7 @@ it: then it is the engine's.
 Gauges and the engine's own counters are read at scrape time, so steps pay nothing.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -15,9 +15,11 @@ from prometheus_client.registry import Collector, CollectorRegistry
 
 from generator_svc.engine import Load
 from generator_svc.metering import Meter
+from generator_svc.sequence import SequenceUpdate
 
 _FIRST_TOKEN_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 _NEXT_TOKEN_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+_MESSAGE_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 
 
 class RequestMetrics:
@@ -46,10 +48,18 @@ class RequestMetrics:
         ).labels(**labels)
         self.next_token = Histogram(
             "trivium_engine_inter_token_latency_seconds",
-            "Time between two tokens of a sequence",
+            "Time between two tokens of a sequence, as they arise; in how many messages they leave "
+            "says trivium_engine_message_tokens",
             ["model_name"],
             registry=registry,
             buckets=_NEXT_TOKEN_BUCKETS,
+        ).labels(**labels)
+        self._message_tokens = Histogram(
+            "trivium_engine_message_tokens",
+            "Tokens of a message to a caller, those of all its choices: 1 unless they are merged",
+            ["model_name"],
+            registry=registry,
+            buckets=_MESSAGE_BUCKETS,
         ).labels(**labels)
         self._finished = Counter(
             "trivium_engine_calls",
@@ -58,6 +68,10 @@ class RequestMetrics:
             registry=registry,
         )
         self._model = model
+
+    def sent(self, updates: Sequence[SequenceUpdate]) -> None:
+        """Counts a message with these updates."""
+        self._message_tokens.observe(sum(update.token is not None for update in updates))
 
     def finished(self, reason: str) -> None:
         """Counts a call that ended."""

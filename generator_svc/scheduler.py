@@ -153,7 +153,9 @@ class Scheduler:
             if sequence.finish_reason is not None:
                 self.finish(sequence, sequence.finish_reason)
             ended = sequence.status is SequenceStatus.FINISHED
-            updates.append(SequenceUpdate(sequence.group, sequence, token, ended))
+            is_urgent = ended or sequence.generated == 1
+            update = SequenceUpdate(sequence.group, sequence, token, ended, is_urgent=is_urgent)
+            updates.append(update)
         return updates
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:

@@ -188,13 +188,17 @@ class Sequence:
 
 @dataclass(frozen=True)
 class SequenceUpdate:
-    """A sequence's new token and/or end after one step; or its group's failure, as `error`."""
+    """A sequence's new token and/or end after one step; or its group's failure, as `error`.
+
+    `is_urgent` where somebody waits for it: the first token and the end.
+    """
 
     group: "SequenceGroup"
     sequence: Sequence
     token: SampledToken | None = None
     is_finished: bool = False
     error: BaseException | None = None
+    is_urgent: bool = True
 
 
 class SequenceGroup:

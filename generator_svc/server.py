@@ -15,6 +15,7 @@ from generator_svc.constraint.compiler import ConstraintCompiler
 from generator_svc.convert import Limits
 from generator_svc.cuda import CudaError
 from generator_svc.default_sampling import default_sampling
+from generator_svc.delivery import UpdateDispatcher
 from generator_svc.device import DeviceError, choose_device
 from generator_svc.engine import Engine
 from generator_svc.kv_cache import SlotCache
@@ -26,7 +27,7 @@ from generator_svc.prefill_cost import PrefillCostModel
 from generator_svc.run.runner import OrtRunner
 from generator_svc.scheduler import Scheduler
 from generator_svc.sequence import SequenceUpdate
-from generator_svc.service import GeneratorService, UpdateDispatcher
+from generator_svc.service import GeneratorService
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.generator.v1.generator_pb2_grpc import add_GeneratorServiceServicer_to_server
 from trivium.host_limits import cpu_limit
@@ -183,7 +184,10 @@ async def serve_constrained(
         loop.call_soon_threadsafe(faulted.set)
 
     meter = Meter()
-    engine = build_engine(settings, runner, meter, UpdateDispatcher(loop).deliver, report_fault)
+    dispatcher = UpdateDispatcher(
+        loop, settings.max_messages_per_second, settings.max_message_interval_ms / 1000
+    )
+    engine = build_engine(settings, runner, meter, dispatcher.deliver, report_fault)
     await asyncio.to_thread(engine.start, functools.partial(warm_up, runner, meter))
     info = describe(model, runner, settings)
     registry = CollectorRegistry()

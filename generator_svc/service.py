@@ -28,6 +28,7 @@ from generator_svc.convert import (
     to_load_interval,
     to_response,
 )
+from generator_svc.delivery import UpdateQueue
 from generator_svc.engine import Engine, Load
 from generator_svc.metrics import RequestMetrics
 from generator_svc.sequence import (
@@ -36,7 +37,6 @@ from generator_svc.sequence import (
     EngineRequest,
     FinishReason,
     SequenceGroup,
-    SequenceUpdate,
 )
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.generator.v1 import generator_pb2_grpc as pb_grpc
@@ -49,66 +49,6 @@ Call = grpc.aio.ServicerContext[Any, Any]
 
 _LOAD_REPORT_SECONDS = 5.0  # between two reports of a load, even of an unchanged one, at most
 _MAX_RETRY_SECONDS = 60
-
-
-class UpdateQueue:
-    """A call's pending updates. For the event loop's thread."""
-
-    def __init__(self) -> None:
-        self._updates: list[SequenceUpdate] = []
-        self._ready = asyncio.Event()
-
-    def put(self, update: SequenceUpdate) -> None:
-        """Adds an update."""
-        self._updates.append(update)
-        self._ready.set()
-
-    async def take(self) -> list[SequenceUpdate]:
-        """Waits for at least one update and returns all pending ones."""
-        await self._ready.wait()
-        self._ready.clear()
-        updates, self._updates = self._updates, []
-        return updates
-
-
-class UpdateDispatcher:
-    """Hands updates from the engine's thread to their calls' queues, a whole step at a time."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-
-    def deliver(self, updates: list[SequenceUpdate]) -> None:
-        """Hands over a step's updates; called on the engine's thread."""
-        self._loop.call_soon_threadsafe(self._dispatch, updates)
-
-    @staticmethod
-    def _dispatch(updates: list[SequenceUpdate]) -> None:
-        for update in updates:
-            update.group.tag.put(update)
-
-
-class _TokenTimer:
-    """Observes a call's TTFT and inter-token latencies."""
-
-    def __init__(self, metrics: RequestMetrics) -> None:
-        self._metrics = metrics
-        self._arrival = time.monotonic()
-        self._last: dict[int, float] = {}
-
-    def observe(self, updates: list[SequenceUpdate]) -> None:
-        now = time.monotonic()
-        for update in updates:
-            if update.token is None:
-                continue
-            index = update.sequence.index
-            if not self._last:
-                self._metrics.first_token.observe(now - self._arrival)
-                self._metrics.prompt_tokens.inc(update.sequence.prompt_length)
-                self._metrics.cached_tokens.inc(update.sequence.cached_prompt_tokens)
-            elif index in self._last:
-                self._metrics.next_token.observe(now - self._last[index])
-            self._last[index] = now
-            self._metrics.generation_tokens.inc()
 
 
 def _to_service_error(error: BaseException) -> ServiceError:
@@ -152,9 +92,8 @@ class GeneratorService(pb_grpc.GeneratorServiceServicer):
     async def Generate(
         self, request_iterator: AsyncIterator[pb.GenerateRequest], context: Call
     ) -> AsyncIterator[pb.GenerateResponse]:
-        timer = _TokenTimer(self._metrics)
+        queue = UpdateQueue(self._metrics)
         request = await self._receive_request(request_iterator)
-        queue = UpdateQueue()
         group = self._submit(request, queue)
         self._submitted += 1
         self._busy.set()
@@ -164,12 +103,12 @@ class GeneratorService(pb_grpc.GeneratorServiceServicer):
             running = request.n
             while running:
                 updates = await queue.take()
-                timer.observe(updates)
                 for update in updates:
                     if update.error is not None:
                         outcome = FinishReason.FAILED
                         raise _to_service_error(update.error)
                 running -= sum(update.is_finished for update in updates)
+                self._metrics.sent(updates)
                 yield to_response(updates)
             outcome = group.sequences[0].finish_reason or outcome
         finally:

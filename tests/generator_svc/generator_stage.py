@@ -5,6 +5,7 @@ import contextlib
 import time
 from pathlib import Path
 
+import numpy as np
 import prometheus_client
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import CollectorRegistry
@@ -12,14 +13,15 @@ from prometheus_client.registry import CollectorRegistry
 from generator_svc.admission import Admission
 from generator_svc.constraint.compiler import ConstraintCompiler
 from generator_svc.convert import Limits
+from generator_svc.delivery import UpdateDispatcher
 from generator_svc.engine import Engine
 from generator_svc.kv_cache import SlotCache
 from generator_svc.metering import Meter
 from generator_svc.metrics import EngineCollector, RequestMetrics
 from generator_svc.scheduler import Scheduler
 from generator_svc.sequence import SamplingParams
-from generator_svc.service import GeneratorService, UpdateDispatcher
-from tests.fakes import EOS, FixedPrefillCost, ScriptedRunner, scripted_logits
+from generator_svc.service import GeneratorService
+from tests.fakes import EOS, VOCABULARY, FixedPrefillCost, ScriptedRunner, scripted_logits
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.generator.v1 import generator_pb2_grpc as pb_grpc
 from trivium.wire.channel import open_channel
@@ -45,7 +47,15 @@ class Stage:
     """A running stage and a client of it."""
 
     def __init__(
-        self, slots=4, slot_length=64, logits=scripted_logits, tokenizer=None, cost=None, **queue
+        self,
+        slots=4,
+        slot_length=64,
+        logits=scripted_logits,
+        tokenizer=None,
+        cost=None,
+        max_messages_per_second=1000,
+        max_interval_seconds=0.1,
+        **queue,
     ):
         vocabulary = len(logits([2]))
         eos = tokenizer.eos if tokenizer else EOS
@@ -62,7 +72,9 @@ class Stage:
             self.runner,
             self.meter,
             Admission(queue.get("requests", 100), queue.get("tokens", 100_000)),
-            UpdateDispatcher(asyncio.get_running_loop()).deliver,
+            UpdateDispatcher(
+                asyncio.get_running_loop(), max_messages_per_second, max_interval_seconds
+            ).deliver,
             lambda fault: None,
         )
         self.registry.register(EngineCollector(self.engine.load, self.meter, "m"))
@@ -157,3 +169,18 @@ def collected(messages):
             if update.HasField("finished"):
                 finished[update.index] = update.finished
     return tokens, finished
+
+
+def by_last_token(context):
+    """Cheap logits for long answers; token 1, the end, never comes."""
+    logits = np.zeros(VOCABULARY, np.float32)
+    logits[2 + (context[-1] * 5 + 3) % (VOCABULARY - 2)] = 9.0
+    return logits
+
+
+def long_answer(first, count):
+    """What `by_last_token` makes the model say after a prompt that ends with `first`."""
+    tokens = [first]
+    for _ in range(count):
+        tokens.append(2 + (tokens[-1] * 5 + 3) % (VOCABULARY - 2))
+    return tokens[1:]

@@ -13,8 +13,15 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
-from tests.fakes import VOCABULARY, FixedPrefillCost, greedy, scripted_logits
-from tests.generator_svc.generator_stage import SERVICE, Stage, collected, until_load
+from tests.fakes import FixedPrefillCost, greedy, scripted_logits
+from tests.generator_svc.generator_stage import (
+    SERVICE,
+    Stage,
+    by_last_token,
+    collected,
+    long_answer,
+    until_load,
+)
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.sampling.v1.sampling_pb2 import SamplingParams
 from trivium.wire.errors import INTERNAL_MESSAGE
@@ -26,20 +33,6 @@ STALLING = 0.02  # seconds a step: a slot of 4096 tokens would take longer than 
 async def stage():
     async with Stage().running() as stage:
         yield stage
-
-
-def _by_last_token(context):
-    """Cheap logits for long answers; token 1, the end, never comes."""
-    logits = np.zeros(VOCABULARY, np.float32)
-    logits[2 + (context[-1] * 5 + 3) % (VOCABULARY - 2)] = 9.0
-    return logits
-
-
-def _long_answer(first, count):
-    tokens = [first]
-    for _ in range(count):
-        tokens.append(2 + (tokens[-1] * 5 + 3) % (VOCABULARY - 2))
-    return tokens[1:]
 
 
 async def _error(call):
@@ -134,7 +127,7 @@ async def test_a_stopped_choice_finishes_with_exact_counts_and_the_others_go_on(
 
 async def test_what_gathers_while_a_message_is_written_goes_out_as_one():
     """The first token goes out at once; the rest waits for the reader and is complete."""
-    stage = Stage(slot_length=1024, logits=_by_last_token)
+    stage = Stage(slot_length=1024, logits=by_last_token)
     async with stage.running():
         start = pb.StartGeneration(
             revision="r1", prompt_token_ids=[4, 5], max_new_tokens=400, n=2, top_logprobs=1
@@ -150,14 +143,14 @@ async def test_what_gathers_while_a_message_is_written_goes_out_as_one():
 
     tokens, finished = collected(messages)
     assert [1, 2] == [len(message.updates) for message in messages]
-    assert {0: _long_answer(5, 400), 1: _long_answer(5, 400)} == tokens
+    assert {0: long_answer(5, 400), 1: long_answer(5, 400)} == tokens
     assert {0, 1} == finished.keys()
     assert all(len(u.token_ids) == len(u.logprobs) for m in messages for u in m.updates)
 
 
 async def test_a_slow_reader_loses_nothing_and_holds_nobody_up():
     """The engine is done long before the reader reads on; fewer messages than tokens come."""
-    stage = Stage(slot_length=4096, logits=_by_last_token)
+    stage = Stage(slot_length=4096, logits=by_last_token)
     async with stage.running():
         call = await stage.call([4, 5], max_new_tokens=1500, top_logprobs=20)
         messages = [await anext(aiter(call))]
@@ -165,7 +158,7 @@ async def test_a_slow_reader_loses_nothing_and_holds_nobody_up():
         messages += [message async for message in call]
 
     tokens, _ = collected(messages)
-    assert {0: _long_answer(5, 1500)} == tokens
+    assert {0: long_answer(5, 1500)} == tokens
     assert len(messages) < 1500
 
 
@@ -190,7 +183,7 @@ async def _queued(stage):
 @pytest.mark.parametrize("met", [_queued, _prefilling, _decoding])
 async def test_a_cancelled_call_frees_what_it_holds(met, caplog):
     """Queued, in prefill or decoding, with open sending sides; and nothing is logged as a fault."""
-    stage = Stage(slots=1, slot_length=4096, logits=_by_last_token)
+    stage = Stage(slots=1, slot_length=4096, logits=by_last_token)
     async with stage.running():
         stage.runner.delay = STALLING
         first = await _decoding(stage) if met is _queued else None
@@ -204,13 +197,13 @@ async def test_a_cancelled_call_frees_what_it_holds(met, caplog):
         stage.runner.delay = 0.0
         tokens, _ = await stage.generate([4, 5], max_new_tokens=3)
 
-    assert {0: _long_answer(5, 3)} == tokens
+    assert {0: long_answer(5, 3)} == tokens
     assert [] == [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 async def test_a_deadline_frees_what_the_call_holds():
     """The caller hears DEADLINE_EXCEEDED."""
-    stage = Stage(slots=1, slot_length=4096, logits=_by_last_token)
+    stage = Stage(slots=1, slot_length=4096, logits=by_last_token)
     async with stage.running():
         stage.runner.delay = STALLING
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -228,7 +221,7 @@ async def test_the_time_to_try_again_is_what_the_queue_takes():
         def cost(self, start):
             return 2e9
 
-    stage = Stage(slots=1, slot_length=4096, logits=_by_last_token, cost=SlowPrefill(8), requests=1)
+    stage = Stage(slots=1, slot_length=4096, logits=by_last_token, cost=SlowPrefill(8), requests=1)
     async with stage.running():
         stage.runner.delay = 0.002
         running = await _decoding(stage)
@@ -244,7 +237,7 @@ async def test_the_time_to_try_again_is_what_the_queue_takes():
 @pytest.mark.parametrize("bound", [{"requests": 1}, {"tokens": 3}])
 async def test_a_full_queue_is_told_with_a_time_to_try_again(bound):
     """Those who run and those who wait are not touched by it."""
-    stage = Stage(slots=1, slot_length=4096, logits=_by_last_token, **bound)
+    stage = Stage(slots=1, slot_length=4096, logits=by_last_token, **bound)
     async with stage.running():
         stage.runner.delay = 0.002
         running = await _decoding(stage)
@@ -257,7 +250,7 @@ async def test_a_full_queue_is_told_with_a_time_to_try_again(bound):
     assert grpc.StatusCode.RESOURCE_EXHAUSTED is code
     assert ("QUEUE_FULL", "trivium") == (details["ErrorInfo"].reason, details["ErrorInfo"].domain)
     assert 1 <= details["RetryInfo"].retry_delay.seconds <= 60
-    assert {0: _long_answer(9, 3)} == tokens
+    assert {0: long_answer(9, 3)} == tokens
 
 
 @pytest.mark.parametrize(
