@@ -56,6 +56,7 @@ EXHAUSTIVE = (
     "generator_svc/test_patterns.py",
     "generator_svc/test_schema_relaxation.py",
     "tokenizer_svc/test_cut_answers.py",
+    "tokenizer_svc/test_merged_tokens.py",
 )
 LEFT_OUT = {HERE / path for path in (*NEED_THE_EXPORTER, *START_PROGRAMS, *EXHAUSTIVE)}
 HIDDEN = ("torch", "transformers", "optimum", "onnx", "gguf", "tests.tiny_models")
