@@ -139,8 +139,10 @@ class Url(Watched):
 class Services(Url):
     """The three services, which `supervisor` keeps."""
 
-    def __init__(self, target: Target, client: Worker, supervisor: Supervisor) -> None:
-        super().__init__("services", target, client)
+    def __init__(
+        self, target: Target, client: Worker, supervisor: Supervisor, name: str = "services"
+    ) -> None:
+        super().__init__(name, target, client)
         self._supervisor = supervisor
 
     def processes(self) -> Mapping[str, int]:

@@ -11,7 +11,7 @@ from bench.play import Answer, Ask, Message
 from trivium.cli.random_prompts import WORDS
 
 _SYSTEM_WORDS = 8
-_TRIES = 60
+_TRIES = 200
 
 
 class Text:
@@ -23,10 +23,15 @@ class Text:
     def __init__(self, url: str, model: str) -> None:
         self._client = httpx.Client(base_url=url, trust_env=False, timeout=60.0)
         self._model = model
+        self._known: dict[tuple[str, ...], tuple[int, ...]] = {}  # each contender asks the same
 
     def token_ids(self, messages: tuple[Message, ...]) -> tuple[int, ...]:
         """The prompt that the chat template and the tokenizer make of a conversation."""
-        return tuple(self._post("/tokenize", messages=list(messages))["tokens"])
+        key = tuple(message["content"] for message in messages)
+        if key not in self._known:
+            tokens = self._post("/tokenize", messages=list(messages))["tokens"]
+            self._known[key] = tuple(tokens)
+        return self._known[key]
 
     def text(self, token_ids: tuple[int, ...]) -> str:
         """The text of tokens."""
@@ -63,14 +68,16 @@ class Prompts:
         ValueError when it cannot be made.
         """
         system = self.words(_SYSTEM_WORDS) if system is None else system
-        count = self._words_for.get(tokens, tokens)
+        count = self._words_for.get(tokens, tokens // 4)  # too long a prompt would be refused
         for _ in range(_TRIES):
             messages = _conversation(system, self.words(max(count, 1)))
             ids = self._text.token_ids(messages)
             if len(ids) == tokens:
                 self._words_for[tokens] = count
                 return Ask(messages, ids, output, n)
-            count = max(count + tokens - len(ids), 1)
+            # Words are of several tokens where the vocabulary is small.
+            a_word = max(len(ids) / (count + _SYSTEM_WORDS), 1.0)
+            count = max(count + round((tokens - len(ids)) / a_word), 1)
         raise ValueError(f"no prompt of {tokens} tokens could be made; the nearest has {len(ids)}")
 
     def next_turn(self, ask: Ask, answer: Answer, words: int) -> Ask:

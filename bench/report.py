@@ -136,6 +136,7 @@ _LOAD: dict[str, Cell] = {
 _COLUMNS: dict[str, dict[str, Cell]] = {
     "load": _LOAD,
     "long": _LOAD,
+    "ceiling": _LOAD,
     "streams": _LOAD | {"faults": _number("faults")},
     "shared": {
         "first user, ms": _number("cold_ttft_ms"),
@@ -165,7 +166,7 @@ _COLUMNS: dict[str, dict[str, Cell]] = {
         "its first token, ms": _number("late_ttft_ms"),
     },
 }
-_WITH_PROCESSES = ("load", "long", "streams")
+_WITH_PROCESSES = ("load", "long", "streams", "ceiling")
 
 
 def tables(results: Results) -> list[Table]:

@@ -44,10 +44,13 @@ from bench.worker import Worker
 from generator_svc.run.runner import DeviceInfo
 from trivium.cli.load import Target
 from trivium.cli.pipeline import Pipeline, free_ports
-from trivium.cli.supervisor import Supervisor
+from trivium.cli.supervisor import Stage, Supervisor
 from trivium.embedded_model import embedded_folder
 
 NAMES = ("load", "long", "shared", "turns", "streams", "choices", "stall")
+CEILING = "ceiling"  # by name only: it wants a model that costs nothing
+CEILING_CLIENTS, CEILING_OUTPUT = (1, 8, 32, 64, 256), 256
+CLIENTS = (1, 8, 32)
 LONG_CLIENTS, LONG_PROMPT = (1, 8), 1000
 STREAMS = 256
 LATE_PROMPT, LATE_ROOM = 4000, 16
@@ -62,12 +65,13 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", type=Path, default=embedded_folder())
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    add("--scenarios", default=",".join(NAMES), help="some of the default's")
+    add("--scenarios", default=",".join(NAMES), help=f"some of the default's, or {CEILING}")
     add("--rounds", type=int, default=5)
-    add("--clients", default="1,8,32", help="of the scenario load")
+    add("--clients", help="of load and ceiling; 1,8,32 and 1,8,32,64,256 by default")
     add("--requests", type=int, default=3, help="of each client, in load and long")
-    add("--prompt-tokens", type=int, default=115, help="of load and streams")
+    add("--prompt-tokens", type=int, default=115, help="of load, streams and ceiling")
     add("--output-tokens", type=int, default=64, help="of load, long and streams")
+    add("--contender", type=Path, metavar="CHECKOUT", help="another one, whose services play too")
     add("--url", action="append", default=[], metavar="NAME=URL", help="a server that runs")
     add("--llama-server", type=Path, metavar="BINARY", help="a llama-server to run; wants --gguf")
     add("--gguf", type=Path, metavar="FILE", help="the model for it")
@@ -82,11 +86,13 @@ def arguments() -> argparse.Namespace:
 
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Finds out now what would be a pity to find out after an hour."""
-    unknown = set(options.scenarios.split(",")) - set(NAMES)
+    unknown = set(options.scenarios.split(",")) - {*NAMES, CEILING}
     if unknown:
         parser.error(f"--scenarios: there is no {', '.join(sorted(unknown))}")
     if any("=" not in named for named in options.url):
         parser.error("--url wants NAME=URL")
+    if options.contender and not (options.contender / "generator_svc").is_dir():
+        parser.error(f"--contender: {options.contender} is no checkout of this project")
     if (options.llama_server is None) != (options.gguf is None):
         parser.error("--llama-server and --gguf go together")
     if options.markdown:
@@ -99,15 +105,22 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
 def scenarios(options: argparse.Namespace, longest: int) -> list[Scenario]:
     """What was asked for, as far as it fits into a slot of `longest` tokens."""
     prompt, output, requests = options.prompt_tokens, options.output_tokens, options.requests
-    clients = map(int, options.clients.split(","))
+    asked = [int(number) for number in (options.clients or "").split(",") if number]
     found: list[Scenario] = [
-        *(Load("load", n, requests * (4 if n == 1 else 1), prompt, output) for n in clients),
+        *(
+            Load("load", n, requests * (4 if n == 1 else 1), prompt, output)
+            for n in asked or CLIENTS
+        ),
         *(Load("long", n, requests, LONG_PROMPT, output) for n in LONG_CLIENTS),
         SharedSystemPrompt(),
         Turns(),
         Load("streams", STREAMS, 1, prompt, output),
         Choices(),
         LongPrompt(prompt=min(LATE_PROMPT, longest - LATE_ROOM)),
+        *(
+            Load(CEILING, n, max(2, 48 // n), prompt, CEILING_OUTPUT)
+            for n in asked or CEILING_CLIENTS
+        ),
     ]
     chosen = [each for each in found if each.name in options.scenarios.split(",")]
     for each in chosen:
@@ -180,16 +193,28 @@ def _tell(text: str) -> None:
 
 
 @contextlib.contextmanager
-def started(pipeline: Pipeline) -> Iterator[Supervisor]:
-    """The three services, ready."""
+def started(pipeline: Pipeline, checkout: Path | None = None) -> Iterator[Supervisor]:
+    """The three services, ready; those of another checkout if one is given."""
+    stages = pipeline.stages()
+    if checkout is not None:
+        stages = [_from_checkout(stage, checkout.resolve()) for stage in stages]
     with asyncio.Runner() as loop:
-        supervisor = Supervisor(pipeline.stages(), STOP_SECONDS)
+        supervisor = Supervisor(stages, STOP_SECONDS)
         loop.run(supervisor.__aenter__())
         try:
             loop.run(supervisor.wait_until_ready(READY_SECONDS))
             yield supervisor
         finally:
             loop.run(supervisor.__aexit__(None, None, None))
+
+
+def _from_checkout(stage: Stage, checkout: Path) -> Stage:
+    interpreter, *rest = stage.command
+    # Without -P the current folder's modules would come first.
+    command = (interpreter, "-P", *rest)
+    return replace(
+        stage, command=command, environment={**stage.environment, "PYTHONPATH": str(checkout)}
+    )
 
 
 def _servers(options: argparse.Namespace, client: Worker) -> Iterator[list[Contender]]:
@@ -237,6 +262,11 @@ def run(options: argparse.Namespace) -> None:
             [Engine(engine, recordings), Bare(bare, recordings)],
             [Services(target, client, supervisor)],
         ]
+        if options.contender:
+            others = _pipeline(options)
+            other = stack.enter_context(started(others, options.contender))
+            target = Target(f"{others.url}/v1", options.model.name)
+            own.append([Services(target, client, other, options.contender.resolve().name)])
         for contender in itertools.chain(*own):
             measure(WARM_UP, contender, Prompts(text, "warm up"), 0)
         contenders = [*own, *_servers(options, client)]
