@@ -27,6 +27,7 @@ from rest_facade.config import FacadeSettings
 from tests import compatibility
 from tokenizer_svc.config import TokenizerSettings
 from trivium.wire.errors import markdown_table
+from trivium.wire.histogram import TokenHistogram
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -130,6 +131,8 @@ def family_labels(family: Metric) -> list[str]:
 def touched(registry: CollectorRegistry) -> Iterator[Metric]:
     """The registry's families, each with a sample, so that its labels can be seen."""
     for collector in list(registry._collector_to_names):
+        if isinstance(collector, TokenHistogram):
+            collector.labels("")
         names = getattr(collector, "_labelnames", ())
         if names and not getattr(collector, "_labelvalues", ()):
             collector.labels(*("" for _ in names))  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 from generator_svc.engine import Load
 from generator_svc.metering import Meter
 from generator_svc.sequence import SequenceUpdate
+from trivium.wire.histogram import TokenHistogram
 
 _FIRST_TOKEN_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 _NEXT_TOKEN_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
@@ -46,14 +47,13 @@ class RequestMetrics:
             registry=registry,
             buckets=_FIRST_TOKEN_BUCKETS,
         ).labels(**labels)
-        self.next_token = Histogram(
+        self.next_token = TokenHistogram(
             "trivium_engine_inter_token_latency_seconds",
             "Time between two tokens of a sequence, as they arise; in how many messages they leave "
             "says trivium_engine_message_tokens",
-            ["model_name"],
-            registry=registry,
-            buckets=_NEXT_TOKEN_BUCKETS,
-        ).labels(**labels)
+            _NEXT_TOKEN_BUCKETS,
+            registry,
+        ).labels(model)
         self._message_tokens = Histogram(
             "trivium_engine_message_tokens",
             "Tokens of a message to a caller, those of all its choices: 1 unless they are merged",

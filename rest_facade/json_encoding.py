@@ -4,14 +4,17 @@ from json import JSONEncoder
 from typing import Any
 
 # Legal in JSON and in a line of an event, but some clients take them for the line's end.
-_LINE_ENDS = str.maketrans({"\x85": r"\u0085", "\u2028": r"\u2028", "\u2029": r"\u2029"})
+_LINE_ENDS = {"\x85": r"\u0085", "\u2028": r"\u2028", "\u2029": r"\u2029"}
 _ENCODER = JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def to_json(value: Any) -> str:
     """`value` as JSON, keys in their order; raises ValueError for numbers that JSON lacks."""
     text = _ENCODER.encode(value)
-    return text if text.isascii() else text.translate(_LINE_ENDS)
+    if not text.isascii():
+        for character, escaped in _LINE_ENDS.items():  # str.translate takes a hundred times as long
+            text = text.replace(character, escaped)
+    return text
 
 
 def encode(value: Any) -> bytes:

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from tokenizer_svc.generator.types import TokenUpdate
 from tokenizer_svc.output.events import Delta
 from trivium.wire.errors import ServiceError
+from trivium.wire.histogram import TokenHistogram
 
 _LABELS = ["model_name"]
 _FIRST_TOKEN_BUCKETS = (
@@ -60,9 +61,9 @@ class Metrics:
             _FIRST_TOKEN_BUCKETS,
             registry,
         )
-        self.inter_token_latency = _seconds(
-            "inter_token_latency",
-            "Inter-token latency (ITL) of a choice.",
+        self.inter_token_latency = TokenHistogram(
+            "vllm:inter_token_latency_seconds",
+            "Inter-token latency (ITL) of a choice; tokens that come in one message share its gap.",
             _TOKEN_BUCKETS,
             registry,
         )
@@ -122,9 +123,7 @@ class RequestMeter:
         if not self._last:
             self._metrics.time_to_first_token.labels(self._model).observe(now - self._start)
         if index in self._last:
-            gap = (now - self._last[index]) / count
-            for _ in range(count):
-                self._gaps.observe(gap)
+            self._gaps.observe((now - self._last[index]) / count, count)
         self._last[index] = now
         self._generated.inc(count)
 
