@@ -4,7 +4,7 @@ import enum
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from generator_svc.admission import Permit
 
@@ -119,8 +119,8 @@ class TokenLogprobs:
     top_logprobs: tuple[float, ...]
 
 
-@dataclass(frozen=True)
-class SampledToken:
+# Tuples, as there is one of each for every token: a frozen dataclass takes a microsecond more.
+class SampledToken(NamedTuple):
     """A token drawn for a sequence, with log-probabilities if requested."""
 
     token_id: int
@@ -147,13 +147,10 @@ class Sequence:
     output_counts: Counter[int] = field(default_factory=Counter)
     constraint_state: ConstraintState | None = None
 
-    @property
-    def request(self) -> EngineRequest:
-        return self.group.request
-
-    @property
-    def prompt_length(self) -> int:
-        return len(self.group.request.prompt)
+    def __post_init__(self) -> None:
+        # Looked up several times for each token.
+        self.request = self.group.request
+        self.prompt_length = len(self.request.prompt)
 
     @property
     def generated(self) -> int:
@@ -186,8 +183,7 @@ class Sequence:
             self.finish_reason = FinishReason.LENGTH
 
 
-@dataclass(frozen=True)
-class SequenceUpdate:
+class SequenceUpdate(NamedTuple):
     """A sequence's new token and/or end after one step; or its group's failure, as `error`.
 
     `is_urgent` where somebody waits for it: the first token and the end.

@@ -5,6 +5,7 @@ min_new_tokens), repetition penalty, frequency and presence penalty, top_n_sigma
 top_k, top_p, min_p, draw.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -40,7 +41,7 @@ def sample(sequence: Sequence, logits: HostRow) -> SampledToken:
     """
     request = sequence.request
     best = int(logits.argmax())
-    if not np.isfinite(logits[best]):  # arg max stops at the first NaN
+    if not math.isfinite(logits[best]):  # arg max stops at the first NaN
         raise BadLogits("the model's logits are not finite")
     sampling = request.sampling
     forbidden = forbidden_tokens(sequence, logits.size)

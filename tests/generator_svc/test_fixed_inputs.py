@@ -5,7 +5,6 @@ The CPU captures nothing, so what is compared here is all but the capture itself
 
 import logging
 import time
-from dataclasses import replace
 
 import pytest
 
@@ -38,7 +37,7 @@ def _decoded(runner):
     found = []
     for step, count in enumerate((1, 4, 3, 2, 4, 1, 2)):
         rows = [Row(7 + step, len(prompt) + step) for prompt in PROMPTS[:count]]
-        rows[count // 2] = replace(rows[count // 2], token_id=0, is_idle=True)
+        rows[count // 2] = rows[count // 2]._replace(token_id=0, is_idle=True)
         found.append(runner.run(StepPlan(rows=tuple(rows))).rows.logits.tolist())
     return found
 
