@@ -46,21 +46,27 @@ def quantize_weights(graph: Graph, bits: int) -> None:
 def quantize_embedding(graph: Graph, hidden_size: int, is_tied: bool) -> None:
     """Swaps the lookup for one in 8-bit rows, which are those of the quantised head if tied.
 
-    The rows are [vocabulary, blocks, block size] and the lookup wants [vocabulary, hidden size];
-    ONNX Runtime folds the reshape when it loads the graph. A size that does not fill its last
-    block keeps the table of floats: the rows are padded then.
+    The head's rows are [vocabulary, blocks, block size] and the lookup wants [vocabulary, hidden
+    size]; ONNX Runtime folds the reshape when it loads the graph, into a copy, which a table of
+    its own does without. A size that does not fill its last block keeps the table of floats: the
+    rows are padded then.
     """
     embedding = graph.nodes[EMBEDDING]
     if hidden_size % BLOCK_SIZE:
         return
     if is_tied:
         rows, scales = graph.nodes[HEAD].input[1:3]
+        shape = graph.constant("/model/embed_tokens/shape", np.array([-1, hidden_size], np.int64))
+        table = graph.add("Reshape", "/model/embed_tokens/Reshape", [rows, shape])
     else:
-        matrix = graph.matrices[embedding.input[0]]
-        parts = ("Q8", "scales")
-        rows, scales = _stream(graph, embedding.input[0], matrix, parts, int8.quantize_symmetric)
-    shape = graph.constant("/model/embed_tokens/shape", np.array([-1, hidden_size], np.int64))
-    table = graph.add("Reshape", "/model/embed_tokens/Reshape", [rows, shape])
+        name = embedding.input[0]
+        matrix = graph.matrices[name]
+        dims = (matrix.rows, hidden_size)
+        outputs = (
+            Packed(f"{name}_Q8", dims, TensorProto.UINT8),
+            Packed(f"{name}_scales", (matrix.rows, hidden_size // BLOCK_SIZE), TensorProto.FLOAT),
+        )
+        table, scales = graph.stream(pack_matrix(outputs, matrix, int8.quantize_symmetric))
     graph.remove([embedding])
     graph.add(
         "GatherBlockQuantized",
