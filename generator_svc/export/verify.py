@@ -169,12 +169,15 @@ def compare(
     progress("running the checkpoint")
     with torch.inference_mode():
         reference = checkpoint.model(torch.tensor([tokens])).logits[0].numpy()
+    label = checkpoint.source.label
+    if not np.isfinite(reference).all():
+        raise ExportError(f"{label}: computes NaN or infinity itself: its weights cannot be right")
     progress("verifying")
     exported = runner.run(tokens, progress)
     if not np.isfinite(exported).all():
         raise ExportError(
-            f"{checkpoint.source.label}: the exported graph computes NaN or infinity where the "
-            "checkpoint does not: its activations exceed float16; take --precision fp32"
+            f"{label}: the exported graph computes NaN or infinity where the checkpoint does not: "
+            "its activations exceed float16; take --precision fp32"
         )
     ours, theirs = _log_softmax(exported), _log_softmax(reference)
     following = np.array(tokens[1:])

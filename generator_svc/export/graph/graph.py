@@ -39,10 +39,6 @@ class Graph:
         self.initializers = {tensor.name: tensor for tensor in graph.initializer}
 
     @property
-    def inputs(self) -> list[ValueInfoProto]:
-        return list(self.model.graph.input)
-
-    @property
     def outputs(self) -> list[ValueInfoProto]:
         return list(self.model.graph.output)
 

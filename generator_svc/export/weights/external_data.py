@@ -59,7 +59,6 @@ def save(graph: Graph, model: Path, data: Path, progress: Progress = silent) -> 
         with ThreadPoolExecutor(cpu_limit().cores) as pool:
             for packing in graph.packings:
                 writer.write_packing(packing, pool)
-    graph.finish()
     graph.model.ir_version = IR_VERSION
     onnx.save(graph.model, model)
 
