@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -11,6 +12,7 @@ import typer
 from rich.console import Console
 
 from generator_svc.export import ExportError, ExportOptions, export_model
+from generator_svc.export.progress import Progress
 from generator_svc.export.progress_bar import Steps
 from trivium.cache_folder import cache_folder
 from trivium.embedded_model import embedded_folder
@@ -47,6 +49,27 @@ def how_to_install(missing: list[str]) -> str:
     )
 
 
+def until_interrupted(progress: Progress) -> Progress:
+    """`progress`, which ends the export after Ctrl-C, wherever that came.
+
+    Some libraries swallow every exception while they are imported, KeyboardInterrupt too.
+    """
+    came: list[int] = []
+
+    def interrupt(number: int, _: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    def show(step: str, done: int = 0, total: int | None = None) -> None:
+        if came:
+            raise KeyboardInterrupt
+        progress(step, done, total)
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as by nohup
+        signal.signal(signal.SIGINT, interrupt)
+    return show
+
+
 @app.command()
 def export(
     source: Annotated[
@@ -74,7 +97,8 @@ def export(
     try:
         options = ExportOptions(precision=precision.value, device=device.value)
         with Steps(console) as steps:
-            export_model(source, out, options, steps.show, force=force, cache=cache_folder())
+            show = until_interrupted(steps.show)
+            export_model(source, out, options, show, force=force, cache=cache_folder())
     except ExportError as error:
         console.print(f"trivium export: {error}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(FAILED) from error

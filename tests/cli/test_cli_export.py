@@ -96,6 +96,33 @@ def test_is_stopped_by_the_signal_that_its_process_gets(tmp_path: Path) -> None:
     assert [".model.lock"] == [path.name for path in out.parent.iterdir()]
 
 
+SWALLOWS = """
+import os, signal
+from generator_svc.export import __main__ as command
+
+def export_model(source, out, options, progress, **_):
+    progress("importing")
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.pause()
+    except:
+        pass
+    progress("tracing")
+
+command.export_model = export_model
+command.app(["any", "--out", "m"])
+"""
+
+
+def test_is_stopped_although_a_library_swallows_the_signal() -> None:
+    """As some do while they are imported: then the next step does not begin."""
+    done = subprocess.run([sys.executable, "-c", SWALLOWS], capture_output=True, text=True)
+
+    assert done.returncode == 130
+    told = ["importing", "trivium export: interrupted; m is as it was before"]
+    assert told == done.stderr.splitlines()
+
+
 def put_embedded(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model folder in the embedded model's place, in a cache of its own."""
     monkeypatch.setenv("TRIVIUM_CACHE", str(cache))
