@@ -43,9 +43,10 @@ def pytorch(family: str) -> PreTrainedModel:
     config = translate_rope(json.loads((folder / "config.json").read_text()))
     model_type = config.pop("model_type")
     with quiet_libraries():
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             folder, config=AutoConfig.for_model(model_type, **config), dtype=torch.float32
-        ).eval()
+        )
+    return model.float().eval()  # experts in MXFP4 come as bfloat16, which holds them exactly
 
 
 def reference(family: str, tokens: list[int]) -> np.ndarray:
