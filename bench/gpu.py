@@ -37,7 +37,14 @@ from typing import Any, TypeVar
 import numpy as np
 
 from bench import huge_pages, transformers_generate
-from bench.random_llama import PRECISIONS, SHAPES, Shape, llama_config, make_random_llama
+from bench.random_llama import (
+    BLOCK_SIZE,
+    PRECISIONS,
+    SHAPES,
+    Shape,
+    llama_config,
+    make_random_llama,
+)
 from generator_svc.config import GeneratorSettings
 from generator_svc.device import choose_device
 from generator_svc.metering import Meter
@@ -138,8 +145,10 @@ def _weight_bytes(folder: Path, shape: Shape) -> int:
     is_half = manifest["precision"] == "fp16" or (
         manifest["device"] == "cuda" and manifest["precision"] != "fp32"
     )
-    embedding = shape.vocabulary * shape.hidden * (2 if is_half else 4)
-    return int(manifest["files"]["model.onnx.data"]) - embedding
+    floats = 2 if is_half else 4
+    is_quantized = manifest["precision"] in ("int8", "int4")
+    row = shape.hidden * (1 + floats / BLOCK_SIZE) if is_quantized else shape.hidden * floats
+    return int(manifest["files"]["model.onnx.data"] - shape.vocabulary * row)
 
 
 def _decode_seconds(runner: OrtRunner, count: int, position: int) -> float:

@@ -153,8 +153,7 @@ class _Llama:
         add_lengths(graph)
         for name, table in zip((COS, SIN), _rotary_tables(shape), strict=True):
             graph.constant(name, table.astype(self._weights.dtype))
-        table_name = self._random("embed_tokens", (shape.vocabulary, shape.hidden), 1.0)
-        stream = graph.add("Gather", "/model/embed_tokens/Gather", [table_name, "input_ids"])
+        stream = self._embedding()
         branch = ""
         for layer in range(shape.layers):
             module = f"/model/layers.{layer}"
@@ -167,6 +166,28 @@ class _Llama:
         self._declare()
         graph.finish()
         return graph
+
+    def _embedding(self) -> str:
+        """Rows of about one; in eight bits where the products have eight or four."""
+        shape, name = self._shape, "/model/embed_tokens/Gather"
+        dims = (shape.vocabulary, shape.hidden)
+        if self._precision in ("fp32", "fp16") or shape.hidden % BLOCK_SIZE:
+            table = self._random("embed_tokens", dims, 1.0)
+            return self._graph.add("Gather", name, [table, "input_ids"])
+        table = self._keep(self._weights.bytes("embed_tokens.weight", dims))
+        blocks = (shape.vocabulary, shape.hidden // BLOCK_SIZE)
+        scale = 12**0.5 / 2**8  # by the deviation of uniform integers
+        scales = self._keep(self._weights.constant("embed_tokens.scales", blocks, scale))
+        return self._graph.add(
+            "GatherBlockQuantized",
+            name,
+            [table, "input_ids", scales],
+            domain=MICROSOFT,
+            bits=8,
+            block_size=BLOCK_SIZE,
+            gather_axis=0,
+            quantize_axis=1,
+        )
 
     def _attention(self, module: str, layer: int, normed: str) -> str:
         shape = self._shape
