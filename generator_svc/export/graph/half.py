@@ -6,9 +6,9 @@ import numpy as np
 from onnx import TensorProto, numpy_helper
 
 from generator_svc.export.graph.graph import Graph
+from generator_svc.export.weights.packing import MAX_HALF
 
 GLOBAL_SCALES = slice(15, 17)  # inputs of QMoE
-LARGEST = float(np.finfo(np.float16).max)
 
 
 def to_half(graph: Graph) -> None:
@@ -28,7 +28,7 @@ def to_half(graph: Graph) -> None:
         if tensor.data_location == TensorProto.EXTERNAL:
             tensor.data_type = TensorProto.FLOAT16
         else:
-            value = np.clip(numpy_helper.to_array(tensor), -LARGEST, LARGEST)
+            value = np.clip(numpy_helper.to_array(tensor), -MAX_HALF, MAX_HALF)
             graph.initializers[name] = numpy_helper.from_array(value.astype(np.float16), name)
     for output in (output for packing in graph.packings for output in packing.outputs):
         if output.data_type == TensorProto.FLOAT:

@@ -22,7 +22,7 @@ from onnx import TensorProto
 from generator_svc.export.graph.graph import Graph
 from generator_svc.export.progress import Progress, silent
 from generator_svc.export.weights.matrix import Array
-from generator_svc.export.weights.packing import Packed, Packing, pack_matrix
+from generator_svc.export.weights.packing import MAX_HALF, Packed, Packing, pack_matrix
 from trivium.host_limits import cpu_limit
 
 # ONNX Runtime 1.31 reads up to 13, and older readers of the layout want less.
@@ -31,7 +31,6 @@ STEP = "writing the weights"
 MIN_EXTERNAL = 1024  # bytes
 ALIGNMENT = 4096  # of a tensor in the file: a page, so that it can be mapped
 MAX_AHEAD = 4  # slices that are being made while one is written
-MAX_HALF = np.finfo(np.float16).max
 
 
 def save(graph: Graph, model: Path, data: Path, progress: Progress = silent) -> None:

@@ -12,6 +12,8 @@ from onnx import TensorProto, helper
 
 from generator_svc.export.weights.matrix import Array, Matrix
 
+MAX_HALF = float(np.finfo(np.float16).max)
+
 
 @dataclass
 class Packed:

@@ -175,7 +175,8 @@ def test_ctrl_c_and_again(hub: ModelHub, user: User, tmp_path: Path) -> None:
     hub.models["acme/large"] = {"main": files(*SMALL) | {"model.safetensors": content}}
     hub.stalls["model.safetensors"] = [CHUNK]
     out = tmp_path / "models" / "large"
-    process = user.start("-m", "trivium.cli", "export", "acme/large", "--out", str(out))
+    command = ("-m", "trivium.cli", "export", "acme/large", "--out", str(out))
+    process = user.start(*command, HF_HUB_DOWNLOAD_TIMEOUT="120")  # no new try before the signal
     try:
         wait_for_partial(user, CHUNK)
         process.send_signal(signal.SIGINT)
