@@ -278,7 +278,9 @@ async def test_a_schema_elsewhere_is_not_fetched(tokens):
 def sandboxes():
     """The sandboxes of this process that run, by process id."""
     listed = subprocess.run(
-        ["ps", "-o", "pid=,stat=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True
+        ["ps", "-ww", "-o", "pid=,stat=,args=", "--ppid", str(os.getpid())],
+        capture_output=True,
+        text=True,
     )
     lines = [line.split(maxsplit=2) for line in listed.stdout.splitlines()]
     return [int(pid) for pid, state, command in lines if "sandbox" in command and state[0] != "Z"]
