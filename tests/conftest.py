@@ -45,10 +45,13 @@ START_PROGRAMS = (
     "examples",
     "generator_svc/test_constrained_service.py",
     "rest_facade/test_edge.py",
+    "rest_facade/test_facade_errors.py",
     "rest_facade/test_facade_process.py",
     "rest_facade/test_facade_schemathesis.py",
     "templates",
     "test_kubernetes.py",
+    "tokenizer_svc/test_generator_loss.py",
+    "tokenizer_svc/test_generator_refusal.py",
     "tokenizer_svc/test_tokenizer_stage.py",
 )
 # and those that try everything out.
@@ -56,6 +59,7 @@ EXHAUSTIVE = (
     "generator_svc/test_patterns.py",
     "generator_svc/test_schema_relaxation.py",
     "tokenizer_svc/test_cut_answers.py",
+    "tokenizer_svc/test_families.py",
     "tokenizer_svc/test_merged_tokens.py",
 )
 LEFT_OUT = {HERE / path for path in (*NEED_THE_EXPORTER, *START_PROGRAMS, *EXHAUSTIVE)}
