@@ -128,7 +128,7 @@ class Engine:
 
     def prefill_seconds(self, tokens: int) -> float:
         """How long so many tokens of waiting prompts take, by what was measured; any thread."""
-        return self._scheduler.prefill_nanoseconds(tokens) / 1e9
+        return tokens * self._scheduler.prefill_cost.cost(0) / 1e9
 
     def step(self) -> None:
         """Drain the inbox, schedule, run, sample, deliver."""

@@ -74,7 +74,7 @@ class Scheduler:
     ) -> None:
         assert chunk_tokens > _MIN_PREFILL_TOKENS
         self.cache = cache
-        self._prefill_cost = prefill_cost
+        self.prefill_cost = prefill_cost
         self._on_finish = on_finish
         self._batch_sizes = batch_sizes
         self.waiting: deque[Sequence] = deque()
@@ -126,7 +126,7 @@ class Scheduler:
     def observe(self, step: ScheduledStep, nanoseconds: Iterable[int]) -> None:
         """Feeds the measured time of each of a step's chunks to the cost model."""
         for chunk, elapsed in zip(step.plan.chunks, nanoseconds, strict=True):
-            self._prefill_cost.observe(chunk.start, len(chunk.token_ids), elapsed)
+            self.prefill_cost.observe(chunk.start, len(chunk.token_ids), elapsed)
 
     def commit(
         self,
@@ -188,10 +188,6 @@ class Scheduler:
         for sequence in group.sequences:
             self.finish(sequence, reason)
 
-    def prefill_nanoseconds(self, tokens: int) -> float:
-        """What prompts of so many tokens together cost, if none of them is long."""
-        return tokens * self._prefill_cost.cost(0)
-
     def check_integrity(self) -> None:
         """Raises AssertionError if queue, running sequences and slots are inconsistent."""
         self.cache.check_integrity()
@@ -247,7 +243,7 @@ class Scheduler:
         prompts = len(self.waiting) + len(self._prefilling())
         # With several prompts pending, a stall of one stream is another request's waiting time.
         budget_ns = min(max(prompts, 1), MAX_STALL_MULTIPLIER) * self._stall_nanoseconds
-        return min(self._prefill_cost.tokens_within(budget_ns), self._chunk_tokens)
+        return min(self.prefill_cost.tokens_within(budget_ns), self._chunk_tokens)
 
     def _prefilling(self) -> list[Sequence]:
         return [s for s in self.running if s.status is SequenceStatus.PREFILL and s.uncomputed]
@@ -277,7 +273,7 @@ class Scheduler:
         costs more, which `weight` says.
         """
         for sequence in sequences:
-            cost = self._prefill_cost.cost
+            cost = self.prefill_cost.cost
             weight = max(cost(sequence.computed) / cost(0), 1.0)
             max_tokens = int(budget / weight)
             if not chunks:  # every step makes progress, however slow the device

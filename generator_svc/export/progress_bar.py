@@ -21,7 +21,7 @@ from rich.text import Text
 
 
 class Steps:
-    """Shows what `generator_svc.export.progress.Progress` is told.
+    """Renders the steps that an export reports (`generator_svc.export.progress.Progress`).
 
     Where the output is no terminal, each step is one line as it begins.
     """

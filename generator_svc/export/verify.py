@@ -72,11 +72,14 @@ class GraphRunner:
         self._cut = CutGraph(graph, MAX_PIECE_BYTES)
         if self._cut.total_bytes * 4 // self._cut.cache_dtype.itemsize <= MAX_WHOLE_BYTES:
             self._cut = CutGraph(graph, MAX_WHOLE_BYTES)
-        self._decoder = decoder
         self._session: ort.InferenceSession | None = None
         self._cache: Arrays = {}
         shape = (1, decoder.num_kv_heads, 0, decoder.head_size)
         self._empty = np.zeros(shape, self._cut.cache_dtype)
+
+    @property
+    def is_half(self) -> bool:
+        return bool(self._empty.dtype == np.float16)
 
     @property
     def is_whole(self) -> bool:
@@ -175,9 +178,10 @@ def compare(
     progress("verifying")
     exported = runner.run(tokens, progress)
     if not np.isfinite(exported).all():
+        half = ": its activations exceed float16; take --precision fp32, or export for the CPU"
         raise ExportError(
-            f"{label}: the exported graph computes NaN or infinity where the checkpoint does not: "
-            "its activations exceed float16; take --precision fp32"
+            f"{label}: the exported graph computes NaN or infinity where the checkpoint does not"
+            f"{half if runner.is_half else ''}"
         )
     ours, theirs = _log_softmax(exported), _log_softmax(reference)
     following = np.array(tokens[1:])
