@@ -28,6 +28,8 @@ from tests import compatibility
 from tokenizer_svc.config import TokenizerSettings
 from trivium.wire.errors import markdown_table
 from trivium.wire.histogram import TokenHistogram
+from trivium.wire.replicas.metrics import ReplicaCollector
+from trivium.wire.replicas.replica import ReplicaState, ReplicaStatus
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -151,13 +153,28 @@ def generator_registry() -> CollectorRegistry:
     return registry
 
 
+def facade_registry() -> CollectorRegistry:
+    """The facade's metrics, with a tokenizer."""
+    facade = rest_facade.metrics.Metrics()
+    facade.follow(lambda: [ReplicaStatus("", ReplicaState.SERVING, 0, 0)])
+    return facade._registry
+
+
+def tokenizer_registry() -> CollectorRegistry:
+    """The tokenizer's metrics, with a generator."""
+    registry = tokenizer_svc.metrics.Metrics().registry
+    replica = ReplicaStatus("", ReplicaState.SERVING, 0, 0)
+    registry.register(ReplicaCollector({"model": lambda: [replica]}))
+    return registry
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "modules": all_modules,
     "settings-rest-facade": lambda: settings(FacadeSettings),
     "settings-tokenizer-svc": lambda: settings(TokenizerSettings),
     "settings-generator-svc": lambda: settings(GeneratorSettings),
-    "metrics-rest-facade": lambda: metrics(touched(rest_facade.metrics.Metrics()._registry)),
-    "metrics-tokenizer-svc": lambda: metrics(touched(tokenizer_svc.metrics.Metrics().registry)),
+    "metrics-rest-facade": lambda: metrics(touched(facade_registry())),
+    "metrics-tokenizer-svc": lambda: metrics(touched(tokenizer_registry())),
     "metrics-generator-svc": lambda: metrics(touched(generator_registry())),
     "errors": markdown_table,
     "model-sizes": published_sizes.sizes_markdown,

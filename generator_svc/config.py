@@ -114,8 +114,9 @@ class GeneratorSettings(BaseSettings):
         MAX_CONNECTION_AGE_SECONDS,
         ge=1,
         le=86_400,
-        description="Seconds after which a caller has to connect anew, upon which it resolves the "
-        "generators' name: new replicas get their share of calls within this time.",
+        description="Seconds after which a caller has to connect anew, upon which gRPC clients "
+        "resolve the generators' name and load balancers choose anew: new replicas get their share "
+        "of these calls within this time. The tokenizer needs no such time.",
     )
     drain_notice_seconds: float = Field(
         5.0,

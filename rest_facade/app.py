@@ -45,8 +45,9 @@ _IDENTITY_HEADERS = (telemetry.REQUEST_ID.encode(), telemetry.TRACEPARENT.encode
 def build_app(
     settings: FacadeSettings, backend: Backend, in_flight: InFlight, keys: KeyFile | None
 ) -> FastAPI:
-    """The application; the caller owns `backend`'s channel, and drains by `in_flight`."""
+    """The application; the caller owns `backend`, and drains by `in_flight`."""
     metrics = Metrics()
+    metrics.follow(backend.replicas.statuses)
     routes = Routes(settings, backend, in_flight, metrics).router().routes
     app = FastAPI(
         routes=routes,

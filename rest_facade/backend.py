@@ -6,18 +6,18 @@ Knows nothing of HTTP or JSON.
 import asyncio
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, Self, TypeVar, cast
 
 import grpc
 
 from rest_facade.convert import chat, completion, tokenizer
-from trivium.wire.channel import GAP_SECONDS, open_channel, serving
 from trivium.wire.errors import ServiceError, from_rpc_error
+from trivium.wire.replicas.replica import Replica
+from trivium.wire.replicas.replica_set import GAP_SECONDS, ReplicaSet
 from trivium.wire.telemetry import outgoing_metadata
 
 CHAT_SERVICE = "trivium.chat.v1.ChatService"
-WHOLE_SERVER = ""  # in the health protocol
 
 _READ_SECONDS = 10  # metadata lookups
 _TOKENIZE_SECONDS = 60  # the largest body takes a few
@@ -25,6 +25,11 @@ _TOKENIZE_SECONDS = 60  # the largest body takes a few
 Event = TypeVar("Event")
 Request = TypeVar("Request")
 Response = TypeVar("Response")
+Call = TypeVar("Call", bound=grpc.aio.Call)
+
+# How a replica is asked one thing, by the names of a stub and of its method.
+Unary = Callable[[Replica], grpc.aio.UnaryUnaryMultiCallable[Request, Response]]
+Streaming = Callable[[Replica], grpc.aio.UnaryStreamMultiCallable[Any, Event]]
 
 
 class Backend:
@@ -34,19 +39,8 @@ class Backend:
     """
 
     def __init__(self, target: str, timeout: float | None = None) -> None:
-        # Completions go to tokenizers that have a generator, all else to any that runs.
-        self._with_generator = open_channel(target, CHAT_SERVICE)
-        self._any_tokenizer = open_channel(target, WHOLE_SERVER)
-        self._chats = (
-            chat.ChatServiceStub(self._with_generator),
-            chat.ChatServiceStub(self._any_tokenizer),
-        )
-        self._texts = (
-            completion.CompletionServiceStub(self._with_generator),
-            completion.CompletionServiceStub(self._any_tokenizer),
-        )
-        self._models = tokenizer.ModelServiceStub(self._any_tokenizer)
-        self._tokenizer = tokenizer.TokenizerServiceStub(self._any_tokenizer)
+        # Those that have a generator serve; while none does, any of them says why.
+        self.replicas = ReplicaSet(target, CHAT_SERVICE, any_reachable=True)
         self._timeout = timeout
         self._running: set[grpc.aio.Call] = set()
         self._stopped = False
@@ -61,57 +55,83 @@ class Backend:
     async def __aexit__(self, *_: object) -> None:
         self._following.cancel()
         await asyncio.gather(self._following, return_exceptions=True)
-        await self._with_generator.close()
-        await self._any_tokenizer.close()
-
-    def _is_stuck(self) -> bool:
-        """Whether no tokenizer has a generator: then any of them says why."""
-        failed = grpc.ChannelConnectivity.TRANSIENT_FAILURE
-        return self._with_generator.get_state(try_to_connect=True) is failed
+        await self.replicas.close()
 
     async def complete_chat(self, request: chat.Request) -> chat.Response:
         """The whole answer; the call is cancelled when the caller is."""
-        return await self._completed(self._chats[self._is_stuck()].CreateChatCompletion, request)
+        return await self._completed(
+            lambda replica: replica.stub(chat.ChatServiceStub).CreateChatCompletion, request
+        )
 
     async def complete_text(self, request: completion.Request) -> completion.Response:
         """The same for a plain completion."""
-        return await self._completed(self._texts[self._is_stuck()].CreateCompletion, request)
+        return await self._completed(
+            lambda replica: replica.stub(completion.CompletionServiceStub).CreateCompletion,
+            request,
+        )
 
     def stream_chat(self, request: chat.Request) -> "CompletionStream[chat.StreamResponse]":
         """An answer as it is made. The caller closes it, whatever happens."""
-        method = self._chats[self._is_stuck()].StreamChatCompletion
-        return self._stream(method, request)
+        return CompletionStream(
+            self,
+            lambda replica: replica.stub(chat.ChatServiceStub).StreamChatCompletion,
+            request,
+        )
 
     def stream_text(
         self, request: completion.Request
     ) -> "CompletionStream[completion.StreamResponse]":
         """The same for a plain completion."""
-        method = self._texts[self._is_stuck()].StreamCompletion
-        return self._stream(method, request)
+        return CompletionStream(
+            self,
+            lambda replica: replica.stub(completion.CompletionServiceStub).StreamCompletion,
+            request,
+        )
 
     async def models(self) -> tokenizer.Models:
         """All models, as protobuf."""
-        return await self._read(self._models.ListModels, tokenizer.models_request())
+        return await self._read(
+            lambda replica: replica.stub(tokenizer.ModelServiceStub).ListModels,
+            tokenizer.models_request(),
+        )
 
     async def model(self, name: str) -> tokenizer.Model:
         """One model, as protobuf."""
-        return (await self._read(self._models.GetModel, tokenizer.model_request(name))).model
+        response = await self._read(
+            lambda replica: replica.stub(tokenizer.ModelServiceStub).GetModel,
+            tokenizer.model_request(name),
+        )
+        return response.model
 
     async def render_chat(self, request: tokenizer.RenderRequest) -> tokenizer.RenderResponse:
         """The tokens of a conversation, as protobuf."""
-        return await self._read(self._tokenizer.RenderChat, request, _TOKENIZE_SECONDS)
+        return await self._read(
+            lambda replica: replica.stub(tokenizer.TokenizerServiceStub).RenderChat,
+            request,
+            _TOKENIZE_SECONDS,
+        )
 
     async def tokenize(self, request: tokenizer.EncodeRequest) -> tokenizer.EncodeResponse:
         """The tokens of a text, as protobuf."""
-        return await self._read(self._tokenizer.Tokenize, request, _TOKENIZE_SECONDS)
+        return await self._read(
+            lambda replica: replica.stub(tokenizer.TokenizerServiceStub).Tokenize,
+            request,
+            _TOKENIZE_SECONDS,
+        )
 
     async def detokenize(self, request: tokenizer.DecodeRequest) -> tokenizer.DecodeResponse:
         """The text of tokens, as protobuf."""
-        return await self._read(self._tokenizer.Detokenize, request, _TOKENIZE_SECONDS)
+        return await self._read(
+            lambda replica: replica.stub(tokenizer.TokenizerServiceStub).Detokenize,
+            request,
+            _TOKENIZE_SECONDS,
+        )
 
     async def tokenizer_info(self, request: tokenizer.InfoRequest) -> tokenizer.InfoResponse:
         """What kind of tokenizer a model has, as protobuf."""
-        return await self._read(self._tokenizer.GetTokenizerInfo, request)
+        return await self._read(
+            lambda replica: replica.stub(tokenizer.TokenizerServiceStub).GetTokenizerInfo, request
+        )
 
     async def check(self, seconds: float) -> None:
         """Returns if some tokenizer can complete; raises ServiceError that says why none can."""
@@ -122,50 +142,27 @@ class Backend:
                 await self._can_complete.wait()
                 return
         try:
-            await self._models.ListModels(tokenizer.models_request(), timeout=seconds / 2)
-        except grpc.aio.AioRpcError as error:
-            service_error = from_rpc_error(error)
-            if service_error.code == "deadline_exceeded":
-                message = "The model server cannot be reached."
-                service_error = ServiceError("backend_unavailable", message)
-            raise service_error from None
+            async with asyncio.timeout(seconds / 2):
+                await self.models()
+        except TimeoutError:
+            message = "The model server cannot be reached."
+            raise ServiceError("backend_unavailable", message) from None
         raise ServiceError("model_loading", "The model server is not ready.")
 
-    async def _follow(self) -> None:
-        async with contextlib.aclosing(serving(self._with_generator)) as states:
-            async for can_complete in states:
-                if can_complete:
-                    self._can_complete.set()
-                elif self._can_complete.is_set():
-                    self._can_complete.clear()
-                    self._lost_at = self._clock()
+    def deadline(self) -> float | None:
+        """Until when a completion that begins now has to be done, on the loop's clock."""
+        return None if self._timeout is None else self._clock() + self._timeout
 
-    async def _read(
-        self,
-        method: grpc.aio.UnaryUnaryMultiCallable[Request, Response],
-        request: Request,
-        seconds: float = _READ_SECONDS,
-    ) -> Response:
-        with self.errors_translated():
-            return await method(request, timeout=seconds, metadata=outgoing_metadata())
-
-    async def _completed(
-        self, method: grpc.aio.UnaryUnaryMultiCallable[Request, Response], request: Request
-    ) -> Response:
-        call = method(request, timeout=self._timeout, metadata=outgoing_metadata())
+    def begin(
+        self, replica: Replica, method: Callable[..., Call], request: Any, deadline: float | None
+    ) -> Call:
+        """A call that may last until `deadline`; whoever begins it `end`s it."""
+        if self._stopped:
+            raise _draining()
+        seconds = None if deadline is None else max(deadline - self._clock(), 0.0)
+        call = replica.track(method(request, timeout=seconds, metadata=outgoing_metadata()))
         self._running.add(call)
-        try:
-            with self.errors_translated():
-                return await call
-        finally:
-            self.end(call)
-
-    def _stream(
-        self, method: grpc.aio.UnaryStreamMultiCallable[Request, Response], request: Request
-    ) -> "CompletionStream[Response]":
-        call = method(request, timeout=self._timeout, metadata=outgoing_metadata())
-        self._running.add(call)
-        return CompletionStream(self, call)
+        return call
 
     def cancel_all(self) -> None:
         """Ends every running completion: the time to drain is over."""
@@ -192,24 +189,74 @@ class Backend:
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if self._stopped and task is not None and not task.cancelling():
-                raise ServiceError("draining", "The server is shutting down.") from None
+                raise _draining() from None
             raise
+
+    async def _follow(self) -> None:
+        async with contextlib.aclosing(self.replicas.changes()) as states:
+            async for can_complete in states:
+                if can_complete:
+                    self._can_complete.set()
+                elif self._can_complete.is_set():
+                    self._can_complete.clear()
+                    self._lost_at = self._clock()
+
+    async def _read(
+        self, method: Unary[Request, Response], request: Request, seconds: float = _READ_SECONDS
+    ) -> Response:
+        async def attempt(replica: Replica) -> Response:
+            metadata = outgoing_metadata()
+            call = method(replica)(request, timeout=seconds, metadata=metadata)
+            return await replica.track(call)
+
+        with self.errors_translated():
+            return await self.replicas.ask(attempt)
+
+    async def _completed(self, method: Unary[Request, Response], request: Request) -> Response:
+        deadline = self.deadline()
+
+        async def attempt(replica: Replica) -> Response:
+            call = self.begin(replica, method(replica), request, deadline)
+            try:
+                return await call
+            finally:
+                self.end(call)
+
+        with self.errors_translated():
+            return await self.replicas.ask(attempt)
+
+
+def _draining() -> ServiceError:
+    return ServiceError("draining", "The server is shutting down.")
 
 
 class CompletionStream(Generic[Event]):
     """The events of one streamed answer."""
 
-    def __init__(self, backend: Backend, call: grpc.aio.UnaryStreamCall[Any, Event]) -> None:
+    def __init__(self, backend: Backend, method: Streaming[Event], request: Any) -> None:
         self._backend = backend
-        self._call = call
+        self._method = method
+        self._request = request
+        self._deadline = backend.deadline()
+        self._call: grpc.aio.UnaryStreamCall[Any, Event] | None = None
 
     async def read(self) -> Event | None:
         """The next event, or None at the end; raises ServiceError."""
         with self._backend.errors_translated():
-            event = await self._call.read()
+            if self._call is None:
+                event = await self._backend.replicas.ask(self._first)
+            else:
+                event = await self._call.read()
         # The stub's types do not tell an event from EOF.
         return None if event is grpc.aio.EOF else cast("Event", event)
 
     def close(self) -> None:
         """Cancels the call if it is still running."""
-        self._backend.end(self._call)
+        if self._call is not None:
+            self._backend.end(self._call)
+
+    async def _first(self, replica: Replica) -> Any:
+        self.close()
+        method = self._method(replica)
+        self._call = self._backend.begin(replica, method, self._request, self._deadline)
+        return await self._call.read()

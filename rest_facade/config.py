@@ -3,10 +3,12 @@
 import ipaddress
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from trivium.wire.replicas.resolver import check_target
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#@]+")
 
@@ -24,8 +26,10 @@ class FacadeSettings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
-    tokenizer_target: str = Field(
-        "127.0.0.1:50051", description="Where the tokenizer's gRPC is: host:port or a gRPC name."
+    tokenizer_target: Annotated[str, AfterValidator(check_target)] = Field(
+        "127.0.0.1:50051",
+        description="The tokenizers: host:port, dns:///host:port, or several of these separated by "
+        "commas. Each address of each name is a replica; names are looked up every second.",
     )
     api_keys_file: Path | None = Field(
         None,

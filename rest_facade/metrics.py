@@ -1,5 +1,7 @@
 """Prometheus metrics of this service."""
 
+from collections.abc import Callable, Sequence
+
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
@@ -8,6 +10,9 @@ from prometheus_client import (
     Histogram,
     generate_latest,
 )
+
+from trivium.wire.replicas.metrics import ReplicaCollector
+from trivium.wire.replicas.replica import ReplicaStatus
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -52,6 +57,10 @@ class Metrics:
             ("code",),
             registry=self._registry,
         )
+
+    def follow(self, statuses: Callable[[], Sequence[ReplicaStatus]]) -> None:
+        """From now on, tells of these replicas of the tokenizer too."""
+        self._registry.register(ReplicaCollector({"": statuses}))
 
     def text(self) -> bytes:
         """Everything in Prometheus' text format."""

@@ -73,7 +73,8 @@ class NameServer:
             position += 1 + length
         (kind,) = struct.unpack_from("!H", query, position + 1)
         name = b".".join(labels).decode().lower()
-        self._note(name)
+        if kind == _A:  # most ask for AAAA besides
+            self._note(name)
         known = self.names.get(name)
         records = [
             struct.pack("!HHHIH", _NAME_OF_THE_QUESTION, _A, _IN, 0, 4) + socket.inet_aton(address)

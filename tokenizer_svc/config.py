@@ -4,11 +4,22 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from tokenizer_svc.families.choose import REASONING_PARSERS, TOOL_PARSERS
+from trivium.wire.replicas.resolver import check_target
 from trivium.wire.serving import MAX_CONNECTION_AGE_SECONDS
+
+Target = Annotated[str, AfterValidator(check_target)]
 
 DEFAULT_TARGET = "127.0.0.1:50052"
 
@@ -23,7 +34,7 @@ class ModelSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     model_directory: Path
-    generator_target: str = Field(DEFAULT_TARGET, min_length=1)
+    generator_target: Target = DEFAULT_TARGET
     aliases: tuple[str, ...] = ()
     tool_parser: str | None = None
     reasoning_parser: str | None = None
@@ -61,10 +72,10 @@ class TokenizerSettings(BaseSettings):
     metrics_port: int = Field(
         9051, ge=0, le=65535, description="Port of the HTTP server with /metrics; 0 turns it off."
     )
-    generator_target: str = Field(
+    generator_target: Target = Field(
         DEFAULT_TARGET,
-        min_length=1,
-        description="The generator: host:port, or a gRPC name such as dns:///host:port.",
+        description="The generators: host:port, dns:///host:port, or several of these separated by "
+        "commas. Each address of each name is a replica; names are looked up every second.",
     )
     models: Annotated[tuple[ModelSettings, ...], NoDecode, BeforeValidator(_from_json)] = Field(
         (),
@@ -110,8 +121,9 @@ class TokenizerSettings(BaseSettings):
         MAX_CONNECTION_AGE_SECONDS,
         ge=1,
         le=86_400,
-        description="Seconds after which a caller has to connect anew, upon which it resolves the "
-        "tokenizers' name: new replicas get their share of calls within this time.",
+        description="Seconds after which a caller has to connect anew, upon which gRPC clients "
+        "resolve the tokenizers' name and load balancers choose anew: new replicas get their share "
+        "of these calls within this time. The facade needs no such time.",
     )
     drain_notice_seconds: float = Field(
         5.0,

@@ -11,6 +11,7 @@ from tokenizer_svc.metrics import Metrics
 from tokenizer_svc.models import Model, ServedModel, ServedModels, load_model
 from tokenizer_svc.service import PIPELINE_SERVICES, TOKENIZER_SERVICE, create_server
 from trivium.model_directory import ModelDirectoryError
+from trivium.wire.replicas.metrics import ReplicaCollector
 
 
 def load_models(settings: TokenizerSettings) -> list[Model]:
@@ -47,6 +48,14 @@ class TokenizerServer:
         self._models = ServedModels(
             {model.id: self._served(model, one) for model, one in pairs},
             {alias: model.id for model, one in pairs for alias in one.aliases},
+        )
+        metrics.registry.register(
+            ReplicaCollector(
+                {
+                    name: served.connection.replicas.statuses
+                    for name, served in self._models.by_id.items()
+                }
+            )
         )
         self._server = create_server(self._models, metrics, settings.max_connection_age_seconds)
 

@@ -153,3 +153,27 @@ async def test_metrics(client: httpx.AsyncClient) -> None:
     assert 'trivium_http_requests_total{route="/v1/models/{id}",status="200"} 1.0' in text
     assert 'trivium_http_requests_total{route="other",status="404"} 1.0' in text
     assert "trivium_http_time_to_first_token_seconds_count 1.0" in text
+
+
+async def test_metrics_by_replica(
+    start_facade: StartFacade, backend: ScriptedBackend, client: httpx.AsyncClient
+) -> None:
+    """/metrics tells of each tokenizer how it is and what it was picked for."""
+    backend.script = (header(), delta("He"), None)
+    labels = f'model_name="",replica="127.0.0.1:{backend.port}"'
+    async with client.stream("POST", URL, json=ASK | {"stream": True}) as answer:
+        await anext(answer.aiter_text())
+        during = (await client.get("/metrics")).text
+    await backend.die()
+    async with asyncio.timeout(30):
+        while f'state{{{labels},state="unreachable"}} 1.0' not in (
+            after := (await client.get("/metrics")).text
+        ):
+            pass
+
+    assert f"trivium_replica_picked_total{{{labels}}} 1.0" in during
+    assert f"trivium_replica_outstanding{{{labels}}} 1.0" in during
+    assert f'trivium_replica_state{{{labels},state="serving"}} 1.0' in during
+    assert f'trivium_replica_state{{{labels},state="unreachable"}} 0.0' in during
+    assert f"trivium_replica_outstanding{{{labels}}} 0.0" in after
+    assert f'trivium_replica_state{{{labels},state="serving"}} 0.0' in after

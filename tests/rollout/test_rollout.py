@@ -31,13 +31,18 @@ async def fleet(started: Fleet) -> AsyncIterator[Fleet]:
                 await started.start(stage, host)
         started.publish(stage, A, B)
     # The test before may have left them without anybody to call.
-    for stage in (TOKENIZER, FACADE):
-        for host in (A, B):
-            await started.until_ready(stage, host)
+    await until_pipeline_ready(started)
     yield started
     for stage, host in list(started.processes):
         if host == C:
             await started.kill(stage, host)
+
+
+async def until_pipeline_ready(fleet: Fleet) -> None:
+    """Returns when all that call the generators know one."""
+    for stage in (TOKENIZER, FACADE):
+        for host in (A, B):
+            await fleet.until_ready(stage, host)
 
 
 async def busy(fleet: Fleet, load: Load, stage: str) -> None:
@@ -200,6 +205,7 @@ async def test_a_stream_that_outlasts_the_drain(fleet: Fleet) -> None:
         await fleet.kill(GENERATOR, host)
     await fleet.start(GENERATOR, A, TRIVIUM_GENERATOR_DRAIN_SECONDS=0.2)
     fleet.publish(GENERATOR, A, B)
+    await until_pipeline_ready(fleet)
     body = {
         "model": fleet.model.name,
         "messages": [{"role": "user", "content": "Hi"}],

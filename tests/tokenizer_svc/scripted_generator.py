@@ -76,11 +76,11 @@ class ScriptedGenerator(generator_pb2_grpc.GeneratorServiceServicer):
     ) -> AsyncIterator[pb.WatchLoadResponse]:
         yield pb.WatchLoadResponse()
 
-    async def serve(self, port: int = 0) -> tuple[GrpcServer, int]:
+    async def serve(self, port: int = 0, host: str = "127.0.0.1") -> tuple[GrpcServer, int]:
         """Starts a server that is SERVING; returns it and its port."""
         add = generator_pb2_grpc.add_GeneratorServiceServicer_to_server
         server = GrpcServer([(add, self)], [SERVICE], [revision_service(SERVICE, self.revision)])
-        port = await server.start(f"127.0.0.1:{port}")
+        port = await server.start(f"{host}:{port}")
         await server.set_serving(True)
         return server, port
 

@@ -442,3 +442,9 @@ async def test_metrics_add_up(stage: Stage) -> None:
     assert 1 == value("vllm:time_to_first_token_seconds_count", names)
     assert 1 == value("vllm:e2e_request_latency_seconds_count", names)
     assert 1 == value("vllm:request_success_total", names | {"finished_reason": "stop"})
+
+    replica = names | {"replica": f"127.0.0.1:{stage.generator_port}"}
+
+    assert value("trivium_replica_picked_total", replica) >= 1
+    assert 0 == value("trivium_replica_outstanding", replica)
+    assert 1 == value("trivium_replica_state", replica | {"state": "serving"})

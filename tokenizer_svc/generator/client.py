@@ -1,101 +1,199 @@
 """Calls the generator. Every failure leaves here as a ServiceError."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+import logging
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import grpc
 
 from tokenizer_svc.generator import convert
+from tokenizer_svc.generator.load import Sent
+from tokenizer_svc.generator.picker import Candidate, GeneratorPicker
+from tokenizer_svc.generator.prefix_memory import Prefixes, prefixes
 from tokenizer_svc.generator.types import GenerateCommand, GeneratorInfo, TokenUpdate
 from trivium.wire import telemetry
-from trivium.wire.channel import open_channel, revision_service, serving
+from trivium.wire.channel import revision_service
 from trivium.wire.errors import ServiceError, from_rpc_error
+from trivium.wire.replicas.replica import Replica
+from trivium.wire.replicas.replica_set import ReplicaSet
+
+log = logging.getLogger(__name__)
 
 INFO_SECONDS = 5.0
+_LOAD_RETRY_SECONDS = 1.0
 
 # The details that grpcio gives a call once a write to it has failed, whatever the peer's status.
 _FAILED_WRITE = "Internal error from Core"
 
 
 class GeneratorClient:
-    """The generators at `target` that serve this revision of a model, behind one channel."""
+    """The generators at `target` that serve this revision of a model.
+
+    Made while the event loop runs; raises TargetError.
+    """
 
     def __init__(self, target: str, revision: str) -> None:
-        self._target = target
         self._revision = revision
         health_service = revision_service(convert.GENERATOR_SERVICE, revision)
-        self._channel = open_channel(target, health_service)
-        self._generator = convert.GeneratorStub(self._channel)
+        self._picker = GeneratorPicker()
+        self._candidates: WeakKeyDictionary[Replica, Candidate] = WeakKeyDictionary()
+        self.replicas = ReplicaSet(target, health_service, self._follow_load)
 
     async def close(self) -> None:
         """Ends whatever runs."""
-        await self._channel.close()
+        await self.replicas.close()
 
     def serving(self) -> AsyncGenerator[bool]:
-        """Whether any of them serves: at once, then at every change."""
-        return serving(self._channel)
+        """Whether any of them serves: at once, then whenever that may have changed."""
+        return self.replicas.changes()
 
     async def info(self) -> GeneratorInfo:
         """What they serve."""
-        return await _info(self._generator.GetModelInfo)
+        try:
+            return await self.replicas.ask(_info)
+        except grpc.aio.AioRpcError as error:
+            raise _service_error(error) from error
 
     async def fault(self) -> ServiceError:
         """Why none of them serves, by asking any generator that can be reached."""
-        async with open_channel(self._target) as channel:
+        for replica in self.replicas.reachable:
             try:
-                info = await _info(convert.GeneratorStub(channel).GetModelInfo)
-            except ServiceError:
-                return ServiceError("backend_unavailable", "The generator cannot be reached.")
-        if info.revision != self._revision:
-            message = (
-                f"The tokenizer serves revision {self._revision} of the model, "
-                f"the generator {info.revision}."
-            )
-            return ServiceError("revision_mismatch", message)
-        return ServiceError("model_loading", "The generator is not ready.")
+                info = await _info(replica)
+            except grpc.aio.AioRpcError:
+                continue
+            if info.revision != self._revision:
+                message = (
+                    f"The tokenizer serves revision {self._revision} of the model, "
+                    f"the generator {info.revision}."
+                )
+                return ServiceError("revision_mismatch", message)
+            return ServiceError("model_loading", "The generator is not ready.")
+        return ServiceError("backend_unavailable", "The generator cannot be reached.")
 
-    def generate(self, start: GenerateCommand, timeout: float | None) -> "GenerationCall":
+    def generate(self, start: GenerateCommand, timeout: float | None) -> "Generation":
         """A generation that is to take at most `timeout` seconds."""
-        call = self._generator.Generate(timeout=timeout, metadata=telemetry.outgoing_metadata())
-        return GenerationCall(call, start)
+        return Generation(self, start, timeout)
+
+    def candidate(self, replica: Replica) -> Candidate:
+        """What is known of one of `replicas`."""
+        return self._candidates.setdefault(replica, Candidate())
+
+    def pick(self, replicas: Sequence[Replica], prompt: Prefixes) -> Replica:
+        """The replica that a prompt goes to."""
+        candidates = [self.candidate(replica) for replica in replicas]
+        return replicas[candidates.index(self._picker.pick(candidates, prompt))]
+
+    async def _follow_load(self, replica: Replica) -> None:
+        load = self.candidate(replica).load
+        while True:
+            try:
+                stub = replica.stub(convert.GeneratorStub)
+                async for response in stub.WatchLoad(convert.load_request()):
+                    load.reported(convert.load_report(response))
+            except grpc.aio.AioRpcError as error:
+                log.debug("%s does not tell its load: %s", replica.address, error.details())
+            finally:
+                load.reported(None)
+            await asyncio.sleep(_LOAD_RETRY_SECONDS)
 
 
-class GenerationCall:
-    """One call of the generator. Whatever happens, it is cancelled when `messages` is closed."""
+class Generation:
+    """One generation, by a generator that has room for it.
 
-    def __init__(self, call: convert.Call, start: GenerateCommand) -> None:
-        self._call = call
+    Until its first message it is tried once more by another one. Whatever happens, its call is
+    cancelled when `messages` is closed.
+    """
+
+    def __init__(
+        self, client: GeneratorClient, start: GenerateCommand, timeout: float | None
+    ) -> None:
+        self._client = client
         self._start = start
+        self._prompt = prefixes(start.token_ids)
+        self._clock = asyncio.get_running_loop().time
+        self._deadline = None if timeout is None else self._clock() + timeout
+        self._call: _GenerationCall | None = None
+
+    async def messages(self) -> AsyncGenerator[list[TokenUpdate]]:
+        """Starts the generation and yields the updates of each message."""
+        try:
+            response = await self._client.replicas.ask(self._begin, self._pick, "queue_full")
+            while response is not None:
+                yield convert.updates(response)
+                assert self._call is not None
+                response = await self._call.read()
+        except grpc.aio.AioRpcError as error:
+            raise _service_error(error) from error
+        finally:
+            self._cancel()
+
+    async def stop(self, indices: list[int]) -> None:
+        """Stops these sequences: a stop string has completed them."""
+        for index in indices:
+            assert self._call is not None, "Only what has begun can be stopped."
+            await self._call.write(convert.stop_command(index))
+
+    def _pick(self, replicas: Sequence[Replica]) -> Replica:
+        return self._client.pick(replicas, self._prompt)
+
+    async def _begin(self, replica: Replica) -> convert.Response | None:
+        self._cancel()
+        timeout = None if self._deadline is None else max(self._deadline - self._clock(), 0.0)
+        metadata = telemetry.outgoing_metadata()
+        stub = replica.stub(convert.GeneratorStub)
+        call = replica.track(stub.Generate(timeout=timeout, metadata=metadata))
+        candidate = self._client.candidate(replica)
+        sent = Sent(self._start.options.n, len(self._start.token_ids))
+        candidate.memory.sent(self._prompt)
+        candidate.load.begin(sent)
+        call.add_done_callback(lambda _: candidate.load.end(sent))
+        self._call = _GenerationCall(call)
+        return await self._call.start(self._start)
+
+    def _cancel(self) -> None:
+        if self._call is not None:
+            self._call.cancel()
+
+
+class _GenerationCall:
+    """One call of one generator."""
+
+    def __init__(self, call: convert.Call) -> None:
+        self._call = call
+        # Unlike `read` this has all that came, though the call be over.
+        self._responses = aiter(call)
         self._status: asyncio.Future[grpc.aio.AioRpcError] = (
             asyncio.get_running_loop().create_future()
         )
         call.add_done_callback(self._keep_status)
 
-    async def messages(self) -> AsyncGenerator[list[TokenUpdate]]:
-        """Starts the generation and yields the updates of each message."""
+    def cancel(self) -> None:
+        """Ends it, if it still runs."""
+        self._call.cancel()
+
+    async def start(self, start: GenerateCommand) -> convert.Response | None:
+        """Starts the generation; returns its first message. Raises AioRpcError."""
+        await self.write(convert.start_command(start))
+        if not start.options.stop:
+            with suppress(grpc.aio.InternalError):  # as in `write`
+                await self._call.done_writing()
+        return await self.read()
+
+    async def read(self) -> convert.Response | None:
+        """The next message, or None at the end; raises AioRpcError."""
         try:
-            await self._write(convert.start_command(self._start))
-            if not self._start.options.stop:
-                with suppress(grpc.aio.InternalError):  # as in `_write`
-                    await self._call.done_writing()
-            async for response in self._call:
-                yield convert.updates(response)
+            return await anext(self._responses, None)
         except grpc.aio.AioRpcError:
             status = await self._status
-            if status.code() is not grpc.StatusCode.OK:
-                raise _service_error(status) from status
-        finally:
-            self._call.cancel()
+            if status.code() is grpc.StatusCode.OK:
+                return None
+            raise status from None
 
-    async def stop(self, indices: list[int]) -> None:
-        """Stops these sequences: a stop string has completed them."""
-        for index in indices:
-            await self._write(convert.stop_command(index))
-
-    async def _write(self, command: convert.Command) -> None:
-        # A call that is over takes no more commands; reading it raises its status.
+    async def write(self, command: convert.Command) -> None:
+        """A call that is over takes no more commands; reading it raises its status."""
         with suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
             await self._call.write(command)
 
@@ -117,12 +215,10 @@ def _result(done: Coroutine[Any, Any, Any]) -> Any:
     raise AssertionError("A call that is done has no status. This is a bug.")
 
 
-async def _info(method: convert.GetModelInfo) -> GeneratorInfo:
-    try:
-        response = await method(convert.generator_info_request(), timeout=INFO_SECONDS)
-    except grpc.aio.AioRpcError as error:
-        raise _service_error(error) from error
-    return convert.generator_info(response)
+async def _info(replica: Replica) -> GeneratorInfo:
+    stub = replica.stub(convert.GeneratorStub)
+    call = stub.GetModelInfo(convert.generator_info_request(), timeout=INFO_SECONDS)
+    return convert.generator_info(await replica.track(call))
 
 
 def _service_error(error: grpc.aio.AioRpcError) -> ServiceError:

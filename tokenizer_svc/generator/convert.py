@@ -2,6 +2,7 @@
 
 import grpc
 
+from tokenizer_svc.generator.load import LoadReport
 from tokenizer_svc.generator.types import (
     Finished,
     GenerateCommand,
@@ -16,10 +17,8 @@ from trivium.generator.v1.generator_pb2_grpc import GeneratorServiceStub as Gene
 __all__ = ["GeneratorStub"]
 
 Command = generator_pb2.GenerateRequest
+Response = generator_pb2.GenerateResponse
 Call = grpc.aio.StreamStreamCall[generator_pb2.GenerateRequest, generator_pb2.GenerateResponse]
-GetModelInfo = grpc.aio.UnaryUnaryMultiCallable[
-    generator_pb2.GetModelInfoRequest, generator_pb2.GetModelInfoResponse
-]
 GENERATOR_SERVICE = "trivium.generator.v1.GeneratorService"
 
 _ENDINGS = {
@@ -79,6 +78,21 @@ def _finished(finished: generator_pb2.Finished) -> Finished:
         completion_tokens=finished.completion_tokens,
         cached_prompt_tokens=finished.cached_prompt_tokens,
         device_nanoseconds=finished.device_nanoseconds,
+    )
+
+
+def load_request() -> generator_pb2.WatchLoadRequest:
+    """Asks how busy a generator is, from now on."""
+    return generator_pb2.WatchLoadRequest()
+
+
+def load_report(response: generator_pb2.WatchLoadResponse) -> LoadReport:
+    """How busy a generator is."""
+    return LoadReport(
+        waiting_sequences=response.waiting_sequences,
+        running_sequences=response.running_sequences,
+        free_slots=response.free_slots,
+        waiting_prompt_tokens=response.waiting_prompt_tokens,
     )
 
 

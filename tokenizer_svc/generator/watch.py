@@ -7,8 +7,8 @@ from contextlib import aclosing
 from typing import Protocol
 
 from tokenizer_svc.generator.types import GeneratorInfo
-from trivium.wire.channel import GAP_SECONDS
 from trivium.wire.errors import ServiceError
+from trivium.wire.replicas.replica_set import GAP_SECONDS
 
 log = logging.getLogger(__name__)
 

@@ -239,6 +239,11 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> ServiceError:
     return ServiceError(*bare) if bare else internal_error()
 
 
+def is_final(error: grpc.aio.AioRpcError) -> bool:
+    """Whether all replicas of the stage would fail with it, as it says."""
+    return _DO_NOT_RETRY in tuple(error.trailing_metadata() or ())
+
+
 def markdown_table() -> str:
     """The table as docs/errors.md shows it."""
     lines = [

@@ -174,7 +174,7 @@ class GrpcServer:
 
     `services` pairs each servicer's `add_…_to_server` with the servicer; `names` are the
     full service names for health and reflection, `health_names` further ones for health.
-    Callers resolve a name anew only when a connection ends, so each ends after
+    gRPC clients resolve a name anew only when a connection ends, so each ends after
     `max_connection_age_seconds`: new replicas get their share of the calls within this time.
     `in_flight` is for servicers that have to know of the drain.
     """

@@ -1,0 +1,370 @@
+"""What becomes of calls when replicas refuse, are not healthy, or all fail alike."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tests.name_server import NameServer
+from tests.tokenizer_svc.scripted_generator import (
+    SERVICE,
+    Script,
+    ScriptedGenerator,
+    fails_after,
+    finish,
+    message_of,
+    says,
+    stalls_after,
+    update,
+)
+from tokenizer_svc.generator import convert
+from tokenizer_svc.generator.client import GeneratorClient
+from tokenizer_svc.generator.types import GenerateCommand, TokenUpdate
+from tokenizer_svc.request.types import ValidOptions
+from trivium.cli.pipeline import free_ports
+from trivium.generator.v1 import generator_pb2 as pb
+from trivium.generator.v1 import generator_pb2_grpc
+from trivium.sampling.v1.sampling_pb2 import SamplingParams
+from trivium.wire.channel import open_channel
+from trivium.wire.errors import ServiceError
+from trivium.wire.serving import GrpcServer
+
+END = message_of(update(0, [2]), finish(0, pb.FINISH_REASON_STOP_TOKEN, 1))
+ANSWER = convert.updates(END)
+DRAINING = ServiceError("draining", "The server is shutting down.")
+
+
+def command(token_ids: list[int], n: int = 1) -> GenerateCommand:
+    """What is asked."""
+    options = ValidOptions(
+        sampling=SamplingParams(),
+        max_completion_tokens=None,
+        min_tokens=0,
+        ignore_eos=False,
+        stop=(),
+        stop_token_ids=(),
+        include_stop=False,
+        skip_special_tokens=True,
+        n=n,
+        top_logprobs=None,
+        response_constraint=None,
+    )
+    return GenerateCommand("ours", token_ids, options, max_new_tokens=5)
+
+
+class Fleet:
+    """Generators, and a client of those that serve the revision "ours".
+
+    `servers` are theirs, in the same order, each at its port of 127.0.0.1.
+    """
+
+    def __init__(self, *revisions: str) -> None:
+        self.generators = [ScriptedGenerator(revision) for revision in revisions]
+        for generator in self.generators:
+            generator.script = says([END])
+        self.ports = free_ports(len(revisions))
+        self.servers: list[GrpcServer] = []
+        self.client: GeneratorClient
+
+    @property
+    def calls(self) -> list[int]:
+        """How many calls each of them had."""
+        return [len(generator.calls) for generator in self.generators]
+
+    async def ask(self, prompt_tokens: int = 1, n: int = 1, token: int = 7) -> list[TokenUpdate]:
+        """All updates of an answer to a prompt of so many times the same token."""
+        generation = self.client.generate(command([token] * prompt_tokens, n), None)
+        return [update async for updates in generation.messages() for update in updates]
+
+    async def called(self, count: int) -> None:
+        """Returns when they have had so many calls."""
+        while sum(self.calls) < count:
+            for generator in self.generators:
+                generator.called.clear()
+            waits = [asyncio.create_task(one.called.wait()) for one in self.generators]
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for wait in waits:
+                wait.cancel()
+
+    async def known(self, *addresses: str) -> None:
+        """Returns when those at these addresses serve, and no other one."""
+        async for _ in self.client.serving():
+            if {str(one.address) for one in self.client.replicas.serving} == set(addresses):
+                return
+
+
+@asynccontextmanager
+async def serving(fleet: Fleet) -> AsyncIterator[Fleet]:
+    """While all of them serve, and those of our revision are known."""
+    for generator, port in zip(fleet.generators, fleet.ports, strict=True):
+        server, _ = await generator.serve(port)
+        fleet.servers.append(server)
+    addresses = [f"127.0.0.1:{port}" for port in fleet.ports]
+    fleet.client = GeneratorClient(",".join(addresses), "ours")
+    pairs = zip(fleet.generators, addresses, strict=True)
+    await fleet.known(*(address for one, address in pairs if one.revision == "ours"))
+    yield fleet
+    await fleet.client.close()
+    for server in fleet.servers:
+        await server.drain(0, 0)
+
+
+@pytest.mark.parametrize("prompt_tokens", [1, 5_000_000])
+async def test_what_one_refuses_another_answers(prompt_tokens: int) -> None:
+    """A call that was not begun is repeated, the largest ones too: this one has 5 MB."""
+    async with serving(Fleet("ours", "ours")) as fleet:
+        fleet.generators[0].script = fails_after([], DRAINING)
+        answers = [await fleet.ask(prompt_tokens, token=token) for token in (7, 8)]
+
+    assert [ANSWER] * 2 == answers
+    assert 2 == fleet.calls[1]
+    assert fleet.calls[0] >= 1
+
+
+async def test_no_call_is_lost_when_a_drain_begins() -> None:
+    """Neither those that are on their way then, nor those that follow, one every half a
+    millisecond: gRPC itself ends some of them as CANCELLED."""
+    async with serving(Fleet("ours", "ours")) as fleet:
+        asked = []
+        for number in range(200):
+            asked.append(asyncio.create_task(fleet.ask()))
+            if number == 50:
+                draining = asyncio.create_task(fleet.servers[0].drain(0, 5))
+            await asyncio.sleep(0.0005)
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        await draining
+
+    assert [ANSWER] * 200 == answers
+
+
+async def test_what_was_begun_is_not_repeated() -> None:
+    """The caller would get its first part twice."""
+    async with serving(Fleet("ours", "ours")) as fleet:
+        for generator in fleet.generators:
+            generator.script = fails_after([message_of(update(0, [70]))], DRAINING)
+        with pytest.raises(ServiceError) as broken:
+            await fleet.ask()
+
+    assert "draining" == broken.value.code
+    assert 1 == sum(fleet.calls)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ServiceError("backend_unavailable", "No generator.", everywhere=True),
+        ServiceError("invalid_value", "No."),
+    ],
+    ids=["everywhere", "wrong"],
+)
+async def test_what_would_fail_everywhere_is_not_repeated(error: ServiceError) -> None:
+    """The server says so, or the request is wrong: its word arrives at once."""
+    async with serving(Fleet("ours", "ours")) as fleet:
+        for generator in fleet.generators:
+            generator.script = fails_after([], error)
+        with pytest.raises(ServiceError, match=error.message) as refused:
+            await fleet.ask()
+
+    assert error.code == refused.value.code
+    assert 1 == sum(fleet.calls)
+
+
+async def test_room_is_looked_for_once_elsewhere() -> None:
+    """What one has no room for is answered by another one; if that has none either, the caller
+    hears so, and nobody is asked twice."""
+    full = ServiceError("queue_full", "The queue is full.", retry_after=7)
+    async with serving(Fleet("ours", "ours", "ours")) as fleet:
+        fleet.generators[0].script = fails_after([], full)
+        answers = [await fleet.ask() for _ in range(3)]
+        calls, refusals = sum(fleet.calls), fleet.calls[0]
+        for generator in fleet.generators:
+            generator.script = fails_after([], full)
+        with pytest.raises(ServiceError) as refused:
+            await fleet.ask()
+
+    assert [ANSWER] * 3 == answers
+    assert 3 + refusals == calls
+    assert refusals
+    assert ("queue_full", 7) == (refused.value.code, refused.value.retry_after)
+    assert calls + 2 == sum(fleet.calls)
+
+
+async def test_a_single_one_that_is_full_is_not_asked_again() -> None:
+    """It would have no room the second time either."""
+    async with serving(Fleet("ours")) as fleet:
+        fleet.generators[0].script = fails_after([], ServiceError("queue_full", "Full."))
+        with pytest.raises(ServiceError, match="Full"):
+            await fleet.ask()
+
+    assert [1] == fleet.calls
+
+
+async def test_only_replicas_of_the_revision_are_called() -> None:
+    """Those of another one are up and healthy, and get nothing."""
+    async with serving(Fleet("theirs", "ours", "theirs")) as fleet:
+        for _ in range(6):
+            await fleet.ask()
+
+    assert [0, 6, 0] == fleet.calls
+
+
+async def test_calls_go_where_fewest_are_outstanding() -> None:
+    """Calls are spread evenly over replicas that hold them, and the next ones go to the replica
+    that has answered its own."""
+    events = [asyncio.Event(), asyncio.Event()]
+
+    def until(event: asyncio.Event) -> Script:
+        async def script(start: Any, stops: Any) -> AsyncIterator[pb.GenerateResponse]:
+            await event.wait()
+            yield END
+
+        return script
+
+    async with serving(Fleet("ours", "ours")) as fleet:
+        for generator, event in zip(fleet.generators, events, strict=True):
+            generator.script = until(event)
+        first = [asyncio.create_task(fleet.ask()) for _ in range(6)]
+        await fleet.called(6)
+        spread = fleet.calls
+        events[0].set()
+        while sum(task.done() for task in first) < 3:
+            await asyncio.wait(
+                [task for task in first if not task.done()], return_when=asyncio.FIRST_COMPLETED
+            )
+        for _ in range(4):
+            await fleet.ask()
+        events[1].set()
+        await asyncio.gather(*first)
+
+    assert [3, 3] == spread
+    assert [7, 3] == fleet.calls
+
+
+async def test_addresses_that_change() -> None:
+    """A new address of a name gets calls; one that is gone gets none, and what runs there goes on.
+    A name that suddenly has no address at all changes nothing."""
+    fleet, resumed = Fleet("ours", "ours"), asyncio.Event()
+
+    async def waits(start: Any, stops: Any) -> AsyncIterator[pb.GenerateResponse]:
+        await resumed.wait()
+        yield END
+
+    fleet.generators[0].script = waits
+    port, hosts = fleet.ports[0], ("127.0.0.2", "127.0.0.3")
+    for generator, host in zip(fleet.generators, hosts, strict=True):
+        fleet.servers.append((await generator.serve(port, host))[0])
+    with NameServer(**{"generator.test": hosts[:1]}) as names:
+        fleet.client = GeneratorClient(names.target("generator.test", port), "ours")
+        running = asyncio.create_task(fleet.ask())
+        await fleet.generators[0].called.wait()
+        await names.change("generator.test", hosts[1])
+        await fleet.known(f"{hosts[1]}:{port}")
+        answers = [await fleet.ask() for _ in range(4)]
+        await names.change("generator.test")
+        answers.append(await fleet.ask())
+        resumed.set()
+        answers.append(await running)
+        await fleet.client.close()
+    for server in fleet.servers:
+        await server.drain(0, 0)
+
+    assert [ANSWER] * 6 == answers
+    assert [1, 5] == fleet.calls
+
+
+async def test_a_drain_as_callers_see_it() -> None:
+    """Who polls hears of it at once; who watches, and all calls, notice nothing before the time
+    of notice is over; then calls that run go on and new ones find nobody here."""
+    resumed = asyncio.Event()
+
+    async def script(start: Any, stops: Any) -> AsyncIterator[pb.GenerateResponse]:
+        await resumed.wait()
+        yield END
+
+    async with (
+        serving(Fleet("ours")) as fleet,
+        open_channel(f"127.0.0.1:{fleet.ports[0]}") as channel,
+    ):
+        health = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest(service=SERVICE)
+        watch = health.Watch(request)
+        hurry = asyncio.Event()
+        async with aclosing(_statuses(watch)) as watched:
+            before = await anext(watched)
+            draining = asyncio.create_task(fleet.servers[0].drain(2.0, 30, hurry))
+            while (polled := (await health.Check(request)).status) == before:
+                pass
+            served = await fleet.ask()
+            fleet.generators[0].script = script
+            running = asyncio.create_task(fleet.ask())
+            after = await anext(watched)
+        stub: Any = generator_pb2_grpc.GeneratorServiceStub(channel)  # type: ignore[no-untyped-call]
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.GetModelInfo(pb.GetModelInfoRequest())
+        resumed.set()
+        finished = await running
+        await draining
+
+    states = health_pb2.HealthCheckResponse
+    assert (states.SERVING, states.NOT_SERVING, states.NOT_SERVING) == (before, polled, after)
+    assert ANSWER == served == finished
+    # The latter if it crossed the GOAWAY.
+    assert refused.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+
+
+async def test_the_end_of_a_drain_can_be_hurried() -> None:
+    """What still runs ends as draining, whatever notice and time were promised."""
+    async with serving(Fleet("ours")) as fleet:
+        fleet.generators[0].script = stalls_after([END])
+        messages = fleet.client.generate(command([7]), None).messages()
+        await anext(messages)
+        hurry = asyncio.Event()
+        draining = asyncio.create_task(fleet.servers[0].drain(600, 600, hurry))
+        hurry.set()
+        with pytest.raises(ServiceError) as cut:
+            await anext(messages)
+        await draining
+
+    assert "draining" == cut.value.code
+
+
+async def test_clients_in_other_languages_lose_no_call_either() -> None:
+    """With the service config of docs/operations.md gRPC itself does it: while one of two
+    replicas drains, no call of a plain gRPC client fails."""
+    page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    config = json.loads(page.partition("```json\n")[2].partition("```")[0])
+    config["healthCheckConfig"]["serviceName"] = SERVICE
+    options = [("grpc.service_config", json.dumps(config))]
+    async with serving(Fleet("ours", "ours")) as fleet:
+        target = "ipv4:" + ",".join(f"127.0.0.1:{port}" for port in fleet.ports)
+        async with grpc.aio.insecure_channel(target, options=options) as channel:
+            stub: Any = generator_pb2_grpc.GeneratorServiceStub(channel)  # type: ignore[no-untyped-call]
+
+            async def ask() -> list[pb.GenerateResponse]:
+                call = stub.Generate()
+                await call.write(pb.GenerateRequest())
+                return [response async for response in call]
+
+            while not all(fleet.calls):
+                await ask()
+            asked = []
+            for number in range(200):
+                asked.append(asyncio.create_task(ask()))
+                if number == 50:
+                    draining = asyncio.create_task(fleet.servers[0].drain(0, 5))
+                await asyncio.sleep(0.0005)
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+            await draining
+
+    assert [[END]] * 200 == answers
+
+
+async def _statuses(watch: Any) -> AsyncIterator[int]:
+    async for response in watch:
+        yield response.status

@@ -1,0 +1,78 @@
+"""Which addresses a target stands for."""
+
+import pytest
+from pydantic import ValidationError
+
+from rest_facade.config import FacadeSettings
+from tests.name_server import NameServer
+from tokenizer_svc.config import ModelSettings
+from trivium.wire.replicas.resolver import Address, Resolver
+
+
+async def resolved(target: str) -> set[str]:
+    return {address.target for address in await Resolver(target).resolve()}
+
+
+@pytest.mark.parametrize(
+    ("target", "addresses"),
+    [
+        ("10.0.0.7:50051", {"ipv4:10.0.0.7:50051"}),
+        ("ipv4:10.0.0.7:1,10.0.0.8:2", {"ipv4:10.0.0.7:1", "ipv4:10.0.0.8:2"}),
+        ("dns:///10.0.0.7:1, 10.0.0.7:1", {"ipv4:10.0.0.7:1"}),
+        ("[2001:db8::1]:443", {"ipv6:[2001:db8::1]:443"}),
+        ("unix:/run/tokenizer.sock", {"unix:/run/tokenizer.sock"}),
+        ("xds:///tokenizer", {"xds:///tokenizer"}),
+    ],
+)
+async def test_addresses_are_taken_as_they_are(target: str, addresses: set[str]) -> None:
+    """One, several, of IP or of something that only gRPC knows; they never change."""
+    assert addresses == await resolved(target)
+    assert Resolver(target).is_fixed
+
+
+async def test_this_machine_has_a_name() -> None:
+    """Names of /etc/hosts are known too."""
+    assert "ipv4:127.0.0.1:7" in await resolved("localhost:7")
+
+
+async def test_every_address_of_every_name() -> None:
+    """Those of a list are put together; what is called is told the name that it goes by."""
+    with NameServer(a=["127.0.0.2", "127.0.0.3"], b=["127.0.0.4"]) as names:
+        target = ",".join([names.target("a", 5), names.target("b", 6), "127.0.0.9:7"])
+        addresses = await Resolver(target).resolve()
+
+    assert {
+        Address("ipv4:127.0.0.2:5", "a:5"),
+        Address("ipv4:127.0.0.3:5", "a:5"),
+        Address("ipv4:127.0.0.4:6", "b:6"),
+        Address("ipv4:127.0.0.9:7"),
+    } == addresses
+
+
+async def test_what_cannot_be_looked_up_stays() -> None:
+    """A name server that is gone, or knows no address now, takes nobody away."""
+    with NameServer(a=["127.0.0.2"]) as names:
+        resolver = Resolver(names.target("a", 5))
+        first = await resolver.resolve()
+        names.names["a"] = []
+        nobody = await resolver.resolve()
+        names.names["a"] = ["127.0.0.3"]
+        other = await resolver.resolve()
+    gone = await resolver.resolve()
+
+    assert [{"ipv4:127.0.0.2:5"}, {"ipv4:127.0.0.3:5"}] == [
+        {address.target for address in addresses} for addresses in (first, other)
+    ]
+    assert first == nobody
+    assert other == gone
+
+
+@pytest.mark.parametrize(
+    "target", ["", "localhost", "localhost:", "localhost:0", "a:1,,b:2", "a:65536", "http://a:1"]
+)
+def test_what_is_no_target(target: str) -> None:
+    """It is refused at the start, with the setting's name and the part that is wrong."""
+    with pytest.raises(ValidationError, match=r"tokenizer_target\n.* should be host:port"):
+        FacadeSettings(tokenizer_target=target)
+    with pytest.raises(ValidationError, match=r"generator_target\n.* should be host:port"):
+        ModelSettings(model_directory=".", generator_target=target)

@@ -1,0 +1,177 @@
+"""Which generator a prompt goes to: by what it was sent before, and by how busy it is."""
+
+from collections import Counter
+
+import pytest
+
+from tokenizer_svc.generator.load import LoadReport, Sent
+from tokenizer_svc.generator.picker import Candidate, GeneratorPicker
+from tokenizer_svc.generator.prefix_memory import BLOCK_TOKENS, PrefixMemory, prefixes
+
+
+def picked(picker: GeneratorPicker, candidates: list[Candidate], prompt: list[int]) -> int:
+    """Sends a prompt to whom it should go, who answers at once; its number."""
+    keys = prefixes(prompt)
+    chosen = picker.pick(candidates, keys)
+    chosen.memory.sent(keys)
+    return candidates.index(chosen)
+
+
+def report(running: int = 0, waiting: int = 0, free: int = 8, tokens: int = 0) -> LoadReport:
+    return LoadReport(waiting, running, free, tokens)
+
+
+def prompt(conversation: int, tokens: int) -> list[int]:
+    return [conversation] * tokens
+
+
+def test_idle_ones_take_turns() -> None:
+    """Prompts that nobody has seen are spread evenly, not all sent to the first."""
+    picker, candidates = GeneratorPicker(), [Candidate() for _ in range(3)]
+    counts = Counter(picked(picker, candidates, prompt(n, 100)) for n in range(30))
+
+    assert {0: 10, 1: 10, 2: 10} == counts
+
+
+def test_a_conversation_stays_where_it_was() -> None:
+    """Each next turn begins with the last one's prompt, and goes where that is cached."""
+    picker, candidates = GeneratorPicker(), [Candidate() for _ in range(2)]
+    homes = [
+        {picked(picker, candidates, prompt(conversation, 100 * turn)) for turn in range(1, 5)}
+        for conversation in range(6)
+    ]
+
+    assert [{0}, {1}] * 3 == homes
+
+
+def test_the_longest_prefix_wins() -> None:
+    """All have the system prompt, one of them the conversation too."""
+    picker, candidates = GeneratorPicker(), [Candidate() for _ in range(3)]
+    system = prompt(1, 320)
+    for candidate in candidates:
+        candidate.memory.sent(prefixes(system))
+    candidates[1].memory.sent(prefixes(system + prompt(2, 64)))
+
+    assert 1 == picked(picker, candidates, system + prompt(2, 90))
+
+
+@pytest.mark.parametrize(
+    ("cached_tokens", "busier", "stays"),
+    [
+        (128 * 3, 2, True),
+        (128 * 3, 4, False),
+        (128 * 100, 7, True),
+        (128 * 100, 9, False),  # however long
+        (16, 1, False),
+    ],
+)
+def test_a_prefix_is_worth_so_much_load(cached_tokens: int, busier: int, stays: bool) -> None:
+    """A sequence more for every 128 tokens that it saves, and at most eight."""
+    candidates = [Candidate(), Candidate()]
+    candidates[0].memory.sent(prefixes(prompt(1, cached_tokens)))
+    candidates[0].load.reported(report(running=3 + busier, free=8))
+    candidates[1].load.reported(report(running=3))
+
+    assert (0 if stays else 1) == picked(GeneratorPicker(), candidates, prompt(1, 20_000))
+
+
+def test_a_prefix_is_not_worth_waiting_for_a_slot() -> None:
+    """Where one has all slots taken and another one has a free one, that takes the prompt."""
+    candidates = [Candidate(), Candidate()]
+    candidates[0].memory.sent(prefixes(prompt(1, 5_000)))
+    candidates[0].load.reported(report(running=4, free=0))
+    candidates[1].load.reported(report(running=6, free=2))
+
+    assert 1 == picked(GeneratorPicker(), candidates, prompt(1, 5_000))
+
+
+@pytest.mark.parametrize(
+    ("busy", "idle"),
+    [
+        (report(running=5, free=3), report(running=4, free=4)),
+        (report(waiting=1, running=8, free=0), report(running=8, free=0)),
+        (report(running=1, tokens=1_000), report(running=4, free=4)),
+        (report(running=2, free=0), report(running=20, free=1)),
+    ],
+    ids=["sequences", "queue", "waiting prompts", "no slot"],
+)
+def test_the_least_busy_takes_what_is_new(busy: LoadReport, idle: LoadReport) -> None:
+    """By their reports: sequences that run or wait, tokens of prompts that wait, and free slots."""
+    candidates = [Candidate(), Candidate()]
+    candidates[0].load.reported(busy)
+    candidates[1].load.reported(idle)
+
+    assert 1 == picked(GeneratorPicker(), candidates, prompt(1, 100))
+
+
+def test_what_was_sent_since_the_report_counts() -> None:
+    """A burst between two reports is spread as if each had been heard of."""
+    picker, candidates = GeneratorPicker(), [Candidate(), Candidate()]
+    for candidate, running in zip(candidates, (0, 4), strict=True):
+        candidate.load.reported(report(running=running, free=100))
+    counts: Counter[int] = Counter()
+    for number in range(16):
+        chosen = picker.pick(candidates, prefixes(prompt(number, 40)))
+        chosen.load.begin(Sent(1, 40))
+        counts[candidates.index(chosen)] += 1
+
+    assert {0: 10, 1: 6} == counts
+
+
+def test_choices_count_each() -> None:
+    """Eight choices are eight sequences, until they end."""
+    candidates = [Candidate(), Candidate()]
+    sent = Sent(8, 10)
+    candidates[0].load.begin(sent)
+    candidates[1].load.begin(Sent(1, 10))
+    before = picked(GeneratorPicker(), candidates, prompt(1, 10))
+    candidates[0].load.end(sent)
+    after = picked(GeneratorPicker(), candidates, prompt(1, 10))
+
+    assert (1, 0) == (before, after)
+
+
+def test_a_report_that_is_behind_hides_no_calls() -> None:
+    """One that was made before our calls arrived says that it is idle; we know better."""
+    candidates = [Candidate(), Candidate()]
+    for candidate, calls in zip(candidates, (3, 2), strict=True):
+        for _ in range(calls):
+            candidate.load.begin(Sent(1, 10))
+        candidate.load.reported(report())
+
+    assert 1 == picked(GeneratorPicker(), candidates, prompt(1, 10))
+
+
+def test_no_report_at_all() -> None:
+    """Those that tell nothing of their load are picked by our own calls."""
+    candidates = [Candidate(), Candidate()]
+    candidates[0].load.reported(report(running=9, free=0))
+    candidates[0].load.reported(None)
+    candidates[1].load.begin(Sent(1, 10))
+
+    assert 0 == picked(GeneratorPicker(), candidates, prompt(1, 10))
+
+
+def test_known_tokens_are_those_of_whole_blocks_in_common() -> None:
+    """As a plain comparison of the prompts has them."""
+    sent, memory = list(range(1000)), PrefixMemory()
+    memory.sent(prefixes(sent))
+    for common in (0, 1, 15, 16, 17, 500, 999, 1000):
+        asked = sent[:common] + [-1] * 40
+        whole_blocks = common // BLOCK_TOKENS * BLOCK_TOKENS
+
+        assert whole_blocks == memory.known_tokens(prefixes(asked))
+    assert 0 == memory.known_tokens(prefixes(sent[BLOCK_TOKENS:]))
+
+
+def test_memory_is_bounded() -> None:
+    """The prompts used longest ago are forgotten, and their ends before their beginnings."""
+    memory = PrefixMemory(max_tokens=1600)
+    system = prompt(0, 160)
+    for number in range(1, 50):
+        memory.sent(prefixes(system + prompt(number, 640)))
+    known = [
+        memory.known_tokens(prefixes(system + prompt(number, 640))) for number in (49, 48, 47, 46)
+    ]
+
+    assert [800, 800, 320, 160] == known

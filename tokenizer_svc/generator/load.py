@@ -1,0 +1,70 @@
+"""How busy a generator is, by its last report and what it was sent since."""
+
+from dataclasses import dataclass, field
+
+# Prompt tokens whose prefill weighs as much as one more sequence in the batch.
+TOKENS_PER_SEQUENCE = 128
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a generator says of itself, by WatchLoad."""
+
+    waiting_sequences: int
+    running_sequences: int
+    free_slots: int
+    waiting_prompt_tokens: int
+
+
+@dataclass(eq=False)
+class Sent:
+    """A generation that a generator was sent: `sequences` of a prompt of so many tokens."""
+
+    sequences: int
+    prompt_tokens: int
+
+
+@dataclass
+class GeneratorLoad:
+    """The load of one generator, whose reports are some 100 ms old and hold others' work too."""
+
+    report: LoadReport | None = None
+    _outstanding: set[Sent] = field(default_factory=set)
+    _since_report: set[Sent] = field(default_factory=set)
+
+    def reported(self, report: LoadReport | None) -> None:
+        """The generator says so; None is that its word is not to be had."""
+        self.report = report
+        self._since_report.clear()
+
+    def begin(self, sent: Sent) -> None:
+        """It is sent this now."""
+        self._outstanding.add(sent)
+        self._since_report.add(sent)
+
+    def end(self, sent: Sent) -> None:
+        """That has ended."""
+        self._outstanding.discard(sent)
+        self._since_report.discard(sent)
+
+    @property
+    def busy(self) -> float:
+        """Sequences that it has to do with, waiting prompt tokens included as TOKENS_PER_SEQUENCE
+        says. At least our own: a report that is on its way may not have them yet."""
+        own = sum(sent.sequences for sent in self._outstanding)
+        if self.report is None:
+            return own
+        report = self.report
+        new = sum(sent.sequences for sent in self._since_report)
+        tokens = report.waiting_prompt_tokens
+        tokens += sum(sent.prompt_tokens for sent in self._since_report)
+        sequences = max(report.running_sequences + report.waiting_sequences + new, own)
+        return sequences + tokens / TOKENS_PER_SEQUENCE
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a new sequence would have to wait for a slot."""
+        if self.report is None:
+            return False
+        new = sum(sent.sequences for sent in self._since_report)
+        return self.report.free_slots <= new + self.report.waiting_sequences

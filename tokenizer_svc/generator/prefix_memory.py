@@ -1,0 +1,46 @@
+"""Which prompt prefixes a generator was sent, and so has in its prefix cache, as far as we know.
+
+A prompt is a chain of blocks of BLOCK_TOKENS tokens: a block's key is the hash of its tokens and of
+the key before it, so that equal keys mean equal prefixes. Knows nothing of other tokenizers.
+"""
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import takewhile
+
+BLOCK_TOKENS = 16
+MAX_TOKENS = 2**20  # remembered of one generator: some 8 MB
+
+Prefixes = Sequence[int]  # the keys of a prompt's blocks, the shortest prefix first
+
+
+def prefixes(token_ids: Sequence[int]) -> Prefixes:
+    """The keys of all whole blocks of a prompt. Collisions cost a detour, nothing else."""
+    tokens = array("i", token_ids)
+    keys, key = [], 0
+    for start in range(0, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
+        key = hash((key, tokens[start : start + BLOCK_TOKENS].tobytes()))
+        keys.append(key)
+    return keys
+
+
+class PrefixMemory:
+    """The prefixes that one generator was sent, the most recent MAX_TOKENS of them (LRU)."""
+
+    def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
+        self._max_blocks = max_tokens // BLOCK_TOKENS
+        self._blocks: OrderedDict[int, None] = OrderedDict()
+
+    def known_tokens(self, prompt: Prefixes) -> int:
+        """Tokens of the longest prefix of `prompt` that it was sent."""
+        return BLOCK_TOKENS * sum(1 for _ in takewhile(self._blocks.__contains__, prompt))
+
+    def sent(self, prompt: Prefixes) -> None:
+        """It was sent `prompt`."""
+        # The shortest prefix last: what others may share is forgotten after what they cannot.
+        for key in reversed(prompt):
+            self._blocks[key] = None
+            self._blocks.move_to_end(key)
+        while len(self._blocks) > self._max_blocks:
+            self._blocks.popitem(last=False)

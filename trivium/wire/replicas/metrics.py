@@ -1,0 +1,43 @@
+"""Prometheus metrics of the replicas that a process calls, read at each scrape."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from trivium.wire.replicas.replica import ReplicaState, ReplicaStatus
+
+_LABELS = ["model_name", "replica"]
+
+
+class ReplicaCollector(Collector):
+    """`statuses` are those of all replicas, by the model that they serve; an empty name, which is
+    no label to Prometheus, is for those that serve all."""
+
+    def __init__(self, statuses: Mapping[str, Callable[[], Sequence[ReplicaStatus]]]) -> None:
+        self._statuses = statuses
+
+    def collect(self) -> Iterator[Metric]:
+        """What is there at this moment; a replica that is gone is gone here too."""
+        picked = CounterMetricFamily(
+            "trivium_replica_picked", "Calls that this replica was picked for.", labels=_LABELS
+        )
+        outstanding = GaugeMetricFamily(
+            "trivium_replica_outstanding",
+            "Calls to this replica that have not ended.",
+            labels=_LABELS,
+        )
+        state = GaugeMetricFamily(
+            "trivium_replica_state",
+            "1 for the state that the replica is in: serving, not_serving or unreachable.",
+            labels=[*_LABELS, "state"],
+        )
+        for model, statuses in self._statuses.items():
+            for status in statuses():
+                labels = [model, status.address]
+                picked.add_metric(labels, status.picked)
+                outstanding.add_metric(labels, status.outstanding)
+                for one in ReplicaState:
+                    state.add_metric([*labels, one.value], status.state is one)
+        yield from (picked, outstanding, state)

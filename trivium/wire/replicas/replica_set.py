@@ -1,0 +1,178 @@
+"""The replicas of a target, followed as they come and go; a call goes to one of them.
+
+Knows nothing of what is called.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Coroutine, Sequence
+from typing import Any, TypeVar
+
+import grpc
+
+from trivium.wire.errors import ServiceError, from_rpc_error, is_final
+from trivium.wire.replicas.replica import Replica, ReplicaState, ReplicaStatus
+from trivium.wire.replicas.resolver import Address, Resolver
+
+log = logging.getLogger(__name__)
+
+# When the last replica is replaced there is none until its successor's address is known and
+# connected, which calls wait out. Only what takes longer is an outage.
+GAP_SECONDS = 2.0
+
+_RESOLVE_SECONDS = 1.0
+_PAUSE_SECONDS = 0.1  # before a call is tried again where it failed, as there is nobody else
+
+# The replica was lost, or never began. A server ends as CANCELLED what reaches it while it is
+# sending GOAWAY.
+LOST = frozenset({"backend_unavailable", "model_loading", "draining", "client_closed_request"})
+
+Answer = TypeVar("Answer")
+Picker = Callable[[Sequence[Replica]], Replica]
+
+
+def least_outstanding(replicas: Sequence[Replica]) -> Replica:
+    """The one with the fewest calls of ours that have not ended; in turn among equals."""
+    return min(replicas, key=lambda replica: (replica.outstanding, replica.picked))
+
+
+async def _nothing(_: Replica) -> None:
+    pass
+
+
+class ReplicaSet:
+    """All replicas of `target`, of which those serve that report `health_service` as SERVING.
+
+    `follow` runs on each connection to a replica, and is cancelled with it. With `any_reachable`
+    calls go to a replica that does not serve, if none does. Made while the event loop runs; raises
+    TargetError.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        health_service: str,
+        follow: Callable[[Replica], Awaitable[None]] = _nothing,
+        any_reachable: bool = False,
+    ) -> None:
+        self._resolver = Resolver(target)
+        self._health_service = health_service
+        self._follow = follow
+        self._any_reachable = any_reachable
+        self._replicas: dict[Address, Replica] = {}
+        self._running: dict[Replica, asyncio.Task[None]] = {}
+        self._changed = asyncio.Event()
+        self._background: set[asyncio.Task[None]] = set()
+        self._start(self._resolve())
+
+    @property
+    def replicas(self) -> Collection[Replica]:
+        """All that there are, whatever their state."""
+        return self._replicas.values()
+
+    def statuses(self) -> list[ReplicaStatus]:
+        """How they all are; from any thread."""
+        return [replica.status for replica in list(self._replicas.values())]
+
+    @property
+    def serving(self) -> list[Replica]:
+        """Those that serve."""
+        return [one for one in self.replicas if one.state is ReplicaState.SERVING]
+
+    @property
+    def reachable(self) -> list[Replica]:
+        """Those that serve, or say that they do not."""
+        return [one for one in self.replicas if one.state is not ReplicaState.UNREACHABLE]
+
+    async def changes(self) -> AsyncGenerator[bool]:
+        """Whether any replica serves: at once, then whenever that may have changed."""
+        while True:
+            changed = self._changed
+            yield bool(self.serving)
+            await changed.wait()
+
+    async def ask(
+        self,
+        attempt: Callable[[Replica], Awaitable[Answer]],
+        pick: Picker = least_outstanding,
+        also: str | None = None,
+    ) -> Answer:
+        """What `attempt` returns with the replica that `pick` chooses.
+
+        If the replica is lost it is tried once more, with another one if there is one; so is, with
+        another one only, what fails with the code `also`. While there is none to pick, waits for
+        one for GAP_SECONDS; raises AioRpcError and ServiceError.
+        """
+        replica = await self._pick(pick)
+        try:
+            return await attempt(replica)
+        except grpc.aio.AioRpcError as error:
+            code = from_rpc_error(error).code
+            if is_final(error) or (code not in LOST and code != also):
+                raise
+            others = [one for one in self.serving if one is not replica]
+            if not others and code not in LOST:
+                raise
+        if not others:
+            await asyncio.sleep(_PAUSE_SECONDS)
+            return await attempt(await self._pick(pick))
+        return await attempt(pick(others))
+
+    async def close(self) -> None:
+        """Ends whatever runs."""
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        for replica in self._running:
+            await replica.close()
+
+    async def _pick(self, pick: Picker) -> Replica:
+        if not (found := self._candidates()):
+            try:
+                async with asyncio.timeout(GAP_SECONDS):
+                    while not (found := self._candidates()):
+                        await self._changed.wait()
+            except TimeoutError:
+                message = "The model server cannot be reached."
+                raise ServiceError("backend_unavailable", message) from None
+        return pick(found)
+
+    def _candidates(self) -> list[Replica]:
+        return self.serving or (self.reachable if self._any_reachable else [])
+
+    async def _resolve(self) -> None:
+        while True:
+            self._update(await self._resolver.resolve())
+            if self._resolver.is_fixed:
+                return
+            await asyncio.sleep(_RESOLVE_SECONDS)
+
+    def _update(self, addresses: frozenset[Address]) -> None:
+        for address in self._replicas.keys() - addresses:
+            self._start(self._retire(self._replicas.pop(address)))
+        for address in addresses - self._replicas.keys():
+            replica = Replica(address, self._health_service, self._notify, self._follow)
+            self._replicas[address] = replica
+            self._running[replica] = self._start(replica.run())
+
+    async def _retire(self, replica: Replica) -> None:
+        """Of a replica that is gone: what runs on it goes on to its end."""
+        self._running[replica].cancel()
+        self._notify()
+        await replica.close_when_idle()
+        del self._running[replica]
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("replicas are not followed any more", exc_info=task.exception())

@@ -1,0 +1,119 @@
+"""The addresses that a target stands for, now: names are looked up in DNS, addresses are taken.
+
+host:port                  all addresses of the host; so does dns:///host:port
+dns://server:port/host:port    the same, as that name server says
+a:port,b:port              those of all of them
+unix:…, xds:///…           anything else is left to gRPC, as one address
+"""
+
+import ipaddress
+import logging
+import re
+import socket
+from dataclasses import dataclass
+
+import aiodns
+
+log = logging.getLogger(__name__)
+
+_TIMEOUT_SECONDS = 1.0  # of one question; a second one follows
+_DNS = re.compile(r"dns:(?://(?P<server>[^/]*)/)?(?P<host_port>[^/]+)")
+_HOST_PORT = re.compile(r"(?:\[(?P<v6>[^\]]+)\]|(?P<host>[^:\[\]]+)):(?P<port>\d{1,5})")
+_OF_GRPC = re.compile(r"(?:unix|unix-abstract|vsock|xds|passthrough):.+")
+
+
+class TargetError(ValueError):
+    """A target that stands for nothing."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where one replica is, as gRPC takes it, such as ipv4:10.0.0.7:50051.
+
+    `authority` is the name that it goes by, for proxies on the way that route by it.
+    """
+
+    target: str
+    authority: str | None = None
+
+    def __str__(self) -> str:
+        return self.target.removeprefix("ipv4:").removeprefix("ipv6:")
+
+
+@dataclass(frozen=True)
+class _Name:
+    host: str
+    port: int
+    server: str | None  # of DNS, host:port; None is the system's own
+
+
+class Resolver:
+    """Looks up a target; raises TargetError if it is none."""
+
+    def __init__(self, target: str) -> None:
+        self._names: list[_Name] = []
+        self._fixed: set[Address] = set()
+        self._known: dict[_Name, frozenset[Address]] = {}
+        for part in target.split(","):
+            self._add(part.strip())
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the addresses can never change."""
+        return not self._names
+
+    async def resolve(self) -> frozenset[Address]:
+        """The addresses of all names.
+
+        What cannot be looked up now, or has no address at all, stays where it was: whether
+        somebody still serves there is for health checks to say.
+        """
+        found = set(self._fixed)
+        for name in self._names:
+            try:
+                self._known[name] = await _look_up(name)
+            except aiodns.error.DNSError as error:
+                log.debug("%s cannot be looked up: %s", name.host, error)
+            found |= self._known.get(name, frozenset())
+        return frozenset(found)
+
+    def _add(self, part: str) -> None:
+        if _OF_GRPC.fullmatch(part):
+            self._fixed.add(Address(part))
+            return
+        server = None
+        if dns := _DNS.fullmatch(part):
+            server, part = dns["server"] or None, dns["host_port"]
+        match = _HOST_PORT.fullmatch(re.sub(r"^ipv[46]:", "", part))
+        if match is None or not 0 < int(match["port"]) < 65536:
+            raise TargetError(f"{part!r} should be host:port")
+        host, port = match["v6"] or match["host"], int(match["port"])
+        try:
+            self._fixed.add(Address(_ip_target(host, port)))
+        except ValueError:
+            self._names.append(_Name(host, port, server))
+
+
+def check_target(target: str) -> str:
+    """The target itself; raises TargetError if it is none."""
+    Resolver(target)
+    return target
+
+
+def _ip_target(ip: str, port: int) -> str:
+    """Raises ValueError if `ip` is a name."""
+    if ipaddress.ip_address(ip.partition("%")[0]).version == 6:
+        return f"ipv6:[{ip}]:{port}"
+    return f"ipv4:{ip}:{port}"
+
+
+async def _look_up(name: _Name) -> frozenset[Address]:
+    """Raises DNSError. Each look-up has a resolver of its own, as one keeps what it has heard for
+    as long as the answer's time to live, and never reads resolv.conf again."""
+    servers = None if name.server is None else [name.server]
+    async with aiodns.DNSResolver(servers, timeout=_TIMEOUT_SECONDS, tries=2) as resolver:
+        answer = await resolver.getaddrinfo(
+            name.host, family=socket.AF_UNSPEC, port=name.port, type=socket.SOCK_STREAM
+        )
+    ips = {node.addr[0].decode() for node in answer.nodes}
+    return frozenset(Address(_ip_target(ip, name.port), f"{name.host}:{name.port}") for ip in ips)
