@@ -1,6 +1,7 @@
 """Replicas that are replaced, drained, killed, frozen, added or of another model, under load."""
 
 import asyncio
+import itertools
 import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -146,20 +147,68 @@ async def test_one_of_two_is_frozen(fleet: Fleet, stage: str) -> None:
     assert len(load.faults) <= load.streams
 
 
-async def test_a_new_replica_gets_its_share(fleet: Fleet) -> None:
-    """Although no connection breaks: connections end when they are as old as the setting says."""
-    await fleet.kill(GENERATOR, A, B)
-    await fleet.start(GENERATOR, A, TRIVIUM_GENERATOR_MAX_CONNECTION_AGE_SECONDS=1)
-    fleet.publish(GENERATOR, A)
+@pytest.mark.parametrize("stage", [GENERATOR, TOKENIZER])
+async def test_one_comes_and_goes(fleet: Fleet, stage: str) -> None:
+    """A replica whose address is gone gets nothing, though it runs and no connection breaks; once
+    the address is back it soon has its share, long before any connection is old."""
     async with loaded(fleet.model.name, facades(fleet, A, B)) as load:
-        await load.more(10)
-        await fleet.start(GENERATOR, B)
-        fleet.publish(GENERATOR, A, B)
-        async with asyncio.timeout(60):
-            while not await fleet.tokens(GENERATOR, B):
+        fleet.publish(stage, A)
+        async with asyncio.timeout(30):
+            before = -1.0
+            while before != (before := await fleet.tokens(stage, B)):
+                await load.more(30)
+        await load.more(30)
+        gone = await fleet.tokens(stage, B)
+        fleet.publish(stage, A, B)
+        async with asyncio.timeout(20):
+            while await fleet.tokens(stage, B) == gone:
                 await load.more(1)
+        counts = [await fleet.tokens(stage, host) for host in (A, B)]
+        await load.more(60)
+        shares = [await fleet.tokens(stage, host) for host in (A, B)]
+    share = (shares[1] - counts[1]) / (sum(shares) - sum(counts))
 
     assert [] == load.faults
+    assert before == gone
+    assert 0.25 < share < 0.75
+
+
+async def test_two_generators_find_what_one_finds_in_its_cache(fleet: Fleet) -> None:
+    """Each conversation's turns, through whichever facade and tokenizer they come, go where the
+    earlier ones are cached."""
+    fleet.publish(GENERATOR, A)
+    await fleet.kill(GENERATOR, B)
+    one = await cached_tokens(fleet, "one")
+    await fleet.start(GENERATOR, B)
+    fleet.publish(GENERATOR, A, B)
+    async with loaded(fleet.model.name, facades(fleet, A, B)) as load, asyncio.timeout(30):
+        while not await fleet.tokens(GENERATOR, B):
+            await load.more(1)
+    before = [await fleet.tokens(GENERATOR, host) for host in (A, B)]
+    two = await cached_tokens(fleet, "two")
+    after = [await fleet.tokens(GENERATOR, host) for host in (A, B)]
+
+    assert two >= 0.95 * one
+    assert min(after[host] - before[host] for host in (0, 1)) > 0
+
+
+async def cached_tokens(fleet: Fleet, name: str) -> int:
+    """What the usage of six conversations says, of four turns each, that are held in turns."""
+    conversations: list[list[dict[str, str]]] = [[] for _ in range(6)]
+    cached = 0
+    async with httpx.AsyncClient(trust_env=False, timeout=120) as client:
+        for turn, number in itertools.product(range(4), range(6)):
+            messages = conversations[number]
+            text = f"{number} {name}, turn {turn}. " + "Tell me of whales and ships. " * 8
+            messages.append({"role": "user", "content": text})
+            url = fleet.url((A, B)[(number + turn) % 2])
+            answer = await client.post(
+                f"{url}/v1/chat/completions",
+                json={"model": fleet.model.name, "messages": messages, "max_tokens": 8},
+            )
+            messages.append({"role": "assistant", "content": "I see."})
+            cached += answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+    return cached
 
 
 async def test_generators_of_another_revision(fleet: Fleet, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import grpc
 from tokenizer_svc.generator import convert
 from tokenizer_svc.generator.load import Sent
 from tokenizer_svc.generator.picker import Candidate, GeneratorPicker
-from tokenizer_svc.generator.prefix_memory import Prefixes, prefixes
+from tokenizer_svc.generator.prefix_memory import BLOCK_TOKENS, Prefixes, prefixes
 from tokenizer_svc.generator.types import GenerateCommand, GeneratorInfo, TokenUpdate
 from trivium.wire import telemetry
 from trivium.wire.channel import revision_service
@@ -79,7 +79,9 @@ class GeneratorClient:
 
     def candidate(self, replica: Replica) -> Candidate:
         """What is known of one of `replicas`."""
-        return self._candidates.setdefault(replica, Candidate())
+        if replica not in self._candidates:
+            self._candidates[replica] = Candidate(str(replica.address))
+        return self._candidates[replica]
 
     def pick(self, replicas: Sequence[Replica], prompt: Prefixes) -> Replica:
         """The replica that a prompt goes to."""
@@ -120,7 +122,7 @@ class Generation:
     async def messages(self) -> AsyncGenerator[list[TokenUpdate]]:
         """Starts the generation and yields the updates of each message."""
         try:
-            response = await self._client.replicas.ask(self._begin, self._pick, "queue_full")
+            response = await self._first()
             while response is not None:
                 yield convert.updates(response)
                 assert self._call is not None
@@ -136,6 +138,16 @@ class Generation:
             assert self._call is not None, "Only what has begun can be stopped."
             await self._call.write(convert.stop_command(index))
 
+    async def _first(self) -> convert.Response | None:
+        try:
+            return await self._client.replicas.ask(self._begin, self._pick, "queue_full")
+        except grpc.aio.AioRpcError as error:
+            fault = _service_error(error)
+            # Two generators were lost to it, or one and no other came: that should do.
+            raise ServiceError(
+                fault.code, fault.message, fault.param, fault.retry_after, everywhere=True
+            ) from error
+
     def _pick(self, replicas: Sequence[Replica]) -> Replica:
         return self._client.pick(replicas, self._prompt)
 
@@ -146,7 +158,8 @@ class Generation:
         stub = replica.stub(convert.GeneratorStub)
         call = replica.track(stub.Generate(timeout=timeout, metadata=metadata))
         candidate = self._client.candidate(replica)
-        sent = Sent(self._start.options.n, len(self._start.token_ids))
+        cached = BLOCK_TOKENS * candidate.memory.known_blocks(self._prompt)
+        sent = Sent(self._start.options.n, len(self._start.token_ids) - cached)
         candidate.memory.sent(self._prompt)
         candidate.load.begin(sent)
         call.add_done_callback(lambda _: candidate.load.end(sent))

@@ -18,7 +18,7 @@ class LoadReport:
 
 @dataclass(eq=False)
 class Sent:
-    """A generation that a generator was sent: `sequences` of a prompt of so many tokens."""
+    """A generation that a generator was sent; `prompt_tokens` are those to compute, not cached."""
 
     sequences: int
     prompt_tokens: int

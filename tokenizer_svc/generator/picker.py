@@ -3,25 +3,27 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from zlib import crc32
 
 from tokenizer_svc.generator.load import TOKENS_PER_SEQUENCE, GeneratorLoad
-from tokenizer_svc.generator.prefix_memory import Prefixes, PrefixMemory
+from tokenizer_svc.generator.prefix_memory import BLOCK_TOKENS, Prefixes, PrefixMemory
 
 # How much busier, in sequences, the longest cached prefix lets a generator be than the least busy.
-MAX_BUSIER_SEQUENCES = 8
+MAX_BUSIER_SEQUENCES = 4
+# Of a conversation, as far as one can know.
+LATER_TURNS = 3
+# What no generator is preferred for as a conversation's home: chat templates begin alike.
+NEGLIGIBLE_BLOCKS = 4
 
 
 @dataclass(eq=False)
 class Candidate:
-    """A generator as far as this process knows it."""
+    """A generator as far as this process knows it; its `name` is the same to all processes."""
 
+    name: str
     load: GeneratorLoad = field(default_factory=GeneratorLoad)
     memory: PrefixMemory = field(default_factory=PrefixMemory)
     last_turn: int = 0
-
-    def worth(self, prompt: Prefixes) -> float:
-        """What its prefix cache saves, as sequences that it may be busier for it."""
-        return min(self.memory.known_tokens(prompt) / TOKENS_PER_SEQUENCE, MAX_BUSIER_SEQUENCES)
 
 
 class GeneratorPicker:
@@ -32,16 +34,34 @@ class GeneratorPicker:
 
     def pick(self, candidates: Sequence[Candidate], prompt: Prefixes) -> Candidate:
         """The one that has cached the longest prefix of `prompt`, unless it is busier than another
-        one by more than that is worth, or has no free slot where another one has. Equals take
-        turns.
+        one by more than that is worth, or has no free slot where another one has.
+
+        Where several have the longest one, or none has any, the conversation's home among them is
+        preferred, by what the rest of the prompt will be worth to later turns: other tokenizers
+        may have sent its earlier ones there, and will send those. Equals take turns.
         """
-        best = min(
-            candidates,
-            key=lambda one: (
-                one.load.is_full,
-                one.load.busy - one.worth(prompt),
-                one.last_turn,
-            ),
-        )
+        known = {one: one.memory.known_blocks(prompt) for one in candidates}
+        longest = max(known.values())
+        home = None
+        if longest < len(prompt):
+            # The first block that is not shared with others tells conversations apart.
+            first = prompt[longest]
+            home = max(
+                (one for one in candidates if known[one] >= longest - NEGLIGIBLE_BLOCKS),
+                key=lambda one: hash((first, crc32(one.name.encode()))),
+            )
+
+        def rank(one: Candidate) -> tuple[bool, float, int]:
+            busy = one.load.busy - _worth(known[one])
+            if one is home:
+                busy -= _worth((len(prompt) - longest) * LATER_TURNS)
+            return one.load.is_full, busy, one.last_turn
+
+        best = min(candidates, key=rank)
         best.last_turn = next(self._turns)
         return best
+
+
+def _worth(blocks: int) -> float:
+    """Sequences that a generator may be busier for so many cached blocks."""
+    return min(blocks * BLOCK_TOKENS / TOKENS_PER_SEQUENCE, MAX_BUSIER_SEQUENCES)

@@ -4,7 +4,6 @@ A prompt is a chain of blocks of BLOCK_TOKENS tokens: a block's key is the hash 
 the key before it, so that equal keys mean equal prefixes. Knows nothing of other tokenizers.
 """
 
-from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import takewhile
@@ -16,11 +15,11 @@ Prefixes = Sequence[int]  # the keys of a prompt's blocks, the shortest prefix f
 
 
 def prefixes(token_ids: Sequence[int]) -> Prefixes:
-    """The keys of all whole blocks of a prompt. Collisions cost a detour, nothing else."""
-    tokens = array("i", token_ids)
+    """The keys of all whole blocks of a prompt, the same in every process. Collisions cost a
+    detour, nothing else."""
     keys, key = [], 0
-    for start in range(0, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
-        key = hash((key, tokens[start : start + BLOCK_TOKENS].tobytes()))
+    for start in range(0, len(token_ids) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
+        key = hash((key, *token_ids[start : start + BLOCK_TOKENS]))
         keys.append(key)
     return keys
 
@@ -32,9 +31,9 @@ class PrefixMemory:
         self._max_blocks = max_tokens // BLOCK_TOKENS
         self._blocks: OrderedDict[int, None] = OrderedDict()
 
-    def known_tokens(self, prompt: Prefixes) -> int:
-        """Tokens of the longest prefix of `prompt` that it was sent."""
-        return BLOCK_TOKENS * sum(1 for _ in takewhile(self._blocks.__contains__, prompt))
+    def known_blocks(self, prompt: Prefixes) -> int:
+        """How many blocks the longest prefix of `prompt` has that it was sent."""
+        return sum(1 for _ in takewhile(self._blocks.__contains__, prompt))
 
     def sent(self, prompt: Prefixes) -> None:
         """It was sent `prompt`."""
