@@ -21,6 +21,9 @@ from generator_svc.admission import QueueFull
 from generator_svc.plan import StepPlan
 from generator_svc.run.runner import DeviceInfo, RunResult, StepOutcome
 from generator_svc.sequence import EngineRequest, SamplingParams, SequenceUpdate
+from tokenizer_svc.generator.load import LoadReport
+from tokenizer_svc.generator.picker import Candidate, GeneratorPicker
+from tokenizer_svc.generator.prefix_memory import prefixes
 
 MIN_STEP_SECONDS = 1e-6  # so that a step that is free cannot be taken without end
 
@@ -120,11 +123,17 @@ class Result:
         return float(np.percentile(gaps, rank)) if gaps else 0.0
 
 
-class Router(Protocol):
-    """Where a request goes."""
+class Replica(Protocol):
+    """Where a request may go. `load` counts outstanding tokens."""
 
-    def choose(self, conversation: int, loads: Sequence[int]) -> int:
-        """The number of a replica; `loads` are the outstanding tokens of each."""
+    load: int
+
+
+class Router(Protocol):
+    """Which generator a request goes to."""
+
+    def choose(self, prompt: Sequence[int], replicas: Sequence["Generator"]) -> int:
+        """The number of a replica for a prompt of these tokens."""
 
 
 class RoundRobin:
@@ -133,36 +142,33 @@ class RoundRobin:
     def __init__(self) -> None:
         self._next = itertools.count()
 
-    def choose(self, conversation: int, loads: Sequence[int]) -> int:
-        return next(self._next) % len(loads)
+    def choose(self, prompt: Sequence[int], replicas: Sequence[Replica]) -> int:
+        return next(self._next) % len(replicas)
 
 
 class LeastLoaded:
     """Fewest outstanding tokens; the first among equals."""
 
-    def choose(self, conversation: int, loads: Sequence[int]) -> int:
-        return min(range(len(loads)), key=loads.__getitem__)
+    def choose(self, prompt: Sequence[int], replicas: Sequence[Replica]) -> int:
+        return min(range(len(replicas)), key=lambda number: replicas[number].load)
 
 
 class PrefixAffine:
-    """The replica that last served the conversation, unless it has much more to do than another.
+    """As the tokenizer picks a generator, but that reports are never late here."""
 
-    Much more is more than `ratio` times as many outstanding tokens and at least `slack` more.
-    """
+    def __init__(self) -> None:
+        self._picker = GeneratorPicker()
+        self._candidates: list[Candidate] = []
 
-    def __init__(self, ratio: float = 1.5, slack: int = 512) -> None:
-        self._ratio = ratio
-        self._slack = slack
-        self._homes: dict[int, int] = {}
-        self._fallback = LeastLoaded()
-
-    def choose(self, conversation: int, loads: Sequence[int]) -> int:
-        least = self._fallback.choose(conversation, loads)
-        home = self._homes.get(conversation, least)
-        if loads[home] > max(loads[least] * self._ratio, loads[least] + self._slack):
-            home = least
-        self._homes[conversation] = home
-        return home
+    def choose(self, prompt: Sequence[int], replicas: Sequence["Generator"]) -> int:
+        for number in range(len(self._candidates), len(replicas)):
+            self._candidates.append(Candidate(str(number)))
+        for candidate, replica in zip(self._candidates, replicas, strict=True):
+            candidate.load.reported(replica.report())
+        keys = prefixes(prompt)
+        picked = self._picker.pick(self._candidates, keys)
+        picked.memory.sent(keys)
+        return self._candidates.index(picked)
 
 
 POLICIES: dict[str, Callable[[], Router]] = {
@@ -235,6 +241,16 @@ class Generator:
         self.load = 0
         self.busy_seconds = 0.0
 
+    def report(self) -> LoadReport:
+        """What the engine would report now."""
+        load = self._engine.load()
+        return LoadReport(
+            waiting_sequences=load.waiting_sequences,
+            running_sequences=load.running_sequences,
+            free_slots=load.slots - load.used_slots,
+            waiting_prompt_tokens=load.waiting_tokens,
+        )
+
     def submit(self, generation: EngineRequest, receive: Callable[[SequenceUpdate], None]) -> None:
         """`receive` hears of each token when the step that brought it ends. Raises QueueFull."""
         self._engine.submit(generation, receive)
@@ -290,9 +306,7 @@ class _Simulation:
 
     def arrive(self, answer: Answer) -> None:
         request, costs = answer.request, self._costs
-        number = self._to_tokenizer.choose(
-            request.conversation, [tokenizer.load for tokenizer in self._tokenizers]
-        )
+        number = self._to_tokenizer.choose((), self._tokenizers)
         tokenizer = self._tokenizers[number]
         tokenizer.load += request.output_tokens
         seconds = costs.request + costs.prompt_token * request.prompt_tokens
@@ -300,11 +314,9 @@ class _Simulation:
 
     def _generate(self, answer: Answer, tokenizer: Tokenizer) -> None:
         request = answer.request
-        answer.generator = self._to_generator.choose(
-            request.conversation, [generator.load for generator in self.generators]
-        )
-        generator = self.generators[answer.generator]
         generation = _generation(request, next(self._count))
+        answer.generator = self._to_generator.choose(generation.prompt, self.generators)
+        generator = self.generators[answer.generator]
         try:
             generator.submit(
                 generation, lambda update: self._receive(answer, tokenizer, generator, update)

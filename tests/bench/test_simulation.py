@@ -12,7 +12,6 @@ from bench.simulation import (
     POLICIES,
     Clock,
     Cluster,
-    PrefixAffine,
     Tokenizer,
     TokenizerCosts,
     simulate,
@@ -122,16 +121,6 @@ def test_affinity_finds_more_in_the_caches_than_turns() -> None:
     turns, affine = (simulate(requests, cluster, p) for p in ("round-robin", "prefix-affine"))
 
     assert affine.cached_share > 1.2 * turns.cached_share > 0
-
-
-def test_affinity_gives_way_to_load() -> None:
-    """A replica keeps its conversation until it has much more to do than another."""
-    router = PrefixAffine(ratio=1.5, slack=100)
-
-    assert 1 == router.choose(7, [50, 0])
-    assert 1 == router.choose(7, [0, 100])
-    assert 0 == router.choose(7, [0, 101])
-    assert 0 == router.choose(7, [20, 0])
 
 
 @pytest.mark.parametrize("policy", ["round-robin", "least-loaded"])

@@ -195,6 +195,18 @@ async def test_room_is_looked_for_once_elsewhere() -> None:
     assert calls + 2 == sum(fleet.calls)
 
 
+async def test_a_call_is_lost_twice_at_most() -> None:
+    """What kills a replica kills one other at most: whoever asked is told to try nobody else."""
+    async with serving(Fleet("ours", "ours", "ours")) as fleet:
+        for generator in fleet.generators:
+            generator.script = fails_after([], ServiceError("backend_unavailable", "Gone."))
+        with pytest.raises(ServiceError, match="Gone") as lost:
+            await fleet.ask()
+
+    assert lost.value.everywhere
+    assert [0, 1, 1] == sorted(fleet.calls)
+
+
 async def test_a_single_one_that_is_full_is_not_asked_again() -> None:
     """It would have no room the second time either."""
     async with serving(Fleet("ours")) as fleet:
