@@ -85,12 +85,32 @@ class Fleet:
 
     async def tokens(self, stage: str, host: str) -> float:
         """How many tokens the generator or tokenizer at this address has answered with."""
-        port = {GENERATOR: self.ports.generator_metrics, TOKENIZER: self.ports.tokenizer_metrics}
-        async with httpx.AsyncClient(trust_env=False) as client:
-            text = (await client.get(f"http://{host}:{port[stage]}/metrics")).text
+        text = await self._metrics(stage, host)
         name = "(?:vllm:|trivium_engine_)generation_tokens_total"
         found = re.search(rf"^{name}\{{.*\}} ([0-9.e+]+)$", text, re.M)
         return float(found[1]) if found else 0.0
+
+    async def until_known(self, stage: str, *hosts: str) -> None:
+        """Returns once all who call this stage see its replicas at these addresses serve."""
+        callers = {GENERATOR: TOKENIZER, TOKENIZER: FACADE}
+        for caller, host in list(self.processes):
+            if caller == callers.get(stage):
+                async with asyncio.timeout(120):
+                    while not set(hosts) <= await self._seen_serving(caller, host):
+                        pass
+
+    async def _seen_serving(self, caller: str, host: str) -> set[str]:
+        state = r'^trivium_replica_state\{.*replica="([0-9.]+):.*state="serving"\} 1\.0$'
+        return set(re.findall(state, await self._metrics(caller, host), re.M))
+
+    async def _metrics(self, stage: str, host: str) -> str:
+        port = {
+            GENERATOR: self.ports.generator_metrics,
+            TOKENIZER: self.ports.tokenizer_metrics,
+            FACADE: self.ports.facade,
+        }
+        async with httpx.AsyncClient(trust_env=False) as client:
+            return (await client.get(f"http://{host}:{port[stage]}/metrics")).text
 
     def _spawn(self, stage: str, host: str, settings: dict[str, str]) -> None:
         environment = {**os.environ, **self._environment(stage, host), **settings}

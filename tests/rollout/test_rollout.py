@@ -31,8 +31,10 @@ async def fleet(started: Fleet) -> AsyncIterator[Fleet]:
             if (stage, host) not in started.processes:
                 await started.start(stage, host)
         started.publish(stage, A, B)
-    # The test before may have left them without anybody to call.
+    # The test before may have left them without anybody to call, or with one replica only.
     await until_pipeline_ready(started)
+    for stage in (GENERATOR, TOKENIZER):
+        await started.until_known(stage, A, B)
     yield started
     for stage, host in list(started.processes):
         if host == C:
@@ -185,10 +187,11 @@ async def test_two_generators_find_what_one_finds_in_its_cache(fleet: Fleet) -> 
         while not await fleet.tokens(GENERATOR, B):
             await load.more(1)
     before = [await fleet.tokens(GENERATOR, host) for host in (A, B)]
-    two = await cached_tokens(fleet, "two")
+    # All six have the same home once in 32 times, but not again and again.
+    two = [await cached_tokens(fleet, name) for name in ("two", "three", "four")]
     after = [await fleet.tokens(GENERATOR, host) for host in (A, B)]
 
-    assert two >= 0.95 * one
+    assert min(two) >= 0.95 * one
     assert min(after[host] - before[host] for host in (0, 1)) > 0
 
 
