@@ -43,6 +43,11 @@ $(VENV)/.export: pyproject.toml | $(VENV)/.serve
 	$(BIN)/python -m pip install --quiet -e '.[export]'
 	@touch $@
 
+$(VENV)/.cuda: pyproject.toml | $(VENV)/.serve
+	@echo 'Installing the libraries of the CUDA device that is here ...'
+	$(BIN)/python -m pip install --quiet -e '.[cuda]'
+	@touch $@
+
 $(VENV)/.test: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e '.[test]'
 	@touch $@ $(VENV)/.serve
@@ -57,9 +62,13 @@ $(VENV)/.clients: pyproject.toml | $(VENV)/.dev
 
 # ---- what one types
 
-# Exits 0 when the embedded model is in the cache, so that the export extra is not needed.
+# With a CUDA device its libraries are installed. The embedded model's check exits 0 when that is in
+# the cache, so that the export extra is not needed.
 serve: $(VENV)/.serve
-	@$(BIN)/python -m generator_svc.export.embedded --check || $(MAKE) --no-print-directory $(VENV)/.export
+	@$(BIN)/python -c 'import sys; from generator_svc.cuda import device_count; sys.exit(device_count() > 0)' \
+		|| $(MAKE) --no-print-directory $(VENV)/.cuda
+	@$(BIN)/python -m generator_svc.export.embedded --check >/dev/null \
+		|| $(MAKE) --no-print-directory $(VENV)/.export
 	@exec $(BIN)/trivium up $(ARGS)
 
 test: check

@@ -21,7 +21,8 @@ from bench import published_sizes
 from generator_svc.config import GeneratorSettings
 from generator_svc.engine import Load
 from generator_svc.metering import Meter
-from generator_svc.metrics import EngineCollector, RequestMetrics
+from generator_svc.metrics import EngineCollector, RequestMetrics, register_info
+from generator_svc.run.runner import DeviceInfo
 from generator_svc.sequence import FinishReason
 from rest_facade.config import FacadeSettings
 from tests import compatibility
@@ -150,6 +151,7 @@ def generator_registry() -> CollectorRegistry:
     idle = Load(*(1 for _ in Load.__dataclass_fields__))
     registry.register(EngineCollector(lambda: idle, meter, "model"))
     RequestMetrics(registry, "model")
+    register_info(registry, "model", "", DeviceInfo("", "", 0, 0, 0))
     return registry
 
 

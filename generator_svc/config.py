@@ -31,8 +31,8 @@ class GeneratorSettings(BaseSettings):
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto",
-        description="Where the model runs. auto falls back to the CPU; cuda refuses to start "
-        "without a CUDA device.",
+        description="Where the model runs. auto is CUDA where it works, otherwise the CPU: log, "
+        "trivium_engine_info and GetModelInfo say why. cuda refuses to start without it.",
     )
     cuda_graphs: bool = Field(
         True,

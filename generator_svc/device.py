@@ -1,7 +1,9 @@
 """The only importer of ONNX Runtime: the device, its clock, and sessions and tensors on it."""
 
+import contextlib
 import ctypes
 import functools
+import io
 import logging
 import time
 from pathlib import Path
@@ -13,6 +15,7 @@ import onnxruntime as ort
 
 from generator_svc.cuda import CudaClock, CudaError, copy_to_host, device_count
 from generator_svc.graphs import BYTE_PRODUCT
+from trivium.cuda_libraries import missing_libraries
 from trivium.host_limits import cpu_limit
 
 log = logging.getLogger(__name__)
@@ -42,12 +45,23 @@ def choose_device(requested: str) -> str:
     assert requested in ("auto", "cpu", "cuda")
     if requested == "cpu":
         return "cpu"
-    works = _PROVIDERS["cuda"] in ort.get_available_providers() and device_count() > 0
-    if works:  # the CUDA runtime has to be loaded before free memory is queried
+    reason = why_not_cuda()
+    if requested == "cuda" and reason:
+        raise DeviceError(f"device cuda was requested: {reason}")
+    return "cpu" if reason else "cuda"
+
+
+@functools.cache
+def why_not_cuda() -> str:
+    """Why CUDA cannot be used here; empty if it can, as far as that shows before a session."""
+    if _PROVIDERS["cuda"] not in ort.get_available_providers():
+        return "this build of ONNX Runtime has no CUDA provider"
+    if not device_count():
+        return "no CUDA device was found"
+    # Loads what pip has installed, which free memory cannot be queried without.
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what fails, and what to read
         ort.preload_dlls()
-    if requested == "cuda" and not works:
-        raise DeviceError("device cuda was requested, and no CUDA device or library was found")
-    return "cuda" if works else "cpu"
+    return missing_libraries()
 
 
 class HostClock:

@@ -8,13 +8,14 @@ Gauges and the engine's own counters are read at scrape time, so steps pay nothi
 
 from collections.abc import Callable, Iterator, Sequence
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from generator_svc.engine import Load
 from generator_svc.metering import Meter
+from generator_svc.run.runner import DeviceInfo
 from generator_svc.sequence import SequenceUpdate
 from trivium.wire.histogram import TokenHistogram
 
@@ -76,6 +77,20 @@ class RequestMetrics:
     def finished(self, reason: str) -> None:
         """Counts a call that ended."""
         self._finished.labels(model_name=self._model, finished_reason=reason).inc()
+
+
+def register_info(
+    registry: CollectorRegistry, model: str, precision: str, device: DeviceInfo
+) -> None:
+    """What runs where, as the labels of a gauge that is 1."""
+    labels = {
+        "model_name": model,
+        "precision": precision,
+        "execution_provider": device.provider,
+        "cuda_unavailable": device.cuda_unavailable,
+    }
+    text = "1; its labels say what runs where, and why not on CUDA if the device is auto"
+    Gauge("trivium_engine_info", text, list(labels), registry=registry).labels(**labels).set(1)
 
 
 class EngineCollector(Collector):

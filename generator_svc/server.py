@@ -4,6 +4,7 @@ import asyncio
 import functools
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import prometheus_client
@@ -13,15 +14,15 @@ from generator_svc.admission import Admission
 from generator_svc.config import GeneratorSettings
 from generator_svc.constraint.compiler import ConstraintCompiler
 from generator_svc.convert import Limits
-from generator_svc.cuda import CudaError
+from generator_svc.cuda import CudaError, device_count
 from generator_svc.default_sampling import default_sampling
 from generator_svc.delivery import UpdateDispatcher
-from generator_svc.device import DeviceError, choose_device
+from generator_svc.device import DeviceError, choose_device, why_not_cuda
 from generator_svc.engine import Engine
 from generator_svc.kv_cache import SlotCache
 from generator_svc.memory_plan import plan_on, plan_threads
 from generator_svc.metering import WARM_UP, Meter
-from generator_svc.metrics import EngineCollector, RequestMetrics
+from generator_svc.metrics import EngineCollector, RequestMetrics, register_info
 from generator_svc.plan import Chunk, Row, StepPlan
 from generator_svc.prefill_cost import PrefillCostModel
 from generator_svc.run.runner import OrtRunner
@@ -50,13 +51,20 @@ def load_runner(settings: GeneratorSettings, model: ModelDirectory) -> OrtRunner
     DeviceError, CudaError or MemoryPlanError.
     """
     device = choose_device(settings.device)
-    try:
-        return _load_on(device, settings, model)
-    except (DeviceError, CudaError) as error:
-        if device == "cpu" or settings.device != "auto":
-            raise
-        log.warning("CUDA cannot be used, falling back to the CPU: %s", error)
-        return _load_on("cpu", settings, model)
+    reason = why_not_cuda() if settings.device == "auto" else ""
+    if device == "cuda":
+        try:
+            return _load_on(device, settings, model)
+        except (DeviceError, CudaError) as error:
+            if settings.device != "auto":
+                raise
+            reason = str(error)
+    if reason:  # without a device nothing is wrong
+        level = logging.WARNING if device_count() else logging.INFO
+        log.log(level, "the model runs on the CPU, without CUDA: %s", reason)
+    runner = _load_on("cpu", settings, model)
+    runner.info = replace(runner.info, cuda_unavailable=reason)
+    return runner
 
 
 def _load_on(device: str, settings: GeneratorSettings, model: ModelDirectory) -> OrtRunner:
@@ -99,6 +107,7 @@ def describe(
         execution_provider=runner.info.provider,
         dtype=runner.info.dtype,
         precision=model.precision or "",
+        cuda_unavailable=runner.info.cuda_unavailable,
         slots=runner.info.slots,
         kv_cache_bytes=runner.info.cache_bytes,
         max_n=settings.max_n,
@@ -191,6 +200,7 @@ async def serve_constrained(
     await asyncio.to_thread(engine.start, functools.partial(warm_up, runner, meter))
     info = describe(model, runner, settings)
     registry = CollectorRegistry()
+    register_info(registry, model.id, model.precision or "", runner.info)
     in_flight = InFlight()
     service = build_service(
         settings, model, info, engine, registry, constraints, in_flight.draining

@@ -52,6 +52,7 @@ STANDARD_LIBRARY_ONLY = (
     "generator_svc/kv_cache.py",
     "tokenizer_svc/output/stop.py",
     "trivium/cache_folder.py",
+    "trivium/cuda_libraries.py",
     "trivium/embedded_model.py",
     "trivium/export_extra.py",
     "trivium/file_digest.py",

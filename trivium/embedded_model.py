@@ -9,6 +9,7 @@ from trivium.cache_folder import cache_folder
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 
 
-def embedded_folder() -> Path:
-    """Where the embedded model is, or will be."""
-    return cache_folder() / "models" / EMBEDDED_MODEL
+def embedded_folder(device: str = "cpu") -> Path:
+    """Where the embedded model for `cpu` or `cuda` is, or will be."""
+    models = cache_folder() / "models"
+    return (models / "cuda" if device == "cuda" else models) / EMBEDDED_MODEL

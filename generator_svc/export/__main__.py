@@ -106,7 +106,8 @@ def export(
         told = f"trivium export: interrupted; {out} is as it was before"
         console.print(told, markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
-    if out.absolute() != embedded_folder():  # `trivium up` goes on by itself
+    # `trivium up` goes on by itself.
+    if out.absolute() not in (embedded_folder("cpu"), embedded_folder("cuda")):
         console.print(f"{out} is ready: trivium up --model {out}", markup=False, soft_wrap=True)
 
 

@@ -79,6 +79,7 @@ class DeviceInfo:
     slot_length: int
     cache_bytes: int
     capture_sizes: tuple[int, ...] = ()  # batch sizes of CUDA graphs, ascending; empty without
+    cuda_unavailable: str = ""  # why it is not CUDA although that would have been preferred
 
 
 @dataclass

@@ -144,6 +144,21 @@ def test_the_embedded_model_is_found_in_the_cache(
     assert [out, out] == [resolve_model(None), resolve_model(EMBEDDED_MODEL)]
 
 
+def test_the_embedded_model_for_a_device_that_is_absent_is_not_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reason is told before anything is exported."""
+    monkeypatch.setenv("TRIVIUM_CACHE", str(tmp_path))
+    made = [sys.executable, "-m", "generator_svc.export.embedded", "--device", "cuda"]
+    done = subprocess.run(
+        made, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    )
+
+    assert (2, "") == (done.returncode, done.stdout)
+    assert "trivium: device cuda was requested: no CUDA device was found" in done.stderr
+    assert [] == list(tmp_path.iterdir())
+
+
 def test_an_embedded_model_that_this_processor_cannot_run_is_made_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,6 +172,6 @@ def test_an_embedded_model_that_this_processor_cannot_run_is_made_anew(
         monkeypatch.setattr(
             "generator_svc.device.multiplies_bytes_exactly", lambda exact=exact: exact
         )
-        found[exact] = find_embedded() is not None
+        found[exact] = find_embedded("cpu") is not None
 
     assert found == {True: True, False: False}

@@ -188,6 +188,28 @@ def test_settings_that_are_refused_are_told(tiny_model: Path, setting: str, told
     assert bool(told) == ("trivium up: " in done.stderr)
 
 
+def test_the_doctor_shows_graphics_cards(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Card, driver and memory as the driver's own tool tells them; what CUDA lacks is named, and
+    is a fault where CUDA was asked for."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'NVIDIA H200, 580.65, 142000 MiB, 143771 MiB'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr("trivium.cuda_libraries.LIBRARIES", {"libnone.so.1": "nvidia-none"})
+    command = ["doctor", "--model", str(tiny_model), "--device", "cuda"]
+    result = CliRunner().invoke(app, command)
+    card = "NVIDIA H200, driver 580.65, 142000 MiB of 143771 MiB free"
+
+    assert re.search(f"ok +graphics card +{card}", result.output)
+    if "works" not in result.output.partition("CUDAExecutionProvider")[2].partition("\n")[0]:
+        assert re.search(
+            r"FAIL +CUDAExecutionProvider +.*libnone\.so\.1 \(nvidia-none\)", result.output
+        )
+        assert result.exit_code == 1
+
+
 def test_doctor_makes_five_tokens(tiny_model: Path) -> None:
     """The doctor starts the pipeline on free ports, gets its tokens, and finds nothing wrong."""
     result = CliRunner().invoke(app, ["doctor", "--model", str(tiny_model)])

@@ -1,13 +1,21 @@
 """What happens where a CUDA device shows and cannot be used, made to happen on command."""
 
+import subprocess
+from pathlib import Path
+
+import onnxruntime
 import pytest
+from prometheus_client import CollectorRegistry, generate_latest
 
 import generator_svc.server as generator
 from generator_svc.config import GeneratorSettings
 from generator_svc.cuda import CudaError
-from generator_svc.device import DeviceError
+from generator_svc.device import DeviceError, choose_device, why_not_cuda
+from generator_svc.metrics import register_info
 from generator_svc.run.runner import OrtRunner
 from tests.tiny_models import tiny_model_directory
+from trivium.cuda_libraries import LIBRARIES
+from trivium.host_limits import MemoryLimit
 from trivium.model_directory import load_model_directory
 
 
@@ -19,6 +27,7 @@ def broken_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         raise CudaError("no runtime library was found")
 
     monkeypatch.setattr(generator, "choose_device", lambda wanted: "cuda")
+    monkeypatch.setattr(generator, "device_count", lambda: 1)
     monkeypatch.setattr("generator_svc.memory_plan.device_memory", no_library)
 
 
@@ -29,8 +38,9 @@ def _settings(device: str, **fields: object) -> GeneratorSettings:
 
 @pytest.mark.parametrize("cache_bytes", [0, 2**24])
 @pytest.mark.usefixtures("broken_cuda")
-def test_auto_goes_on_with_the_cpu(cache_bytes, monkeypatch):
-    """Whether its memory cannot be asked for or its session does not start."""
+def test_auto_goes_on_with_the_cpu(cache_bytes, monkeypatch, caplog):
+    """Whether its memory cannot be asked for or its session does not start: log, GetModelInfo and
+    metrics say so."""
     settings = _settings("auto", kv_cache_bytes=cache_bytes)
     if cache_bytes:
 
@@ -39,10 +49,49 @@ def test_auto_goes_on_with_the_cpu(cache_bytes, monkeypatch):
                 raise DeviceError("the CUDAExecutionProvider did not start")
             return OrtRunner(model, device, *rest)
 
+        memory = MemoryLimit(2**34, 2**33, "the CUDA device")
+        monkeypatch.setattr("generator_svc.memory_plan.device_memory", lambda: memory)
         monkeypatch.setattr(generator, "OrtRunner", refuse_cuda)
-    runner = generator.load_runner(settings, load_model_directory(settings.model_directory))
+    model = load_model_directory(settings.model_directory)
+    runner = generator.load_runner(settings, model)
+    info, registry = generator.describe(model, runner, settings), CollectorRegistry()
+    register_info(registry, model.id, "", runner.info)
+    reason = "did not start" if cache_bytes else "no runtime library was found"
 
-    assert "CPUExecutionProvider" == runner.info.provider
+    assert "CPUExecutionProvider" == info.execution_provider
+    assert reason in info.cuda_unavailable
+    assert reason in caplog.text
+    assert reason in generate_latest(registry).decode()
+
+
+def test_missing_libraries_are_named(monkeypatch):
+    """All of them, with who has them, and how to install them; `cuda` is refused with that."""
+    libraries = {"libnone.so.1": "nvidia-none", "libc.so.6": "libc", "libno.so.2": "nvidia-no"}
+    monkeypatch.setattr("trivium.cuda_libraries.LIBRARIES", libraries)
+    monkeypatch.setattr("generator_svc.device.device_count", lambda: 1)
+    why_not_cuda.cache_clear()
+    try:
+        with pytest.raises(DeviceError) as refused:
+            choose_device("cuda")
+        chosen = choose_device("auto")
+    finally:
+        why_not_cuda.cache_clear()
+
+    assert "libnone.so.1 (nvidia-none), libno.so.2 (nvidia-no); pip install" in str(refused.value)
+    assert "libc" not in str(refused.value)
+    assert "cpu" == chosen
+
+
+def test_the_libraries_are_those_that_the_provider_is_linked_to():
+    """A new version of ONNX Runtime may want others."""
+    provider = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
+    if not provider.exists():
+        pytest.skip("a build of ONNX Runtime without CUDA")
+    linked = subprocess.run(["ldd", provider], capture_output=True, text=True, check=True).stdout
+    names = {line.split()[0] for line in linked.splitlines()}
+
+    assert {name for name in names if name.startswith(("libcu", "libnv"))} <= set(LIBRARIES)
+    assert set(LIBRARIES) - names <= {"libcudnn.so.9"}  # which is loaded when first used
 
 
 @pytest.mark.usefixtures("broken_cuda")

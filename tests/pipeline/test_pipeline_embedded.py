@@ -97,7 +97,7 @@ def ask(url: str, **fields: Any) -> Any:
 @pytest.mark.timeout(600)
 def test_the_banner_tells_what_runs_and_its_curl_works(up: Up) -> None:
     """Model, provider, memory, addresses; and the command that it shows can be pasted."""
-    embedded = find_embedded()
+    embedded = find_embedded("cpu")
     assert embedded is not None
     precision = embedded.manifest["precision"]
     for word in (EMBEDDED_MODEL, "ExecutionProvider", precision, "4,096 tokens", "slots", "gRPC"):

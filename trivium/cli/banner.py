@@ -43,7 +43,7 @@ def banner(
 def _model(info: generator_pb2.GetModelInfoResponse, weight_bytes: int) -> list[tuple[str, str]]:
     return [
         ("model", f"{info.id}  (revision {info.revision}, {info.precision or 'unknown'} weights)"),
-        ("runs on", f"{info.execution_provider}, {info.dtype}"),
+        ("runs on", f"{info.execution_provider}, {info.dtype}" + _why(info.cuda_unavailable)),
         ("context", f"{info.context_length:,} tokens"),
         ("slots", f"{info.slots} sequences at once"),
         (
@@ -57,6 +57,10 @@ def _model(info: generator_pb2.GetModelInfoResponse, weight_bytes: int) -> list[
             f"or {info.max_queued_tokens:,} prompt tokens may wait",
         ),
     ]
+
+
+def _why(cuda_unavailable: str) -> str:
+    return f"  (not on CUDA: {cuda_unavailable})" if cuda_unavailable else ""
 
 
 def curl(model: str, url: str, keys: bool) -> str:

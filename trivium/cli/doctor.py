@@ -18,6 +18,7 @@ import httpx
 import typer
 
 from trivium.cli import providers
+from trivium.cli.graphics_cards import graphics_cards
 from trivium.cli.pipeline import Pipeline, PortTaken, free_ports
 from trivium.cli.supervisor import NotReady, StageDied, Supervisor
 from trivium.cli.up import Device
@@ -61,6 +62,11 @@ def _installed(name: str) -> Finding:
 
 def check_providers(device: Device) -> Iterator[Finding]:
     """Whether the CPU and CUDA providers compute. Without CUDA one can do, unless asked for it."""
+    cards = graphics_cards()
+    for card in cards:
+        yield Finding(GOOD, "graphics card", card)
+    if not cards:
+        yield Finding(NOTE, "graphics card", "nvidia-smi shows none")
     yield Finding(GOOD, "onnxruntime", providers.version())
     for provider, needed in ((providers.CPU, True), (providers.CUDA, device is Device.CUDA)):
         reason = providers.why_not(provider)
@@ -134,11 +140,13 @@ def doctor(
     device: Annotated[Device, typer.Option(help="Where the model has to run.")] = Device.AUTO,
 ) -> None:
     """Looks at the installation, the devices, the ports and the model, and makes five tokens."""
-    folder = (model or embedded_folder()).absolute()
     found = [
         *_reported(check_installation()),
         *_reported(check_host()),
         *_reported(check_providers(device)),
+    ]
+    folder = (model or _embedded(device)).absolute()
+    found += [
         *_reported(check_ports(Pipeline(folder))),
         *_reported(check_model(folder)),
     ]
@@ -158,6 +166,11 @@ def _reported(findings: Iterator[Finding]) -> list[Finding]:
         typer.echo(f"{verdict} {finding.subject:<22} {finding.text}")
         found.append(finding)
     return found
+
+
+def _embedded(device: Device) -> Path:
+    on_cuda = device is not Device.CPU and providers.why_not(providers.CUDA) is None
+    return embedded_folder("cuda" if on_cuda else "cpu")
 
 
 def _on_free_ports(folder: Path, device: Device) -> Pipeline:

@@ -6,8 +6,13 @@ it uses. Besides this module, only `generator_svc/device.py` and the exporter im
 
 from __future__ import annotations
 
+import contextlib
+import io
+
 import numpy as np
 import onnxruntime as ort
+
+from trivium.cuda_libraries import missing_libraries
 
 # y = x + x, one float: a serialised ONNX model of IR version 8 and opset 17.
 GRAPH = (
@@ -33,10 +38,11 @@ def why_not(provider: str) -> str | None:
     options.log_severity_level = SILENT
     try:
         if provider == CUDA:
-            ort.preload_dlls()  # finds the libraries of the cuda extra
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints what fails
+                ort.preload_dlls()  # finds the libraries of the cuda extra
         session = ort.InferenceSession(GRAPH, options, providers=[provider])
         if provider not in session.get_providers():
-            return "a library or the device is missing (the cuda extra brings the libraries)"
+            return missing_libraries() or "no CUDA device was found"
         (result,) = session.run(None, {"x": np.ones(1, np.float32)})
     except Exception as error:  # the runtime's exceptions have no base class but this
         return str(error).splitlines()[0]

@@ -20,7 +20,7 @@ from trivium.cli.fit import DoesNotFit, memory_plans
 from trivium.cli.pipeline import LOOPBACK, Pipeline, PortTaken
 from trivium.cli.probe import model_info
 from trivium.cli.supervisor import LEASH, NotReady, StageDied, Supervisor
-from trivium.embedded_model import EMBEDDED_MODEL, embedded_folder
+from trivium.embedded_model import EMBEDDED_MODEL
 from trivium.host_limits import cpu_limit, memory_limit
 from trivium.model_directory import ModelDirectoryError, load_model_directory
 
@@ -127,14 +127,13 @@ async def supervise(
             await asyncio.gather(life, stop, return_exceptions=True)
 
 
-def resolve_model(name: str | None) -> Path:
+def resolve_model(name: str | None, device: Device = Device.AUTO) -> Path:
     """The folder of the model called `name`, a path or an id; exits with 2 if there is none.
 
-    The embedded default is exported first if it is not there.
+    The embedded default is exported first if it is not there, for the device that it will run on.
     """
     if name is None or name == EMBEDDED_MODEL:
-        _make_embedded()
-        return embedded_folder()
+        return _make_embedded(device)
     candidates = [Path(name), Path("models") / name, cache_folder() / "models" / name]
     for folder in candidates:
         if folder.is_dir():
@@ -165,7 +164,7 @@ def up(
     Every setting of the services can be given as an environment variable too, see
     docs/configuration.md.
     """
-    models = [resolve_model(name) for name in model or [EMBEDDED_MODEL]]
+    models = [resolve_model(name, device) for name in model or [EMBEDDED_MODEL]]
     if len({folder.name for folder in models}) < len(models):
         _refuse("two models have the same id, which is their folder's name")
     pipeline = Pipeline(
@@ -206,13 +205,14 @@ async def _run(pipeline: Pipeline, ready_seconds: float) -> int:
     return await supervise(supervisor, when_ready, ready_seconds)
 
 
-def _make_embedded() -> None:
-    """Has the embedded model exported if it is not there, by a process of its own."""
+def _make_embedded(device: Device) -> Path:
+    """The embedded model, exported by a process of its own if it is not there."""
     leash = (sys.executable, "-I", LEASH, str(os.getpid()))
-    command = (sys.executable, "-m", "generator_svc.export.embedded")
-    status = subprocess.run([*leash, *command], check=False).returncode
-    if status != 0:
-        raise typer.Exit(REFUSED if status == REFUSED else FAILED)
+    command = (sys.executable, "-m", "generator_svc.export.embedded", "--device", device.value)
+    done = subprocess.run([*leash, *command], stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        raise typer.Exit(REFUSED if done.returncode == REFUSED else FAILED)
+    return Path(done.stdout.splitlines()[0])
 
 
 def _refuse(message: str) -> NoReturn:
