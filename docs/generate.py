@@ -29,6 +29,7 @@ from tests import compatibility
 from tokenizer_svc.config import TokenizerSettings
 from trivium.wire.errors import markdown_table
 from trivium.wire.histogram import TokenHistogram
+from trivium.wire.in_flight import InFlight
 from trivium.wire.replicas.metrics import ReplicaCollector
 from trivium.wire.replicas.replica import ReplicaState, ReplicaStatus
 
@@ -158,8 +159,8 @@ def generator_registry() -> CollectorRegistry:
 def facade_registry() -> CollectorRegistry:
     """The facade's metrics, with a tokenizer."""
     facade = rest_facade.metrics.Metrics()
-    facade.follow(lambda: [ReplicaStatus("", ReplicaState.SERVING, 0, 0)])
-    return facade._registry
+    facade.follow(lambda: [ReplicaStatus("", ReplicaState.SERVING, 0, 0)], InFlight())
+    return facade.registry
 
 
 def tokenizer_registry() -> CollectorRegistry:

@@ -29,6 +29,7 @@ class GeneratorSettings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Lowest log level that is written."
     )
+    log_name: str = Field("generator_svc", description="Name of this process in its log lines.")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto",
         description="Where the model runs. auto is CUDA where it works, otherwise the CPU: log, "

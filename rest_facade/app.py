@@ -43,11 +43,14 @@ _IDENTITY_HEADERS = (telemetry.REQUEST_ID.encode(), telemetry.TRACEPARENT.encode
 
 
 def build_app(
-    settings: FacadeSettings, backend: Backend, in_flight: InFlight, keys: KeyFile | None
+    settings: FacadeSettings,
+    backend: Backend,
+    in_flight: InFlight,
+    keys: KeyFile | None,
+    metrics: Metrics,
 ) -> FastAPI:
     """The application; the caller owns `backend`, and drains by `in_flight`."""
-    metrics = Metrics()
-    metrics.follow(backend.replicas.statuses)
+    metrics.follow(backend.replicas.statuses, in_flight)
     routes = Routes(settings, backend, in_flight, metrics).router().routes
     app = FastAPI(
         routes=routes,

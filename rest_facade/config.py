@@ -2,10 +2,11 @@
 
 import ipaddress
 import re
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from trivium.wire.replicas.resolver import check_target
@@ -26,6 +27,18 @@ class FacadeSettings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    reuse_port: bool = Field(
+        False,
+        description="Share the port with other facades of this machine (SO_REUSEPORT), over which "
+        "Linux spreads new connections evenly. METRICS_PORT is required then.",
+    )
+    metrics_port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        validate_default=True,
+        description="Port of an HTTP server with /metrics, which PORT then has not; 0: on PORT.",
+    )
     tokenizer_target: Annotated[str, AfterValidator(check_target)] = Field(
         "127.0.0.1:50051",
         description="The tokenizers: host:port, dns:///host:port, or several of these separated by "
@@ -92,6 +105,7 @@ class FacadeSettings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe level that is logged."
     )
+    log_name: str = Field("rest_facade", description="Name of this process in its log lines.")
 
     @field_validator("cors_origins")
     @classmethod
@@ -102,6 +116,20 @@ class FacadeSettings(BaseSettings):
                     f"{origin!r} is no origin: expected one such as https://chat.example.org, "
                     "with no path and no slash at its end, or *"
                 )
+        return value
+
+    @field_validator("reuse_port")
+    @classmethod
+    def _spreads(cls, value: bool) -> bool:
+        if value and sys.platform != "linux":
+            raise ValueError("elsewhere than on Linux, one process would get all connections")
+        return value
+
+    @field_validator("metrics_port")
+    @classmethod
+    def _is_of_one_process(cls, value: int, others: ValidationInfo) -> int:
+        if others.data.get("reuse_port") and not value:
+            raise ValueError("required with REUSE_PORT: /metrics on a shared port is anyone's")
         return value
 
     @property

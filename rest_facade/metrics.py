@@ -11,6 +11,7 @@ from prometheus_client import (
     generate_latest,
 )
 
+from trivium.wire.in_flight import InFlight
 from trivium.wire.replicas.metrics import ReplicaCollector
 from trivium.wire.replicas.replica import ReplicaStatus
 
@@ -23,45 +24,46 @@ class Metrics:
     """The counters of one process."""
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
+        self.registry = CollectorRegistry()
         self.requests = Counter(
             "trivium_http_requests",
             "HTTP requests answered, by route and status; 499 for clients that left first.",
             ("route", "status"),
-            registry=self._registry,
+            registry=self.registry,
         )
         self.seconds = Histogram(
             "trivium_http_request_seconds",
             "Time from a request's head to the end of its answer.",
             ("route",),
             buckets=_SECONDS,
-            registry=self._registry,
+            registry=self.registry,
         )
         self.running = Gauge(
-            "trivium_http_requests_running", "API requests being answered.", registry=self._registry
+            "trivium_http_requests_running", "API requests being answered.", registry=self.registry
         )
         self.first_token_seconds = Histogram(
             "trivium_http_time_to_first_token_seconds",
             "Time from a streaming request's head to its first text.",
             buckets=_SECONDS,
-            registry=self._registry,
+            registry=self.registry,
         )
         self.disconnects = Counter(
             "trivium_http_disconnects",
             "Clients that left before their answer was complete.",
-            registry=self._registry,
+            registry=self.registry,
         )
         self.stream_errors = Counter(
             "trivium_http_stream_errors",
             "Streams that ended with an error event, by code.",
             ("code",),
-            registry=self._registry,
+            registry=self.registry,
         )
 
-    def follow(self, statuses: Callable[[], Sequence[ReplicaStatus]]) -> None:
-        """From now on, tells of these replicas of the tokenizer too."""
-        self._registry.register(ReplicaCollector({"": statuses}))
+    def follow(self, statuses: Callable[[], Sequence[ReplicaStatus]], in_flight: InFlight) -> None:
+        """From now on, tells of these requests, and of these replicas of the tokenizer too."""
+        self.running.set_function(lambda: in_flight.count)
+        self.registry.register(ReplicaCollector({"": statuses}))
 
     def text(self) -> bytes:
         """Everything in Prometheus' text format."""
-        return generate_latest(self._registry)
+        return generate_latest(self.registry)

@@ -97,11 +97,10 @@ class Routes:
             self.live,
             **checks_health("live", "Whether this process answers", HealthResponse),
         )
-        for path, handler in (
-            ("/metrics", self.metrics),
-            ("/docs", self.docs),
-            ("/openapi.json", self.openapi),
-        ):
+        paths = {"/docs": self.docs, "/openapi.json": self.openapi}
+        if not self._settings.metrics_port:
+            paths["/metrics"] = self.metrics
+        for path, handler in paths.items():
             router.add_api_route(path, handler, include_in_schema=False)
         self._openapi = encode(openapi_document(router.routes))
         return router
@@ -301,7 +300,6 @@ class Routes:
 
     async def metrics(self, request: Request) -> Response:
         """Counters, in Prometheus' text format."""
-        self._metrics.running.set(self._in_flight.count)
         return Response(self._metrics.text(), headers={"content-type": CONTENT_TYPE})
 
     async def docs(self, request: Request) -> Response:

@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import logging
+import socket
 from collections.abc import Iterator
 
+import prometheus_client
 import uvicorn
 
 from rest_facade.app import build_app
@@ -12,8 +14,10 @@ from rest_facade.auth import KeyFile
 from rest_facade.backend import Backend
 from rest_facade.config import FacadeSettings
 from rest_facade.http_limits import LimitedHttpProtocol
+from rest_facade.metrics import Metrics
 from trivium.wire.in_flight import InFlight
 from trivium.wire.serving import StopSignals, wait_for_any
+from trivium.wire.settings import refuse_to_start
 
 log = logging.getLogger(__name__)
 
@@ -30,13 +34,14 @@ class _Server(uvicorn.Server):
 
 
 async def serve(settings: FacadeSettings, keys: KeyFile | None) -> None:
-    """Serves until a stop signal, then drains; raises SystemExit when the port is taken."""
+    """Serves until a stop signal, then drains; raises SystemExit when a port is taken."""
     in_flight = InFlight()
+    metrics = Metrics()
     signals = StopSignals()
     async with Backend(settings.tokenizer_target, settings.request_timeout_seconds) as backend:
         server = _Server(
             uvicorn.Config(
-                build_app(settings, backend, in_flight, keys),
+                build_app(settings, backend, in_flight, keys, metrics),
                 host=settings.host,
                 port=settings.port,
                 http=LimitedHttpProtocol,
@@ -51,11 +56,38 @@ async def serve(settings: FacadeSettings, keys: KeyFile | None) -> None:
                 timeout_graceful_shutdown=_FLUSH_TIMEOUT_SECONDS,
             )
         )
+        sockets = _shared_sockets(settings) if settings.reuse_port else None
+        _serve_metrics(settings, metrics)
         stopper = asyncio.create_task(_drain(settings, server, in_flight, backend, signals))
         try:
-            await server.serve()
+            await server.serve(sockets)
         finally:
             stopper.cancel()
+
+
+def _shared_sockets(settings: FacadeSettings) -> list[socket.socket]:
+    """Listens on the port along with other facades, each of which has a queue of its own."""
+    addresses = socket.getaddrinfo(
+        settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    try:
+        return [
+            socket.create_server(address, family=family, backlog=_BACKLOG, reuse_port=True)
+            for family, _, _, _, address in addresses
+        ]
+    except OSError as error:
+        refuse_to_start(f"TRIVIUM_FACADE_PORT: {settings.host}:{settings.port}: {error}")
+
+
+def _serve_metrics(settings: FacadeSettings, metrics: Metrics) -> None:
+    """Whoever asks at this port gets the metrics of this process, and of no other."""
+    port, host = settings.metrics_port, settings.host
+    if not port:
+        return
+    try:
+        prometheus_client.start_http_server(port, host, metrics.registry)
+    except OSError as error:
+        refuse_to_start(f"TRIVIUM_FACADE_METRICS_PORT: {host}:{port}: {error}")
 
 
 async def _drain(

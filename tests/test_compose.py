@@ -40,7 +40,8 @@ def test_each_target_starts_its_service(service: str) -> None:
     probe = json.loads(last(service, "HEALTHCHECK").partition("CMD ")[2])
 
     assert ["python", "-m", service] == json.loads(last(service, "CMD"))
-    assert [port if isinstance(port, int) else port.default for port in ports if port] == exposed
+    numbers = [port if isinstance(port, int) else port.default for port in ports if port]
+    assert [number for number in numbers if number] == exposed
     assert ["python", "-m", "trivium.cli.probe"] == probe[:3]
     assert f"://127.0.0.1:{ports[0]}/" in probe[3]
 

@@ -140,6 +140,7 @@ class TokenizerSettings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="The least severe messages that are logged."
     )
+    log_name: str = Field("tokenizer_svc", description="Name of this process in its log lines.")
 
     @field_validator("model_directory")
     @classmethod

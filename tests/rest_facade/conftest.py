@@ -14,6 +14,7 @@ from rest_facade.auth import KeyFile
 from rest_facade.backend import Backend
 from rest_facade.config import FacadeSettings
 from rest_facade.http_limits import LimitedHttpProtocol
+from rest_facade.metrics import Metrics
 from tests.openai_shapes import watched
 from tests.rest_facade.scripted_backend import ScriptedBackend
 from trivium.wire.in_flight import InFlight
@@ -73,7 +74,7 @@ async def _facade(backend_port: int, values: dict[str, Any]) -> AsyncIterator[st
     keys = KeyFile(settings.api_keys_file) if settings.api_keys_file else None
     async with Backend(settings.tokenizer_target, settings.request_timeout_seconds) as stage:
         config = uvicorn.Config(
-            build_app(settings, stage, InFlight(), keys),
+            build_app(settings, stage, InFlight(), keys, Metrics()),
             port=0,
             http=LimitedHttpProtocol,
             ws="none",

@@ -190,6 +190,39 @@ async def test_wrong_settings() -> None:
     assert "TRIVIUM_FACADE_KEEP_ALIVE_SECONDS" in words
 
 
+async def test_metrics_at_a_port_of_their_own(backend: ScriptedBackend) -> None:
+    """They are there alone then, so that nobody takes those of a replica for those of all."""
+    port = free_port()
+    async with running(backend, reuse_port=True, metrics_port=port) as (_, client):
+        shared = await client.get("/metrics")
+        own = await client.get(f"http://127.0.0.1:{port}/metrics")
+
+    assert 404 == shared.status_code
+    assert 'trivium_http_requests_total{route="/health",status="200"} 1.0' in own.text
+
+
+async def test_a_shared_port_needs_one_for_the_metrics() -> None:
+    """A facade that shares its port says which setting it lacks."""
+    status, words = await refusal(port=free_port(), reuse_port=True)
+
+    assert 2 == status
+    assert "TRIVIUM_FACADE_METRICS_PORT: " in words
+    assert "REUSE_PORT" in words
+
+
+@pytest.mark.parametrize("setting", ["TRIVIUM_FACADE_PORT", "TRIVIUM_FACADE_METRICS_PORT"])
+async def test_a_port_that_is_not_shared(setting: str) -> None:
+    """A port that somebody else has, and does not share, is named with its setting."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        taken = listener.getsockname()[1]
+        ports = {"port": free_port(), "metrics_port": free_port()}
+        ports[setting.removeprefix("TRIVIUM_FACADE_").lower()] = taken
+        status, words = await refusal(reuse_port=True, **ports)
+
+    assert 2 == status
+    assert words.startswith(f"{setting}: 127.0.0.1:{taken}: ")
+
+
 async def test_remote_without_keys() -> None:
     """An address that others reach needs API keys, or the word of the operator."""
     status, words = await refusal(host="0.0.0.0")
