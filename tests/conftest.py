@@ -41,6 +41,7 @@ NEED_THE_EXPORTER = (
 START_PROGRAMS = (
     "cli/test_cli_fit.py",
     "cli/test_cli_up_real.py",
+    "cli/test_cli_up_replicas.py",
     "clients",
     "examples",
     "generator_svc/test_constrained_service.py",

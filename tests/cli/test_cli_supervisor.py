@@ -26,6 +26,25 @@ async def test_stops_front_to_back(children: Children) -> None:
     assert not any(is_running(pid) for pid in pids.values())
 
 
+async def test_replicas_drain_together(children: Children) -> None:
+    """Each waits here until both have been told, and only then comes the stage behind them."""
+    both = "signal.signal(signal.SIGTERM, lambda *_: [note('told'), wait(), sys.exit(0)])"
+    wait = "def wait():\n while open(log).read().count('facade told') < 2: pass"
+    replica = children.stage("facade", f"{wait}\n{both}\nnote('armed')")
+
+    async def armed() -> None:
+        while children.lines().count("facade armed") < 2:  # noqa: ASYNC110 - a file has no event
+            await asyncio.sleep(0.01)
+
+    facades = [Stage(f"facade-{number}", replica.command, armed) for number in (1, 2)]
+    async with Supervisor([children.stage("generator"), *facades], stop_seconds=60) as supervisor:
+        await supervisor.wait_until_ready(60)
+        pids = supervisor.pids()
+
+    assert ["facade told", "facade told", "generator stopped"] == children.lines()[-3:]
+    assert not any(is_running(pid) for pid in pids.values())
+
+
 async def test_reports_the_process_that_died(children: Children) -> None:
     """A process that ends by itself is named with its status, and the others are stopped."""
     stages = [children.stage("generator"), children.stage("tokenizer")]

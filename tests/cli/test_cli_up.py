@@ -97,6 +97,80 @@ def test_names_the_port_that_is_taken(tiny_folder: Path) -> None:
     assert "choose another with --port" in result.output
 
 
+@pytest.mark.parametrize(
+    ("options", "cores", "told"),
+    [
+        ([], 1, ""),
+        (["--facades=2", "--tokenizers=2"], 5, ""),
+        (["--tokenizers=2"], 3, "--tokenizers 2: 4 processes take turns on 3 cores (some quota)"),
+        (["--facades=3", "--tokenizers=2"], 4, "--facades 3 and --tokenizers 2: 6 processes"),
+    ],
+)
+def test_warns_of_more_processes_than_cores(
+    options: list[str],
+    cores: int,
+    told: str,
+    tiny_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Who asks for several of a service hears when there are too few cores for them."""
+    monkeypatch.setattr("trivium.cli.up.cpu_limit", lambda: CpuLimit(cores, "some quota"))
+    with bind("127.0.0.1", 0) as listener:
+        listener.listen()
+        port = f"--port={listener.getsockname()[1]}"
+        result = CliRunner().invoke(app, ["up", "--model", str(tiny_folder), port, *options])
+    *warning, refusal = result.output.splitlines()
+
+    assert "cannot be bound" in refusal
+    assert bool(told) == bool(warning)
+    assert told in " ".join(warning)
+
+
+def test_several_facades_need_linux(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere one of them would get all connections, so it is refused and not just slow."""
+    monkeypatch.setattr("trivium.cli.up.sys.platform", "darwin")
+    result = CliRunner().invoke(app, ["up", "--model", str(tiny_folder), "--facades", "2"])
+
+    assert 2 == result.exit_code
+    assert result.output.startswith("trivium up: --facades 2: only Linux ")
+
+
+@pytest.mark.parametrize(
+    ("options", "option"),
+    [
+        (["--tokenizers=2", "--tokenizer-port=65500"], "--tokenizer-port"),
+        (["--tokenizers=2", "--tokenizer-metrics-port=65500"], "--tokenizer-metrics-port"),
+        (["--facades=2", "--facade-metrics-port=65500"], "--facade-metrics-port"),
+    ],
+)
+def test_replicas_need_ports_that_exist(options: list[str], option: str, tiny_folder: Path) -> None:
+    """Replicas listen 100 ports apart; one that would be beyond the last is refused."""
+    result = CliRunner().invoke(app, ["up", "--model", str(tiny_folder), "--port=1024", *options])
+
+    assert 2 == result.exit_code
+    assert (
+        f"port 65600 would be needed, and 65535 is the highest; choose a lower one with {option}"
+        in " ".join(result.output.splitlines())
+    )
+
+
+def test_replicas_have_ports_of_their_own(tiny_folder: Path) -> None:
+    """With the default ports, services and metrics of several models and replicas never meet."""
+    pipeline = Pipeline(tiny_folder, more_models=(tiny_folder,) * 3, facades=4, tokenizers=4)
+    stages = [dict(stage.environment) for stage in pipeline.stages()]
+    ports = [
+        value
+        for stage in stages
+        for name, value in stage.items()
+        if name.endswith("_PORT") and name != "TRIVIUM_FACADE_REUSE_PORT"
+    ]
+
+    assert 4 * 3 * 2 == len(ports)
+    assert 4 * 3 * 2 - 3 == len(set(ports))  # facades share one
+    target = "127.0.0.1:50051,127.0.0.1:50151,127.0.0.1:50251,127.0.0.1:50351"
+    assert target == stages[-1]["TRIVIUM_FACADE_TOKENIZER_TARGET"]
+
+
 def test_names_the_folders_it_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that is nowhere is refused with the places where it might have been."""
     monkeypatch.setenv("TRIVIUM_CACHE", str(tmp_path))
@@ -241,6 +315,19 @@ def test_the_banner_tells_what_is_really_in_use() -> None:
     assert "http://127.0.0.1:8123/v1/chat/completions" in text
     assert "127.0.0.1:50051" in text
     assert "Bearer" not in text
+    assert "1 facade, 1 tokenizer, 1 generator; " in text
+    assert "metrics: http://127.0.0.1:8123/metrics" in text
+
+
+def test_the_banner_tells_of_every_replica() -> None:
+    """How many there are of each service, where their metrics are, and when more of them pay."""
+    pipeline = Pipeline(Path("tiny"), port=8123, facades=2, tokenizers=2)
+    limits = CpuLimit(8, "8 logical CPUs"), memory_limit()
+    text = banner([generator_pb2.GetModelInfoResponse()], [0], pipeline, keys=False, limits=limits)
+
+    assert "2 facades, 2 tokenizers, 1 generator; --facades and --tokenizers start more" in text
+    assert "http://127.0.0.1:9050/metrics, http://127.0.0.1:9150/metrics" in text
+    assert "127.0.0.1:50051,127.0.0.1:50151 " in text
 
 
 def test_the_banner_shows_where_a_key_goes() -> None:

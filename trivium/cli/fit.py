@@ -9,8 +9,9 @@ import sys
 
 from trivium.cli.pipeline import Pipeline
 
-# Of tokenizer_svc, rest_facade and the command itself, on the host.
+# Of tokenizer_svc, rest_facade and the command itself, on the host; and of further ones.
 SERVICES_BYTES = 320 * 2**20
+TOKENIZER_BYTES, FACADE_BYTES = 140 * 2**20, 80 * 2**20
 
 
 class DoesNotFit(Exception):
@@ -27,7 +28,8 @@ def memory_plans(pipeline: Pipeline) -> list[str]:
     Each model is planned beside one sequence of those before it. A process of its own does it, so
     that no CUDA context stays open here.
     """
-    taken = {"cpu": SERVICES_BYTES, "cuda": 0}
+    more = (pipeline.tokenizers - 1) * TOKENIZER_BYTES + (pipeline.facades - 1) * FACADE_BYTES
+    taken = {"cpu": SERVICES_BYTES + more, "cuda": 0}
     lines = []
     for stage in pipeline.stages()[: len(pipeline.models)]:
         done = subprocess.run(

@@ -10,7 +10,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,11 @@ CHAT, GENERATOR = "trivium.chat.v1.ChatService", "trivium.generator.v1.Generator
 # them, and one sequence decodes a seventh faster (docs/log.md).
 TUNABLES, HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
 
+# Replicas of a stage listen this far apart, so that those of the next stage find their own ports.
+PORT_STRIDE = 100
+FIRST_METRICS_PORT = 9050  # of several facades, which have one port together for all else
+HIGHEST_PORT = 65535
+
 MEMORY_SHARE = 0.5  # of free memory, for the keys and values of all models together
 
 
@@ -38,6 +43,7 @@ class Pipeline:
     """Where the services of one machine listen, and the models they serve.
 
     Each of `more_models` has a generator of its own, on the ports that follow the first one's.
+    Tokenizers listen at PORT_STRIDE from each other, and facades share their port.
     """
 
     model: Path
@@ -52,6 +58,9 @@ class Pipeline:
     log_level: str = "warning"
     drain_seconds: float = 30.0
     more_models: tuple[Path, ...] = ()
+    tokenizers: int = 1
+    facades: int = 1
+    facade_metrics_port: int = 0
 
     @property
     def models(self) -> tuple[Path, ...]:
@@ -64,9 +73,21 @@ class Pipeline:
         return f"http://{authority(self.host, self.port)}"
 
     @property
+    def chat_targets(self) -> list[str]:
+        """Where the tokenizers are reached from this machine."""
+        ports = _ports(self.tokenizer_port, self.tokenizers)
+        return [authority(self.grpc_host, port) for port in ports]
+
+    @property
     def chat_target(self) -> str:
-        """Where the ChatService is reached from this machine."""
-        return authority(self.grpc_host, self.tokenizer_port)
+        """All of them, as a facade's setting says it."""
+        return ",".join(self.chat_targets)
+
+    @property
+    def facade_metrics_urls(self) -> list[str]:
+        """The metrics of each facade."""
+        ports = self._facade_metrics_ports() or [self.port]
+        return [f"http://{authority(self.host, port)}/metrics" for port in ports]
 
     @property
     def generator_targets(self) -> list[str]:
@@ -83,18 +104,33 @@ class Pipeline:
     def stages(self) -> list[Stage]:
         """Back to front, as the supervisor wants them."""
         generators = [
-            _stage("generator_svc", f"grpc://{target}/{GENERATOR}", self._generator(number), number)
+            ([f"grpc://{target}/{GENERATOR}"], self._generator(number))
             for number, target in enumerate(self.generator_targets)
         ]
+        tokenizers = [
+            ([f"grpc://{target}/{CHAT}"], self._tokenizer(number))
+            for number, target in enumerate(self.chat_targets)
+        ]
+        # Any of several facades answers at the shared port, so each is asked at its own one too.
+        own = self.facade_metrics_urls if self.facades > 1 else []
+        facades = [
+            ([*own[number : number + 1], f"{self.url}/health"], self._facade(number))
+            for number in range(self.facades)
+        ]
         return [
-            *generators,
-            _stage("tokenizer_svc", f"grpc://{self.chat_target}/{CHAT}", self._tokenizer()),
-            _stage("rest_facade", f"{self.url}/health", self._facade()),
+            *_replicas("generator_svc", "GENERATOR", generators),
+            *_replicas("tokenizer_svc", "TOKENIZER", tokenizers),
+            *_replicas("rest_facade", "FACADE", facades),
         ]
 
     def check_ports(self) -> None:
         """Raises PortTaken for the first port that somebody else holds."""
         for host, port, option in self._listeners():
+            if port > HIGHEST_PORT:
+                raise PortTaken(
+                    f"port {port} would be needed, and {HIGHEST_PORT} is the highest; "
+                    f"choose a lower one with {option}"
+                )
             try:
                 bind(host, port).close()
             except OSError as error:
@@ -105,8 +141,12 @@ class Pipeline:
 
     def _listeners(self) -> Iterator[tuple[str, int, str]]:
         yield self.host, self.port, "--port"
-        yield self.grpc_host, self.tokenizer_port, "--tokenizer-port"
-        yield self.grpc_host, self.tokenizer_metrics_port, "--tokenizer-metrics-port"
+        for port in self._facade_metrics_ports():
+            yield self.host, port, "--facade-metrics-port"
+        for port in _ports(self.tokenizer_port, self.tokenizers):
+            yield self.grpc_host, port, "--tokenizer-port"
+        for port in _ports(self.tokenizer_metrics_port, self.tokenizers):
+            yield self.grpc_host, port, "--tokenizer-metrics-port"
         for number in range(len(self.models)):
             yield LOOPBACK, self.generator_port + number, "--generator-port"
             metrics_port = self.generator_metrics_port and self.generator_metrics_port + number
@@ -147,26 +187,44 @@ class Pipeline:
         ]
         return {"TRIVIUM_TOKENIZER_MODELS": json.dumps(served)}
 
-    def _tokenizer(self) -> dict[str, str]:
+    def _facade_metrics_ports(self) -> list[int]:
+        """None for a single facade that has its metrics on the port of the REST API."""
+        if self.facades == 1 and not self.facade_metrics_port:
+            return []
+        return _ports(self.facade_metrics_port or FIRST_METRICS_PORT, self.facades)
+
+    def _tokenizer(self, number: int) -> dict[str, str]:
         return {
             **self._served(),
             "TRIVIUM_TOKENIZER_HOST": self.grpc_host,
-            "TRIVIUM_TOKENIZER_PORT": str(self.tokenizer_port),
-            "TRIVIUM_TOKENIZER_METRICS_PORT": str(self.tokenizer_metrics_port),
+            "TRIVIUM_TOKENIZER_PORT": str(_port(self.tokenizer_port, number)),
+            "TRIVIUM_TOKENIZER_METRICS_PORT": str(_port(self.tokenizer_metrics_port, number)),
             "TRIVIUM_TOKENIZER_LOG_LEVEL": self.log_level,
             "TRIVIUM_TOKENIZER_DRAIN_SECONDS": str(self.drain_seconds),
             **_no_notice("TOKENIZER"),
         }
 
-    def _facade(self) -> dict[str, str]:
+    def _facade(self, number: int) -> dict[str, str]:
+        metrics_ports = self._facade_metrics_ports() or [0]
         return {
             "TRIVIUM_FACADE_HOST": self.host,
             "TRIVIUM_FACADE_PORT": str(self.port),
+            "TRIVIUM_FACADE_REUSE_PORT": str(self.facades > 1),
+            "TRIVIUM_FACADE_METRICS_PORT": str(metrics_ports[number]),
             "TRIVIUM_FACADE_TOKENIZER_TARGET": self.chat_target,
             "TRIVIUM_FACADE_LOG_LEVEL": self.log_level,
             "TRIVIUM_FACADE_DRAIN_SECONDS": str(self.drain_seconds),
             **_no_notice("FACADE"),
         }
+
+
+def _port(first: int, number: int) -> int:
+    """Where replica `number` of a stage listens; nowhere if the first one does not, at 0."""
+    return first and first + number * PORT_STRIDE
+
+
+def _ports(first: int, count: int) -> list[int]:
+    return [_port(first, number) for number in range(count)]
 
 
 def _no_notice(service: str) -> dict[str, str]:
@@ -210,7 +268,12 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def _stage(name: str, address: str, environment: dict[str, str], number: int = 0) -> Stage:
-    command = (sys.executable, "-m", name)
-    ready = functools.partial(until_ready, address)
-    return Stage(f"{name}-{number + 1}" if number else name, command, ready, environment)
+def _replicas(
+    service: str, settings: str, replicas: Sequence[tuple[Sequence[str], dict[str, str]]]
+) -> Iterator[Stage]:
+    """A stage for each pair of addresses to ask and environment; numbered if there are several."""
+    command = (sys.executable, "-m", service)
+    for number, (addresses, environment) in enumerate(replicas, start=1):
+        name = service if len(replicas) == 1 else f"{service}-{number}"
+        ready = functools.partial(until_ready, *addresses)
+        yield Stage(name, command, ready, {**environment, f"TRIVIUM_{settings}_LOG_NAME": name})

@@ -44,10 +44,11 @@ async def http_is_ready(url: str) -> bool:
             return False
 
 
-async def until_ready(address: str) -> None:
-    """Returns once the stage at `address`, as in `is_ready`, can serve."""
-    while not await is_ready(address):  # noqa: ASYNC110 - another process sets no event of ours
-        await asyncio.sleep(POLL_SECONDS)
+async def until_ready(*addresses: str) -> None:
+    """Returns once each of a stage's `addresses`, as in `is_ready`, could serve."""
+    for address in addresses:
+        while not await is_ready(address):  # noqa: ASYNC110 - another process sets no event of ours
+            await asyncio.sleep(POLL_SECONDS)
 
 
 async def is_ready(address: str) -> bool:

@@ -1,4 +1,4 @@
-"""Three processes as one: started together, stopped front to back, and none left behind.
+"""Several processes as one: started together, stopped front to back, and none left behind.
 
 Knows nothing about what the processes do, nor about terminals. The orderly end is SIGTERM, upon
 which a process drains; one that has not ended after `stop_seconds` is killed.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -22,7 +23,10 @@ LEASH = str(Path(__file__).with_name("leash.py"))
 
 @dataclass(frozen=True)
 class Stage:
-    """One process. `ready` returns once it can serve, however long that takes."""
+    """One process. `ready` returns once it can serve, however long that takes.
+
+    Stages with the same command, one after another, are replicas: they drain together.
+    """
 
     name: str
     command: tuple[str, ...]
@@ -123,16 +127,19 @@ class Supervisor:
         """Ends the processes one after the other, front to back, so that each drains undisturbed.
 
         The front waits for its last answers, which the stages behind it still have to make.
+        Replicas end at once: what one of them still took on would be new to the rest.
         """
-        for stage in reversed(self._stages):
-            process = self._running[stage.name]
-            with contextlib.suppress(ProcessLookupError):
-                process.terminate()
-            try:
-                await asyncio.wait_for(process.wait(), self._stop_seconds)
-            except TimeoutError:
-                _kill_group(process)
-                await process.wait()
+        for _, replicas in itertools.groupby(reversed(self._stages), lambda stage: stage.command):
+            await asyncio.gather(*(self._end(self._running[stage.name]) for stage in replicas))
+
+    async def _end(self, process: asyncio.subprocess.Process) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        try:
+            await asyncio.wait_for(process.wait(), self._stop_seconds)
+        except TimeoutError:
+            _kill_group(process)
+            await process.wait()
 
     async def _end_now(self) -> None:
         self.kill()

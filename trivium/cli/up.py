@@ -55,6 +55,31 @@ HostOption = Annotated[
 PortOption = Annotated[
     int, typer.Option(min=1, max=65535, envvar="TRIVIUM_FACADE_PORT", help="Port of the REST API.")
 ]
+FacadeMetricsPortOption = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        max=65535,
+        envvar="TRIVIUM_FACADE_METRICS_PORT",
+        help="Its metrics; 0: on the port of the REST API, or with several facades on 9050, 9150 …",
+    ),
+]
+FacadesOption = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="How many processes serve the REST API, on one port (vLLM's --api-server-count). "
+        "More pay if one keeps a core busy and other cores are idle.",
+    ),
+]
+TokenizersOption = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="How many tokenizers there are, each for all models, on ports that are 100 apart. "
+        "More pay as with --facades.",
+    ),
+]
 GrpcHostOption = Annotated[
     str, typer.Option(envvar="TRIVIUM_TOKENIZER_HOST", help="Address of the gRPC API.")
 ]
@@ -150,6 +175,9 @@ def up(
     device: DeviceOption = Device.AUTO,
     host: HostOption = LOOPBACK,
     port: PortOption = 8000,
+    facades: FacadesOption = 1,
+    facade_metrics_port: FacadeMetricsPortOption = 0,
+    tokenizers: TokenizersOption = 1,
     grpc_host: GrpcHostOption = LOOPBACK,
     tokenizer_port: TokenizerPortOption = 50051,
     tokenizer_metrics_port: TokenizerMetricsPortOption = 9051,
@@ -160,6 +188,8 @@ def up(
     ready_seconds: ReadyOption = 300.0,
 ) -> None:
     """Starts the three services here, and stops them together.
+
+    If one of the processes ends, the others are stopped too.
 
     Every setting of the services can be given as an environment variable too, see
     docs/configuration.md.
@@ -173,6 +203,9 @@ def up(
         device=device.value,
         host=host,
         port=port,
+        facades=facades,
+        facade_metrics_port=facade_metrics_port,
+        tokenizers=tokenizers,
         grpc_host=grpc_host,
         tokenizer_port=tokenizer_port,
         tokenizer_metrics_port=tokenizer_metrics_port,
@@ -181,6 +214,11 @@ def up(
         log_level=log_level,
         drain_seconds=drain_seconds,
     )
+    if facades > 1 and sys.platform != "linux":
+        _refuse(
+            f"--facades {facades}: only Linux spreads connections over processes that share a port"
+        )
+    _warn_of_few_cores(pipeline)
     try:
         pipeline.check_ports()
         for line in memory_plans(pipeline):
@@ -203,6 +241,19 @@ async def _run(pipeline: Pipeline, ready_seconds: float) -> int:
 
     supervisor = Supervisor(pipeline.stages(), pipeline.drain_seconds + STOP_SLACK_SECONDS)
     return await supervise(supervisor, when_ready, ready_seconds)
+
+
+def _warn_of_few_cores(pipeline: Pipeline) -> None:
+    """As with uvicorn's workers, more than cores is allowed, and no use."""
+    limit, count = cpu_limit(), len(pipeline.stages())
+    asked = {"--facades": pipeline.facades, "--tokenizers": pipeline.tokenizers}
+    options = [f"{name} {value}" for name, value in asked.items() if value > 1]
+    if options and count > limit.cores:
+        typer.echo(
+            f"trivium up: {' and '.join(options)}: {count} processes take turns on {limit}; "
+            "more of them pass no more",
+            err=True,
+        )
 
 
 def _make_embedded(device: Device) -> Path:
