@@ -41,10 +41,11 @@ async def test_a_signal_drains_and_ends_well(children: Children, number: int) ->
 
 async def test_a_second_signal_does_not_wait(children: Children) -> None:
     """A second Ctrl-C ends at once what does not drain."""
-    deaf = "signal.signal(signal.SIGTERM, lambda *_: note('asked'))"
+    deaf = "signal.signal(signal.SIGTERM, lambda *_: note('asked')); note('deaf')"
     supervisor = Supervisor([children.stage("facade", deaf)], stop_seconds=3600)
 
     async def stop_twice() -> None:
+        await children.until("facade deaf")
         os.kill(os.getpid(), signal.SIGINT)
 
     async def again() -> None:
