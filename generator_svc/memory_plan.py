@@ -40,7 +40,14 @@ _MIN_DEFAULT_LENGTH = 256  # tokens; a shorter context is neither planned nor su
 
 
 class MemoryPlanError(ValueError):
-    """Memory does not hold a single slot, or the model's context is too short for one."""
+    """Memory does not hold a single slot, or the model's context is too short for one.
+
+    `needed_bytes` are those with which the model would fit, if memory is what it lacks.
+    """
+
+    def __init__(self, message: str, needed_bytes: int = 0) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
 
 
 def plan_threads(cores: int, weight_bytes: int) -> int:
@@ -82,7 +89,8 @@ def plan_on(
     memory = memory_limit() if device == "cpu" else device_memory()
     if beside:
         source = f"{memory.source}, less {_mebibytes(beside)} for what runs beside it"
-        memory = replace(memory, free=max(0, memory.free - beside), source=source)
+        # Below 0 where the others alone are too much, so that a refusal tells all that is missing.
+        memory = replace(memory, free=memory.free - beside, source=source)
     return plan_memory(device, settings, model, memory)
 
 
@@ -104,8 +112,8 @@ def plan_memory(
     slots = min(settings.slots, cache_bytes // slot_bytes)
     if slots < 1:
         raise MemoryPlanError(
-            f"one slot of {length} tokens takes {slot_bytes} bytes and the cache may have "
-            f"{cache_bytes}: raise kv_cache_bytes or lower max_sequence_length"
+            f"one slot of {length:,} tokens takes {slot_bytes:,} bytes and the cache may have "
+            f"{cache_bytes:,}: raise kv_cache_bytes or lower max_sequence_length"
         )
     _warn_if_tight(demand, slot_bytes, settings.kv_cache_bytes)
     needed_bytes = demand.needed_bytes(slot_bytes)
@@ -166,12 +174,13 @@ def _slot_length(demand: _Demand, settings: GeneratorSettings) -> int:
         return length
     is_default = "max_sequence_length" not in settings.model_fields_set
     if fitting < _MIN_DEFAULT_LENGTH or not is_default or settings.kv_cache_bytes:
-        raise MemoryPlanError(_refusal(demand, length))
+        needed = demand.needed_bytes(demand.token_bytes * length)
+        raise MemoryPlanError(_refusal(demand, length), needed)
     log.warning(
-        "memory is short (%s): sequences have at most %d tokens instead of %d",
+        "memory is short (%s): sequences have at most %s tokens instead of %s",
         demand.memory.source,
-        fitting,
-        length,
+        f"{fitting:,}",
+        f"{length:,}",
     )
     return fitting
 
@@ -195,8 +204,8 @@ def _refusal(demand: _Demand, length: int) -> str:
     return (
         f"{model.id} needs {_mebibytes(needed)} of memory: "
         f"{_mebibytes(model.weight_bytes)} for weights, {_mebibytes(slot_bytes)} for one sequence "
-        f"of {length} tokens, {_mebibytes(rest)} for the rest; of "
-        f"{_mebibytes(memory.total)} ({memory.source}) {_mebibytes(memory.free)} are free: "
+        f"of {length:,} tokens, {_mebibytes(rest)} for the rest; of "
+        f"{_mebibytes(memory.total)} ({memory.source}) {_mebibytes(max(0, memory.free))} are free: "
         f"{', or '.join(advice)}"
     )
 

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from generator_svc.config import GeneratorSettings
 from tests.cli.conftest import pretended_model
-from trivium.cli.fit import memory_plans
+from trivium.cli.fit import SERVICES_BYTES, memory_plans
 from trivium.cli.main import app
 from trivium.cli.pipeline import Pipeline
 from trivium.host_limits import memory_limit
@@ -32,12 +32,21 @@ def _taking(folder: Path, share: float) -> Path:
 
 def _refused(capfd: pytest.CaptureFixture[str], *models: Path) -> str:
     """What `trivium up` says, in its only line."""
+    [line] = _refusals(capfd, *models)
+    return line
+
+
+def _refusals(capfd: pytest.CaptureFixture[str], *models: Path) -> list[str]:
+    """What `trivium up` says, a line for each model that does not fit."""
     options = [option for model in models for option in ("--model", str(model))]
     result = CliRunner().invoke(app, ["up", "--device", "cpu", *options])
-    [line] = (capfd.readouterr().err + result.output).splitlines()
 
     assert 2 == result.exit_code
-    return line
+    return (capfd.readouterr().err + result.output).splitlines()
+
+
+def _mebibytes(line: str) -> list[int]:
+    return [int(number.replace(",", "")) for number in re.findall(r"([\d,]+) (?:MiB|more)", line)]
 
 
 def test_a_model_that_fits_is_shown_with_its_memory(tmp_path: Path) -> None:
@@ -90,4 +99,31 @@ def test_models_have_to_fit_together(
     line = _refused(capfd, *models)
 
     assert "two needs" in line
+    assert "for one sequence of 1,024 tokens" in line
     assert "for what runs beside it" in line
+
+
+def test_what_is_missing_is_told_for_all_models(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who allows as much more as the last line says can start them all."""
+    monkeypatch.setenv("TRIVIUM_GENERATOR_MAX_SEQUENCE_LENGTH", str(LENGTH))
+    models = [_taking(tmp_path / name, 0.7) for name in ("one", "two", "three")]
+    two, three = _refusals(capfd, *models)
+    needed, free = _mebibytes(three)[0], memory_limit().free / MIB
+    missing = int(three.partition("allow ")[2].split()[0].replace(",", ""))
+
+    assert "two needs" in two
+    assert "three needs" in three
+    assert " 0 MiB are free" in three
+    assert abs(3 * needed + SERVICES_BYTES / MIB - free - missing) < free / 10
+
+
+def test_further_replicas_are_planned_for(tmp_path: Path) -> None:
+    """More tokenizers and facades leave less memory for the models, and the plan says so."""
+    model = pretended_model(tmp_path / "one", 2**14, LENGTH)
+    [alone] = memory_plans(Pipeline(model, "cpu"))
+    [beside] = memory_plans(Pipeline(model, "cpu", facades=2, tokenizers=3))
+
+    assert "less 320 MiB for what runs beside it" in alone
+    assert "less 680 MiB for what runs beside it" in beside

@@ -108,7 +108,7 @@ def test_memory_for_less_than_one_slot_is_refused_with_the_numbers(light):
     with pytest.raises(MemoryPlanError) as caught:
         _plan(light, 1000, max_sequence_length=16, kv_cache_bytes=16 * TOKEN_BYTES - 1)
 
-    for part in ("16 tokens", "3072 bytes", "3071", "kv_cache_bytes", "max_sequence_length"):
+    for part in ("16 tokens", "3,072 bytes", "3,071", "kv_cache_bytes", "max_sequence_length"):
         assert part in str(caught.value)
 
 
@@ -165,7 +165,7 @@ def test_sequences_are_shorter_where_memory_is_short(heavy, settings, caplog):
     assert 1 == plan.slots
     assert 256 <= plan.slot_length < 4096
     assert plan.needed_bytes <= 420 * MIB < plan.needed_bytes + 8 * 30 * 1024
-    assert f"at most {plan.slot_length} tokens instead of 4096" in caplog.text
+    assert f"at most {plan.slot_length:,} tokens instead of 4,096" in caplog.text
 
 
 @pytest.mark.parametrize("wanted", [{"max_sequence_length": 4096}, {"kv_cache_bytes": 10**9}])
