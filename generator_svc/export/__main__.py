@@ -85,7 +85,7 @@ def export(
         Precision, typer.Option(help="Of weights (and activations: w8a8).")
     ] = Precision.INT8,
     device: Annotated[Device, typer.Option(help="What the graph is made for.")] = Device.CPU,
-    force: Annotated[bool, typer.Option(help="Replace a folder that is there already.")] = False,
+    force: Annotated[bool, typer.Option(help="Replace another export.")] = False,
 ) -> None:
     """Makes a model folder from a checkpoint."""
     # Of its own, for the steps redirect sys.stderr while libraries chatter.

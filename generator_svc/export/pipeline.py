@@ -60,15 +60,16 @@ def export_model(
     """Makes the model directory `out` from `source` and returns its path.
 
     A folder that is there already and was made from the same source with the same options is
-    returned as it is, or replaced if it is damaged or an older exporter made it. Any other
-    existing folder is an ExportError, unless `force`; so is a folder that cannot be written.
+    returned as it is, or replaced if it is damaged or an older exporter made it. Another export is
+    an ExportError, unless `force`. So are, in any case, a folder that holds something else than an
+    export, and one that cannot be written.
     """
     final = Path(out).expanduser().absolute()
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         with _alone(final, progress):
             _sweep(final)
-            if not force and _is_current(final, {"source": source, **asdict(options)}):
+            if _is_current(final, {"source": source, **asdict(options)}, force):
                 return final
             scratch = final.parent / f".{final.name}.partial"
             try:
@@ -138,20 +139,27 @@ def _put_in_place(scratch: Path, final: Path) -> None:
     (scratch / "model").rename(final)
 
 
-def _is_current(folder: Path, wanted: dict[str, Any]) -> bool:
-    """Whether `folder` is what the export would make; ExportError if it is something else.
+def _is_current(folder: Path, wanted: dict[str, Any], force: bool) -> bool:
+    """Whether `folder` is what the export would make; ExportError if it must not be replaced.
 
-    False for what may be made (anew): nothing, an empty folder, or the same export when it is
-    damaged or from an older exporter.
+    False for what may be made (anew): nothing, an empty folder, the same export when it is damaged
+    or from an older exporter, or any export with `force`.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        manifest = {}
+        manifest = None
+    if not isinstance(manifest, dict) or "exporter_version" not in manifest:
+        raise ExportError(
+            f"{folder} exists already and is no export ({MANIFEST} is not there, or damaged): "
+            "remove it, or choose another --out"
+        )
+    if force:
+        return False
     if any(manifest.get(key) != value for key, value in wanted.items()):
-        raise ExportError(f"{folder} exists already and is something else; --force replaces it")
+        raise ExportError(f"{folder} exists already and is another export; --force replaces it")
     try:
         load_model_directory(folder)
     except ModelDirectoryError:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from generator_svc.export import ExportError, ExportOptions, export_model, pipeline
 from generator_svc.export.progress import Progress
 from tests.tiny_models import tiny_checkpoint, tiny_model_directory
-from trivium.model_directory import load_model_directory
+from trivium.model_directory import MANIFEST, load_model_directory
 
 FP32 = ExportOptions("fp32")
 
@@ -71,12 +71,49 @@ def test_a_failure_leaves_all_as_it_was(source, tmp_path, step):
     assert leftovers(tmp_path) == []
 
     (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "mine").touch()
+    (tmp_path / "m" / MANIFEST).write_text('{"exporter_version": 1}')
     with pytest.raises(Broken):
         export_model(source, tmp_path / "m", FP32, fail_at(step), force=True)
 
     assert leftovers(tmp_path) == ["m"]
-    assert ["mine"] == leftovers(tmp_path / "m")
+    assert [MANIFEST] == leftovers(tmp_path / "m")
+
+
+@pytest.mark.parametrize("manifest", [None, "", "[]", "{}", '{"exporter_ver'])
+def test_what_is_no_export_is_never_replaced(source, tmp_path, manifest):
+    """Not even by force: a slip of --out would cost somebody's files. It is told at once."""
+    mine = tmp_path / "m"
+    mine.mkdir()
+    (mine / "mine").touch()
+    if manifest is not None:
+        (mine / MANIFEST).write_text(manifest)
+    files = sorted(leftovers(mine))
+
+    for force in (False, True):
+        with pytest.raises(ExportError, match=rf"{mine} exists already and is no export .*--out$"):
+            export_model(source, mine, FP32, fail_at("fetching"), force=force)
+
+    assert files == sorted(leftovers(mine))
+
+
+def test_a_file_is_never_replaced(source, tmp_path):
+    """Nor is what is no folder at all."""
+    (tmp_path / "m").write_text("mine")
+
+    with pytest.raises(ExportError, match="exists already and is no export"):
+        export_model(source, tmp_path / "m", FP32, fail_at("fetching"), force=True)
+
+    assert "mine" == (tmp_path / "m").read_text()
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_an_empty_folder_is_filled(source, tmp_path, is_there):
+    """With --force as without it: nothing is lost."""
+    if is_there:
+        (tmp_path / "m").mkdir()
+
+    with pytest.raises(Broken):
+        export_model(source, tmp_path / "m", FP32, fail_at("fetching"), force=True)
 
 
 def test_a_folder_that_was_about_to_be_replaced_comes_back(source, tmp_path):
@@ -90,6 +127,19 @@ def test_a_folder_that_was_about_to_be_replaced_comes_back(source, tmp_path):
 
     assert leftovers(tmp_path) == ["m"]
     assert ["mine"] == leftovers(tmp_path / "m")
+
+
+def test_the_shortest_context_is_exported(tmp_path):
+    """Down to the least that is not refused, there is enough to verify the export by."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint("llama"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 18}))
+
+    made = export_model(str(folder), tmp_path / "m", FP32)
+
+    agreement = json.loads((made / MANIFEST).read_text())["agreement"]
+    assert (2, 16) == (agreement["positions"], agreement["greedy_tokens_equal"])
 
 
 def test_a_checkpoint_that_never_ends_is_refused_at_once(tmp_path):
