@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 import torch
 
-from generator_svc.export.checkpoint.checkpoint import Checkpoint
+from generator_svc.export.checkpoint.checkpoint import MIN_CONTEXT_LENGTH, Checkpoint
 from generator_svc.export.checkpoint.decoder import Decoder
 from generator_svc.export.errors import ExportError
 from generator_svc.export.graph.pieces import CutGraph, Piece
@@ -32,7 +32,7 @@ TEXT = (
     "sea; on a high mountain it boils sooner, because the air above it weighs less."
 )
 MAX_TOKENS = 64
-GREEDY_TOKENS = 16
+GREEDY_TOKENS = MIN_CONTEXT_LENGTH - 2
 # Weights that are loaded at once, and those of a graph that is not cut at all, if they are float32
 # or quantised. ONNX Runtime may hold them twice, once as it wants them, and widens float16.
 MAX_PIECE_BYTES = 2**29

@@ -27,7 +27,10 @@ from generator_svc.export.checkpoint.tensors import Tensors, matrix, open_tensor
 from generator_svc.export.errors import ExportError
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+BASE = "model."  # what transformers puts before the weights of all but the head
 ROPE_DIVISORS = "rope_freqs.weight"
+# In tokens: two to compare and sixteen to generate, by which an export is verified.
+MIN_CONTEXT_LENGTH = 18
 # transformers checks few settings: a wrong one raises whatever it happens to, where it is used.
 _SETTING_ERRORS = (
     ArithmeticError,
@@ -57,6 +60,7 @@ def load_checkpoint(source: Source) -> Checkpoint:
     """Opens `source`; raises ExportError for a family or a setting that is not supported."""
     with quiet_libraries():
         config = _gguf_config(source) if source.kind == "gguf" else _folder_config(source)
+        _check_context(source, config)
         model = _without_weights(source, config)
         tensors = open_tensors(source)
         if config.model_type == "gpt_oss":
@@ -141,6 +145,15 @@ def _gguf_config(source: Source) -> PretrainedConfig:
     return config
 
 
+def _check_context(source: Source, config: PretrainedConfig) -> None:
+    length = config.max_position_embeddings
+    if not isinstance(length, int) or length < MIN_CONTEXT_LENGTH:
+        raise ExportError(
+            f"{source.label}: the context (max_position_embeddings) is {length!r} tokens long; "
+            f"{MIN_CONTEXT_LENGTH} are needed at least"
+        )
+
+
 def _without_weights(source: Source, config: PretrainedConfig) -> PreTrainedModel:
     """The model on the meta device, but for its rotary module, which needs no weights."""
     try:
@@ -160,7 +173,10 @@ def _unreadable(source: Source, error: Exception) -> ExportError:
 
 
 def _check_weights(source: Source, model: PreTrainedModel, tensors: Tensors) -> None:
-    """Every weight of the model is in the checkpoint, in the model's own shape, as floats."""
+    """Every weight of the model is in the checkpoint, in the model's own shape, as floats.
+
+    So are the divisors of its rotary frequencies, if a GGUF file has some.
+    """
     known = set(tensors.names())
     tied = _tied(model)
     weights = {
@@ -169,20 +185,36 @@ def _check_weights(source: Source, model: PreTrainedModel, tensors: Tensors) -> 
         if name not in tied
     }
     if missing := sorted(weights.keys() - known):
-        others = f" and {len(missing) - 1} others" if missing[1:] else ""
-        raise ExportError(f"{source.label}: the weights lack {missing[0]}{others}")
+        raise ExportError(f"{source.label}: {_lacking(missing, known)}")
+    if ROPE_DIVISORS in known:
+        weights[ROPE_DIVISORS] = list(model.model.rotary_emb.inv_freq.shape)
+    by = "its metadata" if source.kind == "gguf" else CONFIG_FILE
     for name, shape in weights.items():
         found = list(tensors.shape(name))
         if found != shape:
-            raise ExportError(
-                f"{tensors.file(name)}: {name} is {found}; by config.json it is {shape}"
-            )
+            raise ExportError(f"{tensors.file(name)}: {name} is {found}; by {by} it is {shape}")
         kind = tensors.read(name, 0, 1).dtype
         if kind != "float32":
             raise ExportError(
                 f"{tensors.file(name)}: {name} holds {kind}: is it quantised? export the "
                 "full-precision checkpoint"
             )
+
+
+def _lacking(missing: list[str], known: set[str]) -> str:
+    """What is not there, and what is there instead under a longer or shorter name."""
+    told = f"the weights lack {missing[0]}"
+    if missing[1:]:
+        told += f" and {len(missing) - 1} others"
+    for name in missing:
+        if name.removeprefix(BASE) in known:
+            return (
+                f"{told}: {name.removeprefix(BASE)} is there instead of {name}, so this is a base "
+                "model; export one for text generation (…ForCausalLM)"
+            )
+        if longer := min((other for other in known if other.endswith(f".{name}")), default=None):
+            return f"{told}: {longer} is there instead of {name}, so this model is part of another"
+    return told
 
 
 def _tied(model: PreTrainedModel) -> set[str]:

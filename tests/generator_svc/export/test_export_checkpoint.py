@@ -69,6 +69,8 @@ def test_rope_parameters_per_layer_type_are_refused():
             r"config.json it is \[128, 64\]",
         ),
         ({"rope_scaling": {"rope_type": "yarn"}}, "transformers cannot use its config.json: Key"),
+        ({"max_position_embeddings": 17}, r"context \(max_position_embeddings\) is 17 tokens long"),
+        ({"max_position_embeddings": -1}, "is -1 tokens long; 18 are needed at least"),
         ({"hidden_size": "64"}, "transformers cannot use its config.json: TypeError: "),
     ],
 )
@@ -87,6 +89,32 @@ def test_missing_weights_are_refused(tmp_path):
     save_file(weights, file, {"format": "pt"})
 
     told = "the weights lack model.layers.1.mlp.down_proj.weight$"
+    with pytest.raises(ExportError, match=told):
+        load_checkpoint(source)
+
+
+@pytest.mark.parametrize(
+    ("rename", "told"),
+    [
+        (
+            lambda name: name.removeprefix("model."),
+            "the weights lack .* others: embed_tokens.weight is there instead of "
+            "model.embed_tokens.weight, so this is a base model; export one for text generation",
+        ),
+        (
+            lambda name: f"language_model.{name}",
+            "others: language_model.model.embed_tokens.weight is there instead of "
+            "model.embed_tokens.weight, so this model is part of another$",
+        ),
+    ],
+)
+def test_weights_of_another_kind_of_model_are_named(tmp_path, rename, told):
+    """Of a base model, saved without its head, or of one with eyes: as found, and as expected."""
+    source = changed(tmp_path)
+    file = source.path / "model.safetensors"
+    weights = {rename(name): weight for name, weight in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})
+
     with pytest.raises(ExportError, match=told):
         load_checkpoint(source)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -417,6 +418,18 @@ def test_the_rope_scaling_of_llama_3_1_is_read_from_a_gguf_file(tmp_path):
     angles = torch.outer(torch.arange(config.max_position_embeddings).float(), scaled)
     assert not torch.equal(plain, scaled)
     np.testing.assert_allclose(decoder.cos, angles.cos(), atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 3, 64])
+def test_divisors_of_another_head_size_are_refused(tmp_path, count):
+    """One line names the tensor, its size and the one that it should have."""
+    path = write_gguf(tmp_path / "model.gguf", rope_freqs=np.ones(count, np.float32))
+
+    with pytest.raises(ExportError) as caught:
+        load_checkpoint(Source("m", "gguf", path))
+
+    told = rf"{path}: rope_freqs.weight is \[{count}\]; by its metadata it is \[\d+\]"
+    assert re.fullmatch(told, str(caught.value))
 
 
 ONE_TENSOR = (np.zeros((4, 32), np.float32), GGMLQuantizationType.F32)
