@@ -195,8 +195,7 @@ def _build(
     _check_vocabulary(checkpoint, folder)
     ranges = None
     if options.precision == "w8a8":
-        progress("calibrating")
-        ranges = _calibrate(checkpoint, folder)
+        ranges = _calibrate(checkpoint, folder, progress)
     progress("tracing")
     graph = trace(checkpoint, scratch / "traced")
     rewrite(graph, checkpoint, options, ranges)
@@ -232,14 +231,15 @@ def _check_vocabulary(checkpoint: Checkpoint, folder: Path) -> None:
         )
 
 
-def _calibrate(checkpoint: Checkpoint, folder: Path) -> Ranges:
+def _calibrate(checkpoint: Checkpoint, folder: Path, progress: Progress) -> Ranges:
     """Smooths the checkpoint's model in place; returns the ranges of its activations."""
     from generator_svc.export.calibration.activations import TEXT, calibrate
     from generator_svc.export.calibration.smooth import smooth
     from generator_svc.export.tokenizer_files import encode
 
-    ranges = calibrate(checkpoint.model, encode(folder, TEXT.read_text(encoding="utf-8")))
-    smooth(checkpoint.model, ranges)
+    token_ids = encode(folder, TEXT.read_text(encoding="utf-8"))
+    ranges = calibrate(checkpoint.model, token_ids, progress)
+    smooth(checkpoint.model, ranges, progress)
     return ranges
 
 

@@ -16,6 +16,7 @@ import torch
 
 from generator_svc.export.checkpoint.checkpoint import MIN_CONTEXT_LENGTH, Checkpoint
 from generator_svc.export.checkpoint.decoder import Decoder
+from generator_svc.export.checkpoint.reading import counted
 from generator_svc.export.errors import ExportError
 from generator_svc.export.graph.pieces import CutGraph, Piece
 from generator_svc.export.progress import Progress, silent
@@ -169,8 +170,8 @@ def compare(
     Raises ExportError for logits that are no numbers.
     """
     runner = GraphRunner(graph, checkpoint.decoder)
-    progress("running the checkpoint")
-    with torch.inference_mode():
+    running = counted(checkpoint.model, 1, progress, "running the checkpoint")
+    with torch.inference_mode(), running:
         reference = checkpoint.model(torch.tensor([tokens])).logits[0].numpy()
     label = checkpoint.source.label
     if not np.isfinite(reference).all():

@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 
+from generator_svc.export.checkpoint.reading import counted
+from generator_svc.export.progress import Progress, silent
+
 # Prose, dialogue, code, data, mathematics and several languages, in about 3,000 tokens.
 TEXT = Path(__file__).with_name("calibration.txt")
 WINDOW = 256
@@ -22,19 +25,21 @@ Ranges = dict[tuple[int, str], torch.Tensor]
 OBSERVED = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj")
 
 
-def calibrate(model: Any, token_ids: list[int]) -> Ranges:
+def calibrate(model: Any, token_ids: list[int], progress: Progress = silent) -> Ranges:
     """Runs the decoder over `token_ids` in windows, each from position 0, and keeps the extremes.
 
-    All whole windows are one batch, since a streamed model is read anew for each run.
+    Progress counts the bytes of weights that are done with, once for each run. All whole windows
+    are one batch, since a streamed model is read anew for each run.
     """
     whole = len(token_ids) - len(token_ids) % WINDOW
     windows = torch.tensor(token_ids[:whole]).reshape(-1, WINDOW)
-    batches = [windows, torch.tensor([token_ids[whole:]])]
+    both = (windows, torch.tensor([token_ids[whole:]]))
+    batches = [batch for batch in both if batch.numel()]
     ranges: Ranges = {}
-    with torch.inference_mode(), _observed(model, ranges):
+    counting = counted(model.model, len(batches), progress, "calibrating")
+    with torch.inference_mode(), _observed(model, ranges), counting:
         for batch in batches:
-            if batch.numel():
-                model.model(batch, use_cache=False)
+            model.model(batch, use_cache=False)
     return ranges
 
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from generator_svc.export.calibration.activations import Ranges
+from generator_svc.export.checkpoint.reading import weight_bytes
+from generator_svc.export.progress import Progress, silent
 from generator_svc.export.weights.matrix import scale as scale_matrix
 
 # How much of the spread goes into the weights, by where the input comes from: measured on
@@ -24,14 +26,19 @@ NORM_ALPHA, VALUE_ALPHA = 0.75, 0.7
 _TINY = 1e-5
 
 
-def smooth(model: Any, ranges: Ranges) -> None:
-    """Rescales `model` in place, and `ranges` with it, so that both still fit together."""
+def smooth(model: Any, ranges: Ranges, progress: Progress = silent) -> None:
+    """Rescales `model` in place, and `ranges` with it, so that both still fit together.
+
+    Progress counts the bytes of weights that are done with.
+    """
     with torch.no_grad():
-        _smooth_layers(model, ranges)
+        _smooth_layers(model.model.layers, ranges, progress)
 
 
-def _smooth_layers(model: Any, ranges: Ranges) -> None:
-    for number, layer in enumerate(model.model.layers):
+def _smooth_layers(layers: Any, ranges: Ranges, progress: Progress) -> None:
+    done, total = 0, weight_bytes(layers)
+    for number, layer in enumerate(layers):
+        progress("smoothing", done, total)
         attention, mlp = layer.self_attn, layer.mlp
         qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
         _smooth_norm(layer.input_layernorm, qkv, ranges, (number, "self_attn.q_proj"))
@@ -39,6 +46,8 @@ def _smooth_layers(model: Any, ranges: Ranges) -> None:
         norm = layer.post_attention_layernorm
         _smooth_norm(norm, gate_up, ranges, (number, "mlp.gate_proj"))
         _smooth_values(attention, ranges, (number, "self_attn.o_proj"))
+        done += weight_bytes(layer)
+    progress("smoothing", done, total)
 
 
 def _smooth_norm(norm: Any, readers: list[Any], ranges: Ranges, key: tuple[int, str]) -> None:

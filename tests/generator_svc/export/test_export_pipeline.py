@@ -50,6 +50,23 @@ def test_progress_only_moves_forward(source, tmp_path):
     assert {total for _, total in counted} == {(tmp_path / "m" / "model.onnx.data").stat().st_size}
 
 
+def test_the_long_steps_count_bytes(source, tmp_path):
+    """Whatever reads all weights says how many are done, up to all of them."""
+    seen: dict[str, list[tuple[int, int | None]]] = {}
+
+    def show(step: str, done: int = 0, total: int | None = None) -> None:
+        seen.setdefault(step, []).append((done, total))
+
+    export_model(source, tmp_path / "m", ExportOptions("w8a8"), show)
+
+    for step in ("calibrating", "smoothing", "running the checkpoint"):
+        counts = seen[step]
+        assert [] == [total for _, total in counts if not total or total != counts[0][1]]
+        assert counts == sorted(counts)
+        assert (0, counts[0][1]) == (counts[0][0], counts[-1][0])
+        assert len(counts) > 3
+
+
 class Broken(Exception):
     """What a step ends in."""
 
