@@ -1,12 +1,15 @@
 """Settings of generator_svc, read once at start from TRIVIUM_GENERATOR_… variables."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from trivium.wire.serving import MAX_CONNECTION_AGE_SECONDS
+
+# Where these are not set and the model runs on CUDA. Its context bounds the length anyway.
+CUDA_DEFAULTS = {"slots": 256, "max_sequence_length": 8192, "kv_memory_share": 0.9}
 
 
 class GeneratorSettings(BaseSettings):
@@ -49,13 +52,18 @@ class GeneratorSettings(BaseSettings):
         "of weights if that is more.",
     )
     slots: int = Field(
-        32, ge=1, le=4096, description="Maximum sequences in flight; fewer if memory is short."
+        32,
+        ge=1,
+        le=4096,
+        description="Maximum sequences in flight; fewer if memory is short. On CUDA the default is "
+        f"{CUDA_DEFAULTS['slots']}.",
     )
     max_sequence_length: int = Field(
         4096,
         ge=16,
         description="Maximum tokens per sequence, prompt and completion together; at most the "
-        "model's context. If neither this nor kv_cache_bytes is set, less where memory is short.",
+        "model's context. If neither this nor kv_cache_bytes is set, less where memory is short. "
+        f"On CUDA the default is {CUDA_DEFAULTS['max_sequence_length']}.",
     )
     kv_cache_bytes: int = Field(
         0,
@@ -68,8 +76,9 @@ class GeneratorSettings(BaseSettings):
         gt=0,
         le=0.95,
         description="Share of free memory for the KV cache, of main memory (within the lowest "
-        "cgroup limit) or of the CUDA device's. An upper bound: slots take memory on first use on "
-        "the CPU, at start on CUDA.",
+        "cgroup limit), or of the CUDA device's: there what is free once the model is loaded and "
+        f"has run, and the default is {CUDA_DEFAULTS['kv_memory_share']}. An upper bound: slots "
+        "take memory on first use on the CPU, at start on CUDA.",
     )
     prefix_cache: bool = Field(
         True,
@@ -131,3 +140,9 @@ class GeneratorSettings(BaseSettings):
         allow_inf_nan=False,
         description="Seconds after that in which running calls may finish.",
     )
+
+    def on(self, device: str, name: str) -> Any:
+        """A setting, or its default on `cpu` or `cuda`."""
+        if device == "cuda" and name not in self.model_fields_set:
+            return CUDA_DEFAULTS[name]
+        return getattr(self, name)

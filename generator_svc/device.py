@@ -128,7 +128,8 @@ class Device:
     def _cuda_options(self, cuda_graphs: bool) -> dict[str, str]:
         # Flash attention for prefill: cuDNN's, the default, stalls up to 92 ms for each new prompt
         # length while it plans, Flash up to 22 ms (docs/log.md). Decode kernels are not affected.
-        options = {"sdpa_kernel": _FLASH_ATTENTION}
+        # The arena grows by what a run lacks, not to the next power of two, which slots may need.
+        options = {"sdpa_kernel": _FLASH_ATTENTION, "arena_extend_strategy": "kSameAsRequested"}
         if cuda_graphs:
             options["enable_cuda_graph"] = "1"
         if isinstance(self.clock, CudaClock):

@@ -36,6 +36,9 @@ _PACKING_GROWTH = {"int4": 4 / (16 + 4), "int8": 4 / (32 + 4)}
 # About how many bits the file has for a weight, scales included.
 _WEIGHT_BITS = {"fp32": 32, "fp16": 16, "int8": 9, "w8a8": 9, "int4": 5}
 
+# What CUDA graphs of all batch sizes take, of a model of 8 billion weights (docs/log.md).
+_CUDA_GRAPH_BYTES = 2**30
+
 _MIN_DEFAULT_LENGTH = 256  # tokens; a shorter context is neither planned nor suggested
 
 
@@ -94,6 +97,18 @@ def plan_on(
     return plan_memory(device, settings, model, memory)
 
 
+def plan_loaded(settings: GeneratorSettings, plan: MemoryPlan) -> int:
+    """How many slots of `plan` the CUDA device has room for.
+
+    To be asked when the model is loaded and has computed its longest run, with the memory of a
+    single slot allocated. At most as many as wanted, at least that one. Raises CudaError.
+    """
+    free = device_memory().free + plan.slot_bytes
+    share = int((free - _CUDA_GRAPH_BYTES) * settings.on("cuda", "kv_memory_share"))
+    cache_bytes = settings.kv_cache_bytes or share
+    return max(1, min(int(settings.on("cuda", "slots")), cache_bytes // plan.slot_bytes))
+
+
 def plan_memory(
     device: str, settings: GeneratorSettings, model: ModelDirectory, memory: MemoryLimit
 ) -> MemoryPlan:
@@ -103,13 +118,13 @@ def plan_memory(
     short as it has to be. Raises MemoryPlanError.
     """
     demand = _demand(device, settings, model, memory)
-    length = _slot_length(demand, settings)
+    length = _slot_length(demand, device, settings)
     slot_bytes = demand.token_bytes * length
     share = demand.available - demand.packing_bytes
     if device == "cpu":
         share = int(share * settings.kv_memory_share)
     cache_bytes = settings.kv_cache_bytes or max(slot_bytes, share)
-    slots = min(settings.slots, cache_bytes // slot_bytes)
+    slots = min(settings.on(device, "slots"), cache_bytes // slot_bytes)
     if slots < 1:
         raise MemoryPlanError(
             f"one slot of {length:,} tokens takes {slot_bytes:,} bytes and the cache may have "
@@ -156,14 +171,14 @@ def _demand(
         token_bytes = elements * (2 if precision == "fp16" else 4)
         return _Demand(model, memory, token_bytes, _WORKING_BYTES, packing)
     # All but the share is the runtime's: activations, CUDA graphs, copies of weights.
-    share = 1.0 if settings.kv_cache_bytes else settings.kv_memory_share
+    share = 1.0 if settings.kv_cache_bytes else settings.on(device, "kv_memory_share")
     return _Demand(model, memory, elements * (4 if precision == "fp32" else 2), share=share)
 
 
-def _slot_length(demand: _Demand, settings: GeneratorSettings) -> int:
+def _slot_length(demand: _Demand, device: str, settings: GeneratorSettings) -> int:
     """Tokens of a slot; raises MemoryPlanError if memory does not hold one."""
     context = demand.model.context_length
-    length = min(settings.max_sequence_length, context)
+    length = min(int(settings.on(device, "max_sequence_length")), context)
     length -= length % _SLOT_GRANULARITY
     if not length:
         raise MemoryPlanError(

@@ -20,12 +20,12 @@ from generator_svc.delivery import UpdateDispatcher
 from generator_svc.device import DeviceError, choose_device, why_not_cuda
 from generator_svc.engine import Engine
 from generator_svc.kv_cache import SlotCache
-from generator_svc.memory_plan import plan_on, plan_threads
+from generator_svc.memory_plan import plan_loaded, plan_on, plan_threads
 from generator_svc.metering import WARM_UP, Meter
 from generator_svc.metrics import EngineCollector, RequestMetrics, register_info
 from generator_svc.plan import Chunk, Row, StepPlan
 from generator_svc.prefill_cost import PrefillCostModel
-from generator_svc.run.runner import OrtRunner
+from generator_svc.run.runner import OrtRunner, RunResult
 from generator_svc.scheduler import Scheduler
 from generator_svc.sequence import SequenceUpdate
 from generator_svc.service import GeneratorService
@@ -74,7 +74,15 @@ def _load_on(device: str, settings: GeneratorSettings, model: ModelDirectory) ->
     log.info("%s; %s; threads of a run on the CPU: %d", cpu, plan, threads)
     # ONNX Runtime places some float32 nodes on the CPU, and then refuses to capture the graph.
     cuda_graphs = settings.cuda_graphs and device == "cuda" and model.precision != "fp32"
-    return OrtRunner(model, device, plan.slots, plan.slot_length, threads, cuda_graphs)
+    if device == "cpu":
+        return OrtRunner(model, device, plan.slots, plan.slot_length, threads)
+    runner = OrtRunner(model, device, 1, plan.slot_length, threads, cuda_graphs)
+    # The runtime keeps what its largest run took.
+    longest = min(settings.chunk_tokens, plan.slot_length)
+    _check(runner.run(StepPlan(chunks=(Chunk(0, 0, (0,) * longest, wants_logits=True),))).chunks[0])
+    runner.reallocate(plan_loaded(settings, plan))
+    log.info("%d slots of %d tokens on the device", runner.info.slots, runner.info.slot_length)
+    return runner
 
 
 def warm_up(runner: OrtRunner, meter: Meter) -> None:
@@ -87,11 +95,15 @@ def warm_up(runner: OrtRunner, meter: Meter) -> None:
     for result in (*outcome.chunks, outcome.rows):
         assert result is not None
         meter.charge_overhead(result.nanoseconds, WARM_UP)
-        if result.error is not None:
-            raise DeviceError(f"the model cannot be run: {result.error}") from result.error
-        if result.logits is None or not np.isfinite(result.logits).all():
-            raise DeviceError("the model's logits are not finite")
+        _check(result)
     meter.charge_overhead(runner.capture(_CAPTURE_SECONDS), WARM_UP)
+
+
+def _check(result: RunResult) -> None:
+    if result.error is not None:
+        raise DeviceError(f"the model cannot be run: {result.error}") from result.error
+    if result.logits is None or not np.isfinite(result.logits).all():
+        raise DeviceError("the model's logits are not finite")
 
 
 def describe(

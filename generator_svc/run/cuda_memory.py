@@ -12,7 +12,7 @@ _DEVICE_TO_DEVICE = 3
 
 
 class CudaMemory:
-    """SlotMemory on the CUDA device, never freed: it lives as long as the process."""
+    """SlotMemory on the CUDA device."""
 
     def __init__(self, tensors: int, shape: Shape, dtype: npt.DTypeLike) -> None:
         self.shape = shape
@@ -41,6 +41,11 @@ class CudaMemory:
             self._copy(other, one, length)
             self._copy(self._spare, other, length)
         cuda.check(self._runtime.cudaDeviceSynchronize(), "cudaDeviceSynchronize")
+
+    def free(self) -> None:
+        for address in (*self._tensors, self._spare):
+            code = self._runtime.cudaFree(ctypes.c_void_p(address))
+            cuda.check(code, "cudaFree")
 
     def _allocate(self, size: int) -> int:
         address = ctypes.c_void_p()

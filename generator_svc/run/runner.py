@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from generator_svc.device import (
     NO_GRAPH,
@@ -123,25 +122,37 @@ class OrtRunner:
         self._device = Device(device)
         self._session, cuda_graphs = self._open(threads, cuda_graphs)
         past_type = type_of(self._session.get_inputs(), model.names.past_key % 0)
-        cache_type = _NUMPY_TYPES[past_type]
+        self._cache_type = _NUMPY_TYPES[past_type]
         logits_type = _NUMPY_TYPES[type_of(self._session.get_outputs(), model.names.logits)]
-        shape = (slots, model.num_kv_heads, slot_length, model.head_size)
-        self._memory = _allocate(device, 2 * model.num_layers, shape, cache_type)
+        self._memory = self._allocate_memory(slots, slot_length)
         # In float32 on CUDA, a binding reused with a mask of another shape gives wrong logits (ONNX
         # Runtime 1.31.1, docs/log.md).
-        are_reused = not (device == "cuda" and cache_type is np.float32)
+        are_reused = not (device == "cuda" and self._cache_type is np.float32)
         self._bindings = _Bindings(self._create_binding, are_reused)
         self._logits = _logits_buffers(self._device, model.vocab_size, logits_type)
         self._row_logits = self._logits.allocate(slots)
         self.info = DeviceInfo(
             provider=self._session.get_providers()[0],
-            dtype=np.dtype(cache_type).name,
+            dtype=np.dtype(self._cache_type).name,
             slots=slots,
             slot_length=slot_length,
             cache_bytes=self._memory.size_in_bytes,
             capture_sizes=_capture_sizes(slots) if cuda_graphs else (),
         )
         self._fixed_inputs: FixedInputs | None = None
+
+    def reallocate(self, slots: int) -> None:
+        """Replaces the slots by so many empty ones; before `capture`."""
+        self._bindings.cached.clear()
+        self._memory.free()
+        self._memory = self._allocate_memory(slots, self.info.slot_length)
+        self._row_logits = self._logits.allocate(slots)
+        self.info = replace(
+            self.info,
+            slots=slots,
+            cache_bytes=self._memory.size_in_bytes,
+            capture_sizes=_capture_sizes(slots) if self.info.capture_sizes else (),
+        )
 
     def run(self, plan: StepPlan) -> StepOutcome:
         """Executes a plan. A failed run is reported in its result, never raised."""
@@ -242,6 +253,13 @@ class OrtRunner:
         binding.bind_input(self._model.names.input_ids, *ids)
         binding.bind_input(self._model.names.attention_mask, *mask)
 
+    def _allocate_memory(self, slots: int, slot_length: int) -> SlotMemory:
+        tensors = 2 * self._model.num_layers
+        shape = (slots, self._model.num_kv_heads, slot_length, self._model.head_size)
+        if self._device.name == "cpu":
+            return HostMemory(tensors, shape, self._cache_type)
+        return CudaMemory(tensors, shape, self._cache_type)
+
     def _open(self, threads: int, cuda_graphs: bool) -> tuple[Any, bool]:
         """A session, and whether its runs can be captured as CUDA graphs; raises DeviceError."""
         if cuda_graphs:
@@ -315,11 +333,3 @@ def _logits_buffers(device: Device, vocabulary: int, dtype: Any) -> HostLogits |
         except Exception as error:  # of the runtime's own types, such as for a missing kernel
             log.warning("all logits are copied to the host: %s", error)
     return HostLogits(vocabulary, dtype)
-
-
-def _allocate(
-    device: str, tensors: int, shape: tuple[int, int, int, int], dtype: npt.DTypeLike
-) -> SlotMemory:
-    if device == "cpu":
-        return HostMemory(tensors, shape, dtype)
-    return CudaMemory(tensors, shape, dtype)

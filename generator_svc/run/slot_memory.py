@@ -30,6 +30,9 @@ class SlotMemory(Protocol):
     def swap(self, first: int, second: int, length: int) -> None:
         """Exchanges the first `length` tokens of two slots, in every tensor."""
 
+    def free(self) -> None:
+        """Gives the memory back; nothing may be done with it any more."""
+
 
 class HostMemory:
     """Slots in main memory. The system commits pages when they are first written.
@@ -56,6 +59,9 @@ class HostMemory:
             kept = tensor[first, :, :length].copy()
             tensor[first, :, :length] = tensor[second, :, :length]
             tensor[second, :, :length] = kept
+
+    def free(self) -> None:
+        self._tensors.clear()
 
 
 def _map_zeros(shape: Shape, dtype: np.dtype[Any]) -> npt.NDArray[Any]:

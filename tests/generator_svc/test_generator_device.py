@@ -94,6 +94,41 @@ def test_the_libraries_are_those_that_the_provider_is_linked_to():
     assert set(LIBRARIES) - names <= {"libcudnn.so.9"}  # which is loaded when first used
 
 
+GIBIBYTE = 2**30
+
+
+@pytest.mark.parametrize(
+    ("loaded_gib", "fields", "slots"),
+    [
+        (1 + 2 / 0.9, {}, 256),
+        (1 + 0.1, {}, 62),  # of 1.5 MiB
+        (0.5, {}, 1),
+        (9, {"slots": 5}, 5),
+        (1 + 0.1, {"kv_memory_share": 0.45}, 31),
+        (9, {"kv_cache_bytes": 30 * 2**20}, 20),
+    ],
+)
+def test_slots_are_what_is_free_once_the_model_has_run(loaded_gib, fields, slots, monkeypatch):
+    """On CUDA: what was free before says little about activations, contexts and copies of weights.
+    Room for CUDA graphs is kept. The model here runs on the CPU in the device's place."""
+    frees = [10 * GIBIBYTE, int(loaded_gib * GIBIBYTE)]
+    memory = lambda: MemoryLimit(10 * GIBIBYTE, frees.pop(0), "the CUDA device")  # noqa: E731
+    monkeypatch.setattr("generator_svc.memory_plan.device_memory", memory)
+    monkeypatch.setattr(generator, "choose_device", lambda wanted: "cuda")
+    monkeypatch.setattr(
+        generator, "OrtRunner", lambda model, device, *rest: OrtRunner(model, "cpu", *rest)
+    )
+    settings = GeneratorSettings(
+        model_directory=tiny_model_directory(), device="cuda", threads=1, **fields
+    )
+    model = load_model_directory(settings.model_directory)
+    runner = generator.load_runner(settings, model)
+
+    assert slots == runner.info.slots
+    assert model.context_length == runner.info.slot_length
+    assert [] == frees
+
+
 @pytest.mark.usefixtures("broken_cuda")
 def test_cuda_that_was_asked_for_is_not_replaced():
     """It refuses to start rather than being slow unnoticed."""

@@ -293,6 +293,22 @@ def test_failed_runs_leave_the_engine_and_the_others_alone(runner, model):
     assert alone.tokens[same][0] == bench.tokens[good][0]
 
 
+def test_slots_can_be_allocated_anew(model, checkpoint_answers):
+    """As many as the device turns out to have room for: the same tokens, in empty slots."""
+    runner = OrtRunner(model, "cpu", 1, SLOT_LENGTH, 1)
+    first = _bench(runner)
+    first.slots = 1
+    group = first.submit(PROMPT, 24)
+    first.finish()
+    runner.reallocate(SLOTS)
+    bench = _bench(runner)
+    again = [bench.submit(PROMPT, 24) for _ in range(SLOTS)]
+    bench.finish()
+
+    assert SLOTS == runner.info.slots
+    assert [first.tokens[group][0]] * SLOTS == [bench.tokens[one][0] for one in again]
+
+
 def test_a_device_that_is_absent_is_refused_or_used():
     """cuda is a demand, auto a preference, cpu always there."""
     assert "cpu" == choose_device("cpu")

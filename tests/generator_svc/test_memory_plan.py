@@ -227,10 +227,13 @@ def test_what_only_just_fits_is_warned_of(heavy, precision, grows, caplog):
 
 def test_a_cuda_device_keeps_what_is_not_the_share(heavy):
     """Its own free memory counts: weights, and then a share of the rest for slots."""
-    plan = _plan(heavy, 580, "cuda", kv_memory_share=0.5)
+    length = {"max_sequence_length": 4096}
+    plan = _plan(heavy, 580, "cuda", kv_memory_share=0.5, **length)
+    half = dataclasses.replace(heavy, precision="fp16")
 
     assert (2, 120 * MIB) == (plan.slots, plan.slot_bytes)
-    assert 3 == _plan(dataclasses.replace(heavy, precision="fp16"), 500, "cuda").slots
+    assert 3 == _plan(half, 500, "cuda", kv_memory_share=0.5, **length).slots
+    assert 8192 == _plan(half, 500, "cuda").slot_length
     with pytest.raises(MemoryPlanError) as caught:
         _plan(heavy, 580, "cuda", kv_memory_share=0.1, max_sequence_length=4096)
 
