@@ -1,6 +1,8 @@
 """The engine's request, its sequences and their updates. No tensors, gRPC or text."""
 
 import enum
+import functools
+from array import array
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -44,15 +46,24 @@ class SamplingParams:
     seed: int = 0
 
     @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is taken, whatever the seed."""
+        return self.temperature == 0 or self.top_k == 1 or self.top_p == 0
+
+    @property
+    def has_bias_or_penalties(self) -> bool:
+        """Whether any parameter changes logits before the draw."""
+        return bool(
+            self.logit_bias
+            or self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+        )
+
+    @property
     def is_plain_greedy(self) -> bool:
         """Whether the next token is the arg max of the unmodified logits."""
-        return (
-            (self.temperature == 0 or self.top_k == 1 or self.top_p == 0)
-            and not self.logit_bias
-            and self.repetition_penalty == 1
-            and self.presence_penalty == 0
-            and self.frequency_penalty == 0
-        )
+        return self.is_greedy and not self.has_bias_or_penalties
 
 
 class ConstraintError(Exception):
@@ -211,6 +222,11 @@ class SequenceGroup:
         self.tag = tag
         self.sequences = [Sequence(self, index, list(request.prompt)) for index in range(request.n)]
         self.prompt_logits: Any = None
+
+    @functools.cached_property
+    def distinct_prompt(self) -> "array[int]":
+        """The prompt's tokens, each of them once, in 64 bits; for the repetition penalty."""
+        return array("q", set(self.request.prompt))
 
     @property
     def is_finished(self) -> bool:

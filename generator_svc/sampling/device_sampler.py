@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from generator_svc.sampling import sampler
 from generator_svc.sampling.device_row import BLOCK, RELATIVE_ERROR, DeviceRow, GreedyRow
+from generator_svc.sampling.draw import MASS_ERROR, position_of
 from generator_svc.sampling.random_draw import uniform
 from generator_svc.sequence import SampledToken, SamplingParams, Sequence
 
@@ -29,7 +30,7 @@ LogitsRow = sampler.HostRow | DeviceRow | GreedyRow  # float32 [vocabulary]
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
 
-_ROUNDING = 1e-9  # relative error of sums and exponentials in float64, generously
+_ROUNDING = 1e-9  # relative error of exponentials in float64, generously
 _SMALLEST = 1e-35  # a block sum that float32 may have flushed to zero
 
 
@@ -37,11 +38,13 @@ _SMALLEST = 1e-35  # a block sum that float32 may have flushed to zero
 class _WeightBounds:
     """A row after penalties and masks, as weights relative to the largest one.
 
-    `weights` of the candidates `ids` (ascending) are exact to the last bit. No other token weighs
-    more than `max_other`; per block of ids the others' sum lies between `low` and `high`, [blocks].
+    `weights` of the candidates `ids` (ascending), whose logits are `logits`, are exact to the last
+    bit. No other token weighs more than `max_other`; per block of ids the others' sum lies between
+    `low` and `high`, [blocks].
     """
 
     ids: Ids
+    logits: Floats
     weights: Floats
     max_other: float
     low: Floats
@@ -49,10 +52,10 @@ class _WeightBounds:
 
     @property
     def totals(self) -> tuple[float, float]:
-        """Lower and upper bound of the sum of all weights."""
+        """Lower and upper bound of the sum of all weights, as the sampler adds them up."""
         known = self.weights.sum()
         low, high = known + self.low.sum(), known + self.high.sum()
-        return float(low * (1 - _ROUNDING)), float(high * (1 + _ROUNDING))
+        return float(low * (1 - MASS_ERROR)), float(high * (1 + MASS_ERROR))
 
 
 def sample_all(
@@ -82,16 +85,15 @@ def certain_token(sequence: Sequence, row: DeviceRow) -> int | None:
     if sequence.request.top_logprobs is not None or _may_raise(sampling) or not _is_sound(row):
         return None
     forbidden = sampler.forbidden_tokens(sequence, row.size)
-    is_lowered = forbidden is not None or _has_penalties(sampling)
-    is_greedy = sampling.temperature == 0 or sampling.top_k == 1 or sampling.top_p == 0
-    if is_greedy and not is_lowered and row.values[0] > row.values[1]:
+    is_lowered = forbidden is not None or sampling.has_bias_or_penalties
+    if sampling.is_greedy and not is_lowered and row.values[0] > row.values[1]:
         return int(row.ids[0])
     ids, logits = _above_the_rest(row)
     if is_lowered:
         logits = _lowered(sequence, ids, logits, forbidden)
     if not ids.size or logits.max() <= row.values[-1]:
         return None
-    if is_greedy:
+    if sampling.is_greedy:
         return int(ids[logits.argmax()])
     if sampling.top_n_sigma > 0:  # needs the deviation of all logits
         return None
@@ -110,14 +112,6 @@ def _may_raise(sampling: SamplingParams) -> bool:
         or sampling.repetition_penalty < 1
         or sampling.frequency_penalty < 0
         or sampling.presence_penalty < 0
-    )
-
-
-def _has_penalties(sampling: SamplingParams) -> bool:
-    return (
-        sampling.repetition_penalty != 1
-        or sampling.frequency_penalty != 0
-        or sampling.presence_penalty != 0
     )
 
 
@@ -146,14 +140,18 @@ def _lowered(
     if forbidden is not None:
         row[forbidden[ids]] = -np.inf
     if sampling.repetition_penalty != 1:
-        seen, penalty = set(sequence.token_ids), sampling.repetition_penalty
-        is_seen = np.array([token_id in seen for token_id in ids.tolist()])
-        row = np.where(is_seen, np.where(row > 0, row / penalty, row * penalty), row)
+        seen = np.isin(ids, sampler.seen_tokens(sequence))
+        row[seen] = _rounded(sampler.after_repetition(row[seen], sampling.repetition_penalty))
     if sampling.frequency_penalty or sampling.presence_penalty:
         counts = np.array([sequence.output_counts[token_id] for token_id in ids.tolist()], float)
         less = sampling.frequency_penalty * counts + sampling.presence_penalty
-        row = np.where(counts > 0, row - less, row)
+        row = np.where(counts > 0, _rounded(row - less), row)
     return row
+
+
+def _rounded(logits: Floats) -> Floats:
+    """Rounded to float32, as the sampler keeps them."""
+    return logits.astype(np.float32).astype(np.float64)
 
 
 def _weigh(
@@ -180,7 +178,9 @@ def _weigh(
         # below too, and only if no penalty or mask has taken anything from the rest.
         is_exact = temperature == 1 and not is_lowered
         low = rest * (1 - RELATIVE_ERROR) * scale if is_exact else np.zeros(rest.size)
-    return _WeightBounds(ids, weights, float(np.exp((last - best) / temperature)), low, high)
+    return _WeightBounds(
+        ids, logits, weights, float(np.exp((last - best) / temperature)), low, high
+    )
 
 
 def _draw_truncated(
@@ -190,7 +190,7 @@ def _draw_truncated(
     # Nothing else weighs as much as these, so they come first in the sorted whole row too.
     above = known.max_other * (1 + _ROUNDING) + 1e-300
     sure = np.flatnonzero(known.weights > above)
-    order = sure[np.argsort(-known.weights[sure], kind="stable")]
+    order = sure[np.argsort(-known.logits[sure], kind="stable")]
     weights = known.weights[order]
     sums = np.cumsum(weights)
     if 0 < sampling.top_k < size:
@@ -208,7 +208,7 @@ def _draw_truncated(
     count = kept.pop()
     if kept or count > sums.size:
         return None
-    return int(known.ids[order[sampler.position_of(sums[:count], draw)]])
+    return int(known.ids[order[position_of(sums[:count], draw)]])
 
 
 def _nucleus_size(sums: Floats, top_p: float, total: float, max_count: int) -> int:
@@ -225,7 +225,7 @@ def _draw_from_all(known: _WeightBounds, draw: float) -> int | None:
     interval by some amount between `before` and `up_to`.
     """
     low_total, high_total = known.totals
-    slack = _ROUNDING * high_total
+    slack = MASS_ERROR * high_total
     ends = np.cumsum(known.weights)
     starts = ends - known.weights
     block = known.ids // BLOCK

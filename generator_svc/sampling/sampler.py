@@ -2,21 +2,20 @@
 
 The order is: raw log-probabilities (the ones reported), logit bias, mask (of the constraint and of
 min_new_tokens), repetition penalty, frequency and presence penalty, top_n_sigma, temperature,
-top_k, top_p, min_p, draw.
+top_k, top_p, min_p, draw. Bias and penalties are computed in float64 and leave float32 logits.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from generator_svc.sampling.draw import BadLogits, checked, draw, most_likely
 from generator_svc.sampling.random_draw import uniform
 from generator_svc.sequence import (
     ConstraintError,
     SampledToken,
-    SamplingParams,
     Sequence,
     TokenLogprobs,
 )
@@ -26,12 +25,6 @@ Mask = npt.NDArray[np.bool_]  # [vocabulary]
 
 MIN_LOGPROB = -9999.0  # reported for a probability of zero; JSON has no infinity
 _MIN_REPETITION_PENALTY = 1e-6
-_INITIAL_CANDIDATES = 256  # of top_p and min_p, before looking at more
-_BLOCK = 256
-
-
-class BadLogits(ArithmeticError):
-    """The model's logits are NaN, or no token can be drawn."""
 
 
 def sample(sequence: Sequence, logits: HostRow) -> SampledToken:
@@ -40,20 +33,12 @@ def sample(sequence: Sequence, logits: HostRow) -> SampledToken:
     Raises BadLogits or ConstraintError. Does not advance the constraint's state.
     """
     request = sequence.request
-    best = int(logits.argmax())
-    if not math.isfinite(logits[best]):  # arg max stops at the first NaN
-        raise BadLogits("the model's logits are not finite")
-    sampling = request.sampling
     forbidden = forbidden_tokens(sequence, logits.size)
-    if sampling.is_plain_greedy and (forbidden is None or not forbidden[best]):
-        token_id = best
-    else:
-        row = _adjusted(sequence, logits, forbidden)
-        ids = _allowed_if_few(forbidden)
-        if ids is not None:
-            row = row[ids]
-        position = _draw(row, sampling, sequence.index, sequence.generated)
-        token_id = position if ids is None else int(ids[position])
+    token_id = None
+    if request.sampling.is_plain_greedy:
+        token_id = _arg_max(logits)
+    if token_id is None or (forbidden is not None and forbidden[token_id]):
+        token_id = _draw(sequence, logits, forbidden)
     if request.top_logprobs is None:
         return SampledToken(token_id)
     return SampledToken(token_id, _logprobs(logits, token_id, request.top_logprobs))
@@ -100,38 +85,48 @@ def _mask_of(ids: Iterable[int], size: int) -> Mask:
 def _logprobs(logits: HostRow, token_id: int, top: int) -> TokenLogprobs:
     row = logits.astype(np.float64)
     row -= row.max()
-    row -= np.log(np.exp(row).sum())
-    np.maximum(row, MIN_LOGPROB, out=row)
-    ids = _most_likely(row, top)
-    return TokenLogprobs(float(row[token_id]), tuple(ids.tolist()), tuple(row[ids].tolist()))
+    total = np.log(np.exp(row).sum())
+    ids = most_likely(logits, top)
+    reported = np.maximum(row[[token_id, *ids]] - total, MIN_LOGPROB).tolist()
+    return TokenLogprobs(reported[0], tuple(ids.tolist()), tuple(reported[1:]))
 
 
-def _most_likely(row: npt.NDArray[np.floating], count: int) -> npt.NDArray[np.intp]:
-    """Ids of the `count` largest values in descending order, the lower id first among equals."""
-    if count == 0:
-        return np.empty(0, dtype=np.intp)
-    if count >= row.size:
-        return np.argsort(-row, kind="stable")
-    threshold = np.partition(row, row.size - count)[row.size - count]
-    ids = np.flatnonzero(row >= threshold)  # ascending; more than `count` only if some are equal
-    return ids[np.argsort(-row[ids], kind="stable")][:count]
-
-
-def _adjusted(
-    sequence: Sequence, logits: HostRow, forbidden: Mask | None
-) -> npt.NDArray[np.float64]:
-    """A float64 copy of the logits with bias, mask and penalties applied."""
-    sampling = sequence.request.sampling
-    row = logits.astype(np.float64)
-    if sampling.logit_bias:
-        row[list(sampling.logit_bias)] += list(sampling.logit_bias.values())
+def _draw(sequence: Sequence, logits: HostRow, forbidden: Mask | None) -> int:
+    """A token by the request's parameters."""
     if forbidden is not None:
-        row[forbidden] = -np.inf
+        _arg_max(logits)  # a mask would hide what is not finite
+    sampling = sequence.request.sampling
+    row = _adjusted(sequence, logits, forbidden)
+    ids = _allowed_if_few(forbidden)
+    if ids is not None:
+        row = row[ids]
+    if sampling.is_greedy:
+        place = _arg_max(row)
+    else:
+        place = draw(row, sampling, uniform(sampling.seed + sequence.index, sequence.generated))
+    return place if ids is None else int(ids[place])
+
+
+def _arg_max(row: HostRow) -> int:
+    best = int(row.argmax())
+    checked(float(row[best]))  # arg max stops at the first NaN
+    return best
+
+
+@np.errstate(over="ignore")
+def _adjusted(sequence: Sequence, logits: HostRow, forbidden: Mask | None) -> HostRow:
+    """The logits with bias, mask and penalties applied: a copy, unless there are none."""
+    sampling = sequence.request.sampling
+    if forbidden is None and not sampling.has_bias_or_penalties:
+        return logits
+    row = logits.copy()
+    if sampling.logit_bias:
+        row[list(sampling.logit_bias)] += np.array(list(sampling.logit_bias.values()))
+    if forbidden is not None:
+        np.copyto(row, -np.inf, where=forbidden)
     if sampling.repetition_penalty != 1:
-        seen = np.fromiter(set(sequence.token_ids), dtype=np.intp)
-        # Much smaller ones change nothing any more, and a quotient could become infinite.
-        penalty = max(sampling.repetition_penalty, _MIN_REPETITION_PENALTY)
-        row[seen] = np.where(row[seen] > 0, row[seen] / penalty, row[seen] * penalty)
+        seen = seen_tokens(sequence)
+        row[seen] = after_repetition(row[seen].astype(np.float64), sampling.repetition_penalty)
     if sequence.output_counts and (sampling.frequency_penalty or sampling.presence_penalty):
         ids = np.fromiter(sequence.output_counts.keys(), dtype=np.intp)
         counts = np.fromiter(sequence.output_counts.values(), dtype=np.float64)
@@ -139,72 +134,17 @@ def _adjusted(
     return row
 
 
-def _draw(row: npt.NDArray[np.float64], sampling: SamplingParams, index: int, position: int) -> int:
-    best = int(row.argmax())
-    if not np.isfinite(row[best]):
-        raise BadLogits("no token is left that could be drawn")
-    if sampling.temperature == 0 or sampling.top_k == 1 or sampling.top_p == 0:
-        return best
-    if sampling.top_n_sigma > 0:
-        row = _near_the_best(row, sampling.top_n_sigma)
-    with np.errstate(over="ignore"):  # with a tiny temperature -inf is the right result
-        weights = np.exp((row - row[best]) / sampling.temperature)
-    draw = uniform(sampling.seed + index, position)
-    if sampling.top_p >= 1 and sampling.min_p == 0 and not 0 < sampling.top_k < row.size:
-        return _draw_from_all(weights, draw)
-    ids = _candidates(weights, sampling)
-    cumulative = np.cumsum(weights[ids])
-    return int(ids[position_of(cumulative, draw)])
+def seen_tokens(sequence: Sequence) -> npt.NDArray[np.int64]:
+    """The tokens of the prompt and the answer; those that are in both stand there twice."""
+    prompt = np.frombuffer(sequence.group.distinct_prompt, np.int64)
+    return np.concatenate((prompt, np.fromiter(sequence.output_counts, np.int64)))
 
 
-def _near_the_best(row: npt.NDArray[np.float64], deviations: float) -> npt.NDArray[np.float64]:
-    """The row without the tokens that are further than so many standard deviations below the best.
-
-    As llama.cpp has it, masked tokens do not count for the deviation, and the filter comes after
-    the penalties and before top_k. Temperature scales both sides, so it may come before or after.
-    """
-    spread = row[np.isfinite(row)].std()
-    return np.where(row < row.max() - deviations * spread, -np.inf, row)
-
-
-def _draw_from_all(weights: npt.NDArray[np.float64], draw: float) -> int:
-    """Inverse transform sampling in two steps: a block of tokens, then the token in it."""
-    whole = weights.size - weights.size % _BLOCK
-    sums = weights[:whole].reshape(-1, _BLOCK).sum(axis=1)
-    cumulative = np.cumsum(np.append(sums, weights[whole:].sum()))
-    block = position_of(cumulative, draw)
-    start = block * _BLOCK
-    inside = np.cumsum(weights[start : start + _BLOCK])
-    before = cumulative[block - 1] if block else 0.0
-    within = (draw * cumulative[-1] - before) / inside[-1]
-    return start + position_of(inside, min(max(within, 0.0), np.nextafter(1.0, 0.0)))
-
-
-def position_of(cumulative: npt.NDArray[np.float64], draw: float) -> int:
-    """The first index whose cumulative weight exceeds `draw` of the total."""
-    index = int(np.searchsorted(cumulative, draw * cumulative[-1], side="right"))
-    # Rounding may reach the total itself; then the last index with any weight.
-    return min(index, int(np.searchsorted(cumulative, cumulative[-1])))
-
-
-def _candidates(weights: npt.NDArray[np.float64], sampling: SamplingParams) -> npt.NDArray[np.intp]:
-    """Ids that top_k, top_p and min_p keep, most likely first; at least one."""
-    has_top_k = 0 < sampling.top_k < weights.size
-    count = sampling.top_k if has_top_k else _INITIAL_CANDIDATES
-    while True:
-        ids = _most_likely(weights, min(count, weights.size))
-        sums = np.cumsum(weights[ids])
-        total = sums[-1] if has_top_k else weights.sum()
-        enough = has_top_k or count >= weights.size or sums[-1] >= sampling.top_p * total
-        min_weight = sampling.min_p  # the largest weight is 1
-        if enough or weights[ids[-1]] < min_weight:
-            break
-        count *= 8
-    if sampling.top_p < 1:
-        ids = ids[: int(np.searchsorted(sums, sampling.top_p * total)) + 1]
-    if min_weight > 0:
-        ids = ids[weights[ids] >= min_weight]
-    return ids
+def after_repetition(logits: npt.NDArray[np.float64], penalty: float) -> npt.NDArray[np.float64]:
+    """Logits of tokens seen in the prompt or the answer, after the repetition penalty."""
+    # Much smaller ones change nothing any more, and a quotient could become infinite.
+    penalty = max(penalty, _MIN_REPETITION_PENALTY)
+    return np.where(logits > 0, logits / penalty, logits * penalty)
 
 
 def sample_all(

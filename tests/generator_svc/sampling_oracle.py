@@ -76,6 +76,17 @@ def _nucleus(ids, weight, top_p):
     return kept
 
 
+def interval(sequence, logits, token_id):
+    """Where draws give a token: most likely tokens first if there is a filter, else by ids."""
+    sampling = sequence.request.sampling
+    shares = probabilities(sequence, logits)
+    if sampling.top_k <= 0 and sampling.top_p >= 1 and sampling.min_p == 0:
+        shares = dict(sorted(shares.items()))
+    ids = list(shares)
+    before = math.fsum(shares[other] for other in ids[: ids.index(token_id)])
+    return before, before + shares[token_id]
+
+
 def swept(sequence, logits, grid=GRID):
     """Token id to the number of draws that give it, over draws in the middle of `grid` cells."""
     counts = {}

@@ -18,7 +18,7 @@ from generator_svc.sampling.device_row import (
     GreedyRow,
 )
 from generator_svc.sampling.device_sampler import certain_token, sample
-from generator_svc.sampling.sampler import BadLogits
+from generator_svc.sampling.draw import BadLogits
 from generator_svc.sampling.sampler import sample as sample_whole
 from generator_svc.sequence import SamplingParams
 from generator_svc.server import warm_up

@@ -8,13 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from generator_svc.sampling.draw import MASS_ERROR, BadLogits
 from generator_svc.sampling.random_draw import uniform
-from generator_svc.sampling.sampler import BadLogits, sample, sample_all
+from generator_svc.sampling.sampler import sample, sample_all
 from generator_svc.sequence import SamplingParams
 from tests.generator_svc.sampling_oracle import (
     adjusted,
     assert_same_distribution,
     edges,
+    interval,
     log_probabilities,
     probabilities,
     sequence_of,
@@ -106,6 +108,71 @@ def test_a_flat_distribution_needs_more_candidates_than_are_sorted_first(size):
     logits = _logits(size, scale=0.01)
 
     assert_same_distribution(sequence, logits, grid=size)
+
+
+OPENAI = {}
+QWEN = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}
+DEEPSEEK = {"temperature": 0.6, "top_p": 0.95}
+# Sizes, offsets of all logits (a softmax knows only differences), and draws.
+WHOLE_VOCABULARIES = [(2_000, -90.0, 5), (6_143, 130.0, 3), (36_875, 0.0, 2)]
+KINDS = {"model": (3.0, 1), "flat": (0.02, 7), "ties": (1.0, 0)}  # scale and decimals
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("size", "offset", "draws"), WHOLE_VOCABULARIES)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        OPENAI,
+        QWEN,
+        DEEPSEEK,
+        {"temperature": 1.3},
+        {"temperature": 1.3, "top_p": 0.6},
+        {"min_p": 0.02},
+        {"min_p": 0.02, "top_p": 0.9},
+        {"top_k": 1_100, "top_p": 0.99},
+        {"top_n_sigma": 2.5},
+        {"presence_penalty": 1.5, "frequency_penalty": 0.7, "logit_bias": {4: 9.5, 5: -100.0}},
+    ],
+)
+def test_whole_vocabularies(size, offset, draws, kind, fields):
+    """The token whose interval has the draw, whether few or many tokens share the mass."""
+    scale, decimals = KINDS[kind]
+    row = _logits(size, scale=scale, decimals=decimals) + np.float32(offset)
+    row[-1] = row.max()  # what is left of whole blocks and groups counts
+    for seed in range(draws):
+        sampling = SamplingParams(seed=seed, **fields)
+        sequence = sequence_of([1, 2, 3, 2], [3, 3, size - 1], sampling=sampling)
+        token_id = sample(sequence, row).token_id
+        start, end = interval(sequence, row, token_id)
+        assert start - MASS_ERROR < uniform(seed, 3) < end + MASS_ERROR
+
+
+@pytest.mark.parametrize("fields", [OPENAI, QWEN, DEEPSEEK, {"top_p": 0.9, "min_p": 1e-6}])
+def test_a_row_gives_the_same_token_in_any_company(fields):
+    """Among others of the batch, alone, wherever it lies in memory, and with its mates reversed.
+
+    Draws lie at the ends of intervals, where the last bit of a sum decides.
+    """
+    size = 5_003  # rows of a batch begin at odd addresses
+    batch = np.stack([_logits(size, seed, scale=(0.1, 3.0)[seed % 2]) for seed in range(24)])
+    sequences = [
+        sequence_of([1, 2], [seed, 7], sampling=SamplingParams(seed=seed, **fields))
+        for seed in range(len(batch))
+    ]
+    ends = [
+        interval(sequence, row, sample(sequence, row).token_id)[seed % 2]
+        for seed, (sequence, row) in enumerate(zip(sequences, batch, strict=True))
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("generator_svc.sampling.sampler.uniform", lambda seed, _: ends[seed])
+        pairs = list(zip(sequences, batch, strict=True))
+        drawn = [dict(sample_all(some)[0]) for some in (pairs, pairs[::-1])]
+        for sequence, row in pairs:
+            alone = np.empty(size + 3, np.float32)[3:]
+            alone[:] = row
+            drawn_alone = sample(sequence, alone)
+            assert [drawn_alone] * 2 == [tokens[sequence] for tokens in drawn]
 
 
 tokens = st.integers(0, 9)

@@ -1,0 +1,208 @@
+"""Draws a token from adjusted logits by inverse transform sampling; sorts only what may be drawn.
+
+With top_k, top_p or min_p the tokens lie along the unit interval from the most likely one down, and
+only as many of them are looked at as these may keep; without, they lie in the order of their ids.
+Weights whose sums alone matter are float32, and these sums have a relative error of MASS_ERROR;
+all else is float64.
+
+Everything is computed from one row, in blocks whose sizes are constants: the same row gives the
+same token in any company.
+"""
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from generator_svc.sequence import SamplingParams
+
+Row = npt.NDArray[np.float32]  # logits [vocabulary]
+Floats = npt.NDArray[np.float64]
+Ids = npt.NDArray[np.intp]
+
+MASS_ERROR = 1e-5  # relative, of sums of float32 weights; generously
+
+_BLOCK = 256  # tokens with consecutive ids, whose weights are summed in float32
+_GROUPED = 32  # tokens of which only the largest logit is looked at first
+_MIN_CANDIDATES = 128  # of top_p and min_p, before looking at more
+_MIN_TEMPERATURE = 1e-30  # smaller ones change nothing, and have no reciprocal in float32
+# Exponents that need no shift: float32 rounds them by less than MASS_ERROR / 2, and holds the sum.
+_SOUND_EXPONENTS = (-20.0, 70.0)
+
+
+class BadLogits(ArithmeticError):
+    """The model's logits are NaN, or no token can be drawn."""
+
+
+def draw(row: Row, sampling: SamplingParams, uniform: float) -> int:
+    """The token at `uniform`, a number in [0, 1), among those that the parameters keep.
+
+    The temperature is above zero. Raises BadLogits.
+    """
+    with np.errstate(over="ignore", under="ignore"):  # a weight of zero is the right result
+        if sampling.top_n_sigma > 0:
+            row = _near_the_best(row, sampling.top_n_sigma)
+        if sampling.top_p >= 1 and sampling.min_p == 0 and not 0 < sampling.top_k < row.size:
+            return _draw_from_all(row, sampling.temperature, uniform)
+        return _draw_from_likely(row, sampling, uniform)
+
+
+def checked(best: float) -> float:
+    """The largest logit of a row. Raises BadLogits if it is not finite."""
+    if math.isfinite(best):
+        return best
+    if best == -math.inf:
+        raise BadLogits("no token is left that could be drawn")
+    raise BadLogits("the model's logits are not finite")
+
+
+def position_of(cumulative: Floats, uniform: float) -> int:
+    """The first index whose cumulative weight exceeds `uniform` of the total."""
+    index = int(cumulative.searchsorted(uniform * cumulative[-1], side="right"))
+    # Rounding may reach the total itself; then the last index with any weight.
+    return min(index, int(cumulative.searchsorted(cumulative[-1])))
+
+
+def most_likely(row: Row, count: int) -> Ids:
+    """Ids of the `count` largest logits in descending order, the lower id first among equals."""
+    if count == 0:
+        return np.empty(0, np.intp)
+    ids = _candidates(row, _group_maxima(row), count)
+    if ids is None:
+        ids = np.arange(row.size)
+    return ids[np.argsort(-row[ids], kind="stable")][:count]
+
+
+def _near_the_best(row: Row, deviations: float) -> Row:
+    """The row without the tokens that are further than so many standard deviations below the best.
+
+    As llama.cpp has it, masked tokens do not count for the deviation, and the filter comes after
+    the penalties and before top_k. Temperature scales both sides, so it may come before or after.
+    """
+    best = checked(float(row.max()))
+    spread = row[np.isfinite(row)].std(dtype=np.float64)
+    return np.where(row < best - deviations * spread, np.float32(-np.inf), row)
+
+
+def _draw_from_all(row: Row, temperature: float, uniform: float) -> int:
+    """Finds the block of tokens first, then the token in it."""
+    weights, _ = _weights(row, checked(float(row.max())), temperature)
+    cumulative = _block_masses(weights).cumsum()
+    block = position_of(cumulative, uniform)
+    start = block * _BLOCK
+    inside = weights[start : start + _BLOCK].cumsum(dtype=np.float64)
+    before = cumulative[block - 1] if block else 0.0
+    within = (uniform * cumulative[-1] - before) / inside[-1]
+    return start + position_of(inside, min(max(within, 0.0), math.nextafter(1.0, 0.0)))
+
+
+def _draw_from_likely(row: Row, sampling: SamplingParams, uniform: float) -> int:
+    """Looks at ever more of the most likely tokens, until they are more than may be kept."""
+    has_top_k = 0 < sampling.top_k < row.size
+    count = sampling.top_k if has_top_k else _MIN_CANDIDATES
+    maxima = _group_maxima(row)
+    best = checked(float(maxima.max()))
+    mass = 0.0  # unknown
+    while True:
+        ids = _candidates(row, maxima, count)
+        logits = row if ids is None else row[ids]
+        ordered = np.sort(logits)[::-1]
+        if has_top_k:
+            ordered = ordered[: sampling.top_k]
+        weights = np.exp((ordered.astype(np.float64) - best) / sampling.temperature)
+        sums = weights.cumsum()
+        if has_top_k or ids is None:
+            kept = _kept(weights, sums, float(sums[-1]), sampling)
+            break
+        least, last = float(sums[-1]), float(weights[-1])
+        # No other token weighs more than the last of these.
+        most = least + (row.size - sums.size) * last
+        kept = _kept(weights, sums, mass or most, sampling)
+        if mass == 0 and kept != _kept(weights, sums, least, sampling):
+            mass = _mass(row, best, sampling.temperature)
+            kept = _kept(weights, sums, mass, sampling)
+        if kept < sums.size:
+            break
+        is_flat = sampling.top_p * mass - least > row.size / 4 * last or count >= maxima.size
+        count = row.size if is_flat else min(8 * count, maxima.size)
+    return _token_at(position_of(sums[:kept], uniform), ordered, logits, ids)
+
+
+def _token_at(place: int, ordered: Row, logits: Row, ids: Ids | None) -> int:
+    """The token at a place of the sorted logits; `ids` are those of `logits`, None for all."""
+    # Of the tokens that share a logit, the lower id comes first.
+    equal = (logits == ordered[place]).nonzero()[0]
+    position = equal[place - np.count_nonzero(ordered > ordered[place])]
+    return int(position if ids is None else ids[position])
+
+
+def _kept(weights: Floats, sums: Floats, mass: float, sampling: SamplingParams) -> int:
+    """How many of the most likely tokens top_p and min_p keep, of a row that weighs `mass`."""
+    kept = sums.size
+    if sampling.top_p < 1:
+        kept = min(kept, int(sums.searchsorted(sampling.top_p * mass)) + 1)
+    if sampling.min_p > 0:  # the largest weight is 1
+        kept = min(kept, int(np.count_nonzero(weights >= sampling.min_p)))
+    return kept
+
+
+def _group_maxima(row: Row) -> Row:
+    """The largest logit of each group of tokens, NaN if any is; the remainder is a last group."""
+    groups = row.size // _GROUPED
+    # Rows of this matrix are contiguous, so that whole vectors are compared.
+    maxima = np.maximum.reduce(row[: groups * _GROUPED].reshape(_GROUPED, groups), axis=0)
+    rest = row[groups * _GROUPED :]
+    return np.append(maxima, rest.max()) if rest.size else maxima
+
+
+def _candidates(row: Row, maxima: Row, count: int) -> Ids | None:
+    """Ids of all tokens above some logit, `count` or more, ascending; None stands for all tokens.
+
+    At least `count` tokens are not below the maximum of number `count` in descending order.
+    """
+    if count > maxima.size:
+        return None
+    threshold = np.partition(maxima, maxima.size - count)[maxima.size - count]
+    groups = row.size // _GROUPED
+    chosen: Ids = (maxima[:groups] >= threshold).nonzero()[0]
+    ids: Ids
+    if 8 * chosen.size > groups:
+        (ids,) = (row >= threshold).nonzero()
+        return ids
+    grid = row[: groups * _GROUPED].reshape(_GROUPED, groups)
+    # In one dimension this is far faster than in two.
+    places = (grid.take(chosen, axis=1) >= threshold).ravel().nonzero()[0]
+    lines = places // chosen.size
+    ids = lines * groups + chosen[places - lines * chosen.size]
+    if groups * _GROUPED < row.size:
+        rest = (row[groups * _GROUPED :] >= threshold).nonzero()[0]
+        ids = np.concatenate((ids, rest + groups * _GROUPED))
+    return ids
+
+
+def _mass(row: Row, best: float, temperature: float) -> float:
+    """The sum of all weights, if that of `best` is 1."""
+    weights, shift = _weights(row, best, temperature)
+    return float(_block_masses(weights).sum()) * math.exp((shift - best) / temperature)
+
+
+def _weights(row: Row, best: float, temperature: float) -> tuple[Row, float]:
+    """exp((logit - shift) / temperature), and the shift, which is 0 if that does not matter."""
+    scale = 1 / max(temperature, _MIN_TEMPERATURE)
+    low, high = _SOUND_EXPONENTS
+    shift = 0.0 if low <= best * scale <= high else best
+    exponents = row - np.float32(shift) if shift else row
+    if temperature != 1:
+        exponents = exponents * np.float32(scale)
+    return np.exp(exponents, out=None if exponents is row else exponents), shift
+
+
+def _block_masses(weights: Row) -> Floats:
+    """The sums of the blocks of weights."""
+    whole = weights.size // _BLOCK
+    masses = np.zeros(-(-weights.size // _BLOCK))
+    # A third of the time of sum(axis=1).
+    masses[:whole] = np.einsum("ij->i", weights[: whole * _BLOCK].reshape(whole, _BLOCK))
+    if whole < masses.size:
+        masses[-1] = weights[whole * _BLOCK :].sum()
+    return masses
