@@ -219,8 +219,10 @@ class GenAi(Contender):
         self._model = model
 
     def takes(self, scenario: Scenario) -> bool:
-        """Batches whose rows are equally long and begin together are all that it has."""
-        return isinstance(scenario, Load) and scenario.clients <= scenario.slots
+        """Greedy batches whose rows are equally long and begin together are all that it has."""
+        if not isinstance(scenario, Load) or scenario.temperature > 0:
+            return False
+        return scenario.clients <= scenario.slots
 
     def play(self, script: Script) -> Play:
         """Its process measures itself, from when the model is loaded."""

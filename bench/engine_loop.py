@@ -101,7 +101,8 @@ class EngineLoop:
         place, ask = following
         trace = Trace(ask, time.perf_counter(), self._recorder.ended, [[] for _ in range(ask.n)])
         traces[place] = trace
-        request = EngineRequest(ask.token_ids, ask.output, SamplingParams(temperature=0), n=ask.n)
+        sampling = SamplingParams(temperature=ask.temperature, top_p=ask.top_p, seed=place)
+        request = EngineRequest(ask.token_ids, ask.output, sampling, n=ask.n)
         self._engine.submit(request, tag=(place, trace))
         return 1
 

@@ -10,6 +10,7 @@ precision and number of sequences:
     floor         the least time of such a step, its weights and keys and values read once at the
                   bandwidth of a copy on the device, as a share of the time that it took
     engine        output tokens/s of the engine, greedy, from the first prompt to the last token
+    sampled       the same with temperature 0.7 and top_p 0.95
     transformers  the same of transformers' generate, in float16 on CUDA, in float32 on the CPU
     genai         the same of onnxruntime-genai on the same folder, with --genai-python
 
@@ -60,6 +61,7 @@ Result = TypeVar("Result")
 
 COUNTS = (1, 8, 32, 128, 256)
 REPEATS = 5
+SAMPLINGS = SamplingParams(temperature=0), SamplingParams(temperature=0.7, top_p=0.95)
 _GENAI = Path(__file__).with_name("genai.py")
 _LARGEST_GENAI_BATCH = 32  # it refuses more
 
@@ -80,11 +82,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Decoding:
-    """`bare` and `engine` in output tokens/s; `floor` as a share of the time of a bare step."""
+    """All in output tokens/s, but for `floor`, which is a share of the time of a bare step."""
 
     bare: float
     floor: float
     engine: float
+    sampled: float
 
 
 @dataclass(frozen=True)
@@ -112,8 +115,10 @@ def measure(folder: Path, work: Work) -> Measured:
     for count in (count for count in work.counts if count <= runner.info.slots):
         seconds = _decode_seconds(runner, count, work.prompt)
         floor = (weights + count * work.prompt * token_bytes) / bandwidth
-        engine = _engine_rate(runner, settings, count, work)
-        decoding[count] = Decoding(count / seconds, floor / seconds, engine)
+        greedy, sampled = (
+            _engine_rate(runner, settings, count, work, sampling) for sampling in SAMPLINGS
+        )
+        decoding[count] = Decoding(count / seconds, floor / seconds, greedy, sampled)
     prefill = work.chunk / _prefill_seconds(runner, work.chunk)
     info = runner.info
     return Measured(info.provider, info.dtype, info.slots, weights, bandwidth, prefill, decoding)
@@ -162,14 +167,20 @@ def _prefill_seconds(runner: OrtRunner, length: int) -> float:
     return _median(lambda: runner.run(plan))
 
 
-def _engine_rate(runner: OrtRunner, settings: GeneratorSettings, count: int, work: Work) -> float:
-    """Output tokens/s of `count` greedy requests that come at once, with different prompts."""
+def _engine_rate(
+    runner: OrtRunner,
+    settings: GeneratorSettings,
+    count: int,
+    work: Work,
+    sampling: SamplingParams,
+) -> float:
+    """Output tokens/s of `count` requests that come at once, with different prompts."""
     updates: list[SequenceUpdate] = []
     engine = build_engine(settings, runner, Meter(), updates.extend, _raise)
     random = np.random.default_rng(count)
     began = time.perf_counter()
     for prompt in random.integers(2, 258, (count, work.prompt)).tolist():
-        engine.submit(EngineRequest(tuple(prompt), work.output, SamplingParams(temperature=0)))
+        engine.submit(EngineRequest(tuple(prompt), work.output, sampling))
     ended = 0
     while ended < count:
         engine.step()
@@ -238,13 +249,13 @@ def report(precision: str, measured: Measured, others: dict[str, dict[int, float
         f"{precision}: {measured.provider}, cache in {measured.dtype}, {measured.slots} slots; "
         f"a step reads {measured.weight_bytes / 1e9:.3g} GB of weights; "
         f"copies {measured.bandwidth / 1e9:.1f} GB/s; prefill {measured.prefill:.0f} tokens/s",
-        f"{'sequences':>9} {'bare':>9} {'floor':>7} {'engine':>9}"
+        f"{'sequences':>9} {'bare':>9} {'floor':>7} {'engine':>9} {'sampled':>9}"
         + "".join(f" {name:>12}" for name in others),
     ]
     for count, row in measured.decoding.items():
         rates = (found.get(count) for found in others.values())
         lines.append(
-            f"{count:9} {row.bare:9.1f} {row.floor:7.1%} {row.engine:9.1f}"
+            f"{count:9} {row.bare:9.1f} {row.floor:7.1%} {row.engine:9.1f} {row.sampled:9.1f}"
             + "".join(f" {rate:12.1f}" if rate else f" {'-':>12}" for rate in rates)
         )
     return "\n".join(lines)

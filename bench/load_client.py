@@ -56,13 +56,15 @@ def to_answer(asked: float, pieces: Pieces) -> Answer:
     )
 
 
+def _body(target: Target, ask: Ask) -> dict[str, object]:
+    body = target.body(ask.messages, ask.output, ask.n)
+    return {**body, "temperature": ask.temperature, "top_p": ask.top_p}
+
+
 class _Run:
     def __init__(self, target: Target, script: Script) -> None:
         def requests(asks: list[tuple[int, Ask]]) -> list[tuple[int, bytes]]:
-            return [
-                (place, target.request(target.body(ask.messages, ask.output, ask.n)))
-                for place, ask in asks
-            ]
+            return [(place, target.request(_body(target, ask))) for place, ask in asks]
 
         clients, late = script.numbered()
         self._clients = [(Client(target), requests(asks)) for asks in clients]

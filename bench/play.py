@@ -18,14 +18,16 @@ Message = dict[str, str]
 class Ask:
     """A request: a conversation, and the prompt that our own template and tokenizer make of it.
 
-    Servers are sent the messages, the bare engine the token ids. All answers are greedy and
-    `output` tokens long, whatever the model would have said.
+    Servers are sent the messages, the bare engine the token ids. All answers are `output` tokens
+    long, whatever the model would have said, and greedy unless there is a temperature.
     """
 
     messages: tuple[Message, ...]
     token_ids: tuple[int, ...]
     output: int
     n: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
 
 
 @dataclass(frozen=True)

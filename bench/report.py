@@ -135,6 +135,7 @@ _LOAD: dict[str, Cell] = {
 }
 _COLUMNS: dict[str, dict[str, Cell]] = {
     "load": _LOAD,
+    "sampled": _LOAD,
     "long": _LOAD,
     "ceiling": _LOAD,
     "streams": _LOAD | {"faults": _number("faults")},
@@ -166,7 +167,7 @@ _COLUMNS: dict[str, dict[str, Cell]] = {
         "its first token, ms": _number("late_ttft_ms"),
     },
 }
-_WITH_PROCESSES = ("load", "long", "streams", "ceiling")
+_WITH_PROCESSES = ("load", "sampled", "long", "streams", "ceiling")
 
 
 def tables(results: Results) -> list[Table]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from bench.measures import Numbers, median_ms, percentiles, ratio, stalls, streaming, whole
@@ -56,6 +56,8 @@ class Load:
     requests: int
     prompt: int
     output: int
+    temperature: float = 0.0
+    top_p: float = 1.0
 
     @property
     def case(self) -> str:
@@ -63,7 +65,10 @@ class Load:
 
     @property
     def title(self) -> str:
-        return f"{self.prompt} prompt and {self.output} output tokens, all prompts different"
+        title = f"{self.prompt} prompt and {self.output} output tokens, all prompts different"
+        if self.temperature == 0:
+            return title
+        return f"{title}, temperature {self.temperature:g}, top_p {self.top_p:g}"
 
     @property
     def slots(self) -> int:
@@ -76,10 +81,13 @@ class Load:
     def run(self, stage: Stage, prompts: Prompts) -> Numbers:
         """Tokens/s, time to the first token, time between tokens."""
         clients = tuple(
-            tuple(prompts.ask(self.prompt, self.output) for _ in range(self.requests))
-            for _ in range(self.clients)
+            tuple(self._ask(prompts) for _ in range(self.requests)) for _ in range(self.clients)
         )
         return streaming(stage.play(Script(clients)))
+
+    def _ask(self, prompts: Prompts) -> Ask:
+        ask = prompts.ask(self.prompt, self.output)
+        return replace(ask, temperature=self.temperature, top_p=self.top_p)
 
 
 @dataclass(frozen=True)

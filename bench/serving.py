@@ -47,11 +47,12 @@ from trivium.cli.pipeline import Pipeline, free_ports
 from trivium.cli.supervisor import Stage, Supervisor
 from trivium.embedded_model import embedded_folder
 
-NAMES = ("load", "long", "shared", "turns", "streams", "choices", "stall")
+NAMES = ("load", "sampled", "long", "shared", "turns", "streams", "choices", "stall")
 CEILING = "ceiling"  # by name only: it wants a model that costs nothing
 CEILING_CLIENTS, CEILING_OUTPUT = (1, 8, 32, 64, 256), 256
 CLIENTS = (1, 8, 32)
 LONG_CLIENTS, LONG_PROMPT = (1, 8), 1000
+TEMPERATURE, TOP_P = 0.7, 0.95  # of sampled
 STREAMS = 256
 LATE_PROMPT, LATE_ROOM = 4000, 16
 STOP_SECONDS = 30.0
@@ -67,10 +68,10 @@ def arguments() -> argparse.Namespace:
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--scenarios", default=",".join(NAMES), help=f"some of the default's, or {CEILING}")
     add("--rounds", type=int, default=5)
-    add("--clients", help="of load and ceiling; 1,8,32 and 1,8,32,64,256 by default")
-    add("--requests", type=int, default=3, help="of each client, in load and long")
-    add("--prompt-tokens", type=int, default=115, help="of load, streams and ceiling")
-    add("--output-tokens", type=int, default=64, help="of load, long and streams")
+    add("--clients", help="of load, sampled, ceiling; 1,8,32 by default, of ceiling to 256")
+    add("--requests", type=int, default=3, help="of each client, in load, sampled and long")
+    add("--prompt-tokens", type=int, default=115, help="of load, sampled, streams and ceiling")
+    add("--output-tokens", type=int, default=64, help="of load, sampled, long and streams")
     add("--contender", type=Path, metavar="CHECKOUT", help="another one, whose services play too")
     add("--url", action="append", default=[], metavar="NAME=URL", help="a server that runs")
     add("--llama-server", type=Path, metavar="BINARY", help="a llama-server to run; wants --gguf")
@@ -109,6 +110,10 @@ def scenarios(options: argparse.Namespace, longest: int) -> list[Scenario]:
     found: list[Scenario] = [
         *(
             Load("load", n, requests * (4 if n == 1 else 1), prompt, output)
+            for n in asked or CLIENTS
+        ),
+        *(
+            Load("sampled", n, requests, prompt, output, temperature=TEMPERATURE, top_p=TOP_P)
             for n in asked or CLIENTS
         ),
         *(Load("long", n, requests, LONG_PROMPT, output) for n in LONG_CLIENTS),

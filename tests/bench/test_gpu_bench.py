@@ -19,15 +19,15 @@ WORK = Work(
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
 def test_a_model_is_measured_and_reported(precision, tmp_path):
-    """Bare runner, engine, prefill and the floor, for each number of sequences."""
+    """Bare runner, engine, greedy and sampled, prefill and the floor, by number of sequences."""
     folder = make_random_llama(tmp_path / "tiny", SHAPES["tiny"], precision)
     measured = measure(folder, WORK)
     table = report(precision, measured, {"transformers": {1: 7.5}}).splitlines()
 
     assert [1, 3] == list(measured.decoding)
     for row in measured.decoding.values():
-        assert min(row.bare, row.engine, row.floor) > 0
+        assert min(row.bare, row.engine, row.sampled, row.floor) > 0
     assert min(measured.prefill, measured.bandwidth) > 0
     assert 0 < measured.weight_bytes < (folder / "model.onnx.data").stat().st_size
-    assert ["sequences", "bare", "floor", "engine", "transformers"] == table[1].split()
+    assert ["sequences", "bare", "floor", "engine", "sampled", "transformers"] == table[1].split()
     assert ["7.5", "-"] == [line.split()[-1] for line in table[2:]]
