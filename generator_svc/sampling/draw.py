@@ -106,44 +106,55 @@ def _draw_from_likely(row: Row, sampling: SamplingParams, uniform: float) -> int
     while True:
         ids = _candidates(row, maxima, count)
         logits = row if ids is None else row[ids]
-        ordered = np.sort(logits)[::-1]
+        ascending = np.sort(logits)
         if has_top_k:
-            ordered = ordered[: sampling.top_k]
-        weights = np.exp((ordered.astype(np.float64) - best) / sampling.temperature)
-        sums = weights.cumsum()
+            ascending = ascending[-sampling.top_k :]
+        sums, last, limit = _sums(ascending[::-1], best, sampling)
+        least = float(sums[-1])
         if has_top_k or ids is None:
-            kept = _kept(weights, sums, float(sums[-1]), sampling)
+            kept = _kept(sums, least, sampling.top_p, limit)
             break
-        least, last = float(sums[-1]), float(weights[-1])
         # No other token weighs more than the last of these.
         most = least + (row.size - sums.size) * last
-        kept = _kept(weights, sums, mass or most, sampling)
-        if mass == 0 and kept != _kept(weights, sums, least, sampling):
+        kept = _kept(sums, mass or most, sampling.top_p, limit)
+        if mass == 0 and kept != _kept(sums, least, sampling.top_p, limit):
             mass = _mass(row, best, sampling.temperature)
-            kept = _kept(weights, sums, mass, sampling)
+            kept = _kept(sums, mass, sampling.top_p, limit)
         if kept < sums.size:
             break
         is_flat = sampling.top_p * mass - least > row.size / 4 * last or count >= maxima.size
         count = row.size if is_flat else min(8 * count, maxima.size)
-    return _token_at(position_of(sums[:kept], uniform), ordered, logits, ids)
+    return _token_at(position_of(sums[:kept], uniform), ascending, logits, ids)
 
 
-def _token_at(place: int, ordered: Row, logits: Row, ids: Ids | None) -> int:
-    """The token at a place of the sorted logits; `ids` are those of `logits`, None for all."""
-    # Of the tokens that share a logit, the lower id comes first.
-    equal = (logits == ordered[place]).nonzero()[0]
-    position = equal[place - np.count_nonzero(ordered > ordered[place])]
-    return int(position if ids is None else ids[position])
-
-
-def _kept(weights: Floats, sums: Floats, mass: float, sampling: SamplingParams) -> int:
-    """How many of the most likely tokens top_p and min_p keep, of a row that weighs `mass`."""
-    kept = sums.size
-    if sampling.top_p < 1:
-        kept = min(kept, int(sums.searchsorted(sampling.top_p * mass)) + 1)
+def _sums(ordered: Row, best: float, sampling: SamplingParams) -> tuple[Floats, float, int]:
+    """Cumulative weights of descending logits, the last weight, and how many min_p lets pass."""
+    weights = ordered.astype(np.float64)
+    weights -= best  # in place: memory that is new to the process takes longer than exponentials
+    weights /= sampling.temperature
+    np.exp(weights, out=weights)
+    last, limit = float(weights[-1]), weights.size
     if sampling.min_p > 0:  # the largest weight is 1
-        kept = min(kept, int(np.count_nonzero(weights >= sampling.min_p)))
-    return kept
+        limit = int(np.count_nonzero(weights >= sampling.min_p))
+    return weights.cumsum(out=weights), last, limit
+
+
+def _kept(sums: Floats, mass: float, top_p: float, limit: int) -> int:
+    """How many of the most likely tokens reach `top_p` of a row that weighs `mass`."""
+    if top_p >= 1:
+        return limit
+    return min(limit, int(sums.searchsorted(top_p * mass)) + 1, sums.size)
+
+
+def _token_at(place: int, ascending: Row, logits: Row, ids: Ids | None) -> int:
+    """The token at a place from the end of the sorted logits; `ids` are those of `logits`.
+
+    Of the tokens that share a logit, the lower id comes first. None as `ids` stands for all tokens.
+    """
+    logit = ascending[-1 - place]
+    above = ascending.size - int(ascending.searchsorted(logit, side="right"))
+    position = (logits == logit).nonzero()[0][place - above]
+    return int(position if ids is None else ids[position])
 
 
 def _group_maxima(row: Row) -> Row:
