@@ -32,6 +32,7 @@ from trivium.wire.histogram import TokenHistogram
 from trivium.wire.in_flight import InFlight
 from trivium.wire.replicas.metrics import ReplicaCollector
 from trivium.wire.replicas.replica import ReplicaState, ReplicaStatus
+from trivium.wire.replicas.replica_set import ReplicaSetStatus
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -156,18 +157,20 @@ def generator_registry() -> CollectorRegistry:
     return registry
 
 
+_ONE_REPLICA = ReplicaSetStatus([ReplicaStatus("", ReplicaState.SERVING, 0, 0)], {"draining": 0})
+
+
 def facade_registry() -> CollectorRegistry:
     """The facade's metrics, with a tokenizer."""
     facade = rest_facade.metrics.Metrics()
-    facade.follow(lambda: [ReplicaStatus("", ReplicaState.SERVING, 0, 0)], InFlight())
+    facade.follow(lambda: _ONE_REPLICA, InFlight())
     return facade.registry
 
 
 def tokenizer_registry() -> CollectorRegistry:
     """The tokenizer's metrics, with a generator."""
     registry = tokenizer_svc.metrics.Metrics().registry
-    replica = ReplicaStatus("", ReplicaState.SERVING, 0, 0)
-    registry.register(ReplicaCollector({"model": lambda: [replica]}))
+    registry.register(ReplicaCollector({"model": lambda: _ONE_REPLICA}))
     return registry
 
 

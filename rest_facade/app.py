@@ -50,7 +50,7 @@ def build_app(
     metrics: Metrics,
 ) -> FastAPI:
     """The application; the caller owns `backend`, and drains by `in_flight`."""
-    metrics.follow(backend.replicas.statuses, in_flight)
+    metrics.follow(backend.replicas.status, in_flight)
     routes = Routes(settings, backend, in_flight, metrics).router().routes
     app = FastAPI(
         routes=routes,

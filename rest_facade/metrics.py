@@ -1,6 +1,6 @@
 """Prometheus metrics of this service."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -13,7 +13,7 @@ from prometheus_client import (
 
 from trivium.wire.in_flight import InFlight
 from trivium.wire.replicas.metrics import ReplicaCollector
-from trivium.wire.replicas.replica import ReplicaStatus
+from trivium.wire.replicas.replica_set import ReplicaSetStatus
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -59,10 +59,10 @@ class Metrics:
             registry=self.registry,
         )
 
-    def follow(self, statuses: Callable[[], Sequence[ReplicaStatus]], in_flight: InFlight) -> None:
+    def follow(self, status: Callable[[], ReplicaSetStatus], in_flight: InFlight) -> None:
         """From now on, tells of these requests, and of these replicas of the tokenizer too."""
         self.running.set_function(lambda: in_flight.count)
-        self.registry.register(ReplicaCollector({"": statuses}))
+        self.registry.register(ReplicaCollector({"": status}))
 
     def text(self) -> bytes:
         """Everything in Prometheus' text format."""

@@ -52,7 +52,7 @@ class TokenizerServer:
         metrics.registry.register(
             ReplicaCollector(
                 {
-                    name: served.connection.replicas.statuses
+                    name: served.connection.replicas.status
                     for name, served in self._models.by_id.items()
                 }
             )

@@ -15,6 +15,7 @@ from tests.rest_facade.scripted_backend import (
     header,
     usage,
 )
+from trivium.wire.errors import ServiceError
 
 ASK = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
 URL = "/v1/chat/completions"
@@ -177,3 +178,15 @@ async def test_metrics_by_replica(
     assert f'trivium_replica_state{{{labels},state="unreachable"}} 0.0' in during
     assert f"trivium_replica_outstanding{{{labels}}} 0.0" in after
     assert f'trivium_replica_state{{{labels},state="serving"}} 0.0' in after
+
+
+async def test_metrics_of_retries(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
+    """/metrics tells how many calls were tried once more, and why, with reasons that never were."""
+    backend.script = [ServiceError("draining", "Not here.")]
+    refused = await client.post(URL, json=ASK)
+    text = (await client.get("/metrics")).text
+
+    name = "trivium_replica_retries_total"
+    assert (503, "draining") == (refused.status_code, refused.json()["error"]["code"])
+    assert f'{name}{{model_name="",reason="draining"}} 1.0' in text
+    assert f'{name}{{model_name="",reason="backend_unavailable"}} 0.0' in text

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client import CollectorRegistry
 
 from tests.name_server import NameServer
 from tests.tokenizer_svc.scripted_generator import (
@@ -33,6 +34,7 @@ from trivium.generator.v1 import generator_pb2_grpc
 from trivium.sampling.v1.sampling_pb2 import SamplingParams
 from trivium.wire.channel import open_channel
 from trivium.wire.errors import ServiceError
+from trivium.wire.replicas.metrics import ReplicaCollector
 from trivium.wire.serving import GrpcServer
 
 END = message_of(update(0, [2]), finish(0, pb.FINISH_REASON_STOP_TOKEN, 1))
@@ -199,6 +201,44 @@ async def test_room_is_looked_for_once_elsewhere() -> None:
     assert refusals
     assert ("queue_full", 7) == (refused.value.code, refused.value.retry_after)
     assert calls + 2 == sum(fleet.calls)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("queue_full", "queue_full"),
+        ("draining", "draining"),
+        ("backend_unavailable", "backend_unavailable"),
+        ("client_closed_request", "backend_unavailable"),
+    ],
+)
+async def test_what_is_tried_once_more_is_counted(code: str, reason: str) -> None:
+    """By the reason for which the first one did not answer; all reasons are there from the start,
+    and what is answered at once counts for nothing."""
+    async with serving(Fleet("ours", "ours")) as fleet:
+        registry = CollectorRegistry()
+        registry.register(ReplicaCollector({"tiny": fleet.client.replicas.status}))
+        before = retries(registry)
+        await fleet.ask()
+        fleet.generators[0].script = fails_after([], ServiceError(code, "No."))
+        fleet.generators[1].script = fails_after([], ServiceError(code, "No."))
+        with pytest.raises(ServiceError):
+            await fleet.ask()
+        after = retries(registry)
+
+    reasons = {"queue_full", "draining", "backend_unavailable", "model_loading"}
+    assert dict.fromkeys(reasons, 0.0) == before
+    assert before | {reason: 1.0} == after
+
+
+def retries(registry: CollectorRegistry) -> dict[str, float]:
+    """Calls that were tried once more, by reason."""
+    return {
+        sample.labels["reason"]: sample.value
+        for metric in registry.collect()
+        for sample in metric.samples
+        if sample.name == "trivium_replica_retries_total"
+    }
 
 
 async def test_a_call_is_lost_twice_at_most() -> None:

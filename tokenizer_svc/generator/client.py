@@ -40,7 +40,9 @@ class GeneratorClient:
         health_service = revision_service(convert.GENERATOR_SERVICE, revision)
         self._picker = GeneratorPicker()
         self._candidates: WeakKeyDictionary[Replica, Candidate] = WeakKeyDictionary()
-        self.replicas = ReplicaSet(target, health_service, self._follow_load)
+        self.replicas = ReplicaSet(
+            target, health_service, self._follow_load, refusals=["queue_full"]
+        )
 
     async def close(self) -> None:
         """Ends whatever runs."""
@@ -140,7 +142,7 @@ class Generation:
 
     async def _first(self) -> convert.Response | None:
         try:
-            return await self._client.replicas.ask(self._begin, self._pick, "queue_full")
+            return await self._client.replicas.ask(self._begin, self._pick)
         except grpc.aio.AioRpcError as error:
             fault = _service_error(error)
             # Two generators were lost to it, or one and no other came: that should do.

@@ -1,12 +1,13 @@
 """Prometheus metrics of the replicas that a process calls, read at each scrape."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from trivium.wire.replicas.replica import ReplicaState, ReplicaStatus
+from trivium.wire.replicas.replica import ReplicaState
+from trivium.wire.replicas.replica_set import ReplicaSetStatus
 
 _LABELS = ["model_name", "replica"]
 
@@ -15,7 +16,7 @@ class ReplicaCollector(Collector):
     """`statuses` are those of all replicas, by the model that they serve; an empty name, which is
     no label to Prometheus, is for those that serve all."""
 
-    def __init__(self, statuses: Mapping[str, Callable[[], Sequence[ReplicaStatus]]]) -> None:
+    def __init__(self, statuses: Mapping[str, Callable[[], ReplicaSetStatus]]) -> None:
         self._statuses = statuses
 
     def collect(self) -> Iterator[Metric]:
@@ -33,11 +34,19 @@ class ReplicaCollector(Collector):
             "1 for the state that the replica is in: serving, not_serving or unreachable.",
             labels=[*_LABELS, "state"],
         )
-        for model, statuses in self._statuses.items():
-            for status in statuses():
+        retries = CounterMetricFamily(
+            "trivium_replica_retries",
+            "Calls that were tried once more, by the code of the error that the first try met.",
+            labels=["model_name", "reason"],
+        )
+        for model, of_set in self._statuses.items():
+            found = of_set()
+            for reason, count in sorted(found.retries.items()):
+                retries.add_metric([model, reason], count)
+            for status in found.replicas:
                 labels = [model, status.address]
                 picked.add_metric(labels, status.picked)
                 outstanding.add_metric(labels, status.outstanding)
                 for one in ReplicaState:
                     state.add_metric([*labels, one.value], status.state is one)
-        yield from (picked, outstanding, state)
+        yield from (picked, outstanding, state, retries)

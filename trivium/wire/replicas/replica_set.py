@@ -5,7 +5,16 @@ Knows nothing of what is called.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Coroutine, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Mapping,
+    Sequence,
+)
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
@@ -40,12 +49,20 @@ async def _nothing(_: Replica) -> None:
     pass
 
 
+@dataclass(frozen=True)
+class ReplicaSetStatus:
+    """How all replicas are, and how many calls were tried once more, by the code of the error."""
+
+    replicas: Sequence[ReplicaStatus]
+    retries: Mapping[str, int]
+
+
 class ReplicaSet:
     """All replicas of `target`, of which those serve that report `health_service` as SERVING.
 
     `follow` runs on each connection to a replica, and is cancelled with it. With `any_reachable`
-    calls go to a replica that does not serve, if none does. Made while the event loop runs; raises
-    TargetError.
+    calls go to a replica that does not serve, if none does. `refusals` are the codes of errors that
+    another replica may not have. Made while the event loop runs; raises TargetError.
     """
 
     def __init__(
@@ -54,11 +71,15 @@ class ReplicaSet:
         health_service: str,
         follow: Callable[[Replica], Awaitable[None]] = _nothing,
         any_reachable: bool = False,
+        refusals: Collection[str] = (),
     ) -> None:
         self._resolver = Resolver(target)
         self._health_service = health_service
         self._follow = follow
         self._any_reachable = any_reachable
+        self._refusals = refusals
+        # All that there can be from the beginning: of a series that starts at 1 no rate is known.
+        self._retries = {_reason(code): 0 for code in (*LOST, *refusals)}
         self._replicas: dict[Address, Replica] = {}
         self._running: dict[Replica, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
@@ -70,9 +91,10 @@ class ReplicaSet:
         """All that there are, whatever their state."""
         return self._replicas.values()
 
-    def statuses(self) -> list[ReplicaStatus]:
+    def status(self) -> ReplicaSetStatus:
         """How they all are; from any thread."""
-        return [replica.status for replica in list(self._replicas.values())]
+        replicas = [replica.status for replica in list(self._replicas.values())]
+        return ReplicaSetStatus(replicas, dict(self._retries))
 
     @property
     def serving(self) -> list[Replica]:
@@ -95,12 +117,11 @@ class ReplicaSet:
         self,
         attempt: Callable[[Replica], Awaitable[Answer]],
         pick: Picker = least_outstanding,
-        also: str | None = None,
     ) -> Answer:
         """What `attempt` returns with the replica that `pick` chooses.
 
         If the replica is lost it is tried once more, with another one if there is one; so is, with
-        another one only, what fails with the code `also`. While there is none to pick, waits for
+        another one only, what fails as one of `refusals`. While there is none to pick, waits for
         one for GAP_SECONDS; raises AioRpcError and ServiceError.
         """
         replica = await self._pick(pick)
@@ -108,11 +129,12 @@ class ReplicaSet:
             return await attempt(replica)
         except grpc.aio.AioRpcError as error:
             code = from_rpc_error(error).code
-            if is_final(error) or (code not in LOST and code != also):
+            if is_final(error) or (code not in LOST and code not in self._refusals):
                 raise
             others = [one for one in self.serving if one is not replica]
             if not others and code not in LOST:
                 raise
+        self._retries[_reason(code)] += 1
         if not others:
             await asyncio.sleep(_PAUSE_SECONDS)
             return await attempt(await self._pick(pick))
@@ -176,3 +198,8 @@ class ReplicaSet:
         self._background.discard(task)
         if not task.cancelled() and task.exception() is not None:
             log.error("replicas are not followed any more", exc_info=task.exception())
+
+
+def _reason(code: str) -> str:
+    """Why a call is tried once more: what broke it off was the replica, not the caller."""
+    return "backend_unavailable" if code == "client_closed_request" else code
