@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 
+from tokenizer_svc.generator.common_prefixes import CommonPrefixes
 from tokenizer_svc.generator.load import LoadReport, Sent
 from tokenizer_svc.generator.picker import Candidate, GeneratorPicker
 from tokenizer_svc.generator.prefix_memory import BLOCK_TOKENS, PrefixMemory, prefixes
@@ -74,6 +75,55 @@ def test_a_conversation_stays_where_it_was() -> None:
     ]
 
     assert [1] * 6 == [len(home) for home in homes]
+
+
+def test_a_newcomer_takes_conversations_that_all_begin_alike() -> None:
+    """A long system prompt that every conversation has keeps none of them from a generator that
+    joins: it computes that once. Later turns stay where they were."""
+    picker, candidates = GeneratorPicker(), candidates_of(2)
+    system = prompt(-1, 1_000)
+    for number in range(100):
+        picked(picker, candidates, system + prompt(number, 100))
+    candidates.append(Candidate("10.0.0.99:50052"))
+    old = {picked(picker, candidates, system + prompt(number, 200)) for number in range(100)}
+    new = Counter(picked(picker, candidates, system + prompt(n, 100)) for n in range(100, 160))
+
+    assert {0, 1} == old
+    assert new[2] >= 10
+
+
+def test_what_a_part_of_all_conversations_share_stays_where_it_is() -> None:
+    """Of ten system prompts each is cached by one of three generators, not by all."""
+    picker, candidates = GeneratorPicker(), candidates_of(3)
+    numbers = [(number, number % 10) for number in range(300)]
+    homes: dict[int, set[int]] = {}
+    for number, of in numbers:
+        chosen = picked(picker, candidates, prompt(-1 - of, 1_000) + prompt(number, 100))
+        homes.setdefault(of, set()).add(chosen)
+
+    assert [1] * 10 == [len(home) for home in homes.values()]
+    assert 1 < len(set.union(*homes.values()))
+
+
+def test_a_long_conversation_shares_with_nobody() -> None:
+    """However many turns it has, it counts as one, and stays."""
+    picker, candidates = GeneratorPicker(), candidates_of(2)
+    homes = {picked(picker, candidates, prompt(1, 20 * turn)) for turn in range(10, 200)}
+
+    assert 1 == len(homes)
+
+
+def test_what_was_common_is_forgotten() -> None:
+    """Only the latest conversations count."""
+    common = CommonPrefixes()
+    for number in range(100):
+        common.began(prefixes(prompt(-1, 320) + prompt(number, 64)))
+    before = common.blocks(prefixes(prompt(-1, 320)), 0.5)
+    for number in range(100):
+        common.began(prefixes(prompt(number, 400)))
+
+    assert 320 == before * BLOCK_TOKENS
+    assert 0 == common.blocks(prefixes(prompt(-1, 320)), 0.0)
 
 
 def test_the_longest_prefix_wins() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from zlib import crc32
 
+from tokenizer_svc.generator.common_prefixes import CommonPrefixes
 from tokenizer_svc.generator.load import TOKENS_PER_SEQUENCE, GeneratorLoad
 from tokenizer_svc.generator.prefix_memory import BLOCK_TOKENS, Prefixes, PrefixMemory
 
@@ -31,6 +32,7 @@ class GeneratorPicker:
 
     def __init__(self) -> None:
         self._turns = itertools.count(1)
+        self._common = CommonPrefixes()
 
     def pick(self, candidates: Sequence[Candidate], prompt: Prefixes) -> Candidate:
         """The one that has cached the longest prefix of `prompt`, unless it is busier than another
@@ -42,6 +44,15 @@ class GeneratorPicker:
         """
         known = {one: one.memory.known_blocks(prompt) for one in candidates}
         longest = max(known.values())
+        is_later_turn = 0 < longest < len(prompt) and any(
+            one.memory.is_end(prompt[longest - 1]) for one in candidates
+        )
+        if not is_later_turn:
+            self._common.began(prompt)
+        # What more conversations share than are for one to take, each computes once for itself.
+        common = self._common.blocks(prompt, 1 / len(candidates))
+        known = {one: max(blocks, common) for one, blocks in known.items()}
+        longest = max(longest, common)
         home = None
         if longest < len(prompt):
             # The first block that is not shared with others tells conversations apart.

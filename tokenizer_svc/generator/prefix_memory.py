@@ -29,17 +29,23 @@ class PrefixMemory:
 
     def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
         self._max_blocks = max_tokens // BLOCK_TOKENS
-        self._blocks: OrderedDict[int, None] = OrderedDict()
+        self._blocks: OrderedDict[int, bool] = OrderedDict()  # whether a prompt went on from it
 
     def known_blocks(self, prompt: Prefixes) -> int:
         """How many blocks the longest prefix of `prompt` has that it was sent."""
         return sum(1 for _ in takewhile(self._blocks.__contains__, prompt))
 
+    def is_end(self, block: int) -> bool:
+        """Whether a prompt that it was sent ended there, and none went on."""
+        return self._blocks.get(block) is False
+
     def sent(self, prompt: Prefixes) -> None:
         """It was sent `prompt`."""
+        went_on = False
         # The shortest prefix last: what others may share is forgotten after what they cannot.
         for key in reversed(prompt):
-            self._blocks[key] = None
+            self._blocks[key] = went_on or self._blocks.get(key, False)
             self._blocks.move_to_end(key)
+            went_on = True
         while len(self._blocks) > self._max_blocks:
             self._blocks.popitem(last=False)
