@@ -203,6 +203,21 @@ async def test_room_is_looked_for_once_elsewhere() -> None:
     assert calls + 2 == sum(fleet.calls)
 
 
+async def test_what_one_refused_it_has_not_cached() -> None:
+    """The next turn goes to the one that answered, also when the other one has room again."""
+    async with serving(Fleet("ours", "ours")) as fleet:
+        fleet.generators[0].script = fails_after([], ServiceError("queue_full", "Full."))
+        for conversation in range(16):
+            await fleet.ask(100, token=conversation)
+        refused = fleet.calls[0]
+        fleet.generators[0].script = says([END])
+        for conversation in range(16):
+            await fleet.ask(200, token=conversation)
+
+    assert refused
+    assert [refused, 32] == fleet.calls
+
+
 @pytest.mark.parametrize(
     ("code", "reason"),
     [

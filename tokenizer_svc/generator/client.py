@@ -160,13 +160,17 @@ class Generation:
         stub = replica.stub(convert.GeneratorStub)
         call = replica.track(stub.Generate(timeout=timeout, metadata=metadata))
         candidate = self._client.candidate(replica)
-        cached = BLOCK_TOKENS * candidate.memory.known_blocks(self._prompt)
-        sent = Sent(self._start.options.n, len(self._start.token_ids) - cached)
+        known = candidate.memory.known_blocks(self._prompt)
+        sent = Sent(self._start.options.n, len(self._start.token_ids) - BLOCK_TOKENS * known)
         candidate.memory.sent(self._prompt)
         candidate.load.begin(sent)
         call.add_done_callback(lambda _: candidate.load.end(sent))
         self._call = _GenerationCall(call)
-        return await self._call.start(self._start)
+        try:
+            return await self._call.start(self._start)
+        except grpc.aio.AioRpcError:
+            candidate.memory.forget(self._prompt, known)
+            raise
 
     def _cancel(self) -> None:
         if self._call is not None:

@@ -49,3 +49,8 @@ class PrefixMemory:
             went_on = True
         while len(self._blocks) > self._max_blocks:
             self._blocks.popitem(last=False)
+
+    def forget(self, prompt: Prefixes, known_blocks: int) -> None:
+        """It did not take `prompt`, of which it knew so many blocks before."""
+        for key in prompt[known_blocks:]:
+            self._blocks.pop(key, None)
