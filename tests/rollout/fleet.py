@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,14 +37,18 @@ class Ports:
 
 
 class Fleet:
-    """Replicas by stage and address, and the DNS server that knows them. A context manager."""
+    """Replicas by stage and address, and the DNS server that knows them. A context manager.
 
-    def __init__(self, model: Path, logs: Path) -> None:
+    `modules` are run in place of a stage's own.
+    """
+
+    def __init__(self, model: Path, logs: Path, modules: Mapping[str, str] | None = None) -> None:
         self.model = model
         self.names = NameServer()
         self.ports = Ports(*free_ports(5))
         self.processes: dict[Key, subprocess.Popen[bytes]] = {}
         self._logs = logs
+        self._modules = modules or {}
 
     def __enter__(self) -> "Fleet":
         self.names.__enter__()
@@ -85,8 +90,8 @@ class Fleet:
 
     async def tokens(self, stage: str, host: str) -> float:
         """How many tokens the generator or tokenizer at this address has answered with."""
-        text = await self._metrics(stage, host)
         name = "(?:vllm:|trivium_engine_)generation_tokens_total"
+        text = await self._metrics(stage, host)
         found = re.search(rf"^{name}\{{.*\}} ([0-9.e+]+)$", text, re.M)
         return float(found[1]) if found else 0.0
 
@@ -96,27 +101,30 @@ class Fleet:
         for caller, host in list(self.processes):
             if caller == callers.get(stage):
                 async with asyncio.timeout(120):
-                    while not set(hosts) <= await self._seen_serving(caller, host):
+                    while not set(hosts) <= await self.callees(caller, host):
                         pass
 
-    async def _seen_serving(self, caller: str, host: str) -> set[str]:
-        state = r'^trivium_replica_state\{.*replica="([0-9.]+):.*state="serving"\} 1\.0$'
-        return set(re.findall(state, await self._metrics(caller, host), re.M))
+    async def callees(self, stage: str, host: str) -> set[str]:
+        """The hosts of the replicas of the next stage that the one at this address may call."""
+        name = r"trivium_replica_state\{.*replica=\"([^:]*):.*state=\"serving\"\} 1.0"
+        return set(re.findall(name, await self._metrics(stage, host)))
 
     async def _metrics(self, stage: str, host: str) -> str:
         port = {
             GENERATOR: self.ports.generator_metrics,
             TOKENIZER: self.ports.tokenizer_metrics,
             FACADE: self.ports.facade,
-        }
+        }[stage]
         async with httpx.AsyncClient(trust_env=False) as client:
-            return (await client.get(f"http://{host}:{port[stage]}/metrics")).text
+            return (await client.get(f"http://{host}:{port}/metrics")).text
 
     def _spawn(self, stage: str, host: str, settings: dict[str, str]) -> None:
         environment = {**os.environ, **self._environment(stage, host), **settings}
         with (self._logs / f"{stage}-{host}.log").open("ab") as log:
             self.processes[stage, host] = subprocess.Popen(
-                [sys.executable, "-W", "error", "-m", stage], env=environment, stderr=log
+                [sys.executable, "-W", "error", "-m", self._modules.get(stage, stage)],
+                env=environment,
+                stderr=log,
             )
 
     async def until_ready(self, stage: str, host: str) -> None:

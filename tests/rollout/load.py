@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-MAX_REQUESTS = 400
+MAX_REQUESTS = 4000
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,15 @@ class Load:
 
 
 @contextlib.asynccontextmanager
-async def loaded(model: str, urls: list[str], clients: int = 4) -> AsyncIterator[Load]:
-    """Requests, half of them streamed, while the context lasts; all are done at its end."""
+async def loaded(
+    model: str, urls: list[str], clients: int = 4, system: str = ""
+) -> AsyncIterator[Load]:
+    """Requests, half of them streamed, while the context lasts; all are done at its end.
+
+    With a `system` message each is a new conversation; without one they are all alike.
+    """
     load = Load(LoadBalancer(urls), clients // 2)
+    numbers = itertools.count()
     leaving = asyncio.Event()
     async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
         await load.balancer.look(client)
@@ -105,7 +111,11 @@ async def loaded(model: str, urls: list[str], clients: int = 4) -> AsyncIterator
 
         async def ask(streamed: bool) -> None:
             while not leaving.is_set() and len(load.outcomes) < MAX_REQUESTS:
-                load.note(await _outcome(load.balancer, client, model, streamed))
+                messages = [{"role": "user", "content": "Once upon a time"}]
+                if system:
+                    messages[0]["content"] += f" there was {next(numbers)}"
+                    messages.insert(0, {"role": "system", "content": system})
+                load.note(await _outcome(load.balancer, client, model, messages, streamed))
                 await asyncio.sleep(0.01)
 
         async with asyncio.TaskGroup() as tasks:
@@ -119,11 +129,15 @@ async def loaded(model: str, urls: list[str], clients: int = 4) -> AsyncIterator
 
 
 async def _outcome(
-    balancer: LoadBalancer, client: httpx.AsyncClient, model: str, streamed: bool
+    balancer: LoadBalancer,
+    client: httpx.AsyncClient,
+    model: str,
+    messages: list[dict[str, str]],
+    streamed: bool,
 ) -> Outcome:
     body = {
         "model": model,
-        "messages": [{"role": "user", "content": "Once upon a time"}],
+        "messages": messages,
         "max_tokens": 40,
         "ignore_eos": True,
         "stream": streamed,

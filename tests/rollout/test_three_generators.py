@@ -1,0 +1,116 @@
+"""Three generators, two tokenizers and two facades under load, as an operator handles them."""
+
+import asyncio
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from tests.rollout.fleet import FACADE, GENERATOR, TOKENIZER, Fleet
+from tests.rollout.load import Load, loaded
+from tests.tiny_models import tiny_model_directory
+
+A, B, C, D = (f"127.0.0.{number}" for number in (12, 13, 14, 15))
+HOSTS = {GENERATOR: (A, B, C), TOKENIZER: (A, B), FACADE: (A, B)}
+CALLERS = {TOKENIZER: GENERATOR, FACADE: TOKENIZER}
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    with Fleet(tiny_model_directory(), tmp_path_factory.mktemp("fleet")) as fleet:
+        yield fleet
+
+
+@pytest.fixture
+async def fleet(started: Fleet) -> Fleet:
+    """All of HOSTS, ready, in DNS, and known to all that call them; nobody else."""
+    if (GENERATOR, D) in started.processes:
+        await started.kill(GENERATOR, D)
+    for stage, hosts in HOSTS.items():
+        started.publish(stage, *hosts)
+        missing = [host for host in hosts if (stage, host) not in started.processes]
+        await started.start(stage, *missing)
+    await until_known(started)
+    return started
+
+
+async def until_known(fleet: Fleet) -> None:
+    """Returns when each caller may call all of the next stage that DNS knows."""
+    async with asyncio.timeout(60):
+        for caller, callee in CALLERS.items():
+            published = set(fleet.names.names[f"{callee}.test"])
+            for host in HOSTS[caller]:
+                while await fleet.callees(caller, host) != published:
+                    pass
+
+
+def urls(fleet: Fleet) -> list[str]:
+    return [fleet.url(host) for host in HOSTS[FACADE]]
+
+
+async def until_all_busy(fleet: Fleet, load: Load) -> None:
+    """Returns when each generator and each tokenizer has answered something from now on."""
+    replicas = [(stage, host) for stage in (GENERATOR, TOKENIZER) for host in HOSTS[stage]]
+    before = [await fleet.tokens(*replica) for replica in replicas]
+    async with asyncio.timeout(60):
+        for replica, tokens in zip(replicas, before, strict=True):
+            while await fleet.tokens(*replica) == tokens:
+                await load.more(1)
+
+
+async def test_all_are_restarted_one_after_another(fleet: Fleet) -> None:
+    """For new settings, say. No request fails, and each process ends well and takes calls again at
+    the same address, which DNS knows all the time."""
+    statuses = []
+    async with loaded(fleet.model.name, urls(fleet)) as load:
+        await until_all_busy(fleet, load)
+        for stage, hosts in HOSTS.items():
+            for host in hosts:
+                fleet.signal(stage, host, signal.SIGTERM)
+                statuses.append(await fleet.ended(stage, host))
+                await fleet.start(stage, host)
+                await until_known(fleet)
+        await until_all_busy(fleet, load)
+
+    assert [] == load.faults
+    assert [0] * 7 == statuses
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+async def test_a_generator_dies_while_another_one_drains(
+    fleet: Fleet, number: signal.Signals
+) -> None:
+    """Or freezes. The third one takes over, and only streams are lost that were under way."""
+    async with loaded(fleet.model.name, urls(fleet)) as load:
+        await until_all_busy(fleet, load)
+        fleet.signal(GENERATOR, A, signal.SIGTERM)
+        fleet.signal(GENERATOR, B, number)
+        try:
+            status = await fleet.ended(GENERATOR, A)
+            await load.more(30)
+        finally:
+            await fleet.kill(GENERATOR, B)
+        health = {said for heard in load.balancer.health.values() for said in heard}
+
+    assert [] == [fault for fault in load.faults if not fault.begun]
+    assert len(load.faults) <= load.streams
+    assert {"ready"} == health
+    assert 0 == status
+
+
+async def test_a_fourth_generator_takes_its_share(fleet: Fleet) -> None:
+    """Though all conversations begin with a long system prompt, which it has not cached, and the
+    load is so light that nobody is busy."""
+    system = "Tell me of whales and ships. " * 40
+    async with loaded(fleet.model.name, urls(fleet), clients=2, system=system) as load:
+        await load.more(160)
+        await fleet.start(GENERATOR, D)
+        fleet.publish(GENERATOR, *HOSTS[GENERATOR], D)
+        await until_known(fleet)
+        before = [await fleet.tokens(GENERATOR, host) for host in (A, B, C, D)]
+        await load.more(100)
+        after = [await fleet.tokens(GENERATOR, host) for host in (A, B, C, D)]
+    tokens = [now - then for now, then in zip(after, before, strict=True)]
+
+    assert [] == load.faults
+    assert 0.1 < tokens[3] / sum(tokens) < 0.5
