@@ -35,6 +35,8 @@ from trivium.sampling.v1.sampling_pb2 import SamplingParams
 from trivium.wire.channel import open_channel
 from trivium.wire.errors import ServiceError
 from trivium.wire.replicas.metrics import ReplicaCollector
+from trivium.wire.replicas.replica import ReplicaState
+from trivium.wire.replicas.replica_set import ReplicaSet
 from trivium.wire.serving import GrpcServer
 
 END = message_of(update(0, [2]), finish(0, pb.FINISH_REASON_STOP_TOKEN, 1))
@@ -349,6 +351,61 @@ async def test_addresses_that_change() -> None:
 
     assert [ANSWER] * 6 == answers
     assert [1, 5] == fleet.calls
+
+
+async def test_a_new_one_takes_turns() -> None:
+    """It does not get all calls until it has had as many as those that were there before."""
+    fleet = Fleet("ours", "ours")
+    port, hosts = fleet.ports[0], ("127.0.0.2", "127.0.0.3")
+    for generator, host in zip(fleet.generators, hosts, strict=True):
+        fleet.servers.append((await generator.serve(port, host))[0])
+    with NameServer(**{"generator.test": hosts[:1]}) as names:
+        fleet.client = GeneratorClient(names.target("generator.test", port), "ours")
+        for _ in range(20):
+            await fleet.client.info()
+        names.names["generator.test"] = hosts
+        await fleet.known(*(f"{host}:{port}" for host in hosts))
+        for _ in range(10):
+            await fleet.client.info()
+        picked = {one.address: one.picked for one in fleet.client.replicas.status().replicas}
+        await fleet.client.close()
+    for server in fleet.servers:
+        await server.drain(0, 0)
+
+    assert {f"{hosts[0]}:{port}": 25, f"{hosts[1]}:{port}": 5} == picked
+
+
+class BriefHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
+    """Ends each watch once it has said that all is well; counts them."""
+
+    def __init__(self) -> None:
+        self.watches = 0
+
+    async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        self.watches += 1
+        yield health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
+
+
+async def test_a_health_watch_that_ends_at_once() -> None:
+    """As a proxy may have it: it is taken up again, without haste, and the replica serves."""
+    server, health = grpc.aio.server(), BriefHealth()
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    replicas = ReplicaSet(f"127.0.0.1:{port}", SERVICE)
+    serving = set()
+    began = asyncio.get_running_loop().time()
+    while health.watches < 3:
+        serving.add(len(replicas.serving))
+        await asyncio.sleep(0)
+    seconds = asyncio.get_running_loop().time() - began
+    states = [replica.state for replica in replicas.replicas]
+    await replicas.close()
+    await server.stop(None)
+
+    assert [ReplicaState.SERVING] == states
+    assert {0, 1} == serving
+    assert seconds > 0.2
 
 
 async def test_a_drain_as_callers_see_it() -> None:

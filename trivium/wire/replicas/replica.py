@@ -1,6 +1,7 @@
 """One replica of the next stage: its channel, whether it serves, and the calls it has of ours."""
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from trivium.wire.replicas.resolver import Address
 log = logging.getLogger(__name__)
 
 _WATCH_RETRY_SECONDS = 0.2
+
+_turns = itertools.count(1)
 
 Call = TypeVar("Call", bound=grpc.aio.Call)
 Stub = TypeVar("Stub")
@@ -42,8 +45,9 @@ class ReplicaStatus:
 class Replica:
     """A process of a stage at one address, or whatever a proxy there makes of it.
 
-    `outstanding` are calls that have begun and not ended, `picked` all that ever began. `changed`
-    is called whenever `state` has; `follow` runs for as long as a connection lasts.
+    `outstanding` are calls that have begun and not ended, `picked` all that ever began; the later
+    the last one began, the larger is `last_turn`. `changed` is called whenever `state` has;
+    `follow` runs for as long as a connection lasts.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class Replica:
         self.state = ReplicaState.UNREACHABLE
         self.outstanding = 0
         self.picked = 0
+        self.last_turn = 0
         self._channel = open_channel(address.target, address.authority)
         self._health_service = health_service
         self._changed = changed
@@ -80,6 +85,7 @@ class Replica:
         """Counts a call until it ends."""
         self.outstanding += 1
         self.picked += 1
+        self.last_turn = next(_turns)
         self._idle.clear()
         call.add_done_callback(self._ended)
         return call
@@ -137,7 +143,7 @@ class Replica:
             # A proxy ends a watch on which nothing happens; it is good as long as the next one is.
             if not heard:
                 self._set(ReplicaState.UNREACHABLE)
-                await asyncio.sleep(_WATCH_RETRY_SECONDS)
+            await asyncio.sleep(_WATCH_RETRY_SECONDS)
 
     def _set(self, state: ReplicaState) -> None:
         if state is not self.state:

@@ -42,7 +42,7 @@ Picker = Callable[[Sequence[Replica]], Replica]
 
 def least_outstanding(replicas: Sequence[Replica]) -> Replica:
     """The one with the fewest calls of ours that have not ended; in turn among equals."""
-    return min(replicas, key=lambda replica: (replica.outstanding, replica.picked))
+    return min(replicas, key=lambda replica: (replica.outstanding, replica.last_turn))
 
 
 async def _nothing(_: Replica) -> None:
