@@ -49,6 +49,15 @@ async def test_every_address_of_every_name() -> None:
     } == addresses
 
 
+async def test_many_addresses() -> None:
+    """More than an answer of 512 bytes holds, the most that DNS once had."""
+    addresses = [f"127.0.1.{number}" for number in range(50)]
+    with NameServer(many=addresses) as names:
+        found = await resolved(names.target("many", 5))
+
+    assert {f"ipv4:{address}:5" for address in addresses} == found
+
+
 async def test_what_cannot_be_looked_up_stays() -> None:
     """A name server that is gone, or knows no address now, takes nobody away."""
     with NameServer(a=["127.0.0.2"]) as names:
