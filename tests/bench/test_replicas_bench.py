@@ -1,0 +1,38 @@
+"""What bench.replicas compares with: shares that an oracle makes, and a perfect split."""
+
+import itertools
+
+import pytest
+
+from bench.replicas import Split, Work, draw, lanes
+
+
+def test_an_oracle_shares_equally() -> None:
+    """Each gets work of its own for as long as the others, and nothing is left out."""
+    works = list(draw(1000))
+    shares = lanes(works, 3)
+    seconds = [sum(work.seconds for work in share) for share in shares]
+
+    assert sorted(map(repr, works)) == sorted(map(repr, itertools.chain(*shares)))
+    assert max(seconds) < 1.001 * min(seconds)
+
+
+def test_requests_are_of_mixed_length() -> None:
+    """The longest tenth has more than a quarter of all output tokens, and each run draws the
+    same."""
+    works = list(draw(1000))
+    tokens = sorted((work.output_tokens for work in works), reverse=True)
+
+    assert list(draw(1000)) == works
+    assert sum(tokens[:100]) > sum(tokens) / 4
+
+
+@pytest.mark.parametrize(("busy", "ratio"), [((10.0, 10.0, 10.0), 1.0), ((10.0, 5.0, 0.0), 2.0)])
+def test_a_perfect_split_keeps_all_busy(busy: tuple[float, ...], ratio: float) -> None:
+    """Whoever is idle while another one works makes the ratio worse."""
+    assert ratio == Split(10.0, busy, 0).ratio
+
+
+def test_longer_requests_weigh_more() -> None:
+    """By prompt and by output."""
+    assert Work(10, 10).seconds < Work(20, 10).seconds < Work(20, 20).seconds
