@@ -46,6 +46,7 @@ MAX_CONNECTION_AGE_SECONDS = 60.0
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _OURS = "/trivium."
 _FLUSH_TIMEOUT_SECONDS = 0.5  # for answers whose handlers have returned to reach the wire
+_LAST_WORD_SECONDS = 0.1  # for watchers to be told, and the GOAWAY to be sent
 
 
 class CallBoundary(grpc.aio.ServerInterceptor):
@@ -155,18 +156,36 @@ class Health(health.aio.HealthServicer):  # type: ignore[misc]  # has no types
 
     Load balancers and probes, which poll, hear of it at once and stop sending. gRPC's channels,
     which watch, would then leave without asking where to go instead: they hear of it together
-    with the GOAWAY that makes them resolve the server's name anew.
+    with the GOAWAY that makes them resolve the server's name anew. Then their watches end. Where a
+    proxy takes all replicas for one address, the next watch is on a replica that stays, however
+    long this one's last calls run.
     """
 
     def __init__(self, in_flight: InFlight) -> None:
         super().__init__()
         self._in_flight = in_flight
+        self._left = asyncio.Event()
 
     async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
         response = await super().Check(request, context)
         if self._in_flight.leaving:
             response.status = health_pb2.HealthCheckResponse.NOT_SERVING
         return response
+
+    async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802 - gRPC's name
+        watching = asyncio.ensure_future(super().Watch(request, context))
+        leaving = asyncio.ensure_future(self._left.wait())
+        try:
+            await asyncio.wait((watching, leaving), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.sleep(_LAST_WORD_SECONDS)
+        finally:
+            leaving.cancel()
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+
+    async def enter_graceful_shutdown(self) -> None:
+        await super().enter_graceful_shutdown()
+        self._left.set()
 
 
 class GrpcServer:
