@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from trivium.generator.v1 import generator_pb2 as pb
 from trivium.generator.v1 import generator_pb2_grpc
 from trivium.sampling.v1.sampling_pb2 import SamplingParams
 from trivium.wire.channel import open_channel
-from trivium.wire.errors import ServiceError
+from trivium.wire.errors import ServiceError, from_rpc_error
 from trivium.wire.replicas.metrics import ReplicaCollector
 from trivium.wire.replicas.replica import ReplicaState
 from trivium.wire.replicas.replica_set import ReplicaSet
@@ -447,6 +447,43 @@ async def test_a_drain_as_callers_see_it() -> None:
     assert ANSWER == served == finished
     # The latter if it crossed the GOAWAY.
     assert refused.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+
+
+async def test_what_a_proxy_breaks_off_is_lost() -> None:
+    """Its streams end with RST_STREAM, INTERNAL_ERROR, when it has lost the server behind it; a
+    fault of ours would look the same but for its details."""
+    headers, reset, settings, ack = 1, 3, 4, 1
+    ended = asyncio.Event()
+
+    async def proxy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        def send(kind: int, flags: int, stream: bytes, payload: bytes) -> None:
+            writer.write(len(payload).to_bytes(3, "big") + bytes((kind, flags)) + stream + payload)
+
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            await reader.readuntil(b"SM\r\n\r\n")
+            send(settings, 0, bytes(4), b"")
+            frame = bytes(9)
+            while frame[3] != headers:
+                frame = await reader.readexactly(9)
+                await reader.readexactly(int.from_bytes(frame[:3], "big"))
+                if frame[3] == settings and not frame[4] & ack:
+                    send(settings, ack, bytes(4), b"")
+            send(reset, 0, frame[5:], (2).to_bytes(4, "big"))
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
+        ended.set()
+
+    async with await asyncio.start_server(proxy, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with open_channel(f"127.0.0.1:{port}") as channel:
+            stub: Any = generator_pb2_grpc.GeneratorServiceStub(channel)  # type: ignore[no-untyped-call]
+            with pytest.raises(grpc.aio.AioRpcError) as lost:
+                await stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=60)
+        await ended.wait()
+
+    assert grpc.StatusCode.INTERNAL == lost.value.code()
+    assert "backend_unavailable" == from_rpc_error(lost.value).code
 
 
 async def test_the_end_of_a_drain_can_be_hurried() -> None:

@@ -235,7 +235,9 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> ServiceError:
             retry_after = retry.retry_delay.ToMilliseconds() / 1000
     if status is not None and code in ERRORS:
         return ServiceError(code, status.message, param, retry_after)
-    bare = _BARE_STATUS.get(error.code())
+    # What a proxy breaks off, as it has lost the server behind it, arrives as INTERNAL.
+    is_reset = "RST_STREAM" in (error.details() or "")
+    bare = _BARE_STATUS.get(grpc.StatusCode.UNAVAILABLE if is_reset else error.code())
     return ServiceError(*bare) if bare else internal_error()
 
 
