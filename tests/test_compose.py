@@ -175,3 +175,27 @@ def test_the_edge_is_ready_when_the_services_are() -> None:
     assert "http://127.0.0.1:8080/health" == edge["healthcheck"]["test"][-1]
     assert {"rest_facade", "tokenizer_svc"} == set(edge["depends_on"])
     assert compose()["services"]["rest_facade"]["stop_grace_period"] == edge["stop_grace_period"]
+
+
+def test_envoy_takes_the_place_of_nginx() -> None:
+    """The override changes the edge alone, whose file listens where nginx does and calls the
+    services by their names and ports."""
+    services = compose("compose.envoy.yaml")["services"]
+    edge = services["edge"]
+    (mount,) = edge["volumes"]
+    source, target, mode = mount.split(":")
+    config = yaml.safe_load((ROOT / source).read_text())["static_resources"]
+    listening = [one["address"]["socket_address"]["port_value"] for one in config["listeners"]]
+    called = [
+        one["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]["address"]
+        for one in config["clusters"]
+    ]
+    published = [port.split(":")[-1] for port in compose()["services"]["edge"]["ports"]]
+
+    assert {"edge"} == set(services)
+    assert ["-c", target] == edge["command"]
+    assert "ro" == mode
+    assert published == [str(port) for port in listening]
+    assert [("rest_facade", 8000), ("tokenizer_svc", 50051)] == [
+        (one["socket_address"]["address"], one["socket_address"]["port_value"]) for one in called
+    ]
