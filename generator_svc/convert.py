@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from generator_svc.sequence import (
     EngineRequest,
     FinishReason,
-    SampledToken,
     SamplingParams,
     Sequence,
     SequenceUpdate,
@@ -157,25 +156,25 @@ def to_constraint(start: pb.StartGeneration) -> tuple[str, str] | None:
 
 def to_response(updates: list[SequenceUpdate]) -> pb.GenerateResponse:
     """One message from all pending updates, merged by sequence."""
-    merged: dict[int, pb.SequenceUpdate] = {}
+    by_index: dict[int, list[SequenceUpdate]] = {}
     for update in updates:
-        index = update.sequence.index
-        message = merged.setdefault(index, pb.SequenceUpdate(index=index))
-        if update.token is not None:
-            _add_token(message, update.token)
-        if update.is_finished:
-            message.finished.CopyFrom(_finished(update.sequence))
-    return pb.GenerateResponse(updates=merged.values())
-
-
-def _add_token(message: pb.SequenceUpdate, token: SampledToken) -> None:
-    message.token_ids.append(token.token_id)
-    if token.logprobs is not None:
-        message.logprobs.add(
-            logprob=token.logprobs.logprob,
-            top_token_ids=token.logprobs.top_token_ids,
-            top_logprobs=token.logprobs.top_logprobs,
-        )
+        by_index.setdefault(update.sequence.index, []).append(update)
+    response = pb.GenerateResponse()
+    for index, own in by_index.items():
+        tokens = [update.token for update in own if update.token is not None]
+        message = response.updates.add()
+        message.index = index
+        message.token_ids.extend([token.token_id for token in tokens])
+        for token in tokens:
+            if token.logprobs is not None:
+                message.logprobs.add(
+                    logprob=token.logprobs.logprob,
+                    top_token_ids=token.logprobs.top_token_ids,
+                    top_logprobs=token.logprobs.top_logprobs,
+                )
+        if own[-1].is_finished:
+            message.finished.CopyFrom(_finished(own[-1].sequence))
+    return response
 
 
 def _finished(sequence: Sequence) -> pb.Finished:

@@ -9,7 +9,7 @@ import time
 from collections import deque
 
 from generator_svc.metrics import RequestMetrics
-from generator_svc.sequence import SequenceUpdate
+from generator_svc.sequence import Sequence, SequenceUpdate
 
 
 class UpdateQueue:
@@ -28,8 +28,15 @@ class UpdateQueue:
     def put(self, update: SequenceUpdate, now: float) -> None:
         """Adds an update of a step that ended at `now`; `take` does not return for it yet."""
         self._updates.append(update)
-        if update.token is not None:
-            self._observe(update, now)
+        if update.token is None:
+            return
+        self._metrics.generated += 1
+        index = update.sequence.index
+        if index in self._last:
+            self._metrics.next_token.observe(now - self._last[index])
+        elif not self._last:
+            self._observe_first(update.sequence, now)
+        self._last[index] = now
 
     def send(self) -> None:
         """Lets `take` return what is pending, if anything is."""
@@ -43,16 +50,10 @@ class UpdateQueue:
         updates, self._updates = self._updates, []
         return updates
 
-    def _observe(self, update: SequenceUpdate, now: float) -> None:
-        index = update.sequence.index
-        if not self._last:
-            self._metrics.first_token.observe(now - self._arrival)
-            self._metrics.prompt_tokens.inc(update.sequence.prompt_length)
-            self._metrics.cached_tokens.inc(update.sequence.cached_prompt_tokens)
-        elif index in self._last:
-            self._metrics.next_token.observe(now - self._last[index])
-        self._last[index] = now
-        self._metrics.generation_tokens.inc()
+    def _observe_first(self, sequence: Sequence, now: float) -> None:
+        self._metrics.first_token.observe(now - self._arrival)
+        self._metrics.prompt_tokens.inc(sequence.prompt_length)
+        self._metrics.cached_tokens.inc(sequence.cached_prompt_tokens)
 
 
 class UpdateDispatcher:
