@@ -102,6 +102,12 @@ RECORDINGS = {
     "reasoning and a stop string": recording(
         "qwen3", "<think>\nHm END.\n</think>\n\nYes END no", stop=["END"], **LOGPROBS
     ),
+    "reasoning": recording("qwen3", f"<think>\nHm {MELTING}.\n</think>\n\nYes, {MELTING}."),
+    "reasoning after an answer": recording(
+        "harmony",
+        "<|channel|>final<|message|>A 🫠<|end|><|start|>assistant"
+        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes",
+    ),
     "plain": Recording("smollm2", [f"{MELTING} END"], LENGTH, {"logprobs": 2}, plain=True),
     "plain, stopped, echoed": Recording(
         "smollm2",

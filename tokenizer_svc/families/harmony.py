@@ -61,6 +61,8 @@ def body_rules(plan: Plan, marker: Marker) -> list[str]:
 class HarmonyParser:
     """Splits the output behind `<|start|>assistant` into its messages."""
 
+    may_reason = True  # any message may be followed by one of reasoning
+
     def __init__(self, names: Set[str], in_answer: bool = False) -> None:
         self._names = names
         self._held = ""  # what may become a marker

@@ -70,12 +70,17 @@ class Parser(Protocol):
     def phase(self) -> Phase:
         """Where in the answer it is."""
 
+    @property
+    def may_reason(self) -> bool:
+        """Whether it is in a phase other than the answer, or may come into one again."""
+
 
 class Plain:
     """The parser of a format without anything special: all is content."""
 
     held = 0
     phase = Phase.ANSWER
+    may_reason = False
 
     def push(self, text: str, start: int) -> list[Segment]:
         return content(text, start)
@@ -100,6 +105,10 @@ class Machine:
     """
 
     phase = Phase.ANSWER
+
+    @property
+    def may_reason(self) -> bool:
+        return self.phase is not Phase.ANSWER
 
     def __init__(self, state: State) -> None:
         self._state = state

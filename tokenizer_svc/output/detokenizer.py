@@ -5,7 +5,7 @@ for those that a parser has to see.
 """
 
 import codecs
-from collections.abc import Set
+from collections.abc import Collection, Set
 
 from tokenizer_svc.tokenizer import Tokenizer
 
@@ -38,10 +38,17 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """The characters that this token completes; "" if none."""
-        token = self._tokenizer.token_bytes(token_id)
-        if self._tokenizer.is_hidden(token_id) and not self._shows(token):
-            return ""
-        return self._first(self._decoder.decode(token))
+        return self.push_all((token_id,))
+
+    def push_all(self, token_ids: Collection[int]) -> str:
+        """The characters that these tokens complete together."""
+        token_bytes, is_hidden = self._tokenizer.token_bytes, self._tokenizer.is_hidden
+        pieces = [
+            token
+            for token_id, token in zip(token_ids, map(token_bytes, token_ids), strict=True)
+            if not is_hidden(token_id) or self._shows(token)
+        ]
+        return self._first(self._decoder.decode(b"".join(pieces)))
 
     def flush(self) -> str:
         """Nothing more comes: bytes that never became a character are U+FFFD."""
