@@ -22,6 +22,9 @@ def share(nanoseconds: int, weights: ListOf[int]) -> list[int]:
     """`nanoseconds` split in proportion to `weights` (not all zero) into integers."""
     total = sum(weights)
     assert total > 0
+    if total == len(weights) == weights.count(1):  # a decode run: all alike, so the first get more
+        least, rest = divmod(nanoseconds, total)
+        return [least + 1] * rest + [least] * (total - rest)
     shares = [nanoseconds * weight // total for weight in weights]
     remainders = [(-(nanoseconds * weight % total), i) for i, weight in enumerate(weights)]
     for _, i in sorted(remainders)[: nanoseconds - sum(shares)]:

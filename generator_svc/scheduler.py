@@ -97,10 +97,7 @@ class Scheduler:
         moves += self.cache.compact()
         chunks = self._plan_chunks()
         computed = {s: chunk.start + len(chunk.token_ids) for s, chunk in chunks.items()}
-        rows = self._plan_rows(computed)
-        owners = tuple(
-            None if row.is_idle else self.cache.owner(slot) for slot, row in enumerate(rows)
-        )
+        rows, owners = self._plan_rows(computed)
         plan = StepPlan(tuple(moves), tuple(chunks.values()), rows)
         return ScheduledStep(plan, tuple(chunks), owners, tuple(forks))
 
@@ -150,12 +147,11 @@ class Scheduler:
                 sequence.status = SequenceStatus.DECODE
                 self._start_siblings(sequence.group)
             sequence.append(token.token_id)
+            ended = sequence.finish_reason is not None
             if sequence.finish_reason is not None:
                 self.finish(sequence, sequence.finish_reason)
-            ended = sequence.status is SequenceStatus.FINISHED
             is_urgent = ended or sequence.generated == 1
-            update = SequenceUpdate(sequence.group, sequence, token, ended, is_urgent=is_urgent)
-            updates.append(update)
+            updates.append(SequenceUpdate(sequence.group, sequence, token, ended, None, is_urgent))
         return updates
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
@@ -287,24 +283,27 @@ class Scheduler:
             chunks[sequence] = Chunk(sequence.slot, start, tokens, length == sequence.uncomputed)
         return max(budget, 0.0)
 
-    def _plan_rows(self, computed: dict[Sequence, int]) -> tuple[Row, ...]:
+    def _plan_rows(
+        self, computed: dict[Sequence, int]
+    ) -> tuple[tuple[Row, ...], tuple[Sequence | None, ...]]:
+        """This step's decode rows, and the sequence that each of them belongs to."""
         decoding = {s.slot: s for s in self.running if s.status is SequenceStatus.DECODE}
         rows = []
         count = max(decoding, default=-1) + 1
         if count:  # padded to a captured batch size
             count = next((size for size in self._batch_sizes if size >= count), count)
-        for slot in range(count):
-            sequence = decoding.get(slot)
+        owners = tuple(map(decoding.get, range(count)))
+        for slot, sequence in enumerate(owners):
             if sequence is not None:
                 is_greedy = sequence.is_greedy
-                rows.append(Row(sequence.token_ids[-1], sequence.computed, is_greedy=is_greedy))
+                rows.append(Row(sequence.token_ids[-1], sequence.computed, False, is_greedy))
                 continue
             owner = self.cache.owner(slot)
             position = self.cache.idle_position(slot)
             if owner is not None:  # prefilling: its chunk of this step runs before the rows
                 position = computed.get(owner, position)
             rows.append(Row(0, position, is_idle=True))
-        return tuple(rows)
+        return tuple(rows), owners
 
     def _start_siblings(self, group: SequenceGroup) -> None:
         """Queues the sequences that waited for the prompt; frees its logits once all have drawn."""

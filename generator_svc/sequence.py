@@ -45,12 +45,12 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int = 0
 
-    @property
+    @functools.cached_property
     def is_greedy(self) -> bool:
         """Whether the most likely token is taken, whatever the seed."""
         return self.temperature == 0 or self.top_k == 1 or self.top_p == 0
 
-    @property
+    @functools.cached_property
     def has_bias_or_penalties(self) -> bool:
         """Whether any parameter changes logits before the draw."""
         return bool(
@@ -60,7 +60,7 @@ class SamplingParams:
             or self.frequency_penalty != 0
         )
 
-    @property
+    @functools.cached_property  # looked up several times for each token
     def is_plain_greedy(self) -> bool:
         """Whether the next token is the arg max of the unmodified logits."""
         return self.is_greedy and not self.has_bias_or_penalties
@@ -113,7 +113,7 @@ class EngineRequest:
     top_logprobs: int | None = None
     constraint: Constraint | None = None
 
-    @property
+    @functools.cached_property
     def all_stop_token_ids(self) -> frozenset[int]:
         """The stop tokens, and those that end a constrained text."""
         if self.constraint is None:
