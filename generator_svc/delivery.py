@@ -11,14 +11,19 @@ from collections import deque
 from generator_svc.metrics import RequestMetrics
 from generator_svc.sequence import Sequence, SequenceUpdate
 
+_WHOLE_UPDATES = 256
+
 
 class UpdateQueue:
     """A call's updates on their way to its messages. For the event loop's thread.
+
+    With `is_whole` so many of them gather as can be decoded at once without holding up others.
 
     Observes TTFT and inter-token latencies as the tokens arise, not as they are sent.
     """
 
     def __init__(self, metrics: RequestMetrics) -> None:
+        self.is_whole = False
         self._metrics = metrics
         self._arrival = time.monotonic()
         self._last: dict[int, float] = {}  # when each sequence's last token arose
@@ -37,6 +42,11 @@ class UpdateQueue:
         elif not self._last:
             self._observe_first(update.sequence, now)
         self._last[index] = now
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether what is pending should go out before first tokens and ends come."""
+        return not self.is_whole or len(self._updates) >= _WHOLE_UPDATES
 
     def send(self) -> None:
         """Lets `take` return what is pending, if anything is."""
@@ -100,7 +110,7 @@ class UpdateDispatcher:
                 if update.is_urgent:
                     queue.send()
                     self._pending.pop(queue, None)
-                else:
+                elif queue.is_awaited:
                     self._pending[queue] = None
         if self._pending and self._timer is None:
             if self._loop.time() >= self._due:

@@ -59,6 +59,17 @@ def _to_service_error(error: BaseException) -> ServiceError:
     return internal_error()
 
 
+async def _receive_start(messages: AsyncIterator[pb.GenerateRequest]) -> pb.StartGeneration:
+    """What the first message starts; raises ServiceError."""
+    async for message in messages:
+        if message.HasField("start"):
+            return message.start
+        break
+    raise ServiceError(
+        "missing_required_parameter", "The first message has to start a generation.", "start"
+    )
+
+
 def _to_load_response(load: Load) -> pb.WatchLoadResponse:
     return pb.WatchLoadResponse(
         waiting_sequences=load.waiting_sequences,
@@ -93,7 +104,9 @@ class GeneratorService(pb_grpc.GeneratorServiceServicer):
         self, request_iterator: AsyncIterator[pb.GenerateRequest], context: Call
     ) -> AsyncIterator[pb.GenerateResponse]:
         queue = UpdateQueue(self._metrics)
-        request = await self._receive_request(request_iterator)
+        start = await _receive_start(request_iterator)
+        queue.is_whole = start.whole
+        request = await self._checked(start)
         group = self._submit(request, queue)
         self._submitted += 1
         self._busy.set()
@@ -144,19 +157,13 @@ class GeneratorService(pb_grpc.GeneratorServiceServicer):
             if load.is_idle:
                 await wait_for_any(due - time.monotonic(), self._draining, self._busy)
 
-    async def _receive_request(self, messages: AsyncIterator[pb.GenerateRequest]) -> EngineRequest:
-        """The request in the first message, with its constraint compiled; raises ServiceError."""
-        async for message in messages:
-            if message.HasField("start"):
-                request = to_engine_request(message.start, self._limits)
-                constraint = to_constraint(message.start)
-                if constraint is None:
-                    return request
-                return replace(request, constraint=await self._compile(*constraint))
-            break
-        raise ServiceError(
-            "missing_required_parameter", "The first message has to start a generation.", "start"
-        )
+    async def _checked(self, start: pb.StartGeneration) -> EngineRequest:
+        """The request, with its constraint compiled; raises ServiceError."""
+        request = to_engine_request(start, self._limits)
+        constraint = to_constraint(start)
+        if constraint is None:
+            return request
+        return replace(request, constraint=await self._compile(*constraint))
 
     async def _compile(self, kind: str, text: str) -> Constraint:
         try:

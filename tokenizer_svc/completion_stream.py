@@ -26,7 +26,8 @@ Item = TypeVar("Item")
 class CompletionJob:
     """A checked request with its prompts' token ids; a chat has one prompt.
 
-    `created` is in seconds since 1970. The deltas of `echo` come before all others.
+    `created` is in seconds since 1970. The deltas of `echo` come before all others. `whole` if
+    nothing is shown before the end.
     """
 
     id: str
@@ -36,6 +37,7 @@ class CompletionJob:
     decoding: DecodingOptions
     constraint: Constraint | None
     echo: Sequence[Delta] = ()
+    whole: bool = False
 
 
 async def stream_completion(
@@ -89,6 +91,7 @@ def _command(served: ServedModel, job: CompletionJob, token_ids: list[int]) -> G
             remaining_context if max_tokens is None else min(max_tokens, remaining_context)
         ),
         constraint=job.constraint,
+        whole=job.whole,
     )
 
 

@@ -59,7 +59,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
     async def StreamChatCompletion(
         self, request: chat_pb2.CreateChatCompletionRequest, context: Call
     ) -> AsyncIterator[chat_pb2.StreamChatCompletionResponse]:
-        async with aclosing(self._complete(request, context)) as events:
+        async with aclosing(self._complete(request, context, whole=False)) as events:
             async for event in events:
                 yield stream_response(event)
 
@@ -67,13 +67,13 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         self, request: chat_pb2.CreateChatCompletionRequest, context: Call
     ) -> chat_pb2.CreateChatCompletionResponse:
         whole = WholeCompletion()
-        async with aclosing(self._complete(request, context)) as events:
+        async with aclosing(self._complete(request, context, whole=True)) as events:
             async for event in events:
                 whole.push(event)
         return whole_response(whole)
 
     async def _complete(
-        self, message: chat_pb2.CreateChatCompletionRequest, context: Call
+        self, message: chat_pb2.CreateChatCompletionRequest, context: Call, whole: bool
     ) -> AsyncGenerator[Event]:
         created = time.time()
         with self._metrics.request() as meter:
@@ -97,6 +97,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                     model.tokenizer.marker_id,
                 ),
                 constraint=await offload(size, lambda: _constraint(model, request, prompt)),
+                whole=whole,
             )
             events = stream_completion(served, job, meter, remaining_seconds(context))
             async with aclosing(events):

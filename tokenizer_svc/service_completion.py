@@ -45,7 +45,7 @@ class CompletionService(completion_pb2_grpc.CompletionServiceServicer):
     async def StreamCompletion(
         self, request: completion_pb2.CreateCompletionRequest, context: Call
     ) -> AsyncIterator[completion_pb2.StreamCompletionResponse]:
-        async with aclosing(self._complete(request, context)) as events:
+        async with aclosing(self._complete(request, context, whole=False)) as events:
             async for event in events:
                 yield completion_event(event)
 
@@ -53,13 +53,13 @@ class CompletionService(completion_pb2_grpc.CompletionServiceServicer):
         self, request: completion_pb2.CreateCompletionRequest, context: Call
     ) -> completion_pb2.CreateCompletionResponse:
         whole = WholeCompletion()
-        async with aclosing(self._complete(request, context)) as events:
+        async with aclosing(self._complete(request, context, whole=True)) as events:
             async for event in events:
                 whole.push(event)
         return whole_completion(whole)
 
     async def _complete(
-        self, message: completion_pb2.CreateCompletionRequest, context: Call
+        self, message: completion_pb2.CreateCompletionRequest, context: Call, whole: bool
     ) -> AsyncGenerator[Event]:
         created = time.time()
         with self._metrics.request() as meter:
@@ -82,6 +82,7 @@ class CompletionService(completion_pb2_grpc.CompletionServiceServicer):
                 decoding=plain_decoding(options),
                 constraint=constraint,
                 echo=_echo(prompts, options.n) if request.echo else (),
+                whole=whole,
             )
             events = stream_completion(served, job, meter, remaining_seconds(context))
             async with aclosing(events):

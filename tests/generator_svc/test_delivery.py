@@ -89,13 +89,15 @@ class Call:
         return [later - earlier for earlier, later in itertools.pairwise(times)]
 
 
-def play(streams, steps, step_seconds, rate=RATE, max_interval=MAX_INTERVAL):
+def play(streams, steps, step_seconds, rate=RATE, max_interval=MAX_INTERVAL, whole=False):
     """The calls of so many streams, which all get a token in each step."""
 
     async def run():
         metrics = RequestMetrics(CollectorRegistry(), "m")
         dispatcher = UpdateDispatcher(asyncio.get_running_loop(), rate, max_interval)
         calls = [Call(metrics) for _ in range(streams)]
+        for call in calls:
+            call.queue.is_whole = whole
         async with asyncio.TaskGroup() as tasks:
             for call in calls:
                 tasks.create_task(call.read())
@@ -144,6 +146,13 @@ def test_a_bound_of_zero_merges_nothing():
     """Every token is a message, whatever the rate."""
     for call in play(64, 30, 0.001, max_interval=0):
         assert 30 == len(call.messages)
+
+
+@pytest.mark.parametrize("streams", [1, 8])
+def test_what_is_wanted_whole_comes_in_large_pieces(streams):
+    """The first token, 256 whenever they have gathered, and the rest with the end."""
+    for call in play(streams, 600, 0.015, whole=True):
+        assert [1, 256, 256, 87] == [len(message.tokens) for message in call.messages]
 
 
 def test_a_held_token_does_not_wait_for_another():
@@ -206,6 +215,18 @@ async def test_first_and_last_tokens_never_wait():
         tokens, finished = collected(messages)
         assert {0: long_answer(5 + number, 200)} == tokens
         assert {0} == finished.keys()
+
+
+async def test_an_answer_that_is_wanted_whole_comes_in_few_messages():
+    """Over real gRPC: nothing is lost, and almost nothing is sent before the end."""
+    stage = Stage(slot_length=512, logits=by_last_token)
+    async with stage.running():
+        messages = await _read(await stage.call([4, 5], max_new_tokens=300, whole=True))
+
+    assert len(messages) <= 3
+    tokens, finished = collected(messages)
+    assert {0: long_answer(5, 300)} == tokens
+    assert {0} == finished.keys()
 
 
 async def test_messages_are_counted_by_their_tokens():

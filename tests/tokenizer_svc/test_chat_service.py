@@ -80,6 +80,16 @@ async def test_the_unary_call_gives_the_same(stage: Stage) -> None:
     assert "tiny" == answer.header.model
 
 
+async def test_only_a_unary_call_wants_its_answer_whole(stage: Stage) -> None:
+    """Nobody reads it before the end; but a stop string has to be seen when it comes."""
+    stage.generator.script = says([*one_by_one(stage.encode("Hello")), ended(2)])
+    await stage.stream()
+    await stage.chat.CreateChatCompletion(stage.request())
+    await stage.chat.CreateChatCompletion(stage.request(stop=["STOP"]))
+
+    assert [False, True, False] == [call.start.whole for call in stage.generator.calls]
+
+
 async def test_the_generator_gets_the_prompt_and_the_sampling(stage: Stage) -> None:
     """What the caller left out stays left out, and the revision goes along."""
     stage.generator.script = says([ended(1)])

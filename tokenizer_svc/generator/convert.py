@@ -41,6 +41,8 @@ def start_command(start: GenerateCommand) -> generator_pb2.GenerateRequest:
         stop_token_ids=options.stop_token_ids,
         ignore_eos=options.ignore_eos,
         top_logprobs=options.top_logprobs,
+        # A stop string can only be found in what has come.
+        whole=start.whole and not options.stop,
     )
     if constraint is not None:
         kind = {constraint.kind.value: constraint.text}

@@ -38,13 +38,14 @@ class Constraint:
 
 @dataclass(frozen=True)
 class GenerateCommand:
-    """A generation to start."""
+    """A generation to start; `whole` if nobody reads it before its end."""
 
     revision: str
     token_ids: list[int]
     options: ValidOptions
     max_new_tokens: int
     constraint: Constraint | None = None
+    whole: bool = False
 
 
 @dataclass(frozen=True)
