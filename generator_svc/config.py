@@ -88,8 +88,9 @@ class GeneratorSettings(BaseSettings):
     prefill_stall_ms: int = Field(
         100,
         ge=1,
-        description="Prefill time budget per step (ms) while others decode; scaled up to 4x with "
-        "pending prompts. Higher: lower TTFT; lower: smaller inter-token stalls.",
+        description="Prefill time budget per step (ms) while others decode; up to 4x where more "
+        "prompts are pending than sequences decode. Higher: lower TTFT, more tokens per second; "
+        "lower: smaller inter-token stalls.",
     )
     chunk_tokens: int = Field(
         512, ge=8, description="Maximum prefill tokens per step while nothing decodes."

@@ -4,10 +4,10 @@ The whole policy:
 
     1. Every decoding sequence gets one token in every step.
     2. Prompts are prefilled in chunks in the same step. While anything decodes, prefill per step is
-       bounded by `stall_nanoseconds`, scaled by the number of pending prompts up to
-       MAX_STALL_MULTIPLIER times. This is the only tuning knob: higher lowers TTFT, lower shortens
-       inter-token stalls. Every step computes at least one attention tile, however slow the device.
-       While nothing decodes, the bound is `chunk_tokens`.
+       bounded by `stall_nanoseconds`; with more prompts pending than sequences decoding, by as many
+       times that, up to MAX_STALL_MULTIPLIER. This is the only tuning knob: higher lowers TTFT,
+       lower shortens inter-token stalls. Every step computes at least one attention tile, however
+       slow the device. While nothing decodes, the bound is `chunk_tokens`.
     3. First come, first served, among prompts that fit into one step. A longer prompt gets at least
        half of every step's prefill once it is the oldest; the others share the rest, shortest
        first, so that neither waits for all of the other. One long prompt runs at a time.
@@ -234,11 +234,13 @@ class Scheduler:
 
     def _prefill_budget(self) -> int:
         """Prompt tokens per step, counted at the cost of a prompt's first tokens."""
-        if not any(sequence.status is SequenceStatus.DECODE for sequence in self.running):
+        decoding = sum(sequence.status is SequenceStatus.DECODE for sequence in self.running)
+        if not decoding:
             return self._chunk_tokens
-        prompts = len(self.waiting) + len(self._prefilling())
-        # With several prompts pending, a stall of one stream is another request's waiting time.
-        budget_ns = min(max(prompts, 1), MAX_STALL_MULTIPLIER) * self._stall_nanoseconds
+        pending = len(self.waiting) + len(self._prefilling())
+        # A stall delays everyone who decodes, and shortens the wait of everyone who is pending.
+        multiplier = min(max(pending / decoding, 1.0), MAX_STALL_MULTIPLIER)
+        budget_ns = multiplier * self._stall_nanoseconds
         return min(self.prefill_cost.tokens_within(budget_ns), self._chunk_tokens)
 
     def _prefilling(self) -> list[Sequence]:

@@ -41,7 +41,7 @@ def greedy(prompt: Sequence[int], count: int, eos: int | None = EOS) -> list[int
 
 
 class FixedPrefillCost(PrefillCostModel):
-    """Lets `tokens` of any prompt fit into a step, whatever was measured."""
+    """Lets `tokens` of any prompt fit into each nanosecond, whatever was measured."""
 
     def __init__(self, tokens: int) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class FixedPrefillCost(PrefillCostModel):
         return 1.0
 
     def tokens_within(self, nanoseconds: float) -> int:
-        return self._tokens
+        return int(self._tokens * nanoseconds)
 
 
 class ScriptedRunner:

@@ -281,6 +281,26 @@ def test_running_streams_are_held_up_no_longer_than_the_dial_says():
     assert np.median(spent[2:]) >= 0.7 * stall
 
 
+@pytest.mark.parametrize(("streams", "prompts", "stretch"), [(4, 4, 1), (2, 4, 2), (1, 7, 4)])
+def test_newcomers_hold_streams_up_by_how_many_they_are(streams, prompts, stretch):
+    """With no more prompts than streams, a step prefills what the dial says, however many come.
+
+    Only where fewer streams than prompts wait for the step, it prefills more, up to four times.
+    """
+    bench = Bench(slots=8, slot_length=256, prefill_tokens=64, chunk_tokens=512)
+    for value in range(streams):
+        bench.submit([5, value], 60, stop_token_ids=frozenset())
+    bench.step()
+    for value in range(prompts):
+        bench.submit([value] * 64, 2)
+    bench.step()
+    plan = bench.runner.plans[-1]
+
+    assert streams == sum(not row.is_idle for row in plan.rows)
+    assert stretch * 64 == sum(len(chunk.token_ids) for chunk in plan.chunks)
+    bench.finish()
+
+
 def _groups(bench, prompts):
     for prompt in prompts:
         request = EngineRequest(tuple(prompt), 10_000 - len(prompt))
