@@ -28,6 +28,7 @@ from generator_svc.export.checkpoint.decoder import Decoder, LayerAttention
 from generator_svc.export.genai_config import GRAPH_FILE, WEIGHTS_FILE, genai_config
 from generator_svc.export.graph.attention import COS, LENGTHS, SIN, TOTAL, add_lengths
 from generator_svc.export.graph.graph import MICROSOFT, Graph
+from generator_svc.export.graph.head import last_token
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 BLOCK_SIZE = 32
@@ -221,12 +222,7 @@ class _Llama:
 
     def _head(self, normed: str) -> None:
         graph, shape = self._graph, self._shape
-        bounds = {"starts": -1, "ends": np.iinfo(np.int64).max, "axes": 1}
-        names = [
-            graph.constant(f"/lm_head/last/{name}", np.array([value], np.int64))
-            for name, value in bounds.items()
-        ]
-        last = graph.add("Slice", "/lm_head/last/Slice", [normed, *names])
+        last = last_token(graph, normed, shape.hidden)
         # The exporter keeps the head in eight bits where the rest has four.
         precision = "int8" if self._precision == "int4" else self._precision
         logits = self._product("/lm_head", last, shape.hidden, shape.vocabulary, precision)

@@ -95,6 +95,15 @@ class GeneratorSettings(BaseSettings):
     chunk_tokens: int = Field(
         512, ge=8, description="Maximum prefill tokens per step while nothing decodes."
     )
+    max_prefill_batch_size: int = Field(
+        0,
+        ge=0,
+        le=256,
+        description="Maximum prompts prefilled in one run, padded to one length; prompts that the "
+        "prefix cache holds a part of, or that are cut into chunks, run on their own. 0: 32 on "
+        "CUDA; on the CPU, where padding costs what batching gains, each on its own. Needs a model "
+        "folder of `trivium export` since version 5.",
+    )
     max_n: int = Field(128, ge=1, le=128, description="Maximum n of a request.")
     max_queued_requests: int = Field(
         512, ge=1, description="Maximum requests waiting for a slot; more get 429."

@@ -151,6 +151,12 @@ def run_options(graph: int = NO_GRAPH, synchronize: bool = True) -> Any:
     return options
 
 
+def metadata_of(session: Any) -> dict[str, str]:
+    """The metadata in a session's graph file."""
+    metadata: dict[str, str] = session.get_modelmeta().custom_metadata_map
+    return metadata
+
+
 def multiplies_bytes_exactly() -> bool:
     """Whether this processor's int8 matrix products are exact, as precision w8a8 needs them.
 

@@ -136,7 +136,7 @@ class Engine:
         step = self._scheduler.schedule()
         outcome = self._runner.run(step.plan)
         self._charge(step, outcome)
-        self._scheduler.observe(step, (chunk.nanoseconds for chunk in outcome.chunks))
+        self._scheduler.observe(step, (run.nanoseconds for run in outcome.prefills))
         tokens, failures = sample_all(_drawing(step, outcome))
         failures += _failed_runs(step, outcome)
         updates += self._scheduler.commit(step, tokens, failures)
@@ -209,6 +209,14 @@ class Engine:
     def _charge(self, step: ScheduledStep, outcome: StepOutcome) -> None:
         if outcome.move_nanoseconds:
             self.meter.charge_overhead(outcome.move_nanoseconds, CACHE_MOVES)
+        for sequences, batch, result in zip(
+            step.batches, step.plan.batches, outcome.batches, strict=True
+        ):
+            shares: list[tuple[Sequence | None, int]] = [
+                (sequence, len(prompt))
+                for sequence, prompt in zip(sequences, batch.prompts, strict=True)
+            ]
+            self.meter.charge(result.nanoseconds, [*shares, (None, batch.padding)])
         for sequence, chunk, result in zip(
             step.chunks, step.plan.chunks, outcome.chunks, strict=True
         ):
@@ -221,11 +229,14 @@ def _drawing(step: ScheduledStep, outcome: StepOutcome) -> Iterator[tuple[Sequen
     """The sequences that draw a token in this step, each with its row of logits."""
     for sequence in step.forks:
         yield sequence, sequence.group.prompt_logits
-    for sequence, result in zip(step.chunks, outcome.chunks, strict=True):
-        if result.logits is not None:
+    sequences = (*step.batches, *((sequence,) for sequence in step.chunks))
+    for owners, result in zip(sequences, outcome.prefills, strict=True):
+        if result.logits is None:
+            continue
+        for sequence, logits in zip(owners, result.logits, strict=True):
             if sequence.request.n > 1:
-                sequence.group.prompt_logits = result.logits[0]
-            yield sequence, result.logits[0]
+                sequence.group.prompt_logits = logits
+            yield sequence, logits
     if outcome.rows is not None and outcome.rows.logits is not None:
         for owner, logits in zip(step.rows, outcome.rows.logits, strict=True):
             if owner is not None:
@@ -235,6 +246,9 @@ def _drawing(step: ScheduledStep, outcome: StepOutcome) -> Iterator[tuple[Sequen
 def _failed_runs(step: ScheduledStep, outcome: StepOutcome) -> list[tuple[Sequence, BaseException]]:
     """The sequences of failed runs, each with the error."""
     failures = []
+    for sequences, result in zip(step.batches, outcome.batches, strict=True):
+        if result.error is not None:
+            failures += [(sequence, result.error) for sequence in sequences]
     for sequence, result in zip(step.chunks, outcome.chunks, strict=True):
         if result.error is not None:
             failures.append((sequence, result.error))

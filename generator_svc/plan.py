@@ -1,7 +1,7 @@
 """The plan of one step: a frozen, printable value, and all that the runner gets to know.
 
-A step first moves cache slots, then runs the prefill chunks one by one, then one decode batch over
-the slots 0 to len(rows) - 1.
+A step first moves cache slots, then runs the batches of prompts and the prefill chunks one by one,
+then one decode batch over the slots 0 to len(rows) - 1.
 """
 
 from dataclasses import dataclass
@@ -43,6 +43,23 @@ class Chunk:
     wants_logits: bool
 
 
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prefills whole prompts of consecutive slots in one run, each padded on the right to `length`.
+
+    What is written at the padding's positions is overwritten before it is ever read.
+    """
+
+    first_slot: int
+    prompts: tuple[tuple[int, ...], ...]
+    length: int
+
+    @property
+    def padding(self) -> int:
+        """Positions that are computed for nobody."""
+        return len(self.prompts) * self.length - sum(map(len, self.prompts))
+
+
 class Row(NamedTuple):  # one for each row of a step: a frozen dataclass takes a microsecond more
     """Decodes `token_id` at `position` of the slot that has the row's number.
 
@@ -63,3 +80,4 @@ class StepPlan:
     moves: tuple[Copy | Swap, ...] = ()
     chunks: tuple[Chunk, ...] = ()
     rows: tuple[Row, ...] = ()
+    batches: tuple[PromptBatch, ...] = ()

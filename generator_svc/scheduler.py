@@ -8,24 +8,36 @@ The whole policy:
        times that, up to MAX_STALL_MULTIPLIER. This is the only tuning knob: higher lowers TTFT,
        lower shortens inter-token stalls. Every step computes at least one attention tile, however
        slow the device. While nothing decodes, the bound is `chunk_tokens`.
-    3. First come, first served, among prompts that fit into one step. A longer prompt gets at least
+    3. With `max_prefill_batch_size`, whole prompts of consecutive slots are prefilled in one run,
+       padded to one of a few lengths, as long as they are about equally long.
+    4. First come, first served, among prompts that fit into one step. A longer prompt gets at least
        half of every step's prefill once it is the oldest; the others share the rest, shortest
        first, so that neither waits for all of the other. One long prompt runs at a time.
-    4. A request is admitted when a slot is free and its prompt would be computed soon.
-    5. The n sequences of a request share one prefill: the others start when the first has computed
+    5. A request is admitted when a slot is free and its prompt would be computed soon.
+    6. The n sequences of a request share one prefill: the others start when the first has computed
        its prompt, from a copy of its slot and from the same logits.
-    6. While idle, finished answers are re-prefilled, one tile at a time, so that the next turn of a
+    7. While idle, finished answers are re-prefilled, one tile at a time, so that the next turn of a
        conversation hits the prefix cache.
 """
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from generator_svc.kv_cache import SlotCache
-from generator_svc.plan import ATTENTION_TILE, MIN_CHUNK_TOKENS, Chunk, Copy, Row, StepPlan, Swap
+from generator_svc.plan import (
+    ATTENTION_TILE,
+    MIN_CHUNK_TOKENS,
+    Chunk,
+    Copy,
+    Row,
+    StepPlan,
+    Swap,
+)
 from generator_svc.prefill_cost import PrefillCostModel
+from generator_svc.prompt_batches import take_batches
 from generator_svc.sequence import (
     FinishReason,
     SampledToken,
@@ -45,6 +57,7 @@ _MIN_PREFILL_TOKENS = 2 * MIN_CHUNK_TOKENS  # any prompt can be split after this
 class ScheduledStep:
     """A plan and its sequences: `chunks[i]` owns plan.chunks[i], `rows[i]` owns plan.rows[i].
 
+    `batches[i]` owns the prompts of plan.batches[i], in their order.
     `forks` draw their first token from their group's prompt logits and compute nothing.
     """
 
@@ -52,6 +65,7 @@ class ScheduledStep:
     chunks: tuple[Sequence, ...] = ()
     rows: tuple[Sequence | None, ...] = ()
     forks: tuple[Sequence, ...] = ()
+    batches: tuple[tuple[Sequence, ...], ...] = ()
 
 
 class Scheduler:
@@ -60,7 +74,8 @@ class Scheduler:
     `stall_nanoseconds` and `chunk_tokens` are those of the module's policy. `on_finish` is called
     once for every sequence that ends, for whatever reason. Decode batches are padded with idle
     rows to the next of `batch_sizes` (ascending, the last equal to the number of slots); without
-    them, to no more than the highest decoding slot.
+    them, to no more than the highest decoding slot. With a `max_prefill_batch_size` of 0, each
+    prompt is prefilled on its own and without padding.
     """
 
     def __init__(
@@ -71,12 +86,14 @@ class Scheduler:
         chunk_tokens: int,
         on_finish: Callable[[Sequence], None],
         batch_sizes: tuple[int, ...] = (),
+        max_prefill_batch_size: int = 0,
     ) -> None:
         assert chunk_tokens > _MIN_PREFILL_TOKENS
         self.cache = cache
         self.prefill_cost = prefill_cost
         self._on_finish = on_finish
         self._batch_sizes = batch_sizes
+        self._max_prefill_batch_size = max_prefill_batch_size
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._stall_nanoseconds = stall_nanoseconds
@@ -98,8 +115,9 @@ class Scheduler:
         chunks = self._plan_chunks()
         computed = {s: chunk.start + len(chunk.token_ids) for s, chunk in chunks.items()}
         rows, owners = self._plan_rows(computed)
-        plan = StepPlan(tuple(moves), tuple(chunks.values()), rows)
-        return ScheduledStep(plan, tuple(chunks), owners, tuple(forks))
+        batches = take_batches(chunks, self._max_prefill_batch_size, self.cache.slot_length)
+        plan = StepPlan(tuple(moves), tuple(chunks.values()), rows, tuple(batches.values()))
+        return ScheduledStep(plan, tuple(chunks), owners, tuple(forks), tuple(batches))
 
     @property
     def has_reprefills(self) -> bool:
@@ -121,9 +139,11 @@ class Scheduler:
         self.cache.reprefilled(chunk.slot, 0 if failed else len(chunk.token_ids))
 
     def observe(self, step: ScheduledStep, nanoseconds: Iterable[int]) -> None:
-        """Feeds the measured time of each of a step's chunks to the cost model."""
-        for chunk, elapsed in zip(step.plan.chunks, nanoseconds, strict=True):
-            self.prefill_cost.observe(chunk.start, len(chunk.token_ids), elapsed)
+        """Feeds the measured times of a step's batches and chunks to the cost model."""
+        runs = [(0, sum(map(len, batch.prompts))) for batch in step.plan.batches]
+        runs += [(chunk.start, len(chunk.token_ids)) for chunk in step.plan.chunks]
+        for (start, tokens), elapsed in zip(runs, nanoseconds, strict=True):
+            self.prefill_cost.observe(start, tokens, elapsed)
 
     def commit(
         self,
@@ -134,6 +154,8 @@ class Scheduler:
         """Applies a step's tokens and failures; sequences that end here free their slots."""
         for sequence, chunk in zip(step.chunks, step.plan.chunks, strict=True):
             sequence.computed += len(chunk.token_ids)
+        for sequence in itertools.chain.from_iterable(step.batches):
+            sequence.computed = sequence.prompt_length
         for owner in step.rows:
             if owner is not None:
                 owner.computed += 1

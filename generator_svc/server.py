@@ -25,7 +25,7 @@ from generator_svc.metering import WARM_UP, Meter
 from generator_svc.metrics import EngineCollector, RequestMetrics, register_info
 from generator_svc.plan import Chunk, Row, StepPlan
 from generator_svc.prefill_cost import PrefillCostModel
-from generator_svc.run.runner import OrtRunner, RunResult
+from generator_svc.run.runner import DeviceInfo, OrtRunner, RunResult
 from generator_svc.scheduler import Scheduler
 from generator_svc.sequence import SequenceUpdate
 from generator_svc.service import GeneratorService
@@ -38,6 +38,8 @@ from trivium.wire.in_flight import InFlight
 from trivium.wire.serving import GrpcServer, StopSignals
 
 log = logging.getLogger("generator_svc")
+
+_PREFILL_BATCH_SIZE = 32  # where padding is cheap
 
 _CAPTURE_SECONDS = 30.0  # at start; the remaining batch sizes are captured on first use
 
@@ -145,9 +147,17 @@ def build_engine(
         settings.chunk_tokens,
         meter.settle,
         runner.info.capture_sizes,
+        _prefill_batch_size(settings, runner.info),
     )
     admission = Admission(settings.max_queued_requests, settings.max_queued_tokens)
     return Engine(scheduler, runner, meter, admission, deliver, on_fault)
+
+
+def _prefill_batch_size(settings: GeneratorSettings, info: DeviceInfo) -> int:
+    if not info.pads_prompts:
+        return 0
+    default = 0 if info.provider == "CPUExecutionProvider" else _PREFILL_BATCH_SIZE
+    return settings.max_prefill_batch_size or default
 
 
 def build_service(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from generator_svc.plan import Copy, StepPlan, Swap
+from generator_svc.plan import Copy, PromptBatch, StepPlan, Swap
 from generator_svc.prefill_cost import PrefillCostModel
 from generator_svc.run.logits_buffers import Logits
 from generator_svc.run.runner import RunResult, StepOutcome
@@ -77,12 +77,16 @@ class ScriptedRunner:
 
     @property
     def prefilled_tokens(self) -> int:
-        return sum(len(chunk.token_ids) for plan in self.plans for chunk in plan.chunks)
+        """Without padding."""
+        chunks = [len(chunk.token_ids) for plan in self.plans for chunk in plan.chunks]
+        batches = [batch for plan in self.plans for batch in plan.batches]
+        return sum(chunks) + sum(len(prompt) for batch in batches for prompt in batch.prompts)
 
     def run(self, plan: StepPlan) -> StepOutcome:
         self.plans.append(plan)
         for move in plan.moves:
             self._move(move)
+        batches = [self._compute_prompts(batch) for batch in plan.batches]
         chunks = []
         for chunk in plan.chunks:
             places = range(chunk.start, chunk.start + len(chunk.token_ids))
@@ -99,12 +103,21 @@ class ScriptedRunner:
             rows = self._compute(
                 [[(slot, row.position, row.token_id)] for slot, row in enumerate(plan.rows)]
             )
-        return StepOutcome(self._time() if plan.moves else 0, tuple(chunks), rows)
+        moves = self._time() if plan.moves else 0
+        return StepOutcome(moves, tuple(chunks), rows, tuple(batches))
 
     def _time(self) -> int:
         nanoseconds = self._random.randrange(1, 10_000_019)
         self.busy += nanoseconds
         return nanoseconds
+
+    def _compute_prompts(self, batch: PromptBatch) -> RunResult:
+        """Overwrites what the padding covers, as the real one does."""
+        rows = []
+        for slot, prompt in enumerate(batch.prompts, start=batch.first_slot):
+            self.memory[slot][: batch.length] = [0] * batch.length
+            rows.append([(slot, place, token) for place, token in enumerate(prompt)])
+        return self._compute(rows)
 
     def _compute(self, rows: list[list[tuple[int, int, int]]]) -> RunResult:
         error = self.fails([entries[0][0] for entries in rows])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from generator_svc.plan import Chunk, Row
+from generator_svc.plan import Chunk, PromptBatch, Row
 
 Ids = npt.NDArray[np.int64]
 
@@ -29,13 +29,25 @@ class RunInputs:
 
 
 def prefill_inputs(chunk: Chunk) -> RunInputs:
-    """The run of one chunk, batch size 1: GroupQueryAttention takes no ragged prefill batches."""
+    """The run of one chunk, batch size 1: behind a past, GroupQueryAttention takes no other."""
     total = chunk.start + len(chunk.token_ids)
     return RunInputs(
         first_slot=chunk.slot,
         input_ids=np.array([chunk.token_ids], dtype=np.int64),
         attention_mask=np.ones((1, total), dtype=np.int64),
     )
+
+
+def prompt_inputs(batch: PromptBatch) -> RunInputs:
+    """The run of several prompts from position 0, which GroupQueryAttention takes right-padded.
+
+    The mask is as long as the padded prompts: that is how the operator knows that there is no past.
+    """
+    lengths = np.array([len(prompt) for prompt in batch.prompts], dtype=np.int64)
+    mask = np.arange(batch.length) < lengths[:, None]
+    input_ids = np.zeros(mask.shape, dtype=np.int64)
+    input_ids[mask] = np.concatenate(batch.prompts)
+    return RunInputs(batch.first_slot, input_ids, mask.astype(np.int64))
 
 
 def decode_inputs(rows: tuple[Row, ...]) -> RunInputs:

@@ -7,7 +7,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,12 +16,14 @@ from generator_svc.device import (
     NO_GRAPH,
     Device,
     DeviceError,
+    metadata_of,
     multiplies_bytes_exactly,
     run_options,
     type_of,
 )
-from generator_svc.plan import Chunk, Copy, Row, StepPlan, Swap
-from generator_svc.run.batch import RunInputs, decode_inputs, prefill_inputs
+from generator_svc.graphs import LAST_TOKEN, LOGITS_OF
+from generator_svc.plan import Chunk, Copy, PromptBatch, Row, StepPlan, Swap
+from generator_svc.run.batch import RunInputs, decode_inputs, prefill_inputs, prompt_inputs
 from generator_svc.run.cuda_memory import CudaMemory
 from generator_svc.run.fixed_inputs import FixedInputs
 from generator_svc.run.logits_buffers import DeviceLogits, DeviceRows, HostLogits, Logits
@@ -35,6 +37,9 @@ _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 # Batch sizes of decode that are captured as CUDA graphs; others are padded to the next of them.
 CAPTURE_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+
+# I/O bindings that are kept, by first slot and number of rows: each names every cache tensor.
+_MAX_BINDINGS = 1024
 
 # Relative to the largest logit: attention may split its work differently for a longer mask.
 _GRAPH_TOLERANCE = 0.02
@@ -54,11 +59,18 @@ class RunResult:
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """The results of one plan: one per chunk, and one for the decode rows if there are any."""
+    """The results of one plan: one per batch of prompts, one per chunk, and one for the decode rows
+    if there are any."""
 
     move_nanoseconds: int = 0
     chunks: tuple[RunResult, ...] = ()
     rows: RunResult | None = None
+    batches: tuple[RunResult, ...] = ()
+
+    @property
+    def prefills(self) -> tuple[RunResult, ...]:
+        """The results of the batches, then those of the chunks."""
+        return (*self.batches, *self.chunks)
 
 
 class Runner(Protocol):
@@ -78,25 +90,8 @@ class DeviceInfo:
     slot_length: int
     cache_bytes: int
     capture_sizes: tuple[int, ...] = ()  # batch sizes of CUDA graphs, ascending; empty without
+    pads_prompts: bool = False  # whether the graph takes a PromptBatch
     cuda_unavailable: str = ""  # why it is not CUDA although that would have been preferred
-
-
-@dataclass
-class _Bindings:
-    """I/O bindings by first slot and row count: binding the cache anew takes longer than a step."""
-
-    create: Callable[[int, int], Any]
-    are_reused: bool
-    cached: dict[tuple[int, int], Any] = field(default_factory=dict)
-
-    def get(self, first_slot: int, rows: int) -> Any:
-        """The binding of all cache tensors for a run over these slots."""
-        key = (first_slot, rows)
-        if not self.are_reused:
-            return self.create(*key)
-        if key not in self.cached:
-            self.cached[key] = self.create(first_slot, rows)
-        return self.cached[key]
 
 
 class OrtRunner:
@@ -127,8 +122,8 @@ class OrtRunner:
         self._memory = self._allocate_memory(slots, slot_length)
         # In float32 on CUDA, a binding reused with a mask of another shape gives wrong logits (ONNX
         # Runtime 1.31.1, docs/log.md).
-        are_reused = not (device == "cuda" and self._cache_type is np.float32)
-        self._bindings = _Bindings(self._create_binding, are_reused)
+        self._are_bindings_reused = not (device == "cuda" and self._cache_type is np.float32)
+        self._binding = self._make_bindings()
         self._logits = _logits_buffers(self._device, model.vocab_size, logits_type)
         self._row_logits = self._logits.allocate(slots)
         self.info = DeviceInfo(
@@ -138,14 +133,15 @@ class OrtRunner:
             slot_length=slot_length,
             cache_bytes=self._memory.size_in_bytes,
             capture_sizes=_capture_sizes(slots) if cuda_graphs else (),
+            pads_prompts=metadata_of(self._session).get(LOGITS_OF) == LAST_TOKEN,
         )
         self._fixed_inputs: FixedInputs | None = None
 
     def reallocate(self, slots: int) -> None:
         """Replaces the slots by so many empty ones; before `capture`."""
-        self._bindings.cached.clear()
         self._memory.free()
         self._memory = self._allocate_memory(slots, self.info.slot_length)
+        self._binding = self._make_bindings()
         self._row_logits = self._logits.allocate(slots)
         self.info = replace(
             self.info,
@@ -160,11 +156,12 @@ class OrtRunner:
         for move in plan.moves:
             self._move(move)
         move_nanoseconds = time.perf_counter_ns() - started if plan.moves else 0
+        batches = tuple(self._run_batch(batch) for batch in plan.batches)
         chunks = tuple(self._run_chunk(chunk) for chunk in plan.chunks)
         rows = None
         if plan.rows:  # their logits share one buffer, valid until the next step
             rows = self._run_rows(plan.rows)
-        return StepOutcome(move_nanoseconds, chunks, rows)
+        return StepOutcome(move_nanoseconds, chunks, rows, batches)
 
     def capture(self, seconds: float) -> int:
         """Captures decode runs as CUDA graphs, smallest batch first; returns nanoseconds spent.
@@ -195,6 +192,11 @@ class OrtRunner:
             self._memory.copy(move.source, move.target, move.length)
         else:
             self._memory.swap(move.first, move.second, move.length)
+
+    def _run_batch(self, batch: PromptBatch) -> RunResult:
+        inputs = prompt_inputs(batch)
+        bind = functools.partial(self._bind_inputs, inputs)
+        return self._run(inputs.first_slot, [False] * inputs.rows, bind, None)
 
     def _run_chunk(self, chunk: Chunk) -> RunResult:
         inputs = prefill_inputs(chunk)
@@ -232,7 +234,7 @@ class OrtRunner:
         started, rows = time.perf_counter_ns(), len(is_greedy)
         try:
             buffer = self._logits.allocate(rows) if logits_buffer is None else logits_buffer
-            binding = self._bindings.get(first_slot, rows)
+            binding = self._binding(first_slot, rows)
             binding.bind_output(self._model.names.logits, *self._logits.tensor_ref(buffer, rows))
             self._device.clock.start()
             bind_inputs(binding)
@@ -293,7 +295,15 @@ class OrtRunner:
             raise DeviceError(f"the model cannot be run: {result.error}") from result.error
         return np.array(result.logits[0])
 
+    def _make_bindings(self) -> Callable[[int, int], Any]:
+        """I/O bindings by first slot and row count, of the slots' memory as it is now."""
+        if not self._are_bindings_reused:
+            return self._create_binding
+        # Binding the cache anew may take longer than a step.
+        return functools.lru_cache(_MAX_BINDINGS)(self._create_binding)
+
     def _create_binding(self, first_slot: int, rows: int) -> Any:
+        """The binding of all cache tensors for a run over these slots."""
         binding = self._session.io_binding()
         names = self._model.names
         shape = (rows, *self._memory.shape[1:])

@@ -31,6 +31,7 @@ class Bench:
     chunk_tokens: int = 16
     seed: int = 0
     batch_sizes: tuple[int, ...] = ()
+    max_prefill_batch_size: int = 0
     runner: Any = None
     max_queued_requests: int = 100
     max_queued_tokens: int = 10_000
@@ -47,7 +48,13 @@ class Bench:
         self.cache = SlotCache(self.slots, self.slot_length, self.reuse)
         cost_model = FixedPrefillCost(self.prefill_tokens)
         self.scheduler = Scheduler(
-            self.cache, cost_model, 1, self.chunk_tokens, self.meter.settle, self.batch_sizes
+            self.cache,
+            cost_model,
+            1,
+            self.chunk_tokens,
+            self.meter.settle,
+            self.batch_sizes,
+            self.max_prefill_batch_size,
         )
         self.engine = Engine(
             self.scheduler,

@@ -11,7 +11,7 @@ from generator_svc.config import GeneratorSettings
 from generator_svc.cuda import CudaClock, CudaError, copy_to_host
 from generator_svc.device import Device
 from generator_svc.metering import Meter
-from generator_svc.plan import Chunk, Copy, Row, StepPlan, Swap
+from generator_svc.plan import Chunk, Copy, PromptBatch, Row, StepPlan, Swap
 from generator_svc.run.cuda_memory import CudaMemory
 from generator_svc.run.runner import OrtRunner
 from generator_svc.run.slot_memory import HostMemory
@@ -236,6 +236,23 @@ def test_candidates_are_those_of_the_whole_row(on_device):
         assert largest.tolist() == row.values.tolist() == row.whole[row.ids].tolist()
         assert len(set(row.ids.tolist())) == CANDIDATES
         assert abs(row.rest.sum() / rest - 1) < RELATIVE_ERROR
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [40, 64, 128])
+def test_prompts_in_one_run_give_nearly_the_logits_of_each_alone(on_device, length):
+    """Padded on the right; and so do the tokens behind them."""
+    prompts = (PROMPT, PROMPT[:10], PROMPT[5:38])
+    rows = tuple(Row(7, len(prompt)) for prompt in prompts)
+    alone = [_prefill(on_device, slot, prompt).whole for slot, prompt in enumerate(prompts)]
+    following = [row.whole for row in on_device.run(StepPlan(rows=rows)).rows.logits]
+    for slot in range(3):
+        _prefill(on_device, slot, PROMPT[::-1])
+    outcome = on_device.run(StepPlan(rows=rows, batches=(PromptBatch(0, prompts, length),)))
+
+    assert outcome.batches[0].error is None
+    assert np.allclose(alone, [row.whole for row in outcome.batches[0].logits], atol=0.05)
+    assert np.allclose(following, [row.whole for row in outcome.rows.logits], atol=0.05)
 
 
 @pytest.mark.gpu

@@ -26,7 +26,13 @@ def _prompts(seed, count, longest=40):
 def test_random_traffic_gives_each_request_its_own_answer_and_every_nanosecond_an_owner(seed):
     """Arrivals, stops, cancellations and failed runs at random: answers, slots, time add up."""
     draw = random.Random(seed)
-    bench = Bench(slots=draw.choice([1, 2, 5]), reuse=draw.random() < 0.7, seed=seed)
+    bench = Bench(
+        slots=draw.choice([1, 2, 5]),
+        reuse=draw.random() < 0.7,
+        seed=seed,
+        chunk_tokens=draw.choice([16, 128]),
+        max_prefill_batch_size=draw.choice([0, 1, 4]),
+    )
     bench.runner.fails = lambda slots: OSError("run") if draw.random() < 0.01 else None
     groups, cut = [], set()
     prompts = list(_prompts(seed, 40))

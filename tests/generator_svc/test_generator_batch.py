@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from generator_svc.plan import Chunk, Row
-from generator_svc.run.batch import decode_inputs, prefill_inputs
+from generator_svc.plan import Chunk, PromptBatch, Row
+from generator_svc.run.batch import decode_inputs, prefill_inputs, prompt_inputs
 
 
 def test_a_chunk_attends_to_all_before_it():
@@ -15,6 +15,17 @@ def test_a_chunk_attends_to_all_before_it():
     assert (3, 1) == (inputs.first_slot, inputs.rows)
     assert [[7, 8, 9]] == inputs.input_ids.tolist()
     assert [[1, 1, 1, 1, 1]] == inputs.attention_mask.tolist()
+
+
+def test_prompts_are_padded_on_the_right():
+    """Ids and mask are as wide as the batch is long; the mask leaves the padding out."""
+    batch = PromptBatch(first_slot=2, prompts=((7, 8, 9), (5,)), length=4)
+    inputs = prompt_inputs(batch)
+
+    assert (2, 2) == (inputs.first_slot, inputs.rows)
+    assert [[7, 8, 9, 0], [5, 0, 0, 0]] == inputs.input_ids.tolist()
+    assert [[1, 1, 1, 0], [1, 0, 0, 0]] == inputs.attention_mask.tolist()
+    assert 4 == batch.padding
 
 
 def test_rows_have_positions_of_their_own():

@@ -4,14 +4,19 @@ Compared bitwise, since the same request has to give the same tokens whatever el
 """
 
 import dataclasses
+import shutil
 
 import numpy as np
+import onnx
 import pytest
 
+from generator_svc.config import GeneratorSettings
 from generator_svc.device import DeviceError, choose_device
-from generator_svc.plan import Chunk, Copy, Row, StepPlan, Swap
+from generator_svc.metering import Meter
+from generator_svc.plan import Chunk, Copy, PromptBatch, Row, StepPlan, Swap
 from generator_svc.run.runner import OrtRunner
-from generator_svc.sequence import SamplingParams
+from generator_svc.sequence import EngineRequest, SamplingParams
+from generator_svc.server import build_engine
 from tests.fakes import ScriptedRunner
 from tests.generator_svc.engine_bench import Bench
 from tests.tiny_models import tiny_checkpoint, tiny_model_directory
@@ -66,6 +71,24 @@ def test_slots_do_not_matter(runner):
     logits = [_prefill(runner, slot, PROMPT).tolist() for slot in range(SLOTS)]
 
     assert [logits[0]] * SLOTS == logits
+
+
+@pytest.mark.parametrize("length", [40, 64, SLOT_LENGTH])
+def test_prompts_in_one_run_give_what_each_gives_alone(runner, length):
+    """The prompts' logits, those of the tokens behind them, and what a slot beside them holds."""
+    prompts = [PROMPT, OTHERS[0], PROMPT[:2]]
+    alone = [_prefill(runner, slot, prompt) for slot, prompt in enumerate(prompts)]
+    _prefill(runner, 3, OTHERS[1])
+    rows = [Row(17, len(prompt)) for prompt in (*prompts, OTHERS[1])]
+    following = _decode(runner, *rows)
+    for slot in range(3):
+        _prefill(runner, slot, OTHERS[1])
+    batch = PromptBatch(0, tuple(map(tuple, prompts)), length)
+    together = runner.run(StepPlan(batches=(batch,))).batches[0]
+
+    assert np.array(alone).tolist() == together.logits.tolist()
+    assert following.tolist() == _decode(runner, *rows).tolist()
+    assert together.nanoseconds > 0
 
 
 def test_rows_together_give_what_each_gives_alone(runner):
@@ -249,6 +272,75 @@ def test_batched_is_one_at_a_time(runner, temperature):
     bench.finish()
 
     assert alone == [dict(bench.tokens[group]) for group in groups]
+
+
+class Recorder:
+    """A runner that keeps the plans it was given."""
+
+    def __init__(self, runner):
+        self._runner = runner
+        self.info = runner.info
+        self.plans = []
+
+    def run(self, plan):
+        self.plans.append(plan)
+        return self._runner.run(plan)
+
+
+@pytest.mark.parametrize("temperature", [0, 1.2])
+def test_prompts_in_one_run_are_one_at_a_time(runner, temperature):
+    """More requests than slots, some with a part in the prefix cache: the same tokens."""
+    sampling = SamplingParams(temperature=temperature, seed=3)
+    prompts = [PROMPT[:20], *OTHERS, PROMPT[:25], PROMPT, [*PROMPT[:30], 7, 8], [5], PROMPT[:33]]
+    tokens, sizes = [], set()
+    for size in (0, 1, 4):
+        recorder = Recorder(runner)
+        bench = _bench(recorder, chunk_tokens=256, max_prefill_batch_size=size, prefill_tokens=96)
+        groups = [bench.submit(p, 6, sampling=sampling, n=1 + len(p) % 2) for p in prompts]
+        bench.finish()
+        tokens.append([dict(bench.tokens[group]) for group in groups])
+        sizes |= {len(batch.prompts) for plan in recorder.plans for batch in plan.batches}
+
+    assert tokens[0] == tokens[1] == tokens[2]
+    assert {1, 4} <= sizes
+
+
+@pytest.mark.parametrize(("size", "is_new", "batches"), [(0, True, 0), (4, True, 1), (4, False, 0)])
+def test_who_prefills_prompts_in_one_run(model, tmp_path, size, is_new, batches):
+    """The CPU if told to, and never a graph that takes the last position for each row's last token.
+
+    Such graphs are those of other exporters, and of this one's earlier versions.
+    """
+    if not is_new:
+        graph = onnx.load(model.graph, load_external_data=False)
+        del graph.metadata_props[:]
+        onnx.save(graph, tmp_path / "model.onnx")
+        shutil.copy(model.graph.with_name("model.onnx.data"), tmp_path)
+        model = dataclasses.replace(model, graph=tmp_path / "model.onnx")
+    recorder = Recorder(OrtRunner(model, "cpu", SLOTS, SLOT_LENGTH, threads=1))
+    settings = GeneratorSettings(model_directory=model.path, max_prefill_batch_size=size)
+    engine = build_engine(settings, recorder, Meter(), lambda updates: None, lambda fault: None)
+    for length in (20, 30):
+        engine.submit(EngineRequest(tuple(PROMPT[:length]), 1))
+    engine.step()
+
+    assert not engine.load().running_sequences
+    assert batches == len(recorder.plans[0].batches)
+
+
+def test_a_batch_with_a_token_outside_the_vocabulary_fails_as_a_whole(runner, model):
+    """Its prompts are told, what runs beside it goes on, and what it wrote is not reused."""
+    bench = _bench(runner, prefill_tokens=64, chunk_tokens=256, max_prefill_batch_size=4)
+    running = bench.submit(PROMPT, 12, stop_token_ids=frozenset())
+    bench.step()
+    failed = [bench.submit([*OTHERS[0], token, 4], 5) for token in (model.vocab_size + 1, 4)]
+    bench.finish()
+    again = bench.submit([*OTHERS[0], 4, 4], 5)
+    bench.finish()
+
+    assert set(failed) == set(bench.errors)
+    assert 12 == len(bench.tokens[running][0])
+    assert 0 == again.sequences[0].cached_prompt_tokens
 
 
 @pytest.mark.parametrize("temperature", [0, 1.2])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from generator_svc.kv_cache import SlotCache
+from generator_svc.metering import PADDING
 from generator_svc.prefill_cost import PrefillCostModel
 from generator_svc.scheduler import Scheduler
 from generator_svc.sequence import (
@@ -87,6 +88,79 @@ def test_padded_decode_batches_give_the_same_tokens(seed):
         wanted = greedy(group.request.prompt, group.request.max_new_tokens)
         assert all(wanted == tokens for tokens in bench.tokens[group].values())
     assert again.sequences[0].cached_prompt_tokens >= len(again.request.prompt) - 2
+
+
+def _batches(bench):
+    return [batch for plan in bench.runner.plans for batch in plan.batches]
+
+
+def test_whole_prompts_are_prefilled_in_one_run():
+    """As many as the setting says, each of them padded to the same length, and they answer."""
+    bench = Bench(slots=8, slot_length=128, chunk_tokens=512, max_prefill_batch_size=4)
+    prompts = [[*range(2, 22 + count)] for count in range(6)]
+    groups = [bench.submit(prompt, 3) for prompt in prompts]
+    bench.finish()
+
+    assert [4, 2] == [len(batch.prompts) for batch in _batches(bench)]
+    assert {32} == {batch.length for batch in _batches(bench)}
+    assert [] == _chunk_lengths(bench)
+    assert [greedy(p, 3) for p in prompts] == [bench.tokens[group][0] for group in groups]
+
+
+def test_only_prompts_of_similar_lengths_are_prefilled_in_one_run():
+    """A long prompt does not make short ones as long as itself."""
+    bench = Bench(slots=8, slot_length=512, chunk_tokens=2048, max_prefill_batch_size=8)
+    for length in (20, 25, 30, 400, 10, 300, 290):
+        bench.submit([length] * length, 2)
+    bench.finish()
+
+    assert [(3, 32), (1, 448), (1, 32), (2, 320)] == [
+        (len(batch.prompts), batch.length) for batch in _batches(bench)
+    ]
+
+
+def test_prompts_on_both_sides_of_a_running_stream_are_two_runs():
+    """A run covers consecutive slots, and would overwrite whoever is in between."""
+    bench = Bench(slots=3, prefill_tokens=64, chunk_tokens=64, max_prefill_batch_size=4)
+    first = bench.submit([5, 6], 2, stop_token_ids=frozenset())
+    between = bench.submit([7, 8], 40, stop_token_ids=frozenset())
+    bench.step()
+    bench.step()
+    assert bench.finished[first]
+    newcomers = [bench.submit([value, value], 3) for value in (9, 10)]
+    bench.finish()
+
+    assert [1, 1] == [len(batch.prompts) for batch in _batches(bench)[-2:]]
+    assert greedy([7, 8], 40, eos=None) == bench.tokens[between][0]
+    assert [greedy([v, v], 3) for v in (9, 10)] == [bench.tokens[g][0] for g in newcomers]
+
+
+def test_cut_and_partly_cached_prompts_are_prefilled_alone():
+    """Behind a past, the attention takes one sequence at a time, and no padding."""
+    bench = Bench(slots=4, slot_length=128, chunk_tokens=64, max_prefill_batch_size=4)
+    bench.submit([9] * 40, 2)
+    bench.finish()
+    batches = len(_batches(bench))
+    following = bench.submit([*[9] * 40, 5, 6, 7], 2)
+    long = bench.submit([8] * 100, 2)
+    bench.finish()
+
+    assert 40 == following.sequences[0].cached_prompt_tokens
+    assert batches == len(_batches(bench))
+    assert greedy([8] * 100, 2) == bench.tokens[long][0]
+
+
+def test_padding_of_prompts_is_overhead():
+    """Each prompt pays for its own tokens; the rest of the run is padding, to the nanosecond."""
+    bench = Bench(slots=2, chunk_tokens=64, max_prefill_batch_size=2)
+    groups = [bench.submit([value] * length, 1) for value, length in ((8, 24), (9, 16))]
+    bench.finish()
+    spent = [group.sequences[0].device_nanoseconds for group in groups]
+    busy = bench.meter.busy
+
+    assert busy == bench.runner.busy == sum(spent) + bench.meter.overhead[PADDING]
+    for nanoseconds, tokens in zip(spent, (24, 16), strict=True):
+        assert abs(nanoseconds - busy * tokens / 64) < 1
 
 
 @pytest.mark.parametrize("stopped", [[0], [0, 1], [1], [2, 0], [1, 0]])

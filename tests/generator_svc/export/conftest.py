@@ -29,9 +29,14 @@ class Slots:
             for part in ("key", "value")
         }
 
-    def run(self, first: int, tokens: list[list[int]], lengths: list[int]) -> np.ndarray:
-        """Feeds `tokens` to the rows from `first`; `lengths` count them in. [rows, vocabulary]."""
-        mask = np.arange(max(lengths))[None, :] < np.array(lengths)[:, None]
+    def run(
+        self, first: int, tokens: list[list[int]], lengths: list[int], width: int = 0
+    ) -> np.ndarray:
+        """Feeds `tokens` to the rows from `first`; `lengths` count them in. [rows, vocabulary].
+
+        The mask is as wide as the longest, or `width`.
+        """
+        mask = np.arange(width or max(lengths))[None, :] < np.array(lengths)[:, None]
         binding = self.session.io_binding()
         binding.bind_cpu_input("input_ids", np.array(tokens, np.int64))
         binding.bind_cpu_input("attention_mask", mask.astype(np.int64))

@@ -1,0 +1,54 @@
+"""Which prompts are prefilled together in one run, and to which length they are padded.
+
+A run reads all weights once, which takes longer than a short prompt's own products. Standard
+library only.
+"""
+
+from generator_svc.plan import ATTENTION_TILE, MIN_CHUNK_TOKENS, Chunk, PromptBatch
+from generator_svc.sequence import Sequence
+
+# Positions of a batch, against what its prompts have when each is padded alone: reading the weights
+# once more costs as much as some hundreds of them (docs/log.md).
+_MAX_GROWTH = 1.5
+
+
+def take_batches(
+    chunks: dict[Sequence, Chunk], max_size: int, slot_length: int
+) -> dict[tuple[Sequence, ...], PromptBatch]:
+    """Takes whole prompts out of `chunks` and returns them in batches, by their sequences.
+
+    A batch has at most `max_size` prompts, in consecutive slots: with 0 there are none.
+    """
+    groups: list[list[Sequence]] = []
+    for sequence, chunk in sorted(chunks.items(), key=lambda item: item[1].slot):
+        is_whole = chunk.start == 0 and chunk.wants_logits
+        # A prompt of one token is computed by kernels that round differently.
+        if not max_size or not is_whole or len(chunk.token_ids) < MIN_CHUNK_TOKENS:
+            continue
+        if groups and len(groups[-1]) < max_size and _fits(groups[-1], sequence):
+            groups[-1].append(sequence)
+        else:
+            groups.append([sequence])
+    batches = {}
+    for group in groups:
+        prompts = tuple(chunks.pop(sequence).token_ids for sequence in group)
+        length = min(padded_length(max(map(len, prompts))), slot_length)
+        batches[tuple(group)] = PromptBatch(group[0].slot, prompts, length)
+    return batches
+
+
+def padded_length(tokens: int) -> int:
+    """The least of the lengths that prompts are padded to: four for each power of two, whole tiles.
+
+    A CUDA device plans the attention anew for each length, so there should be few of them.
+    """
+    step = max((1 << (tokens - 1).bit_length()) // 8, ATTENTION_TILE)
+    return -(-tokens // step) * step
+
+
+def _fits(group: list[Sequence], sequence: Sequence) -> bool:
+    """Whether another prompt may be padded to one length with those of `group`."""
+    if sequence.slot != group[-1].slot + 1:
+        return False
+    lengths = [padded_length(s.prompt_length) for s in (*group, sequence)]
+    return len(lengths) * max(lengths) <= _MAX_GROWTH * sum(lengths)
