@@ -92,8 +92,12 @@ class GeneratorSettings(BaseSettings):
         "prompts are pending than sequences decode. Higher: lower TTFT, more tokens per second; "
         "lower: smaller inter-token stalls.",
     )
-    chunk_tokens: int = Field(
-        512, ge=8, description="Maximum prefill tokens per step while nothing decodes."
+    max_num_batched_tokens: int = Field(
+        512,
+        ge=8,
+        description="Maximum tokens per step: those of prompts, and one for each sequence that "
+        "decodes. Prompts get at least 32 of them. While sequences decode, prefill_stall_ms is "
+        "usually the tighter bound.",
     )
     max_prefill_batch_size: int = Field(
         0,

@@ -7,7 +7,7 @@ The whole policy:
        bounded by `stall_nanoseconds`; with more prompts pending than sequences decoding, by as many
        times that, up to MAX_STALL_MULTIPLIER. This is the only tuning knob: higher lowers TTFT,
        lower shortens inter-token stalls. Every step computes at least one attention tile, however
-       slow the device. While nothing decodes, the bound is `chunk_tokens`.
+       slow the device. `max_num_batched_tokens` bounds all tokens of a step.
     3. With `max_prefill_batch_size`, whole prompts of consecutive slots are prefilled in one run,
        padded to one of a few lengths, as long as they are about equally long.
     4. First come, first served, among prompts that fit into one step. A longer prompt gets at least
@@ -71,11 +71,11 @@ class ScheduledStep:
 class Scheduler:
     """Owns the waiting queue, the running sequences and the slots; for the engine's thread.
 
-    `stall_nanoseconds` and `chunk_tokens` are those of the module's policy. `on_finish` is called
-    once for every sequence that ends, for whatever reason. Decode batches are padded with idle
-    rows to the next of `batch_sizes` (ascending, the last equal to the number of slots); without
-    them, to no more than the highest decoding slot. With a `max_prefill_batch_size` of 0, each
-    prompt is prefilled on its own and without padding.
+    `stall_nanoseconds` and `max_num_batched_tokens` are those of the module's policy. `on_finish`
+    is called once for every sequence that ends, for whatever reason. Decode batches are padded with
+    idle rows to the next of `batch_sizes` (ascending, the last equal to the number of slots);
+    without them, to no more than the highest decoding slot. With a `max_prefill_batch_size` of 0,
+    each prompt is prefilled on its own and without padding.
     """
 
     def __init__(
@@ -83,12 +83,12 @@ class Scheduler:
         cache: SlotCache,
         prefill_cost: PrefillCostModel,
         stall_nanoseconds: int,
-        chunk_tokens: int,
+        max_num_batched_tokens: int,
         on_finish: Callable[[Sequence], None],
         batch_sizes: tuple[int, ...] = (),
         max_prefill_batch_size: int = 0,
     ) -> None:
-        assert chunk_tokens > _MIN_PREFILL_TOKENS
+        assert max_num_batched_tokens > _MIN_PREFILL_TOKENS
         self.cache = cache
         self.prefill_cost = prefill_cost
         self._on_finish = on_finish
@@ -97,7 +97,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._stall_nanoseconds = stall_nanoseconds
-        self._chunk_tokens = chunk_tokens
+        self._max_num_batched_tokens = max_num_batched_tokens
 
     @property
     def has_work(self) -> bool:
@@ -257,13 +257,15 @@ class Scheduler:
     def _prefill_budget(self) -> int:
         """Prompt tokens per step, counted at the cost of a prompt's first tokens."""
         decoding = sum(sequence.status is SequenceStatus.DECODE for sequence in self.running)
+        max_tokens = self._max_num_batched_tokens
         if not decoding:
-            return self._chunk_tokens
+            return max_tokens
+        max_tokens = max(max_tokens - decoding, min(max_tokens, ATTENTION_TILE))
         pending = len(self.waiting) + len(self._prefilling())
         # A stall delays everyone who decodes, and shortens the wait of everyone who is pending.
         multiplier = min(max(pending / decoding, 1.0), MAX_STALL_MULTIPLIER)
         budget_ns = multiplier * self._stall_nanoseconds
-        return min(self.prefill_cost.tokens_within(budget_ns), self._chunk_tokens)
+        return min(self.prefill_cost.tokens_within(budget_ns), max_tokens)
 
     def _prefilling(self) -> list[Sequence]:
         return [s for s in self.running if s.status is SequenceStatus.PREFILL and s.uncomputed]

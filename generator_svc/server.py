@@ -80,7 +80,7 @@ def _load_on(device: str, settings: GeneratorSettings, model: ModelDirectory) ->
         return OrtRunner(model, device, plan.slots, plan.slot_length, threads)
     runner = OrtRunner(model, device, 1, plan.slot_length, threads, cuda_graphs)
     # The runtime keeps what its largest run took.
-    longest = min(settings.chunk_tokens, plan.slot_length)
+    longest = min(settings.max_num_batched_tokens, plan.slot_length)
     _check(runner.run(StepPlan(chunks=(Chunk(0, 0, (0,) * longest, wants_logits=True),))).chunks[0])
     runner.reallocate(plan_loaded(settings, plan))
     log.info("%d slots of %d tokens on the device", runner.info.slots, runner.info.slot_length)
@@ -144,7 +144,7 @@ def build_engine(
         cache,
         PrefillCostModel(),
         stall_nanoseconds,
-        settings.chunk_tokens,
+        settings.max_num_batched_tokens,
         meter.settle,
         runner.info.capture_sizes,
         _prefill_batch_size(settings, runner.info),

@@ -28,7 +28,7 @@ class Bench:
     slot_length: int = 64
     reuse: bool = True
     prefill_tokens: int = 8
-    chunk_tokens: int = 16
+    max_num_batched_tokens: int = 16
     seed: int = 0
     batch_sizes: tuple[int, ...] = ()
     max_prefill_batch_size: int = 0
@@ -51,7 +51,7 @@ class Bench:
             self.cache,
             cost_model,
             1,
-            self.chunk_tokens,
+            self.max_num_batched_tokens,
             self.meter.settle,
             self.batch_sizes,
             self.max_prefill_batch_size,

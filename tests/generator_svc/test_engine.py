@@ -30,7 +30,7 @@ def test_random_traffic_gives_each_request_its_own_answer_and_every_nanosecond_a
         slots=draw.choice([1, 2, 5]),
         reuse=draw.random() < 0.7,
         seed=seed,
-        chunk_tokens=draw.choice([16, 128]),
+        max_num_batched_tokens=draw.choice([16, 128]),
         max_prefill_batch_size=draw.choice([0, 1, 4]),
     )
     bench.runner.fails = lambda slots: OSError("run") if draw.random() < 0.01 else None
@@ -228,7 +228,7 @@ def test_a_stopped_choice_finishes_with_counts_and_frees_its_slot():
 @pytest.mark.parametrize("steps", range(6))
 def test_cancelling_frees_everything_wherever_the_request_is(steps):
     """Queued, in prefill or decoding: one step later nothing is held."""
-    bench = Bench(slots=1, chunk_tokens=8)
+    bench = Bench(slots=1, max_num_batched_tokens=8)
     first = bench.submit(list(range(2, 30)), 4)
     second = bench.submit(list(range(30, 60)), 4)
     for _ in range(steps):
@@ -244,7 +244,7 @@ def test_cancelling_frees_everything_wherever_the_request_is(steps):
 
 def test_running_streams_wait_for_a_bounded_piece_of_a_long_prompt():
     """While something decodes, a step prefills no more than the dial says, and decodes it too."""
-    bench = Bench(slots=2, slot_length=256, prefill_tokens=8, chunk_tokens=64)
+    bench = Bench(slots=2, slot_length=256, prefill_tokens=8, max_num_batched_tokens=64)
     bench.submit([5, 6], 60, stop_token_ids=frozenset())
     bench.step()
     bench.submit(list(range(2, 62)) * 3, 2)
@@ -259,7 +259,7 @@ def test_running_streams_wait_for_a_bounded_piece_of_a_long_prompt():
 def test_no_chunk_has_a_lone_token():
     """A lone token is computed by a kernel that rounds differently, so prompts never end in one."""
     for length in range(2, 50):
-        bench = Bench(prefill_tokens=8, chunk_tokens=8)
+        bench = Bench(prefill_tokens=8, max_num_batched_tokens=8)
         bench.submit([3, 4, 5], 30, stop_token_ids=frozenset())
         bench.submit([9] * length, 2)
         bench.finish()

@@ -243,8 +243,14 @@ def test_prompts_of_any_length_can_be_cut_anywhere(runner, length):
     """The scheduler never leaves a token alone in a tile, so its chunks do not show."""
     prompt = [int(token) for token in np.random.default_rng(length).integers(3, 300, length)]
     logprobs = []
-    for chunk_tokens in (8, 11, 33, 40, 128):
-        bench = Reporting(SLOTS, SLOT_LENGTH, reuse=False, chunk_tokens=chunk_tokens, runner=runner)
+    for max_num_batched_tokens in (8, 11, 33, 40, 128):
+        bench = Reporting(
+            SLOTS,
+            SLOT_LENGTH,
+            reuse=False,
+            max_num_batched_tokens=max_num_batched_tokens,
+            runner=runner,
+        )
         bench.submit(prompt, 1, top_logprobs=20)
         bench.finish()
         logprobs.append(bench.logprobs)
@@ -295,7 +301,9 @@ def test_prompts_in_one_run_are_one_at_a_time(runner, temperature):
     tokens, sizes = [], set()
     for size in (0, 1, 4):
         recorder = Recorder(runner)
-        bench = _bench(recorder, chunk_tokens=256, max_prefill_batch_size=size, prefill_tokens=96)
+        bench = _bench(
+            recorder, max_num_batched_tokens=256, max_prefill_batch_size=size, prefill_tokens=96
+        )
         groups = [bench.submit(p, 6, sampling=sampling, n=1 + len(p) % 2) for p in prompts]
         bench.finish()
         tokens.append([dict(bench.tokens[group]) for group in groups])
@@ -330,7 +338,7 @@ def test_who_prefills_prompts_in_one_run(model, tmp_path, size, is_new, batches)
 
 def test_a_batch_with_a_token_outside_the_vocabulary_fails_as_a_whole(runner, model):
     """Its prompts are told, what runs beside it goes on, and what it wrote is not reused."""
-    bench = _bench(runner, prefill_tokens=64, chunk_tokens=256, max_prefill_batch_size=4)
+    bench = _bench(runner, prefill_tokens=64, max_num_batched_tokens=256, max_prefill_batch_size=4)
     running = bench.submit(PROMPT, 12, stop_token_ids=frozenset())
     bench.step()
     failed = [bench.submit([*OTHERS[0], token, 4], 5) for token in (model.vocab_size + 1, 4)]

@@ -42,7 +42,7 @@ def test_a_choice_whose_prompt_was_nearly_evicted_computes_no_lone_token():
 def test_prompts_that_nearly_agree_never_leave_a_lone_token(seed):
     """Many choices of many prompts that differ in their last tokens, in few slots."""
     draw = random.Random(seed)
-    bench = Bench(slots=draw.choice([2, 3]), chunk_tokens=draw.choice([8, 64]), seed=seed)
+    bench = Bench(slots=draw.choice([2, 3]), max_num_batched_tokens=draw.choice([8, 64]), seed=seed)
     groups = []
     for _ in range(12):
         prompt = [*range(2, 2 + draw.randrange(2, 20)), draw.randrange(40, 44)]
@@ -55,10 +55,12 @@ def test_prompts_that_nearly_agree_never_leave_a_lone_token(seed):
         assert all(wanted == tokens for tokens in bench.tokens[group].values())
 
 
-@pytest.mark.parametrize("chunk_tokens", [8, 33, 40, 64, 512])
-def test_no_token_is_alone_in_a_tile_of_the_attention(chunk_tokens):
+@pytest.mark.parametrize("max_num_batched_tokens", [8, 33, 40, 64, 512])
+def test_no_token_is_alone_in_a_tile_of_the_attention(max_num_batched_tokens):
     """Chunks of one token more than a multiple of the tile are cut shorter."""
-    bench = Bench(2, 256, reuse=False, chunk_tokens=chunk_tokens, max_queued_requests=200)
+    bench = Bench(
+        2, 256, reuse=False, max_num_batched_tokens=max_num_batched_tokens, max_queued_requests=200
+    )
     groups = [bench.submit([9] * length, 2) for length in range(2, 100)]
     bench.finish()
 
@@ -96,7 +98,7 @@ def _batches(bench):
 
 def test_whole_prompts_are_prefilled_in_one_run():
     """As many as the setting says, each of them padded to the same length, and they answer."""
-    bench = Bench(slots=8, slot_length=128, chunk_tokens=512, max_prefill_batch_size=4)
+    bench = Bench(slots=8, slot_length=128, max_num_batched_tokens=512, max_prefill_batch_size=4)
     prompts = [[*range(2, 22 + count)] for count in range(6)]
     groups = [bench.submit(prompt, 3) for prompt in prompts]
     bench.finish()
@@ -109,7 +111,7 @@ def test_whole_prompts_are_prefilled_in_one_run():
 
 def test_only_prompts_of_similar_lengths_are_prefilled_in_one_run():
     """A long prompt does not make short ones as long as itself."""
-    bench = Bench(slots=8, slot_length=512, chunk_tokens=2048, max_prefill_batch_size=8)
+    bench = Bench(slots=8, slot_length=512, max_num_batched_tokens=2048, max_prefill_batch_size=8)
     for length in (20, 25, 30, 400, 10, 300, 290):
         bench.submit([length] * length, 2)
     bench.finish()
@@ -121,7 +123,7 @@ def test_only_prompts_of_similar_lengths_are_prefilled_in_one_run():
 
 def test_prompts_on_both_sides_of_a_running_stream_are_two_runs():
     """A run covers consecutive slots, and would overwrite whoever is in between."""
-    bench = Bench(slots=3, prefill_tokens=64, chunk_tokens=64, max_prefill_batch_size=4)
+    bench = Bench(slots=3, prefill_tokens=64, max_num_batched_tokens=64, max_prefill_batch_size=4)
     first = bench.submit([5, 6], 2, stop_token_ids=frozenset())
     between = bench.submit([7, 8], 40, stop_token_ids=frozenset())
     bench.step()
@@ -137,7 +139,7 @@ def test_prompts_on_both_sides_of_a_running_stream_are_two_runs():
 
 def test_cut_and_partly_cached_prompts_are_prefilled_alone():
     """Behind a past, the attention takes one sequence at a time, and no padding."""
-    bench = Bench(slots=4, slot_length=128, chunk_tokens=64, max_prefill_batch_size=4)
+    bench = Bench(slots=4, slot_length=128, max_num_batched_tokens=64, max_prefill_batch_size=4)
     bench.submit([9] * 40, 2)
     bench.finish()
     batches = len(_batches(bench))
@@ -152,7 +154,7 @@ def test_cut_and_partly_cached_prompts_are_prefilled_alone():
 
 def test_padding_of_prompts_is_overhead():
     """Each prompt pays for its own tokens; the rest of the run is padding, to the nanosecond."""
-    bench = Bench(slots=2, chunk_tokens=64, max_prefill_batch_size=2)
+    bench = Bench(slots=2, max_num_batched_tokens=64, max_prefill_batch_size=2)
     groups = [bench.submit([value] * length, 1) for value, length in ((8, 24), (9, 16))]
     bench.finish()
     spent = [group.sequences[0].device_nanoseconds for group in groups]
@@ -168,7 +170,7 @@ def test_padding_of_prompts_is_overhead():
 def test_the_next_choice_takes_the_prefill_over(stopped, steps):
     """Whichever choices are stopped, and whenever, the others answer."""
     prompt = list(range(2, 40))
-    bench = Bench(slots=2, chunk_tokens=8)
+    bench = Bench(slots=2, max_num_batched_tokens=8)
     group = bench.submit(prompt, 4, n=3)
     for _ in range(steps):
         bench.step()
@@ -263,7 +265,7 @@ def _steps_until(bench, group, most=400):
 
 def test_a_short_prompt_does_not_wait_for_a_long_one():
     """Half of each step is for the others, shortest first, while a long prompt is computed."""
-    bench = Bench(slots=4, slot_length=512, prefill_tokens=32, chunk_tokens=32)
+    bench = Bench(slots=4, slot_length=512, prefill_tokens=32, max_num_batched_tokens=32)
     running = bench.submit([5, 6], 200, stop_token_ids=frozenset())
     bench.step()
     long = bench.submit([7] * 400, 2)
@@ -278,7 +280,7 @@ def test_a_short_prompt_does_not_wait_for_a_long_one():
 
 def test_a_long_prompt_does_not_starve_under_short_ones():
     """It gets at least half of every step once it has started, however many others come."""
-    bench = Bench(slots=4, slot_length=512, prefill_tokens=32, chunk_tokens=32)
+    bench = Bench(slots=4, slot_length=512, prefill_tokens=32, max_num_batched_tokens=32)
     bench.submit([5, 6], 300, stop_token_ids=frozenset())
     bench.step()
     long = bench.submit([7] * 320, 2)
@@ -295,7 +297,7 @@ def test_a_long_prompt_does_not_starve_under_short_ones():
 
 def test_a_long_prompt_is_not_started_beside_another():
     """The second would hold a slot that short requests can use meanwhile."""
-    bench = Bench(slots=3, slot_length=512, prefill_tokens=32, chunk_tokens=32)
+    bench = Bench(slots=3, slot_length=512, prefill_tokens=32, max_num_batched_tokens=32)
     bench.submit([5, 6], 300, stop_token_ids=frozenset())
     bench.step()
     first, second = bench.submit([7] * 300, 2), bench.submit([9] * 300, 2)
@@ -311,7 +313,7 @@ def test_a_long_prompt_is_not_started_beside_another():
 
 def test_a_long_conversation_that_is_cached_does_not_wait_for_a_long_prompt():
     """What it has to compute is short, so it counts as short."""
-    bench = Bench(slots=4, slot_length=512, prefill_tokens=32, chunk_tokens=32)
+    bench = Bench(slots=4, slot_length=512, prefill_tokens=32, max_num_batched_tokens=32)
     bench.submit([9] * 300, 2)
     bench.finish()
     bench.submit([5, 6], 300, stop_token_ids=frozenset())
@@ -355,13 +357,32 @@ def test_running_streams_are_held_up_no_longer_than_the_dial_says():
     assert np.median(spent[2:]) >= 0.7 * stall
 
 
+@pytest.mark.parametrize(("streams", "most"), [(4, 92), (68, 32)])
+def test_decoding_sequences_count_among_the_tokens_of_a_step(streams, most):
+    """Prompts get what they leave of the maximum, and one tile at least."""
+    bench = Bench(
+        slots=70, slot_length=256, prefill_tokens=200, max_num_batched_tokens=96, reuse=False
+    )
+    for value in range(streams):
+        bench.submit([5, value % 60], 60, stop_token_ids=frozenset())
+    while len(bench.tokens) < streams:
+        bench.step()
+    bench.submit([7] * 200, 2)
+    bench.step()
+    plan = bench.runner.plans[-1]
+
+    assert streams == sum(not row.is_idle for row in plan.rows)
+    assert most == sum(len(chunk.token_ids) for chunk in plan.chunks)
+    bench.finish()
+
+
 @pytest.mark.parametrize(("streams", "prompts", "stretch"), [(4, 4, 1), (2, 4, 2), (1, 7, 4)])
 def test_newcomers_hold_streams_up_by_how_many_they_are(streams, prompts, stretch):
     """With no more prompts than streams, a step prefills what the dial says, however many come.
 
     Only where fewer streams than prompts wait for the step, it prefills more, up to four times.
     """
-    bench = Bench(slots=8, slot_length=256, prefill_tokens=64, chunk_tokens=512)
+    bench = Bench(slots=8, slot_length=256, prefill_tokens=64, max_num_batched_tokens=512)
     for value in range(streams):
         bench.submit([5, value], 60, stop_token_ids=frozenset())
     bench.step()
