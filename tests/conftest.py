@@ -19,6 +19,7 @@ NEED_THE_EXPORTER = (
     "bench/test_published_sizes.py",
     "bench/test_random_checkpoint.py",
     "bench/test_random_llama.py",
+    "bench/test_replicas_bench.py",
     "cli/test_cli_export.py",
     "generator_svc/export",
     "generator_svc/test_device_sampler.py",

@@ -4,6 +4,7 @@ Knows nothing of what is called.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import (
     AsyncGenerator,
@@ -150,13 +151,14 @@ class ReplicaSet:
 
     async def _pick(self, pick: Picker) -> Replica:
         if not (found := self._candidates()):
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(GAP_SECONDS):
-                    while not (found := self._candidates()):
+                    while not self._candidates():
                         await self._changed.wait()
-            except TimeoutError:
+            # Of the time a busy loop may tell before it tells of a replica.
+            if not (found := self._candidates()):
                 message = "The model server cannot be reached."
-                raise ServiceError("backend_unavailable", message) from None
+                raise ServiceError("backend_unavailable", message)
         return pick(found)
 
     def _candidates(self) -> list[Replica]:
