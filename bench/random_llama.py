@@ -322,7 +322,9 @@ def _write_text_side(folder: Path, shape: Shape, precision: str, device: str) ->
         "{% for m in messages %}{{ m.content }}{% endfor %}"
     )
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    manifest = {"files": sizes, "precision": precision, "device": device}
+    manifest: dict[str, Any] = {"files": sizes, "precision": precision, "device": device}
+    if device == "cuda" and precision in ("int8", "int4"):
+        manifest["symmetric_block_size"] = BLOCK_SIZE
     (folder / "trivium_export.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
 

@@ -30,6 +30,14 @@ _SPIN_MICROSECONDS = "50"
 
 _FLASH_ATTENTION = "1"  # of the provider option sdpa_kernel
 
+# Products of float16 with symmetric 4 or 8 bits in blocks of 32 by kernels that unpack weights as
+# they go (fpA_intB). While the session is made each is timed for every shape and these numbers of
+# rows; a number in between takes the next one's, a larger one is timed on its first run.
+_WEIGHT_ONLY_GEMM = {
+    "ep.cuda.fpa_intb_gemm": "1",
+    "ep.cuda.fpa_intb_profile_m": "1,2,4,8,16,32,64,128,256,512",
+}
+
 # Arguments of an OrtValue binding: device name, device number, element type, shape, address.
 TensorRef = tuple[str, int, Any, tuple[int, ...], int]
 
@@ -83,12 +91,19 @@ class Device:
         self.name = name
         self.clock = _start_clock(name)
 
-    def open(self, graph: Path, threads: int = 1, cuda_graphs: bool = False) -> Any:
+    def open(
+        self,
+        graph: Path,
+        threads: int = 1,
+        cuda_graphs: bool = False,
+        weight_only_gemm: bool = False,
+    ) -> Any:
         """An inference session of a graph file. Raises DeviceError.
 
         `threads` is the number of intra-op threads on the CPU, 0 for one per usable core; on CUDA
         the host only launches kernels. With `cuda_graphs`, runs with a graph number are captured
-        as CUDA graphs and replayed.
+        as CUDA graphs and replayed. With `weight_only_gemm`, CUDA uses other kernels for products
+        with quantised weights that have no zero points, which makes loading slower.
         """
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -100,6 +115,8 @@ class Device:
             # Frees the raw weights once a kernel has packed them its own way.
             entry = "session.use_device_allocator_for_initializers"
             options.add_session_config_entry(entry, "1")
+            for entry, value in _WEIGHT_ONLY_GEMM.items() if weight_only_gemm else ():
+                options.add_session_config_entry(entry, value)
         else:
             options.intra_op_num_threads = threads or cpu_limit().cores
         try:

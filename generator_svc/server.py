@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import gc
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -40,6 +41,7 @@ from trivium.wire.serving import GrpcServer, StopSignals
 log = logging.getLogger("generator_svc")
 
 _PREFILL_BATCH_SIZE = 32  # where padding is cheap
+_WEIGHT_ONLY_GEMM_BLOCK = 32  # the only block size of its kernels in ONNX Runtime's packages
 
 _CAPTURE_SECONDS = 30.0  # at start; the remaining batch sizes are captured on first use
 
@@ -78,10 +80,28 @@ def _load_on(device: str, settings: GeneratorSettings, model: ModelDirectory) ->
     cuda_graphs = settings.cuda_graphs and device == "cuda" and model.precision != "fp32"
     if device == "cpu":
         return OrtRunner(model, device, plan.slots, plan.slot_length, threads)
-    runner = OrtRunner(model, device, 1, plan.slot_length, threads, cuda_graphs)
-    # The runtime keeps what its largest run took.
-    longest = min(settings.max_num_batched_tokens, plan.slot_length)
-    _check(runner.run(StepPlan(chunks=(Chunk(0, 0, (0,) * longest, wants_logits=True),))).chunks[0])
+
+    def load(weight_only_gemm: bool) -> OrtRunner:
+        runner = OrtRunner(
+            model, device, 1, plan.slot_length, threads, cuda_graphs, weight_only_gemm
+        )
+        # The runtime keeps what its largest run took.
+        tokens = (0,) * min(settings.max_num_batched_tokens, plan.slot_length)
+        _check(runner.run(StepPlan(chunks=(Chunk(0, 0, tokens, wants_logits=True),))).chunks[0])
+        return runner
+
+    weight_only_gemm = model.manifest.get("symmetric_block_size") == _WEIGHT_ONLY_GEMM_BLOCK
+    try:
+        runner = load(weight_only_gemm)
+    except DeviceError as error:
+        if not weight_only_gemm:
+            raise
+        # Such as a width for which there is no kernel.
+        log.warning("the model is loaded again without weight-only products: %s", error)
+        runner = None
+    if runner is None:
+        gc.collect()  # a runner refers to itself, and its weights should not be there twice
+        runner = load(False)
     runner.reallocate(plan_loaded(settings, plan))
     log.info("%d slots of %d tokens on the device", runner.info.slots, runner.info.slot_length)
     return runner

@@ -99,7 +99,8 @@ class OrtRunner:
 
     With `cuda_graphs`, decode runs are captured as one CUDA graph per size in
     `info.capture_sizes` and replayed, once `capture` has verified that this works. Graphs belong to
-    the thread that captured them: call `run` and `capture` on one thread only. Raises DeviceError.
+    the thread that captured them: call `run` and `capture` on one thread only. `weight_only_gemm`
+    as for Device.open. Raises DeviceError.
     """
 
     def __init__(
@@ -110,12 +111,13 @@ class OrtRunner:
         slot_length: int,
         threads: int = 0,
         cuda_graphs: bool = False,
+        weight_only_gemm: bool = False,
     ) -> None:
         if model.precision == "w8a8":
             _check_integer_products(device)
         self._model = model
         self._device = Device(device)
-        self._session, cuda_graphs = self._open(threads, cuda_graphs)
+        self._session, cuda_graphs = self._open(threads, cuda_graphs, weight_only_gemm)
         past_type = type_of(self._session.get_inputs(), model.names.past_key % 0)
         self._cache_type = _NUMPY_TYPES[past_type]
         logits_type = _NUMPY_TYPES[type_of(self._session.get_outputs(), model.names.logits)]
@@ -262,14 +264,15 @@ class OrtRunner:
             return HostMemory(tensors, shape, self._cache_type)
         return CudaMemory(tensors, shape, self._cache_type)
 
-    def _open(self, threads: int, cuda_graphs: bool) -> tuple[Any, bool]:
+    def _open(self, threads: int, cuda_graphs: bool, weight_only_gemm: bool) -> tuple[Any, bool]:
         """A session, and whether its runs can be captured as CUDA graphs; raises DeviceError."""
         if cuda_graphs:
             try:
-                return self._device.open(self._model.graph, threads, cuda_graphs=True), True
+                graph = self._model.graph
+                return self._device.open(graph, threads, True, weight_only_gemm), True
             except DeviceError as error:  # such as operators that run on the CPU
                 log.warning("CUDA graphs are disabled: %s", error)
-        return self._device.open(self._model.graph, threads), False
+        return self._device.open(self._model.graph, threads, False, weight_only_gemm), False
 
     def _matches_eager_runs(self) -> bool:
         """Whether the first captured graph, replayed on other tokens, matches eager runs."""

@@ -314,3 +314,11 @@ def test_the_engine_serves_from_the_device(either):
 
     assert {} == bench.errors
     assert [[15, 15]] * 3 == [[len(bench.tokens[group][i]) for i in (0, 1)] for group in groups]
+
+
+@pytest.mark.gpu
+def test_no_kernel_is_given_up(model, caplog):
+    """Symmetric weights load and run with the kernels made for them, at the first try."""
+    _loaded(model, cuda_graphs=False)
+
+    assert [] == [record.message for record in caplog.records if record.levelname == "WARNING"]

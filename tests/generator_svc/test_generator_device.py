@@ -1,6 +1,8 @@
 """What happens where a CUDA device shows and cannot be used, made to happen on command."""
 
+import mmap
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import onnxruntime
@@ -8,15 +10,17 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 import generator_svc.server as generator
+from bench.random_llama import SHAPES as BENCH_SHAPES
+from bench.random_llama import make_random_llama
 from generator_svc.config import GeneratorSettings
 from generator_svc.cuda import CudaError
-from generator_svc.device import DeviceError, choose_device, why_not_cuda
+from generator_svc.device import Device, DeviceError, choose_device, why_not_cuda
 from generator_svc.metrics import register_info
-from generator_svc.run.runner import OrtRunner
+from generator_svc.run.runner import OrtRunner, RunResult
 from tests.tiny_models import tiny_model_directory
 from trivium.cuda_libraries import LIBRARIES
 from trivium.host_limits import MemoryLimit
-from trivium.model_directory import load_model_directory
+from trivium.model_directory import ModelDirectory, load_model_directory
 
 
 @pytest.fixture
@@ -127,6 +131,95 @@ def test_slots_are_what_is_free_once_the_model_has_run(loaded_gib, fields, slots
     assert slots == runner.info.slots
     assert model.context_length == runner.info.slot_length
     assert [] == frees
+
+
+@pytest.fixture
+def symmetric_model(tmp_path: Path) -> ModelDirectory:
+    return load_model_directory(
+        make_random_llama(tmp_path / "model", BENCH_SHAPES["tiny"], "int4", "cuda")
+    )
+
+
+@pytest.mark.parametrize("fails", ["session", "run", "never"])
+def test_quantised_products_fall_back_to_the_usual_kernels(
+    fails, symmetric_model, monkeypatch, caplog
+):
+    """Symmetric weights take the kernels made for them, unless these fail to load or to run, which
+    costs one line. The model here runs on the CPU in the device's place."""
+    memory = MemoryLimit(10 * GIBIBYTE, 5 * GIBIBYTE, "the CUDA device")
+    monkeypatch.setattr("generator_svc.memory_plan.device_memory", lambda: memory)
+    monkeypatch.setattr(generator, "choose_device", lambda wanted: "cuda")
+    asked = []
+
+    class PickyRunner(OrtRunner):
+        def __init__(self, model, device, *rest):
+            asked.append(rest[-1])
+            if rest[-1] and fails == "session":
+                raise DeviceError("no such kernel")
+            super().__init__(model, "cpu", *rest)
+
+        def run(self, plan):
+            outcome = super().run(plan)
+            if asked[-1] and fails == "run":
+                failed = RunResult(1, error=RuntimeError("No valid fpA_intB MatMulNBits tactic"))
+                return replace(outcome, chunks=(failed,))
+            return outcome
+
+    monkeypatch.setattr(generator, "OrtRunner", PickyRunner)
+    path = symmetric_model.path
+    settings = GeneratorSettings(model_directory=path, device="cuda", threads=1, slots=2)
+    runner = generator.load_runner(settings, symmetric_model)
+    warnings = [record for record in caplog.records if record.levelname == "WARNING"]
+
+    assert 2 == runner.info.slots
+    assert ([True] if fails == "never" else [True, False]) == asked
+    assert (0 if fails == "never" else 1) == len(warnings)
+
+
+def test_other_models_do_not_wait_for_timings_of_kernels(monkeypatch):
+    """With zero points, or with no quantised weights, there is nothing to gain."""
+    memory = MemoryLimit(10 * GIBIBYTE, 5 * GIBIBYTE, "the CUDA device")
+    monkeypatch.setattr("generator_svc.memory_plan.device_memory", lambda: memory)
+    monkeypatch.setattr(generator, "choose_device", lambda wanted: "cuda")
+    asked = []
+
+    def load(model, device, *rest):
+        asked.append(rest[-1])
+        return OrtRunner(model, "cpu", *rest)
+
+    monkeypatch.setattr(generator, "OrtRunner", load)
+    folder = tiny_model_directory("llama", "int4")
+    settings = GeneratorSettings(model_directory=folder, device="cuda", threads=1, slots=2)
+    generator.load_runner(settings, load_model_directory(folder))
+
+    assert [False] == asked
+
+
+@pytest.mark.parametrize("weight_only_gemm", [True, False])
+def test_the_session_is_told_which_kernels_to_take(weight_only_gemm, symmetric_model, monkeypatch):
+    """By ONNX Runtime's own names, which its CUDA provider has in its file."""
+    given = {}
+
+    class Session:
+        def __init__(self, graph, options, providers):
+            for name in ("ep.cuda.fpa_intb_gemm", "ep.cuda.fpa_intb_profile_m"):
+                try:
+                    given[name] = options.get_session_config_entry(name)
+                except RuntimeError:  # it has not been set
+                    given[name] = None
+
+        def get_providers(self):
+            return ["CUDAExecutionProvider"]
+
+    monkeypatch.setattr("generator_svc.device.ort.InferenceSession", Session)
+    Device("cuda").open(symmetric_model.graph, weight_only_gemm=weight_only_gemm)
+    provider = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
+
+    assert ("1" if weight_only_gemm else None) == given["ep.cuda.fpa_intb_gemm"]
+    assert weight_only_gemm == (given["ep.cuda.fpa_intb_profile_m"] is not None)
+    if provider.exists():
+        with provider.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as text:
+            assert all(text.find(name.encode()) > 0 for name in given)
 
 
 @pytest.mark.usefixtures("broken_cuda")
