@@ -70,11 +70,12 @@ def _tensor_bytes(
     blocks = tensor.shape[0] * -(-tensor.shape[1] // BLOCK)
     if is_vocabulary:
         return blocks * (BLOCK + floats)
+    is_symmetric = device == "cuda"
     if precision == "int4":
-        return blocks * BLOCK // 2 + blocks * floats + blocks // 2
+        return blocks * BLOCK // 2 + blocks * floats + (0 if is_symmetric else blocks // 2)
     if precision == "w8a8" and "down_proj" not in name:
         return elements + tensor.shape[0] * floats
-    return blocks * (BLOCK + floats + 1)
+    return blocks * (BLOCK + floats + (0 if is_symmetric else 1))
 
 
 def _float_bytes(device: str) -> int:

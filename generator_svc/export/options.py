@@ -38,6 +38,11 @@ class ExportOptions:
         """On CUDA activations and cache are float16, unless full precision is asked for."""
         return self.device == "cuda" and self.precision != "fp32"
 
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether products have quantised weights without zero points."""
+        return self.device == "cuda" and self.precision in ("int8", "int4")
+
     def check_experts(self) -> None:
         """Raises ExportError for what a model with experts cannot become."""
         if self.precision == "w8a8":

@@ -37,7 +37,7 @@ from trivium.model_directory import (
 )
 
 if TYPE_CHECKING:
-    from generator_svc.export.calibration.activations import Ranges
+    from generator_svc.export.calibration.activations import MeanSquares, Ranges
     from generator_svc.export.checkpoint.checkpoint import Checkpoint
     from generator_svc.export.graph.experts import Form
     from generator_svc.export.graph.graph import Graph
@@ -182,6 +182,7 @@ def _build(
     from generator_svc.export.genai_config import GRAPH_FILE, WEIGHTS_FILE
     from generator_svc.export.graph.trace import trace
     from generator_svc.export.tokenizer_files import write_tokenizer
+    from generator_svc.export.weights.blocks import BLOCK_SIZE
     from generator_svc.export.weights.external_data import save
 
     checkpoint = load_checkpoint(origin)
@@ -193,12 +194,14 @@ def _build(
     progress("writing the tokenizer")
     write_tokenizer(origin, folder)
     _check_vocabulary(checkpoint, folder)
-    ranges = None
+    ranges, squares = None, None
     if options.precision == "w8a8":
         ranges = _calibrate(checkpoint, folder, progress)
+    elif options.is_symmetric and options.precision == "int4" and not checkpoint.decoder.experts:
+        squares = _mean_squares(checkpoint, folder, progress)
     progress("tracing")
     graph = trace(checkpoint, scratch / "traced")
-    rewrite(graph, checkpoint, options, ranges)
+    rewrite(graph, checkpoint, options, ranges, squares)
     shutil.rmtree(scratch / "traced")
     save(graph, folder / GRAPH_FILE, folder / WEIGHTS_FILE, progress)
     _write_configs(checkpoint, generation, folder)
@@ -210,6 +213,8 @@ def _build(
         "agreement": _verify(checkpoint, scratch, options, progress),
         "seconds": round(time.monotonic() - began, 1),
     }
+    if options.is_symmetric:
+        manifest["symmetric_block_size"] = BLOCK_SIZE
     progress("computing digests")
     _write_manifest(folder, manifest)
 
@@ -243,14 +248,25 @@ def _calibrate(checkpoint: Checkpoint, folder: Path, progress: Progress) -> Rang
     return ranges
 
 
+def _mean_squares(checkpoint: Checkpoint, folder: Path, progress: Progress) -> MeanSquares:
+    from generator_svc.export.calibration.activations import TEXT, mean_squares
+    from generator_svc.export.tokenizer_files import encode
+
+    return mean_squares(checkpoint.model, encode(folder, TEXT.read_text("utf-8")), progress)
+
+
 def rewrite(
     graph: Graph,
     checkpoint: Checkpoint,
     options: ExportOptions,
     ranges: Ranges | None = None,
+    squares: MeanSquares | None = None,
     experts_form: Form | None = None,
 ) -> None:
-    """All passes over the traced graph; `ranges` of activations are for w8a8 alone."""
+    """All passes over the traced graph.
+
+    `ranges` of activations are for w8a8 alone, their mean `squares` for int4 on CUDA.
+    """
     from generator_svc.export.graph import attention, experts, half, head, norm, projection
     from generator_svc.export.graph.integer import integer_products
     from generator_svc.export.graph.quantize import quantize_embedding, quantize_weights
@@ -267,8 +283,9 @@ def rewrite(
         assert ranges is not None
         integer_products(graph, ranges)
     if options.precision in ("int8", "int4", "w8a8"):
-        quantize_weights(graph, bits=4 if options.precision == "int4" else 8)
-        quantize_embedding(graph, decoder.hidden_size, decoder.tied_embeddings)
+        bits = 4 if options.precision == "int4" else 8
+        quantize_weights(graph, bits, options.is_half, squares)
+        quantize_embedding(graph, decoder.hidden_size, decoder.tied_embeddings, options.is_half)
     elif decoder.tied_embeddings:
         head.share_embedding(graph)
     if options.is_half:

@@ -8,9 +8,10 @@ import onnx
 import pytest
 
 from bench.random_llama import SHAPES, Shape, make_random_llama
+from generator_svc.export import ExportOptions, export_model
 from generator_svc.plan import Chunk, Row, StepPlan
 from generator_svc.run.runner import OrtRunner
-from tests.tiny_models import SHAPE, tiny_model_directory
+from tests.tiny_models import SHAPE, tiny_checkpoint, tiny_model_directory
 from tokenizer_svc.tokenizer import Tokenizer
 from trivium.model_directory import load_model_directory
 
@@ -70,6 +71,33 @@ def test_the_graph_is_the_exporters(precision, tmp_path):
 
     assert _interface(exported) == _interface(made)
     assert _operators(exported) == _operators(made)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_products_for_cuda_are_the_exporters(precision, tmp_path):
+    """The same attributes and inputs, and the manifest's word for it: so the same kernels run."""
+    options = ExportOptions(precision, "cuda")
+    exported = export_model(str(tiny_checkpoint("llama-untied")), tmp_path / "exported", options)
+    vocabulary = load_model_directory(exported).vocab_size
+    shape = dataclasses.replace(SHAPES["tiny"], layers=3, vocabulary=vocabulary)
+    made = make_random_llama(tmp_path / "made", shape, precision, "cuda")
+
+    assert _products(exported) == _products(made)
+    blocks = {load_model_directory(f).manifest["symmetric_block_size"] for f in (exported, made)}
+    assert {32} == blocks
+
+
+def _products(folder):
+    graph = _graph(folder)
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    return {
+        node.name: (
+            {attribute.name: attribute.i for attribute in node.attribute},
+            [types.get(name) for name in node.input],
+        )
+        for node in graph.node
+        if node.op_type == "MatMulNBits"
+    }
 
 
 def _graph(folder):

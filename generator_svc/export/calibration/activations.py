@@ -1,11 +1,11 @@
-"""The largest activations of a checkpoint's linear layers on a text, channel by channel.
+"""How large the activations of a checkpoint's linear layers are on a text, channel by channel.
 
 Knows PyTorch; knows nothing of ONNX, nor of what is done with the numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ WINDOW = 256
 Ranges = dict[tuple[int, str], torch.Tensor]
 OBSERVED = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj")
 
+# The means of the squares, in the same form, of the MLP's last product too.
+MeanSquares = dict[tuple[int, str], torch.Tensor]
+
 
 def calibrate(model: Any, token_ids: list[int], progress: Progress = silent) -> Ranges:
     """Runs the decoder over `token_ids` in windows, each from position 0, and keeps the extremes.
@@ -31,35 +34,63 @@ def calibrate(model: Any, token_ids: list[int], progress: Progress = silent) -> 
     Progress counts the bytes of weights that are done with, once for each run. All whole windows
     are one batch, since a streamed model is read anew for each run.
     """
-    whole = len(token_ids) - len(token_ids) % WINDOW
-    windows = torch.tensor(token_ids[:whole]).reshape(-1, WINDOW)
-    both = (windows, torch.tensor([token_ids[whole:]]))
-    batches = [batch for batch in both if batch.numel()]
     ranges: Ranges = {}
-    counting = counted(model.model, len(batches), progress, "calibrating")
-    with torch.inference_mode(), _observed(model, ranges), counting:
-        for batch in batches:
-            model.model(batch, use_cache=False)
+
+    def keep_largest(key: tuple[int, str], rows: torch.Tensor) -> None:
+        largest = rows.abs().amax(0)
+        ranges[key] = torch.maximum(ranges[key], largest) if key in ranges else largest
+
+    _run(model, _batches(token_ids), OBSERVED, keep_largest, progress)
     return ranges
 
 
+def mean_squares(model: Any, token_ids: list[int], progress: Progress = silent) -> MeanSquares:
+    """Runs the decoder over the whole windows of `token_ids`, or over all if there is none."""
+    found: MeanSquares = {}
+
+    def keep_mean(key: tuple[int, str], rows: torch.Tensor) -> None:
+        found[key] = rows.square().mean(0)
+
+    _run(model, _batches(token_ids)[:1], (*OBSERVED, "mlp.down_proj"), keep_mean, progress)
+    return found
+
+
+def _batches(token_ids: list[int]) -> list[torch.Tensor]:
+    """All whole windows, and the rest."""
+    whole = len(token_ids) - len(token_ids) % WINDOW
+    windows = torch.tensor(token_ids[:whole]).reshape(-1, WINDOW)
+    both = (windows, torch.tensor([token_ids[whole:]]))
+    return [batch for batch in both if batch.numel()]
+
+
+def _run(
+    model: Any,
+    batches: list[torch.Tensor],
+    names: Sequence[str],
+    keep: Callable[[tuple[int, str], torch.Tensor], None],
+    progress: Progress,
+) -> None:
+    """Hands the inputs of the modules called `names` to `keep`, float32 [tokens, channels]."""
+    counting = counted(model.model, len(batches), progress, "calibrating")
+    with torch.inference_mode(), _observed(model, names, keep), counting:
+        for batch in batches:
+            model.model(batch, use_cache=False)
+
+
 @contextmanager
-def _observed(model: Any, ranges: Ranges) -> Iterator[None]:
+def _observed(
+    model: Any, names: Sequence[str], keep: Callable[[tuple[int, str], torch.Tensor], None]
+) -> Iterator[None]:
+    def observer(key: tuple[int, str]) -> Callable[[Any, Any], None]:
+        return lambda module, inputs: keep(key, inputs[0].flatten(0, -2))
+
     hooks = [
-        layer.get_submodule(name).register_forward_pre_hook(_observer(ranges, (number, name)))
+        layer.get_submodule(name).register_forward_pre_hook(observer((number, name)))
         for number, layer in enumerate(model.model.layers)
-        for name in OBSERVED
+        for name in names
     ]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _observer(ranges: Ranges, key: tuple[int, str]) -> Callable[[Any, Any], None]:
-    def observe(module: Any, inputs: Any) -> None:
-        largest = inputs[0].abs().flatten(0, -2).amax(0)
-        ranges[key] = torch.maximum(ranges[key], largest) if key in ranges else largest
-
-    return observe

@@ -115,10 +115,10 @@ def _pack(matrices: ExpertMatrices, form: Form, is_half: bool) -> Packing:
     elif form == "int8":
         outputs = (packed("_Q8", (rows, columns), TensorProto.UINT8), scales)
         allowed = _FLOAT16_HALVES if is_half else mxfp4.FLOAT32_EXPONENTS
-        make = partial(_as_int8, matrices, allowed)
+        make = partial(_as_int8, matrices, allowed, is_half)
     elif form == "int4":
         outputs = (packed("_Q4", (rows, columns // 2), TensorProto.UINT8), scales)
-        make = partial(_as_int4, matrices)
+        make = partial(_as_int4, matrices, is_half)
     else:
         codes = packed("_FP4", (columns, rows // 2), TensorProto.UINT8)
         outputs = (codes, replace(scales, data_type=TensorProto.FLOAT8E8M0))
@@ -133,16 +133,18 @@ def _as_floats(matrices: ExpertMatrices, expert: int) -> tuple[Array, ...]:
     return (matrices.floats(expert)[None],)
 
 
-def _as_int8(matrices: ExpertMatrices, allowed: range, expert: int) -> tuple[Array, ...]:
+def _as_int8(
+    matrices: ExpertMatrices, allowed: range, is_half: bool, expert: int
+) -> tuple[Array, ...]:
     if matrices.is_mxfp4:
         levels, scales = mxfp4.as_int8(*matrices.mxfp4(expert, allowed))
     else:
-        levels, scales = int8.quantize_symmetric(matrices.floats(expert))
+        levels, scales = int8.quantize_symmetric(matrices.floats(expert), is_half)
     return levels.reshape(1, matrices.rows, -1), scales[None]
 
 
-def _as_int4(matrices: ExpertMatrices, expert: int) -> tuple[Array, ...]:
-    levels, scales = int4.quantize_symmetric(matrices.floats(expert))
+def _as_int4(matrices: ExpertMatrices, is_half: bool, expert: int) -> tuple[Array, ...]:
+    levels, scales = int4.quantize_symmetric(matrices.floats(expert), is_half)
     return levels.reshape(1, matrices.rows, -1), scales[None]
 
 

@@ -17,40 +17,22 @@ from onnx import NodeProto, TensorProto
 
 from generator_svc.export.calibration.activations import Ranges
 from generator_svc.export.graph.graph import MICROSOFT, Graph
+from generator_svc.export.graph.observed import observed_module
 from generator_svc.export.weights import int8_channels
 from generator_svc.export.weights.packing import Packed, pack_matrix
 
 LARGEST = 127
 ZERO_POINT = 128  # of the activations, which are uint8
 
-# Products that are swapped, and the observed module that has the same input.
-_INPUTS = {
-    "qkv_proj": "self_attn.q_proj",
-    "q_proj": "self_attn.q_proj",
-    "k_proj": "self_attn.q_proj",
-    "v_proj": "self_attn.q_proj",
-    "o_proj": "self_attn.o_proj",
-    "gate_up_proj": "mlp.gate_proj",
-    "gate_proj": "mlp.gate_proj",
-    "up_proj": "mlp.gate_proj",
-}
-
 
 def integer_products(graph: Graph, ranges: Ranges) -> None:
     """Swaps the products that read a norm or the attention for MatMulIntegerToFloat."""
     quantized: dict[str, str] = {}
     for product in list(graph.nodes.values()):
-        module = product.name.removesuffix("/MatMul")
-        if product.op_type == "MatMul" and module.split("/")[-1] in _INPUTS:
-            _swap(graph, product, ranges[_observed_by(module)], quantized)
+        observed = observed_module(product.name)
+        if product.op_type == "MatMul" and observed in ranges:
+            _swap(graph, product, ranges[observed], quantized)
     graph.finish()
-
-
-def _observed_by(module: str) -> tuple[int, str]:
-    """`/model/layers.3/mlp/gate_up_proj` to (3, "mlp.gate_proj")."""
-    parts = module.split("/")
-    number = next(part for part in parts if part.startswith("layers."))
-    return int(number.removeprefix("layers.")), _INPUTS[parts[-1]]
 
 
 def _swap(graph: Graph, product: NodeProto, largest: Any, quantized: dict[str, str]) -> None:

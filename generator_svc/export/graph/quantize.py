@@ -1,9 +1,13 @@
 """Weights in 8 or 4 bits, activations in float.
 
-Eight bits, as ONNX Runtime's own quantiser makes them: round to nearest, asymmetric in blocks of
-32. The 16 evenly spaced levels of a Q4_1 block are among the 256 of such a block but for a shift,
-so weights from a GGUF file pass almost unchanged. Four bits: with a search in each block for
-the scale and zero point that lose least.
+For the CPU, eight bits as ONNX Runtime's own quantiser makes them: round to nearest, asymmetric in
+blocks of 32. The 16 evenly spaced levels of a Q4_1 block are among the 256 of such a block but for
+a shift, so weights from a GGUF file pass almost unchanged. Four bits: with a search in each block
+for the scale and zero point that lose least.
+
+For CUDA both are symmetric and have no zero points, which is what ONNX Runtime's quickest products
+of float16 with such weights want (fpA_intB, see Device.open). Four bits: with a search for the
+scale that loses least by the activations that each column meets, where these are known.
 
 The head and the embedding are in 8 bits with either precision: symmetric, with the largest
 magnitude of a block at 127. That reproduces Q8_0, which is what GGUF files keep the embedding in,
@@ -13,12 +17,15 @@ exactly.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from onnx import NodeProto, TensorProto
 
+from generator_svc.export.calibration.activations import MeanSquares
 from generator_svc.export.graph.graph import MICROSOFT, Graph
 from generator_svc.export.graph.head import EMBEDDING, HEAD
+from generator_svc.export.graph.observed import observed_module
 from generator_svc.export.weights import int4, int8
 from generator_svc.export.weights.blocks import BLOCK_SIZE
 from generator_svc.export.weights.matrix import Array, Matrix
@@ -28,14 +35,25 @@ from generator_svc.export.weights.packing import Packed, pack_matrix
 ACCURACY_LEVEL = 4
 
 
-def quantize_weights(graph: Graph, bits: int) -> None:
-    """Swaps every product with a streamed matrix for MatMulNBits; node names stay."""
+def quantize_weights(
+    graph: Graph, bits: int, is_half: bool, mean_squares: MeanSquares | None = None
+) -> None:
+    """Swaps every product with a streamed matrix for MatMulNBits; node names stay.
+
+    With `is_half`, which is CUDA's, scales will be float16 and there are no zero points.
+    """
     assert bits in (4, 8)
     for node in [n for n in graph.nodes.values() if n.op_type == "MatMul"]:
         if node.input[1] not in graph.matrices:
             continue
-        if node.name == HEAD:
-            _swap(graph, node, 8, ("Q8", "scales"), int8.quantize_symmetric)
+        if node.name == HEAD or (is_half and bits == 8):
+            eight = partial(int8.quantize_symmetric, is_half=is_half)
+            _swap(graph, node, 8, ("Q8", "scales"), eight)
+        elif is_half:
+            observed = (mean_squares or {}).get(observed_module(node.name))
+            squares = None if observed is None else observed.numpy()
+            four = partial(int4.quantize_symmetric, is_half=True, mean_squares=squares)
+            _swap(graph, node, 4, ("Q4", "scales"), four)
         elif bits == 4:
             _swap(graph, node, 4, ("Q4", "scales", "zero_points"), int4.quantize_asymmetric)
         else:
@@ -43,7 +61,7 @@ def quantize_weights(graph: Graph, bits: int) -> None:
     graph.finish()
 
 
-def quantize_embedding(graph: Graph, hidden_size: int, is_tied: bool) -> None:
+def quantize_embedding(graph: Graph, hidden_size: int, is_tied: bool, is_half: bool) -> None:
     """Swaps the lookup for one in 8-bit rows, which are those of the quantised head if tied.
 
     The head's rows are [vocabulary, blocks, block size] and the lookup wants [vocabulary, hidden
@@ -66,7 +84,8 @@ def quantize_embedding(graph: Graph, hidden_size: int, is_tied: bool) -> None:
             Packed(f"{name}_Q8", dims, TensorProto.UINT8),
             Packed(f"{name}_scales", (matrix.rows, hidden_size // BLOCK_SIZE), TensorProto.FLOAT),
         )
-        table, scales = graph.stream(pack_matrix(outputs, matrix, int8.quantize_symmetric))
+        pack = partial(int8.quantize_symmetric, is_half=is_half)
+        table, scales = graph.stream(pack_matrix(outputs, matrix, pack))
     graph.remove([embedding])
     graph.add(
         "GatherBlockQuantized",

@@ -12,6 +12,10 @@ start:
 - the scale that fits best is p / q, where p = sum(w x v), q = sum(w v²) and w is how much x counts;
 - its error is sum(w x²) - p² / q, so the largest p² / q wins, and no candidate is written out.
 
+Symmetric blocks have fewer candidates to choose from. Where it is known how large the activations
+are that meet each column, w is their mean square instead: the error of a product's result is what
+the errors of its weights make of its input. That wins more than the zero points lose (docs/log.md).
+
 Blocks whose weights are 16 or fewer evenly spaced levels around zero already, as those of a GGUF
 file in Q4_0 are, come back exactly.
 """
@@ -20,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 
@@ -34,6 +39,10 @@ TOP = np.float32(15)  # levels are 0 to 15
 STEPS = [*range(8, 13), *(13 + number / 4 for number in range(17))]
 # Steps from zero to the largest magnitude of a symmetric block, which is below zero.
 SYMMETRIC_STEPS = [7 + number / 4 for number in range(9)]
+# With more than nine it is cut off, which may be best where it meets small activations.
+MEASURED_STEPS = [*SYMMETRIC_STEPS, 9.5, 10, 11, 12]
+# Of the mean of all columns' mean squares: a column that the calibration never met counts so much.
+LEAST_IMPORTANCE = 1e-4
 # Blocks that are worked on at once, so that the arrays of a tile stay in a core's own cache. All
 # tiles are of this size, so a block's sums do not depend on where it stands.
 TILE = 2048
@@ -55,13 +64,23 @@ def quantize_asymmetric(rows: Array) -> tuple[Array, Array, Array]:
     return packed, scales, zero_points[:, 0::2] | zero_points[:, 1::2] << 4
 
 
-def quantize_symmetric(rows: Array) -> tuple[Array, Array]:
+def quantize_symmetric(
+    rows: Array, is_half: bool = False, mean_squares: Array | None = None
+) -> tuple[Array, Array]:
     """Blocks of float32 rows [n, K] whose zero point is 8, on all cores.
 
-    Returns levels and scales as `quantize_asymmetric` does. A scale is negative where the largest
-    magnitude is that of a positive weight, which has level 0 then.
+    Returns levels and scales as `quantize_asymmetric` does; float16 can hold the scales exactly if
+    `is_half`. A scale is negative where the largest magnitude is that of a positive weight, which
+    has level 0 then. `mean_squares`, float32 [K], are those of the product's input.
     """
-    packed, scales, _ = _quantize(rows, _magnitudes)
+    if mean_squares is None:
+        packed, scales, _ = _quantize(rows, partial(_magnitudes, SYMMETRIC_STEPS), is_half)
+        return packed, scales
+    mean = float(mean_squares.mean())
+    importance = mean_squares / mean if mean > 0 else np.ones_like(mean_squares)
+    importance = np.maximum(importance, LEAST_IMPORTANCE)[None].astype(np.float32)
+    search = partial(_magnitudes, MEASURED_STEPS)
+    packed, scales, _ = _quantize(rows, search, is_half, cut(importance)[0])
     return packed, scales
 
 
@@ -74,19 +93,25 @@ def _ranges(weights: Array) -> _Candidates:
         yield per_unit, np.clip(np.rint(-low * per_unit), 0, TOP)
 
 
-def _magnitudes(weights: Array) -> _Candidates:
+def _magnitudes(all_steps: list[float], weights: Array) -> _Candidates:
     low, high = weights.min(0), weights.max(0)
     largest = np.where(high > -low, high, low)
     largest[largest == 0] = 1
     zero_point = np.full_like(largest, ZERO_POINT)
-    for steps in SYMMETRIC_STEPS:
+    for steps in all_steps:
         yield np.float32(-steps) / largest, zero_point
 
 
 def _quantize(
-    rows: Array, candidates: Callable[[Array], _Candidates]
+    rows: Array,
+    candidates: Callable[[Array], _Candidates],
+    is_half: bool = False,
+    importance: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Levels [n, blocks, 16], two a byte, and scales and zero points [n, blocks]."""
+    """Levels [n, blocks, 16], two a byte, and scales and zero points [n, blocks].
+
+    `importance`, float32 [blocks, 32], is how much the weights of each column count.
+    """
     blocks = cut(rows)
     count, per_row, _ = blocks.shape
     flat = blocks.reshape(-1, BLOCK_SIZE)
@@ -96,7 +121,10 @@ def _quantize(
 
     def work(start: int) -> None:
         tile = slice(start, start + TILE)
-        found = _quantize_tile(flat[tile], candidates)
+        counts = None
+        if importance is not None:
+            counts = importance[np.arange(start, start + TILE) % per_row].T
+        found = _quantize_tile(flat[tile], candidates, is_half, counts)
         packed[tile], scales[tile], zero_points[tile] = found
 
     with ThreadPoolExecutor(cpu_limit().cores) as pool:
@@ -109,7 +137,10 @@ def _quantize(
 
 
 def _quantize_tile(
-    blocks: Array, candidates: Callable[[Array], _Candidates]
+    blocks: Array,
+    candidates: Callable[[Array], _Candidates],
+    is_half: bool,
+    importance: Array | None,
 ) -> tuple[Array, Array, Array]:
     """Levels [b, 16], scales [b] and zero points [b] of at most `TILE` blocks [b, 32].
 
@@ -120,7 +151,10 @@ def _quantize_tile(
     # Squares of very large or small weights have no float32. A power of two rounds nothing.
     unit = np.ldexp(np.float32(1), np.frexp(np.abs(columns).max(0))[1] - 1)
     columns /= unit
-    scale, zero_point = _best(columns, candidates(columns))
+    scale, zero_point = _best(columns, candidates(columns), importance)
+    if is_half:
+        with np.errstate(over="ignore"):
+            scale = _as_half(scale * unit) / unit
     columns /= scale
     columns += zero_point
     levels = np.clip(np.rint(columns), 0, TOP).astype(np.uint8)
@@ -129,10 +163,14 @@ def _quantize_tile(
     return packed.T[:count], (scale * unit)[:count], zero_point[:count].astype(np.uint8)
 
 
-def _best(weights: Array, candidates: _Candidates) -> tuple[Array, Array]:
-    """The scale and zero point of each column of float32 [32, b], float32 [b] both."""
-    importance = np.abs(weights)
-    importance += np.sqrt(np.einsum("ij,ij->j", weights, weights) / BLOCK_SIZE)
+def _best(weights: Array, candidates: _Candidates, importance: Array | None) -> tuple[Array, Array]:
+    """The scale and zero point of each column of float32 [32, b], float32 [b] both.
+
+    The error of each weight counts `importance` times, float32 [32, b].
+    """
+    if importance is None:
+        importance = np.abs(weights)
+        importance += np.sqrt(np.einsum("ij,ij->j", weights, weights) / BLOCK_SIZE)
     weighted = importance * weights
     levels = np.empty_like(weights)  # counted from the zero point
     gain = np.full_like(weights[0], -1)  # less than any
@@ -151,3 +189,15 @@ def _best(weights: Array, candidates: _Candidates) -> tuple[Array, Array]:
         np.copyto(scale, fitted, where=better)
         np.copyto(zero_point, zero, where=better)
     return scale, zero_point
+
+
+def _as_half(scales: Array) -> Array:
+    """Scales as float16 can hold them, still in float32; none becomes zero that was not.
+
+    Levels are chosen for these: below 6e-5 float16 has few digits left, and a scale that is rounded
+    after its levels were chosen moves every weight of its block.
+    """
+    limits = np.finfo(np.float16)
+    rounded = np.clip(scales, limits.min, limits.max).astype(np.float16).astype(np.float32)
+    least = np.copysign(np.float32(limits.smallest_subnormal), scales)
+    return np.where((rounded == 0) & (scales != 0), least, rounded)

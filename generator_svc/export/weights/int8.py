@@ -13,6 +13,7 @@ from generator_svc.export.weights.matrix import Array
 
 ZERO_POINT = 128  # what MatMulNBits takes when it is given none
 LARGEST = np.float32(127)
+_LARGEST_HALF = np.finfo(np.float16).max
 
 
 def quantize_asymmetric(rows: Array) -> tuple[Array, Array, Array]:
@@ -28,12 +29,17 @@ def quantize_asymmetric(rows: Array) -> tuple[Array, Array, Array]:
     return levels, scales, zero_points
 
 
-def quantize_symmetric(rows: Array) -> tuple[Array, Array]:
+def quantize_symmetric(rows: Array, is_half: bool = False) -> tuple[Array, Array]:
     """Blocks of float32 rows [n, K] whose zero point is 128 and largest magnitude 127 steps.
 
-    Returns uint8 [n, blocks, 32] and float32 scales [n, blocks].
+    Returns uint8 [n, blocks, 32] and float32 scales [n, blocks], which float16 can hold exactly if
+    `is_half`.
     """
     blocks = cut(rows)
     scales = np.abs(blocks).max(-1) / LARGEST
+    if is_half:  # before levels are chosen; rounded up, so that the largest weight is not cut off
+        halves = np.minimum(scales, _LARGEST_HALF).astype(np.float16)
+        halves = np.where(halves < scales, np.nextafter(halves, _LARGEST_HALF), halves)
+        scales = halves.astype(np.float32)
     levels = np.rint(blocks / np.where(scales == 0, 1, scales)[..., None])
-    return (levels + ZERO_POINT).astype(np.uint8), scales
+    return (np.clip(levels, -LARGEST, LARGEST) + ZERO_POINT).astype(np.uint8), scales

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto
+from safetensors.numpy import load_file, save_file
 
-from generator_svc.export import ExportError, ExportOptions, export_model
+from generator_svc.export import ExportError, ExportOptions, export_model, pipeline
 from tests.tiny_models import tiny_checkpoint, tiny_model_directory
 from trivium.model_directory import load_model_directory
 
@@ -60,6 +63,53 @@ def test_cuda_gets_half_precision_throughout(precision, least, tmp_path):
     assert kinds["past_key_values.0.key"] == kinds["present.2.value"] == TensorProto.FLOAT16
     assert kinds["logits"] == TensorProto.FLOAT
     assert not [t.name for t in graph.initializer if t.data_type == TensorProto.FLOAT]
+
+
+@pytest.mark.parametrize(("precision", "bits"), [("int8", 8), ("int4", 4)])
+def test_cuda_gets_symmetric_blocks(precision, bits, tmp_path):
+    """What the quickest kernels there want: no zero points, and scales in float16. The manifest
+    says so, and the CPU's export has zero points as before."""
+    folder = export_model(
+        str(tiny_checkpoint("llama-untied")), tmp_path / "m", ExportOptions(precision, "cuda")
+    )
+    products = {node.name: node for node in _products(folder)}
+    on_cpu = load_model_directory(tiny_model_directory("llama-untied", precision))
+
+    assert load_model_directory(folder).manifest["symmetric_block_size"] == 32
+    assert {len(node.input) for node in products.values()} == {3}
+    assert {"K", "N", "bits", "block_size", "accuracy_level"} == {
+        attribute.name for node in products.values() for attribute in node.attribute
+    }
+    for name, node in products.items():
+        values = {attribute.name: attribute.i for attribute in node.attribute}
+        assert values["block_size"] == 32
+        assert values["bits"] == (8 if name == "/lm_head/MatMul" else bits)
+    assert "symmetric_block_size" not in on_cpu.manifest
+    assert {len(node.input) for node in _products(on_cpu.path)} == {3, 4}
+
+
+def test_four_bits_for_cuda_heed_the_activations(tmp_path, monkeypatch):
+    """Columns that meet large activations are rounded with more care than those that do not, in
+    every layer, so the distribution stays closer."""
+    checkpoint = tmp_path / "uneven"
+    shutil.copytree(tiny_checkpoint("qwen2"), checkpoint)
+    tensors = load_file(checkpoint / "model.safetensors")
+    for name, values in tensors.items():
+        if name.endswith("layernorm.weight"):
+            values[::8] *= 10
+    save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
+    options = ExportOptions("int4", "cuda")
+    found = load_model_directory(export_model(str(checkpoint), tmp_path / "found", options))
+    monkeypatch.setattr(pipeline, "_mean_squares", lambda *arguments: {})
+    unknown = load_model_directory(export_model(str(checkpoint), tmp_path / "unknown", options))
+
+    divergences = [m.manifest["agreement"]["mean_kl_divergence"] for m in (found, unknown)]
+    assert divergences[0] < 0.8 * divergences[1]
+
+
+def _products(folder):
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    return [node for node in graph.node if node.op_type == "MatMulNBits"]
 
 
 @pytest.mark.parametrize(
