@@ -35,12 +35,13 @@ class Swap:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Prefills `token_ids` from position `start` of a slot."""
+    """Prefills `token_ids` from position `start` of a slot; `temperature` as in Row."""
 
     slot: int
     start: int
     token_ids: tuple[int, ...]
     wants_logits: bool
+    temperature: float | None = 1.0
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,13 @@ class Row(NamedTuple):  # one for each row of a step: a frozen dataclass takes a
     """Decodes `token_id` at `position` of the slot that has the row's number.
 
     An idle row only pads the batch: what it writes at its position is overwritten before it is ever
-    read. Of a greedy row's logits only the largest is needed.
+    read. The logits will be sampled at `temperature`; None if only the largest is needed.
     """
 
     token_id: int
     position: int
     is_idle: bool = False
-    is_greedy: bool = False
+    temperature: float | None = 1.0
 
 
 @dataclass(frozen=True)

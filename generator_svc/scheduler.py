@@ -306,7 +306,8 @@ class Scheduler:
             budget -= length * weight
             start = sequence.computed
             tokens = tuple(sequence.token_ids[start : start + length])
-            chunks[sequence] = Chunk(sequence.slot, start, tokens, length == sequence.uncomputed)
+            is_last, temperature = length == sequence.uncomputed, sequence.row_temperature
+            chunks[sequence] = Chunk(sequence.slot, start, tokens, is_last, temperature)
         return max(budget, 0.0)
 
     def _plan_rows(
@@ -321,8 +322,8 @@ class Scheduler:
         owners = tuple(map(decoding.get, range(count)))
         for slot, sequence in enumerate(owners):
             if sequence is not None:
-                is_greedy = sequence.is_greedy
-                rows.append(Row(sequence.token_ids[-1], sequence.computed, False, is_greedy))
+                temperature = sequence.row_temperature
+                rows.append(Row(sequence.token_ids[-1], sequence.computed, False, temperature))
                 continue
             owner = self.cache.owner(slot)
             position = self.cache.idle_position(slot)

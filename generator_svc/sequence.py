@@ -174,15 +174,18 @@ class Sequence:
         return len(self.token_ids) - self.computed
 
     @property
-    def is_greedy(self) -> bool:
-        """Whether the next token is the arg max of its logits, and that is all they are for."""
+    def row_temperature(self) -> float | None:
+        """What the next token is sampled at; None if it is the arg max of its logits, and that is
+        all they are for."""
         request = self.request
-        return (
+        if (
             request.sampling.is_plain_greedy
             and request.constraint is None
             and request.top_logprobs is None
             and self.generated >= request.min_new_tokens
-        )
+        ):
+            return None
+        return request.sampling.temperature
 
     def append(self, token_id: int) -> None:
         """Adds a generated token; sets `finish_reason` if it is the last."""

@@ -22,8 +22,9 @@ _LOGITS = _tensor("logits", TensorProto.FLOAT, ["rows", "vocabulary_size"])
 
 
 def device_topk() -> bytes:
-    """Logits, float32 [rows, vocabulary], to `values`, `ids` and `rest`; see DeviceRow.
+    """Logits, float32 [batch, vocabulary], to `values`, `ids` and `rest`; see DeviceRow.
 
+    Of the rows at `places`, int64 [rows], with `inverse_temperatures`, float32 [rows, 1].
     The vocabulary has at least 256 tokens. The last block of `rest` is padded with zeros.
     """
     constants: Constants = {
@@ -38,12 +39,14 @@ def device_topk() -> bytes:
         "inside": np.array([2], np.int64),
     }
     nodes = [
-        _node("TopK", ["logits", "count"], ["values", "ids"], axis=-1, largest=1, sorted=1),
+        _node("Gather", ["logits", "places"], ["chosen"], axis=0),
+        _node("TopK", ["chosen", "count"], ["values", "ids"], axis=-1, largest=1, sorted=1),
         _node("Gather", ["values", "first"], ["best"], axis=1),
         _node("Gather", ["values", "last"], ["least"], axis=1),
-        _node("Greater", ["logits", "least"], ["is_candidate"]),
-        _node("Sub", ["logits", "best"], ["distance"]),
-        _node("Exp", ["distance"], ["mass"]),
+        _node("Greater", ["chosen", "least"], ["is_candidate"]),
+        _node("Sub", ["chosen", "best"], ["distance"]),
+        _node("Mul", ["distance", "inverse_temperatures"], ["exponent"]),
+        _node("Exp", ["exponent"], ["mass"]),
         _node("Where", ["is_candidate", "zero", "mass"], ["remaining"]),
         # Zeros up to a whole block: (-vocabulary) modulo 256 of them.
         _node("Shape", ["logits"], ["vocabulary"], start=1, end=2),
@@ -59,7 +62,12 @@ def device_topk() -> bytes:
         _tensor("ids", TensorProto.INT64, ["rows", CANDIDATES]),
         _tensor("rest", TensorProto.FLOAT, ["rows", "block_count"]),
     ]
-    return _serialized("candidates", nodes, [_LOGITS], outputs, constants)
+    inputs = [
+        _tensor("logits", TensorProto.FLOAT, ["batch", "vocabulary_size"]),
+        _tensor("places", TensorProto.INT64, ["rows"]),
+        _tensor("inverse_temperatures", TensorProto.FLOAT, ["rows", 1]),
+    ]
+    return _serialized("candidates", nodes, inputs, outputs, constants)
 
 
 def argmax() -> bytes:

@@ -16,12 +16,13 @@ from generator_svc.sampling.device_row import (
     DeviceRow,
     GreedyRow,
 )
+from generator_svc.sampling.draw import MIN_TEMPERATURE
 
 Logits = npt.NDArray[np.float32]
 DeviceRows = tuple[DeviceRow | GreedyRow, ...]
 
 # TopK of 128 rows takes longer than two of 64 (docs/log.md).
-_MAX_TOPK_ROWS = 64
+_MAX_ROWS = 64
 
 
 class HostLogits:
@@ -42,10 +43,9 @@ class HostLogits:
         shape = (rows, 1, self._vocabulary)
         return "cpu", 0, self._dtype, shape, buffer.ctypes.data
 
-    def read(self, buffer: npt.NDArray[Any], is_greedy: Sequence[bool]) -> Logits:
-        """The run's logits, float32 [rows, vocabulary]; `is_greedy` has an item per row."""
-        rows = len(is_greedy)
-        return buffer[:rows, 0].astype(np.float32, copy=False)
+    def read(self, buffer: npt.NDArray[Any], temperatures: Sequence[float | None]) -> Logits:
+        """The run's logits, float32 [rows, vocabulary]; `temperatures` has an item per row."""
+        return buffer[: len(temperatures), 0].astype(np.float32, copy=False)
 
 
 class DeviceLogits:
@@ -66,55 +66,79 @@ class DeviceLogits:
         shape = (rows, 1, self._vocabulary)
         return self._device.tensor_ref(np.float32, shape, buffer.data_ptr())
 
-    def read(self, buffer: Any, is_greedy: Sequence[bool]) -> DeviceRows:
-        """A GreedyRow or DeviceRow per row.
+    def read(self, buffer: Any, temperatures: Sequence[float | None]) -> DeviceRows:
+        """A GreedyRow for each None of `temperatures`, a DeviceRow at each other temperature.
 
-        Rows are processed 64 at a time: if all of these are greedy, ArgMax is enough, which takes
-        a fraction of the time of TopK.
+        ArgMax takes a fraction of the time of TopK, so TopK is left to the rows that need it,
+        wherever they are in the batch.
         """
-        rows: list[DeviceRow | GreedyRow] = []
-        for first in range(0, len(is_greedy), _MAX_TOPK_ROWS):
-            part = is_greedy[first : first + _MAX_TOPK_ROWS]
-            read = self._read_greedy if all(part) else self._read_candidates
-            rows += read(buffer, first, len(part))
-        return tuple(rows)
+        count = len(temperatures)
+        rows: dict[int, DeviceRow | GreedyRow] = {}
+        for first in range(0, count, _MAX_ROWS):
+            part = temperatures[first : first + _MAX_ROWS]
+            if None in part:
+                rows |= enumerate(self._read_greedy(buffer, first, len(part)), first)
+        sampled = [(place, t) for place, t in enumerate(temperatures) if t is not None]
+        for first in range(0, len(sampled), _MAX_ROWS):
+            rows |= self._read_candidates(buffer, count, sampled[first : first + _MAX_ROWS])
+        return tuple(rows[place] for place in range(count))
 
-    def _read_greedy(self, buffer: Any, first: int, count: int) -> list[DeviceRow | GreedyRow]:
+    def _read_greedy(self, buffer: Any, first: int, count: int) -> list[GreedyRow]:
         ids = np.empty(count, np.int64)
         largest = np.empty(count, np.float32)
         equals = np.empty(count, np.float32)
         outputs = {"ids": ids, "largest": largest, "equals": equals}
-        self._run(self._argmax, buffer, first, count, outputs)
+        self._run(self._argmax, buffer, first, count, {}, outputs)
         is_certain = (equals == 1) & np.isfinite(largest)
         return [
             GreedyRow(*row, fetch=functools.partial(self._fetch_row, buffer, first + index))
             for index, row in enumerate(zip(ids.tolist(), is_certain.tolist(), strict=True))
         ]
 
-    def _read_candidates(self, buffer: Any, first: int, count: int) -> list[DeviceRow | GreedyRow]:
-        blocks = -(-self._vocabulary // BLOCK)
+    def _read_candidates(
+        self, buffer: Any, rows: int, sampled: Sequence[tuple[int, float]]
+    ) -> dict[int, DeviceRow]:
+        """Of the `sampled` ones, places and temperatures, of a buffer of `rows` rows; by place."""
+        count, blocks = len(sampled), -(-self._vocabulary // BLOCK)
+        # A greedy row, whose masses are not looked at, may have a temperature of zero.
+        used = [max(temperature, MIN_TEMPERATURE) for _, temperature in sampled]
+        inputs = {
+            "places": np.array([place for place, _ in sampled], np.int64),
+            "inverse_temperatures": (1 / np.array(used)).astype(np.float32)[:, None],
+        }
         ids = np.empty((count, CANDIDATES), np.int64)
         values = np.empty((count, CANDIDATES), np.float32)
         rest = np.empty((count, blocks), np.float32)
         outputs = {"ids": ids, "values": values, "rest": rest}
-        self._run(self._topk, buffer, first, count, outputs)
-        return [
-            DeviceRow(
+        self._run(self._topk, buffer, 0, rows, inputs, outputs)
+        return {
+            place: DeviceRow(
                 self._vocabulary,
-                *parts,
-                fetch=functools.partial(self._fetch_row, buffer, first + index),
+                ids[index],
+                values[index],
+                rest[index],
+                temperature,
+                fetch=functools.partial(self._fetch_row, buffer, place),
             )
-            for index, parts in enumerate(zip(ids, values, rest, strict=True))
-        ]
+            for index, (place, temperature) in enumerate(sampled)
+        }
 
     def _run(
-        self, session: Any, buffer: Any, first: int, count: int, outputs: dict[str, Any]
+        self,
+        session: Any,
+        buffer: Any,
+        first: int,
+        count: int,
+        inputs: dict[str, Any],
+        outputs: dict[str, Any],
     ) -> None:
         """Runs a graph over `count` rows from `first` and waits for `outputs`."""
         binding = session.io_binding()
         address = buffer.data_ptr() + first * self._vocabulary * np.dtype(np.float32).itemsize
         shape = (count, self._vocabulary)
         binding.bind_input("logits", *self._device.tensor_ref(np.float32, shape, address))
+        for name, array in inputs.items():
+            binding.bind_cpu_input(name, array)
         for name, array in outputs.items():
             ref = "cpu", 0, array.dtype.type, array.shape, array.ctypes.data
             binding.bind_output(name, *ref)
@@ -128,15 +152,16 @@ class DeviceLogits:
         buffer.update_inplace(logits)
         rows = zip(
             logits[:, 0],
-            self.read(buffer, [False, False]),
-            self.read(buffer, [True, True]),
+            self.read(buffer, [0.5, 1.5]),
+            self.read(buffer, [None, None]),
             strict=True,
         )
         for row, candidates, best in rows:
             assert isinstance(candidates, DeviceRow)
             assert isinstance(best, GreedyRow)
             ids = np.argsort(-row)[:CANDIDATES]
-            rest = np.where(row > row[ids[-1]], 0, np.exp(row - row.max())).sum()
+            masses = np.exp((row - row.max()) / candidates.temperature)
+            rest = np.where(row > row[ids[-1]], 0, masses).sum()
             if not (
                 np.array_equal(row, candidates.whole)
                 and np.array_equal(row[ids], candidates.values)

@@ -203,37 +203,37 @@ class OrtRunner:
     def _run_chunk(self, chunk: Chunk) -> RunResult:
         inputs = prefill_inputs(chunk)
         bind = functools.partial(self._bind_inputs, inputs)
-        return self._run(inputs.first_slot, [False], bind, None, chunk.wants_logits)
+        return self._run(inputs.first_slot, [chunk.temperature], bind, None, chunk.wants_logits)
 
     def _run_rows(self, rows: tuple[Row, ...]) -> RunResult:
         count, wasted = len(rows), 0
-        is_greedy = [row.is_greedy or row.is_idle for row in rows]
+        temperatures = [None if row.is_idle else row.temperature for row in rows]
         if self._fixed_inputs is not None and count in self.info.capture_sizes:
             bind = functools.partial(self._bind_fixed_inputs, self._fixed_inputs, rows)
-            result = self._run(0, is_greedy, bind, self._row_logits, graph=count)
+            result = self._run(0, temperatures, bind, self._row_logits, graph=count)
             if result.error is None:
                 return result
             log.warning("CUDA graphs are disabled: %s", result.error)
             self._fixed_inputs, wasted = None, result.nanoseconds
         bind = functools.partial(self._bind_inputs, decode_inputs(rows))
-        result = self._run(0, is_greedy, bind, self._row_logits)
+        result = self._run(0, temperatures, bind, self._row_logits)
         return replace(result, nanoseconds=wasted + result.nanoseconds)
 
     def _run(
         self,
         first_slot: int,
-        is_greedy: list[bool],
+        temperatures: list[float | None],
         bind_inputs: Callable[[Any], None],
         logits_buffer: Any,
         wants_logits: bool = True,
         graph: int = NO_GRAPH,
     ) -> RunResult:
-        """One run over `len(is_greedy)` slots from `first_slot`.
+        """One run over as many slots from `first_slot` as there are `temperatures`.
 
         `logits_buffer` receives the logits; None allocates one. `graph` is the number of the CUDA
         graph to replay, or to capture if there is none yet.
         """
-        started, rows = time.perf_counter_ns(), len(is_greedy)
+        started, rows = time.perf_counter_ns(), len(temperatures)
         try:
             buffer = self._logits.allocate(rows) if logits_buffer is None else logits_buffer
             binding = self._binding(first_slot, rows)
@@ -242,7 +242,7 @@ class OrtRunner:
             bind_inputs(binding)
             options = run_options(graph, synchronize=self._logits.is_on_host)
             self._session.run_with_iobinding(binding, options)
-            logits = self._logits.read(buffer, is_greedy) if wants_logits else None
+            logits = self._logits.read(buffer, temperatures) if wants_logits else None
             return RunResult(self._device.clock.stop(), logits)
         except Exception as error:  # an error of the runtime fails this run, not the engine
             return RunResult(time.perf_counter_ns() - started, error=error)

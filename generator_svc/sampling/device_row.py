@@ -39,15 +39,16 @@ class DeviceRow:
 
     `values`, float32 [256], are the largest logits in descending order, and `ids`, int64 [256],
     their tokens. `rest`, float32 [blocks], is for each block of ids the sum of
-    exp(logit - values[0]) over all logits that are not above the last of `values`, NaN if any is
-    NaN. `size` is the vocabulary's. `fetch` copies all logits, float32 [size]; it may be called
-    until the device's next step.
+    exp((logit - values[0]) / temperature) over all logits that are not above the last of `values`,
+    NaN if any is NaN. `size` is the vocabulary's. `fetch` copies all logits, float32 [size]; it may
+    be called until the device's next step.
     """
 
     size: int
     ids: npt.NDArray[np.int64]
     values: npt.NDArray[np.float32]
     rest: npt.NDArray[np.float32]
+    temperature: float
     fetch: Callable[[], npt.NDArray[np.float32]]
 
     @functools.cached_property

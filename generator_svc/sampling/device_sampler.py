@@ -1,8 +1,9 @@
 """Samples from a device-resident row's candidates if they alone decide, else from the whole row.
 
 The token is exactly the one that `sampler.sample` draws from the whole row. What is known of the
-other tokens, their largest possible logit and the sum of their weights in every block of ids,
-bounds their influence on a draw; where they could change it, the whole row is fetched.
+other tokens, their largest possible logit and the sum of their weights in every block of ids, at
+the temperature of the draw, bounds their influence; where they could change it, the whole row is
+fetched.
 
     greedy          the most likely candidate, if no token outside can be as likely
     top_k           the same arithmetic on the same numbers, if all top_k are candidates
@@ -97,8 +98,10 @@ def certain_token(sequence: Sequence, row: DeviceRow) -> int | None:
         return int(ids[logits.argmax()])
     if sampling.top_n_sigma > 0:  # needs the deviation of all logits
         return None
+    if sampling.temperature != row.temperature:  # the masses outside are not those of the draw
+        return None
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        known = _weigh(row, ids, logits, sampling.temperature, is_lowered)
+        known = _weigh(row, ids, logits, is_lowered)
         draw = uniform(sampling.seed + sequence.index, sequence.generated)
         if 0 < sampling.top_k < row.size or sampling.top_p < 1 or sampling.min_p > 0:
             return _draw_truncated(known, sampling, row.size, draw)
@@ -154,32 +157,23 @@ def _rounded(logits: Floats) -> Floats:
     return logits.astype(np.float32).astype(np.float64)
 
 
-def _weigh(
-    row: DeviceRow, ids: Ids, logits: Floats, temperature: float, is_lowered: bool
-) -> _WeightBounds:
+def _weigh(row: DeviceRow, ids: Ids, logits: Floats, is_lowered: bool) -> _WeightBounds:
     """Weights exp((logit - best) / temperature) of the candidates, and bounds on the others'.
 
-    The device summed e = exp(x - values[0]) over the other logits x, each at most t = values[-1].
-    Up to temperature 1, the quotient exp((x - best) / temperature) / e grows with x, so its value
-    at t times the sum of the e is an upper bound of the sum of the weights. Above temperature 1 the
-    quotient falls with x, and there is no such bound.
+    The device summed exp((x - values[0]) / temperature) over the other logits x; `best` differs
+    from values[0] only if that was lowered. Penalties and masks can take all from the others.
     """
     best, top, last = float(logits.max()), float(row.values[0]), float(row.values[-1])
-    weights = np.exp((logits - best) / temperature)
+    weights = np.exp((logits - best) / row.temperature)
     rest = row.rest.astype(np.float64)
     if last == -np.inf:
         low = high = np.zeros(rest.size)
-    elif temperature > 1:
-        low, high = np.zeros(rest.size), np.full(rest.size, np.inf)
     else:
-        scale = np.exp((last - best) / temperature + (top - last))
+        scale = np.exp((top - best) / row.temperature)
         high = (rest * (1 + RELATIVE_ERROR) + _SMALLEST) * scale
-        # Only at temperature 1 is the quotient the same for every x, so that the sum is known from
-        # below too, and only if no penalty or mask has taken anything from the rest.
-        is_exact = temperature == 1 and not is_lowered
-        low = rest * (1 - RELATIVE_ERROR) * scale if is_exact else np.zeros(rest.size)
+        low = np.zeros(rest.size) if is_lowered else rest * (1 - RELATIVE_ERROR) * scale
     return _WeightBounds(
-        ids, logits, weights, float(np.exp((last - best) / temperature)), low, high
+        ids, logits, weights, float(np.exp((last - best) / row.temperature)), low, high
     )
 
 

@@ -25,7 +25,7 @@ MASS_ERROR = 1e-5  # relative, of sums of float32 weights; generously
 _BLOCK = 256  # tokens with consecutive ids, whose weights are summed in float32
 _GROUPED = 32  # tokens of which only the largest logit is looked at first
 _MIN_CANDIDATES = 128  # of top_p and min_p, before looking at more
-_MIN_TEMPERATURE = 1e-30  # smaller ones change nothing, and have no reciprocal in float32
+MIN_TEMPERATURE = 1e-30  # smaller ones change nothing, and have no reciprocal in float32
 # Exponents that need no shift: float32 rounds them by less than MASS_ERROR / 2, and holds the sum.
 _SOUND_EXPONENTS = (-20.0, 70.0)
 
@@ -199,7 +199,7 @@ def _mass(row: Row, best: float, temperature: float) -> float:
 
 def _weights(row: Row, best: float, temperature: float) -> tuple[Row, float]:
     """exp((logit - shift) / temperature), and the shift, which is 0 if that does not matter."""
-    scale = 1 / max(temperature, _MIN_TEMPERATURE)
+    scale = 1 / max(temperature, MIN_TEMPERATURE)
     low, high = _SOUND_EXPONENTS
     shift = 0.0 if low <= best * scale <= high else best
     exponents = row - np.float32(shift) if shift else row

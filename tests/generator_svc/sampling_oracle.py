@@ -126,14 +126,15 @@ def log_probabilities(logits):
     return [value - most - total for value in values]
 
 
-def device_row(row):
+def device_row(row, temperature=1.0):
     """What the device finds out about a row, float32 [vocabulary], by numpy."""
     size = row.size
     ids = np.lexsort((np.arange(size), -row))[:CANDIDATES]
     values = row[ids]
     with np.errstate(invalid="ignore"):
-        mass = np.exp((row - values[0]).astype(np.float64))
+        distance = (row - values[0]).astype(np.float64)
+        mass = np.exp(distance / max(temperature, 1e-30))
         rest = np.zeros(-(-size // BLOCK) * BLOCK)
         rest[:size] = np.where(row > values[-1], 0, mass)
     sums = rest.reshape(-1, BLOCK).sum(axis=1).astype(np.float32)
-    return DeviceRow(size, ids, values, sums, lambda: row)
+    return DeviceRow(size, ids, values, sums, temperature, lambda: row)

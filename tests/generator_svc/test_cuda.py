@@ -224,7 +224,7 @@ def test_candidates_are_those_of_the_whole_row(on_device):
     for slot in range(4):
         _prefill(on_device, slot, PROMPT[: 10 * (slot + 1)])
     rows = tuple(Row(7, 10 * (slot + 1)) for slot in range(4))
-    greedy = on_device.run(StepPlan(rows=tuple(row._replace(is_greedy=True) for row in rows)))
+    greedy = on_device.run(StepPlan(rows=tuple(row._replace(temperature=None) for row in rows)))
     best = [(row.token_id, row.is_certain) for row in greedy.rows.logits]
     expected = [(int(row.fetch().argmax()), True) for row in greedy.rows.logits]
 

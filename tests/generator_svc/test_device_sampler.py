@@ -14,7 +14,6 @@ from generator_svc.sampling.device_row import (
     BLOCK,
     CANDIDATES,
     RELATIVE_ERROR,
-    DeviceRow,
     GreedyRow,
 )
 from generator_svc.sampling.device_sampler import certain_token, sample
@@ -90,9 +89,10 @@ def test_what_is_certain_is_what_the_sampler_draws(size, shape):
     certain = 0
     for _ in range(20):
         row = _row(random, size, shape)
-        on_device = _shaken(random, device_row(row))
         for _ in range(12):
-            sequence = _sequence(random, row, _sampling(random))
+            sampling = _sampling(random)
+            sequence = _sequence(random, row, sampling)
+            on_device = _shaken(random, device_row(row, sampling.temperature))
             token_id = certain_token(sequence, on_device)
             if token_id is not None:
                 certain += 1
@@ -111,6 +111,8 @@ def test_what_is_certain_is_what_the_sampler_draws(size, shape):
         (0.9, {"top_p": 0.9, "temperature": 0.7}),
         (0.9, {"min_p": 0.05}),
         (0.9, {"temperature": 0.6}),
+        (0.9, {"top_p": 0.6, "temperature": 1.2}),
+        (0.6, {"temperature": 1.2}),
         (0.8, {}),
     ],
 )
@@ -121,8 +123,9 @@ def test_usual_settings_seldom_need_the_whole_row(least, fields):
     certain = 0
     for seed in range(draws):
         row = _row(random, 10_000, "zipf")
-        sequence = sequence_of((1, 2), (3, 4), sampling=SamplingParams(seed=seed, **fields))
-        token_id = certain_token(sequence, device_row(row))
+        sampling = SamplingParams(seed=seed, **fields)
+        sequence = sequence_of((1, 2), (3, 4), sampling=sampling)
+        token_id = certain_token(sequence, device_row(row, sampling.temperature))
         if token_id is not None:
             certain += 1
             assert sample_whole(sequence, row).token_id == token_id
@@ -130,9 +133,9 @@ def test_usual_settings_seldom_need_the_whole_row(least, fields):
     assert certain >= least * draws
 
 
-def _edges(row):
+def _edges(row, temperature):
     """Draws around the ends of the likely tokens' intervals, in the order of ids."""
-    weights = np.exp(row.astype(np.float64) - row.max())
+    weights = np.exp((row.astype(np.float64) - row.max()) / temperature)
     ends = np.cumsum(weights) / weights.sum()
     likely = np.argsort(-row, kind="stable")[:40]
     away = [0, 1e-15, 1e-12, 1e-7, 1e-5, 1e-4, 1e-3]
@@ -142,19 +145,21 @@ def _edges(row):
 
 @pytest.mark.parametrize("error", [-1, 1])
 @pytest.mark.parametrize("shape", [*SHAPES, "ties"])
-@pytest.mark.parametrize("fields", [{}, {"temperature": 0.8}, {"top_p": 0.7}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"temperature": 0.8}, {"temperature": 1.2, "top_p": 0.7}, {"top_p": 0.7}]
+)
 def test_draws_at_the_edges_of_a_token(shape, error, fields, monkeypatch):
     """Sums all too large or all too small, ends in the middle of equal logits."""
     random = np.random.default_rng(3)
     row = _row(random, 900, "model" if shape == "ties" else shape)
     if shape == "ties":
         row = np.maximum(np.round(row), 0)
-    given = device_row(row)
+    given = device_row(row, fields.get("temperature", 1.0))
     rest = (given.rest * (1 + 0.9 * error * RELATIVE_ERROR)).astype(np.float32)
     given = dataclasses.replace(given, rest=rest)
     sequence = sequence_of(sampling=SamplingParams(**fields))
     certain = 0
-    for draw in _edges(row):
+    for draw in _edges(row, given.temperature):
         for name in ("device_sampler", "sampler"):
             monkeypatch.setattr(f"generator_svc.sampling.{name}.uniform", lambda seed, at: draw)  # noqa: B023 - drawn before the loop goes on
         token_id = certain_token(sequence, given)
@@ -198,7 +203,7 @@ def test_top_k_of_as_many_as_are_allowed_is_no_limit():
         {"sampling": SamplingParams(temperature=0, frequency_penalty=-0.1)},
         {"sampling": SamplingParams(temperature=0, presence_penalty=-0.1)},
         {"sampling": SamplingParams(temperature=0), "top_logprobs": 2},
-        {"sampling": SamplingParams(temperature=1.3)},
+        {"sampling": SamplingParams(temperature=1.3)},  # the masses are those at 1
         {"sampling": SamplingParams(top_k=256)},
         {"sampling": SamplingParams(top_n_sigma=1.0)},
     ],
@@ -276,8 +281,12 @@ def test_the_graph_picks_what_numpy_picks(size):
     buffer = memory.allocate(len(rows) + 1)
     buffer.update_inplace(np.concatenate([rows, rows[:1]])[:, None])
 
-    for row, given in zip(rows, memory.read(buffer, [False] * len(rows)), strict=True):
-        expected = device_row(row)
+    temperatures = [1.0, 0.3, 1.7, 1e-300]
+    for row, temperature, given in zip(
+        rows, temperatures, memory.read(buffer, temperatures), strict=True
+    ):
+        expected = device_row(row, temperature)
+        assert temperature == given.temperature
         assert expected.ids.tolist() == given.ids.tolist()
         assert expected.values.tolist() == given.values.tolist()
         assert -(-size // BLOCK) == given.rest.size
@@ -294,7 +303,7 @@ def test_the_graph_shows_what_is_no_number():
     buffer.update_inplace(rows[:, None])
     sequence = sequence_of(sampling=SamplingParams(temperature=0))
 
-    assert [None] * 3 == [certain_token(sequence, row) for row in memory.read(buffer, [False] * 3)]
+    assert [None] * 3 == [certain_token(sequence, row) for row in memory.read(buffer, [0] * 3)]
 
 
 @pytest.mark.parametrize("size", [256, 257, 5000])
@@ -307,7 +316,7 @@ def test_the_largest_logit_is_told_without_candidates(size):
     memory = _on_cpu(size)
     buffer = memory.allocate(6)
     buffer.update_inplace(rows[:, None])
-    given = memory.read(buffer, [True] * 6)
+    given = memory.read(buffer, [None] * 6)
 
     assert [True, False, False, False, False, True] == [row.is_certain for row in given]
     assert [int(rows[0].argmax()), 0] == [given[0].token_id, given[5].token_id]
@@ -318,18 +327,23 @@ def test_the_largest_logit_is_told_without_candidates(size):
             sample(greedy, row)
 
 
-def test_rows_are_read_in_slices():
-    """Candidates for the 64 rows that one row needs them in, the largest logit for the others."""
+def test_candidates_are_found_for_the_rows_that_need_them_alone(monkeypatch):
+    """64 at a time, wherever they are in the batch; of the others the largest logit is told."""
     rows = np.random.default_rng(3).permutation(200 * 300).astype(np.float32).reshape(200, 300)
     memory = _on_cpu(300)
     buffer = memory.allocate(200)
     buffer.update_inplace(rows[:, None])
-    given = memory.read(buffer, [row != 70 for row in range(200)])
-    kinds = [type(row) for row in given]
+    temperatures = [1 + row / 200 if row % 2 or row == 70 else None for row in range(200)]
+    sliced, read = [], memory._read_candidates
+    monkeypatch.setattr(
+        memory, "_read_candidates", lambda *given: sliced.append(len(given[-1])) or read(*given)
+    )
+    given = memory.read(buffer, temperatures)
 
-    assert [GreedyRow] * 64 + [DeviceRow] * 64 + [GreedyRow] * 72 == kinds
-    for row, part in zip(rows, given, strict=True):
+    assert [64, 37] == sliced
+    for row, part, temperature in zip(rows, given, temperatures, strict=True):
         assert row.argmax() == (part.token_id if isinstance(part, GreedyRow) else part.ids[0])
+        assert temperature == getattr(part, "temperature", None)
         assert row.tolist() == part.fetch().tolist()
 
 
