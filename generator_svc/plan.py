@@ -48,12 +48,14 @@ class Chunk:
 class PromptBatch:
     """Prefills whole prompts of consecutive slots in one run, each padded on the right to `length`.
 
-    What is written at the padding's positions is overwritten before it is ever read.
+    What is written at the padding's positions is overwritten before it is ever read. There is a
+    temperature for each prompt, as in Row.
     """
 
     first_slot: int
     prompts: tuple[tuple[int, ...], ...]
     length: int
+    temperatures: tuple[float | None, ...]
 
     @property
     def padding(self) -> int:

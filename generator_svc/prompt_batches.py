@@ -31,9 +31,11 @@ def take_batches(
             groups.append([sequence])
     batches = {}
     for group in groups:
-        prompts = tuple(chunks.pop(sequence).token_ids for sequence in group)
+        taken = [chunks.pop(sequence) for sequence in group]
+        prompts = tuple(chunk.token_ids for chunk in taken)
         length = min(padded_length(max(map(len, prompts))), slot_length)
-        batches[tuple(group)] = PromptBatch(group[0].slot, prompts, length)
+        temperatures = tuple(chunk.temperature for chunk in taken)
+        batches[tuple(group)] = PromptBatch(taken[0].slot, prompts, length, temperatures)
     return batches
 
 

@@ -198,7 +198,7 @@ class OrtRunner:
     def _run_batch(self, batch: PromptBatch) -> RunResult:
         inputs = prompt_inputs(batch)
         bind = functools.partial(self._bind_inputs, inputs)
-        return self._run(inputs.first_slot, [False] * inputs.rows, bind, None)
+        return self._run(inputs.first_slot, list(batch.temperatures), bind, None)
 
     def _run_chunk(self, chunk: Chunk) -> RunResult:
         inputs = prefill_inputs(chunk)

@@ -248,7 +248,9 @@ def test_prompts_in_one_run_give_nearly_the_logits_of_each_alone(on_device, leng
     following = [row.whole for row in on_device.run(StepPlan(rows=rows)).rows.logits]
     for slot in range(3):
         _prefill(on_device, slot, PROMPT[::-1])
-    outcome = on_device.run(StepPlan(rows=rows, batches=(PromptBatch(0, prompts, length),)))
+    outcome = on_device.run(
+        StepPlan(rows=rows, batches=(PromptBatch(0, prompts, length, (1.0,) * len(prompts)),))
+    )
 
     assert outcome.batches[0].error is None
     assert np.allclose(alone, [row.whole for row in outcome.batches[0].logits], atol=0.05)

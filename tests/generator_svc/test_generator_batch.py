@@ -19,7 +19,7 @@ def test_a_chunk_attends_to_all_before_it():
 
 def test_prompts_are_padded_on_the_right():
     """Ids and mask are as wide as the batch is long; the mask leaves the padding out."""
-    batch = PromptBatch(first_slot=2, prompts=((7, 8, 9), (5,)), length=4)
+    batch = PromptBatch(2, ((7, 8, 9), (5,)), 4, (1.0, None))
     inputs = prompt_inputs(batch)
 
     assert (2, 2) == (inputs.first_slot, inputs.rows)

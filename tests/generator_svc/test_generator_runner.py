@@ -83,7 +83,7 @@ def test_prompts_in_one_run_give_what_each_gives_alone(runner, length):
     following = _decode(runner, *rows)
     for slot in range(3):
         _prefill(runner, slot, OTHERS[1])
-    batch = PromptBatch(0, tuple(map(tuple, prompts)), length)
+    batch = PromptBatch(0, tuple(map(tuple, prompts)), length, (1.0,) * len(prompts))
     together = runner.run(StepPlan(batches=(batch,))).batches[0]
 
     assert np.array(alone).tolist() == together.logits.tolist()
