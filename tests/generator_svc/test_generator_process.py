@@ -105,7 +105,7 @@ async def test_too_little_memory_is_refused_in_one_line(model):
 
     assert 2 == status
     [line] = lines_of(words)
-    assert "1000" in line
+    assert "1,000" in line
     assert "kv_cache_bytes" in line
 
 
