@@ -30,6 +30,7 @@ from tokenizer_svc.config import TokenizerSettings
 from trivium.wire.errors import markdown_table
 from trivium.wire.histogram import TokenHistogram
 from trivium.wire.in_flight import InFlight
+from trivium.wire.process_metrics import register_process
 from trivium.wire.replicas.metrics import ReplicaCollector
 from trivium.wire.replicas.replica import ReplicaState, ReplicaStatus
 from trivium.wire.replicas.replica_set import ReplicaSetStatus
@@ -151,9 +152,10 @@ def generator_registry() -> CollectorRegistry:
     meter.overhead["reason"] = 1
     meter.settled[next(iter(FinishReason))] = 1
     idle = Load(*(1 for _ in Load.__dataclass_fields__))
-    registry.register(EngineCollector(lambda: idle, meter, "model"))
+    registry.register(EngineCollector(lambda: idle, lambda: 0.0, meter, "model"))
     RequestMetrics(registry, "model")
-    register_info(registry, "model", "", DeviceInfo("", "", 0, 0, 0))
+    register_info(registry, "model", "", DeviceInfo("", "", 0, 0, 0), prefix_cache=True)
+    register_process(registry, InFlight())
     return registry
 
 
@@ -170,6 +172,7 @@ def facade_registry() -> CollectorRegistry:
 def tokenizer_registry() -> CollectorRegistry:
     """The tokenizer's metrics, with a generator."""
     registry = tokenizer_svc.metrics.Metrics().registry
+    register_process(registry, InFlight())
     registry.register(ReplicaCollector({"model": lambda: _ONE_REPLICA}))
     return registry
 

@@ -9,7 +9,7 @@ import time
 from collections import deque
 
 from generator_svc.metrics import RequestMetrics
-from generator_svc.sequence import Sequence, SequenceUpdate
+from generator_svc.sequence import Sequence, SequenceGroup, SequenceUpdate
 
 _WHOLE_UPDATES = 256
 
@@ -26,6 +26,7 @@ class UpdateQueue:
         self.is_whole = False
         self._metrics = metrics
         self._arrival = time.monotonic()
+        self._first: float | None = None  # when the first token arose
         self._last: dict[int, float] = {}  # when each sequence's last token arose
         self._updates: list[SequenceUpdate] = []
         self._ready = asyncio.Event()
@@ -39,7 +40,7 @@ class UpdateQueue:
         index = update.sequence.index
         if index in self._last:
             self._metrics.next_token.observe(now - self._last[index])
-        elif not self._last:
+        elif self._first is None:
             self._observe_first(update.sequence, now)
         self._last[index] = now
 
@@ -60,9 +61,17 @@ class UpdateQueue:
         updates, self._updates = self._updates, []
         return updates
 
+    def observe_phases(self, group: SequenceGroup) -> None:
+        """Observes how long a finished call waited, was prefilled and decoded; not if it was
+        stopped before its first token."""
+        if self._first is not None:
+            self._metrics.phases(group, self._first, max(self._last.values()))
+
     def _observe_first(self, sequence: Sequence, now: float) -> None:
+        self._first = now
         self._metrics.first_token.observe(now - self._arrival)
         self._metrics.prompt_tokens.inc(sequence.prompt_length)
+        self._metrics.queried_tokens.inc(sequence.prompt_length)
         self._metrics.cached_tokens.inc(sequence.cached_prompt_tokens)
 
 

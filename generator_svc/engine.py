@@ -126,6 +126,12 @@ class Engine:
             slots=cache.num_slots,
         )
 
+    def cache_usage(self) -> float:
+        """Tokens that sequences hold in the KV cache, as a share of all that it has room for; any
+        thread."""
+        cache = self._scheduler.cache
+        return cache.used_tokens / (cache.num_slots * cache.slot_length)
+
     def prefill_seconds(self, tokens: int) -> float:
         """How long so many tokens of waiting prompts take, by what was measured; any thread."""
         return tokens * self._scheduler.prefill_cost.cost(0) / 1e9
@@ -223,6 +229,10 @@ class Engine:
             self.meter.charge(result.nanoseconds, [(sequence, len(chunk.token_ids))])
         if outcome.rows is not None:
             self.meter.charge(outcome.rows.nanoseconds, [(owner, 1) for owner in step.rows])
+        tokens = sum(len(chunk.token_ids) for chunk in step.plan.chunks)
+        tokens += len(step.rows) - step.rows.count(None)
+        if tokens:
+            self.meter.steps[tokens] += 1
 
 
 def _drawing(step: ScheduledStep, outcome: StepOutcome) -> Iterator[tuple[Sequence, LogitsRow]]:

@@ -81,6 +81,13 @@ class SlotCache:
         return sum(slot.owner is not None for slot in self._slots)
 
     @property
+    def used_tokens(self) -> int:
+        """Tokens whose keys and values sequences hold now; the prefix cache, which makes room for
+        any sequence, does not count."""
+        owners = [slot.owner for slot in self._slots]  # at once: another thread may ask
+        return sum(owner.computed for owner in owners if owner is not None)
+
+    @property
     def active_range(self) -> int:
         """One more than the highest owned slot."""
         owned = (number for number, slot in enumerate(self._slots) if slot.owner is not None)

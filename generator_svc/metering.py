@@ -35,6 +35,8 @@ def share(nanoseconds: int, weights: ListOf[int]) -> list[int]:
 class Meter:
     """Counts device time. `settled` has that of ended sequences, by finish reason.
 
+    `steps` has the engine's steps by how many tokens each computed, prefilled and decoded ones.
+
     The engine's thread writes; any thread may take a `snapshot`, which is always consistent.
     """
 
@@ -44,6 +46,7 @@ class Meter:
         self.overhead: Counter[str] = Counter()
         self.charged = 0
         self.settled: Counter[FinishReason] = Counter()
+        self.steps: Counter[int] = Counter()
 
     def charge(self, nanoseconds: int, tokens: ListOf[tuple[Sequence | None, int]]) -> None:
         """Charges a run to its sequences by their tokens; None stands for padding rows."""

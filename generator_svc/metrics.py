@@ -9,19 +9,38 @@ Gauges and the engine's own counters are read at scrape time, so steps pay nothi
 from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import Counter, Gauge, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+)
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from generator_svc.engine import Load
 from generator_svc.metering import Meter
 from generator_svc.run.runner import DeviceInfo
-from generator_svc.sequence import SequenceUpdate
+from generator_svc.sequence import SequenceGroup, SequenceUpdate
 from trivium.wire.histogram import TokenHistogram
 
 _FIRST_TOKEN_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 _NEXT_TOKEN_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 _MESSAGE_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+_PHASE_BUCKETS = (
+    *(0.001, 0.005, 0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5),
+    *(5, 10, 20, 30, 60, 120, 240, 480),
+)
+_STEP_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+# The unit in which routers remember prefixes. Slots share prefixes of any length.
+_BLOCK_TOKENS = 16
+
+
+_PHASES = {
+    "queue": "Time a finished call waited for a slot",
+    "prefill": "Time from a finished call's slot to its first token",
+    "decode": "Time from a finished call's first token to its last one",
+    "inference": "Time from a finished call's slot to its last token",
+}
 
 
 class RequestMetrics(Collector):
@@ -38,6 +57,9 @@ class RequestMetrics(Collector):
         )
         self.cached_tokens = counter(
             "vllm:prefix_cache_hits", "Prompt tokens served from the prefix cache"
+        ).labels(**labels)
+        self.queried_tokens = counter(
+            "vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache"
         ).labels(**labels)
         self.generated = 0  # read at scrape time: a Counter takes a microsecond for each token
         registry.register(self)
@@ -62,6 +84,23 @@ class RequestMetrics(Collector):
             registry=registry,
             buckets=_MESSAGE_BUCKETS,
         ).labels(**labels)
+        self._phases = {
+            phase: Histogram(
+                f"vllm:request_{phase}_time_seconds",
+                text,
+                ["model_name"],
+                registry=registry,
+                buckets=_PHASE_BUCKETS,
+            ).labels(**labels)
+            for phase, text in _PHASES.items()
+        }
+        self._rejected = Counter(
+            "trivium_engine_rejections",
+            "Calls that were refused before they reached the engine, by error code",
+            ["model_name", "reason"],
+            registry=registry,
+        )
+        self._rejected.labels(model_name=model, reason="queue_full")
         self._finished = Counter(
             "trivium_engine_calls",
             "Calls that ended, by finish reason; cancelled and failed ones too",
@@ -72,6 +111,19 @@ class RequestMetrics(Collector):
     def sent(self, updates: Sequence[SequenceUpdate]) -> None:
         """Counts a message with these updates."""
         self._message_tokens.observe(len([u for u in updates if u.token is not None]))
+
+    def phases(self, group: SequenceGroup, first_token: float, last_token: float) -> None:
+        """Observes the phases of a finished call, by when its first and last token arose."""
+        scheduled = group.scheduled_at
+        assert scheduled is not None, "Tokens arose without a slot. This is a bug."
+        self._phases["queue"].observe(scheduled - group.queued_at)
+        self._phases["prefill"].observe(first_token - scheduled)
+        self._phases["decode"].observe(last_token - first_token)
+        self._phases["inference"].observe(last_token - scheduled)
+
+    def rejected(self, reason: str) -> None:
+        """Counts a call that did not reach the engine."""
+        self._rejected.labels(model_name=self._model, reason=reason).inc()
 
     def finished(self, reason: str) -> None:
         """Counts a call that ended."""
@@ -86,9 +138,9 @@ class RequestMetrics(Collector):
 
 
 def register_info(
-    registry: CollectorRegistry, model: str, precision: str, device: DeviceInfo
+    registry: CollectorRegistry, model: str, precision: str, device: DeviceInfo, prefix_cache: bool
 ) -> None:
-    """What runs where, as the labels of a gauge that is 1."""
+    """What runs where, and the KV cache, as the labels of gauges that are 1."""
     labels = {
         "model_name": model,
         "precision": precision,
@@ -96,14 +148,36 @@ def register_info(
         "cuda_unavailable": device.cuda_unavailable,
     }
     text = "1; its labels say what runs where, and why not on CUDA if the device is auto"
-    Gauge("trivium_engine_info", text, list(labels), registry=registry).labels(**labels).set(1)
+    _info(registry, "trivium_engine_info", text, labels)
+    labels = {
+        "model_name": model,
+        "block_size": str(_BLOCK_TOKENS),
+        "num_gpu_blocks": str(device.slots * device.slot_length // _BLOCK_TOKENS),
+        "cache_dtype": device.dtype,
+        "enable_prefix_caching": str(prefix_cache),
+        "slots": str(device.slots),
+        "slot_length": str(device.slot_length),
+    }
+    text = "1; its labels say how large the KV cache is: blocks as in vLLM, on a CPU too, and slots"
+    _info(registry, "vllm:cache_config_info", text, labels)
+
+
+def _info(registry: CollectorRegistry, name: str, text: str, labels: dict[str, str]) -> None:
+    Gauge(name, text, list(labels), registry=registry).labels(**labels).set(1)
 
 
 class EngineCollector(Collector):
     """The engine's load and metering, read at each scrape."""
 
-    def __init__(self, load: Callable[[], Load], meter: Meter, model: str) -> None:
+    def __init__(
+        self,
+        load: Callable[[], Load],
+        cache_usage: Callable[[], float],
+        meter: Meter,
+        model: str,
+    ) -> None:
         self._load = load
+        self._cache_usage = cache_usage
         self._meter = meter
         self._model = model
 
@@ -112,7 +186,10 @@ class EngineCollector(Collector):
         gauges = {
             "vllm:num_requests_running": ("Sequences that hold a slot", load.running_sequences),
             "vllm:num_requests_waiting": ("Requests waiting for a slot", load.waiting_requests),
-            "vllm:kv_cache_usage_perc": ("Share of slots in use", load.used_slots / load.slots),
+            "vllm:kv_cache_usage_perc": (
+                "Tokens of running sequences in the KV cache; 1 is all that it has room for",
+                self._cache_usage(),
+            ),
             "trivium_slots": ("Slots", load.slots),
             "trivium_slots_in_use": ("Slots held by sequences", load.used_slots),
             "trivium_waiting_prompt_tokens": (
@@ -124,7 +201,24 @@ class EngineCollector(Collector):
             gauge = GaugeMetricFamily(name, text, labels=["model_name"])
             gauge.add_metric([self._model], value)
             yield gauge
+        yield self._step_tokens()
         yield from self._device_time()
+
+    def _step_tokens(self) -> Metric:
+        steps = self._meter.steps.copy()
+        histogram = HistogramMetricFamily(
+            "vllm:iteration_tokens_total",
+            "Tokens, prefilled and decoded, of a step of the engine",
+            labels=["model_name"],
+        )
+        buckets = [
+            (str(float(bound)), float(sum(n for tokens, n in steps.items() if tokens <= bound)))
+            for bound in _STEP_BUCKETS
+        ]
+        buckets.append(("+Inf", float(steps.total())))
+        total = sum(tokens * n for tokens, n in steps.items())
+        histogram.add_metric([self._model], buckets, total)
+        return histogram
 
     def _device_time(self) -> Iterator[Metric]:
         busy_nanoseconds, overheads, settled = self._meter.snapshot()

@@ -22,6 +22,7 @@ The whole policy:
 
 import itertools
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -226,7 +227,10 @@ class Scheduler:
             sequence = self._next(budget if is_long_running else math.inf)
             if sequence is None:
                 break
-            sequence.group.permit.release()
+            group = sequence.group
+            group.permit.release()
+            if group.scheduled_at is None:
+                group.scheduled_at = time.monotonic()
             moves += self.cache.allocate(sequence, _max_cached(sequence))
             self.running.append(sequence)
             sequence.status = SequenceStatus.PREFILL

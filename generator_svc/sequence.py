@@ -2,6 +2,7 @@
 
 import enum
 import functools
+import time
 from array import array
 from collections import Counter
 from collections.abc import Mapping
@@ -214,7 +215,8 @@ class SequenceUpdate(NamedTuple):
 class SequenceGroup:
     """A request in the engine: its sequences, which share one prompt.
 
-    `permit` is its place in the queue, released when the first sequence gets a slot.
+    `permit` is its place in the queue, released when the first sequence gets a slot, at
+    `scheduled_at` on the monotonic clock; until then that is None.
     `prompt_logits`, float32 [vocabulary], is kept from the first sequence's prefill until all
     others have drawn their first token from it. `tag` is opaque to the engine.
     """
@@ -222,6 +224,8 @@ class SequenceGroup:
     def __init__(self, request: EngineRequest, permit: Permit, tag: Any = None) -> None:
         self.request = request
         self.permit = permit
+        self.queued_at = time.monotonic()
+        self.scheduled_at: float | None = None
         self.tag = tag
         self.sequences = [Sequence(self, index, list(request.prompt)) for index in range(request.n)]
         self.prompt_logits: Any = None

@@ -36,6 +36,7 @@ from trivium.host_limits import cpu_limit
 from trivium.model_directory import ModelDirectory
 from trivium.wire.channel import revision_service
 from trivium.wire.in_flight import InFlight
+from trivium.wire.process_metrics import register_process
 from trivium.wire.serving import GrpcServer, StopSignals
 
 log = logging.getLogger("generator_svc")
@@ -198,7 +199,7 @@ def build_service(
         eos_token_ids=model.eos_token_ids,
         defaults=default_sampling(model),
     )
-    registry.register(EngineCollector(engine.load, engine.meter, model.id))
+    registry.register(EngineCollector(engine.load, engine.cache_usage, engine.meter, model.id))
     metrics = RequestMetrics(registry, model.id)
     return GeneratorService(engine, limits, info, metrics, constraints, draining)
 
@@ -242,8 +243,10 @@ async def serve_constrained(
     await asyncio.to_thread(engine.start, functools.partial(warm_up, runner, meter))
     info = describe(model, runner, settings)
     registry = CollectorRegistry()
-    register_info(registry, model.id, model.precision or "", runner.info)
+    precision = model.precision or ""
+    register_info(registry, model.id, precision, runner.info, settings.prefix_cache)
     in_flight = InFlight()
+    register_process(registry, in_flight)
     service = build_service(
         settings, model, info, engine, registry, constraints, in_flight.draining
     )

@@ -104,10 +104,14 @@ class GeneratorService(pb_grpc.GeneratorServiceServicer):
         self, request_iterator: AsyncIterator[pb.GenerateRequest], context: Call
     ) -> AsyncIterator[pb.GenerateResponse]:
         queue = UpdateQueue(self._metrics)
-        start = await _receive_start(request_iterator)
-        queue.is_whole = start.whole
-        request = await self._checked(start)
-        group = self._submit(request, queue)
+        try:
+            start = await _receive_start(request_iterator)
+            queue.is_whole = start.whole
+            request = await self._checked(start)
+            group = self._submit(request, queue)
+        except ServiceError as error:
+            self._metrics.rejected(error.code)
+            raise
         self._submitted += 1
         self._busy.set()
         commands = asyncio.create_task(self._handle_commands(request_iterator, group))
@@ -124,6 +128,7 @@ class GeneratorService(pb_grpc.GeneratorServiceServicer):
                 self._metrics.sent(updates)
                 yield to_response(updates)
             outcome = group.sequences[0].finish_reason or outcome
+            queue.observe_phases(group)
         finally:
             self._engine.cancel(group)
             self._submitted -= 1

@@ -174,6 +174,7 @@ class ErrorMiddleware:
             log.exception("unhandled error in a request")
             service_error = internal_error()
         if not started:
+            self._metrics.rejections.labels(service_error.code).inc()
             await ErrorResponse(service_error)(scope, receive, send)
             return
         # Only streams can fail after their start.

@@ -11,7 +11,9 @@ from prometheus_client import (
     generate_latest,
 )
 
+from trivium.wire.errors import ERRORS
 from trivium.wire.in_flight import InFlight
+from trivium.wire.process_metrics import register_process
 from trivium.wire.replicas.metrics import ReplicaCollector
 from trivium.wire.replicas.replica_set import ReplicaSetStatus
 
@@ -47,6 +49,14 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
+        self.rejections = Counter(
+            "trivium_http_rejections",
+            "API requests answered with an error, by its code.",
+            ("code",),
+            registry=self.registry,
+        )
+        for code in ERRORS:  # of a series that starts at 1 no rate is known
+            self.rejections.labels(code)
         self.disconnects = Counter(
             "trivium_http_disconnects",
             "Clients that left before their answer was complete.",
@@ -63,6 +73,7 @@ class Metrics:
         """From now on, tells of these requests, and of these replicas of the tokenizer too."""
         self.running.set_function(lambda: in_flight.count)
         self.registry.register(ReplicaCollector({"": status}))
+        register_process(self.registry, in_flight)
 
     def text(self) -> bytes:
         """Everything in Prometheus' text format."""

@@ -1,16 +1,23 @@
 """Prometheus metrics of this service, under vLLM's names where it has the same.
 
-A `RequestMeter` lives as long as a request does.
+A `RequestMeter` lives as long as a request does. What begins `vllm:request_` counts each request
+once, whatever its `n`, so that at rest
+
+    sum of vllm:request_success_total = count of vllm:request_prompt_tokens
+    vllm:prompt_tokens_total = sum of vllm:request_prompt_tokens
+
+and likewise for generated tokens.
 """
 
 import asyncio
 import time
+from collections.abc import Iterable
 from types import TracebackType
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from tokenizer_svc.generator.types import TokenUpdate
-from tokenizer_svc.output.events import Delta
+from tokenizer_svc.output.events import Delta, FinishReason
 from trivium.wire.errors import ServiceError
 from trivium.wire.histogram import TokenHistogram
 
@@ -23,6 +30,9 @@ _TOKEN_BUCKETS = (
     *(0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05),
     *(0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5),
 )
+_LENGTH_BUCKETS = tuple(mantissa * 10**exponent for exponent in range(6) for mantissa in (1, 2, 5))
+# Why a request ended, in vLLM's words. A call of a tool is a stop: the model was done.
+_STOP, _LENGTH, _ABORT, _ERROR = _REASONS = ("stop", "length", "abort", "error")
 _REQUEST_BUCKETS = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 480)
 
 
@@ -31,7 +41,6 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
-        ProcessCollector(registry=registry)
         self.requests = Counter(
             "trivium_requests_total",
             "Chat and completion requests that ended, by error code, or ok.",
@@ -45,7 +54,8 @@ class Metrics:
         )
         self.success = Counter(
             "vllm:request_success_total",
-            "Choices that finished, by reason.",
+            "Requests that ended after their admission, by reason: length if any choice was cut, "
+            "abort if the caller left.",
             [*_LABELS, "finished_reason"],
             registry=registry,
         )
@@ -54,6 +64,20 @@ class Metrics:
         )
         self.generation_tokens = Counter(
             "vllm:generation_tokens_total", "Tokens generated.", _LABELS, registry=registry
+        )
+        self.request_prompt_tokens = Histogram(
+            "vllm:request_prompt_tokens",
+            "Prompt tokens of a request.",
+            _LABELS,
+            buckets=_LENGTH_BUCKETS,
+            registry=registry,
+        )
+        self.request_generation_tokens = Histogram(
+            "vllm:request_generation_tokens",
+            "Tokens generated for a request, those of all its choices.",
+            _LABELS,
+            buckets=_LENGTH_BUCKETS,
+            registry=registry,
         )
         self.time_to_first_token = _seconds(
             "time_to_first_token",
@@ -69,10 +93,16 @@ class Metrics:
         )
         self.request_latency = _seconds(
             "e2e_request_latency",
-            "End-to-end latency of a request, to its last token.",
+            "End-to-end latency of a request, to its last token; not of aborted and failed ones.",
             _REQUEST_BUCKETS,
             registry,
         )
+
+    def expect(self, models: Iterable[str]) -> None:
+        """Shows zeros for these models: of a series that starts at 1 no rate is known."""
+        for model in models:
+            for reason in _REASONS:
+                self.success.labels(model, reason)
 
     def request(self) -> "RequestMeter":
         """A context manager around one request."""
@@ -93,14 +123,17 @@ class RequestMeter:
         self._model = ""
         self._start = time.monotonic()
         self._last: dict[int, float] = {}
+        self._prompt_tokens = self._generated_tokens = 0
+        self._is_cut = False  # whether any choice ended for its length
 
     def __enter__(self) -> "RequestMeter":
         self._metrics.in_flight.inc()
         return self
 
     def prompt(self, model: str, tokens: int) -> None:
-        """The request is for `model`, and its prompt has so many tokens."""
+        """A prompt of so many tokens was admitted, for `model`."""
         self._model = model
+        self._prompt_tokens += tokens
         self._metrics.prompt_tokens.labels(model).inc(tokens)
         # Looked up once and not for each token.
         self._generated = self._metrics.generation_tokens.labels(model)
@@ -116,8 +149,8 @@ class RequestMeter:
             if update.token_ids:
                 self._tokens(first_index + update.index, len(update.token_ids), now)
         for delta in deltas:
-            if delta.finish_reason is not None:
-                self._metrics.success.labels(self._model, delta.finish_reason.value).inc()
+            if delta.finish_reason is FinishReason.LENGTH:
+                self._is_cut = True
 
     def _tokens(self, index: int, count: int, now: float) -> None:
         if not self._last:
@@ -126,6 +159,7 @@ class RequestMeter:
             self._gaps.observe((now - self._last[index]) / count, count)
         self._last[index] = now
         self._generated.inc(count)
+        self._generated_tokens += count
 
     def __exit__(
         self,
@@ -134,10 +168,21 @@ class RequestMeter:
         traceback: TracebackType | None,
     ) -> None:
         self._metrics.in_flight.dec()
-        self._metrics.requests.labels(_code(error)).inc()
+        code = _code(error)
+        self._metrics.requests.labels(code).inc()
+        if not self._model:
+            return
+        metrics, model = self._metrics, self._model
+        metrics.request_prompt_tokens.labels(model).observe(self._prompt_tokens)
+        metrics.request_generation_tokens.labels(model).observe(self._generated_tokens)
+        reason = _ABORT if code == _LEFT else _ERROR
         if error is None:
-            seconds = time.monotonic() - self._start
-            self._metrics.request_latency.labels(self._model).observe(seconds)
+            reason = _LENGTH if self._is_cut else _STOP
+            metrics.request_latency.labels(model).observe(time.monotonic() - self._start)
+        metrics.success.labels(model, reason).inc()
+
+
+_LEFT = "client_closed_request"
 
 
 def _code(error: BaseException | None) -> str:
@@ -146,4 +191,4 @@ def _code(error: BaseException | None) -> str:
     if isinstance(error, ServiceError):
         return error.code
     left = isinstance(error, (asyncio.CancelledError, GeneratorExit))
-    return "client_closed_request" if left else "internal_error"
+    return _LEFT if left else "internal_error"

@@ -11,6 +11,8 @@ from tokenizer_svc.metrics import Metrics
 from tokenizer_svc.models import Model, ServedModel, ServedModels, load_model
 from tokenizer_svc.service import PIPELINE_SERVICES, TOKENIZER_SERVICE, create_server
 from trivium.model_directory import ModelDirectoryError
+from trivium.wire.in_flight import InFlight
+from trivium.wire.process_metrics import register_process
 from trivium.wire.replicas.metrics import ReplicaCollector
 
 
@@ -57,7 +59,12 @@ class TokenizerServer:
                 }
             )
         )
-        self._server = create_server(self._models, metrics, settings.max_connection_age_seconds)
+        metrics.expect(self._models.by_id)
+        in_flight = InFlight()
+        register_process(metrics.registry, in_flight)
+        self._server = create_server(
+            self._models, metrics, settings.max_connection_age_seconds, in_flight
+        )
 
     def _served(self, model: Model, settings: ModelSettings) -> ServedModel:
         connection = GeneratorClient(settings.generator_target, model.revision)

@@ -36,6 +36,7 @@ from trivium.chat.v1 import (
 )
 from trivium.tokenizer.v1 import tokenizer_pb2_grpc
 from trivium.wire.channel import remaining_seconds
+from trivium.wire.in_flight import InFlight
 from trivium.wire.serving import GrpcServer
 
 # These answer only while a generator does; the tokenizer's own service needs no one.
@@ -122,7 +123,10 @@ def _constraint(model: Model, request: ValidRequest, prompt: Prompt) -> Constrai
 
 
 def create_server(
-    models: ServedModels, metrics: Metrics, max_connection_age_seconds: float
+    models: ServedModels,
+    metrics: Metrics,
+    max_connection_age_seconds: float,
+    in_flight: InFlight,
 ) -> GrpcServer:
     """A server of all services over these models."""
     chat, completions = ChatService(models, metrics), CompletionService(models, metrics)
@@ -135,4 +139,5 @@ def create_server(
         ],
         [*PIPELINE_SERVICES, TOKENIZER_SERVICE],
         max_connection_age_seconds=max_connection_age_seconds,
+        in_flight=in_flight,
     )

@@ -77,7 +77,8 @@ class Stage:
             ).deliver,
             lambda fault: None,
         )
-        self.registry.register(EngineCollector(self.engine.load, self.meter, "m"))
+        engine = self.engine
+        self.registry.register(EngineCollector(engine.load, engine.cache_usage, self.meter, "m"))
         self.in_flight = InFlight()
         self.service = GeneratorService(
             self.engine,

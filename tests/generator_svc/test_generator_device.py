@@ -59,7 +59,7 @@ def test_auto_goes_on_with_the_cpu(cache_bytes, monkeypatch, caplog):
     model = load_model_directory(settings.model_directory)
     runner = generator.load_runner(settings, model)
     info, registry = generator.describe(model, runner, settings), CollectorRegistry()
-    register_info(registry, model.id, "", runner.info)
+    register_info(registry, model.id, "", runner.info, True)
     reason = "did not start" if cache_bytes else "no runtime library was found"
 
     assert "CPUExecutionProvider" == info.execution_provider

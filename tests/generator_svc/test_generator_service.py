@@ -438,8 +438,70 @@ async def test_metrics_count_what_callers_got(stage):
         await stage.generate(prompt, max_new_tokens=5, ignore_eos=True)
 
     assert 40 == stage.metric("trivium_engine_prompt_tokens_total", model_name="m")
+    assert 40 == stage.metric("vllm:prefix_cache_queries_total")
     assert 18 == stage.metric("vllm:prefix_cache_hits_total")
     assert 10 == stage.metric("trivium_engine_generation_tokens_total")
     assert 2 == stage.metric("trivium_engine_time_to_first_token_seconds_count")
     assert 8 == stage.metric("trivium_engine_inter_token_latency_seconds_count")
     assert 2 == stage.metric("trivium_engine_calls_total", finished_reason="length")
+
+
+async def test_phases_of_a_call_add_up(stage):
+    """Queue, prefill and decode are observed once for each finished call, and decode and prefill
+    are what the call took with its slot."""
+    async with asyncio.TaskGroup() as group:
+        for value in range(2, 12):
+            group.create_task(stage.generate([value, 3], n=2, max_new_tokens=5, ignore_eos=True))
+
+    def total(phase, part):
+        return stage.metric(f"vllm:request_{phase}_time_seconds_{part}", model_name="m")
+
+    for phase in ("queue", "prefill", "decode", "inference"):
+        assert 10 == total(phase, "count")
+        assert total(phase, "sum") > 0
+    assert total("inference", "sum") == pytest.approx(
+        total("prefill", "sum") + total("decode", "sum")
+    )
+
+
+async def test_steps_are_counted_by_their_tokens(stage):
+    """A prompt of 12 tokens and four decoded ones: five steps, of 12 tokens and of 1."""
+    await stage.generate(list(range(2, 14)), max_new_tokens=5, ignore_eos=True)
+
+    name = "vllm:iteration_tokens_total"
+    assert 16 == stage.metric(f"{name}_sum")
+    assert 5 == stage.metric(f"{name}_count")
+    assert 4 == stage.metric(f"{name}_bucket", le="1.0")
+    assert 5 == stage.metric(f"{name}_bucket", le="16.0")
+
+
+async def test_cache_usage_counts_tokens(stage):
+    """Of four slots of 64 tokens, a running sequence fills no more than it has tokens."""
+    stage.runner.delay = 0.01
+    call = await stage.call(list(range(2, 34)), ignore_eos=True)
+    await call.read()
+    usage = stage.metric("vllm:kv_cache_usage_perc")
+    call.cancel()
+
+    assert 32 / 256 <= usage <= 64 / 256
+
+
+async def test_refused_calls_are_counted_by_why():
+    """A full queue and a wrong field count as refused, from 0 on, and not as calls that ended."""
+    stage = Stage(slots=1, requests=1)
+    async with stage.running():
+        assert 0 == stage.metric("trivium_engine_rejections_total", reason="queue_full")
+        stage.runner.delay = 0.01
+        running = await stage.call([2], ignore_eos=True)
+        await running.read()
+        waiting = await stage.call([2], ignore_eos=True)
+        await stage.until(lambda load: load.waiting_sequences)
+        for fields in ({}, {"n": 0}):
+            await _error(await stage.call([2], **fields))
+        running.cancel()
+        waiting.cancel()
+        await stage.until_free()
+
+    assert 1 == stage.metric("trivium_engine_rejections_total", reason="queue_full")
+    assert 2 == stage.metric("trivium_engine_rejections_total")
+    assert 2 == stage.metric("trivium_engine_calls_total")

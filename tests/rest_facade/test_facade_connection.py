@@ -153,6 +153,8 @@ async def test_metrics(client: httpx.AsyncClient) -> None:
     assert f'trivium_http_requests_total{{route="{URL}",status="400"}} 1.0' in text
     assert 'trivium_http_requests_total{route="/v1/models/{id}",status="200"} 1.0' in text
     assert 'trivium_http_requests_total{route="other",status="404"} 1.0' in text
+    assert 'trivium_http_rejections_total{code="invalid_type"} 1.0' in text
+    assert 'trivium_http_rejections_total{code="queue_full"} 0.0' in text
     assert "trivium_http_time_to_first_token_seconds_count 1.0" in text
 
 

@@ -452,9 +452,52 @@ async def test_metrics_add_up(stage: Stage) -> None:
     assert 1 == value("vllm:time_to_first_token_seconds_count", names)
     assert 1 == value("vllm:e2e_request_latency_seconds_count", names)
     assert 1 == value("vllm:request_success_total", names | {"finished_reason": "stop"})
+    assert value("vllm:prompt_tokens_total", names) == value(
+        "vllm:request_prompt_tokens_sum", names
+    )
+    assert len(token_ids) + 1 == value("vllm:request_generation_tokens_sum", names)
+    assert 1 == value("vllm:request_generation_tokens_count", names)
 
     replica = names | {"replica": f"127.0.0.1:{stage.generator_port}"}
 
     assert value("trivium_replica_picked_total", replica) >= 1
     assert 0 == value("trivium_replica_outstanding", replica)
     assert 1 == value("trivium_replica_state", replica | {"state": "serving"})
+
+
+async def test_requests_end_once_and_in_vllms_words(stage: Stage) -> None:
+    """A request of two choices is one; what was cut is length, who left is abort, a fault is error,
+    and the lengths' counts and sums are those of all of them."""
+    names = {"model_name": "tiny"}
+    value = stage.metrics.registry.get_sample_value
+
+    def reasons() -> dict[str, float | None]:
+        return {
+            reason: value("vllm:request_success_total", names | {"finished_reason": reason})
+            for reason in ("stop", "length", "abort", "error")
+        }
+
+    assert dict.fromkeys(reasons(), 0) == reasons()
+    token_ids = stage.encode("one two")
+    cut = message_of(update(1, token_ids), finish(1, LENGTH, len(token_ids)))
+    stage.generator.script = says([*one_by_one(token_ids), ended(len(token_ids) + 1), cut])
+    await stage.stream(n=2)
+    stage.generator.script = fails_after(one_by_one(token_ids), RuntimeError("fault"))
+    with pytest.raises(grpc.aio.AioRpcError):
+        await stage.stream()
+    stage.generator.script = stalls_after(one_by_one(token_ids))
+    call = stage.chat.StreamChatCompletion(stage.request())
+    await call.read()
+    call.cancel()
+    await stage.generator.calls[-1].cancelled.wait()
+    async with asyncio.timeout(30):
+        while value("trivium_requests_in_flight"):
+            await stage.models.ListModels(model_pb2.ListModelsRequest())
+
+    assert {"stop": 0, "length": 1, "abort": 1, "error": 1} == reasons()
+    assert 1 == value("vllm:e2e_request_latency_seconds_count", names)
+    for kind in ("prompt", "generation"):
+        assert 3 == value(f"vllm:request_{kind}_tokens_count", names)
+        assert value(f"vllm:{kind}_tokens_total", names) == value(
+            f"vllm:request_{kind}_tokens_sum", names
+        )

@@ -2,9 +2,18 @@
 
 import asyncio
 import contextlib
+import enum
 from collections.abc import Iterator
 
 from trivium.wire.errors import ServiceError
+
+
+class DrainState(enum.Enum):
+    """How far a process is on its way to its end."""
+
+    NONE = "none"
+    NOTICE = "notice"
+    DRAIN = "drain"
 
 
 class InFlight:
@@ -21,6 +30,13 @@ class InFlight:
         self.draining = asyncio.Event()
         self.idle = asyncio.Event()
         self.idle.set()
+
+    @property
+    def state(self) -> DrainState:
+        """How far the drain is; from any thread."""
+        if self.draining.is_set():
+            return DrainState.DRAIN
+        return DrainState.NOTICE if self.leaving else DrainState.NONE
 
     def check_ready(self) -> None:
         """Raises ServiceError when requests should go elsewhere, as this process is to end."""
