@@ -1,7 +1,9 @@
 """Which tests run: those marked gpu where there is a CUDA device, quick ones alone with --fast."""
 
+import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from hypothesis import settings
@@ -66,6 +68,18 @@ EXHAUSTIVE = (
 )
 LEFT_OUT = {HERE / path for path in (*NEED_THE_EXPORTER, *START_PROGRAMS, *EXHAUSTIVE)}
 HIDDEN = ("torch", "transformers", "optimum", "onnx", "gguf", "tests.tiny_models")
+
+
+@pytest.fixture(scope="session")
+def generate() -> ModuleType:
+    """docs/generate.py as a module."""
+    path = HERE.parent / "docs" / "generate.py"
+    spec = importlib.util.spec_from_file_location("generate", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,0 +1,62 @@
+"""What `promtool check metrics` finds fault with: the rules of Prometheus' promlint, in Python.
+
+Prometheus itself comes in no package of PyPI.
+"""
+
+import re
+from collections.abc import Iterator
+
+from prometheus_client.metrics_core import Metric
+
+_BASE_UNITS = {
+    "amperes": (), "bytes": ("bits",), "celsius": ("fahrenheit", "rankine", "kelvins"),
+    "grams": ("pounds", "ounces"), "joules": ("calories",), "kelvin": (),
+    "meters": ("inches", "feet", "yards", "miles"), "moles": (),
+    "seconds": ("minutes", "hours", "days", "weeks"), "volts": (),
+}  # fmt: skip
+_PREFIXES = (
+    *("pico", "nano", "micro", "milli", "centi", "deci", "deca", "hecto", "kilo", "kibi"),
+    *("mega", "mebi", "mibi", "giga", "gibi", "tera", "tebi", "peta", "pebi"),
+)
+_ABBREVIATIONS = ("s", "ms", "us", "ns", "sec", "b", "kb", "mb", "gb", "tb", "pb", "m", "h", "d")
+_TYPES = ("counter", "gauge", "histogram", "summary", "untyped")
+_OF_HISTOGRAMS = ("_bucket", "_count", "_sum")
+_CAMEL_CASE = re.compile(r"[a-z][A-Z]")
+
+
+def faults(family: Metric) -> Iterator[str]:
+    """All faults of a metric, in promtool's words."""
+    # prometheus_client takes `_total` from a counter's name, and puts it back as it writes.
+    name = f"{family.name}_total" if family.type == "counter" else family.name
+    if not family.documentation:
+        yield "no help text"
+    if family.type != "counter" and name.endswith("_total"):
+        yield 'non-counter metrics should not have "_total" suffix'
+    if ":" in name:
+        yield "metric names should not contain ':'"
+    if _CAMEL_CASE.search(name):
+        yield "metric names should be written in 'snake_case' not 'camelCase'"
+    parts = name.lower().split("_")
+    for part in parts:
+        if (base := _base_unit(part)) not in (None, part):
+            yield f'use base unit "{base}" instead of "{part}"'
+        if part in _TYPES and family.type == part:
+            yield f'metric name should not include type "{part}"'
+        if part in _ABBREVIATIONS:
+            yield "metric names should not contain abbreviated units"
+    if family.type not in ("histogram", "summary"):
+        for suffix in _OF_HISTOGRAMS:
+            if name.endswith(suffix):
+                yield f'non-histogram and non-summary metrics should not have "{suffix}" suffix'
+        if any("le" in sample.labels for sample in family.samples):
+            yield 'non-histogram metrics should not have "le" label'
+    if family.type != "summary" and any("quantile" in sample.labels for sample in family.samples):
+        yield 'non-summary metrics should not have "quantile" label'
+
+
+def _base_unit(part: str) -> str | None:
+    """The unit that a part of a name should be in; None if it is no unit."""
+    for base, others in _BASE_UNITS.items():
+        if part in (base, *others, *(prefix + base for prefix in _PREFIXES)):
+            return base
+    return None

@@ -1,0 +1,236 @@
+"""What is scraped fits Prometheus' conventions; dashboard and alerts ask for what is scraped."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import promql_parser
+import pytest
+import yaml
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.prometheus_lint import faults
+from trivium.wire.in_flight import InFlight
+from trivium.wire.process_metrics import register_process
+
+FOLDER = Path(__file__).parents[1] / "deploy" / "monitoring"
+STAGES = ("facade", "tokenizer", "generator")
+VLLM = (
+    *("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "cache_config_info"),
+    *("prefix_cache_queries", "prefix_cache_hits", "iteration_tokens_total"),
+    *("prompt_tokens", "generation_tokens", "request_prompt_tokens", "request_generation_tokens"),
+    *("request_success", "time_to_first_token_seconds", "inter_token_latency_seconds"),
+    *("e2e_request_latency_seconds", "request_queue_time_seconds", "request_prefill_time_seconds"),
+    *("request_decode_time_seconds", "request_inference_time_seconds"),
+)
+# Labels that Prometheus adds to whatever it scrapes.
+OF_TARGETS = {"job", "instance"}
+RULES = yaml.safe_load((FOLDER / "alerts.yaml").read_text())["groups"][0]["rules"]
+RULE_TESTS = yaml.safe_load((FOLDER / "alerts_test.yaml").read_text())
+DASHBOARD = json.loads((FOLDER / "dashboard.json").read_text())
+PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+QUERIES = [
+    *((panel["title"], target["expr"]) for panel in PANELS for target in panel["targets"]),
+    *((rule["alert"], rule["expr"]) for rule in RULES),
+]
+
+
+def scraped(generate: ModuleType, stage: str) -> list[Metric]:
+    """A stage's metrics as Prometheus reads them, each with all its labels."""
+    registry = getattr(generate, f"{stage}_registry")()
+    list(generate.touched(registry))
+    return list(text_string_to_metric_families(generate_latest(registry).decode()))
+
+
+@pytest.fixture(scope="module")
+def labels(generate: ModuleType) -> dict[str, set[str]]:
+    """Of every series of every stage, the names of its labels."""
+    found: dict[str, set[str]] = {}
+    for stage in STAGES:
+        for family in scraped(generate, stage):
+            for sample in family.samples:
+                found.setdefault(sample.name, set()).update(sample.labels)
+    return found
+
+
+def test_lint_finds_what_promtool_finds() -> None:
+    """Of names that are wrong on purpose."""
+    registry = CollectorRegistry()
+    Gauge("a:fooBar_milliseconds_total", "", registry=registry)
+    Gauge("a_gauge_ms", "Text.", ["le"], registry=registry).labels("1")
+    Counter("good_seconds", "Text.", registry=registry)
+    found = {family.name: list(faults(family)) for family in registry.collect()}
+
+    assert {
+        "a:fooBar_milliseconds_total": [
+            "no help text",
+            'non-counter metrics should not have "_total" suffix',
+            "metric names should not contain ':'",
+            "metric names should be written in 'snake_case' not 'camelCase'",
+            'use base unit "seconds" instead of "milliseconds"',
+        ],
+        "a_gauge_ms": [
+            'metric name should not include type "gauge"',
+            "metric names should not contain abbreviated units",
+            'non-histogram metrics should not have "le" label',
+        ],
+        "good_seconds": [],
+    } == found
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_promtool_finds_no_fault_but_those_we_want(generate: ModuleType, stage: str) -> None:
+    """vLLM's names are vLLM's, and device time is counted in whole nanoseconds, which add up."""
+    found = {
+        (family.name, fault) for family in scraped(generate, stage) for fault in faults(family)
+    }
+    wanted = {
+        (name, fault)
+        for name, fault in found
+        if name.startswith("vllm:")
+        or (name.startswith("trivium_device_") and fault.startswith('use base unit "seconds"'))
+    }
+
+    assert set() == found - wanted
+
+
+def test_vllms_names_are_in_one_stage_only(generate: ModuleType) -> None:
+    """So that a sum over all that is scraped counts each request once."""
+    names = [
+        family.name
+        for stage in STAGES
+        for family in scraped(generate, stage)
+        if family.name.startswith("vllm:")
+    ]
+
+    assert len(set(names)) == len(names)
+    assert {f"vllm:{name}" for name in VLLM} == set(names)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_process_tells_of_itself(generate: ModuleType, stage: str) -> None:
+    """What it takes of its machine, which build it is, and whether it drains."""
+    names = {family.name for family in scraped(generate, stage)}
+
+    assert names >= {
+        "process_cpu_seconds",
+        "process_resident_memory_bytes",
+        "process_open_fds",
+        "trivium_build_info",
+        "trivium_drain_state",
+    }
+    assert [] == [name for name in names if name.endswith("_created")]
+
+
+def test_the_drain_shows_its_states() -> None:
+    """None, then notice, then drain: always one of them."""
+    registry, in_flight = CollectorRegistry(), InFlight()
+    register_process(registry, in_flight)
+
+    def state() -> list[str]:
+        (family,) = (f for f in registry.collect() if f.name == "trivium_drain_state")
+        return [sample.labels["state"] for sample in family.samples if sample.value]
+
+    assert ["none"] == state()
+    in_flight.leaving = True
+    assert ["notice"] == state()
+
+
+async def test_the_drain_ends_in_refusals() -> None:
+    """From then on a request is refused."""
+    registry, in_flight = CollectorRegistry(), InFlight()
+    register_process(registry, in_flight)
+    in_flight.leaving = True
+    in_flight.draining.set()
+
+    assert 1 == registry.get_sample_value("trivium_drain_state", {"state": "drain"})
+    assert 0 == registry.get_sample_value("trivium_drain_state", {"state": "notice"})
+
+
+@pytest.mark.parametrize(("title", "query"), QUERIES, ids=[title for title, _ in QUERIES])
+def test_queries_ask_for_what_is_scraped(
+    title: str, query: str, labels: dict[str, set[str]]
+) -> None:
+    """Each is PromQL, its metrics exist, and they have the labels that it selects and sums by."""
+    expression = promql_parser.parse(query.replace("$__rate_interval", "1m"))
+    nodes = list(walked(expression))
+    selectors = [node for node in nodes if isinstance(node, promql_parser.VectorSelector)]
+
+    assert selectors
+    for selector in selectors:
+        assert selector.name in labels
+        known = labels[selector.name] | OF_TARGETS
+        assert {matcher.name for matcher in selector.matchers.matchers} <= known
+    known = OF_TARGETS.union(*(labels[selector.name or ""] for selector in selectors))
+    for node in nodes:
+        if isinstance(node, promql_parser.AggregateExpr) and node.modifier is not None:
+            assert set(node.modifier.labels) <= known
+
+
+def walked(expression: promql_parser.Expr) -> Iterator[promql_parser.Expr]:
+    """An expression's nodes."""
+    nodes: list[promql_parser.Expr] = []
+    promql_parser.walk(expression, nodes.append)
+    return iter(nodes)
+
+
+@pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
+def test_legends_name_labels_that_are_there(panel: Any, labels: dict[str, set[str]]) -> None:
+    """A legend's {{label}} is one that the query leaves."""
+    for target in panel["targets"]:
+        named = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
+        summed = re.findall(r"sum by \(([^)]*)\)", target["expr"])
+        if summed:
+            assert named <= {label.strip() for label in summed[0].split(",")}
+            continue
+        metrics = re.findall(r"[a-z_:]{6,}", target["expr"])
+        assert named <= OF_TARGETS.union(*(labels.get(metric, set()) for metric in metrics))
+
+
+def test_the_dashboards_panels_have_places_of_their_own() -> None:
+    """No two overlap, ids are unique, and all have the data source that is chosen."""
+    panels = DASHBOARD["panels"]
+    taken = [
+        (column, line)
+        for place in (panel["gridPos"] for panel in panels)
+        for column in range(place["x"], place["x"] + place["w"])
+        for line in range(place["y"], place["y"] + place["h"])
+    ]
+
+    assert len(set(taken)) == len(taken)
+    assert all(column < 24 for column, _ in taken)
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    assert {"${datasource}"} == {panel["datasource"]["uid"] for panel in PANELS}
+    assert "model" in {variable["name"] for variable in DASHBOARD["templating"]["list"]}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
+def test_alerts_say_what_is_wrong_and_what_to_do(rule: Any) -> None:
+    """Each has a severity, waits before it calls anybody, and names labels that it has."""
+    assert rule["labels"]["severity"] in ("info", "warning", "critical")
+    assert re.fullmatch(r"\d+[mh]", rule["for"])
+    assert rule["annotations"].keys() == {"summary", "description"}
+
+
+def test_rule_tests_are_of_rules_that_exist(labels: dict[str, set[str]]) -> None:
+    """Their series are those that are scraped, their alerts those of the rules."""
+    series = [one["series"] for test in RULE_TESTS["tests"] for one in test["input_series"]]
+    for text in series:
+        selector = promql_parser.parse(text)
+        assert isinstance(selector, promql_parser.VectorSelector)
+        assert selector.name in labels
+        named = {matcher.name for matcher in selector.matchers.matchers}
+        assert named <= labels[selector.name] | OF_TARGETS
+    alerts = {
+        alert["alertname"]
+        for test in RULE_TESTS["tests"]
+        for alert in test.get("alert_rule_test", ())
+    }
+
+    assert ["alerts.yaml"] == RULE_TESTS["rule_files"]
+    assert alerts <= {rule["alert"] for rule in RULES}
