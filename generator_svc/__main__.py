@@ -22,7 +22,7 @@ def main() -> None:
     """Exits 0 after a signal, 1 after a fault of the engine, 2 when it cannot start."""
     end_at_stop_signal()
     settings = load_settings(GeneratorSettings)
-    telemetry.configure_logging(settings.log_name, settings.log_level)
+    telemetry.configure_logging(settings.log_name, settings.log_level, settings.log_format)
     prepare_open_files()
     sys.setswitchinterval(_SWITCH_INTERVAL_SECONDS)
     try:

@@ -32,6 +32,9 @@ class GeneratorSettings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Lowest log level that is written."
     )
+    log_format: Literal["json", "text"] = Field(
+        "json", description="One JSON object a line, for machines; text is for a person's eyes."
+    )
     log_name: str = Field("generator_svc", description="Name of this process in its log lines.")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto",

@@ -25,7 +25,7 @@ def main() -> None:
             "are set. Set TRIVIUM_FACADE_API_KEYS_FILE, or "
             "TRIVIUM_FACADE_ALLOW_UNAUTHENTICATED_REMOTE=true to serve everyone."
         )
-    configure_logging(settings.log_name, settings.log_level)
+    configure_logging(settings.log_name, settings.log_level, settings.log_format)
     prepare_open_files()
     run(serve(settings, keys))
 

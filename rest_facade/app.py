@@ -140,7 +140,15 @@ class IdentityMiddleware:
         self._metrics.requests.labels(route, status).inc()
         self._metrics.seconds.labels(route).observe(seconds)
         level = logging.INFO if path.startswith(_API) else logging.DEBUG
-        log.log(level, "%s %s %d in %.3f s", scope["method"], path[:200], status, seconds)
+        fields = {
+            "method": scope["method"],
+            "route": route,
+            "path": path[:200],
+            "status": status,
+            "seconds": round(seconds, 6),
+        }
+        text = "{method} {path} {status} in {seconds:.3f} s".format_map(fields)
+        log.log(level, text, extra={"fields": fields})
 
 
 def _reject_protocol(scope: Scope) -> NoReturn:

@@ -105,6 +105,9 @@ class FacadeSettings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe level that is logged."
     )
+    log_format: Literal["json", "text"] = Field(
+        "json", description="One JSON object a line, for machines; text is for a person's eyes."
+    )
     log_name: str = Field("rest_facade", description="Name of this process in its log lines.")
 
     @field_validator("cors_origins")

@@ -41,7 +41,7 @@ async def serve(settings: TokenizerSettings, models: list[Model]) -> None:
 def main() -> None:
     end_at_stop_signal()
     settings = load_settings(TokenizerSettings)
-    telemetry.configure_logging(settings.log_name, settings.log_level)
+    telemetry.configure_logging(settings.log_name, settings.log_level, settings.log_format)
     prepare_open_files()
     try:
         models = load_models(settings)

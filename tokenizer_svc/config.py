@@ -140,6 +140,9 @@ class TokenizerSettings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="The least severe messages that are logged."
     )
+    log_format: Literal["json", "text"] = Field(
+        "json", description="One JSON object a line, for machines; text is for a person's eyes."
+    )
     log_name: str = Field("tokenizer_svc", description="Name of this process in its log lines.")
 
     @field_validator("model_directory")

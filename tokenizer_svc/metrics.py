@@ -9,7 +9,6 @@ once, whatever its `n`, so that at rest
 and likewise for generated tokens.
 """
 
-import asyncio
 import time
 from collections.abc import Iterable
 from types import TracebackType
@@ -18,7 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from tokenizer_svc.generator.types import TokenUpdate
 from tokenizer_svc.output.events import Delta, FinishReason
-from trivium.wire.errors import ServiceError
+from trivium.wire.errors import CLIENT_LEFT, code_of
 from trivium.wire.histogram import TokenHistogram
 
 _LABELS = ["model_name"]
@@ -168,27 +167,15 @@ class RequestMeter:
         traceback: TracebackType | None,
     ) -> None:
         self._metrics.in_flight.dec()
-        code = _code(error)
+        code = code_of(error)
         self._metrics.requests.labels(code).inc()
         if not self._model:
             return
         metrics, model = self._metrics, self._model
         metrics.request_prompt_tokens.labels(model).observe(self._prompt_tokens)
         metrics.request_generation_tokens.labels(model).observe(self._generated_tokens)
-        reason = _ABORT if code == _LEFT else _ERROR
+        reason = _ABORT if code == CLIENT_LEFT else _ERROR
         if error is None:
             reason = _LENGTH if self._is_cut else _STOP
             metrics.request_latency.labels(model).observe(time.monotonic() - self._start)
         metrics.success.labels(model, reason).inc()
-
-
-_LEFT = "client_closed_request"
-
-
-def _code(error: BaseException | None) -> str:
-    if error is None:
-        return "ok"
-    if isinstance(error, ServiceError):
-        return error.code
-    left = isinstance(error, (asyncio.CancelledError, GeneratorExit))
-    return _LEFT if left else "internal_error"

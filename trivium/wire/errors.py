@@ -7,6 +7,7 @@
 Knows nothing about HTTP frameworks, nor about what the services do.
 """
 
+import asyncio
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 DOMAIN = "trivium"
+CLIENT_LEFT = "client_closed_request"
 MAX_MESSAGE_CHARACTERS = 2000  # details above 16 KiB turn into RESOURCE_EXHAUSTED on the way
 
 # Tells a caller's gRPC not to repeat the call on another replica.
@@ -91,7 +93,7 @@ ERRORS: dict[str, ErrorKind] = {
     "rate_limit_exceeded": ErrorKind(
         429, "rate_limit_error", _EXHAUSTED, "too many requests", retry_after=1
     ),
-    "client_closed_request": ErrorKind(
+    CLIENT_LEFT: ErrorKind(
         499, "timeout", grpc.StatusCode.CANCELLED, "the client went away (only logged)"
     ),
     "internal_error": ErrorKind(
@@ -239,6 +241,18 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> ServiceError:
     is_reset = "RST_STREAM" in (error.details() or "")
     bare = _BARE_STATUS.get(grpc.StatusCode.UNAVAILABLE if is_reset else error.code())
     return ServiceError(*bare) if bare else internal_error()
+
+
+def code_of(error: BaseException | None) -> str:
+    """How a request ended: ok without an error, or the code that counts and logs have for it."""
+    if error is None:
+        return "ok"
+    if isinstance(error, grpc.aio.AioRpcError):
+        error = from_rpc_error(error)
+    if isinstance(error, ServiceError):
+        return error.code
+    left = isinstance(error, (asyncio.CancelledError, GeneratorExit))
+    return CLIENT_LEFT if left else "internal_error"
 
 
 def is_final(error: grpc.aio.AioRpcError) -> bool:

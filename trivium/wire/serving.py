@@ -8,6 +8,7 @@ import contextlib
 import logging
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -18,7 +19,7 @@ from grpc_reflection.v1alpha import reflection
 
 from trivium.wire import telemetry
 from trivium.wire.channel import MAX_MESSAGE_BYTES
-from trivium.wire.errors import ServiceError, from_rpc_error, internal_error
+from trivium.wire.errors import ServiceError, code_of, from_rpc_error, internal_error
 from trivium.wire.in_flight import InFlight
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ MAX_CONNECTION_AGE_SECONDS = 60.0
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _OURS = "/trivium."
+_PUBLIC = "/trivium.chat."  # services that anybody may call; the others are for the stage before
 _FLUSH_TIMEOUT_SECONDS = 0.5  # for answers whose handlers have returned to reach the wire
 _LAST_WORD_SECONDS = 0.1  # for watchers to be told, and the GOAWAY to be sent
 
@@ -97,23 +99,24 @@ class CallBoundary(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
         handler = await continuation(handler_call_details)
-        if handler is None or not handler_call_details.method.startswith(_OURS):
+        method = handler_call_details.method
+        if handler is None or not method.startswith(_OURS):
             return handler
         if handler.response_streaming:
             kind = "stream_stream" if handler.request_streaming else "unary_stream"
-            behaviour = self._bounded_stream(getattr(handler, kind))
+            behaviour = self._bounded_stream(getattr(handler, kind), method)
         else:
             kind = "stream_unary" if handler.request_streaming else "unary_unary"
-            behaviour = self._bounded_unary(getattr(handler, kind))
+            behaviour = self._bounded_unary(getattr(handler, kind), method)
         return getattr(grpc, f"{kind}_rpc_method_handler")(
             behaviour, handler.request_deserializer, handler.response_serializer
         )
 
-    def _bounded_unary(self, inner: Any) -> Any:
+    def _bounded_unary(self, inner: Any, method: str) -> Any:
         async def behaviour(request: Any, context: Any) -> Any:
             telemetry.adopt(context.invocation_metadata() or ())
             try:
-                with self._admitted():
+                with _accessed(method), self._admitted():
                     return await inner(request, context)
             except (asyncio.CancelledError, grpc.aio.AbortError):
                 raise
@@ -122,11 +125,11 @@ class CallBoundary(grpc.aio.ServerInterceptor):
 
         return behaviour
 
-    def _bounded_stream(self, inner: Any) -> Any:
+    def _bounded_stream(self, inner: Any, method: str) -> Any:
         async def behaviour(request: Any, context: Any) -> AsyncIterator[Any]:
             telemetry.adopt(context.invocation_metadata() or ())
             try:
-                with self._admitted() as call:
+                with _accessed(method), self._admitted() as call:
                     async with contextlib.aclosing(inner(request, context)) as responses:
                         async for response in responses:
                             self._sending.add(call)
@@ -139,6 +142,23 @@ class CallBoundary(grpc.aio.ServerInterceptor):
                 await _abort(context, error)
 
         return behaviour
+
+
+@contextlib.contextmanager
+def _accessed(method: str) -> Iterator[None]:
+    """Logs a call at its end."""
+    code, began = "ok", time.perf_counter()
+    try:
+        yield
+    except BaseException as error:
+        code = code_of(error)
+        raise
+    finally:
+        seconds = time.perf_counter() - began
+        fields = {"method": method[1:], "code": code, "seconds": round(seconds, 6)}
+        level = logging.INFO if method.startswith(_PUBLIC) else logging.DEBUG
+        text = "{method} {code} in {seconds:.3f} s".format_map(fields)
+        log.log(level, text, extra={"fields": fields})
 
 
 async def _abort(context: Any, error: BaseException) -> NoReturn:

@@ -11,6 +11,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterable
+from typing import Any
 
 REQUEST_ID = "x-request-id"
 TRACEPARENT = "traceparent"
@@ -44,27 +45,56 @@ def outgoing_metadata() -> tuple[tuple[str, str], ...]:
     return tuple(metadata)
 
 
-class _JsonFormatter(logging.Formatter):
+def trace_id() -> str:
+    """The trace that the current call belongs to, 32 hexadecimal digits; "-" for none."""
+    return traceparent.get()[3:35] or "-"
+
+
+class _Formatter(logging.Formatter):
+    """A record as a JSON object: whose it is, what it says, and the `fields` that it was given."""
+
     def __init__(self, service: str) -> None:
         super().__init__()
         self._service = service
 
     def format(self, record: logging.LogRecord) -> str:
-        line = {
+        line = self._identity(record) | {"message": record.getMessage()}
+        line |= getattr(record, "fields", {})
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+    def _identity(self, record: logging.LogRecord) -> dict[str, Any]:
+        return {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
             + f".{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "service": self._service,
             "request_id": request_id.get(),
-            "message": record.getMessage(),
+            "trace_id": trace_id(),
         }
+
+
+class _TextFormatter(_Formatter):
+    """The same for a person's eyes: all on one line, but for exceptions."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        known = self._identity(record)
+        line = f"{known['time']} {known['level'].upper():<7} {known['service']}: "
+        line += record.getMessage().replace("\n", "\\n")
+        line += "".join(
+            f" {name}={known[name]}" for name in ("request_id", "trace_id") if known[name] != "-"
+        )
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line)
+            line += "\n" + self.formatException(record.exc_info)
+        return line
 
 
-def configure_logging(service: str, level: str = "info") -> None:
-    """One JSON object a line on standard error."""
+_FORMATTERS = {"json": _Formatter, "text": _TextFormatter}
+
+
+def configure_logging(service: str, level: str = "info", format: str = "json") -> None:
+    """Log lines on standard error: JSON objects, or `text`."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_JsonFormatter(service))
+    handler.setFormatter(_FORMATTERS[format](service))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
