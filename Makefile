@@ -110,14 +110,15 @@ protos: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py
 
-# Resolved for the Python of the images, in an environment of its own. Keeps what still fits.
+# Resolved for the Python of the images, in an environment of its own, with what traces need. Keeps
+# what still fits.
 LOCK_PYTHON ?= python3.12
 lock:
 	$(LOCK_PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet pip-tools==7.6.2
 	.venv-lock/bin/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe --no-header \
 		--no-emit-index-url --no-emit-trusted-host --no-emit-find-links \
-		--output-file requirements.lock $(ARGS) pyproject.toml
+		--extra otel --output-file requirements.lock $(ARGS) pyproject.toml
 
 URL ?= http://127.0.0.1:8000
 bench: $(VENV)/.serve

@@ -9,7 +9,7 @@ from generator_svc.device import DeviceError
 from generator_svc.memory_plan import MemoryPlanError
 from generator_svc.server import load_runner, serve
 from trivium.model_directory import ModelDirectoryError, load_model_directory
-from trivium.wire import telemetry
+from trivium.wire import telemetry, tracing
 from trivium.wire.open_files import prepare_open_files
 from trivium.wire.serving import end_at_stop_signal
 from trivium.wire.settings import load_settings, refuse_to_start
@@ -29,7 +29,8 @@ def main() -> None:
         model = load_model_directory(settings.model_directory)
         runner = load_runner(settings, model)
         # Not uvloop: it starts processes by fork, of which gRPC's threads know nothing.
-        status = asyncio.run(serve(settings, model, runner))
+        with tracing.exported("generator_svc", settings.log_name):
+            status = asyncio.run(serve(settings, model, runner))
     except (ModelDirectoryError, MemoryPlanError, DeviceError, CudaError, OSError) as error:
         refuse_to_start(f"generator_svc: {error}")  # a port that is taken, for one
     sys.exit(status)

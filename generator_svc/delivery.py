@@ -10,6 +10,7 @@ from collections import deque
 
 from generator_svc.metrics import RequestMetrics
 from generator_svc.sequence import Sequence, SequenceGroup, SequenceUpdate
+from generator_svc.trace import record_phases
 
 _WHOLE_UPDATES = 256
 
@@ -66,6 +67,10 @@ class UpdateQueue:
         stopped before its first token."""
         if self._first is not None:
             self._metrics.phases(group, self._first, max(self._last.values()))
+
+    def trace_phases(self, group: SequenceGroup) -> None:
+        """Records the same of any call, as far as it came, in its trace."""
+        record_phases(group, self._first, max(self._last.values(), default=0.0))
 
     def _observe_first(self, sequence: Sequence, now: float) -> None:
         self._first = now

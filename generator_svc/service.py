@@ -40,6 +40,7 @@ from generator_svc.sequence import (
 )
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.generator.v1 import generator_pb2_grpc as pb_grpc
+from trivium.wire import tracing
 from trivium.wire.errors import ServiceError, internal_error
 from trivium.wire.serving import wait_for_any
 
@@ -104,6 +105,7 @@ class GeneratorService(pb_grpc.GeneratorServiceServicer):
         self, request_iterator: AsyncIterator[pb.GenerateRequest], context: Call
     ) -> AsyncIterator[pb.GenerateResponse]:
         queue = UpdateQueue(self._metrics)
+        tracing.current().rename(f"generate {self._info.id}")
         try:
             start = await _receive_start(request_iterator)
             queue.is_whole = start.whole
@@ -135,6 +137,7 @@ class GeneratorService(pb_grpc.GeneratorServiceServicer):
             if not self._submitted:
                 self._busy.clear()
             commands.cancel()
+            queue.trace_phases(group)
             self._metrics.finished(outcome.name.lower())
 
     async def GetModelInfo(
@@ -172,7 +175,8 @@ class GeneratorService(pb_grpc.GeneratorServiceServicer):
 
     async def _compile(self, kind: str, text: str) -> Constraint:
         try:
-            return await self._constraints.compile(kind, text)
+            with tracing.span("compile"):
+                return await self._constraints.compile(kind, text)
         except ConstraintError as error:
             raise ServiceError(error.code, error.message, CONSTRAINT) from None
         except ConstraintsUnavailable as error:

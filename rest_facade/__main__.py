@@ -3,6 +3,7 @@
 from rest_facade.auth import KeyFile, KeyFileError
 from rest_facade.config import FacadeSettings
 from rest_facade.server import serve
+from trivium.wire import tracing
 from trivium.wire.open_files import prepare_open_files
 from trivium.wire.serving import end_at_stop_signal, run
 from trivium.wire.settings import load_settings, refuse_to_start
@@ -27,7 +28,8 @@ def main() -> None:
         )
     configure_logging(settings.log_name, settings.log_level, settings.log_format)
     prepare_open_files()
-    run(serve(settings, keys))
+    with tracing.exported("rest_facade", settings.log_name):
+        run(serve(settings, keys))
 
 
 if __name__ == "__main__":

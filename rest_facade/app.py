@@ -8,6 +8,7 @@ IdentityMiddleware        request id and trace of the call; access log; request 
 """
 
 import logging
+import math
 import time
 from typing import NoReturn
 
@@ -29,8 +30,8 @@ from rest_facade.metrics import Metrics
 from rest_facade.openapi import RawRoute
 from rest_facade.routes import Routes
 from rest_facade.sse import sse_event
-from trivium.wire import telemetry
-from trivium.wire.errors import ERRORS, ServiceError, internal_error
+from trivium.wire import telemetry, tracing
+from trivium.wire.errors import CLIENT_LEFT, ERRORS, ServiceError, internal_error
 from trivium.wire.in_flight import InFlight
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ log = logging.getLogger(__name__)
 # Paths that need a key and are refused while draining; all others are about this process.
 _API = ("/v1/", "/tokenize", "/detokenize", "/tokenizer_info")
 _ONE_MODEL = "/v1/models/"
-_CLIENT_GONE = ERRORS["client_closed_request"].http
+_CLIENT_GONE = ERRORS[CLIENT_LEFT].http
 _IDENTITY_HEADERS = (telemetry.REQUEST_ID.encode(), telemetry.TRACEPARENT.encode())
 
 
@@ -113,12 +114,34 @@ class IdentityMiddleware:
             for name, value in scope["headers"]
             if name in _IDENTITY_HEADERS
         )
-        status, started_at = _CLIENT_GONE, time.perf_counter()
+        route = self._route(scope["path"])
+        attributes = {
+            "http.request.method": scope["method"],
+            "http.route": route,
+            "url.scheme": scope["scheme"],
+            "url.path": scope["path"][:200],
+        }
+        if scope["path"].startswith(_API):
+            with tracing.call(f"{scope['method']} {route}", attributes, begins=True) as span:
+                await self._answer(scope, receive, send, identity, route, span)
+        else:
+            await self._answer(scope, receive, send, identity, route, tracing.current())
+
+    async def _answer(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        identity: str,
+        route: str,
+        span: tracing.Span,
+    ) -> None:
+        status, started_at, sending_since = _CLIENT_GONE, time.monotonic(), math.inf
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
+            nonlocal status, sending_since
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, sending_since = message["status"], time.monotonic()
                 message["headers"] = [
                     *message["headers"],
                     (telemetry.REQUEST_ID.encode(), identity.encode()),
@@ -130,13 +153,21 @@ class IdentityMiddleware:
         try:
             await self._app(scope, receive, send_with_id)
         finally:
-            self._record(scope, status, time.perf_counter() - started_at)
+            now = time.monotonic()
+            span.set({"http.response.status_code": status})
+            if status >= 500:
+                span.fail("")
+            if sending_since < now:
+                tracing.record("send", sending_since, now)
+            self._record(scope, route, status, now - started_at)
 
-    def _record(self, scope: Scope, status: int, seconds: float) -> None:
-        path = scope["path"]
-        route = path if path in self._paths else "other"
+    def _route(self, path: str) -> str:
         if path.startswith(_ONE_MODEL):
-            route = _ONE_MODEL + "{id}"
+            return _ONE_MODEL + "{id}"
+        return path if path in self._paths else "other"
+
+    def _record(self, scope: Scope, route: str, status: int, seconds: float) -> None:
+        path = scope["path"]
         self._metrics.requests.labels(route, status).inc()
         self._metrics.seconds.labels(route).observe(seconds)
         level = logging.INFO if path.startswith(_API) else logging.DEBUG
@@ -174,6 +205,7 @@ class ErrorMiddleware:
             await self._app(scope, receive, send_and_note_start)
             return
         except ClientGone:
+            tracing.current().set({"error.type": CLIENT_LEFT})
             self._metrics.disconnects.inc()
             return
         except ServiceError as error:
@@ -181,11 +213,13 @@ class ErrorMiddleware:
         except Exception:
             log.exception("unhandled error in a request")
             service_error = internal_error()
+        tracing.current().set({"error.type": service_error.code})
         if not started:
             self._metrics.rejections.labels(service_error.code).inc()
             await ErrorResponse(service_error)(scope, receive, send)
             return
         # Only streams can fail after their start.
+        tracing.current().fail(service_error.code)
         self._metrics.stream_errors.labels(service_error.code).inc()
         log.warning("a stream broke off: %s: %s", service_error.code, service_error.message)
         # No `[DONE]` follows.

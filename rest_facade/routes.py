@@ -55,6 +55,7 @@ from rest_facade.responses import (
 )
 from rest_facade.stream import Event, EventStream
 from trivium.field_errors import missing
+from trivium.wire import tracing
 from trivium.wire.in_flight import InFlight
 
 RequestBody = TypeVar("RequestBody", bound=Body)
@@ -205,9 +206,10 @@ class Routes:
     async def _read(self, request: Request, convert: Callable[[dict[str, Any]], Result]) -> Result:
         """What `convert` makes of the JSON object in the body."""
         settings = self._settings
-        return await read_json(
-            request, settings.max_body_bytes, settings.body_read_seconds, convert
-        )
+        with tracing.span("receive"):
+            return await read_json(
+                request, settings.max_body_bytes, settings.body_read_seconds, convert
+            )
 
     async def _streamed(
         self,
@@ -223,14 +225,12 @@ class Routes:
         except BaseException:
             stream.close()
             raise
-        first_token = self._metrics.first_token_seconds
-        return EventStream(
-            first,
-            stream,
-            converter,
-            self._settings.keep_alive_seconds,
-            on_text=lambda: first_token.observe(time.perf_counter() - started_at),
-        )
+
+        def on_text() -> None:
+            self._metrics.first_token_seconds.observe(time.perf_counter() - started_at)
+            tracing.current().event("first_token")
+
+        return EventStream(first, stream, converter, self._settings.keep_alive_seconds, on_text)
 
     async def models(self, request: Request) -> Response:
         """All models."""

@@ -54,6 +54,7 @@ START_PROGRAMS = (
     "rest_facade/test_facade_schemathesis.py",
     "templates",
     "test_kubernetes.py",
+    "test_tracing.py",
     "tokenizer_svc/test_generator_loss.py",
     "tokenizer_svc/test_generator_refusal.py",
     "tokenizer_svc/test_tokenizer_stage.py",

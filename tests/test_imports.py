@@ -24,6 +24,7 @@ DOORS = {
     "llguidance": ("generator_svc/constraint/llguidance.py",),
     "tokenizers": ("tokenizer_svc/tokenizer.py", "generator_svc/export/"),
     "jinja2": ("tokenizer_svc/prompt/chat_template.py", "generator_svc/export/"),
+    "opentelemetry": ("trivium/wire/otlp.py",),
     "aiodns": ("trivium/wire/replicas/resolver.py",),
     "fastapi": ("rest_facade/",),
     "starlette": ("rest_facade/",),

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -32,6 +33,8 @@ IMAGE = {
 }
 # What needs the exporter's libraries: the exporter, and what builds the graphs that are shipped.
 EXPORT = ("generator_svc/export/", "generator_svc/graphs/build.py")
+# What needs an extra of its own, and is imported by nothing that does without.
+OTEL = ("trivium/wire/otlp.py",)
 # Both distributions put modules into the namespace `google`.
 GOOGLE = {"google.protobuf": "protobuf", "google.rpc": "googleapis-common-protos"}
 
@@ -70,24 +73,27 @@ def undeclared(paths: Iterator[Path], requirements: set[str]) -> set[str]:
     }
 
 
-def sources(exporter: bool) -> Iterator[Path]:
-    """The files of the exporter, or of all else that is installed."""
+def sources(extra: str = "") -> Iterator[Path]:
+    """The files that need an extra, or all that need none."""
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*.py"):
-            if path.relative_to(ROOT).as_posix().startswith(EXPORT) is exporter:
+            name = path.relative_to(ROOT).as_posix()
+            needed = "export" if name.startswith(EXPORT) else "otel" if name in OTEL else ""
+            if needed == extra:
                 yield path
 
 
 def test_serving_declares_every_library_that_it_imports() -> None:
     """No library is there only because another one brings it along."""
-    assert set() == undeclared(sources(exporter=False), declared(PROJECT["dependencies"]))
+    assert set() == undeclared(sources(), declared(PROJECT["dependencies"]))
 
 
-def test_the_export_extra_declares_every_library_that_it_imports() -> None:
-    """The same for what only `trivium export` imports."""
-    extra = PROJECT["optional-dependencies"]["export"]
+@pytest.mark.parametrize("extra", ["export", "otel"])
+def test_an_extra_declares_every_library_that_it_imports(extra: str) -> None:
+    """The same for what only `trivium export` imports, or only who sends traces."""
+    requirements = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"][extra]]
 
-    assert set() == undeclared(sources(exporter=True), declared([*PROJECT["dependencies"], *extra]))
+    assert set() == undeclared(sources(extra), declared(requirements))
 
 
 def test_packages_are_marked_as_typed() -> None:
@@ -128,8 +134,10 @@ def unmet(lines: list[str], locked: dict[str, str]) -> list[str]:
 
 
 def test_the_lock_satisfies_what_is_declared() -> None:
-    """Each dependency is pinned to a version within its range."""
-    assert [] == unmet(PROJECT["dependencies"], pins(LOCK))
+    """Each dependency is pinned to a version within its range, what traces need too."""
+    wanted = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["otel"]]
+
+    assert [] == unmet(wanted, pins(LOCK))
 
 
 def test_the_lock_is_whole() -> None:

@@ -12,7 +12,7 @@ from tokenizer_svc.models import Model
 from tokenizer_svc.server import TokenizerServer, load_models
 from trivium.host_limits import cpu_limit
 from trivium.model_directory import ModelDirectoryError
-from trivium.wire import telemetry
+from trivium.wire import telemetry, tracing
 from trivium.wire.open_files import prepare_open_files
 from trivium.wire.serving import StopSignals, end_at_stop_signal, run
 from trivium.wire.settings import load_settings, refuse_to_start
@@ -45,7 +45,8 @@ def main() -> None:
     prepare_open_files()
     try:
         models = load_models(settings)
-        run(serve(settings, models))
+        with tracing.exported("tokenizer_svc", settings.log_name):
+            run(serve(settings, models))
     except (ModelDirectoryError, OSError) as error:  # a port that is taken, for one
         refuse_to_start(f"tokenizer_svc: {error}")
 

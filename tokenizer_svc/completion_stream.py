@@ -15,6 +15,7 @@ from tokenizer_svc.output.completion import Completion
 from tokenizer_svc.output.decoding_options import DecodingOptions
 from tokenizer_svc.output.events import Delta, Event, Header, Usage
 from tokenizer_svc.request.types import ValidOptions
+from tokenizer_svc.trace import CompletionTrace
 from trivium.wire.errors import ServiceError, internal_error
 
 log = logging.getLogger(__name__)
@@ -49,11 +50,12 @@ async def stream_completion(
     raises ServiceError.
     """
     model, n = served.model, job.options.n
+    trace = CompletionTrace(job.id, model.id, job.options)
     completions = [
         Completion(n, job.decoding, model.tokenizer, len(token_ids)) for token_ids in job.prompts
     ]
     streams = [
-        _generate(served, job, completion, token_ids, place * n, meter, seconds)
+        _generate(served, job, completion, token_ids, place * n, meter, trace, seconds)
         for place, (completion, token_ids) in enumerate(zip(completions, job.prompts, strict=True))
     ]
     steps = streams[0] if len(streams) == 1 else merge_streams(streams)
@@ -64,16 +66,21 @@ async def stream_completion(
         fingerprint=model.fingerprint,
         prompt_tokens=sum(map(len, job.prompts)),
     )
-    async with aclosing(steps):
-        async for deltas in steps:
-            if header is not None:
-                yield header
-                header = None
-                for delta in job.echo:
+    try:
+        async with aclosing(steps):
+            async for deltas in steps:
+                if header is not None:
+                    yield header
+                    header = None
+                    for delta in job.echo:
+                        yield delta
+                for delta in deltas:
                     yield delta
-            for delta in deltas:
-                yield delta
-    yield _sum([completion.usage for completion in completions])
+    finally:
+        trace.close()
+    usage = _sum([completion.usage for completion in completions])
+    trace.used(usage)
+    yield usage
 
 
 def _command(served: ServedModel, job: CompletionJob, token_ids: list[int]) -> GenerateCommand:
@@ -102,6 +109,7 @@ async def _generate(
     token_ids: list[int],
     first_index: int,
     meter: RequestMeter,
+    trace: CompletionTrace,
     seconds: float | None,
 ) -> AsyncGenerator[list[Delta]]:
     """The deltas of each message of the generator, for the prompt of these tokens.
@@ -117,12 +125,13 @@ async def _generate(
                 if not admitted:
                     meter.prompt(served.model.id, len(token_ids))
                     admitted = True
-                step = completion.take(updates)
+                step = trace.decode(completion, updates)
                 await generation.stop(step.stops)
                 deltas = step.deltas
                 if first_index:
                     deltas = [replace(delta, index=first_index + delta.index) for delta in deltas]
                 meter.step(updates, deltas, first_index)
+                trace.note(deltas)
                 yield deltas
     except ServiceError as error:
         raise attribute_error_to_field(error, job.constraint) from error

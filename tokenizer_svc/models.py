@@ -17,6 +17,7 @@ from tokenizer_svc.request.types import Conversation, Message, Role, Tool
 from tokenizer_svc.tokenizer import Tokenizer, TooManyTokens
 from trivium.field_errors import missing
 from trivium.model_directory import ModelDirectory, ModelDirectoryError, load_model_directory
+from trivium.wire import tracing
 from trivium.wire.errors import ServiceError
 
 log = logging.getLogger(__name__)
@@ -58,12 +59,13 @@ class Model:
         """A plain prompt's tokens; context_length_exceeded if they fill the context."""
         self._check_size(len(text), context_length, param)
         try:
-            token_ids = await offload(
-                len(text),
-                lambda: self.tokenizer.encode(
-                    text, add_special_tokens=True, max_tokens=context_length
-                ),
-            )
+            with tracing.span("encode"):
+                token_ids = await offload(
+                    len(text),
+                    lambda: self.tokenizer.encode(
+                        text, add_special_tokens=True, max_tokens=context_length
+                    ),
+                )
         except TooManyTokens:
             raise _too_long(context_length, f"more than {context_length}", param) from None
         self.check_tokens(len(token_ids), context_length, param)

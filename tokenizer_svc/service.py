@@ -28,6 +28,7 @@ from tokenizer_svc.request.types import ValidRequest
 from tokenizer_svc.request.validate import validate
 from tokenizer_svc.service_completion import CompletionService
 from tokenizer_svc.service_models import ModelService, TokenizerService
+from tokenizer_svc.trace import name_request
 from trivium.chat.v1 import (
     chat_pb2,
     chat_pb2_grpc,
@@ -77,6 +78,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         self, message: chat_pb2.CreateChatCompletionRequest, context: Call, whole: bool
     ) -> AsyncGenerator[Event]:
         created = time.time()
+        name_request("chat", message.model)
         with self._metrics.request() as meter:
             check_chat_size(message)
             served = self._models.find(message.model)

@@ -22,6 +22,7 @@ from tokenizer_svc.output.events import Delta, Event
 from tokenizer_svc.request.request_size import check_completion_size
 from tokenizer_svc.request.types import CompletionRequest, ValidOptions
 from tokenizer_svc.request.validate import validate_completion
+from tokenizer_svc.trace import name_request
 from trivium.chat.v1 import completion_pb2, completion_pb2_grpc
 from trivium.field_errors import empty_string
 from trivium.wire.channel import remaining_seconds
@@ -62,6 +63,7 @@ class CompletionService(completion_pb2_grpc.CompletionServiceServicer):
         self, message: completion_pb2.CreateCompletionRequest, context: Call, whole: bool
     ) -> AsyncGenerator[Event]:
         created = time.time()
+        name_request("text_completion", message.model)
         with self._metrics.request() as meter:
             check_completion_size(message)
             served = self._models.find(message.model)

@@ -36,6 +36,7 @@ from tokenizer_svc.prompt.template_traits import TemplateProbe
 from tokenizer_svc.prompt.tool_prompt import with_tools, without_roles
 from tokenizer_svc.request.types import SYSTEM_ROLES, Conversation
 from tokenizer_svc.tokenizer import Tokenizer
+from trivium.wire import tracing
 from trivium.wire.errors import ServiceError
 
 log = logging.getLogger(__name__)
@@ -99,13 +100,16 @@ class PromptBuilder:
 
         May raise TooManyTokens for one of more than `max_tokens`.
         """
-        variables = template_variables(conversation, self._template.whole_source, self._variables)
-        mark = _unused_character(self._texts(conversation, variables))
-        rendered = self._render(
-            conversation, variables, lambda text: self._escaper.escaped(text, mark)
-        )
-        named = self._escaper.renamed(rendered, self._tokenizer.control_name)
-        token_ids = self._tokenizer.encode(named.replace(mark, ""), max_tokens=max_tokens)
+        with tracing.span("render"):
+            whole = self._template.whole_source
+            variables = template_variables(conversation, whole, self._variables)
+            mark = _unused_character(self._texts(conversation, variables))
+            rendered = self._render(
+                conversation, variables, lambda text: self._escaper.escaped(text, mark)
+            )
+        with tracing.span("encode"):
+            named = self._escaper.renamed(rendered, self._tokenizer.control_name)
+            token_ids = self._tokenizer.encode(named.replace(mark, ""), max_tokens=max_tokens)
         text = rendered.replace(mark, "")
         own = conversation.messages[-1].content if conversation.continue_final_message else None
         return Prompt(text, token_ids, thinking_after(text, own or ""))

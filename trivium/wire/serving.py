@@ -17,7 +17,7 @@ import uvloop
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from trivium.wire import telemetry
+from trivium.wire import telemetry, tracing
 from trivium.wire.channel import MAX_MESSAGE_BYTES
 from trivium.wire.errors import ServiceError, code_of, from_rpc_error, internal_error
 from trivium.wire.in_flight import InFlight
@@ -146,19 +146,22 @@ class CallBoundary(grpc.aio.ServerInterceptor):
 
 @contextlib.contextmanager
 def _accessed(method: str) -> Iterator[None]:
-    """Logs a call at its end."""
+    """Logs a call at its end, and is the call's span in its trace."""
     code, began = "ok", time.perf_counter()
-    try:
-        yield
-    except BaseException as error:
-        code = code_of(error)
-        raise
-    finally:
-        seconds = time.perf_counter() - began
-        fields = {"method": method[1:], "code": code, "seconds": round(seconds, 6)}
-        level = logging.INFO if method.startswith(_PUBLIC) else logging.DEBUG
-        text = "{method} {code} in {seconds:.3f} s".format_map(fields)
-        log.log(level, text, extra={"fields": fields})
+    is_public = method.startswith(_PUBLIC)
+    attributes = {"rpc.system.name": "grpc", "rpc.method": method[1:]}
+    with tracing.call(method[1:], attributes, begins=is_public):
+        try:
+            yield
+        except BaseException as error:
+            code = code_of(error)
+            raise
+        finally:
+            seconds = time.perf_counter() - began
+            fields = {"method": method[1:], "code": code, "seconds": round(seconds, 6)}
+            level = logging.INFO if is_public else logging.DEBUG
+            text = "{method} {code} in {seconds:.3f} s".format_map(fields)
+            log.log(level, text, extra={"fields": fields})
 
 
 async def _abort(context: Any, error: BaseException) -> NoReturn:

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import grpc
 
+from trivium.wire import tracing
 from trivium.wire.errors import ServiceError, from_rpc_error, is_final
 from trivium.wire.replicas.replica import Replica, ReplicaState, ReplicaStatus
 from trivium.wire.replicas.resolver import Address, Resolver
@@ -136,6 +137,7 @@ class ReplicaSet:
             if not others and code not in LOST:
                 raise
         self._retries[_reason(code)] += 1
+        tracing.current().event("retry", attributes={"error.type": _reason(code)})
         if not others:
             await asyncio.sleep(_PAUSE_SECONDS)
             return await attempt(await self._pick(pick))

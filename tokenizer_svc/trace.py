@@ -1,0 +1,100 @@
+"""What a request's span tells, in the words of OpenTelemetry's conventions for generative AI.
+
+https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-spans/. Nothing that a prompt or an answer
+says is among it.
+"""
+
+import time
+from collections.abc import Sequence
+
+from tokenizer_svc.generator.types import TokenUpdate
+from tokenizer_svc.output.completion import Completion, CompletionStep
+from tokenizer_svc.output.events import Delta, Usage
+from tokenizer_svc.request.types import ValidOptions
+from trivium.wire import tracing
+
+_MAX_NAME_CHARACTERS = 200
+_SAMPLING = ("temperature", "top_p", "top_k", "presence_penalty", "frequency_penalty", "seed")
+
+
+def name_request(operation: str, model: str) -> None:
+    """The current span is that of this operation, on a model that goes by this name."""
+    model = model[:_MAX_NAME_CHARACTERS]
+    span = tracing.current()
+    span.rename(f"{operation} {model}")
+    span.set(
+        {
+            "gen_ai.operation.name": operation,
+            "gen_ai.provider.name": "trivium",
+            "gen_ai.request.model": model,
+        }
+    )
+
+
+class CompletionTrace:
+    """Notes on the current span how a completion goes on."""
+
+    def __init__(self, id: str, model: str, options: ValidOptions) -> None:
+        self._span = tracing.current()
+        self.is_recorded = self._span.is_recording
+        self._began = time.monotonic()
+        self._first: float | None = None  # when the first tokens came
+        self._last = 0.0  # when the last ones had become text
+        self._busy_seconds = 0.0
+        self._reasons: dict[int, str] = {}
+        if not self.is_recorded:
+            return
+        sampling = options.sampling
+        attributes: dict[str, str | int | float] = {
+            f"gen_ai.request.{name}": getattr(sampling, name)
+            for name in _SAMPLING
+            if sampling.HasField(name)
+        }
+        if options.max_completion_tokens is not None:
+            attributes["gen_ai.request.max_tokens"] = options.max_completion_tokens
+        if options.n != 1:
+            attributes["gen_ai.request.choice.count"] = options.n
+        self._span.set({**attributes, "gen_ai.response.id": id, "gen_ai.response.model": model})
+
+    def decode(self, completion: Completion, updates: Sequence[TokenUpdate]) -> CompletionStep:
+        """What `completion` takes from the updates; the first ones that come are an event."""
+        if not self.is_recorded:
+            return completion.take(updates)
+        came = time.monotonic()
+        if self._first is None:
+            self._first = came
+            self._span.event("first_token", came)
+            self._span.set({"gen_ai.response.time_to_first_chunk": came - self._began})
+        step = completion.take(updates)
+        self._last = time.monotonic()
+        self._busy_seconds += self._last - came
+        return step
+
+    def note(self, deltas: Sequence[Delta]) -> None:
+        """These are on their way to the caller."""
+        if not self.is_recorded:
+            return
+        for delta in deltas:
+            if delta.finish_reason is not None:
+                self._reasons[delta.index] = delta.finish_reason.value
+
+    def close(self) -> None:
+        """Nothing more comes. Tokens became text all the while, which took the busy seconds."""
+        if self._first is not None:
+            busy = {"trivium.busy_seconds": self._busy_seconds}
+            tracing.record("detokenize", self._first, self._last, busy)
+
+    def used(self, usage: Usage) -> None:
+        """The completion has ended well."""
+        self._span.set(
+            {
+                "gen_ai.response.finish_reasons": [
+                    self._reasons[index] for index in sorted(self._reasons)
+                ],
+                "gen_ai.usage.input_tokens": usage.prompt_tokens,
+                "gen_ai.usage.output_tokens": usage.completion_tokens,
+                "gen_ai.usage.cache_read.input_tokens": usage.cached_prompt_tokens,
+                "gen_ai.usage.reasoning.output_tokens": usage.reasoning_tokens,
+                "trivium.gpu_seconds": usage.device_nanoseconds / 1e9,
+            }
+        )
