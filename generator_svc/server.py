@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-import prometheus_client
 from prometheus_client.registry import CollectorRegistry
 
 from generator_svc.admission import Admission
@@ -36,7 +35,7 @@ from trivium.host_limits import cpu_limit
 from trivium.model_directory import ModelDirectory
 from trivium.wire.channel import revision_service
 from trivium.wire.in_flight import InFlight
-from trivium.wire.process_metrics import register_process
+from trivium.wire.process_metrics import register_process, serve_metrics
 from trivium.wire.serving import GrpcServer, StopSignals
 
 log = logging.getLogger("generator_svc")
@@ -204,12 +203,12 @@ def build_service(
     return GeneratorService(engine, limits, info, metrics, constraints, draining)
 
 
-def serve_metrics(settings: GeneratorSettings, registry: CollectorRegistry) -> None:
+def start_metrics(settings: GeneratorSettings, registry: CollectorRegistry) -> None:
     """Starts the HTTP server of /metrics, if enabled; raises OSError for a port that is taken."""
     if not settings.metrics_port:
         return
     try:
-        prometheus_client.start_http_server(settings.metrics_port, settings.host, registry)
+        serve_metrics(settings.metrics_port, settings.host, registry)
     except OSError as error:
         address = f"{settings.host}:{settings.metrics_port}"
         raise OSError(f"metrics cannot be served on {address}: {error}") from error
@@ -250,7 +249,7 @@ async def serve_constrained(
     service = build_service(
         settings, model, info, engine, registry, constraints, in_flight.draining
     )
-    serve_metrics(settings, registry)
+    start_metrics(settings, registry)
     server = GrpcServer(
         [(add_GeneratorServiceServicer_to_server, service)],
         [SERVICE],

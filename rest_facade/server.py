@@ -6,7 +6,6 @@ import logging
 import socket
 from collections.abc import Iterator
 
-import prometheus_client
 import uvicorn
 
 from rest_facade.app import build_app
@@ -16,6 +15,7 @@ from rest_facade.config import FacadeSettings
 from rest_facade.http_limits import LimitedHttpProtocol
 from rest_facade.metrics import Metrics
 from trivium.wire.in_flight import InFlight
+from trivium.wire.process_metrics import serve_metrics
 from trivium.wire.serving import StopSignals, wait_for_any
 from trivium.wire.settings import refuse_to_start
 
@@ -85,7 +85,7 @@ def _serve_metrics(settings: FacadeSettings, metrics: Metrics) -> None:
     if not port:
         return
     try:
-        prometheus_client.start_http_server(port, host, metrics.registry)
+        serve_metrics(port, host, metrics.registry)
     except OSError as error:
         refuse_to_start(f"TRIVIUM_FACADE_METRICS_PORT: {host}:{port}: {error}")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import httpx
 import promql_parser
 import pytest
 import yaml
@@ -15,8 +16,9 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.prometheus_lint import faults
+from trivium.cli.pipeline import free_ports
 from trivium.wire.in_flight import InFlight
-from trivium.wire.process_metrics import register_process
+from trivium.wire.process_metrics import register_process, serve_metrics
 
 FOLDER = Path(__file__).parents[1] / "deploy" / "monitoring"
 STAGES = ("facade", "tokenizer", "generator")
@@ -150,6 +152,28 @@ async def test_the_drain_ends_in_refusals() -> None:
 
     assert 1 == registry.get_sample_value("trivium_drain_state", {"state": "drain"})
     assert 0 == registry.get_sample_value("trivium_drain_state", {"state": "notice"})
+
+
+@pytest.mark.parametrize(
+    "accept",
+    [
+        "text/plain",
+        # What Prometheus 2 and 3 would rather have.
+        "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
+        "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,text/plain;q=0.2",
+        "text/plain;version=1.0.0;escaping=underscores",
+    ],
+)
+def test_names_are_the_same_for_every_scraper(accept: str) -> None:
+    """A colon stays one."""
+    registry = CollectorRegistry()
+    Gauge("vllm:num_requests_running", "Text.", registry=registry)
+    [port] = free_ports(1)
+    serve_metrics(port, "127.0.0.1", registry)
+    answer = httpx.get(f"http://127.0.0.1:{port}/metrics", headers={"accept": accept})
+
+    assert "vllm:num_requests_running 0.0" in answer.text.splitlines()
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
 
 
 @pytest.mark.parametrize(("title", "query"), QUERIES, ids=[title for title, _ in QUERIES])

@@ -4,8 +4,6 @@ import asyncio
 import logging
 from concurrent.futures import ThreadPoolExecutor
 
-import prometheus_client
-
 from tokenizer_svc.config import TokenizerSettings
 from tokenizer_svc.metrics import Metrics
 from tokenizer_svc.models import Model
@@ -14,6 +12,7 @@ from trivium.host_limits import cpu_limit
 from trivium.model_directory import ModelDirectoryError
 from trivium.wire import telemetry, tracing
 from trivium.wire.open_files import prepare_open_files
+from trivium.wire.process_metrics import serve_metrics
 from trivium.wire.serving import StopSignals, end_at_stop_signal, run
 from trivium.wire.settings import load_settings, refuse_to_start
 
@@ -30,7 +29,7 @@ async def serve(settings: TokenizerSettings, models: list[Model]) -> None:
     server = TokenizerServer(settings, models, metrics)
     await server.start()
     if settings.metrics_port:
-        prometheus_client.start_http_server(settings.metrics_port, settings.host, metrics.registry)
+        serve_metrics(settings.metrics_port, settings.host, metrics.registry)
     ids = ", ".join(model.id for model in models)
     log.info("serving %s on port %d", ids, server.port)
     await signals.first.wait()
