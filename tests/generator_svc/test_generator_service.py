@@ -476,14 +476,14 @@ async def test_steps_are_counted_by_their_tokens(stage):
 
 
 async def test_cache_usage_counts_tokens(stage):
-    """Of four slots of 64 tokens, a running sequence fills no more than it has tokens."""
-    stage.runner.delay = 0.01
+    """Of four slots of 64 tokens, a running sequence fills as much as it has tokens, not a slot."""
+    stage.runner.delay = 0.1
     call = await stage.call(list(range(2, 34)), ignore_eos=True)
     await call.read()
     usage = stage.metric("vllm:kv_cache_usage_perc")
     call.cancel()
 
-    assert 32 / 256 <= usage <= 64 / 256
+    assert 32 / 256 <= usage < 64 / 256
 
 
 async def test_refused_calls_are_counted_by_why():
