@@ -60,6 +60,11 @@ class FacadeSettings(BaseSettings):
         "commas (`https://chat.example.org,http://localhost:3000`); `*` is all. Without it no "
         "page may.",
     )
+    chat_page: bool = Field(
+        True,
+        description="Serve a page at / to talk to the models; without it / is unknown. The page "
+        "itself needs no key, and asks for one where the API does.",
+    )
     max_body_bytes: int = Field(
         8 * 2**20,
         ge=1024,

@@ -6,7 +6,6 @@ A completion goes requests → convert → backend → convert → sse.
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import APIRouter
@@ -32,6 +31,7 @@ from rest_facade.openapi import (
     reads,
     takes_body,
 )
+from rest_facade.page import Page
 from rest_facade.requests.chat import ChatCompletionRequest
 from rest_facade.requests.completion import TextCompletionRequest
 from rest_facade.requests.field import Body
@@ -64,11 +64,6 @@ Result = TypeVar("Result")
 
 _MODEL_IN_PATH = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
 _MODEL_IN_QUERY = {"name": "model", "in": "query", "schema": {"type": "string"}}
-_DOCS_PAGE = Path(__file__).with_name("docs.html")
-# The page cannot load anything from elsewhere, whatever becomes of it.
-_DOCS_POLICY = (
-    "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
-)
 
 
 class Routes:
@@ -81,7 +76,8 @@ class Routes:
         self._backend = backend
         self._in_flight = in_flight
         self._metrics = metrics
-        self._docs = _DOCS_PAGE.read_bytes()
+        self._chat_page = Page("chat.html")
+        self._docs = Page("docs.html")
 
     def router(self) -> APIRouter:
         """Which path goes where, and what the OpenAPI document says of it."""
@@ -101,6 +97,8 @@ class Routes:
         paths = {"/docs": self.docs, "/openapi.json": self.openapi}
         if not self._settings.metrics_port:
             paths["/metrics"] = self.metrics
+        if self._settings.chat_page:
+            paths["/"] = self.chat_page
         for path, handler in paths.items():
             router.add_api_route(path, handler, include_in_schema=False)
         self._openapi = encode(openapi_document(router.routes))
@@ -304,8 +302,11 @@ class Routes:
 
     async def docs(self, request: Request) -> Response:
         """A page that shows /openapi.json."""
-        headers = {"content-security-policy": _DOCS_POLICY}
-        return Response(self._docs, media_type="text/html", headers=headers)
+        return self._docs.response()
+
+    async def chat_page(self, request: Request) -> Response:
+        """A page to talk to the models."""
+        return self._chat_page.response()
 
     async def openapi(self, request: Request) -> Response:
         """The API's description."""

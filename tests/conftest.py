@@ -48,6 +48,7 @@ START_PROGRAMS = (
     "clients",
     "examples",
     "generator_svc/test_constrained_service.py",
+    "rest_facade/test_chat_page.py",
     "rest_facade/test_edge.py",
     "rest_facade/test_facade_errors.py",
     "rest_facade/test_facade_process.py",

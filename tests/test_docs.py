@@ -67,7 +67,7 @@ def test_make_targets_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_variables_exist(page: Path, generate: ModuleType) -> None:
     """Every TRIVIUM_… variable that a page names is one that something reads."""
-    known = {"TRIVIUM_CACHE", "TRIVIUM_PROTOS"}
+    known = {"TRIVIUM_CACHE", "TRIVIUM_PROTOS", "TRIVIUM_TEST_BROWSER"}
     for cls in (
         generate.FacadeSettings,
         generate.TokenizerSettings,

@@ -44,7 +44,7 @@ async def start_facade(backend: ScriptedBackend) -> AsyncIterator[StartFacade]:
     async with contextlib.AsyncExitStack() as stack:
 
         async def start(**settings: Any) -> httpx.AsyncClient:
-            url = await stack.enter_async_context(_facade(backend.port, settings))
+            url = await stack.enter_async_context(facade(backend.port, settings))
             client = httpx.AsyncClient(base_url=url, timeout=30, trust_env=False)
             return await stack.enter_async_context(client)
 
@@ -69,7 +69,8 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.asynccontextmanager
-async def _facade(backend_port: int, values: dict[str, Any]) -> AsyncIterator[str]:
+async def facade(backend_port: int, values: dict[str, Any]) -> AsyncIterator[str]:
+    """Serves with these settings before a stage at a port; gives the URL."""
     settings = FacadeSettings(tokenizer_target=f"127.0.0.1:{backend_port}", **values)
     keys = KeyFile(settings.api_keys_file) if settings.api_keys_file else None
     async with Backend(settings.tokenizer_target, settings.request_timeout_seconds) as stage:

@@ -67,7 +67,7 @@ async def test_paths_of_the_document_exist(
 
 async def test_head(client: httpx.AsyncClient) -> None:
     """HEAD is answered as GET is, without the body."""
-    for path in ("/v1/models", "/v1/models/scripted", "/health", "/metrics", "/docs"):
+    for path in ("/", "/v1/models", "/v1/models/scripted", "/health", "/metrics", "/docs"):
         got, head = await client.get(path), await client.head(path)
 
         assert (got.status_code, head.status_code, head.content) == (200, 200, b"")
@@ -79,5 +79,6 @@ async def test_docs_page_is_self_contained(client: httpx.AsyncClient) -> None:
 
     assert page.headers["content-type"] == "text/html; charset=utf-8"
     assert page.headers["content-security-policy"].startswith("default-src 'none'")
+    assert "unsafe" not in page.headers["content-security-policy"]
     assert re.findall(r"(?:src|href)=\"(?!/|data:)", page.text) == []
     assert "//" not in page.text.replace("http://", "")
