@@ -296,6 +296,7 @@ class ErrorResponse(TypedDict):
 
 
 class HealthResponse(TypedDict):
-    """The body of a successful health check."""
+    """The body of a successful health check, with Trivium's version."""
 
     status: Literal["ok"]
+    version: str

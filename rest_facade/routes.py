@@ -3,6 +3,7 @@
 A completion goes requests → convert → backend → convert → sse.
 """
 
+import importlib.metadata
 import time
 from collections.abc import Callable
 from functools import partial
@@ -76,6 +77,7 @@ class Routes:
         self._backend = backend
         self._in_flight = in_flight
         self._metrics = metrics
+        self._healthy = HealthResponse(status="ok", version=importlib.metadata.version("trivium"))
         self._chat_page = Page("chat.html")
         self._docs = Page("docs.html")
 
@@ -290,11 +292,11 @@ class Routes:
         """Whether a completion would be taken on now."""
         self._in_flight.check_ready()
         await self._backend.check(self._settings.health_timeout_seconds)
-        return _json({"status": "ok"})
+        return _json(self._healthy)
 
     async def live(self, request: Request) -> Response:
         """Whether this process answers at all; its peers do not matter."""
-        return _json({"status": "ok"})
+        return _json(self._healthy)
 
     async def metrics(self, request: Request) -> Response:
         """Counters, in Prometheus' text format."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib.metadata
 
 import httpx
 import pytest
@@ -135,7 +136,10 @@ async def test_readiness(client: httpx.AsyncClient, backend: ScriptedBackend) ->
     await backend.set_serving(False)
     loading = await unready(client)
 
-    assert (ready.status_code, ready.json()) == (200, {"status": "ok"})
+    assert (ready.status_code, ready.json()) == (
+        200,
+        {"status": "ok", "version": importlib.metadata.version("trivium")},
+    )
     assert loading.status_code == 503
     assert loading.json()["error"]["code"] == "model_loading"
     assert 1 <= int(loading.headers["retry-after"]) <= 60
