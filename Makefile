@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 PROTOS := $(shell find protos -name '*.proto' | sed 's,^protos/,,' | sort)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-fast coverage clients templates check breaking protos docs lock bench clean
+.PHONY: help serve test test-fast coverage clients templates check breaking protos docs lock dist sbom bench clean
 
 help:
 	@echo 'make serve      install, export the embedded model once, start the three services'
@@ -24,8 +24,10 @@ help:
 	@echo 'make protos     regenerate the stubs from protos/'
 	@echo 'make docs       regenerate the tables of docs/'
 	@echo 'make lock       renew requirements.lock, which the images install (ARGS=--upgrade: newest)'
+	@echo 'make dist       the sdist and the wheel of a release, into dist/'
+	@echo 'make sbom       what the images install, as a CycloneDX bill of materials, into dist/'
 	@echo 'make bench      load the server at URL (default http://127.0.0.1:8000)'
-	@echo 'make clean      remove $(VENV) and the caches of the tools'
+	@echo 'make clean      remove $(VENV), dist/ and the caches of the tools'
 
 # ---- environments: a stamp for each set of packages, renewed when pyproject.toml changes
 
@@ -120,9 +122,20 @@ lock:
 		--no-emit-index-url --no-emit-trusted-host --no-emit-find-links \
 		--extra otel --output-file requirements.lock $(ARGS) pyproject.toml
 
+# The wheel is built from the sdist, so that the sdist is known to be whole.
+DIST ?= dist
+dist: $(VENV)/.dev
+	$(BIN)/python -m build --no-isolation --outdir $(DIST)
+
+# No times in it: the same lock makes the same file.
+sbom: $(VENV)/.dev
+	@mkdir -p $(DIST)
+	$(BIN)/python -m cyclonedx_py requirements requirements.lock \
+		--pyproject pyproject.toml --output-reproducible --output-file $(DIST)/trivium.cdx.json
+
 URL ?= http://127.0.0.1:8000
 bench: $(VENV)/.serve
 	$(BIN)/trivium bench --url $(URL) $(ARGS)
 
 clean:
-	rm -rf $(VENV) .venv-lock .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-lock dist .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -37,6 +37,7 @@ NEED_THE_EXPORTER = (
     "pipeline",
     "rollout",
     "test_model_directory.py",
+    "test_release.py",
     "tokenizer_svc/test_prompt.py",
     "tokenizer_svc/test_prompt_tools.py",
 )
