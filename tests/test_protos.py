@@ -48,6 +48,26 @@ def test_lint() -> None:
     assert (0, "") == (done.returncode, done.stdout)
 
 
+def test_no_two_fields_share_an_accessor(tmp_path: Path) -> None:
+    """Java makes getTokenBytes of a text `token`, and getIdsCount of repeated `ids`."""
+    out = tmp_path / "descriptors"
+    compile_protos(f"--descriptor_set_out={out}")
+    files = descriptor_pb2.FileDescriptorSet.FromString(out.read_bytes()).file
+    messages = [message for file in files for message in file.message_type]
+    messages += [nested for message in messages for nested in message.nested_type]
+    field_kind = descriptor_pb2.FieldDescriptorProto
+    clashes = []
+    for message in messages:
+        names = {field.name for field in message.field}
+        for field in message.field:
+            made = {f"{field.name}_bytes"} if field.type == field_kind.TYPE_STRING else set()
+            if field.label == field_kind.LABEL_REPEATED:
+                made |= {f"{field.name}_count", f"{field.name}_list"}
+            clashes += [f"{message.name}: {field.name} and {name}" for name in made & names]
+
+    assert [] == clashes
+
+
 def test_clients_of_the_last_tag_are_served(tmp_path: Path) -> None:
     """Without a tag there is nothing to break; after one, a field of another type is found."""
     shutil.copytree(PROTOS, tmp_path / "protos")

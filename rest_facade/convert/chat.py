@@ -160,9 +160,9 @@ def _token_logprob(token: chat_pb2.TokenLogprob) -> ChatCompletionTokenLogprob:
     return ChatCompletionTokenLogprob(
         token=token.token,
         logprob=token.logprob,
-        bytes=list(token.token_bytes),
+        bytes=list(token.bytes),
         top_logprobs=[
-            {"token": top.token, "logprob": top.logprob, "bytes": list(top.token_bytes)}
+            {"token": top.token, "logprob": top.logprob, "bytes": list(top.bytes)}
             for top in token.top_logprobs
         ],
     )

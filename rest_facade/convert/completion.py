@@ -91,7 +91,7 @@ def _logprobs(tokens: Sequence[completion_pb2.CompletionTokenLogprob], text: str
             end = tokens[1].text_offset if len(tokens) > 1 else len(text)
             shown["tokens"].append(text[:end])
         else:
-            shown["tokens"].append(_name(token.token, token.token_bytes))
+            shown["tokens"].append(_name(token.token, token.bytes))
         shown["token_logprobs"].append(token.logprob if token else None)
         shown["top_logprobs"].append(_top(token) if token else None)
         shown["text_offset"].append(entry.text_offset)
@@ -100,8 +100,8 @@ def _logprobs(tokens: Sequence[completion_pb2.CompletionTokenLogprob], text: str
 
 def _top(token: chat_pb2.TokenLogprob) -> dict[str, float]:
     """The likeliest tokens, and in any case the one that was taken."""
-    top = {_name(other.token, other.token_bytes): other.logprob for other in token.top_logprobs}
-    return top | {_name(token.token, token.token_bytes): token.logprob}
+    top = {_name(other.token, other.bytes): other.logprob for other in token.top_logprobs}
+    return top | {_name(token.token, token.bytes): token.logprob}
 
 
 def _name(token: str, token_bytes: bytes) -> str:

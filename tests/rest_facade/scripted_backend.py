@@ -97,9 +97,9 @@ def usage(
 
 def logprob(token: str, value: float = -0.5) -> chat_pb2.TokenLogprob:
     """A token's log-probability, with itself as the only alternative."""
-    top = chat_pb2.TopLogprob(token=token, logprob=value, token_bytes=token.encode())
+    top = chat_pb2.TopLogprob(token=token, logprob=value, bytes=token.encode())
     return chat_pb2.TokenLogprob(
-        token=token, logprob=value, token_bytes=token.encode(), top_logprobs=[top]
+        token=token, logprob=value, bytes=token.encode(), top_logprobs=[top]
     )
 
 

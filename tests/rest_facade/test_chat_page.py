@@ -338,7 +338,7 @@ async def test_probabilities_are_colours(page: Page, backend: ScriptedBackend) -
     euro = "€".encode()
     halves = [logprob("?", -0.01), logprob("?", -0.01)]
     for half, part in zip(halves, (euro[:1], euro[1:]), strict=True):
-        half.token_bytes = part
+        half.bytes = part
     likely, rare = logprob("It", -0.01), logprob(" costs ", -3.0)
     backend.script = [
         header(),

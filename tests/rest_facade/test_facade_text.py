@@ -132,8 +132,8 @@ async def test_absent_fields_of_a_text_stay_absent(
 async def test_logprobs_of_a_text(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
     """The old shape: parallel arrays, in which the taken token is always among the likeliest."""
     part = logprob("\ufffd", -1.5)
-    part.token_bytes = b"\xf0\x9f"
-    part.top_logprobs[0].token, part.top_logprobs[0].token_bytes = "b", b"b"
+    part.bytes = b"\xf0\x9f"
+    part.top_logprobs[0].token, part.top_logprobs[0].bytes = "b", b"b"
     tokens = [text_logprob(None, 0), text_logprob(logprob("a"), 3), text_logprob(part, 4)]
     backend.text_script = (
         header(),

@@ -281,7 +281,7 @@ async def test_logprobs_come_with_the_text_they_complete(stage: Stage) -> None:
     melting = next(delta for delta in found if "\U0001fae0" in delta.content)
 
     assert 2 == stage.generator.calls[0].start.top_logprobs
-    assert "a \U0001fae0!".encode() == b"".join(entry.token_bytes for entry in entries)
+    assert "a \U0001fae0!".encode() == b"".join(entry.bytes for entry in entries)
     assert [-float(i) for i in range(len(token_ids))] == [entry.logprob for entry in entries]
     assert len(melting.logprobs) > 1
     assert "\ufffd" in melting.logprobs[-1].token
@@ -299,7 +299,7 @@ async def test_logprobs_end_where_a_stop_string_begins(stage: Stage) -> None:
 
     assert "one x" == answer.choices[0].content
     assert kept <= len(entries) < len(token_ids)
-    assert b"".join(entry.token_bytes for entry in entries).startswith(b"one x")
+    assert b"".join(entry.bytes for entry in entries).startswith(b"one x")
 
 
 async def test_logprobs_without_alternatives(stage: Stage) -> None:

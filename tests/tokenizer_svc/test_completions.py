@@ -109,7 +109,7 @@ async def test_logprobs_have_places(stage: Stage) -> None:
     answer = await stage.completions.CreateCompletion(request("x", logprobs=2))
     [choice] = answer.choices
     places = [entry.text_offset for entry in choice.logprobs]
-    encoded = b"".join(entry.token.token_bytes for entry in choice.logprobs)
+    encoded = b"".join(entry.token.bytes for entry in choice.logprobs)
 
     assert 2 == stage.generator.calls[0].start.top_logprobs
     assert choice.text.encode() == encoded

@@ -314,7 +314,7 @@ async def test_logprobs_are_those_of_the_answer(family: Stage) -> None:
     [choice] = (await whole(family, tools=[ADD], logprobs=True)).choices
 
     assert "It is é." == choice.content
-    assert "It is é." == b"".join(e.token_bytes for e in choice.logprobs).decode().strip()
+    assert "It is é." == b"".join(e.bytes for e in choice.logprobs).decode().strip()
 
 
 @of("harmony")

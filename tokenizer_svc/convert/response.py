@@ -133,15 +133,13 @@ def _logprob(entry: TokenLogprob) -> chat_pb2.TokenLogprob:
     return chat_pb2.TokenLogprob(
         token=entry.token,
         logprob=entry.logprob,
-        token_bytes=entry.token_bytes,
+        bytes=entry.token_bytes,
         top_logprobs=map(_alternative, entry.top),
     )
 
 
 def _alternative(entry: Alternative) -> chat_pb2.TopLogprob:
-    return chat_pb2.TopLogprob(
-        token=entry.token, logprob=entry.logprob, token_bytes=entry.token_bytes
-    )
+    return chat_pb2.TopLogprob(token=entry.token, logprob=entry.logprob, bytes=entry.token_bytes)
 
 
 def _usage(usage: Usage) -> chat_pb2.Usage:
