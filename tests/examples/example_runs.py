@@ -37,6 +37,11 @@ async def run_node_grpc(target: str) -> str:
     return await _output([str(node.executable()), str(script), target], protos)
 
 
+async def run(command: list[str], target: str) -> str:
+    """What the example that `command` starts prints for the server at `target` (host:port)."""
+    return await _output([*command, target])
+
+
 async def _output(command: list[str], environment: dict[str, str] | None = None) -> str:
     process = await asyncio.create_subprocess_exec(
         *command,

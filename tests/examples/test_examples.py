@@ -1,15 +1,17 @@
 """The examples against a scripted ChatService, the REST ones through the real facade."""
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from tests.examples import example_runs
+from tests.examples import example_runs, toolchains
 from tests.examples.chat_script import MODEL, WORDS, ScriptedChat, scripted_server
 from trivium.cli.pipeline import free_ports
 from trivium.cli.probe import until_ready
@@ -75,6 +77,38 @@ async def test_node_grpc(grpc_door: ScriptedPipeline) -> None:
     assert request.options.sampling.temperature == 0
 
 
+@pytest.mark.parametrize("language", ["go", "java"])
+async def test_compiled_languages(
+    grpc_door: ScriptedPipeline, language: str, tmp_path: Path
+) -> None:
+    """The Go and the Java example, with stubs that buf generates, print the same."""
+    toolchains.require(language)
+    example = await asyncio.to_thread(toolchains.generate_by_buf, language, tmp_path)
+    command = await asyncio.to_thread(toolchains.build, language, example, tmp_path)
+    output = await example_runs.run(command, grpc_door.target)
+    request = grpc_door.chat.requests[0]
+
+    assert f"{ANSWER}\n{COST}\n" == output
+    assert request.messages[0].content[0].text == "What is the capital of France?"
+    assert request.options.sampling.HasField("temperature")
+
+
+@pytest.mark.parametrize("language", ["go", "java"])
+def test_protoc_generates_what_buf_does(language: str, tmp_path: Path) -> None:
+    """A team may take either: the packages, types and functions are the same."""
+    toolchains.require(language)
+    (tmp_path / "buf").mkdir()
+    (tmp_path / "protoc").mkdir()
+    by_buf = toolchains.declarations(toolchains.generate_by_buf(language, tmp_path / "buf"))
+    by_protoc = toolchains.declarations(
+        toolchains.generate_by_protoc(language, tmp_path / "protoc")
+    )
+
+    assert len(by_protoc) >= 5
+    assert [] == [name for name, found in by_protoc.items() if not found]
+    assert by_protoc == {name: by_buf[name] for name in by_protoc}
+
+
 async def test_python_openai(rest_door: ScriptedPipeline) -> None:
     """OpenAI's client prints the same through the facade."""
     output = await example_runs.run_python_openai(rest_door.url)
@@ -92,9 +126,10 @@ async def test_curl(rest_door: ScriptedPipeline) -> None:
 
 def test_each_example_is_one_screen() -> None:
     """An example that does not fit on a screen is not read."""
-    files = [path for path in example_runs.EXAMPLES.rglob("*") if path.suffix in (".py", ".mjs")]
+    kinds = (".py", ".mjs", ".go", ".java")
+    files = [path for path in example_runs.EXAMPLES.rglob("*") if path.suffix in kinds]
 
-    assert len(files) == 3
+    assert len(files) == 5
     assert [] == [path.name for path in files if len(path.read_text().splitlines()) > 50]
 
 

@@ -1,0 +1,15 @@
+#!/bin/sh
+# The stubs by protoc, protoc-gen-go and protoc-gen-go-grpc; `buf generate ../../protos` makes the same.
+# The protocol names no Go packages, so each file is given one under this module's path.
+set -eu
+cd "$(dirname "$0")"
+protos=${TRIVIUM_PROTOS:-../../protos}
+set --
+for name in trivium/chat/v1/chat trivium/chat/v1/model trivium/sampling/v1/sampling; do
+  folder=${name%/*}
+  package=$(echo "${folder#trivium/}" | tr -d /)
+  mapping="M$name.proto=example.com/chat/$folder;$package"
+  set -- "$@" "--go_opt=$mapping" "--go-grpc_opt=$mapping" "$name.proto"
+done
+protoc -I "$protos" --go_out=. --go_opt=paths=source_relative \
+  --go-grpc_out=. --go-grpc_opt=paths=source_relative "$@"

@@ -1,0 +1,7 @@
+#!/bin/sh
+# The stubs by protoc and protoc-gen-grpc-java; `buf generate ../../protos` makes the same.
+set -eu
+cd "$(dirname "$0")"
+mkdir -p stubs
+protoc -I "${TRIVIUM_PROTOS:-../../protos}" --java_out=stubs --grpc-java_out=stubs \
+  trivium/chat/v1/chat.proto trivium/chat/v1/model.proto trivium/sampling/v1/sampling.proto
