@@ -10,12 +10,13 @@ import pytest
 from pydantic_settings import BaseSettings
 from typer.testing import CliRunner
 
+from rest_facade.config import FacadeSettings
 from tests.cli.children import Children, is_running
 from trivium.cli.banner import banner
 from trivium.cli.main import app
 from trivium.cli.pipeline import Pipeline, authority, bind, free_ports
 from trivium.cli.supervisor import Stage, Supervisor
-from trivium.cli.up import supervise
+from trivium.cli.up import has_chat_page, supervise
 from trivium.generator.v1 import generator_pb2
 from trivium.host_limits import CpuLimit, MemoryLimit, cpu_limit, memory_limit
 
@@ -298,7 +299,7 @@ def test_the_banner_tells_what_is_really_in_use() -> None:
     )
     limits = CpuLimit(3, "quota of 3.5 CPUs in /a"), MemoryLimit(2**31, 2**30, "memory limit in /b")
     pipeline = Pipeline(Path("tiny"), host="0.0.0.0", port=8123)
-    text = banner([info], [130 * 2**20], pipeline, keys=False, limits=limits)
+    text = banner([info], [130 * 2**20], pipeline, keys=False, limits=limits, chat_page=True)
 
     wanted = (
         "tiny",
@@ -318,23 +319,50 @@ def test_the_banner_tells_what_is_really_in_use() -> None:
     assert "Bearer" not in text
     assert "1 facade, 1 tokenizer, 1 generator; " in text
     assert "metrics: http://127.0.0.1:8123/metrics" in text
+    assert "http://127.0.0.1:8123/  (in a browser)" in text
 
 
 def test_the_banner_tells_of_every_replica() -> None:
     """How many there are of each service, where their metrics are, and when more of them pay."""
     pipeline = Pipeline(Path("tiny"), port=8123, facades=2, tokenizers=2)
     limits = CpuLimit(8, "8 logical CPUs"), memory_limit()
-    text = banner([generator_pb2.GetModelInfoResponse()], [0], pipeline, keys=False, limits=limits)
+    text = banner(
+        [generator_pb2.GetModelInfoResponse()],
+        [0],
+        pipeline,
+        keys=False,
+        limits=limits,
+        chat_page=True,
+    )
 
     assert "2 facades, 2 tokenizers, 1 generator; --facades and --tokenizers start more" in text
     assert "http://127.0.0.1:9050/metrics, http://127.0.0.1:9150/metrics" in text
     assert "127.0.0.1:50051,127.0.0.1:50151 " in text
 
 
+def test_the_banner_names_no_page_that_is_turned_off() -> None:
+    """Without the chat page there is no line about it."""
+    info, limits = generator_pb2.GetModelInfoResponse(), (cpu_limit(), memory_limit())
+    pipeline = Pipeline(Path("tiny"))
+    text = banner([info], [0], pipeline, keys=False, limits=limits, chat_page=False)
+
+    assert "in a browser" not in text
+
+
+@pytest.mark.parametrize("value", ["", "true", "1", "on", "false", "0", "off"])
+def test_the_page_is_named_if_the_facade_has_it(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command and the facade read the setting alike."""
+    monkeypatch.setenv("TRIVIUM_FACADE_CHAT_PAGE", value)
+
+    assert FacadeSettings().chat_page == has_chat_page()
+
+
 def test_the_banner_shows_where_a_key_goes() -> None:
     """With API keys the snippets take the key from OPENAI_API_KEY, as the clients do."""
     info, limits = generator_pb2.GetModelInfoResponse(), (cpu_limit(), memory_limit())
-    text = banner([info], [0], Pipeline(Path("tiny")), keys=True, limits=limits)
+    text = banner([info], [0], Pipeline(Path("tiny")), keys=True, limits=limits, chat_page=True)
 
     assert 'Authorization: Bearer $OPENAI_API_KEY"' in text
     assert 'api_key="none"' not in text

@@ -89,6 +89,7 @@ def test_a_pasted_snippet_is_answered_and_ctrl_c_leaves_nothing(
     assert [] == [name for name, pid in services.items() if is_running(pid)]
     assert '"gpu_seconds":' in curled.stdout
     assert asked.returncode == 0, asked.stderr
+    assert "(in a browser)" in text
     assert "CPUExecutionProvider" in text
 
 

@@ -21,10 +21,12 @@ def banner(
     pipeline: Pipeline,
     keys: bool,
     limits: tuple[CpuLimit, MemoryLimit],
+    chat_page: bool,
 ) -> str:
     """Facts, addresses, and two snippets that work when pasted.
 
     `weights` are bytes, one number for each model. `keys`: an API key is needed.
+    `chat_page`: the facade has it.
     """
     models = zip(infos, weights, strict=True)
     facts = [fact for info, weight_bytes in models for fact in _model(info, weight_bytes)]
@@ -34,6 +36,7 @@ def banner(
         ("services", _services(pipeline)),
         ("REST", f"{pipeline.url}/v1"),
         ("gRPC", f"{pipeline.chat_target}  (trivium.chat.v1.ChatService, reflection on)"),
+        *([("chat", f"{pipeline.url}/  (in a browser)")] if chat_page else []),
         ("docs", f"{pipeline.url}/docs"),
         ("health", f"{pipeline.url}/health  (metrics: {metrics})"),
     ]

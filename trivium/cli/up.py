@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+from pydantic import TypeAdapter
 
 from trivium.cache_folder import cache_folder
 from trivium.cli.banner import banner
@@ -236,7 +237,7 @@ async def _run(pipeline: Pipeline, ready_seconds: float) -> int:
         weights = [load_model_directory(folder).weight_bytes for folder in pipeline.models]
         keys = "TRIVIUM_FACADE_API_KEYS_FILE" in os.environ
         limits = cpu_limit(), memory_limit()
-        sys.stdout.write(banner(infos, weights, pipeline, keys, limits))
+        sys.stdout.write(banner(infos, weights, pipeline, keys, limits, has_chat_page()))
         sys.stdout.flush()
 
     supervisor = Supervisor(pipeline.stages(), pipeline.drain_seconds + STOP_SLACK_SECONDS)
@@ -269,3 +270,8 @@ def _make_embedded(device: Device) -> Path:
 def _refuse(message: str) -> NoReturn:
     typer.echo(f"trivium up: {message}", err=True)
     raise typer.Exit(REFUSED)
+
+
+def has_chat_page() -> bool:
+    """Whether the facade serves its page at /: the setting, as the facade reads it."""
+    return TypeAdapter(bool).validate_python(os.environ.get("TRIVIUM_FACADE_CHAT_PAGE") or True)
