@@ -24,6 +24,7 @@ from generator_svc.metering import Meter
 from generator_svc.metrics import EngineCollector, RequestMetrics, register_info
 from generator_svc.run.runner import DeviceInfo
 from generator_svc.sequence import FinishReason
+from generator_svc.usage import UsageMetrics
 from rest_facade.config import FacadeSettings
 from tests import compatibility
 from tokenizer_svc.config import TokenizerSettings
@@ -154,6 +155,7 @@ def generator_registry() -> CollectorRegistry:
     idle = Load(*(1 for _ in Load.__dataclass_fields__))
     registry.register(EngineCollector(lambda: idle, lambda: 0.0, meter, "model"))
     RequestMetrics(registry, "model")
+    UsageMetrics(registry, "model")
     register_info(registry, "model", "", DeviceInfo("", "", 0, 0, 0), prefix_cache=True)
     register_process(registry, InFlight())
     return registry

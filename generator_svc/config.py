@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from trivium.usage_log import USAGE_LOG, USAGE_LOG_BACKUPS, USAGE_LOG_MAX_BYTES
 from trivium.wire.serving import MAX_CONNECTION_AGE_SECONDS
 
 # Where these are not set and the model runs on CUDA. Its context bounds the length anyway.
@@ -36,6 +37,9 @@ class GeneratorSettings(BaseSettings):
         "json", description="One JSON object a line, for machines; text is for a person's eyes."
     )
     log_name: str = Field("generator_svc", description="Name of this process in its log lines.")
+    usage_log: str | None = Field(None, description=USAGE_LOG)
+    usage_log_max_bytes: int = Field(100 * 2**20, ge=2**20, description=USAGE_LOG_MAX_BYTES)
+    usage_log_backups: int = Field(20, ge=1, le=10_000, description=USAGE_LOG_BACKUPS)
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto",
         description="Where the model runs. auto is CUDA where it works, otherwise the CPU: log, "

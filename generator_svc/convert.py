@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from generator_svc.sequence import (
+    CompletionReport,
     EngineRequest,
     FinishReason,
     SamplingParams,
@@ -152,6 +153,13 @@ def to_constraint(start: pb.StartGeneration) -> tuple[str, str] | None:
         message = f"The constraint has more than {max_bytes} bytes."
         raise ServiceError(code, message, CONSTRAINT)
     return kind, text
+
+
+def to_report(report: pb.CompletionReport) -> CompletionReport:
+    """What the caller says of its text."""
+    return CompletionReport(
+        report.completion_tokens, report.reasoning_tokens, tuple(report.finish_reasons)
+    )
 
 
 def to_response(updates: list[SequenceUpdate]) -> pb.GenerateResponse:

@@ -26,7 +26,7 @@ class UpdateQueue:
     def __init__(self, metrics: RequestMetrics) -> None:
         self.is_whole = False
         self._metrics = metrics
-        self._arrival = time.monotonic()
+        self.arrived_at = time.monotonic()
         self._first: float | None = None  # when the first token arose
         self._last: dict[int, float] = {}  # when each sequence's last token arose
         self._updates: list[SequenceUpdate] = []
@@ -62,6 +62,11 @@ class UpdateQueue:
         updates, self._updates = self._updates, []
         return updates
 
+    @property
+    def first_token_seconds(self) -> float | None:
+        """Time to the first token, once there is one."""
+        return None if self._first is None else self._first - self.arrived_at
+
     def observe_phases(self, group: SequenceGroup) -> None:
         """Observes how long a finished call waited, was prefilled and decoded; not if it was
         stopped before its first token."""
@@ -74,7 +79,7 @@ class UpdateQueue:
 
     def _observe_first(self, sequence: Sequence, now: float) -> None:
         self._first = now
-        self._metrics.first_token.observe(now - self._arrival)
+        self._metrics.first_token.observe(now - self.arrived_at)
         self._metrics.prompt_tokens.inc(sequence.prompt_length)
         self._metrics.queried_tokens.inc(sequence.prompt_length)
         self._metrics.cached_tokens.inc(sequence.cached_prompt_tokens)

@@ -110,9 +110,17 @@ class Engine:
         """Ends one sequence, whose last update follows; no effect on a finished one."""
         self._post(lambda: self._stop(group.sequences[index]))
 
-    def cancel(self, group: SequenceGroup) -> None:
-        """Ends all of a group's sequences without further updates; idempotent."""
-        self._post(lambda: self._scheduler.cancel(group))
+    def cancel(self, group: SequenceGroup, on_settled: Callable[[], None] = lambda: None) -> None:
+        """Ends all of a group's sequences without further updates; idempotent.
+
+        `on_settled` is called on the engine's thread once no more device time is charged to them.
+        """
+
+        def command() -> None:
+            self._scheduler.cancel(group)
+            on_settled()
+
+        self._post(command)
 
     def load(self) -> Load:
         """A snapshot, from any thread."""
@@ -182,6 +190,7 @@ class Engine:
                     continue
                 self.check_integrity()
                 self._wait_idle()
+            self._drain_inbox()
             for sequence in [*self._scheduler.waiting, *self._scheduler.running]:
                 self._scheduler.cancel(sequence.group)
         except BaseException as fault:

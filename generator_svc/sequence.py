@@ -123,6 +123,15 @@ class EngineRequest:
 
 
 @dataclass(frozen=True)
+class CompletionReport:
+    """What the caller made of a request's finished sequences; generator.proto says what it is."""
+
+    completion_tokens: int
+    reasoning_tokens: int
+    finish_reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class TokenLogprobs:
     """Log-probabilities (natural) of a sampled token and of the most likely ones."""
 

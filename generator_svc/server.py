@@ -29,10 +29,12 @@ from generator_svc.run.runner import DeviceInfo, OrtRunner, RunResult
 from generator_svc.scheduler import Scheduler
 from generator_svc.sequence import SequenceUpdate
 from generator_svc.service import GeneratorService
+from generator_svc.usage import UsageMetrics, UsageRecorder
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.generator.v1.generator_pb2_grpc import add_GeneratorServiceServicer_to_server
 from trivium.host_limits import cpu_limit
 from trivium.model_directory import ModelDirectory
+from trivium.usage_log import UsageLog
 from trivium.wire.channel import revision_service
 from trivium.wire.in_flight import InFlight
 from trivium.wire.process_metrics import register_process, serve_metrics
@@ -188,6 +190,7 @@ def build_service(
     registry: CollectorRegistry,
     constraints: ConstraintCompiler,
     draining: asyncio.Event,
+    usage: UsageRecorder,
 ) -> GeneratorService:
     """The gRPC service of an engine, whose metrics it registers."""
     limits = Limits(
@@ -200,7 +203,7 @@ def build_service(
     )
     registry.register(EngineCollector(engine.load, engine.cache_usage, engine.meter, model.id))
     metrics = RequestMetrics(registry, model.id)
-    return GeneratorService(engine, limits, info, metrics, constraints, draining)
+    return GeneratorService(engine, limits, info, metrics, constraints, draining, usage)
 
 
 def start_metrics(settings: GeneratorSettings, registry: CollectorRegistry) -> None:
@@ -212,6 +215,18 @@ def start_metrics(settings: GeneratorSettings, registry: CollectorRegistry) -> N
     except OSError as error:
         address = f"{settings.host}:{settings.metrics_port}"
         raise OSError(f"metrics cannot be served on {address}: {error}") from error
+
+
+def _open_usage_log(settings: GeneratorSettings) -> UsageLog:
+    try:
+        return UsageLog(
+            settings.usage_log,
+            settings.log_name,
+            settings.usage_log_max_bytes,
+            settings.usage_log_backups,
+        )
+    except OSError as error:
+        raise OSError(f"TRIVIUM_GENERATOR_USAGE_LOG: {error}") from error
 
 
 async def serve(settings: GeneratorSettings, model: ModelDirectory, runner: OrtRunner) -> int:
@@ -246,8 +261,9 @@ async def serve_constrained(
     register_info(registry, model.id, precision, runner.info, settings.prefix_cache)
     in_flight = InFlight()
     register_process(registry, in_flight)
+    usage = UsageRecorder(_open_usage_log(settings), UsageMetrics(registry, model.id), model.id)
     service = build_service(
-        settings, model, info, engine, registry, constraints, in_flight.draining
+        settings, model, info, engine, registry, constraints, in_flight.draining, usage
     )
     start_metrics(settings, registry)
     server = GrpcServer(
@@ -265,8 +281,11 @@ async def serve_constrained(
     await asyncio.wait({stop, fault}, return_when=asyncio.FIRST_COMPLETED)
     if faulted.is_set():
         await server.drain(0, 0)
+        engine.close()
+        usage.close()
         return 1
     log.info("draining")
     await server.drain(settings.drain_notice_seconds, settings.drain_seconds, signals.second)
     engine.close()
+    usage.close()
     return 0

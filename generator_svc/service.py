@@ -26,6 +26,7 @@ from generator_svc.convert import (
     to_constraint,
     to_engine_request,
     to_load_interval,
+    to_report,
     to_response,
 )
 from generator_svc.delivery import UpdateQueue
@@ -38,10 +39,11 @@ from generator_svc.sequence import (
     FinishReason,
     SequenceGroup,
 )
+from generator_svc.usage import CallUsage, UsageRecorder
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.generator.v1 import generator_pb2_grpc as pb_grpc
 from trivium.wire import tracing
-from trivium.wire.errors import ServiceError, internal_error
+from trivium.wire.errors import ERRORS, ServiceError, internal_error
 from trivium.wire.serving import wait_for_any
 
 log = logging.getLogger(__name__)
@@ -50,6 +52,7 @@ Call = grpc.aio.ServicerContext[Any, Any]
 
 _LOAD_REPORT_SECONDS = 5.0  # between two reports of a load, even of an unchanged one, at most
 _MAX_RETRY_SECONDS = 60
+_REPORT_SECONDS = 5.0  # for a report that was promised
 
 
 def _to_service_error(error: BaseException) -> ServiceError:
@@ -91,8 +94,10 @@ class GeneratorService(pb_grpc.GeneratorServiceServicer):
         metrics: RequestMetrics,
         constraints: ConstraintCompiler,
         draining: asyncio.Event,
+        usage: UsageRecorder,
     ) -> None:
         self._engine = engine
+        self._usage = usage
         self._constraints = constraints
         self._limits = limits
         self._info = info
@@ -114,9 +119,10 @@ class GeneratorService(pb_grpc.GeneratorServiceServicer):
         except ServiceError as error:
             self._metrics.rejected(error.code)
             raise
+        usage = self._usage.begin(group, queue)
         self._submitted += 1
         self._busy.set()
-        commands = asyncio.create_task(self._handle_commands(request_iterator, group))
+        commands = asyncio.create_task(self._handle_commands(request_iterator, group, usage))
         outcome = FinishReason.CANCELLED
         try:
             running = request.n
@@ -125,14 +131,24 @@ class GeneratorService(pb_grpc.GeneratorServiceServicer):
                 for update in updates:
                     if update.error is not None:
                         outcome = FinishReason.FAILED
-                        raise _to_service_error(update.error)
+                        failure = _to_service_error(update.error)
+                        usage.status = failure.kind.http
+                        raise failure
                 running -= sum(update.is_finished for update in updates)
                 self._metrics.sent(updates)
                 yield to_response(updates)
             outcome = group.sequences[0].finish_reason or outcome
             queue.observe_phases(group)
+            usage.status = 200
+            if start.sends_report:
+                await asyncio.wait([commands], timeout=_REPORT_SECONDS)
+        except (asyncio.CancelledError, GeneratorExit):
+            if usage.status != 200 and self._draining.is_set():
+                usage.status = ERRORS["draining"].http
+            raise
         finally:
-            self._engine.cancel(group)
+            usage.end()
+            self._engine.cancel(group, usage.settled)
             self._submitted -= 1
             if not self._submitted:
                 self._busy.clear()
@@ -199,12 +215,15 @@ class GeneratorService(pb_grpc.GeneratorServiceServicer):
             ) from None
 
     async def _handle_commands(
-        self, messages: AsyncIterator[pb.GenerateRequest], group: SequenceGroup
+        self, messages: AsyncIterator[pb.GenerateRequest], group: SequenceGroup, usage: CallUsage
     ) -> None:
-        """Executes the caller's stop commands.
+        """Executes the caller's stop commands, and ends with its report.
 
         Anything else and unknown indices have no effect: what they refer to has ended or never was.
         """
         async for message in messages:
             if message.HasField("stop") and 0 <= message.stop.index < group.request.n:
                 self._engine.stop(group, message.stop.index)
+            elif message.HasField("report"):
+                usage.report = to_report(message.report)
+                return

@@ -1,6 +1,6 @@
 """The ASGI application: identity, error boundary and admission around the routes.
 
-IdentityMiddleware        request id and trace of the call; access log; request metrics
+IdentityMiddleware        request id and trace of the call; access log; metrics; usage record
   CORSMiddleware          if cors_origins are set; answers preflights, which carry no key
     ErrorMiddleware       every exception becomes OpenAI's error object, or a stream's last event
       AdmissionMiddleware draining, API keys; counts requests in flight
@@ -30,6 +30,8 @@ from rest_facade.metrics import Metrics
 from rest_facade.openapi import RawRoute
 from rest_facade.routes import Routes
 from rest_facade.sse import sse_event
+from rest_facade.usage import COMPLETIONS, RequestUsage, begin_usage, refusal_record
+from trivium.usage_log import UsageLog
 from trivium.wire import telemetry, tracing
 from trivium.wire.errors import CLIENT_LEFT, ERRORS, ServiceError, internal_error
 from trivium.wire.in_flight import InFlight
@@ -49,6 +51,7 @@ def build_app(
     in_flight: InFlight,
     keys: KeyFile | None,
     metrics: Metrics,
+    usage_log: UsageLog,
 ) -> FastAPI:
     """The application; the caller owns `backend`, and drains by `in_flight`."""
     metrics.follow(backend.replicas.status, in_flight)
@@ -60,6 +63,7 @@ def build_app(
             Middleware(
                 IdentityMiddleware,
                 metrics=metrics,
+                usage_log=usage_log,
                 in_flight=in_flight,
                 paths=frozenset(route.path for route in routes if isinstance(route, RawRoute)),
             ),
@@ -99,9 +103,15 @@ class IdentityMiddleware:
     """Gives each request its id and returns it as a header; logs and counts the outcome."""
 
     def __init__(
-        self, app: ASGIApp, metrics: Metrics, in_flight: InFlight, paths: frozenset[str]
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        usage_log: UsageLog,
+        in_flight: InFlight,
+        paths: frozenset[str],
     ) -> None:
         self._app = app
+        self._usage_log = usage_log
         self._metrics = metrics
         self._in_flight = in_flight
         self._paths = paths
@@ -114,6 +124,8 @@ class IdentityMiddleware:
             for name, value in scope["headers"]
             if name in _IDENTITY_HEADERS
         )
+        telemetry.key_name.set("")
+        usage = begin_usage(scope)
         route = self._route(scope["path"])
         attributes = {
             "http.request.method": scope["method"],
@@ -123,9 +135,9 @@ class IdentityMiddleware:
         }
         if scope["path"].startswith(_API):
             with tracing.call(f"{scope['method']} {route}", attributes, begins=True) as span:
-                await self._answer(scope, receive, send, identity, route, span)
+                await self._answer(scope, receive, send, identity, route, span, usage)
         else:
-            await self._answer(scope, receive, send, identity, route, tracing.current())
+            await self._answer(scope, receive, send, identity, route, tracing.current(), usage)
 
     async def _answer(
         self,
@@ -135,6 +147,7 @@ class IdentityMiddleware:
         identity: str,
         route: str,
         span: tracing.Span,
+        usage: RequestUsage,
     ) -> None:
         status, started_at, sending_since = _CLIENT_GONE, time.monotonic(), math.inf
 
@@ -160,6 +173,8 @@ class IdentityMiddleware:
             if sending_since < now:
                 tracing.record("send", sending_since, now)
             self._record(scope, route, status, now - started_at)
+            if scope["path"] in COMPLETIONS and not usage.began:
+                self._usage_log.write(refusal_record(usage, status, now - started_at))
 
     def _route(self, path: str) -> str:
         if path.startswith(_ONE_MODEL):
@@ -240,5 +255,6 @@ class AdmissionMiddleware:
             return
         with self._in_flight.admitted():
             if self._keys is not None:
-                self._keys.check(Request(scope).headers.get("authorization", ""))
+                name = self._keys.check(Request(scope).headers.get("authorization", ""))
+                telemetry.key_name.set(name)
             await self._app(scope, receive, send)

@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 
 from trivium.wire.errors import ServiceError
+from trivium.wire.telemetry import is_key_name
 
 log = logging.getLogger(__name__)
 
-_LINE = re.compile(r"([0-9a-fA-F]{64})(?:\s.*)?")
+_LINE = re.compile(r"([0-9a-fA-F]{64})(?:\s+(\S+).*)?")
 _CHECK_SECONDS = 1.0
 
 
@@ -27,10 +28,10 @@ class KeyFile:
         self._path = path
         self._checked_at = time.monotonic()
         self._stamp = _stamp(path)
-        self._digests = _read(path)
+        self._keys = _read(path)
 
-    def check(self, authorization: str) -> None:
-        """Raises ServiceError unless the header's value bears an accepted key."""
+    def check(self, authorization: str) -> str:
+        """The name of the key that the header's value bears; ServiceError unless it is accepted."""
         self._reload()
         scheme, _, key = authorization.partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
@@ -41,8 +42,10 @@ class KeyFile:
             )
         digest = hashlib.sha256(key.strip().encode("latin-1", "replace")).digest()
         # All are compared, so that the time tells nothing of which one is near.
-        if sum([hmac.compare_digest(digest, known) for known in self._digests]) == 0:
+        matches = [name for known, name in self._keys if hmac.compare_digest(digest, known)]
+        if not matches:
             raise ServiceError("invalid_api_key", "Incorrect API key provided.")
+        return matches[0]
 
     def _reload(self) -> None:
         now = time.monotonic()
@@ -53,9 +56,9 @@ class KeyFile:
             stamp = _stamp(self._path)
             if stamp == self._stamp:
                 return
-            self._digests = _read(self._path)
+            self._keys = _read(self._path)
             self._stamp = stamp
-            log.info("%d API keys read from %s", len(self._digests), self._path)
+            log.info("%d API keys read from %s", len(self._keys), self._path)
         except KeyFileError as error:
             log.error("the API keys stay as they were: %s", error)
 
@@ -68,12 +71,13 @@ def _stamp(path: Path) -> tuple[int, int, int]:
     return status.st_mtime_ns, status.st_size, status.st_ino
 
 
-def _read(path: Path) -> tuple[bytes, ...]:
+def _read(path: Path) -> tuple[tuple[bytes, str], ...]:
+    """Digests and names."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise KeyFileError(f"{path}: cannot be read: {error}") from None
-    digests = []
+    keys = []
     for number, line in enumerate(lines, start=1):
         text = line.partition("#")[0].strip()
         if not text:
@@ -81,5 +85,7 @@ def _read(path: Path) -> tuple[bytes, ...]:
         match = _LINE.fullmatch(text)
         if match is None:
             raise KeyFileError(f"{path}: line {number} is not a SHA-256 digest in hex")
-        digests.append(bytes.fromhex(match[1]))
-    return tuple(digests)
+        digest = bytes.fromhex(match[1])
+        name = match[2] if is_key_name(match[2] or "") else digest.hex()[:12]
+        keys.append((digest, name))
+    return tuple(keys)

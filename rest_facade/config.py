@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from trivium.usage_log import USAGE_LOG, USAGE_LOG_BACKUPS, USAGE_LOG_MAX_BYTES
 from trivium.wire.replicas.resolver import check_target
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#@]+")
@@ -114,6 +115,9 @@ class FacadeSettings(BaseSettings):
         "json", description="One JSON object a line, for machines; text is for a person's eyes."
     )
     log_name: str = Field("rest_facade", description="Name of this process in its log lines.")
+    usage_log: str | None = Field(None, description=USAGE_LOG)
+    usage_log_max_bytes: int = Field(100 * 2**20, ge=2**20, description=USAGE_LOG_MAX_BYTES)
+    usage_log_backups: int = Field(20, ge=1, le=10_000, description=USAGE_LOG_BACKUPS)
 
     @field_validator("cors_origins")
     @classmethod

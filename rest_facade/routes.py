@@ -55,6 +55,7 @@ from rest_facade.responses import (
     TokenizerInfoResponse,
 )
 from rest_facade.stream import Event, EventStream
+from rest_facade.usage import usage_of
 from trivium.field_errors import missing
 from trivium.wire import tracing
 from trivium.wire.in_flight import InFlight
@@ -183,11 +184,14 @@ class Routes:
         body, message = await self._read(
             request, partial(_converted, ChatCompletionRequest, chat.request)
         )
+        usage = usage_of(request.scope)
+        usage.model = body.model
         with rename_error_params(body.old_names()):
             if body.stream:
                 stream = self._backend.stream_chat(message)
                 return await self._streamed(request, stream, ChatChunks(body), started_at)
             response = await while_connected(request.receive, self._backend.complete_chat(message))
+        usage.began = True
         return _json(chat.answer(response, body))
 
     async def completions(self, request: Request) -> Response:
@@ -196,11 +200,14 @@ class Routes:
         body, message = await self._read(
             request, partial(_converted, TextCompletionRequest, completion.request)
         )
+        usage = usage_of(request.scope)
+        usage.model = body.model
         with rename_error_params(body.old_names()):
             if body.stream:
                 stream = self._backend.stream_text(message)
                 return await self._streamed(request, stream, CompletionChunks(body), started_at)
             response = await while_connected(request.receive, self._backend.complete_text(message))
+        usage.began = True
         return _json(completion.answer(response, body))
 
     async def _read(self, request: Request, convert: Callable[[dict[str, Any]], Result]) -> Result:
@@ -221,6 +228,7 @@ class Routes:
         try:
             # Awaited before any answer, so that early failures have their own HTTP status.
             event = await while_connected(request.receive, stream.read())
+            usage_of(request.scope).began = True
             first = None if event is None else converter.push(event)
         except BaseException:
             stream.close()

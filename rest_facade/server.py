@@ -14,6 +14,7 @@ from rest_facade.backend import Backend
 from rest_facade.config import FacadeSettings
 from rest_facade.http_limits import LimitedHttpProtocol
 from rest_facade.metrics import Metrics
+from trivium.usage_log import UsageLog
 from trivium.wire.in_flight import InFlight
 from trivium.wire.process_metrics import serve_metrics
 from trivium.wire.serving import StopSignals, wait_for_any
@@ -37,11 +38,12 @@ async def serve(settings: FacadeSettings, keys: KeyFile | None) -> None:
     """Serves until a stop signal, then drains; raises SystemExit when a port is taken."""
     in_flight = InFlight()
     metrics = Metrics()
+    usage_log = _open_usage_log(settings)
     signals = StopSignals()
     async with Backend(settings.tokenizer_target, settings.request_timeout_seconds) as backend:
         server = _Server(
             uvicorn.Config(
-                build_app(settings, backend, in_flight, keys, metrics),
+                build_app(settings, backend, in_flight, keys, metrics, usage_log),
                 host=settings.host,
                 port=settings.port,
                 http=LimitedHttpProtocol,
@@ -63,6 +65,19 @@ async def serve(settings: FacadeSettings, keys: KeyFile | None) -> None:
             await server.serve(sockets)
         finally:
             stopper.cancel()
+            usage_log.close()
+
+
+def _open_usage_log(settings: FacadeSettings) -> UsageLog:
+    try:
+        return UsageLog(
+            settings.usage_log,
+            settings.log_name,
+            settings.usage_log_max_bytes,
+            settings.usage_log_backups,
+        )
+    except OSError as error:
+        refuse_to_start(f"TRIVIUM_FACADE_USAGE_LOG: {error}")
 
 
 def _shared_sockets(settings: FacadeSettings) -> list[socket.socket]:

@@ -2,13 +2,13 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from tokenizer_svc.constraint.grammar import attribute_error_to_field
-from tokenizer_svc.generator.types import Constraint, GenerateCommand
+from tokenizer_svc.generator.types import CompletionReport, Constraint, GenerateCommand
 from tokenizer_svc.metrics import RequestMeter
 from tokenizer_svc.models import ServedModel
 from tokenizer_svc.output.completion import Completion
@@ -119,6 +119,7 @@ async def _generate(
     served.watch.check_available()
     generation = served.connection.generate(_command(served, job, token_ids), seconds)
     admitted = False
+    reasons: dict[int, str] = {}
     try:
         async with aclosing(generation.messages()) as messages:
             async for updates in messages:
@@ -132,12 +133,26 @@ async def _generate(
                     deltas = [replace(delta, index=first_index + delta.index) for delta in deltas]
                 meter.step(updates, deltas, first_index)
                 trace.note(deltas)
+                reasons |= {
+                    delta.index: delta.finish_reason.value
+                    for delta in deltas
+                    if delta.finish_reason is not None
+                }
                 yield deltas
+                if completion.done:
+                    await generation.report(_report(completion.usage, reasons))
     except ServiceError as error:
         raise attribute_error_to_field(error, job.constraint) from error
     if not completion.done:
         log.error("the generator ended the call before its choices")
         raise internal_error()
+
+
+def _report(usage: Usage, reasons: Mapping[int, str]) -> CompletionReport:
+    in_order = [reason for _, reason in sorted(reasons.items())]
+    return CompletionReport(
+        usage.completion_tokens, usage.reasoning_tokens, list(dict.fromkeys(in_order))
+    )
 
 
 async def merge_streams(streams: Sequence[AsyncGenerator[Item]]) -> AsyncGenerator[Item]:

@@ -21,9 +21,11 @@ from generator_svc.metrics import EngineCollector, RequestMetrics
 from generator_svc.scheduler import Scheduler
 from generator_svc.sequence import SamplingParams
 from generator_svc.service import GeneratorService
+from generator_svc.usage import UsageMetrics, UsageRecorder
 from tests.fakes import EOS, VOCABULARY, FixedPrefillCost, ScriptedRunner, scripted_logits
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.generator.v1 import generator_pb2_grpc as pb_grpc
+from trivium.usage_log import UsageLog
 from trivium.wire.channel import open_channel
 from trivium.wire.in_flight import InFlight
 from trivium.wire.serving import GrpcServer
@@ -55,6 +57,7 @@ class Stage:
         cost=None,
         max_messages_per_second=1000,
         max_interval_seconds=0.1,
+        usage_log=None,
         **queue,
     ):
         vocabulary = len(logits([2]))
@@ -80,6 +83,11 @@ class Stage:
         engine = self.engine
         self.registry.register(EngineCollector(engine.load, engine.cache_usage, self.meter, "m"))
         self.in_flight = InFlight()
+        self.usage = UsageRecorder(
+            UsageLog(usage_log and str(usage_log), "generator", 2**20, 2),
+            UsageMetrics(self.registry, "m"),
+            "m",
+        )
         self.service = GeneratorService(
             self.engine,
             Limits(REVISION, vocabulary, slot_length, 8, (eos,), SamplingParams(temperature=0)),
@@ -87,6 +95,7 @@ class Stage:
             RequestMetrics(self.registry, "m"),
             self.constraints,
             self.in_flight.draining,
+            self.usage,
         )
 
     @contextlib.asynccontextmanager
@@ -110,6 +119,7 @@ class Stage:
                 self.runner.delay = 0.0
                 await server.drain(0, 0)
                 self.engine.close()
+                self.usage.close()
         self.engine.check_integrity()
 
     async def call(self, prompt, half_close=True, seconds=None, **fields):

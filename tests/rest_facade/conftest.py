@@ -17,6 +17,7 @@ from rest_facade.http_limits import LimitedHttpProtocol
 from rest_facade.metrics import Metrics
 from tests.openai_shapes import watched
 from tests.rest_facade.scripted_backend import ScriptedBackend
+from trivium.usage_log import UsageLog
 from trivium.wire.in_flight import InFlight
 
 StartFacade = Callable[..., Any]
@@ -73,9 +74,10 @@ async def facade(backend_port: int, values: dict[str, Any]) -> AsyncIterator[str
     """Serves with these settings before a stage at a port; gives the URL."""
     settings = FacadeSettings(tokenizer_target=f"127.0.0.1:{backend_port}", **values)
     keys = KeyFile(settings.api_keys_file) if settings.api_keys_file else None
+    log = UsageLog(settings.usage_log, settings.log_name, settings.usage_log_max_bytes, 2)
     async with Backend(settings.tokenizer_target, settings.request_timeout_seconds) as stage:
         config = uvicorn.Config(
-            build_app(settings, stage, InFlight(), keys, Metrics()),
+            build_app(settings, stage, InFlight(), keys, Metrics(), log),
             port=0,
             http=LimitedHttpProtocol,
             ws="none",
@@ -91,3 +93,4 @@ async def facade(backend_port: int, values: dict[str, Any]) -> AsyncIterator[str
         yield f"http://127.0.0.1:{port}"
         server.should_exit = True
         await serving
+        log.close()

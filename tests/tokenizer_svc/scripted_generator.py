@@ -27,6 +27,7 @@ class Seen:
     metadata: dict[str, str | bytes]
     seconds_left: float | None
     stops: list[int] = field(default_factory=list)
+    report: pb.CompletionReport | None = None
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -63,6 +64,9 @@ class ScriptedGenerator(generator_pb2_grpc.GeneratorServiceServicer):
         requests: AsyncIterator[pb.GenerateRequest], seen: Seen, stops: Stops
     ) -> None:
         async for request in requests:
+            if request.HasField("report"):
+                seen.report = request.report
+                continue
             seen.stops.append(request.stop.index)
             stops.put_nowait(request.stop.index)
 

@@ -13,7 +13,12 @@ from tokenizer_svc.generator import convert
 from tokenizer_svc.generator.load import Sent
 from tokenizer_svc.generator.picker import Candidate, GeneratorPicker
 from tokenizer_svc.generator.prefix_memory import BLOCK_TOKENS, Prefixes, prefixes
-from tokenizer_svc.generator.types import GenerateCommand, GeneratorInfo, TokenUpdate
+from tokenizer_svc.generator.types import (
+    CompletionReport,
+    GenerateCommand,
+    GeneratorInfo,
+    TokenUpdate,
+)
 from trivium.wire import telemetry
 from trivium.wire.channel import revision_service
 from trivium.wire.errors import ServiceError, from_rpc_error
@@ -140,6 +145,11 @@ class Generation:
             assert self._call is not None, "Only what has begun can be stopped."
             await self._call.write(convert.stop_command(index))
 
+    async def report(self, report: CompletionReport) -> None:
+        """Says what became of the tokens, all of which have come; `messages` then ends."""
+        assert self._call is not None, "Only what has begun can be reported on."
+        await self._call.end(convert.report_command(report))
+
     async def _first(self) -> convert.Response | None:
         try:
             return await self._client.replicas.ask(self._begin, self._pick)
@@ -196,9 +206,6 @@ class _GenerationCall:
     async def start(self, start: GenerateCommand) -> convert.Response | None:
         """Starts the generation; returns its first message. Raises AioRpcError."""
         await self.write(convert.start_command(start))
-        if not start.options.stop:
-            with suppress(grpc.aio.InternalError):  # as in `write`
-                await self._call.done_writing()
         return await self.read()
 
     async def read(self) -> convert.Response | None:
@@ -215,6 +222,12 @@ class _GenerationCall:
         """A call that is over takes no more commands; reading it raises its status."""
         with suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
             await self._call.write(command)
+
+    async def end(self, command: convert.Command) -> None:
+        """Writes the last command."""
+        await self.write(command)
+        with suppress(asyncio.InvalidStateError, grpc.aio.InternalError):  # as in `write`
+            await self._call.done_writing()
 
     def _keep_status(self, call: convert.Call) -> None:
         """Keeps the peer's status, which a write that fails before or after it would replace."""

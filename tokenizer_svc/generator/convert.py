@@ -4,6 +4,7 @@ import grpc
 
 from tokenizer_svc.generator.load import LoadReport
 from tokenizer_svc.generator.types import (
+    CompletionReport,
     Finished,
     GenerateCommand,
     GeneratorFinishReason,
@@ -43,6 +44,7 @@ def start_command(start: GenerateCommand) -> generator_pb2.GenerateRequest:
         top_logprobs=options.top_logprobs,
         # A stop string can only be found in what has come.
         whole=start.whole and not options.stop,
+        sends_report=True,
     )
     if constraint is not None:
         kind = {constraint.kind.value: constraint.text}
@@ -53,6 +55,17 @@ def start_command(start: GenerateCommand) -> generator_pb2.GenerateRequest:
 def stop_command(index: int) -> generator_pb2.GenerateRequest:
     """A later message to the generator: this continuation's text is complete."""
     return generator_pb2.GenerateRequest(stop=generator_pb2.StopSequence(index=index))
+
+
+def report_command(report: CompletionReport) -> generator_pb2.GenerateRequest:
+    """The last message to the generator: what became of its tokens."""
+    return generator_pb2.GenerateRequest(
+        report=generator_pb2.CompletionReport(
+            completion_tokens=report.completion_tokens,
+            reasoning_tokens=report.reasoning_tokens,
+            finish_reasons=report.finish_reasons,
+        )
+    )
 
 
 def updates(response: generator_pb2.GenerateResponse) -> list[TokenUpdate]:

@@ -1,6 +1,6 @@
 """Commands to the generator and updates from it, as plain values."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -56,6 +56,15 @@ class Finished:
     completion_tokens: int
     cached_prompt_tokens: int
     device_nanoseconds: int
+
+
+@dataclass(frozen=True)
+class CompletionReport:
+    """What became of all sequences as text, for the generator's usage record."""
+
+    completion_tokens: int
+    reasoning_tokens: int
+    finish_reasons: Sequence[str]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What is known of a call on every hop: its request id and its W3C trace parent; and logs.
+"""What is known of a call on every hop: request id, W3C trace parent, name of its key; and logs.
 
 Knows nothing about who calls whom.
 """
@@ -15,12 +15,25 @@ from typing import Any
 
 REQUEST_ID = "x-request-id"
 TRACEPARENT = "traceparent"
+KEY_NAME = "x-trivium-key-name"  # never taken from HTTP: the facade knows it by the key itself
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+_SANE_KEY_NAME = re.compile(r"[A-Za-z0-9._:/+=@-]{1,64}")
 _SANE_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
 traceparent: contextvars.ContextVar[str] = contextvars.ContextVar("traceparent", default="")
+key_name: contextvars.ContextVar[str] = contextvars.ContextVar("key_name", default="")
+
+
+def trace_id() -> str:
+    """The trace that the current call belongs to, 32 hexadecimal digits; empty for none."""
+    return traceparent.get()[3:35]
+
+
+def is_key_name(text: str) -> bool:
+    """Whether a key can have this name: 1 to 64 letters, digits or . _ : / + = @ -"""
+    return _SANE_KEY_NAME.fullmatch(text) is not None
 
 
 def adopt(headers: Iterable[tuple[str, str | bytes]]) -> str:
@@ -34,6 +47,8 @@ def adopt(headers: Iterable[tuple[str, str | bytes]]) -> str:
     request_id.set(adopted)
     parent = known.get(TRACEPARENT, "")
     traceparent.set(parent if _SANE_TRACEPARENT.fullmatch(parent) else "")
+    name = known.get(KEY_NAME, "")
+    key_name.set(name if is_key_name(name) else "")
     return adopted
 
 
@@ -42,12 +57,9 @@ def outgoing_metadata() -> tuple[tuple[str, str], ...]:
     metadata = [(REQUEST_ID, request_id.get())]
     if traceparent.get():
         metadata.append((TRACEPARENT, traceparent.get()))
+    if key_name.get():
+        metadata.append((KEY_NAME, key_name.get()))
     return tuple(metadata)
-
-
-def trace_id() -> str:
-    """The trace that the current call belongs to, 32 hexadecimal digits; "-" for none."""
-    return traceparent.get()[3:35] or "-"
 
 
 class _Formatter(logging.Formatter):
@@ -71,7 +83,7 @@ class _Formatter(logging.Formatter):
             "level": record.levelname.lower(),
             "service": self._service,
             "request_id": request_id.get(),
-            "trace_id": trace_id(),
+            "trace_id": trace_id() or "-",
         }
 
 

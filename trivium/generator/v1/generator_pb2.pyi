@@ -30,7 +30,7 @@ class Constraint(_message.Message):
     def __init__(self, json_schema: _Optional[str] = ..., regex: _Optional[str] = ..., lark: _Optional[str] = ...) -> None: ...
 
 class StartGeneration(_message.Message):
-    __slots__ = ("revision", "prompt_token_ids", "sampling", "n", "max_new_tokens", "min_new_tokens", "stop_token_ids", "ignore_eos", "top_logprobs", "constraint", "whole")
+    __slots__ = ("revision", "prompt_token_ids", "sampling", "n", "max_new_tokens", "min_new_tokens", "stop_token_ids", "ignore_eos", "top_logprobs", "constraint", "whole", "sends_report")
     REVISION_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -42,6 +42,7 @@ class StartGeneration(_message.Message):
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     CONSTRAINT_FIELD_NUMBER: _ClassVar[int]
     WHOLE_FIELD_NUMBER: _ClassVar[int]
+    SENDS_REPORT_FIELD_NUMBER: _ClassVar[int]
     revision: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: _sampling_pb2.SamplingParams
@@ -53,7 +54,8 @@ class StartGeneration(_message.Message):
     top_logprobs: int
     constraint: Constraint
     whole: bool
-    def __init__(self, revision: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., n: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., min_new_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., top_logprobs: _Optional[int] = ..., constraint: _Optional[_Union[Constraint, _Mapping]] = ..., whole: _Optional[bool] = ...) -> None: ...
+    sends_report: bool
+    def __init__(self, revision: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., n: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., min_new_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., top_logprobs: _Optional[int] = ..., constraint: _Optional[_Union[Constraint, _Mapping]] = ..., whole: _Optional[bool] = ..., sends_report: _Optional[bool] = ...) -> None: ...
 
 class StopSequence(_message.Message):
     __slots__ = ("index",)
@@ -61,13 +63,25 @@ class StopSequence(_message.Message):
     index: int
     def __init__(self, index: _Optional[int] = ...) -> None: ...
 
+class CompletionReport(_message.Message):
+    __slots__ = ("completion_tokens", "reasoning_tokens", "finish_reasons")
+    COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REASONING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASONS_FIELD_NUMBER: _ClassVar[int]
+    completion_tokens: int
+    reasoning_tokens: int
+    finish_reasons: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, completion_tokens: _Optional[int] = ..., reasoning_tokens: _Optional[int] = ..., finish_reasons: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class GenerateRequest(_message.Message):
-    __slots__ = ("start", "stop")
+    __slots__ = ("start", "stop", "report")
     START_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
+    REPORT_FIELD_NUMBER: _ClassVar[int]
     start: StartGeneration
     stop: StopSequence
-    def __init__(self, start: _Optional[_Union[StartGeneration, _Mapping]] = ..., stop: _Optional[_Union[StopSequence, _Mapping]] = ...) -> None: ...
+    report: CompletionReport
+    def __init__(self, start: _Optional[_Union[StartGeneration, _Mapping]] = ..., stop: _Optional[_Union[StopSequence, _Mapping]] = ..., report: _Optional[_Union[CompletionReport, _Mapping]] = ...) -> None: ...
 
 class TokenLogprobs(_message.Message):
     __slots__ = ("logprob", "top_token_ids", "top_logprobs")

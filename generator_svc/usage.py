@@ -1,0 +1,139 @@
+"""Who used what: a record of every call that the engine took, and totals by key.
+
+Written here because it is here that device time is settled: a record is complete whatever becomes
+of the caller, of the tokenizer and of the facade.
+"""
+
+import asyncio
+import time
+
+from prometheus_client import Counter
+from prometheus_client.registry import CollectorRegistry
+
+from generator_svc.delivery import UpdateQueue
+from generator_svc.sequence import CompletionReport, FinishReason, SequenceGroup
+from trivium.usage_log import UsageLog, UsageRecord
+from trivium.wire import telemetry
+
+# OpenAI's words, and vLLM's for what OpenAI has none for.
+_FINISH_REASONS = {
+    FinishReason.STOP_TOKEN: "stop",
+    FinishReason.STOPPED: "stop",
+    FinishReason.LENGTH: "length",
+    FinishReason.CANCELLED: "abort",
+    FinishReason.FAILED: "error",
+}
+
+
+class UsageMetrics:
+    """Totals by key, of calls that have ended."""
+
+    def __init__(self, registry: CollectorRegistry, model: str) -> None:
+        self._model = model
+        labels = ["model_name", "key"]
+        self._nanoseconds = Counter(
+            "trivium_key_device_nanoseconds",
+            "Device time of ended calls by key; empty where none is asked for",
+            labels,
+            registry=registry,
+        )
+        self._tokens = Counter(
+            "trivium_key_tokens",
+            "Tokens of ended calls by key: prompt, cached (those of it that were), completion",
+            [*labels, "type"],
+            registry=registry,
+        )
+
+    def ended(self, record: UsageRecord) -> None:
+        """Adds a record."""
+        self._nanoseconds.labels(self._model, record.key).inc(record.device_nanoseconds)
+        for kind in ("prompt", "cached", "completion"):
+            tokens = getattr(record, f"{kind}_tokens")
+            self._tokens.labels(self._model, record.key, kind).inc(tokens)
+
+
+class UsageRecorder:
+    """Writes the record of each call when it has ended and is settled; for the loop's thread."""
+
+    def __init__(self, log: UsageLog, metrics: UsageMetrics, model: str) -> None:
+        self._log = log
+        self._metrics = metrics
+        self._model = model
+        self._loop = asyncio.get_running_loop()
+        self._open: set[CallUsage] = set()
+
+    def begin(self, group: SequenceGroup, queue: UpdateQueue) -> "CallUsage":
+        """The engine has taken the current call."""
+        usage = CallUsage(self, group, queue)
+        self._open.add(usage)
+        return usage
+
+    def settled(self, usage: "CallUsage") -> None:
+        """The call has ended, and no more is charged to it. For any thread."""
+        self._loop.call_soon_threadsafe(self._write, usage)
+
+    def close(self) -> None:
+        """Writes what is left, once the engine's thread has ended and all is settled thereby."""
+        for usage in tuple(self._open):
+            self._write(usage)
+        self._log.close()
+
+    def _write(self, usage: "CallUsage") -> None:
+        if usage in self._open:
+            self._open.remove(usage)
+            record = usage.record(self._model)
+            self._metrics.ended(record)
+            self._log.write(record)
+
+
+class CallUsage:
+    """What is noted of a call for its record; `status` is HTTP's, `report` the caller's word."""
+
+    def __init__(self, recorder: UsageRecorder, group: SequenceGroup, queue: UpdateQueue) -> None:
+        self._recorder = recorder
+        self._group = group
+        self._queue = queue
+        self._identity = telemetry.request_id.get(), telemetry.trace_id(), telemetry.key_name.get()
+        self._seconds: float | None = None
+        self.status = 499
+        self.report: CompletionReport | None = None
+
+    def end(self) -> None:
+        """The call has ended just now; its device time may not be settled yet."""
+        self._seconds = time.monotonic() - self._queue.arrived_at
+
+    def settled(self) -> None:
+        """For any thread, after `end`."""
+        self._recorder.settled(self)
+
+    def record(self, model: str) -> UsageRecord:
+        """The call's record, once it is settled."""
+        if self._seconds is None:
+            self.end()
+        assert self._seconds is not None
+        sequences, report = self._group.sequences, self.report
+        request_id, trace_id, key = self._identity
+        reasons = [
+            _FINISH_REASONS[sequence.finish_reason or FinishReason.CANCELLED]
+            for sequence in sequences
+        ]
+        return UsageRecord(
+            service="generator_svc",
+            request_id=request_id,
+            trace_id=trace_id,
+            key=key,
+            model=model,
+            status=self.status,
+            finish_reason=",".join(dict.fromkeys(report.finish_reasons if report else reasons)),
+            duration_seconds=self._seconds,
+            # Those that were looked at: none of a prompt that was still waiting.
+            prompt_tokens=max(min(s.computed, s.prompt_length) for s in sequences),
+            cached_tokens=sequences[0].cached_prompt_tokens,
+            completion_tokens=(
+                report.completion_tokens if report else sum(s.generated for s in sequences)
+            ),
+            reasoning_tokens=report.reasoning_tokens if report else None,
+            device_nanoseconds=sum(sequence.device_nanoseconds for sequence in sequences),
+            queue_seconds=self._group.permit.seconds,
+            ttft_seconds=self._queue.first_token_seconds,
+        )

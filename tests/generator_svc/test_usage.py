@@ -1,0 +1,171 @@
+"""The usage record of a call: one for each that the engine took, however it ended."""
+
+import asyncio
+import json
+
+import pytest
+
+from tests.generator_svc.generator_stage import REVISION, Stage
+from trivium.generator.v1 import generator_pb2 as pb
+
+LONG = {"max_new_tokens": 50, "ignore_eos": True}
+
+
+def records_in(folder):
+    """All records, in the order in which they were written."""
+    lines = (folder / "generator.usage.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture
+async def stage(tmp_path):
+    async with Stage(usage_log=tmp_path).running() as stage:
+        yield stage
+
+
+async def written(stage, folder, count):
+    """The records, once there are so many."""
+    async with asyncio.timeout(30):
+        while len(records_in(folder)) < count:  # noqa: ASYNC110 - a file tells nobody of a line
+            await asyncio.sleep(0.01)
+    return records_in(folder)
+
+
+async def call(stage, prompt, *metadata, **fields):
+    """A call that has sent its start, with metadata."""
+    call = stage.stub.Generate(metadata=metadata)
+    start = pb.StartGeneration(revision=REVISION, prompt_token_ids=prompt, **fields)
+    await call.write(pb.GenerateRequest(start=start))
+    return call
+
+
+async def test_a_call_is_recorded_with_all_that_is_known_of_it(stage, tmp_path):
+    """Whose it was, what it took and when; a prompt that was seen before is partly cached."""
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    metadata = (
+        ("x-request-id", "req_1"),
+        ("traceparent", f"00-{trace}-b7ad6b7169203331-01"),
+        ("x-trivium-key-name", "alice"),
+    )
+    prompt = [3, 4, 5, 6, 7, 8, 9, 10]
+    for _ in range(2):
+        answer = await call(stage, prompt, *metadata, max_new_tokens=4, ignore_eos=True)
+        await answer.done_writing()
+        messages = [message async for message in answer]
+    first, second = await written(stage, tmp_path, 2)
+
+    finished = messages[-1].updates[0].finished
+    assert finished.device_nanoseconds == second["device_nanoseconds"] > 0
+    assert finished.device_nanoseconds / 1e9 == second["gpu_seconds"]
+    assert finished.cached_prompt_tokens == second["cached_tokens"] > 0 == first["cached_tokens"]
+    wanted = {
+        "event": "usage",
+        "service": "generator_svc",
+        "request_id": "req_1",
+        "trace_id": trace,
+        "key": "alice",
+        "model": "m",
+        "status": 200,
+        "finish_reason": "length",
+        "prompt_tokens": 8,
+        "completion_tokens": 4,
+        "reasoning_tokens": None,
+    }
+    assert wanted == {name: second[name] for name in wanted}
+    assert 0 <= second["queue_seconds"] <= second["ttft_seconds"] <= second["duration_seconds"]
+
+
+async def test_a_report_says_what_became_of_the_tokens(stage, tmp_path):
+    """Its counts and reasons are those that the caller's caller was told."""
+    answer = await call(stage, [5, 6], sends_report=True, n=2, **LONG)
+    async for message in answer:
+        if any(update.HasField("finished") for update in message.updates):
+            break
+    report = pb.CompletionReport(
+        completion_tokens=7, reasoning_tokens=3, finish_reasons=["tool_calls", "length"]
+    )
+    await answer.write(pb.GenerateRequest(report=report))
+    await answer.done_writing()
+    async for _ in answer:
+        pass
+    [record] = await written(stage, tmp_path, 1)
+
+    assert (7, 3) == (record["completion_tokens"], record["reasoning_tokens"])
+    assert "tool_calls,length" == record["finish_reason"]
+
+
+async def test_calls_that_break_off_are_recorded_and_nothing_is_lost(stage, tmp_path):
+    """Left in the middle, left in the queue, failed: the records add up to the busy time."""
+    stage.runner.delay = 0.01
+    left = [await call(stage, [2, 3, value], n=2, **LONG) for value in range(4, 10)]
+    await anext(aiter(left[0]))
+    await stage.until(lambda load: load.waiting_sequences >= 3)
+    for answer in reversed(left):
+        answer.cancel()
+    records = await written(stage, tmp_path, 6)
+    await stage.until_free()
+    busy, overhead, _ = stage.meter.snapshot()
+
+    assert {(499, "abort")} == {(record["status"], record["finish_reason"]) for record in records}
+    assert busy == overhead.total() + sum(record["device_nanoseconds"] for record in records)
+    assert max(record["completion_tokens"] for record in records) > 0
+    waited = [record for record in records if not record["device_nanoseconds"]]
+    assert {(0, 0)} == {(r["prompt_tokens"], r["completion_tokens"]) for r in waited}
+
+
+async def test_what_still_runs_is_recorded_when_the_process_ends(tmp_path):
+    """With the time that it took until then."""
+    stage = Stage(usage_log=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        async with stage.running():
+            stage.runner.delay = 0.01
+            answer = await call(stage, [5, 6], **LONG)
+            await anext(aiter(answer))
+            raise KeyboardInterrupt
+    [record] = records_in(tmp_path)
+    busy, overhead, _ = stage.meter.snapshot()
+
+    assert busy == overhead.total() + record["device_nanoseconds"]
+    assert 503 == record["status"]
+
+
+async def test_refused_calls_have_no_record(stage, tmp_path):
+    """Another generator may take them."""
+    for prompt in ([], [1] * 100):
+        answer = await call(stage, prompt)
+        with pytest.raises(Exception, match=r"prompt|context"):
+            async for _ in answer:
+                pass
+    await stage.generate([5, 6], max_new_tokens=2)
+
+    assert 1 == len(await written(stage, tmp_path, 1))
+
+
+async def test_totals_by_key(stage, tmp_path):
+    """What the records say, added up, without a name where no key was asked for."""
+    for name in ("alice", "bob", "alice"):
+        answer = await call(stage, [5, 6, 7], ("x-trivium-key-name", name), max_new_tokens=3)
+        await answer.done_writing()
+        async for _ in answer:
+            pass
+    await stage.generate([5, 6], max_new_tokens=2)
+    records = await written(stage, tmp_path, 4)
+
+    for key in ("alice", "bob", ""):
+        own = [record for record in records if record["key"] == key]
+        for kind in ("prompt", "cached", "completion"):
+            total = sum(record[f"{kind}_tokens"] for record in own)
+            assert total == stage.metric("trivium_key_tokens_total", key=key, type=kind)
+        nanoseconds = sum(record["device_nanoseconds"] for record in own)
+        assert nanoseconds == stage.metric("trivium_key_device_nanoseconds_total", key=key) > 0
+
+
+@pytest.mark.parametrize("name", ["a b", "x" * 65, 'a"b'])
+async def test_odd_names_of_keys_are_not_taken(stage, tmp_path, name):
+    """A record and a label hold nothing that a caller could break them with."""
+    answer = await call(stage, [5, 6], ("x-trivium-key-name", name), max_new_tokens=2)
+    await answer.done_writing()
+    async for _ in answer:
+        pass
+
+    assert "" == (await written(stage, tmp_path, 1))[0]["key"]

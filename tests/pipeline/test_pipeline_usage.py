@@ -1,0 +1,161 @@
+"""Usage records of the three real services: all of the device's time is somebody's, to the last
+nanosecond, whoever is killed meanwhile."""
+
+import asyncio
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.pipeline.services import Services
+
+CLIENTS = 8
+KEYS = ("alice", "bob")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "usage"
+
+
+@pytest.fixture
+def services(tiny_model: Path, tmp_path: Path, folder: Path) -> Iterator[Services]:
+    keys = tmp_path / "keys"
+    digests = [f"{hashlib.sha256(name.encode()).hexdigest()} {name}" for name in KEYS]
+    keys.write_text("\n".join(digests))
+    settings = {
+        "TRIVIUM_FACADE_API_KEYS_FILE": keys,
+        "TRIVIUM_FACADE_USAGE_LOG": folder,
+        "TRIVIUM_GENERATOR_USAGE_LOG": folder,
+    }
+    with Services(tiny_model, tmp_path, **settings) as services:
+        yield services
+
+
+def records(folder: Path, stage: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / f"{stage}.usage.jsonl").read_text().splitlines()]
+
+
+def body(services: Services, number: int, **options: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": f"Tell me of {number}."}]
+    return {"model": services.model, "messages": messages, "max_tokens": 40, **options}
+
+
+async def ask(client: httpx.AsyncClient, services: Services, number: int) -> str:
+    """Sends one of several kinds of request; says what became of it."""
+    kinds: list[dict[str, Any]] = [
+        {"stream": True, "ignore_eos": True},
+        {"n": 2},
+        {"stream": True, "ignore_eos": True, "max_tokens": 400},  # left in the middle
+        {"stream": True, "stop": ["e"]},
+        {"ignore_eos": True, "max_tokens": 400},  # left before its answer
+    ]
+    kind = number % len(kinds)
+    headers = {"authorization": f"Bearer {KEYS[number % 2]}", "x-request-id": f"req_{number}"}
+    request = client.build_request(
+        "POST", "/v1/chat/completions", json=body(services, number, **kinds[kind]), headers=headers
+    )
+    try:
+        async with asyncio.timeout(0.1 if kind == 4 else 60):
+            response = await client.send(request, stream=True)
+            try:
+                async for text in response.aiter_text():
+                    if kind == 2 and '"content":' in text:
+                        return "left"
+            finally:
+                await response.aclose()
+    except TimeoutError:
+        return "left"
+    except httpx.TransportError:
+        return "lost"
+    return str(response.status_code)
+
+
+async def load(services: Services, killed: str) -> Counter[str]:
+    """Requests of all kinds, during which a process is killed and started again."""
+    outcomes: Counter[str] = Counter()
+    numbers = iter(range(10_000))
+    done = asyncio.Event()
+
+    async with httpx.AsyncClient(base_url=services.url, trust_env=False, timeout=60) as client:
+
+        async def ask_on() -> None:
+            while not done.is_set():
+                outcomes[await ask(client, services, next(numbers))] += 1
+
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(CLIENTS):
+                tasks.create_task(ask_on())
+            await until(lambda: outcomes.total() > 20)
+            await asyncio.to_thread(services.kill, killed)
+            services.start(killed)
+            await asyncio.to_thread(services.wait_until_ready)
+            before = outcomes["200"]
+            await until(lambda: outcomes["200"] > before + 10)
+            done.set()
+    return outcomes
+
+
+async def until(holds: Any) -> None:
+    async with asyncio.timeout(120):
+        while not holds():  # noqa: ASYNC110 - numbers tell nobody that they change
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("killed", ["rest_facade", "tokenizer_svc"])
+def test_records_and_overhead_are_the_busy_time(
+    services: Services, folder: Path, killed: str
+) -> None:
+    """To the nanosecond, over requests that are left, failed or lost by kill -9."""
+    outcomes = asyncio.run(load(services, killed))
+    metrics = services.wait_until_idle()
+    charged = records(folder, "generator_svc")
+
+    assert outcomes["left"]
+    assert outcomes["200"]
+    nanoseconds = sum(record["device_nanoseconds"] for record in charged)
+    overhead = int(metrics["trivium_device_overhead_nanoseconds_total"])
+    assert int(metrics["trivium_device_busy_nanoseconds_total"]) == nanoseconds + overhead
+    assert set(KEYS) == {record["key"] for record in charged}
+    assert {"abort", "length"} <= {record["finish_reason"] for record in charged}
+    by_id = Counter(record["request_id"] for record in charged if record["status"] == 200)
+    assert {1} == set(by_id.values())
+    refused = records(folder, "rest_facade")
+    assert {0} == {record["device_nanoseconds"] for record in refused}
+    # The rest ends well too, and loses nothing.
+    for name in ("rest_facade", "tokenizer_svc", "generator_svc"):
+        services.terminate(name)
+        services.processes[name].wait(60)
+    assert len(charged) == len(records(folder, "generator_svc"))
+
+
+def test_a_record_says_what_the_client_was_told(services: Services, folder: Path) -> None:
+    """Tokens, device time and reason are those of the answer, stop strings included."""
+    headers = {"authorization": "Bearer bob", "x-request-id": "req_told"}
+    trace = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
+    with httpx.Client(base_url=services.url, trust_env=False, timeout=60) as client:
+        answer = client.post(
+            "/v1/chat/completions",
+            json=body(services, 1, n=3, stop=["e", "a"], seed=1),
+            headers=headers | trace | {"x-trivium-key-name": "mallory"},
+        ).json()
+    services.wait_until_idle()
+    services.until(lambda: (folder / "generator_svc.usage.jsonl").read_text(), "no record")
+    [record] = records(folder, "generator_svc")
+
+    usage = answer["usage"]
+    assert usage["prompt_tokens"] == record["prompt_tokens"]
+    assert usage["completion_tokens"] == record["completion_tokens"]
+    assert usage["gpu_seconds"] == record["gpu_seconds"] == record["device_nanoseconds"] / 1e9
+    assert usage["prompt_tokens_details"]["cached_tokens"] == record["cached_tokens"]
+    assert usage["completion_tokens_details"]["reasoning_tokens"] == record["reasoning_tokens"]
+    reasons = dict.fromkeys(choice["finish_reason"] for choice in answer["choices"])
+    assert ",".join(reasons) == record["finish_reason"]
+    assert ("bob", "req_told", 200) == (record["key"], record["request_id"], record["status"])
+    assert "0af7651916cd43dd8448eb211c80319c" == record["trace_id"]
+    assert not records(folder, "rest_facade")
