@@ -10,6 +10,7 @@ from trivium.cli.chat import chat
 from trivium.cli.doctor import doctor
 from trivium.cli.export import PASS_ALL, export
 from trivium.cli.up import up
+from trivium.cli.usage import usage
 
 app = typer.Typer(
     help="Chat completions from three gRPC services on ONNX Runtime.",
@@ -39,5 +40,5 @@ def options(
 
 app.command()(up)
 app.command(context_settings=PASS_ALL)(export)
-for command in (chat, bench, doctor):
+for command in (chat, bench, usage, doctor):
     app.command()(command)

@@ -1,0 +1,152 @@
+"""`trivium usage`: records are summed, whoever wrote them."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from trivium.cli.main import app
+from trivium.usage_log import UsageLog, UsageRecord
+
+DAY = 86_400
+MONDAY = 20_000 * DAY  # 2024-10-04
+
+
+def record(request_id: str, key: str = "alice", **fields: Any) -> UsageRecord:
+    """One of a generator for a request that went well."""
+    values = {
+        "service": "generator_svc",
+        "trace_id": "",
+        "model": "m",
+        "status": 200,
+        "finish_reason": "stop",
+        "duration_seconds": 1.5,
+        "time": MONDAY,
+        **fields,
+    }
+    return UsageRecord(request_id=request_id, key=key, **values)
+
+
+def refusal(request_id: str, status: int, **fields: Any) -> UsageRecord:
+    """One of the facade."""
+    return record(request_id, service="rest_facade", status=status, **fields)
+
+
+def write(folder: Path, *records: UsageRecord, name: str = "one") -> Path:
+    log = UsageLog(str(folder), name, 2**20, 1)
+    for one in records:
+        log.write(one)
+    log.close()
+    return folder / f"{name}.usage.jsonl"
+
+
+def summed(*arguments: object) -> list[dict[str, Any]]:
+    result = CliRunner().invoke(app, ["usage", *map(str, arguments), "--format", "json"])
+    assert 0 == result.exit_code, result.output
+    rows: list[dict[str, Any]] = json.loads(result.output)
+    return rows
+
+
+def test_sums_by_day_key_and_model(tmp_path: Path) -> None:
+    """Each combination is a row; nanoseconds are exact where a float would not be."""
+    took = {"prompt_tokens": 10, "cached_tokens": 4, "completion_tokens": 3, "reasoning_tokens": 2}
+    file = write(
+        tmp_path,
+        record("a", device_nanoseconds=2**60 + 1, **took),
+        record("b", device_nanoseconds=1, **took),
+        record("c", key="bob", **took),
+        record("d", model="other", **took),
+        record("e", time=MONDAY + DAY, **took),
+    )
+    rows = summed(file)
+
+    assert [
+        ("2024-10-04", "alice", "m", 2),
+        ("2024-10-04", "alice", "other", 1),
+        ("2024-10-04", "bob", "m", 1),
+        ("2024-10-05", "alice", "m", 1),
+    ] == [(row["day"], row["key"], row["model"], row["requests"]) for row in rows]
+    assert 2**60 + 2 == rows[0]["device_nanoseconds"]
+    tokens = ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens")
+    assert (20, 8, 6, 4) == tuple(rows[0][name] for name in tokens)
+
+
+def test_a_request_with_several_records_is_one(tmp_path: Path) -> None:
+    """Two prompts, or the facade's word on what the client got beside the generator's: its status
+    counts, and no number twice."""
+    file = write(
+        tmp_path,
+        record("two", completion_tokens=1),
+        record("two", completion_tokens=2),
+        refusal("late", 504, model="alias"),
+        record("late", status=499, reasoning_tokens=None, completion_tokens=4),
+        refusal("full", 429),
+    )
+    [row] = summed(file, "--by", "key")
+
+    assert (3, 2, 7) == (row["requests"], row["failed"], row["completion_tokens"])
+    assert ["m"] == [row["model"] for row in summed(file, "--by", "model")]
+
+
+def test_folders_rotated_files_and_one_day(tmp_path: Path) -> None:
+    """A folder is all files of records in it; of a file that is being written, all whole lines."""
+    write(tmp_path, record("a"))
+    (tmp_path / "one.usage.jsonl").rename(tmp_path / "one.usage.jsonl.1")
+    write(tmp_path, record("b"), record("late", time=MONDAY + 31 * DAY))
+    file = write(tmp_path, record("c"), name="two")
+    with file.open("a") as end:
+        end.write('{"event": "usage", "time": "20')
+
+    assert [4] == [row["requests"] for row in summed(tmp_path, "--by", "model")]
+    assert [3] == [r["requests"] for r in summed(tmp_path, "--by", "key", "--day", "2024-10")]
+
+
+def test_lines_that_are_no_records_are_passed_over(tmp_path: Path) -> None:
+    """Standard output may be collected together with the logs."""
+    file = write(tmp_path, record("a"))
+    file.write_text('{"time": "x", "level": "info"}\nnot JSON\n' + file.read_text())
+
+    assert [1] == [row["requests"] for row in summed(file)]
+
+
+def test_csv_and_table(tmp_path: Path) -> None:
+    """The same numbers, for a spreadsheet and for people."""
+    file = write(tmp_path, record("a", device_nanoseconds=1_234_567_891, completion_tokens=5_000))
+    [row] = csv.DictReader(
+        CliRunner().invoke(app, ["usage", str(file), "--format", "csv"]).output.splitlines()
+    )
+    table = CliRunner().invoke(app, ["usage", str(file)], env={"COLUMNS": "150"}).output
+
+    assert ("1234567891", "5000") == (row["device_nanoseconds"], row["completion_tokens"])
+    assert "1.235" in table
+    assert "5,000" in table
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ('{"event": "usage", }', "line 1: not JSON"),
+        ('{"event": "usage", "time": "2024-10-04T00:00:00.000Z"}', "line 1: no request_id"),
+    ],
+)
+def test_a_broken_record_is_an_error(tmp_path: Path, line: str, fault: str) -> None:
+    """Sums that leave something out would be wrong without a word."""
+    file = tmp_path / "broken"
+    file.write_text(line + "\n")
+    result = CliRunner().invoke(app, ["usage", str(file)])
+
+    assert 2 == result.exit_code
+    assert f"trivium usage: {file}: {fault}" in result.stderr
+
+
+def test_what_cannot_be_summed_is_refused(tmp_path: Path) -> None:
+    """A file that is not there, and a column that is none."""
+    absent = CliRunner().invoke(app, ["usage", str(tmp_path / "absent")])
+    column = CliRunner().invoke(app, ["usage", str(tmp_path), "--by", "colour"])
+
+    assert (2, 2) == (absent.exit_code, column.exit_code)
+    assert "absent: No such file" in absent.stderr
+    assert "--by wants any of day, key, model" in column.stderr

@@ -1,0 +1,190 @@
+"""`trivium usage`: sums usage records by key, model and day."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from trivium.usage_log import EVENT
+
+REFUSED = 2
+# The order of its records does not matter, so a log's older files may come in any.
+PATTERN = "*.usage.jsonl*"
+_IS_RECORD = re.compile(rf'"event":\s*"{EVENT}"')
+
+
+class Format(StrEnum):
+    """How the sums are printed."""
+
+    TABLE = "table"
+    CSV = "csv"
+    JSON = "json"
+
+
+class By(StrEnum):
+    """What the sums are by; the order is that of the columns."""
+
+    DAY = "day"
+    KEY = "key"
+    MODEL = "model"
+
+
+@dataclass
+class Totals:
+    """Sums of records; `failed` requests have another status than 200."""
+
+    requests: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    reasoning_tokens: int = 0
+    device_nanoseconds: int = 0
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Adds what a record has taken; whether it is a request of its own is seen elsewhere."""
+        for field in fields(self)[2:]:
+            value = getattr(self, field.name) + (record[field.name] or 0)
+            setattr(self, field.name, value)
+
+
+class UsageFileError(Exception):
+    """A file cannot be read, or a line of it is no usage record although it says so."""
+
+
+def usage(
+    files: Annotated[
+        list[Path], typer.Argument(help=f"Files of usage records, or folders with {PATTERN}.")
+    ],
+    by: Annotated[str, typer.Option(help="What to sum by: any of day, key, model.")] = (
+        "day,key,model"
+    ),
+    day: Annotated[str, typer.Option(help="Only this day, such as 2026-11-30, or month.")] = "",
+    format: Annotated[Format, typer.Option(help="How to print it.")] = Format.TABLE,
+) -> None:
+    """Sums usage records: requests, tokens and device time, exact to the nanosecond."""
+    try:
+        columns = [By(name) for name in by.split(",")]
+    except ValueError:
+        _refuse(f"--by wants any of day, key, model, separated by commas; got {by}")
+    try:
+        records = [record for record in read_records(files) if record["time"].startswith(day)]
+    except UsageFileError as error:
+        _refuse(str(error))
+    rows = [
+        {
+            **dict(zip(columns, group, strict=True)),
+            **asdict(totals),
+            "gpu_seconds": totals.device_nanoseconds / 1e9,
+        }
+        for group, totals in sorted(sum_up(records, columns).items())
+    ]
+    if format is Format.TABLE:
+        _print_table(rows, columns)
+    elif format is Format.JSON:
+        typer.echo(json.dumps(rows, indent=2))
+    else:
+        names = [*columns, *asdict(Totals()), "gpu_seconds"]
+        writer = csv.DictWriter(sys.stdout, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _refuse(message: str) -> NoReturn:
+    typer.echo(f"trivium usage: {message}", err=True)
+    raise typer.Exit(REFUSED)
+
+
+def read_records(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
+    """The usage records among the lines of these files; raises UsageFileError.
+
+    Other lines are passed over: standard output may have been collected together with logs. So is a
+    last line without its end, which is being written.
+    """
+    for path in paths:
+        for file in sorted(path.glob(PATTERN)) if path.is_dir() else [path]:
+            try:
+                with file.open(encoding="utf-8", errors="replace") as lines:
+                    for number, line in enumerate(lines, start=1):
+                        if _IS_RECORD.search(line) and line.endswith("\n"):
+                            yield _record(line, f"{file}: line {number}")
+            except OSError as error:
+                raise UsageFileError(f"{file}: {error.strerror}") from None
+
+
+def _record(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UsageFileError(f"{where}: not JSON: {error}") from None
+    wanted: dict[str, Any] = {
+        "time": str,
+        "request_id": str,
+        "key": str,
+        "model": str,
+        "service": str,
+    }
+    wanted |= {"status": int, **{field.name: int | None for field in fields(Totals)[2:]}}
+    for name, kind in wanted.items():
+        if name not in record or not isinstance(record[name], kind):
+            raise UsageFileError(f"{where}: no {name}, or a wrong one")
+    return dict(record)
+
+
+def sum_up(records: Iterable[dict[str, Any]], by: Iterable[By]) -> dict[tuple[str, ...], Totals]:
+    """Totals by what `by` names. Each request id is one request.
+
+    Where the facade has a record too, its status is what the client got; all else of the request is
+    what the generator says.
+    """
+    columns = list(by)
+    totals: dict[tuple[str, ...], Totals] = {}
+    groups: dict[str, tuple[str, ...]] = {}
+    statuses: dict[str, int] = {}
+    for record in records:
+        group = tuple(_value(record, column) for column in columns)
+        request, is_refusal = record["request_id"], record["service"] == "rest_facade"
+        totals.setdefault(group, Totals()).add(record)
+        if not is_refusal or request not in groups:
+            groups[request] = group
+        if is_refusal or record["status"] != 200 or request not in statuses:
+            statuses[request] = record["status"]
+    for request, group in groups.items():
+        totals[group].requests += 1
+        totals[group].failed += statuses[request] != 200
+    # A group may be left with refusals whose requests count elsewhere.
+    return {group: sums for group, sums in totals.items() if sums != Totals()}
+
+
+def _value(record: dict[str, Any], column: By) -> str:
+    if column is By.DAY:
+        return str(record["time"])[:10]
+    return str(record[column.value])
+
+
+_COUNTS = [field.name for field in fields(Totals) if field.name != "device_nanoseconds"]
+
+
+def _print_table(rows: list[dict[str, Any]], columns: list[By]) -> None:
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for column in columns:
+        table.add_column(column.value)
+    for name in (*_COUNTS, "gpu_seconds"):
+        table.add_column(name.removesuffix("_tokens"), justify="right")
+    for row in rows:
+        cells = [row[column] or "-" for column in columns]
+        cells += [f"{row[name]:,}" for name in _COUNTS]
+        table.add_row(*cells, f"{row['gpu_seconds']:,.3f}")
+    Console().print(table)
