@@ -26,6 +26,7 @@ from generator_svc.run.runner import DeviceInfo
 from generator_svc.sequence import FinishReason
 from generator_svc.usage import UsageMetrics
 from rest_facade.config import FacadeSettings
+from rest_facade.rate_limits import LimitMetrics
 from tests import compatibility
 from tokenizer_svc.config import TokenizerSettings
 from trivium.wire.errors import markdown_table
@@ -167,6 +168,7 @@ _ONE_REPLICA = ReplicaSetStatus([ReplicaStatus("", ReplicaState.SERVING, 0, 0)],
 def facade_registry() -> CollectorRegistry:
     """The facade's metrics, with a tokenizer."""
     facade = rest_facade.metrics.Metrics()
+    LimitMetrics(facade.registry)
     facade.follow(lambda: _ONE_REPLICA, InFlight())
     return facade.registry
 

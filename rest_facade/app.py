@@ -3,7 +3,7 @@
 IdentityMiddleware        request id and trace of the call; access log; metrics; usage record
   CORSMiddleware          if cors_origins are set; answers preflights, which carry no key
     ErrorMiddleware       every exception becomes OpenAI's error object, or a stream's last event
-      AdmissionMiddleware draining, API keys; counts requests in flight
+      AdmissionMiddleware draining, API keys and their limits; counts requests in flight
         routes
 """
 
@@ -28,9 +28,10 @@ from rest_facade.cors import cors
 from rest_facade.errors import ErrorResponse, error_body
 from rest_facade.metrics import Metrics
 from rest_facade.openapi import RawRoute
+from rest_facade.rate_limits import LimitMetrics, RateLimits
 from rest_facade.routes import Routes
 from rest_facade.sse import sse_event
-from rest_facade.usage import COMPLETIONS, RequestUsage, begin_usage, refusal_record
+from rest_facade.usage import COMPLETIONS, begin_usage, refusal_record, usage_of
 from trivium.usage_log import UsageLog
 from trivium.wire import telemetry, tracing
 from trivium.wire.errors import CLIENT_LEFT, ERRORS, ServiceError, internal_error
@@ -55,6 +56,7 @@ def build_app(
 ) -> FastAPI:
     """The application; the caller owns `backend`, and drains by `in_flight`."""
     metrics.follow(backend.replicas.status, in_flight)
+    limits = RateLimits(LimitMetrics(metrics.registry))
     routes = Routes(settings, backend, in_flight, metrics).router().routes
     app = FastAPI(
         routes=routes,
@@ -69,7 +71,7 @@ def build_app(
             ),
             *cors(settings.allowed_origins),
             Middleware(ErrorMiddleware, metrics=metrics),
-            Middleware(AdmissionMiddleware, in_flight=in_flight, keys=keys),
+            Middleware(AdmissionMiddleware, in_flight=in_flight, keys=keys, limits=limits),
         ],
         exception_handlers={HTTPException: _routing_error},
     )
@@ -125,7 +127,7 @@ class IdentityMiddleware:
             if name in _IDENTITY_HEADERS
         )
         telemetry.key_name.set("")
-        usage = begin_usage(scope)
+        begin_usage(scope)
         route = self._route(scope["path"])
         attributes = {
             "http.request.method": scope["method"],
@@ -135,9 +137,9 @@ class IdentityMiddleware:
         }
         if scope["path"].startswith(_API):
             with tracing.call(f"{scope['method']} {route}", attributes, begins=True) as span:
-                await self._answer(scope, receive, send, identity, route, span, usage)
+                await self._answer(scope, receive, send, identity, route, span)
         else:
-            await self._answer(scope, receive, send, identity, route, tracing.current(), usage)
+            await self._answer(scope, receive, send, identity, route, tracing.current())
 
     async def _answer(
         self,
@@ -147,8 +149,8 @@ class IdentityMiddleware:
         identity: str,
         route: str,
         span: tracing.Span,
-        usage: RequestUsage,
     ) -> None:
+        usage = usage_of(scope)
         status, started_at, sending_since = _CLIENT_GONE, time.monotonic(), math.inf
 
         async def send_with_id(message: Message) -> None:
@@ -157,6 +159,7 @@ class IdentityMiddleware:
                 status, sending_since = message["status"], time.monotonic()
                 message["headers"] = [
                     *message["headers"],
+                    *((name.encode(), value.encode()) for name, value in usage.headers.items()),
                     (telemetry.REQUEST_ID.encode(), identity.encode()),
                 ]
                 if self._in_flight.leaving:
@@ -242,12 +245,15 @@ class ErrorMiddleware:
 
 
 class AdmissionMiddleware:
-    """Checks API keys and draining for the API's paths; all others are open."""
+    """Checks API keys, their limits and draining for the API's paths; all others are open."""
 
-    def __init__(self, app: ASGIApp, in_flight: InFlight, keys: KeyFile | None) -> None:
+    def __init__(
+        self, app: ASGIApp, in_flight: InFlight, keys: KeyFile | None, limits: RateLimits
+    ) -> None:
         self._app = app
         self._in_flight = in_flight
         self._keys = keys
+        self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not scope["path"].startswith(_API):
@@ -255,6 +261,12 @@ class AdmissionMiddleware:
             return
         with self._in_flight.admitted():
             if self._keys is not None:
-                name = self._keys.check(Request(scope).headers.get("authorization", ""))
-                telemetry.key_name.set(name)
+                key = self._keys.check(Request(scope).headers.get("authorization", ""))
+                telemetry.key_name.set(key.name)
+                usage = usage_of(scope)
+                usage.key = key
+                if scope["path"] in COMPLETIONS:
+                    with self._limits.admitted(key, usage):
+                        await self._app(scope, receive, send)
+                    return
             await self._app(scope, receive, send)

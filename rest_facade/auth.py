@@ -1,4 +1,7 @@
-"""API keys: a file of SHA-256 digests, compared in constant time, read again when it changes."""
+"""API keys: a file of their SHA-256 digests, names and limits, read again when it changes.
+
+It is TOML, or one digest a line for keys without limits. Digests are compared in constant time.
+"""
 
 import hashlib
 import hmac
@@ -6,7 +9,13 @@ import logging
 import os
 import re
 import time
+import tomllib
+from collections.abc import Iterator
+from datetime import UTC, date, datetime
 from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationError
 
 from trivium.wire.errors import ServiceError
 from trivium.wire.telemetry import is_key_name
@@ -14,11 +23,54 @@ from trivium.wire.telemetry import is_key_name
 log = logging.getLogger(__name__)
 
 _LINE = re.compile(r"([0-9a-fA-F]{64})(?:\s+(\S+).*)?")
+_TABLE = re.compile(r"^\s*\[", re.MULTILINE)
 _CHECK_SECONDS = 1.0
+
+_Count = Annotated[StrictInt, Field(gt=0)]
 
 
 class KeyFileError(ValueError):
-    """The key file cannot be read or has a line that is no digest."""
+    """The key file cannot be read or says something that it cannot."""
+
+
+class ApiKey(BaseModel):
+    """A key, as its table in the file describes it; None is no limit.
+
+    `models` are names as requests give them. From `expires` on, UTC unless it says otherwise, the
+    key is refused.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    digest: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]
+    models: tuple[str, ...] | None = None
+    requests_per_minute: _Count | None = None
+    tokens_per_minute: _Count | None = None
+    concurrent_requests: _Count | None = None
+    gpu_seconds_per_day: Annotated[StrictInt | StrictFloat, Field(gt=0)] | None = None
+    expires: datetime | date | None = None
+
+    def may_use(self, model: str) -> bool:
+        """Whether this key opens the model of that name."""
+        return self.models is None or model in self.models
+
+    def check_model(self, model: str) -> None:
+        """Raises ServiceError if the key does not open this model; whether there is one, is not
+        told."""
+        if not self.may_use(model):
+            message = f"The model `{model}` does not exist or you do not have access to it."
+            raise ServiceError("model_not_found", message, "model")
+
+    @property
+    def expires_at(self) -> float:
+        """Seconds since 1970."""
+        if self.expires is None:
+            return float("inf")
+        when = self.expires
+        if not isinstance(when, datetime):
+            when = datetime(when.year, when.month, when.day, tzinfo=UTC)
+        return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
 
 
 class KeyFile:
@@ -30,8 +82,8 @@ class KeyFile:
         self._stamp = _stamp(path)
         self._keys = _read(path)
 
-    def check(self, authorization: str) -> str:
-        """The name of the key that the header's value bears; ServiceError unless it is accepted."""
+    def check(self, authorization: str) -> ApiKey:
+        """The key that the header's value bears; ServiceError unless it is accepted."""
         self._reload()
         scheme, _, key = authorization.partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
@@ -42,9 +94,11 @@ class KeyFile:
             )
         digest = hashlib.sha256(key.strip().encode("latin-1", "replace")).digest()
         # All are compared, so that the time tells nothing of which one is near.
-        matches = [name for known, name in self._keys if hmac.compare_digest(digest, known)]
+        matches = [key for known, key in self._keys if hmac.compare_digest(digest, known)]
         if not matches:
             raise ServiceError("invalid_api_key", "Incorrect API key provided.")
+        if time.time() >= matches[0].expires_at:
+            raise ServiceError("invalid_api_key", "This API key has expired.")
         return matches[0]
 
     def _reload(self) -> None:
@@ -71,21 +125,57 @@ def _stamp(path: Path) -> tuple[int, int, int]:
     return status.st_mtime_ns, status.st_size, status.st_ino
 
 
-def _read(path: Path) -> tuple[tuple[bytes, str], ...]:
-    """Digests and names."""
+def _read(path: Path) -> tuple[tuple[bytes, ApiKey], ...]:
+    """All keys by their digests."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise KeyFileError(f"{path}: cannot be read: {error}") from None
-    keys = []
-    for number, line in enumerate(lines, start=1):
-        text = line.partition("#")[0].strip()
-        if not text:
+    read = _from_toml if _TABLE.search(text) else _from_lines
+    keys: dict[bytes, ApiKey] = {}
+    for key in read(text, path):
+        digest = bytes.fromhex(key.digest)
+        if digest in keys and read is _from_toml:
+            names = f"{keys[digest].name} and {key.name}"
+            raise KeyFileError(f"{path}: {names} have the same digest")
+        keys.setdefault(digest, key)
+    return tuple(keys.items())
+
+
+def _from_lines(text: str, path: Path) -> Iterator[ApiKey]:
+    """One digest a line; the first word behind it is the key's name, or the digest's beginning."""
+    for number, line in enumerate(text.splitlines(), start=1):
+        line = line.partition("#")[0].strip()
+        if not line:
             continue
-        match = _LINE.fullmatch(text)
+        match = _LINE.fullmatch(line)
         if match is None:
             raise KeyFileError(f"{path}: line {number} is not a SHA-256 digest in hex")
-        digest = bytes.fromhex(match[1])
-        name = match[2] if is_key_name(match[2] or "") else digest.hex()[:12]
-        keys.append((digest, name))
-    return tuple(keys)
+        digest = match[1].lower()
+        name = match[2] if is_key_name(match[2] or "") else digest[:12]
+        yield ApiKey(name=name, digest=digest)
+
+
+def _from_toml(text: str, path: Path) -> Iterator[ApiKey]:
+    """One table for each key: [keys.NAME]."""
+    try:
+        document: dict[str, Any] = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise KeyFileError(f"{path}: {error}") from None
+    strangers = sorted(document.keys() - {"keys"})
+    tables = document.get("keys", {})
+    if strangers or not isinstance(tables, dict):
+        found = strangers[0] if strangers else "keys"
+        raise KeyFileError(f"{path}: expected tables [keys.NAME], not {found}")
+    for name, table in tables.items():
+        where = f"{path}: keys.{name}"
+        if not is_key_name(name):
+            raise KeyFileError(f"{where}: a name is 1 to 64 letters, digits or . _ : / + = @ -")
+        if not isinstance(table, dict) or "name" in table:
+            raise KeyFileError(f"{where}: expected a table [keys.{name}] without a name in it")
+        try:
+            yield ApiKey(name=name, **table)
+        except ValidationError as error:
+            fault = error.errors(include_input=False)[0]
+            field = ".".join(str(part) for part in fault["loc"][:1])
+            raise KeyFileError(f"{where}.{field}: {fault['msg']}") from None

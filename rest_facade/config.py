@@ -47,9 +47,9 @@ class FacadeSettings(BaseSettings):
     )
     api_keys_file: Path | None = Field(
         None,
-        description="File with the SHA-256 digest (hex) of one accepted API key per line, then an "
-        "optional label; # starts a comment. Read again when it changes. Without it no key is "
-        "asked for.",
+        description="File of the accepted API keys, by their SHA-256 digests: TOML with names, "
+        "models, limits and expiry, or one digest (hex) a line, then an optional name; # starts a "
+        "comment. Read again when it changes. Without it no key is asked for.",
     )
     allow_unauthenticated_remote: bool = Field(
         False,

@@ -12,7 +12,17 @@ from trivium.wire import telemetry
 from trivium.wire.errors import ServiceError
 
 # What clients read besides the body, which a browser hides from a page unless it is named here.
-_EXPOSED = (telemetry.REQUEST_ID, "retry-after", "x-should-retry", "www-authenticate")
+_EXPOSED = (
+    telemetry.REQUEST_ID,
+    "retry-after",
+    "x-should-retry",
+    "www-authenticate",
+    *(
+        f"x-ratelimit-{what}-{unit}"
+        for what in ("limit", "remaining", "reset")
+        for unit in ("requests", "tokens")
+    ),
+)
 
 
 def cors(origins: Sequence[str]) -> list[Middleware]:

@@ -13,6 +13,8 @@ from rest_facade.json_encoding import encode
 from trivium.wire import telemetry
 from trivium.wire.errors import ServiceError
 
+_MAX_RETRY_SECONDS = 60
+
 
 class ErrorResponse(Response):
     """A ServiceError as an HTTP answer, with the headers that its status asks for."""
@@ -30,7 +32,10 @@ class ErrorResponse(Response):
 def _headers(error: ServiceError) -> dict[str, str]:
     status = error.kind.http
     if status in (429, 503):
-        return {"retry-after": str(min(max(math.ceil(error.retry_after or 1), 1), 60))}
+        seconds = math.ceil(error.retry_after or 1)
+        # Nobody waits until midnight.
+        give_up = {"x-should-retry": "false"} if seconds > _MAX_RETRY_SECONDS else {}
+        return {"retry-after": str(min(max(seconds, 1), _MAX_RETRY_SECONDS)), **give_up}
     if status == 401:
         return {"www-authenticate": "Bearer"}
     if status == 504:

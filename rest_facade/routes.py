@@ -22,6 +22,7 @@ from rest_facade.convert import chat, completion, tokenizer
 from rest_facade.convert.chat import ChatChunks
 from rest_facade.convert.chunks import Chunks
 from rest_facade.convert.completion import CompletionChunks
+from rest_facade.convert.envelope import taken
 from rest_facade.json_encoding import encode
 from rest_facade.metrics import CONTENT_TYPE, Metrics
 from rest_facade.openapi import (
@@ -185,13 +186,13 @@ class Routes:
             request, partial(_converted, ChatCompletionRequest, chat.request)
         )
         usage = usage_of(request.scope)
-        usage.model = body.model
+        usage.is_for(body.model)
         with rename_error_params(body.old_names()):
             if body.stream:
                 stream = self._backend.stream_chat(message)
                 return await self._streamed(request, stream, ChatChunks(body), started_at)
             response = await while_connected(request.receive, self._backend.complete_chat(message))
-        usage.began = True
+        usage.began, usage.taken = True, partial(taken, response.usage)
         return _json(chat.answer(response, body))
 
     async def completions(self, request: Request) -> Response:
@@ -201,13 +202,13 @@ class Routes:
             request, partial(_converted, TextCompletionRequest, completion.request)
         )
         usage = usage_of(request.scope)
-        usage.model = body.model
+        usage.is_for(body.model)
         with rename_error_params(body.old_names()):
             if body.stream:
                 stream = self._backend.stream_text(message)
                 return await self._streamed(request, stream, CompletionChunks(body), started_at)
             response = await while_connected(request.receive, self._backend.complete_text(message))
-        usage.began = True
+        usage.began, usage.taken = True, partial(taken, response.usage)
         return _json(completion.answer(response, body))
 
     async def _read(self, request: Request, convert: Callable[[dict[str, Any]], Result]) -> Result:
@@ -228,7 +229,8 @@ class Routes:
         try:
             # Awaited before any answer, so that early failures have their own HTTP status.
             event = await while_connected(request.receive, stream.read())
-            usage_of(request.scope).began = True
+            usage = usage_of(request.scope)
+            usage.began, usage.taken = True, lambda: converter.taken
             first = None if event is None else converter.push(event)
         except BaseException:
             stream.close()
@@ -242,21 +244,21 @@ class Routes:
 
     async def models(self, request: Request) -> Response:
         """All models."""
-        return _json(tokenizer.model_list(await self._backend.models()))
+        return _json(tokenizer.model_list(await self._models(request)))
 
     async def model(self, request: Request) -> Response:
         """One model; an empty id is 404."""
         if not request.path_params["id"]:
             raise HTTPException(404)
-        return _json(tokenizer.model_object(await self._model(request.path_params["id"])))
+        return _json(tokenizer.model_object(await self._model(request, request.path_params["id"])))
 
     async def tokenize(self, request: Request) -> Response:
         """The tokens of a text or a conversation."""
         body = await self._read(request, partial(parse, TokenizeRequest))
-        return await while_connected(request.receive, self._tokenize(body))
+        return await while_connected(request.receive, self._tokenize(request, body))
 
-    async def _tokenize(self, body: TokenizeRequest) -> Response:
-        model = await self._model(body.model)
+    async def _tokenize(self, request: Request, body: TokenizeRequest) -> Response:
+        model = await self._model(request, body.model)
         response: tokenizer.EncodeResponse | tokenizer.RenderResponse
         if body.messages is None:
             response = await self._backend.tokenize(tokenizer.tokenize_request(body, model.id))
@@ -267,10 +269,10 @@ class Routes:
     async def detokenize(self, request: Request) -> Response:
         """The text of tokens."""
         body = await self._read(request, partial(parse, DetokenizeRequest))
-        return await while_connected(request.receive, self._detokenize(body))
+        return await while_connected(request.receive, self._detokenize(request, body))
 
-    async def _detokenize(self, body: DetokenizeRequest) -> Response:
-        model = await self._model(body.model)
+    async def _detokenize(self, request: Request, body: DetokenizeRequest) -> Response:
+        model = await self._model(request, body.model)
         message = tokenizer.detokenize_request(model.id, body.tokens)
         with rename_error_params({"token_ids": "tokens"}):
             response = await self._backend.detokenize(message)
@@ -282,16 +284,23 @@ class Routes:
             name = (await self._read(request, partial(parse, TokenizerInfoRequest))).model
         else:
             name = request.query_params.get("model")
-        model = await self._model(name)
+        model = await self._model(request, name)
         response = await self._backend.tokenizer_info(tokenizer.info_request(model.id))
         return _json(tokenizer.info(response))
 
-    async def _model(self, name: str | None) -> tokenizer.Model:
+    async def _models(self, request: Request) -> list[tokenizer.Model]:
+        """All models that the request's key opens."""
+        key = usage_of(request.scope).key
+        models = (await self._backend.models()).models
+        return [model for model in models if key is None or key.may_use(model.id)]
+
+    async def _model(self, request: Request, name: str | None) -> tokenizer.Model:
         """The model of that name, or the only one there is."""
         if name is not None:
+            usage_of(request.scope).is_for(name)
             with rename_error_params({"id": "model"}):
                 return await self._backend.model(name)
-        models = (await self._backend.models()).models
+        models = await self._models(request)
         if len(models) != 1:
             raise missing("model")
         return models[0]

@@ -31,6 +31,7 @@ class Chunks(ABC, Generic[ChunkObject]):
         self._head: dict[str, Any] = {}
         self._prompt_tokens = 0
         self._completion_tokens: dict[int, int] = {}
+        self._taken: tuple[int, int] | None = None
 
     def push(self, response: Any) -> list[ChunkObject]:
         """The chunks for one event, maybe none; raises ValueError for an empty event."""
@@ -44,9 +45,17 @@ class Chunks(ABC, Generic[ChunkObject]):
                 return []
             case "usage":
                 self.complete = True
+                self._taken = envelope.taken(response.usage)
                 usage = envelope.usage(response.usage)
                 return [self._chunk([], usage)] if self._include_usage else []
         raise ValueError("an event of the stream is empty")
+
+    @property
+    def taken(self) -> tuple[int, int | None]:
+        """Tokens of prompt and answer so far, and nanoseconds of device time once complete."""
+        if self._taken is not None:
+            return self._taken
+        return self._prompt_tokens + sum(self._completion_tokens.values()), None
 
     @abstractmethod
     def _choices(self, delta: Any) -> Iterator[Any]:

@@ -82,6 +82,11 @@ def _structured_outputs(constraint: StructuredOutputs) -> chat_pb2.StructuredOut
     )
 
 
+def taken(usage: chat_pb2.Usage) -> tuple[int, int]:
+    """Tokens of prompt and answer, and nanoseconds of device time."""
+    return usage.prompt_tokens + usage.completion_tokens, usage.device_nanoseconds
+
+
 def usage(message: chat_pb2.Usage) -> CompletionUsage:
     """What a request cost."""
     return CompletionUsage(

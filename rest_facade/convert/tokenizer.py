@@ -1,6 +1,6 @@
 """Models and their tokenizers: which there are, text to tokens and back."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rest_facade.convert import message
 from rest_facade.requests.tokenization import TokenizeRequest
@@ -95,9 +95,9 @@ def model_request(model: str) -> model_pb2.GetModelRequest:
     return model_pb2.GetModelRequest(id=model)
 
 
-def model_list(response: model_pb2.ListModelsResponse) -> ModelList:
-    """All models."""
-    return ModelList(object="list", data=[model_object(model) for model in response.models])
+def model_list(models: Iterable[model_pb2.Model]) -> ModelList:
+    """These models."""
+    return ModelList(object="list", data=[model_object(model) for model in models])
 
 
 def model_object(model: model_pb2.Model) -> ModelObject:

@@ -68,9 +68,14 @@ ERRORS: dict[str, ErrorKind] = {
         "the prompt fills the model's context",
     ),
     "invalid_api_key": ErrorKind(
-        401, "invalid_request_error", grpc.StatusCode.UNAUTHENTICATED, "no or a wrong API key"
+        401,
+        "invalid_request_error",
+        grpc.StatusCode.UNAUTHENTICATED,
+        "no API key, a wrong or an expired one",
     ),
-    "model_not_found": ErrorKind(404, "invalid_request_error", _NOT_FOUND, "no such model"),
+    "model_not_found": ErrorKind(
+        404, "invalid_request_error", _NOT_FOUND, "no such model, or none that the API key opens"
+    ),
     "unknown_url": ErrorKind(404, "invalid_request_error", _NOT_FOUND, "no such path"),
     "method_not_allowed": _invalid("the path does not take this method", 405),
     "unsupported_media_type": _invalid("the body is not application/json", 415),
@@ -91,7 +96,7 @@ ERRORS: dict[str, ErrorKind] = {
         429, "rate_limit_error", _EXHAUSTED, "the queue is full", retry_after=1
     ),
     "rate_limit_exceeded": ErrorKind(
-        429, "rate_limit_error", _EXHAUSTED, "too many requests", retry_after=1
+        429, "rate_limit_error", _EXHAUSTED, "over a limit of the API key", retry_after=1
     ),
     CLIENT_LEFT: ErrorKind(
         499, "timeout", grpc.StatusCode.CANCELLED, "the client went away (only logged)"
