@@ -28,7 +28,7 @@ from rest_facade.cors import cors
 from rest_facade.errors import ErrorResponse, error_body
 from rest_facade.metrics import Metrics
 from rest_facade.openapi import RawRoute
-from rest_facade.rate_limits import LimitMetrics, RateLimits
+from rest_facade.rate_limits import RateLimits
 from rest_facade.routes import Routes
 from rest_facade.sse import sse_event
 from rest_facade.usage import COMPLETIONS, begin_usage, refusal_record, usage_of
@@ -53,10 +53,10 @@ def build_app(
     keys: KeyFile | None,
     metrics: Metrics,
     usage_log: UsageLog,
+    limits: RateLimits,
 ) -> FastAPI:
     """The application; the caller owns `backend`, and drains by `in_flight`."""
     metrics.follow(backend.replicas.status, in_flight)
-    limits = RateLimits(LimitMetrics(metrics.registry))
     routes = Routes(settings, backend, in_flight, metrics).router().routes
     app = FastAPI(
         routes=routes,
@@ -266,7 +266,7 @@ class AdmissionMiddleware:
                 usage = usage_of(scope)
                 usage.key = key
                 if scope["path"] in COMPLETIONS:
-                    with self._limits.admitted(key, usage):
+                    async with self._limits.admitted(key, usage):
                         await self._app(scope, receive, send)
                     return
             await self._app(scope, receive, send)

@@ -51,6 +51,12 @@ class FacadeSettings(BaseSettings):
         "models, limits and expiry, or one digest (hex) a line, then an optional name; # starts a "
         "comment. Read again when it changes. Without it no key is asked for.",
     )
+    limits_url: str | None = Field(
+        None,
+        description="Redis or Valkey in which all facades count the limits of keys together, such "
+        "as redis://host:6379/0; needs trivium[redis]. Without it, and while it cannot be reached, "
+        "each facade counts for itself.",
+    )
     allow_unauthenticated_remote: bool = Field(
         False,
         description="Listen on an address that others can reach although no API keys are set.",

@@ -1,24 +1,32 @@
 """What each API key may take: requests and tokens per minute, requests at once, device time a day.
 
-Requests and tokens come back evenly, a minute's worth in a minute; device time comes back at
-midnight, UTC. A request is admitted while something is left of each, and takes what it took when it
-ends: tokens and device time may be overdrawn once, and are then paid back before the next request.
+A request is let in while something is left of each, and takes what it took when it ends: tokens and
+device time may be overdrawn once, and are then paid back before the next request.
 """
 
+import asyncio
 import contextlib
+import logging
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import uuid
+from collections.abc import AsyncIterator
 
 from prometheus_client import CollectorRegistry, Counter
 
 from rest_facade.auth import ApiKey
+from rest_facade.key_accounts import (
+    MINUTE,
+    Accounts,
+    AccountsUnavailable,
+    LocalAccounts,
+    Standing,
+)
 from rest_facade.usage import RequestUsage
 from trivium.wire.errors import ServiceError
 
-_MINUTE = 60.0
-_DAY = 86_400.0
-_ROUNDING = 1e-6  # of a request
+log = logging.getLogger(__name__)
+
+_PAUSE_SECONDS = 1.0  # in which no request waits for accounts that could not be reached
 
 
 class LimitMetrics:
@@ -38,123 +46,77 @@ class LimitMetrics:
             ["key", "limit"],
             registry=registry,
         )
-
-
-@dataclass
-class _Bucket:
-    """What was taken in the last minute: a leaky bucket, which `limit` a minute flow out of."""
-
-    amount: float = 0.0
-    at: float = 0.0
-
-    def add(self, amount: float, limit: int | None, now: float) -> float:
-        """What is in it at `now`, with as much more; nothing is kept without a limit."""
-        if limit is None:
-            self.amount = 0.0
-        else:
-            self.amount = max(self.amount - (now - self.at) * limit / _MINUTE, 0.0) + amount
-        self.at = now
-        return self.amount
-
-
-@dataclass
-class _Account:
-    """What a key has taken."""
-
-    requests: _Bucket = field(default_factory=_Bucket)
-    tokens: _Bucket = field(default_factory=_Bucket)
-    running: int = 0
-    day: int = 0
-    device_nanoseconds: float = 0.0
+        self.store_errors = Counter(
+            "trivium_limits_store_errors",
+            "Accesses to the shared store of limits that failed; this facade's own accounts count "
+            "then",
+            registry=registry,
+        )
 
 
 class RateLimits:
-    """The accounts of all keys, by name, in this process. They outlive a reload of the key file.
-
-    `clock` is monotonic, `wall_clock` in seconds since 1970.
-    """
+    """Holds requests to the limits of their keys, by `shared` accounts, or by those of this process
+    where there are none or they cannot be reached."""
 
     def __init__(
         self,
         metrics: LimitMetrics,
-        clock: Callable[[], float] = time.monotonic,
-        wall_clock: Callable[[], float] = time.time,
+        shared: Accounts | None = None,
+        local: LocalAccounts | None = None,
     ) -> None:
         self._metrics = metrics
-        self._clock = clock
-        self._wall_clock = wall_clock
-        self._accounts: dict[str, _Account] = {}
+        self._shared = shared
+        self._local = local or LocalAccounts()
+        self._clock = time.monotonic
+        self._shared_from = 0.0  # when they are to be tried again
+        self._leaving: set[asyncio.Task[None]] = set()
         # Of all requests that ended well: what one that broke off is reckoned by.
         self._tokens = 0
         self._device_nanoseconds = 0
 
-    @contextlib.contextmanager
-    def admitted(self, key: ApiKey, usage: RequestUsage) -> Iterator[None]:
+    @contextlib.asynccontextmanager
+    async def admitted(self, key: ApiKey, usage: RequestUsage) -> AsyncIterator[None]:
         """Around a request of this key; raises ServiceError if it is over a limit.
 
         Sets the headers of its answer, and takes what `usage` says in the end.
         """
-        account = self._accounts.setdefault(key.name, _Account())
         self._metrics.requests.labels(key.name).inc()
-        try:
-            self._check(key, account)
-            account.requests.add(1, key.requests_per_minute, self._clock())
-        finally:
-            usage.headers = self._headers(key, account)
-        account.running += 1
+        request = uuid.uuid4().hex
+        accounts, standing = await self._enter(key, request)
+        usage.headers = _headers(key, standing)
+        if standing.over:
+            self._metrics.rejections.labels(key.name, standing.over).inc()
+            raise _refusal(key, standing)
         try:
             yield
         finally:
-            account.running -= 1
-            self._settle(key, account, *usage.taken())
+            leaving = self._leave(accounts, key, request, *usage.taken())
+            # Whatever becomes of this request's own task.
+            task = asyncio.create_task(leaving)
+            self._leaving.add(task)
+            task.add_done_callback(self._leaving.discard)
 
-    def _check(self, key: ApiKey, account: _Account) -> None:
-        buckets = {
-            "requests": (key.requests_per_minute, account.requests),
-            "tokens": (key.tokens_per_minute, account.tokens),
-        }
-        for name, (limit, bucket) in buckets.items():
-            if limit is not None:
-                over = bucket.add(0, limit, self._clock()) + 1 - limit
-                if over > _ROUNDING:
-                    seconds = over * _MINUTE / limit
-                    raise self._refusal(key, name, limit, "per minute", seconds)
-        if key.concurrent_requests is not None and account.running >= key.concurrent_requests:
-            raise self._refusal(key, "concurrent_requests", key.concurrent_requests, "at once", 1)
-        if key.gpu_seconds_per_day is not None:
-            today = self._wall_clock()
-            self._begin_day(account, today)
-            if account.device_nanoseconds >= key.gpu_seconds_per_day * 1e9:
-                left = _DAY - today % _DAY
-                raise self._refusal(key, "gpu_seconds", key.gpu_seconds_per_day, "per day", left)
+    async def close(self) -> None:
+        """Waits until all that ended is counted."""
+        await asyncio.gather(*self._leaving)
+        if self._shared is not None:
+            await self._shared.close()
 
-    def _refusal(
-        self, key: ApiKey, limit: str, value: float, per: str, seconds: float
-    ) -> ServiceError:
-        self._metrics.rejections.labels(key.name, limit).inc()
-        message = (
-            f"Rate limit reached for {limit.replace('_', ' ')} of key {key.name}: {value:,} {per}. "
-            f"Please try again in {_duration(seconds)}."
-        )
-        return ServiceError("rate_limit_exceeded", message, retry_after=seconds)
+    async def _enter(self, key: ApiKey, request: str) -> tuple[Accounts, Standing]:
+        if self._shared is not None and self._clock() >= self._shared_from:
+            try:
+                return self._shared, await self._shared.enter(key, request)
+            except AccountsUnavailable as error:
+                self._failed(error)
+        return self._local, await self._local.enter(key, request)
 
-    def _headers(self, key: ApiKey, account: _Account) -> dict[str, str]:
-        """OpenAI's x-ratelimit headers, of those limits that the key has."""
-        limits = {
-            "requests": (key.requests_per_minute, account.requests),
-            "tokens": (key.tokens_per_minute, account.tokens),
-        }
-        headers = {}
-        for name, (limit, taken) in limits.items():
-            if limit is not None:
-                amount = taken.add(0, limit, self._clock())
-                headers[f"x-ratelimit-limit-{name}"] = str(limit)
-                headers[f"x-ratelimit-remaining-{name}"] = str(max(int(limit - amount), 0))
-                headers[f"x-ratelimit-reset-{name}"] = _duration(amount * _MINUTE / limit)
-        return headers
-
-    def _settle(
-        self, key: ApiKey, account: _Account, tokens: int, device_nanoseconds: int | None
+    async def _leave(
+        self,
+        accounts: Accounts,
+        key: ApiKey,
+        request: str,
+        tokens: int,
+        device_nanoseconds: int | None,
     ) -> None:
         taken: float
         if device_nanoseconds is not None:
@@ -163,14 +125,58 @@ class RateLimits:
             taken = device_nanoseconds
         else:
             taken = tokens * self._device_nanoseconds / max(self._tokens, 1)
-        account.tokens.add(tokens, key.tokens_per_minute, self._clock())
-        self._begin_day(account, self._wall_clock())
-        account.device_nanoseconds += taken
+        try:
+            await accounts.leave(key, request, tokens, taken)
+        except AccountsUnavailable as error:
+            self._failed(error)
 
-    def _begin_day(self, account: _Account, now: float) -> None:
-        day = int(now // _DAY)
-        if account.day != day:
-            account.day, account.device_nanoseconds = day, 0.0
+    def _failed(self, error: AccountsUnavailable) -> None:
+        self._shared_from = self._clock() + _PAUSE_SECONDS
+        self._metrics.store_errors.inc()
+        log.warning("limits are counted by this facade alone: %s", error)
+
+
+def _refusal(key: ApiKey, standing: Standing) -> ServiceError:
+    limit, per, seconds = {
+        "requests": (
+            key.requests_per_minute,
+            "per minute",
+            _seconds(standing.requests + 1, key.requests_per_minute),
+        ),
+        "tokens": (
+            key.tokens_per_minute,
+            "per minute",
+            _seconds(standing.tokens + 1, key.tokens_per_minute),
+        ),
+        "concurrent_requests": (key.concurrent_requests, "at once", 1.0),
+        "gpu_seconds": (key.gpu_seconds_per_day, "per day", standing.seconds_to_midnight),
+    }[standing.over]
+    message = (
+        f"Rate limit reached for {standing.over.replace('_', ' ')} of key {key.name}: {limit:,} "
+        f"{per}. Please try again in {_duration(seconds)}."
+    )
+    return ServiceError("rate_limit_exceeded", message, retry_after=seconds)
+
+
+def _seconds(amount: float, limit: int | None) -> float:
+    """Until as much has leaked away that the limit is kept."""
+    return 0.0 if limit is None else (amount - limit) * MINUTE / limit
+
+
+def _headers(key: ApiKey, standing: Standing) -> dict[str, str]:
+    """OpenAI's x-ratelimit headers, of those limits that the key has."""
+    entered = 0 if standing.over else 1
+    amounts = {
+        "requests": (key.requests_per_minute, standing.requests + entered),
+        "tokens": (key.tokens_per_minute, standing.tokens),
+    }
+    headers = {}
+    for name, (limit, amount) in amounts.items():
+        if limit is not None:
+            headers[f"x-ratelimit-limit-{name}"] = str(limit)
+            headers[f"x-ratelimit-remaining-{name}"] = str(max(int(limit - amount), 0))
+            headers[f"x-ratelimit-reset-{name}"] = _duration(amount * MINUTE / limit)
+    return headers
 
 
 def _duration(seconds: float) -> str:

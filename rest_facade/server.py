@@ -14,6 +14,7 @@ from rest_facade.backend import Backend
 from rest_facade.config import FacadeSettings
 from rest_facade.http_limits import LimitedHttpProtocol
 from rest_facade.metrics import Metrics
+from rest_facade.rate_limits import LimitMetrics, RateLimits
 from trivium.usage_log import UsageLog
 from trivium.wire.in_flight import InFlight
 from trivium.wire.process_metrics import serve_metrics
@@ -41,9 +42,10 @@ async def serve(settings: FacadeSettings, keys: KeyFile | None) -> None:
     usage_log = _open_usage_log(settings)
     signals = StopSignals()
     async with Backend(settings.tokenizer_target, settings.request_timeout_seconds) as backend:
+        limits = open_limits(settings, metrics)
         server = _Server(
             uvicorn.Config(
-                build_app(settings, backend, in_flight, keys, metrics, usage_log),
+                build_app(settings, backend, in_flight, keys, metrics, usage_log, limits),
                 host=settings.host,
                 port=settings.port,
                 http=LimitedHttpProtocol,
@@ -65,6 +67,7 @@ async def serve(settings: FacadeSettings, keys: KeyFile | None) -> None:
             await server.serve(sockets)
         finally:
             stopper.cancel()
+            await limits.close()
             usage_log.close()
 
 
@@ -78,6 +81,22 @@ def _open_usage_log(settings: FacadeSettings) -> UsageLog:
         )
     except OSError as error:
         refuse_to_start(f"TRIVIUM_FACADE_USAGE_LOG: {error}")
+
+
+def open_limits(settings: FacadeSettings, metrics: Metrics) -> RateLimits:
+    """The limits of keys, shared if the settings say where."""
+    shared = None
+    if settings.limits_url is not None:
+        try:
+            # Only here, as the library is an extra.
+            from rest_facade.shared_accounts import SharedAccounts
+
+            shared = SharedAccounts(settings.limits_url)
+        except ImportError:
+            refuse_to_start("TRIVIUM_FACADE_LIMITS_URL: install trivium[redis] for it")
+        except ValueError as error:
+            refuse_to_start(f"TRIVIUM_FACADE_LIMITS_URL: {error}")
+    return RateLimits(LimitMetrics(metrics.registry), shared)
 
 
 def _shared_sockets(settings: FacadeSettings) -> list[socket.socket]:

@@ -54,6 +54,7 @@ START_PROGRAMS = (
     "rest_facade/test_facade_errors.py",
     "rest_facade/test_facade_process.py",
     "rest_facade/test_facade_schemathesis.py",
+    "rest_facade/test_facade_shared_limits.py",
     "templates",
     "test_kubernetes.py",
     "test_tracing.py",

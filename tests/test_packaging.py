@@ -31,10 +31,13 @@ IMAGE = {
     "python_version": _PYTHON,
     "sys_platform": "linux",
 }
-# What needs the exporter's libraries: the exporter, and what builds the graphs that are shipped.
-EXPORT = ("generator_svc/export/", "generator_svc/graphs/build.py")
-# What needs an extra of its own, and is imported by nothing that does without.
-OTEL = ("trivium/wire/otlp.py",)
+# What needs the libraries of an extra: the exporter, and what builds the graphs that are shipped;
+# and what is imported only if a setting asks for it.
+EXTRAS = {
+    "export": ("generator_svc/export/", "generator_svc/graphs/build.py"),
+    "otel": ("trivium/wire/otlp.py",),
+    "redis": ("rest_facade/shared_accounts.py",),
+}
 # Both distributions put modules into the namespace `google`.
 GOOGLE = {"google.protobuf": "protobuf", "google.rpc": "googleapis-common-protos"}
 
@@ -78,8 +81,7 @@ def sources(extra: str = "") -> Iterator[Path]:
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*.py"):
             name = path.relative_to(ROOT).as_posix()
-            needed = "export" if name.startswith(EXPORT) else "otel" if name in OTEL else ""
-            if needed == extra:
+            if extra == next((one for one, paths in EXTRAS.items() if name.startswith(paths)), ""):
                 yield path
 
 
@@ -88,9 +90,9 @@ def test_serving_declares_every_library_that_it_imports() -> None:
     assert set() == undeclared(sources(), declared(PROJECT["dependencies"]))
 
 
-@pytest.mark.parametrize("extra", ["export", "otel"])
+@pytest.mark.parametrize("extra", EXTRAS)
 def test_an_extra_declares_every_library_that_it_imports(extra: str) -> None:
-    """The same for what only `trivium export` imports, or only who sends traces."""
+    """The same for what only `trivium export` imports, or who sends traces or shares limits."""
     requirements = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"][extra]]
 
     assert set() == undeclared(sources(extra), declared(requirements))

@@ -15,6 +15,7 @@ from rest_facade.backend import Backend
 from rest_facade.config import FacadeSettings
 from rest_facade.http_limits import LimitedHttpProtocol
 from rest_facade.metrics import Metrics
+from rest_facade.server import open_limits
 from tests.openai_shapes import watched
 from tests.rest_facade.scripted_backend import ScriptedBackend
 from trivium.usage_log import UsageLog
@@ -76,8 +77,10 @@ async def facade(backend_port: int, values: dict[str, Any]) -> AsyncIterator[str
     keys = KeyFile(settings.api_keys_file) if settings.api_keys_file else None
     log = UsageLog(settings.usage_log, settings.log_name, settings.usage_log_max_bytes, 2)
     async with Backend(settings.tokenizer_target, settings.request_timeout_seconds) as stage:
+        metrics = Metrics()
+        limits = open_limits(settings, metrics)
         config = uvicorn.Config(
-            build_app(settings, stage, InFlight(), keys, Metrics(), log),
+            build_app(settings, stage, InFlight(), keys, metrics, log, limits),
             port=0,
             http=LimitedHttpProtocol,
             ws="none",
@@ -93,4 +96,5 @@ async def facade(backend_port: int, values: dict[str, Any]) -> AsyncIterator[str
         yield f"http://127.0.0.1:{port}"
         server.should_exit = True
         await serving
+        await limits.close()
         log.close()

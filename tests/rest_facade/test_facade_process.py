@@ -240,6 +240,18 @@ async def test_bad_key_file(tmp_path: Path) -> None:
     assert "TRIVIUM_FACADE_API_KEYS_FILE" in words
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"), [("limits_url", "http://127.0.0.1"), ("usage_log", __file__)]
+)
+async def test_limits_and_records_that_cannot_be_kept(setting: str, value: str) -> None:
+    """A wrong URL of the store and a folder that is none are refused in a line that names them."""
+    status, words = await refusal(port=free_port(), **{setting: value})
+
+    assert status == 2
+    assert f"TRIVIUM_FACADE_{setting.upper()}: " in words
+    assert "Traceback" not in words
+
+
 async def test_port_in_use() -> None:
     """A port that is taken is an error that says so."""
     with socket.create_server(("127.0.0.1", 0)) as listener:

