@@ -139,6 +139,29 @@ def test_records_and_overhead_are_the_busy_time(
     assert len(charged) == len(records(folder, "generator_svc"))
 
 
+def test_several_prompts_are_several_records_of_one_request(
+    services: Services, folder: Path
+) -> None:
+    """Their numbers add up to the answer's usage, and they count as one request."""
+    with httpx.Client(base_url=services.url, trust_env=False, timeout=60) as client:
+        usage = client.post(
+            "/v1/completions",
+            json={"model": services.model, "prompt": ["Once", "Upon a time"], "max_tokens": 5},
+            headers={"authorization": "Bearer alice", "x-request-id": "req_two"},
+        ).json()["usage"]
+    services.wait_until_idle()
+    charged = records(folder, "generator_svc")
+    [row] = json.loads(CliRunner().invoke(app, ["usage", str(folder), "--format", "json"]).output)
+
+    assert ["req_two"] * 2 == [record["request_id"] for record in charged]
+    assert usage["gpu_seconds"] == sum(record["device_nanoseconds"] for record in charged) / 1e9
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (
+        row["prompt_tokens"],
+        row["completion_tokens"],
+    )
+    assert (1, 0) == (row["requests"], row["failed"])
+
+
 def test_a_record_says_what_the_client_was_told(services: Services, folder: Path) -> None:
     """Tokens, device time and reason are those of the answer, stop strings included."""
     headers = {"authorization": "Bearer bob", "x-request-id": "req_told"}

@@ -28,6 +28,7 @@ class Seen:
     seconds_left: float | None
     stops: list[int] = field(default_factory=list)
     report: pb.CompletionReport | None = None
+    reported: asyncio.Event = field(default_factory=asyncio.Event)
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -66,6 +67,7 @@ class ScriptedGenerator(generator_pb2_grpc.GeneratorServiceServicer):
         async for request in requests:
             if request.HasField("report"):
                 seen.report = request.report
+                seen.reported.set()
                 continue
             seen.stops.append(request.stop.index)
             stops.put_nowait(request.stop.index)

@@ -1,7 +1,7 @@
 """ChatService over a scripted generator: what a caller gets, and what the generator is told."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -501,3 +501,24 @@ async def test_requests_end_once_and_in_vllms_words(stage: Stage) -> None:
         assert value(f"vllm:{kind}_tokens_total", names) == value(
             f"vllm:request_{kind}_tokens_sum", names
         )
+
+
+async def test_the_generator_is_told_what_became_of_its_tokens(stage: Stage) -> None:
+    """Tokens as the caller's usage has them, and each reason once, before its call ends."""
+    token_ids = stage.encode("Hello")
+
+    async def script(start: Any, stops: Any) -> AsyncIterator[generator_pb2.GenerateResponse]:
+        yield message_of(*(update(index, token_ids) for index in range(3)))
+        yield message_of(
+            *(finish(index, reason, 9) for index, reason in enumerate([LENGTH, STOP_TOKEN, LENGTH]))
+        )
+        await stage.generator.calls[-1].reported.wait()
+
+    stage.generator.script = script
+    events = await stage.stream(n=3)
+    report = stage.generator.calls[0].report
+
+    assert stage.generator.calls[0].start.sends_report
+    assert report is not None
+    assert events[-1].usage.completion_tokens == report.completion_tokens == 27
+    assert (0, ["length", "stop"]) == (report.reasoning_tokens, list(report.finish_reasons))
