@@ -125,6 +125,15 @@ def test_csv_and_table(tmp_path: Path) -> None:
     assert "5,000" in table
 
 
+def test_no_cell_of_the_table_is_cut_off(tmp_path: Path) -> None:
+    """However long names and numbers are, and wherever it is printed."""
+    model = "deepseek-r1-distill-llama-8b-int4-for-everyone"
+    file = write(tmp_path, record("a", model=model, prompt_tokens=10**12))
+    table = CliRunner().invoke(app, ["usage", str(file)]).output
+
+    assert {"day", "requests", "gpu_seconds", model, "1,000,000,000,000"} <= set(table.split())
+
+
 @pytest.mark.parametrize(
     ("line", "fault"),
     [

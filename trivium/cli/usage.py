@@ -20,6 +20,7 @@ from rich.table import Table
 from trivium.usage_log import EVENT
 
 REFUSED = 2
+_WIDEST = 1000
 # The order of its records does not matter, so a log's older files may come in any.
 PATTERN = "*.usage.jsonl*"
 _IS_RECORD = re.compile(rf'"event":\s*"{EVENT}"')
@@ -187,4 +188,5 @@ def _print_table(rows: list[dict[str, Any]], columns: list[By]) -> None:
         cells = [row[column] or "-" for column in columns]
         cells += [f"{row[name]:,}" for name in _COUNTS]
         table.add_row(*cells, f"{row['gpu_seconds']:,.3f}")
-    Console().print(table)
+    # As wide as it has to be: names and numbers that are cut off are worth nothing.
+    Console(width=_WIDEST).print(table)
