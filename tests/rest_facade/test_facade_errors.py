@@ -170,7 +170,6 @@ NO_URL, NO_MODEL, WRONG = (
         ("GET", "/v1//models", NO_URL),
         ("GET", "//v1/models", NO_URL),
         ("GET", "/v1/", NO_URL),
-        ("GET", "/", NO_URL),
         ("GET", "//", NO_URL),
         ("POST", "/v1//chat/completions", NO_URL),
         ("POST", "//v1/chat/completions", NO_URL),

@@ -125,7 +125,8 @@ async def ends(backend: ScriptedBackend, seconds: float, **settings: object) -> 
     async with running(backend, **settings) as (_, client):
         reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
         writer.write(b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n")
-        await reader.readuntil(b'{"status":"ok"}')
+        await reader.readuntil(b'{"status":"ok"')
+        await reader.readuntil(b"}")
         try:
             async with asyncio.timeout(seconds):
                 return await reader.read() == b""
