@@ -1,7 +1,6 @@
 """Backpressure: a bound on waiting requests and on their prompt tokens. Thread-safe."""
 
 import threading
-import time
 
 
 class QueueFull(Exception):
@@ -48,18 +47,9 @@ class Permit:
     def __init__(self, admission: Admission, tokens: int) -> None:
         self._admission: Admission | None = admission
         self._tokens = tokens
-        self._entered_at = time.monotonic()
-        self._left_at: float | None = None
-
-    @property
-    def seconds(self) -> float:
-        """How long the place was held, so far."""
-        left_at = time.monotonic() if self._left_at is None else self._left_at
-        return left_at - self._entered_at
 
     def release(self) -> None:
         """Gives the place back; idempotent."""
         admission, self._admission = self._admission, None
         if admission is not None:
-            self._left_at = time.monotonic()
             admission.leave(self._tokens)

@@ -134,6 +134,11 @@ class CallUsage:
             ),
             reasoning_tokens=report.reasoning_tokens if report else None,
             device_nanoseconds=sum(sequence.device_nanoseconds for sequence in sequences),
-            queue_seconds=self._group.permit.seconds,
+            queue_seconds=self._queue_seconds(self._queue.arrived_at + self._seconds),
             ttft_seconds=self._queue.first_token_seconds,
         )
+
+    def _queue_seconds(self, ended_at: float) -> float:
+        """Until its first slot, or its end if it got none."""
+        scheduled_at = self._group.scheduled_at
+        return (ended_at if scheduled_at is None else scheduled_at) - self._group.queued_at

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 
 INSTALL = "pip install 'trivium[cuda]'"
 
@@ -22,8 +23,11 @@ LIBRARIES = {
 def missing_libraries() -> str:
     """What cannot be loaded and who has it, as a text; empty if nothing is missing.
 
-    To be asked after ONNX Runtime's preload_dlls, which loads what pip has installed.
+    To be asked after ONNX Runtime's preload_dlls, which loads what pip has installed. Only Linux's
+    names are known here: elsewhere a session has to be tried.
     """
+    if sys.platform != "linux":
+        return ""
     missing = [name for name in LIBRARIES if not _loads(name)]
     told = [", ".join(f"{name} ({LIBRARIES[name]})" for name in missing)] if missing else []
     if missing and missing != [_DRIVER]:

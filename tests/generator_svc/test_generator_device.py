@@ -18,7 +18,7 @@ from generator_svc.device import Device, DeviceError, choose_device, why_not_cud
 from generator_svc.metrics import register_info
 from generator_svc.run.runner import OrtRunner, RunResult
 from tests.tiny_models import tiny_model_directory
-from trivium.cuda_libraries import LIBRARIES
+from trivium.cuda_libraries import LIBRARIES, missing_libraries
 from trivium.host_limits import MemoryLimit
 from trivium.model_directory import ModelDirectory, load_model_directory
 
@@ -84,6 +84,14 @@ def test_missing_libraries_are_named(monkeypatch):
     assert "libnone.so.1 (nvidia-none), libno.so.2 (nvidia-no); pip install" in str(refused.value)
     assert "libc" not in str(refused.value)
     assert "cpu" == chosen
+
+
+def test_other_systems_have_other_names(monkeypatch):
+    """Where Linux's names mean nothing, their absence is no reason to do without CUDA."""
+    monkeypatch.setattr("trivium.cuda_libraries.LIBRARIES", {"libnone.so.1": "nvidia-none"})
+    monkeypatch.setattr("trivium.cuda_libraries.sys.platform", "win32")
+
+    assert "" == missing_libraries()
 
 
 def test_the_libraries_are_those_that_the_provider_is_linked_to():

@@ -42,7 +42,7 @@ SYMMETRIC_STEPS = [7 + number / 4 for number in range(9)]
 # With more than nine it is cut off, which may be best where it meets small activations.
 MEASURED_STEPS = [*SYMMETRIC_STEPS, 9.5, 10, 11, 12]
 # Of the mean of all columns' mean squares: a column that the calibration never met counts so much.
-LEAST_IMPORTANCE = 1e-4
+MIN_IMPORTANCE = 1e-4
 # Blocks that are worked on at once, so that the arrays of a tile stay in a core's own cache. All
 # tiles are of this size, so a block's sums do not depend on where it stands.
 TILE = 2048
@@ -78,7 +78,7 @@ def quantize_symmetric(
         return packed, scales
     mean = float(mean_squares.mean())
     importance = mean_squares / mean if mean > 0 else np.ones_like(mean_squares)
-    importance = np.maximum(importance, LEAST_IMPORTANCE)[None].astype(np.float32)
+    importance = np.maximum(importance, MIN_IMPORTANCE)[None].astype(np.float32)
     search = partial(_magnitudes, MEASURED_STEPS)
     packed, scales, _ = _quantize(rows, search, is_half, cut(importance)[0])
     return packed, scales
