@@ -123,7 +123,7 @@ class GeneratorSettings(BaseSettings):
         400_000, ge=1, description="Maximum prompt tokens waiting for a slot; more get 429."
     )
     max_messages_per_second: float = Field(
-        1000.0,
+        600.0,
         gt=0,
         allow_inf_nan=False,
         description="Messages per second beyond which the tokens of a stream are merged, so that "

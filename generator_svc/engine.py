@@ -237,7 +237,7 @@ class Engine:
         ):
             self.meter.charge(result.nanoseconds, [(sequence, len(chunk.token_ids))])
         if outcome.rows is not None:
-            self.meter.charge(outcome.rows.nanoseconds, [(owner, 1) for owner in step.rows])
+            self.meter.charge_rows(outcome.rows.nanoseconds, step.rows)
         tokens = sum(len(chunk.token_ids) for chunk in step.plan.chunks)
         tokens += len(step.rows) - step.rows.count(None)
         if tokens:

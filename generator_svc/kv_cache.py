@@ -90,8 +90,8 @@ class SlotCache:
     @property
     def active_range(self) -> int:
         """One more than the highest owned slot."""
-        owned = (number for number, slot in enumerate(self._slots) if slot.owner is not None)
-        return max(owned, default=-1) + 1
+        owned = (n for n in range(len(self._slots), 0, -1) if self._slots[n - 1].owner is not None)
+        return next(owned, 0)
 
     def owner(self, slot: int) -> Sequence | None:
         """The sequence that owns a slot; None for a free one."""

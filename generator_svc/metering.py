@@ -22,9 +22,6 @@ def share(nanoseconds: int, weights: ListOf[int]) -> list[int]:
     """`nanoseconds` split in proportion to `weights` (not all zero) into integers."""
     total = sum(weights)
     assert total > 0
-    if total == len(weights) == weights.count(1):  # a decode run: all alike, so the first get more
-        least, rest = divmod(nanoseconds, total)
-        return [least + 1] * rest + [least] * (total - rest)
     shares = [nanoseconds * weight // total for weight in weights]
     remainders = [(-(nanoseconds * weight % total), i) for i, weight in enumerate(weights)]
     for _, i in sorted(remainders)[: nanoseconds - sum(shares)]:
@@ -59,6 +56,22 @@ class Meter:
                 else:
                     sequence.device_nanoseconds += nanos
                     self.charged += nanos
+
+    def charge_rows(self, nanoseconds: int, owners: ListOf[Sequence | None]) -> None:
+        """Charges a run of one token for each of `owners`: as `charge` does, in less time."""
+        least, rest = divmod(nanoseconds, len(owners))
+        padding = 0
+        with self._lock:
+            for row, owner in enumerate(owners):
+                nanos = least + 1 if row < rest else least  # among equals the first get more
+                if owner is None:
+                    padding += nanos
+                else:
+                    owner.device_nanoseconds += nanos
+            self.busy += nanoseconds
+            self.charged += nanoseconds - padding
+            if padding:
+                self.overhead[PADDING] += padding
 
     def charge_overhead(self, nanoseconds: int, reason: str) -> None:
         """Charges time that belongs to no sequence."""

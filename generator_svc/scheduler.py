@@ -111,7 +111,7 @@ class Scheduler:
 
     def schedule(self) -> ScheduledStep:
         """Admits waiting requests and plans a step; does not run it."""
-        moves, forks = self._admit()
+        moves, forks = self._admit() if self.waiting else ([], [])
         moves += self.cache.compact()
         chunks = self._plan_chunks()
         computed = {s: chunk.start + len(chunk.token_ids) for s, chunk in chunks.items()}
@@ -163,18 +163,23 @@ class Scheduler:
         updates = []
         for sequence, error in failures:
             updates += self._fail(sequence.group, error)
+        decode = SequenceStatus.DECODE
         for sequence, token in tokens:
-            if sequence.status is SequenceStatus.FINISHED:  # its group failed in this step
-                continue
-            if sequence.status is SequenceStatus.PREFILL:
-                sequence.status = SequenceStatus.DECODE
-                self._start_siblings(sequence.group)
-            sequence.append(token.token_id)
-            ended = sequence.finish_reason is not None
-            if sequence.finish_reason is not None:
-                self.finish(sequence, sequence.finish_reason)
-            is_urgent = ended or sequence.generated == 1
-            updates.append(SequenceUpdate(sequence.group, sequence, token, ended, None, is_urgent))
+            group = sequence.group
+            is_urgent = False
+            if sequence.status is not decode:
+                if sequence.status is SequenceStatus.FINISHED:  # its group failed in this step
+                    continue
+                sequence.status = decode
+                self._start_siblings(group)
+                is_urgent = True
+            reason = sequence.append(token.token_id)
+            if reason is None:
+                update = SequenceUpdate(group, sequence, token, False, None, is_urgent)
+            else:
+                self.finish(sequence, reason)
+                update = SequenceUpdate(group, sequence, token, True)
+            updates.append(update)
         return updates
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
@@ -272,14 +277,15 @@ class Scheduler:
         return min(self.prefill_cost.tokens_within(budget_ns), max_tokens)
 
     def _prefilling(self) -> list[Sequence]:
-        return [s for s in self.running if s.status is SequenceStatus.PREFILL and s.uncomputed]
+        prefill = SequenceStatus.PREFILL
+        return [s for s in self.running if s.status is prefill and s.uncomputed]
 
     def _plan_chunks(self) -> dict[Sequence, Chunk]:
         """This step's prefill chunks, within the budget."""
-        budget = self._prefill_budget()
         prefilling = self._prefilling()
         if not prefilling:
             return {}
+        budget = self._prefill_budget()
         oldest, *others = prefilling
         others.sort(key=lambda sequence: sequence.uncomputed)
         chunks: dict[Sequence, Chunk] = {}
@@ -318,7 +324,8 @@ class Scheduler:
         self, computed: dict[Sequence, int]
     ) -> tuple[tuple[Row, ...], tuple[Sequence | None, ...]]:
         """This step's decode rows, and the sequence that each of them belongs to."""
-        decoding = {s.slot: s for s in self.running if s.status is SequenceStatus.DECODE}
+        decode = SequenceStatus.DECODE
+        decoding = {s.slot: s for s in self.running if s.status is decode}
         rows = []
         count = max(decoding, default=-1) + 1
         if count:  # padded to a captured batch size

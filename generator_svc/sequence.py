@@ -153,7 +153,8 @@ class Sequence:
     """One of the n continuations of a prompt; owned by the engine's thread.
 
     `token_ids` is the prompt and the generated tokens, of which the first `computed` have their
-    keys and values in `slot`. `device_nanoseconds` is its share of the device time so far.
+    keys and values in `slot`. `device_nanoseconds` is its share of the device time so far,
+    `output_counts` how often it has each token if a penalty wants to know.
     """
 
     group: "SequenceGroup"
@@ -170,13 +171,16 @@ class Sequence:
 
     def __post_init__(self) -> None:
         # Looked up several times for each token.
-        self.request = self.group.request
-        self.prompt_length = len(self.request.prompt)
-
-    @property
-    def generated(self) -> int:
-        """Tokens generated so far."""
-        return len(self.token_ids) - self.prompt_length
+        self.request = request = self.group.request
+        self.prompt_length = len(request.prompt)
+        self.generated = len(self.token_ids) - self.prompt_length  # so far
+        self._is_arg_max = (
+            request.sampling.is_plain_greedy
+            and request.constraint is None
+            and request.top_logprobs is None
+        )
+        self._has_penalties = request.sampling.has_bias_or_penalties
+        self._last_tokens = request.all_stop_token_ids
 
     @property
     def uncomputed(self) -> int:
@@ -187,24 +191,21 @@ class Sequence:
     def row_temperature(self) -> float | None:
         """What the next token is sampled at; None if it is the arg max of its logits, and that is
         all they are for."""
-        request = self.request
-        if (
-            request.sampling.is_plain_greedy
-            and request.constraint is None
-            and request.top_logprobs is None
-            and self.generated >= request.min_new_tokens
-        ):
+        if self._is_arg_max and self.generated >= self.request.min_new_tokens:
             return None
-        return request.sampling.temperature
+        return self.request.sampling.temperature
 
-    def append(self, token_id: int) -> None:
-        """Adds a generated token; sets `finish_reason` if it is the last."""
+    def append(self, token_id: int) -> FinishReason | None:
+        """Adds a generated token; returns why it is the last, if it is."""
         self.token_ids.append(token_id)
-        self.output_counts[token_id] += 1
-        if token_id in self.request.all_stop_token_ids:
-            self.finish_reason = FinishReason.STOP_TOKEN
-        elif self.generated >= self.request.max_new_tokens:
-            self.finish_reason = FinishReason.LENGTH
+        self.generated += 1
+        if self._has_penalties:
+            self.output_counts[token_id] += 1
+        if token_id in self._last_tokens:
+            return FinishReason.STOP_TOKEN
+        if self.generated >= self.request.max_new_tokens:
+            return FinishReason.LENGTH
+        return None
 
 
 class SequenceUpdate(NamedTuple):

@@ -52,10 +52,8 @@ def prompt_inputs(batch: PromptBatch) -> RunInputs:
 
 def decode_inputs(rows: tuple[Row, ...]) -> RunInputs:
     """The run of all rows: one new token each, at each row's own position."""
+    tokens = np.array([row.token_id for row in rows], dtype=np.int64)
     positions = np.array([row.position for row in rows], dtype=np.int64)
     places = np.arange(positions.max() + 1, dtype=np.int64)
-    return RunInputs(
-        first_slot=0,
-        input_ids=np.array([[row.token_id] for row in rows], dtype=np.int64),
-        attention_mask=(places[None, :] <= positions[:, None]).astype(np.int64),
-    )
+    mask = (places <= positions[:, None]).astype(np.int64)
+    return RunInputs(first_slot=0, input_ids=tokens[:, None], attention_mask=mask)

@@ -49,7 +49,8 @@ _GRAPH_TOLERANCE = 0.02
 class RunResult:
     """One run: its device time, and either its logits, float32 [rows, vocabulary], or its error.
 
-    Logits that stay on the device are one DeviceRow or GreedyRow per row.
+    Logits that stay on the device, or of which only the largest counts, are one DeviceRow or
+    GreedyRow per row.
     """
 
     nanoseconds: int

@@ -55,7 +55,7 @@ class Stage:
         logits=scripted_logits,
         tokenizer=None,
         cost=None,
-        max_messages_per_second=1000,
+        max_messages_per_second=600,
         max_interval_seconds=0.1,
         usage_log=None,
         **queue,

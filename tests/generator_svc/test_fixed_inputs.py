@@ -6,6 +6,7 @@ The CPU captures nothing, so what is compared here is all but the capture itself
 import logging
 import time
 
+import numpy as np
 import pytest
 
 from generator_svc.plan import Chunk, Row, StepPlan
@@ -38,7 +39,7 @@ def _decoded(runner):
     for step, count in enumerate((1, 4, 3, 2, 4, 1, 2)):
         rows = [Row(7 + step, len(prompt) + step) for prompt in PROMPTS[:count]]
         rows[count // 2] = rows[count // 2]._replace(token_id=0, is_idle=True)
-        found.append(runner.run(StepPlan(rows=tuple(rows))).rows.logits.tolist())
+        found.append(np.array(runner.run(StepPlan(rows=tuple(rows))).rows.logits).tolist())
     return found
 
 
