@@ -26,9 +26,9 @@ from generator_svc.run.runner import DeviceInfo
 from generator_svc.sequence import FinishReason
 from generator_svc.usage import UsageMetrics
 from rest_facade.config import FacadeSettings
-from rest_facade.rate_limits import LimitMetrics
 from tests import compatibility
 from tokenizer_svc.config import TokenizerSettings
+from trivium.keys.rate_limits import LimitMetrics
 from trivium.wire.errors import markdown_table
 from trivium.wire.histogram import TokenHistogram
 from trivium.wire.in_flight import InFlight

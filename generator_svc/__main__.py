@@ -8,11 +8,12 @@ from generator_svc.cuda import CudaError
 from generator_svc.device import DeviceError
 from generator_svc.memory_plan import MemoryPlanError
 from generator_svc.server import load_runner, serve
+from trivium.keys.configured import open_keys
 from trivium.model_directory import ModelDirectoryError, load_model_directory
 from trivium.wire import telemetry, tracing
 from trivium.wire.open_files import prepare_open_files
 from trivium.wire.serving import end_at_stop_signal
-from trivium.wire.settings import load_settings, refuse_to_start
+from trivium.wire.settings import load_settings, refuse_to_start, refuse_unguarded
 
 # The engine's thread needs the GIL as soon as a run ends; the default of 5 ms is a whole step.
 _SWITCH_INTERVAL_SECONDS = 0.0005
@@ -22,6 +23,8 @@ def main() -> None:
     """Exits 0 after a signal, 1 after a fault of the engine, 2 when it cannot start."""
     end_at_stop_signal()
     settings = load_settings(GeneratorSettings)
+    keys = open_keys("TRIVIUM_GENERATOR_API_KEYS_FILE", settings.api_keys_file)
+    refuse_unguarded("TRIVIUM_GENERATOR_", settings.host, settings.is_guarded)
     telemetry.configure_logging(settings.log_name, settings.log_level, settings.log_format)
     prepare_open_files()
     sys.setswitchinterval(_SWITCH_INTERVAL_SECONDS)
@@ -30,7 +33,7 @@ def main() -> None:
         runner = load_runner(settings, model)
         # Not uvloop: it starts processes by fork, of which gRPC's threads know nothing.
         with tracing.exported("generator_svc", settings.log_name):
-            status = asyncio.run(serve(settings, model, runner))
+            status = asyncio.run(serve(settings, model, runner, keys))
     except (ModelDirectoryError, MemoryPlanError, DeviceError, CudaError, OSError) as error:
         refuse_to_start(f"generator_svc: {error}")  # a port that is taken, for one
     sys.exit(status)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from trivium.keys.configured import ALLOW_UNAUTHENTICATED_REMOTE, REFLECTION, STAGE_KEYS_FILE
 from trivium.usage_log import USAGE_LOG, USAGE_LOG_BACKUPS, USAGE_LOG_MAX_BYTES
 from trivium.wire.serving import MAX_CONNECTION_AGE_SECONDS
 
@@ -30,6 +31,9 @@ class GeneratorSettings(BaseSettings):
     metrics_port: int = Field(
         9052, ge=0, le=65535, description="HTTP port of /metrics; 0 turns it off."
     )
+    api_keys_file: Path | None = Field(None, description=STAGE_KEYS_FILE)
+    allow_unauthenticated_remote: bool = Field(False, description=ALLOW_UNAUTHENTICATED_REMOTE)
+    reflection: bool = Field(True, description=REFLECTION)
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Lowest log level that is written."
     )
@@ -167,3 +171,8 @@ class GeneratorSettings(BaseSettings):
         if device == "cuda" and name not in self.model_fields_set:
             return CUDA_DEFAULTS[name]
         return getattr(self, name)
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether calls are checked, or somebody said that they need not be."""
+        return self.api_keys_file is not None or self.allow_unauthenticated_remote

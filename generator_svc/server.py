@@ -33,6 +33,8 @@ from generator_svc.usage import UsageMetrics, UsageRecorder
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.generator.v1.generator_pb2_grpc import add_GeneratorServiceServicer_to_server
 from trivium.host_limits import cpu_limit
+from trivium.keys.door import Door
+from trivium.keys.key_file import KeyFile
 from trivium.model_directory import ModelDirectory
 from trivium.usage_log import UsageLog
 from trivium.wire.channel import revision_service
@@ -229,12 +231,17 @@ def _open_usage_log(settings: GeneratorSettings) -> UsageLog:
         raise OSError(f"TRIVIUM_GENERATOR_USAGE_LOG: {error}") from error
 
 
-async def serve(settings: GeneratorSettings, model: ModelDirectory, runner: OrtRunner) -> int:
+async def serve(
+    settings: GeneratorSettings,
+    model: ModelDirectory,
+    runner: OrtRunner,
+    keys: KeyFile | None = None,
+) -> int:
     """Serves until a signal (0) or a fault of the engine (1); returns the exit status."""
     async with ConstraintCompiler(
         model.tokenizer, model.vocab_size, model.eos_token_ids, settings.constraint_cache_bytes
     ) as constraints:
-        return await serve_constrained(settings, model, runner, constraints)
+        return await serve_constrained(settings, model, runner, constraints, keys)
 
 
 async def serve_constrained(
@@ -242,6 +249,7 @@ async def serve_constrained(
     model: ModelDirectory,
     runner: OrtRunner,
     constraints: ConstraintCompiler,
+    keys: KeyFile | None = None,
 ) -> int:
     loop = asyncio.get_running_loop()
     faulted = asyncio.Event()
@@ -272,6 +280,8 @@ async def serve_constrained(
         [revision_service(SERVICE, model.revision)],
         settings.max_connection_age_seconds,
         in_flight,
+        None if keys is None else Door(keys),
+        settings.reflection,
     )
     signals = StopSignals()
     port = await server.start(f"{settings.host}:{settings.port}")

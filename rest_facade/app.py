@@ -20,7 +20,6 @@ from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rest_facade.auth import KeyFile
 from rest_facade.backend import Backend
 from rest_facade.config import FacadeSettings
 from rest_facade.connection import ClientGone
@@ -28,10 +27,11 @@ from rest_facade.cors import cors
 from rest_facade.errors import ErrorResponse, error_body
 from rest_facade.metrics import Metrics
 from rest_facade.openapi import RawRoute
-from rest_facade.rate_limits import RateLimits
 from rest_facade.routes import Routes
 from rest_facade.sse import sse_event
 from rest_facade.usage import COMPLETIONS, begin_usage, refusal_record, usage_of
+from trivium.keys.key_file import KeyFile
+from trivium.keys.rate_limits import RateLimits
 from trivium.usage_log import UsageLog
 from trivium.wire import telemetry, tracing
 from trivium.wire.errors import CLIENT_LEFT, ERRORS, ServiceError, internal_error
@@ -262,6 +262,8 @@ class AdmissionMiddleware:
         with self._in_flight.admitted():
             if self._keys is not None:
                 key = self._keys.check(Request(scope).headers.get("authorization", ""))
+                if key.stage:
+                    raise ServiceError("invalid_api_key", "This is the key of a stage.")
                 telemetry.key_name.set(key.name)
                 usage = usage_of(scope)
                 usage.key = key

@@ -5,6 +5,7 @@ Knows nothing of HTTP or JSON.
 
 import asyncio
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, Self, TypeVar, cast
@@ -12,10 +13,13 @@ from typing import Any, Generic, Self, TypeVar, cast
 import grpc
 
 from rest_facade.convert import chat, completion, tokenizer
+from trivium.keys.own_key import OwnKey, own_metadata
 from trivium.wire.errors import ServiceError, from_rpc_error
 from trivium.wire.replicas.replica import Replica
 from trivium.wire.replicas.replica_set import GAP_SECONDS, ReplicaSet
 from trivium.wire.telemetry import outgoing_metadata
+
+log = logging.getLogger(__name__)
 
 CHAT_SERVICE = "trivium.chat.v1.ChatService"
 
@@ -35,13 +39,16 @@ Streaming = Callable[[Replica], grpc.aio.UnaryStreamMultiCallable[Any, Event]]
 class Backend:
     """The tokenizers at `target`. An async context manager.
 
-    `timeout` in seconds is the longest that a completion may take.
+    `timeout` in seconds is the longest that a completion may take. `key` is shown to tokenizers.
     """
 
-    def __init__(self, target: str, timeout: float | None = None) -> None:
+    def __init__(
+        self, target: str, timeout: float | None = None, key: OwnKey | None = None
+    ) -> None:
         # Those that have a generator serve; while none does, any of them says why.
         self.replicas = ReplicaSet(target, CHAT_SERVICE, any_reachable=True)
         self._timeout = timeout
+        self._key = key
         self._running: set[grpc.aio.Call] = set()
         self._stopped = False
         self._clock = asyncio.get_running_loop().time
@@ -160,7 +167,7 @@ class Backend:
         if self._stopped:
             raise _draining()
         seconds = None if deadline is None else max(deadline - self._clock(), 0.0)
-        call = replica.track(method(request, timeout=seconds, metadata=outgoing_metadata()))
+        call = replica.track(method(request, timeout=seconds, metadata=self._metadata()))
         self._running.add(call)
         return call
 
@@ -185,12 +192,19 @@ class Backend:
             if service_error.code == "client_closed_request":  # it was not we who cancelled
                 message = "The model server broke off."
                 service_error = ServiceError("backend_unavailable", message)
+            elif service_error.code == "invalid_api_key":  # ours, not the caller's
+                log.error("the tokenizer refuses this stage's key: %s", service_error.message)
+                message = "The model server refuses this server's key."
+                service_error = ServiceError("backend_unavailable", message)
             raise service_error from None
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if self._stopped and task is not None and not task.cancelling():
                 raise _draining() from None
             raise
+
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        return outgoing_metadata() + own_metadata(self._key)
 
     async def _follow(self) -> None:
         async with contextlib.aclosing(self.replicas.changes()) as states:
@@ -205,8 +219,7 @@ class Backend:
         self, method: Unary[Request, Response], request: Request, seconds: float = _READ_SECONDS
     ) -> Response:
         async def attempt(replica: Replica) -> Response:
-            metadata = outgoing_metadata()
-            call = method(replica)(request, timeout=seconds, metadata=metadata)
+            call = method(replica)(request, timeout=seconds, metadata=self._metadata())
             return await replica.track(call)
 
         with self.errors_translated():

@@ -1,6 +1,5 @@
 """Settings of the REST facade: read once, frozen. Nothing else looks at the environment."""
 
-import ipaddress
 import re
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from trivium.keys.configured import ALLOW_UNAUTHENTICATED_REMOTE, API_KEYS_FILE, LIMITS_URL
 from trivium.usage_log import USAGE_LOG, USAGE_LOG_BACKUPS, USAGE_LOG_MAX_BYTES
 from trivium.wire.replicas.resolver import check_target
 
@@ -45,22 +45,14 @@ class FacadeSettings(BaseSettings):
         description="The tokenizers: host:port, dns:///host:port, or several of these separated by "
         "commas. Each address of each name is a replica; names are looked up every second.",
     )
-    api_keys_file: Path | None = Field(
+    tokenizer_api_key_file: Path | None = Field(
         None,
-        description="File of the accepted API keys, by their SHA-256 digests: TOML with names, "
-        "models, limits and expiry, or one digest (hex) a line, then an optional name; # starts a "
-        "comment. Read again when it changes. Without it no key is asked for.",
+        description="File with the key by which this stage calls the tokenizers, if they ask for "
+        "one. Read again when it changes.",
     )
-    limits_url: str | None = Field(
-        None,
-        description="Redis or Valkey in which all facades count the limits of keys together, such "
-        "as redis://host:6379/0; needs trivium[redis]. Without it, and while it cannot be reached, "
-        "each facade counts for itself.",
-    )
-    allow_unauthenticated_remote: bool = Field(
-        False,
-        description="Listen on an address that others can reach although no API keys are set.",
-    )
+    api_keys_file: Path | None = Field(None, description=API_KEYS_FILE)
+    limits_url: str | None = Field(None, description=LIMITS_URL)
+    allow_unauthenticated_remote: bool = Field(False, description=ALLOW_UNAUTHENTICATED_REMOTE)
     cors_origins: str | None = Field(
         None,
         description="Origins whose pages may call this server from a browser, separated by "
@@ -72,6 +64,8 @@ class FacadeSettings(BaseSettings):
         description="Serve a page at / to talk to the models; without it / is unknown. The page "
         "itself needs no key, and asks for one where the API does.",
     )
+    docs: bool = Field(True, description="Serve the API's description: /docs and /openapi.json.")
+    metrics: bool = Field(True, description="Serve /metrics.")
     max_body_bytes: int = Field(
         8 * 2**20,
         ge=1024,
@@ -155,17 +149,7 @@ class FacadeSettings(BaseSettings):
         """Origins whose pages may call this server."""
         return tuple(_parts(self.cors_origins or ""))
 
-    def exposes_without_keys(self) -> bool:
-        """Whether others could use this facade with no key, and nobody said they may."""
-        return not (
-            self.api_keys_file or self.allow_unauthenticated_remote or _is_loopback(self.host)
-        )
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    @property
+    def is_guarded(self) -> bool:
+        """Whether calls are checked, or somebody said that they need not be."""
+        return self.api_keys_file is not None or self.allow_unauthenticated_remote

@@ -5,7 +5,7 @@ A completion goes requests → convert → backend → convert → sse.
 
 import importlib.metadata
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -98,10 +98,13 @@ class Routes:
             self.live,
             **checks_health("live", "Whether this process answers", HealthResponse),
         )
-        paths = {"/docs": self.docs, "/openapi.json": self.openapi}
-        if not self._settings.metrics_port:
+        settings = self._settings
+        paths: dict[str, Callable[[Request], Awaitable[Response]]] = {}
+        if settings.docs:
+            paths |= {"/docs": self.docs, "/openapi.json": self.openapi}
+        if settings.metrics and not settings.metrics_port:
             paths["/metrics"] = self.metrics
-        if self._settings.chat_page:
+        if settings.chat_page:
             paths["/"] = self.chat_page
         for path, handler in paths.items():
             router.add_api_route(path, handler, include_in_schema=False)
@@ -290,9 +293,8 @@ class Routes:
 
     async def _models(self, request: Request) -> list[tokenizer.Model]:
         """All models that the request's key opens."""
-        key = usage_of(request.scope).key
         models = (await self._backend.models()).models
-        return [model for model in models if key is None or key.may_use(model.id)]
+        return [model for model in models if usage_of(request.scope).may_use(model.id)]
 
     async def _model(self, request: Request, name: str | None) -> tokenizer.Model:
         """The model of that name, or the only one there is."""

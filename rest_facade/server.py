@@ -9,12 +9,12 @@ from collections.abc import Iterator
 import uvicorn
 
 from rest_facade.app import build_app
-from rest_facade.auth import KeyFile
 from rest_facade.backend import Backend
 from rest_facade.config import FacadeSettings
 from rest_facade.http_limits import LimitedHttpProtocol
 from rest_facade.metrics import Metrics
-from rest_facade.rate_limits import LimitMetrics, RateLimits
+from trivium.keys.configured import open_limits, open_own_key
+from trivium.keys.key_file import KeyFile
 from trivium.usage_log import UsageLog
 from trivium.wire.in_flight import InFlight
 from trivium.wire.process_metrics import serve_metrics
@@ -41,8 +41,10 @@ async def serve(settings: FacadeSettings, keys: KeyFile | None) -> None:
     metrics = Metrics()
     usage_log = _open_usage_log(settings)
     signals = StopSignals()
-    async with Backend(settings.tokenizer_target, settings.request_timeout_seconds) as backend:
-        limits = open_limits(settings, metrics)
+    own_key = open_own_key("TRIVIUM_FACADE_TOKENIZER_API_KEY_FILE", settings.tokenizer_api_key_file)
+    timeout = settings.request_timeout_seconds
+    async with Backend(settings.tokenizer_target, timeout, own_key) as backend:
+        limits = open_limits("TRIVIUM_FACADE_LIMITS_URL", settings.limits_url, metrics.registry)
         server = _Server(
             uvicorn.Config(
                 build_app(settings, backend, in_flight, keys, metrics, usage_log, limits),
@@ -83,22 +85,6 @@ def _open_usage_log(settings: FacadeSettings) -> UsageLog:
         refuse_to_start(f"TRIVIUM_FACADE_USAGE_LOG: {error}")
 
 
-def open_limits(settings: FacadeSettings, metrics: Metrics) -> RateLimits:
-    """The limits of keys, shared if the settings say where."""
-    shared = None
-    if settings.limits_url is not None:
-        try:
-            # Only here, as the library is an extra.
-            from rest_facade.shared_accounts import SharedAccounts
-
-            shared = SharedAccounts(settings.limits_url)
-        except ImportError:
-            refuse_to_start("TRIVIUM_FACADE_LIMITS_URL: install trivium[redis] for it")
-        except ValueError as error:
-            refuse_to_start(f"TRIVIUM_FACADE_LIMITS_URL: {error}")
-    return RateLimits(LimitMetrics(metrics.registry), shared)
-
-
 def _shared_sockets(settings: FacadeSettings) -> list[socket.socket]:
     """Listens on the port along with other facades, each of which has a queue of its own."""
     addresses = socket.getaddrinfo(
@@ -116,7 +102,7 @@ def _shared_sockets(settings: FacadeSettings) -> list[socket.socket]:
 def _serve_metrics(settings: FacadeSettings, metrics: Metrics) -> None:
     """Whoever asks at this port gets the metrics of this process, and of no other."""
     port, host = settings.metrics_port, settings.host
-    if not port:
+    if not port or not settings.metrics:
         return
     try:
         serve_metrics(port, host, metrics.registry)

@@ -4,12 +4,11 @@ The generator writes the records of all requests that it answers; here are those
 ended before an answer began.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from starlette.types import Scope
 
-from rest_facade.auth import ApiKey
+from trivium.keys.keyed_request import KeyedRequest
 from trivium.usage_log import UsageRecord
 from trivium.wire import telemetry
 
@@ -20,24 +19,16 @@ _CLIENT_GONE = 499
 
 
 @dataclass
-class RequestUsage:
-    """Of one request, whose key it bears if one is asked for, and further headers of its answer.
-
-    `began` once a generator has answered: the record is the generator's then. `taken` gives the
-    tokens so far, of prompt and answer, and the device time in nanoseconds once that is known.
-    """
+class RequestUsage(KeyedRequest):
+    """Of one request. `began` once a generator has answered: the record is the generator's then."""
 
     model: str = ""
     began: bool = False
-    key: ApiKey | None = None
-    headers: dict[str, str] = field(default_factory=dict)
-    taken: Callable[[], tuple[int, int | None]] = lambda: (0, 0)
 
     def is_for(self, model: str) -> None:
         """Notes the model that is asked for; raises ServiceError if the key does not open it."""
         self.model = model
-        if self.key is not None:
-            self.key.check_model(model)
+        self.check_model(model)
 
 
 def begin_usage(scope: Scope) -> RequestUsage:

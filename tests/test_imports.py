@@ -27,7 +27,7 @@ DOORS = {
     "opentelemetry": ("trivium/wire/otlp.py",),
     "aiodns": ("trivium/wire/replicas/resolver.py",),
     "fastapi": ("rest_facade/",),
-    "redis": ("rest_facade/shared_accounts.py",),
+    "redis": ("trivium/keys/shared_accounts.py",),
     "starlette": ("rest_facade/",),
     "uvicorn": ("rest_facade/",),
     "typer": ("trivium/cli/", "generator_svc/export/__main__.py"),

@@ -122,9 +122,8 @@ def test_pods_are_true_to_the_settings(
         assert asked["port"] == settings.port
         # Longer than the service itself takes at most to find out.
         assert container[probe]["timeoutSeconds"] > getattr(settings, "health_timeout_seconds", 1)
-    if isinstance(settings, FacadeSettings):
-        assert not settings.exposes_without_keys()
-    else:
+    assert settings.is_guarded
+    if not isinstance(settings, FacadeSettings):
         assert str(settings.model_directory).startswith("/models/")
 
 

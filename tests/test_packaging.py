@@ -36,7 +36,7 @@ IMAGE = {
 EXTRAS = {
     "export": ("generator_svc/export/", "generator_svc/graphs/build.py"),
     "otel": ("trivium/wire/otlp.py",),
-    "redis": ("rest_facade/shared_accounts.py",),
+    "redis": ("trivium/keys/shared_accounts.py",),
 }
 # Both distributions put modules into the namespace `google`.
 GOOGLE = {"google.protobuf": "protobuf", "google.rpc": "googleapis-common-protos"}

@@ -9,24 +9,26 @@ from tokenizer_svc.metrics import Metrics
 from tokenizer_svc.models import Model
 from tokenizer_svc.server import TokenizerServer, load_models
 from trivium.host_limits import cpu_limit
+from trivium.keys.configured import open_keys
+from trivium.keys.key_file import KeyFile
 from trivium.model_directory import ModelDirectoryError
 from trivium.wire import telemetry, tracing
 from trivium.wire.open_files import prepare_open_files
 from trivium.wire.process_metrics import serve_metrics
 from trivium.wire.serving import StopSignals, end_at_stop_signal, run
-from trivium.wire.settings import load_settings, refuse_to_start
+from trivium.wire.settings import load_settings, refuse_to_start, refuse_unguarded
 
 log = logging.getLogger("tokenizer_svc")
 
 
-async def serve(settings: TokenizerSettings, models: list[Model]) -> None:
+async def serve(settings: TokenizerSettings, models: list[Model], keys: KeyFile | None) -> None:
     """Serves until a signal, then drains."""
     # Long texts are encoded in threads; more of them than cores would only take turns.
     loop = asyncio.get_running_loop()
     loop.set_default_executor(ThreadPoolExecutor(cpu_limit().cores, "encode"))
     signals = StopSignals()
     metrics = Metrics()
-    server = TokenizerServer(settings, models, metrics)
+    server = TokenizerServer(settings, models, metrics, keys)
     await server.start()
     if settings.metrics_port:
         serve_metrics(settings.metrics_port, settings.host, metrics.registry)
@@ -40,12 +42,14 @@ async def serve(settings: TokenizerSettings, models: list[Model]) -> None:
 def main() -> None:
     end_at_stop_signal()
     settings = load_settings(TokenizerSettings)
+    keys = open_keys("TRIVIUM_TOKENIZER_API_KEYS_FILE", settings.api_keys_file)
+    refuse_unguarded("TRIVIUM_TOKENIZER_", settings.host, settings.is_guarded)
     telemetry.configure_logging(settings.log_name, settings.log_level, settings.log_format)
     prepare_open_files()
     try:
         models = load_models(settings)
         with tracing.exported("tokenizer_svc", settings.log_name):
-            run(serve(settings, models))
+            run(serve(settings, models, keys))
     except (ModelDirectoryError, OSError) as error:  # a port that is taken, for one
         refuse_to_start(f"tokenizer_svc: {error}")
 

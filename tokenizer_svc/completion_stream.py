@@ -5,6 +5,7 @@ import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 from tokenizer_svc.constraint.grammar import attribute_error_to_field
@@ -16,6 +17,7 @@ from tokenizer_svc.output.decoding_options import DecodingOptions
 from tokenizer_svc.output.events import Delta, Event, Header, Usage
 from tokenizer_svc.request.types import ValidOptions
 from tokenizer_svc.trace import CompletionTrace
+from trivium.keys.keyed_request import current_request
 from trivium.wire.errors import ServiceError, internal_error
 
 log = logging.getLogger(__name__)
@@ -70,6 +72,7 @@ async def stream_completion(
         async with aclosing(steps):
             async for deltas in steps:
                 if header is not None:
+                    current_request().taken = partial(_taken, completions)
                     yield header
                     header = None
                     for delta in job.echo:
@@ -186,6 +189,14 @@ async def _read(stream: AsyncGenerator[Item], items: asyncio.Queue[Item]) -> Non
     async with aclosing(stream):
         async for item in stream:
             await items.put(item)
+
+
+def _taken(completions: Sequence[Completion]) -> tuple[int, int | None]:
+    """Tokens so far, and the device time once all is done."""
+    usage = _sum([completion.usage for completion in completions])
+    is_done = all(completion.done for completion in completions)
+    tokens = usage.prompt_tokens + usage.completion_tokens
+    return tokens, usage.device_nanoseconds if is_done else None
 
 
 def _sum(usages: Sequence[Usage]) -> Usage:

@@ -16,6 +16,12 @@ from pydantic import (
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from tokenizer_svc.families.choose import REASONING_PARSERS, TOOL_PARSERS
+from trivium.keys.configured import (
+    ALLOW_UNAUTHENTICATED_REMOTE,
+    API_KEYS_FILE,
+    LIMITS_URL,
+    REFLECTION,
+)
 from trivium.wire.replicas.resolver import check_target
 from trivium.wire.serving import MAX_CONNECTION_AGE_SECONDS
 
@@ -77,6 +83,15 @@ class TokenizerSettings(BaseSettings):
         description="The generators: host:port, dns:///host:port, or several of these separated by "
         "commas. Each address of each name is a replica; names are looked up every second.",
     )
+    generator_api_key_file: Path | None = Field(
+        None,
+        description="File with the key by which this stage calls the generators, if they ask for "
+        "one. Read again when it changes.",
+    )
+    api_keys_file: Path | None = Field(None, description=API_KEYS_FILE)
+    limits_url: str | None = Field(None, description=LIMITS_URL)
+    allow_unauthenticated_remote: bool = Field(False, description=ALLOW_UNAUTHENTICATED_REMOTE)
+    reflection: bool = Field(True, description=REFLECTION)
     models: Annotated[tuple[ModelSettings, ...], NoDecode, BeforeValidator(_from_json)] = Field(
         (),
         description=(
@@ -169,3 +184,8 @@ class TokenizerSettings(BaseSettings):
         """Names of template variables that requests may set."""
         names = (name.strip() for name in self.chat_template_kwargs.split(","))
         return frozenset(name for name in names if name)
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether calls are checked, or somebody said that they need not be."""
+        return self.api_keys_file is not None or self.allow_unauthenticated_remote

@@ -16,6 +16,7 @@ from tokenizer_svc.prompt.chat_template import ChatTemplate
 from tokenizer_svc.request.types import Conversation, Message, Role, Tool
 from tokenizer_svc.tokenizer import Tokenizer, TooManyTokens
 from trivium.field_errors import missing
+from trivium.keys.keyed_request import current_request
 from trivium.model_directory import ModelDirectory, ModelDirectoryError, load_model_directory
 from trivium.wire import tracing
 from trivium.wire.errors import ServiceError
@@ -116,6 +117,7 @@ class ServedModels:
         """The model of this id or alias; ServiceError if there is none."""
         if not name:
             raise missing(param)
+        current_request().check_model(name, param)
         served = self.by_id.get(self.aliases.get(name, name))
         if served is None:
             raise ServiceError("model_not_found", f"The model `{name}` does not exist.", param)

@@ -9,7 +9,15 @@ from tokenizer_svc.generator.client import GeneratorClient
 from tokenizer_svc.generator.watch import GeneratorWatch
 from tokenizer_svc.metrics import Metrics
 from tokenizer_svc.models import Model, ServedModel, ServedModels, load_model
-from tokenizer_svc.service import PIPELINE_SERVICES, TOKENIZER_SERVICE, create_server
+from tokenizer_svc.service import (
+    COMPLETIONS,
+    PIPELINE_SERVICES,
+    TOKENIZER_SERVICE,
+    create_server,
+)
+from trivium.keys.configured import open_limits, open_own_key
+from trivium.keys.door import Door
+from trivium.keys.key_file import KeyFile
 from trivium.model_directory import ModelDirectoryError
 from trivium.wire.in_flight import InFlight
 from trivium.wire.process_metrics import register_process
@@ -41,11 +49,18 @@ class TokenizerServer:
     """Serves models until `drain`. `port` is the one that gRPC really has."""
 
     def __init__(
-        self, settings: TokenizerSettings, models: Sequence[Model], metrics: Metrics
+        self,
+        settings: TokenizerSettings,
+        models: Sequence[Model],
+        metrics: Metrics,
+        keys: KeyFile | None = None,
     ) -> None:
         self.port = 0
         self._settings = settings
         self._background = AsyncExitStack()
+        self._own_key = open_own_key(
+            "TRIVIUM_TOKENIZER_GENERATOR_API_KEY_FILE", settings.generator_api_key_file
+        )
         pairs = list(zip(models, settings.served, strict=True))
         self._models = ServedModels(
             {model.id: self._served(model, one) for model, one in pairs},
@@ -62,12 +77,23 @@ class TokenizerServer:
         metrics.expect(self._models.by_id)
         in_flight = InFlight()
         register_process(metrics.registry, in_flight)
+        guard = None
+        if keys is not None:
+            setting = "TRIVIUM_TOKENIZER_LIMITS_URL"
+            limits = open_limits(setting, settings.limits_url, metrics.registry)
+            self._background.push_async_callback(limits.close)
+            guard = Door(keys, limits, COMPLETIONS)
         self._server = create_server(
-            self._models, metrics, settings.max_connection_age_seconds, in_flight
+            self._models,
+            metrics,
+            settings.max_connection_age_seconds,
+            in_flight,
+            guard,
+            settings.reflection,
         )
 
     def _served(self, model: Model, settings: ModelSettings) -> ServedModel:
-        connection = GeneratorClient(settings.generator_target, model.revision)
+        connection = GeneratorClient(settings.generator_target, model.revision, self._own_key)
         self._background.push_async_callback(connection.close)
         return ServedModel(
             model,

@@ -38,7 +38,7 @@ from trivium.chat.v1 import (
 from trivium.tokenizer.v1 import tokenizer_pb2_grpc
 from trivium.wire.channel import remaining_seconds
 from trivium.wire.in_flight import InFlight
-from trivium.wire.serving import GrpcServer
+from trivium.wire.serving import GrpcServer, Guard
 
 # These answer only while a generator does; the tokenizer's own service needs no one.
 PIPELINE_SERVICES = (
@@ -47,6 +47,13 @@ PIPELINE_SERVICES = (
     "trivium.chat.v1.ModelService",
 )
 TOKENIZER_SERVICE = "trivium.tokenizer.v1.TokenizerService"
+# What counts against the limits of a key.
+COMPLETIONS = (
+    "/trivium.chat.v1.ChatService/CreateChatCompletion",
+    "/trivium.chat.v1.ChatService/StreamChatCompletion",
+    "/trivium.chat.v1.CompletionService/CreateCompletion",
+    "/trivium.chat.v1.CompletionService/StreamCompletion",
+)
 
 Call = grpc.aio.ServicerContext[Any, Any]
 
@@ -129,6 +136,8 @@ def create_server(
     metrics: Metrics,
     max_connection_age_seconds: float,
     in_flight: InFlight,
+    guard: Guard | None = None,
+    has_reflection: bool = True,
 ) -> GrpcServer:
     """A server of all services over these models."""
     chat, completions = ChatService(models, metrics), CompletionService(models, metrics)
@@ -142,4 +151,6 @@ def create_server(
         [*PIPELINE_SERVICES, TOKENIZER_SERVICE],
         max_connection_age_seconds=max_connection_age_seconds,
         in_flight=in_flight,
+        guard=guard,
+        has_reflection=has_reflection,
     )

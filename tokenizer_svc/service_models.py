@@ -13,6 +13,7 @@ from tokenizer_svc.request.request_size import check_conversation_size
 from tokenizer_svc.request.types import Conversation
 from tokenizer_svc.request.validate_conversation import check_conversation
 from trivium.chat.v1 import model_pb2, model_pb2_grpc
+from trivium.keys.keyed_request import current_request
 from trivium.limits import MAX_TOKEN_IDS
 from trivium.tokenizer.v1 import tokenizer_pb2, tokenizer_pb2_grpc
 
@@ -29,7 +30,9 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         self, request: model_pb2.ListModelsRequest, context: Call
     ) -> model_pb2.ListModelsResponse:
         self._models.check_any()
-        return model_pb2.ListModelsResponse(models=map(_model, self._models.available))
+        caller = current_request()
+        models = [each for each in self._models.available if caller.may_use(each.model.id)]
+        return model_pb2.ListModelsResponse(models=map(_model, models))
 
     async def GetModel(
         self, request: model_pb2.GetModelRequest, context: Call

@@ -10,14 +10,14 @@ import pytest
 import uvicorn
 
 from rest_facade.app import build_app
-from rest_facade.auth import KeyFile
 from rest_facade.backend import Backend
 from rest_facade.config import FacadeSettings
 from rest_facade.http_limits import LimitedHttpProtocol
 from rest_facade.metrics import Metrics
-from rest_facade.server import open_limits
 from tests.openai_shapes import watched
 from tests.rest_facade.scripted_backend import ScriptedBackend
+from trivium.keys.configured import open_limits
+from trivium.keys.key_file import KeyFile
 from trivium.usage_log import UsageLog
 from trivium.wire.in_flight import InFlight
 
@@ -78,7 +78,7 @@ async def facade(backend_port: int, values: dict[str, Any]) -> AsyncIterator[str
     log = UsageLog(settings.usage_log, settings.log_name, settings.usage_log_max_bytes, 2)
     async with Backend(settings.tokenizer_target, settings.request_timeout_seconds) as stage:
         metrics = Metrics()
-        limits = open_limits(settings, metrics)
+        limits = open_limits("LIMITS_URL", settings.limits_url, metrics.registry)
         config = uvicorn.Config(
             build_app(settings, stage, InFlight(), keys, metrics, log, limits),
             port=0,

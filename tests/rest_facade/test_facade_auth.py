@@ -6,9 +6,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from rest_facade import auth
-from rest_facade.auth import KeyFile, KeyFileError
 from tests.rest_facade.conftest import StartFacade
+from trivium.keys import watched_file
+from trivium.keys.key_file import KeyFile, KeyFileError
 from trivium.wire.errors import ServiceError
 
 
@@ -58,7 +58,7 @@ async def test_what_stays_open(start_facade: StartFacade, file: Path) -> None:
 
 def test_reload(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A changed file takes effect without a restart, and a broken one changes nothing."""
-    monkeypatch.setattr(auth, "_CHECK_SECONDS", 0)
+    monkeypatch.setattr(watched_file, "CHECK_SECONDS", 0)
     keys = KeyFile(file)
     file.write_text(digest("three"))
 

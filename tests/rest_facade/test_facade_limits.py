@@ -12,12 +12,12 @@ import openai
 import pytest
 from prometheus_client import CollectorRegistry
 
-from rest_facade.auth import ApiKey, KeyFile, KeyFileError
-from rest_facade.key_accounts import LocalAccounts
-from rest_facade.rate_limits import LimitMetrics, RateLimits
 from rest_facade.usage import RequestUsage
 from tests.rest_facade.conftest import StartFacade
 from tests.rest_facade.scripted_backend import MODEL, ScriptedBackend, delta, header
+from trivium.keys.accounts import LocalAccounts
+from trivium.keys.key_file import ApiKey, KeyFile, KeyFileError
+from trivium.keys.rate_limits import LimitMetrics, RateLimits
 from trivium.wire.errors import ServiceError
 
 URL = "/v1/chat/completions"
@@ -206,7 +206,7 @@ async def test_limits_change_with_the_file(
     start: Start, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was taken stays taken."""
-    monkeypatch.setattr("rest_facade.auth._CHECK_SECONDS", 0)
+    monkeypatch.setattr("trivium.keys.watched_file.CHECK_SECONDS", 0)
     client = await start(table("a", requests_per_minute=1))
     before = [(await ask(client, "a")).status_code for _ in range(2)]
     write(file, table("a", requests_per_minute=3))

@@ -13,11 +13,11 @@ from typing import Any
 import httpx
 import pytest
 
-from rest_facade.auth import ApiKey
-from rest_facade.shared_accounts import SharedAccounts
 from tests.rest_facade.conftest import StartFacade
 from tests.rest_facade.scripted_backend import MODEL, ScriptedBackend, delta, header
 from trivium.cli.pipeline import free_ports
+from trivium.keys.key_file import ApiKey
+from trivium.keys.shared_accounts import SharedAccounts
 
 URL = "/v1/chat/completions"
 ASK = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}

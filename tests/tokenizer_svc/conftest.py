@@ -23,6 +23,7 @@ from trivium.chat.v1 import (
     completion_pb2_grpc,
     model_pb2_grpc,
 )
+from trivium.keys.configured import open_keys
 from trivium.tokenizer.v1 import tokenizer_pb2_grpc
 from trivium.wire.channel import open_channel
 from trivium.wire.serving import GrpcServer
@@ -97,7 +98,8 @@ class Stage:
             drain_seconds=0,
             **self._settings,
         )
-        self.server = TokenizerServer(settings, [self.model], self.metrics)
+        keys = open_keys("API_KEYS_FILE", settings.api_keys_file)
+        self.server = TokenizerServer(settings, [self.model], self.metrics, keys)
         await self.server.start()
         self.channel = open_channel(f"127.0.0.1:{self.server.port}")
         self.chat: Any = chat_pb2_grpc.ChatServiceStub(self.channel)
@@ -145,9 +147,11 @@ async def running(model: Model, folder: Path, **settings: Any) -> AsyncIterator[
     """A stage that serves this model."""
     stage = Stage(model, folder, **settings)
     await stage.start()
-    yield stage
-    await stage.close()
-    await asyncio.sleep(0)
+    try:
+        yield stage
+    finally:
+        await stage.close()
+        await asyncio.sleep(0)
 
 
 def user(text: str) -> chat_pb2.ChatMessage:

@@ -19,6 +19,7 @@ from tokenizer_svc.generator.types import (
     GeneratorInfo,
     TokenUpdate,
 )
+from trivium.keys.own_key import OwnKey, own_metadata
 from trivium.wire import telemetry
 from trivium.wire.channel import revision_service
 from trivium.wire.errors import ServiceError, from_rpc_error
@@ -37,10 +38,11 @@ _FAILED_WRITE = "Internal error from Core"
 class GeneratorClient:
     """The generators at `target` that serve this revision of a model.
 
-    Made while the event loop runs; raises TargetError.
+    `key` is shown to them. Made while the event loop runs; raises TargetError.
     """
 
-    def __init__(self, target: str, revision: str) -> None:
+    def __init__(self, target: str, revision: str, key: OwnKey | None = None) -> None:
+        self._key = key
         self._revision = revision
         health_service = revision_service(convert.GENERATOR_SERVICE, revision)
         self._picker = GeneratorPicker()
@@ -60,7 +62,7 @@ class GeneratorClient:
     async def info(self) -> GeneratorInfo:
         """What they serve."""
         try:
-            return await self.replicas.ask(_info)
+            return await self.replicas.ask(self._info)
         except grpc.aio.AioRpcError as error:
             raise _service_error(error) from error
 
@@ -68,7 +70,7 @@ class GeneratorClient:
         """Why none of them serves, by asking any generator that can be reached."""
         for replica in self.replicas.reachable:
             try:
-                info = await _info(replica)
+                info = await self._info(replica)
             except grpc.aio.AioRpcError:
                 continue
             if info.revision != self._revision:
@@ -95,12 +97,23 @@ class GeneratorClient:
         candidates = [self.candidate(replica) for replica in replicas]
         return replicas[candidates.index(self._picker.pick(candidates, prompt))]
 
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """Whose call the current one is, and that it is a tokenizer that makes it."""
+        return telemetry.outgoing_metadata() + own_metadata(self._key)
+
+    async def _info(self, replica: Replica) -> GeneratorInfo:
+        stub, request = replica.stub(convert.GeneratorStub), convert.generator_info_request()
+        call = stub.GetModelInfo(request, timeout=INFO_SECONDS, metadata=own_metadata(self._key))
+        return convert.generator_info(await replica.track(call))
+
     async def _follow_load(self, replica: Replica) -> None:
         load = self.candidate(replica).load
         while True:
             try:
                 stub = replica.stub(convert.GeneratorStub)
-                async for response in stub.WatchLoad(convert.load_request()):
+                async for response in stub.WatchLoad(
+                    convert.load_request(), metadata=own_metadata(self._key)
+                ):
                     load.reported(convert.load_report(response))
             except grpc.aio.AioRpcError as error:
                 log.debug("%s does not tell its load: %s", replica.address, error.details())
@@ -166,7 +179,7 @@ class Generation:
     async def _begin(self, replica: Replica) -> convert.Response | None:
         self._cancel()
         timeout = None if self._deadline is None else max(self._deadline - self._clock(), 0.0)
-        metadata = telemetry.outgoing_metadata()
+        metadata = self._client.metadata()
         stub = replica.stub(convert.GeneratorStub)
         call = replica.track(stub.Generate(timeout=timeout, metadata=metadata))
         candidate = self._client.candidate(replica)
@@ -247,17 +260,14 @@ def _result(done: Coroutine[Any, Any, Any]) -> Any:
     raise AssertionError("A call that is done has no status. This is a bug.")
 
 
-async def _info(replica: Replica) -> GeneratorInfo:
-    stub = replica.stub(convert.GeneratorStub)
-    call = stub.GetModelInfo(convert.generator_info_request(), timeout=INFO_SECONDS)
-    return convert.generator_info(await replica.track(call))
-
-
 def _service_error(error: grpc.aio.AioRpcError) -> ServiceError:
-    """Maps two statuses whose meaning differs on this hop."""
+    """Maps statuses whose meaning differs on this hop."""
     if error.code() is grpc.StatusCode.CANCELLED:  # not by us: we would not be reading
         return ServiceError("backend_unavailable", "The generator broke off the call.")
     fault = from_rpc_error(error)
+    if fault.code == "invalid_api_key":  # ours, not the caller's
+        message = f"The generator refuses the tokenizer's key: {fault.message}"
+        return ServiceError("backend_unavailable", message)
     if error.code() is grpc.StatusCode.FAILED_PRECONDITION and fault.code == "internal_error":
         message = "The generator serves another revision of the model."
         return ServiceError("revision_mismatch", message)

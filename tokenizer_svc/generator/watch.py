@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Protocol
@@ -68,6 +70,7 @@ class GeneratorWatch:
                 now.set()
 
     async def _judge(self, on_change: Callable[[bool], Awaitable[None]]) -> None:
+        failing_since = math.inf
         while True:
             try:
                 async with asyncio.timeout(GAP_SECONDS):
@@ -79,8 +82,12 @@ class GeneratorWatch:
                 self._info = await self._client.info()
             except ServiceError as error:
                 log.debug("the generator cannot be asked what it serves: %s", error.message)
+                failing_since = min(failing_since, time.monotonic())
+                if time.monotonic() - failing_since > GAP_SECONDS:
+                    await self._set(error, on_change)
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
+            failing_since = math.inf
             await self._set(None, on_change)
             await self._gone.wait()
 

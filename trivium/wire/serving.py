@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import grpc
 import uvloop
@@ -51,6 +51,21 @@ _FLUSH_TIMEOUT_SECONDS = 0.5  # for answers whose handlers have returned to reac
 _LAST_WORD_SECONDS = 0.1  # for watchers to be told, and the GOAWAY to be sent
 
 
+class Guard(Protocol):
+    """Decides which calls are let in."""
+
+    def admitted(self, method: str, context: Any) -> contextlib.AbstractAsyncContextManager[None]:
+        """Around a call of `method`, /package.Service/Method; raises ServiceError if it may not be
+        made."""
+
+
+class _Open:
+    """Lets everything in."""
+
+    def admitted(self, method: str, context: Any) -> contextlib.AbstractAsyncContextManager[None]:
+        return contextlib.nullcontext()
+
+
 class CallBoundary(grpc.aio.ServerInterceptor):
     """The one broad `except`: whatever a handler raises becomes a status, and nothing leaks.
 
@@ -58,8 +73,9 @@ class CallBoundary(grpc.aio.ServerInterceptor):
     be answered at all. Knows the calls in flight, of which a drain can cut what takes too long.
     """
 
-    def __init__(self, in_flight: InFlight) -> None:
+    def __init__(self, in_flight: InFlight, guard: Guard | None = None) -> None:
         self._in_flight = in_flight
+        self._guard = guard or _Open()
         self._running: set[asyncio.Task[Any]] = set()
         self._sending: set[asyncio.Task[Any]] = set()  # their handlers cannot be interrupted
         self._cut: set[asyncio.Task[Any]] = set()
@@ -117,7 +133,8 @@ class CallBoundary(grpc.aio.ServerInterceptor):
             telemetry.adopt(context.invocation_metadata() or ())
             try:
                 with _accessed(method), self._admitted():
-                    return await inner(request, context)
+                    async with self._guard.admitted(method, context):
+                        return await inner(request, context)
             except (asyncio.CancelledError, grpc.aio.AbortError):
                 raise
             except BaseException as error:
@@ -130,7 +147,10 @@ class CallBoundary(grpc.aio.ServerInterceptor):
             telemetry.adopt(context.invocation_metadata() or ())
             try:
                 with _accessed(method), self._admitted() as call:
-                    async with contextlib.aclosing(inner(request, context)) as responses:
+                    async with (
+                        self._guard.admitted(method, context),
+                        contextlib.aclosing(inner(request, context)) as responses,
+                    ):
                         async for response in responses:
                             self._sending.add(call)
                             yield response
@@ -218,7 +238,8 @@ class GrpcServer:
     full service names for health and reflection, `health_names` further ones for health.
     gRPC clients resolve a name anew only when a connection ends, so each ends after
     `max_connection_age_seconds`: new replicas get their share of the calls within this time.
-    `in_flight` is for servicers that have to know of the drain.
+    `in_flight` is for servicers that have to know of the drain. `guard` lets calls in, of all
+    services but health and reflection.
     """
 
     def __init__(
@@ -228,9 +249,11 @@ class GrpcServer:
         health_names: Sequence[str] = (),
         max_connection_age_seconds: float = MAX_CONNECTION_AGE_SECONDS,
         in_flight: InFlight | None = None,
+        guard: Guard | None = None,
+        has_reflection: bool = True,
     ) -> None:
         self._in_flight = in_flight or InFlight()
-        self._boundary = CallBoundary(self._in_flight)
+        self._boundary = CallBoundary(self._in_flight, guard)
         age = ("grpc.max_connection_age_ms", int(max_connection_age_seconds * 1000))
         self._server = grpc.aio.server(interceptors=[self._boundary], options=[*_OPTIONS, age])
         self._names = ("", *names, *health_names)
@@ -238,9 +261,10 @@ class GrpcServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         for add, servicer in services:
             add(servicer, self._server)
-        reflection.enable_server_reflection(
-            (*names, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
-        )
+        if has_reflection:
+            reflection.enable_server_reflection(
+                (*names, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+            )
 
     async def start(self, address: str) -> int:
         """Binds `address` (host:port, port 0 for any) and returns the port. Not yet SERVING.

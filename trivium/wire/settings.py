@@ -1,5 +1,6 @@
 """Settings are read once, at start; wrong ones are all listed at once, and the process exits 2."""
 
+import ipaddress
 import sys
 from typing import NoReturn, TypeVar
 
@@ -26,3 +27,24 @@ def refuse_to_start(message: str = "") -> NoReturn:
     if message:
         print(message, file=sys.stderr)
     sys.exit(2)
+
+
+def refuse_unguarded(prefix: str, host: str, is_guarded: bool) -> None:
+    """Refuses to start at an address that others can reach, unless their calls are checked or
+    somebody said that they need not be. `prefix` is that of the settings' names."""
+    if is_guarded or is_loopback(host):
+        return
+    refuse_to_start(
+        f"{prefix}HOST: {host} can be reached from outside and no API keys are set. Set "
+        f"{prefix}API_KEYS_FILE, or {prefix}ALLOW_UNAUTHENTICATED_REMOTE=true to serve everyone."
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens at `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

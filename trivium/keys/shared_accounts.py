@@ -1,7 +1,7 @@
-"""Accounts that several facades share, in Redis or Valkey: key_accounts.py in two scripts.
+"""Accounts that several processes share, in Redis or Valkey: accounts.py in two scripts.
 
-Time is the server's, so that facades need no common clock. A request that runs is a lease, which
-its facade renews: those of a facade that was killed run out.
+Time is the server's, so that they need no common clock. A request that runs is a lease, which its
+process renews: those of one that was killed run out.
 """
 
 import asyncio
@@ -12,8 +12,8 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from rest_facade.auth import ApiKey
-from rest_facade.key_accounts import DAY, MINUTE, ROUNDING, AccountsUnavailable, Standing
+from trivium.keys.accounts import DAY, MINUTE, ROUNDING, AccountsUnavailable, Standing
+from trivium.keys.key_file import ApiKey
 
 LEASE_SECONDS = 60.0
 _TIMEOUT_SECONDS = 1.0

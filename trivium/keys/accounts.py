@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from rest_facade.auth import ApiKey
+from trivium.keys.key_file import ApiKey
 
 MINUTE = 60.0
 DAY = 86_400.0

@@ -13,15 +13,15 @@ from collections.abc import AsyncIterator
 
 from prometheus_client import CollectorRegistry, Counter
 
-from rest_facade.auth import ApiKey
-from rest_facade.key_accounts import (
+from trivium.keys.accounts import (
     MINUTE,
     Accounts,
     AccountsUnavailable,
     LocalAccounts,
     Standing,
 )
-from rest_facade.usage import RequestUsage
+from trivium.keys.key_file import ApiKey
+from trivium.keys.keyed_request import KeyedRequest
 from trivium.wire.errors import ServiceError
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class LimitMetrics:
         )
         self.store_errors = Counter(
             "trivium_limits_store_errors",
-            "Accesses to the shared store of limits that failed; this facade's own accounts count "
+            "Accesses to the shared store of limits that failed; this process's own accounts count "
             "then",
             registry=registry,
         )
@@ -75,22 +75,22 @@ class RateLimits:
         self._device_nanoseconds = 0
 
     @contextlib.asynccontextmanager
-    async def admitted(self, key: ApiKey, usage: RequestUsage) -> AsyncIterator[None]:
+    async def admitted(self, key: ApiKey, request: KeyedRequest) -> AsyncIterator[None]:
         """Around a request of this key; raises ServiceError if it is over a limit.
 
-        Sets the headers of its answer, and takes what `usage` says in the end.
+        Sets the headers of its answer, and takes what `request` says in the end.
         """
         self._metrics.requests.labels(key.name).inc()
-        request = uuid.uuid4().hex
-        accounts, standing = await self._enter(key, request)
-        usage.headers = _headers(key, standing)
+        lease = uuid.uuid4().hex
+        accounts, standing = await self._enter(key, lease)
+        request.headers = _headers(key, standing)
         if standing.over:
             self._metrics.rejections.labels(key.name, standing.over).inc()
             raise _refusal(key, standing)
         try:
             yield
         finally:
-            leaving = self._leave(accounts, key, request, *usage.taken())
+            leaving = self._leave(accounts, key, lease, *request.taken())
             # Whatever becomes of this request's own task.
             task = asyncio.create_task(leaving)
             self._leaving.add(task)
@@ -133,7 +133,7 @@ class RateLimits:
     def _failed(self, error: AccountsUnavailable) -> None:
         self._shared_from = self._clock() + _PAUSE_SECONDS
         self._metrics.store_errors.inc()
-        log.warning("limits are counted by this facade alone: %s", error)
+        log.warning("limits are counted by this process alone: %s", error)
 
 
 def _refusal(key: ApiKey, standing: Standing) -> ServiceError:

@@ -1,30 +1,35 @@
-"""API keys: a file of their SHA-256 digests, names and limits, read again when it changes.
+"""A file of API keys by their SHA-256 digests, with names and limits, read again when it changes.
 
 It is TOML, or one digest a line for keys without limits. Digests are compared in constant time.
 """
 
 import hashlib
 import hmac
-import logging
-import os
 import re
 import time
 import tomllib
 from collections.abc import Iterator
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    ValidationError,
+    model_validator,
+)
 
+from trivium.keys.watched_file import WatchedFile
 from trivium.wire.errors import ServiceError
 from trivium.wire.telemetry import is_key_name
 
-log = logging.getLogger(__name__)
-
 _LINE = re.compile(r"([0-9a-fA-F]{64})(?:\s+(\S+).*)?")
 _TABLE = re.compile(r"^\s*\[", re.MULTILINE)
-_CHECK_SECONDS = 1.0
 
 _Count = Annotated[StrictInt, Field(gt=0)]
 
@@ -37,7 +42,8 @@ class ApiKey(BaseModel):
     """A key, as its table in the file describes it; None is no limit.
 
     `models` are names as requests give them. From `expires` on, UTC unless it says otherwise, the
-    key is refused.
+    key is refused. The key of a `stage` is for one of our own processes to call the next: it says
+    whose each call is, and has no limits.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -50,17 +56,14 @@ class ApiKey(BaseModel):
     concurrent_requests: _Count | None = None
     gpu_seconds_per_day: Annotated[StrictInt | StrictFloat, Field(gt=0)] | None = None
     expires: datetime | date | None = None
+    stage: StrictBool = False
 
-    def may_use(self, model: str) -> bool:
-        """Whether this key opens the model of that name."""
-        return self.models is None or model in self.models
-
-    def check_model(self, model: str) -> None:
-        """Raises ServiceError if the key does not open this model; whether there is one, is not
-        told."""
-        if not self.may_use(model):
-            message = f"The model `{model}` does not exist or you do not have access to it."
-            raise ServiceError("model_not_found", message, "model")
+    @model_validator(mode="after")
+    def _stages_have_no_limits(self) -> Self:
+        limits = self.model_fields_set - {"name", "digest", "expires", "stage"}
+        if self.stage and limits:
+            raise ValueError(f"the key of a stage has no {sorted(limits)[0]}")
+        return self
 
     @property
     def expires_at(self) -> float:
@@ -77,14 +80,10 @@ class KeyFile:
     """The accepted keys. A file that goes bad later leaves the last good keys in force."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._checked_at = time.monotonic()
-        self._stamp = _stamp(path)
-        self._keys = _read(path)
+        self._file = WatchedFile(path, _read)
 
     def check(self, authorization: str) -> ApiKey:
         """The key that the header's value bears; ServiceError unless it is accepted."""
-        self._reload()
         scheme, _, key = authorization.partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise ServiceError(
@@ -94,35 +93,12 @@ class KeyFile:
             )
         digest = hashlib.sha256(key.strip().encode("latin-1", "replace")).digest()
         # All are compared, so that the time tells nothing of which one is near.
-        matches = [key for known, key in self._keys if hmac.compare_digest(digest, known)]
+        matches = [key for known, key in self._file.content if hmac.compare_digest(digest, known)]
         if not matches:
             raise ServiceError("invalid_api_key", "Incorrect API key provided.")
         if time.time() >= matches[0].expires_at:
             raise ServiceError("invalid_api_key", "This API key has expired.")
         return matches[0]
-
-    def _reload(self) -> None:
-        now = time.monotonic()
-        if now - self._checked_at < _CHECK_SECONDS:
-            return
-        self._checked_at = now
-        try:
-            stamp = _stamp(self._path)
-            if stamp == self._stamp:
-                return
-            self._keys = _read(self._path)
-            self._stamp = stamp
-            log.info("%d API keys read from %s", len(self._keys), self._path)
-        except KeyFileError as error:
-            log.error("the API keys stay as they were: %s", error)
-
-
-def _stamp(path: Path) -> tuple[int, int, int]:
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise KeyFileError(f"{path}: {error.strerror}") from None
-    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def _read(path: Path) -> tuple[tuple[bytes, ApiKey], ...]:
@@ -177,5 +153,5 @@ def _from_toml(text: str, path: Path) -> Iterator[ApiKey]:
             yield ApiKey(name=name, **table)
         except ValidationError as error:
             fault = error.errors(include_input=False)[0]
-            field = ".".join(str(part) for part in fault["loc"][:1])
-            raise KeyFileError(f"{where}.{field}: {fault['msg']}") from None
+            field = "".join(f".{part}" for part in fault["loc"][:1])
+            raise KeyFileError(f"{where}{field}: {fault['msg']}") from None

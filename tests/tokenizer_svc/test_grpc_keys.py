@@ -1,0 +1,216 @@
+"""API keys on gRPC: who gets in, for whom a call counts, and what a key may take."""
+
+import hashlib
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tests.tokenizer_svc.conftest import Stage, running
+from tests.tokenizer_svc.scripted_generator import (
+    finish,
+    message_of,
+    says,
+    update,
+)
+from tests.tokenizer_svc.test_generator_loss import SERVING, becomes
+from tokenizer_svc.models import Model
+from trivium.chat.v1 import model_pb2
+from trivium.generator.v1 import generator_pb2
+from trivium.keys import watched_file
+from trivium.tokenizer.v1 import tokenizer_pb2
+from trivium.wire.errors import ServiceError, from_rpc_error
+
+STOP = generator_pb2.FINISH_REASON_STOP_TOKEN
+
+Start = Callable[..., AbstractAsyncContextManager[Stage]]
+
+
+def table(name: str, /, **fields: object) -> str:
+    """A key's table; the key is its name."""
+    lines = [f"[keys.{name}]", f'digest = "{hashlib.sha256(name.encode()).hexdigest()}"']
+    return "\n".join([*lines, *(f"{field} = {value}" for field, value in fields.items())]) + "\n"
+
+
+def bearing(key: str, **more: str) -> tuple[tuple[str, str], ...]:
+    return (
+        ("authorization", f"Bearer {key}"),
+        *((k.replace("_", "-"), v) for k, v in more.items()),
+    )
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "keys.toml"
+
+
+@pytest.fixture
+def start(model: Model, model_folder: Path, file: Path) -> Start:
+    """Starts a stage that takes the keys of these tables."""
+
+    def started(*tables: str) -> AbstractAsyncContextManager[Stage]:
+        write(file, *tables)
+        return running(model, model_folder, api_keys_file=file)
+
+    return started
+
+
+def write(file: Path, *tables: str) -> None:
+    file.write_text("\n".join(tables))
+
+
+def answers(stage: Stage) -> None:
+    """Each answer has three tokens of output."""
+    stage.generator.script = says(
+        [message_of(update(0, stage.encode("abc"))), message_of(finish(0, STOP, 3))]
+    )
+
+
+async def ask(stage: Stage, *metadata: tuple[str, str]) -> Any:
+    return await stage.chat.CreateChatCompletion(stage.request(), metadata=metadata)
+
+
+async def refusal(call: Any) -> ServiceError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return from_rpc_error(caught.value)
+
+
+async def test_only_an_accepted_key_gets_in(start: Start) -> None:
+    """Without one, with a wrong and with an expired one every call is refused, streamed or not;
+    health needs none."""
+    yesterday = (datetime.now(UTC) - timedelta(days=1)).isoformat()
+    async with start(table("good"), table("old", expires=yesterday)) as stage:
+        answers(stage)
+        health = health_pb2_grpc.HealthStub(stage.channel)
+        checked = await health.Check(health_pb2.HealthCheckRequest())
+        await ask(stage, *bearing("good"))
+        for metadata in ((), bearing("bad"), bearing("old")):
+            stream = stage.chat.StreamChatCompletion(stage.request(), metadata=metadata)
+            listed = stage.models.ListModels(model_pb2.ListModelsRequest(), metadata=metadata)
+            errors = [
+                await refusal(ask(stage, *metadata)),
+                await refusal(stream.read()),
+                await refusal(listed),
+            ]
+            assert ["invalid_api_key"] * 3 == [error.code for error in errors]
+
+    assert checked.status == health_pb2.HealthCheckResponse.SERVING
+    assert 1 == len(stage.generator.calls)
+
+
+async def test_a_call_is_its_keys_whatever_it_says(start: Start) -> None:
+    """Only another stage says whose a call is: it has checked the key."""
+    async with start(table("good"), table("facade", stage="true")) as stage:
+        answers(stage)
+        await ask(stage, *bearing("good", x_trivium_key_name="somebody"))
+        await ask(stage, *bearing("facade", x_trivium_key_name="alice"))
+
+    names = [call.metadata["x-trivium-key-name"] for call in stage.generator.calls]
+    assert ["good", "alice"] == names
+    assert not [call for call in stage.generator.calls if "authorization" in call.metadata]
+
+
+async def test_a_key_opens_its_models_alone(start: Start) -> None:
+    """Others are as if they did not exist, for every service."""
+    async with start(table("a", models='["tiny"]'), table("b", models='["large"]')) as stage:
+        answers(stage)
+        await becomes(stage.channel, "trivium.chat.v1.ModelService", SERVING)
+        request = model_pb2.ListModelsRequest()
+        listed = [
+            [model.id for model in found.models]
+            for key in "ab"
+            for found in [await stage.models.ListModels(request, metadata=bearing(key))]
+        ]
+        await ask(stage, *bearing("a"))
+        tokenize = tokenizer_pb2.TokenizeRequest(model="tiny", text="a")
+        errors = [
+            await refusal(ask(stage, *bearing("b"))),
+            await refusal(stage.tokenizer.Tokenize(tokenize, metadata=bearing("b"))),
+            await refusal(
+                stage.models.GetModel(model_pb2.GetModelRequest(id="tiny"), metadata=bearing("b"))
+            ),
+        ]
+
+    assert [["tiny"], []] == listed
+    assert [("model_not_found", param) for param in ("model", "model", "id")] == [
+        (error.code, error.param) for error in errors
+    ]
+
+
+async def test_requests_over_the_limit_are_refused(start: Start) -> None:
+    """With the time after which one comes back; the answers' metadata counts down as headers do."""
+    async with start(table("a", requests_per_minute=1), table("b")) as stage:
+        answers(stage)
+        call = stage.chat.CreateChatCompletion(stage.request(), metadata=bearing("a"))
+        await call
+        told = dict(await call.initial_metadata())
+        late = stage.chat.StreamChatCompletion(stage.request(), metadata=bearing("a"))
+        error = await refusal(late.read())
+        told_late = dict(await late.initial_metadata())
+        await ask(stage, *bearing("b"))
+
+    assert ("rate_limit_exceeded", True) == (error.code, 50 < (error.retry_after or 0) <= 60)
+    assert ("1", "0") == (
+        told["x-ratelimit-limit-requests"],
+        told["x-ratelimit-remaining-requests"],
+    )
+    assert "0" == told_late["x-ratelimit-remaining-requests"]
+
+
+async def test_tokens_count_when_a_call_has_ended(start: Start) -> None:
+    """Those of prompt and answer; what is no completion counts for nothing."""
+    async with start(table("a", tokens_per_minute=30)) as stage:
+        answers(stage)
+        usage = (await ask(stage, *bearing("a"))).usage
+        tokenize = tokenizer_pb2.TokenizeRequest(model="tiny", text="a" * 1000)
+        await stage.tokenizer.Tokenize(tokenize, metadata=bearing("a"))
+        error = await refusal(ask(stage, *bearing("a")))
+
+    assert 30 <= usage.prompt_tokens + usage.completion_tokens
+    assert ("rate_limit_exceeded", True) == (error.code, "tokens" in error.message)
+
+
+async def test_a_stage_has_no_limits_and_a_public_key_no_stage(start: Start, file: Path) -> None:
+    """The key of a stage is not counted, and cannot have what would be ignored."""
+    async with start(table("facade", stage="true")) as stage:
+        answers(stage)
+        for _ in range(3):
+            await ask(stage, *bearing("facade"))
+
+    with pytest.raises(SystemExit):
+        async with start(table("facade", stage="true", requests_per_minute=3)):
+            pass
+
+
+async def test_a_key_that_is_withdrawn_opens_no_more(
+    start: Start, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From then on, though the call that runs is left to its end."""
+    monkeypatch.setattr(watched_file, "CHECK_SECONDS", 0)
+    async with start(table("a")) as stage:
+        answers(stage)
+        await ask(stage, *bearing("a"))
+        write(file, table("b"))
+        error = await refusal(ask(stage, *bearing("a")))
+        await ask(stage, *bearing("b"))
+
+    assert "invalid_api_key" == error.code
+
+
+async def test_reflection_can_be_shut(model: Model, model_folder: Path) -> None:
+    """It is unknown then."""
+    reflection = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+    codes = []
+    for is_open in (True, False):
+        async with running(model, model_folder, reflection=is_open) as stage:
+            call = stage.channel.stream_stream(reflection)()
+            await call.done_writing()
+            codes.append(await call.code())
+
+    assert [grpc.StatusCode.OK, grpc.StatusCode.UNIMPLEMENTED] == codes

@@ -1,0 +1,70 @@
+"""What the settings of all stages say of keys, and what is opened by them.
+
+A wrong setting ends the process with status 2.
+"""
+
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+
+from trivium.keys.accounts import Accounts
+from trivium.keys.key_file import KeyFile, KeyFileError
+from trivium.keys.own_key import OwnKey, OwnKeyError
+from trivium.keys.rate_limits import LimitMetrics, RateLimits
+from trivium.wire.settings import refuse_to_start
+
+# Of each setting, in all services that have it.
+API_KEYS_FILE = (
+    "File of the accepted API keys, by their SHA-256 digests: TOML with names, models, limits and "
+    "expiry, or one digest (hex) a line, then an optional name; # starts a comment. Read again "
+    "when it changes. Without it no key is asked for."
+)
+STAGE_KEYS_FILE = (
+    "File of the accepted API keys as in TRIVIUM_FACADE_API_KEYS_FILE, of which only those of "
+    "stages open this one. Without it no key is asked for."
+)
+LIMITS_URL = (
+    "Redis or Valkey in which all processes count the limits of keys together, such as "
+    "redis://host:6379/0; needs trivium[redis]. Without it, and while it cannot be reached, each "
+    "process counts for itself."
+)
+ALLOW_UNAUTHENTICATED_REMOTE = (
+    "Listen on an address that others can reach although no API keys are set."
+)
+REFLECTION = "Answer gRPC reflection, by which tools such as grpcurl learn the protocol."
+
+
+def open_keys(setting: str, path: Path | None) -> KeyFile | None:
+    """The keys in the file that `setting` names, if it names one."""
+    if path is None:
+        return None
+    try:
+        return KeyFile(path)
+    except KeyFileError as error:
+        refuse_to_start(f"{setting}: {error}")
+
+
+def open_own_key(setting: str, path: Path | None) -> OwnKey | None:
+    """The key in the file that `setting` names, if it names one."""
+    if path is None:
+        return None
+    try:
+        return OwnKey(path)
+    except OwnKeyError as error:
+        refuse_to_start(f"{setting}: {error}")
+
+
+def open_limits(setting: str, url: str | None, registry: CollectorRegistry) -> RateLimits:
+    """The limits of keys, shared at the URL that `setting` names; while an event loop runs."""
+    shared: Accounts | None = None
+    if url is not None:
+        try:
+            # Only here, as the library is an extra.
+            from trivium.keys.shared_accounts import SharedAccounts
+
+            shared = SharedAccounts(url)
+        except ImportError:
+            refuse_to_start(f"{setting}: install trivium[redis] for it")
+        except ValueError as error:
+            refuse_to_start(f"{setting}: {error}")
+    return RateLimits(LimitMetrics(registry), shared)
