@@ -1,6 +1,6 @@
 """What `promtool check metrics` finds fault with: the rules of Prometheus' promlint, in Python.
 
-Prometheus itself comes in no package of PyPI.
+So that metrics are checked where no Prometheus is installed; where one is, the two are compared.
 """
 
 import re
@@ -41,7 +41,7 @@ def faults(family: Metric) -> Iterator[str]:
         if (base := _base_unit(part)) not in (None, part):
             yield f'use base unit "{base}" instead of "{part}"'
         if part in _TYPES and family.type == part:
-            yield f'metric name should not include type "{part}"'
+            yield f"metric name should not include type '{part}'"
         if part in _ABBREVIATIONS:
             yield "metric names should not contain abbreviated units"
     if family.type not in ("histogram", "summary"):

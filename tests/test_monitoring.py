@@ -11,10 +11,14 @@ import httpx
 import promql_parser
 import pytest
 import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests import prometheus
 from tests.prometheus_lint import faults
 from trivium.cli.pipeline import free_ports
 from trivium.wire.in_flight import InFlight
@@ -60,13 +64,18 @@ def labels(generate: ModuleType) -> dict[str, set[str]]:
     return found
 
 
-def test_lint_finds_what_promtool_finds() -> None:
-    """Of names that are wrong on purpose."""
+def wrong_on_purpose() -> CollectorRegistry:
+    """Two metrics with faults, and one without."""
     registry = CollectorRegistry()
     Gauge("a:fooBar_milliseconds_total", "", registry=registry)
     Gauge("a_gauge_ms", "Text.", ["le"], registry=registry).labels("1")
     Counter("good_seconds", "Text.", registry=registry)
-    found = {family.name: list(faults(family)) for family in registry.collect()}
+    return registry
+
+
+def test_lint_finds_faults() -> None:
+    """Of names that are wrong on purpose, in promtool's words."""
+    found = {family.name: list(faults(family)) for family in wrong_on_purpose().collect()}
 
     assert {
         "a:fooBar_milliseconds_total": [
@@ -77,7 +86,7 @@ def test_lint_finds_what_promtool_finds() -> None:
             'use base unit "seconds" instead of "milliseconds"',
         ],
         "a_gauge_ms": [
-            'metric name should not include type "gauge"',
+            "metric name should not include type 'gauge'",
             "metric names should not contain abbreviated units",
             'non-histogram metrics should not have "le" label',
         ],
@@ -85,8 +94,26 @@ def test_lint_finds_what_promtool_finds() -> None:
     } == found
 
 
+def named_faults(registry: CollectorRegistry) -> set[tuple[str, str]]:
+    """What our own lint finds, of metrics by the names that a scrape has."""
+    return {
+        (f"{family.name}_total" if family.type == "counter" else family.name, fault)
+        for family in registry.collect()
+        for fault in faults(family)
+    }
+
+
+@pytest.mark.parametrize("of", [*STAGES, "wrong_on_purpose"])
+def test_promtool_finds_what_lint_finds(generate: ModuleType, of: str) -> None:
+    """In each stage's metrics, and in names that are wrong."""
+    registry = wrong_on_purpose() if of not in STAGES else getattr(generate, f"{of}_registry")()
+    list(generate.touched(registry))
+
+    assert named_faults(registry) == prometheus.lint(generate_latest(registry).decode())
+
+
 @pytest.mark.parametrize("stage", STAGES)
-def test_promtool_finds_no_fault_but_those_we_want(generate: ModuleType, stage: str) -> None:
+def test_lint_finds_no_fault_but_those_we_want(generate: ModuleType, stage: str) -> None:
     """vLLM's names are vLLM's, and device time is counted in whole nanoseconds, which add up."""
     found = {
         (family.name, fault) for family in scraped(generate, stage) for fault in faults(family)
@@ -233,6 +260,26 @@ def test_the_dashboards_panels_have_places_of_their_own() -> None:
     assert "model" in {variable["name"] for variable in DASHBOARD["templating"]["list"]}
 
 
+def test_grafana_knows_every_field_of_the_dashboard() -> None:
+    """Read into the types that Grafana publishes and written again, none is lost or another one."""
+    register_default_plugins()
+    back = json.loads(JSONEncoder().encode(Dashboard.from_json(DASHBOARD)))
+
+    assert [] == list(lost(DASHBOARD, back, "dashboard"))
+
+
+def lost(value: Any, other: Any, place: str) -> Iterator[str]:
+    """Where `other` does not have what `value` has; it may have more fields."""
+    if isinstance(value, dict) and isinstance(other, dict):
+        for name, field in value.items():
+            yield from lost(field, other.get(name), f"{place}.{name}")
+    elif isinstance(value, list) and isinstance(other, list) and len(value) == len(other):
+        for number, (one, another) in enumerate(zip(value, other, strict=True)):
+            yield from lost(one, another, f"{place}[{number}]")
+    elif value != other:
+        yield place
+
+
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
 def test_alerts_say_what_is_wrong_and_what_to_do(rule: Any) -> None:
     """Each has a severity, waits before it calls anybody, and names labels that it has."""
@@ -241,8 +288,17 @@ def test_alerts_say_what_is_wrong_and_what_to_do(rule: Any) -> None:
     assert rule["annotations"].keys() == {"summary", "description"}
 
 
-def test_rule_tests_are_of_rules_that_exist(labels: dict[str, set[str]]) -> None:
-    """Their series are those that are scraped, their alerts those of the rules."""
+@pytest.mark.parametrize("command", ["check rules alerts.yaml", "test rules alerts_test.yaml"])
+def test_promtool_accepts_the_rules(command: str) -> None:
+    """Prometheus can load them, and each fires when its test says so, with the right words."""
+    *words, file = command.split()
+    result = prometheus.promtool(*words, FOLDER / file)
+
+    assert 0 == result.returncode, result.stdout + result.stderr
+
+
+def test_every_rule_is_tested(labels: dict[str, set[str]]) -> None:
+    """The tests' series are those that are scraped, and each rule fires in one of them."""
     series = [one["series"] for test in RULE_TESTS["tests"] for one in test["input_series"]]
     for text in series:
         selector = promql_parser.parse(text)
@@ -250,11 +306,12 @@ def test_rule_tests_are_of_rules_that_exist(labels: dict[str, set[str]]) -> None
         assert selector.name in labels
         named = {matcher.name for matcher in selector.matchers.matchers}
         assert named <= labels[selector.name] | OF_TARGETS
-    alerts = {
+    fired = {
         alert["alertname"]
         for test in RULE_TESTS["tests"]
         for alert in test.get("alert_rule_test", ())
+        if alert["exp_alerts"]
     }
 
     assert ["alerts.yaml"] == RULE_TESTS["rule_files"]
-    assert alerts <= {rule["alert"] for rule in RULES}
+    assert fired == {rule["alert"] for rule in RULES}
