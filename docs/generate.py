@@ -23,7 +23,6 @@ from generator_svc.engine import Load
 from generator_svc.metering import Meter
 from generator_svc.metrics import EngineCollector, RequestMetrics, register_info
 from generator_svc.run.runner import DeviceInfo
-from generator_svc.sequence import FinishReason
 from generator_svc.usage import UsageMetrics
 from rest_facade.config import FacadeSettings
 from tests import compatibility
@@ -150,11 +149,8 @@ def touched(registry: CollectorRegistry) -> Iterator[Metric]:
 def generator_registry() -> CollectorRegistry:
     """The generator's metrics, without a generator."""
     registry = CollectorRegistry()
-    meter = Meter()
-    meter.overhead["reason"] = 1
-    meter.settled[next(iter(FinishReason))] = 1
     idle = Load(*(1 for _ in Load.__dataclass_fields__))
-    registry.register(EngineCollector(lambda: idle, lambda: 0.0, meter, "model"))
+    registry.register(EngineCollector(lambda: idle, lambda: 0.0, Meter(), "model"))
     RequestMetrics(registry, "model")
     UsageMetrics(registry, "model")
     register_info(registry, "model", "", DeviceInfo("", "", 0, 0, 0), prefix_cache=True)

@@ -16,6 +16,7 @@ PADDING = "padding"
 CACHE_MOVES = "cache_moves"
 WARM_UP = "warm_up"
 REPREFILL = "reprefill"
+OVERHEADS = (PADDING, CACHE_MOVES, WARM_UP, REPREFILL)
 
 
 def share(nanoseconds: int, weights: ListOf[int]) -> list[int]:

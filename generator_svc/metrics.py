@@ -18,9 +18,10 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from generator_svc.engine import Load
-from generator_svc.metering import Meter
+from generator_svc.metering import OVERHEADS, Meter
 from generator_svc.run.runner import DeviceInfo
-from generator_svc.sequence import SequenceGroup, SequenceUpdate
+from generator_svc.sequence import FinishReason, SequenceGroup, SequenceUpdate
+from trivium.wire.errors import ERRORS
 from trivium.wire.histogram import TokenHistogram
 
 _FIRST_TOKEN_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
@@ -100,13 +101,16 @@ class RequestMetrics(Collector):
             ["model_name", "reason"],
             registry=registry,
         )
-        self._rejected.labels(model_name=model, reason="queue_full")
         self._finished = Counter(
             "trivium_engine_calls",
             "Calls that ended, by finish reason; cancelled and failed ones too",
             ["model_name", "finished_reason"],
             registry=registry,
         )
+        for code in ERRORS:  # of a series that starts at 1 no rate is known
+            self._rejected.labels(model, code)
+        for outcome in FinishReason:
+            self._finished.labels(model, outcome.name.lower())
 
     def sent(self, updates: Sequence[SequenceUpdate]) -> None:
         """Counts a message with these updates."""
@@ -232,16 +236,14 @@ class EngineCollector(Collector):
             "Device time not charged to any request",
             labels=["model_name", "reason"],
         )
-        for reason, nanoseconds in sorted(overheads.items()):
-            overhead.add_metric([self._model, reason], nanoseconds)
+        for reason in OVERHEADS:
+            overhead.add_metric([self._model, reason], overheads[reason])
         yield overhead
         requests = CounterMetricFamily(
             "trivium_device_request_nanoseconds",
             "Device time of ended sequences by finish reason",
             labels=["model_name", "outcome"],
         )
-        for outcome, nanoseconds in sorted(
-            (reason.name.lower(), nanos) for reason, nanos in settled.items()
-        ):
-            requests.add_metric([self._model, outcome], nanoseconds)
+        for outcome in FinishReason:
+            requests.add_metric([self._model, outcome.name.lower()], settled[outcome])
         yield requests

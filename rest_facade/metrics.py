@@ -55,8 +55,6 @@ class Metrics:
             ("code",),
             registry=self.registry,
         )
-        for code in ERRORS:  # of a series that starts at 1 no rate is known
-            self.rejections.labels(code)
         self.disconnects = Counter(
             "trivium_http_disconnects",
             "Clients that left before their answer was complete.",
@@ -68,6 +66,9 @@ class Metrics:
             ("code",),
             registry=self.registry,
         )
+        for code in ERRORS:  # of a series that starts at 1 no rate is known
+            self.rejections.labels(code)
+            self.stream_errors.labels(code)
 
     def follow(self, status: Callable[[], ReplicaSetStatus], in_flight: InFlight) -> None:
         """From now on, tells of these requests, and of these replicas of the tokenizer too."""

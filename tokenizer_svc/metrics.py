@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from tokenizer_svc.generator.types import TokenUpdate
 from tokenizer_svc.output.events import Delta, FinishReason
-from trivium.wire.errors import CLIENT_LEFT, code_of
+from trivium.wire.errors import CLIENT_LEFT, ERRORS, code_of
 from trivium.wire.histogram import TokenHistogram
 
 _LABELS = ["model_name"]
@@ -99,9 +99,18 @@ class Metrics:
 
     def expect(self, models: Iterable[str]) -> None:
         """Shows zeros for these models: of a series that starts at 1 no rate is known."""
+        for code in ("ok", *ERRORS):
+            self.requests.labels(code)
+        of_models = (
+            *(self.prompt_tokens, self.generation_tokens),
+            *(self.request_prompt_tokens, self.request_generation_tokens),
+            *(self.time_to_first_token, self.inter_token_latency, self.request_latency),
+        )
         for model in models:
             for reason in _REASONS:
                 self.success.labels(model, reason)
+            for metric in of_models:
+                metric.labels(model)
 
     def request(self) -> "RequestMeter":
         """A context manager around one request."""

@@ -1,0 +1,57 @@
+"""What the three services tell Prometheus before anything has happened."""
+
+from pathlib import Path
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.pipeline.services import Services
+from trivium.cli.pipeline import LOOPBACK
+
+# Labels whose values nobody knows beforehand: what was asked for, and whose key asked.
+OPEN = {"status", "route", "key"}
+
+
+def ports(services: Services) -> list[int]:
+    """Where each stage's metrics are."""
+    pipeline = services.pipeline
+    return [pipeline.port, pipeline.tokenizer_metrics_port, pipeline.generator_metrics_port]
+
+
+def counters(ports: list[int]) -> set[tuple[str, frozenset[tuple[str, str]]]]:
+    """All counted series at these ports, by name and labels, but for those with open labels."""
+    found = set()
+    for port in ports:
+        text = httpx.get(f"http://{LOOPBACK}:{port}/metrics").text
+        for family in text_string_to_metric_families(text):
+            if family.type in ("counter", "histogram"):
+                for sample in family.samples:
+                    if not OPEN & sample.labels.keys():
+                        found.add((sample.name, frozenset(sample.labels.items())))
+    return found
+
+
+def test_what_is_counted_is_zero_before_it_happens(tiny_model: Path, tmp_path: Path) -> None:
+    """So that a rate shows the first request, the first refusal and the first failure as well:
+    Prometheus knows no rate of a series that begins with its first event."""
+    with Services(tiny_model, tmp_path) as services:
+        facade, tokenizer, generator = ports(services)
+        before = counters([facade, tokenizer, generator])
+        url = f"{services.url}/v1/chat/completions"
+        body = {"model": services.model, "messages": [{"role": "user", "content": "Once"}]}
+        endless = {**body, "max_tokens": 400, "ignore_eos": True, "stream": True}
+        httpx.post(url, json=body | {"max_tokens": 3}, timeout=60)
+        httpx.post(url, json=body | {"temperature": 9})
+        httpx.post(url, json=body | {"logit_bias": {"999999": 1}})
+        with httpx.stream("POST", url, json=endless, timeout=60) as stream:
+            next(stream.iter_lines())
+        services.wait_until_idle()
+        of_generator = counters([generator])
+        with httpx.stream("POST", url, json=endless, timeout=60) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            services.kill("generator_svc")
+            assert '"backend_unavailable"' in "".join(lines)
+
+        assert set() == of_generator - before
+        assert set() == counters([facade, tokenizer]) - before
