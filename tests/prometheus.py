@@ -1,15 +1,22 @@
 """Prometheus' programs, which come in Debian's package `prometheus` and in none of PyPI's."""
 
+import math
 import shutil
 import subprocess
+import time
 from pathlib import Path
+from typing import Any, Self
 
+import httpx
 import pytest
+import yaml
+
+from trivium.cli.pipeline import free_ports
 
 
 def promtool(*arguments: str | Path, text: str = "") -> subprocess.CompletedProcess[str]:
-    """Runs it with `text` as its standard input; skips the test where it is not installed."""
-    command = [_installed("promtool"), *map(str, arguments)]
+    """Runs it with `text` as its standard input."""
+    command = [installed("promtool"), *map(str, arguments)]
     return subprocess.run(command, input=text, capture_output=True, text=True, check=False)
 
 
@@ -21,8 +28,68 @@ def lint(text: str) -> set[tuple[str, str]]:
     return {(name, fault) for name, _, fault in (line.partition(" ") for line in lines)}
 
 
-def _installed(program: str) -> str:
+def installed(program: str) -> str:
+    """Its path; skips the test where it is not installed."""
     path = shutil.which(program)
     if path is None:
         pytest.skip(f"not installed: {program}; it is in Debian's package prometheus")
     return path
+
+
+class Prometheus:
+    """A real Prometheus that scrapes `targets`, addresses by job, each second, and evaluates the
+    `rules`. A context manager around what is asked of it."""
+
+    def __init__(self, folder: Path, targets: dict[str, list[str]], rules: Path) -> None:
+        [port] = free_ports(1)
+        self._url = f"http://127.0.0.1:{port}"
+        self._folder = folder
+        jobs = [
+            {"job_name": job, "static_configs": [{"targets": addresses}]}
+            for job, addresses in targets.items()
+        ]
+        every_second = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+        config = {"global": every_second, "rule_files": [str(rules)], "scrape_configs": jobs}
+        (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+
+    def __enter__(self) -> Self:
+        command = [installed("prometheus"), f"--config.file={self._folder}/prometheus.yml"]
+        command += [f"--storage.tsdb.path={self._folder}/data", "--log.level=warn"]
+        command += [f"--web.listen-address={self._url.removeprefix('http://')}"]
+        self._log = self._folder / "prometheus.log"
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+        self._client = httpx.Client(base_url=self._url, trust_env=False, timeout=30)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+        self._process.terminate()
+        self._process.wait()
+
+    def until_it_scrapes(self, count: int) -> None:
+        """Returns once it has had an answer of so many targets."""
+        deadline = time.monotonic() + 60
+        while self._is_up() < count:
+            assert self._process.poll() is None, self._log.read_text()
+            assert time.monotonic() < deadline, self.ask("targets")
+            time.sleep(0.1)
+
+    def _is_up(self) -> int:
+        try:
+            found = self.ask("query", query="count(up == 1)")["result"]
+        except (httpx.TransportError, AssertionError):  # it begins
+            return 0
+        return int(found[0]["value"][1]) if found else 0
+
+    def ask(self, what: str, **parameters: str | float) -> Any:
+        """The data of an answer of its HTTP API, whose path ends in `what`."""
+        answer = self._client.get(f"/api/v1/{what}", params=parameters)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["data"]
+
+    def values(self, query: str, since: float) -> list[float]:
+        """All numbers that a graph of `query` shows, second by second from `since` to now."""
+        data = self.ask("query_range", query=query, start=since, end=time.time(), step=1)
+        numbers = [float(value) for series in data["result"] for _, value in series["values"]]
+        return [number for number in numbers if math.isfinite(number)]
