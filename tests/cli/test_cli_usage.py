@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,15 @@ def test_lines_that_are_no_records_are_passed_over(tmp_path: Path) -> None:
     assert [1] == [row["requests"] for row in summed(file)]
 
 
+def test_records_may_come_from_a_pipe(tmp_path: Path) -> None:
+    """As from `docker compose logs`, among the lines of the log."""
+    lines = '{"level": "info"}\n' + write(tmp_path, record("a"), record("b")).read_text()
+    command = [sys.executable, "-m", "trivium.cli", "usage", "-", "--format", "json"]
+    output = subprocess.run(command, input=lines, text=True, stdout=subprocess.PIPE, check=True)
+
+    assert [2] == [row["requests"] for row in json.loads(output.stdout)]
+
+
 def test_csv_and_table(tmp_path: Path) -> None:
     """The same numbers, for a spreadsheet and for people."""
     file = write(tmp_path, record("a", device_nanoseconds=1_234_567_891, completion_tokens=5_000))
@@ -152,10 +163,12 @@ def test_a_broken_record_is_an_error(tmp_path: Path, line: str, fault: str) -> N
 
 
 def test_what_cannot_be_summed_is_refused(tmp_path: Path) -> None:
-    """A file that is not there, and a column that is none."""
+    """A file that is not there, a column that is none, and a month that might be any of four."""
     absent = CliRunner().invoke(app, ["usage", str(tmp_path / "absent")])
     column = CliRunner().invoke(app, ["usage", str(tmp_path), "--by", "colour"])
+    day = CliRunner().invoke(app, ["usage", str(tmp_path), "--day", "2026-1"])
 
-    assert (2, 2) == (absent.exit_code, column.exit_code)
+    assert (2, 2, 2) == (absent.exit_code, column.exit_code, day.exit_code)
     assert "absent: No such file" in absent.stderr
     assert "--by wants any of day, key, model" in column.stderr
+    assert "--day wants a day such as 2026-11-30, or a month" in day.stderr

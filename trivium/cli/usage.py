@@ -23,6 +23,8 @@ REFUSED = 2
 _WIDEST = 1000
 # The order of its records does not matter, so a log's older files may come in any.
 PATTERN = "*.usage.jsonl*"
+_STANDARD_INPUT = Path("-")
+_IS_DAY_OR_MONTH = re.compile(r"(\d{4}-\d{2}(-\d{2})?)?")
 _IS_RECORD = re.compile(rf'"event":\s*"{EVENT}"')
 
 
@@ -67,7 +69,10 @@ class UsageFileError(Exception):
 
 def usage(
     files: Annotated[
-        list[Path], typer.Argument(help=f"Files of usage records, or folders with {PATTERN}.")
+        list[Path],
+        typer.Argument(
+            help=f"Files of usage records, or folders with {PATTERN}; - is standard input."
+        ),
     ],
     by: Annotated[str, typer.Option(help="What to sum by: any of day, key, model.")] = (
         "day,key,model"
@@ -80,6 +85,8 @@ def usage(
         columns = [By(name) for name in by.split(",")]
     except ValueError:
         _refuse(f"--by wants any of day, key, model, separated by commas; got {by}")
+    if not _IS_DAY_OR_MONTH.fullmatch(day):
+        _refuse(f"--day wants a day such as 2026-11-30, or a month such as 2026-11; got {day}")
     try:
         records = [record for record in read_records(files) if record["time"].startswith(day)]
     except UsageFileError as error:
@@ -117,7 +124,8 @@ def read_records(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
     for path in paths:
         for file in sorted(path.glob(PATTERN)) if path.is_dir() else [path]:
             try:
-                with file.open(encoding="utf-8", errors="replace") as lines:
+                opened = 0 if file == _STANDARD_INPUT else file
+                with open(opened, encoding="utf-8", errors="replace") as lines:
                     for number, line in enumerate(lines, start=1):
                         if _IS_RECORD.search(line) and line.endswith("\n"):
                             yield _record(line, f"{file}: line {number}")
