@@ -238,10 +238,11 @@ async def serve(
     keys: KeyFile | None = None,
 ) -> int:
     """Serves until a signal (0) or a fault of the engine (1); returns the exit status."""
+    signals = StopSignals()  # before anything runs that a signal could interrupt halfway
     async with ConstraintCompiler(
         model.tokenizer, model.vocab_size, model.eos_token_ids, settings.constraint_cache_bytes
     ) as constraints:
-        return await serve_constrained(settings, model, runner, constraints, keys)
+        return await serve_constrained(settings, model, runner, constraints, signals, keys)
 
 
 async def serve_constrained(
@@ -249,6 +250,7 @@ async def serve_constrained(
     model: ModelDirectory,
     runner: OrtRunner,
     constraints: ConstraintCompiler,
+    signals: StopSignals,
     keys: KeyFile | None = None,
 ) -> int:
     loop = asyncio.get_running_loop()
@@ -263,6 +265,9 @@ async def serve_constrained(
     )
     engine = build_engine(settings, runner, meter, dispatcher.deliver, report_fault)
     await asyncio.to_thread(engine.start, functools.partial(warm_up, runner, meter))
+    if signals.first.is_set():  # nobody has heard of this process yet
+        engine.close()
+        return 0
     info = describe(model, runner, settings)
     registry = CollectorRegistry()
     precision = model.precision or ""
@@ -283,7 +288,6 @@ async def serve_constrained(
         None if keys is None else Door(keys),
         settings.reflection,
     )
-    signals = StopSignals()
     port = await server.start(f"{settings.host}:{settings.port}")
     await server.set_serving(True)
     log.info("serving %s on port %d by %s", model.id, port, info.execution_provider)

@@ -4,6 +4,8 @@ import asyncio
 import shutil
 import signal
 import socket
+import sys
+from pathlib import Path
 
 import grpc
 import httpx
@@ -216,6 +218,27 @@ async def test_a_stop_signal_ends_the_loading(model, number):
         _, words = await process.communicate()
 
     assert (0, False) == (process.returncode, b"Traceback" in words)
+
+
+def _children(pid):
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+async def test_a_stop_signal_ends_the_warm_up(model):
+    """Loaded, but not ready: it ends in good order too."""
+    settings = {"port": 0, "metrics_port": 0, "threads": 1, "drain_notice_seconds": 0}
+    process = await spawn(model_directory=model.path, **settings)
+    async with asyncio.timeout(60):
+        while b"threads of a run" not in await process.stderr.readline():
+            assert process.returncode is None
+        while not _children(process.pid):  # the sandbox: from now on the event loop runs
+            assert process.returncode is None
+        process.send_signal(signal.SIGTERM)
+        _, words = await process.communicate()
+
+    assert 0 == process.returncode
+    assert [] == lines_of(words.decode())
 
 
 async def test_a_stream_that_takes_longer_than_the_drain_is_cut(model):
