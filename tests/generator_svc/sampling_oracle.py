@@ -23,21 +23,28 @@ def sequence_of(prompt=(0,), output=(), **fields):
 
 
 def adjusted(sequence, logits):
-    """Logits after bias, mask, repetition, frequency and presence penalty, in this order."""
+    """Logits after bias, mask, repetition, frequency and presence penalty, in this order; float32
+    after each, which matters where a small repetition penalty makes millions of them."""
     sampling, request = sequence.request.sampling, sequence.request
     output = sequence.token_ids[sequence.prompt_length :]
     result = []
     for token_id, given in enumerate(logits):
-        value = float(given) + sampling.logit_bias.get(token_id, 0.0)
+        value = _float32(float(given) + sampling.logit_bias.get(token_id, 0.0))
         if len(output) < request.min_new_tokens and token_id in request.stop_token_ids:
             value = -math.inf
         if token_id in sequence.token_ids:
             penalty = sampling.repetition_penalty
-            value = value / penalty if value > 0 else value * penalty
-        value -= sampling.frequency_penalty * output.count(token_id)
-        value -= sampling.presence_penalty * (token_id in output)
-        result.append(value)
+            value = _float32(value / penalty if value > 0 else value * penalty)
+        frequency = sampling.frequency_penalty * output.count(token_id)
+        result.append(
+            _float32(value - frequency - sampling.presence_penalty * (token_id in output))
+        )
     return result
+
+
+@np.errstate(over="ignore")
+def _float32(value):
+    return float(np.float32(value))
 
 
 def probabilities(sequence, logits):

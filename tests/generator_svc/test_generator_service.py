@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import threading
 import time
 
 import grpc
@@ -15,6 +16,7 @@ from grpc_status import rpc_status
 
 from tests.fakes import FixedPrefillCost, greedy, scripted_logits
 from tests.generator_svc.generator_stage import (
+    PATIENCE_SECONDS,
     SERVICE,
     Stage,
     by_last_token,
@@ -128,6 +130,14 @@ async def test_a_stopped_choice_finishes_with_exact_counts_and_the_others_go_on(
 async def test_what_gathers_while_a_message_is_written_goes_out_as_one():
     """The first token goes out at once; the rest waits for the reader and is complete."""
     stage = Stage(slot_length=1024, logits=by_last_token)
+    run, is_read = stage.runner.run, threading.Event()
+
+    def run_once_read(plan):
+        if plan.rows:  # a busy machine would wake the reader after several tokens only
+            assert is_read.wait(PATIENCE_SECONDS)
+        return run(plan)
+
+    stage.runner.run = run_once_read
     async with stage.running():
         start = pb.StartGeneration(
             revision="r1", prompt_token_ids=[4, 5], max_new_tokens=400, n=2, top_logprobs=1
@@ -138,6 +148,7 @@ async def test_what_gathers_while_a_message_is_written_goes_out_as_one():
 
         responses = stage.service.Generate(requests(), None)
         messages = [await anext(responses)]
+        is_read.set()
         await stage.until(lambda load: not load.running_sequences and not load.waiting_sequences)
         messages += [message async for message in responses]
 
