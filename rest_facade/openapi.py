@@ -5,6 +5,7 @@ streams, which OpenAPI 3.1 has no words for.
 """
 
 import copy
+import functools
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -35,6 +36,7 @@ _SCHEMAS = (
     TokenizerInfoRequest,
     ChatCompletionChunk,
     TextCompletionChunk,
+    ErrorResponse,
 )
 # Or none: whether a key is asked for is the operator's choice.
 _KEY: list[dict[str, list[str]]] = [{}, {"key": []}]
@@ -103,7 +105,9 @@ def checks_health(operation_id: str, summary: str, answer: type) -> dict[str, An
 
 
 def _errors(statuses: Sequence[int]) -> dict[int, dict[str, Any]]:
-    return {status: {"description": _codes(status), "model": ErrorResponse} for status in statuses}
+    # Not as a "model", of which FastAPI would make a field for each route and status.
+    content = {"application/json": {"schema": _ref(ErrorResponse)}}
+    return {status: {"description": _codes(status), "content": content} for status in statuses}
 
 
 def _codes(status: int) -> str:
@@ -142,6 +146,7 @@ def _without_head(route: BaseRoute) -> BaseRoute:
     return shown
 
 
+@functools.cache
 def _schemas() -> dict[str, Any]:
     mode: JsonSchemaMode = "validation"
     adapters = [(kind.__name__, mode, TypeAdapter(kind)) for kind in _SCHEMAS]
