@@ -49,6 +49,7 @@ class Backend:
         self.replicas = ReplicaSet(target, CHAT_SERVICE, any_reachable=True)
         self._timeout = timeout
         self._key = key
+        self._is_key_accepted = False
         self._running: set[grpc.aio.Call] = set()
         self._stopped = False
         self._clock = asyncio.get_running_loop().time
@@ -147,6 +148,8 @@ class Backend:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds / 2):
                 await self._can_complete.wait()
+                if not self._is_key_accepted:  # a tokenizer's health does not tell
+                    await self.models()
                 return
         try:
             async with asyncio.timeout(seconds / 2):
@@ -193,6 +196,7 @@ class Backend:
                 message = "The model server broke off."
                 service_error = ServiceError("backend_unavailable", message)
             elif service_error.code == "invalid_api_key":  # ours, not the caller's
+                self._is_key_accepted = False
                 log.error("the tokenizer refuses this stage's key: %s", service_error.message)
                 message = "The model server refuses this server's key."
                 service_error = ServiceError("backend_unavailable", message)
@@ -220,7 +224,9 @@ class Backend:
     ) -> Response:
         async def attempt(replica: Replica) -> Response:
             call = method(replica)(request, timeout=seconds, metadata=self._metadata())
-            return await replica.track(call)
+            response = await replica.track(call)
+            self._is_key_accepted = True
+            return response
 
         with self.errors_translated():
             return await self.replicas.ask(attempt)

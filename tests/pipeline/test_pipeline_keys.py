@@ -221,6 +221,7 @@ def test_a_facade_whose_key_is_refused_says_so(services: Services, folder: Path)
     services.processes["rest_facade"].wait()
     services.start("rest_facade", TRIVIUM_FACADE_TOKENIZER_API_KEY_FILE=wrong)
     services.until(lambda: services.health() in (200, 503), "the facade does not answer")
+    health = httpx.get(f"{services.url}/health")
     answer = httpx.post(
         f"{services.url}/v1/chat/completions",
         json=body(services),
@@ -230,7 +231,8 @@ def test_a_facade_whose_key_is_refused_says_so(services: Services, folder: Path)
     services.start("rest_facade")
     services.wait_until_ready()
 
-    assert 503 == answer.status_code, answer.text
+    assert [503, 503] == [health.status_code, answer.status_code], answer.text
+    assert "refuses this server's key" in health.json()["error"]["message"]
     assert "backend_unavailable" == answer.json()["error"]["code"]
     assert "refuses this server's key" in answer.json()["error"]["message"]
     assert "the tokenizer refuses this stage's key" in services.log("rest_facade")

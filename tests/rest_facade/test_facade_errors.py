@@ -34,7 +34,7 @@ def check_shape(answer: httpx.Response) -> dict[str, Any]:
     return error
 
 
-@pytest.mark.parametrize("code", sorted(set(ERRORS) - {"client_closed_request"}))
+@pytest.mark.parametrize("code", sorted(set(ERRORS) - {"client_closed_request", "invalid_api_key"}))
 async def test_errors_of_the_next_stage(
     client: httpx.AsyncClient, backend: ScriptedBackend, code: str
 ) -> None:
@@ -48,6 +48,17 @@ async def test_errors_of_the_next_stage(
         assert (error["code"], error["param"]) == (code, "messages")
         retriable = ERRORS[code].http in (429, 503)
         assert answer.headers.get("retry-after") == ("60" if retriable else None)
+
+
+async def test_a_key_that_the_next_stage_refuses_is_not_the_clients(
+    client: httpx.AsyncClient, backend: ScriptedBackend
+) -> None:
+    """The facade shows a key of its own there: its client can do nothing about it."""
+    backend.script = (ServiceError("invalid_api_key", "Why."),)
+    whole = await client.post(URL, json=ASK)
+    streamed = await client.post(URL, json=ASK | {"stream": True})
+
+    assert ["backend_unavailable"] * 2 == [check_shape(each)["code"] for each in (whole, streamed)]
 
 
 @pytest.mark.parametrize(
