@@ -16,7 +16,7 @@ from trivium.cli.banner import banner
 from trivium.cli.main import app
 from trivium.cli.pipeline import Pipeline, authority, bind, free_ports
 from trivium.cli.supervisor import Stage, Supervisor
-from trivium.cli.up import has_chat_page, supervise
+from trivium.cli.up import shut_doors, supervise
 from trivium.generator.v1 import generator_pb2
 from trivium.host_limits import CpuLimit, MemoryLimit, cpu_limit, memory_limit
 
@@ -299,7 +299,7 @@ def test_the_banner_tells_what_is_really_in_use() -> None:
     )
     limits = CpuLimit(3, "quota of 3.5 CPUs in /a"), MemoryLimit(2**31, 2**30, "memory limit in /b")
     pipeline = Pipeline(Path("tiny"), host="0.0.0.0", port=8123)
-    text = banner([info], [130 * 2**20], pipeline, keys=False, limits=limits, chat_page=True)
+    text = banner([info], [130 * 2**20], pipeline, keys=False, limits=limits)
 
     wanted = (
         "tiny",
@@ -318,7 +318,7 @@ def test_the_banner_tells_what_is_really_in_use() -> None:
     assert "127.0.0.1:50051" in text
     assert "Bearer" not in text
     assert "1 facade, 1 tokenizer, 1 generator; " in text
-    assert "metrics: http://127.0.0.1:8123/metrics" in text
+    assert "http://127.0.0.1:8123/metrics" in text
     assert "http://127.0.0.1:8123/  (in a browser)" in text
 
 
@@ -332,7 +332,6 @@ def test_the_banner_tells_of_every_replica() -> None:
         pipeline,
         keys=False,
         limits=limits,
-        chat_page=True,
     )
 
     assert "2 facades, 2 tokenizers, 1 generator; --facades and --tokenizers start more" in text
@@ -340,29 +339,39 @@ def test_the_banner_tells_of_every_replica() -> None:
     assert "127.0.0.1:50051,127.0.0.1:50151 " in text
 
 
-def test_the_banner_names_no_page_that_is_turned_off() -> None:
-    """Without the chat page there is no line about it."""
+def test_the_banner_names_nothing_that_is_turned_off() -> None:
+    """There is no line about it."""
     info, limits = generator_pb2.GetModelInfoResponse(), (cpu_limit(), memory_limit())
     pipeline = Pipeline(Path("tiny"))
-    text = banner([info], [0], pipeline, keys=False, limits=limits, chat_page=False)
+    text = banner(
+        [info],
+        [0],
+        pipeline,
+        keys=False,
+        limits=limits,
+        shut={"chat", "docs", "metrics", "reflection"},
+    )
 
-    assert "in a browser" not in text
+    assert not [
+        word for word in ("in a browser", "/docs", "/metrics", "reflection") if word in text
+    ]
 
 
 @pytest.mark.parametrize("value", ["", "true", "1", "on", "false", "0", "off"])
-def test_the_page_is_named_if_the_facade_has_it(
-    value: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The command and the facade read the setting alike."""
-    monkeypatch.setenv("TRIVIUM_FACADE_CHAT_PAGE", value)
+def test_what_the_facade_offers_is_named(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command and the facade read the settings alike."""
+    for name in ("CHAT_PAGE", "DOCS", "METRICS"):
+        monkeypatch.setenv(f"TRIVIUM_FACADE_{name}", value)
+    settings = FacadeSettings()
+    offered = {"chat": settings.chat_page, "docs": settings.docs, "metrics": settings.metrics}
 
-    assert FacadeSettings().chat_page == has_chat_page()
+    assert {name for name, offers in offered.items() if not offers} == shut_doors()
 
 
 def test_the_banner_shows_where_a_key_goes() -> None:
     """With API keys the snippets take the key from OPENAI_API_KEY, as the clients do."""
     info, limits = generator_pb2.GetModelInfoResponse(), (cpu_limit(), memory_limit())
-    text = banner([info], [0], Pipeline(Path("tiny")), keys=True, limits=limits, chat_page=True)
+    text = banner([info], [0], Pipeline(Path("tiny")), keys=True, limits=limits)
 
     assert 'Authorization: Bearer $OPENAI_API_KEY"' in text
     assert 'api_key="none"' not in text

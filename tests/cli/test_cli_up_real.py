@@ -1,5 +1,6 @@
 """`trivium up` with the three real services on a tiny model: ready, and every way to end."""
 
+import hashlib
 import os
 import re
 import signal
@@ -38,6 +39,23 @@ def dead_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name.upper(), "http://127.0.0.1:1")
     for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All three ask for keys."""
+    names = ("client", "facade", "tokenizer")
+    tables = [
+        f'[keys.{name}]\ndigest = "{hashlib.sha256(name.encode()).hexdigest()}"\n'
+        f"stage = {str(name != 'client').lower()}\n"
+        for name in names
+    ]
+    (tmp_path / "keys.toml").write_text("".join(tables))
+    for stage in ("FACADE", "TOKENIZER", "GENERATOR"):
+        monkeypatch.setenv(f"TRIVIUM_{stage}_API_KEYS_FILE", str(tmp_path / "keys.toml"))
+    for setting, name in (("FACADE_TOKENIZER", "facade"), ("TOKENIZER_GENERATOR", "tokenizer")):
+        (tmp_path / name).write_text(name)
+        monkeypatch.setenv(f"TRIVIUM_{setting}_API_KEY_FILE", str(tmp_path / name))
 
 
 @pytest.fixture
@@ -144,6 +162,21 @@ def test_the_doctor_asks_no_proxy_either(dead_proxy: None, tiny_model: Path) -> 
 
     assert result.exit_code == 0, result.output
     assert "FAIL" not in result.output
+
+
+@pytest.mark.usefixtures("keys")
+def test_keys_at_every_stage(up: subprocess.Popen[str]) -> None:
+    """It gets ready, and answers those who have one."""
+    url = re.search(r"REST +(http://\S+)", read_banner(up))
+    assert url is not None
+    message = {"role": "user", "content": "Hi"}
+    body = {"model": "tiny-llama-fp32", "messages": [message], "max_tokens": 2}
+    statuses = [
+        httpx.post(f"{url[1]}/chat/completions", json=body, headers=headers).status_code
+        for headers in ({}, {"authorization": "Bearer client"})
+    ]
+
+    assert [401, 200] == statuses
 
 
 @pytest.mark.parametrize("victim", ["generator_svc", "tokenizer_svc", "rest_facade"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from trivium.cli.pipeline import Pipeline
 from trivium.generator.v1 import generator_pb2
@@ -21,25 +21,28 @@ def banner(
     pipeline: Pipeline,
     keys: bool,
     limits: tuple[CpuLimit, MemoryLimit],
-    chat_page: bool,
+    shut: Collection[str] = (),
 ) -> str:
     """Facts, addresses, and two snippets that work when pasted.
 
     `weights` are bytes, one number for each model. `keys`: an API key is needed.
-    `chat_page`: the facade has it.
+    `shut`: which of chat, docs, metrics and reflection there are not.
     """
     models = zip(infos, weights, strict=True)
     facts = [fact for info, weight_bytes in models for fact in _model(info, weight_bytes)]
     metrics = ", ".join(pipeline.facade_metrics_urls)
+    reflection = "" if "reflection" in shut else ", reflection on"
     facts += [
         ("host", "; ".join(map(str, limits))),
         ("services", _services(pipeline)),
         ("REST", f"{pipeline.url}/v1"),
-        ("gRPC", f"{pipeline.chat_target}  (trivium.chat.v1.ChatService, reflection on)"),
-        *([("chat", f"{pipeline.url}/  (in a browser)")] if chat_page else []),
+        ("gRPC", f"{pipeline.chat_target}  (trivium.chat.v1.ChatService{reflection})"),
+        ("chat", f"{pipeline.url}/  (in a browser)"),
         ("docs", f"{pipeline.url}/docs"),
-        ("health", f"{pipeline.url}/health  (metrics: {metrics})"),
+        ("metrics", metrics),
+        ("health", f"{pipeline.url}/health"),
     ]
+    facts = [(name, value) for name, value in facts if name not in shut]
     lines = ["", "Trivium is ready. Ctrl-C drains and stops it.", ""]
     lines += [f"  {name:<9}{value}" for name, value in facts]
     model, url = infos[0].id, pipeline.url

@@ -14,6 +14,7 @@ import httpx
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from trivium.generator.v1 import generator_pb2, generator_pb2_grpc
+from trivium.keys.own_key import OwnKey, own_metadata
 from trivium.wire.channel import open_channel
 
 POLL_SECONDS = 0.1
@@ -60,11 +61,12 @@ async def is_ready(address: str) -> bool:
     return await grpc_is_serving(target, service)
 
 
-async def model_info(target: str) -> generator_pb2.GetModelInfoResponse:
-    """What the generator at `target` (host:port) has loaded."""
+async def model_info(target: str, key: OwnKey | None) -> generator_pb2.GetModelInfoResponse:
+    """What the generator at `target` (host:port) has loaded; `key` is shown to it."""
     async with open_channel(target) as channel:
         stub = generator_pb2_grpc.GeneratorServiceStub(channel)
-        return await stub.GetModelInfo(generator_pb2.GetModelInfoRequest(), timeout=CALL_SECONDS)
+        request, metadata = generator_pb2.GetModelInfoRequest(), own_metadata(key)
+        return await stub.GetModelInfo(request, timeout=CALL_SECONDS, metadata=metadata)
 
 
 if __name__ == "__main__":

@@ -23,11 +23,19 @@ from trivium.cli.probe import model_info
 from trivium.cli.supervisor import LEASH, NotReady, StageDied, Supervisor
 from trivium.embedded_model import EMBEDDED_MODEL
 from trivium.host_limits import cpu_limit, memory_limit
+from trivium.keys.own_key import OwnKey
 from trivium.model_directory import ModelDirectoryError, load_model_directory
 
 STOPPED, FAILED, REFUSED = 0, 1, 2
 # A stage drains for its own limit first; this much later it is hung, and killed.
 STOP_SLACK_SECONDS = 10.0
+# What services offer unless these say otherwise, by its name in the banner.
+_DOORS = {
+    "chat": "TRIVIUM_FACADE_CHAT_PAGE",
+    "docs": "TRIVIUM_FACADE_DOCS",
+    "metrics": "TRIVIUM_FACADE_METRICS",
+    "reflection": "TRIVIUM_TOKENIZER_REFLECTION",
+}
 
 
 class Device(StrEnum):
@@ -233,11 +241,13 @@ def up(
 
 async def _run(pipeline: Pipeline, ready_seconds: float) -> int:
     async def when_ready() -> None:
-        infos = [await model_info(target) for target in pipeline.generator_targets]
+        key_file = os.environ.get("TRIVIUM_TOKENIZER_GENERATOR_API_KEY_FILE")
+        key = OwnKey(Path(key_file)) if key_file else None
+        infos = [await model_info(target, key) for target in pipeline.generator_targets]
         weights = [load_model_directory(folder).weight_bytes for folder in pipeline.models]
         keys = "TRIVIUM_FACADE_API_KEYS_FILE" in os.environ
         limits = cpu_limit(), memory_limit()
-        sys.stdout.write(banner(infos, weights, pipeline, keys, limits, has_chat_page()))
+        sys.stdout.write(banner(infos, weights, pipeline, keys, limits, shut_doors()))
         sys.stdout.flush()
 
     supervisor = Supervisor(pipeline.stages(), pipeline.drain_seconds + STOP_SLACK_SECONDS)
@@ -272,6 +282,10 @@ def _refuse(message: str) -> NoReturn:
     raise typer.Exit(REFUSED)
 
 
-def has_chat_page() -> bool:
-    """Whether the facade serves its page at /: the setting, as the facade reads it."""
-    return TypeAdapter(bool).validate_python(os.environ.get("TRIVIUM_FACADE_CHAT_PAGE") or True)
+def shut_doors() -> set[str]:
+    """What the services do not offer, by their settings as they read them."""
+    return {
+        name
+        for name, setting in _DOORS.items()
+        if not TypeAdapter(bool).validate_python(os.environ.get(setting) or True)
+    }
