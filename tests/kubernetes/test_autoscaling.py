@@ -1,0 +1,158 @@
+"""What scales, monitors and routes to the pods asks for what is there."""
+
+import re
+from types import ModuleType
+from typing import Any
+
+import promql_parser
+import pytest
+import yaml
+
+from tests.kubernetes.manifests import (
+    ROOT,
+    Manifest,
+    build,
+    containers,
+    find,
+    of_kind,
+    pods,
+    selects,
+)
+from tests.test_monitoring import scraped, walked
+
+CPU = "overlays/cpu"
+POOL = "overlays/inference-pool"
+AUTOSCALERS = {"hpa": "HorizontalPodAutoscaler", "keda": "ScaledObject"}
+ADAPTER: dict[str, Any] = yaml.safe_load(
+    (ROOT / "deploy" / "monitoring" / "prometheus-adapter.yaml").read_text()
+)["rules"]
+# What the model server protocol of the Gateway API Inference Extension asks for, by vLLM's names.
+PROTOCOL = {
+    "vllm:num_requests_waiting": set(),
+    "vllm:num_requests_running": set(),
+    "vllm:kv_cache_usage_perc": set(),
+    "vllm:cache_config_info": {"block_size", "num_gpu_blocks"},
+}
+
+
+def series(generate: ModuleType, stage: str) -> dict[str, set[str]]:
+    """A stage's series, each with the names of its labels."""
+    found: dict[str, set[str]] = {}
+    for family in scraped(generate, stage):
+        for sample in family.samples:
+            found.setdefault(sample.name, set()).update(sample.labels)
+    return found
+
+
+def asked(query: str) -> set[str]:
+    """The metrics that a query names."""
+    nodes = walked(promql_parser.parse(query))
+    return {str(node.name) for node in nodes if isinstance(node, promql_parser.VectorSelector)}
+
+
+def adapted() -> dict[str, str]:
+    """The metrics that prometheus-adapter offers of a pod, and the query for each."""
+    offered = {}
+    for rule in ADAPTER["custom"]:
+        name = rule["seriesQuery"].partition("{")[0]
+        pattern, replacement = rule["name"].get("matches", ".*"), rule["name"]["as"]
+        query = rule["metricsQuery"]
+        for placeholder, text in (
+            ("<<.Series>>", name),
+            ("<<.LabelMatchers>>", 'namespace="a",pod=~"b|c"'),
+            ("<<.GroupBy>>", "pod"),
+        ):
+            query = query.replace(placeholder, text)
+        offered[re.sub(f"^{pattern}$", replacement.replace("${1}", r"\1"), name)] = query
+    return offered
+
+
+@pytest.mark.parametrize(("component", "kind"), AUTOSCALERS.items())
+def test_every_stage_scales(component: str, kind: str) -> None:
+    """Each has one autoscaler, and an apply does not set the number of its pods back."""
+    manifests = build(CPU, component)
+    deployments = {one["metadata"]["name"]: one for one in of_kind(manifests, "Deployment")}
+    targets = [one["spec"]["scaleTargetRef"]["name"] for one in of_kind(manifests, kind)]
+
+    assert sorted(deployments) == sorted(targets)
+    assert not any("replicas" in one["spec"] for one in deployments.values())
+    assert all("replicas" in one["spec"] for one in of_kind(build(CPU), "Deployment"))
+
+
+def test_adapted_metrics_are_the_generators(generate: ModuleType) -> None:
+    """prometheus-adapter offers what the autoscaler asks for, from series that exist."""
+    spec = find(build(CPU, "hpa"), "HorizontalPodAutoscaler", "generator-svc")["spec"]
+    wanted = [one["pods"]["metric"]["name"] for one in spec["metrics"]]
+
+    assert wanted == list(adapted())
+    for query in adapted().values():
+        assert asked(query) <= series(generate, "generator").keys()
+
+
+def test_keda_asks_for_the_generators_metrics(generate: ModuleType) -> None:
+    """In queries that Prometheus understands, of generators' pods alone."""
+    manifests = build(CPU, "keda")
+    triggers = find(manifests, "ScaledObject", "generator-svc")["spec"]["triggers"]
+    queries = [trigger["metadata"]["query"] for trigger in triggers]
+
+    assert [{"vllm:num_requests_waiting"}, {"trivium_slots_in_use", "trivium_slots"}] == [
+        asked(query) for query in queries
+    ]
+    for query in queries:
+        assert asked(query) <= series(generate, "generator").keys()
+        for pattern in re.findall(r'pod=~"([^"]+)"', query):
+            assert re.fullmatch(pattern, "generator-svc-7d9c5b8f6-x2x4z")
+            assert not re.fullmatch(pattern, "tokenizer-svc-7d9c5b8f6-x2x4z")
+
+
+@pytest.mark.parametrize("folder", [CPU, POOL])
+def test_every_pod_is_scraped(folder: str) -> None:
+    """The PodMonitor takes all pods, each of whose services has a port of that name."""
+    manifests = build(folder, "pod-monitor")
+    monitor = find(manifests, "PodMonitor", "trivium")["spec"]
+    (endpoint,) = monitor["podMetricsEndpoints"]
+
+    for template in pods(manifests).values():
+        assert selects(monitor["selector"], template["metadata"]["labels"])
+        for container in containers(template).values():
+            names = [port["name"] for port in container.get("ports", ())]
+            assert endpoint["port"] in names or container["name"] == "wait-for-model"
+
+
+def port_of(template: Manifest, container: str, name: str) -> int:
+    (port,) = (
+        port["containerPort"]
+        for port in containers(template)[container]["ports"]
+        if port["name"] == name
+    )
+    return int(port)
+
+
+def test_the_pool_is_of_pods_that_answer_requests(generate: ModuleType) -> None:
+    """It takes the pods, at the facade's port; the picker finds its metrics at the generator's."""
+    manifests = build(POOL)
+    pool = find(manifests, "InferencePool", "trivium")
+    (template,) = pods(manifests).values()
+    (rule,) = find(manifests, "HTTPRoute", "trivium")["spec"]["rules"]
+    (backend,) = rule["backendRefs"]
+    found = series(generate, "generator")
+
+    assert selects(pool["spec"]["selector"], template["metadata"]["labels"])
+    assert [{"number": port_of(template, "rest-facade", "http")}] == pool["spec"]["targetPorts"]
+    assert f"{backend['group']}/v1" == pool["apiVersion"]
+    assert (backend["kind"], backend["name"]) == (pool["kind"], pool["metadata"]["name"])
+    assert {"request": "0s"} == rule["timeouts"]
+    assert 9052 == port_of(template, "generator-svc", "metrics")
+    for name, labels in PROTOCOL.items():
+        assert labels <= found[name]
+
+
+def test_a_gateway_leads_to_the_facades() -> None:
+    """Its route names their service, and does not cut long answers."""
+    manifests = build(CPU, "gateway")
+    (rule,) = find(manifests, "HTTPRoute", "rest-facade")["spec"]["rules"]
+    service = find(manifests, "Service", "rest-facade")
+    (port,) = service["spec"]["ports"]
+
+    assert [{"name": service["metadata"]["name"], "port": port["port"]}] == rule["backendRefs"]
+    assert {"request": "0s"} == rule["timeouts"]

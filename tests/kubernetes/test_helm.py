@@ -1,0 +1,266 @@
+"""deploy/helm/trivium as Helm's own engine renders it: valid, and the same as deploy/kubernetes."""
+
+import re
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.kubernetes.manifests import (
+    DIGEST,
+    NEWEST,
+    OLDEST,
+    ROOT,
+    Manifest,
+    build,
+    containers,
+    documented,
+    environment,
+    faults,
+    find,
+    of_kind,
+    pods,
+)
+
+helm = pytest.importorskip("helm_python", reason="no wheel of Helm's engine for this platform")
+
+CHART = ROOT / "deploy" / "helm" / "trivium"
+GPU: dict[str, Any] = yaml.safe_load((CHART / "values-gpu.yaml").read_text())
+EVERYTHING: dict[str, Any] = {
+    "imageRegistry": "registry.example.org/llm/",
+    "imagePullSecrets": [{"name": "pull"}],
+    "model": {"export": {"enabled": True, "tokenSecretName": "hub", "storageClassName": "nfs"}},
+    "generator": {"nodeSelector": {"a": "b"}, "tolerations": [{"operator": "Exists"}]},
+    "autoscaling": {"type": "hpa"},
+    "podMonitor": {"enabled": True},
+    "ingress": {
+        "enabled": True,
+        "className": "nginx",
+        "host": "llm.example.org",
+        "tlsSecretName": "tls",
+        "annotations": {"a/b": "c"},
+    },
+    "httpRoute": {"enabled": True, "parentRefs": [{"name": "g"}], "hostnames": ["example.org"]},
+}
+
+
+def render(values: dict[str, Any], release: str = "release") -> list[Manifest]:
+    """What `helm install RELEASE` would send."""
+    with helm.Chart.load(CHART) as chart:
+        rendered = chart.render(values, name=release, namespace="default")
+    return [
+        document
+        for name, text in rendered.items()
+        if name.endswith(".yaml")
+        for document in yaml.safe_load_all(text)
+        if document
+    ]
+
+
+def plain(manifests: list[Manifest]) -> dict[tuple[str, str], Any]:
+    """Manifests by kind and name, without what is of Helm or kustomize alone.
+
+    Helm puts the release before names; kustomize has the model's folder in a ConfigMap.
+    """
+    found = {}
+    for manifest in yaml.safe_load(re.sub(r"\brelease-", "", yaml.safe_dump(manifests))):
+        template = manifest["spec"].get("template") if "spec" in manifest else None
+        if template:
+            for container in containers(template).values():
+                if "env" in container:
+                    optional = [one for one in container["env"] if "secretKeyRef" in str(one)]
+                    container["env"] = (environment(manifests, container), optional)
+        for place in (manifest, template or {}):
+            labels = place.get("metadata", {}).get("labels", {})
+            for label in [label for label in labels if "/" in label]:
+                del labels[label]
+        kind = manifest["kind"]
+        found[kind, manifest["metadata"]["name"]] = {
+            key: value for key, value in manifest.items() if key != "metadata"
+        }
+    return {key: value for key, value in found.items() if key[0] != "ConfigMap"}
+
+
+@pytest.mark.parametrize(
+    ("values", "folders"),
+    [
+        ({}, ("overlays/cpu",)),
+        (GPU, ("overlays/gpu",)),
+        ({"autoscaling": {"type": "hpa"}}, ("overlays/cpu", "hpa")),
+        ({"autoscaling": {"type": "keda"}}, ("overlays/cpu", "keda")),
+        (
+            {"httpRoute": {"enabled": True, "parentRefs": [{"name": "gateway"}]}},
+            ("overlays/cpu", "gateway"),
+        ),
+    ],
+    ids=["cpu", "gpu", "hpa", "keda", "gateway"],
+)
+def test_the_chart_says_what_kustomize_says(
+    values: dict[str, Any], folders: tuple[str, ...]
+) -> None:
+    """Every field of every manifest; but the chart's queries name the namespace."""
+    ours = yaml.safe_dump(render(values)).replace('namespace="default",', "")
+
+    assert plain(build(*folders)) == plain(yaml.safe_load(ours))
+
+
+@pytest.mark.parametrize(("extra", "folder"), [({}, "export"), (GPU, "export-gpu")])
+def test_the_chart_exports_what_kustomize_exports(extra: dict[str, Any], folder: str) -> None:
+    """The same job, into the same volume."""
+    model = extra.get("model", {})
+    export = {**model.get("export", {}), "enabled": True}
+    manifests = render({**extra, "model": {**model, "export": export}})
+    job, other = (find(one, "Job", "")["spec"] for one in (manifests, build(folder)))
+    claim, wanted = (
+        find(one, "PersistentVolumeClaim", "trivium-models")["spec"]
+        for one in (manifests, build(folder))
+    )
+
+    assert wanted == claim
+    assert other["template"]["spec"] == job["template"]["spec"]
+
+
+@pytest.mark.parametrize("version", [OLDEST, NEWEST])
+@pytest.mark.parametrize("autoscaler", ["hpa", "keda"])
+def test_everything_at_once_is_valid(version: str, autoscaler: str) -> None:
+    """Whatever can be turned on fits the schema of its kind."""
+    manifests = render({**EVERYTHING, "autoscaling": {"type": autoscaler}})
+
+    assert [] == faults(manifests, version)
+    kinds = {manifest["kind"] for manifest in manifests}
+    assert kinds >= {"Ingress", "HTTPRoute", "PodMonitor", "Job", "PersistentVolumeClaim"}
+
+
+def test_the_documented_values_are_valid() -> None:
+    """The model that is exported is the one that is served."""
+    _, values = documented()
+    manifests = render(values)
+    (job,) = of_kind(manifests, "Job")
+    (export,) = job["spec"]["template"]["spec"]["containers"]
+
+    assert [] == faults(manifests, NEWEST)
+    assert "Qwen/Qwen2.5-7B-Instruct" == export["args"][0]
+    assert "/models/qwen2.5-7b" in export["args"]
+
+
+def test_helm_lint_finds_nothing() -> None:
+    """But that there is no icon."""
+    report = helm.lint(CHART, strict=True)
+
+    assert ["icon is recommended"] == [message["error"] for message in report["messages"]]
+
+
+def test_the_chart_is_of_this_version() -> None:
+    """Its images are those of the release that it comes with."""
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    project = (ROOT / "pyproject.toml").read_text()
+    (version,) = re.findall(r'^version = "(.+)"$', project, re.MULTILINE)
+
+    assert (version, version) == (chart["version"], chart["appVersion"])
+
+
+def test_images_are_named_by_digest() -> None:
+    """A digest wins over a tag, in all containers of an image."""
+    image = {"tag": "1.2.3", "digest": DIGEST}
+    manifests = render({"imageRegistry": "r.example.org/", "generator": {"image": image}})
+    generator = containers(pods(manifests)["release-generator-svc"])
+
+    assert {f"r.example.org/trivium-generator-svc@{DIGEST}"} == {
+        container["image"] for container in generator.values()
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"generator": {"replica": 2}}, "'replica' not allowed"),
+        ({"facade": {"replicas": 0}}, "/facade/replicas"),
+        ({"facade": {"image": {"tag": "latest"}}}, "/facade/image/tag"),
+        ({"tokenizer": {"image": {"digest": "sha256:1"}}}, "/tokenizer/image/digest"),
+        ({"model": {"directory": "my-model"}}, "/model/directory"),
+        ({"autoscaling": {"type": "vpa"}}, "'none', 'hpa', 'keda'"),
+        ({"httpRoute": {"enabled": True}}, "/httpRoute/parentRefs"),
+        ({"generator": {"env": {"slots": "8"}}}, "'slots' not allowed"),
+    ],
+)
+def test_values_that_are_wrong_are_refused(values: dict[str, Any], told: str) -> None:
+    """With the value's name."""
+    with pytest.raises(helm.HelmValuesError) as refused:
+        render(values)
+
+    assert told in str(refused.value)
+
+
+def test_two_releases_do_not_mix() -> None:
+    """Nothing of one selects pods of the other in the same namespace."""
+    one, other = render(EVERYTHING, "one"), render(EVERYTHING, "other")
+    names = {(manifest["kind"], manifest["metadata"]["name"]) for manifest in one}
+    # The volume of models is the one that both read.
+    shared = names & {(manifest["kind"], manifest["metadata"]["name"]) for manifest in other}
+
+    assert {("PersistentVolumeClaim", "trivium-models")} == shared
+    labels = [template["metadata"]["labels"] for template in pods(other).values()]
+    for selector in selectors(one):
+        assert not any(selector.items() <= of_pod.items() for of_pod in labels)
+
+
+def selectors(value: Any) -> list[dict[str, str]]:
+    """All label selectors of pods in there, but those of namespaces."""
+    if isinstance(value, list):
+        return [found for one in value for found in selectors(one)]
+    if not isinstance(value, dict):
+        return []
+    found = [
+        found
+        for key, one in value.items()
+        if key != "namespaceSelector"
+        for found in selectors(one)
+    ]
+    if "matchLabels" in value:
+        found.append(value["matchLabels"])
+    elif isinstance(value.get("selector"), dict) and "matchLabels" not in value["selector"]:
+        found.append(value["selector"])
+    return found
+
+
+def test_another_model_is_another_job() -> None:
+    """A job's arguments cannot be changed, so that its name does; nothing else changes it."""
+
+    def name(**export: Any) -> str:
+        manifests = render({"model": {"export": {"enabled": True, **export}}})
+        return str(find(manifests, "Job", "release-export-")["metadata"]["name"])
+
+    assert name() == name(storage="20Gi")
+    assert 3 == len({name(), name(args=["--precision", "int4"]), name(image={"tag": "2.0.0"})})
+
+
+def test_a_longer_drain_has_a_longer_grace_period() -> None:
+    """The pod's and the service's times are one value."""
+    manifests = render({"drain": {"noticeSeconds": 15, "seconds": 600}})
+
+    for template in pods(manifests).values():
+        assert 625 == template["spec"]["terminationGracePeriodSeconds"]
+        (container,) = template["spec"]["containers"]
+        drains = [value for name, value in variables(container).items() if "_DRAIN_" in name]
+        assert ["15", "600"] == drains
+
+
+def variables(container: Manifest) -> dict[str, str]:
+    return {one["name"]: one["value"] for one in container["env"] if "value" in one}
+
+
+def test_any_setting_can_be_set() -> None:
+    """By its name, as text whatever YAML makes of it."""
+    env = {"TRIVIUM_GENERATOR_SLOTS": 8, "TRIVIUM_GENERATOR_PREFIX_CACHE": False}
+    manifests = render({"generator": {"env": env}})
+    container = containers(pods(manifests)["release-generator-svc"])["generator-svc"]
+
+    assert "8" == variables(container)["TRIVIUM_GENERATOR_SLOTS"]
+    assert "false" == variables(container)["TRIVIUM_GENERATOR_PREFIX_CACHE"]
+
+
+def test_network_policies_can_be_left_out() -> None:
+    """Where the cluster has its own."""
+    manifests = render({"networkPolicy": {"enabled": False}})
+
+    assert [] == of_kind(manifests, "NetworkPolicy")
