@@ -260,7 +260,9 @@ def test_any_setting_can_be_set() -> None:
 
 
 def test_network_policies_can_be_left_out() -> None:
-    """Where the cluster has its own."""
+    """Where the cluster has its own. Stages without keys then have to be told so."""
     manifests = render({"networkPolicy": {"enabled": False}})
 
     assert [] == of_kind(manifests, "NetworkPolicy")
+    assert "ALLOW_UNAUTHENTICATED_REMOTE" not in str(manifests)
+    assert "ALLOW_UNAUTHENTICATED_REMOTE" in str(render({}))

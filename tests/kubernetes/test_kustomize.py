@@ -302,6 +302,21 @@ def test_usage_records_go_to_standard_output(folder: str, monkeypatch: pytest.Mo
     assert ["generator-svc", "rest-facade"] == written
 
 
+@pytest.mark.parametrize("folder", SERVING)
+def test_stages_without_keys_are_guarded(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who may do without is behind a network policy; the facade, which clients reach, may not."""
+    policies = [policy["spec"]["podSelector"] for policy in of_kind(build(folder), "NetworkPolicy")]
+    open_ones = [
+        (container["name"], template["metadata"]["labels"])
+        for container, template in services(folder)
+        if settings_of(folder, container, monkeypatch).allow_unauthenticated_remote
+    ]
+
+    assert ["generator-svc", "tokenizer-svc"] == [name for name, _ in open_ones]
+    for _, labels in open_ones:
+        assert any(selects(policy, labels) for policy in policies)
+
+
 @pytest.mark.parametrize(("folder", "served"), EXPORTS.items())
 def test_the_export_makes_the_model_that_is_served(folder: str, served: str) -> None:
     """Into the volume that the services read, under the name that they read."""
