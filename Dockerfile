@@ -26,6 +26,9 @@ FROM build AS build-export
 RUN /opt/trivium/bin/pip install --extra-index-url https://download.pytorch.org/whl/cpu '.[export]'
 
 FROM ${PYTHON} AS runtime
+LABEL org.opencontainers.image.title=trivium \
+      org.opencontainers.image.version=0.1.0 \
+      org.opencontainers.image.licenses=Apache-2.0
 # What is remembered between starts goes to HOME, which is writable where the root is not, whatever
 # the user. ONNX Runtime reports to nobody.
 ENV PATH=/opt/trivium/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \

@@ -112,7 +112,8 @@ protos: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py
 
-# Resolved for the Python of the images, in an environment of its own, with what traces need. Keeps
+# Resolved for the Python of the images, in an environment of its own, with what traces and shared
+# limits need. Keeps
 # what still fits.
 LOCK_PYTHON ?= python3.12
 lock:
@@ -120,7 +121,7 @@ lock:
 	.venv-lock/bin/python -m pip install --quiet pip-tools==7.6.2
 	.venv-lock/bin/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe --no-header \
 		--no-emit-index-url --no-emit-trusted-host --no-emit-find-links \
-		--extra otel --output-file requirements.lock $(ARGS) pyproject.toml
+		--extra otel --extra redis --output-file requirements.lock $(ARGS) pyproject.toml
 
 # The wheel is built from the sdist, so that the sdist is known to be whole.
 DIST ?= dist

@@ -106,6 +106,15 @@ def test_compose_starts_what_the_dockerfile_has(
     assert settings.is_guarded  # type: ignore[attr-defined]
 
 
+def test_compose_collects_usage_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both stages that write them do, to where `docker compose logs` finds them."""
+    for name in ("rest_facade", "generator_svc"):
+        environment = compose()["services"][name]["environment"]
+        settings = read_settings(name, environment, monkeypatch)
+
+        assert "-" == settings.usage_log  # type: ignore[attr-defined]
+
+
 def test_compose_fetches_gated_models() -> None:
     """The export has the token and the hub of whoever runs it."""
     assert ["HF_TOKEN", "HF_ENDPOINT"] == compose()["services"]["export"]["environment"]

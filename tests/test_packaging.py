@@ -14,7 +14,7 @@ from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.images import instructions
+from tests.images import instructions, last
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -136,8 +136,10 @@ def unmet(lines: list[str], locked: dict[str, str]) -> list[str]:
 
 
 def test_the_lock_satisfies_what_is_declared() -> None:
-    """Each dependency is pinned to a version within its range, what traces need too."""
-    wanted = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["otel"]]
+    """Each dependency is pinned to a version within its range, what traces and limits that several
+    facades share need too."""
+    extras = PROJECT["optional-dependencies"]
+    wanted = [*PROJECT["dependencies"], *extras["otel"], *extras["redis"]]
 
     assert [] == unmet(wanted, pins(LOCK))
 
@@ -169,6 +171,18 @@ def test_every_pin_has_hashes_and_no_host() -> None:
     assert len(pinned) >= len(PROJECT["dependencies"])
     assert [] == [entry for entry in pinned if "--hash=sha256:" not in entry]
     assert "://" not in LOCK
+
+
+@pytest.mark.parametrize("target", ["rest_facade", "tokenizer_svc", "generator_svc", "export"])
+def test_the_images_say_what_they_are(target: str) -> None:
+    """Their labels have the version and the licence of the project."""
+    labels = dict(pair.split("=", 1) for pair in last(target, "LABEL").split())
+
+    assert {
+        "title": PROJECT["name"],
+        "version": PROJECT["version"],
+        "licenses": PROJECT["license"],
+    } == {name.removeprefix("org.opencontainers.image."): value for name, value in labels.items()}
 
 
 def test_the_images_install_the_lock() -> None:
