@@ -33,7 +33,7 @@ LABEL org.opencontainers.image.title=trivium \
 # the user. ONNX Runtime reports to nobody.
 ENV PATH=/opt/trivium/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     HOME=/tmp ORT_DISABLE_TELEMETRY=1
-RUN useradd --system --uid 10001 --home-dir /tmp trivium \
+RUN useradd --uid 10001 --no-create-home --home-dir /tmp trivium \
     && install --directory --owner 10001 /models
 USER 10001
 WORKDIR /tmp
