@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
@@ -384,6 +385,32 @@ class BriefHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:
         self.watches += 1
         yield health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
+
+
+async def test_the_log_tells_of_replicas_and_not_of_connections(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A connection that is renewed for its age is no news; a replica that is gone is."""
+    caplog.set_level(logging.INFO, "trivium.wire.replicas")
+    server = GrpcServer([], [SERVICE], max_connection_age_seconds=0.3)
+    port = await server.start("127.0.0.1:0")
+    await server.set_serving(True)
+    replicas = ReplicaSet(f"127.0.0.1:{port}", SERVICE)
+    connections = 0
+    async for _ in replicas.changes():
+        connections += bool(replicas.serving)
+        if connections == 3:
+            break
+    renewed = [record.getMessage() for record in caplog.records]
+    await server.drain(0, 0)
+    for _ in range(600):
+        if "unreachable" in caplog.text:
+            break
+        await asyncio.sleep(0.1)
+    await replicas.close()
+
+    assert [f"127.0.0.1:{port} is serving"] == renewed
+    assert f"127.0.0.1:{port} is unreachable" == caplog.records[-1].getMessage()
 
 
 async def test_a_health_watch_that_ends_at_once() -> None:

@@ -17,6 +17,8 @@ from trivium.wire.replicas.resolver import Address
 log = logging.getLogger(__name__)
 
 _WATCH_RETRY_SECONDS = 0.2
+# Connections end when they are old and are there again at once, of which nobody has to be told.
+_LOST_SECONDS = 1.0
 
 _turns = itertools.count(1)
 
@@ -58,7 +60,7 @@ class Replica:
         follow: Callable[["Replica"], Awaitable[None]],
     ) -> None:
         self.address = address
-        self.state = ReplicaState.UNREACHABLE
+        self.state = self._told = ReplicaState.UNREACHABLE
         self.outstanding = 0
         self.picked = 0
         self.last_turn = 0
@@ -146,7 +148,16 @@ class Replica:
             await asyncio.sleep(_WATCH_RETRY_SECONDS)
 
     def _set(self, state: ReplicaState) -> None:
-        if state is not self.state:
-            log.info("%s is %s", self.address, state.value)
-            self.state = state
-            self._changed()
+        if state is self.state:
+            return
+        self.state = state
+        self._changed()
+        if state is ReplicaState.UNREACHABLE:
+            asyncio.get_running_loop().call_later(_LOST_SECONDS, self._tell)
+        else:
+            self._tell()
+
+    def _tell(self) -> None:
+        if self.state is not self._told:
+            log.info("%s is %s", self.address, self.state.value)
+            self._told = self.state
