@@ -37,6 +37,9 @@ class Services:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._logs = logs
         self._settings = {name: str(value) for name, value in settings.items()}
+        # No TLS, whose certificates take longer to load than a poll, and no connection is kept.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self._client = httpx.Client(verify=False, limits=limits)
 
     def __enter__(self) -> "Services":
         for name in STAGES:
@@ -48,6 +51,7 @@ class Services:
         for process in self.processes.values():
             process.kill()
             process.wait()
+        self._client.close()
 
     def start(self, name: str, **settings: Any) -> None:
         stage = next(stage for stage in self.pipeline.stages() if stage.name == name)
@@ -74,7 +78,7 @@ class Services:
 
     def health(self) -> int:
         try:
-            return httpx.get(f"{self.url}/health").status_code
+            return self._client.get(f"{self.url}/health").status_code
         except httpx.TransportError:
             return 0
 
@@ -89,7 +93,8 @@ class Services:
 
     def generator_metrics(self) -> dict[str, float]:
         """Values by name, those of one name added up."""
-        text = httpx.get(f"http://{LOOPBACK}:{self.pipeline.generator_metrics_port}/metrics").text
+        url = f"http://{LOOPBACK}:{self.pipeline.generator_metrics_port}/metrics"
+        text = self._client.get(url).text
         values: dict[str, float] = {}
         for name, value in re.findall(r"^([a-zA-Z_:]+)(?:\{.*\})? ([0-9.e+-]+)$", text, re.M):
             values[name] = values.get(name, 0.0) + float(value)

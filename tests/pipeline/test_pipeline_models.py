@@ -68,10 +68,12 @@ def test_ids_must_differ(tmp_path: Path) -> None:
     folder = tiny_model_directory("llama")
     twin = tmp_path / folder.name
     os.symlink(folder, twin)
-    command = [sys.executable, "-m", "trivium.cli", "up", f"--model={folder}", f"--model={twin}"]
+    [port] = free_ports(1)
+    models = (f"--model={folder}", f"--model={twin}")
+    command = [sys.executable, "-m", "trivium.cli", "up", f"--port={port}", *models]
     refused = subprocess.run(command, capture_output=True, text=True)
 
     assert 2 == refused.returncode
     assert "same id" in refused.stderr
     with pytest.raises(httpx.ConnectError):
-        httpx.get("http://127.0.0.1:8000/health")
+        httpx.get(f"http://127.0.0.1:{port}/health")

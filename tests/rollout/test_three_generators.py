@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.rollout.fleet import FACADE, GENERATOR, TOKENIZER, Fleet
+from tests.rollout.fleet import FACADE, GENERATOR, POLL_SECONDS, TOKENIZER, Fleet
 from tests.rollout.load import Load, loaded
 from tests.tiny_models import tiny_model_directory
 
@@ -40,8 +40,8 @@ async def until_known(fleet: Fleet) -> None:
         for caller, callee in CALLERS.items():
             published = set(fleet.names.names[f"{callee}.test"])
             for host in HOSTS[caller]:
-                while await fleet.callees(caller, host) != published:
-                    pass
+                while await fleet.callees(caller, host) != published:  # noqa: ASYNC110 - metrics tell nobody
+                    await asyncio.sleep(POLL_SECONDS)
 
 
 def urls(fleet: Fleet) -> list[str]:
