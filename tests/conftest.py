@@ -1,6 +1,9 @@
 """Which tests run: those marked gpu where there is a CUDA device, quick ones alone with --fast."""
 
+import ast
+import functools
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -15,40 +18,20 @@ settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 HERE = Path(__file__).parent
-# What --fast leaves out: tests that need PyTorch and its kin, or a model that the exporter makes,
-NEED_THE_EXPORTER = (
-    "bench/test_gpu_bench.py",
-    "bench/test_published_sizes.py",
-    "bench/test_random_checkpoint.py",
-    "bench/test_random_llama.py",
-    "bench/test_replicas_bench.py",
-    "cli/test_cli_export.py",
-    "generator_svc/export",
-    "generator_svc/test_device_sampler.py",
-    "generator_svc/test_cuda.py",
-    "generator_svc/test_cuda_experts.py",
-    "generator_svc/test_fixed_inputs.py",
-    "generator_svc/test_generator_device.py",
-    "generator_svc/test_graphs.py",
-    "generator_svc/test_generator_limits.py",
-    "generator_svc/test_generator_memory.py",
-    "generator_svc/test_generator_process.py",
-    "generator_svc/test_generator_runner.py",
-    "pipeline",
-    "rollout",
-    "test_model_directory.py",
-    "test_release.py",
-    "tokenizer_svc/test_prompt.py",
-    "tokenizer_svc/test_prompt_tools.py",
-)
-# those that start servers or other programs, or look at the clock, which do not run in parallel,
+# What only the exporter needs. With --fast it cannot be imported, and test files that import it, or
+# the exporter, are left out, be it by way of another module of tests/ or of their conftest.py;
+HIDDEN = ("torch", "transformers", "optimum", "onnx", "gguf", "tests.tiny_models")
+EXPORTER = (*HIDDEN, "generator_svc.export")
+# so are those that start servers or other programs, or look at the clock,
 START_PROGRAMS = (
+    "bench/test_gpu_bench.py",
+    "bench/test_replicas_bench.py",
     "cli/test_cli_fit.py",
-    "cli/test_cli_up_real.py",
-    "cli/test_cli_up_replicas.py",
     "clients",
     "examples",
     "generator_svc/test_constrained_service.py",
+    "generator_svc/test_cuda.py",
+    "generator_svc/test_generator_memory.py",
     "kubernetes",
     "rest_facade/test_chat_page.py",
     "rest_facade/test_edge.py",
@@ -56,6 +39,7 @@ START_PROGRAMS = (
     "rest_facade/test_facade_process.py",
     "rest_facade/test_facade_schemathesis.py",
     "rest_facade/test_facade_shared_limits.py",
+    "rollout",
     "templates",
     "test_tracing.py",
     "tokenizer_svc/test_generator_loss.py",
@@ -70,8 +54,7 @@ EXHAUSTIVE = (
     "tokenizer_svc/test_families.py",
     "tokenizer_svc/test_merged_tokens.py",
 )
-LEFT_OUT = {HERE / path for path in (*NEED_THE_EXPORTER, *START_PROGRAMS, *EXHAUSTIVE)}
-HIDDEN = ("torch", "transformers", "optimum", "onnx", "gguf", "tests.tiny_models")
+LEFT_OUT = {HERE / path for path in (*START_PROGRAMS, *EXHAUSTIVE)}
 
 
 @pytest.fixture(scope="session")
@@ -94,6 +77,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: half of the time of many tests is waiting."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Fast tests try a few examples, and cannot import what only the exporter needs."""
     if config.getoption("--fast"):
@@ -105,7 +93,39 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    return True if config.getoption("--fast") and collection_path in LEFT_OUT else None
+    if not config.getoption("--fast"):
+        return None
+    is_left_out = collection_path in LEFT_OUT or _needs_the_exporter(collection_path)
+    return True if is_left_out else None  # others may have reasons of their own
+
+
+def _needs_the_exporter(path: Path) -> bool:
+    """Whether a test file, or the conftest.py of a folder, imports what only the exporter needs."""
+    seen: set[Path] = set()
+    to_look_at = [path / "conftest.py" if path.is_dir() else path]
+    while to_look_at:
+        file = to_look_at.pop()
+        if file in seen or file.suffix != ".py" or not file.exists():
+            continue
+        seen.add(file)
+        for module in _imported(file):
+            if any(f"{module}.".startswith(f"{name}.") for name in EXPORTER):
+                return True
+            if module.startswith("tests."):
+                to_look_at.append(HERE.parent / f"{module.replace('.', '/')}.py")
+    return False
+
+
+@functools.cache
+def _imported(file: Path) -> set[str]:
+    """The modules that a file imports, at its top or anywhere else."""
+    modules = set()
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return modules
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

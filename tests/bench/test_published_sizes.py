@@ -8,6 +8,8 @@ from bench.published_sizes import DEVICES, checkpoint_bytes, folder_bytes
 from bench.random_checkpoint import write_random_checkpoint
 from generator_svc.export import ExportOptions, export_model
 
+pytestmark = pytest.mark.slow
+
 SMALL = {
     "hidden_size": 256,
     "intermediate_size": 704,

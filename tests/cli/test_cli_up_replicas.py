@@ -138,6 +138,7 @@ def test_all_of_them_work_and_ctrl_c_ends_all(up: Up) -> None:
     assert [] == [name for name, pid in up.pids.items() if is_running(pid)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["tokenizer_svc-2", "rest_facade-1"])
 def test_a_killed_replica_ends_the_others(up: Up, victim: str) -> None:
     """As with one of each: the status is not 0, the dead one is named, and nothing is left."""
@@ -148,6 +149,7 @@ def test_a_killed_replica_ends_the_others(up: Up, victim: str) -> None:
     assert [] == [name for name, pid in up.pids.items() if is_running(pid)]
 
 
+@pytest.mark.slow
 def test_running_answers_are_finished(up: Up) -> None:
     """Streams of both facades go on to their [DONE] when SIGTERM comes."""
     model = httpx.get(f"{up.url}/models", trust_env=False).json()["data"][0]["id"]

@@ -25,6 +25,9 @@ from tests.generator_svc.text_tokens import text_tokens
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.sampling.v1.sampling_pb2 import SamplingParams
 
+# The sandbox ends what takes too long, and gives way to any other program.
+pytestmark = pytest.mark.slow
+
 ANSWER_SECONDS = 5
 
 MULTIPLE = json.dumps({"type": "integer", "multipleOf": 1_000_003})

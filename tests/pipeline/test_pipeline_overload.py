@@ -12,6 +12,8 @@ import pytest
 
 from tests.pipeline.services import Services
 
+pytestmark = pytest.mark.slow
+
 REQUESTS = 2_000
 
 

@@ -26,9 +26,12 @@ from trivium.cli.pipeline import free_ports
 from trivium.cli.probe import is_ready
 from trivium.wire.channel import open_channel
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux", reason="elsewhere 127.0.0.2 is no address of this machine"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        sys.platform != "linux", reason="elsewhere 127.0.0.2 is no address of this machine"
+    ),
+]
 
 A, B = "127.0.0.2", "127.0.0.3"
 URL = "/v1/chat/completions"

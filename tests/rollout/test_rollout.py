@@ -14,6 +14,8 @@ from tests.rollout.load import Load, loaded
 from tests.tiny_models import tiny_model_directory
 from trivium.model_directory import load_model_directory
 
+pytestmark = pytest.mark.slow
+
 A, B, C = "127.0.0.2", "127.0.0.3", "127.0.0.4"
 
 

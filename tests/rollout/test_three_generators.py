@@ -10,6 +10,8 @@ from tests.rollout.fleet import FACADE, GENERATOR, POLL_SECONDS, TOKENIZER, Flee
 from tests.rollout.load import Load, loaded
 from tests.tiny_models import tiny_model_directory
 
+pytestmark = pytest.mark.slow
+
 A, B, C, D = (f"127.0.0.{number}" for number in (12, 13, 14, 15))
 HOSTS = {GENERATOR: (A, B, C), TOKENIZER: (A, B), FACADE: (A, B)}
 CALLERS = {TOKENIZER: GENERATOR, FACADE: TOKENIZER}

@@ -36,6 +36,7 @@ shutil.disk_usage = lambda folder: usage(2**40, 0, 2**40)
 runpy.run_module("generator_svc.export", run_name="__main__", alter_sys=True)
 """
 EXPORT = ("-m", "generator_svc.export")
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,10 @@ def leftovers(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock"))
 
 
-@pytest.mark.parametrize("limit", [1000, 100_000, 500_000])
+@pytest.mark.parametrize(
+    "limit",
+    [pytest.param(1000, marks=SLOW), pytest.param(100_000, marks=SLOW), 500_000],
+)
 def test_a_write_that_is_refused(source: str, tmp_path: Path, limit: int) -> None:
     """At whichever step: the tokenizer, the trace or the weights."""
     out = tmp_path / "models" / "m"
@@ -76,8 +80,8 @@ def test_a_write_that_is_refused(source: str, tmp_path: Path, limit: int) -> Non
 @pytest.mark.parametrize(
     ("size", "script"),
     [
-        ("16k", EXPORT),
-        ("200k", EXPORT),
+        pytest.param("16k", EXPORT, marks=SLOW),
+        pytest.param("200k", EXPORT, marks=SLOW),
         ("700k", EXPORT),
         ("700k", ("-c", WITH_FALSE_PROMISE)),
     ],

@@ -384,6 +384,7 @@ def test_gguf_weights_are_those_that_transformers_loads(tmp_path, family, kind):
         assert check_slices(tensors, name, expected[name])
 
 
+@pytest.mark.slow
 def test_the_embedded_model_is_what_transformers_loads():
     """The file that everybody's first export reads."""
     source = locate(EMBEDDED_MODEL)
