@@ -9,6 +9,7 @@ Everything is computed from one row, in blocks whose sizes are constants: the sa
 same token in any company.
 """
 
+import bisect
 import math
 
 import numpy as np
@@ -25,9 +26,11 @@ MASS_ERROR = 1e-5  # relative, of sums of float32 weights; generously
 _BLOCK = 256  # tokens with consecutive ids, whose weights are summed in float32
 _GROUPED = 32  # tokens of which only the largest logit is looked at first
 _MIN_CANDIDATES = 128  # of top_p and min_p, before looking at more
+_LONG_ROW = 1 << 14  # if sorted as a whole, its weights are summed in blocks too
 MIN_TEMPERATURE = 1e-30  # smaller ones change nothing, and have no reciprocal in float32
-# Exponents that need no shift: float32 rounds them by less than MASS_ERROR / 2, and holds the sum.
-_SOUND_EXPONENTS = (-20.0, 70.0)
+# The total of weights whose exponents need no shift: the largest exponents that matter to it are
+# between -30 and 70, and float32 rounds these by less than MASS_ERROR / 2.
+_SOUND_TOTALS = (1e-8, 1e30)
 
 
 class BadLogits(ArithmeticError):
@@ -37,14 +40,14 @@ class BadLogits(ArithmeticError):
 def draw(row: Row, sampling: SamplingParams, uniform: float) -> int:
     """The token at `uniform`, a number in [0, 1), among those that the parameters keep.
 
-    The temperature is above zero. Raises BadLogits.
+    The temperature is above zero. Raises BadLogits. Overflow and underflow give the right results,
+    and it is the caller who has numpy ignore them.
     """
-    with np.errstate(over="ignore", under="ignore"):  # a weight of zero is the right result
-        if sampling.top_n_sigma > 0:
-            row = _near_the_best(row, sampling.top_n_sigma)
-        if sampling.top_p >= 1 and sampling.min_p == 0 and not 0 < sampling.top_k < row.size:
-            return _draw_from_all(row, sampling.temperature, uniform)
-        return _draw_from_likely(row, sampling, uniform)
+    if sampling.top_n_sigma > 0:
+        row = _near_the_best(row, sampling.top_n_sigma)
+    if sampling.top_p >= 1 and sampling.min_p == 0 and not 0 < sampling.top_k < row.size:
+        return _draw_from_all(row, sampling.temperature, uniform)
+    return _draw_from_likely(row, sampling, uniform)
 
 
 def checked(best: float) -> float:
@@ -59,8 +62,10 @@ def checked(best: float) -> float:
 def position_of(cumulative: Floats, uniform: float) -> int:
     """The first index whose cumulative weight exceeds `uniform` of the total."""
     index = int(cumulative.searchsorted(uniform * cumulative[-1], side="right"))
-    # Rounding may reach the total itself; then the last index with any weight.
-    return min(index, int(cumulative.searchsorted(cumulative[-1])))
+    if index < cumulative.size:
+        return index
+    # Rounding reached the total itself: the last index with any weight.
+    return int(cumulative.searchsorted(cumulative[-1]))
 
 
 def most_likely(row: Row, count: int) -> Ids:
@@ -85,9 +90,12 @@ def _near_the_best(row: Row, deviations: float) -> Row:
 
 
 def _draw_from_all(row: Row, temperature: float, uniform: float) -> int:
-    """Finds the block of tokens first, then the token in it."""
-    weights, _ = _weights(row, checked(float(row.max())), temperature)
-    cumulative = _block_masses(weights).cumsum()
+    weights, masses, _ = _weigh(row, temperature)
+    return _position_in_blocks(weights, masses.cumsum(), uniform)
+
+
+def _position_in_blocks(weights: Row, cumulative: Floats, uniform: float) -> int:
+    """`position_of` for weights whose blocks have these cumulative masses."""
     block = position_of(cumulative, uniform)
     start = block * _BLOCK
     inside = weights[start : start + _BLOCK].cumsum(dtype=np.float64)
@@ -105,6 +113,8 @@ def _draw_from_likely(row: Row, sampling: SamplingParams, uniform: float) -> int
     mass = 0.0  # unknown
     while True:
         ids = _candidates(row, maxima, count)
+        if ids is None and not has_top_k and row.size >= _LONG_ROW:
+            return _draw_from_sorted(row, best, sampling, uniform)
         logits = row if ids is None else row[ids]
         ascending = np.sort(logits)
         if has_top_k:
@@ -118,13 +128,43 @@ def _draw_from_likely(row: Row, sampling: SamplingParams, uniform: float) -> int
         most = least + (row.size - sums.size) * last
         kept = _kept(sums, mass or most, sampling.top_p, limit)
         if mass == 0 and kept != _kept(sums, least, sampling.top_p, limit):
-            mass = _mass(row, best, sampling.temperature)
+            _, masses, shift = _weigh(row, sampling.temperature)
+            mass = float(masses.sum()) * math.exp((shift - best) / sampling.temperature)
             kept = _kept(sums, mass, sampling.top_p, limit)
         if kept < sums.size:
             break
         is_flat = sampling.top_p * mass - least > row.size / 4 * last or count >= maxima.size
         count = row.size if is_flat else min(8 * count, maxima.size)
     return _token_at(position_of(sums[:kept], uniform), ascending, logits, ids)
+
+
+def _draw_from_sorted(row: Row, best: float, sampling: SamplingParams, uniform: float) -> int:
+    """For long flat rows, of which top_p or min_p keep thousands of tokens.
+
+    No running sum over all of them in float64, which takes longer than the sort.
+    """
+    descending = np.negative(row)
+    descending.sort()
+    np.negative(descending, out=descending)
+    weights, masses, _ = _weigh(descending, sampling.temperature)
+    cumulative = masses.cumsum()
+    kept = row.size
+    if sampling.top_p < 1:
+        kept = _position_in_blocks(weights, cumulative, sampling.top_p) + 1
+    if sampling.min_p > 0:
+
+        def lightness(logit: np.float32) -> float:
+            return -math.exp((float(logit) - best) / sampling.temperature)
+
+        kept = min(kept, bisect.bisect_right(descending, -sampling.min_p, key=lightness))
+    blocks = kept // _BLOCK
+    mass = weights[blocks * _BLOCK : kept].sum(dtype=np.float64)
+    mass += cumulative[blocks - 1] if blocks else 0.0
+    place = _position_in_blocks(weights, cumulative, uniform * mass / cumulative[-1])
+    place = min(place, kept - 1)
+    logit = descending[place]
+    above = np.count_nonzero(row > logit)
+    return int((row == logit).nonzero()[0][place - above])
 
 
 def _sums(ordered: Row, best: float, sampling: SamplingParams) -> tuple[Floats, float, int]:
@@ -191,21 +231,25 @@ def _candidates(row: Row, maxima: Row, count: int) -> Ids | None:
     return ids
 
 
-def _mass(row: Row, best: float, temperature: float) -> float:
-    """The sum of all weights, if that of `best` is 1."""
-    weights, shift = _weights(row, best, temperature)
-    return float(_block_masses(weights).sum()) * math.exp((shift - best) / temperature)
+def _weigh(row: Row, temperature: float) -> tuple[Row, Floats, float]:
+    """exp((logit - shift) / temperature), the sums of its blocks, and the shift.
 
-
-def _weights(row: Row, best: float, temperature: float) -> tuple[Row, float]:
-    """exp((logit - shift) / temperature), and the shift, which is 0 if that does not matter."""
-    scale = 1 / max(temperature, MIN_TEMPERATURE)
-    low, high = _SOUND_EXPONENTS
-    shift = 0.0 if low <= best * scale <= high else best
-    exponents = row - np.float32(shift) if shift else row
-    if temperature != 1:
-        exponents = exponents * np.float32(scale)
-    return np.exp(exponents, out=None if exponents is row else exponents), shift
+    That is 0 where it does not matter, and else the largest logit. Raises BadLogits.
+    """
+    scale = np.float32(1 / max(temperature, MIN_TEMPERATURE))
+    low, high = _SOUND_TOTALS
+    if temperature == 1:
+        weights = np.exp(row)
+    else:
+        weights = row * scale
+        np.exp(weights, out=weights)
+    masses = _block_masses(weights)
+    if low <= masses.sum() <= high:
+        return weights, masses, 0.0
+    best = checked(float(row.max()))
+    weights = (row - np.float32(best)) * scale
+    np.exp(weights, out=weights)
+    return weights, _block_masses(weights), best
 
 
 def _block_masses(weights: Row) -> Floats:

@@ -91,6 +91,7 @@ def _logprobs(logits: HostRow, token_id: int, top: int) -> TokenLogprobs:
     return TokenLogprobs(reported[0], tuple(ids.tolist()), tuple(reported[1:]))
 
 
+@np.errstate(over="ignore", under="ignore")  # a weight of zero is the right result
 def _draw(sequence: Sequence, logits: HostRow, forbidden: Mask | None) -> int:
     """A token by the request's parameters."""
     if forbidden is not None:
@@ -113,7 +114,6 @@ def _arg_max(row: HostRow) -> int:
     return best
 
 
-@np.errstate(over="ignore")
 def _adjusted(sequence: Sequence, logits: HostRow, forbidden: Mask | None) -> HostRow:
     """The logits with bias, mask and penalties applied: a copy, unless there are none."""
     sampling = sequence.request.sampling

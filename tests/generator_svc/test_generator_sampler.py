@@ -114,7 +114,7 @@ OPENAI = {}
 QWEN = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}
 DEEPSEEK = {"temperature": 0.6, "top_p": 0.95}
 # Sizes, offsets of all logits (a softmax knows only differences), and draws.
-WHOLE_VOCABULARIES = [(2_000, -90.0, 5), (6_143, 130.0, 3), (36_875, 0.0, 2)]
+WHOLE_VOCABULARIES = [(2_000, -90.0, 5), (6_143, 130.0, 3), (16_411, -90.0, 1), (36_875, 0.0, 2)]
 KINDS = {"model": (3.0, 1), "flat": (0.02, 7), "ties": (1.0, 0)}  # scale and decimals
 
 
