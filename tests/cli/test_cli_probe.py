@@ -2,7 +2,9 @@
 
 import asyncio
 import sys
+from unittest.mock import Mock
 
+import onnxruntime
 import pytest
 
 from tests.cli.openai_script import ScriptedServer
@@ -47,6 +49,16 @@ async def test_nobody_is_not_ready(unused_tcp_port: int) -> None:
 def test_the_cpu_provider_computes() -> None:
     """The provider that is always there runs the graph."""
     assert providers.why_not(providers.CPU) is None
+
+
+def test_a_provider_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asks again has the same answer without another session, which takes seconds on CUDA."""
+    providers.why_not.cache_clear()
+    sessions = Mock(wraps=onnxruntime.InferenceSession)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", sessions)
+
+    assert [None, None] == [providers.why_not(providers.CPU) for _ in range(2)]
+    assert 1 == sessions.call_count
 
 
 def test_a_provider_that_is_not_there_is_told(capfd: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ it uses. Besides this module, only `generator_svc/device.py` and the exporter im
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 
 import numpy as np
@@ -29,6 +30,7 @@ def version() -> str:
     return str(ort.__version__)
 
 
+@functools.cache  # a session on CUDA takes seconds
 def why_not(provider: str) -> str | None:
     """None when `provider` runs the graph, otherwise the reason that it does not."""
     if provider not in ort.get_available_providers():
