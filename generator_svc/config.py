@@ -29,7 +29,10 @@ class GeneratorSettings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address that gRPC and metrics bind to.")
     port: int = Field(50052, ge=0, le=65535, description="gRPC port; 0 takes any free one.")
     metrics_port: int = Field(
-        9052, ge=0, le=65535, description="HTTP port of /metrics; 0 turns it off."
+        9052,
+        ge=0,
+        le=65535,
+        description="HTTP port of /metrics, /healthz and /livez; 0 turns it off.",
     )
     api_keys_file: Path | None = Field(None, description=STAGE_KEYS_FILE)
     allow_unauthenticated_remote: bool = Field(False, description=ALLOW_UNAUTHENTICATED_REMOTE)

@@ -39,7 +39,8 @@ from trivium.model_directory import ModelDirectory
 from trivium.usage_log import UsageLog
 from trivium.wire.channel import revision_service
 from trivium.wire.in_flight import InFlight
-from trivium.wire.process_metrics import register_process, serve_metrics
+from trivium.wire.metrics_server import serve_metrics
+from trivium.wire.process_metrics import register_process
 from trivium.wire.serving import GrpcServer, StopSignals
 
 log = logging.getLogger("generator_svc")
@@ -208,17 +209,6 @@ def build_service(
     return GeneratorService(engine, limits, info, metrics, constraints, draining, usage)
 
 
-def start_metrics(settings: GeneratorSettings, registry: CollectorRegistry) -> None:
-    """Starts the HTTP server of /metrics, if enabled; raises OSError for a port that is taken."""
-    if not settings.metrics_port:
-        return
-    try:
-        serve_metrics(settings.metrics_port, settings.host, registry)
-    except OSError as error:
-        address = f"{settings.host}:{settings.metrics_port}"
-        raise OSError(f"metrics cannot be served on {address}: {error}") from error
-
-
 def _open_usage_log(settings: GeneratorSettings) -> UsageLog:
     try:
         return UsageLog(
@@ -278,7 +268,6 @@ async def serve_constrained(
     service = build_service(
         settings, model, info, engine, registry, constraints, in_flight.draining, usage
     )
-    start_metrics(settings, registry)
     server = GrpcServer(
         [(add_GeneratorServiceServicer_to_server, service)],
         [SERVICE],
@@ -288,6 +277,8 @@ async def serve_constrained(
         None if keys is None else Door(keys),
         settings.reflection,
     )
+    ready = functools.partial(server.check_ready, SERVICE)
+    serve_metrics(settings.metrics_port, settings.host, registry, ready)
     port = await server.start(f"{settings.host}:{settings.port}")
     await server.set_serving(True)
     log.info("serving %s on port %d by %s", model.id, port, info.execution_provider)

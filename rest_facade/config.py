@@ -38,7 +38,8 @@ class FacadeSettings(BaseSettings):
         ge=0,
         le=65535,
         validate_default=True,
-        description="Port of an HTTP server with /metrics, which PORT then has not; 0: on PORT.",
+        description="Port of an HTTP server with /metrics, which PORT then has not, /healthz and "
+        "/livez; 0: metrics are on PORT.",
     )
     tokenizer_target: Annotated[str, AfterValidator(check_target)] = Field(
         "127.0.0.1:50051",
@@ -65,7 +66,7 @@ class FacadeSettings(BaseSettings):
         "itself needs no key, and asks for one where the API does.",
     )
     docs: bool = Field(True, description="Serve the API's description: /docs and /openapi.json.")
-    metrics: bool = Field(True, description="Serve /metrics.")
+    metrics: bool = Field(True, description="Serve /metrics, if METRICS_PORT is 0.")
     max_body_bytes: int = Field(
         8 * 2**20,
         ge=1024,

@@ -16,8 +16,9 @@ from rest_facade.metrics import Metrics
 from trivium.keys.configured import open_limits, open_own_key
 from trivium.keys.key_file import KeyFile
 from trivium.usage_log import UsageLog
+from trivium.wire.errors import ServiceError
 from trivium.wire.in_flight import InFlight
-from trivium.wire.process_metrics import serve_metrics
+from trivium.wire.metrics_server import serve_metrics
 from trivium.wire.serving import StopSignals, wait_for_any
 from trivium.wire.settings import refuse_to_start
 
@@ -63,7 +64,17 @@ async def serve(settings: FacadeSettings, keys: KeyFile | None) -> None:
             )
         )
         sockets = _shared_sockets(settings) if settings.reuse_port else None
-        _serve_metrics(settings, metrics)
+
+        async def check_ready() -> None:
+            in_flight.check_ready()
+            if not server.started:
+                raise ServiceError("model_loading", "The REST API is not up yet.")
+            await backend.check(settings.health_timeout_seconds)
+
+        try:
+            serve_metrics(settings.metrics_port, settings.host, metrics.registry, check_ready)
+        except OSError as error:
+            refuse_to_start(f"TRIVIUM_FACADE_{error}")
         stopper = asyncio.create_task(_drain(settings, server, in_flight, backend, signals))
         try:
             await server.serve(sockets)
@@ -97,17 +108,6 @@ def _shared_sockets(settings: FacadeSettings) -> list[socket.socket]:
         ]
     except OSError as error:
         refuse_to_start(f"TRIVIUM_FACADE_PORT: {settings.host}:{settings.port}: {error}")
-
-
-def _serve_metrics(settings: FacadeSettings, metrics: Metrics) -> None:
-    """Whoever asks at this port gets the metrics of this process, and of no other."""
-    port, host = settings.metrics_port, settings.host
-    if not port or not settings.metrics:
-        return
-    try:
-        serve_metrics(port, host, metrics.registry)
-    except OSError as error:
-        refuse_to_start(f"TRIVIUM_FACADE_METRICS_PORT: {host}:{port}: {error}")
 
 
 async def _drain(

@@ -1,5 +1,6 @@
 """What is scraped fits Prometheus' conventions; dashboard and alerts ask for what is scraped."""
 
+import asyncio
 import json
 import re
 from collections.abc import Iterator
@@ -22,7 +23,8 @@ from tests import prometheus
 from tests.prometheus_lint import faults, is_wanted
 from trivium.cli.pipeline import free_ports
 from trivium.wire.in_flight import InFlight
-from trivium.wire.process_metrics import register_process, serve_metrics
+from trivium.wire.metrics_server import serve_metrics
+from trivium.wire.process_metrics import register_process
 
 FOLDER = Path(__file__).parents[1] / "deploy" / "monitoring"
 STAGES = ("facade", "tokenizer", "generator")
@@ -185,13 +187,15 @@ async def test_the_drain_ends_in_refusals() -> None:
         "text/plain;version=1.0.0;escaping=underscores",
     ],
 )
-def test_names_are_the_same_for_every_scraper(accept: str) -> None:
+async def test_names_are_the_same_for_every_scraper(accept: str) -> None:
     """A colon stays one."""
     registry = CollectorRegistry()
     Gauge("vllm:num_requests_running", "Text.", registry=registry)
     [port] = free_ports(1)
-    serve_metrics(port, "127.0.0.1", registry)
-    answer = httpx.get(f"http://127.0.0.1:{port}/metrics", headers={"accept": accept})
+    serve_metrics(port, "127.0.0.1", registry, lambda: asyncio.sleep(0))
+    async with httpx.AsyncClient() as client:
+        url = f"http://127.0.0.1:{port}/metrics"
+        answer = await client.get(url, headers={"accept": accept})
 
     assert "vllm:num_requests_running 0.0" in answer.text.splitlines()
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")

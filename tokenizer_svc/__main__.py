@@ -13,8 +13,8 @@ from trivium.keys.configured import open_keys
 from trivium.keys.key_file import KeyFile
 from trivium.model_directory import ModelDirectoryError
 from trivium.wire import telemetry, tracing
+from trivium.wire.metrics_server import serve_metrics
 from trivium.wire.open_files import prepare_open_files
-from trivium.wire.process_metrics import serve_metrics
 from trivium.wire.serving import StopSignals, end_at_stop_signal, run
 from trivium.wire.settings import load_settings, refuse_to_start, refuse_unguarded
 
@@ -30,8 +30,7 @@ async def serve(settings: TokenizerSettings, models: list[Model], keys: KeyFile 
     metrics = Metrics()
     server = TokenizerServer(settings, models, metrics, keys)
     await server.start()
-    if settings.metrics_port:
-        serve_metrics(settings.metrics_port, settings.host, metrics.registry)
+    serve_metrics(settings.metrics_port, settings.host, metrics.registry, server.check_ready)
     ids = ", ".join(model.id for model in models)
     log.info("serving %s on port %d", ids, server.port)
     await signals.first.wait()

@@ -76,7 +76,10 @@ class TokenizerSettings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on, for gRPC and metrics.")
     port: int = Field(50051, ge=0, le=65535, description="Port of the gRPC server; 0 for any.")
     metrics_port: int = Field(
-        9051, ge=0, le=65535, description="Port of the HTTP server with /metrics; 0 turns it off."
+        9051,
+        ge=0,
+        le=65535,
+        description="Port of the HTTP server with /metrics, /healthz and /livez; 0 turns it off.",
     )
     generator_target: Target = Field(
         DEFAULT_TARGET,

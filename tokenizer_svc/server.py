@@ -110,6 +110,10 @@ class TokenizerServer:
             following = asyncio.create_task(served.watch.run(self._set_ready))
             self._background.push_async_callback(_end, following)
 
+    async def check_ready(self) -> None:
+        """Raises ServiceError unless this stage is ready for completions."""
+        await self._server.check_ready(PIPELINE_SERVICES[0])
+
     async def drain(self, hurry: asyncio.Event | None = None) -> None:
         """Ends as GrpcServer.drain does."""
         settings = self._settings

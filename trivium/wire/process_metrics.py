@@ -1,16 +1,10 @@
-"""Prometheus metrics of any process: its resources, build and drain; and their HTTP server."""
+"""Prometheus metrics of any process: its resources, build and drain."""
 
 import importlib.metadata
 import platform
 from collections.abc import Iterator
-from typing import Any
 
-from prometheus_client import (
-    Gauge,
-    ProcessCollector,
-    disable_created_metrics,
-    start_http_server,
-)
+from prometheus_client import Gauge, ProcessCollector, disable_created_metrics
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector, CollectorRegistry
@@ -31,22 +25,6 @@ def register_process(registry: CollectorRegistry, in_flight: InFlight) -> None:
     text = "1; its labels say which build this is."
     Gauge("trivium_build_info", text, list(labels), registry=registry).labels(**labels).set(1)
     registry.register(DrainCollector(in_flight))
-
-
-def serve_metrics(port: int, host: str, registry: CollectorRegistry) -> None:
-    """Starts an HTTP server of the metrics, in Prometheus' text format whatever a scraper would
-    rather have; raises OSError for a port that is taken.
-
-    In OpenMetrics, which Prometheus 2 asks for, prometheus_client makes `vllm_` of `vllm:`.
-    """
-    server, _ = start_http_server(port, host, registry)
-    negotiating = server.get_app()
-    assert negotiating is not None, "A metrics server without an application. This is a bug."
-
-    def in_text(environ: dict[str, Any], start_response: Any) -> Any:
-        return negotiating(environ | {"HTTP_ACCEPT": ""}, start_response)
-
-    server.set_app(in_text)
 
 
 class DrainCollector(Collector):

@@ -253,6 +253,7 @@ class GrpcServer:
         has_reflection: bool = True,
     ) -> None:
         self._in_flight = in_flight or InFlight()
+        self._serving: dict[str, bool] = {}
         self._boundary = CallBoundary(self._in_flight, guard)
         age = ("grpc.max_connection_age_ms", int(max_connection_age_seconds * 1000))
         self._server = grpc.aio.server(interceptors=[self._boundary], options=[*_OPTIONS, age])
@@ -283,7 +284,14 @@ class GrpcServer:
         """Reports all services, or those named, as SERVING or NOT_SERVING."""
         state = health_pb2.HealthCheckResponse.ServingStatus
         for name in self._names if names is None else names:
+            self._serving[name] = serving
             await self._health.set(name, state.SERVING if serving else state.NOT_SERVING)
+
+    async def check_ready(self, name: str) -> None:
+        """Raises ServiceError unless health checks find this service SERVING."""
+        self._in_flight.check_ready()
+        if not self._serving.get(name):
+            raise ServiceError("model_loading", f"{name or 'The process'} is not ready.")
 
     async def drain(
         self, notice_seconds: float, drain_seconds: float, hurry: asyncio.Event | None = None

@@ -1,0 +1,85 @@
+"""The HTTP port of metrics, as probes ask it how a process is."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+from prometheus_client import CollectorRegistry, Gauge
+
+from trivium.cli.pipeline import free_ports
+from trivium.wire import metrics_server
+from trivium.wire.metrics_server import serve_metrics
+from trivium.wire.serving import GrpcServer
+
+SERVICE = "trivium.chat.v1.ChatService"
+
+
+class Stage:
+    """A gRPC server of nothing, and its metrics."""
+
+    def __init__(self) -> None:
+        self.server = GrpcServer([], [SERVICE])
+        self.registry = CollectorRegistry()
+        [self.port] = free_ports(1)
+
+    async def get(self, path: str) -> tuple[int, str]:
+        async with httpx.AsyncClient(timeout=60) as client:
+            answer = await client.get(f"http://127.0.0.1:{self.port}{path}")
+            return answer.status_code, answer.text
+
+
+@pytest.fixture
+async def stage() -> AsyncIterator[Stage]:
+    started = Stage()
+    serve_metrics(
+        started.port, "127.0.0.1", started.registry, lambda: started.server.check_ready(SERVICE)
+    )
+    await started.server.start("127.0.0.1:0")
+    yield started
+    await started.server.drain(0, 0)
+
+
+async def test_probes_hear_what_health_checks_do(stage: Stage) -> None:
+    """Not ready before the service serves, nor while it does not; alive all the time."""
+    before = await stage.get("/healthz")
+    await stage.server.set_serving(True)
+    ready = await stage.get("/healthz")
+    await stage.server.set_serving(False, [SERVICE])
+
+    assert (503, f"{SERVICE} is not ready.\n") == before == await stage.get("/healthz")
+    assert (200, "ok\n") == ready == await stage.get("/livez")
+
+
+async def test_probes_hear_of_a_drain_at_once(stage: Stage) -> None:
+    """While calls are still served as before; the process is alive."""
+    await stage.server.set_serving(True)
+    hurry = asyncio.Event()
+    draining = asyncio.create_task(stage.server.drain(3600, 0, hurry))
+    await asyncio.sleep(0)
+
+    assert (503, "The server is shutting down.\n") == await stage.get("/healthz")
+    assert (200, "ok\n") == await stage.get("/livez")
+    hurry.set()
+    await draining
+
+
+async def test_a_process_that_hangs_is_not_alive(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What probes ask is the event loop that serves, not the thread of the metrics."""
+    monkeypatch.setattr(metrics_server, "_ANSWER_SECONDS", 0.2)
+    url = f"http://127.0.0.1:{stage.port}"
+    for path in ("/livez", "/healthz"):
+        hung = httpx.get(f"{url}{path}", timeout=60)  # noqa: ASYNC210 - that is what hangs
+        assert (503, "The process does not answer.\n") == (hung.status_code, hung.text)
+
+
+async def test_any_other_path_is_the_metrics(stage: Stage) -> None:
+    """As before there were probes."""
+    Gauge("some_gauge", "Text.", registry=stage.registry)
+
+    for path in ("/metrics", "/"):
+        status, text = await stage.get(path)
+        assert 200 == status
+        assert "some_gauge 0.0" in text.splitlines()

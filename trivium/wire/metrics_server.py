@@ -1,0 +1,70 @@
+"""The HTTP server of a process's metrics, which tells probes how it is too. Never over TLS."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from prometheus_client import start_http_server
+from prometheus_client.registry import CollectorRegistry
+
+from trivium.wire.errors import ServiceError
+
+_ANSWER_SECONDS = 5.0  # for a busy event loop
+
+Check = Callable[[], Awaitable[None]]
+
+
+def serve_metrics(port: int, host: str, registry: CollectorRegistry, check_ready: Check) -> None:
+    """Starts the server, unless `port` is 0; raises OSError for one that is taken.
+
+    /healthz is answered by `check_ready`, on the event loop that runs now: 200, or 503 with the
+    ServiceError that it raises. /livez is answered with 200 while that loop goes round. Anything
+    else is the metrics, in Prometheus' text format whatever a scraper would rather have: in
+    OpenMetrics, which Prometheus 2 asks for, prometheus_client makes `vllm_` of `vllm:`.
+    """
+    if not port:
+        return
+    loop = asyncio.get_running_loop()
+    checks = {"/healthz": check_ready, "/livez": _nothing}
+    try:
+        server, _ = start_http_server(port, host, registry)
+    except OSError as error:
+        raise OSError(f"METRICS_PORT: {host}:{port}: {error}") from error
+    metrics = server.get_app()
+    assert metrics is not None, "A metrics server without an application. This is a bug."
+
+    def answer(environ: dict[str, Any], start_response: Any) -> Any:
+        check = checks.get(environ["PATH_INFO"])
+        if check is None:
+            return metrics(environ | {"HTTP_ACCEPT": ""}, start_response)
+        fault = _fault(loop, check)
+        status = "503 Service Unavailable" if fault else "200 OK"
+        start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
+        return [f"{fault or 'ok'}\n".encode()]
+
+    server.set_app(answer)
+
+
+def _fault(loop: asyncio.AbstractEventLoop, check: Check) -> str:
+    """Why the check fails; empty if it does not. Called in the server's thread."""
+
+    async def checked() -> str:
+        try:
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                await check()
+        except ServiceError as error:
+            return error.message
+        return ""
+
+    work = checked()
+    try:
+        return asyncio.run_coroutine_threadsafe(work, loop).result(_ANSWER_SECONDS)
+    except TimeoutError:
+        return "The process does not answer."
+    except RuntimeError:  # the loop is closed, and the process is about to end
+        work.close()
+        return "The process has ended."
+
+
+async def _nothing() -> None:
+    pass
