@@ -77,7 +77,10 @@ def first_sentence(text: str) -> str:
 def settings(cls: type[BaseSettings]) -> str:
     """A table of a service's environment variables."""
     lines = ["| variable | default | allowed | meaning |", "| --- | --- | --- | --- |"]
-    for name, field in cls.model_fields.items():
+    # What services have alike comes after what is theirs.
+    shared = [name for name in cls.model_fields if name not in cls.__annotations__]
+    for name in (*(name for name in cls.model_fields if name not in shared), *shared):
+        field = cls.model_fields[name]
         variable = f"{cls.model_config['env_prefix']}{name}".upper()
         row = (f"`{variable}`", default(field), allowed(field), field.description or "")
         lines.append("| " + " | ".join(row) + " |")

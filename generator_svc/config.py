@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
-from trivium.keys.configured import ALLOW_UNAUTHENTICATED_REMOTE, REFLECTION, STAGE_KEYS_FILE
+from trivium.keys.configured import REFLECTION, STAGE_KEYS_FILE, DoorSettings
 from trivium.usage_log import USAGE_LOG, USAGE_LOG_BACKUPS, USAGE_LOG_MAX_BYTES
 from trivium.wire.serving import MAX_CONNECTION_AGE_SECONDS
 
@@ -14,7 +14,7 @@ from trivium.wire.serving import MAX_CONNECTION_AGE_SECONDS
 CUDA_DEFAULTS = {"slots": 256, "max_sequence_length": 8192, "kv_memory_share": 0.9}
 
 
-class GeneratorSettings(BaseSettings):
+class GeneratorSettings(DoorSettings):
     """Every setting of generator_svc."""
 
     model_config = SettingsConfigDict(
@@ -32,10 +32,9 @@ class GeneratorSettings(BaseSettings):
         9052,
         ge=0,
         le=65535,
-        description="HTTP port of /metrics, /healthz and /livez; 0 turns it off.",
+        description="HTTP port of /metrics, /healthz and /livez, never over TLS; 0 turns it off.",
     )
     api_keys_file: Path | None = Field(None, description=STAGE_KEYS_FILE)
-    allow_unauthenticated_remote: bool = Field(False, description=ALLOW_UNAUTHENTICATED_REMOTE)
     reflection: bool = Field(True, description=REFLECTION)
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Lowest log level that is written."
@@ -174,8 +173,3 @@ class GeneratorSettings(BaseSettings):
         if device == "cuda" and name not in self.model_fields_set:
             return CUDA_DEFAULTS[name]
         return getattr(self, name)
-
-    @property
-    def is_guarded(self) -> bool:
-        """Whether calls are checked, or somebody said that they need not be."""
-        return self.api_keys_file is not None or self.allow_unauthenticated_remote

@@ -274,8 +274,9 @@ async def serve_constrained(
         [revision_service(SERVICE, model.revision)],
         settings.max_connection_age_seconds,
         in_flight,
-        None if keys is None else Door(keys),
-        settings.reflection,
+        guard=None if keys is None else Door(keys),
+        has_reflection=settings.reflection,
+        tls=settings.server_tls(),
     )
     ready = functools.partial(server.check_ready, SERVICE)
     serve_metrics(settings.metrics_port, settings.host, registry, ready)

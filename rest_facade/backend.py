@@ -18,6 +18,7 @@ from trivium.wire.errors import ServiceError, from_rpc_error
 from trivium.wire.replicas.replica import Replica
 from trivium.wire.replicas.replica_set import GAP_SECONDS, ReplicaSet
 from trivium.wire.telemetry import outgoing_metadata
+from trivium.wire.tls.channel import ChannelTls
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +41,18 @@ class Backend:
     """The tokenizers at `target`. An async context manager.
 
     `timeout` in seconds is the longest that a completion may take. `key` is shown to tokenizers.
+    Without `tls` calls are in plain text.
     """
 
     def __init__(
-        self, target: str, timeout: float | None = None, key: OwnKey | None = None
+        self,
+        target: str,
+        timeout: float | None = None,
+        key: OwnKey | None = None,
+        tls: ChannelTls | None = None,
     ) -> None:
         # Those that have a generator serve; while none does, any of them says why.
-        self.replicas = ReplicaSet(target, CHAT_SERVICE, any_reachable=True)
+        self.replicas = ReplicaSet(target, CHAT_SERVICE, any_reachable=True, tls=tls)
         self._timeout = timeout
         self._key = key
         self._is_key_accepted = False

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
-from trivium.keys.configured import ALLOW_UNAUTHENTICATED_REMOTE, API_KEYS_FILE, LIMITS_URL
+from trivium.keys.configured import LIMITS_URL, DoorSettings
 from trivium.usage_log import USAGE_LOG, USAGE_LOG_BACKUPS, USAGE_LOG_MAX_BYTES
 from trivium.wire.replicas.resolver import check_target
+from trivium.wire.tls import settings as tls
+from trivium.wire.tls.channel import ChannelTls
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#@]+")
 
@@ -19,7 +21,7 @@ def _parts(value: str) -> list[str]:
     return [part.strip() for part in value.split(",") if part.strip()]
 
 
-class FacadeSettings(BaseSettings):
+class FacadeSettings(DoorSettings):
     """How the facade listens, what it limits and whom it asks."""
 
     model_config = SettingsConfigDict(
@@ -39,21 +41,25 @@ class FacadeSettings(BaseSettings):
         le=65535,
         validate_default=True,
         description="Port of an HTTP server with /metrics, which PORT then has not, /healthz and "
-        "/livez; 0: metrics are on PORT.",
+        "/livez, never over TLS; 0: metrics are on PORT.",
     )
     tokenizer_target: Annotated[str, AfterValidator(check_target)] = Field(
         "127.0.0.1:50051",
         description="The tokenizers: host:port, dns:///host:port, or several of these separated by "
         "commas. Each address of each name is a replica; names are looked up every second.",
     )
+    tokenizer_tls_ca_file: tls.TlsFile = Field(None, description=tls.CA_FILE)
+    tokenizer_tls_cert_file: tls.TlsFile = Field(None, description=tls.CERT_FILE)
+    tokenizer_tls_key_file: tls.TlsFile = Field(
+        None, validate_default=True, description=tls.KEY_FILE
+    )
+    tokenizer_tls_server_name: tls.TlsServerName = Field(None, description=tls.SERVER_NAME)
     tokenizer_api_key_file: Path | None = Field(
         None,
         description="File with the key by which this stage calls the tokenizers, if they ask for "
         "one. Read again when it changes.",
     )
-    api_keys_file: Path | None = Field(None, description=API_KEYS_FILE)
     limits_url: str | None = Field(None, description=LIMITS_URL)
-    allow_unauthenticated_remote: bool = Field(False, description=ALLOW_UNAUTHENTICATED_REMOTE)
     cors_origins: str | None = Field(
         None,
         description="Origins whose pages may call this server from a browser, separated by "
@@ -150,7 +156,11 @@ class FacadeSettings(BaseSettings):
         """Origins whose pages may call this server."""
         return tuple(_parts(self.cors_origins or ""))
 
-    @property
-    def is_guarded(self) -> bool:
-        """Whether calls are checked, or somebody said that they need not be."""
-        return self.api_keys_file is not None or self.allow_unauthenticated_remote
+    def tokenizer_tls(self) -> ChannelTls | None:
+        """For the channels to the tokenizers. Raises TlsError."""
+        return tls.channel_tls(
+            self.tokenizer_tls_ca_file,
+            self.tokenizer_tls_cert_file,
+            self.tokenizer_tls_key_file,
+            self.tokenizer_tls_server_name,
+        )

@@ -43,8 +43,9 @@ async def serve(settings: FacadeSettings, keys: KeyFile | None) -> None:
     usage_log = _open_usage_log(settings)
     signals = StopSignals()
     own_key = open_own_key("TRIVIUM_FACADE_TOKENIZER_API_KEY_FILE", settings.tokenizer_api_key_file)
+    tls, tokenizer_tls = settings.server_tls(), settings.tokenizer_tls()
     timeout = settings.request_timeout_seconds
-    async with Backend(settings.tokenizer_target, timeout, own_key) as backend:
+    async with Backend(settings.tokenizer_target, timeout, own_key, tokenizer_tls) as backend:
         limits = open_limits("TRIVIUM_FACADE_LIMITS_URL", settings.limits_url, metrics.registry)
         server = _Server(
             uvicorn.Config(
@@ -61,6 +62,7 @@ async def serve(settings: FacadeSettings, keys: KeyFile | None) -> None:
                 backlog=_BACKLOG,
                 timeout_keep_alive=settings.idle_connection_seconds,
                 timeout_graceful_shutdown=_FLUSH_TIMEOUT_SECONDS,
+                ssl_context_factory=None if tls is None else lambda *_: tls.http_context(),
             )
         )
         sockets = _shared_sockets(settings) if settings.reuse_port else None
@@ -75,11 +77,14 @@ async def serve(settings: FacadeSettings, keys: KeyFile | None) -> None:
             serve_metrics(settings.metrics_port, settings.host, metrics.registry, check_ready)
         except OSError as error:
             refuse_to_start(f"TRIVIUM_FACADE_{error}")
+        following = None if tls is None else asyncio.create_task(tls.follow())
         stopper = asyncio.create_task(_drain(settings, server, in_flight, backend, signals))
         try:
             await server.serve(sockets)
         finally:
             stopper.cancel()
+            if following is not None:
+                following.cancel()
             await limits.close()
             usage_log.close()
 

@@ -39,6 +39,7 @@ START_PROGRAMS = (
     "rest_facade/test_facade_process.py",
     "rest_facade/test_facade_schemathesis.py",
     "rest_facade/test_facade_shared_limits.py",
+    "rest_facade/test_facade_tls.py",
     "rollout",
     "templates",
     "test_tracing.py",

@@ -13,17 +13,14 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import NoDecode, SettingsConfigDict
 
 from tokenizer_svc.families.choose import REASONING_PARSERS, TOOL_PARSERS
-from trivium.keys.configured import (
-    ALLOW_UNAUTHENTICATED_REMOTE,
-    API_KEYS_FILE,
-    LIMITS_URL,
-    REFLECTION,
-)
+from trivium.keys.configured import LIMITS_URL, REFLECTION, DoorSettings
 from trivium.wire.replicas.resolver import check_target
 from trivium.wire.serving import MAX_CONNECTION_AGE_SECONDS
+from trivium.wire.tls import settings as tls
+from trivium.wire.tls.channel import ChannelTls
 
 Target = Annotated[str, AfterValidator(check_target)]
 
@@ -63,7 +60,7 @@ def _one_of(known: tuple[str, ...], value: str | None) -> str | None:
     return value
 
 
-class TokenizerSettings(BaseSettings):
+class TokenizerSettings(DoorSettings):
     """Read once at start, never changed."""
 
     model_config = SettingsConfigDict(
@@ -79,21 +76,26 @@ class TokenizerSettings(BaseSettings):
         9051,
         ge=0,
         le=65535,
-        description="Port of the HTTP server with /metrics, /healthz and /livez; 0 turns it off.",
+        description="Port of the HTTP server with /metrics, /healthz and /livez, never over TLS; 0 "
+        "turns it off.",
     )
     generator_target: Target = Field(
         DEFAULT_TARGET,
         description="The generators: host:port, dns:///host:port, or several of these separated by "
         "commas. Each address of each name is a replica; names are looked up every second.",
     )
+    generator_tls_ca_file: tls.TlsFile = Field(None, description=tls.CA_FILE)
+    generator_tls_cert_file: tls.TlsFile = Field(None, description=tls.CERT_FILE)
+    generator_tls_key_file: tls.TlsFile = Field(
+        None, validate_default=True, description=tls.KEY_FILE
+    )
+    generator_tls_server_name: tls.TlsServerName = Field(None, description=tls.SERVER_NAME)
     generator_api_key_file: Path | None = Field(
         None,
         description="File with the key by which this stage calls the generators, if they ask for "
         "one. Read again when it changes.",
     )
-    api_keys_file: Path | None = Field(None, description=API_KEYS_FILE)
     limits_url: str | None = Field(None, description=LIMITS_URL)
-    allow_unauthenticated_remote: bool = Field(False, description=ALLOW_UNAUTHENTICATED_REMOTE)
     reflection: bool = Field(True, description=REFLECTION)
     models: Annotated[tuple[ModelSettings, ...], NoDecode, BeforeValidator(_from_json)] = Field(
         (),
@@ -182,13 +184,17 @@ class TokenizerSettings(BaseSettings):
         )
         return (one,)
 
+    def generator_tls(self) -> ChannelTls | None:
+        """For the channels to the generators. Raises TlsError."""
+        return tls.channel_tls(
+            self.generator_tls_ca_file,
+            self.generator_tls_cert_file,
+            self.generator_tls_key_file,
+            self.generator_tls_server_name,
+        )
+
     @property
     def template_variables(self) -> frozenset[str]:
         """Names of template variables that requests may set."""
         names = (name.strip() for name in self.chat_template_kwargs.split(","))
         return frozenset(name for name in names if name)
-
-    @property
-    def is_guarded(self) -> bool:
-        """Whether calls are checked, or somebody said that they need not be."""
-        return self.api_keys_file is not None or self.allow_unauthenticated_remote

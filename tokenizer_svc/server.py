@@ -61,6 +61,7 @@ class TokenizerServer:
         self._own_key = open_own_key(
             "TRIVIUM_TOKENIZER_GENERATOR_API_KEY_FILE", settings.generator_api_key_file
         )
+        self._generator_tls = settings.generator_tls()
         pairs = list(zip(models, settings.served, strict=True))
         self._models = ServedModels(
             {model.id: self._served(model, one) for model, one in pairs},
@@ -90,10 +91,13 @@ class TokenizerServer:
             in_flight,
             guard,
             settings.reflection,
+            settings.server_tls(),
         )
 
     def _served(self, model: Model, settings: ModelSettings) -> ServedModel:
-        connection = GeneratorClient(settings.generator_target, model.revision, self._own_key)
+        connection = GeneratorClient(
+            settings.generator_target, model.revision, self._own_key, self._generator_tls
+        )
         self._background.push_async_callback(connection.close)
         return ServedModel(
             model,

@@ -39,6 +39,7 @@ from trivium.tokenizer.v1 import tokenizer_pb2_grpc
 from trivium.wire.channel import remaining_seconds
 from trivium.wire.in_flight import InFlight
 from trivium.wire.serving import GrpcServer, Guard
+from trivium.wire.tls.server import ServerTls
 
 # These answer only while a generator does; the tokenizer's own service needs no one.
 PIPELINE_SERVICES = (
@@ -138,6 +139,7 @@ def create_server(
     in_flight: InFlight,
     guard: Guard | None = None,
     has_reflection: bool = True,
+    tls: ServerTls | None = None,
 ) -> GrpcServer:
     """A server of all services over these models."""
     chat, completions = ChatService(models, metrics), CompletionService(models, metrics)
@@ -153,4 +155,5 @@ def create_server(
         in_flight=in_flight,
         guard=guard,
         has_reflection=has_reflection,
+        tls=tls,
     )

@@ -15,6 +15,7 @@ from trivium.chat.v1 import (
 from trivium.tokenizer.v1 import tokenizer_pb2, tokenizer_pb2_grpc
 from trivium.wire.errors import ServiceError
 from trivium.wire.serving import GrpcServer
+from trivium.wire.tls.server import ServerTls
 
 MODEL = "scripted"
 CHAT_SERVICE = "trivium.chat.v1.ChatService"
@@ -131,7 +132,8 @@ class ScriptedBackend(
     what it was asked. A text is tokenized into its characters' code points.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ServerTls | None = None) -> None:
+        self._tls = tls
         self.script: Sequence[Step] = HELLO
         self.text_script: Sequence[Step] = HELLO_TEXT
         self.model_names = [MODEL, "org/other"]
@@ -153,6 +155,7 @@ class ScriptedBackend(
                 (tokenizer_pb2_grpc.add_TokenizerServiceServicer_to_server, self),
             ],
             [CHAT_SERVICE, COMPLETION_SERVICE, MODEL_SERVICE, TOKENIZER_SERVICE],
+            tls=self._tls,
         )
         self.port = await self._server.start(f"127.0.0.1:{self.port}")
         await self._server.set_serving(True)

@@ -25,6 +25,7 @@ from trivium.wire.channel import revision_service
 from trivium.wire.errors import ServiceError, from_rpc_error
 from trivium.wire.replicas.replica import Replica
 from trivium.wire.replicas.replica_set import ReplicaSet
+from trivium.wire.tls.channel import ChannelTls
 
 log = logging.getLogger(__name__)
 
@@ -38,17 +39,24 @@ _FAILED_WRITE = "Internal error from Core"
 class GeneratorClient:
     """The generators at `target` that serve this revision of a model.
 
-    `key` is shown to them. Made while the event loop runs; raises TargetError.
+    `key` is shown to them. Without `tls` calls are in plain text. Made while the event loop runs;
+    raises TargetError.
     """
 
-    def __init__(self, target: str, revision: str, key: OwnKey | None = None) -> None:
+    def __init__(
+        self,
+        target: str,
+        revision: str,
+        key: OwnKey | None = None,
+        tls: ChannelTls | None = None,
+    ) -> None:
         self._key = key
         self._revision = revision
         health_service = revision_service(convert.GENERATOR_SERVICE, revision)
         self._picker = GeneratorPicker()
         self._candidates: WeakKeyDictionary[Replica, Candidate] = WeakKeyDictionary()
         self.replicas = ReplicaSet(
-            target, health_service, self._follow_load, refusals=["queue_full"]
+            target, health_service, self._follow_load, refusals=["queue_full"], tls=tls
         )
 
     async def close(self) -> None:

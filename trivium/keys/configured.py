@@ -6,12 +6,14 @@ A wrong setting ends the process with status 2.
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
+from pydantic import Field
 
 from trivium.keys.accounts import Accounts
 from trivium.keys.key_file import KeyFile, KeyFileError
 from trivium.keys.own_key import OwnKey, OwnKeyError
 from trivium.keys.rate_limits import LimitMetrics, RateLimits
 from trivium.wire.settings import refuse_to_start
+from trivium.wire.tls.settings import ServerTlsSettings
 
 # Of each setting, in all services that have it.
 API_KEYS_FILE = (
@@ -28,10 +30,27 @@ LIMITS_URL = (
     "redis://host:6379/0; needs trivium[redis]. Without it, and while it cannot be reached, each "
     "process counts for itself."
 )
-ALLOW_UNAUTHENTICATED_REMOTE = (
-    "Listen on an address that others can reach although no API keys are set."
-)
 REFLECTION = "Answer gRPC reflection, by which tools such as grpcurl learn the protocol."
+
+
+class DoorSettings(ServerTlsSettings):
+    """Who gets in."""
+
+    api_keys_file: Path | None = Field(None, description=API_KEYS_FILE)
+    allow_unauthenticated_remote: bool = Field(
+        False,
+        description="Listen on an address that others can reach although neither API keys nor "
+        "certificates are asked for.",
+    )
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether calls are checked, or somebody said that they need not be."""
+        return (
+            self.api_keys_file is not None
+            or self.authenticates_clients_by_tls
+            or self.allow_unauthenticated_remote
+        )
 
 
 def open_keys(setting: str, path: Path | None) -> KeyFile | None:

@@ -5,6 +5,8 @@ from typing import Any
 
 import grpc
 
+from trivium.wire.tls.channel import ChannelTls
+
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 
 _OPTIONS: list[tuple[str, str | int]] = [
@@ -26,14 +28,21 @@ _OPTIONS: list[tuple[str, str | int]] = [
 _MAX_DEADLINE_SECONDS = 1e8  # gRPC takes 1e10 s and more as already expired
 
 
-def open_channel(target: str, authority: str | None = None) -> grpc.aio.Channel:
-    """A channel to one server: host:port, or any gRPC name.
+def open_channel(
+    target: str, authority: str | None = None, tls: ChannelTls | None = None
+) -> grpc.aio.Channel:
+    """A channel to one server: host:port, or any gRPC name; plain text without `tls`.
 
-    `authority` is the name that the server is told it was called by; by default the target's own.
+    `authority` is the name that the server is told it was called by, and has to have a certificate
+    for; by default the target's own.
     """
     options = list(_OPTIONS)
+    if tls is not None and tls.server_name is not None:
+        authority = tls.server_name
     if authority is not None:
         options.append(("grpc.default_authority", authority))
+    if tls is not None:
+        return grpc.aio.secure_channel(target, tls.credentials(), options=options)
     return grpc.aio.insecure_channel(target, options=options)
 
 

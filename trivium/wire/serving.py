@@ -21,6 +21,7 @@ from trivium.wire import telemetry, tracing
 from trivium.wire.channel import MAX_MESSAGE_BYTES
 from trivium.wire.errors import ServiceError, code_of, from_rpc_error, internal_error
 from trivium.wire.in_flight import InFlight
+from trivium.wire.tls.server import ServerTls
 
 log = logging.getLogger(__name__)
 
@@ -239,7 +240,7 @@ class GrpcServer:
     gRPC clients resolve a name anew only when a connection ends, so each ends after
     `max_connection_age_seconds`: new replicas get their share of the calls within this time.
     `in_flight` is for servicers that have to know of the drain. `guard` lets calls in, of all
-    services but health and reflection.
+    services but health and reflection. Without `tls` it speaks plain text.
     """
 
     def __init__(
@@ -251,8 +252,11 @@ class GrpcServer:
         in_flight: InFlight | None = None,
         guard: Guard | None = None,
         has_reflection: bool = True,
+        tls: ServerTls | None = None,
     ) -> None:
         self._in_flight = in_flight or InFlight()
+        self._tls = tls
+        self._following: asyncio.Task[None] | None = None
         self._serving: dict[str, bool] = {}
         self._boundary = CallBoundary(self._in_flight, guard)
         age = ("grpc.max_connection_age_ms", int(max_connection_age_seconds * 1000))
@@ -274,7 +278,11 @@ class GrpcServer:
         """
         await self.set_serving(False)
         try:
-            port = self._server.add_insecure_port(address)
+            if self._tls is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, self._tls.grpc_credentials())
+                self._following = asyncio.create_task(self._tls.follow())
         except RuntimeError as error:
             raise OSError(str(error)) from error
         await self._server.start()
@@ -311,6 +319,8 @@ class GrpcServer:
         # Calls that watch the health never end by themselves, so they are not waited for.
         await self._server.stop(_FLUSH_TIMEOUT_SECONDS)
         await stopping
+        if self._following is not None:
+            self._following.cancel()
 
 
 def run(main: Coroutine[Any, Any, Result]) -> Result:

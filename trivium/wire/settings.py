@@ -36,7 +36,8 @@ def refuse_unguarded(prefix: str, host: str, is_guarded: bool) -> None:
         return
     refuse_to_start(
         f"{prefix}HOST: {host} can be reached from outside and no API keys are set. Set "
-        f"{prefix}API_KEYS_FILE, or {prefix}ALLOW_UNAUTHENTICATED_REMOTE=true to serve everyone."
+        f"{prefix}API_KEYS_FILE, {prefix}TLS_CLIENT_CA_FILE for mutual TLS, or "
+        f"{prefix}ALLOW_UNAUTHENTICATED_REMOTE=true to serve everyone."
     )
 
 

@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from trivium.wire.channel import open_channel
 from trivium.wire.replicas.resolver import Address
+from trivium.wire.tls.channel import ChannelTls
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,32 @@ class ReplicaStatus:
     picked: int
 
 
+class _Link:
+    """A channel to a replica, and the calls on it."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.channel = channel
+        self.replaced = asyncio.Event()  # by a link that calls take from now on
+        self.outstanding = 0
+        self.idle = asyncio.Event()
+        self.idle.set()
+        self._stubs: dict[Any, Any] = {}
+
+    def stub(self, kind: Callable[[grpc.aio.Channel], Stub]) -> Stub:
+        if kind not in self._stubs:
+            self._stubs[kind] = kind(self.channel)
+        return cast("Stub", self._stubs[kind])
+
+    def began(self) -> None:
+        self.outstanding += 1
+        self.idle.clear()
+
+    def ended(self) -> None:
+        self.outstanding -= 1
+        if not self.outstanding:
+            self.idle.set()
+
+
 class Replica:
     """A process of a stage at one address, or whatever a proxy there makes of it.
 
@@ -58,19 +85,20 @@ class Replica:
         health_service: str,
         changed: Callable[[], None],
         follow: Callable[["Replica"], Awaitable[None]],
+        tls: ChannelTls | None = None,
     ) -> None:
         self.address = address
         self.state = self._told = ReplicaState.UNREACHABLE
         self.outstanding = 0
         self.picked = 0
         self.last_turn = 0
-        self._channel = open_channel(address.target, address.authority)
+        self._tls = tls
+        self._link = _Link(self._open())
+        self._replaced: dict[_Link, asyncio.Task[None]] = {}  # they go on to the end of their calls
+        self._renewing: asyncio.Task[None] | None = None
         self._health_service = health_service
         self._changed = changed
         self._follow = follow
-        self._stubs: dict[Any, Any] = {}
-        self._idle = asyncio.Event()
-        self._idle.set()
 
     @property
     def status(self) -> ReplicaStatus:
@@ -78,55 +106,98 @@ class Replica:
         return ReplicaStatus(str(self.address), self.state, self.outstanding, self.picked)
 
     def stub(self, kind: Callable[[grpc.aio.Channel], Stub]) -> Stub:
-        """The stub of this class on this replica's channel."""
-        if kind not in self._stubs:
-            self._stubs[kind] = kind(self._channel)
-        return cast("Stub", self._stubs[kind])
+        """The stub of this class, for a call that begins now."""
+        return self._link.stub(kind)
 
     def track(self, call: Call) -> Call:
-        """Counts a call until it ends."""
+        """Counts a call, which a stub has just begun, until it ends."""
+        link = self._link
         self.outstanding += 1
         self.picked += 1
         self.last_turn = next(_turns)
-        self._idle.clear()
-        call.add_done_callback(self._ended)
+        link.began()
+
+        def ended(_: object) -> None:
+            self.outstanding -= 1
+            link.ended()
+
+        call.add_done_callback(ended)
         return call
 
-    def _ended(self, _: object) -> None:
-        self.outstanding -= 1
-        if not self.outstanding:
-            self._idle.set()
+    def renew(self) -> None:
+        """Connects anew, by what is in the files of TLS now. Calls begin there once the connection
+        stands, until then where they did."""
+        if self._renewing is not None:
+            self._renewing.cancel()
+        self._renewing = asyncio.create_task(self._renew())
 
     async def run(self) -> None:
         """Keeps a connection and watches the health on it, for good."""
         try:
             while True:
-                connection = self._channel.get_state(try_to_connect=True)
-                watching: list[asyncio.Future[None]] = []
-                if connection is grpc.ChannelConnectivity.READY:
-                    # Anew on each connection: behind a proxy it may lead to another process.
-                    watching = [
-                        asyncio.ensure_future(self._watch_health()),
-                        asyncio.ensure_future(self._follow(self)),
-                    ]
-                try:
-                    await self._channel.wait_for_state_change(connection)
-                finally:
-                    for task in watching:
-                        task.cancel()
-                    await asyncio.gather(*watching, return_exceptions=True)
-                    self._set(ReplicaState.UNREACHABLE)
+                await self._run_connection(self._link)
         finally:
+            if self._renewing is not None:
+                self._renewing.cancel()
+                await asyncio.gather(self._renewing, return_exceptions=True)
             self._set(ReplicaState.UNREACHABLE)
 
     async def close_when_idle(self) -> None:
-        """Returns when the calls that run have ended, and the channel with them."""
-        await self._idle.wait()
+        """Returns when the calls that run have ended, and the channels with them."""
+        await asyncio.gather(self._link.idle.wait(), *self._replaced.values())
         await self.close()
 
     async def close(self) -> None:
         """Ends whatever runs."""
-        await self._channel.close()
+        for link, closing in self._replaced.copy().items():
+            closing.cancel()
+            await link.channel.close()
+        await self._link.channel.close()
+
+    def _open(self) -> grpc.aio.Channel:
+        return open_channel(self.address.target, self.address.authority, self._tls)
+
+    async def _renew(self) -> None:
+        channel = self._open()
+        try:
+            connection = channel.get_state(try_to_connect=True)
+            while connection is not grpc.ChannelConnectivity.READY:
+                await channel.wait_for_state_change(connection)
+                connection = channel.get_state(try_to_connect=True)
+        except BaseException:
+            await channel.close()
+            raise
+        replaced, self._link = self._link, _Link(channel)
+        self._replaced[replaced] = asyncio.create_task(self._close_when_idle(replaced))
+        replaced.replaced.set()
+
+    async def _close_when_idle(self, link: _Link) -> None:
+        await link.idle.wait()
+        await link.channel.close()
+        del self._replaced[link]
+
+    async def _run_connection(self, link: _Link) -> None:
+        """Returns when the connection's state has changed, or calls begin on another link."""
+        connection = link.channel.get_state(try_to_connect=True)
+        changes: list[asyncio.Future[Any]] = [
+            asyncio.ensure_future(link.channel.wait_for_state_change(connection)),
+            asyncio.ensure_future(link.replaced.wait()),
+        ]
+        watching: list[asyncio.Future[None]] = []
+        if connection is grpc.ChannelConnectivity.READY:
+            # Anew on each connection: behind a proxy it may lead to another process.
+            watching = [
+                asyncio.ensure_future(self._watch_health()),
+                asyncio.ensure_future(self._follow(self)),
+            ]
+        try:
+            await asyncio.wait(changes, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (*watching, *changes):
+                task.cancel()
+            await asyncio.gather(*watching, *changes, return_exceptions=True)
+            if not link.replaced.is_set():
+                self._set(ReplicaState.UNREACHABLE)
 
     async def _watch_health(self) -> None:
         request = health_pb2.HealthCheckRequest(service=self._health_service)

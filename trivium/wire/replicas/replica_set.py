@@ -24,6 +24,7 @@ from trivium.wire import tracing
 from trivium.wire.errors import ServiceError, from_rpc_error, is_final
 from trivium.wire.replicas.replica import Replica, ReplicaState, ReplicaStatus
 from trivium.wire.replicas.resolver import Address, Resolver
+from trivium.wire.tls.channel import ChannelTls
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,8 @@ class ReplicaSet:
 
     `follow` runs on each connection to a replica, and is cancelled with it. With `any_reachable`
     calls go to a replica that does not serve, if none does. `refusals` are the codes of errors that
-    another replica may not have. Made while the event loop runs; raises TargetError.
+    another replica may not have. Without `tls` calls are in plain text. Made while the event loop
+    runs; raises TargetError.
     """
 
     def __init__(
@@ -74,12 +76,14 @@ class ReplicaSet:
         follow: Callable[[Replica], Awaitable[None]] = _nothing,
         any_reachable: bool = False,
         refusals: Collection[str] = (),
+        tls: ChannelTls | None = None,
     ) -> None:
         self._resolver = Resolver(target)
         self._health_service = health_service
         self._follow = follow
         self._any_reachable = any_reachable
         self._refusals = refusals
+        self._tls = tls
         # All that there can be from the beginning: of a series that starts at 1 no rate is known.
         self._retries = {_reason(code): 0 for code in (*LOST, *refusals)}
         self._replicas: dict[Address, Replica] = {}
@@ -87,6 +91,8 @@ class ReplicaSet:
         self._changed = asyncio.Event()
         self._background: set[asyncio.Task[None]] = set()
         self._start(self._resolve())
+        if tls is not None:
+            self._start(self._follow_tls(tls))
 
     @property
     def replicas(self) -> Collection[Replica]:
@@ -173,11 +179,17 @@ class ReplicaSet:
                 return
             await asyncio.sleep(_RESOLVE_SECONDS)
 
+    async def _follow_tls(self, tls: ChannelTls) -> None:
+        async with contextlib.aclosing(tls.renewals()) as renewals:
+            async for _ in renewals:
+                for replica in self.replicas:
+                    replica.renew()
+
     def _update(self, addresses: frozenset[Address]) -> None:
         for address in self._replicas.keys() - addresses:
             self._start(self._retire(self._replicas.pop(address)))
         for address in addresses - self._replicas.keys():
-            replica = Replica(address, self._health_service, self._notify, self._follow)
+            replica = Replica(address, self._health_service, self._notify, self._follow, self._tls)
             self._replicas[address] = replica
             self._running[replica] = self._start(replica.run())
 

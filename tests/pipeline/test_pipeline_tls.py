@@ -1,0 +1,93 @@
+"""The three services with mutual TLS between all of them."""
+
+import urllib.request
+from pathlib import Path
+
+import grpc
+import openai
+import pytest
+import trustme
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tests.certificates import Files
+from tests.pipeline.services import Services
+
+CA = trustme.CA()
+OTHER_CA = trustme.CA()
+
+
+def answered(services: Services) -> str:
+    with openai.OpenAI(
+        base_url=f"{services.url}/v1", api_key="none", max_retries=0, timeout=120
+    ) as client:
+        answer = client.chat.completions.create(
+            model=services.model,
+            messages=[{"role": "user", "content": "hello"}],
+            max_tokens=8,
+            extra_body={"ignore_eos": True},
+        )
+    return str(answer.choices[0].finish_reason)
+
+
+def probed(port: int, path: str) -> int:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=60) as answer:
+        return int(answer.status)
+
+
+def code(target: str, credentials: grpc.ChannelCredentials | None) -> grpc.StatusCode:
+    """How a health check of a server ends."""
+    if credentials is None:
+        channel = grpc.insecure_channel(target)
+    else:
+        channel = grpc.secure_channel(target, credentials)
+    with channel:
+        try:
+            stub = health_pb2_grpc.HealthStub(channel)
+            stub.Check(health_pb2.HealthCheckRequest(), timeout=60)
+        except grpc.RpcError as error:
+            return error.code()
+    return grpc.StatusCode.OK
+
+
+@pytest.mark.timeout(600)
+def test_stages_call_each_other_over_mutual_tls(tiny_model: Path, tmp_path: Path) -> None:
+    """Requests are answered, also after each has a new certificate; probes need none; whoever has
+    none, or one of another CA, gets into neither gRPC port."""
+    facade, tokenizer, generator = (
+        Files(tmp_path / name).write(CA) for name in ("facade", "tokenizer", "generator")
+    )
+    strange = Files(tmp_path / "strange").write(OTHER_CA)
+    settings = {
+        **facade.channel("TRIVIUM_FACADE_TOKENIZER_"),
+        **tokenizer.server("TRIVIUM_TOKENIZER_", is_mutual=True),
+        **tokenizer.channel("TRIVIUM_TOKENIZER_GENERATOR_"),
+        **generator.server("TRIVIUM_GENERATOR_", is_mutual=True),
+        "TRIVIUM_TOKENIZER_LOG_LEVEL": "info",
+        "TRIVIUM_GENERATOR_LOG_LEVEL": "info",
+    }
+    with Services(tiny_model, tmp_path, **settings) as services:
+        assert "length" == answered(services)
+
+        pipeline = services.pipeline
+        for port in (pipeline.tokenizer_metrics_port, pipeline.generator_metrics_port):
+            assert 200 == probed(port, "/healthz") == probed(port, "/livez")
+
+        root = CA.cert_pem.bytes()
+        inside = grpc.ssl_channel_credentials(
+            root, facade.key.read_bytes(), facade.certificate.read_bytes()
+        )
+        outside = grpc.ssl_channel_credentials(
+            root, strange.key.read_bytes(), strange.certificate.read_bytes()
+        )
+        for target in (services.chat_target, services.generator_target):
+            assert grpc.StatusCode.OK is code(target, inside)
+            for stranger in (None, grpc.ssl_channel_credentials(root), outside):
+                assert grpc.StatusCode.UNAVAILABLE is code(target, stranger)
+
+        for files in (facade, tokenizer, generator):
+            files.write(CA)
+        for name in ("tokenizer_svc", "generator_svc"):
+            read = str(tmp_path / name.removesuffix("_svc"))
+            line = f"TLS uses what is in {read}"
+            services.until(lambda n=name, said=line: said in services.log(n), f"{name}: no {line}")
+        assert "length" == answered(services)

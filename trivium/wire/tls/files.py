@@ -1,0 +1,91 @@
+"""The files of one side of TLS, looked at every second: what replaces them is used from then on."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from trivium.wire.tls.pem import TlsError, expiry, read_file
+
+log = logging.getLogger(__name__)
+
+CHECK_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Pem:
+    """What the files hold: own certificate with those above it, its key, and trusted CAs."""
+
+    certificates: bytes | None
+    key: bytes | None
+    ca: bytes | None
+
+
+class TlsFiles:
+    """Files of which `pem` is the newest content that could be used.
+
+    `check` raises TlsError for files that cannot be, now, as TlsFiles does at first.
+    """
+
+    def __init__(
+        self,
+        certificate: Path | None,
+        key: Path | None,
+        ca: Path | None,
+        check: Callable[[], None],
+    ) -> None:
+        self._paths = (certificate, key, ca)
+        self._check = check
+        self._faults = 0
+        self._expired: Pem | None = None  # of which the log knows it
+        self._looked_at = time.monotonic()
+        check()
+        self.pem = self._read()
+
+    async def renewals(self) -> AsyncGenerator[None]:
+        """Yields whenever `pem` has changed, for good. Several may follow one."""
+        known = self.pem
+        while True:
+            self._look()
+            self._warn_if_expired()
+            if self.pem is not known:
+                known = self.pem
+                yield
+            await asyncio.sleep(CHECK_SECONDS)
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        if now - self._looked_at < CHECK_SECONDS / 2:  # another follower did
+            return
+        self._looked_at = now
+        try:
+            pem = self._read()
+            if pem != self.pem:
+                self._check()
+                if pem != self._read():
+                    return  # they are being replaced
+                self.pem = pem
+                log.info("TLS uses what is in %s now", self._names())
+            self._faults = 0
+        except TlsError as error:
+            # Of files that are replaced one after the other, the first does not fit for a moment.
+            self._faults += 1
+            if self._faults == 2:
+                log.error("TLS goes on with what was in %s: %s", self._names(), error)
+
+    def _read(self) -> Pem:
+        return Pem(*(None if path is None else read_file(path) for path in self._paths))
+
+    def _names(self) -> str:
+        return ", ".join(str(path) for path in self._paths if path is not None)
+
+    def _warn_if_expired(self) -> None:
+        if self.pem.certificates is None or self._expired is self.pem:
+            return
+        expires = expiry(self.pem.certificates)
+        if expires <= datetime.now(UTC):
+            self._expired = self.pem
+            log.warning("the certificate in %s has expired at %s", self._paths[0], expires)

@@ -1,0 +1,89 @@
+"""PEM files of certificates and keys: whether they can be used, and until when.
+
+Knows nothing of settings, servers or channels.
+"""
+
+import ssl
+from datetime import UTC, datetime
+from pathlib import Path
+
+_VERSION, _UTC_TIME = 0xA0, 0x17  # tags of ASN.1
+
+
+class TlsError(ValueError):
+    """A file of TLS that cannot be used; the text names it."""
+
+
+def read_file(path: Path) -> bytes:
+    """What is in the file; raises TlsError."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise TlsError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def check_certificates(path: Path) -> None:
+    """Raises TlsError unless certificates are in the file."""
+    _load_certificates(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), path)
+
+
+def server_context(certificate: Path, key: Path, client_ca: Path | None = None) -> ssl.SSLContext:
+    """What a server does TLS 1.2 and 1.3 with; it asks for client certificates with `client_ca`.
+
+    Raises TlsError.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    check_certificates(certificate)
+    read_file(key)
+    try:
+        # Without the password's function OpenSSL would ask for it at the terminal.
+        context.load_cert_chain(certificate, key, password=lambda: "")
+    except OSError as error:  # SSLError is one
+        if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
+            raise TlsError(f"{key}: is not the key of the certificate {certificate}") from None
+        raise TlsError(f"{key}: is no private key in PEM without a passphrase") from None
+    if client_ca is not None:
+        _load_certificates(context, client_ca)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def expiry(certificates: bytes) -> datetime:
+    """When the first of these PEM certificates expires.
+
+    It is the second time of the validity, the fifth part of a certificate that has a version
+    (RFC 5280, section 4.1).
+    """
+    text = certificates.decode("latin-1")
+    begin, end = text.index(ssl.PEM_HEADER), text.index(ssl.PEM_FOOTER) + len(ssl.PEM_FOOTER)
+    [(_, certificate)] = _parts(ssl.PEM_cert_to_DER_cert(text[begin:end]))
+    signed = [part for part in _parts(_parts(certificate)[0][1]) if part[0] != _VERSION]
+    kind, value = _parts(signed[3][1])[1]
+    digits = value.decode("ascii").rstrip("Z")
+    if kind == _UTC_TIME:  # with two digits of the year
+        digits = ("19" if digits >= "50" else "20") + digits
+    return datetime.strptime(digits, "%Y%m%d%H%M%S").replace(tzinfo=UTC)
+
+
+def _load_certificates(context: ssl.SSLContext, path: Path) -> None:
+    is_plain = ssl.PEM_HEADER.encode() in read_file(path)  # and not OpenSSL's TRUSTED CERTIFICATE
+    try:
+        context.load_verify_locations(path)
+    except OSError:  # SSLError is one
+        is_plain = False
+    if not is_plain:
+        raise TlsError(f"{path}: no certificate in PEM is in it")
+
+
+def _parts(der: bytes) -> list[tuple[int, bytes]]:
+    """Tags and contents of the values that follow one another in `der`."""
+    parts = []
+    while der:
+        length, head = der[1], 2
+        if length >= 0x80:
+            head = 2 + length - 0x80
+            length = int.from_bytes(der[2:head])
+        parts.append((der[0], der[head : head + length]))
+        der = der[head + length :]
+    return parts

@@ -1,0 +1,78 @@
+"""TLS of a server, over HTTP and over gRPC."""
+
+import contextlib
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from trivium.wire.tls.files import Pem, TlsFiles
+from trivium.wire.tls.pem import server_context
+
+
+class ServerTls(TlsFiles):
+    """Its certificate and key. With `client_ca`, clients need a certificate that one of these CAs
+    has signed: mutual TLS. Raises TlsError.
+
+    While `follow` runs, new connections get what the files hold. Those that are there stay.
+    """
+
+    def __init__(self, certificate: Path, key: Path, client_ca: Path | None) -> None:
+        self._client_ca = client_ca
+
+        def check() -> None:
+            context = server_context(certificate, key, client_ca)
+            context.set_alpn_protocols(["http/1.1"])
+            self._context = context
+
+        super().__init__(certificate, key, client_ca, check)
+
+    async def follow(self) -> None:
+        """For good."""
+        async with contextlib.aclosing(self.renewals()) as renewals:
+            async for _ in renewals:
+                pass
+
+    def http_context(self) -> ssl.SSLContext:
+        """For a server of HTTP/1.1 on asyncio."""
+        context = _FollowingContext(ssl.PROTOCOL_TLS_SERVER)
+        context.current = lambda: self._context
+        return context
+
+    def grpc_credentials(self) -> grpc.ServerCredentials:
+        """For one server of gRPC."""
+        given = self.pem
+
+        def renewed() -> grpc.ServerCertificateConfiguration | None:
+            """What has changed since this was called last; gRPC asks at each handshake, in threads
+            of its own."""
+            nonlocal given
+            pem = self.pem
+            if pem is given:
+                return None
+            given = pem
+            return _configuration(pem)
+
+        return grpc.dynamic_ssl_server_credentials(
+            _configuration(given),
+            renewed,  # type: ignore[arg-type]  # its stub does not know of None
+            require_client_authentication=self._client_ca is not None,
+        )
+
+
+def _configuration(pem: Pem) -> grpc.ServerCertificateConfiguration:
+    assert pem.key is not None, "A server without a key. This is a bug."
+    assert pem.certificates is not None, "A server without a certificate. This is a bug."
+    return grpc.ssl_server_certificate_configuration([(pem.key, pem.certificates)], pem.ca)
+
+
+class _FollowingContext(ssl.SSLContext):
+    """Each connection is that of the `current` context. CAs can be added to a context, but not
+    taken away, so that a live one would not do."""
+
+    current: Callable[[], ssl.SSLContext]
+
+    def wrap_bio(self, *arguments: Any, **options: Any) -> ssl.SSLObject:
+        return self.current().wrap_bio(*arguments, **options)

@@ -1,0 +1,94 @@
+"""The settings of TLS, alike in all services: their names, what they say, and how they are checked.
+
+A server's begin with TLS_, those of channels with the name of the stage that is called.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, ValidationInfo
+from pydantic_settings import BaseSettings
+
+from trivium.wire.tls.channel import ChannelTls
+from trivium.wire.tls.pem import check_certificates, server_context
+from trivium.wire.tls.server import ServerTls
+
+CA_FILE = (
+    "File of CA certificates (PEM). With it calls go over TLS, to servers whose certificates one "
+    "of these CAs has signed. Files of TLS are read again when they change."
+)
+CERT_FILE = "File of the certificate (PEM) to show to servers that ask for one (mutual TLS)."
+KEY_FILE = "File of its private key (PEM, without a passphrase)."
+SERVER_NAME = (
+    "Name that the servers' certificates have to be for, and that calls have as :authority. Not "
+    "set: the name in the target, or the IP address there."
+)
+
+
+# What each is of no use without.
+_NEEDS = {
+    "key_file": "cert_file",
+    "client_ca_file": "cert_file",
+    "cert_file": "ca_file",  # of a channel; a server has none
+    "server_name": "ca_file",
+}
+
+
+def _check(value: Path | str | None, info: ValidationInfo) -> Path | str | None:
+    """Checks a setting together with those declared before it. One that is wrong itself is not
+    among `info.data`, and says so itself."""
+    prefix, _, kind = (info.field_name or "").rpartition("tls_")
+    prefix += "tls_"
+    others = {name.removeprefix(prefix): other for name, other in info.data.items()}
+    certificate, needed = others.get("cert_file"), _NEEDS.get(kind)
+    if value is None:
+        if kind == "key_file" and certificate is not None:
+            raise ValueError(f"required with {prefix.upper()}CERT_FILE")
+    elif needed in others and others[needed] is None:
+        raise ValueError(f"not without {prefix.upper()}{needed.upper()}")
+    elif kind == "key_file" and certificate is not None:
+        server_context(certificate, Path(value))
+    elif kind in ("ca_file", "client_ca_file", "cert_file"):
+        check_certificates(Path(value))
+    return value
+
+
+TlsFile = Annotated[Path | None, AfterValidator(_check)]
+TlsServerName = Annotated[str | None, AfterValidator(_check)]
+
+
+class ServerTlsSettings(BaseSettings):
+    """TLS of what a service serves, but for its metrics."""
+
+    tls_cert_file: TlsFile = Field(
+        None,
+        description="File of the server's certificate (PEM), followed by those of the CAs between "
+        "it and the root. With it PORT speaks TLS alone. Read again when it changes, as are the "
+        "next two.",
+    )
+    tls_key_file: TlsFile = Field(None, validate_default=True, description=KEY_FILE)
+    tls_client_ca_file: TlsFile = Field(
+        None,
+        description="File of CA certificates (PEM). With it clients must show a certificate that "
+        "one of these CAs has signed (mutual TLS).",
+    )
+
+    @property
+    def authenticates_clients_by_tls(self) -> bool:
+        """Whether nobody gets in without a client certificate."""
+        return self.tls_client_ca_file is not None
+
+    def server_tls(self) -> ServerTls | None:
+        """None without a certificate. Raises TlsError."""
+        if self.tls_cert_file is None or self.tls_key_file is None:
+            return None
+        return ServerTls(self.tls_cert_file, self.tls_key_file, self.tls_client_ca_file)
+
+
+def channel_tls(
+    ca_file: Path | None, cert_file: Path | None, key_file: Path | None, server_name: str | None
+) -> ChannelTls | None:
+    """None without CAs. Raises TlsError."""
+    if ca_file is None:
+        return None
+    return ChannelTls(ca_file, cert_file, key_file, server_name)
