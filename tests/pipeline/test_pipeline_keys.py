@@ -158,7 +158,8 @@ async def status(channel: grpc.aio.Channel, name: str, method: Any, key: str) ->
             await call.write(b"")
             await call.done_writing()
         if shape.endswith("stream"):
-            await call.read()
+            if await call.read() is grpc.aio.EOF:
+                return grpc.StatusCode(await call.code())
             call.cancel()
         else:
             await call
