@@ -5,10 +5,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.cli.openai_script import ScriptedServer
+from trivium.cli.main import app
 
 
 @pytest.fixture
@@ -113,3 +116,15 @@ def test_ctrl_d_leaves(chat: subprocess.Popen[str]) -> None:
     chat.stdin.close()
 
     assert chat.wait() == 0
+
+
+@pytest.mark.parametrize("command", ["chat", "bench"])
+def test_a_ca_file_that_is_none_is_told(command: str, tmp_path: Path) -> None:
+    """Before anybody is called, in one line that names it."""
+    empty = tmp_path / "empty.crt"
+    empty.touch()
+    for path in (empty, tmp_path / "gone.crt"):
+        result = CliRunner().invoke(app, [command, "--ca-file", str(path)])
+
+        assert 2 == result.exit_code
+        assert f"--ca-file {path}: " in result.output

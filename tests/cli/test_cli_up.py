@@ -7,10 +7,12 @@ import signal
 from pathlib import Path
 
 import pytest
+import trustme
 from pydantic_settings import BaseSettings
 from typer.testing import CliRunner
 
 from rest_facade.config import FacadeSettings
+from tests.certificates import Files
 from tests.cli.children import Children, is_running
 from trivium.cli.banner import banner
 from trivium.cli.main import app
@@ -180,6 +182,39 @@ def test_names_the_folders_it_looked_into(tmp_path: Path, monkeypatch: pytest.Mo
 
     assert result.exit_code == 2
     assert str(tmp_path / "models" / "nobody") in result.output.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        (
+            "TRIVIUM_TOKENIZER_TLS_CERT_FILE",
+            "set both TRIVIUM_TOKENIZER_TLS_CERT_FILE and TRIVIUM_FACADE_TOKENIZER_TLS_CA_FILE",
+        ),
+        (
+            "TRIVIUM_TOKENIZER_GENERATOR_TLS_CA_FILE",
+            "set both TRIVIUM_GENERATOR_TLS_CERT_FILE and TRIVIUM_TOKENIZER_GENERATOR_TLS_CA_FILE",
+        ),
+        (
+            "TRIVIUM_FACADE_TLS_CLIENT_CA_FILE",
+            "TRIVIUM_FACADE_TLS_CLIENT_CA_FILE needs --facade-metrics-port",
+        ),
+        (
+            "TRIVIUM_FACADE_TOKENIZER_TLS_KEY_FILE",
+            "TRIVIUM_FACADE_TOKENIZER_TLS_KEY_FILE: Value error, not without TLS_CERT_FILE",
+        ),
+    ],
+)
+def test_tls_of_one_side_alone_is_refused(
+    setting: str, words: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is started, as such services would wait for each other for good."""
+    files = Files(tmp_path / "tls").write(trustme.CA())
+    monkeypatch.setenv(setting, str(files.key if "KEY" in setting else files.certificate))
+    result = CliRunner().invoke(app, ["up", "--model", str(tiny_folder)])
+
+    assert 2 == result.exit_code
+    assert words in result.output
 
 
 def test_an_empty_model_folder_is_refused(tmp_path: Path) -> None:

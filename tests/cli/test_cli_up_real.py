@@ -12,8 +12,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+import trustme
 from typer.testing import CliRunner
 
+from tests.certificates import Files
 from tests.cli.children import is_running
 from tests.tiny_models import tiny_model_directory
 from trivium.cli.main import app
@@ -56,6 +58,22 @@ def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for setting, name in (("FACADE_TOKENIZER", "facade"), ("TOKENIZER_GENERATOR", "tokenizer")):
         (tmp_path / name).write_text(name)
         monkeypatch.setenv(f"TRIVIUM_{setting}_API_KEY_FILE", str(tmp_path / name))
+
+
+@pytest.fixture
+def tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
+    """An environment in which all services speak TLS, and the files of it."""
+    files = Files(tmp_path / "tls").write(trustme.CA())
+    settings = {
+        **files.server("TRIVIUM_FACADE_"),
+        **files.channel("TRIVIUM_FACADE_TOKENIZER_"),
+        **files.server("TRIVIUM_TOKENIZER_", is_mutual=True),
+        **files.channel("TRIVIUM_TOKENIZER_GENERATOR_"),
+        **files.server("TRIVIUM_GENERATOR_", is_mutual=True),
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    return files
 
 
 @pytest.fixture
@@ -109,6 +127,47 @@ def test_a_pasted_snippet_is_answered_and_ctrl_c_leaves_nothing(
     assert asked.returncode == 0, asked.stderr
     assert "(in a browser)" in text
     assert "CPUExecutionProvider" in text
+
+
+def test_all_services_speak_tls(tls: Files, up: subprocess.Popen[str]) -> None:
+    """What the banner says works for whoever trusts the CA, and our commands take that CA too."""
+    text = read_banner(up)
+    url = re.search(r"REST +(https://\S+)/v1", text)
+    curl = re.search(r"^curl .*$", text, re.MULTILINE)
+    assert url is not None
+    assert curl is not None
+    # curl would rather have the first two.
+    others = ("CURL_CA_BUNDLE", "SSL_CERT_DIR", "SSL_CERT_FILE")
+    plain = {name: value for name, value in os.environ.items() if name not in others}
+    trusting = {**plain, "SSL_CERT_FILE": str(tls.ca)}
+    commands = {
+        "curl": ["sh", "-c", curl[0]],
+        "openai": [sys.executable, "-c", text[text.index("from openai") :]],
+        "chat": [sys.executable, "-m", "trivium.cli", "chat", "--url", url[1]],
+        "bench": [
+            *(sys.executable, "-m", "trivium.cli", "bench", "--url", url[1], "--clients=1"),
+            *("--prompt-tokens=8", "--requests=1"),
+        ],
+    }
+    done = {
+        name: subprocess.run(command, input="Hello\n", capture_output=True, text=True, env=trusting)
+        for name, command in commands.items()
+    }
+    stranger = subprocess.run(commands["chat"], capture_output=True, text=True, env=plain)
+    named = subprocess.run(
+        [*commands["chat"], "--ca-file", str(tls.ca)], input="", capture_output=True, text=True
+    )
+    up.send_signal(signal.SIGINT)
+
+    assert up.wait() == 0
+    assert dict.fromkeys(commands, 0) == {n: p.returncode for n, p in done.items()}, done
+    assert '"gpu_seconds":' in done["curl"].stdout
+    assert "gpu_seconds]" in done["chat"].stdout
+    assert 0 == named.returncode, named.stderr
+    assert 1 == stranger.returncode
+    assert "CERTIFICATE_VERIFY_FAILED" in stranger.stderr
+    assert f"certificate {tls.certificate}" in text
+    assert "over TLS" in text
 
 
 def test_a_running_answer_is_finished_before_the_end(up: subprocess.Popen[str]) -> None:

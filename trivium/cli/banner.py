@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection, Sequence
 
 from trivium.cli.pipeline import Pipeline
+from trivium.cli.stage_tls import StageTls
 from trivium.generator.v1 import generator_pb2
 from trivium.host_limits import CpuLimit, MemoryLimit
 
@@ -31,15 +32,15 @@ def banner(
     models = zip(infos, weights, strict=True)
     facts = [fact for info, weight_bytes in models for fact in _model(info, weight_bytes)]
     metrics = ", ".join(pipeline.facade_metrics_urls)
-    reflection = "" if "reflection" in shut else ", reflection on"
     facts += [
         ("host", "; ".join(map(str, limits))),
         ("services", _services(pipeline)),
         ("REST", f"{pipeline.url}/v1"),
-        ("gRPC", f"{pipeline.chat_target}  (trivium.chat.v1.ChatService{reflection})"),
+        ("gRPC", f"{pipeline.chat_target}  (trivium.chat.v1.ChatService, {_grpc(pipeline, shut)})"),
         ("chat", f"{pipeline.url}/  (in a browser)"),
         ("docs", f"{pipeline.url}/docs"),
         ("metrics", metrics),
+        *_tls(pipeline.tls),
         ("health", f"{pipeline.url}/health"),
     ]
     facts = [(name, value) for name, value in facts if name not in shut]
@@ -66,6 +67,25 @@ def _model(info: generator_pb2.GetModelInfoResponse, weight_bytes: int) -> list[
             f"n up to {info.max_n}; {info.max_queued_requests:,} requests "
             f"or {info.max_queued_tokens:,} prompt tokens may wait",
         ),
+    ]
+
+
+def _grpc(pipeline: Pipeline, shut: Collection[str]) -> str:
+    over = "plain text" if pipeline.tls.chat is None else "TLS"
+    return over if "reflection" in shut else f"{over}, reflection on"
+
+
+def _tls(tls: StageTls) -> list[tuple[str, str]]:
+    """What clients have to know besides https:// in the address."""
+    if tls.certificate is None:
+        return []
+    clients = "clients need certificates too; " if tls.is_mutual else ""
+    return [
+        (
+            "TLS",
+            f"certificate {tls.certificate}; {clients}SSL_CERT_FILE tells curl and Python of a CA "
+            "that they do not know",
+        )
     ]
 
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trivium.cli.answer import AnswerFailed, api_root
+from trivium.cli.https import CaFileOption, trusted
 from trivium.cli.load import Level, Target, open_client, run_level
 from trivium.cli.random_prompts import Prompts
 
@@ -37,6 +38,7 @@ def bench(
         True
     ),
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY")] = None,
+    ca_file: CaFileOption = None,
     seed: Annotated[int | None, typer.Option(help="Of the prompts. Default: a new one.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here.")] = (
         None
@@ -54,7 +56,7 @@ def bench(
         raise typer.Exit(REFUSED)
     seed = secrets.randbelow(2**31) if seed is None else seed
     workload = Workload(levels, requests, prompt_tokens, output_tokens, seed)
-    target = Target(api_root(url), model or "", api_key, ignore_eos)
+    target = Target(api_root(url), model or "", api_key, ignore_eos, trusted(ca_file))
     try:
         report = asyncio.run(_run(target, workload))
     except (AnswerFailed, httpx.HTTPError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import signal
+import ssl
 import time
 from collections.abc import Callable
 from typing import Annotated
@@ -13,6 +14,7 @@ import httpx
 import typer
 
 from trivium.cli.answer import Answer, AnswerFailed, api_root, headers, refusal
+from trivium.cli.https import CaFileOption, trusted
 
 FAILED = 1
 TIMEOUT = httpx.Timeout(600.0, connect=10.0)
@@ -22,8 +24,16 @@ Message = dict[str, str]
 class Conversation:
     """The messages so far, and how the next answer is asked for."""
 
-    def __init__(self, root: str, api_key: str | None, model: str, system: str | None) -> None:
+    def __init__(
+        self,
+        root: str,
+        api_key: str | None,
+        model: str,
+        system: str | None,
+        context: ssl.SSLContext,
+    ) -> None:
         self._headers = headers(api_key)
+        self._context = context
         self._url = f"{root}/chat/completions"
         self._model = model
         self.messages: list[Message] = (
@@ -63,7 +73,9 @@ class Conversation:
             "stream_options": {"include_usage": True},
         }
         async with (
-            httpx.AsyncClient(headers=self._headers, timeout=TIMEOUT, trust_env=False) as client,
+            httpx.AsyncClient(
+                headers=self._headers, timeout=TIMEOUT, trust_env=False, verify=self._context
+            ) as client,
             client.stream("POST", self._url, json=body) as response,
         ):
             if response.status_code != 200:
@@ -94,17 +106,18 @@ def chat(
     model: Annotated[str | None, typer.Option(help="Default: the first of /v1/models.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY")] = None,
+    ca_file: CaFileOption = None,
 ) -> None:
     """Talks to a model. Ctrl-C cancels an answer, Ctrl-D or /exit leaves, /new starts over."""
     _enable_line_editing()
-    root = api_root(url)
+    root, context = api_root(url), trusted(ca_file)
     try:
-        name = model or _first_model(root, api_key)
+        name = model or _first_model(root, api_key, context)
     except (AnswerFailed, httpx.HTTPError) as error:
         typer.echo(f"trivium chat: {root}: {error or type(error).__name__}", err=True)
         raise typer.Exit(FAILED) from error
     typer.echo(f"{name} at {root}. Ctrl-C cancels an answer, Ctrl-D leaves, /new starts over.")
-    while _converse(Conversation(root, api_key, name, system)):
+    while _converse(Conversation(root, api_key, name, system, context)):
         pass
 
 
@@ -132,8 +145,10 @@ def _converse(conversation: Conversation) -> bool:
             typer.echo(f"\n{typer.style(str(error) or type(error).__name__, fg='red')}")
 
 
-def _first_model(root: str, api_key: str | None) -> str:
-    with httpx.Client(headers=headers(api_key), timeout=TIMEOUT, trust_env=False) as client:
+def _first_model(root: str, api_key: str | None, context: ssl.SSLContext) -> str:
+    with httpx.Client(
+        headers=headers(api_key), timeout=TIMEOUT, trust_env=False, verify=context
+    ) as client:
         response = client.get(f"{root}/models")
     if response.status_code != 200:
         raise refusal(response.status_code, response.content)

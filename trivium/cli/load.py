@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import numpy as np
 
 from trivium.cli.answer import Answer, AnswerFailed, headers
 from trivium.cli.http_stream import Connection, Pieces, read_answer
+from trivium.cli.https import trusted
 
 PERCENTILES = (50, 95, 99)
 ANSWER_SECONDS = 900.0  # for a whole answer
@@ -27,12 +29,14 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Target:
-    """A server and a model there. `root` is the URL that ends in /v1."""
+    """A server and a model there. `root` is the URL that ends in /v1; `context`, for one that
+    begins https:, has the CAs that are trusted, by default those of certifi."""
 
     root: str
     model: str
     api_key: str | None = None
     ignore_eos: bool = True
+    context: ssl.SSLContext | None = None
 
     def body(
         self, messages: Sequence[Message], output_tokens: int, n: int = 1, stream: bool = True
@@ -77,7 +81,7 @@ class Client:
             raise ValueError(f"{target.root}: only http:// and https:// addresses can be measured")
         is_secure = address.scheme == "https"
         self._address = address.hostname, address.port or (443 if is_secure else 80)
-        self._ssl = httpx.create_ssl_context(trust_env=False) if is_secure else None
+        self._ssl = (target.context or trusted(None)) if is_secure else None
         self._connection: Connection | None = None
 
     @property
@@ -195,4 +199,9 @@ async def run_level(
 
 def open_client(target: Target) -> httpx.AsyncClient:
     """A client for what is no stream: the list of models, and counts of tokens."""
-    return httpx.AsyncClient(headers=headers(target.api_key), timeout=60.0, trust_env=False)
+    return httpx.AsyncClient(
+        headers=headers(target.api_key),
+        timeout=60.0,
+        trust_env=False,
+        verify=target.context or trusted(None),
+    )

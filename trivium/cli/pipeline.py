@@ -11,11 +11,13 @@ import os
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from trivium.cli.probe import until_ready
+from trivium.cli.stage_tls import StageTls
 from trivium.cli.supervisor import Stage
+from trivium.wire.tls.channel import ChannelTls
 
 ANY_HOST = ("", "0.0.0.0", "::")  # noqa: S104 - compared with, not bound to
 LOOPBACK = "127.0.0.1"
@@ -61,6 +63,7 @@ class Pipeline:
     tokenizers: int = 1
     facades: int = 1
     facade_metrics_port: int = 0
+    tls: StageTls = field(default_factory=StageTls)
 
     @property
     def models(self) -> tuple[Path, ...]:
@@ -70,7 +73,7 @@ class Pipeline:
     @property
     def url(self) -> str:
         """Base URL of the REST API, reachable from this machine."""
-        return f"http://{authority(self.host, self.port)}"
+        return f"{self._scheme}://{authority(self.host, self.port)}"
 
     @property
     def chat_targets(self) -> list[str]:
@@ -86,8 +89,8 @@ class Pipeline:
     @property
     def facade_metrics_urls(self) -> list[str]:
         """The metrics of each facade."""
-        ports = self._facade_metrics_ports() or [self.port]
-        return [f"http://{authority(self.host, port)}/metrics" for port in ports]
+        own = [f"{url}/metrics" for url in self._facade_metrics_servers()]
+        return own or [f"{self.url}/metrics"]
 
     @property
     def generator_targets(self) -> list[str]:
@@ -112,14 +115,16 @@ class Pipeline:
             for number, target in enumerate(self.chat_targets)
         ]
         # Any of several facades answers at the shared port, so each is asked at its own one too.
-        own = self.facade_metrics_urls if self.facades > 1 else []
+        # Only there, if the shared one asks for a certificate.
+        own = [f"{url}/healthz" for url in self._facade_metrics_servers()]
+        shared = [] if self.tls.is_mutual else [f"{self.url}/health"]
         facades = [
-            ([*own[number : number + 1], f"{self.url}/health"], self._facade(number))
+            ([*own[number : number + 1], *shared], self._facade(number))
             for number in range(self.facades)
         ]
         return [
-            *_replicas("generator_svc", "GENERATOR", generators),
-            *_replicas("tokenizer_svc", "TOKENIZER", tokenizers),
+            *_replicas("generator_svc", "GENERATOR", generators, self.tls.generator),
+            *_replicas("tokenizer_svc", "TOKENIZER", tokenizers, self.tls.chat),
             *_replicas("rest_facade", "FACADE", facades),
         ]
 
@@ -186,6 +191,15 @@ class Pipeline:
             for model, target in zip(self.models, self.generator_targets, strict=True)
         ]
         return {"TRIVIUM_TOKENIZER_MODELS": json.dumps(served)}
+
+    @property
+    def _scheme(self) -> str:
+        return "http" if self.tls.certificate is None else "https"
+
+    def _facade_metrics_servers(self) -> list[str]:
+        """Base URLs of those that facades have besides the REST API."""
+        ports = self._facade_metrics_ports()
+        return [f"http://{authority(self.host, port)}" for port in ports]
 
     def _facade_metrics_ports(self) -> list[int]:
         """None for a single facade that has its metrics on the port of the REST API."""
@@ -269,11 +283,14 @@ def free_ports(count: int) -> list[int]:
 
 
 def _replicas(
-    service: str, settings: str, replicas: Sequence[tuple[Sequence[str], dict[str, str]]]
+    service: str,
+    settings: str,
+    replicas: Sequence[tuple[Sequence[str], dict[str, str]]],
+    tls: ChannelTls | None = None,
 ) -> Iterator[Stage]:
     """A stage for each pair of addresses to ask and environment; numbered if there are several."""
     command = (sys.executable, "-m", service)
     for number, (addresses, environment) in enumerate(replicas, start=1):
         name = service if len(replicas) == 1 else f"{service}-{number}"
-        ready = functools.partial(until_ready, *addresses)
+        ready = functools.partial(until_ready, *addresses, tls=tls)
         yield Stage(name, command, ready, {**environment, f"TRIVIUM_{settings}_LOG_NAME": name})

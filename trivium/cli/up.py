@@ -20,6 +20,7 @@ from trivium.cli.banner import banner
 from trivium.cli.fit import DoesNotFit, memory_plans
 from trivium.cli.pipeline import LOOPBACK, Pipeline, PortTaken
 from trivium.cli.probe import model_info
+from trivium.cli.stage_tls import REST_CLIENT_CA, TlsMismatch, stage_tls
 from trivium.cli.supervisor import LEASH, NotReady, StageDied, Supervisor
 from trivium.embedded_model import EMBEDDED_MODEL
 from trivium.host_limits import cpu_limit, memory_limit
@@ -206,6 +207,15 @@ def up(
     models = [resolve_model(name, device) for name in model or [EMBEDDED_MODEL]]
     if len({folder.name for folder in models}) < len(models):
         _refuse("two models have the same id, which is their folder's name")
+    try:
+        tls = stage_tls()
+    except TlsMismatch as mismatch:
+        _refuse(str(mismatch))
+    if tls.is_mutual and facades == 1 and not facade_metrics_port:
+        _refuse(
+            f"{REST_CLIENT_CA} needs --facade-metrics-port, at which the facade is asked whether "
+            "it is ready"
+        )
     pipeline = Pipeline(
         model=models[0],
         more_models=tuple(models[1:]),
@@ -222,6 +232,7 @@ def up(
         generator_metrics_port=generator_metrics_port,
         log_level=log_level,
         drain_seconds=drain_seconds,
+        tls=tls,
     )
     if facades > 1 and sys.platform != "linux":
         _refuse(
@@ -243,7 +254,10 @@ async def _run(pipeline: Pipeline, ready_seconds: float) -> int:
     async def when_ready() -> None:
         key_file = os.environ.get("TRIVIUM_TOKENIZER_GENERATOR_API_KEY_FILE")
         key = OwnKey(Path(key_file)) if key_file else None
-        infos = [await model_info(target, key) for target in pipeline.generator_targets]
+        infos = [
+            await model_info(target, key, pipeline.tls.generator)
+            for target in pipeline.generator_targets
+        ]
         weights = [load_model_directory(folder).weight_bytes for folder in pipeline.models]
         keys = "TRIVIUM_FACADE_API_KEYS_FILE" in os.environ
         limits = cpu_limit(), memory_limit()
