@@ -107,9 +107,11 @@ def check_model(folder: Path) -> Iterator[Finding]:
 
 
 async def check_answer(pipeline: Pipeline, model: str) -> Finding:
-    """Starts the three services on free ports and asks for a few tokens, in plain text."""
-    for name in [name for name in os.environ if name.startswith("TRIVIUM_") and "_TLS_" in name]:
-        del os.environ[name]
+    """Starts the three services on free ports and asks for a few tokens, in plain text and without
+    keys."""
+    for name in tuple(os.environ):
+        if name.startswith("TRIVIUM_") and ("_TLS_" in name or "_API_KEY" in name):
+            del os.environ[name]
     try:
         async with Supervisor(pipeline.stages(), stop_seconds=30) as supervisor:
             await supervisor.wait_until_ready(300)
