@@ -19,10 +19,12 @@ class NameServer:
     """Answers A queries by `names`, a name's IPv4 addresses; other names do not exist.
 
     A context manager; over UDP alone. Names may be changed at any time: nobody may keep an answer.
+    Questions for a name in `unanswered` are counted there and have no answer.
     """
 
     def __init__(self, **names: Sequence[str]) -> None:
         self.names: dict[str, Sequence[str]] = dict(names)
+        self.unanswered: dict[str, int] = {}
         self._unseen: Counter[str] = Counter()  # questions until a change has been taken in
         self._seen = threading.Event()
         self._server = socketserver.UDPServer(("127.0.0.1", 0), self._handler())
@@ -56,7 +58,8 @@ class NameServer:
         class Handler(socketserver.BaseRequestHandler):
             def handle(self) -> None:
                 query, connection = self.request
-                connection.sendto(names._answer(query), self.client_address)
+                if answer := names._answer(query):
+                    connection.sendto(answer, self.client_address)
 
         return Handler
 
@@ -66,13 +69,16 @@ class NameServer:
             if not self._unseen[name]:
                 self._seen.set()
 
-    def _answer(self, query: bytes) -> bytes:
+    def _answer(self, query: bytes) -> bytes | None:
         labels, position = [], _HEADER.size
         while length := query[position]:
             labels.append(query[position + 1 : position + 1 + length])
             position += 1 + length
         (kind,) = struct.unpack_from("!H", query, position + 1)
         name = b".".join(labels).decode().lower()
+        if name in self.unanswered:
+            self.unanswered[name] += 1
+            return None
         if kind == _A:  # most ask for AAAA besides
             self._note(name)
         known = self.names.get(name)

@@ -9,8 +9,15 @@ from tokenizer_svc.config import ModelSettings
 from trivium.wire.replicas.resolver import Address, Resolver
 
 
-async def resolved(target: str) -> set[str]:
-    return {address.target for address in await Resolver(target).resolve()}
+async def resolved(resolver: Resolver) -> frozenset[Address]:
+    """All addresses, once each name was looked up."""
+    for name in resolver.names:
+        await resolver.look_up(name)
+    return resolver.addresses
+
+
+async def targets(target: str) -> set[str]:
+    return {address.target for address in await resolved(Resolver(target))}
 
 
 @pytest.mark.parametrize(
@@ -26,20 +33,20 @@ async def resolved(target: str) -> set[str]:
 )
 async def test_addresses_are_taken_as_they_are(target: str, addresses: set[str]) -> None:
     """One, several, of IP or of something that only gRPC knows; they never change."""
-    assert addresses == await resolved(target)
-    assert Resolver(target).is_fixed
+    assert addresses == await targets(target)
+    assert not Resolver(target).names
 
 
 async def test_this_machine_has_a_name() -> None:
     """Names of /etc/hosts are known too."""
-    assert "ipv4:127.0.0.1:7" in await resolved("localhost:7")
+    assert "ipv4:127.0.0.1:7" in await targets("localhost:7")
 
 
 async def test_every_address_of_every_name() -> None:
     """Those of a list are put together; what is called is told the name that it goes by."""
     with NameServer(a=["127.0.0.2", "127.0.0.3"], b=["127.0.0.4"]) as names:
         target = ",".join([names.target("a", 5), names.target("b", 6), "127.0.0.9:7"])
-        addresses = await Resolver(target).resolve()
+        addresses = await resolved(Resolver(target))
 
     assert {
         Address("ipv4:127.0.0.2:5", "a:5"),
@@ -53,7 +60,7 @@ async def test_many_addresses() -> None:
     """More than an answer of 512 bytes holds, the most that DNS once had."""
     addresses = [f"127.0.1.{number}" for number in range(50)]
     with NameServer(many=addresses) as names:
-        found = await resolved(names.target("many", 5))
+        found = await targets(names.target("many", 5))
 
     assert {f"ipv4:{address}:5" for address in addresses} == found
 
@@ -62,12 +69,12 @@ async def test_what_cannot_be_looked_up_stays() -> None:
     """A name server that is gone, or knows no address now, takes nobody away."""
     with NameServer(a=["127.0.0.2"]) as names:
         resolver = Resolver(names.target("a", 5))
-        first = await resolver.resolve()
+        first = await resolved(resolver)
         names.names["a"] = []
-        nobody = await resolver.resolve()
+        nobody = await resolved(resolver)
         names.names["a"] = ["127.0.0.3"]
-        other = await resolver.resolve()
-    gone = await resolver.resolve()
+        other = await resolved(resolver)
+    gone = await resolved(resolver)
 
     assert [{"ipv4:127.0.0.2:5"}, {"ipv4:127.0.0.3:5"}] == [
         {address.target for address in addresses} for addresses in (first, other)

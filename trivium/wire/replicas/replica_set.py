@@ -23,7 +23,7 @@ import grpc
 from trivium.wire import tracing
 from trivium.wire.errors import ServiceError, from_rpc_error, is_final
 from trivium.wire.replicas.replica import Replica, ReplicaState, ReplicaStatus
-from trivium.wire.replicas.resolver import Address, Resolver
+from trivium.wire.replicas.resolver import Address, Name, Resolver
 from trivium.wire.tls.channel import ChannelTls
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,9 @@ class ReplicaSet:
         self._running: dict[Replica, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
         self._background: set[asyncio.Task[None]] = set()
-        self._start(self._resolve())
+        self._update()
+        for name in self._resolver.names:
+            self._start(self._follow_name(name))
         if tls is not None:
             self._start(self._follow_tls(tls))
 
@@ -172,11 +174,11 @@ class ReplicaSet:
     def _candidates(self) -> list[Replica]:
         return self.serving or (self.reachable if self._any_reachable else [])
 
-    async def _resolve(self) -> None:
+    async def _follow_name(self, name: Name) -> None:
+        """Each name on its own: one that is slow to look up holds up no other."""
         while True:
-            self._update(await self._resolver.resolve())
-            if self._resolver.is_fixed:
-                return
+            await self._resolver.look_up(name)
+            self._update()
             await asyncio.sleep(_RESOLVE_SECONDS)
 
     async def _follow_tls(self, tls: ChannelTls) -> None:
@@ -185,7 +187,8 @@ class ReplicaSet:
                 for replica in self.replicas:
                     replica.renew()
 
-    def _update(self, addresses: frozenset[Address]) -> None:
+    def _update(self) -> None:
+        addresses = self._resolver.addresses
         for address in self._replicas.keys() - addresses:
             self._start(self._retire(self._replicas.pop(address)))
         for address in addresses - self._replicas.keys():

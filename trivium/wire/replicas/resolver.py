@@ -41,41 +41,39 @@ class Address:
 
 
 @dataclass(frozen=True)
-class _Name:
+class Name:
+    """A name to be looked up in DNS."""
+
     host: str
     port: int
     server: str | None  # of DNS, host:port; None is the system's own
 
 
 class Resolver:
-    """Looks up a target; raises TargetError if it is none."""
+    """Looks up the `names` of a target; raises TargetError if it is none."""
 
     def __init__(self, target: str) -> None:
-        self._names: list[_Name] = []
+        self.names: list[Name] = []
         self._fixed: set[Address] = set()
-        self._known: dict[_Name, frozenset[Address]] = {}
+        self._known: dict[Name, frozenset[Address]] = {}
         for part in target.split(","):
             self._add(part.strip())
 
     @property
-    def is_fixed(self) -> bool:
-        """Whether the addresses can never change."""
-        return not self._names
+    def addresses(self) -> frozenset[Address]:
+        """All that are known now. Those that are no names are known from the start."""
+        return frozenset(self._fixed.union(*self._known.values()))
 
-    async def resolve(self) -> frozenset[Address]:
-        """The addresses of all names.
+    async def look_up(self, name: Name) -> None:
+        """Renews the addresses of one of `names`.
 
         What cannot be looked up now, or has no address at all, stays where it was: whether
         somebody still serves there is for health checks to say.
         """
-        found = set(self._fixed)
-        for name in self._names:
-            try:
-                self._known[name] = await _look_up(name)
-            except aiodns.error.DNSError as error:
-                log.debug("%s cannot be looked up: %s", name.host, error)
-            found |= self._known.get(name, frozenset())
-        return frozenset(found)
+        try:
+            self._known[name] = await _look_up(name)
+        except aiodns.error.DNSError as error:
+            log.debug("%s cannot be looked up: %s", name.host, error)
 
     def _add(self, part: str) -> None:
         if _OF_GRPC.fullmatch(part):
@@ -91,7 +89,7 @@ class Resolver:
         try:
             self._fixed.add(Address(_ip_target(host, port)))
         except ValueError:
-            self._names.append(_Name(host, port, server))
+            self.names.append(Name(host, port, server))
 
 
 def check_target(target: str) -> str:
@@ -107,7 +105,7 @@ def _ip_target(ip: str, port: int) -> str:
     return f"ipv4:{ip}:{port}"
 
 
-async def _look_up(name: _Name) -> frozenset[Address]:
+async def _look_up(name: Name) -> frozenset[Address]:
     """Raises DNSError. Each look-up has a resolver of its own, as one keeps what it has heard for
     as long as the answer's time to live, and never reads resolv.conf again."""
     servers = None if name.server is None else [name.server]
