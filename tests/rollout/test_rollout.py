@@ -185,6 +185,7 @@ async def test_two_generators_find_what_one_finds_in_its_cache(fleet: Fleet) -> 
     one = await cached_tokens(fleet, "one")
     await fleet.start(GENERATOR, B)
     fleet.publish(GENERATOR, A, B)
+    await fleet.until_known(GENERATOR, A, B)  # by the one tokenizer long before the other, perhaps
     async with loaded(fleet.model.name, facades(fleet, A, B)) as load, asyncio.timeout(30):
         while not await fleet.tokens(GENERATOR, B):
             await load.more(1)
