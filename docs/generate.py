@@ -161,7 +161,7 @@ def generator_registry() -> CollectorRegistry:
     return registry
 
 
-_ONE_REPLICA = ReplicaSetStatus([ReplicaStatus("", ReplicaState.SERVING, 0, 0)], {"draining": 0})
+_ONE_REPLICA = ReplicaSetStatus([ReplicaStatus("", ReplicaState.SERVING, 0, 0, 0)], {"draining": 0})
 
 
 def facade_registry() -> CollectorRegistry:

@@ -271,6 +271,70 @@ async def test_a_call_is_lost_twice_at_most() -> None:
     assert [0, 1, 1] == sorted(fleet.calls)
 
 
+@pytest.mark.parametrize("code", ["internal_error", "backend_unavailable"])
+async def test_one_that_keeps_failing_gets_few_calls(code: str) -> None:
+    """It says that it is well, and is always free as it fails at once; after three failures others
+    take its calls, but for one now and then. When it answers again it has its share again."""
+    async with serving(Fleet("ours", "ours")) as fleet:
+        registry = CollectorRegistry()
+        registry.register(ReplicaCollector({"tiny": fleet.client.replicas.status}))
+        fleet.generators[0].script = fails_after([], ServiceError(code, "No."))
+        asked = [await asyncio.gather(fleet.ask(), return_exceptions=True) for _ in range(100)]
+        failing = fleet.calls[0]
+        ejected = registry.get_sample_value("trivium_replica_ejections_total", labels(fleet, 0))
+        fleet.generators[0].script = says([END])
+        while fleet.calls[0] < failing + 10:
+            asked.append([await fleet.ask()])
+        again = registry.get_sample_value("trivium_replica_ejections_total", labels(fleet, 0))
+
+    lost = failing if code == "internal_error" else 0  # what is lost is tried once more
+    assert len(asked) - lost == asked.count([ANSWER])
+    assert 3 <= failing < 10
+    assert ejected == again == failing - 2
+    assert 0 == registry.get_sample_value("trivium_replica_ejections_total", labels(fleet, 1))
+
+
+async def test_where_all_keep_failing_all_are_called() -> None:
+    """An ejection never leaves nobody: callers hear of the fault itself, from either."""
+    async with serving(Fleet("ours", "ours")) as fleet:
+        for generator in fleet.generators:
+            generator.script = fails_after([], ServiceError("internal_error", "No."))
+        for _ in range(20):
+            with pytest.raises(ServiceError) as failed:
+                await fleet.ask()
+            assert "internal_error" == failed.value.code
+        calls = fleet.calls
+
+    assert 20 == sum(calls)
+    assert min(calls) > 3
+
+
+def labels(fleet: Fleet, number: int) -> dict[str, str]:
+    """Those of one replica's metrics."""
+    return {"model_name": "tiny", "replica": f"127.0.0.1:{fleet.ports[number]}"}
+
+
+async def test_a_request_that_always_fails_ejects_nobody() -> None:
+    """Between it others are answered, and all replicas go on taking turns."""
+    poison = ServiceError("internal_error", "No.")
+
+    async def script(start: Any, stops: Any) -> AsyncIterator[pb.GenerateResponse]:
+        if start.prompt_token_ids[0] == 66:
+            raise poison
+        yield END
+
+    async with serving(Fleet("ours", "ours")) as fleet:
+        for generator in fleet.generators:
+            generator.script = script
+        for _ in range(10):
+            with pytest.raises(ServiceError):
+                await fleet.ask(token=66)
+            for _ in range(3):
+                await fleet.ask()
+
+    assert [20, 20] == fleet.calls
+
+
 async def test_a_single_one_that_is_full_is_not_asked_again() -> None:
     """It would have no room the second time either."""
     async with serving(Fleet("ours")) as fleet:

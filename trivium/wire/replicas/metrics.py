@@ -34,6 +34,11 @@ class ReplicaCollector(Collector):
             "1 for the state that the replica is in: serving, not_serving or unreachable.",
             labels=[*_LABELS, "state"],
         )
+        ejections = CounterMetricFamily(
+            "trivium_replica_ejections",
+            "Times that this replica was not picked for a while, as its calls kept failing.",
+            labels=_LABELS,
+        )
         retries = CounterMetricFamily(
             "trivium_replica_retries",
             "Calls that were tried once more, by the code of the error that the first try met.",
@@ -47,6 +52,7 @@ class ReplicaCollector(Collector):
                 labels = [model, status.address]
                 picked.add_metric(labels, status.picked)
                 outstanding.add_metric(labels, status.outstanding)
+                ejections.add_metric(labels, status.ejections)
                 for one in ReplicaState:
                     state.add_metric([*labels, one.value], status.state is one)
-        yield from (picked, outstanding, state, retries)
+        yield from (picked, outstanding, state, ejections, retries)

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -12,6 +13,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from trivium.wire.channel import open_channel
+from trivium.wire.replicas.ejection import Ejection
 from trivium.wire.replicas.resolver import Address
 from trivium.wire.tls.channel import ChannelTls
 
@@ -37,12 +39,14 @@ class ReplicaState(Enum):
 
 @dataclass(frozen=True)
 class ReplicaStatus:
-    """How a replica is: calls that have not ended, and all that ever began."""
+    """How a replica is: calls that have not ended, all that ever began, and how often it was
+    ejected."""
 
     address: str
     state: ReplicaState
     outstanding: int
     picked: int
+    ejections: int
 
 
 class _Link:
@@ -92,6 +96,7 @@ class Replica:
         self.outstanding = 0
         self.picked = 0
         self.last_turn = 0
+        self.ejection = Ejection()
         self._tls = tls
         self._link = _Link(self._open())
         self._replaced: dict[_Link, asyncio.Task[None]] = {}  # they go on to the end of their calls
@@ -103,7 +108,14 @@ class Replica:
     @property
     def status(self) -> ReplicaStatus:
         """How it is now."""
-        return ReplicaStatus(str(self.address), self.state, self.outstanding, self.picked)
+        return ReplicaStatus(
+            str(self.address), self.state, self.outstanding, self.picked, self.ejection.count
+        )
+
+    @property
+    def is_ejected(self) -> bool:
+        """Whether its calls have failed of late, again and again."""
+        return self.ejection.is_ejected(time.monotonic())
 
     def stub(self, kind: Callable[[grpc.aio.Channel], Stub]) -> Stub:
         """The stub of this class, for a call that begins now."""

@@ -6,6 +6,7 @@ Knows nothing of what is called.
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import (
     AsyncGenerator,
     Awaitable,
@@ -34,6 +35,9 @@ GAP_SECONDS = 2.0
 
 _RESOLVE_SECONDS = 1.0
 _PAUSE_SECONDS = 0.1  # before a call is tried again where it failed, as there is nobody else
+
+# What counts against a replica, if it happens again and again.
+_FAULTS = frozenset({"backend_unavailable", "internal_error"})
 
 # The replica was lost, or never began. A server ends as CANCELLED what reaches it while it is
 # sending GOAWAY.
@@ -136,20 +140,20 @@ class ReplicaSet:
         """
         replica = await self._pick(pick)
         try:
-            return await attempt(replica)
+            return await self._attempt(attempt, replica)
         except grpc.aio.AioRpcError as error:
             code = from_rpc_error(error).code
             if is_final(error) or (code not in LOST and code not in self._refusals):
                 raise
-            others = [one for one in self.serving if one is not replica]
+            others = _not_ejected([one for one in self.serving if one is not replica])
             if not others and code not in LOST:
                 raise
         self._retries[_reason(code)] += 1
         tracing.current().event("retry", attributes={"error.type": _reason(code)})
         if not others:
             await asyncio.sleep(_PAUSE_SECONDS)
-            return await attempt(await self._pick(pick))
-        return await attempt(pick(others))
+            return await self._attempt(attempt, await self._pick(pick))
+        return await self._attempt(attempt, pick(others))
 
     async def close(self) -> None:
         """Ends whatever runs."""
@@ -158,6 +162,18 @@ class ReplicaSet:
         await asyncio.gather(*self._background, return_exceptions=True)
         for replica in self._running:
             await replica.close()
+
+    async def _attempt(
+        self, attempt: Callable[[Replica], Awaitable[Answer]], replica: Replica
+    ) -> Answer:
+        try:
+            answer = await attempt(replica)
+        except grpc.aio.AioRpcError as error:
+            if from_rpc_error(error).code in _FAULTS and not is_final(error):
+                replica.ejection.failed(time.monotonic())
+            raise
+        replica.ejection.succeeded()
+        return answer
 
     async def _pick(self, pick: Picker) -> Replica:
         if not (found := self._candidates()):
@@ -172,7 +188,7 @@ class ReplicaSet:
         return pick(found)
 
     def _candidates(self) -> list[Replica]:
-        return self.serving or (self.reachable if self._any_reachable else [])
+        return _not_ejected(self.serving) or (self.reachable if self._any_reachable else [])
 
     async def _follow_name(self, name: Name) -> None:
         """Each name on its own: one that is slow to look up holds up no other."""
@@ -217,6 +233,11 @@ class ReplicaSet:
         self._background.discard(task)
         if not task.cancelled() and task.exception() is not None:
             log.error("replicas are not followed any more", exc_info=task.exception())
+
+
+def _not_ejected(replicas: list[Replica]) -> list[Replica]:
+    """Those that are not ejected; all, if all are."""
+    return [one for one in replicas if not one.is_ejected] or replicas
 
 
 def _reason(code: str) -> str:
