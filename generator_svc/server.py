@@ -4,6 +4,7 @@ import asyncio
 import functools
 import gc
 import logging
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -152,6 +153,7 @@ def describe(
         max_n=settings.max_n,
         max_queued_requests=settings.max_queued_requests,
         max_queued_tokens=settings.max_queued_tokens,
+        instance_id=uuid.uuid4().hex,
     )
 
 

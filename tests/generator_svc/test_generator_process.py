@@ -149,6 +149,7 @@ async def test_it_tells_what_is_loaded(model):
 
     assert (model.id, model.revision) == (info.id, info.revision)
     assert (3, 96, 5) == (info.slots, info.context_length, info.max_n)
+    assert info.instance_id
     assert ("CPUExecutionProvider", "float32", "fp32") == (
         info.execution_provider,
         info.dtype,

@@ -221,6 +221,32 @@ async def test_what_one_refused_it_has_not_cached() -> None:
     assert [refused, 32] == fleet.calls
 
 
+@pytest.mark.parametrize("instance_id", ["first", "second"])
+async def test_what_was_started_anew_has_nothing_cached(instance_id: str) -> None:
+    """Conversations that it had go to either one then; after a connection that was merely lost
+    they go on where they were."""
+    async with serving(Fleet("ours", "ours")) as fleet:
+        fleet.generators[0].script = fails_after([], ServiceError("queue_full", "Full."))
+        for conversation in range(32):
+            await fleet.ask(100, token=conversation)
+        before = fleet.calls
+        fleet.generators[0].script = says([END])
+        again = fleet.generators[1]
+        await fleet.servers[1].drain(0, 0)
+        await fleet.known(f"127.0.0.1:{fleet.ports[0]}")
+        again.instance_id = instance_id
+        again.watched.clear()
+        fleet.servers[1], _ = await again.serve(fleet.ports[1])
+        await fleet.known(*(f"127.0.0.1:{port}" for port in fleet.ports))
+        await again.watched.wait()
+        for conversation in range(32):
+            await fleet.ask(200, token=conversation)
+        elsewhere, there = (now - then for now, then in zip(fleet.calls, before, strict=True))
+
+    assert 32 == elsewhere + there
+    assert (elsewhere > 0) is (instance_id == "second")
+
+
 @pytest.mark.parametrize(
     ("code", "reason"),
     [

@@ -41,6 +41,8 @@ class ScriptedGenerator(generator_pb2_grpc.GeneratorServiceServicer):
         self.script: Script = says([])
         self.calls: list[Seen] = []
         self.called = asyncio.Event()
+        self.instance_id = "first"
+        self.watched = asyncio.Event()
 
     async def Generate(
         self, request_iterator: AsyncIterator[pb.GenerateRequest], context: Any
@@ -75,11 +77,16 @@ class ScriptedGenerator(generator_pb2_grpc.GeneratorServiceServicer):
     async def GetModelInfo(
         self, request: pb.GetModelInfoRequest, context: Any
     ) -> pb.GetModelInfoResponse:
-        return pb.GetModelInfoResponse(revision=self.revision, context_length=self.context_length)
+        return pb.GetModelInfoResponse(
+            revision=self.revision,
+            context_length=self.context_length,
+            instance_id=self.instance_id,
+        )
 
     async def WatchLoad(
         self, request: pb.WatchLoadRequest, context: Any
     ) -> AsyncIterator[pb.WatchLoadResponse]:
+        self.watched.set()
         yield pb.WatchLoadResponse()
 
     async def serve(self, port: int = 0, host: str = "127.0.0.1") -> tuple[GrpcServer, int]:

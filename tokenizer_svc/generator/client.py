@@ -110,15 +110,22 @@ class GeneratorClient:
         return telemetry.outgoing_metadata() + own_metadata(self._key)
 
     async def _info(self, replica: Replica) -> GeneratorInfo:
-        stub, request = replica.stub(convert.GeneratorStub), convert.generator_info_request()
-        call = stub.GetModelInfo(request, timeout=INFO_SECONDS, metadata=own_metadata(self._key))
+        call = self._asked(replica.stub(convert.GeneratorStub))
         return convert.generator_info(await replica.track(call))
 
+    def _asked(self, stub: convert.GeneratorStub) -> Any:
+        """A call of GetModelInfo."""
+        request, metadata = convert.generator_info_request(), own_metadata(self._key)
+        return stub.GetModelInfo(request, timeout=INFO_SECONDS, metadata=metadata)
+
     async def _follow_load(self, replica: Replica) -> None:
-        load = self.candidate(replica).load
+        candidate = self.candidate(replica)
+        load = candidate.load
+        stub = replica.stub(convert.GeneratorStub)
         while True:
             try:
-                stub = replica.stub(convert.GeneratorStub)
+                info = convert.generator_info(await self._asked(stub))
+                candidate.connected(info.instance_id)
                 async for response in stub.WatchLoad(
                     convert.load_request(), metadata=own_metadata(self._key)
                 ):

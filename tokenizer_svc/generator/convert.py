@@ -118,4 +118,4 @@ def generator_info_request() -> generator_pb2.GetModelInfoRequest:
 
 def generator_info(response: generator_pb2.GetModelInfoResponse) -> GeneratorInfo:
     """What a generator serves."""
-    return GeneratorInfo(response.revision, response.context_length)
+    return GeneratorInfo(response.revision, response.context_length, response.instance_id)

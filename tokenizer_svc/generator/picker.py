@@ -25,6 +25,13 @@ class Candidate:
     load: GeneratorLoad = field(default_factory=GeneratorLoad)
     memory: PrefixMemory = field(default_factory=PrefixMemory)
     last_turn: int = 0
+    instance_id: str = ""
+
+    def connected(self, instance_id: str) -> None:
+        """A connection leads to it. If it was started anew, its prefix cache is empty."""
+        if self.instance_id and instance_id != self.instance_id:
+            self.memory = PrefixMemory()
+        self.instance_id = instance_id
 
 
 class GeneratorPicker:

@@ -91,3 +91,4 @@ class GeneratorInfo:
 
     revision: str
     context_length: int
+    instance_id: str  # another one after each start

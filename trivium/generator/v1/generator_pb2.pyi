@@ -130,7 +130,7 @@ class GetModelInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetModelInfoResponse(_message.Message):
-    __slots__ = ("id", "revision", "context_length", "vocabulary_size", "eos_token_ids", "execution_provider", "dtype", "precision", "slots", "kv_cache_bytes", "max_n", "max_queued_requests", "max_queued_tokens", "cuda_unavailable")
+    __slots__ = ("id", "revision", "context_length", "vocabulary_size", "eos_token_ids", "execution_provider", "dtype", "precision", "slots", "kv_cache_bytes", "max_n", "max_queued_requests", "max_queued_tokens", "cuda_unavailable", "instance_id")
     ID_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_LENGTH_FIELD_NUMBER: _ClassVar[int]
@@ -145,6 +145,7 @@ class GetModelInfoResponse(_message.Message):
     MAX_QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     MAX_QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CUDA_UNAVAILABLE_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     id: str
     revision: str
     context_length: int
@@ -159,7 +160,8 @@ class GetModelInfoResponse(_message.Message):
     max_queued_requests: int
     max_queued_tokens: int
     cuda_unavailable: str
-    def __init__(self, id: _Optional[str] = ..., revision: _Optional[str] = ..., context_length: _Optional[int] = ..., vocabulary_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., execution_provider: _Optional[str] = ..., dtype: _Optional[str] = ..., precision: _Optional[str] = ..., slots: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., max_n: _Optional[int] = ..., max_queued_requests: _Optional[int] = ..., max_queued_tokens: _Optional[int] = ..., cuda_unavailable: _Optional[str] = ...) -> None: ...
+    instance_id: str
+    def __init__(self, id: _Optional[str] = ..., revision: _Optional[str] = ..., context_length: _Optional[int] = ..., vocabulary_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., execution_provider: _Optional[str] = ..., dtype: _Optional[str] = ..., precision: _Optional[str] = ..., slots: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., max_n: _Optional[int] = ..., max_queued_requests: _Optional[int] = ..., max_queued_tokens: _Optional[int] = ..., cuda_unavailable: _Optional[str] = ..., instance_id: _Optional[str] = ...) -> None: ...
 
 class WatchLoadRequest(_message.Message):
     __slots__ = ("min_interval_milliseconds",)
