@@ -81,11 +81,11 @@ serve: $(VENV)/.serve
 PARALLEL := -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: check
-	$(BIN)/python $(PARALLEL) -m 'not (clients or templates or slow)' $(ARGS)
+	$(BIN)/python $(PARALLEL) -m 'not (clients or templates or slow or gpu)' $(ARGS)
 
-# One at a time.
+# One at a time, as a GPU cannot be shared either.
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m 'slow or gpu' $(ARGS)
 
 test-fast: $(VENV)/.test
 	$(BIN)/python $(PARALLEL) --fast $(ARGS)
@@ -121,8 +121,7 @@ docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py
 
 # Resolved for the Python of the images, in an environment of its own, with what traces and shared
-# limits need. Keeps
-# what still fits.
+# limits need. Keeps what still fits.
 LOCK_PYTHON ?= python3.12
 lock:
 	$(LOCK_PYTHON) -m venv .venv-lock

@@ -14,10 +14,10 @@ import grpc
 
 from rest_facade.convert import chat, completion, tokenizer
 from trivium.keys.own_key import OwnKey, own_metadata
+from trivium.wire import telemetry
 from trivium.wire.errors import ServiceError, from_rpc_error
 from trivium.wire.replicas.replica import Replica
 from trivium.wire.replicas.replica_set import GAP_SECONDS, ReplicaSet
-from trivium.wire.telemetry import outgoing_metadata
 from trivium.wire.tls.channel import ChannelTls
 
 log = logging.getLogger(__name__)
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 CHAT_SERVICE = "trivium.chat.v1.ChatService"
 
 _READ_SECONDS = 10  # metadata lookups
+_NOT_SAMPLED = f"00-{1:032x}-{1:016x}-00"  # of what no trace should begin with
 _TOKENIZE_SECONDS = 60  # the largest body takes a few
 
 Event = TypeVar("Event")
@@ -52,7 +53,10 @@ class Backend:
         tls: ChannelTls | None = None,
     ) -> None:
         # Those that have a generator serve; while none does, any of them says why.
-        self.replicas = ReplicaSet(target, CHAT_SERVICE, any_reachable=True, tls=tls)
+        refusals = ["invalid_api_key"]  # of our key, which reaches one process sooner than another
+        self.replicas = ReplicaSet(
+            target, CHAT_SERVICE, any_reachable=True, refusals=refusals, tls=tls
+        )
         self._timeout = timeout
         self._key = key
         self._is_key_accepted = False
@@ -155,6 +159,7 @@ class Backend:
             async with asyncio.timeout(seconds / 2):
                 await self._can_complete.wait()
                 if not self._is_key_accepted:  # a tokenizer's health does not tell
+                    telemetry.traceparent.set(_NOT_SAMPLED)
                     await self.models()
                 return
         try:
@@ -214,7 +219,7 @@ class Backend:
             raise
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
-        return outgoing_metadata() + own_metadata(self._key)
+        return telemetry.outgoing_metadata() + own_metadata(self._key)
 
     async def _follow(self) -> None:
         async with contextlib.aclosing(self.replicas.changes()) as states:

@@ -270,7 +270,7 @@ async def test_what_is_tried_once_more_is_counted(code: str, reason: str) -> Non
             await fleet.ask()
         after = retries(registry)
 
-    reasons = {"queue_full", "draining", "backend_unavailable", "model_loading"}
+    reasons = {"queue_full", "draining", "backend_unavailable", "model_loading", "invalid_api_key"}
     assert dict.fromkeys(reasons, 0.0) == before
     assert before | {reason: 1.0} == after
 

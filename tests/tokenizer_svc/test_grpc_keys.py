@@ -23,6 +23,7 @@ from tokenizer_svc.models import Model
 from trivium.chat.v1 import model_pb2
 from trivium.generator.v1 import generator_pb2
 from trivium.keys import watched_file
+from trivium.keys.key_file import KeyFile, KeyFileError
 from trivium.tokenizer.v1 import tokenizer_pb2
 from trivium.wire.errors import ServiceError, from_rpc_error
 
@@ -183,9 +184,9 @@ async def test_a_stage_has_no_limits_and_a_public_key_no_stage(start: Start, fil
         for _ in range(3):
             await ask(stage, *bearing("facade"))
 
-    with pytest.raises(SystemExit):
-        async with start(table("facade", stage="true", requests_per_minute=3)):
-            pass
+    write(file, table("facade", stage="true", requests_per_minute=3))
+    with pytest.raises(KeyFileError, match=r"keys\.facade: .*requests_per_minute"):
+        KeyFile(file)
 
 
 async def test_a_key_that_is_withdrawn_opens_no_more(

@@ -56,7 +56,12 @@ class GeneratorClient:
         self._picker = GeneratorPicker()
         self._candidates: WeakKeyDictionary[Replica, Candidate] = WeakKeyDictionary()
         self.replicas = ReplicaSet(
-            target, health_service, self._follow_load, refusals=["queue_full"], tls=tls
+            target,
+            health_service,
+            self._follow_load,
+            # Keys reach one process sooner than another.
+            refusals=["queue_full", "invalid_api_key"],
+            tls=tls,
         )
 
     async def close(self) -> None:

@@ -76,6 +76,7 @@ class GeneratorWatch:
                 async with asyncio.timeout(GAP_SECONDS):
                     await self._serving.wait()
             except TimeoutError:
+                failing_since = math.inf
                 await self._set(await self._client.fault(), on_change)
                 continue
             try:

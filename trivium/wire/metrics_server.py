@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from concurrent.futures import CancelledError
 from typing import Any
 
 from prometheus_client import start_http_server
@@ -61,7 +62,7 @@ def _fault(loop: asyncio.AbstractEventLoop, check: Check) -> str:
         return asyncio.run_coroutine_threadsafe(work, loop).result(_ANSWER_SECONDS)
     except TimeoutError:
         return "The process does not answer."
-    except RuntimeError:  # the loop is closed, and the process is about to end
+    except (RuntimeError, CancelledError):  # the loop is closed, or about to be
         work.close()
         return "The process has ended."
 
