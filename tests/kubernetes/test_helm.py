@@ -1,11 +1,16 @@
 """deploy/helm/trivium as Helm's own engine renders it: valid, and the same as deploy/kubernetes."""
 
 import re
+from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 import yaml
 
+from tests.certificates import Files
+from tests.images import dockerfile_environment, read_settings
 from tests.kubernetes.manifests import (
     DIGEST,
     NEWEST,
@@ -21,11 +26,14 @@ from tests.kubernetes.manifests import (
     of_kind,
     pods,
 )
+from tests.kubernetes.mounts import variables_in
 
 helm = pytest.importorskip("helm_python", reason="no wheel of Helm's engine for this platform")
 
 CHART = ROOT / "deploy" / "helm" / "trivium"
 GPU: dict[str, Any] = yaml.safe_load((CHART / "values-gpu.yaml").read_text())
+STAGE_KEYS: dict[str, Any] = {"apiKeys": {"stages": {"enabled": True}}}
+MUTUAL_TLS: dict[str, Any] = {"tls": {"grpc": "mutual"}}
 EVERYTHING: dict[str, Any] = {
     "imageRegistry": "registry.example.org/llm/",
     "imagePullSecrets": [{"name": "pull"}],
@@ -33,6 +41,8 @@ EVERYTHING: dict[str, Any] = {
     "generator": {"nodeSelector": {"a": "b"}, "tolerations": [{"operator": "Exists"}]},
     "autoscaling": {"type": "hpa"},
     "podMonitor": {"enabled": True},
+    **STAGE_KEYS,
+    "tls": {"grpc": "mutual", "rest": "mutual"},
     "ingress": {
         "enabled": True,
         "className": "nginx",
@@ -60,7 +70,8 @@ def render(values: dict[str, Any], release: str = "release") -> list[Manifest]:
 def plain(manifests: list[Manifest]) -> dict[tuple[str, str], Any]:
     """Manifests by kind and name, without what is of Helm or kustomize alone.
 
-    Helm puts the release before names; kustomize has the model's folder in a ConfigMap.
+    Helm puts the release before names; kustomize has the model's folder in a ConfigMap. Volumes
+    have no order.
     """
     found = {}
     for manifest in yaml.safe_load(re.sub(r"\brelease-", "", yaml.safe_dump(manifests))):
@@ -70,6 +81,8 @@ def plain(manifests: list[Manifest]) -> dict[tuple[str, str], Any]:
                 if "env" in container:
                     optional = [one for one in container["env"] if "secretKeyRef" in str(one)]
                     container["env"] = (environment(manifests, container), optional)
+                container["volumeMounts"].sort(key=itemgetter("mountPath"))
+            template["spec"]["volumes"].sort(key=itemgetter("name"))
         for place in (manifest, template or {}):
             labels = place.get("metadata", {}).get("labels", {})
             for label in [label for label in labels if "/" in label]:
@@ -92,8 +105,11 @@ def plain(manifests: list[Manifest]) -> dict[tuple[str, str], Any]:
             {"httpRoute": {"enabled": True, "parentRefs": [{"name": "gateway"}]}},
             ("overlays/cpu", "gateway"),
         ),
+        (STAGE_KEYS, ("overlays/cpu", "stage-keys")),
+        ({**GPU, **MUTUAL_TLS}, ("overlays/gpu", "tls")),
+        ({**STAGE_KEYS, **MUTUAL_TLS}, ("overlays/cpu", "stage-keys", "tls")),
     ],
-    ids=["cpu", "gpu", "hpa", "keda", "gateway"],
+    ids=["cpu", "gpu", "hpa", "keda", "gateway", "keys", "tls", "keys-tls"],
 )
 def test_the_chart_says_what_kustomize_says(
     values: dict[str, Any], folders: tuple[str, ...]
@@ -133,7 +149,7 @@ def test_everything_at_once_is_valid(version: str, autoscaler: str) -> None:
 
 def test_the_documented_values_are_valid() -> None:
     """The model that is exported is the one that is served."""
-    _, values = documented()
+    _, values, _ = documented()
     manifests = render(values)
     (job,) = of_kind(manifests, "Job")
     (export,) = job["spec"]["template"]["spec"]["containers"]
@@ -180,6 +196,9 @@ def test_images_are_named_by_digest() -> None:
         ({"model": {"directory": "my-model"}}, "/model/directory"),
         ({"autoscaling": {"type": "vpa"}}, "'none', 'hpa', 'keda'"),
         ({"httpRoute": {"enabled": True}}, "/httpRoute/parentRefs"),
+        ({"tls": {"grpc": "on"}}, "'none', 'tls', 'mutual'"),
+        ({"tls": {"secretNames": {"facade": ""}}}, "/tls/secretNames/facade"),
+        ({"apiKeys": {"stages": {"enable": True}}}, "'enable' not allowed"),
         ({"generator": {"env": {"slots": "8"}}}, "'slots' not allowed"),
     ],
 )
@@ -247,6 +266,61 @@ def test_a_longer_drain_has_a_longer_grace_period() -> None:
 
 def variables(container: Manifest) -> dict[str, str]:
     return {one["name"]: one["value"] for one in container["env"] if "value" in one}
+
+
+@pytest.mark.parametrize(
+    ("values", "guards"),
+    [
+        (STAGE_KEYS, {"API_KEYS_FILE"}),
+        ({"tls": {"grpc": "mutual"}}, {"TLS_CERT_FILE", "TLS_KEY_FILE", "TLS_CLIENT_CA_FILE"}),
+        # Nobody is asked for a certificate, so that the network policy has to do.
+        (
+            {"tls": {"grpc": "tls"}},
+            {"TLS_CERT_FILE", "TLS_KEY_FILE", "ALLOW_UNAUTHENTICATED_REMOTE"},
+        ),
+        (
+            {"tls": {"grpc": "tls"}, **STAGE_KEYS},
+            {"TLS_CERT_FILE", "TLS_KEY_FILE", "API_KEYS_FILE"},
+        ),
+    ],
+    ids=["keys", "mutual", "tls", "keys-tls"],
+)
+def test_grpc_ports_have_what_guards_them(values: dict[str, Any], guards: set[str]) -> None:
+    """Only where nothing else does is it said that calls need not be checked."""
+    found = set(
+        variables(containers(pods(render(values))["release-generator-svc"])["generator-svc"])
+    )
+    kinds = ("_API_KEY", "_TLS_", "_ALLOW_")
+
+    assert {f"TRIVIUM_GENERATOR_{guard}" for guard in guards} == {
+        name for name in found if any(kind in name for kind in kinds)
+    }
+
+
+@pytest.mark.parametrize("kind", ["tls", "mutual"])
+def test_rest_over_tls(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The facade reads its certificate where it is mounted; probes, ingress and route find it."""
+    values = {**EVERYTHING, "apiKeys": {}, "tls": {"grpc": "none", "rest": kind}}
+    manifests = render(values)
+    template = pods(manifests)["release-rest-facade"]
+    container = containers(template)["rest-facade"]
+    Files(tmp_path / "trivium-rest-tls").write(trustme.CA())
+    (tmp_path / "trivium-api-keys").mkdir()
+    found = variables_in(tmp_path, manifests, template, container)
+    image = dockerfile_environment("rest_facade")
+    settings: Any = read_settings("rest_facade", {**image, **found}, monkeypatch)
+
+    assert settings.server_tls() is not None
+    assert (kind == "mutual") == settings.authenticates_clients_by_tls
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert settings.metrics_port == container[probe]["httpGet"]["port"]
+        assert container[probe]["httpGet"]["path"] in ("/healthz", "/livez")
+    (port,) = find(manifests, "Service", "release-rest-facade")["spec"]["ports"]
+    assert ("https", 443, settings.port) == (port["name"], port["port"], port["targetPort"])
+    (rule,) = find(manifests, "Ingress", "release")["spec"]["rules"]
+    assert {"name": "https"} == rule["http"]["paths"][0]["backend"]["service"]["port"]
+    (rule,) = find(manifests, "HTTPRoute", "release")["spec"]["rules"]
+    assert 443 == rule["backendRefs"][0]["port"]
 
 
 def test_any_setting_can_be_set() -> None:

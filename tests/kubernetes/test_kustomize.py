@@ -38,7 +38,7 @@ SCALED = ("overlays/cpu", "overlays/gpu")  # each stage has pods of its own
 POOL = "overlays/inference-pool"
 SERVING = (*SCALED, POOL)
 EXPORTS = {"export": "overlays/cpu", "export-gpu": "overlays/gpu"}
-COMPONENTS = ("gateway", "hpa", "keda", "pod-monitor")
+COMPONENTS = ("gateway", "hpa", "keda", "pod-monitor", "stage-keys", "tls")
 NAMES = ("generator-svc", "tokenizer-svc", "rest-facade")
 UNITS = {"Mi": 2**20, "Gi": 2**30}
 VERSION: str = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
@@ -124,7 +124,7 @@ def test_an_overlay_names_images_by_digest() -> None:
 
 def test_the_documented_overlay_is_valid() -> None:
     """Everything in it at once, with the model that it makes."""
-    kustomization, _ = documented()
+    kustomization, *_ = documented()
     for field in ("resources", "components"):
         paths = [path.removeprefix("../deploy/kubernetes/") for path in kustomization[field]]
         kustomization[field] = paths

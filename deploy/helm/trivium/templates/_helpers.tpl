@@ -87,6 +87,95 @@ securityContext:
 {{- end }}
 {{- end }}
 
+{{/* What a gRPC port asks for; without keys or certificates, who may do without: (list $ prefix) */}}
+{{- define "trivium.guard" -}}
+{{- $root := index . 0 }}{{ $prefix := index . 1 -}}
+{{- if $root.Values.apiKeys.stages.enabled }}
+- {name: {{ $prefix }}_API_KEYS_FILE, value: "/keys/{{ $root.Values.apiKeys.secretKey }}"}
+{{- else if and $root.Values.networkPolicy.enabled (ne $root.Values.tls.grpc "mutual") }}
+# The network policy lets in the stage before, and to tokenizers internal clients.
+- {name: {{ $prefix }}_ALLOW_UNAUTHENTICATED_REMOTE, value: "true"}
+{{- end }}
+{{- include "trivium.serverTls" (list $prefix $root.Values.tls.grpc "/tls") }}
+{{- end }}
+
+{{/* TLS of a port: (list prefix none|tls|mutual folder) */}}
+{{- define "trivium.serverTls" -}}
+{{- $prefix := index . 0 }}{{ $tls := index . 1 }}{{ $folder := index . 2 -}}
+{{- if ne $tls "none" }}
+- {name: {{ $prefix }}_TLS_CERT_FILE, value: {{ $folder }}/tls.crt}
+- {name: {{ $prefix }}_TLS_KEY_FILE, value: {{ $folder }}/tls.key}
+{{- end }}
+{{- if eq $tls "mutual" }}
+- {name: {{ $prefix }}_TLS_CLIENT_CA_FILE, value: {{ $folder }}/ca.crt}
+{{- end }}
+{{- end }}
+
+{{/* What a stage shows to the next one, and asks of it: (list $ prefix stage) */}}
+{{- define "trivium.channel" -}}
+{{- $root := index . 0 }}{{ $prefix := index . 1 }}{{ $stage := index . 2 -}}
+{{- if $root.Values.apiKeys.stages.enabled }}
+- {name: {{ $prefix }}_API_KEY_FILE, value: /stage-key/{{ $stage }}}
+{{- end }}
+{{- if ne $root.Values.tls.grpc "none" }}
+- {name: {{ $prefix }}_TLS_CA_FILE, value: /tls/ca.crt}
+{{- end }}
+{{- if eq $root.Values.tls.grpc "mutual" }}
+- {name: {{ $prefix }}_TLS_CERT_FILE, value: /tls/tls.crt}
+- {name: {{ $prefix }}_TLS_KEY_FILE, value: /tls/tls.key}
+{{- end }}
+{{- end }}
+
+{{/* How a gRPC stage is asked; probes know no gRPC over TLS: (list $ grpc metricsPort path) */}}
+{{- define "trivium.probe" -}}
+{{- if eq (index . 0).Values.tls.grpc "none" -}}
+grpc: {{ index . 1 }}
+{{- else -}}
+httpGet: {port: {{ index . 2 }}, path: {{ index . 3 }}}
+{{- end }}
+{{- end }}
+
+{{/* The volumes of secrets that the stages have for each other: (list $ stage) */}}
+{{- define "trivium.secretVolumes" -}}
+{{- $root := index . 0 }}{{ $stage := index . 1 -}}
+{{- if $root.Values.apiKeys.stages.enabled }}
+{{- if ne $stage "facade" }}
+- name: keys
+  secret: {secretName: {{ $root.Values.apiKeys.secretName }}}
+{{- end }}
+{{- if ne $stage "generator" }}
+# Its own key alone.
+- name: stage-key
+  secret: {secretName: {{ $root.Values.apiKeys.stages.secretName }}, items: [{key: {{ $stage }}, path: {{ $stage }}}]}
+{{- end }}
+{{- end }}
+{{- if ne $root.Values.tls.grpc "none" }}
+- name: tls
+  secret: {secretName: {{ get $root.Values.tls.secretNames $stage }}}
+{{- end }}
+{{- end }}
+
+{{/* Where these are: (list $ stage) */}}
+{{- define "trivium.secretMounts" -}}
+{{- $root := index . 0 }}{{ $stage := index . 1 -}}
+{{- if $root.Values.apiKeys.stages.enabled }}
+{{- if ne $stage "facade" }}
+- {name: keys, mountPath: /keys, readOnly: true}
+{{- end }}
+{{- if ne $stage "generator" }}
+- {name: stage-key, mountPath: /stage-key, readOnly: true}
+{{- end }}
+{{- end }}
+{{- if ne $root.Values.tls.grpc "none" }}
+- {name: tls, mountPath: /tls, readOnly: true}
+{{- end }}
+{{- end }}
+
+{{/* The port of REST's service. */}}
+{{- define "trivium.restPort" -}}
+{{ if eq .Values.tls.rest "none" }}80{{ else }}443{{ end }}
+{{- end }}
+
 {{/* An init container that waits for the model: (list $ image) */}}
 {{- define "trivium.waitForModel" -}}
 {{- $root := index . 0 -}}
