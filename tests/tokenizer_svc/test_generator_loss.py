@@ -1,12 +1,14 @@
 """A generator that goes, comes back, or serves something else."""
 
 import asyncio
+import time
+from pathlib import Path
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.tokenizer_svc.conftest import Stage
+from tests.tokenizer_svc.conftest import Stage, running
 from tests.tokenizer_svc.scripted_generator import (
     code_of,
     fails_after,
@@ -16,9 +18,11 @@ from tests.tokenizer_svc.scripted_generator import (
     stalls_after,
     update,
 )
+from tokenizer_svc.models import Model
 from tokenizer_svc.service import PIPELINE_SERVICES, TOKENIZER_SERVICE
 from trivium.generator.v1 import generator_pb2
 from trivium.wire.errors import ServiceError
+from trivium.wire.replicas.replica_set import GAP_SECONDS
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -131,3 +135,18 @@ async def test_the_generators_word_on_revisions_counts(stage: Stage) -> None:
 
     assert grpc.StatusCode.FAILED_PRECONDITION is refused.value.code()
     assert ("revision_mismatch", None) == code_of(refused.value)
+
+
+async def test_a_busy_tokenizer_takes_no_generator_for_lost(
+    model: Model, model_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it could not hear of while its event loop was held up is not reported as gone."""
+    async with running(model, model_folder) as stage:
+        for _ in range(3):
+            await asyncio.sleep(0)  # it begins to look for one
+        time.sleep(GAP_SECONDS + 0.5)  # noqa: ASYNC251 - it is the loop that is to be held up
+        stage.generator.script = says(ANSWER)
+        answer = await stage.chat.CreateChatCompletion(stage.request())
+
+    assert 1 == len(answer.choices)
+    assert "no generator can be asked" not in caplog.text

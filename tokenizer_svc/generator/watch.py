@@ -15,6 +15,7 @@ from trivium.wire.replicas.replica_set import GAP_SECONDS
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 0.1
+_HELD_UP_SECONDS = 0.25
 
 
 class GeneratorInfoSource(Protocol):
@@ -72,10 +73,13 @@ class GeneratorWatch:
     async def _judge(self, on_change: Callable[[bool], Awaitable[None]]) -> None:
         failing_since = math.inf
         while True:
+            began = time.monotonic()
             try:
                 async with asyncio.timeout(GAP_SECONDS):
                     await self._serving.wait()
             except TimeoutError:
+                if time.monotonic() - began > GAP_SECONDS + _HELD_UP_SECONDS:
+                    continue  # this process was busy, and has heard of nobody meanwhile
                 failing_since = math.inf
                 await self._set(await self._client.fault(), on_change)
                 continue
