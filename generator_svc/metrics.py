@@ -191,7 +191,7 @@ class EngineCollector(Collector):
             "vllm:num_requests_running": ("Sequences that hold a slot", load.running_sequences),
             "vllm:num_requests_waiting": ("Requests waiting for a slot", load.waiting_requests),
             "vllm:kv_cache_usage_perc": (
-                "Tokens of running sequences in the KV cache; 1 is all that it has room for",
+                "Tokens of running sequences as a share of the KV cache's capacity, 0 to 1",
                 self._cache_usage(),
             ),
             "trivium_slots": ("Slots", load.slots),

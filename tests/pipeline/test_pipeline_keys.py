@@ -208,8 +208,11 @@ def test_metrics_ports_are_open(services: Services) -> None:
         ("9051", services.pipeline.tokenizer_metrics_port),
         ("9052", services.pipeline.generator_metrics_port),
     ):
-        assert 200 == httpx.get(f"http://127.0.0.1:{port}/metrics").status_code
-        assert "/metrics" in open_doors(name)
+        paths = ("/metrics", "/healthz", "/livez")
+        statuses = [httpx.get(f"http://127.0.0.1:{port}{path}").status_code for path in paths]
+
+        assert [200] * 3 == statuses
+        assert set(paths) == open_doors(name)
 
 
 def test_a_facade_whose_key_is_refused_says_so(services: Services, folder: Path) -> None:

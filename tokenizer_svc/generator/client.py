@@ -143,7 +143,7 @@ class GeneratorClient:
 
 
 class Generation:
-    """One generation, by a generator that has room for it.
+    """One generation, by a generator with capacity for it.
 
     Until its first message it is tried once more by another one. Whatever happens, its call is
     cancelled when `messages` is closed.

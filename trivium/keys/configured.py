@@ -3,17 +3,21 @@
 A wrong setting ends the process with status 2.
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry
 from pydantic import Field
 
 from trivium.keys.accounts import Accounts
-from trivium.keys.key_file import KeyFile, KeyFileError
-from trivium.keys.own_key import OwnKey, OwnKeyError
+from trivium.keys.key_file import KeyFile
+from trivium.keys.own_key import OwnKey
 from trivium.keys.rate_limits import LimitMetrics, RateLimits
 from trivium.wire.settings import refuse_to_start
 from trivium.wire.tls.settings import ServerTlsSettings
+
+Opened = TypeVar("Opened")
 
 # Of each setting, in all services that have it.
 API_KEYS_FILE = (
@@ -55,21 +59,20 @@ class DoorSettings(ServerTlsSettings):
 
 def open_keys(setting: str, path: Path | None) -> KeyFile | None:
     """The keys in the file that `setting` names, if it names one."""
-    if path is None:
-        return None
-    try:
-        return KeyFile(path)
-    except KeyFileError as error:
-        refuse_to_start(f"{setting}: {error}")
+    return _opened(setting, path, KeyFile)
 
 
 def open_own_key(setting: str, path: Path | None) -> OwnKey | None:
     """The key in the file that `setting` names, if it names one."""
+    return _opened(setting, path, OwnKey)
+
+
+def _opened(setting: str, path: Path | None, kind: Callable[[Path], Opened]) -> Opened | None:
     if path is None:
         return None
     try:
-        return OwnKey(path)
-    except OwnKeyError as error:
+        return kind(path)
+    except ValueError as error:
         refuse_to_start(f"{setting}: {error}")
 
 
