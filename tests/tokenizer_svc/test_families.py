@@ -259,6 +259,15 @@ def test_arguments_that_go_wrong_end_the_call() -> None:
     assert expected == read(PARSERS["hermes"](), list(output))
 
 
+def test_space_before_a_call_that_goes_wrong_is_no_text() -> None:
+    """It stood before what went out as a call, and must not turn up behind it."""
+    output = ' {"name": "add", "arguments": {?'
+    expected = ("", "?", [("add", "{")])
+
+    assert expected == read(PARSERS["llama3_json"](), [output])
+    assert expected == read(PARSERS["llama3_json"](), list(output))
+
+
 def test_arguments_come_in_pieces() -> None:
     """Each as soon as it is there; the name comes once, first."""
     parser, start = PARSERS["hermes"](), 0

@@ -104,7 +104,7 @@ class Llama3JsonParser(Machine):
         elif call.wrong:
             if not call.begun:
                 self._no_call(position, call.raw)
-            self._call, self._state = None, self._plain
+            self._before, self._call, self._state = [], None, self._plain
         return position
 
     def _no_call(self, position: int, raw: str = "") -> None:
