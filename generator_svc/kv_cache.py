@@ -207,18 +207,21 @@ class SlotCache:
 
         (-1, 0) when no slot shares enough.
         """
+        tokens = sequence.token_ids
+        longest = min(max_tokens, len(tokens))
         source, best = -1, MIN_CHUNK_TOKENS - 1
         for number, slot in enumerate(self._slots):
             if not self.reuse and (slot.owner is None or slot.owner.group is not sequence.group):
                 continue
-            length = _common_prefix(
-                slot.content, sequence.token_ids, min(max_tokens, slot.reusable)
-            )
-            if length > best:
-                source, best = number, length
+            content, limit = slot.content, min(longest, slot.reusable)
+            # Most slots are told apart by the one token that would make theirs the longest.
+            if limit > best and content[best] == tokens[best]:
+                length = _common_prefix(content, tokens, limit)
+                if length > best:
+                    source, best = number, length
         # Never leave a single token to compute: its chunk would round differently.
-        if best < len(sequence.token_ids):
-            best = min(best, len(sequence.token_ids) - MIN_CHUNK_TOKENS)
+        if best < len(tokens):
+            best = min(best, len(tokens) - MIN_CHUNK_TOKENS)
         return (source, best) if best >= MIN_CHUNK_TOKENS else (-1, 0)
 
     def _copy_prefix_into(self, source: int, target: int, length: int) -> list[Copy | Swap]:
