@@ -208,13 +208,14 @@ async def test_a_stop_string_in_the_last_message_needs_no_command(stage: Stage) 
 
 
 async def test_text_held_back_comes_at_the_end(stage: Stage) -> None:
-    """What began like a stop string and was none is text, before the finish delta."""
+    """What began like a stop string and was none is text, and the last delta has it."""
     token_ids = stage.encode("one EN")
     stage.generator.script = says([*one_by_one(token_ids), ended(len(token_ids) + 1)])
     found = deltas(await stage.stream(stop=["END"]))
 
     assert "one EN" == "".join(delta.content for delta in found)
-    assert ("EN", "") == (found[-2].content[-2:], found[-1].content)
+    assert "EN" == found[-1].content[-2:]
+    assert found[-1].finish_reason
 
 
 async def test_min_tokens_delays_stop_strings(stage: Stage) -> None:

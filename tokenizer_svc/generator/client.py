@@ -181,7 +181,7 @@ class Generation:
     async def report(self, report: CompletionReport) -> None:
         """Says what became of the tokens, all of which have come; `messages` then ends."""
         assert self._call is not None, "Only what has begun can be reported on."
-        await self._call.end(convert.report_command(report))
+        await self._call.write(convert.report_command(report))
 
     async def _first(self) -> convert.Response | None:
         try:
@@ -255,12 +255,6 @@ class _GenerationCall:
         """A call that is over takes no more commands; reading it raises its status."""
         with suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
             await self._call.write(command)
-
-    async def end(self, command: convert.Command) -> None:
-        """Writes the last command."""
-        await self.write(command)
-        with suppress(asyncio.InvalidStateError, grpc.aio.InternalError):  # as in `write`
-            await self._call.done_writing()
 
     def _keep_status(self, call: convert.Call) -> None:
         """Keeps the peer's status, which a write that fails before or after it would replace."""

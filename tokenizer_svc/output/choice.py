@@ -70,7 +70,7 @@ class ChoiceDecoder:
         self._new = _NewOutput()
 
     def push(self, update: TokenUpdate) -> list[Delta]:
-        """At most one delta with what is new, then, at the choice's end, one with the reason."""
+        """The delta of what is new, with the reason at the choice's end; none if there is neither."""
         self.finished = update.finished or self.finished
         if self.matched_stop is not None:
             return []  # generated before the stop command reached the generator
@@ -81,19 +81,20 @@ class ChoiceDecoder:
         ended = self.finished is not None or self.matched_stop is not None
         # An entry goes out with the text of its token, so it waits while that is held back.
         new.logprobs = self._logprobs.finish() if ended else self._logprobs.release(self._decided)
-        deltas = []
-        if not new.is_empty:
-            deltas.append(
-                Delta(
-                    index=self._index,
-                    content=new.content,
-                    logprobs=new.logprobs,
-                    completion_tokens=self.completion_tokens,
-                    reasoning=new.reasoning,
-                    calls=tuple(new.calls),
-                )
+        if new.is_empty and not ended:
+            return []
+        return [
+            Delta(
+                index=self._index,
+                content=new.content,
+                logprobs=new.logprobs,
+                completion_tokens=self.completion_tokens,
+                reasoning=new.reasoning,
+                calls=tuple(new.calls),
+                finish_reason=self._finish_reason() if ended else None,
+                matched_stop=self.matched_stop,
             )
-        return [*deltas, self._last_delta()] if ended else deltas
+        ]
 
     def _take_tokens(self, update: TokenUpdate) -> None:
         token_ids = update.token_ids
@@ -212,16 +213,6 @@ class ChoiceDecoder:
             # The generator counts the stop token too, which was not decoded.
             self.completion_tokens = finished.completion_tokens
             self._show(self._matcher.flush().text)
-
-    def _last_delta(self) -> Delta:
-        return Delta(
-            index=self._index,
-            content="",
-            logprobs=(),
-            completion_tokens=self.completion_tokens,
-            finish_reason=self._finish_reason(),
-            matched_stop=self.matched_stop,
-        )
 
     def _finish_reason(self) -> FinishReason:
         ending = None if self.finished is None else self.finished.reason

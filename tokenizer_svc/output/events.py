@@ -59,7 +59,7 @@ class CallDelta:
 
 @dataclass(frozen=True)
 class Delta:
-    """What is new in one choice; the last one has a reason and no content."""
+    """What is new in one choice, maybe nothing in the last one, which has a reason."""
 
     index: int
     content: str
