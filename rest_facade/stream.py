@@ -59,11 +59,14 @@ class EventStream(Response):
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         keep_alives = asyncio.create_task(self._send_keep_alives(send))
-        chunks, has_text = self._first, False
+        chunks, usage, has_text = self._first, b"", False
         try:
             while chunks is not None:
-                if chunks:
-                    await self._send(send, b"".join(map(sse_event, chunks)))
+                body = b"".join(map(sse_event, chunks))
+                if self._converter.complete:
+                    usage = body  # goes out with the end, which comes with it
+                elif body:
+                    await self._send(send, body)
                     if not has_text:
                         has_text = True
                         self._on_text()
@@ -72,7 +75,7 @@ class EventStream(Response):
         finally:
             keep_alives.cancel()
         assert self._converter.complete, "The stream ended without its usage. This is a bug."
-        await send({"type": "http.response.body", "body": DONE})
+        await send({"type": "http.response.body", "body": usage + DONE})
 
     async def _send_keep_alives(self, send: Send) -> None:
         # A task of its own, as a timeout around every read would cost more than the read.
