@@ -77,6 +77,7 @@ class CallBoundary(grpc.aio.ServerInterceptor):
     def __init__(self, in_flight: InFlight, guard: Guard | None = None) -> None:
         self._in_flight = in_flight
         self._guard = guard or _Open()
+        self._handlers: dict[str, Any] = {}  # by method
         self._running: set[asyncio.Task[Any]] = set()
         self._sending: set[asyncio.Task[Any]] = set()  # their handlers cannot be interrupted
         self._cut: set[asyncio.Task[Any]] = set()
@@ -115,10 +116,16 @@ class CallBoundary(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
-        handler = await continuation(handler_call_details)
         method = handler_call_details.method
+        if method in self._handlers:
+            return self._handlers[method]
+        handler = await continuation(handler_call_details)
         if handler is None or not method.startswith(_OURS):
             return handler
+        self._handlers[method] = bounded = self._bounded(handler, method)
+        return bounded
+
+    def _bounded(self, handler: Any, method: str) -> Any:
         if handler.response_streaming:
             kind = "stream_stream" if handler.request_streaming else "unary_stream"
             behaviour = self._bounded_stream(getattr(handler, kind), method)
