@@ -11,6 +11,7 @@ from generator_svc.server import load_runner, serve
 from trivium.keys.configured import open_keys
 from trivium.model_directory import ModelDirectoryError, load_model_directory
 from trivium.wire import telemetry, tracing
+from trivium.wire.garbage_collection import collect_seldom
 from trivium.wire.open_files import prepare_open_files
 from trivium.wire.serving import end_at_stop_signal
 from trivium.wire.settings import load_settings, refuse_to_start, refuse_unguarded
@@ -31,6 +32,7 @@ def main() -> None:
     try:
         model = load_model_directory(settings.model_directory)
         runner = load_runner(settings, model)
+        collect_seldom()
         # Not uvloop: it starts processes by fork, of which gRPC's threads know nothing.
         with tracing.exported("generator_svc", settings.log_name):
             status = asyncio.run(serve(settings, model, runner, keys))

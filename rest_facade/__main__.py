@@ -4,6 +4,7 @@ from rest_facade.config import FacadeSettings
 from rest_facade.server import serve
 from trivium.keys.configured import open_keys
 from trivium.wire import tracing
+from trivium.wire.garbage_collection import collect_seldom
 from trivium.wire.open_files import prepare_open_files
 from trivium.wire.serving import end_at_stop_signal, run
 from trivium.wire.settings import load_settings, refuse_unguarded
@@ -18,6 +19,7 @@ def main() -> None:
     refuse_unguarded("TRIVIUM_FACADE_", settings.host, settings.is_guarded)
     configure_logging(settings.log_name, settings.log_level, settings.log_format)
     prepare_open_files()
+    collect_seldom()
     with tracing.exported("rest_facade", settings.log_name):
         run(serve(settings, keys))
 

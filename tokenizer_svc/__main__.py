@@ -13,6 +13,7 @@ from trivium.keys.configured import open_keys
 from trivium.keys.key_file import KeyFile
 from trivium.model_directory import ModelDirectoryError
 from trivium.wire import telemetry, tracing
+from trivium.wire.garbage_collection import collect_seldom
 from trivium.wire.metrics_server import serve_metrics
 from trivium.wire.open_files import prepare_open_files
 from trivium.wire.serving import StopSignals, end_at_stop_signal, run
@@ -47,6 +48,7 @@ def main() -> None:
     prepare_open_files()
     try:
         models = load_models(settings)
+        collect_seldom()
         with tracing.exported("tokenizer_svc", settings.log_name):
             run(serve(settings, models, keys))
     except (ModelDirectoryError, OSError) as error:  # a port that is taken, for one
