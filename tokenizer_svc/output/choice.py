@@ -70,7 +70,7 @@ class ChoiceDecoder:
         self._new = _NewOutput()
 
     def push(self, update: TokenUpdate) -> list[Delta]:
-        """The delta of what is new, with the reason at the choice's end; none if there is neither."""
+        """The delta of what is new, with the reason at the end; none if there is neither."""
         self.finished = update.finished or self.finished
         if self.matched_stop is not None:
             return []  # generated before the stop command reached the generator
