@@ -13,8 +13,8 @@ from trivium.model_directory import ModelDirectoryError, load_model_directory
 from trivium.wire import telemetry, tracing
 from trivium.wire.garbage_collection import collect_seldom
 from trivium.wire.open_files import prepare_open_files
-from trivium.wire.serving import end_at_stop_signal
 from trivium.wire.settings import load_settings, refuse_to_start, refuse_unguarded
+from trivium.wire.stop_signals import end_at_stop_signal
 
 # The engine's thread needs the GIL as soon as a run ends; the default of 5 ms is a whole step.
 _SWITCH_INTERVAL_SECONDS = 0.0005

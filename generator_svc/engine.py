@@ -135,8 +135,7 @@ class Engine:
         )
 
     def cache_usage(self) -> float:
-        """Tokens that sequences hold in the KV cache, as a share of all that it has room for; any
-        thread."""
+        """Tokens that sequences hold in the KV cache, as a share of its capacity; any thread."""
         cache = self._scheduler.cache
         return cache.used_tokens / (cache.num_slots * cache.slot_length)
 

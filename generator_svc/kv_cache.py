@@ -82,7 +82,7 @@ class SlotCache:
 
     @property
     def used_tokens(self) -> int:
-        """Tokens whose keys and values sequences hold now; the prefix cache, which makes room for
+        """Tokens whose keys and values sequences hold now; the prefix cache, which is evicted for
         any sequence, does not count."""
         owners = [slot.owner for slot in self._slots]  # at once: another thread may ask
         return sum(owner.computed for owner in owners if owner is not None)

@@ -98,7 +98,7 @@ def plan_on(
 
 
 def plan_loaded(settings: GeneratorSettings, plan: MemoryPlan) -> int:
-    """How many slots of `plan` the CUDA device has room for.
+    """How many slots of `plan` fit the CUDA device's free memory.
 
     To be asked when the model is loaded and has computed its longest run, with the memory of a
     single slot allocated. At most as many as wanted, at least that one. Raises CudaError.

@@ -42,7 +42,8 @@ from trivium.wire.channel import revision_service
 from trivium.wire.in_flight import InFlight
 from trivium.wire.metrics_server import serve_metrics
 from trivium.wire.process_metrics import register_process
-from trivium.wire.serving import GrpcServer, StopSignals
+from trivium.wire.serving import GrpcServer
+from trivium.wire.stop_signals import StopSignals
 
 log = logging.getLogger("generator_svc")
 

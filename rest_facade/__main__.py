@@ -6,8 +6,9 @@ from trivium.keys.configured import open_keys
 from trivium.wire import tracing
 from trivium.wire.garbage_collection import collect_seldom
 from trivium.wire.open_files import prepare_open_files
-from trivium.wire.serving import end_at_stop_signal, run
+from trivium.wire.serving import run
 from trivium.wire.settings import load_settings, refuse_unguarded
+from trivium.wire.stop_signals import end_at_stop_signal
 from trivium.wire.telemetry import configure_logging
 
 

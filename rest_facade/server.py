@@ -19,8 +19,9 @@ from trivium.usage_log import UsageLog
 from trivium.wire.errors import ServiceError
 from trivium.wire.in_flight import InFlight
 from trivium.wire.metrics_server import serve_metrics
-from trivium.wire.serving import StopSignals, wait_for_any
+from trivium.wire.serving import wait_for_any
 from trivium.wire.settings import refuse_to_start
+from trivium.wire.stop_signals import StopSignals
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,9 @@ from trivium.wire import telemetry, tracing
 from trivium.wire.garbage_collection import collect_seldom
 from trivium.wire.metrics_server import serve_metrics
 from trivium.wire.open_files import prepare_open_files
-from trivium.wire.serving import StopSignals, end_at_stop_signal, run
+from trivium.wire.serving import run
 from trivium.wire.settings import load_settings, refuse_to_start, refuse_unguarded
+from trivium.wire.stop_signals import StopSignals, end_at_stop_signal
 
 log = logging.getLogger("tokenizer_svc")
 

@@ -4,7 +4,6 @@ import hashlib
 import urllib.request
 from pathlib import Path
 
-import openai
 import pytest
 import trustme
 
@@ -46,9 +45,9 @@ def secrets(tmp_path: Path) -> Path:
 
 def variables(secrets: Path, folders: tuple[str, ...], service: str) -> dict[str, str]:
     """Of a service's container, with its secrets where they are here."""
-    template = pods(build(*folders))[service]
-    container = containers(template)[service]
-    return variables_in(secrets, build(*folders), template, container)
+    manifests = build(*folders)
+    template = pods(manifests)[service]
+    return variables_in(secrets, manifests, template, containers(template)[service])
 
 
 @pytest.mark.parametrize("folder", SCALED)
@@ -129,16 +128,7 @@ def test_a_request_passes_all_stages(secrets: Path) -> None:
                 host = value.removeprefix("dns:///").partition(":")[0]
                 settings[name.replace("_TARGET", "_TLS_SERVER_NAME")] = host
     with Services(tiny_model_directory(), secrets, **settings) as services:
-        with openai.OpenAI(
-            base_url=f"{services.url}/v1", api_key=CLIENT_KEY, max_retries=0, timeout=120
-        ) as client:
-            answer = client.chat.completions.create(
-                model=services.model,
-                messages=[{"role": "user", "content": "hello"}],
-                max_tokens=8,
-                extra_body={"ignore_eos": True},
-            )
-        assert "length" == answer.choices[0].finish_reason
+        assert "length" == services.finish_reason(CLIENT_KEY)
 
         pipeline = services.pipeline
         for service, port in (

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 
 from trivium.cli.pipeline import LOOPBACK, Pipeline, free_ports
 
@@ -75,6 +76,19 @@ class Services:
 
     def wait_until_ready(self) -> None:
         self.until(lambda: self.health() == 200, "the services are not ready")
+
+    def finish_reason(self, api_key: str = "none") -> str:
+        """That of an answer of eight tokens, by OpenAI's client."""
+        with openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=120
+        ) as client:
+            answer = client.chat.completions.create(
+                model=self.model,
+                messages=[{"role": "user", "content": "hello"}],
+                max_tokens=8,
+                extra_body={"ignore_eos": True},
+            )
+        return answer.choices[0].finish_reason
 
     def health(self) -> int:
         try:

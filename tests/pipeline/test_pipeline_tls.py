@@ -4,7 +4,6 @@ import urllib.request
 from pathlib import Path
 
 import grpc
-import openai
 import pytest
 import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -14,19 +13,6 @@ from tests.pipeline.services import Services
 
 CA = trustme.CA()
 OTHER_CA = trustme.CA()
-
-
-def answered(services: Services) -> str:
-    with openai.OpenAI(
-        base_url=f"{services.url}/v1", api_key="none", max_retries=0, timeout=120
-    ) as client:
-        answer = client.chat.completions.create(
-            model=services.model,
-            messages=[{"role": "user", "content": "hello"}],
-            max_tokens=8,
-            extra_body={"ignore_eos": True},
-        )
-    return str(answer.choices[0].finish_reason)
 
 
 def probed(port: int, path: str) -> int:
@@ -66,7 +52,7 @@ def test_stages_call_each_other_over_mutual_tls(tiny_model: Path, tmp_path: Path
         "TRIVIUM_GENERATOR_LOG_LEVEL": "info",
     }
     with Services(tiny_model, tmp_path, **settings) as services:
-        assert "length" == answered(services)
+        assert "length" == services.finish_reason()
 
         pipeline = services.pipeline
         for port in (pipeline.tokenizer_metrics_port, pipeline.generator_metrics_port):
@@ -90,4 +76,4 @@ def test_stages_call_each_other_over_mutual_tls(tiny_model: Path, tmp_path: Path
             read = str(tmp_path / name.removesuffix("_svc"))
             line = f"TLS uses what is in {read}"
             services.until(lambda n=name, said=line: said in services.log(n), f"{name}: no {line}")
-        assert "length" == answered(services)
+        assert "length" == services.finish_reason()

@@ -125,6 +125,7 @@ def read_tokens(
     deltas, rest = [], list(token_ids)
     for size in sizes:
         piece, rest = rest[:size], rest[size:]
-        deltas += choice.push(scored(piece))
+        deltas.append(choice.push(scored(piece)))
     finished = Finished(GeneratorFinishReason.LENGTH, len(token_ids), 0, 5)
-    return choice, deltas + choice.push(scored(rest, finished))
+    deltas.append(choice.push(scored(rest, finished)))
+    return choice, [delta for delta in deltas if delta is not None]

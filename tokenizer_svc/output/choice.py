@@ -69,11 +69,11 @@ class ChoiceDecoder:
         self._unshown: deque[tuple[int, int]] = deque()
         self._new = _NewOutput()
 
-    def push(self, update: TokenUpdate) -> list[Delta]:
-        """The delta of what is new, with the reason at the end; none if there is neither."""
+    def push(self, update: TokenUpdate) -> Delta | None:
+        """The delta of what is new, with the reason at the end; None if there is neither."""
         self.finished = update.finished or self.finished
         if self.matched_stop is not None:
-            return []  # generated before the stop command reached the generator
+            return None  # generated before the stop command reached the generator
         self._new = new = _NewOutput()
         self._take_tokens(update)
         if update.finished is not None and self.matched_stop is None:
@@ -82,19 +82,17 @@ class ChoiceDecoder:
         # An entry goes out with the text of its token, so it waits while that is held back.
         new.logprobs = self._logprobs.finish() if ended else self._logprobs.release(self._decided)
         if new.is_empty and not ended:
-            return []
-        return [
-            Delta(
-                index=self._index,
-                content=new.content,
-                logprobs=new.logprobs,
-                completion_tokens=self.completion_tokens,
-                reasoning=new.reasoning,
-                calls=tuple(new.calls),
-                finish_reason=self._finish_reason() if ended else None,
-                matched_stop=self.matched_stop,
-            )
-        ]
+            return None
+        return Delta(
+            index=self._index,
+            content=new.content,
+            logprobs=new.logprobs,
+            completion_tokens=self.completion_tokens,
+            reasoning=new.reasoning,
+            calls=tuple(new.calls),
+            finish_reason=self._finish_reason() if ended else None,
+            matched_stop=self.matched_stop,
+        )
 
     def _take_tokens(self, update: TokenUpdate) -> None:
         token_ids = update.token_ids

@@ -34,7 +34,9 @@ class Completion:
         for update in updates:
             choice = self._choices[update.index]
             was_open = choice.matched_stop is None
-            step.deltas.extend(choice.push(update))
+            delta = choice.push(update)
+            if delta is not None:
+                step.deltas.append(delta)
             if was_open and choice.matched_stop is not None and choice.finished is None:
                 step.stops.append(update.index)
         return step

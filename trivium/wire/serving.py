@@ -6,8 +6,6 @@ Knows nothing about what is served.
 import asyncio
 import contextlib
 import logging
-import signal
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -45,7 +43,6 @@ _OPTIONS: list[tuple[str, str | int]] = [
 
 MAX_CONNECTION_AGE_SECONDS = 60.0
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _OURS = "/trivium."
 _PUBLIC = "/trivium.chat."  # services that anybody may call; the others are for the stage before
 _FLUSH_TIMEOUT_SECONDS = 0.5  # for answers whose handlers have returned to reach the wire
@@ -334,34 +331,6 @@ def run(main: Coroutine[Any, Any, Result]) -> Result:
     """Runs `main` to its end on uvloop, on which gRPC passes a fifth more messages."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(main)
-
-
-def end_at_stop_signal() -> None:
-    """From now on, and until StopSignals are made, a stop signal ends the process with status 0.
-
-    As process 1 of a container, one that only loads would ignore it, and serve on afterwards.
-    """
-    for number in _STOP_SIGNALS:
-        signal.signal(number, lambda *_: sys.exit(0))
-
-
-class StopSignals:
-    """SIGTERM, SIGINT and SIGHUP: the `first` one asks to drain, the `second` to end at once.
-
-    Made while the event loop runs.
-    """
-
-    def __init__(self) -> None:
-        self.first = asyncio.Event()
-        self.second = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in _STOP_SIGNALS:
-            loop.add_signal_handler(number, self._received)
-
-    def _received(self) -> None:
-        if self.first.is_set():
-            self.second.set()
-        self.first.set()
 
 
 async def wait_for_any(seconds: float, *events: asyncio.Event) -> None:
