@@ -177,9 +177,11 @@ class GeneratorService(pb_grpc.GeneratorServiceServicer):
             if load != reported or now >= due:
                 yield _to_load_response(load)
                 reported, due = load, now + _LOAD_REPORT_SECONDS
-            await wait_for_any(interval, self._draining)
             if load.is_idle:
-                await wait_for_any(due - time.monotonic(), self._draining, self._busy)
+                await wait_for_any(due - now - interval, self._draining, self._busy)
+            # Not before a call that has just come is in a slot: for that moment all of its prompt
+            # seems to wait, cached or not, and callers would avoid the prefix until the next look.
+            await wait_for_any(interval, self._draining)
 
     async def _checked(self, start: pb.StartGeneration) -> EngineRequest:
         """The request, with its constraint compiled; raises ServiceError."""

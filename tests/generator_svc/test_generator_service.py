@@ -377,6 +377,19 @@ async def test_load_is_reported_as_often_as_asked_at_most(stage):
     assert count <= seconds / interval + 1
 
 
+async def test_a_call_that_has_just_come_is_not_reported_as_waiting(stage):
+    """It goes into a free slot at once; what is over by the next look was no load."""
+    watch = stage.stub.WatchLoad(pb.WatchLoadRequest(min_interval_milliseconds=300))
+    idle = await watch.read()
+    await asyncio.sleep(0.4)  # it is looked at again, and found as it was
+    await stage.generate([5, 6, 7, 8], max_new_tokens=2)
+
+    assert pb.WatchLoadResponse(free_slots=4) == idle
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.6):
+            await watch.read()
+
+
 @pytest.mark.parametrize("milliseconds", [0, 9, 5001])
 async def test_load_is_not_reported_in_any_interval(stage, milliseconds):
     """The field is named."""
