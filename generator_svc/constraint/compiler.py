@@ -41,7 +41,7 @@ class ConstraintsUnavailable(Exception):
 
 
 class CompilerBusy(Exception):
-    """Too many new constraints are waiting for the sandbox."""
+    """Too many new constraints are waiting for the sandbox, or it gets too little CPU time."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class SandboxWorker:
     async def compile(self, kind: str, text: str) -> str:
         """The constraint's text in a form known to compile.
 
-        Raises ConstraintError if there is none, and CompilerBusy after waiting in vain.
+        Raises ConstraintError if there is none, and CompilerBusy if that was not found out in time.
         """
         await asyncio.shield(self.start())
         try:
@@ -126,6 +126,8 @@ class SandboxWorker:
         response = json.loads(line)
         if response["code"]:
             raise ConstraintError(response["code"], response["message"])
+        if response["text"] is None:
+            raise CompilerBusy
         return str(response["text"])
 
 

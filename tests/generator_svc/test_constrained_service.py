@@ -280,8 +280,13 @@ async def test_a_schema_elsewhere_is_not_fetched(tokens):
 
 def sandboxes():
     """The sandboxes of this process that run, by process id."""
+    return children(os.getpid())
+
+
+def children(parent):
+    """The sandboxes, and forks of one, that this process has started and that run."""
     listed = subprocess.run(
-        ["ps", "-ww", "-o", "pid=,stat=,args=", "--ppid", str(os.getpid())],
+        ["ps", "-ww", "-o", "pid=,stat=,args=", "--ppid", str(parent)],
         capture_output=True,
         text=True,
     )
@@ -340,6 +345,22 @@ async def test_a_killed_sandbox_is_started_again(tokens):
             await compiler.compile("regex", "[xy]")
 
         assert await compiler.compile("regex", "[xy]")
+
+
+async def test_a_compilation_without_processor_time_is_no_fault_of_the_constraint(tokens):
+    """It is to be asked again, and that a busy machine could not tell is not remembered."""
+    async with _compiler(tokens) as compiler:
+        [sandbox] = sandboxes()
+        asked = asyncio.create_task(compiler.compile("json_schema", MULTIPLE))
+        while True:
+            await asyncio.sleep(0.01)
+            if forks := children(sandbox):
+                break
+        os.kill(forks[0], signal.SIGSTOP)
+        with pytest.raises(CompilerBusy):
+            await asked
+        with pytest.raises(ConstraintError, match="too much time or memory"):
+            await compiler.compile("json_schema", MULTIPLE)
 
 
 async def test_a_process_that_grinds_is_ended_with_the_service(tokens):

@@ -140,11 +140,11 @@ async def _server(edge: Edge, address: str, answer: Answer) -> AsyncIterator[lis
     bodies = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = (await reader.readuntil(b"\r\n\r\n")).lower()
-        length = int(head.partition(b"content-length:")[2].partition(b"\r")[0] or 0)
-        bodies.append(await reader.readexactly(length))
-        writer.write(await answer(bodies[-1]))
-        writer.close()
+        with contextlib.closing(writer):
+            head = (await reader.readuntil(b"\r\n\r\n")).lower()
+            length = int(head.partition(b"content-length:")[2].partition(b"\r")[0] or 0)
+            bodies.append(await reader.readexactly(length))
+            writer.write(await answer(bodies[-1]))
 
     async with await asyncio.start_server(serve, address, edge.facade_port):
         yield bodies

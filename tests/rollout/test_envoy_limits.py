@@ -82,8 +82,10 @@ async def edge(tmp_path: Path) -> AsyncIterator[Edge]:
 async def facade(edge: Edge, answer: Any) -> AsyncIterator[list[bytes]]:
     """A server in a facade's place, always healthy, and known to the edge: the bodies it gets."""
     bodies: list[bytes] = []
+    writers: list[asyncio.StreamWriter] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             head = (await reader.readuntil(b"\r\n\r\n")).lower()
             if head.startswith(b"get /health "):
@@ -101,6 +103,10 @@ async def facade(edge: Edge, answer: Any) -> AsyncIterator[list[bytes]]:
             while (await client.get(url)).status_code != 200:
                 pass
         yield bodies
+    for writer in writers:  # the edge may be asking after its health
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
 
 
 async def fine(writer: asyncio.StreamWriter) -> None:
