@@ -67,7 +67,7 @@ class EngineLoop:
         self._events = queue.SimpleQueue()
         recorder: Any = self._recorder  # as good as the runner that it records
         self._engine = build_engine(settings, recorder, meter, self._deliver, self._events.put)
-        self._engine.start(functools.partial(warm_up, runner, meter))
+        self._engine.start(functools.partial(warm_up, settings, runner, meter))
 
     def info(self) -> DeviceInfo:
         """What the service would run with."""

@@ -107,7 +107,7 @@ def measure(folder: Path, work: Work) -> Measured:
     """Loads the model as the service does, and measures runner and engine."""
     settings = _settings(folder, work)
     runner, meter = load_runner(settings, load_model_directory(folder)), Meter()
-    warm_up(runner, meter)
+    warm_up(settings, runner, meter)
     bandwidth = copy_bandwidth(work.device, work.copied_bytes)
     weights = _weight_bytes(folder, SHAPES[work.shape])
     token_bytes = runner.info.cache_bytes // (runner.info.slots * runner.info.slot_length)

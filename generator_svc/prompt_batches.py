@@ -4,6 +4,8 @@ A run reads all weights once, which takes longer than a short prompt's own produ
 library only.
 """
 
+from collections.abc import Iterator
+
 from generator_svc.plan import ATTENTION_TILE, MIN_CHUNK_TOKENS, Chunk, PromptBatch
 from generator_svc.sequence import Sequence
 
@@ -46,6 +48,14 @@ def padded_length(tokens: int) -> int:
     """
     step = max((1 << (tokens - 1).bit_length()) // 8, ATTENTION_TILE)
     return -(-tokens // step) * step
+
+
+def padded_lengths(longest: int) -> Iterator[int]:
+    """All lengths to which prompts of up to `longest` tokens are padded, ascending."""
+    length = 0
+    while length < longest:
+        length = padded_length(length + 1)
+        yield length
 
 
 def _fits(group: list[Sequence], sequence: Sequence) -> bool:

@@ -4,6 +4,7 @@ import asyncio
 import functools
 import gc
 import logging
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,8 +25,9 @@ from generator_svc.kv_cache import SlotCache
 from generator_svc.memory_plan import plan_loaded, plan_on, plan_threads
 from generator_svc.metering import WARM_UP, Meter
 from generator_svc.metrics import EngineCollector, RequestMetrics, register_info
-from generator_svc.plan import Chunk, Row, StepPlan
+from generator_svc.plan import Chunk, PromptBatch, Row, StepPlan
 from generator_svc.prefill_cost import PrefillCostModel
+from generator_svc.prompt_batches import padded_lengths
 from generator_svc.run.runner import DeviceInfo, OrtRunner, RunResult
 from generator_svc.scheduler import Scheduler
 from generator_svc.sequence import SequenceUpdate
@@ -51,6 +53,7 @@ _PREFILL_BATCH_SIZE = 32  # where padding is cheap
 _WEIGHT_ONLY_GEMM_BLOCK = 32  # the only block size of its kernels in ONNX Runtime's packages
 
 _CAPTURE_SECONDS = 30.0  # at start; the remaining batch sizes are captured on first use
+_PLAN_SECONDS = 10.0  # at start, for attention plans; the remaining ones are made on first use
 
 SERVICE = "trivium.generator.v1.GeneratorService"
 
@@ -114,17 +117,31 @@ def _load_on(device: str, settings: GeneratorSettings, model: ModelDirectory) ->
     return runner
 
 
-def warm_up(runner: OrtRunner, meter: Meter) -> None:
-    """One prefill, one decode and the CUDA graphs, on the thread that will run the model.
+def warm_up(settings: GeneratorSettings, runner: OrtRunner, meter: Meter) -> None:
+    """One prefill, one decode, and on CUDA each length of prompts and the CUDA graphs, on the
+    thread that will run the model.
 
     Raises DeviceError if a run fails or its logits are not finite.
     """
+
+    def run(plan: StepPlan) -> None:
+        outcome = runner.run(plan)
+        for result in (*outcome.batches, *outcome.chunks, outcome.rows):
+            if result is not None:
+                meter.charge_overhead(result.nanoseconds, WARM_UP)
+                _check(result)
+
     prefill = Chunk(slot=0, start=0, token_ids=(0, 0, 0), wants_logits=True)
-    outcome = runner.run(StepPlan(chunks=(prefill,), rows=(Row(0, 3),)))
-    for result in (*outcome.chunks, outcome.rows):
-        assert result is not None
-        meter.charge_overhead(result.nanoseconds, WARM_UP)
-        _check(result)
+    run(StepPlan(chunks=(prefill,), rows=(Row(0, 3),)))
+    if runner.info.pads_prompts and runner.info.provider == "CUDAExecutionProvider":
+        # The first run of a length plans its attention, which takes longer than most runs.
+        started = time.monotonic()
+        slot_length = runner.info.slot_length
+        for length in padded_lengths(min(settings.max_num_batched_tokens, slot_length)):
+            if time.monotonic() - started > _PLAN_SECONDS:
+                break
+            length = min(length, slot_length)
+            run(StepPlan(batches=(PromptBatch(0, ((0,) * length,), length, (None,)),)))
     meter.charge_overhead(runner.capture(_CAPTURE_SECONDS), WARM_UP)
 
 
@@ -257,7 +274,7 @@ async def serve_constrained(
         loop, settings.max_messages_per_second, settings.max_message_interval_ms / 1000
     )
     engine = build_engine(settings, runner, meter, dispatcher.deliver, report_fault)
-    await asyncio.to_thread(engine.start, functools.partial(warm_up, runner, meter))
+    await asyncio.to_thread(engine.start, functools.partial(warm_up, settings, runner, meter))
     if signals.first.is_set():  # nobody has heard of this process yet
         engine.close()
         return 0

@@ -41,12 +41,12 @@ _WALK_TOKENS = 120
 _SHORT_WALK_TOKENS = 16  # enough to enter a schema
 _WALK_SECONDS = 0.15  # of CPU time; usually 10 ms, by which every running stream is delayed
 
-_KILLED_RESPONSE = {
+_KILLED_RESPONSE: dict[str, str | None] = {
     "code": "json_schema_too_complex",
     "message": "The constraint takes too much time or memory to compile.",
     "text": None,
 }
-_TOO_BUSY_RESPONSE = {"code": None, "message": None, "text": None}
+_TOO_BUSY_RESPONSE: dict[str, str | None] = {"code": None, "message": None, "text": None}
 
 
 def compilable_text(table: TokenTable, kind: str, text: str) -> str:

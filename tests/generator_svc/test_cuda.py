@@ -170,7 +170,7 @@ def _loaded(model, cuda_graphs):
         cuda_graphs=cuda_graphs,
     )
     runner = load_runner(settings, model)
-    warm_up(runner, Meter())
+    warm_up(settings, runner, Meter())
     return runner
 
 

@@ -39,7 +39,7 @@ def runner(request, folder, tmp_path_factory):
         model_directory=folder, device="cuda", slots=len(LENGTHS), max_sequence_length=128
     )
     runner = load_runner(settings, model)
-    warm_up(runner, Meter())
+    warm_up(settings, runner, Meter())
     return runner
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import generator_svc.run.runner as runner_module
+from generator_svc.config import GeneratorSettings
 from generator_svc.device import Device
 from generator_svc.metering import Meter
 from generator_svc.run.logits_buffers import DeviceLogits
@@ -379,7 +380,7 @@ def test_an_engine_makes_the_same_tokens_from_rows_on_the_device(model, monkeypa
     ]
     answers = []
     for runner in (_runner(model), _runner(model, monkeypatch)):
-        warm_up(runner, Meter())
+        warm_up(GeneratorSettings(model_directory=model.path), runner, Meter())
         bench = Bench(slots=4, slot_length=96, runner=runner)
         groups = [
             bench.submit([9 + i, *range(20, 40)], 20, stop_token_ids=frozenset(), **fields)

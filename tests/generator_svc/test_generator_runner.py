@@ -12,11 +12,11 @@ import pytest
 
 from generator_svc.config import GeneratorSettings
 from generator_svc.device import DeviceError, choose_device
-from generator_svc.metering import Meter
+from generator_svc.metering import WARM_UP, Meter
 from generator_svc.plan import Chunk, Copy, PromptBatch, Row, StepPlan, Swap
 from generator_svc.run.runner import OrtRunner
 from generator_svc.sequence import EngineRequest, SamplingParams
-from generator_svc.server import build_engine
+from generator_svc.server import build_engine, warm_up
 from tests.fakes import ScriptedRunner
 from tests.generator_svc.engine_bench import Bench
 from tests.tiny_models import tiny_checkpoint, tiny_model_directory
@@ -292,6 +292,9 @@ class Recorder:
         self.plans.append(plan)
         return self._runner.run(plan)
 
+    def capture(self, seconds):
+        return self._runner.capture(seconds)
+
 
 @pytest.mark.parametrize("temperature", [0, 1.2])
 def test_prompts_in_one_run_are_one_at_a_time(runner, temperature):
@@ -334,6 +337,29 @@ def test_who_prefills_prompts_in_one_run(model, tmp_path, size, is_new, batches)
 
     assert not engine.load().running_sequences
     assert batches == len(recorder.plans[0].batches)
+
+
+def test_no_prompt_is_the_first_of_its_length_on_cuda(model):
+    """Whatever length prompts are padded to has run when the warm-up ends; the CPU needs none."""
+    settings = GeneratorSettings(model_directory=model.path, max_prefill_batch_size=4)
+    warmed = {}
+    for provider in ("CUDAExecutionProvider", "CPUExecutionProvider"):
+        recorder = Recorder(OrtRunner(model, "cpu", SLOTS, SLOT_LENGTH, threads=1))
+        recorder.info = dataclasses.replace(recorder.info, provider=provider)
+        meter = Meter()
+        warm_up(settings, recorder, meter)
+        warmed[provider] = {batch.length for plan in recorder.plans for batch in plan.batches}
+        assert 0 < meter.overhead[WARM_UP] == meter.busy
+    recorder.plans.clear()
+    engine = build_engine(settings, recorder, meter, lambda updates: None, lambda fault: None)
+    for length in range(2, SLOT_LENGTH):
+        engine.submit(EngineRequest((length,) * length, 1))
+    while engine.load().waiting_sequences or engine.load().running_sequences or not recorder.plans:
+        engine.step()
+    used = {batch.length for plan in recorder.plans for batch in plan.batches}
+
+    assert used == warmed["CUDAExecutionProvider"]
+    assert set() == warmed["CPUExecutionProvider"]
 
 
 def test_a_batch_with_a_token_outside_the_vocabulary_fails_as_a_whole(runner, model):
