@@ -210,6 +210,15 @@ def test_values_that_are_wrong_are_refused(values: dict[str, Any], told: str) ->
     assert told in str(refused.value)
 
 
+def test_a_release_name_that_does_not_fit_is_refused() -> None:
+    """With 47 characters each name fits, a job's too; with more nothing is rendered."""
+    names = [manifest["metadata"]["name"] for manifest in render(EVERYTHING, "r" * 47)]
+    with pytest.raises(helm.HelmError, match="47 characters"):
+        render({}, "r" * 48)
+
+    assert 63 == max(map(len, names))
+
+
 def test_two_releases_do_not_mix() -> None:
     """Nothing of one selects pods of the other in the same namespace."""
     one, other = render(EVERYTHING, "one"), render(EVERYTHING, "other")
@@ -331,6 +340,24 @@ def test_any_setting_can_be_set() -> None:
 
     assert "8" == variables(container)["TRIVIUM_GENERATOR_SLOTS"]
     assert "false" == variables(container)["TRIVIUM_GENERATOR_PREFIX_CACHE"]
+
+
+@pytest.mark.parametrize(
+    ("values", "warned"),
+    [
+        ({}, True),
+        ({"apiKeys": {"stages": {"enabled": True}}}, False),
+        ({"tls": {"grpc": "mutual"}}, False),
+        ({"networkPolicy": {"enabled": False}}, False),
+    ],
+)
+def test_who_relies_on_network_policies_is_told(values: dict[str, Any], warned: bool) -> None:
+    """Not every cluster enforces them."""
+    with helm.Chart.load(CHART) as chart:
+        rendered = chart.render(values, name="release", namespace="default")
+    [notes] = [text for name, text in rendered.items() if name.endswith("NOTES.txt")]
+
+    assert warned == ("does not enforce network policies" in notes)
 
 
 def test_network_policies_can_be_left_out() -> None:

@@ -6,6 +6,9 @@
 {{- end }}
 
 {{- define "trivium.labels" -}}
+{{- if gt (len .Release.Name) 47 }}
+{{- fail "a release name may have 47 characters, or the names of its services and jobs would be too long" }}
+{{- end -}}
 app.kubernetes.io/part-of: trivium
 app.kubernetes.io/instance: {{ .Release.Name }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
