@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trustme
 from typer.testing import CliRunner
 
+from tests.certificates import Files
 from tests.cli.openai_script import ScriptedServer
 from trivium.cli.main import app
 
@@ -128,3 +130,21 @@ def test_a_ca_file_that_is_none_is_told(command: str, tmp_path: Path) -> None:
 
         assert 2 == result.exit_code
         assert f"--ca-file {path}: " in result.output
+
+
+@pytest.mark.parametrize("command", ["chat", "bench"])
+def test_a_certificate_that_is_none_is_told(command: str, tmp_path: Path) -> None:
+    """Before anybody is called, in one line that names it; so is a key without one."""
+    ours, others = (Files(tmp_path / name).write(trustme.CA()) for name in ("ours", "others"))
+    empty = tmp_path / "empty.crt"
+    empty.touch()
+    certificate = ["--cert-file", str(ours.certificate)]
+    for arguments, told in (
+        (["--cert-file", str(empty)], f"--cert-file {empty}: "),
+        ([*certificate, "--key-file", str(others.key)], f" with --key-file {others.key}: "),
+        (["--key-file", str(ours.key)], f"--key-file {ours.key} needs --cert-file"),
+    ):
+        result = CliRunner().invoke(app, [command, *arguments])
+
+        assert 2 == result.exit_code
+        assert told in result.output

@@ -24,7 +24,7 @@ from trivium.cli.providers import why_not
 
 pytestmark = pytest.mark.pipeline
 
-OPTIONS = ("port", "tokenizer-port", "tokenizer-metrics-port")
+OPTIONS = ("port", "facade-metrics-port", "tokenizer-port", "tokenizer-metrics-port")
 GENERATOR_OPTIONS = ("generator-port", "generator-metrics-port")
 
 
@@ -81,7 +81,7 @@ def tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
 def up(tiny_model: Path) -> Iterator[subprocess.Popen[str]]:
     """The command in a process of its own, on free ports."""
     names = (*OPTIONS, *GENERATOR_OPTIONS)
-    ports = [f"--{name}={port}" for name, port in zip(names, free_ports(5), strict=True)]
+    ports = [f"--{name}={port}" for name, port in zip(names, free_ports(6), strict=True)]
     command = [sys.executable, "-m", "trivium.cli", "up", "--model", str(tiny_model), *ports]
     small = {"TRIVIUM_GENERATOR_SLOTS": "4", "TRIVIUM_GENERATOR_MAX_SEQUENCE_LENGTH": "512"}
     with subprocess.Popen(
@@ -169,6 +169,34 @@ def test_all_services_speak_tls(tls: Files, up: subprocess.Popen[str]) -> None:
     assert "CERTIFICATE_VERIFY_FAILED" in stranger.stderr
     assert f"certificate {tls.certificate}" in text
     assert "TLS, reflection on" in text
+
+
+@pytest.mark.parametrize("command", ["chat", "bench"])
+def test_our_commands_show_a_certificate(
+    tls: Files, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, command: str
+) -> None:
+    """Where REST asks for one; without it they end with the connection's fault."""
+    monkeypatch.setenv("TRIVIUM_FACADE_TLS_CLIENT_CA_FILE", str(tls.ca))
+    up: subprocess.Popen[str] = request.getfixturevalue("up")
+    url = re.search(r"REST +(https://\S+)/v1", read_banner(up))
+    assert url is not None
+    small = ["--clients=1", "--prompt-tokens=8", "--requests=1"] if command == "bench" else []
+    arguments = [*("--url", url[1], "--ca-file", str(tls.ca)), *small]
+    ours = ["--cert-file", str(tls.certificate), "--key-file", str(tls.key)]
+    shown, hidden = (
+        subprocess.run(
+            [sys.executable, "-m", "trivium.cli", command, *arguments, *certificate],
+            input="Hello\n",
+            capture_output=True,
+            text=True,
+        )
+        for certificate in (ours, [])
+    )
+
+    assert 0 == shown.returncode, shown.stderr
+    assert ("gpu_seconds]" if command == "chat" else "tokens/s") in shown.stdout
+    assert 1 == hidden.returncode
+    assert "Traceback" not in hidden.stderr
 
 
 def test_a_running_answer_is_finished_before_the_end(up: subprocess.Popen[str]) -> None:
@@ -270,7 +298,7 @@ def test_a_killed_supervisor_takes_the_services_along(up: subprocess.Popen[str])
 def test_settings_that_are_refused_are_told(tiny_model: Path, setting: str, told: str) -> None:
     """A service that refuses its settings says which, and the whole ends with status 2."""
     names = (*OPTIONS, *GENERATOR_OPTIONS)
-    ports = [f"--{name}={port}" for name, port in zip(names, free_ports(5), strict=True)]
+    ports = [f"--{name}={port}" for name, port in zip(names, free_ports(6), strict=True)]
     command = [sys.executable, "-m", "trivium.cli", "up", "--model", str(tiny_model), *ports]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, setting: "many"}

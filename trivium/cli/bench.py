@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trivium.cli.answer import AnswerFailed, api_root
-from trivium.cli.https import CaFileOption, trusted
+from trivium.cli.https import CaFileOption, CertFileOption, KeyFileOption, tls_context
 from trivium.cli.load import Level, Target, open_client, run_level
 from trivium.cli.random_prompts import Prompts
 
@@ -39,6 +39,8 @@ def bench(
     ),
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY")] = None,
     ca_file: CaFileOption = None,
+    cert_file: CertFileOption = None,
+    key_file: KeyFileOption = None,
     seed: Annotated[int | None, typer.Option(help="Of the prompts. Default: a new one.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here.")] = (
         None
@@ -56,7 +58,8 @@ def bench(
         raise typer.Exit(REFUSED)
     seed = secrets.randbelow(2**31) if seed is None else seed
     workload = Workload(levels, requests, prompt_tokens, output_tokens, seed)
-    target = Target(api_root(url), model or "", api_key, ignore_eos, trusted(ca_file))
+    context = tls_context(ca_file, cert_file, key_file)
+    target = Target(api_root(url), model or "", api_key, ignore_eos, context)
     try:
         report = asyncio.run(_run(target, workload))
     except (AnswerFailed, httpx.HTTPError) as error:
@@ -128,7 +131,8 @@ def _show_failures(console: Console, level: Level) -> None:
 
 def table(summaries: list[dict[str, Any]]) -> Table:
     """One row for each number of clients; latencies as p50 / p95 / p99."""
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    # Fits a terminal of 80 columns, or a pipe, which counts as one.
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
     for column in COLUMNS:
         shown.add_column(column, justify="right", no_wrap=True)
     for level in summaries:

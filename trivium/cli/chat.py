@@ -14,7 +14,7 @@ import httpx
 import typer
 
 from trivium.cli.answer import Answer, AnswerFailed, api_root, headers, refusal
-from trivium.cli.https import CaFileOption, trusted
+from trivium.cli.https import CaFileOption, CertFileOption, KeyFileOption, tls_context
 
 FAILED = 1
 TIMEOUT = httpx.Timeout(600.0, connect=10.0)
@@ -107,10 +107,12 @@ def chat(
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY")] = None,
     ca_file: CaFileOption = None,
+    cert_file: CertFileOption = None,
+    key_file: KeyFileOption = None,
 ) -> None:
     """Talks to a model. Ctrl-C cancels an answer, Ctrl-D or /exit leaves, /new starts over."""
     _enable_line_editing()
-    root, context = api_root(url), trusted(ca_file)
+    root, context = api_root(url), tls_context(ca_file, cert_file, key_file)
     try:
         name = model or _first_model(root, api_key, context)
     except (AnswerFailed, httpx.HTTPError) as error:

@@ -1,4 +1,4 @@
-"""Which servers a client of the command line trusts."""
+"""How a client of the command line speaks TLS: whom it trusts, and what it shows."""
 
 from __future__ import annotations
 
@@ -16,14 +16,39 @@ CaFileOption = Annotated[
         help="CA certificates (PEM) for https:// addresses. Default: those of certifi.",
     ),
 ]
+CertFileOption = Annotated[
+    Path | None,
+    typer.Option(help="A certificate (PEM) for servers that ask for one; may hold its key too."),
+]
+KeyFileOption = Annotated[Path | None, typer.Option(help="The key (PEM) of --cert-file.")]
 
 
-def trusted(ca_file: Path | None) -> ssl.SSLContext:
-    """A context that checks servers against these CAs; exits with 2 if the file holds none."""
+def tls_context(
+    ca_file: Path | None, cert_file: Path | None = None, key_file: Path | None = None
+) -> ssl.SSLContext:
+    """A context that checks servers against these CAs, and shows them the certificate.
+
+    Exits with 2 if a file does not hold what it should.
+    """
     if ca_file is None:
-        return httpx.create_ssl_context(trust_env=False)
-    try:
-        return ssl.create_default_context(cafile=ca_file)
-    except OSError as error:  # SSLError is one
-        typer.echo(f"--ca-file {ca_file}: {error.strerror or error}", err=True)
-        raise typer.Exit(2) from error
+        context = httpx.create_ssl_context(trust_env=False)
+    else:
+        try:
+            context = ssl.create_default_context(cafile=ca_file)
+        except OSError as error:  # SSLError is one
+            raise _refused(f"--ca-file {ca_file}", error) from error
+    if cert_file is not None:
+        try:
+            context.load_cert_chain(cert_file, key_file)
+        except OSError as error:
+            key = "" if key_file is None else f" with --key-file {key_file}"
+            raise _refused(f"--cert-file {cert_file}{key}", error) from error
+    elif key_file is not None:
+        typer.echo(f"--key-file {key_file} needs --cert-file", err=True)
+        raise typer.Exit(2)
+    return context
+
+
+def _refused(option: str, error: OSError) -> typer.Exit:
+    typer.echo(f"{option}: {error.strerror or error}", err=True)
+    return typer.Exit(2)

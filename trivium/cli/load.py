@@ -19,7 +19,7 @@ import numpy as np
 
 from trivium.cli.answer import Answer, AnswerFailed, headers
 from trivium.cli.http_stream import Connection, Pieces, read_answer
-from trivium.cli.https import trusted
+from trivium.cli.https import tls_context
 
 PERCENTILES = (50, 95, 99)
 ANSWER_SECONDS = 900.0  # for a whole answer
@@ -81,7 +81,7 @@ class Client:
             raise ValueError(f"{target.root}: only http:// and https:// addresses can be measured")
         is_secure = address.scheme == "https"
         self._address = address.hostname, address.port or (443 if is_secure else 80)
-        self._ssl = (target.context or trusted(None)) if is_secure else None
+        self._ssl = (target.context or tls_context(None)) if is_secure else None
         self._connection: Connection | None = None
 
     @property
@@ -203,5 +203,5 @@ def open_client(target: Target) -> httpx.AsyncClient:
         headers=headers(target.api_key),
         timeout=60.0,
         trust_env=False,
-        verify=target.context or trusted(None),
+        verify=target.context or tls_context(None),
     )
