@@ -105,15 +105,20 @@ async def test_only_an_accepted_key_gets_in(start: Start) -> None:
     assert 1 == len(stage.generator.calls)
 
 
-async def test_a_call_is_its_keys_whatever_it_says(start: Start) -> None:
-    """Only another stage says whose a call is: it has checked the key."""
+async def test_a_call_is_its_keys(start: Start) -> None:
+    """Only another stage says whose a call is: it has checked the key. From others that is refused,
+    as it would come from a facade that has a client's key."""
     async with start(table("good"), table("facade", stage="true")) as stage:
         answers(stage)
-        await ask(stage, *bearing("good", x_trivium_key_name="somebody"))
+        for name in ({}, {"x_trivium_key_name": "good"}):
+            await ask(stage, *bearing("good", **name))
         await ask(stage, *bearing("facade", x_trivium_key_name="alice"))
+        error = await refusal(ask(stage, *bearing("good", x_trivium_key_name="somebody")))
 
     names = [call.metadata["x-trivium-key-name"] for call in stage.generator.calls]
-    assert ["good", "alice"] == names
+    assert ["good", "good", "alice"] == names
+    assert "invalid_api_key" == error.code
+    assert "stage = true" in error.message
     assert not [call for call in stage.generator.calls if "authorization" in call.metadata]
 
 

@@ -16,7 +16,7 @@ class Door:
     """Lets calls in that bear a key of `keys`.
 
     With `limits`, calls of the methods `limited` count against those of their key. Without, only
-    the keys of stages open. What such a call says of whose it is holds; any other's is its key's.
+    the keys of stages open. What such a call says of whose it is holds; no other may say that.
     """
 
     def __init__(
@@ -36,6 +36,12 @@ class Door:
             return
         if self._limits is None:
             message = "Only another stage's key opens this one; `stage = true` makes a key that."
+            raise ServiceError("invalid_api_key", message)
+        if metadata.get(telemetry.KEY_NAME, key.name) != key.name:
+            # Such as a facade with a client's key, to which all its clients' usage would go.
+            message = (
+                f"Only a stage may say whose a call is: `stage = true` makes {key.name!r} one."
+            )
             raise ServiceError("invalid_api_key", message)
         telemetry.key_name.set(key.name)
         request = KeyedRequest(key)
