@@ -50,11 +50,11 @@ def padded_length(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-def padded_lengths(longest: int) -> Iterator[int]:
+def padded_lengths(longest: int, slot_length: int) -> Iterator[int]:
     """All lengths to which prompts of up to `longest` tokens are padded, ascending."""
     length = 0
-    while length < longest:
-        length = padded_length(length + 1)
+    while length < min(longest, slot_length):
+        length = min(padded_length(length + 1), slot_length)
         yield length
 
 

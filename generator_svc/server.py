@@ -136,11 +136,9 @@ def warm_up(settings: GeneratorSettings, runner: OrtRunner, meter: Meter) -> Non
     if runner.info.pads_prompts and runner.info.provider == "CUDAExecutionProvider":
         # The first run of a length plans its attention, which takes longer than most runs.
         started = time.monotonic()
-        slot_length = runner.info.slot_length
-        for length in padded_lengths(min(settings.max_num_batched_tokens, slot_length)):
+        for length in padded_lengths(settings.max_num_batched_tokens, runner.info.slot_length):
             if time.monotonic() - started > _PLAN_SECONDS:
                 break
-            length = min(length, slot_length)
             run(StepPlan(batches=(PromptBatch(0, ((0,) * length,), length, (None,)),)))
     meter.charge_overhead(runner.capture(_CAPTURE_SECONDS), WARM_UP)
 

@@ -33,8 +33,8 @@ def open_channel(
 ) -> grpc.aio.Channel:
     """A channel to one server: host:port, or any gRPC name; plain text without `tls`.
 
-    `authority` is the name that the server is told it was called by, and has to have a certificate
-    for; by default the target's own.
+    `authority` is HTTP/2's `:authority`, and with TLS the name that the server's certificate is
+    checked for; by default the target's own.
     """
     options = list(_OPTIONS)
     if tls is not None and tls.server_name is not None:

@@ -1,4 +1,4 @@
-"""The signals by which a process is told to end."""
+"""Stop signals: SIGTERM, SIGINT and SIGHUP."""
 
 import asyncio
 import signal
@@ -17,7 +17,7 @@ def end_at_stop_signal() -> None:
 
 
 class StopSignals:
-    """SIGTERM, SIGINT and SIGHUP: the `first` one asks to drain, the `second` to end at once.
+    """The `first` stop signal asks to drain, the `second` to end at once.
 
     Made while the event loop runs.
     """
