@@ -326,7 +326,7 @@ def cluster_of(
         options.tokenizer_output_us * 1e-6,
         options.hop_us * 1e-6,
     )
-    slots, length = settings.slots, settings.max_sequence_length
+    slots, length = (settings.on(costs.device, n) for n in ("slots", "max_sequence_length"))
     if runner is not None:
         slots, length = runner.info.slots, runner.info.slot_length
     return Cluster(costs, tokenizer_costs, slots=slots, slot_length=length)

@@ -19,7 +19,7 @@ from bench.step_costs import StepCosts, served_engine
 from bench.trace import Request
 from generator_svc.admission import QueueFull
 from generator_svc.plan import StepPlan
-from generator_svc.run.runner import DeviceInfo, RunResult, StepOutcome
+from generator_svc.run.runner import DeviceInfo, RunResult, StepOutcome, capture_sizes
 from generator_svc.sequence import EngineRequest, SamplingParams, SequenceUpdate
 from tokenizer_svc.generator.load import LoadReport
 from tokenizer_svc.generator.picker import Candidate, GeneratorPicker
@@ -206,22 +206,35 @@ class VirtualRunner:
     def __init__(self, cluster: Cluster) -> None:
         self._costs = cluster.costs
         self._logits = np.zeros((cluster.slots, 1), np.float32)
-        self.info = DeviceInfo("virtual", "float32", cluster.slots, cluster.slot_length, 0)
+        is_cuda = cluster.costs.device == "cuda"
+        self.info = DeviceInfo(
+            provider=cluster.costs.provider,
+            dtype="float32",
+            slots=cluster.slots,
+            slot_length=cluster.slot_length,
+            cache_bytes=0,
+            capture_sizes=capture_sizes(cluster.slots) if is_cuda else (),
+            pads_prompts=is_cuda,
+        )
         self.seconds = 0.0
 
     def run(self, plan: StepPlan) -> StepOutcome:
         moves = sum(self._costs.move_seconds(move) for move in plan.moves)
+        batches = []
+        for batch in plan.batches:
+            rows = len(batch.prompts)
+            batches.append(self._result(self._costs.chunk_seconds(batch.length, 0, rows), rows))
         chunks = []
         for chunk in plan.chunks:
             seconds = self._costs.chunk_seconds(len(chunk.token_ids), chunk.start)
             chunks.append(self._result(seconds, 1 if chunk.wants_logits else 0))
-        rows = None
+        decoded = None
         if plan.rows:
             context = sum(row.position for row in plan.rows) / len(plan.rows)
             seconds = self._costs.decode_seconds(len(plan.rows), context)
-            rows = self._result(seconds, len(plan.rows))
+            decoded = self._result(seconds, len(plan.rows))
         self.seconds += moves
-        return StepOutcome(round(moves * 1e9), tuple(chunks), rows)
+        return StepOutcome(round(moves * 1e9), tuple(chunks), decoded, tuple(batches))
 
     def _result(self, seconds: float, rows: int) -> RunResult:
         self.seconds += seconds

@@ -3,7 +3,8 @@
 Four kinds of time, in seconds; fits are least squares of the relative error.
 
     decode   by rows and context, measured on a grid and interpolated linearly
-    chunk    a + b*k + c*k*p for k prompt tokens at a mean position p, fitted
+    chunk    a + b*k + c*k*p for k prompt tokens at a mean position p, fitted; a batch of prompts is
+             such a chunk of all its positions, padding included
     move     a + b*n for n tokens copied from slot to slot, fitted; a swap is three copies
     around   what a step takes outside its runs: a constant, and more for each token it brings
 """
@@ -38,7 +39,10 @@ OVERHEAD_STEPS = 24
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Times in seconds. `decode` is [contexts][rows]; the others are coefficients, as above."""
+    """Times in seconds. `decode` is [contexts][rows]; the others are coefficients, as above.
+
+    `provider` is the execution provider's name, after which the engine chooses its policy.
+    """
 
     rows: tuple[int, ...]
     contexts: tuple[int, ...]
@@ -47,16 +51,22 @@ class StepCosts:
     move: tuple[float, ...]
     around_step: float
     around_token: float
+    provider: str = "CPUExecutionProvider"
+
+    @property
+    def device(self) -> str:
+        """`cpu` or `cuda`."""
+        return "cuda" if self.provider == "CUDAExecutionProvider" else "cpu"
 
     def decode_seconds(self, rows: int, context: float) -> float:
         """A decode batch of `rows` whose mean context is `context` tokens; lines go on outside."""
         times = [interpolate(self.rows, of_context, rows) for of_context in self.decode]
         return max(interpolate(self.contexts, times, context), 0.0)
 
-    def chunk_seconds(self, length: int, start: int) -> float:
-        """A prefill chunk of `length` tokens from position `start`."""
+    def chunk_seconds(self, length: int, start: int, rows: int = 1) -> float:
+        """A prefill chunk of `length` tokens from position `start`, or so many `rows` of them."""
         constant, per_token, per_pair = self.chunk
-        return max(constant + length * (per_token + per_pair * (start + length / 2)), 0.0)
+        return max(constant + rows * length * (per_token + per_pair * (start + length / 2)), 0.0)
 
     def move_seconds(self, move: Copy | Swap) -> float:
         """Keys and values copied from slot to slot, or exchanged."""
@@ -113,6 +123,7 @@ def measure(runner: OrtRunner) -> StepCosts:
         move=_fit([(1.0, length) for length in moves], times[-len(moves) :]),
         around_step=around_step,
         around_token=around_token,
+        provider=info.provider,
     )
 
 

@@ -6,12 +6,18 @@ from typing import Any, Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
+from generator_svc.prompt_batches import MIN_REUSED_TOKENS
 from trivium.keys.configured import REFLECTION, STAGE_KEYS_FILE, DoorSettings
 from trivium.usage_log import USAGE_LOG, USAGE_LOG_BACKUPS, USAGE_LOG_MAX_BYTES
 from trivium.wire.serving import MAX_CONNECTION_AGE_SECONDS
 
 # Where these are not set and the model runs on CUDA. Its context bounds the length anyway.
-CUDA_DEFAULTS = {"slots": 256, "max_sequence_length": 8192, "kv_memory_share": 0.9}
+CUDA_DEFAULTS = {
+    "slots": 256,
+    "max_sequence_length": 8192,
+    "kv_memory_share": 0.9,
+    "max_num_batched_tokens": 2048,
+}
 
 
 class GeneratorSettings(DoorSettings):
@@ -96,7 +102,9 @@ class GeneratorSettings(DoorSettings):
     prefix_cache: bool = Field(
         True,
         description="Reuse the KV cache of common prompt prefixes. Finished answers are "
-        "re-prefilled while the engine is idle, so that the next turn hits the cache too.",
+        "re-prefilled while the engine is idle, so that the next turn hits the cache too. Where "
+        "prompts are prefilled together (max_prefill_batch_size), prefixes of less than "
+        f"{MIN_REUSED_TOKENS} tokens are computed again, which takes less time there.",
     )
     prefill_stall_ms: int = Field(
         100,
@@ -110,7 +118,8 @@ class GeneratorSettings(DoorSettings):
         ge=8,
         description="Maximum tokens per step: those of prompts, and one for each sequence that "
         "decodes. Prompts get at least 32 of them. While sequences decode, prefill_stall_ms is "
-        "usually the tighter bound.",
+        "usually the tighter bound. On CUDA the default is "
+        f"{CUDA_DEFAULTS['max_num_batched_tokens']}.",
     )
     max_prefill_batch_size: int = Field(
         0,

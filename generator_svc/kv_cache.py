@@ -20,6 +20,7 @@ COMPACT_AFTER_IDLE_STEPS steps, the last active slot is swapped into it.
 """
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from generator_svc.plan import MIN_CHUNK_TOKENS, Copy, Swap
@@ -62,16 +63,25 @@ class SlotCache:
     """`num_slots` slots of `slot_length` tokens each.
 
     Without `reuse`, finished sequences leave nothing behind, and prefixes are shared only among the
-    sequences of one request. Methods that move content return the moves, to be executed in order
-    before the next run.
+    sequences of one request. A prefix of fewer than `min_reused_tokens` is not reused, unless the
+    request's prompt has been computed already, and nothing shorter is kept. Methods that move
+    content return the moves, to be executed in order before the next run.
     """
 
-    def __init__(self, num_slots: int, slot_length: int, reuse: bool = True) -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        slot_length: int,
+        reuse: bool = True,
+        min_reused_tokens: int = MIN_CHUNK_TOKENS,
+    ) -> None:
         assert num_slots > 0
         assert slot_length > 1
+        assert min_reused_tokens >= MIN_CHUNK_TOKENS
         self.num_slots = num_slots
         self.slot_length = slot_length
         self.reuse = reuse
+        self._min_reused_tokens = min_reused_tokens
         self._slots = [_Slot() for _ in range(num_slots)]
         self._clock = itertools.count(1)
 
@@ -139,6 +149,8 @@ class SlotCache:
         if kept == sequence.prompt_length:
             # One position stays free: an idle row of this slot writes behind its content.
             slot.answer = sequence.token_ids[kept : self.slot_length - 1]
+        if len(slot.tokens) + len(slot.answer) < self._min_reused_tokens:
+            slot.tokens = slot.answer = []
         slot.owner = None
         slot.last_used = next(self._clock)
         sequence.slot = -1
@@ -184,6 +196,25 @@ class SlotCache:
                 moves.append(self._exchange(number, last))
         return moves
 
+    def defragment(self) -> list[Copy | Swap]:
+        """Fills all gaps in the active range, so that free slots follow each other behind it."""
+        return [
+            self._exchange(number, self.active_range - 1)
+            for number in range(self.used_slots)
+            if self._slots[number].owner is None
+        ]
+
+    def assign_in_order(self, sequences: Iterable[Sequence]) -> None:
+        """Gives sequences of which nothing is computed each other's slots, ascending as they come.
+
+        Keys and values of none of them are in its slot yet, so nothing has to be moved.
+        """
+        ordered = list(sequences)
+        for sequence, number in zip(ordered, sorted(s.slot for s in ordered), strict=True):
+            assert not sequence.computed
+            sequence.slot = number
+            self._slots[number].owner = sequence
+
     def check_integrity(self) -> None:
         """Raises AssertionError if the bookkeeping is inconsistent."""
         for number, slot in enumerate(self._slots):
@@ -222,7 +253,9 @@ class SlotCache:
         # Never leave a single token to compute: its chunk would round differently.
         if best < len(tokens):
             best = min(best, len(tokens) - MIN_CHUNK_TOKENS)
-        return (source, best) if best >= MIN_CHUNK_TOKENS else (-1, 0)
+        has_logits = sequence.group.prompt_logits is not None
+        enough = MIN_CHUNK_TOKENS if has_logits else self._min_reused_tokens
+        return (source, best) if best >= enough else (-1, 0)
 
     def _copy_prefix_into(self, source: int, target: int, length: int) -> list[Copy | Swap]:
         """Moves that put `length` tokens of `source` into the free slot `target`.

@@ -97,13 +97,13 @@ def plan_on(
     return plan_memory(device, settings, model, memory)
 
 
-def plan_loaded(settings: GeneratorSettings, plan: MemoryPlan) -> int:
+def plan_loaded(settings: GeneratorSettings, plan: MemoryPlan, allocated: int) -> int:
     """How many slots of `plan` fit the CUDA device's free memory.
 
-    To be asked when the model is loaded and has computed its longest run, with the memory of a
-    single slot allocated. At most as many as wanted, at least that one. Raises CudaError.
+    To be asked when the model is loaded and has computed its longest run, with the memory of
+    `allocated` slots allocated. At most as many as wanted, at least one. Raises CudaError.
     """
-    free = device_memory().free + plan.slot_bytes
+    free = device_memory().free + allocated * plan.slot_bytes
     share = int((free - _CUDA_GRAPH_BYTES) * settings.on("cuda", "kv_memory_share"))
     cache_bytes = settings.kv_cache_bytes or share
     return max(1, min(int(settings.on("cuda", "slots")), cache_bytes // plan.slot_bytes))

@@ -9,26 +9,32 @@ from collections.abc import Iterator
 from generator_svc.plan import ATTENTION_TILE, MIN_CHUNK_TOKENS, Chunk, PromptBatch
 from generator_svc.sequence import Sequence
 
+# Where prompts are batched, a shorter cached prefix is not reused: behind a past a prompt runs on
+# its own, and reading the weights for that costs more than computing it again (docs/log.md).
+MIN_REUSED_TOKENS = 256
+
 # Positions of a batch, against what its prompts have when each is padded alone: reading the weights
 # once more costs as much as some hundreds of them (docs/log.md).
 _MAX_GROWTH = 1.5
 
 
 def take_batches(
-    chunks: dict[Sequence, Chunk], max_size: int, slot_length: int
+    chunks: dict[Sequence, Chunk], max_size: int, max_positions: int, slot_length: int
 ) -> dict[tuple[Sequence, ...], PromptBatch]:
     """Takes whole prompts out of `chunks` and returns them in batches, by their sequences.
 
-    A batch has at most `max_size` prompts, in consecutive slots: with 0 there are none.
+    A batch has at most `max_size` prompts, in consecutive slots, and several of them at most
+    `max_positions` positions, padding included.
     """
     groups: list[list[Sequence]] = []
     for sequence, chunk in sorted(chunks.items(), key=lambda item: item[1].slot):
         is_whole = chunk.start == 0 and chunk.wants_logits
         # A prompt of one token is computed by kernels that round differently.
-        if not max_size or not is_whole or len(chunk.token_ids) < MIN_CHUNK_TOKENS:
+        if not is_whole or len(chunk.token_ids) < MIN_CHUNK_TOKENS:
             continue
-        if groups and len(groups[-1]) < max_size and _fits(groups[-1], sequence):
-            groups[-1].append(sequence)
+        group = groups[-1] if groups else []
+        if 0 < len(group) < max_size and _fits(group, sequence, max_positions):
+            group.append(sequence)
         else:
             groups.append([sequence])
     batches = {}
@@ -58,9 +64,9 @@ def padded_lengths(longest: int, slot_length: int) -> Iterator[int]:
         yield length
 
 
-def _fits(group: list[Sequence], sequence: Sequence) -> bool:
+def _fits(group: list[Sequence], sequence: Sequence, max_positions: int) -> bool:
     """Whether another prompt may be padded to one length with those of `group`."""
     if sequence.slot != group[-1].slot + 1:
         return False
     lengths = [padded_length(s.prompt_length) for s in (*group, sequence)]
-    return len(lengths) * max(lengths) <= _MAX_GROWTH * sum(lengths)
+    return len(lengths) * max(lengths) <= min(_MAX_GROWTH * sum(lengths), max_positions)

@@ -9,7 +9,9 @@ The whole policy:
        lower shortens inter-token stalls. Every step computes at least one attention tile, however
        slow the device. `max_num_batched_tokens` bounds all tokens of a step.
     3. With `max_prefill_batch_size`, whole prompts of consecutive slots are prefilled in one run,
-       padded to one of a few lengths, as long as they are about equally long.
+       padded to one of a few lengths, as long as they are about equally long. So that there are
+       many, those that come together get slots next to each other, in the order of their lengths,
+       and no prompt is cut only to fill up a step.
     4. First come, first served, among prompts that fit into one step. A longer prompt gets at least
        half of every step's prefill once it is the oldest; the others share the rest, shortest
        first, so that neither waits for all of the other. One long prompt runs at a time.
@@ -38,7 +40,7 @@ from generator_svc.plan import (
     Swap,
 )
 from generator_svc.prefill_cost import PrefillCostModel
-from generator_svc.prompt_batches import take_batches
+from generator_svc.prompt_batches import padded_length, take_batches
 from generator_svc.sequence import (
     FinishReason,
     SampledToken,
@@ -113,10 +115,17 @@ class Scheduler:
         """Admits waiting requests and plans a step; does not run it."""
         moves, forks = self._admit() if self.waiting else ([], [])
         moves += self.cache.compact()
+        if self._max_prefill_batch_size:
+            fresh = (s for s in self._prefilling() if not s.computed)
+            self.cache.assign_in_order(sorted(fresh, key=lambda s: s.prompt_length))
         chunks = self._plan_chunks()
         computed = {s: chunk.start + len(chunk.token_ids) for s, chunk in chunks.items()}
         rows, owners = self._plan_rows(computed)
-        batches = take_batches(chunks, self._max_prefill_batch_size, self.cache.slot_length)
+        batches = {}
+        if self._max_prefill_batch_size:
+            max_positions = padded_length(self._max_num_batched_tokens)
+            length = self.cache.slot_length
+            batches = take_batches(chunks, self._max_prefill_batch_size, max_positions, length)
         plan = StepPlan(tuple(moves), tuple(chunks.values()), rows, tuple(batches.values()))
         return ScheduledStep(plan, tuple(chunks), owners, tuple(forks), tuple(batches))
 
@@ -228,6 +237,9 @@ class Scheduler:
         # At most one prompt over the budget runs, so that short ones keep getting their share.
         is_long_running = any(s.uncomputed > budget for s in prefilling)
         pending_tokens = sum(s.uncomputed for s in prefilling if s.uncomputed <= budget)
+        has_room = self.cache.can_allocate() and pending_tokens < budget
+        if self._max_prefill_batch_size and len(self.waiting) > 1 and has_room:
+            moves += self.cache.defragment()
         while self.cache.can_allocate() and pending_tokens < budget:
             sequence = self._next(budget if is_long_running else math.inf)
             if sequence is None:
@@ -304,6 +316,7 @@ class Scheduler:
         The budget counts tokens at the start of a prompt. A later token attends to more of them and
         costs more, which `weight` says.
         """
+        whole_budget = budget
         for sequence in sequences:
             cost = self.prefill_cost.cost
             weight = max(cost(sequence.computed) / cost(0), 1.0)
@@ -311,6 +324,11 @@ class Scheduler:
             if not chunks:  # every step makes progress, however slow the device
                 max_tokens = max(max_tokens, _MIN_PREFILL_TOKENS)
             length = _chunk_length(sequence.uncomputed, max_tokens)
+            if self._max_prefill_batch_size:
+                if chunks and max_tokens < sequence.uncomputed <= whole_budget / weight:
+                    break  # it will fit the next step
+                if not sequence.computed and max_tokens >= sequence.uncomputed:
+                    length = sequence.uncomputed  # its padding leaves no token alone
             if not length:
                 break
             budget -= length * weight

@@ -25,9 +25,9 @@ from generator_svc.kv_cache import SlotCache
 from generator_svc.memory_plan import plan_loaded, plan_on, plan_threads
 from generator_svc.metering import WARM_UP, Meter
 from generator_svc.metrics import EngineCollector, RequestMetrics, register_info
-from generator_svc.plan import Chunk, PromptBatch, Row, StepPlan
+from generator_svc.plan import MIN_CHUNK_TOKENS, Chunk, PromptBatch, Row, StepPlan
 from generator_svc.prefill_cost import PrefillCostModel
-from generator_svc.prompt_batches import padded_lengths
+from generator_svc.prompt_batches import MIN_REUSED_TOKENS, padded_length, padded_lengths
 from generator_svc.run.runner import DeviceInfo, OrtRunner, RunResult
 from generator_svc.scheduler import Scheduler
 from generator_svc.sequence import SequenceUpdate
@@ -91,13 +91,20 @@ def _load_on(device: str, settings: GeneratorSettings, model: ModelDirectory) ->
     if device == "cpu":
         return OrtRunner(model, device, plan.slots, plan.slot_length, threads)
 
+    positions = padded_length(settings.on(device, "max_num_batched_tokens"))
+    length = min(positions, plan.slot_length)
+    slots = max(1, min(plan.slots, positions // length, _PREFILL_BATCH_SIZE))
+
     def load(weight_only_gemm: bool) -> OrtRunner:
         runner = OrtRunner(
-            model, device, 1, plan.slot_length, threads, cuda_graphs, weight_only_gemm
+            model, device, slots, plan.slot_length, threads, cuda_graphs, weight_only_gemm
         )
         # The runtime keeps what its largest run took.
-        tokens = (0,) * min(settings.max_num_batched_tokens, plan.slot_length)
-        _check(runner.run(StepPlan(chunks=(Chunk(0, 0, tokens, wants_logits=True),))).chunks[0])
+        tokens = (0,) * length
+        largest = StepPlan(chunks=(Chunk(0, 0, tokens, wants_logits=True),))
+        if runner.info.pads_prompts:
+            largest = StepPlan(batches=(PromptBatch(0, (tokens,) * slots, length, (1.0,) * slots),))
+        _check(runner.run(largest).prefills[0])
         return runner
 
     weight_only_gemm = model.manifest.get("symmetric_block_size") == _WEIGHT_ONLY_GEMM_BLOCK
@@ -112,7 +119,7 @@ def _load_on(device: str, settings: GeneratorSettings, model: ModelDirectory) ->
     if runner is None:
         gc.collect()  # a runner refers to itself, and its weights should not be there twice
         runner = load(False)
-    runner.reallocate(plan_loaded(settings, plan))
+    runner.reallocate(plan_loaded(settings, plan, allocated=slots))
     log.info("%d slots of %d tokens on the device", runner.info.slots, runner.info.slot_length)
     return runner
 
@@ -136,7 +143,8 @@ def warm_up(settings: GeneratorSettings, runner: OrtRunner, meter: Meter) -> Non
     if runner.info.pads_prompts and runner.info.provider == "CUDAExecutionProvider":
         # The first run of a length plans its attention, which takes longer than most runs.
         started = time.monotonic()
-        for length in padded_lengths(settings.max_num_batched_tokens, runner.info.slot_length):
+        longest = settings.on("cuda", "max_num_batched_tokens")
+        for length in padded_lengths(longest, runner.info.slot_length):
             if time.monotonic() - started > _PLAN_SECONDS:
                 break
             run(StepPlan(batches=(PromptBatch(0, ((0,) * length,), length, (None,)),)))
@@ -181,16 +189,18 @@ def build_engine(
     on_fault: Callable[[BaseException], None],
 ) -> Engine:
     """An engine with its scheduler, slots and queue, not started; see Engine for the callbacks."""
-    cache = SlotCache(runner.info.slots, runner.info.slot_length, settings.prefix_cache)
+    info, batch_size = runner.info, _prefill_batch_size(settings, runner.info)
+    min_reused_tokens = MIN_REUSED_TOKENS if batch_size else MIN_CHUNK_TOKENS
+    cache = SlotCache(info.slots, info.slot_length, settings.prefix_cache, min_reused_tokens)
     stall_nanoseconds = settings.prefill_stall_ms * 1_000_000
     scheduler = Scheduler(
         cache,
         PrefillCostModel(),
         stall_nanoseconds,
-        settings.max_num_batched_tokens,
+        settings.on(_device(info), "max_num_batched_tokens"),
         meter.settle,
-        runner.info.capture_sizes,
-        _prefill_batch_size(settings, runner.info),
+        info.capture_sizes,
+        batch_size,
     )
     admission = Admission(settings.max_queued_requests, settings.max_queued_tokens)
     return Engine(scheduler, runner, meter, admission, deliver, on_fault)
@@ -199,8 +209,12 @@ def build_engine(
 def _prefill_batch_size(settings: GeneratorSettings, info: DeviceInfo) -> int:
     if not info.pads_prompts:
         return 0
-    default = 0 if info.provider == "CPUExecutionProvider" else _PREFILL_BATCH_SIZE
+    default = 0 if _device(info) == "cpu" else _PREFILL_BATCH_SIZE
     return settings.max_prefill_batch_size or default
+
+
+def _device(info: DeviceInfo) -> str:
+    return "cpu" if info.provider == "CPUExecutionProvider" else "cuda"
 
 
 def build_service(

@@ -135,7 +135,7 @@ class OrtRunner:
             slots=slots,
             slot_length=slot_length,
             cache_bytes=self._memory.size_in_bytes,
-            capture_sizes=_capture_sizes(slots) if cuda_graphs else (),
+            capture_sizes=capture_sizes(slots) if cuda_graphs else (),
             pads_prompts=metadata_of(self._session).get(LOGITS_OF) == LAST_TOKEN,
         )
         self._fixed_inputs: FixedInputs | None = None
@@ -150,7 +150,7 @@ class OrtRunner:
             self.info,
             slots=slots,
             cache_bytes=self._memory.size_in_bytes,
-            capture_sizes=_capture_sizes(slots) if self.info.capture_sizes else (),
+            capture_sizes=capture_sizes(slots) if self.info.capture_sizes else (),
         )
 
     def run(self, plan: StepPlan) -> StepOutcome:
@@ -323,7 +323,8 @@ class OrtRunner:
         return binding
 
 
-def _capture_sizes(slots: int) -> tuple[int, ...]:
+def capture_sizes(slots: int) -> tuple[int, ...]:
+    """The batch sizes that are captured for so many slots, ascending."""
     return (*(size for size in CAPTURE_SIZES if size < slots), slots)
 
 

@@ -54,6 +54,24 @@ def test_one_slot_waits_as_long_as_an_md1_queue() -> None:
     assert service * busy / (2 * (1 - busy)) == pytest.approx(statistics.fmean(waits), rel=0.1)
 
 
+def test_costs_of_a_cuda_device_are_planned_with_as_the_service_would_there() -> None:
+    """Prompts that wait together share a run, whatever prefix they have in common, and it costs
+    what its positions do; on the CPU each takes the prefix and runs on its own."""
+    cuda = dataclasses.replace(COSTS, provider="CUDAExecutionProvider")
+    requests = [Request(0.0, 30, 1, shared_tokens=20) for _ in range(4)]
+    seconds = {
+        costs.device: simulate(requests, Cluster(costs, FREE, slots=4, slot_length=512)).seconds
+        for costs in (COSTS, cuda)
+    }
+    first, others = COSTS.chunk_seconds(32, 0), COSTS.chunk_seconds(32, 0, rows=3)
+    moves = 3 * COSTS.move_seconds(Copy(0, 1, 20))
+
+    assert pytest.approx(0.01 + 3 * 32 * 0.001) == others
+    assert pytest.approx(first + others) == seconds["cuda"]
+    alone = COSTS.chunk_seconds(30, 0) + 3 * COSTS.chunk_seconds(10, 20)
+    assert alone <= seconds["cpu"] <= alone + 3 * moves
+
+
 def test_a_tokenizer_waits_as_long_as_an_md1_queue() -> None:
     """Work of 20 ms each, 30 times a second."""
     clock = Clock()

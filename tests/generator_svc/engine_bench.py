@@ -32,6 +32,7 @@ class Bench:
     seed: int = 0
     batch_sizes: tuple[int, ...] = ()
     max_prefill_batch_size: int = 0
+    min_reused_tokens: int = 2
     runner: Any = None
     max_queued_requests: int = 100
     max_queued_tokens: int = 10_000
@@ -45,7 +46,7 @@ class Bench:
         self.runner = self.runner or ScriptedRunner(self.slots, self.slot_length, seed=self.seed)
         self.meter = Meter()
         self.admission = Admission(self.max_queued_requests, self.max_queued_tokens)
-        self.cache = SlotCache(self.slots, self.slot_length, self.reuse)
+        self.cache = SlotCache(self.slots, self.slot_length, self.reuse, self.min_reused_tokens)
         cost_model = FixedPrefillCost(self.prefill_tokens)
         self.scheduler = Scheduler(
             self.cache,

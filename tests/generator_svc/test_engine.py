@@ -32,6 +32,7 @@ def test_random_traffic_gives_each_request_its_own_answer_and_every_nanosecond_a
         seed=seed,
         max_num_batched_tokens=draw.choice([16, 128]),
         max_prefill_batch_size=draw.choice([0, 1, 4]),
+        min_reused_tokens=draw.choice([2, 20]),
     )
     bench.runner.fails = lambda slots: OSError("run") if draw.random() < 0.01 else None
     groups, cut = [], set()

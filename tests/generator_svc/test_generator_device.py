@@ -141,6 +141,39 @@ def test_slots_are_what_is_free_once_the_model_has_run(loaded_gib, fields, slots
     assert [] == frees
 
 
+def test_the_longest_run_before_slots_are_planned_is_as_large_as_any_later_one(monkeypatch):
+    """As many prompts as fill max_num_batched_tokens; what their slots take is free afterwards."""
+    free = GIBIBYTE + 15 * 2**19  # beside CUDA graphs, 7.5 MiB
+    memory = MemoryLimit(10 * GIBIBYTE, free, "the CUDA device")
+    monkeypatch.setattr("generator_svc.memory_plan.device_memory", lambda: memory)
+    monkeypatch.setattr(generator, "choose_device", lambda wanted: "cuda")
+    ran = []
+
+    class Watched(OrtRunner):
+        def __init__(self, model, device, *rest):
+            super().__init__(model, "cpu", *rest)
+
+        def run(self, plan):
+            ran.append(plan)
+            return super().run(plan)
+
+    monkeypatch.setattr(generator, "OrtRunner", Watched)
+    settings = GeneratorSettings(
+        model_directory=tiny_model_directory(),
+        device="cuda",
+        threads=1,
+        max_sequence_length=512,
+        kv_memory_share=0.5,
+    )
+    model = load_model_directory(settings.model_directory)
+    runner = generator.load_runner(settings, model)
+    slot_bytes = runner.info.cache_bytes // runner.info.slots
+    (batch,) = ran[0].batches
+
+    assert (4, 512) == (len(batch.prompts), batch.length)
+    assert (15 * 2**19 + 4 * slot_bytes) // 2 // slot_bytes == runner.info.slots
+
+
 @pytest.fixture
 def symmetric_model(tmp_path: Path) -> ModelDirectory:
     return load_model_directory(
@@ -170,7 +203,7 @@ def test_quantised_products_fall_back_to_the_usual_kernels(
             outcome = super().run(plan)
             if asked[-1] and fails == "run":
                 failed = RunResult(1, error=RuntimeError("No valid fpA_intB MatMulNBits tactic"))
-                return replace(outcome, chunks=(failed,))
+                return replace(outcome, batches=(failed,))
             return outcome
 
     monkeypatch.setattr(generator, "OrtRunner", PickyRunner)

@@ -22,8 +22,9 @@ def _group(prompt, n=1):
 class Machine:
     """A cache, the memory it keeps books of, and the sequences that run."""
 
-    def __init__(self, slots, reuse=True):
-        self.cache = SlotCache(slots, SLOT_LENGTH, reuse)
+    def __init__(self, slots, reuse=True, least=2):
+        self.cache = SlotCache(slots, SLOT_LENGTH, reuse, least)
+        self.least = least
         self.memory = [[GARBAGE] * SLOT_LENGTH for _ in range(slots)]
         self.running = []
         self.moves = []
@@ -46,6 +47,8 @@ class Machine:
             place = sequence.computed
             self.memory[sequence.slot][place] = sequence.token_ids[place]
             sequence.computed += 1
+        if sequence.computed >= sequence.prompt_length:
+            sequence.group.prompt_logits = "its last position's"
 
     def run(self, prompt):
         """A whole life: allocated, computed, released."""
@@ -69,6 +72,16 @@ class Machine:
 
     def compact(self):
         self.carry_out(self.cache.compact())
+
+    def defragment(self):
+        self.carry_out(self.cache.defragment())
+        assert len(self.running) == self.cache.active_range
+
+    def reorder(self):
+        """Sequences of which nothing is computed change places."""
+        fresh = [s for s in reversed(self.running) if not s.computed]
+        self.cache.assign_in_order(fresh)
+        assert sorted(s.slot for s in fresh) == [s.slot for s in fresh]
 
     def idle_rows(self):
         """What a decode run does to the rows that are nobody's."""
@@ -118,7 +131,8 @@ def _best_prefix(machine, group, most):
     best = min(best, most)
     if best == len(prompt) - 1:
         best -= 1  # no lone token is left to compute
-    return best if best > 1 else 0  # nor taken
+    # Nor taken; where the prompt is computed already, it is never computed again.
+    return best if best >= (2 if group.prompt_logits else machine.least) else 0
 
 
 BASES = [[7] * 30, list(range(30)), [*range(9), *range(50, 71)]]
@@ -136,6 +150,8 @@ operations = st.lists(
         st.tuples(st.just("release"), st.integers(0, 9), st.booleans()),
         st.tuples(st.just("release"), st.integers(0, 9), st.just(True)),
         st.tuples(st.just("step")),
+        st.tuples(st.just("defragment")),
+        st.tuples(st.just("reorder")),
         st.tuples(st.just("answer"), st.integers(0, 9)),
     ),
     max_size=40,
@@ -159,6 +175,10 @@ def _apply(machine, operation):
         machine.compact()
         machine.check()
         machine.idle_rows()
+    elif name == "defragment":
+        machine.defragment()
+    elif name == "reorder":
+        machine.reorder()
     elif name == "answer":
         machine.compute_answer(values[0])
     elif running:
@@ -172,11 +192,16 @@ def _apply(machine, operation):
 
 
 @settings(max_examples=400, deadline=None)
-@given(operations=operations, slots=st.integers(1, 5), reuse=st.booleans())
-def test_books_and_memory_agree_whatever_happens(operations, slots, reuse):
+@given(
+    operations=operations,
+    slots=st.integers(1, 5),
+    reuse=st.booleans(),
+    least=st.sampled_from([2, 2, 7]),
+)
+def test_books_and_memory_agree_whatever_happens(operations, slots, reuse, least):
     """Every owner finds its tokens, every free slot holds what is written, the longest prefix
     is found, and neither moves nor idle rows overwrite anything of value."""
-    machine = Machine(slots, reuse)
+    machine = Machine(slots, reuse, least)
     for operation in operations:
         _apply(machine, operation)
         machine.check()
@@ -297,6 +322,23 @@ def test_without_reuse_only_the_choices_of_a_request_share():
     stranger = machine.start(prompt)
 
     assert [0, 10, 0] == [first.cached_prompt_tokens, sibling.computed, stranger.computed]
+
+
+def test_what_is_too_short_to_be_reused_is_neither_found_nor_kept():
+    """Until its answer, which the next turn repeats, makes it long enough; a choice always is."""
+    machine = Machine(3, least=10)
+    machine.run(list(range(9)))
+    assert [] == machine.kept()
+    group = _group(list(range(9)), n=2)
+    first = machine.start((), group=group)
+    assert 0 == first.computed
+    machine.compute(first, 12)
+    assert 9 == machine.start((), group=group).computed
+    machine.release(first)
+    machine.compute_answer(3)
+
+    assert 12 == machine.start(list(range(9)) + first.token_ids[9:12] + [5, 6]).computed
+    machine.check()
 
 
 def test_a_hole_is_closed_after_the_patience():

@@ -14,7 +14,7 @@ from generator_svc.config import GeneratorSettings
 from generator_svc.device import DeviceError, choose_device
 from generator_svc.metering import WARM_UP, Meter
 from generator_svc.plan import Chunk, Copy, PromptBatch, Row, StepPlan, Swap
-from generator_svc.run.runner import OrtRunner
+from generator_svc.run.runner import DeviceInfo, OrtRunner
 from generator_svc.sequence import EngineRequest, SamplingParams
 from generator_svc.server import build_engine, warm_up
 from tests.fakes import ScriptedRunner
@@ -337,6 +337,29 @@ def test_who_prefills_prompts_in_one_run(model, tmp_path, size, is_new, batches)
 
     assert not engine.load().running_sequences
     assert batches == len(recorder.plans[0].batches)
+
+
+@pytest.mark.parametrize(
+    ("provider", "batches", "cached"),
+    [("CUDAExecutionProvider", [1, 16], 0), ("CPUExecutionProvider", [], 40)],
+)
+def test_cuda_devices_are_given_larger_runs(provider, batches, cached):
+    """Up to 2,048 tokens in a step, of prompts that rather share a run than a short prefix."""
+    runner = ScriptedRunner(32, 256)
+    runner.info = DeviceInfo(provider, "float16", 32, 256, 0, pads_prompts=True)
+    settings = GeneratorSettings(model_directory="model")
+    engine = build_engine(settings, runner, Meter(), lambda updates: None, lambda fault: None)
+    groups = []
+    for number in range(17):
+        prompt = (*range(40), *[number] * 60)
+        groups.append(engine.submit(EngineRequest(prompt, 1)))
+        if number == 0:
+            engine.step()
+    while not groups[-1].is_finished:
+        engine.step()
+
+    assert batches == [len(batch.prompts) for plan in runner.plans for batch in plan.batches]
+    assert {cached} == {group.sequences[0].cached_prompt_tokens for group in groups[1:]}
 
 
 def test_no_prompt_is_the_first_of_its_length_on_cuda(model):

@@ -110,19 +110,71 @@ def test_whole_prompts_are_prefilled_in_one_run():
 
 
 def test_only_prompts_of_similar_lengths_are_prefilled_in_one_run():
-    """A long prompt does not make short ones as long as itself."""
+    """A long prompt does not make short ones as long as itself, in whatever order they come."""
     bench = Bench(slots=8, slot_length=512, max_num_batched_tokens=2048, max_prefill_batch_size=8)
-    for length in (20, 25, 30, 400, 10, 300, 290):
-        bench.submit([length] * length, 2)
+    groups = [bench.submit([length] * length, 2) for length in (20, 25, 30, 400, 10, 300, 290)]
     bench.finish()
 
-    assert [(3, 32), (1, 448), (1, 32), (2, 320)] == [
-        (len(batch.prompts), batch.length) for batch in _batches(bench)
-    ]
+    assert [(4, 32), (3, 448)] == [(len(b.prompts), b.length) for b in _batches(bench)]
+    assert all(greedy(g.request.prompt, 2) == bench.tokens[g][0] for g in groups)
 
 
-def test_prompts_on_both_sides_of_a_running_stream_are_two_runs():
-    """A run covers consecutive slots, and would overwrite whoever is in between."""
+def test_a_run_is_no_larger_than_a_step_with_its_padding():
+    """Activations of a larger one might not fit the device's memory."""
+    bench = Bench(slots=8, slot_length=128, max_num_batched_tokens=256, max_prefill_batch_size=8)
+    for count in range(7):
+        bench.submit([count + 2] * 33, 2)
+    bench.finish()
+
+    assert [(4, 64), (3, 64)] == [(len(b.prompts), b.length) for b in _batches(bench)]
+
+
+def test_no_prompt_is_cut_to_fill_up_a_step():
+    """It waits for the next one, where it is prefilled with those that wait too. One that no step
+    has room for is cut, and what is left of the step is for others."""
+    bench = Bench(
+        slots=8,
+        slot_length=256,
+        prefill_tokens=96,
+        max_num_batched_tokens=128,
+        max_prefill_batch_size=8,
+    )
+    short = [bench.submit([value] * 60, 2) for value in range(5, 10)]
+    bench.finish()
+
+    assert [2, 2, 1] == [len(batch.prompts) for batch in _batches(bench)]
+    assert [] == _chunk_lengths(bench)
+    long = bench.submit([4] * 130, 2)
+    bench.finish()
+    assert 130 == sum(_chunk_lengths(bench))
+    assert all(greedy(g.request.prompt, 2) == bench.tokens[g][0] for g in (*short, long))
+
+
+def test_a_short_common_prefix_does_not_keep_prompts_out_of_a_run():
+    """Such as a system prompt: to compute it again takes less time than a run for each of them."""
+    prompts = [[*range(2, 14), *[value] * 10] for value in range(20, 24)]
+    runs = {}
+    for least in (2, 32):
+        bench = Bench(
+            slots=4,
+            max_num_batched_tokens=128,
+            max_prefill_batch_size=4,
+            min_reused_tokens=least,
+        )
+        bench.submit([*range(2, 14), 3], 2)
+        bench.finish()
+        before = len(bench.runner.plans)
+        groups = [bench.submit(prompt, 3) for prompt in prompts]
+        bench.finish()
+        plans = bench.runner.plans[before:]
+        runs[least] = sum(len(plan.batches) + len(plan.chunks) for plan in plans)
+        assert [greedy(prompt, 3) for prompt in prompts] == [bench.tokens[g][0] for g in groups]
+
+    assert {2: 4, 32: 1} == runs
+
+
+def test_prompts_on_both_sides_of_a_running_stream_are_one_run():
+    """A run covers consecutive slots, so the stream moves out of their midst."""
     bench = Bench(slots=3, prefill_tokens=64, max_num_batched_tokens=64, max_prefill_batch_size=4)
     first = bench.submit([5, 6], 2, stop_token_ids=frozenset())
     between = bench.submit([7, 8], 40, stop_token_ids=frozenset())
@@ -132,7 +184,7 @@ def test_prompts_on_both_sides_of_a_running_stream_are_two_runs():
     newcomers = [bench.submit([value, value], 3) for value in (9, 10)]
     bench.finish()
 
-    assert [1, 1] == [len(batch.prompts) for batch in _batches(bench)[-2:]]
+    assert [2, 2] == [len(batch.prompts) for batch in _batches(bench)]
     assert greedy([7, 8], 40, eos=None) == bench.tokens[between][0]
     assert [greedy([v, v], 3) for v in (9, 10)] == [bench.tokens[g][0] for g in newcomers]
 
