@@ -223,7 +223,8 @@ class VirtualRunner:
         batches = []
         for batch in plan.batches:
             rows = len(batch.prompts)
-            batches.append(self._result(self._costs.chunk_seconds(batch.length, 0, rows), rows))
+            seconds = self._costs.chunk_seconds(rows * batch.length, 0)
+            batches.append(self._result(seconds, rows))
         chunks = []
         for chunk in plan.chunks:
             seconds = self._costs.chunk_seconds(len(chunk.token_ids), chunk.start)

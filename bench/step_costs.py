@@ -4,7 +4,8 @@ Four kinds of time, in seconds; fits are least squares of the relative error.
 
     decode   by rows and context, measured on a grid and interpolated linearly
     chunk    a + b*k + c*k*p for k prompt tokens at a mean position p, fitted; a batch of prompts is
-             such a chunk of all its positions, padding included
+             taken for such a chunk of all its positions, padding included: on a GPU c has less to
+             do with attention than with products that no longer wait for weights
     move     a + b*n for n tokens copied from slot to slot, fitted; a swap is three copies
     around   what a step takes outside its runs: a constant, and more for each token it brings
 """
@@ -63,10 +64,10 @@ class StepCosts:
         times = [interpolate(self.rows, of_context, rows) for of_context in self.decode]
         return max(interpolate(self.contexts, times, context), 0.0)
 
-    def chunk_seconds(self, length: int, start: int, rows: int = 1) -> float:
-        """A prefill chunk of `length` tokens from position `start`, or so many `rows` of them."""
+    def chunk_seconds(self, length: int, start: int) -> float:
+        """A prefill chunk of `length` tokens from position `start`."""
         constant, per_token, per_pair = self.chunk
-        return max(constant + rows * length * (per_token + per_pair * (start + length / 2)), 0.0)
+        return max(constant + length * (per_token + per_pair * (start + length / 2)), 0.0)
 
     def move_seconds(self, move: Copy | Swap) -> float:
         """Keys and values copied from slot to slot, or exchanged."""

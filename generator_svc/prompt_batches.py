@@ -11,11 +11,11 @@ from generator_svc.sequence import Sequence
 
 # Where prompts are batched, a shorter cached prefix is not reused: behind a past a prompt runs on
 # its own, and reading the weights for that costs more than computing it again (docs/log.md).
-MIN_REUSED_TOKENS = 256
+MIN_REUSED_TOKENS = 64
 
 # Positions of a batch, against what its prompts have when each is padded alone: reading the weights
 # once more costs as much as some hundreds of them (docs/log.md).
-_MAX_GROWTH = 1.5
+_MAX_GROWTH = 1.25
 
 
 def take_batches(
