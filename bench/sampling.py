@@ -2,7 +2,8 @@
 
 Processor milliseconds of a step of 32 rows, the sampler alone: without a model, and with logits
 like a model's, a few likely tokens above a bell curve, or flat ones, where thousands of tokens are
-equally likely. Lowest and median of rounds in which all cases take turns.
+equally likely. The same for what a CUDA device shows of such rows, its top 256, made on the CPU.
+Lowest and median of rounds in which all cases take turns.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from generator_svc.admission import Admission
-from generator_svc.sampling.sampler import sample_all
+from generator_svc.device import Device
+from generator_svc.run.logits_buffers import DeviceLogits, DeviceRows
+from generator_svc.sampling.device_sampler import sample_all
 from generator_svc.sequence import EngineRequest, SamplingParams, Sequence, SequenceGroup
 
 VOCABULARIES = (49_152, 151_936)
@@ -60,7 +63,16 @@ def sequences(rows: int, vocabulary: int, sampling: SamplingParams) -> Iterator[
         yield sequence
 
 
-def step_milliseconds(asked: list[Sequence], logits: Rows) -> float:
+def as_on_cuda(asked: list[Sequence], logits: Rows) -> DeviceRows:
+    """What a CUDA device would show of the rows."""
+    rows, vocabulary = logits.shape
+    device_logits = DeviceLogits(Device("cpu"), vocabulary)
+    buffer = device_logits.allocate(rows)
+    buffer.update_inplace(logits.reshape(rows, 1, vocabulary))
+    return device_logits.read(buffer, [sequence.row_temperature for sequence in asked])
+
+
+def step_milliseconds(asked: list[Sequence], logits: Rows | DeviceRows) -> float:
     """Processor time of one step."""
     began = time.process_time_ns()
     tokens, failures = sample_all(zip(asked, logits, strict=True))
@@ -77,17 +89,19 @@ def main() -> None:
     for vocabulary in VOCABULARIES:
         for kind, make in KINDS.items():
             logits = make(options.rows, vocabulary)
-            asked = {
-                name: list(sequences(options.rows, vocabulary, sampling))
-                for name, sampling in SAMPLINGS.items()
-            }
-            times: dict[str, list[float]] = {name: [] for name in asked}
+            steps: dict[str, tuple[list[Sequence], Rows | DeviceRows]] = {}
+            for name, sampling in SAMPLINGS.items():
+                asked = list(sequences(options.rows, vocabulary, sampling))
+                steps[name] = asked, logits
+                if make is not flat:  # which need the whole rows
+                    steps[f"{name}, CUDA"] = asked, as_on_cuda(asked, logits)
+            times: dict[str, list[float]] = {name: [] for name in steps}
             for _ in range(options.rounds):
-                for name, some in asked.items():
-                    times[name].append(step_milliseconds(some, logits))
+                for name, step in steps.items():
+                    times[name].append(step_milliseconds(*step))
             print(f"{options.rows} rows of {vocabulary:,} logits, {kind}")
             for name, spent in times.items():
-                print(f"  {name:20} {min(spent):8.2f} ms, median {statistics.median(spent):8.2f}")
+                print(f"  {name:24} {min(spent):8.2f} ms, median {statistics.median(spent):8.2f}")
 
 
 if __name__ == "__main__":

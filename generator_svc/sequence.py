@@ -181,6 +181,7 @@ class Sequence:
         )
         self._has_penalties = request.sampling.has_bias_or_penalties
         self._last_tokens = request.all_stop_token_ids
+        self._seen: bytearray | None = None
 
     @property
     def uncomputed(self) -> int:
@@ -195,12 +196,26 @@ class Sequence:
             return None
         return self.request.sampling.temperature
 
+    def seen_tokens(self, vocabulary: int) -> bytearray:
+        """A byte for each token of the vocabulary: 1 if prompt or answer have it.
+
+        Only with a penalty; kept and brought up to date, as a penalty asks for it at each token.
+        """
+        assert self._has_penalties
+        if self._seen is None:
+            self._seen = bytearray(vocabulary)
+            for token_id in (*self.group.distinct_prompt, *self.output_counts):
+                self._seen[token_id] = 1
+        return self._seen
+
     def append(self, token_id: int) -> FinishReason | None:
         """Adds a generated token; returns why it is the last, if it is."""
         self.token_ids.append(token_id)
         self.generated += 1
         if self._has_penalties:
             self.output_counts[token_id] += 1
+            if self._seen is not None:
+                self._seen[token_id] = 1
         if token_id in self._last_tokens:
             return FinishReason.STOP_TOKEN
         if self.generated >= self.request.max_new_tokens:

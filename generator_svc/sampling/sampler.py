@@ -125,7 +125,7 @@ def _adjusted(sequence: Sequence, logits: HostRow, forbidden: Mask | None) -> Ho
     if forbidden is not None:
         np.copyto(row, -np.inf, where=forbidden)
     if sampling.repetition_penalty != 1:
-        seen = seen_tokens(sequence)
+        seen = _seen_tokens(sequence)
         row[seen] = after_repetition(row[seen].astype(np.float64), sampling.repetition_penalty)
     if sequence.output_counts and (sampling.frequency_penalty or sampling.presence_penalty):
         ids = np.fromiter(sequence.output_counts.keys(), dtype=np.intp)
@@ -134,16 +134,19 @@ def _adjusted(sequence: Sequence, logits: HostRow, forbidden: Mask | None) -> Ho
     return row
 
 
-def seen_tokens(sequence: Sequence) -> npt.NDArray[np.int64]:
+def _seen_tokens(sequence: Sequence) -> npt.NDArray[np.int64]:
     """The tokens of the prompt and the answer; those that are in both stand there twice."""
     prompt = np.frombuffer(sequence.group.distinct_prompt, np.int64)
     return np.concatenate((prompt, np.fromiter(sequence.output_counts, np.int64)))
 
 
-def after_repetition(logits: npt.NDArray[np.float64], penalty: float) -> npt.NDArray[np.float64]:
-    """Logits of tokens seen in the prompt or the answer, after the repetition penalty."""
+def after_repetition(
+    logits: npt.NDArray[np.float64], penalty: float | npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Logits of tokens seen in the prompt or the answer, after the repetition penalty, or each row
+    of them after its own, [rows, 1]."""
     # Much smaller ones change nothing any more, and a quotient could become infinite.
-    penalty = max(penalty, _MIN_REPETITION_PENALTY)
+    penalty = np.maximum(penalty, _MIN_REPETITION_PENALTY)
     return np.where(logits > 0, logits / penalty, logits * penalty)
 
 

@@ -17,10 +17,10 @@ from generator_svc.sampling.device_row import (
     RELATIVE_ERROR,
     GreedyRow,
 )
-from generator_svc.sampling.device_sampler import certain_token, sample
+from generator_svc.sampling.device_sampler import certain_tokens, sample_all
 from generator_svc.sampling.draw import BadLogits
 from generator_svc.sampling.sampler import sample as sample_whole
-from generator_svc.sequence import SamplingParams
+from generator_svc.sequence import ConstraintError, SamplingParams
 from generator_svc.server import warm_up
 from tests.generator_svc.engine_bench import Bench
 from tests.generator_svc.sampling_oracle import device_row, sequence_of
@@ -29,6 +29,19 @@ from trivium.model_directory import load_model_directory
 
 SIZES = [256, 257, 300, 1000, 5000]
 SHAPES = ["model", "zipf", "gauss"]
+
+
+def certain_token(sequence, row):
+    """The token of a row that stands alone."""
+    return certain_tokens([(sequence, row)])[0]
+
+
+def sample(sequence, row):
+    """The same, from the whole row if it has to be; raises what it fails with."""
+    tokens, failures = sample_all([(sequence, row)])
+    for _, error in failures:
+        raise error
+    return tokens[0][1]
 
 
 def _row(random, size, shape):
@@ -218,6 +231,32 @@ def test_what_could_come_from_outside_takes_the_whole_row(fields):
     assert sample_whole(sequence, row) == sample(sequence, device_row(row))
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_token_does_not_depend_on_who_else_is_drawn(seed):
+    """Rows of all kinds together, more than are looked at at once, one by one, and by the sampler;
+    a row that is no numbers and a constraint that fails cost nobody else a token."""
+    random = np.random.default_rng(seed)
+    drawing, whole = [], []
+    for number in range(150):
+        row = _row(random, 1000, SHAPES[number % 3])
+        sampling = _sampling(random)
+        sequence = _sequence(random, row, sampling)
+        if number % 50 == 7:
+            row = np.where(np.arange(1000) == 3, np.float32(np.nan), row)
+        elif number % 50 == 9:
+            sequence = sequence_of(sampling=sampling, constraint=Broken())
+        drawing.append((sequence, device_row(row, sampling.temperature)))
+        whole.append((sequence, row))
+    tokens, failures = sample_all(drawing)
+    expected, expected_failures = sample_all(whole)
+
+    assert [certain_token(*pair) for pair in drawing] == certain_tokens(drawing)
+    assert expected == tokens
+    assert [s for s, _ in expected_failures] == [s for s, _ in failures]
+    assert [type(error) for _, error in expected_failures] == [type(error) for _, error in failures]
+    assert {BadLogits, ConstraintError} == {type(error) for _, error in failures}
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.nan])
 @pytest.mark.parametrize("place", [0, 300, 999])
 def test_logits_that_are_no_numbers_are_refused(bad, place):
@@ -246,6 +285,16 @@ class Only:
 
     def allowed(self):
         return self.mask
+
+
+class Broken(Only):
+    """A constraint that cannot tell what it allows."""
+
+    def __init__(self):
+        super().__init__(1000, [3])
+
+    def allowed(self):
+        raise ConstraintError("internal_error", "out of states")
 
 
 @pytest.mark.parametrize("share", [0.02, 0.2, 0.9])
