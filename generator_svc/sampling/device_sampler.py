@@ -123,7 +123,7 @@ class _Rows:
         self.is_certain = np.isfinite(masses) & np.isfinite(top) & ~np.isnan(values).any(axis=1)
         # Those equal to the last one are left out: a token outside may be equal to them too.
         logits = np.where(values > values[:, -1:], values, _NEVER)
-        self._is_lowered = self._lower(drawing, ids, logits)
+        is_lowered = self._lower(drawing, ids, logits)
         ordered, self.ids = _in_order(logits, ids)
 
         settings = np.array([_settings(sequence, row) for sequence, row in drawing], np.float64)
@@ -143,7 +143,7 @@ class _Rows:
         # differs from that only if it was lowered. Penalties and masks can take all from them.
         high = np.where(last == _NEVER, 0.0, np.exp((top - best) / temperature))
         self.high_scale = high * (1 + RELATIVE_ERROR)
-        self.low_scale = np.where(self._is_lowered, 0.0, high * (1 - RELATIVE_ERROR))
+        self.low_scale = np.where(is_lowered, 0.0, high * (1 - RELATIVE_ERROR))
         known = self.weights.sum(axis=1)
         self.least = (known + masses * self.low_scale) * (1 - MASS_ERROR)
         self.most = (known + (masses + _SMALLEST) * self.high_scale) * (1 + MASS_ERROR)
