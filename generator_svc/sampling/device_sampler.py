@@ -108,7 +108,9 @@ class _Rows:
     `ids` and `weights`, [rows, 256], are the candidates in the order of their logits, the lower id
     first among equals; those that are not above every other token weigh 0. The weights of all
     others are exact to the last bit. No other token weighs more than `max_other`; all weights of a
-    row, as the sampler adds them up, are between `least` and `most`.
+    row, as the sampler adds them up, are between `least` and `most`. The others' sums in `rest`,
+    [rows, blocks], of which all blocks together may lack `flushed`, times `low_scale` and
+    `high_scale` are bounds on their weights.
     """
 
     def __init__(self, drawing: Many[tuple[Sequence, DeviceRow]]) -> None:
@@ -146,7 +148,8 @@ class _Rows:
         self.low_scale = np.where(is_lowered, 0.0, high * (1 - RELATIVE_ERROR))
         known = self.weights.sum(axis=1)
         self.least = (known + masses * self.low_scale) * (1 - MASS_ERROR)
-        self.most = (known + (masses + _SMALLEST) * self.high_scale) * (1 + MASS_ERROR)
+        self.flushed = _SMALLEST * self.rest.shape[1]
+        self.most = (known + (masses + self.flushed) * self.high_scale) * (1 + MASS_ERROR)
 
     def draw(self) -> tuple[Ids, Mask]:
         """A token for each row, and whether it is certain."""
@@ -255,7 +258,7 @@ class _Rows:
         rest = self.rest[rows]
         sums = _pick(rest.cumsum(axis=1, dtype=np.float64), block)
         before = (sums - _pick(rest, block)) * self.low_scale[rows, None]
-        up_to = (sums + _SMALLEST) * self.high_scale[rows, None]
+        up_to = (sums + self.flushed) * self.high_scale[rows, None]
         is_hit = ends - weights + up_to + slack <= draw * least
         is_hit &= draw * most < ends + before - slack
         place = is_hit.argmax(axis=1)
