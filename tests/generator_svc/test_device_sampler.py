@@ -174,7 +174,7 @@ def test_draws_at_the_edges_of_a_token(shape, error, fields, monkeypatch):
     sequence = sequence_of(sampling=SamplingParams(**fields))
     certain = 0
     for draw in _edges(row, given.temperature):
-        for name in ("device_sampler", "sampler"):
+        for name in ("candidates", "sampler"):
             monkeypatch.setattr(f"generator_svc.sampling.{name}.uniform", lambda seed, at: draw)  # noqa: B023 - drawn before the loop goes on
         token_id = certain_token(sequence, given)
         if token_id is not None:
