@@ -26,6 +26,7 @@ CHAT_SERVICE = "trivium.chat.v1.ChatService"
 
 _READ_SECONDS = 10  # metadata lookups
 _NOT_SAMPLED = f"00-{1:032x}-{1:016x}-00"  # of what no trace should begin with
+_CHECK = "check"  # the name of the key in whose name readiness is asked for
 _TOKENIZE_SECONDS = 60  # the largest body takes a few
 
 Event = TypeVar("Event")
@@ -41,8 +42,9 @@ Streaming = Callable[[Replica], grpc.aio.UnaryStreamMultiCallable[Any, Event]]
 class Backend:
     """The tokenizers at `target`. An async context manager.
 
-    `timeout` in seconds is the longest that a completion may take. `key` is shown to tokenizers.
-    Without `tls` calls are in plain text.
+    `timeout` in seconds is the longest that a completion may take. `key` is shown to tokenizers; if
+    requests say whose they are, `names_keys`, it has to be a stage's. Without `tls` calls are in
+    plain text.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Backend:
         timeout: float | None = None,
         key: OwnKey | None = None,
         tls: ChannelTls | None = None,
+        names_keys: bool = False,
     ) -> None:
         # Those that have a generator serve; while none does, any of them says why.
         refusals = ["invalid_api_key"]  # of our key, which reaches one process sooner than another
@@ -59,6 +62,7 @@ class Backend:
         )
         self._timeout = timeout
         self._key = key
+        self._names_keys = names_keys
         self._is_key_accepted = False
         self._running: set[grpc.aio.Call] = set()
         self._stopped = False
@@ -160,6 +164,8 @@ class Backend:
                 await self._can_complete.wait()
                 if not self._is_key_accepted:  # a tokenizer's health does not tell
                     telemetry.traceparent.set(_NOT_SAMPLED)
+                    if self._names_keys:  # as requests do, which only a stage's key may
+                        telemetry.key_name.set(_CHECK)
                     await self.models()
                 return
         try:

@@ -46,7 +46,9 @@ async def serve(settings: FacadeSettings, keys: KeyFile | None) -> None:
     own_key = open_own_key("TRIVIUM_FACADE_TOKENIZER_API_KEY_FILE", settings.tokenizer_api_key_file)
     tls, tokenizer_tls = settings.server_tls(), settings.tokenizer_tls()
     timeout = settings.request_timeout_seconds
-    async with Backend(settings.tokenizer_target, timeout, own_key, tokenizer_tls) as backend:
+    async with Backend(
+        settings.tokenizer_target, timeout, own_key, tokenizer_tls, names_keys=keys is not None
+    ) as backend:
         limits = open_limits("TRIVIUM_FACADE_LIMITS_URL", settings.limits_url, metrics.registry)
         server = _Server(
             uvicorn.Config(

@@ -50,7 +50,8 @@ def services(tiny_model: Path, folder: Path) -> Iterator[Services]:
     """One key file for all, and a key of its own for each stage that calls another."""
     keys = folder / "keys.toml"
     stages = [table(name, stage="true") for name in ("facade", "tokenizer")]
-    keys.write_text("\n".join([table("alice"), table("old", expires=YESTERDAY), *stages]))
+    clients = [table("alice"), table("bob"), table("old", expires=YESTERDAY)]
+    keys.write_text("\n".join([*clients, *stages]))
     for name in ("facade", "tokenizer"):
         (folder / f"{name}.key").write_text(f"{name}\n")
     settings = {
@@ -215,10 +216,12 @@ def test_metrics_ports_are_open(services: Services) -> None:
         assert set(paths) == open_doors(name)
 
 
-def test_a_facade_whose_key_is_refused_says_so(services: Services, folder: Path) -> None:
-    """To its clients that it cannot serve them, to its operators why."""
+@pytest.mark.parametrize("key", ["alice2", "bob"])
+def test_a_facade_whose_key_is_refused_says_so(services: Services, folder: Path, key: str) -> None:
+    """To its clients that it cannot serve them, to its operators why: an unknown key, and a
+    client's, in whose name no other client's requests may be made."""
     wrong = folder / "wrong.key"
-    wrong.write_text("alice2")
+    wrong.write_text(key)
     services.terminate("rest_facade")
     services.processes["rest_facade"].wait()
     services.start("rest_facade", TRIVIUM_FACADE_TOKENIZER_API_KEY_FILE=wrong)
