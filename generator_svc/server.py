@@ -93,7 +93,7 @@ def _load_on(device: str, settings: GeneratorSettings, model: ModelDirectory) ->
 
     positions = padded_length(settings.on(device, "max_num_batched_tokens"))
     length = min(positions, plan.slot_length)
-    slots = max(1, min(plan.slots, positions // length, _PREFILL_BATCH_SIZE))
+    slots = min(plan.slots, -(-positions // length), _PREFILL_BATCH_SIZE)
 
     def load(weight_only_gemm: bool) -> OrtRunner:
         runner = OrtRunner(
