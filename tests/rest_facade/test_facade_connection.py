@@ -169,7 +169,8 @@ async def test_metrics_by_replica(
     backend.script = (header(), delta("He"), None)
     labels = f'model_name="",replica="127.0.0.1:{backend.port}"'
     async with client.stream("POST", URL, json=ASK | {"stream": True}) as answer:
-        await anext(answer.aiter_text())
+        parts = answer.aiter_text()
+        await anext(parts)
         during = (await client.get("/metrics")).text
     await backend.die()
     async with asyncio.timeout(30):
