@@ -208,7 +208,7 @@ class VirtualRunner:
         self._logits = np.zeros((cluster.slots, 1), np.float32)
         is_cuda = cluster.costs.device == "cuda"
         self.info = DeviceInfo(
-            provider=cluster.costs.provider,
+            provider=f"{cluster.costs.device.upper()}ExecutionProvider",
             dtype="float32",
             slots=cluster.slots,
             slot_length=cluster.slot_length,

@@ -42,7 +42,7 @@ OVERHEAD_STEPS = 24
 class StepCosts:
     """Times in seconds. `decode` is [contexts][rows]; the others are coefficients, as above.
 
-    `provider` is the execution provider's name, after which the engine chooses its policy.
+    `device` is `cpu` or `cuda`, after which the engine chooses its policy.
     """
 
     rows: tuple[int, ...]
@@ -52,12 +52,7 @@ class StepCosts:
     move: tuple[float, ...]
     around_step: float
     around_token: float
-    provider: str = "CPUExecutionProvider"
-
-    @property
-    def device(self) -> str:
-        """`cpu` or `cuda`."""
-        return "cuda" if self.provider == "CUDAExecutionProvider" else "cpu"
+    device: str = "cpu"
 
     def decode_seconds(self, rows: int, context: float) -> float:
         """A decode batch of `rows` whose mean context is `context` tokens; lines go on outside."""
@@ -124,7 +119,7 @@ def measure(runner: OrtRunner) -> StepCosts:
         move=_fit([(1.0, length) for length in moves], times[-len(moves) :]),
         around_step=around_step,
         around_token=around_token,
-        provider=info.provider,
+        device=info.device,
     )
 
 

@@ -20,7 +20,6 @@ COMPACT_AFTER_IDLE_STEPS steps, the last active slot is swapped into it.
 """
 
 import itertools
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from generator_svc.plan import MIN_CHUNK_TOKENS, Copy, Swap
@@ -204,13 +203,12 @@ class SlotCache:
             if self._slots[number].owner is None
         ]
 
-    def assign_in_order(self, sequences: Iterable[Sequence]) -> None:
+    def assign_in_order(self, sequences: list[Sequence]) -> None:
         """Gives sequences of which nothing is computed each other's slots, ascending as they come.
 
         Keys and values of none of them are in its slot yet, so nothing has to be moved.
         """
-        ordered = list(sequences)
-        for sequence, number in zip(ordered, sorted(s.slot for s in ordered), strict=True):
+        for sequence, number in zip(sequences, sorted(s.slot for s in sequences), strict=True):
             assert not sequence.computed
             sequence.slot = number
             self._slots[number].owner = sequence

@@ -115,9 +115,6 @@ class Scheduler:
         """Admits waiting requests and plans a step; does not run it."""
         moves, forks = self._admit() if self.waiting else ([], [])
         moves += self.cache.compact()
-        if self._max_prefill_batch_size:
-            fresh = (s for s in self._prefilling() if not s.computed)
-            self.cache.assign_in_order(sorted(fresh, key=lambda s: s.prompt_length))
         chunks = self._plan_chunks()
         computed = {s: chunk.start + len(chunk.token_ids) for s, chunk in chunks.items()}
         rows, owners = self._plan_rows(computed)
@@ -237,8 +234,7 @@ class Scheduler:
         # At most one prompt over the budget runs, so that short ones keep getting their share.
         is_long_running = any(s.uncomputed > budget for s in prefilling)
         pending_tokens = sum(s.uncomputed for s in prefilling if s.uncomputed <= budget)
-        has_room = self.cache.can_allocate() and pending_tokens < budget
-        if self._max_prefill_batch_size and len(self.waiting) > 1 and has_room:
+        if self._max_prefill_batch_size and len(self.waiting) > 1 and pending_tokens < budget:
             moves += self.cache.defragment()
         while self.cache.can_allocate() and pending_tokens < budget:
             sequence = self._next(budget if is_long_running else math.inf)
@@ -257,6 +253,9 @@ class Scheduler:
                 is_long_running = True
             else:
                 pending_tokens += sequence.uncomputed
+        if self._max_prefill_batch_size:
+            fresh = (s for s in self._prefilling() if not s.computed)
+            self.cache.assign_in_order(sorted(fresh, key=lambda s: s.prompt_length))
         return moves, forks
 
     def _next(self, max_tokens: float) -> Sequence | None:

@@ -199,7 +199,8 @@ class Sequence:
     def seen_tokens(self, vocabulary: int) -> bytearray:
         """A byte for each token of the vocabulary: 1 if prompt or answer have it.
 
-        Only with a penalty; kept and brought up to date, as a penalty asks for it at each token.
+        Only with a penalty; kept and brought up to date, so that a few tokens are looked up at once
+        at each step. Who needs all of them is quicker with `distinct_prompt` and `output_counts`.
         """
         assert self._has_penalties
         if self._seen is None:

@@ -140,7 +140,7 @@ def warm_up(settings: GeneratorSettings, runner: OrtRunner, meter: Meter) -> Non
 
     prefill = Chunk(slot=0, start=0, token_ids=(0, 0, 0), wants_logits=True)
     run(StepPlan(chunks=(prefill,), rows=(Row(0, 3),)))
-    if runner.info.pads_prompts and runner.info.provider == "CUDAExecutionProvider":
+    if runner.info.pads_prompts and runner.info.device == "cuda":
         # The first run of a length plans its attention, which takes longer than most runs.
         started = time.monotonic()
         longest = settings.on("cuda", "max_num_batched_tokens")
@@ -197,7 +197,7 @@ def build_engine(
         cache,
         PrefillCostModel(),
         stall_nanoseconds,
-        settings.on(_device(info), "max_num_batched_tokens"),
+        settings.on(info.device, "max_num_batched_tokens"),
         meter.settle,
         info.capture_sizes,
         batch_size,
@@ -209,12 +209,8 @@ def build_engine(
 def _prefill_batch_size(settings: GeneratorSettings, info: DeviceInfo) -> int:
     if not info.pads_prompts:
         return 0
-    default = 0 if _device(info) == "cpu" else _PREFILL_BATCH_SIZE
+    default = _PREFILL_BATCH_SIZE if info.device == "cuda" else 0
     return settings.max_prefill_batch_size or default
-
-
-def _device(info: DeviceInfo) -> str:
-    return "cpu" if info.provider == "CPUExecutionProvider" else "cuda"
 
 
 def build_service(

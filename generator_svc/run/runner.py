@@ -94,6 +94,11 @@ class DeviceInfo:
     pads_prompts: bool = False  # whether the graph takes a PromptBatch
     cuda_unavailable: str = ""  # why it is not CUDA although that would have been preferred
 
+    @property
+    def device(self) -> str:
+        """`cpu` or `cuda`."""
+        return "cuda" if self.provider == "CUDAExecutionProvider" else "cpu"
+
 
 class OrtRunner:
     """A model on a device, with `slots` slots of `slot_length` tokens.

@@ -42,13 +42,12 @@ _PLACES = np.arange(CANDIDATES)  # 256: a byte
 class Candidates:
     """The candidates of rows of one vocabulary, after penalties and masks.
 
-    Weights are relative to the largest one of each row.
-    `ids` and `weights`, [rows, 256], are the candidates in the order of their logits, the lower id
-    first among equals; those that are not above every other token weigh 0. The weights of all
-    others are exact to the last bit. No other token weighs more than `max_other`; all weights of a
-    row, as the sampler adds them up, are between `least` and `most`. The others' sums in `rest`,
-    [rows, blocks], of which all blocks together may lack `flushed`, times `low_scale` and
-    `high_scale` are bounds on their weights.
+    `ids` and `weights`, [rows, 256], are in the order of the logits, the lower id first among
+    equals. Weights are relative to the row's largest one and exact to the last bit, but 0 for
+    candidates that are not above every other token. No other token weighs more than `max_other`.
+    The others' sums in `rest`, [rows, blocks], of which all blocks together may lack `flushed`,
+    times `low_scale` and `high_scale` are bounds on their weights; all weights of a row, as the
+    sampler adds them up, are between `least` and `most`.
     """
 
     def __init__(self, drawing: Many[tuple[Sequence, DeviceRow]]) -> None:
@@ -106,7 +105,7 @@ class Candidates:
         Each penalty leaves float32.
         """
         is_lowered = np.zeros(len(drawing), np.bool_)
-        repeated, penalties = [], []
+        repeated, penalties, counted = [], [], []
         for number, (sequence, _) in enumerate(drawing):
             try:
                 forbidden = sampler.forbidden_tokens(sequence, self.size)
@@ -120,6 +119,8 @@ class Candidates:
             if sampling.repetition_penalty != 1:
                 repeated.append(number)
                 penalties.append(sampling.repetition_penalty)
+            if sampling.frequency_penalty or sampling.presence_penalty:
+                counted.append(number)
         if repeated:
             seen = [
                 np.frombuffer(drawing[number][0].seen_tokens(self.size), np.bool_)[ids[number]]
@@ -130,16 +131,13 @@ class Candidates:
                 before.astype(np.float64), np.array(penalties)[:, None]
             )
             logits[repeated] = np.where(seen, after.astype(np.float32), before)
-        for number, (sequence, _) in enumerate(drawing):
-            sampling = sequence.request.sampling
-            if sampling.frequency_penalty or sampling.presence_penalty:
-                counts = [
-                    sequence.output_counts.get(token_id, 0) for token_id in ids[number].tolist()
-                ]
-                times = np.array(counts, np.float64)
-                less = sampling.frequency_penalty * times + sampling.presence_penalty
-                row = (logits[number].astype(np.float64) - less).astype(np.float32)
-                logits[number] = np.where(times > 0, row, logits[number])
+        for number in counted:
+            sequence, row = drawing[number][0], logits[number]
+            sampling, counts = sequence.request.sampling, sequence.output_counts
+            times = np.array([counts.get(token_id, 0) for token_id in ids[number].tolist()])
+            less = sampling.frequency_penalty * times + sampling.presence_penalty
+            after = (row.astype(np.float64) - less).astype(np.float32)
+            logits[number] = np.where(times > 0, after, row)
         return is_lowered
 
     def _draw_truncated(self, rows: Which) -> tuple[Ids, Mask]:

@@ -57,7 +57,7 @@ def test_one_slot_waits_as_long_as_an_md1_queue() -> None:
 def test_costs_of_a_cuda_device_are_planned_with_as_the_service_would_there() -> None:
     """Prompts that wait together share a run, whatever prefix they have in common, and it costs
     what its positions do; on the CPU each takes the prefix and runs on its own."""
-    cuda = dataclasses.replace(COSTS, provider="CUDAExecutionProvider")
+    cuda = dataclasses.replace(COSTS, device="cuda")
     requests = [Request(0.0, 30, 1, shared_tokens=20) for _ in range(4)]
     seconds = {
         costs.device: simulate(requests, Cluster(costs, FREE, slots=4, slot_length=512)).seconds
