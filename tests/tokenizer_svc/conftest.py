@@ -90,6 +90,9 @@ class Stage:
 
     async def start(self) -> None:
         await self.start_generator()
+        await self.start_tokenizer()
+
+    async def start_tokenizer(self) -> None:
         settings = TokenizerSettings(
             model_directory=self._folder,
             port=0,

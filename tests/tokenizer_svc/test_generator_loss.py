@@ -1,6 +1,7 @@
 """A generator that goes, comes back, or serves something else."""
 
 import asyncio
+import logging
 import time
 from pathlib import Path
 
@@ -61,6 +62,34 @@ async def test_it_is_ready_while_the_generator_is(stage: Stage) -> None:
     await stage.start_generator()
     for service in PIPELINE_SERVICES:
         await becomes(stage.channel, service, SERVING)
+
+
+async def test_only_a_generator_that_was_there_is_missed(
+    model: Model, model_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Until the first one has loaded its model nothing is logged as an error; a loss is."""
+
+    def errors() -> list[str]:
+        return [record.message for record in caplog.records if record.levelname == "ERROR"]
+
+    stage = Stage(model, model_folder)
+    await stage.start_generator()  # for a port
+    await stage.stop_generator()
+    await stage.start_tokenizer()
+    try:
+        await asyncio.sleep(GAP_SECONDS + 0.5)
+
+        assert "backend_unavailable" == await refusal(stage)
+        assert [] == errors()
+
+        await stage.start_generator()
+        await becomes(stage.channel, PIPELINE_SERVICES[0], SERVING)
+        await stage.stop_generator()
+        await becomes(stage.channel, PIPELINE_SERVICES[0], NOT_SERVING)
+
+        assert ["no generator can be asked: The generator cannot be reached."] == errors()
+    finally:
+        await stage.close()
 
 
 async def test_calls_fail_at_once_and_recover_by_themselves(stage: Stage) -> None:
@@ -141,6 +170,7 @@ async def test_a_busy_tokenizer_takes_no_generator_for_lost(
     model: Model, model_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What it could not hear of while its event loop was held up is not reported as gone."""
+    caplog.set_level(logging.INFO)
     async with running(model, model_folder) as stage:
         for _ in range(3):
             await asyncio.sleep(0)  # it begins to look for one
@@ -149,4 +179,4 @@ async def test_a_busy_tokenizer_takes_no_generator_for_lost(
         answer = await stage.chat.CreateChatCompletion(stage.request())
 
     assert 1 == len(answer.choices)
-    assert "no generator can be asked" not in caplog.text
+    assert "cannot be reached" not in caplog.text

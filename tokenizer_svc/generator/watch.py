@@ -17,6 +17,9 @@ log = logging.getLogger(__name__)
 RETRY_SECONDS = 0.1
 _HELD_UP_SECONDS = 0.25
 
+# What is said of a generator that was started together with the tokenizer and loads its model.
+_LOADING = ("backend_unavailable", "model_loading")
+
 
 class GeneratorInfoSource(Protocol):
     """Where the state of the generators of one revision comes from."""
@@ -101,7 +104,10 @@ class GeneratorWatch:
     ) -> None:
         known, self.fault = self.fault, fault
         if fault is not None and (known is None or known.message != fault.message):
-            log.error("no generator can be asked: %s", fault.message)
+            if self._info is None and fault.code in _LOADING:
+                log.info("waiting for a generator: %s", fault.message)
+            else:
+                log.error("no generator can be asked: %s", fault.message)
         if self.available is not (fault is None):
             self.available = fault is None
             log.info("the generator is %s", "available" if self.available else "not available")
