@@ -1,6 +1,8 @@
-"""The CUDA road: its calls on a pretended runtime library, and all of it on a device."""
+"""The CUDA road: on a device where there is one, and on one that is pretended everywhere."""
 
+import contextlib
 import ctypes
+import itertools
 import time
 
 import numpy as np
@@ -19,68 +21,17 @@ from generator_svc.sampling.device_row import CANDIDATES, RELATIVE_ERROR, Device
 from generator_svc.sequence import SamplingParams
 from generator_svc.server import load_runner, warm_up
 from tests.generator_svc.engine_bench import Bench
+from tests.generator_svc.pretended_cuda import pretended_device, pretended_runtime
 from trivium.model_directory import load_model_directory
 
 PROMPT = tuple(range(5, 45))
 
 
-class PretendedRuntime:
-    """The runtime library's calls on main memory; handles count up, two events are 1.5 ms apart."""
-
-    def __init__(self):
-        self.calls = []
-        self._kept = []
-
-    def cudaMalloc(self, address, size):
-        self._kept.append(ctypes.create_string_buffer(size.value))
-        address._obj.value = ctypes.addressof(self._kept[-1])
-        return 0
-
-    def cudaMemset(self, address, value, size):
-        ctypes.memset(address.value, value.value, size.value)
-        return 0
-
-    def cudaMemcpy(self, target, source, size, kind):
-        self.calls.append(("copy", kind.value))
-        ctypes.memmove(target.value, source.value, size.value)
-        return 0
-
-    def cudaMemcpy2D(self, target, target_pitch, source, source_pitch, width, height, kind):
-        assert kind.value == 3
-        for row in range(height.value):
-            to, of = row * target_pitch.value, row * source_pitch.value
-            ctypes.memmove(target.value + to, source.value + of, width.value)
-        return 0
-
-    def cudaDeviceSynchronize(self):
-        return 0
-
-    def cudaStreamCreate(self, handle):
-        self._kept.append(handle._obj)
-        handle._obj.value = 2**40 + len(self._kept)
-        return 0
-
-    cudaEventCreate = cudaStreamCreate
-
-    def cudaEventRecord(self, event, stream):
-        self.calls.append(("record", event.value, stream.value))
-        return 0
-
-    def cudaEventSynchronize(self, event):
-        self.calls.append(("wait", event.value))
-        return 0
-
-    def cudaEventElapsedTime(self, milliseconds, began, ended):
-        self.calls.append(("time", began.value, ended.value))
-        milliseconds._obj.value = 1.5
-        return 0
-
-
 @pytest.fixture
-def runtime(monkeypatch):
-    pretended = PretendedRuntime()
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: pretended)
-    return pretended
+def runtime():
+    """A pretended one, on which 1.5 ms pass between any two events."""
+    with pretended_runtime(itertools.count(0, 1_500_000).__next__) as runtime:
+        yield runtime
 
 
 def _slot(memory, tensor, slot):
@@ -133,11 +84,17 @@ def test_rows_come_from_the_device(runtime):
         copy_to_host(target.ctypes.data, source.ctypes.data, source.nbytes)
 
 
-# ---- with a device
+# ---- with a device, pretended or real
+
+
+@pytest.fixture(scope="module", params=["pretended", pytest.param("real", marks=pytest.mark.gpu)])
+def device(request):
+    with pretended_device() if request.param == "pretended" else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(scope="module", params=["fp32", "fp16", "int8", "int4"])
-def model(request, tmp_path_factory):
+def model(request, device, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cuda") / "small"
     return load_model_directory(
         make_random_llama(folder, SHAPES["small"], request.param, device="cuda")
@@ -180,7 +137,6 @@ def _prefill(runner, slot, token_ids=PROMPT):
     return result.logits[0]
 
 
-@pytest.mark.gpu
 def test_all_is_on_the_device(on_device):
     """Provider, logits, and time from the device's events."""
     began = time.perf_counter_ns()
@@ -193,7 +149,6 @@ def test_all_is_on_the_device(on_device):
     assert 0 < result.nanoseconds <= passed
 
 
-@pytest.mark.gpu
 def test_logits_are_nearly_those_of_the_cpu(on_device, model):
     """Other kernels round differently, TF32 among them; nothing more is different."""
     expected = _prefill(OrtRunner(model, "cpu", 1, 128), 0)
@@ -201,7 +156,6 @@ def test_logits_are_nearly_those_of_the_cpu(on_device, model):
     assert np.allclose(expected, _prefill(on_device, 0).whole, atol=0.15)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 2, 4])
 def test_decode_logits_do_not_depend_on_earlier_runs(either, model, rows):
     """After steps and prompts of other lengths they are those of a runner that had none."""
@@ -218,7 +172,6 @@ def test_decode_logits_do_not_depend_on_earlier_runs(either, model, rows):
     assert np.allclose(*logits, atol=0.05)
 
 
-@pytest.mark.gpu
 def test_candidates_are_those_of_the_whole_row(on_device):
     """Of every row of a batch, at positions of their own."""
     for slot in range(4):
@@ -238,7 +191,6 @@ def test_candidates_are_those_of_the_whole_row(on_device):
         assert abs(row.rest.sum() / rest - 1) < RELATIVE_ERROR
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("length", [40, 64, 128])
 def test_prompts_in_one_run_give_nearly_the_logits_of_each_alone(on_device, length):
     """Padded on the right; and so do the tokens behind them."""
@@ -257,7 +209,6 @@ def test_prompts_in_one_run_give_nearly_the_logits_of_each_alone(on_device, leng
     assert np.allclose(following, [row.whole for row in outcome.rows.logits], atol=0.05)
 
 
-@pytest.mark.gpu
 def test_slots_can_be_moved_on_the_device(on_device):
     """A copied and swapped prompt goes on as it would have."""
     _prefill(on_device, 0)
@@ -274,7 +225,6 @@ def test_slots_can_be_moved_on_the_device(on_device):
         assert np.allclose(expected[place], given[index], atol=0.05)
 
 
-@pytest.mark.gpu
 def test_replayed_graphs_give_nearly_the_logits_of_eager_runs(on_device, capturing, caplog):
     """Of one to four rows, with other sizes and prompts in between; no graph was disabled."""
     for step, count in enumerate((1, 4, 4, 2, 4, 2, 1)):
@@ -289,7 +239,6 @@ def test_replayed_graphs_give_nearly_the_logits_of_eager_runs(on_device, capturi
     assert [] == caplog.messages
 
 
-@pytest.mark.gpu
 def test_float32_is_served_without_graphs(model, capturing, caplog):
     """Decided before the session is made: nothing fails, and nothing is logged."""
     expected = () if model.precision == "fp32" else (1, 2, 4)
@@ -298,7 +247,6 @@ def test_float32_is_served_without_graphs(model, capturing, caplog):
     assert [] == caplog.messages
 
 
-@pytest.mark.gpu
 def test_the_engine_serves_from_the_device(either):
     """Greedy and drawn requests end as asked, and the books are right after every step."""
     sizes = either.info.capture_sizes
@@ -318,7 +266,6 @@ def test_the_engine_serves_from_the_device(either):
     assert [[15, 15]] * 3 == [[len(bench.tokens[group][i]) for i in (0, 1)] for group in groups]
 
 
-@pytest.mark.gpu
 def test_no_kernel_is_given_up(model, caplog):
     """Symmetric weights load and run with the kernels made for them, at the first try."""
     _loaded(model, cuda_graphs=False)
