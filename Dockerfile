@@ -46,7 +46,7 @@ FROM serving AS rest_facade
 ENV TRIVIUM_FACADE_HOST=0.0.0.0
 EXPOSE 8000
 HEALTHCHECK --interval=5s --timeout=10s --start-period=30s \
-    CMD ["python", "-m", "trivium.cli.probe", "http://127.0.0.1:8000/health"]
+    CMD ["sh", "-c", "python -m trivium.cli.probe http${TRIVIUM_FACADE_TLS_CERT_FILE:+s}://127.0.0.1:8000/health"]
 CMD ["python", "-m", "rest_facade"]
 
 FROM serving AS tokenizer_svc
@@ -55,7 +55,7 @@ FROM serving AS tokenizer_svc
 ENV TRIVIUM_TOKENIZER_HOST=0.0.0.0
 EXPOSE 50051 9051
 HEALTHCHECK --interval=5s --timeout=10s --start-period=30s \
-    CMD ["python", "-m", "trivium.cli.probe", "grpc://127.0.0.1:50051/trivium.chat.v1.ChatService"]
+    CMD ["python", "-m", "trivium.cli.probe", "http://127.0.0.1:9051/healthz"]
 CMD ["python", "-m", "tokenizer_svc"]
 
 FROM serving AS generator_svc
@@ -63,7 +63,7 @@ FROM serving AS generator_svc
 ENV TRIVIUM_GENERATOR_HOST=0.0.0.0 GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 EXPOSE 50052 9052
 HEALTHCHECK --interval=5s --timeout=10s --start-period=120s \
-    CMD ["python", "-m", "trivium.cli.probe", "grpc://127.0.0.1:50052/trivium.generator.v1.GeneratorService"]
+    CMD ["python", "-m", "trivium.cli.probe", "http://127.0.0.1:9052/healthz"]
 CMD ["python", "-m", "generator_svc"]
 
 FROM generator_svc AS generator_svc-cuda

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,16 +35,35 @@ def default(service: str, field: str) -> Any:
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_each_target_starts_its_service(service: str) -> None:
-    """A service's target runs its module, exposes its ports, and asks its own health."""
-    ports = [default(service, "port"), SERVICES[service].model_fields.get("metrics_port")]
+    """A service's target runs its module and exposes its ports."""
+    ports = [default(service, "port"), default(service, "metrics_port")]
     exposed = [int(port) for port in last(service, "EXPOSE").split()]
-    probe = json.loads(last(service, "HEALTHCHECK").partition("CMD ")[2])
 
     assert ["python", "-m", service] == json.loads(last(service, "CMD"))
-    numbers = [port if isinstance(port, int) else port.default for port in ports if port]
-    assert [number for number in numbers if number] == exposed
-    assert ["python", "-m", "trivium.cli.probe"] == probe[:3]
-    assert f"://127.0.0.1:{ports[0]}/" in probe[3]
+    assert [port for port in ports if port] == exposed
+
+
+@pytest.mark.parametrize("service", SERVICES)
+@pytest.mark.parametrize("has_tls", [False, True])
+def test_health_checks_ask_what_never_has_tls_or_use_it(
+    service: str, has_tls: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ports of metrics, or that of REST, which has them all unless it is told otherwise."""
+    port = default(service, "metrics_port")
+    scheme = "https" if has_tls and not port else "http"
+    expected = (
+        f"127.0.0.1:{port}/healthz" if port else f"127.0.0.1:{default(service, 'port')}/health"
+    )
+    command = json.loads(last(service, "HEALTHCHECK").partition("CMD ")[2])
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    if has_tls:
+        monkeypatch.setenv("TRIVIUM_FACADE_TLS_CERT_FILE", "facade.crt")
+    told = subprocess.check_output(command, text=True)
+
+    assert f"-m trivium.cli.probe {scheme}://{expected}\n" == told
 
 
 def test_the_generator_has_its_weights_in_huge_pages() -> None:
