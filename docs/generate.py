@@ -6,8 +6,9 @@ A page keeps them between `<!-- begin NAME -->` and `<!-- end NAME -->`; a test 
 import ast
 import re
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import get_args, get_origin
+from typing import NamedTuple, get_args, get_origin
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
@@ -35,6 +36,7 @@ from trivium.wire.process_metrics import register_process
 from trivium.wire.replicas.metrics import ReplicaCollector
 from trivium.wire.replicas.replica import ReplicaState, ReplicaStatus
 from trivium.wire.replicas.replica_set import ReplicaSetStatus
+from trivium.wire.tls.metrics import CertificateCollector
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -149,6 +151,16 @@ def touched(registry: CollectorRegistry) -> Iterator[Metric]:
     return iter(sorted(registry.collect(), key=lambda family: family.name))
 
 
+class _Side(NamedTuple):
+    """Of TLS."""
+
+    certificate: Path
+    expires_at: datetime
+
+
+_CERTIFICATES = CertificateCollector(_Side(Path(), datetime.now(UTC)))
+
+
 def generator_registry() -> CollectorRegistry:
     """The generator's metrics, without a generator."""
     registry = CollectorRegistry()
@@ -158,6 +170,7 @@ def generator_registry() -> CollectorRegistry:
     UsageMetrics(registry, "model")
     register_info(registry, "model", "", DeviceInfo("", "", 0, 0, 0), prefix_cache=True)
     register_process(registry, InFlight())
+    registry.register(_CERTIFICATES)
     return registry
 
 
@@ -169,6 +182,7 @@ def facade_registry() -> CollectorRegistry:
     facade = rest_facade.metrics.Metrics()
     LimitMetrics(facade.registry)
     facade.follow(lambda: _ONE_REPLICA, InFlight())
+    facade.registry.register(_CERTIFICATES)
     return facade.registry
 
 
@@ -176,6 +190,7 @@ def tokenizer_registry() -> CollectorRegistry:
     """The tokenizer's metrics, with a generator."""
     registry = tokenizer_svc.metrics.Metrics().registry
     register_process(registry, InFlight())
+    registry.register(_CERTIFICATES)
     registry.register(ReplicaCollector({"model": lambda: _ONE_REPLICA}))
     return registry
 

@@ -46,6 +46,7 @@ from trivium.wire.metrics_server import serve_metrics
 from trivium.wire.process_metrics import register_process
 from trivium.wire.serving import GrpcServer
 from trivium.wire.stop_signals import StopSignals
+from trivium.wire.tls.metrics import CertificateCollector
 
 log = logging.getLogger("generator_svc")
 
@@ -292,6 +293,8 @@ async def serve_constrained(
     register_info(registry, model.id, precision, runner.info, settings.prefix_cache)
     in_flight = InFlight()
     register_process(registry, in_flight)
+    tls = settings.server_tls()
+    registry.register(CertificateCollector(tls))
     usage = UsageRecorder(_open_usage_log(settings), UsageMetrics(registry, model.id), model.id)
     service = build_service(
         settings, model, info, engine, registry, constraints, in_flight.draining, usage
@@ -304,7 +307,7 @@ async def serve_constrained(
         in_flight,
         guard=None if keys is None else Door(keys),
         has_reflection=settings.reflection,
-        tls=settings.server_tls(),
+        tls=tls,
     )
     ready = functools.partial(server.check_ready, SERVICE)
     serve_metrics(settings.metrics_port, settings.host, registry, ready)

@@ -22,6 +22,7 @@ from trivium.wire.metrics_server import serve_metrics
 from trivium.wire.serving import wait_for_any
 from trivium.wire.settings import refuse_to_start
 from trivium.wire.stop_signals import StopSignals
+from trivium.wire.tls.metrics import CertificateCollector
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ async def serve(settings: FacadeSettings, keys: KeyFile | None) -> None:
     signals = StopSignals()
     own_key = open_own_key("TRIVIUM_FACADE_TOKENIZER_API_KEY_FILE", settings.tokenizer_api_key_file)
     tls, tokenizer_tls = settings.server_tls(), settings.tokenizer_tls()
+    metrics.registry.register(CertificateCollector(tls, tokenizer_tls))
     timeout = settings.request_timeout_seconds
     async with Backend(
         settings.tokenizer_target, timeout, own_key, tokenizer_tls, names_keys=keys is not None

@@ -22,6 +22,7 @@ from trivium.model_directory import ModelDirectoryError
 from trivium.wire.in_flight import InFlight
 from trivium.wire.process_metrics import register_process
 from trivium.wire.replicas.metrics import ReplicaCollector
+from trivium.wire.tls.metrics import CertificateCollector
 
 
 def load_models(settings: TokenizerSettings) -> list[Model]:
@@ -78,6 +79,8 @@ class TokenizerServer:
         metrics.expect(self._models.by_id)
         in_flight = InFlight()
         register_process(metrics.registry, in_flight)
+        tls = settings.server_tls()
+        metrics.registry.register(CertificateCollector(tls, self._generator_tls))
         guard = None
         if keys is not None:
             setting = "TRIVIUM_TOKENIZER_LIMITS_URL"
@@ -91,7 +94,7 @@ class TokenizerServer:
             in_flight,
             guard,
             settings.reflection,
-            settings.server_tls(),
+            tls,
         )
 
     def _served(self, model: Model, settings: ModelSettings) -> ServedModel:

@@ -1,5 +1,6 @@
 """The three services with mutual TLS between all of them."""
 
+import datetime
 import urllib.request
 from pathlib import Path
 
@@ -7,17 +8,28 @@ import grpc
 import pytest
 import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client.parser import text_string_to_metric_families
 
-from tests.certificates import Files
+from tests.certificates import YESTERDAY, Files
 from tests.pipeline.services import Services
 
 CA = trustme.CA()
 OTHER_CA = trustme.CA()
+SOON = YESTERDAY + datetime.timedelta(days=3)
 
 
 def probed(port: int, path: str) -> int:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=60) as answer:
         return int(answer.status)
+
+
+def expiries(port: int) -> dict[str, float]:
+    """When certificates expire, by file, as the metrics at this port say."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
+        families = list(text_string_to_metric_families(answer.read().decode()))
+    name = "trivium_tls_certificate_expiry_timestamp_seconds"
+    [family] = (family for family in families if family.name == name)
+    return {sample.labels["file"]: sample.value for sample in family.samples}
 
 
 def code(target: str, credentials: grpc.ChannelCredentials | None) -> grpc.StatusCode:
@@ -37,8 +49,8 @@ def code(target: str, credentials: grpc.ChannelCredentials | None) -> grpc.Statu
 
 @pytest.mark.timeout(600)
 def test_stages_call_each_other_over_mutual_tls(tiny_model: Path, tmp_path: Path) -> None:
-    """Requests are answered, also after each has a new certificate; probes need none; whoever has
-    none, or one of another CA, gets into neither gRPC port."""
+    """Requests are answered, also after each has a new certificate, as metrics show; probes need
+    none; whoever has none, or one of another CA, gets into neither gRPC port."""
     facade, tokenizer, generator = (
         Files(tmp_path / name).write(CA) for name in ("facade", "tokenizer", "generator")
     )
@@ -71,9 +83,16 @@ def test_stages_call_each_other_over_mutual_tls(tiny_model: Path, tmp_path: Path
                 assert grpc.StatusCode.UNAVAILABLE is code(target, stranger)
 
         for files in (facade, tokenizer, generator):
-            files.write(CA)
+            files.write(CA, not_after=SOON)
         for name in ("tokenizer_svc", "generator_svc"):
             read = str(tmp_path / name.removesuffix("_svc"))
             line = f"TLS uses what is in {read}"
             services.until(lambda n=name, said=line: said in services.log(n), f"{name}: no {line}")
         assert "length" == services.finish_reason()
+        for port, files in (
+            (pipeline.port, facade),
+            (pipeline.tokenizer_metrics_port, tokenizer),
+            (pipeline.generator_metrics_port, generator),
+        ):
+            renewed = {str(files.certificate): SOON.timestamp()}
+            services.until(lambda n=port, dates=renewed: dates == expiries(n), f"not {renewed}")

@@ -45,6 +45,16 @@ class TlsFiles:
         check()
         self.pem = self._read()
 
+    @property
+    def certificate(self) -> Path | None:
+        """The file of the own certificate."""
+        return self._paths[0]
+
+    @property
+    def expires_at(self) -> datetime | None:
+        """When the own certificate that is in use expires; None without one."""
+        return None if self.pem.certificates is None else expiry(self.pem.certificates)
+
     async def renewals(self) -> AsyncGenerator[None]:
         """Yields whenever `pem` has changed, for good. Several may follow one."""
         known = self.pem
@@ -83,9 +93,9 @@ class TlsFiles:
         return ", ".join(str(path) for path in self._paths if path is not None)
 
     def _warn_if_expired(self) -> None:
-        if self.pem.certificates is None or self._expired is self.pem:
+        expires_at = self.expires_at
+        if expires_at is None or self._expired is self.pem:
             return
-        expires = expiry(self.pem.certificates)
-        if expires <= datetime.now(UTC):
+        if expires_at <= datetime.now(UTC):
             self._expired = self.pem
-            log.warning("the certificate in %s has expired at %s", self._paths[0], expires)
+            log.warning("the certificate in %s has expired at %s", self.certificate, expires_at)
