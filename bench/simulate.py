@@ -1,11 +1,14 @@
-"""Planning past one machine: `python -m bench.simulate measure | plan | check`.
+"""Planning past one machine: `python -m bench.simulate measure | plan | load | check`.
 
     measure   what the generator's steps cost on this device, written as JSON
     plan      how many replicas of each stage a load needs under targets of latency, by policy
+    load      what one replica of each stage gives so many clients, in a closed loop as of
+              `trivium bench`
     check     one real replica of each stage against what the simulation says of it
 
-`plan` replays a drawn trace, or one read from a file, in virtual time; with the costs in a file it
-needs no model. Each replica has a device of its own then, as the measured one had.
+`plan` replays a drawn trace, or one read from a file, in virtual time, as `load` runs, too; with
+the costs in a file they need no model. Each replica has a device of its own then, as the measured
+one had.
 
 `check` runs all stages on one machine, where they take each other's time: its decode batches take
 what a few parallel streams show them to take, just before and after the replay. Costs are measured
@@ -25,7 +28,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import huge_pages, step_costs, trace
-from bench.simulation import POLICIES, Cluster, Result, TokenizerCosts, simulate
+from bench.simulation import (
+    POLICIES,
+    Cluster,
+    Result,
+    TokenizerCosts,
+    simulate,
+    simulate_clients,
+)
 from bench.step_costs import StepCosts, interpolate
 from bench.trace import Bursts, Lengths, Request, Workload
 from generator_svc.config import GeneratorSettings
@@ -42,6 +52,7 @@ from trivium.model_directory import load_model_directory
 
 TOLERANCE = 0.15
 TEMPLATE_TOKENS = 32  # about what a chat template adds to a prompt
+RANKS = (50, 95, 99)
 STREAMS = (1, 2, 4, 8, 16)  # at once, that show how the stages slow each other
 STREAM_WORDS, STREAM_TOKENS = 64, 48
 
@@ -260,16 +271,13 @@ def capacity(load: Workload, cluster: Cluster) -> float:
 
 def plan(options: argparse.Namespace) -> int:
     """Exit status: 0 when some number of replicas meets the targets under every policy."""
-    if options.costs is None:
-        runner = open_runner(options.model)
-        cluster = cluster_of(options, step_costs.measure(runner), runner)
-    else:
-        cluster = cluster_of(options, step_costs.load(options.costs))
+    cluster = cluster_by_costs(options)
     if options.trace is not None:
         requests = trace.load(options.trace)
     else:
-        load = workload(options, options.rate)
-        requests = load.draw(round(options.rate * options.seconds), options.seed)
+        requests = workload(options, options.rate).draw(
+            round(options.rate * options.seconds), options.seed
+        )
     if options.save_trace is not None:
         trace.save(options.save_trace, requests)
     targets = Targets(options.first_token, options.between_tokens, options.percentile)
@@ -293,8 +301,7 @@ def show_plans(plans: dict[str, Plan]) -> None:
     )
     for policy, found in plans.items():
         for replicas, result in sorted(found.tried.items()):
-            first = "/".join(f"{result.first_token(r) * 1e3:.0f}" for r in (50, 95, 99))
-            between = "/".join(f"{result.between_tokens(r) * 1e3:.0f}" for r in (50, 95, 99))
+            first, between = latencies(result)
             mark = "  enough" if replicas == found.found else ""
             print(
                 f"{policy:14} {replicas[0]:10} {replicas[1]:10} {first:>22} {between:>22} "
@@ -303,6 +310,30 @@ def show_plans(plans: dict[str, Plan]) -> None:
             )
         if found.found is None:
             print(f"{policy:14} nothing that was tried meets the targets")
+
+
+def load(options: argparse.Namespace) -> int:
+    """Prints a line for each number of clients."""
+    cluster = cluster_by_costs(options)
+    print(
+        f"{'clients':>7} {'requests':>8} {'tokens/s':>9} {'first p50/p95/p99 ms':>22} "
+        f"{'between p50/p95/p99 ms':>22} {'busy':>6}"
+    )
+    for clients in map(int, options.clients.split(",")):
+        requests = workload(options, 1.0).draw(clients * options.requests, options.seed)
+        result = simulate_clients(requests, clients, cluster)
+        first, between = latencies(result)
+        print(
+            f"{clients:7} {len(requests):8} {result.tokens_per_second:9.0f} {first:>22} "
+            f"{between:>22} {result.utilization:6.0%}"
+        )
+    return 0
+
+
+def latencies(result: Result) -> tuple[str, str]:
+    """Percentiles of the time to first token, and between tokens, in ms."""
+    first = "/".join(f"{result.first_token(rank) * 1e3:.0f}" for rank in RANKS)
+    return first, "/".join(f"{result.between_tokens(rank) * 1e3:.0f}" for rank in RANKS)
 
 
 def measure(options: argparse.Namespace) -> int:
@@ -332,6 +363,14 @@ def cluster_of(
     return Cluster(costs, tokenizer_costs, slots=slots, slot_length=length)
 
 
+def cluster_by_costs(options: argparse.Namespace) -> Cluster:
+    """With the costs in the file that is named, or measured now."""
+    if options.costs is not None:
+        return cluster_of(options, step_costs.load(options.costs))
+    runner = open_runner(options.model)
+    return cluster_of(options, step_costs.measure(runner), runner)
+
+
 def workload(options: argparse.Namespace, rate: float) -> Workload:
     is_bursty = options.arrivals == "bursty"
     return Workload(
@@ -347,7 +386,12 @@ def workload(options: argparse.Namespace, rate: float) -> Workload:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
-    for command, function in (("measure", measure), ("plan", plan), ("check", check)):
+    for command, function in (
+        ("measure", measure),
+        ("plan", plan),
+        ("load", load),
+        ("check", check),
+    ):
         options = commands.add_parser(
             command, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
@@ -356,10 +400,16 @@ def arguments() -> argparse.Namespace:
         if command != "check":
             help = "JSON file; what to write, or to read instead of measuring"
             options.add_argument("--costs", type=Path, required=command == "measure", help=help)
+        if command in ("plan", "check"):
+            _add_arrivals(options)
         if command != "measure":
             _add_load(options)
         if command == "plan":
             _add_targets(options)
+        if command == "load":
+            options.set_defaults(arrivals="poisson")  # as if; in a closed loop nobody looks at it
+            options.add_argument("--clients", default="1,8,32,64,256")
+            options.add_argument("--requests", type=int, default=10, help="of each client")
         if command == "check":
             options.add_argument("--rate", type=float, help="requests/s; by default from --load")
             options.add_argument("--load", type=float, default=0.6, help="share of the capacity")
@@ -367,10 +417,13 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _add_load(options: argparse.ArgumentParser) -> None:
+def _add_arrivals(options: argparse.ArgumentParser) -> None:
     options.add_argument("--arrivals", choices=("poisson", "bursty"), default="poisson")
     options.add_argument("--burst-peak", type=float, default=3.0, help="of the mean rate")
     options.add_argument("--burst-share", type=float, default=0.2, help="of the time")
+
+
+def _add_load(options: argparse.ArgumentParser) -> None:
     options.add_argument("--prompt-tokens", type=float, default=115, help="mean")
     options.add_argument("--output-tokens", type=float, default=64, help="mean")
     options.add_argument("--sigma", type=float, default=0.5, help="of the log-lengths; 0 is fixed")

@@ -9,7 +9,7 @@ the road, the facade and the network, is a delay that does not depend on load.
 import heapq
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
@@ -306,10 +306,14 @@ class Tokenizer:
 
 
 class _Simulation:
-    """One run: the replicas, and the road of a request through them."""
+    """One run: the replicas, and the road of a request through them.
+
+    `ended` is called when an answer has its last token or is refused.
+    """
 
     def __init__(self, cluster: Cluster, policy: str) -> None:
         self.clock = Clock()
+        self.ended: Callable[[], None] = lambda: None
         self._costs = cluster.tokenizer_costs
         self._count = itertools.count()
         self.generators = [Generator(self.clock, cluster) for _ in range(cluster.generators)]
@@ -318,7 +322,12 @@ class _Simulation:
         self._to_tokenizer = RoundRobin() if policy == "round-robin" else LeastLoaded()
         self._to_generator = POLICIES[policy]()
 
-    def arrive(self, answer: Answer) -> None:
+    def send(self, answer: Answer) -> None:
+        """When its request arrives by the trace."""
+        when = answer.request.arrival + self._costs.hop
+        self.clock.at(when, partial(self._arrive, answer))
+
+    def _arrive(self, answer: Answer) -> None:
         request, costs = answer.request, self._costs
         number = self._to_tokenizer.choose((), self._tokenizers)
         tokenizer = self._tokenizers[number]
@@ -338,6 +347,7 @@ class _Simulation:
         except QueueFull:
             answer.is_refused = True
             tokenizer.load -= request.output_tokens
+            self.ended()
         else:
             generator.load += request.prompt_tokens + request.output_tokens
 
@@ -355,6 +365,8 @@ class _Simulation:
     def _deliver(self, answer: Answer, tokenizer: Tokenizer) -> None:
         tokenizer.load -= 1
         answer.times.append(self.clock.now + self._costs.hop)
+        if len(answer.times) == answer.request.output_tokens:
+            self.clock.at(answer.times[-1], self.ended)
 
 
 def _generation(request: Request, own: int) -> EngineRequest:
@@ -369,7 +381,28 @@ def simulate(requests: Sequence[Request], cluster: Cluster, policy: str = "round
     simulation = _Simulation(cluster, policy)
     answers = [Answer(request) for request in requests]
     for answer in answers:
-        when = answer.request.arrival + cluster.tokenizer_costs.hop
-        simulation.clock.at(when, partial(simulation.arrive, answer))
+        simulation.send(answer)
+    return _result(simulation, answers)
+
+
+def simulate_clients(requests: Sequence[Request], clients: int, cluster: Cluster) -> Result:
+    """A closed loop: each client sends the next of the requests when it has the answer to its last,
+    whenever they arrive by the trace."""
+    simulation = _Simulation(cluster, "prefix-affine")
+    answers = [Answer(request) for request in requests]
+    unsent = iter(answers)
+
+    def send_next() -> None:
+        for answer in itertools.islice(unsent, 1):
+            answer.request = replace(answer.request, arrival=simulation.clock.now)
+            simulation.send(answer)
+
+    simulation.ended = send_next
+    for _ in range(clients):
+        send_next()
+    return _result(simulation, answers)
+
+
+def _result(simulation: _Simulation, answers: Sequence[Answer]) -> Result:
     simulation.clock.run()
     return Result(answers, [generator.busy_seconds for generator in simulation.generators])

@@ -15,6 +15,7 @@ from bench.simulation import (
     Tokenizer,
     TokenizerCosts,
     simulate,
+    simulate_clients,
 )
 from bench.step_costs import StepCosts
 from bench.trace import Bursts, Lengths, Request, Workload
@@ -101,6 +102,33 @@ def test_a_lone_request_takes_the_sum_of_its_parts() -> None:
     # The tokenizer is slower than the steps, so that tokens queue before it.
     assert [first, first + 0.1, first + 0.2] == pytest.approx(answer.times)
     assert chunk + sum(steps) == pytest.approx(answer.device_seconds)
+
+
+@pytest.mark.parametrize("clients", [1, 3, 50])
+def test_clients_ask_again_when_they_have_their_answers(clients: int) -> None:
+    """At once and as often as there are requests; never more of them are on their way."""
+    costs = TokenizerCosts(request=0.01, prompt_token=0.0, output_token=0.001, hop=0.005)
+    cluster = dataclasses.replace(CLUSTER, tokenizer_costs=costs)
+    requests = workload(1.0).draw(40, seed=4)
+
+    answers = simulate_clients(requests, clients, cluster).answers
+    began = sorted(answer.request.arrival for answer in answers)
+    ended = sorted(answer.times[-1] for answer in answers)
+
+    assert [r.output_tokens for r in requests] == [len(answer.times) for answer in answers]
+    assert [0.0] * min(clients, 40) == began[:clients]
+    assert ended[: max(0, 40 - clients)] == began[clients:]
+
+
+def test_clients_who_are_refused_ask_again() -> None:
+    """Every request is sent, and either served or refused."""
+    requests = [Request(0.0, 300, 1) for _ in range(700)]
+    result = simulate_clients(requests, 600, dataclasses.replace(CLUSTER, slots=1))
+
+    assert 0 < len(result.served) < len(requests)
+    assert [len(answer.times) for answer in result.answers] == [
+        0 if answer.is_refused else 1 for answer in result.answers
+    ]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
