@@ -40,6 +40,7 @@ from generator_svc.plan import (
     Swap,
 )
 from generator_svc.prefill_cost import PrefillCostModel
+from generator_svc.prefill_planner import PrefillPlanner, chunk_length
 from generator_svc.prompt_batches import padded_length, take_batches
 from generator_svc.sequence import (
     FinishReason,
@@ -50,10 +51,8 @@ from generator_svc.sequence import (
     SequenceUpdate,
 )
 
-MAX_STALL_MULTIPLIER = 4
 # Each lookup compares a long waiting prompt with the content of every slot.
 _MAX_PREFIX_LOOKUPS_PER_STEP = 8
-_MIN_PREFILL_TOKENS = 2 * MIN_CHUNK_TOKENS  # any prompt can be split after this many tokens
 
 
 @dataclass(frozen=True)
@@ -91,15 +90,19 @@ class Scheduler:
         batch_sizes: tuple[int, ...] = (),
         max_prefill_batch_size: int = 0,
     ) -> None:
-        assert max_num_batched_tokens > _MIN_PREFILL_TOKENS
         self.cache = cache
         self.prefill_cost = prefill_cost
+        self._planner = PrefillPlanner(
+            prefill_cost,
+            stall_nanoseconds,
+            max_num_batched_tokens,
+            keeps_whole=bool(max_prefill_batch_size),
+        )
         self._on_finish = on_finish
         self._batch_sizes = batch_sizes
         self._max_prefill_batch_size = max_prefill_batch_size
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self._stall_nanoseconds = stall_nanoseconds
         self._max_num_batched_tokens = max_num_batched_tokens
 
     @property
@@ -115,7 +118,8 @@ class Scheduler:
         """Admits waiting requests and plans a step; does not run it."""
         moves, forks = self._admit() if self.waiting else ([], [])
         moves += self.cache.compact()
-        chunks = self._plan_chunks()
+        prefilling = self._prefilling()
+        chunks = self._planner.plan(prefilling, self._budget(prefilling)) if prefilling else {}
         computed = {s: chunk.start + len(chunk.token_ids) for s, chunk in chunks.items()}
         rows, owners = self._plan_rows(computed)
         batches = {}
@@ -137,7 +141,7 @@ class Scheduler:
         if pending is None:
             return None
         slot, start, tokens = pending
-        length = _chunk_length(len(tokens), ATTENTION_TILE)
+        length = chunk_length(len(tokens), ATTENTION_TILE)
         return StepPlan(chunks=(Chunk(slot, start, tuple(tokens[:length]), wants_logits=False),))
 
     def commit_reprefill(self, plan: StepPlan, failed: bool) -> None:
@@ -229,8 +233,8 @@ class Scheduler:
         """Admits waiting sequences whose prompts a step would get to; returns moves and forks."""
         moves: list[Copy | Swap] = []
         forks = []
-        budget = self._prefill_budget()
         prefilling = self._prefilling()
+        budget = self._budget(prefilling)
         # At most one prompt over the budget runs, so that short ones keep getting their share.
         is_long_running = any(s.uncomputed > budget for s in prefilling)
         pending_tokens = sum(s.uncomputed for s in prefilling if s.uncomputed <= budget)
@@ -274,68 +278,14 @@ class Scheduler:
                 return sequence
         return None
 
-    def _prefill_budget(self) -> int:
-        """Prompt tokens per step, counted at the cost of a prompt's first tokens."""
+    def _budget(self, prefilling: list[Sequence]) -> int:
+        """Prompt tokens of this step."""
         decoding = sum(sequence.status is SequenceStatus.DECODE for sequence in self.running)
-        max_tokens = self._max_num_batched_tokens
-        if not decoding:
-            return max_tokens
-        max_tokens = max(max_tokens - decoding, min(max_tokens, ATTENTION_TILE))
-        pending = len(self.waiting) + len(self._prefilling())
-        # A stall delays everyone who decodes, and shortens the wait of everyone who is pending.
-        multiplier = min(max(pending / decoding, 1.0), MAX_STALL_MULTIPLIER)
-        budget_ns = multiplier * self._stall_nanoseconds
-        return min(self.prefill_cost.tokens_within(budget_ns), max_tokens)
+        return self._planner.budget(decoding, len(self.waiting) + len(prefilling))
 
     def _prefilling(self) -> list[Sequence]:
         prefill = SequenceStatus.PREFILL
         return [s for s in self.running if s.status is prefill and s.uncomputed]
-
-    def _plan_chunks(self) -> dict[Sequence, Chunk]:
-        """This step's prefill chunks, within the budget."""
-        prefilling = self._prefilling()
-        if not prefilling:
-            return {}
-        budget = self._prefill_budget()
-        oldest, *others = prefilling
-        others.sort(key=lambda sequence: sequence.uncomputed)
-        chunks: dict[Sequence, Chunk] = {}
-        if oldest.uncomputed > budget:
-            left = self._add_chunks(chunks, others, budget / 2) + budget / 2
-            self._add_chunks(chunks, [oldest], left)
-        else:
-            self._add_chunks(chunks, [oldest, *others], budget)
-        return chunks
-
-    def _add_chunks(
-        self, chunks: dict[Sequence, Chunk], sequences: list[Sequence], budget: float
-    ) -> float:
-        """Adds a chunk for each of `sequences` that fits; returns what is left of `budget`.
-
-        The budget counts tokens at the start of a prompt. A later token attends to more of them and
-        costs more, which `weight` says.
-        """
-        whole_budget = budget
-        for sequence in sequences:
-            cost = self.prefill_cost.cost
-            weight = max(cost(sequence.computed) / cost(0), 1.0)
-            max_tokens = int(budget / weight)
-            if not chunks:  # every step makes progress, however slow the device
-                max_tokens = max(max_tokens, _MIN_PREFILL_TOKENS)
-            length = _chunk_length(sequence.uncomputed, max_tokens)
-            if self._max_prefill_batch_size:
-                if chunks and max_tokens < sequence.uncomputed <= whole_budget / weight:
-                    break  # it will fit the next step
-                if not sequence.computed and max_tokens >= sequence.uncomputed:
-                    length = sequence.uncomputed  # its padding leaves no token alone
-            if not length:
-                break
-            budget -= length * weight
-            start = sequence.computed
-            tokens = tuple(sequence.token_ids[start : start + length])
-            is_last, temperature = length == sequence.uncomputed, sequence.row_temperature
-            chunks[sequence] = Chunk(sequence.slot, start, tokens, is_last, temperature)
-        return max(budget, 0.0)
 
     def _plan_rows(
         self, computed: dict[Sequence, int]
@@ -392,13 +342,3 @@ def _max_cached(sequence: Sequence) -> int:
     """
     has_logits = sequence.group.prompt_logits is not None
     return max(sequence.prompt_length - (0 if has_logits else MIN_CHUNK_TOKENS), 0)
-
-
-def _chunk_length(uncomputed: int, max_tokens: int) -> int:
-    """The longest chunk that leaves no token alone in its attention tile, now or in the next."""
-    if uncomputed == 1:
-        return min(1, max_tokens)
-    for length in range(min(uncomputed, max_tokens), MIN_CHUNK_TOKENS - 1, -1):
-        if length % ATTENTION_TILE != 1 and uncomputed - length != 1:
-            return length
-    return 0

@@ -51,6 +51,8 @@ STANDARD_LIBRARY_ONLY = (
     "generator_svc/sequence.py",
     "generator_svc/scheduler.py",
     "generator_svc/prefill_cost.py",
+    "generator_svc/prefill_planner.py",
+    "generator_svc/prompt_batches.py",
     "generator_svc/kv_cache.py",
     "tokenizer_svc/output/stop.py",
     "trivium/cache_folder.py",
