@@ -1,29 +1,20 @@
-"""The steps of an export in order, and the promise that a folder appears whole or not at all.
-
-Everything is made in a folder beside the final one and renamed at the end. One file lock per final
-name makes exporters to the same place wait for each other; a lock dies with its process, so what a
-killed exporter left behind is removed by the next one.
-"""
+"""The steps of an export in order."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from filelock import FileLock, Timeout
 
 from generator_svc.export.checkpoint.source import EMBEDDED_SAMPLING, locate
 from generator_svc.export.errors import ExportError
 from generator_svc.export.options import DEFAULT_OPTIONS, ExportOptions
 from generator_svc.export.progress import Progress, silent
+from generator_svc.export.whole_folder import alone, making
 from trivium.embedded_model import EMBEDDED_MODEL
 from trivium.file_digest import read_digest
 from trivium.host_limits import cpu_limit
@@ -45,8 +36,6 @@ if TYPE_CHECKING:
 # Raised when the exporter makes other folders than before, so that older ones are made anew.
 EXPORTER_VERSION = 5
 
-_FULL_DISK_BYTES = 2**16  # what is left of a full one: not enough for the next write
-
 
 def export_model(
     source: str,
@@ -66,19 +55,11 @@ def export_model(
     """
     final = Path(out).expanduser().absolute()
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(final, progress):
-            _sweep(final)
+        with alone(final, lambda: progress("waiting for another export to this folder")):
             if _is_current(final, {"source": source, **asdict(options)}, force):
                 return final
-            scratch = final.parent / f".{final.name}.partial"
-            try:
-                (scratch / "model").mkdir(parents=True)
-                with _report_full_disk(scratch):
-                    _build(source, scratch, options, progress, cache)
-                _put_in_place(scratch, final)
-            finally:
-                _sweep(final)
+            with making(final) as (folder, scratch):
+                _build(source, folder, scratch, options, progress, cache)
     except OSError as error:
         raise ExportError(f"{final} cannot be made: {_reason(error)}") from error
     progress("done")
@@ -91,52 +72,6 @@ def _reason(error: OSError) -> str:
         return (str(error).splitlines() or [type(error).__name__])[0]
     file = error.filename2 or error.filename
     return f"{error.strerror}: {file}" if file else error.strerror
-
-
-@contextlib.contextmanager
-def _report_full_disk(folder: Path) -> Iterator[None]:
-    """Raises OSError for whatever went wrong in a library while the disk was full.
-
-    Some of them have errors of their own for it, or none but a wrong result.
-    """
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:
-        if shutil.disk_usage(folder).free >= _FULL_DISK_BYTES:
-            raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
-
-
-@contextlib.contextmanager
-def _alone(final: Path, progress: Progress) -> Iterator[None]:
-    """Waits until no other exporter makes `final`."""
-    lock = FileLock(final.parent / f".{final.name}.lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        progress("waiting for another export to this folder")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _sweep(final: Path) -> None:
-    """Removes what an export leaves behind, but not the folder that it was about to replace."""
-    scratch = final.parent / f".{final.name}.partial"
-    replaced = scratch / "replaced"
-    if replaced.exists() and not final.exists():
-        replaced.rename(final)
-    shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _put_in_place(scratch: Path, final: Path) -> None:
-    if final.exists():
-        final.rename(scratch / "replaced")
-    (scratch / "model").rename(final)
 
 
 def _is_current(folder: Path, wanted: dict[str, Any], force: bool) -> bool:
@@ -168,12 +103,16 @@ def _is_current(folder: Path, wanted: dict[str, Any], force: bool) -> bool:
 
 
 def _build(
-    source: str, scratch: Path, options: ExportOptions, progress: Progress, cache: Path | None
+    source: str,
+    folder: Path,
+    scratch: Path,
+    options: ExportOptions,
+    progress: Progress,
+    cache: Path | None,
 ) -> None:
-    """All steps, into `scratch/model`. The heavy imports are here so that importing is cheap."""
+    """All steps, into `folder`. The heavy imports are here so that importing is cheap."""
     os.environ.setdefault("OMP_NUM_THREADS", str(cpu_limit().cores))  # PyTorch reads it once
     began = time.monotonic()
-    folder = scratch / "model"
     progress("fetching")
     origin = locate(source, cache, lambda there, total: progress("fetching", there, total))
     progress("opening the checkpoint")
@@ -210,7 +149,7 @@ def _build(
         **asdict(options),
         "exporter_version": EXPORTER_VERSION,
         "node_count": len(graph.nodes),
-        "agreement": _verify(checkpoint, scratch, options, progress),
+        "agreement": _verify(checkpoint, folder, scratch, options, progress),
         "seconds": round(time.monotonic() - began, 1),
     }
     if options.is_symmetric:
@@ -333,7 +272,11 @@ def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _verify(
-    checkpoint: Checkpoint, scratch: Path, options: ExportOptions, progress: Progress
+    checkpoint: Checkpoint,
+    folder: Path,
+    scratch: Path,
+    options: ExportOptions,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Always on the CPU, which also runs what is made for CUDA, but for experts in MXFP4."""
     from generator_svc.export import verify, verify_experts
@@ -344,15 +287,15 @@ def _verify(
     from generator_svc.export.weights.external_data import save
 
     def export_twin(twin: Checkpoint) -> Path:
-        folder = scratch / "twin"
-        folder.mkdir()
+        beside = scratch / "twin"
+        beside.mkdir()
         graph = trace(twin, scratch / "traced")
         rewrite(graph, twin, options, experts_form="int8")
-        save(graph, folder / GRAPH_FILE, folder / WEIGHTS_FILE)
-        return folder / GRAPH_FILE
+        save(graph, beside / GRAPH_FILE, beside / WEIGHTS_FILE)
+        return beside / GRAPH_FILE
 
-    graph = scratch / "model" / GRAPH_FILE
-    tokens = encode(graph.parent, verify.TEXT)
+    graph = folder / GRAPH_FILE
+    tokens = encode(folder, verify.TEXT)
     limit = min(verify.MAX_TOKENS, checkpoint.decoder.context_length - verify.GREEDY_TOKENS)
     experts = checkpoint.decoder.experts
     if experts is None or choose_form(options, experts.is_mxfp4) != "fp4":
