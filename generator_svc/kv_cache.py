@@ -240,14 +240,16 @@ class SlotCache:
         longest = min(max_tokens, len(tokens))
         source, best = -1, MIN_CHUNK_TOKENS - 1
         for number, slot in enumerate(self._slots):
-            if not self.reuse and (slot.owner is None or slot.owner.group is not sequence.group):
-                continue
-            content, limit = slot.content, min(longest, slot.reusable)
+            owner = slot.owner
+            content = slot.tokens if owner is None else owner.token_ids
             # Most slots are told apart by the one token that would make theirs the longest.
-            if limit > best and content[best] == tokens[best]:
-                length = _common_prefix(content, tokens, limit)
-                if length > best:
-                    source, best = number, length
+            if len(content) <= best or best >= longest or content[best] != tokens[best]:
+                continue
+            if not self.reuse and (owner is None or owner.group is not sequence.group):
+                continue
+            length = _common_prefix(content, tokens, min(longest, slot.reusable))
+            if length > best:
+                source, best = number, length
         # Never leave a single token to compute: its chunk would round differently.
         if best < len(tokens):
             best = min(best, len(tokens) - MIN_CHUNK_TOKENS)
@@ -282,12 +284,14 @@ class SlotCache:
         `keep` is never overwritten.
         """
         slot = self._slots[number]
+        if not slot.tokens:
+            return []
         others = [
             (other.last_used if other.tokens else 0, position)
             for position, other in enumerate(self._slots)
             if other.owner is None and position not in (number, keep)
         ]
-        if not slot.tokens or not others:
+        if not others:
             return []
         last_used, victim = min(others)
         if last_used > slot.last_used:
