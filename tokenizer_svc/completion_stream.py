@@ -52,7 +52,7 @@ async def stream_completion(
     raises ServiceError.
     """
     model, n = served.model, job.options.n
-    trace = CompletionTrace(job.id, model.id, job.options)
+    trace = CompletionTrace(job.id, model.id, job.options, is_stream=not job.whole)
     completions = [
         Completion(n, job.decoding, model.tokenizer, len(token_ids)) for token_ids in job.prompts
     ]

@@ -34,7 +34,7 @@ def name_request(operation: str, model: str) -> None:
 class CompletionTrace:
     """Notes on the current span how a completion goes on."""
 
-    def __init__(self, id: str, model: str, options: ValidOptions) -> None:
+    def __init__(self, id: str, model: str, options: ValidOptions, is_stream: bool) -> None:
         self._span = tracing.current()
         self.is_recorded = self._span.is_recording
         self._began = time.monotonic()
@@ -54,6 +54,8 @@ class CompletionTrace:
             attributes["gen_ai.request.max_tokens"] = options.max_completion_tokens
         if options.n != 1:
             attributes["gen_ai.request.choice.count"] = options.n
+        if is_stream:
+            attributes["gen_ai.request.stream"] = True
         self._span.set({**attributes, "gen_ai.response.id": id, "gen_ai.response.model": model})
 
     def decode(self, completion: Completion, updates: Sequence[TokenUpdate]) -> CompletionStep:

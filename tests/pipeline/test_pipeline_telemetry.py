@@ -168,6 +168,7 @@ def test_spans_tell_what_was_asked_and_used(services: Services, collector: Colle
         "trivium.gpu_seconds": usage["gpu_seconds"],
     }
     assert wanted == {name: chat.attributes[name] for name in wanted}
+    assert "gen_ai.request.stream" not in chat.attributes
     assert 0 < chat.attributes["gen_ai.response.time_to_first_chunk"] < 60
     assert ["first_token"] == chat.events == generate.events
     assert 16 == generate.attributes["gen_ai.usage.output_tokens"]
@@ -195,6 +196,8 @@ def test_streams_and_refusals_have_traces(services: Services, collector: Collect
 
     [post] = (span for span in streamed if span.name.startswith("POST"))
     assert ["first_token"] == post.events
+    [chat] = (span for span in streamed if span.name.startswith("chat"))
+    assert chat.attributes["gen_ai.request.stream"] is True
     for span in refused:
         if span.name.startswith(("POST", "chat")):
             assert "context_length_exceeded" == span.attributes["error.type"]
