@@ -49,6 +49,7 @@ START_PROGRAMS = (
 )
 # and those that try everything out.
 EXHAUSTIVE = (
+    "generator_svc/test_cuda_answers.py",
     "generator_svc/test_patterns.py",
     "generator_svc/test_schema_relaxation.py",
     "tokenizer_svc/test_cut_answers.py",
