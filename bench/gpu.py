@@ -14,7 +14,8 @@ precision and number of sequences:
     transformers  the same of transformers' generate, in float16 on CUDA, in float32 on the CPU
     genai         the same of onnxruntime-genai on the same folder, with --genai-python
 
-Every candidate has the device to itself, in a process of its own.
+Every candidate has the device to itself, in a process of its own. With --profile, the kernels of a
+decode step and of a prompt are listed too, and the gaps between, where PyTorch sees the device.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
 import importlib.util
 import json
 import multiprocessing
@@ -37,7 +39,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from bench import huge_pages, transformers_generate
+from bench import huge_pages, kernels, transformers_generate
+from bench.kernels import Kernel
 from bench.random_llama import (
     BLOCK_SIZE,
     PRECISIONS,
@@ -78,6 +81,7 @@ class Work:
     chunk: int
     copied_bytes: int
     cuda_graphs: bool
+    profile: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,7 @@ class Measured:
     bandwidth: float
     prefill: float
     decoding: dict[int, Decoding]
+    kernels: dict[str, list[Kernel]]  # by what was run; empty without --profile
 
 
 def measure(folder: Path, work: Work) -> Measured:
@@ -113,15 +118,34 @@ def measure(folder: Path, work: Work) -> Measured:
     token_bytes = runner.info.cache_bytes // (runner.info.slots * runner.info.slot_length)
     decoding = {}
     for count in (count for count in work.counts if count <= runner.info.slots):
-        seconds = _decode_seconds(runner, count, work.prompt)
+        plan = _decode_plan(count, work.prompt)
+        seconds = _median(functools.partial(runner.run, plan))
         floor = (weights + count * work.prompt * token_bytes) / bandwidth
         greedy, sampled = (
             _engine_rate(runner, settings, count, work, sampling) for sampling in SAMPLINGS
         )
         decoding[count] = Decoding(count / seconds, floor / seconds, greedy, sampled)
-    prefill = work.chunk / _prefill_seconds(runner, work.chunk)
+    chunk = _prefill_plan(work.chunk)
+    prefill = work.chunk / _median(functools.partial(runner.run, chunk))
     info = runner.info
-    return Measured(info.provider, info.dtype, info.slots, weights, bandwidth, prefill, decoding)
+    return Measured(
+        info.provider,
+        info.dtype,
+        info.slots,
+        weights,
+        bandwidth,
+        prefill,
+        decoding,
+        _kernels(runner, list(decoding), work) if work.profile else {},
+    )
+
+
+def _kernels(runner: OrtRunner, counts: Sequence[int], work: Work) -> dict[str, list[Kernel]]:
+    runs = {f"a decode step of {count}": _decode_plan(count, work.prompt) for count in counts}
+    runs[f"a prompt of {work.chunk} tokens"] = _prefill_plan(work.chunk)
+    return {
+        name: kernels.recorded(functools.partial(runner.run, plan)) for name, plan in runs.items()
+    }
 
 
 def copy_bandwidth(device: str, size: int) -> float:
@@ -156,15 +180,13 @@ def _weight_bytes(folder: Path, shape: Shape) -> int:
     return int(manifest["files"]["model.onnx.data"] - shape.vocabulary * row)
 
 
-def _decode_seconds(runner: OrtRunner, count: int, position: int) -> float:
-    plan = StepPlan(rows=(Row(2, position),) * count)
-    return _median(lambda: runner.run(plan))
+def _decode_plan(count: int, position: int) -> StepPlan:
+    return StepPlan(rows=(Row(2, position),) * count)
 
 
-def _prefill_seconds(runner: OrtRunner, length: int) -> float:
+def _prefill_plan(length: int) -> StepPlan:
     ids = tuple(np.random.default_rng(0).integers(2, 258, length).tolist())
-    plan = StepPlan(chunks=(Chunk(0, 0, ids, True),))
-    return _median(lambda: runner.run(plan))
+    return StepPlan(chunks=(Chunk(0, 0, ids, True),))
 
 
 def _engine_rate(
@@ -258,6 +280,8 @@ def report(precision: str, measured: Measured, others: dict[str, dict[int, float
             f"{count:9} {row.bare:9.1f} {row.floor:7.1%} {row.engine:9.1f} {row.sampled:9.1f}"
             + "".join(f" {rate:12.1f}" if rate else f" {'-':>12}" for rate in rates)
         )
+    for name, found in measured.kernels.items():
+        lines += [f"{name}:", kernels.table(found)]
     return "\n".join(lines)
 
 
@@ -293,6 +317,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, help="tokens; 128, or 16 with --small")
     parser.add_argument("--output", type=int, help="tokens; 128, or 8 with --small")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
+    parser.add_argument("--profile", action="store_true", help="list kernels and gaps")
     parser.add_argument("--models", type=Path, help="keeps the models there and takes them again")
     parser.add_argument("--genai-python", help="an interpreter that has onnxruntime-genai")
     parser.add_argument("--json", type=Path, help="where to write all numbers")
@@ -312,7 +337,10 @@ def main() -> None:
         chunk=64 if small else 512,
         copied_bytes=2**26 if small else 2**28,
         cuda_graphs=not options.eager,
+        profile=options.profile,
     )
+    if work.profile and (reason := kernels.why_not()):
+        sys.exit(f"--profile: {reason}")
     genai = options.genai_python
     if genai is None and importlib.util.find_spec("onnxruntime_genai"):
         genai = sys.executable

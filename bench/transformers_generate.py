@@ -14,10 +14,13 @@ def tokens_per_second(
 
     `config` is a LlamaConfig's fields; float16 on CUDA, float32 elsewhere. All sequences make all
     of their tokens, greedily. Loading and one short answer before are not counted. A batch that
-    the memory does not hold is left out.
+    the memory does not hold is left out, as all are where PyTorch does not see the device.
     """
     import torch
     import transformers
+
+    if device == "cuda" and not torch.cuda.is_available():
+        return {}
 
     transformers.logging.set_verbosity_error()
     kind = torch.float16 if device == "cuda" else torch.float32

@@ -1,0 +1,56 @@
+"""Kernels of a run, as PyTorch's profiler records them, and what their table says."""
+
+import subprocess
+import sys
+
+import torch
+
+from bench.kernels import Kernel, recorded, table, why_not
+
+
+def test_what_ran_is_recorded_once() -> None:
+    """By the real profiler, of operators on the CPU, which it records in the same way."""
+    left, right = torch.ones(64, 64), torch.ones(64, 64)
+    found = recorded(lambda: torch.mm(left, right).relu(), "CPU")
+    names = [kernel.name for kernel in found]
+
+    assert 1 == names.count("aten::mm")
+    assert names.index("aten::mm") < names.index("aten::relu")
+    assert all(kernel.began <= kernel.ended for kernel in found)
+
+
+def test_the_table_tells_kernels_from_gaps() -> None:
+    """Two gaps, of 10 and 30 us; kernels that overlap leave none."""
+    kernels = [
+        Kernel("gemm", 100, 150),
+        Kernel("split", 120, 160),
+        Kernel("gemm", 170, 220),
+        Kernel("a" * 100, 250, 260),
+    ]
+    head, _, *rows = table(kernels).splitlines()
+
+    assert "4 kernels within 0.16 ms; 0.04 ms of that in 2 gaps" in head
+    assert [["100.0", "62.5%", "2", "gemm"], ["40.0", "25.0%", "1", "split"]] == [
+        row.split() for row in rows[:2]
+    ]
+    assert all(len(row) <= 90 for row in rows)
+
+
+def test_what_is_left_out_counts() -> None:
+    """Of many names the last ones are together in a line."""
+    kernels = [Kernel(f"kernel {number}", 10 * number, 10 * number + 5) for number in range(20)]
+    last = table(kernels).splitlines()[-1]
+
+    assert ["25.0", "12.8%", "5", "all", "others"] == last.split()
+
+
+def test_without_a_device_nothing_is_measured() -> None:
+    """The reason, at once."""
+    command = [sys.executable, "-m", "bench.gpu", "--small", "--device=cpu", "--profile"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    if why_not():
+        assert done.stderr.splitlines()[-1] == f"--profile: {why_not()}"
+        assert done.returncode == 1
+    else:
+        assert "no kernels were recorded" in done.stdout
