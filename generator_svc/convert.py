@@ -33,6 +33,8 @@ from trivium.wire.errors import ServiceError
 
 CONSTRAINT = "constraint"  # the field's name in errors
 
+_FRESH_SEED = -1  # as a caller's seed, as in vLLM and llama.cpp
+
 _LOAD_INTERVAL_MILLISECONDS = Range(10, 5_000)
 _DEFAULT_LOAD_INTERVAL_MILLISECONDS = 100
 
@@ -105,7 +107,8 @@ def _to_sampling(params: sampling_pb2.SamplingParams, limits: Limits) -> Samplin
     _check_ids(bias, limits, "sampling.logit_bias")
     for token_id, value in bias.items():
         check_number(f"sampling.logit_bias[{token_id}]", value, LOGIT_BIAS)
-    seed = params.seed if params.HasField("seed") else secrets.randbits(63)
+    is_given = params.HasField("seed") and params.seed != _FRESH_SEED
+    seed = params.seed if is_given else secrets.randbits(63)
     return replace(limits.defaults, **values, logit_bias=bias, seed=seed)
 
 

@@ -87,9 +87,18 @@ async def stream_completion(
 
 
 def _command(served: ServedModel, job: CompletionJob, token_ids: list[int]) -> GenerateCommand:
-    """The command to the generator; output is limited by the context that the prompt leaves."""
+    """The command to the generator; output is limited by the context that the prompt leaves.
+
+    Raises ServiceError if that is less than `min_tokens`.
+    """
     options = job.options
     remaining_context = served.context_length - len(token_ids)
+    if options.min_tokens > remaining_context:
+        message = (
+            f"'min_tokens' is {options.min_tokens}, and this prompt leaves {remaining_context} of "
+            f"the context's {served.context_length} tokens."
+        )
+        raise ServiceError("invalid_value", message, "min_tokens")
     max_tokens = options.max_completion_tokens
     if max_tokens is None and served.default_max_tokens is not None:
         max_tokens = max(served.default_max_tokens, options.min_tokens)

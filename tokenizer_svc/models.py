@@ -56,7 +56,9 @@ class Model:
         self.check_tokens(len(prompt.token_ids), context_length, "messages")
         return prompt
 
-    async def encode(self, text: str, context_length: int, param: str) -> list[int]:
+    async def encode(
+        self, text: str, context_length: int, param: str, add_special_tokens: bool
+    ) -> list[int]:
         """A plain prompt's tokens; context_length_exceeded if they fill the context."""
         self._check_size(len(text), context_length, param)
         try:
@@ -64,7 +66,7 @@ class Model:
                 token_ids = await offload(
                     len(text),
                     lambda: self.tokenizer.encode(
-                        text, add_special_tokens=True, max_tokens=context_length
+                        text, add_special_tokens, max_tokens=context_length, parse_special=True
                     ),
                 )
         except TooManyTokens:

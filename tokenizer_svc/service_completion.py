@@ -105,7 +105,9 @@ async def _prompt(served: ServedModel, request: CompletionRequest, place: int) -
     assert prompt is not None, "An unchecked prompt is to be answered. This is a bug."
     param = f"prompt[{place}]" if len(request.prompts) > 1 else "prompt"
     if isinstance(prompt, str):
-        token_ids = await model.encode(prompt, served.context_length, param)
+        token_ids = await model.encode(
+            prompt, served.context_length, param, request.add_special_tokens
+        )
         if not token_ids:
             raise empty_string(param, "token")
         return _PlainPrompt(prompt, token_ids)

@@ -62,7 +62,8 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
     ) -> tokenizer_pb2.TokenizeResponse:
         tokenizer = self._models.find(request.model).model.tokenizer
         token_ids = await offload(
-            len(request.text), lambda: tokenizer.encode(request.text, request.add_special_tokens)
+            len(request.text),
+            lambda: tokenizer.encode(request.text, request.add_special_tokens, parse_special=True),
         )
         return tokenizer_pb2.TokenizeResponse(token_ids=token_ids)
 

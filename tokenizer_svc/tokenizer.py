@@ -5,8 +5,9 @@ an added one of the form <|…|>: DeepSeek begins its turns with such, unmarked.
 
 Control tokens are kept apart from text by their names: the encoder is the model's own tokenizer
 with every control token renamed to a secret of this process. Text cannot spell such a name, be it
-by an added token, by a vocabulary entry or after normalisation, so text is always text; whoever
-wants a control token writes its name with `control_name`.
+by an added token, by a vocabulary entry or after normalisation, so a message's text is always text;
+whoever wants a control token writes its name with `control_name`. A plain prompt is another thing:
+what it spells out is meant.
 """
 
 import json
@@ -74,26 +75,27 @@ class Tokenizer:
         return {token_id: self._plain.id_to_token(token_id) for token_id in self._hidden_ids}
 
     def encode(
-        self, text: str, add_special_tokens: bool = False, max_tokens: int | None = None
+        self,
+        text: str,
+        add_special_tokens: bool = False,
+        max_tokens: int | None = None,
+        parse_special: bool = False,
     ) -> list[int]:
-        """Ids of `text`, in which only `control_name`s are control tokens.
+        """Ids of `text`, in which only `control_name`s are control tokens;
+        with `parse_special` those that it spells out, and no others.
 
         `add_special_tokens` adds what the tokenizer puts around a lone text, such as BOS. Raises
         TooManyTokens once it is clear that there are more than `max_tokens`, which for a text that
         is much too long is so after its beginning.
         """
+        library = self._plain if parse_special else self._encoder
         if max_tokens is not None and len(text) > max_tokens * _CHARACTERS_A_TOKEN:
             beginning = text[: max_tokens * _CHARACTERS_A_TOKEN]
             # Where the text was cut there may be a few tokens that the whole has not.
-            if len(self._encode(beginning, add_special_tokens)) > max_tokens + _AT_A_CUT:
+            if len(_encoding(library, beginning, add_special_tokens)) > max_tokens + _AT_A_CUT:
                 raise TooManyTokens
-        ids: list[int] = self._encode(text, add_special_tokens).ids
+        ids: list[int] = _encoding(library, text, add_special_tokens).ids
         return ids
-
-    def _encode(self, text: str, add_special_tokens: bool) -> Any:
-        # Of the library's ways to encode, those for batches alone release the interpreter lock.
-        [encoding] = self._encoder.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        return encoding
 
     def decode(self, token_ids: list[int]) -> str:
         """The text of ids, control tokens included; bytes that are no character are U+FFFD."""
@@ -123,6 +125,12 @@ class Tokenizer:
                 alone = self.decode([token_id])
                 return inside[:1] == b" " and alone[:1] != " "
         return False
+
+
+def _encoding(library: _Library, text: str, add_special_tokens: bool) -> Any:
+    # Of the library's ways to encode, those for batches alone release the interpreter lock.
+    [encoding] = library.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+    return encoding
 
 
 def _load(definition: str) -> _Library:

@@ -29,6 +29,7 @@ def request(body: TextCompletionRequest) -> Request:
         options=envelope.options(body),
         echo=body.echo,
         logprobs=body.logprobs,
+        add_special_tokens=body.add_special_tokens,
     )
 
 

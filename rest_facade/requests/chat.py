@@ -12,7 +12,7 @@ from pydantic import Field
 
 from rest_facade.requests.field import AnyText, Body, Strict, reject_unsupported, within
 from rest_facade.requests.message import Messages, check_messages
-from rest_facade.requests.options import Count, SharedOptions
+from rest_facade.requests.options import SharedOptions
 from rest_facade.requests.tool import ToolChoiceOption, Tools, check_tools
 from rest_facade.requests.unsupported import refuse_unsupported_chat
 from trivium.field_errors import contradiction
@@ -30,9 +30,6 @@ class _Conversation(Strict):
 class ChatCompletionRequest(SharedOptions, _Conversation, Body):
     """The body of POST /v1/chat/completions."""
 
-    max_completion_tokens: Count | None = Field(
-        None, description="Maximum number of tokens per choice. Default: up to the context length."
-    )
     logprobs: bool | None = None
     top_logprobs: Annotated[int, within(TOP_LOGPROBS)] | None = Field(
         None, description="Needs logprobs."
@@ -60,18 +57,9 @@ class ChatCompletionRequest(SharedOptions, _Conversation, Body):
     modalities: list[Annotated[Literal["text"], reject_unsupported("audio", "image")]] | None = None
     store: bool | None = Field(None, description="True is not supported: nothing is kept.")
 
-    def longest_answer(self) -> int | None:
-        named = self.max_completion_tokens
-        return self.max_tokens if named is None else named
-
     def check(self, raw: Mapping[str, Any]) -> None:
         refuse_unsupported_chat(raw)
         self.check_sampling()
-        old, new = self.max_tokens, self.max_completion_tokens
-        if old is not None and new is not None and old != new:
-            raise contradiction(
-                "max_tokens", "and 'max_completion_tokens' differ; give only the latter."
-            )
         if self.top_logprobs and not self.logprobs:
             raise contradiction("top_logprobs", "is only allowed when 'logprobs' is true.")
         check_messages(self.messages)

@@ -65,6 +65,9 @@ class TextCompletionRequest(SharedOptions, _Prompted, Body):
     """The body of POST /v1/completions. `max_tokens` is 16 by default, as with OpenAI."""
 
     echo: bool | None = Field(None, description="Whether the text begins with the prompt.")
+    add_special_tokens: bool | None = Field(
+        None, description="Begin a prompt of text as the tokenizer does. Default true."
+    )
     logprobs: Annotated[int, within(COMPLETION_LOGPROBS)] | None = Field(
         None, description="Log-probabilities of the tokens and of this many others."
     )

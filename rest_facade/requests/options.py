@@ -119,8 +119,11 @@ class SamplingFields(Strict):
         None, description="Standard deviations below the highest logit; 0 and -1 mean all."
     )
     logit_bias: Biases | None = Field(None, description="Added to logits, by token id.")
+    max_completion_tokens: Count | None = Field(
+        None, description="Maximum number of tokens per choice. Default: up to the context length."
+    )
     max_tokens: Count | None = Field(
-        None, description="Maximum number of tokens per choice; in chat, the old name."
+        None, description="The same: the old name in chat, the usual one of plain completions."
     )
     min_tokens: Annotated[int, within(MIN_TOKENS)] | None = None
     ignore_eos: bool | None = Field(None, description="Continue past end-of-sequence tokens.")
@@ -129,7 +132,7 @@ class SamplingFields(Strict):
         None, description="Tokens that end a choice besides the model's own."
     )
     include_stop_str_in_output: bool | None = Field(
-        None, description="Whether the stop string is part of the text. Default false."
+        None, description="Whether the stop string or stop token is in the text. Default false."
     )
     skip_special_tokens: bool | None = Field(
         None, description="Whether control tokens are left out of the text. Default true."
@@ -152,7 +155,8 @@ class SamplingFields(Strict):
 
     def longest_answer(self) -> int | None:
         """The limit on tokens per choice, under whichever name it was given."""
-        return self.max_tokens
+        named = self.max_completion_tokens
+        return self.max_tokens if named is None else named
 
     def check_sampling(self) -> None:
         """Raises ServiceError for fields that contradict each other."""
@@ -162,6 +166,11 @@ class SamplingFields(Strict):
         if options is not None and options.continuous_usage_stats and not options.include_usage:
             raise contradiction(
                 "stream_options.continuous_usage_stats", "is only allowed with 'include_usage'."
+            )
+        old, new = self.max_tokens, self.max_completion_tokens
+        if old is not None and new is not None and old != new:
+            raise contradiction(
+                "max_tokens", "and 'max_completion_tokens' differ; give only the latter."
             )
         longest = self.longest_answer()
         if self.min_tokens and longest is not None and self.min_tokens > longest:

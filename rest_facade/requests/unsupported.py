@@ -82,8 +82,6 @@ _COMPLETION: Table = {
     **_VLLM,
     **_LLAMA,
     **_SGLANG,
-    "add_special_tokens": (True,),
-    "max_completion_tokens": (),
     "messages": (),
     "tools": ([],),
     "reasoning_effort": (),

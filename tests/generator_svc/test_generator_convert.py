@@ -73,10 +73,12 @@ def test_given_fields_win_even_when_they_are_zero():
 
 
 def test_seeds_are_fresh_unless_given():
-    """Two requests without a seed do not draw alike; negative ones are seeds too."""
-    seeds = {to_engine_request(_start(), LIMITS).sampling.seed for _ in range(9)}
+    """Two requests without a seed do not draw alike, nor with -1; other negative ones are seeds."""
+    for sampling in ({}, {"seed": -1}):
+        seeds = {to_engine_request(_start(sampling), LIMITS).sampling.seed for _ in range(9)}
 
-    assert 9 == len(seeds)
+        assert 9 == len(seeds)
+    assert -2 == to_engine_request(_start({"seed": -2}), LIMITS).sampling.seed
     assert -(2**63) == to_engine_request(_start({"seed": -(2**63)}), LIMITS).sampling.seed
 
 

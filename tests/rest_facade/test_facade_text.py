@@ -172,7 +172,11 @@ async def test_logprobs_of_a_text(client: httpx.AsyncClient, backend: ScriptedBa
         ({"logprobs": True}, "invalid_type", "logprobs"),
         ({"suffix": "x"}, "unsupported_value", "suffix"),
         ({"best_of": 2}, "unsupported_value", "best_of"),
-        ({"max_completion_tokens": 2}, "unsupported_parameter", "max_completion_tokens"),
+        (
+            {"max_completion_tokens": 2, "max_tokens": 3},
+            "invalid_parameter_combination",
+            "max_tokens",
+        ),
         ({"max_tokens": 2, "min_tokens": 3}, "invalid_parameter_combination", "min_tokens"),
         ({"stream_options": {}}, "invalid_parameter_combination", "stream_options"),
         ({"messages": []}, "unsupported_parameter", "messages"),

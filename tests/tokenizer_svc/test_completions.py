@@ -22,6 +22,7 @@ from trivium.generator.v1 import generator_pb2
 from trivium.wire.errors import ServiceError
 
 LENGTH = generator_pb2.FINISH_REASON_LENGTH
+STOP_TOKEN = generator_pb2.FINISH_REASON_STOP_TOKEN
 STOPPED = generator_pb2.FINISH_REASON_STOPPED
 
 
@@ -88,6 +89,17 @@ async def test_prompts_and_choices(stage: Stage) -> None:
     assert {9} == {call.start.max_new_tokens for call in stage.generator.calls}
 
 
+async def test_prompts_may_spell_out_control_tokens(stage: Stage) -> None:
+    """A conversation that the caller has rendered is what the model was trained on."""
+    stage.generator.script = continues(stage)
+    text = "<|im_start|>user\nHi<|im_end|>\n"
+    await stage.completions.CreateCompletion(request(text, add_special_tokens=False))
+    [call] = stage.generator.calls
+    sent = list(call.start.prompt_token_ids)
+
+    assert [1, *stage.encode("user\nHi"), 2, *stage.encode("\n")] == sent
+
+
 async def test_an_echo_comes_first(stage: Stage) -> None:
     """In every choice, whether its prompt was text or tokens."""
     stage.generator.script = continues(stage)
@@ -126,6 +138,30 @@ async def test_stop_strings_may_be_kept(stage: Stage) -> None:
         [choice] = (await stage.completions.CreateCompletion(asked)).choices
 
         assert (expected, "so") == (choice.text, choice.matched_stop)
+
+
+@pytest.mark.parametrize("scored", [False, True])
+async def test_a_stop_token_may_be_kept(stage: Stage, scored: bool) -> None:
+    """One that the caller has named, where that is wanted, with its log-probability; the model's
+    own are left out in any case."""
+
+    async def script(
+        start: generator_pb2.StartGeneration, stops: Stops
+    ) -> AsyncIterator[generator_pb2.GenerateResponse]:
+        end = 71 if start.stop_token_ids else 2
+        scores = [generator_pb2.TokenLogprobs(logprob=-1.0)] * (2 if scored else 0)
+        yield message_of(update(0, [70, end], scores), finish(0, STOP_TOKEN, 2))
+
+    stage.generator.script = script
+    a, b = (stage.model.tokenizer.decode([token_id]) for token_id in (70, 71))
+    for ids, keep, expected in (([71], False, a), ([71], True, a + b), ([], True, a)):
+        asked = options(stop_token_ids=ids, include_stop_str_in_output=keep)
+        wanted = {"logprobs": 1} if scored else {}
+        answer = await stage.completions.CreateCompletion(request("x", options=asked, **wanted))
+        [choice] = answer.choices
+
+        assert (expected, 2) == (choice.text, answer.usage.completion_tokens)
+        assert len(expected) * scored == len(choice.logprobs)
 
 
 async def test_control_tokens_may_be_shown(stage: Stage) -> None:

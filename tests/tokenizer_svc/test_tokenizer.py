@@ -33,6 +33,17 @@ def test_text_cannot_reach_a_control_token_through_the_vocabulary() -> None:
     assert {1, 2}.isdisjoint(tokenizer.encode("<s>a</s>"))
 
 
+@pytest.mark.parametrize("make", [byte_level, byte_fallback, unigram])
+def test_a_plain_prompt_may_spell_out_control_tokens(make) -> None:  # type: ignore[no-untyped-def]
+    """As the library has them; what it makes of ids can be read back."""
+    tokenizer, library = Tokenizer(make()), Library.from_str(make())
+    text = "<|im_start|>a<|im_end|> <s>b</s>"
+    token_ids = tokenizer.encode(text, parse_special=True)
+
+    assert list(library.encode(text, add_special_tokens=False).ids) == token_ids
+    assert any(tokenizer.is_hidden(token_id) for token_id in token_ids)
+
+
 def test_names_stand_for_control_tokens() -> None:
     """Whoever knows a control token's secret name can write it."""
     tokenizer = Tokenizer(byte_level())

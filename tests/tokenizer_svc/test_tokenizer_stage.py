@@ -48,14 +48,14 @@ async def test_models_are_listed_and_found(stage: Stage, model: Model) -> None:
 
 
 async def test_text_to_tokens_and_back(stage: Stage) -> None:
-    """Control tokens in text stay text; ids of control tokens are written out."""
-    text = "a <|im_end|> \U0001fae0"
+    """Control tokens are written out, and read."""
+    text = "a <|im_end|> \U0001fae0<|im_end|>"
     tokens = await stage.tokenizer.Tokenize(tokenizer_pb2.TokenizeRequest(model="tiny", text=text))
-    request = tokenizer_pb2.DetokenizeRequest(model="tiny", token_ids=[*tokens.token_ids, 2])
+    request = tokenizer_pb2.DetokenizeRequest(model="tiny", token_ids=tokens.token_ids)
     back = await stage.tokenizer.Detokenize(request)
 
-    assert 2 not in tokens.token_ids
-    assert text + "<|im_end|>" == back.text
+    assert 2 == list(tokens.token_ids).count(2)
+    assert text == back.text
 
 
 async def test_a_long_text_gives_the_same_tokens(stage: Stage) -> None:

@@ -91,6 +91,7 @@ def completion_request(request: completion_pb2.CreateCompletionRequest) -> Compl
         options=_options(request.options),
         echo=request.echo,
         logprobs=_optional(request, "logprobs", int),
+        add_special_tokens=_optional(request, "add_special_tokens", bool) is not False,
     )
 
 

@@ -99,6 +99,7 @@ class ChoiceDecoder:
         if (
             update.finished is not None
             and update.finished.reason is GeneratorFinishReason.STOP_TOKEN
+            and self._options.shown_stop_tokens.isdisjoint(token_ids[-1:])
         ):
             token_ids = token_ids[:-1]  # it ends the text and is no part of it
         if not (update.logprobs or self._options.stops.texts or self._parser.may_reason):

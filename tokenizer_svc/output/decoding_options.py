@@ -22,6 +22,7 @@ class DecodingOptions:
     `markers` are the special tokens that the parser has to see. `spelled_markers` are those of them
     that are no single token, so that the end of the output may cut them in two. `forced_call` is
     whether the output has to be a call; `call_finish_reason` is that of a choice with calls.
+    `shown_stop_tokens` are those of the tokens at which an answer ends that are part of its text.
     """
 
     parser: Callable[[], Parser] = Plain
@@ -33,6 +34,7 @@ class DecodingOptions:
     show_hidden: bool = False
     stops: StopStrings = field(default_factory=lambda: StopStrings(()))
     include_stop: bool = False
+    shown_stop_tokens: frozenset[int] = frozenset()
     min_tokens: int = 0
 
 
@@ -42,6 +44,7 @@ def plain_decoding(options: ValidOptions) -> DecodingOptions:
         show_hidden=not options.skip_special_tokens,
         stops=StopStrings(options.stop),
         include_stop=options.include_stop,
+        shown_stop_tokens=frozenset(options.stop_token_ids if options.include_stop else ()),
         min_tokens=options.min_tokens,
     )
 

@@ -164,13 +164,17 @@ class ChatRequest:
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """What the caller of a plain completion wrote. A prompt is text, tokens, or None."""
+    """What the caller of a plain completion wrote. A prompt is text, tokens, or None.
+
+    `add_special_tokens` adds those with which the tokenizer begins a lone text.
+    """
 
     model: str
     prompts: tuple[str | tuple[int, ...] | None, ...]
     options: RequestOptions = RequestOptions()
     echo: bool = False
     logprobs: int | None = None
+    add_special_tokens: bool = True
 
 
 @dataclass(frozen=True)

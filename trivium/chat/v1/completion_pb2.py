@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from trivium.chat.v1 import chat_pb2 as trivium_dot_chat_dot_v1_dot_chat__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n trivium/chat/v1/completion.proto\x12\x0ftrivium.chat.v1\x1a\x1atrivium/chat/v1/chat.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"R\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12.\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x19.trivium.chat.v1.TokenIdsH\x00\x42\x08\n\x06prompt\"\xc7\x01\n\x17\x43reateCompletionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12(\n\x07prompts\x18\x02 \x03(\x0b\x32\x17.trivium.chat.v1.Prompt\x12\x33\n\x07options\x18\x03 \x01(\x0b\x32\".trivium.chat.v1.CompletionOptions\x12\x11\n\x04\x65\x63ho\x18\x04 \x01(\x08H\x00\x88\x01\x01\x12\x15\n\x08logprobs\x18\x05 \x01(\x05H\x01\x88\x01\x01\x42\x07\n\x05_echoB\x0b\n\t_logprobs\"j\n\x16\x43ompletionTokenLogprob\x12\x31\n\x05token\x18\x01 \x01(\x0b\x32\x1d.trivium.chat.v1.TokenLogprobH\x00\x88\x01\x01\x12\x13\n\x0btext_offset\x18\x02 \x01(\x05\x42\x08\n\x06_token\"\xe6\x01\n\x0f\x43ompletionDelta\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x39\n\x08logprobs\x18\x03 \x03(\x0b\x32\'.trivium.chat.v1.CompletionTokenLogprob\x12\x34\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1d.trivium.chat.v1.FinishReason\x12\x19\n\x0cmatched_stop\x18\x05 \x01(\tH\x00\x88\x01\x01\x12\x19\n\x11\x63ompletion_tokens\x18\x06 \x01(\x05\x42\x0f\n\r_matched_stop\"\xb4\x01\n\x18StreamCompletionResponse\x12\x33\n\x06header\x18\x01 \x01(\x0b\x32!.trivium.chat.v1.CompletionHeaderH\x00\x12\x31\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32 .trivium.chat.v1.CompletionDeltaH\x00\x12\'\n\x05usage\x18\x03 \x01(\x0b\x32\x16.trivium.chat.v1.UsageH\x00\x42\x07\n\x05\x65vent\"\xcc\x01\n\x10\x43ompletionChoice\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x39\n\x08logprobs\x18\x03 \x03(\x0b\x32\'.trivium.chat.v1.CompletionTokenLogprob\x12\x34\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1d.trivium.chat.v1.FinishReason\x12\x19\n\x0cmatched_stop\x18\x05 \x01(\tH\x00\x88\x01\x01\x42\x0f\n\r_matched_stop\"\xa8\x01\n\x18\x43reateCompletionResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.trivium.chat.v1.CompletionHeader\x12\x32\n\x07\x63hoices\x18\x02 \x03(\x0b\x32!.trivium.chat.v1.CompletionChoice\x12%\n\x05usage\x18\x03 \x01(\x0b\x32\x16.trivium.chat.v1.Usage2\xe7\x01\n\x11\x43ompletionService\x12g\n\x10\x43reateCompletion\x12(.trivium.chat.v1.CreateCompletionRequest\x1a).trivium.chat.v1.CreateCompletionResponse\x12i\n\x10StreamCompletion\x12(.trivium.chat.v1.CreateCompletionRequest\x1a).trivium.chat.v1.StreamCompletionResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n trivium/chat/v1/completion.proto\x12\x0ftrivium.chat.v1\x1a\x1atrivium/chat/v1/chat.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"R\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12.\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x19.trivium.chat.v1.TokenIdsH\x00\x42\x08\n\x06prompt\"\xff\x01\n\x17\x43reateCompletionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12(\n\x07prompts\x18\x02 \x03(\x0b\x32\x17.trivium.chat.v1.Prompt\x12\x33\n\x07options\x18\x03 \x01(\x0b\x32\".trivium.chat.v1.CompletionOptions\x12\x11\n\x04\x65\x63ho\x18\x04 \x01(\x08H\x00\x88\x01\x01\x12\x15\n\x08logprobs\x18\x05 \x01(\x05H\x01\x88\x01\x01\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x06 \x01(\x08H\x02\x88\x01\x01\x42\x07\n\x05_echoB\x0b\n\t_logprobsB\x15\n\x13_add_special_tokens\"j\n\x16\x43ompletionTokenLogprob\x12\x31\n\x05token\x18\x01 \x01(\x0b\x32\x1d.trivium.chat.v1.TokenLogprobH\x00\x88\x01\x01\x12\x13\n\x0btext_offset\x18\x02 \x01(\x05\x42\x08\n\x06_token\"\xe6\x01\n\x0f\x43ompletionDelta\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x39\n\x08logprobs\x18\x03 \x03(\x0b\x32\'.trivium.chat.v1.CompletionTokenLogprob\x12\x34\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1d.trivium.chat.v1.FinishReason\x12\x19\n\x0cmatched_stop\x18\x05 \x01(\tH\x00\x88\x01\x01\x12\x19\n\x11\x63ompletion_tokens\x18\x06 \x01(\x05\x42\x0f\n\r_matched_stop\"\xb4\x01\n\x18StreamCompletionResponse\x12\x33\n\x06header\x18\x01 \x01(\x0b\x32!.trivium.chat.v1.CompletionHeaderH\x00\x12\x31\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32 .trivium.chat.v1.CompletionDeltaH\x00\x12\'\n\x05usage\x18\x03 \x01(\x0b\x32\x16.trivium.chat.v1.UsageH\x00\x42\x07\n\x05\x65vent\"\xcc\x01\n\x10\x43ompletionChoice\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x39\n\x08logprobs\x18\x03 \x03(\x0b\x32\'.trivium.chat.v1.CompletionTokenLogprob\x12\x34\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1d.trivium.chat.v1.FinishReason\x12\x19\n\x0cmatched_stop\x18\x05 \x01(\tH\x00\x88\x01\x01\x42\x0f\n\r_matched_stop\"\xa8\x01\n\x18\x43reateCompletionResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.trivium.chat.v1.CompletionHeader\x12\x32\n\x07\x63hoices\x18\x02 \x03(\x0b\x32!.trivium.chat.v1.CompletionChoice\x12%\n\x05usage\x18\x03 \x01(\x0b\x32\x16.trivium.chat.v1.Usage2\xe7\x01\n\x11\x43ompletionService\x12g\n\x10\x43reateCompletion\x12(.trivium.chat.v1.CreateCompletionRequest\x1a).trivium.chat.v1.CreateCompletionResponse\x12i\n\x10StreamCompletion\x12(.trivium.chat.v1.CreateCompletionRequest\x1a).trivium.chat.v1.StreamCompletionResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,17 +37,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROMPT']._serialized_start=106
   _globals['_PROMPT']._serialized_end=188
   _globals['_CREATECOMPLETIONREQUEST']._serialized_start=191
-  _globals['_CREATECOMPLETIONREQUEST']._serialized_end=390
-  _globals['_COMPLETIONTOKENLOGPROB']._serialized_start=392
-  _globals['_COMPLETIONTOKENLOGPROB']._serialized_end=498
-  _globals['_COMPLETIONDELTA']._serialized_start=501
-  _globals['_COMPLETIONDELTA']._serialized_end=731
-  _globals['_STREAMCOMPLETIONRESPONSE']._serialized_start=734
-  _globals['_STREAMCOMPLETIONRESPONSE']._serialized_end=914
-  _globals['_COMPLETIONCHOICE']._serialized_start=917
-  _globals['_COMPLETIONCHOICE']._serialized_end=1121
-  _globals['_CREATECOMPLETIONRESPONSE']._serialized_start=1124
-  _globals['_CREATECOMPLETIONRESPONSE']._serialized_end=1292
-  _globals['_COMPLETIONSERVICE']._serialized_start=1295
-  _globals['_COMPLETIONSERVICE']._serialized_end=1526
+  _globals['_CREATECOMPLETIONREQUEST']._serialized_end=446
+  _globals['_COMPLETIONTOKENLOGPROB']._serialized_start=448
+  _globals['_COMPLETIONTOKENLOGPROB']._serialized_end=554
+  _globals['_COMPLETIONDELTA']._serialized_start=557
+  _globals['_COMPLETIONDELTA']._serialized_end=787
+  _globals['_STREAMCOMPLETIONRESPONSE']._serialized_start=790
+  _globals['_STREAMCOMPLETIONRESPONSE']._serialized_end=970
+  _globals['_COMPLETIONCHOICE']._serialized_start=973
+  _globals['_COMPLETIONCHOICE']._serialized_end=1177
+  _globals['_CREATECOMPLETIONRESPONSE']._serialized_start=1180
+  _globals['_CREATECOMPLETIONRESPONSE']._serialized_end=1348
+  _globals['_COMPLETIONSERVICE']._serialized_start=1351
+  _globals['_COMPLETIONSERVICE']._serialized_end=1582
 # @@protoc_insertion_point(module_scope)

@@ -22,18 +22,20 @@ class Prompt(_message.Message):
     def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ...) -> None: ...
 
 class CreateCompletionRequest(_message.Message):
-    __slots__ = ("model", "prompts", "options", "echo", "logprobs")
+    __slots__ = ("model", "prompts", "options", "echo", "logprobs", "add_special_tokens")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
     ECHO_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    ADD_SPECIAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     model: str
     prompts: _containers.RepeatedCompositeFieldContainer[Prompt]
     options: _chat_pb2.CompletionOptions
     echo: bool
     logprobs: int
-    def __init__(self, model: _Optional[str] = ..., prompts: _Optional[_Iterable[_Union[Prompt, _Mapping]]] = ..., options: _Optional[_Union[_chat_pb2.CompletionOptions, _Mapping]] = ..., echo: _Optional[bool] = ..., logprobs: _Optional[int] = ...) -> None: ...
+    add_special_tokens: bool
+    def __init__(self, model: _Optional[str] = ..., prompts: _Optional[_Iterable[_Union[Prompt, _Mapping]]] = ..., options: _Optional[_Union[_chat_pb2.CompletionOptions, _Mapping]] = ..., echo: _Optional[bool] = ..., logprobs: _Optional[int] = ..., add_special_tokens: _Optional[bool] = ...) -> None: ...
 
 class CompletionTokenLogprob(_message.Message):
     __slots__ = ("token", "text_offset")

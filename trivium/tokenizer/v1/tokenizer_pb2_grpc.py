@@ -69,7 +69,7 @@ class TokenizerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Encodes plain text; control tokens in it stay text.
+        """Encodes plain text, in which control tokens may be spelled out.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

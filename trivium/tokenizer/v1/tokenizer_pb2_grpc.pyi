@@ -36,7 +36,7 @@ class TokenizerServiceStub:
     RenderChat: _grpc.UnaryUnaryMultiCallable[_tokenizer_pb2.RenderChatRequest, _tokenizer_pb2.RenderChatResponse]
     """Applies the model's chat template."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_tokenizer_pb2.TokenizeRequest, _tokenizer_pb2.TokenizeResponse]
-    """Encodes plain text; control tokens in it stay text."""
+    """Encodes plain text, in which control tokens may be spelled out."""
     Detokenize: _grpc.UnaryUnaryMultiCallable[_tokenizer_pb2.DetokenizeRequest, _tokenizer_pb2.DetokenizeResponse]
     """Decodes token ids, control tokens included."""
     GetTokenizerInfo: _grpc.UnaryUnaryMultiCallable[_tokenizer_pb2.GetTokenizerInfoRequest, _tokenizer_pb2.GetTokenizerInfoResponse]
@@ -50,7 +50,7 @@ class TokenizerServiceAsyncStub(TokenizerServiceStub):
     RenderChat: _aio.UnaryUnaryMultiCallable[_tokenizer_pb2.RenderChatRequest, _tokenizer_pb2.RenderChatResponse]  # type: ignore[assignment]
     """Applies the model's chat template."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_tokenizer_pb2.TokenizeRequest, _tokenizer_pb2.TokenizeResponse]  # type: ignore[assignment]
-    """Encodes plain text; control tokens in it stay text."""
+    """Encodes plain text, in which control tokens may be spelled out."""
     Detokenize: _aio.UnaryUnaryMultiCallable[_tokenizer_pb2.DetokenizeRequest, _tokenizer_pb2.DetokenizeResponse]  # type: ignore[assignment]
     """Decodes token ids, control tokens included."""
     GetTokenizerInfo: _aio.UnaryUnaryMultiCallable[_tokenizer_pb2.GetTokenizerInfoRequest, _tokenizer_pb2.GetTokenizerInfoResponse]  # type: ignore[assignment]
@@ -73,7 +73,7 @@ class TokenizerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _tokenizer_pb2.TokenizeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_tokenizer_pb2.TokenizeResponse, _abc.Awaitable[_tokenizer_pb2.TokenizeResponse]]:
-        """Encodes plain text; control tokens in it stay text."""
+        """Encodes plain text, in which control tokens may be spelled out."""
 
     @_abc_1.abstractmethod
     def Detokenize(
