@@ -223,6 +223,7 @@ class ErrorMiddleware:
             await self._app(scope, receive, send_and_note_start)
             return
         except ClientGone:
+            usage_of(scope).outcome = _CLIENT_GONE
             tracing.current().set({"error.type": CLIENT_LEFT})
             self._metrics.disconnects.inc()
             return
@@ -237,6 +238,7 @@ class ErrorMiddleware:
             await ErrorResponse(service_error)(scope, receive, send)
             return
         # Only streams can fail after their start.
+        usage_of(scope).outcome = service_error.kind.http
         tracing.current().fail(service_error.code)
         self._metrics.stream_errors.labels(service_error.code).inc()
         log.warning("a stream broke off: %s: %s", service_error.code, service_error.message)

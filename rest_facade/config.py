@@ -93,7 +93,8 @@ class FacadeSettings(DoorSettings):
         15.0,
         gt=0,
         le=3600,
-        description="Seconds of silence in a stream after which a comment is sent.",
+        description="Seconds of silence in a stream after which a comment is sent. A request that "
+        "fails within them has its own HTTP status; later its stream has begun.",
     )
     idle_connection_seconds: int = Field(
         75,

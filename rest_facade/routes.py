@@ -3,9 +3,10 @@
 A completion goes requests → convert → backend → convert → sse.
 """
 
+import asyncio
 import importlib.metadata
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -229,13 +230,22 @@ class Routes:
         converter: Chunks[Any],
         started_at: float,
     ) -> Response:
-        try:
-            # Awaited before any answer, so that early failures have their own HTTP status.
-            event = await while_connected(request.receive, stream.read())
-            usage = usage_of(request.scope)
+        usage, seconds = usage_of(request.scope), self._settings.keep_alive_seconds
+
+        async def read_first() -> Sequence[Any] | None:
+            event = await stream.read()
             usage.began, usage.taken = True, lambda: converter.taken
-            first = None if event is None else converter.push(event)
+            return None if event is None else converter.push(event)
+
+        first = asyncio.create_task(read_first())
+        try:
+            # Awaited before any answer, so that early failures have their own HTTP status; but only
+            # as long as a stream may be silent, for those on the way who give up on one that is.
+            await while_connected(request.receive, asyncio.wait([first], timeout=seconds))
+            if first.done():
+                first.result()
         except BaseException:
+            first.cancel()
             stream.close()
             raise
 
@@ -243,7 +253,7 @@ class Routes:
             self._metrics.first_token_seconds.observe(time.perf_counter() - started_at)
             tracing.current().event("first_token")
 
-        return EventStream(first, stream, converter, self._settings.keep_alive_seconds, on_text)
+        return EventStream(first, stream, converter, seconds, on_text)
 
     async def models(self, request: Request) -> Response:
         """All models."""

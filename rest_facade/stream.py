@@ -4,6 +4,7 @@ An error leaves as an exception; the application's boundary makes the last event
 """
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -29,12 +30,13 @@ class EventStream(Response):
     """Sends the chunks of a stream, the `first` ones and those of all events that follow in
     `stream`, which it closes.
 
-    `on_text` is called once, when the first text has been sent.
+    While the first ones are still to come, a comment goes out at once. `on_text` is called once,
+    when the first text has been sent.
     """
 
     def __init__(
         self,
-        first: Sequence[Any] | None,
+        first: asyncio.Task[Sequence[Any] | None],
         stream: CompletionStream[Event],
         converter: Chunks[Any],
         keep_alive_seconds: float,
@@ -48,7 +50,7 @@ class EventStream(Response):
         self._keep_alive_seconds = keep_alive_seconds
         self._on_text = on_text
         self._clock = asyncio.get_running_loop().time
-        self._sent_at = self._clock()
+        self._sent_at = self._clock() if first.done() else -math.inf
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -59,8 +61,9 @@ class EventStream(Response):
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         keep_alives = asyncio.create_task(self._send_keep_alives(send))
-        chunks, usage, has_text = self._first, b"", False
+        usage, has_text = b"", False
         try:
+            chunks = await self._first
             while chunks is not None:
                 body = b"".join(map(sse_event, chunks))
                 if self._converter.complete:

@@ -20,10 +20,14 @@ _CLIENT_GONE = 499
 
 @dataclass
 class RequestUsage(KeyedRequest):
-    """Of one request. `began` once a generator has answered: the record is the generator's then."""
+    """Of one request. `began` once a generator has answered: the record is the generator's then.
+
+    `outcome` is the status of what became of an answer after its own had been sent.
+    """
 
     model: str = ""
     began: bool = False
+    outcome: int | None = None
 
     def is_for(self, model: str) -> None:
         """Notes the model that is asked for; raises ServiceError if the key does not open it."""
@@ -46,6 +50,7 @@ def usage_of(scope: Scope) -> RequestUsage:
 
 def refusal_record(usage: RequestUsage, status: int, seconds: float) -> UsageRecord:
     """The record of a request that was answered with `status` after so many seconds, or left."""
+    status = usage.outcome or status
     return UsageRecord(
         service="rest_facade",
         request_id=telemetry.request_id.get(),

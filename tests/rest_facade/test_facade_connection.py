@@ -88,6 +88,43 @@ async def test_status_waits_for_the_first_event(
     assert (await asking).status_code == 200
 
 
+async def test_a_long_wait_is_not_silent(
+    start_facade: StartFacade, backend: ScriptedBackend
+) -> None:
+    """Headers and comments come before the next stage's first word, if that takes long."""
+    client = await start_facade(keep_alive_seconds=0.02)
+    go_on = asyncio.Event()
+    backend.script = (go_on, *HELLO)
+    lines = []
+    async with client.stream("POST", URL, json=ASK | {"stream": True}) as answer:
+        async for line in answer.aiter_lines():
+            lines.append(line)
+            if lines.count(": keep-alive") == 3:
+                go_on.set()
+
+    assert (200, ": keep-alive") == (answer.status_code, lines[0])
+    assert lines[-2] == "data: [DONE]"
+
+
+async def test_a_refusal_after_a_long_wait(
+    start_facade: StartFacade, backend: ScriptedBackend
+) -> None:
+    """Is the last event of a stream that has begun."""
+    client = await start_facade(keep_alive_seconds=0.02)
+    go_on = asyncio.Event()
+    backend.script = (go_on, ServiceError("queue_full", "Come again."))
+    lines = []
+    async with client.stream("POST", URL, json=ASK | {"stream": True}) as answer:
+        async for line in answer.aiter_lines():
+            lines.append(line)
+            go_on.set()
+
+    assert 200 == answer.status_code
+    assert "queue_full" in lines[-2]
+    metrics = (await client.get("/metrics")).text
+    assert 'trivium_http_stream_errors_total{code="queue_full"} 1.0' in metrics
+
+
 async def unready(client: httpx.AsyncClient) -> httpx.Response:
     """What /health says once it knows that this is not the gap that a replaced replica leaves."""
     while (answer := await client.get("/health")).status_code == 200:

@@ -99,6 +99,33 @@ async def test_a_client_that_leaves_before_its_answer_has_a_record(
     )
 
 
+@pytest.mark.parametrize(("leaves", "status"), [(False, 429), (True, 499)])
+async def test_a_stream_that_began_for_nothing_has_a_record(
+    start_facade: StartFacade,
+    backend: ScriptedBackend,
+    tmp_path: Path,
+    leaves: bool,
+    status: int,
+) -> None:
+    """Its headers went out while it waited; the record tells what became of it."""
+    client = await start_facade(keep_alive_seconds=0.02, usage_log=str(tmp_path))
+    go_on = asyncio.Event()
+    backend.script = [go_on, ServiceError("queue_full", "Full.")]
+    async with client.stream("POST", URL, json=ASK | {"stream": True}) as answer:
+        lines = answer.aiter_lines()
+        await anext(lines)
+        if not leaves:
+            go_on.set()
+            async for _ in lines:
+                pass
+    async with asyncio.timeout(30):
+        while not records(tmp_path):  # noqa: ASYNC110 - a file tells nobody of a line
+            await asyncio.sleep(0.01)
+    [record] = records(tmp_path)
+
+    assert (200, status) == (answer.status_code, record["status"])
+
+
 async def test_only_completions_are_recorded(client: httpx.AsyncClient, tmp_path: Path) -> None:
     """Nothing else takes device time."""
     await client.get("/v1/models", headers=KEY)
