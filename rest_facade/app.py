@@ -81,14 +81,17 @@ def build_app(
 
 async def _routing_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    where = f"{request.method} {request.url.path[:200]}"
+    path = request.url.path[:200]
+    where = f"{request.method} {path}"
     if error.status_code == 405:
         service_error = ServiceError("method_not_allowed", f"Method not allowed: {where}.")
         return ErrorResponse(service_error, {"allow": ", ".join(sorted(_allowed(request)))})
     if error.status_code == 404:
-        service_error = ServiceError(
-            "unknown_url", f"Unknown request URL: {where}. The docs are at /docs."
-        )
+        # The usual faults: a client's base URL without /v1, and a slash at the end.
+        near = "/v1/" + path.strip("/").removeprefix("v1/")
+        is_near = any(route.path == near for route in _api_routes(request))
+        advice = f"Did you mean {near}?" if is_near else "The docs are at /docs."
+        service_error = ServiceError("unknown_url", f"Unknown request URL: {where}. {advice}")
     else:
         raise AssertionError(f"HTTP {error.status_code} is not ours. This is a bug.")
     return ErrorResponse(service_error)
@@ -96,9 +99,14 @@ async def _routing_error(request: Request, error: Exception) -> Response:
 
 def _allowed(request: Request) -> set[str]:
     """The methods of all routes at a path; the framework names those of the first alone."""
-    routes = [route for route in request.app.routes if isinstance(route, RawRoute)]
-    at_path = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    at_path = [
+        route for route in _api_routes(request) if route.matches(request.scope)[0] is not Match.NONE
+    ]
     return {method for route in at_path for method in route.methods or ()}
+
+
+def _api_routes(request: Request) -> list[RawRoute]:
+    return [route for route in request.app.routes if isinstance(route, RawRoute)]
 
 
 class IdentityMiddleware:

@@ -5,6 +5,7 @@ surrogate, no deep nesting. Knows nothing of what the JSON means.
 """
 
 import asyncio
+import codecs
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -95,7 +96,12 @@ def parse_json(body: bytes) -> dict[str, Any]:
         # Refuses what the module's docstring lists, but for depths up to 200 and 1e400.
         value = from_json(body, allow_inf_nan=False)
     except ValueError as error:
-        raise _invalid_json(str(error)) from None
+        why = str(error)
+        if body.startswith(codecs.BOM_UTF8):
+            why = "it begins with a byte order mark (BOM)"
+        # The parser's words for the first half of a character without its second.
+        why = why.replace("unexpected end of hex escape", "a lone surrogate")
+        raise _invalid_json(why) from None
     _check_nested(value, MAX_DEPTH)
     if not isinstance(value, dict):
         raise ServiceError("invalid_type", "Invalid type: the body must be a JSON object.")

@@ -29,7 +29,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "trivium_http_requests",
-            "HTTP requests answered, by route and status; 499: the client left before its answer began.",
+            "HTTP requests answered, by route and status; 499: the client left before its answer.",
             ("route", "status"),
             registry=self.registry,
         )

@@ -7,6 +7,7 @@ Fields in neither these tables nor the request models are unknown to everyone an
 from collections.abc import Mapping
 from typing import Any
 
+from rest_facade.json_encoding import to_json
 from trivium.field_errors import unsupported_parameter
 from trivium.wire.errors import ServiceError
 
@@ -145,8 +146,9 @@ def _refuse(fields: Mapping[str, Any], table: Table, place: str) -> None:
         param = place + name
         if not harmless:
             raise unsupported_parameter(param, "by this server")
+        supported = " or ".join(dict.fromkeys(map(to_json, harmless)))
         raise ServiceError(
             "unsupported_value",
-            f"Unsupported value: '{param}' has a value that this server does not support.",
+            f"Unsupported value: '{param}' supports only {supported} with this server.",
             param,
         )

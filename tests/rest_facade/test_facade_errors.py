@@ -156,8 +156,13 @@ async def test_unknown_paths_and_methods(client: httpx.AsyncClient) -> None:
     wrong = await client.get(URL)
     no_model = await client.get("/v1/models/none")
 
+    without = await client.post("/chat/completions", json=ASK)
+
     assert check_shape(nowhere)["code"] == "unknown_url"
-    assert check_shape(slash)["code"] == "unknown_url"
+    assert "The docs are at /docs." in nowhere.text
+    for near in (slash, without):
+        assert check_shape(near)["code"] == "unknown_url"
+        assert "Did you mean /v1/chat/completions?" in near.text
     assert check_shape(wrong)["code"] == "method_not_allowed"
     assert wrong.headers["allow"] == "POST"
     assert check_shape(no_model)["code"] == "model_not_found"

@@ -190,6 +190,12 @@ def test_refused_fields_of_a_text(fields: dict[str, Any], code: str, param: str)
     assert (code, param) == (caught.value.code, caught.value.param)
 
 
+def test_what_is_supported_is_told() -> None:
+    """Of a field that has some values which change nothing."""
+    with pytest.raises(ServiceError, match="'best_of' supports only 1 with this server"):
+        parse(TextCompletionRequest, {"model": "m", "prompt": "a", "best_of": 2})
+
+
 async def test_errors_of_a_text(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
     """Failures before and in the middle of a stream are OpenAI's errors, as in chat."""
     backend.text_script = (ServiceError("context_length_exceeded", "Too long.", "prompt"),)

@@ -511,6 +511,20 @@ def test_not_json(body: bytes) -> None:
     assert caught.value.code == "invalid_json"
 
 
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b'{"a": "\\ud83d"}', "a lone surrogate at line 1"),
+        (b'{"a": "\\ude00"}', "lone leading surrogate in hex escape at line 1"),
+        (b"\xef\xbb\xbf{}", "byte order mark"),
+    ],
+)
+def test_what_is_no_json_is_told(body: bytes, words: str) -> None:
+    """What clients on Windows, and those that cut an emoji in two, send."""
+    with pytest.raises(ServiceError, match=words):
+        parse_json(body)
+
+
 @pytest.mark.parametrize("body", [b"[]", b'"x"', b"5", b"null", b"true"])
 def test_not_an_object(body: bytes) -> None:
     """JSON that is no object has the wrong type."""
