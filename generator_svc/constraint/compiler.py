@@ -18,7 +18,7 @@ from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from generator_svc.constraint.llguidance import CompiledConstraint, TokenTable, grammar_of
 from generator_svc.sequence import ConstraintError
@@ -115,20 +115,40 @@ class SandboxWorker:
         except TimeoutError:
             raise CompilerBusy from None
         try:
-            process = await asyncio.shield(self.start())
-            line = await _exchange(process, json.dumps({"kind": kind, "text": text}))
-            if not line.endswith(b"\n"):
-                await self.close()
-                self.start()
-                raise CompilerBusy
+            request = json.dumps({"kind": kind, "text": text})
+            # Once more, if the process has been killed, such as for lack of memory.
+            response = await self._ask(request) or await self._ask(request)
         finally:
             self._lock.release()
-        response = json.loads(line)
+        if response is None:
+            raise CompilerBusy
         if response["code"]:
             raise ConstraintError(response["code"], response["message"])
         if response["text"] is None:
             raise CompilerBusy
         return str(response["text"])
+
+    async def _ask(self, request: str) -> dict[str, Any] | None:
+        """The response of the process; None if it has ended, and a new one is started.
+
+        Raises CompilerBusy if it does not respond in time, and is replaced.
+        """
+        process = await asyncio.shield(self.start())
+        fault: Exception | None = None
+        try:
+            line = await _exchange(process, request)
+        except TimeoutError as error:
+            line, fault = b"", error
+        if line.endswith(b"\n"):
+            response: dict[str, Any] = json.loads(line)
+            return response
+        await self.close()
+        what = "does not respond" if fault else f"has ended with status {process.returncode}"
+        log.warning("the process that compiles constraints %s: it is started again", what)
+        self.start()
+        if fault is not None:
+            raise CompilerBusy from fault
+        return None
 
 
 async def _spawn(command: list[str]) -> Process:
@@ -151,10 +171,13 @@ async def _spawn(command: list[str]) -> Process:
 
 
 async def _exchange(process: Process, request: str) -> bytes:
-    """The line that the process responds with; without a newline if it did not in time."""
+    """The line that the process responds with; without a newline if it has ended.
+
+    Raises TimeoutError.
+    """
     assert process.stdin is not None
     assert process.stdout is not None
-    with contextlib.suppress(TimeoutError, ConnectionError):
+    with contextlib.suppress(ConnectionError):
         async with asyncio.timeout(_COMPILE_SECONDS):
             process.stdin.write(request.encode() + b"\n")
             await process.stdin.drain()

@@ -298,7 +298,7 @@ def kill_sandbox():
     """Ends the one that runs, and waits until it has ended."""
     [pid] = sandboxes()
     os.kill(pid, signal.SIGKILL)
-    while sandboxes():
+    while pid in sandboxes():
         time.sleep(0.01)
 
 
@@ -308,7 +308,8 @@ async def test_compile_results_are_cached(tokens):
         for kind, text in [("regex", "[ab]+"), ("json_schema", MULTIPLE)]:
             with contextlib.suppress(ConstraintError):
                 await compiler.compile(kind, text)
-        kill_sandbox()
+        [sandbox] = sandboxes()
+        os.kill(sandbox, signal.SIGSTOP)
         await compiler.compile("regex", "[ab]+")
         with pytest.raises(ConstraintError, match="too much time or memory"):
             await compiler.compile("json_schema", MULTIPLE)
@@ -336,15 +337,29 @@ async def test_many_who_want_the_same_share_one_compilation(tokens, monkeypatch)
     assert 8 == len(set(constraints[1:]))  # each has its own
 
 
-async def test_a_killed_sandbox_is_started_again(tokens):
-    """Its question is to be asked again, and then is answered as if nothing had happened."""
+async def test_a_killed_sandbox_is_started_again(tokens, caplog):
+    """Nobody notices but the log."""
     async with _compiler(tokens) as compiler:
         assert await compiler.compile("regex", "[ab]")
         kill_sandbox()
+
+        assert await compiler.compile("regex", "[xy]")
+    assert [
+        "the process that compiles constraints has ended with status -9: it is started again"
+    ] == (caplog.messages)
+
+
+async def test_a_sandbox_that_hangs_is_replaced(tokens, caplog):
+    """Who waited for it is to ask again, and then is answered as if nothing had happened."""
+    async with _compiler(tokens) as compiler:
+        assert await compiler.compile("regex", "[ab]")
+        [sandbox] = sandboxes()
+        os.kill(sandbox, signal.SIGSTOP)
         with pytest.raises(CompilerBusy):
             await compiler.compile("regex", "[xy]")
 
         assert await compiler.compile("regex", "[xy]")
+    assert "does not respond" in caplog.text
 
 
 async def test_a_compilation_without_processor_time_is_no_fault_of_the_constraint(tokens):
