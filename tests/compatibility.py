@@ -127,7 +127,7 @@ CHAT_REQUEST = (
     Row(
         "seed",
         "best effort",
-        "exact, whatever else runs, under one `system_fingerprint`",
+        "exact, whatever else runs, under one `system_fingerprint`; -1 is none, as in vLLM",
         f"{_P}test_a_seed_gives_the_same_tokens_under_any_load",
     ),
     Row(
@@ -235,7 +235,12 @@ CHAT_REQUEST = (
         "generator_svc/test_generator_sampler.py::test_top_n_sigma_keeps_what_is_near_the_best",
     ),
     Row("repetition_penalty", _NOT_PUBLISHED, "extension, as vLLM: above 0 to 10", _ARRIVES),
-    Row("min_tokens", _NOT_PUBLISHED, "extension, as vLLM", f"{_P}test_lengths"),
+    Row(
+        "min_tokens",
+        _NOT_PUBLISHED,
+        "extension, as vLLM; more than the context has left is 400",
+        f"{_P}test_lengths",
+    ),
     Row("ignore_eos", _NOT_PUBLISHED, "extension, as vLLM", f"{_P}test_lengths"),
     Row("stop_token_ids", _NOT_PUBLISHED, "extension, as vLLM: up to 64", _TEMPLATE),
     Row("include_stop_str_in_output", _NOT_PUBLISHED, "extension, as vLLM", _TEMPLATE),
@@ -389,14 +394,20 @@ COMPLETION_REQUEST = (
     Row(
         "prompt",
         "text, texts, tokens or lists of tokens",
-        "the same, up to 128; required",
+        "the same, up to 128; required; text may spell out control tokens, as in vLLM",
         f"{_T}test_prompts_arrive",
     ),
     Row(
         "max_tokens",
         "default 16, 0 or more",
-        "default 16, 1 or more",
+        "default 16, or `min_tokens`; 1 or more; `max_completion_tokens` is the same",
         f"{_T}test_every_field_of_a_text_arrives",
+    ),
+    Row(
+        "add_special_tokens",
+        _NOT_PUBLISHED,
+        "extension, as vLLM: whether a prompt of text begins as the tokenizer begins one",
+        "tokenizer_svc/test_completions.py::test_prompts_may_spell_out_control_tokens",
     ),
     Row(
         "echo",

@@ -194,6 +194,9 @@ def test_lengths(client: openai.OpenAI, services: Services) -> None:
 
     assert (5, "length") == (exact.usage.completion_tokens, exact.choices[0].finish_reason)
     assert 60 == long.usage.completion_tokens
+    with pytest.raises(openai.BadRequestError, match="this prompt leaves") as refusal:
+        ask(client, services, extra_body={"min_tokens": 2_047})
+    assert ("invalid_value", "min_tokens") == (refusal.value.code, refusal.value.param)
 
 
 def test_a_prompt_over_the_context_is_refused(client: openai.OpenAI, services: Services) -> None:

@@ -103,15 +103,17 @@ async def test_every_field_of_a_text_arrives(
         "user": "u",
     }
     regex = {"structured_outputs": {"regex": "a+"}}
-    await post(client, **same, **regex, max_tokens=5, echo=True, logprobs=5, logit_bias={"4": 1})
+    own = {"echo": True, "logprobs": 5, "add_special_tokens": False}
+    await post(client, **same, **regex, **own, max_tokens=5, logit_bias={"4": 1})
+    await post(client, max_completion_tokens=5, max_tokens=5)
 
     assert backend.requests[0] == completion_pb2.CreateCompletionRequest(
         model=MODEL,
         prompts=[completion_pb2.Prompt(text="Say")],
         options=options(**same, **regex, max_completion_tokens=5, logit_bias={4: 1}),
-        echo=True,
-        logprobs=5,
+        **own,
     )
+    assert 5 == backend.requests[1].options.max_completion_tokens
 
 
 async def test_absent_fields_of_a_text_stay_absent(
