@@ -195,7 +195,7 @@ def test_lengths(client: openai.OpenAI, services: Services) -> None:
     assert (5, "length") == (exact.usage.completion_tokens, exact.choices[0].finish_reason)
     assert 60 == long.usage.completion_tokens
     with pytest.raises(openai.BadRequestError, match="this prompt leaves") as refusal:
-        ask(client, services, extra_body={"min_tokens": 2_047})
+        ask(client, services, max_tokens=2_047, extra_body={"min_tokens": 2_047})
     assert ("invalid_value", "min_tokens") == (refusal.value.code, refusal.value.param)
 
 
