@@ -29,6 +29,7 @@ from rest_facade.config import FacadeSettings
 from tests import compatibility
 from tokenizer_svc.config import TokenizerSettings
 from trivium.keys.rate_limits import LimitMetrics
+from trivium.usage_log import UsageLog
 from trivium.wire.errors import markdown_table
 from trivium.wire.histogram import TokenHistogram
 from trivium.wire.in_flight import InFlight
@@ -168,6 +169,7 @@ def generator_registry() -> CollectorRegistry:
     registry.register(EngineCollector(lambda: idle, lambda: 0.0, Meter(), "model"))
     RequestMetrics(registry, "model")
     UsageMetrics(registry, "model")
+    UsageLog(None, "", 0, 0, registry)
     register_info(registry, "model", "", DeviceInfo("", "", 0, 0, 0), prefix_cache=True)
     register_process(registry, InFlight())
     registry.register(_CERTIFICATES)
@@ -181,6 +183,7 @@ def facade_registry() -> CollectorRegistry:
     """The facade's metrics, with a tokenizer."""
     facade = rest_facade.metrics.Metrics()
     LimitMetrics(facade.registry)
+    UsageLog(None, "", 0, 0, facade.registry)
     facade.follow(lambda: _ONE_REPLICA, InFlight())
     facade.registry.register(_CERTIFICATES)
     return facade.registry

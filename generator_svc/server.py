@@ -238,13 +238,14 @@ def build_service(
     return GeneratorService(engine, limits, info, metrics, constraints, draining, usage)
 
 
-def _open_usage_log(settings: GeneratorSettings) -> UsageLog:
+def _open_usage_log(settings: GeneratorSettings, registry: CollectorRegistry) -> UsageLog:
     try:
         return UsageLog(
             settings.usage_log,
             settings.log_name,
             settings.usage_log_max_bytes,
             settings.usage_log_backups,
+            registry,
         )
     except OSError as error:
         raise OSError(f"TRIVIUM_GENERATOR_USAGE_LOG: {error}") from error
@@ -295,7 +296,8 @@ async def serve_constrained(
     register_process(registry, in_flight)
     tls = settings.server_tls()
     registry.register(CertificateCollector(tls))
-    usage = UsageRecorder(_open_usage_log(settings), UsageMetrics(registry, model.id), model.id)
+    usage_log = _open_usage_log(settings, registry)
+    usage = UsageRecorder(usage_log, UsageMetrics(registry, model.id), model.id)
     service = build_service(
         settings, model, info, engine, registry, constraints, in_flight.draining, usage
     )

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 
 import uvicorn
+from prometheus_client.registry import CollectorRegistry
 
 from rest_facade.app import build_app
 from rest_facade.backend import Backend
@@ -42,7 +43,7 @@ async def serve(settings: FacadeSettings, keys: KeyFile | None) -> None:
     """Serves until a stop signal, then drains; raises SystemExit when a port is taken."""
     in_flight = InFlight()
     metrics = Metrics()
-    usage_log = _open_usage_log(settings)
+    usage_log = _open_usage_log(settings, metrics.registry)
     signals = StopSignals()
     own_key = open_own_key("TRIVIUM_FACADE_TOKENIZER_API_KEY_FILE", settings.tokenizer_api_key_file)
     tls, tokenizer_tls = settings.server_tls(), settings.tokenizer_tls()
@@ -94,13 +95,14 @@ async def serve(settings: FacadeSettings, keys: KeyFile | None) -> None:
             usage_log.close()
 
 
-def _open_usage_log(settings: FacadeSettings) -> UsageLog:
+def _open_usage_log(settings: FacadeSettings, registry: CollectorRegistry) -> UsageLog:
     try:
         return UsageLog(
             settings.usage_log,
             settings.log_name,
             settings.usage_log_max_bytes,
             settings.usage_log_backups,
+            registry,
         )
     except OSError as error:
         refuse_to_start(f"TRIVIUM_FACADE_USAGE_LOG: {error}")

@@ -1,9 +1,16 @@
 """Where usage records go."""
 
+import contextlib
+import errno
 import json
+import os
+import resource
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from trivium.usage_log import UsageLog, UsageRecord
 
@@ -16,6 +23,26 @@ def ids(path: Path) -> list[str]:
     return [json.loads(line)["request_id"] for line in path.read_text().splitlines()]
 
 
+@contextlib.contextmanager
+def room_for(file_bytes: int) -> Iterator[None]:
+    """As on a full disk, a file gets no longer than this; what is just being written is cut off."""
+    _, hard = before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def whole_ids(path: Path) -> list[str]:
+    """Of the lines that are whole."""
+    found = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line)["request_id"])
+    return found
+
+
 def test_a_file_that_grows_too_large_is_rotated(tmp_path: Path) -> None:
     """The folder is made; the newest records are in the file without a number, and no record is in
     two or none."""
@@ -23,18 +50,18 @@ def test_a_file_that_grows_too_large_is_rotated(tmp_path: Path) -> None:
     for number in range(10):
         log.write(record(number))
     log.close()
-    files = sorted((tmp_path / "new").iterdir(), reverse=True)
+    files = sorted((tmp_path / "new").glob("name.*"), reverse=True)
 
     assert len(files) > 1
     assert [f"req_{number}" for number in range(10)] == [one for file in files for one in ids(file)]
     assert "name.usage.jsonl" == files[-1].name
 
 
-def test_records_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+def test_records_on_standard_output(capfd: pytest.CaptureFixture[str]) -> None:
     """A dash is standard output, one line each, at once; the time is in UTC."""
     log = UsageLog("-", "name", 1, 1)
     log.write(record(1_700_000_000))
-    [line] = capsys.readouterr().out.splitlines()
+    [line] = capfd.readouterr().out.splitlines()
     log.close()
 
     assert "2023-11-14T22:13:20.000Z" == json.loads(line)["time"]
@@ -45,3 +72,56 @@ def test_without_a_target_nothing_is_written(capsys: pytest.CaptureFixture[str])
     UsageLog(None, "name", 1, 1).write(record(1))
 
     assert ("", "") == capsys.readouterr()
+
+
+def test_a_full_disk_costs_only_the_records_that_came_meanwhile(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are counted, one line of the log tells of all of them, and once there is room again
+    writing goes on, on a line of its own; so it does the next time."""
+    registry, path = CollectorRegistry(), tmp_path / "name.usage.jsonl"
+    log = UsageLog(str(tmp_path), "name", 10_000, 9, registry)
+    log.write(record(0))
+    for first in (1, 4):
+        with room_for(path.stat().st_size + 100):
+            log.write(record(first))
+            log.write(record(first + 1))
+        log.write(record(first + 2))
+    log.close()
+
+    assert ["req_0", "req_3", "req_6"] == whole_ids(path)
+    assert 4 == registry.get_sample_value("trivium_usage_records_lost_total")
+    told = f"usage records are lost: {path}: {os.strerror(errno.EFBIG)}"
+    assert [("ERROR", told)] * 2 == [(line.levelname, line.message) for line in caplog.records]
+
+
+@pytest.mark.parametrize("max_bytes", [10_000, 1])
+def test_a_line_that_was_cut_off_stays_alone(tmp_path: Path, max_bytes: int) -> None:
+    """By a process that is started anew, also if it rotates: the file gets its end first."""
+    (tmp_path / "name.usage.jsonl").write_text('{"event": "usage", "time": "20')
+    log = UsageLog(str(tmp_path), "name", max_bytes, 9)
+    for number in range(2):
+        log.write(record(number))
+    log.close()
+    files = sorted(tmp_path.glob("name.*"), reverse=True)
+
+    assert ["req_0", "req_1"] == [one for file in files for one in whole_ids(file)]
+    assert [] == [file for file in files if not file.read_text().endswith("\n")]
+
+
+def test_nobody_reads_standard_output(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever collected it has gone: one line of the log says so, and the process goes on."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    registry = CollectorRegistry()
+    with open(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        log = UsageLog("-", "name", 1, 1, registry)
+        log.write(record(1))
+        log.write(record(2))
+        log.close()
+
+    assert ["usage records are lost: standard output: Broken pipe"] == caplog.messages
+    assert 2 == registry.get_sample_value("trivium_usage_records_lost_total")

@@ -9,9 +9,16 @@ import logging
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from logging.handlers import RotatingFileHandler
+from io import FileIO
 from pathlib import Path
 from typing import Any
+
+from prometheus_client import Counter
+from prometheus_client.registry import CollectorRegistry
+
+from trivium.line_file import LineFile, RotatedLineFile
+
+log = logging.getLogger(__name__)
 
 EVENT = "usage"  # tells records from the log lines that they may be collected with
 STANDARD_OUTPUT = "-"
@@ -74,29 +81,50 @@ class UsageLog:
     """Writes records. Each is with the operating system once `write` returns, so that it outlives
     the process."""
 
-    def __init__(self, target: str | None, name: str, max_bytes: int, backups: int) -> None:
-        """`target` and the others are as the settings say; raises OSError for a folder that cannot
-        be written to."""
-        self._handler = _handler(target, name, max_bytes, backups)
+    def __init__(
+        self,
+        target: str | None,
+        name: str,
+        max_bytes: int,
+        backups: int,
+        registry: CollectorRegistry | None = None,
+    ) -> None:
+        """`target` and the others are as the settings say, `registry` gets the count of what is
+        lost; raises OSError for a folder that cannot be written to."""
+        self._file = _opened(target, name, max_bytes, backups)
+        self._is_failing = False
+        self._lost = Counter(
+            "trivium_usage_records_lost",
+            "Usage records that could not be written, as of a full disk; the log says why",
+            registry=registry,
+        )
 
     def write(self, record: UsageRecord) -> None:
-        """Appends one record."""
-        if self._handler is not None:
-            self._handler.handle(logging.makeLogRecord({"msg": record.line()}))
+        """Appends one record. One that cannot be written is lost, and harms nobody else."""
+        if self._file is None:
+            return
+        try:
+            self._file.write(record.line().encode() + b"\n")
+        except OSError as error:
+            self._lost.inc()
+            if not self._is_failing:  # a line for each record would fill what is left of the disk
+                log.error("usage records are lost: %s: %s", self._file.name, error.strerror)
+            self._is_failing = True
+        else:
+            self._is_failing = False
 
     def close(self) -> None:
         """Closes the file."""
-        if self._handler is not None:
-            self._handler.close()
+        if self._file is not None:
+            self._file.close()
 
 
-def _handler(target: str | None, name: str, max_bytes: int, backups: int) -> logging.Handler | None:
+def _opened(target: str | None, name: str, max_bytes: int, backups: int) -> LineFile | None:
     if target is None:
         return None
     if target == STANDARD_OUTPUT:
-        return logging.StreamHandler(sys.stdout)
+        # Unbuffered: what Python holds back it would try to write again at the process's end.
+        return LineFile(FileIO(sys.stdout.fileno(), "w", closefd=False), "standard output")
     folder = Path(target)
     folder.mkdir(parents=True, exist_ok=True)
-    return RotatingFileHandler(
-        folder / f"{name}.usage.jsonl", maxBytes=max_bytes, backupCount=backups, encoding="utf-8"
-    )
+    return RotatedLineFile(folder / f"{name}.usage.jsonl", max_bytes, backups)

@@ -187,3 +187,30 @@ def test_a_record_says_what_the_client_was_told(services: Services, folder: Path
     assert ("bob", "req_told", 200) == (record["key"], record["request_id"], record["status"])
     assert "0af7651916cd43dd8448eb211c80319c" == record["trace_id"]
     assert not records(folder, "rest_facade")
+
+
+def test_a_full_disk_harms_no_request(tiny_model: Path, tmp_path: Path, folder: Path) -> None:
+    """Both processes count the records that they lose, and tell of it in a line of JSON."""
+    folder.mkdir()
+    stages = ("generator_svc", "rest_facade")
+    for stage in stages:
+        (folder / f"{stage}.usage.jsonl").symlink_to("/dev/full")
+    settings = {f"TRIVIUM_{name}_USAGE_LOG": folder for name in ("GENERATOR", "FACADE")}
+    with (
+        Services(tiny_model, tmp_path, **settings) as services,
+        httpx.Client(base_url=services.url, trust_env=False, timeout=60) as client,
+    ):
+        statuses = [
+            client.post("/v1/chat/completions", json=body(services, 1, n=n)).status_code
+            for n in (1, 1, 0, 0)
+        ]
+        generator = services.wait_until_idle()["trivium_usage_records_lost_total"]
+        facade = client.get("/metrics").text.splitlines()
+        lines = {stage: services.log(stage).splitlines() for stage in stages}
+
+    assert [200, 200, 400, 400] == statuses
+    assert 2 == generator
+    assert "trivium_usage_records_lost_total 2.0" in facade
+    for stage in stages:
+        [told] = [line for line in map(json.loads, lines[stage]) if line["level"] == "error"]
+        assert f"{folder / stage}.usage.jsonl: No space left on device" in told["message"]
