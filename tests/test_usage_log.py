@@ -125,3 +125,13 @@ def test_nobody_reads_standard_output(
 
     assert ["usage records are lost: standard output: Broken pipe"] == caplog.messages
     assert 2 == registry.get_sample_value("trivium_usage_records_lost_total")
+
+
+def test_one_process_writes_a_file(tmp_path: Path) -> None:
+    """Another one is refused as long as it does; other names in the folder are others' files."""
+    log = UsageLog(str(tmp_path), "name", 1000, 9)
+    UsageLog(str(tmp_path), "other", 1000, 9).close()
+    with pytest.raises(OSError, match=r"another process writes .*/name\.usage\.jsonl"):
+        UsageLog(str(tmp_path), "name", 1000, 9)
+    log.close()
+    UsageLog(str(tmp_path), "name", 1000, 9).close()

@@ -4,6 +4,8 @@ import os
 from io import FileIO
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 
 class LineFile:
     """Adds lines to a file that is open. Each is with the operating system once `write` returns."""
@@ -28,10 +30,18 @@ class RotatedLineFile(LineFile):
     """A file of its own, which becomes `.1` when it is full, and that one `.2`, up to `backups`."""
 
     def __init__(self, path: Path, max_bytes: int, backups: int) -> None:
-        """Raises OSError for a file that cannot be written to."""
+        """Raises OSError for a file that cannot be written to, or that another process writes."""
         self._path = path
         self._max_bytes = max_bytes
         self._backups = backups
+        # Of a name that stays, unlike the file's. A lock dies with its process.
+        self._lock = FileLock(path.with_name(f".{path.stem}.lock"))
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise OSError(
+                f"another process writes {path}; each needs a folder or a LOG_NAME of its own"
+            ) from None
         super().__init__(self._open(), str(path))
         self._is_torn = not self._ends_whole()
 
@@ -46,8 +56,9 @@ class RotatedLineFile(LineFile):
         super().write(line)
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file, which another process may write then."""
         self._file.close()
+        self._lock.release()
 
     def _open(self) -> FileIO:
         return FileIO(self._path, "a+")

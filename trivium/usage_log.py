@@ -90,7 +90,8 @@ class UsageLog:
         registry: CollectorRegistry | None = None,
     ) -> None:
         """`target` and the others are as the settings say, `registry` gets the count of what is
-        lost; raises OSError for a folder that cannot be written to."""
+        lost; raises OSError for a folder that cannot be written to, or a file that another process
+        writes."""
         self._file = _opened(target, name, max_bytes, backups)
         self._is_failing = False
         self._lost = Counter(

@@ -256,6 +256,25 @@ async def test_limits_and_records_that_cannot_be_kept(setting: str, value: str) 
     assert "Traceback" not in words
 
 
+async def test_a_usage_log_that_another_process_writes(
+    backend: ScriptedBackend, tmp_path: Path
+) -> None:
+    """The second is refused and told what to set; it starts under a name of its own, and where
+    the first was killed."""
+    async with running(backend, usage_log=tmp_path) as (first, _):
+        status, words = await refusal(port=free_port(), usage_log=tmp_path)
+        async with running(backend, usage_log=tmp_path, log_name="second"):
+            pass
+        first.kill()
+        await first.wait()
+        async with running(backend, usage_log=tmp_path):
+            pass
+
+    assert 2 == status
+    assert words.startswith("TRIVIUM_FACADE_USAGE_LOG: another process writes ")
+    assert "LOG_NAME" in words
+
+
 async def test_port_in_use() -> None:
     """A port that is taken is an error that says so."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
