@@ -1,6 +1,7 @@
 """`trivium usage`: records are summed, whoever wrote them."""
 
 import csv
+import gzip
 import json
 import subprocess
 import sys
@@ -48,6 +49,7 @@ def write(folder: Path, *records: UsageRecord, name: str = "one") -> Path:
 def summed(*arguments: object) -> list[dict[str, Any]]:
     result = CliRunner().invoke(app, ["usage", *map(str, arguments), "--format", "json"])
     assert 0 == result.exit_code, result.output
+    assert "" == result.stderr
     rows: list[dict[str, Any]] = json.loads(result.output)
     return rows
 
@@ -145,30 +147,86 @@ def test_no_cell_of_the_table_is_cut_off(tmp_path: Path) -> None:
     assert {"day", "requests", "gpu_seconds", model, "1,000,000,000,000"} <= set(table.split())
 
 
+def test_a_file_that_is_named_twice_counts_once(tmp_path: Path) -> None:
+    """By its folder too, or by another path."""
+    file = write(tmp_path, record("a", completion_tokens=3))
+    [row] = summed(tmp_path, file, tmp_path / ".." / tmp_path.name, file)
+
+    assert 3 == row["completion_tokens"]
+
+
+def test_rotated_files_may_be_compressed(tmp_path: Path) -> None:
+    """As logrotate leaves them, named or in a folder."""
+    file = write(tmp_path, record("a"))
+    packed = tmp_path / "one.usage.jsonl.1.gz"
+    packed.write_bytes(gzip.compress(file.read_bytes()))
+    write(tmp_path, record("b"))
+
+    assert [1] == [row["requests"] for row in summed(packed, "--by", "key")]
+    assert [2] == [row["requests"] for row in summed(tmp_path, "--by", "key")]
+
+
 @pytest.mark.parametrize(
     ("line", "fault"),
     [
-        ('{"event": "usage", }', "line 1: not JSON"),
-        ('{"event": "usage", "time": "2024-10-04T00:00:00.000Z"}', "line 1: no request_id"),
+        (b'{"ev', "not JSON"),
+        (b'{"event": "usage", "time": "20', "not JSON"),
+        (b'rest_facade-1 | {"event": "usage"}', "not JSON"),
+        (b'{"event": "usage", "time": "2024-10-04T00:00:00.000Z"}', "no request_id"),
+        (b"\x28\xb5\x2f\xfd zstd", "not JSON"),
     ],
 )
-def test_a_broken_record_is_an_error(tmp_path: Path, line: str, fault: str) -> None:
-    """Sums that leave something out would be wrong without a word."""
-    file = tmp_path / "broken"
-    file.write_text(line + "\n")
-    result = CliRunner().invoke(app, ["usage", str(file)])
+def test_what_is_no_record_is_told_and_skipped(tmp_path: Path, line: bytes, fault: str) -> None:
+    """How many lines are left out of the sums, and where the first one is."""
+    file = write(tmp_path, record("a"))
+    with file.open("ab") as end:
+        end.write(line + b"\n" + line + b"\n")
+    write(tmp_path, record("b"))
+    result = CliRunner().invoke(app, ["usage", str(file), "--format", "json", "--by", "key"])
+
+    assert 0 == result.exit_code
+    assert [2] == [row["requests"] for row in json.loads(result.stdout)]
+    told = f"skipped lines that are no records: 2, the first: {file}: line 2: {fault}"
+    assert told in result.stderr
+    assert 1 == len(result.stderr.splitlines())
+
+
+@pytest.mark.parametrize(
+    "content", [b"plain text\n", gzip.compress(b"records")[:-9]], ids=["text", "cut off"]
+)
+def test_a_compressed_file_that_is_broken_is_refused(tmp_path: Path, content: bytes) -> None:
+    """It is none, or its end is missing."""
+    file = tmp_path / "one.usage.jsonl.2.gz"
+    file.write_bytes(content)
+    result = CliRunner().invoke(app, ["usage", str(tmp_path)])
 
     assert 2 == result.exit_code
-    assert f"trivium usage: {file}: {fault}" in result.stderr
+    assert result.stderr.startswith(f"trivium usage: {file}: ")
 
 
 def test_what_cannot_be_summed_is_refused(tmp_path: Path) -> None:
-    """A file that is not there, a column that is none, and a month that might be any of four."""
+    """A file that is not there, and a folder without one."""
     absent = CliRunner().invoke(app, ["usage", str(tmp_path / "absent")])
-    column = CliRunner().invoke(app, ["usage", str(tmp_path), "--by", "colour"])
-    day = CliRunner().invoke(app, ["usage", str(tmp_path), "--day", "2026-1"])
+    empty = CliRunner().invoke(app, ["usage", str(tmp_path)])
 
-    assert (2, 2, 2) == (absent.exit_code, column.exit_code, day.exit_code)
+    assert (2, 2) == (absent.exit_code, empty.exit_code)
     assert "absent: No such file" in absent.stderr
-    assert "--by wants any of day, key, model" in column.stderr
-    assert "--day wants a day such as 2026-11-30, or a month" in day.stderr
+    assert f"trivium usage: {tmp_path}: no *.usage.jsonl* in this folder" in empty.stderr
+
+
+@pytest.mark.parametrize("columns", ["colour", "key,key", "", "key,"])
+def test_columns_that_are_refused(tmp_path: Path, columns: str) -> None:
+    """Those that are none, and one that comes twice."""
+    result = CliRunner().invoke(app, ["usage", str(write(tmp_path)), "--by", columns])
+
+    assert 2 == result.exit_code
+    assert "--by wants any of day, key, model" in result.stderr
+
+
+@pytest.mark.parametrize("day", ["2026-1", "2026-13", "2026-13-99", "2026-02-29", "today"])
+def test_days_that_are_refused(tmp_path: Path, day: str) -> None:
+    """No calendar has them, or it might be any of several months."""
+    result = CliRunner().invoke(app, ["usage", str(write(tmp_path)), "--day", day])
+
+    assert 2 == result.exit_code
+    assert "--day wants a day such as 2026-11-30, or a month" in result.stderr

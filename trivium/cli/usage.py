@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import re
 import sys
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
+from datetime import date
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 from rich import box
@@ -26,6 +29,7 @@ PATTERN = "*.usage.jsonl*"
 _STANDARD_INPUT = Path("-")
 _IS_DAY_OR_MONTH = re.compile(r"(\d{4}-\d{2}(-\d{2})?)?")
 _IS_RECORD = re.compile(rf'"event":\s*"{EVENT}"')
+_NOT_TEXT = "\ufffd"  # stands for bytes that are none, as of a file that is packed otherwise
 
 
 class Format(StrEnum):
@@ -64,14 +68,18 @@ class Totals:
 
 
 class UsageFileError(Exception):
-    """A file cannot be read, or a line of it is no usage record although it says so."""
+    """A file cannot be read, or a folder has none."""
+
+
+class _NoRecord(Exception):
+    """A line is no usage record, although it looks like one."""
 
 
 def usage(
     files: Annotated[
         list[Path],
         typer.Argument(
-            help=f"Files of usage records, or folders with {PATTERN}; - is standard input."
+            help=f"Files of usage records, .gz too, or folders with {PATTERN}; - is standard input."
         ),
     ],
     by: Annotated[str, typer.Option(help="What to sum by: any of day, key, model.")] = (
@@ -84,13 +92,19 @@ def usage(
     try:
         columns = [By(name) for name in by.split(",")]
     except ValueError:
+        columns = []
+    if not columns or len(set(columns)) < len(columns):
         _refuse(f"--by wants any of day, key, model, separated by commas; got {by}")
-    if not _IS_DAY_OR_MONTH.fullmatch(day):
+    if not _is_day_or_month(day):
         _refuse(f"--day wants a day such as 2026-11-30, or a month such as 2026-11; got {day}")
+    skipped: list[str] = []
     try:
-        records = [record for record in read_records(files) if record["time"].startswith(day)]
+        records = [r for r in read_records(files, skipped) if r["time"].startswith(day)]
     except UsageFileError as error:
         _refuse(str(error))
+    if skipped:
+        told = f"skipped lines that are no records: {len(skipped)}, the first: {skipped[0]}"
+        typer.echo(f"trivium usage: {told}", err=True)
     rows = [
         {
             **dict(zip(columns, group, strict=True)),
@@ -115,29 +129,71 @@ def _refuse(message: str) -> NoReturn:
     raise typer.Exit(REFUSED)
 
 
-def read_records(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
+def _is_day_or_month(text: str) -> bool:
+    if not _IS_DAY_OR_MONTH.fullmatch(text):
+        return False
+    try:
+        date.fromisoformat(f"{text or '2026-11'}-01"[:10])
+    except ValueError:
+        return False
+    return True
+
+
+def read_records(paths: Iterable[Path], skipped: list[str]) -> Iterator[dict[str, Any]]:
     """The usage records among the lines of these files; raises UsageFileError.
 
-    Other lines are passed over: standard output may have been collected together with logs. So is a
-    last line without its end, which is being written.
+    Lines of a log are passed over: standard output may have been collected together with it. So is
+    a last line without its end, which is being written. Other lines that are no records, such as
+    those that a full disk has cut off, are named in `skipped`, with what is wrong with them.
     """
+    for file in _files(paths):
+        try:
+            with _opened(file) as lines:
+                for number, line in enumerate(lines, start=1):
+                    try:
+                        record = _record(line)
+                    except _NoRecord as fault:
+                        if line.endswith("\n"):
+                            skipped.append(f"{file}: line {number}: {fault}")
+                    else:
+                        if record is not None:
+                            yield record
+        except OSError as error:
+            raise UsageFileError(f"{file}: {error.strerror or error}") from None
+        except (EOFError, zlib.error) as error:
+            raise UsageFileError(f"{file}: {error}") from None
+
+
+def _files(paths: Iterable[Path]) -> Iterator[Path]:
+    """Each file once, however often it is named."""
+    seen = set()
     for path in paths:
-        for file in sorted(path.glob(PATTERN)) if path.is_dir() else [path]:
-            try:
-                opened = 0 if file == _STANDARD_INPUT else file
-                with open(opened, encoding="utf-8", errors="replace") as lines:
-                    for number, line in enumerate(lines, start=1):
-                        if _IS_RECORD.search(line) and line.endswith("\n"):
-                            yield _record(line, f"{file}: line {number}")
-            except OSError as error:
-                raise UsageFileError(f"{file}: {error.strerror}") from None
+        found = sorted(path.glob(PATTERN)) if path.is_dir() else [path]
+        if not found:
+            raise UsageFileError(f"{path}: no {PATTERN} in this folder")
+        for file in found:
+            if file.resolve() not in seen:
+                seen.add(file.resolve())
+                yield file
 
 
-def _record(line: str, where: str) -> dict[str, Any]:
+def _opened(file: Path) -> TextIO:
+    if file.suffix == ".gz":
+        return gzip.open(file, "rt", encoding="utf-8", errors="replace")
+    opened = 0 if file == _STANDARD_INPUT else file
+    return open(opened, encoding="utf-8", errors="replace")
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    """The record that a line is; None for one of a log. Raises _NoRecord for what is neither."""
+    if not (line.startswith("{") or _IS_RECORD.search(line) or _NOT_TEXT in line):
+        return None
     try:
         record = json.loads(line)
-    except ValueError as error:
-        raise UsageFileError(f"{where}: not JSON: {error}") from None
+    except ValueError:
+        raise _NoRecord("not JSON") from None
+    if not isinstance(record, dict) or record.get("event") != EVENT:
+        return None
     wanted: dict[str, Any] = {
         "time": str,
         "request_id": str,
@@ -148,8 +204,8 @@ def _record(line: str, where: str) -> dict[str, Any]:
     wanted |= {"status": int, **{field.name: int | None for field in fields(Totals)[2:]}}
     for name, kind in wanted.items():
         if name not in record or not isinstance(record[name], kind):
-            raise UsageFileError(f"{where}: no {name}, or a wrong one")
-    return dict(record)
+            raise _NoRecord(f"no {name}, or a wrong one")
+    return record
 
 
 def sum_up(records: Iterable[dict[str, Any]], by: Iterable[By]) -> dict[tuple[str, ...], Totals]:
