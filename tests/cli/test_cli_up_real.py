@@ -1,6 +1,7 @@
 """`trivium up` with the three real services on a tiny model: ready, and every way to end."""
 
 import hashlib
+import json
 import os
 import re
 import signal
@@ -335,12 +336,20 @@ def test_the_doctor_shows_graphics_cards(
 
 
 @pytest.mark.usefixtures("keys")
-def test_doctor_makes_five_tokens(tiny_model: Path) -> None:
+def test_doctor_makes_five_tokens(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The doctor starts the pipeline on free ports, gets its tokens, and finds nothing wrong,
-    whatever keys the services ask others for."""
+    whatever keys the services ask others for and whatever models they serve; nobody used them."""
+    usage = tmp_path / "usage"
+    monkeypatch.setenv("TRIVIUM_GENERATOR_USAGE_LOG", str(usage))
+    monkeypatch.setenv("TRIVIUM_FACADE_USAGE_LOG", str(usage))
+    models = [{"model_directory": str(tmp_path / name)} for name in ("one", "another")]
+    monkeypatch.setenv("TRIVIUM_TOKENIZER_MODELS", json.dumps(models))
     result = CliRunner().invoke(app, ["doctor", "--model", str(tiny_model)])
 
     assert result.exit_code == 0, result.output
     assert "FAIL" not in result.output
     assert re.search(r"ok +CPUExecutionProvider +works", result.output)
     assert re.search(r"ok +smoke run .* gpu_seconds", result.output)
+    assert not usage.exists()
