@@ -78,6 +78,16 @@ def test_refuses_client_numbers_that_are_none(clients: str) -> None:
     assert "--clients" in output
 
 
+def test_numbers_that_could_not_be_saved(scripted: ScriptedServer, tmp_path: Path) -> None:
+    """A file that cannot be written is refused in one line, before anything is sent."""
+    report = tmp_path / "nowhere" / "report.json"
+    status, output = run("--url", scripted.url, "--json", str(report))
+
+    assert status == 2
+    assert output == f"trivium bench: --json {report}: No such file or directory\n"
+    assert [] == scripted.bodies
+
+
 def test_nobody_there(unused_tcp_port: int) -> None:
     """Without a server the address is named and the status is not 0."""
     status, output = run("--url", f"http://127.0.0.1:{unused_tcp_port}")

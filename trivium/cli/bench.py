@@ -56,6 +56,8 @@ def bench(
             f"trivium bench: --clients wants numbers such as 1,8,32; got {clients}", err=True
         )
         raise typer.Exit(REFUSED)
+    if json_file is not None:
+        _check_writable(json_file)
     seed = secrets.randbelow(2**31) if seed is None else seed
     workload = Workload(levels, requests, prompt_tokens, output_tokens, seed)
     context = tls_context(ca_file, cert_file, key_file)
@@ -69,6 +71,15 @@ def bench(
         json_file.write_text(json.dumps(report, indent=2) + "\n")
     if any(level["failures"] for level in report["levels"]):
         raise typer.Exit(FAILED)
+
+
+def _check_writable(file: Path) -> None:
+    """Refuses a file that the numbers could not be written to; what it holds stays."""
+    try:
+        file.open("a").close()
+    except OSError as error:
+        typer.echo(f"trivium bench: --json {file}: {error.strerror}", err=True)
+        raise typer.Exit(REFUSED) from error
 
 
 @dataclasses.dataclass(frozen=True)
