@@ -100,9 +100,9 @@ class FacadeSettings(DoorSettings):
         75,
         ge=1,
         le=3600,
-        description="Seconds after its last answer for which a connection is kept open. Clients "
-        "and proxies should drop theirs earlier (nginx: 60), so that no request meets a "
-        "connection that is being closed.",
+        description="Seconds after its last answer for which a connection is kept open, and within "
+        "which the head of a request has to be whole. Clients and proxies should drop theirs "
+        "earlier (nginx: 60), so that no request meets a connection that is being closed.",
     )
     health_timeout_seconds: float = Field(
         1.0, gt=0, le=60, description="Seconds /health waits for the tokenizer's answer."

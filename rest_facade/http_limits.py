@@ -1,5 +1,6 @@
 """Limits on request heads, and refusals of what is not HTTP, below the ASGI application."""
 
+import asyncio
 import json
 
 import httptools
@@ -18,6 +19,30 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     that does not want to answers as if nothing had been offered. The parser cannot: it takes the
     request for complete without its body. So it is fed the same head again, without the offer.
     """
+
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._time_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_head_timer()
+        super().connection_lost(exc)
+
+    def _time_head(self) -> None:
+        """A head has to be whole within the time that a connection may be idle."""
+        self._stop_head_timer()
+        self._head_timer = self.loop.call_later(self.timeout_keep_alive, self._give_up)
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+
+    def _give_up(self) -> None:
+        is_answering = self.cycle is not None and not self.cycle.response_complete
+        if not is_answering:
+            self.transport.close()
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
@@ -45,6 +70,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._head_bytes = 0
+        self._time_head()
 
     def on_url(self, url: bytes) -> None:
         self._count(len(url))
@@ -63,6 +89,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self.parser.get_method() == b"CONNECT":
             raise ValueError("this is no proxy")
         if not self.parser.should_upgrade():
+            self._stop_head_timer()
             super().on_headers_complete()
 
     def on_message_complete(self) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import importlib.metadata
+import json
 
 import httpx
 import pytest
@@ -123,6 +124,41 @@ async def test_a_refusal_after_a_long_wait(
     assert "queue_full" in lines[-2]
     metrics = (await client.get("/metrics")).text
     assert 'trivium_http_stream_errors_total{code="queue_full"} 1.0' in metrics
+
+
+@pytest.mark.parametrize("beginning", ["", "POST /v1/chat/comp"])
+async def test_a_head_that_never_ends_costs_no_connection(
+    start_facade: StartFacade, beginning: str
+) -> None:
+    """Whether nothing comes, or one more byte now and then."""
+    client = await start_facade(idle_connection_seconds=1)
+    reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+    writer.write(beginning.encode())
+    async with asyncio.timeout(30):
+        while not reader.at_eof():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(reader.read(1), 0.2)
+            if beginning and not reader.at_eof():
+                writer.write(b"l")
+    writer.close()
+
+
+async def test_an_answer_may_take_longer_than_a_connection_may_be_idle(
+    start_facade: StartFacade, backend: ScriptedBackend
+) -> None:
+    """Also if the next request is on its way meanwhile."""
+    client = await start_facade(idle_connection_seconds=1)
+    go_on = asyncio.Event()
+    backend.script = (header(), delta("He"), go_on, delta(finish="STOP"), usage())
+    body = json.dumps(ASK | {"stream": True})
+    reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+    head = f"POST {URL} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+    writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n{body}POST /v1".encode())
+    await asyncio.sleep(1.5)
+    go_on.set()
+
+    assert b"data: [DONE]" in await reader.readuntil(b"[DONE]")
+    writer.close()
 
 
 async def unready(client: httpx.AsyncClient) -> httpx.Response:
