@@ -1,7 +1,7 @@
 """A name server on the loopback interface that knows what a test says, and may change its mind."""
 
 import asyncio
-import socket
+import ipaddress
 import socketserver
 import struct
 import threading
@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from typing import Self
 
 _RESPONSE, _NO_SUCH_NAME = 0x8580, 3
-_A, _IN = 1, 1
+_A, _AAAA, _IN = 1, 28, 1
 _NAME_OF_THE_QUESTION = 0xC00C
 _HEADER = struct.Struct("!6H")
 
 
 class NameServer:
-    """Answers A queries by `names`, a name's IPv4 addresses; other names do not exist.
+    """Answers A and AAAA queries by `names`, a name's IP addresses; other names do not exist.
 
     A context manager; over UDP alone. Names may be changed at any time: nobody may keep an answer.
     Questions for a name in `unanswered` are counted there and have no answer.
@@ -82,9 +82,11 @@ class NameServer:
         if kind == _A:  # most ask for AAAA besides
             self._note(name)
         known = self.names.get(name)
+        packed = [ipaddress.ip_address(address).packed for address in known or ()]
         records = [
-            struct.pack("!HHHIH", _NAME_OF_THE_QUESTION, _A, _IN, 0, 4) + socket.inet_aton(address)
-            for address in (known or () if kind == _A else ())
+            struct.pack("!HHHIH", _NAME_OF_THE_QUESTION, kind, _IN, 0, len(address)) + address
+            for address in packed
+            if kind == {4: _A, 16: _AAAA}[len(address)]
         ]
         flags = _RESPONSE | (0 if known else _NO_SUCH_NAME)
         (number,) = struct.unpack_from("!H", query)

@@ -56,6 +56,13 @@ async def test_every_address_of_every_name() -> None:
     } == addresses
 
 
+async def test_a_server_with_addresses_of_both_kinds_is_one_replica() -> None:
+    """By IPv4, which services listen at unless told otherwise; by IPv6 where there is no other."""
+    with NameServer(both=["2001:db8::2", "127.0.0.2"], new=["2001:db8::3"]) as names:
+        assert {"ipv4:127.0.0.2:5"} == await targets(names.target("both", 5))
+        assert {"ipv6:[2001:db8::3]:5"} == await targets(names.target("new", 5))
+
+
 async def test_many_addresses() -> None:
     """More than an answer of 512 bytes holds, the most that DNS once had."""
     addresses = [f"127.0.1.{number}" for number in range(50)]

@@ -106,12 +106,17 @@ def _ip_target(ip: str, port: int) -> str:
 
 
 async def _look_up(name: Name) -> frozenset[Address]:
-    """Raises DNSError. Each look-up has a resolver of its own, as one keeps what it has heard for
+    """Those of IPv6 alone if the name has no others: a server with both is one replica, which may
+    well listen at one of them only.
+
+    Raises DNSError. Each look-up has a resolver of its own, as one keeps what it has heard for
     as long as the answer's time to live, and never reads resolv.conf again."""
     servers = None if name.server is None else [name.server]
     async with aiodns.DNSResolver(servers, timeout=_TIMEOUT_SECONDS, tries=2) as resolver:
         answer = await resolver.getaddrinfo(
             name.host, family=socket.AF_UNSPEC, port=name.port, type=socket.SOCK_STREAM
         )
-    ips = {node.addr[0].decode() for node in answer.nodes}
+    families = {node.family for node in answer.nodes}
+    family = socket.AF_INET if socket.AF_INET in families else socket.AF_INET6
+    ips = {node.addr[0].decode() for node in answer.nodes if node.family == family}
     return frozenset(Address(_ip_target(ip, name.port), f"{name.host}:{name.port}") for ip in ips)
