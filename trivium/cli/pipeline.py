@@ -35,6 +35,25 @@ HIGHEST_PORT = 65535
 
 MEMORY_SHARE = 0.5  # of free memory, for the keys and values of all models together
 
+# Where neither the command line nor the environment says otherwise.
+LOG_LEVEL = "warning"
+DRAIN_SECONDS = 30.0
+# No load balancer has to notice that a stage here stops.
+DRAIN_NOTICE_SECONDS = 0.0
+
+# What has to fit the stages here, and the option that changes it.
+_DECIDED_HERE = {
+    "TRIVIUM_FACADE_REUSE_PORT": "--facades",
+    "TRIVIUM_FACADE_TOKENIZER_TARGET": "--tokenizer-port",
+    "TRIVIUM_TOKENIZER_GENERATOR_TARGET": "--generator-port",
+    "TRIVIUM_TOKENIZER_MODELS": "--model, once for each",
+    "TRIVIUM_TOKENIZER_MODEL_DIRECTORY": "--model",
+}
+
+
+class SettingConflict(Exception):
+    """A variable says other than what stages on one machine need; the text names it."""
+
 
 class PortTaken(Exception):
     """A port that a stage needs cannot be bound; the text names it and its setting."""
@@ -46,6 +65,7 @@ class Pipeline:
 
     Each of `more_models` has a generator of its own, on the ports that follow the first one's.
     Tokenizers listen at PORT_STRIDE from each other, and facades share their port.
+    What is None is for each service's own variable to say.
     """
 
     model: Path
@@ -55,10 +75,11 @@ class Pipeline:
     grpc_host: str = LOOPBACK
     tokenizer_port: int = 50051
     tokenizer_metrics_port: int = 9051
+    generator_host: str = LOOPBACK
     generator_port: int = 50052
     generator_metrics_port: int = 9052
-    log_level: str = "warning"
-    drain_seconds: float = 30.0
+    log_level: str | None = None
+    drain_seconds: float | None = None
     more_models: tuple[Path, ...] = ()
     tokenizers: int = 1
     facades: int = 1
@@ -96,7 +117,8 @@ class Pipeline:
     def generator_targets(self) -> list[str]:
         """Where the generators are reached from this machine, one for each model."""
         return [
-            authority(LOOPBACK, self.generator_port + number) for number in range(len(self.models))
+            authority(self.generator_host, self.generator_port + number)
+            for number in range(len(self.models))
         ]
 
     @property
@@ -128,6 +150,18 @@ class Pipeline:
             *_replicas("rest_facade", "FACADE", facades),
         ]
 
+    def check_environment(self) -> None:
+        """Raises SettingConflict for a variable that says other than what stages are told here."""
+        needed = [item for stage in self.stages() for item in stage.environment.items()]
+        for setting, value in needed:
+            found = os.environ.get(setting)
+            # A folder may be given as a relative path.
+            if found and setting in _DECIDED_HERE and value not in (found, os.path.abspath(found)):
+                raise SettingConflict(
+                    f"{setting} is {found}, which `trivium up` decides itself; "
+                    f"unset it, and use {_DECIDED_HERE[setting]}"
+                )
+
     def check_ports(self) -> None:
         """Raises PortTaken for the first port that somebody else holds."""
         for host, port, option in self._listeners():
@@ -153,44 +187,47 @@ class Pipeline:
         for port in _ports(self.tokenizer_metrics_port, self.tokenizers):
             yield self.grpc_host, port, "--tokenizer-metrics-port"
         for number in range(len(self.models)):
-            yield LOOPBACK, self.generator_port + number, "--generator-port"
+            yield self.generator_host, self.generator_port + number, "--generator-port"
             metrics_port = self.generator_metrics_port and self.generator_metrics_port + number
-            yield LOOPBACK, metrics_port, "--generator-metrics-port"
+            yield self.generator_host, metrics_port, "--generator-metrics-port"
 
     def _generator(self, number: int) -> dict[str, str]:
         metrics_port = self.generator_metrics_port and self.generator_metrics_port + number
         return {
-            "TRIVIUM_GENERATOR_HOST": LOOPBACK,
+            "TRIVIUM_GENERATOR_HOST": self.generator_host,
             "TRIVIUM_GENERATOR_PORT": str(self.generator_port + number),
             "TRIVIUM_GENERATOR_METRICS_PORT": str(metrics_port),
             "TRIVIUM_GENERATOR_MODEL_DIRECTORY": str(self.models[number]),
             **self._memory(),
             **huge_pages(),
             "TRIVIUM_GENERATOR_DEVICE": self.device,
-            "TRIVIUM_GENERATOR_LOG_LEVEL": self.log_level,
-            "TRIVIUM_GENERATOR_DRAIN_SECONDS": str(self.drain_seconds),
-            **_no_notice("GENERATOR"),
+            **self._for_all("GENERATOR"),
         }
 
     def _memory(self) -> dict[str, str]:
         """What each of several generators may take, as none of them knows of the others."""
-        setting = "TRIVIUM_GENERATOR_KV_MEMORY_SHARE"
-        if len(self.models) == 1 or setting in os.environ:
+        if len(self.models) == 1:
             return {}
-        return {setting: str(round(MEMORY_SHARE / len(self.models), 3))}
+        share = round(MEMORY_SHARE / len(self.models), 3)
+        return _default("TRIVIUM_GENERATOR_KV_MEMORY_SHARE", share)
 
     def _served(self) -> dict[str, str]:
-        """The models, as the tokenizer's settings say it."""
+        """The models, as the tokenizer's settings say it; what is not for them is empty."""
         if len(self.models) == 1:
             return {
                 "TRIVIUM_TOKENIZER_GENERATOR_TARGET": self.generator_target,
                 "TRIVIUM_TOKENIZER_MODEL_DIRECTORY": str(self.model),
+                "TRIVIUM_TOKENIZER_MODELS": "",
             }
         served = [
             {"model_directory": str(model), "generator_target": target}
             for model, target in zip(self.models, self.generator_targets, strict=True)
         ]
-        return {"TRIVIUM_TOKENIZER_MODELS": json.dumps(served)}
+        return {
+            "TRIVIUM_TOKENIZER_GENERATOR_TARGET": "",
+            "TRIVIUM_TOKENIZER_MODEL_DIRECTORY": "",
+            "TRIVIUM_TOKENIZER_MODELS": json.dumps(served),
+        }
 
     @property
     def _scheme(self) -> str:
@@ -213,9 +250,7 @@ class Pipeline:
             "TRIVIUM_TOKENIZER_HOST": self.grpc_host,
             "TRIVIUM_TOKENIZER_PORT": str(_port(self.tokenizer_port, number)),
             "TRIVIUM_TOKENIZER_METRICS_PORT": str(_port(self.tokenizer_metrics_port, number)),
-            "TRIVIUM_TOKENIZER_LOG_LEVEL": self.log_level,
-            "TRIVIUM_TOKENIZER_DRAIN_SECONDS": str(self.drain_seconds),
-            **_no_notice("TOKENIZER"),
+            **self._for_all("TOKENIZER"),
         }
 
     def _facade(self, number: int) -> dict[str, str]:
@@ -226,9 +261,15 @@ class Pipeline:
             "TRIVIUM_FACADE_REUSE_PORT": str(self.facades > 1),
             "TRIVIUM_FACADE_METRICS_PORT": str(metrics_ports[number]),
             "TRIVIUM_FACADE_TOKENIZER_TARGET": self.chat_target,
-            "TRIVIUM_FACADE_LOG_LEVEL": self.log_level,
-            "TRIVIUM_FACADE_DRAIN_SECONDS": str(self.drain_seconds),
-            **_no_notice("FACADE"),
+            **self._for_all("FACADE"),
+        }
+
+    def _for_all(self, service: str) -> dict[str, str]:
+        """What all services have, by its names in one of them."""
+        return {
+            **_default(f"TRIVIUM_{service}_LOG_LEVEL", LOG_LEVEL, self.log_level),
+            **_default(f"TRIVIUM_{service}_DRAIN_SECONDS", DRAIN_SECONDS, self.drain_seconds),
+            **_default(f"TRIVIUM_{service}_DRAIN_NOTICE_SECONDS", DRAIN_NOTICE_SECONDS),
         }
 
 
@@ -241,10 +282,12 @@ def _ports(first: int, count: int) -> list[int]:
     return [_port(first, number) for number in range(count)]
 
 
-def _no_notice(service: str) -> dict[str, str]:
-    """No load balancer has to notice that a stage here stops, unless its owner says so."""
-    setting = f"TRIVIUM_{service}_DRAIN_NOTICE_SECONDS"
-    return {} if setting in os.environ else {setting: "0.0"}
+def _default(setting: str, default: object, given: object = None) -> dict[str, str]:
+    """A setting as the command line has it; otherwise the environment's word counts, if there is
+    one, more than the default here."""
+    if given is None and os.environ.get(setting):
+        return {}
+    return {setting: str(default if given is None else given)}
 
 
 def huge_pages() -> dict[str, str]:
@@ -290,7 +333,10 @@ def _replicas(
 ) -> Iterator[Stage]:
     """A stage for each pair of addresses to ask and environment; numbered if there are several."""
     command = (sys.executable, "-m", service)
+    log_name = f"TRIVIUM_{settings}_LOG_NAME"
+    logged_as = os.environ.get(log_name) or service
     for number, (addresses, environment) in enumerate(replicas, start=1):
-        name = service if len(replicas) == 1 else f"{service}-{number}"
+        suffix = "" if len(replicas) == 1 else f"-{number}"
         ready = functools.partial(until_ready, *addresses, tls=tls)
-        yield Stage(name, command, ready, {**environment, f"TRIVIUM_{settings}_LOG_NAME": name})
+        named = {**environment, log_name: f"{logged_as}{suffix}"}
+        yield Stage(f"{service}{suffix}", command, ready, named)

@@ -18,8 +18,16 @@ from pydantic import TypeAdapter
 from trivium.cache_folder import cache_folder
 from trivium.cli.banner import banner
 from trivium.cli.fit import DoesNotFit, memory_plans
-from trivium.cli.pipeline import LOOPBACK, Pipeline, PortTaken
+from trivium.cli.pipeline import (
+    DRAIN_SECONDS,
+    LOG_LEVEL,
+    LOOPBACK,
+    Pipeline,
+    PortTaken,
+    SettingConflict,
+)
 from trivium.cli.probe import model_info
+from trivium.cli.stage_drain import longest_drain
 from trivium.cli.stage_tls import REST_CLIENT_CA, TlsMismatch, stage_tls
 from trivium.cli.supervisor import LEASH, NotReady, StageDied, Supervisor
 from trivium.embedded_model import EMBEDDED_MODEL
@@ -45,6 +53,15 @@ class Device(StrEnum):
     AUTO = "auto"
     CPU = "cpu"
     CUDA = "cuda"
+
+
+class LogLevel(StrEnum):
+    """The least severe messages that are logged."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
 
 
 ModelOption = Annotated[
@@ -101,6 +118,9 @@ TokenizerMetricsPortOption = Annotated[
     int,
     typer.Option(min=0, max=65535, envvar="TRIVIUM_TOKENIZER_METRICS_PORT", help="Its metrics."),
 ]
+GeneratorHostOption = Annotated[
+    str, typer.Option(envvar="TRIVIUM_GENERATOR_HOST", help="Address of the generators.")
+]
 GeneratorPortOption = Annotated[
     int,
     typer.Option(min=1, max=65535, envvar="TRIVIUM_GENERATOR_PORT", help="Port of the generator."),
@@ -109,9 +129,18 @@ GeneratorMetricsPortOption = Annotated[
     int,
     typer.Option(min=0, max=65535, envvar="TRIVIUM_GENERATOR_METRICS_PORT", help="Its metrics."),
 ]
-LogLevelOption = Annotated[str, typer.Option(help="Of all three services.")]
+LogLevelOption = Annotated[
+    LogLevel | None,
+    typer.Option(
+        show_default=f"each one's …_LOG_LEVEL, or {LOG_LEVEL}", help="Of all three services."
+    ),
+]
 DrainOption = Annotated[
-    float, typer.Option(help="How long each service may finish what it has begun, in seconds.")
+    float | None,
+    typer.Option(
+        show_default=f"each one's …_DRAIN_SECONDS, or {DRAIN_SECONDS:g}",
+        help="How long each service may finish what it has begun, in seconds.",
+    ),
 ]
 ReadyOption = Annotated[
     float, typer.Option(help="How long the services may take to become ready, in seconds.")
@@ -191,10 +220,11 @@ def up(
     grpc_host: GrpcHostOption = LOOPBACK,
     tokenizer_port: TokenizerPortOption = 50051,
     tokenizer_metrics_port: TokenizerMetricsPortOption = 9051,
+    generator_host: GeneratorHostOption = LOOPBACK,
     generator_port: GeneratorPortOption = 50052,
     generator_metrics_port: GeneratorMetricsPortOption = 9052,
-    log_level: LogLevelOption = "warning",
-    drain_seconds: DrainOption = 30.0,
+    log_level: LogLevelOption = None,
+    drain_seconds: DrainOption = None,
     ready_seconds: ReadyOption = 300.0,
 ) -> None:
     """Starts the three services here, and stops them together.
@@ -202,7 +232,7 @@ def up(
     If one of the processes ends, the others are stopped too.
 
     Every setting of the services can be given as an environment variable too, see
-    docs/configuration.md.
+    docs/configuration.md. Options count more than variables.
     """
     models = [resolve_model(name, device) for name in model or [EMBEDDED_MODEL]]
     if len({folder.name for folder in models}) < len(models):
@@ -228,9 +258,10 @@ def up(
         grpc_host=grpc_host,
         tokenizer_port=tokenizer_port,
         tokenizer_metrics_port=tokenizer_metrics_port,
+        generator_host=generator_host,
         generator_port=generator_port,
         generator_metrics_port=generator_metrics_port,
-        log_level=log_level,
+        log_level=None if log_level is None else log_level.value,
         drain_seconds=drain_seconds,
         tls=tls,
     )
@@ -240,17 +271,19 @@ def up(
         )
     _warn_of_few_cores(pipeline)
     try:
+        pipeline.check_environment()
         pipeline.check_ports()
         for line in memory_plans(pipeline):
             typer.echo(line, err=True)
-    except PortTaken as taken:
-        _refuse(str(taken))
+    except (SettingConflict, PortTaken) as fault:
+        _refuse(str(fault))
     except DoesNotFit as refused:
         raise typer.Exit(REFUSED if refused.status == REFUSED else FAILED) from refused
-    raise typer.Exit(asyncio.run(_run(pipeline, ready_seconds)))
+    stop_seconds = longest_drain(drain_seconds) + STOP_SLACK_SECONDS
+    raise typer.Exit(asyncio.run(_run(pipeline, ready_seconds, stop_seconds)))
 
 
-async def _run(pipeline: Pipeline, ready_seconds: float) -> int:
+async def _run(pipeline: Pipeline, ready_seconds: float, stop_seconds: float) -> int:
     async def when_ready() -> None:
         key_file = os.environ.get("TRIVIUM_TOKENIZER_GENERATOR_API_KEY_FILE")
         key = OwnKey(Path(key_file)) if key_file else None
@@ -264,8 +297,7 @@ async def _run(pipeline: Pipeline, ready_seconds: float) -> int:
         sys.stdout.write(banner(infos, weights, pipeline, keys, limits, shut_doors()))
         sys.stdout.flush()
 
-    supervisor = Supervisor(pipeline.stages(), pipeline.drain_seconds + STOP_SLACK_SECONDS)
-    return await supervise(supervisor, when_ready, ready_seconds)
+    return await supervise(Supervisor(pipeline.stages(), stop_seconds), when_ready, ready_seconds)
 
 
 def _warn_of_few_cores(pipeline: Pipeline) -> None:

@@ -1,0 +1,159 @@
+"""`trivium up` and the environment: options count most, then variables, then its own defaults."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from pydantic_settings import BaseSettings
+from typer.testing import CliRunner
+
+from generator_svc.config import GeneratorSettings
+from rest_facade.config import FacadeSettings
+from tests.cli.conftest import pretended_model
+from tokenizer_svc.config import TokenizerSettings
+from trivium.cli.main import app
+from trivium.cli.pipeline import Pipeline
+from trivium.cli.stage_drain import longest_drain
+
+SETTINGS = {
+    "generator_svc": GeneratorSettings,
+    "tokenizer_svc": TokenizerSettings,
+    "rest_facade": FacadeSettings,
+}
+
+
+@pytest.fixture(autouse=True)
+def own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that the shell has set."""
+    for name in os.environ:
+        if name.startswith("TRIVIUM_"):
+            monkeypatch.delenv(name)
+
+
+def read(pipeline: Pipeline) -> dict[str, BaseSettings]:
+    """What each service reads, by the name of its stage."""
+    return {stage.name: _read(stage.name, stage.environment) for stage in pipeline.stages()}
+
+
+def _read(name: str, environment: Mapping[str, str]) -> BaseSettings:
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, value in environment.items():
+            patch.setenv(variable, value)
+        return SETTINGS[name.partition("-")[0]]()
+
+
+def refusal(*options: str) -> str:
+    """What `trivium up` says when it refuses."""
+    result = CliRunner().invoke(app, ["up", *options])
+
+    assert 2 == result.exit_code, result.output
+    return " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "here"),
+    [
+        ("log_level", "info", "warning"),
+        ("log_name", "mine", None),
+        ("drain_seconds", 77.0, 30.0),
+        ("drain_notice_seconds", 7.0, 0.0),
+    ],
+)
+def test_variables_count_more_than_its_defaults(
+    setting: str, value: object, here: object, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
+) -> None:
+    """Each service's own one; an empty one is none."""
+    monkeypatch.setenv(f"TRIVIUM_TOKENIZER_{setting.upper()}", str(value))
+    monkeypatch.setenv(f"TRIVIUM_GENERATOR_{setting.upper()}", "")
+    services = read(Pipeline(tiny_folder))
+
+    assert value == getattr(services["tokenizer_svc"], setting)
+    for name in ("rest_facade", "generator_svc"):
+        assert (name if here is None else here) == getattr(services[name], setting)
+
+
+def test_options_count_more_than_variables(
+    monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
+) -> None:
+    """For all services alike."""
+    monkeypatch.setenv("TRIVIUM_FACADE_LOG_LEVEL", "debug")
+    monkeypatch.setenv("TRIVIUM_GENERATOR_DRAIN_SECONDS", "77")
+    services = read(Pipeline(tiny_folder, log_level="error", drain_seconds=5)).values()
+
+    assert {("error", 5.0)} == {(each.log_level, each.drain_seconds) for each in services}  # type: ignore[attr-defined]
+
+
+def test_replicas_are_numbered_by_the_name_they_are_given(
+    monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
+) -> None:
+    """So that their logs and usage records stay apart."""
+    monkeypatch.setenv("TRIVIUM_TOKENIZER_LOG_NAME", "mine")
+    services = read(Pipeline(tiny_folder, tokenizers=2))
+
+    for number in (1, 2):
+        assert f"mine-{number}" == services[f"tokenizer_svc-{number}"].log_name  # type: ignore[attr-defined]
+
+
+def test_no_stage_is_killed_while_it_may_drain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one with the longest notice and drain is waited for."""
+    assert 30 == longest_drain(None)
+    monkeypatch.setenv("TRIVIUM_GENERATOR_DRAIN_SECONDS", "77")
+    monkeypatch.setenv("TRIVIUM_TOKENIZER_DRAIN_NOTICE_SECONDS", "60")
+
+    assert 90 == longest_drain(None)
+    assert 65 == longest_drain(5)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "option"),
+    [
+        ("TRIVIUM_TOKENIZER_MODELS", '[{"model_directory": "a"}]', "--model, once for each"),
+        ("TRIVIUM_TOKENIZER_MODEL_DIRECTORY", "elsewhere", "--model"),
+        ("TRIVIUM_TOKENIZER_GENERATOR_TARGET", "elsewhere:50052", "--generator-port"),
+        ("TRIVIUM_FACADE_TOKENIZER_TARGET", "elsewhere:50051", "--tokenizer-port"),
+        ("TRIVIUM_FACADE_REUSE_PORT", "true", "--facades"),
+    ],
+)
+def test_what_it_decides_itself_is_refused(
+    setting: str, value: str, option: str, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
+) -> None:
+    """A variable that would have no effect is named, with the option that has."""
+    monkeypatch.setenv(setting, value)
+    told = refusal("--model", str(tiny_folder), "--port=8499")
+
+    assert f"trivium up: {setting} is {value}, " in told
+    assert told.endswith(f"unset it, and use {option}")
+
+
+def test_variables_that_say_the_same_are_taken(
+    monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
+) -> None:
+    """As in one file of variables for the services on their own and together."""
+    monkeypatch.chdir(tiny_folder.parent)
+    monkeypatch.setenv("TRIVIUM_TOKENIZER_MODEL_DIRECTORY", tiny_folder.name)
+    monkeypatch.setenv("TRIVIUM_FACADE_TOKENIZER_TARGET", "127.0.0.1:50051")
+
+    Pipeline(tiny_folder).check_environment()
+
+
+def test_variables_of_one_model_do_not_meet_those_of_several(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the environment has of the other kind, the tokenizer gets the models of `up`."""
+    other = pretended_model(tmp_path / "other")
+    monkeypatch.setenv("TRIVIUM_TOKENIZER_MODELS", '[{"model_directory": "a"}]')
+    one = read(Pipeline(tiny_folder))["tokenizer_svc"]
+    monkeypatch.setenv("TRIVIUM_TOKENIZER_MODEL_DIRECTORY", "a")
+    several = read(Pipeline(tiny_folder, more_models=(other,)))["tokenizer_svc"]
+
+    assert [tiny_folder] == [model.model_directory for model in one.served]  # type: ignore[attr-defined]
+    assert [tiny_folder, other] == [model.model_directory for model in several.served]  # type: ignore[attr-defined]
+
+
+def test_the_generators_host_is_followed(tiny_folder: Path) -> None:
+    """Tokenizers find the generator where its variable puts it."""
+    pipeline = Pipeline(tiny_folder, generator_host="127.0.0.2")
+
+    assert "127.0.0.2:50052" == read(pipeline)["tokenizer_svc"].generator_target  # type: ignore[attr-defined]
+    assert "127.0.0.2" == read(pipeline)["generator_svc"].host  # type: ignore[attr-defined]
