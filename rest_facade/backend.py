@@ -64,6 +64,7 @@ class Backend:
         self._key = key
         self._names_keys = names_keys
         self._is_key_accepted = False
+        self._key_refusal = ""  # that is logged already
         self._running: set[grpc.aio.Call] = set()
         self._stopped = False
         self._clock = asyncio.get_running_loop().time
@@ -214,7 +215,9 @@ class Backend:
                 service_error = ServiceError("backend_unavailable", message)
             elif service_error.code == "invalid_api_key":  # ours, not the caller's
                 self._is_key_accepted = False
-                log.error("the tokenizer refuses this stage's key: %s", service_error.message)
+                if self._key_refusal != service_error.message:
+                    self._key_refusal = service_error.message
+                    log.error("the tokenizer refuses this stage's key: %s", self._key_refusal)
                 message = "The model server refuses this server's key."
                 service_error = ServiceError("backend_unavailable", message)
             raise service_error from None
@@ -242,7 +245,7 @@ class Backend:
         async def attempt(replica: Replica) -> Response:
             call = method(replica)(request, timeout=seconds, metadata=self._metadata())
             response = await replica.track(call)
-            self._is_key_accepted = True
+            self._is_key_accepted, self._key_refusal = True, ""
             return response
 
         with self.errors_translated():

@@ -61,6 +61,27 @@ async def test_a_key_that_the_next_stage_refuses_is_not_the_clients(
     assert ["backend_unavailable"] * 2 == [check_shape(each)["code"] for each in (whole, streamed)]
 
 
+async def test_a_refused_key_is_logged_when_that_is_new(
+    client: httpx.AsyncClient, backend: ScriptedBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However many requests and probes meet it: once, and again for another reason, or after a key
+    that was accepted."""
+
+    async def refused(why: str) -> None:
+        backend.script = (ServiceError("invalid_api_key", why),)
+        await client.post(URL, json=ASK)
+
+    for why in ("No key.", "No key.", "Wrong key."):
+        await refused(why)
+    await client.get("/v1/models")
+    await refused("Wrong key.")
+
+    told = "the tokenizer refuses this stage's key: "
+    assert [f"{told}{why}" for why in ("No key.", "Wrong key.", "Wrong key.")] == [
+        record.message for record in caplog.records if told in record.message
+    ]
+
+
 @pytest.mark.parametrize(
     ("fields", "blamed", "shown"),
     [
