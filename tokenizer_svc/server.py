@@ -19,6 +19,7 @@ from trivium.keys.configured import open_limits, open_own_key
 from trivium.keys.door import Door
 from trivium.keys.key_file import KeyFile
 from trivium.model_directory import ModelDirectoryError
+from trivium.wire.errors import ServiceError
 from trivium.wire.in_flight import InFlight
 from trivium.wire.process_metrics import register_process
 from trivium.wire.replicas.metrics import ReplicaCollector
@@ -118,8 +119,13 @@ class TokenizerServer:
             self._background.push_async_callback(_end, following)
 
     async def check_ready(self) -> None:
-        """Raises ServiceError unless this stage is ready for completions."""
-        await self._server.check_ready(PIPELINE_SERVICES[0])
+        """Raises ServiceError unless this stage is ready for completions, with the reason."""
+        try:
+            await self._server.check_ready(PIPELINE_SERVICES[0])
+        except ServiceError as error:
+            if error.code == "model_loading":
+                self._models.check_any()
+            raise
 
     async def drain(self, hurry: asyncio.Event | None = None) -> None:
         """Ends as GrpcServer.drain does."""

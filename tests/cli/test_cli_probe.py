@@ -10,7 +10,7 @@ import pytest
 from tests.cli.openai_script import ScriptedServer
 from tests.examples.chat_script import NAMES, ScriptedChat, scripted_server
 from trivium.cli import providers
-from trivium.cli.probe import is_ready
+from trivium.cli.probe import fault, is_ready
 
 
 async def exit_status(address: str) -> int:
@@ -44,6 +44,20 @@ async def test_nobody_is_not_ready(unused_tcp_port: int) -> None:
     """A port at which nobody listens is not ready, over HTTP and gRPC."""
     for scheme in ("http", "grpc"):
         assert not await is_ready(f"{scheme}://127.0.0.1:{unused_tcp_port}")
+
+
+async def test_what_is_not_ready_tells_why(scripted: ScriptedServer, unused_tcp_port: int) -> None:
+    """By the message of an error or by plain text, and the first that is not ready counts."""
+    server = scripted_server(ScriptedChat())
+    target = f"grpc://127.0.0.1:{await server.start('127.0.0.1:0')}"
+    ready = f"{scripted.url}/v1/models"
+
+    assert "" == await fault(ready)
+    assert "Not Found" in await fault(ready, f"{scripted.url}/nowhere", target)
+    assert "NOT_SERVING" in await fault(target)
+    for scheme in ("http", "grpc"):
+        assert "onnect" in await fault(f"{scheme}://127.0.0.1:{unused_tcp_port}")
+    await server.drain(0, 0)
 
 
 def test_the_cpu_provider_computes() -> None:

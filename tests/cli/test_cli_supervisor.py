@@ -79,6 +79,23 @@ async def test_names_the_stages_that_are_late(children: Children) -> None:
             await supervisor.wait_until_ready(0.2)
 
 
+async def test_tells_why_a_stage_is_late(children: Children) -> None:
+    """In its own words, if it has any."""
+
+    async def refused() -> str:
+        return "Wrong key."
+
+    command = children.stage("facade").command
+    never = asyncio.Event().wait
+    late = [
+        Stage("tokenizer", command, never, fault=refused),  # type: ignore[arg-type]
+        Stage("facade", command, never),  # type: ignore[arg-type]
+    ]
+    with pytest.raises(NotReady, match=r"not ready after 0.1 s: tokenizer \(Wrong key.\), facade$"):
+        async with Supervisor(late, stop_seconds=30) as supervisor:
+            await supervisor.wait_until_ready(0.1)
+
+
 async def test_kills_what_does_not_drain(children: Children) -> None:
     """A process that ignores SIGTERM is killed once its time is over."""
     deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN); note('deaf')"

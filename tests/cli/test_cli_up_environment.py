@@ -126,6 +126,23 @@ def test_what_it_decides_itself_is_refused(
     assert told.endswith(f"unset it, and use {option}")
 
 
+@pytest.mark.parametrize(
+    ("keys", "key"),
+    [
+        ("TRIVIUM_TOKENIZER_API_KEYS_FILE", "TRIVIUM_FACADE_TOKENIZER_API_KEY_FILE"),
+        ("TRIVIUM_GENERATOR_API_KEYS_FILE", "TRIVIUM_TOKENIZER_GENERATOR_API_KEY_FILE"),
+    ],
+)
+def test_a_stage_without_the_key_that_it_needs_is_refused(
+    keys: str, key: str, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
+) -> None:
+    """Before anything is started, as it would wait for good; an empty variable names no key."""
+    monkeypatch.setenv(keys, "keys.toml")
+    monkeypatch.setenv(key, "")
+
+    assert f"trivium up: {keys} needs {key}" in refusal("--model", str(tiny_folder))
+
+
 def test_variables_that_say_the_same_are_taken(
     monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
 ) -> None:

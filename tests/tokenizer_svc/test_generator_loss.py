@@ -64,6 +64,17 @@ async def test_it_is_ready_while_the_generator_is(stage: Stage) -> None:
         await becomes(stage.channel, service, SERVING)
 
 
+async def test_who_asks_whether_it_is_ready_hears_why_not(stage: Stage) -> None:
+    """Where /healthz has its answer from."""
+    await becomes(stage.channel, PIPELINE_SERVICES[0], SERVING)
+    await stage.server.check_ready()
+    await stage.stop_generator()
+    await becomes(stage.channel, PIPELINE_SERVICES[0], NOT_SERVING)
+
+    with pytest.raises(ServiceError, match="The generator cannot be reached"):
+        await stage.server.check_ready()
+
+
 async def test_only_a_generator_that_was_there_is_missed(
     model: Model, model_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

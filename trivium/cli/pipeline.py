@@ -10,11 +10,11 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trivium.cli.probe import until_ready
+from trivium.cli.probe import fault, until_ready
 from trivium.cli.stage_tls import StageTls
 from trivium.cli.supervisor import Stage
 from trivium.wire.tls.channel import ChannelTls
@@ -52,7 +52,7 @@ _DECIDED_HERE = {
 
 
 class SettingConflict(Exception):
-    """A variable says other than what stages on one machine need; the text names it."""
+    """What variables say does not fit the stages of one machine; the text names them."""
 
 
 class PortTaken(Exception):
@@ -338,5 +338,13 @@ def _replicas(
     for number, (addresses, environment) in enumerate(replicas, start=1):
         suffix = "" if len(replicas) == 1 else f"-{number}"
         ready = functools.partial(until_ready, *addresses, tls=tls)
+        why_not = functools.partial(fault, *_probes(settings, environment), *addresses, tls=tls)
         named = {**environment, log_name: f"{logged_as}{suffix}"}
-        yield Stage(f"{service}{suffix}", command, ready, named)
+        yield Stage(f"{service}{suffix}", command, ready, named, why_not)
+
+
+def _probes(settings: str, environment: Mapping[str, str]) -> list[str]:
+    """Where a stage tells in words how it is, which health over gRPC has not; nowhere without a
+    port for metrics."""
+    host, port = (environment[f"TRIVIUM_{settings}_{name}"] for name in ("HOST", "METRICS_PORT"))
+    return [] if port == "0" else [f"http://{authority(host, int(port))}/healthz"]

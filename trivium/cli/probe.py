@@ -23,8 +23,8 @@ POLL_SECONDS = 0.1
 CALL_SECONDS = 5.0
 
 
-async def grpc_is_serving(target: str, service: str = "", tls: ChannelTls | None = None) -> bool:
-    """Whether the gRPC server at `target` (host:port) reports SERVING for `service`.
+async def _grpc_fault(target: str, service: str, tls: ChannelTls | None) -> str:
+    """Empty if the gRPC server at `target` (host:port) reports SERVING for `service`.
 
     The empty name stands for the process: it says nothing of the stages behind.
     """
@@ -33,18 +33,26 @@ async def grpc_is_serving(target: str, service: str = "", tls: ChannelTls | None
         try:
             request = health_pb2.HealthCheckRequest(service=service)
             answer = await stub.Check(request, timeout=CALL_SECONDS)
-        except grpc.aio.AioRpcError:
-            return False
-        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+        except grpc.aio.AioRpcError as error:
+            return error.details() or error.code().name
+        if answer.status == health_pb2.HealthCheckResponse.SERVING:
+            return ""
+        return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
 
 
-async def http_is_ready(url: str) -> bool:
-    """Whether a GET of `url` is answered with 200."""
+async def _http_fault(url: str) -> str:
+    """Empty if a GET of `url` is answered with 200."""
     async with local_client(CALL_SECONDS) as client:
         try:
-            return (await client.get(url)).status_code == 200
-        except httpx.HTTPError:
-            return False
+            answer = await client.get(url)
+        except httpx.HTTPError as error:
+            return str(error) or type(error).__name__
+    if answer.status_code == 200:
+        return ""
+    try:
+        return str(answer.json()["error"]["message"])
+    except (ValueError, TypeError, KeyError):  # not of the REST API
+        return answer.text.strip() or f"status {answer.status_code}"
 
 
 def local_client(seconds: float) -> httpx.AsyncClient:
@@ -62,11 +70,19 @@ async def until_ready(*addresses: str, tls: ChannelTls | None = None) -> None:
 async def is_ready(address: str, tls: ChannelTls | None = None) -> bool:
     """Whether the stage at `address` can serve: grpc://host:port, with /service or not, over TLS
     if given; http://… or https://…"""
-    scheme, _, rest = address.partition("://")
-    if scheme != "grpc":
-        return await http_is_ready(address)
-    target, _, service = rest.partition("/")
-    return await grpc_is_serving(target, service, tls)
+    return not await fault(address, tls=tls)
+
+
+async def fault(*addresses: str, tls: ChannelTls | None = None) -> str:
+    """Why a stage cannot serve, as the first of its `addresses` that cannot tells; or empty."""
+    for address in addresses:
+        scheme, _, rest = address.partition("://")
+        target, _, service = rest.partition("/")
+        is_grpc = scheme == "grpc"
+        found = await (_grpc_fault(target, service, tls) if is_grpc else _http_fault(address))
+        if found:
+            return found
+    return ""
 
 
 async def model_info(

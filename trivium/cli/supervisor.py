@@ -21,9 +21,14 @@ from typing import Any, Self
 LEASH = str(Path(__file__).with_name("leash.py"))
 
 
+async def _unexplained() -> str:
+    return ""
+
+
 @dataclass(frozen=True)
 class Stage:
-    """One process. `ready` returns once it can serve, however long that takes.
+    """One process. `ready` returns once it can serve, however long that takes; `fault` tells why it
+    cannot yet, if anybody knows.
 
     Stages with the same command, one after another, are replicas: they drain together.
     """
@@ -32,6 +37,7 @@ class Stage:
     command: tuple[str, ...]
     ready: Callable[[], Awaitable[None]]
     environment: Mapping[str, str] = field(default_factory=dict)
+    fault: Callable[[], Awaitable[str]] = _unexplained
 
 
 class StageDied(Exception):
@@ -49,7 +55,7 @@ class StageDied(Exception):
 
 
 class NotReady(Exception):
-    """Some process did not become ready in time."""
+    """Some process did not become ready in time; the text says which, and why."""
 
 
 class Supervisor:
@@ -92,17 +98,19 @@ class Supervisor:
 
         NotReady names the stages that were not ready after `seconds`.
         """
-        waiting = {stage.name: asyncio.ensure_future(stage.ready()) for stage in self._stages}
+        waiting = [asyncio.ensure_future(stage.ready()) for stage in self._stages]
         death = asyncio.ensure_future(self.watch())
         try:
-            ready = asyncio.gather(*waiting.values())
+            ready = asyncio.gather(*waiting)
             either: set[asyncio.Future[Any]] = {ready, death}
             await asyncio.wait(either, timeout=seconds, return_when="FIRST_COMPLETED")
             if death.done():
                 await death
             if not ready.done():
-                late = [name for name, task in waiting.items() if not task.done()]
-                raise NotReady(f"not ready after {seconds:g} s: {', '.join(late)}")
+                pairs = zip(self._stages, waiting, strict=True)
+                late = [_explained(stage) for stage, task in pairs if not task.done()]
+                told = ", ".join(await asyncio.gather(*late))
+                raise NotReady(f"not ready after {seconds:g} s: {told}")
             await ready
         finally:
             for task in (ready, death):
@@ -151,6 +159,11 @@ class Supervisor:
         for process in self._running.values():
             if process.returncode is None:
                 _kill_group(process)
+
+
+async def _explained(stage: Stage) -> str:
+    fault = await stage.fault()
+    return f"{stage.name} ({fault})" if fault else stage.name
 
 
 async def _spawn(stage: Stage) -> asyncio.subprocess.Process:

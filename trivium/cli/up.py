@@ -28,6 +28,7 @@ from trivium.cli.pipeline import (
 )
 from trivium.cli.probe import model_info
 from trivium.cli.stage_drain import longest_drain
+from trivium.cli.stage_keys import check_stage_keys
 from trivium.cli.stage_tls import REST_CLIENT_CA, TlsMismatch, stage_tls
 from trivium.cli.supervisor import LEASH, NotReady, StageDied, Supervisor
 from trivium.embedded_model import EMBEDDED_MODEL
@@ -234,13 +235,14 @@ def up(
     Every setting of the services can be given as an environment variable too, see
     docs/configuration.md. Options count more than variables.
     """
+    try:
+        check_stage_keys()
+        tls = stage_tls()
+    except (SettingConflict, TlsMismatch) as mismatch:
+        _refuse(str(mismatch))
     models = [resolve_model(name, device) for name in model or [EMBEDDED_MODEL]]
     if len({folder.name for folder in models}) < len(models):
         _refuse("two models have the same id, which is their folder's name")
-    try:
-        tls = stage_tls()
-    except TlsMismatch as mismatch:
-        _refuse(str(mismatch))
     if tls.is_mutual and facades == 1 and not facade_metrics_port:
         _refuse(
             f"{REST_CLIENT_CA} needs --facade-metrics-port, at which the facade is asked whether "
