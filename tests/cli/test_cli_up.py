@@ -18,7 +18,7 @@ from trivium.cli.banner import banner
 from trivium.cli.main import app
 from trivium.cli.pipeline import Pipeline, authority, bind, free_ports
 from trivium.cli.supervisor import Stage, Supervisor
-from trivium.cli.up import shut_doors, supervise
+from trivium.cli.up import asks_for_keys, shut_doors, supervise
 from trivium.generator.v1 import generator_pb2
 from trivium.host_limits import CpuLimit, MemoryLimit, cpu_limit, memory_limit
 
@@ -401,6 +401,16 @@ def test_what_the_facade_offers_is_named(value: str, monkeypatch: pytest.MonkeyP
     offered = {"chat": settings.chat_page, "docs": settings.docs, "metrics": settings.metrics}
 
     assert {name for name, offers in offered.items() if not offers} == shut_doors()
+
+
+@pytest.mark.parametrize("value", ["", "keys.toml"])
+def test_the_banner_asks_for_keys_as_the_facade_does(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty variable names no file of keys."""
+    monkeypatch.setenv("TRIVIUM_FACADE_API_KEYS_FILE", value)
+
+    assert (FacadeSettings().api_keys_file is not None) == asks_for_keys()
 
 
 def test_the_banner_shows_where_a_key_goes() -> None:

@@ -294,9 +294,8 @@ async def _run(pipeline: Pipeline, ready_seconds: float, stop_seconds: float) ->
             for target in pipeline.generator_targets
         ]
         weights = [load_model_directory(folder).weight_bytes for folder in pipeline.models]
-        keys = "TRIVIUM_FACADE_API_KEYS_FILE" in os.environ
         limits = cpu_limit(), memory_limit()
-        sys.stdout.write(banner(infos, weights, pipeline, keys, limits, shut_doors()))
+        sys.stdout.write(banner(infos, weights, pipeline, asks_for_keys(), limits, shut_doors()))
         sys.stdout.flush()
 
     return await supervise(Supervisor(pipeline.stages(), stop_seconds), when_ready, ready_seconds)
@@ -328,6 +327,11 @@ def _make_embedded(device: Device) -> Path:
 def _refuse(message: str) -> NoReturn:
     typer.echo(f"trivium up: {message}", err=True)
     raise typer.Exit(REFUSED)
+
+
+def asks_for_keys() -> bool:
+    """Whether the REST API does, by its setting as the facade reads it."""
+    return bool(os.environ.get("TRIVIUM_FACADE_API_KEYS_FILE"))
 
 
 def shut_doors() -> set[str]:
