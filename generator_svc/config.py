@@ -9,6 +9,7 @@ from pydantic_settings import SettingsConfigDict
 from generator_svc.prompt_batches import MIN_REUSED_TOKENS
 from trivium.keys.configured import REFLECTION, STAGE_KEYS_FILE, DoorSettings
 from trivium.usage_log import USAGE_LOG, USAGE_LOG_BACKUPS, USAGE_LOG_MAX_BYTES
+from trivium.wire.listening import Host
 from trivium.wire.serving import MAX_CONNECTION_AGE_SECONDS
 
 # Where these are not set and the model runs on CUDA. Its context bounds the length anyway.
@@ -32,7 +33,7 @@ class GeneratorSettings(DoorSettings):
     )
 
     model_directory: Path = Field(description="The model's folder; its name is the model's id.")
-    host: str = Field("127.0.0.1", description="Address that gRPC and metrics bind to.")
+    host: Host = Field("127.0.0.1", description="Address that gRPC and metrics bind to.")
     port: int = Field(50052, ge=0, le=65535, description="gRPC port; 0 takes any free one.")
     metrics_port: int = Field(
         9052,

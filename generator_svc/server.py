@@ -42,6 +42,7 @@ from trivium.model_directory import ModelDirectory
 from trivium.usage_log import UsageLog
 from trivium.wire.channel import revision_service
 from trivium.wire.in_flight import InFlight
+from trivium.wire.listening import address_of
 from trivium.wire.metrics_server import serve_metrics
 from trivium.wire.process_metrics import register_process
 from trivium.wire.serving import GrpcServer
@@ -313,7 +314,7 @@ async def serve_constrained(
     )
     ready = functools.partial(server.check_ready, SERVICE)
     serve_metrics(settings.metrics_port, settings.host, registry, ready)
-    port = await server.start(f"{settings.host}:{settings.port}")
+    port = await server.start(address_of(settings.host, settings.port))
     await server.set_serving(True)
     log.info("serving %s on port %d by %s", model.id, port, info.execution_provider)
     stop, fault = asyncio.create_task(signals.first.wait()), asyncio.create_task(faulted.wait())

@@ -10,6 +10,7 @@ from pydantic_settings import SettingsConfigDict
 
 from trivium.keys.configured import LIMITS_URL, DoorSettings
 from trivium.usage_log import USAGE_LOG, USAGE_LOG_BACKUPS, USAGE_LOG_MAX_BYTES
+from trivium.wire.listening import Host
 from trivium.wire.replicas.resolver import check_target
 from trivium.wire.tls import settings as tls
 from trivium.wire.tls.channel import ChannelTls
@@ -28,7 +29,7 @@ class FacadeSettings(DoorSettings):
         env_prefix="TRIVIUM_FACADE_", env_ignore_empty=True, frozen=True
     )
 
-    host: str = Field("127.0.0.1", description="Address to listen on.")
+    host: Host = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     reuse_port: bool = Field(
         False,

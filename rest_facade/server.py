@@ -19,6 +19,7 @@ from trivium.keys.key_file import KeyFile
 from trivium.usage_log import UsageLog
 from trivium.wire.errors import ServiceError
 from trivium.wire.in_flight import InFlight
+from trivium.wire.listening import address_of
 from trivium.wire.metrics_server import serve_metrics
 from trivium.wire.serving import wait_for_any
 from trivium.wire.settings import refuse_to_start
@@ -56,8 +57,6 @@ async def serve(settings: FacadeSettings, keys: KeyFile | None) -> None:
         server = _Server(
             uvicorn.Config(
                 build_app(settings, backend, in_flight, keys, metrics, usage_log, limits),
-                host=settings.host,
-                port=settings.port,
                 http=LimitedHttpProtocol,
                 ws="none",
                 lifespan="off",
@@ -71,7 +70,7 @@ async def serve(settings: FacadeSettings, keys: KeyFile | None) -> None:
                 ssl_context_factory=None if tls is None else lambda *_: tls.http_context(),
             )
         )
-        sockets = _shared_sockets(settings) if settings.reuse_port else None
+        sockets = _listening_sockets(settings)
 
         async def check_ready() -> None:
             in_flight.check_ready()
@@ -108,18 +107,25 @@ def _open_usage_log(settings: FacadeSettings, registry: CollectorRegistry) -> Us
         refuse_to_start(f"TRIVIUM_FACADE_USAGE_LOG: {error}")
 
 
-def _shared_sockets(settings: FacadeSettings) -> list[socket.socket]:
-    """Listens on the port along with other facades, each of which has a queue of its own."""
+def _listening_sockets(settings: FacadeSettings) -> list[socket.socket]:
+    """`::` is IPv4 too, as with gRPC. Facades that share a port have a queue each."""
     addresses = socket.getaddrinfo(
         settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )
     try:
         return [
-            socket.create_server(address, family=family, backlog=_BACKLOG, reuse_port=True)
+            socket.create_server(
+                address,
+                family=family,
+                backlog=_BACKLOG,
+                reuse_port=settings.reuse_port,
+                dualstack_ipv6=family == socket.AF_INET6 and socket.has_dualstack_ipv6(),
+            )
             for family, _, _, _, address in addresses
         ]
     except OSError as error:
-        refuse_to_start(f"TRIVIUM_FACADE_PORT: {settings.host}:{settings.port}: {error}")
+        place = address_of(settings.host, settings.port)
+        refuse_to_start(f"TRIVIUM_FACADE_PORT: {place}: {error}")
 
 
 async def _drain(

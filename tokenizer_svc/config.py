@@ -17,6 +17,7 @@ from pydantic_settings import NoDecode, SettingsConfigDict
 
 from tokenizer_svc.families.choose import REASONING_PARSERS, TOOL_PARSERS
 from trivium.keys.configured import LIMITS_URL, REFLECTION, DoorSettings
+from trivium.wire.listening import Host
 from trivium.wire.replicas.resolver import check_target
 from trivium.wire.serving import MAX_CONNECTION_AGE_SECONDS
 from trivium.wire.tls import settings as tls
@@ -70,7 +71,7 @@ class TokenizerSettings(DoorSettings):
         protected_namespaces=(),
     )
 
-    host: str = Field("127.0.0.1", description="Address to listen on, for gRPC and metrics.")
+    host: Host = Field("127.0.0.1", description="Address to listen on, for gRPC and metrics.")
     port: int = Field(50051, ge=0, le=65535, description="Port of the gRPC server; 0 for any.")
     metrics_port: int = Field(
         9051,

@@ -21,6 +21,7 @@ from trivium.keys.key_file import KeyFile
 from trivium.model_directory import ModelDirectoryError
 from trivium.wire.errors import ServiceError
 from trivium.wire.in_flight import InFlight
+from trivium.wire.listening import address_of
 from trivium.wire.process_metrics import register_process
 from trivium.wire.replicas.metrics import ReplicaCollector
 from trivium.wire.tls.metrics import CertificateCollector
@@ -112,7 +113,8 @@ class TokenizerServer:
 
     async def start(self) -> None:
         """Alive at once; ready for completions when a generator is."""
-        self.port = await self._server.start(f"{self._settings.host}:{self._settings.port}")
+        address = address_of(self._settings.host, self._settings.port)
+        self.port = await self._server.start(address)
         await self._server.set_serving(True, ["", TOKENIZER_SERVICE])
         for served in self._models.by_id.values():
             following = asyncio.create_task(served.watch.run(self._set_ready))

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from pydantic_settings import BaseSettings
@@ -12,6 +13,7 @@ from generator_svc.config import GeneratorSettings
 from rest_facade.config import FacadeSettings
 from tests.cli.conftest import pretended_model
 from tokenizer_svc.config import TokenizerSettings
+from trivium.cli.fit import DoesNotFit
 from trivium.cli.main import app
 from trivium.cli.pipeline import Pipeline
 from trivium.cli.stage_drain import longest_drain
@@ -166,6 +168,37 @@ def test_variables_of_one_model_do_not_meet_those_of_several(
 
     assert [tiny_folder] == [model.model_directory for model in one.served]  # type: ignore[attr-defined]
     assert [tiny_folder, other] == [model.model_directory for model in several.served]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("variables", [True, False])
+@pytest.mark.parametrize(
+    ("host", "reached_at"),
+    [("::1", "[::1]"), ("[::1]", "[::1]"), ("::", "127.0.0.1"), ("[::]", "127.0.0.1")],
+)
+def test_ipv6(
+    variables: bool,
+    host: str,
+    reached_at: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_folder: Path,
+) -> None:
+    """With or without brackets, as an option or a variable, for every service."""
+    made: list[Pipeline] = []
+    monkeypatch.setattr(Pipeline, "check_ports", lambda pipeline: made.append(pipeline))
+    monkeypatch.setattr("trivium.cli.up.memory_plans", Mock(side_effect=DoesNotFit(2)))
+    options = []
+    for option, service in (("", "FACADE"), ("grpc-", "TOKENIZER"), ("generator-", "GENERATOR")):
+        if variables:
+            monkeypatch.setenv(f"TRIVIUM_{service}_HOST", host)
+        else:
+            options.append(f"--{option}host={host}")
+    refusal("--model", str(tiny_folder), *options)
+    [pipeline] = made
+
+    assert f"http://{reached_at}:8000" == pipeline.url
+    assert f"{reached_at}:50051" == pipeline.chat_target
+    assert f"{reached_at}:50052" == pipeline.generator_target
+    assert {host.strip("[]")} == {each.host for each in read(pipeline).values()}  # type: ignore[attr-defined]
 
 
 def test_the_generators_host_is_followed(tiny_folder: Path) -> None:

@@ -227,6 +227,33 @@ async def test_a_port_that_is_not_shared(setting: str) -> None:
     assert words.startswith(f"{setting}: 127.0.0.1:{taken}: ")
 
 
+@pytest.mark.parametrize("host", ["::1", "[::1]", "::", "[::]"])
+async def test_ipv6(host: str) -> None:
+    """With or without brackets, for the API and for its metrics; over IPv4 too if that is not for
+    IPv6's own loopback address."""
+    ports = {"port": free_port(), "metrics_port": free_port()}
+    is_remote = "1" not in host
+    process = await spawn(host=host, allow_unauthenticated_remote=is_remote, **ports)
+    try:
+        async with httpx.AsyncClient(trust_env=False) as client:
+            for address in ("[::1]", "127.0.0.1") if is_remote else ("[::1]",):
+                for port, path in ((ports["port"], "/health/live"), (ports["metrics_port"], "/")):
+                    while not await _answers(client, f"http://{address}:{port}{path}"):
+                        assert process.returncode is None
+                        await asyncio.sleep(0.05)
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def _answers(client: httpx.AsyncClient, url: str) -> bool:
+    try:
+        return (await client.get(url)).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
 async def test_remote_without_keys() -> None:
     """An address that others reach needs API keys, or the word of the operator."""
     status, words = await refusal(host="0.0.0.0")
@@ -281,4 +308,4 @@ async def test_port_in_use() -> None:
         status, words = await refusal(port=listener.getsockname()[1])
 
     assert status not in (0, None)
-    assert "address already in use" in words
+    assert "already in use" in words

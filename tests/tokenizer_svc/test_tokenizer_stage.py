@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 
 from tests.tokenizer_svc.conftest import CONTEXT_LENGTH, Stage, user
@@ -24,6 +25,7 @@ from tests.tokenizer_svc.scripted_generator import (
 from tests.tokenizer_svc.test_generator_loss import NOT_SERVING, SERVING, becomes
 from tokenizer_svc.models import Model, load_model
 from trivium.chat.v1 import chat_pb2, chat_pb2_grpc, model_pb2
+from trivium.cli.pipeline import free_ports
 from trivium.generator.v1 import generator_pb2
 from trivium.model_directory import ModelDirectoryError
 from trivium.tokenizer.v1 import tokenizer_pb2
@@ -144,6 +146,30 @@ async def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
     assert (2, 1) == (process.returncode, errors.count(b"\n"))
     assert b"no such model folder" in errors
+
+
+@pytest.mark.parametrize("host", ["::1", "[::1]", "::", "[::]"])
+async def test_ipv6(host: str, model_folder: Path) -> None:
+    """With or without brackets, for gRPC and for metrics; over IPv4 too if that is not for IPv6's
+    own loopback address."""
+    [metrics_port] = free_ports(1)
+    is_remote = "1" not in host
+    process = await start_process(
+        model_directory=str(model_folder),
+        host=host,
+        port="0",
+        metrics_port=str(metrics_port),
+        allow_unauthenticated_remote=str(is_remote),
+    )
+    port = await announced_port(process)
+    async with httpx.AsyncClient(trust_env=False) as client:
+        for address in ("[::1]", "127.0.0.1") if is_remote else ("[::1]",):
+            async with open_channel(f"{address}:{port}") as channel:
+                await becomes(channel, "", SERVING)
+            answer = await client.get(f"http://{address}:{metrics_port}/livez")
+            assert 200 == answer.status_code
+    process.kill()
+    await process.communicate()
 
 
 async def test_a_running_stream_outlives_sigterm(model_folder: Path, model: Model) -> None:

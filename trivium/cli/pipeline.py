@@ -17,6 +17,7 @@ from pathlib import Path
 from trivium.cli.probe import fault, until_ready
 from trivium.cli.stage_tls import StageTls
 from trivium.cli.supervisor import Stage
+from trivium.wire.listening import address_of
 from trivium.wire.tls.channel import ChannelTls
 
 ANY_HOST = ("", "0.0.0.0", "::")  # noqa: S104 - compared with, not bound to
@@ -297,8 +298,7 @@ def huge_pages() -> dict[str, str]:
 
 def authority(host: str, port: int) -> str:
     """`host:port` by which this machine reaches a server bound to `host`."""
-    host = LOOPBACK if host in ANY_HOST else host
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return address_of(LOOPBACK if host in ANY_HOST else host, port)
 
 
 def bind(host: str, port: int) -> socket.socket:

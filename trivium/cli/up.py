@@ -35,6 +35,7 @@ from trivium.embedded_model import EMBEDDED_MODEL
 from trivium.host_limits import cpu_limit, memory_limit
 from trivium.keys.own_key import OwnKey
 from trivium.model_directory import ModelDirectoryError, load_model_directory
+from trivium.wire.listening import bare_host
 
 STOPPED, FAILED, REFUSED = 0, 1, 2
 # A stage drains for its own limit first; this much later it is hung, and killed.
@@ -78,7 +79,8 @@ DeviceOption = Annotated[
     Device, typer.Option(envvar="TRIVIUM_GENERATOR_DEVICE", help="Where the model runs.")
 ]
 HostOption = Annotated[
-    str, typer.Option(envvar="TRIVIUM_FACADE_HOST", help="Address of the REST API.")
+    str,
+    typer.Option(envvar="TRIVIUM_FACADE_HOST", callback=bare_host, help="Address of the REST API."),
 ]
 PortOption = Annotated[
     int, typer.Option(min=1, max=65535, envvar="TRIVIUM_FACADE_PORT", help="Port of the REST API.")
@@ -109,7 +111,10 @@ TokenizersOption = Annotated[
     ),
 ]
 GrpcHostOption = Annotated[
-    str, typer.Option(envvar="TRIVIUM_TOKENIZER_HOST", help="Address of the gRPC API.")
+    str,
+    typer.Option(
+        envvar="TRIVIUM_TOKENIZER_HOST", callback=bare_host, help="Address of the gRPC API."
+    ),
 ]
 TokenizerPortOption = Annotated[
     int,
@@ -120,7 +125,10 @@ TokenizerMetricsPortOption = Annotated[
     typer.Option(min=0, max=65535, envvar="TRIVIUM_TOKENIZER_METRICS_PORT", help="Its metrics."),
 ]
 GeneratorHostOption = Annotated[
-    str, typer.Option(envvar="TRIVIUM_GENERATOR_HOST", help="Address of the generators.")
+    str,
+    typer.Option(
+        envvar="TRIVIUM_GENERATOR_HOST", callback=bare_host, help="Address of the generators."
+    ),
 ]
 GeneratorPortOption = Annotated[
     int,
