@@ -12,6 +12,7 @@ from trivium.keys.configured import open_keys
 from trivium.model_directory import ModelDirectoryError, load_model_directory
 from trivium.wire import telemetry, tracing
 from trivium.wire.garbage_collection import collect_seldom
+from trivium.wire.listening import refuse_taken_ports
 from trivium.wire.open_files import prepare_open_files
 from trivium.wire.settings import load_settings, refuse_to_start, refuse_unguarded
 from trivium.wire.stop_signals import end_at_stop_signal
@@ -26,6 +27,7 @@ def main() -> None:
     settings = load_settings(GeneratorSettings)
     keys = open_keys("TRIVIUM_GENERATOR_API_KEYS_FILE", settings.api_keys_file)
     refuse_unguarded("TRIVIUM_GENERATOR_", settings.host, settings.is_guarded)
+    refuse_taken_ports("TRIVIUM_GENERATOR_", settings.host, settings.port, settings.metrics_port)
     telemetry.configure_logging(settings.log_name, settings.log_level, settings.log_format)
     prepare_open_files()
     sys.setswitchinterval(_SWITCH_INTERVAL_SECONDS)

@@ -19,7 +19,7 @@ from trivium.keys.key_file import KeyFile
 from trivium.usage_log import UsageLog
 from trivium.wire.errors import ServiceError
 from trivium.wire.in_flight import InFlight
-from trivium.wire.listening import address_of
+from trivium.wire.listening import why_unbound
 from trivium.wire.metrics_server import serve_metrics
 from trivium.wire.serving import wait_for_any
 from trivium.wire.settings import refuse_to_start
@@ -124,8 +124,8 @@ def _listening_sockets(settings: FacadeSettings) -> list[socket.socket]:
             for family, _, _, _, address in addresses
         ]
     except OSError as error:
-        place = address_of(settings.host, settings.port)
-        refuse_to_start(f"TRIVIUM_FACADE_PORT: {place}: {error}")
+        why = why_unbound(settings.host, settings.port, error)
+        refuse_to_start(f"TRIVIUM_FACADE_PORT: {why}")
 
 
 async def _drain(

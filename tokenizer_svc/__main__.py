@@ -14,6 +14,7 @@ from trivium.keys.key_file import KeyFile
 from trivium.model_directory import ModelDirectoryError
 from trivium.wire import telemetry, tracing
 from trivium.wire.garbage_collection import collect_seldom
+from trivium.wire.listening import refuse_taken_ports
 from trivium.wire.metrics_server import serve_metrics
 from trivium.wire.open_files import prepare_open_files
 from trivium.wire.serving import run
@@ -45,6 +46,7 @@ def main() -> None:
     settings = load_settings(TokenizerSettings)
     keys = open_keys("TRIVIUM_TOKENIZER_API_KEYS_FILE", settings.api_keys_file)
     refuse_unguarded("TRIVIUM_TOKENIZER_", settings.host, settings.is_guarded)
+    refuse_taken_ports("TRIVIUM_TOKENIZER_", settings.host, settings.port, settings.metrics_port)
     telemetry.configure_logging(settings.log_name, settings.log_level, settings.log_format)
     prepare_open_files()
     try:

@@ -16,11 +16,12 @@ from tests.certificates import Files
 from tests.cli.children import Children, is_running
 from trivium.cli.banner import banner
 from trivium.cli.main import app
-from trivium.cli.pipeline import Pipeline, authority, bind, free_ports
+from trivium.cli.pipeline import Pipeline, authority, free_ports
 from trivium.cli.supervisor import Stage, Supervisor
 from trivium.cli.up import asks_for_keys, shut_doors, supervise
 from trivium.generator.v1 import generator_pb2
 from trivium.host_limits import CpuLimit, MemoryLimit, cpu_limit, memory_limit
+from trivium.wire.listening import bind
 
 
 async def nothing() -> None:
@@ -89,7 +90,7 @@ async def test_gives_up_on_what_never_becomes_ready(
 
 
 def test_names_the_port_that_is_taken(tiny_folder: Path) -> None:
-    """A port in use is named with the option that changes it, and the status is 2."""
+    """A port in use is named with its variable and its option, and the status is 2."""
     with bind("127.0.0.1", 0) as listener:
         listener.listen()
         port = str(listener.getsockname()[1])
@@ -97,8 +98,25 @@ def test_names_the_port_that_is_taken(tiny_folder: Path) -> None:
         result = CliRunner().invoke(app, ["up", *options])
 
     assert result.exit_code == 2
-    assert f"port {port} on 127.0.0.1" in result.output
+    assert f"trivium up: TRIVIUM_FACADE_PORT: 127.0.0.1:{port} is in use; " in result.output
     assert "choose another with --port" in result.output
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "told"),
+    [
+        ("--port", "--tokenizer-port", "TRIVIUM_TOKENIZER_PORT: 127.0.0.1:8498 is in use by"),
+        ("--port", "--facade-metrics-port", "127.0.0.1:8498 is in use by TRIVIUM_FACADE_PORT"),
+        ("--tokenizer-metrics-port", "--generator-port", "choose another with --generator-port"),
+    ],
+)
+def test_no_two_stages_get_one_port(one: str, other: str, told: str, tiny_folder: Path) -> None:
+    """The later one is named, and whose port it is."""
+    options = (f"{one}=8498", f"{other}=8498")
+    result = CliRunner().invoke(app, ["up", "--model", str(tiny_folder), "--port=8497", *options])
+
+    assert 2 == result.exit_code
+    assert told in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(
@@ -125,7 +143,7 @@ def test_warns_of_more_processes_than_cores(
         result = CliRunner().invoke(app, ["up", "--model", str(tiny_folder), port, *options])
     *warning, refusal = result.output.splitlines()
 
-    assert "cannot be bound" in refusal
+    assert "is in use" in refusal
     assert bool(told) == bool(warning)
     assert told in " ".join(warning)
 

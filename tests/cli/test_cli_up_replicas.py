@@ -16,7 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.cli.children import is_running
 from tests.tiny_models import tiny_model_directory
-from trivium.cli.pipeline import PORT_STRIDE, bind, free_ports
+from trivium.cli.pipeline import PORT_STRIDE, free_ports
+from trivium.wire.listening import bind
 
 pytestmark = pytest.mark.pipeline
 

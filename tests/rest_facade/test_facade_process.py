@@ -214,17 +214,26 @@ async def test_a_shared_port_needs_one_for_the_metrics() -> None:
     assert "REUSE_PORT" in words
 
 
+@pytest.mark.parametrize("is_shared", [True, False])
 @pytest.mark.parametrize("setting", ["TRIVIUM_FACADE_PORT", "TRIVIUM_FACADE_METRICS_PORT"])
-async def test_a_port_that_is_not_shared(setting: str) -> None:
+async def test_a_port_that_is_taken(setting: str, is_shared: bool) -> None:
     """A port that somebody else has, and does not share, is named with its setting."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         taken = listener.getsockname()[1]
         ports = {"port": free_port(), "metrics_port": free_port()}
         ports[setting.removeprefix("TRIVIUM_FACADE_").lower()] = taken
-        status, words = await refusal(reuse_port=True, **ports)
+        status, words = await refusal(reuse_port=is_shared, **ports)
 
-    assert 2 == status
-    assert words.startswith(f"{setting}: 127.0.0.1:{taken}: ")
+    assert (2, f"{setting}: 127.0.0.1:{taken} is in use\n") == (status, words)
+
+
+async def test_the_metrics_need_another_port() -> None:
+    """Than the API, and their setting is named."""
+    port = free_port()
+    status, words = await refusal(port=port, metrics_port=port, log_level="warning")
+
+    told = f"TRIVIUM_FACADE_METRICS_PORT: 127.0.0.1:{port} is in use\n"
+    assert (2, told) == (status, words)
 
 
 @pytest.mark.parametrize("host", ["::1", "[::1]", "::", "[::]"])
@@ -300,12 +309,3 @@ async def test_a_usage_log_that_another_process_writes(
     assert 2 == status
     assert words.startswith("TRIVIUM_FACADE_USAGE_LOG: another process writes ")
     assert "LOG_NAME" in words
-
-
-async def test_port_in_use() -> None:
-    """A port that is taken is an error that says so."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        status, words = await refusal(port=listener.getsockname()[1])
-
-    assert status not in (0, None)
-    assert "already in use" in words

@@ -30,6 +30,7 @@ from trivium.generator.v1 import generator_pb2
 from trivium.model_directory import ModelDirectoryError
 from trivium.tokenizer.v1 import tokenizer_pb2
 from trivium.wire.channel import open_channel
+from trivium.wire.listening import bind
 
 CHAT_SERVICE = "trivium.chat.v1.ChatService"
 
@@ -146,6 +147,32 @@ async def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
     assert (2, 1) == (process.returncode, errors.count(b"\n"))
     assert b"no such model folder" in errors
+
+
+@pytest.mark.parametrize("setting", ["port", "metrics_port"])
+async def test_a_taken_port_is_refused(setting: str, model_folder: Path) -> None:
+    """With one line that names the setting, and exit code 2."""
+    with bind("127.0.0.1", 0) as listener:
+        listener.listen()
+        port = listener.getsockname()[1]
+        ports = {"port": "0", "metrics_port": "0", setting: str(port)}
+        process = await start_process(model_directory=str(model_folder), **ports)
+        _, errors = await process.communicate()
+
+    told = f"TRIVIUM_TOKENIZER_{setting.upper()}: 127.0.0.1:{port} is in use\n"
+    assert (2, told) == (process.returncode, errors.decode())
+
+
+async def test_the_metrics_need_another_port(model_folder: Path) -> None:
+    """Than gRPC, and their setting is named."""
+    [port] = free_ports(1)
+    process = await start_process(
+        model_directory=str(model_folder), port=str(port), metrics_port=str(port)
+    )
+    _, errors = await process.communicate()
+
+    assert 2 == process.returncode
+    assert f"TRIVIUM_TOKENIZER_METRICS_PORT: 127.0.0.1:{port} is in use" in errors.decode()
 
 
 @pytest.mark.parametrize("host", ["::1", "[::1]", "::", "[::]"])

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +16,10 @@ from pathlib import Path
 from trivium.cli.probe import fault, until_ready
 from trivium.cli.stage_tls import StageTls
 from trivium.cli.supervisor import Stage
-from trivium.wire.listening import address_of
+from trivium.wire.listening import address_of, bind, why_unbound
 from trivium.wire.tls.channel import ChannelTls
 
-ANY_HOST = ("", "0.0.0.0", "::")  # noqa: S104 - compared with, not bound to
+ANY_HOST = {"", "0.0.0.0", "::"}  # noqa: S104 - compared with, not bound to
 LOOPBACK = "127.0.0.1"
 # Names under which health tells that a stage and those behind it can serve.
 CHAT, GENERATOR = "trivium.chat.v1.ChatService", "trivium.generator.v1.GeneratorService"
@@ -164,33 +163,46 @@ class Pipeline:
                 )
 
     def check_ports(self) -> None:
-        """Raises PortTaken for the first port that somebody else holds."""
-        for host, port, option in self._listeners():
+        """Raises PortTaken for the first port that somebody else holds, or another stage here."""
+        ours: list[tuple[str, int, str]] = []
+        for host, port, setting, option in self._listeners():
             if port > HIGHEST_PORT:
                 raise PortTaken(
                     f"port {port} would be needed, and {HIGHEST_PORT} is the highest; "
                     f"choose a lower one with {option}"
                 )
+            for other_host, other_port, other in ours:
+                if port == other_port != 0 and (
+                    host == other_host or {host, other_host} & ANY_HOST
+                ):
+                    raise PortTaken(
+                        f"{setting}: {address_of(host, port)} is in use by {other}; "
+                        f"choose another with {option}"
+                    )
+            ours.append((host, port, setting))
             try:
                 bind(host, port).close()
             except OSError as error:
                 raise PortTaken(
-                    f"port {port} on {host} cannot be bound ({error.strerror}); "
+                    f"{setting}: {why_unbound(host, port, error)}; "
                     f"stop what uses it, or choose another with {option}"
                 ) from error
 
-    def _listeners(self) -> Iterator[tuple[str, int, str]]:
-        yield self.host, self.port, "--port"
+    def _listeners(self) -> Iterator[tuple[str, int, str, str]]:
+        """Host and port of each, the variable that the port is in, and the option."""
+        yield self.host, self.port, "TRIVIUM_FACADE_PORT", "--port"
         for port in self._facade_metrics_ports():
-            yield self.host, port, "--facade-metrics-port"
+            yield self.host, port, "TRIVIUM_FACADE_METRICS_PORT", "--facade-metrics-port"
+        host, prefix, option = self.grpc_host, "TRIVIUM_TOKENIZER_", "--tokenizer-"
         for port in _ports(self.tokenizer_port, self.tokenizers):
-            yield self.grpc_host, port, "--tokenizer-port"
+            yield host, port, f"{prefix}PORT", f"{option}port"
         for port in _ports(self.tokenizer_metrics_port, self.tokenizers):
-            yield self.grpc_host, port, "--tokenizer-metrics-port"
+            yield host, port, f"{prefix}METRICS_PORT", f"{option}metrics-port"
+        host, prefix, option = self.generator_host, "TRIVIUM_GENERATOR_", "--generator-"
         for number in range(len(self.models)):
-            yield self.generator_host, self.generator_port + number, "--generator-port"
+            yield host, self.generator_port + number, f"{prefix}PORT", f"{option}port"
             metrics_port = self.generator_metrics_port and self.generator_metrics_port + number
-            yield self.generator_host, metrics_port, "--generator-metrics-port"
+            yield host, metrics_port, f"{prefix}METRICS_PORT", f"{option}metrics-port"
 
     def _generator(self, number: int) -> dict[str, str]:
         metrics_port = self.generator_metrics_port and self.generator_metrics_port + number
@@ -299,21 +311,6 @@ def huge_pages() -> dict[str, str]:
 def authority(host: str, port: int) -> str:
     """`host:port` by which this machine reaches a server bound to `host`."""
     return address_of(LOOPBACK if host in ANY_HOST else host, port)
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A socket bound as a server would bind it; port 0 takes any free one. Raises OSError."""
-    family, kind, protocol, _, address = socket.getaddrinfo(
-        host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    listener = socket.socket(family, kind, protocol)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError:
-        listener.close()
-        raise
-    return listener
 
 
 def free_ports(count: int) -> list[int]:

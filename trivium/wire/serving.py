@@ -288,7 +288,7 @@ class GrpcServer:
                 port = self._server.add_secure_port(address, self._tls.grpc_credentials())
                 self._following = asyncio.create_task(self._tls.follow())
         except RuntimeError as error:
-            raise OSError(str(error)) from error
+            raise OSError(f"{address} cannot be bound") from error  # gRPC has logged why
         await self._server.start()
         return int(port)
 
