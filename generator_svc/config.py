@@ -141,7 +141,6 @@ class GeneratorSettings(DoorSettings):
     max_messages_per_second: float = Field(
         600.0,
         gt=0,
-        allow_inf_nan=False,
         description="Messages per second beyond which the tokens of a stream are merged, so that "
         "delivering them costs a bounded share of a core in each stage. The interval between two "
         "messages of a stream is then the number of streams divided by this. First and last "
@@ -168,13 +167,11 @@ class GeneratorSettings(DoorSettings):
     drain_notice_seconds: float = Field(
         5.0,
         ge=0,
-        allow_inf_nan=False,
         description="Seconds at a stop signal in which health checks fail and all is still served.",
     )
     drain_seconds: float = Field(
         30.0,
         ge=0,
-        allow_inf_nan=False,
         description="Seconds after that in which running calls may finish.",
     )
 

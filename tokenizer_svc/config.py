@@ -29,7 +29,15 @@ DEFAULT_TARGET = "127.0.0.1:50052"
 
 
 def _from_json(value: Any) -> Any:
-    return json.loads(value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    try:
+        found = json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"should be a JSON list of objects: {error}") from None
+    if not isinstance(found, list):
+        raise ValueError("should be a JSON list of objects")
+    return found
 
 
 class ModelSettings(BaseModel):
@@ -149,13 +157,11 @@ class TokenizerSettings(DoorSettings):
     drain_notice_seconds: float = Field(
         5.0,
         ge=0,
-        allow_inf_nan=False,
         description="Seconds at a stop signal in which health checks fail and all is still served.",
     )
     drain_seconds: float = Field(
         30.0,
         ge=0,
-        allow_inf_nan=False,
         description="Seconds after that in which running calls may finish.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
@@ -169,9 +175,10 @@ class TokenizerSettings(DoorSettings):
     @field_validator("model_directory")
     @classmethod
     def _one_or_several(cls, value: Path | None, info: ValidationInfo) -> Path | None:
-        if value is None and not info.data.get("models"):
+        models = info.data.get("models")  # None if they are wrong themselves
+        if value is None and models == ():
             raise ValueError("required, as there are no MODELS")
-        if value is not None and info.data.get("models"):
+        if value is not None and models:
             raise ValueError("not together with MODELS")
         return value
 

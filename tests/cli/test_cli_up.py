@@ -202,6 +202,33 @@ def test_names_the_folders_it_looked_into(tmp_path: Path, monkeypatch: pytest.Mo
     assert str(tmp_path / "models" / "nobody") in result.output.replace("\n", "")
 
 
+def test_names_each_folder_once() -> None:
+    """An absolute path is the same wherever it is looked for."""
+    result = CliRunner().invoke(app, ["up", "--model", "/nobody"])
+
+    assert "looked for /nobody" == result.output.strip().partition("; ")[2]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("--log-level", "loud", "is not one of"),
+        ("--drain-seconds", "nan", "nan is no number of seconds from 0 to 3600"),
+        ("--drain-seconds", "-1", "-1 is no number of seconds"),
+        ("--drain-seconds", "3601", "3601 is no number of seconds"),
+        ("--ready-seconds", "inf", "inf is no number of seconds"),
+    ],
+)
+def test_wrong_options_are_refused_by_their_names(option: str, value: str, told: str) -> None:
+    """Not by the services' variables, which nobody has set."""
+    result = CliRunner().invoke(app, ["up", option, value])
+    words = " ".join(result.output.replace("│", " ").split())
+
+    assert 2 == result.exit_code
+    assert f"Invalid value for '{option}'" in words
+    assert told in words
+
+
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
@@ -219,7 +246,7 @@ def test_names_the_folders_it_looked_into(tmp_path: Path, monkeypatch: pytest.Mo
         ),
         (
             "TRIVIUM_FACADE_TOKENIZER_TLS_KEY_FILE",
-            "TRIVIUM_FACADE_TOKENIZER_TLS_KEY_FILE: Value error, not without TLS_CERT_FILE",
+            "TRIVIUM_FACADE_TOKENIZER_TLS_KEY_FILE: not without TLS_CERT_FILE",
         ),
     ],
 )

@@ -17,6 +17,7 @@ from trivium.cli.fit import DoesNotFit
 from trivium.cli.main import app
 from trivium.cli.pipeline import Pipeline
 from trivium.cli.stage_drain import longest_drain
+from trivium.wire.settings import load_settings
 
 SETTINGS = {
     "generator_svc": GeneratorSettings,
@@ -168,6 +169,27 @@ def test_variables_of_one_model_do_not_meet_those_of_several(
 
     assert [tiny_folder] == [model.model_directory for model in one.served]  # type: ignore[attr-defined]
     assert [tiny_folder, other] == [model.model_directory for model in several.served]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("kind", SETTINGS.values())
+def test_seconds_are_numbers(
+    kind: type[BaseSettings],
+    value: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In words that fit, whatever the bounds of a setting."""
+    prefix = kind.model_config["env_prefix"]
+    floats = [name for name, field in kind.model_fields.items() if "float" in str(field.annotation)]
+    for name in floats:
+        monkeypatch.setenv(f"{prefix}{name.upper()}", value)
+    monkeypatch.setenv(f"{prefix}MODEL_DIRECTORY", "any")
+    with pytest.raises(SystemExit):
+        load_settings(kind)
+
+    told = [f"{prefix}{name.upper()}: Input should be a finite number" for name in floats]
+    assert sorted(told) == sorted(capsys.readouterr().err.splitlines())
 
 
 @pytest.mark.parametrize("variables", [True, False])

@@ -140,6 +140,17 @@ async def test_wrong_settings_are_all_listed() -> None:
         assert b"TRIVIUM_TOKENIZER_" + name in errors
 
 
+@pytest.mark.parametrize("models", ["notjson", "{}", '["a"'])
+async def test_models_are_a_json_list(models: str) -> None:
+    """Anything else is refused with one line that says so."""
+    process = await start_process(models=models)
+    _, errors = await process.communicate()
+    [line] = errors.decode().splitlines()
+
+    assert 2 == process.returncode
+    assert line.startswith("TRIVIUM_TOKENIZER_MODELS: should be a JSON list of objects")
+
+
 async def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     """With one line, and exit code 2."""
     process = await start_process(model_directory=str(tmp_path / "nothing"))

@@ -66,6 +66,17 @@ class LogLevel(StrEnum):
     ERROR = "error"
 
 
+def _seconds(longest: int) -> Callable[[float | None], float | None]:
+    """Checks an option; click's own bounds have no words for nan."""
+
+    def checked(value: float | None) -> float | None:
+        if value is not None and not 0 <= value <= longest:
+            raise typer.BadParameter(f"{value:g} is no number of seconds from 0 to {longest}.")
+        return value
+
+    return checked
+
+
 ModelOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -147,12 +158,17 @@ LogLevelOption = Annotated[
 DrainOption = Annotated[
     float | None,
     typer.Option(
+        callback=_seconds(3600),
         show_default=f"each one's …_DRAIN_SECONDS, or {DRAIN_SECONDS:g}",
         help="How long each service may finish what it has begun, in seconds.",
     ),
 ]
 ReadyOption = Annotated[
-    float, typer.Option(help="How long the services may take to become ready, in seconds.")
+    float,
+    typer.Option(
+        callback=_seconds(86_400),
+        help="How long the services may take to become ready, in seconds.",
+    ),
 ]
 
 
@@ -214,7 +230,7 @@ def resolve_model(name: str | None, device: Device = Device.AUTO) -> Path:
                 return load_model_directory(folder).path
             except ModelDirectoryError as error:
                 _refuse(str(error))
-    looked = ", ".join(str(folder.absolute()) for folder in candidates)
+    looked = ", ".join(dict.fromkeys(str(folder.absolute()) for folder in candidates))
     _refuse(f"no model folder for {name!r}; looked for {looked}")
 
 

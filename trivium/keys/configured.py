@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from prometheus_client import CollectorRegistry
 from pydantic import Field
+from pydantic_settings import SettingsConfigDict
 
 from trivium.keys.accounts import Accounts
 from trivium.keys.key_file import KeyFile
@@ -38,7 +39,9 @@ REFLECTION = "Answer gRPC reflection, by which tools such as grpcurl learn the p
 
 
 class DoorSettings(ServerTlsSettings):
-    """Who gets in."""
+    """Who gets in. The settings of each service extend these."""
+
+    model_config = SettingsConfigDict(allow_inf_nan=False)
 
     api_keys_file: Path | None = Field(None, description=API_KEYS_FILE)
     allow_unauthenticated_remote: bool = Field(

@@ -18,7 +18,8 @@ def load_settings(cls: type[Settings]) -> Settings:
         prefix = cls.model_config.get("env_prefix", "")
         for fault in error.errors():
             name = prefix + "_".join(str(part) for part in fault["loc"]).upper()
-            print(f"{name}: {fault['msg']}", file=sys.stderr)
+            # What our own checks say is put behind this.
+            print(f"{name}: {fault['msg'].removeprefix('Value error, ')}", file=sys.stderr)
         refuse_to_start()
 
 
