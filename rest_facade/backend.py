@@ -244,7 +244,8 @@ class Backend:
     ) -> Response:
         async def attempt(replica: Replica) -> Response:
             call = method(replica)(request, timeout=seconds, metadata=self._metadata())
-            response = await replica.track(call)
+            with replica.answering():
+                response = await replica.track(call)
             self._is_key_accepted, self._key_refusal = True, ""
             return response
 
@@ -257,7 +258,8 @@ class Backend:
         async def attempt(replica: Replica) -> Response:
             call = self.begin(replica, method(replica), request, deadline)
             try:
-                return await call
+                with replica.answering():
+                    return await call
             finally:
                 self.end(call)
 
@@ -278,14 +280,16 @@ class CompletionStream(Generic[Event]):
         self._request = request
         self._deadline = backend.deadline()
         self._call: grpc.aio.UnaryStreamCall[Any, Event] | None = None
+        self._replica: Replica | None = None
 
     async def read(self) -> Event | None:
         """The next event, or None at the end; raises ServiceError."""
         with self._backend.errors_translated():
-            if self._call is None:
+            if self._call is None or self._replica is None:
                 event = await self._backend.replicas.ask(self._first)
             else:
-                event = await self._call.read()
+                with self._replica.answering():
+                    event = await self._call.read()
         # The stub's types do not tell an event from EOF.
         return None if event is grpc.aio.EOF else cast("Event", event)
 
@@ -298,4 +302,6 @@ class CompletionStream(Generic[Event]):
         self.close()
         method = self._method(replica)
         self._call = self._backend.begin(replica, method, self._request, self._deadline)
-        return await self._call.read()
+        self._replica = replica
+        with replica.answering():
+            return await self._call.read()

@@ -2,9 +2,12 @@
 
 import asyncio
 import json
+import logging
 import string
+from collections.abc import AsyncIterator
 from typing import Any
 
+import grpc
 import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,9 +15,11 @@ from hypothesis import strategies as st
 
 from rest_facade.errors import ErrorResponse, error_body
 from rest_facade.sse import sse_event
-from tests.rest_facade.conftest import StartFacade
+from tests.rest_facade.conftest import StartFacade, facade
 from tests.rest_facade.scripted_backend import HELLO, MODEL, ScriptedBackend, delta, header
+from tests.tokenizer_svc.scripted_generator import ScriptedGenerator
 from trivium.chat.v1 import chat_pb2
+from trivium.wire import telemetry
 from trivium.wire.errors import ERRORS, ServiceError
 
 ASK = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
@@ -168,6 +173,75 @@ async def test_a_broken_next_stage(
 
     assert "internal_error" in answer.text
     assert "[DONE]" not in answer.text
+
+
+class BehindAMesh(ScriptedBackend):
+    """A proxy before it refuses some calls."""
+
+    async def CreateChatCompletion(self, request: Any, context: Any) -> Any:
+        await context.abort(grpc.StatusCode.PERMISSION_DENIED, "RBAC: access denied")
+
+    async def StreamChatCompletion(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        yield header()
+        yield delta("He")
+        await context.abort(grpc.StatusCode.UNKNOWN, "Stream removed")
+
+    async def ListModels(self, request: Any, context: Any) -> Any:
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "Jwt is missing")
+
+
+@pytest.fixture
+def errors_logged(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
+    """The request id and the text of each line of level error."""
+    found: list[tuple[str, str]] = []
+
+    def note(record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.ERROR:
+            found.append((telemetry.request_id.get(), record.getMessage()))
+        return True
+
+    caplog.handler.addFilter(note)
+    return found
+
+
+async def test_a_status_that_no_stage_made(errors_logged: list[tuple[str, str]]) -> None:
+    """Its text is for the log alone, once for each request, with who answered so."""
+    stage = BehindAMesh()
+    await stage.start()
+    async with facade(stage.port, {}) as url, httpx.AsyncClient(base_url=url) as client:
+        answers = [
+            await client.post(URL, json=ASK, headers={"x-request-id": "whole"}),
+            await client.post(
+                URL, json=ASK | {"stream": True}, headers={"x-request-id": "streamed"}
+            ),
+            await client.get("/v1/models", headers={"x-request-id": "read"}),
+        ]
+    await stage.die()
+
+    assert [500, 200, 500] == [answer.status_code for answer in answers]
+    for answer in answers:
+        assert "internal_error" in answer.text
+        assert not any(text in answer.text for text in ("RBAC", "Stream removed", "Jwt"))
+    assert [
+        ("whole", f"127.0.0.1:{stage.port} answered PERMISSION_DENIED: RBAC: access denied"),
+        ("streamed", f"127.0.0.1:{stage.port} answered UNKNOWN: Stream removed"),
+        ("read", f"127.0.0.1:{stage.port} answered UNAUTHENTICATED: Jwt is missing"),
+    ] == errors_logged
+
+
+async def test_a_server_that_is_another_stage(errors_logged: list[tuple[str, str]]) -> None:
+    """What a facade is told that calls a generator's port: that there is no tokenizer."""
+    server, port = await ScriptedGenerator("r1").serve()
+    async with facade(port, {}) as url, httpx.AsyncClient(base_url=url) as client:
+        answers = [
+            await client.post(URL, json=body, headers={"x-request-id": name})
+            for name, body in (("whole", ASK), ("streamed", ASK | {"stream": True}))
+        ]
+    await server.drain(0, 0)
+
+    assert ["backend_unavailable"] * 2 == [check_shape(answer)["code"] for answer in answers]
+    line = f"127.0.0.1:{port} answered UNIMPLEMENTED: Method not found!"
+    assert [("whole", line), ("streamed", line)] == errors_logged
 
 
 async def test_unknown_paths_and_methods(client: httpx.AsyncClient) -> None:

@@ -6,7 +6,9 @@ import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager
+from typing import Any
 
+import grpc
 import pytest
 
 from tests.tokenizer_svc.scripted_generator import (
@@ -112,3 +114,28 @@ async def test_a_command_that_comes_after_the_end() -> None:
 
     await server.drain(0, 0)
     assert {len(messages): CALLS} == heard
+
+
+class BehindAMesh(ScriptedGenerator):
+    """A proxy before it refuses what would generate."""
+
+    async def Generate(
+        self, request_iterator: AsyncIterator[pb.GenerateRequest], context: Any
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        await context.abort(grpc.StatusCode.PERMISSION_DENIED, "RBAC: access denied")
+        yield
+
+
+async def test_a_status_that_no_stage_made(caplog: pytest.LogCaptureFixture) -> None:
+    """Callers learn nothing of it; the log has it once, with who answered so."""
+    server, port = await BehindAMesh("r1").serve()
+    async with connected(GeneratorClient(f"127.0.0.1:{port}", "r1")) as client:
+        with pytest.raises(ServiceError) as refused:
+            async for _ in client.generate(start(10), None).messages():
+                pass
+    await server.drain(0, 0)
+
+    assert ("internal_error", False) == (refused.value.code, "RBAC" in refused.value.message)
+    assert [f"127.0.0.1:{port} answered PERMISSION_DENIED: RBAC: access denied"] == [
+        record.getMessage() for record in caplog.records if record.levelname == "ERROR"
+    ]

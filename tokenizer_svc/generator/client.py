@@ -208,7 +208,7 @@ class Generation:
         candidate.memory.sent(self._prompt)
         candidate.load.begin(sent)
         call.add_done_callback(lambda _: candidate.load.end(sent))
-        self._call = _GenerationCall(call)
+        self._call = _GenerationCall(call, replica)
         try:
             return await self._call.start(self._start)
         except grpc.aio.AioRpcError:
@@ -223,8 +223,9 @@ class Generation:
 class _GenerationCall:
     """One call of one generator."""
 
-    def __init__(self, call: convert.Call) -> None:
+    def __init__(self, call: convert.Call, replica: Replica) -> None:
         self._call = call
+        self._replica = replica
         # Unlike `read` this has all that came, though the call be over.
         self._responses = aiter(call)
         self._status: asyncio.Future[grpc.aio.AioRpcError] = (
@@ -249,7 +250,8 @@ class _GenerationCall:
             status = await self._status
             if status.code() is grpc.StatusCode.OK:
                 return None
-            raise status from None
+            with self._replica.answering():
+                raise status from None
 
     async def write(self, command: convert.Command) -> None:
         """A call that is over takes no more commands; reading it raises its status."""

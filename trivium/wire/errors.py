@@ -126,6 +126,8 @@ _BARE_STATUS = {
     grpc.StatusCode.DEADLINE_EXCEEDED: ("deadline_exceeded", "The request's deadline passed."),
     grpc.StatusCode.CANCELLED: ("client_closed_request", "The request was cancelled."),
     grpc.StatusCode.RESOURCE_EXHAUSTED: ("request_too_large", "The request is too large."),
+    # Whoever is there is another server than the one that was meant.
+    grpc.StatusCode.UNIMPLEMENTED: ("backend_unavailable", "The model server cannot be reached."),
 }
 
 
@@ -222,6 +224,27 @@ def internal_error() -> ServiceError:
 
 def from_rpc_error(error: grpc.aio.AioRpcError) -> ServiceError:
     """The error another stage raised, or the one that gRPC's own status amounts to."""
+    if (raised := _raised_by_stage(error)) is not None:
+        return raised
+    bare = _BARE_STATUS.get(_bare_code(error))
+    return ServiceError(*bare) if bare else internal_error()
+
+
+def is_foreign(error: grpc.aio.AioRpcError) -> bool:
+    """Whether neither a stage nor the loss of one made this status, but somebody else, such as a
+    mesh; what it means stands in its details alone."""
+    code = _bare_code(error)
+    is_known = code in _BARE_STATUS and code is not grpc.StatusCode.UNIMPLEMENTED
+    return not is_known and _raised_by_stage(error) is None
+
+
+def _bare_code(error: grpc.aio.AioRpcError) -> grpc.StatusCode:
+    # What a proxy breaks off, as it has lost the server behind it, arrives as INTERNAL.
+    is_reset = "RST_STREAM" in (error.details() or "")
+    return grpc.StatusCode.UNAVAILABLE if is_reset else error.code()
+
+
+def _raised_by_stage(error: grpc.aio.AioRpcError) -> ServiceError | None:
     try:
         status = rpc_status.from_call(error)
     except ValueError:  # details that do not match the status: not ours
@@ -242,10 +265,7 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> ServiceError:
             retry_after = retry.retry_delay.ToMilliseconds() / 1000
     if status is not None and code in ERRORS:
         return ServiceError(code, status.message, param, retry_after)
-    # What a proxy breaks off, as it has lost the server behind it, arrives as INTERNAL.
-    is_reset = "RST_STREAM" in (error.details() or "")
-    bare = _BARE_STATUS.get(grpc.StatusCode.UNAVAILABLE if is_reset else error.code())
-    return ServiceError(*bare) if bare else internal_error()
+    return None
 
 
 def code_of(error: BaseException | None) -> str:

@@ -1,10 +1,11 @@
 """One replica of the next stage: its channel, whether it serves, and the calls it has of ours."""
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeVar, cast
@@ -13,6 +14,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from trivium.wire.channel import open_channel
+from trivium.wire.errors import is_foreign
 from trivium.wire.replicas.ejection import Ejection
 from trivium.wire.replicas.resolver import Address
 from trivium.wire.tls.channel import ChannelTls
@@ -135,6 +137,17 @@ class Replica:
 
         call.add_done_callback(ended)
         return call
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """Around what reads an answer to a request: of a status that no stage made, callers learn
+        nothing, so that it is logged."""
+        try:
+            yield
+        except grpc.aio.AioRpcError as error:
+            if is_foreign(error):
+                log.error("%s answered %s: %s", self.address, error.code().name, error.details())
+            raise
 
     def renew(self) -> None:
         """Connects anew, by what is in the files of TLS now. Calls begin there once the connection

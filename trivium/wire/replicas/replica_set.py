@@ -146,7 +146,9 @@ class ReplicaSet:
             if is_final(error) or (code not in LOST and code not in self._refusals):
                 raise
             others = _not_ejected([one for one in self.serving if one is not replica])
-            if not others and code not in LOST:
+            # A server that is another stage stays one.
+            is_lost = code in LOST and error.code() is not grpc.StatusCode.UNIMPLEMENTED
+            if not others and not is_lost:
                 raise
         self._retries[_reason(code)] += 1
         tracing.current().event("retry", attributes={"error.type": _reason(code)})
