@@ -1,7 +1,6 @@
 """Calls the generator. Every failure leaves here as a ServiceError."""
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any
@@ -22,12 +21,11 @@ from tokenizer_svc.generator.types import (
 from trivium.keys.own_key import OwnKey, own_metadata
 from trivium.wire import telemetry
 from trivium.wire.channel import revision_service
-from trivium.wire.errors import ServiceError, from_rpc_error
+from trivium.wire.errors import ServiceError, from_rpc_error, is_foreign
+from trivium.wire.replicas.outage import Outage
 from trivium.wire.replicas.replica import Replica
 from trivium.wire.replicas.replica_set import ReplicaSet
 from trivium.wire.tls.channel import ChannelTls
-
-log = logging.getLogger(__name__)
 
 INFO_SECONDS = 5.0
 _LOAD_RETRY_SECONDS = 1.0
@@ -55,6 +53,7 @@ class GeneratorClient:
         health_service = revision_service(convert.GENERATOR_SERVICE, revision)
         self._picker = GeneratorPicker()
         self._candidates: WeakKeyDictionary[Replica, Candidate] = WeakKeyDictionary()
+        self._silences: WeakKeyDictionary[Replica, Outage] = WeakKeyDictionary()
         self.replicas = ReplicaSet(
             target,
             health_service,
@@ -125,7 +124,7 @@ class GeneratorClient:
 
     async def _follow_load(self, replica: Replica) -> None:
         candidate = self.candidate(replica)
-        load = candidate.load
+        load, silence = candidate.load, self._silences.setdefault(replica, Outage())
         stub = replica.stub(convert.GeneratorStub)
         while True:
             try:
@@ -135,8 +134,11 @@ class GeneratorClient:
                     convert.load_request(), metadata=own_metadata(self._key)
                 ):
                     load.reported(convert.load_report(response))
+                    silence.ended()
             except grpc.aio.AioRpcError as error:
-                log.debug("%s does not tell its load: %s", replica.address, error.details())
+                if is_foreign(error):  # of what is merely lost, others tell
+                    reason = f"{error.code().name}: {error.details()}"
+                    silence.failed(f"{replica.address} does not tell its load", reason)
             finally:
                 load.reported(None)
             await asyncio.sleep(_LOAD_RETRY_SECONDS)

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 _WATCH_RETRY_SECONDS = 0.2
 # Connections end when they are old and are there again at once, of which nobody has to be told.
 _LOST_SECONDS = 1.0
+_ASK_SECONDS = 1.0
 
 _turns = itertools.count(1)
 
@@ -148,6 +149,21 @@ class Replica:
             if is_foreign(error):
                 log.error("%s answered %s: %s", self.address, error.code().name, error.details())
             raise
+
+    async def why_unreachable(self) -> str | None:
+        """By a call, as a channel does not tell; None if it can be reached after all."""
+        request = health_pb2.HealthCheckRequest(service=self._health_service)
+        link = self._link
+        link.began()  # so that it is not closed meanwhile
+        try:
+            await link.stub(health_pb2_grpc.HealthStub).Check(request, timeout=_ASK_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.NOT_FOUND:  # it has another service's health
+                return None
+            return f"{error.code().name}: {error.details()}"
+        finally:
+            link.ended()
+        return None
 
     def renew(self) -> None:
         """Connects anew, by what is in the files of TLS now. Calls begin there once the connection

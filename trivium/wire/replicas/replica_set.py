@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import defaultdict
 from collections.abc import (
     AsyncGenerator,
     Awaitable,
@@ -23,6 +24,7 @@ import grpc
 
 from trivium.wire import tracing
 from trivium.wire.errors import ServiceError, from_rpc_error, is_final
+from trivium.wire.replicas.outage import Outage
 from trivium.wire.replicas.replica import Replica, ReplicaState, ReplicaStatus
 from trivium.wire.replicas.resolver import Address, Name, Resolver
 from trivium.wire.tls.channel import ChannelTls
@@ -34,6 +36,7 @@ log = logging.getLogger(__name__)
 GAP_SECONDS = 2.0
 
 _RESOLVE_SECONDS = 1.0
+_OUTAGE_CHECK_SECONDS = 1.0
 _PAUSE_SECONDS = 0.1  # before a call is tried again where it failed, as there is nobody else
 
 # What counts against a replica, if it happens again and again.
@@ -97,6 +100,7 @@ class ReplicaSet:
         self._update()
         for name in self._resolver.names:
             self._start(self._follow_name(name))
+        self._start(self._follow_outages())
         if tls is not None:
             self._start(self._follow_tls(tls))
 
@@ -198,6 +202,25 @@ class ReplicaSet:
             await self._resolver.look_up(name)
             self._update()
             await asyncio.sleep(_RESOLVE_SECONDS)
+
+    async def _follow_outages(self) -> None:
+        """Warns of what cannot be reached. Of a name one address that can be is enough: servers
+        may not listen at those of IPv6."""
+        outages: defaultdict[str, Outage] = defaultdict(Outage)
+        while True:
+            by_name = {one.address.name: one for one in self.replicas} | {
+                one.address.name: one for one in self.reachable
+            }
+            for name, replica in by_name.items():
+                reason = None
+                is_there = replica in self.replicas
+                if is_there and replica.state is ReplicaState.UNREACHABLE:
+                    reason = await replica.why_unreachable()
+                if reason is None:
+                    outages[name].ended()
+                else:
+                    outages[name].failed(f"{name} cannot be reached", reason)
+            await asyncio.sleep(_OUTAGE_CHECK_SECONDS)
 
     async def _follow_tls(self, tls: ChannelTls) -> None:
         async with contextlib.aclosing(tls.renewals()) as renewals:

@@ -7,14 +7,14 @@ unix:…, xds:///…           anything else is left to gRPC, as one address
 """
 
 import ipaddress
-import logging
 import re
 import socket
+from collections import defaultdict
 from dataclasses import dataclass
 
 import aiodns
 
-log = logging.getLogger(__name__)
+from trivium.wire.replicas.outage import Outage
 
 _TIMEOUT_SECONDS = 1.0  # of one question; a second one follows
 _DNS = re.compile(r"dns:(?://(?P<server>[^/]*)/)?(?P<host_port>[^/]+)")
@@ -36,6 +36,11 @@ class Address:
     target: str
     authority: str | None = None
 
+    @property
+    def name(self) -> str:
+        """What it goes by; it may share a name with others."""
+        return self.authority or str(self)
+
     def __str__(self) -> str:
         return self.target.removeprefix("ipv4:").removeprefix("ipv6:")
 
@@ -56,6 +61,7 @@ class Resolver:
         self.names: list[Name] = []
         self._fixed: set[Address] = set()
         self._known: dict[Name, frozenset[Address]] = {}
+        self._outages: defaultdict[Name, Outage] = defaultdict(Outage)
         for part in target.split(","):
             self._add(part.strip())
 
@@ -72,8 +78,10 @@ class Resolver:
         """
         try:
             self._known[name] = await _look_up(name)
+            self._outages[name].ended()
         except aiodns.error.DNSError as error:
-            log.debug("%s cannot be looked up: %s", name.host, error)
+            _, reason = error.args
+            self._outages[name].failed(f"{name.host}:{name.port} cannot be looked up", reason)
 
     def _add(self, part: str) -> None:
         if _OF_GRPC.fullmatch(part):

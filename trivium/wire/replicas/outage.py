@@ -1,0 +1,32 @@
+"""An outage: what fails for long is warned of, once. For a moment it may, as when stages start."""
+
+import logging
+import time
+
+log = logging.getLogger(__name__)
+
+OUTAGE_SECONDS = 10.0
+_MAX_WARNINGS = 5  # of one outage, whose reason changes
+
+
+class Outage:
+    """Warns of something that fails again and again: once, or when the reason is a new one."""
+
+    def __init__(self) -> None:
+        self._began: float | None = None
+        self._told: set[str] = set()
+
+    def failed(self, what: str, reason: str) -> None:
+        """It fails now."""
+        now = time.monotonic()
+        if self._began is None:
+            self._began = now
+        is_new = reason not in self._told and len(self._told) < _MAX_WARNINGS
+        if is_new and now - self._began >= OUTAGE_SECONDS:
+            log.warning("%s: %s", what, reason)
+            self._told.add(reason)
+
+    def ended(self) -> None:
+        """It works now."""
+        self._began = None
+        self._told.clear()
