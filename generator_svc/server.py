@@ -311,6 +311,7 @@ async def serve_constrained(
         guard=None if keys is None else Door(keys),
         has_reflection=settings.reflection,
         tls=tls,
+        refused=service.refused,
     )
     ready = functools.partial(server.check_ready, SERVICE)
     serve_metrics(settings.metrics_port, settings.host, registry, ready)

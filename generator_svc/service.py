@@ -106,6 +106,11 @@ class GeneratorService(pb_grpc.GeneratorServiceServicer):
         self._submitted = 0  # calls that the engine has
         self._busy = asyncio.Event()  # set while there are any
 
+    def refused(self, method: str, code: str) -> None:
+        """Counts a call of `method` that was not let in."""
+        if method.endswith("/Generate"):
+            self._metrics.rejected(code)
+
     async def Generate(
         self, request_iterator: AsyncIterator[pb.GenerateRequest], context: Call
     ) -> AsyncIterator[pb.GenerateResponse]:

@@ -143,6 +143,11 @@ def create_server(
 ) -> GrpcServer:
     """A server of all services over these models."""
     chat, completions = ChatService(models, metrics), CompletionService(models, metrics)
+
+    def refused(method: str, code: str) -> None:
+        if method in COMPLETIONS:
+            metrics.requests.labels(code).inc()
+
     return GrpcServer(
         [
             (chat_pb2_grpc.add_ChatServiceServicer_to_server, chat),
@@ -156,4 +161,5 @@ def create_server(
         guard=guard,
         has_reflection=has_reflection,
         tls=tls,
+        refused=refused,
     )

@@ -182,6 +182,32 @@ async def test_tokens_count_when_a_call_has_ended(start: Start) -> None:
     assert ("rate_limit_exceeded", True) == (error.code, "tokens" in error.message)
 
 
+async def test_refusals_are_counted(start: Start) -> None:
+    """By their code, as what fails later is; what is no completion is not among them."""
+    async with start(table("a", requests_per_minute=1)) as stage:
+        answers(stage)
+        before = counted(stage)
+        await ask(stage, *bearing("a"))
+        for _ in range(2):
+            await refusal(ask(stage, *bearing("a")))
+        wrong = stage.chat.StreamChatCompletion(stage.request(), metadata=bearing("b"))
+        await refusal(wrong.read())
+        await refusal(stage.models.ListModels(model_pb2.ListModelsRequest()))
+        after = counted(stage)
+
+    assert {"ok": 1, "rate_limit_exceeded": 2, "invalid_api_key": 1} == {
+        code: count - before[code] for code, count in after.items() if count != before[code]
+    }
+
+
+def counted(stage: Stage) -> dict[str, float]:
+    """trivium_requests_total by code."""
+    samples = [one for family in stage.metrics.registry.collect() for one in family.samples]
+    return {
+        one.labels["code"]: one.value for one in samples if one.name == "trivium_requests_total"
+    }
+
+
 async def test_a_stage_has_no_limits_and_a_public_key_no_stage(start: Start, file: Path) -> None:
     """The key of a stage is not counted, and cannot have what would be ignored."""
     async with start(table("facade", stage="true")) as stage:

@@ -64,6 +64,14 @@ class _Open:
         return contextlib.nullcontext()
 
 
+# Told the method and the error's code of a call that no handler has seen.
+Refused = Callable[[str, str], None]
+
+
+def _uncounted(method: str, code: str) -> None:
+    pass
+
+
 class CallBoundary(grpc.aio.ServerInterceptor):
     """The one broad `except`: whatever a handler raises becomes a status, and nothing leaks.
 
@@ -71,9 +79,12 @@ class CallBoundary(grpc.aio.ServerInterceptor):
     be answered at all. Knows the calls in flight, of which a drain can cut what takes too long.
     """
 
-    def __init__(self, in_flight: InFlight, guard: Guard | None = None) -> None:
+    def __init__(
+        self, in_flight: InFlight, guard: Guard | None = None, refused: Refused = _uncounted
+    ) -> None:
         self._in_flight = in_flight
         self._guard = guard or _Open()
+        self._refused = refused
         self._handlers: dict[str, Any] = {}  # by method
         self._running: set[asyncio.Task[Any]] = set()
         self._sending: set[asyncio.Task[Any]] = set()  # their handlers cannot be interrupted
@@ -102,6 +113,19 @@ class CallBoundary(grpc.aio.ServerInterceptor):
             finally:
                 self._sending.discard(call)
                 self._running.discard(call)
+
+    @contextlib.asynccontextmanager
+    async def _let_in(self, method: str, context: Any) -> AsyncIterator[asyncio.Task[Any]]:
+        is_in = False
+        try:
+            with self._admitted() as call:
+                async with self._guard.admitted(method, context):
+                    is_in = True
+                    yield call
+        except ServiceError as error:
+            if not is_in:
+                self._refused(method, error.code)
+            raise
 
     def _check_cut(self, call: asyncio.Task[Any]) -> None:
         if call in self._cut:
@@ -137,8 +161,8 @@ class CallBoundary(grpc.aio.ServerInterceptor):
         async def behaviour(request: Any, context: Any) -> Any:
             telemetry.adopt(context.invocation_metadata() or ())
             try:
-                with _accessed(method), self._admitted():
-                    async with self._guard.admitted(method, context):
+                with _accessed(method):
+                    async with self._let_in(method, context):
                         return await inner(request, context)
             except (asyncio.CancelledError, grpc.aio.AbortError):
                 raise
@@ -151,9 +175,9 @@ class CallBoundary(grpc.aio.ServerInterceptor):
         async def behaviour(request: Any, context: Any) -> AsyncIterator[Any]:
             telemetry.adopt(context.invocation_metadata() or ())
             try:
-                with _accessed(method), self._admitted() as call:
+                with _accessed(method):
                     async with (
-                        self._guard.admitted(method, context),
+                        self._let_in(method, context) as call,
                         contextlib.aclosing(inner(request, context)) as responses,
                     ):
                         async for response in responses:
@@ -244,7 +268,8 @@ class GrpcServer:
     gRPC clients resolve a name anew only when a connection ends, so each ends after
     `max_connection_age_seconds`: new replicas get their share of the calls within this time.
     `in_flight` is for servicers that have to know of the drain. `guard` lets calls in, of all
-    services but health and reflection. Without `tls` it speaks plain text.
+    services but health and reflection, and `refused` hears of those that are not. Without `tls` it
+    speaks plain text.
     """
 
     def __init__(
@@ -257,12 +282,13 @@ class GrpcServer:
         guard: Guard | None = None,
         has_reflection: bool = True,
         tls: ServerTls | None = None,
+        refused: Refused = _uncounted,
     ) -> None:
         self._in_flight = in_flight or InFlight()
         self._tls = tls
         self._following: asyncio.Task[None] | None = None
         self._serving: dict[str, bool] = {}
-        self._boundary = CallBoundary(self._in_flight, guard)
+        self._boundary = CallBoundary(self._in_flight, guard, refused)
         age = ("grpc.max_connection_age_ms", int(max_connection_age_seconds * 1000))
         self._server = grpc.aio.server(interceptors=[self._boundary], options=[*_OPTIONS, age])
         self._names = ("", *names, *health_names)
