@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import threading
 import time
@@ -157,6 +158,31 @@ async def test_what_gathers_while_a_message_is_written_goes_out_as_one():
     assert {0: long_answer(5, 400), 1: long_answer(5, 400)} == tokens
     assert {0, 1} == finished.keys()
     assert all(len(u.token_ids) == len(u.logprobs) for m in messages for u in m.updates)
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+async def test_a_message_that_cannot_be_decoded(has_begun, caplog):
+    """The call ends at once with an error, at its first message and after it, and nothing of it
+    is logged as a fault."""
+    stage = Stage(slot_length=4096, logits=by_last_token)
+    async with stage.running():
+        stage.runner.delay = 0.01
+        call = stage.channel.stream_stream(f"/{SERVICE}/Generate")()
+        if has_begun:
+            start = pb.StartGeneration(
+                revision="r1", prompt_token_ids=[4, 5], max_new_tokens=4000, ignore_eos=True
+            )
+            await call.write(pb.GenerateRequest(start=start).SerializeToString())
+            await anext(aiter(call))
+        await call.write(b"\xff\xff\xff")
+        code, message, details = await _error(call)
+        await stage.until_free()
+    gc.collect()
+
+    assert grpc.StatusCode.INVALID_ARGUMENT is code
+    assert "The message cannot be decoded." == message
+    assert "INVALID_VALUE" == details["ErrorInfo"].reason
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 async def test_a_slow_reader_loses_nothing_and_holds_nobody_up():

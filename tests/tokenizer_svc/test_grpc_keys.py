@@ -200,6 +200,31 @@ async def test_refusals_are_counted(start: Start) -> None:
     }
 
 
+@pytest.mark.parametrize("message", [b"\xff\xff\xff", b"\x0a\x02\xff\xfe"])
+async def test_a_message_that_cannot_be_decoded(
+    start: Start, caplog: pytest.LogCaptureFixture, message: bytes
+) -> None:
+    """No protobuf, or a string that is no UTF-8: the caller's error, but not before its key."""
+    service = "/trivium.chat.v1.ChatService"
+    async with start(table("a")) as stage:
+        before = counted(stage)
+        whole = stage.channel.unary_unary(f"{service}/CreateChatCompletion")
+        streamed = stage.channel.unary_stream(f"{service}/StreamChatCompletion")
+        strangers = [await refusal(whole(message)), await refusal(streamed(message).read())]
+        errors = [
+            await refusal(whole(message, metadata=bearing("a"))),
+            await refusal(streamed(message, metadata=bearing("a")).read()),
+        ]
+        after = counted(stage)
+
+    assert ["invalid_api_key"] * 2 == [error.code for error in strangers]
+    assert [("invalid_value", "The message cannot be decoded.")] * 2 == [
+        (error.code, error.message) for error in errors
+    ]
+    assert 2 == after["invalid_value"] - before["invalid_value"]
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 def counted(stage: Stage) -> dict[str, float]:
     """trivium_requests_total by code."""
     samples = [one for family in stage.metrics.registry.collect() for one in family.samples]

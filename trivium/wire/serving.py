@@ -12,6 +12,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 
 import grpc
 import uvloop
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -88,15 +89,20 @@ class CallBoundary(grpc.aio.ServerInterceptor):
         self._handlers: dict[str, Any] = {}  # by method
         self._running: set[asyncio.Task[Any]] = set()
         self._sending: set[asyncio.Task[Any]] = set()  # their handlers cannot be interrupted
-        self._cut: set[asyncio.Task[Any]] = set()
+        self._cut: dict[asyncio.Task[Any], ServiceError] = {}  # calls that end as this error
 
     async def drain(self, seconds: float, hurry: asyncio.Event) -> None:
         """Refuses new calls and waits until none runs; ends those that still do after `seconds`,
         or when `hurry` is set."""
         self._in_flight.draining.set()
         await wait_for_any(seconds, self._in_flight.idle, hurry)
-        self._cut = set(self._running)
-        for call in self._cut - self._sending:
+        for call in self._running:
+            message = "The server is shutting down, and its time to finish calls is over."
+            self._cut_off(call, ServiceError("draining", message))
+
+    def _cut_off(self, call: asyncio.Task[Any], error: ServiceError) -> None:
+        self._cut[call] = error
+        if call not in self._sending:
             call.cancel()
 
     @contextlib.contextmanager
@@ -113,13 +119,18 @@ class CallBoundary(grpc.aio.ServerInterceptor):
             finally:
                 self._sending.discard(call)
                 self._running.discard(call)
+                self._cut.pop(call, None)
 
     @contextlib.asynccontextmanager
-    async def _let_in(self, method: str, context: Any) -> AsyncIterator[asyncio.Task[Any]]:
+    async def _let_in(
+        self, method: str, context: Any, request: Any
+    ) -> AsyncIterator[asyncio.Task[Any]]:
         is_in = False
         try:
             with self._admitted() as call:
                 async with self._guard.admitted(method, context):
+                    if request is _UNDECODABLE:
+                        raise _undecodable()
                     is_in = True
                     yield call
         except ServiceError as error:
@@ -129,8 +140,18 @@ class CallBoundary(grpc.aio.ServerInterceptor):
 
     def _check_cut(self, call: asyncio.Task[Any]) -> None:
         if call in self._cut:
-            message = "The server is shutting down, and its time to finish calls is over."
-            raise ServiceError("draining", message) from None
+            raise self._cut[call] from None
+
+    async def _decoded(self, requests: Any, call: asyncio.Task[Any]) -> AsyncIterator[Any]:
+        """The messages of a call, which ends at one that cannot be decoded, whoever reads it."""
+        async for request in requests:
+            if request is not _UNDECODABLE:
+                yield request
+            elif asyncio.current_task() is call:
+                raise _undecodable()
+            else:
+                self._cut_off(call, _undecodable())
+                return
 
     async def intercept_service(
         self,
@@ -147,23 +168,25 @@ class CallBoundary(grpc.aio.ServerInterceptor):
         return bounded
 
     def _bounded(self, handler: Any, method: str) -> Any:
+        requests = "stream" if handler.request_streaming else "unary"
         if handler.response_streaming:
-            kind = "stream_stream" if handler.request_streaming else "unary_stream"
-            behaviour = self._bounded_stream(getattr(handler, kind), method)
+            kind, bounded = f"{requests}_stream", self._bounded_stream
         else:
-            kind = "stream_unary" if handler.request_streaming else "unary_unary"
-            behaviour = self._bounded_unary(getattr(handler, kind), method)
+            kind, bounded = f"{requests}_unary", self._bounded_unary
         return getattr(grpc, f"{kind}_rpc_method_handler")(
-            behaviour, handler.request_deserializer, handler.response_serializer
+            bounded(getattr(handler, kind), method, handler.request_streaming),
+            _total(handler.request_deserializer),
+            handler.response_serializer,
         )
 
-    def _bounded_unary(self, inner: Any, method: str) -> Any:
+    def _bounded_unary(self, inner: Any, method: str, reads_stream: bool) -> Any:
         async def behaviour(request: Any, context: Any) -> Any:
             telemetry.adopt(context.invocation_metadata() or ())
             try:
                 with _accessed(method):
-                    async with self._let_in(method, context):
-                        return await inner(request, context)
+                    async with self._let_in(method, context, request) as call:
+                        received = self._decoded(request, call) if reads_stream else request
+                        return await inner(received, context)
             except (asyncio.CancelledError, grpc.aio.AbortError):
                 raise
             except BaseException as error:
@@ -171,26 +194,45 @@ class CallBoundary(grpc.aio.ServerInterceptor):
 
         return behaviour
 
-    def _bounded_stream(self, inner: Any, method: str) -> Any:
+    def _bounded_stream(self, inner: Any, method: str, reads_stream: bool) -> Any:
         async def behaviour(request: Any, context: Any) -> AsyncIterator[Any]:
             telemetry.adopt(context.invocation_metadata() or ())
             try:
                 with _accessed(method):
-                    async with (
-                        self._let_in(method, context) as call,
-                        contextlib.aclosing(inner(request, context)) as responses,
-                    ):
-                        async for response in responses:
-                            self._sending.add(call)
-                            yield response
-                            self._sending.discard(call)
-                            self._check_cut(call)
+                    async with self._let_in(method, context, request) as call:
+                        received = self._decoded(request, call) if reads_stream else request
+                        async with contextlib.aclosing(inner(received, context)) as responses:
+                            async for response in responses:
+                                self._sending.add(call)
+                                yield response
+                                self._sending.discard(call)
+                                self._check_cut(call)
             except (asyncio.CancelledError, GeneratorExit, grpc.aio.AbortError):
                 raise
             except BaseException as error:
                 await _abort(context, error)
 
         return behaviour
+
+
+_UNDECODABLE = object()
+
+
+def _total(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """Reads what cannot be decoded as _UNDECODABLE. gRPC itself would fail the call before its key
+    has been looked at, tell the caller the exception's text, and log it as a fault."""
+
+    def deserialized(message: bytes) -> Any:
+        try:
+            return deserialize(message)
+        except DecodeError:
+            return _UNDECODABLE
+
+    return deserialized
+
+
+def _undecodable() -> ServiceError:
+    return ServiceError("invalid_value", "The message cannot be decoded.")
 
 
 @contextlib.contextmanager
