@@ -182,6 +182,31 @@ async def test_tokens_count_when_a_call_has_ended(start: Start) -> None:
     assert ("rate_limit_exceeded", True) == (error.code, "tokens" in error.message)
 
 
+async def test_every_answer_has_its_request_id(start: Start) -> None:
+    """The caller's own or a new one, as trailing metadata: of answers, whole and streamed, of
+    errors, and of what is refused for its key."""
+    own = (*bearing("a"), ("x-request-id", "mine"))
+    async with start(table("a")) as stage:
+        answers(stage)
+        known, unknown = stage.request(), stage.request(model="unknown")
+        streamed = stage.chat.StreamChatCompletion(known, metadata=own)
+        async for _ in streamed:
+            pass
+        calls = [
+            streamed,
+            stage.chat.CreateChatCompletion(known, metadata=own),
+            stage.chat.CreateChatCompletion(unknown, metadata=own),
+            stage.chat.StreamChatCompletion(unknown, metadata=own),
+            stage.models.ListModels(model_pb2.ListModelsRequest(), metadata=own[1:]),
+        ]
+        told = [dict(await call.trailing_metadata()).get("x-request-id") for call in calls]
+        trailers = await stage.chat.CreateChatCompletion(known).trailing_metadata()
+        new = dict(trailers).get("x-request-id", "")
+
+    assert ["mine"] * 5 == told
+    assert new.startswith("req_")
+
+
 async def test_refusals_are_counted(start: Start) -> None:
     """By their code, as what fails later is; what is no completion is not among them."""
     async with start(table("a", requests_per_minute=1)) as stage:

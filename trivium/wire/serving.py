@@ -181,7 +181,7 @@ class CallBoundary(grpc.aio.ServerInterceptor):
 
     def _bounded_unary(self, inner: Any, method: str, reads_stream: bool) -> Any:
         async def behaviour(request: Any, context: Any) -> Any:
-            telemetry.adopt(context.invocation_metadata() or ())
+            _adopt(context)
             try:
                 with _accessed(method):
                     async with self._let_in(method, context, request) as call:
@@ -196,7 +196,7 @@ class CallBoundary(grpc.aio.ServerInterceptor):
 
     def _bounded_stream(self, inner: Any, method: str, reads_stream: bool) -> Any:
         async def behaviour(request: Any, context: Any) -> AsyncIterator[Any]:
-            telemetry.adopt(context.invocation_metadata() or ())
+            _adopt(context)
             try:
                 with _accessed(method):
                     async with self._let_in(method, context, request) as call:
@@ -255,13 +255,22 @@ def _accessed(method: str) -> Iterator[None]:
             log.log(level, text, extra={"fields": fields})
 
 
+def _adopt(context: Any) -> None:
+    """Makes the current context that of this call, whose answer has its request id in the trailing
+    metadata: the initial may be sent only once, and limits do."""
+    request_id = telemetry.adopt(context.invocation_metadata() or ())
+    context.set_trailing_metadata(((telemetry.REQUEST_ID, request_id),))
+
+
 async def _abort(context: Any, error: BaseException) -> NoReturn:
     if isinstance(error, grpc.aio.AioRpcError):
         error = from_rpc_error(error)
     if not isinstance(error, ServiceError):
         log.error("unhandled error in a call", exc_info=error)
         error = internal_error()
-    await context.abort_with_status(error.status())
+    status: Any = error.status()  # its trailing metadata replace the call's
+    trailing = (*status.trailing_metadata, *context.trailing_metadata())
+    await context.abort_with_status(status._replace(trailing_metadata=trailing))
     raise AssertionError("abort_with_status returned. This is a bug.")
 
 
