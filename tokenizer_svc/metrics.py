@@ -183,7 +183,8 @@ class RequestMeter:
         metrics, model = self._metrics, self._model
         metrics.request_prompt_tokens.labels(model).observe(self._prompt_tokens)
         metrics.request_generation_tokens.labels(model).observe(self._generated_tokens)
-        reason = _ABORT if code == CLIENT_LEFT else _ERROR
+        # Who had a deadline has left as well, and no operator can help it.
+        reason = _ABORT if code in (CLIENT_LEFT, "deadline_exceeded") else _ERROR
         if error is None:
             reason = _LENGTH if self._is_cut else _STOP
             metrics.request_latency.labels(model).observe(time.monotonic() - self._start)

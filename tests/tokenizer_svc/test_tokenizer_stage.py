@@ -1,6 +1,7 @@
 """ModelService, TokenizerService, the model folder, and the process itself."""
 
 import asyncio
+import logging
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ from tests.tokenizer_svc.scripted_generator import (
     code_of,
     finish,
     message_of,
+    stalls_after,
     update,
 )
 from tests.tokenizer_svc.test_generator_loss import NOT_SERVING, SERVING, becomes
@@ -258,3 +260,35 @@ async def announced_port(process: asyncio.subprocess.Process) -> int:
         if "on port " in line:
             return int(line.split("on port ")[1].split('"')[0])
     raise AssertionError("the process ended before it served")
+
+
+@pytest.mark.parametrize("has_deadline", [True, False])
+async def test_a_deadline_that_passes_is_no_caller_that_left(
+    stage: Stage, caplog: pytest.LogCaptureFixture, has_deadline: bool
+) -> None:
+    """The log and the metrics tell one from the other, though both are aborts."""
+    caplog.set_level(logging.INFO, "trivium.wire.serving")
+    stage.generator.script = stalls_after([message_of(update(0, [70]))])
+    counted = stage.metrics.registry.get_sample_value
+    for number, method in enumerate(
+        (stage.chat.CreateChatCompletion, stage.chat.StreamChatCompletion), 1
+    ):
+        call = method(stage.request(), timeout=1.2 if has_deadline else 60)
+        tiny = {"model_name": "tiny"}
+        while counted("vllm:generation_tokens_total", tiny) != number:  # noqa: ASYNC110 - no event
+            await asyncio.sleep(0.02)
+        if not has_deadline:
+            call.cancel()
+        await call.code()
+    async with asyncio.timeout(30):
+        while len(caplog.records) < 2:  # noqa: ASYNC110 - the log has no event
+            await asyncio.sleep(0.02)
+
+    code = "deadline_exceeded" if has_deadline else "client_closed_request"
+    service = "trivium.chat.v1.ChatService"
+    assert [f"{service}/{name}ChatCompletion {code}" for name in ("Create", "Stream")] == [
+        record.getMessage().partition(" in ")[0] for record in caplog.records
+    ]
+    aborted = {"model_name": "tiny", "finished_reason": "abort"}
+    assert 2 == counted("trivium_requests_total", {"code": code})
+    assert 2 == counted("vllm:request_success_total", aborted)

@@ -8,6 +8,7 @@ Knows nothing about HTTP frameworks, nor about what the services do.
 """
 
 import asyncio
+import time
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,6 +16,8 @@ import grpc
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
+
+from trivium.wire import telemetry
 
 DOMAIN = "trivium"
 CLIENT_LEFT = "client_closed_request"
@@ -276,8 +279,9 @@ def code_of(error: BaseException | None) -> str:
         error = from_rpc_error(error)
     if isinstance(error, ServiceError):
         return error.code
-    left = isinstance(error, (asyncio.CancelledError, GeneratorExit))
-    return CLIENT_LEFT if left else "internal_error"
+    if not isinstance(error, (asyncio.CancelledError, GeneratorExit)):
+        return "internal_error"
+    return CLIENT_LEFT if time.monotonic() < telemetry.late_from.get() else "deadline_exceeded"
 
 
 def is_final(error: grpc.aio.AioRpcError) -> bool:

@@ -6,6 +6,7 @@ Knows nothing about what is served.
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -17,7 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from trivium.wire import telemetry, tracing
-from trivium.wire.channel import MAX_MESSAGE_BYTES
+from trivium.wire.channel import MAX_MESSAGE_BYTES, remaining_seconds
 from trivium.wire.errors import ServiceError, code_of, from_rpc_error, internal_error
 from trivium.wire.in_flight import InFlight
 from trivium.wire.tls.server import ServerTls
@@ -47,6 +48,7 @@ MAX_CONNECTION_AGE_SECONDS = 60.0
 _OURS = "/trivium."
 _PUBLIC = "/trivium.chat."  # services that anybody may call; the others are for the stage before
 _FLUSH_TIMEOUT_SECONDS = 0.5  # for answers whose handlers have returned to reach the wire
+_ON_THE_WAY_SECONDS = 0.05  # a call, at most, from its caller to here
 _LAST_WORD_SECONDS = 0.1  # for watchers to be told, and the GOAWAY to be sent
 
 
@@ -260,6 +262,10 @@ def _adopt(context: Any) -> None:
     metadata: the initial may be sent only once, and limits do."""
     request_id = telemetry.adopt(context.invocation_metadata() or ())
     context.set_trailing_metadata(((telemetry.REQUEST_ID, request_id),))
+    # Callers hang up at their own deadline; the one they tell may be 1% later, as gRPC rounds it.
+    left = remaining_seconds(context)
+    late_from = math.inf if left is None else time.monotonic() + 0.98 * left - _ON_THE_WAY_SECONDS
+    telemetry.late_from.set(late_from)
 
 
 async def _abort(context: Any, error: BaseException) -> NoReturn:

@@ -6,6 +6,7 @@ Knows nothing about who calls whom.
 import contextvars
 import json
 import logging
+import math
 import re
 import sys
 import time
@@ -24,6 +25,8 @@ _SANE_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
 traceparent: contextvars.ContextVar[str] = contextvars.ContextVar("traceparent", default="")
 key_name: contextvars.ContextVar[str] = contextvars.ContextVar("key_name", default="")
+# When a caller that breaks off does so for its deadline, on the monotonic clock.
+late_from: contextvars.ContextVar[float] = contextvars.ContextVar("late_from", default=math.inf)
 
 
 def trace_id() -> str:
