@@ -42,6 +42,7 @@ START_PROGRAMS = (
     "rest_facade/test_facade_tls.py",
     "rollout",
     "templates",
+    "test_outages.py",
     "test_tracing.py",
     "tokenizer_svc/test_generator_loss.py",
     "tokenizer_svc/test_generator_refusal.py",
