@@ -19,7 +19,7 @@ from trivium.keys.key_file import KeyFile
 from trivium.usage_log import UsageLog
 from trivium.wire.errors import ServiceError
 from trivium.wire.in_flight import InFlight
-from trivium.wire.listening import why_unbound
+from trivium.wire.listening import address_of, why_unbound
 from trivium.wire.metrics_server import serve_metrics
 from trivium.wire.serving import wait_for_any
 from trivium.wire.settings import refuse_to_start
@@ -83,6 +83,8 @@ async def serve(settings: FacadeSettings, keys: KeyFile | None) -> None:
         except OSError as error:
             refuse_to_start(f"TRIVIUM_FACADE_{error}")
         following = None if tls is None else asyncio.create_task(tls.follow())
+        address = address_of(settings.host, sockets[0].getsockname()[1])
+        log.info("listening on %s", address)
         stopper = asyncio.create_task(_drain(settings, server, in_flight, backend, signals))
         try:
             await server.serve(sockets)

@@ -214,6 +214,22 @@ async def test_a_shared_port_needs_one_for_the_metrics() -> None:
     assert "REUSE_PORT" in words
 
 
+async def test_any_port() -> None:
+    """The log tells which one it is, and that it listens there."""
+    process = await spawn(port=0)
+    assert process.stderr is not None
+    async for line in process.stderr:
+        if b"listening on" in line:
+            break
+    port = int(line.split(b"127.0.0.1:")[1].split(b'"')[0])
+    async with httpx.AsyncClient(trust_env=False) as client:
+        answer = await client.get(f"http://127.0.0.1:{port}/health/live")
+    process.kill()
+    await process.communicate()
+
+    assert 200 == answer.status_code
+
+
 @pytest.mark.parametrize("is_shared", [True, False])
 @pytest.mark.parametrize("setting", ["TRIVIUM_FACADE_PORT", "TRIVIUM_FACADE_METRICS_PORT"])
 async def test_a_port_that_is_taken(setting: str, is_shared: bool) -> None:
