@@ -44,7 +44,7 @@ from trivium.generator.v1 import generator_pb2 as pb
 from trivium.generator.v1 import generator_pb2_grpc as pb_grpc
 from trivium.wire import tracing
 from trivium.wire.errors import ERRORS, ServiceError, internal_error
-from trivium.wire.serving import wait_for_any
+from trivium.wire.in_flight import wait_for_any
 
 log = logging.getLogger(__name__)
 

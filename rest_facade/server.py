@@ -18,10 +18,9 @@ from trivium.keys.configured import open_limits, open_own_key
 from trivium.keys.key_file import KeyFile
 from trivium.usage_log import UsageLog
 from trivium.wire.errors import ServiceError
-from trivium.wire.in_flight import InFlight
+from trivium.wire.in_flight import InFlight, wait_for_any
 from trivium.wire.listening import address_of, why_unbound
 from trivium.wire.metrics_server import serve_metrics
-from trivium.wire.serving import wait_for_any
 from trivium.wire.settings import refuse_to_start
 from trivium.wire.stop_signals import StopSignals
 from trivium.wire.tls.metrics import CertificateCollector

@@ -36,9 +36,10 @@ from trivium.chat.v1 import (
     model_pb2_grpc,
 )
 from trivium.tokenizer.v1 import tokenizer_pb2_grpc
+from trivium.wire.call_boundary import Guard
 from trivium.wire.channel import remaining_seconds
 from trivium.wire.in_flight import InFlight
-from trivium.wire.serving import GrpcServer, Guard
+from trivium.wire.serving import GrpcServer
 from trivium.wire.tls.server import ServerTls
 
 # These answer only while a generator does; the tokenizer's own service needs no one.

@@ -267,7 +267,7 @@ async def test_a_deadline_that_passes_is_no_caller_that_left(
     stage: Stage, caplog: pytest.LogCaptureFixture, has_deadline: bool
 ) -> None:
     """The log and the metrics tell one from the other, though both are aborts."""
-    caplog.set_level(logging.INFO, "trivium.wire.serving")
+    caplog.set_level(logging.INFO, "trivium.wire.call_boundary")
     stage.generator.script = stalls_after([message_of(update(0, [70]))])
     counted = stage.metrics.registry.get_sample_value
     for number, method in enumerate(

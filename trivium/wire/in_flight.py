@@ -60,3 +60,13 @@ class InFlight:
 
 def _draining() -> ServiceError:
     return ServiceError("draining", "The server is shutting down.")
+
+
+async def wait_for_any(seconds: float, *events: asyncio.Event) -> None:
+    """Returns when one of `events` is set, or after `seconds`."""
+    waiting = [asyncio.create_task(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in waiting:
+            task.cancel()

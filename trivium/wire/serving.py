@@ -1,29 +1,22 @@
-"""How a process serves gRPC: bind, health, reflection, the boundary of every call, drain.
+"""How a process serves gRPC: bind, health, reflection, drain.
 
 Knows nothing about what is served.
 """
 
 import asyncio
-import contextlib
-import logging
-import math
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
-from typing import Any, NoReturn, Protocol, TypeVar
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar
 
 import grpc
 import uvloop
-from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from trivium.wire import telemetry, tracing
-from trivium.wire.channel import MAX_MESSAGE_BYTES, remaining_seconds
-from trivium.wire.errors import ServiceError, code_of, from_rpc_error, internal_error
-from trivium.wire.in_flight import InFlight
+from trivium.wire.call_boundary import CallBoundary, Guard, Refused
+from trivium.wire.channel import MAX_MESSAGE_BYTES
+from trivium.wire.errors import ServiceError
+from trivium.wire.in_flight import InFlight, wait_for_any
 from trivium.wire.tls.server import ServerTls
-
-log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -45,239 +38,8 @@ _OPTIONS: list[tuple[str, str | int]] = [
 
 MAX_CONNECTION_AGE_SECONDS = 60.0
 
-_OURS = "/trivium."
-_PUBLIC = "/trivium.chat."  # services that anybody may call; the others are for the stage before
 _FLUSH_TIMEOUT_SECONDS = 0.5  # for answers whose handlers have returned to reach the wire
-_ON_THE_WAY_SECONDS = 0.05  # a call, at most, from its caller to here
 _LAST_WORD_SECONDS = 0.1  # for watchers to be told, and the GOAWAY to be sent
-
-
-class Guard(Protocol):
-    """Decides which calls are let in."""
-
-    def admitted(self, method: str, context: Any) -> contextlib.AbstractAsyncContextManager[None]:
-        """Around a call of `method`, /package.Service/Method; raises ServiceError if it may not be
-        made."""
-
-
-class _Open:
-    """Lets everything in."""
-
-    def admitted(self, method: str, context: Any) -> contextlib.AbstractAsyncContextManager[None]:
-        return contextlib.nullcontext()
-
-
-# Told the method and the error's code of a call that no handler has seen.
-Refused = Callable[[str, str], None]
-
-
-def _uncounted(method: str, code: str) -> None:
-    pass
-
-
-class CallBoundary(grpc.aio.ServerInterceptor):
-    """The one broad `except`: whatever a handler raises becomes a status, and nothing leaks.
-
-    An unhandled exception's text would reach the caller, and a BaseException would never
-    be answered at all. Knows the calls in flight, of which a drain can cut what takes too long.
-    """
-
-    def __init__(
-        self, in_flight: InFlight, guard: Guard | None = None, refused: Refused = _uncounted
-    ) -> None:
-        self._in_flight = in_flight
-        self._guard = guard or _Open()
-        self._refused = refused
-        self._handlers: dict[str, Any] = {}  # by method
-        self._running: set[asyncio.Task[Any]] = set()
-        self._sending: set[asyncio.Task[Any]] = set()  # their handlers cannot be interrupted
-        self._cut: dict[asyncio.Task[Any], ServiceError] = {}  # calls that end as this error
-
-    async def drain(self, seconds: float, hurry: asyncio.Event) -> None:
-        """Refuses new calls and waits until none runs; ends those that still do after `seconds`,
-        or when `hurry` is set."""
-        self._in_flight.draining.set()
-        await wait_for_any(seconds, self._in_flight.idle, hurry)
-        for call in self._running:
-            message = "The server is shutting down, and its time to finish calls is over."
-            self._cut_off(call, ServiceError("draining", message))
-
-    def _cut_off(self, call: asyncio.Task[Any], error: ServiceError) -> None:
-        self._cut[call] = error
-        if call not in self._sending:
-            call.cancel()
-
-    @contextlib.contextmanager
-    def _admitted(self) -> Iterator[asyncio.Task[Any]]:
-        call = asyncio.current_task()
-        assert call is not None, "A call is handled outside a task. This is a bug."
-        with self._in_flight.admitted():
-            self._running.add(call)
-            try:
-                yield call
-            except asyncio.CancelledError:
-                self._check_cut(call)
-                raise
-            finally:
-                self._sending.discard(call)
-                self._running.discard(call)
-                self._cut.pop(call, None)
-
-    @contextlib.asynccontextmanager
-    async def _let_in(
-        self, method: str, context: Any, request: Any
-    ) -> AsyncIterator[asyncio.Task[Any]]:
-        is_in = False
-        try:
-            with self._admitted() as call:
-                async with self._guard.admitted(method, context):
-                    if request is _UNDECODABLE:
-                        raise _undecodable()
-                    is_in = True
-                    yield call
-        except ServiceError as error:
-            if not is_in:
-                self._refused(method, error.code)
-            raise
-
-    def _check_cut(self, call: asyncio.Task[Any]) -> None:
-        if call in self._cut:
-            raise self._cut[call] from None
-
-    async def _decoded(self, requests: Any, call: asyncio.Task[Any]) -> AsyncIterator[Any]:
-        """The messages of a call, which ends at one that cannot be decoded, whoever reads it."""
-        async for request in requests:
-            if request is not _UNDECODABLE:
-                yield request
-            elif asyncio.current_task() is call:
-                raise _undecodable()
-            else:
-                self._cut_off(call, _undecodable())
-                return
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        method = handler_call_details.method
-        if method in self._handlers:
-            return self._handlers[method]
-        handler = await continuation(handler_call_details)
-        if handler is None or not method.startswith(_OURS):
-            return handler
-        self._handlers[method] = bounded = self._bounded(handler, method)
-        return bounded
-
-    def _bounded(self, handler: Any, method: str) -> Any:
-        requests = "stream" if handler.request_streaming else "unary"
-        if handler.response_streaming:
-            kind, bounded = f"{requests}_stream", self._bounded_stream
-        else:
-            kind, bounded = f"{requests}_unary", self._bounded_unary
-        return getattr(grpc, f"{kind}_rpc_method_handler")(
-            bounded(getattr(handler, kind), method, handler.request_streaming),
-            _total(handler.request_deserializer),
-            handler.response_serializer,
-        )
-
-    def _bounded_unary(self, inner: Any, method: str, reads_stream: bool) -> Any:
-        async def behaviour(request: Any, context: Any) -> Any:
-            _adopt(context)
-            try:
-                with _accessed(method):
-                    async with self._let_in(method, context, request) as call:
-                        received = self._decoded(request, call) if reads_stream else request
-                        return await inner(received, context)
-            except (asyncio.CancelledError, grpc.aio.AbortError):
-                raise
-            except BaseException as error:
-                await _abort(context, error)
-
-        return behaviour
-
-    def _bounded_stream(self, inner: Any, method: str, reads_stream: bool) -> Any:
-        async def behaviour(request: Any, context: Any) -> AsyncIterator[Any]:
-            _adopt(context)
-            try:
-                with _accessed(method):
-                    async with self._let_in(method, context, request) as call:
-                        received = self._decoded(request, call) if reads_stream else request
-                        async with contextlib.aclosing(inner(received, context)) as responses:
-                            async for response in responses:
-                                self._sending.add(call)
-                                yield response
-                                self._sending.discard(call)
-                                self._check_cut(call)
-            except (asyncio.CancelledError, GeneratorExit, grpc.aio.AbortError):
-                raise
-            except BaseException as error:
-                await _abort(context, error)
-
-        return behaviour
-
-
-_UNDECODABLE = object()
-
-
-def _total(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """Reads what cannot be decoded as _UNDECODABLE. gRPC itself would fail the call before its key
-    has been looked at, tell the caller the exception's text, and log it as a fault."""
-
-    def deserialized(message: bytes) -> Any:
-        try:
-            return deserialize(message)
-        except DecodeError:
-            return _UNDECODABLE
-
-    return deserialized
-
-
-def _undecodable() -> ServiceError:
-    return ServiceError("invalid_value", "The message cannot be decoded.")
-
-
-@contextlib.contextmanager
-def _accessed(method: str) -> Iterator[None]:
-    """Logs a call at its end, and is the call's span in its trace."""
-    code, began = "ok", time.perf_counter()
-    is_public = method.startswith(_PUBLIC)
-    attributes = {"rpc.system.name": "grpc", "rpc.method": method[1:]}
-    with tracing.call(method[1:], attributes, begins=is_public):
-        try:
-            yield
-        except BaseException as error:
-            code = code_of(error)
-            raise
-        finally:
-            seconds = time.perf_counter() - began
-            fields = {"method": method[1:], "code": code, "seconds": round(seconds, 6)}
-            level = logging.INFO if is_public else logging.DEBUG
-            text = "{method} {code} in {seconds:.3f} s".format_map(fields)
-            log.log(level, text, extra={"fields": fields})
-
-
-def _adopt(context: Any) -> None:
-    """Makes the current context that of this call, whose answer has its request id in the trailing
-    metadata: the initial may be sent only once, and limits do."""
-    request_id = telemetry.adopt(context.invocation_metadata() or ())
-    context.set_trailing_metadata(((telemetry.REQUEST_ID, request_id),))
-    # Callers hang up at their own deadline; the one they tell may be 1% later, as gRPC rounds it.
-    left = remaining_seconds(context)
-    late_from = math.inf if left is None else time.monotonic() + 0.98 * left - _ON_THE_WAY_SECONDS
-    telemetry.late_from.set(late_from)
-
-
-async def _abort(context: Any, error: BaseException) -> NoReturn:
-    if isinstance(error, grpc.aio.AioRpcError):
-        error = from_rpc_error(error)
-    if not isinstance(error, ServiceError):
-        log.error("unhandled error in a call", exc_info=error)
-        error = internal_error()
-    status: Any = error.status()  # its trailing metadata replace the call's
-    trailing = (*status.trailing_metadata, *context.trailing_metadata())
-    await context.abort_with_status(status._replace(trailing_metadata=trailing))
-    raise AssertionError("abort_with_status returned. This is a bug.")
 
 
 class Health(health.aio.HealthServicer):  # type: ignore[misc]  # has no types
@@ -339,7 +101,7 @@ class GrpcServer:
         guard: Guard | None = None,
         has_reflection: bool = True,
         tls: ServerTls | None = None,
-        refused: Refused = _uncounted,
+        refused: Refused | None = None,
     ) -> None:
         self._in_flight = in_flight or InFlight()
         self._tls = tls
@@ -414,13 +176,3 @@ def run(main: Coroutine[Any, Any, Result]) -> Result:
     """Runs `main` to its end on uvloop, on which gRPC passes a fifth more messages."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(main)
-
-
-async def wait_for_any(seconds: float, *events: asyncio.Event) -> None:
-    """Returns when one of `events` is set, or after `seconds`."""
-    waiting = [asyncio.create_task(event.wait()) for event in events]
-    try:
-        await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in waiting:
-            task.cancel()

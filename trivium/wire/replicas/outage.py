@@ -5,7 +5,7 @@ import time
 
 log = logging.getLogger(__name__)
 
-OUTAGE_SECONDS = 10.0
+OUTAGE_SECONDS = 30.0  # more than most models take to load
 _MAX_WARNINGS = 5  # of one outage, whose reason changes
 
 
