@@ -146,6 +146,14 @@ def test_a_stage_without_the_key_that_it_needs_is_refused(
     assert f"trivium up: {keys} needs {key}" in refusal("--model", str(tiny_folder))
 
 
+def test_a_folder_may_have_spaces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also one that a variable names."""
+    missing = tmp_path / "my models" / "one"
+    monkeypatch.setenv("TRIVIUM_GENERATOR_MODEL_DIRECTORY", str(missing))
+
+    assert f"no model folder for '{missing}'" in refusal().replace(" │ ", "")
+
+
 def test_variables_that_say_the_same_are_taken(
     monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
 ) -> None:

@@ -80,10 +80,9 @@ def _seconds(longest: int) -> Callable[[float | None], float | None]:
 ModelOption = Annotated[
     list[str] | None,
     typer.Option(
-        envvar="TRIVIUM_GENERATOR_MODEL_DIRECTORY",
         help="A model folder, or the name of one in ./models or the cache; several, each with "
-        "a generator of its own, by giving it again. "
-        "Default: the embedded model, exported at the first start.",
+        "a generator of its own, by giving it again. Default: TRIVIUM_GENERATOR_MODEL_DIRECTORY, "
+        "or the embedded model, exported at the first start.",
     ),
 ]
 DeviceOption = Annotated[
@@ -264,7 +263,9 @@ def up(
         tls = stage_tls()
     except (SettingConflict, TlsMismatch) as mismatch:
         _refuse(str(mismatch))
-    models = [resolve_model(name, device) for name in model or [EMBEDDED_MODEL]]
+    # Not by the option itself, which would split a path at its spaces.
+    named = model or [os.environ.get("TRIVIUM_GENERATOR_MODEL_DIRECTORY") or EMBEDDED_MODEL]
+    models = [resolve_model(name, device) for name in named]
     if len({folder.name for folder in models}) < len(models):
         _refuse("two models have the same id, which is their folder's name")
     if tls.is_mutual and facades == 1 and not facade_metrics_port:
