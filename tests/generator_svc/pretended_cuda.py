@@ -122,7 +122,8 @@ def pretended_device() -> Iterator[None]:
         patch.setattr(onnxruntime, "preload_dlls", lambda: None)
         patch.setattr(onnxruntime, "InferenceSession", _Session)
         for method in (Device.tensor, Device.tensor_ref):
-            patch.setattr(Device, method.__name__, functools.partial(method, Device("cpu")))
+            on_host = staticmethod(functools.partial(method, Device("cpu")))
+            patch.setattr(Device, method.__name__, on_host)
         why_not_cuda.cache_clear()
         yield
     why_not_cuda.cache_clear()
