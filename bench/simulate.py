@@ -238,7 +238,7 @@ def check(options: argparse.Namespace) -> int:
     before = step_costs.measure(runner)
     cluster = cluster_of(options, before, runner)
     rate = options.rate or options.load * capacity(workload(options, 1.0), cluster)
-    requests = workload(options, rate).draw(options.requests, options.seed)
+    requests = workload(options, rate, bursts(options)).draw(options.requests, options.seed)
     run = asyncio.run(run_services(options.model, requests, options.seed))
     after = step_costs.measure(runner)
     costs = on_one_machine(step_costs.mean([before, after]), run.gaps)
@@ -275,7 +275,7 @@ def plan(options: argparse.Namespace) -> int:
     if options.trace is not None:
         requests = trace.load(options.trace)
     else:
-        requests = workload(options, options.rate).draw(
+        requests = workload(options, options.rate, bursts(options)).draw(
             round(options.rate * options.seconds), options.seed
         )
     if options.save_trace is not None:
@@ -371,13 +371,18 @@ def cluster_by_costs(options: argparse.Namespace) -> Cluster:
     return cluster_of(options, step_costs.measure(runner), runner)
 
 
-def workload(options: argparse.Namespace, rate: float) -> Workload:
+def bursts(options: argparse.Namespace) -> Bursts | None:
+    """Those of the arrivals, if they are to come in any."""
     is_bursty = options.arrivals == "bursty"
+    return Bursts(options.burst_peak, options.burst_share) if is_bursty else None
+
+
+def workload(options: argparse.Namespace, rate: float, bursts: Bursts | None = None) -> Workload:
     return Workload(
         rate=rate,
         prompt=Lengths(options.prompt_tokens, options.sigma),
         output=Lengths(options.output_tokens, options.sigma),
-        bursts=Bursts(options.burst_peak, options.burst_share) if is_bursty else None,
+        bursts=bursts,
         conversations=options.conversations,
         shared_tokens=options.shared_tokens,
     )
@@ -407,7 +412,6 @@ def arguments() -> argparse.Namespace:
         if command == "plan":
             _add_targets(options)
         if command == "load":
-            options.set_defaults(arrivals="poisson")  # as if; in a closed loop nobody looks at it
             options.add_argument("--clients", default="1,8,32,64,256")
             options.add_argument("--requests", type=int, default=10, help="of each client")
         if command == "check":

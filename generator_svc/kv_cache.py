@@ -40,12 +40,6 @@ class _Slot:
     idle_steps: int = 0
 
     @property
-    def content(self) -> list[int]:
-        if self.owner is None:
-            return self.tokens
-        return self.owner.token_ids
-
-    @property
     def length(self) -> int:
         """Tokens that have keys and values."""
         return len(self.tokens) if self.owner is None else self.owner.computed

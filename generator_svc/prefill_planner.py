@@ -27,7 +27,7 @@ class PrefillPlanner:
         keeps_whole: bool,
     ) -> None:
         assert max_num_batched_tokens > _MIN_PREFILL_TOKENS
-        self.cost = cost
+        self._cost = cost
         self._stall_nanoseconds = stall_nanoseconds
         self._max_num_batched_tokens = max_num_batched_tokens
         self._keeps_whole = keeps_whole
@@ -40,7 +40,7 @@ class PrefillPlanner:
         max_tokens = max(max_tokens - decoding, min(max_tokens, ATTENTION_TILE))
         # A stall delays everyone who decodes, and shortens the wait of everyone who is pending.
         multiplier = min(max(pending / decoding, 1.0), MAX_STALL_MULTIPLIER)
-        return min(self.cost.tokens_within(multiplier * self._stall_nanoseconds), max_tokens)
+        return min(self._cost.tokens_within(multiplier * self._stall_nanoseconds), max_tokens)
 
     def plan(self, prefilling: list[Sequence], budget: int) -> dict[Sequence, Chunk]:
         """A chunk for each of the sequences, one or more, oldest first, that the budget reaches."""
@@ -60,7 +60,7 @@ class PrefillPlanner:
         """Adds a chunk for each of `sequences` that fits; returns what is left of `budget`."""
         whole_budget = budget
         for sequence in sequences:
-            weight = max(self.cost.cost(sequence.computed) / self.cost.cost(0), 1.0)
+            weight = max(self._cost.cost(sequence.computed) / self._cost.cost(0), 1.0)
             max_tokens = int(budget / weight)
             if not chunks:  # every step makes progress, however slow the device
                 max_tokens = max(max_tokens, _MIN_PREFILL_TOKENS)

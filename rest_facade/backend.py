@@ -288,8 +288,11 @@ class CompletionStream(Generic[Event]):
             if self._call is None or self._replica is None:
                 event = await self._backend.replicas.ask(self._first)
             else:
-                with self._replica.answering():
+                try:
                     event = await self._call.read()
+                except grpc.aio.AioRpcError as error:
+                    self._replica.log_foreign(error)
+                    raise
         # The stub's types do not tell an event from EOF.
         return None if event is grpc.aio.EOF else cast("Event", event)
 

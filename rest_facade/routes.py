@@ -3,10 +3,9 @@
 A completion goes requests → convert → backend → convert → sse.
 """
 
-import asyncio
 import importlib.metadata
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -230,30 +229,20 @@ class Routes:
         converter: Chunks[Any],
         started_at: float,
     ) -> Response:
-        usage, seconds = usage_of(request.scope), self._settings.keep_alive_seconds
+        usage = usage_of(request.scope)
 
-        async def read_first() -> Sequence[Any] | None:
-            event = await stream.read()
+        def on_begin() -> None:
             usage.began, usage.taken = True, lambda: converter.taken
-            return None if event is None else converter.push(event)
-
-        first = asyncio.create_task(read_first())
-        try:
-            # Awaited before any answer, so that early failures have their own HTTP status; but only
-            # as long as a stream may be silent, for those on the way who give up on one that is.
-            await while_connected(request.receive, asyncio.wait([first], timeout=seconds))
-            if first.done():
-                first.result()
-        except BaseException:
-            first.cancel()
-            stream.close()
-            raise
 
         def on_text() -> None:
             self._metrics.first_token_seconds.observe(time.perf_counter() - started_at)
             tracing.current().event("first_token")
 
-        return EventStream(first, stream, converter, seconds, on_text)
+        events = EventStream(
+            stream, converter, self._settings.keep_alive_seconds, on_begin, on_text
+        )
+        await events.begin(request.receive)
+        return events
 
     async def models(self, request: Request) -> Response:
         """All models."""

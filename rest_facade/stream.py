@@ -27,30 +27,51 @@ Event = TypeVar("Event")
 
 
 class EventStream(Response):
-    """Sends the chunks of a stream, the `first` ones and those of all events that follow in
-    `stream`, which it closes.
+    """Sends the chunks of all events in `stream`, which it closes. To be sent after `begin`.
 
-    While the first ones are still to come, a comment goes out at once. `on_text` is called once,
-    when the first text has been sent.
+    `on_begin` is called when the first event has come, `on_text` when the first text has been sent.
     """
 
     def __init__(
         self,
-        first: asyncio.Task[Sequence[Any] | None],
         stream: CompletionStream[Event],
         converter: Chunks[Any],
         keep_alive_seconds: float,
+        on_begin: Callable[[], None],
         on_text: Callable[[], None],
     ) -> None:
         super().__init__(headers=_HEADERS)
         del self.headers["content-length"]
-        self._first = first
         self._stream = stream
         self._converter = converter
         self._keep_alive_seconds = keep_alive_seconds
+        self._on_begin = on_begin
         self._on_text = on_text
         self._clock = asyncio.get_running_loop().time
-        self._sent_at = self._clock() if first.done() else -math.inf
+        self._sent_at = -math.inf
+        self._first = asyncio.create_task(self._read_first())
+
+    async def begin(self, receive: Receive) -> None:
+        """Awaits the first event, so that early failures have their own HTTP status; but only as
+        long as a stream may be silent, for those on the way who give up on one that is.
+
+        Raises ServiceError, or ClientGone.
+        """
+        try:
+            first = asyncio.wait([self._first], timeout=self._keep_alive_seconds)
+            await while_connected(receive, first)
+            if self._first.done():
+                self._first.result()
+                self._sent_at = self._clock()  # otherwise a comment goes out at once
+        except BaseException:
+            self._first.cancel()
+            self._stream.close()
+            raise
+
+    async def _read_first(self) -> Sequence[Any] | None:
+        event = await self._stream.read()
+        self._on_begin()
+        return None if event is None else self._converter.push(event)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

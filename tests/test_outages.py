@@ -50,20 +50,21 @@ async def until(condition: Callable[[], object]) -> None:
 async def test_nobody_listens(warnings: Callable[[], list[str]]) -> None:
     """It is told once for each outage; that nobody does at one of a name's addresses is none."""
     [port] = free_ports(1)
-    async with following(f"localhost:{port}") as replicas:
-        await until(warnings)
-        await asyncio.sleep(2.5)
-        [first] = warnings()
-        server = GrpcServer([], [SERVICE])
-        await server.start(f"127.0.0.1:{port}")
-        await server.set_serving(True)
-        await until(lambda: replicas.serving)
-        await asyncio.sleep(1.5)
-        found = warnings()
-        await server.drain(0, 0)
-        await until(lambda: len(warnings()) > 1)
+    with NameServer(both=["127.0.0.1", "127.0.0.9"]) as names:
+        async with following(names.target("both", port)) as replicas:
+            await until(warnings)
+            await asyncio.sleep(2.5)
+            [first] = warnings()
+            server = GrpcServer([], [SERVICE])
+            await server.start(f"127.0.0.1:{port}")
+            await server.set_serving(True)
+            await until(lambda: replicas.serving)
+            await asyncio.sleep(1.5)
+            found = warnings()
+            await server.drain(0, 0)
+            await until(lambda: len(warnings()) > 1)
 
-    assert first.startswith(f"localhost:{port} cannot be reached: UNAVAILABLE: ")
+    assert first.startswith(f"both:{port} cannot be reached: UNAVAILABLE: ")
     assert "Connection refused" in first
     assert [first] == found
 

@@ -134,21 +134,22 @@ class SandboxWorker:
         Raises CompilerBusy if it does not respond in time, and is replaced.
         """
         process = await asyncio.shield(self.start())
-        fault: Exception | None = None
         try:
             line = await _exchange(process, request)
         except TimeoutError as error:
-            line, fault = b"", error
+            await self._replace("does not respond")
+            raise CompilerBusy from error
         if line.endswith(b"\n"):
             response: dict[str, Any] = json.loads(line)
             return response
-        await self.close()
-        what = "does not respond" if fault else f"has ended with status {process.returncode}"
-        log.warning("the process that compiles constraints %s: it is started again", what)
-        self.start()
-        if fault is not None:
-            raise CompilerBusy from fault
+        await _end(process)
+        await self._replace(f"has ended with status {process.returncode}")
         return None
+
+    async def _replace(self, why: str) -> None:
+        log.warning("the process that compiles constraints %s: it is started again", why)
+        await self.close()
+        self.start()
 
 
 async def _spawn(command: list[str]) -> Process:

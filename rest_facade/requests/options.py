@@ -120,7 +120,9 @@ class SamplingFields(Strict):
     )
     logit_bias: Biases | None = Field(None, description="Added to logits, by token id.")
     max_completion_tokens: Count | None = Field(
-        None, description="Maximum number of tokens per choice. Default: up to the context length."
+        None,
+        description="Maximum number of tokens per choice. Default: up to the context length in "
+        "chat, 16 in plain completions.",
     )
     max_tokens: Count | None = Field(
         None, description="The same: the old name in chat, the usual one of plain completions."

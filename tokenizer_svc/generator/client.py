@@ -252,8 +252,8 @@ class _GenerationCall:
             status = await self._status
             if status.code() is grpc.StatusCode.OK:
                 return None
-            with self._replica.answering():
-                raise status from None
+            self._replica.log_foreign(status)
+            raise status from None
 
     async def write(self, command: convert.Command) -> None:
         """A call that is over takes no more commands; reading it raises its status."""

@@ -146,9 +146,13 @@ class Replica:
         try:
             yield
         except grpc.aio.AioRpcError as error:
-            if is_foreign(error):
-                log.error("%s answered %s: %s", self.address, error.code().name, error.details())
+            self.log_foreign(error)
             raise
+
+    def log_foreign(self, error: grpc.aio.AioRpcError) -> None:
+        """Logs a status with which this replica answered, unless a stage made it."""
+        if is_foreign(error):
+            log.error("%s answered %s: %s", self.address, error.code().name, error.details())
 
     async def why_unreachable(self) -> str | None:
         """By a call, as a channel does not tell; None if it can be reached after all."""

@@ -204,8 +204,8 @@ class ReplicaSet:
             await asyncio.sleep(_RESOLVE_SECONDS)
 
     async def _follow_outages(self) -> None:
-        """Warns of what cannot be reached. Of a name one address that can be is enough: servers
-        may not listen at those of IPv6."""
+        """Warns of what cannot be reached. Of a name one address that can be is enough: others may
+        be starting, and metrics tell of each."""
         outages: defaultdict[str, Outage] = defaultdict(Outage)
         while True:
             by_name = {one.address.name: one for one in self.replicas} | {
