@@ -82,8 +82,9 @@ async def test_only_a_generator_that_was_there_is_missed(
     is."""
 
     def errors() -> list[str]:
-        levels = ("WARNING", "ERROR")
-        return [record.message for record in caplog.records if record.levelname in levels]
+        # Of ours: gRPC's poller may complain of another test's event loop.
+        ours = [one for one in caplog.records if one.name.startswith(("tokenizer_svc", "trivium"))]
+        return [one.message for one in ours if one.levelname in ("WARNING", "ERROR")]
 
     stage = Stage(model, model_folder)
     await stage.start_generator()  # for a port
