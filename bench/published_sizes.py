@@ -12,7 +12,8 @@ from typing import Any
 
 from bench.published import PUBLISHED
 from bench.random_checkpoint import CheckpointTensor, checkpoint_tensors
-from generator_svc.config import GeneratorSettings
+from generator_svc.config import CUDA_DEFAULTS
+from generator_svc.memory_plan import CUDA_GRAPH_BYTES
 
 BLOCK = 32
 # Each precision on each device, in the order of the tables; gpt-oss has some of them.
@@ -116,7 +117,7 @@ def sizes_markdown() -> str:
 
 def cards_markdown() -> str:
     """How many tokens the cache holds on cards of several sizes, next to the weights."""
-    share = GeneratorSettings.model_fields["kv_memory_share"].default
+    share = CUDA_DEFAULTS["kv_memory_share"]
     lines = [
         f"| model | precision | {' | '.join(f'{card} GB' for card in CARDS)} |",
         f"| --- | --- | {' | '.join('---:' for _ in CARDS)} |",
@@ -126,7 +127,7 @@ def cards_markdown() -> str:
         for precision in precisions(config, "cuda"):
             weights = loaded_bytes(config, precision, "cuda")
             tokens = [
-                int(share * (usable - weights) / cached_bytes(config, "cuda"))
+                int(share * (usable - weights - CUDA_GRAPH_BYTES) / cached_bytes(config, "cuda"))
                 for usable in CARDS.values()
             ]
             shown = [f"{count // 1000 * 1000:,}" if count >= 1000 else "—" for count in tokens]

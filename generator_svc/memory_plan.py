@@ -37,7 +37,7 @@ _PACKING_GROWTH = {"int4": 4 / (16 + 4), "int8": 4 / (32 + 4)}
 _WEIGHT_BITS = {"fp32": 32, "fp16": 16, "int8": 9, "w8a8": 9, "int4": 5}
 
 # What CUDA graphs of all batch sizes take, of a model of 8 billion weights (docs/log.md).
-_CUDA_GRAPH_BYTES = 2**30
+CUDA_GRAPH_BYTES = 2**30
 
 _MIN_DEFAULT_LENGTH = 256  # tokens; a shorter context is neither planned nor suggested
 
@@ -104,7 +104,7 @@ def plan_loaded(settings: GeneratorSettings, plan: MemoryPlan, allocated: int) -
     `allocated` slots allocated. At most as many as wanted, at least one. Raises CudaError.
     """
     free = device_memory().free + allocated * plan.slot_bytes
-    share = int((free - _CUDA_GRAPH_BYTES) * settings.on("cuda", "kv_memory_share"))
+    share = int((free - CUDA_GRAPH_BYTES) * settings.on("cuda", "kv_memory_share"))
     cache_bytes = settings.kv_cache_bytes or share
     return max(1, min(int(settings.on("cuda", "slots")), cache_bytes // plan.slot_bytes))
 
