@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from generator_svc.export.checkpoint.source import EMBEDDED_SAMPLING, locate
+from generator_svc.export.checkpoint.source import EMBEDDED_SAMPLING, locate, state
 from generator_svc.export.errors import ExportError
 from generator_svc.export.options import DEFAULT_OPTIONS, ExportOptions
 from generator_svc.export.progress import Progress, silent
@@ -49,9 +49,9 @@ def export_model(
     """Makes the model directory `out` from `source` and returns its path.
 
     A folder that is there already and was made from the same source with the same options is
-    returned as it is, or replaced if it is damaged or an older exporter made it. Another export is
-    an ExportError, unless `force`. So are, in any case, a folder that holds something else than an
-    export, and one that cannot be written.
+    returned as it is, or replaced if it is damaged, an older exporter made it, or the checkpoint's
+    files have changed since. Another export is an ExportError, unless `force`. So are, in any case,
+    a folder that holds something else than an export, and one that cannot be written.
     """
     final = Path(out).expanduser().absolute()
     try:
@@ -77,8 +77,8 @@ def _reason(error: OSError) -> str:
 def _is_current(folder: Path, wanted: dict[str, Any], force: bool) -> bool:
     """Whether `folder` is what the export would make; ExportError if it must not be replaced.
 
-    False for what may be made (anew): nothing, an empty folder, the same export when it is damaged
-    or from an older exporter, or any export with `force`.
+    False for what may be made (anew): nothing, an empty folder, the same export when it is damaged,
+    from an older exporter or of a checkpoint that has changed, or any export with `force`.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
@@ -99,7 +99,8 @@ def _is_current(folder: Path, wanted: dict[str, Any], force: bool) -> bool:
         load_model_directory(folder)
     except ModelDirectoryError:
         return False
-    return bool(manifest.get("exporter_version") == EXPORTER_VERSION)
+    is_same = state(wanted["source"]) in (None, manifest.get("checkpoint_state"))
+    return is_same and bool(manifest.get("exporter_version") == EXPORTER_VERSION)
 
 
 def _build(
@@ -113,6 +114,7 @@ def _build(
     """All steps, into `folder`. The heavy imports are here so that importing is cheap."""
     os.environ.setdefault("OMP_NUM_THREADS", str(cpu_limit().cores))  # PyTorch reads it once
     began = time.monotonic()
+    checkpoint_state = state(source)  # before it is read: what changes meanwhile is another one
     progress("fetching")
     origin = locate(source, cache, lambda there, total: progress("fetching", there, total))
     progress("opening the checkpoint")
@@ -146,6 +148,7 @@ def _build(
     _write_configs(checkpoint, generation, folder)
     manifest = {
         "source": source,
+        "checkpoint_state": checkpoint_state,
         **asdict(options),
         "exporter_version": EXPORTER_VERSION,
         "node_count": len(graph.nodes),

@@ -44,6 +44,27 @@ class Source:
     path: Path
 
 
+def state(source: str) -> str | None:
+    """A digest of names, sizes and times of the files of a checkpoint that lies here.
+
+    None where there is none: for the default, a hub id, or a checkpoint that has been removed.
+    Raises ExportError for what is no checkpoint.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        files = [path]
+    elif path.is_dir():
+        names = [file.name for file in path.iterdir() if file.is_file()]
+        files = [path / name for name in choose_files(source, names, lambda: path / INDEX_FILE)[1]]
+    else:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        found = file.stat()
+        digest.update(f"{file.name}\0{found.st_size}\0{found.st_mtime_ns}\0".encode())
+    return digest.hexdigest()[:32]
+
+
 def unheard(there: int, total: int) -> None:
     """Tells nobody how many bytes have been received."""
 

@@ -267,6 +267,25 @@ def test_an_existing_folder_is_kept_or_refused(source, tmp_path, monkeypatch):
     assert leftovers(tmp_path) == ["m"]
 
 
+def test_a_changed_checkpoint_is_exported_anew(source, tmp_path):
+    """As after more training: the same command makes the new one; a removed one is still served."""
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(source, checkpoint)
+    folder = export_model(str(checkpoint), tmp_path / "m", FP32)
+    first = load_model_directory(folder).revision
+
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["model.norm.weight"] *= 2
+    save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
+    export_model(str(checkpoint), folder, FP32)
+    second = load_model_directory(folder).revision
+    shutil.rmtree(checkpoint)
+
+    assert first != second
+    assert folder == export_model(str(checkpoint), folder, FP32)
+    assert second == load_model_directory(folder).revision
+
+
 def test_the_folder_has_the_layout_of_the_model_builder():
     """The file that onnxruntime-genai reads names every tensor and every size."""
     folder = tiny_model_directory("qwen2")
