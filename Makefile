@@ -73,7 +73,7 @@ unexport PYTHONDONTWRITEBYTECODE
 serve: $(VENV)/.serve
 	@$(BIN)/python -c 'import sys; from generator_svc.cuda import device_count; sys.exit(device_count() > 0)' \
 		|| $(MAKE) --no-print-directory $(VENV)/.cuda
-	@$(BIN)/python -m generator_svc.export.embedded --check >/dev/null \
+	@$(BIN)/python -m generator_svc.export.cached --check >/dev/null \
 		|| $(MAKE) --no-print-directory $(VENV)/.export
 	@exec $(BIN)/trivium up $(ARGS)
 

@@ -12,7 +12,7 @@ from generator_svc.export.options import (
     ExportOptions,
     embedded_precision,
 )
-from generator_svc.export.pipeline import EXPORTER_VERSION, export_model
+from generator_svc.export.pipeline import EXPORTER_VERSION, export_model, is_current
 from generator_svc.export.progress import Progress
 
 __all__ = [
@@ -24,4 +24,5 @@ __all__ = [
     "Progress",
     "embedded_precision",
     "export_model",
+    "is_current",
 ]

@@ -15,7 +15,6 @@ from generator_svc.export import ExportError, ExportOptions, export_model
 from generator_svc.export.progress import Progress
 from generator_svc.export.progress_bar import Steps
 from trivium.cache_folder import cache_folder
-from trivium.embedded_model import embedded_folder
 from trivium.export_extra import missing_packages
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
@@ -106,8 +105,8 @@ def export(
         told = f"trivium export: interrupted; {out} is as it was before"
         console.print(told, markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
-    # `trivium up` goes on by itself.
-    if out.absolute() not in (embedded_folder("cpu"), embedded_folder("cuda")):
+    # `trivium up`, which makes those in the cache, goes on by itself.
+    if cache_folder() not in out.absolute().parents:
         console.print(f"{out} is ready: trivium up --model {out}", markup=False, soft_wrap=True)
 
 

@@ -56,7 +56,7 @@ def export_model(
     final = Path(out).expanduser().absolute()
     try:
         with alone(final, lambda: progress("waiting for another export to this folder")):
-            if _is_current(final, {"source": source, **asdict(options)}, force):
+            if is_current(final, source, options, force):
                 return final
             with making(final) as (folder, scratch):
                 _build(source, folder, scratch, options, progress, cache)
@@ -74,7 +74,7 @@ def _reason(error: OSError) -> str:
     return f"{error.strerror}: {file}" if file else error.strerror
 
 
-def _is_current(folder: Path, wanted: dict[str, Any], force: bool) -> bool:
+def is_current(folder: Path, source: str, options: ExportOptions, force: bool = False) -> bool:
     """Whether `folder` is what the export would make; ExportError if it must not be replaced.
 
     False for what may be made (anew): nothing, an empty folder, the same export when it is damaged,
@@ -93,13 +93,14 @@ def _is_current(folder: Path, wanted: dict[str, Any], force: bool) -> bool:
         )
     if force:
         return False
+    wanted = {"source": source, **asdict(options)}
     if any(manifest.get(key) != value for key, value in wanted.items()):
         raise ExportError(f"{folder} exists already and is another export; --force replaces it")
     try:
         load_model_directory(folder)
     except ModelDirectoryError:
         return False
-    is_same = state(wanted["source"]) in (None, manifest.get("checkpoint_state"))
+    is_same = state(source) in (None, manifest.get("checkpoint_state"))
     return is_same and bool(manifest.get("exporter_version") == EXPORTER_VERSION)
 
 

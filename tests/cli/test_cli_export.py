@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from generator_svc.export.embedded import find_embedded
+from generator_svc.export.cached import find_embedded
 from tests.tiny_models import tiny_checkpoint, tiny_model_directory
-from trivium.cli.up import resolve_model
+from trivium.cli.models import find_model
 from trivium.embedded_model import EMBEDDED_MODEL, embedded_folder
 from trivium.model_directory import MANIFEST, load_model_directory
 
@@ -135,13 +135,13 @@ def test_the_embedded_model_is_found_in_the_cache(
 ) -> None:
     """With no model named, `up` serves what is in the cache folder under the embedded name."""
     monkeypatch.setenv("TRIVIUM_CACHE", str(tmp_path))
-    check = [sys.executable, "-m", "generator_svc.export.embedded", "--check"]
+    check = [sys.executable, "-m", "generator_svc.export.cached", "--check"]
     absent = subprocess.run(check).returncode
     out = put_embedded(tmp_path, monkeypatch)
 
     assert (1, 0) == (absent, subprocess.run(check).returncode)
     assert tmp_path / "models" / EMBEDDED_MODEL == out
-    assert [out, out] == [resolve_model(None), resolve_model(EMBEDDED_MODEL)]
+    assert [out, out] == [find_model(EMBEDDED_MODEL, device).folder for device in ("auto", "cpu")]
 
 
 def test_the_embedded_model_for_a_device_that_is_absent_is_not_made(
@@ -149,7 +149,7 @@ def test_the_embedded_model_for_a_device_that_is_absent_is_not_made(
 ) -> None:
     """The reason is told before anything is exported."""
     monkeypatch.setenv("TRIVIUM_CACHE", str(tmp_path))
-    made = [sys.executable, "-m", "generator_svc.export.embedded", "--device", "cuda"]
+    made = [sys.executable, "-m", "generator_svc.export.cached", "--device", "cuda"]
     done = subprocess.run(
         made, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     )

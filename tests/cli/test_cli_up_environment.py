@@ -151,7 +151,7 @@ def test_a_folder_may_have_spaces(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     missing = tmp_path / "my models" / "one"
     monkeypatch.setenv("TRIVIUM_GENERATOR_MODEL_DIRECTORY", str(missing))
 
-    assert f"no model folder for '{missing}'" in refusal().replace(" │ ", "")
+    assert f"'{missing}' is no model folder" in refusal().replace(" │ ", "")
 
 
 def test_variables_that_say_the_same_are_taken(

@@ -13,7 +13,7 @@ import pytest
 
 from tests import node
 from tests.pipeline.services import Services
-from trivium.cli.up import resolve_model
+from trivium.cli.models import find_model
 from trivium.embedded_model import EMBEDDED_MODEL
 
 pytestmark = pytest.mark.clients
@@ -24,7 +24,8 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="module")
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
     """The three services on the embedded model, which is made if it is not there."""
-    with Services(resolve_model(None), tmp_path_factory.mktemp("services")) as services:
+    model = find_model(EMBEDDED_MODEL, "auto").folder
+    with Services(model, tmp_path_factory.mktemp("services")) as services:
         yield services
 
 

@@ -16,7 +16,7 @@ import httpx
 import openai
 import pytest
 
-from generator_svc.export.embedded import find_embedded
+from generator_svc.export.cached import find_embedded
 from tests.examples import example_runs
 from trivium.cli.pipeline import free_ports
 from trivium.embedded_model import EMBEDDED_MODEL

@@ -29,8 +29,8 @@ def banner(
     `weights` are bytes, one number for each model. `keys`: an API key is needed.
     `shut`: which of chat, docs, metrics and reflection there are not.
     """
-    models = zip(infos, weights, strict=True)
-    facts = [fact for info, weight_bytes in models for fact in _model(info, weight_bytes)]
+    models = zip(infos, weights, pipeline.aliases or [None] * len(infos), strict=True)
+    facts = [fact for info, size, alias in models for fact in _model(info, size, alias)]
     metrics = ", ".join(pipeline.facade_metrics_urls)
     facts += [
         ("host", "; ".join(map(str, limits))),
@@ -51,9 +51,12 @@ def banner(
     return "\n".join(lines) + "\n"
 
 
-def _model(info: generator_pb2.GetModelInfoResponse, weight_bytes: int) -> list[tuple[str, str]]:
+def _model(
+    info: generator_pb2.GetModelInfoResponse, weight_bytes: int, alias: str | None
+) -> list[tuple[str, str]]:
+    names = f"{info.id} or {alias}" if alias else info.id
     return [
-        ("model", f"{info.id}  (revision {info.revision}, {info.precision or 'unknown'} weights)"),
+        ("model", f"{names}  (revision {info.revision}, {info.precision or 'unknown'} weights)"),
         ("runs on", f"{info.execution_provider}, {info.dtype}" + _why(info.cuda_unavailable)),
         ("context", f"{info.context_length:,} tokens"),
         ("slots", f"{info.slots} sequences at once"),

@@ -64,6 +64,7 @@ class Pipeline:
     """Where the services of one machine listen, and the models they serve.
 
     Each of `more_models` has a generator of its own, on the ports that follow the first one's.
+    `aliases` are names besides their own by which requests may ask for them, one or None for each.
     Tokenizers listen at PORT_STRIDE from each other, and facades share their port.
     What is None is for each service's own variable to say.
     """
@@ -81,6 +82,7 @@ class Pipeline:
     log_level: str | None = None
     drain_seconds: float | None = None
     more_models: tuple[Path, ...] = ()
+    aliases: tuple[str | None, ...] = ()
     tokenizers: int = 1
     facades: int = 1
     facade_metrics_port: int = 0
@@ -226,15 +228,19 @@ class Pipeline:
 
     def _served(self) -> dict[str, str]:
         """The models, as the tokenizer's settings say it; what is not for them is empty."""
-        if len(self.models) == 1:
+        if len(self.models) == 1 and not any(self.aliases):
             return {
                 "TRIVIUM_TOKENIZER_GENERATOR_TARGET": self.generator_target,
                 "TRIVIUM_TOKENIZER_MODEL_DIRECTORY": str(self.model),
                 "TRIVIUM_TOKENIZER_MODELS": "",
             }
+        aliases = self.aliases or (None,) * len(self.models)
         served = [
             {"model_directory": str(model), "generator_target": target}
-            for model, target in zip(self.models, self.generator_targets, strict=True)
+            | ({"aliases": [alias]} if alias else {})
+            for model, target, alias in zip(
+                self.models, self.generator_targets, aliases, strict=True
+            )
         ]
         return {
             "TRIVIUM_TOKENIZER_GENERATOR_TARGET": "",

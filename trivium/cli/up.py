@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from enum import StrEnum
@@ -15,9 +14,9 @@ from typing import Annotated, NoReturn
 import typer
 from pydantic import TypeAdapter
 
-from trivium.cache_folder import cache_folder
 from trivium.cli.banner import banner
 from trivium.cli.fit import DoesNotFit, memory_plans
+from trivium.cli.models import ExportFailed, NoModel, find_model
 from trivium.cli.pipeline import (
     DRAIN_SECONDS,
     LOG_LEVEL,
@@ -30,11 +29,11 @@ from trivium.cli.probe import model_info
 from trivium.cli.stage_drain import longest_drain
 from trivium.cli.stage_keys import check_stage_keys
 from trivium.cli.stage_tls import REST_CLIENT_CA, TlsMismatch, stage_tls
-from trivium.cli.supervisor import LEASH, NotReady, StageDied, Supervisor
+from trivium.cli.supervisor import NotReady, StageDied, Supervisor
 from trivium.embedded_model import EMBEDDED_MODEL
 from trivium.host_limits import cpu_limit, memory_limit
 from trivium.keys.own_key import OwnKey
-from trivium.model_directory import ModelDirectoryError, load_model_directory
+from trivium.model_directory import load_model_directory
 from trivium.wire.listening import bare_host
 
 STOPPED, FAILED, REFUSED = 0, 1, 2
@@ -80,9 +79,10 @@ def _seconds(longest: int) -> Callable[[float | None], float | None]:
 ModelOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="A model folder, or the name of one in ./models or the cache; several, each with "
-        "a generator of its own, by giving it again. Default: TRIVIUM_GENERATOR_MODEL_DIRECTORY, "
-        "or the embedded model, exported at the first start.",
+        help="A model folder, or the name of one in ./models or the cache; or a checkpoint, which "
+        "is exported to the cache first (int8, on CUDA fp16): a Hugging Face folder, a .gguf file, "
+        "owner/name on the Hugging Face Hub. Several, each with a generator of its own, by giving "
+        "it again. Default: TRIVIUM_GENERATOR_MODEL_DIRECTORY, or the embedded model.",
     ),
 ]
 DeviceOption = Annotated[
@@ -215,24 +215,6 @@ async def supervise(
             await asyncio.gather(life, stop, return_exceptions=True)
 
 
-def resolve_model(name: str | None, device: Device = Device.AUTO) -> Path:
-    """The folder of the model called `name`, a path or an id; exits with 2 if there is none.
-
-    The embedded default is exported first if it is not there, for the device that it will run on.
-    """
-    if name is None or name == EMBEDDED_MODEL:
-        return _make_embedded(device)
-    candidates = [Path(name), Path("models") / name, cache_folder() / "models" / name]
-    for folder in candidates:
-        if folder.is_dir():
-            try:
-                return load_model_directory(folder).path
-            except ModelDirectoryError as error:
-                _refuse(str(error))
-    looked = ", ".join(dict.fromkeys(str(folder.absolute()) for folder in candidates))
-    _refuse(f"no model folder for {name!r}; looked for {looked}")
-
-
 def up(
     model: ModelOption = None,
     device: DeviceOption = Device.AUTO,
@@ -265,8 +247,13 @@ def up(
         _refuse(str(mismatch))
     # Not by the option itself, which would split a path at its spaces.
     named = model or [os.environ.get("TRIVIUM_GENERATOR_MODEL_DIRECTORY") or EMBEDDED_MODEL]
-    models = [resolve_model(name, device) for name in named]
-    if len({folder.name for folder in models}) < len(models):
+    try:
+        models = [find_model(name, device.value) for name in named]
+    except NoModel as unknown:
+        _refuse(str(unknown))
+    except ExportFailed as failed:
+        raise typer.Exit(REFUSED if failed.status == REFUSED else FAILED) from failed
+    if len({model.folder.name for model in models}) < len(models):
         _refuse("two models have the same id, which is their folder's name")
     if tls.is_mutual and facades == 1 and not facade_metrics_port:
         _refuse(
@@ -274,8 +261,9 @@ def up(
             "it is ready"
         )
     pipeline = Pipeline(
-        model=models[0],
-        more_models=tuple(models[1:]),
+        model=models[0].folder,
+        more_models=tuple(model.folder for model in models[1:]),
+        aliases=tuple(model.alias for model in models),
         device=device.value,
         host=host,
         port=port,
@@ -337,16 +325,6 @@ def _warn_of_few_cores(pipeline: Pipeline) -> None:
             "more of them pass no more",
             err=True,
         )
-
-
-def _make_embedded(device: Device) -> Path:
-    """The embedded model, exported by a process of its own if it is not there."""
-    leash = (sys.executable, "-I", LEASH, str(os.getpid()))
-    command = (sys.executable, "-m", "generator_svc.export.embedded", "--device", device.value)
-    done = subprocess.run([*leash, *command], stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode != 0:
-        raise typer.Exit(REFUSED if done.returncode == REFUSED else FAILED)
-    return Path(done.stdout.splitlines()[0])
 
 
 def _refuse(message: str) -> NoReturn:

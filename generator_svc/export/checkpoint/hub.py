@@ -15,13 +15,13 @@ import shutil
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from generator_svc.export.checkpoint.config import read_config
 from generator_svc.export.checkpoint.files import CONFIG_FILE, INDEX_FILE, Kind, choose_files
 from generator_svc.export.errors import ExportError
+from trivium.hub_name import HubName
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -32,24 +32,7 @@ Received = Callable[[int, int], None]
 
 MAX_STREAMS = 4  # files at a time; one connection alone seldom fills a line
 _POLL_SECONDS = 0.25
-_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^\s:]+))?(?::(?P<gguf>\S+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-
-
-@dataclass(frozen=True)
-class HubName:
-    """`owner/name`, `@` a branch, tag or commit, `:` a GGUF file or its quantisation (Q4_K_M)."""
-
-    text: str
-    repo: str
-    revision: str
-    gguf: str | None
-
-    @classmethod
-    def parse(cls, text: str) -> Self | None:
-        """None for what is no name of that form."""
-        found = _NAME.fullmatch(text)
-        return found and cls(text, found["repo"], found["revision"] or "main", found["gguf"])
 
 
 def fetch(name: HubName, received: Received) -> tuple[Kind, Path]:

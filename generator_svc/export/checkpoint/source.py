@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from generator_svc.export.checkpoint.files import INDEX_FILE, Kind, check_is_whole, choose_files
-from generator_svc.export.checkpoint.hub import HubName, Received, fetch
+from generator_svc.export.checkpoint.hub import Received, fetch
 from generator_svc.export.errors import ExportError
 from trivium.cache_folder import cache_folder
 from trivium.embedded_model import EMBEDDED_MODEL
+from trivium.hub_name import HubName, is_path
 
 log = logging.getLogger(__name__)
 
@@ -83,9 +84,9 @@ def locate(source: str, cache: Path | None = None, received: Received = unheard)
     if source == EMBEDDED_MODEL:
         return Source(source, "gguf", _embedded((cache or cache_folder()) / "sources"))
     name = HubName.parse(source)
-    if name is not None and not _is_path(source):
+    if name is not None:
         return Source(source, *fetch(name, received))
-    if _is_path(source) or (path.parent != Path() and "://" not in source):
+    if is_path(source) or (path.parent != Path() and "://" not in source):
         raise ExportError(f"{source}: {_where_it_ends(path)}")
     raise ExportError(
         f"{source!r} is no folder, no .gguf file, no hub id (owner/name) and not {EMBEDDED_MODEL!r}"
@@ -105,13 +106,6 @@ def _file(label: str, path: Path) -> Source:
         raise ExportError(f"{label}: a checkpoint file must be a .gguf file")
     check_is_whole(str(path.parent), path.name)
     return Source(label, "gguf", path)
-
-
-def _is_path(source: str) -> bool:
-    """Whether it can only be meant for a path, although it may look like owner/name."""
-    return source.startswith(("/", "./", "../", "~")) or (
-        source.endswith((".gguf", ".safetensors")) and ":" not in source
-    )
 
 
 def _where_it_ends(path: Path) -> str:

@@ -8,7 +8,8 @@ from jinja2 import Environment
 from transformers import PreTrainedTokenizerFast
 
 from generator_svc.export.weights.int8 import quantize_symmetric
-from trivium.cli.up import resolve_model
+from trivium.cli.models import find_model
+from trivium.embedded_model import EMBEDDED_MODEL
 from trivium.model_directory import ModelDirectory, load_model_directory
 
 pytestmark = [pytest.mark.embedded, pytest.mark.timeout(900)]
@@ -17,7 +18,7 @@ pytestmark = [pytest.mark.embedded, pytest.mark.timeout(900)]
 @pytest.fixture(scope="module")
 def model() -> ModelDirectory:
     """What serving takes, exported if it is not there."""
-    return load_model_directory(resolve_model(None))
+    return load_model_directory(find_model(EMBEDDED_MODEL, "auto").folder)
 
 
 @pytest.fixture(scope="module")
