@@ -197,7 +197,8 @@ CHAT_REQUEST = (
     Row(
         "reasoning_effort",
         "`none` to `max`",
-        f"`none` to `high`, if the model's template knows it; `xhigh` and `max` {_NO_VALUE}",
+        "`none` to `high`, if the model's template knows it, and `none` if the model does not "
+        f"reason; `xhigh` and `max` {_NO_VALUE}",
         _TEMPLATE,
     ),
     Row("verbosity", "`low`, `medium`, `high`", f"`medium`; else {_NO_VALUE}", _REFUSED),

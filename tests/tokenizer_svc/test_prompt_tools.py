@@ -237,10 +237,20 @@ def test_the_prompt_tells_whether_reasoning_follows(
 
 
 def test_reasoning_effort_reaches_the_template() -> None:
-    """Where it knows it; where it knows nothing of the kind, the request is refused."""
+    """Where it knows it."""
     assert "Reasoning: high" in build("gpt-oss", said("x"), reasoning_effort="high").text
+
+
+def test_no_effort_is_what_a_model_without_reasoning_makes() -> None:
+    """So `none` changes nothing there."""
+    assert build("Qwen2.5", said("x")) == build("Qwen2.5", said("x"), reasoning_effort="none")
+
+
+@pytest.mark.parametrize(("sample", "effort"), [("Qwen2.5", "high"), ("DeepSeek R1", "none")])
+def test_an_effort_that_a_model_cannot_heed_is_refused(sample: str, effort: str) -> None:
+    """Where nothing switches reasoning on, or off."""
     with pytest.raises(ServiceError) as refused:
-        build("Qwen2.5", said("x"), reasoning_effort="high")
+        build(sample, said("x"), reasoning_effort=effort)
 
     assert ("unsupported_parameter", "reasoning_effort") == (
         refused.value.code,

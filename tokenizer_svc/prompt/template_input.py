@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
+from tokenizer_svc.families.thinking import OPENING
 from tokenizer_svc.prompt.template_traits import TemplateTraits
 from tokenizer_svc.request.field_checks import is_deeper
 from tokenizer_svc.request.types import SYSTEM_ROLES, Conversation, Message, Role, Tool, ToolCall
@@ -168,5 +169,7 @@ def _effort(effort: str, source: str) -> dict[str, Any]:
         return {_EFFORT: effort}
     switches = [name for name in _SWITCHES if name in source]
     if not switches:
+        if effort == "none" and OPENING not in source:
+            return {}  # what cannot reason does not
         raise unsupported_parameter(_EFFORT, "with this model")
     return dict.fromkeys(switches, effort != "none")
