@@ -28,7 +28,7 @@ from generator_svc.export.checkpoint.decoder import Decoder, LayerAttention
 from generator_svc.export.genai_config import GRAPH_FILE, WEIGHTS_FILE, genai_config
 from generator_svc.export.graph.attention import COS, LENGTHS, SIN, TOTAL, add_lengths
 from generator_svc.export.graph.graph import MICROSOFT, Graph
-from generator_svc.export.graph.head import last_token
+from generator_svc.export.graph.head import wanted_tokens
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 BLOCK_SIZE = 32
@@ -222,7 +222,7 @@ class _Llama:
 
     def _head(self, normed: str) -> None:
         graph, shape = self._graph, self._shape
-        last = last_token(graph, normed, shape.hidden)
+        last = wanted_tokens(graph, normed, shape.hidden)
         # The exporter keeps the head in eight bits where the rest has four.
         precision = "int8" if self._precision == "int4" else self._precision
         logits = self._product("/lm_head", last, shape.hidden, shape.vocabulary, precision)
@@ -289,7 +289,7 @@ class _Llama:
         value = helper.make_tensor_value_info
         for name, length in (("input_ids", "sequence"), ("attention_mask", "total_sequence")):
             proto.input.append(value(name, TensorProto.INT64, ["batch_size", f"{length}_length"]))
-        logits = ["batch_size", 1, shape.vocabulary]
+        logits = ["batch_size", "wanted_tokens", shape.vocabulary]
         proto.output.append(value("logits", TensorProto.FLOAT, logits))
         for layer in range(shape.layers):
             for part in ("key", "value"):

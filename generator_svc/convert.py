@@ -13,11 +13,14 @@ from generator_svc.sequence import (
     FinishReason,
     SamplingParams,
     Sequence,
+    SequenceGroup,
     SequenceUpdate,
+    TokenLogprobs,
 )
 from trivium.field_errors import check_number
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.limits import (
+    COMPLETION_LOGPROBS,
     LOGIT_BIAS,
     MAX_COMPLETION_TOKENS,
     MAX_PATTERN_CHARACTERS,
@@ -47,7 +50,10 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a request. `slot_length` bounds prompt and completion together."""
+    """Limits of a request. `slot_length` bounds prompt and completion together.
+
+    `scores_prompts` is whether the model's graph gives log-probabilities of prompts.
+    """
 
     revision: str
     vocabulary_size: int
@@ -55,6 +61,7 @@ class Limits:
     max_n: int
     eos_token_ids: tuple[int, ...]
     defaults: SamplingParams
+    scores_prompts: bool = False
 
 
 def to_engine_request(start: pb.StartGeneration, limits: Limits) -> EngineRequest:
@@ -88,6 +95,14 @@ def to_engine_request(start: pb.StartGeneration, limits: Limits) -> EngineReques
         stop_ids.update(limits.eos_token_ids)
     top_logprobs = start.top_logprobs if start.HasField("top_logprobs") else None
     check_number("top_logprobs", top_logprobs or 0, TOP_LOGPROBS)
+    prompt_logprobs = start.prompt_logprobs if start.HasField("prompt_logprobs") else None
+    check_number("prompt_logprobs", prompt_logprobs or 0, COMPLETION_LOGPROBS)
+    if prompt_logprobs is not None and not limits.scores_prompts:
+        raise ServiceError(
+            "unsupported_parameter",
+            "This model's folder gives no log-probabilities of prompts; export it again.",
+            "prompt_logprobs",
+        )
     return EngineRequest(
         prompt=prompt,
         max_new_tokens=min(max_new_tokens, remaining),
@@ -96,6 +111,7 @@ def to_engine_request(start: pb.StartGeneration, limits: Limits) -> EngineReques
         min_new_tokens=start.min_new_tokens,
         stop_token_ids=frozenset(stop_ids),
         top_logprobs=top_logprobs,
+        prompt_logprobs=prompt_logprobs,
     )
 
 
@@ -176,16 +192,25 @@ def to_response(updates: list[SequenceUpdate]) -> pb.GenerateResponse:
         message = response.updates.add()
         message.index = index
         message.token_ids.extend([token.token_id for token in tokens])
-        for token in tokens:
-            if token.logprobs is not None:
-                message.logprobs.add(
-                    logprob=token.logprobs.logprob,
-                    top_token_ids=token.logprobs.top_token_ids,
-                    top_logprobs=token.logprobs.top_logprobs,
-                )
+        message.logprobs.extend(_logprobs(t.logprobs) for t in tokens if t.logprobs is not None)
         if own[-1].is_finished:
             message.finished.CopyFrom(_finished(own[-1].sequence))
     return response
+
+
+def add_prompt_logprobs(response: pb.GenerateResponse, group: SequenceGroup) -> None:
+    """Those of all prompt tokens but the first, if they were requested and are computed."""
+    if len(group.prompt_logprobs) == len(group.request.prompt) - 1:
+        response.prompt_logprobs.extend(map(_logprobs, group.prompt_logprobs))
+        group.prompt_logprobs.clear()
+
+
+def _logprobs(found: TokenLogprobs) -> pb.TokenLogprobs:
+    return pb.TokenLogprobs(
+        logprob=found.logprob,
+        top_token_ids=found.top_token_ids,
+        top_logprobs=found.top_logprobs,
+    )
 
 
 def _finished(sequence: Sequence) -> pb.Finished:

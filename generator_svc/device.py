@@ -174,6 +174,11 @@ def metadata_of(session: Any) -> dict[str, str]:
     return metadata
 
 
+def has_optional_input(session: Any, name: str) -> bool:
+    """Whether a session's graph has an input of this name that has a default."""
+    return any(value.name == name for value in session.get_overridable_initializers())
+
+
 def multiplies_bytes_exactly() -> bool:
     """Whether this processor's int8 matrix products are exact, as precision w8a8 needs them.
 

@@ -16,6 +16,7 @@ from generator_svc.admission import Admission
 from generator_svc.metering import CACHE_MOVES, REPREFILL, Meter
 from generator_svc.run.runner import Runner, StepOutcome
 from generator_svc.sampling.device_sampler import LogitsRow, sample_all
+from generator_svc.sampling.prompt_logprobs import score
 from generator_svc.scheduler import ScheduledStep, Scheduler
 from generator_svc.sequence import (
     EngineRequest,
@@ -151,7 +152,7 @@ class Engine:
         self._charge(step, outcome)
         self._scheduler.observe(step, (run.nanoseconds for run in outcome.prefills))
         tokens, failures = sample_all(_drawing(step, outcome))
-        failures += _failed_runs(step, outcome)
+        failures += _failed_runs(step, outcome) + _score_prompts(step, outcome)
         updates += self._scheduler.commit(step, tokens, failures)
         if updates:
             self._deliver(updates)
@@ -259,6 +260,19 @@ def _drawing(step: ScheduledStep, outcome: StepOutcome) -> Iterator[tuple[Sequen
         for owner, logits in zip(step.rows, outcome.rows.logits, strict=True):
             if owner is not None:
                 yield owner, logits
+
+
+def _score_prompts(
+    step: ScheduledStep, outcome: StepOutcome
+) -> list[tuple[Sequence, BaseException]]:
+    """Notes the log-probabilities of prompts that want them; returns those with bad logits."""
+    failures: list[tuple[Sequence, BaseException]] = []
+    for sequence, result in zip(step.chunks, outcome.chunks, strict=True):
+        if result.all_logits is not None:
+            error = score(sequence, result.all_logits)
+            if error is not None:
+                failures.append((sequence, error))
+    return failures
 
 
 def _failed_runs(step: ScheduledStep, outcome: StepOutcome) -> list[tuple[Sequence, BaseException]]:

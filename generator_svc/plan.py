@@ -35,13 +35,18 @@ class Swap:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Prefills `token_ids` from position `start` of a slot; `temperature` as in Row."""
+    """Prefills `token_ids` from position `start` of a slot; `temperature` as in Row.
+
+    With `wants_all_logits` those of every token are wanted, and of the last one for sampling only
+    with `wants_logits`.
+    """
 
     slot: int
     start: int
     token_ids: tuple[int, ...]
     wants_logits: bool
     temperature: float | None = 1.0
+    wants_all_logits: bool = False
 
 
 @dataclass(frozen=True)

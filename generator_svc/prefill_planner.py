@@ -10,6 +10,9 @@ from generator_svc.sequence import Sequence
 
 MAX_STALL_MULTIPLIER = 4
 _MIN_PREFILL_TOKENS = 2 * MIN_CHUNK_TOKENS  # any prompt can be split after this many tokens
+# In a chunk of a prompt whose log-probabilities are wanted: these take the host up to a millisecond
+# for each token, and memory for its logits.
+_MAX_SCORED_TOKENS = 64
 
 
 class PrefillPlanner:
@@ -64,8 +67,11 @@ class PrefillPlanner:
             max_tokens = int(budget / weight)
             if not chunks:  # every step makes progress, however slow the device
                 max_tokens = max(max_tokens, _MIN_PREFILL_TOKENS)
+            wants_all = sequence.scores_prompt
+            if wants_all:
+                max_tokens = min(max_tokens, _MAX_SCORED_TOKENS)
             length = chunk_length(sequence.uncomputed, max_tokens)
-            if self._keeps_whole:
+            if self._keeps_whole and not wants_all:
                 if chunks and max_tokens < sequence.uncomputed <= whole_budget / weight:
                     break  # it will fit the next step
                 if not sequence.computed and max_tokens >= sequence.uncomputed:
@@ -76,7 +82,7 @@ class PrefillPlanner:
             start = sequence.computed
             tokens = tuple(sequence.token_ids[start : start + length])
             is_last, temperature = length == sequence.uncomputed, sequence.row_temperature
-            chunks[sequence] = Chunk(sequence.slot, start, tokens, is_last, temperature)
+            chunks[sequence] = Chunk(sequence.slot, start, tokens, is_last, temperature, wants_all)
         return max(budget, 0.0)
 
 

@@ -28,7 +28,7 @@ def take_batches(
     """
     groups: list[list[Sequence]] = []
     for sequence, chunk in sorted(chunks.items(), key=lambda item: item[1].slot):
-        is_whole = chunk.start == 0 and chunk.wants_logits
+        is_whole = chunk.start == 0 and chunk.wants_logits and not chunk.wants_all_logits
         # A prompt of one token is computed by kernels that round differently.
         if not is_whole or len(chunk.token_ids) < MIN_CHUNK_TOKENS:
             continue

@@ -152,7 +152,11 @@ class Scheduler:
     def observe(self, step: ScheduledStep, nanoseconds: Iterable[int]) -> None:
         """Feeds the measured times of a step's batches and chunks to the cost model."""
         runs = [(0, sum(map(len, batch.prompts))) for batch in step.plan.batches]
-        runs += [(chunk.start, len(chunk.token_ids)) for chunk in step.plan.chunks]
+        runs += [
+            # The logits of every token cost more than the others' chunks will.
+            (chunk.start, 0 if chunk.wants_all_logits else len(chunk.token_ids))
+            for chunk in step.plan.chunks
+        ]
         for (start, tokens), elapsed in zip(runs, nanoseconds, strict=True):
             self.prefill_cost.observe(start, tokens, elapsed)
 
@@ -338,7 +342,10 @@ class Scheduler:
 def _max_cached(sequence: Sequence) -> int:
     """Tokens that may come from the prefix cache.
 
-    The end of a prompt is always computed, for its logits, unless the group still has them.
+    The end of a prompt is always computed, for its logits, unless the group still has them; all of
+    it where log-probabilities of its tokens are wanted.
     """
+    if sequence.scores_prompt:
+        return 0
     has_logits = sequence.group.prompt_logits is not None
     return max(sequence.prompt_length - (0 if has_logits else MIN_CHUNK_TOKENS), 0)

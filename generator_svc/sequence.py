@@ -101,8 +101,10 @@ class EngineRequest:
     """A validated request: it fits the model and is not checked again.
 
     `stop_token_ids` includes the model's end-of-sequence tokens, unless they are ignored.
-    `top_logprobs` is None when no log-probabilities are requested. A complete constrained text ends
-    with one of the constraint's end tokens even if those are ignored: nothing else may follow.
+    `top_logprobs` is None when no log-probabilities are requested, and so is `prompt_logprobs` for
+    those of the prompt's tokens; both are numbers of most likely tokens. A complete constrained
+    text ends with one of the constraint's end tokens even if those are ignored: nothing else may
+    follow.
     """
 
     prompt: tuple[int, ...]
@@ -112,6 +114,7 @@ class EngineRequest:
     min_new_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
     top_logprobs: int | None = None
+    prompt_logprobs: int | None = None
     constraint: Constraint | None = None
 
     @functools.cached_property
@@ -133,7 +136,7 @@ class CompletionReport:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probabilities (natural) of a sampled token and of the most likely ones."""
+    """Log-probabilities (natural) of a token and of the most likely ones in its place."""
 
     logprob: float
     top_token_ids: tuple[int, ...]
@@ -196,6 +199,11 @@ class Sequence:
             return None
         return self.request.sampling.temperature
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the prompt's log-probabilities are wanted, and it is the first to compute it."""
+        return self.request.prompt_logprobs is not None and self.group.prompt_logits is None
+
     def seen_tokens(self, vocabulary: int) -> bytearray:
         """A byte for each token of the vocabulary: 1 if prompt or answer have it.
 
@@ -244,7 +252,8 @@ class SequenceGroup:
     `permit` is its place in the queue, released when the first sequence gets a slot, at
     `scheduled_at` on the monotonic clock; until then that is None.
     `prompt_logits`, float32 [vocabulary], is kept from the first sequence's prefill until all
-    others have drawn their first token from it. `tag` is opaque to the engine.
+    others have drawn their first token from it. `prompt_logprobs` are those of the prompt's tokens
+    but the first, if requested, as far as it is computed. `tag` is opaque to the engine.
     """
 
     def __init__(self, request: EngineRequest, permit: Permit, tag: Any = None) -> None:
@@ -255,6 +264,7 @@ class SequenceGroup:
         self.tag = tag
         self.sequences = [Sequence(self, index, list(request.prompt)) for index in range(request.n)]
         self.prompt_logits: Any = None
+        self.prompt_logprobs: list[TokenLogprobs] = []
 
     @functools.cached_property
     def distinct_prompt(self) -> "array[int]":

@@ -180,6 +180,7 @@ def describe(
         max_queued_requests=settings.max_queued_requests,
         max_queued_tokens=settings.max_queued_tokens,
         instance_id=uuid.uuid4().hex,
+        scores_prompts=runner.info.gives_all_logits,
     )
 
 
@@ -233,6 +234,7 @@ def build_service(
         max_n=settings.max_n,
         eos_token_ids=model.eos_token_ids,
         defaults=default_sampling(model),
+        scores_prompts=info.scores_prompts,
     )
     registry.register(EngineCollector(engine.load, engine.cache_usage, engine.meter, model.id))
     metrics = RequestMetrics(registry, model.id)

@@ -413,8 +413,8 @@ COMPLETION_REQUEST = (
     Row(
         "echo",
         "the text begins with the prompt",
-        "the same; not together with `logprobs`",
-        f"{_R}test_plain_completions",
+        "the same; with `logprobs` also those of the prompt's tokens, which are computed anew then",
+        f"{_R}test_a_prompt_is_scored",
     ),
     Row("logprobs", "0 to 5", _SAME, f"{_T}test_logprobs_of_a_text"),
     Row(

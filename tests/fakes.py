@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -95,9 +96,10 @@ class ScriptedRunner:
                 for place, token in zip(places, chunk.token_ids, strict=True)
             ]
             result = self._compute([entries])
-            chunks.append(
-                result if chunk.wants_logits else RunResult(result.nanoseconds, None, result.error)
-            )
+            if chunk.wants_all_logits and result.error is None:
+                contexts = (self.memory[chunk.slot][: place + 1] for place in places)
+                result = replace(result, all_logits=np.stack([*map(self._logits, contexts)]))
+            chunks.append(result if chunk.wants_logits else replace(result, logits=None))
         rows = None
         if plan.rows:
             rows = self._compute(

@@ -9,11 +9,17 @@ from functools import partial
 from typing import TypeVar
 
 from tokenizer_svc.constraint.grammar import attribute_error_to_field
-from tokenizer_svc.generator.types import CompletionReport, Constraint, GenerateCommand
+from tokenizer_svc.generator.types import (
+    CompletionReport,
+    Constraint,
+    GenerateCommand,
+    TokenUpdate,
+)
 from tokenizer_svc.metrics import RequestMeter
 from tokenizer_svc.models import ServedModel
 from tokenizer_svc.output.completion import Completion
 from tokenizer_svc.output.decoding_options import DecodingOptions
+from tokenizer_svc.output.echo import Echo
 from tokenizer_svc.output.events import Delta, Event, Header, Usage
 from tokenizer_svc.request.types import ValidOptions
 from tokenizer_svc.trace import CompletionTrace
@@ -29,7 +35,7 @@ Item = TypeVar("Item")
 class CompletionJob:
     """A checked request with its prompts' token ids; a chat has one prompt.
 
-    `created` is in seconds since 1970. The deltas of `echo` come before all others. `whole` if
+    `created` is in seconds since 1970. `echoes` are one for each prompt, or none. `whole` if
     nothing is shown before the end.
     """
 
@@ -39,7 +45,7 @@ class CompletionJob:
     options: ValidOptions
     decoding: DecodingOptions
     constraint: Constraint | None
-    echo: Sequence[Delta] = ()
+    echoes: Sequence[Echo] = ()
     whole: bool = False
 
 
@@ -57,8 +63,8 @@ async def stream_completion(
         Completion(n, job.decoding, model.tokenizer, len(token_ids)) for token_ids in job.prompts
     ]
     streams = [
-        _generate(served, job, completion, token_ids, place * n, meter, trace, seconds)
-        for place, (completion, token_ids) in enumerate(zip(completions, job.prompts, strict=True))
+        _generate(served, job, completion, place, meter, trace, seconds)
+        for place, completion in enumerate(completions)
     ]
     steps = streams[0] if len(streams) == 1 else merge_streams(streams)
     header: Header | None = Header(
@@ -75,8 +81,6 @@ async def stream_completion(
                     current_request().taken = partial(_taken, completions)
                     yield header
                     header = None
-                    for delta in job.echo:
-                        yield delta
                 for delta in deltas:
                     yield delta
     finally:
@@ -118,16 +122,17 @@ async def _generate(
     served: ServedModel,
     job: CompletionJob,
     completion: Completion,
-    token_ids: list[int],
-    first_index: int,
+    place: int,
     meter: RequestMeter,
     trace: CompletionTrace,
     seconds: float | None,
 ) -> AsyncGenerator[list[Delta]]:
-    """The deltas of each message of the generator, for the prompt of these tokens.
+    """The deltas of each message of the generator, for the prompt at this place.
 
-    Choices count from `first_index` in what is metered and shown.
+    Its choices count on from those of the prompts before in what is metered and shown.
     """
+    token_ids, first_index = job.prompts[place], place * job.options.n
+    echo = job.echoes[place] if job.echoes else None
     served.watch.check_available()
     generation = served.connection.generate(_command(served, job, token_ids), seconds)
     admitted = False
@@ -135,12 +140,16 @@ async def _generate(
     try:
         async with aclosing(generation.messages()) as messages:
             async for updates in messages:
+                echoed: list[Delta] = []
                 if not admitted:
                     meter.prompt(served.model.id, len(token_ids))
                     admitted = True
+                    echoed = [] if echo is None else _begin(echo, job.options, updates)
                 step = trace.decode(completion, updates)
                 await generation.stop(step.stops)
                 deltas = step.deltas
+                if echo is not None:
+                    deltas = [*echoed, *map(echo.follow, deltas)]
                 if first_index:
                     deltas = [replace(delta, index=first_index + delta.index) for delta in deltas]
                 meter.step(updates, deltas, first_index)
@@ -154,10 +163,18 @@ async def _generate(
                 if completion.done:
                     await generation.report(_report(completion.usage, reasons))
     except ServiceError as error:
+        if error.param == "prompt_logprobs":  # that is what the two fields ask for
+            raise ServiceError(error.code, error.message, "logprobs") from error
         raise attribute_error_to_field(error, job.constraint) from error
     if not completion.done:
         log.error("the generator ended the call before its choices")
         raise internal_error()
+
+
+def _begin(echo: Echo, options: ValidOptions, updates: Sequence[TokenUpdate]) -> list[Delta]:
+    """The deltas with the prompt, by the generator's first message."""
+    wants_logprobs = options.prompt_logprobs is not None
+    return echo.begin(options.n, updates[0].prompt_logprobs if wants_logprobs else None)
 
 
 def _report(usage: Usage, reasons: Mapping[int, str]) -> CompletionReport:

@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,8 @@ from tokenizer_svc.models import Model, ServedModel, ServedModels
 from tokenizer_svc.offload import INLINE_BYTES, offload
 from tokenizer_svc.output.completion import WholeCompletion
 from tokenizer_svc.output.decoding_options import plain_decoding
-from tokenizer_svc.output.events import Delta, Event
+from tokenizer_svc.output.echo import Echo
+from tokenizer_svc.output.events import Event
 from tokenizer_svc.request.request_size import check_completion_size
 from tokenizer_svc.request.types import CompletionRequest, ValidOptions
 from tokenizer_svc.request.validate import validate_completion
@@ -83,7 +84,11 @@ class CompletionService(completion_pb2_grpc.CompletionServiceServicer):
                 options=options,
                 decoding=plain_decoding(options),
                 constraint=constraint,
-                echo=_echo(prompts, options.n) if request.echo else (),
+                echoes=[
+                    Echo(model.tokenizer, prompt.text, prompt.token_ids)
+                    for prompt in prompts
+                    if request.echo
+                ],
                 whole=whole,
             )
             events = stream_completion(served, job, meter, remaining_seconds(context))
@@ -114,9 +119,3 @@ async def _prompt(served: ServedModel, request: CompletionRequest, place: int) -
     token_ids = list(prompt)
     model.check_tokens(len(token_ids), served.context_length, param)
     return _PlainPrompt(model.tokenizer.decode(token_ids) if request.echo else "", token_ids)
-
-
-def _echo(prompts: Sequence[_PlainPrompt], n: int) -> list[Delta]:
-    """The prompts' text, in front of that of their choices."""
-    texts = [prompt.text for prompt in prompts for _ in range(n)]
-    return [Delta(index, text, (), completion_tokens=0) for index, text in enumerate(texts)]

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from generator_svc.export.graph.graph import Graph
 
 # Raised when the exporter makes other folders than before, so that older ones are made anew.
-EXPORTER_VERSION = 5
+EXPORTER_VERSION = 6
 
 
 def export_model(
@@ -221,7 +221,7 @@ def rewrite(
     if decoder.experts is not None:
         form = experts_form or experts.choose_form(options, decoder.experts.is_mxfp4)
         experts.swap_experts(graph, decoder.experts, form, options.is_half)
-    head.keep_last_token(graph, decoder.hidden_size)
+    head.keep_wanted_tokens(graph, decoder.hidden_size)
     if options.precision == "w8a8":
         assert ranges is not None
         integer_products(graph, ranges)

@@ -16,12 +16,13 @@ from generator_svc.device import (
     NO_GRAPH,
     Device,
     DeviceError,
+    has_optional_input,
     metadata_of,
     multiplies_bytes_exactly,
     run_options,
     type_of,
 )
-from generator_svc.graphs import LAST_TOKEN, LOGITS_OF
+from generator_svc.graphs import LAST_TOKEN, LOGITS_OF, TOKENS_FROM_END
 from generator_svc.plan import Chunk, Copy, PromptBatch, Row, StepPlan, Swap
 from generator_svc.run.batch import RunInputs, decode_inputs, prefill_inputs, prompt_inputs
 from generator_svc.run.cuda_memory import CudaMemory
@@ -50,12 +51,14 @@ class RunResult:
     """One run: its device time, and either its logits, float32 [rows, vocabulary], or its error.
 
     Logits that stay on the device, or of which only the largest counts, are one DeviceRow or
-    GreedyRow per row.
+    GreedyRow per row. `all_logits`, float32 [tokens, vocabulary], are those of every token of a
+    chunk that wanted them.
     """
 
     nanoseconds: int
     logits: Logits | DeviceRows | None = None
     error: BaseException | None = None
+    all_logits: Logits | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class DeviceInfo:
     cache_bytes: int
     capture_sizes: tuple[int, ...] = ()  # batch sizes of CUDA graphs, ascending; empty without
     pads_prompts: bool = False  # whether the graph takes a PromptBatch
+    gives_all_logits: bool = False  # whether it can give those of every token of a chunk
     cuda_unavailable: str = ""  # why it is not CUDA although that would have been preferred
 
     @property
@@ -126,13 +130,13 @@ class OrtRunner:
         self._session, cuda_graphs = self._open(threads, cuda_graphs, weight_only_gemm)
         past_type = type_of(self._session.get_inputs(), model.names.past_key % 0)
         self._cache_type = _NUMPY_TYPES[past_type]
-        logits_type = _NUMPY_TYPES[type_of(self._session.get_outputs(), model.names.logits)]
+        self._logits_type = _NUMPY_TYPES[type_of(self._session.get_outputs(), model.names.logits)]
         self._memory = self._allocate_memory(slots, slot_length)
         # In float32 on CUDA, a binding reused with a mask of another shape gives wrong logits (ONNX
         # Runtime 1.31.1, docs/log.md).
         self._are_bindings_reused = not (device == "cuda" and self._cache_type is np.float32)
         self._binding = self._make_bindings()
-        self._logits = _logits_buffers(self._device, model.vocab_size, logits_type)
+        self._logits = _logits_buffers(self._device, model.vocab_size, self._logits_type)
         self._row_logits = self._logits.allocate(slots)
         self.info = DeviceInfo(
             provider=self._session.get_providers()[0],
@@ -142,6 +146,7 @@ class OrtRunner:
             cache_bytes=self._memory.size_in_bytes,
             capture_sizes=capture_sizes(slots) if cuda_graphs else (),
             pads_prompts=metadata_of(self._session).get(LOGITS_OF) == LAST_TOKEN,
+            gives_all_logits=has_optional_input(self._session, TOKENS_FROM_END),
         )
         self._fixed_inputs: FixedInputs | None = None
 
@@ -207,9 +212,35 @@ class OrtRunner:
         return self._run(inputs.first_slot, list(batch.temperatures), bind, None)
 
     def _run_chunk(self, chunk: Chunk) -> RunResult:
+        if chunk.wants_all_logits:
+            return self._run_for_all_logits(chunk)
         inputs = prefill_inputs(chunk)
         bind = functools.partial(self._bind_inputs, inputs)
         return self._run(inputs.first_slot, [chunk.temperature], bind, None, chunk.wants_logits)
+
+    def _run_for_all_logits(self, chunk: Chunk) -> RunResult:
+        """A chunk with the logits of every token, which are copied to the host."""
+        inputs, tokens = prefill_inputs(chunk), len(chunk.token_ids)
+        started = time.perf_counter_ns()
+        try:
+            logits = np.empty((1, tokens, self._model.vocab_size), self._logits_type)
+            # Of its own, as runs with other bindings do not give this input.
+            binding = self._create_binding(inputs.first_slot, 1)
+            from_end = np.arange(tokens, 0, -1, dtype=np.int64)
+            # By its address, as bind_cpu_input does not know inputs that have defaults.
+            place = "cpu", 0, np.int64, from_end.shape, from_end.ctypes.data
+            binding.bind_input(TOKENS_FROM_END, *place)
+            target = "cpu", 0, self._logits_type, logits.shape, logits.ctypes.data
+            binding.bind_output(self._model.names.logits, *target)
+            self._device.clock.start()
+            self._bind_inputs(inputs, binding)
+            self._session.run_with_iobinding(binding, run_options())
+            nanoseconds = self._device.clock.stop()
+            found = logits[0].astype(np.float32, copy=False)
+            last = found[-1:] if chunk.wants_logits else None
+            return RunResult(nanoseconds, last, all_logits=found)
+        except Exception as error:  # an error of the runtime fails this run, not the engine
+            return RunResult(time.perf_counter_ns() - started, error=error)
 
     def _run_rows(self, rows: tuple[Row, ...]) -> RunResult:
         count, wasted = len(rows), 0

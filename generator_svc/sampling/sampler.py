@@ -41,7 +41,7 @@ def sample(sequence: Sequence, logits: HostRow) -> SampledToken:
         token_id = _draw(sequence, logits, forbidden)
     if request.top_logprobs is None:
         return SampledToken(token_id)
-    return SampledToken(token_id, _logprobs(logits, token_id, request.top_logprobs))
+    return SampledToken(token_id, logprobs(logits, token_id, request.top_logprobs))
 
 
 def forbidden_tokens(sequence: Sequence, size: int) -> Mask | None:
@@ -82,7 +82,8 @@ def _mask_of(ids: Iterable[int], size: int) -> Mask:
     return mask
 
 
-def _logprobs(logits: HostRow, token_id: int, top: int) -> TokenLogprobs:
+def logprobs(logits: HostRow, token_id: int, top: int) -> TokenLogprobs:
+    """Of a token and of the `top` most likely ones, by a row of raw logits."""
     row = logits.astype(np.float64)
     row -= row.max()
     total = np.log(np.exp(row).sum())

@@ -64,7 +64,11 @@ class _Prompted(Strict):
 class TextCompletionRequest(SharedOptions, _Prompted, Body):
     """The body of POST /v1/completions. `max_tokens` is 16 by default, as with OpenAI."""
 
-    echo: bool | None = Field(None, description="Whether the text begins with the prompt.")
+    echo: bool | None = Field(
+        None,
+        description="Whether the text begins with the prompt, and log-probabilities with those of "
+        "its tokens.",
+    )
     add_special_tokens: bool | None = Field(
         None, description="Begin a prompt of text as the tokenizer does. Default true."
     )

@@ -90,7 +90,9 @@ class Stage:
         )
         self.service = GeneratorService(
             self.engine,
-            Limits(REVISION, vocabulary, slot_length, 8, (eos,), SamplingParams(temperature=0)),
+            Limits(
+                REVISION, vocabulary, slot_length, 8, (eos,), SamplingParams(temperature=0), True
+            ),
             pb.GetModelInfoResponse(id="m", revision=REVISION, slots=slots),
             RequestMetrics(self.registry, "m"),
             self.constraints,

@@ -209,6 +209,20 @@ def test_prompts_in_one_run_give_nearly_the_logits_of_each_alone(on_device, leng
     assert np.allclose(following, [row.whole for row in outcome.rows.logits], atol=0.05)
 
 
+def test_every_token_of_a_prompt_has_nearly_the_logits_of_a_prompt_that_ends_there(on_device):
+    """All of a chunk's come to the host, and the last ones are sampled from there."""
+    chunk = Chunk(0, 0, PROMPT, True, wants_all_logits=True)
+    [result] = on_device.run(StepPlan(chunks=(chunk,))).chunks
+
+    assert (len(PROMPT), on_device._model.vocab_size) == result.all_logits.shape
+    assert result.all_logits[-1].tolist() == result.logits[0].tolist()
+    for length in (2, 17, len(PROMPT)):
+        expected = _prefill(on_device, 1, PROMPT[:length]).whole
+        np.testing.assert_allclose(
+            result.all_logits[length - 1], expected, rtol=0, atol=0.02 * np.abs(expected).max()
+        )
+
+
 def test_slots_can_be_moved_on_the_device(on_device):
     """A copied and swapped prompt goes on as it would have."""
     _prefill(on_device, 0)

@@ -83,6 +83,77 @@ def test_batch_mates_do_not_change_a_request(temperature):
     assert alone.tokens[group] == crowd.tokens[same]
 
 
+def _scored(prompt, top):
+    """What the scripted model's logits say of each token but the first, one prefix at a time."""
+    for place in range(1, len(prompt)):
+        logits = scripted_logits(prompt[:place]).astype(np.float64)
+        logprobs = logits - np.log(np.exp(logits).sum())
+        yield logprobs[prompt[place]], np.argsort(-logits, kind="stable")[:top].tolist()
+
+
+def _assert_scored(group, top):
+    found, expected = group.prompt_logprobs, list(_scored(group.request.prompt, top))
+    assert [tuple(ids) for _, ids in expected] == [entry.top_token_ids for entry in found]
+    assert pytest.approx([logprob for logprob, _ in expected]) == [e.logprob for e in found]
+
+
+@pytest.mark.parametrize("batch_size", [0, 4])
+def test_prompts_are_scored_whatever_else_there_is(batch_size):
+    """Beside others, behind a cached beginning, in chunks, for several choices: each token's own
+    log-probability, and the answer that there is without."""
+    bench = Bench(
+        slots=6, slot_length=256, max_num_batched_tokens=160, max_prefill_batch_size=batch_size
+    )
+    prompts = list(_prompts(4, 8, longest=180))
+    for prompt in prompts:
+        bench.submit(prompt, 5)
+    bench.finish()
+    scored = [
+        bench.submit(prompt, 5, n=n, prompt_logprobs=n) for n, prompt in enumerate(prompts, start=1)
+    ]
+    for prompt in prompts:
+        bench.submit(prompt, 5)
+    bench.finish()
+
+    for n, group in enumerate(scored, start=1):
+        _assert_scored(group, n)
+        assert [greedy(group.request.prompt, 5)] * n == list(bench.tokens[group].values())
+        assert 0 == group.sequences[0].cached_prompt_tokens
+    assert bench.runner.busy == bench.meter.busy
+
+
+def test_a_choice_that_is_stopped_leaves_the_scores_to_the_next():
+    """The prompt is computed once more, and scored once."""
+    prompt = next(_prompts(2, 1, longest=300))[:100]
+    bench = Bench(slot_length=256, max_num_batched_tokens=40)
+    group = bench.submit([*prompt, *range(2, 40)], 3, n=2, prompt_logprobs=1)
+    bench.step()
+    bench.engine.stop(group, 0)
+    bench.finish()
+
+    _assert_scored(group, 1)
+    assert greedy(group.request.prompt, 3) == bench.tokens[group][1]
+
+
+def test_bad_logits_inside_a_prompt_end_the_request_that_asked():
+    """Its last token's may be good; nobody else hears of it."""
+
+    def logits(context):
+        row = scripted_logits(context)
+        if len(context) == 7:
+            row[3] = np.nan
+        return row
+
+    bench = Bench(runner=ScriptedRunner(4, 64, logits))
+    prompt = list(range(2, 22))
+    group, other = bench.submit(prompt, 3, prompt_logprobs=0), bench.submit(prompt, 3)
+    bench.finish()
+
+    assert "not finite" in str(bench.errors[group])
+    assert greedy(prompt, 3) == bench.tokens[other][0]
+    assert bench.runner.busy == bench.meter.busy
+
+
 def test_prefix_cache_changes_nothing_but_the_work():
     """A second request with the same beginning computes less and answers the same."""
     prompt = list(range(2, 34))

@@ -1,6 +1,7 @@
 """Each field of a request: its limits, its error, its default; and the messages of an answer."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -51,6 +52,16 @@ def test_absent_fields_take_the_models_defaults():
     assert request.top_logprobs is None
     kept = {name: getattr(DEFAULTS, name) for name in vars(DEFAULTS) if name != "seed"}
     assert kept == {name: getattr(request.sampling, name) for name in kept}
+
+
+def test_a_folder_that_cannot_score_prompts_is_told():
+    """An export of before, or of another builder; with a newer one the number is taken."""
+    asked = _start(prompt_logprobs=0)
+    error = _error(asked)
+
+    assert ("unsupported_parameter", "prompt_logprobs") == (error.code, error.param)
+    assert "export it again" in error.message
+    assert 0 == to_engine_request(asked, replace(LIMITS, scores_prompts=True)).prompt_logprobs
 
 
 def test_given_fields_win_even_when_they_are_zero():

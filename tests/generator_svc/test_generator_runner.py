@@ -66,6 +66,27 @@ def test_a_prompt_in_chunks_gives_the_logits_of_the_whole(runner, lengths):
     assert whole.tolist() == cut.tolist()
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+def test_every_token_of_a_chunk_has_the_logits_of_a_prompt_that_ends_there(family, precision):
+    """Bit by bit, at the start and behind it; and runs that ask for no more get the last alone."""
+    folder = tiny_model_directory(family, precision)
+    runner = OrtRunner(load_model_directory(folder), "cpu", SLOTS, SLOT_LENGTH, threads=1)
+    tokens = tuple(PROMPT)
+    plain = _prefill(runner, 0, PROMPT)
+    chunks = (
+        Chunk(1, 0, tokens[:20], False, wants_all_logits=True),
+        Chunk(1, 20, tokens[20:], True, wants_all_logits=True),
+    )
+    first, second = runner.run(StepPlan(chunks=chunks)).chunks
+    found = np.concatenate((first.all_logits, second.all_logits))
+
+    assert runner.info.gives_all_logits
+    assert first.logits is None
+    assert plain.tolist() == second.logits[0].tolist() == _prefill(runner, 1, PROMPT).tolist()
+    for length in (2, 8, 20, 22, 32, 40):
+        assert _prefill(runner, 2, PROMPT[:length]).tolist() == found[length - 1].tolist()
+
+
 def test_slots_do_not_matter(runner):
     """The same prompt anywhere gives the same logits."""
     logits = [_prefill(runner, slot, PROMPT).tolist() for slot in range(SLOTS)]

@@ -111,6 +111,26 @@ async def test_logprobs_come_with_each_token(stage):
     assert all(one.logprob == one.top_logprobs[0] for one in logprobs)
 
 
+async def test_logprobs_of_the_prompt_come_with_the_first_message(stage):
+    """One for each of its tokens but the first, in a message of their own choice or of all."""
+    prompt = [5, 6, *greedy([5, 6], 4, eos=None)]
+    call = await stage.call(prompt, max_new_tokens=2, n=2, prompt_logprobs=2)
+    first, *others = [message async for message in call]
+    found = first.prompt_logprobs
+
+    assert prompt[2:] == [entry.top_token_ids[0] for entry in found[1:]]
+    assert [2] * 5 == [len(entry.top_logprobs) for entry in found]
+    assert all(entry.logprob == entry.top_logprobs[0] for entry in found[1:])
+    assert not any(message.prompt_logprobs for message in others)
+
+
+async def test_a_prompt_of_one_token_has_none(stage):
+    """Nothing comes before it."""
+    tokens, _ = await stage.generate([5], max_new_tokens=2, prompt_logprobs=0)
+
+    assert greedy([5], 2) == tokens[0]
+
+
 async def test_a_stopped_choice_finishes_with_exact_counts_and_the_others_go_on(stage):
     """Indices that do not exist are without effect."""
     stage.runner.delay = 0.002

@@ -330,8 +330,43 @@ def test_plain_completions(client: openai.OpenAI, services: Services) -> None:
     assert texts == {choice.index: choice.text for choice in whole.choices}
     for plain, echo in zip(whole.choices, echoed.choices, strict=True):
         assert fields["prompt"][plain.index // 2] + plain.text == echo.text
-    with pytest.raises(openai.BadRequestError, match="together with 'echo'"):
-        client.completions.create(**fields, echo=True, logprobs=1)
+
+
+def test_a_prompt_is_scored(services: Services) -> None:
+    """With echo and logprobs each token of the prompt has the log-probability that it would have
+    as an answer to what stands before it; evaluation harnesses compare answers by that."""
+
+    def post(path: str, **fields: Any) -> Any:
+        body = {"model": services.model, **fields}
+        return httpx.post(f"{services.url}{path}", json=body, timeout=60).json()
+
+    text = "Once upon a time, \U0001fae0"
+    token_ids = post("/tokenize", prompt=text)["tokens"]
+    answer = post(
+        "/v1/completions",
+        prompt=[token_ids, token_ids],
+        logprobs=2,
+        echo=True,
+        seed=1,
+        max_tokens=1,
+    )
+    plain = post("/v1/completions", prompt=text, logprobs=2, seed=1, max_tokens=1)["choices"][0]
+    expected = []
+    for place, token_id in enumerate(token_ids[1:], start=1):
+        forced = {"logit_bias": {str(token_id): 100}, "max_tokens": 1, "logprobs": 0}
+        made = post("/v1/completions", prompt=token_ids[:place], **forced)["choices"][0]
+        expected += made["logprobs"]["token_logprobs"]
+    expected += plain["logprobs"]["token_logprobs"]
+
+    for choice in answer["choices"]:
+        found = choice["logprobs"]
+        assert [None, pytest.approx(expected)] == [
+            found["token_logprobs"][0],
+            found["token_logprobs"][1:],
+        ]
+        assert text + plain["text"] == choice["text"]
+        assert [0, len(text)] == [found["text_offset"][0], found["text_offset"][-1]]
+        assert plain["logprobs"]["tokens"] == found["tokens"][-1:]
 
 
 def test_plain_completions_over_grpc(client: openai.OpenAI, services: Services) -> None:

@@ -115,6 +115,43 @@ async def test_an_echo_comes_first(stage: Stage) -> None:
     assert expected == [streamed[index] for index in range(4)]
 
 
+async def test_an_echo_has_logprobs(stage: Stage) -> None:
+    """Those of the prompt's tokens, the first of which has none, then those of the answer's, each
+    where its text begins."""
+    text = "<|im_start|>Say 🫠: "
+    token_ids = [1, *stage.encode("Say 🫠: ")]
+    answers = continues(stage, "!", scored=True)
+
+    async def script(
+        start: generator_pb2.StartGeneration, stops: Stops
+    ) -> AsyncIterator[generator_pb2.GenerateResponse]:
+        entries = [
+            generator_pb2.TokenLogprobs(logprob=-place) for place in range(1, len(token_ids))
+        ]
+        async for message in answers(start, stops):
+            message.prompt_logprobs.extend(entries)
+            entries = []
+            yield message
+
+    stage.generator.script = script
+    asked = request(text, token_ids, echo=True, logprobs=1, add_special_tokens=False)
+    asked.options.n = 2
+    answer = await stage.completions.CreateCompletion(asked)
+
+    assert {1} == {call.start.prompt_logprobs for call in stage.generator.calls}
+    for choice in answer.choices:
+        first, *others = choice.logprobs
+        scored = [entry.token.logprob for entry in others]
+        places = [entry.text_offset for entry in choice.logprobs]
+        text_bytes = b"".join(entry.token.bytes for entry in others)
+        assert f"{text}{choice.index % 2}!" == choice.text
+        assert (False, 0) == (first.HasField("token"), first.text_offset)
+        assert [-float(place) for place in range(1, len(token_ids))] == scored[: -len("0!")]
+        assert choice.text.encode() == b"<|im_start|>" + text_bytes
+        assert (sorted(places), len("<|im_start|>")) == (places, places[1])
+        assert [len(text), len(text) + 1] == places[-2:]
+
+
 async def test_logprobs_have_places(stage: Stage) -> None:
     """Each token's is where its text begins in the choice's."""
     stage.generator.script = continues(stage, " é\U0001fae0!", scored=True)

@@ -195,7 +195,6 @@ def ids_prompt(*token_ids: int) -> completion_pb2.Prompt:
         ({"prompts": [text_prompt("x " * 300)]}, "context_length_exceeded", "prompt"),
         ({"prompts": [ids_prompt(*[3] * 256)]}, "context_length_exceeded", "prompt"),
         ({"logprobs": 6}, "integer_above_max_value", "logprobs"),
-        ({"logprobs": 0, "echo": True}, "unsupported_parameter", "logprobs"),
         ({"options": options(temperature=3.0)}, "decimal_above_max_value", "temperature"),
         ({"options": options(n=129)}, "integer_above_max_value", "n"),
         ({"model": "other"}, "model_not_found", "model"),

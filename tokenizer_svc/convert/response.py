@@ -97,7 +97,8 @@ def _completion_choice(index: int, choice: WholeChoice) -> completion_pb2.Comple
 
 
 def _placed_logprob(entry: TokenLogprob) -> completion_pb2.CompletionTokenLogprob:
-    return completion_pb2.CompletionTokenLogprob(token=_logprob(entry), text_offset=entry.offset)
+    token = None if entry.is_unscored else _logprob(entry)
+    return completion_pb2.CompletionTokenLogprob(token=token, text_offset=entry.offset)
 
 
 def _header(header: Header) -> chat_pb2.CompletionHeader:

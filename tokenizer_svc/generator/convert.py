@@ -1,5 +1,7 @@
 """Converts between the generator's protobuf and plain values."""
 
+from dataclasses import replace
+
 import grpc
 
 from tokenizer_svc.generator.load import LoadReport
@@ -42,6 +44,7 @@ def start_command(start: GenerateCommand) -> generator_pb2.GenerateRequest:
         stop_token_ids=options.stop_token_ids,
         ignore_eos=options.ignore_eos,
         top_logprobs=options.top_logprobs,
+        prompt_logprobs=options.prompt_logprobs,
         # A stop string can only be found in what has come.
         whole=start.whole and not options.stop,
         sends_report=True,
@@ -70,7 +73,7 @@ def report_command(report: CompletionReport) -> generator_pb2.GenerateRequest:
 
 def updates(response: generator_pb2.GenerateResponse) -> list[TokenUpdate]:
     """The updates in a message of the generator."""
-    return [
+    found = [
         TokenUpdate(
             index=update.index,
             token_ids=tuple(update.token_ids),
@@ -79,6 +82,10 @@ def updates(response: generator_pb2.GenerateResponse) -> list[TokenUpdate]:
         )
         for update in response.updates
     ]
+    if response.prompt_logprobs:
+        scores = tuple(map(_logprobs, response.prompt_logprobs))
+        found[0] = replace(found[0], prompt_logprobs=scores)
+    return found
 
 
 def _logprobs(entry: generator_pb2.TokenLogprobs) -> TokenIdLogprobs:

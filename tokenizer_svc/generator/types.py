@@ -77,12 +77,17 @@ class TokenIdLogprobs:
 
 @dataclass(frozen=True)
 class TokenUpdate:
-    """What is new in one sequence; `logprobs` is empty or as long as `token_ids`."""
+    """What is new in one sequence; `logprobs` is empty or as long as `token_ids`.
+
+    `prompt_logprobs` are those of the prompt's tokens but the first, in the first update of a
+    generation that wants them.
+    """
 
     index: int
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenIdLogprobs, ...] = ()
     finished: Finished | None = None
+    prompt_logprobs: tuple[TokenIdLogprobs, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,15 @@ class Alternative:
 
 @dataclass(frozen=True)
 class TokenLogprob(Alternative):
-    """A generated token, and the most likely ones in its place.
+    """A token, and the most likely ones in its place.
 
-    `offset` is where its text begins, in characters of all that was generated.
+    `offset` is where its text begins, in characters of all that was generated, or of an echoed
+    prompt and that. The first token of such a prompt follows nothing and `is_unscored`.
     """
 
     top: tuple[Alternative, ...]
     offset: int = 0
+    is_unscored: bool = False
 
 
 @dataclass(frozen=True)

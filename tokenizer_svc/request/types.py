@@ -181,8 +181,8 @@ class CompletionRequest:
 class ValidOptions:
     """Options that were checked, so that nobody checks again. Made by `validate` only.
 
-    `top_logprobs` is None for no log-probabilities at all. `response_constraint` is None for plain
-    text.
+    `top_logprobs` is None for no log-probabilities at all, `prompt_logprobs` for none of the
+    prompt's tokens. `response_constraint` is None for plain text.
     """
 
     sampling: SamplingParams
@@ -196,6 +196,7 @@ class ValidOptions:
     n: int
     top_logprobs: int | None
     response_constraint: ResponseConstraint | None
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True)

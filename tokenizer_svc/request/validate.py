@@ -29,7 +29,6 @@ from trivium.field_errors import (
     contradiction,
     empty_string,
     missing,
-    unsupported_parameter,
 )
 from trivium.limits import (
     COMPLETION_LOGPROBS,
@@ -84,10 +83,13 @@ def validate_completion(request: CompletionRequest, vocabulary_size: int) -> Val
             check_token_ids(field, prompt, vocabulary_size)
     options = valid_options(request.options, vocabulary_size)
     check_optional("logprobs", request.logprobs, COMPLETION_LOGPROBS)
-    if request.echo and request.logprobs is not None:
-        raise unsupported_parameter("logprobs", "together with 'echo'")
     longest = options.max_completion_tokens or max(COMPLETION_TOKENS, options.min_tokens)
-    return replace(options, max_completion_tokens=longest, top_logprobs=request.logprobs)
+    return replace(
+        options,
+        max_completion_tokens=longest,
+        top_logprobs=request.logprobs,
+        prompt_logprobs=request.logprobs if request.echo else None,
+    )
 
 
 def valid_options(options: RequestOptions, vocabulary_size: int) -> ValidOptions:

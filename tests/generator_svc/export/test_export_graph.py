@@ -17,6 +17,8 @@ from generator_svc.export.checkpoint.checkpoint import (
 )
 from generator_svc.export.checkpoint.config import translate_rope
 from generator_svc.export.checkpoint.source import locate
+from generator_svc.plan import Chunk, StepPlan
+from generator_svc.run.runner import OrtRunner
 from tests.tiny_gpt_oss import in_transformers
 from tests.tiny_models import FAMILIES, tiny_checkpoint, tiny_model_directory
 from trivium.model_directory import ModelDirectory, load_model_directory
@@ -74,6 +76,18 @@ def test_prefill_equals_the_checkpoint(family, slots, prompt):
     logits = slots(exported(family)).prefill(0, tokens)
 
     np.testing.assert_allclose(logits, reference(family, tokens)[-1], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_position_equals_the_checkpoint(family, prompt):
+    """Where those of all tokens are asked for, as to score a prompt."""
+    tokens = prompt(90)
+    runner = OrtRunner(exported(family), "cpu", 1, 128, threads=1)
+
+    chunk = Chunk(0, 0, tuple(tokens), True, wants_all_logits=True)
+    [result] = runner.run(StepPlan(chunks=(chunk,))).chunks
+
+    np.testing.assert_allclose(result.all_logits, reference(family, tokens), atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])

@@ -30,7 +30,7 @@ class Constraint(_message.Message):
     def __init__(self, json_schema: _Optional[str] = ..., regex: _Optional[str] = ..., lark: _Optional[str] = ...) -> None: ...
 
 class StartGeneration(_message.Message):
-    __slots__ = ("revision", "prompt_token_ids", "sampling", "n", "max_new_tokens", "min_new_tokens", "stop_token_ids", "ignore_eos", "top_logprobs", "constraint", "whole", "sends_report")
+    __slots__ = ("revision", "prompt_token_ids", "sampling", "n", "max_new_tokens", "min_new_tokens", "stop_token_ids", "ignore_eos", "top_logprobs", "constraint", "whole", "sends_report", "prompt_logprobs")
     REVISION_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -43,6 +43,7 @@ class StartGeneration(_message.Message):
     CONSTRAINT_FIELD_NUMBER: _ClassVar[int]
     WHOLE_FIELD_NUMBER: _ClassVar[int]
     SENDS_REPORT_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     revision: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: _sampling_pb2.SamplingParams
@@ -55,7 +56,8 @@ class StartGeneration(_message.Message):
     constraint: Constraint
     whole: bool
     sends_report: bool
-    def __init__(self, revision: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., n: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., min_new_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., top_logprobs: _Optional[int] = ..., constraint: _Optional[_Union[Constraint, _Mapping]] = ..., whole: _Optional[bool] = ..., sends_report: _Optional[bool] = ...) -> None: ...
+    prompt_logprobs: int
+    def __init__(self, revision: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., n: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., min_new_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., top_logprobs: _Optional[int] = ..., constraint: _Optional[_Union[Constraint, _Mapping]] = ..., whole: _Optional[bool] = ..., sends_report: _Optional[bool] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
 
 class StopSequence(_message.Message):
     __slots__ = ("index",)
@@ -120,17 +122,19 @@ class SequenceUpdate(_message.Message):
     def __init__(self, index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("updates",)
+    __slots__ = ("updates", "prompt_logprobs")
     UPDATES_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     updates: _containers.RepeatedCompositeFieldContainer[SequenceUpdate]
-    def __init__(self, updates: _Optional[_Iterable[_Union[SequenceUpdate, _Mapping]]] = ...) -> None: ...
+    prompt_logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprobs]
+    def __init__(self, updates: _Optional[_Iterable[_Union[SequenceUpdate, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ...) -> None: ...
 
 class GetModelInfoRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class GetModelInfoResponse(_message.Message):
-    __slots__ = ("id", "revision", "context_length", "vocabulary_size", "eos_token_ids", "execution_provider", "dtype", "precision", "slots", "kv_cache_bytes", "max_n", "max_queued_requests", "max_queued_tokens", "cuda_unavailable", "instance_id")
+    __slots__ = ("id", "revision", "context_length", "vocabulary_size", "eos_token_ids", "execution_provider", "dtype", "precision", "slots", "kv_cache_bytes", "max_n", "max_queued_requests", "max_queued_tokens", "cuda_unavailable", "instance_id", "scores_prompts")
     ID_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_LENGTH_FIELD_NUMBER: _ClassVar[int]
@@ -146,6 +150,7 @@ class GetModelInfoResponse(_message.Message):
     MAX_QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CUDA_UNAVAILABLE_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    SCORES_PROMPTS_FIELD_NUMBER: _ClassVar[int]
     id: str
     revision: str
     context_length: int
@@ -161,7 +166,8 @@ class GetModelInfoResponse(_message.Message):
     max_queued_tokens: int
     cuda_unavailable: str
     instance_id: str
-    def __init__(self, id: _Optional[str] = ..., revision: _Optional[str] = ..., context_length: _Optional[int] = ..., vocabulary_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., execution_provider: _Optional[str] = ..., dtype: _Optional[str] = ..., precision: _Optional[str] = ..., slots: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., max_n: _Optional[int] = ..., max_queued_requests: _Optional[int] = ..., max_queued_tokens: _Optional[int] = ..., cuda_unavailable: _Optional[str] = ..., instance_id: _Optional[str] = ...) -> None: ...
+    scores_prompts: bool
+    def __init__(self, id: _Optional[str] = ..., revision: _Optional[str] = ..., context_length: _Optional[int] = ..., vocabulary_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., execution_provider: _Optional[str] = ..., dtype: _Optional[str] = ..., precision: _Optional[str] = ..., slots: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., max_n: _Optional[int] = ..., max_queued_requests: _Optional[int] = ..., max_queued_tokens: _Optional[int] = ..., cuda_unavailable: _Optional[str] = ..., instance_id: _Optional[str] = ..., scores_prompts: _Optional[bool] = ...) -> None: ...
 
 class WatchLoadRequest(_message.Message):
     __slots__ = ("min_interval_milliseconds",)

@@ -1,0 +1,63 @@
+"""A prompt in front of its completions: its text, and the log-probabilities of its tokens."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from tokenizer_svc.generator.types import TokenIdLogprobs
+from tokenizer_svc.output.detokenizer import Detokenizer
+from tokenizer_svc.output.events import Delta, TokenLogprob
+from tokenizer_svc.output.logprobs import describe
+from tokenizer_svc.tokenizer import Tokenizer
+
+
+class Echo:
+    """Puts `text`, which `token_ids` stand for, in front of the deltas of one prompt's choices."""
+
+    def __init__(self, tokenizer: Tokenizer, text: str, token_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._text = text
+        self._token_ids = token_ids
+
+    def begin(self, n: int, logprobs: Sequence[TokenIdLogprobs] | None) -> list[Delta]:
+        """The first deltas of all n choices.
+
+        `logprobs` are those of the tokens but the first, None if nobody wants them.
+        """
+        entries = () if logprobs is None else self._entries(logprobs)
+        return [Delta(index, self._text, entries, completion_tokens=0) for index in range(n)]
+
+    def follow(self, delta: Delta) -> Delta:
+        """A later delta, whose tokens stand behind the prompt."""
+        if not delta.logprobs:
+            return delta
+        before = len(self._text)
+        moved = (replace(entry, offset=before + entry.offset) for entry in delta.logprobs)
+        return replace(delta, logprobs=tuple(moved))
+
+    def _entries(self, logprobs: Sequence[TokenIdLogprobs]) -> tuple[TokenLogprob, ...]:
+        first, *others = zip(self._token_ids, self._offsets(), strict=True)
+        token_bytes = self._tokenizer.token_bytes(first[0])
+        return (
+            TokenLogprob(token_bytes, 0.0, (), is_unscored=True),
+            *(
+                describe(self._tokenizer, token_id, entry, offset)
+                for (token_id, offset), entry in zip(others, logprobs, strict=True)
+            ),
+        )
+
+    def _offsets(self) -> list[int]:
+        """Where each token's text begins.
+
+        Of control tokens those have text that the prompt spells out.
+        """
+        tokenizer, text = self._tokenizer, self._text
+        detokenizer = Detokenizer(tokenizer)
+        offsets, place = [], 0
+        for token_id in self._token_ids:
+            offsets.append(min(place + detokenizer.breaks_off(token_id), len(text)))
+            if tokenizer.is_hidden(token_id):
+                spelled = tokenizer.token_bytes(token_id).decode(errors="replace")
+                place += len(spelled) if text.startswith(spelled, place) else 0
+            else:
+                place += len(detokenizer.push(token_id))
+        return offsets
