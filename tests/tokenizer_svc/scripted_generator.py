@@ -87,7 +87,7 @@ class ScriptedGenerator(generator_pb2_grpc.GeneratorServiceServicer):
         self, request: pb.WatchLoadRequest, context: Any
     ) -> AsyncIterator[pb.WatchLoadResponse]:
         self.watched.set()
-        yield pb.WatchLoadResponse()
+        yield pb.WatchLoadResponse(free_slots=100)  # with none, calls would go elsewhere
 
     async def serve(self, port: int = 0, host: str = "127.0.0.1") -> tuple[GrpcServer, int]:
         """Starts a server that is SERVING; returns it and its port."""
