@@ -65,7 +65,7 @@ class PrefillPlanner:
         for sequence in sequences:
             weight = max(self._cost.cost(sequence.computed) / self._cost.cost(0), 1.0)
             max_tokens = int(budget / weight)
-            if not chunks:  # every step makes progress, however slow the device
+            if sequence is sequences[0]:  # it makes progress in every step, however slow that is
                 max_tokens = max(max_tokens, _MIN_PREFILL_TOKENS)
             wants_all = sequence.scores_prompt
             if wants_all:

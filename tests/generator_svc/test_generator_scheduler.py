@@ -347,6 +347,24 @@ def test_a_long_prompt_does_not_starve_under_short_ones():
     bench.finish()
 
 
+def test_a_long_prompt_does_not_starve_where_its_tokens_are_slow():
+    """Nor when half of a step has not the time for one of them, far back in the prompt."""
+    bench = Bench(slots=4, slot_length=512, prefill_tokens=32, max_num_batched_tokens=32)
+    bench.scheduler.prefill_cost.cost = lambda start: 1.0 if start < 64 else 40.0
+    bench.submit([5, 6], 300, stop_token_ids=frozenset())
+    bench.step()
+    long = bench.submit([7] * 320, 2)
+    steps = 0
+    while not bench.tokens[long][0] and steps < 200:
+        if len(bench.scheduler.waiting) < 2:
+            bench.submit([8, *[steps % 60] * 29], 1)
+        bench.step()
+        steps += 1
+
+    assert greedy([7] * 320, 1) == bench.tokens[long][0]
+    bench.finish()
+
+
 def test_a_long_prompt_is_not_started_beside_another():
     """The second would hold a slot that short requests can use meanwhile."""
     bench = Bench(slots=3, slot_length=512, prefill_tokens=32, max_num_batched_tokens=32)
