@@ -279,8 +279,12 @@ async def serve_constrained(
     loop = asyncio.get_running_loop()
     faulted = asyncio.Event()
 
+    def end_at_once() -> None:
+        faulted.set()
+        signals.second.set()  # a drain would wait for what never ends
+
     def report_fault(fault: BaseException) -> None:
-        loop.call_soon_threadsafe(faulted.set)
+        loop.call_soon_threadsafe(end_at_once)
 
     meter = Meter()
     dispatcher = UpdateDispatcher(
@@ -322,13 +326,9 @@ async def serve_constrained(
     log.info("serving %s on port %d by %s", model.id, port, info.execution_provider)
     stop, fault = asyncio.create_task(signals.first.wait()), asyncio.create_task(faulted.wait())
     await asyncio.wait({stop, fault}, return_when=asyncio.FIRST_COMPLETED)
-    if faulted.is_set():
-        await server.drain(0, 0)
-        engine.close()
-        usage.close()
-        return 1
-    log.info("draining")
+    if not faulted.is_set():
+        log.info("draining")
     await server.drain(settings.drain_notice_seconds, settings.drain_seconds, signals.second)
     engine.close()
     usage.close()
-    return 0
+    return int(faulted.is_set())

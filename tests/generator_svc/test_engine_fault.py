@@ -1,0 +1,64 @@
+"""What becomes of a generator, and of its calls, when its engine itself fails."""
+
+import asyncio
+
+import grpc
+import pytest
+
+from generator_svc.config import GeneratorSettings
+from generator_svc.constraint.compiler import ConstraintCompiler
+from generator_svc.run.runner import OrtRunner
+from generator_svc.server import serve_constrained
+from tests.generator_svc.generator_process import free_port
+from tests.tiny_models import tiny_model_directory
+from trivium.generator.v1 import generator_pb2 as pb
+from trivium.generator.v1 import generator_pb2_grpc as pb_grpc
+from trivium.model_directory import load_model_directory
+from trivium.wire.channel import open_channel
+from trivium.wire.stop_signals import StopSignals
+
+
+class FailingRunner(OrtRunner):
+    """Raises, as only a bug may, from when `is_broken`."""
+
+    is_broken = False
+
+    def run(self, plan):
+        assert not self.is_broken
+        return super().run(plan)
+
+
+@pytest.mark.parametrize("is_draining", [False, True])
+async def test_a_failed_engine_ends_its_calls_and_the_process_at_once(is_draining):
+    """With status 1, also while it drains: what runs would never end, however long one waits."""
+    model = load_model_directory(tiny_model_directory())
+    port, runner = free_port(), FailingRunner(model, "cpu", 4, 2048, threads=1)
+    settings = GeneratorSettings(
+        model_directory=model.path,
+        port=port,
+        metrics_port=0,
+        drain_notice_seconds=0,
+        drain_seconds=3_600,
+    )
+    constraints = ConstraintCompiler(model.tokenizer, model.vocab_size, (), 0)
+    signals = StopSignals()
+    serving = asyncio.create_task(serve_constrained(settings, model, runner, constraints, signals))
+    async with asyncio.timeout(60), open_channel(f"127.0.0.1:{port}") as channel:
+        call = pb_grpc.GeneratorServiceStub(channel).Generate(wait_for_ready=True)
+        start = pb.StartGeneration(
+            revision=model.revision, prompt_token_ids=[5, 6, 7], max_new_tokens=2000, n=8
+        )
+        await call.write(pb.GenerateRequest(start=start))
+        messages = aiter(call)
+        await anext(messages)
+        if is_draining:
+            signals.first.set()
+            await channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
+        runner.is_broken = True
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            async for _ in messages:
+                pass
+        status = await serving
+
+    assert grpc.StatusCode.UNAVAILABLE is ended.value.code()
+    assert 1 == status
