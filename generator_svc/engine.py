@@ -150,7 +150,7 @@ class Engine:
         step = self._scheduler.schedule()
         outcome = self._runner.run(step.plan)
         self._charge(step, outcome)
-        self._scheduler.observe(step, (run.nanoseconds for run in outcome.prefills))
+        self._scheduler.observe(step, _prefill_times(outcome))
         tokens, failures = sample_all(_drawing(step, outcome))
         failures += _failed_runs(step, outcome) + _score_prompts(step, outcome)
         updates += self._scheduler.commit(step, tokens, failures)
@@ -260,6 +260,15 @@ def _drawing(step: ScheduledStep, outcome: StepOutcome) -> Iterator[tuple[Sequen
         for owner, logits in zip(step.rows, outcome.rows.logits, strict=True):
             if owner is not None:
                 yield owner, logits
+
+
+def _prefill_times(outcome: StepOutcome) -> list[int | None]:
+    """Nanoseconds of each prefill; None of a failed one, which may have ended at once, and of one
+    with the logits of all tokens, which takes longer than others will."""
+    return [
+        None if run.error or run.all_logits is not None else run.nanoseconds
+        for run in outcome.prefills
+    ]
 
 
 def _score_prompts(

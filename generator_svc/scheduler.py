@@ -149,16 +149,13 @@ class Scheduler:
         (chunk,) = plan.chunks
         self.cache.reprefilled(chunk.slot, 0 if failed else len(chunk.token_ids))
 
-    def observe(self, step: ScheduledStep, nanoseconds: Iterable[int]) -> None:
+    def observe(self, step: ScheduledStep, nanoseconds: Iterable[int | None]) -> None:
         """Feeds the measured times of a step's batches and chunks to the cost model."""
         runs = [(0, sum(map(len, batch.prompts))) for batch in step.plan.batches]
-        runs += [
-            # The logits of every token cost more than the others' chunks will.
-            (chunk.start, 0 if chunk.wants_all_logits else len(chunk.token_ids))
-            for chunk in step.plan.chunks
-        ]
+        runs += [(chunk.start, len(chunk.token_ids)) for chunk in step.plan.chunks]
         for (start, tokens), elapsed in zip(runs, nanoseconds, strict=True):
-            self.prefill_cost.observe(start, tokens, elapsed)
+            if elapsed is not None:
+                self.prefill_cost.observe(start, tokens, elapsed)
 
     def commit(
         self,

@@ -9,6 +9,7 @@ import pytest
 
 from generator_svc.admission import QueueFull
 from generator_svc.metering import REPREFILL
+from generator_svc.prefill_cost import PrefillCostModel
 from generator_svc.sequence import FinishReason, SamplingParams
 from tests.fakes import EOS, VOCABULARY, ScriptedRunner, greedy, scripted_logits
 from tests.generator_svc.engine_bench import GREEDY, Bench
@@ -357,6 +358,23 @@ def test_failed_run_ends_those_in_it_and_no_one_else():
     bench.finish()
     assert 0 == again.sequences[0].cached_prompt_tokens
     assert greedy([9] * 20, 5) == bench.tokens[again][0]
+
+
+def test_failed_runs_do_not_make_prefill_look_fast():
+    """They end sooner than others: streams would be held up by longer chunks, and Retry-After
+    would be too short."""
+    bench = Bench(slot_length=512, max_num_batched_tokens=512)
+    bench.scheduler.prefill_cost = PrefillCostModel()
+    bench.submit([9] * 100, 1)
+    bench.finish()
+    before = bench.engine.prefill_seconds(100)
+    bench.runner.fails = lambda slots: OSError("device")
+    for value in range(5):
+        bench.submit([value] * 100, 1)
+    bench.finish()
+
+    assert 5 == len(bench.errors)
+    assert before == bench.engine.prefill_seconds(100)
 
 
 def test_not_a_number_fails_only_the_row_it_is_in():
