@@ -41,7 +41,8 @@ class ConstraintsUnavailable(Exception):
 
 
 class CompilerBusy(Exception):
-    """Too many new constraints are waiting for the sandbox, or it gets too little CPU time."""
+    """Too many new constraints are waiting for the sandbox, or it gets too little CPU time, or the
+    system had no process or memory for it."""
 
 
 @dataclass(frozen=True)
@@ -90,17 +91,18 @@ class SandboxWorker:
         self._lock = asyncio.Lock()
 
     def start(self) -> asyncio.Task[Process]:
-        """The process, which is started if it does not run yet."""
-        if self._process is None:
-            self._process = asyncio.create_task(_spawn(self._command))
-        return self._process
+        """The process, which is started if it does not run yet, or did not start."""
+        task = self._process
+        if task is None or (task.done() and task.exception() is not None):
+            task = self._process = asyncio.create_task(_spawn(self._command))
+        return task
 
     async def close(self) -> None:
         """Kills the process, whatever it is doing."""
         task, self._process = self._process, None
         if task is not None:
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, ConstraintsUnavailable):
+            with contextlib.suppress(asyncio.CancelledError, CompilerBusy):
                 await _end(await task)
 
     async def compile(self, kind: str, text: str) -> str:
@@ -153,12 +155,17 @@ class SandboxWorker:
 
 
 async def _spawn(command: list[str]) -> Process:
+    """Raises CompilerBusy if the process does not start."""
     pipe = asyncio.subprocess.PIPE
     # Only a single-threaded process can fork safely.
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
-    process = await asyncio.create_subprocess_exec(
-        *command, stdin=pipe, stdout=pipe, env=environment, limit=_MAX_RESPONSE_BYTES
-    )
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command, stdin=pipe, stdout=pipe, env=environment, limit=_MAX_RESPONSE_BYTES
+        )
+    except OSError as error:
+        log.warning("the process that compiles constraints does not start: %s", error)
+        raise CompilerBusy from error
     assert process.stdout is not None
     try:
         is_ready = await process.stdout.readline() == b"ready\n"
@@ -167,7 +174,9 @@ async def _spawn(command: list[str]) -> Process:
         raise
     if not is_ready:
         await _end(process)
-        raise ConstraintsUnavailable("the process that compiles constraints does not start")
+        why = f"it has ended with status {process.returncode}"
+        log.warning("the process that compiles constraints does not start: %s", why)
+        raise CompilerBusy
     return process
 
 

@@ -349,6 +349,34 @@ async def test_a_killed_sandbox_is_started_again(tokens, caplog):
     ] == (caplog.messages)
 
 
+async def test_a_sandbox_that_is_killed_as_it_starts_is_started_again(tokens, caplog):
+    """As where memory is short for a moment: the model does not lose its constraints for that."""
+    async with ConstraintCompiler(tokens.file, tokens.size, (tokens.eos,), 2**20) as compiler:
+        while not sandboxes():  # noqa: ASYNC110 - a process that starts tells nobody
+            await asyncio.sleep(0)
+        kill_sandbox()
+        with contextlib.suppress(CompilerBusy):  # if it waited for that one
+            await compiler.compile("regex", "[ab]")
+
+        assert await compiler.compile("regex", "[ab]")
+    assert "does not start: it has ended with status -9" in caplog.text
+
+
+async def test_a_sandbox_for_which_there_is_no_process_is_started_later(tokens, monkeypatch):
+    """As at a limit of processes: who asks is to ask again, and is answered once there is one."""
+
+    async def refused(*command, **options):
+        raise BlockingIOError("no process is left")
+
+    async with ConstraintCompiler(tokens.file, tokens.size, (tokens.eos,), 2**20) as compiler:
+        with monkeypatch.context() as patch:
+            patch.setattr(asyncio, "create_subprocess_exec", refused)
+            with pytest.raises(CompilerBusy):
+                await compiler.compile("regex", "[ab]")
+
+        assert await compiler.compile("regex", "[ab]")
+
+
 async def test_a_sandbox_that_hangs_is_replaced(tokens, caplog):
     """Who waited for it is to ask again, and then is answered as if nothing had happened."""
     async with _compiler(tokens) as compiler:
