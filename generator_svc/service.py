@@ -44,7 +44,7 @@ from generator_svc.usage import CallUsage, UsageRecorder
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.generator.v1 import generator_pb2_grpc as pb_grpc
 from trivium.wire import tracing
-from trivium.wire.errors import ERRORS, ServiceError, internal_error
+from trivium.wire.errors import ERRORS, ServiceError, code_of, internal_error
 from trivium.wire.in_flight import wait_for_any
 
 log = logging.getLogger(__name__)
@@ -152,9 +152,10 @@ class GeneratorService(pb_grpc.GeneratorServiceServicer):
             usage.status = 200
             if start.sends_report:
                 await asyncio.wait([commands], timeout=_REPORT_SECONDS)
-        except (asyncio.CancelledError, GeneratorExit):
-            if usage.status != 200 and self._draining.is_set():
-                usage.status = ERRORS["draining"].http
+        except (asyncio.CancelledError, GeneratorExit) as error:
+            if usage.status != 200:
+                code = "draining" if self._draining.is_set() else code_of(error)
+                usage.status = ERRORS[code].http
             raise
         finally:
             usage.end()

@@ -3,6 +3,7 @@
 import asyncio
 import json
 
+import grpc
 import pytest
 
 from tests.generator_svc.generator_stage import REVISION, Stage
@@ -111,6 +112,18 @@ async def test_calls_that_break_off_are_recorded_and_nothing_is_lost(stage, tmp_
     assert max(record["completion_tokens"] for record in records) > 0
     waited = [record for record in records if not record["device_nanoseconds"]]
     assert {(0, 0)} == {(r["prompt_tokens"], r["completion_tokens"]) for r in waited}
+
+
+async def test_a_call_that_takes_too_long_has_the_status_that_its_client_gets(stage, tmp_path):
+    """Its deadline is no client that left."""
+    stage.runner.delay = 0.05
+    answer = await stage.call([5, 6], seconds=0.5, **LONG)
+    with pytest.raises(grpc.aio.AioRpcError, match="DEADLINE_EXCEEDED"):
+        async for _ in answer:
+            pass
+    [record] = await written(stage, tmp_path, 1)
+
+    assert (504, "abort") == (record["status"], record["finish_reason"])
 
 
 async def test_what_still_runs_is_recorded_when_the_process_ends(tmp_path):
