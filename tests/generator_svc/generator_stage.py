@@ -105,12 +105,12 @@ class Stage:
         """Serves; afterwards nothing may be held."""
         add = pb_grpc.add_GeneratorServiceServicer_to_server
         server = GrpcServer([(add, self.service)], [SERVICE], in_flight=self.in_flight)
-        port = await server.start("127.0.0.1:0")
+        self.port = await server.start("127.0.0.1:0")
         self.engine.start()
         await server.set_serving(True)
         async with (
             self.constraints if self.tokenizer else contextlib.nullcontext(),
-            open_channel(f"127.0.0.1:{port}") as channel,
+            open_channel(f"127.0.0.1:{self.port}") as channel,
         ):
             self.channel = channel
             self.stub = pb_grpc.GeneratorServiceStub(channel)

@@ -32,6 +32,11 @@ _OPTIONS: list[tuple[str, str | int]] = [
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_ping_strikes", 0),
+    # A caller that is gone without a word is noticed within 20 s. What it has begun would go on to
+    # its end, and hold what it holds. Less patience would lose clients that compute for a while.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
     # What runs on a connection that is too old may go on for as long as the longest answer.
     ("grpc.max_connection_age_grace_ms", 3_600_000),
 ]
