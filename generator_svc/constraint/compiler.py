@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 _QUEUE_SECONDS = 1.5
 _COMPILE_SECONDS = 3.0
 
+# Requests that wait for a compilation, before any queue of the engine bounds them.
+_MAX_WAITING = 512
+
 # The longest Lark grammar with every character escaped.
 _MAX_RESPONSE_BYTES = 8 * 2**20
 
@@ -41,8 +44,8 @@ class ConstraintsUnavailable(Exception):
 
 
 class CompilerBusy(Exception):
-    """Too many new constraints are waiting for the sandbox, or it gets too little CPU time, or the
-    system had no process or memory for it."""
+    """Too many constraints are waiting to be compiled, or the sandbox gets too little CPU time, or
+    the system had no process or memory for it."""
 
 
 @dataclass(frozen=True)
@@ -220,6 +223,7 @@ class ConstraintCompiler:
         self._threads = ThreadPoolExecutor(_THREADS, "constraint")
         self._table: asyncio.Future[TokenTable] | None = None
         self._running: dict[bytes, asyncio.Task[CompileResult]] = {}
+        self._waiting = 0
 
     async def __aenter__(self) -> Self:
         """Starts loading the token table and the sandbox, ahead of the first request."""
@@ -239,14 +243,20 @@ class ConstraintCompiler:
 
         Raises ConstraintError, CompilerBusy or ConstraintsUnavailable.
         """
-        table = await self._load_tokens()
-        result = await self._compile_result(kind, text)
-        if result.error is not None:
-            raise ConstraintError(result.error.code, result.error.message)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            self._threads, CompiledConstraint, table, kind, result.grammar
-        )
+        if self._waiting >= _MAX_WAITING:
+            raise CompilerBusy
+        self._waiting += 1
+        try:
+            table = await self._load_tokens()
+            result = await self._compile_result(kind, text)
+            if result.error is not None:
+                raise ConstraintError(result.error.code, result.error.message)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(
+                self._threads, CompiledConstraint, table, kind, result.grammar
+            )
+        finally:
+            self._waiting -= 1
 
     async def _preload(self) -> None:
         try:

@@ -19,6 +19,7 @@ from generator_svc.constraint.compiler import (
     CompileResult,
     ConstraintCompiler,
 )
+from generator_svc.constraint.llguidance import CompiledConstraint
 from generator_svc.sequence import ConstraintError
 from tests.generator_svc.generator_stage import Stage
 from tests.generator_svc.text_tokens import text_tokens
@@ -315,6 +316,18 @@ async def test_compile_results_are_cached(tokens):
             await compiler.compile("json_schema", MULTIPLE)
         with pytest.raises(CompilerBusy):
             await compiler.compile("regex", "[cd]+")
+
+
+async def test_too_many_at_once_are_refused(tokens):
+    """Each request has a compilation of its own, for which not all may wait, with all they hold."""
+    async with _compiler(tokens) as compiler:
+        calls = [compiler.compile("regex", "a") for _ in range(1_000)]
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        refused = [result for result in results if isinstance(result, CompilerBusy)]
+
+        assert await compiler.compile("regex", "a")
+    assert 1_000 - 512 == len(refused)
+    assert 512 == sum(isinstance(result, CompiledConstraint) for result in results)
 
 
 async def test_many_who_want_the_same_share_one_compilation(tokens, monkeypatch):
