@@ -550,8 +550,9 @@ SCHEMA_KEYWORDS = (
     ),
     Keyword(
         "`minProperties`, `maxProperties`",
-        "enforced where all of `properties` are required; else 400",
-        "the same; else dropped",
+        "enforced where all of `properties` are required; else 400; so is `minProperties` beyond "
+        "the number of `required` names and one, as other properties may be written twice",
+        "the same; else dropped; repeated names may count",
     ),
     Keyword(
         "`items`, `prefixItems`, `additionalItems`, `minItems`, `maxItems`", _ENFORCED, _ENFORCED

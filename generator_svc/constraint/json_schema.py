@@ -24,8 +24,6 @@ OPTIONS: dict[str, Any] = {
 
 # Comments, strings and regular expressions of Lark, in which %json means nothing, then %json.
 _IN_LARK = re.compile(r'//[^\n]*|"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|(?P<json>%json\s*)')
-# Schemas without these words need no change.
-_MAY_CHANGE = re.compile(r'exclusiveM|"pattern|"x-guidance')
 _BOUNDS = (
     ("exclusiveMinimum", "minimum", ("maximum", "exclusiveMaximum"), 1),
     ("exclusiveMaximum", "maximum", ("minimum", "exclusiveMinimum"), -1),
@@ -37,28 +35,29 @@ def prepared(text: str) -> str:
     """An equivalent or very slightly narrower schema for llguidance; a wider one if lenient.
 
     Patterns are rewritten in Rust's syntax. Whole exclusive bounds become inclusive ones where the
-    other bound is less than 1 away: llguidance 1.9 accepts 3 as "above 3 and at most 3.5".
+    other bound is less than 1 away: llguidance 1.9 accepts 3 as "above 3 and at most 3.5". Raises
+    ValueError for what llguidance would accept without enforcing it.
     """
-    if not _MAY_CHANGE.search(text):
-        return text
     try:
         schema = json.loads(text)
+        before = json.dumps(schema)
     except (ValueError, RecursionError):  # llguidance reports what is wrong
         return text
-    before = text
-    if is_lenient(schema):
+    lenient = is_lenient(schema)
+    if lenient:
         schema = relaxed(schema)
-        before = ""
-    is_changed = False
     rest = [schema]
     while rest:
         node = rest.pop()
         if isinstance(node, dict):
+            if not lenient:
+                _check_exact(node)
             # A merged schema may get its other bound from elsewhere.
-            is_changed |= _narrow(node, "allOf" in text or "$ref" in text)
-            is_changed |= _translate(node)
+            _narrow(node, "allOf" in text or "$ref" in text)
+            _translate(node)
             rest += [child for _, child in children(node)]
-    return json.dumps(schema) if is_changed or not before else text
+    after = json.dumps(schema)
+    return text if after == before else after
 
 
 def prepared_lark(lark: str) -> str:
@@ -102,7 +101,10 @@ def loosened_text(kind: str, text: str, compiles: Compiles) -> str:
 
 
 def _each_json(lark: str, rewrite: Callable[[str], str]) -> str:
-    """The grammar with the schema of every %json rewritten."""
+    """The grammar with the schema of every %json rewritten.
+
+    Raises the ValueError of `rewrite`, with its place.
+    """
     parts, done = [], 0
     for match in _IN_LARK.finditer(lark):
         start = match.end()
@@ -113,25 +115,41 @@ def _each_json(lark: str, rewrite: Callable[[str], str]) -> str:
         except (ValueError, RecursionError):  # llguidance reports what is wrong
             continue
         if isinstance(schema, dict):
-            parts += [lark[done:start], rewrite(lark[start:end])]
+            try:
+                rewritten = rewrite(lark[start:end])
+            except ValueError as error:
+                line = lark.count("\n", 0, start) + 1
+                column = start - lark.rfind("\n", 0, start)
+                raise ValueError(f"at {line}({column}): {error}") from None
+            parts += [lark[done:start], rewritten]
             done = end
     return "".join(parts) + lark[done:]
 
 
-def _translate(node: dict[str, Any]) -> bool:
-    """Rewrites patterns in Rust's syntax; returns whether that changed them."""
-    before = node.get("pattern"), node.get("patternProperties")
-    pattern, named = before
+def _check_exact(node: dict[str, Any]) -> None:
+    """Raises ValueError for what llguidance accepts without enforcing it."""
+    least = node.get("minProperties")
+    if isinstance(least, int) and least > 1:
+        required = node.get("required")
+        names = set(map(str, required)) if isinstance(required, list) else set()
+        if least > len(names) + 1:
+            raise ValueError(
+                f"minProperties: {least} needs at least {least - 1} names in 'required', since "
+                "other properties may be written twice"
+            )
+
+
+def _translate(node: dict[str, Any]) -> None:
+    """Rewrites patterns in Rust's syntax."""
+    pattern, named = node.get("pattern"), node.get("patternProperties")
     if isinstance(pattern, str):
         node["pattern"] = to_rust(pattern)
     if isinstance(named, dict):
         node["patternProperties"] = {to_rust(name): child for name, child in named.items()}
-    return (node.get("pattern"), node.get("patternProperties")) != before
 
 
-def _narrow(node: dict[str, Any], is_merged: bool) -> bool:
-    """Turns exclusive bounds into inclusive ones where needed; returns whether any were."""
-    is_changed = False
+def _narrow(node: dict[str, Any], is_merged: bool) -> None:
+    """Turns exclusive bounds into inclusive ones where needed."""
     for exclusive, inclusive, opposite, sign in _BOUNDS:
         bound: Any = node.get(exclusive)
         if not _is_number(bound) or bound % 1 or node.get("type") == "integer":
@@ -145,8 +163,6 @@ def _narrow(node: dict[str, Any], is_merged: bool) -> bool:
             if _is_number(known):
                 narrow = max(narrow, known) if sign > 0 else min(narrow, known)
             node[inclusive] = narrow
-            is_changed = True
-    return is_changed
 
 
 def _is_number(value: Any) -> bool:

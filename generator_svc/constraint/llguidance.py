@@ -37,12 +37,12 @@ def grammar_of(kind: str, text: str) -> str:
     """llguidance's grammar for a `json_schema`, `regex` or `lark`; raises ConstraintError."""
     if kind == "regex":
         return LLMatcher.grammar_from_regex(to_rust(text))
-    if kind == "lark":
-        return LLMatcher.grammar_from_lark(prepared_lark(text))
-    assert kind == "json_schema", f"no kind of constraint: {kind}. This is a bug."
-    if text.strip() == "true":
-        text = "{}"
     try:
+        if kind == "lark":
+            return LLMatcher.grammar_from_lark(prepared_lark(text))
+        assert kind == "json_schema", f"no kind of constraint: {kind}. This is a bug."
+        if text.strip() == "true":
+            text = "{}"
         options = cast("Any", OPTIONS)
         return LLMatcher.grammar_from_json_schema(prepared(text), overrides=options)
     except ValueError as error:
