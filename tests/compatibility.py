@@ -532,7 +532,13 @@ TOKENS = (
 
 _ENFORCED = "enforced"
 SCHEMA_KEYWORDS = (
-    Keyword("`type`, `enum`, `const`, `anyOf`, `allOf`", _ENFORCED, _ENFORCED),
+    Keyword("`type`, `anyOf`, `allOf`", _ENFORCED, _ENFORCED),
+    Keyword(
+        "`enum`, `const`",
+        "enforced; 400 with control characters but `\\b`, `\\f`, `\\n`, `\\r` and `\\t`, and with "
+        "whole numbers that a double cannot hold",
+        "enforced; dropped with these",
+    ),
     Keyword(
         "`$ref`, `$defs`, `definitions`, `$anchor`",
         "enforced within the schema; else 400",

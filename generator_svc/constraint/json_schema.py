@@ -10,7 +10,13 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from generator_svc.constraint.schema_relaxation import Compiles, children, loosened, relaxed
+from generator_svc.constraint.schema_relaxation import (
+    Compiles,
+    children,
+    is_writable,
+    loosened,
+    relaxed,
+)
 from trivium.ecma_regex import to_rust
 
 # Whitespace between JSON's tokens is a newline and indentation, never an endless run. No \u
@@ -128,6 +134,12 @@ def _each_json(lark: str, rewrite: Callable[[str], str]) -> str:
 
 def _check_exact(node: dict[str, Any]) -> None:
     """Raises ValueError for what llguidance accepts without enforcing it."""
+    for key in ("const", "enum"):
+        if not is_writable(node.get(key)):
+            raise ValueError(
+                f"{key} has a value that cannot be written exactly: a whole number beyond 2^53, or "
+                "a control character"
+            )
     least = node.get("minProperties")
     if isinstance(least, int) and least > 1:
         required = node.get("required")

@@ -7,6 +7,7 @@ possible (`loosened`).
 
 import copy
 import functools
+import re
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from typing import Any
@@ -64,6 +65,8 @@ _DEPENDENT = {
     "prefixItems": ("items",),
     "items": ("additionalItems",),
 }
+# Characters of strings that have no escape but \\u, which is not allowed.
+_UNWRITABLE = re.compile(r"[\x00-\x07\x0B\x0E-\x1F\x7F]")
 # Where a schema is placed while parts of it are compiled.
 _ROOT = "#/$defs/root"
 
@@ -100,7 +103,24 @@ def relaxed(schema: Any) -> Any:
     return kept
 
 
+def is_writable(value: Any) -> bool:
+    """Whether llguidance writes this value of an `enum` or `const`, and not another one.
+
+    It leaves out characters that need an escape which is not allowed, and rounds whole numbers to
+    doubles.
+    """
+    if isinstance(value, str):
+        return not _UNWRITABLE.search(value)
+    if isinstance(value, int):
+        return abs(value) < 2**63 and int(float(value)) == value
+    if isinstance(value, dict):
+        value = list(value.values())
+    return not isinstance(value, list) or all(map(is_writable, value))
+
+
 def _is_kept(key: str, value: Any) -> bool:
+    if key in ("const", "enum"):
+        return is_writable(value)
     if key == "format":
         return not isinstance(value, str) or value in FORMATS
     if key == "multipleOf" and isinstance(value, int | float) and not isinstance(value, bool):

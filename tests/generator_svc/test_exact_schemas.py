@@ -51,3 +51,39 @@ def test_properties_are_counted_where_their_names_differ(least):
 
     assert accepts("json_schema", text, json.dumps(dict.fromkeys(names, 1) | {"c": 1}))
     assert not accepts("json_schema", text, json.dumps(dict.fromkeys(names, 1)))
+
+
+LARGE = 2**53 + 1
+
+
+@pytest.mark.parametrize(
+    ("value", "other"),
+    [
+        ("a\0b", "ab"),
+        ("a\x1bb", "ab"),
+        ("a\x7fb", "ab"),
+        ({"k": ["\x01"]}, {"k": [""]}),
+        (LARGE, LARGE - 1),
+        ([-LARGE], [1 - LARGE]),
+        (2**70, 1180591620717411200000),
+    ],
+)
+@pytest.mark.parametrize("keyword", ["const", "enum"])
+def test_a_value_that_cannot_be_written_is_refused(keyword, value, other):
+    """Rather than another one in its place; where the schema need not be exact it is dropped."""
+    schema = {keyword: value if keyword == "const" else [1, value]}
+
+    assert refused(schema, keyword)
+    assert accepts("json_schema", json.dumps(schema | LENIENT), json.dumps(other))
+
+
+@pytest.mark.parametrize("value", ['\t\n\f\r\b"\\/', "\x85\u2028é🫠", 2**53, -(2**62), 1e22, 1.5])
+def test_other_values_are_written_as_they_are(value):
+    """Whatever escape or precision they need."""
+    text = json.dumps({"enum": [{"k": value}]})
+
+    assert accepts(
+        "json_schema",
+        text,
+        json.dumps({"k": value}, ensure_ascii=False).replace("1e+22", "1" + "0" * 22),
+    )
