@@ -575,7 +575,11 @@ SCHEMA_KEYWORDS = (
         "`uri` enforced; others 400",
         "the same; others dropped",
     ),
-    Keyword("`minimum`, `maximum`, `exclusiveMinimum`, `exclusiveMaximum`", _ENFORCED, _ENFORCED),
+    Keyword(
+        "`minimum`, `maximum`, `exclusiveMinimum`, `exclusiveMaximum`",
+        "enforced; beyond 2^53 to the next double within, at most 2^63 - 1024",
+        "the same; dropped beyond that",
+    ),
     Keyword(
         "`multipleOf`",
         _ENFORCED,

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from generator_svc.constraint.schema_relaxation import (
+    MAX_BOUND,
     Compiles,
     children,
     is_writable,
@@ -35,6 +36,7 @@ _BOUNDS = (
     ("exclusiveMaximum", "maximum", ("minimum", "exclusiveMinimum"), -1),
 )
 _EPSILON = 1e-6
+_EXACT = 2**53  # below that every whole number is a double
 
 
 def prepared(text: str) -> str:
@@ -58,6 +60,7 @@ def prepared(text: str) -> str:
         if isinstance(node, dict):
             if not lenient:
                 _check_exact(node)
+            _round_bounds(node)
             # A merged schema may get its other bound from elsewhere.
             _narrow(node, "allOf" in text or "$ref" in text)
             _translate(node)
@@ -160,6 +163,28 @@ def _translate(node: dict[str, Any]) -> None:
         node["patternProperties"] = {to_rust(name): child for name, child in named.items()}
 
 
+def _round_bounds(node: dict[str, Any]) -> None:
+    """Rounds far bounds inwards, to doubles within 64 bits, and makes them inclusive.
+
+    llguidance would round to the nearest double, which may be outside, and knows none beyond.
+    """
+    for exclusive, inclusive, _, sign in _BOUNDS:
+        for key in (exclusive, inclusive):
+            bound = node.get(key)
+            if not isinstance(bound, int | float) or abs(bound) < _EXACT:
+                continue
+            least = sign * bound  # of the number, or of its negative
+            if least > MAX_BOUND:
+                continue  # nothing fits, and llguidance says so
+            within = float(max(least, -MAX_BOUND))
+            while within < least or (within == least and key == exclusive):
+                within = math.nextafter(within, math.inf)
+            del node[key]
+            known: Any = node.get(inclusive)
+            limits = [int(within), *([sign * known] if _is_number(known) else [])]
+            node[inclusive] = sign * max(limits)
+
+
 def _narrow(node: dict[str, Any], is_merged: bool) -> None:
     """Turns exclusive bounds into inclusive ones where needed."""
     for exclusive, inclusive, opposite, sign in _BOUNDS:
@@ -178,4 +203,6 @@ def _narrow(node: dict[str, Any], is_merged: bool) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_BOUND
+    )

@@ -47,10 +47,13 @@ DROPPED = frozenset(
 # Of the significant digits of a multipleOf, as a number. The automaton has that many states: 99,991
 # takes a second to compile.
 MAX_MULTIPLE = 10_000
+# llguidance's ranges are of 64-bit integers; the last of them that is a double.
+MAX_BOUND = 2**63 - 1024
 
 # Keywords whose values are data, and those whose values are schemas by name.
 _DATA = frozenset(("const", "enum", "default", "examples", "example", "x-guidance"))
 _NAMING = frozenset(("properties", "patternProperties", "$defs", "definitions"))
+_BOUNDS = frozenset(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"))
 # The order in which keywords are given up.
 _ORDER = (
     *("$schema", "$id", "pattern", "multipleOf", "maxProperties", "minProperties"),
@@ -123,6 +126,8 @@ def _is_kept(key: str, value: Any) -> bool:
         return is_writable(value)
     if key == "format":
         return not isinstance(value, str) or value in FORMATS
+    if key in _BOUNDS and isinstance(value, int | float):
+        return abs(value) <= MAX_BOUND
     if key == "multipleOf" and isinstance(value, int | float) and not isinstance(value, bool):
         digits = Decimal(str(value)).normalize().as_tuple().digits
         return int("".join(map(str, digits))) <= MAX_MULTIPLE

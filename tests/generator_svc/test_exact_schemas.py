@@ -87,3 +87,39 @@ def test_other_values_are_written_as_they_are(value):
         text,
         json.dumps({"k": value}, ensure_ascii=False).replace("1e+22", "1" + "0" * 22),
     )
+
+
+@pytest.mark.parametrize("kind", ["integer", "number"])
+@pytest.mark.parametrize(
+    ("bounds", "right", "wrong"),
+    [
+        ({"maximum": 2**53 + 3}, [2**53 + 2, 0, -5], [2**53 + 4]),
+        ({"minimum": 2**53 + 1}, [2**53 + 2, 2**62], [2**53, 0]),
+        ({"minimum": LARGE, "exclusiveMinimum": LARGE}, [2**53 + 2], [2**53, LARGE]),
+        ({"exclusiveMaximum": LARGE, "maximum": 9e18}, [2**53, 7], [LARGE]),
+        ({"exclusiveMaximum": 2**63 - 1}, [1], [2**63 - 1]),
+        ({"minimum": -(2**63), "maximum": 2**63 - 1}, [0, -(2**62), 2**62], [2**63, -(2**63) - 1]),
+        ({"minimum": 0, "maximum": 2**64 - 1}, [0, 2**62], [2**64, -1]),
+        ({"minimum": -3.4028234663852886e38, "maximum": 3.4028234663852886e38}, [0, 5], [10**39]),
+        ({"minimum": 1, "exclusiveMaximum": 10**400}, [1, 10**18], [0, 10**400]),
+        ({"exclusiveMinimum": -1.7976931348623157e308}, [0, -5], []),
+        ({"exclusiveMinimum": -1e300, "minimum": 2.5}, [3], [2, -1]),
+    ],
+)
+def test_bounds_may_be_far_away(kind, bounds, right, wrong):
+    """Those of 64-bit integers and floats too: what is beyond a bound cannot be written."""
+    text = json.dumps({"type": kind} | bounds)
+    lenient = json.dumps({"type": kind} | bounds | LENIENT)
+
+    for value in right:
+        assert accepts("json_schema", text, str(value)), value
+        assert accepts("json_schema", lenient, str(value)), value
+    for value in wrong:
+        assert not accepts("json_schema", text, str(value)), value
+
+
+@pytest.mark.parametrize("bounds", [{"minimum": 2**64}, {"exclusiveMaximum": -(10**300)}])
+def test_a_bound_beyond_all_that_can_be_written_is_refused(bounds):
+    """No answer would do; where the schema need not be exact any number does."""
+    assert refused({"type": "number"} | bounds, "range")
+    assert accepts("json_schema", json.dumps({"type": "number"} | bounds | LENIENT), "3")
