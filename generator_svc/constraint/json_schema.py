@@ -38,6 +38,26 @@ _BOUNDS = (
 _EPSILON = 1e-6
 _EXACT = 2**53  # below that every whole number is a double
 
+# What a format has to match besides what llguidance makes of it: days that there are, in the years
+# 1 to 9999, no leap seconds, of which no expression says where they may be, no punycode, and no
+# names of hosts and mail accounts that are too long.
+_YEAR = "(?:[0-9]{3}[1-9]|[0-9]{2}[1-9]0|[0-9][1-9]00|[1-9]000)"
+_LEAP_YEAR = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
+_DATE = f"(?:{_YEAR}-(?:0[13-9]|1[0-2]|02-(?:[01]|2[0-8]))|{_LEAP_YEAR}-02-29)"
+_ALNUM = "[A-Za-z0-9]"
+_HOST_LABEL = (
+    f"{_ALNUM}(?:[A-Za-z0-9-]?{_ALNUM}|[A-Za-z0-9-]{{2}}{_ALNUM}|"
+    f"[A-Za-z0-9-](?:{_ALNUM}[A-Za-z0-9-]|-{_ALNUM})[A-Za-z0-9-]{{0,58}}{_ALNUM})?"
+)
+_FORMATS = {
+    "date": f"^{_DATE}",
+    "date-time": f"^{_DATE}-?[0-9]*[Tt][0-9]{{2}}:[0-9]{{2}}:[0-5]",
+    "time": "^[0-9]{2}:[0-9]{2}:[0-5]",
+    "hostname": f"^{_HOST_LABEL}(?:[.]{_HOST_LABEL})*$",
+    "email": "^[^@]{1,64}@(?:[^@.]{1,63}[.])*[^@.]{1,63}$",
+}
+_MAX_LENGTHS = {"hostname": 253, "email": 254}
+
 
 def prepared(text: str) -> str:
     """An equivalent or very slightly narrower schema for llguidance; a wider one if lenient.
@@ -64,6 +84,7 @@ def prepared(text: str) -> str:
             # A merged schema may get its other bound from elsewhere.
             _narrow(node, "allOf" in text or "$ref" in text)
             _translate(node)
+            _complete_format(node)
             rest += [child for _, child in children(node)]
     after = json.dumps(schema)
     return text if after == before else after
@@ -161,6 +182,21 @@ def _translate(node: dict[str, Any]) -> None:
         node["pattern"] = to_rust(pattern)
     if isinstance(named, dict):
         node["patternProperties"] = {to_rust(name): child for name, child in named.items()}
+
+
+def _complete_format(node: dict[str, Any]) -> None:
+    """Adds what llguidance leaves out of a format."""
+    name = node.get("format")
+    pattern = _FORMATS.get(name) if isinstance(name, str) else None
+    if pattern is None:
+        return
+    extra: dict[str, Any] = {"pattern": pattern}
+    if name in _MAX_LENGTHS:
+        extra["maxLength"] = _MAX_LENGTHS[name]
+    if extra.keys().isdisjoint(node):
+        node |= extra
+    elif isinstance(node.setdefault("allOf", []), list):
+        node["allOf"] = [*node["allOf"], extra]
 
 
 def _round_bounds(node: dict[str, Any]) -> None:

@@ -43,11 +43,8 @@ def _written(state, seed, most=300):
 
 
 def _fits(schema, answer):
-    value = json.loads(answer)
-    # RFC 3339 knows leap seconds; the validator knows only those that there were.
-    value = json.loads(re.sub(r":60(?=[.Z+-])", ":59", json.dumps(value)))
     kind = jsonschema.Draft202012Validator
-    return kind(schema, format_checker=kind.FORMAT_CHECKER).is_valid(value)
+    return kind(schema, format_checker=kind.FORMAT_CHECKER).is_valid(json.loads(answer))
 
 
 @pytest.mark.parametrize("part", range(4))

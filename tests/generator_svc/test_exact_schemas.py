@@ -123,3 +123,45 @@ def test_a_bound_beyond_all_that_can_be_written_is_refused(bounds):
     """No answer would do; where the schema need not be exact any number does."""
     assert refused({"type": "number"} | bounds, "range")
     assert accepts("json_schema", json.dumps({"type": "number"} | bounds | LENIENT), "3")
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        (
+            "date",
+            ["2024-02-29", "2000-02-29", "2023-02-28", "0004-02-29", "9999-12-31"],
+            ["2021-02-29", "2100-02-29", "0100-02-29", "2024-02-30", "2024-04-31", "0000-01-01"],
+        ),
+        (
+            "date-time",
+            ["2024-02-29T23:59:59Z", "1999-01-31t00:00:00.125+14:00"],
+            ["2023-02-29T00:00:00Z", "2024-01-01T12:00:60Z", "1998-12-31T23:59:60Z"],
+        ),
+        ("time", ["00:00:00Z", "23:59:59.5-01:30"], ["12:00:60Z", "23:59:60Z", "24:00:00Z"]),
+        (
+            "hostname",
+            [
+                "a",
+                "ab",
+                "a-b",
+                "ab-c.x1",
+                "a1b2--c",
+                "x" * 63 + ".de",
+                ".".join(["x" * 50] * 5)[:253],
+            ],
+            ["xn--X", "ab--c", "x" * 64, ".".join(["x" * 50] * 5), "-a", "a-", "a..b"],
+        ),
+        (
+            "email",
+            ["a.b+c@x.example", "x" * 64 + "@y.z"],
+            ["x" * 65 + "@y.z", "a@-b.c", "a@" + "b" * 64 + ".c"],
+        ),
+    ],
+)
+def test_formats_are_what_programs_read(name, right, wrong):
+    """No days that a calendar lacks, no leap seconds, no names that are too long."""
+    schema = {"type": "string", "format": name}
+    for text in (json.dumps(schema), json.dumps(schema | {"pattern": "."})):
+        assert [] == [value for value in right if not accepts("json_schema", text, f'"{value}"')]
+        assert [] == [value for value in wrong if accepts("json_schema", text, f'"{value}"')]
