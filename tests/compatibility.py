@@ -536,7 +536,7 @@ SCHEMA_KEYWORDS = (
     Keyword(
         "`enum`, `const`",
         "enforced; 400 with control characters but `\\b`, `\\f`, `\\n`, `\\r` and `\\t`, and with "
-        "whole numbers that a double cannot hold",
+        "numbers of more than 15 digits that would be rounded",
         "enforced; dropped with these",
     ),
     Keyword(
@@ -577,7 +577,7 @@ SCHEMA_KEYWORDS = (
     ),
     Keyword(
         "`minimum`, `maximum`, `exclusiveMinimum`, `exclusiveMaximum`",
-        "enforced; beyond 2^53 to the next double within, at most 2^63 - 1024",
+        "enforced; those of more than 15 digits may be rounded inwards, to at most 2^63 - 1024",
         "the same; dropped beyond that",
     ),
     Keyword(

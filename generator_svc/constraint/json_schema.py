@@ -8,12 +8,14 @@ import json
 import math
 import re
 from collections.abc import Callable
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 from typing import Any
 
 from generator_svc.constraint.schema_relaxation import (
     MAX_BOUND,
     Compiles,
     children,
+    is_read_exactly,
     is_writable,
     loosened,
     relaxed,
@@ -37,6 +39,7 @@ _BOUNDS = (
 )
 _EPSILON = 1e-6
 _EXACT = 2**53  # below that every whole number is a double
+_DIGITS = 15  # so many digits are always read exactly
 
 # What a format has to match besides what llguidance makes of it: days that there are, in the years
 # 1 to 9999, no leap seconds, of which no expression says where they may be, no punycode, and no
@@ -161,8 +164,8 @@ def _check_exact(node: dict[str, Any]) -> None:
     for key in ("const", "enum"):
         if not is_writable(node.get(key)):
             raise ValueError(
-                f"{key} has a value that cannot be written exactly: a whole number beyond 2^53, or "
-                "a control character"
+                f"{key} has a value that cannot be written exactly: a number of more than 15 "
+                "digits, or a control character"
             )
     least = node.get("minProperties")
     if isinstance(least, int) and least > 1:
@@ -200,25 +203,31 @@ def _complete_format(node: dict[str, Any]) -> None:
 
 
 def _round_bounds(node: dict[str, Any]) -> None:
-    """Rounds far bounds inwards, to doubles within 64 bits, and makes them inclusive.
-
-    llguidance would round to the nearest double, which may be outside, and knows none beyond.
-    """
+    """Rounds bounds inwards that llguidance would round, maybe outwards, or that it refuses."""
     for exclusive, inclusive, _, sign in _BOUNDS:
         for key in (exclusive, inclusive):
             bound = node.get(key)
-            if not isinstance(bound, int | float) or abs(bound) < _EXACT:
+            if not isinstance(bound, int | float):
                 continue
-            least = sign * bound  # of the number, or of its negative
-            if least > MAX_BOUND:
-                continue  # nothing fits, and llguidance says so
-            within = float(max(least, -MAX_BOUND))
-            while within < least or (within == least and key == exclusive):
-                within = math.nextafter(within, math.inf)
-            del node[key]
-            known: Any = node.get(inclusive)
-            limits = [int(within), *([sign * known] if _is_number(known) else [])]
-            node[inclusive] = sign * max(limits)
+            if abs(bound) >= _EXACT:
+                _round_far(node, key, inclusive, sign)
+            elif isinstance(bound, float) and not is_read_exactly(bound):
+                context = Context(prec=_DIGITS, rounding=ROUND_CEILING if sign > 0 else ROUND_FLOOR)
+                node[key] = float(context.create_decimal(repr(bound)))
+
+
+def _round_far(node: dict[str, Any], key: str, inclusive: str, sign: int) -> None:
+    """Makes a far bound an inclusive double within 64 bits."""
+    least = sign * node[key]  # of the number, or of its negative
+    if least > MAX_BOUND:
+        return  # nothing fits, and llguidance says so
+    within = float(max(least, -MAX_BOUND))
+    while within < least or (within == least and key != inclusive):
+        within = math.nextafter(within, math.inf)
+    del node[key]
+    known: Any = node.get(inclusive)
+    limits = [int(within), *([sign * known] if _is_number(known) else [])]
+    node[inclusive] = sign * max(limits)
 
 
 def _narrow(node: dict[str, Any], is_merged: bool) -> None:

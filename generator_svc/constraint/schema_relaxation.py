@@ -7,6 +7,7 @@ possible (`loosened`).
 
 import copy
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator
 from decimal import Decimal
@@ -109,16 +110,28 @@ def relaxed(schema: Any) -> Any:
 def is_writable(value: Any) -> bool:
     """Whether llguidance writes this value of an `enum` or `const`, and not another one.
 
-    It leaves out characters that need an escape which is not allowed, and rounds whole numbers to
-    doubles.
+    It leaves out characters that need an escape which is not allowed, and rounds numbers.
     """
     if isinstance(value, str):
         return not _UNWRITABLE.search(value)
     if isinstance(value, int):
         return abs(value) < 2**63 and int(float(value)) == value
+    if isinstance(value, float):
+        return is_read_exactly(value)
     if isinstance(value, dict):
         value = list(value.values())
     return not isinstance(value, list) or all(map(is_writable, value))
+
+
+def is_read_exactly(value: float) -> bool:
+    """Whether llguidance reads the double that is written: it rounds the digits, then the result,
+    which makes a difference beyond 15 digits."""
+    if not math.isfinite(value):
+        return False
+    _, digits, exponent = Decimal(repr(value)).as_tuple()
+    significand = float("".join(map(str, digits)))
+    power = float(f"1e{abs(int(exponent))}")
+    return abs(value) == (significand * power if int(exponent) > 0 else significand / power)
 
 
 def _is_kept(key: str, value: Any) -> bool:

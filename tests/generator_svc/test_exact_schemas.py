@@ -66,6 +66,7 @@ LARGE = 2**53 + 1
         (LARGE, LARGE - 1),
         ([-LARGE], [1 - LARGE]),
         (2**70, 1180591620717411200000),
+        (0.48785665652414756, 0.4878566565241475),
     ],
 )
 @pytest.mark.parametrize("keyword", ["const", "enum"])
@@ -165,3 +166,19 @@ def test_formats_are_what_programs_read(name, right, wrong):
     for text in (json.dumps(schema), json.dumps(schema | {"pattern": "."})):
         assert [] == [value for value in right if not accepts("json_schema", text, f'"{value}"')]
         assert [] == [value for value in wrong if accepts("json_schema", text, f'"{value}"')]
+
+
+@pytest.mark.parametrize(
+    ("bounds", "right", "wrong"),
+    [
+        ({"maximum": 0.10026911992978531}, "0.100269119929785", "0.10026911992978532"),
+        ({"minimum": -492319.52673090197}, "-492319.526730901", "-492319.526730902"),
+        ({"exclusiveMinimum": 0.00023878882510103738}, "0.000239", "0.00023878882510103738"),
+    ],
+)
+def test_bounds_of_many_digits_hold(bounds, right, wrong):
+    """To the last digit of a double."""
+    text = json.dumps({"type": "number"} | bounds)
+
+    assert accepts("json_schema", text, right)
+    assert not accepts("json_schema", text, wrong)
