@@ -590,7 +590,7 @@ SCHEMA_KEYWORDS = (
         "`not`, `if`, `then`, `else`, `dependentRequired`, `dependentSchemas`, `dependencies`, "
         "`propertyNames`, `unevaluatedProperties`, `uniqueItems`, `contains`, `minContains`, "
         "`maxContains`, `unevaluatedItems`, `$dynamicRef`, `$recursiveRef`",
-        "400",
+        "400, unless the value forbids nothing, as `uniqueItems: false`",
         "dropped",
     ),
     Keyword("all others", "without meaning", "without meaning"),

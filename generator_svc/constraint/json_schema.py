@@ -38,6 +38,17 @@ _BOUNDS = (
     ("exclusiveMaximum", "maximum", ("minimum", "exclusiveMinimum"), -1),
 )
 _EPSILON = 1e-6
+# Values of unsupported keywords with which they forbid nothing; zod and OpenAPI write some of them.
+_VACUOUS: dict[str, list[Any]] = {
+    "propertyNames": [True, {}, {"type": "string"}],
+    "uniqueItems": [False],
+    "not": [False],
+    "unevaluatedProperties": [True, {}],
+    "unevaluatedItems": [True, {}],
+    "dependentRequired": [{}],
+    "dependentSchemas": [{}],
+    "dependencies": [{}],
+}
 _EXACT = 2**53  # below that every whole number is a double
 _DIGITS = 15  # so many digits are always read exactly
 
@@ -83,6 +94,9 @@ def prepared(text: str) -> str:
         if isinstance(node, dict):
             if not lenient:
                 _check_exact(node)
+            for key, values in _VACUOUS.items():
+                if key in node and node[key] in values:
+                    del node[key]
             _round_bounds(node)
             # A merged schema may get its other bound from elsewhere.
             _narrow(node, "allOf" in text or "$ref" in text)

@@ -182,3 +182,26 @@ def test_bounds_of_many_digits_hold(bounds, right, wrong):
 
     assert accepts("json_schema", text, right)
     assert not accepts("json_schema", text, wrong)
+
+
+@pytest.mark.parametrize(
+    ("schema", "right", "wrong"),
+    [
+        (
+            {
+                "type": "object",
+                "propertyNames": {"type": "string"},
+                "additionalProperties": {"type": "integer"},
+            },
+            {"a": 1},
+            {"a": "1"},
+        ),
+        ({"type": "array", "uniqueItems": False, "unevaluatedItems": True}, [1, 1], {}),
+        ({"type": "object", "unevaluatedProperties": {}, "propertyNames": True}, {"a": 1}, []),
+        ({"type": "null", "not": False, "dependentRequired": {}, "dependencies": {}}, None, 1),
+    ],
+)
+def test_keywords_that_forbid_nothing_hinder_nothing(schema, right, wrong):
+    """Such as those of zod's records, and OpenAPI's defaults."""
+    assert accepts("json_schema", json.dumps(schema), json.dumps(right))
+    assert not accepts("json_schema", json.dumps(schema), json.dumps(wrong))
