@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 from typing import Any
+from urllib.parse import quote
 
 from generator_svc.constraint.schema_relaxation import (
     MAX_BOUND,
@@ -38,6 +39,7 @@ _BOUNDS = (
     ("exclusiveMaximum", "maximum", ("minimum", "exclusiveMinimum"), -1),
 )
 _EPSILON = 1e-6
+_URI = "%/:?#@!$&'()*+,;=~"  # what a reference may have besides letters, digits, and - . _
 # Values of unsupported keywords with which they forbid nothing; zod and OpenAPI write some of them.
 _VACUOUS: dict[str, list[Any]] = {
     "propertyNames": [True, {}, {"type": "string"}],
@@ -97,6 +99,9 @@ def prepared(text: str) -> str:
             for key, values in _VACUOUS.items():
                 if key in node and node[key] in values:
                     del node[key]
+            reference = node.get("$ref")
+            if isinstance(reference, str):
+                node["$ref"] = quote(reference, safe=_URI)
             _round_bounds(node)
             # A merged schema may get its other bound from elsewhere.
             _narrow(node, "allOf" in text or "$ref" in text)

@@ -205,3 +205,17 @@ def test_keywords_that_forbid_nothing_hinder_nothing(schema, right, wrong):
     """Such as those of zod's records, and OpenAPI's defaults."""
     assert accepts("json_schema", json.dumps(schema), json.dumps(right))
     assert not accepts("json_schema", json.dumps(schema), json.dumps(wrong))
+
+
+@pytest.mark.parametrize(
+    "name", ["Größe", "List[int]", "Page<User>", "Response«User»", "a b", "x^{2}|"]
+)
+def test_references_may_be_spelled_as_the_names_are(name):
+    """Without the escapes of a URI, as some generators write them."""
+    for options in ({}, LENIENT):
+        text = json.dumps(
+            {"$ref": f"#/$defs/{name}", "$defs": {name: {"type": "integer"}}} | options
+        )
+
+        assert accepts("json_schema", text, "1")
+        assert not accepts("json_schema", text, '"a"')
