@@ -30,6 +30,8 @@ _MAX_ITEMS_IN_ROW = {"json_schema": 2_000, "regex": 500, "lark": 500}
 _OVER_LIMIT = re.compile(
     r"too (big|large|many|complex|deep|long)|fuel|recursion limit|nest|max is|exceed|TooComplex"
 )
+# What a message says in the caller's words: quotations, and lines of a pattern or grammar.
+_QUOTED = re.compile(r"\n .*|'[^'\n]*'|\"[^\"\n]*\"|(?<=Invalid type: ).*|(?<=Unknown format: ).*")
 _MAX_MESSAGE_LENGTH = 500
 
 
@@ -143,7 +145,7 @@ def _refuse(kind: str, reason: str) -> NoReturn:
     reason = reason.replace("<non-verbose/>", "").strip()[:_MAX_MESSAGE_LENGTH]
     if reason.startswith("NoExtension"):
         reason = "nothing fits it"
-    if _OVER_LIMIT.search(reason):
+    if _OVER_LIMIT.search(_QUOTED.sub("", reason)):
         raise ConstraintError("json_schema_too_complex", f"The constraint is too complex: {reason}")
     if kind == "json_schema":
         raise ConstraintError("invalid_json_schema", f"The JSON schema cannot be used: {reason}")

@@ -219,3 +219,24 @@ def test_references_may_be_spelled_as_the_names_are(name):
 
         assert accepts("json_schema", text, "1")
         assert not accepts("json_schema", text, '"a"')
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("json_schema", '{"$ref": "#/$defs/nested"}'),
+        ("json_schema", '{"type": "nest"}'),
+        ("json_schema", '{"type": "string", "format": "too long"}'),
+        ("json_schema", '{"type": "object", "required": ["fuel"], "properties": {"fuel": false}}'),
+        ("lark", 'start: nested "that exceeds"'),
+        ("lark", 'start: "exceed" x\n%json'),
+        ("regex", "(nested"),
+    ],
+)
+def test_the_callers_words_do_not_make_a_constraint_too_complex(kind, text):
+    """Names that happen to be those of a limit."""
+    with pytest.raises(ConstraintError) as caught:
+        compiled(kind, text)
+
+    assert "too complex" not in caught.value.message
+    assert "json_schema_too_complex" != caught.value.code
