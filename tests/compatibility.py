@@ -589,7 +589,8 @@ SCHEMA_KEYWORDS = (
     Keyword(
         "`not`, `if`, `then`, `else`, `dependentRequired`, `dependentSchemas`, `dependencies`, "
         "`propertyNames`, `unevaluatedProperties`, `uniqueItems`, `contains`, `minContains`, "
-        "`maxContains`, `unevaluatedItems`, `$dynamicRef`, `$recursiveRef`",
+        "`maxContains`, `unevaluatedItems`, `$dynamicRef`, `$dynamicAnchor`, "
+        "`$recursiveRef`",
         "400, unless the value forbids nothing, as `uniqueItems: false`",
         "dropped",
     ),

@@ -42,6 +42,7 @@ DROPPED = frozenset(
         "unevaluatedItems",
         "unevaluatedProperties",
         "$dynamicRef",
+        "$dynamicAnchor",
         "$recursiveRef",
     }
 )

@@ -130,6 +130,7 @@ STEPS = [
     ),
     ({"type": "object", "properties": {"x": {"enum": []}}, "required": ["x"]}, [{"x": 1}], [{}, 1]),
     ({"const": None, "if": {}}, [None], [1]),
+    ({"type": "null", "$dynamicAnchor": "node"}, [None], [1]),
     ({"$schema": "https://example.com/mine", "type": "integer"}, [1], ["a"]),
 ]
 
