@@ -585,7 +585,12 @@ SCHEMA_KEYWORDS = (
         _ENFORCED,
         "enforced up to 10,000, not counting zeros at the end; else dropped",
     ),
-    Keyword("`oneOf`", "enforced where its schemas are plainly apart; else 400", "as `anyOf`"),
+    Keyword(
+        "`oneOf`",
+        "enforced where its schemas are plainly apart, such as by a required property that is a "
+        "`const` or `enum` of strings; else 400",
+        "as `anyOf`",
+    ),
     Keyword(
         "`not`, `if`, `then`, `else`, `dependentRequired`, `dependentSchemas`, `dependencies`, "
         "`propertyNames`, `unevaluatedProperties`, `uniqueItems`, `contains`, `minContains`, "

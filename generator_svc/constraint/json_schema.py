@@ -12,10 +12,12 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 from typing import Any
 from urllib.parse import quote
 
+from generator_svc.constraint.discriminated_unions import are_apart
 from generator_svc.constraint.schema_relaxation import (
     MAX_BOUND,
     Compiles,
     children,
+    coerce_one_of,
     is_read_exactly,
     is_writable,
     loosened,
@@ -90,12 +92,15 @@ def prepared(text: str) -> str:
     lenient = is_lenient(schema)
     if lenient:
         schema = relaxed(schema)
+    is_one_resource = text.count('"$id"') <= (isinstance(schema, dict) and "$id" in schema)
     rest = [schema]
     while rest:
         node = rest.pop()
         if isinstance(node, dict):
             if not lenient:
                 _check_exact(node)
+            if is_one_resource and are_apart(node.get("oneOf"), schema):
+                coerce_one_of(node)
             for key, values in _VACUOUS.items():
                 if key in node and node[key] in values:
                     del node[key]

@@ -97,15 +97,20 @@ def relaxed(schema: Any) -> Any:
         key: _relaxed_keyword(key, value) for key, value in schema.items() if _is_kept(key, value)
     }
     if isinstance(kept.get("oneOf"), list):
-        options = kept.pop("oneOf")
-        if "anyOf" in kept:
-            kept["allOf"] = [*kept.get("allOf", ()), {"anyOf": options}]
-        else:
-            kept["anyOf"] = options
+        coerce_one_of(kept)
     patterns = kept.get("patternProperties")
     if isinstance(patterns, dict) and any(name != widened(name) for name in patterns):
         kept = _without(kept, "patternProperties")
     return kept
+
+
+def coerce_one_of(node: Schema) -> None:
+    """Makes an `anyOf` of a `oneOf`."""
+    options = node.pop("oneOf")
+    if "anyOf" in node:
+        node["allOf"] = [*node.get("allOf", ()), {"anyOf": options}]
+    else:
+        node["anyOf"] = options
 
 
 def is_writable(value: Any) -> bool:

@@ -240,3 +240,50 @@ def test_the_callers_words_do_not_make_a_constraint_too_complex(kind, text):
 
     assert "too complex" not in caught.value.message
     assert "json_schema_too_complex" != caught.value.code
+
+
+def union(**members):
+    """A recursive union as pydantic writes it."""
+    definitions = {
+        name: {
+            "type": "object",
+            "properties": {
+                "kind": kind,
+                "next": {"anyOf": [{"$ref": "#/$defs/u"}, {"type": "null"}]},
+            },
+            "required": ["kind"],
+            "additionalProperties": False,
+        }
+        for name, kind in members.items()
+    }
+    options = [{"$ref": f"#/$defs/{name}"} for name in members]
+    return {"$ref": "#/$defs/u", "$defs": definitions | {"u": {"oneOf": options}}}
+
+
+def test_a_union_may_refer_to_itself():
+    """If a required property tells its members apart."""
+    text = json.dumps(union(cat={"const": "cat"}, dog={"enum": ["dog", "puppy"]}))
+
+    assert accepts("json_schema", text, '{"kind":"puppy","next":{"kind":"cat","next":null}}')
+    assert accepts("lark", f"start: %json {text}", '{"kind":"cat"}')
+    assert not accepts("json_schema", text, '{"kind":"cow"}')
+    assert not accepts("json_schema", text, '{"kind":"puppy","next":{"kind":"cow"}}')
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"cat": {"const": "cat"}, "dog": {"enum": ["dog", "cat"]}},
+        {"cat": {"const": "cat"}, "dog": {"type": "string"}},
+        {"one": {"const": 1}, "other": {"const": 1.0}},
+    ],
+)
+def test_a_union_whose_members_may_be_the_same_is_refused(members):
+    """oneOf is fitted by one of them alone."""
+    schema = union(**members)
+
+    assert refused(schema, "oneOf|circular")
+    for keyword in ("type", "required", "properties"):
+        apart = union(cat={"const": "cat"}, dog={"const": "dog"})
+        del apart["$defs"]["dog"][keyword]
+        assert refused(apart, "oneOf|circular")

@@ -1,0 +1,56 @@
+"""Tells the members of a `oneOf` apart by a property that each requires, with values of its own.
+
+llguidance compares members by merging them, which fails where they refer to their union.
+"""
+
+from typing import Any
+from urllib.parse import unquote
+
+_MAX_REFERENCES = 16  # that are followed one after the other
+
+
+def are_apart(members: Any, root: Any) -> bool:
+    """Whether a required property of strings tells that no value fits two of the schemas."""
+    if not isinstance(members, list) or not members:
+        return False
+    objects = [_resolved(member, root) for member in members]
+    if not all(isinstance(schema, dict) and schema.get("type") == "object" for schema in objects):
+        return False
+    required = [schema.get("required") for schema in objects]
+    if not all(isinstance(names, list) for names in required):
+        return False
+    return any(
+        _has_own_values([_values(schema, name, root) for schema in objects])
+        for name in set.intersection(*(set(map(str, names)) for names in required))
+    )
+
+
+def _has_own_values(members: list[list[Any]]) -> bool:
+    values = [value for member in members for value in member]
+    are_texts = all(members) and all(isinstance(value, str) for value in values)
+    return are_texts and sum(len(set(member)) for member in members) == len(set(values))
+
+
+def _values(schema: dict[str, Any], name: str, root: Any) -> list[Any]:
+    """All values that a property may have; none if that is not known."""
+    properties = schema.get("properties")
+    node = _resolved(properties.get(name), root) if isinstance(properties, dict) else None
+    if not isinstance(node, dict):
+        return []
+    values = node.get("enum", [node["const"]] if "const" in node else [])
+    return values if isinstance(values, list) else []
+
+
+def _resolved(node: Any, root: Any) -> Any:
+    """What a schema refers to within the root; None if that is not found."""
+    for _ in range(_MAX_REFERENCES):
+        if not isinstance(node, dict) or "$ref" not in node:
+            return node
+        reference = node["$ref"]
+        if not isinstance(reference, str) or not reference.startswith("#/"):
+            return None
+        node = root
+        for key in unquote(reference[2:]).split("/"):
+            key = key.replace("~1", "/").replace("~0", "~")
+            node = node.get(key) if isinstance(node, dict) else None
+    return None
