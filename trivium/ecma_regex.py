@@ -2,7 +2,8 @@
 
 The syntaxes are nearly the same. What differs is translated: `\\d` and `\\w` are ASCII, `\\s`
 is ECMA's white space, a bracket or `&&` within a class means itself, and a brace that repeats
-nothing does too. What only Rust knows, such as `(?i)` or `(?P<name>…)`, is left as it is.
+nothing does too; a dot is no end of a line, `[]` is nothing and `[^]` anything. What only Rust
+knows, such as `(?i)` or `(?P<name>…)`, is left as it is.
 """
 
 import re
@@ -10,13 +11,19 @@ from collections.abc import Iterator
 
 _SPACE = r"\t\n\x0B\x0C\r \u00A0\u1680\u2000-\u200A\u2028\u2029\u202F\u205F\u3000\uFEFF"
 _CLASSES = {"d": "0-9", "w": "0-9A-Za-z_", "s": _SPACE}
+_DOT = r"[^\n\r\u2028\u2029]"
+_DOT_ALL = re.compile(
+    r"\(\?[a-zA-Z]*s[a-zA-Z]*[-:)]"
+)  # Rust's flag by which a dot is any character
+_EMPTY_SETS = {"[]": r"[^\s\S]", "[^]": r"[\s\S]"}
 
 _TOKEN = re.compile(
-    r"""(?P<set>\[\^?\]?(?:\\.|\[:\^?[a-z]+:\]|[^\]\\])*\])
+    r"""(?P<set>\[\^?(?:\\.|\[:\^?[a-z]+:\]|[^\]\\])*\])
     |(?P<look>\(\?<?[=!])
     |(?P<reference>\\[1-9][0-9]*|\\k<[^>]*>)
     |(?P<boundary>\\[bB])
     |(?P<escape>\\(?:c[A-Za-z]|[pPuUx]\{[^}]*\}|.))
+    |(?P<dot>\.)
     |(?P<brace>\{(?![0-9]*,?[0-9]*\}))
     |.""",
     re.VERBOSE | re.DOTALL,
@@ -29,7 +36,8 @@ _SET_TOKEN = re.compile(
 
 def to_rust(pattern: str) -> str:
     """The same pattern in Rust's syntax."""
-    return "".join(map(_token, _TOKEN.finditer(pattern)))
+    dot = "." if _DOT_ALL.search(pattern) else _DOT
+    return "".join(dot if match["dot"] else _token(match) for match in _TOKEN.finditer(pattern))
 
 
 def widened(pattern: str) -> str:
@@ -55,6 +63,8 @@ def _widened(pattern: str) -> Iterator[str]:
 
 
 def _token(match: re.Match[str]) -> str:
+    if match["set"] in _EMPTY_SETS:
+        return _EMPTY_SETS[match["set"]]
     if match["set"]:
         return "[" + _SET_TOKEN.sub(_in_set, match[0][1:])
     if match["brace"]:
