@@ -289,7 +289,7 @@ class _Llama:
         value = helper.make_tensor_value_info
         for name, length in (("input_ids", "sequence"), ("attention_mask", "total_sequence")):
             proto.input.append(value(name, TensorProto.INT64, ["batch_size", f"{length}_length"]))
-        logits = ["batch_size", "wanted_tokens", shape.vocabulary]
+        logits = ["batch_size", 1, shape.vocabulary]
         proto.output.append(value("logits", TensorProto.FLOAT, logits))
         for layer in range(shape.layers):
             for part in ("key", "value"):

@@ -18,13 +18,16 @@ EMBEDDING = "/model/embed_tokens/Gather"
 
 
 def keep_wanted_tokens(graph: Graph, hidden_size: int) -> None:
-    """Makes the logits [batch, wanted tokens, vocabulary]."""
+    """Makes the logits [batch, wanted tokens, vocabulary].
+
+    They are declared as one token's: by that onnxruntime-genai sees that it gets no others.
+    """
     head = graph.node(HEAD)
     if head is None:
         raise ExportError(f"the traced graph has no {HEAD}: this head is not known")
     head.input[0] = wanted_tokens(graph, head.input[0], hidden_size)
     logits = next(value for value in graph.model.graph.output if value.name == "logits")
-    logits.type.tensor_type.shape.dim[1].dim_param = "wanted_tokens"
+    logits.type.tensor_type.shape.dim[1].dim_value = 1
     graph.finish()
 
 

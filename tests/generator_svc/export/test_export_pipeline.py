@@ -12,6 +12,7 @@ import threading
 from itertools import groupby
 from pathlib import Path
 
+import onnxruntime
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -297,6 +298,11 @@ def test_the_folder_has_the_layout_of_the_model_builder():
     assert model["decoder"]["inputs"]["past_key_names"] == "past_key_values.%d.key"
     assert model["decoder"]["outputs"]["present_value_names"] == "present.%d.value"
     assert model["decoder"]["num_key_value_heads"] == 2
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    assert {"input_ids", "attention_mask"} == {
+        value.name for value in session.get_inputs() if "past_key_values" not in value.name
+    }
+    assert 1 == session.get_outputs()[0].shape[1]  # by that it knows to expect the last token's
     names = {path.name for path in folder.iterdir()}
     assert names >= {"config.json", "generation_config.json", "chat_template.jinja"}
 
