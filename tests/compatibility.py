@@ -546,7 +546,8 @@ SCHEMA_KEYWORDS = (
     ),
     Keyword(
         "`properties`, `required`, `additionalProperties`",
-        "enforced; fields come in the schema's order",
+        "enforced; fields come in the schema's order; where it does not say whether there may be "
+        "others than `properties`, there are none",
         "the same",
     ),
     Keyword(

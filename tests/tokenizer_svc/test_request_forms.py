@@ -249,7 +249,7 @@ async def test_the_generators_refusal_of_a_constraint(
             '{"type": "null", "x-guidance": {"lenient": true}}',
         ),
         (json_schema("true"), "json_schema", "true"),
-        (json_schema('{"type":\n"null"}', strict=True), "json_schema", '{"type":\n"null"}'),
+        (json_schema('{"type":\n"null"}', strict=True), "json_schema", '{"type": "null"}'),
         ({"structured_outputs": {"json": '{"not": {}}'}}, "json_schema", '{"not": {}}'),
         (
             {"structured_outputs": {"grammar": 'root ::= "a"\n  | [b-d]+ # x'}},
@@ -265,7 +265,7 @@ async def test_the_generators_refusal_of_a_constraint(
 async def test_the_generator_gets_the_constraint(
     stage: Stage, fields: dict[str, Any], kind: str | None, text: str
 ) -> None:
-    """As the caller wrote it, and that it need not be exact; a grammar in Lark; or none at all."""
+    """As the caller meant it, and that it need not be exact; a grammar in Lark; or none at all."""
     stage.generator.script = fails_after([], ServiceError("queue_full", "full"))
     with pytest.raises(grpc.aio.AioRpcError):
         await stage.chat.CreateChatCompletion(stage.request(**fields))

@@ -8,7 +8,13 @@ that fits the response constraint. The generator compiles schemas and patterns;
 import re
 from collections.abc import Callable
 
-from tokenizer_svc.constraint.json_schema import ANY_OBJECT, arguments_schema, lenient, one_line
+from tokenizer_svc.constraint.json_schema import (
+    ANY_OBJECT,
+    answer_schema,
+    arguments_schema,
+    lenient,
+    one_line,
+)
 from tokenizer_svc.families.choose import ModelOutputFormat
 from tokenizer_svc.families.lark import ANYTHING, Marker, Plan, literal
 from tokenizer_svc.families.thinking import Thinking, start_rules
@@ -142,7 +148,8 @@ def _schema(response: ResponseConstraint) -> str:
         return ANY_OBJECT
     if response.definition is None:
         return "true"
-    return lenient(response.definition) if response.lenient else response.definition
+    schema = answer_schema(response.definition)
+    return lenient(schema) if response.lenient else schema
 
 
 def _choices(response: ResponseConstraint) -> str:

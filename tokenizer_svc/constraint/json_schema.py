@@ -44,12 +44,23 @@ def lenient(text: str) -> str:
     return json.dumps(schema | {"x-guidance": {"lenient": True}} if schema is not True else schema)
 
 
+def answer_schema(text: str) -> str:
+    """A response format's schema as one of the JSON that a model may write.
+
+    Where it lists an object's properties and does not say whether there may be others, there are
+    none: small models would go on with properties of their own, and never end.
+    """
+    schema = json.loads(text)
+    if isinstance(schema, dict):
+        _close(schema)
+    return json.dumps(schema)
+
+
 def arguments_schema(text: str | None) -> str:
     """A function's parameters as a schema of the arguments that a model may write.
 
-    Arguments are an object. Where a schema lists properties and does not say whether there may be
-    others, there are none: small models would invent some. A function whose schema says nothing
-    about properties takes no arguments.
+    Arguments are an object, of no other properties than an answer has. A function whose schema says
+    nothing about properties takes no arguments.
     """
     schema = {"type": "object"} | json.loads(text or "{}")
     schema.pop("x-guidance", None)
