@@ -164,6 +164,13 @@ CHAT_REQUEST = (
         f"{_R}test_a_schema_is_kept_to",
     ),
     Row(
+        "response_format.schema",
+        _NOT_PUBLISHED,
+        "extension, as llama.cpp: the schema of `json_object` or `json_schema`, without a name; "
+        "`value` is the same, as in TGI and from Hugging Face's client",
+        f"{_F}test_formats_arrive",
+    ),
+    Row(
         "tools",
         "up to 128 of type `function` or `custom`",
         f"up to 128 of type `function`; `custom` {_NO_VALUE}; names are unique",

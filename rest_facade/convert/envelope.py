@@ -66,6 +66,12 @@ def _response_format(response_format: ResponseFormat) -> chat_pb2.ResponseFormat
             strict=json_schema.strict,
         )
         return chat_pb2.ResponseFormat(json_schema=schema)
+    bare = response_format.bare_schema()
+    if bare is not None:
+        name, text = bare
+        return chat_pb2.ResponseFormat(
+            json_schema=chat_pb2.JsonSchemaFormat(name=name, schema=text)
+        )
     if response_format.type == "json_object":
         return chat_pb2.ResponseFormat(json_object=chat_pb2.JsonObjectFormat())
     return chat_pb2.ResponseFormat(text=chat_pb2.TextFormat())

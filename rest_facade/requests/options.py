@@ -191,4 +191,7 @@ class SharedOptions(StructuredOutputFields, SamplingFields):
             if name in OTHER_NAMES:
                 names[f"structured_outputs.{OTHER_NAMES[name]}"] = name
                 names["structured_outputs"] = name
+        bare = self.response_format.bare_schema() if self.response_format is not None else None
+        if bare is not None:
+            names["response_format.json_schema.schema"] = f"response_format.{bare[0]}"
         return names

@@ -34,14 +34,41 @@ class ResponseFormat(Strict):
         reject_unsupported("structural_tag", "grammar", "regex", "json", "python"),
     ]
     json_schema: JsonSchemaFormat | None = Field(None, description="With that type only.")
+    schema_text: ObjectText | None = Field(
+        None,
+        alias="schema",
+        description="llama.cpp's place for a schema, with either type of JSON; what cannot be "
+        "enforced is left to the model.",
+    )
+    value: ObjectText | None = Field(
+        None, description="The same in TGI, and from Hugging Face's client."
+    )
+
+    def bare_schema(self) -> tuple[str, str] | None:
+        """The field that gives a schema without a name, and the schema; None if there is none."""
+        for field, text in (("schema", self.schema_text), ("value", self.value)):
+            # With json_object an empty one, which allows more, is no constraint.
+            if text is not None and (self.type, text) != ("json_object", "{}"):
+                return field, text
+        return None
 
     def check(self) -> None:
         """Raises ServiceError for fields that do not go together."""
-        place = "response_format.json_schema"
-        if self.type == "json_schema" and self.json_schema is None:
-            raise missing(place)
+        place = "response_format."
+        values = {"json_schema": self.json_schema, "schema": self.schema_text, "value": self.value}
+        given = [name for name, value in values.items() if value is not None]
+        if len(given) > 1:
+            raise contradiction(place + given[1], f"cannot be combined with '{given[0]}'.")
+        if self.type == "json_schema" and not given:
+            raise missing(place + "json_schema")
         if self.type != "json_schema" and self.json_schema is not None:
-            raise contradiction(place, "is only allowed with the type 'json_schema'.")
+            raise contradiction(
+                place + "json_schema", "is only allowed with the type 'json_schema'."
+            )
+        if self.type == "text" and given:
+            raise contradiction(
+                place + given[0], "is only allowed with the types 'json_object' and 'json_schema'."
+            )
 
 
 _Choices = Annotated[

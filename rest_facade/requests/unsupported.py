@@ -93,7 +93,6 @@ _TOKENIZE: Table = {
     "chat_template": (),
 }
 _STREAM_OPTIONS: Table = {"include_obfuscation": (False,)}
-_RESPONSE_FORMAT: Table = {"schema": ()}
 _STRUCTURED_OUTPUTS: Table = {
     "whitespace_pattern": (),
     "structural_tag": (),
@@ -131,7 +130,6 @@ def refuse_unsupported_tokenize(raw: Mapping[str, Any]) -> None:
 def _refuse_in_objects(raw: Mapping[str, Any]) -> None:
     for name, table in (
         ("stream_options", _STREAM_OPTIONS),
-        ("response_format", _RESPONSE_FORMAT),
         ("structured_outputs", _STRUCTURED_OUTPUTS),
     ):
         _refuse(raw.get(name) or {}, table, f"{name}.")

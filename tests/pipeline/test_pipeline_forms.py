@@ -283,6 +283,11 @@ def test_a_tool_without_parameters_is_called_with_none(
             "invalid_json_schema",
             "response_format.json_schema.schema",
         ),
+        (
+            {"response_format": {"type": "json_object", "value": {"type": 5}}},
+            "invalid_json_schema",
+            "response_format.value",
+        ),
         ({"guided_json": '{"type": 5}'}, "invalid_json_schema", "guided_json"),
         ({"guided_grammar": "start: ("}, "invalid_value", "guided_grammar"),
         ({"guided_grammar": "root ::= x"}, "invalid_value", "guided_grammar"),

@@ -226,6 +226,18 @@ SCHEMA_TEXT = '{"type":"object","required":["z","a"]}'
                 }
             },
         ),
+        *(
+            (
+                {"response_format": {"type": kind, name: SCHEMA}},
+                {"response_format": {"json_schema": {"name": name, "schema": SCHEMA_TEXT}}},
+            )
+            for kind in ("json_object", "json_schema")
+            for name in ("schema", "value")
+        ),
+        (
+            {"response_format": {"type": "json_object", "schema": {}}},
+            {"response_format": {"json_object": {}}},
+        ),
         (
             {"structured_outputs": {"json": SCHEMA}},
             {"structured_outputs": {"json": SCHEMA_TEXT}},

@@ -301,8 +301,29 @@ def test_refused_tools(fields: dict[str, Any], code: str, param: str) -> None:
             "response_format.json_schema",
         ),
         (
-            {"response_format": {"type": "json_object", "schema": {}}},
-            "unsupported_parameter",
+            {"response_format": {"type": "json_object", "schema": "{}"}},
+            "invalid_type",
+            "response_format.schema",
+        ),
+        (
+            {"response_format": {"type": "text", "value": {}}},
+            "invalid_parameter_combination",
+            "response_format.value",
+        ),
+        (
+            {"response_format": {"type": "json_object", "value": {}, "schema": {}}},
+            "invalid_parameter_combination",
+            "response_format.value",
+        ),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "a"},
+                    "schema": {},
+                }
+            },
+            "invalid_parameter_combination",
             "response_format.schema",
         ),
         ({"structured_outputs": {}}, "invalid_value", "structured_outputs"),
