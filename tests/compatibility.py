@@ -173,7 +173,8 @@ CHAT_REQUEST = (
     Row(
         "tools",
         "up to 128 of type `function` or `custom`",
-        f"up to 128 of type `function`; `custom` {_NO_VALUE}; names are unique",
+        f"up to 128 of type `function`, which is the default, as in vLLM; `custom` {_NO_VALUE}; "
+        "names are unique",
         f"{_V}test_refused_tools",
     ),
     Row(

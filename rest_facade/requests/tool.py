@@ -28,7 +28,8 @@ class FunctionDefinition(Strict):
 class ToolParam(Strict):
     """A tool that the model may use."""
 
-    type: Annotated[Literal["function"], reject_unsupported("custom")]
+    # OpenAI requires it; vLLM does not, and Hugging Face's client leaves it out of choices.
+    type: Annotated[Literal["function"], reject_unsupported("custom")] = "function"
     function: FunctionDefinition
 
 
@@ -55,7 +56,7 @@ class ToolChoiceParam(Strict):
     """The function to call; the modes 'none', 'auto' and 'required' are given as text."""
 
     type: Annotated[str, AfterValidator(_only_function)] = Field(
-        json_schema_extra={"enum": ["function"]}
+        "function", json_schema_extra={"enum": ["function"]}
     )
     function: FunctionName
 

@@ -100,7 +100,7 @@ async def test_the_only_model_need_not_be_named(
         ({"prompt": 5}, "invalid_type", "prompt"),
         ({"messages": []}, "empty_array", "messages"),
         ({"prompt": "a", "messages": MESSAGES}, "invalid_parameter_combination", "messages"),
-        ({"prompt": "a", "tools": [{}]}, "missing_required_parameter", "tools[0].type"),
+        ({"prompt": "a", "tools": [{}]}, "missing_required_parameter", "tools[0].function"),
         ({"prompt": "a", "return_token_strs": True}, "unsupported_value", "return_token_strs"),
         (
             {"messages": MESSAGES, "add_special_tokens": True},

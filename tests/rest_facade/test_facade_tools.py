@@ -188,6 +188,18 @@ async def test_tools_arrive(client: httpx.AsyncClient, backend: ScriptedBackend)
     assert backend.requests[-1].tool_choice.function_name == "weather"
 
 
+async def test_tools_without_a_type_are_functions(
+    client: httpx.AsyncClient, backend: ScriptedBackend
+) -> None:
+    """As in vLLM: Hugging Face's client leaves out the type of a choice."""
+    tool = {"function": {"name": "weather"}}
+    answer = await post(client, tools=[tool], tool_choice=tool)
+
+    assert answer.status_code == 200, answer.text
+    assert backend.requests[0].tools[0].function.name == "weather"
+    assert backend.requests[0].tool_choice.function_name == "weather"
+
+
 SCHEMA = {"type": "object", "required": ["z", "a"]}
 SCHEMA_TEXT = '{"type":"object","required":["z","a"]}'
 

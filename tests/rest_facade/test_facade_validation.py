@@ -208,7 +208,7 @@ FUNCTION = {"type": "function", "function": {"name": "f"}}
 @pytest.mark.parametrize(
     ("fields", "code", "param"),
     [
-        ({"tools": [{}]}, "missing_required_parameter", "tools[0].type"),
+        ({"tools": [{}]}, "missing_required_parameter", "tools[0].function"),
         ({"tools": [{"type": "custom"}]}, "unsupported_value", "tools[0].type"),
         ({"tools": [{"type": "magic"}]}, "invalid_value", "tools[0].type"),
         (
