@@ -51,3 +51,18 @@ def test_vercel_ai_sdk(services: Services) -> None:
 def test_langchain(services: Services) -> None:
     """PyPI's `langchain-openai`: with_structured_output in both ways, tools, streamed calls."""
     run(sys.executable, HERE / "langchain_script.py", services)
+
+
+def test_openai_agents(services: Services) -> None:
+    """PyPI's `openai-agents`: calls it makes itself, streamed too, typed answers, handoffs."""
+    run(sys.executable, HERE / "agents_script.py", services)
+
+
+def test_outlines(services: Services) -> None:
+    """PyPI's `outlines`: the constraints of vLLM and SGLang, and OpenAI's."""
+    run(sys.executable, HERE / "outlines_script.py", services)
+
+
+def test_hugging_face(services: Services) -> None:
+    """PyPI's `huggingface-hub`: TGI's dialect of schemas and tool choices."""
+    run(sys.executable, HERE / "hugging_face_script.py", services)
