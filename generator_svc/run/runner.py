@@ -130,13 +130,13 @@ class OrtRunner:
         self._session, cuda_graphs = self._open(threads, cuda_graphs, weight_only_gemm)
         past_type = type_of(self._session.get_inputs(), model.names.past_key % 0)
         self._cache_type = _NUMPY_TYPES[past_type]
-        self._logits_type = _NUMPY_TYPES[type_of(self._session.get_outputs(), model.names.logits)]
+        logits_type = _NUMPY_TYPES[type_of(self._session.get_outputs(), model.names.logits)]
         self._memory = self._allocate_memory(slots, slot_length)
         # In float32 on CUDA, a binding reused with a mask of another shape gives wrong logits (ONNX
         # Runtime 1.31.1, docs/log.md).
         self._are_bindings_reused = not (device == "cuda" and self._cache_type is np.float32)
         self._binding = self._make_bindings()
-        self._logits = _logits_buffers(self._device, model.vocab_size, self._logits_type)
+        self._logits = _logits_buffers(self._device, model.vocab_size, logits_type)
         self._row_logits = self._logits.allocate(slots)
         self.info = DeviceInfo(
             provider=self._session.get_providers()[0],
@@ -223,22 +223,21 @@ class OrtRunner:
         inputs, tokens = prefill_inputs(chunk), len(chunk.token_ids)
         started = time.perf_counter_ns()
         try:
-            logits = np.empty((1, tokens, self._model.vocab_size), self._logits_type)
             # Of its own, as runs with other bindings do not give this input.
             binding = self._create_binding(inputs.first_slot, 1)
             from_end = np.arange(tokens, 0, -1, dtype=np.int64)
             # By its address, as bind_cpu_input does not know inputs that have defaults.
             place = "cpu", 0, np.int64, from_end.shape, from_end.ctypes.data
             binding.bind_input(TOKENS_FROM_END, *place)
-            target = "cpu", 0, self._logits_type, logits.shape, logits.ctypes.data
-            binding.bind_output(self._model.names.logits, *target)
+            # In memory of the runtime's, which lets no other be larger than the graph declares.
+            binding.bind_output(self._model.names.logits, "cpu")
             self._device.clock.start()
             self._bind_inputs(inputs, binding)
             self._session.run_with_iobinding(binding, run_options())
             nanoseconds = self._device.clock.stop()
-            found = logits[0].astype(np.float32, copy=False)
-            last = found[-1:] if chunk.wants_logits else None
-            return RunResult(nanoseconds, last, all_logits=found)
+            logits = binding.get_outputs()[-1].numpy()[0].astype(np.float32)
+            last = logits[-1:].copy() if chunk.wants_logits else None
+            return RunResult(nanoseconds, last, all_logits=logits)
         except Exception as error:  # an error of the runtime fails this run, not the engine
             return RunResult(time.perf_counter_ns() - started, error=error)
 
