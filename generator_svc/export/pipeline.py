@@ -254,6 +254,8 @@ def _write_configs(checkpoint: Checkpoint, generation: dict[str, Any], folder: P
 
 def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """The checkpoint's own defaults; token ids alone where it has none. Raises ExportError."""
+    from generator_svc.export.gguf_tokenizer import GgufTokenizer
+
     file = checkpoint.source.path / GENERATION_CONFIG
     generation: dict[str, Any] = {}
     if checkpoint.source.kind == "folder" and file.is_file():
@@ -261,6 +263,10 @@ def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
             generation = dict(json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise ExportError(f"{file}: not a JSON object: {error}") from None
+    if checkpoint.source.kind == "gguf" and (
+        ends := GgufTokenizer(checkpoint.source.path).end_token_ids
+    ):
+        generation["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     if checkpoint.source.label == EMBEDDED_MODEL:
         generation |= EMBEDDED_SAMPLING
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

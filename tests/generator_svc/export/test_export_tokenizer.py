@@ -8,8 +8,8 @@ import shutil
 import zipfile
 from pathlib import Path
 
+import gguf
 import pytest
-from gguf import GGUFWriter
 from transformers import PreTrainedTokenizerFast
 
 from generator_svc.export import ExportError
@@ -20,6 +20,7 @@ from generator_svc.export.checkpoint.source import (
     Source,
     locate,
 )
+from generator_svc.export.gguf_tokenizer import GgufTokenizer
 from generator_svc.export.tokenizer_files import write_tokenizer
 from tests.tiny_models import CHAT_TEMPLATE, tiny_checkpoint, tiny_model_directory
 from trivium.embedded_model import EMBEDDED_MODEL
@@ -95,34 +96,140 @@ def copied(tmp_path: Path) -> Path:
     return folder
 
 
-def test_an_unknown_pre_tokenizer_is_refused(tmp_path):
-    """Splitting text other than in training costs quality without any error."""
-    writer = GGUFWriter(tmp_path / "m.gguf", "llama")
+CONTROL, USER_DEFINED = gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED
+QWEN_TOKENS = ["a", "b", "ab", "<", ">", "<|im_end|>", "<|endoftext|>", "<think>", "<|box|>", "aba"]
+QWEN_TYPES = dict.fromkeys((5, 6, 8), CONTROL) | {7: USER_DEFINED}
+
+
+def byte_level_gguf(path: Path, pre: str = "qwen2", **header: int | bool) -> Source:
+    """A header with a vocabulary of `QWEN_TOKENS`; `header` is what it says of tokens besides."""
+    writer = gguf.GGUFWriter(path, "qwen2")
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("tekken")
-    writer.add_token_list(["<s>", "a", "b", "ab", "abb"])
-    writer.add_token_merges(["a b", "ab b"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(QWEN_TOKENS)
+    kinds = range(len(QWEN_TOKENS))
+    writer.add_token_types([QWEN_TYPES.get(kind, gguf.TokenType.NORMAL) for kind in kinds])
+    writer.add_token_merges(["a b", "ab a"])
+    return finished(writer, path, header)
+
+
+def sentencepiece_gguf(path: Path, pieces: dict[str, float], **header: int | bool) -> Source:
+    """A header with `pieces` and their scores behind <unk>, <s> and </s>."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "<s>", "</s>", *pieces])
+    writer.add_token_scores([0.0, 0.0, 0.0, *pieces.values()])
+    normal = [gguf.TokenType.NORMAL] * len(pieces)
+    writer.add_token_types([gguf.TokenType.UNKNOWN, CONTROL, CONTROL, *normal])
+    return finished(writer, path, header)
+
+
+def finished(writer: gguf.GGUFWriter, path: Path, header: dict[str, int | bool]) -> Source:
+    for name, value in header.items():
+        add = writer.add_bool if isinstance(value, bool) else writer.add_uint32
+        add(f"tokenizer.ggml.{name}", value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    (tmp_path / "made").mkdir()
+    return Source(path.name, "gguf", path)
 
+
+def written(source: Source, tmp_path: Path) -> PreTrainedTokenizerFast:
+    made = tmp_path / "made"
+    made.mkdir()
+    write_tokenizer(source, made)
+    return tokenizer_in(made)
+
+
+def test_added_tokens_of_a_gguf_file_stay_whole(tmp_path):
+    """<think> is one token, which is text; all control tokens are left out of answers."""
+    tokenizer = written(byte_level_gguf(tmp_path / "m.gguf"), tmp_path)
+
+    assert tokenizer.encode("<think>ab<|box|><|im_end|>") == [7, 2, 8, 5]
+    assert tokenizer.decode([7, 2, 8, 5, 6], skip_special_tokens=True) == "<think>ab"
+
+
+@pytest.mark.parametrize(
+    ("pre", "header", "adds"),
+    [
+        ("llama-bpe", {"bos_token_id": 6}, True),
+        ("llama-bpe", {"bos_token_id": 6, "add_bos_token": False}, False),
+        ("llama-bpe", {}, False),
+        ("qwen2", {"bos_token_id": 6}, False),
+        ("deepseek-r1-qwen", {"bos_token_id": 6, "add_bos_token": True}, True),
+    ],
+)
+def test_a_lone_text_begins_with_bos_as_in_llama_cpp(tmp_path, pre, header, adds):
+    """Llama 3's files do not say that it does."""
+    tokenizer = written(byte_level_gguf(tmp_path / "m.gguf", pre, **header), tmp_path)
+
+    assert tokenizer.encode("ab") == ([6, 2] if adds else [2])
+
+
+def test_a_sentencepiece_vocabulary_of_a_gguf_file(tmp_path):
+    """What makes the piece of the best score is joined first, however long it is."""
+    pieces = {"\u2581": -9.0, "a": -9.0, "b": -9.0, "c": -9.0, "ab": -3.0, "bc": -1.0, "abc": -8.0}
+    tokenizer = written(
+        sentencepiece_gguf(tmp_path / "m.gguf", pieces | {"b\u2581": -2.0}), tmp_path
+    )
+
+    assert tokenizer.tokenize("abc") == ["\u2581", "abc"]
+    assert tokenizer.tokenize("ab abc") == ["\u2581", "a", "b\u2581", "abc"]
+    assert tokenizer.encode("a") == [1, 3, 4]
+    assert tokenizer.decode([1, 3, 4, 10, 4], skip_special_tokens=True) == "ab a"
+
+
+def test_a_sentencepiece_file_may_add_nothing(tmp_path):
+    """Neither BOS nor a first space, if its header says so."""
+    source = sentencepiece_gguf(
+        tmp_path / "m.gguf",
+        {"\u2581": -1.0, "a": -1.0},
+        add_bos_token=False,
+        add_space_prefix=False,
+    )
+    tokenizer = written(source, tmp_path)
+
+    assert tokenizer.encode("a a") == [4, 3, 4]
+    assert tokenizer.decode([3, 4]) == " a"
+
+
+@pytest.mark.timeout(60)
+def test_a_large_sentencepiece_vocabulary_takes_seconds(tmp_path):
+    """Llama 2's has 32,000 pieces; where each pair is looked for in a list, it takes minutes."""
+    pieces = {f"{number:x}": -float(number) for number in range(32_000)}
+
+    tokenizer = written(sentencepiece_gguf(tmp_path / "m.gguf", pieces), tmp_path)
+
+    assert tokenizer.tokenize("1f3a")[-1] == "1f3a"
+
+
+@pytest.mark.parametrize(
+    ("header", "ends"),
+    [
+        ({"eos_token_id": 6}, [6, 5]),
+        ({"eos_token_id": 5}, [5, 6]),
+        ({"eos_token_id": 5, "eot_token_id": 8}, [5, 8, 6]),
+    ],
+)
+def test_a_turn_ends_with_whatever_token_ends_turns(tmp_path, header, ends):
+    """Some files name the end of the text alone, and the model would go on behind its turn."""
+    source = byte_level_gguf(tmp_path / "m.gguf", **header)
+
+    assert GgufTokenizer(source.path).end_token_ids == ends
+
+
+def test_an_unknown_pre_tokenizer_is_refused(tmp_path):
+    """Splitting text other than in training costs quality without any error."""
     with pytest.raises(ExportError, match=r"m\.gguf: its pre-tokenizer 'tekken' is not known"):
-        write_tokenizer(Source("m", "gguf", tmp_path / "m.gguf"), tmp_path / "made")
+        written(byte_level_gguf(tmp_path / "m.gguf", "tekken"), tmp_path)
 
 
 def test_a_gguf_file_without_a_tokenizer_is_refused(tmp_path):
     """As that of an embedding model's half, or of a projector, may be."""
-    writer = GGUFWriter(tmp_path / "m.gguf", "llama")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    (tmp_path / "made").mkdir()
+    source = finished(gguf.GGUFWriter(tmp_path / "m.gguf", "llama"), tmp_path / "m.gguf", {})
 
     with pytest.raises(ExportError, match=r"m\.gguf: no tokenizer that can be read: "):
-        write_tokenizer(Source("m", "gguf", tmp_path / "m.gguf"), tmp_path / "made")
+        written(source, tmp_path)
 
 
 @pytest.fixture
