@@ -31,6 +31,9 @@ BASE = "model."  # what transformers puts before the weights of all but the head
 ROPE_DIVISORS = "rope_freqs.weight"
 # In tokens: two to compare and sixteen to generate, by which an export is verified.
 MIN_CONTEXT_LENGTH = 18
+# A table of cosines for each position is in the graph; of this length it takes 1 GiB.
+MAX_CONTEXT_LENGTH = 2**22
+HEAD_SIZE_STEP = 16  # GroupQueryAttention rotates heads of a multiple of it only
 # transformers checks few settings: a wrong one raises whatever it happens to, where it is used.
 _SETTING_ERRORS = (
     ArithmeticError,
@@ -62,6 +65,7 @@ def load_checkpoint(source: Source) -> Checkpoint:
         config = _gguf_config(source) if source.kind == "gguf" else _folder_config(source)
         _check_context(source, config)
         model = _without_weights(source, config)
+        _check_heads(source, model)
         tensors = open_tensors(source)
         if config.model_type == "gpt_oss":
             is_mxfp4 = getattr(config, "quantization_config", None) is not None
@@ -74,13 +78,13 @@ def load_checkpoint(source: Source) -> Checkpoint:
 def describe(model: PreTrainedModel) -> Decoder:
     """The decoder's shape, with rotary tables computed by the model's own rotary module."""
     config = model.config
-    heads = config.num_attention_heads
+    heads, kv_heads, head_size = _heads(config)
     cos, sin = _rotary_tables(model, config.max_position_embeddings)
     return Decoder(
         family=config.model_type,
         num_attention_heads=heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        num_kv_heads=kv_heads,
+        head_size=head_size,
         hidden_size=config.hidden_size,
         context_length=config.max_position_embeddings,
         vocab_size=config.vocab_size,
@@ -152,6 +156,42 @@ def _check_context(source: Source, config: PretrainedConfig) -> None:
             f"{source.label}: the context (max_position_embeddings) is {length!r} tokens long; "
             f"{MIN_CONTEXT_LENGTH} are needed at least"
         )
+    if length > MAX_CONTEXT_LENGTH:
+        raise ExportError(
+            f"{source.label}: the context (max_position_embeddings) is {length:,} tokens long; at "
+            f"most {MAX_CONTEXT_LENGTH:,} are supported"
+        )
+
+
+def _check_heads(source: Source, model: PreTrainedModel) -> None:
+    """What transformers makes a model of, but cannot run, or ONNX Runtime cannot."""
+    config = model.config
+    heads, kv_heads, size = _heads(config)
+    rotated = 2 * len(model.model.rotary_emb.inv_freq)
+    if config.num_hidden_layers < 1:
+        told = "num_hidden_layers is 0"
+    elif not isinstance(config.rms_norm_eps, int | float):
+        told = f"rms_norm_eps is {config.rms_norm_eps!r}"
+    elif heads % kv_heads:
+        told = f"{heads} attention heads cannot share {kv_heads} key-value heads"
+    elif size % HEAD_SIZE_STEP:
+        told = (
+            f"attention heads of {size} are not supported: ONNX Runtime rotates heads of a "
+            f"multiple of {HEAD_SIZE_STEP}"
+        )
+    elif rotated != size:
+        told = f"heads that are rotated in part ({rotated} of {size}) are not supported"
+    else:
+        return
+    raise ExportError(f"{source.label}: {told}")
+
+
+def _heads(config: PretrainedConfig) -> tuple[int, int, int]:
+    """The numbers of query heads and of key-value heads, and the size of a head."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, kv_heads, size
 
 
 def _without_weights(source: Source, config: PretrainedConfig) -> PreTrainedModel:

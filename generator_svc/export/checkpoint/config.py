@@ -30,6 +30,9 @@ def read_config(label: str, file: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ExportError(f"{label}: config.json is not a JSON object")
     check_family(label, config.get("model_type"))
+    for name in ("rope_scaling", "rope_parameters", "quantization_config"):
+        if not isinstance(config.get(name) or {}, dict):
+            raise ExportError(f"{label}: config.json: {name} is not a JSON object")
     try:
         config = translate_rope(config)
         check_rope(config.get("rope_scaling"))

@@ -71,7 +71,17 @@ def test_rope_parameters_per_layer_type_are_refused():
         ({"rope_scaling": {"rope_type": "yarn"}}, "transformers cannot use its config.json: Key"),
         ({"max_position_embeddings": 17}, r"context \(max_position_embeddings\) is 17 tokens long"),
         ({"max_position_embeddings": -1}, "is -1 tokens long; 18 are needed at least"),
+        ({"max_position_embeddings": 10**9}, "is 1,000,000,000 tokens long; at most 4,194,304 are"),
         ({"hidden_size": "64"}, "transformers cannot use its config.json: TypeError: "),
+        ({"head_dim": 24}, "attention heads of 24 are not supported"),
+        ({"head_dim": 15}, "attention heads of 15 are not supported"),
+        ({"num_key_value_heads": 3}, "4 attention heads cannot share 3 key-value heads"),
+        ({"partial_rotary_factor": 0.5}, r"rotated in part \(8 of 16\) are not supported"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"rms_norm_eps": None}, "rms_norm_eps is None"),
+        ({"rope_scaling": "yarn"}, "config.json: rope_scaling is not a JSON object"),
+        ({"rope_parameters": "yarn"}, "config.json: rope_parameters is not a JSON object"),
+        ({"quantization_config": "awq"}, "config.json: quantization_config is not a JSON object"),
     ],
 )
 def test_what_cannot_be_exported_is_named(tmp_path, changes, message):
