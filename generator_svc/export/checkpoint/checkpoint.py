@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -29,6 +30,9 @@ from generator_svc.export.errors import ExportError
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 BASE = "model."  # what transformers puts before the weights of all but the head
 ROPE_DIVISORS = "rope_freqs.weight"
+# What a layer has, but experts, which are not PyTorch's, and what old checkpoints saved of the
+# rotary embedding, which follows from the configuration.
+UNREAD = re.compile(r"model\.(layers\.(?!.*\.(experts\.|rotary_emb\.))|norm\.|embed_tokens\.)")
 # In tokens: two to compare and sixteen to generate, by which an export is verified.
 MIN_CONTEXT_LENGTH = 18
 # A table of cosines for each position is in the graph; of this length it takes 1 GiB.
@@ -226,6 +230,12 @@ def _check_weights(source: Source, model: PreTrainedModel, tensors: Tensors) -> 
     }
     if missing := sorted(weights.keys() - known):
         raise ExportError(f"{source.label}: {_lacking(missing, known)}")
+    unread = sorted(name for name in known - weights.keys() if UNREAD.match(name))
+    if unread:
+        raise ExportError(
+            f"{source.label}: the weights have {unread[0]}{_and_others(unread)}, which a model as "
+            "its configuration has it does not read: the results would be wrong"
+        )
     if ROPE_DIVISORS in known:
         weights[ROPE_DIVISORS] = list(model.model.rotary_emb.inv_freq.shape)
     by = "its metadata" if source.kind == "gguf" else CONFIG_FILE
@@ -243,9 +253,7 @@ def _check_weights(source: Source, model: PreTrainedModel, tensors: Tensors) -> 
 
 def _lacking(missing: list[str], known: set[str]) -> str:
     """What is not there, and what is there instead under a longer or shorter name."""
-    told = f"the weights lack {missing[0]}"
-    if missing[1:]:
-        told += f" and {len(missing) - 1} others"
+    told = f"the weights lack {missing[0]}{_and_others(missing)}"
     for name in missing:
         if name.removeprefix(BASE) in known:
             return (
@@ -255,6 +263,10 @@ def _lacking(missing: list[str], known: set[str]) -> str:
         if longer := min((other for other in known if other.endswith(f".{name}")), default=None):
             return f"{told}: {longer} is there instead of {name}, so this model is part of another"
     return told
+
+
+def _and_others(names: list[str]) -> str:
+    return f" and {len(names) - 1} others" if names[1:] else ""
 
 
 def _tied(model: PreTrainedModel) -> set[str]:

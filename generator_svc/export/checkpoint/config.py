@@ -36,6 +36,7 @@ def read_config(label: str, file: Path) -> dict[str, Any]:
     try:
         config = translate_rope(config)
         check_rope(config.get("rope_scaling"))
+        config = extend_context(config)
     except ExportError as error:
         raise ExportError(f"{label}: {error}") from None
     quantization = config.get("quantization_config") or {}
@@ -88,3 +89,20 @@ def check_rope(scaling: dict[str, Any] | None) -> None:
             f"rope type {kind!r} is not supported: its frequencies change with the length of the "
             f"sequence (supported: {', '.join(STATIC_ROPE)})"
         )
+
+
+def extend_context(config: dict[str, Any]) -> dict[str, Any]:
+    """Makes the context as long as YaRN does.
+
+    Model cards tell to add `rope_scaling` to a config.json and leave the length as it was.
+    """
+    scaling = config.get("rope_scaling") or {}
+    length, factor = config.get("max_position_embeddings"), scaling.get("factor")
+    original = scaling.get("original_max_position_embeddings")
+    is_yarn = scaling.get("rope_type", scaling.get("type")) == "yarn"
+    # Values of another kind are refused where they are used.
+    if not (is_yarn and isinstance(length, int) and isinstance(original, int)):
+        return config
+    if not isinstance(factor, int | float):
+        return config
+    return config | {"max_position_embeddings": max(length, int(factor * original))}

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from generator_svc.export import ExportError
@@ -101,6 +102,41 @@ def test_missing_weights_are_refused(tmp_path):
     told = "the weights lack model.layers.1.mlp.down_proj.weight$"
     with pytest.raises(ExportError, match=told):
         load_checkpoint(source)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_read"),
+    [
+        ("model.layers.0.self_attn.q_proj.bias", False),
+        ("model.layers.3.input_layernorm.weight", False),
+        ("model.norm.bias", False),
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", True),
+        ("v_head.summary.weight", True),
+    ],
+)
+def test_weights_that_no_part_reads_are_refused(tmp_path, name, is_read):
+    """A layer without its bias talks nonsense. Frequencies, once saved too, are computed."""
+    source = changed(tmp_path)
+    file = source.path / "model.safetensors"
+    save_file(load_file(file) | {name: torch.ones(64)}, file, {"format": "pt"})
+
+    if is_read:
+        load_checkpoint(source)
+        return
+    with pytest.raises(ExportError, match=f"the weights have {name}, which a model as its config"):
+        load_checkpoint(source)
+
+
+def test_yarn_makes_the_context_longer(tmp_path):
+    """Qwen's model cards tell to add rope_scaling alone, and promise 131,072 tokens."""
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+    decoder = load_checkpoint(
+        changed(tmp_path, max_position_embeddings=40, rope_scaling=yarn)
+    ).decoder
+
+    assert decoder.context_length == 128
+    assert len(decoder.cos) == 128
 
 
 @pytest.mark.parametrize(
