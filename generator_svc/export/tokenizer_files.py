@@ -15,7 +15,11 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from generator_svc.export.checkpoint.checkpoint import quiet_libraries
-from generator_svc.export.checkpoint.files import SLOW_TOKENIZER_FILES, TOKENIZER_FILE
+from generator_svc.export.checkpoint.files import (
+    SLOW_TOKENIZER_FILES,
+    TOKENIZER_FILE,
+    TOOL_TEMPLATE_FILE,
+)
 from generator_svc.export.checkpoint.source import Source
 from generator_svc.export.errors import ExportError
 from generator_svc.export.gguf_tokenizer import GgufTokenizer
@@ -39,7 +43,7 @@ def write_tokenizer(source: Source, folder: Path) -> None:
     else:
         _convert_slow(source, folder)
     _check(source, folder)
-    _extract_chat_template(folder)
+    _place_chat_template(source, folder)
 
 
 def encode(folder: Path, text: str) -> list[int]:
@@ -89,25 +93,44 @@ def _save(tokenizer: Any, folder: Path) -> None:
 def _check(source: Source, folder: Path) -> None:
     """Raises ExportError if what was copied cannot be read."""
     try:
-        json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ExportError(f"{source.label}: tokenizer_config.json is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ExportError(f"{source.label}: tokenizer_config.json is not a JSON object")
     try:
         Tokenizer.from_file(str(folder / TOKENIZER_FILE))
     except Exception as error:  # the library has no other
         raise ExportError(f"{source.label}: {TOKENIZER_FILE} cannot be read: {error}") from error
 
 
-def _extract_chat_template(folder: Path) -> None:
-    """Old checkpoints keep the template within tokenizer_config.json, alone or with others."""
-    if (folder / "chat_template.jinja").is_file():
+def _place_chat_template(source: Source, folder: Path) -> None:
+    """Into chat_template.jinja; where tools have one too, both into tokenizer_config.json."""
+    file, config_file = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    tool_file = source.path / TOOL_TEMPLATE_FILE
+    if file.is_file() and tool_file.is_file():
+        texts = {"default": file, "tool_use": tool_file}
+        config["chat_template"] = [
+            {"name": name, "template": path.read_text(encoding="utf-8")}
+            for name, path in texts.items()
+        ]
+        _write_json(config_file, config)
+        file.unlink()
+    if file.is_file():
         return
-    template = json.loads((folder / "tokenizer_config.json").read_text()).get("chat_template")
+    template = config.get("chat_template")
     if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default")
+        try:
+            named = {entry["name"]: entry["template"] for entry in template}
+        except (TypeError, KeyError):
+            raise ExportError(
+                f"{source.label}: tokenizer_config.json: chat_template is a list of something else "
+                "than templates with names"
+            ) from None
+        template = None if "tool_use" in named else named.get("default")
     if isinstance(template, str):
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        file.write_text(template, encoding="utf-8")
 
 
 def _convert_gguf(path: Path, folder: Path) -> None:

@@ -16,12 +16,14 @@ CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
+TOOL_TEMPLATE_FILE = "additional_chat_templates/tool_use.jinja"
 TEXT_FILES = (
     "generation_config.json",
     TOKENIZER_FILE,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    TOOL_TEMPLATE_FILE,
 )
 # What tokenizer.json is made from where there is none.
 SLOW_TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")

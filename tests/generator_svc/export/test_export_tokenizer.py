@@ -23,6 +23,7 @@ from generator_svc.export.checkpoint.source import (
 from generator_svc.export.gguf_tokenizer import GgufTokenizer
 from generator_svc.export.tokenizer_files import write_tokenizer
 from tests.tiny_models import CHAT_TEMPLATE, tiny_checkpoint, tiny_model_directory
+from tokenizer_svc.prompt.chat_template import ChatTemplate
 from trivium.embedded_model import EMBEDDED_MODEL
 
 
@@ -63,12 +64,54 @@ def test_a_template_inside_the_configuration_gets_its_file(tmp_path, entry):
     assert (made / "chat_template.jinja").read_text() == expected
 
 
+def templates(folder: Path) -> tuple[str, str]:
+    """What the tokenizer service takes for conversations without tools and with them."""
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    file = folder / "chat_template.jinja"
+    template = ChatTemplate.from_config(config, file.read_text() if file.is_file() else None)
+    message = [{"role": "user", "content": "Hello"}]
+    return template.render(message), template.render(message, tools=[{"name": "f"}])
+
+
+@pytest.mark.parametrize("has_folder", [False, True])
+def test_a_template_for_tools_is_kept(tmp_path, has_folder):
+    """Hermes 3 has it in tokenizer_config.json, what newer transformers saves in a folder."""
+    folder = copied(tmp_path)
+    (folder / "chat_template.jinja").unlink()
+    if has_folder:
+        (folder / "chat_template.jinja").write_text("plain")
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    else:
+        named = {"default": "plain", "tool_use": "tools"}
+        entries = [{"name": name, "template": text} for name, text in named.items()]
+        (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": entries}))
+    made = tmp_path / "made"
+    made.mkdir()
+
+    write_tokenizer(Source("old", "folder", folder), made)
+
+    assert templates(made) == ("plain", "tools")
+
+
+def test_a_damaged_list_of_templates_is_refused(tmp_path):
+    """In one line."""
+    folder = copied(tmp_path)
+    (folder / "chat_template.jinja").unlink()
+    (folder / "tokenizer_config.json").write_text('{"chat_template": ["x"]}')
+    (tmp_path / "made").mkdir()
+
+    with pytest.raises(ExportError, match=r"acme: tokenizer_config\.json: chat_template is a list"):
+        write_tokenizer(Source("acme", "folder", folder), tmp_path / "made")
+
+
 @pytest.mark.parametrize(
     ("file", "content", "told"),
     [
         ("tokenizer.json", None, "has no tokenizer: neither tokenizer.json nor what it could be "),
         ("tokenizer.json", "{}", "tokenizer.json cannot be read: "),
         ("tokenizer_config.json", "{", "tokenizer_config.json is not JSON: "),
+        ("tokenizer_config.json", "null", "tokenizer_config.json is not a JSON object"),
     ],
 )
 def test_a_tokenizer_that_is_missing_or_damaged(tmp_path, file, content, told):
