@@ -14,23 +14,32 @@ _MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty
 def default_sampling(model: ModelDirectory) -> SamplingParams:
     """The model's own sampling values from generation_config.json, then OpenAI's.
 
-    A model with an explicit `do_sample: false` is greedy by default.
     Raises ModelDirectoryError for a value out of a request's range.
     """
+    try:
+        values = sampling_values(model.generation_config)
+    except ValueError as error:
+        raise ModelDirectoryError(f"{model.path}: generation_config.json: {error}") from None
+    return SamplingParams(**values)
+
+
+def sampling_values(generation_config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a request that the configuration sets.
+
+    A model with an explicit `do_sample: false` is greedy by default. Raises ValueError for a value
+    out of a request's range.
+    """
     values: dict[str, Any] = {}
-    if model.generation_config.get("do_sample") is False:
+    if generation_config.get("do_sample") is False:
         values["temperature"] = 0.0
     for name in _MODEL_DEFAULTS:
-        allowed, value = SAMPLING[name], model.generation_config.get(name)
+        allowed, value = SAMPLING[name], generation_config.get(name)
         if value is None or name in values:
             continue
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         is_whole = is_number and math.isfinite(value) and value == int(value)
         if not is_number or value not in allowed or (name == "top_k" and not is_whole):
             whole = "a whole number " if name == "top_k" else ""
-            raise ModelDirectoryError(
-                f"{model.path}: generation_config.json: {name} is {value!r}, which is not "
-                f"{whole}{allowed}"
-            )
+            raise ValueError(f"{name} is {value!r}, which is not {whole}{allowed}")
         values[name] = int(value) if name == "top_k" else value  # some files say 50.0
-    return SamplingParams(**values)
+    return values

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from generator_svc.default_sampling import sampling_values
 from generator_svc.export.checkpoint.source import EMBEDDED_SAMPLING, locate, state
 from generator_svc.export.errors import ExportError
 from generator_svc.export.options import DEFAULT_OPTIONS, ExportOptions
@@ -271,14 +272,28 @@ def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
         generation |= EMBEDDED_SAMPLING
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(checkpoint.config, name, None)
-        if value is not None:
-            generation.setdefault(name, value)
-    if generation.get("eos_token_id") is None:
+        if value is not None and generation.get(name) is None:
+            generation[name] = value
+    _check_generation(checkpoint, generation)
+    return generation
+
+
+def _check_generation(checkpoint: Checkpoint, generation: dict[str, Any]) -> None:
+    """Raises ExportError for a value with which the model would not be served, or never end."""
+    label, size = checkpoint.source.label, checkpoint.decoder.vocab_size
+    eos = generation.get("eos_token_id")
+    if eos is None:
         raise ExportError(
-            f"{checkpoint.source.label}: names no end-of-sequence token (eos_token_id), neither in "
+            f"{label}: names no end-of-sequence token (eos_token_id), neither in "
             "generation_config.json nor in config.json"
         )
-    return generation
+    ids = eos if isinstance(eos, list) else [eos]
+    if not ids or not all(type(token) is int and token < size for token in ids) or max(ids) < 0:
+        raise ExportError(f"{label}: eos_token_id is {eos!r}: not a token of the model, nor a list")
+    try:
+        sampling_values(generation)
+    except ValueError as error:
+        raise ExportError(f"{label}: generation_config.json: {error}") from None
 
 
 def _verify(

@@ -175,6 +175,37 @@ def test_a_checkpoint_that_never_ends_is_refused_at_once(tmp_path):
     assert steps == ["fetching", "opening the checkpoint"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"eos_token_id": []}, r"eos_token_id is \[\]: not a token of the model, nor a list"),
+        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>': not a token of the model"),
+        ({"eos_token_id": [2, 99_999]}, r"eos_token_id is \[2, 99999\]: not a token of the model"),
+        ({"temperature": "hot"}, r"generation_config\.json: temperature is 'hot', which is not "),
+        ({"top_k": float("inf")}, r"generation_config\.json: top_k is inf, which is not "),
+    ],
+)
+def test_defaults_that_cannot_be_served_are_refused_at_once(tmp_path, settings, told):
+    """Not in a traceback after the long steps, nor when the folder is served."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint("llama"), folder)
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+
+    with pytest.raises(ExportError, match=told):
+        export_model(str(folder), tmp_path / "m", FP32, fail_at("tracing"))
+
+
+def test_an_end_token_may_stand_in_the_configuration_alone(tmp_path):
+    """A null in generation_config.json says nothing."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint("llama"), folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": null}')
+
+    exported = export_model(str(folder), tmp_path / "m", FP32)
+
+    assert load_model_directory(exported).eos_token_ids == (2,)
+
+
 def test_the_tokenizer_of_another_model_is_refused_at_once(tmp_path):
     """Its tokens have no embedding."""
     folder = tmp_path / "checkpoint"
