@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 from enum import StrEnum
@@ -107,7 +108,8 @@ def export(
         raise typer.Exit(INTERRUPTED) from None
     # `trivium up`, which makes those in the cache, goes on by itself.
     if cache_folder() not in out.absolute().parents:
-        console.print(f"{out} is ready: trivium up --model {out}", markup=False, soft_wrap=True)
+        command = f"trivium up --model {shlex.quote(str(out))}"
+        console.print(f"{out} is ready: {command}", markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,10 @@ def export_model(
     a folder that holds something else than an export, and one that cannot be written.
     """
     final = Path(out).expanduser().absolute()
+    if final.is_symlink():  # what it leads to is made or replaced, not the link
+        final = final.resolve()
+    if final.is_mount():
+        raise ExportError(f"{final} is where a volume is mounted: name a folder within it")
     try:
         with alone(final, lambda: progress("waiting for another export to this folder")):
             if is_current(final, source, options, force):

@@ -352,7 +352,41 @@ def test_the_command_explains_itself(tmp_path):
 
 
 def test_an_empty_folder_may_be_filled(source, tmp_path):
-    """As a mounted volume may be, or one made by hand."""
+    """As one made by hand may be."""
     (tmp_path / "m").mkdir()
 
     assert load_model_directory(export_model(source, tmp_path / "m", FP32)).num_layers == 3
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_link_to_a_folder_stays_one(source, tmp_path, is_there):
+    """As one to a larger disk: what it leads to is made, and by --force replaced."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "m").symlink_to(tmp_path / "disk" / "m")
+    if is_there:
+        export_model(source, tmp_path / "disk" / "m", FP32)
+
+    export_model(source, tmp_path / "m", ExportOptions("int8"), force=True)
+
+    assert (tmp_path / "m").is_symlink()
+    assert load_model_directory(tmp_path / "disk" / "m").precision == "int8"
+    assert leftovers(tmp_path / "disk") == ["m"]
+
+
+def test_the_place_of_a_volume_is_refused_at_once(source, tmp_path, monkeypatch):
+    """It cannot be renamed, so a folder cannot appear there whole."""
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
+
+    with pytest.raises(ExportError, match="is where a volume is mounted: name a folder within it"):
+        export_model(source, tmp_path, FP32, fail_at("fetching"))
+
+
+def test_the_next_command_can_be_copied(source, tmp_path):
+    """A folder's name with spaces is quoted."""
+    command = [sys.executable, "-m", "generator_svc.export", source, "--precision", "fp32"]
+
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "my model")], capture_output=True, text=True, check=True
+    )
+
+    assert f"trivium up --model '{tmp_path / 'my model'}'" in done.stderr
