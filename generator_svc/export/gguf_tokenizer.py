@@ -49,7 +49,10 @@ class GgufTokenizer:
         types = self._header.get("token_type") or [TokenType.NORMAL] * len(self._tokens)
         if len(types) != len(self._tokens):
             raise self._unreadable(f"it has {len(self._tokens)} tokens and {len(types)} types")
-        self._types = [TokenType(kind) for kind in types]
+        try:
+            self._types = [TokenType(kind) for kind in types]
+        except ValueError as error:
+            raise self._unreadable(str(error)) from error
         for role in ("bos", "eos", "unknown", "padding"):
             token_id = self._id(role)
             if token_id is not None and self._types[token_id] == TokenType.NORMAL:

@@ -145,7 +145,7 @@ def _folder_config(source: Source) -> PretrainedConfig:
 def _gguf_config(source: Source) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(str(source.path.parent), gguf_file=source.path.name)
-    except (ValueError, KeyError, OSError) as error:
+    except (OSError, *_SETTING_ERRORS) as error:
         raise ExportError(f"{source.path}: not a GGUF file that can be read: {error}") from error
     check_family(source.label, config.model_type)
     if config.model_type == "gpt_oss":

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 
 from generator_svc.export import ExportError
@@ -182,4 +183,17 @@ def test_a_broken_gguf_is_refused(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"not a model" * 100)
 
     with pytest.raises(ExportError, match="not a GGUF file"):
+        load_checkpoint(locate(str(tmp_path / "model.gguf")))
+
+
+def test_a_gguf_without_an_architecture_is_refused(tmp_path):
+    """As where a byte of its name was changed."""
+    writer = GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    content = (tmp_path / "model.gguf").read_bytes()
+    (tmp_path / "model.gguf").write_bytes(content.replace(b"architecture", b"architectura"))
+
+    with pytest.raises(ExportError, match="not a GGUF file that can be read"):
         load_checkpoint(locate(str(tmp_path / "model.gguf")))

@@ -267,6 +267,18 @@ def test_an_unknown_pre_tokenizer_is_refused(tmp_path):
         written(byte_level_gguf(tmp_path / "m.gguf", "tekken"), tmp_path)
 
 
+def test_damaged_kinds_of_tokens_are_refused(tmp_path):
+    """A changed byte is no traceback."""
+    source = byte_level_gguf(tmp_path / "m.gguf")
+    kinds = b"\x01\x00\x00\x00" * 5  # of the first five tokens
+    content = source.path.read_bytes()
+    assert content.count(kinds) == 1
+    source.path.write_bytes(content.replace(kinds, b"\x01\x37" + kinds[2:]))
+
+    with pytest.raises(ExportError, match=r"m\.gguf: no tokenizer that can be read: 14081 is not"):
+        written(source, tmp_path)
+
+
 def test_a_gguf_file_without_a_tokenizer_is_refused(tmp_path):
     """As that of an embedding model's half, or of a projector, may be."""
     source = finished(gguf.GGUFWriter(tmp_path / "m.gguf", "llama"), tmp_path / "m.gguf", {})
