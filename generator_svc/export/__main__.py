@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import signal
 import sys
@@ -17,6 +18,7 @@ from generator_svc.export.progress import Progress
 from generator_svc.export.progress_bar import Steps
 from trivium.cache_folder import cache_folder
 from trivium.export_extra import missing_packages
+from trivium.model_directory import CHAT_TEMPLATE, TOKENIZER_CONFIG
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 
@@ -108,8 +110,14 @@ def export(
         raise typer.Exit(INTERRUPTED) from None
     # `trivium up`, which makes those in the cache, goes on by itself.
     if cache_folder() not in out.absolute().parents:
-        command = f"trivium up --model {shlex.quote(str(out))}"
-        console.print(f"{out} is ready: {command}", markup=False, soft_wrap=True)
+        console.print(f"{out} {_what_next(out)}", markup=False, soft_wrap=True)
+
+
+def _what_next(folder: Path) -> str:
+    config = json.loads((folder / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+    if (folder / CHAT_TEMPLATE).is_file() or config.get("chat_template"):
+        return f"is ready: trivium up --model {shlex.quote(str(folder))}"
+    return f"is ready but for a chat template, which serving needs: put a {CHAT_TEMPLATE} into it"
 
 
 if __name__ == "__main__":

@@ -381,12 +381,27 @@ def test_the_place_of_a_volume_is_refused_at_once(source, tmp_path, monkeypatch)
         export_model(source, tmp_path, FP32, fail_at("fetching"))
 
 
+def exported_by_command(source: str, out: Path) -> str:
+    """What the command says."""
+    command = [sys.executable, "-m", "generator_svc.export", source, "--precision", "fp32"]
+    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, check=True)
+    return done.stderr
+
+
 def test_the_next_command_can_be_copied(source, tmp_path):
     """A folder's name with spaces is quoted."""
-    command = [sys.executable, "-m", "generator_svc.export", source, "--precision", "fp32"]
+    said = exported_by_command(source, tmp_path / "my model")
 
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path / "my model")], capture_output=True, text=True, check=True
-    )
+    assert f"my model is ready: trivium up --model '{tmp_path / 'my model'}'" in said
 
-    assert f"trivium up --model '{tmp_path / 'my model'}'" in done.stderr
+
+def test_a_model_without_a_chat_template_is_not_said_to_be_ready(tmp_path):
+    """A base model often has none, and `trivium up` would refuse it."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint("llama"), folder)
+    (folder / "chat_template.jinja").unlink()
+
+    said = exported_by_command(str(folder), tmp_path / "m")
+
+    assert "trivium up" not in said
+    assert "chat template, which serving needs: put a chat_template.jinja into it" in said
