@@ -193,17 +193,26 @@ def _output(
 
 def _warm_up(model: Model) -> None:
     """One prompt there and back, so that the first request finds everything built."""
+    if model.template.is_missing:
+        log.warning("model %s has no chat template: it serves plain completions alone", model.id)
+        token_ids = model.tokenizer.encode("Hello")
+    else:
+        token_ids = _chat_prompt(model)
+    if max(token_ids) >= model.vocabulary_size:
+        raise ModelDirectoryError(f"{model.id}: the tokenizer does not fit the model's vocabulary")
+    detokenizer = Detokenizer(model.tokenizer)
+    text = "".join(map(detokenizer.push, token_ids)) + detokenizer.flush()
+    log.info("model %s is ready: %d warm-up characters", model.id, len(text))
+
+
+def _chat_prompt(model: Model) -> list[int]:
     try:
         prompt = model.prompts.build(Conversation((Message(Role.USER, ("Hello",)),)))
     except ServiceError as error:
         raise ModelDirectoryError(f"{model.id}: {error.message}") from error
     if not prompt.token_ids:
         raise ModelDirectoryError(f"{model.id}: the chat template makes an empty prompt")
-    if max(prompt.token_ids) >= model.vocabulary_size:
-        raise ModelDirectoryError(f"{model.id}: the tokenizer does not fit the model's vocabulary")
-    detokenizer = Detokenizer(model.tokenizer)
-    text = "".join(map(detokenizer.push, prompt.token_ids)) + detokenizer.flush()
-    log.info("model %s is ready: %d warm-up characters", model.id, len(text))
+    return prompt.token_ids
 
 
 def _size(message: Message) -> int:

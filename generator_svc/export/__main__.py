@@ -114,10 +114,11 @@ def export(
 
 
 def _what_next(folder: Path) -> str:
+    command = f"trivium up --model {shlex.quote(str(folder))}"
     config = json.loads((folder / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
     if (folder / CHAT_TEMPLATE).is_file() or config.get("chat_template"):
-        return f"is ready: trivium up --model {shlex.quote(str(folder))}"
-    return f"is ready but for a chat template, which serving needs: put a {CHAT_TEMPLATE} into it"
+        return f"is ready: {command}"
+    return f"is ready for plain completions, as chats need a {CHAT_TEMPLATE} in it: {command}"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import re
 from datetime import datetime
+from typing import Any
 
 import pytest
 
@@ -36,11 +37,20 @@ def test_of_several_templates_the_default_is_taken() -> None:
     assert "default" == ChatTemplate.from_config(config, None).render(HELLO)
 
 
-def test_no_template_is_an_error() -> None:
-    """As is a list without a default, or a template that is none."""
-    for config in ({}, {"chat_template": [{"name": "rag", "template": "x"}]}):
+@pytest.mark.parametrize("config", [{}, {"chat_template": None}])
+def test_without_a_template_conversations_are_refused(config: dict[str, Any]) -> None:
+    """In words that say what the model is good for."""
+    with pytest.raises(ServiceError, match="it takes plain prompts, at /v1/completions") as refused:
+        ChatTemplate.from_config(config, None).render(HELLO)
+
+    assert ("invalid_chat_template_input", "messages") == (refused.value.code, refused.value.param)
+
+
+def test_a_template_that_is_none_is_an_error() -> None:
+    """As is a list without a default."""
+    for template in ([{"name": "rag", "template": "x"}], 5, {"default": "x"}):
         with pytest.raises(ChatTemplateError):
-            ChatTemplate.from_config(config, None)
+            ChatTemplate.from_config({"chat_template": template}, None)
     with pytest.raises(ChatTemplateError, match="line 2"):
         ChatTemplate("\n{% if %}", {})
 

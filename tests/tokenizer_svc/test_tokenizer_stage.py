@@ -26,12 +26,14 @@ from tests.tokenizer_svc.scripted_generator import (
 )
 from tests.tokenizer_svc.test_generator_loss import NOT_SERVING, SERVING, becomes
 from tokenizer_svc.models import Model, load_model
+from tokenizer_svc.request.types import Conversation, Message, Role
 from trivium.chat.v1 import chat_pb2, chat_pb2_grpc, model_pb2
 from trivium.cli.pipeline import free_ports
 from trivium.generator.v1 import generator_pb2
 from trivium.model_directory import ModelDirectoryError
 from trivium.tokenizer.v1 import tokenizer_pb2
 from trivium.wire.channel import open_channel
+from trivium.wire.errors import ServiceError
 from trivium.wire.listening import bind
 
 CHAT_SERVICE = "trivium.chat.v1.ChatService"
@@ -121,6 +123,20 @@ def test_a_model_folder_that_is_not_usable(
     (folder / name).write_text(content)
     with pytest.raises(ModelDirectoryError, match=words):
         load_model(folder)
+
+
+def test_a_base_model_is_served(
+    model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its plain completions; conversations are refused, and the log says so at once."""
+    folder = shutil.copytree(model_folder, tmp_path / "base")
+    (folder / "chat_template.jinja").unlink()
+    model = load_model(folder)
+    with pytest.raises(ServiceError, match="has no chat template"):
+        model.prompts.build(Conversation((Message(Role.USER, ("Hello",)),)))
+
+    assert "model base has no chat template: it serves plain completions alone" in caplog.text
+    assert "Once" == model.tokenizer.decode(model.tokenizer.encode("Once"))
 
 
 async def start_process(**environment: str) -> asyncio.subprocess.Process:

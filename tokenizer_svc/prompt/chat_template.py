@@ -34,7 +34,7 @@ _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token"
 
 
 class ChatTemplateError(ValueError):
-    """The model folder has no usable chat template; the text says why."""
+    """The model folder's chat template cannot be used; the text says why."""
 
 
 class _GenerationBlock(Extension):
@@ -50,12 +50,15 @@ class _GenerationBlock(Extension):
 class ChatTemplate:
     """A compiled template. `render` may be called from any thread.
 
-    `tool_source` is the template for conversations with tools, where it is another.
+    `tool_source` is the template for conversations with tools, where it is another. A base model
+    has none, a `source` of None: then `is_missing`, and all conversations are refused.
     """
 
     def __init__(
-        self, source: str, tokens: Mapping[str, str], tool_source: str | None = None
+        self, source: str | None, tokens: Mapping[str, str], tool_source: str | None = None
     ) -> None:
+        self.is_missing = source is None
+        source = source or ""
         environment = SandboxedEnvironment(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -100,6 +103,9 @@ class ChatTemplate:
         The template may change messages and tools, which have to be made anew for each rendering.
         Raises ServiceError invalid_chat_template_input when the template refuses the messages.
         """
+        if self.is_missing:
+            message = "This model has no chat template; it takes plain prompts, at /v1/completions."
+            raise ServiceError("invalid_chat_template_input", message, "messages")
         template = self._template if tools is None else self._tool_template
         try:
             return template.render(
@@ -117,16 +123,16 @@ class ChatTemplate:
             raise ServiceError("invalid_chat_template_input", message, "messages") from error
 
 
-def _from_tokenizer_config(config: Mapping[str, Any]) -> tuple[str, str | None]:
+def _from_tokenizer_config(config: Mapping[str, Any]) -> tuple[str | None, str | None]:
     """The template, and the one for requests with tools if there is one of its own."""
     template, tool_template = config.get("chat_template"), None
     if isinstance(template, list):
         by_name = {entry["name"]: entry["template"] for entry in template}
         template, tool_template = by_name.get("default"), by_name.get("tool_use")
-    if not isinstance(template, str):
-        raise ChatTemplateError(
-            "neither chat_template.jinja nor a default in tokenizer_config.json"
-        )
+        if template is None:
+            raise ChatTemplateError("tokenizer_config.json has several, and no default")
+    if not isinstance(template, str | None):
+        raise ChatTemplateError("in tokenizer_config.json it is no text")
     return template, tool_template
 
 
