@@ -15,7 +15,13 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from generator_svc.export.checkpoint.files import INDEX_FILE, Kind, check_is_whole, choose_files
+from generator_svc.export.checkpoint.files import (
+    INDEX_FILE,
+    TOOL_TEMPLATE_FILE,
+    Kind,
+    check_is_whole,
+    choose_files,
+)
 from generator_svc.export.checkpoint.hub import Received, fetch
 from generator_svc.export.errors import ExportError
 from trivium.cache_folder import cache_folder
@@ -57,10 +63,11 @@ def state(source: str) -> str | None:
     elif path.is_dir():
         names = [file.name for file in path.iterdir() if file.is_file()]
         files = [path / name for name in choose_files(source, names, lambda: path / INDEX_FILE)[1]]
+        files.append(path / TOOL_TEMPLATE_FILE)
     else:
         return None
     digest = hashlib.sha256()
-    for file in files:
+    for file in filter(Path.is_file, files):
         found = file.stat()
         digest.update(f"{file.name}\0{found.st_size}\0{found.st_mtime_ns}\0".encode())
     return digest.hexdigest()[:32]
