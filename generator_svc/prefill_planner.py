@@ -10,7 +10,7 @@ from generator_svc.sequence import Sequence
 
 MAX_STALL_MULTIPLIER = 4
 _MIN_PREFILL_TOKENS = 2 * MIN_CHUNK_TOKENS  # any prompt can be split after this many tokens
-# In a chunk of a prompt whose log-probabilities are wanted: these take the host up to a millisecond
+# In a chunk of a prompt whose log-probabilities are wanted: these take the host half a millisecond
 # for each token, and memory for its logits.
 _MAX_SCORED_TOKENS = 64
 

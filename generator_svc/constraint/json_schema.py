@@ -12,7 +12,6 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 from typing import Any
 from urllib.parse import quote
 
-from generator_svc.constraint.discriminated_unions import are_apart
 from generator_svc.constraint.schema_relaxation import (
     MAX_BOUND,
     Compiles,
@@ -23,6 +22,7 @@ from generator_svc.constraint.schema_relaxation import (
     loosened,
     relaxed,
 )
+from trivium.discriminated_unions import are_apart
 from trivium.ecma_regex import to_rust
 
 # Whitespace between JSON's tokens is a newline and indentation, never an endless run. No \u

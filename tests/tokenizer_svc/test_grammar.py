@@ -480,6 +480,49 @@ def test_a_strict_answer_has_no_other_properties_either() -> None:
     assert not allows(answer, '{"a": 1, "x": 2}')
 
 
+A = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+B = {"type": "object", "properties": {"b": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("members", "closes"),
+    [
+        ([A, B], False),  # of {"a": 1}, which fits both, nothing may be made
+        ([A, {"$ref": "#/$defs/missing"}], False),
+        ([A, {"type": "integer"}, {"type": "number"}], False),
+        ([A, {"type": "null"}, {"type": "array"}], True),
+        (
+            [
+                {
+                    "type": "object",
+                    "properties": {"kind": {"const": kind}, "a": {}},
+                    "required": ["kind"],
+                }
+                for kind in ("cat", "dog")
+            ],
+            True,
+        ),
+    ],
+)
+def test_exactly_one_of_several_schemas_stays_so(members: list[Any], closes: bool) -> None:
+    """Without further properties schemas could be apart that are not: then they keep them where the
+    schema has to be exact, of answers and of calls."""
+    schema = json.dumps({"type": "object", "properties": {"u": {"oneOf": members}}})
+    form = ResponseConstraint(
+        ResponseKind.JSON_SCHEMA, "response_format", definition=schema, lenient=False
+    )
+    tool = Tool("add", None, schema, strict=True)
+    vague = Tool("add", None, schema)
+
+    for constraint in (
+        made(HERMES, ToolUse(), form),
+        made(HERMES, ToolUse((tool,), (0,), forced=True)),
+    ):
+        assert closes == ('"additionalProperties": false' in constraint.text)
+    lenient = made(HERMES, ToolUse((vague,), (0,), forced=True))
+    assert '"additionalProperties": false' in lenient.text
+
+
 def test_an_answer_of_any_object_stays_one() -> None:
     """A schema that lists no properties lets all of them through."""
     form = ResponseConstraint(ResponseKind.JSON_SCHEMA, "response_format", '{"type": "object"}')

@@ -112,7 +112,7 @@ def _wrapped(
     else:
         lines.extend(tools.body_rules(plan, marker))
         for tool, place in zip(tool_use.tools, tool_use.places, strict=True):
-            schema = arguments_schema(tool.parameters)
+            schema = arguments_schema(tool.parameters, exact=tool.strict)
             schema = one_line(schema if tool.strict else lenient(schema))
             lines.append(f"call_{place}: {tools.call_rule(tool.name or '', schema, marker)}")
             fields[len(lines)] = f"tools[{place}].function.parameters"
@@ -148,7 +148,7 @@ def _schema(response: ResponseConstraint) -> str:
         return ANY_OBJECT
     if response.definition is None:
         return "true"
-    schema = answer_schema(response.definition)
+    schema = answer_schema(response.definition, exact=not response.lenient)
     return lenient(schema) if response.lenient else schema
 
 

@@ -4,6 +4,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from trivium.discriminated_unions import are_apart
+
 # Keywords whose values are data, not schemas; and those whose values are schemas by name.
 _DATA_KEYWORDS = frozenset(("const", "enum", "default", "examples"))
 _NAMED_SCHEMAS_KEYWORDS = frozenset(
@@ -44,19 +46,20 @@ def lenient(text: str) -> str:
     return json.dumps(schema | {"x-guidance": {"lenient": True}} if schema is not True else schema)
 
 
-def answer_schema(text: str) -> str:
+def answer_schema(text: str, exact: bool) -> str:
     """A response format's schema as one of the JSON that a model may write.
 
     Where it lists an object's properties and does not say whether there may be others, there are
-    none: small models would go on with properties of their own, and never end.
+    none: small models would go on with properties of their own, and never end. An `exact` one is
+    left as it is where that could let through what it forbids.
     """
     schema = json.loads(text)
     if isinstance(schema, dict):
-        _close(schema)
+        _close(schema, exact)
     return json.dumps(schema)
 
 
-def arguments_schema(text: str | None) -> str:
+def arguments_schema(text: str | None, exact: bool) -> str:
     """A function's parameters as a schema of the arguments that a model may write.
 
     Arguments are an object, of no other properties than an answer has. A function whose schema says
@@ -67,13 +70,16 @@ def arguments_schema(text: str | None) -> str:
     others = {"required", "propertyNames", "maxProperties", "const", "enum"}
     if (_OBJECT_KEYWORDS | others).isdisjoint(schema):
         schema.setdefault("properties", {})
-    _close(schema)
+    _close(schema, exact)
     return json.dumps(schema)
 
 
-def _close(root: dict[str, Any]) -> None:
+def _close(root: dict[str, Any], exact: bool) -> None:
     """Forbids additional properties wherever all schemas that could name one are known."""
     nodes = list(_subschemas(root))
+    # Closed, the members of a oneOf could be apart that are not: what fits one would fit two.
+    if exact and not all(are_apart(node["oneOf"], root) for node, *_ in nodes if "oneOf" in node):
+        return
     # A definition that is combined with other schemas has to allow the properties that they name.
     merged = [
         str(node["$ref"])

@@ -1,4 +1,5 @@
-"""Tells the members of a `oneOf` apart by a property that each requires, with values of its own.
+"""Tells the members of a `oneOf` apart: by their types, or by a property that each object requires,
+with values of its own.
 
 llguidance compares members by merging them, which fails where they refer to their union.
 """
@@ -10,18 +11,27 @@ _MAX_REFERENCES = 16  # that are followed one after the other
 
 
 def are_apart(members: Any, root: Any) -> bool:
-    """Whether a required property of strings tells that no value fits two of the schemas."""
+    """Whether types, or a required property of strings, tell that no value fits two of the
+    schemas."""
     if not isinstance(members, list) or not members:
         return False
-    objects = [_resolved(member, root) for member in members]
-    if not all(isinstance(schema, dict) and schema.get("type") == "object" for schema in objects):
+    schemas = [_resolved(member, root) for member in members]
+    types = [schema.get("type") if isinstance(schema, dict) else None for schema in schemas]
+    others = [kind for kind in types if kind != "object"]
+    if not all(isinstance(kind, str) for kind in others) or len(set(others)) < len(others):
         return False
-    required = [schema.get("required") for schema in objects]
-    if not all(isinstance(names, list) for names in required):
+    if {"integer", "number"} <= set(others):
         return False
-    return any(
+    objects = [schema for schema, kind in zip(schemas, types, strict=True) if kind == "object"]
+    return len(objects) < 2 or _are_discriminated(objects, root)
+
+
+def _are_discriminated(objects: list[dict[str, Any]], root: Any) -> bool:
+    lists = [schema.get("required") for schema in objects]
+    required = [set(map(str, names)) for names in lists if isinstance(names, list)]
+    return len(required) == len(objects) and any(
         _has_own_values([_values(schema, name, root) for schema in objects])
-        for name in set.intersection(*(set(map(str, names)) for names in required))
+        for name in set.intersection(*required)
     )
 
 
