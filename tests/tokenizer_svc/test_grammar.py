@@ -468,6 +468,32 @@ def test_models_invent_no_properties(schema: dict[str, Any], wider: bool) -> Non
         assert wider == allows(answer, '{"a": 1, "x": 2}')
 
 
+@pytest.mark.parametrize("required", [5, ["a", ["b"], 3]])
+@pytest.mark.parametrize("lenient", [True, False])
+def test_what_stands_below_an_unknown_keyword_is_no_schema(required: Any, lenient: bool) -> None:
+    """However much it looks like one."""
+    schema = {"type": "object", "x-form": {"properties": {"a": {}}, "required": required}}
+    form = ResponseConstraint(
+        ResponseKind.JSON_SCHEMA, "response_format", json.dumps(schema), lenient=lenient
+    )
+
+    assert allows(made(HERMES, ToolUse(), form), '{"a": 1}')
+
+
+@pytest.mark.parametrize("lenient", [True, False])
+def test_a_schema_of_nothing_is_refused(lenient: bool) -> None:
+    """The generator says why."""
+    form = ResponseConstraint(ResponseKind.JSON_SCHEMA, "response_format", "false", lenient=lenient)
+    answer = made(HERMES, ToolUse(), form)
+
+    assert (
+        "unsatisfiable"
+        in LLMatcher(TABLES[PLAIN], LLMatcher.grammar_from_json_schema(answer.text))
+        .get_error()
+        .lower()
+    )
+
+
 def test_a_strict_answer_has_no_other_properties_either() -> None:
     """Nor has one of `structured_outputs.json`."""
     definition = '{"type": "object", "properties": {"a": {"type": "integer"}}}'

@@ -43,7 +43,9 @@ def one_line(text: str) -> str:
 def lenient(text: str) -> str:
     """The schema, marked so that llguidance ignores the keywords that it does not support."""
     schema = json.loads(text)
-    return json.dumps(schema | {"x-guidance": {"lenient": True}} if schema is not True else schema)
+    if isinstance(schema, dict):
+        schema |= {"x-guidance": {"lenient": True}}
+    return json.dumps(schema)
 
 
 def answer_schema(text: str, exact: bool) -> str:
@@ -92,10 +94,10 @@ def _close(root: dict[str, Any], exact: bool) -> None:
         closes = not shared and not (is_definition and merged) and _OBJECT_KEYWORDS.isdisjoint(node)
         if closes and isinstance(node.get("properties"), dict):
             node["additionalProperties"] = False
-            named = node["properties"]
-            node["properties"] = named | {
-                name: True for name in node.get("required", ()) if name not in named
-            }
+            named, required = node["properties"], node.get("required")
+            if isinstance(required, list):  # below a keyword that we do not know it may be anything
+                names = [name for name in required if isinstance(name, str) and name not in named]
+                node["properties"] = named | dict.fromkeys(names, True)
 
 
 def _subschemas(
