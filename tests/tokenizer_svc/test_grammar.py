@@ -468,6 +468,36 @@ def test_models_invent_no_properties(schema: dict[str, Any], wider: bool) -> Non
         assert wider == allows(answer, '{"a": 1, "x": 2}')
 
 
+_X = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
+_Y = {"type": "object", "properties": {"y": {"type": "integer"}}, "required": ["y"]}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"allOf": [{"properties": {"a": _X}}, {"properties": {"a": _Y}}]},
+        {"properties": {"a": _X}, "anyOf": [{"properties": {"a": _Y}}]},
+        {"properties": {"a": _X}, "patternProperties": {"^a": _Y}},
+        {
+            "properties": {"a": _X},
+            "$ref": "#/$defs/y",
+            "$defs": {"y": {"properties": {"a": _Y}}},
+        },
+        {"allOf": [{"properties": {"a": {"$ref": "#/$defs/x"}}}, {"properties": {"a": _Y}}]}
+        | {"$defs": {"x": _X}},
+    ],
+)
+def test_several_schemas_may_speak_of_one_property(schema: dict[str, Any]) -> None:
+    """Its value has what each of them asks for."""
+    definition = json.dumps({"type": "object", "required": ["a"]} | schema)
+    form = ResponseConstraint(ResponseKind.JSON_SCHEMA, "response_format", definition)
+    answer = made(HERMES, ToolUse(), form)
+
+    assert allows(answer, '{"a": {"x": 1, "y": 2}}')
+    assert not allows(answer, '{"a": {"x": 1}}')
+    assert not allows(answer, '{"a": {"y": 2}}')
+
+
 @pytest.mark.parametrize("required", [5, ["a", ["b"], 3]])
 @pytest.mark.parametrize("lenient", [True, False])
 def test_what_stands_below_an_unknown_keyword_is_no_schema(required: Any, lenient: bool) -> None:

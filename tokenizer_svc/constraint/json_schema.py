@@ -16,20 +16,13 @@ _DEFINITIONS = ("$defs", "definitions")
 # a condition says of an instance need not hold.
 _COMPOSITION_KEYWORDS = frozenset(("allOf", "anyOf", "oneOf"))
 _CONDITIONAL_KEYWORDS = frozenset(("not", "if", "then", "else", "dependentSchemas", "dependencies"))
+# Keywords by which another schema may speak of the same properties as `properties`.
+_OVERLAPPING_KEYWORDS = _COMPOSITION_KEYWORDS | frozenset(
+    ("$ref", "$dynamicRef", "if", "dependentSchemas", "dependencies", "patternProperties")
+)
 # Keywords by which a schema allows, asks for, or refers to properties not in its `properties`.
-_OBJECT_KEYWORDS = _COMPOSITION_KEYWORDS | frozenset(
-    {
-        "$ref",
-        "$dynamicRef",
-        "if",
-        "dependentSchemas",
-        "dependentRequired",
-        "dependencies",
-        "patternProperties",
-        "additionalProperties",
-        "unevaluatedProperties",
-        "minProperties",
-    }
+_OBJECT_KEYWORDS = _OVERLAPPING_KEYWORDS | frozenset(
+    ("dependentRequired", "additionalProperties", "unevaluatedProperties", "minProperties")
 )
 
 ANY_OBJECT = '{"type": "object"}'
@@ -108,13 +101,15 @@ def _subschemas(
     if not isinstance(node, dict):
         return
     yield node, shared, is_definition
+    # What one schema says of a property, or of an array's items, another may add to.
+    overlaps = shared or not _OVERLAPPING_KEYWORDS.isdisjoint(node)
     for key, value in node.items():
         if key in _DATA_KEYWORDS:
             continue
         if key in _NAMED_SCHEMAS_KEYWORDS and isinstance(value, dict):
             value = list(value.values())
         inner = value if isinstance(value, list) else [value]
-        beside = key in _CONDITIONAL_KEYWORDS
+        beside = key in _CONDITIONAL_KEYWORDS or (overlaps and key not in _DEFINITIONS)
         if key in _COMPOSITION_KEYWORDS:
             beside = shared or _has_other_keywords(node, key) or (key == "allOf" and len(inner) > 1)
         for schema in inner:
