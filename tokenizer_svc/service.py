@@ -107,6 +107,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                     model.output,
                     prompt.thinking,
                     model.tokenizer.marker_id,
+                    request.conversation.continue_final_message,
                 ),
                 constraint=await offload(size, lambda: _constraint(model, request, prompt)),
                 whole=whole,

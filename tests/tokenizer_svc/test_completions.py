@@ -2,13 +2,15 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
 from tests.completion_requests import options
-from tests.tokenizer_svc.conftest import Stage
+from tests.tokenizer_svc.conftest import Stage, running, user, write_model
+from tests.tokenizer_svc.sample_tokenizers import byte_fallback
 from tests.tokenizer_svc.scripted_generator import (
     Script,
     Stops,
@@ -17,7 +19,8 @@ from tests.tokenizer_svc.scripted_generator import (
     message_of,
     update,
 )
-from trivium.chat.v1 import completion_pb2
+from tokenizer_svc.models import load_model
+from trivium.chat.v1 import chat_pb2, completion_pb2
 from trivium.generator.v1 import generator_pb2
 from trivium.wire.errors import ServiceError
 
@@ -150,6 +153,46 @@ async def test_an_echo_has_logprobs(stage: Stage) -> None:
         assert choice.text.encode() == b"<|im_start|>" + text_bytes
         assert (sorted(places), len("<|im_start|>")) == (places, places[1])
         assert [len(text), len(text) + 1] == places[-2:]
+
+
+async def test_a_completion_keeps_its_first_space(tmp_path: Path) -> None:
+    """SentencePiece writes every text with a space before it: behind a prompt, it is the space
+    between the two; also where a chat's last message is continued."""
+    folder = write_model(tmp_path / "tiny", tokenizer=byte_fallback(), eos_token="</s>")
+    score = generator_pb2.TokenLogprobs(logprob=-1.0)
+    async with running(load_model(folder), folder) as stage:
+
+        async def script(
+            start: generator_pb2.StartGeneration, stops: Stops
+        ) -> AsyncIterator[generator_pb2.GenerateResponse]:
+            token_ids = stage.encode("0 b")
+            others = [score] * (len(start.prompt_token_ids) - 1)
+            yield generator_pb2.GenerateResponse(
+                updates=[update(0, token_ids, [score] * len(token_ids))], prompt_logprobs=others
+            )
+            yield message_of(finish(0, LENGTH, len(token_ids)))
+
+        stage.generator.script = script
+        ids = stage.model.tokenizer.encode("a c", add_special_tokens=True)
+        asked = request("a c", ids, echo=True, logprobs=0)
+        answer = await stage.completions.CreateCompletion(asked)
+        last = chat_pb2.ChatMessage(
+            role=chat_pb2.ROLE_ASSISTANT, content=[chat_pb2.ContentPart(text="a c")]
+        )
+        chats = [
+            await stage.chat.CreateChatCompletion(stage.request(**more))
+            for more in ({}, {"messages": [user("Hi"), last], "continue_final_message": True})
+        ]
+
+    assert ["a c 0 b", "<s> a c 0 b"] == [choice.text for choice in answer.choices]
+    for choice in answer.choices:
+        offsets = [entry.text_offset for entry in choice.logprobs]
+        ends = [*offsets[1:], len(choice.text)]
+        texts = [choice.text[start:end] for start, end in zip(offsets, ends, strict=True)]
+        tokens = [entry.token.token for entry in choice.logprobs[1:]]
+        assert tokens[-4:] == texts[-4:] == [" ", "0", " ", "b"]
+        assert (tokens[1], texts[2]) == ("a", "a")
+    assert ["0 b", " 0 b"] == [chat.choices[0].content for chat in chats]
 
 
 async def test_logprobs_have_places(stage: Stage) -> None:

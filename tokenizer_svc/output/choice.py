@@ -57,7 +57,9 @@ class ChoiceDecoder:
         self._index = index
         self._tokenizer = tokenizer
         self._options = options
-        self._detokenizer = Detokenizer(tokenizer, options.markers, options.show_hidden)
+        self._detokenizer = Detokenizer(
+            tokenizer, options.markers, options.show_hidden, options.continues
+        )
         self._parser = options.parser()
         self._matcher = StopMatcher(options.stops)
         self._logprobs = HeldLogprobs()

@@ -23,6 +23,7 @@ class DecodingOptions:
     that are no single token, so that the end of the output may cut them in two. `forced_call` is
     whether the output has to be a call; `call_finish_reason` is that of a choice with calls.
     `shown_stop_tokens` are those of the tokens at which an answer ends that are part of its text.
+    `continues` is whether the answer goes on with a text of the prompt's.
     """
 
     parser: Callable[[], Parser] = Plain
@@ -36,9 +37,10 @@ class DecodingOptions:
     include_stop: bool = False
     shown_stop_tokens: frozenset[int] = frozenset()
     min_tokens: int = 0
+    continues: bool = False
 
 
-def plain_decoding(options: ValidOptions) -> DecodingOptions:
+def plain_decoding(options: ValidOptions, continues: bool = True) -> DecodingOptions:
     """For an answer that is text and nothing else."""
     return DecodingOptions(
         show_hidden=not options.skip_special_tokens,
@@ -46,6 +48,7 @@ def plain_decoding(options: ValidOptions) -> DecodingOptions:
         include_stop=options.include_stop,
         shown_stop_tokens=frozenset(options.stop_token_ids if options.include_stop else ()),
         min_tokens=options.min_tokens,
+        continues=continues,
     )
 
 
@@ -55,6 +58,7 @@ def chat_decoding(
     output: ModelOutputFormat,
     thinking: Thinking,
     marker_id: Callable[[str], int | None],
+    continues: bool,
 ) -> DecodingOptions:
     """For an answer to a conversation. `marker_id` knows control tokens by text."""
     names, markers = use.names, output.markers(calls=bool(use.names))
@@ -63,7 +67,7 @@ def chat_decoding(
         return output.parser(names, thinking)
 
     return replace(
-        plain_decoding(options),
+        plain_decoding(options, continues),
         parser=parser,
         call_id=_short_call_id if output.short_call_ids else _call_id,
         markers=markers,

@@ -11,16 +11,24 @@ from tokenizer_svc.tokenizer import Tokenizer
 
 
 class Detokenizer:
-    """Decodes one choice. Special tokens show if among `markers`, or all with `show_hidden`."""
+    """Decodes one choice. Special tokens show if among `markers`, or all with `show_hidden`.
+
+    SentencePiece begins every text with a space that decoding drops. Where the text `continues`
+    another, the space stands between the two.
+    """
 
     def __init__(
-        self, tokenizer: Tokenizer, markers: Set[str] = frozenset(), show_hidden: bool = False
+        self,
+        tokenizer: Tokenizer,
+        markers: Set[str] = frozenset(),
+        show_hidden: bool = False,
+        continues: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._markers = {marker.encode() for marker in markers}
         self._show_hidden = show_hidden
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._drop_space = tokenizer.drops_first_space
+        self._drop_space = tokenizer.drops_first_space and not continues
 
     @property
     def pending(self) -> bool:

@@ -57,7 +57,9 @@ class Echo:
             offsets.append(min(place + detokenizer.breaks_off(token_id), len(text)))
             if tokenizer.is_hidden(token_id):
                 spelled = tokenizer.token_bytes(token_id).decode(errors="replace")
-                place += len(spelled) if text.startswith(spelled, place) else 0
+                if text.startswith(spelled, place):
+                    place += len(spelled)
+                    detokenizer = Detokenizer(tokenizer, continues=text.startswith(" ", place))
             else:
                 place += len(detokenizer.push(token_id))
         return offsets
