@@ -421,7 +421,8 @@ COMPLETION_REQUEST = (
     Row(
         "echo",
         "the text begins with the prompt",
-        "the same; with `logprobs` also those of the prompt's tokens, which are computed anew then",
+        "the same; with `logprobs` also those of the prompt's tokens, which are computed anew "
+        "then: at most 524,288 in one answer, alternatives included",
         f"{_R}test_a_prompt_is_scored",
     ),
     Row("logprobs", "0 to 5", _SAME, f"{_T}test_logprobs_of_a_text"),

@@ -17,6 +17,7 @@ from tokenizer_svc.generator.types import (
 )
 from tokenizer_svc.metrics import RequestMeter
 from tokenizer_svc.models import ServedModel
+from tokenizer_svc.offload import INLINE_LOGPROBS, offload
 from tokenizer_svc.output.completion import Completion
 from tokenizer_svc.output.decoding_options import DecodingOptions
 from tokenizer_svc.output.echo import Echo
@@ -144,7 +145,7 @@ async def _generate(
                 if not admitted:
                     meter.prompt(served.model.id, len(token_ids))
                     admitted = True
-                    echoed = [] if echo is None else _begin(echo, job.options, updates)
+                    echoed = [] if echo is None else await _begin(echo, job.options, updates)
                 step = trace.decode(completion, updates)
                 await generation.stop(step.stops)
                 deltas = step.deltas
@@ -171,10 +172,11 @@ async def _generate(
         raise internal_error()
 
 
-def _begin(echo: Echo, options: ValidOptions, updates: Sequence[TokenUpdate]) -> list[Delta]:
+async def _begin(echo: Echo, options: ValidOptions, updates: Sequence[TokenUpdate]) -> list[Delta]:
     """The deltas with the prompt, by the generator's first message."""
-    wants_logprobs = options.prompt_logprobs is not None
-    return echo.begin(options.n, updates[0].prompt_logprobs if wants_logprobs else None)
+    logprobs = updates[0].prompt_logprobs if options.prompt_logprobs is not None else None
+    size = len(logprobs or ())
+    return await offload(size, lambda: echo.begin(options.n, logprobs), INLINE_LOGPROBS)
 
 
 def _report(usage: Usage, reasons: Mapping[int, str]) -> CompletionReport:

@@ -7,6 +7,7 @@ from typing import TypeVar
 # Shorter texts are done in place, within a few milliseconds: less than a thread costs streams.
 INLINE_CHARACTERS = 2048
 INLINE_BYTES = 16_384  # of a request that is only converted and checked
+INLINE_LOGPROBS = 128  # that become part of an answer
 
 Result = TypeVar("Result")
 

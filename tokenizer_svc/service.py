@@ -18,7 +18,7 @@ from tokenizer_svc.convert.response import stream_response, whole_response
 from tokenizer_svc.generator.types import Constraint
 from tokenizer_svc.metrics import Metrics
 from tokenizer_svc.models import Model, ServedModels
-from tokenizer_svc.offload import INLINE_BYTES, offload
+from tokenizer_svc.offload import INLINE_BYTES, INLINE_LOGPROBS, offload
 from tokenizer_svc.output.completion import WholeCompletion
 from tokenizer_svc.output.decoding_options import chat_decoding
 from tokenizer_svc.output.events import Event
@@ -81,7 +81,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         async with aclosing(self._complete(request, context, whole=True)) as events:
             async for event in events:
                 whole.push(event)
-        return whole_response(whole)
+        return await offload(whole.logprobs, lambda: whole_response(whole), INLINE_LOGPROBS)
 
     async def _complete(
         self, message: chat_pb2.CreateChatCompletionRequest, context: Call, whole: bool

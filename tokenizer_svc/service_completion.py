@@ -5,6 +5,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
@@ -15,18 +16,20 @@ from tokenizer_svc.convert.request import completion_request
 from tokenizer_svc.convert.response import completion_event, whole_completion
 from tokenizer_svc.metrics import Metrics
 from tokenizer_svc.models import Model, ServedModel, ServedModels
-from tokenizer_svc.offload import INLINE_BYTES, offload
+from tokenizer_svc.offload import INLINE_BYTES, INLINE_LOGPROBS, offload
 from tokenizer_svc.output.completion import WholeCompletion
 from tokenizer_svc.output.decoding_options import plain_decoding
 from tokenizer_svc.output.echo import Echo
-from tokenizer_svc.output.events import Event
+from tokenizer_svc.output.events import Delta, Event
 from tokenizer_svc.request.request_size import check_completion_size
 from tokenizer_svc.request.types import CompletionRequest, ValidOptions
 from tokenizer_svc.request.validate import validate_completion
 from tokenizer_svc.trace import name_request
 from trivium.chat.v1 import completion_pb2, completion_pb2_grpc
 from trivium.field_errors import empty_string
+from trivium.limits import MAX_PROMPT_LOGPROBS
 from trivium.wire.channel import remaining_seconds
+from trivium.wire.errors import ServiceError
 
 Call = grpc.aio.ServicerContext[Any, Any]
 
@@ -49,7 +52,8 @@ class CompletionService(completion_pb2_grpc.CompletionServiceServicer):
     ) -> AsyncIterator[completion_pb2.StreamCompletionResponse]:
         async with aclosing(self._complete(request, context, whole=False)) as events:
             async for event in events:
-                yield completion_event(event)
+                logprobs = len(event.logprobs) if isinstance(event, Delta) else 0
+                yield await offload(logprobs, partial(completion_event, event), INLINE_LOGPROBS)
 
     async def CreateCompletion(
         self, request: completion_pb2.CreateCompletionRequest, context: Call
@@ -58,7 +62,7 @@ class CompletionService(completion_pb2_grpc.CompletionServiceServicer):
         async with aclosing(self._complete(request, context, whole=True)) as events:
             async for event in events:
                 whole.push(event)
-        return whole_completion(whole)
+        return await offload(whole.logprobs, lambda: whole_completion(whole), INLINE_LOGPROBS)
 
     async def _complete(
         self, message: completion_pb2.CreateCompletionRequest, context: Call, whole: bool
@@ -75,6 +79,7 @@ class CompletionService(completion_pb2_grpc.CompletionServiceServicer):
             prompts = [
                 await _prompt(served, request, place) for place in range(len(request.prompts))
             ]
+            _check_prompt_logprobs(options, sum(len(prompt.token_ids) for prompt in prompts))
             response = options.response_constraint
             constraint = None if response is None else whole_output(response)
             job = CompletionJob(
@@ -118,4 +123,21 @@ async def _prompt(served: ServedModel, request: CompletionRequest, place: int) -
         return _PlainPrompt(prompt, token_ids)
     token_ids = list(prompt)
     model.check_tokens(len(token_ids), served.context_length, param)
-    return _PlainPrompt(model.tokenizer.decode(token_ids) if request.echo else "", token_ids)
+    if not request.echo:
+        return _PlainPrompt("", token_ids)
+    text = await offload(len(token_ids), lambda: model.tokenizer.decode(token_ids))
+    return _PlainPrompt(text, token_ids)
+
+
+def _check_prompt_logprobs(options: ValidOptions, tokens: int) -> None:
+    """Raises ServiceError for more of them than one answer should have: they cost the device little
+    and every stage much, once for each choice."""
+    alternatives = options.prompt_logprobs
+    if alternatives is None or options.n * tokens * (1 + alternatives) <= MAX_PROMPT_LOGPROBS:
+        return
+    message = (
+        f"Invalid 'logprobs': an answer has at most {MAX_PROMPT_LOGPROBS} log-probabilities of "
+        f"echoed prompts, and {tokens} tokens with {alternatives} alternatives, for n = "
+        f"{options.n}, are more. Send fewer prompts in one request."
+    )
+    raise ServiceError("invalid_value", message, "logprobs")

@@ -67,3 +67,4 @@ MAX_LOGIT_BIASES = 16_384
 MAX_TEMPLATE_VARIABLES = 64
 MAX_PROMPTS = 128  # of a plain completion
 MAX_TOKEN_IDS = 524_288  # of one list
+MAX_PROMPT_LOGPROBS = 524_288  # of echoed prompts, in all choices, alternatives included

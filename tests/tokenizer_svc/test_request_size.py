@@ -2,13 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
+from tests.completion_requests import options
 from tests.tokenizer_svc.conftest import Stage, user, write_model
 from tests.tokenizer_svc.scripted_generator import code_of, finish, message_of, says, update
 from tokenizer_svc.models import load_model
@@ -152,7 +153,13 @@ async def test_nobody_waits_for_a_long_conversation(long_stage: Stage, where: st
         "control tokens": {"messages": [user("<|" * 100_000 + "<|im_end|>" * 100_000)]},
     }[where]
     long_stage.generator.script = says(ANSWER)
-    request, longest = long_stage.request(**fields), 0.0
+
+    assert await stall(long_stage.chat.CreateChatCompletion(long_stage.request(**fields))) < 0.5
+
+
+async def stall(call: Awaitable[Any]) -> float:
+    """The longest time that the event loop stood still during a call, as a share of all of it."""
+    longest = 0.0
 
     async def beat() -> None:
         nonlocal longest
@@ -163,10 +170,49 @@ async def test_nobody_waits_for_a_long_conversation(long_stage: Stage, where: st
 
     began = time.monotonic()
     beating = asyncio.create_task(beat())
-    await long_stage.chat.CreateChatCompletion(request)
+    await call
     beating.cancel()
+    return longest / (time.monotonic() - began)
 
-    assert longest < (time.monotonic() - began) / 2
+
+def echo(stage: Stage, tokens: int, n: int = 1) -> completion_pb2.CreateCompletionRequest:
+    ids = completion_pb2.TokenIds(ids=[70] * tokens)
+    prompts = [completion_pb2.Prompt(token_ids=ids)]
+    return completion_pb2.CreateCompletionRequest(
+        model=stage.model.id, prompts=prompts, echo=True, logprobs=3, options=options(n=n)
+    )
+
+
+@pytest.mark.parametrize("whole", [True, False])
+async def test_nobody_waits_for_a_long_echo(long_stage: Stage, whole: bool) -> None:
+    """While its log-probabilities become an answer, the event loop goes on."""
+    answer = message_of(update(0, [2]), finish(0, generator_pb2.FINISH_REASON_STOP_TOKEN, 1))
+    score = generator_pb2.TokenLogprobs(
+        logprob=-1.0, top_token_ids=[71, 72, 73], top_logprobs=[-1.0, -2.0, -3.0]
+    )
+    answer.prompt_logprobs.extend([score] * 119_999)
+    long_stage.generator.script = says([answer])
+    asked = echo(long_stage, 120_000)
+
+    async def streamed() -> None:
+        async for _ in long_stage.completions.StreamCompletion(asked):
+            pass
+
+    if whole:
+        assert await stall(long_stage.completions.CreateCompletion(asked)) < 0.4
+    else:
+        assert await stall(streamed()) < 0.4
+
+
+async def test_an_echo_has_so_many_logprobs_and_no_more(long_stage: Stage) -> None:
+    """Each choice has them, so that a short request could make an answer of gigabytes."""
+    long_stage.generator.script = says(ANSWER)
+    for asked in (echo(long_stage, 131_073), echo(long_stage, 1_025, n=128)):
+        call = long_stage.completions.CreateCompletion(asked)
+        assert ("invalid_value", "logprobs") == await refusal(call)
+        asked.ClearField("logprobs")
+        asked.options.n = 1
+        await long_stage.completions.CreateCompletion(asked)
 
 
 async def test_a_prompt_that_is_far_too_long_is_refused_after_its_beginning(stage: Stage) -> None:

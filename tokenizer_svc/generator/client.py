@@ -166,7 +166,10 @@ class Generation:
         try:
             response = await self._first()
             while response is not None:
-                yield convert.updates(response)
+                if response.prompt_logprobs:  # they may be many, and streams would wait for them
+                    yield await asyncio.to_thread(convert.updates, response)
+                else:
+                    yield convert.updates(response)
                 assert self._call is not None
                 response = await self._call.read()
         except grpc.aio.AioRpcError as error:

@@ -94,6 +94,11 @@ class WholeCompletion:
     choices: dict[int, WholeChoice] = field(default_factory=dict)
     usage: Usage | None = None
 
+    @property
+    def logprobs(self) -> int:
+        """How many tokens have log-probabilities."""
+        return sum(len(choice.logprobs) for choice in self.choices.values())
+
     def push(self, event: Event) -> None:
         if isinstance(event, Header):
             self.header = event
