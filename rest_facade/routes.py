@@ -25,6 +25,7 @@ from rest_facade.convert.completion import CompletionChunks
 from rest_facade.convert.envelope import taken
 from rest_facade.json_encoding import encode
 from rest_facade.metrics import CONTENT_TYPE, Metrics
+from rest_facade.offload import offload
 from rest_facade.openapi import (
     READ_ERRORS,
     RawRoute,
@@ -196,7 +197,7 @@ class Routes:
                 return await self._streamed(request, stream, ChatChunks(body), started_at)
             response = await while_connected(request.receive, self._backend.complete_chat(message))
         usage.began, usage.taken = True, partial(taken, response.usage)
-        return _json(chat.answer(response, body))
+        return await offload(response, lambda: _json(chat.answer(response, body)))
 
     async def completions(self, request: Request) -> Response:
         """A plain completion, whole or streamed."""
@@ -212,7 +213,7 @@ class Routes:
                 return await self._streamed(request, stream, CompletionChunks(body), started_at)
             response = await while_connected(request.receive, self._backend.complete_text(message))
         usage.began, usage.taken = True, partial(taken, response.usage)
-        return _json(completion.answer(response, body))
+        return await offload(response, lambda: _json(completion.answer(response, body)))
 
     async def _read(self, request: Request, convert: Callable[[dict[str, Any]], Result]) -> Result:
         """What `convert` makes of the JSON object in the body."""

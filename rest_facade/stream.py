@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from rest_facade.backend import CompletionStream
 from rest_facade.connection import while_connected
 from rest_facade.convert.chunks import Chunks
+from rest_facade.offload import offload
 from rest_facade.sse import DONE, KEEP_ALIVE, sse_event
 
 _HEADERS = {
@@ -71,7 +72,13 @@ class EventStream(Response):
     async def _read_first(self) -> Sequence[Any] | None:
         event = await self._stream.read()
         self._on_begin()
-        return None if event is None else self._converter.push(event)
+        return await self._chunks(event)
+
+    async def _chunks(self, event: Any) -> Sequence[Any] | None:
+        """Those of an event; None at the end."""
+        if event is None:
+            return None
+        return await offload(event, lambda: self._converter.push(event))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -94,8 +101,7 @@ class EventStream(Response):
                     if not has_text:
                         has_text = True
                         self._on_text()
-                event = await self._stream.read()
-                chunks = None if event is None else self._converter.push(event)
+                chunks = await self._chunks(await self._stream.read())
         finally:
             keep_alives.cancel()
         assert self._converter.complete, "The stream ended without its usage. This is a bug."

@@ -1,5 +1,8 @@
 """Plain completions through the facade, as a client sees them."""
 
+import asyncio
+import json
+import time
 from typing import Any
 
 import httpx
@@ -210,3 +213,41 @@ async def test_errors_of_a_text(client: httpx.AsyncClient, backend: ScriptedBack
     assert [400, 400] == [answer.status_code for answer in (early, whole)]
     assert early.json()["error"]["param"] == "prompt"
     assert '"code":"backend_unavailable"' in late.text.split("\n\n")[-2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_nobody_waits_for_a_long_answer(
+    client: httpx.AsyncClient, backend: ScriptedBackend, streamed: bool
+) -> None:
+    """While the log-probabilities of a long echo become JSON, the event loop goes on."""
+    entries = [text_logprob(logprob("a"), place) for place in range(100_000)]
+    backend.text_script = (
+        header(),
+        text_delta("a" * len(entries), logprobs=entries),
+        text_delta(tokens=2, finish="STOP"),
+        usage(),
+    )
+    longest = 0.0
+
+    async def beat() -> None:
+        nonlocal longest
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(0.001)
+            longest = max(longest, time.monotonic() - before)
+
+    body = json.dumps({"model": MODEL, "prompt": "Say", "logprobs": 1, "stream": streamed})
+    head = f"POST {URL} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+    head += f"connection: close\r\ncontent-length: {len(body)}\r\n\r\n"
+    # Without a client's library, which would look at the answer in this process.
+    reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+    began = time.monotonic()
+    beating = asyncio.create_task(beat())
+    writer.write((head + body).encode())
+    answer = await reader.read()
+    beating.cancel()
+    writer.close()
+
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert longest < (time.monotonic() - began) / 2
