@@ -312,3 +312,16 @@ async def test_identity(client: httpx.AsyncClient, backend: ScriptedBackend) -> 
     assert backend.metadata[0]["x-request-id"] == "order-17"
     assert backend.metadata[0]["traceparent"] == trace
     assert made.headers["x-request-id"].startswith("req_")
+
+
+async def test_an_answer_may_be_larger_than_a_request(
+    client: httpx.AsyncClient, backend: ScriptedBackend
+) -> None:
+    """Its length is what the caller asked for, in choices, tokens and log-probabilities."""
+    text = "a" * 2**24
+    texts = [delta(text, index=index, finish="LENGTH") for index in range(3)]
+    backend.script = (header(), *texts, usage())
+    answer = await post(client, n=3)
+
+    assert 200 == answer.status_code
+    assert [text] * 3 == [choice["message"]["content"] for choice in answer.json()["choices"]]

@@ -7,10 +7,10 @@ import grpc
 
 from trivium.wire.tls.channel import ChannelTls
 
-MAX_MESSAGE_BYTES = 32 * 1024 * 1024
+MAX_MESSAGE_BYTES = 32 * 1024 * 1024  # of a request; answers are as long as was asked for
 
 _OPTIONS: list[tuple[str, str | int]] = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # `http_proxy` in the environment is for the way out, not for one stage to reach the next.
     ("grpc.enable_http_proxy", 0),

@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 _OPTIONS: list[tuple[str, str | int]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", -1),
     ("grpc.so_reuseport", 0),
     # Calls that wait to be picked up; of more than 1,000, gRPC would reset some at random, so that
     # their callers never hear why. What is too much is refused by whoever knows it.
