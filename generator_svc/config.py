@@ -33,7 +33,7 @@ class GeneratorSettings(DoorSettings):
     )
 
     model_directory: Path = Field(description="The model's folder; its name is the model's id.")
-    host: Host = Field("127.0.0.1", description="Address that gRPC and metrics bind to.")
+    host: Host = Field("127.0.0.1", description="Address to listen on, for gRPC and metrics.")
     port: int = Field(50052, ge=0, le=65535, description="gRPC port; 0 takes any free one.")
     metrics_port: int = Field(
         9052,
@@ -47,7 +47,7 @@ class GeneratorSettings(DoorSettings):
         "info", description="Lowest log level that is written."
     )
     log_format: Literal["json", "text"] = Field(
-        "json", description="One JSON object a line, for machines; text is for a person's eyes."
+        "json", description="json: one JSON object per line; text: for reading at a terminal."
     )
     log_name: str = Field("generator_svc", description="Name of this process in its log lines.")
     usage_log: str | None = Field(None, description=USAGE_LOG)
@@ -55,8 +55,8 @@ class GeneratorSettings(DoorSettings):
     usage_log_backups: int = Field(20, ge=1, le=10_000, description=USAGE_LOG_BACKUPS)
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto",
-        description="Where the model runs. auto is CUDA where it works, otherwise the CPU: log, "
-        "trivium_engine_info and GetModelInfo say why. cuda refuses to start without it.",
+        description="Where the model runs. auto: CUDA if it works, otherwise the CPU; the log, "
+        "trivium_engine_info and GetModelInfo say why. cuda: refuse to start without it.",
     )
     cuda_graphs: bool = Field(
         True,
@@ -67,7 +67,7 @@ class GeneratorSettings(DoorSettings):
         0,
         ge=0,
         le=1024,
-        description="Threads of a run on the CPU. 0: one per physical core of the affinity mask, "
+        description="Threads on the CPU. 0: one per physical core of the affinity mask, "
         "no more than a cgroup's CPU quota (rounded down), and at most 16, or one for each 64 MiB "
         "of weights if that is more.",
     )
@@ -126,10 +126,10 @@ class GeneratorSettings(DoorSettings):
         0,
         ge=0,
         le=256,
-        description="Maximum prompts prefilled in one run, padded to one length; prompts that the "
-        "prefix cache holds a part of, or that are cut into chunks, run on their own. 0: 32 on "
-        "CUDA; on the CPU, where padding costs what batching gains, each on its own. Needs a model "
-        "folder of `trivium export` since version 5.",
+        description="Maximum prompts prefilled in one run, padded to one length; prompts with a "
+        "cached prefix, and those cut into chunks, run on their own. 0: 32 on "
+        "CUDA; 1 on the CPU, where padding costs what batching gains. Needs a model "
+        "folder with exporter_version 5 or later in its trivium_export.json.",
     )
     max_n: int = Field(128, ge=1, le=128, description="Maximum n of a request.")
     max_queued_requests: int = Field(
@@ -150,8 +150,8 @@ class GeneratorSettings(DoorSettings):
         100,
         ge=0,
         le=5_000,
-        description="Maximum of that interval, however many streams there are and messages that "
-        "makes (ms). 0: every token is sent at once.",
+        description="Maximum of that interval (ms), even if more messages per second result. "
+        "0: every token is sent at once.",
     )
     constraint_cache_bytes: int = Field(
         16 * 2**20, ge=0, description="Size of the LRU cache of compiled constraints, in bytes."
@@ -160,14 +160,14 @@ class GeneratorSettings(DoorSettings):
         MAX_CONNECTION_AGE_SECONDS,
         ge=1,
         le=86_400,
-        description="Seconds after which a caller has to connect anew, upon which gRPC clients "
-        "resolve the generators' name and load balancers choose anew: new replicas get their share "
-        "of these calls within this time. The tokenizer needs no such time.",
+        description="Seconds after which a caller has to reconnect, so that gRPC clients "
+        "resolve the generators' name again and load balancers pick again: new replicas get their "
+        "share of calls within this time. The tokenizer does not depend on it.",
     )
     drain_notice_seconds: float = Field(
         5.0,
         ge=0,
-        description="Seconds at a stop signal in which health checks fail and all is still served.",
+        description="Seconds after a stop signal in which health checks fail but calls are served.",
     )
     drain_seconds: float = Field(
         30.0,

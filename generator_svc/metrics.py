@@ -73,14 +73,14 @@ class RequestMetrics(Collector):
         ).labels(**labels)
         self.next_token = TokenHistogram(
             "trivium_engine_inter_token_latency_seconds",
-            "Time between two tokens of a sequence, as they arise; in how many messages they leave "
-            "says trivium_engine_message_tokens",
+            "Time between two tokens of a sequence, as sampled; trivium_engine_message_tokens has "
+            "how they are merged into messages",
             _NEXT_TOKEN_BUCKETS,
             registry,
         ).labels(model)
         self._message_tokens = Histogram(
             "trivium_engine_message_tokens",
-            "Tokens of a message to a caller, those of all its choices: 1 unless they are merged",
+            "Tokens per message to a caller, over all its choices: 1 unless merged",
             ["model_name"],
             registry=registry,
             buckets=_MESSAGE_BUCKETS,
@@ -162,7 +162,9 @@ def register_info(
         "slots": str(device.slots),
         "slot_length": str(device.slot_length),
     }
-    text = "1; its labels say how large the KV cache is: blocks as in vLLM, on a CPU too, and slots"
+    text = (
+        "1; its labels say how large the KV cache is: blocks as in vLLM, also on a CPU, and slots"
+    )
     _info(registry, "vllm:cache_config_info", text, labels)
 
 
@@ -212,7 +214,7 @@ class EngineCollector(Collector):
         steps = self._meter.steps.copy()
         histogram = HistogramMetricFamily(
             "vllm:iteration_tokens_total",
-            "Tokens, prefilled and decoded, of a step of the engine",
+            "Tokens, prefilled and decoded, per step of the engine",
             labels=["model_name"],
         )
         buckets = [

@@ -33,7 +33,7 @@ class UsageMetrics:
         labels = ["model_name", "key"]
         self._nanoseconds = Counter(
             "trivium_key_device_nanoseconds",
-            "Device time of ended calls by key; empty where none is asked for",
+            "Device time of ended calls by key; empty if no key is required",
             labels,
             registry=registry,
         )

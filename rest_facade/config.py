@@ -33,16 +33,16 @@ class FacadeSettings(DoorSettings):
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     reuse_port: bool = Field(
         False,
-        description="Share the port with other facades of this machine (SO_REUSEPORT), over which "
-        "Linux spreads new connections evenly. METRICS_PORT is required then.",
+        description="Share the port with other facades on this machine (SO_REUSEPORT), over which "
+        "Linux spreads new connections evenly. Requires METRICS_PORT.",
     )
     metrics_port: int = Field(
         0,
         ge=0,
         le=65535,
         validate_default=True,
-        description="Port of an HTTP server with /metrics, which PORT then has not, /healthz and "
-        "/livez, never over TLS; 0: metrics are on PORT.",
+        description="Port of a separate HTTP server with /metrics (then no longer on PORT), "
+        "/healthz and /livez, never over TLS; 0: metrics are on PORT.",
     )
     tokenizer_target: Annotated[str, AfterValidator(check_target)] = Field(
         "127.0.0.1:50051",
@@ -63,14 +63,13 @@ class FacadeSettings(DoorSettings):
     limits_url: str | None = Field(None, description=LIMITS_URL)
     cors_origins: str | None = Field(
         None,
-        description="Origins whose pages may call this server from a browser, separated by "
-        "commas (`https://chat.example.org,http://localhost:3000`); `*` is all. Without it no "
-        "page may.",
+        description="CORS: origins whose pages may call this server from a browser, separated by "
+        "commas (`https://chat.example.org,http://localhost:3000`); `*` allows all. Not set: none.",
     )
     chat_page: bool = Field(
         True,
-        description="Serve a page at / to talk to the models; without it / is unknown. The page "
-        "itself needs no key, and asks for one where the API does.",
+        description="Serve a chat page at /; if false, / is 404. The page itself needs no key, and "
+        "asks for one if the API does.",
     )
     docs: bool = Field(True, description="Serve the API's description: /docs and /openapi.json.")
     metrics: bool = Field(True, description="Serve /metrics, if METRICS_PORT is 0.")
@@ -78,8 +77,8 @@ class FacadeSettings(DoorSettings):
         8 * 2**20,
         ge=1024,
         le=31 * 2**20,
-        description="Largest request body in bytes. While one is "
-        "parsed, running streams wait for some 5 ms a MiB.",
+        description="Maximum size of a request body in bytes. Parsing one "
+        "holds up running streams for about 5 ms per MiB.",
     )
     body_read_seconds: float = Field(
         30.0, gt=0, le=3600, description="Seconds within which a request body must have arrived."
@@ -88,22 +87,22 @@ class FacadeSettings(DoorSettings):
         None,
         gt=0,
         le=86_400,
-        description="Seconds a completion may take in all; then 504. Not set: no limit.",
+        description="Maximum seconds for a whole completion; then 504. Not set: no limit.",
     )
     keep_alive_seconds: float = Field(
         15.0,
         gt=0,
         le=3600,
         description="Seconds of silence in a stream after which a comment is sent. A request that "
-        "fails within them has its own HTTP status; later its stream has begun.",
+        "fails before the first one gets an HTTP error status, later an error event.",
     )
     idle_connection_seconds: int = Field(
         75,
         ge=1,
         le=3600,
-        description="Seconds after its last answer for which a connection is kept open, and within "
-        "which the head of a request has to be whole. Clients and proxies should drop theirs "
-        "earlier (nginx: 60), so that no request meets a connection that is being closed.",
+        description="Seconds for which an idle connection is kept open, and within which the head "
+        "of a request has to arrive. Clients and proxies should close theirs earlier (nginx: 60), "
+        "so that no request is sent on a connection that is being closed.",
     )
     health_timeout_seconds: float = Field(
         1.0, gt=0, le=60, description="Seconds /health waits for the tokenizer's answer."
@@ -112,16 +111,16 @@ class FacadeSettings(DoorSettings):
         5.0,
         ge=0,
         le=600,
-        description="Seconds at a stop signal in which /health fails and all is still served.",
+        description="Seconds after a stop signal in which /health fails but requests are served.",
     )
     drain_seconds: float = Field(
         30.0, ge=0, le=3600, description="Seconds after that in which running requests may finish."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="Least severe level that is logged."
+        "info", description="Lowest log level that is written."
     )
     log_format: Literal["json", "text"] = Field(
-        "json", description="One JSON object a line, for machines; text is for a person's eyes."
+        "json", description="json: one JSON object per line; text: for reading at a terminal."
     )
     log_name: str = Field("rest_facade", description="Name of this process in its log lines.")
     usage_log: str | None = Field(None, description=USAGE_LOG)

@@ -29,13 +29,13 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "trivium_http_requests",
-            "HTTP requests answered, by route and status; 499: the client left before its answer.",
+            "HTTP requests answered, by route and status; 499: the client left first.",
             ("route", "status"),
             registry=self.registry,
         )
         self.seconds = Histogram(
             "trivium_http_request_seconds",
-            "Time from a request's head to the end of its answer.",
+            "Time from a request's headers to the end of its answer.",
             ("route",),
             buckets=_SECONDS,
             registry=self.registry,
@@ -45,7 +45,7 @@ class Metrics:
         )
         self.first_token_seconds = Histogram(
             "trivium_http_time_to_first_token_seconds",
-            "Time from a streaming request's head to its first text.",
+            "Time from a streaming request's headers to its first text.",
             buckets=_SECONDS,
             registry=self.registry,
         )
@@ -57,7 +57,7 @@ class Metrics:
         )
         self.disconnects = Counter(
             "trivium_http_disconnects",
-            "Clients that left before their answer was complete.",
+            "Clients that disconnected before their answer was complete.",
             registry=self.registry,
         )
         self.stream_errors = Counter(

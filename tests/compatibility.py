@@ -47,7 +47,7 @@ CHAT_REQUEST = (
     Row(
         "model",
         "required",
-        "required; 404 `model_not_found` if there is none such",
+        "required; 404 `model_not_found` if unknown",
         f"{_P}test_models",
     ),
     Row("messages", "required, at least one", _SAME, f"{_V}test_missing_fields"),
@@ -72,22 +72,22 @@ CHAT_REQUEST = (
     ),
     Row(
         "messages[].tool_call_id",
-        "required of role `tool`; must answer a call",
-        "required of role `tool`; whether it answers a call is not checked",
+        "required for role `tool`; must answer a call",
+        "required for role `tool`; whether it answers a call is not checked",
         f"{_V}test_refused_messages",
     ),
     Row(
         "messages[].refusal",
-        "what an assistant refused with",
+        "an assistant's refusal",
         f"empty or null; text {_NO_VALUE}",
         f"{_V}test_refused_messages",
     ),
     Row("messages[].function_call", "deprecated", _NO, f"{_V}test_refused_messages"),
-    Row("messages[].audio", "a former audio answer", _NO, f"{_V}test_refused_messages"),
+    Row("messages[].audio", "an earlier audio answer", _NO, f"{_V}test_refused_messages"),
     Row(
         "messages[].reasoning_content",
         _NOT_PUBLISHED,
-        "extension: an assistant's reasoning; `reasoning` is another name",
+        "extension: an assistant's reasoning; `reasoning` is an alias",
         f"{_F}test_reasoning_in_history",
     ),
     Row(
@@ -107,19 +107,19 @@ CHAT_REQUEST = (
     Row(
         "logit_bias",
         "-100 to 100 by token id",
-        "the same; ids that do not exist are 400",
+        "the same; unknown ids are 400",
         f"{_P}test_bad_fields_are_named",
     ),
     Row(
         "max_completion_tokens",
-        "longest answer, default the model's own limit",
-        "the same, without hidden reasoning; default the end of the context, or "
+        "maximum length of the answer, default the model's own limit",
+        "the same, but no reasoning is hidden; default the end of the context, or "
         "TRIVIUM_TOKENIZER_DEFAULT_MAX_TOKENS",
         "tokenizer_svc/test_chat_service.py::test_the_longest_answer_unless_told_otherwise",
     ),
     Row(
         "max_tokens",
-        "deprecated name of it",
+        "deprecated name of `max_completion_tokens`",
         "the same; both and different 400",
         f"{_C}test_max_tokens_is_the_old_name",
     ),
@@ -127,13 +127,14 @@ CHAT_REQUEST = (
     Row(
         "seed",
         "best effort",
-        "exact, whatever else runs, under one `system_fingerprint`; -1 is none, as in vLLM",
+        "exact on the CPU, whatever else runs, under one `system_fingerprint`; -1 is none, as in "
+        "vLLM",
         f"{_P}test_a_seed_gives_the_same_tokens_under_any_load",
     ),
     Row(
         "n",
         "1 to 128",
-        "the same; an operator may lower it",
+        "the same; the operator may set a lower maximum",
         f"{_P}test_choices_interleave_and_finish_apart",
     ),
     Row("stream", "server-sent events", _SAME, f"{_C}test_stream"),
@@ -154,49 +155,49 @@ CHAT_REQUEST = (
     Row(
         "top_logprobs",
         "0 to 20, needs `logprobs`",
-        "the same; 0 without `logprobs` asks for nothing",
+        "the same; 0 without `logprobs` is ignored",
         f"{_C}test_no_alternatives_of_no_logprobs",
     ),
     Row(
         "response_format",
         "`text`, `json_object`, `json_schema`",
-        "the same; without `strict` too a schema is enforced [as far as it can be](#json-schema)",
+        "the same; a schema without `strict` is enforced too, [as far as possible](#json-schema)",
         f"{_R}test_a_schema_is_kept_to",
     ),
     Row(
         "response_format.schema",
         _NOT_PUBLISHED,
-        "extension, as llama.cpp: the schema of `json_object` or `json_schema`, without a name; "
-        "`value` is the same, as in TGI and from Hugging Face's client",
+        "extension, as in llama.cpp: the schema of `json_object` or `json_schema`, without a name; "
+        "`value` is an alias, for TGI's and Hugging Face's clients",
         f"{_F}test_formats_arrive",
     ),
     Row(
         "tools",
         "up to 128 of type `function` or `custom`",
         f"up to 128 of type `function`, which is the default, as in vLLM; `custom` {_NO_VALUE}; "
-        "names are unique",
+        "names must be unique",
         f"{_V}test_refused_tools",
     ),
     Row(
         "tools[].function.parameters",
         "a JSON Schema; omitted, the function has none",
-        "the same; fields that it does not name are not made, unless it has "
-        "`additionalProperties`, and without any word of fields, as `{}` or "
-        '`{"type": "object"}`, there are none',
+        "the same; properties it does not list are not generated, unless it has "
+        "`additionalProperties`; if it lists none, as `{}` or "
+        '`{"type": "object"}`, the arguments are `{}`',
         "tokenizer_svc/test_grammar.py::test_a_function_without_fields_is_given_none",
     ),
     Row(
         "tools[].function.strict",
         "arguments keep to the schema exactly",
-        "the same, of any schema that can be [enforced](#json-schema), else 400; without it the "
-        "schema is enforced as far as it can be",
+        "the same for every schema that can be [enforced](#json-schema), else 400; without it the "
+        "schema is enforced as far as possible",
         f"{_R}test_a_tool_that_cannot_be_enforced_hinders_no_request",
     ),
     Row(
         "tool_choice",
         "`none`, `auto`, `required`, a function, `allowed_tools`, a custom tool",
         f"`none`, `auto`, `required`, a function; else {_NO_VALUE}; a call cut off by "
-        "`max_tokens` is reported as far as it goes, and its markup is never content",
+        "`max_tokens` is returned as far as it goes, and its markup is never content",
         f"{_R}test_forced_calls",
     ),
     Row("parallel_tool_calls", "default true", _SAME, f"{_F}test_tools_arrive"),
@@ -211,11 +212,11 @@ CHAT_REQUEST = (
     ),
     Row("verbosity", "`low`, `medium`, `high`", f"`medium`; else {_NO_VALUE}", _REFUSED),
     Row("modalities", "`text`, `audio`", f"`text`; else {_NO_VALUE}", _REFUSED),
-    Row("audio", "form of an audio answer", _NO, _REFUSED),
+    Row("audio", "format of an audio answer", _NO, _REFUSED),
     Row("prediction", "predicted output", _NO, _REFUSED),
     Row("web_search_options", "web search", _NO, _REFUSED),
     Row("moderation", "moderated answers", _NO, _REFUSED),
-    Row("store", "keeps the answer", f"false; true {_NO_VALUE}: nothing is kept", _REFUSED),
+    Row("store", "stores the answer", f"false; true {_NO_VALUE}: nothing is stored", _REFUSED),
     Row(
         "service_tier",
         "`auto`, `default`, `flex`, `priority`, …",
@@ -225,81 +226,81 @@ CHAT_REQUEST = (
     Row(
         "prompt_cache_key",
         "helps the cache",
-        f"{_IGNORED}: prefixes are found by their tokens",
+        f"{_IGNORED}: prefixes are matched by their tokens",
         f"{_V}test_harmless_fields",
     ),
     Row(
         "prompt_cache_retention", "`in_memory`, `24h`", f"`in_memory`; `24h` {_NO_VALUE}", _REFUSED
     ),
     Row("prompt_cache_options", "explicit caching", _NO, _REFUSED),
-    Row("safety_identifier", "who asks", _IGNORED, f"{_V}test_harmless_fields"),
-    Row("user", "who asks", "the same, up to 512 characters", f"{_V}test_wording"),
-    Row("metadata", "16 labels", "the same; nothing is done with them", _ARRIVES),
-    Row("top_k", _NOT_PUBLISHED, "extension, as vLLM: -1 or more", _ARRIVES),
-    Row("min_p", _NOT_PUBLISHED, "extension, as vLLM: 0 to 1", _ARRIVES),
+    Row("safety_identifier", "the end user", _IGNORED, f"{_V}test_harmless_fields"),
+    Row("user", "the end user", "the same, up to 512 characters", f"{_V}test_wording"),
+    Row("metadata", "up to 16 key-value pairs", "the same; not used", _ARRIVES),
+    Row("top_k", _NOT_PUBLISHED, "extension, as in vLLM: -1 or more", _ARRIVES),
+    Row("min_p", _NOT_PUBLISHED, "extension, as in vLLM: 0 to 1", _ARRIVES),
     Row(
         "top_n_sigma",
         _NOT_PUBLISHED,
-        "extension, as llama.cpp: -1 to 100, 0 or less is off",
+        "extension, as in llama.cpp: -1 to 100, 0 or less is off",
         "generator_svc/test_generator_sampler.py::test_top_n_sigma_keeps_what_is_near_the_best",
     ),
-    Row("repetition_penalty", _NOT_PUBLISHED, "extension, as vLLM: above 0 to 10", _ARRIVES),
+    Row("repetition_penalty", _NOT_PUBLISHED, "extension, as in vLLM: above 0 to 10", _ARRIVES),
     Row(
         "min_tokens",
         _NOT_PUBLISHED,
-        "extension, as vLLM; more than the context has left is 400",
+        "extension, as in vLLM; more than the context has left is 400",
         f"{_P}test_lengths",
     ),
-    Row("ignore_eos", _NOT_PUBLISHED, "extension, as vLLM", f"{_P}test_lengths"),
-    Row("stop_token_ids", _NOT_PUBLISHED, "extension, as vLLM: up to 64", _TEMPLATE),
-    Row("include_stop_str_in_output", _NOT_PUBLISHED, "extension, as vLLM", _TEMPLATE),
-    Row("skip_special_tokens", _NOT_PUBLISHED, "extension, as vLLM", _TEMPLATE),
+    Row("ignore_eos", _NOT_PUBLISHED, "extension, as in vLLM", f"{_P}test_lengths"),
+    Row("stop_token_ids", _NOT_PUBLISHED, "extension, as in vLLM: up to 64", _TEMPLATE),
+    Row("include_stop_str_in_output", _NOT_PUBLISHED, "extension, as in vLLM", _TEMPLATE),
+    Row("skip_special_tokens", _NOT_PUBLISHED, "extension, as in vLLM", _TEMPLATE),
     Row(
         "structured_outputs",
         _NOT_PUBLISHED,
-        "extension, as vLLM: one of `json`, `regex`, `choice`, `grammar`, `json_object`",
+        "extension, as in vLLM: one of `json`, `regex`, `choice`, `grammar`, `json_object`",
         f"{_R}test_constraints_are_kept_to",
     ),
     Row(
         "guided_json",
         _NOT_PUBLISHED,
-        "extension: vLLM's old name of `structured_outputs.json`",
+        "extension: vLLM's old name for `structured_outputs.json`",
         _FORMS,
     ),
-    Row("guided_regex", _NOT_PUBLISHED, "extension: the same of `regex`", _FORMS),
-    Row("guided_choice", _NOT_PUBLISHED, "extension: the same of `choice`", _FORMS),
+    Row("guided_regex", _NOT_PUBLISHED, "extension: likewise for `regex`", _FORMS),
+    Row("guided_choice", _NOT_PUBLISHED, "extension: likewise for `choice`", _FORMS),
     Row(
         "guided_grammar",
         _NOT_PUBLISHED,
-        "extension: the same of `grammar`; the grammar is llguidance's Lark, or GBNF",
+        "extension: likewise for `grammar`, in llguidance's variant of Lark or GBNF",
         _FORMS,
     ),
     Row(
         "regex",
         _NOT_PUBLISHED,
-        "extension: SGLang's name of `structured_outputs.regex`",
+        "extension: SGLang's name for `structured_outputs.regex`",
         _FORMS,
     ),
     Row(
         "ebnf",
         _NOT_PUBLISHED,
-        "extension: SGLang's name of `structured_outputs.grammar`",
+        "extension: SGLang's name for `structured_outputs.grammar`",
         _FORMS,
     ),
     Row(
         "json_schema",
         _NOT_PUBLISHED,
-        "extension: SGLang's and llama-server's name of `structured_outputs.json`",
+        "extension: SGLang's and llama-server's name for `structured_outputs.json`",
         _FORMS,
     ),
     Row(
         "chat_template_kwargs",
         _NOT_PUBLISHED,
-        "extension, as vLLM: those that the operator allows",
+        "extension, as in vLLM: those that the operator allows",
         _TEMPLATE,
     ),
-    Row("continue_final_message", _NOT_PUBLISHED, "extension, as vLLM", _TEMPLATE),
-    Row("add_generation_prompt", _NOT_PUBLISHED, "extension, as vLLM", _TEMPLATE),
+    Row("continue_final_message", _NOT_PUBLISHED, "extension, as in vLLM", _TEMPLATE),
+    Row("add_generation_prompt", _NOT_PUBLISHED, "extension, as in vLLM", _TEMPLATE),
     Row(
         "null",
         "the same as absence, where it is allowed",
@@ -309,7 +310,7 @@ CHAT_REQUEST = (
     Row(
         "unknown fields",
         "400",
-        "ignored; those that mean something to vLLM or llama-server are 400",
+        "ignored; known fields of vLLM or llama-server that are not supported are 400",
         f"{_V}test_harmless_fields",
     ),
 )
@@ -327,7 +328,7 @@ CHAT_ANSWER = (
     Row(
         "choices[].message.content",
         "text or null",
-        "null only beside tool calls or reasoning",
+        "null only with tool calls or reasoning",
         f"{_F}test_tool_calls",
     ),
     Row(
@@ -350,7 +351,7 @@ CHAT_ANSWER = (
     Row(
         "choices[].logprobs.content[].bytes",
         "bytes or null",
-        "always bytes, also of parts of a character",
+        "always bytes, also for parts of a character",
         f"{_P}test_logprobs_fit_the_text",
     ),
     Row(
@@ -361,13 +362,13 @@ CHAT_ANSWER = (
     ),
     Row(
         "choices[].delta",
-        "a role chunk, what is new, and an empty one with the finish reason",
+        "a role chunk, content chunks, and an empty one with the finish reason",
         _SAME,
         f"{_C}test_stream",
     ),
     Row(
         "choices[].delta.tool_calls",
-        "id, type and name first and once, then arguments in pieces",
+        "id, type and name in the first piece only, then arguments in pieces",
         _SAME,
         f"{_F}test_streamed_tool_calls",
     ),
@@ -394,7 +395,7 @@ CHAT_ANSWER = (
     Row(
         "data: [DONE]",
         "ends a stream",
-        "the same, and no stream that failed",
+        "the same; a failed stream has none",
         f"{_E}test_error_in_the_middle",
     ),
 )
@@ -402,27 +403,27 @@ CHAT_ANSWER = (
 COMPLETION_REQUEST = (
     Row(
         "prompt",
-        "text, texts, tokens or lists of tokens",
-        "the same, up to 128; required; text may spell out control tokens, as in vLLM",
+        "a string, strings, token ids or lists of token ids",
+        "the same, up to 128; required; text may contain special tokens, as in vLLM",
         f"{_T}test_prompts_arrive",
     ),
     Row(
         "max_tokens",
         "default 16, 0 or more",
-        "default 16, or `min_tokens`; 1 or more; `max_completion_tokens` is the same",
+        "default 16, or `min_tokens` if larger; 1 or more; `max_completion_tokens` is an alias",
         f"{_T}test_every_field_of_a_text_arrives",
     ),
     Row(
         "add_special_tokens",
         _NOT_PUBLISHED,
-        "extension, as vLLM: whether a prompt of text begins as the tokenizer begins one",
+        "extension, as in vLLM: whether BOS and the like are added to text prompts; default true",
         "tokenizer_svc/test_completions.py::test_prompts_may_spell_out_control_tokens",
     ),
     Row(
         "echo",
         "the text begins with the prompt",
-        "the same; with `logprobs` also those of the prompt's tokens, which are computed anew "
-        "then: at most 524,288 in one answer, alternatives included",
+        "the same; with `logprobs` also those of the prompt's tokens, without the prefix cache: at "
+        "most 524,288 in one answer, alternatives included",
         f"{_R}test_a_prompt_is_scored",
     ),
     Row("logprobs", "0 to 5", _SAME, f"{_T}test_logprobs_of_a_text"),
@@ -458,7 +459,7 @@ COMPLETION_ANSWER = (
     ),
     Row(
         "choices[].logprobs",
-        "parallel arrays; the taken token is among the likeliest",
+        "parallel arrays; the sampled token is always in `top_logprobs`",
         _SAME,
         f"{_T}test_logprobs_of_a_text",
     ),
@@ -485,8 +486,13 @@ COMPLETION_ANSWER = (
 MODELS = (
     Row("GET /v1/models", "a list", _SAME, f"{_C}test_models"),
     Row("id, object, created, owned_by", "always there", _SAME, f"{_C}test_models"),
-    Row("context_length", _NOT_PUBLISHED, "extension, as OpenRouter", f"{_C}test_models"),
-    Row("max_model_len", _NOT_PUBLISHED, "extension, as vLLM: the same number", f"{_C}test_models"),
+    Row("context_length", _NOT_PUBLISHED, "extension, as in OpenRouter", f"{_C}test_models"),
+    Row(
+        "max_model_len",
+        _NOT_PUBLISHED,
+        "extension, as in vLLM: the same number",
+        f"{_C}test_models",
+    ),
 )
 
 ERRORS = (
@@ -518,7 +524,7 @@ ERRORS = (
     Row(
         "x-request-id",
         "in every answer",
-        "the same; a sane one of the client's is kept",
+        "the same; a valid one sent by the client is kept",
         f"{_C}test_identity",
     ),
 )
@@ -527,14 +533,14 @@ TOKENS = (
     Row(
         "POST /tokenize",
         _NOT_PUBLISHED,
-        "as vLLM, for a prompt or messages; without `return_token_strs`",
+        "as in vLLM, for a prompt or messages; without `return_token_strs`",
         f"{_K}test_tokenize_a_text",
     ),
-    Row("POST /detokenize", _NOT_PUBLISHED, "as vLLM", f"{_K}test_detokenize"),
+    Row("POST /detokenize", _NOT_PUBLISHED, "as in vLLM", f"{_K}test_detokenize"),
     Row(
         "GET, POST /tokenizer_info",
         _NOT_PUBLISHED,
-        "as vLLM: names of tokenizer_config.json",
+        "as in vLLM: fields of tokenizer_config.json",
         f"{_K}test_tokenizer_info",
     ),
 )
@@ -544,9 +550,9 @@ SCHEMA_KEYWORDS = (
     Keyword("`type`, `anyOf`, `allOf`", _ENFORCED, _ENFORCED),
     Keyword(
         "`enum`, `const`",
-        "enforced; 400 with control characters but `\\b`, `\\f`, `\\n`, `\\r` and `\\t`, and with "
-        "numbers of more than 15 digits that would be rounded",
-        "enforced; dropped with these",
+        "enforced; 400 with control characters except `\\b`, `\\f`, `\\n`, `\\r` and `\\t`, and "
+        "with numbers of more than 15 digits that would be rounded",
+        "enforced; dropped in these cases",
     ),
     Keyword(
         "`$ref`, `$defs`, `definitions`, `$anchor`",
@@ -555,19 +561,19 @@ SCHEMA_KEYWORDS = (
     ),
     Keyword(
         "`properties`, `required`, `additionalProperties`",
-        "enforced; fields come in the schema's order; where it does not say whether there may be "
-        "others than `properties`, there are none",
+        "enforced, in the schema's order; if an object lists `properties` and has no keyword that "
+        "allows others, such as `additionalProperties`, there are no others, as in vLLM",
         "the same",
     ),
     Keyword(
         "`patternProperties`",
-        "enforced where no name can fit two patterns; else 400",
-        "the same; else any of their schemas for all names",
+        "enforced if no name can match two patterns; else 400",
+        "the same; else every name may have any of their schemas",
     ),
     Keyword(
         "`minProperties`, `maxProperties`",
-        "enforced where all of `properties` are required; else 400; so is `minProperties` beyond "
-        "the number of `required` names and one, as other properties may be written twice",
+        "enforced if all of `properties` are required; else 400; `minProperties` greater than the "
+        "number of `required` names plus one is 400 too, as additional names may repeat",
         "the same; else dropped; repeated names may count",
     ),
     Keyword(
@@ -576,7 +582,7 @@ SCHEMA_KEYWORDS = (
     Keyword("`minLength`, `maxLength`", _ENFORCED, _ENFORCED),
     Keyword(
         "`pattern`",
-        "enforced, as ECMA-262 has it; 400 with lookarounds, `\\b` or references",
+        "enforced, by ECMA-262; 400 with lookarounds, `\\b` or backreferences",
         "the same, without these",
     ),
     Keyword(
@@ -587,17 +593,17 @@ SCHEMA_KEYWORDS = (
     ),
     Keyword(
         "`minimum`, `maximum`, `exclusiveMinimum`, `exclusiveMaximum`",
-        "enforced; those of more than 15 digits may be rounded inwards, to at most 2^63 - 1024",
+        "enforced; bounds of more than 15 digits may be rounded inwards, to at most 2^63 - 1024",
         "the same; dropped beyond that",
     ),
     Keyword(
         "`multipleOf`",
         _ENFORCED,
-        "enforced up to 10,000, not counting zeros at the end; else dropped",
+        "enforced up to 10,000, not counting trailing zeros; else dropped",
     ),
     Keyword(
         "`oneOf`",
-        "enforced where its schemas are plainly apart, such as by a required property that is a "
+        "enforced if its schemas are clearly disjoint, such as by a required property that is a "
         "`const` or `enum` of strings; else 400",
         "as `anyOf`",
     ),
@@ -606,10 +612,10 @@ SCHEMA_KEYWORDS = (
         "`propertyNames`, `unevaluatedProperties`, `uniqueItems`, `contains`, `minContains`, "
         "`maxContains`, `unevaluatedItems`, `$dynamicRef`, `$dynamicAnchor`, "
         "`$recursiveRef`",
-        "400, unless the value forbids nothing, as `uniqueItems: false`",
+        "400, unless the value forbids nothing, such as `uniqueItems: false`",
         "dropped",
     ),
-    Keyword("all others", "without meaning", "without meaning"),
+    Keyword("all others", "ignored", "ignored"),
 )
 
 TABLES: dict[str, tuple[Row, ...]] = {

@@ -80,7 +80,9 @@ class TokenizerSettings(DoorSettings):
     )
 
     host: Host = Field("127.0.0.1", description="Address to listen on, for gRPC and metrics.")
-    port: int = Field(50051, ge=0, le=65535, description="Port of the gRPC server; 0 for any.")
+    port: int = Field(
+        50051, ge=0, le=65535, description="Port of the gRPC server; 0 takes a free one."
+    )
     metrics_port: int = Field(
         9051,
         ge=0,
@@ -110,8 +112,8 @@ class TokenizerSettings(DoorSettings):
         (),
         description=(
             "Several models instead of the one of MODEL_DIRECTORY: a JSON list of objects with "
-            "model_directory, generator_target, aliases, tool_parser, reasoning_parser and "
-            "default_max_tokens, of which all but the first may be absent."
+            "model_directory (required), generator_target, aliases, tool_parser, "
+            "reasoning_parser and default_max_tokens."
         ),
     )
     model_directory: Path | None = Field(
@@ -120,29 +122,29 @@ class TokenizerSettings(DoorSettings):
         description="The model's folder; its name is the model's id. Required without MODELS.",
     )
     tool_parser: Literal["auto", "none", "hermes", "llama3_json", "mistral", "harmony"] = Field(
-        "auto", description="The format of tool calls; auto takes it from the chat template."
+        "auto", description="The format of tool calls; auto detects it from the chat template."
     )
     reasoning_parser: Literal["auto", "none", "deepseek_r1", "qwen3", "harmony"] = Field(
-        "auto", description="The format of reasoning; auto takes it from the chat template."
+        "auto", description="The format of reasoning; auto detects it from the chat template."
     )
     chat_template_kwargs: str = Field(
         "enable_thinking,thinking,reasoning_effort",
-        description="Names of template variables that requests may set, separated by commas.",
+        description="Variables that chat_template_kwargs may set, separated by commas.",
     )
     default_max_tokens: int | None = Field(
         None,
         ge=1,
         description=(
             "Maximum output tokens of a chat that sets neither max_completion_tokens nor "
-            "max_tokens. Unset: up to the end of the context."
+            "max_tokens. Not set: up to the end of the context."
         ),
     )
     fold_messages: bool = Field(
         True,
         description=(
-            "Whether a conversation that the chat template refuses, or shows only in part, is "
-            "folded into one that it takes: later system messages (or all) into the user's next to "
-            "them, neighbours of one role into one message. Without, it is refused with 400 "
+            "Rewrite a conversation that the chat template refuses or shows only in part: "
+            "merge later (or all) system messages into the adjacent user message, and adjacent "
+            "messages of one role into one. If false, it is refused with 400 "
             "invalid_chat_template_input."
         ),
     )
@@ -150,14 +152,14 @@ class TokenizerSettings(DoorSettings):
         MAX_CONNECTION_AGE_SECONDS,
         ge=1,
         le=86_400,
-        description="Seconds after which a caller has to connect anew, upon which gRPC clients "
-        "resolve the tokenizers' name and load balancers choose anew: new replicas get their share "
-        "of these calls within this time. The facade needs no such time.",
+        description="Seconds after which a caller has to reconnect, so that gRPC clients "
+        "resolve the tokenizers' name again and load balancers pick again: new replicas get their "
+        "share of calls within this time. The facade does not depend on it.",
     )
     drain_notice_seconds: float = Field(
         5.0,
         ge=0,
-        description="Seconds at a stop signal in which health checks fail and all is still served.",
+        description="Seconds after a stop signal in which health checks fail but calls are served.",
     )
     drain_seconds: float = Field(
         30.0,
@@ -165,10 +167,10 @@ class TokenizerSettings(DoorSettings):
         description="Seconds after that in which running calls may finish.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="The least severe messages that are logged."
+        "info", description="Lowest log level that is written."
     )
     log_format: Literal["json", "text"] = Field(
-        "json", description="One JSON object a line, for machines; text is for a person's eyes."
+        "json", description="json: one JSON object per line; text: for reading at a terminal."
     )
     log_name: str = Field("tokenizer_svc", description="Name of this process in its log lines.")
 

@@ -53,8 +53,8 @@ class Metrics:
         )
         self.success = Counter(
             "vllm:request_success_total",
-            "Requests that ended after their admission, by reason: length if any choice was cut, "
-            "abort if the caller left.",
+            "Admitted requests that ended, by reason: length if any choice was cut off, abort if "
+            "the caller left.",
             [*_LABELS, "finished_reason"],
             registry=registry,
         )

@@ -25,13 +25,13 @@ STANDARD_OUTPUT = "-"
 
 # Of each setting, in all services that write records.
 USAGE_LOG = (
-    "Where usage records are written, one JSON line for each request: a folder, in which they go "
-    "to LOG_NAME.usage.jsonl, or `-` for standard output. Without it none are written."
+    "Where usage records are written, one JSON line per request: a folder, for the file "
+    "LOG_NAME.usage.jsonl in it, or `-` for standard output. Not set: none are written."
 )
 USAGE_LOG_MAX_BYTES = (
-    "Size at which that file becomes LOG_NAME.usage.jsonl.1, and that one .2, and so on."
+    "Size at which that file is rotated to LOG_NAME.usage.jsonl.1, that one to .2, and so on."
 )
-USAGE_LOG_BACKUPS = "How many of these are kept; records beyond them are lost."
+USAGE_LOG_BACKUPS = "How many rotated files are kept; older ones are deleted."
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class UsageLog:
         self._is_failing = False
         self._lost = Counter(
             "trivium_usage_records_lost",
-            "Usage records that could not be written, as of a full disk; the log says why",
+            "Usage records that could not be written, e.g. to a full disk; the log says why",
             registry=registry,
         )
 

@@ -23,19 +23,19 @@ Opened = TypeVar("Opened")
 # Of each setting, in all services that have it.
 API_KEYS_FILE = (
     "File of the accepted API keys, by their SHA-256 digests: TOML with names, models, limits and "
-    "expiry, or one digest (hex) a line, then an optional name; # starts a comment. Read again "
-    "when it changes. Without it no key is asked for."
+    "expiry, or one digest (hex) per line, then an optional name; # starts a comment. Read again "
+    "when it changes. Not set: no key is required."
 )
 STAGE_KEYS_FILE = (
-    "File of the accepted API keys as in TRIVIUM_FACADE_API_KEYS_FILE, of which only those of "
-    "stages open this one. Without it no key is asked for."
+    "File of API keys as in TRIVIUM_FACADE_API_KEYS_FILE, of which only those of stages are "
+    "accepted here. Not set: no key is required."
 )
 LIMITS_URL = (
-    "Redis or Valkey in which all processes count the limits of keys together, such as "
+    "Redis or Valkey in which all processes share the counts for the limits of keys, such as "
     "redis://host:6379/0; needs trivium[redis]. Without it, and while it cannot be reached, each "
-    "process counts for itself."
+    "process counts on its own."
 )
-REFLECTION = "Answer gRPC reflection, by which tools such as grpcurl learn the protocol."
+REFLECTION = "Serve gRPC reflection, which tools such as grpcurl use."
 
 
 class DoorSettings(ServerTlsSettings):
@@ -46,8 +46,8 @@ class DoorSettings(ServerTlsSettings):
     api_keys_file: Path | None = Field(None, description=API_KEYS_FILE)
     allow_unauthenticated_remote: bool = Field(
         False,
-        description="Listen on an address that others can reach although neither API keys nor "
-        "certificates are asked for.",
+        description="Listen on an address that other hosts can reach although neither API keys nor "
+        "client certificates are required.",
     )
 
     @property

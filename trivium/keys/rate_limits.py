@@ -35,7 +35,7 @@ class LimitMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.requests = Counter(
             "trivium_key_requests",
-            "Completions that a key asked for, those over a limit included",
+            "Completions requested by key, including those over a limit",
             ["key"],
             registry=registry,
         )
@@ -48,8 +48,7 @@ class LimitMetrics:
         )
         self.store_errors = Counter(
             "trivium_limits_store_errors",
-            "Accesses to the shared store of limits that failed; this process's own accounts count "
-            "then",
+            "Failed accesses to the shared store of limits; the process then counts on its own",
             registry=registry,
         )
 

@@ -58,12 +58,14 @@ ERRORS: dict[str, ErrorKind] = {
     "array_above_max_length": _invalid("a list is too long"),
     "string_above_max_length": _invalid("a string is too long"),
     "empty_array": _invalid("a list needs at least one element"),
-    "unsupported_value": _invalid("a value that means something and is not supported"),
-    "unsupported_parameter": _invalid("a field that means something and is not supported"),
+    "unsupported_value": _invalid("a known value that is not supported"),
+    "unsupported_parameter": _invalid("a known field that is not supported"),
     "invalid_parameter_combination": _invalid("two fields contradict each other"),
     "invalid_json_schema": _invalid("a JSON schema cannot be compiled"),
     "json_schema_too_complex": _invalid("a JSON schema is over the limits"),
-    "invalid_chat_template_input": _invalid("the model's chat template refuses the messages"),
+    "invalid_chat_template_input": _invalid(
+        "the model's chat template refuses the messages, or the model has none"
+    ),
     "context_length_exceeded": ErrorKind(
         400,
         "invalid_request_error",
@@ -74,10 +76,10 @@ ERRORS: dict[str, ErrorKind] = {
         401,
         "invalid_request_error",
         grpc.StatusCode.UNAUTHENTICATED,
-        "no API key, a wrong or an expired one",
+        "the API key is missing, wrong or expired",
     ),
     "model_not_found": ErrorKind(
-        404, "invalid_request_error", _NOT_FOUND, "no such model, or none that the API key opens"
+        404, "invalid_request_error", _NOT_FOUND, "no such model, or the API key may not use it"
     ),
     "unknown_url": ErrorKind(404, "invalid_request_error", _NOT_FOUND, "no such path"),
     "method_not_allowed": _invalid("the path does not take this method", 405),
@@ -90,7 +92,7 @@ ERRORS: dict[str, ErrorKind] = {
         retry_after=5,
     ),
     "request_read_timeout": ErrorKind(
-        408, "timeout", grpc.StatusCode.DEADLINE_EXCEEDED, "the body came too slowly"
+        408, "timeout", grpc.StatusCode.DEADLINE_EXCEEDED, "the body arrived too slowly"
     ),
     "request_too_large": ErrorKind(
         413, "invalid_request_error", _EXHAUSTED, "the body is over the size limit"
@@ -102,10 +104,13 @@ ERRORS: dict[str, ErrorKind] = {
         429, "rate_limit_error", _EXHAUSTED, "over a limit of the API key", retry_after=1
     ),
     CLIENT_LEFT: ErrorKind(
-        499, "timeout", grpc.StatusCode.CANCELLED, "the client went away (only logged)"
+        499, "timeout", grpc.StatusCode.CANCELLED, "the client disconnected (only logged)"
     ),
     "internal_error": ErrorKind(
-        500, "server_error", grpc.StatusCode.INTERNAL, "a fault of ours; the request id finds it"
+        500,
+        "server_error",
+        grpc.StatusCode.INTERNAL,
+        "a server error; the log has it under the request id",
     ),
     "backend_unavailable": ErrorKind(
         503, "server_error", _UNAVAILABLE, "the next stage cannot be reached", retry_after=1

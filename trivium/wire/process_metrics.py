@@ -36,8 +36,8 @@ class DrainCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         gauge = GaugeMetricFamily(
             "trivium_drain_state",
-            "1 for the state that the process is in: none, notice (not ready, and serves all the "
-            "same) or drain (refuses what is new).",
+            "1 for the current state of the process: none, notice (not ready, still serving) or "
+            "drain (refuses new requests).",
             labels=["state"],
         )
         for state in DrainState:

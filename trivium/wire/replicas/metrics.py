@@ -31,17 +31,17 @@ class ReplicaCollector(Collector):
         )
         state = GaugeMetricFamily(
             "trivium_replica_state",
-            "1 for the state that the replica is in: serving, not_serving or unreachable.",
+            "1 for the replica's current state: serving, not_serving or unreachable.",
             labels=[*_LABELS, "state"],
         )
         ejections = CounterMetricFamily(
             "trivium_replica_ejections",
-            "Times that this replica was not picked for a while, as its calls kept failing.",
+            "Times this replica was ejected because its calls kept failing.",
             labels=_LABELS,
         )
         retries = CounterMetricFamily(
             "trivium_replica_retries",
-            "Calls that were tried once more, by the code of the error that the first try met.",
+            "Calls that were retried, by the error code of the first attempt.",
             labels=["model_name", "reason"],
         )
         for model, of_set in self._statuses.items():

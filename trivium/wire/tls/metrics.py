@@ -29,7 +29,7 @@ class CertificateCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         gauge = GaugeMetricFamily(
             "trivium_tls_certificate_expiry_timestamp_seconds",
-            "When the certificate that is used of this file expires, in seconds since 1970.",
+            "When the certificate in use from this file expires, in seconds since 1970.",
             labels=["file"],
         )
         # One file may be both sides'.

@@ -14,14 +14,14 @@ from trivium.wire.tls.pem import check_certificates, server_context
 from trivium.wire.tls.server import ServerTls
 
 CA_FILE = (
-    "File of CA certificates (PEM). With it calls go over TLS, to servers whose certificates one "
-    "of these CAs has signed. Files of TLS are read again when they change."
+    "File of CA certificates (PEM). If set, calls use TLS, and servers need a certificate signed "
+    "by one of these CAs. TLS files are read again when they change."
 )
-CERT_FILE = "File of the certificate (PEM) to show to servers that ask for one (mutual TLS)."
+CERT_FILE = "File of the client certificate (PEM) for servers that ask for one (mutual TLS)."
 KEY_FILE = "File of its private key (PEM, without a passphrase)."
 SERVER_NAME = (
-    "Name that the servers' certificates have to be for, and that calls have as :authority. Not "
-    "set: the name in the target, or the IP address there."
+    "Name that servers' certificates are verified against, also sent as :authority. Not "
+    "set: the host name or IP address in the target."
 )
 
 
@@ -62,15 +62,14 @@ class ServerTlsSettings(BaseSettings):
 
     tls_cert_file: TlsFile = Field(
         None,
-        description="File of the server's certificate (PEM), followed by those of the CAs between "
-        "it and the root. With it PORT speaks TLS alone. Read again when it changes, as are the "
-        "next two.",
+        description="File of the server's certificate (PEM), followed by its intermediate CAs. If "
+        "set, PORT accepts TLS only. Read again when it changes, as are the next two.",
     )
     tls_key_file: TlsFile = Field(None, validate_default=True, description=KEY_FILE)
     tls_client_ca_file: TlsFile = Field(
         None,
-        description="File of CA certificates (PEM). With it clients must show a certificate that "
-        "one of these CAs has signed (mutual TLS).",
+        description="File of CA certificates (PEM). If set, clients need a certificate signed by "
+        "one of these CAs (mutual TLS).",
     )
 
     @property
