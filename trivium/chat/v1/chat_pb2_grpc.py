@@ -66,7 +66,7 @@ class ChatServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def StreamChatCompletion(self, request, context):
-        """Answers while the text is made: one header, then deltas of every choice
+        """Streams the answer: one header, then deltas of every choice
         interleaved by index, then one usage. Takes the same request as the unary
         call, so that a caller can switch between the two.
         buf:lint:ignore RPC_REQUEST_STANDARD_NAME

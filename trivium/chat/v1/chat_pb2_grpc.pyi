@@ -42,7 +42,7 @@ class ChatServiceStub:
     buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     """
     StreamChatCompletion: _grpc.UnaryStreamMultiCallable[_chat_pb2.CreateChatCompletionRequest, _chat_pb2.StreamChatCompletionResponse]
-    """Answers while the text is made: one header, then deltas of every choice
+    """Streams the answer: one header, then deltas of every choice
     interleaved by index, then one usage. Takes the same request as the unary
     call, so that a caller can switch between the two.
     buf:lint:ignore RPC_REQUEST_STANDARD_NAME
@@ -63,7 +63,7 @@ class ChatServiceAsyncStub(ChatServiceStub):
     buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     """
     StreamChatCompletion: _aio.UnaryStreamMultiCallable[_chat_pb2.CreateChatCompletionRequest, _chat_pb2.StreamChatCompletionResponse]  # type: ignore[assignment]
-    """Answers while the text is made: one header, then deltas of every choice
+    """Streams the answer: one header, then deltas of every choice
     interleaved by index, then one usage. Takes the same request as the unary
     call, so that a caller can switch between the two.
     buf:lint:ignore RPC_REQUEST_STANDARD_NAME
@@ -93,7 +93,7 @@ class ChatServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _chat_pb2.CreateChatCompletionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_chat_pb2.StreamChatCompletionResponse], _abc.AsyncIterator[_chat_pb2.StreamChatCompletionResponse]]:
-        """Answers while the text is made: one header, then deltas of every choice
+        """Streams the answer: one header, then deltas of every choice
         interleaved by index, then one usage. Takes the same request as the unary
         call, so that a caller can switch between the two.
         buf:lint:ignore RPC_REQUEST_STANDARD_NAME

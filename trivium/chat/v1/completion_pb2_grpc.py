@@ -62,7 +62,7 @@ class CompletionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def StreamCompletion(self, request, context):
-        """Answers while the text is made. Takes the same request as the unary call.
+        """Streams the answer. Takes the same request as the unary call.
         buf:lint:ignore RPC_REQUEST_STANDARD_NAME
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         """

@@ -40,7 +40,7 @@ class CompletionServiceStub:
     buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     """
     StreamCompletion: _grpc.UnaryStreamMultiCallable[_completion_pb2.CreateCompletionRequest, _completion_pb2.StreamCompletionResponse]
-    """Answers while the text is made. Takes the same request as the unary call.
+    """Streams the answer. Takes the same request as the unary call.
     buf:lint:ignore RPC_REQUEST_STANDARD_NAME
     buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     """
@@ -57,7 +57,7 @@ class CompletionServiceAsyncStub(CompletionServiceStub):
     buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     """
     StreamCompletion: _aio.UnaryStreamMultiCallable[_completion_pb2.CreateCompletionRequest, _completion_pb2.StreamCompletionResponse]  # type: ignore[assignment]
-    """Answers while the text is made. Takes the same request as the unary call.
+    """Streams the answer. Takes the same request as the unary call.
     buf:lint:ignore RPC_REQUEST_STANDARD_NAME
     buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     """
@@ -83,7 +83,7 @@ class CompletionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _completion_pb2.CreateCompletionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_completion_pb2.StreamCompletionResponse], _abc.AsyncIterator[_completion_pb2.StreamCompletionResponse]]:
-        """Answers while the text is made. Takes the same request as the unary call.
+        """Streams the answer. Takes the same request as the unary call.
         buf:lint:ignore RPC_REQUEST_STANDARD_NAME
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         """

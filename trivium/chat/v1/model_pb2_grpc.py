@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ModelServiceStub:
-    """The models that can be asked for.
+    """The models that are served.
     """
 
     def __init__(self, channel):
@@ -48,12 +48,12 @@ class ModelServiceStub:
 
 
 class ModelServiceServicer:
-    """The models that can be asked for.
+    """The models that are served.
     """
 
     def ListModels(self, request, context):
-        """All models that can be asked now, by id. Without any: UNAVAILABLE where no generator can be
-        reached, FAILED_PRECONDITION where those that can serve another revision of the model.
+        """All models that can be used now, by id. If there are none: UNAVAILABLE if no generator can be
+        reached, FAILED_PRECONDITION if those that can be serve another revision of the model.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -88,7 +88,7 @@ def add_ModelServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ModelService:
-    """The models that can be asked for.
+    """The models that are served.
     """
 
     @staticmethod

@@ -27,33 +27,33 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ModelServiceStub:
-    """The models that can be asked for."""
+    """The models that are served."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ModelServiceAsyncStub: ...
     ListModels: _grpc.UnaryUnaryMultiCallable[_model_pb2.ListModelsRequest, _model_pb2.ListModelsResponse]
-    """All models that can be asked now, by id. Without any: UNAVAILABLE where no generator can be
-    reached, FAILED_PRECONDITION where those that can serve another revision of the model.
+    """All models that can be used now, by id. If there are none: UNAVAILABLE if no generator can be
+    reached, FAILED_PRECONDITION if those that can be serve another revision of the model.
     """
     GetModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.GetModelRequest, _model_pb2.GetModelResponse]
     """One model, by its id or an alias; NOT_FOUND if there is none."""
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
-    """The models that can be asked for."""
+    """The models that are served."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListModels: _aio.UnaryUnaryMultiCallable[_model_pb2.ListModelsRequest, _model_pb2.ListModelsResponse]  # type: ignore[assignment]
-    """All models that can be asked now, by id. Without any: UNAVAILABLE where no generator can be
-    reached, FAILED_PRECONDITION where those that can serve another revision of the model.
+    """All models that can be used now, by id. If there are none: UNAVAILABLE if no generator can be
+    reached, FAILED_PRECONDITION if those that can be serve another revision of the model.
     """
     GetModel: _aio.UnaryUnaryMultiCallable[_model_pb2.GetModelRequest, _model_pb2.GetModelResponse]  # type: ignore[assignment]
     """One model, by its id or an alias; NOT_FOUND if there is none."""
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
-    """The models that can be asked for."""
+    """The models that are served."""
 
     @_abc_1.abstractmethod
     def ListModels(
@@ -61,8 +61,8 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_pb2.ListModelsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.ListModelsResponse, _abc.Awaitable[_model_pb2.ListModelsResponse]]:
-        """All models that can be asked now, by id. Without any: UNAVAILABLE where no generator can be
-        reached, FAILED_PRECONDITION where those that can serve another revision of the model.
+        """All models that can be used now, by id. If there are none: UNAVAILABLE if no generator can be
+        reached, FAILED_PRECONDITION if those that can be serve another revision of the model.
         """
 
     @_abc_1.abstractmethod

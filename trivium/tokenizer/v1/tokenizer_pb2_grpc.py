@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class TokenizerServiceStub:
-    """What the tokenizer stage does to text, one step at a time.
+    """The steps of the tokenizer stage, one by one.
     """
 
     def __init__(self, channel):
@@ -58,7 +58,7 @@ class TokenizerServiceStub:
 
 
 class TokenizerServiceServicer:
-    """What the tokenizer stage does to text, one step at a time.
+    """The steps of the tokenizer stage, one by one.
     """
 
     def RenderChat(self, request, context):
@@ -69,7 +69,7 @@ class TokenizerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Encodes plain text, in which control tokens may be spelled out.
+        """Encodes plain text, which may contain control tokens.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -83,7 +83,7 @@ class TokenizerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetTokenizerInfo(self, request, context):
-        """What kind of tokenizer a model has.
+        """Describes a model's tokenizer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -121,7 +121,7 @@ def add_TokenizerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TokenizerService:
-    """What the tokenizer stage does to text, one step at a time.
+    """The steps of the tokenizer stage, one by one.
     """
 
     @staticmethod
