@@ -100,6 +100,12 @@ class ModelDirectory:
         path = self.path / CHAT_TEMPLATE
         return path if path.is_file() else None
 
+    @property
+    def has_chat_template(self) -> bool:
+        """A base model has none, and serves plain completions only."""
+        config = _read_json(self.tokenizer_config)
+        return self.chat_template is not None or config.get("chat_template") is not None
+
 
 def load_model_directory(path: str | Path) -> ModelDirectory:
     """Reads and checks the folder at `path`; raises ModelDirectoryError when it is not usable."""

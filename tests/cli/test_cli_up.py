@@ -402,6 +402,18 @@ def test_the_banner_tells_what_is_really_in_use() -> None:
     assert "http://127.0.0.1:8123/  (in a browser)" in text
 
 
+def test_the_banner_of_a_base_model_completes_text() -> None:
+    """Its snippets would be refused if they were chats."""
+    info = generator_pb2.GetModelInfoResponse(id="base")
+    limits = CpuLimit(2, ""), MemoryLimit(2**31, 2**30, "")
+    text = banner([info], [0], Pipeline(Path("base")), False, limits, chats=False)
+
+    assert "http://127.0.0.1:8000/v1/completions" in text
+    assert "client.completions.create(" in text
+    assert "chat.completions" not in text
+    assert "chat/completions" not in text
+
+
 def test_the_banner_tells_of_every_replica() -> None:
     """How many there are of each service, where their metrics are, and when more of them pay."""
     pipeline = Pipeline(Path("tiny"), port=8123, facades=2, tokenizers=2)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -353,3 +354,17 @@ def test_doctor_makes_five_tokens(
     assert re.search(r"ok +CPUExecutionProvider +works", result.output)
     assert re.search(r"ok +smoke run .* gpu_seconds", result.output)
     assert not usage.exists()
+
+
+def test_the_doctor_finds_a_base_model_well(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One without a chat template completes text, and is found by name as `trivium up` finds it."""
+    folder = shutil.copytree(tiny_model, tmp_path / "models" / "base")
+    for name in ("chat_template.jinja", "trivium_export.json"):
+        (folder / name).unlink()
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["doctor", "--model", "base"])
+
+    assert result.exit_code == 0, result.output
+    assert re.search(r"ok +smoke run .* gpu_seconds", result.output)

@@ -11,6 +11,7 @@ from trivium.generator.v1 import generator_pb2
 from trivium.host_limits import CpuLimit, MemoryLimit
 
 QUESTION = "What is the capital of France?"
+BEGINNING = "The capital of France is"  # for base models
 MEBIBYTE = 2**20
 # Of streams, in a tokenizer; a facade passes a third more.
 EVENTS_PER_CORE = 4_500
@@ -23,11 +24,13 @@ def banner(
     keys: bool,
     limits: tuple[CpuLimit, MemoryLimit],
     shut: Collection[str] = (),
+    chats: bool = True,
 ) -> str:
     """Facts, addresses, and two snippets that work when pasted.
 
     `weights` are bytes, one number for each model. `keys`: an API key is needed.
-    `shut`: which of chat, docs, metrics and reflection there are not.
+    `shut`: which of chat, docs, metrics and reflection there are not. `chats`: the first model has
+    a chat template.
     """
     models = zip(infos, weights, pipeline.aliases or [None] * len(infos), strict=True)
     facts = [fact for info, size, alias in models for fact in _model(info, size, alias)]
@@ -47,7 +50,7 @@ def banner(
     lines = ["", "Trivium is ready. Ctrl-C drains and stops it.", ""]
     lines += [f"  {name:<9}{value}" for name, value in facts]
     model, url = infos[0].id, pipeline.url
-    lines += ["", curl(model, url, keys), "", openai_python(model, url, keys)]
+    lines += ["", curl(model, url, keys, chats), "", openai_python(model, url, keys, chats)]
     return "\n".join(lines) + "\n"
 
 
@@ -110,25 +113,33 @@ def _services(pipeline: Pipeline) -> str:
     )
 
 
-def curl(model: str, url: str, keys: bool) -> str:
+def curl(model: str, url: str, keys: bool, chats: bool) -> str:
     """A shell command that asks a question."""
-    body = {"model": model, "messages": [{"role": "user", "content": QUESTION}]}
+    path = "chat/completions" if chats else "completions"
+    prompt = (
+        {"messages": [{"role": "user", "content": QUESTION}]} if chats else {"prompt": BEGINNING}
+    )
+    body = {"model": model, **prompt}
     authorisation = ' -H "Authorization: Bearer $OPENAI_API_KEY"' if keys else ""
     return (
-        f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{authorisation} "
+        f"curl {url}/v1/{path} -H 'Content-Type: application/json'{authorisation} "
         f"-d '{json.dumps(body)}'"
     )
 
 
-def openai_python(model: str, url: str, keys: bool) -> str:
+def openai_python(model: str, url: str, keys: bool, chats: bool) -> str:
     """The same for a Python prompt that has the `openai` package."""
     key = "" if keys else ', api_key="none"'
-    return "\n".join(
-        (
-            "from openai import OpenAI",
-            f'client = OpenAI(base_url="{url}/v1"{key})',
+    lines = ["from openai import OpenAI", f'client = OpenAI(base_url="{url}/v1"{key})']
+    if chats:
+        lines += [
             f'messages = [{{"role": "user", "content": "{QUESTION}"}}]',
             f'answer = client.chat.completions.create(model="{model}", messages=messages)',
             "print(answer.choices[0].message.content)",
-        )
-    )
+        ]
+    else:
+        lines += [
+            f'answer = client.completions.create(model="{model}", prompt="{BEGINNING}")',
+            "print(answer.choices[0].text)",
+        ]
+    return "\n".join(lines)

@@ -20,13 +20,14 @@ import typer
 
 from trivium.cli import providers
 from trivium.cli.graphics_cards import graphics_cards
+from trivium.cli.models import possible_folders
 from trivium.cli.pipeline import Pipeline, PortTaken, free_ports
 from trivium.cli.supervisor import NotReady, StageDied, Supervisor
 from trivium.cli.up import Device
-from trivium.embedded_model import embedded_folder
+from trivium.embedded_model import EMBEDDED_MODEL, embedded_folder
 from trivium.export_extra import missing_packages
 from trivium.host_limits import cpu_limit, memory_limit
-from trivium.model_directory import ModelDirectoryError, load_model_directory
+from trivium.model_directory import ModelDirectory, ModelDirectoryError, load_model_directory
 
 FAILED = 1
 SMOKE_TOKENS = 5
@@ -108,7 +109,7 @@ def check_model(folder: Path) -> Iterator[Finding]:
     )
 
 
-async def check_answer(pipeline: Pipeline, model: str) -> Finding:
+async def check_answer(pipeline: Pipeline, folder: Path) -> Finding:
     """Starts the three services on free ports and asks for a few tokens, in plain text, without
     keys and usage records."""
     for name in tuple(os.environ):
@@ -117,7 +118,7 @@ async def check_answer(pipeline: Pipeline, model: str) -> Finding:
     try:
         async with Supervisor(pipeline.stages(), stop_seconds=30) as supervisor:
             await supervisor.wait_until_ready(300)
-            text, usage = await _ask(pipeline.url, model)
+            text, usage = await _ask(pipeline.url, load_model_directory(folder))
     except (StageDied, NotReady, httpx.HTTPError) as error:
         return Finding(BAD, "smoke run", str(error) or type(error).__name__)
     if usage["completion_tokens"] != SMOKE_TOKENS:
@@ -125,25 +126,29 @@ async def check_answer(pipeline: Pipeline, model: str) -> Finding:
     return Finding(GOOD, "smoke run", f"{text!r} in {usage['gpu_seconds']:.3f} gpu_seconds")
 
 
-async def _ask(url: str, model: str) -> tuple[str, dict[str, float]]:
+async def _ask(url: str, model: ModelDirectory) -> tuple[str, dict[str, float]]:
+    chats, prompt = model.has_chat_template, "Count from one to ten."
     body = {
-        "model": model,
-        "messages": [{"role": "user", "content": "Count from one to ten."}],
+        "model": model.id,
+        **({"messages": [{"role": "user", "content": prompt}]} if chats else {"prompt": prompt}),
         "max_tokens": SMOKE_TOKENS,
         "temperature": 0,
         "ignore_eos": True,
     }
     async with httpx.AsyncClient(timeout=120, trust_env=False) as client:
-        response = await client.post(f"{url}/v1/chat/completions", json=body)
+        path = "chat/completions" if chats else "completions"
+        response = await client.post(f"{url}/v1/{path}", json=body)
     response.raise_for_status()
     answer = response.json()
-    return answer["choices"][0]["message"]["content"], answer["usage"]
+    choice = answer["choices"][0]
+    return choice["message"]["content"] if chats else choice["text"], answer["usage"]
 
 
 def doctor(
     model: Annotated[
-        Path | None, typer.Option(help="A model folder. Default: the embedded model's.")
-    ] = None,
+        str,
+        typer.Option(help="A model folder, or the name of one in ./models or the cache."),
+    ] = EMBEDDED_MODEL,
     device: Annotated[Device, typer.Option(help="Where the model has to run.")] = Device.AUTO,
 ) -> None:
     """Looks at the installation, the devices, the ports and the model, and makes five tokens."""
@@ -152,13 +157,13 @@ def doctor(
         *_reported(check_host()),
         *_reported(check_providers(device)),
     ]
-    folder = (model or _embedded(device)).absolute()
+    folder = _folder(model, device).absolute()
     found += [
         *_reported(check_ports(Pipeline(folder))),
         *_reported(check_model(folder)),
     ]
     if all(finding.verdict != BAD for finding in found):
-        smoke = check_answer(_on_free_ports(folder, device), folder.name)
+        smoke = check_answer(_on_free_ports(folder, device), folder)
         found += _reported(iter([asyncio.run(smoke)]))
     if any(finding.verdict == BAD for finding in found):
         raise typer.Exit(FAILED)
@@ -175,7 +180,11 @@ def _reported(findings: Iterator[Finding]) -> list[Finding]:
     return found
 
 
-def _embedded(device: Device) -> Path:
+def _folder(model: str, device: Device) -> Path:
+    """Where `trivium up` would find it."""
+    if model != EMBEDDED_MODEL:
+        possible = possible_folders(model)
+        return next((folder for folder in possible if folder.is_dir()), possible[0])
     on_cuda = device is not Device.CPU and providers.why_not(providers.CUDA) is None
     return embedded_folder("cuda" if on_cuda else "cpu")
 

@@ -42,14 +42,14 @@ def find_model(name: str, device: str) -> NamedModel:
     """
     if name == EMBEDDED_MODEL:
         return NamedModel(_cached(name, device))
-    path = Path(name).expanduser()
-    candidates = [path, Path("models") / name, cache_folder() / "models" / name]
+    candidates = possible_folders(name)
     for folder in candidates:
         if folder.is_dir() and not _is_checkpoint(folder):
             try:
                 return NamedModel(load_model_directory(folder).path)
             except ModelDirectoryError as error:
                 raise NoModel(str(error)) from error
+    path = candidates[0]
     if path.exists():
         return NamedModel(_cached(str(path.absolute()), device))
     if HubName.parse(name) is not None:
@@ -59,6 +59,11 @@ def find_model(name: str, device: str) -> NamedModel:
         f"{name!r} is no model folder, no checkpoint (a folder, a .gguf file) and no name on the "
         f"hub (owner/name); looked for {looked}"
     )
+
+
+def possible_folders(name: str) -> list[Path]:
+    """Where a model folder called `name` may be, first the path itself."""
+    return [Path(name).expanduser(), Path("models") / name, cache_folder() / "models" / name]
 
 
 def _is_checkpoint(folder: Path) -> bool:

@@ -306,9 +306,12 @@ async def _run(pipeline: Pipeline, ready_seconds: float, stop_seconds: float) ->
             await model_info(target, key, pipeline.tls.generator)
             for target in pipeline.generator_targets
         ]
-        weights = [load_model_directory(folder).weight_bytes for folder in pipeline.models]
-        limits = cpu_limit(), memory_limit()
-        sys.stdout.write(banner(infos, weights, pipeline, asks_for_keys(), limits, shut_doors()))
+        models = [load_model_directory(folder) for folder in pipeline.models]
+        weights = [model.weight_bytes for model in models]
+        limits, chats = (cpu_limit(), memory_limit()), models[0].has_chat_template
+        sys.stdout.write(
+            banner(infos, weights, pipeline, asks_for_keys(), limits, shut_doors(), chats)
+        )
         sys.stdout.flush()
 
     return await supervise(Supervisor(pipeline.stages(), stop_seconds), when_ready, ready_seconds)
