@@ -78,18 +78,18 @@ def export(
         str,
         typer.Argument(
             help="A Hugging Face folder, a .gguf file, a model of the Hugging Face Hub "
-            "(owner/name, owner/name@revision, owner/name:file.gguf; HF_TOKEN and HF_ENDPOINT are "
-            "heeded), or the embedded default smollm2-135m-instruct."
+            "(owner/name, owner/name@revision, owner/name:file.gguf; HF_TOKEN and HF_ENDPOINT "
+            "apply), or the embedded default smollm2-135m-instruct."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The folder to make; its name is the model's id.")],
+    out: Annotated[Path, typer.Option(help="The folder to create; its name is the model's id.")],
     precision: Annotated[
-        Precision, typer.Option(help="Of weights (and activations: w8a8).")
+        Precision, typer.Option(help="Of the weights; w8a8 also of the activations.")
     ] = Precision.INT8,
-    device: Annotated[Device, typer.Option(help="What the graph is made for.")] = Device.CPU,
-    force: Annotated[bool, typer.Option(help="Replace another export.")] = False,
+    device: Annotated[Device, typer.Option(help="Device that the export is for.")] = Device.CPU,
+    force: Annotated[bool, typer.Option(help="Replace a different export.")] = False,
 ) -> None:
-    """Makes a model folder from a checkpoint."""
+    """Exports a checkpoint to a model folder."""
     # Of its own, for the steps redirect sys.stderr while libraries chatter.
     console = Console(file=sys.stderr)
     missing = missing_packages()

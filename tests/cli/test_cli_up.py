@@ -124,7 +124,7 @@ def test_no_two_stages_get_one_port(one: str, other: str, told: str, tiny_folder
     [
         ([], 1, ""),
         (["--facades=2", "--tokenizers=2"], 5, ""),
-        (["--tokenizers=2"], 3, "--tokenizers 2: 4 processes take turns on 3 cores (some quota)"),
+        (["--tokenizers=2"], 3, "--tokenizers 2: 4 processes share 3 cores (some quota)"),
         (["--facades=3", "--tokenizers=2"], 4, "--facades 3 and --tokenizers 2: 6 processes"),
     ],
 )

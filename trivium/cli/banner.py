@@ -108,8 +108,8 @@ def _services(pipeline: Pipeline) -> str:
     )
     running = ", ".join(f"{count} {name}{'s' * (count > 1)}" for count, name in counts)
     return (
-        f"{running}; --facades and --tokenizers start more, which pays while cores are idle and "
-        f"one of these keeps a core busy, with some {EVENTS_PER_CORE:,} events/s"
+        f"{running}; --facades and --tokenizers start more, which helps if one of these saturates "
+        f"a core, at about {EVENTS_PER_CORE:,} events/s, and other cores are idle"
     )
 
 

@@ -30,10 +30,12 @@ def bench(
         "http://127.0.0.1:8000"
     ),
     model: Annotated[str | None, typer.Option(help="Default: the first of /v1/models.")] = None,
-    clients: Annotated[str, typer.Option(help="How many at once, one run each.")] = "1,8,32",
-    requests: Annotated[int, typer.Option(min=1, help="Of each client, one after another.")] = 4,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="About this many.")] = 115,
-    output_tokens: Annotated[int, typer.Option(min=1, help="Of each answer.")] = 64,
+    clients: Annotated[
+        str, typer.Option(help="Concurrent clients, a run for each number.")
+    ] = "1,8,32",
+    requests: Annotated[int, typer.Option(min=1, help="Per client, one after another.")] = 4,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Approximate length of prompts.")] = 115,
+    output_tokens: Annotated[int, typer.Option(min=1, help="Length of each answer.")] = 64,
     ignore_eos: Annotated[bool, typer.Option(help="Send ignore_eos: answers of equal length.")] = (
         True
     ),
@@ -41,10 +43,10 @@ def bench(
     ca_file: CaFileOption = None,
     cert_file: CertFileOption = None,
     key_file: KeyFileOption = None,
-    seed: Annotated[int | None, typer.Option(help="Of the prompts. Default: a new one.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here.")] = (
-        None
-    ),
+    seed: Annotated[int | None, typer.Option(help="Of the prompts. Default: random.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the results to this file.")
+    ] = (None),
 ) -> None:
     """Loads a server in a closed loop and prints tokens/s and latencies (p50 / p95 / p99)."""
     try:

@@ -149,9 +149,11 @@ def doctor(
         str,
         typer.Option(help="A model folder, or the name of one in ./models or the cache."),
     ] = EMBEDDED_MODEL,
-    device: Annotated[Device, typer.Option(help="Where the model has to run.")] = Device.AUTO,
+    device: Annotated[
+        Device, typer.Option(help="Device that the model has to run on.")
+    ] = Device.AUTO,
 ) -> None:
-    """Looks at the installation, the devices, the ports and the model, and makes five tokens."""
+    """Checks the installation, the devices, the ports and the model, and generates five tokens."""
     found = [
         *_reported(check_installation()),
         *_reported(check_host()),

@@ -81,8 +81,8 @@ ModelOption = Annotated[
     typer.Option(
         help="A model folder, or the name of one in ./models or the cache; or a checkpoint, which "
         "is exported to the cache first (int8, on CUDA fp16): a Hugging Face folder, a .gguf file, "
-        "owner/name on the Hugging Face Hub. Several, each with a generator of its own, by giving "
-        "it again. Default: TRIVIUM_GENERATOR_MODEL_DIRECTORY, or the embedded model.",
+        "owner/name on the Hugging Face Hub. Repeat it for several models, each with its own "
+        "generator. Default: TRIVIUM_GENERATOR_MODEL_DIRECTORY, or the embedded model.",
     ),
 ]
 DeviceOption = Annotated[
@@ -101,7 +101,7 @@ FacadeMetricsPortOption = Annotated[
         min=0,
         max=65535,
         envvar="TRIVIUM_FACADE_METRICS_PORT",
-        help="Its metrics; 0: on the port of the REST API, or with several facades on 9050, 9150 …",
+        help="Port of its metrics; 0: that of the REST API, or with several facades 9050, 9150 …",
     ),
 ]
 FacadesOption = Annotated[
@@ -109,15 +109,15 @@ FacadesOption = Annotated[
     typer.Option(
         min=1,
         help="How many processes serve the REST API, on one port (vLLM's --api-server-count). "
-        "More pay if one keeps a core busy and other cores are idle.",
+        "More help if one saturates a core and other cores are idle.",
     ),
 ]
 TokenizersOption = Annotated[
     int,
     typer.Option(
         min=1,
-        help="How many tokenizers there are, each for all models, on ports that are 100 apart. "
-        "More pay as with --facades.",
+        help="How many tokenizers to start, each for all models, on ports 100 apart. More help "
+        "as with --facades.",
     ),
 ]
 GrpcHostOption = Annotated[
@@ -132,7 +132,9 @@ TokenizerPortOption = Annotated[
 ]
 TokenizerMetricsPortOption = Annotated[
     int,
-    typer.Option(min=0, max=65535, envvar="TRIVIUM_TOKENIZER_METRICS_PORT", help="Its metrics."),
+    typer.Option(
+        min=0, max=65535, envvar="TRIVIUM_TOKENIZER_METRICS_PORT", help="Port of its metrics."
+    ),
 ]
 GeneratorHostOption = Annotated[
     str,
@@ -146,12 +148,15 @@ GeneratorPortOption = Annotated[
 ]
 GeneratorMetricsPortOption = Annotated[
     int,
-    typer.Option(min=0, max=65535, envvar="TRIVIUM_GENERATOR_METRICS_PORT", help="Its metrics."),
+    typer.Option(
+        min=0, max=65535, envvar="TRIVIUM_GENERATOR_METRICS_PORT", help="Port of its metrics."
+    ),
 ]
 LogLevelOption = Annotated[
     LogLevel | None,
     typer.Option(
-        show_default=f"each one's …_LOG_LEVEL, or {LOG_LEVEL}", help="Of all three services."
+        show_default=f"each one's …_LOG_LEVEL, or {LOG_LEVEL}",
+        help="Log level of all three services.",
     ),
 ]
 DrainOption = Annotated[
@@ -159,14 +164,14 @@ DrainOption = Annotated[
     typer.Option(
         callback=_seconds(3600),
         show_default=f"each one's …_DRAIN_SECONDS, or {DRAIN_SECONDS:g}",
-        help="How long each service may finish what it has begun, in seconds.",
+        help="Seconds in which each service may finish running requests.",
     ),
 ]
 ReadyOption = Annotated[
     float,
     typer.Option(
         callback=_seconds(86_400),
-        help="How long the services may take to become ready, in seconds.",
+        help="Seconds in which the services have to become ready.",
     ),
 ]
 
@@ -233,12 +238,12 @@ def up(
     drain_seconds: DrainOption = None,
     ready_seconds: ReadyOption = 300.0,
 ) -> None:
-    """Starts the three services here, and stops them together.
+    """Starts the three services on this machine, and stops them together.
 
-    If one of the processes ends, the others are stopped too.
+    If one of the processes exits, the others are stopped too.
 
-    Every setting of the services can be given as an environment variable too, see
-    docs/configuration.md. Options count more than variables.
+    Every setting of the services can also be given as an environment variable, see
+    docs/configuration.md. Options take precedence over variables.
     """
     try:
         check_stage_keys()
@@ -324,8 +329,8 @@ def _warn_of_few_cores(pipeline: Pipeline) -> None:
     options = [f"{name} {value}" for name, value in asked.items() if value > 1]
     if options and count > limit.cores:
         typer.echo(
-            f"trivium up: {' and '.join(options)}: {count} processes take turns on {limit}; "
-            "more of them pass no more",
+            f"trivium up: {' and '.join(options)}: {count} processes share {limit}; "
+            "more of them do not help",
             err=True,
         )
 
