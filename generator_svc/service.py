@@ -213,7 +213,7 @@ class GeneratorService(pb_grpc.GeneratorServiceServicer):
             message = "This model's tokenizer does not allow constraints."
             raise ServiceError("unsupported_parameter", message, CONSTRAINT) from None
         except CompilerBusy:
-            message = "The server compiles as many constraints as it can. Please try again later."
+            message = "The server is compiling too many constraints. Please try again later."
             raise ServiceError("queue_full", message) from None
 
     def _submit(self, request: EngineRequest, queue: UpdateQueue) -> SequenceGroup:
@@ -223,7 +223,7 @@ class GeneratorService(pb_grpc.GeneratorServiceServicer):
             seconds = math.ceil(self._engine.prefill_seconds(full.waiting_tokens))
             raise ServiceError(
                 "queue_full",
-                "The server has as many requests waiting as it takes. Please try again later.",
+                "The server's queue is full. Please try again later.",
                 retry_after=min(max(seconds, 1), _MAX_RETRY_SECONDS),
             ) from None
 

@@ -273,7 +273,9 @@ class AdmissionMiddleware:
             if self._keys is not None:
                 key = self._keys.check(Request(scope).headers.get("authorization", ""))
                 if key.stage:
-                    raise ServiceError("invalid_api_key", "This is the key of a stage.")
+                    raise ServiceError(
+                        "invalid_api_key", "This key is for calls between stages only."
+                    )
                 telemetry.key_name.set(key.name)
                 usage = usage_of(scope)
                 usage.key = key

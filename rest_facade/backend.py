@@ -211,7 +211,7 @@ class Backend:
         except grpc.aio.AioRpcError as error:
             service_error = from_rpc_error(error)
             if service_error.code == "client_closed_request":  # it was not we who cancelled
-                message = "The model server broke off."
+                message = "The connection to the model server was lost."
                 service_error = ServiceError("backend_unavailable", message)
             elif service_error.code == "invalid_api_key":  # ours, not the caller's
                 self._is_key_accepted = False

@@ -194,7 +194,7 @@ def _output(
 def _warm_up(model: Model) -> None:
     """One prompt there and back, so that the first request finds everything built."""
     if model.template.is_missing:
-        log.warning("model %s has no chat template: it serves plain completions alone", model.id)
+        log.warning("model %s has no chat template: it serves /v1/completions only", model.id)
         token_ids = model.tokenizer.encode("Hello")
     else:
         token_ids = _chat_prompt(model)

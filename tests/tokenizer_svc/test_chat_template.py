@@ -40,7 +40,7 @@ def test_of_several_templates_the_default_is_taken() -> None:
 @pytest.mark.parametrize("config", [{}, {"chat_template": None}])
 def test_without_a_template_conversations_are_refused(config: dict[str, Any]) -> None:
     """In words that say what the model is good for."""
-    with pytest.raises(ServiceError, match="it takes plain prompts, at /v1/completions") as refused:
+    with pytest.raises(ServiceError, match="send a prompt to /v1/completions") as refused:
         ChatTemplate.from_config(config, None).render(HELLO)
 
     assert ("invalid_chat_template_input", "messages") == (refused.value.code, refused.value.param)

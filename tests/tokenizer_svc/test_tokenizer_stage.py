@@ -135,7 +135,7 @@ def test_a_base_model_is_served(
     with pytest.raises(ServiceError, match="has no chat template"):
         model.prompts.build(Conversation((Message(Role.USER, ("Hello",)),)))
 
-    assert "model base has no chat template: it serves plain completions alone" in caplog.text
+    assert "model base has no chat template: it serves /v1/completions only" in caplog.text
     assert "Once" == model.tokenizer.decode(model.tokenizer.encode("Once"))
 
 

@@ -284,7 +284,7 @@ def _result(done: Coroutine[Any, Any, Any]) -> Any:
 def _service_error(error: grpc.aio.AioRpcError) -> ServiceError:
     """Maps statuses whose meaning differs on this hop."""
     if error.code() is grpc.StatusCode.CANCELLED:  # not by us: we would not be reading
-        return ServiceError("backend_unavailable", "The generator broke off the call.")
+        return ServiceError("backend_unavailable", "The connection to the generator was lost.")
     fault = from_rpc_error(error)
     if fault.code == "invalid_api_key":  # ours, not the caller's
         message = f"The generator refuses the tokenizer's key: {fault.message}"

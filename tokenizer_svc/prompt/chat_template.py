@@ -104,7 +104,7 @@ class ChatTemplate:
         Raises ServiceError invalid_chat_template_input when the template refuses the messages.
         """
         if self.is_missing:
-            message = "This model has no chat template; it takes plain prompts, at /v1/completions."
+            message = "This model has no chat template; send a prompt to /v1/completions."
             raise ServiceError("invalid_chat_template_input", message, "messages")
         template = self._template if tools is None else self._tool_template
         try:

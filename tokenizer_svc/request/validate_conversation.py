@@ -63,7 +63,9 @@ def _check_message(message: Message, where: str) -> None:
     for index, part in enumerate(message.parts):
         if part is None:
             field = f"{where}.content[{index}]"
-            raise ServiceError("invalid_value", f"Invalid '{field}': only text is known.", field)
+            raise ServiceError(
+                "invalid_value", f"Invalid '{field}': only text is supported.", field
+            )
     if not message.parts and message.role is not Role.ASSISTANT:
         raise missing(f"{where}.content")
     if message.role is Role.TOOL and not message.tool_call_id:

@@ -35,12 +35,12 @@ class Door:
             yield
             return
         if self._limits is None:
-            message = "Only another stage's key opens this one; `stage = true` makes a key that."
+            message = "Only keys of stages are accepted here: set `stage = true` for the key."
             raise ServiceError("invalid_api_key", message)
         if metadata.get(telemetry.KEY_NAME, key.name) != key.name:
             # Such as a facade with a client's key, to which all its clients' usage would go.
             message = (
-                f"Only a stage may say whose a call is: `stage = true` makes {key.name!r} one."
+                f"Only a stage's key may name another key: set `stage = true` for {key.name!r}."
             )
             raise ServiceError("invalid_api_key", message)
         telemetry.key_name.set(key.name)
