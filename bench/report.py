@@ -258,7 +258,7 @@ def page(results: Results, about: dict[str, object]) -> str:
     parts += [table.markdown() for table in tables(results)]
     remarks = notes(results)
     if remarks:
-        parts.append("\n".join(["To be known:", "", *(f"- {note}" for note in remarks)]))
+        parts.append("\n".join(["Notes:", "", *(f"- {note}" for note in remarks)]))
     return "\n\n".join(parts)
 
 
