@@ -1,4 +1,4 @@
-"""The boundary of every call that a process serves: who gets in, what may get out, and the log."""
+"""The boundary of every call a process serves: admission, errors that may leave, the access log."""
 
 import asyncio
 import contextlib
@@ -19,16 +19,15 @@ from trivium.wire.in_flight import InFlight, wait_for_any
 log = logging.getLogger(__name__)
 
 _OURS = "/trivium."
-_PUBLIC = "/trivium.chat."  # services that anybody may call; the others are for the stage before
-_ON_THE_WAY_SECONDS = 0.05  # a call, at most, from its caller to here
+_PUBLIC = "/trivium.chat."  # services for any client; all others are for the preceding stage
+_ON_THE_WAY_SECONDS = 0.05  # upper bound for a call to get here from its caller
 
 
 class Guard(Protocol):
     """Decides which calls are let in."""
 
     def admitted(self, method: str, context: Any) -> contextlib.AbstractAsyncContextManager[None]:
-        """Around a call of `method`, /package.Service/Method; raises ServiceError if it may not be
-        made."""
+        """Wraps a call of `method`, /package.Service/Method; raises ServiceError to refuse it."""
 
 
 class _Open:
@@ -38,15 +37,15 @@ class _Open:
         return contextlib.nullcontext()
 
 
-# Told the method and the error's code of a call that no handler has seen.
+# Called with the method and error code of a call that was refused before any handler saw it.
 Refused = Callable[[str, str], None]
 
 
 class CallBoundary(grpc.aio.ServerInterceptor):
     """The one broad `except`: whatever a handler raises becomes a status, and nothing leaks.
 
-    An unhandled exception's text would reach the caller, and a BaseException would never
-    be answered at all. Knows the calls in flight, of which a drain can cut what takes too long.
+    Otherwise, an unhandled exception's text would reach the caller, and a BaseException would
+    never be answered at all. Tracks the calls in flight, so that a drain can cut off slow ones.
     """
 
     def __init__(
@@ -57,12 +56,12 @@ class CallBoundary(grpc.aio.ServerInterceptor):
         self._refused = refused or (lambda method, code: None)
         self._handlers: dict[str, Any] = {}  # by method
         self._running: set[asyncio.Task[Any]] = set()
-        self._sending: set[asyncio.Task[Any]] = set()  # their handlers cannot be interrupted
-        self._cut: dict[asyncio.Task[Any], ServiceError] = {}  # calls that end as this error
+        self._sending: set[asyncio.Task[Any]] = set()  # suspended at a yield: not cancelled
+        self._cut: dict[asyncio.Task[Any], ServiceError] = {}  # the errors that end calls
 
     async def drain(self, seconds: float, hurry: asyncio.Event) -> None:
-        """Refuses new calls and waits until none runs; ends those that still do after `seconds`,
-        or when `hurry` is set."""
+        """Refuses new calls and waits until none is running; after `seconds`, or once `hurry` is
+        set, ends the rest."""
         self._in_flight.draining.set()
         await wait_for_any(seconds, self._in_flight.idle, hurry)
         for call in self._running:
@@ -112,7 +111,7 @@ class CallBoundary(grpc.aio.ServerInterceptor):
             raise self._cut[call] from None
 
     async def _decoded(self, requests: Any, call: asyncio.Task[Any]) -> AsyncIterator[Any]:
-        """The messages of a call, which ends at one that cannot be decoded, whoever reads it."""
+        """The messages of a call; one that cannot be decoded ends it, whichever task reads it."""
         async for request in requests:
             if request is not _UNDECODABLE:
                 yield request
@@ -188,8 +187,8 @@ _UNDECODABLE = object()
 
 
 def _total(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """Reads what cannot be decoded as _UNDECODABLE. gRPC itself would fail the call before its key
-    has been looked at, tell the caller the exception's text, and log it as a fault."""
+    """Turns a message that cannot be decoded into _UNDECODABLE. gRPC itself would fail the call
+    before its key is checked, send the exception's text to the caller, and log an error."""
 
     def deserialized(message: bytes) -> Any:
         try:
@@ -206,7 +205,7 @@ def _undecodable() -> ServiceError:
 
 @contextlib.contextmanager
 def _accessed(method: str) -> Iterator[None]:
-    """Logs a call at its end, and is the call's span in its trace."""
+    """Logs a call when it ends, and records its span."""
     code, began = "ok", time.perf_counter()
     is_public = method.startswith(_PUBLIC)
     attributes = {"rpc.system.name": "grpc", "rpc.method": method[1:]}
@@ -225,11 +224,11 @@ def _accessed(method: str) -> Iterator[None]:
 
 
 def _adopt(context: Any) -> None:
-    """Makes the current context that of this call, whose answer has its request id in the trailing
-    metadata: the initial may be sent only once, and limits do."""
+    """Sets the context variables for this call, and its request id in the trailing metadata: the
+    initial metadata can be sent only once, and rate limits send it."""
     request_id = telemetry.adopt(context.invocation_metadata() or ())
     context.set_trailing_metadata(((telemetry.REQUEST_ID, request_id),))
-    # Callers hang up at their own deadline; the one they tell may be 1% later, as gRPC rounds it.
+    # Callers hang up at their own deadline; the one they send may be 1% later, as gRPC rounds it.
     left = remaining_seconds(context)
     late_from = math.inf if left is None else time.monotonic() + 0.98 * left - _ON_THE_WAY_SECONDS
     telemetry.late_from.set(late_from)
@@ -241,7 +240,7 @@ async def _abort(context: Any, error: BaseException) -> NoReturn:
     if not isinstance(error, ServiceError):
         log.error("unhandled error in a call", exc_info=error)
         error = internal_error()
-    status: Any = error.status()  # its trailing metadata replace the call's
+    status: Any = error.status()  # its trailing metadata would replace the call's
     trailing = (*status.trailing_metadata, *context.trailing_metadata())
     await context.abort_with_status(status._replace(trailing_metadata=trailing))
     raise AssertionError("abort_with_status returned. This is a bug.")

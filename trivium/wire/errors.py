@@ -1,10 +1,10 @@
-"""The one table of errors, and its three faces: exception, gRPC status, JSON body.
+"""The single table of errors, and its three forms: exception, gRPC status, JSON body.
 
     ServiceError            any error that is returned to a caller
       .code                 a key of ERRORS, which fixes HTTP status, type and gRPC status
-      .param                the field that is wrong, if one is
+      .param                the offending field, if any
 
-Knows nothing about HTTP frameworks, nor about what the services do.
+Independent of HTTP frameworks and of what the services do.
 """
 
 import asyncio
@@ -21,9 +21,9 @@ from trivium.wire import telemetry
 
 DOMAIN = "trivium"
 CLIENT_LEFT = "client_closed_request"
-MAX_MESSAGE_CHARACTERS = 2000  # details above 16 KiB turn into RESOURCE_EXHAUSTED on the way
+MAX_MESSAGE_CHARACTERS = 2000  # gRPC turns details above 16 KiB into RESOURCE_EXHAUSTED
 
-# Tells a caller's gRPC not to repeat the call on another replica.
+# Tells the calling stage, and its gRPC library, not to retry the call on another replica.
 _DO_NOT_RETRY = ("grpc-retry-pushback-ms", "-1")
 
 
@@ -128,13 +128,13 @@ ERRORS: dict[str, ErrorKind] = {
 
 INTERNAL_MESSAGE = "The server had an error while processing your request."
 
-# What a status without our details means: it was made by gRPC itself.
+# What a status without our details means: it comes from gRPC itself.
 _BARE_STATUS = {
     grpc.StatusCode.UNAVAILABLE: ("backend_unavailable", "The model server cannot be reached."),
     grpc.StatusCode.DEADLINE_EXCEEDED: ("deadline_exceeded", "The request's deadline passed."),
     grpc.StatusCode.CANCELLED: ("client_closed_request", "The request was cancelled."),
     grpc.StatusCode.RESOURCE_EXHAUSTED: ("request_too_large", "The request is too large."),
-    # Whoever is there is another server than the one that was meant.
+    # The server at this address is not the intended one.
     grpc.StatusCode.UNIMPLEMENTED: ("backend_unavailable", "The model server cannot be reached."),
 }
 
@@ -143,8 +143,8 @@ class ServiceError(Exception):
     """An error that is returned to the caller.
 
     `code` is a key of ERRORS (anything else is a bug). `param` names the field in
-    OpenAI's notation, such as `messages[0].content`. `retry_after` is in seconds. With
-    `everywhere` all replicas of this stage would fail with it, so that callers try no other one.
+    OpenAI's notation, such as `messages[0].content`. `retry_after` is in seconds. `everywhere`
+    says that every replica of this stage would fail the same way, so callers do not retry.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class ServiceError(Exception):
         return ERRORS[self.code]
 
     def body(self) -> dict[str, Any]:
-        """OpenAI's error object, all four keys always there."""
+        """OpenAI's error object, always with all four keys."""
         return {
             "error": {
                 "message": self.message,
@@ -180,7 +180,7 @@ class ServiceError(Exception):
         }
 
     def status(self) -> grpc.Status:
-        """The same as a gRPC status with google.rpc details, for `context.abort_with_status`."""
+        """The error as a gRPC status with google.rpc details, for `context.abort_with_status`."""
         details: list[Any] = [error_details_pb2.ErrorInfo(reason=self.code.upper(), domain=DOMAIN)]
         if self.param is not None:
             violation = error_details_pb2.BadRequest.FieldViolation(
@@ -206,7 +206,7 @@ _PLAIN = frozenset(map(chr, range(0x20, 0x7F))) - {"%"}
 
 
 def _fits_trailers(text: str, most: int) -> str:
-    """As much of `text` as is `most` characters long when percent-encoded, as gRPC sends it.
+    """The longest prefix of `text` within `most` characters once gRPC percent-encodes it.
 
     A lone surrogate becomes a question mark.
     """
@@ -226,12 +226,12 @@ def _packed(message: Any) -> any_pb2.Any:
 
 
 def internal_error() -> ServiceError:
-    """What a caller learns of a fault of ours: nothing but that it happened."""
+    """The error for a bug of ours; it tells the caller no details."""
     return ServiceError("internal_error", INTERNAL_MESSAGE)
 
 
 def from_rpc_error(error: grpc.aio.AioRpcError) -> ServiceError:
-    """The error another stage raised, or the one that gRPC's own status amounts to."""
+    """The error that another stage raised, or the equivalent of gRPC's own status."""
     if (raised := _raised_by_stage(error)) is not None:
         return raised
     bare = _BARE_STATUS.get(_bare_code(error))
@@ -239,15 +239,15 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> ServiceError:
 
 
 def is_foreign(error: grpc.aio.AioRpcError) -> bool:
-    """Whether neither a stage nor the loss of one made this status, but somebody else, such as a
-    mesh; what it means stands in its details alone."""
+    """Whether this status comes neither from a stage nor from losing one, but from something else,
+    such as a service mesh; only its details say what it means."""
     code = _bare_code(error)
     is_known = code in _BARE_STATUS and code is not grpc.StatusCode.UNIMPLEMENTED
     return not is_known and _raised_by_stage(error) is None
 
 
 def _bare_code(error: grpc.aio.AioRpcError) -> grpc.StatusCode:
-    # What a proxy breaks off, as it has lost the server behind it, arrives as INTERNAL.
+    # When a proxy loses the server behind it, it resets the stream, which arrives as INTERNAL.
     is_reset = "RST_STREAM" in (error.details() or "")
     return grpc.StatusCode.UNAVAILABLE if is_reset else error.code()
 
@@ -277,7 +277,7 @@ def _raised_by_stage(error: grpc.aio.AioRpcError) -> ServiceError | None:
 
 
 def code_of(error: BaseException | None) -> str:
-    """How a request ended: ok without an error, or the code that counts and logs have for it."""
+    """How a request ended, for metrics and logs: "ok", or the error's code."""
     if error is None:
         return "ok"
     if isinstance(error, grpc.aio.AioRpcError):
@@ -290,12 +290,12 @@ def code_of(error: BaseException | None) -> str:
 
 
 def is_final(error: grpc.aio.AioRpcError) -> bool:
-    """Whether all replicas of the stage would fail with it, as it says."""
+    """Whether the error says that every replica of the stage would fail the same way."""
     return _DO_NOT_RETRY in tuple(error.trailing_metadata() or ())
 
 
 def markdown_table() -> str:
-    """The table as docs/errors.md shows it."""
+    """The table for docs/errors.md."""
     lines = [
         "| code | HTTP | type | gRPC | Retry-After | when |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -1,16 +1,16 @@
-"""Python's cyclic garbage collector, as a process that serves wants it."""
+"""Python's cyclic garbage collector, tuned for a serving process."""
 
 import gc
 
-# With 700 objects, Python's default, passes come so often that they find requests in flight, which
-# are no garbage, and look at each of their objects several times.
+# At 700 objects, Python's default, collections are so frequent that they traverse the objects of
+# requests in flight, which are not garbage, several times each.
 _YOUNG_OBJECTS = 10_000
 
 
 def collect_seldom() -> None:
-    """From now on looks at what is new seldom, and never at what there is now.
+    """Freezes the objects that exist now, and collects newer ones less often.
 
-    For when all that lives as long as the process has been loaded.
+    Called once everything that lives as long as the process has been loaded.
     """
     gc.collect()
     gc.freeze()

@@ -1,4 +1,4 @@
-"""What is in flight in a process, and the gate that closes when the process is to end."""
+"""Requests in flight in a process, and the gate that closes when it drains."""
 
 import asyncio
 import contextlib
@@ -9,7 +9,7 @@ from trivium.wire.errors import ServiceError
 
 
 class DrainState(enum.Enum):
-    """How far a process is on its way to its end."""
+    """How far a process is in its shutdown."""
 
     NONE = "none"
     NOTICE = "notice"
@@ -17,11 +17,10 @@ class DrainState(enum.Enum):
 
 
 class InFlight:
-    """Counts requests, or calls, from their admission to their end.
+    """Counts requests, or calls, from admission to end.
 
-    A process ends in two stages. First `leaving` is set: it is not ready any more, though all is
-    served as before. Then `draining`: what is new is refused. `idle` is set while none is in
-    flight.
+    A process shuts down in two steps. First `leaving` is set: it reports not ready, but serves as
+    before. Then `draining`: new requests are refused. `idle` is set while none is in flight.
     """
 
     def __init__(self) -> None:
@@ -33,19 +32,19 @@ class InFlight:
 
     @property
     def state(self) -> DrainState:
-        """How far the drain is; from any thread."""
+        """How far the drain is; may be read from any thread."""
         if self.draining.is_set():
             return DrainState.DRAIN
         return DrainState.NOTICE if self.leaving else DrainState.NONE
 
     def check_ready(self) -> None:
-        """Raises ServiceError when requests should go elsewhere, as this process is to end."""
+        """Raises ServiceError if this process is shutting down and requests should go elsewhere."""
         if self.leaving:
             raise _draining()
 
     @contextlib.contextmanager
     def admitted(self) -> Iterator[None]:
-        """Counts one for as long as it runs; raises ServiceError when draining."""
+        """Counts one request while the block runs; raises ServiceError when draining."""
         if self.draining.is_set():
             raise _draining()
         self.count += 1

@@ -1,4 +1,4 @@
-"""Where a process listens: hosts as settings have them, addresses, and ports that are taken."""
+"""Where a process listens: hosts as written in settings, addresses, and ports in use."""
 
 import errno
 import socket
@@ -10,7 +10,7 @@ from trivium.wire.settings import refuse_to_start
 
 
 def bare_host(host: str) -> str:
-    """An IPv6 address may be written with brackets; sockets take it without."""
+    """The host without the brackets of an IPv6 address, as sockets take it."""
     return host[1:-1] if host.startswith("[") and host.endswith("]") else host
 
 
@@ -23,7 +23,7 @@ def address_of(host: str, port: int) -> str:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket bound as a server would bind it; port 0 takes any free one. Raises OSError."""
+    """A socket bound as a server would bind it; port 0 picks a free one. Raises OSError."""
     family, kind, protocol, _, address = socket.getaddrinfo(
         host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
@@ -45,7 +45,7 @@ def why_unbound(host: str, port: int, error: OSError) -> str:
 
 
 def refuse_taken_ports(prefix: str, host: str, port: int, metrics_port: int) -> None:
-    """Refuses to start on ports that others have, of which gRPC would not say so, nor before the
+    """Refuses to start on ports in use, which gRPC would report less clearly, and only after the
     model is loaded. `prefix` is that of the settings' names."""
     for setting, number in (("PORT", port), ("METRICS_PORT", metrics_port)):
         try:

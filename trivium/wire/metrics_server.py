@@ -1,4 +1,4 @@
-"""The HTTP server of a process's metrics, which tells probes how it is too. Never over TLS."""
+"""The HTTP server for a process's metrics and its health probes. Never over TLS."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -11,18 +11,18 @@ from prometheus_client.registry import CollectorRegistry
 from trivium.wire.errors import ServiceError
 from trivium.wire.listening import why_unbound
 
-_ANSWER_SECONDS = 5.0  # for a busy event loop
+_ANSWER_SECONDS = 5.0  # time for a busy event loop to answer
 
 Check = Callable[[], Awaitable[None]]
 
 
 def serve_metrics(port: int, host: str, registry: CollectorRegistry, check_ready: Check) -> None:
-    """Starts the server, unless `port` is 0; raises OSError for one that is taken.
+    """Starts the server, unless `port` is 0; raises OSError if the port is in use.
 
-    /healthz is answered by `check_ready`, on the event loop that runs now: 200, or 503 with the
-    ServiceError that it raises. /livez is answered with 200 while that loop goes round. Anything
-    else is the metrics, in Prometheus' text format whatever a scraper would rather have: in
-    OpenMetrics, which Prometheus 2 asks for, prometheus_client makes `vllm_` of `vllm:`.
+    /healthz runs `check_ready` on the current event loop: 200, or 503 with the message of the
+    ServiceError that it raises. /livez returns 200 while that loop is responsive. Any other path
+    returns the metrics, in Prometheus' text format whatever the scraper accepts: in OpenMetrics,
+    which Prometheus 2 asks for, prometheus_client turns `vllm:` into `vllm_`.
     """
     if not port:
         return
@@ -48,7 +48,7 @@ def serve_metrics(port: int, host: str, registry: CollectorRegistry, check_ready
 
 
 def _fault(loop: asyncio.AbstractEventLoop, check: Check) -> str:
-    """Why the check fails; empty if it does not. Called in the server's thread."""
+    """Why the check fails; empty if it passes. Called in the server's thread."""
 
     async def checked() -> str:
         try:

@@ -1,7 +1,7 @@
-"""File descriptors: as many as the system allows, and a word in the log when there are none left.
+"""File descriptors: as many as the system allows, and a log line when they run out.
 
-A connection takes one. Who accepts connections goes on by itself once some are free again, but
-libuv says nothing meanwhile, and hangs up on whoever comes.
+Each connection takes one. Accepting resumes by itself once some are free again, but until then
+libuv closes new connections without logging anything.
 """
 
 import errno
@@ -13,12 +13,12 @@ import time
 
 log = logging.getLogger(__name__)
 
-_MOST = 2**20  # some systems allow a thousand times that, and some libraries walk through all
+_MOST = 2**20  # some systems allow a thousand times more, and some libraries loop over all
 _CHECK_SECONDS = 0.2
 
 
 def prepare_open_files() -> None:
-    """Raises this process's limit as far as it may, and from now on logs when it is reached."""
+    """Raises this process's limit as far as allowed, and logs from now on when it is reached."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = _MOST if hard == resource.RLIM_INFINITY else min(hard, _MOST)
     if soft != resource.RLIM_INFINITY and soft < limit:

@@ -1,7 +1,8 @@
-"""Spans are made by OpenTelemetry's SDK and sent to a collector (OTLP).
+"""Creates spans with OpenTelemetry's SDK and sends them to a collector (OTLP).
 
 The SDK reads its own environment variables: OTEL_EXPORTER_OTLP_…, OTEL_TRACES_SAMPLER, OTEL_BSP_…,
-OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES, OTEL_SDK_DISABLED. The only user of OpenTelemetry.
+OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES, OTEL_SDK_DISABLED. Only this module imports
+OpenTelemetry.
 """
 
 import importlib.metadata
@@ -17,13 +18,13 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 
 from trivium.wire.tracing import Attributes, Span
 
-_CLOSE_SECONDS = 3.0  # in which what is left is sent; a collector that is gone holds nobody up
+_CLOSE_SECONDS = 3.0  # to flush the remaining spans; a dead collector must not delay the exit
 
 
 class Exporter:
-    """Makes and sends the spans of an instance of a service.
+    """Creates and sends the spans of one instance of a service.
 
-    Raises ValueError for a protocol that it does not know.
+    Raises ValueError for an unknown protocol.
     """
 
     def __init__(self, service: str, instance: str) -> None:
@@ -35,7 +36,7 @@ class Exporter:
                 "service.version": importlib.metadata.version("trivium"),
             }
         )
-        # The environment's names win over ours.
+        # Attributes from the environment take precedence over ours.
         resource = resource.merge(OTELResourceDetector().detect())
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(_exporter()))
@@ -55,7 +56,7 @@ class Exporter:
         return _Recorded(span) if span.get_span_context().is_valid else Span()
 
     def close(self) -> None:
-        """Sends what is left."""
+        """Flushes the remaining spans."""
         closing = threading.Thread(target=self._provider.shutdown, daemon=True)
         closing.start()
         closing.join(_CLOSE_SECONDS)
@@ -115,5 +116,5 @@ def _context(parent: str, is_remote: bool) -> Context:
 
 
 def _nanoseconds(at: float) -> int:
-    """A time of the monotonic clock, in nanoseconds since 1970."""
+    """A monotonic timestamp in seconds, as nanoseconds since 1970."""
     return time.time_ns() - int((time.monotonic() - at) * 1e9)

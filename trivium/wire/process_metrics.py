@@ -1,4 +1,4 @@
-"""Prometheus metrics of any process: its resources, build and drain."""
+"""Prometheus metrics of every process: its resources, build and drain state."""
 
 import importlib.metadata
 import platform
@@ -13,9 +13,8 @@ from trivium.wire.in_flight import DrainState, InFlight
 
 
 def register_process(registry: CollectorRegistry, in_flight: InFlight) -> None:
-    """Adds process_*, the build, and the drain of what is `in_flight` here."""
-    # When each series began, as a series of its own: there are no restarts that the process's
-    # start time does not tell.
+    """Registers process_*, the build, and the drain state of `in_flight`."""
+    # No separate `_created` series: the process start time already shows every restart.
     disable_created_metrics()  # type: ignore[no-untyped-call]
     ProcessCollector(registry=registry)
     labels = {
@@ -28,7 +27,7 @@ def register_process(registry: CollectorRegistry, in_flight: InFlight) -> None:
 
 
 class DrainCollector(Collector):
-    """How far the drain of a process is, read at each scrape."""
+    """The drain state of a process, read at each scrape."""
 
     def __init__(self, in_flight: InFlight) -> None:
         self._in_flight = in_flight

@@ -1,6 +1,6 @@
 """How a process serves gRPC: bind, health, reflection, drain.
 
-Knows nothing about what is served.
+Knows nothing about the services themselves.
 """
 
 import asyncio
@@ -24,37 +24,36 @@ _OPTIONS: list[tuple[str, str | int]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", -1),
     ("grpc.so_reuseport", 0),
-    # Calls that wait to be picked up; of more than 1,000, gRPC would reset some at random, so that
-    # their callers never hear why. What is too much is refused by whoever knows it.
+    # Calls waiting to be picked up. Above 1,000, gRPC would reset some at random, without telling
+    # their callers why. Admission control refuses the excess instead.
     ("grpc.server.max_pending_requests", 2**31 - 1),
     ("grpc.server.max_pending_requests_hard_limit", 2**31 - 1),
-    # Clients may ping as they like; the default answers "Too many pings" and hangs up.
+    # Clients may ping as often as they like; by default gRPC hangs up with "Too many pings".
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_ping_strikes", 0),
-    # A caller that is gone without a word is noticed within 20 s. What it has begun would go on to
-    # its end, and hold what it holds. Less patience would lose clients that compute for a while.
+    # A caller that vanishes silently is detected within 20 s. Its calls would otherwise run to the
+    # end and hold their resources. A shorter timeout would drop clients that are busy for a while.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.ping_timeout_ms", 10_000),
-    # What runs on a connection that is too old may go on for as long as the longest answer.
+    # Calls on a connection past its maximum age may finish, however long the answer.
     ("grpc.max_connection_age_grace_ms", 3_600_000),
 ]
 
 MAX_CONNECTION_AGE_SECONDS = 60.0
 
-_FLUSH_TIMEOUT_SECONDS = 0.5  # for answers whose handlers have returned to reach the wire
-_LAST_WORD_SECONDS = 0.1  # for watchers to be told, and the GOAWAY to be sent
+_FLUSH_TIMEOUT_SECONDS = 0.5  # for the last responses of finished handlers to be sent
+_LAST_WORD_SECONDS = 0.1  # for watchers to be notified and the GOAWAY to be sent
 
 
-class Health(health.aio.HealthServicer):  # type: ignore[misc]  # has no types
-    """Health that tells of a drain twice.
+class Health(health.aio.HealthServicer):  # type: ignore[misc]  # untyped
+    """A health service that reports a drain in two steps.
 
-    Load balancers and probes, which poll, hear of it at once and stop sending. gRPC's channels,
-    which watch, would then leave without asking where to go instead: they hear of it together
-    with the GOAWAY that makes them resolve the server's name anew. Then their watches end. Where a
-    proxy takes all replicas for one address, the next watch is on a replica that stays, however
-    long this one's last calls run.
+    Load balancers and probes, which poll, see it at once and stop sending calls. gRPC channels,
+    which watch, would then leave without resolving the name again, so they are told together with
+    the GOAWAY, which makes them do so. Then their watches end: behind a proxy with one address for
+    all replicas, the next watch reaches a replica that stays, however long the last calls here run.
     """
 
     def __init__(self, in_flight: InFlight) -> None:
@@ -85,15 +84,15 @@ class Health(health.aio.HealthServicer):  # type: ignore[misc]  # has no types
 
 
 class GrpcServer:
-    """A gRPC server with health and reflection that starts NOT_SERVING and drains at its end.
+    """A gRPC server with health and reflection that starts as NOT_SERVING and drains when it stops.
 
     `services` pairs each servicer's `add_…_to_server` with the servicer; `names` are the
     full service names for health and reflection, `health_names` further ones for health.
-    gRPC clients resolve a name anew only when a connection ends, so each ends after
+    gRPC clients resolve a name again only when a connection ends, so each ends after
     `max_connection_age_seconds`: new replicas get their share of the calls within this time.
-    `in_flight` is for servicers that have to know of the drain. `guard` lets calls in, of all
-    services but health and reflection, and `refused` hears of those that are not. Without `tls` it
-    speaks plain text.
+    `in_flight` is for servicers that need to know about the drain. `guard` admits the calls of all
+    services but health and reflection; `refused` is called for those it refuses. Without `tls`, it
+    serves plain text.
     """
 
     def __init__(
@@ -126,7 +125,7 @@ class GrpcServer:
             )
 
     async def start(self, address: str) -> int:
-        """Binds `address` (host:port, port 0 for any) and returns the port. Not yet SERVING.
+        """Binds `address` (host:port, port 0 for any) and returns the port. Still NOT_SERVING.
 
         Raises OSError if it cannot be bound.
         """
@@ -143,14 +142,14 @@ class GrpcServer:
         return int(port)
 
     async def set_serving(self, serving: bool, names: Sequence[str] | None = None) -> None:
-        """Reports all services, or those named, as SERVING or NOT_SERVING."""
+        """Reports all services, or those in `names`, as SERVING or NOT_SERVING."""
         state = health_pb2.HealthCheckResponse.ServingStatus
         for name in self._names if names is None else names:
             self._serving[name] = serving
             await self._health.set(name, state.SERVING if serving else state.NOT_SERVING)
 
     async def check_ready(self, name: str) -> None:
-        """Raises ServiceError unless health checks find this service SERVING."""
+        """Raises ServiceError unless health checks report this service as SERVING."""
         self._in_flight.check_ready()
         if not self._serving.get(name):
             raise ServiceError("model_loading", f"{name or 'The process'} is not ready.")
@@ -158,11 +157,11 @@ class GrpcServer:
     async def drain(
         self, notice_seconds: float, drain_seconds: float, hurry: asyncio.Event | None = None
     ) -> None:
-        """Ends without a call being lost; docs/operations.md says what callers see.
+        """Shuts down without losing a call; docs/operations.md says what callers see.
 
         For `notice_seconds` everything is served as before, but health checks fail. Then the
-        port is closed, callers are sent elsewhere, and running calls get `drain_seconds`; what
-        is left of them ends as `draining`. Once `hurry` is set nothing is waited for.
+        port is closed, callers are sent elsewhere, and calls in flight get `drain_seconds`; the
+        rest end as `draining`. Setting `hurry` skips the waiting.
         """
         hurry = hurry or asyncio.Event()
         self._in_flight.leaving = True
@@ -170,7 +169,7 @@ class GrpcServer:
         await self._health.enter_graceful_shutdown()
         stopping = asyncio.create_task(self._server.stop(drain_seconds + _FLUSH_TIMEOUT_SECONDS))
         await self._boundary.drain(drain_seconds, hurry)
-        # Calls that watch the health never end by themselves, so they are not waited for.
+        # Health and reflection calls, which the boundary does not track, get this time only.
         await self._server.stop(_FLUSH_TIMEOUT_SECONDS)
         await stopping
         if self._following is not None:
@@ -178,6 +177,6 @@ class GrpcServer:
 
 
 def run(main: Coroutine[Any, Any, Result]) -> Result:
-    """Runs `main` to its end on uvloop, on which gRPC passes a fifth more messages."""
+    """Runs `main` on uvloop, with which gRPC handles a fifth more messages."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(main)

@@ -1,4 +1,4 @@
-"""Settings are read once, at start; wrong ones are all listed at once, and the process exits 2."""
+"""Settings are read once, at start; all invalid ones are listed, and the process exits with 2."""
 
 import ipaddress
 import sys
@@ -11,28 +11,28 @@ Settings = TypeVar("Settings", bound=BaseSettings)
 
 
 def load_settings(cls: type[Settings]) -> Settings:
-    """Reads `cls` from the environment, or prints every wrong variable and exits with 2."""
+    """Reads `cls` from the environment, or prints every invalid variable and exits with 2."""
     try:
         return cls()
     except ValidationError as error:
         prefix = cls.model_config.get("env_prefix", "")
         for fault in error.errors():
             name = prefix + "_".join(str(part) for part in fault["loc"]).upper()
-            # What our own checks say is put behind this.
+            # pydantic puts this prefix before the messages of our own validators.
             print(f"{name}: {fault['msg'].removeprefix('Value error, ')}", file=sys.stderr)
         refuse_to_start()
 
 
 def refuse_to_start(message: str = "") -> NoReturn:
-    """Ends the process with status 2: it was told something that it cannot do."""
+    """Exits with status 2, for invalid settings."""
     if message:
         print(message, file=sys.stderr)
     sys.exit(2)
 
 
 def refuse_unguarded(prefix: str, host: str, is_guarded: bool) -> None:
-    """Refuses to start at an address that others can reach, unless their calls are checked or
-    somebody said that they need not be. `prefix` is that of the settings' names."""
+    """Refuses to start at an address that other machines can reach, unless calls are authenticated
+    or explicitly need not be. `prefix` is that of the settings' names."""
     if is_guarded or is_loopback(host):
         return
     refuse_to_start(
@@ -43,7 +43,7 @@ def refuse_unguarded(prefix: str, host: str, is_guarded: bool) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches what listens at `host`."""
+    """Whether only this machine can reach a server that listens on `host`."""
     if host == "localhost":
         return True
     try:

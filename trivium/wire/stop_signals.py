@@ -8,18 +8,19 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def end_at_stop_signal() -> None:
-    """From now on, and until StopSignals are made, a stop signal ends the process with status 0.
+    """Until StopSignals is created, a stop signal ends the process with status 0.
 
-    As process 1 of a container, one that only loads would ignore it, and serve on afterwards.
+    Otherwise, as process 1 of a container, a process that is still loading would ignore the signal
+    and go on to serve.
     """
     for number in _STOP_SIGNALS:
         signal.signal(number, lambda *_: sys.exit(0))
 
 
 class StopSignals:
-    """The `first` stop signal asks to drain, the `second` to end at once.
+    """The `first` stop signal requests a drain, the `second` an immediate end.
 
-    Made while the event loop runs.
+    Must be created while the event loop runs.
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,6 @@
-"""What is known of a call on every hop: request id, W3C trace parent, name of its key; and logs.
+"""What every hop knows about a call: request id, W3C traceparent, key name. And the logs.
 
-Knows nothing about who calls whom.
+Independent of who calls whom.
 """
 
 import contextvars
@@ -16,7 +16,7 @@ from typing import Any
 
 REQUEST_ID = "x-request-id"
 TRACEPARENT = "traceparent"
-KEY_NAME = "x-trivium-key-name"  # never taken from HTTP: the facade knows it by the key itself
+KEY_NAME = "x-trivium-key-name"  # never accepted over HTTP: the facade looks it up by the key
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _SANE_KEY_NAME = re.compile(r"[A-Za-z0-9._:/+=@-]{1,64}")
@@ -25,24 +25,24 @@ _SANE_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
 traceparent: contextvars.ContextVar[str] = contextvars.ContextVar("traceparent", default="")
 key_name: contextvars.ContextVar[str] = contextvars.ContextVar("key_name", default="")
-# When a caller that breaks off does so for its deadline, on the monotonic clock.
+# A caller that hangs up after this monotonic time is taken to have reached its deadline.
 late_from: contextvars.ContextVar[float] = contextvars.ContextVar("late_from", default=math.inf)
 
 
 def trace_id() -> str:
-    """The trace that the current call belongs to, 32 hexadecimal digits; empty for none."""
+    """The current call's trace id, 32 hexadecimal digits; empty without a trace."""
     return traceparent.get()[3:35]
 
 
 def is_key_name(text: str) -> bool:
-    """Whether a key can have this name: 1 to 64 letters, digits or . _ : / + = @ -"""
+    """Whether this is a valid key name: 1 to 64 letters, digits or . _ : / + = @ -"""
     return _SANE_KEY_NAME.fullmatch(text) is not None
 
 
 def adopt(headers: Iterable[tuple[str, str | bytes]]) -> str:
-    """Makes the current context that of the call with these headers; returns its request id.
+    """Sets the context variables from a call's headers; returns its request id.
 
-    A request id that is absent, too long or of odd characters is replaced by a new one.
+    A request id that is missing, too long or has invalid characters is replaced by a new one.
     """
     known = {name.lower(): value for name, value in headers if isinstance(value, str)}
     received = known.get(REQUEST_ID, "")
@@ -66,7 +66,7 @@ def outgoing_metadata() -> tuple[tuple[str, str], ...]:
 
 
 class _Formatter(logging.Formatter):
-    """A record as a JSON object: whose it is, what it says, and the `fields` that it was given."""
+    """Formats a record as JSON: service, request and trace ids, message, and its `fields`."""
 
     def __init__(self, service: str) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class _Formatter(logging.Formatter):
 
 
 class _TextFormatter(_Formatter):
-    """The same for a person's eyes: all on one line, but for exceptions."""
+    """The human-readable format: one line per record, apart from exceptions."""
 
     def format(self, record: logging.LogRecord) -> str:
         known = self._identity(record)
@@ -109,7 +109,7 @@ _FORMATTERS = {"json": _Formatter, "text": _TextFormatter}
 
 
 def configure_logging(service: str, level: str = "info", format: str = "json") -> None:
-    """Log lines on standard error: JSON objects, or `text`."""
+    """Logs to standard error: `json` objects, or `text`."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_FORMATTERS[format](service))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

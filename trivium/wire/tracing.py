@@ -1,7 +1,7 @@
-"""Spans of a call, for OpenTelemetry: one trace goes through all stages.
+"""OpenTelemetry spans of a call: one trace spans all stages.
 
-Without OTEL_EXPORTER_OTLP_ENDPOINT nothing is imported and nothing recorded, and a span costs a
-microsecond. A span that runs is the parent of those that begin meanwhile, and of the next stage's.
+Without an OTLP endpoint in the environment nothing is imported or recorded, and a span costs a
+microsecond. The current span is the parent of spans begun inside it, and of the next stage's.
 """
 
 import contextlib
@@ -20,13 +20,13 @@ _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT
 
 
 class Span:
-    """One that is not recorded. `traceparent` is empty where there is no trace to go on with."""
+    """A span that is not recorded. `traceparent` is empty if there is no trace to continue."""
 
     is_recording = False
     traceparent = ""
 
     def rename(self, name: str) -> None:
-        """Calls it otherwise than it was called when it began."""
+        """Changes its name."""
 
     def set(self, attributes: Attributes) -> None:
         """Adds attributes."""
@@ -34,17 +34,17 @@ class Span:
     def event(
         self, name: str, at: float | None = None, attributes: Attributes | None = None
     ) -> None:
-        """Notes what happened at this time of the monotonic clock, or happens now."""
+        """Adds an event at this time of the monotonic clock, or now."""
 
     def fail(self, description: str) -> None:
-        """It did not do what it was for."""
+        """Marks it as failed."""
 
     def end(self, at: float | None = None) -> None:
-        """It ends, at this time of the monotonic clock, or now."""
+        """Ends it, at this time of the monotonic clock, or now."""
 
 
-# Begins a span: its name, the traceparent of its parent or "", whether that is in another process,
-# its attributes, and when it began by the monotonic clock.
+# Begins a span: its name, its parent's traceparent or "", whether the parent is in another process,
+# its attributes, and its start by the monotonic clock.
 Begin = Callable[[str, str, bool, Attributes, float], Span]
 
 _NONE = Span()
@@ -54,9 +54,9 @@ _current: contextvars.ContextVar[Span] = contextvars.ContextVar("span", default=
 
 @contextlib.contextmanager
 def exported(service: str, instance: str) -> Iterator[None]:
-    """Records spans of this service while inside, if there is somewhere to send them.
+    """Records this service's spans inside the block, if an endpoint is configured.
 
-    Sends what is left at the end. Ends the process with status 2 if OpenTelemetry is not installed.
+    Flushes them at the end. Exits with status 2 if OpenTelemetry is missing or misconfigured.
     """
     global _begin
     endpoint = next((name for name in _ENDPOINTS if os.environ.get(name)), None)
@@ -80,15 +80,15 @@ def exported(service: str, instance: str) -> Iterator[None]:
 
 
 def current() -> Span:
-    """The span that runs in this context; one that is not recorded if none does."""
+    """This context's current span; an unrecorded one if there is none."""
     return _current.get()
 
 
 @contextlib.contextmanager
 def call(name: str, attributes: Attributes, begins: bool) -> Iterator[Span]:
-    """A span around a call that came to this process: it goes on with the caller's trace.
+    """A span around a call that this process received, in the caller's trace.
 
-    Without one it `begins` a trace, or is not recorded.
+    If the caller sent no trace, it starts a new one if `begins`, else it is not recorded.
     """
     parent = telemetry.traceparent.get()
     if _begin is None or not (parent or begins):
@@ -100,7 +100,7 @@ def call(name: str, attributes: Attributes, begins: bool) -> Iterator[Span]:
 
 @contextlib.contextmanager
 def span(name: str) -> Iterator[Span]:
-    """A span around a part of what the current one is around."""
+    """A child of the current span."""
     parent = _current.get()
     if _begin is None or not parent.is_recording:
         yield _NONE
@@ -110,7 +110,7 @@ def span(name: str) -> Iterator[Span]:
 
 
 def record(name: str, begin: float, end: float, attributes: Attributes | None = None) -> None:
-    """A part of what the current span is around, between two times of the monotonic clock."""
+    """Records a child of the current span, between two times of the monotonic clock."""
     parent = _current.get()
     if _begin is not None and parent.is_recording:
         _begin(name, parent.traceparent, False, attributes or {}, begin).end(end)
@@ -118,7 +118,7 @@ def record(name: str, begin: float, end: float, attributes: Attributes | None = 
 
 @contextlib.contextmanager
 def _running(span: Span) -> Iterator[Span]:
-    # Put back by hand: a generator that is closed from another task may not use a token.
+    # Restored by hand: a generator closed from another task cannot use a token.
     outer, parent = _current.get(), telemetry.traceparent.get()
     _current.set(span)
     if span.traceparent:

@@ -1,1 +1,1 @@
-"""All replicas of the next stage: where they are, how they are, and which one takes a call."""
+"""The replicas of the next stage: their addresses, their health, and which one takes a call."""

@@ -1,4 +1,4 @@
-"""Prometheus metrics of the replicas that a process calls, read at each scrape."""
+"""Prometheus metrics of the replicas that this process calls, read at each scrape."""
 
 from collections.abc import Callable, Iterator, Mapping
 
@@ -13,14 +13,14 @@ _LABELS = ["model_name", "replica"]
 
 
 class ReplicaCollector(Collector):
-    """`statuses` are those of all replicas, by the model that they serve; an empty name, which is
-    no label to Prometheus, is for those that serve all."""
+    """`statuses` maps the model to the status of the replicas that serve it; the empty name, which
+    Prometheus treats as no label, stands for replicas that serve all models."""
 
     def __init__(self, statuses: Mapping[str, Callable[[], ReplicaSetStatus]]) -> None:
         self._statuses = statuses
 
     def collect(self) -> Iterator[Metric]:
-        """What is there at this moment; a replica that is gone is gone here too."""
+        """The current replicas; one that is gone disappears from the metrics too."""
         picked = CounterMetricFamily(
             "trivium_replica_picked", "Calls that this replica was picked for.", labels=_LABELS
         )

@@ -1,23 +1,23 @@
-"""An outage: what fails for long is warned of, once. For a moment it may, as when stages start."""
+"""One warning for a lasting failure; brief ones, as when stages start, are expected."""
 
 import logging
 import time
 
 log = logging.getLogger(__name__)
 
-OUTAGE_SECONDS = 30.0  # more than most models take to load
-_MAX_WARNINGS = 5  # of one outage, whose reason changes
+OUTAGE_SECONDS = 30.0  # longer than most models take to load
+_MAX_WARNINGS = 5  # per outage, as its reason changes
 
 
 class Outage:
-    """Warns of something that fails again and again: once, or when the reason is a new one."""
+    """Warns of something that keeps failing: once per reason."""
 
     def __init__(self) -> None:
         self._began: float | None = None
         self._told: set[str] = set()
 
     def failed(self, what: str, reason: str) -> None:
-        """It fails now."""
+        """It is failing now."""
         now = time.monotonic()
         if self._began is None:
             self._began = now

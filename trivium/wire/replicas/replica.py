@@ -1,4 +1,4 @@
-"""One replica of the next stage: its channel, whether it serves, and the calls it has of ours."""
+"""One replica of the next stage: its channel, its health, and our calls in flight on it."""
 
 import asyncio
 import contextlib
@@ -22,7 +22,7 @@ from trivium.wire.tls.channel import ChannelTls
 log = logging.getLogger(__name__)
 
 _WATCH_RETRY_SECONDS = 0.2
-# Connections end when they are old and are there again at once, of which nobody has to be told.
+# Connections that reach their maximum age are re-established at once, which need not be logged.
 _LOST_SECONDS = 1.0
 _ASK_SECONDS = 1.0
 
@@ -33,7 +33,7 @@ Stub = TypeVar("Stub")
 
 
 class ReplicaState(Enum):
-    """What is known of a replica; the value is its name in metrics."""
+    """What is known about a replica; the value is its name in metrics."""
 
     UNREACHABLE = "unreachable"
     NOT_SERVING = "not_serving"
@@ -42,8 +42,7 @@ class ReplicaState(Enum):
 
 @dataclass(frozen=True)
 class ReplicaStatus:
-    """How a replica is: calls that have not ended, all that ever began, and how often it was
-    ejected."""
+    """A replica's state, its calls in flight, all calls so far, and how often it was ejected."""
 
     address: str
     state: ReplicaState
@@ -57,7 +56,7 @@ class _Link:
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self.channel = channel
-        self.replaced = asyncio.Event()  # by a link that calls take from now on
+        self.replaced = asyncio.Event()  # new calls use another link from now on
         self.outstanding = 0
         self.idle = asyncio.Event()
         self.idle.set()
@@ -79,11 +78,11 @@ class _Link:
 
 
 class Replica:
-    """A process of a stage at one address, or whatever a proxy there makes of it.
+    """A process of a stage at one address, or whatever a proxy at that address forwards to.
 
-    `outstanding` are calls that have begun and not ended, `picked` all that ever began; the later
-    the last one began, the larger is `last_turn`. `changed` is called whenever `state` has;
-    `follow` runs for as long as a connection lasts.
+    `outstanding` counts calls in flight, `picked` all calls so far; `last_turn` grows with the time
+    of the latest call. `changed` is called whenever `state` changes; `follow` runs for as long as
+    a connection lasts.
     """
 
     def __init__(
@@ -102,7 +101,7 @@ class Replica:
         self.ejection = Ejection()
         self._tls = tls
         self._link = _Link(self._open())
-        self._replaced: dict[_Link, asyncio.Task[None]] = {}  # they go on to the end of their calls
+        self._replaced: dict[_Link, asyncio.Task[None]] = {}  # open until their calls end
         self._renewing: asyncio.Task[None] | None = None
         self._health_service = health_service
         self._changed = changed
@@ -110,22 +109,22 @@ class Replica:
 
     @property
     def status(self) -> ReplicaStatus:
-        """How it is now."""
+        """Its current status."""
         return ReplicaStatus(
             str(self.address), self.state, self.outstanding, self.picked, self.ejection.count
         )
 
     @property
     def is_ejected(self) -> bool:
-        """Whether its calls have failed of late, again and again."""
+        """Whether it is ejected, because its recent calls kept failing."""
         return self.ejection.is_ejected(time.monotonic())
 
     def stub(self, kind: Callable[[grpc.aio.Channel], Stub]) -> Stub:
-        """The stub of this class, for a call that begins now."""
+        """The stub of class `kind`, for a new call."""
         return self._link.stub(kind)
 
     def track(self, call: Call) -> Call:
-        """Counts a call, which a stub has just begun, until it ends."""
+        """Counts a call that a stub has just started, until it ends."""
         link = self._link
         self.outstanding += 1
         self.picked += 1
@@ -141,8 +140,8 @@ class Replica:
 
     @contextlib.contextmanager
     def answering(self) -> Iterator[None]:
-        """Around what reads an answer to a request: of a status that no stage made, callers learn
-        nothing, so that it is logged."""
+        """Wraps the reading of a response: callers get no details of a status that no stage
+        raised, so it is logged."""
         try:
             yield
         except grpc.aio.AioRpcError as error:
@@ -150,19 +149,19 @@ class Replica:
             raise
 
     def log_foreign(self, error: grpc.aio.AioRpcError) -> None:
-        """Logs a status with which this replica answered, unless a stage made it."""
+        """Logs the status that this replica returned, unless a stage raised it."""
         if is_foreign(error):
             log.error("%s answered %s: %s", self.address, error.code().name, error.details())
 
     async def why_unreachable(self) -> str | None:
-        """By a call, as a channel does not tell; None if it can be reached after all."""
+        """The reason, found by a call, as a channel does not expose it; None if it is reachable."""
         request = health_pb2.HealthCheckRequest(service=self._health_service)
         link = self._link
-        link.began()  # so that it is not closed meanwhile
+        link.began()  # so that it is not closed in the meantime
         try:
             await link.stub(health_pb2_grpc.HealthStub).Check(request, timeout=_ASK_SECONDS)
         except grpc.aio.AioRpcError as error:
-            if error.code() is grpc.StatusCode.NOT_FOUND:  # it has another service's health
+            if error.code() is grpc.StatusCode.NOT_FOUND:  # it reports other services only
                 return None
             return f"{error.code().name}: {error.details()}"
         finally:
@@ -170,14 +169,14 @@ class Replica:
         return None
 
     def renew(self) -> None:
-        """Connects anew, by what is in the files of TLS now. Calls begin there once the connection
-        stands, until then where they did."""
+        """Reconnects with the current TLS files. New calls use the old connection until the new one
+        is ready."""
         if self._renewing is not None:
             self._renewing.cancel()
         self._renewing = asyncio.create_task(self._renew())
 
     async def run(self) -> None:
-        """Keeps a connection and watches the health on it, for good."""
+        """Keeps a connection open and watches the replica's health on it, until cancelled."""
         try:
             while True:
                 await self._run_connection(self._link)
@@ -188,12 +187,12 @@ class Replica:
             self._set(ReplicaState.UNREACHABLE)
 
     async def close_when_idle(self) -> None:
-        """Returns when the calls that run have ended, and the channels with them."""
+        """Closes all channels once the calls in flight have ended."""
         await asyncio.gather(self._link.idle.wait(), *self._replaced.values())
         await self.close()
 
     async def close(self) -> None:
-        """Ends whatever runs."""
+        """Closes all channels, which ends the calls in flight."""
         for link, closing in self._replaced.copy().items():
             closing.cancel()
             await link.channel.close()
@@ -222,7 +221,7 @@ class Replica:
         del self._replaced[link]
 
     async def _run_connection(self, link: _Link) -> None:
-        """Returns when the connection's state has changed, or calls begin on another link."""
+        """Returns when the connection's state changes or the link is replaced."""
         connection = link.channel.get_state(try_to_connect=True)
         changes: list[asyncio.Future[Any]] = [
             asyncio.ensure_future(link.channel.wait_for_state_change(connection)),
@@ -230,7 +229,7 @@ class Replica:
         ]
         watching: list[asyncio.Future[None]] = []
         if connection is grpc.ChannelConnectivity.READY:
-            # Anew on each connection: behind a proxy it may lead to another process.
+            # Once per connection: behind a proxy, a new one may lead to another process.
             watching = [
                 asyncio.ensure_future(self._watch_health()),
                 asyncio.ensure_future(self._follow(self)),
@@ -255,10 +254,10 @@ class Replica:
                     self._set(ReplicaState.SERVING if serving else ReplicaState.NOT_SERVING)
             except grpc.aio.AioRpcError as error:
                 if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-                    # As gRPC itself has it: one who has no health is taken for healthy.
+                    # As in gRPC itself: a server without a health service counts as healthy.
                     self._set(ReplicaState.SERVING)
                     return
-            # A proxy ends a watch on which nothing happens; it is good as long as the next one is.
+            # A proxy ends an idle watch; the replica stays healthy if the next watch succeeds.
             if not heard:
                 self._set(ReplicaState.UNREACHABLE)
             await asyncio.sleep(_WATCH_RETRY_SECONDS)

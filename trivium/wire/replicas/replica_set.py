@@ -1,6 +1,6 @@
-"""The replicas of a target, followed as they come and go; a call goes to one of them.
+"""The replicas of a target, tracked as they come and go; each call goes to one of them.
 
-Knows nothing of what is called.
+Knows nothing about the calls themselves.
 """
 
 import asyncio
@@ -31,19 +31,19 @@ from trivium.wire.tls.channel import ChannelTls
 
 log = logging.getLogger(__name__)
 
-# When the last replica is replaced there is none until its successor's address is known and
-# connected, which calls wait out. Only what takes longer is an outage.
+# When the last replica is replaced, there is none until its successor is resolved and connected.
+# Calls wait for that long; only a longer gap is an outage.
 GAP_SECONDS = 2.0
 
 _RESOLVE_SECONDS = 1.0
 _OUTAGE_CHECK_SECONDS = 1.0
-_PAUSE_SECONDS = 0.1  # before a call is tried again where it failed, as there is nobody else
+_PAUSE_SECONDS = 0.1  # before a retry on the same replica, when there is no other
 
-# What counts against a replica, if it happens again and again.
+# Errors that eject a replica if they keep happening.
 _FAULTS = frozenset({"backend_unavailable", "internal_error"})
 
-# The replica was lost, or never began. A server ends as CANCELLED what reaches it while it is
-# sending GOAWAY.
+# The replica was lost, or never started serving. A call that reaches a server while it sends
+# GOAWAY ends as CANCELLED.
 LOST = frozenset({"backend_unavailable", "model_loading", "draining", "client_closed_request"})
 
 Answer = TypeVar("Answer")
@@ -51,7 +51,7 @@ Picker = Callable[[Sequence[Replica]], Replica]
 
 
 def least_outstanding(replicas: Sequence[Replica]) -> Replica:
-    """The one with the fewest calls of ours that have not ended; in turn among equals."""
+    """The replica with the fewest of our calls in flight; round robin among equals."""
     return min(replicas, key=lambda replica: (replica.outstanding, replica.last_turn))
 
 
@@ -61,19 +61,19 @@ async def _nothing(_: Replica) -> None:
 
 @dataclass(frozen=True)
 class ReplicaSetStatus:
-    """How all replicas are, and how many calls were tried once more, by the code of the error."""
+    """The status of all replicas, and the number of retried calls by error code."""
 
     replicas: Sequence[ReplicaStatus]
     retries: Mapping[str, int]
 
 
 class ReplicaSet:
-    """All replicas of `target`, of which those serve that report `health_service` as SERVING.
+    """All replicas of `target`; those that report `health_service` as SERVING get the calls.
 
-    `follow` runs on each connection to a replica, and is cancelled with it. With `any_reachable`
-    calls go to a replica that does not serve, if none does. `refusals` are the codes of errors that
-    another replica may not have. Without `tls` calls are in plain text. Made while the event loop
-    runs; raises TargetError.
+    `follow` runs on each connection to a replica, and is cancelled with it. With `any_reachable`,
+    calls go to replicas that are not serving if none is. `refusals` are the codes of errors that
+    another replica may not raise. Without `tls`, calls are in plain text. Must be created while
+    the event loop runs; raises TargetError.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class ReplicaSet:
         self._any_reachable = any_reachable
         self._refusals = refusals
         self._tls = tls
-        # All that there can be from the beginning: of a series that starts at 1 no rate is known.
+        # All possible series exist from the start: a series that first appears at 1 has no rate.
         self._retries = {_reason(code): 0 for code in (*LOST, *refusals)}
         self._replicas: dict[Address, Replica] = {}
         self._running: dict[Replica, asyncio.Task[None]] = {}
@@ -106,26 +106,26 @@ class ReplicaSet:
 
     @property
     def replicas(self) -> Collection[Replica]:
-        """All that there are, whatever their state."""
+        """All current replicas, whatever their state."""
         return self._replicas.values()
 
     def status(self) -> ReplicaSetStatus:
-        """How they all are; from any thread."""
+        """The status of all replicas; may be called from any thread."""
         replicas = [replica.status for replica in list(self._replicas.values())]
         return ReplicaSetStatus(replicas, dict(self._retries))
 
     @property
     def serving(self) -> list[Replica]:
-        """Those that serve."""
+        """The replicas that report SERVING."""
         return [one for one in self.replicas if one.state is ReplicaState.SERVING]
 
     @property
     def reachable(self) -> list[Replica]:
-        """Those that serve, or say that they do not."""
+        """The replicas that can be reached, serving or not."""
         return [one for one in self.replicas if one.state is not ReplicaState.UNREACHABLE]
 
     async def changes(self) -> AsyncGenerator[bool]:
-        """Whether any replica serves: at once, then whenever that may have changed."""
+        """Whether any replica is serving: now, then whenever that may have changed."""
         while True:
             changed = self._changed
             yield bool(self.serving)
@@ -136,11 +136,11 @@ class ReplicaSet:
         attempt: Callable[[Replica], Awaitable[Answer]],
         pick: Picker = least_outstanding,
     ) -> Answer:
-        """What `attempt` returns with the replica that `pick` chooses.
+        """The result of `attempt` with the replica that `pick` chooses.
 
-        If the replica is lost it is tried once more, with another one if there is one; so is, with
-        another one only, what fails as one of `refusals`. While there is none to pick, waits for
-        one for GAP_SECONDS; raises AioRpcError and ServiceError.
+        If the replica is lost, the attempt is retried once, on another replica if there is one.
+        One that fails with one of `refusals` is retried on another replica only. Waits up to
+        GAP_SECONDS for a replica to pick; raises AioRpcError and ServiceError.
         """
         replica = await self._pick(pick)
         try:
@@ -150,7 +150,7 @@ class ReplicaSet:
             if is_final(error) or (code not in LOST and code not in self._refusals):
                 raise
             others = _not_ejected([one for one in self.serving if one is not replica])
-            # A server that is another stage stays one.
+            # UNIMPLEMENTED means the wrong server is there, so retrying on it is no use.
             is_lost = code in LOST and error.code() is not grpc.StatusCode.UNIMPLEMENTED
             if not others and not is_lost:
                 raise
@@ -162,7 +162,7 @@ class ReplicaSet:
         return await self._attempt(attempt, pick(others))
 
     async def close(self) -> None:
-        """Ends whatever runs."""
+        """Cancels the background tasks and closes all channels."""
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
@@ -187,7 +187,7 @@ class ReplicaSet:
                 async with asyncio.timeout(GAP_SECONDS):
                     while not self._candidates():
                         await self._changed.wait()
-            # Of the time a busy loop may tell before it tells of a replica.
+            # A busy event loop may run the timeout before it handles a replica's change.
             if not (found := self._candidates()):
                 message = "The model server cannot be reached."
                 raise ServiceError("backend_unavailable", message)
@@ -197,15 +197,15 @@ class ReplicaSet:
         return _not_ejected(self.serving) or (self.reachable if self._any_reachable else [])
 
     async def _follow_name(self, name: Name) -> None:
-        """Each name on its own: one that is slow to look up holds up no other."""
+        """Runs separately for each name, so that one slow lookup does not delay the others."""
         while True:
             await self._resolver.look_up(name)
             self._update()
             await asyncio.sleep(_RESOLVE_SECONDS)
 
     async def _follow_outages(self) -> None:
-        """Warns of what cannot be reached. Of a name one address that can be is enough: others may
-        be starting, and metrics tell of each."""
+        """Warns of names that cannot be reached. One reachable address per name is enough: others
+        may be starting, and metrics cover each of them."""
         outages: defaultdict[str, Outage] = defaultdict(Outage)
         while True:
             by_name = {one.address.name: one for one in self.replicas} | {
@@ -238,7 +238,7 @@ class ReplicaSet:
             self._running[replica] = self._start(replica.run())
 
     async def _retire(self, replica: Replica) -> None:
-        """Of a replica that is gone: what runs on it goes on to its end."""
+        """Removes a replica that is gone; its calls in flight may finish."""
         self._running[replica].cancel()
         self._notify()
         await replica.close_when_idle()
@@ -261,10 +261,10 @@ class ReplicaSet:
 
 
 def _not_ejected(replicas: list[Replica]) -> list[Replica]:
-    """Those that are not ejected; all, if all are."""
+    """The replicas that are not ejected, or all if all are ejected."""
     return [one for one in replicas if not one.is_ejected] or replicas
 
 
 def _reason(code: str) -> str:
-    """Why a call is tried once more: what broke it off was the replica, not the caller."""
+    """Why a call is retried: client_closed_request here means the replica broke it off."""
     return "backend_unavailable" if code == "client_closed_request" else code

@@ -1,9 +1,9 @@
-"""The addresses that a target stands for, now: names are looked up in DNS, addresses are taken.
+"""Resolves a target to its current addresses: names by DNS, IP addresses as they are.
 
-host:port                  all addresses of the host; so does dns:///host:port
-dns://server:port/host:port    the same, as that name server says
-a:port,b:port              those of all of them
-unix:…, xds:///…           anything else is left to gRPC, as one address
+host:port                  all addresses of the host; the same as dns:///host:port
+dns://server:port/host:port    the same, resolved by that name server
+a:port,b:port              the addresses of all of them
+unix:…, xds:///…           left to gRPC, as one address
 """
 
 import ipaddress
@@ -16,21 +16,21 @@ import aiodns
 
 from trivium.wire.replicas.outage import Outage
 
-_TIMEOUT_SECONDS = 1.0  # of one question; a second one follows
+_TIMEOUT_SECONDS = 1.0  # per DNS query; there is one retry
 _DNS = re.compile(r"dns:(?://(?P<server>[^/]*)/)?(?P<host_port>[^/]+)")
 _HOST_PORT = re.compile(r"(?:\[(?P<v6>[^\]]+)\]|(?P<host>[^:\[\]]+)):(?P<port>\d{1,5})")
 _OF_GRPC = re.compile(r"(?:unix|unix-abstract|vsock|xds|passthrough):.+")
 
 
 class TargetError(ValueError):
-    """A target that stands for nothing."""
+    """A malformed target."""
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where one replica is, as gRPC takes it, such as ipv4:10.0.0.7:50051.
+    """The address of one replica in gRPC's syntax, such as ipv4:10.0.0.7:50051.
 
-    `authority` is the name that it goes by, for proxies on the way that route by it.
+    `authority` is the name it was resolved from, for proxies that route by it.
     """
 
     target: str
@@ -38,7 +38,7 @@ class Address:
 
     @property
     def name(self) -> str:
-        """What it goes by; it may share a name with others."""
+        """The name it was resolved from, which it may share with others, or else the address."""
         return self.authority or str(self)
 
     def __str__(self) -> str:
@@ -47,15 +47,15 @@ class Address:
 
 @dataclass(frozen=True)
 class Name:
-    """A name to be looked up in DNS."""
+    """A name to resolve by DNS."""
 
     host: str
     port: int
-    server: str | None  # of DNS, host:port; None is the system's own
+    server: str | None  # DNS server, host:port; None for the system's
 
 
 class Resolver:
-    """Looks up the `names` of a target; raises TargetError if it is none."""
+    """Resolves the `names` of a target; raises TargetError if it is malformed."""
 
     def __init__(self, target: str) -> None:
         self.names: list[Name] = []
@@ -67,14 +67,14 @@ class Resolver:
 
     @property
     def addresses(self) -> frozenset[Address]:
-        """All that are known now. Those that are no names are known from the start."""
+        """All addresses known now; those given as IP addresses are known from the start."""
         return frozenset(self._fixed.union(*self._known.values()))
 
     async def look_up(self, name: Name) -> None:
-        """Renews the addresses of one of `names`.
+        """Refreshes the addresses of one of `names`.
 
-        What cannot be looked up now, or has no address at all, stays where it was: whether
-        somebody still serves there is for health checks to say.
+        If the lookup fails or returns no address, the previous addresses stay: health checks decide
+        whether they still serve.
         """
         try:
             self._known[name] = await _look_up(name)
@@ -101,24 +101,24 @@ class Resolver:
 
 
 def check_target(target: str) -> str:
-    """The target itself; raises TargetError if it is none."""
+    """The target itself; raises TargetError if it is malformed."""
     Resolver(target)
     return target
 
 
 def _ip_target(ip: str, port: int) -> str:
-    """Raises ValueError if `ip` is a name."""
+    """The address in gRPC's syntax. Raises ValueError if `ip` is a name."""
     if ipaddress.ip_address(ip.partition("%")[0]).version == 6:
         return f"ipv6:[{ip}]:{port}"
     return f"ipv4:{ip}:{port}"
 
 
 async def _look_up(name: Name) -> frozenset[Address]:
-    """Those of IPv6 alone if the name has no others: a server with both is one replica, which may
-    well listen at one of them only.
+    """The IPv4 addresses of a name, or its IPv6 addresses if it has no others: a server with both
+    is one replica, which may listen on only one of them.
 
-    Raises DNSError. Each look-up has a resolver of its own, as one keeps what it has heard for
-    as long as the answer's time to live, and never reads resolv.conf again."""
+    Raises DNSError. Each lookup has its own resolver, because a resolver caches answers for their
+    time to live and never rereads resolv.conf."""
     servers = None if name.server is None else [name.server]
     async with aiodns.DNSResolver(servers, timeout=_TIMEOUT_SECONDS, tries=2) as resolver:
         answer = await resolver.getaddrinfo(

@@ -1,1 +1,1 @@
-"""TLS of servers and of channels, from PEM files that may be replaced while they are in use."""
+"""TLS for servers and channels, from PEM files that may be replaced while in use."""

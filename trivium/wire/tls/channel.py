@@ -1,4 +1,4 @@
-"""TLS of channels to the next stage."""
+"""TLS for channels to the next stage."""
 
 from pathlib import Path
 
@@ -9,10 +9,10 @@ from trivium.wire.tls.pem import check_certificates, server_context
 
 
 class ChannelTls(TlsFiles):
-    """The CAs that servers are checked against; certificate and key for those that ask for one.
+    """The CAs that verify servers, and the certificate and key for servers that ask for one.
 
-    Servers have to prove that they are `server_name`, instead of the name, or the IP address, by
-    which they are called. Raises TlsError.
+    Servers' certificates must match `server_name`, if given, instead of the name or IP address in
+    the target. Raises TlsError.
     """
 
     def __init__(
@@ -27,11 +27,11 @@ class ChannelTls(TlsFiles):
         def check() -> None:
             check_certificates(ca)
             if certificate is not None and key is not None:
-                server_context(certificate, key)  # fits a client as well
+                server_context(certificate, key)  # works for a client as well
 
         super().__init__(certificate, key, ca, check)
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """For a channel that is opened now."""
+        """The current credentials, for a new channel."""
         pem = self.pem
         return grpc.ssl_channel_credentials(pem.ca, pem.key, pem.certificates)

@@ -1,4 +1,4 @@
-"""The files of one side of TLS, looked at every second: what replaces them is used from then on."""
+"""The TLS files of a server or client, checked every second and reloaded when they change."""
 
 import asyncio
 import logging
@@ -17,7 +17,7 @@ CHECK_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Pem:
-    """What the files hold: own certificate with those above it, its key, and trusted CAs."""
+    """The files' contents: our certificate chain, its key, and the trusted CAs."""
 
     certificates: bytes | None
     key: bytes | None
@@ -25,9 +25,9 @@ class Pem:
 
 
 class TlsFiles:
-    """Files of which `pem` is the newest content that could be used.
+    """TLS files; `pem` is their latest valid content.
 
-    `check` raises TlsError for files that cannot be, now, as TlsFiles does at first.
+    `check` raises TlsError if the files are invalid now; so does TlsFiles when it is created.
     """
 
     def __init__(
@@ -40,23 +40,23 @@ class TlsFiles:
         self._paths = (certificate, key, ca)
         self._check = check
         self._faults = 0
-        self._expired: Pem | None = None  # of which the log knows it
+        self._expired: Pem | None = None  # the one whose expiry was logged
         self._looked_at = time.monotonic()
         check()
         self.pem = self._read()
 
     @property
     def certificate(self) -> Path | None:
-        """The file of the own certificate."""
+        """The file of our own certificate."""
         return self._paths[0]
 
     @property
     def expires_at(self) -> datetime | None:
-        """When the own certificate that is in use expires; None without one."""
+        """When our certificate in use expires; None without one."""
         return None if self.pem.certificates is None else expiry(self.pem.certificates)
 
     async def renewals(self) -> AsyncGenerator[None]:
-        """Yields whenever `pem` has changed, for good. Several may follow one."""
+        """Yields whenever `pem` has changed, forever. May be iterated several times at once."""
         known = self.pem
         while True:
             self._look()
@@ -68,7 +68,7 @@ class TlsFiles:
 
     def _look(self) -> None:
         now = time.monotonic()
-        if now - self._looked_at < CHECK_SECONDS / 2:  # another follower did
+        if now - self._looked_at < CHECK_SECONDS / 2:  # another iterator just did
             return
         self._looked_at = now
         try:
@@ -76,12 +76,12 @@ class TlsFiles:
             if pem != self.pem:
                 self._check()
                 if pem != self._read():
-                    return  # they are being replaced
+                    return  # still being replaced
                 self.pem = pem
                 log.info("TLS uses what is in %s now", self._names())
             self._faults = 0
         except TlsError as error:
-            # Of files that are replaced one after the other, the first does not fit for a moment.
+            # When files are replaced one after the other, they briefly do not match.
             self._faults += 1
             if self._faults == 2:
                 log.error("TLS goes on with what was in %s: %s", self._names(), error)

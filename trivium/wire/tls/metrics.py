@@ -1,4 +1,4 @@
-"""When certificates expire, for Prometheus."""
+"""Prometheus metrics of certificate expiry."""
 
 from collections.abc import Iterator
 from datetime import datetime
@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 
 
 class Certified(Protocol):
-    """One side of TLS: the file of its own certificate, and when what is in use expires."""
+    """A TLS server or client: the file of its certificate, and when the one in use expires."""
 
     @property
     def certificate(self) -> Path | None: ...
@@ -21,7 +21,7 @@ class Certified(Protocol):
 
 
 class CertificateCollector(Collector):
-    """The certificates of a process: its server's and those of its calls, None without TLS."""
+    """The certificates of a process: its server's and its channels'; None for those without TLS."""
 
     def __init__(self, *sides: Certified | None) -> None:
         self._sides = [side for side in sides if side is not None]
@@ -32,7 +32,7 @@ class CertificateCollector(Collector):
             "When the certificate in use from this file expires, in seconds since 1970.",
             labels=["file"],
         )
-        # One file may be both sides'.
+        # Server and channel may share one file.
         expiries = {side.certificate: side.expires_at for side in self._sides}
         for file, expires_at in expiries.items():
             if expires_at is not None:

@@ -1,21 +1,21 @@
-"""PEM files of certificates and keys: whether they can be used, and until when.
+"""PEM files of certificates and keys: whether they are valid, and when they expire.
 
-Knows nothing of settings, servers or channels.
+Knows nothing about settings, servers or channels.
 """
 
 import ssl
 from datetime import UTC, datetime
 from pathlib import Path
 
-_VERSION, _UTC_TIME = 0xA0, 0x17  # tags of ASN.1
+_VERSION, _UTC_TIME = 0xA0, 0x17  # ASN.1 tags
 
 
 class TlsError(ValueError):
-    """A file of TLS that cannot be used; the text names it."""
+    """An unusable TLS file, which the message names."""
 
 
 def read_file(path: Path) -> bytes:
-    """What is in the file; raises TlsError."""
+    """The file's content; raises TlsError."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -23,12 +23,12 @@ def read_file(path: Path) -> bytes:
 
 
 def check_certificates(path: Path) -> None:
-    """Raises TlsError unless certificates are in the file."""
+    """Raises TlsError unless the file holds certificates."""
     _load_certificates(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), path)
 
 
 def server_context(certificate: Path, key: Path, client_ca: Path | None = None) -> ssl.SSLContext:
-    """What a server does TLS 1.2 and 1.3 with; it asks for client certificates with `client_ca`.
+    """A server's context for TLS 1.2 and 1.3; with `client_ca`, it requires client certificates.
 
     Raises TlsError.
     """
@@ -37,7 +37,7 @@ def server_context(certificate: Path, key: Path, client_ca: Path | None = None) 
     check_certificates(certificate)
     read_file(key)
     try:
-        # Without the password's function OpenSSL would ask for it at the terminal.
+        # Without a password function, OpenSSL would prompt for one at the terminal.
         context.load_cert_chain(certificate, key, password=lambda: "")
     except OSError as error:  # SSLError is one
         if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
@@ -52,7 +52,7 @@ def server_context(certificate: Path, key: Path, client_ca: Path | None = None) 
 def expiry(certificates: bytes) -> datetime:
     """When the first of these PEM certificates expires.
 
-    It is the second time of the validity, the fifth part of a certificate that has a version
+    That is the second time in `validity`, the fifth field of a certificate with a version field
     (RFC 5280, section 4.1).
     """
     text = certificates.decode("latin-1")
@@ -61,13 +61,13 @@ def expiry(certificates: bytes) -> datetime:
     signed = [part for part in _parts(_parts(certificate)[0][1]) if part[0] != _VERSION]
     kind, value = _parts(signed[3][1])[1]
     digits = value.decode("ascii").rstrip("Z")
-    if kind == _UTC_TIME:  # with two digits of the year
+    if kind == _UTC_TIME:  # two-digit year
         digits = ("19" if digits >= "50" else "20") + digits
     return datetime.strptime(digits, "%Y%m%d%H%M%S").replace(tzinfo=UTC)
 
 
 def _load_certificates(context: ssl.SSLContext, path: Path) -> None:
-    is_plain = ssl.PEM_HEADER.encode() in read_file(path)  # and not OpenSSL's TRUSTED CERTIFICATE
+    is_plain = ssl.PEM_HEADER.encode() in read_file(path)  # not OpenSSL's TRUSTED CERTIFICATE
     try:
         context.load_verify_locations(path)
     except OSError:  # SSLError is one
@@ -77,7 +77,7 @@ def _load_certificates(context: ssl.SSLContext, path: Path) -> None:
 
 
 def _parts(der: bytes) -> list[tuple[int, bytes]]:
-    """Tags and contents of the values that follow one another in `der`."""
+    """Tags and contents of the consecutive values in `der`."""
     parts = []
     while der:
         length, head = der[1], 2

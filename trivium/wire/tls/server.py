@@ -1,4 +1,4 @@
-"""TLS of a server, over HTTP and over gRPC."""
+"""TLS for HTTP and gRPC servers."""
 
 import contextlib
 import ssl
@@ -13,10 +13,10 @@ from trivium.wire.tls.pem import server_context
 
 
 class ServerTls(TlsFiles):
-    """Its certificate and key. With `client_ca`, clients need a certificate that one of these CAs
-    has signed: mutual TLS. Raises TlsError.
+    """A server's certificate and key. With `client_ca`, clients need a certificate signed by one of
+    these CAs (mutual TLS). Raises TlsError.
 
-    While `follow` runs, new connections get what the files hold. Those that are there stay.
+    While `follow` runs, new connections use the files' current content. Existing ones stay open.
     """
 
     def __init__(self, certificate: Path, key: Path, client_ca: Path | None) -> None:
@@ -30,24 +30,24 @@ class ServerTls(TlsFiles):
         super().__init__(certificate, key, client_ca, check)
 
     async def follow(self) -> None:
-        """For good."""
+        """Reloads changed files, until cancelled."""
         async with contextlib.aclosing(self.renewals()) as renewals:
             async for _ in renewals:
                 pass
 
     def http_context(self) -> ssl.SSLContext:
-        """For a server of HTTP/1.1 on asyncio."""
+        """For an HTTP/1.1 server on asyncio."""
         context = _FollowingContext(ssl.PROTOCOL_TLS_SERVER)
         context.current = lambda: self._context
         return context
 
     def grpc_credentials(self) -> grpc.ServerCredentials:
-        """For one server of gRPC."""
+        """For one gRPC server."""
         given = self.pem
 
         def renewed() -> grpc.ServerCertificateConfiguration | None:
-            """What has changed since this was called last; gRPC asks at each handshake, in threads
-            of its own."""
+            """The new configuration, or None if nothing changed since the last call; gRPC calls it
+            at each handshake, in its own threads."""
             nonlocal given
             pem = self.pem
             if pem is given:
@@ -57,7 +57,7 @@ class ServerTls(TlsFiles):
 
         return grpc.dynamic_ssl_server_credentials(
             _configuration(given),
-            renewed,  # type: ignore[arg-type]  # its stub does not know of None
+            renewed,  # type: ignore[arg-type]  # the stub omits None
             require_client_authentication=self._client_ca is not None,
         )
 
@@ -69,8 +69,8 @@ def _configuration(pem: Pem) -> grpc.ServerCertificateConfiguration:
 
 
 class _FollowingContext(ssl.SSLContext):
-    """Each connection is that of the `current` context. CAs can be added to a context, but not
-    taken away, so that a live one would not do."""
+    """Creates each connection from the `current` context. CAs can be added to a context but not
+    removed, so one context cannot be updated in place."""
 
     current: Callable[[], ssl.SSLContext]
 

@@ -1,6 +1,6 @@
-"""The settings of TLS, alike in all services: their names, what they say, and how they are checked.
+"""TLS settings, the same in all services: names, descriptions and checks.
 
-A server's begin with TLS_, those of channels with the name of the stage that is called.
+A server's settings begin with TLS_, a channel's with the name of the stage it calls.
 """
 
 from pathlib import Path
@@ -25,18 +25,18 @@ SERVER_NAME = (
 )
 
 
-# What each is of no use without.
+# The setting that each one requires.
 _NEEDS = {
     "key_file": "cert_file",
     "client_ca_file": "cert_file",
-    "cert_file": "ca_file",  # of a channel; a server has none
+    "cert_file": "ca_file",  # for channels; servers have no ca_file
     "server_name": "ca_file",
 }
 
 
 def _check(value: Path | str | None, info: ValidationInfo) -> Path | str | None:
-    """Checks a setting together with those declared before it. One that is wrong itself is not
-    among `info.data`, and says so itself."""
+    """Checks a setting against those declared before it. An invalid one is missing from `info.data`
+    and is reported on its own."""
     prefix, _, kind = (info.field_name or "").rpartition("tls_")
     prefix += "tls_"
     others = {name.removeprefix(prefix): other for name, other in info.data.items()}
@@ -58,7 +58,7 @@ TlsServerName = Annotated[str | None, AfterValidator(_check)]
 
 
 class ServerTlsSettings(BaseSettings):
-    """TLS of what a service serves, but for its metrics."""
+    """TLS settings of a service's port, not of its metrics."""
 
     tls_cert_file: TlsFile = Field(
         None,
@@ -74,7 +74,7 @@ class ServerTlsSettings(BaseSettings):
 
     @property
     def authenticates_clients_by_tls(self) -> bool:
-        """Whether nobody gets in without a client certificate."""
+        """Whether clients must present a certificate."""
         return self.tls_client_ca_file is not None
 
     def server_tls(self) -> ServerTls | None:
