@@ -1,1 +1,1 @@
-"""The `trivium` command. Starts the services and talks to them; imports none but the exporter."""
+"""The `trivium` command: starts the services and talks to them, but imports none of them."""

@@ -1,6 +1,6 @@
-"""One streamed answer as its reader sees it: the text, when each part came, and what it cost.
+"""One streamed answer as the client sees it: the text, when each part arrived, and its usage.
 
-Works with any OpenAI-compatible server. Does no input or output.
+Works with any OpenAI-compatible server. Does no I/O.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from trivium.cli.sse import DONE, SseDecoder
 
 
 class AnswerFailed(Exception):
-    """The server refused, or broke off with an error; the text is what it said."""
+    """The server refused the request or broke off with an error, which the message quotes."""
 
 
 @dataclass
 class Answer:
     """Collects the chunks of one stream. Times are in seconds on one monotonic clock.
 
-    `parts` has, for each choice, when each of its events with text came; `ends`, when it finished.
+    `parts` maps each choice to the times of its events with text; `ends`, to when it finished.
     """
 
     began: float
@@ -36,7 +36,7 @@ class Answer:
     _decoder: SseDecoder = field(default_factory=SseDecoder)
 
     def push(self, piece: bytes, now: float) -> str:
-        """Takes bytes that came at `now`; returns the first choice's text in them.
+        """Takes bytes that arrived at `now`; returns the first choice's text in them.
 
         Raises AnswerFailed.
         """
@@ -65,24 +65,24 @@ class Answer:
 
     def _count(self, usage: dict[str, Any]) -> None:
         counted = usage.get("completion_tokens")
-        if counted is not None:  # one usage, but for servers that send one for each choice
+        if counted is not None:  # sent once, or by some servers once per choice
             self.completion_tokens = counted + (self.completion_tokens if self.usage else 0)
         self.usage = usage or self.usage
 
     @property
     def first_token_seconds(self) -> float | None:
-        """From the request until every choice had text; None when there was none."""
+        """From the request until every choice had text; None if none had any."""
         return max(times[0] for times in self.parts.values()) - self.began if self.parts else None
 
     @property
     def gaps(self) -> list[float]:
-        """Seconds between one part of a choice's text and the next."""
+        """Seconds between consecutive parts of each choice's text."""
         pairs = (itertools.pairwise(times) for times in self.parts.values())
         return [after - before for before, after in itertools.chain(*pairs)]
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of the stream after its first part; None when there is nothing to divide."""
+        """The rate after the first part; None if there are too few parts or tokens."""
         times = sorted(itertools.chain(*self.parts.values()))
         if len(times) < 2 or self.completion_tokens < 2:
             return None
@@ -90,7 +90,7 @@ class Answer:
 
 
 def refusal(status: int, body: bytes) -> AnswerFailed:
-    """What a server says with another status than 200."""
+    """The error for a response with a status other than 200."""
     try:
         message = error_message(json.loads(body))
     except ValueError:
@@ -99,19 +99,19 @@ def refusal(status: int, body: bytes) -> AnswerFailed:
 
 
 def error_message(body: object) -> str:
-    """What an OpenAI error object says, or the object itself when it is something else."""
+    """The message of an OpenAI error object, or any other body as text."""
     if isinstance(body, dict) and isinstance(body.get("error"), dict):
         return str(body["error"].get("message"))
     return str(body)
 
 
 def api_root(url: str) -> str:
-    """`url` with or without a trailing slash or /v1, as the base of /chat/completions."""
+    """The base URL of /chat/completions, from a `url` with or without a trailing slash or /v1."""
     root = url.rstrip("/")
     return root if root.endswith("/v1") else f"{root}/v1"
 
 
 def headers(api_key: str | None) -> dict[str, str]:
-    """Headers of every request."""
+    """The headers sent with every request."""
     plain = {"Accept-Encoding": "identity"}
     return {**plain, "Authorization": f"Bearer {api_key}"} if api_key else plain

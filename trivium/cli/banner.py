@@ -1,4 +1,4 @@
-"""What `trivium up` prints once everything is ready. Only text; asks nobody anything."""
+"""What `trivium up` prints once everything is ready. Only formats text; makes no calls."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trivium.host_limits import CpuLimit, MemoryLimit
 QUESTION = "What is the capital of France?"
 BEGINNING = "The capital of France is"  # for base models
 MEBIBYTE = 2**20
-# Of streams, in a tokenizer; a facade passes a third more.
+# Stream events a second that a tokenizer handles; a facade handles a third more.
 EVENTS_PER_CORE = 4_500
 
 
@@ -28,9 +28,9 @@ def banner(
 ) -> str:
     """Facts, addresses, and two snippets that work when pasted.
 
-    `weights` are bytes, one number for each model. `keys`: an API key is needed.
-    `shut`: which of chat, docs, metrics and reflection there are not. `chats`: the first model has
-    a chat template.
+    `weights` are the bytes of each model's weights. `keys`: whether an API key is required.
+    `shut`: which of chat, docs, metrics and reflection are turned off. `chats`: whether the first
+    model has a chat template.
     """
     models = zip(infos, weights, pipeline.aliases or [None] * len(infos), strict=True)
     facts = [fact for info, size, alias in models for fact in _model(info, size, alias)]
@@ -82,7 +82,7 @@ def _grpc(pipeline: Pipeline, shut: Collection[str]) -> str:
 
 
 def _tls(tls: StageTls) -> list[tuple[str, str]]:
-    """What clients have to know besides https:// in the address."""
+    """What clients need to know about TLS besides https:// in the address."""
     if tls.certificate is None:
         return []
     clients = "clients need certificates too; " if tls.is_mutual else ""
@@ -100,7 +100,7 @@ def _why(cuda_unavailable: str) -> str:
 
 
 def _services(pipeline: Pipeline) -> str:
-    """What runs, and when more of it would help (processor time an event: bench/README.md)."""
+    """The running services, and when more would help (CPU time per event: bench/README.md)."""
     counts = (
         (pipeline.facades, "facade"),
         (pipeline.tokenizers, "tokenizer"),
@@ -128,7 +128,7 @@ def curl(model: str, url: str, keys: bool, chats: bool) -> str:
 
 
 def openai_python(model: str, url: str, keys: bool, chats: bool) -> str:
-    """The same for a Python prompt that has the `openai` package."""
+    """The same as Python code for the `openai` package."""
     key = "" if keys else ', api_key="none"'
     lines = ["from openai import OpenAI", f'client = OpenAI(base_url="{url}/v1"{key})']
     if chats:

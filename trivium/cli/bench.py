@@ -1,4 +1,4 @@
-"""`trivium bench`: how fast an OpenAI-compatible server is, as its clients see it."""
+"""`trivium bench`: the speed of an OpenAI-compatible server, measured by its clients."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def bench(
 
 
 def _check_writable(file: Path) -> None:
-    """Refuses a file that the numbers could not be written to; what it holds stays."""
+    """Exits if the results cannot be written to the file; leaves its content unchanged."""
     try:
         file.open("a").close()
     except OSError as error:
@@ -86,7 +86,7 @@ def _check_writable(file: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What is sent: `levels` are numbers of clients, each of which sends so many `requests`."""
+    """What is sent: `levels` are numbers of clients, each of which sends `requests` requests."""
 
     levels: list[int]
     requests: int
@@ -143,8 +143,8 @@ def _show_failures(console: Console, level: Level) -> None:
 
 
 def table(summaries: list[dict[str, Any]]) -> Table:
-    """One row for each number of clients; latencies as p50 / p95 / p99."""
-    # Fits a terminal of 80 columns, or a pipe, which counts as one.
+    """One row per number of clients; latencies as p50 / p95 / p99."""
+    # Fits a terminal of 80 columns, which is also what a pipe counts as.
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
     for column in COLUMNS:
         shown.add_column(column, justify="right", no_wrap=True)

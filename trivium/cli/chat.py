@@ -1,4 +1,4 @@
-"""`trivium chat`: a conversation in the terminal, with what each answer took."""
+"""`trivium chat`: a conversation in the terminal, with the tokens and times of each answer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Message = dict[str, str]
 
 
 class Conversation:
-    """The messages so far, and how the next answer is asked for."""
+    """The messages so far, and where to send the next request."""
 
     def __init__(
         self,
@@ -43,8 +43,8 @@ class Conversation:
     def ask(self, question: str, show: Callable[[str], None]) -> Answer:
         """Streams the answer to `show`. Raises AnswerFailed or httpx.HTTPError.
 
-        Ctrl-C cancels the answer: the connection is closed, upon which the server stops, and what
-        was said so far stays part of the conversation.
+        Ctrl-C cancels the answer: the connection is closed, so that the server stops generating,
+        and the text so far stays part of the conversation.
         """
         messages = [*self.messages, {"role": "user", "content": question}]
         answer = Answer(began=time.perf_counter())
@@ -58,7 +58,7 @@ class Conversation:
     async def _listen(
         self, messages: list[Message], answer: Answer, show: Callable[[str], None]
     ) -> None:
-        """Reads in a task that the signal cancels, as a blocking read might sleep through it."""
+        """Reads in a task that SIGINT cancels, as a blocking read might miss the signal."""
         reading = asyncio.create_task(self._read(messages, answer, show))
         asyncio.get_running_loop().add_signal_handler(signal.SIGINT, reading.cancel)
         await reading
@@ -85,7 +85,7 @@ class Conversation:
 
 
 def footer(answer: Answer) -> str:
-    """What the answer took, in one line."""
+    """The answer's tokens, speed and device time, in one line."""
     parts = []
     if answer.finish_reason == "cancelled":
         parts.append("cancelled")
@@ -124,7 +124,7 @@ def chat(
 
 
 def _converse(conversation: Conversation) -> bool:
-    """Questions and answers until one leaves (False) or starts over (True)."""
+    """Questions and answers until the user leaves (False) or starts over (True)."""
     while True:
         try:
             question = input("> ").strip()
@@ -161,7 +161,7 @@ def _first_model(root: str, api_key: str | None, context: ssl.SSLContext) -> str
 
 
 def _enable_line_editing() -> None:
-    """Importing readline gives input() arrow keys and history; some Pythons come without it."""
+    """Importing readline gives input() arrow keys and history; some Pythons lack it."""
     try:
         importlib.import_module("readline")
     except ImportError:

@@ -1,6 +1,6 @@
-"""`trivium doctor`: is everything here that is needed, and does it answer?
+"""`trivium doctor`: is everything installed, and does it work?
 
-Each check is a function that returns findings; printing them is apart.
+Each check is a function that returns findings; printing them is separate.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from trivium.model_directory import ModelDirectory, ModelDirectoryError, load_mo
 FAILED = 1
 SMOKE_TOKENS = 5
 PACKAGES = ("grpcio", "protobuf", "fastapi", "uvicorn", "pydantic", "tokenizers", "numpy")
-# Of settings that the smoke run does without: it uses one model, in plain text, for nobody.
+# Parts of settings that the smoke run drops: it serves one model, without TLS, keys or records.
 _LEFT_OUT = ("_TLS_", "_API_KEY", "_USAGE_LOG", "_TOKENIZER_MODELS")
 GOOD, NOTE, BAD = "ok", "note", "FAIL"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. Only BAD makes the doctor fail."""
+    """One line of the report. Only a BAD verdict makes the command fail."""
 
     verdict: str
     subject: str
@@ -47,7 +47,7 @@ class Finding:
 
 
 def check_installation() -> Iterator[Finding]:
-    """Versions of Python, of Trivium and of what it stands on."""
+    """Versions of Python, Trivium and its dependencies."""
     version = platform.python_version()
     known = (3, 11) <= sys.version_info[:2] <= (3, 13)
     yield Finding(GOOD if known else BAD, "python", f"{version} at {sys.executable}")
@@ -65,7 +65,7 @@ def _installed(name: str) -> Finding:
 
 
 def check_providers(device: Device) -> Iterator[Finding]:
-    """Whether the CPU and CUDA providers compute. Without CUDA one can do, unless asked for it."""
+    """Whether the CPU and CUDA providers work. CUDA is optional unless `device` asks for it."""
     cards = graphics_cards()
     for card in cards:
         yield Finding(GOOD, "graphics card", card)
@@ -85,7 +85,7 @@ def check_host() -> Iterator[Finding]:
 
 
 def check_ports(pipeline: Pipeline) -> Iterator[Finding]:
-    """Whether `trivium up` could bind its default ports. A server that runs already is no fault."""
+    """Whether `trivium up` could bind its default ports. A server already running is no fault."""
     try:
         pipeline.check_ports()
     except PortTaken as taken:
@@ -95,7 +95,7 @@ def check_ports(pipeline: Pipeline) -> Iterator[Finding]:
 
 
 def check_model(folder: Path) -> Iterator[Finding]:
-    """Whether the model folder is whole."""
+    """Whether the model folder is complete."""
     try:
         model = load_model_directory(folder)
     except ModelDirectoryError as error:
@@ -110,8 +110,8 @@ def check_model(folder: Path) -> Iterator[Finding]:
 
 
 async def check_answer(pipeline: Pipeline, folder: Path) -> Finding:
-    """Starts the three services on free ports and asks for a few tokens, in plain text, without
-    keys and usage records."""
+    """Starts the three services on free ports and requests a few tokens, without TLS, keys or usage
+    records."""
     for name in tuple(os.environ):
         if name.startswith("TRIVIUM_") and any(part in name for part in _LEFT_OUT):
             del os.environ[name]
@@ -172,7 +172,7 @@ def doctor(
 
 
 def _reported(findings: Iterator[Finding]) -> list[Finding]:
-    """The same findings, each printed as soon as it is made."""
+    """The same findings as a list, each printed as soon as it is known."""
     found = []
     colours = {GOOD: "green", NOTE: "yellow", BAD: "red"}
     for finding in findings:

@@ -1,11 +1,11 @@
-"""`trivium export`: becomes the exporter's process, which reads the same arguments."""
+"""`trivium export`: replaces itself by the exporter's process, with the same arguments."""
 
 import os
 import sys
 
 import typer
 
-# All that is typed is the exporter's, `--help` too.
+# All arguments go to the exporter, `--help` too.
 PASS_ALL = {
     "allow_extra_args": True,
     "allow_interspersed_args": False,

@@ -1,4 +1,4 @@
-"""Whether the models fit into this machine, together, as their generators plan it."""
+"""Whether all models together fit into this machine's memory, as their generators plan it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import sys
 
 from trivium.cli.pipeline import Pipeline
 
-# Of tokenizer_svc, rest_facade and the command itself, on the host; and of further ones.
+# Host memory of tokenizer_svc, rest_facade and this command together; and of each further replica.
 SERVICES_BYTES = 320 * 2**20
 TOKENIZER_BYTES, FACADE_BYTES = 140 * 2**20, 80 * 2**20
 
 
 class DoesNotFit(Exception):
-    """Generators refused, in words of their own on stderr; `status` is their exit status."""
+    """Generators refused, and said why on stderr; `status` is their exit status."""
 
     def __init__(self, status: int) -> None:
         super().__init__(status)
@@ -23,11 +23,11 @@ class DoesNotFit(Exception):
 
 
 def memory_plans(pipeline: Pipeline) -> list[str]:
-    """One line for each model: its weights, its cache, the memory there is. Raises DoesNotFit.
+    """One line per model: its weights, KV cache and available memory. Raises DoesNotFit.
 
-    Each model is planned beside one sequence of those before it, even if one of them is refused:
-    what the last one says is missing is then enough for all. A process of its own does it, so that
-    no CUDA context stays open here.
+    Each model's plan leaves room for one sequence of each model before it, even if one of those is
+    refused: the shortfall that the last one reports then covers all. A separate process does it, so
+    that no CUDA context stays open here.
     """
     more = (pipeline.tokenizers - 1) * TOKENIZER_BYTES + (pipeline.facades - 1) * FACADE_BYTES
     taken = {"cpu": SERVICES_BYTES + more, "cuda": 0}
@@ -40,7 +40,7 @@ def memory_plans(pipeline: Pipeline) -> list[str]:
             check=False,
         )
         status = status or done.returncode
-        if not done.stdout:  # it is not for want of memory
+        if not done.stdout:  # failed for another reason than memory
             break
         plan = json.loads(done.stdout)
         taken[plan["device"]] += plan["needed_bytes"]

@@ -1,15 +1,15 @@
-"""The NVIDIA cards of this machine, as its driver's own tool shows them."""
+"""This machine's NVIDIA cards, as reported by nvidia-smi."""
 
 from __future__ import annotations
 
 import subprocess
 
 _FIELDS = "name,driver_version,memory.free,memory.total"
-_SECONDS = 20  # without its persistence daemon the driver starts anew for each question
+_SECONDS = 20  # without its persistence daemon, the driver is loaded for each query
 
 
 def graphics_cards() -> list[str]:
-    """One line for each; none without a driver or its nvidia-smi."""
+    """One line per card; none without a driver and its nvidia-smi."""
     command = ["nvidia-smi", f"--query-gpu={_FIELDS}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=True)

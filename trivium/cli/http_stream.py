@@ -1,7 +1,7 @@
-"""HTTP/1.1 and server-sent events as a load generator needs them: almost nothing while it counts.
+"""HTTP/1.1 and server-sent events for a load generator, with almost no work during the measurement.
 
-A connection only notes which bytes came when. Making sense of them is put off until all streams
-have ended, since the processor's time is the server's until then.
+A connection only records which bytes arrived when. Parsing is deferred until all streams have
+ended, since it would take CPU time from the server.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ _LINE_END, _HEAD_END, _LAST_CHUNK = b"\r\n", b"\r\n\r\n", b"\r\n0\r\n\r\n"
 
 
 class Connection(asyncio.Protocol):
-    """A connection that is kept for one request after another. `pieces` are the answer's bytes."""
+    """A persistent connection, for one request at a time. `pieces` are the response's bytes."""
 
     def __init__(self) -> None:
         self.pieces: list[tuple[float, bytes]] = []
         self.is_open = False
-        self._transport: Any = None  # uvloop's are none of asyncio's
+        self._transport: Any = None  # uvloop's are not asyncio.Transport
         self._whole: asyncio.Future[None] | None = None
         self._tail = b""
         self._head = b""
-        self._left: int | None = None  # bytes of a body that says its length
+        self._left: int | None = None  # bytes, of a body with a Content-Length
 
     async def ask(self, request: bytes) -> Pieces:
-        """Sends a request; its answer's pieces, or what there is when the server hangs up."""
+        """Sends a request; returns the response's pieces, so far if the server hangs up."""
         assert self._transport is not None
         self.pieces, self._tail, self._head, self._left = [], b"", b"", None
         self._whole = asyncio.get_running_loop().create_future()
@@ -57,7 +57,7 @@ class Connection(asyncio.Protocol):
         self._end()
 
     def _has_length(self, data: bytes) -> bool:
-        """Whether this ends a body that is not chunked: an error's."""
+        """Whether this ends a body with a Content-Length, as errors have."""
         if self._left is None:
             self._head += data
             head, found, data = self._head.partition(_HEAD_END)
@@ -76,19 +76,19 @@ class Connection(asyncio.Protocol):
 
 
 class Unchunker:
-    """Takes a chunked body in pieces of any size; gives what the chunks hold."""
+    """Decodes a chunked body from pieces of any size."""
 
     def __init__(self) -> None:
         self._rest = b""
-        self._left = 0  # of the current chunk, with the line end behind it
+        self._left = 0  # of the current chunk, including its final CRLF
 
     def push(self, piece: bytes) -> bytes:
-        """What of the body is known after `piece`."""
+        """The part of the body that `piece` completes."""
         data, body = self._rest + piece, []
         while data:
             if self._left:
                 taken, data = data[: self._left], data[self._left :]
-                # The line end behind a chunk may come later than the chunk, or in two pieces.
+                # The CRLF after a chunk may arrive later than the chunk, or in two pieces.
                 body.append(taken[: max(self._left - len(_LINE_END), 0)])
                 self._left -= len(taken)
                 continue
@@ -102,13 +102,13 @@ class Unchunker:
 
 
 def headers(head: bytes) -> dict[bytes, bytes]:
-    """Headers by their names in lower case."""
+    """Headers by lower-case name."""
     lines = (line.partition(b":") for line in head.split(_LINE_END)[1:])
     return {name.strip().lower(): value.strip() for name, _, value in lines}
 
 
 def read_answer(began: float, pieces: Pieces) -> Answer:
-    """What a stream said and when; raises AnswerFailed unless it came to its end."""
+    """Parses a stream with its timings; raises AnswerFailed if it is incomplete."""
     try:
         answer = _read(began, pieces)
     except (ValueError, KeyError, IndexError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""How a client of the command line speaks TLS: whom it trusts, and what it shows."""
+"""TLS options of command-line clients: trusted CAs and client certificate."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ KeyFileOption = Annotated[Path | None, typer.Option(help="The key (PEM) of --cer
 def tls_context(
     ca_file: Path | None, cert_file: Path | None = None, key_file: Path | None = None
 ) -> ssl.SSLContext:
-    """A context that checks servers against these CAs, and shows them the certificate.
+    """A context that verifies servers against these CAs, and presents the certificate.
 
-    Exits with 2 if a file does not hold what it should.
+    Exits with 2 if a file is invalid.
     """
     if ca_file is None:
         context = httpx.create_ssl_context(trust_env=False)

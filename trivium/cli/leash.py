@@ -1,8 +1,8 @@
 """Runs a command that dies with its parent: `python -I leash.py PARENT_PID COMMAND …`.
 
-Started as a script, imports no package of ours, and is replaced by the command at once. On Linux
-the kernel kills the command when the parent goes away, even by `kill -9`; elsewhere the command
-just runs, and only an orderly end of the parent stops it.
+Runs as a script, imports none of our packages, and is replaced by the command at once. On Linux,
+the kernel kills the command when the parent dies, even by `kill -9`; elsewhere, only a parent that
+exits in an orderly way stops the command.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ def main() -> None:
     parent, command = int(sys.argv[1]), sys.argv[2:]
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the line above took hold
+        if os.getppid() != parent:  # it died before prctl took effect
             sys.exit(1)
     os.execvp(command[0], command)
 

@@ -1,7 +1,7 @@
-"""Clients of an OpenAI-compatible server, as many as one likes, and what they saw.
+"""Any number of clients of an OpenAI-compatible server, and what they measured.
 
-A client notes what comes and when, and no more: making sense of it is put off until all have
-ended, since the processor's time may be the server's until then. Prints nothing.
+A client only records what arrives and when. Parsing is deferred until all have finished, since it
+may take CPU time from the server. Prints nothing.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Target:
-    """A server and a model there. `root` is the URL that ends in /v1; `context`, for one that
-    begins https:, has the CAs that are trusted, by default those of certifi."""
+    """A server and one of its models. `root` is the URL that ends in /v1; `context`, for https:
+    URLs, has the trusted CAs, by default those of certifi."""
 
     root: str
     model: str
@@ -41,7 +41,7 @@ class Target:
     def body(
         self, messages: Sequence[Message], output_tokens: int, n: int = 1, stream: bool = True
     ) -> dict[str, object]:
-        """One request. Greedy, so that a server's speed does not hang on its sampler."""
+        """One request's body. Greedy, so that the speed does not depend on the server's sampler."""
         body: dict[str, object] = {
             "model": self.model,
             "messages": list(messages),
@@ -58,7 +58,7 @@ class Target:
         return body
 
     def request(self, body: dict[str, object]) -> bytes:
-        """A request for a completion, as it is sent."""
+        """The bytes of an HTTP request for a chat completion."""
         content = json.dumps(body).encode()
         parts = urlsplit(self.root)
         lines = [
@@ -73,7 +73,7 @@ class Target:
 
 
 class Client:
-    """Sends one request after another, on a connection of its own that the first one opens."""
+    """Sends one request after another on its own connection, which the first one opens."""
 
     def __init__(self, target: Target) -> None:
         address = urlsplit(target.root)
@@ -86,13 +86,13 @@ class Client:
 
     @property
     def pieces(self) -> Pieces:
-        """What has come of the current answer."""
+        """The current response's pieces so far."""
         return self._connection.pieces if self._connection is not None else ()
 
     async def ask(self, request: bytes) -> Pieces:
-        """What comes, and when, until the answer's end or the server hangs up; see read_answer.
+        """The response's pieces, until it ends or the server hangs up; see read_answer.
 
-        Raises OSError if the server cannot be reached, TimeoutError if it does not come to an end.
+        Raises OSError if the server cannot be reached, TimeoutError if the response does not end.
         """
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
@@ -104,7 +104,7 @@ class Client:
                     pieces = await self._connection.ask(request)
                 return pieces
         except BaseException:
-            self.close()  # the rest of the answer would come before the next one
+            self.close()  # else the rest would arrive before the next response
             raise
 
     def close(self) -> None:
@@ -120,7 +120,7 @@ class Client:
 
 @dataclass(frozen=True)
 class Level:
-    """What a number of clients saw together."""
+    """The results of a number of concurrent clients."""
 
     clients: int
     seconds: float
@@ -128,7 +128,7 @@ class Level:
     failures: Sequence[str]
 
     def summary(self) -> dict[str, object]:
-        """Numbers as JSON: seconds throughout, percentiles by name."""
+        """The numbers as a JSON object: times in seconds, percentiles by name."""
         completion = sum(answer.completion_tokens for answer in self.answers)
         first = [answer.first_token_seconds for answer in self.answers]
         return {
@@ -154,7 +154,7 @@ class Level:
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float] | None:
-    """p50, p95 and p99 of `values`, linearly interpolated; None when there are none."""
+    """p50, p95 and p99 of `values`, linearly interpolated; None without values."""
     if not values:
         return None
     found = np.percentile(values, PERCENTILES)
@@ -166,9 +166,9 @@ def percentiles(values: Sequence[float]) -> dict[str, float] | None:
 async def run_level(
     target: Target, draw: Callable[[], str], clients: int, requests: int, output_tokens: int
 ) -> Level:
-    """`clients` clients, each of which sends `requests` requests one after the other.
+    """Runs `clients` clients, each of which sends `requests` requests one after the other.
 
-    `draw` makes the prompts.
+    `draw` returns a prompt.
     """
     came: list[tuple[float, Pieces | Exception]] = []
 
@@ -198,7 +198,7 @@ async def run_level(
 
 
 def open_client(target: Target) -> httpx.AsyncClient:
-    """A client for what is no stream: the list of models, and counts of tokens."""
+    """A client for requests that are not streamed: the list of models, and token counts."""
     return httpx.AsyncClient(
         headers=headers(target.api_key),
         timeout=60.0,

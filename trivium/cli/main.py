@@ -1,4 +1,4 @@
-"""The `trivium` command: one file per subcommand, put together here."""
+"""The `trivium` command, assembled from one file per subcommand."""
 
 import importlib.metadata
 from typing import Annotated

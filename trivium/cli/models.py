@@ -1,4 +1,4 @@
-"""The models that `trivium up` is asked for: their folders, made first where they have to be."""
+"""Finds the folders of the models that `trivium up` should serve, and exports them if needed."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from trivium.model_directory import ModelDirectoryError, load_model_directory
 
 
 class NoModel(Exception):
-    """A model cannot be served; the text says why."""
+    """A model cannot be served; the message says why."""
 
 
 class ExportFailed(Exception):
-    """It said why itself, on stderr; `status` is its exit status."""
+    """The export failed, and said why on stderr; `status` is its exit status."""
 
     def __init__(self, status: int) -> None:
         super().__init__(status)
@@ -28,17 +28,17 @@ class ExportFailed(Exception):
 
 
 class NamedModel(NamedTuple):
-    """A model's folder, and a name besides the folder's by which requests may ask for it."""
+    """A model's folder, and another name besides the folder's that requests may use."""
 
     folder: Path
     alias: str | None = None
 
 
 def find_model(name: str, device: str) -> NamedModel:
-    """The model called `name`: a path or an id, or a checkpoint's path or name on the hub.
+    """The model called `name`: a model folder's path or id, or a checkpoint's path or hub name.
 
-    The embedded model and checkpoints are exported to the cache first if they are not there, for
-    `device` (auto, cpu or cuda). Raises NoModel, ExportFailed.
+    The embedded model and checkpoints are first exported to the cache for `device` (auto, cpu or
+    cuda), unless they are already there. Raises NoModel, ExportFailed.
     """
     if name == EMBEDDED_MODEL:
         return NamedModel(_cached(name, device))
@@ -67,12 +67,12 @@ def possible_folders(name: str) -> list[Path]:
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    """Whether it holds weights as they are published."""
+    """Whether the folder holds checkpoint weights."""
     return any(file.suffix in (".safetensors", ".gguf") for file in folder.iterdir())
 
 
 def _cached(source: str, device: str) -> Path:
-    """Its export in the cache, made by a process of its own if it is not there."""
+    """The folder of its export in the cache, made by a separate process if missing."""
     leash = (sys.executable, "-I", LEASH, str(os.getpid()))
     command = (sys.executable, "-m", "generator_svc.export.cached", source, "--device", device)
     done = subprocess.run([*leash, *command], stdout=subprocess.PIPE, text=True, check=False)

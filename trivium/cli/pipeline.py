@@ -1,6 +1,6 @@
-"""The three services as stages of a supervisor: their commands, addresses and environment.
+"""The three services as stages for the supervisor: their commands, addresses and environment.
 
-Knows the names of the services' settings, and nothing else of the services.
+Knows the names of the services' settings, and nothing else about the services.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from trivium.wire.tls.channel import ChannelTls
 
 ANY_HOST = {"", "0.0.0.0", "::"}  # noqa: S104 - compared with, not bound to
 LOOPBACK = "127.0.0.1"
-# Names under which health tells that a stage and those behind it can serve.
+# Health service names that report whether a stage and those behind it can serve.
 CHAT, GENERATOR = "trivium.chat.v1.ChatService", "trivium.generator.v1.GeneratorService"
 
-# glibc's allocator then asks for huge pages, which is where the weights are: a step reads all of
-# them, and one sequence decodes a seventh faster (docs/log.md).
+# glibc's allocator then puts the weights in huge pages. As a step reads all of them, one sequence
+# decodes a seventh faster (docs/log.md).
 TUNABLES, HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
 
-# Replicas of a stage listen this far apart, so that those of the next stage find their own ports.
+# Replicas of a stage listen this far apart, which leaves the ports of other stages free.
 PORT_STRIDE = 100
-FIRST_METRICS_PORT = 9050  # of several facades, which have one port together for all else
+FIRST_METRICS_PORT = 9050  # with several facades, which share one port for all else
 HIGHEST_PORT = 65535
 
-MEMORY_SHARE = 0.5  # of free memory, for the keys and values of all models together
+MEMORY_SHARE = 0.5  # of free memory, for the KV caches of all models together
 
-# Where neither the command line nor the environment says otherwise.
+# Defaults if neither the command line nor the environment sets them.
 LOG_LEVEL = "warning"
 DRAIN_SECONDS = 30.0
-# No load balancer has to notice that a stage here stops.
+# No load balancer needs to notice that a local stage stops.
 DRAIN_NOTICE_SECONDS = 0.0
 
-# What has to fit the stages here, and the option that changes it.
+# Settings that must match the local stages, and the option that changes each.
 _DECIDED_HERE = {
     "TRIVIUM_FACADE_REUSE_PORT": "--facades",
     "TRIVIUM_FACADE_TOKENIZER_TARGET": "--tokenizer-port",
@@ -52,21 +52,21 @@ _DECIDED_HERE = {
 
 
 class SettingConflict(Exception):
-    """What variables say does not fit the stages of one machine; the text names them."""
+    """Environment variables contradict the local stages; the message names them."""
 
 
 class PortTaken(Exception):
-    """A port that a stage needs cannot be bound; the text names it and its setting."""
+    """A port that a stage needs cannot be bound; the message names it and its setting."""
 
 
 @dataclass(frozen=True)
 class Pipeline:
     """Where the services of one machine listen, and the models they serve.
 
-    Each of `more_models` has a generator of its own, on the ports that follow the first one's.
-    `aliases` are names besides their own by which requests may ask for them, one or None for each.
-    Tokenizers listen at PORT_STRIDE from each other, and facades share their port.
-    What is None is for each service's own variable to say.
+    Each of `more_models` has its own generator, on the ports that follow the first one's.
+    `aliases` are further names that requests may use, one or None per model. Tokenizers listen
+    PORT_STRIDE apart, and facades share their port. None leaves a setting to each service's own
+    variable.
     """
 
     model: Path
@@ -90,7 +90,7 @@ class Pipeline:
 
     @property
     def models(self) -> tuple[Path, ...]:
-        """All models, the first first."""
+        """All models, beginning with `model`."""
         return (self.model, *self.more_models)
 
     @property
@@ -100,24 +100,24 @@ class Pipeline:
 
     @property
     def chat_targets(self) -> list[str]:
-        """Where the tokenizers are reached from this machine."""
+        """Addresses of the tokenizers, as reached from this machine."""
         ports = _ports(self.tokenizer_port, self.tokenizers)
         return [authority(self.grpc_host, port) for port in ports]
 
     @property
     def chat_target(self) -> str:
-        """All of them, as a facade's setting says it."""
+        """All of them, as written in a facade's setting."""
         return ",".join(self.chat_targets)
 
     @property
     def facade_metrics_urls(self) -> list[str]:
-        """The metrics of each facade."""
+        """The metrics URL of each facade."""
         own = [f"{url}/metrics" for url in self._facade_metrics_servers()]
         return own or [f"{self.url}/metrics"]
 
     @property
     def generator_targets(self) -> list[str]:
-        """Where the generators are reached from this machine, one for each model."""
+        """Addresses of the generators, as reached from this machine, one per model."""
         return [
             authority(self.generator_host, self.generator_port + number)
             for number in range(len(self.models))
@@ -125,11 +125,11 @@ class Pipeline:
 
     @property
     def generator_target(self) -> str:
-        """Where the first model's generator is reached from this machine."""
+        """Address of the first model's generator, as reached from this machine."""
         return self.generator_targets[0]
 
     def stages(self) -> list[Stage]:
-        """Back to front, as the supervisor wants them."""
+        """The stages, back to front, as the supervisor expects them."""
         generators = [
             ([f"grpc://{target}/{GENERATOR}"], self._generator(number))
             for number, target in enumerate(self.generator_targets)
@@ -138,8 +138,8 @@ class Pipeline:
             ([f"grpc://{target}/{CHAT}"], self._tokenizer(number))
             for number, target in enumerate(self.chat_targets)
         ]
-        # Any of several facades answers at the shared port, so each is asked at its own one too.
-        # Only there, if the shared one asks for a certificate.
+        # Any facade may answer at the shared port, so each is probed at its own metrics port too;
+        # only there, if the shared port requires a client certificate.
         own = [f"{url}/healthz" for url in self._facade_metrics_servers()]
         shared = [] if self.tls.is_mutual else [f"{self.url}/health"]
         facades = [
@@ -153,7 +153,7 @@ class Pipeline:
         ]
 
     def check_environment(self) -> None:
-        """Raises SettingConflict for a variable that says other than what stages are told here."""
+        """Raises SettingConflict for a variable that contradicts what is decided here."""
         needed = [item for stage in self.stages() for item in stage.environment.items()]
         for setting, value in needed:
             found = os.environ.get(setting)
@@ -165,7 +165,7 @@ class Pipeline:
                 )
 
     def check_ports(self) -> None:
-        """Raises PortTaken for the first port that somebody else holds, or another stage here."""
+        """Raises PortTaken for the first port that another process or stage uses."""
         ours: list[tuple[str, int, str]] = []
         for host, port, setting, option in self._listeners():
             if port > HIGHEST_PORT:
@@ -191,7 +191,7 @@ class Pipeline:
                 ) from error
 
     def _listeners(self) -> Iterator[tuple[str, int, str, str]]:
-        """Host and port of each, the variable that the port is in, and the option."""
+        """Host and port of each listener, the variable that sets the port, and the option."""
         yield self.host, self.port, "TRIVIUM_FACADE_PORT", "--port"
         for port in self._facade_metrics_ports():
             yield self.host, port, "TRIVIUM_FACADE_METRICS_PORT", "--facade-metrics-port"
@@ -220,14 +220,14 @@ class Pipeline:
         }
 
     def _memory(self) -> dict[str, str]:
-        """What each of several generators may take, as none of them knows of the others."""
+        """Each generator's share of memory, as generators do not know about each other."""
         if len(self.models) == 1:
             return {}
         share = round(MEMORY_SHARE / len(self.models), 3)
         return _default("TRIVIUM_GENERATOR_KV_MEMORY_SHARE", share)
 
     def _served(self) -> dict[str, str]:
-        """The models, as the tokenizer's settings say it; what is not for them is empty."""
+        """The tokenizer's settings for the models; those not needed are set to empty."""
         if len(self.models) == 1 and not any(self.aliases):
             return {
                 "TRIVIUM_TOKENIZER_GENERATOR_TARGET": self.generator_target,
@@ -253,12 +253,12 @@ class Pipeline:
         return "http" if self.tls.certificate is None else "https"
 
     def _facade_metrics_servers(self) -> list[str]:
-        """Base URLs of those that facades have besides the REST API."""
+        """Base URLs of the facades' separate metrics servers."""
         ports = self._facade_metrics_ports()
         return [f"http://{authority(self.host, port)}" for port in ports]
 
     def _facade_metrics_ports(self) -> list[int]:
-        """None for a single facade that has its metrics on the port of the REST API."""
+        """Empty for a single facade that has its metrics on the port of the REST API."""
         if self.facades == 1 and not self.facade_metrics_port:
             return []
         return _ports(self.facade_metrics_port or FIRST_METRICS_PORT, self.facades)
@@ -284,7 +284,7 @@ class Pipeline:
         }
 
     def _for_all(self, service: str) -> dict[str, str]:
-        """What all services have, by its names in one of them."""
+        """The settings that all services share, with the names they have in this one."""
         return {
             **_default(f"TRIVIUM_{service}_LOG_LEVEL", LOG_LEVEL, self.log_level),
             **_default(f"TRIVIUM_{service}_DRAIN_SECONDS", DRAIN_SECONDS, self.drain_seconds),
@@ -293,7 +293,7 @@ class Pipeline:
 
 
 def _port(first: int, number: int) -> int:
-    """Where replica `number` of a stage listens; nowhere if the first one does not, at 0."""
+    """The port of replica `number` of a stage; 0 (none) if the first one has none."""
     return first and first + number * PORT_STRIDE
 
 
@@ -302,25 +302,24 @@ def _ports(first: int, count: int) -> list[int]:
 
 
 def _default(setting: str, default: object, given: object = None) -> dict[str, str]:
-    """A setting as the command line has it; otherwise the environment's word counts, if there is
-    one, more than the default here."""
+    """A setting by precedence: the command line, the environment (left as it is), the default."""
     if given is None and os.environ.get(setting):
         return {}
     return {setting: str(default if given is None else given)}
 
 
 def huge_pages() -> dict[str, str]:
-    """What a generator's environment lacks for weights in huge pages; its owner's word counts."""
+    """The variable that puts a generator's weights in huge pages, unless the user has set it."""
     return {} if TUNABLES in os.environ else {TUNABLES: HUGE_PAGES}
 
 
 def authority(host: str, port: int) -> str:
-    """`host:port` by which this machine reaches a server bound to `host`."""
+    """The `host:port` at which this machine reaches a server bound to `host`."""
     return address_of(LOOPBACK if host in ANY_HOST else host, port)
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback interface that were free a moment ago, all different."""
+    """Distinct ports of the loopback interface that were free a moment ago."""
     listeners = [bind(LOOPBACK, 0) for _ in range(count)]
     ports = [listener.getsockname()[1] for listener in listeners]
     for listener in listeners:
@@ -334,7 +333,7 @@ def _replicas(
     replicas: Sequence[tuple[Sequence[str], dict[str, str]]],
     tls: ChannelTls | None = None,
 ) -> Iterator[Stage]:
-    """A stage for each pair of addresses to ask and environment; numbered if there are several."""
+    """A stage per pair of addresses to probe and environment; numbered if there are several."""
     command = (sys.executable, "-m", service)
     log_name = f"TRIVIUM_{settings}_LOG_NAME"
     logged_as = os.environ.get(log_name) or service
@@ -347,7 +346,7 @@ def _replicas(
 
 
 def _probes(settings: str, environment: Mapping[str, str]) -> list[str]:
-    """Where a stage tells in words how it is, which health over gRPC has not; nowhere without a
-    port for metrics."""
+    """Where a stage says in words why it is not ready, which gRPC's health service cannot; empty
+    without a metrics port."""
     host, port = (environment[f"TRIVIUM_{settings}_{name}"] for name in ("HOST", "METRICS_PORT"))
     return [] if port == "0" else [f"http://{authority(host, int(port))}/healthz"]

@@ -1,8 +1,8 @@
-"""Asks a running stage how it is: health, and what model it has.
+"""Queries a running stage: its health, and its model.
 
 `python -m trivium.cli.probe grpc://HOST:PORT[/SERVICE] | http://… | https://…` exits with 0 when it
-can serve, which is what the health checks of containers run. Whoever has a server's port is on the
-same machine, so certificates over HTTPS are not checked; gRPC over TLS is for the callers here.
+can serve, which is what the health checks of containers run. It probes local servers, so it does
+not verify certificates over HTTPS; gRPC over TLS is only available to callers of this module.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ CALL_SECONDS = 5.0
 
 
 async def _grpc_fault(target: str, service: str, tls: ChannelTls | None) -> str:
-    """Empty if the gRPC server at `target` (host:port) reports SERVING for `service`.
+    """Empty if the gRPC server at `target` (host:port) reports SERVING for `service`, else why not.
 
-    The empty name stands for the process: it says nothing of the stages behind.
+    The empty service name stands for the process, whatever the state of the stages behind it.
     """
     async with open_channel(target, tls=tls) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
@@ -41,7 +41,7 @@ async def _grpc_fault(target: str, service: str, tls: ChannelTls | None) -> str:
 
 
 async def _http_fault(url: str) -> str:
-    """Empty if a GET of `url` is answered with 200."""
+    """Empty if a GET of `url` returns 200, else why not."""
     async with local_client(CALL_SECONDS) as client:
         try:
             answer = await client.get(url)
@@ -51,30 +51,30 @@ async def _http_fault(url: str) -> str:
         return ""
     try:
         return str(answer.json()["error"]["message"])
-    except (ValueError, TypeError, KeyError):  # not of the REST API
+    except (ValueError, TypeError, KeyError):  # not an error of the REST API
         return answer.text.strip() or f"status {answer.status_code}"
 
 
 def local_client(seconds: float) -> httpx.AsyncClient:
-    """A client of a process that was started here, whatever name its certificate is for."""
+    """A client for a local process, whatever name its certificate is for."""
     return httpx.AsyncClient(timeout=seconds, trust_env=False, verify=False)  # noqa: S501 - see above
 
 
 async def until_ready(*addresses: str, tls: ChannelTls | None = None) -> None:
-    """Returns once each of a stage's `addresses`, as in `is_ready`, could serve."""
+    """Returns once each of a stage's `addresses`, as in `is_ready`, has been ready."""
     for address in addresses:
         while not await is_ready(address, tls):  # noqa: ASYNC110 - another process sets no event of ours
             await asyncio.sleep(POLL_SECONDS)
 
 
 async def is_ready(address: str, tls: ChannelTls | None = None) -> bool:
-    """Whether the stage at `address` can serve: grpc://host:port, with /service or not, over TLS
-    if given; http://… or https://…"""
+    """Whether the stage at `address` can serve: grpc://host:port[/service], over TLS if given;
+    http://… or https://…"""
     return not await fault(address, tls=tls)
 
 
 async def fault(*addresses: str, tls: ChannelTls | None = None) -> str:
-    """Why a stage cannot serve, as the first of its `addresses` that cannot tells; or empty."""
+    """Why a stage cannot serve, from the first of its `addresses` that is not ready; else empty."""
     for address in addresses:
         scheme, _, rest = address.partition("://")
         target, _, service = rest.partition("/")
@@ -88,7 +88,7 @@ async def fault(*addresses: str, tls: ChannelTls | None = None) -> str:
 async def model_info(
     target: str, key: OwnKey | None = None, tls: ChannelTls | None = None
 ) -> generator_pb2.GetModelInfoResponse:
-    """What the generator at `target` (host:port) has loaded; `key` is shown to it."""
+    """The model that the generator at `target` (host:port) has loaded; `key` authenticates us."""
     async with open_channel(target, tls=tls) as channel:
         stub = generator_pb2_grpc.GeneratorServiceStub(channel)
         request, metadata = generator_pb2.GetModelInfoRequest(), own_metadata(key)

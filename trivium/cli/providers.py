@@ -1,7 +1,8 @@
-"""Which ONNX Runtime providers really work here: each runs a graph of one addition.
+"""Which ONNX Runtime providers really work here, tested by a graph of one addition.
 
-Asking for CUDA where it cannot work only warns and runs on the CPU, so the session is asked what
-it uses. Besides this module, only `generator_svc/device.py` and the exporter import the runtime.
+If CUDA is requested but cannot work, ONNX Runtime only warns and falls back to the CPU, so the
+session is asked which provider it uses. Besides this module, only `generator_svc/device.py` and the
+exporter import the runtime.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def version() -> str:
 
 @functools.cache  # a session on CUDA takes seconds
 def why_not(provider: str) -> str | None:
-    """None when `provider` runs the graph, otherwise the reason that it does not."""
+    """None if `provider` runs the graph, otherwise why it does not."""
     if provider not in ort.get_available_providers():
         return "not in this build of ONNX Runtime"
     ort.set_default_logger_severity(SILENT)
@@ -40,12 +41,12 @@ def why_not(provider: str) -> str | None:
     options.log_severity_level = SILENT
     try:
         if provider == CUDA:
-            with contextlib.redirect_stdout(io.StringIO()):  # it prints what fails
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints failures
                 ort.preload_dlls()  # finds the libraries of the cuda extra
         session = ort.InferenceSession(GRAPH, options, providers=[provider])
         if provider not in session.get_providers():
             return missing_libraries() or "no CUDA device was found"
         (result,) = session.run(None, {"x": np.ones(1, np.float32)})
-    except Exception as error:  # the runtime's exceptions have no base class but this
+    except Exception as error:  # the runtime's exceptions have no other common base class
         return str(error).splitlines()[0]
     return None if result[0] == 2 else f"computes 1 + 1 = {result[0]}"

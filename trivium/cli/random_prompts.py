@@ -1,4 +1,4 @@
-"""Prompts of random words, about as long as asked for by the server's own count of tokens."""
+"""Prompts of random words, of about a given length in tokens as counted by the server."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ WORDS = _TEXT.split()
 
 
 class Prompts:
-    """Prompts of random words: all different from their first words on, so that none is cached."""
+    """Prompts of random words that differ from the start, so that none hits the prefix cache."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
         self.words = 1
 
     def draw(self, words: int | None = None) -> str:
-        """A new prompt of `words` words, or of as many as calibrated."""
+        """A new prompt of `words` words, or of the calibrated number."""
         return " ".join(self._random.choices(WORDS, k=words or self.words))
 
     async def calibrate(self, client: httpx.AsyncClient, target: Target, tokens: int) -> None:
-        """Finds by two requests how many words make `tokens` tokens."""
+        """Finds out with two requests how many words make about `tokens` tokens."""
         few, many = 8, 72
         low = await _count(client, target, self.draw(few))
         high = await _count(client, target, self.draw(many))

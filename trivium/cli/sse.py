@@ -1,4 +1,4 @@
-"""Server-sent events: bytes in, the data of whole events out. Knows nothing of what they say."""
+"""Decodes server-sent events: bytes in, the data of complete events out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ DONE = "[DONE]"
 
 
 class SseDecoder:
-    """Takes a stream in pieces of any size. Comments and fields other than data are dropped."""
+    """Decodes a stream from pieces of any size. Comments and fields other than data are dropped."""
 
     def __init__(self) -> None:
         self._tail = b""
@@ -17,7 +17,7 @@ class SseDecoder:
         return [data for event in whole if (data := _data(event)) is not None]
 
     def flush(self) -> list[str]:
-        """The data of an event whose end never came."""
+        """The data of a final event without its blank line."""
         return self.push(b"\n\n")
 
 

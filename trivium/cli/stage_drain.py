@@ -1,4 +1,4 @@
-"""How long services of one machine may take to stop, by their settings in the environment."""
+"""How long the local services may take to stop, by their settings in the environment."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class _Generator(_Drain, env_prefix="TRIVIUM_GENERATOR_"):
 
 
 def longest_drain(given: float | None) -> float:
-    """Seconds until each of them has stopped by itself, with the `given` time for what it has begun
-    or its own; exits with 2 for a wrong setting."""
+    """Seconds until every service has stopped by itself, with the `given` drain time or its own
+    setting; exits with 2 for an invalid setting."""
     drains = [load_settings(kind) for kind in (_Facade, _Tokenizer, _Generator)]
     return max(
         drain.drain_notice_seconds + (drain.drain_seconds if given is None else given)

@@ -1,4 +1,4 @@
-"""How the services of one machine speak TLS, by their settings in the environment."""
+"""TLS between the local services, by their settings in the environment."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ REST_CLIENT_CA = "TRIVIUM_FACADE_TLS_CLIENT_CA_FILE"
 
 
 class TlsMismatch(Exception):
-    """One stage speaks TLS, and the other plain text; the text names the settings."""
+    """Only one of a stage and its caller uses TLS; the message names the settings."""
 
 
 @dataclass(frozen=True)
 class StageTls:
-    """`certificate` is the REST API's, for which `is_mutual` says whether clients need one too.
-    `chat` is for calls of the tokenizers, `generator` for those of generators."""
+    """`certificate` is the REST API's; `is_mutual` says whether its clients need one too. `chat` is
+    for calls to the tokenizers, `generator` for calls to the generators."""
 
     certificate: str | None = None
     is_mutual: bool = False
@@ -49,7 +49,7 @@ class _ToGenerators(_Channel, env_prefix="TRIVIUM_TOKENIZER_GENERATOR_"):
 
 
 def stage_tls() -> StageTls:
-    """What the environment says; raises TlsMismatch, and exits with 2 for a wrong setting."""
+    """Reads the environment; raises TlsMismatch, and exits with 2 for an invalid setting."""
     return StageTls(
         os.environ.get(REST_CERTIFICATE) or None,
         bool(os.environ.get(REST_CLIENT_CA)),

@@ -1,7 +1,7 @@
-"""Several processes as one: started together, stopped front to back, and none left behind.
+"""Several processes managed as one: started together, stopped front to back, none left behind.
 
-Knows nothing about what the processes do, nor about terminals. The orderly end is SIGTERM, upon
-which a process drains; one that has not ended after `stop_seconds` is killed.
+Knows nothing about what the processes do, nor about terminals. A process is stopped by SIGTERM,
+upon which it drains; one that has not ended after `stop_seconds` is killed.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ async def _unexplained() -> str:
 
 @dataclass(frozen=True)
 class Stage:
-    """One process. `ready` returns once it can serve, however long that takes; `fault` tells why it
-    cannot yet, if anybody knows.
+    """One process. `ready` returns once it can serve, however long that takes; `fault` returns why
+    it cannot yet, if known.
 
-    Stages with the same command, one after another, are replicas: they drain together.
+    Consecutive stages with the same command are replicas: they drain together.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Stage:
 
 
 class StageDied(Exception):
-    """A process ended by itself. `returncode` is negative for a signal, as in subprocess."""
+    """A process ended unexpectedly. `returncode` is negative for a signal, as in subprocess."""
 
     def __init__(self, name: str, returncode: int) -> None:
         how = (
@@ -55,13 +55,13 @@ class StageDied(Exception):
 
 
 class NotReady(Exception):
-    """Some process did not become ready in time; the text says which, and why."""
+    """Some processes did not become ready in time; the message says which, and why."""
 
 
 class Supervisor:
-    """Holds the processes of `stages`, which come back to front: a stage after those it calls.
+    """Manages the processes of `stages`, ordered back to front: a stage follows those it calls.
 
-    An async context manager: entering starts all of them, leaving stops what still runs.
+    An async context manager: entering starts all of them, leaving stops those still running.
     """
 
     def __init__(self, stages: Sequence[Stage], stop_seconds: float) -> None:
@@ -90,7 +90,7 @@ class Supervisor:
             await self._end_now()
 
     def pids(self) -> dict[str, int]:
-        """Process ids by the name of the stage."""
+        """Process ids by stage name."""
         return {name: process.pid for name, process in self._running.items()}
 
     async def wait_until_ready(self, seconds: float) -> None:
@@ -119,7 +119,7 @@ class Supervisor:
                     await task
 
     async def watch(self) -> None:
-        """Raises StageDied as soon as one of the processes has ended; never returns."""
+        """Raises StageDied as soon as any process has ended; never returns."""
         waits = {
             asyncio.ensure_future(process.wait()): name for name, process in self._running.items()
         }
@@ -132,10 +132,10 @@ class Supervisor:
         raise StageDied(waits[first], first.result())
 
     async def stop(self) -> None:
-        """Ends the processes one after the other, front to back, so that each drains undisturbed.
+        """Ends the stages one after the other, front to back, so that each drains undisturbed.
 
-        The front waits for its last answers, which the stages behind it still have to make.
-        Replicas end at once: what one of them still took on would be new to the rest.
+        The front waits for its last answers, which the stages behind it still have to produce.
+        Replicas of a stage end together: otherwise those still running would take new calls.
         """
         for _, replicas in itertools.groupby(reversed(self._stages), lambda stage: stage.command):
             await asyncio.gather(*(self._end(self._running[stage.name]) for stage in replicas))
@@ -155,7 +155,7 @@ class Supervisor:
             await process.wait()
 
     def kill(self) -> None:
-        """Ends at once whatever still runs."""
+        """Kills all processes that are still running."""
         for process in self._running.values():
             if process.returncode is None:
                 _kill_group(process)
@@ -167,7 +167,7 @@ async def _explained(stage: Stage) -> str:
 
 
 async def _spawn(stage: Stage) -> asyncio.subprocess.Process:
-    """Starts a stage in a session of its own: Ctrl-C in a terminal reaches the supervisor alone."""
+    """Starts a stage in its own session, so that Ctrl-C only reaches the supervisor."""
     return await asyncio.create_subprocess_exec(
         sys.executable,
         "-I",

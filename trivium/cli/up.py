@@ -1,4 +1,4 @@
-"""`trivium up`: the three services on this machine, as one thing to start and stop."""
+"""`trivium up`: starts and stops the three services on this machine together."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ from trivium.model_directory import load_model_directory
 from trivium.wire.listening import bare_host
 
 STOPPED, FAILED, REFUSED = 0, 1, 2
-# A stage drains for its own limit first; this much later it is hung, and killed.
+# A stage that has not ended this long after its own drain limit is hung, and gets killed.
 STOP_SLACK_SECONDS = 10.0
-# What services offer unless these say otherwise, by its name in the banner.
+# The settings that can turn off what services offer, by its name in the banner.
 _DOORS = {
     "chat": "TRIVIUM_FACADE_CHAT_PAGE",
     "docs": "TRIVIUM_FACADE_DOCS",
@@ -49,7 +49,7 @@ _DOORS = {
 
 
 class Device(StrEnum):
-    """Where the model runs; `auto` is CUDA where it works."""
+    """Where the model runs; `auto` is CUDA if it works, else the CPU."""
 
     AUTO = "auto"
     CPU = "cpu"
@@ -57,7 +57,7 @@ class Device(StrEnum):
 
 
 class LogLevel(StrEnum):
-    """The least severe messages that are logged."""
+    """The lowest severity that is logged."""
 
     DEBUG = "debug"
     INFO = "info"
@@ -66,7 +66,7 @@ class LogLevel(StrEnum):
 
 
 def _seconds(longest: int) -> Callable[[float | None], float | None]:
-    """Checks an option; click's own bounds have no words for nan."""
+    """Checks an option's range; click's own check does not handle nan."""
 
     def checked(value: float | None) -> float | None:
         if value is not None and not 0 <= value <= longest:
@@ -181,8 +181,8 @@ async def supervise(
 ) -> int:
     """Runs until a signal asks to stop or a process dies; returns the exit status.
 
-    The first SIGINT, SIGTERM or SIGHUP drains, the second kills. A stage that refused its
-    settings (status 2) hands that status on, any other death is 1.
+    The first SIGINT, SIGTERM or SIGHUP drains, the second kills. If a stage refused its settings
+    (status 2), that status is passed on; any other death gives 1.
     """
     stopping = asyncio.Event()
 
@@ -250,7 +250,7 @@ def up(
         tls = stage_tls()
     except (SettingConflict, TlsMismatch) as mismatch:
         _refuse(str(mismatch))
-    # Not by the option itself, which would split a path at its spaces.
+    # Not by the option's envvar, which would split a path at its spaces.
     named = model or [os.environ.get("TRIVIUM_GENERATOR_MODEL_DIRECTORY") or EMBEDDED_MODEL]
     try:
         models = [find_model(name, device.value) for name in named]
@@ -323,7 +323,7 @@ async def _run(pipeline: Pipeline, ready_seconds: float, stop_seconds: float) ->
 
 
 def _warn_of_few_cores(pipeline: Pipeline) -> None:
-    """As with uvicorn's workers, more than cores is allowed, and no use."""
+    """As with uvicorn's workers, more processes than cores are allowed, but of no use."""
     limit, count = cpu_limit(), len(pipeline.stages())
     asked = {"--facades": pipeline.facades, "--tokenizers": pipeline.tokenizers}
     options = [f"{name} {value}" for name, value in asked.items() if value > 1]
@@ -341,12 +341,12 @@ def _refuse(message: str) -> NoReturn:
 
 
 def asks_for_keys() -> bool:
-    """Whether the REST API does, by its setting as the facade reads it."""
+    """Whether the REST API requires API keys, by the facade's setting."""
     return bool(os.environ.get("TRIVIUM_FACADE_API_KEYS_FILE"))
 
 
 def shut_doors() -> set[str]:
-    """What the services do not offer, by their settings as they read them."""
+    """What is turned off by the services' settings."""
     return {
         name
         for name, setting in _DOORS.items()

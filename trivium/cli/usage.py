@@ -24,12 +24,12 @@ from trivium.usage_log import EVENT
 
 REFUSED = 2
 _WIDEST = 1000
-# The order of its records does not matter, so a log's older files may come in any.
+# Also matches rotated files; their order does not matter.
 PATTERN = "*.usage.jsonl*"
 _STANDARD_INPUT = Path("-")
 _IS_DAY_OR_MONTH = re.compile(r"(\d{4}-\d{2}(-\d{2})?)?")
 _IS_RECORD = re.compile(rf'"event":\s*"{EVENT}"')
-_NOT_TEXT = "\ufffd"  # stands for bytes that are none, as of a file that is packed otherwise
+_NOT_TEXT = "\ufffd"  # replaces undecodable bytes, as in a file with another compression
 
 
 class Format(StrEnum):
@@ -41,7 +41,7 @@ class Format(StrEnum):
 
 
 class By(StrEnum):
-    """What the sums are by; the order is that of the columns."""
+    """What to sum by."""
 
     DAY = "day"
     KEY = "key"
@@ -50,7 +50,7 @@ class By(StrEnum):
 
 @dataclass
 class Totals:
-    """Sums of records; `failed` requests have another status than 200."""
+    """Sums of records; `failed` counts requests with a status other than 200."""
 
     requests: int = 0
     failed: int = 0
@@ -61,18 +61,18 @@ class Totals:
     device_nanoseconds: int = 0
 
     def add(self, record: dict[str, Any]) -> None:
-        """Adds what a record has taken; whether it is a request of its own is seen elsewhere."""
+        """Adds a record's usage; `requests` and `failed` are counted elsewhere."""
         for field in fields(self)[2:]:
             value = getattr(self, field.name) + (record[field.name] or 0)
             setattr(self, field.name, value)
 
 
 class UsageFileError(Exception):
-    """A file cannot be read, or a folder has none."""
+    """A file cannot be read, or a folder contains none."""
 
 
 class _NoRecord(Exception):
-    """A line is no usage record, although it looks like one."""
+    """A line looks like a usage record but is not one."""
 
 
 def usage(
@@ -140,11 +140,11 @@ def _is_day_or_month(text: str) -> bool:
 
 
 def read_records(paths: Iterable[Path], skipped: list[str]) -> Iterator[dict[str, Any]]:
-    """The usage records among the lines of these files; raises UsageFileError.
+    """The usage records in these files; raises UsageFileError.
 
-    Lines of a log are passed over: standard output may have been collected together with it. So is
-    a last line without its end, which is being written. Other lines that are no records, such as
-    those that a full disk has cut off, are named in `skipped`, with what is wrong with them.
+    Log lines are ignored, as they may have been collected together with standard output. So is a
+    last line without a newline, which is still being written. Other invalid lines, such as those
+    that a full disk has cut off, are listed in `skipped` with the reason.
     """
     for file in _files(paths):
         try:
@@ -185,7 +185,7 @@ def _opened(file: Path) -> TextIO:
 
 
 def _record(line: str) -> dict[str, Any] | None:
-    """The record that a line is; None for one of a log. Raises _NoRecord for what is neither."""
+    """Parses a line; None for a log line. Raises _NoRecord for an invalid record."""
     if not (line.startswith("{") or _IS_RECORD.search(line) or _NOT_TEXT in line):
         return None
     try:
@@ -209,10 +209,10 @@ def _record(line: str) -> dict[str, Any] | None:
 
 
 def sum_up(records: Iterable[dict[str, Any]], by: Iterable[By]) -> dict[tuple[str, ...], Totals]:
-    """Totals by what `by` names. Each request id is one request.
+    """Totals grouped by `by`. Each request id counts as one request.
 
-    Where the facade has a record too, its status is what the client got; all else of the request is
-    what the generator says.
+    If both facade and generator have a record, the facade's gives the status, which is what the
+    client got, and the generator's the group.
     """
     columns = list(by)
     totals: dict[tuple[str, ...], Totals] = {}
@@ -229,7 +229,7 @@ def sum_up(records: Iterable[dict[str, Any]], by: Iterable[By]) -> dict[tuple[st
     for request, group in groups.items():
         totals[group].requests += 1
         totals[group].failed += statuses[request] != 200
-    # A group may be left with refusals whose requests count elsewhere.
+    # A group may hold nothing but the facade's records of requests that count in another group.
     return {group: sums for group, sums in totals.items() if sums != Totals()}
 
 
@@ -252,5 +252,5 @@ def _print_table(rows: list[dict[str, Any]], columns: list[By]) -> None:
         cells = [row[column] or "-" for column in columns]
         cells += [f"{row[name]:,}" for name in _COUNTS]
         table.add_row(*cells, f"{row['gpu_seconds']:,.3f}")
-    # As wide as it has to be: names and numbers that are cut off are worth nothing.
+    # As wide as needed: truncated names and numbers would be useless.
     Console(width=_WIDEST).print(table)
