@@ -1,4 +1,4 @@
-"""Where this user's copies of models are kept, and what was found out about files."""
+"""The user's cache folder, for models and file digests."""
 
 from __future__ import annotations
 

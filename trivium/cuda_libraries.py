@@ -1,4 +1,4 @@
-"""The shared libraries of ONNX Runtime's CUDA provider: which are missing, and who has them."""
+"""The shared libraries of ONNX Runtime's CUDA provider: the missing ones, and their packages."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import sys
 
 INSTALL = "pip install 'trivium[cuda]'"
 
-# Those that the provider of the version in pyproject.toml is linked to, by the package that has
-# them; the driver's is the machine's own.
+# The libraries that the provider of the version in pyproject.toml is linked against, with the
+# package that provides each; the machine provides the driver.
 _DRIVER = "libcuda.so.1"
 LIBRARIES = {
     _DRIVER: "the NVIDIA driver",
@@ -21,10 +21,10 @@ LIBRARIES = {
 
 
 def missing_libraries() -> str:
-    """What cannot be loaded and who has it, as a text; empty if nothing is missing.
+    """The libraries that cannot be loaded and their packages, as text; empty if none is missing.
 
-    To be asked after ONNX Runtime's preload_dlls, which loads what pip has installed. Only Linux's
-    names are known here: elsewhere a session has to be tried.
+    Call it after ONNX Runtime's preload_dlls, which loads what pip has installed. Only the names on
+    Linux are known: elsewhere, creating a session is the only test.
     """
     if sys.platform != "linux":
         return ""

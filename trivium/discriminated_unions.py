@@ -1,17 +1,17 @@
-"""Tells the members of a `oneOf` apart: by their types, or by a property that each object requires,
-with values of its own.
+"""Whether the members of a `oneOf` are disjoint: by their types, or by a property that each object
+requires, with distinct values.
 
-llguidance compares members by merging them, which fails where they refer to their union.
+llguidance compares members by merging them, which fails if they refer back to the union.
 """
 
 from typing import Any
 from urllib.parse import unquote
 
-_MAX_REFERENCES = 16  # that are followed one after the other
+_MAX_REFERENCES = 16  # longest chain of references that is followed
 
 
 def are_apart(members: Any, root: Any) -> bool:
-    """Whether types, or a required property of strings, tell that no value fits two of the
+    """Whether types, or a required string property, show that no value matches two of the
     schemas."""
     if not isinstance(members, list) or not members:
         return False
@@ -42,7 +42,7 @@ def _has_own_values(members: list[list[Any]]) -> bool:
 
 
 def _values(schema: dict[str, Any], name: str, root: Any) -> list[Any]:
-    """All values that a property may have; none if that is not known."""
+    """All values that a property may have; empty if unknown."""
     properties = schema.get("properties")
     node = _resolved(properties.get(name), root) if isinstance(properties, dict) else None
     if not isinstance(node, dict):
@@ -52,7 +52,7 @@ def _values(schema: dict[str, Any], name: str, root: Any) -> list[Any]:
 
 
 def _resolved(node: Any, root: Any) -> Any:
-    """What a schema refers to within the root; None if that is not found."""
+    """The schema that `node` refers to within the root; None if it is not found."""
     for _ in range(_MAX_REFERENCES):
         if not isinstance(node, dict) or "$ref" not in node:
             return node

@@ -1,9 +1,9 @@
-"""Regular expressions of ECMA-262, which are JSON Schema's, as Rust and llguidance read them.
+"""Translates JSON Schema's regular expressions (ECMA-262) to the syntax of Rust and llguidance.
 
-The syntaxes are nearly the same. What differs is translated: `\\d` and `\\w` are ASCII, `\\s`
-is ECMA's white space, a bracket or `&&` within a class means itself, and a brace that repeats
-nothing does too; a dot is no end of a line, `[]` is nothing and `[^]` anything. What only Rust
-knows, such as `(?i)` or `(?P<name>…)`, is left as it is.
+The syntaxes are nearly the same. The differences are translated: `\\d` and `\\w` are ASCII, `\\s`
+is ECMA's white space; a bracket or `&&` within a class is literal, and so is a brace that is no
+quantifier; a dot matches no line terminator, `[]` matches nothing and `[^]` anything. Syntax that
+only Rust has, such as `(?i)` or `(?P<name>…)`, is left as it is.
 """
 
 import re
@@ -14,7 +14,7 @@ _CLASSES = {"d": "0-9", "w": "0-9A-Za-z_", "s": _SPACE}
 _DOT = r"[^\n\r\u2028\u2029]"
 _DOT_ALL = re.compile(
     r"\(\?[a-zA-Z]*s[a-zA-Z]*[-:)]"
-)  # Rust's flag by which a dot is any character
+)  # Rust's flag that lets a dot match any character
 _EMPTY_SETS = {"[]": r"[^\s\S]", "[^]": r"[\s\S]"}
 
 _TOKEN = re.compile(
@@ -41,19 +41,19 @@ def to_rust(pattern: str) -> str:
 
 
 def widened(pattern: str) -> str:
-    """A pattern that matches whatever `pattern` does, and that an automaton can keep: without
-    assertions other than `^` and `$`, and without references to what was matched before."""
+    """A pattern that matches everything `pattern` does and fits an automaton: no assertions other
+    than `^` and `$`, and no backreferences."""
     return "".join(_widened(pattern))
 
 
 def _widened(pattern: str) -> Iterator[str]:
-    depth = 0  # of parentheses within an assertion
+    depth = 0  # of parentheses, inside an assertion
     for match in _TOKEN.finditer(pattern):
         if depth:
             depth += 1 if match["look"] else {"(": 1, ")": -1}.get(match[0], 0)
         elif match["look"]:
             depth = 1
-            yield "(?:)"  # nothing, which may be repeated
+            yield "(?:)"  # empty, but may have a quantifier
         elif match["boundary"]:
             yield "(?:)"
         elif match["reference"]:
@@ -80,7 +80,7 @@ def _escape(escape: str) -> str:
         return f"[^{_CLASSES[kind.lower()]}]"
     if kind == "c" and len(escape) == 3:
         return f"\\x{ord(escape[2]) % 32:02X}"
-    # A backslash makes letters of what Rust means something else by.
+    # In Rust these escapes are invalid or mean something else.
     return {"\\0": r"\x00", "\\<": "<", "\\>": ">", "\\/": "/"}.get(escape, escape)
 
 
@@ -90,7 +90,7 @@ def _in_set(match: re.Match[str]) -> str:
         kind = match["class"]
         members = _CLASSES[kind.lower()]
         members = members if kind.islower() else f"[^{members}]"
-        # Beside a class a hyphen is itself and no range.
+        # Next to a class, a hyphen is literal, not a range.
         return (r"\-" if match["before"] else "") + members + (r"\-" if match["after"] else "")
     if text in ("[", "&", "~"):
         return f"\\{text}"

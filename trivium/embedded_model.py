@@ -1,4 +1,4 @@
-"""The model that is served when none is named: its name, and where this user's copy is kept."""
+"""The default model: its name, and where the user's copy is kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the export of a model needs besides the serving environment."""
+"""The packages that model export needs beyond the serving environment."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What a field of a request is refused with: OpenAI's codes and sentences, each written once.
+"""Errors for invalid request fields, with OpenAI's codes and messages, each written once.
 
-`param` is the field's name in JSON, such as `messages[0].content`. Knows no requests.
+`param` is the field's name in JSON, such as `messages[0].content`. Independent of request types.
 """
 
 import math
@@ -14,7 +14,7 @@ Sign = Literal["<=", ">=", ">"]
 
 
 def missing(param: str) -> ServiceError:
-    """For a required field that is absent."""
+    """For a missing required field."""
     return ServiceError(
         "missing_required_parameter", f"Missing required parameter: '{param}'.", param
     )
@@ -28,14 +28,15 @@ def contradiction(param: str, why: str) -> ServiceError:
 
 
 def wrong_type(param: str, expected: str, got: str) -> ServiceError:
-    """For a value of another JSON type; types come with their article. No `param` is the body."""
+    """For a value of the wrong JSON type; types include their article. An empty `param` means the
+    body."""
     field = f" for '{param}'" if param else ""
     message = f"Invalid type{field}: expected {expected}, but got {got} instead."
     return ServiceError("invalid_type", message, param or None)
 
 
 def unknown_value(param: str, supported: str) -> ServiceError:
-    """For a value that is none of those `supported`."""
+    """For a value that is not among those `supported`."""
     text = f"Invalid value for '{param}'. Supported values are: {supported}."
     return ServiceError("invalid_value", text, param)
 
@@ -55,7 +56,7 @@ def check_number(param: str, value: float, allowed: Range) -> None:
 
 
 def out_of_range(param: str, noun: Noun, sign: Sign, bound: object, value: object) -> ServiceError:
-    """For a number that is not `sign` `bound`."""
+    """For a number that does not satisfy `sign` `bound`."""
     code, fault = ("above_max", "above maximum") if sign == "<=" else ("below_min", "below minimum")
     text = (
         f"Invalid '{param}': {noun} {fault} value. "
@@ -65,7 +66,7 @@ def out_of_range(param: str, noun: Noun, sign: Sign, bound: object, value: objec
 
 
 def array_too_long(param: str, maximum: int, length: int) -> ServiceError:
-    """For a list of `length` elements."""
+    """For a list with more than `maximum` elements."""
     text = (
         f"Invalid '{param}': array too long. Expected an array with maximum length "
         f"{maximum}, but got an array with length {length} instead."
@@ -74,7 +75,7 @@ def array_too_long(param: str, maximum: int, length: int) -> ServiceError:
 
 
 def empty_array(param: str) -> ServiceError:
-    """For a list that needs an element."""
+    """For a list that needs at least one element."""
     text = (
         f"Invalid '{param}': empty array. Expected an array with minimum length 1, "
         "but got an empty array instead."
@@ -83,7 +84,7 @@ def empty_array(param: str) -> ServiceError:
 
 
 def string_too_long(param: str, maximum: int, length: int) -> ServiceError:
-    """For a text of `length` characters."""
+    """For a string of more than `maximum` characters."""
     text = (
         f"Invalid '{param}': string too long. Expected a string with maximum length "
         f"{maximum}, but got a string with length {length} instead."
@@ -92,24 +93,24 @@ def string_too_long(param: str, maximum: int, length: int) -> ServiceError:
 
 
 def empty_string(param: str, unit: str = "character") -> ServiceError:
-    """For a text that needs at least one `unit`."""
+    """For a string that needs at least one `unit`."""
     text = f"Invalid '{param}': empty string. Expected at least one {unit}."
     return ServiceError("invalid_value", text, param)
 
 
 def too_many(param: str, maximum: int, what: str) -> ServiceError:
-    """For the list that takes the number of `what` in a request too far."""
+    """For the list that takes the number of `what` in a request over `maximum`."""
     message = f"Invalid '{param}': array too long. A request has at most {maximum} {what}."
     return ServiceError("array_above_max_length", message, param)
 
 
 def too_many_entries(param: str, maximum: int) -> ServiceError:
-    """For a map with more entries."""
+    """For a map with more than `maximum` entries."""
     return ServiceError("invalid_value", f"Invalid '{param}': more than {maximum} entries.", param)
 
 
 def malformed_name(param: str) -> ServiceError:
-    """For a name with characters that names cannot have."""
+    """For a name that does not match NAME_PATTERN."""
     text = (
         f"Invalid '{param}': string does not match pattern. "
         f"Expected a string that matches the pattern '{NAME_PATTERN}'."
@@ -118,6 +119,6 @@ def malformed_name(param: str) -> ServiceError:
 
 
 def unsupported_parameter(param: str, where: str) -> ServiceError:
-    """For a field that means something and is not supported `where`: "with this model"."""
+    """For a field that is not supported `where`, such as "with this model"."""
     message = f"Unsupported parameter: '{param}' is not supported {where}."
     return ServiceError("unsupported_parameter", message, param)

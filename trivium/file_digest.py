@@ -1,13 +1,13 @@
-"""The SHA-256 of a file, found by reading all of it once and remembered for as long as it is true.
+"""The SHA-256 of a file, computed by reading it once and cached for as long as it is valid.
 
-A digest is true while the file's size and its times of modification (mtime) and of change (ctime)
-are those from when it was read. The kernel sets ctime at every change of a file, and no program
-can set it back, as `touch -r` does with mtime; so what goes unnoticed is a change on a file system
-that keeps no such times, and one made with the clock turned back. A copy has other times: it is
-read once more, and has the same digest.
+A digest is valid while the file's size, modification time (mtime) and change time (ctime) are the
+same as when it was read. The kernel sets ctime at every change of a file, and no program can set it
+back, as `touch -r` does with mtime; so the only changes missed are on file systems without such
+times, or made with the clock turned back. A copy has different times: it is read again, and gets
+the same digest.
 
-Digests of large files are remembered in the user's cache folder, one small file each, which all
-processes share. Without a usable cache they are found anew each time.
+Digests of large files are cached in the user's cache folder, one small file each, shared by all
+processes. Without a usable cache they are computed each time.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from trivium.cache_folder import cache_folder
 
 log = logging.getLogger(__name__)
 
-# Smaller files are read each time, which takes less time than one could tell.
+# Smaller files are read each time, which takes a negligible time.
 _REMEMBERED_BYTES = 16 * 2**20
-# A file this large takes a second and more to read, which should not look like a hang.
+# A file this large takes at least a second to read, which should not look like a hang.
 _ANNOUNCED_BYTES = 2**30
 _PARALLEL_READS = 4
-# A file changed later than this before it is read may change once more within the same tick of a
-# file system's clock, which counts in seconds on some.
+# A file changed more recently than this may change again within the same tick of the file system's
+# clock, which has a resolution of seconds on some.
 _SETTLED_NANOSECONDS = 2 * 10**9
 
 
 @dataclass(frozen=True)
 class FileDigest:
-    """A file's SHA-256 as hex digits, and by what to tell that the file is still the same."""
+    """A file's SHA-256 in hex, with the size and times that show whether the file has changed."""
 
     sha256: str
     size: int
@@ -50,7 +50,7 @@ class FileDigest:
 
     @classmethod
     def from_json(cls, value: Any) -> FileDigest | None:
-        """What `asdict` made; None for anything else."""
+        """The inverse of `asdict`; None for anything else."""
         try:
             digest = cls(**value)
         except TypeError:
@@ -60,7 +60,7 @@ class FileDigest:
         return digest if is_sound else None
 
     def is_of(self, status: os.stat_result) -> bool:
-        """Whether the file is still the one that was read."""
+        """Whether the file is unchanged since it was read."""
         now = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         return now == (self.size, self.mtime_ns, self.ctime_ns)
 
@@ -68,9 +68,9 @@ class FileDigest:
 def digest_files(
     paths: Sequence[Path], known: Sequence[FileDigest | None] | None = None
 ) -> list[FileDigest]:
-    """The digests of files, several at a time; `known` are taken where they are still true.
+    """The digests of files, read in parallel; `known` ones are used where they are still valid.
 
-    Raises OSError if one cannot be read, or changes while it is.
+    Raises OSError if a file cannot be read, or changes while it is being read.
     """
     with ThreadPoolExecutor(_PARALLEL_READS, "digest") as threads:
         return list(threads.map(_digest, paths, known or [None] * len(paths)))
@@ -97,7 +97,7 @@ def _digest(path: Path, known: FileDigest | None) -> FileDigest:
 
 
 def read_digest(path: Path) -> FileDigest:
-    """The digest of a file as it is now. Raises OSError, also if it changes meanwhile."""
+    """The digest of a file as it is now. Raises OSError, also if the file changes meanwhile."""
     with path.open("rb") as file:
         before = os.fstat(file.fileno())
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -108,7 +108,7 @@ def read_digest(path: Path) -> FileDigest:
 
 
 def _entry(path: Path) -> Path | None:
-    """The file that remembers the digest of the one at `path`; None without a cache folder."""
+    """The cache file for the digest of the file at `path`; None without a cache folder."""
     name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
     with contextlib.suppress(RuntimeError):
         return cache_folder() / "digests" / f"{name}.json"
@@ -125,7 +125,7 @@ def _recall(entry: Path | None) -> FileDigest | None:
 
 
 def _remember(entry: Path | None, digest: FileDigest) -> None:
-    """Writes an entry as a whole, whoever else writes it. No fault if there can be none."""
+    """Writes an entry atomically, even with concurrent writers. Only warns if that fails."""
     if entry is None:
         return
     try:

@@ -1,11 +1,11 @@
 """How many processor cores and how much memory this process may use.
 
-A container sees its whole host in /proc. What it may use is set by its control groups (cgroups, of
-version 1, version 2, or both side by side): each group on the way from the process's own up to the
-root of the hierarchy can set a limit, and the lowest one counts. Where there are no cgroups, the
-limits are the affinity mask and the host's memory.
+A container sees its whole host in /proc. Its limits are set by control groups (cgroups: version 1,
+version 2, or both side by side): each group from the process's own up to the root of the hierarchy
+can set a limit, and the lowest one counts. Without cgroups, the limits are the affinity mask and
+the host's memory.
 
-`root` is the folder that has proc/ and sys/, for tests.
+`root` is the folder that contains proc/ and sys/, for tests.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GIBIBYTE = 2**30
 
 @dataclass(frozen=True)
 class CpuLimit:
-    """How many `cores` this process may keep busy, and what says so."""
+    """How many `cores` this process may keep busy, and where the limit comes from."""
 
     cores: int
     source: str
@@ -32,7 +32,7 @@ class CpuLimit:
 
 @dataclass(frozen=True)
 class MemoryLimit:
-    """Bytes of main memory: the `total` of this process and its peers, and what is `free` of it."""
+    """Main memory in bytes: the `total` for this process and its peers, and how much is `free`."""
 
     total: int
     free: int
@@ -46,9 +46,9 @@ class MemoryLimit:
 def cpu_limit(root: Path = ROOT, cpus: Collection[int] | None = None) -> CpuLimit:
     """The physical cores among `cpus` (default: the affinity mask), or a lower cgroup quota.
 
-    Two threads on one core take turns at its arithmetic units, so a core counts once. A quota is
-    rounded down, to 1 at least: when the threads of a process use it up before the end of the
-    period (0.1 s, usually), all of them stand still until then.
+    Hyperthreads share a core's arithmetic units, so a core counts once. A quota is rounded down,
+    but to at least 1: when the threads of a process use it up before the end of the period (usually
+    0.1 s), all of them are throttled until then.
     """
     if cpus is None:
         cpus = _affinity()
@@ -63,17 +63,17 @@ def cpu_limit(root: Path = ROOT, cpus: Collection[int] | None = None) -> CpuLimi
 
 
 def memory_limit(root: Path = ROOT) -> MemoryLimit:
-    """The host's memory, or that of the cgroup with the least left.
+    """The host's memory, or that of the cgroup with the least memory left.
 
-    Cached file pages count as free, as in the host's own MemAvailable: they are dropped when memory
-    is short. Weights that were read once, for their digest say, would seem to be in use otherwise.
+    Page cache counts as free, as in the host's own MemAvailable: it is dropped when memory is
+    short. Otherwise weights that were read once, say for their digest, would seem to be in use.
     """
     limit = _host_memory(root)
     for group in _groups(root, "memory"):
         statistics = _statistics(group)
         maxima = [
             _number(group / "memory.max"),
-            _number(group / "memory.high"),  # above it the kernel slows a group down to a crawl
+            _number(group / "memory.high"),  # above it, the kernel throttles the group heavily
             _number(group / "memory.limit_in_bytes"),
             statistics.get("hierarchical_memory_limit"),
         ]
@@ -122,7 +122,7 @@ def _host_memory(root: Path) -> MemoryLimit:
 def _groups(root: Path, controller: str) -> Iterator[Path]:
     """Folders of the cgroups that this process is in, from its own to the mounted root.
 
-    Those of version 1's hierarchy for `controller`, and of version 2's, which is for all.
+    Covers version 1's hierarchy for `controller`, and version 2's single hierarchy.
     """
     own: dict[str, str] = {}  # the process's group, by type of file system
     for line in _text(root / "proc/self/cgroup").splitlines():
@@ -136,8 +136,8 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
         if kind not in own or (kind == "cgroup" and controller not in options.split(",")):
             continue
         folder = root / point.lstrip("/")
-        # In a container the mount begins at its own group; a path that is not below has its start
-        # outside, where nothing can be seen.
+        # In a container, the mount begins at its own group; a path that is not below it starts
+        # outside, where nothing is visible.
         below = Path(own[kind])
         parts = below.relative_to(top).parts if below.is_relative_to(top) else ()
         parts = () if ".." in parts else parts
@@ -156,7 +156,7 @@ def _number(file: Path) -> int | None:
 
 
 def _text(file: Path) -> str:
-    """A small file's text without the space around it; empty if it cannot be read."""
+    """A small file's text, stripped; empty if it cannot be read."""
     try:
         return file.read_text(encoding="utf-8").strip()
     except (OSError, ValueError):

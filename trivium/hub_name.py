@@ -20,13 +20,13 @@ class HubName:
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
-        """None for what is no name of that form, or can only be meant for a path."""
+        """Parses a name; None if it does not have this form or can only be a path."""
         found = None if is_path(text) else _NAME.fullmatch(text)
         return found and cls(text, found["repo"], found["revision"] or "main", found["gguf"])
 
 
 def is_path(text: str) -> bool:
-    """Whether it can only be meant for a path, although it may look like owner/name."""
+    """Whether it can only be a path, although it may look like owner/name."""
     return text.startswith(("/", "./", "../", "~")) or (
         text.endswith((".gguf", ".safetensors")) and ":" not in text
     )

@@ -1,8 +1,8 @@
-"""How much there is in a JSON text, counted before anything is made of it.
+"""Counts the values in a JSON text before it is parsed.
 
-Parsing holds the interpreter's lock from the first byte to the last, whichever thread does it, so
-that every stream stands still meanwhile. What would take too long must therefore not begin. How
-long it takes depends on how many values there are, and hardly on how long their texts are.
+Parsing holds the GIL from the first byte to the last, whichever thread does it, and stalls every
+stream meanwhile. So a parse that would take too long must not start. How long it takes depends on
+the number of values, and hardly on the length of strings.
 """
 
 import re
@@ -10,7 +10,7 @@ import re
 # Objects, arrays and the fields of objects take up to a microsecond each; other values a tenth.
 MAX_OBJECTS_ARRAYS_AND_FIELDS = 32_768
 MAX_VALUES = 524_288
-MAX_DIGITS = 400  # of one number; a double has 17, and an integer takes longer the longer it is
+MAX_DIGITS = 400  # per number; a double has 17, and long integers take long to parse
 
 CHUNK_BYTES = 64 * 1024
 _KEPT = b'"{[:,0123456789'
@@ -20,7 +20,7 @@ _LONG_NUMBER = re.compile(b"[0-9]{%d}" % (MAX_DIGITS + 1))
 
 
 class Excess(Exception):
-    """There is too much. `position` is how far one may safely parse to see in what."""
+    """Too many values. `position` is how far it is safe to parse to find out where."""
 
     def __init__(self, why: str, position: int) -> None:
         super().__init__(why)
@@ -28,15 +28,15 @@ class Excess(Exception):
 
 
 class JsonSize:
-    """What is in one or several texts that are to be parsed for the same request."""
+    """Counts the values in all JSON texts to be parsed for one request."""
 
     def __init__(self) -> None:
         self._heavy = self._values = 0
 
     def add(self, text: bytes) -> None:
-        """Raises Excess for more than can be parsed in a moment, ValueError for a long number.
+        """Raises Excess if there is too much to parse quickly, ValueError for a long number.
 
-        Other threads run in between.
+        Works in chunks, between which other threads can run.
         """
         at, in_string = 0, False
         while at < len(text):
@@ -58,14 +58,14 @@ class JsonSize:
 
 
 def _end_of_chunk(text: bytes, start: int) -> int:
-    """Not between a backslash and what it escapes."""
+    """Where the chunk ends: never between a backslash and the character it escapes."""
     end = min(start + CHUNK_BYTES, len(text))
     backslashes = end - start - len(text[start:end].rstrip(b"\\"))
     return end + backslashes % 2 if end < len(text) else end
 
 
 def _outside_strings(chunk: bytes, in_string: bool) -> tuple[bytes, bool]:
-    """The kept characters that are in no string, and whether the chunk ends within one."""
+    """The kept characters outside strings, and whether the chunk ends inside one."""
     kept = chunk.replace(rb"\\", b"").replace(rb"\"", b"").translate(None, _DROPPED)
     if in_string:
         kept = b'"' + kept

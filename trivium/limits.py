@@ -1,8 +1,8 @@
-"""The ranges and counts of a request's fields: what REST and gRPC callers are both held to.
+"""The ranges and maximum counts of request fields, for REST and gRPC callers alike.
 
-The one place that has them: the facade's models, the checks of tokenizer and generator, and a
-model's own defaults read them here. Counts are generous for whoever means it, and far below what
-would keep a process busy for seconds.
+Defined only here: the facade's request models, the checks in tokenizer and generator, and a model's
+own defaults all use them. Counts are generous for legitimate use, and far below what would keep a
+process busy for seconds.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ INT32_MAX = 2**31 - 1
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers from `minimum` to `maximum`, both included unless `above_minimum`."""
+    """The numbers from `minimum` to `maximum`, inclusive; `above_minimum` excludes the minimum."""
 
     minimum: int
     maximum: int
@@ -30,7 +30,7 @@ class Range:
         return value <= self.minimum if self.above_minimum else value < self.minimum
 
 
-# The numbers of trivium.sampling.v1.SamplingParams by name, but for `seed`, which may be anything.
+# The numeric fields of trivium.sampling.v1.SamplingParams by name, except `seed`.
 SAMPLING: Mapping[str, Range] = {
     "temperature": Range(0, 2),
     "top_p": Range(0, 1),

@@ -1,4 +1,4 @@
-"""Files to which lines are added, each on a line of its own whatever failed before it."""
+"""Append-only line files; a failed write never corrupts the lines after it."""
 
 import os
 from io import FileIO
@@ -8,15 +8,15 @@ from filelock import FileLock, Timeout
 
 
 class LineFile:
-    """Adds lines to a file that is open. Each is with the operating system once `write` returns."""
+    """Appends lines to an open file. The operating system has each one once `write` returns."""
 
     def __init__(self, file: FileIO, name: str) -> None:
         self.name = name
         self._file = file
-        self._is_torn = False  # the last line lacks its end
+        self._is_torn = False  # the last line has no newline
 
     def write(self, line: bytes) -> None:
-        """Adds a line, which brings its own end; raises OSError."""
+        """Appends a line, which must include its newline; raises OSError."""
         rest = b"\n" + line if self._is_torn else line
         while rest:
             rest = rest[os.write(self._file.fileno(), rest) :]
@@ -27,14 +27,14 @@ class LineFile:
 
 
 class RotatedLineFile(LineFile):
-    """A file of its own, which becomes `.1` when it is full, and that one `.2`, up to `backups`."""
+    """A file that is rotated to `.1` when it is full, which becomes `.2`, up to `backups`."""
 
     def __init__(self, path: Path, max_bytes: int, backups: int) -> None:
-        """Raises OSError for a file that cannot be written to, or that another process writes."""
+        """Raises OSError if the file is not writable, or another process is writing it."""
         self._path = path
         self._max_bytes = max_bytes
         self._backups = backups
-        # Of a name that stays, unlike the file's. A lock dies with its process.
+        # A lock file of its own, as rotation renames the log. The lock ends with its process.
         self._lock = FileLock(path.with_name(f".{path.stem}.lock"))
         try:
             self._lock.acquire(blocking=False)
@@ -46,17 +46,17 @@ class RotatedLineFile(LineFile):
         self._is_torn = not self._ends_whole()
 
     def write(self, line: bytes) -> None:
-        """Adds a line, to a new file if this one is full; raises OSError."""
+        """Appends a line, to a new file if this one is full; raises OSError."""
         if self._file.closed:
             self._file = self._open()
         size = os.fstat(self._file.fileno()).st_size
-        # A torn line gets its end first: readers pass over one without, as it is being written.
+        # A torn line gets its newline first: readers take one without for still being written.
         if size and size + len(line) > self._max_bytes and not self._is_torn:
             self._rotate()
         super().write(line)
 
     def close(self) -> None:
-        """Closes the file, which another process may write then."""
+        """Closes the file and releases the lock, so that another process may write it."""
         self._file.close()
         self._lock.release()
 
@@ -68,7 +68,7 @@ class RotatedLineFile(LineFile):
         return size == 0 or os.pread(self._file.fileno(), 1, size - 1) == b"\n"
 
     def _rotate(self) -> None:
-        self._file.close()  # so that the next write opens one, should this fail halfway
+        self._file.close()  # so that the next write reopens it if this fails halfway
         for number in range(self._backups, 0, -1):
             newer = self._numbered(number - 1)
             if newer.exists():

@@ -1,10 +1,10 @@
-"""One folder that holds one model, as the tokenizer, the generator and the command line see it.
+"""A folder that holds one model, as the tokenizer, the generator and the command line see it.
 
-The layout is that of onnxruntime-genai's model builder. This module reads the small JSON files,
-and of the others only sizes and digests; it knows nothing of tokens or runtimes, and imports only
-the standard library. A folder made by `generator_svc.export` also has a manifest with the size and
-the digest of every file, so a truncated copy is refused here and one with other bytes is warned of;
-for other folders only existence can be checked.
+The layout is that of onnxruntime-genai's model builder. This module parses the small JSON files,
+and takes only sizes and digests of the others; it knows nothing about tokens or runtimes, and
+imports only the standard library. A folder made by `generator_svc.export` also has a manifest with
+the size and the digest of every file, so a truncated copy is refused, and altered bytes cause a
+warning; for other folders only existence can be checked.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _LOCATION = re.compile(rb"\x0a\x08location\x12([\x01-\x7f])", re.DOTALL)
 
 
 class ModelDirectoryError(ValueError):
-    """The folder is no usable model; the text is one line that says which file and why."""
+    """The folder is not a usable model; the one-line message says which file and why."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class ModelDirectory:
     """A checked model folder.
 
     `revision` is a digest (32 hex digits) of every byte of tokenizer, configuration, graph and
-    weights, wherever the folder is: two services with equal revisions speak of the same token ids
-    and the same logits. `weights` are the files of the graph's external data.
+    weights, wherever the folder is: two services with equal revisions agree on token ids and
+    logits. `weights` are the files of the graph's external data.
     """
 
     path: Path
@@ -81,7 +81,7 @@ class ModelDirectory:
 
     @property
     def weight_bytes(self) -> int:
-        """Size of the graph and its external data, which is about what its weights take."""
+        """Size of the graph and its external data, which is about the size of the weights."""
         return sum(file.stat().st_size for file in (self.graph, *self.weights))
 
     @property
@@ -96,7 +96,7 @@ class ModelDirectory:
 
     @property
     def chat_template(self) -> Path | None:
-        """The file `chat_template.jinja`, or None: then look into `tokenizer_config.json`."""
+        """The file `chat_template.jinja`; if None, the template may be in tokenizer_config.json."""
         path = self.path / CHAT_TEMPLATE
         return path if path.is_file() else None
 
@@ -108,7 +108,7 @@ class ModelDirectory:
 
 
 def load_model_directory(path: str | Path) -> ModelDirectory:
-    """Reads and checks the folder at `path`; raises ModelDirectoryError when it is not usable."""
+    """Reads and checks the folder at `path`; raises ModelDirectoryError if it is not usable."""
     folder = Path(path).expanduser().absolute()
     _check_folder(folder)
     manifest = _read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
@@ -150,7 +150,7 @@ def load_model_directory(path: str | Path) -> ModelDirectory:
 
 @dataclass(frozen=True)
 class _Section:
-    """One JSON object of the configuration, with the file's name for the messages."""
+    """One JSON object of the configuration, with its file for error messages."""
 
     file: Path
     values: dict[str, Any]
@@ -173,7 +173,7 @@ class _Section:
         return value
 
     def token_ids(self, key: str) -> tuple[int, ...]:
-        """The ids under `key`, which may be absent, null, one id or a list of ids."""
+        """The ids under `key`, which may be missing, null, one id or a list of ids."""
         value = self.values.get(key)
         ids = [] if value is None else value if isinstance(value, list) else [value]
         if any(type(token) is not int for token in ids):
@@ -238,10 +238,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _weights(graph: Path) -> tuple[Path, ...]:
-    """The files of the graph's external data that exist.
+    """The existing files of the graph's external data.
 
-    Those that the graph names, and those whose names begin with the graph's, as the usual ones do:
-    `model.onnx.data` and `model.onnx_data`.
+    These are the files that the graph names, and those whose names begin with the graph's, as the
+    usual ones do: `model.onnx.data` and `model.onnx_data`.
     """
     names = {path.name for path in graph.parent.glob(f"{graph.name}[._]*")}
     with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:

@@ -1,7 +1,7 @@
-"""Usage records: who used what, one JSON line for each request, on standard output or in a file.
+"""Usage records: who used what, one JSON line per request, on standard output or in a file.
 
-Where a request's device time is settled its record is written: in the generator. The facade writes
-those of requests that ended before an answer began. docs/usage.md describes the fields.
+The generator writes a request's record, once its device time is settled. The facade writes those
+of requests that ended before an answer began. docs/usage.md describes the fields.
 """
 
 import json
@@ -20,10 +20,10 @@ from trivium.line_file import LineFile, RotatedLineFile
 
 log = logging.getLogger(__name__)
 
-EVENT = "usage"  # tells records from the log lines that they may be collected with
+EVENT = "usage"  # tells records apart from log lines collected with them
 STANDARD_OUTPUT = "-"
 
-# Of each setting, in all services that write records.
+# Descriptions of the settings, for all services that write records.
 USAGE_LOG = (
     "Where usage records are written, one JSON line per request: a folder, for the file "
     "LOG_NAME.usage.jsonl in it, or `-` for standard output. Not set: none are written."
@@ -36,10 +36,10 @@ USAGE_LOG_BACKUPS = "How many rotated files are kept; older ones are deleted."
 
 @dataclass(frozen=True)
 class UsageRecord:
-    """What a request took. Times are in seconds, `time` since 1970, when it ended.
+    """What a request used. Times are in seconds; `time` is when it ended, since 1970.
 
-    `key` is empty if no key was asked for, `trace_id` without a trace. None is what is not known:
-    what became of a text whose reader left, a first token that never came.
+    `key` is empty if no API key was required, `trace_id` without a trace. None means unknown: the
+    reasoning tokens of an answer whose client left, the TTFT without a first token.
     """
 
     service: str
@@ -78,8 +78,8 @@ def _rfc3339(seconds: float) -> str:
 
 
 class UsageLog:
-    """Writes records. Each is with the operating system once `write` returns, so that it outlives
-    the process."""
+    """Writes records. The operating system has each one once `write` returns, so it survives the
+    process."""
 
     def __init__(
         self,
@@ -89,9 +89,9 @@ class UsageLog:
         backups: int,
         registry: CollectorRegistry | None = None,
     ) -> None:
-        """`target` and the others are as the settings say, `registry` gets the count of what is
-        lost; raises OSError for a folder that cannot be written to, or a file that another process
-        writes."""
+        """`target`, `max_bytes` and `backups` are as in the settings; `registry` gets the count of
+        lost records. Raises OSError if the folder is not writable, or another process is writing
+        the file."""
         self._file = _opened(target, name, max_bytes, backups)
         self._is_failing = False
         self._lost = Counter(
@@ -101,14 +101,14 @@ class UsageLog:
         )
 
     def write(self, record: UsageRecord) -> None:
-        """Appends one record. One that cannot be written is lost, and harms nobody else."""
+        """Appends one record. One that cannot be written is lost, without affecting requests."""
         if self._file is None:
             return
         try:
             self._file.write(record.line().encode() + b"\n")
         except OSError as error:
             self._lost.inc()
-            if not self._is_failing:  # a line for each record would fill what is left of the disk
+            if not self._is_failing:  # one line per record would fill the disk
                 log.error("usage records are lost: %s: %s", self._file.name, error.strerror)
             self._is_failing = True
         else:
@@ -124,7 +124,7 @@ def _opened(target: str | None, name: str, max_bytes: int, backups: int) -> Line
     if target is None:
         return None
     if target == STANDARD_OUTPUT:
-        # Unbuffered: what Python holds back it would try to write again at the process's end.
+        # Unbuffered: Python would retry writing buffered bytes at exit.
         return LineFile(FileIO(sys.stdout.fileno(), "w", closefd=False), "standard output")
     folder = Path(target)
     folder.mkdir(parents=True, exist_ok=True)
