@@ -1,1 +1,1 @@
-"""Benchmarks. Speed is looked at here, never in a test."""
+"""Benchmarks. Speed is measured here, never in a test."""

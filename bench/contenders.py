@@ -1,11 +1,11 @@
-"""Who is measured. All of them play the same scripts and give the same kind of answers.
+"""The contenders. All of them play the same scripts and return the same kind of answers.
 
-Bare        the runner on the plans that the engine made last, with nothing around it
-Engine      the engine alone, in a process of its own
+Bare        the runner alone, on the plans that the engine last made
+Engine      the engine alone, in its own process
 Services    the three services, streamed over REST
-Url         any other OpenAI-compatible server that runs already
-LlamaServer a llama-server that runs during its turns only
-GenAi       onnxruntime-genai's batches, without a server
+Url         any other OpenAI-compatible server that is already running
+LlamaServer a llama-server that runs only during its turns
+GenAi       batches in onnxruntime-genai, without a server
 """
 
 from __future__ import annotations
@@ -35,54 +35,54 @@ from trivium.cli.pipeline import free_ports
 from trivium.cli.supervisor import LEASH, Supervisor
 
 READY_SECONDS = 120.0
-CLIENT = "client"  # the process that sends the requests of all servers
+CLIENT = "client"  # the process that sends the requests to all servers
 _LENGTH_STEP = 256
 _GENAI = Path(__file__).with_name("genai.py")
 
 
 class Contender(abc.ABC):
-    """Someone who can play scripts. `name` stands in tables; `version` may be empty."""
+    """Something that can play scripts. `name` is shown in tables; `version` may be empty."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.version = ""
 
     def takes(self, scenario: Scenario) -> bool:
-        """Whether the scenario makes sense here."""
+        """Whether this contender can play the scenario."""
         return True
 
     @contextlib.contextmanager
     def turn(self, scenario: Scenario) -> Iterator[None]:
-        """Within it this contender may use the machine."""
+        """The block in which this contender may use the machine."""
         yield
 
     @abc.abstractmethod
     def play(self, script: Script) -> Play:
-        """Plays a script and measures what it cost."""
+        """Plays a script and measures the resources used."""
 
 
 class Watched(Contender):
-    """One whose processes can be watched from here."""
+    """A contender whose processes can be watched from here."""
 
     def play(self, script: Script) -> Play:
         watch = Watch(self.processes())
         answers, client_seconds = self._answers(script)
         used = watch.stop()
-        # The client's own count leaves out what it did when the last answer had come.
+        # The client's own count excludes its work after the last answer.
         spent = {**used.cpu_seconds, **({CLIENT: client_seconds} if client_seconds else {})}
         return Play(tuple(answers), spent, used.peak_bytes, used.others)
 
     @abc.abstractmethod
     def processes(self) -> Mapping[str, int]:
-        """Ids of the processes that are measured, by name."""
+        """Ids of the measured processes, by name."""
 
     @abc.abstractmethod
     def _answers(self, script: Script) -> tuple[Sequence[Answer], float]:
-        """The answers, and the client's processor seconds where there is one."""
+        """The answers, and the client's CPU seconds (0 without a client)."""
 
 
 class Engine(Watched):
-    """Leaves its plans in `recordings`, for Bare."""
+    """The engine alone. Leaves its plans in `recordings` for Bare."""
 
     def __init__(self, worker: Worker, recordings: deque[Recording]) -> None:
         super().__init__("engine")
@@ -99,9 +99,9 @@ class Engine(Watched):
 
 
 class Bare(Watched):
-    """Takes from `recordings` what the engine did with the same scripts a moment ago.
+    """Replays from `recordings` what the engine has just done with the same scripts.
 
-    The answers are the engine's own, at the times at which they would have come from this runner.
+    The answers are the engine's own, with the times at which this runner would have produced them.
     """
 
     def __init__(self, worker: Worker, recordings: deque[Recording]) -> None:
@@ -120,7 +120,7 @@ class Bare(Watched):
 
 
 class Url(Watched):
-    """A server that somebody else started; its processes are not known."""
+    """A server that is already running; its processes are unknown."""
 
     def __init__(self, name: str, target: Target | None, client: Worker) -> None:
         super().__init__(name)
@@ -137,7 +137,7 @@ class Url(Watched):
 
 
 class Services(Url):
-    """The three services, which `supervisor` keeps."""
+    """The three services, run by `supervisor`."""
 
     def __init__(
         self, target: Target, client: Worker, supervisor: Supervisor, name: str = "services"
@@ -181,7 +181,7 @@ class LlamaServer(Url):
         return {"llama-server": self._process.pid, **super().processes()}
 
     def _command(self, scenario: Scenario, port: int) -> list[str]:
-        # A slot's length is what all of them have, divided; with room for their own bookkeeping.
+        # llama-server divides --ctx-size among its slots; leave some room for its bookkeeping.
         length = -(-(scenario.length + 1) // _LENGTH_STEP) * _LENGTH_STEP
         options = {
             "--model": str(self._gguf),
@@ -211,7 +211,7 @@ class LlamaServer(Url):
 
 
 class GenAi(Contender):
-    """Each wave of requests as one batch, by an interpreter that has onnxruntime-genai."""
+    """Each wave of requests as one batch, in an interpreter that has onnxruntime-genai."""
 
     def __init__(self, python: Path, model: Path) -> None:
         super().__init__("genai")
@@ -219,13 +219,13 @@ class GenAi(Contender):
         self._model = model
 
     def takes(self, scenario: Scenario) -> bool:
-        """Greedy batches whose rows are equally long and begin together are all that it has."""
+        """Only greedy batches whose rows have equal lengths and start together."""
         if not isinstance(scenario, Load) or scenario.temperature > 0:
             return False
         return scenario.clients <= scenario.slots
 
     def play(self, script: Script) -> Play:
-        """Its process measures itself, from when the model is loaded."""
+        """Its process measures itself, from when the model has been loaded."""
         waves = list(zip(*script.clients, strict=True))
         watch = Watch({})
         found = self._run([[ask.token_ids for ask in wave] for wave in waves], waves[0][0].output)
@@ -258,7 +258,7 @@ class GenAi(Contender):
 
 
 def _row(ask: Ask, asked: float, ends: Sequence[float]) -> Answer:
-    """One row of a batch whose tokens were there `ends` seconds after `asked`."""
+    """One row of a batch whose tokens were done `ends` seconds after `asked`."""
     times = tuple(asked + end for end in ends)
     return Answer(
         asked,

@@ -1,9 +1,9 @@
-"""Clients of an engine in this process, and the engine's steps over again without one.
+"""Clients of an engine in this process, and a replay of the engine's steps on the bare runner.
 
-`EngineLoop` is what the engine alone does, `BareRunner` the very plans that it made, with nothing
-around them: no sampling, no scheduling, no clients. It is the most that services could reach.
-Both take the service's own settings, and the engine is built by the service's own code. A bare
-runner is shown all plans of an engine in their order, so that its slots hold the same.
+`EngineLoop` measures the engine alone. `BareRunner` runs the plans that the engine made and nothing
+else: no sampling, no scheduling, no clients. That is the most that the services could reach. Both
+use the service's own settings, and the engine is built by the service's own code. A bare runner
+gets all plans of an engine in order, so that its slots hold the same keys and values.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from generator_svc.sequence import EngineRequest, SamplingParams, SequenceUpdate
 from generator_svc.server import build_engine, load_runner, warm_up
 from trivium.model_directory import load_model_directory
 
-# As the service sets it: the engine's thread needs the interpreter lock when a run ends.
+# As in the service: the engine's thread needs the GIL when a run ends.
 _SWITCH_INTERVAL_SECONDS = 0.0005
 
 
 class _Recorder:
-    """A runner that notes what it is told, and how many steps have ended.
+    """A runner that records its plans and how many steps have ended.
 
-    Whatever else is asked of it, the runner answers.
+    All other attributes are the wrapped runner's.
     """
 
     def __init__(self, runner: OrtRunner) -> None:
@@ -50,13 +50,13 @@ class _Recorder:
         plans = self.plans
         plans.append(plan)
         outcome = self._runner.run(plan)
-        if plans is self.plans:  # else it began in a pause, before the script that is played now
+        if plans is self.plans:  # else the step began before this script, in a pause
             self.ended += 1
         return outcome
 
 
 class EngineLoop:
-    """An engine whose prefix cache lives on from script to script, as a server's does."""
+    """An engine whose prefix cache persists from script to script, as a server's does."""
 
     def __init__(self, folder: Path, device: str) -> None:
         sys.setswitchinterval(_SWITCH_INTERVAL_SECONDS)
@@ -65,16 +65,16 @@ class EngineLoop:
         self._recorder = _Recorder(runner)
         self._events: queue.SimpleQueue[tuple[int, list[SequenceUpdate]] | BaseException]
         self._events = queue.SimpleQueue()
-        recorder: Any = self._recorder  # as good as the runner that it records
+        recorder: Any = self._recorder  # stands in for the runner it wraps
         self._engine = build_engine(settings, recorder, meter, self._deliver, self._events.put)
         self._engine.start(functools.partial(warm_up, settings, runner, meter))
 
     def info(self) -> DeviceInfo:
-        """What the service would run with."""
+        """The device, slots and cache size that the service would use."""
         return self._info
 
     def play(self, script: Script) -> Recording:
-        """Plays a script; raises what the engine failed with."""
+        """Plays a script; raises the engine's error if it fails."""
         self._recorder.start()
         clients, late = script.numbered()
         firsts = [asks[0][0] for asks in clients]
@@ -94,7 +94,7 @@ class EngineLoop:
         self._events.put((self._recorder.ended - 1, updates))
 
     def _ask_next(self, asks: Iterator[tuple[int, Ask]], traces: dict[int, Trace]) -> int:
-        """Submits a client's next request, if there is one; returns how many."""
+        """Submits a client's next request, if any; returns the number submitted."""
         following = next(asks, None)
         if following is None:
             return 0
@@ -107,7 +107,7 @@ class EngineLoop:
         return 1
 
     def _ended(self) -> Iterator[int]:
-        """Takes in what a step brought; gives the places of the requests that ended."""
+        """Handles a step's updates; yields the places of the requests that ended."""
         event = self._events.get()
         now = time.perf_counter()
         if isinstance(event, BaseException):
@@ -128,13 +128,13 @@ class EngineLoop:
 
 
 class BareRunner:
-    """A runner on its own."""
+    """A runner without an engine."""
 
     def __init__(self, folder: Path, device: str) -> None:
         _, self._runner, _ = _load(folder, device)
 
     def replay(self, plans: Sequence[StepPlan]) -> list[float]:
-        """Runs plans one after another; seconds from the start until each of them had ended."""
+        """Runs plans one after another; returns the seconds from the start to the end of each."""
         ends = []
         began = time.perf_counter()
         for plan in plans:
@@ -144,7 +144,7 @@ class BareRunner:
 
 
 def _load(folder: Path, device: str) -> tuple[GeneratorSettings, OrtRunner, Meter]:
-    """A runner as the service would load it, from the same variables, not yet warm."""
+    """A runner as the service would load it, with the same variables, before warm-up."""
     values: dict[str, Any] = {"model_directory": folder, "device": device}
     settings = GeneratorSettings(**values)
     runner, meter = load_runner(settings, load_model_directory(folder)), Meter()

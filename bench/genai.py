@@ -2,12 +2,12 @@
 
     PYTHON bench/genai.py MODEL_FOLDER --batch 1,8,32
 
-PYTHON is an interpreter that has `onnxruntime-genai`; nothing of Trivium is imported. A batch is
-prefilled together and decoded together, greedily; every row makes all of its tokens, since the
-end of the text is barred until then. Prompts are random, each batch has new ones. Loading the
-model, one small batch to warm up and making room for a batch are not counted. Prints JSON: for
-each batch, the seconds after which each of its tokens was there; for each size, tokens/s over
-prompts and answers together, and times in milliseconds.
+PYTHON is an interpreter that has `onnxruntime-genai`; nothing from Trivium is imported. A batch is
+prefilled and decoded together, greedily; every row generates all of its tokens, since end-of-text
+tokens are suppressed until then. Prompts are random and new for each batch. Loading the model, a
+small warm-up batch and allocating memory for a batch are not counted. Prints JSON: for each batch,
+the seconds until each of its tokens was done; for each size, output tokens/s including prefill, and
+times in milliseconds.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def arguments() -> argparse.Namespace:
 
 
 def load(folder: Path, threads: int) -> og.Model:
-    """The model with `threads` threads, which is said in a copy of its configuration."""
+    """Loads the model with `threads` threads, set in a copy of its configuration."""
     config = json.loads((folder / CONFIG).read_text())
     options = config["model"]["decoder"].setdefault("session_options", {})
     options["intra_op_num_threads"] = threads or len(os.sched_getaffinity(0))
@@ -58,7 +58,7 @@ def load(folder: Path, threads: int) -> og.Model:
 
 
 def batches(options: argparse.Namespace) -> list[Batch]:
-    """What is to be run: the file's prompts, or random ones."""
+    """The batches to run: the file's prompts, or random ones."""
     if options.prompts:
         batches: list[Batch] = json.loads(options.prompts.read_text())
         return batches
@@ -73,7 +73,7 @@ def batches(options: argparse.Namespace) -> list[Batch]:
 
 
 def timed(model: og.Model, prompts: Batch, output: int) -> list[float]:
-    """Seconds from the start after which each of `output` tokens was there, in every row."""
+    """Seconds from the start until each of `output` tokens was done, in all rows."""
     length = len(prompts[0]) + output
     params = og.GeneratorParams(model)
     params.set_search_options(
@@ -93,7 +93,7 @@ def timed(model: og.Model, prompts: Batch, output: int) -> list[float]:
 
 
 def summary(runs: list[tuple[int, list[float]]]) -> dict[str, dict[str, float]]:
-    """Of runs, each the batch's size and its times: the numbers by size."""
+    """The numbers by batch size; `runs` are pairs of batch size and times."""
     found = {}
     for size in dict.fromkeys(size for size, _ in runs):
         ends = [times for each, times in runs if each == size]

@@ -3,19 +3,19 @@
     python -m bench.gpu --device cuda --precision fp16,int4 --json FILE
     python -m bench.gpu --small --device cpu
 
-makes the model on the spot (8 billion parameters; --small, a few million) and measures, for each
+generates the model (8 billion parameters; with --small, a few million) and measures, for each
 precision and number of sequences:
 
-    bare          output tokens/s of decode steps on the bare runner, after prompts of --prompt
-    floor         the least time of such a step, its weights and keys and values read once at the
-                  bandwidth of a copy on the device, as a share of the time that it took
+    bare          output tokens/s of decode steps on the bare runner, after --prompt tokens
+    floor         the minimum time of such a step (reading the weights, keys and values once at the
+                  device's copy bandwidth) as a share of the time it took
     engine        output tokens/s of the engine, greedy, from the first prompt to the last token
     sampled       the same with temperature 0.7 and top_p 0.95
-    transformers  the same of transformers' generate, in float16 on CUDA, in float32 on the CPU
-    genai         the same of onnxruntime-genai on the same folder, with --genai-python
+    transformers  the same for transformers' generate, in float16 on CUDA, in float32 on the CPU
+    genai         the same for onnxruntime-genai on the same folder, with --genai-python
 
-Every candidate has the device to itself, in a process of its own. With --profile, the kernels of a
-decode step and of a prompt are listed too, and the gaps between, where PyTorch sees the device.
+Each candidate runs alone on the device, in its own process. With --profile, the kernels of a decode
+step and of a prefill are listed too, and the gaps between them, where PyTorch sees the device.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ COUNTS = (1, 8, 32, 128, 256)
 REPEATS = 5
 SAMPLINGS = SamplingParams(temperature=0), SamplingParams(temperature=0.7, top_p=0.95)
 _GENAI = Path(__file__).with_name("genai.py")
-_LARGEST_GENAI_BATCH = 32  # it refuses more
+_LARGEST_GENAI_BATCH = 32  # it refuses larger ones
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is asked for: a shape of model, numbers of sequences, tokens of prompt and answer."""
+    """What to measure: the model's shape, numbers of sequences, prompt and output tokens."""
 
     shape: str
     device: str
@@ -86,7 +86,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Decoding:
-    """All in output tokens/s, but for `floor`, which is a share of the time of a bare step."""
+    """Output tokens/s, except for `floor`, which is a share of the time of a bare step."""
 
     bare: float
     floor: float
@@ -96,7 +96,7 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one model does on the device; bandwidth in bytes/s, prefill in tokens/s."""
+    """One model's results on the device; bandwidth in bytes/s, prefill in tokens/s."""
 
     provider: str
     dtype: str
@@ -105,11 +105,11 @@ class Measured:
     bandwidth: float
     prefill: float
     decoding: dict[int, Decoding]
-    kernels: dict[str, list[Kernel]]  # by what was run; empty without --profile
+    kernels: dict[str, list[Kernel]]  # by plan; empty without --profile
 
 
 def measure(folder: Path, work: Work) -> Measured:
-    """Loads the model as the service does, and measures runner and engine."""
+    """Loads the model as the service does, and measures the runner and the engine."""
     settings = _settings(folder, work)
     runner, meter = load_runner(settings, load_model_directory(folder)), Meter()
     warm_up(settings, runner, meter)
@@ -169,7 +169,7 @@ def _settings(folder: Path, work: Work) -> GeneratorSettings:
 
 
 def _weight_bytes(folder: Path, shape: Shape) -> int:
-    """Bytes of weights that a step reads: all but the embedding, of which it reads a few rows."""
+    """Bytes of weights that a step reads: all but the embedding, where it reads a few rows."""
     manifest = json.loads((folder / "trivium_export.json").read_text())
     is_half = manifest["precision"] == "fp16" or (
         manifest["device"] == "cuda" and manifest["precision"] != "fp32"
@@ -196,7 +196,7 @@ def _engine_rate(
     work: Work,
     sampling: SamplingParams,
 ) -> float:
-    """Output tokens/s of `count` requests that come at once, with different prompts."""
+    """Output tokens/s of `count` simultaneous requests with different prompts."""
     updates: list[SequenceUpdate] = []
     engine = build_engine(settings, runner, Meter(), updates.extend, _raise)
     random = np.random.default_rng(count)
@@ -219,7 +219,7 @@ def _raise(fault: BaseException) -> None:
 
 
 def _times(action: Callable[[], Any]) -> list[float]:
-    """Seconds of some repetitions, after one that is not counted."""
+    """Seconds of each repetition, after one that is not counted."""
     times = []
     for _ in range(REPEATS + 1):
         began = time.perf_counter()
@@ -237,7 +237,7 @@ def _best(action: Callable[[], Any]) -> float:
 
 
 def genai_rates(python: str, folder: Path, work: Work) -> dict[int, float]:
-    """Output tokens/s by number of sequences; none when it fails, which it says itself."""
+    """Output tokens/s by number of sequences; empty if it fails, which it reports itself."""
     counts = [count for count in work.counts if count <= _LARGEST_GENAI_BATCH]
     options = {
         "--batch": ",".join(map(str, counts)),
@@ -259,14 +259,14 @@ def genai_rates(python: str, folder: Path, work: Work) -> dict[int, float]:
 
 
 def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Calls it in a process of its own, so that it leaves nothing on the device."""
+    """Calls the function in a separate process, so that it leaves nothing on the device."""
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def report(precision: str, measured: Measured, others: dict[str, dict[int, float]]) -> str:
-    """A table: numbers of sequences down, candidates across."""
+    """A table with a row per number of sequences and a column per candidate."""
     lines = [
         f"{precision}: {measured.provider}, cache in {measured.dtype}, {measured.slots} slots; "
         f"a step reads {measured.weight_bytes / 1e9:.3g} GB of weights; "
@@ -286,7 +286,7 @@ def report(precision: str, measured: Measured, others: dict[str, dict[int, float
 
 
 def run(work: Work, precisions: Sequence[str], models: Path, genai: str | None) -> dict[str, Any]:
-    """Measures all, prints tables as they are ready, and returns all numbers."""
+    """Measures everything, prints tables as they are ready, and returns all numbers."""
     found: dict[str, Any] = {"work": dataclasses.asdict(work)}
     usual: dict[int, float] = {}
     if importlib.util.find_spec("transformers") and importlib.util.find_spec("torch"):

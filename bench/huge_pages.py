@@ -1,4 +1,4 @@
-"""The environment that generators get for their memory, for a benchmark and all it starts."""
+"""Sets the generators' huge-page environment for a benchmark and the processes it starts."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from trivium.cli.pipeline import huge_pages
 
 
 def restart() -> None:
-    """Starts this program anew where its environment lacks it: glibc reads it at the start."""
+    """Restarts this program if its environment lacks the variable, which glibc reads at startup."""
     wanted = huge_pages()
     if wanted:
         os.environ |= wanted

@@ -1,4 +1,4 @@
-"""The kernels of a run on a CUDA device, as torch.profiler records them, and the gaps between."""
+"""The kernels of a run on a CUDA device, recorded by torch.profiler, and the gaps between them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NAME_CHARACTERS = 60
 
 
 class Kernel(NamedTuple):
-    """A kernel or copy; times in microseconds on one clock."""
+    """A kernel or copy; times are in microseconds on one clock."""
 
     name: str
     began: float
@@ -20,7 +20,7 @@ class Kernel(NamedTuple):
 
 
 def why_not() -> str:
-    """Why nothing can be recorded here; empty if it can."""
+    """Why kernels cannot be recorded here; empty if they can."""
     if importlib.util.find_spec("torch") is None:
         return "PyTorch is not installed"
     import torch
@@ -29,7 +29,7 @@ def why_not() -> str:
 
 
 def recorded(action: Callable[[], object], activity: str = "CUDA") -> list[Kernel]:
-    """What `action` has run, by its beginning. It is called twice, for the profiler warms up."""
+    """The kernels that `action` ran, by start time. It runs twice, as the profiler warms up."""
     from torch.profiler import ProfilerActivity, profile
 
     for _ in range(2):
@@ -44,7 +44,7 @@ def recorded(action: Callable[[], object], activity: str = "CUDA") -> list[Kerne
 
 
 def table(kernels: Sequence[Kernel]) -> str:
-    """By name, the longest together first; above them what lies between the kernels."""
+    """Kernels by name, the largest total time first; above them, the gaps between kernels."""
     if not kernels:
         return "  no kernels were recorded"
     idle, gaps, busy_until = 0.0, 0, kernels[0].began

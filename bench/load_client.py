@@ -1,4 +1,4 @@
-"""Plays scripts as the clients of an OpenAI-compatible server, in a process of their own."""
+"""Plays scripts as the clients of an OpenAI-compatible server, in a separate process."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from trivium.cli.load import Client, Target
 
 try:
     from uvloop import new_event_loop
-except ImportError:  # where there is none, asyncio's own
+except ImportError:  # fall back to asyncio's own
     from asyncio import new_event_loop  # type: ignore[assignment]
 
-_LOOK_SECONDS = 0.002  # how often it is looked whether a late request's time has come
+_LOOK_SECONDS = 0.002  # interval for checking whether to send the late request
 
 
 class LoadClient:
-    """Plays scripts. Each client has a connection of its own, opened with its first request."""
+    """Plays scripts. Each client has its own connection, opened with its first request."""
 
     def play(self, target: Target, script: Script) -> tuple[list[Answer], float]:
-        """The answers, and the processor seconds that it took to get them."""
+        """The answers, and the CPU seconds spent on getting them."""
         run = _Run(target, script)
         with asyncio.Runner(loop_factory=new_event_loop) as loop:
             began = time.process_time()
@@ -33,12 +33,12 @@ class LoadClient:
 
 
 def to_answer(asked: float, pieces: Pieces) -> Answer:
-    """What a stream said and when. Never raises: what is wrong is the answer's fault."""
+    """Parses a stream with its timings. Never raises: errors go into the answer's `fault`."""
     try:
         read = read_answer(asked, pieces)
     except stream.AnswerFailed as failed:
         return Answer(asked, pieces[-1][0] if pieces else asked, (), fault=str(failed))
-    # A choice of control tokens alone has no text; the end of it came with the last of them.
+    # A choice of nothing but control tokens has no text; use the time of its finish_reason.
     choices = tuple(
         tuple(read.parts.get(index, (end,))) for index, end in sorted(read.ends.items())
     )
@@ -73,7 +73,7 @@ class _Run:
         self._records: dict[int, tuple[float, Pieces]] = {}
 
     def records(self) -> list[tuple[float, Pieces]]:
-        """When each request was sent, and what came; in the order of the script."""
+        """When each request was sent, and its response; in the order of the script."""
         return [self._records[place] for place in sorted(self._records)]
 
     async def play(self) -> None:
@@ -84,7 +84,7 @@ class _Run:
         await asyncio.gather(*clients)
 
     async def _until_late(self, are_done: Callable[[], bool]) -> None:
-        """Returns when every client has had enough pieces, or all have ended without."""
+        """Returns once every client has received enough pieces, or all have finished."""
         while not are_done():
             if all(len(client.pieces) > self._late_after for client, _ in self._clients):
                 return
@@ -95,7 +95,7 @@ class _Run:
             asked = time.perf_counter()
             try:
                 pieces: Pieces = await client.ask(request)
-            except OSError:  # an answer without bytes tells
+            except OSError:  # an empty response counts as a fault
                 pieces = ()
             self._records[place] = asked, pieces
         client.close()

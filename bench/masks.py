@@ -1,6 +1,7 @@
-"""What a constraint costs a token: `python -m bench.masks MODEL_FOLDER`.
+"""The cost of a constraint per token: `python -m bench.masks MODEL_FOLDER`.
 
-The sampler alone, without a model: an answer is forced token by token, with its schema and without.
+Runs the sampler alone, without a model: an answer is forced token by token, with and without its
+schema.
 """
 
 import json
@@ -49,7 +50,7 @@ SAMPLINGS = {
 
 
 def timed(action: Callable[[], Any]) -> tuple[float, Any]:
-    """Microseconds and the result."""
+    """The time in microseconds, and the result."""
     started = time.perf_counter()
     result = action()
     return (time.perf_counter() - started) * 1e6, result
@@ -62,7 +63,7 @@ def show(name: str, times: list[float]) -> None:
 
 
 def forced(table: TokenTable, sampling: SamplingParams, compiled: Any) -> list[float]:
-    """Times of the tokens of ANSWER."""
+    """Microseconds for sampling each token of ANSWER."""
     ids = table.tokenizer.tokenize_str(json.dumps(ANSWER))
     noise = np.random.default_rng(0).normal(size=table.vocabulary_size).astype(np.float32)
     request = EngineRequest((5,), 10_000, sampling, constraint=compiled)

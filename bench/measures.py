@@ -1,4 +1,4 @@
-"""From what was played to numbers, each under a name that ends in its unit. Pure."""
+"""Computes numbers from what was played, each named with its unit. Pure functions."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ CPU, PEAK = "cpu_us_per_token", "peak_mib"  # each followed by / and the name of
 
 
 def whole(answers: Iterable[Answer]) -> list[Answer]:
-    """Those that nothing was wrong with."""
+    """The answers without a fault."""
     return [answer for answer in answers if not answer.fault]
 
 
 def percentiles(name: str, seconds: Sequence[float], with_max: bool = False) -> Numbers:
-    """p50 and p99 in milliseconds, linearly interpolated, and the largest; none of nothing."""
+    """p50 and p99 in milliseconds, linearly interpolated, and optionally the maximum; empty without
+    values."""
     if not seconds:
         return {}
     found = {f"{name}_p{rank}_ms": float(np.percentile(seconds, rank)) * 1e3 for rank in (50, 99)}
@@ -28,19 +29,19 @@ def percentiles(name: str, seconds: Sequence[float], with_max: bool = False) -> 
 
 
 def median_ms(name: str, seconds: Sequence[float]) -> Numbers:
-    """The median in milliseconds; none of nothing."""
+    """The median in milliseconds; empty without values."""
     return {f"{name}_ms": statistics.median(seconds) * 1e3} if seconds else {}
 
 
 def ratio(name: str, numbers: Numbers, over: str, under: str) -> Numbers:
-    """One number by another, where there are both."""
+    """One number divided by another; empty unless both are there."""
     if over not in numbers or not numbers.get(under):
         return {}
     return {name: numbers[over] / numbers[under]}
 
 
 def streaming(answers: Sequence[Answer]) -> Numbers:
-    """Output tokens/s from the first request to the last answer's end, and latencies."""
+    """Output tokens/s from the first request to the end of the last answer, and latencies."""
     good = whole(answers)
     if not good:
         return {}
@@ -53,9 +54,9 @@ def streaming(answers: Sequence[Answer]) -> Numbers:
 
 
 def stalls(answers: Sequence[Answer], late: Answer) -> Numbers:
-    """Gaps of running streams until a late request was sent, and then until its first token.
+    """Gaps of running streams before a late request was sent, and from then to its first token.
 
-    Those count as quiet that began when all streams had.
+    The first kind (quiet) counts only once all streams have begun.
     """
     running = whole(answers)
     if late.fault or not running:
@@ -78,7 +79,7 @@ def stalls(answers: Sequence[Answer], late: Answer) -> Numbers:
 
 
 def costs(plays: Sequence[Play]) -> Numbers:
-    """Processor time for each output token and peak memory, by process; and who else was there."""
+    """CPU time per output token and peak memory by process, and other processes' CPU share."""
     tokens = sum(a.completion_tokens for play in plays for a in whole(play.answers))
     numbers: Numbers = {"others_percent": 100 * statistics.fmean(play.others for play in plays)}
     for name in plays[0].cpu_seconds:
@@ -91,7 +92,7 @@ def costs(plays: Sequence[Play]) -> Numbers:
 
 
 def checks(script: Script, play: Play) -> Numbers:
-    """How many requests failed, and how many answers are of other work than was asked for."""
+    """How many requests failed, and how many have other prompt or output lengths than requested."""
     pairs = [(ask, a) for ask, a in zip(script.asks, play.answers, strict=True) if not a.fault]
     return {
         "requests": float(len(play.answers)),

@@ -1,9 +1,9 @@
-"""A generator whose steps take a fixed time: `python -m bench.paced_generator`, set up by the
-variables of generator_svc.
+"""A generator whose steps take a fixed time: `python -m bench.paced_generator`, configured by
+generator_svc's variables.
 
-All is the service's own, but that a step sleeps until as much time is over as a larger model would
-take. So several generators on few cores are as fast as each would be on a device of its own, while
-what they compute in fact leaves the cores room.
+It is the real service, except that each step sleeps until it has taken as long as with a larger
+model. So several generators on few cores are as fast as each would be on its own device, since
+their real computation leaves the cores room.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _run = OrtRunner.run
 
 
 def step_seconds(rows: int, prompt_tokens: int) -> float:
-    """What a step of so many decode rows and so many prompt tokens takes."""
+    """Seconds of a step with this many decode rows and prompt tokens."""
     return STEP_SECONDS + ROW_SECONDS * rows + PROMPT_TOKEN_SECONDS * prompt_tokens
 
 
 def paced_run(runner: OrtRunner, plan: StepPlan) -> StepOutcome:
-    """OrtRunner.run; the time slept counts as busy, as moves in the cache do."""
+    """OrtRunner.run; the sleep counts as busy time, like moves in the KV cache."""
     prompt_tokens = sum(len(chunk.token_ids) for chunk in plan.chunks)
     due = time.perf_counter() + step_seconds(len(plan.rows), prompt_tokens)
     outcome = _run(runner, plan)

@@ -1,8 +1,8 @@
 """`python -m bench.perplexity REFERENCE MODEL …`: what a precision costs in quality.
 
-Model folders of one checkpoint are run over the same English text, token by token as in decoding,
-and compared with the first, which is usually an export in fp32. The text is Python's own language
-reference, which comes with every Python and with no model's calibration.
+Exports of one checkpoint are run over the same English text, token by token as in decoding, and
+compared with the first, which is usually in fp32. The text is Python's own language reference,
+which ships with every Python and is in no model's calibration data.
 """
 
 import argparse
@@ -24,7 +24,7 @@ Logs = npt.NDArray[np.float32]  # log-probabilities [rows, tokens, vocabulary]
 
 @dataclass(frozen=True)
 class Agreement:
-    """Perplexity of the text; divergence from the reference in nats, and equal first choices."""
+    """Perplexity of the text, KL divergence from the reference in nats, and top-1 agreement."""
 
     perplexity: float
     divergence: float
@@ -32,7 +32,7 @@ class Agreement:
 
 
 def windows(model: ModelDirectory, length: int) -> npt.NDArray[np.int64]:
-    """Token ids [ROWS, length], each row from another chapter."""
+    """Token ids [ROWS, length], each row from a different topic."""
     tokenizer = Tokenizer.from_file(str(model.tokenizer))
     topics = pydoc_data.topics.topics
     found = (tokenizer.encode(topics[name]).ids[10:] for name in sorted(topics))
@@ -42,7 +42,7 @@ def windows(model: ModelDirectory, length: int) -> npt.NDArray[np.int64]:
 
 
 def log_probabilities(model: ModelDirectory, tokens: npt.NDArray[np.int64]) -> Logs:
-    """Of what may follow each token, after those before it."""
+    """Log-probabilities of the token after each position, given those up to it."""
     runner = OrtRunner(model, "cpu", ROWS, 2 * tokens.shape[1])
     steps = []
     for position, column in enumerate(tokens.T):
@@ -56,7 +56,7 @@ def log_probabilities(model: ModelDirectory, tokens: npt.NDArray[np.int64]) -> L
 
 
 def agreement(found: Logs, reference: Logs, tokens: npt.NDArray[np.int64]) -> Agreement:
-    """`found` against `reference`, both over `tokens`."""
+    """Compares `found` with `reference`, both over `tokens`."""
     following = np.take_along_axis(found[:, :-1], tokens[:, 1:, None], -1)
     divergence = np.mean([(np.exp(r) * (r - f)).sum(-1).mean() for f, r in zip(found, reference)])  # noqa: B905 - arrays of one shape
     same = found.argmax(-1) == reference.argmax(-1)

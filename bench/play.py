@@ -1,6 +1,6 @@
-"""What is asked of a contender and what came back: plain values, without input or output.
+"""Requests to a contender and its answers: plain values, no I/O.
 
-Times are in seconds on one clock that never goes back; only differences mean anything.
+Times are in seconds on one monotonic clock; only differences are meaningful.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Ask:
-    """A request: a conversation, and the prompt that our own template and tokenizer make of it.
+    """A request: a conversation, and its prompt as made by our own chat template and tokenizer.
 
-    Servers are sent the messages, the bare engine the token ids. All answers are `output` tokens
-    long, whatever the model would have said, and greedy unless there is a temperature.
+    Servers get the messages, the engine alone the token ids. All answers are `output` tokens long,
+    ignoring EOS, and greedy unless a temperature is given.
     """
 
     messages: tuple[Message, ...]
@@ -32,9 +32,9 @@ class Ask:
 
 @dataclass(frozen=True)
 class Script:
-    """What clients ask, all at once, each of them one request after the other.
+    """The requests of concurrent clients, each of which sends one after the other.
 
-    `late` is asked once every client has had `late_after` tokens of its first answer.
+    `late` is sent once every client has received `late_after` tokens of its first answer.
     """
 
     clients: tuple[tuple[Ask, ...], ...]
@@ -43,11 +43,11 @@ class Script:
 
     @property
     def asks(self) -> list[Ask]:
-        """All requests, client by client, the late one last: the order of the answers."""
+        """All requests, client by client, the late one last: the answers have the same order."""
         return [*itertools.chain(*self.clients), *([self.late] if self.late else ())]
 
     def numbered(self) -> tuple[list[list[tuple[int, Ask]]], tuple[int, Ask] | None]:
-        """Each client's requests, and the late one, with their places among the answers."""
+        """Each client's requests, and the late one, with their indices among the answers."""
         places = itertools.count()
         clients = [[(next(places), ask) for ask in asks] for asks in self.clients]
         return clients, (next(places), self.late) if self.late else None
@@ -55,10 +55,10 @@ class Script:
 
 @dataclass(frozen=True)
 class Answer:
-    """When it was asked and had ended, and for each choice, when each part of it came.
+    """When the request was sent and its answer ended, and the times of each choice's parts.
 
-    A part is a token in the engine, and an event with text in a stream, which is a token or
-    several that were sent together. `fault` says why there is no whole answer.
+    A part is a token in the engine, and an event with text in a stream, which carries one or more
+    tokens. `fault` says why the answer is not complete.
     """
 
     asked: float
@@ -74,12 +74,12 @@ class Answer:
 
     @property
     def first(self) -> float:
-        """Seconds from the request until every choice had begun."""
+        """Seconds from the request until every choice has begun."""
         return max(times[0] for times in self.choices) - self.asked
 
     @property
     def gaps(self) -> list[float]:
-        """Seconds between one part of a choice and the next."""
+        """Seconds between consecutive parts of each choice."""
         return [
             after - before for times in self.choices for before, after in itertools.pairwise(times)
         ]
@@ -87,9 +87,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class Play:
-    """A script as one contender played it, and what its processes used for it.
+    """A script as one contender played it, and the resources its processes used.
 
-    `others` is the share of the machine's processor time that went to anything else.
+    `others` is the share of the machine's CPU time that went to anything else.
     """
 
     answers: tuple[Answer, ...]
@@ -100,9 +100,9 @@ class Play:
 
 @dataclass
 class Trace:
-    """A request in the engine: its tokens of each choice, when they came and in which step.
+    """A request in the engine: for each choice's tokens, their times, steps and token ids.
 
-    `asked_step` is the first step that had not ended when it was asked.
+    `asked_step` is the first step that had not ended when the request was submitted.
     """
 
     ask: Ask
@@ -113,11 +113,11 @@ class Trace:
     device_nanoseconds: int = 0
 
     def answer(self) -> Answer:
-        """As whoever asked the engine saw it."""
+        """The answer as the engine's client saw it."""
         return self._answer(self.asked, [[time for time, _, _ in row] for row in self.tokens])
 
     def replayed(self, ends: Sequence[float]) -> Answer:
-        """As it would have been if step number i had ended at `ends[i]`, the first begun at 0."""
+        """The answer if step i had ended at `ends[i]`, and the first step begun at 0."""
         asked = ends[self.asked_step - 1] if self.asked_step else 0.0
         times = [[ends[step] for _, step, _ in row] for row in self.tokens]
         return replace(self._answer(asked, times), device_seconds=None)
@@ -137,7 +137,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Recording:
-    """What the engine did with a script: the steps that it planned, and the requests in them."""
+    """What the engine did with a script: its plans, and the traces of the requests."""
 
     plans: tuple[StepPlan, ...]
     traces: tuple[Trace, ...]

@@ -1,4 +1,4 @@
-"""What processes used: processor time and peak memory, from /proc."""
+"""CPU time and peak memory of processes, from /proc."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _TICKS = os.sysconf("SC_CLK_TCK")
-_IDLE, _IO_WAIT = 3, 4  # columns of /proc/stat that are not work
-_GUEST = 8  # from here on columns count what others hold already
+_IDLE, _IO_WAIT = 3, 4  # columns of /proc/stat that are not busy time
+_GUEST = 8  # columns from here on are already counted in others
 
 
 @dataclass(frozen=True)
 class Used:
-    """Processor seconds and the most memory held at a time, in bytes, by name of the process.
+    """CPU seconds and peak memory in bytes, by process name.
 
-    `others` is the share, 0 to 1, of all cores' time that went to any other process, or was taken
-    by the host of a virtual machine.
+    `others` is the share, 0 to 1, of all cores' time that went to other processes or was stolen by
+    a virtual machine's host.
     """
 
     cpu_seconds: Mapping[str, float]
@@ -28,7 +28,7 @@ class Used:
 
 
 class Watch:
-    """Watches named processes from its making until `stop`, this process being their keeper."""
+    """Watches named processes from its creation until `stop`; this process is their keeper."""
 
     def __init__(self, pids: Mapping[str, int]) -> None:
         self._pids = pids
@@ -37,7 +37,7 @@ class Watch:
         self._before = self._now()
 
     def stop(self) -> Used:
-        """What was used since the beginning."""
+        """The resources used since the start."""
         before, after = self._before, self._now()
         spent = {name: after[1][name] - before[1][name] for name in after[1]}
         machine = (after[0] - before[0]) * len(os.sched_getaffinity(0))
@@ -47,14 +47,14 @@ class Watch:
         return Used(own, peaks, min(max(others, 0.0), 1.0))
 
     def _now(self) -> tuple[float, dict[str, float], float]:
-        """The time, processor seconds by process (the keeper's under ""), and the machine's."""
+        """The time, CPU seconds by process (the keeper's under ""), and the machine's."""
         spent = {name: cpu_seconds(pid) for name, pid in self._pids.items()}
         keeper = cpu_seconds(os.getpid(), with_children=True)
         return time.perf_counter(), {**spent, "": keeper}, _machine_seconds()
 
 
 def cpu_seconds(pid: int, with_children: bool = False) -> float:
-    """Processor seconds of one process so far, its threads included, to a hundredth.
+    """CPU seconds of one process so far, including its threads, in clock ticks of 0.01 s.
 
     `with_children` adds those of its children that have ended.
     """
@@ -63,19 +63,19 @@ def cpu_seconds(pid: int, with_children: bool = False) -> float:
 
 
 def peak_bytes(pid: int) -> int:
-    """The most memory that a process held since its peak was last reset."""
+    """A process's peak memory in bytes since the peak was last reset."""
     status = Path(f"/proc/{pid}/status").read_text()
     peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
     return int(peak.split()[1]) * 1024
 
 
 def _reset_peak(pid: int) -> None:
-    with contextlib.suppress(OSError):  # not allowed everywhere; then the peak is of all its life
+    with contextlib.suppress(OSError):  # not allowed everywhere; then it is the lifetime peak
         Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
 def _machine_seconds() -> float:
-    """Seconds that all cores together were busy, or away at the host's."""
+    """Seconds that all cores together were busy or stolen by the host."""
     columns = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1 : 1 + _GUEST]
     busy = [int(ticks) for at, ticks in enumerate(columns) if at not in (_IDLE, _IO_WAIT)]
     return sum(busy) / _TICKS

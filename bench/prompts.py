@@ -1,4 +1,4 @@
-"""Prompts of an exact length that no cache knows: random words, counted by our own tokenizer."""
+"""Prompts of an exact length that are in no cache: random words, counted by our own tokenizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TRIES = 200
 
 
 class Text:
-    """What the services' tokenizer says, asked for while nothing is measured.
+    """Calls the services' tokenizer, while nothing is being measured.
 
     `url` is the base URL of the REST API, without /v1.
     """
@@ -23,10 +23,10 @@ class Text:
     def __init__(self, url: str, model: str) -> None:
         self._client = httpx.Client(base_url=url, trust_env=False, timeout=60.0)
         self._model = model
-        self._known: dict[tuple[str, ...], tuple[int, ...]] = {}  # each contender asks the same
+        self._known: dict[tuple[str, ...], tuple[int, ...]] = {}  # contenders share prompts
 
     def token_ids(self, messages: tuple[Message, ...]) -> tuple[int, ...]:
-        """The prompt that the chat template and the tokenizer make of a conversation."""
+        """A conversation's prompt, from the chat template and the tokenizer."""
         key = tuple(message["content"] for message in messages)
         if key not in self._known:
             tokens = self._post("/tokenize", messages=list(messages))["tokens"]
@@ -34,7 +34,7 @@ class Text:
         return self._known[key]
 
     def text(self, token_ids: tuple[int, ...]) -> str:
-        """The text of tokens."""
+        """The text of these token ids."""
         return str(self._post("/detokenize", tokens=list(token_ids))["prompt"])
 
     def close(self) -> None:
@@ -47,10 +47,10 @@ class Text:
 
 
 class Prompts:
-    """Draws from a seed, so that every contender is asked the same.
+    """Draws prompts from a seed, so that all contenders get the same.
 
-    The system message is random too: with the one that the chat template would put there, all
-    prompts would begin alike, and the beginning would come from a cache.
+    The system message is random too: with the chat template's default, all prompts would share a
+    prefix, which would be cached.
     """
 
     def __init__(self, text: Text, seed: str) -> None:
@@ -63,25 +63,25 @@ class Prompts:
         return " ".join(self._random.choices(WORDS, k=count))
 
     def ask(self, tokens: int, output: int, n: int = 1, system: str | None = None) -> Ask:
-        """A request with a prompt of exactly `tokens` tokens, under a system message or a new one.
+        """A request with a prompt of exactly `tokens` tokens; a random system message by default.
 
-        ValueError when it cannot be made.
+        Raises ValueError if that cannot be done.
         """
         system = self.words(_SYSTEM_WORDS) if system is None else system
-        count = self._words_for.get(tokens, tokens // 4)  # too long a prompt would be refused
+        count = self._words_for.get(tokens, tokens // 4)  # short: long ones may be refused
         for _ in range(_TRIES):
             messages = _conversation(system, self.words(max(count, 1)))
             ids = self._text.token_ids(messages)
             if len(ids) == tokens:
                 self._words_for[tokens] = count
                 return Ask(messages, ids, output, n)
-            # Words are of several tokens where the vocabulary is small.
+            # With a small vocabulary, words take several tokens.
             a_word = max(len(ids) / (count + _SYSTEM_WORDS), 1.0)
             count = max(count + round((tokens - len(ids)) / a_word), 1)
         raise ValueError(f"no prompt of {tokens} tokens could be made; the nearest has {len(ids)}")
 
     def next_turn(self, ask: Ask, answer: Answer, words: int) -> Ask:
-        """The conversation gone on with: what was answered, and another question."""
+        """Continues the conversation with the answer and a new question."""
         text = answer.text or self._text.text(answer.token_ids)
         messages = (
             *ask.messages,

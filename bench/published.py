@@ -1,7 +1,7 @@
-"""Checkpoints as they are published: configurations, special tokens and how text is split.
+"""Published checkpoints: configurations, special tokens and pre-tokenizer patterns.
 
-The values are those of config.json, generation_config.json, tokenizer_config.json and the added
-tokens of tokenizer.json in Qwen/Qwen2.5-7B-Instruct, deepseek-ai/DeepSeek-R1-Distill-Llama-8B,
+The values are from config.json, generation_config.json, tokenizer_config.json and the added tokens
+of tokenizer.json in Qwen/Qwen2.5-7B-Instruct, deepseek-ai/DeepSeek-R1-Distill-Llama-8B,
 openai/gpt-oss-20b and openai/gpt-oss-120b. Keys are the ids under which the models are served.
 """
 # ruff: noqa: RUF001 - the wide bars are DeepSeek's
@@ -18,7 +18,7 @@ TOKEN_ID_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that text is searched for before anything else; `special` ones are control tokens."""
+    """A token that is matched in text before the BPE runs; `special` ones are control tokens."""
 
     content: str
     special: bool = True
@@ -28,8 +28,8 @@ class AddedToken:
 class Published:
     """One checkpoint without its weights.
 
-    Ids below `ordinary_tokens` are those of the BPE; the added tokens follow, one after another.
-    `chat_template` is the name under which llama.cpp collects it.
+    Ids below `ordinary_tokens` belong to the BPE; the added tokens follow consecutively.
+    `chat_template` is its name in llama.cpp's collection.
     """
 
     config: dict[str, Any]
@@ -43,10 +43,10 @@ class Published:
     adds_bos: bool = False
 
     def with_config(self, **fields: Any) -> Published:
-        """The same with other values in config.json, which stay consistent with each other.
+        """The same checkpoint with other values in config.json, kept consistent with each other.
 
-        With fewer layers what is said of each layer is cut; with a smaller vocabulary the BPE is
-        smaller, and the ids of all added tokens move with its end.
+        Fewer layers truncate the per-layer values; a smaller vocabulary shrinks the BPE, and the
+        ids of all added tokens move accordingly.
         """
         config = self.config | fields
         layers = config["num_hidden_layers"]

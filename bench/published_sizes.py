@@ -1,8 +1,8 @@
-"""What the published models take on disk, in memory and on a card, by their configurations.
+"""Sizes of the published models on disk, in memory and on a card, from their configurations.
 
-The tables of docs/models.md; `make docs` writes them there. Sizes of exported folders are those of
-the exporter's formats: blocks of 32 weights share a scale, and a zero point where they are not
-symmetric; norms and biases stay in the type of the activations.
+Makes the tables of docs/models.md, where `make docs` writes them. Sizes of exported folders follow
+the exporter's formats: blocks of 32 weights share a scale, and a zero point unless they are
+symmetric; norms and biases keep the activations' dtype.
 """
 
 from __future__ import annotations
@@ -16,36 +16,37 @@ from generator_svc.config import CUDA_DEFAULTS
 from generator_svc.memory_plan import CUDA_GRAPH_BYTES
 
 BLOCK = 32
-# Each precision on each device, in the order of the tables; gpt-oss has some of them.
+# The precisions on each device, in the order of the tables; gpt-oss has only some of them.
 DEVICES = {"cuda": ("fp16", "int8", "int4"), "cpu": ("w8a8", "int8", "int4", "fp32")}
 MODELS = ("deepseek-r1-distill-llama-8b", "qwen-2.5-7b", "gpt-oss-120b", "gpt-oss-20b")
-# Bytes that CUDA has to give away on cards of so many GB: an L4, an L40S, an H100 and an H200.
+# Bytes available to CUDA, by the card's nominal GB: an L4, an L40S, an H100 and an H200.
 CARDS = {24: 22.5 * 2**30, 48: 44.5 * 2**30, 80: 78 * 2**30, 141: 139 * 2**30}
 
 
 def checkpoint_bytes(config: dict[str, Any]) -> int:
-    """Of all tensors, as they are published."""
+    """Bytes of all tensors, as published."""
     return sum(tensor.size for tensor in checkpoint_tensors(config))
 
 
 def cached_bytes(config: dict[str, Any], device: str) -> int:
-    """Of one token in the KV cache, which is float16 on CUDA and float32 on the CPU."""
+    """Bytes of one token in the KV cache, which is float16 on CUDA and float32 on the CPU."""
     layers, kv_heads = int(config["num_hidden_layers"]), int(config["num_key_value_heads"])
     return 2 * layers * kv_heads * _head_size(config) * _float_bytes(device)
 
 
 def folder_bytes(config: dict[str, Any], precision: str, device: str) -> int:
-    """Of the exported weights on disk; on the CPU they take as much memory."""
+    """Bytes of the exported weights on disk; on the CPU they take the same amount of memory."""
     return _weight_bytes(config, precision, device, mxfp4_scales=1)
 
 
 def loaded_bytes(config: dict[str, Any], precision: str, device: str) -> int:
-    """Of the weights on the device, where MXFP4 has scales in float16 beside the exponents."""
+    """Bytes of the weights on the device; on CUDA, MXFP4 has float16 scales besides the
+    exponents."""
     return _weight_bytes(config, precision, device, mxfp4_scales=3)
 
 
 def _weight_bytes(config: dict[str, Any], precision: str, device: str, mxfp4_scales: int) -> int:
-    """`mxfp4_scales` is the number of bytes that a block's scale takes."""
+    """`mxfp4_scales` is the number of bytes per block for its scale on CUDA."""
     floats = _float_bytes(device) if precision != "fp32" else 4
     rotary = int(config["max_position_embeddings"]) * _head_size(config) * floats
     return rotary + sum(
@@ -88,13 +89,13 @@ def _head_size(config: dict[str, Any]) -> int:
 
 
 def precisions(config: dict[str, Any], device: str) -> list[str]:
-    """Those that a model with this configuration has there."""
+    """The precisions that a model with this configuration has on the device."""
     has_experts = "num_local_experts" in config
     return [p for p in DEVICES[device] if not has_experts or p not in ("w8a8", "fp32")]
 
 
 def sizes_markdown() -> str:
-    """Disk and memory of each model in each precision."""
+    """Disk and memory sizes of each model in each precision."""
     lines = [
         "| model | options | checkpoint | folder | weights in memory | cache of 1,000 tokens |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
@@ -116,7 +117,7 @@ def sizes_markdown() -> str:
 
 
 def cards_markdown() -> str:
-    """How many tokens the cache holds on cards of several sizes, next to the weights."""
+    """How many tokens the KV cache holds besides the weights, on cards of several sizes."""
     share = CUDA_DEFAULTS["kv_memory_share"]
     lines = [
         f"| model | precision | {' | '.join(f'{card} GB' for card in CARDS)} |",

@@ -1,9 +1,9 @@
-"""The text side of a published checkpoint: a tokenizer of the real kind and size, the template.
+"""The text side of a published checkpoint: a tokenizer of the same kind and size, and the template.
 
-The real vocabularies stay out of this repository, and so do the chat templates. The tokenizer has
-the real added tokens, ids, split and normalizer, and in the place of the learnt BPE one of letters:
-every byte, a letter behind a space or another, and two of these together. Any text comes back,
-English takes some four letters a token, and what a random model says can be read.
+The real vocabularies and chat templates are not in this repository. The tokenizer has the real
+added tokens, ids, split pattern and normalizer, but a synthetic BPE instead of the trained one:
+every byte, pairs of a letter after a space or another letter, and two such pairs joined. Any text
+round-trips, English takes about four letters per token, and a random model's output is legible.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from bench.published import Published
 from tests.templates.download import FOLDER
 from tests.tokenizer_svc import sample_templates
 
-SPACE = "Ġ"  # as byte-level BPEs write it
-# Where `make templates` has not fetched the real ones.
+SPACE = "Ġ"  # as in byte-level BPEs
+# Used unless `make templates` has fetched the real ones.
 SHORTENED = {
     "Qwen-Qwen2.5-7B-Instruct": sample_templates.QWEN25,
     "deepseek-ai-DeepSeek-R1-Distill-Llama-8B": sample_templates.DEEPSEEK_R1,
@@ -31,7 +31,7 @@ SHORTENED = {
 
 
 def write_text_side(folder: Path, published: Published) -> None:
-    """Configurations, tokenizer and chat template."""
+    """Writes the configurations, tokenizer and chat template."""
     published_tokenizer(published).save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(chat_template(published), encoding="utf-8")
     files = {
@@ -45,7 +45,7 @@ def write_text_side(folder: Path, published: Published) -> None:
 
 
 def chat_template(published: Published) -> str:
-    """The real one where `make templates` has fetched it, else one shortened to its form."""
+    """The real one if `make templates` has fetched it, else a shortened version."""
     file = FOLDER / f"{published.chat_template}.jinja"
     return file.read_text(encoding="utf-8") if file.exists() else SHORTENED[published.chat_template]
 
@@ -53,9 +53,9 @@ def chat_template(published: Published) -> str:
 def published_tokenizer(
     published: Published, bpe: tokenizers.models.BPE | None = None
 ) -> tokenizers.Tokenizer:
-    """Ordinary tokens below `ordinary_tokens`, then the added ones at their ids.
+    """A tokenizer with ids below `ordinary_tokens` for the BPE, then the added tokens at their ids.
 
-    `bpe` is the real one of these ordinary tokens, for those who have it.
+    `bpe` is the real BPE, if available.
     """
     tokenizer = tokenizers.Tokenizer(bpe or _letters(published.ordinary_tokens))
     if published.normalizer is not None:
@@ -89,7 +89,8 @@ def _letters(size: int) -> tokenizers.models.BPE:
 
 
 def _merges(count: int) -> Iterator[tuple[str, str]]:
-    """Two letters, the first of which may be a space; then four, spread over the alphabet."""
+    """Merges to two letters, the first of which may be a space; then to four, spread over the
+    alphabet."""
     pairs = list(itertools.product(SPACE + string.ascii_lowercase, string.ascii_lowercase))
     yield from pairs[:count]
     left = max(count - len(pairs), 0)

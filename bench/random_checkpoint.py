@@ -3,10 +3,11 @@
     python -m bench.random_checkpoint qwen-2.5-7b FOLDER
     python -m bench.random_checkpoint gpt-oss-20b FOLDER --layers 4
 
-The folder is a Hugging Face one: the real configurations, tensors under their real names in shards
-of safetensors with an index, the real special tokens. So a model's export can be timed and measured
-without its weights. They are scaled by the number of their inputs, which keeps activations and
-logits near one. Drawn and written piece by piece, in less than 200 MB of memory.
+The result is a Hugging Face folder: the real configurations, tensors under their real names in
+safetensors shards with an index, and the real special tokens. So a model's export can be timed and
+measured without its weights. Random weights are scaled by their number of inputs, which keeps
+activations and logits near one. They are drawn and written piece by piece, in less than 200 MB of
+memory.
 """
 
 from __future__ import annotations
@@ -30,16 +31,17 @@ from bench.published_text import write_text_side
 
 SHARD_BYTES = 4 * 10**9
 MXFP4_BLOCK = 32  # elements that share a scale
-# Root mean square of the sixteen numbers that four bits of MXFP4 stand for.
+# Root mean square of the sixteen values of MXFP4's 4-bit elements.
 MXFP4_DEVIATION = float(np.sqrt(np.square([0, 0.5, 1, 1.5, 2, 3, 4, 6]).mean()))
-_PIECE = 2**22  # bytes drawn at once
+_PIECE = 2**22  # bytes drawn at a time
 
 
 @dataclass(frozen=True)
 class CheckpointTensor:
-    """One tensor of the checkpoint: `kind` is bf16, or blocks or scales of MXFP4, both bytes.
+    """One tensor of the checkpoint: `kind` is bf16, or MXFP4's blocks or scales, both uint8.
 
-    Numbers are normal around `mean` with this deviation; of scales, that of what they scale.
+    Values are normal with this mean and standard deviation; for scales, `deviation` is that of the
+    scaled weights.
     """
 
     name: str
@@ -50,19 +52,19 @@ class CheckpointTensor:
 
     @property
     def dtype(self) -> str:
-        """As safetensors calls it."""
+        """The name in safetensors."""
         return "BF16" if self.kind == "bf16" else "U8"
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Size in bytes."""
         return int(np.prod(self.shape)) * (2 if self.dtype == "BF16" else 1)
 
 
 def write_random_checkpoint(
     folder: Path, published: Published, seed: int = 0, shard_bytes: int = SHARD_BYTES
 ) -> Path:
-    """Writes the folder, which must not exist yet, whole or not at all; returns it."""
+    """Writes the folder, which must not exist yet, completely or not at all; returns it."""
     if folder.exists():
         raise FileExistsError(f"{folder} is already there")
     partial = folder.with_name(f"{folder.name}.partial")
@@ -79,7 +81,7 @@ def write_random_checkpoint(
 
 
 def _write_weights(folder: Path, published: Published, seed: int, shard_bytes: int) -> None:
-    """The shards, and the index that says which tensor is in which."""
+    """Writes the shards, and the index that says which tensor is in which."""
     random = np.random.default_rng(seed)
     shards = _shards(list(checkpoint_tensors(published.config)), shard_bytes)
     places: dict[str, str] = {}
@@ -113,7 +115,7 @@ def _attention(module: str, config: dict[str, Any]) -> Iterator[CheckpointTensor
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     head_size = config.get("head_dim") or hidden // heads
     inner, cached = heads * head_size, config["num_key_value_heads"] * head_size
-    # Qwen 2 has no field for its biases.
+    # Qwen 2's configuration has no field for its biases.
     on_input = config.get("attention_bias", config["model_type"] == "qwen2")
     on_output = config.get("attention_bias", False)
     yield from _linear(f"{module}.q_proj", hidden, inner, bias=on_input)
@@ -158,7 +160,7 @@ def _norm(module: str, size: int) -> CheckpointTensor:
 
 
 def _shards(tensors: list[CheckpointTensor], max_bytes: int) -> list[list[CheckpointTensor]]:
-    """In order, as many in a shard as fit; at least one."""
+    """Groups tensors in order, as many per shard as fit, at least one."""
     shards: list[list[CheckpointTensor]] = []
     left = 0
     for tensor in tensors:
@@ -173,7 +175,7 @@ def _shards(tensors: list[CheckpointTensor], max_bytes: int) -> list[list[Checkp
 def _write_shard(
     file: BinaryIO, tensors: list[CheckpointTensor], random: np.random.Generator
 ) -> None:
-    """The format of safetensors: a header's length in 8 bytes, the header, the numbers."""
+    """Writes the safetensors format: the header's length in 8 bytes, the header, the data."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for tensor in tensors:
@@ -206,9 +208,9 @@ def _numbers(
 
 @cache
 def _normal(mean: float, deviation: float) -> np.ndarray[Any, Any]:
-    """Bits in bf16 (uint16 [65536]) of the normal distribution's quantiles at equal steps.
+    """The bf16 bits (uint16 [65536]) of the normal distribution's quantiles at equal steps.
 
-    Indexed by 16 random bits, which is much quicker than drawing normal numbers.
+    Indexed by 16 random bits, which is much faster than drawing normal numbers.
     """
     bits = (mean + deviation * _quantiles()).astype(np.float32).view(np.uint32)
     rounded = bits + 0x7FFF + ((bits >> 16) & 1)  # to the nearest, ties to even
@@ -217,15 +219,15 @@ def _normal(mean: float, deviation: float) -> np.ndarray[Any, Any]:
 
 @cache
 def _quantiles() -> np.ndarray[Any, Any]:
-    """Of the standard normal distribution, float64 [65536]."""
+    """Quantiles of the standard normal distribution, float64 [65536]."""
     return np.array([NormalDist().inv_cdf((step + 0.5) / 2**16) for step in range(2**16)])
 
 
 @cache
 def _exponents(deviation: float) -> np.ndarray[Any, Any]:
-    """Bytes in E8M0 (uint8 [256]) with which random blocks have about this deviation.
+    """E8M0 scales (uint8 [256]) with which random blocks have about this standard deviation.
 
-    A quarter is half as large as most, a quarter twice: 1.25 is their root mean square.
+    Half are the base scale, a quarter half of it, a quarter twice: 1.25 is their root mean square.
     """
     usual = 127 + round(math.log2(deviation / MXFP4_DEVIATION / 1.25))
     return np.array([usual - 1, usual, usual, usual + 1] * 64, np.uint8)

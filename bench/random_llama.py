@@ -2,11 +2,11 @@
 
     python -m bench.random_llama FOLDER --shape 8b --precision int4 --device cuda
 
-The graph is the one that `generator_svc.export` makes of a Llama checkpoint: packed projections,
-GroupQueryAttention, fused norms, logits of the last position in float32. It is written down node by
-node, and the weights go to the file of external data one after another as they are drawn, so that
-a model of 16 GB needs little more memory than its largest matrix. They are scaled by the number of
-their inputs, which keeps activations and logits near one.
+The graph is like the one that `generator_svc.export` makes from a Llama checkpoint: packed
+projections, GroupQueryAttention, fused norms, logits of the last position in float32. It is built
+node by node, and weights go to the external data file as they are drawn, a piece at a time, so that
+even a model of 16 GB needs little memory. They are scaled by their number of inputs, which keeps
+activations and logits near one.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ THETA = 500_000.0
 IR_VERSION, OPSET = 10, 18  # the exporter's
 END_TOKEN, BEGIN_TOKEN = 0, 1
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
-_ALIGNMENT = 4096  # of a tensor in the file, so that it can be mapped
-_PIECE = 2**24  # most elements drawn at once
+_ALIGNMENT = 4096  # of tensors in the file, so that they can be memory-mapped
+_PIECE = 2**24  # maximum number of elements drawn at a time
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ class Shape:
 
 
 SHAPES = {
-    "tiny": Shape(32, 1, 1, 1, 16, 32, 640, 512),  # whose runs cost next to nothing
+    "tiny": Shape(32, 1, 1, 1, 16, 32, 640, 512),  # runs cost next to nothing
     "small": Shape(384, 6, 6, 2, 64, 1024, 16_384, 2048),
     "1b": Shape(2048, 16, 32, 8, 64, 8192, 128_256),
-    "7b": Shape(3584, 28, 28, 4, 128, 18_944, 152_064, 32_768),  # Qwen2.5's, but for its biases
+    "7b": Shape(3584, 28, 28, 4, 128, 18_944, 152_064, 32_768),  # Qwen2.5's, without its biases
     "8b": Shape(4096, 32, 32, 8, 128, 14_336, 128_256),
 }
 
@@ -68,9 +68,9 @@ SHAPES = {
 def make_random_llama(
     folder: Path, shape: Shape, precision: str, device: str = "cpu", seed: int = 0
 ) -> Path:
-    """Writes the folder, which must not exist yet, whole or not at all; returns it.
+    """Writes the folder, which must not exist yet, completely or not at all; returns it.
 
-    On `cuda` all that is not quantised is float16 with every precision but fp32.
+    On `cuda`, everything that is not quantized is float16, except with fp32.
     """
     assert precision in PRECISIONS
     partial = folder.with_name(f"{folder.name}.partial")
@@ -87,7 +87,7 @@ def make_random_llama(
 
 
 class _Weights:
-    """Random tensors, each drawn and written at once; `dtype` is that of all floats."""
+    """Random tensors, each written as soon as it is drawn; `dtype` is that of all floats."""
 
     def __init__(self, file: BinaryIO, dtype: type[np.floating[Any]], seed: int) -> None:
         self.dtype = dtype
@@ -105,7 +105,7 @@ class _Weights:
         return self._write(name, dims, kind, numbers)
 
     def bytes(self, name: str, dims: tuple[int, ...]) -> TensorProto:
-        """Uniform bytes: any two 4-bit or one 8-bit weight."""
+        """Uniform bytes: two 4-bit weights or one 8-bit weight each."""
         numbers = (self._random.integers(256, size=n, dtype=np.uint8) for n in _pieces(dims))
         return self._write(name, dims, TensorProto.UINT8, numbers)
 
@@ -129,7 +129,7 @@ class _Weights:
 
 
 def _pieces(dims: tuple[int, ...]) -> Iterator[int]:
-    """Numbers of elements that together are all of them."""
+    """Numbers of elements per piece, which sum to all of them."""
     left = int(np.prod(dims))
     while left:
         yield min(left, _PIECE)
@@ -169,7 +169,7 @@ class _Llama:
         return graph
 
     def _embedding(self) -> str:
-        """Rows of about one; in eight bits where the products have eight or four."""
+        """An embedding with values of about one; int8 if the projections are int8 or int4."""
         shape, name = self._shape, "/model/embed_tokens/Gather"
         dims = (shape.vocabulary, shape.hidden)
         if self._precision in ("fp32", "fp16") or shape.hidden % BLOCK_SIZE:
@@ -177,7 +177,7 @@ class _Llama:
             return self._graph.add("Gather", name, [table, "input_ids"])
         table = self._keep(self._weights.bytes("embed_tokens.weight", dims))
         blocks = (shape.vocabulary, shape.hidden // BLOCK_SIZE)
-        scale = 12**0.5 / 2**8  # by the deviation of uniform integers
+        scale = 12**0.5 / 2**8  # uniform integers' standard deviation
         scales = self._keep(self._weights.constant("embed_tokens.scales", blocks, scale))
         return self._graph.add(
             "GatherBlockQuantized",
@@ -223,7 +223,7 @@ class _Llama:
     def _head(self, normed: str) -> None:
         graph, shape = self._graph, self._shape
         last = wanted_tokens(graph, normed, shape.hidden)
-        # The exporter keeps the head in eight bits where the rest has four.
+        # The exporter keeps the head in int8 if the rest is int4.
         precision = "int8" if self._precision == "int4" else self._precision
         logits = self._product("/lm_head", last, shape.hidden, shape.vocabulary, precision)
         if self._kind == TensorProto.FLOAT:
@@ -232,7 +232,7 @@ class _Llama:
             graph.add("Cast", "/lm_head/Cast", [logits], ["logits"], to=TensorProto.FLOAT)
 
     def _norm(self, module: str, stream: str, branch: str) -> tuple[str, str]:
-        """The normalised sum of stream and branch, and the sum itself."""
+        """The normalized sum of residual stream and branch, and the sum itself."""
         name = f"{module[1:].replace('/', '.')}.weight"
         weight = self._keep(self._weights.constant(name, (self._shape.hidden,), 1.0))
         result = f"{module}/output_0"
@@ -250,7 +250,7 @@ class _Llama:
     def _product(
         self, module: str, source: str, inputs: int, outputs: int, precision: str = ""
     ) -> str:
-        """[…, inputs] times a random matrix, […, outputs], of about the same size."""
+        """[…, inputs] times a random matrix: […, outputs], with values of about the same size."""
         precision = precision or self._precision
         name = module[1:].replace("/", ".")
         if precision in ("fp32", "fp16"):
@@ -261,7 +261,7 @@ class _Llama:
         weight = self._keep(
             self._weights.bytes(f"{name}.weight", (outputs, blocks, BLOCK_SIZE * bits // 8))
         )
-        scale = inputs**-0.5 / (2**bits / 12**0.5)  # by the deviation of uniform integers
+        scale = inputs**-0.5 / (2**bits / 12**0.5)  # uniform integers' standard deviation
         scales = self._keep(self._weights.constant(f"{name}.scales", (outputs, blocks), scale))
         return self._graph.add(
             "MatMulNBits",
@@ -283,7 +283,7 @@ class _Llama:
         return str(tensor.name)
 
     def _declare(self) -> None:
-        """Inputs and outputs, with one name per size."""
+        """Declares inputs and outputs, with one name per dynamic dimension."""
         shape, proto = self._shape, self._graph.model.graph
         cache = ["batch_size", shape.kv_heads, "max_sequence_length", shape.head_size]
         value = helper.make_tensor_value_info
@@ -305,7 +305,7 @@ def _rotary_tables(shape: Shape) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, 
 
 
 def _write_text_side(folder: Path, shape: Shape, precision: str, device: str) -> None:
-    """Configurations, manifest, and a tokenizer that has a token for each byte."""
+    """Writes configurations, manifest, and a tokenizer that has one token per byte."""
     genai = genai_config(_decoder(shape), [END_TOKEN], BEGIN_TOKEN, END_TOKEN, {})
     if device == "cuda":
         genai["model"]["decoder"]["session_options"]["provider_options"] = [{"cuda": {}}]
@@ -329,7 +329,7 @@ def _write_text_side(folder: Path, shape: Shape, precision: str, device: str) ->
 
 
 def llama_config(shape: Shape) -> dict[str, Any]:
-    """The shape as transformers' LlamaConfig takes it."""
+    """The shape as fields of transformers' LlamaConfig."""
     return {
         "model_type": "llama",
         "hidden_size": shape.hidden,

@@ -1,13 +1,13 @@
 """Three generators, two tokenizers, two facades: `python -m bench.replicas`.
 
-    split     1,000 requests of mixed length, as the tokenizers spread them, and as an oracle does
-              that knows all lengths; each against a perfect split of the generators' busy time
-    join      a third generator appears in DNS under load: when it is called, and its share then
+    split     1,000 requests of mixed length, distributed by the tokenizers, and by an oracle that
+              knows all lengths; each compared with a perfect split of the generators' busy time
+    join      a third generator appears in DNS under load: when it is first called, and its share
     freeze    a generator is stopped (SIGSTOP) under load: what is lost, and when the last call ends
     kill      the same with kill -9
 
 The generators are bench.paced_generator, so that three of them on few cores are as fast as three
-machines; all else is what is deployed. `split` exits 1 when the bound is not kept.
+machines; everything else is as deployed. `split` exits with 1 if the bound is exceeded.
 """
 
 from __future__ import annotations
@@ -38,35 +38,35 @@ from trivium.cli.load import Client, Target
 
 GENERATORS = ("127.0.0.32", "127.0.0.33", "127.0.0.34")
 STAGE_HOSTS = ("127.0.0.32", "127.0.0.33")  # of tokenizers and of facades
-# A facade, a tokenizer and a generator each, which know of nobody else.
+# Each a facade, a tokenizer and a generator that know about no others.
 LANES = tuple(zip(("127.0.0.42", "127.0.0.43", "127.0.0.44"), GENERATORS, strict=True))
 SLOTS = 16
-BOUND = 1.1  # of `split`, times a perfect split
+BOUND = 1.1  # for `split`, relative to a perfect split
 WORDS = ("the", "of", "a", "river", "house", "man", "told", "stories", "ships", "kings", "clouds")
 LOOK_SECONDS = 0.02
 ON_THE_WAY_SECONDS = (
-    0.5  # what a generator sent before it was lost comes by then, on a busy machine
+    0.5  # for what a generator sent before it was lost to arrive, on a busy machine
 )
 
 
 @dataclass(frozen=True)
 class Work:
-    """A request: so many words, some of which are more than a token, and so many output tokens."""
+    """A request: its number of words, some of which take several tokens, and of output tokens."""
 
     words: int
     output_tokens: int
 
     @property
     def seconds(self) -> float:
-        """About what it adds to the time of a generator whose slots are all taken."""
+        """About how much time it adds on a generator whose slots are all in use."""
         a_row = step_seconds(SLOTS, 0) / SLOTS
         return a_row * self.output_tokens + step_seconds(0, self.words) - step_seconds(0, 0)
 
 
 @dataclass(frozen=True)
 class Done:
-    """What became of a request, on one clock in seconds; `first` is when its first text came, and
-    `fault` is empty if all is well."""
+    """The outcome of a request; times are in seconds on one clock, `first` is that of the first
+    text, and `fault` is empty on success."""
 
     began: float
     ended: float
@@ -76,13 +76,13 @@ class Done:
 
 @dataclass
 class Clients:
-    """Each sends one request after the other; `done` has those that have ended."""
+    """Clients that each send one request after the other; `done` has those that have ended."""
 
     targets: Sequence[Target]
     done: list[Done] = field(default_factory=list)
 
     async def one(self, number: int, works: Iterator[Work]) -> None:
-        """One client, as long as there is work."""
+        """Runs one client until `works` is exhausted."""
         target = self.targets[number % len(self.targets)]
         client, words = Client(target), random.Random(number)
         for work in works:
@@ -100,13 +100,13 @@ class Clients:
         client.close()
 
     async def play(self, clients: int, works: Iterator[Work]) -> None:
-        """All of them, until the work is done."""
+        """Runs all clients until the work is done."""
         await asyncio.gather(*(self.one(number, works) for number in range(clients)))
 
 
 @dataclass(frozen=True)
 class Split:
-    """Seconds that all requests took, and that each generator was busy meanwhile."""
+    """Seconds that all requests took together, and that each generator was busy."""
 
     seconds: float
     busy: Sequence[float]
@@ -114,12 +114,12 @@ class Split:
 
     @property
     def ratio(self) -> float:
-        """To a perfect split, in which all generators are busy all the time and equally long."""
+        """The time relative to a perfect split, with all generators always busy."""
         return self.seconds / statistics.fmean(self.busy)
 
 
 class Cluster:
-    """The fleet with all that the scenarios need of it."""
+    """The fleet, with what the scenarios need."""
 
     def __init__(self, fleet: Fleet) -> None:
         self.fleet = fleet
@@ -144,7 +144,7 @@ class Cluster:
         await self.until_known(GENERATORS)
 
     async def until_known(self, generators: Sequence[str]) -> None:
-        """Returns when all tokenizers may call these and no other one."""
+        """Returns when all tokenizers know exactly these generators."""
 
         async def known() -> bool:
             found = [await self.fleet.callees(TOKENIZER, host) for host in STAGE_HOSTS]
@@ -160,17 +160,17 @@ class Cluster:
         return sum(map(float, re.findall(rf"^{name}\{{.*\}} ([0-9.e+]+)$", text, re.M)))
 
     async def busy(self) -> list[float]:
-        """Seconds that each generator was busy so far."""
+        """Seconds that each generator has been busy so far."""
         name = "trivium_device_busy_nanoseconds_total"
         return [await self.metric(name, host) / 1e9 for host in GENERATORS]
 
     async def tokens(self) -> list[float]:
-        """What each generator has answered so far."""
+        """Output tokens of each generator so far."""
         return [await self.fleet.tokens(GENERATOR, host) for host in GENERATORS]
 
     @contextlib.asynccontextmanager
     async def loaded(self, clients: int) -> AsyncIterator[Clients]:
-        """Clients that send requests of mixed length while the context lasts."""
+        """Clients that send requests of mixed length while the block runs."""
         load = Clients(self.targets)
         is_over = False
 
@@ -190,7 +190,7 @@ class Cluster:
 
 
 async def until(holds: Callable[[], Awaitable[bool]]) -> None:
-    """Returns when that holds; raises TimeoutError after a minute."""
+    """Returns when `holds` does; raises TimeoutError after a minute."""
     async with asyncio.timeout(60):
         while True:
             if await holds():
@@ -199,7 +199,7 @@ async def until(holds: Callable[[], Awaitable[bool]]) -> None:
 
 
 def draw(count: int, seed: int = 0) -> Iterator[Work]:
-    """Lognormal lengths: most are short, some five times as long."""
+    """Requests of lognormal lengths: most are short, some five times as long."""
     generator = random.Random(seed)
     prompt, output = Lengths(40, 0.8, most=200), Lengths(24, 0.8, most=150)
     for _ in range(count):
@@ -207,7 +207,8 @@ def draw(count: int, seed: int = 0) -> Iterator[Work]:
 
 
 def lanes(works: Sequence[Work], count: int) -> list[list[Work]]:
-    """The works in equal shares: the longest first, each to whom has least (Graham 1969)."""
+    """Divides the requests into equal shares: longest first, each to the smallest share so far
+    (Graham 1969)."""
     shares: list[list[Work]] = [[] for _ in range(count)]
     sums = [0.0] * count
     for work in sorted(works, key=lambda work: -work.seconds):
@@ -218,7 +219,7 @@ def lanes(works: Sequence[Work], count: int) -> list[list[Work]]:
 
 
 async def split(cluster: Cluster, requests: int, clients: int) -> tuple[Split, Split]:
-    """As the tokenizers do it, and as the oracle does."""
+    """The results with the tokenizers' split, and with the oracle's."""
 
     async def timed(plays: Sequence[tuple[Clients, int, list[Work]]]) -> Split:
         before, began = await cluster.busy(), time.perf_counter()
@@ -238,8 +239,8 @@ async def split(cluster: Cluster, requests: int, clients: int) -> tuple[Split, S
 
 @dataclass(frozen=True)
 class Join:
-    """Seconds from the address in DNS to the first token of the one that joins, and its share of
-    all tokens in the five seconds that begin two seconds after that address."""
+    """Seconds from the new generator's address being in DNS to its first token, and its share of
+    all tokens in the five seconds that begin two seconds after that."""
 
     seconds: float
     share: float
@@ -247,7 +248,7 @@ class Join:
 
 
 async def join(cluster: Cluster, clients: int) -> Join:
-    """The third generator is up, and comes into DNS."""
+    """Adds the third generator, which is already running, to DNS."""
     *old, new = GENERATORS
     cluster.fleet.publish(GENERATOR, *old)
     await cluster.until_known(old)
@@ -270,9 +271,9 @@ async def join(cluster: Cluster, clients: int) -> Join:
 
 @dataclass(frozen=True)
 class Loss:
-    """`held` calls ran on the generator just before it was lost. `failed` requests had begun to be
-    answered by then, `others` failed besides; `seconds` from the loss to the last failure, and to
-    the `slowest` first text of those that were well and had none yet, or came later."""
+    """`held` calls were on the generator just before it was lost. Of the requests that failed,
+    `failed` had first text by then and `others` had not; the last failed `seconds` after the loss.
+    `slowest` is the longest TTFT, in seconds, of the successful ones without text by then."""
 
     held: int
     failed: int
@@ -283,7 +284,7 @@ class Loss:
 
 
 async def lose(cluster: Cluster, clients: int, number: signal.Signals) -> Loss:
-    """The last generator stops without a word, and stays so for 12 s."""
+    """The last generator stops silently, and stays so for 12 s."""
     host = GENERATORS[-1]
     async with cluster.loaded(clients) as load:
         held = await cluster.metric("vllm:num_requests_(?:running|waiting)", host)
@@ -314,7 +315,7 @@ async def lose(cluster: Cluster, clients: int, number: signal.Signals) -> Loss:
 
 
 async def measure(options: argparse.Namespace) -> int:
-    """Prints what it finds as it goes; the exit status."""
+    """Prints results as they are ready; returns the exit status."""
     status = 0
     with (
         tempfile.TemporaryDirectory() as logs,

@@ -1,8 +1,8 @@
-"""From measured rows to tables for a terminal or a page, and to JSON. Pure but for `machine`.
+"""Turns measured rows into tables for a terminal or a page, and JSON. Pure except for `machine`.
 
-A number is the median over the rounds, with the lowest and the highest. Ratios are taken within a
-round, of measurements that were made one after another, since a machine's speed drifts; only then
-is their median taken.
+A number is the median over the rounds, with the minimum and maximum. Ratios are taken within a
+round, between measurements made one after another, since a machine's speed drifts; then their
+median is taken.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ BEGIN, END = "<!-- begin results -->", "<!-- end results -->"
 REFERENCE, OURS = "bare", "services"
 SPEED = "tokens_per_second"
 NOTHING = "-"
-LOUD_PERCENT = 5.0  # of the machine's time: with more than this gone to others, it is told
+LOUD_PERCENT = 5.0  # of the machine's CPU time: above this share for others, a note is added
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one contender did in one round of one scenario; `faults` are what went wrong there."""
+    """One contender's numbers in one round of one scenario; `faults` are errors that occurred."""
 
     scenario: str
     case: str
@@ -40,7 +40,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Spread:
-    """Of one number in all rounds."""
+    """Median, minimum and maximum of one number over all rounds."""
 
     median: float
     low: float
@@ -57,14 +57,14 @@ class Spread:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as they are to be read."""
+    """A table of formatted cells."""
 
     title: str
     head: tuple[str, ...]
     body: tuple[tuple[str, ...], ...]
 
     def text(self) -> str:
-        """For a terminal: all columns but the first ones to the right."""
+        """For a terminal, with aligned columns."""
         lines = [self.head, *self.body]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         shown = [
@@ -74,25 +74,25 @@ class Table:
         return "\n".join([self.title, "", *shown])
 
     def markdown(self) -> str:
-        """For a page."""
+        """For a Markdown page."""
         lines = [self.head, ("---",) * len(self.head), *self.body]
         return "\n".join([f"### {self.title}", "", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
 @dataclass(frozen=True)
 class Results:
-    """All rows, and what each scenario is called in a heading."""
+    """All rows, and each scenario's heading."""
 
     rows: Sequence[Row]
     titles: dict[str, str]
 
     def spread(self, like: Row, number: str) -> Spread | None:
-        """Of one number of one contender in one case."""
+        """The spread of one number of one contender in one case."""
         found = (row.numbers.get(number) for row in self._rounds(like))
         return Spread.of([value for value in found if value is not None])
 
     def ratio(self, over: Row, under: Row, number: str = SPEED) -> Spread | None:
-        """Of two contenders' numbers, round by round, where both have it."""
+        """The ratio of two contenders' numbers, by round, where both have it."""
         under_by_round = {row.round: row.numbers.get(number) for row in self._rounds(under)}
         pairs = (
             (row.numbers.get(number), under_by_round.get(row.round)) for row in self._rounds(over)
@@ -100,11 +100,11 @@ class Results:
         return Spread.of([upper / lower for upper, lower in pairs if upper is not None and lower])
 
     def ratio_to(self, row: Row, other: str) -> Spread | None:
-        """Of `row`'s contender to another in the same case; none to itself."""
+        """The speed of `row`'s contender relative to another in the same case; None for itself."""
         return None if row.contender == other else self.ratio(row, _by(row, other))
 
     def kinds(self, scenario: str) -> list[Row]:
-        """One row for each case and contender, in the order in which they came."""
+        """One row per case and contender, in order of appearance."""
         found: dict[tuple[str, str], Row] = {}
         for row in self.rows:
             if row.scenario == scenario:
@@ -171,7 +171,7 @@ _WITH_PROCESSES = ("load", "sampled", "long", "streams", "ceiling")
 
 
 def tables(results: Results) -> list[Table]:
-    """A table for each scenario, and for loads another of what the processes used."""
+    """A table per scenario, and for loads another with the processes' resource use."""
     found = []
     for scenario, title in results.titles.items():
         kinds = results.kinds(scenario)
@@ -210,7 +210,7 @@ def _processes(results: Results, kinds: list[Row], title: str) -> Table:
 
 
 def notes(results: Results) -> list[str]:
-    """What a reader of the tables has to know: failures, other work than asked for, noise."""
+    """What a reader of the tables needs to know: failures, deviating lengths, noise."""
     found: Counter[tuple[str, str]] = Counter()
     for row in results.rows:
         where = f"{row.contender}, {row.scenario} {row.case}".strip()
@@ -239,7 +239,7 @@ def _noise(results: Results) -> list[str]:
 
 
 def machine() -> dict[str, object]:
-    """Where and of what the measurements are: commit, date, processor, cores, ONNX Runtime."""
+    """What was measured and where: commit, date, CPU and cores."""
     cpu = Path("/proc/cpuinfo").read_text()
     model = next((line for line in cpu.splitlines() if line.startswith("model name")), ":unknown")
     changed = "" if not _git("status", "--porcelain", "--untracked-files=no") else " with changes"
@@ -263,7 +263,7 @@ def page(results: Results, about: dict[str, object]) -> str:
 
 
 def renewed(text: str, section: str) -> str:
-    """A page with another results section; ValueError where it has no markers for one."""
+    """The page with its results section replaced; raises ValueError if it has no markers."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
@@ -272,7 +272,7 @@ def renewed(text: str, section: str) -> str:
 
 
 def as_json(results: Results, about: dict[str, object]) -> dict[str, Any]:
-    """All rows, and of each number its median, lowest and highest."""
+    """All rows, and the median, minimum and maximum of each number."""
     summaries = [
         {
             "scenario": row.scenario,
@@ -294,7 +294,7 @@ def as_json(results: Results, about: dict[str, object]) -> dict[str, Any]:
 
 
 def _reverse(results: Results, row: Row) -> Spread | None:
-    """What the services reach of this contender's speed."""
+    """The services' speed relative to this contender's."""
     return None if row.contender == OURS else results.ratio(_by(row, OURS), row)
 
 
@@ -303,7 +303,7 @@ def _by(row: Row, contender: str) -> Row:
 
 
 def _without_empty(table: Table) -> Table:
-    """Leaves out columns that say nothing."""
+    """The table without empty columns."""
     kept = [
         at
         for at in range(len(table.head))
@@ -322,7 +322,7 @@ def _cell(found: object) -> str:
 
 
 def _shown(value: float) -> str:
-    """About three digits."""
+    """Formats to about three digits."""
     return f"{value:.{0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2}f}"
 
 

@@ -1,9 +1,9 @@
 """What drawing tokens costs the host: `python -m bench.sampling`.
 
-Processor milliseconds of a step of 32 rows, the sampler alone: without a model, and with logits
-like a model's, a few likely tokens above a bell curve, or flat ones, where thousands of tokens are
-equally likely. The same for what a CUDA device shows of such rows, its top 256, made on the CPU.
-Lowest and median of rounds in which all cases take turns.
+CPU milliseconds of a step of 32 rows in the sampler alone, without a model. Logits are either like
+a model's, a few likely tokens above a bell curve, or flat, with thousands of equally likely tokens.
+The former are also measured as the top 256 that a CUDA device returns, computed on the CPU.
+Minimum and median over rounds in which all cases take turns.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Rows = npt.NDArray[np.float32]  # logits [rows, vocabulary]
 
 
 def model_like(rows: int, vocabulary: int) -> Rows:
-    """A bell curve, and above it 40 tokens or so, the best of them by up to 20."""
+    """A bell curve, and about 40 tokens raised above it by up to 20."""
     random = np.random.default_rng(vocabulary)
     logits = 2.5 * random.standard_normal((rows, vocabulary))
     likely = random.random(logits.shape) < 40 / vocabulary
@@ -44,7 +44,7 @@ def model_like(rows: int, vocabulary: int) -> Rows:
 
 
 def flat(rows: int, vocabulary: int) -> Rows:
-    """Like the logits of random weights."""
+    """Logits like those of random weights."""
     random = np.random.default_rng(vocabulary)
     return (0.02 * random.standard_normal((rows, vocabulary))).astype(np.float32)
 
@@ -53,7 +53,7 @@ KINDS = {"like a model's": model_like, "flat": flat}
 
 
 def sequences(rows: int, vocabulary: int, sampling: SamplingParams) -> Iterator[Sequence]:
-    """Requests in the middle of their answers."""
+    """Sequences in the middle of decoding."""
     random = np.random.default_rng(rows)
     for tokens in random.integers(vocabulary, size=(rows, PROMPT + OUTPUT)).tolist():
         request = EngineRequest(tuple(tokens[:PROMPT]), 2 * OUTPUT, sampling)
@@ -64,7 +64,7 @@ def sequences(rows: int, vocabulary: int, sampling: SamplingParams) -> Iterator[
 
 
 def as_on_cuda(asked: list[Sequence], logits: Rows) -> DeviceRows:
-    """What a CUDA device would show of the rows."""
+    """What a CUDA device would return for the rows."""
     rows, vocabulary = logits.shape
     device_logits = DeviceLogits(Device("cpu"), vocabulary)
     buffer = device_logits.allocate(rows)
@@ -73,7 +73,7 @@ def as_on_cuda(asked: list[Sequence], logits: Rows) -> DeviceRows:
 
 
 def step_milliseconds(asked: list[Sequence], logits: Rows | DeviceRows) -> float:
-    """Processor time of one step."""
+    """CPU time of one step."""
     began = time.process_time_ns()
     tokens, failures = sample_all(zip(asked, logits, strict=True))
     spent = time.process_time_ns() - began
@@ -93,7 +93,7 @@ def main() -> None:
             for name, sampling in SAMPLINGS.items():
                 asked = list(sequences(options.rows, vocabulary, sampling))
                 steps[name] = asked, logits
-                if make is not flat:  # which need the whole rows
+                if make is not flat:  # flat logits need the whole rows
                     steps[f"{name}, CUDA"] = asked, as_on_cuda(asked, logits)
             times: dict[str, list[float]] = {name: [] for name in steps}
             for _ in range(options.rounds):

@@ -1,8 +1,7 @@
-"""What is measured: each scenario says what clients ask, and what of it counts.
+"""The scenarios: each defines the clients' requests and the numbers to measure.
 
-A scenario plays the same scripts with every contender. `slots` and `length` are how many
-conversations a server must hold at once and how many tokens the longest has, for those servers
-that have to be told.
+A scenario plays the same scripts with every contender. `slots` is how many conversations a server
+must hold at once, and `length` how many tokens the longest has, for servers that need to be told.
 """
 
 from __future__ import annotations
@@ -17,21 +16,21 @@ from bench.measures import Numbers, median_ms, percentiles, ratio, stalls, strea
 from bench.play import Answer, Ask, Script
 from bench.prompts import Prompts
 
-# The services have 32 slots unless they are told otherwise; more clients wait.
+# The services have 32 slots by default; further clients queue.
 MAX_SLOTS = 32
 
 
 class Stage(Protocol):
-    """Where a script is played."""
+    """Plays scripts."""
 
     def play(self, script: Script) -> Sequence[Answer]:
         """The answers, in the order of the script's requests."""
 
 
 class Scenario(Protocol):
-    """`name` is how the command line calls it, `case` what tells it from its like.
+    """`name` is the scenario on the command line, `case` distinguishes its variants.
 
-    `title` is what a heading calls all cases.
+    `title` is the heading of all cases.
     """
 
     @property
@@ -49,7 +48,7 @@ class Scenario(Protocol):
 
 @dataclass(frozen=True)
 class Load:
-    """Clients that each send their next request when the last one is answered."""
+    """A closed loop: each client sends its next request when the last one is answered."""
 
     name: str
     clients: int
@@ -79,7 +78,7 @@ class Load:
         return self.prompt + self.output
 
     def run(self, stage: Stage, prompts: Prompts) -> Numbers:
-        """Tokens/s, time to the first token, time between tokens."""
+        """Tokens/s, TTFT and inter-token latency."""
         clients = tuple(
             tuple(self._ask(prompts) for _ in range(self.requests)) for _ in range(self.clients)
         )
@@ -92,7 +91,7 @@ class Load:
 
 @dataclass(frozen=True)
 class SharedSystemPrompt:
-    """Users who come one after another, under one long system message that is new to the server."""
+    """Users one after another, with the same long system message, which is new to the server."""
 
     system: int = 500
     user: int = 40
@@ -111,7 +110,7 @@ class SharedSystemPrompt:
         return self.system + self.user + self.output
 
     def run(self, stage: Stage, prompts: Prompts) -> Numbers:
-        """Time to the first token of the first user, who finds nothing cached, and of others."""
+        """TTFT of the first user, who finds nothing cached, and of later users."""
         system = prompts.words(self.system)
         asks = [
             prompts.ask(self.system + self.user, self.output, system=system)
@@ -127,9 +126,9 @@ class SharedSystemPrompt:
 
 @dataclass(frozen=True)
 class Turns:
-    """Conversations that take turns at one server, and prompts as long without a past.
+    """Interleaved conversations on one server, and cold prompts of the same length.
 
-    After an answer there is a `pause` in seconds, as if people were writing.
+    After each turn there is a `pause` in seconds, as if people were writing.
     """
 
     turns: int = 5
@@ -151,7 +150,7 @@ class Turns:
         return self.prompt + self.turns * (2 * self.words + self.output)
 
     def run(self, stage: Stage, prompts: Prompts) -> Numbers:
-        """Time to the first token by turn, and what part it is of a cold prompt's, as long."""
+        """TTFT by turn, also relative to a cold prompt of the same length."""
         numbers: Numbers = {}
         asks = [prompts.ask(self.prompt, self.output) for _ in range(self.conversations)]
         for turn in range(1, self.turns + 1):
@@ -176,7 +175,7 @@ class Turns:
 
 @dataclass(frozen=True)
 class Choices:
-    """A long prompt that is answered once, or several times over; answers of one token."""
+    """A long prompt with one choice or several; answers of one token."""
 
     prompt: int = 2000
     n: int = 4
@@ -197,7 +196,7 @@ class Choices:
         return self.prompt + 1
 
     def run(self, stage: Stage, prompts: Prompts) -> Numbers:
-        """Time until all choices have their first token, and device time, against one choice's."""
+        """Time until all choices have their first token, and device time, relative to n=1."""
         numbers: Numbers = {}
         for n in (1, self.n):
             asks = tuple(prompts.ask(self.prompt, 1, n) for _ in range(self.requests))
@@ -213,7 +212,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class LongPrompt:
-    """Streams that run, and a long prompt that comes among them."""
+    """Running streams, and a long prompt that arrives among them."""
 
     prompt: int = 4000
     streams: int = 4
@@ -239,7 +238,7 @@ class LongPrompt:
         return self.prompt + 1
 
     def run(self, stage: Stage, prompts: Prompts) -> Numbers:
-        """Time between the streams' tokens before it came, and while it is computed."""
+        """Inter-token latency of the streams before it arrives, and during its prefill."""
         clients = tuple((prompts.ask(self.short, self.output),) for _ in range(self.streams))
         late = prompts.ask(self.prompt, 1)
         *answers, last = stage.play(Script(clients, late, late_after=self.quiet))

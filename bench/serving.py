@@ -1,8 +1,8 @@
 """`python -m bench.serving`: how near the services come to the bare runtime, and to others.
 
-Every round plays the same requests, which nobody has seen before, with one contender after
-another: the engine alone, the bare runner on the engine's own plans, the three services over REST,
-and whoever is named besides. bench/README.md says what is measured and how to read it.
+Every round plays the same requests, which are in no cache, with one contender after another: the
+engine alone, the bare runner on the engine's own plans, the three services over REST, and any
+others that are named. bench/README.md says what is measured and how to read it.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ from trivium.cli.supervisor import Stage, Supervisor
 from trivium.embedded_model import embedded_folder
 
 NAMES = ("load", "sampled", "long", "shared", "turns", "streams", "choices", "stall")
-CEILING = "ceiling"  # by name only: it wants a model that costs nothing
+CEILING = "ceiling"  # only if named: it needs a model that costs nothing
 CEILING_CLIENTS, CEILING_OUTPUT = (1, 8, 32, 64, 256), 256
 CLIENTS = (1, 8, 32)
 LONG_CLIENTS, LONG_PROMPT = (1, 8), 1000
-TEMPERATURE, TOP_P = 0.7, 0.95  # of sampled
+TEMPERATURE, TOP_P = 0.7, 0.95  # for "sampled"
 STREAMS = 256
 LATE_PROMPT, LATE_ROOM = 4000, 16
 STOP_SECONDS = 30.0
-SETTLE_SECONDS = 1.5  # for what a contender does when it has nothing to do: not in another's turn
+SETTLE_SECONDS = 1.5  # for a contender's idle-time work, so that it is not done in another's turn
 WARM_UP = Load("warm up", clients=2, requests=1, prompt=64, output=8)
-MAX_ERRORS = 3  # that are told of one measurement
+MAX_ERRORS = 3  # reported per measurement
 
 
 def arguments() -> argparse.Namespace:
@@ -86,7 +86,7 @@ def arguments() -> argparse.Namespace:
 
 
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Finds out now what would be a pity to find out after an hour."""
+    """Checks options early that would otherwise fail after an hour."""
     unknown = set(options.scenarios.split(",")) - {*NAMES, CEILING}
     if unknown:
         parser.error(f"--scenarios: there is no {', '.join(sorted(unknown))}")
@@ -104,7 +104,7 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
 
 
 def scenarios(options: argparse.Namespace, longest: int) -> list[Scenario]:
-    """What was asked for, as far as it fits into a slot of `longest` tokens."""
+    """The requested scenarios that fit into a slot of `longest` tokens."""
     prompt, output, requests = options.prompt_tokens, options.output_tokens, options.requests
     asked = [int(number) for number in (options.clients or "").split(",") if number]
     found: list[Scenario] = [
@@ -135,7 +135,7 @@ def scenarios(options: argparse.Namespace, longest: int) -> list[Scenario]:
 
 
 class Recorder:
-    """A stage on which one contender plays; keeps what was played."""
+    """Plays scripts with one contender, and keeps the results."""
 
     def __init__(self, contender: Contender) -> None:
         self._contender = contender
@@ -147,20 +147,20 @@ class Recorder:
         return play.answers
 
     def numbers(self) -> Numbers:
-        """Costs and checks of all that was played."""
+        """Costs and checks of everything played."""
         checked: Counter[str] = Counter()
         for script, play in self.played:
             checked.update(checks(script, play))
         return {**costs([play for _, play in self.played]), **checked}
 
     def faults(self) -> tuple[str, ...]:
-        """Some of what went wrong."""
+        """The first few distinct errors."""
         faults = (answer.fault for _, play in self.played for answer in play.answers)
         return tuple(itertools.islice(dict.fromkeys(filter(None, faults)), MAX_ERRORS))
 
 
 def measure(scenario: Scenario, contender: Contender, prompts: Prompts, number: int) -> Row:
-    """One scenario by one contender, in round `number`."""
+    """Measures one scenario with one contender, in round `number`."""
     recorder = Recorder(contender)
     with contender.turn(scenario):
         numbers = scenario.run(recorder, prompts)
@@ -174,7 +174,7 @@ def rounds(
     contenders: list[list[Contender]],
     text: Text,
 ) -> Iterator[list[Row]]:
-    """The rows of each round. Every second one has the groups of contenders in reverse."""
+    """The rows of each round. Every second round reverses the groups of contenders."""
     for number in range(options.rounds):
         rows = []
         groups = contenders[::-1] if number % 2 else contenders
@@ -215,7 +215,7 @@ def started(pipeline: Pipeline, checkout: Path | None = None) -> Iterator[Superv
 
 def _from_checkout(stage: Stage, checkout: Path) -> Stage:
     interpreter, *rest = stage.command
-    # Without -P the current folder's modules would come first.
+    # Without -P, modules in the current folder would take precedence.
     command = (interpreter, "-P", *rest)
     return replace(
         stage, command=command, environment={**stage.environment, "PYTHONPATH": str(checkout)}
@@ -223,7 +223,7 @@ def _from_checkout(stage: Stage, checkout: Path) -> Stage:
 
 
 def _servers(options: argparse.Namespace, client: Worker) -> Iterator[list[Contender]]:
-    """Those that were named."""
+    """The other servers named in the options."""
     key = os.environ.get("OPENAI_API_KEY", "")
     for name, _, root in (named.partition("=") for named in options.url):
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -236,7 +236,7 @@ def _servers(options: argparse.Namespace, client: Worker) -> Iterator[list[Conte
 
 
 def _pipeline(options: argparse.Namespace) -> Pipeline:
-    """The services at ports that nobody uses."""
+    """The services on free ports."""
     facade, tokenizer, tokenizer_metrics, generator, generator_metrics = free_ports(5)
     return Pipeline(
         options.model,
@@ -250,7 +250,7 @@ def _pipeline(options: argparse.Namespace) -> Pipeline:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Starts everybody, measures, reports."""
+    """Starts all contenders, measures and reports."""
     folder = options.model, options.device
     with contextlib.ExitStack() as stack:
         engine = stack.enter_context(Worker("bench.engine_loop:EngineLoop", *folder))
@@ -284,7 +284,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def show(results: Results) -> None:
-    """Prints the tables and what has to be known of them."""
+    """Prints the tables and notes."""
     for table in tables(results):
         print(table.text(), end="\n\n")
     for note in notes(results):
@@ -292,7 +292,7 @@ def show(results: Results) -> None:
 
 
 def save(options: argparse.Namespace, results: Results, about: dict[str, object]) -> None:
-    """Writes what there is to where it is wanted."""
+    """Writes the results so far to the requested files."""
     if options.json:
         options.json.write_text(json.dumps(as_json(results, about), indent=1) + "\n")
     if options.markdown:
@@ -301,7 +301,7 @@ def save(options: argparse.Namespace, results: Results, about: dict[str, object]
 
 
 def _same_slots(info: DeviceInfo) -> dict[str, str]:
-    """Settings that give later generators what the first got, however much memory is left."""
+    """Settings that give later generators the first one's KV cache, however much memory is left."""
     return {
         "TRIVIUM_GENERATOR_SLOTS": str(info.slots),
         "TRIVIUM_GENERATOR_KV_CACHE_BYTES": str(info.cache_bytes),

@@ -1,18 +1,18 @@
 """Planning past one machine: `python -m bench.simulate measure | plan | load | check`.
 
-    measure   what the generator's steps cost on this device, written as JSON
-    plan      how many replicas of each stage a load needs under targets of latency, by policy
-    load      what one replica of each stage gives so many clients, in a closed loop as of
-              `trivium bench`
-    check     one real replica of each stage against what the simulation says of it
+    measure   the costs of the generator's steps on this device, written as JSON
+    plan      how many replicas of each stage a load needs to meet latency targets, by policy
+    load      the throughput and latency of one replica of each stage with a number of clients, in a
+              closed loop as in `trivium bench`
+    check     one real replica of each stage compared with its simulation
 
-`plan` replays a drawn trace, or one read from a file, in virtual time, as `load` runs, too; with
-the costs in a file they need no model. Each replica has a device of its own then, as the measured
-one had.
+`plan` and `load` run in virtual time; `plan` replays a random trace, or one read from a file. With
+the costs in a file, they need no model. Each simulated replica has its own device, like the one
+that was measured.
 
-`check` runs all stages on one machine, where they take each other's time: its decode batches take
-what a few parallel streams show them to take, just before and after the replay. Costs are measured
-before and after too, since a machine's speed drifts. It exits 1 when output tokens/s or the mean
+`check` runs all stages on one machine, where they compete for the CPU: its decode batches are as
+slow as a few parallel streams show them to be, just before and after the replay. Costs are measured
+before and after too, since a machine's speed drifts. It exits with 1 if output tokens/s or the mean
 latency of a request is off by more than 15 %.
 """
 
@@ -53,20 +53,20 @@ from trivium.model_directory import load_model_directory
 TOLERANCE = 0.15
 TEMPLATE_TOKENS = 32  # about what a chat template adds to a prompt
 RANKS = (50, 95, 99)
-STREAMS = (1, 2, 4, 8, 16)  # at once, that show how the stages slow each other
+STREAMS = (1, 2, 4, 8, 16)  # concurrent, to show how the stages slow each other down
 STREAM_WORDS, STREAM_TOKENS = 64, 48
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Seconds that time to first token and time between tokens may take, at a percentile."""
+    """Limits in seconds for time to first token and inter-token latency, at a percentile."""
 
     first_token: float
     between_tokens: float
     rank: float
 
     def are_met(self, result: Result) -> bool:
-        """Nobody may have been refused either."""
+        """Whether the targets are met and no request was refused."""
         return (
             len(result.served) == len(result.answers)
             and result.first_token(self.rank) <= self.first_token
@@ -76,14 +76,14 @@ class Targets:
 
 @dataclass(frozen=True)
 class Plan:
-    """Numbers of replicas that were tried, and the smallest that meet the targets, if any do."""
+    """The numbers of replicas tried, and the smallest that meet the targets, if any."""
 
     tried: dict[tuple[int, int], Result]  # by generators and tokenizers
     found: tuple[int, int] | None
 
 
 def smallest(most: int, is_enough: Callable[[int], bool]) -> int | None:
-    """The smallest number from 1 to `most` that is enough, if any; more than enough is enough."""
+    """The smallest number from 1 to `most` that is enough, if any; any larger one must be too."""
     low, high = 0, 1
     while not is_enough(high):
         if high == most:
@@ -98,7 +98,7 @@ def smallest(most: int, is_enough: Callable[[int], bool]) -> int | None:
 def find_replicas(
     requests: Sequence[Request], cluster: Cluster, policy: str, targets: Targets, most: int
 ) -> Plan:
-    """The fewest generators behind `most` tokenizers, then the fewest tokenizers before these."""
+    """The fewest generators with `most` tokenizers, then the fewest tokenizers for these."""
     tried: dict[tuple[int, int], Result] = {}
 
     def is_enough(generators: int, tokenizers: int) -> bool:
@@ -115,7 +115,7 @@ def find_replicas(
 
 
 async def replay(target: Target, prompts: Prompts, requests: Sequence[Request]) -> list[Answer]:
-    """Sends each request when its time has come, whatever became of those before."""
+    """Sends each request at its arrival time, whatever the state of earlier ones."""
     start = time.perf_counter() - requests[0].arrival
 
     async def one(request: Request) -> Answer:
@@ -128,7 +128,7 @@ async def replay(target: Target, prompts: Prompts, requests: Sequence[Request]) 
 
 
 async def between_tokens(target: Target, prompts: Prompts) -> dict[int, float]:
-    """Median seconds between tokens by the number of streams at once."""
+    """Median seconds between tokens, by the number of concurrent streams."""
     found = {}
     for streams in STREAMS:
         asking = [
@@ -148,7 +148,7 @@ async def _ask(target: Target, prompt: str, output_tokens: int, began: float) ->
 
 @dataclass(frozen=True)
 class Run:
-    """Of one replica of each stage: the answers to a trace, and `between_tokens` around it."""
+    """A run of one replica per stage: the answers to a trace, and `between_tokens` around it."""
 
     answers: Sequence[Answer]
     gaps: Sequence[dict[int, float]]
@@ -169,14 +169,14 @@ async def run_services(model: Path, requests: Sequence[Request], seed: int) -> R
     prompts = Prompts(seed)
     async with Supervisor(pipeline.stages(), 30) as supervisor:
         await supervisor.wait_until_ready(120)
-        await between_tokens(target, prompts)  # to be warm
+        await between_tokens(target, prompts)  # warm-up
         before = await between_tokens(target, prompts)
         answers = await replay(target, prompts, requests)
         return Run(answers, [before, await between_tokens(target, prompts)])
 
 
 def on_one_machine(costs: StepCosts, gaps: Sequence[dict[int, float]]) -> StepCosts:
-    """The costs with decode batches as slow as the time between tokens shows them to be."""
+    """The costs, with decode batches as slow as the measured time between tokens."""
     context = TEMPLATE_TOKENS + STREAM_WORDS + STREAM_TOKENS / 2
     seen = [statistics.fmean(gap[streams] for gap in gaps) for streams in STREAMS]
 
@@ -189,7 +189,7 @@ def on_one_machine(costs: StepCosts, gaps: Sequence[dict[int, float]]) -> StepCo
 
 
 def as_measured(requests: Sequence[Request], answers: Sequence[Answer]) -> list[Request]:
-    """The trace with the prompt lengths that the server counted, and what it found cached."""
+    """The trace with the prompt lengths and cached tokens that the server reported."""
     cached = [a.usage["prompt_tokens_details"]["cached_tokens"] for a in answers]
     return [
         dataclasses.replace(
@@ -202,7 +202,7 @@ def as_measured(requests: Sequence[Request], answers: Sequence[Answer]) -> list[
 
 
 def summary_of_run(answers: Sequence[Answer]) -> dict[str, float]:
-    """What the clients saw; times in seconds."""
+    """The clients' measurements; times in seconds."""
     first = percentiles([a.first_token_seconds for a in answers if a.first_token_seconds])
     gaps = percentiles([gap for answer in answers for gap in answer.gaps])
     assert first is not None
@@ -220,7 +220,7 @@ def summary_of_run(answers: Sequence[Answer]) -> dict[str, float]:
 
 
 def summary_of_simulation(result: Result) -> dict[str, float]:
-    """The same of a simulation."""
+    """The same numbers from a simulation."""
     return {
         "output tokens/s": result.tokens_per_second,
         "mean latency": statistics.fmean(answer.seconds for answer in result.served),
@@ -233,7 +233,7 @@ def summary_of_simulation(result: Result) -> dict[str, float]:
 
 
 def check(options: argparse.Namespace) -> int:
-    """Exit status: 0 when the prediction is near enough."""
+    """Returns the exit status: 0 if the prediction is close enough."""
     runner = open_runner(options.model)
     before = step_costs.measure(runner)
     cluster = cluster_of(options, before, runner)
@@ -251,7 +251,7 @@ def check(options: argparse.Namespace) -> int:
 
 
 def show_check(predicted: dict[str, float], measured: dict[str, float]) -> int:
-    """One table; the exit status."""
+    """Prints a table; returns the exit status."""
     print(f"{'seconds, unless said':24} {'predicted':>10} {'measured':>10} {'error':>7}")
     errors = {name: predicted[name] / value - 1 for name, value in measured.items()}
     for name, value in measured.items():
@@ -263,14 +263,14 @@ def show_check(predicted: dict[str, float], measured: dict[str, float]) -> int:
 
 
 def capacity(load: Workload, cluster: Cluster) -> float:
-    """Requests a second of one replica that is never without work."""
+    """Requests per second of one replica of each stage that is never idle."""
     requests = load.draw(4 * cluster.slots, seed=0)
     at_once = [dataclasses.replace(request, arrival=0.0) for request in requests]
     return len(requests) / simulate(at_once, cluster).seconds
 
 
 def plan(options: argparse.Namespace) -> int:
-    """Exit status: 0 when some number of replicas meets the targets under every policy."""
+    """Returns the exit status: 0 if every policy meets the targets with some number of replicas."""
     cluster = cluster_by_costs(options)
     if options.trace is not None:
         requests = trace.load(options.trace)
@@ -294,7 +294,7 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def show_plans(plans: dict[str, Plan]) -> None:
-    """One table: all that was tried, with a mark at what was found."""
+    """Prints a table of everything tried, with the solutions marked."""
     print(
         f"{'policy':14} {'generators':>10} {'tokenizers':>10} {'first p50/p95/p99 ms':>22} "
         f"{'between p50/p95/p99 ms':>22} {'tokens/s':>9} {'cached':>7} {'busy':>6}"
@@ -313,7 +313,7 @@ def show_plans(plans: dict[str, Plan]) -> None:
 
 
 def load(options: argparse.Namespace) -> int:
-    """Prints a line for each number of clients."""
+    """Prints a line per number of clients."""
     cluster = cluster_by_costs(options)
     print(
         f"{'clients':>7} {'requests':>8} {'tokens/s':>9} {'first p50/p95/p99 ms':>22} "
@@ -331,7 +331,7 @@ def load(options: argparse.Namespace) -> int:
 
 
 def latencies(result: Result) -> tuple[str, str]:
-    """Percentiles of the time to first token, and between tokens, in ms."""
+    """Percentiles of the time to first token and the time between tokens, in ms."""
     first = "/".join(f"{result.first_token(rank) * 1e3:.0f}" for rank in RANKS)
     return first, "/".join(f"{result.between_tokens(rank) * 1e3:.0f}" for rank in RANKS)
 
@@ -342,7 +342,7 @@ def measure(options: argparse.Namespace) -> int:
 
 
 def open_runner(model: Path) -> OrtRunner:
-    """The model as the service opens it."""
+    """Loads the model as the service does."""
     settings = GeneratorSettings(model_directory=model)
     return load_runner(settings, load_model_directory(model))
 
@@ -364,7 +364,7 @@ def cluster_of(
 
 
 def cluster_by_costs(options: argparse.Namespace) -> Cluster:
-    """With the costs in the file that is named, or measured now."""
+    """The cluster with the costs from the given file, or measured now."""
     if options.costs is not None:
         return cluster_of(options, step_costs.load(options.costs))
     runner = open_runner(options.model)
@@ -372,7 +372,7 @@ def cluster_by_costs(options: argparse.Namespace) -> Cluster:
 
 
 def bursts(options: argparse.Namespace) -> Bursts | None:
-    """Those of the arrivals, if they are to come in any."""
+    """The bursts of the arrivals, or None."""
     is_bursty = options.arrivals == "bursty"
     return Bursts(options.burst_peak, options.burst_share) if is_bursty else None
 

@@ -1,9 +1,9 @@
-"""The services in virtual time: N generators behind M tokenizers, and a trace that goes through.
+"""The services in virtual time: a trace of requests through M tokenizers to N generators.
 
-A generator is the engine that is served, with its scheduler, slots and queue; only its runner is
-replaced by one that computes nothing and tells what the plan would have cost. A tokenizer is a
-queue with one server, which takes time for each prompt and each delivered token. The rest of
-the road, the facade and the network, is a delay that does not depend on load.
+A generator is the real engine, with its scheduler, slots and queue; only its runner is replaced by
+one that computes nothing and reports what the plan would have cost. A tokenizer is a single-server
+queue that takes time for each prompt and each delivered token. The rest of the path, the facade and
+the network, is a constant delay.
 """
 
 import heapq
@@ -25,14 +25,14 @@ from tokenizer_svc.generator.load import LoadReport
 from tokenizer_svc.generator.picker import Candidate, GeneratorPicker
 from tokenizer_svc.generator.prefix_memory import prefixes
 
-MIN_STEP_SECONDS = 1e-6  # so that a step that is free cannot be taken without end
+MIN_STEP_SECONDS = 1e-6  # so that a free step cannot repeat forever
 
 
 @dataclass(frozen=True)
 class TokenizerCosts:
-    """Processor seconds of a tokenizer for a request, a prompt token and an output token.
+    """CPU seconds of a tokenizer per request, prompt token and output token.
 
-    `hop` is the time, each way, of all that is neither tokenizer nor generator.
+    `hop` is the time, each way, spent outside tokenizer and generator.
     """
 
     request: float = 2e-3
@@ -43,7 +43,7 @@ class TokenizerCosts:
 
 @dataclass(frozen=True)
 class Cluster:
-    """What is simulated. Each generator has `slots` slots of `slot_length` tokens."""
+    """The simulated replicas. Each generator has `slots` slots of `slot_length` tokens."""
 
     costs: StepCosts
     tokenizer_costs: TokenizerCosts = TokenizerCosts()
@@ -55,7 +55,7 @@ class Cluster:
 
 @dataclass
 class Answer:
-    """What a request got. `times` of its tokens at the client, in seconds on the trace's clock."""
+    """An answer. `times` are when its tokens reach the client, in seconds on the trace's clock."""
 
     request: Request
     generator: int = -1
@@ -82,7 +82,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Result:
-    """Answers in the order of their requests, and the busy seconds of each generator."""
+    """Answers in the order of the requests, and the busy seconds of each generator."""
 
     answers: Sequence[Answer]
     generator_seconds: Sequence[float]
@@ -99,12 +99,12 @@ class Result:
 
     @property
     def tokens_per_second(self) -> float:
-        """Output tokens."""
+        """Output tokens per second."""
         return sum(len(answer.times) for answer in self.served) / self.seconds
 
     @property
     def cached_share(self) -> float:
-        """Of all prompt tokens."""
+        """The share of all prompt tokens that was cached."""
         prompts = sum(answer.request.prompt_tokens for answer in self.served)
         return sum(answer.cached_tokens for answer in self.served) / prompts
 
@@ -124,20 +124,20 @@ class Result:
 
 
 class Replica(Protocol):
-    """Where a request may go. `load` counts outstanding tokens."""
+    """A replica that can take a request. `load` counts outstanding tokens."""
 
     load: int
 
 
 class Router(Protocol):
-    """Which generator a request goes to."""
+    """Chooses the generator for a request."""
 
     def choose(self, prompt: Sequence[int], replicas: Sequence["Generator"]) -> int:
-        """The number of a replica for a prompt of these tokens."""
+        """The index of the replica for a prompt of these tokens."""
 
 
 class RoundRobin:
-    """One after the other."""
+    """Each replica in turn."""
 
     def __init__(self) -> None:
         self._next = itertools.count()
@@ -147,14 +147,14 @@ class RoundRobin:
 
 
 class LeastLoaded:
-    """Fewest outstanding tokens; the first among equals."""
+    """The replica with the fewest outstanding tokens; the first among equals."""
 
     def choose(self, prompt: Sequence[int], replicas: Sequence[Replica]) -> int:
         return min(range(len(replicas)), key=lambda number: replicas[number].load)
 
 
 class PrefixAffine:
-    """As the tokenizer picks a generator, but that reports are never late here."""
+    """Picks a generator as the tokenizer does, but with load reports that are never late."""
 
     def __init__(self) -> None:
         self._picker = GeneratorPicker()
@@ -179,7 +179,7 @@ POLICIES: dict[str, Callable[[], Router]] = {
 
 
 class Clock:
-    """Virtual time, in seconds: things happen in the order of their time."""
+    """Virtual time, in seconds: events run in order of time."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -187,20 +187,20 @@ class Clock:
         self._count = itertools.count()
 
     def at(self, when: float, action: Callable[[], None]) -> None:
-        """Those of one time happen in the order in which they were asked for."""
+        """Schedules an action; those at the same time run in the order they were scheduled."""
         heapq.heappush(self._events, (when, next(self._count), action))
 
     def run(self) -> None:
-        """Until nothing is left to happen."""
+        """Runs until no events are left."""
         while self._events:
             self.now, _, action = heapq.heappop(self._events)
             action()
 
 
 class VirtualRunner:
-    """Computes nothing, and adds up in `seconds` what the plans would have taken.
+    """Computes nothing, and adds up in `seconds` the time that the plans would have taken.
 
-    Its logits are float32 [rows, 1], so that every token is 0.
+    Its logits are float32 [rows, 1], so every token is 0.
     """
 
     def __init__(self, cluster: Cluster) -> None:
@@ -256,7 +256,7 @@ class Generator:
         self.busy_seconds = 0.0
 
     def report(self) -> LoadReport:
-        """What the engine would report now."""
+        """The engine's current load report."""
         load = self._engine.load()
         return LoadReport(
             waiting_sequences=load.waiting_sequences,
@@ -266,13 +266,13 @@ class Generator:
         )
 
     def submit(self, generation: EngineRequest, receive: Callable[[SequenceUpdate], None]) -> None:
-        """`receive` hears of each token when the step that brought it ends. Raises QueueFull."""
+        """Calls `receive` for each token when the step that produced it ends. Raises QueueFull."""
         self._engine.submit(generation, receive)
         if not self._is_stepping:
             self._begin_step()
 
     def _begin_step(self) -> None:
-        """The engine steps at once; what the step brought is there when its time is over."""
+        """Runs the engine's step at once; its updates are delivered when its virtual time ends."""
         self._is_stepping = True
         before = self._runner.seconds
         self._engine.step()
@@ -292,7 +292,7 @@ class Generator:
 
 
 class Tokenizer:
-    """A queue with one server: first come, first served. `load` counts outstanding tokens."""
+    """A single-server FIFO queue. `load` counts outstanding tokens."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -300,15 +300,15 @@ class Tokenizer:
         self.load = 0
 
     def work(self, seconds: float, done: Callable[[], None]) -> None:
-        """Queues a piece of work of `seconds`; `done` is called when it ends."""
+        """Queues work that takes `seconds`; `done` is called when it ends."""
         self._free_at = max(self._free_at, self._clock.now) + seconds
         self._clock.at(self._free_at, done)
 
 
 class _Simulation:
-    """One run: the replicas, and the road of a request through them.
+    """One run: the replicas, and a request's path through them.
 
-    `ended` is called when an answer has its last token or is refused.
+    `ended` is called when an answer has reached its last token or was refused.
     """
 
     def __init__(self, cluster: Cluster, policy: str) -> None:
@@ -318,12 +318,12 @@ class _Simulation:
         self._count = itertools.count()
         self.generators = [Generator(self.clock, cluster) for _ in range(cluster.generators)]
         self._tokenizers = [Tokenizer(self.clock) for _ in range(cluster.tokenizers)]
-        # Tokenizers keep nothing of a conversation, so that affinity means nothing to them.
+        # Tokenizers keep no state of a conversation, so affinity is pointless for them.
         self._to_tokenizer = RoundRobin() if policy == "round-robin" else LeastLoaded()
         self._to_generator = POLICIES[policy]()
 
     def send(self, answer: Answer) -> None:
-        """When its request arrives by the trace."""
+        """Schedules the answer's request at its arrival time in the trace."""
         when = answer.request.arrival + self._costs.hop
         self.clock.at(when, partial(self._arrive, answer))
 
@@ -370,7 +370,7 @@ class _Simulation:
 
 
 def _generation(request: Request, own: int) -> EngineRequest:
-    """Token ids that agree with those of other requests in the shared tokens, and nowhere else."""
+    """A request whose prompt has only its conversation's shared tokens in common with others."""
     rest = request.prompt_tokens - request.shared_tokens
     prompt = (-1 - request.conversation,) * request.shared_tokens + (own,) * rest
     return EngineRequest(prompt, request.output_tokens, SamplingParams(temperature=0))
@@ -386,8 +386,8 @@ def simulate(requests: Sequence[Request], cluster: Cluster, policy: str = "round
 
 
 def simulate_clients(requests: Sequence[Request], clients: int, cluster: Cluster) -> Result:
-    """A closed loop: each client sends the next of the requests when it has the answer to its last,
-    whenever they arrive by the trace."""
+    """A closed loop: each client sends the next request when its last one is answered, ignoring the
+    arrival times in the trace."""
     simulation = _Simulation(cluster, "prefix-affine")
     answers = [Answer(request) for request in requests]
     unsent = iter(answers)

@@ -1,13 +1,13 @@
-"""What a step of the generator costs on a device: measured once, kept as JSON, asked by plan.
+"""The cost of a generator step on a device: measured once, stored as JSON, looked up by plan.
 
-Four kinds of time, in seconds; fits are least squares of the relative error.
+Four kinds of time, in seconds; fits minimize the squared relative error.
 
     decode   by rows and context, measured on a grid and interpolated linearly
     chunk    a + b*k + c*k*p for k prompt tokens at a mean position p, fitted; a batch of prompts is
-             taken for such a chunk of all its positions, padding included: on a GPU c has less to
-             do with attention than with products that no longer wait for weights
-    move     a + b*n for n tokens copied from slot to slot, fitted; a swap is three copies
-    around   what a step takes outside its runs: a constant, and more for each token it brings
+             treated as one such chunk of all its positions, including padding: on a GPU, c reflects
+             attention less than matrix products that are no longer limited by reading weights
+    move     a + b*n for n tokens copied between slots, fitted; a swap is three copies
+    around   the time of a step outside its runs: a constant plus a cost per output token
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from generator_svc.sequence import EngineRequest, SamplingParams, SequenceUpdate
 from generator_svc.server import build_engine
 
 ROWS = (1, 2, 4, 8, 16, 32)
-CONTEXTS = (64, 1024)  # tokens before the one that is computed
+CONTEXTS = (64, 1024)  # tokens before the one being computed
 CHUNKS = (8, 64, 256)  # tokens
 STARTS = (0, 512)  # where the chunks begin
 MOVES = (32, 512)  # tokens
@@ -42,7 +42,7 @@ OVERHEAD_STEPS = 24
 class StepCosts:
     """Times in seconds. `decode` is [contexts][rows]; the others are coefficients, as above.
 
-    `device` is `cpu` or `cuda`, after which the engine chooses its policy.
+    `device` is `cpu` or `cuda`, which determines the engine's policy.
     """
 
     rows: tuple[int, ...]
@@ -55,7 +55,8 @@ class StepCosts:
     device: str = "cpu"
 
     def decode_seconds(self, rows: int, context: float) -> float:
-        """A decode batch of `rows` whose mean context is `context` tokens; lines go on outside."""
+        """A decode batch of `rows` with a mean context of `context` tokens; extrapolated linearly
+        outside the grid."""
         times = [interpolate(self.rows, of_context, rows) for of_context in self.decode]
         return max(interpolate(self.contexts, times, context), 0.0)
 
@@ -65,12 +66,12 @@ class StepCosts:
         return max(constant + length * (per_token + per_pair * (start + length / 2)), 0.0)
 
     def move_seconds(self, move: Copy | Swap) -> float:
-        """Keys and values copied from slot to slot, or exchanged."""
+        """A copy or swap of keys and values between slots."""
         constant, per_token = self.move
         return (constant + per_token * move.length) * (3 if isinstance(move, Swap) else 1)
 
     def around_seconds(self, tokens: int) -> float:
-        """Outside its runs, a step that brings `tokens` tokens."""
+        """The time outside its runs of a step that produces `tokens` tokens."""
         return self.around_step + self.around_token * tokens
 
     def save(self, path: Path) -> None:
@@ -78,7 +79,7 @@ class StepCosts:
 
 
 def load(path: Path) -> StepCosts:
-    """What `StepCosts.save` wrote."""
+    """Reads what `StepCosts.save` wrote."""
     fields: dict[str, Any] = json.loads(path.read_text())
     fields["decode"] = [tuple(times) for times in fields["decode"]]
     tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
@@ -90,16 +91,16 @@ def served_engine(
     deliver: Callable[[list[SequenceUpdate]], None],
     settings: GeneratorSettings | None = None,
 ) -> Engine:
-    """The engine as the service builds it, its policy set by the service's own environment.
+    """The engine as the service builds it, with the policy set by the service's own environment.
 
-    `runner` has an `info` like OrtRunner's. For whoever calls `step`: its thread is not started.
+    `runner` has an `info` like OrtRunner's. Its thread is not started: the caller calls `step`.
     """
     settings = settings or GeneratorSettings(model_directory=Path())
     return build_engine(settings, cast(OrtRunner, runner), Meter(), deliver, _raise)
 
 
 def measure(runner: OrtRunner) -> StepCosts:
-    """Takes some ten seconds on a small model, and all of the runner's slots."""
+    """Measures the costs; takes about ten seconds on a small model, and uses all slots."""
     info = runner.info
     rows = (*(number for number in ROWS if number < info.slots), info.slots)
     contexts = tuple(min(context, info.slot_length - 1) for context in CONTEXTS)
@@ -124,21 +125,21 @@ def measure(runner: OrtRunner) -> StepCosts:
 
 
 def mean(many: Sequence[StepCosts]) -> StepCosts:
-    """The mean of measurements on one grid, say of those before and after something."""
+    """The mean of measurements on the same grid, such as before and after a run."""
     names = ("decode", "chunk", "move", "around_step", "around_token")
     times = {name: _mean([getattr(costs, name) for costs in many]) for name in names}
     return dataclasses.replace(many[0], **times)
 
 
 def _mean(values: Sequence[Any]) -> Any:
-    """Of numbers, or of tuples of equal shape, number by number."""
+    """The mean of numbers, or elementwise of tuples of equal shape."""
     if isinstance(values[0], tuple):
         return tuple(_mean(parts) for parts in zip(*values, strict=True))
     return statistics.fmean(values)
 
 
 def interpolate(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
-    """`ys` at `x`, linear between neighbours and beyond the ends; `xs` ascend."""
+    """`ys` at `x`, linear between neighbours and beyond the ends; `xs` must be ascending."""
     if len(xs) == 1 or xs[0] == xs[-1]:
         return ys[0]
     right = min(max(int(np.searchsorted(xs, x)), 1), len(xs) - 1)
@@ -147,13 +148,14 @@ def interpolate(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
 
 
 def _fit(terms: Sequence[Sequence[float]], times: Sequence[float]) -> tuple[float, ...]:
-    """A coefficient for each term."""
+    """The coefficient of each term."""
     scaled = np.array(terms) / np.array(times)[:, None]
     return tuple(map(float, np.linalg.lstsq(scaled, np.ones(len(times)), rcond=None)[0]))
 
 
 def _times(runner: OrtRunner, plans: Sequence[StepPlan]) -> list[float]:
-    """Of each plan the median of some runs. They take turns: a slow moment then strikes all."""
+    """The median time of each plan over REPEATS rounds. The plans take turns, so that a slow moment
+    affects all of them."""
     rounds = []
     for _ in range(REPEATS + 1):
         times = []
@@ -166,7 +168,7 @@ def _times(runner: OrtRunner, plans: Sequence[StepPlan]) -> list[float]:
 
 
 class _Stopwatch:
-    """A runner that adds up the time spent in it, in seconds."""
+    """A runner that adds up the time spent in its runs, in seconds."""
 
     def __init__(self, runner: OrtRunner) -> None:
         self._runner = runner
@@ -181,7 +183,7 @@ class _Stopwatch:
 
 
 def _measure_around(runner: OrtRunner) -> tuple[float, float]:
-    """Seconds around the runs of a step: a constant, and for each row."""
+    """Seconds of a step outside its runs: a constant, and a cost per row."""
     many = max(runner.info.slots // 2, 1)
     at_one, at_many = _time_around(runner, 1), _time_around(runner, many)
     per_token = max(at_many - at_one, 0.0) / max(many - 1, 1)
@@ -189,7 +191,7 @@ def _measure_around(runner: OrtRunner) -> tuple[float, float]:
 
 
 def _time_around(runner: OrtRunner, rows: int) -> float:
-    """Seconds of a step of the engine with `rows` greedy sequences, less those of its runs."""
+    """Seconds of an engine step with `rows` greedy sequences, excluding its runs."""
     stopwatch = _Stopwatch(runner)
     engine = served_engine(stopwatch, lambda updates: None)
     for number in range(rows):

@@ -1,7 +1,7 @@
-"""A trace: which requests come when, drawn from a seed or read from a file.
+"""A trace of request arrivals, drawn from a seed or read from a file.
 
 Lengths are lognormal (Galton 1879), arrivals Poisson or bursty: a Markov-modulated Poisson
-process of two states, calm and burst, whose mean rate is the rate that was asked for.
+process with two states, calm and burst, whose mean rate is the given rate.
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Request:
-    """One request: when it comes, in seconds, and its lengths, in tokens.
+    """One request: its arrival in seconds, and its lengths in tokens.
 
-    The first `shared_tokens` of its prompt are those of every request of its `conversation`.
+    The first `shared_tokens` of its prompt are the same for all requests of its `conversation`.
     """
 
     arrival: float
@@ -33,9 +33,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Lognormal numbers of tokens: their mean, the sigma of their logarithm, and a bound.
+    """Lognormal numbers of tokens: their mean, the sigma of their logarithm, and a maximum.
 
-    Sigma 0 makes all of them equal. The bound takes a little off the mean.
+    Sigma 0 makes all of them equal. The maximum lowers the mean slightly.
     """
 
     mean: float
@@ -49,9 +49,9 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Bursts:
-    """Two states: bursts come `peak` times as fast as the mean, and take `share` of the time.
+    """Two states: bursts have `peak` times the mean rate, and take `share` of the time.
 
-    A burst lasts `seconds` in the mean; both states end exponentially.
+    A burst lasts `seconds` on average; both states have exponential durations.
     """
 
     peak: float = 3.0
@@ -63,7 +63,7 @@ class Bursts:
 
 
 def poisson(rate: float, generator: random.Random) -> Iterator[float]:
-    """Arrivals in seconds, without end, `rate` a second."""
+    """Endless arrival times in seconds, at `rate` per second."""
     now = 0.0
     while True:
         now += generator.expovariate(rate)
@@ -71,7 +71,7 @@ def poisson(rate: float, generator: random.Random) -> Iterator[float]:
 
 
 def bursty(rate: float, bursts: Bursts, generator: random.Random) -> Iterator[float]:
-    """Arrivals in seconds, without end, `rate` a second in the mean."""
+    """Endless arrival times in seconds, at `rate` per second on average."""
     calm = rate * (1 - bursts.share * bursts.peak) / (1 - bursts.share)
     rates = (calm, rate * bursts.peak)
     stays = (bursts.seconds * (1 - bursts.share) / bursts.share, bursts.seconds)
@@ -80,7 +80,7 @@ def bursty(rate: float, bursts: Bursts, generator: random.Random) -> Iterator[fl
         until = now + generator.expovariate(1 / stays[in_burst])
         while rates[in_burst]:
             now += generator.expovariate(rates[in_burst])
-            if now > until:  # memoryless: what was left of this wait is drawn anew
+            if now > until:  # memoryless: the rest of this wait is redrawn
                 break
             yield now
         now, in_burst = until, not in_burst
@@ -88,10 +88,10 @@ def bursty(rate: float, bursts: Bursts, generator: random.Random) -> Iterator[fl
 
 @dataclass(frozen=True)
 class Workload:
-    """What a trace is drawn from. `rate` in requests a second; without `bursts` it is Poisson.
+    """What a trace is drawn from. `rate` is in requests per second; Poisson without `bursts`.
 
-    Each request belongs to one of `conversations`, all equally likely, and begins with its
-    `shared_tokens`, which count as part of the prompt.
+    Each request belongs to one of `conversations`, all equally likely, and begins with that
+    conversation's `shared_tokens`, which count as part of the prompt.
     """
 
     rate: float
@@ -122,12 +122,12 @@ class Workload:
 
 
 def save(path: Path, requests: Sequence[Request]) -> None:
-    """JSON lines, a request each."""
+    """Writes JSON lines, one per request."""
     lines = [json.dumps(dataclasses.asdict(request)) + "\n" for request in requests]
     path.write_text("".join(lines))
 
 
 def load(path: Path) -> list[Request]:
-    """What `save` wrote, in the order of arrival."""
+    """Reads what `save` wrote, in order of arrival."""
     requests = [Request(**json.loads(line)) for line in path.read_text().splitlines() if line]
     return sorted(requests, key=lambda request: request.arrival)

@@ -1,4 +1,4 @@
-"""transformers' own generate on a model with random weights, batch after batch."""
+"""transformers' own generate on a model with random weights, one batch after another."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 def tokens_per_second(
     config: dict[str, Any], device: str, batches: Sequence[int], prompt: int, output: int
 ) -> dict[int, float]:
-    """Output tokens/s by number of sequences; prompts are computed within that time.
+    """Output tokens/s by number of sequences; the time includes prefill.
 
-    `config` is a LlamaConfig's fields; float16 on CUDA, float32 elsewhere. All sequences make all
-    of their tokens, greedily. Loading and one short answer before are not counted. A batch that
-    the memory does not hold is left out, as all are where PyTorch does not see the device.
+    `config` has LlamaConfig's fields; float16 on CUDA, float32 elsewhere. All sequences generate
+    all of their tokens, greedily. Loading and a short warm-up are not counted. A batch that does
+    not fit into memory is left out, and so are all if PyTorch does not see the device.
     """
     import torch
     import transformers
@@ -39,7 +39,7 @@ def tokens_per_second(
             min_new_tokens=new,
             max_new_tokens=new,
         )
-        made = made.cpu()  # which waits for the device
+        made = made.cpu()  # waits for the device
         assert made.shape == (rows, prompt + new)
         return time.perf_counter() - began
 

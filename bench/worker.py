@@ -1,7 +1,7 @@
-"""A process of its own that holds one object, whose methods are called from here one at a time.
+"""A separate process that holds one object, whose methods are called from here one at a time.
 
-What is measured and what measures share no interpreter lock, and memory is told apart. The process
-ends when this one does, however that comes about.
+So the measured code does not share the GIL with the measuring code, and their memory use can be
+told apart. The process ends when this one does, for whatever reason.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ _END_SECONDS = 10
 
 
 class WorkerFailed(Exception):
-    """The object could not be made or its method raised; the text is the traceback."""
+    """The object could not be created, or a method raised; the message is the traceback."""
 
 
 class Worker:
-    """Makes `factory` ("module:name") of `arguments` in a new process; leaving it ends that."""
+    """Calls `factory` ("module:name") with `arguments` in a new process; exiting the context ends
+    it."""
 
     def __init__(self, factory: str, *arguments: Any) -> None:
         context = multiprocessing.get_context("spawn")
@@ -41,7 +42,7 @@ class Worker:
         return self._process.pid
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """Calls a method there and waits for what it returns. Raises WorkerFailed."""
+        """Calls a method in the process and waits for its result. Raises WorkerFailed."""
         self._pipe.send((method, arguments))
         return self._receive()
 
@@ -71,7 +72,7 @@ class Worker:
 
 
 def _serve(pipe: Connection, factory: str, arguments: tuple[Any, ...]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the one in front decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent handles it
     with contextlib.suppress(EOFError, BrokenPipeError):
         try:
             module, _, name = factory.partition(":")
