@@ -1,4 +1,4 @@
-"""`trivium doctor`: is everything installed, and does it work?
+"""`trivium doctor`: checks the installation, the devices, the ports and the model.
 
 Each check is a function that returns findings; printing them is separate.
 """

@@ -25,7 +25,7 @@ class DoesNotFit(Exception):
 def memory_plans(pipeline: Pipeline) -> list[str]:
     """One line per model: its weights, KV cache and available memory. Raises DoesNotFit.
 
-    Each model's plan leaves room for one sequence of each model before it, even if one of those is
+    Each model's plan leaves room for those before it with one sequence each, even if one of them is
     refused: the shortfall that the last one reports then covers all. A separate process does it, so
     that no CUDA context stays open here.
     """

@@ -80,9 +80,9 @@ class _Link:
 class Replica:
     """A process of a stage at one address, or whatever a proxy at that address forwards to.
 
-    `outstanding` counts calls in flight, `picked` all calls so far; `last_turn` grows with the time
-    of the latest call. `changed` is called whenever `state` changes; `follow` runs for as long as
-    a connection lasts.
+    `outstanding` counts calls in flight, `picked` all calls so far; the later the latest call
+    began, the larger is `last_turn`. `changed` is called whenever `state` changes; `follow` runs
+    for as long as a connection lasts.
     """
 
     def __init__(
