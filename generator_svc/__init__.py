@@ -2,7 +2,7 @@
 
 import os
 
-import trivium  # noqa: F401 - sets the log level of ONNX Runtime, so before that is loaded
+import trivium  # noqa: F401 - sets ONNX Runtime's log level, which has to precede its import
 
-# NumPy's linear algebra, unused here, would start a thread per processor.
+# NumPy's linear algebra is unused here, but would start a thread per core.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

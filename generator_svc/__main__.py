@@ -1,4 +1,4 @@
-"""`python -m generator_svc`: loads the model, warms it up, serves until told to stop."""
+"""`python -m generator_svc`: loads the model, warms it up and serves until it is stopped."""
 
 import asyncio
 import sys
@@ -17,12 +17,12 @@ from trivium.wire.open_files import prepare_open_files
 from trivium.wire.settings import load_settings, refuse_to_start, refuse_unguarded
 from trivium.wire.stop_signals import end_at_stop_signal
 
-# The engine's thread needs the GIL as soon as a run ends; the default of 5 ms is a whole step.
+# The engine's thread needs the GIL as soon as a run ends; the default, 5 ms, can last a step.
 _SWITCH_INTERVAL_SECONDS = 0.0005
 
 
 def main() -> None:
-    """Exits 0 after a signal, 1 after a fault of the engine, 2 when it cannot start."""
+    """Exits with 0 after a stop signal, 1 after an engine failure, 2 if it cannot start."""
     end_at_stop_signal()
     settings = load_settings(GeneratorSettings)
     keys = open_keys("TRIVIUM_GENERATOR_API_KEYS_FILE", settings.api_keys_file)
@@ -35,11 +35,11 @@ def main() -> None:
         model = load_model_directory(settings.model_directory)
         runner = load_runner(settings, model)
         collect_seldom()
-        # Not uvloop: it starts processes by fork, of which gRPC's threads know nothing.
+        # Not uvloop: it starts child processes by fork, which is unsafe with gRPC's threads.
         with tracing.exported("generator_svc", settings.log_name):
             status = asyncio.run(serve(settings, model, runner, keys))
     except (ModelDirectoryError, MemoryPlanError, DeviceError, CudaError, OSError) as error:
-        refuse_to_start(f"generator_svc: {error}")  # a port that is taken, for one
+        refuse_to_start(f"generator_svc: {error}")  # for example, a port that is in use
     sys.exit(status)
 
 

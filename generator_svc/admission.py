@@ -1,10 +1,10 @@
-"""Backpressure: a bound on waiting requests and on their prompt tokens. Thread-safe."""
+"""Admission control: bounds on queued requests and on their prompt tokens. Thread-safe."""
 
 import threading
 
 
 class QueueFull(Exception):
-    """The queue is full. `waiting_tokens` counts the prompt tokens in it."""
+    """The queue is full. `waiting_tokens` is the number of queued prompt tokens."""
 
     def __init__(self, waiting_tokens: int) -> None:
         super().__init__(f"{waiting_tokens} prompt tokens are waiting already")
@@ -12,7 +12,7 @@ class QueueFull(Exception):
 
 
 class Admission:
-    """Counts waiting requests and tokens against their bounds."""
+    """Counts queued requests and prompt tokens against their limits."""
 
     def __init__(self, max_requests: int, max_tokens: int) -> None:
         self._lock = threading.Lock()
@@ -22,9 +22,10 @@ class Admission:
         self.tokens = 0
 
     def enter(self, tokens: int) -> "Permit":
-        """A place in the queue for a prompt of `tokens`; raises QueueFull.
+        """Takes a place in the queue for a prompt of `tokens` tokens; raises QueueFull.
 
-        An empty queue takes a prompt of any length, which could never be admitted otherwise.
+        An empty queue accepts a prompt of any length: one above the limit could otherwise never be
+        admitted.
         """
         with self._lock:
             full = self.requests >= self._max_requests
@@ -35,7 +36,7 @@ class Admission:
         return Permit(self, tokens)
 
     def leave(self, tokens: int) -> None:
-        """Gives back a place for a prompt of `tokens`; see Permit.release."""
+        """Gives up the place of a prompt of `tokens` tokens; see Permit.release."""
         with self._lock:
             self.requests -= 1
             self.tokens -= tokens
@@ -49,7 +50,7 @@ class Permit:
         self._tokens = tokens
 
     def release(self) -> None:
-        """Gives the place back; idempotent."""
+        """Gives up the place; idempotent."""
         admission, self._admission = self._admission, None
         if admission is not None:
             admission.leave(self._tokens)

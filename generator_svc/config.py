@@ -1,4 +1,4 @@
-"""Settings of generator_svc, read once at start from TRIVIUM_GENERATOR_… variables."""
+"""Settings of generator_svc, read once at startup from TRIVIUM_GENERATOR_… variables."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from trivium.usage_log import USAGE_LOG, USAGE_LOG_BACKUPS, USAGE_LOG_MAX_BYTES
 from trivium.wire.listening import Host
 from trivium.wire.serving import MAX_CONNECTION_AGE_SECONDS
 
-# Where these are not set and the model runs on CUDA. Its context bounds the length anyway.
+# Defaults when the model runs on CUDA. max_sequence_length never exceeds the model's context.
 CUDA_DEFAULTS = {
     "slots": 256,
     "max_sequence_length": 8192,
@@ -176,7 +176,7 @@ class GeneratorSettings(DoorSettings):
     )
 
     def on(self, device: str, name: str) -> Any:
-        """A setting, or its default on `cpu` or `cuda`."""
+        """The value of a setting; its default depends on `device`, `cpu` or `cuda`."""
         if device == "cuda" and name not in self.model_fields_set:
             return CUDA_DEFAULTS[name]
         return getattr(self, name)

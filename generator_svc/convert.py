@@ -1,6 +1,6 @@
-"""Between protobuf and the engine's types; validates requests.
+"""Converts between protobuf and the engine's types, and validates requests.
 
-Each field is checked once: what `to_engine_request` returns fits the model.
+Each field is validated once: what `to_engine_request` returns is valid for the model.
 """
 
 import secrets
@@ -36,7 +36,7 @@ from trivium.wire.errors import ServiceError
 
 CONSTRAINT = "constraint"  # the field's name in errors
 
-_FRESH_SEED = -1  # as a caller's seed, as in vLLM and llama.cpp
+_FRESH_SEED = -1  # asks for a random seed, as in vLLM and llama.cpp
 
 _LOAD_INTERVAL_MILLISECONDS = Range(10, 5_000)
 _DEFAULT_LOAD_INTERVAL_MILLISECONDS = 100
@@ -50,9 +50,9 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a request. `slot_length` bounds prompt and completion together.
+    """Limits of a request. `slot_length` bounds prompt plus completion tokens.
 
-    `scores_prompts` is whether the model's graph gives log-probabilities of prompts.
+    `scores_prompts`: whether the model's graph can compute log-probabilities of prompt tokens.
     """
 
     revision: str
@@ -65,7 +65,7 @@ class Limits:
 
 
 def to_engine_request(start: pb.StartGeneration, limits: Limits) -> EngineRequest:
-    """A validated request; raises ServiceError, which names the field."""
+    """A validated request; raises ServiceError naming the invalid field."""
     if start.revision != limits.revision:
         raise ServiceError(
             "revision_mismatch",
@@ -140,7 +140,7 @@ def _check_ids(ids: Iterable[int], limits: Limits, field: str) -> None:
 
 
 def to_load_interval(request: pb.WatchLoadRequest) -> float:
-    """The least seconds between two load reports; raises ServiceError."""
+    """The minimum interval between load reports, in seconds; raises ServiceError."""
     milliseconds = _DEFAULT_LOAD_INTERVAL_MILLISECONDS
     if request.HasField("min_interval_milliseconds"):
         milliseconds = request.min_interval_milliseconds
@@ -148,7 +148,7 @@ def to_load_interval(request: pb.WatchLoadRequest) -> float:
     return milliseconds / 1000
 
 
-# In bytes of UTF-8. Lark carries the schemas of all tools.
+# In bytes of UTF-8. A Lark grammar embeds the schemas of all tools.
 _MAX_CONSTRAINT_BYTES = {
     "json_schema": MAX_SCHEMA_CHARACTERS,
     "regex": MAX_PATTERN_CHARACTERS,
@@ -157,7 +157,7 @@ _MAX_CONSTRAINT_BYTES = {
 
 
 def to_constraint(start: pb.StartGeneration) -> tuple[str, str] | None:
-    """The constraint's kind and text, or None; raises ServiceError."""
+    """The constraint's kind and text, None if there is none; raises ServiceError."""
     if not start.HasField("constraint"):
         return None
     kind = start.constraint.WhichOneof("kind")
@@ -175,14 +175,14 @@ def to_constraint(start: pb.StartGeneration) -> tuple[str, str] | None:
 
 
 def to_report(report: pb.CompletionReport) -> CompletionReport:
-    """What the caller says of its text."""
+    """The caller's report on the finished request."""
     return CompletionReport(
         report.completion_tokens, report.reasoning_tokens, tuple(report.finish_reasons)
     )
 
 
 def to_response(updates: list[SequenceUpdate]) -> pb.GenerateResponse:
-    """One message from all pending updates, merged by sequence."""
+    """One message with all pending updates, merged by sequence."""
     by_index: dict[int, list[SequenceUpdate]] = {}
     for update in updates:
         by_index.setdefault(update.sequence.index, []).append(update)
@@ -199,7 +199,7 @@ def to_response(updates: list[SequenceUpdate]) -> pb.GenerateResponse:
 
 
 def add_prompt_logprobs(response: pb.GenerateResponse, group: SequenceGroup) -> None:
-    """Those of all prompt tokens but the first, if they were requested and are computed."""
+    """Adds those of all prompt tokens but the first once all of them are computed."""
     if len(group.prompt_logprobs) == len(group.request.prompt) - 1:
         response.prompt_logprobs.extend(map(_logprobs, group.prompt_logprobs))
         group.prompt_logprobs.clear()

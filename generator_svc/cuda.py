@@ -1,6 +1,6 @@
 """Minimal ctypes bindings to the CUDA driver and runtime: devices, free memory, copies, a clock.
 
-The runtime library is the one that ONNX Runtime ships or loads.
+The runtime library is the one that ONNX Runtime ships or loads itself.
 """
 
 import ctypes
@@ -14,16 +14,16 @@ _RUNTIMES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so", "cudart64_13.
 
 
 class CudaError(RuntimeError):
-    """A call of the CUDA driver or runtime failed, or its library is missing."""
+    """A CUDA driver or runtime call failed, or the library is missing."""
 
 
 def runtime() -> Any:
-    """The CUDA runtime library; raises CudaError without one."""
+    """The CUDA runtime library; raises CudaError if there is none."""
     return _load(_RUNTIMES)
 
 
 def check(code: int, call: str) -> None:
-    """Raises CudaError for any `code` but success."""
+    """Raises CudaError for any `code` other than success."""
     if code:
         raise CudaError(f"{call} failed with CUDA error {code}")
 
@@ -38,7 +38,7 @@ def _load(names: tuple[str, ...]) -> Any:
 
 
 def device_count() -> int:
-    """Number of CUDA devices that the driver reports; 0 without a driver."""
+    """The number of CUDA devices that the driver reports; 0 without a driver."""
     count = ctypes.c_int()
     try:
         driver = _load(_DRIVERS)
@@ -50,7 +50,7 @@ def device_count() -> int:
 
 
 def device_memory() -> MemoryLimit:
-    """Memory of the current device. Raises CudaError."""
+    """Total and free memory of the current device, in bytes. Raises CudaError."""
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
     code = runtime().cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total))
     check(code, "cudaMemGetInfo")
@@ -58,7 +58,7 @@ def device_memory() -> MemoryLimit:
 
 
 def copy_to_host(target: int, source: int, size: int) -> None:
-    """Copies `size` bytes from an address on the device to one of the host, and waits for it."""
+    """Copies `size` bytes from a device address to a host address, synchronously."""
     pointers = ctypes.c_void_p(target), ctypes.c_void_p(source)
     kind = ctypes.c_int(_DEVICE_TO_HOST)
     code = runtime().cudaMemcpy(*pointers, ctypes.c_size_t(size), kind)
@@ -66,7 +66,7 @@ def copy_to_host(target: int, source: int, size: int) -> None:
 
 
 class CudaClock:
-    """Measures device time with CUDA events on `stream`, a stream of its own."""
+    """Measures device time with CUDA events on `stream`, which it creates."""
 
     def __init__(self) -> None:
         self._runtime = runtime()
@@ -78,7 +78,7 @@ class CudaClock:
         self._record(self._began)
 
     def stop(self) -> int:
-        """Waits until the stream is done; nanoseconds since `start`, to half a microsecond."""
+        """Waits for the stream; returns nanoseconds since `start`, with a resolution of 0.5 µs."""
         self._record(self._ended)
         ended = ctypes.c_void_p(self._ended)
         check(self._runtime.cudaEventSynchronize(ended), "cudaEventSynchronize")

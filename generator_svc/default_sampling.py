@@ -1,4 +1,4 @@
-"""A model's own default sampling parameters, from its generation_config.json."""
+"""A model's default sampling parameters, from its generation_config.json."""
 
 import math
 from typing import Any
@@ -7,14 +7,14 @@ from generator_svc.sequence import SamplingParams
 from trivium.limits import SAMPLING
 from trivium.model_directory import ModelDirectory, ModelDirectoryError
 
-# The fields that transformers' generation_config.json shares with a request.
+# The fields that generation_config.json of transformers shares with a request.
 _MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def default_sampling(model: ModelDirectory) -> SamplingParams:
-    """The model's own sampling values from generation_config.json, then OpenAI's.
+    """Default sampling parameters: from generation_config.json, else OpenAI's defaults.
 
-    Raises ModelDirectoryError for a value out of a request's range.
+    Raises ModelDirectoryError for a value outside the range allowed in requests.
     """
     try:
         values = sampling_values(model.generation_config)
@@ -24,10 +24,10 @@ def default_sampling(model: ModelDirectory) -> SamplingParams:
 
 
 def sampling_values(generation_config: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a request that the configuration sets.
+    """The request fields for which the configuration has defaults.
 
     A model with an explicit `do_sample: false` is greedy by default. Raises ValueError for a value
-    out of a request's range.
+    outside the range allowed in requests.
     """
     values: dict[str, Any] = {}
     if generation_config.get("do_sample") is False:
@@ -41,5 +41,5 @@ def sampling_values(generation_config: dict[str, Any]) -> dict[str, Any]:
         if not is_number or value not in allowed or (name == "top_k" and not is_whole):
             whole = "a whole number " if name == "top_k" else ""
             raise ValueError(f"{name} is {value!r}, which is not {whole}{allowed}")
-        values[name] = int(value) if name == "top_k" else value  # some files say 50.0
+        values[name] = int(value) if name == "top_k" else value  # some files have 50.0
     return values

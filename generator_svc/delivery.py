@@ -1,7 +1,8 @@
-"""When new tokens leave the process: at once while messages are few, merged where they are many.
+"""When new tokens leave the process: at once at low message rates, merged at high ones.
 
-A message costs each stage about the same whatever it carries, so this is decided here alone, where
-tokens arise; later stages pass on what comes. Knows nothing about gRPC.
+A message costs each stage about the same however many tokens it carries. Merging is decided only
+here, where tokens are generated; later stages forward messages as they arrive. Knows nothing about
+gRPC.
 """
 
 import asyncio
@@ -16,24 +17,25 @@ _WHOLE_UPDATES = 256
 
 
 class UpdateQueue:
-    """A call's updates on their way to its messages. For the event loop's thread.
+    """A call's updates that have not been sent yet. For the event loop's thread only.
 
-    With `is_whole` so many of them gather as can be decoded at once without holding up others.
+    With `is_whole`, the caller needs the answer as a whole: updates are buffered until
+    `_WHOLE_UPDATES` are pending, few enough to detokenize at once without delaying other calls.
 
-    Observes TTFT and inter-token latencies as the tokens arise, not as they are sent.
+    Observes TTFT and inter-token latencies when tokens are generated, not when they are sent.
     """
 
     def __init__(self, metrics: RequestMetrics) -> None:
         self.is_whole = False
         self._metrics = metrics
         self.arrived_at = time.monotonic()
-        self._first: float | None = None  # when the first token arose
-        self._last: dict[int, float] = {}  # when each sequence's last token arose
+        self._first: float | None = None  # when the first token was generated
+        self._last: dict[int, float] = {}  # when each sequence's latest token was generated
         self._updates: list[SequenceUpdate] = []
         self._ready = asyncio.Event()
 
     def put(self, update: SequenceUpdate, now: float) -> None:
-        """Adds an update of a step that ended at `now`; `take` does not return for it yet."""
+        """Adds an update from a step that ended at `now`; `take` returns it only after `send`."""
         self._updates.append(update)
         if update.token is None:
             return
@@ -47,11 +49,11 @@ class UpdateQueue:
 
     @property
     def is_awaited(self) -> bool:
-        """Whether what is pending should go out before first tokens and ends come."""
+        """Whether pending updates should be sent without waiting for an urgent one."""
         return not self.is_whole or len(self._updates) >= _WHOLE_UPDATES
 
     def send(self) -> None:
-        """Lets `take` return what is pending, if anything is."""
+        """Lets `take` return the pending updates, if there are any."""
         if self._updates:
             self._ready.set()
 
@@ -64,17 +66,17 @@ class UpdateQueue:
 
     @property
     def first_token_seconds(self) -> float | None:
-        """Time to the first token, once there is one."""
+        """Time to first token; None before there is one."""
         return None if self._first is None else self._first - self.arrived_at
 
     def observe_phases(self, group: SequenceGroup) -> None:
-        """Observes how long a finished call waited, was prefilled and decoded; not if it was
+        """Observes the queue, prefill and decode times of a finished call; nothing if it was
         stopped before its first token."""
         if self._first is not None:
             self._metrics.phases(group, self._first, max(self._last.values()))
 
     def trace_phases(self, group: SequenceGroup) -> None:
-        """Records the same of any call, as far as it came, in its trace."""
+        """Records the same phases in the trace of any call, as far as it got."""
         record_phases(group, self._first, max(self._last.values(), default=0.0))
 
     def _observe_first(self, sequence: Sequence, now: float) -> None:
@@ -86,12 +88,12 @@ class UpdateQueue:
 
 
 class UpdateDispatcher:
-    """Hands updates from the engine's thread to their calls' queues, and says when they are sent.
+    """Passes updates from the engine's thread to their calls' queues, and decides when to send.
 
-    When the pending updates of `calls` calls have been sent, the next are sent `calls /
-    max_messages_per_second` seconds later, but after `max_interval_seconds` at the latest. So what
-    comes no faster than that leaves at once, and an interval grows with the number of streams. The
-    first and the last update of each sequence leave at once in any case, and do not count.
+    After the pending updates of `calls` calls have been sent, the next ones are held back for
+    `calls / max_messages_per_second` seconds, but never longer than `max_interval_seconds`. Updates
+    that arrive more slowly than that are sent at once, and the interval grows with the number of
+    streams. The first and last update of each sequence are always sent at once and do not count.
     """
 
     def __init__(
@@ -104,15 +106,16 @@ class UpdateDispatcher:
         self._max_messages_per_second = max_messages_per_second
         self._max_interval_seconds = max_interval_seconds
         self._steps: deque[tuple[float, list[SequenceUpdate]]] = deque()
-        self._is_awaited = False  # whether `_dispatch` will run without being called
-        self._pending: dict[UpdateQueue, None] = {}  # a set in order
-        self._due = 0.0  # the loop's time before which pending updates are held back
+        self._is_awaited = False  # whether `_dispatch` is scheduled already
+        self._pending: dict[UpdateQueue, None] = {}  # an ordered set
+        self._due = 0.0  # pending updates are held back until then, by the loop's clock
         self._timer: asyncio.TimerHandle | None = None
 
     def deliver(self, updates: list[SequenceUpdate]) -> None:
         """Hands over a step's updates; called on the engine's thread.
 
-        The loop is woken for what is to be sent at once. All else it finds when it next looks.
+        Wakes the loop if an update is urgent or `_dispatch` is not scheduled yet; otherwise the
+        next `_dispatch` picks them up.
         """
         self._steps.append((time.monotonic(), updates))
         if not self._is_awaited or any(update.is_urgent for update in updates):
@@ -120,7 +123,7 @@ class UpdateDispatcher:
             self._loop.call_soon_threadsafe(self._dispatch)
 
     def _dispatch(self) -> None:
-        self._is_awaited = False  # before looking, so that nothing is handed over unseen
+        self._is_awaited = False  # before reading `_steps`, so that no update goes unnoticed
         while self._steps:
             now, updates = self._steps.popleft()
             for update in updates:

@@ -1,4 +1,4 @@
-"""The only importer of ONNX Runtime: the device, its clock, and sessions and tensors on it."""
+"""The only importer of ONNX Runtime: the device, its clock, its sessions and its tensors."""
 
 import contextlib
 import ctypes
@@ -23,16 +23,17 @@ log = logging.getLogger(__name__)
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 # How long an idle ORT intra-op thread spins before it sleeps: long enough for the gaps within a
-# run, short enough to leave the core to the other services between runs. Without spinning one
+# run, short enough to leave the core to the other services between runs. Without spinning, a single
 # sequence decodes a third slower; with the default, which is far longer, everything takes up to 1.5
-# times as long as soon as others need a core (docs/log.md).
+# times as long when other processes need a core (docs/log.md).
 _SPIN_MICROSECONDS = "50"
 
-_FLASH_ATTENTION = "1"  # of the provider option sdpa_kernel
+_FLASH_ATTENTION = "1"  # a value of the provider option sdpa_kernel
 
-# Products of float16 with symmetric 4 or 8 bits in blocks of 32 by kernels that unpack weights as
-# they go (fpA_intB). While the session is made each is timed for every shape and these numbers of
-# rows; a number in between takes the next one's, a larger one is timed on its first run.
+# Weight-only GEMM (fpA_intB): kernels that multiply float16 activations by symmetric 4 or 8-bit
+# weights in blocks of 32, which they dequantise on the fly. When the session is created, they are
+# profiled for each weight shape and these row counts; a count in between uses the profile of the
+# next one, a larger one is profiled on its first run.
 _WEIGHT_ONLY_GEMM = {
     "ep.cuda.fpa_intb_gemm": "1",
     "ep.cuda.fpa_intb_profile_m": "1,2,4,8,16,32,64,128,256,512",
@@ -49,7 +50,7 @@ class DeviceError(RuntimeError):
 
 
 def choose_device(requested: str) -> str:
-    """`cpu` or `cuda` for `auto`, `cpu` or `cuda`; DeviceError if CUDA is requested and absent."""
+    """Resolves `auto`, `cpu` or `cuda`; raises DeviceError if `cuda` is unavailable."""
     assert requested in ("auto", "cpu", "cuda")
     if requested == "cpu":
         return "cpu"
@@ -61,19 +62,19 @@ def choose_device(requested: str) -> str:
 
 @functools.cache
 def why_not_cuda() -> str:
-    """Why CUDA cannot be used here; empty if it can, as far as that shows before a session."""
+    """Why CUDA cannot be used here; empty if it can, as far as is known without a session."""
     if _PROVIDERS["cuda"] not in ort.get_available_providers():
         return "this build of ONNX Runtime has no CUDA provider"
     if not device_count():
         return "no CUDA device was found"
-    # Loads what pip has installed, which free memory cannot be queried without.
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what fails, and what to read
+    # Loads the CUDA libraries that pip installed; querying free memory needs them too.
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints failures and where to read on
         ort.preload_dlls()
     return missing_libraries()
 
 
 class HostClock:
-    """Wall-clock time, for the CPU, or for a device that the host waits for."""
+    """Wall-clock time: for the CPU, and for CUDA where events do not work."""
 
     def start(self) -> None:
         """Begins a measurement."""
@@ -85,7 +86,7 @@ class HostClock:
 
 
 class Device:
-    """The `cpu`, or the first `cuda` device."""
+    """The CPU (`cpu`) or the first CUDA device (`cuda`)."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -98,12 +99,12 @@ class Device:
         cuda_graphs: bool = False,
         weight_only_gemm: bool = False,
     ) -> Any:
-        """An inference session of a graph file. Raises DeviceError.
+        """An inference session for a graph file. Raises DeviceError.
 
         `threads` is the number of intra-op threads on the CPU, 0 for one per usable core; on CUDA
         the host only launches kernels. With `cuda_graphs`, runs with a graph number are captured
-        as CUDA graphs and replayed. With `weight_only_gemm`, CUDA uses other kernels for products
-        with quantised weights that have no zero points, which makes loading slower.
+        as CUDA graphs and replayed. With `weight_only_gemm`, CUDA uses weight-only GEMM kernels for
+        quantised weights without zero points, which makes loading slower.
         """
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -112,7 +113,7 @@ class Device:
         if self.name == "cuda":
             providers.insert(0, (_PROVIDERS["cuda"], self._cuda_options(cuda_graphs)))
             options.intra_op_num_threads = 1  # more would only spin
-            # Frees the raw weights once a kernel has packed them its own way.
+            # Frees the original weights once a kernel has repacked them.
             entry = "session.use_device_allocator_for_initializers"
             options.add_session_config_entry(entry, "1")
             for entry, value in _WEIGHT_ONLY_GEMM.items() if weight_only_gemm else ():
@@ -132,20 +133,20 @@ class Device:
         return ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self.name)
 
     def tensor_ref(self, dtype: Any, shape: tuple[int, ...], address: int) -> TensorRef:
-        """A tensor at `address` on the device, as the arguments of a binding."""
+        """A tensor at `address` on the device, as arguments of an I/O binding."""
         return self.name, 0, dtype, shape, address
 
     def copy_to_host(self, target: int, source: int, size: int) -> None:
-        """Copies `size` bytes from an address on the device to one of the host."""
+        """Copies `size` bytes from a device address to a host address."""
         if self.name == "cuda":
             copy_to_host(target, source, size)
         else:
             ctypes.memmove(target, source, size)
 
     def _cuda_options(self, cuda_graphs: bool) -> dict[str, str]:
-        # Flash attention for prefill: cuDNN's, the default, stalls up to 92 ms for each new prompt
-        # length while it plans, Flash up to 22 ms (docs/log.md). Decode kernels are not affected.
-        # The arena grows by what a run lacks, not to the next power of two, which slots may need.
+        # FlashAttention for prefill: the default, cuDNN, stalls for up to 92 ms while it plans each
+        # new prompt length, FlashAttention for up to 22 ms (docs/log.md). Decode is not affected.
+        # The arena grows by what a run needs, not to the next power of two: slots need that memory.
         options = {"sdpa_kernel": _FLASH_ATTENTION, "arena_extend_strategy": "kSameAsRequested"}
         if cuda_graphs:
             options["enable_cuda_graph"] = "1"
@@ -156,10 +157,10 @@ class Device:
 
 @functools.cache
 def run_options(graph: int = NO_GRAPH, synchronize: bool = True) -> Any:
-    """Options of a run that captures or replays CUDA graph number `graph`, or of an eager one.
+    """Options for a run that captures or replays CUDA graph number `graph`, or an eager run.
 
-    Without `synchronize` the host does not wait for the device: outputs may be read only by a later
-    run on the device, or after Device.clock has stopped.
+    Without `synchronize`, the host does not wait for the device: outputs may be read only by a
+    later run on the device, or after `Device.clock.stop`.
     """
     options = ort.RunOptions()
     options.add_run_config_entry("gpu_graph_id", str(graph))
@@ -169,23 +170,23 @@ def run_options(graph: int = NO_GRAPH, synchronize: bool = True) -> Any:
 
 
 def metadata_of(session: Any) -> dict[str, str]:
-    """The metadata in a session's graph file."""
+    """The metadata of a session's graph file."""
     metadata: dict[str, str] = session.get_modelmeta().custom_metadata_map
     return metadata
 
 
 def has_optional_input(session: Any, name: str) -> bool:
-    """Whether a session's graph has an input of this name that has a default."""
+    """Whether a session's graph has an input of this name with a default value."""
     return any(value.name == name for value in session.get_overridable_initializers())
 
 
 def multiplies_bytes_exactly() -> bool:
-    """Whether this processor's int8 matrix products are exact, as precision w8a8 needs them.
+    """Whether this processor computes int8 matrix products exactly, as precision w8a8 requires.
 
-    x86 processors with AVX2 or AVX-512 but without their VNNI instructions add two products of
-    unsigned and signed bytes into 16 bits, which saturates; ONNX Runtime uses that instruction
-    there (its quantisation guide calls for 7-bit weights then). The sum computed here is the
-    largest that eight products can have.
+    On x86 processors with AVX2 or AVX-512 but without VNNI, ONNX Runtime uses an instruction that
+    adds two products of unsigned and signed bytes in 16 bits, which saturates (its quantisation
+    guide recommends 7-bit weights there). The sum computed here is the largest possible sum of
+    eight products.
     """
     largest = np.full((1, 8), 255, np.uint8)
     (product,) = Device("cpu").open(BYTE_PRODUCT).run(None, {"a": largest})
@@ -193,7 +194,7 @@ def multiplies_bytes_exactly() -> bool:
 
 
 def type_of(nodes: list[Any], name: str) -> str:
-    """The element type of a session's input or output; raises DeviceError if there is none."""
+    """The element type of the input or output `name`; raises DeviceError if there is none."""
     for node in nodes:
         if node.name == name:
             return str(node.type)
@@ -201,7 +202,7 @@ def type_of(nodes: list[Any], name: str) -> str:
 
 
 def _start_clock(device: str) -> HostClock | CudaClock:
-    """CUDA events where they work, else the host's clock."""
+    """CUDA events if they work, else the host's clock."""
     if device == "cuda":
         try:
             clock = CudaClock()

@@ -1,6 +1,6 @@
 """The engine: one thread that owns all sequences, slots and the device, and runs step after step.
 
-Other threads post commands to its inbox; each step's updates are passed to `deliver` in one call.
+Other threads post commands to its inbox; all updates of a step are passed to `deliver` in one call.
 Knows nothing about gRPC, asyncio or text.
 """
 
@@ -30,7 +30,7 @@ from generator_svc.sequence import (
 log = logging.getLogger(__name__)
 
 # How long the engine has to be idle before it re-prefills finished answers: longer than a program
-# takes to send its next request, shorter than a person takes to write.
+# takes to send its next request, shorter than a person takes to type one.
 _IDLE_BEFORE_REPREFILL_SECONDS = 0.1
 
 
@@ -47,7 +47,7 @@ class Load:
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is nothing to do: no request waits, and no sequence has a slot."""
+        """Whether there is nothing to do: no request is waiting and no sequence holds a slot."""
         return not (self.waiting_requests or self.running_sequences or self.used_slots)
 
 
@@ -56,7 +56,7 @@ class Engine:
     from any thread.
 
     `deliver` is called on the engine's thread with the updates of a step; it must not block.
-    `on_fault` is called there when the engine itself fails, which ends it.
+    `on_fault` is called there if the engine itself fails, which ends its thread.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Engine:
         """Starts the thread and waits until it has run `prepare`, whose exception is raised here.
 
         `prepare` warms the device up on the thread that will use it: on CUDA, captured graphs and
-        attention plans belong to the thread that made them.
+        attention plans belong to the thread that created them.
         """
         prepared: Future[None] = Future()
         arguments = (prepare, prepared)
@@ -94,7 +94,7 @@ class Engine:
         prepared.result()
 
     def close(self) -> None:
-        """Ends the thread after the current step and cancels what still runs."""
+        """Ends the thread after the current step and cancels all sequences in flight."""
         self._closed = True
         self._wake.set()
         if self._thread is not None:
@@ -108,13 +108,14 @@ class Engine:
         return group
 
     def stop(self, group: SequenceGroup, index: int) -> None:
-        """Ends one sequence, whose last update follows; no effect on a finished one."""
+        """Ends one sequence, with a last update; no effect on a finished one."""
         self._post(lambda: self._stop(group.sequences[index]))
 
     def cancel(self, group: SequenceGroup, on_settled: Callable[[], None] = lambda: None) -> None:
         """Ends all of a group's sequences without further updates; idempotent.
 
-        `on_settled` is called on the engine's thread once no more device time is charged to them.
+        `on_settled` is called on the engine's thread once no more device time can be charged to
+        them.
         """
 
         def command() -> None:
@@ -124,7 +125,7 @@ class Engine:
         self._post(command)
 
     def load(self) -> Load:
-        """A snapshot, from any thread."""
+        """A snapshot; for any thread."""
         cache = self._scheduler.cache
         return Load(
             waiting_requests=self._admission.requests,
@@ -141,7 +142,7 @@ class Engine:
         return cache.used_tokens / (cache.num_slots * cache.slot_length)
 
     def prefill_seconds(self, tokens: int) -> float:
-        """How long so many tokens of waiting prompts take, by what was measured; any thread."""
+        """Estimated seconds to prefill `tokens` prompt tokens, by past steps; any thread."""
         return tokens * self._scheduler.prefill_cost.cost(0) / 1e9
 
     def step(self) -> None:
@@ -158,9 +159,9 @@ class Engine:
             self._deliver(updates)
 
     def reprefill(self) -> None:
-        """Re-prefills one tile of a finished answer, for the next turn; its time is overhead.
+        """Re-prefills one tile of a finished answer for the next turn; charged as overhead.
 
-        One tile takes about as long as a few decode steps, so a new request hardly waits for it.
+        A tile takes about as long as a few decode steps, so it hardly delays a new request.
         """
         plan = self._scheduler.schedule_reprefill()
         if plan is None:
@@ -172,7 +173,7 @@ class Engine:
         self._scheduler.commit_reprefill(plan, failed=result.error is not None)
 
     def check_integrity(self) -> None:
-        """Raises AssertionError if the bookkeeping is inconsistent. Between steps only."""
+        """Raises AssertionError if the bookkeeping is inconsistent. Call between steps only."""
         self._scheduler.check_integrity()
         self.meter.check_integrity(self._scheduler.running)
 
@@ -198,7 +199,7 @@ class Engine:
             self._on_fault(fault)
 
     def _wait_idle(self) -> None:
-        """Waits for a command; after a while, re-prefills finished answers meanwhile."""
+        """Waits for a command; after a while, re-prefills finished answers in the meantime."""
         timeout = _IDLE_BEFORE_REPREFILL_SECONDS
         while not self._wake.wait(timeout if self._scheduler.has_reprefills else None):
             self.reprefill()
@@ -245,7 +246,7 @@ class Engine:
 
 
 def _drawing(step: ScheduledStep, outcome: StepOutcome) -> Iterator[tuple[Sequence, LogitsRow]]:
-    """The sequences that draw a token in this step, each with its row of logits."""
+    """The sequences that sample a token in this step, each with its row of logits."""
     for sequence in step.forks:
         yield sequence, sequence.group.prompt_logits
     sequences = (*step.batches, *((sequence,) for sequence in step.chunks))
@@ -263,8 +264,8 @@ def _drawing(step: ScheduledStep, outcome: StepOutcome) -> Iterator[tuple[Sequen
 
 
 def _prefill_times(outcome: StepOutcome) -> list[int | None]:
-    """Nanoseconds of each prefill; None of a failed one, which may have ended at once, and of one
-    with the logits of all tokens, which takes longer than others will."""
+    """Nanoseconds of each prefill run. None for failed runs, which may have ended early, and for
+    runs that returned the logits of all tokens, which are slower than ordinary ones."""
     return [
         None if run.error or run.all_logits is not None else run.nanoseconds
         for run in outcome.prefills
@@ -274,7 +275,7 @@ def _prefill_times(outcome: StepOutcome) -> list[int | None]:
 def _score_prompts(
     step: ScheduledStep, outcome: StepOutcome
 ) -> list[tuple[Sequence, BaseException]]:
-    """Notes the log-probabilities of prompts that want them; returns those with bad logits."""
+    """Stores requested log-probabilities of prompts; returns the sequences with bad logits."""
     failures: list[tuple[Sequence, BaseException]] = []
     for sequence, result in zip(step.chunks, outcome.chunks, strict=True):
         if result.all_logits is not None:
@@ -285,7 +286,7 @@ def _score_prompts(
 
 
 def _failed_runs(step: ScheduledStep, outcome: StepOutcome) -> list[tuple[Sequence, BaseException]]:
-    """The sequences of failed runs, each with the error."""
+    """The sequences in failed runs, each with the error."""
     failures = []
     for sequences, result in zip(step.batches, outcome.batches, strict=True):
         if result.error is not None:

@@ -1,8 +1,9 @@
 """`python -m generator_svc.fit [TAKEN]`: a generator's memory plan, made without loading the model.
 
-Reads the generator's settings. TAKEN is a JSON object with the bytes that others are going to take,
-by device: {"cpu": 0, "cuda": 0}. Writes the plan as a JSON object; what cannot be served is refused
-in the words of the generator itself, and what it would need is written all the same.
+Reads the generator's settings. TAKEN is a JSON object with the bytes to set aside for other
+processes, by device: {"cpu": 0, "cuda": 0}. Prints the plan as a JSON object. A model that cannot
+be served is refused with the generator's own error message; if memory is what it lacks, the memory
+it would need is still printed.
 """
 
 import json
@@ -18,7 +19,7 @@ from trivium.wire.settings import load_settings, refuse_to_start
 
 
 def main() -> None:
-    """Exits 0 where the model fits, 2 where it does not."""
+    """Exits with 0 if the model fits, 2 if it does not."""
     logging.basicConfig(format="generator_svc: %(message)s", level=logging.WARNING)
     settings = load_settings(GeneratorSettings)
     taken = json.loads(sys.argv[1]) if sys.argv[1:] else {}
@@ -27,7 +28,7 @@ def main() -> None:
         device = choose_device(settings.device)
         try:
             _tell(settings, model, device, taken)
-        except CudaError:  # the generator falls back too
+        except CudaError:  # falls back to the CPU, as the generator does
             if settings.device != "auto":
                 raise
             _tell(settings, model, "cpu", taken)

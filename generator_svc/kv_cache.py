@@ -1,22 +1,22 @@
 """The KV cache's bookkeeping: which slot holds which tokens, and for which sequence. No tensors.
 
-A slot's content, and who may use it:
+The states of a slot:
 
-    owned by a sequence    its tokens so far; others may copy a prefix, nobody may overwrite it
-    free, with content     what a finished sequence left: the prefix cache, evicted in LRU order.
-                           Its answer is kept as token ids only
-    free, empty            for anyone
+    owned by a sequence    holds its tokens so far; other sequences may copy a prefix, but not write
+    free, with content     holds the prefilled tokens of a finished sequence: the prefix cache,
+                           evicted in LRU order. The answer is kept as token ids only
+    free, empty            available to any sequence
 
 Only prefilled tokens are reused. The tokens of an answer were computed one at a time, by decode
-kernels that round differently from those that would prefill them as part of the next prompt, so
-reusing them would make a request's tokens depend on what was cached. Finished answers are therefore
-re-prefilled while the engine is idle, so that the next turn hits the prefix cache;
-`next_reprefill` says what is pending.
+kernels whose rounding differs from that of the prefill kernels that would compute them as part of
+the next prompt, so reusing them would make a request's tokens depend on the state of the cache.
+Instead, finished answers are re-prefilled while the engine is idle, so that the next turn hits the
+prefix cache; `next_reprefill` returns what is pending.
 
-Active slots are kept at the low end, since decode runs over a contiguous range of them: a new
-sequence takes the lowest free slot, whose content moves to the least recently used free one. A slot
-freed inside the range stays an idle row until a new sequence takes it or, after
-COMPACT_AFTER_IDLE_STEPS steps, the last active slot is swapped into it.
+Decode runs over a contiguous range of slots, so active slots are kept at the low end: a new
+sequence takes the lowest free slot, whose content moves to the least recently used free slot. A
+slot freed inside the range remains as an idle row until a new sequence takes it or, after
+COMPACT_AFTER_IDLE_STEPS steps, the last active slot is moved into it.
 """
 
 import itertools
@@ -25,23 +25,23 @@ from dataclasses import dataclass, field
 from generator_svc.plan import MIN_CHUNK_TOKENS, Copy, Swap
 from generator_svc.sequence import Sequence
 
-# An idle row costs about a fourth of what swapping two slots does, so compact after four steps.
+# An idle row costs about a quarter of swapping two slots, so compact after four steps.
 COMPACT_AFTER_IDLE_STEPS = 4
-# Answers of the most recent conversations only: these are likely to get a next turn soon.
+# Only for the most recent conversations, which are the most likely to have another turn soon.
 MAX_PENDING_REPREFILLS = 4
 
 
 @dataclass
 class _Slot:
     tokens: list[int] = field(default_factory=list)  # the content of a free slot
-    answer: list[int] = field(default_factory=list)  # generated after it, to be re-prefilled
+    answer: list[int] = field(default_factory=list)  # follows `tokens`, to be re-prefilled
     owner: Sequence | None = None
     last_used: int = 0
     idle_steps: int = 0
 
     @property
     def length(self) -> int:
-        """Tokens that have keys and values."""
+        """Tokens whose keys and values the slot holds."""
         return len(self.tokens) if self.owner is None else self.owner.computed
 
     @property
@@ -55,10 +55,10 @@ class _Slot:
 class SlotCache:
     """`num_slots` slots of `slot_length` tokens each.
 
-    Without `reuse`, finished sequences leave nothing behind, and prefixes are shared only among the
-    sequences of one request. A prefix of fewer than `min_reused_tokens` is not reused, unless the
-    request's prompt has been computed already, and nothing shorter is kept. Methods that move
-    content return the moves, to be executed in order before the next run.
+    Without `reuse`, finished sequences leave nothing in the cache, and prefixes are shared only
+    among the sequences of a request. Prefixes shorter than `min_reused_tokens` are not reused,
+    unless the request's prompt has been computed already, and shorter content is not kept. Methods
+    that move content return the moves, which must be executed in order before the next run.
     """
 
     def __init__(
@@ -85,42 +85,42 @@ class SlotCache:
 
     @property
     def used_tokens(self) -> int:
-        """Tokens whose keys and values sequences hold now; the prefix cache, which is evicted for
-        any sequence, does not count."""
-        owners = [slot.owner for slot in self._slots]  # at once: another thread may ask
+        """Tokens whose keys and values are held by sequences, not counting the prefix cache, which
+        can be evicted at any time."""
+        owners = [slot.owner for slot in self._slots]  # one snapshot: other threads call this too
         return sum(owner.computed for owner in owners if owner is not None)
 
     @property
     def active_range(self) -> int:
-        """One more than the highest owned slot."""
+        """One more than the highest owned slot; 0 if there is none."""
         owned = (n for n in range(len(self._slots), 0, -1) if self._slots[n - 1].owner is not None)
         return next(owned, 0)
 
     def owner(self, slot: int) -> Sequence | None:
-        """The sequence that owns a slot; None for a free one."""
+        """The sequence that owns a slot; None if it is free."""
         return self._slots[slot].owner
 
     def kept_tokens(self, slot: int) -> list[int]:
-        """The tokens whose keys and values a free slot keeps; none of one that is owned."""
+        """The tokens whose keys and values a free slot keeps; empty for an owned slot."""
         return self._slots[slot].tokens
 
     def idle_position(self, slot: int) -> int:
-        """Where an idle row of `slot` may write: the position after the slot's content."""
+        """The position at which an idle row of `slot` may write: just after the slot's content."""
         return self._slots[slot].length
 
     def can_allocate(self) -> bool:
-        """Whether any slot is free, so that `allocate` may be called."""
+        """Whether a slot is free, so that `allocate` may be called."""
         return any(slot.owner is None for slot in self._slots)
 
     def cached_prefix_length(self, sequence: Sequence, max_tokens: int) -> int:
-        """How many tokens `allocate` would find in the cache now."""
+        """How many tokens `allocate` would reuse from the cache now."""
         return self._longest_prefix(sequence, max_tokens)[1]
 
     def allocate(self, sequence: Sequence, max_tokens: int) -> list[Copy | Swap]:
-        """Gives `sequence` a slot that already holds the longest cached prefix of its tokens.
+        """Gives `sequence` a slot with the longest cached prefix of its tokens; returns the moves.
 
-        Takes at most `max_tokens` from the cache, and neither reuses a single token nor leaves one
-        to compute, since a chunk of one token rounds differently. Sets the sequence's `slot`,
+        Reuses at most `max_tokens` tokens, never a single one, and never leaves a single one to
+        compute, since a chunk of one token rounds differently. Sets the sequence's `slot`,
         `computed` and `cached_prompt_tokens`.
         """
         assert sequence.slot < 0
@@ -140,7 +140,7 @@ class SlotCache:
         kept = slot.reusable if self.reuse else 0
         slot.tokens = sequence.token_ids[:kept]
         if kept == sequence.prompt_length:
-            # One position stays free: an idle row of this slot writes behind its content.
+            # One position stays free: an idle row of this slot writes just after its content.
             slot.answer = sequence.token_ids[kept : self.slot_length - 1]
         if len(slot.tokens) + len(slot.answer) < self._min_reused_tokens:
             slot.tokens = slot.answer = []
@@ -151,9 +151,9 @@ class SlotCache:
             self._slots[number].answer = []
 
     def next_reprefill(self) -> tuple[int, int, list[int]] | None:
-        """The next answer to re-prefill: its slot, its first position and its tokens.
+        """The next answer to re-prefill: its slot, start position and token ids.
 
-        The most recently used conversation comes first; None when nothing is pending.
+        The most recently used slot comes first; None if nothing is pending.
         """
         numbers = self._pending_reprefills()
         if not numbers:
@@ -162,7 +162,7 @@ class SlotCache:
         return numbers[-1], slot.length, slot.answer
 
     def reprefilled(self, number: int, count: int) -> None:
-        """The next `count` tokens of a slot's answer have been prefilled and become content.
+        """Records that the next `count` tokens of a slot's answer were prefilled: they are content.
 
         0 means that the run failed: the rest of the answer is dropped.
         """
@@ -178,7 +178,10 @@ class SlotCache:
         sequence.slot = -1
 
     def compact(self) -> list[Copy | Swap]:
-        """Fills at most one gap per step in the active range, once it has been idle long enough."""
+        """Fills at most one gap in the active range, once it has been idle long enough.
+
+        Called once per step.
+        """
         last = self.active_range - 1
         moves: list[Copy | Swap] = []
         for number, slot in enumerate(self._slots[: max(last, 0)]):
@@ -190,7 +193,7 @@ class SlotCache:
         return moves
 
     def defragment(self) -> list[Copy | Swap]:
-        """Fills all gaps in the active range, so that free slots follow each other behind it."""
+        """Fills all gaps in the active range, so that the free slots after it are contiguous."""
         return [
             self._exchange(number, self.active_range - 1)
             for number in range(self.used_slots)
@@ -198,9 +201,9 @@ class SlotCache:
         ]
 
     def assign_in_order(self, sequences: list[Sequence]) -> None:
-        """Gives sequences of which nothing is computed each other's slots, ascending as they come.
+        """Reassigns the slots of `sequences` among them, in ascending order.
 
-        Keys and values of none of them are in its slot yet, so nothing has to be moved.
+        None of them has computed any tokens yet, so no keys or values have to be moved.
         """
         for sequence, number in zip(sequences, sorted(s.slot for s in sequences), strict=True):
             assert not sequence.computed
@@ -221,14 +224,14 @@ class SlotCache:
             assert slot.owner is not None or slot.length + len(slot.answer) < self.slot_length
 
     def _pending_reprefills(self) -> list[int]:
-        """Free slots with enough of an answer left to prefill, most recently used last."""
+        """Free slots with enough tokens of an answer to re-prefill, most recently used last."""
         numbers = (n for n, slot in enumerate(self._slots) if len(slot.answer) >= MIN_CHUNK_TOKENS)
         return sorted(numbers, key=lambda number: self._slots[number].last_used)
 
     def _longest_prefix(self, sequence: Sequence, max_tokens: int) -> tuple[int, int]:
-        """The slot that shares the longest usable prefix with `sequence`, and its length.
+        """The slot with the longest usable prefix of `sequence`, and the prefix's length.
 
-        (-1, 0) when no slot shares enough.
+        (-1, 0) if no slot has enough of it.
         """
         tokens = sequence.token_ids
         longest = min(max_tokens, len(tokens))
@@ -236,7 +239,7 @@ class SlotCache:
         for number, slot in enumerate(self._slots):
             owner = slot.owner
             content = slot.tokens if owner is None else owner.token_ids
-            # Most slots are told apart by the one token that would make theirs the longest.
+            # For most slots, comparing the one token that would make theirs the longest is enough.
             if len(content) <= best or best >= longest or content[best] != tokens[best]:
                 continue
             if not self.reuse and (owner is None or owner.group is not sequence.group):
@@ -252,17 +255,17 @@ class SlotCache:
         return (source, best) if best >= enough else (-1, 0)
 
     def _copy_prefix_into(self, source: int, target: int, length: int) -> list[Copy | Swap]:
-        """Moves that put `length` tokens of `source` into the free slot `target`.
+        """Moves that put the first `length` tokens of `source` into the free slot `target`.
 
-        Content of `target` is preserved if it was used more recently than another free slot's.
+        The content of `target` is kept if another free slot was used less recently.
         """
         if length and source == target:
             if length * 2 >= self._slots[target].length:
                 return []
-            # Most of the content belongs to another conversation, so keep a copy of it.
+            # Most of the content is not part of this prompt, so keep a copy of it.
             return self._preserve_evicted(target, keep=target)
-        # Most of a free source is reused: an exchange keeps the target's content without evicting
-        # that of a third slot.
+        # Most of a free source is reused: exchanging the slots keeps the target's content without
+        # evicting a third slot.
         is_free = length > 0 and self._slots[source].owner is None
         if is_free and length * 2 >= self._slots[source].length:
             return [self._exchange(source, target)]
@@ -273,9 +276,9 @@ class SlotCache:
         return moves
 
     def _preserve_evicted(self, number: int, keep: int) -> list[Copy | Swap]:
-        """Copies a free slot's content over the LRU free slot, unless that was used more recently.
+        """Copies a free slot's content to the LRU free slot, unless that was used more recently.
 
-        `keep` is never overwritten.
+        Slot `keep` is never overwritten.
         """
         slot = self._slots[number]
         if not slot.tokens:
@@ -294,7 +297,7 @@ class SlotCache:
         return [Copy(number, victim, len(slot.tokens))]
 
     def _exchange(self, first: int, second: int) -> Copy | Swap:
-        """Exchanges two slots; a copy is enough where one of them is empty."""
+        """Exchanges two slots; a copy suffices if one of them is empty."""
         slots = self._slots
         lengths = slots[first].length, slots[second].length
         slots[first], slots[second] = slots[second], slots[first]
@@ -313,7 +316,8 @@ class SlotCache:
 def _common_prefix(left: list[int], right: list[int], limit: int) -> int:
     """Length of the common prefix, at most `limit`.
 
-    Slices compare in C: ever longer ones up to the first that differs, which is then bisected.
+    Compares slices, which runs in C: slices of doubling length up to the first that differs, which
+    is then bisected.
     """
     limit = min(limit, len(left), len(right))
     low, step = 0, 32

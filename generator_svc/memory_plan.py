@@ -1,4 +1,4 @@
-"""How much of the machine a model gets: threads, KV cache bytes, slots and their length.
+"""How much of the machine a model gets: threads, KV cache bytes, number and length of slots.
 
 Planned before anything is loaded, from the sizes of the model's files and the free memory.
 """
@@ -17,35 +17,35 @@ log = logging.getLogger(__name__)
 _SLOT_GRANULARITY = 8
 _MEBIBYTE = 2**20
 
-# Up to 16 threads no model gets slower: one of 250 MiB decodes fastest with 8 to 12 and prefills
-# fastest with 16. Beyond that, a thread needs enough weights to read to make up for the cost of
-# synchronising with it: 2,330 MiB still gain a tenth from 12 to 16 threads, at 146 MiB each
-# (docs/log.md).
+# Up to 16 threads slow no model down: one of 250 MiB decodes fastest with 8 to 12 and prefills
+# fastest with 16. Beyond that, a thread has to read enough weights to make up for the cost of
+# synchronisation: a model of 2,330 MiB still gains a tenth from 12 to 16 threads, at 146 MiB per
+# thread (docs/log.md).
 _DEFAULT_MAX_THREADS = 16
 _WEIGHT_BYTES_PER_THREAD = 64 * _MEBIBYTE
 
-# Beside weights and cache: activations, masks, responses, and the process that compiles untrusted
-# constraints.
+# Besides weights and KV cache: activations, masks, responses, and the process that compiles
+# untrusted constraints.
 _WORKING_BYTES = 272 * _MEBIBYTE
 
-# The CPU's kernels keep weights in an order of their own, as copies that replace the mapped file
-# tensor by tensor. Quantised ones grow by a float for each block of 32: its sum, beside its scale.
-# Shares of the file's size, at most: tables and norms stay as they are.
+# CPU kernels repack weights into a layout of their own, as copies that replace the memory-mapped
+# file tensor by tensor. Quantised weights grow by one float per block of 32: its sum, in addition
+# to its scale. Upper bounds relative to the file's size: embeddings and norms are not repacked.
 _PACKING_GROWTH = {"int4": 4 / (16 + 4), "int8": 4 / (32 + 4)}
 
-# About how many bits the file has for a weight, scales included.
+# Approximate bits per weight in the file, scales included.
 _WEIGHT_BITS = {"fp32": 32, "fp16": 16, "int8": 9, "w8a8": 9, "int4": 5}
 
-# What CUDA graphs of all batch sizes take, of a model of 8 billion weights (docs/log.md).
+# Memory of the CUDA graphs of all batch sizes, for a model with 8 billion weights (docs/log.md).
 CUDA_GRAPH_BYTES = 2**30
 
-_MIN_DEFAULT_LENGTH = 256  # tokens; a shorter context is neither planned nor suggested
+_MIN_DEFAULT_LENGTH = 256  # tokens; slots are not shortened below this, nor is it suggested
 
 
 class MemoryPlanError(ValueError):
-    """Memory does not hold a single slot, or the model's context is too short for one.
+    """Not even one slot fits into memory, or the model's context is too short for one.
 
-    `needed_bytes` are those with which the model would fit, if memory is what it lacks.
+    `needed_bytes` is how much memory the model would need, 0 if memory is not the reason.
     """
 
     def __init__(self, message: str, needed_bytes: int = 0) -> None:
@@ -54,7 +54,7 @@ class MemoryPlanError(ValueError):
 
 
 def plan_threads(cores: int, weight_bytes: int) -> int:
-    """Default number of threads of a run on the CPU: at most one per core."""
+    """Default number of threads for a run on the CPU, at most one per core."""
     return min(cores, max(_DEFAULT_MAX_THREADS, weight_bytes // _WEIGHT_BYTES_PER_THREAD))
 
 
@@ -62,7 +62,7 @@ def plan_threads(cores: int, weight_bytes: int) -> int:
 class MemoryPlan:
     """`slots` slots of `slot_length` tokens, `slot_bytes` each.
 
-    `needed_bytes` of `memory` are taken with a single slot, weights and all else included.
+    `needed_bytes` is what a single slot, the weights and everything else take of `memory`.
     """
 
     slots: int
@@ -87,21 +87,21 @@ def plan_on(
 ) -> MemoryPlan:
     """The plan for `cpu` or `cuda`, from the memory that is free there now.
 
-    `beside` bytes of it are kept for others. Raises MemoryPlanError, CudaError.
+    `beside` bytes of it are set aside for other processes. Raises MemoryPlanError, CudaError.
     """
     memory = memory_limit() if device == "cpu" else device_memory()
     if beside:
         source = f"{memory.source}, less {_mebibytes(beside)} for what runs beside it"
-        # Below 0 where the others alone are too much, so that a refusal tells all that is missing.
+        # Negative if the others alone take too much, so that the error says how much is missing.
         memory = replace(memory, free=memory.free - beside, source=source)
     return plan_memory(device, settings, model, memory)
 
 
 def plan_loaded(settings: GeneratorSettings, plan: MemoryPlan, allocated: int) -> int:
-    """How many slots of `plan` fit the CUDA device's free memory.
+    """How many slots of `plan` fit into the CUDA device's free memory.
 
-    To be asked when the model is loaded and has computed its longest run, with the memory of
-    `allocated` slots allocated. At most as many as wanted, at least one. Raises CudaError.
+    To be called once the model is loaded and has executed its largest run, with `allocated` slots
+    allocated. At least one, at most the `slots` setting. Raises CudaError.
     """
     free = device_memory().free + allocated * plan.slot_bytes
     share = int((free - CUDA_GRAPH_BYTES) * settings.on("cuda", "kv_memory_share"))
@@ -112,10 +112,10 @@ def plan_loaded(settings: GeneratorSettings, plan: MemoryPlan, allocated: int) -
 def plan_memory(
     device: str, settings: GeneratorSettings, model: ModelDirectory, memory: MemoryLimit
 ) -> MemoryPlan:
-    """As many of settings.slots as fit: into kv_cache_bytes, or else into their share of memory.
+    """As many of `settings.slots` as fit into kv_cache_bytes or, if unset, their share of memory.
 
-    At least one: on the CPU it may take more than the share, and where no length was set, it is as
-    short as it has to be. Raises MemoryPlanError.
+    At least one: on the CPU it may exceed the share, and if max_sequence_length is not set, it is
+    as short as it has to be. Raises MemoryPlanError.
     """
     demand = _demand(device, settings, model, memory)
     length = _slot_length(demand, device, settings)
@@ -137,27 +137,27 @@ def plan_memory(
 
 @dataclass(frozen=True)
 class _Demand:
-    """What a model takes of memory, beside its slots."""
+    """The memory that a model takes besides its slots."""
 
     model: ModelDirectory
     memory: MemoryLimit
     token_bytes: int  # of keys and values: 2 · layers · kv_heads · head_size elements
     working_bytes: int = 0
-    packing_bytes: int = 0  # by which weights may grow
-    share: float = 1.0  # of what all that leaves, which slots may have
+    packing_bytes: int = 0  # by which the weights may grow when they are repacked
+    share: float = 1.0  # of the remaining memory that slots may take
 
     @property
     def available(self) -> int:
-        """Bytes for slots, below 0 where not even the weights fit."""
+        """Bytes available for slots; negative if not even the weights fit."""
         return int((self.memory.free - self.model.weight_bytes - self.working_bytes) * self.share)
 
     def needed_bytes(self, slot_bytes: int) -> int:
-        """Memory with which a slot of this size fits."""
+        """Bytes of memory needed for one slot of this size to fit."""
         return self.model.weight_bytes + self.working_bytes + math.ceil(slot_bytes / self.share)
 
     @property
     def fitting_length(self) -> int:
-        """Tokens of a slot that takes all there is."""
+        """Length in tokens of a single slot that takes all available memory."""
         return max(0, self.available) // self.token_bytes // _SLOT_GRANULARITY * _SLOT_GRANULARITY
 
 
@@ -170,13 +170,13 @@ def _demand(
         packing = int(model.weight_bytes * _PACKING_GROWTH.get(precision, 0))
         token_bytes = elements * (2 if precision == "fp16" else 4)
         return _Demand(model, memory, token_bytes, _WORKING_BYTES, packing)
-    # All but the share is the runtime's: activations, CUDA graphs, copies of weights.
+    # The rest is left to the runtime: activations, CUDA graphs, copies of weights.
     share = 1.0 if settings.kv_cache_bytes else settings.on(device, "kv_memory_share")
     return _Demand(model, memory, elements * (4 if precision == "fp32" else 2), share=share)
 
 
 def _slot_length(demand: _Demand, device: str, settings: GeneratorSettings) -> int:
-    """Tokens of a slot; raises MemoryPlanError if memory does not hold one."""
+    """Length of a slot in tokens; raises MemoryPlanError if not even one slot fits."""
     context = demand.model.context_length
     length = min(int(settings.on(device, "max_sequence_length")), context)
     length -= length % _SLOT_GRANULARITY
@@ -201,7 +201,7 @@ def _slot_length(demand: _Demand, device: str, settings: GeneratorSettings) -> i
 
 
 def _refusal(demand: _Demand, length: int) -> str:
-    """What is needed, what there is, and what would fit, in one line."""
+    """An error message: the memory needed, the memory available, and what would fit."""
     model, memory = demand.model, demand.memory
     slot_bytes = demand.token_bytes * length
     needed = demand.needed_bytes(slot_bytes)

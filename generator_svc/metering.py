@@ -1,4 +1,4 @@
-"""Metering of device time in integer nanoseconds, exact to the last one.
+"""Metering of device time in integer nanoseconds, exact to the nanosecond.
 
     busy = charged to sequences + overhead by reason        (exactly, at any time)
 
@@ -20,7 +20,7 @@ OVERHEADS = (PADDING, CACHE_MOVES, WARM_UP, REPREFILL)
 
 
 def share(nanoseconds: int, weights: ListOf[int]) -> list[int]:
-    """`nanoseconds` split in proportion to `weights` (not all zero) into integers."""
+    """Splits `nanoseconds` into integers in proportion to `weights`, which are not all zero."""
     total = sum(weights)
     assert total > 0
     shares = [nanoseconds * weight // total for weight in weights]
@@ -31,11 +31,11 @@ def share(nanoseconds: int, weights: ListOf[int]) -> list[int]:
 
 
 class Meter:
-    """Counts device time. `settled` has that of ended sequences, by finish reason.
+    """Counts device time. `settled` is the device time of ended sequences, by finish reason.
 
-    `steps` has the engine's steps by how many tokens each computed, prefilled and decoded ones.
+    `steps` counts the engine's steps by the number of tokens computed, prefill and decode.
 
-    The engine's thread writes; any thread may take a `snapshot`, which is always consistent.
+    Written by the engine's thread; any thread may take a `snapshot`, which is always consistent.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Meter:
         self.steps: Counter[int] = Counter()
 
     def charge(self, nanoseconds: int, tokens: ListOf[tuple[Sequence | None, int]]) -> None:
-        """Charges a run to its sequences by their tokens; None stands for padding rows."""
+        """Charges a run to its sequences by their tokens; None stands for padding."""
         shares = share(nanoseconds, [count for _, count in tokens])
         with self._lock:
             self.busy += nanoseconds
@@ -59,12 +59,12 @@ class Meter:
                     self.charged += nanos
 
     def charge_rows(self, nanoseconds: int, owners: ListOf[Sequence | None]) -> None:
-        """Charges a run of one token for each of `owners`: as `charge` does, in less time."""
+        """Charges a run with one token for each of `owners`: a faster special case of `charge`."""
         least, rest = divmod(nanoseconds, len(owners))
         padding = 0
         with self._lock:
             for row, owner in enumerate(owners):
-                nanos = least + 1 if row < rest else least  # among equals the first get more
+                nanos = least + 1 if row < rest else least  # ties go to the first, as in `share`
                 if owner is None:
                     padding += nanos
                 else:
@@ -75,13 +75,13 @@ class Meter:
                 self.overhead[PADDING] += padding
 
     def charge_overhead(self, nanoseconds: int, reason: str) -> None:
-        """Charges time that belongs to no sequence."""
+        """Charges device time that belongs to no sequence."""
         with self._lock:
             self.busy += nanoseconds
             self.overhead[reason] += nanoseconds
 
     def settle(self, sequence: Sequence) -> None:
-        """Adds an ended sequence's time to its finish reason's; once per sequence."""
+        """Adds an ended sequence's time to the total of its finish reason; once per sequence."""
         assert sequence.finish_reason is not None
         with self._lock:
             self.settled[sequence.finish_reason] += sequence.device_nanoseconds

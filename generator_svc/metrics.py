@@ -1,9 +1,10 @@
 """Prometheus metrics of the generator.
 
-What vLLM has too has its name, unless the tokenizer counts it under that name, as its callers see
-it: then it is the engine's.
+Metrics that vLLM also has bear vLLM's names, except where the tokenizer exports that name, as seen
+by its callers: those are named `trivium_engine_…` here.
 
-Gauges and the engine's own counters are read at scrape time, so steps pay nothing.
+Gauges and the engine's own counters are read at scrape time, so they cost the engine's steps
+nothing.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +33,7 @@ _PHASE_BUCKETS = (
     *(5, 10, 20, 30, 60, 120, 240, 480),
 )
 _STEP_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-# The unit in which routers remember prefixes. Slots share prefixes of any length.
+# The block size reported to routers that track prefixes. Slots share prefixes of any length.
 _BLOCK_TOKENS = 16
 
 
@@ -45,7 +46,7 @@ _PHASES = {
 
 
 class RequestMetrics(Collector):
-    """Counters and histograms observed per call, and `generated`, which counts its tokens."""
+    """Counters and histograms observed per call, and `generated`, which counts all its tokens."""
 
     def __init__(self, registry: CollectorRegistry, model: str) -> None:
         def counter(name: str, text: str) -> Counter:
@@ -62,7 +63,7 @@ class RequestMetrics(Collector):
         self.queried_tokens = counter(
             "vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache"
         ).labels(**labels)
-        self.generated = 0  # read at scrape time: a Counter takes a microsecond for each token
+        self.generated = 0  # read at scrape time: a Counter would take a microsecond per token
         registry.register(self)
         self.first_token = Histogram(
             "trivium_engine_time_to_first_token_seconds",
@@ -107,17 +108,18 @@ class RequestMetrics(Collector):
             ["model_name", "finished_reason"],
             registry=registry,
         )
-        for code in ERRORS:  # of a series that starts at 1 no rate is known
+        for code in ERRORS:  # starts at 0, as rate() misses the first increment of a new series
             self._rejected.labels(model, code)
         for outcome in FinishReason:
             self._finished.labels(model, outcome.name.lower())
 
     def sent(self, updates: Sequence[SequenceUpdate]) -> None:
-        """Counts a message with these updates."""
+        """Observes a message that carries these updates."""
         self._message_tokens.observe(len([u for u in updates if u.token is not None]))
 
     def phases(self, group: SequenceGroup, first_token: float, last_token: float) -> None:
-        """Observes the phases of a finished call, by when its first and last token arose."""
+        """Observes the phases of a finished call; `first_token` and `last_token` are monotonic
+        times in seconds."""
         scheduled = group.scheduled_at
         assert scheduled is not None, "Tokens arose without a slot. This is a bug."
         self._phases["queue"].observe(scheduled - group.queued_at)
@@ -126,7 +128,7 @@ class RequestMetrics(Collector):
         self._phases["inference"].observe(last_token - scheduled)
 
     def rejected(self, reason: str) -> None:
-        """Counts a call that did not reach the engine."""
+        """Counts a call that was refused before it reached the engine."""
         self._rejected.labels(model_name=self._model, reason=reason).inc()
 
     def finished(self, reason: str) -> None:
@@ -144,7 +146,7 @@ class RequestMetrics(Collector):
 def register_info(
     registry: CollectorRegistry, model: str, precision: str, device: DeviceInfo, prefix_cache: bool
 ) -> None:
-    """What runs where, and the KV cache, as the labels of gauges that are 1."""
+    """Registers gauges of value 1 whose labels describe the model, the device and the KV cache."""
     labels = {
         "model_name": model,
         "precision": precision,

@@ -1,15 +1,15 @@
-"""A moving average of what a prompt token costs, by position, so that prefill is bounded in time.
+"""A moving average of a prompt token's cost, by position, so that prefill can be bounded in time.
 
-A token costs more the more tokens precede it, since it attends to all of them, so the averages are
-kept by where in its prompt a chunk begins.
+The more tokens precede a token, the more it costs, since it attends to all of them. Averages are
+therefore kept by the position in the prompt at which a chunk begins.
 """
 
 from generator_svc.plan import ATTENTION_TILE
 
-_INITIAL_COST = 1_600_000  # ns per token, before the first measurement: a laptop's 640 tokens/s
+_INITIAL_COST = 1_600_000  # ns per token until the first measurement: about 640 tokens/s, a laptop
 _WINDOW_TOKENS = 512  # chunks that begin within the same window share an average
 _LEARNING_RATE = 0.3
-_MIN_SAMPLE_TOKENS = 32  # in shorter chunks a run's fixed cost would dominate
+_MIN_SAMPLE_TOKENS = 32  # in shorter chunks the fixed cost of a run would dominate
 
 
 class PrefillCostModel:
@@ -19,7 +19,7 @@ class PrefillCostModel:
         self._cost: dict[int, float] = {}
 
     def observe(self, start: int, tokens: int, nanoseconds: int) -> None:
-        """A chunk of `tokens` from position `start` took `nanoseconds`."""
+        """Records that a chunk of `tokens` tokens from position `start` took `nanoseconds`."""
         if tokens < _MIN_SAMPLE_TOKENS:
             return
         window = start // _WINDOW_TOKENS
@@ -28,9 +28,9 @@ class PrefillCostModel:
         self._cost[window] = average + _LEARNING_RATE * (sample - average)
 
     def cost(self, start: int) -> float:
-        """Nanoseconds per token at `start`, from its window or the nearest measured one before.
+        """Nanoseconds per token at `start`, from its window or the nearest measured one before it.
 
-        For any thread.
+        If none was measured before it, the first measured one. For any thread.
         """
         windows = sorted(self._cost.copy())
         if not windows:
@@ -39,6 +39,6 @@ class PrefillCostModel:
         return self._cost[before[-1] if before else windows[0]]
 
     def tokens_within(self, nanoseconds: float) -> int:
-        """Tokens from a prompt's start that fit: whole attention tiles, at least one."""
+        """How many tokens at a prompt's start fit: whole attention tiles, at least one."""
         tokens = int(nanoseconds / self.cost(0))
         return max(tokens - tokens % ATTENTION_TILE, ATTENTION_TILE)

@@ -3,21 +3,21 @@
 The whole policy:
 
     1. Every decoding sequence gets one token in every step.
-    2. Prompts are prefilled in chunks in the same step. While anything decodes, prefill per step is
-       bounded by `stall_nanoseconds`; with more prompts pending than sequences decoding, by as many
-       times that, up to MAX_STALL_MULTIPLIER. This is the only tuning knob: higher lowers TTFT,
-       lower shortens inter-token stalls. Every step computes at least one attention tile, however
-       slow the device. `max_num_batched_tokens` bounds all tokens of a step.
-    3. With `max_prefill_batch_size`, whole prompts of consecutive slots are prefilled in one run,
-       padded to one of a few lengths, as long as they are about equally long. So that there are
-       many, those that come together get slots next to each other, in the order of their lengths,
-       and no prompt is cut only to fill up a step.
-    4. First come, first served, among prompts that fit into one step. A longer prompt gets at least
-       half of every step's prefill once it is the oldest; the others share the rest, shortest
-       first, so that neither waits for all of the other. One long prompt runs at a time.
+    2. Prompts are prefilled in chunks in the same step. While sequences decode, prefill per step is
+       limited to `stall_nanoseconds`, times the ratio of pending prompts to decoding sequences if
+       that is above 1, up to MAX_STALL_MULTIPLIER. This is the only tuning knob: higher lowers
+       TTFT, lower shortens inter-token stalls. Prefill gets at least one attention tile per step,
+       however slow the device. `max_num_batched_tokens` bounds all tokens of a step.
+    3. With `max_prefill_batch_size`, whole prompts of similar length in consecutive slots are
+       prefilled in one run, padded to one of a few lengths. To get large batches, prompts admitted
+       together get adjacent slots in the order of their lengths, and no prompt is split merely to
+       use up a step's budget.
+    4. Prompts that fit into one step are served first come, first served. A longer prompt, once it
+       is the oldest, gets at least half of every step's prefill budget; the others share the rest,
+       shortest first, so that neither starves the other. Only one long prompt runs at a time.
     5. A request is admitted when a slot is free and its prompt would be computed soon.
-    6. The n sequences of a request share one prefill: the others start when the first has computed
-       its prompt, from a copy of its slot and from the same logits.
+    6. The n sequences of a request share one prefill: once the first has computed its prompt, the
+       others start from a copy of its slot and from the same logits.
     7. While idle, finished answers are re-prefilled, one tile at a time, so that the next turn of a
        conversation hits the prefix cache.
 """
@@ -51,7 +51,7 @@ from generator_svc.sequence import (
     SequenceUpdate,
 )
 
-# Each lookup compares a long waiting prompt with the content of every slot.
+# Each lookup compares a long waiting prompt against every slot.
 _MAX_PREFIX_LOOKUPS_PER_STEP = 8
 
 
@@ -59,8 +59,8 @@ _MAX_PREFIX_LOOKUPS_PER_STEP = 8
 class ScheduledStep:
     """A plan and its sequences: `chunks[i]` owns plan.chunks[i], `rows[i]` owns plan.rows[i].
 
-    `batches[i]` owns the prompts of plan.batches[i], in their order.
-    `forks` draw their first token from their group's prompt logits and compute nothing.
+    `batches[i]` owns the prompts of plan.batches[i], in the same order.
+    `forks` sample their first token from their group's prompt logits and compute nothing.
     """
 
     plan: StepPlan
@@ -73,11 +73,11 @@ class ScheduledStep:
 class Scheduler:
     """Owns the waiting queue, the running sequences and the slots; for the engine's thread.
 
-    `stall_nanoseconds` and `max_num_batched_tokens` are those of the module's policy. `on_finish`
-    is called once for every sequence that ends, for whatever reason. Decode batches are padded with
-    idle rows to the next of `batch_sizes` (ascending, the last equal to the number of slots);
-    without them, to no more than the highest decoding slot. With a `max_prefill_batch_size` of 0,
-    each prompt is prefilled on its own and without padding.
+    `stall_nanoseconds` and `max_num_batched_tokens`: see the module's policy. `on_finish` is called
+    once for every sequence that ends, for whatever reason. Decode batches are padded with idle rows
+    to the next of `batch_sizes` (ascending, the last equal to the number of slots); if it is empty,
+    only up to the highest decoding slot. If `max_prefill_batch_size` is 0, each prompt is prefilled
+    on its own and without padding.
     """
 
     def __init__(
@@ -107,15 +107,15 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would have anything to do for a request."""
+        """Whether any request is waiting or running."""
         return bool(self.waiting or self.running)
 
     def add(self, group: SequenceGroup) -> None:
-        """Queues a request. Only its first sequence: the others wait for its prompt."""
+        """Queues a request's first sequence; the others wait until it has computed the prompt."""
         self.waiting.append(group.sequences[0])
 
     def schedule(self) -> ScheduledStep:
-        """Admits waiting requests and plans a step; does not run it."""
+        """Admits waiting requests and plans a step, without running it."""
         moves, forks = self._admit() if self.waiting else ([], [])
         moves += self.cache.compact()
         prefilling = self._prefilling()
@@ -136,7 +136,7 @@ class Scheduler:
         return self.cache.next_reprefill() is not None
 
     def schedule_reprefill(self) -> StepPlan | None:
-        """Plans to re-prefill a tile of a finished answer; `commit_reprefill` has to follow."""
+        """Plans to re-prefill a tile of a finished answer, to be followed by `commit_reprefill`."""
         pending = self.cache.next_reprefill()
         if pending is None:
             return None
@@ -145,12 +145,13 @@ class Scheduler:
         return StepPlan(chunks=(Chunk(slot, start, tuple(tokens[:length]), wants_logits=False),))
 
     def commit_reprefill(self, plan: StepPlan, failed: bool) -> None:
-        """Applies the result of what `schedule_reprefill` planned."""
+        """Applies the result of a plan from `schedule_reprefill`."""
         (chunk,) = plan.chunks
         self.cache.reprefilled(chunk.slot, 0 if failed else len(chunk.token_ids))
 
     def observe(self, step: ScheduledStep, nanoseconds: Iterable[int | None]) -> None:
-        """Feeds the measured times of a step's batches and chunks to the cost model."""
+        """Feeds the measured times of a step's batches and chunks, in this order, to the cost
+        model."""
         runs = [(0, sum(map(len, batch.prompts))) for batch in step.plan.batches]
         runs += [(chunk.start, len(chunk.token_ids)) for chunk in step.plan.chunks]
         for (start, tokens), elapsed in zip(runs, nanoseconds, strict=True):
@@ -163,7 +164,7 @@ class Scheduler:
         tokens: Iterable[tuple[Sequence, SampledToken]],
         failures: Iterable[tuple[Sequence, BaseException]] = (),
     ) -> list[SequenceUpdate]:
-        """Applies a step's tokens and failures; sequences that end here free their slots."""
+        """Applies a step's tokens and failures; frees the slots of sequences that end here."""
         for sequence, chunk in zip(step.chunks, step.plan.chunks, strict=True):
             sequence.computed += len(chunk.token_ids)
         for sequence in itertools.chain.from_iterable(step.batches):
@@ -194,7 +195,7 @@ class Scheduler:
         return updates
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        """Ends a sequence in any status and frees what it holds; idempotent."""
+        """Ends a sequence in any status and releases what it holds; idempotent."""
         if sequence.status is SequenceStatus.FINISHED:
             return
         if sequence.status is SequenceStatus.WAITING:
@@ -231,12 +232,12 @@ class Scheduler:
         assert all(s.status is SequenceStatus.WAITING for s in self.waiting)
 
     def _admit(self) -> tuple[list[Copy | Swap], list[Sequence]]:
-        """Admits waiting sequences whose prompts a step would get to; returns moves and forks."""
+        """Admits waiting sequences whose prompts a step would reach; returns moves and forks."""
         moves: list[Copy | Swap] = []
         forks = []
         prefilling = self._prefilling()
         budget = self._budget(prefilling)
-        # At most one prompt over the budget runs, so that short ones keep getting their share.
+        # At most one prompt above the budget runs, so that short ones keep getting their share.
         is_long_running = any(s.uncomputed > budget for s in prefilling)
         pending_tokens = sum(s.uncomputed for s in prefilling if s.uncomputed <= budget)
         if self._max_prefill_batch_size and len(self.waiting) > 1 and pending_tokens < budget:
@@ -264,9 +265,9 @@ class Scheduler:
         return moves, forks
 
     def _next(self, max_tokens: float) -> Sequence | None:
-        """Dequeues the first waiting sequence, or the first with at most `max_tokens` to compute.
+        """Dequeues the first waiting sequence with at most `max_tokens` tokens to compute, if any.
 
-        Cached tokens count as computed; only the first few long prompts are looked up.
+        Cached tokens do not count, but only the first few long prompts are looked up in the cache.
         """
         lookups = 0
         for position, sequence in enumerate(self.waiting):
@@ -280,7 +281,7 @@ class Scheduler:
         return None
 
     def _budget(self, prefilling: list[Sequence]) -> int:
-        """Prompt tokens of this step."""
+        """Prompt tokens that this step may prefill."""
         decoding = sum(sequence.status is SequenceStatus.DECODE for sequence in self.running)
         return self._planner.budget(decoding, len(self.waiting) + len(prefilling))
 
@@ -291,7 +292,7 @@ class Scheduler:
     def _plan_rows(
         self, computed: dict[Sequence, int]
     ) -> tuple[tuple[Row, ...], tuple[Sequence | None, ...]]:
-        """This step's decode rows, and the sequence that each of them belongs to."""
+        """This step's decode rows and the sequence of each; None for idle rows."""
         decode = SequenceStatus.DECODE
         decoding = {s.slot: s for s in self.running if s.status is decode}
         rows = []
@@ -306,13 +307,14 @@ class Scheduler:
                 continue
             owner = self.cache.owner(slot)
             position = self.cache.idle_position(slot)
-            if owner is not None:  # prefilling: its chunk of this step runs before the rows
+            if owner is not None:  # prefilling: its chunk of this step runs before the decode rows
                 position = computed.get(owner, position)
             rows.append(Row(0, position, is_idle=True))
         return tuple(rows), owners
 
     def _start_siblings(self, group: SequenceGroup) -> None:
-        """Queues the sequences that waited for the prompt; frees its logits once all have drawn."""
+        """Queues the sequences that waited for the prompt; frees its logits once all have sampled
+        from them."""
         waiting = [s for s in group.sequences if s.status is SequenceStatus.WAITING]
         waiting = [s for s in waiting if s not in self.waiting]
         self.waiting.extendleft(reversed(waiting))
@@ -321,7 +323,7 @@ class Scheduler:
             group.prompt_logits = None
 
     def _promote(self, group: SequenceGroup) -> None:
-        """Lets another sequence prefill the prompt, since the first was stopped before that."""
+        """Lets another sequence prefill the prompt after the first was stopped before doing so."""
         if group.prompt_logits is not None:
             return
         prefill = SequenceStatus.PREFILL
@@ -337,10 +339,10 @@ class Scheduler:
 
 
 def _max_cached(sequence: Sequence) -> int:
-    """Tokens that may come from the prefix cache.
+    """The maximum number of tokens that may come from the prefix cache.
 
-    The end of a prompt is always computed, for its logits, unless the group still has them; all of
-    it where log-probabilities of its tokens are wanted.
+    The end of a prompt is always computed, for its logits, unless the group still has them. If
+    log-probabilities of the prompt are requested, all of it is computed.
     """
     if sequence.scores_prompt:
         return 0

@@ -13,7 +13,7 @@ from generator_svc.admission import Permit
 
 
 class FinishReason(enum.Enum):
-    """Why a sequence ended. CANCELLED and FAILED end the whole call and are never reported."""
+    """Why a sequence ended. CANCELLED and FAILED end the whole call: callers never see them."""
 
     STOP_TOKEN = enum.auto()
     LENGTH = enum.auto()
@@ -33,7 +33,7 @@ class SequenceStatus(enum.Enum):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Validated sampling parameters, defaults filled in; sampling.proto says what each means."""
+    """Validated sampling parameters with defaults filled in; documented in sampling.proto."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -53,7 +53,7 @@ class SamplingParams:
 
     @functools.cached_property
     def has_bias_or_penalties(self) -> bool:
-        """Whether any parameter changes logits before the draw."""
+        """Whether a logit bias or penalty changes the logits."""
         return bool(
             self.logit_bias
             or self.repetition_penalty != 1
@@ -68,7 +68,7 @@ class SamplingParams:
 
 
 class ConstraintError(Exception):
-    """A constraint that cannot be enforced; `code` is one of trivium.wire.errors."""
+    """A constraint cannot be enforced; `code` is one of those in trivium.wire.errors."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -83,11 +83,11 @@ class ConstraintState(Protocol):
         """The mask of allowed next tokens, bool [vocabulary]."""
 
     def accept(self, token_id: int) -> None:
-        """Advances by the next token, which has to be an allowed one."""
+        """Advances by the next token, which has to be allowed."""
 
 
 class Constraint(Protocol):
-    """What a request's text has to match. `end_token_ids` end a text that does."""
+    """What a request's text has to match. `end_token_ids` are the tokens that end such a text."""
 
     @property
     def end_token_ids(self) -> frozenset[int]: ...
@@ -101,10 +101,10 @@ class EngineRequest:
     """A validated request: it fits the model and is not checked again.
 
     `stop_token_ids` includes the model's end-of-sequence tokens, unless they are ignored.
-    `top_logprobs` is None when no log-probabilities are requested, and so is `prompt_logprobs` for
-    those of the prompt's tokens; both are numbers of most likely tokens. A complete constrained
-    text ends with one of the constraint's end tokens even if those are ignored: nothing else may
-    follow.
+    `top_logprobs` and `prompt_logprobs` are how many of the most likely tokens to report with each
+    generated and prompt token; None if no log-probabilities are requested. A complete constrained
+    text ends with one of the constraint's end tokens even if end-of-sequence tokens are ignored,
+    since nothing else may follow.
     """
 
     prompt: tuple[int, ...]
@@ -119,7 +119,7 @@ class EngineRequest:
 
     @functools.cached_property
     def all_stop_token_ids(self) -> frozenset[int]:
-        """The stop tokens, and those that end a constrained text."""
+        """The stop tokens, and the end tokens of the constraint if there is one."""
         if self.constraint is None:
             return self.stop_token_ids
         return self.stop_token_ids | self.constraint.end_token_ids
@@ -127,7 +127,7 @@ class EngineRequest:
 
 @dataclass(frozen=True)
 class CompletionReport:
-    """What the caller made of a request's finished sequences; generator.proto says what it is."""
+    """The caller's report on a request's finished sequences; documented in generator.proto."""
 
     completion_tokens: int
     reasoning_tokens: int
@@ -136,16 +136,16 @@ class CompletionReport:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probabilities (natural) of a token and of the most likely ones in its place."""
+    """Natural log-probabilities of a token and of the most likely tokens at its position."""
 
     logprob: float
     top_token_ids: tuple[int, ...]
     top_logprobs: tuple[float, ...]
 
 
-# Tuples, as there is one of each for every token: a frozen dataclass takes a microsecond more.
+# Named tuples, since one is created for every token: a frozen dataclass takes a microsecond more.
 class SampledToken(NamedTuple):
-    """A token drawn for a sequence, with log-probabilities if requested."""
+    """A token sampled for a sequence, with log-probabilities if requested."""
 
     token_id: int
     logprobs: TokenLogprobs | None = None
@@ -155,9 +155,9 @@ class SampledToken(NamedTuple):
 class Sequence:
     """One of the n continuations of a prompt; owned by the engine's thread.
 
-    `token_ids` is the prompt and the generated tokens, of which the first `computed` have their
-    keys and values in `slot`. `device_nanoseconds` is its share of the device time so far,
-    `output_counts` how often it has each token if a penalty wants to know.
+    `token_ids` is the prompt followed by the generated tokens; `slot` holds the keys and values of
+    the first `computed` of them. `device_nanoseconds` is its share of the device time so far.
+    `output_counts` counts the generated tokens by id, if the request has a penalty or logit bias.
     """
 
     group: "SequenceGroup"
@@ -173,7 +173,7 @@ class Sequence:
     constraint_state: ConstraintState | None = None
 
     def __post_init__(self) -> None:
-        # Looked up several times for each token.
+        # Attributes, as they are read several times per token.
         self.request = request = self.group.request
         self.prompt_length = len(request.prompt)
         self.generated = len(self.token_ids) - self.prompt_length  # so far
@@ -188,27 +188,29 @@ class Sequence:
 
     @property
     def uncomputed(self) -> int:
-        """Tokens whose keys and values are not in the cache yet; 1 while decoding."""
+        """Number of tokens whose keys and values are not in the KV cache yet; 1 while decoding."""
         return len(self.token_ids) - self.computed
 
     @property
     def row_temperature(self) -> float | None:
-        """What the next token is sampled at; None if it is the arg max of its logits, and that is
-        all they are for."""
+        """The temperature at which the next token is sampled; None if only the arg max of its
+        logits is needed."""
         if self._is_arg_max and self.generated >= self.request.min_new_tokens:
             return None
         return self.request.sampling.temperature
 
     @property
     def scores_prompt(self) -> bool:
-        """Whether the prompt's log-probabilities are wanted, and it is the first to compute it."""
+        """Whether computing the prompt has to yield its log-probabilities: if they are requested,
+        and no sequence of the group has computed it yet."""
         return self.request.prompt_logprobs is not None and self.group.prompt_logits is None
 
     def seen_tokens(self, vocabulary: int) -> bytearray:
-        """A byte for each token of the vocabulary: 1 if prompt or answer have it.
+        """One byte per token of the vocabulary: 1 if it occurs in the prompt or the answer.
 
-        Only with a penalty; kept and brought up to date, so that a few tokens are looked up at once
-        at each step. Who needs all of them is quicker with `distinct_prompt` and `output_counts`.
+        Only for requests with a penalty or logit bias. Kept up to date, so that looking up a few
+        tokens per step is fast; to iterate over all of them, `distinct_prompt` and `output_counts`
+        are faster.
         """
         assert self._has_penalties
         if self._seen is None:
@@ -218,7 +220,7 @@ class Sequence:
         return self._seen
 
     def append(self, token_id: int) -> FinishReason | None:
-        """Adds a generated token; returns why it is the last, if it is."""
+        """Appends a generated token; returns the finish reason if it is the last one."""
         self.token_ids.append(token_id)
         self.generated += 1
         if self._has_penalties:
@@ -233,9 +235,9 @@ class Sequence:
 
 
 class SequenceUpdate(NamedTuple):
-    """A sequence's new token and/or end after one step; or its group's failure, as `error`.
+    """A sequence's new token, its end, or both, after a step; or its group's failure, as `error`.
 
-    `is_urgent` where somebody waits for it: the first token and the end.
+    `is_urgent` for the first token and the end, which are sent without delay.
     """
 
     group: "SequenceGroup"
@@ -250,10 +252,10 @@ class SequenceGroup:
     """A request in the engine: its sequences, which share one prompt.
 
     `permit` is its place in the queue, released when the first sequence gets a slot, at
-    `scheduled_at` on the monotonic clock; until then that is None.
-    `prompt_logits`, float32 [vocabulary], is kept from the first sequence's prefill until all
-    others have drawn their first token from it. `prompt_logprobs` are those of the prompt's tokens
-    but the first, if requested, as far as it is computed. `tag` is opaque to the engine.
+    `scheduled_at` on the monotonic clock, which is None until then. `prompt_logits`, float32
+    [vocabulary], are kept from the first sequence's prefill until all others have sampled their
+    first token from them. `prompt_logprobs`, if requested, are those of all computed prompt tokens
+    but the first. `tag` is opaque to the engine.
     """
 
     def __init__(self, request: EngineRequest, permit: Permit, tag: Any = None) -> None:
@@ -268,7 +270,7 @@ class SequenceGroup:
 
     @functools.cached_property
     def distinct_prompt(self) -> "array[int]":
-        """The prompt's tokens, each of them once, in 64 bits; for the repetition penalty."""
+        """The distinct tokens of the prompt, int64; for the repetition penalty."""
         return array("q", set(self.request.prompt))
 
     @property

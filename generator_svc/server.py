@@ -1,4 +1,4 @@
-"""Composition root: loads the model, warms it up, builds engine and service, serves, drains."""
+"""Composition root: loads the model, warms it up, builds engine and service, serves and drains."""
 
 import asyncio
 import functools
@@ -51,20 +51,20 @@ from trivium.wire.tls.metrics import CertificateCollector
 
 log = logging.getLogger("generator_svc")
 
-_PREFILL_BATCH_SIZE = 32  # where padding is cheap
-_WEIGHT_ONLY_GEMM_BLOCK = 32  # the only block size of its kernels in ONNX Runtime's packages
+_PREFILL_BATCH_SIZE = 32  # on CUDA, where padding is cheap
+_WEIGHT_ONLY_GEMM_BLOCK = 32  # the only block size of these kernels in ONNX Runtime's packages
 
-_CAPTURE_SECONDS = 30.0  # at start; the remaining batch sizes are captured on first use
-_PLAN_SECONDS = 10.0  # at start, for attention plans; the remaining ones are made on first use
+_CAPTURE_SECONDS = 30.0  # at startup; remaining batch sizes are captured on first use
+_PLAN_SECONDS = 10.0  # at startup, to plan attention; remaining lengths are planned on first use
 
 SERVICE = "trivium.generator.v1.GeneratorService"
 
 
 def load_runner(settings: GeneratorSettings, model: ModelDirectory) -> OrtRunner:
-    """The model on its device, with as many slots as memory allows.
+    """Loads the model onto its device, with as many slots as memory allows.
 
-    Device `auto` falls back to the CPU when the CUDA libraries or the model on CUDA fail. Raises
-    DeviceError, CudaError or MemoryPlanError.
+    Device `auto` falls back to the CPU if CUDA is unavailable or the model fails to run on it.
+    Raises DeviceError, CudaError or MemoryPlanError.
     """
     device = choose_device(settings.device)
     reason = why_not_cuda() if settings.device == "auto" else ""
@@ -75,7 +75,7 @@ def load_runner(settings: GeneratorSettings, model: ModelDirectory) -> OrtRunner
             if settings.device != "auto":
                 raise
             reason = str(error)
-    if reason:  # without a device nothing is wrong
+    if reason:  # not a warning on a machine without a CUDA device
         level = logging.WARNING if device_count() else logging.INFO
         log.log(level, "the model runs on the CPU, without CUDA: %s", reason)
     runner = _load_on("cpu", settings, model)
@@ -101,7 +101,7 @@ def _load_on(device: str, settings: GeneratorSettings, model: ModelDirectory) ->
         runner = OrtRunner(
             model, device, slots, plan.slot_length, threads, cuda_graphs, weight_only_gemm
         )
-        # The runtime keeps what its largest run took.
+        # The runtime's arena keeps the memory of the largest run.
         tokens = (0,) * length
         largest = StepPlan(chunks=(Chunk(0, 0, tokens, wants_logits=True),))
         if runner.info.pads_prompts:
@@ -115,11 +115,11 @@ def _load_on(device: str, settings: GeneratorSettings, model: ModelDirectory) ->
     except DeviceError as error:
         if not weight_only_gemm:
             raise
-        # Such as a width for which there is no kernel.
+        # For example, there is no kernel for one of the matrix widths.
         log.warning("the model is loaded again without weight-only products: %s", error)
         runner = None
     if runner is None:
-        gc.collect()  # a runner refers to itself, and its weights should not be there twice
+        gc.collect()  # the runner is a reference cycle, and two copies of the weights may not fit
         runner = load(False)
     runner.reallocate(plan_loaded(settings, plan, allocated=slots))
     log.info("%d slots of %d tokens on the device", runner.info.slots, runner.info.slot_length)
@@ -127,8 +127,8 @@ def _load_on(device: str, settings: GeneratorSettings, model: ModelDirectory) ->
 
 
 def warm_up(settings: GeneratorSettings, runner: OrtRunner, meter: Meter) -> None:
-    """One prefill, one decode, and on CUDA each length of prompts and the CUDA graphs, on the
-    thread that will run the model.
+    """Runs a prefill and a decode; on CUDA also each padded prompt length, and captures the CUDA
+    graphs. To be called on the thread that will run the model.
 
     Raises DeviceError if a run fails or its logits are not finite.
     """
@@ -143,7 +143,7 @@ def warm_up(settings: GeneratorSettings, runner: OrtRunner, meter: Meter) -> Non
     prefill = Chunk(slot=0, start=0, token_ids=(0, 0, 0), wants_logits=True)
     run(StepPlan(chunks=(prefill,), rows=(Row(0, 3),)))
     if runner.info.pads_prompts and runner.info.device == "cuda":
-        # The first run of a length plans its attention, which takes longer than most runs.
+        # The first run of a length plans its attention, which takes longer than most runs do.
         started = time.monotonic()
         longest = settings.on("cuda", "max_num_batched_tokens")
         for length in padded_lengths(longest, runner.info.slot_length):
@@ -191,7 +191,7 @@ def build_engine(
     deliver: Callable[[list[SequenceUpdate]], None],
     on_fault: Callable[[BaseException], None],
 ) -> Engine:
-    """An engine with its scheduler, slots and queue, not started; see Engine for the callbacks."""
+    """An engine with its scheduler, slots and queue, not started; callbacks as in Engine."""
     info, batch_size = runner.info, _prefill_batch_size(settings, runner.info)
     min_reused_tokens = MIN_REUSED_TOKENS if batch_size else MIN_CHUNK_TOKENS
     cache = SlotCache(info.slots, info.slot_length, settings.prefix_cache, min_reused_tokens)
@@ -226,7 +226,7 @@ def build_service(
     draining: asyncio.Event,
     usage: UsageRecorder,
 ) -> GeneratorService:
-    """The gRPC service of an engine, whose metrics it registers."""
+    """The gRPC service over an engine; registers the metrics of both."""
     limits = Limits(
         revision=model.revision,
         vocabulary_size=model.vocab_size,
@@ -260,8 +260,8 @@ async def serve(
     runner: OrtRunner,
     keys: KeyFile | None = None,
 ) -> int:
-    """Serves until a signal (0) or a fault of the engine (1); returns the exit status."""
-    signals = StopSignals()  # before anything runs that a signal could interrupt halfway
+    """Serves until a stop signal or an engine failure; returns the exit status, 0 or 1."""
+    signals = StopSignals()  # before anything starts that a signal could interrupt halfway
     async with ConstraintCompiler(
         model.tokenizer, model.vocab_size, model.eos_token_ids, settings.constraint_cache_bytes
     ) as constraints:
@@ -281,7 +281,7 @@ async def serve_constrained(
 
     def end_at_once() -> None:
         faulted.set()
-        signals.second.set()  # a drain would wait for what never ends
+        signals.second.set()  # a drain would wait for calls that can never finish
 
     def report_fault(fault: BaseException) -> None:
         loop.call_soon_threadsafe(end_at_once)
@@ -292,7 +292,7 @@ async def serve_constrained(
     )
     engine = build_engine(settings, runner, meter, dispatcher.deliver, report_fault)
     await asyncio.to_thread(engine.start, functools.partial(warm_up, settings, runner, meter))
-    if signals.first.is_set():  # nobody has heard of this process yet
+    if signals.first.is_set():  # not serving yet, so there is nothing to drain
         engine.close()
         return 0
     info = describe(model, runner, settings)

@@ -51,13 +51,13 @@ log = logging.getLogger(__name__)
 
 Call = grpc.aio.ServicerContext[Any, Any]
 
-_LOAD_REPORT_SECONDS = 5.0  # between two reports of a load, even of an unchanged one, at most
+_LOAD_REPORT_SECONDS = 5.0  # maximum between load reports, even if the load is unchanged
 _MAX_RETRY_SECONDS = 60
-_REPORT_SECONDS = 5.0  # for a report that was promised
+_REPORT_SECONDS = 5.0  # how long to wait for an announced completion report
 
 
 def _to_service_error(error: BaseException) -> ServiceError:
-    """The error that a caller gets for a failed step."""
+    """The error that the caller gets for a failed step."""
     if isinstance(error, ConstraintError):
         return ServiceError(error.code, error.message, CONSTRAINT)
     log.error("a step failed", exc_info=error)
@@ -65,7 +65,7 @@ def _to_service_error(error: BaseException) -> ServiceError:
 
 
 async def _receive_start(messages: AsyncIterator[pb.GenerateRequest]) -> pb.StartGeneration:
-    """What the first message starts; raises ServiceError."""
+    """The start message, which has to be the first; raises ServiceError."""
     async for message in messages:
         if message.HasField("start"):
             return message.start
@@ -85,7 +85,7 @@ def _to_load_response(load: Load) -> pb.WatchLoadResponse:
 
 
 class GeneratorService(pb_grpc.GeneratorServiceServicer):
-    """trivium.generator.v1.GeneratorService over one engine; `draining` ends its load reports."""
+    """trivium.generator.v1.GeneratorService over one engine; `draining` ends load reports."""
 
     def __init__(
         self,
@@ -104,11 +104,11 @@ class GeneratorService(pb_grpc.GeneratorServiceServicer):
         self._info = info
         self._metrics = metrics
         self._draining = draining
-        self._submitted = 0  # calls that the engine has
+        self._submitted = 0  # calls in the engine
         self._busy = asyncio.Event()  # set while there are any
 
     def refused(self, method: str, code: str) -> None:
-        """Counts a call of `method` that was not let in."""
+        """Counts a call of `method` that was refused before it reached the service."""
         if method.endswith("/Generate"):
             self._metrics.rejected(code)
 
@@ -175,10 +175,10 @@ class GeneratorService(pb_grpc.GeneratorServiceServicer):
     async def WatchLoad(
         self, request: pb.WatchLoadRequest, context: Call
     ) -> AsyncIterator[pb.WatchLoadResponse]:
-        """Samples here, on the event loop, so that reports cost the engine's steps nothing.
+        """Polls the load on the event loop, so that reports cost the engine's steps nothing.
 
-        While calls are in flight, the load is looked at in the caller's interval; without any it
-        stays as it is, and is not looked at.
+        While calls are in flight, it is polled at the caller's interval; otherwise it does not
+        change and is not polled.
         """
         interval = to_load_interval(request)
         reported, due = None, 0.0
@@ -190,8 +190,9 @@ class GeneratorService(pb_grpc.GeneratorServiceServicer):
                 reported, due = load, now + _LOAD_REPORT_SECONDS
             if load.is_idle:
                 await wait_for_any(due - now - interval, self._draining, self._busy)
-            # Not before a call that has just come is in a slot: for that moment all of its prompt
-            # seems to wait, cached or not, and callers would avoid the prefix until the next look.
+            # Gives a call that has just arrived time to get a slot: until then its whole prompt
+            # counts as waiting, cached or not, and callers would avoid this replica, which has the
+            # prefix, until the next report.
             await wait_for_any(interval, self._draining)
 
     async def _checked(self, start: pb.StartGeneration) -> EngineRequest:
@@ -230,9 +231,9 @@ class GeneratorService(pb_grpc.GeneratorServiceServicer):
     async def _handle_commands(
         self, messages: AsyncIterator[pb.GenerateRequest], group: SequenceGroup, usage: CallUsage
     ) -> None:
-        """Executes the caller's stop commands, and ends with its report.
+        """Executes the caller's stop commands; returns after its completion report.
 
-        Anything else and unknown indices have no effect: what they refer to has ended or never was.
+        Other messages and unknown indices are ignored: there is nothing that they could refer to.
         """
         async for message in messages:
             if message.HasField("stop") and 0 <= message.stop.index < group.request.n:

@@ -1,4 +1,4 @@
-"""The phases of a call as spans, made when it ends, so that the engine pays nothing for them."""
+"""The phases of a call as spans, created when it ends so that they cost the engine nothing."""
 
 import time
 
@@ -7,9 +7,10 @@ from trivium.wire import tracing
 
 
 def record_phases(group: SequenceGroup, first_token: float | None, last_token: float) -> None:
-    """Records queue, prefill and decode, as far as the call came.
+    """Records spans for queue, prefill and decode, as far as the call got.
 
-    Its tokens arose from `first_token` to `last_token`, on the monotonic clock.
+    `first_token` and `last_token` are when its first and last token were generated, in seconds of
+    the monotonic clock.
     """
     span, scheduled = tracing.current(), group.scheduled_at
     if not span.is_recording:

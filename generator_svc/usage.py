@@ -1,7 +1,7 @@
-"""Who used what: a record of every call that the engine took, and totals by key.
+"""Usage: a record of every call that the engine accepted, and totals by API key.
 
-Written here because it is here that device time is settled: a record is complete whatever becomes
-of the caller, of the tokenizer and of the facade.
+Written here because device time is settled here: the record is complete whatever happens to the
+caller, the tokenizer or the facade.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from generator_svc.sequence import CompletionReport, FinishReason, SequenceGroup
 from trivium.usage_log import UsageLog, UsageRecord
 from trivium.wire import telemetry
 
-# OpenAI's words, and vLLM's for what OpenAI has none for.
+# OpenAI's terms, and vLLM's where OpenAI has none.
 _FINISH_REASONS = {
     FinishReason.STOP_TOKEN: "stop",
     FinishReason.STOPPED: "stop",
@@ -26,7 +26,7 @@ _FINISH_REASONS = {
 
 
 class UsageMetrics:
-    """Totals by key, of calls that have ended."""
+    """Totals of ended calls, by API key."""
 
     def __init__(self, registry: CollectorRegistry, model: str) -> None:
         self._model = model
@@ -53,7 +53,7 @@ class UsageMetrics:
 
 
 class UsageRecorder:
-    """Writes the record of each call when it has ended and is settled; for the loop's thread."""
+    """Writes each call's record once it has ended and is settled; for the event loop's thread."""
 
     def __init__(self, log: UsageLog, metrics: UsageMetrics, model: str) -> None:
         self._log = log
@@ -63,17 +63,18 @@ class UsageRecorder:
         self._open: set[CallUsage] = set()
 
     def begin(self, group: SequenceGroup, queue: UpdateQueue) -> "CallUsage":
-        """The engine has taken the current call."""
+        """Begins the record of the current call, which the engine has accepted."""
         usage = CallUsage(self, group, queue)
         self._open.add(usage)
         return usage
 
     def settled(self, usage: "CallUsage") -> None:
-        """The call has ended, and no more is charged to it. For any thread."""
+        """Writes the record of a call that has ended and is charged no more. For any thread."""
         self._loop.call_soon_threadsafe(self._write, usage)
 
     def close(self) -> None:
-        """Writes what is left, once the engine's thread has ended and all is settled thereby."""
+        """Writes all remaining records; call it after the engine's thread has ended, when all calls
+        are settled."""
         for usage in tuple(self._open):
             self._write(usage)
         self._log.close()
@@ -87,7 +88,7 @@ class UsageRecorder:
 
 
 class CallUsage:
-    """What is noted of a call for its record; `status` is HTTP's, `report` the caller's word."""
+    """What goes into a call's record. `status` is an HTTP status, `report` the caller's report."""
 
     def __init__(self, recorder: UsageRecorder, group: SequenceGroup, queue: UpdateQueue) -> None:
         self._recorder = recorder
@@ -99,11 +100,11 @@ class CallUsage:
         self.report: CompletionReport | None = None
 
     def end(self) -> None:
-        """The call has ended just now; its device time may not be settled yet."""
+        """Records that the call has ended now; its device time may not be settled yet."""
         self._seconds = time.monotonic() - self._queue.arrived_at
 
     def settled(self) -> None:
-        """For any thread, after `end`."""
+        """Has the record written; for any thread, after `end`."""
         self._recorder.settled(self)
 
     def record(self, model: str) -> UsageRecord:
@@ -126,7 +127,7 @@ class CallUsage:
             status=self.status,
             finish_reason=",".join(dict.fromkeys(report.finish_reasons if report else reasons)),
             duration_seconds=self._seconds,
-            # Those that were looked at: none of a prompt that was still waiting.
+            # Only those computed or taken from the cache: none of a prompt that was still waiting.
             prompt_tokens=max(min(s.computed, s.prompt_length) for s in sequences),
             cached_tokens=sequences[0].cached_prompt_tokens,
             completion_tokens=(
@@ -139,6 +140,6 @@ class CallUsage:
         )
 
     def _queue_seconds(self, ended_at: float) -> float:
-        """Until its first slot, or its end if it got none."""
+        """Seconds from submission to the first slot, or to the call's end if it got none."""
         scheduled_at = self._group.scheduled_at
         return (ended_at if scheduled_at is None else scheduled_at) - self._group.queued_at

@@ -1,1 +1,1 @@
-"""Constrained decoding: from JSON schemas, regular expressions and grammars to token masks."""
+"""Constrained decoding: token masks from JSON schemas, regular expressions and grammars."""

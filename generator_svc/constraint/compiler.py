@@ -1,9 +1,9 @@
 """Compiles callers' constraints without blocking the event loop or trusting the constraint.
 
 A constraint is first compiled in a sandboxed child process (generator_svc.constraint.sandbox),
-since a hostile one may take minutes, all memory, or the process that compiles it. The result is
-cached by digest. Then it is compiled here, in a thread, once per request (see
-generator_svc.constraint.llguidance for why).
+since a malicious one may take minutes, exhaust memory or crash the process. The result is cached by
+digest. Then it is compiled here, in a thread, once per request (generator_svc.constraint.llguidance
+says why).
 """
 
 import asyncio
@@ -25,39 +25,39 @@ from generator_svc.sequence import ConstraintError
 
 log = logging.getLogger(__name__)
 
-# Their sum stays below the five seconds within which every constraint gets an answer.
+# Their sum stays below five seconds, within which every constraint is compiled or refused.
 _QUEUE_SECONDS = 1.5
 _COMPILE_SECONDS = 3.0
 
-# Requests that wait for a compilation, before any queue of the engine bounds them.
+# Requests waiting for a compilation, which do not count against the engine's queue limits yet.
 _MAX_WAITING = 512
 
-# The longest Lark grammar with every character escaped.
+# Holds the longest Lark grammar with every character escaped.
 _MAX_RESPONSE_BYTES = 8 * 2**20
 
 _THREADS = 2
-_ENTRY_BYTES = 500  # overhead of a cache entry beside its text
+_ENTRY_BYTES = 500  # overhead of a cache entry, besides its text
 
 
 class ConstraintsUnavailable(Exception):
-    """Constraints are not supported for this model's kind of tokenizer."""
+    """Constraints are not supported with this model's type of tokenizer."""
 
 
 class CompilerBusy(Exception):
-    """Too many constraints are waiting to be compiled, or the sandbox gets too little CPU time, or
-    the system had no process or memory for it."""
+    """Too many constraints are waiting, the sandbox gets too little CPU time, or the system lacks
+    the processes or memory for it."""
 
 
 @dataclass(frozen=True)
 class CompileResult:
-    """A grammar for llguidance, or the error that compiling it gave."""
+    """A grammar for llguidance, or the error from compiling it."""
 
     grammar: str = ""
     error: ConstraintError | None = None
 
     @property
     def size_in_bytes(self) -> int:
-        """What a cache entry takes, roughly."""
+        """Approximate size of the cache entry."""
         return _ENTRY_BYTES + len(self.grammar.encode())
 
 
@@ -94,7 +94,7 @@ class SandboxWorker:
         self._lock = asyncio.Lock()
 
     def start(self) -> asyncio.Task[Process]:
-        """The process, which is started if it does not run yet, or did not start."""
+        """The process; starts it if it is not running or failed to start."""
         task = self._process
         if task is None or (task.done() and task.exception() is not None):
             task = self._process = asyncio.create_task(_spawn(self._command))
@@ -111,7 +111,7 @@ class SandboxWorker:
     async def compile(self, kind: str, text: str) -> str:
         """The constraint's text in a form known to compile.
 
-        Raises ConstraintError if there is none, and CompilerBusy if that was not found out in time.
+        Raises ConstraintError if there is none, CompilerBusy if this could not be decided in time.
         """
         await asyncio.shield(self.start())
         try:
@@ -121,7 +121,7 @@ class SandboxWorker:
             raise CompilerBusy from None
         try:
             request = json.dumps({"kind": kind, "text": text})
-            # Once more, if the process has been killed, such as for lack of memory.
+            # Retries once if the process was killed, for example for lack of memory.
             response = await self._ask(request) or await self._ask(request)
         finally:
             self._lock.release()
@@ -134,9 +134,9 @@ class SandboxWorker:
         return str(response["text"])
 
     async def _ask(self, request: str) -> dict[str, Any] | None:
-        """The response of the process; None if it has ended, and a new one is started.
+        """The response of the process; None if it has ended and is being restarted.
 
-        Raises CompilerBusy if it does not respond in time, and is replaced.
+        If it does not respond in time, restarts it and raises CompilerBusy.
         """
         process = await asyncio.shield(self.start())
         try:
@@ -158,7 +158,7 @@ class SandboxWorker:
 
 
 async def _spawn(command: list[str]) -> Process:
-    """Raises CompilerBusy if the process does not start."""
+    """Starts the process and waits until it is ready; raises CompilerBusy if it fails to start."""
     pipe = asyncio.subprocess.PIPE
     # Only a single-threaded process can fork safely.
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
@@ -184,7 +184,7 @@ async def _spawn(command: list[str]) -> Process:
 
 
 async def _exchange(process: Process, request: str) -> bytes:
-    """The line that the process responds with; without a newline if it has ended.
+    """The process's response line, which lacks its newline if the process has ended.
 
     Raises TimeoutError.
     """
@@ -205,7 +205,7 @@ async def _end(process: Process) -> None:
 
 
 class ConstraintCompiler:
-    """Compiles constraints for one model's tokens; for one event loop.
+    """Compiles constraints for one model's tokens, on one event loop.
 
     `cache_bytes` bounds the cache of sandbox results.
     """
@@ -277,7 +277,7 @@ class ConstraintCompiler:
     async def _compile_result(self, kind: str, text: str) -> CompileResult:
         """The cached result, or a new one; concurrent callers share one compilation.
 
-        That goes on when its first caller is cancelled.
+        The compilation continues if its first caller is cancelled.
         """
         digest = hashlib.sha256(f"{kind}\0{text}".encode()).digest()
         cached = self.cache.get(digest)

@@ -1,7 +1,7 @@
 """Rewrites JSON schemas for llguidance, so that whatever it generates is valid.
 
-A schema is enforced exactly or refused, unless its `x-guidance` says `lenient`: then unsupported
-parts are dropped (generator_svc.constraint.schema_relaxation).
+A schema is enforced exactly or refused, unless its `x-guidance` has `lenient`: then unsupported
+keywords are dropped (generator_svc.constraint.schema_relaxation).
 """
 
 import json
@@ -25,8 +25,8 @@ from generator_svc.constraint.schema_relaxation import (
 from trivium.discriminated_unions import are_apart
 from trivium.ecma_regex import to_rust
 
-# Whitespace between JSON's tokens is a newline and indentation, never an endless run. No \u
-# escapes: a property's name written with them would not be recognised as that name.
+# Whitespace between JSON tokens is a newline and indentation, so that it cannot go on forever. No
+# \u escapes: a property name written with them would not be recognised.
 OPTIONS: dict[str, Any] = {
     "whitespace_pattern": r"\n? {0,20}",
     "json_allowed_escapes": '"\\bfnrt',
@@ -34,15 +34,15 @@ OPTIONS: dict[str, Any] = {
     "lenient": False,
 }
 
-# Comments, strings and regular expressions of Lark, in which %json means nothing, then %json.
+# Lark's comments, strings and regular expressions, in which %json has no meaning, then %json.
 _IN_LARK = re.compile(r'//[^\n]*|"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|(?P<json>%json\s*)')
 _BOUNDS = (
     ("exclusiveMinimum", "minimum", ("maximum", "exclusiveMaximum"), 1),
     ("exclusiveMaximum", "maximum", ("minimum", "exclusiveMinimum"), -1),
 )
 _EPSILON = 1e-6
-_URI = "%/:?#@!$&'()*+,;=~"  # what a reference may have besides letters, digits, and - . _
-# Values of unsupported keywords with which they forbid nothing; zod and OpenAPI write some of them.
+_URI = "%/:?#@!$&'()*+,;=~"  # characters of a reference besides letters, digits, and - . _
+# Values with which unsupported keywords have no effect; zod and OpenAPI emit some of them.
 _VACUOUS: dict[str, list[Any]] = {
     "propertyNames": [True, {}, {"type": "string"}],
     "uniqueItems": [False],
@@ -53,12 +53,12 @@ _VACUOUS: dict[str, list[Any]] = {
     "dependentSchemas": [{}],
     "dependencies": [{}],
 }
-_EXACT = 2**53  # below that every whole number is a double
-_DIGITS = 15  # so many digits are always read exactly
+_EXACT = 2**53  # every smaller integer is exactly a double
+_DIGITS = 15  # llguidance reads numbers of up to this many digits exactly
 
-# What a format has to match besides what llguidance makes of it: days that there are, in the years
-# 1 to 9999, no leap seconds, of which no expression says where they may be, no punycode, and no
-# names of hosts and mail accounts that are too long.
+# What formats have to match in addition to llguidance's own check: only days that exist, in the
+# years 1 to 9999; no leap seconds, since no regular expression can tell where they are valid; no
+# punycode; host names and mail accounts of bounded length.
 _YEAR = "(?:[0-9]{3}[1-9]|[0-9]{2}[1-9]0|[0-9][1-9]00|[1-9]000)"
 _LEAP_YEAR = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
 _DATE = f"(?:{_YEAR}-(?:0[13-9]|1[0-2]|02-(?:[01]|2[0-8]))|{_LEAP_YEAR}-02-29)"
@@ -80,8 +80,8 @@ _MAX_LENGTHS = {"hostname": 253, "email": 254}
 def prepared(text: str) -> str:
     """An equivalent or very slightly narrower schema for llguidance; a wider one if lenient.
 
-    Patterns are rewritten in Rust's syntax. Whole exclusive bounds become inclusive ones where the
-    other bound is less than 1 away: llguidance 1.9 accepts 3 as "above 3 and at most 3.5". Raises
+    Patterns are rewritten in Rust's syntax. Exclusive integer bounds become inclusive ones if the
+    opposite bound is at most 1 away: llguidance 1.9 accepts 3 as "above 3 and at most 3.5". Raises
     ValueError for what llguidance would accept without enforcing it.
     """
     try:
@@ -108,7 +108,7 @@ def prepared(text: str) -> str:
             if isinstance(reference, str):
                 node["$ref"] = quote(reference, safe=_URI)
             _round_bounds(node)
-            # A merged schema may get its other bound from elsewhere.
+            # After merging, the opposite bound may come from another schema.
             _narrow(node, "allOf" in text or "$ref" in text)
             _translate(node)
             _complete_format(node)
@@ -118,7 +118,7 @@ def prepared(text: str) -> str:
 
 
 def prepared_lark(lark: str) -> str:
-    """The same grammar with every %json schema prepared, under OPTIONS."""
+    """The same grammar with every %json schema prepared and given OPTIONS."""
     option = f'"x-guidance": {json.dumps(OPTIONS)}}}'
 
     def rewritten(text: str) -> str:
@@ -129,15 +129,15 @@ def prepared_lark(lark: str) -> str:
 
 
 def is_lenient(schema: Any) -> bool:
-    """Whether unsupported parts of a schema may be dropped."""
+    """Whether unsupported keywords of a schema may be dropped."""
     options = schema.get("x-guidance") if isinstance(schema, dict) else None
     return isinstance(options, dict) and options.get("lenient") is True
 
 
 def loosened_text(kind: str, text: str, compiles: Compiles) -> str:
-    """The same `json_schema` or `lark` with its lenient schemas relaxed until each compiles.
+    """The same `json_schema` or `lark` with each lenient schema loosened until it compiles.
 
-    `compiles` says whether a lenient schema does.
+    `compiles` tells whether a lenient schema compiles.
     """
 
     def rewritten(text: str) -> str:
@@ -160,7 +160,7 @@ def loosened_text(kind: str, text: str, compiles: Compiles) -> str:
 def _each_json(lark: str, rewrite: Callable[[str], str]) -> str:
     """The grammar with the schema of every %json rewritten.
 
-    Raises the ValueError of `rewrite`, with its place.
+    Adds line and column to a ValueError that `rewrite` raises.
     """
     parts, done = [], 0
     for match in _IN_LARK.finditer(lark):
@@ -212,7 +212,7 @@ def _translate(node: dict[str, Any]) -> None:
 
 
 def _complete_format(node: dict[str, Any]) -> None:
-    """Adds what llguidance leaves out of a format."""
+    """Adds the checks of a format that llguidance lacks."""
     name = node.get("format")
     pattern = _FORMATS.get(name) if isinstance(name, str) else None
     if pattern is None:
@@ -227,7 +227,7 @@ def _complete_format(node: dict[str, Any]) -> None:
 
 
 def _round_bounds(node: dict[str, Any]) -> None:
-    """Rounds bounds inwards that llguidance would round, maybe outwards, or that it refuses."""
+    """Rounds inwards the bounds that llguidance would round, possibly outwards, or refuse."""
     for exclusive, inclusive, _, sign in _BOUNDS:
         for key in (exclusive, inclusive):
             bound = node.get(key)
@@ -241,10 +241,10 @@ def _round_bounds(node: dict[str, Any]) -> None:
 
 
 def _round_far(node: dict[str, Any], key: str, inclusive: str, sign: int) -> None:
-    """Makes a far bound an inclusive double within 64 bits."""
+    """Replaces a bound of large magnitude by an inclusive one that is a double within 64 bits."""
     least = sign * node[key]  # of the number, or of its negative
     if least > MAX_BOUND:
-        return  # nothing fits, and llguidance says so
+        return  # no value satisfies it, and llguidance reports that
     within = float(max(least, -MAX_BOUND))
     while within < least or (within == least and key != inclusive):
         within = math.nextafter(within, math.inf)
@@ -255,7 +255,7 @@ def _round_far(node: dict[str, Any], key: str, inclusive: str, sign: int) -> Non
 
 
 def _narrow(node: dict[str, Any], is_merged: bool) -> None:
-    """Turns exclusive bounds into inclusive ones where needed."""
+    """Turns exclusive integer bounds into inclusive ones where needed, see `prepared`."""
     for exclusive, inclusive, opposite, sign in _BOUNDS:
         bound: Any = node.get(exclusive)
         if not _is_number(bound) or bound % 1 or node.get("type") == "integer":

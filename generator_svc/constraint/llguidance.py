@@ -1,13 +1,13 @@
 """Token masks for constrained decoding: the only importer of llguidance.
 
-    grammar_of           the caller's constraint as llguidance's grammar
+    grammar_of           the caller's constraint as an llguidance grammar
     TokenTable           the tokens of a model, loaded once
     CompiledConstraint   a grammar compiled for one request; never shared, see below
-    ConstraintState      one sequence's state in it
+    ConstraintState      the state of one sequence in it
 
-Copies of a matcher share its lexer's cache and thereby its limits: what one copy uses up, the
-others lack. So every request compiles a matcher of its own, shared by its sequences only, and
-nothing that a request gets depends on other requests.
+Copies of a matcher share the lexer's cache and thereby its limits: what one copy uses up is missing
+for the others. So every request compiles a matcher of its own, shared by its sequences only, and no
+request's result depends on other requests.
 """
 
 import re
@@ -23,20 +23,20 @@ from generator_svc.constraint.json_schema import OPTIONS, prepared, prepared_lar
 from generator_svc.sequence import ConstraintError
 from trivium.ecma_regex import to_rust
 
-# An optional property takes four items of a row of the Earley parser. JSON's rows are wide and
-# cheap, while a step of an ambiguous grammar, which only Lark can express, takes 15 ms at 500 items
-# and 170 ms at 1,000.
+# An optional property takes four items in a row of the Earley parser. The rows of JSON schemas are
+# wide and cheap, while a step of an ambiguous grammar, which only Lark can express, takes 15 ms at
+# 500 items and 170 ms at 1,000.
 _MAX_ITEMS_IN_ROW = {"json_schema": 2_000, "regex": 500, "lark": 500}
 _OVER_LIMIT = re.compile(
     r"too (big|large|many|complex|deep|long)|fuel|recursion limit|nest|max is|exceed|TooComplex"
 )
-# What a message says in the caller's words: quotations, and lines of a pattern or grammar.
+# Parts of an error message that quote the caller: quotations, and lines of patterns or grammars.
 _QUOTED = re.compile(r"\n .*|'[^'\n]*'|\"[^\"\n]*\"|(?<=Invalid type: ).*|(?<=Unknown format: ).*")
 _MAX_MESSAGE_LENGTH = 500
 
 
 def grammar_of(kind: str, text: str) -> str:
-    """llguidance's grammar for a `json_schema`, `regex` or `lark`; raises ConstraintError."""
+    """The llguidance grammar of a `json_schema`, `regex` or `lark`; raises ConstraintError."""
     if kind == "regex":
         return LLMatcher.grammar_from_regex(to_rust(text))
     try:
@@ -52,9 +52,9 @@ def grammar_of(kind: str, text: str) -> str:
 
 
 class TokenTable:
-    """A model's tokens: their bytes, which ones are control tokens, and which ones end a text.
+    """A model's tokens: their bytes, which are control tokens, and which end a text.
 
-    Ids go from 0 to `vocabulary_size` - 1; those without a token in the tokenizer's file are never
+    Ids range from 0 to `vocabulary_size` - 1; those without a token in the tokenizer file are never
     allowed. Raises ValueError for a file that llguidance does not support.
     """
 
@@ -87,7 +87,7 @@ def _limits(kind: str) -> LLParserLimits:
 class CompiledConstraint:
     """A constraint compiled for the sequences of one request. Raises ConstraintError.
 
-    `end_token_ids` end a text; they are allowed where it is complete.
+    `end_token_ids` end a text; they are allowed once it is complete.
     """
 
     def __init__(self, table: TokenTable, kind: str, grammar: str) -> None:
@@ -102,12 +102,12 @@ class CompiledConstraint:
             _refuse(kind, self._matcher.get_error())
 
     def new_state(self) -> "ConstraintState":
-        """The state before the first token; takes some microseconds."""
+        """The state before the first token; takes a few microseconds."""
         return ConstraintState(self._table, self._kind, self._matcher.deep_copy())
 
 
 class ConstraintState:
-    """A sequence's state in its constraint. For one thread."""
+    """A sequence's state in its constraint; for one thread."""
 
     def __init__(self, table: TokenTable, kind: str, matcher: LLMatcher) -> None:
         self._table = table
@@ -141,7 +141,7 @@ class ConstraintState:
 
 
 def _refuse(kind: str, reason: str) -> NoReturn:
-    """Raises ConstraintError for an error message of llguidance."""
+    """Raises the ConstraintError for an llguidance error message."""
     reason = reason.replace("<non-verbose/>", "").strip()[:_MAX_MESSAGE_LENGTH]
     if reason.startswith("NoExtension"):
         reason = "nothing fits it"

@@ -2,11 +2,11 @@
 
     python -m generator_svc.constraint.sandbox TOKENIZER VOCABULARY_SIZE EOS_ID …
 
-Reads lines of JSON, {"kind", "text"}, and responds with one each, {"code", "message", "text"}:
-either `text` in a form that compiles, relaxed if the caller allows that, or `code` and `message` of
-the error; the others are null, all of them if the machine was too busy to tell. The process loads
-the tokens once and forks for every line, so that a constraint which takes too much time or memory,
-or overflows the stack, ends its fork alone.
+Reads lines of JSON, {"kind", "text"}, and answers each with a line, {"code", "message", "text"}:
+either `text` in a form that compiles, loosened if the caller allows that, or `code` and `message`
+of the error. The other fields are null; all are if the machine was too busy to tell. The process
+loads the tokens once and forks for every line, so a constraint that takes too much time or memory,
+or overflows the stack, only ends its own fork.
 """
 
 import json
@@ -26,12 +26,12 @@ from generator_svc.constraint.json_schema import loosened_text
 from generator_svc.constraint.llguidance import CompiledConstraint, TokenTable, grammar_of
 from generator_svc.sequence import ConstraintError
 
-CPU_SECONDS = 1.0  # more is too complex
-WALL_SECONDS = 2.5  # more says nothing about the constraint: others had the processor
+CPU_SECONDS = 1.0  # a constraint that takes longer is too complex
+WALL_SECONDS = 2.5  # taking longer says nothing about the constraint: other processes had the CPU
 _MEMORY_BYTES = 512 * 2**20
 _STACK_BYTES = 2**20  # half of the smallest stack of a generator thread
 
-# After that long, a compilation yields to running streams: where they leave no core idle, it gets a
+# After this long, a compilation yields to running streams: if they leave no core idle, it gets a
 # tenth of one. Ordinary constraints take 20 to 70 ms of CPU time.
 _FULL_PRIORITY_SECONDS = 0.2
 _NICENESS = 10
@@ -39,7 +39,7 @@ _NICENESS = 10
 _WALKS = 3
 _WALK_TOKENS = 120
 _SHORT_WALK_TOKENS = 16  # enough to enter a schema
-_WALK_SECONDS = 0.15  # of CPU time; usually 10 ms, by which every running stream is delayed
+_WALK_SECONDS = 0.15  # of CPU time, usually 10 ms; computing masks delays every running stream
 
 _KILLED_RESPONSE: dict[str, str | None] = {
     "code": "json_schema_too_complex",
@@ -75,9 +75,9 @@ def compilable_text(table: TokenTable, kind: str, text: str) -> str:
 
 
 def dry_run(table: TokenTable, kind: str, text: str) -> None:
-    """Compiles a constraint and samples some tokens at random from it; raises ConstraintError.
+    """Compiles a constraint and takes random walks through it; raises ConstraintError.
 
-    It is refused if most of these walks fail: one random walk may be unrepresentative.
+    The constraint is refused if most walks fail, since a single one may be unrepresentative.
     """
     compiled = CompiledConstraint(table, kind, grammar_of(kind, text))
     failures = []
@@ -93,7 +93,7 @@ def dry_run(table: TokenTable, kind: str, text: str) -> None:
 def _walk(
     table: TokenTable, compiled: CompiledConstraint, draw: random.Random, short: bool = False
 ) -> None:
-    """Advances by random allowed tokens; raises ConstraintError if masks take too long."""
+    """Advances by random allowed tokens; raises ConstraintError, also if masks take too long."""
     state = compiled.new_state()
     started = time.thread_time()
     for _ in range(_SHORT_WALK_TOKENS if short else _WALK_TOKENS):
@@ -114,7 +114,7 @@ def respond(table: TokenTable, line: str) -> str:
     fork = os.fork()
     if not fork:
         try:
-            os.closerange(0, 2)  # or their other ends would stay open as long as the fork
+            os.closerange(0, 2)  # or the pipes would stay open for as long as the fork lives
             _limit_resources()
             with open(writer, "w", encoding="utf-8") as pipe:
                 pipe.write(_response(table, line) + "\n")
@@ -148,7 +148,7 @@ def _response(table: TokenTable, line: str) -> str:
 
 
 def _limit_resources() -> None:
-    """Makes the system end this process when it exceeds its time or memory."""
+    """Has the system end this process if it exceeds its CPU time, memory or stack limit."""
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
@@ -159,7 +159,7 @@ def _limit_resources() -> None:
 
 
 def main() -> None:
-    """Responds to lines of stdin until it is closed."""
+    """Responds to lines from stdin until it is closed."""
     file, size, *eos_token_ids = sys.argv[1:]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ends when the generator closes its stdin
     table = TokenTable(Path(file), int(size), [int(token) for token in eos_token_ids])

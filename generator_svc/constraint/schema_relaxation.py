@@ -1,8 +1,8 @@
 """Relaxes lenient JSON schemas: drops what llguidance cannot enforce.
 
-Dropping a keyword accepts more, never less: whatever is valid stays valid. First unsupported
-keywords are dropped (`relaxed`), then, if the schema still does not compile, as few others as
-possible (`loosened`).
+Dropping a keyword only makes a schema accept more: whatever was valid stays valid. First,
+unsupported keywords are dropped (`relaxed`); then, if the schema still does not compile, as few
+others as possible (`loosened`).
 """
 
 import copy
@@ -20,7 +20,7 @@ Schema = dict[str, Any]
 Compiles = Callable[[Schema], bool]
 Path = tuple[str | int, ...]
 
-# Formats that are enforced; any other is any string.
+# Formats that are enforced; with any other one, every string is accepted.
 FORMATS = frozenset(
     ("date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
 )
@@ -46,17 +46,17 @@ DROPPED = frozenset(
         "$recursiveRef",
     }
 )
-# Of the significant digits of a multipleOf, as a number. The automaton has that many states: 99,991
-# takes a second to compile.
+# Maximum of the significant digits of a multipleOf, read as an integer. The automaton has that many
+# states: 99,991 takes a second to compile.
 MAX_MULTIPLE = 10_000
-# llguidance's ranges are of 64-bit integers; the last of them that is a double.
+# llguidance's ranges are of 64-bit integers; this is the largest of them that is a double.
 MAX_BOUND = 2**63 - 1024
 
 # Keywords whose values are data, and those whose values are schemas by name.
 _DATA = frozenset(("const", "enum", "default", "examples", "example", "x-guidance"))
 _NAMING = frozenset(("properties", "patternProperties", "$defs", "definitions"))
 _BOUNDS = frozenset(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"))
-# The order in which keywords are given up.
+# The order in which keywords are dropped.
 _ORDER = (
     *("$schema", "$id", "pattern", "multipleOf", "maxProperties", "minProperties"),
     *("patternProperties", "maxLength", "minLength", "maxItems", "minItems", "format"),
@@ -64,15 +64,15 @@ _ORDER = (
     *("required", "allOf", "enum", "const", "additionalItems", "items", "prefixItems", "anyOf"),
     *("properties", "type", "$ref"),
 )
-# Keywords that would mean something else, maybe something narrower, without another one.
+# Keywords that depend on another one (the key): without it they might accept less.
 _DEPENDENT = {
     "properties": ("patternProperties", "additionalProperties"),
     "prefixItems": ("items",),
     "items": ("additionalItems",),
 }
-# Characters of strings that have no escape but \\u, which is not allowed.
+# Characters that can only be written as \\u escapes, which are not allowed.
 _UNWRITABLE = re.compile(r"[\x00-\x07\x0B\x0E-\x1F\x7F]")
-# Where a schema is placed while parts of it are compiled.
+# Where the schema is placed while parts of it are compiled.
 _ROOT = "#/$defs/root"
 
 
@@ -105,7 +105,7 @@ def relaxed(schema: Any) -> Any:
 
 
 def coerce_one_of(node: Schema) -> None:
-    """Makes an `anyOf` of a `oneOf`."""
+    """Turns a `oneOf` into an `anyOf`."""
     options = node.pop("oneOf")
     if "anyOf" in node:
         node["allOf"] = [*node.get("allOf", ()), {"anyOf": options}]
@@ -114,9 +114,9 @@ def coerce_one_of(node: Schema) -> None:
 
 
 def is_writable(value: Any) -> bool:
-    """Whether llguidance writes this value of an `enum` or `const`, and not another one.
+    """Whether llguidance writes this value of an `enum` or `const` unchanged.
 
-    It leaves out characters that need an escape which is not allowed, and rounds numbers.
+    It omits characters that need an escape that is not allowed, and rounds numbers.
     """
     if isinstance(value, str):
         return not _UNWRITABLE.search(value)
@@ -130,8 +130,8 @@ def is_writable(value: Any) -> bool:
 
 
 def is_read_exactly(value: float) -> bool:
-    """Whether llguidance reads the double that is written: it rounds the digits, then the result,
-    which makes a difference beyond 15 digits."""
+    """Whether llguidance reads this double exactly: it rounds the digits, then the result, which
+    makes a difference beyond 15 digits."""
     if not math.isfinite(value):
         return False
     _, digits, exponent = Decimal(repr(value)).as_tuple()
@@ -166,7 +166,8 @@ def _relaxed_keyword(key: str, value: Any) -> Any:
 def loosened(schema: Schema, compiles: Compiles) -> Schema:
     """A schema that compiles, with as few keywords dropped as possible.
 
-    First those that do not compile even alone are dropped, then those that do not compile together.
+    First each subschema is loosened on its own, then together with those that it contains or refers
+    to.
     """
     root = _moved(schema)
     for node in _nodes(root):
@@ -176,7 +177,7 @@ def loosened(schema: Schema, compiles: Compiles) -> Schema:
 
 
 def _moved(schema: Any) -> Any:
-    """A copy whose references are valid when it is placed at _ROOT."""
+    """A copy whose references are valid once it is placed at _ROOT."""
     if isinstance(schema, list):
         return [_moved(inner) for inner in schema]
     if not isinstance(schema, dict):
@@ -189,7 +190,7 @@ def _moved(schema: Any) -> Any:
 
 
 def _reference(root: Schema, path: Path) -> Schema:
-    """A schema that is equivalent to the subschema at `path`."""
+    """A schema equivalent to the subschema at `path`."""
     pointer = "".join(
         "/" + quote(str(key).replace("~", "~0").replace("/", "~1"), safe="~$") for key in path
     )
@@ -204,7 +205,7 @@ def _nodes(node: Any) -> Iterator[Schema]:
 
 
 def _alone(node: Schema) -> Schema:
-    """The schema with `true` for every schema that it contains or refers to."""
+    """The schema on its own: `true` instead of its subschemas, and no references."""
     alone = {key: value for key, value in node.items() if key in _ORDER and key != "$ref"}
     for key in ("allOf", "anyOf"):
         alone.pop(key, None)
@@ -218,7 +219,7 @@ def _alone(node: Schema) -> Schema:
 
 
 def _loosen_below(root: Schema, path: Path, compiles: Compiles, seen: set[Path]) -> None:
-    """Makes the schema at `path` compile, beginning with those that it contains or refers to."""
+    """Makes the schema at `path` compile, starting with those that it contains or refers to."""
 
     def fits() -> bool:
         return compiles(_reference(root, path))
@@ -238,7 +239,7 @@ def _loosen_below(root: Schema, path: Path, compiles: Compiles, seen: set[Path])
 
 
 def _at(root: Schema, path: Path) -> Any:
-    """The value at a path; None if there is none."""
+    """The value at `path`; None if there is none."""
     found: Any = root
     for key in path:
         try:
@@ -249,7 +250,7 @@ def _at(root: Schema, path: Path) -> Any:
 
 
 def _loosen(node: Schema, fits: Callable[[], bool]) -> None:
-    """Drops keywords in _ORDER until the rest compiles, then restores those that it can."""
+    """Drops keywords in _ORDER until the rest compiles, then restores as many as it can."""
     whole = dict(node)
     keys = [key for key in _ORDER for _ in range(_parts(whole, key))]
     dropped: list[str] = []
@@ -265,14 +266,14 @@ def _loosen(node: Schema, fits: Callable[[], bool]) -> None:
 
 
 def _parts(node: Schema, key: str) -> int:
-    """In how many steps a keyword is dropped: an allOf one part at a time."""
+    """In how many steps a keyword is dropped: one for each part of an allOf."""
     if key == "allOf" and isinstance(node.get(key), list):
         return len(node[key])
     return int(key in node)
 
 
 def _without(node: Schema, key: str) -> Schema:
-    """The schema without a keyword, and without those whose meaning would change with it."""
+    """The schema without a keyword and those that depend on it; an allOf loses its last part."""
     left = {name: value for name, value in node.items() if name != key}
     for dependent in _DEPENDENT.get(key, ()):
         left.pop(dependent, None)
@@ -280,7 +281,7 @@ def _without(node: Schema, key: str) -> Schema:
         left[key] = node[key][:-1]
     rest = node.get("additionalProperties", True)
     if key == "patternProperties" and key in node and rest is not True:
-        # Names that matched a pattern are additional properties now.
+        # Names that matched a pattern now count as additional properties.
         options = [*node[key].values(), *([] if rest is False else [rest])]
         left["additionalProperties"] = {"anyOf": options}
     return left

@@ -1,6 +1,6 @@
 """Builds the graphs of this folder: `python -m generator_svc.graphs.build` writes the files.
 
-Needs onnx, an export dependency, so nothing that serves imports this module.
+Needs onnx, an export dependency, so no serving code imports this module.
 """
 
 from collections.abc import Callable
@@ -22,10 +22,10 @@ _LOGITS = _tensor("logits", TensorProto.FLOAT, ["rows", "vocabulary_size"])
 
 
 def device_topk() -> bytes:
-    """Logits, float32 [batch, vocabulary], to `values`, `ids` and `rest`; see DeviceRow.
+    """From logits, float32 [batch, vocabulary], to `values`, `ids` and `rest`; see DeviceRow.
 
-    Of the rows at `places`, int64 [rows], with `inverse_temperatures`, float32 [rows, 1].
-    The vocabulary has at least 256 tokens. The last block of `rest` is padded with zeros.
+    Reads the rows with indices `places`, int64 [rows], at `inverse_temperatures`, float32
+    [rows, 1]. The vocabulary has at least 256 tokens. The last block is padded with zeros.
     """
     constants: Constants = {
         "count": np.array([CANDIDATES], np.int64),
@@ -48,7 +48,7 @@ def device_topk() -> bytes:
         _node("Mul", ["distance", "inverse_temperatures"], ["exponent"]),
         _node("Exp", ["exponent"], ["mass"]),
         _node("Where", ["is_candidate", "zero", "mass"], ["remaining"]),
-        # Zeros up to a whole block: (-vocabulary) modulo 256 of them.
+        # Pads to whole blocks with (-vocabulary) modulo 256 zeros.
         _node("Shape", ["logits"], ["vocabulary"], start=1, end=2),
         _node("Neg", ["vocabulary"], ["negative"]),
         _node("Mod", ["negative", "block"], ["missing"]),
@@ -71,10 +71,10 @@ def device_topk() -> bytes:
 
 
 def argmax() -> bytes:
-    """Logits, float32 [rows, vocabulary], to `ids`, `largest` and `equals`; see GreedyRow.
+    """From logits, float32 [rows, vocabulary], to `ids`, `largest` and `equals`; see GreedyRow.
 
-    `equals` counts the logits that are not less than the largest, as NaN never is. ReduceMax would
-    be simpler and takes 6 to 12 ms on CUDA, ArgMax 0.05.
+    `equals` counts the logits that are not less than the largest, NaN included. ReduceMax would be
+    simpler, but takes 6 to 12 ms on CUDA, ArgMax 0.05 ms.
     """
     nodes = [
         _node("ArgMax", ["logits"], ["places"], axis=1, keepdims=1),
@@ -95,10 +95,10 @@ def argmax() -> bytes:
 
 
 def decode_inputs() -> bytes:
-    """`tokens` and `positions`, int64 [rows, 1], and `length`, int64, to a decode run's inputs.
+    """From `tokens` and `positions`, int64 [rows, 1], and `length`, int64, to decode inputs.
 
-    These are `input_ids`, int64 [rows, 1], and `attention_mask`, int64 [rows, length], which has
-    ones from the left up to each row's position.
+    These are `input_ids`, int64 [rows, 1], and `attention_mask`, int64 [rows, length], with ones
+    up to and including each row's position.
     """
     constants: Constants = {"zero": np.array(0, np.int64), "one": np.array(1, np.int64)}
     nodes = [
@@ -120,7 +120,7 @@ def decode_inputs() -> bytes:
 
 
 def byte_product() -> bytes:
-    """`y` = `a` times eight int8 weights of 127, for `a` uint8 [1, 8]; `y` is int32 [1, 1]."""
+    """`y`, int32 [1, 1], is `a`, uint8 [1, 8], times a column of eight int8 weights of 127."""
     return _serialized(
         "byte_product",
         [_node("MatMulInteger", ["a", "b"], ["y"])],

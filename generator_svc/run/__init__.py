@@ -1,1 +1,1 @@
-"""Runs a plan on the device: input arrays, slot memory, logits buffers, CUDA graphs."""
+"""Execution of plans on the device: input arrays, slot memory, logits buffers, CUDA graphs."""

@@ -1,4 +1,4 @@
-"""The input arrays of a plan's runs."""
+"""The input arrays of the runs of a plan."""
 
 from dataclasses import dataclass
 
@@ -14,9 +14,9 @@ Ids = npt.NDArray[np.int64]
 class RunInputs:
     """One run over the slots `first_slot` … `first_slot + rows - 1`.
 
-    `input_ids` int64 [rows, new tokens]; `attention_mask` int64 [rows, longest], from the left ones
-    for each row's tokens including the new ones: from its row sums GroupQueryAttention computes
-    where each row's new tokens go.
+    `input_ids` int64 [rows, new tokens]; `attention_mask` int64 [rows, longest], left-aligned ones
+    for each row's tokens, new ones included: GroupQueryAttention derives the positions of a row's
+    new tokens from the sum.
     """
 
     first_slot: int
@@ -29,7 +29,7 @@ class RunInputs:
 
 
 def prefill_inputs(chunk: Chunk) -> RunInputs:
-    """The run of one chunk, batch size 1: behind a past, GroupQueryAttention takes no other."""
+    """The run of one chunk: with a past, GroupQueryAttention prefills at batch size 1 only."""
     total = chunk.start + len(chunk.token_ids)
     return RunInputs(
         first_slot=chunk.slot,
@@ -41,7 +41,7 @@ def prefill_inputs(chunk: Chunk) -> RunInputs:
 def prompt_inputs(batch: PromptBatch) -> RunInputs:
     """The run of several prompts from position 0, which GroupQueryAttention takes right-padded.
 
-    The mask is as long as the padded prompts: that is how the operator knows that there is no past.
+    The mask is as long as the padded prompts, which tells the operator that there is no past.
     """
     lengths = np.array([len(prompt) for prompt in batch.prompts], dtype=np.int64)
     mask = np.arange(batch.length) < lengths[:, None]
@@ -51,7 +51,7 @@ def prompt_inputs(batch: PromptBatch) -> RunInputs:
 
 
 def decode_inputs(rows: tuple[Row, ...]) -> RunInputs:
-    """The run of all rows: one new token each, at each row's own position."""
+    """The run of all decode rows: one new token each, at each row's own position."""
     tokens = np.array([row.token_id for row in rows], dtype=np.int64)
     positions = np.array([row.position for row in rows], dtype=np.int64)
     places = np.arange(positions.max() + 1, dtype=np.int64)

@@ -1,8 +1,8 @@
-"""Inputs of decode runs at fixed addresses on the device, as captured CUDA graphs need them.
+"""Inputs of decode runs at fixed device addresses, as captured CUDA graphs need them.
 
 A captured graph is replayed with the addresses and shapes it was captured with, so the mask is
-always as long as a slot. The graph DECODE_INPUTS fills both tensors from a token and a position
-per row.
+always as long as a slot. The ONNX graph DECODE_INPUTS fills both tensors from a token and a
+position per row.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from generator_svc.plan import Row
 
 
 class FixedInputs:
-    """Inputs of runs of up to `slots` rows, each with one new token."""
+    """Inputs for runs of up to `slots` rows with one new token each."""
 
     def __init__(self, device: Device, slots: int, slot_length: int) -> None:
         self._device = device
@@ -23,7 +23,7 @@ class FixedInputs:
         self._attention_mask = device.tensor((slots, slot_length), np.int64)
 
     def write(self, rows: tuple[Row, ...]) -> tuple[TensorRef, TensorRef]:
-        """Writes the inputs of `rows` and returns their input ids and attention mask."""
+        """Writes the inputs of `rows`; returns references to `input_ids` and `attention_mask`."""
         count = len(rows)
         ids = self._device.tensor_ref(np.int64, (count, 1), self._input_ids.data_ptr())
         shape = (count, int(self._length))

@@ -1,4 +1,4 @@
-"""Output buffers for logits: host memory, or device memory plus top-k on the host."""
+"""Output buffers for logits: in host memory, or in device memory with only the top-k copied."""
 
 import functools
 from collections.abc import Sequence
@@ -35,26 +35,26 @@ class HostLogits:
         self._dtype = dtype
 
     def allocate(self, rows: int) -> npt.NDArray[Any]:
-        """A buffer for that many rows, freed with its last reference."""
+        """A buffer for `rows` rows, freed with its last reference."""
         return np.empty((rows, 1, self._vocabulary), self._dtype)
 
     def tensor_ref(self, buffer: npt.NDArray[Any], rows: int) -> TensorRef:
-        """What to bind the logits of a run of `rows` rows to."""
+        """The buffer as the logits output of a run with `rows` rows."""
         shape = (rows, 1, self._vocabulary)
-        address, _ = buffer.__array_interface__["data"]  # `ctypes` takes four times as long
+        address, _ = buffer.__array_interface__["data"]  # `.ctypes` takes four times as long
         return "cpu", 0, self._dtype, shape, address
 
     def read(
         self, buffer: npt.NDArray[Any], temperatures: Sequence[float | None]
     ) -> Logits | tuple[GreedyRow, ...]:
-        """The run's logits, float32 [rows, vocabulary], or the GreedyRow of each if no temperature,
-        of which there is one a row, is other than None."""
+        """The run's logits, float32 [rows, vocabulary]; if all of `temperatures`, one per row, are
+        None, a GreedyRow per row instead."""
         count = len(temperatures)
         logits = buffer[:count, 0].astype(np.float32, copy=False)
         if temperatures.count(None) < count:
             return logits
         ids = logits.argmax(axis=1)
-        is_certain = np.isfinite(logits[np.arange(count), ids])  # a NaN is the largest of all
+        is_certain = np.isfinite(logits[np.arange(count), ids])  # argmax picks a NaN, if any
         return tuple(
             GreedyRow(*row, functools.partial(logits.__getitem__, index))
             for index, row in enumerate(zip(ids.tolist(), is_certain.tolist(), strict=True))
@@ -62,7 +62,7 @@ class HostLogits:
 
 
 class DeviceLogits:
-    """Logits on the device, float32; `allocate`, `tensor_ref` and `read` as in HostLogits."""
+    """Logits on the device, float32; `allocate` and `tensor_ref` as in HostLogits."""
 
     is_on_host = False
 
@@ -80,9 +80,9 @@ class DeviceLogits:
         return self._device.tensor_ref(np.float32, shape, buffer.data_ptr())
 
     def read(self, buffer: Any, temperatures: Sequence[float | None]) -> DeviceRows:
-        """A GreedyRow for each None of `temperatures`, a DeviceRow at each other temperature.
+        """A GreedyRow for each row whose temperature is None, a DeviceRow for each other row.
 
-        ArgMax takes a fraction of the time of TopK, so TopK is left to the rows that need it,
+        ArgMax takes a fraction of the time of TopK, so TopK runs only over the rows that need it,
         wherever they are in the batch.
         """
         count = len(temperatures)
@@ -111,9 +111,12 @@ class DeviceLogits:
     def _read_candidates(
         self, buffer: Any, rows: int, sampled: Sequence[tuple[int, float]]
     ) -> dict[int, DeviceRow]:
-        """Of the `sampled` ones, places and temperatures, of a buffer of `rows` rows; by place."""
+        """The DeviceRows of a buffer with `rows` rows, by row index.
+
+        `sampled` has the index and the temperature of each row to read.
+        """
         count, blocks = len(sampled), -(-self._vocabulary // BLOCK)
-        # A greedy row, whose masses are not looked at, may have a temperature of zero.
+        # A greedy row, whose `rest` is not used, may have a temperature of zero.
         used = [max(temperature, MIN_TEMPERATURE) for _, temperature in sampled]
         inputs = {
             "places": np.array([place for place, _ in sampled], np.int64),
@@ -158,7 +161,7 @@ class DeviceLogits:
         session.run_with_iobinding(binding)
 
     def check(self) -> None:
-        """Raises ArithmeticError unless the graphs give the right answers for known logits."""
+        """Raises ArithmeticError unless the graphs give correct results for known logits."""
         numbers = np.random.default_rng(0).permutation(2 * self._vocabulary)
         logits = (numbers / self._vocabulary).astype(np.float32).reshape(2, 1, -1)
         buffer = self.allocate(2)

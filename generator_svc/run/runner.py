@@ -1,6 +1,6 @@
 """Executes plans on the device: owns the model's session and the slots' memory.
 
-Makes no decisions, and knows nothing about sequences or sampling.
+Makes no scheduling decisions, and knows nothing about sequences or sampling.
 """
 
 import functools
@@ -36,10 +36,10 @@ log = logging.getLogger(__name__)
 
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
-# Batch sizes of decode that are captured as CUDA graphs; others are padded to the next of them.
+# Decode batch sizes that are captured as CUDA graphs; other batches are padded to the next of them.
 CAPTURE_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
-# I/O bindings that are kept, by first slot and number of rows: each names every cache tensor.
+# Cached I/O bindings, by first slot and number of rows: each binds every KV cache tensor.
 _MAX_BINDINGS = 1024
 
 # Relative to the largest logit: attention may split its work differently for a longer mask.
@@ -50,9 +50,9 @@ _GRAPH_TOLERANCE = 0.02
 class RunResult:
     """One run: its device time, and either its logits, float32 [rows, vocabulary], or its error.
 
-    Logits that stay on the device, or of which only the largest counts, are one DeviceRow or
-    GreedyRow per row. `all_logits`, float32 [tokens, vocabulary], are those of every token of a
-    chunk that wanted them.
+    Logits that stay on the device are a DeviceRow per row, those of which only the arg max is
+    needed a GreedyRow. `all_logits`, float32 [tokens, vocabulary], are those of every token of a
+    chunk with `wants_all_logits`.
     """
 
     nanoseconds: int
@@ -63,8 +63,8 @@ class RunResult:
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """The results of one plan: one per batch of prompts, one per chunk, and one for the decode rows
-    if there are any."""
+    """The results of one plan: one per prompt batch, one per chunk, and one for the decode rows, if
+    any."""
 
     move_nanoseconds: int = 0
     chunks: tuple[RunResult, ...] = ()
@@ -73,7 +73,7 @@ class StepOutcome:
 
     @property
     def prefills(self) -> tuple[RunResult, ...]:
-        """The results of the batches, then those of the chunks."""
+        """The results of the prompt batches, then those of the chunks."""
         return (*self.batches, *self.chunks)
 
 
@@ -86,17 +86,17 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """The execution provider and the sizes actually in use."""
+    """The execution provider, and the data type and sizes in use."""
 
     provider: str
     dtype: str
     slots: int
     slot_length: int
     cache_bytes: int
-    capture_sizes: tuple[int, ...] = ()  # batch sizes of CUDA graphs, ascending; empty without
-    pads_prompts: bool = False  # whether the graph takes a PromptBatch
-    gives_all_logits: bool = False  # whether it can give those of every token of a chunk
-    cuda_unavailable: str = ""  # why it is not CUDA although that would have been preferred
+    capture_sizes: tuple[int, ...] = ()  # batch sizes of CUDA graphs, ascending; empty without them
+    pads_prompts: bool = False  # whether the model's graph supports PromptBatch
+    gives_all_logits: bool = False  # whether it can return the logits of every token of a chunk
+    cuda_unavailable: str = ""  # why device `auto` did not choose CUDA
 
     @property
     def device(self) -> str:
@@ -132,8 +132,8 @@ class OrtRunner:
         self._cache_type = _NUMPY_TYPES[past_type]
         logits_type = _NUMPY_TYPES[type_of(self._session.get_outputs(), model.names.logits)]
         self._memory = self._allocate_memory(slots, slot_length)
-        # In float32 on CUDA, a binding reused with a mask of another shape gives wrong logits (ONNX
-        # Runtime 1.31.1, docs/log.md).
+        # In float32 on CUDA, reusing a binding with a mask of another shape yields wrong logits
+        # (ONNX Runtime 1.31.1, docs/log.md).
         self._are_bindings_reused = not (device == "cuda" and self._cache_type is np.float32)
         self._binding = self._make_bindings()
         self._logits = _logits_buffers(self._device, model.vocab_size, logits_type)
@@ -151,7 +151,7 @@ class OrtRunner:
         self._fixed_inputs: FixedInputs | None = None
 
     def reallocate(self, slots: int) -> None:
-        """Replaces the slots by so many empty ones; before `capture`."""
+        """Replaces the slots by `slots` empty ones; to be called before `capture`."""
         self._memory.free()
         self._memory = self._allocate_memory(slots, self.info.slot_length)
         self._binding = self._make_bindings()
@@ -172,16 +172,16 @@ class OrtRunner:
         batches = tuple(self._run_batch(batch) for batch in plan.batches)
         chunks = tuple(self._run_chunk(chunk) for chunk in plan.chunks)
         rows = None
-        if plan.rows:  # their logits share one buffer, valid until the next step
+        if plan.rows:  # all steps share one buffer for their logits: valid until the next step
             rows = self._run_rows(plan.rows)
         return StepOutcome(move_nanoseconds, chunks, rows, batches)
 
     def capture(self, seconds: float) -> int:
         """Captures decode runs as CUDA graphs, smallest batch first; returns nanoseconds spent.
 
-        Sizes not captured within `seconds` are captured on their first run. Without
-        `info.capture_sizes` this does nothing; a failure disables CUDA graphs with a warning.
-        Raises DeviceError if the model cannot be run. Writes to all slots.
+        Sizes not captured within `seconds` are captured on their first run. Does nothing if
+        `info.capture_sizes` is empty; a failure disables CUDA graphs with a warning. Raises
+        DeviceError if the model cannot be run. Writes to all slots.
         """
         started = time.perf_counter_ns()
         if not self.info.capture_sizes:
@@ -219,17 +219,17 @@ class OrtRunner:
         return self._run(inputs.first_slot, [chunk.temperature], bind, None, chunk.wants_logits)
 
     def _run_for_all_logits(self, chunk: Chunk) -> RunResult:
-        """A chunk with the logits of every token, which are copied to the host."""
+        """Runs a chunk and copies the logits of every token to the host."""
         inputs, tokens = prefill_inputs(chunk), len(chunk.token_ids)
         started = time.perf_counter_ns()
         try:
-            # Of its own, as runs with other bindings do not give this input.
+            # A binding of its own, as the cached ones must not have this input bound.
             binding = self._create_binding(inputs.first_slot, 1)
             from_end = np.arange(tokens, 0, -1, dtype=np.int64)
-            # By its address, as bind_cpu_input does not know inputs that have defaults.
+            # By address, as bind_cpu_input does not support inputs with defaults.
             place = "cpu", 0, np.int64, from_end.shape, from_end.ctypes.data
             binding.bind_input(TOKENS_FROM_END, *place)
-            # In memory of the runtime's, which lets no other be larger than the graph declares.
+            # Allocated by the runtime, which rejects a buffer larger than the graph declares.
             binding.bind_output(self._model.names.logits, "cpu")
             self._device.clock.start()
             self._bind_inputs(inputs, binding)
@@ -264,10 +264,10 @@ class OrtRunner:
         wants_logits: bool = True,
         graph: int = NO_GRAPH,
     ) -> RunResult:
-        """One run over as many slots from `first_slot` as there are `temperatures`.
+        """One run over consecutive slots from `first_slot`, one for each of `temperatures`.
 
         `logits_buffer` receives the logits; None allocates one. `graph` is the number of the CUDA
-        graph to replay, or to capture if there is none yet.
+        graph to replay, or to capture if it does not exist yet.
         """
         started, rows = time.perf_counter_ns(), len(temperatures)
         try:
@@ -301,17 +301,17 @@ class OrtRunner:
         return CudaMemory(tensors, shape, self._cache_type)
 
     def _open(self, threads: int, cuda_graphs: bool, weight_only_gemm: bool) -> tuple[Any, bool]:
-        """A session, and whether its runs can be captured as CUDA graphs; raises DeviceError."""
+        """A session, and whether its runs can be captured as CUDA graphs. Raises DeviceError."""
         if cuda_graphs:
             try:
                 graph = self._model.graph
                 return self._device.open(graph, threads, True, weight_only_gemm), True
-            except DeviceError as error:  # such as operators that run on the CPU
+            except DeviceError as error:  # for example, some operators run on the CPU
                 log.warning("CUDA graphs are disabled: %s", error)
         return self._device.open(self._model.graph, threads, False, weight_only_gemm), False
 
     def _matches_eager_runs(self) -> bool:
-        """Whether the first captured graph, replayed on other tokens, matches eager runs."""
+        """Whether the CUDA graph of one row, replayed with other tokens, matches eager runs."""
         plans = [StepPlan(rows=(Row(token, position),)) for position, token in enumerate((0, 1, 0))]
         inputs, self._fixed_inputs = self._fixed_inputs, None
         eager = [self._checked_logits(plan) for plan in plans]
@@ -335,14 +335,14 @@ class OrtRunner:
         return np.array(result.logits[0])
 
     def _make_bindings(self) -> Callable[[int, int], Any]:
-        """I/O bindings by first slot and row count, of the slots' memory as it is now."""
+        """A function from first slot and row count to an I/O binding of the current memory."""
         if not self._are_bindings_reused:
             return self._create_binding
-        # Binding the cache anew may take longer than a step.
+        # Binding all cache tensors again may take longer than a step.
         return functools.lru_cache(_MAX_BINDINGS)(self._create_binding)
 
     def _create_binding(self, first_slot: int, rows: int) -> Any:
-        """The binding of all cache tensors for a run over these slots."""
+        """An I/O binding of all KV cache tensors for a run over `rows` slots from `first_slot`."""
         binding = self._session.io_binding()
         names = self._model.names
         shape = (rows, *self._memory.shape[1:])
@@ -359,7 +359,7 @@ class OrtRunner:
 
 
 def capture_sizes(slots: int) -> tuple[int, ...]:
-    """The batch sizes that are captured for so many slots, ascending."""
+    """The batch sizes to capture for `slots` slots, ascending."""
     return (*(size for size in CAPTURE_SIZES if size < slots), slots)
 
 
@@ -374,12 +374,12 @@ def _check_integer_products(device: str) -> None:
 
 
 def _logits_buffers(device: Device, vocabulary: int, dtype: Any) -> HostLogits | DeviceLogits:
-    """On the CUDA device if they are float32 and its top-k works, else on the host."""
+    """Logits on the CUDA device if they are float32 and top-k works there, else on the host."""
     if device.name == "cuda" and dtype is np.float32 and vocabulary >= CANDIDATES:
         try:
             logits = DeviceLogits(device, vocabulary)
             logits.check()
             return logits
-        except Exception as error:  # of the runtime's own types, such as for a missing kernel
+        except Exception as error:  # of the runtime's own types, for example a missing kernel
             log.warning("all logits are copied to the host: %s", error)
     return HostLogits(vocabulary, dtype)

@@ -22,7 +22,7 @@ class SlotMemory(Protocol):
     size_in_bytes: int
 
     def address(self, tensor: int, slot: int) -> int:
-        """The device address at which a slot of a tensor begins."""
+        """The address at which a slot of a tensor begins, on the device for CUDA."""
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` tokens of one slot to another, in every tensor."""
@@ -31,14 +31,14 @@ class SlotMemory(Protocol):
         """Exchanges the first `length` tokens of two slots, in every tensor."""
 
     def free(self) -> None:
-        """Gives the memory back; nothing may be done with it any more."""
+        """Frees the memory, which must not be used afterwards."""
 
 
 class HostMemory:
     """Slots in main memory. The system commits pages when they are first written.
 
-    Mapped rather than allocated by numpy, which requests huge pages: the first write to a slot
-    would then zero all of it, which took half a second where ordinary pages took 7 ms.
+    Memory-mapped rather than allocated by numpy, which requests huge pages: the first write to a
+    slot would then zero all of it, which took half a second, against 7 ms with ordinary pages.
     """
 
     def __init__(self, tensors: int, shape: Shape, dtype: npt.DTypeLike) -> None:

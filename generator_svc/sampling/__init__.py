@@ -1,1 +1,1 @@
-"""Sampling: from logits, on the host or on the device, to tokens."""
+"""Sampling: tokens from logits on the host or on the device."""

@@ -1,18 +1,18 @@
-"""Draws from the candidates of device rows, and tells where these alone decide.
+"""Samples from the candidates of device rows, and decides whether they alone determine the token.
 
-What is known of the other tokens, their largest possible logit and the sum of their weights in
-every block of ids, at the temperature of the draw, bounds their influence:
+Of the other tokens, an upper bound of the logit and the sum of the weights in each block of ids are
+known, at the temperature of the draw. These bound their influence:
 
-    greedy          the most likely candidate, if no token outside can be as likely
-    top_k           the same arithmetic on the same numbers, if all top_k are candidates
-    top_p, min_p    likewise, if every possible total truncates at the same candidate
-    none of them    if the draw falls into one candidate's interval, wherever the rest lies
+    greedy          certain if no other token can be as likely as the most likely candidate
+    top_k           certain if all top_k tokens are candidates: same arithmetic, same numbers
+    top_p, min_p    certain if the cut-off is the same for every possible total weight
+    none of them    certain if the draw falls into the same candidate's interval in every case
 
-Penalties and masks are applied to the candidates first: they only lower logits, so the bounds on
-the rest still hold.
+Penalties and masks are applied to the candidates first. They only lower logits, so the bounds on
+the other tokens still hold.
 
-All rows are looked at together: numpy's calls on one row take ten times as long as their
-arithmetic. Each number is computed from its own row alone, whatever stands beside it.
+All rows are processed together, since on a single row numpy's call overhead is ten times the
+arithmetic. Each number depends on its own row alone, whatever else is in the batch.
 """
 
 from collections.abc import Sequence as Many
@@ -31,23 +31,23 @@ Logits = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
-Which = Mask | slice  # of the rows
+Which = Mask | slice  # selects rows
 
-_ROUNDING = 1e-9  # relative error of exponentials in float64, generously
+_ROUNDING = 1e-9  # a generous bound on the relative error of exponentials in float64
 _SMALLEST = 1e-35  # a block sum that float32 may have flushed to zero
 _NEVER = np.float32(-np.inf)
-_PLACES = np.arange(CANDIDATES)  # 256: a byte
+_PLACES = np.arange(CANDIDATES)  # 0 to 255, which fits into a byte
 
 
 class Candidates:
-    """The candidates of rows of one vocabulary, after penalties and masks.
+    """The candidates of rows with the same vocabulary, after penalties and masks.
 
-    `ids` and `weights`, [rows, 256], are in the order of the logits, the lower id first among
-    equals. Weights are relative to the row's largest one and exact to the last bit, but 0 for
-    candidates that are not above every other token. No other token weighs more than `max_other`.
-    The others' sums in `rest`, [rows, blocks], of which all blocks together may lack `flushed`,
-    times `low_scale` and `high_scale` are bounds on their weights; all weights of a row, as the
-    sampler adds them up, are between `least` and `most`.
+    `ids` and `weights`, [rows, 256], are in descending order of the logits, the lower id first on
+    ties. Weights are relative to the row's largest and have the same bits as the sampler's, but are
+    0 for candidates that are not above every other token. No other token weighs more than
+    `max_other`. `rest`, [rows, blocks], sums the other tokens' weights by block; times `low_scale`
+    and `high_scale` it bounds them, except that up to `flushed` may be missing from all blocks
+    together. The total weight of a row, as the sampler sums it, is between `least` and `most`.
     """
 
     def __init__(self, drawing: Many[tuple[Sequence, DeviceRow]]) -> None:
@@ -58,9 +58,9 @@ class Candidates:
         self.rest = np.concatenate([row.rest for row in rows]).reshape(count, -1)
         masses = self.rest.sum(axis=1, dtype=np.float64)
         top, last = values[:, 0].astype(np.float64), values[:, -1].astype(np.float64)
-        # With one NaN, or an infinite mass, the sums are not finite.
+        # A NaN or an infinite weight makes the sums non-finite.
         self.is_certain = np.isfinite(masses) & np.isfinite(top) & ~np.isnan(values).any(axis=1)
-        # Those equal to the last one are left out: a token outside may be equal to them too.
+        # Excludes those equal to the last one, since other tokens may be equal to it too.
         logits = np.where(values > values[:, -1:], values, _NEVER)
         is_lowered = self._lower(drawing, ids, logits)
         ordered, self.ids = _in_order(logits, ids)
@@ -79,7 +79,8 @@ class Candidates:
         np.exp(self.weights, out=self.weights)
         self.max_other = np.exp((last - best) / temperature)
         # The device summed exp((x - values[0]) / temperature) over the other logits x; `best`
-        # differs from that only if it was lowered. Penalties and masks can take all from them.
+        # differs from values[0] only if that was lowered. Penalties and masks may have lowered the
+        # other logits too, so their sum may be as low as 0.
         high = np.where(last == _NEVER, 0.0, np.exp((top - best) / temperature))
         self.high_scale = high * (1 + RELATIVE_ERROR)
         self.low_scale = np.where(is_lowered, 0.0, high * (1 - RELATIVE_ERROR))
@@ -89,7 +90,7 @@ class Candidates:
         self.most = (known + (masses + self.flushed) * self.high_scale) * (1 + MASS_ERROR)
 
     def draw(self) -> tuple[Ids, Mask]:
-        """A token for each row, and whether it is certain."""
+        """A token for each row, and whether it is certain to be the right one."""
         tokens, is_certain = self.ids[:, 0].copy(), self.is_certain.copy()
         is_cut = (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)
         for draw, is_meant in ((self._draw_truncated, is_cut), (self._draw_from_all, ~is_cut)):
@@ -100,16 +101,16 @@ class Candidates:
         return tokens, is_certain
 
     def _lower(self, drawing: Many[tuple[Sequence, DeviceRow]], ids: Ids, logits: Logits) -> Mask:
-        """Applies masks and penalties, by the sampler's own arithmetic; returns whose logits.
+        """Applies masks and penalties to `logits` in place, with the sampler's own arithmetic.
 
-        Each penalty leaves float32.
+        Each penalty rounds to float32. Returns the mask of rows that have any of them.
         """
         is_lowered = np.zeros(len(drawing), np.bool_)
         repeated, penalties, counted = [], [], []
         for number, (sequence, _) in enumerate(drawing):
             try:
                 forbidden = sampler.forbidden_tokens(sequence, self.size)
-            except ConstraintError:  # which the sampler meets again
+            except ConstraintError:  # the sampler will raise it again
                 self.is_certain[number] = False
                 continue
             sampling = sequence.request.sampling
@@ -141,17 +142,17 @@ class Candidates:
         return is_lowered
 
     def _draw_truncated(self, rows: Which) -> tuple[Ids, Mask]:
-        """Draws from what top_k, top_p and min_p keep, most likely first."""
+        """Draws from the tokens that top_k, top_p and min_p keep, most likely first."""
         weights, top_k = self.weights[rows], self.top_k[rows].astype(np.int64)
         top_p, min_p = self.top_p[rows], self.min_p[rows]
         sums = weights.cumsum(axis=1)
-        # Nothing else weighs as much as these, so they come first in the sorted whole row too.
+        # No other token weighs as much as these, so they come first in the whole sorted row too.
         above = self.max_other[rows] * (1 + _ROUNDING) + 1e-300
         sure = (weights > above[:, None]).sum(axis=1)
         has_top_k = top_k > 0
-        is_certain = ~has_top_k | (sure > top_k)  # more than top_k, or it would not be a limit
+        is_certain = ~has_top_k | (sure > top_k)  # the top_k tokens and the next one are known
         length = np.where(has_top_k, top_k, sure)
-        # Without top_k one more than is known: reaching it means that others may be kept too.
+        # Without top_k, one more than is known: if it is reached, other tokens may be kept too.
         limit = np.where(has_top_k, top_k, sure + 1)
         is_known = length[:, None] > _PLACES
         has_min_p = min_p > np.where(has_top_k, 0.0, above)
@@ -172,15 +173,15 @@ class Candidates:
 
     @staticmethod
     def _nucleus(reached: Floats, top_p: Floats, sums: Floats, is_known: Mask, limit: Ids) -> Ids:
-        """How many of the most likely tokens reach top_p of the total."""
+        """How many of the most likely tokens are needed to reach top_p of the total."""
         count = (is_known & (sums < reached[:, None])).sum(axis=1) + 1
         return np.where(top_p >= 1, limit, np.minimum(count, limit))
 
     def _draw_from_all(self, rows: Which) -> tuple[Ids, Mask]:
-        """The candidates into whose intervals the draws fall, wherever the rest lies.
+        """The candidates whose intervals the draws hit, whatever the other tokens' exact weights.
 
-        Intervals are in the order of ids, as in the sampler: the tokens before a candidate move its
-        interval by some amount between `before` and `up_to`.
+        Intervals are in the order of ids, as in the sampler: other tokens with lower ids shift a
+        candidate's interval by an amount between `before` and `up_to`.
         """
         keys = (self.ids[rows] << 8) + _PLACES
         keys.sort(axis=1)
@@ -190,7 +191,7 @@ class Candidates:
         slack = MASS_ERROR * most
         ends = weights.cumsum(axis=1)
         block = ids // BLOCK
-        # The rest of its own block may lie entirely before a candidate, or entirely after it.
+        # The other tokens of a candidate's block may all precede it, or all follow it.
         rest = self.rest[rows]
         sums = _pick(rest.cumsum(axis=1, dtype=np.float64), block)
         before = (sums - _pick(rest, block)) * self.low_scale[rows, None]
@@ -202,10 +203,10 @@ class Candidates:
 
 
 def _settings(sequence: Sequence, row: DeviceRow) -> tuple[float, ...]:
-    """Of a draw: temperature, top_k, top_p, min_p, number in [0, 1), whether it is greedy, and
-    whether candidates at the row's temperature can serve it otherwise."""
+    """The parameters of a draw: temperature, top_k, top_p, min_p, uniform number in [0, 1), whether
+    it is greedy, and whether the row's candidates can be used if it is not."""
     sampling, draw = sequence.request.sampling, 0.0
-    # top_n_sigma needs the deviation of all logits.
+    # top_n_sigma needs the standard deviation of all logits.
     is_drawn = sampling.temperature == row.temperature and sampling.top_n_sigma <= 0
     if not sampling.is_greedy:
         draw = uniform(sampling.seed + sequence.index, sequence.generated)
@@ -214,9 +215,10 @@ def _settings(sequence: Sequence, row: DeviceRow) -> tuple[float, ...]:
 
 
 def _in_order(logits: Logits, ids: Ids) -> tuple[Logits, Ids]:
-    """Both in descending order of the logits, the lower id first among equals; no NaN."""
-    # Bits of a float, the other way round below zero, are in its order; with the id behind them one
-    # sort of integers does. Adding 0 makes -0 and 0 equal.
+    """Sorts both by descending logits, the lower id first on ties. No logit may be NaN."""
+    # Read as integers, floats sort correctly once all bits but the sign of negative ones are
+    # flipped; with the id in the lower bits, one integer sort suffices. The logits are negated for
+    # descending order; 0 - x also makes -0 and 0 equal.
     bits = (0 - logits).view(np.int32).astype(np.int64)
     bits ^= (bits >> 63) & 0x7FFFFFFF
     keys = (bits << 32) + ids
@@ -227,19 +229,19 @@ def _in_order(logits: Logits, ids: Ids) -> tuple[Logits, Ids]:
 
 
 def _pick(array: npt.NDArray[Any], places: Ids) -> npt.NDArray[Any]:
-    """np.take_along_axis in a fraction of its time: of each row the elements at its places."""
+    """The elements of each row at its `places`: np.take_along_axis in a fraction of its time."""
     rows, width = array.shape
     picked: npt.NDArray[Any] = array.ravel().take(places + width * np.arange(rows)[:, None])
     return picked
 
 
 def _positions(sums: Floats, count: Ids, draw: Floats) -> Ids:
-    """`draw.position_of` for each row, of its first `count` sums."""
+    """`draw.position_of` for the first `count` sums of each row."""
     is_kept = count[:, None] > _PLACES
     total = sums[np.arange(count.size), count - 1]
     index: Ids = (is_kept & (sums <= (draw * total)[:, None])).sum(axis=1)
     if (index < count).all():
         return index
-    # Rounding reached the total itself: the last index with any weight.
+    # Rounding reached the total itself: take the last index with any weight.
     last: Ids = (is_kept & (sums < total[:, None])).sum(axis=1)
     return np.where(index < count, index, last)

@@ -1,6 +1,6 @@
-"""What usually decides of a row of logits, and the rest on demand.
+"""The part of a row of logits that usually determines the token, with the rest on demand.
 
-Of a greedy row that is the largest logit, of any other one on a device its top 256, the candidates.
+For a greedy row that is the arg max; for any other row on a device, its top 256, the candidates.
 """
 
 import functools
@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 CANDIDATES = 256  # the k of the device's top-k
-BLOCK = 256  # tokens with consecutive ids, whose remaining mass is summed
-# Of a block's sum: 256 terms in float32, and the rounding of their exponents.
+BLOCK = 256  # tokens with consecutive ids, whose weights are summed unless they are candidates
+# Of a block's sum, from adding 256 float32 terms and rounding their exponents.
 RELATIVE_ERROR = 1e-4
 
 
@@ -21,8 +21,8 @@ RELATIVE_ERROR = 1e-4
 class GreedyRow:
     """The arg max of a row, for plain greedy sampling.
 
-    `token_id` has the largest logit; `is_certain` if it is the one to take and no logit is NaN.
-    `fetch` gives all logits, float32 [vocabulary]; it may be called until the next step.
+    `token_id` has the largest logit; `is_certain` says that it is the token to take and that no
+    logit is NaN. `fetch` returns all logits, float32 [vocabulary]; call it before the next step.
     """
 
     token_id: int
@@ -40,8 +40,8 @@ class DeviceRow:
     `values`, float32 [256], are the largest logits in descending order, and `ids`, int64 [256],
     their tokens. `rest`, float32 [blocks], is for each block of ids the sum of
     exp((logit - values[0]) / temperature) over all logits that are not above the last of `values`,
-    NaN if any is NaN. `size` is the vocabulary's. `fetch` copies all logits, float32 [size]; it may
-    be called until the device's next step.
+    NaN if any is NaN. `size` is the vocabulary size. `fetch` copies all logits, float32 [size], to
+    the host; call it before the next step.
     """
 
     size: int

@@ -1,7 +1,7 @@
-"""Samples from a device-resident row's candidates if they alone decide, else from the whole row.
+"""Samples from a device row's candidates if they determine the token, else from the whole row.
 
-The token is exactly the one that `sampler.sample` draws from the whole row. Whatever may raise
-logits, log-probabilities, and a draw with top_n_sigma need the whole row.
+The token is exactly the one that `sampler.sample` draws from the whole row. The whole row is always
+needed for log-probabilities, top_n_sigma, and biases or penalties that may raise logits.
 """
 
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ from generator_svc.sequence import SampledToken, Sequence
 
 LogitsRow = sampler.HostRow | DeviceRow | GreedyRow  # float32 [vocabulary]
 
-_MAX_ROWS = 64  # at once: what is computed of more does not fit the L2 cache
+_MAX_ROWS = 64  # at once: the arrays of more rows do not fit into the L2 cache
 
 
 def sample_all(
@@ -43,9 +43,9 @@ def sample_all(
 
 
 def certain_tokens(drawing: Many[tuple[Sequence, DeviceRow]]) -> list[int | None]:
-    """For each row the token that `sampler.sample` draws from it; None if candidates cannot tell.
+    """For each row the token that `sampler.sample` draws from it; None if it needs the whole row.
 
-    The rows are of one vocabulary.
+    All rows have the same vocabulary.
     """
     tokens: list[int | None] = [None] * len(drawing)
     places = [place for place, (sequence, _) in enumerate(drawing) if _may_be_certain(sequence)]
@@ -60,7 +60,7 @@ def certain_tokens(drawing: Many[tuple[Sequence, DeviceRow]]) -> list[int | None
 
 
 def _may_be_certain(sequence: Sequence) -> bool:
-    """Whether no token outside the candidates can have been raised above them."""
+    """Whether no log-probabilities are requested, and no bias or penalty may raise logits."""
     sampling = sequence.request.sampling
     return sequence.request.top_logprobs is None and not (
         sampling.logit_bias

@@ -1,12 +1,12 @@
 """Draws a token from adjusted logits by inverse transform sampling; sorts only what may be drawn.
 
-With top_k, top_p or min_p the tokens lie along the unit interval from the most likely one down, and
-only as many of them are looked at as these may keep; without, they lie in the order of their ids.
-Weights whose sums alone matter are float32, and these sums have a relative error of MASS_ERROR;
-all else is float64.
+With top_k, top_p or min_p, tokens divide the unit interval in descending order of probability, and
+only as many are examined as these may keep; otherwise in the order of their ids. Weights of which
+only sums are used are float32, and these sums have a relative error of MASS_ERROR; everything else
+is float64.
 
-Everything is computed from one row, in blocks whose sizes are constants: the same row gives the
-same token in any company.
+Everything is computed from one row, in blocks of constant sizes: the same row gives the same token
+whatever else is in the batch.
 """
 
 import bisect
@@ -21,15 +21,15 @@ Row = npt.NDArray[np.float32]  # logits [vocabulary]
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.intp]
 
-MASS_ERROR = 1e-5  # relative, of sums of float32 weights; generously
+MASS_ERROR = 1e-5  # a generous bound on the relative error of sums of float32 weights
 
 _BLOCK = 256  # tokens with consecutive ids, whose weights are summed in float32
-_GROUPED = 32  # tokens of which only the largest logit is looked at first
-_MIN_CANDIDATES = 128  # of top_p and min_p, before looking at more
-_LONG_ROW = 1 << 14  # if sorted as a whole, its weights are summed in blocks too
-MIN_TEMPERATURE = 1e-30  # smaller ones change nothing, and have no reciprocal in float32
-# The total of weights whose exponents need no shift: the largest exponents that matter to it are
-# between -30 and 70, and float32 rounds these by less than MASS_ERROR / 2.
+_GROUPED = 32  # tokens per group, of which only the largest logit is compared at first
+_MIN_CANDIDATES = 128  # first number of tokens that top_p and min_p examine
+_LONG_ROW = 1 << 14  # rows of this size, if sorted as a whole, are summed in blocks too
+MIN_TEMPERATURE = 1e-30  # lower ones make no difference, and have no reciprocal in float32
+# Totals of weights whose exponents need no shift: the largest exponents that matter are between -30
+# and 70, and float32 rounds these by less than MASS_ERROR / 2.
 _SOUND_TOTALS = (1e-8, 1e30)
 
 
@@ -38,10 +38,10 @@ class BadLogits(ArithmeticError):
 
 
 def draw(row: Row, sampling: SamplingParams, uniform: float) -> int:
-    """The token at `uniform`, a number in [0, 1), among those that the parameters keep.
+    """The token that `uniform`, a number in [0, 1), selects among those that the parameters keep.
 
-    The temperature is above zero. Raises BadLogits. Overflow and underflow give the right results,
-    and it is the caller who has numpy ignore them.
+    The temperature is above zero. Raises BadLogits. Results are correct in spite of overflow and
+    underflow; callers have to silence numpy's warnings about them.
     """
     if sampling.top_n_sigma > 0:
         row = _near_the_best(row, sampling.top_n_sigma)
@@ -51,7 +51,7 @@ def draw(row: Row, sampling: SamplingParams, uniform: float) -> int:
 
 
 def checked(best: float) -> float:
-    """The largest logit of a row. Raises BadLogits if it is not finite."""
+    """Returns `best`, the largest logit of a row; raises BadLogits if it is not finite."""
     if math.isfinite(best):
         return best
     if best == -math.inf:
@@ -64,12 +64,12 @@ def position_of(cumulative: Floats, uniform: float) -> int:
     index = int(cumulative.searchsorted(uniform * cumulative[-1], side="right"))
     if index < cumulative.size:
         return index
-    # Rounding reached the total itself: the last index with any weight.
+    # Rounding reached the total itself: take the last index with any weight.
     return int(cumulative.searchsorted(cumulative[-1]))
 
 
 def most_likely(row: Row, count: int) -> Ids:
-    """Ids of the `count` largest logits in descending order, the lower id first among equals."""
+    """Ids of the `count` largest logits in descending order, the lower id first on ties."""
     if count == 0:
         return np.empty(0, np.intp)
     ids = _candidates(row, _group_maxima(row), count)
@@ -79,10 +79,11 @@ def most_likely(row: Row, count: int) -> Ids:
 
 
 def _near_the_best(row: Row, deviations: float) -> Row:
-    """The row without the tokens that are further than so many standard deviations below the best.
+    """Masks tokens more than `deviations` standard deviations below the best (top_n_sigma).
 
-    As llama.cpp has it, masked tokens do not count for the deviation, and the filter comes after
-    the penalties and before top_k. Temperature scales both sides, so it may come before or after.
+    As in llama.cpp, masked tokens do not count towards the standard deviation, and the filter comes
+    after the penalties and before top_k. Temperature scales both sides, so it may come before or
+    after.
     """
     best = checked(float(row.max()))
     spread = row[np.isfinite(row)].std(dtype=np.float64)
@@ -95,7 +96,7 @@ def _draw_from_all(row: Row, temperature: float, uniform: float) -> int:
 
 
 def _position_in_blocks(weights: Row, cumulative: Floats, uniform: float) -> int:
-    """`position_of` for weights whose blocks have these cumulative masses."""
+    """`position_of` for `weights`, given the cumulative sums of their blocks."""
     block = position_of(cumulative, uniform)
     start = block * _BLOCK
     inside = weights[start : start + _BLOCK].cumsum(dtype=np.float64)
@@ -105,7 +106,7 @@ def _position_in_blocks(weights: Row, cumulative: Floats, uniform: float) -> int
 
 
 def _draw_from_likely(row: Row, sampling: SamplingParams, uniform: float) -> int:
-    """Looks at ever more of the most likely tokens, until they are more than may be kept."""
+    """Examines more and more of the most likely tokens, until no others can be kept."""
     has_top_k = 0 < sampling.top_k < row.size
     count = sampling.top_k if has_top_k else _MIN_CANDIDATES
     maxima = _group_maxima(row)
@@ -141,7 +142,7 @@ def _draw_from_likely(row: Row, sampling: SamplingParams, uniform: float) -> int
 def _draw_from_sorted(row: Row, best: float, sampling: SamplingParams, uniform: float) -> int:
     """For long flat rows, of which top_p or min_p keep thousands of tokens.
 
-    No running sum over all of them in float64, which takes longer than the sort.
+    Avoids a float64 cumulative sum over all tokens, which takes longer than the sort.
     """
     descending = np.negative(row)
     descending.sort()
@@ -168,9 +169,9 @@ def _draw_from_sorted(row: Row, best: float, sampling: SamplingParams, uniform: 
 
 
 def _sums(ordered: Row, best: float, sampling: SamplingParams) -> tuple[Floats, float, int]:
-    """Cumulative weights of descending logits, the last weight, and how many min_p lets pass."""
+    """Cumulative weights of descending logits, the last weight, and how many min_p keeps."""
     weights = ordered.astype(np.float64)
-    weights -= best  # in place: memory that is new to the process takes longer than exponentials
+    weights -= best  # in place: touching new memory takes longer than the exponentials
     weights /= sampling.temperature
     np.exp(weights, out=weights)
     last, limit = float(weights[-1]), weights.size
@@ -180,16 +181,16 @@ def _sums(ordered: Row, best: float, sampling: SamplingParams) -> tuple[Floats, 
 
 
 def _kept(sums: Floats, mass: float, top_p: float, limit: int) -> int:
-    """How many of the most likely tokens reach `top_p` of a row that weighs `mass`."""
+    """How many of the most likely tokens are needed to reach `top_p` of the total weight `mass`."""
     if top_p >= 1:
         return limit
     return min(limit, int(sums.searchsorted(top_p * mass)) + 1, sums.size)
 
 
 def _token_at(place: int, ascending: Row, logits: Row, ids: Ids | None) -> int:
-    """The token at a place from the end of the sorted logits; `ids` are those of `logits`.
+    """The token at `place` in descending order of `logits`, the lower id first on ties.
 
-    Of the tokens that share a logit, the lower id comes first. None as `ids` stands for all tokens.
+    `ids` are the tokens of `logits`; None stands for all tokens.
     """
     logit = ascending[-1 - place]
     above = ascending.size - int(ascending.searchsorted(logit, side="right"))
@@ -198,18 +199,18 @@ def _token_at(place: int, ascending: Row, logits: Row, ids: Ids | None) -> int:
 
 
 def _group_maxima(row: Row) -> Row:
-    """The largest logit of each group of tokens, NaN if any is; the remainder is a last group."""
+    """The largest logit of each group of tokens, NaN if any is; the remainder is the last group."""
     groups = row.size // _GROUPED
-    # Rows of this matrix are contiguous, so that whole vectors are compared.
+    # The matrix's rows are contiguous, so that whole vectors are compared at once.
     maxima = np.maximum.reduce(row[: groups * _GROUPED].reshape(_GROUPED, groups), axis=0)
     rest = row[groups * _GROUPED :]
     return np.append(maxima, rest.max()) if rest.size else maxima
 
 
 def _candidates(row: Row, maxima: Row, count: int) -> Ids | None:
-    """Ids of all tokens above some logit, `count` or more, ascending; None stands for all tokens.
+    """Ids of all tokens at or above a threshold, ascending; None stands for all tokens.
 
-    At least `count` tokens are not below the maximum of number `count` in descending order.
+    The threshold is the `count`-th largest of `maxima`, so there are at least `count` of them.
     """
     if count > maxima.size:
         return None
@@ -221,7 +222,7 @@ def _candidates(row: Row, maxima: Row, count: int) -> Ids | None:
         (ids,) = (row >= threshold).nonzero()
         return ids
     grid = row[: groups * _GROUPED].reshape(_GROUPED, groups)
-    # In one dimension this is far faster than in two.
+    # Far faster in one dimension than in two.
     places = (grid.take(chosen, axis=1) >= threshold).ravel().nonzero()[0]
     lines = places // chosen.size
     ids = lines * groups + chosen[places - lines * chosen.size]
@@ -232,9 +233,9 @@ def _candidates(row: Row, maxima: Row, count: int) -> Ids | None:
 
 
 def _weigh(row: Row, temperature: float) -> tuple[Row, Floats, float]:
-    """exp((logit - shift) / temperature), the sums of its blocks, and the shift.
+    """exp((logit - shift) / temperature) of each token, the sums of its blocks, and the shift.
 
-    That is 0 where it does not matter, and else the largest logit. Raises BadLogits.
+    The shift is 0 if no overflow or underflow matters, else the largest logit. Raises BadLogits.
     """
     scale = np.float32(1 / max(temperature, MIN_TEMPERATURE))
     low, high = _SOUND_TOTALS
@@ -256,7 +257,7 @@ def _block_masses(weights: Row) -> Floats:
     """The sums of the blocks of weights."""
     whole = weights.size // _BLOCK
     masses = np.zeros(-(-weights.size // _BLOCK))
-    # A third of the time of sum(axis=1).
+    # Takes a third of the time of sum(axis=1).
     masses[:whole] = np.einsum("ij->i", weights[: whole * _BLOCK].reshape(whole, _BLOCK))
     if whole < masses.size:
         masses[-1] = weights[whole * _BLOCK :].sum()

@@ -1,4 +1,4 @@
-"""Log-probabilities of a prompt's own tokens, each by the logits of the token before it."""
+"""Log-probabilities of prompt tokens, each from the logits of the token before it."""
 
 from generator_svc.run.logits_buffers import Logits
 from generator_svc.sampling.draw import BadLogits, checked
@@ -7,15 +7,15 @@ from generator_svc.sequence import Sequence
 
 
 def score(sequence: Sequence, all_logits: Logits) -> BadLogits | None:
-    """Adds those of the tokens that follow each of a chunk's, whose logits are `all_logits`,
-    float32 [tokens, vocabulary], to the group's; returns what is wrong with the logits, if
-    anything is.
+    """Adds the log-probabilities that a chunk's logits yield to the group's `prompt_logprobs`.
 
-    To be called before the chunk counts as computed.
+    `all_logits`, float32 [tokens, vocabulary], are those of every token of the chunk; each predicts
+    the next prompt token. Returns the error if the logits are bad. To be called before the chunk
+    counts as computed.
     """
     request, group, start = sequence.request, sequence.group, sequence.computed
     assert request.prompt_logprobs is not None
-    if start == 0:  # begun once more, after another of the group was stopped
+    if start == 0:  # may start again after another sequence of the group was stopped
         group.prompt_logprobs.clear()
     following = request.prompt[start + 1 : start + 1 + len(all_logits)]
     try:

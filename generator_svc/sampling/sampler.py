@@ -1,8 +1,8 @@
-"""Sampling on the host. Rows are processed one by one, so a token never depends on its batch.
+"""Sampling on the host. Rows are processed one by one, so a token never depends on the batch.
 
 The order is: raw log-probabilities (the ones reported), logit bias, mask (of the constraint and of
 min_new_tokens), repetition penalty, frequency and presence penalty, top_n_sigma, temperature,
-top_k, top_p, min_p, draw. Bias and penalties are computed in float64 and leave float32 logits.
+top_k, top_p, min_p, draw. Bias and penalties are computed in float64 and rounded to float32.
 """
 
 from collections.abc import Callable, Iterable
@@ -45,10 +45,10 @@ def sample(sequence: Sequence, logits: HostRow) -> SampledToken:
 
 
 def forbidden_tokens(sequence: Sequence, size: int) -> Mask | None:
-    """Mask of the tokens that may not be drawn, bool [vocabulary]; None if all may.
+    """Mask of the tokens that may not be sampled, bool [vocabulary]; None if all are allowed.
 
-    Where a constraint allows only end tokens, these may be drawn in spite of min_new_tokens and
-    ignore_eos: a complete text ends.
+    If a constraint allows only end tokens, they may be sampled in spite of min_new_tokens and
+    ignore_eos, since the text is complete.
     """
     request = sequence.request
     constraint = request.constraint
@@ -69,7 +69,7 @@ def forbidden_tokens(sequence: Sequence, size: int) -> Mask | None:
 
 
 def _allowed_if_few(forbidden: Mask | None) -> npt.NDArray[np.intp] | None:
-    """Ids of the allowed tokens, if they are so few that sampling from them alone is faster."""
+    """Ids of the allowed tokens if they are few enough that sampling from them alone is faster."""
     if forbidden is None or 4 * np.count_nonzero(forbidden) < 3 * forbidden.size:
         return None
     ids = np.flatnonzero(~forbidden)
@@ -83,7 +83,7 @@ def _mask_of(ids: Iterable[int], size: int) -> Mask:
 
 
 def logprobs(logits: HostRow, token_id: int, top: int) -> TokenLogprobs:
-    """Of a token and of the `top` most likely ones, by a row of raw logits."""
+    """Log-probabilities of a token and of the `top` most likely ones, from a row of raw logits."""
     row = logits.astype(np.float64)
     row -= row.max()
     total = np.log(np.exp(row).sum())
@@ -94,9 +94,9 @@ def logprobs(logits: HostRow, token_id: int, top: int) -> TokenLogprobs:
 
 @np.errstate(over="ignore", under="ignore")  # a weight of zero is the right result
 def _draw(sequence: Sequence, logits: HostRow, forbidden: Mask | None) -> int:
-    """A token by the request's parameters."""
+    """A token sampled by the request's parameters."""
     if forbidden is not None:
-        _arg_max(logits)  # a mask would hide what is not finite
+        _arg_max(logits)  # raises BadLogits, as the mask might hide a logit that is not finite
     sampling = sequence.request.sampling
     row = _adjusted(sequence, logits, forbidden)
     ids = _allowed_if_few(forbidden)
@@ -111,7 +111,7 @@ def _draw(sequence: Sequence, logits: HostRow, forbidden: Mask | None) -> int:
 
 def _arg_max(row: HostRow) -> int:
     best = int(row.argmax())
-    checked(float(row[best]))  # arg max stops at the first NaN
+    checked(float(row[best]))  # argmax returns the first NaN if there is one
     return best
 
 
@@ -136,7 +136,7 @@ def _adjusted(sequence: Sequence, logits: HostRow, forbidden: Mask | None) -> Ho
 
 
 def _seen_tokens(sequence: Sequence) -> npt.NDArray[np.int64]:
-    """The tokens of the prompt and the answer; those that are in both stand there twice."""
+    """The distinct tokens of the prompt, then those of the answer; some may be in both."""
     prompt = np.frombuffer(sequence.group.distinct_prompt, np.int64)
     return np.concatenate((prompt, np.fromiter(sequence.output_counts, np.int64)))
 
@@ -144,9 +144,11 @@ def _seen_tokens(sequence: Sequence) -> npt.NDArray[np.int64]:
 def after_repetition(
     logits: npt.NDArray[np.float64], penalty: float | npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """Logits of tokens seen in the prompt or the answer, after the repetition penalty, or each row
-    of them after its own, [rows, 1]."""
-    # Much smaller ones change nothing any more, and a quotient could become infinite.
+    """The repetition penalty applied to the logits of tokens seen in the prompt or the answer.
+
+    `penalty` is a number, or [rows, 1] for rows with different penalties.
+    """
+    # Lower penalties would make no difference, but quotients could become infinite.
     penalty = np.maximum(penalty, _MIN_REPETITION_PENALTY)
     return np.where(logits > 0, logits / penalty, logits * penalty)
 
@@ -155,9 +157,10 @@ def sample_all(
     drawing: Iterable[tuple[Sequence, Any]],
     draw: Callable[[Sequence, Any], SampledToken] = sample,
 ) -> tuple[list[tuple[Sequence, SampledToken]], list[tuple[Sequence, BaseException]]]:
-    """Tokens for all sequences, and the errors of those with bad logits or constraints.
+    """Samples a token for each sequence; returns them, and the errors of sequences that failed.
 
-    `draw` samples one token; a replacement for `sample` may accept other kinds of rows.
+    `draw` samples one token; a replacement for `sample` may accept other kinds of rows. Advances
+    constraint states. Sequences fail with BadLogits or ConstraintError.
     """
     tokens: list[tuple[Sequence, SampledToken]] = []
     failures: list[tuple[Sequence, BaseException]] = []
