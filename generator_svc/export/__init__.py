@@ -1,8 +1,8 @@
-"""From a checkpoint to a model directory.
+"""Exports a checkpoint to a model directory.
 
 The only package that imports torch, transformers, optimum and onnx, and only inside the steps that
-need them: `from generator_svc.export import export_model` is cheap. It runs before serving and
-never within it.
+need them: `from generator_svc.export import export_model` is cheap. It runs before serving, never
+during it.
 """
 
 from generator_svc.export.errors import ExportError

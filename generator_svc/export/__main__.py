@@ -1,4 +1,4 @@
-"""`python -m generator_svc.export`, which `trivium export` becomes: a progress bar, and its end."""
+"""`python -m generator_svc.export`, which `trivium export` executes: progress bar and outcome."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 
 
 class Precision(StrEnum):
-    """How weights and activations are stored; w8a8 multiplies them as 8-bit integers."""
+    """How weights are stored; w8a8 also quantises activations and multiplies 8-bit integers."""
 
     INT8 = "int8"
     INT4 = "int4"
@@ -36,14 +36,14 @@ class Precision(StrEnum):
 
 
 class Device(StrEnum):
-    """What the graph is made for."""
+    """The device that the graph is made for."""
 
     CPU = "cpu"
     CUDA = "cuda"
 
 
 def how_to_install(missing: list[str]) -> str:
-    """What to type when the export extra is not there."""
+    """How to install the export extra if packages are missing."""
     return (
         f"The export needs packages that are not installed: {', '.join(missing)}.\n"
         f"Install them with: {sys.executable} -m pip install 'trivium[export]'\n"
@@ -52,9 +52,9 @@ def how_to_install(missing: list[str]) -> str:
 
 
 def until_interrupted(progress: Progress) -> Progress:
-    """`progress`, which ends the export after Ctrl-C, wherever that came.
+    """Wraps `progress` so that it ends the export after Ctrl-C, wherever that was received.
 
-    Some libraries swallow every exception while they are imported, KeyboardInterrupt too.
+    Some libraries swallow all exceptions while they are imported, KeyboardInterrupt included.
     """
     came: list[int] = []
 
@@ -67,7 +67,7 @@ def until_interrupted(progress: Progress) -> Progress:
             raise KeyboardInterrupt
         progress(step, done, total)
 
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as by nohup
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else ignored, as by nohup
         signal.signal(signal.SIGINT, interrupt)
     return show
 
@@ -90,7 +90,7 @@ def export(
     force: Annotated[bool, typer.Option(help="Replace a different export.")] = False,
 ) -> None:
     """Exports a checkpoint to a model folder."""
-    # Of its own, for the steps redirect sys.stderr while libraries chatter.
+    # A console of its own, as some steps redirect sys.stderr to silence libraries.
     console = Console(file=sys.stderr)
     missing = missing_packages()
     if missing:
@@ -108,7 +108,7 @@ def export(
         told = f"trivium export: interrupted; {out} is as it was before"
         console.print(told, markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
-    # `trivium up`, which makes those in the cache, goes on by itself.
+    # Exports into the cache are made by `trivium up`, which goes on to serve them.
     if cache_folder() not in out.absolute().parents:
         console.print(f"{out} {_what_next(out)}", markup=False, soft_wrap=True)
 

@@ -1,8 +1,8 @@
-"""`python -m generator_svc.export.cached SOURCE`: makes a model in the cache, unless it is there.
+"""`python -m generator_svc.export.cached SOURCE`: exports a model into the cache if it is missing.
 
 `trivium up` runs it before it starts the services, for the embedded model and for checkpoints, and
-reads the model's folder from standard output. With `--check` nothing is made, and the exit status
-is 1 when it would be, which the Makefile asks for.
+reads the model's folder from standard output. With `--check` nothing is exported, and the exit
+status is 1 if it would be; the Makefile uses that.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from trivium.wire.settings import refuse_to_start
 
 
 def find_embedded(device: str) -> ModelDirectory | None:
-    """The embedded model for `cpu` or `cuda` if it is there, whole, as this version makes it, and
+    """The embedded model for `cpu` or `cuda` if it is complete, made by this exporter version, and
     runs here.
 
-    A cache that several machines share may have it in a precision that this processor lacks.
+    In a cache shared by several machines, its precision may be one that this processor lacks.
     """
     folder = embedded_folder(device)
     try:
@@ -52,9 +52,9 @@ def find_embedded(device: str) -> ModelDirectory | None:
 
 
 def cached_folder(source: str, device: str) -> Path:
-    """Where the export of `source` for `cpu` or `cuda` is, or will be; its name is the model's id.
+    """The folder for the export of `source` for `cpu` or `cuda`; its name is the model's id.
 
-    A checkpoint's path is absolute.
+    The path of a local checkpoint has to be absolute.
     """
     if source == EMBEDDED_MODEL:
         return embedded_folder(device)
@@ -66,7 +66,7 @@ def cached_folder(source: str, device: str) -> Path:
 
 
 def main() -> None:
-    """Exits with 0 when the model is there; otherwise becomes the export of it."""
+    """Exits with 0 if the model is there; otherwise replaces this process by its export."""
     parser = argparse.ArgumentParser(
         prog="python -m generator_svc.export.cached",
         description="Makes a model in the cache, unless it is there.",

@@ -1,5 +1,5 @@
-"""The one error of this package that a caller can cause."""
+"""The one error of this package that callers can cause."""
 
 
 class ExportError(ValueError):
-    """The source cannot become a model directory; the text says why in words for an operator."""
+    """The source cannot be exported; the message explains why, in terms an operator understands."""

@@ -17,7 +17,7 @@ def genai_config(
     pad_token_id: int | None,
     sampling: dict[str, Any],
 ) -> dict[str, Any]:
-    """The whole file as a value; `sampling` is the model's generation_config."""
+    """The content of the file; `sampling` is the model's generation_config."""
     model = {
         "bos_token_id": bos_token_id,
         "context_length": decoder.context_length,

@@ -1,8 +1,8 @@
-"""The tokenizer of a GGUF file, made from what its header has: tokens, merges or scores.
+"""The tokenizer of a GGUF file, built from its header: tokens, and merges or scores.
 
-transformers' own conversion is not used. It forgets added tokens such as <think>, gives every
-byte-level vocabulary GPT-2's splitting, and takes minutes for the merges of a SentencePiece one.
-What the header leaves out has llama.cpp's default.
+The conversion of transformers is not used: it drops added tokens such as <think>, gives every
+byte-level vocabulary GPT-2's pre-tokenizer, and takes minutes for the merges of a SentencePiece
+vocabulary. Values missing from the header default to llama.cpp's.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 
 _SPACE = "\u2581"
 _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}
-# Control tokens that end a turn or a text, whatever the header's one eos_token_id is.
+# Control tokens that end a turn or a text, in addition to the header's single eos_token_id.
 _END_TOKENS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>")
 
 
 class GgufTokenizer:
-    """The text side of the GGUF file `path`; raises ExportError if its tokenizer is not known."""
+    """The tokenizer of the GGUF file `path`; raises ExportError if it is not supported."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -64,13 +64,13 @@ class GgufTokenizer:
 
     @property
     def adds_bos(self) -> bool:
-        """Whether a lone text begins with BOS."""
+        """Whether BOS is added at the start of a single text."""
         default = self._kind == SENTENCEPIECE or self._header.get("pre") in _LLAMA3
         return self._id("bos") is not None and bool(self._header.get("add_bos_token", default))
 
     @property
     def end_token_ids(self) -> list[int]:
-        """Ids that end an answer; the header's eos_token_id comes first."""
+        """Ids of the tokens that end an answer; the header's eos_token_id comes first."""
         ids = [self._id(role) for role in ("eos", "eot", "eom")]
         ids += [
             token_id
@@ -81,7 +81,7 @@ class GgufTokenizer:
 
     @property
     def special_tokens(self) -> dict[str, str | None]:
-        """The texts of BOS, EOS, UNK and padding by their names in tokenizer_config.json."""
+        """The BOS, EOS, UNK and padding tokens, by their names in tokenizer_config.json."""
         names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
         ids = {name: self._id(role) for name, role in names.items()}
         return {
@@ -168,7 +168,7 @@ class GgufTokenizer:
         }
 
     def _merges(self) -> list[tuple[str, str]]:
-        """Every pair of pieces that makes a piece; what makes the best one is merged first."""
+        """All pairs of pieces that form a piece, those with the best resulting score first."""
         pieces = zip(self._tokens, self._value("scores"), self._types, strict=True)
         scores = {piece: score for piece, score, kind in pieces if kind == TokenType.NORMAL}
         pairs = [

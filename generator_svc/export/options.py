@@ -1,4 +1,4 @@
-"""What an export may be asked for, and what this processor or a device rules out."""
+"""The options of an export, and which of them a processor or device rules out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DEVICES = ("cpu", "cuda")
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What to make of a checkpoint; raises ExportError when it cannot be made."""
+    """Precision and target device of an export; raises ExportError if they do not go together."""
 
     precision: str = "int8"
     device: str = "cpu"
@@ -35,16 +35,16 @@ class ExportOptions:
 
     @property
     def is_half(self) -> bool:
-        """On CUDA activations and cache are float16, unless full precision is asked for."""
+        """Whether activations and KV cache are float16: on CUDA, unless precision is fp32."""
         return self.device == "cuda" and self.precision != "fp32"
 
     @property
     def is_symmetric(self) -> bool:
-        """Whether products have quantised weights without zero points."""
+        """Whether quantised weights of matrix products are symmetric, without zero points."""
         return self.device == "cuda" and self.precision in ("int8", "int4")
 
     def check_experts(self) -> None:
-        """Raises ExportError for what a model with experts cannot become."""
+        """Raises ExportError if a model with experts cannot be exported with these options."""
         if self.precision == "w8a8":
             raise ExportError("precision w8a8 has no form for a model's experts; take int8")
         if self.device == "cuda" and self.precision == "fp32":
@@ -55,7 +55,7 @@ DEFAULT_OPTIONS = ExportOptions()
 
 
 def embedded_precision() -> str:
-    """The quickest that the embedded model has on this processor."""
+    """The fastest precision of the embedded model on this processor."""
     return "w8a8" if _multiplies_bytes_exactly() else "int8"
 
 

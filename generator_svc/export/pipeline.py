@@ -1,4 +1,4 @@
-"""The steps of an export in order."""
+"""The steps of an export, in order."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from generator_svc.export.graph.experts import Form
     from generator_svc.export.graph.graph import Graph
 
-# Raised when the exporter makes other folders than before, so that older ones are made anew.
+# Increased when the exporter's output changes, so that older folders are exported again.
 EXPORTER_VERSION = 6
 
 
@@ -47,15 +47,15 @@ def export_model(
     force: bool = False,
     cache: Path | None = None,
 ) -> Path:
-    """Makes the model directory `out` from `source` and returns its path.
+    """Exports `source` to the model directory `out` and returns its path.
 
-    A folder that is there already and was made from the same source with the same options is
-    returned as it is, or replaced if it is damaged, an older exporter made it, or the checkpoint's
-    files have changed since. Another export is an ExportError, unless `force`. So are, in any case,
-    a folder that holds something else than an export, and one that cannot be written.
+    An existing export of the same source with the same options is kept, or replaced if it is
+    damaged, from another exporter version, or the checkpoint's files have changed since. For any
+    other export, raises ExportError unless `force`. Always raises ExportError if the folder holds
+    something other than an export, or cannot be written.
     """
     final = Path(out).expanduser().absolute()
-    if final.is_symlink():  # what it leads to is made or replaced, not the link
+    if final.is_symlink():  # replaces the link's target, not the link
         final = final.resolve()
     if final.is_mount():
         raise ExportError(f"{final} is where a volume is mounted: name a folder within it")
@@ -72,18 +72,18 @@ def export_model(
 
 
 def _reason(error: OSError) -> str:
-    """One line, which names the file that was to be written, where that is known."""
-    if error.strerror is None:  # a library's own
+    """The reason in one line, with the file that could not be written, if known."""
+    if error.strerror is None:  # raised by a library, not the system
         return (str(error).splitlines() or [type(error).__name__])[0]
     file = error.filename2 or error.filename
     return f"{error.strerror}: {file}" if file else error.strerror
 
 
 def is_current(folder: Path, source: str, options: ExportOptions, force: bool = False) -> bool:
-    """Whether `folder` is what the export would make; ExportError if it must not be replaced.
+    """Whether `folder` is up to date; raises ExportError if it must not be replaced.
 
-    False for what may be made (anew): nothing, an empty folder, the same export when it is damaged,
-    from an older exporter or of a checkpoint that has changed, or any export with `force`.
+    False if it may be made or replaced: it is missing or empty; it is the same export, but damaged,
+    from another exporter version or of a checkpoint that has changed; or any export with `force`.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
@@ -117,10 +117,10 @@ def _build(
     progress: Progress,
     cache: Path | None,
 ) -> None:
-    """All steps, into `folder`. The heavy imports are here so that importing is cheap."""
+    """Runs all steps, into `folder`. Heavy imports are local, so that importing this is cheap."""
     os.environ.setdefault("OMP_NUM_THREADS", str(cpu_limit().cores))  # PyTorch reads it once
     began = time.monotonic()
-    checkpoint_state = state(source)  # before it is read: what changes meanwhile is another one
+    checkpoint_state = state(source)  # before reading, so that later changes are noticed
     progress("fetching")
     origin = locate(source, cache, lambda there, total: progress("fetching", there, total))
     progress("opening the checkpoint")
@@ -168,9 +168,9 @@ def _build(
 
 
 def _check_vocabulary(checkpoint: Checkpoint, folder: Path) -> None:
-    """Raises ExportError if a text of several languages has tokens that the model lacks.
+    """Raises ExportError if a multilingual text encodes to token ids that the model lacks.
 
-    A tokenizer may name more than the model has, as long as they are never used.
+    A tokenizer may define more tokens than the model has, as long as they are never used.
     """
     from generator_svc.export.calibration.activations import TEXT
     from generator_svc.export.tokenizer_files import encode
@@ -185,7 +185,7 @@ def _check_vocabulary(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def _calibrate(checkpoint: Checkpoint, folder: Path, progress: Progress) -> Ranges:
-    """Smooths the checkpoint's model in place; returns the ranges of its activations."""
+    """Smooths the checkpoint's model in place; returns the resulting ranges of its activations."""
     from generator_svc.export.calibration.activations import TEXT, calibrate
     from generator_svc.export.calibration.smooth import smooth
     from generator_svc.export.tokenizer_files import encode
@@ -211,9 +211,9 @@ def rewrite(
     squares: MeanSquares | None = None,
     experts_form: Form | None = None,
 ) -> None:
-    """All passes over the traced graph.
+    """Runs all passes over the traced graph.
 
-    `ranges` of activations are for w8a8 alone, their mean `squares` for int4 on CUDA.
+    `ranges` of activations are used for w8a8 only, their mean `squares` for int4 on CUDA only.
     """
     from generator_svc.export.graph import attention, experts, half, head, norm, projection
     from generator_svc.export.graph.integer import integer_products
@@ -258,7 +258,7 @@ def _write_configs(checkpoint: Checkpoint, generation: dict[str, Any], folder: P
 
 
 def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The checkpoint's own defaults; token ids alone where it has none. Raises ExportError."""
+    """The checkpoint's own defaults, or only token ids if it has none. Raises ExportError."""
     from generator_svc.export.gguf_tokenizer import GgufTokenizer
 
     file = checkpoint.source.path / GENERATION_CONFIG
@@ -283,7 +283,7 @@ def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _check_generation(checkpoint: Checkpoint, generation: dict[str, Any]) -> None:
-    """Raises ExportError for a value with which the model would not be served, or never end."""
+    """Raises ExportError for values with which the model cannot be served or would never stop."""
     label, size = checkpoint.source.label, checkpoint.decoder.vocab_size
     eos = generation.get("eos_token_id")
     if eos is None:
@@ -307,7 +307,10 @@ def _verify(
     options: ExportOptions,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Always on the CPU, which also runs what is made for CUDA, but for experts in MXFP4."""
+    """Compares export and checkpoint, always on the CPU, which also runs graphs made for CUDA.
+
+    MXFP4 experts, which it cannot run, are verified in another way (see `verify_experts`).
+    """
     from generator_svc.export import verify, verify_experts
     from generator_svc.export.genai_config import GRAPH_FILE, WEIGHTS_FILE
     from generator_svc.export.graph.experts import choose_form
@@ -336,7 +339,7 @@ def _verify(
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Last of all: with what to know every file by, as long as nobody changes it."""
+    """Writes the manifest, the last step, with size and digest of every file."""
     digests = {path.name: read_digest(path) for path in sorted(folder.iterdir())}
     files = {name: digest.size for name, digest in digests.items()}
     digests_json = {name: asdict(digest) for name, digest in digests.items()}

@@ -1,4 +1,4 @@
-"""How far an export has come. Knows nothing of how it is shown."""
+"""The progress of an export. Knows nothing about how it is shown."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Called when a step begins, and as often as a step that counts bytes comes further.
+    """Called when a step begins, and whenever a step that counts bytes makes progress.
 
-    `done` of `total` bytes; a total of None is a step that does not count them. A step with
-    another name than the last ends that one.
+    `done` of `total` bytes; `total` is None for a step that does not count bytes. A step with a new
+    name ends the previous one.
     """
 
     def __call__(self, step: str, done: int = 0, total: int | None = None) -> None: ...

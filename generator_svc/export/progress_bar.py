@@ -1,4 +1,4 @@
-"""An export's steps on a terminal: a line for each, with bytes and time left where they count."""
+"""An export's steps on a terminal: one line each, with bytes and time left for those that count."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rich.text import Text
 class Steps:
     """Renders the steps that an export reports (`generator_svc.export.progress.Progress`).
 
-    Where the output is no terminal, each step is one line as it begins.
+    If the output is not a terminal, prints a line when each step begins.
     """
 
     def __init__(self, console: Console) -> None:
@@ -79,7 +79,7 @@ class Steps:
 
 
 class _OfBytes(ProgressColumn):
-    """A column for the steps that count bytes alone."""
+    """A column that is shown only for steps that count bytes."""
 
     def __init__(self, column: ProgressColumn) -> None:
         self._column = column

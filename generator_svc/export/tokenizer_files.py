@@ -1,7 +1,7 @@
-"""The text side of a model directory: tokenizer and chat template, as plain files.
+"""The tokenizer and chat template of a model directory, as plain files.
 
-Files of a Hugging Face folder are copied as they are, so that this package never needs a class for
-them (transformers 5 names one that 4 does not know).
+Files of a Hugging Face folder are copied unchanged, so that no tokenizer class is needed for them
+(transformers 5 names one that version 4 does not know).
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ COPIED = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
-# What transformers raises for files that are missing, damaged or not what it expects.
+# What transformers raises for files that are missing, damaged or not as expected.
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)
 
 
 def write_tokenizer(source: Source, folder: Path) -> None:
-    """Puts tokenizer.json, tokenizer_config.json and chat_template.jinja into `folder`."""
+    """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja into `folder`."""
     if source.kind == "gguf":
         _convert_gguf(source.path, folder)
     elif (source.path / TOKENIZER_FILE).is_file():
@@ -47,7 +47,7 @@ def write_tokenizer(source: Source, folder: Path) -> None:
 
 
 def encode(folder: Path, text: str) -> list[int]:
-    """Token ids of plain text, without any the tokenizer would add."""
+    """Token ids of plain text, without special tokens that the tokenizer would add."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / TOKENIZER_FILE))
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
     return ids
@@ -62,7 +62,7 @@ def _copy(origin: Path, folder: Path) -> None:
 
 
 def _convert_slow(source: Source, folder: Path) -> None:
-    """A folder with, say, only a sentencepiece model."""
+    """Converts a folder without tokenizer.json, for example with only a SentencePiece model."""
     if not any((source.path / name).is_file() for name in SLOW_TOKENIZER_FILES):
         raise ExportError(
             f"{source.label}: has no tokenizer: neither {TOKENIZER_FILE} nor what it could be made "
@@ -91,7 +91,7 @@ def _save(tokenizer: Any, folder: Path) -> None:
 
 
 def _check(source: Source, folder: Path) -> None:
-    """Raises ExportError if what was copied cannot be read."""
+    """Raises ExportError if the tokenizer files cannot be read."""
     try:
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     except ValueError as error:
@@ -100,12 +100,12 @@ def _check(source: Source, folder: Path) -> None:
         raise ExportError(f"{source.label}: tokenizer_config.json is not a JSON object")
     try:
         Tokenizer.from_file(str(folder / TOKENIZER_FILE))
-    except Exception as error:  # the library has no other
+    except Exception as error:  # the library raises nothing more specific
         raise ExportError(f"{source.label}: {TOKENIZER_FILE} cannot be read: {error}") from error
 
 
 def _place_chat_template(source: Source, folder: Path) -> None:
-    """Into chat_template.jinja; where tools have one too, both into tokenizer_config.json."""
+    """Puts it into chat_template.jinja; if tools have one too, both into tokenizer_config.json."""
     file, config_file = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     config = json.loads(config_file.read_text(encoding="utf-8"))
     tool_file = source.path / TOOL_TEMPLATE_FILE

@@ -1,7 +1,7 @@
 """Compares an exported graph with the PyTorch checkpoint it came from.
 
-The numbers go into the manifest, so that whoever is handed a model folder can see what the export
-and its quantisation cost.
+The results go into the manifest, so that whoever gets a model folder can see what the export and
+its quantisation cost.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ TEXT = (
 )
 MAX_TOKENS = 64
 GREEDY_TOKENS = MIN_CONTEXT_LENGTH - 2
-# Weights that are loaded at once, and those of a graph that is not cut at all, if they are float32
-# or quantised. ONNX Runtime may hold them twice, once as it wants them, and widens float16.
+# Maximum weights of a piece that is loaded at once, and of a graph that is not cut at all, if they
+# are float32 or quantised. ONNX Runtime may hold them twice, once repacked, and widens float16.
 MAX_PIECE_BYTES = 2**29
 MAX_WHOLE_BYTES = 2**30
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Exported graph against checkpoint, over the positions of one short text.
+    """How well the exported graph agrees with the checkpoint, over the positions of a short text.
 
-    Perplexities are those of the text's own next tokens; `greedy_tokens_equal` counts how many of
-    the first `greedy_tokens` that both generate after the text are the same. `not_compared` says
-    in words what was left out because of the model's size.
+    Perplexities are of the text's own next tokens. `greedy_tokens_equal` is how many of the
+    `greedy_tokens` that both generate after the text are equal before the first difference.
+    `not_compared` describes what was left out: too large, or not computable on the CPU.
     """
 
     positions: int
@@ -64,9 +64,9 @@ class Agreement:
 
 
 class GraphRunner:
-    """Runs an exported graph on the CPU, one row at a time, with caches that grow.
+    """Runs an exported graph on the CPU, one row at a time, with a growing KV cache.
 
-    A graph in one piece stays loaded; of several, one is loaded at a time.
+    A graph in one piece stays loaded; if there are several, only one is loaded at a time.
     """
 
     def __init__(self, graph: Path, decoder: Decoder) -> None:
@@ -87,9 +87,9 @@ class GraphRunner:
         return len(self._cut.pieces) == 1
 
     def run(self, tokens: list[int], progress: Progress = silent) -> Array:
-        """Feeds tokens one by one into an empty cache; logits [positions, vocabulary].
+        """Feeds tokens one by one, starting with an empty cache; logits [positions, vocabulary].
 
-        Progress counts the bytes of weights that are done with.
+        Progress counts the bytes of weights that have been used.
         """
         self._cache = {}
         feeds = [self._inputs([token], position + 1) for position, token in enumerate(tokens)]
@@ -108,7 +108,7 @@ class GraphRunner:
     def push(self, tokens: list[int], position: int) -> Array:
         """Feeds tokens from `position` on to a graph in one piece; logits [vocabulary] of the last.
 
-        At position 0 the cache is empty.
+        Position 0 clears the cache.
         """
         (piece,) = self._cut.pieces
         if position == 0:
@@ -119,7 +119,7 @@ class GraphRunner:
         return logits
 
     def _multiply(self, piece: Piece, feeds: list[Arrays]) -> None:
-        """The product of all positions, and rounded as the graph has it."""
+        """Computes the product for all positions at once, rounded to the graph's data type."""
         (product,) = piece.nodes
         name = product.input[0]
         rows = np.concatenate([feed[name][0] for feed in feeds]).astype(np.float32)
@@ -135,11 +135,11 @@ class GraphRunner:
     def _load(self, piece: Piece, feed: Arrays) -> ort.InferenceSession:
         if self._session is not None and self.is_whole:
             return self._session
-        self._session = None  # before the next one is made
+        self._session = None  # frees its memory before the next one is created
         options = ort.SessionOptions()
         options.intra_op_num_threads = cpu_limit().cores
         options.log_severity_level = 3
-        # torch's threads run in turn with these; spinning ones would take their cores.
+        # PyTorch's threads alternate with these, which would take their cores by spinning.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         path = self._cut.save(piece, feed)
         try:
@@ -149,7 +149,7 @@ class GraphRunner:
         return self._session
 
     def _step(self, session: ort.InferenceSession, piece: Piece, feed: Arrays) -> None:
-        """Adds what the piece makes of one position to `feed`, and its part of the cache."""
+        """Runs the piece for one position; stores its outputs in `feed` and in the cache."""
         inputs = {
             name: self._cache.get(name, self._empty) if name.startswith(PAST) else feed[name]
             for name in piece.inputs
@@ -166,8 +166,8 @@ def compare(
 ) -> Agreement:
     """Runs both over `tokens` (at least two), then generates a few tokens greedily with both.
 
-    A model that has to be run in pieces is not let generate: each token would read all of it.
-    Raises ExportError for logits that are no numbers.
+    A model that has to be run in pieces does not generate: each token would read all its weights.
+    Raises ExportError if logits are not finite.
     """
     runner = GraphRunner(graph, checkpoint.decoder)
     running = counted(checkpoint.model, 1, progress, "running the checkpoint")
@@ -217,7 +217,7 @@ def _greedy_exported(runner: GraphRunner, tokens: list[int]) -> list[int]:
 
 
 def _greedy_checkpoint(checkpoint: Checkpoint, tokens: list[int]) -> list[int]:
-    """By hand: `generate` would apply the checkpoint's own sampling defaults and stop at EOS."""
+    """Not by `generate`, which would apply the checkpoint's sampling defaults and stop at EOS."""
     generated: list[int] = []
     step, cache = torch.tensor([tokens]), None
     with torch.inference_mode():

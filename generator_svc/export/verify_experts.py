@@ -1,8 +1,8 @@
-"""What can be said on the CPU of a graph whose experts only CUDA can run.
+"""What can be verified on the CPU of a graph whose experts only CUDA can run.
 
-The packed experts of some layers are compared with the checkpoint bit for bit, which leaves nothing
-open about them. All else is compared in a twin: the model's first layers, exported in the same way
-but for their experts, which hold the same values in eight bits.
+The packed experts of some layers are compared with the checkpoint bit for bit. Everything else is
+compared in a twin: the model's first layers, exported in the same way except that their experts
+have the same values in 8 bits.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from generator_svc.export.verify import Agreement, compare
 from generator_svc.export.weights.matrix import Array
 
 EXACT_PRODUCTS = "ORT_QMOE_CPU_QNBIT_GEMM"
-TWIN_LAYERS = 2  # one with a window, one without
+TWIN_LAYERS = 2  # one with sliding window attention, one without
 
 
 def sampled_layers(count: int) -> list[int]:
-    """First, middle and last."""
+    """The first, middle and last layer."""
     return sorted({0, count // 2, count - 1})
 
 
 def check_packed(graph: Path, experts: Experts) -> None:
-    """Unpacks every expert of the sampled layers; raises ExportError for one that is different."""
+    """Unpacks every expert of the sampled layers; raises ExportError if one differs."""
     initializers = {
         tensor.name: tensor
         for tensor in onnx.load(graph, load_external_data=False).graph.initializer
@@ -66,7 +66,7 @@ def _mapped(graph: Path, tensor: onnx.TensorProto) -> Array:
 
 
 def _is_packed(matrices: ExpertMatrices, expert: int, codes: Array, scales: Array) -> bool:
-    """Of codes [columns, rows / 2] and scales [rows, blocks]."""
+    """Whether codes [columns, rows / 2] and scales [rows, blocks] are those of the checkpoint."""
     blocks, expected = matrices.mxfp4(expert, FLOAT16_EXPONENTS)
     ours = _nibbles(codes).T
     theirs = _nibbles(blocks.reshape(matrices.rows, -1))
@@ -74,7 +74,7 @@ def _is_packed(matrices: ExpertMatrices, expert: int, codes: Array, scales: Arra
 
 
 def _nibbles(packed: Array) -> Array:
-    """Bytes [n, m] as their halves [n, 2 m], the lower one first."""
+    """Bytes [n, m] as nibbles [n, 2 m], the low one first."""
     return np.stack([packed & 15, packed >> 4], -1).reshape(len(packed), -1)
 
 
@@ -84,7 +84,10 @@ def compare_twin(
     tokens: list[int],
     progress: Progress = silent,
 ) -> Agreement:
-    """Cuts the model of `checkpoint` for good; `export_twin` makes the graph of what is left."""
+    """Compares a twin of the first layers; `export_twin` exports it.
+
+    Permanently truncates the model of `checkpoint`.
+    """
     count = checkpoint.decoder.num_layers
     twin = _first_layers(checkpoint)
     graph = export_twin(twin)
@@ -101,9 +104,9 @@ def compare_twin(
 
 @contextmanager
 def _exact_products() -> Iterator[None]:
-    """Sessions made meanwhile do not round what eight-bit experts read to eight bits too.
+    """Sessions created within do not round the input of 8-bit experts to 8 bits.
 
-    ONNX Runtime's CPU kernel does so by default; the CUDA kernel that it stands for does not.
+    ONNX Runtime's CPU kernel does so by default; the CUDA kernel that it stands in for does not.
     """
     before = os.environ.get(EXACT_PRODUCTS)
     os.environ[EXACT_PRODUCTS] = "fp32"

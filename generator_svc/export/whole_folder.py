@@ -1,8 +1,8 @@
-"""A folder that appears whole or not at all, and that one process at a time makes.
+"""A folder that appears as a whole or not at all, and is written by one process at a time.
 
-Everything is made in a folder beside the final one and renamed at the end. One file lock per final
-name makes those who make the same folder wait for each other; a lock dies with its process, so what
-a killed one left behind is removed by the next.
+Everything is written to a folder next to the final one, which is renamed at the end. A file lock
+per final name makes processes that write the same folder wait for each other; the lock is released
+when its process dies, so what a killed process left behind is removed by the next one.
 """
 
 import contextlib
@@ -14,12 +14,12 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-_FULL_DISK_BYTES = 2**16  # what is left of a full one: not enough for the next write
+_FULL_DISK_BYTES = 2**16  # a disk with less than this free counts as full
 
 
 @contextlib.contextmanager
 def alone(final: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Waits until no other process makes `final`, and says so to `on_wait` first."""
+    """Holds the lock on `final`; calls `on_wait` before it waits for another process."""
     final.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(final.parent / f".{final.name}.lock")
     try:
@@ -36,9 +36,9 @@ def alone(final: Path, on_wait: Callable[[], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def making(final: Path) -> Iterator[tuple[Path, Path]]:
-    """Yields the folder that becomes `final` if all goes well, and one for what is not kept.
+    """Yields the folder that becomes `final` on success, and a scratch folder that is removed.
 
-    Only while `alone`. Raises OSError for whatever went wrong in a library while the disk was full.
+    Only within `alone`. Raises OSError for any error of a library if the disk is full.
     """
     scratch = _scratch(final)
     made = scratch / "model"
@@ -58,7 +58,7 @@ def _scratch(final: Path) -> Path:
 
 
 def _sweep(final: Path) -> None:
-    """Removes what is left behind, but not the folder that was about to be replaced."""
+    """Removes what was left behind, but restores a folder that was about to be replaced."""
     scratch = _scratch(final)
     replaced = scratch / "replaced"
     if replaced.exists() and not final.exists():
@@ -68,7 +68,7 @@ def _sweep(final: Path) -> None:
 
 @contextlib.contextmanager
 def _report_full_disk(folder: Path) -> Iterator[None]:
-    """Libraries have errors of their own for it, or none but a wrong result."""
+    """Turns errors that libraries raise because of a full disk into OSError."""
     try:
         yield
     except OSError:

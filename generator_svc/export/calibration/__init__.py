@@ -1,1 +1,1 @@
-"""What a text shows of a checkpoint's activations, and how they are smoothed."""
+"""Activation statistics of a checkpoint on a calibration text, and smoothing."""

@@ -1,6 +1,6 @@
-"""How large the activations of a checkpoint's linear layers are on a text, channel by channel.
+"""How large the inputs of a checkpoint's linear layers are on a text, channel by channel.
 
-Knows PyTorch; knows nothing of ONNX, nor of what is done with the numbers.
+Knows PyTorch; knows nothing about ONNX, nor about what is done with the numbers.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from generator_svc.export.progress import Progress, silent
 TEXT = Path(__file__).with_name("calibration.txt")
 WINDOW = 256
 
-# The largest absolute values, float32 [input channels], by module and layer number. Query, key
-# and value read one tensor, as do gate and up: it is known by the first of them.
+# The largest absolute values, float32 [input channels], by layer number and module. Query, key and
+# value read the same tensor, as do gate and up: it is observed at the first of them.
 Ranges = dict[tuple[int, str], torch.Tensor]
 OBSERVED = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj")
 
-# The means of the squares, in the same form, of the MLP's last product too.
+# The mean squares in the same form, with the input of the MLP's down projection too.
 MeanSquares = dict[tuple[int, str], torch.Tensor]
 
 
 def calibrate(model: Any, token_ids: list[int], progress: Progress = silent) -> Ranges:
-    """Runs the decoder over `token_ids` in windows, each from position 0, and keeps the extremes.
+    """Runs the decoder over `token_ids` in windows, each from position 0, and keeps the maxima.
 
-    Progress counts the bytes of weights that are done with, once for each run. All whole windows
-    are one batch, since a streamed model is read anew for each run.
+    Progress counts the bytes of weights that have been used, once per run. All whole windows are
+    one batch, since the weights of a streamed model are read again for each run.
     """
     ranges: Ranges = {}
 
@@ -45,7 +45,7 @@ def calibrate(model: Any, token_ids: list[int], progress: Progress = silent) -> 
 
 
 def mean_squares(model: Any, token_ids: list[int], progress: Progress = silent) -> MeanSquares:
-    """Runs the decoder over the whole windows of `token_ids`, or over all if there is none."""
+    """Runs the decoder over the whole windows of `token_ids`, or over all of it if shorter."""
     found: MeanSquares = {}
 
     def keep_mean(key: tuple[int, str], rows: torch.Tensor) -> None:
@@ -56,7 +56,7 @@ def mean_squares(model: Any, token_ids: list[int], progress: Progress = silent) 
 
 
 def _batches(token_ids: list[int]) -> list[torch.Tensor]:
-    """All whole windows, and the rest."""
+    """One batch of all whole windows, and one of the rest."""
     whole = len(token_ids) - len(token_ids) % WINDOW
     windows = torch.tensor(token_ids[:whole]).reshape(-1, WINDOW)
     both = (windows, torch.tensor([token_ids[whole:]]))
@@ -70,7 +70,7 @@ def _run(
     keep: Callable[[tuple[int, str], torch.Tensor], None],
     progress: Progress,
 ) -> None:
-    """Hands the inputs of the modules called `names` to `keep`, float32 [tokens, channels]."""
+    """Passes the inputs of the modules `names` to `keep`, float32 [tokens, channels]."""
     counting = counted(model.model, len(batches), progress, "calibrating")
     with torch.inference_mode(), _observed(model, names, keep), counting:
         for batch in batches:

@@ -1,12 +1,12 @@
-"""Moves the spread of activations into the weights, where 8 bits can hold it.
+"""Moves the range of activations into the weights, where 8 bits can represent it.
 
 SmoothQuant (Xiao et al., ICML 2023): channel j of a product's input is divided by
 
     s_j = max|x_j|^alpha / max|w_j|^(1 - alpha)
 
 and row j of its weights multiplied by it, which changes nothing but rounding. The division costs
-nothing at run time: it is folded into what makes the input, a norm's weight or the value rows of
-the attention.
+nothing at run time: it is folded into what makes the input, a norm's weight or the value projection
+of the attention.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from generator_svc.export.checkpoint.reading import weight_bytes
 from generator_svc.export.progress import Progress, silent
 from generator_svc.export.weights.matrix import scale as scale_matrix
 
-# How much of the spread goes into the weights, by where the input comes from: measured on
+# How much of the range moves into the weights, by where the input comes from: measured on
 # SmolLM2-135M, see docs/log.md.
 NORM_ALPHA, VALUE_ALPHA = 0.75, 0.7
 _TINY = 1e-5
 
 
 def smooth(model: Any, ranges: Ranges, progress: Progress = silent) -> None:
-    """Rescales `model` in place, and `ranges` with it, so that both still fit together.
+    """Rescales `model` and its `ranges` in place.
 
-    Progress counts the bytes of weights that are done with.
+    Progress counts the bytes of weights that have been processed.
     """
     with torch.no_grad():
         _smooth_layers(model.model.layers, ranges, progress)
@@ -59,7 +59,7 @@ def _smooth_norm(norm: Any, readers: list[Any], ranges: Ranges, key: tuple[int, 
 
 
 def _smooth_values(attention: Any, ranges: Ranges, key: tuple[int, str]) -> None:
-    """Several query heads read one value head, so they share its scales."""
+    """Query heads that share a value head share its scales."""
     values, output = attention.v_proj, attention.o_proj
     group = output.in_features // values.out_features
     heads = values.out_features // attention.head_dim
@@ -76,7 +76,7 @@ def _smooth_values(attention: Any, ranges: Ranges, key: tuple[int, str]) -> None
 
 
 def _largest(readers: list[Any]) -> torch.Tensor:
-    """Largest absolute weight of each input channel, over all that read it."""
+    """Largest absolute weight of each input channel, over all layers that read it."""
     slices = (rows() for reader in readers for rows in reader.matrix.slices())
     return torch.stack([torch.from_numpy(rows).abs().amax(0) for rows in slices]).amax(0)
 

@@ -1,1 +1,1 @@
-"""What is exported: where it comes from, its shape, its weights."""
+"""The checkpoint to export: where it comes from, its shape and its weights."""

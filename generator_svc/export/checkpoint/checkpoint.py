@@ -1,7 +1,7 @@
-"""A checkpoint as a PyTorch model that leaves its matrices on the disk, and its shape.
+"""A checkpoint as a PyTorch model that leaves its matrices on disk, and its shape.
 
-Knows transformers and torch; knows nothing of ONNX. Refuses what would export cleanly and then
-talk nonsense: weights that are missing or have another shape.
+Knows transformers and torch; knows nothing about ONNX. Refuses what would export without an error
+and then generate nonsense: weights that are missing or have the wrong shape.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from generator_svc.export.checkpoint.tensors import Tensors, matrix, open_tensor
 from generator_svc.export.errors import ExportError
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-BASE = "model."  # what transformers puts before the weights of all but the head
+BASE = "model."  # the prefix of all weights but the head's in transformers
 ROPE_DIVISORS = "rope_freqs.weight"
-# What a layer has, but experts, which are not PyTorch's, and what old checkpoints saved of the
-# rotary embedding, which follows from the configuration.
+# Weights that the model has to read, except experts, which are not PyTorch parameters, and rotary
+# embeddings in old checkpoints, which follow from the configuration.
 UNREAD = re.compile(r"model\.(layers\.(?!.*\.(experts\.|rotary_emb\.))|norm\.|embed_tokens\.)")
-# In tokens: two to compare and sixteen to generate, by which an export is verified.
+# In tokens: to verify an export, two are compared and sixteen generated.
 MIN_CONTEXT_LENGTH = 18
-# A table of cosines for each position is in the graph; of this length it takes 1 GiB.
+# The graph has a table of cosines for every position, which takes 1 GiB at this length.
 MAX_CONTEXT_LENGTH = 2**22
-HEAD_SIZE_STEP = 16  # GroupQueryAttention rotates heads of a multiple of it only
-# transformers checks few settings: a wrong one raises whatever it happens to, where it is used.
+HEAD_SIZE_STEP = 16  # GroupQueryAttention only rotates heads whose size is a multiple of this
+# transformers validates few settings: a wrong one raises some exception where it is used.
 _SETTING_ERRORS = (
     ArithmeticError,
     AttributeError,
@@ -51,7 +51,7 @@ _SETTING_ERRORS = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The model in evaluation mode: matrices are streamed from the files, all else is float32."""
+    """The model in evaluation mode: matrices are streamed from the files, the rest is float32."""
 
     source: Source
     tensors: Tensors
@@ -64,7 +64,7 @@ class Checkpoint:
 
 
 def load_checkpoint(source: Source) -> Checkpoint:
-    """Opens `source`; raises ExportError for a family or a setting that is not supported."""
+    """Opens `source`; raises ExportError if its family, settings or weights are not supported."""
     with quiet_libraries():
         config = _gguf_config(source) if source.kind == "gguf" else _folder_config(source)
         _check_context(source, config)
@@ -126,7 +126,7 @@ def _layer_attention(attention: Any, config: PretrainedConfig) -> LayerAttention
 
 
 def _rotary_tables(model: PreTrainedModel, context: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines, each [context, rotary size / 2], as the model's forward computes them."""
+    """Cosines and sines, each [context, rotary size / 2], as the model's forward pass has them."""
     rotary = model.model.rotary_emb
     positions = torch.arange(context, dtype=torch.float32)
     angles = torch.outer(positions, rotary.inv_freq.float())
@@ -168,7 +168,7 @@ def _check_context(source: Source, config: PretrainedConfig) -> None:
 
 
 def _check_heads(source: Source, model: PreTrainedModel) -> None:
-    """What transformers makes a model of, but cannot run, or ONNX Runtime cannot."""
+    """Refuses models that transformers creates, but that it or ONNX Runtime cannot run."""
     config = model.config
     heads, kv_heads, size = _heads(config)
     rotated = 2 * len(model.model.rotary_emb.inv_freq)
@@ -199,7 +199,7 @@ def _heads(config: PretrainedConfig) -> tuple[int, int, int]:
 
 
 def _without_weights(source: Source, config: PretrainedConfig) -> PreTrainedModel:
-    """The model on the meta device, but for its rotary module, which needs no weights."""
+    """The model on the meta device, except for its rotary module, which needs no weights."""
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -217,9 +217,9 @@ def _unreadable(source: Source, error: Exception) -> ExportError:
 
 
 def _check_weights(source: Source, model: PreTrainedModel, tensors: Tensors) -> None:
-    """Every weight of the model is in the checkpoint, in the model's own shape, as floats.
+    """Raises ExportError unless all weights are in the checkpoint, as floats of the right shape.
 
-    So are the divisors of its rotary frequencies, if a GGUF file has some.
+    The same goes for the divisors of the rotary frequencies, if a GGUF file has them.
     """
     known = set(tensors.names())
     tied = _tied(model)
@@ -252,7 +252,7 @@ def _check_weights(source: Source, model: PreTrainedModel, tensors: Tensors) -> 
 
 
 def _lacking(missing: list[str], known: set[str]) -> str:
-    """What is not there, and what is there instead under a longer or shorter name."""
+    """An error message: what is missing, and whether it is there under a longer or shorter name."""
     told = f"the weights lack {missing[0]}{_and_others(missing)}"
     for name in missing:
         if name.removeprefix(BASE) in known:
@@ -274,7 +274,7 @@ def _tied(model: PreTrainedModel) -> set[str]:
 
 
 def _stream_weights(model: PreTrainedModel, tensors: Tensors) -> None:
-    """Gives every module of the model on the meta device its weights, or the way to them."""
+    """Replaces the weights on the meta device by streamed matrices, or small ones by values."""
     tied = _tied(model)
     for name, module in list(model.named_modules()):
         weight = f"{name}.weight"
@@ -290,13 +290,13 @@ def _stream_weights(model: PreTrainedModel, tensors: Tensors) -> None:
             for own, _ in list(module.named_parameters(recurse=False)):
                 value = torch.from_numpy(tensors.read(f"{name}.{own}"))
                 setattr(module, own, torch.nn.Parameter(value, requires_grad=False))
-    if ROPE_DIVISORS in set(tensors.names()):  # of a GGUF file, which has no rope scaling else
+    if ROPE_DIVISORS in set(tensors.names()):  # a GGUF file has no other rope scaling
         model.model.rotary_emb.inv_freq /= torch.from_numpy(tensors.read(ROPE_DIVISORS))
 
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Hides the chatter of torch, transformers, optimum and of progress bars that are not ours."""
+    """Hides the output of torch, transformers and optimum, including their progress bars."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     sink = io.StringIO()

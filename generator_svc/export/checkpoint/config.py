@@ -1,7 +1,7 @@
-"""A checkpoint's config.json: whether it is one that can be exported, and in which words.
+"""A checkpoint's config.json: whether it can be exported, translated for transformers 4.
 
-Needs no torch, so that a model of the hub is refused before its weights are fetched. Refuses what
-would export cleanly and then talk nonsense.
+Does not need torch, so a model on the hub is refused before its weights are fetched. Refuses what
+would export without an error and then generate nonsense.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 
 def read_config(label: str, file: Path) -> dict[str, Any]:
-    """The settings in `file`, in the words of transformers 4.
+    """The settings in `file`, under the names that transformers 4 uses.
 
-    Raises ExportError, beginning with `label`, for a family, a rope type or a quantisation that is
-    not supported.
+    Raises ExportError, with a message that begins with `label`, if the family, rope type or
+    quantisation is not supported.
     """
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -49,7 +49,7 @@ def read_config(label: str, file: Path) -> dict[str, Any]:
 
 
 def check_family(label: str, family: object) -> None:
-    """Raises ExportError unless it is one of `FAMILIES`."""
+    """Raises ExportError unless `family` is one of `FAMILIES`."""
     if family not in FAMILIES:
         raise ExportError(
             f"{label}: model type {family!r} is not supported (supported: {', '.join(FAMILIES)})"
@@ -59,8 +59,8 @@ def check_family(label: str, family: object) -> None:
 def translate_rope(config: dict[str, Any]) -> dict[str, Any]:
     """Rewrites the rope settings of transformers 5 for transformers 4.
 
-    Version 5 saves `rope_parameters` and drops `rope_theta` and `rope_scaling`. Version 4 ignores
-    the new name without a word and falls back to a theta of 10,000.
+    Version 5 saves `rope_parameters` and drops `rope_theta` and `rope_scaling`. Version 4 silently
+    ignores the new name and falls back to a theta of 10,000.
     """
     config = dict(config)
     parameters = config.pop("rope_parameters", None)
@@ -92,15 +92,15 @@ def check_rope(scaling: dict[str, Any] | None) -> None:
 
 
 def extend_context(config: dict[str, Any]) -> dict[str, Any]:
-    """Makes the context as long as YaRN does.
+    """Extends the context length as YaRN does.
 
-    Model cards tell to add `rope_scaling` to a config.json and leave the length as it was.
+    Model cards say to add `rope_scaling` to config.json, without changing the length.
     """
     scaling = config.get("rope_scaling") or {}
     length, factor = config.get("max_position_embeddings"), scaling.get("factor")
     original = scaling.get("original_max_position_embeddings")
     is_yarn = scaling.get("rope_type", scaling.get("type")) == "yarn"
-    # Values of another kind are refused where they are used.
+    # Values of other types are refused where they are used.
     if not (is_yarn and isinstance(length, int) and isinstance(original, int)):
         return config
     if not isinstance(factor, int | float):

@@ -1,4 +1,4 @@
-"""The numbers and the traced modules that the graph passes need. Knows no ONNX."""
+"""What the graph passes need to know of the model. Knows nothing about ONNX."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from generator_svc.export.weights.matrix import Array
 class LayerAttention:
     """The attributes of one layer's GroupQueryAttention.
 
-    `window` counts the keys a query sees, its own included; None is all of them. `sinks` are
-    float32 [query heads]: logits that take part in each softmax and have no value.
+    `window` is the number of keys that a query sees, its own included; None means all. `sinks`,
+    float32 [query heads], are logits that take part in each softmax but have no value.
     """
 
     scale: float
@@ -23,10 +23,10 @@ class LayerAttention:
 
 @dataclass(frozen=True)
 class Experts:
-    """MLPs of which the router chooses some for each token, with gpt-oss's clamped SwiGLU.
+    """MLPs of which the router chooses `chosen` for each token, with gpt-oss's clamped SwiGLU.
 
-    `layers` has each layer's gate and up, and down. Of gate g, at most `limit`, and up u, within
-    `limit` on both sides, they make (u + 1) * g * sigmoid(alpha * g).
+    `layers` has the joined gate and up matrices, and the down matrices, of each layer. From gate g,
+    clamped to at most `limit`, and up u, clamped to ±`limit`: (u + 1) * g * sigmoid(alpha * g).
     """
 
     chosen: int
@@ -43,8 +43,8 @@ class Experts:
 class Decoder:
     """Shape of a decoder-only model.
 
-    `cos` and `sin` are float32 of shape [context, rotary size / 2], already multiplied by the
-    attention scaling that some rope types ask for.
+    `cos` and `sin` are float32 [context, rotary size / 2], already multiplied by the attention
+    scaling of some rope types.
     """
 
     family: str

@@ -16,9 +16,9 @@ from generator_svc.export.weights.matrix import Array
 class ExpertMatrices:
     """One projection of every expert, with a bias; rows are outputs.
 
-    `name` is `model.layers.N.mlp.experts.gate_up_proj`, whose rows are gate and up by turns, or
-    `….down_proj`. Either in MXFP4, or floats, which gpt-oss keeps as [experts, columns, rows].
-    What is read comes multiplied by 2**exponent.
+    `name` is `model.layers.N.mlp.experts.gate_up_proj`, whose rows alternate between gate and up,
+    or `….down_proj`. Stored as MXFP4, or as floats [experts, columns, rows]. Values that are read
+    are multiplied by 2**exponent.
     """
 
     tensors: Tensors
@@ -30,7 +30,7 @@ class ExpertMatrices:
     exponent: int = 0
 
     def check(self) -> None:
-        """Raises ExportError, which names the tensor, if one is missing or has another shape."""
+        """Raises ExportError naming the tensor if one is missing or has the wrong shape."""
         if self.is_mxfp4:
             blocks = (self.count, self.rows, self.columns // mxfp4.BLOCK_SIZE)
             expected = {"_blocks": (*blocks, mxfp4.BLOCK_SIZE // 2), "_scales": blocks}
@@ -43,7 +43,7 @@ class ExpertMatrices:
                 raise ExportError(f"{self.name}{suffix} is {list(found)} instead of {list(shape)}")
 
     def mxfp4(self, expert: int, allowed: range = mxfp4.FLOAT32_EXPONENTS) -> tuple[Array, Array]:
-        """Blocks uint8 [rows, blocks, 16] and scales uint8 [rows, blocks], if it is in MXFP4.
+        """Blocks uint8 [rows, blocks, 16] and scales uint8 [rows, blocks]; only if `is_mxfp4`.
 
         Raises ExportError if a scale is not among the `allowed` exponent bytes.
         """
@@ -54,12 +54,12 @@ class ExpertMatrices:
         return blocks, mxfp4.scale_by_power(self.name, blocks, scales, self.exponent, allowed)
 
     def floats(self, expert: int) -> Array:
-        """Float32 [rows, columns]."""
+        """The weights of one expert, float32 [rows, columns]."""
         if self.is_mxfp4:
             return mxfp4.as_float(*self.mxfp4(expert))
         values = self.tensors.read(self.name, expert, expert + 1)[0].T
         return np.ascontiguousarray(values) * np.float32(2.0**self.exponent)
 
     def bias(self) -> Array:
-        """Float32 [experts, rows]."""
+        """The biases of all experts, float32 [experts, rows]."""
         return self.tensors.read(f"{self.name}_bias") * np.float32(2.0**self.exponent)

@@ -1,7 +1,8 @@
-"""Tensors that lie row after row in files, whatever the files' format is.
+"""Tensors that are stored row by row in files, whatever the file format.
 
-Rows are read into memory of their own. Mapping the files would be as quick, but every page that was
-read would count as resident until the file is unmapped: 15 GB for a model of 7 billion weights.
+Rows are read into newly allocated memory. Memory-mapping the files would be as fast, but every page
+that was read would count as resident until the file is unmapped: 15 GB for a model with 7 billion
+weights.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from generator_svc.export.weights.matrix import Array
 
 @dataclass(frozen=True)
 class FileTensor:
-    """Where the bytes of a tensor lie and what they mean.
+    """Where the bytes of a tensor are and how to decode them.
 
-    `decode` turns bytes [rows, row_bytes] into values [rows, elements of a row]. It is given whole
-    groups of `group` rows, which are only to be decoded together.
+    `decode` turns bytes [rows, row_bytes] into values [rows, elements of a row]. It gets whole
+    groups of `group` rows, which can only be decoded together.
     """
 
     file: Path
@@ -33,7 +34,7 @@ class FileTensor:
 
 
 class FileTensors:
-    """A checkpoint as tensors by name; what is not there is an ExportError that names `place`."""
+    """A checkpoint's tensors by name; for an unknown one, raises ExportError naming `place`."""
 
     def __init__(self, place: Path, tensors: Mapping[str, FileTensor]) -> None:
         self._place = place
@@ -66,20 +67,20 @@ class FileTensors:
 
 
 def _is_finite(values: Array) -> bool:
-    """In one quick pass: a sum is finite only if all that it adds is."""
+    """Usually takes one fast pass, since a sum is finite only if all its terms are."""
     with np.errstate(over="ignore", invalid="ignore"):
         total = values.sum()
     return bool(np.isfinite(total) or np.isfinite(values).all())
 
 
 def decode_bfloat16(raw: Array) -> Array:
-    """bfloat16 is the upper half of float32."""
+    """Decodes bfloat16, the upper half of float32."""
     bits: Array = np.left_shift(raw.view("<u2"), 16, dtype=np.uint32)
     return bits.view(np.float32)
 
 
 def decode_numbers(dtype: str) -> Callable[[Array], Array]:
-    """Decodes numbers that NumPy knows: floats become float32, others stay as they are."""
+    """Decodes a NumPy type: floats become float32, other types stay as they are."""
     is_float = np.dtype(dtype).kind == "f"
     return lambda raw: raw.view(dtype).astype(np.float32 if is_float else dtype, copy=False)
 

@@ -1,4 +1,4 @@
-"""Which of a checkpoint's files are read, by their names; the same for a folder and for the hub."""
+"""Which files of a checkpoint are read, by name; the same for a folder and for the hub."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEXT_FILES = (
     "chat_template.jinja",
     TOOL_TEMPLATE_FILE,
 )
-# What tokenizer.json is made from where there is none.
+# What tokenizer.json is made from if there is none.
 SLOW_TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
 
 _PART_OF_GGUF = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
@@ -39,13 +39,13 @@ def choose_files(
     gguf: str | None = None,
     separator: str = "/",
 ) -> tuple[Kind, list[str]]:
-    """Of the files of a checkpoint, those that are read: configuration, tokenizer and weights.
+    """Chooses the files of a checkpoint to read: configuration, tokenizer and weights.
 
-    `names` are relative to the checkpoint's folder; `index` gives the path of the index of shards
-    and is called where `names` has one. Safetensors come before GGUF, unless `gguf` names a file,
-    or a quantisation as in its name (Q4_K_M). Raises ExportError, beginning with `label`, where
-    something is missing or more than one file could be meant; one of them is named by `label`,
-    `separator` and its own name.
+    `names` are relative to the checkpoint's folder. `index` returns the path of the shards' index;
+    it is only called if `names` has one. Safetensors are preferred to GGUF, unless `gguf` is the
+    name of a file, or the quantisation in its name (Q4_K_M). Raises ExportError, with a message
+    that begins with `label`, if something is missing or the choice is ambiguous; an example in the
+    message is written as `label`, `separator` and a file name.
     """
     if gguf is not None:
         return "gguf", [_find_gguf(label, names, gguf)]
@@ -69,7 +69,7 @@ def choose_files(
 
 
 def check_is_whole(label: str, gguf: str) -> str:
-    """`gguf` again; ExportError if it is one part of a model in several files."""
+    """Returns `gguf`; raises ExportError if it is one part of a split model."""
     part = _PART_OF_GGUF.search(gguf)
     if part and int(part[1]) > 1:
         raise ExportError(

@@ -1,7 +1,7 @@
-"""A GGUF file as the Hugging Face checkpoint from which llama.cpp made it.
+"""A GGUF file as the Hugging Face checkpoint that llama.cpp converted it from.
 
-Names are translated, quantised blocks become float32 again, and the rows of Llama's queries and
-keys go back to their order.
+Names are translated, quantised blocks are dequantised to float32, and the rows of Llama's query and
+key projections are put back into their original order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from generator_svc.export.checkpoint.file_tensors import FileTensor, FileTensors
 from generator_svc.export.errors import ExportError
 from generator_svc.export.weights.matrix import Array
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral's is llama too
+ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral is llama too
 
 # Standardized tensor names of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 TENSOR = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)")
@@ -26,8 +26,8 @@ OUTSIDE_LAYERS = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
-    # What Llama 3.1's rope scaling divides the frequencies by. Its configuration is not in the
-    # file, and no checkpoint has such a tensor.
+    # The divisors of the frequencies in Llama 3.1's rope scaling. The file lacks its configuration,
+    # and Hugging Face checkpoints have no such tensor.
     "rope_freqs": "rope_freqs",
 }
 IN_LAYERS = {
@@ -43,15 +43,15 @@ IN_LAYERS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# Follows from the configuration, so that a checkpoint has no tensors for it.
+# Follows from the configuration, so checkpoints have no tensors for it.
 ROTARY = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")
 
 
 def open_gguf(path: Path) -> FileTensors:
-    """The checkpoint in the file `path`, which is checked at once but for the values of weights.
+    """The checkpoint in the file `path`, which is checked at once, except for its weights' values.
 
-    Raises ExportError for a file that is cut short, damaged or one of several parts, and for an
-    architecture, a tensor or a quantisation that is not known.
+    Raises ExportError if the file is truncated, damaged or one part of several, or if its
+    architecture, a tensor or a quantisation type is not supported.
     """
     try:
         reader = GGUFReader(path)
@@ -76,7 +76,7 @@ def open_gguf(path: Path) -> FileTensors:
             "export from the Hugging Face folder instead"
         )
     heads = _permuted_heads(path, reader) if architecture == "llama" else {}
-    # The reader maps the whole file: nothing of it may be kept.
+    # The reader memory-maps the whole file, so nothing may keep a reference to it.
     return FileTensors(
         path,
         {
@@ -93,7 +93,7 @@ def _metadata(reader: GGUFReader, key: str) -> Any:
 
 
 def _permuted_heads(path: Path, reader: GGUFReader) -> dict[str, int]:
-    """The tensors of a layer whose rows llama.cpp permutes, and the number of their heads."""
+    """The tensors of a layer whose rows llama.cpp permutes, with their numbers of heads."""
     queries = _metadata(reader, "llama.attention.head_count")
     keys = _metadata(reader, "llama.attention.head_count_kv") or queries
     if not (isinstance(queries, int) and isinstance(keys, int)):
@@ -112,7 +112,7 @@ def _translate(path: Path, name: str) -> str:
 
 
 def _tensor(path: Path, tensor: Any, permuted_heads: dict[str, int]) -> FileTensor:
-    """`tensor` is a gguf.ReaderTensor; its dimensions begin with that of neighbours in memory."""
+    """`tensor` is a gguf.ReaderTensor, whose first dimension is the contiguous one."""
     kind, shape = tensor.tensor_type, tuple(reversed(tensor.shape.tolist()))
     row_bytes, rest = divmod(int(tensor.n_bytes), shape[0])
     if rest or not _can_dequantize(kind):
@@ -142,8 +142,8 @@ def _decode(kind: GGMLQuantizationType) -> Callable[[Array], Array]:
 def _decode_heads(kind: GGMLQuantizationType, head_size: int) -> Callable[[Array], Array]:
     """Decodes whole heads whose rows are permuted.
 
-    The two halves of a head are rotated together. llama.cpp interleaves their rows
-    (`LlamaModel.permute` in its convert_hf_to_gguf.py); a Hugging Face checkpoint has one half
+    The rotary embedding pairs rows of the two halves of a head. llama.cpp interleaves them
+    (`LlamaModel.permute` in its convert_hf_to_gguf.py); Hugging Face checkpoints have one half
     after the other.
     """
 

@@ -1,7 +1,7 @@
-"""A checkpoint from the Hugging Face Hub: what is needed of it, in the hub's own cache.
+"""Fetches a checkpoint from the Hugging Face Hub: only the files needed, into the hub's own cache.
 
-All that huggingface_hub knows holds here: HF_ENDPOINT, HF_TOKEN and the token file, HF_HUB_OFFLINE,
-HF_HOME, its layout of the cache, and files that are there in part and resumed.
+All features of huggingface_hub apply: HF_ENDPOINT, HF_TOKEN and the token file, HF_HUB_OFFLINE,
+HF_HOME, its cache layout, and resuming partial downloads.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
 Received = Callable[[int, int], None]
 """Called with the bytes that are there and the bytes that there will be."""
 
-MAX_STREAMS = 4  # files at a time; one connection alone seldom fills a line
+MAX_STREAMS = 4  # files at a time; a single connection seldom saturates the network
 _POLL_SECONDS = 0.25
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def fetch(name: HubName, received: Received) -> tuple[Kind, Path]:
-    """The folder of a checkpoint, or the path of a GGUF file, fetched where it is not there yet.
+    """The folder of a checkpoint, or the path of a GGUF file; fetches what is missing.
 
-    Without a network, or in offline mode, what is whole in the cache is taken. Raises ExportError
-    for all else: what was fetched until then stays, and the next call goes on from there.
+    Without a network, or in offline mode, uses what is complete in the cache. Raises ExportError if
+    it fails; what was fetched stays, and the next call resumes from there.
     """
-    # Xet, which huggingface_hub prefers, starts a file anew after an interruption.
+    # Xet, which huggingface_hub prefers, restarts files from the beginning after an interruption.
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     from huggingface_hub import constants
     from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -59,7 +59,7 @@ def fetch(name: HubName, received: Received) -> tuple[Kind, Path]:
         kind, wanted = choose_files(
             name.text, files, lambda: download.fetch_one(INDEX_FILE), name.gguf, ":"
         )
-        if kind == "folder":  # refused before its weights are fetched, if it is
+        if kind == "folder":  # unsupported models are refused before their weights are fetched
             read_config(name.text, download.fetch_one(CONFIG_FILE))
         download.check_room(wanted)
         download.fetch_all(wanted, received)
@@ -71,11 +71,11 @@ def fetch(name: HubName, received: Received) -> tuple[Kind, Path]:
 
 
 class _Unreachable(Exception):
-    """The hub does not answer; says why."""
+    """The hub cannot be reached; the message says why."""
 
 
 def _list_files(name: HubName) -> tuple[str, dict[str, RepoSibling]]:
-    """The commit that the revision is now, and its files by name."""
+    """The commit that the revision refers to now, and its files by name."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
     from requests.exceptions import ConnectionError, JSONDecodeError, Timeout
@@ -121,7 +121,7 @@ def _from_cache(name: HubName, why: str) -> tuple[Kind, Path]:
 
 
 class _Download:
-    """Files of one commit on their way into the cache."""
+    """The download of files of one commit into the cache."""
 
     def __init__(self, name: HubName, commit: str, files: dict[str, RepoSibling]) -> None:
         from huggingface_hub import constants
@@ -135,7 +135,7 @@ class _Download:
         self._snapshot = self._folder / "snapshots" / commit
 
     def fetch_one(self, file: str) -> Path:
-        """Goes on for as long as each connection brings something."""
+        """Fetches a file; retries for as long as every attempt makes progress."""
         from huggingface_hub import hf_hub_download
         from requests.exceptions import ChunkedEncodingError
 
@@ -147,14 +147,14 @@ class _Download:
             try:
                 hf_hub_download(self._name.repo, file, revision=self._commit)
                 break
-            except ChunkedEncodingError:  # all else is repeated in there
+            except ChunkedEncodingError:  # hf_hub_download retries other errors itself
                 if self._size(file) <= before:
                     raise
         self._check(file)
         return path
 
     def check_room(self, files: list[str]) -> None:
-        """ExportError if the disk cannot hold what is still to come."""
+        """Raises ExportError if there is not enough disk space for what is still to be fetched."""
         missing = sum((self._files[file].size or 0) - self._size(file) for file in files)
         self._cache.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self._cache).free
@@ -165,7 +165,7 @@ class _Download:
             )
 
     def fetch_all(self, files: list[str], received: Received) -> None:
-        """Several at a time, on threads that end with the process: Ctrl-C waits for no shard."""
+        """Fetches several files at a time, on daemon threads, so that Ctrl-C does not wait."""
         waiting = deque(files)
         ended: queue.Queue[Exception | None] = queue.Queue()
 
@@ -201,7 +201,7 @@ class _Download:
             waiting.clear()
 
     def finish(self, kind: Kind, files: list[str]) -> Path:
-        """Notes what the revision is, by which it is found without the hub; returns the path."""
+        """Stores the commit of the revision, so that it is found offline; returns the path."""
         if not _COMMIT.fullmatch(self._name.revision):
             ref = self._folder / "refs" / self._name.revision
             ref.parent.mkdir(parents=True, exist_ok=True)
@@ -209,7 +209,7 @@ class _Download:
         return self._snapshot / files[0] if kind == "gguf" else self._snapshot
 
     def _size(self, file: str) -> int:
-        """Bytes of a file that are there, of one that is still being fetched too."""
+        """Bytes of a file in the cache, even if it is not complete yet."""
         listed = self._files[file]
         blob = listed.lfs.sha256 if listed.lfs else listed.blob_id
         for path in (self._snapshot / file, self._folder / "blobs" / f"{blob}.incomplete"):
@@ -220,7 +220,10 @@ class _Download:
         return 0
 
     def _check(self, file: str) -> None:
-        """A part that was left behind by something else may hold anything."""
+        """Verifies the digest: a partial file left behind by something else may hold anything.
+
+        Raises ExportError.
+        """
         lfs, path = self._files[file].lfs, self._snapshot / file
         if lfs is None:
             return
@@ -236,7 +239,7 @@ class _Download:
 
 
 def _explanation(name: HubName, error: Exception) -> str:
-    """One line on what is missing, and what to do about it."""
+    """One line that says what is wrong and what to do about it."""
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -290,7 +293,7 @@ def _status(error: HfHubHTTPError) -> int:
 
 
 def _root(error: BaseException) -> str:
-    """What the operating system said, beneath the layers of HTTP libraries."""
+    """The operating system's error message, beneath the layers of HTTP libraries."""
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
     reason: Any = getattr(error, "strerror", None)

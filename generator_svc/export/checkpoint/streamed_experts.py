@@ -1,4 +1,4 @@
-"""gpt-oss's experts as a PyTorch layer that reads those it needs, one at a time."""
+"""The experts of gpt-oss as a PyTorch layer that reads only those it needs, one at a time."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from generator_svc.export.checkpoint.tensors import Tensors
 
 
 class StreamedExperts(torch.nn.Module):  # type: ignore[misc]
-    """Takes the place of transformers' GptOssExperts and computes the same.
+    """Replaces GptOssExperts of transformers and computes the same.
 
-    Gate and up alternate in the rows of `gate_up`. In a trace it is a stand-in that keeps the
-    router in the graph, where `graph/experts.py` puts the operator.
+    Gate and up alternate in the rows of `gate_up`. In a trace it is a placeholder that keeps the
+    router in the graph, and that `graph/experts.py` replaces by the operator.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class StreamedExperts(torch.nn.Module):  # type: ignore[misc]
         router_indices: torch.Tensor,
         routing_weights: torch.Tensor,
     ) -> torch.Tensor:
-        """For hidden states [batch, sequence, hidden size] the same shape.
+        """From hidden states [batch, sequence, hidden size] to the same shape.
 
         `router_indices` are [tokens, chosen], `routing_weights` [tokens, experts].
         """
@@ -59,7 +59,7 @@ class StreamedExperts(torch.nn.Module):  # type: ignore[misc]
 
 
 def stream_experts(model: Any, tensors: Tensors, is_mxfp4: bool) -> None:
-    """Exchanges the experts of all layers; raises ExportError if `tensors` do not have them."""
+    """Replaces the experts of all layers; raises ExportError if `tensors` do not have them."""
     for name, module in list(model.named_modules()):
         if not isinstance(module, GptOssExperts):
             continue

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint by name, read in slices and never whole unless they are small."""
+"""The tensors of a checkpoint by name, read in slices, and as a whole only if they are small."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from generator_svc.export.checkpoint.safetensors_folder import open_safetensors
 from generator_svc.export.checkpoint.source import Source
 from generator_svc.export.weights.matrix import Array, Matrix
 
-# A checkpoint that is no larger than this in float32 is kept in memory.
+# Checkpoints up to this size in float32 are kept in memory.
 MAX_KEPT_BYTES = 2**30
 
 
 class Tensors(Protocol):
-    """Names and shapes are those of the Hugging Face checkpoint, whatever the files are.
+    """Names and shapes are those of the Hugging Face checkpoint, whatever the file format.
 
-    What cannot be read, or is not there, is an ExportError that names the tensor and its file.
+    If a tensor is missing or cannot be read, raises ExportError naming the tensor and its file.
     """
 
     def names(self) -> Iterable[str]: ...
@@ -27,20 +27,20 @@ class Tensors(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def file(self, name: str) -> Path:
-        """Where the tensor is, for messages about it."""
+        """The file that holds the tensor, for error messages."""
         ...
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
-        """Rows start to stop along the first axis: float32 for any type of floats, else as it is.
+        """Rows start to stop along the first axis: floats as float32, other types as they are.
 
-        The array is the caller's own; nothing else that reading took stays in memory, pages of
-        mapped files included.
+        The caller may modify the array. Nothing else stays in memory after reading, not even pages
+        of mapped files.
         """
         ...
 
 
 def open_tensors(source: Source) -> Tensors:
-    """The tensors of a checkpoint on the disk; raises ExportError for files that are not whole."""
+    """The tensors of a checkpoint on disk; raises ExportError if its files are incomplete."""
     tensors = open_gguf(source.path) if source.kind == "gguf" else open_safetensors(source.path)
     elements = sum(prod(tensors.shape(name)) for name in tensors.names())
     return KeptInMemory(tensors) if 4 * elements <= MAX_KEPT_BYTES else tensors

@@ -1,11 +1,12 @@
-"""Swaps every traced attention for one com.microsoft.GroupQueryAttention.
+"""Replaces every traced attention by one com.microsoft.GroupQueryAttention.
 
-The cut points are names: what leaves `…/self_attn/{q,k,v}_proj` (or `q_norm`, `k_norm` where a
-family has them) goes in, what enters `…/self_attn/o_proj` comes out. Rotary embedding, masking and
-the cache are inside the operator, so everything traced in between falls away.
+Cut points are found by name: its inputs are the outputs of `…/self_attn/{q,k,v}_proj` (or `q_norm`
+and `k_norm` in families that have them), its output is the input of `…/self_attn/o_proj`. The
+operator includes rotary embedding, masking and the KV cache, so everything traced in between is
+dropped.
 
-Contract of the new graph: `attention_mask` is [batch, total] with each row's own length as its sum;
-past and present may be the same buffer, longer than what is used.
+Contract of the new graph: `attention_mask` is [batch, total], and each row sums to the row's own
+length; past and present may be the same buffer, longer than what is used.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ LENGTHS, TOTAL = "/attention/seqlens_k", "/attention/total_sequence_length"
 
 
 def swap_attention(graph: Graph, decoder: Decoder) -> None:
-    """Rewrites all layers; `position_ids` disappears from the inputs."""
+    """Rewrites all layers; removes the input `position_ids`."""
     graph.constant(COS, decoder.cos)
     graph.constant(SIN, decoder.sin)
     add_lengths(graph)
@@ -35,7 +36,7 @@ def swap_attention(graph: Graph, decoder: Decoder) -> None:
 
 
 def projection_output(graph: Graph, module: str) -> NodeProto:
-    """The node whose output is what the linear layer `module` returns."""
+    """The node that makes the output of the linear layer `module`."""
     for suffix in ("/Add", "/MatMul"):
         node = graph.node(module + suffix)
         if node is not None:
@@ -44,9 +45,9 @@ def projection_output(graph: Graph, module: str) -> NodeProto:
 
 
 def add_lengths(graph: Graph) -> None:
-    """`seqlens_k`, int32 [batch]: index of each row's last key. `total`: int32, the mask's width.
+    """Adds `seqlens_k`, int32 [batch]: index of each row's last key; and the mask's width, int32.
 
-    The operator takes the width as a scalar that lives on the CPU, hence Shape.
+    The operator takes the width as a scalar in CPU memory, hence Shape.
     """
     axis = graph.constant("/attention/axis", np.array([1], np.int64))
     one = graph.constant("/attention/one", np.array(1, np.int64))
@@ -72,7 +73,7 @@ def _swap_layer(graph: Graph, decoder: Decoder, layer: int) -> None:
     past = [f"past_key_values.{layer}.key", f"past_key_values.{layer}.value"]
     inputs = [query, key, value, *past, LENGTHS, TOTAL, COS, SIN]
     sinks = decoder.layers[layer].sinks
-    if sinks is not None:  # behind position_ids and attention_bias
+    if sinks is not None:  # after position_ids and attention_bias
         inputs += ["", "", graph.constant(f"model.layers.{layer}.self_attn.sinks", sinks)]
     after.input[0] = graph.add(
         "GroupQueryAttention",
@@ -99,7 +100,7 @@ def _attributes(decoder: Decoder, layer: int) -> dict[str, Any]:
 
 
 def _query_or_key(graph: Graph, module: str, part: str, decoder: Decoder) -> str:
-    """The tensor [batch, sequence, heads · head size] that is to be rotated."""
+    """The tensor [batch, sequence, heads · head size] that the operator rotates."""
     norm = f"{module}/{part}_norm/"
     if not graph.under(norm):
         return str(projection_output(graph, f"{module}/{part}_proj").output[0])
@@ -112,7 +113,7 @@ def _query_or_key(graph: Graph, module: str, part: str, decoder: Decoder) -> str
 
 
 def module_output(graph: Graph, prefix: str) -> str:
-    """The one tensor made under `prefix` that is read elsewhere or nowhere under it."""
+    """The one tensor made under `prefix` that is not read under it."""
     nodes = graph.under(prefix)
     read_inside = {name for node in nodes for name in node.input}
     leaving = [name for node in nodes for name in node.output if name not in read_inside]
@@ -121,7 +122,7 @@ def module_output(graph: Graph, prefix: str) -> str:
 
 
 def _free_output(graph: Graph, name: str) -> None:
-    """Renames the traced producer of a graph output, which is about to get a new one."""
+    """Renames a graph output at its traced producer, since it is about to get a new one."""
     producer = graph.producer(name)
     assert producer is not None, f"nothing makes {name}"
     index = list(producer.output).index(name)
@@ -130,7 +131,7 @@ def _free_output(graph: Graph, name: str) -> None:
 
 
 def _declare_inputs_and_outputs(graph: Graph, decoder: Decoder) -> None:
-    """Shapes with one name per size, the same on both sides of the cache."""
+    """Declares shapes with a name for each dynamic size, the same for past and present."""
     inputs, outputs = graph.model.graph.input, graph.model.graph.output
     cache = ["batch_size", decoder.num_kv_heads, "max_sequence_length", decoder.head_size]
     tokens = helper.make_tensor_value_info(

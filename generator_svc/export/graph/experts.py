@@ -1,7 +1,7 @@
-"""Swaps every traced mixture of experts for one com.microsoft.MoE or QMoE.
+"""Replaces every traced mixture of experts by one com.microsoft.MoE or QMoE.
 
-The router's product stays as it was traced; the operator takes its logits and does the rest. Rows
-of the first matrices are gate and up by turns (`swiglu_fusion` 1), as gpt-oss keeps them.
+The router's product stays as traced; the operator takes its logits and does the rest. The rows of
+the first matrices alternate between gate and up (`swiglu_fusion` 1), as in gpt-oss.
 """
 
 from __future__ import annotations
@@ -28,17 +28,18 @@ from generator_svc.export.weights.packing import Packed, Packing
 
 Form = Literal["float", "int8", "int4", "fp4"]
 
-# Inputs 8 to 14 of QMoE: a third matrix, zero points, weights of the router.
+# Inputs 8 to 14 of QMoE: a third matrix, zero points, router weights.
 _UNUSED_INPUTS = [""] * 7
 
-# The int8 form has half the scales of MXFP4.
+# Scales of the int8 form are half of those of MXFP4.
 _FLOAT16_HALVES = range(mxfp4.FLOAT16_EXPONENTS.start + 1, mxfp4.FLOAT16_EXPONENTS.stop + 1)
 
 
 def choose_form(options: ExportOptions, is_mxfp4: bool) -> Form:
-    """What the experts become; the options' precision is that of everything else.
+    """The form of the experts; the precision in `options` applies to everything else.
 
-    CUDA computes with MXFP4 as it is, the CPU with the same values in 8 bits.
+    MXFP4 is kept as it is on CUDA; on the CPU its values are stored in 8 bits, unless the precision
+    is fp32 or int4.
     """
     if options.device == "cuda" and is_mxfp4:
         return "fp4"
@@ -48,7 +49,7 @@ def choose_form(options: ExportOptions, is_mxfp4: bool) -> Form:
 
 
 def swap_experts(graph: Graph, experts: Experts, form: Form, is_half: bool) -> None:
-    """Rewrites all layers; `is_half` says that scales will be float16."""
+    """Rewrites all layers; `is_half`: scales will be float16."""
     for number, (gate_up, down) in enumerate(experts.layers):
         module = f"/model/layers.{number}/mlp/"
         router = [graph.node(f"{module}router/{op}") for op in ("Reshape", "Gemm")]
@@ -77,7 +78,7 @@ def swap_experts(graph: Graph, experts: Experts, form: Form, is_half: bool) -> N
 
 
 def _attributes(experts: Experts, form: Form) -> dict[str, Any]:
-    """All that matter, for the defaults are those of other models."""
+    """All attributes that matter, since the defaults are meant for other models."""
     attributes: dict[str, Any] = {
         "k": experts.chosen,
         "activation_type": "swiglu",
@@ -93,12 +94,12 @@ def _attributes(experts: Experts, form: Form) -> dict[str, Any]:
     attributes["expert_weight_bits"] = 8 if form == "int8" else 4
     attributes["quant_type"] = "fp4" if form == "fp4" else "int"
     if form != "fp4":
-        attributes["weights_prepacked"] = 0  # CUDA's private layout is made when it loads them
+        attributes["weights_prepacked"] = 0  # repacked into CUDA's own layout when they are loaded
     return attributes
 
 
 def _pack(matrices: ExpertMatrices, form: Form, is_half: bool) -> Packing:
-    """The weights of all experts and, unless they are floats, a scale for each block."""
+    """The weights of all experts and, unless they are floats, a scale per block."""
     rows, columns = matrices.rows, matrices.columns
     if form != "float" and columns % BLOCK_SIZE:
         raise ExportError(f"{matrices.name}: {columns} columns are no multiple of {BLOCK_SIZE}")
@@ -126,7 +127,7 @@ def _pack(matrices: ExpertMatrices, form: Form, is_half: bool) -> Packing:
     return Packing(outputs, [partial(make, expert) for expert in range(matrices.count)])
 
 
-# Each makes one expert's slices, [1, ...].
+# Each of these makes the slices of one expert, [1, ...].
 
 
 def _as_floats(matrices: ExpertMatrices, expert: int) -> tuple[Array, ...]:
@@ -149,6 +150,6 @@ def _as_int4(matrices: ExpertMatrices, is_half: bool, expert: int) -> tuple[Arra
 
 
 def _as_fp4(matrices: ExpertMatrices, expert: int) -> tuple[Array, ...]:
-    # The kernel turns the scales into float16 when it loads them.
+    # The kernel converts the scales to float16 when it loads them.
     blocks, scales = matrices.mxfp4(expert, mxfp4.FLOAT16_EXPONENTS)
     return mxfp4.as_fp4(blocks)[None], scales[None]

@@ -1,9 +1,9 @@
-"""An ONNX graph that is being rewritten. Knows nothing of language models.
+"""An ONNX graph that is being rewritten. Knows nothing about language models.
 
 Edits are made by name: nodes are added and removed freely, and `finish` drops what is no longer
-reachable and puts the rest into topological order. Large weights are in the graph by name and
-dimensions alone: `matrices` says where those come from that nothing has packed yet, `packings` how
-the others are made when the graph is saved.
+reachable and sorts the rest topologically. Large weights are in the graph by name and dimensions
+only: `matrices` has the sources of those that are not packed yet, `packings` how the others are
+made when the graph is saved.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MICROSOFT = "com.microsoft"
 
 
 class Graph:
-    """Nodes, initializers, inputs and outputs of one model, without subgraphs."""
+    """Nodes, initializers, inputs and outputs of a model without subgraphs."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.model = model
@@ -46,7 +46,7 @@ class Graph:
         return self.nodes.get(name)
 
     def under(self, prefix: str) -> list[NodeProto]:
-        """The nodes of one module: those whose names begin with `prefix`."""
+        """The nodes of a module: those whose names begin with `prefix`."""
         return [node for name, node in self.nodes.items() if name.startswith(prefix)]
 
     def producer(self, tensor: str) -> NodeProto | None:
@@ -61,13 +61,13 @@ class Graph:
         return value
 
     def constant(self, name: str, value: Array) -> str:
-        """Adds an initializer and returns its name; an equal name is reused."""
+        """Adds an initializer and returns its name; one that exists under that name is reused."""
         if name not in self.initializers:
             self.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
         return name
 
     def weight(self, name: str, matrix: Matrix, is_transposed: bool = False) -> str:
-        """Adds a float initializer [rows, columns], or the transpose; returns its name."""
+        """Adds a float initializer [rows, columns], or its transpose; returns its name."""
         dims = (matrix.rows, matrix.columns)
         packed = Packed(name, dims[::-1] if is_transposed else dims, TensorProto.FLOAT)
         self.initializers[name] = packed.proto()
@@ -103,14 +103,14 @@ class Graph:
             del self.nodes[node.name]
 
     def replace_uses(self, old: str, new: str) -> None:
-        """Lets every node that reads `old` read `new` instead."""
+        """Makes every node that reads `old` read `new` instead."""
         for node in self.nodes.values():
             for index, name in enumerate(node.input):
                 if name == old:
                     node.input[index] = new
 
     def finish(self) -> onnx.ModelProto:
-        """Prunes, sorts and writes everything back into the model, which is returned."""
+        """Prunes and sorts the graph, writes it back into the model and returns that."""
         graph = self.model.graph
         order = self._sorted_live_nodes()
         used = {name for node in order for name in node.input}
@@ -131,7 +131,7 @@ class Graph:
         return self.model
 
     def _sorted_live_nodes(self) -> list[NodeProto]:
-        """Depth first from the outputs, so producers come before consumers."""
+        """Depth-first from the outputs, so that producers come before consumers."""
         producers = {name: node for node in self.nodes.values() for name in node.output if name}
         order: list[NodeProto] = []
         done: set[str] = set()

@@ -1,4 +1,4 @@
-"""Activations, cache and unquantised weights in float16, for CUDA. Logits stay float32."""
+"""Activations, KV cache and unquantised weights in float16, for CUDA. Logits stay float32."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ GLOBAL_SCALES = slice(15, 17)  # inputs of QMoE
 
 
 def to_half(graph: Graph) -> None:
-    """Turns every float32 tensor of the graph into float16.
+    """Converts every float32 tensor of the graph to float16.
 
-    Except the logits, and the scales of whole experts, which their operator takes in float32 only.
+    Except the logits, and the scales of whole experts, which the operator takes in float32 only.
     """
     kept = {
         name

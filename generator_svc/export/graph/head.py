@@ -1,7 +1,7 @@
-"""The last product: from the hidden states of the tokens that count to their logits.
+"""The LM head: from hidden states to logits, for selected tokens only.
 
-Only the last token's logits are ever sampled, and the product with the vocabulary is the largest of
-the graph, so the others are dropped before it, unless a run asks for them.
+Only the last token's logits are ever sampled from, and the head is the largest product of the
+graph, so the other tokens are dropped before it, unless a run asks for them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ EMBEDDING = "/model/embed_tokens/Gather"
 
 
 def keep_wanted_tokens(graph: Graph, hidden_size: int) -> None:
-    """Makes the logits [batch, wanted tokens, vocabulary].
+    """Reduces the logits to [batch, wanted tokens, vocabulary].
 
-    They are declared as one token's: by that onnxruntime-genai sees that it gets no others.
+    The output is declared with one token, which tells onnxruntime-genai to expect no others.
     """
     head = graph.node(HEAD)
     if head is None:
@@ -32,15 +32,15 @@ def keep_wanted_tokens(graph: Graph, hidden_size: int) -> None:
 
 
 def wanted_tokens(graph: Graph, hidden: str, hidden_size: int) -> str:
-    """Of `hidden` [batch, sequence, hidden size], those of the tokens whose logits are wanted:
+    """Selects from `hidden`, [batch, sequence, hidden size], the tokens whose logits are wanted:
     [batch, wanted tokens, hidden size].
 
     The input TOKENS_FROM_END, int64 [wanted tokens], counts them from each row's last token, which
-    is 1 and the default, so that whoever does not know the input gets that one alone.
+    is 1. That is also the default, so callers that do not know the input get the last token only.
 
-    The last one's index is that of the last one in the row's mask, where the mask is no longer than
-    the new tokens, as with prompts that are padded to the right. With a past, the last new token is
-    meant: there only the first columns of the mask are counted, as many as there are new tokens.
+    The last token of a row is found by counting the ones in its mask, which works for prompts
+    padded on the right. With a past, it is the last new token: only as many columns of the mask are
+    counted as there are new tokens.
     """
     entry = graph.model.metadata_props.add()
     entry.key, entry.value = LOGITS_OF, LAST_TOKEN
@@ -61,7 +61,7 @@ def wanted_tokens(graph: Graph, hidden: str, hidden_size: int) -> str:
 
 
 def share_embedding(graph: Graph) -> None:
-    """Lets a floating-point head read the embedding itself, transposed within the product."""
+    """Makes a floating-point head read the embedding itself, transposed within the product."""
     head, table = graph.nodes[HEAD], graph.nodes[EMBEDDING].input[0]
     name = "/lm_head/shared"
     hidden = head.input[0]

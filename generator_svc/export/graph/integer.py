@@ -1,11 +1,11 @@
-"""Products of 8-bit integers: weights with a scale per output channel, activations quantised too.
+"""Products of 8-bit integers: weight scales per output channel, statically quantised activations.
 
-One scale, found by calibration, serves all rows of a product's input, so a request's numbers do
-not depend on what else is in its batch, and quantising is a single operator. ONNX Runtime's own
-DynamicQuantizeLinear finds one scale in each whole tensor, which would make them.
+A static scale from calibration serves all rows of a product's input, so a request's results do not
+depend on the rest of the batch, and quantising takes a single operator. With ONNX Runtime's
+DynamicQuantizeLinear, which computes one scale per tensor, they would.
 
-The last product of each MLP is left to MatMulNBits: its input varies from token to token by orders
-of magnitude, which one scale cannot hold, and a scale for each row takes six operators.
+The down projection of each MLP is left to MatMulNBits: its input varies between tokens by orders of
+magnitude, which one scale cannot represent, and a scale per row takes six operators.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ZERO_POINT = 128  # of the activations, which are uint8
 
 
 def integer_products(graph: Graph, ranges: Ranges) -> None:
-    """Swaps the products that read a norm or the attention for MatMulIntegerToFloat."""
+    """Replaces products that read the output of a norm or attention by MatMulIntegerToFloat."""
     quantized: dict[str, str] = {}
     for product in list(graph.nodes.values()):
         observed = observed_module(product.name)
@@ -36,7 +36,7 @@ def integer_products(graph: Graph, ranges: Ranges) -> None:
 
 
 def _swap(graph: Graph, product: NodeProto, largest: Any, quantized: dict[str, str]) -> None:
-    """Products that read one tensor share its `quantized` form."""
+    """Products that read the same tensor share its `quantized` form."""
     source = product.input[0]
     step = graph.constant(f"{source}/step", np.array(float(largest.max()) / LARGEST, np.float32))
     zero_point = graph.constant("/integer/zero_point", np.array(ZERO_POINT, np.uint8))

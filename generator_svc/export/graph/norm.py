@@ -1,4 +1,4 @@
-"""Swaps every traced RMSNorm for one operator, joined with the residual addition before it.
+"""Replaces every traced RMSNorm by one operator, fused with the residual addition before it.
 
 Optimum traces an RMSNorm as ten nodes with casts that hide it from ONNX Runtime's own fusion, so
 it is found by its module's name.
@@ -15,7 +15,7 @@ NORM_MODULE = re.compile(r"(/model/(?:.*/)?\w*norm/)[^/]+")
 
 
 def fuse_norms(graph: Graph, epsilon: float) -> None:
-    """x · rsqrt(mean(x²) + epsilon) · weight, over the last axis, for all modules named `…norm`."""
+    """Fuses all modules named `…norm`: x · rsqrt(mean(x²) + epsilon) · weight, on the last axis."""
     matches = (NORM_MODULE.fullmatch(name) for name in graph.nodes)
     for module in dict.fromkeys(match[1] for match in matches if match):
         _drop_casts(graph, module)
@@ -24,9 +24,9 @@ def fuse_norms(graph: Graph, epsilon: float) -> None:
 
 
 def _drop_casts(graph: Graph, module: str) -> None:
-    """In a float32 trace each cast inside a norm is from float32 to float32.
+    """Removes the casts inside a norm, which in a float32 trace are from float32 to float32.
 
-    The residual is read from the cast's output, so it would survive the fusion.
+    The residual is read from a cast's output, so the cast would otherwise survive the fusion.
     """
     casts = [node for node in graph.under(module) if node.op_type == "Cast"]
     for cast in casts:
@@ -62,7 +62,7 @@ def _fuse(graph: Graph, module: str, epsilon: float) -> None:
 def _add_skip_norm(
     graph: Graph, module: str, inputs: list[str], result: str, total: str, epsilon: float
 ) -> None:
-    """Normalises a sum; the sum itself is the fourth output, for the next residual."""
+    """Adds a norm of a sum; the sum itself is the fourth output, for the next residual."""
     outputs = [result, "", "", total] if graph.consumers(total) else [result]
     graph.add(
         "SkipSimplifiedLayerNormalization",

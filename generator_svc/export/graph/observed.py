@@ -1,4 +1,4 @@
-"""Which module of the checkpoint, observed in calibration, has the input of a product."""
+"""Maps a matrix product to the module whose input was observed in calibration."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 _PRODUCT = re.compile(r"/model/layers\.(\d+)/(?:self_attn|mlp)/(\w+)/MatMul")
 
-# Several read one tensor, which is known by the first of them.
+# Modules that read the same tensor are observed as the first of them.
 _INPUTS = {
     "qkv_proj": "self_attn.q_proj",
     "q_proj": "self_attn.q_proj",

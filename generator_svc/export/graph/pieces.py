@@ -1,6 +1,6 @@
-"""Cuts a saved graph between its layers, so that it can be run a piece at a time.
+"""Cuts a saved graph between its layers, so that it can be run one piece at a time.
 
-Knows nothing of what the layers are: nodes say by their names which of them they belong to.
+Knows nothing about the layers except that node names tell which layer they belong to.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BEFORE, BEHIND = -1, 2**31
 
 @dataclass(frozen=True)
 class Piece:
-    """Some layers of a graph that follow each other.
+    """Some consecutive layers of a graph.
 
     `inputs` come from the graph's inputs and from earlier pieces, `outputs` go to the graph's
     outputs and to later pieces.
@@ -35,10 +35,10 @@ class Piece:
 
 
 class CutGraph:
-    """The graph in the file `model`, cut so that no piece has more than `max_bytes` of weights.
+    """The graph in the file `model`, cut into pieces of at most `max_bytes` of weights.
 
-    What is before the first layer and behind the last are layers of their own, of which no piece
-    holds less than one; but a product with more weights than that is a piece, for `multiply`.
+    A piece has at least one layer; what precedes the first and follows the last count as layers.
+    But a floating-point product with more weights than that is a piece of its own, for `multiply`.
     """
 
     def __init__(self, model: Path, max_bytes: int) -> None:
@@ -56,17 +56,17 @@ class CutGraph:
 
     @property
     def cache_dtype(self) -> np.dtype[Any]:
-        """Of the keys and values."""
+        """Data type of keys and values."""
         cache = next(v for v in self.model.graph.input if v.name.startswith("past_key_values."))
         kind: np.dtype[Any] = helper.tensor_dtype_to_np_dtype(cache.type.tensor_type.elem_type)
         return kind
 
     def _pieces(self, max_bytes: int) -> Iterator[Piece]:
         layers: dict[int, list[NodeProto]] = {}
-        made: dict[str, int] = {}  # by which layer
+        made: dict[str, int] = {}  # the layer that makes each tensor
         for node in self.model.graph.node:  # in topological order
             match = _LAYER.search(node.name)
-            # Of the others, those that read no layer are before all, wherever they stand.
+            # Nodes outside of layers come first if they depend on no layer, wherever they are.
             is_before = all(made.get(name, BEFORE) == BEFORE for name in node.input)
             layer = int(match[1]) if match else BEFORE if is_before else BEHIND
             made |= dict.fromkeys(node.output, layer)
@@ -83,7 +83,7 @@ class CutGraph:
         yield self._piece(group)
 
     def _split(self, nodes: list[NodeProto], max_bytes: int) -> Iterator[list[NodeProto]]:
-        """Floating-point products that are too large for a piece stand alone."""
+        """Splits off floating-point products that are too large for a piece."""
         group: list[NodeProto] = []
         for node in nodes:
             if node.op_type == "MatMul" and self.nbytes([node]) > max_bytes:
@@ -98,7 +98,7 @@ class CutGraph:
     def multiply(self, product: NodeProto, rows: Array) -> Array:
         """`rows` @ weight, float32 [n, inputs] to [n, outputs], with the weight read in slices.
 
-        ONNX Runtime would hold a large one three times: as it is, in float32, and packed.
+        ONNX Runtime would hold a large weight three times: as stored, in float32, and packed.
         """
         tensor = self._initializers[product.input[1]]
         place = {entry.key: entry.value for entry in tensor.external_data}
@@ -116,7 +116,7 @@ class CutGraph:
         return result
 
     def nbytes(self, nodes: Sequence[NodeProto]) -> int:
-        """Of the weights that `nodes` read from the file beside the graph."""
+        """Bytes of the weights that `nodes` read from the graph's data file."""
         names = {name for node in nodes for name in node.input} & self._initializers.keys()
         places = [
             {entry.key: entry.value for entry in self._initializers[name].external_data}
@@ -135,9 +135,9 @@ class CutGraph:
         return Piece(tuple(nodes), tuple(sorted(inputs)), tuple(sorted(made & wanted)))
 
     def save(self, piece: Piece, inputs: dict[str, Array]) -> Path:
-        """Writes `piece` as a model of its own beside the graph, whose weights it shares.
+        """Writes `piece` as a model of its own next to the graph, whose data file it shares.
 
-        `inputs` tell the types of what earlier pieces made.
+        `inputs` give the types of tensors from earlier pieces.
         """
         model = ModelProto()
         model.CopyFrom(self.model)

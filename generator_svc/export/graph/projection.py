@@ -1,7 +1,7 @@
 """Joins projections that read the same tensor into one matrix product.
 
 Query, key and value become one packed input of GroupQueryAttention; gate and up become one product
-that is split afterwards. Fewer, wider products keep more of the machine busy.
+that is split afterwards. Fewer, wider products use more of the machine.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from generator_svc.export.weights.matrix import Array, stack
 
 
 def join_projections(graph: Graph, num_layers: int) -> None:
-    """Joins what can be joined in every layer; anything else stays as it is."""
+    """Joins what can be joined in every layer; everything else stays as it is."""
     for layer in range(num_layers):
         _join_query_key_value(graph, f"/model/layers.{layer}/self_attn")
         _join_gate_up(graph, f"/model/layers.{layer}/mlp")
@@ -28,7 +28,7 @@ def _join_query_key_value(graph: Graph, module: str) -> None:
     ends = [graph.node(f"{part}/Add") or graph.node(f"{part}/MatMul") for part in parts]
     outputs = [end.output[0] for end in ends if end is not None]
     if list(attention.input[:3]) != outputs:
-        return  # normalised per head in between
+        return  # query and key are normalised per head first
     packed = _joined_product(graph, parts, f"{module}/qkv_proj")
     if packed is not None:
         attention.input[0], attention.input[1], attention.input[2] = packed, "", ""

@@ -1,17 +1,16 @@
-"""Weights in 8 or 4 bits, activations in float.
+"""Weight-only quantisation: weights in 8 or 4 bits, activations in float.
 
-For the CPU, eight bits as ONNX Runtime's own quantiser makes them: round to nearest, asymmetric in
-blocks of 32. The 16 evenly spaced levels of a Q4_1 block are among the 256 of such a block but for
-a shift, so weights from a GGUF file pass almost unchanged. Four bits: with a search in each block
-for the scale and zero point that lose least.
+On the CPU, 8 bits as by ONNX Runtime's own quantiser: round to nearest, asymmetric in blocks of 32.
+The 16 evenly spaced levels of a Q4_1 block are among the 256 of such a block except for a shift, so
+weights from a GGUF file are almost unchanged. 4 bits: with a search in each block for the scale and
+zero point with the smallest error.
 
-For CUDA both are symmetric and have no zero points, which is what ONNX Runtime's quickest products
-of float16 with such weights want (fpA_intB, see Device.open). Four bits: with a search for the
-scale that loses least by the activations that each column meets, where these are known.
+On CUDA both are symmetric without zero points, as ONNX Runtime's fastest kernels for float16
+activations require (fpA_intB, see Device.open). 4 bits: with a search for the scale with the
+smallest error, weighted by the activations of each column if these are known.
 
-The head and the embedding are in 8 bits with either precision: symmetric, with the largest
-magnitude of a block at 127. That reproduces Q8_0, which is what GGUF files keep the embedding in,
-exactly.
+Head and embedding have 8 bits at either precision: symmetric, with the largest magnitude of a block
+at 127. That exactly reproduces Q8_0, in which GGUF files keep the embedding.
 """
 
 from __future__ import annotations
@@ -31,16 +30,16 @@ from generator_svc.export.weights.blocks import BLOCK_SIZE
 from generator_svc.export.weights.matrix import Array, Matrix
 from generator_svc.export.weights.packing import Packed, pack_matrix
 
-# Products may be computed in int8: each row of activations is quantised by itself.
+# Allows products to be computed in int8, with each row of activations quantised on its own.
 ACCURACY_LEVEL = 4
 
 
 def quantize_weights(
     graph: Graph, bits: int, is_half: bool, mean_squares: MeanSquares | None = None
 ) -> None:
-    """Swaps every product with a streamed matrix for MatMulNBits; node names stay.
+    """Replaces every product with a streamed matrix by MatMulNBits; node names are kept.
 
-    With `is_half`, which is CUDA's, scales will be float16 and there are no zero points.
+    With `is_half`, that is on CUDA, scales will be float16 and there are no zero points.
     """
     assert bits in (4, 8)
     for node in [n for n in graph.nodes.values() if n.op_type == "MatMul"]:
@@ -62,12 +61,12 @@ def quantize_weights(
 
 
 def quantize_embedding(graph: Graph, hidden_size: int, is_tied: bool, is_half: bool) -> None:
-    """Swaps the lookup for one in 8-bit rows, which are those of the quantised head if tied.
+    """Replaces the lookup by one in 8-bit rows, which are those of the quantised head if tied.
 
-    The head's rows are [vocabulary, blocks, block size] and the lookup wants [vocabulary, hidden
-    size]; ONNX Runtime folds the reshape when it loads the graph, into a copy, which a table of
-    its own does without. A size that does not fill its last block keeps the table of floats: the
-    rows are padded then.
+    The head's rows are [vocabulary, blocks, block size], the lookup takes [vocabulary, hidden
+    size]; ONNX Runtime folds the reshape into a copy when it loads the graph. An untied embedding
+    has its own table, without that copy. If the hidden size is not a multiple of the block size,
+    rows would be padded, so the float table is kept.
     """
     embedding = graph.nodes[EMBEDDING]
     if hidden_size % BLOCK_SIZE:
@@ -132,7 +131,7 @@ def _stream(
     parts: tuple[str, ...],
     pack: Callable[[Array], tuple[Array, ...]],
 ) -> list[str]:
-    """Declares what `pack` makes of the rows: blocks of bytes, their scales and zero points."""
+    """Declares the initializers that `pack` makes: blocks of levels, scales and zero points."""
     blocks = -(-matrix.columns // BLOCK_SIZE)
     outputs = {
         "Q8": Packed(f"{name}_Q8", (matrix.rows, blocks, BLOCK_SIZE), TensorProto.UINT8),

@@ -1,7 +1,7 @@
-"""Puts back the products that a trace without weights only marks.
+"""Restores the products that a trace without weights only marks.
 
-The initializers have their dimensions but no bytes: `Graph.matrices` says where those come from.
-Names are those that Optimum gives a model with weights, on which the passes rely.
+The initializers have dimensions but no data: `Graph.matrices` says where that comes from. Names are
+those that Optimum gives to a model with weights, on which the passes rely.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from generator_svc.export.graph.graph import Graph
 
 
 def restore_products(graph: Graph, model: Any) -> None:
-    """`model` is the PyTorch model that was traced."""
+    """Restores all products; `model` is the PyTorch model that was traced."""
     for name, module in model.named_modules():
         if isinstance(module, StreamedLinear):
             _restore_linear(graph, name, module)

@@ -1,6 +1,6 @@
-"""The ONNX graph of a checkpoint as Optimum traces it: its structure, without the weights.
+"""The ONNX graph of a checkpoint as traced by Optimum: its structure, without the weights.
 
-Its node names keep the module path (`/model/layers.0/self_attn/q_proj/MatMul`), which is all that
+Node names contain the module path (`/model/layers.0/self_attn/q_proj/MatMul`), which is all that
 the later passes rely on.
 """
 
@@ -22,8 +22,8 @@ def trace(checkpoint: Checkpoint, folder: Path) -> Graph:
     """Writes Optimum's export into `folder` and returns its graph.
 
     Inputs: input_ids, attention_mask, position_ids, past_key_values.N.key/value; outputs: logits
-    of every position, present.N.key/value. Norms and biases are in the graph; the matrices of
-    streamed layers are only named.
+    of every position, present.N.key/value. Norms and biases are in the graph; matrices of streamed
+    layers are there by name only.
     """
     with quiet_libraries():
         onnx_export_from_model(

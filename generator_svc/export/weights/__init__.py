@@ -1,1 +1,1 @@
-"""Weights on their way from a checkpoint into the data file of a graph, a slice at a time."""
+"""Writes weights from a checkpoint into the data file of a graph, a slice at a time."""

@@ -1,4 +1,4 @@
-"""Rows of weights cut into the blocks that share a scale."""
+"""Rows of weights cut into blocks that share a scale."""
 
 from __future__ import annotations
 

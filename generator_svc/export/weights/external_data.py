@@ -1,7 +1,7 @@
-"""Writes a graph and its weights: small ones in the graph, the others in a file beside it.
+"""Writes a graph and its weights: small ones in the graph, the others in a data file next to it.
 
-The file has its final size before the first weight is read, so a disk that is too small shows at
-once. Slices are read and packed by all cores, a few at a time, and written in their order.
+Free space is checked before the first weight is read, so a disk that is too small is noticed at
+once. Slices are read and packed on all cores, a few ahead, and written in order.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from generator_svc.export.weights.matrix import Array
 from generator_svc.export.weights.packing import MAX_HALF, Packed, Packing, pack_matrix
 from trivium.host_limits import cpu_limit
 
-# ONNX Runtime 1.31 reads up to 13, and older readers of the layout want less.
+# ONNX Runtime 1.31 reads up to 13, but older readers of the layout need a lower one.
 IR_VERSION = 10
 STEP = "writing the weights"
 MIN_EXTERNAL = 1024  # bytes
-ALIGNMENT = 4096  # of a tensor in the file: a page, so that it can be mapped
-MAX_AHEAD = 4  # slices that are being made while one is written
+ALIGNMENT = 4096  # of tensors in the file: a page, so that they can be memory-mapped
+MAX_AHEAD = 4  # slices that are packed while one is written
 
 
 def save(graph: Graph, model: Path, data: Path, progress: Progress = silent) -> None:
-    """Writes `model` and, beside it, `data`; packs whatever nothing has packed yet as floats."""
+    """Writes `model` and, next to it, `data`; matrices that are not packed yet become floats."""
     _pack_floats(graph)
     graph.finish()
     packed = {out.name: out for packing in graph.packings for out in packing.outputs}
@@ -70,7 +70,7 @@ def _place(tensor: TensorProto, file: str, offset: int, nbytes: int) -> None:
 
 
 def _pack_floats(graph: Graph) -> None:
-    """A product reads the transpose of what the checkpoint has, a lookup the rows themselves."""
+    """Packs the remaining matrices as floats, transposed if a product reads them."""
     for name, matrix in graph.matrices.items():
         tensor = graph.initializers[name]
         is_transposed = any(node.op_type == "MatMul" for node in graph.consumers(name))
@@ -80,7 +80,7 @@ def _pack_floats(graph: Graph) -> None:
 
 
 class _Writer:
-    """Puts tensors at their offsets and reports the bytes written."""
+    """Writes tensors at their offsets and reports the bytes written."""
 
     def __init__(self, file: int, offsets: dict[str, int], size: int, progress: Progress) -> None:
         self._file = file
@@ -90,7 +90,7 @@ class _Writer:
         self._written = 0
 
     def write(self, offset: int, content: bytes | memoryview) -> int:
-        """Writes all of `content` and returns the offset behind it."""
+        """Writes all of `content` and returns the offset of its end."""
         view = memoryview(content).cast("B")
         while view:
             done = os.pwrite(self._file, view, offset)
@@ -110,7 +110,7 @@ class _Writer:
 
 
 class _Cursor:
-    """Where the next slice of one initializer goes; nowhere, if the graph does not use it."""
+    """Where to write the next slice of an initializer; discards it if the graph does not use it."""
 
     def __init__(
         self, output: Packed, offset: int | None, write: Callable[[int, Any], int]
@@ -119,7 +119,7 @@ class _Cursor:
         self._offset = offset
         self._write = write
         self._rows = 0
-        # Columns are scattered over the whole tensor, so it is put together in memory.
+        # Columns are scattered over the whole tensor, so it is assembled in memory.
         is_kept = output.is_transposed and offset is not None
         self._whole = np.empty(output.dims, output.dtype) if is_kept else None
 
@@ -134,7 +134,7 @@ class _Cursor:
         self._rows += len(values)
 
     def close(self) -> None:
-        """Every slice was there: the tensor is whole."""
+        """Checks that the tensor is complete, and writes it if it was assembled in memory."""
         axis = 1 if self._output.is_transposed else 0
         assert self._offset is None or self._rows == self._output.dims[axis], self._output.name
         if self._whole is not None and self._offset is not None:
@@ -148,7 +148,7 @@ def _converted(values: Array, dtype: np.dtype[Any]) -> Array:
 
 
 def _in_order(packing: Packing, pool: ThreadPoolExecutor) -> Iterator[tuple[Array, ...]]:
-    """The slices in their order, while the next ones are made."""
+    """Yields the slices in order while the next ones are made."""
     ahead: deque[Future[tuple[Array, ...]]] = deque()
     try:
         for make in packing.slices:

@@ -1,23 +1,23 @@
-"""Four bits per weight: a k-quant for whole zero points, in the layout of MatMulNBits.
+"""Four bits per weight: a k-quant with integer zero points, in the layout of MatMulNBits.
 
-As in the k-quants of llama.cpp, each block tries several ranges around its own, and the error of a
-weight x counts |x| + rms(block) times (`make_qkx2_quants` in
-https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-quants.c). Those fit a scale and a
-free offset to each candidate. MatMulNBits has only zero points from 0 to 15, and when the offset
-of the best fit is rounded to one afterwards, as ONNX Runtime's `quant_tensor_k_quant_cpu` does, the
-error is larger than without any search. So here every candidate has a whole zero point z from the
-start:
+As in llama.cpp's k-quants, several ranges around that of the block are tried, and the error of a
+weight x is weighted by |x| + rms(block) (`make_qkx2_quants` in
+https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-quants.c). Those fit a scale and an
+arbitrary offset to each candidate. MatMulNBits only has zero points from 0 to 15, and if the best
+fit's offset is rounded to one afterwards, as ONNX Runtime's `quant_tensor_k_quant_cpu` does, the
+error is larger than without any search. So here every candidate has an integer zero point z from
+the start:
 
 - x is v steps from zero, v = round(x / step), clipped to -z and 15 - z;
-- the scale that fits best is p / q, where p = sum(w x v), q = sum(w v²) and w is how much x counts;
-- its error is sum(w x²) - p² / q, so the largest p² / q wins, and no candidate is written out.
+- the best scale is p / q, where p = sum(w x v), q = sum(w v²) and w is the weight of x's error;
+- its error is sum(w x²) - p² / q, so the largest p² / q wins, and errors are never computed.
 
-Symmetric blocks have fewer candidates to choose from. Where it is known how large the activations
-are that meet each column, w is their mean square instead: the error of a product's result is what
-the errors of its weights make of its input. That wins more than the zero points lose (docs/log.md).
+Symmetric blocks have fewer candidates. If the activations of each column are known, w is their mean
+square instead, since a product's error is its weights' errors times its input. That gains more than
+is lost without zero points (docs/log.md).
 
-Blocks whose weights are 16 or fewer evenly spaced levels around zero already, as those of a GGUF
-file in Q4_0 are, come back exactly.
+Blocks whose weights are already at most 16 evenly spaced levels around zero, as in a GGUF file in
+Q4_0, are reproduced exactly.
 """
 
 from __future__ import annotations
@@ -32,30 +32,31 @@ from generator_svc.export.weights.blocks import BLOCK_SIZE, cut
 from generator_svc.export.weights.matrix import Array
 from trivium.host_limits import cpu_limit
 
-ZERO_POINT = 8  # what MatMulNBits takes when it is given none
+ZERO_POINT = 8  # the default of MatMulNBits
 TOP = np.float32(15)  # levels are 0 to 15
-# Steps that a block's range, with zero in it, is divided into. With more than 15 its ends are cut
-# off. Fewer than 13 are best only for a block that has that many levels; it has 8 at least in Q4_0.
+# Numbers of steps that a block's range, including zero, is divided into. With more than 15 its ends
+# are clipped. Fewer than 13 are best only for a block with that few levels; Q4_0 has at least 8.
 STEPS = [*range(8, 13), *(13 + number / 4 for number in range(17))]
-# Steps from zero to the largest magnitude of a symmetric block, which is below zero.
+# Numbers of steps from the zero point down to the largest magnitude of a symmetric block.
 SYMMETRIC_STEPS = [7 + number / 4 for number in range(9)]
-# With more than nine it is cut off, which may be best where it meets small activations.
+# Further ones, which clip it more, may be best if its column has small activations.
 MEASURED_STEPS = [*SYMMETRIC_STEPS, 9.5, 10, 11, 12]
-# Of the mean of all columns' mean squares: a column that the calibration never met counts so much.
+# Minimum importance of a column, relative to the mean, for columns without activations in
+# calibration.
 MIN_IMPORTANCE = 1e-4
-# Blocks that are worked on at once, so that the arrays of a tile stay in a core's own cache. All
-# tiles are of this size, so a block's sums do not depend on where it stands.
+# Blocks that are processed at once, so that the arrays of a tile stay in a core's own cache. All
+# tiles have this size, so a block's sums do not depend on its position.
 TILE = 2048
 
-# Steps per unit and the zero point of each column's next candidate, float32 [b] both.
+# Steps per unit and zero point of the next candidate of each block, float32 [b] both.
 _Candidates = Iterator[tuple[Array, Array]]
 
 
 def quantize_asymmetric(rows: Array) -> tuple[Array, Array, Array]:
-    """Blocks of float32 rows [n, K] with a zero point each, on all cores.
+    """Quantises float32 rows [n, K] in blocks with a zero point each, on all cores.
 
-    A weight is scale * (level - zero point). Returns levels as uint8 [n, blocks, 16], the first of
-    two in the lower half of a byte; float32 scales [n, blocks]; and zero points as uint8
+    A weight is scale * (level - zero point). Returns levels as uint8 [n, blocks, 16], two per byte
+    with the first in the low nibble; float32 scales [n, blocks]; and zero points as uint8
     [n, ceil(blocks / 2)], packed in the same way row by row.
     """
     packed, scales, zero_points = _quantize(rows, _ranges)
@@ -67,11 +68,11 @@ def quantize_asymmetric(rows: Array) -> tuple[Array, Array, Array]:
 def quantize_symmetric(
     rows: Array, is_half: bool = False, mean_squares: Array | None = None
 ) -> tuple[Array, Array]:
-    """Blocks of float32 rows [n, K] whose zero point is 8, on all cores.
+    """Quantises float32 rows [n, K] in blocks with zero point 8, on all cores.
 
-    Returns levels and scales as `quantize_asymmetric` does; float16 can hold the scales exactly if
-    `is_half`. A scale is negative where the largest magnitude is that of a positive weight, which
-    has level 0 then. `mean_squares`, float32 [K], are those of the product's input.
+    Returns levels and scales as `quantize_asymmetric` does; with `is_half`, float16 represents the
+    scales exactly. If the weight with the largest magnitude is positive, the scale is negative, so
+    that its level is below 8. `mean_squares`, float32 [K], are those of the product's input.
     """
     if mean_squares is None:
         packed, scales, _ = _quantize(rows, partial(_magnitudes, SYMMETRIC_STEPS), is_half)
@@ -108,9 +109,9 @@ def _quantize(
     is_half: bool = False,
     importance: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Levels [n, blocks, 16], two a byte, and scales and zero points [n, blocks].
+    """Levels [n, blocks, 16], two per byte, and scales and zero points [n, blocks].
 
-    `importance`, float32 [blocks, 32], is how much the weights of each column count.
+    `importance`, float32 [blocks, 32], weights the errors of each column.
     """
     blocks = cut(rows)
     count, per_row, _ = blocks.shape
@@ -144,11 +145,11 @@ def _quantize_tile(
 ) -> tuple[Array, Array, Array]:
     """Levels [b, 16], scales [b] and zero points [b] of at most `TILE` blocks [b, 32].
 
-    Inside, blocks are columns, so that sums over a block run along contiguous memory.
+    Internally blocks are columns, so that sums over all blocks run along contiguous memory.
     """
     columns = np.zeros((BLOCK_SIZE, TILE), np.float32)
     columns[:, : len(blocks)] = blocks.T
-    # Squares of very large or small weights have no float32. A power of two rounds nothing.
+    # Squares of very large or small weights exceed float32. Powers of two scale without rounding.
     unit = np.ldexp(np.float32(1), np.frexp(np.abs(columns).max(0))[1] - 1)
     columns /= unit
     scale, zero_point = _best(columns, candidates(columns), importance)
@@ -164,16 +165,16 @@ def _quantize_tile(
 
 
 def _best(weights: Array, candidates: _Candidates, importance: Array | None) -> tuple[Array, Array]:
-    """The scale and zero point of each column of float32 [32, b], float32 [b] both.
+    """The best scale and zero point of each column of float32 [32, b], float32 [b] both.
 
-    The error of each weight counts `importance` times, float32 [32, b].
+    `importance`, float32 [32, b], weights the error of each element.
     """
     if importance is None:
         importance = np.abs(weights)
         importance += np.sqrt(np.einsum("ij,ij->j", weights, weights) / BLOCK_SIZE)
     weighted = importance * weights
     levels = np.empty_like(weights)  # counted from the zero point
-    gain = np.full_like(weights[0], -1)  # less than any
+    gain = np.full_like(weights[0], -1)  # below any actual gain
     scale, zero_point = np.empty_like(gain), np.empty_like(gain)
     for per_unit, zero in candidates:
         np.multiply(weights, per_unit, out=levels)
@@ -182,7 +183,7 @@ def _best(weights: Array, candidates: _Candidates, importance: Array | None) -> 
         np.minimum(levels, TOP - zero, out=levels)
         product = np.einsum("ij,ij->j", weighted, levels)
         square = np.einsum("ij,ij,ij->j", importance, levels, levels)
-        # All levels of a block of zeros are zero. Any scale fits them.
+        # In a block of zeros all levels are zero, and any scale fits.
         fitted = np.divide(product, square, out=np.ones_like(product), where=square > 0)
         better = fitted * product > gain
         np.copyto(gain, fitted * product, where=better)
@@ -192,10 +193,10 @@ def _best(weights: Array, candidates: _Candidates, importance: Array | None) -> 
 
 
 def _as_half(scales: Array) -> Array:
-    """Scales as float16 can hold them, still in float32; none becomes zero that was not.
+    """Scales rounded to float16, returned as float32; nonzero scales stay nonzero.
 
-    Levels are chosen for these: below 6e-5 float16 has few digits left, and a scale that is rounded
-    after its levels were chosen moves every weight of its block.
+    Levels are chosen for these scales: below 6e-5 float16 has few digits left, and rounding a scale
+    after its levels were chosen would shift every weight of the block.
     """
     limits = np.finfo(np.float16)
     rounded = np.clip(scales, limits.min, limits.max).astype(np.float16).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Eight bits per weight with one scale per output channel, for products of integers."""
+"""Eight bits per weight with one scale per output channel, for integer products."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ LARGEST = np.float32(127)
 
 
 def quantize(rows: Array) -> tuple[Array, Array]:
-    """Symmetric int8 [n, K] and float32 scales [n] of float32 rows [n, K].
+    """Symmetric int8 [n, K] and float32 scales [n] for float32 rows [n, K].
 
-    MatMulInteger and its kin take the int8 transposed.
+    MatMulInteger and similar operators take the int8 matrix transposed.
     """
     scales = np.abs(rows).max(1) / LARGEST
     scales[scales == 0] = 1

@@ -1,4 +1,4 @@
-"""A matrix of a checkpoint that is read in slices of rows and is never whole in memory."""
+"""A matrix of a checkpoint that is read in slices of rows and is never in memory as a whole."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 
-# Elements of a slice: 16 MiB in float32, large enough that a slice's own cost does not count.
+# Elements of a slice: 16 MiB in float32, large enough to make the overhead per slice negligible.
 MAX_SLICE = 2**22
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """Rows are outputs of a linear layer or tokens of an embedding, as PyTorch keeps them.
+    """Rows are outputs of a linear layer or tokens of an embedding, as in PyTorch.
 
-    `read(start, stop)` gives rows start to stop as float32 [stop - start, columns]; the array is
-    the caller's own.
+    `read(start, stop)` returns rows start to stop as float32 [stop - start, columns], an array that
+    the caller may modify.
     """
 
     rows: int
@@ -30,7 +30,7 @@ class Matrix:
     read: Callable[[int, int], Array]
 
     def slices(self) -> list[Callable[[], Array]]:
-        """Reads of all rows in order, each of whole rows and about `MAX_SLICE` elements at most."""
+        """Functions that read all rows in order, each at most about `MAX_SLICE` elements."""
         step = max(1, MAX_SLICE // self.columns)
         return [
             partial(self.read, start, min(start + step, self.rows))
@@ -39,7 +39,7 @@ class Matrix:
 
 
 def stack(parts: Sequence[Matrix]) -> Matrix:
-    """The rows of all parts, one part after the other; all have the same columns."""
+    """The rows of all parts, one part after the other; all have the same number of columns."""
     (columns,) = {part.columns for part in parts}
     ends = list(accumulate(part.rows for part in parts))
 

@@ -1,4 +1,4 @@
-"""How the initializers of a graph are made of slices of a checkpoint, when the graph is saved."""
+"""How a graph's initializers are made from slices of a checkpoint when the graph is saved."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ MAX_HALF = float(np.finfo(np.float16).max)
 class Packed:
     """One initializer to be written; `data_type` is a TensorProto.DataType.
 
-    Slices follow each other along its first axis or, if it `is_transposed` (two axes only), are
-    the transposed slices that follow each other along its second.
+    Slices are concatenated along the first axis or, if it `is_transposed` (two axes only),
+    transposed and concatenated along the second.
     """
 
     name: str
@@ -29,14 +29,14 @@ class Packed:
     is_transposed: bool = False
 
     def proto(self) -> TensorProto:
-        """The initializer without its bytes, which no message ever holds."""
+        """The initializer without its data, which never is in a protobuf message."""
         tensor = TensorProto(name=self.name, dims=self.dims, data_type=self.data_type)
         tensor.data_location = TensorProto.EXTERNAL
         return tensor
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the bytes in the file; FLOAT8E8M0, which numpy lacks, is uint8."""
+        """Data type in the file; uint8 for FLOAT8E8M0, which NumPy lacks."""
         if self.data_type == TensorProto.FLOAT8E8M0:
             return np.dtype(np.uint8)
         kind: np.dtype[Any] = helper.tensor_dtype_to_np_dtype(self.data_type)
@@ -49,11 +49,11 @@ class Packed:
 
 @dataclass(frozen=True)
 class Packing:
-    """Initializers that come out of one pass over the same weights.
+    """Initializers that are made in one pass over the same weights.
 
-    Each of `slices` makes the next slice of every output, in their order; they may be called in
-    several threads. Floats may come as float32 whatever the output's type: they are converted
-    (and clipped to float16's range) as they are written.
+    Each of `slices` makes the next slice of every output, in order; they may be called from several
+    threads. Floats may be float32 whatever the output's type: they are converted (and clipped to
+    float16's range) when they are written.
     """
 
     outputs: tuple[Packed, ...]
@@ -63,7 +63,7 @@ class Packing:
 def pack_matrix(
     outputs: tuple[Packed, ...], matrix: Matrix, pack: Callable[[Array], tuple[Array, ...]]
 ) -> Packing:
-    """`pack` takes float32 rows [n, columns] and gives n rows of every output."""
+    """A Packing of `matrix`: `pack` makes n rows of every output from float32 [n, columns]."""
 
     def slice_of(read: Callable[[], Array]) -> Callable[[], tuple[Array, ...]]:
         return lambda: pack(read())
