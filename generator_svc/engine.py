@@ -239,7 +239,8 @@ class Engine:
             self.meter.charge(result.nanoseconds, [(sequence, len(chunk.token_ids))])
         if outcome.rows is not None:
             self.meter.charge_rows(outcome.rows.nanoseconds, step.rows)
-        tokens = sum(len(chunk.token_ids) for chunk in step.plan.chunks)
+        tokens = sum(len(prompt) for batch in step.plan.batches for prompt in batch.prompts)
+        tokens += sum(len(chunk.token_ids) for chunk in step.plan.chunks)
         tokens += len(step.rows) - step.rows.count(None)
         if tokens:
             self.meter.steps[tokens] += 1

@@ -155,6 +155,18 @@ def test_bad_logits_inside_a_prompt_end_the_request_that_asked():
     assert bench.runner.busy == bench.meter.busy
 
 
+def test_a_step_counts_its_tokens_however_they_are_computed():
+    """Prompts in one run, padding left out, chunks, and rows; what is idle does not count."""
+    bench = Bench(max_num_batched_tokens=64, max_prefill_batch_size=4)
+    bench.submit(list(range(2, 22)), 2, stop_token_ids=frozenset())
+    bench.submit(list(range(3, 20)), 2, stop_token_ids=frozenset())
+    bench.step()
+    assert len(bench.runner.plans[-1].batches) == 1
+    bench.finish()
+
+    assert {37: 1, 2: 1} == dict(bench.meter.steps)
+
+
 def test_prefix_cache_changes_nothing_but_the_work():
     """A second request with the same beginning computes less and answers the same."""
     prompt = list(range(2, 34))
