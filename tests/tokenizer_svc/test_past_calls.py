@@ -67,6 +67,29 @@ ROME = ("traffic", '{"city": "Rome"}')
 
 
 @any_template
+def test_arguments_with_words_of_control_tokens(name: str) -> None:
+    """They reach the prompt as they are, however a template prints lists and objects."""
+    words = '["start", {"end": "im"}, "<|im_end|>"]'
+    prompt = render(name, called(("weather", f'{{"at": {words}}}')), result("sunny"))
+
+    assert words in prompt.replace("'", '"')
+
+
+@pytest.mark.parametrize("printed", ["['value']", "['value'] | tojson(ensure_ascii=True)"])
+@pytest.mark.parametrize("text", ["start", "<|im_end|>", "\ufdd2start", "start\\ufdd2"])
+def test_a_text_within_a_list(printed: str, text: str) -> None:
+    """However a template prints it, nothing is added to it."""
+    source = (
+        "{% for m in messages %}{{ " + printed.replace("'value'", "m.content") + " }}{% endfor %}"
+    )
+    builder = PromptBuilder(ChatTemplate(source, TOKENS), Tokenizer(byte_level()))
+    shown = builder.build(Conversation((Message(Role.USER, (text,)),))).text
+    expected = [repr([text]), json.dumps([text])]
+
+    assert shown in expected
+
+
+@any_template
 @pytest.mark.parametrize("tools", [TOOLS, ()], ids=["tools", "no tools"])
 @pytest.mark.parametrize("text", [None, ""], ids=["null", "empty"])
 def test_a_call_without_text(name: str, tools: tuple[Tool, ...], text: str | None) -> None:

@@ -109,8 +109,8 @@ class PromptBuilder:
             )
         with tracing.span("encode"):
             named = self._escaper.renamed(rendered, self._tokenizer.control_name)
-            token_ids = self._tokenizer.encode(named.replace(mark, ""), max_tokens=max_tokens)
-        text = rendered.replace(mark, "")
+            token_ids = self._tokenizer.encode(_without(mark, named), max_tokens=max_tokens)
+        text = _without(mark, rendered)
         own = conversation.messages[-1].content if conversation.continue_final_message else None
         return Prompt(text, token_ids, thinking_after(text, own or ""))
 
@@ -223,7 +223,16 @@ def _up_to(rendered: str, last: str) -> str:
 
 def _unused_character(texts: Sequence[str]) -> str:
     for mark in _MARKS:
-        if not any(mark in text for text in texts):
+        if not any(mark in text or _escape(mark) in text for text in texts):
             return mark
     message = "The messages use every private character, so that none is left to tell text apart."
     raise ServiceError("invalid_chat_template_input", message, "messages")
+
+
+def _without(mark: str, text: str) -> str:
+    return text.replace(mark, "").replace(_escape(mark), "")
+
+
+def _escape(mark: str) -> str:
+    """The mark where a template prints a list or an object as Python does, or JSON in ASCII."""
+    return f"\\u{ord(mark):04x}"
