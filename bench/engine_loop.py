@@ -20,7 +20,8 @@ from bench.play import Ask, Recording, Script, Trace
 from generator_svc.config import GeneratorSettings
 from generator_svc.metering import Meter
 from generator_svc.plan import StepPlan
-from generator_svc.run.runner import DeviceInfo, OrtRunner, StepOutcome
+from generator_svc.run.outcome import DeviceInfo, StepOutcome
+from generator_svc.run.runner import OrtRunner
 from generator_svc.sequence import EngineRequest, SamplingParams, SequenceUpdate
 from generator_svc.server import build_engine, load_runner, warm_up
 from trivium.model_directory import load_model_directory

@@ -13,7 +13,8 @@ from dataclasses import replace
 
 from generator_svc import __main__ as service
 from generator_svc.plan import StepPlan
-from generator_svc.run.runner import OrtRunner, StepOutcome
+from generator_svc.run.outcome import StepOutcome
+from generator_svc.run.runner import OrtRunner
 
 STEP_SECONDS = 0.030
 ROW_SECONDS = 0.001

@@ -41,7 +41,7 @@ from bench.prompts import Prompts, Text
 from bench.report import Results, Row, as_json, machine, notes, page, renewed, tables
 from bench.scenarios import Choices, Load, LongPrompt, Scenario, SharedSystemPrompt, Turns
 from bench.worker import Worker
-from generator_svc.run.runner import DeviceInfo
+from generator_svc.run.outcome import DeviceInfo
 from trivium.cli.load import Target
 from trivium.cli.pipeline import Pipeline, free_ports
 from trivium.cli.supervisor import Stage, Supervisor

@@ -19,7 +19,8 @@ from bench.step_costs import StepCosts, served_engine
 from bench.trace import Request
 from generator_svc.admission import QueueFull
 from generator_svc.plan import StepPlan
-from generator_svc.run.runner import DeviceInfo, RunResult, StepOutcome, capture_sizes
+from generator_svc.run.outcome import DeviceInfo, RunResult, StepOutcome
+from generator_svc.run.runner import capture_sizes
 from generator_svc.sequence import EngineRequest, SamplingParams, SequenceUpdate
 from tokenizer_svc.generator.load import LoadReport
 from tokenizer_svc.generator.picker import Candidate, GeneratorPicker

@@ -25,7 +25,8 @@ from generator_svc.config import GeneratorSettings
 from generator_svc.engine import Engine
 from generator_svc.metering import Meter
 from generator_svc.plan import Chunk, Copy, Row, StepPlan, Swap
-from generator_svc.run.runner import OrtRunner, Runner, StepOutcome
+from generator_svc.run.outcome import Runner, StepOutcome
+from generator_svc.run.runner import OrtRunner
 from generator_svc.sequence import EngineRequest, SamplingParams, SequenceUpdate
 from generator_svc.server import build_engine
 

@@ -23,7 +23,7 @@ from generator_svc.config import GeneratorSettings
 from generator_svc.engine import Load
 from generator_svc.metering import Meter
 from generator_svc.metrics import EngineCollector, RequestMetrics, register_info
-from generator_svc.run.runner import DeviceInfo
+from generator_svc.run.outcome import DeviceInfo
 from generator_svc.usage import UsageMetrics
 from rest_facade.config import FacadeSettings
 from tests import compatibility

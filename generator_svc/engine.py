@@ -14,7 +14,7 @@ from typing import Any
 
 from generator_svc.admission import Admission
 from generator_svc.metering import CACHE_MOVES, REPREFILL, Meter
-from generator_svc.run.runner import Runner, StepOutcome
+from generator_svc.run.outcome import Runner, StepOutcome
 from generator_svc.sampling.device_sampler import LogitsRow, sample_all
 from generator_svc.sampling.prompt_logprobs import score
 from generator_svc.scheduler import ScheduledStep, Scheduler

@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 
 from generator_svc.engine import Load
 from generator_svc.metering import OVERHEADS, Meter
-from generator_svc.run.runner import DeviceInfo
+from generator_svc.run.outcome import DeviceInfo
 from generator_svc.sequence import FinishReason, SequenceGroup, SequenceUpdate
 from trivium.wire.errors import ERRORS
 from trivium.wire.histogram import TokenHistogram

@@ -28,7 +28,8 @@ from generator_svc.metrics import EngineCollector, RequestMetrics, register_info
 from generator_svc.plan import MIN_CHUNK_TOKENS, Chunk, PromptBatch, Row, StepPlan
 from generator_svc.prefill_cost import PrefillCostModel
 from generator_svc.prompt_batches import MIN_REUSED_TOKENS, padded_length, padded_lengths
-from generator_svc.run.runner import DeviceInfo, OrtRunner, RunResult
+from generator_svc.run.outcome import DeviceInfo, RunResult
+from generator_svc.run.runner import OrtRunner
 from generator_svc.scheduler import Scheduler
 from generator_svc.sequence import SequenceUpdate
 from generator_svc.service import GeneratorService

@@ -9,7 +9,7 @@ import numpy as np
 from generator_svc.plan import Copy, PromptBatch, StepPlan, Swap
 from generator_svc.prefill_cost import PrefillCostModel
 from generator_svc.run.logits_buffers import Logits
-from generator_svc.run.runner import RunResult, StepOutcome
+from generator_svc.run.outcome import RunResult, StepOutcome
 
 VOCABULARY = 64
 EOS = 1

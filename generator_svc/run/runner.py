@@ -7,8 +7,8 @@ import functools
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +27,8 @@ from generator_svc.plan import Chunk, Copy, PromptBatch, Row, StepPlan, Swap
 from generator_svc.run.batch import RunInputs, decode_inputs, prefill_inputs, prompt_inputs
 from generator_svc.run.cuda_memory import CudaMemory
 from generator_svc.run.fixed_inputs import FixedInputs
-from generator_svc.run.logits_buffers import DeviceLogits, DeviceRows, HostLogits, Logits
+from generator_svc.run.logits_buffers import DeviceLogits, HostLogits, Logits
+from generator_svc.run.outcome import DeviceInfo, RunResult, StepOutcome
 from generator_svc.run.slot_memory import HostMemory, SlotMemory
 from generator_svc.sampling.device_row import CANDIDATES
 from trivium.model_directory import ModelDirectory
@@ -44,64 +45,6 @@ _MAX_BINDINGS = 1024
 
 # Relative to the largest logit: attention may split its work differently for a longer mask.
 _GRAPH_TOLERANCE = 0.02
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """One run: its device time, and either its logits, float32 [rows, vocabulary], or its error.
-
-    Logits that stay on the device are a DeviceRow per row, those of which only the arg max is
-    needed a GreedyRow. `all_logits`, float32 [tokens, vocabulary], are those of every token of a
-    chunk with `wants_all_logits`.
-    """
-
-    nanoseconds: int
-    logits: Logits | DeviceRows | None = None
-    error: BaseException | None = None
-    all_logits: Logits | None = None
-
-
-@dataclass(frozen=True)
-class StepOutcome:
-    """The results of one plan: one per prompt batch, one per chunk, and one for the decode rows, if
-    any."""
-
-    move_nanoseconds: int = 0
-    chunks: tuple[RunResult, ...] = ()
-    rows: RunResult | None = None
-    batches: tuple[RunResult, ...] = ()
-
-    @property
-    def prefills(self) -> tuple[RunResult, ...]:
-        """The results of the prompt batches, then those of the chunks."""
-        return (*self.batches, *self.chunks)
-
-
-class Runner(Protocol):
-    """Executes plans; the engine's view of a device."""
-
-    def run(self, plan: StepPlan) -> StepOutcome:
-        """Executes a plan. A failed run is reported in its result, never raised."""
-
-
-@dataclass(frozen=True)
-class DeviceInfo:
-    """The execution provider, and the data type and sizes in use."""
-
-    provider: str
-    dtype: str
-    slots: int
-    slot_length: int
-    cache_bytes: int
-    capture_sizes: tuple[int, ...] = ()  # batch sizes of CUDA graphs, ascending; empty without them
-    pads_prompts: bool = False  # whether the model's graph supports PromptBatch
-    gives_all_logits: bool = False  # whether it can return the logits of every token of a chunk
-    cuda_unavailable: str = ""  # why device `auto` did not choose CUDA
-
-    @property
-    def device(self) -> str:
-        """`cpu` or `cuda`."""
-        return "cuda" if self.provider == "CUDAExecutionProvider" else "cpu"
 
 
 class OrtRunner:

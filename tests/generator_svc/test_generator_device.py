@@ -16,7 +16,8 @@ from generator_svc.config import GeneratorSettings
 from generator_svc.cuda import CudaError
 from generator_svc.device import Device, DeviceError, choose_device, why_not_cuda
 from generator_svc.metrics import register_info
-from generator_svc.run.runner import OrtRunner, RunResult
+from generator_svc.run.outcome import RunResult
+from generator_svc.run.runner import OrtRunner
 from tests.tiny_models import tiny_model_directory
 from trivium.cuda_libraries import LIBRARIES, missing_libraries
 from trivium.host_limits import MemoryLimit

@@ -14,7 +14,8 @@ from generator_svc.config import GeneratorSettings
 from generator_svc.device import DeviceError, choose_device
 from generator_svc.metering import WARM_UP, Meter
 from generator_svc.plan import Chunk, Copy, PromptBatch, Row, StepPlan, Swap
-from generator_svc.run.runner import DeviceInfo, OrtRunner
+from generator_svc.run.outcome import DeviceInfo
+from generator_svc.run.runner import OrtRunner
 from generator_svc.sequence import EngineRequest, SamplingParams
 from generator_svc.server import build_engine, warm_up
 from tests.fakes import ScriptedRunner
