@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from tests.model_hub import ModelHub
 from tests.tiny_models import tiny_checkpoint
 from trivium.cli.main import app
+from trivium.cli.models import find_model
 from trivium.cli.pipeline import free_ports
 
 PORTS = ("tokenizer-port", "tokenizer-metrics-port", "generator-port", "generator-metrics-port")
@@ -99,6 +100,13 @@ def test_a_folder_of_ones_own_is_made_anew_when_it_changes(tmp_path: Path) -> No
     changed, _ = cached(str(checkpoint), "--check")
 
     assert ("tuned", [0, 0, 1]) == (folder.name, [made, kept, changed])
+
+
+def test_a_model_folder_beside_its_checkpoint_is_served_as_it_is(tiny_folder: Path) -> None:
+    """As repositories have it that publish both."""
+    (tiny_folder / "model.safetensors").touch()
+
+    assert tiny_folder == find_model(str(tiny_folder), "cpu").folder
 
 
 def test_checkpoints_of_one_name_do_not_meet(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from trivium.cache_folder import cache_folder
 from trivium.cli.supervisor import LEASH
 from trivium.embedded_model import EMBEDDED_MODEL
 from trivium.hub_name import HubName
-from trivium.model_directory import ModelDirectoryError, load_model_directory
+from trivium.model_directory import GENAI_CONFIG, ModelDirectoryError, load_model_directory
 
 
 class NoModel(Exception):
@@ -67,7 +67,9 @@ def possible_folders(name: str) -> list[Path]:
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    """Whether the folder holds checkpoint weights."""
+    """Whether the folder holds checkpoint weights, and no model that can be served as it is."""
+    if (folder / GENAI_CONFIG).is_file():
+        return False
     return any(file.suffix in (".safetensors", ".gguf") for file in folder.iterdir())
 
 
