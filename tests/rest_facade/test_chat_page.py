@@ -269,6 +269,7 @@ async def test_the_key_is_asked_for(
         if key == "wrong":
             await expect(dialog).to_contain_text("does not accept this key")
     await expect(dialog).to_be_hidden()
+    await expect(opened.get_by_label("Model")).to_be_enabled()
     await ask(opened, "Open?")
     await expect(answer(opened).locator(".text")).to_have_text("Hello world")
     await opened.reload()

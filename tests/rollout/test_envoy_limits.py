@@ -103,7 +103,7 @@ async def facade(edge: Edge, answer: Any) -> AsyncIterator[list[bytes]]:
             while (await client.get(url)).status_code != 200:
                 pass
         yield bodies
-    await asyncio.sleep(0)  # for connections that were accepted a moment ago
+    await asyncio.sleep(0.1)  # for connections that were accepted a moment ago
     for writer in writers:  # the edge may be asking after its health
         writer.close()
         with contextlib.suppress(ConnectionError):
