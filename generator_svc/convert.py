@@ -195,14 +195,16 @@ def to_response(updates: list[SequenceUpdate]) -> pb.GenerateResponse:
         message.logprobs.extend(_logprobs(t.logprobs) for t in tokens if t.logprobs is not None)
         if own[-1].is_finished:
             message.finished.CopyFrom(_finished(own[-1].sequence))
+    _add_prompt_logprobs(response, updates[0].group)
     return response
 
 
-def add_prompt_logprobs(response: pb.GenerateResponse, group: SequenceGroup) -> None:
-    """Adds those of all prompt tokens but the first once all of them are computed."""
-    if len(group.prompt_logprobs) == len(group.request.prompt) - 1:
-        response.prompt_logprobs.extend(map(_logprobs, group.prompt_logprobs))
-        group.prompt_logprobs.clear()
+def _add_prompt_logprobs(response: pb.GenerateResponse, group: SequenceGroup) -> None:
+    """Moves the log-probabilities of the prompt into the response, once all of them are known."""
+    known = group.prompt_logprobs
+    if known and len(known) == len(group.request.prompt) - 1:
+        response.prompt_logprobs.extend(map(_logprobs, known))
+        known.clear()
 
 
 def _logprobs(found: TokenLogprobs) -> pb.TokenLogprobs:

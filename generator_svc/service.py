@@ -23,7 +23,6 @@ from generator_svc.constraint.compiler import (
 from generator_svc.convert import (
     CONSTRAINT,
     Limits,
-    add_prompt_logprobs,
     to_constraint,
     to_engine_request,
     to_load_interval,
@@ -131,7 +130,7 @@ class GeneratorService(pb_grpc.GeneratorServiceServicer):
         commands = asyncio.create_task(self._handle_commands(request_iterator, group, usage))
         outcome = FinishReason.CANCELLED
         try:
-            running, is_first = request.n, True
+            running = request.n
             while running:
                 updates = await queue.take()
                 for update in updates:
@@ -142,11 +141,7 @@ class GeneratorService(pb_grpc.GeneratorServiceServicer):
                         raise failure
                 running -= sum(update.is_finished for update in updates)
                 self._metrics.sent(updates)
-                response = to_response(updates)
-                if is_first and request.prompt_logprobs is not None:
-                    add_prompt_logprobs(response, group)
-                is_first = False
-                yield response
+                yield to_response(updates)
             outcome = group.sequences[0].finish_reason or outcome
             queue.observe_phases(group)
             usage.status = 200

@@ -25,7 +25,6 @@ from rest_facade.convert.completion import CompletionChunks
 from rest_facade.convert.envelope import taken
 from rest_facade.json_encoding import encode
 from rest_facade.metrics import CONTENT_TYPE, Metrics
-from rest_facade.offload import offload
 from rest_facade.openapi import (
     READ_ERRORS,
     RawRoute,
@@ -59,6 +58,7 @@ from rest_facade.responses import (
 from rest_facade.stream import Event, EventStream
 from rest_facade.usage import usage_of
 from trivium.field_errors import missing
+from trivium.offload import INLINE_ANSWER_BYTES, offload
 from trivium.wire import tracing
 from trivium.wire.in_flight import InFlight
 
@@ -197,7 +197,9 @@ class Routes:
                 return await self._streamed(request, stream, ChatChunks(body), started_at)
             response = await while_connected(request.receive, self._backend.complete_chat(message))
         usage.began, usage.taken = True, partial(taken, response.usage)
-        return await offload(response, lambda: _json(chat.answer(response, body)))
+        return await offload(
+            response.ByteSize(), lambda: _json(chat.answer(response, body)), INLINE_ANSWER_BYTES
+        )
 
     async def completions(self, request: Request) -> Response:
         """A plain completion, whole or streamed."""
@@ -213,7 +215,11 @@ class Routes:
                 return await self._streamed(request, stream, CompletionChunks(body), started_at)
             response = await while_connected(request.receive, self._backend.complete_text(message))
         usage.began, usage.taken = True, partial(taken, response.usage)
-        return await offload(response, lambda: _json(completion.answer(response, body)))
+        return await offload(
+            response.ByteSize(),
+            lambda: _json(completion.answer(response, body)),
+            INLINE_ANSWER_BYTES,
+        )
 
     async def _read(self, request: Request, convert: Callable[[dict[str, Any]], Result]) -> Result:
         """What `convert` makes of the JSON object in the body."""

@@ -14,8 +14,8 @@ from starlette.types import Receive, Scope, Send
 from rest_facade.backend import CompletionStream
 from rest_facade.connection import while_connected
 from rest_facade.convert.chunks import Chunks
-from rest_facade.offload import offload
 from rest_facade.sse import DONE, KEEP_ALIVE, sse_event
+from trivium.offload import INLINE_ANSWER_BYTES, offload
 
 _HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -78,7 +78,9 @@ class EventStream(Response):
         """Those of an event; None at the end."""
         if event is None:
             return None
-        return await offload(event, lambda: self._converter.push(event))
+        return await offload(
+            event.ByteSize(), lambda: self._converter.push(event), INLINE_ANSWER_BYTES
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

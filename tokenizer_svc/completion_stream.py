@@ -17,7 +17,6 @@ from tokenizer_svc.generator.types import (
 )
 from tokenizer_svc.metrics import RequestMeter
 from tokenizer_svc.models import ServedModel
-from tokenizer_svc.offload import INLINE_LOGPROBS, offload
 from tokenizer_svc.output.completion import Completion
 from tokenizer_svc.output.decoding_options import DecodingOptions
 from tokenizer_svc.output.echo import Echo
@@ -25,6 +24,7 @@ from tokenizer_svc.output.events import Delta, Event, Header, Usage
 from tokenizer_svc.request.types import ValidOptions
 from tokenizer_svc.trace import CompletionTrace
 from trivium.keys.keyed_request import current_request
+from trivium.offload import INLINE_LOGPROBS, offload
 from trivium.wire.errors import ServiceError, internal_error
 
 log = logging.getLogger(__name__)

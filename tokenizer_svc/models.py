@@ -9,7 +9,6 @@ from pathlib import Path
 from tokenizer_svc.families.choose import ModelOutputFormat, choose
 from tokenizer_svc.generator.client import GeneratorClient
 from tokenizer_svc.generator.watch import GeneratorWatch
-from tokenizer_svc.offload import offload
 from tokenizer_svc.output.detokenizer import Detokenizer
 from tokenizer_svc.prompt.builder import Prompt, PromptBuilder
 from tokenizer_svc.prompt.chat_template import ChatTemplate
@@ -18,6 +17,7 @@ from tokenizer_svc.tokenizer import Tokenizer, TooManyTokens
 from trivium.field_errors import missing
 from trivium.keys.keyed_request import current_request
 from trivium.model_directory import ModelDirectory, ModelDirectoryError, load_model_directory
+from trivium.offload import offload
 from trivium.wire import tracing
 from trivium.wire.errors import ServiceError
 

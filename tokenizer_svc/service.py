@@ -18,7 +18,6 @@ from tokenizer_svc.convert.response import stream_response, whole_response
 from tokenizer_svc.generator.types import Constraint
 from tokenizer_svc.metrics import Metrics
 from tokenizer_svc.models import Model, ServedModels
-from tokenizer_svc.offload import INLINE_BYTES, INLINE_LOGPROBS, offload
 from tokenizer_svc.output.completion import WholeCompletion
 from tokenizer_svc.output.decoding_options import chat_decoding
 from tokenizer_svc.output.events import Event
@@ -35,6 +34,7 @@ from trivium.chat.v1 import (
     completion_pb2_grpc,
     model_pb2_grpc,
 )
+from trivium.offload import INLINE_BYTES, INLINE_LOGPROBS, offload
 from trivium.tokenizer.v1 import tokenizer_pb2_grpc
 from trivium.wire.call_boundary import Guard
 from trivium.wire.channel import remaining_seconds

@@ -16,7 +16,6 @@ from tokenizer_svc.convert.request import completion_request
 from tokenizer_svc.convert.response import completion_event, whole_completion
 from tokenizer_svc.metrics import Metrics
 from tokenizer_svc.models import Model, ServedModel, ServedModels
-from tokenizer_svc.offload import INLINE_BYTES, INLINE_LOGPROBS, offload
 from tokenizer_svc.output.completion import WholeCompletion
 from tokenizer_svc.output.decoding_options import plain_decoding
 from tokenizer_svc.output.echo import Echo
@@ -28,6 +27,7 @@ from tokenizer_svc.trace import name_request
 from trivium.chat.v1 import completion_pb2, completion_pb2_grpc
 from trivium.field_errors import empty_string
 from trivium.limits import MAX_PROMPT_LOGPROBS
+from trivium.offload import INLINE_BYTES, INLINE_LOGPROBS, offload
 from trivium.wire.channel import remaining_seconds
 from trivium.wire.errors import ServiceError
 

@@ -7,7 +7,6 @@ import grpc
 from tokenizer_svc.convert.request import render_request
 from tokenizer_svc.convert.response import timestamp
 from tokenizer_svc.models import ServedModel, ServedModels
-from tokenizer_svc.offload import INLINE_BYTES, offload
 from tokenizer_svc.request.field_checks import check_array, check_token_ids
 from tokenizer_svc.request.request_size import check_conversation_size
 from tokenizer_svc.request.types import Conversation
@@ -15,6 +14,7 @@ from tokenizer_svc.request.validate_conversation import check_conversation
 from trivium.chat.v1 import model_pb2, model_pb2_grpc
 from trivium.keys.keyed_request import current_request
 from trivium.limits import MAX_TOKEN_IDS
+from trivium.offload import INLINE_BYTES, offload
 from trivium.tokenizer.v1 import tokenizer_pb2, tokenizer_pb2_grpc
 
 Call = grpc.aio.ServicerContext[Any, Any]

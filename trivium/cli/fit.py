@@ -25,9 +25,9 @@ class DoesNotFit(Exception):
 def memory_plans(pipeline: Pipeline) -> list[str]:
     """One line per model: its weights, KV cache and available memory. Raises DoesNotFit.
 
-    Each model's plan leaves room for those before it with one sequence each, even if one of them is
-    refused: the shortfall that the last one reports then covers all. A separate process does it, so
-    that no CUDA context stays open here.
+    Each model is planned with room for the models before it, with one sequence each, even if one of
+    those does not fit, so that the last reported shortfall covers all models. A separate process
+    makes the plan, so that no CUDA context stays open here.
     """
     more = (pipeline.tokenizers - 1) * TOKENIZER_BYTES + (pipeline.facades - 1) * FACADE_BYTES
     taken = {"cpu": SERVICES_BYTES + more, "cuda": 0}

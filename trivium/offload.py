@@ -8,6 +8,7 @@ from typing import TypeVar
 INLINE_CHARACTERS = 2048
 INLINE_BYTES = 16_384  # of a request that is only converted and checked
 INLINE_LOGPROBS = 128  # that become part of an answer
+INLINE_ANSWER_BYTES = 65_536  # of a message that becomes JSON
 
 Result = TypeVar("Result")
 
