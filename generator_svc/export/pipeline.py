@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from generator_svc.export.graph.graph import Graph
 
 # Increased when the exporter's output changes, so that older folders are exported again.
-EXPORTER_VERSION = 6
+EXPORTER_VERSION = 7
 
 
 def export_model(
