@@ -3,6 +3,7 @@
 import ast
 import functools
 import importlib.util
+import logging
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import settings
 
 from generator_svc.cuda import device_count
+from tests.ports import free_port
 
 # A busy machine makes an example slow, and a slow example is no fault.
 settings.register_profile("untimed", deadline=None)
@@ -80,14 +82,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.fixture
+def unused_tcp_port() -> int:
+    """A port at which nobody will listen; pytest-asyncio's own may be given to another test."""
+    return free_port()
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """One more than there are cores: half of the time of many tests is waiting."""
     return (os.cpu_count() or 1) + 1
 
 
+def _is_of_this_test(record: logging.LogRecord) -> bool:
+    """False for what gRPC's poller, one for all event loops, reports of an earlier test's loop."""
+    return "PollerCompletionQueue._handle_events" not in record.getMessage()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Fast tests try a few examples, and cannot import what only the exporter needs."""
+    logging.getLogger("asyncio").addFilter(_is_of_this_test)
     if config.getoption("--fast"):
         if gone := [str(path) for path in LEFT_OUT if not path.exists()]:
             raise pytest.UsageError(f"tests/conftest.py leaves out what is gone: {gone}")

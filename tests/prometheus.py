@@ -11,7 +11,7 @@ import httpx
 import pytest
 import yaml
 
-from trivium.cli.pipeline import free_ports
+from tests.ports import free_port
 
 
 def promtool(*arguments: str | Path, text: str = "") -> subprocess.CompletedProcess[str]:
@@ -41,7 +41,7 @@ class Prometheus:
     `rules`. A context manager around what is asked of it."""
 
     def __init__(self, folder: Path, targets: dict[str, list[str]], rules: Path) -> None:
-        [port] = free_ports(1)
+        port = free_port()
         self._url = f"http://127.0.0.1:{port}"
         self._folder = folder
         jobs = [

@@ -7,7 +7,7 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry, Gauge
 
-from trivium.cli.pipeline import free_ports
+from tests.ports import free_port
 from trivium.wire import metrics_server
 from trivium.wire.metrics_server import serve_metrics
 from trivium.wire.serving import GrpcServer
@@ -21,7 +21,7 @@ class Stage:
     def __init__(self) -> None:
         self.server = GrpcServer([], [SERVICE])
         self.registry = CollectorRegistry()
-        [self.port] = free_ports(1)
+        self.port = free_port()
 
     async def get(self, path: str) -> tuple[int, str]:
         async with httpx.AsyncClient(timeout=60) as client:

@@ -20,8 +20,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests import prometheus
+from tests.ports import free_port
 from tests.prometheus_lint import faults, is_wanted
-from trivium.cli.pipeline import free_ports
 from trivium.wire.in_flight import InFlight
 from trivium.wire.metrics_server import serve_metrics
 from trivium.wire.process_metrics import register_process
@@ -191,7 +191,7 @@ async def test_names_are_the_same_for_every_scraper(accept: str) -> None:
     """A colon stays one."""
     registry = CollectorRegistry()
     Gauge("vllm:num_requests_running", "Text.", registry=registry)
-    [port] = free_ports(1)
+    port = free_port()
     serve_metrics(port, "127.0.0.1", registry, lambda: asyncio.sleep(0))
     async with httpx.AsyncClient() as client:
         url = f"http://127.0.0.1:{port}/metrics"

@@ -10,9 +10,9 @@ import trustme
 
 from tests.certificates import Files
 from tests.name_server import NameServer
+from tests.ports import free_port
 from tests.tokenizer_svc.scripted_generator import ScriptedGenerator
 from tokenizer_svc.generator.client import GeneratorClient
-from trivium.cli.pipeline import free_ports
 from trivium.wire.replicas import outage
 from trivium.wire.replicas.replica_set import ReplicaSet
 from trivium.wire.serving import GrpcServer
@@ -49,7 +49,7 @@ async def until(condition: Callable[[], object]) -> None:
 @pytest.mark.usefixtures("lasts")
 async def test_nobody_listens(warnings: Callable[[], list[str]]) -> None:
     """It is told once for each outage; that nobody does at one of a name's addresses is none."""
-    [port] = free_ports(1)
+    port = free_port()
     with NameServer(both=["127.0.0.1", "127.0.0.9"]) as names:
         async with following(names.target("both", port)) as replicas:
             await until(warnings)
@@ -71,7 +71,7 @@ async def test_nobody_listens(warnings: Callable[[], list[str]]) -> None:
 
 async def test_what_has_just_started_is_waited_for(warnings: Callable[[], list[str]]) -> None:
     """Stages start together, and a name may come later than who looks it up."""
-    [port] = free_ports(1)
+    port = free_port()
     async with following(f"127.0.0.1:{port},nosuch.invalid:{port}"):
         await asyncio.sleep(3)
 

@@ -18,9 +18,9 @@ import httpx
 import pytest
 
 from tests.images import instructions
+from tests.ports import free_ports
 from tests.test_packaging import LOCK, PACKAGES, PROJECT, ROOT
 from tests.tiny_models import tiny_model_directory
-from trivium.cli.pipeline import free_ports
 
 VERSION = PROJECT["version"]
 PORTS = ("port", "tokenizer-port", "tokenizer-metrics-port")

@@ -13,10 +13,10 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.model_hub import ModelHub
+from tests.ports import free_ports
 from tests.tiny_models import tiny_checkpoint
 from trivium.cli.main import app
 from trivium.cli.models import find_model
-from trivium.cli.pipeline import free_ports
 
 PORTS = ("tokenizer-port", "tokenizer-metrics-port", "generator-port", "generator-metrics-port")
 NO_EXPORT_EXTRA = "import sys\nsys.modules.update(torch=None, optimum=None)\n"

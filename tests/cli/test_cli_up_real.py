@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 
 from tests.certificates import Files
 from tests.cli.children import is_running
+from tests.ports import free_ports
 from tests.tiny_models import tiny_model_directory
 from trivium.cli.main import app
-from trivium.cli.pipeline import free_ports
 from trivium.cli.providers import why_not
 
 pytestmark = pytest.mark.pipeline

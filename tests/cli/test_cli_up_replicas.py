@@ -15,8 +15,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.cli.children import is_running
+from tests.ports import free_port, free_ports
 from tests.tiny_models import tiny_model_directory
-from trivium.cli.pipeline import PORT_STRIDE, free_ports
+from trivium.cli.pipeline import PORT_STRIDE
 from trivium.wire.listening import bind
 
 pytestmark = pytest.mark.pipeline
@@ -50,7 +51,7 @@ class Up:
 def free_pair() -> int:
     """A port that is free, as is that of a second replica."""
     while True:
-        [port] = free_ports(1)
+        port = free_port()
         with contextlib.suppress(OSError, OverflowError), bind("127.0.0.1", port + PORT_STRIDE):
             return port
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.examples import example_runs, toolchains
 from tests.examples.chat_script import MODEL, WORDS, ScriptedChat, scripted_server
-from trivium.cli.pipeline import free_ports
+from tests.ports import free_port
 from trivium.cli.probe import until_ready
 from trivium.cli.supervisor import Stage, Supervisor
 
@@ -44,7 +44,7 @@ async def grpc_door() -> AsyncIterator[ScriptedPipeline]:
 @pytest.fixture
 async def rest_door(grpc_door: ScriptedPipeline) -> AsyncIterator[ScriptedPipeline]:
     """The same with the real facade before it."""
-    (port,) = free_ports(1)
+    port = free_port()
     grpc_door.url = f"http://127.0.0.1:{port}"
     settings = {
         "TRIVIUM_FACADE_PORT": str(port),

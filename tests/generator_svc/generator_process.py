@@ -5,13 +5,13 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import sys
 from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tests.ports import free_port
 from trivium.generator.v1 import generator_pb2_grpc as pb_grpc
 from trivium.wire.channel import open_channel
 
@@ -45,12 +45,6 @@ async def refusal(*prefix, **settings):
         process.kill()
         raise
     return process.returncode, words.decode()
-
-
-def free_port():
-    """A port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 class Running:

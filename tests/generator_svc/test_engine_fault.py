@@ -9,7 +9,7 @@ from generator_svc.config import GeneratorSettings
 from generator_svc.constraint.compiler import ConstraintCompiler
 from generator_svc.run.runner import OrtRunner
 from generator_svc.server import serve_constrained
-from tests.generator_svc.generator_process import free_port
+from tests.ports import free_port
 from tests.tiny_models import tiny_model_directory
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.generator.v1 import generator_pb2_grpc as pb_grpc

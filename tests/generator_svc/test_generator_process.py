@@ -13,8 +13,9 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from generator_svc.cuda import device_count
-from tests.generator_svc.generator_process import free_port, lines_of, refusal, running, spawn
+from tests.generator_svc.generator_process import lines_of, refusal, running, spawn
 from tests.generator_svc.generator_stage import until_load
+from tests.ports import free_port
 from tests.tiny_models import tiny_model_directory
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.model_directory import MANIFEST, load_model_directory

@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 import openai
 
-from trivium.cli.pipeline import LOOPBACK, Pipeline, free_ports
+from tests.ports import free_ports
+from trivium.cli.pipeline import LOOPBACK, Pipeline
 
 STAGES = ("generator_svc", "tokenizer_svc", "rest_facade")
 

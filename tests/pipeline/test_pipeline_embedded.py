@@ -18,7 +18,7 @@ import pytest
 
 from generator_svc.export.cached import find_embedded
 from tests.examples import example_runs
-from trivium.cli.pipeline import free_ports
+from tests.ports import free_ports
 from trivium.embedded_model import EMBEDDED_MODEL
 
 pytestmark = pytest.mark.embedded

@@ -11,8 +11,8 @@ import httpx
 import openai
 import pytest
 
+from tests.ports import free_port, free_ports
 from tests.tiny_models import tiny_model_directory
-from trivium.cli.pipeline import free_ports
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_ids_must_differ(tmp_path: Path) -> None:
     folder = tiny_model_directory("llama")
     twin = tmp_path / folder.name
     os.symlink(folder, twin)
-    [port] = free_ports(1)
+    port = free_port()
     models = (f"--model={folder}", f"--model={twin}")
     command = [sys.executable, "-m", "trivium.cli", "up", f"--port={port}", *models]
     refused = subprocess.run(command, capture_output=True, text=True)

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from tests.ports import free_port
 from trivium.chat.v1 import (
     chat_pb2,
     chat_pb2_grpc,
@@ -142,11 +143,11 @@ class ScriptedBackend(
         self.deadlines: list[float | None] = []
         self.started = asyncio.Event()
         self.cancelled = asyncio.Event()
-        self.port = 0
+        self.port = free_port()
         self._server: GrpcServer | None = None
 
     async def start(self) -> None:
-        """Serves, on the same port as before if there was one."""
+        """Serves, on the same port as before."""
         self._server = GrpcServer(
             [
                 (chat_pb2_grpc.add_ChatServiceServicer_to_server, self),
@@ -157,7 +158,7 @@ class ScriptedBackend(
             [CHAT_SERVICE, COMPLETION_SERVICE, MODEL_SERVICE, TOKENIZER_SERVICE],
             tls=self._tls,
         )
-        self.port = await self._server.start(f"127.0.0.1:{self.port}")
+        await self._server.start(f"127.0.0.1:{self.port}")
         await self._server.set_serving(True)
 
     async def set_serving(self, serving: bool) -> None:

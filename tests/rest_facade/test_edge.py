@@ -17,8 +17,9 @@ import pytest
 
 from rest_facade.config import FacadeSettings
 from tests.name_server import NameServer
+from tests.ports import free_port
 from tests.rest_facade.scripted_backend import MODEL, ScriptedBackend, delta, header, usage
-from tests.rest_facade.test_facade_process import free_port, spawn
+from tests.rest_facade.test_facade_process import spawn
 from tokenizer_svc.config import TokenizerSettings
 from trivium.chat.v1 import chat_pb2, chat_pb2_grpc
 from trivium.wire.channel import open_channel

@@ -196,8 +196,7 @@ def errors_logged(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
 
     def note(record: logging.LogRecord) -> bool:
-        # gRPC's poller may complain, by asyncio, of another test's event loop.
-        if record.levelno >= logging.ERROR and record.name != "asyncio":
+        if record.levelno >= logging.ERROR:
             found.append((telemetry.request_id.get(), record.getMessage()))
         return True
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.ports import free_port
 from tests.rest_facade.scripted_backend import MODEL, ScriptedBackend, delta, header, usage
 
 ROOT = Path(__file__).parents[2]
@@ -36,12 +37,6 @@ async def refusal(**settings: object) -> tuple[int | None, str]:
     process = await spawn(**settings)
     _, words = await process.communicate()
     return process.returncode, words.decode()
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 @contextlib.asynccontextmanager

@@ -13,9 +13,9 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.ports import free_port
 from tests.rest_facade.conftest import StartFacade
 from tests.rest_facade.scripted_backend import MODEL, ScriptedBackend, delta, header
-from trivium.cli.pipeline import free_ports
 from trivium.keys.key_file import ApiKey
 from trivium.keys.shared_accounts import SharedAccounts
 
@@ -41,7 +41,7 @@ class Redis:
     """A server that can be killed and started again, and keeps nothing then."""
 
     def __init__(self) -> None:
-        [self.port] = free_ports(1)
+        self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self._process: subprocess.Popen[bytes] | None = None
 

@@ -19,8 +19,9 @@ import pytest
 import trustme
 
 from tests.certificates import YESTERDAY, Files
+from tests.ports import free_port
 from tests.rest_facade.scripted_backend import MODEL, ScriptedBackend, delta, header, usage
-from tests.rest_facade.test_facade_process import ROOT, free_port
+from tests.rest_facade.test_facade_process import ROOT
 
 CA = trustme.CA()
 OTHER_CA = trustme.CA()

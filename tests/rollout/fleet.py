@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 
 from tests.name_server import NameServer
-from trivium.cli.pipeline import free_ports
+from tests.ports import free_ports
 from trivium.cli.probe import is_ready
 
 GENERATOR, TOKENIZER, FACADE = "generator_svc", "tokenizer_svc", "rest_facade"

@@ -17,12 +17,12 @@ import httpx
 import pytest
 
 from tests.node import executable
+from tests.ports import free_ports
 from tests.rollout.fleet import FACADE, GENERATOR, TOKENIZER, Fleet
 from tests.rollout.load import Load, loaded
 from tests.rollout.proxy import endpoint, envoy
 from tests.tiny_models import tiny_model_directory
 from trivium.chat.v1 import chat_pb2, chat_pb2_grpc
-from trivium.cli.pipeline import free_ports
 from trivium.cli.probe import is_ready
 from trivium.wire.channel import open_channel
 

@@ -14,9 +14,9 @@ import yaml
 
 from rest_facade.config import FacadeSettings
 from tests.name_server import NameServer
+from tests.ports import free_ports
 from tests.rollout.proxy import FOLDER, endpoint, envoy
 from tokenizer_svc.config import TokenizerSettings
-from trivium.cli.pipeline import free_ports
 from trivium.wire.errors import ERRORS
 
 pytestmark = pytest.mark.skipif(

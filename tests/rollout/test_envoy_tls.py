@@ -14,10 +14,10 @@ import yaml
 
 from tests.certificates import Files
 from tests.name_server import NameServer
+from tests.ports import free_ports
 from tests.rest_facade.scripted_backend import ScriptedBackend
 from tests.rollout.proxy import endpoint, envoy
 from trivium.chat.v1 import model_pb2, model_pb2_grpc
-from trivium.cli.pipeline import free_ports
 from trivium.wire.channel import open_channel
 from trivium.wire.tls.server import ServerTls
 

@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry
 
 from tests.name_server import NameServer
+from tests.ports import free_ports
 from tests.tokenizer_svc.scripted_generator import (
     SERVICE,
     Script,
@@ -29,7 +30,6 @@ from tokenizer_svc.generator import convert
 from tokenizer_svc.generator.client import GeneratorClient
 from tokenizer_svc.generator.types import GenerateCommand, TokenUpdate
 from tokenizer_svc.request.types import ValidOptions
-from trivium.cli.pipeline import free_ports
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.generator.v1 import generator_pb2_grpc
 from trivium.sampling.v1.sampling_pb2 import SamplingParams

@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 
+from tests.ports import free_port
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.generator.v1 import generator_pb2_grpc
 from trivium.wire.channel import revision_service
@@ -89,11 +90,13 @@ class ScriptedGenerator(generator_pb2_grpc.GeneratorServiceServicer):
         self.watched.set()
         yield pb.WatchLoadResponse(free_slots=100)  # with none, calls would go elsewhere
 
-    async def serve(self, port: int = 0, host: str = "127.0.0.1") -> tuple[GrpcServer, int]:
+    async def serve(
+        self, port: int | None = None, host: str = "127.0.0.1"
+    ) -> tuple[GrpcServer, int]:
         """Starts a server that is SERVING; returns it and its port."""
         add = generator_pb2_grpc.add_GeneratorServiceServicer_to_server
         server = GrpcServer([(add, self)], [SERVICE], [revision_service(SERVICE, self.revision)])
-        port = await server.start(f"{host}:{port}")
+        port = await server.start(f"{host}:{port or free_port()}")
         await server.set_serving(True)
         return server, port
 

@@ -14,6 +14,7 @@ import grpc
 import httpx
 import pytest
 
+from tests.ports import free_port
 from tests.tokenizer_svc.conftest import CONTEXT_LENGTH, Stage, user
 from tests.tokenizer_svc.sample_templates import SMOLLM2
 from tests.tokenizer_svc.scripted_generator import (
@@ -28,7 +29,6 @@ from tests.tokenizer_svc.test_generator_loss import NOT_SERVING, SERVING, become
 from tokenizer_svc.models import Model, load_model
 from tokenizer_svc.request.types import Conversation, Message, Role
 from trivium.chat.v1 import chat_pb2, chat_pb2_grpc, model_pb2
-from trivium.cli.pipeline import free_ports
 from trivium.generator.v1 import generator_pb2
 from trivium.model_directory import ModelDirectoryError
 from trivium.tokenizer.v1 import tokenizer_pb2
@@ -194,7 +194,7 @@ async def test_a_taken_port_is_refused(setting: str, model_folder: Path) -> None
 
 async def test_the_metrics_need_another_port(model_folder: Path) -> None:
     """Than gRPC, and their setting is named."""
-    [port] = free_ports(1)
+    port = free_port()
     process = await start_process(
         model_directory=str(model_folder), port=str(port), metrics_port=str(port)
     )
@@ -208,7 +208,7 @@ async def test_the_metrics_need_another_port(model_folder: Path) -> None:
 async def test_ipv6(host: str, model_folder: Path) -> None:
     """With or without brackets, for gRPC and for metrics; over IPv4 too if that is not for IPv6's
     own loopback address."""
-    [metrics_port] = free_ports(1)
+    metrics_port = free_port()
     is_remote = "1" not in host
     process = await start_process(
         model_directory=str(model_folder),
