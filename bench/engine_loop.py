@@ -23,7 +23,7 @@ from generator_svc.plan import StepPlan
 from generator_svc.run.outcome import DeviceInfo, StepOutcome
 from generator_svc.run.runner import OrtRunner
 from generator_svc.sequence import EngineRequest, SamplingParams, SequenceUpdate
-from generator_svc.server import build_engine, load_runner, warm_up
+from generator_svc.startup import build_engine, load_runner, warm_up
 from trivium.model_directory import load_model_directory
 
 # As in the service: the engine's thread needs the GIL when a run ends.

@@ -57,7 +57,7 @@ from generator_svc.run.cuda_memory import CudaMemory
 from generator_svc.run.runner import OrtRunner
 from generator_svc.run.slot_memory import HostMemory
 from generator_svc.sequence import EngineRequest, SamplingParams, SequenceUpdate
-from generator_svc.server import build_engine, load_runner, warm_up
+from generator_svc.startup import build_engine, load_runner, warm_up
 from trivium.model_directory import load_model_directory
 
 Result = TypeVar("Result")

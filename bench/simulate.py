@@ -40,7 +40,7 @@ from bench.step_costs import StepCosts, interpolate
 from bench.trace import Bursts, Lengths, Request, Workload
 from generator_svc.config import GeneratorSettings
 from generator_svc.run.runner import OrtRunner
-from generator_svc.server import load_runner
+from generator_svc.startup import load_runner
 from trivium.cli.answer import Answer
 from trivium.cli.http_stream import read_answer
 from trivium.cli.load import Client, Target, percentiles

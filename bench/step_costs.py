@@ -28,7 +28,7 @@ from generator_svc.plan import Chunk, Copy, Row, StepPlan, Swap
 from generator_svc.run.outcome import Runner, StepOutcome
 from generator_svc.run.runner import OrtRunner
 from generator_svc.sequence import EngineRequest, SamplingParams, SequenceUpdate
-from generator_svc.server import build_engine
+from generator_svc.startup import build_engine
 
 ROWS = (1, 2, 4, 8, 16, 32)
 CONTEXTS = (64, 1024)  # tokens before the one being computed

@@ -1,13 +1,15 @@
 """`python -m generator_svc`: loads the model, warms it up and serves until it is stopped."""
 
 import asyncio
+import os
 import sys
 
 from generator_svc.config import GeneratorSettings
 from generator_svc.cuda import CudaError
 from generator_svc.device import DeviceError
 from generator_svc.memory_plan import MemoryPlanError
-from generator_svc.server import load_runner, serve
+from generator_svc.server import serve
+from generator_svc.startup import load_runner
 from trivium.keys.configured import open_keys
 from trivium.model_directory import ModelDirectoryError, load_model_directory
 from trivium.wire import telemetry, tracing
@@ -40,6 +42,8 @@ def main() -> None:
             status = asyncio.run(serve(settings, model, runner, keys))
     except (ModelDirectoryError, MemoryPlanError, DeviceError, CudaError, OSError) as error:
         refuse_to_start(f"generator_svc: {error}")  # for example, a port that is in use
+    if status:
+        os._exit(status)  # the interpreter's own exit would wait for a device that hangs
     sys.exit(status)
 
 

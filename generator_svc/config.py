@@ -156,6 +156,13 @@ class GeneratorSettings(DoorSettings):
     constraint_cache_bytes: int = Field(
         16 * 2**20, ge=0, description="Size of the LRU cache of compiled constraints, in bytes."
     )
+    step_timeout_seconds: float = Field(
+        300.0,
+        ge=0,
+        description="Seconds after which a step that is still running means that the device hangs: "
+        "running calls fail as UNAVAILABLE, and the process exits with status 1, to be restarted. "
+        "0: steps never time out.",
+    )
     max_connection_age_seconds: float = Field(
         MAX_CONNECTION_AGE_SECONDS,
         ge=1,

@@ -52,8 +52,8 @@ class Load:
 
 
 class Engine:
-    """Continuous batching. `submit`, `stop`, `cancel`, `load` and `prefill_seconds` may be called
-    from any thread.
+    """Continuous batching. `submit`, `stop`, `cancel`, `load`, `running_step` and `prefill_seconds`
+    may be called from any thread.
 
     `deliver` is called on the engine's thread with the updates of a step; it must not block.
     `on_fault` is called there if the engine itself fails, which ends its thread.
@@ -76,6 +76,7 @@ class Engine:
         self._on_fault = on_fault
         self._inbox: deque[Callable[[], list[SequenceUpdate] | None]] = deque()
         self._wake = threading.Event()
+        self._steps = 0  # begun and ended, so that it is odd while one is running
         self._closed = False
         self._thread: threading.Thread | None = None
 
@@ -93,12 +94,15 @@ class Engine:
         self._thread.start()
         prepared.result()
 
-    def close(self) -> None:
-        """Ends the thread after the current step and cancels all sequences in flight."""
+    def close(self, timeout: float | None = None) -> None:
+        """Ends the thread after the current step and cancels all sequences in flight.
+
+        Waits for it, for at most `timeout` seconds.
+        """
         self._closed = True
         self._wake.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(timeout)
 
     def submit(self, request: EngineRequest, tag: Any = None) -> SequenceGroup:
         """Queues a validated request; raises QueueFull. Its updates carry the returned group."""
@@ -145,6 +149,11 @@ class Engine:
         """Estimated seconds to prefill `tokens` prompt tokens, by past steps; any thread."""
         return tokens * self._scheduler.prefill_cost.cost(0) / 1e9
 
+    def running_step(self) -> int | None:
+        """A number that no other step has, while one is running; None between steps."""
+        steps = self._steps
+        return steps if steps % 2 else None
+
     def step(self) -> None:
         """Drain the inbox, schedule, run, sample, deliver."""
         updates = self._drain_inbox()
@@ -187,7 +196,7 @@ class Engine:
         try:
             while not self._closed:
                 if self._inbox or self._scheduler.has_work:
-                    self.step()
+                    self._run_step(self.step)
                     continue
                 self.check_integrity()
                 self._wait_idle()
@@ -198,11 +207,16 @@ class Engine:
             log.critical("the engine failed", exc_info=fault)
             self._on_fault(fault)
 
+    def _run_step(self, step: Callable[[], None]) -> None:
+        self._steps += 1
+        step()
+        self._steps += 1
+
     def _wait_idle(self) -> None:
         """Waits for a command; after a while, re-prefills finished answers in the meantime."""
         timeout = _IDLE_BEFORE_REPREFILL_SECONDS
         while not self._wake.wait(timeout if self._scheduler.has_reprefills else None):
-            self.reprefill()
+            self._run_step(self.reprefill)
             timeout = 0.0
         self._wake.clear()
 

@@ -19,7 +19,7 @@ from generator_svc.run.runner import OrtRunner
 from generator_svc.run.slot_memory import HostMemory
 from generator_svc.sampling.device_row import CANDIDATES, RELATIVE_ERROR, DeviceRow
 from generator_svc.sequence import SamplingParams
-from generator_svc.server import load_runner, warm_up
+from generator_svc.startup import load_runner, warm_up
 from tests.generator_svc.engine_bench import Bench
 from tests.generator_svc.pretended_cuda import pretended_device, pretended_runtime
 from trivium.model_directory import load_model_directory

@@ -10,7 +10,7 @@ from bench.random_llama import SHAPES, make_random_llama
 from generator_svc.config import GeneratorSettings
 from generator_svc.metering import Meter
 from generator_svc.sequence import EngineRequest, SamplingParams, SequenceUpdate
-from generator_svc.server import build_engine, load_runner, warm_up
+from generator_svc.startup import build_engine, load_runner, warm_up
 from tests.generator_svc.pretended_cuda import pretended_device
 from trivium.model_directory import load_model_directory
 

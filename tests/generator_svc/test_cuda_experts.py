@@ -12,7 +12,7 @@ from generator_svc.export.checkpoint.checkpoint import load_checkpoint
 from generator_svc.export.checkpoint.source import locate
 from generator_svc.metering import Meter
 from generator_svc.plan import Chunk, Row, StepPlan
-from generator_svc.server import load_runner, warm_up
+from generator_svc.startup import load_runner, warm_up
 from tests.generator_svc.export.test_export_experts import HALF, exported
 from tests.tiny_models import tiny_checkpoint
 from trivium.model_directory import load_model_directory

@@ -21,7 +21,7 @@ from generator_svc.sampling.device_sampler import certain_tokens, sample_all
 from generator_svc.sampling.draw import BadLogits
 from generator_svc.sampling.sampler import sample as sample_whole
 from generator_svc.sequence import ConstraintError, SamplingParams
-from generator_svc.server import warm_up
+from generator_svc.startup import warm_up
 from tests.generator_svc.engine_bench import Bench
 from tests.generator_svc.sampling_oracle import device_row, sequence_of
 from tests.tiny_models import tiny_model_directory

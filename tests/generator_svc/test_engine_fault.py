@@ -1,6 +1,8 @@
 """What becomes of a generator, and of its calls, when its engine itself fails."""
 
 import asyncio
+import json
+import threading
 
 import grpc
 import pytest
@@ -19,26 +21,35 @@ from trivium.wire.stop_signals import StopSignals
 
 
 class FailingRunner(OrtRunner):
-    """Raises, as only a bug may, from when `is_broken`."""
+    """Raises, as only a bug may, once `is_broken`; hangs, as a driver may, once `is_stuck`."""
 
-    is_broken = False
+    is_broken = is_stuck = False
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.released = threading.Event()
 
     def run(self, plan):
         assert not self.is_broken
+        if self.is_stuck:
+            self.released.wait()
         return super().run(plan)
 
 
 @pytest.mark.parametrize("is_draining", [False, True])
-async def test_a_failed_engine_ends_its_calls_and_the_process_at_once(is_draining):
-    """With status 1, also while it drains: what runs would never end, however long one waits."""
+@pytest.mark.parametrize("fault", ["is_broken", "is_stuck"])
+async def test_a_failed_engine_ends_its_calls_and_the_process_at_once(fault, is_draining, tmp_path):
+    """With status 1, also while it drains: its calls would never finish. They are on record."""
     model = load_model_directory(tiny_model_directory())
     port, runner = free_port(), FailingRunner(model, "cpu", 4, 2048, threads=1)
     settings = GeneratorSettings(
         model_directory=model.path,
         port=port,
         metrics_port=0,
+        usage_log=str(tmp_path),
         drain_notice_seconds=0,
         drain_seconds=3_600,
+        step_timeout_seconds=3,
     )
     constraints = ConstraintCompiler(model.tokenizer, model.vocab_size, (), 0)
     signals = StopSignals()
@@ -54,11 +65,15 @@ async def test_a_failed_engine_ends_its_calls_and_the_process_at_once(is_drainin
         if is_draining:
             signals.first.set()
             await channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
-        runner.is_broken = True
+        setattr(runner, fault, True)
         with pytest.raises(grpc.aio.AioRpcError) as ended:
             async for _ in messages:
                 pass
         status = await serving
+    runner.released.set()
 
     assert grpc.StatusCode.UNAVAILABLE is ended.value.code()
     assert 1 == status
+    [record] = map(json.loads, (tmp_path / "generator_svc.usage.jsonl").read_text().splitlines())
+    assert record["completion_tokens"] > 0
+    assert record["device_nanoseconds"] > 0

@@ -9,9 +9,9 @@ import onnxruntime
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-import generator_svc.server as generator
 from bench.random_llama import SHAPES as BENCH_SHAPES
 from bench.random_llama import make_random_llama
+from generator_svc import server, startup
 from generator_svc.config import GeneratorSettings
 from generator_svc.cuda import CudaError
 from generator_svc.device import Device, DeviceError, choose_device, why_not_cuda
@@ -31,8 +31,8 @@ def broken_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_library() -> int:
         raise CudaError("no runtime library was found")
 
-    monkeypatch.setattr(generator, "choose_device", lambda wanted: "cuda")
-    monkeypatch.setattr(generator, "device_count", lambda: 1)
+    monkeypatch.setattr(startup, "choose_device", lambda wanted: "cuda")
+    monkeypatch.setattr(startup, "device_count", lambda: 1)
     monkeypatch.setattr("generator_svc.memory_plan.device_memory", no_library)
 
 
@@ -56,10 +56,10 @@ def test_auto_goes_on_with_the_cpu(cache_bytes, monkeypatch, caplog):
 
         memory = MemoryLimit(2**34, 2**33, "the CUDA device")
         monkeypatch.setattr("generator_svc.memory_plan.device_memory", lambda: memory)
-        monkeypatch.setattr(generator, "OrtRunner", refuse_cuda)
+        monkeypatch.setattr(startup, "OrtRunner", refuse_cuda)
     model = load_model_directory(settings.model_directory)
-    runner = generator.load_runner(settings, model)
-    info, registry = generator.describe(model, runner, settings), CollectorRegistry()
+    runner = startup.load_runner(settings, model)
+    info, registry = server.describe(model, runner, settings), CollectorRegistry()
     register_info(registry, model.id, "", runner.info, True)
     reason = "did not start" if cache_bytes else "no runtime library was found"
 
@@ -127,15 +127,15 @@ def test_slots_are_what_is_free_once_the_model_has_run(loaded_gib, fields, slots
     frees = [10 * GIBIBYTE, int(loaded_gib * GIBIBYTE)]
     memory = lambda: MemoryLimit(10 * GIBIBYTE, frees.pop(0), "the CUDA device")  # noqa: E731
     monkeypatch.setattr("generator_svc.memory_plan.device_memory", memory)
-    monkeypatch.setattr(generator, "choose_device", lambda wanted: "cuda")
+    monkeypatch.setattr(startup, "choose_device", lambda wanted: "cuda")
     monkeypatch.setattr(
-        generator, "OrtRunner", lambda model, device, *rest: OrtRunner(model, "cpu", *rest)
+        startup, "OrtRunner", lambda model, device, *rest: OrtRunner(model, "cpu", *rest)
     )
     settings = GeneratorSettings(
         model_directory=tiny_model_directory(), device="cuda", threads=1, **fields
     )
     model = load_model_directory(settings.model_directory)
-    runner = generator.load_runner(settings, model)
+    runner = startup.load_runner(settings, model)
 
     assert slots == runner.info.slots
     assert model.context_length == runner.info.slot_length
@@ -147,7 +147,7 @@ def test_the_longest_run_before_slots_are_planned_is_as_large_as_any_later_one(m
     free = GIBIBYTE + 15 * 2**19  # beside CUDA graphs, 7.5 MiB
     memory = MemoryLimit(10 * GIBIBYTE, free, "the CUDA device")
     monkeypatch.setattr("generator_svc.memory_plan.device_memory", lambda: memory)
-    monkeypatch.setattr(generator, "choose_device", lambda wanted: "cuda")
+    monkeypatch.setattr(startup, "choose_device", lambda wanted: "cuda")
     ran = []
 
     class Watched(OrtRunner):
@@ -158,7 +158,7 @@ def test_the_longest_run_before_slots_are_planned_is_as_large_as_any_later_one(m
             ran.append(plan)
             return super().run(plan)
 
-    monkeypatch.setattr(generator, "OrtRunner", Watched)
+    monkeypatch.setattr(startup, "OrtRunner", Watched)
     settings = GeneratorSettings(
         model_directory=tiny_model_directory(),
         device="cuda",
@@ -167,7 +167,7 @@ def test_the_longest_run_before_slots_are_planned_is_as_large_as_any_later_one(m
         kv_memory_share=0.5,
     )
     model = load_model_directory(settings.model_directory)
-    runner = generator.load_runner(settings, model)
+    runner = startup.load_runner(settings, model)
     slot_bytes = runner.info.cache_bytes // runner.info.slots
     (batch,) = ran[0].batches
 
@@ -190,7 +190,7 @@ def test_quantised_products_fall_back_to_the_usual_kernels(
     costs one line. The model here runs on the CPU in the device's place."""
     memory = MemoryLimit(10 * GIBIBYTE, 5 * GIBIBYTE, "the CUDA device")
     monkeypatch.setattr("generator_svc.memory_plan.device_memory", lambda: memory)
-    monkeypatch.setattr(generator, "choose_device", lambda wanted: "cuda")
+    monkeypatch.setattr(startup, "choose_device", lambda wanted: "cuda")
     asked = []
 
     class PickyRunner(OrtRunner):
@@ -207,10 +207,10 @@ def test_quantised_products_fall_back_to_the_usual_kernels(
                 return replace(outcome, batches=(failed,))
             return outcome
 
-    monkeypatch.setattr(generator, "OrtRunner", PickyRunner)
+    monkeypatch.setattr(startup, "OrtRunner", PickyRunner)
     path = symmetric_model.path
     settings = GeneratorSettings(model_directory=path, device="cuda", threads=1, slots=2)
-    runner = generator.load_runner(settings, symmetric_model)
+    runner = startup.load_runner(settings, symmetric_model)
     warnings = [record for record in caplog.records if record.levelname == "WARNING"]
 
     assert 2 == runner.info.slots
@@ -222,17 +222,17 @@ def test_other_models_do_not_wait_for_timings_of_kernels(monkeypatch):
     """With zero points, or with no quantised weights, there is nothing to gain."""
     memory = MemoryLimit(10 * GIBIBYTE, 5 * GIBIBYTE, "the CUDA device")
     monkeypatch.setattr("generator_svc.memory_plan.device_memory", lambda: memory)
-    monkeypatch.setattr(generator, "choose_device", lambda wanted: "cuda")
+    monkeypatch.setattr(startup, "choose_device", lambda wanted: "cuda")
     asked = []
 
     def load(model, device, *rest):
         asked.append(rest[-1])
         return OrtRunner(model, "cpu", *rest)
 
-    monkeypatch.setattr(generator, "OrtRunner", load)
+    monkeypatch.setattr(startup, "OrtRunner", load)
     folder = tiny_model_directory("llama", "int4")
     settings = GeneratorSettings(model_directory=folder, device="cuda", threads=1, slots=2)
-    generator.load_runner(settings, load_model_directory(folder))
+    startup.load_runner(settings, load_model_directory(folder))
 
     assert [False] == asked
 
@@ -269,4 +269,4 @@ def test_cuda_that_was_asked_for_is_not_replaced():
     """It refuses to start rather than being slow unnoticed."""
     settings = _settings("cuda")
     with pytest.raises(CudaError):
-        generator.load_runner(settings, load_model_directory(settings.model_directory))
+        startup.load_runner(settings, load_model_directory(settings.model_directory))

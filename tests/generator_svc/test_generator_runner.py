@@ -17,7 +17,7 @@ from generator_svc.plan import Chunk, Copy, PromptBatch, Row, StepPlan, Swap
 from generator_svc.run.outcome import DeviceInfo
 from generator_svc.run.runner import OrtRunner
 from generator_svc.sequence import EngineRequest, SamplingParams
-from generator_svc.server import build_engine, warm_up
+from generator_svc.startup import build_engine, warm_up
 from tests.fakes import ScriptedRunner
 from tests.generator_svc.engine_bench import Bench
 from tests.tiny_models import tiny_checkpoint, tiny_model_directory
