@@ -410,8 +410,9 @@ COMPLETION_REQUEST = (
     Row(
         "max_tokens",
         "default 16, 0 or more",
-        "default 16, or `min_tokens` if larger; 1 or more; `max_completion_tokens` is an alias",
-        f"{_T}test_every_field_of_a_text_arrives",
+        "the same, or `min_tokens` if larger; 0 with `echo` and `logprobs` scores the prompt; "
+        "`max_completion_tokens` is an alias",
+        "pipeline/test_pipeline_forms.py::test_a_prompt_is_scored",
     ),
     Row(
         "add_special_tokens",

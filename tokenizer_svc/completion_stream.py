@@ -13,6 +13,7 @@ from tokenizer_svc.generator.types import (
     CompletionReport,
     Constraint,
     GenerateCommand,
+    GeneratorFinishReason,
     TokenUpdate,
 )
 from tokenizer_svc.metrics import RequestMeter
@@ -105,6 +106,8 @@ def _command(served: ServedModel, job: CompletionJob, token_ids: list[int]) -> G
         )
         raise ServiceError("invalid_value", message, "min_tokens")
     max_tokens = options.max_completion_tokens
+    if max_tokens == 0:
+        max_tokens = 1  # is dropped, see _without_tokens; computing the prompt is what counts
     if max_tokens is None and served.default_max_tokens is not None:
         max_tokens = max(served.default_max_tokens, options.min_tokens)
     return GenerateCommand(
@@ -141,6 +144,8 @@ async def _generate(
     try:
         async with aclosing(generation.messages()) as messages:
             async for updates in messages:
+                if job.options.max_completion_tokens == 0:
+                    updates = [_without_tokens(update) for update in updates]
                 echoed: list[Delta] = []
                 if not admitted:
                     meter.prompt(served.model.id, len(token_ids))
@@ -170,6 +175,14 @@ async def _generate(
     if not completion.done:
         log.error("the generator ended the call before its choices")
         raise internal_error()
+
+
+def _without_tokens(update: TokenUpdate) -> TokenUpdate:
+    """An update for a request that only wants its prompt echoed or scored."""
+    finished = update.finished and replace(
+        update.finished, reason=GeneratorFinishReason.LENGTH, completion_tokens=0
+    )
+    return replace(update, token_ids=(), logprobs=(), finished=finished)
 
 
 async def _begin(echo: Echo, options: ValidOptions, updates: Sequence[TokenUpdate]) -> list[Delta]:

@@ -46,6 +46,7 @@ LOGIT_BIAS = Range(-100, 100)
 TOKEN_ID = Range(0, INT32_MAX)
 
 MAX_COMPLETION_TOKENS = Range(1, INT32_MAX)
+PLAIN_COMPLETION_TOKENS = Range(0, INT32_MAX)  # 0 to echo or score a prompt
 MIN_TOKENS = Range(0, INT32_MAX)
 N = Range(1, 128)
 TOP_LOGPROBS = Range(0, 20)

@@ -8,7 +8,13 @@ from pydantic import BeforeValidator, Field
 from rest_facade.requests.field import Body, Strict, field_error, within
 from rest_facade.requests.options import SharedOptions, TokenId
 from rest_facade.requests.unsupported import refuse_unsupported_completion
-from trivium.limits import COMPLETION_LOGPROBS, MAX_PROMPTS, MAX_TOKEN_IDS, TOKEN_ID
+from trivium.limits import (
+    COMPLETION_LOGPROBS,
+    MAX_PROMPTS,
+    MAX_TOKEN_IDS,
+    PLAIN_COMPLETION_TOKENS,
+    TOKEN_ID,
+)
 
 
 def _as_prompts(value: Any) -> Any:
@@ -68,6 +74,12 @@ class TextCompletionRequest(SharedOptions, _Prompted, Body):
         None,
         description="Whether the text begins with the prompt, and log-probabilities with those of "
         "its tokens.",
+    )
+    max_completion_tokens: Annotated[int, within(PLAIN_COMPLETION_TOKENS)] | None = Field(
+        None, description="Maximum number of tokens per choice; 0 to echo or score the prompt."
+    )
+    max_tokens: Annotated[int, within(PLAIN_COMPLETION_TOKENS)] | None = Field(
+        None, description="The same: OpenAI's name. Default 16."
     )
     add_special_tokens: bool | None = Field(
         None, description="Begin a prompt of text as the tokenizer does. Default true."

@@ -121,12 +121,9 @@ class SamplingFields(Strict):
     logit_bias: Biases | None = Field(None, description="Added to logits, by token id.")
     max_completion_tokens: Count | None = Field(
         None,
-        description="Maximum number of tokens per choice. Default: up to the context length in "
-        "chat, 16 in plain completions.",
+        description="Maximum number of tokens per choice. Default: up to the context length.",
     )
-    max_tokens: Count | None = Field(
-        None, description="The same: the old name in chat, the usual one of plain completions."
-    )
+    max_tokens: Count | None = Field(None, description="The same: the old name.")
     min_tokens: Annotated[int, within(MIN_TOKENS)] | None = None
     ignore_eos: bool | None = Field(None, description="Continue past end-of-sequence tokens.")
     stop: Stop | None = Field(None, description="At most 4 strings that end a choice.")

@@ -373,6 +373,18 @@ def test_a_prompt_is_scored(services: Services) -> None:
         assert [0, len(text)] == [found["text_offset"][0], found["text_offset"][-1]]
         assert plain["logprobs"]["tokens"] == found["tokens"][-1:]
 
+    fields = {"prompt": text, "logprobs": 2, "echo": True, "max_tokens": 0}
+    scored = post("/v1/completions", **fields)
+    body = {"model": services.model, "stream": True, **fields}
+    lines = httpx.post(f"{services.url}/v1/completions", json=body, timeout=60).text.splitlines()
+    chunks = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+
+    assert [text, "length"] == [scored["choices"][0][key] for key in ("text", "finish_reason")]
+    assert 0 == scored["usage"]["completion_tokens"] < scored["usage"]["gpu_seconds"]
+    assert scored["choices"][0]["logprobs"]["token_logprobs"][1:] == pytest.approx(expected[:-1])
+    assert text == "".join(chunk["text"] for chunk in chunks)
+    assert [None, "length"] == [chunk["finish_reason"] for chunk in chunks]
+
 
 def test_plain_completions_over_grpc(client: openai.OpenAI, services: Services) -> None:
     """A gRPC caller gets the text and counts that a REST caller gets."""

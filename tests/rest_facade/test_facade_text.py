@@ -109,6 +109,7 @@ async def test_every_field_of_a_text_arrives(
     own = {"echo": True, "logprobs": 5, "add_special_tokens": False}
     await post(client, **same, **regex, **own, max_tokens=5, logit_bias={"4": 1})
     await post(client, max_completion_tokens=5, max_tokens=5)
+    await post(client, max_tokens=0)
 
     assert backend.requests[0] == completion_pb2.CreateCompletionRequest(
         model=MODEL,
@@ -117,6 +118,7 @@ async def test_every_field_of_a_text_arrives(
         **own,
     )
     assert 5 == backend.requests[1].options.max_completion_tokens
+    assert options(max_completion_tokens=0) == backend.requests[2].options
 
 
 async def test_absent_fields_of_a_text_stay_absent(
@@ -173,6 +175,7 @@ async def test_logprobs_of_a_text(client: httpx.AsyncClient, backend: ScriptedBa
         ({"prompt": [True]}, "invalid_type", "prompt[0]"),
         ({"prompt": [-1]}, "invalid_value", "prompt[0]"),
         ({"prompt": ["a"] * 129}, "array_above_max_length", "prompt"),
+        ({"max_tokens": -1}, "integer_below_min_value", "max_tokens"),
         ({"logprobs": 6}, "integer_above_max_value", "logprobs"),
         ({"logprobs": True}, "invalid_type", "logprobs"),
         ({"suffix": "x"}, "unsupported_value", "suffix"),

@@ -39,9 +39,11 @@ from trivium.limits import (
     MAX_STOP_STRINGS,
     MAX_STOP_TOKENS,
     MIN_TOKENS,
+    PLAIN_COMPLETION_TOKENS,
     SAMPLING,
     TOP_LOGPROBS,
     N,
+    Range,
 )
 from trivium.sampling.v1.sampling_pb2 import SamplingParams
 from trivium.wire.errors import ServiceError
@@ -81,9 +83,11 @@ def validate_completion(request: CompletionRequest, vocabulary_size: int) -> Val
         if isinstance(prompt, tuple):
             check_nonempty(field, prompt)
             check_token_ids(field, prompt, vocabulary_size)
-    options = valid_options(request.options, vocabulary_size)
+    options = valid_options(request.options, vocabulary_size, PLAIN_COMPLETION_TOKENS)
     check_optional("logprobs", request.logprobs, COMPLETION_LOGPROBS)
-    longest = options.max_completion_tokens or max(COMPLETION_TOKENS, options.min_tokens)
+    longest = options.max_completion_tokens
+    if longest is None:
+        longest = max(COMPLETION_TOKENS, options.min_tokens)
     return replace(
         options,
         max_completion_tokens=longest,
@@ -92,18 +96,23 @@ def validate_completion(request: CompletionRequest, vocabulary_size: int) -> Val
     )
 
 
-def valid_options(options: RequestOptions, vocabulary_size: int) -> ValidOptions:
-    """Checks what chat and plain completions share: all options but log-probabilities."""
+def valid_options(
+    options: RequestOptions, vocabulary_size: int, longest: Range = MAX_COMPLETION_TOKENS
+) -> ValidOptions:
+    """Checks what chat and plain completions share: all options but log-probabilities.
+
+    `longest` is the range of `max_completion_tokens`.
+    """
     _check_sampling(options.sampling, vocabulary_size)
-    check_optional("max_completion_tokens", options.max_completion_tokens, MAX_COMPLETION_TOKENS)
+    check_optional("max_completion_tokens", options.max_completion_tokens, longest)
     check_optional("min_tokens", options.min_tokens, MIN_TOKENS)
     check_optional("n", options.n, N)
     _check_stop(options.stop)
     check_array("stop_token_ids", options.stop_token_ids, MAX_STOP_TOKENS)
     check_token_ids("stop_token_ids", options.stop_token_ids, vocabulary_size)
-    longest, least = options.max_completion_tokens, options.min_tokens or 0
-    if longest is not None and least > longest:
-        message = f"'min_tokens' is {least}, more than 'max_completion_tokens', which is {longest}."
+    most, least = options.max_completion_tokens, options.min_tokens or 0
+    if most is not None and least > most:
+        message = f"'min_tokens' is {least}, more than 'max_completion_tokens', which is {most}."
         raise ServiceError("invalid_parameter_combination", message, "min_tokens")
     return ValidOptions(
         sampling=options.sampling,
