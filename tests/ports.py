@@ -32,3 +32,14 @@ def free_port() -> int:
 def free_ports(count: int) -> list[int]:
     """Several of them."""
     return [free_port() for _ in range(count)]
+
+
+def up_ports() -> list[str]:
+    """Options of `trivium up` that give it free ports, as one may be running on the usual ones.
+
+    They leave room for the generators of three models, whose ports follow on each other.
+    """
+    services = ("tokenizer", "generator")
+    names = ["port", *(f"{one}-{kind}" for one in services for kind in ("port", "metrics-port"))]
+    ports = free_ports(3 * len(names))[::3]
+    return [f"--{name}={port}" for name, port in zip(names, ports, strict=True)]

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from generator_svc.config import GeneratorSettings
 from tests.cli.conftest import pretended_model
+from tests.ports import up_ports
 from trivium.cli.fit import SERVICES_BYTES, memory_plans
 from trivium.cli.main import app
 from trivium.cli.pipeline import Pipeline
@@ -39,7 +40,7 @@ def _refused(capfd: pytest.CaptureFixture[str], *models: Path) -> str:
 def _refusals(capfd: pytest.CaptureFixture[str], *models: Path) -> list[str]:
     """What `trivium up` says, a line for each model that does not fit."""
     options = [option for model in models for option in ("--model", str(model))]
-    result = CliRunner().invoke(app, ["up", "--device", "cpu", *options])
+    result = CliRunner().invoke(app, ["up", "--device", "cpu", *up_ports(), *options])
 
     assert 2 == result.exit_code
     return (capfd.readouterr().err + result.output).splitlines()

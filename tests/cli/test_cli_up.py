@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from rest_facade.config import FacadeSettings
 from tests.certificates import Files
 from tests.cli.children import Children, is_running
+from tests.ports import up_ports
 from trivium.cli.banner import banner
 from trivium.cli.main import app
 from trivium.cli.pipeline import Pipeline, authority, free_ports
@@ -112,8 +113,8 @@ def test_names_the_port_that_is_taken(tiny_folder: Path) -> None:
 )
 def test_no_two_stages_get_one_port(one: str, other: str, told: str, tiny_folder: Path) -> None:
     """The later one is named, and whose port it is."""
-    options = (f"{one}=8498", f"{other}=8498")
-    result = CliRunner().invoke(app, ["up", "--model", str(tiny_folder), "--port=8497", *options])
+    options = (*up_ports(), f"{one}=8498", f"{other}=8498")
+    result = CliRunner().invoke(app, ["up", "--model", str(tiny_folder), *options])
 
     assert 2 == result.exit_code
     assert told in " ".join(result.output.split())
@@ -167,7 +168,8 @@ def test_several_facades_need_linux(tiny_folder: Path, monkeypatch: pytest.Monke
 )
 def test_replicas_need_ports_that_exist(options: list[str], option: str, tiny_folder: Path) -> None:
     """Replicas listen 100 ports apart; one that would be beyond the last is refused."""
-    result = CliRunner().invoke(app, ["up", "--model", str(tiny_folder), "--port=1024", *options])
+    model = ("--model", str(tiny_folder))
+    result = CliRunner().invoke(app, ["up", *model, *up_ports(), *options])
 
     assert 2 == result.exit_code
     assert (

@@ -83,6 +83,7 @@ async def facade(edge: Edge, answer: Any) -> AsyncIterator[list[bytes]]:
     """A server in a facade's place, always healthy, and known to the edge: the bodies it gets."""
     bodies: list[bytes] = []
     writers: list[asyncio.StreamWriter] = []
+    before = asyncio.all_tasks()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writers.append(writer)
@@ -103,9 +104,11 @@ async def facade(edge: Edge, answer: Any) -> AsyncIterator[list[bytes]]:
             while (await client.get(url)).status_code != 200:
                 pass
         yield bodies
-    await asyncio.sleep(0.1)  # for connections that were accepted a moment ago
-    for writer in writers:  # the edge may be asking after its health
-        writer.close()
+    while serving := asyncio.all_tasks() - before:  # the edge may be asking after its health
+        for writer in writers:
+            writer.close()
+        await asyncio.wait(serving, timeout=0.1)
+    for writer in writers:
         with contextlib.suppress(ConnectionError):
             await writer.wait_closed()
 
