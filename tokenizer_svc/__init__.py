@@ -2,6 +2,5 @@
 
 import os
 
-# The library would start a thread for each processor it sees, to share out a batch of texts; ours
-# hold one text each.
+# The library would start a thread per processor to split up a batch of texts; ours hold one each.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,4 +1,4 @@
-"""`python -m tokenizer_svc`: loads the models' text side, serves until a signal."""
+"""`python -m tokenizer_svc`: loads tokenizers and templates, serves until a stop signal."""
 
 import asyncio
 import logging
@@ -25,8 +25,8 @@ log = logging.getLogger("tokenizer_svc")
 
 
 async def serve(settings: TokenizerSettings, models: list[Model], keys: KeyFile | None) -> None:
-    """Serves until a signal, then drains."""
-    # Long texts are encoded in threads; more of them than cores would only take turns.
+    """Serves until a stop signal, then drains."""
+    # Long texts are encoded in threads; more threads than cores would not make it faster.
     loop = asyncio.get_running_loop()
     loop.set_default_executor(ThreadPoolExecutor(cpu_limit().cores, "encode"))
     signals = StopSignals()
@@ -54,7 +54,7 @@ def main() -> None:
         collect_seldom()
         with tracing.exported("tokenizer_svc", settings.log_name):
             run(serve(settings, models, keys))
-    except (ModelDirectoryError, OSError) as error:  # a port that is taken, for one
+    except (ModelDirectoryError, OSError) as error:  # such as a port already in use
         refuse_to_start(f"tokenizer_svc: {error}")
 
 

@@ -35,10 +35,10 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class CompletionJob:
-    """A checked request with its prompts' token ids; a chat has one prompt.
+    """A validated request with its prompts' token ids; a chat has one prompt.
 
-    `created` is in seconds since 1970. `echoes` are one for each prompt, or none. `whole` if
-    nothing is shown before the end.
+    `created` is a Unix time in seconds. `echoes` has one entry per prompt, or none. `whole` means
+    that nothing is sent to the caller before the end.
     """
 
     id: str
@@ -54,10 +54,9 @@ class CompletionJob:
 async def stream_completion(
     served: ServedModel, job: CompletionJob, meter: RequestMeter, seconds: float | None
 ) -> AsyncGenerator[Event]:
-    """The header once the generator has admitted a prompt, deltas, and the usage at the end.
+    """Yields the header once the generator has admitted a prompt, then deltas, then the usage.
 
-    The choices of each prompt count on from those of the prompts before. Takes at most `seconds`;
-    raises ServiceError.
+    Choices are numbered across all prompts. Takes at most `seconds`; raises ServiceError.
     """
     model, n = served.model, job.options.n
     trace = CompletionTrace(job.id, model.id, job.options, is_stream=not job.whole)
@@ -93,9 +92,9 @@ async def stream_completion(
 
 
 def _command(served: ServedModel, job: CompletionJob, token_ids: list[int]) -> GenerateCommand:
-    """The command to the generator; output is limited by the context that the prompt leaves.
+    """The command for the generator; `max_new_tokens` fits into the context left by the prompt.
 
-    Raises ServiceError if that is less than `min_tokens`.
+    Raises ServiceError if that leaves less than `min_tokens`.
     """
     options = job.options
     remaining_context = served.context_length - len(token_ids)
@@ -131,9 +130,9 @@ async def _generate(
     trace: CompletionTrace,
     seconds: float | None,
 ) -> AsyncGenerator[list[Delta]]:
-    """The deltas of each message of the generator, for the prompt at this place.
+    """Yields the deltas of each generator message, for the prompt at index `place`.
 
-    Its choices count on from those of the prompts before in what is metered and shown.
+    Deltas and metrics use choice indices that are numbered across all prompts.
     """
     token_ids, first_index = job.prompts[place], place * job.options.n
     echo = job.echoes[place] if job.echoes else None
@@ -169,7 +168,7 @@ async def _generate(
                 if completion.done:
                     await generation.report(_report(completion.usage, reasons))
     except ServiceError as error:
-        if error.param == "prompt_logprobs":  # that is what the two fields ask for
+        if error.param == "prompt_logprobs":  # requested by `echo` and `logprobs`
             raise ServiceError(error.code, error.message, "logprobs") from error
         raise attribute_error_to_field(error, job.constraint) from error
     if not completion.done:
@@ -186,7 +185,7 @@ def _without_tokens(update: TokenUpdate) -> TokenUpdate:
 
 
 async def _begin(echo: Echo, options: ValidOptions, updates: Sequence[TokenUpdate]) -> list[Delta]:
-    """The deltas with the prompt, by the generator's first message."""
+    """The deltas that echo the prompt, from the generator's first message."""
     logprobs = updates[0].prompt_logprobs if options.prompt_logprobs is not None else None
     size = len(logprobs or ())
     return await offload(size, lambda: echo.begin(options.n, logprobs), INLINE_LOGPROBS)
@@ -200,11 +199,11 @@ def _report(usage: Usage, reasons: Mapping[int, str]) -> CompletionReport:
 
 
 async def merge_streams(streams: Sequence[AsyncGenerator[Item]]) -> AsyncGenerator[Item]:
-    """All items of all streams, each as soon as it is there.
+    """Yields the items of all streams as they arrive.
 
-    Ends when all have ended; the first error ends all of them.
+    Ends when all streams have ended; the first error ends all of them.
     """
-    # One item at most is buffered: a slow reader holds back the streams (backpressure).
+    # At most one item is buffered, so that a slow reader slows the streams down (backpressure).
     items: asyncio.Queue[Item] = asyncio.Queue(1)
     readers = [asyncio.create_task(_read(stream, items)) for stream in streams]
     getting: asyncio.Task[Item] | None = None
@@ -233,7 +232,7 @@ async def _read(stream: AsyncGenerator[Item], items: asyncio.Queue[Item]) -> Non
 
 
 def _taken(completions: Sequence[Completion]) -> tuple[int, int | None]:
-    """Tokens so far, and the device time once all is done."""
+    """Tokens so far, and the device time in nanoseconds once all choices have finished."""
     usage = _sum([completion.usage for completion in completions])
     is_done = all(completion.done for completion in completions)
     tokens = usage.prompt_tokens + usage.completion_tokens

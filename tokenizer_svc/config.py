@@ -41,7 +41,7 @@ def _from_json(value: Any) -> Any:
 
 
 class ModelSettings(BaseModel):
-    """One of several models; what is absent is as for a single one."""
+    """One entry of MODELS; parsers and `default_max_tokens` default to the general settings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -177,7 +177,7 @@ class TokenizerSettings(DoorSettings):
     @field_validator("model_directory")
     @classmethod
     def _one_or_several(cls, value: Path | None, info: ValidationInfo) -> Path | None:
-        models = info.data.get("models")  # None if they are wrong themselves
+        models = info.data.get("models")  # None if MODELS itself is invalid
         if value is None and models == ():
             raise ValueError("required, as there are no MODELS")
         if value is not None and models:
@@ -186,7 +186,7 @@ class TokenizerSettings(DoorSettings):
 
     @property
     def served(self) -> tuple[ModelSettings, ...]:
-        """All models, from MODELS or MODEL_DIRECTORY."""
+        """All served models, from MODELS or MODEL_DIRECTORY."""
         if self.model_directory is None:
             return self.models
         one = ModelSettings(
@@ -195,7 +195,7 @@ class TokenizerSettings(DoorSettings):
         return (one,)
 
     def generator_tls(self) -> ChannelTls | None:
-        """For the channels to the generators. Raises TlsError."""
+        """TLS for the channels to the generators; raises TlsError."""
         return tls.channel_tls(
             self.generator_tls_ca_file,
             self.generator_tls_cert_file,

@@ -1,7 +1,7 @@
-"""Prometheus metrics of this service, under vLLM's names where it has the same.
+"""Prometheus metrics of this service, under vLLM's names where it has the same ones.
 
-A `RequestMeter` lives as long as a request does. What begins `vllm:request_` counts each request
-once, whatever its `n`, so that at rest
+A `RequestMeter` lives as long as its request. Metrics named `vllm:request_…` count each request
+once, whatever its `n`, so that with no request in flight
 
     sum of vllm:request_success_total = count of vllm:request_prompt_tokens
     vllm:prompt_tokens_total = sum of vllm:request_prompt_tokens
@@ -30,13 +30,13 @@ _TOKEN_BUCKETS = (
     *(0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5),
 )
 _LENGTH_BUCKETS = tuple(mantissa * 10**exponent for exponent in range(6) for mantissa in (1, 2, 5))
-# Why a request ended, in vLLM's words. A call of a tool is a stop: the model was done.
+# Why a request ended, in vLLM's words. A tool call is a stop: the model was done.
 _STOP, _LENGTH, _ABORT, _ERROR = _REASONS = ("stop", "length", "abort", "error")
 _REQUEST_BUCKETS = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 480)
 
 
 class Metrics:
-    """The metrics of a process, in a registry of their own."""
+    """The metrics of a process, in their own registry."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -98,7 +98,7 @@ class Metrics:
         )
 
     def expect(self, models: Iterable[str]) -> None:
-        """Shows zeros for these models: of a series that starts at 1 no rate is known."""
+        """Exports zeros for these models: a series that first appears at 1 has no rate."""
         for code in ("ok", *ERRORS):
             self.requests.labels(code)
         of_models = (
@@ -124,7 +124,7 @@ def _seconds(
 
 
 class RequestMeter:
-    """Notes the times and tokens of one request."""
+    """Measures the times and tokens of one request."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
@@ -132,25 +132,25 @@ class RequestMeter:
         self._start = time.monotonic()
         self._last: dict[int, float] = {}
         self._prompt_tokens = self._generated_tokens = 0
-        self._is_cut = False  # whether any choice ended for its length
+        self._is_cut = False  # whether any choice was cut off
 
     def __enter__(self) -> "RequestMeter":
         self._metrics.in_flight.inc()
         return self
 
     def prompt(self, model: str, tokens: int) -> None:
-        """A prompt of so many tokens was admitted, for `model`."""
+        """Records that a prompt of this many tokens was admitted."""
         self._model = model
         self._prompt_tokens += tokens
         self._metrics.prompt_tokens.labels(model).inc(tokens)
-        # Looked up once and not for each token.
+        # Looked up once, not for each token.
         self._generated = self._metrics.generation_tokens.labels(model)
         self._gaps = self._metrics.inter_token_latency.labels(model)
 
     def step(self, updates: list[TokenUpdate], deltas: list[Delta], first_index: int = 0) -> None:
-        """A message of the generator came just now, and this is what followed.
+        """Records a generator message that just arrived, and the deltas decoded from it.
 
-        The message's own choices count from `first_index` among the request's.
+        The message's choice 0 is the request's choice `first_index`.
         """
         now = time.monotonic()
         for update in updates:
@@ -183,7 +183,7 @@ class RequestMeter:
         metrics, model = self._metrics, self._model
         metrics.request_prompt_tokens.labels(model).observe(self._prompt_tokens)
         metrics.request_generation_tokens.labels(model).observe(self._generated_tokens)
-        # Who had a deadline has left as well, and no operator can help it.
+        # A caller whose deadline expired has left as well, which the operator cannot help.
         reason = _ABORT if code in (CLIENT_LEFT, "deadline_exceeded") else _ERROR
         if error is None:
             reason = _LENGTH if self._is_cut else _STOP

@@ -1,4 +1,4 @@
-"""The models that are served: the text side of each, its limits, and the generator that runs it."""
+"""The served models: the tokenizer, template and limits of each, and the generator that runs it."""
 
 import json
 import logging
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Model:
-    """One model's text side. `created` is in seconds since 1970."""
+    """What this stage knows about one model. `created` is a Unix time in seconds."""
 
     id: str
     revision: str
@@ -43,7 +43,7 @@ class Model:
         return "fp_" + self.revision[:10]
 
     async def prompt(self, conversation: Conversation, context_length: int) -> Prompt:
-        """Renders and encodes the prompt; context_length_exceeded if it fills the context."""
+        """Renders and encodes the prompt; raises ServiceError if it fills the context."""
         size = sum(map(_size, conversation.messages))
         size += sum(map(_tool_size, conversation.tools))
         self._check_size(size, context_length, "messages")
@@ -59,7 +59,7 @@ class Model:
     async def encode(
         self, text: str, context_length: int, param: str, add_special_tokens: bool
     ) -> list[int]:
-        """A plain prompt's tokens; context_length_exceeded if they fill the context."""
+        """Encodes a plain prompt; raises ServiceError if it fills the context."""
         self._check_size(len(text), context_length, param)
         try:
             with tracing.span("encode"):
@@ -75,13 +75,13 @@ class Model:
         return token_ids
 
     def check_tokens(self, tokens: int, context_length: int, param: str) -> None:
-        """Raises ServiceError if a prompt of so many tokens fills the context."""
+        """Raises ServiceError if a prompt of this many tokens fills the context."""
         if tokens >= context_length:
             raise _too_long(context_length, str(tokens), param)
 
     def _check_size(self, size: int, context_length: int, param: str) -> None:
         if size > context_length * self.tokenizer.max_token_characters:
-            # Far too long, whatever its tokens: not worth the time to count them.
+            # Far too long, however it is tokenized: not worth the time to count its tokens.
             raise _too_long(context_length, f"more than {context_length}", param)
 
 
@@ -89,8 +89,8 @@ class Model:
 class ServedModel:
     """A model and the generator that runs it.
 
-    `default_max_tokens` limits the output of requests without a limit; None is all that the context
-    leaves.
+    `default_max_tokens` limits the output of requests without a limit; None means up to the end of
+    the context.
     """
 
     model: Model
@@ -100,7 +100,7 @@ class ServedModel:
 
     @property
     def context_length(self) -> int:
-        """The most tokens of prompt and answer together that both stages take."""
+        """The maximum number of tokens of prompt and answer together that both stages support."""
         own, generators = self.model.context_length, self.watch.context_length
         return own if generators is None else min(own, generators)
 
@@ -110,13 +110,13 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class ServedModels:
-    """All models by id, and the other names that they go by."""
+    """All models by id, and their aliases."""
 
     by_id: Mapping[str, ServedModel]
     aliases: Mapping[str, str] = field(default_factory=dict)
 
     def find(self, name: str, param: str = "model") -> ServedModel:
-        """The model of this id or alias; ServiceError if there is none."""
+        """The model with this id or alias; raises ServiceError if there is none."""
         if not name:
             raise missing(param)
         current_request().check_model(name, param)
@@ -126,7 +126,7 @@ class ServedModels:
         return served
 
     def check_any(self) -> None:
-        """Raises ServiceError if no model has a generator that serves."""
+        """Raises ServiceError if no model has a generator that is serving."""
         if self.available:
             return
         for served in self.by_id.values():
@@ -135,7 +135,7 @@ class ServedModels:
 
     @property
     def available(self) -> list[ServedModel]:
-        """The models that have a generator, by id."""
+        """The models whose generator is available, ordered by id."""
         return [served for _, served in sorted(self.by_id.items()) if served.watch.available]
 
 
@@ -146,10 +146,10 @@ def load_model(
     variables: Set[str] = frozenset(),
     folds: bool = True,
 ) -> Model:
-    """Reads a model folder and tries it out; ModelDirectoryError when it is not usable.
+    """Loads a model folder and warms it up; raises ModelDirectoryError if it is not usable.
 
-    The parsers are names that `choose` knows; `variables` are the template's that requests may set;
-    `folds` is whether conversations that the template refuses are tried in other forms.
+    The parsers are names that `choose` knows; `variables` are the template variables that requests
+    may set; `folds` is whether conversations that the template refuses are tried in other forms.
     """
     directory = load_model_directory(path)
     try:
@@ -186,13 +186,13 @@ def _chat_template(directory: ModelDirectory) -> ChatTemplate:
 def _output(
     template: ChatTemplate, shows_tools: bool, tool_parser: str, reasoning_parser: str
 ) -> ModelOutputFormat:
-    """How the model writes; one that was not made for tools does not know when to stop calling."""
+    """The output format. A model not made for tools may call once, or it might not stop."""
     output = choose(template.whole_source, tool_parser, reasoning_parser)
     return replace(output, single_call=output.single_call or not shows_tools)
 
 
 def _warm_up(model: Model) -> None:
-    """One prompt there and back, so that the first request finds everything built."""
+    """Encodes and decodes one prompt, so that the first request does not pay for warm-up."""
     if model.template.is_missing:
         log.warning("model %s has no chat template: it serves /v1/completions only", model.id)
         token_ids = model.tokenizer.encode("Hello")

@@ -1,4 +1,4 @@
-"""Builds the service: models, watches on their generators, gRPC server."""
+"""Builds the service: models, watches of their generators, and the gRPC server."""
 
 import asyncio
 from collections.abc import Sequence
@@ -28,8 +28,8 @@ from trivium.wire.tls.metrics import CertificateCollector
 
 
 def load_models(settings: TokenizerSettings) -> list[Model]:
-    """The models of the settings, in their order; ModelDirectoryError for one that is not usable
-    or that goes by the name of another."""
+    """Loads the models of the settings, in order; raises ModelDirectoryError if one is not usable
+    or shares a name with another."""
     models = [
         load_model(
             one.model_directory,
@@ -49,7 +49,7 @@ def load_models(settings: TokenizerSettings) -> list[Model]:
 
 
 class TokenizerServer:
-    """Serves models until `drain`. `port` is the one that gRPC really has."""
+    """Serves models until `drain`. `port` is the actual port of the gRPC server."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class TokenizerServer:
         )
 
     async def start(self) -> None:
-        """Alive at once; ready for completions when a generator is."""
+        """Starts serving: live at once, ready for completions when a generator is."""
         address = address_of(self._settings.host, self._settings.port)
         self.port = await self._server.start(address)
         await self._server.set_serving(True, ["", TOKENIZER_SERVICE])
@@ -121,7 +121,7 @@ class TokenizerServer:
             self._background.push_async_callback(_end, following)
 
     async def check_ready(self) -> None:
-        """Raises ServiceError unless this stage is ready for completions, with the reason."""
+        """Raises ServiceError with the reason if this stage is not ready for completions."""
         try:
             await self._server.check_ready(PIPELINE_SERVICES[0])
         except ServiceError as error:
@@ -130,13 +130,13 @@ class TokenizerServer:
             raise
 
     async def drain(self, hurry: asyncio.Event | None = None) -> None:
-        """Ends as GrpcServer.drain does."""
+        """Drains as GrpcServer.drain does, then ends all background work."""
         settings = self._settings
         await self._server.drain(settings.drain_notice_seconds, settings.drain_seconds, hurry)
         await self._background.aclose()
 
     async def _set_ready(self, changed: bool) -> None:
-        """Ready while any of the generators is."""
+        """Sets whether this stage is ready, which it is while any generator is."""
         await self._server.set_serving(bool(self._models.available), PIPELINE_SERVICES)
 
 

@@ -42,14 +42,14 @@ from trivium.wire.in_flight import InFlight
 from trivium.wire.serving import GrpcServer
 from trivium.wire.tls.server import ServerTls
 
-# These answer only while a generator does; the tokenizer's own service needs no one.
+# These serve only while a generator does; TokenizerService needs none.
 PIPELINE_SERVICES = (
     "trivium.chat.v1.ChatService",
     "trivium.chat.v1.CompletionService",
     "trivium.chat.v1.ModelService",
 )
 TOKENIZER_SERVICE = "trivium.tokenizer.v1.TokenizerService"
-# What counts against the limits of a key.
+# The calls that count against a key's limits.
 COMPLETIONS = (
     "/trivium.chat.v1.ChatService/CreateChatCompletion",
     "/trivium.chat.v1.ChatService/StreamChatCompletion",
@@ -119,7 +119,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
 
 
 def _valid(message: chat_pb2.CreateChatCompletionRequest, model: Model) -> tuple[ValidRequest, int]:
-    """The request, and how many characters of schemas are in it."""
+    """The validated request, and its number of characters of JSON to be parsed."""
     request = chat_request(message)
     return validate(request, model.vocabulary_size), request.schema_characters
 
@@ -143,7 +143,7 @@ def create_server(
     has_reflection: bool = True,
     tls: ServerTls | None = None,
 ) -> GrpcServer:
-    """A server of all services over these models."""
+    """A server of all services for these models."""
     chat, completions = ChatService(models, metrics), CompletionService(models, metrics)
 
     def refused(method: str, code: str) -> None:

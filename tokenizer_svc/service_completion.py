@@ -110,7 +110,7 @@ def _valid(
 
 
 async def _prompt(served: ServedModel, request: CompletionRequest, place: int) -> _PlainPrompt:
-    """The prompt at this place, within the context."""
+    """The prompt at index `place`; raises ServiceError if it does not fit the context."""
     model, prompt = served.model, request.prompts[place]
     assert prompt is not None, "An unchecked prompt is to be answered. This is a bug."
     param = f"prompt[{place}]" if len(request.prompts) > 1 else "prompt"
@@ -130,8 +130,8 @@ async def _prompt(served: ServedModel, request: CompletionRequest, place: int) -
 
 
 def _check_prompt_logprobs(options: ValidOptions, tokens: int) -> None:
-    """Raises ServiceError for more of them than one answer should have: they cost the device little
-    and every stage much, once for each choice."""
+    """Raises ServiceError if an answer would have too many: they cost the device little, but every
+    stage a lot, and again for each choice."""
     alternatives = options.prompt_logprobs
     if alternatives is None or options.n * tokens * (1 + alternatives) <= MAX_PROMPT_LOGPROBS:
         return

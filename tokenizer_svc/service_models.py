@@ -1,4 +1,4 @@
-"""ModelService and TokenizerService, which need no generator to answer."""
+"""ModelService and TokenizerService, which answer without calling a generator."""
 
 from typing import Any
 

@@ -1,13 +1,13 @@
-"""Text to token ids and ids to bytes: the only door to the `tokenizers` library.
+"""Text to token ids and ids to bytes: the only module that imports the `tokenizers` library.
 
-A control token is one that tokenizer.json marks as special, or
-an added one of the form <|…|>: DeepSeek begins its turns with such, unmarked.
+A control token is one that tokenizer.json marks as special, or an added one of the form <|…|>:
+DeepSeek's turns begin with such tokens, not marked as special.
 
 Control tokens are kept apart from text by their names: the encoder is the model's own tokenizer
-with every control token renamed to a secret of this process. Text cannot spell such a name, be it
-by an added token, by a vocabulary entry or after normalisation, so a message's text is always text;
-whoever wants a control token writes its name with `control_name`. A plain prompt is another thing:
-what it spells out is meant.
+with every control token renamed to a secret of this process. Text cannot spell such a name, whether
+through an added token, a vocabulary entry or normalization, so a message's text is always text; to
+get a control token, write its `control_name`. In a plain prompt, by contrast, control tokens that
+are spelled out are intended.
 """
 
 import json
@@ -21,12 +21,12 @@ from tokenizers import Tokenizer as _Library
 _CONTROL_FORM = re.compile(r"<[|\uff5c].*[|\uff5c]>", re.DOTALL)
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
-_CHARACTERS_A_TOKEN = 8  # twice of what they are in most languages
+_CHARACTERS_A_TOKEN = 8  # twice the average of most languages
 _AT_A_CUT = 64  # tokens
 
 
 class TooManyTokens(Exception):
-    """A text has more tokens than are of use."""
+    """A text has more tokens than allowed."""
 
 
 class Tokenizer:
@@ -55,17 +55,17 @@ class Tokenizer:
         return tuple(self._names)
 
     def control_name(self, control_token: str) -> str:
-        """What to write into a text for `encode` to see this control token."""
+        """The name in a text that `encode` turns into this control token."""
         return self._names[control_token]
 
     def is_hidden(self, token_id: int) -> bool:
-        """Whether the token is left out of a model's answer, as the marked ones are."""
+        """Whether the token is left out of a model's answer: those marked as special are."""
         return token_id in self._hidden_ids
 
     def marker_id(self, text: str) -> int | None:
-        """The id of the token that stands for the whole of a format's marker; None if none does.
+        """The id of the single token that is a format's marker; None if there is none.
 
-        Tokens that constraints do not take for letters: the hidden ones, and added ones in <…>.
+        Only tokens that constraints do not take for text: hidden ones, and added ones in <…>.
         """
         return self._marker_ids.get(text)
 
@@ -81,29 +81,29 @@ class Tokenizer:
         max_tokens: int | None = None,
         parse_special: bool = False,
     ) -> list[int]:
-        """Ids of `text`, in which only `control_name`s are control tokens;
-        with `parse_special` those that it spells out, and no others.
+        """Ids of `text`, in which only `control_name`s are control tokens; with `parse_special`,
+        only those that are spelled out.
 
-        `add_special_tokens` adds what the tokenizer puts around a lone text, such as BOS. Raises
-        TooManyTokens once it is clear that there are more than `max_tokens`, which for a text that
-        is much too long is so after its beginning.
+        `add_special_tokens` adds what the tokenizer puts around a text, such as BOS. To save time
+        on a text that is much too long, only its beginning is encoded, and TooManyTokens raised if
+        that has more than `max_tokens`.
         """
         library = self._plain if parse_special else self._encoder
         if max_tokens is not None and len(text) > max_tokens * _CHARACTERS_A_TOKEN:
             beginning = text[: max_tokens * _CHARACTERS_A_TOKEN]
-            # Where the text was cut there may be a few tokens that the whole has not.
+            # Around the cut there may be a few tokens that the whole text does not have.
             if len(_encoding(library, beginning, add_special_tokens)) > max_tokens + _AT_A_CUT:
                 raise TooManyTokens
         ids: list[int] = _encoding(library, text, add_special_tokens).ids
         return ids
 
     def decode(self, token_ids: list[int]) -> str:
-        """The text of ids, control tokens included; bytes that are no character are U+FFFD."""
+        """The text of ids, control tokens included; invalid bytes become U+FFFD."""
         [text] = self._plain.decode_batch([token_ids], skip_special_tokens=False)
         return str(text)
 
     def _token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token stands for inside a text; none for an id that is no token."""
+        """The bytes of a token within a text; empty for an id that is not a token."""
         token: str | None = self._plain.id_to_token(token_id)
         if token is None:
             return b""
@@ -113,12 +113,12 @@ class Tokenizer:
             return bytes([int(match[1], 16)])
         if self._anchor is None or token_id in self._hidden_ids:
             return token.encode()
-        # What a token adds depends on where it stands: it is looked at behind another one.
+        # A token's text depends on its position, so it is decoded after another token.
         before, both = self.decode([self._anchor]), self.decode([self._anchor, token_id])
         return both[len(before) :].encode()
 
     def _first_space_is_lost(self, vocabulary: dict[str, int]) -> bool:
-        """Whether decoding drops the space with which SentencePiece begins every text."""
+        """Whether decoding drops the space that SentencePiece puts before every text."""
         for token, token_id in vocabulary.items():
             if token[:1] == "\u2581" != token[1:2]:
                 inside = self._token_bytes(token_id)
@@ -128,7 +128,7 @@ class Tokenizer:
 
 
 def _encoding(library: _Library, text: str, add_special_tokens: bool) -> Any:
-    # Of the library's ways to encode, those for batches alone release the interpreter lock.
+    # Only the library's batch methods release the GIL.
     [encoding] = library.encode_batch_fast([text], add_special_tokens=add_special_tokens)
     return encoding
 
@@ -155,7 +155,7 @@ def _secret_names(control_tokens: list[str]) -> dict[str, str]:
 
 
 def _renamed(definition: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    """tokenizer.json with control tokens renamed wherever text could meet them; ids stay."""
+    """tokenizer.json with control tokens renamed wherever text could match them; ids are kept."""
     model = dict(definition["model"])
     if isinstance(model.get("vocab"), dict):
         model["vocab"] = {names.get(token, token): i for token, i in model["vocab"].items()}
@@ -175,20 +175,20 @@ def _renamed(definition: dict[str, Any], names: dict[str, str]) -> dict[str, Any
 
 
 def _meets(merge: str | list[str], names: dict[str, str]) -> bool:
-    """Whether a BPE merge makes or uses a control token."""
+    """Whether a BPE merge produces or uses a control token."""
     left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
     return left in names or right in names or left + right in names
 
 
 def _types(decoder: dict[str, Any] | None) -> list[str]:
-    """The types of a decoder and of all that it is made of."""
+    """The types of a decoder and of all its parts."""
     if decoder is None:
         return []
     return [decoder["type"], *(kind for d in decoder.get("decoders", ()) for kind in _types(d))]
 
 
 def _find_anchor(library: _Library, vocabulary: dict[str, int]) -> int | None:
-    """A token with visible text that decodes alike whatever follows it."""
+    """A token with visible text that decodes to the same text whatever follows it."""
     for token, token_id in vocabulary.items():
         if token.isascii() and token.isalpha():
             alone = library.decode([token_id], skip_special_tokens=False)
@@ -210,7 +210,7 @@ _BYTE_ALPHABET = _byte_alphabet()
 
 
 def _byte_level_bytes(token: str) -> bytes:
-    """A token outside the alphabet, such as an added one with a space, is its own text."""
+    """A token outside the alphabet, such as an added one with a space, is taken as plain text."""
     try:
         return bytes([_BYTE_ALPHABET[character] for character in token])
     except KeyError:

@@ -1,7 +1,7 @@
-"""What a request's span tells, in the words of OpenTelemetry's conventions for generative AI.
+"""A request's span attributes, named by OpenTelemetry's conventions for generative AI.
 
-https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-spans/. Nothing that a prompt or an answer
-says is among it.
+https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-spans/. The text of prompts and answers is
+not among them.
 """
 
 import time
@@ -18,7 +18,7 @@ _SAMPLING = ("temperature", "top_p", "top_k", "presence_penalty", "frequency_pen
 
 
 def name_request(operation: str, model: str) -> None:
-    """The current span is that of this operation, on a model that goes by this name."""
+    """Names the current span after the operation and the requested model."""
     model = model[:_MAX_NAME_CHARACTERS]
     span = tracing.current()
     span.rename(f"{operation} {model}")
@@ -32,14 +32,14 @@ def name_request(operation: str, model: str) -> None:
 
 
 class CompletionTrace:
-    """Notes on the current span how a completion goes on."""
+    """Records the progress of a completion on the current span."""
 
     def __init__(self, id: str, model: str, options: ValidOptions, is_stream: bool) -> None:
         self._span = tracing.current()
         self.is_recorded = self._span.is_recording
         self._began = time.monotonic()
-        self._first: float | None = None  # when the first tokens came
-        self._last = 0.0  # when the last ones had become text
+        self._first: float | None = None  # when the first tokens arrived
+        self._last = 0.0  # when the last ones were decoded
         self._busy_seconds = 0.0
         self._reasons: dict[int, str] = {}
         if not self.is_recorded:
@@ -59,7 +59,7 @@ class CompletionTrace:
         self._span.set({**attributes, "gen_ai.response.id": id, "gen_ai.response.model": model})
 
     def decode(self, completion: Completion, updates: Sequence[TokenUpdate]) -> CompletionStep:
-        """What `completion` takes from the updates; the first ones that come are an event."""
+        """Passes the updates to `completion`; the first ones to arrive are recorded as an event."""
         if not self.is_recorded:
             return completion.take(updates)
         came = time.monotonic()
@@ -73,7 +73,7 @@ class CompletionTrace:
         return step
 
     def note(self, deltas: Sequence[Delta]) -> None:
-        """These are on their way to the caller."""
+        """Notes the finish reasons in these deltas."""
         if not self.is_recorded:
             return
         for delta in deltas:
@@ -81,13 +81,13 @@ class CompletionTrace:
                 self._reasons[delta.index] = delta.finish_reason.value
 
     def close(self) -> None:
-        """Nothing more comes. Tokens became text all the while, which took the busy seconds."""
+        """Records the span of detokenization, with the seconds in which it was busy."""
         if self._first is not None:
             busy = {"trivium.busy_seconds": self._busy_seconds}
             tracing.record("detokenize", self._first, self._last, busy)
 
     def used(self, usage: Usage) -> None:
-        """The completion has ended well."""
+        """Records the usage of a completion that succeeded."""
         self._span.set(
             {
                 "gen_ai.response.finish_reasons": [

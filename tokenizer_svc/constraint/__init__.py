@@ -1,1 +1,1 @@
-"""From tools and response constraints to the decoding constraint sent to the generator."""
+"""Turns tools and response constraints into the decoding constraint sent to the generator."""

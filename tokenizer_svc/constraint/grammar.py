@@ -1,8 +1,8 @@
 """Builds the decoding constraint that is sent to the generator.
 
-Reasoning comes first where the model reasons, then tool calls in the model's own format, or text
-that fits the response constraint. The generator compiles schemas and patterns;
-`attribute_error_to_field` finds the field of the request that its error is about.
+Reasoning comes first if the model reasons, then tool calls in the model's own format, or text that
+matches the response constraint. The generator compiles schemas and patterns;
+`attribute_error_to_field` maps its errors back to the request's fields.
 """
 
 import re
@@ -24,7 +24,7 @@ from trivium.ecma_regex import to_rust
 from trivium.wire.errors import ServiceError
 
 _LINE_IN_ERROR = re.compile(r"\bat (\d+)\(\d+\): ?")
-_PREFIX = "The lark cannot be used: "  # callers do not know that a grammar was made
+_PREFIX = "The lark cannot be used: "  # callers do not know that a grammar was built
 _EXCERPT = re.compile(r"\n\s+\d+ \| .*", re.DOTALL)
 # Tokens of a Lark grammar: strings, comments, patterns, names.
 _LARK_TOKEN = re.compile(
@@ -40,9 +40,9 @@ def build_constraint(
     thinking: Thinking,
     control_id: Callable[[str], int | None],
 ) -> Constraint | None:
-    """The constraint on an answer; None if any text will do.
+    """The constraint on an answer; None if any text is allowed.
 
-    `control_id` gives the id of a control token by its text.
+    `control_id` maps the text of a control token to its id.
     """
     if response is None and not tool_use.tools:
         return None
@@ -50,7 +50,7 @@ def build_constraint(
     if not output.thinks:
         thinking = Thinking.DONE
     if is_prefilled and response is not None and not tool_use.forced:
-        return whole_output(response)  # the prompt began its text: nothing else can follow
+        return whole_output(response)  # the prompt opened the answer: nothing else can follow
     if is_prefilled and not tool_use.forced:
         return None
     if not tool_use.tools and thinking is Thinking.DONE and not output.is_harmony:
@@ -65,7 +65,7 @@ def build_constraint(
 
 
 def attribute_error_to_field(error: ServiceError, constraint: Constraint | None) -> ServiceError:
-    """The generator's error about a constraint, as one about the field that it was made from."""
+    """Makes the generator's error about a constraint name the request's field it was built from."""
     if constraint is None or not (error.param or "").startswith("constraint"):
         return error
     line = _LINE_IN_ERROR.search(error.message)
@@ -79,7 +79,7 @@ def attribute_error_to_field(error: ServiceError, constraint: Constraint | None)
 
 
 def whole_output(response: ResponseConstraint) -> Constraint:
-    """A constraint on the whole of the output."""
+    """A constraint on the entire output."""
     if response.kind is ResponseKind.REGEX:
         return Constraint(ConstraintKind.REGEX, response.definition or "", response.param)
     if response.kind is ResponseKind.GRAMMAR:
@@ -96,11 +96,11 @@ def _wrapped(
     thinking: Thinking,
     marker: Marker,
 ) -> Constraint:
-    """A Lark grammar of reasoning, tool calls and text."""
+    """A Lark grammar for reasoning, tool calls and text."""
     tools = output.tools
     is_free = response is None and not tool_use.forced
     lines = ["%llguidance {}", *start_rules(thinking, marker, gap=not is_free)]
-    fields = {}  # of the request, by the line of the grammar that is made from it
+    fields = {}  # the request's fields, by the grammar line built from each
     plan = Plan(
         calls=bool(tool_use.tools),
         forced=tool_use.forced,
@@ -133,7 +133,7 @@ def _wrapped(
 
 
 def _answer(response: ResponseConstraint) -> str:
-    """The rule `answer`, and every rule that it refers to."""
+    """The rule `answer`, with all rules that it refers to."""
     if response.kind is ResponseKind.GRAMMAR:
         return _renamed(response.definition or "")
     if response.kind is ResponseKind.CHOICE:
@@ -157,7 +157,7 @@ def _choices(response: ResponseConstraint) -> str:
 
 
 def _pattern(regex: str) -> str:
-    """A pattern as Lark writes it between slashes, in the syntax of Rust's regex crate."""
+    """A regex escaped for Lark's slashes, in the syntax of Rust's regex crate."""
     escaped = re.sub(
         r"\\.|/", lambda m: r"\/" if m[0] == "/" else m[0], to_rust(regex), flags=re.DOTALL
     )
@@ -165,7 +165,7 @@ def _pattern(regex: str) -> str:
 
 
 def _renamed(grammar: str) -> str:
-    """The caller's grammar with `start` as `answer`, and names that clash with none of ours."""
+    """The caller's grammar with `start` as `answer`, and no rule names that clash with ours."""
     own = set(_LARK_RULE.findall(grammar))
 
     def rename(match: re.Match[str]) -> str:

@@ -1,4 +1,4 @@
-"""Rewrites JSON Schemas for a grammar: of an answer's text, or of a function's arguments."""
+"""Rewrites the JSON Schemas of answers and of function arguments for use in a grammar."""
 
 import json
 from collections.abc import Iterator
@@ -6,21 +6,21 @@ from typing import Any
 
 from trivium.discriminated_unions import are_apart
 
-# Keywords whose values are data, not schemas; and those whose values are schemas by name.
+# Keywords whose values are data, not schemas; and keywords whose values are schemas by name.
 _DATA_KEYWORDS = frozenset(("const", "enum", "default", "examples"))
 _NAMED_SCHEMAS_KEYWORDS = frozenset(
     {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies"}
 )
 _DEFINITIONS = ("$defs", "definitions")
-# Keywords that combine schemas of the same instance, and those that apply them as conditions: what
-# a condition says of an instance need not hold.
+# Keywords that combine schemas for the same instance, and keywords that apply schemas
+# conditionally, which the instance need not match.
 _COMPOSITION_KEYWORDS = frozenset(("allOf", "anyOf", "oneOf"))
 _CONDITIONAL_KEYWORDS = frozenset(("not", "if", "then", "else", "dependentSchemas", "dependencies"))
-# Keywords by which another schema may speak of the same properties as `properties`.
+# Keywords through which another schema may apply to the properties in `properties`.
 _OVERLAPPING_KEYWORDS = _COMPOSITION_KEYWORDS | frozenset(
     ("$ref", "$dynamicRef", "if", "dependentSchemas", "dependencies", "patternProperties")
 )
-# Keywords by which a schema allows, asks for, or refers to properties not in its `properties`.
+# Keywords with which a schema allows, requires or refers to properties not in `properties`.
 _OBJECT_KEYWORDS = _OVERLAPPING_KEYWORDS | frozenset(
     ("dependentRequired", "additionalProperties", "unevaluatedProperties", "minProperties")
 )
@@ -29,12 +29,12 @@ ANY_OBJECT = '{"type": "object"}'
 
 
 def one_line(text: str) -> str:
-    """The same JSON without line breaks, which can only be white space."""
+    """The same JSON without line breaks, which can only be insignificant white space."""
     return text.replace("\n", " ").replace("\r", " ").strip()
 
 
 def lenient(text: str) -> str:
-    """The schema, marked so that llguidance ignores the keywords that it does not support."""
+    """The schema, marked so that llguidance ignores keywords that it does not support."""
     schema = json.loads(text)
     if isinstance(schema, dict):
         schema |= {"x-guidance": {"lenient": True}}
@@ -42,11 +42,11 @@ def lenient(text: str) -> str:
 
 
 def answer_schema(text: str, exact: bool) -> str:
-    """A response format's schema as one of the JSON that a model may write.
+    """The schema with which a response format is enforced.
 
-    Where it lists an object's properties and does not say whether there may be others, there are
-    none: small models would go on with properties of their own, and never end. An `exact` one is
-    left as it is where that could let through what it forbids.
+    An object whose schema lists properties without saying whether others are allowed may have no
+    others: small models would keep inventing properties and never end. An `exact` schema is left
+    unchanged if that could let through what it forbids.
     """
     schema = json.loads(text)
     if isinstance(schema, dict):
@@ -55,10 +55,10 @@ def answer_schema(text: str, exact: bool) -> str:
 
 
 def arguments_schema(text: str | None, exact: bool) -> str:
-    """A function's parameters as a schema of the arguments that a model may write.
+    """The schema with which a function's arguments are enforced.
 
-    Arguments are an object, of no other properties than an answer has. A function whose schema says
-    nothing about properties takes no arguments.
+    Arguments are an object, whose properties are restricted as in `answer_schema`. A function whose
+    schema says nothing about properties takes no arguments.
     """
     schema = {"type": "object"} | json.loads(text or "{}")
     schema.pop("x-guidance", None)
@@ -70,12 +70,12 @@ def arguments_schema(text: str | None, exact: bool) -> str:
 
 
 def _close(root: dict[str, Any], exact: bool) -> None:
-    """Forbids additional properties wherever all schemas that could name one are known."""
+    """Forbids additional properties wherever all schemas that could name a property are known."""
     nodes = list(_subschemas(root))
-    # Closed, the members of a oneOf could be apart that are not: what fits one would fit two.
+    # Closing could make overlapping members of a oneOf disjoint, and so allow what matches two.
     if exact and not all(are_apart(node["oneOf"], root) for node, *_ in nodes if "oneOf" in node):
         return
-    # A definition that is combined with other schemas has to allow the properties that they name.
+    # A definition combined with other schemas has to allow the properties that they name.
     merged = [
         str(node["$ref"])
         for node, shared, _ in nodes
@@ -88,7 +88,7 @@ def _close(root: dict[str, Any], exact: bool) -> None:
         if closes and isinstance(node.get("properties"), dict):
             node["additionalProperties"] = False
             named, required = node["properties"], node.get("required")
-            if isinstance(required, list):  # below a keyword that we do not know it may be anything
+            if isinstance(required, list):  # under an unknown keyword it may be anything
                 names = [name for name in required if isinstance(name, str) and name not in named]
                 node["properties"] = named | dict.fromkeys(names, True)
 
@@ -96,12 +96,12 @@ def _close(root: dict[str, Any], exact: bool) -> None:
 def _subschemas(
     node: Any, shared: bool = False, is_definition: bool = False
 ) -> Iterator[tuple[dict[str, Any], bool, bool]]:
-    """Every schema in `node`: itself, whether others apply to the same object, whether it is a
-    definition."""
+    """Yields each schema in `node`, whether other schemas apply to the same object, and whether it
+    is part of a definition."""
     if not isinstance(node, dict):
         return
     yield node, shared, is_definition
-    # What one schema says of a property, or of an array's items, another may add to.
+    # Another schema may constrain the same property, or the same array's items.
     overlaps = shared or not _OVERLAPPING_KEYWORDS.isdisjoint(node)
     for key, value in node.items():
         if key in _DATA_KEYWORDS:
@@ -117,5 +117,5 @@ def _subschemas(
 
 
 def _has_other_keywords(node: dict[str, Any], key: str) -> bool:
-    """Whether a schema constrains an object's properties by a keyword other than this one."""
+    """Whether a schema constrains an object's properties with a keyword other than `key`."""
     return bool(((_OBJECT_KEYWORDS | {"properties", "required"}) - {key}) & node.keys())

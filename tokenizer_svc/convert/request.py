@@ -1,4 +1,4 @@
-"""Converts requests from protobuf, unchecked."""
+"""Converts requests from protobuf without validating them."""
 
 from collections.abc import Iterable
 from typing import TypeVar
@@ -48,7 +48,7 @@ _FORMS = {
 
 
 def chat_request(request: chat_pb2.CreateChatCompletionRequest) -> ChatRequest:
-    """What the caller wrote, absent fields as None."""
+    """The request as sent; absent fields are None."""
     choice = request.tool_choice
     return ChatRequest(
         model=request.model,
@@ -84,7 +84,7 @@ def render_request(request: tokenizer_pb2.RenderChatRequest) -> Conversation:
 
 
 def completion_request(request: completion_pb2.CreateCompletionRequest) -> CompletionRequest:
-    """What the caller wrote, absent fields as None."""
+    """The request as sent; absent fields are None."""
     return CompletionRequest(
         model=request.model,
         prompts=tuple(_prompt(prompt) for prompt in request.prompts),
@@ -155,7 +155,7 @@ def _structured_outputs(structured: chat_pb2.StructuredOutputs) -> ResponseConst
 
 
 def _messages(messages: Iterable[chat_pb2.ChatMessage]) -> tuple[Message, ...]:
-    """The conversation; roles and parts that we do not know become None."""
+    """The conversation; unknown roles and parts become None."""
     return tuple(
         Message(
             role=_ROLES.get(message.role),
@@ -184,7 +184,7 @@ def _tools(tools: Iterable[chat_pb2.Tool]) -> tuple[Tool, ...]:
 
 
 def _optional(message: ProtobufMessage, name: str, kind: type[Value]) -> Value | None:
-    """A field's value, of a type known to the caller; None if it is absent."""
+    """A field's value, which is of type `kind`; None if the field is absent."""
     if not message.HasField(name):
         return None
     value = getattr(message, name)

@@ -33,7 +33,7 @@ def stream_response(event: Event) -> chat_pb2.StreamChatCompletionResponse:
 
 
 def whole_response(answer: WholeCompletion) -> chat_pb2.CreateChatCompletionResponse:
-    """The unary call's answer, choices by index."""
+    """The unary call's response, with choices ordered by index."""
     assert answer.header is not None, "A stream had no header. This is a bug."
     assert answer.usage is not None, "A stream had no usage. This is a bug."
     choices = [
@@ -74,7 +74,7 @@ def completion_event(event: Event) -> completion_pb2.StreamCompletionResponse:
 
 
 def whole_completion(answer: WholeCompletion) -> completion_pb2.CreateCompletionResponse:
-    """A plain completion's unary answer, choices by index."""
+    """The unary call's response for a plain completion, with choices ordered by index."""
     assert answer.header is not None, "A stream had no header. This is a bug."
     assert answer.usage is not None, "A stream had no usage. This is a bug."
     return completion_pb2.CreateCompletionResponse(
@@ -154,5 +154,5 @@ def _usage(usage: Usage) -> chat_pb2.Usage:
 
 
 def timestamp(seconds: float) -> Timestamp:
-    """Seconds since 1970."""
+    """Converts a Unix time in seconds."""
     return Timestamp(seconds=int(seconds), nanos=int(seconds % 1 * 1e9))

@@ -1,1 +1,1 @@
-"""How models of different families write their reasoning and their tool calls."""
+"""How model families write reasoning and tool calls."""

@@ -1,4 +1,4 @@
-"""Parses a tool call written as a JSON object with name and arguments, piece by piece."""
+"""Incrementally parses a tool call written as a JSON object with name and arguments."""
 
 import json
 from collections.abc import Set
@@ -12,11 +12,11 @@ _SPACE = " \t\n\r"
 
 
 class CallObject:
-    """`feed` until `done` or `wrong`.
+    """Call `feed` until `done` or `wrong`.
 
-    Arguments go out as they come once the name is known. Before that nothing goes out, and `raw` is
-    what was read, so that an object that is no call can be shown as text; afterwards `begun` is
-    true.
+    Arguments are streamed if the name comes before them. `begun` is true once anything has been
+    emitted; until then `raw` keeps what was read, so that an object that is not a call can be shown
+    as text.
     """
 
     def __init__(self, names: Set[str]) -> None:
@@ -28,19 +28,19 @@ class CallObject:
         self._raw: list[str] = []
         self._expect = "{"
         self._scan = JsonScan()
-        self._value: list[str] = []  # the key or value that is being read
+        self._value: list[str] = []  # the key or value being read
         self._key = ""
-        self._name: str | None = None  # once it is whole
+        self._name: str | None = None  # once it is complete
         self._arguments: str | None = None
         self._streaming = False
 
     @property
     def raw(self) -> str:
-        """What was read, up to where the call began or the text went wrong."""
+        """What was read before the call began or the text went wrong."""
         return "".join(self._raw)
 
     def feed(self, text: str, position: int, segments: list[Segment]) -> int:
-        """Reads on from `position`; where the object ended, went wrong, or the text ended."""
+        """Reads from `position`; returns where the object ended, went wrong, or the text ended."""
         while position < len(text) and not (self.done or self.wrong):
             if self._expect == "name":
                 after = self._read_name(text[position], position)
@@ -55,14 +55,14 @@ class CallObject:
         return position
 
     def flush(self, segments: list[Segment]) -> None:
-        """Nothing more comes: the call as far as it goes, if its name is known."""
+        """Ends the input: emits an incomplete call if its name is known."""
         if self._name is not None and not self.begun:
             self._begin(segments)
             if self._arguments:
                 segments.append(CallArguments(self._arguments))
 
     def _punctuation(self, character: str, position: int, segments: list[Segment]) -> int:
-        """What stands between keys and values."""
+        """Reads a character between keys and values."""
         if character in _SPACE:
             return position + 1
         expect = self._expect
@@ -103,7 +103,7 @@ class CallObject:
         return position
 
     def _read_name(self, character: str, position: int) -> int:
-        """The name's next character. No name of a function has to be escaped in JSON."""
+        """Reads the name's next character. Function names never need escaping in JSON."""
         name = "".join(self._value)
         if character == '"' and name in self._names:
             self._name, self._expect = name, ", or }"
@@ -133,7 +133,7 @@ class CallObject:
         return after
 
     def _take(self, expect: str, value: str) -> None:
-        """A key or a value is complete."""
+        """Handles a complete key or value."""
         if expect == "key":
             self._key, self._expect = json.loads(value), ":"
             again = self._key == "name" and self._name is not None
@@ -147,7 +147,7 @@ class CallObject:
             self.wrong = self._arguments is None
 
     def _end(self, segments: list[Segment]) -> None:
-        """The object is complete: a call whose arguments did not go out already."""
+        """Handles the end of the object: emits the call unless it was streamed."""
         if self._name is None:
             self.wrong = True
             return
@@ -158,7 +158,7 @@ class CallObject:
 
 
 def _object_text(value: str) -> str | None:
-    """The text of an object, which some models wrap in a string; None for anything else."""
+    """The JSON text of an object, which some models wrap in a string; None for anything else."""
     if value.startswith('"'):
         value = json.loads(value)
         scan = JsonScan()

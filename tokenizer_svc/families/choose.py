@@ -1,4 +1,4 @@
-"""Chooses a model's output format by its chat template's text, unless settings name one."""
+"""Detects a model's output format from its chat template, unless the settings name one."""
 
 from collections.abc import Callable, Set
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ REASONING_PARSERS = ("auto", "none", "deepseek_r1", "qwen3", "harmony")
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """How calls are written: grammar rules, and a parser for functions of these names."""
+    """How tool calls are written: grammar rules, and a parser for given function names."""
 
     markers: frozenset[str]
     call_rule: Callable[[str, str, Marker], str]
@@ -39,7 +39,7 @@ HARMONY = ToolFormat(harmony.MARKERS, harmony.call_rule, harmony.body_rules, Har
 
 @dataclass(frozen=True)
 class ModelOutputFormat:
-    """How a model writes. `tools` is None where calls are not looked for."""
+    """How a model writes its output. `tools` is None if tool calls are not parsed."""
 
     tools: ToolFormat | None
     thinks: bool = False
@@ -47,18 +47,18 @@ class ModelOutputFormat:
 
     @property
     def is_harmony(self) -> bool:
-        """Whether every answer has the format's messages, with or without tools."""
+        """Whether every answer consists of Harmony messages, with or without tools."""
         return self.tools is HARMONY
 
     def markers(self, calls: bool) -> frozenset[str]:
-        """The control tokens whose text the parser of an answer, maybe with calls, has to see."""
+        """The control tokens whose text the parser has to see, if `calls` those of calls too."""
         looks = self.tools is not None and (calls or self.is_harmony)
         tools = self.tools.markers if self.tools is not None and looks else frozenset()
         return tools | thinking.MARKERS if self.thinks else tools
 
     @property
     def short_call_ids(self) -> bool:
-        """Whether the template takes ids of nine letters and digits only."""
+        """Whether the template requires tool call ids of nine letters and digits."""
         return self.tools in (MISTRAL, MISTRAL_NAMED)
 
     def parser(self, names: Set[str], state: Thinking) -> Parser:
@@ -74,7 +74,7 @@ class ModelOutputFormat:
 def choose(
     template: str, tool_parser: str = "auto", reasoning_parser: str = "auto"
 ) -> ModelOutputFormat:
-    """The format of a model with this template, where settings do not name another."""
+    """The output format of a model with this template, unless the settings name one."""
     if tool_parser == "auto":
         tool_parser = _tool_parser(template)
     if reasoning_parser == "auto":

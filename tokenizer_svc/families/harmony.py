@@ -1,4 +1,4 @@
-"""gpt-oss's format: messages with channels for reasoning, calls and the answer.
+"""gpt-oss's Harmony format: messages on channels for reasoning, tool calls and the answer.
 
 `<|channel|>analysis<|message|>…<|end|>`, then `<|start|>assistant<|channel|>commentary
 to=functions.NAME <|constrain|>json<|message|>{…}<|call|>` or
@@ -24,28 +24,28 @@ _TOKENS = frozenset(
     f"<|{name}|>" for name in ("start", "channel", "message", "end", "call", "return", "constrain")
 )
 _CALL = "to=functions."
-# The recipient is spelled in ordinary tokens; output that was cut inside of it is no text either.
+# The recipient is written in ordinary tokens; output cut off within it is not text either.
 MARKERS = _TOKENS | {_CALL}
 
 _MARKER = re.compile("|".join(map(re.escape, sorted(_TOKENS))))
 _BEGINNINGS = {marker[:cut] for marker in _TOKENS for cut in range(1, len(marker))}
 _MAX_BEGINNING_LENGTH = max(map(len, _BEGINNINGS))
-_MAX_HEADER_LENGTH = 512  # a model that never ends its header is shown as text after so much
+_MAX_HEADER_LENGTH = 512  # a longer header is shown as text
 _CHANNEL = re.compile(r"<\|channel\|>\s*([a-z]+)")
 _RECIPIENT = re.compile(r"\bto=functions\.([a-zA-Z0-9_-]+)")
-# With a character after the name that cannot be part of it: the name is known to be complete.
+# Followed by a character that cannot be part of the name, so the name is complete.
 _WHOLE_RECIPIENT = re.compile(_RECIPIENT.pattern + "(?=[^a-zA-Z0-9_-])")
 _HEADERS = ("<|channel|>", "<|start|>", "<|message|>", _CALL)
 
 
 def call_rule(name: str, schema: str, marker: Marker) -> str:
-    """A call of this function, behind `<|channel|>`; the token that ends it ends the answer."""
+    """A call of this function, after `<|channel|>`; the token that ends it ends the answer."""
     start = literal(f"commentary to=functions.{name} ")
     return f'{start} {marker("<|constrain|>")} "json" {marker("<|message|>")} %json {schema}'
 
 
 def body_rules(plan: Plan, marker: Marker) -> list[str]:
-    """Rules of `body`: reasoning, a preamble to a call, then a call or the answer."""
+    """Rules for `body`: reasoning, a preamble to a call, then a call or the answer."""
     channel, message = marker("<|channel|>"), marker("<|message|>")
     again = f'{marker("<|end|>")} {marker("<|start|>")} "assistant" {channel}'
     answer = "answer" if plan.answer else "TEXT"
@@ -59,21 +59,21 @@ def body_rules(plan: Plan, marker: Marker) -> list[str]:
 
 
 class HarmonyParser:
-    """Splits the output behind `<|start|>assistant` into its messages."""
+    """Splits the output after `<|start|>assistant` into its messages."""
 
-    may_reason = True  # any message may be followed by one of reasoning
+    may_reason = True  # reasoning may follow any message
 
     def __init__(self, names: Set[str], in_answer: bool = False) -> None:
         self._names = names
-        self._held = ""  # what may become a marker
+        self._held = ""  # may become a marker
         self._at = 0  # where the next piece begins
-        # None within a message's body, where the output begins if the prompt began the answer.
+        # None within a message's body, where the output begins if the prompt opened the answer.
         self._header: list[str] | None = None if in_answer else []
         self._header_length = 0
         self._channel = Channel.CONTENT
-        self._callee: str | None = None  # whose call the body is to be
+        self._callee: str | None = None  # the function that the message calls
         self._arguments: JsonScan | None = None
-        self._space: list[str] = []  # before the arguments
+        self._space: list[str] = []  # white space before the arguments
         self._spaces = 0
         self._out: list[Segment] = []
 
@@ -96,8 +96,8 @@ class HarmonyParser:
             self._take_text(whole[position : match.start()])
             self._take_marker(match[0])
             position = match.end()
-        # An end that may yet become a marker is held back: a tokenizer without the special tokens
-        # spells markers out in pieces.
+        # A suffix that may become a marker is held back: a tokenizer without these special tokens
+        # splits markers into several tokens.
         end = len(whole)
         for cut in range(min(_MAX_BEGINNING_LENGTH, end - position), 0, -1):
             if whole[end - cut :] in _BEGINNINGS:
@@ -115,14 +115,14 @@ class HarmonyParser:
         if self._header is not None:
             self._finish_header("".join(self._header), cut)
         elif self._callee is not None and self._arguments is None:
-            # Cut off between the name and the arguments: a call as far as it goes.
+            # Cut off between the name and the arguments: emit the incomplete call.
             self._out.append(CallStart(self._callee))
         return self._out
 
     def _finish_header(self, header: str, cut: Set[str]) -> None:
         stripped = header.lstrip()
         if stripped.startswith(_HEADERS):
-            # A header that was cut off is never text. It is a call if the whole name is there.
+            # A header that was cut off is never text. It is a call if its name is complete.
             recipient = _WHOLE_RECIPIENT.search(header)
             if recipient is not None and recipient[1] in self._names:
                 self._out.append(CallStart(recipient[1]))
@@ -141,8 +141,8 @@ class HarmonyParser:
             self._take_body(marker)  # neither ends a message: within one they are text
         else:
             self._end_body()
-            # Those that begin the next header are kept with it, to be shown if it turns out to be
-            # none; those that only end a message are dropped.
+            # Markers that begin the next header are kept with it, to be shown if it turns out not
+            # to be a header; markers that only end a message are dropped.
             if marker in ("<|start|>", "<|channel|>"):
                 self._take_header(marker)
             else:
@@ -160,7 +160,7 @@ class HarmonyParser:
         self._header_length += len(text)
         self._at += len(text)
         header = "".join(self._header).lstrip()
-        # Text where a header should be: the model left it out, and all that follows is content.
+        # Text where a header should be: the model left it out, so all that follows is content.
         if header and not _may_be_header(header):
             whole = "".join(self._header)
             self._header, self._header_length = None, 0
@@ -173,8 +173,8 @@ class HarmonyParser:
         analysis = channel is not None and channel[1] == "analysis"
         callee = recipient[1] if recipient is not None else None
         self._callee = callee if callee in self._names else None
-        # A call in `analysis` is no reasoning: if its body turns out to be no JSON object, that is
-        # shown as content.
+        # A call in `analysis` is not reasoning: a body that is not a JSON object is shown as
+        # content.
         reasoning = analysis and self._callee is None
         self._channel = Channel.REASONING if reasoning else Channel.CONTENT
         self._arguments = None
@@ -193,11 +193,11 @@ class HarmonyParser:
         self._show(text)
 
     def _take_arguments(self, callee: str, text: str) -> str:
-        """Takes what belongs to the call; what does not is text."""
+        """Takes the call's arguments from `text`; returns the rest, which is message text."""
         if self._arguments is None:
             start = len(text) - len(text.lstrip())
             if start == len(text):
-                # Held back: part of the call before an object, text before anything else.
+                # Held back: dropped before an object, text before anything else.
                 self._space.append(text)
                 self._spaces += len(text)
                 return ""
@@ -220,7 +220,7 @@ class HarmonyParser:
         return space
 
     def _show(self, text: str) -> None:
-        """`text`, which ends where the next piece begins, is part of the message."""
+        """Emits `text`, which ends where the next piece begins, as part of the message."""
         if text and self._channel is Channel.CONTENT:
             self._out.extend(content(text, self._at - len(text)))
         elif text:

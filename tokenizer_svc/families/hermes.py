@@ -18,7 +18,7 @@ def call_rule(name: str, schema: str, marker: Marker) -> str:
 
 
 def body_rules(plan: Plan, marker: Marker) -> list[str]:
-    """Rules of `body`."""
+    """Rules for `body`."""
     opening = marker(OPENING)
     if not plan.calls:
         return ["body: answer"]
@@ -31,15 +31,15 @@ def body_rules(plan: Plan, marker: Marker) -> list[str]:
 
 
 class HermesParser(Machine):
-    """Text, in which calls stand between markers."""
+    """Text with calls between markers."""
 
     def __init__(self, names: Set[str]) -> None:
         super().__init__(self._in_text)
         self._names = names
         self._search = MarkerSearch(OPENING)
         self._call: CallObject | None = None
-        self._after_call: list[str] = []  # white space behind the object, then
-        self._closed = 0  # characters of the closing marker
+        self._after_call: list[str] = []  # white space after the object
+        self._closed = 0  # characters matched of the closing marker
         self._called = False
 
     @property
@@ -89,7 +89,7 @@ class HermesParser(Machine):
         return position
 
     def _no_closing(self, position: int) -> None:
-        """What stands behind the call is text, and may open the next one."""
+        """What follows the call is text, and may open the next call."""
         rest = "".join(self._after_call) + CLOSING[: self._closed]
         self._after_call, self._closed, self._state = [], 0, self._in_text
         shown, _, _ = self._search.scan(rest, 0)

@@ -1,6 +1,6 @@
-"""Scans one JSON value incrementally, as strictly as RFC 8259 has it.
+"""Scans one JSON value incrementally, strictly by RFC 8259.
 
-Builds nothing: knows only whether the text is still right and where the value ends.
+Builds no value: only tells whether the text is still valid and where the value ends.
 """
 
 import re
@@ -15,21 +15,21 @@ _HEX = frozenset("0123456789abcdefABCDEF")
 
 
 class JsonScan:
-    """`feed` until `done` or `wrong`. White space before the value is part of it.
+    """Call `feed` until `done` or `wrong`. White space before the value is part of it.
 
-    A number at the top ends at the first character that is not its own.
+    A top-level number ends at the first character that cannot be part of it.
     """
 
     def __init__(self) -> None:
         self.done = False
         self.wrong = False
-        self._open: list[str] = []  # the closing brackets that are due
+        self._open: list[str] = []  # closing brackets still expected
         self._expect = "value"
-        self._word = ""  # of a literal: what is still due; of a number: what has come
+        self._word = ""  # the rest of a literal, or what was read of a number
         self._is_key = False
 
     def feed(self, text: str, position: int) -> int:
-        """Reads on from `position`; where the value ended, went wrong, or the text ended."""
+        """Reads from `position`; returns where the value ended, went wrong, or the text ended."""
         while position < len(text) and not self.done:
             after = self._step(text, position)
             if self.wrong:
@@ -38,7 +38,7 @@ class JsonScan:
         return position
 
     def _step(self, text: str, position: int) -> int:
-        """Reads one character, or a stretch of a string; a number's end is not read."""
+        """Reads one character, or a run of a string; does not read the character after a number."""
         character = text[position]
         if self._expect == "string":
             return self._in_string(text, position)
@@ -55,7 +55,7 @@ class JsonScan:
         return position + 1
 
     def _token(self, character: str) -> None:
-        """A character between values."""
+        """Handles a character between values."""
         if self._expect in ("value", "value or ]") and not (
             self._expect == "value or ]" and character == "]"
         ):
@@ -141,7 +141,7 @@ class JsonScan:
     def _in_number(self, character: str, position: int) -> int:
         if character in _NUMBER_CHARACTERS:
             self._word += character
-            self.wrong = len(self._word) > _MAX_NUMBER_LENGTH  # a number of that length is none
+            self.wrong = len(self._word) > _MAX_NUMBER_LENGTH  # longer ones are refused
             return position + 1
         self.wrong = _NUMBER.fullmatch(self._word) is None
         self._end()

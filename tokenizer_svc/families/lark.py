@@ -1,23 +1,23 @@
-"""Pieces of a grammar in llguidance's variant of Lark."""
+"""Building blocks of grammars in llguidance's variant of Lark."""
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# Any text; a control token is none.
+# Any text, but no control tokens.
 ANYTHING = "/(?s:.*)/"
 
-# How a grammar writes a marker of a format: a control token's id, or else its letters.
+# Writes a format's marker for the grammar: as a control token's id, or else as literal text.
 Marker = Callable[[str], str]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What an answer may consist of, as a format has to wrap it.
+    """What an answer may consist of, for which a format writes its grammar rules.
 
-    With `calls` there is a rule `call`, a call of any of the tools, and with `forced` there has to
-    be one; `parallel` allows more. With `answer` there is a rule of that name for the text; without
-    it any text will do, and the terminals are TEXT, and FIRST for text that begins the answer.
+    With `calls` there is a rule `call`, a call of any of the tools; `forced` requires a call, and
+    `parallel` allows several. With `answer` there is a rule of that name for the text; without it
+    any text is allowed, through the terminals TEXT, and FIRST for text that begins the answer.
     """
 
     calls: bool = False
@@ -27,17 +27,17 @@ class Plan:
 
 
 def literal(text: str) -> str:
-    """A text as it is."""
+    """A literal string in a grammar."""
     return json.dumps(text)
 
 
 def is_control(marker: str) -> bool:
-    """Whether a written marker is a control token, which no text can spell."""
+    """Whether a marker is written as a control token, which no text can spell."""
     return marker.startswith("<[")
 
 
 def after_opening(opening: str, calls: str, repeats: bool) -> list[str]:
-    """Rules of `body` for free text in which `calls` must follow wherever `opening` appears."""
+    """Rules for `body`: free text in which `calls` must follow wherever `opening` appears."""
     again = f"({opening} {calls} TEXT)*" if repeats else f"({opening} {calls})?"
     if is_control(opening):
         return [f"body: FIRST {again}"]

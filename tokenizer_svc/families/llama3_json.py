@@ -1,6 +1,6 @@
 """Calls as Llama 3 writes them: an answer that is `{"name": …, "parameters": {…}}`.
 
-It may stand behind `<|python_tag|>`; further calls follow a semicolon.
+It may follow `<|python_tag|>`; further calls are separated by semicolons.
 """
 
 import json
@@ -14,12 +14,12 @@ from tokenizer_svc.families.parser import Machine
 TAG = "<|python_tag|>"
 MARKERS = frozenset((TAG,))
 
-_BEGINNING = '{"name":"'  # of a call, but for white space
+_BEGINNING = '{"name":"'  # of a call, without white space
 
 
 def call_rule(name: str, schema: str, marker: Marker) -> str:
-    """A call of this function, all of it one schema: an answer may have to be JSON too, and only
-    JSON can be told from JSON as it goes on."""
+    """A call of this function, as a single schema: the answer may have to be JSON too, and a
+    grammar can only choose between the two token by token if both are schemas."""
     parameters = _moved(json.loads(schema))
     options = {key: parameters.pop(key) for key in ("x-guidance",) if key in parameters}
     whole = {
@@ -33,7 +33,7 @@ def call_rule(name: str, schema: str, marker: Marker) -> str:
 
 
 def _moved(schema: Any) -> Any:
-    """The schema with its references to itself as they are within the call's."""
+    """The schema with its `$ref`s adjusted to its place within the call's schema."""
     if isinstance(schema, list):
         return [_moved(inner) for inner in schema]
     if not isinstance(schema, dict):
@@ -46,7 +46,7 @@ def _moved(schema: Any) -> Any:
 
 
 def body_rules(plan: Plan, marker: Marker) -> list[str]:
-    """Rules of `body`."""
+    """Rules for `body`."""
     if not plan.calls:
         return ["body: answer"]
     tag = f"{marker(TAG)}? " if is_control(marker(TAG)) else ""
@@ -59,13 +59,13 @@ def body_rules(plan: Plan, marker: Marker) -> list[str]:
 
 
 class Llama3JsonParser(Machine):
-    """Calls up to the first thing that is none; all the rest is text."""
+    """Calls, up to the first text that is not a call; from there on all is text."""
 
     def __init__(self, names: Set[str]) -> None:
         super().__init__(self._between)
         self._names = names
-        self._before: list[str] = []  # what stands before the next call: space, semicolon, tag
-        self._tag = 0  # characters of the tag
+        self._before: list[str] = []  # before the next call: white space, semicolon, tag
+        self._tag = 0  # characters matched of the tag
         self._tagged = False
         self._called = False
         self._call: CallObject | None = None
@@ -77,7 +77,7 @@ class Llama3JsonParser(Machine):
         return len(self._before) + self._tag + (self._call.length if self._call else 0)
 
     def _between(self, position: int) -> int:
-        """Before the first call or behind one."""
+        """Before the first call or after one."""
         character = self._text[position]
         if not self._tag and (character.isspace() or (self._called and character == ";")):
             self._before.append(character)
@@ -108,7 +108,7 @@ class Llama3JsonParser(Machine):
         return position
 
     def _no_call(self, position: int, raw: str = "") -> None:
-        """What was held is text, and all the rest is."""
+        """What was held back is text, and so is all that follows."""
         self._show("".join(self._before) + TAG[: self._tag] + raw, position)
         self._before, self._tag, self._state = [], 0, self._plain
 
@@ -117,7 +117,7 @@ class Llama3JsonParser(Machine):
         if call is not None:
             call.flush(self._out)
             if not (call.begun or self._tagged or _begins_call(call.raw)):
-                self._no_call(0, call.raw)  # an answer in JSON that was cut off
+                self._no_call(0, call.raw)  # a JSON answer that was cut off
         elif self._tagged or (self._tag and TAG in cut):
             return
         elif not self._called or self._tag:
@@ -125,5 +125,5 @@ class Llama3JsonParser(Machine):
 
 
 def _begins_call(raw: str) -> bool:
-    """Whether an object that was cut off has begun as a call does, with its name."""
+    """Whether an object that was cut off begins like a call, with its name."""
     return _BEGINNING.startswith("".join(raw.split())[: len(_BEGINNING)])

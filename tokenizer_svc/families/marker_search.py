@@ -1,28 +1,27 @@
 """Searches for a marker incrementally, in linear time.
 
-White space before the marker is held back with what may become the marker, as it belongs to the
-format and not to the text.
+White space before the marker is held back as well, as it belongs to the format and not to the text.
 """
 
 
 class MarkerSearch:
-    """Looks for one marker whose first character occurs in it only once."""
+    """Searches for a marker whose first character occurs in it only once."""
 
     def __init__(self, marker: str) -> None:
         assert marker[0] not in marker[1:], "The marker could overlap itself. This is a bug."
         self._marker = marker
-        self._matched = 0  # characters of the marker that were just seen
+        self._matched = 0  # characters of the marker matched so far
         self._space: list[str] = []
         self._spaces = 0
-        self.dropped = ""  # the white space before the marker that was found last
+        self.dropped = ""  # the white space before the last marker found
 
     @property
     def held(self) -> int:
-        """Characters at the end that are neither text nor marker yet."""
+        """Number of trailing characters not yet known to be text or marker."""
         return self._spaces + self._matched
 
     def scan(self, text: str, position: int) -> tuple[str, int, bool]:
-        """Reads on from `position`: text to show, where reading ended, whether the marker came.
+        """Reads from `position`; returns text to show, where it ended, whether the marker came.
 
         The text to show begins with what was held back before.
         """
@@ -44,10 +43,10 @@ class MarkerSearch:
         return "".join(shown), position, False
 
     def flush(self, drop_space: bool, drop_marker: bool = False) -> str:
-        """Nothing more comes: what was held back is text, or the end of what is text.
+        """Ends the input: returns what was held back as text.
 
-        `drop_space` drops white space alone, `drop_marker` what may be the beginning of the marker
-        and the white space before it.
+        `drop_space` drops it if it is only white space; `drop_marker` drops a partial marker and
+        the white space before it.
         """
         if drop_marker and self._matched:
             self._matched, drop_space = 0, True

@@ -1,6 +1,6 @@
 """Calls as Mistral writes them: `[TOOL_CALLS][{"name": …, "arguments": {…}}, …]`.
 
-Its later models write `[TOOL_CALLS]name[ARGS]{…}` instead, once for each call.
+Later models write `[TOOL_CALLS]name[ARGS]{…}` instead, once per call.
 """
 
 import re
@@ -17,12 +17,12 @@ MARKERS = frozenset((OPENING, ARGUMENTS, "[CALL_ID]"))
 
 _MAX_HEAD_LENGTH = 256
 _HEAD = re.compile(r"\s*([a-zA-Z0-9_-]+)(?:\[CALL_ID\][a-zA-Z0-9_-]*)?(?:\[ARGS\])?\s*")
-# As far as it goes, where it was cut off: the name, and what shows that the name is whole.
+# A head that was cut off: the name, and what shows that the name is complete.
 _CUT_HEAD = re.compile(r"\s*([a-zA-Z0-9_-]*)((?:\[[A-Z_]*(?:\][a-zA-Z0-9_-]*)?){0,2}\s*)")
 
 
 def call_rule(name: str, schema: str, marker: Marker) -> str:
-    """A call of this function, in the list."""
+    """A call of this function, as an element of the list."""
     before = literal(f'{{"name": "{name}", "arguments": ')
     return f"{before} %json {schema} {literal('}')}"
 
@@ -33,14 +33,14 @@ def named_call_rule(name: str, schema: str, marker: Marker) -> str:
 
 
 def body_rules(plan: Plan, marker: Marker) -> list[str]:
-    """Rules of `body`."""
+    """Rules for `body`."""
     # Older tokenizers put a space after the marker.
     calls = '" "? "[" call (", " call)* "]"' if plan.parallel else '" "? "[" call "]"'
     return _body_rules(plan, marker(OPENING), calls, repeats=False)
 
 
 def named_body_rules(plan: Plan, marker: Marker) -> list[str]:
-    """Rules of `body`, as later models write it."""
+    """Rules for `body`, as later models write it."""
     return _body_rules(plan, marker(OPENING), "call", repeats=plan.parallel)
 
 
@@ -56,17 +56,17 @@ def _body_rules(plan: Plan, opening: str, calls: str, repeats: bool) -> list[str
 
 
 class MistralParser(Machine):
-    """Text, then calls behind a marker."""
+    """Text, then calls after a marker."""
 
     def __init__(self, names: Set[str]) -> None:
         super().__init__(self._in_text)
         self._names = names
         self._search = MarkerSearch(OPENING)
-        self._read: list[str] = []  # since the marker, or since the last call
+        self._read: list[str] = []  # since the marker or the last call
         self._length = 0
         self._call: CallObject | None = None
         self._arguments = JsonScan()
-        self._called = False  # behind this marker
+        self._called = False  # after this marker
         self._ever_called = False
 
     @property
@@ -97,7 +97,7 @@ class MistralParser(Machine):
         return position
 
     def _note(self, position: int) -> int:
-        """One more character that stands before a call."""
+        """Keeps a character that comes before a call."""
         self._read.append(self._text[position])
         self._length += 1
         return position + 1
@@ -133,7 +133,7 @@ class MistralParser(Machine):
         self._read, self._length = [], 0
 
     def _after_call(self, position: int) -> int:
-        """Within the list, behind an element."""
+        """Within the list, after an element."""
         character = self._text[position]
         if character.isspace() or character in ",]":
             if not character.isspace():
@@ -142,7 +142,7 @@ class MistralParser(Machine):
         return self._give_up(position)
 
     def _in_head(self, position: int) -> int:
-        """The name of a call that is not in a list."""
+        """Reads the name of a call that is not in a list."""
         if self._text[position] != "{" and self._length < _MAX_HEAD_LENGTH:
             return self._note(position)
         head = _HEAD.fullmatch("".join(self._read))
@@ -162,7 +162,7 @@ class MistralParser(Machine):
         return after
 
     def _give_up(self, position: int) -> int:
-        """What stands behind the marker is text; so is the marker, if there was no call."""
+        """What follows the marker is text; so is the marker, if there was no call."""
         before = "" if self._called else self._search.dropped + OPENING
         text = before + "".join(self._read)
         self._read, self._length, self._state = [], 0, self._in_text

@@ -1,4 +1,4 @@
-"""Parsers of a model's output: their protocol, the segments they make, a state machine for them."""
+"""Parsers of model output: their protocol, the segments they emit, and a state machine for them."""
 
 from collections.abc import Callable, Set
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class Channel(Enum):
 
 @dataclass(frozen=True)
 class Text:
-    """New text of a channel; its first character is at `start` of all that was parsed."""
+    """New text of a channel; `start` is its offset in the whole output, in characters."""
 
     channel: Channel
     text: str
@@ -31,7 +31,7 @@ class CallStart:
 
 @dataclass(frozen=True)
 class CallArguments:
-    """The next characters of the arguments of the call that began last."""
+    """The next characters of the current call's arguments."""
 
     text: str
 
@@ -40,43 +40,43 @@ Segment = Text | CallStart | CallArguments
 
 
 class Phase(Enum):
-    """Where in an answer a parser is."""
+    """The part of an answer that a parser is in."""
 
-    UNDECIDED = "undecided"  # what has come may yet turn out to open the reasoning
+    UNDECIDED = "undecided"  # the output so far may yet open the reasoning
     REASONING = "reasoning"
     ANSWER = "answer"
 
 
 class Parser(Protocol):
-    """Splits a model's output. However the output is cut into pieces, the joined result is the
-    same; time is linear in its length."""
+    """Splits a model's output into segments. The joined result does not depend on how the output is
+    cut into pieces; time is linear in its length."""
 
     def push(self, text: str, start: int) -> list[Segment]:
-        """Takes the next piece, whose first character is at `start` of the whole."""
+        """Takes the next piece, which begins at offset `start` of the whole output."""
 
     def flush(self, cut: Set[str] = frozenset()) -> list[Segment]:
-        """Nothing more comes: what was held back is decided.
+        """Ends the output and resolves what was held back.
 
-        A call that is not complete is reported as far as it goes once its name is known, and
-        dropped before. `cut` are the markers that may have been cut off: if the output ends with
-        the beginning of one of them, that is no text.
+        An incomplete call is emitted as far as it goes if its name is known, and dropped otherwise.
+        `cut` are the markers that may have been cut off: if the output ends with the beginning of
+        one of them, that is not text.
         """
 
     @property
     def held(self) -> int:
-        """How many characters at the end are not decided yet."""
+        """Number of trailing characters that are not resolved yet."""
 
     @property
     def phase(self) -> Phase:
-        """Where in the answer it is."""
+        """The part of the answer that it is in."""
 
     @property
     def may_reason(self) -> bool:
-        """Whether it is in a phase other than the answer, or may come into one again."""
+        """Whether it is in a phase other than the answer, or may enter one again."""
 
 
 class Plain:
-    """The parser of a format without anything special: all is content."""
+    """The parser of a format without markers: all output is content."""
 
     held = 0
     phase = Phase.ANSWER
@@ -90,7 +90,7 @@ class Plain:
 
 
 def content(text: str, start: int) -> list[Segment]:
-    """Text for the caller, if there is any."""
+    """A content segment of `text`, if there is any."""
     return [Text(Channel.CONTENT, text, start)] if text else []
 
 
@@ -100,8 +100,8 @@ State = Callable[[int], int]
 class Machine:
     """A parser as a state machine.
 
-    The state reads on from a position in the current piece: at least one character, or it hands
-    over to another state.
+    A state reads from a position in the current piece and returns where it stopped: it reads at
+    least one character or switches to another state.
     """
 
     phase = Phase.ANSWER
@@ -129,13 +129,13 @@ class Machine:
         return self._out
 
     def _finish(self, cut: Set[str]) -> None:
-        """Decides what is held; `cut` as for `flush`."""
+        """Resolves what was held back; `cut` is that of `flush`."""
 
     def _show(self, text: str, position: int) -> None:
-        """`text`, which ends at `position` of the current piece, is content."""
+        """Emits `text`, which ends at `position` of the current piece, as content."""
         self._out.extend(content(text, self._start + position - len(text)))
 
     def _plain(self, position: int) -> int:
-        """The state in which all the rest is content."""
+        """The state in which all that follows is content."""
         self._show(self._text[position:], len(self._text))
         return len(self._text)

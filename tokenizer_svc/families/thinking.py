@@ -1,6 +1,6 @@
 """Reasoning as DeepSeek-R1 and Qwen3 write it: `<think>…</think>` before the answer.
 
-The answer itself is left to another parser.
+The answer itself is handled by another parser.
 """
 
 import re
@@ -16,7 +16,7 @@ MARKERS = frozenset((OPENING, CLOSING))
 
 
 class Thinking(Enum):
-    """How the model's output begins, as far as its prompt tells."""
+    """Where the model's output begins, judging by the prompt."""
 
     POSSIBLE = "possible"  # the model may begin with the opening marker
     OPENED = "opened"  # the prompt ends with it
@@ -28,7 +28,7 @@ _CLOSED = re.compile(r"</think>\s*\Z")
 
 
 def thinking_after(prompt: str, own_text: str = "") -> Thinking:
-    """How output begins behind this prompt; `own_text` is the message that it goes on with."""
+    """Where the output after this prompt begins; `own_text` is the message that it continues."""
     if own_text:
         unclosed = own_text.rfind(OPENING) > own_text.rfind(CLOSING)
         return Thinking.OPENED if unclosed else Thinking.DONE
@@ -39,9 +39,9 @@ def thinking_after(prompt: str, own_text: str = "") -> Thinking:
 
 
 def start_rules(thinking: Thinking, marker: Marker, gap: bool) -> list[str]:
-    """Rules of `start`, with the reasoning before `body`, and of FIRST.
+    """Rules for `start`, with the reasoning before `body`, and for FIRST.
 
-    `gap` is whether space between the two has to be allowed for.
+    `gap` is whether white space between the two has to be allowed.
     """
     if thinking is Thinking.DONE:
         return ["start: body", "FIRST: TEXT"]
@@ -59,7 +59,7 @@ def start_rules(thinking: Thinking, marker: Marker, gap: bool) -> list[str]:
 
 
 class ThinkingParser(Machine):
-    """Splits off the reasoning; the space around it belongs to nobody."""
+    """Splits off the reasoning; white space around it is dropped."""
 
     def __init__(self, thinking: Thinking, answer: Parser) -> None:
         done = thinking is Thinking.DONE
@@ -67,8 +67,8 @@ class ThinkingParser(Machine):
         self.phase = Phase.ANSWER if done else Phase.UNDECIDED
         self._thinking = thinking
         self._answer = answer
-        self._before: list[str] = []  # space before the opening marker, then
-        self._opening = 0  # characters of the marker
+        self._before: list[str] = []  # white space before the opening marker
+        self._opening = 0  # characters matched of the marker
         self._search = MarkerSearch(CLOSING)
 
     @property
@@ -91,7 +91,7 @@ class ThinkingParser(Machine):
         return self._no_opening(position)
 
     def _no_opening(self, position: int) -> int:
-        """What was held belongs to the reasoning, if the prompt has begun it, or to the answer."""
+        """What was held back is reasoning if the prompt opened it, or else part of the answer."""
         start = self._start + position - len(self._before) - self._opening
         space, opening = "".join(self._before), OPENING[: self._opening]
         self._before, self._opening = [], 0

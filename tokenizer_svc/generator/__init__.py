@@ -1,1 +1,1 @@
-"""The generator as this stage sees it: its protocol, its calls, its availability."""
+"""The generator as this stage sees it: protocol, calls, load and availability."""

@@ -1,4 +1,4 @@
-"""Calls the generator. Every failure leaves here as a ServiceError."""
+"""Calls the generators; every failure is raised as a ServiceError."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine, Sequence
@@ -30,15 +30,15 @@ from trivium.wire.tls.channel import ChannelTls
 INFO_SECONDS = 5.0
 _LOAD_RETRY_SECONDS = 1.0
 
-# The details that grpcio gives a call once a write to it has failed, whatever the peer's status.
+# The details that grpcio gives a call after a failed write, whatever the peer's status.
 _FAILED_WRITE = "Internal error from Core"
 
 
 class GeneratorClient:
-    """The generators at `target` that serve this revision of a model.
+    """Client of the generators at `target` that serve this revision of a model.
 
-    `key` is shown to them. Without `tls` calls are in plain text. Made while the event loop runs;
-    raises TargetError.
+    `key` authenticates this stage. Without `tls`, calls are in plain text. Must be created while
+    the event loop runs; raises TargetError.
     """
 
     def __init__(
@@ -58,28 +58,28 @@ class GeneratorClient:
             target,
             health_service,
             self._follow_load,
-            # Keys reach one process sooner than another.
+            # Processes do not all reload changed keys at once.
             refusals=["queue_full", "invalid_api_key"],
             tls=tls,
         )
 
     async def close(self) -> None:
-        """Ends whatever runs."""
+        """Closes all channels."""
         await self.replicas.close()
 
     def serving(self) -> AsyncGenerator[bool]:
-        """Whether any of them serves: at once, then whenever that may have changed."""
+        """Yields whether any generator is serving: now, then whenever that may have changed."""
         return self.replicas.changes()
 
     async def info(self) -> GeneratorInfo:
-        """What they serve."""
+        """What the generators serve; raises ServiceError."""
         try:
             return await self.replicas.ask(self._info)
         except grpc.aio.AioRpcError as error:
             raise _service_error(error) from error
 
     async def fault(self) -> ServiceError:
-        """Why none of them serves, by asking any generator that can be reached."""
+        """Why no generator is serving, by asking any that can be reached."""
         for replica in self.replicas.reachable:
             try:
                 info = await self._info(replica)
@@ -95,22 +95,22 @@ class GeneratorClient:
         return ServiceError("backend_unavailable", "The generator cannot be reached.")
 
     def generate(self, start: GenerateCommand, timeout: float | None) -> "Generation":
-        """A generation that is to take at most `timeout` seconds."""
+        """A generation that may take at most `timeout` seconds."""
         return Generation(self, start, timeout)
 
     def candidate(self, replica: Replica) -> Candidate:
-        """What is known of one of `replicas`."""
+        """What this process knows about one of `replicas`."""
         if replica not in self._candidates:
             self._candidates[replica] = Candidate(str(replica.address))
         return self._candidates[replica]
 
     def pick(self, replicas: Sequence[Replica], prompt: Prefixes) -> Replica:
-        """The replica that a prompt goes to."""
+        """The replica to send a prompt to."""
         candidates = [self.candidate(replica) for replica in replicas]
         return replicas[candidates.index(self._picker.pick(candidates, prompt))]
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """Whose call the current one is, and that it is a tokenizer that makes it."""
+        """Metadata of an outgoing call: the current request's, and this stage's key."""
         return telemetry.outgoing_metadata() + own_metadata(self._key)
 
     async def _info(self, replica: Replica) -> GeneratorInfo:
@@ -118,7 +118,7 @@ class GeneratorClient:
         return convert.generator_info(await replica.track(call))
 
     def _asked(self, stub: convert.GeneratorStub) -> Any:
-        """A call of GetModelInfo."""
+        """Starts a GetModelInfo call."""
         request, metadata = convert.generator_info_request(), own_metadata(self._key)
         return stub.GetModelInfo(request, timeout=INFO_SECONDS, metadata=metadata)
 
@@ -136,7 +136,7 @@ class GeneratorClient:
                     load.reported(convert.load_report(response))
                     silence.ended()
             except grpc.aio.AioRpcError as error:
-                if is_foreign(error):  # of what is merely lost, others tell
+                if is_foreign(error):  # lost replicas are logged elsewhere
                     reason = f"{error.code().name}: {error.details()}"
                     silence.failed(f"{replica.address} does not tell its load", reason)
             finally:
@@ -145,10 +145,10 @@ class GeneratorClient:
 
 
 class Generation:
-    """One generation, by a generator with capacity for it.
+    """One generation, on a generator with capacity for it.
 
-    Until its first message it is tried once more by another one. Whatever happens, its call is
-    cancelled when `messages` is closed.
+    Until its first message arrives it is retried once, on another generator if there is one.
+    Closing `messages` always cancels the call.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class Generation:
         try:
             response = await self._first()
             while response is not None:
-                if response.prompt_logprobs:  # they may be many, and streams would wait for them
+                if response.prompt_logprobs:  # may be many, and would delay all streams
                     yield await asyncio.to_thread(convert.updates, response)
                 else:
                     yield convert.updates(response)
@@ -178,13 +178,13 @@ class Generation:
             self._cancel()
 
     async def stop(self, indices: list[int]) -> None:
-        """Stops these sequences: a stop string has completed them."""
+        """Stops these sequences, in which a stop string was found."""
         for index in indices:
             assert self._call is not None, "Only what has begun can be stopped."
             await self._call.write(convert.stop_command(index))
 
     async def report(self, report: CompletionReport) -> None:
-        """Says what became of the tokens, all of which have come; `messages` then ends."""
+        """Sends the report once all tokens have arrived; `messages` then ends."""
         assert self._call is not None, "Only what has begun can be reported on."
         await self._call.write(convert.report_command(report))
 
@@ -193,7 +193,7 @@ class Generation:
             return await self._client.replicas.ask(self._begin, self._pick)
         except grpc.aio.AioRpcError as error:
             fault = _service_error(error)
-            # Two generators were lost to it, or one and no other came: that should do.
+            # It was retried already, or there was no other generator: callers should not retry.
             raise ServiceError(
                 fault.code, fault.message, fault.param, fault.retry_after, everywhere=True
             ) from error
@@ -226,12 +226,12 @@ class Generation:
 
 
 class _GenerationCall:
-    """One call of one generator."""
+    """One call to one generator."""
 
     def __init__(self, call: convert.Call, replica: Replica) -> None:
         self._call = call
         self._replica = replica
-        # Unlike `read` this has all that came, though the call be over.
+        # Unlike `read`, this yields all messages received, even once the call has ended.
         self._responses = aiter(call)
         self._status: asyncio.Future[grpc.aio.AioRpcError] = (
             asyncio.get_running_loop().create_future()
@@ -239,7 +239,7 @@ class _GenerationCall:
         call.add_done_callback(self._keep_status)
 
     def cancel(self) -> None:
-        """Ends it, if it still runs."""
+        """Cancels the call if it is still running."""
         self._call.cancel()
 
     async def start(self, start: GenerateCommand) -> convert.Response | None:
@@ -259,12 +259,12 @@ class _GenerationCall:
             raise status from None
 
     async def write(self, command: convert.Command) -> None:
-        """A call that is over takes no more commands; reading it raises its status."""
+        """Sends a command; ignored once the call has ended, as reading it raises its status."""
         with suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
             await self._call.write(command)
 
     def _keep_status(self, call: convert.Call) -> None:
-        """Keeps the peer's status, which a write that fails before or after it would replace."""
+        """Keeps the peer's status, which a failed write before or after it would replace."""
         code, details = _result(call.code()), _result(call.details())
         if self._status.done() or details == _FAILED_WRITE:
             return
@@ -273,7 +273,7 @@ class _GenerationCall:
 
 
 def _result(done: Coroutine[Any, Any, Any]) -> Any:
-    """The result of a coroutine that has nothing to wait for."""
+    """The result of a coroutine that never suspends."""
     try:
         done.send(None)
     except StopIteration as stop:
@@ -283,10 +283,10 @@ def _result(done: Coroutine[Any, Any, Any]) -> Any:
 
 def _service_error(error: grpc.aio.AioRpcError) -> ServiceError:
     """Maps statuses whose meaning differs on this hop."""
-    if error.code() is grpc.StatusCode.CANCELLED:  # not by us: we would not be reading
+    if error.code() is grpc.StatusCode.CANCELLED:  # not by us, or we would not be reading
         return ServiceError("backend_unavailable", "The connection to the generator was lost.")
     fault = from_rpc_error(error)
-    if fault.code == "invalid_api_key":  # ours, not the caller's
+    if fault.code == "invalid_api_key":  # our key, not the caller's
         message = f"The generator refuses the tokenizer's key: {fault.message}"
         return ServiceError("backend_unavailable", message)
     if error.code() is grpc.StatusCode.FAILED_PRECONDITION and fault.code == "internal_error":

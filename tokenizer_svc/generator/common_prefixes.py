@@ -6,24 +6,24 @@ from itertools import takewhile
 from tokenizer_svc.generator.prefix_memory import Prefixes
 
 CONVERSATIONS = 64
-MAX_BLOCKS = 1024  # of a prompt that are looked at: the memory is bounded, by some 10 MB
+MAX_BLOCKS = 1024  # counted per prompt, which limits memory to about 10 MB
 
 
 class CommonPrefixes:
-    """Counts the prefixes of the last CONVERSATIONS that began."""
+    """Counts the prefixes of the last CONVERSATIONS conversations that began."""
 
     def __init__(self) -> None:
         self._began: deque[Prefixes] = deque()
         self._counts: Counter[int] = Counter()
 
     def blocks(self, prompt: Prefixes, share: float) -> int:
-        """How many blocks the longest prefix of `prompt` has that more than `share` of them have,
-        of as many as there can be."""
+        """The length, in blocks, of the longest prefix of `prompt` that more than `share` of
+        CONVERSATIONS conversations have."""
         most = share * CONVERSATIONS
         return sum(1 for _ in takewhile(lambda key: self._counts[key] > most, prompt))
 
     def began(self, prompt: Prefixes) -> None:
-        """A conversation begins with `prompt`."""
+        """Records that a conversation began with `prompt`."""
         self._began.append(prompt[:MAX_BLOCKS])
         self._counts.update(self._began[-1])
         if len(self._began) > CONVERSATIONS:

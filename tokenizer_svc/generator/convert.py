@@ -45,7 +45,7 @@ def start_command(start: GenerateCommand) -> generator_pb2.GenerateRequest:
         ignore_eos=options.ignore_eos,
         top_logprobs=options.top_logprobs,
         prompt_logprobs=options.prompt_logprobs,
-        # A stop string can only be found in what has come.
+        # Stop strings have to be searched for as tokens arrive.
         whole=start.whole and not options.stop,
         sends_report=True,
     )
@@ -56,12 +56,12 @@ def start_command(start: GenerateCommand) -> generator_pb2.GenerateRequest:
 
 
 def stop_command(index: int) -> generator_pb2.GenerateRequest:
-    """A later message to the generator: this continuation's text is complete."""
+    """A later message to the generator: stop this sequence, its text is complete."""
     return generator_pb2.GenerateRequest(stop=generator_pb2.StopSequence(index=index))
 
 
 def report_command(report: CompletionReport) -> generator_pb2.GenerateRequest:
-    """The last message to the generator: what became of its tokens."""
+    """The last message to the generator: the completion report."""
     return generator_pb2.GenerateRequest(
         report=generator_pb2.CompletionReport(
             completion_tokens=report.completion_tokens,
@@ -72,7 +72,7 @@ def report_command(report: CompletionReport) -> generator_pb2.GenerateRequest:
 
 
 def updates(response: generator_pb2.GenerateResponse) -> list[TokenUpdate]:
-    """The updates in a message of the generator."""
+    """The updates in a generator message."""
     found = [
         TokenUpdate(
             index=update.index,
@@ -104,12 +104,12 @@ def _finished(finished: generator_pb2.Finished) -> Finished:
 
 
 def load_request() -> generator_pb2.WatchLoadRequest:
-    """Asks how busy a generator is, from now on."""
+    """Subscribes to a generator's load reports."""
     return generator_pb2.WatchLoadRequest()
 
 
 def load_report(response: generator_pb2.WatchLoadResponse) -> LoadReport:
-    """How busy a generator is."""
+    """A generator's load report."""
     return LoadReport(
         waiting_sequences=response.waiting_sequences,
         running_sequences=response.running_sequences,

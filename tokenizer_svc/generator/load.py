@@ -1,14 +1,14 @@
-"""How busy a generator is, by its last report and what it was sent since."""
+"""A generator's load, from its last report and what it was sent since."""
 
 from dataclasses import dataclass, field
 
-# Prompt tokens whose prefill weighs as much as one more sequence in the batch.
+# Prompt tokens whose prefill counts as much as one more sequence in the batch.
 TOKENS_PER_SEQUENCE = 128
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a generator says of itself, by WatchLoad."""
+    """What a generator reports about itself, by WatchLoad."""
 
     waiting_sequences: int
     running_sequences: int
@@ -18,7 +18,7 @@ class LoadReport:
 
 @dataclass(eq=False)
 class Sent:
-    """A generation that a generator was sent; `prompt_tokens` are those to compute, not cached."""
+    """A generation sent to a generator; `prompt_tokens` are those to compute, not cached ones."""
 
     sequences: int
     prompt_tokens: int
@@ -26,31 +26,31 @@ class Sent:
 
 @dataclass
 class GeneratorLoad:
-    """The load of one generator, whose reports are some 100 ms old and hold others' work too."""
+    """The load of one generator, whose reports are about 100 ms old and count others' work too."""
 
     report: LoadReport | None = None
     _outstanding: set[Sent] = field(default_factory=set)
     _since_report: set[Sent] = field(default_factory=set)
 
     def reported(self, report: LoadReport | None) -> None:
-        """The generator says so; None is that its word is not to be had."""
+        """Takes a new report; None means that reports are not available."""
         self.report = report
         self._since_report.clear()
 
     def begin(self, sent: Sent) -> None:
-        """It is sent this now."""
+        """Records a generation that is being sent."""
         self._outstanding.add(sent)
         self._since_report.add(sent)
 
     def end(self, sent: Sent) -> None:
-        """That has ended."""
+        """Records that a generation has ended."""
         self._outstanding.discard(sent)
         self._since_report.discard(sent)
 
     @property
     def busy(self) -> float:
-        """Sequences that it has to do with, waiting prompt tokens included as TOKENS_PER_SEQUENCE
-        says. At least our own: a report that is on its way may not have them yet."""
+        """The load in sequences; TOKENS_PER_SEQUENCE waiting prompt tokens count as one. At least
+        our own sequences, which a report in flight may not include yet."""
         own = sum(sent.sequences for sent in self._outstanding)
         if self.report is None:
             return own

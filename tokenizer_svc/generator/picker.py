@@ -1,4 +1,4 @@
-"""Which generator a prompt goes to. Knows nothing of gRPC."""
+"""Picks the generator for a prompt. Knows nothing about gRPC."""
 
 import itertools
 from collections.abc import Sequence
@@ -9,17 +9,17 @@ from tokenizer_svc.generator.common_prefixes import CommonPrefixes
 from tokenizer_svc.generator.load import TOKENS_PER_SEQUENCE, GeneratorLoad
 from tokenizer_svc.generator.prefix_memory import BLOCK_TOKENS, Prefixes, PrefixMemory
 
-# How much busier, in sequences, the longest cached prefix lets a generator be than the least busy.
+# The extra load, in sequences, over the least busy generator that a cached prefix can outweigh.
 MAX_BUSIER_SEQUENCES = 4
-# Of a conversation, as far as one can know.
+# The expected number of later turns of a conversation, which is a guess.
 LATER_TURNS = 3
-# What no generator is preferred for as a conversation's home: chat templates begin alike.
+# Cached blocks that do not decide a conversation's home replica: chat templates begin alike.
 NEGLIGIBLE_BLOCKS = 4
 
 
 @dataclass(eq=False)
 class Candidate:
-    """A generator as far as this process knows it; its `name` is the same to all processes."""
+    """What this process knows about a generator; its `name` is the same in all processes."""
 
     name: str
     load: GeneratorLoad = field(default_factory=GeneratorLoad)
@@ -28,7 +28,7 @@ class Candidate:
     instance_id: str = ""
 
     def connected(self, instance_id: str) -> None:
-        """A connection leads to it. If it was started anew, its prefix cache is empty."""
+        """Handles a new connection. If the generator was restarted, its prefix cache is empty."""
         if self.instance_id and instance_id != self.instance_id:
             self.memory = PrefixMemory()
         self.instance_id = instance_id
@@ -42,12 +42,12 @@ class GeneratorPicker:
         self._common = CommonPrefixes()
 
     def pick(self, candidates: Sequence[Candidate], prompt: Prefixes) -> Candidate:
-        """The one that has cached the longest prefix of `prompt`, unless it is busier than another
-        one by more than that is worth, or has no free slot where another one has.
+        """The generator with the longest cached prefix of `prompt`, unless it is busier than
+        another one by more than the prefix is worth, or has no free slot while another one has.
 
-        Where several have the longest one, or none has any, the conversation's home among them is
-        preferred, by what the rest of the prompt will be worth to later turns: other tokenizers
-        may have sent its earlier ones there, and will send those. Equals take turns.
+        If several have the longest one, or none has any, the conversation's home replica among them
+        is preferred, by what the rest of the prompt will be worth to later turns: other tokenizers
+        may have sent earlier turns there, and will send later ones. Ties take turns.
         """
         known = {one: one.memory.known_blocks(prompt) for one in candidates}
         longest = max(known.values())
@@ -56,13 +56,13 @@ class GeneratorPicker:
         )
         if not is_later_turn:
             self._common.began(prompt)
-        # What more conversations share than are for one to take, each computes once for itself.
+        # A prefix shared by more conversations than one replica's share is computed once on each.
         common = self._common.blocks(prompt, 1 / len(candidates))
         known = {one: max(blocks, common) for one, blocks in known.items()}
         longest = max(longest, common)
         home = None
         if longest < len(prompt):
-            # The first block that is not shared with others tells conversations apart.
+            # The first block not shared with other conversations identifies a conversation.
             first = prompt[longest]
             home = max(
                 (one for one in candidates if known[one] >= longest - NEGLIGIBLE_BLOCKS),
@@ -81,5 +81,5 @@ class GeneratorPicker:
 
 
 def _worth(blocks: int) -> float:
-    """Sequences that a generator may be busier for so many cached blocks."""
+    """How much busier, in sequences, a generator may be for this many cached blocks."""
     return min(blocks * BLOCK_TOKENS / TOKENS_PER_SEQUENCE, MAX_BUSIER_SEQUENCES)

@@ -10,7 +10,7 @@ from tokenizer_svc.request.types import ValidOptions
 class GeneratorFinishReason(Enum):
     """Why the generator ended a sequence."""
 
-    STOP_TOKEN = "stop token"  # the stop token is the last one
+    STOP_TOKEN = "stop token"  # the last token is the stop token
     LENGTH = "length"
     STOPPED = "stopped"  # by a stop command
 
@@ -25,9 +25,9 @@ class ConstraintKind(Enum):
 
 @dataclass(frozen=True)
 class Constraint:
-    """What the generated text has to match, and the request's field that it was made from.
+    """What the generated text has to match, and the request's field that it was built from.
 
-    `lines` names other fields by the lines of `text`, from 1, that were made from them.
+    `lines` maps lines of `text`, counted from 1, to other fields that they were built from.
     """
 
     kind: ConstraintKind
@@ -38,7 +38,7 @@ class Constraint:
 
 @dataclass(frozen=True)
 class GenerateCommand:
-    """A generation to start; `whole` if nobody reads it before its end."""
+    """A generation to start; `whole` if nothing of it is read before its end."""
 
     revision: str
     token_ids: list[int]
@@ -50,7 +50,7 @@ class GenerateCommand:
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of a sequence, and what it took."""
+    """The end of a sequence, and its usage."""
 
     reason: GeneratorFinishReason
     completion_tokens: int
@@ -60,7 +60,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class CompletionReport:
-    """What became of all sequences as text, for the generator's usage record."""
+    """The usage and finish reasons of a decoded completion, for the generator's usage record."""
 
     completion_tokens: int
     reasoning_tokens: int
@@ -69,7 +69,7 @@ class CompletionReport:
 
 @dataclass(frozen=True)
 class TokenIdLogprobs:
-    """At one token: its log-probability and the most likely tokens' ids and theirs."""
+    """A token's log-probability, and the ids and log-probabilities of the most likely tokens."""
 
     logprob: float
     top: tuple[tuple[int, float], ...]
@@ -77,10 +77,10 @@ class TokenIdLogprobs:
 
 @dataclass(frozen=True)
 class TokenUpdate:
-    """What is new in one sequence; `logprobs` is empty or as long as `token_ids`.
+    """New tokens of one sequence; `logprobs` is empty or as long as `token_ids`.
 
-    `prompt_logprobs` are those of the prompt's tokens but the first, in the first update of a
-    generation that wants them.
+    `prompt_logprobs` are those of all prompt tokens but the first, in the first update of a
+    generation that asked for them.
     """
 
     index: int
@@ -96,4 +96,4 @@ class GeneratorInfo:
 
     revision: str
     context_length: int
-    instance_id: str  # another one after each start
+    instance_id: str  # changes at every start

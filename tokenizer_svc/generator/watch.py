@@ -1,4 +1,4 @@
-"""Follows whether there is a generator for a model, and if not, why."""
+"""Watches whether a generator is available for a model, and if not, why."""
 
 import asyncio
 import logging
@@ -17,27 +17,27 @@ log = logging.getLogger(__name__)
 RETRY_SECONDS = 0.1
 _HELD_UP_SECONDS = 0.25
 
-# What is said of a generator that was started together with the tokenizer and loads its model.
+# The errors while a generator that was started together with the tokenizer loads its model.
 _LOADING = ("backend_unavailable", "model_loading")
 
 
 class GeneratorInfoSource(Protocol):
-    """Where the state of the generators of one revision comes from."""
+    """The source of the state of one revision's generators."""
 
     def serving(self) -> AsyncGenerator[bool]:
-        """Whether any of them serves: at once, then at every change, for good."""
+        """Yields whether any generator is serving: now, then at every change, forever."""
 
     async def info(self) -> GeneratorInfo:
-        """What they serve; raises ServiceError."""
+        """What the generators serve; raises ServiceError."""
 
     async def fault(self) -> ServiceError:
-        """Why none of them serves."""
+        """Why no generator is serving."""
 
 
 class GeneratorWatch:
-    """Follows the generators of one model.
+    """Watches the generators of one model.
 
-    `available` while any of them serves; `fault` is why none does, once that is known.
+    `available` while any of them is serving; `fault` is why none is, once that is known.
     """
 
     def __init__(self, client: GeneratorInfoSource) -> None:
@@ -50,16 +50,16 @@ class GeneratorWatch:
 
     @property
     def context_length(self) -> int | None:
-        """The generator's own limit on prompt and answer together; None until it is known."""
+        """The generator's own limit on prompt and answer together; None until known."""
         return None if self._info is None else self._info.context_length
 
     def check_available(self) -> None:
-        """Raises ServiceError if it is known that no generator serves."""
+        """Raises ServiceError if it is known that no generator is serving."""
         if self.fault is not None:
             raise ServiceError(self.fault.code, self.fault.message, everywhere=True)
 
     async def run(self, on_change: Callable[[bool], Awaitable[None]]) -> None:
-        """Follows the generators for good; `on_change` is called at every change of `available`."""
+        """Watches the generators forever; calls `on_change` at every change of `available`."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._listen())
             tasks.create_task(self._judge(on_change))
@@ -82,7 +82,7 @@ class GeneratorWatch:
                     await self._serving.wait()
             except TimeoutError:
                 if time.monotonic() - began > GAP_SECONDS + _HELD_UP_SECONDS:
-                    continue  # this process was busy, and has heard of nobody meanwhile
+                    continue  # the event loop was blocked, so updates may be waiting
                 failing_since = math.inf
                 await self._set(await self._client.fault(), on_change)
                 continue

@@ -1,1 +1,1 @@
-"""From the generator's tokens to the events that callers see."""
+"""Turns the generator's tokens into the events that callers see."""

@@ -1,4 +1,4 @@
-"""Decodes one choice: token ids in, deltas of text out, up to its end.
+"""Decodes one choice: token ids in, text deltas out.
 
 Chains the detokenizer, the parser of the model's output format, the stop matcher and the
 log-probabilities.
@@ -30,7 +30,7 @@ from tokenizer_svc.tokenizer import Tokenizer
 
 @dataclass
 class _NewOutput:
-    """What one message of the generator adds to the choice."""
+    """What one generator message adds to the choice."""
 
     content: str = ""
     reasoning: str = ""
@@ -43,10 +43,10 @@ class _NewOutput:
 
 
 class ChoiceDecoder:
-    """`push` every update of the generator, the one that finishes included.
+    """Decodes one sequence: `push` every update of the generator, including the final one.
 
     `completion_tokens` counts up to the token that completed a stop string. `finished` is the
-    generator's final update, which comes after the choice's end when a stop string ended it.
+    generator's final update, which arrives after the end of the choice if a stop string ended it.
     """
 
     def __init__(self, index: int, tokenizer: Tokenizer, options: DecodingOptions) -> None:
@@ -63,16 +63,16 @@ class ChoiceDecoder:
         self._parser = options.parser()
         self._matcher = StopMatcher(options.stops)
         self._logprobs = HeldLogprobs()
-        self._undecided_tokens = 0  # they count as reasoning if they open it
+        self._undecided_tokens = 0  # count as reasoning if they turn out to open it
         self._calls = 0
-        self._decoded = 0  # characters out of the detokenizer
-        # (start, length) of the content that the stop matcher holds back, within all that was
-        # decoded: the matcher sees content alone, and log-probabilities go by these positions.
+        self._decoded = 0  # characters decoded so far
+        # (start, length) of the content that the stop matcher holds back, as offsets in the decoded
+        # output: the matcher sees content only, and log-probabilities are placed by these offsets.
         self._unshown: deque[tuple[int, int]] = deque()
         self._new = _NewOutput()
 
     def push(self, update: TokenUpdate) -> Delta | None:
-        """The delta of what is new, with the reason at the end; None if there is neither."""
+        """The delta of what is new, with the finish reason at the end; None if there is neither."""
         self.finished = update.finished or self.finished
         if self.matched_stop is not None:
             return None  # generated before the stop command reached the generator
@@ -81,7 +81,7 @@ class ChoiceDecoder:
         if update.finished is not None and self.matched_stop is None:
             self._finish(update.finished)
         ended = self.finished is not None or self.matched_stop is not None
-        # An entry goes out with the text of its token, so it waits while that is held back.
+        # An entry is sent with the text of its token, so it waits while that is held back.
         new.logprobs = self._logprobs.finish() if ended else self._logprobs.release(self._decided)
         if new.is_empty and not ended:
             return None
@@ -103,7 +103,7 @@ class ChoiceDecoder:
             and update.finished.reason is GeneratorFinishReason.STOP_TOKEN
             and self._options.shown_stop_tokens.isdisjoint(token_ids[-1:])
         ):
-            token_ids = token_ids[:-1]  # it ends the text and is no part of it
+            token_ids = token_ids[:-1]  # it ends the text and is not part of it
         if not (update.logprobs or self._options.stops.texts or self._parser.may_reason):
             self._take_together(token_ids)
             return
@@ -113,7 +113,7 @@ class ChoiceDecoder:
                 break
 
     def _take_together(self, token_ids: tuple[int, ...]) -> None:
-        """Takes tokens of which none has to be told from the others: a third of the time."""
+        """Takes tokens that need not be handled one by one, in a third of the time."""
         self.completion_tokens += len(token_ids)
         start, piece = self._decoded, self._detokenizer.push_all(token_ids)
         self._decoded += len(piece)
@@ -124,7 +124,7 @@ class ChoiceDecoder:
         self.completion_tokens += 1
         start, before = self._decoded, self._parser.phase
         if logprobs is not None:
-            # Bytes that this token leaves incomplete come out as one U+FFFD before its text.
+            # Pending bytes that this token leaves incomplete become one U+FFFD before its text.
             own = start + self._detokenizer.breaks_off(token_id)
         piece = self._detokenizer.push(token_id)
         self._decoded += len(piece)
@@ -133,15 +133,15 @@ class ChoiceDecoder:
         if logprobs is not None:
             end = self._decoded + self._detokenizer.pending
             entry = describe(self._tokenizer, token_id, logprobs, own)
-            # In the answer a token without text, such as a special token, has an entry too; the
-            # markers around the reasoning have none.
+            # Within the answer, a token without text, such as a special token, has an entry too;
+            # the markers around the reasoning have none.
             self._logprobs.push(own, end, entry, counts=before is Phase.ANSWER)
         self._take_segments(segments)
 
     def _count_reasoning(self, before: Phase, after: Phase) -> None:
-        # The markers' own tokens count as reasoning: the one that opens it is in this phase only
-        # afterwards, the one that closes it only before. A marker of several tokens is undecided
-        # until it is complete.
+        # The markers' own tokens count as reasoning: the phase is REASONING only after the opening
+        # one, and only before the closing one. Until a marker of several tokens is complete, it is
+        # UNDECIDED.
         if Phase.REASONING in (before, after):
             self.reasoning_tokens += 1 + self._undecided_tokens
             self._undecided_tokens = 0
@@ -169,13 +169,13 @@ class ChoiceDecoder:
             delta = CallDelta(self._calls - 1, id=call_id, name=segment.name)
             self._new.calls.append(delta)
         else:
-            # All pieces of a call's arguments in one message go out as one delta.
+            # All pieces of a call's arguments in one message are sent as one delta.
             last = self._new.calls[-1] if self._new.calls else CallDelta(self._calls - 1)
             joined = CallDelta(last.index, last.arguments + segment.text, last.id, last.name)
             self._new.calls[-1:] = [joined]
 
     def _match(self, text: str) -> None:
-        # A stop string that is complete before `min_tokens` is ordinary text, as in vLLM.
+        # A stop string completed before `min_tokens` is ordinary text, as in vLLM.
         armed = self.completion_tokens > self._options.min_tokens
         result = self._matcher.push(text, armed=armed)
         self.matched_stop = result.stop
@@ -183,7 +183,7 @@ class ChoiceDecoder:
         self._show(result.text + (result.stop or "") if included else result.text)
 
     def _show(self, text: str) -> None:
-        """Adds `text` to the delta: the oldest content that the matcher held back."""
+        """Adds `text` to the delta: the oldest content not yet shown."""
         self._new.content += text
         left = len(text)
         while left:
@@ -196,17 +196,17 @@ class ChoiceDecoder:
 
     @property
     def _decided(self) -> int:
-        """The position up to which it is decided of all text whether it is shown."""
+        """The offset up to which it is known what text is shown."""
         return self._unshown[0][0] if self._unshown else self._decoded - self._parser.held
 
     def _finish(self, finished: Finished) -> None:
-        """Flushes what was held back: nothing more comes."""
+        """Ends the choice: flushes what was held back."""
         rest = self._detokenizer.flush()
         start, self._decoded = self._decoded, self._decoded + len(rest)
         if rest:
             self._take_segments(self._parser.push(rest, start))
-        # Only an output that was cut off, or that has to be a call, can end inside a marker. If the
-        # model ended by itself, what looks like the beginning of one is its text.
+        # Only an output that was cut off, or that has to be a call, can end within a marker. If the
+        # model ended by itself, what looks like the beginning of a marker is text.
         is_cut = finished.reason is GeneratorFinishReason.LENGTH or self._options.forced_call
         cut = self._options.spelled_markers if is_cut else frozenset()
         self._take_segments(self._parser.flush(cut))

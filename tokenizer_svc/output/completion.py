@@ -1,4 +1,4 @@
-"""The choices of one prompt: updates go in; deltas, choices to stop, and usage come out."""
+"""Decodes all choices of one prompt: updates in; deltas, choices to stop, and usage out."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,14 +13,14 @@ from tokenizer_svc.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class CompletionStep:
-    """The result of one message of the generator: choices that it has to stop, and new deltas."""
+    """The result of one generator message: choices for the generator to stop, and new deltas."""
 
     stops: list[int]
     deltas: list[Delta]
 
 
 class Completion:
-    """`take` every message of the generator until `done`; then `usage` is exact."""
+    """Call `take` with every generator message until `done`; then `usage` is exact."""
 
     def __init__(
         self, n: int, options: DecodingOptions, tokenizer: Tokenizer, prompt_tokens: int
@@ -29,7 +29,7 @@ class Completion:
         self._choices = [ChoiceDecoder(index, tokenizer, options) for index in range(n)]
 
     def take(self, updates: Iterable[TokenUpdate]) -> CompletionStep:
-        """Decodes a message's updates; finds the choices that a stop string has completed."""
+        """Decodes a message's updates; finds the choices that a stop string has ended."""
         step = CompletionStep([], [])
         for update in updates:
             choice = self._choices[update.index]
@@ -43,12 +43,12 @@ class Completion:
 
     @property
     def done(self) -> bool:
-        """Whether every choice has its final update."""
+        """Whether every choice has received its final update."""
         return all(choice.finished is not None for choice in self._choices)
 
     @property
     def usage(self) -> Usage:
-        """Usage so far. The prompt is shared: what was cached of it is choice 0's figure."""
+        """Usage so far. The prompt is shared, so its cached tokens are counted by choice 0."""
         first = self._choices[0].finished
         return Usage(
             prompt_tokens=self._prompt_tokens,
@@ -63,7 +63,7 @@ class Completion:
 
 @dataclass
 class WholeChoice:
-    """A choice as the unary call gives it."""
+    """A choice as the unary call returns it."""
 
     content: str = ""
     reasoning: str = ""
@@ -88,7 +88,7 @@ class WholeChoice:
 
 @dataclass
 class WholeCompletion:
-    """All events of a stream put together: the unary call is the same stream, read to its end."""
+    """All events of a stream, accumulated: the unary call is the same stream, read to its end."""
 
     header: Header | None = None
     choices: dict[int, WholeChoice] = field(default_factory=dict)

@@ -19,11 +19,11 @@ _LETTERS_AND_DIGITS = string.ascii_letters + string.digits
 class DecodingOptions:
     """How a request's choices are decoded: output parser, visible special tokens, stop strings.
 
-    `markers` are the special tokens that the parser has to see. `spelled_markers` are those of them
-    that are no single token, so that the end of the output may cut them in two. `forced_call` is
-    whether the output has to be a call; `call_finish_reason` is that of a choice with calls.
-    `shown_stop_tokens` are those of the tokens at which an answer ends that are part of its text.
-    `continues` is whether the answer goes on with a text of the prompt's.
+    `markers` are the special tokens that the parser has to see. `spelled_markers` are those that
+    are not a single token, so that the output may end within one. `forced_call` is whether the
+    output has to be a tool call; `call_finish_reason` is the finish reason of a choice with calls.
+    `shown_stop_tokens` are the stop tokens that stay in the text. `continues` is whether the answer
+    continues a text in the prompt.
     """
 
     parser: Callable[[], Parser] = Plain
@@ -41,7 +41,7 @@ class DecodingOptions:
 
 
 def plain_decoding(options: ValidOptions, continues: bool = True) -> DecodingOptions:
-    """For an answer that is text and nothing else."""
+    """For an answer of plain text."""
     return DecodingOptions(
         show_hidden=not options.skip_special_tokens,
         stops=StopStrings(options.stop),
@@ -60,7 +60,7 @@ def chat_decoding(
     marker_id: Callable[[str], int | None],
     continues: bool,
 ) -> DecodingOptions:
-    """For an answer to a conversation. `marker_id` knows control tokens by text."""
+    """For an answer to a conversation. `marker_id` maps the text of a control token to its id."""
     names, markers = use.names, output.markers(calls=bool(use.names))
 
     def parser() -> Parser:
@@ -73,7 +73,7 @@ def chat_decoding(
         markers=markers,
         spelled_markers=frozenset(text for text in markers if marker_id(text) is None),
         forced_call=use.forced,
-        # As OpenAI has it: a call that the caller named was not the model's decision.
+        # As with OpenAI: a call that the caller named was not the model's decision.
         call_finish_reason=FinishReason.STOP if use.named else FinishReason.TOOL_CALLS,
     )
 
@@ -83,5 +83,5 @@ def _call_id() -> str:
 
 
 def _short_call_id() -> str:
-    """The form that Mistral's templates insist on."""
+    """The form that Mistral's templates require."""
     return "".join(secrets.choice(_LETTERS_AND_DIGITS) for _ in range(9))

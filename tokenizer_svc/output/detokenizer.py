@@ -1,7 +1,7 @@
-"""Decodes token ids incrementally: whole characters, each as soon as its last byte is there.
+"""Detokenizes incrementally: whole characters, each as soon as its last byte has arrived.
 
-What comes out, joined, is what decoding all ids at once gives. Special tokens have no text, but
-for those that a parser has to see.
+The joined output equals that of decoding all ids at once. Special tokens have no text, except those
+that a parser has to see.
 """
 
 import codecs
@@ -11,10 +11,10 @@ from tokenizer_svc.tokenizer import Tokenizer
 
 
 class Detokenizer:
-    """Decodes one choice. Special tokens show if among `markers`, or all with `show_hidden`.
+    """Decodes one choice. Special tokens show if in `markers`, or all of them with `show_hidden`.
 
-    SentencePiece begins every text with a space that decoding drops. Where the text `continues`
-    another, the space stands between the two.
+    SentencePiece begins every text with a space that decoding drops. If the text `continues`
+    another one, the space is kept between the two.
     """
 
     def __init__(
@@ -32,13 +32,13 @@ class Detokenizer:
 
     @property
     def pending(self) -> bool:
-        """Whether the first bytes of a character wait for the rest."""
+        """Whether the first bytes of a character are waiting for the rest."""
         return bool(self._decoder.getstate()[0])
 
     def breaks_off(self, token_id: int) -> bool:
-        """Whether pending bytes are no character after all if this token comes next.
+        """Whether this token, coming next, leaves pending bytes incomplete.
 
-        They are then one U+FFFD, which comes with this token's text but stands before it.
+        They then become one U+FFFD, which is emitted with this token's text but precedes it.
         """
         token = self._tokenizer.token_bytes(token_id)
         is_shown = not self._tokenizer.is_hidden(token_id) or self._shows(token)
@@ -59,7 +59,7 @@ class Detokenizer:
         return self._first(self._decoder.decode(b"".join(pieces)))
 
     def flush(self) -> str:
-        """Nothing more comes: bytes that never became a character are U+FFFD."""
+        """Ends the text: bytes that never became a character are U+FFFD."""
         return self._first(self._decoder.decode(b"", final=True))
 
     def _shows(self, hidden: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""A prompt in front of its completions: its text, and the log-probabilities of its tokens."""
+"""Echoes a prompt before its completions: its text, and the log-probabilities of its tokens."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +11,7 @@ from tokenizer_svc.tokenizer import Tokenizer
 
 
 class Echo:
-    """Puts `text`, which `token_ids` stand for, in front of the deltas of one prompt's choices."""
+    """Puts a prompt, given as `text` and as `token_ids`, before the deltas of its choices."""
 
     def __init__(self, tokenizer: Tokenizer, text: str, token_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
@@ -21,13 +21,13 @@ class Echo:
     def begin(self, n: int, logprobs: Sequence[TokenIdLogprobs] | None) -> list[Delta]:
         """The first deltas of all n choices.
 
-        `logprobs` are those of the tokens but the first, None if nobody wants them.
+        `logprobs` are those of all tokens but the first; None if not asked for.
         """
         entries = () if logprobs is None else self._entries(logprobs)
         return [Delta(index, self._text, entries, completion_tokens=0) for index in range(n)]
 
     def follow(self, delta: Delta) -> Delta:
-        """A later delta, whose tokens stand behind the prompt."""
+        """A later delta, with offsets that count the prompt's text."""
         if not delta.logprobs:
             return delta
         before = len(self._text)
@@ -48,7 +48,7 @@ class Echo:
     def _offsets(self) -> list[int]:
         """Where each token's text begins.
 
-        Of control tokens those have text that the prompt spells out.
+        A control token has text only if the prompt spells it out.
         """
         tokenizer, text = self._tokenizer, self._text
         detokenizer = Detokenizer(tokenizer)

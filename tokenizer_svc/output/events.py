@@ -14,23 +14,23 @@ class FinishReason(Enum):
 
 @dataclass(frozen=True)
 class Alternative:
-    """A token that could have been, with its bytes and log-probability."""
+    """A candidate token, with its bytes and log-probability."""
 
     token_bytes: bytes
     logprob: float
 
     @property
     def token(self) -> str:
-        """The token's text; bytes that are no whole character show as U+FFFD."""
+        """The token's text; incomplete characters become U+FFFD."""
         return self.token_bytes.decode(errors="replace")
 
 
 @dataclass(frozen=True)
 class TokenLogprob(Alternative):
-    """A token, and the most likely ones in its place.
+    """A token, and the most likely ones at its position.
 
-    `offset` is where its text begins, in characters of all that was generated, or of an echoed
-    prompt and that. The first token of such a prompt follows nothing and `is_unscored`.
+    `offset` is where its text begins, in characters of the decoded output including an echoed
+    prompt. The first token of an echoed prompt has no log-probability: it `is_unscored`.
     """
 
     top: tuple[Alternative, ...]
@@ -40,7 +40,7 @@ class TokenLogprob(Alternative):
 
 @dataclass(frozen=True)
 class Header:
-    """What identifies a completion; `created` is in seconds since 1970."""
+    """What identifies a completion; `created` is a Unix time in seconds."""
 
     id: str
     created: float
@@ -51,7 +51,7 @@ class Header:
 
 @dataclass(frozen=True)
 class CallDelta:
-    """A piece of a tool call; the first piece of each has id and name."""
+    """A fragment of a tool call; the first fragment of each has id and name."""
 
     index: int
     arguments: str = ""
@@ -61,7 +61,7 @@ class CallDelta:
 
 @dataclass(frozen=True)
 class Delta:
-    """What is new in one choice, maybe nothing in the last one, which has a reason."""
+    """What is new in one choice; its last delta has a finish reason and may have nothing else."""
 
     index: int
     content: str
@@ -75,7 +75,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class Usage:
-    """The tokens and the device time that a request took."""
+    """Token counts and device time of a request."""
 
     prompt_tokens: int
     completion_tokens: int

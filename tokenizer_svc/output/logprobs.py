@@ -1,7 +1,7 @@
-"""Holds back log-probabilities as long as the text of their tokens.
+"""Holds back log-probabilities until the text of their tokens is shown.
 
-Positions are in characters of all that a choice generated. In the end only tokens whose text is
-shown have an entry.
+Positions are offsets in a choice's decoded output, in characters. In the end only tokens whose text
+is shown have an entry.
 """
 
 from collections import deque
@@ -15,7 +15,7 @@ from tokenizer_svc.tokenizer import Tokenizer
 def describe(
     tokenizer: Tokenizer, token_id: int, logprobs: TokenIdLogprobs, offset: int
 ) -> TokenLogprob:
-    """A token's log-probabilities with the tokens' true bytes, also of partial characters."""
+    """A token's log-probabilities with the tokens' exact bytes, also of partial characters."""
     return TokenLogprob(
         token_bytes=tokenizer.token_bytes(token_id),
         logprob=logprobs.logprob,
@@ -31,31 +31,31 @@ class _Held:
     start: int
     end: int
     entry: TokenLogprob
-    counts: bool  # whether it has an entry although it has no text
+    counts: bool  # whether it has an entry even without text
 
 
 class HeldLogprobs:
-    """The entries of tokens whose text is not out yet, in order."""
+    """The entries of tokens whose text has not been shown yet, in order."""
 
     def __init__(self) -> None:
         self._held: deque[_Held] = deque()
-        self._shown: deque[tuple[int, int]] = deque()  # from where to where text is shown
+        self._shown: deque[tuple[int, int]] = deque()  # (start, end) of shown text
 
     def push(self, start: int, end: int, entry: TokenLogprob, counts: bool = True) -> None:
-        """An entry whose token's text goes from `start` to `end`.
+        """Adds an entry whose token's text goes from `start` to `end`.
 
-        A token that ends inside a character ends with that character.
+        A token that ends within a character ends with that character.
         """
         self._held.append(_Held(start, end, entry, counts))
 
     def show(self, start: int, end: int) -> None:
-        """The text from `start` to `end` is shown; it stands behind what was shown before."""
+        """Records that the text from `start` to `end`, after all shown before, is shown."""
         if self._shown and self._shown[-1][1] == start:
             start, _ = self._shown.pop()
         self._shown.append((start, end))
 
     def release(self, decided: int) -> tuple[TokenLogprob, ...]:
-        """The entries of shown text; of all before `decided` it is known whether it is shown."""
+        """The entries of shown text; up to `decided` it is known what text is shown."""
         released = []
         while self._held and self._held[0].end <= decided:
             held = self._held.popleft()
@@ -64,7 +64,7 @@ class HeldLogprobs:
         return tuple(released)
 
     def finish(self) -> tuple[TokenLogprob, ...]:
-        """No more text is shown: the entries of what is; the others are gone."""
+        """Ends the choice: the remaining entries of shown text; all others are dropped."""
         return self.release(max((held.end for held in self._held), default=0))
 
     def _is_shown(self, held: _Held) -> bool:

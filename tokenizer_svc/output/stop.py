@@ -1,8 +1,8 @@
 """Searches for stop strings incrementally.
 
-Text goes in, and text that is safe to show comes out. Of several stop
-strings the one whose last character comes first wins; of those that end at the same character
-the one that starts first, which is the longest. What the pieces are makes no difference.
+Text goes in, and text that is safe to show comes out. Of several stop strings, the one that
+completes first wins; of those that end at the same character, the one that starts first, which is
+the longest. The result does not depend on how the text is cut into pieces.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class StopResult:
-    """`text` may be shown now; `stop` is the string that ended the choice, once one did."""
+    """`text` may be shown now; `stop` is the stop string that ended the choice, if one did."""
 
     text: str
     stop: str | None = None
@@ -28,7 +28,7 @@ class StopStrings:
 
 
 def _failure_table(text: str) -> list[int]:
-    """Knuth-Morris-Pratt: entry i is the longest proper prefix that also ends text[:i + 1]."""
+    """Knuth-Morris-Pratt: entry i is the length of the longest proper border of text[:i + 1]."""
     table = [0] * len(text)
     length = 0
     for position in range(1, len(text)):
@@ -64,12 +64,12 @@ class StopMatcher:
         return StopResult(whole[: len(whole) - held])
 
     def flush(self) -> StopResult:
-        """Nothing more comes: what was held back is text after all."""
+        """Ends the text: what was held back is text after all."""
         text, self._held = self._held, ""
         return StopResult(text)
 
     def _advance(self, character: str) -> str | None:
-        """One character on; the longest stop string that ends here."""
+        """Advances by one character; returns the longest stop string that ends here."""
         completed = None
         for index, (text, failure) in enumerate(
             zip(self._stops.texts, self._stops.failures, strict=True)

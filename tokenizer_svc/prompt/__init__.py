@@ -1,1 +1,1 @@
-"""From a conversation to the prompt's token ids."""
+"""Turns a conversation into the prompt's token ids."""

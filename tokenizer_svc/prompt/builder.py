@@ -1,17 +1,17 @@
 """Builds prompts: messages to token ids, so that no text of a message becomes a control token.
 
-The template must see the messages' real text, as it may trim, split or compare it; but in what it
-renders, its own control tokens must not be confused with those that a message spells out. So,
-first, each control token inside a message is broken by a mark, one character that no message has,
-put behind its first character; and a message whose edge could complete a control token together
+The template must see the messages' real text, as it may trim, split or compare it; but in the
+rendered text, its own control tokens must not be confused with those that a message spells out. So,
+first, each control token in a message is broken by a mark, a character that occurs in no message,
+inserted after its first character; and a message whose edge could complete a control token together
 with its surroundings gets a mark at that edge. Second, the template renders. Third, the control
-tokens that are still whole are the template's own: they get the tokenizer's secret names. Last, the
-marks go, and the tokenizer, which knows control tokens by their secret names alone, encodes the
-whole text at once. Without control tokens in messages nothing was marked, and the ids are those of
-Hugging Face's `apply_chat_template`.
+tokens that are still intact are the template's own: they are replaced by the tokenizer's secret
+names. Last, the marks are removed, and the tokenizer, which knows control tokens by their secret
+names only, encodes the whole text at once. If messages spell no control tokens, the ids are those
+of Hugging Face's `apply_chat_template`.
 
-What is left to the operator's template is to spell no control token around a piece that it cuts
-out of a message's middle.
+One thing is up to the operator's template: not to build a control token around a piece cut out of
+the middle of a message.
 """
 
 import logging
@@ -41,15 +41,15 @@ from trivium.wire.errors import ServiceError
 
 log = logging.getLogger(__name__)
 
-# Characters that no text is supposed to have, then private ones that hardly any has.
+# Noncharacters, which no text should contain, then private-use characters, which hardly any does.
 _MARKS = [chr(code) for code in (*range(0xFDD2, 0xFDF0), *range(0xE000, 0xF900))]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A rendered conversation: as text, control tokens written out, and as token ids.
+    """A rendered conversation: as text, with control tokens spelled out, and as token ids.
 
-    `thinking` is whether the model's answer begins with its reasoning.
+    `thinking` is whether the model's answer begins with reasoning.
     """
 
     text: str
@@ -62,16 +62,16 @@ class ToolForm(Enum):
 
     NONE = "none"  # there are none
     NATIVE = "native"  # the template renders them as they are
-    FILLED = "filled"  # the same, with empty descriptions and parameters for absent ones
-    TEXT = "text"  # they are described in a message, where the template refuses or ignores tools
+    FILLED = "filled"  # the same, with absent descriptions and parameters as empty ones
+    TEXT = "text"  # described in a message, for templates that refuse or ignore tools
 
 
 class PromptBuilder:
     """Renders and encodes conversations for one model. May be used from any thread.
 
-    `variables` are the further template variables that a request may set. With `folds`,
-    conversations that the template refuses, or shows only in part, are tried in other forms;
-    `model` is what the log calls it.
+    `variables` are the extra template variables that a request may set. With `folds`, conversations
+    that the template refuses, or shows only in part, are tried in other forms; `model` is the
+    model's name in log lines.
     """
 
     def __init__(
@@ -96,9 +96,9 @@ class PromptBuilder:
         self._traits_beside_tools = beside_tools.traits() if self.shows_tools else self._traits
 
     def build(self, conversation: Conversation, max_tokens: int | None = None) -> Prompt:
-        """The prompt up to the assistant's answer; ServiceError if the template refuses.
+        """The prompt up to the assistant's answer; raises ServiceError if the template refuses it.
 
-        May raise TooManyTokens for one of more than `max_tokens`.
+        May raise TooManyTokens for a prompt of more than `max_tokens`.
         """
         with tracing.span("render"):
             whole = self._template.whole_source
@@ -135,7 +135,7 @@ class PromptBuilder:
         variables: Mapping[str, Any],
         change: Callable[[str], str],
     ) -> str:
-        """What the template makes of the conversation, `change` applied to all of its text."""
+        """Renders the conversation, with `change` applied to all of its text."""
         refusal: ServiceError | None = None
         tried: list[Any] = []
         opens = conversation.add_generation_prompt is not False
@@ -158,7 +158,7 @@ class PromptBuilder:
         raise refusal
 
     def _foldings(self, conversation: Conversation) -> Sequence[Folding | None]:
-        """In the order of trying; None is the conversation as it is."""
+        """The foldings to try, in order; None is the conversation as it is."""
         traits = self._traits_beside_tools if conversation.tools else self._traits
         later = any(message.role in SYSTEM_ROLES for message in conversation.messages[1:])
         left_out = later and not traits.later_system
@@ -183,7 +183,7 @@ class PromptBuilder:
         form: ToolForm,
         folding: Folding | None,
     ) -> tuple[Sequence[Mapping[str, Any]], list[dict[str, Any]] | None]:
-        """Messages and tools for the template, made anew, as it may change them."""
+        """Messages and tools for the template, new objects each time, as it may modify them."""
         is_native = form in (ToolForm.NATIVE, ToolForm.FILLED)
         traits = self._traits_beside_tools if is_native else self._traits
         messages: Sequence[Mapping[str, Any]] = [
@@ -200,7 +200,7 @@ class PromptBuilder:
         return messages, tools if is_native else None
 
     def _log_fold(self) -> None:
-        """Once: the operator should know, and the log is not the clients' to fill."""
+        """Logs once: the operator should know, but clients must not be able to flood the log."""
         if self._fold_is_logged:
             return
         self._fold_is_logged = True
@@ -212,7 +212,7 @@ class PromptBuilder:
 
 
 def _up_to(rendered: str, last: str) -> str:
-    """The prompt cut behind the last message's text, as Hugging Face does it."""
+    """The prompt cut off after the last message's text, as Hugging Face does it."""
     at = rendered.rfind(last.strip())
     if at < 0:
         message = "The model's chat template does not show the final message as it is."
@@ -234,5 +234,5 @@ def _without(mark: str, text: str) -> str:
 
 
 def _escape(mark: str) -> str:
-    """The mark where a template prints a list or an object as Python does, or JSON in ASCII."""
+    """The mark as escaped where a template prints values like Python, or JSON in ASCII."""
     return f"\\u{ord(mark):04x}"

@@ -1,8 +1,8 @@
-"""A model's chat template: the only door to jinja2, with Hugging Face's semantics.
+"""A model's chat template, with Hugging Face's semantics; the only module that imports jinja2.
 
-The sandbox keeps a template from the process's objects, not from its
-time and memory: templates come from the operator's model folder only. Templates may change lists
-and dictionaries, as Kimi's does with a list of its own.
+The sandbox protects the process's objects, but does not limit time and memory: templates come from
+the operator's model folder only. Templates may modify lists and dictionaries, as Kimi's does with a
+list of its own.
 """
 
 import json
@@ -19,7 +19,7 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from trivium.wire.errors import ServiceError
 
-# What a template can run into when messages are not what it expects. Anything else is a bug.
+# What a template can raise when messages are not what it expects. Anything else is a bug.
 _REFUSALS = (
     jinja2.TemplateError,
     TypeError,
@@ -34,11 +34,11 @@ _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token"
 
 
 class ChatTemplateError(ValueError):
-    """The model folder's chat template cannot be used; the text says why."""
+    """The model folder's chat template cannot be used; the message says why."""
 
 
 class _GenerationBlock(Extension):
-    """`{% generation %}` marks the assistant's text for training; here it is only its body."""
+    """`{% generation %}` marks the assistant's text for training; here it only renders its body."""
 
     tags = {"generation"}  # noqa: RUF012 - the attribute is jinja2's
 
@@ -50,8 +50,8 @@ class _GenerationBlock(Extension):
 class ChatTemplate:
     """A compiled template. `render` may be called from any thread.
 
-    `tool_source` is the template for conversations with tools, where it is another. A base model
-    has none, a `source` of None: then `is_missing`, and all conversations are refused.
+    `tool_source` is the template for conversations with tools, if it is a different one. A base
+    model has no template: `source` is None, it `is_missing`, and all conversations are refused.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class ChatTemplate:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], source: str | None) -> "ChatTemplate":
-        """From tokenizer_config.json; `source` is chat_template.jinja, which comes first."""
+        """From tokenizer_config.json; `source` is chat_template.jinja, which takes precedence."""
         if not isinstance(config, Mapping):
             raise ChatTemplateError("tokenizer_config.json is not an object")
         tool_source = None
@@ -88,7 +88,7 @@ class ChatTemplate:
 
     @property
     def named_tokens(self) -> Mapping[str, str]:
-        """bos_token and the like, as far as they are known."""
+        """bos_token and the like, where defined."""
         return self._tokens
 
     def render(
@@ -100,8 +100,8 @@ class ChatTemplate:
     ) -> str:
         """The prompt, up to where the assistant's answer begins.
 
-        The template may change messages and tools, which have to be made anew for each rendering.
-        Raises ServiceError invalid_chat_template_input when the template refuses the messages.
+        The template may modify messages and tools: pass new objects each time. Raises ServiceError
+        invalid_chat_template_input if the template refuses the messages.
         """
         if self.is_missing:
             message = "This model has no chat template; send a prompt to /v1/completions."
@@ -124,7 +124,7 @@ class ChatTemplate:
 
 
 def _from_tokenizer_config(config: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """The template, and the one for requests with tools if there is one of its own."""
+    """The template, and the separate one for requests with tools if there is one."""
     template, tool_template = config.get("chat_template"), None
     if isinstance(template, list):
         by_name = {entry["name"]: entry["template"] for entry in template}
@@ -137,7 +137,7 @@ def _from_tokenizer_config(config: Mapping[str, Any]) -> tuple[str | None, str |
 
 
 def _token_names(config: Mapping[str, Any]) -> dict[str, str]:
-    """bos_token and the like, each written as text or as an object with `content`."""
+    """bos_token and the like, each given as a string or as an object with `content`."""
     names = {}
     for key in _NAMED_TOKENS:
         value = config.get(key)
@@ -163,7 +163,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """jinja2's own escapes HTML characters. What `map` and `select` make is a list."""
+    """Unlike jinja2's own, does not escape HTML. Iterators of `map` and `select` become lists."""
     return json.dumps(
         list(value) if isinstance(value, Iterator) else value,
         ensure_ascii=ensure_ascii,

@@ -1,9 +1,9 @@
-"""Escapes the control tokens that a text spells out, by a mark that can be taken out again."""
+"""Escapes the control tokens that a text spells out, with a mark that can be removed again."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
 
-# The lock of the interpreter is held for as long as one search takes.
+# One search holds the GIL for as long as it takes.
 _STEP_CHARACTERS = 65_536
 
 
@@ -17,7 +17,7 @@ class ControlTokenEscaper:
         tokens = sorted(control_tokens, key=len, reverse=True)
         any_token = "|".join(map(re.escape, tokens)) or r"(?!)"
         self._whole = re.compile(any_token)
-        # Looking ahead finds occurrences that overlap as well.
+        # A lookahead finds overlapping occurrences as well.
         self._broken = re.compile(f"(?=(?:{any_token}))(.)", re.DOTALL)
         self._tokens = tokens
         self._beginnings = {token[:cut] for token in tokens for cut in range(1, len(token))}
@@ -25,15 +25,15 @@ class ControlTokenEscaper:
         self._longest = max(map(len, tokens), default=0)
 
     def escaped(self, text: str, mark: str) -> str:
-        """The text of a message with a mark wherever a control token is or could begin or end."""
-        # The first search is quick, and looking ahead everywhere is not.
+        """A message's text with a mark wherever a control token is or could begin or end."""
+        # This first search is fast, which the lookahead is not.
         if next(self._found(self._whole, text), None):
             text = self._replaced(self._broken, text, lambda character: character + mark)
         inner = text.strip()
         if not inner:
             return text
         cuts = range(1, min(self._longest, len(inner) + 1))
-        # The mark stands next to the text, inside of white space that a template may trim.
+        # The mark is next to the text, inside any white space that a template may trim.
         if any(inner[:cut] in self._endings for cut in cuts) or self._is_inside(inner):
             text = text.replace(inner, mark + inner, 1)
         if any(inner[-cut:] in self._beginnings for cut in cuts):
@@ -54,15 +54,15 @@ class ControlTokenEscaper:
         return "".join((*pieces, text[at:]))
 
     def _found(self, pattern: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
-        """What `finditer` finds, step by step, so that other threads have their turn in a text of
-        many megabytes."""
+        """Like `finditer`, but in steps, so that other threads can run during the search of a text
+        of many megabytes."""
         at = 0
         while at < len(text):
             end = at + _STEP_CHARACTERS
             match = pattern.search(text, at, end + self._longest)
             if match is None or match.start() >= end:
                 at = end
-            elif found := pattern.match(text, match.start()):  # with all of the text behind it
+            elif found := pattern.match(text, match.start()):  # now against the whole text
                 yield found
                 at = found.end()
 

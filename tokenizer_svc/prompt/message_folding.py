@@ -1,6 +1,6 @@
-"""Folds conversations for templates that refuse their roles or the order of them.
+"""Folds conversations for templates that refuse their roles or the order of their roles.
 
-System messages become the user's, neighbours of one role become one message, and as a last resort
+System messages become user messages, adjacent messages of one role are merged, and as a last resort
 calls and results become text.
 """
 
@@ -15,10 +15,10 @@ Messages = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Folding:
-    """How much of a conversation is changed.
+    """How much a conversation is changed.
 
-    `keeps_system`: system messages at the beginning stay. `alternates`: users and assistants take
-    turns, with empty messages where one is missing.
+    `keeps_system`: system messages at the beginning stay. `alternates`: user and assistant messages
+    alternate, with empty ones where one is missing.
     """
 
     keeps_system: bool
@@ -26,7 +26,7 @@ class Folding:
     calls_as_text: bool = False
 
 
-# In the order of trying: what changes little comes first.
+# In the order of trying: the smallest changes come first.
 FOLDINGS = tuple(
     Folding(keeps_system, *more)
     for more in ((False, False), (True, False), (True, True))
@@ -35,7 +35,7 @@ FOLDINGS = tuple(
 
 
 def folded(messages: Messages, folding: Folding) -> list[Mapping[str, Any]]:
-    """The conversation in this form; messages that need no change are the same objects."""
+    """The folded conversation; messages that need no change are the same objects."""
     if folding.calls_as_text:
         messages = without_roles(messages)
     result = _joined(_system_as_user(messages, folding.keeps_system)) or list(messages)
@@ -52,7 +52,7 @@ def _system_as_user(messages: Messages, keeps_first: bool) -> Messages:
 
 
 def _joined(messages: Messages) -> list[Mapping[str, Any]]:
-    """Neighbours of one role as one message; an assistant's without a word is left out."""
+    """Merges adjacent messages of one role; an empty assistant message is left out."""
     result: list[Mapping[str, Any]] = []
     for message in messages:
         if message["role"] == "assistant" and not (message["content"] or _has_calls(message)):
@@ -76,7 +76,8 @@ def _both_texts(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
 
 
 def _alternating(messages: Messages) -> list[Mapping[str, Any]]:
-    """An empty message before an assistant that begins, and before a user who answers no one."""
+    """Inserts an empty message before an assistant message that begins the conversation, and before
+    a user message that follows a call or its result."""
     result: list[Mapping[str, Any]] = []
     for message in messages:
         role, before = message["role"], result[-1] if result else {"role": "system"}

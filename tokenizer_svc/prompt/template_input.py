@@ -18,21 +18,21 @@ from trivium.field_errors import unsupported_parameter
 
 Change = Callable[[str], str]
 
-# The key of arguments that are no JSON object, for templates that take nothing but objects. A
-# model that reads its own broken call there also reads what is wrong with it.
+# The key of arguments that are not a JSON object, for templates that only take objects. It also
+# tells a model that reads its own broken call what is wrong with it.
 INVALID_ARGUMENTS = "invalid_arguments"
 MAX_ARGUMENTS_DEPTH = 64
 
 _EFFORT = "reasoning_effort"
-# Variables that switch reasoning on or off in templates without an effort.
+# Variables that switch reasoning on or off in templates without a reasoning effort.
 _SWITCHES = ("enable_thinking", "thinking")
 
 
 def separate_calls(messages: Sequence[Message], traits: TemplateTraits) -> list[Message]:
-    """The conversation with no message of which the template would show a part only.
+    """Splits messages that the template would only show in part.
 
-    Where it needs that, text and calls in one message become two messages, and several calls one
-    message each, followed by its results.
+    Where the template needs it, text and calls in one message become two messages, and several
+    calls become one message each, followed by its results.
     """
     result: list[Message] = []
     results_done = 0
@@ -69,7 +69,7 @@ def _one_by_one(message: Message, results: list[Message]) -> list[Message]:
 
 
 def message_input(message: Message, traits: TemplateTraits, change: Change) -> dict[str, Any]:
-    """A message that was checked."""
+    """A validated message as the template expects it."""
     assert message.role is not None, "An unchecked message reached the template. This is a bug."
     role = Role.SYSTEM if message.role in SYSTEM_ROLES else message.role
     content: str | None = change(message.content or "")
@@ -90,7 +90,7 @@ def message_input(message: Message, traits: TemplateTraits, change: Change) -> d
 
 
 def tool_input(tool: Tool, change: Change, filled: bool = False) -> dict[str, Any]:
-    """A tool as OpenAI writes it; `filled` with what some templates ask every tool for."""
+    """A tool in OpenAI's format; `filled` adds fields that some templates require."""
     function: dict[str, Any] = {"name": change(tool.name or "")}
     if filled:
         function |= {"description": "", "parameters": {}}
@@ -109,16 +109,16 @@ def _tool_call(call: ToolCall, traits: TemplateTraits, change: Change) -> dict[s
 
 
 def _call_id(call_id: str, traits: TemplateTraits) -> str:
-    """The id of a call; another in its place where the template would refuse it."""
+    """The id of a call, or a substitute if the template would refuse it."""
     if not traits.short_call_ids or re.fullmatch("[a-zA-Z0-9]{9}", call_id):
         return call_id
     return hashlib.sha256(call_id.encode()).hexdigest()[:9]
 
 
 def _arguments(text: str, traits: TemplateTraits, change: Change) -> Any:
-    """Arguments as the template takes them, whatever they are.
+    """Arguments as the template takes them, valid or not.
 
-    They are the client's memory of what a model wrote, and may have been cut off.
+    They are what a model once wrote, returned by the client, and may have been cut off.
     """
     if text.strip() in ("", "null"):
         text = "{}"
@@ -140,7 +140,7 @@ def _json_object(text: str) -> dict[str, Any] | None:
 
 
 def changed(value: Any, change: Change) -> Any:
-    """JSON with `change` made to every text in it."""
+    """JSON with `change` applied to every string in it."""
     if isinstance(value, str):
         return change(value.encode("utf-8", "replace").decode())  # JSON can spell lone surrogates
     if isinstance(value, dict):
@@ -153,7 +153,7 @@ def changed(value: Any, change: Change) -> Any:
 def template_variables(
     conversation: Conversation, source: str, allowed: Set[str]
 ) -> Mapping[str, Any]:
-    """The variables by name; ServiceError for one that is not allowed or means nothing here."""
+    """The variables by name; raises ServiceError for one not allowed or without meaning here."""
     variables = {}
     for name, text in conversation.variables.items():
         if name not in allowed:
@@ -170,6 +170,6 @@ def _effort(effort: str, source: str) -> dict[str, Any]:
     switches = [name for name in _SWITCHES if name in source]
     if not switches:
         if effort == "none" and OPENING not in source:
-            return {}  # what cannot reason does not
+            return {}  # the model cannot reason anyway
         raise unsupported_parameter(_EFFORT, "with this model")
     return dict.fromkeys(switches, effort != "none")

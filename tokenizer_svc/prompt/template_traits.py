@@ -1,7 +1,7 @@
-"""Probes what a chat template takes and shows, by rendering small conversations at load.
+"""Probes what a chat template accepts and shows, by rendering small conversations at load time.
 
-The output decides, not what the source looks like: templates differ in what they refuse, print as
-the word None, or silently leave out.
+The output decides, not the source: templates differ in what they refuse, print as the word None, or
+silently leave out.
 """
 
 from dataclasses import dataclass, replace
@@ -21,23 +21,23 @@ Messages = list[dict[str, Any]]
 class TemplateTraits:
     """How conversations have to be written for a template, either with or without tools.
 
-    The defaults are those of a template that shows no calls: they reach it as text.
+    The defaults are for a template that shows no calls: it is given them as text.
     """
 
     shows_calls: bool = False
-    null_content: bool = False  # absent text beside calls is None, not ""
+    null_content: bool = False  # absent text of a message with calls is None, not ""
     text_arguments: bool = False  # arguments of calls are JSON text, not an object
-    takes_odd_arguments: bool = True  # text that is no JSON object is shown as it is
+    takes_odd_arguments: bool = True  # arguments that are not a JSON object are shown as they are
     several_calls: bool = True  # all calls of a message are shown
     calls_beside_text: bool = True  # calls of a message that has text are shown
     reasoning_name: str = _REASONING_NAMES[0]
-    reasoning_beside_both: bool = True  # reasoning is taken beside text and calls
+    reasoning_beside_both: bool = True  # reasoning is accepted beside text and calls
     later_system: bool = True  # system messages after the first are shown
-    short_call_ids: bool = False  # ids of calls are nine letters and digits, as Mistral has them
+    short_call_ids: bool = False  # ids of calls are nine letters and digits, as in Mistral's
 
 
 class TemplateProbe:
-    """Renders small conversations with one template, with or without tools, and looks for words."""
+    """Renders small conversations with one template, with or without tools, and reads them."""
 
     def __init__(self, template: ChatTemplate, with_tools: bool) -> None:
         self._template = template
@@ -52,7 +52,7 @@ class TemplateProbe:
         return self._shows([_system(_TEXT), _user()], _TEXT)
 
     def traits(self) -> TemplateTraits:
-        """All traits. They cost some twenty renderings."""
+        """Probes all traits, with about twenty renderings."""
         short_ids = "length 9" in self._template.whole_source
         traits = replace(self._call_form(), short_call_ids=short_ids)
         if traits.shows_calls:
@@ -80,9 +80,9 @@ class TemplateProbe:
                     found.append((prompt, form))
 
         def flaws(candidate: tuple[str, TemplateTraits]) -> tuple[bool, bool, int, int]:
-            # Text that a template writes as JSON is quoted, so that objects come first, unless it
-            # prints them as Python does. Absent content that is shown makes the longer prompt,
-            # be it as None, as null or as a turn without words.
+            # A template that writes arguments as JSON would quote text, so objects are preferred
+            # unless it prints them like Python. Absent content that is shown, as None, as null or
+            # as an empty turn, makes the longer prompt.
             prompt, form = candidate
             is_python = "{'trivium_key" in prompt
             return is_python, form.text_arguments, prompt.count("None"), len(prompt)
@@ -92,7 +92,7 @@ class TemplateProbe:
     def _with_reasoning(self, traits: TemplateTraits) -> TemplateTraits:
         for name in _REASONING_NAMES:
             conversations = [[_user(), _answer() | {name: _TEXT}]]
-            if traits.shows_calls:  # many show it nowhere else
+            if traits.shows_calls:  # many templates show it nowhere else
                 conversations.append(_with(_called(traits), {name: _TEXT}))
             if any(self._shows(messages, _TEXT) for messages in conversations):
                 traits = replace(traits, reasoning_name=name)
@@ -107,14 +107,14 @@ class TemplateProbe:
         return bool(prompt) and all(word in prompt for word in words)
 
     def _prompt(self, messages: Messages) -> str:
-        """Empty if the template refuses."""
+        """The rendered prompt; empty if the template refuses."""
         try:
             return self._template.render(messages, _tools() if self._with_tools else None)
         except ServiceError:
             return ""
 
 
-# Made anew for each rendering, as a template may change what it is given.
+# New objects for each rendering, as a template may modify its input.
 
 
 def _tools() -> Messages:
@@ -152,7 +152,7 @@ def _called(
             value = arguments
         elif form.text_arguments:
             value = f'{{"trivium_key_{index}": "trivium_value_{index}"}}'
-        call_id = f"trivium0{index}"  # nine letters and digits: Mistral's templates want them
+        call_id = f"trivium0{index}"  # nine letters and digits, as Mistral's templates require
         function = {"name": f"trivium_call_{index}", "arguments": value}
         made.append({"id": call_id, "type": "function", "function": function})
         result = {"role": "tool", "content": f"trivium_result_{index}", "tool_call_id": call_id}
@@ -163,12 +163,12 @@ def _called(
 
 
 def _with(messages: Messages, more: dict[str, Any]) -> Messages:
-    """The same with more in the assistant's message."""
+    """The same messages with `more` in the assistant's."""
     return [message | more if message["role"] == "assistant" else message for message in messages]
 
 
 def _words(calls: int) -> list[str]:
-    """What the prompt has to show of so many calls. Their names stand among the tools anyway."""
+    """What the prompt has to show of this many calls. Their names are among the tools anyway."""
     return [
         f"trivium_{part}_{index}" for part in ("key", "value", "result") for index in range(calls)
     ]

@@ -1,7 +1,7 @@
-"""Describes tools in a system message, in the Hermes format, for templates without tools.
+"""Describes tools in a system message, in the Hermes format, for templates without tool support.
 
-Such a template has no place for calls and their results either: calls become the assistant's text,
-results the user's.
+Such a template cannot show calls and their results either: calls become assistant text, results
+user text.
 """
 
 import json
@@ -25,7 +25,7 @@ Messages = Sequence[Mapping[str, Any]]
 def with_tools(messages: Messages, tools: Messages, system: bool) -> list[Mapping[str, Any]]:
     """The messages with the tools described in the system message at the beginning.
 
-    Without `system`, for templates without that role, in the first user message.
+    Without `system`, for templates without that role, they go into the first user message.
     """
     lines = "".join("\n" + json.dumps(tool, ensure_ascii=False) for tool in tools)
     description = f"{_BEFORE}{lines}{_AFTER}"
@@ -41,7 +41,7 @@ def with_tools(messages: Messages, tools: Messages, system: bool) -> list[Mappin
 
 
 def without_roles(messages: Messages) -> list[Mapping[str, Any]]:
-    """The messages with calls and results as text; results in a row are one message."""
+    """The messages with calls and results as text; consecutive results become one message."""
     result: list[Mapping[str, Any]] = []
     after_tool = False
     for message in messages:

@@ -1,1 +1,1 @@
-"""Requests as plain values, and all checks of them."""
+"""Requests as plain values, and their validation."""

@@ -1,6 +1,6 @@
-"""Checks of single values; a field is its name in JSON.
+"""Checks of single values; fields go by their names in JSON.
 
-Knows no requests.
+Knows nothing about requests.
 """
 
 from collections.abc import Sequence, Sized
@@ -45,7 +45,7 @@ def check_length(name: str, text: str, maximum: int) -> None:
 
 
 def is_deeper(value: Any, levels: int) -> bool:
-    """Whether parsed JSON is nested in more than so many levels of lists and objects."""
+    """Whether parsed JSON nests lists and objects more than this many levels deep."""
     rest = [(value, 1)]
     while rest:
         value, level = rest.pop()

@@ -1,8 +1,8 @@
-"""Translates GBNF, llama.cpp's, vLLM's and SGLang's grammars, to llguidance's variant of Lark.
+"""Translates GBNF, the grammars of llama.cpp, vLLM and SGLang, to llguidance's variant of Lark.
 
-Also called EBNF; xgrammar's is the same but for its lookaheads, which are refused. Every terminal
-becomes a single character: Lark's lexer takes the longest match and never a shorter one, so that
-`[a-z]+ "b"` as two terminals would never end.
+Also called EBNF; xgrammar's is the same except for its lookaheads, which are refused. Every
+terminal becomes a single character: Lark's lexer takes the longest match and never a shorter one,
+so `[a-z]+ "b"` as two terminals would never end.
 """
 
 import json
@@ -32,17 +32,17 @@ _ITSELF = frozenset("\"'\\[]-^/.?*+(){}|$ ")
 
 
 def is_gbnf(grammar: str) -> bool:
-    """Whether a grammar is written so: with `::=` where Lark has a colon."""
+    """Whether a grammar is GBNF: it has `::=` where Lark has a colon."""
     return _RULE.search(grammar) is not None
 
 
 def to_lark(grammar: str) -> str:
-    """The same grammar in Lark; ValueError with what is wrong with it."""
+    """The same grammar in Lark; raises ValueError that says what is wrong with it."""
     return _Reader(grammar).lark()
 
 
 class _Reader:
-    """Reads a grammar from its first token to its last."""
+    """Parses a grammar from its first token to its last."""
 
     def __init__(self, grammar: str) -> None:
         self._grammar = grammar
@@ -68,7 +68,7 @@ class _Reader:
         return "".join(lines)
 
     def _token(self, kind: str) -> str:
-        """The next token if it is of this kind; at the end, something of no text."""
+        """The next token if it is of this kind, else ""; the end of the grammar is "end"."""
         match = self._tokens[self._place]
         return match[kind] or ("end" if kind == "end" and match.lastgroup == "end" else "")
 
@@ -90,7 +90,7 @@ class _Reader:
         return " ".join(items) or '""'
 
     def _item(self) -> str | None:
-        """What stands next; None at the end of a sequence."""
+        """The next item; None at the end of a sequence."""
         match = self._tokens[self._place]
         kind = match.lastgroup
         if kind in ("rule", "end") or (kind == "sign" and match["sign"] in "|)"):
@@ -132,7 +132,7 @@ class _Reader:
 
 
 def _characters(text: str) -> list[str]:
-    """The characters that a literal spells."""
+    """The characters of a literal, with escapes resolved."""
     characters = []
     for match in _CHARACTER.finditer(text):
         code = match[1] or match[2] or match[3]
@@ -150,7 +150,7 @@ def _characters(text: str) -> list[str]:
 
 
 def _set(text: str) -> str:
-    """A set of characters in a regular expression's syntax."""
+    """A character class in regex syntax."""
     negated = text.startswith("^")
     members = [match[0] for match in _CHARACTER.finditer(text[negated:])]
     ranges, place = [], 0

@@ -1,6 +1,6 @@
-"""Checks a JSON Schema that is given as text.
+"""Validates a JSON Schema given as text.
 
-The generator compiles it and may still refuse.
+The generator compiles it and may still refuse it.
 """
 
 import json
@@ -15,7 +15,7 @@ MAX_DEPTH = 128
 
 
 def check_schema(text: str, field: str) -> Any:
-    """The parsed schema; ServiceError if it is none, or too large to be worth a try."""
+    """The parsed schema; raises ServiceError if it is not a schema, or too large to try."""
     if len(text) > MAX_SCHEMA_CHARACTERS:
         message = f"Invalid '{field}': a schema of more than {MAX_SCHEMA_CHARACTERS} characters."
         raise ServiceError("json_schema_too_complex", message, field)

@@ -1,6 +1,6 @@
 """Checks JSON Schemas against their metaschema: each keyword's value is of the right kind.
 
-Covers the keywords that constraints are made of, in the union of drafts 4 to 2020-12.
+Covers the keywords that constraints are built from, in the union of drafts 4 to 2020-12.
 """
 
 from collections.abc import Callable, Iterator
@@ -70,7 +70,7 @@ _KINDS: dict[str, Kind] = {
 
 
 def schema_error(schema: Any, place: str = "#") -> str | None:
-    """The first thing that is wrong with a schema, as a clause; None for nothing."""
+    """The first error in a schema, as a clause; None if there is none."""
     if isinstance(schema, bool):
         return None
     if not isinstance(schema, dict):
@@ -88,7 +88,7 @@ def schema_error(schema: Any, place: str = "#") -> str | None:
 
 
 def _schemas(key: str, kind: Kind, value: Any) -> Iterator[tuple[str, Any]]:
-    """The schemas in a keyword's value, and where."""
+    """The schemas in a keyword's value, with their paths."""
     if kind is _NAMED:
         yield from ((f"{key}/{name}", inner) for name, inner in value.items())
     elif kind in (_SCHEMAS, _OPTIONS, _ITEMS) and isinstance(value, list):

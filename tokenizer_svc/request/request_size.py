@@ -1,6 +1,6 @@
-"""Bounds the number of elements of a request's fields, before anything is converted.
+"""Limits the number of elements of a request's fields, before anything is converted.
 
-Of protobuf it knows only that a repeated field has a length.
+All it knows about protobuf is that a repeated field has a length.
 """
 
 from typing import Any
@@ -29,7 +29,7 @@ def check_chat_size(request: Any) -> None:
 
 
 def check_conversation_size(request: Any) -> None:
-    """The same for what a chat template is given."""
+    """The same for the input of a chat template."""
     check_array("messages", request.messages, MAX_MESSAGES)
     parts = calls = 0
     for index, message in enumerate(request.messages):

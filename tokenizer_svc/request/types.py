@@ -1,7 +1,6 @@
-"""Requests for completions, before and after they are checked.
+"""Requests for completions, before and after validation.
 
-Plain values, which `validate` checks, but for SamplingParams, which goes through to the generator
-as it came.
+Plain values, except for SamplingParams, which is passed to the generator unchanged.
 """
 
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ class Role(Enum):
     TOOL = "tool"
 
 
-# Every template gets developer messages as system messages.
+# Templates get developer messages as system messages.
 SYSTEM_ROLES = (Role.SYSTEM, Role.DEVELOPER)
 
 
@@ -36,7 +35,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Message:
-    """One message. `role` is None for one we do not know; a part is None if it is not text."""
+    """One message. `role` is None if it is unknown; a part is None if it is not text."""
 
     role: Role | None
     parts: tuple[str | None, ...] = ()
@@ -55,8 +54,8 @@ class Message:
 class Tool:
     """A function that the model may call; `parameters` is the JSON text of a schema.
 
-    `name` is None for a tool that is no function. Arguments keep to a `strict` schema exactly, and
-    to another as far as it can be kept.
+    `name` is None for a tool that is not a function. A `strict` schema is enforced exactly, others
+    as far as possible.
     """
 
     name: str | None
@@ -66,7 +65,7 @@ class Tool:
 
 
 class ToolMode(Enum):
-    """Whether tools are called."""
+    """Whether tools may or must be called."""
 
     NONE = "none"
     AUTO = "auto"
@@ -76,7 +75,7 @@ class ToolMode(Enum):
 
 @dataclass(frozen=True)
 class ToolChoice:
-    """Which tools are called; `mode` is None for one we do not know."""
+    """Which tools may or must be called; `mode` is None if it is unknown."""
 
     mode: ToolMode | None
     function_name: str | None = None
@@ -97,8 +96,8 @@ class ResponseKind(Enum):
 class ResponseConstraint:
     """What the caller wants the answer's text to match, and the request's field that holds it.
 
-    `definition` is a schema's JSON text, a pattern or a grammar. `kind` is None for an unknown one.
-    Of a `lenient` schema, keywords that are not supported are ignored; others have to be exact.
+    `definition` is a schema's JSON text, a pattern or a grammar. `kind` is None if it is unknown.
+    Unsupported keywords of a `lenient` schema are ignored; other schemas are enforced exactly.
     """
 
     kind: ResponseKind | None
@@ -111,7 +110,7 @@ class ResponseConstraint:
 
 @dataclass(frozen=True)
 class Conversation:
-    """The chat template's input. `variables` are further ones of its own, as JSON text by name."""
+    """The chat template's input. `variables` are its extra variables, as JSON text by name."""
 
     messages: tuple[Message, ...]
     tools: tuple[Tool, ...] = ()
@@ -123,7 +122,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class RequestOptions:
-    """How an answer is made, whatever it answers to; None means absent."""
+    """The options that chat and plain completions share; None means absent."""
 
     sampling: SamplingParams = field(default_factory=SamplingParams)
     max_completion_tokens: int | None = None
@@ -140,7 +139,7 @@ class RequestOptions:
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """What the caller of a chat completion wrote; None means absent."""
+    """A chat completion request as sent; None means absent."""
 
     model: str
     conversation: Conversation
@@ -152,7 +151,7 @@ class ChatRequest:
 
     @property
     def schema_characters(self) -> int:
-        """How much JSON there is in it to be looked at."""
+        """Number of characters of JSON to be parsed."""
         conversation, options = self.conversation, self.options
         forms = (options.response_format, options.structured_outputs)
         return (
@@ -164,9 +163,9 @@ class ChatRequest:
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """What the caller of a plain completion wrote. A prompt is text, tokens, or None.
+    """A plain completion request as sent. A prompt is text, token ids, or None.
 
-    `add_special_tokens` adds those with which the tokenizer begins a lone text.
+    `add_special_tokens` adds what the tokenizer puts around a text, such as BOS.
     """
 
     model: str
@@ -179,7 +178,7 @@ class CompletionRequest:
 
 @dataclass(frozen=True)
 class ValidOptions:
-    """Options that were checked, so that nobody checks again. Made by `validate` only.
+    """Validated options, which need no further checks. Created by `validate` only.
 
     `top_logprobs` is None for no log-probabilities at all, `prompt_logprobs` for none of the
     prompt's tokens. `response_constraint` is None for plain text.
@@ -201,7 +200,7 @@ class ValidOptions:
 
 @dataclass(frozen=True)
 class ToolUse:
-    """Which calls an answer may, or has to, consist of; there are none without tools.
+    """Which tools an answer may or must call; without `tools`, none.
 
     `places` are the tools' indices in the request; `named` is whether the caller named the function
     to call.
@@ -220,7 +219,7 @@ class ToolUse:
 
 @dataclass(frozen=True)
 class ValidRequest:
-    """A chat request that was checked. Made by `validate` only."""
+    """A validated chat request. Created by `validate` only."""
 
     conversation: Conversation
     options: ValidOptions

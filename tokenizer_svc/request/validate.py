@@ -1,7 +1,7 @@
-"""Checks a request against the ranges that chat.proto and completion.proto document.
+"""Validates requests against the ranges that chat.proto and completion.proto document.
 
-Raises ServiceError with OpenAI's codes and wording, `param` being the field's name in JSON.
-Leaves the generator's own limits to the generator.
+Raises ServiceError with OpenAI's codes and wording, with the field's JSON name as `param`. The
+generator checks its own limits.
 """
 
 from collections.abc import Sequence
@@ -48,11 +48,11 @@ from trivium.limits import (
 from trivium.sampling.v1.sampling_pb2 import SamplingParams
 from trivium.wire.errors import ServiceError
 
-COMPLETION_TOKENS = 16  # what a plain completion makes unless told otherwise
+COMPLETION_TOKENS = 16  # the default max_tokens of a plain completion
 
 
 def validate(request: ChatRequest, vocabulary_size: int) -> ValidRequest:
-    """The request as a type that says it was checked; ServiceError for the first invalid field."""
+    """The validated request; raises ServiceError for the first invalid field."""
     check_conversation(request.conversation)
     options = valid_options(request.options, vocabulary_size)
     check_optional("top_logprobs", request.top_logprobs, TOP_LOGPROBS)
@@ -66,13 +66,13 @@ def validate(request: ChatRequest, vocabulary_size: int) -> ValidRequest:
     if use.forced and is_constrained and request.options.structured_outputs is not None:
         message = "'structured_outputs' cannot be used when 'tool_choice' forces a call."
         raise ServiceError("invalid_parameter_combination", message, "structured_outputs")
-    # A model that may not call is not told of tools.
+    # A model that may not call tools is not told about them.
     conversation = request.conversation if use.tools else replace(request.conversation, tools=())
     return ValidRequest(conversation, options, use)
 
 
 def validate_completion(request: CompletionRequest, vocabulary_size: int) -> ValidOptions:
-    """The options of a plain completion; ServiceError for the first invalid field."""
+    """The options of a plain completion; raises ServiceError for the first invalid field."""
     check_nonempty("prompt", request.prompts)
     check_array("prompt", request.prompts, MAX_PROMPTS)
     several = len(request.prompts) > 1
@@ -99,7 +99,7 @@ def validate_completion(request: CompletionRequest, vocabulary_size: int) -> Val
 def valid_options(
     options: RequestOptions, vocabulary_size: int, longest: Range = MAX_COMPLETION_TOKENS
 ) -> ValidOptions:
-    """Checks what chat and plain completions share: all options but log-probabilities.
+    """Validates what chat and plain completions share: all options except log-probabilities.
 
     `longest` is the range of `max_completion_tokens`.
     """

@@ -1,6 +1,6 @@
-"""Checks response constraints: response_format and structured_outputs.
+"""Validates response constraints: response_format and structured_outputs.
 
-Raises ServiceError as `validate` does. The generator compiles them and may still refuse.
+Raises ServiceError as `validate` does. The generator compiles them and may still refuse them.
 """
 
 from dataclasses import replace
@@ -18,7 +18,7 @@ from trivium.wire.errors import ServiceError
 def valid_response_constraint(
     response_format: ResponseConstraint | None, structured_outputs: ResponseConstraint | None
 ) -> ResponseConstraint | None:
-    """The constraint in either of the two; None for plain text."""
+    """The constraint that either field gives; None for plain text."""
     for form in (response_format, structured_outputs):
         if form is not None:
             _check(form)

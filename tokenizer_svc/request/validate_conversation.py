@@ -1,6 +1,6 @@
-"""Checks a chat template's input: messages, tools, variables, and how the answer begins.
+"""Validates a chat template's input: messages, tools, variables, and how the answer begins.
 
-Raises ServiceError as `validate` does. The template may still refuse.
+Raises ServiceError as `validate` does. The template may still refuse it.
 """
 
 import json
@@ -18,7 +18,7 @@ REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high")
 
 
 def check_conversation(conversation: Conversation) -> None:
-    """The first thing that is wrong, if any."""
+    """Raises ServiceError for the first error, if there is one."""
     check_nonempty("messages", conversation.messages)
     _check_json_size(conversation)
     for index, message in enumerate(conversation.messages):
@@ -34,7 +34,7 @@ def check_conversation(conversation: Conversation) -> None:
 
 
 def _check_json_size(conversation: Conversation) -> None:
-    """All that is parsed for the template together is no more than a REST body may have."""
+    """All JSON that is parsed for the template must together fit the limits of a REST body."""
     size = JsonSize()
     for field, text in _json_texts(conversation):
         try:

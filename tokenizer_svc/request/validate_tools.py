@@ -1,6 +1,6 @@
-"""Checks tools and which of them are to be called.
+"""Validates tools and which of them are to be called.
 
-Raises ServiceError as `validate` does. The generator compiles schemas and may still refuse.
+Raises ServiceError as `validate` does. The generator compiles schemas and may still refuse them.
 """
 
 import re
@@ -17,7 +17,7 @@ _NAME = re.compile(NAME_PATTERN)
 
 
 def check_tools(tools: Sequence[Tool]) -> None:
-    """The first thing that is wrong with the list of tools, if any."""
+    """Raises ServiceError for the first error in the list of tools, if there is one."""
     check_array("tools", tools, MAX_TOOLS)
     seen = set()
     for index, tool in enumerate(tools):
@@ -34,7 +34,7 @@ def check_tools(tools: Sequence[Tool]) -> None:
 
 
 def check_name(field: str, name: str) -> None:
-    """Names of functions and of response formats have the same form."""
+    """Raises ServiceError for an invalid name of a function or a response format."""
     if not name:
         raise missing(field)
     check_length(field, name, MAX_NAME_CHARACTERS)
@@ -43,7 +43,7 @@ def check_name(field: str, name: str) -> None:
 
 
 def check_parameters(text: str, field: str) -> None:
-    """A function's arguments are an object, and its schema must not say otherwise."""
+    """Raises ServiceError if the schema is invalid, or is not that of an object."""
     schema = check_schema(text, field)
     if not isinstance(schema, dict) or schema.get("type", "object") != "object":
         message = f"Invalid schema for '{field}': it must be an object of 'type: \"object\"'."
@@ -51,7 +51,7 @@ def check_parameters(text: str, field: str) -> None:
 
 
 def tool_use(tools: tuple[Tool, ...], choice: ToolChoice | None, parallel: bool | None) -> ToolUse:
-    """Which calls the answer may or has to consist of; `tools` were checked."""
+    """Which tools the answer may or must call; `tools` have been validated."""
     mode = ToolMode.AUTO if choice is None else choice.mode
     if mode is None:
         modes = ", ".join(f"'{known.value}'" for known in ToolMode)
