@@ -1,4 +1,4 @@
-"""`python -m rest_facade`: reads the settings, refuses what would be unsafe, serves."""
+"""`python -m rest_facade`: reads the settings, refuses unsafe ones, serves."""
 
 from rest_facade.config import FacadeSettings
 from rest_facade.server import serve
@@ -13,7 +13,7 @@ from trivium.wire.telemetry import configure_logging
 
 
 def main() -> None:
-    """Runs the facade; ends with status 2 when it was told something it cannot do."""
+    """Runs the facade; exits with status 2 if the settings cannot be used."""
     end_at_stop_signal()
     settings = load_settings(FacadeSettings)
     keys = open_keys("TRIVIUM_FACADE_API_KEYS_FILE", settings.api_keys_file)

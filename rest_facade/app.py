@@ -39,7 +39,7 @@ from trivium.wire.in_flight import InFlight
 
 log = logging.getLogger(__name__)
 
-# Paths that need a key and are refused while draining; all others are about this process.
+# Paths that need a key and are refused while draining; all others concern this process only.
 _API = ("/v1/", "/tokenize", "/detokenize", "/tokenizer_info")
 _ONE_MODEL = "/v1/models/"
 _CLIENT_GONE = ERRORS[CLIENT_LEFT].http
@@ -55,7 +55,7 @@ def build_app(
     usage_log: UsageLog,
     limits: RateLimits,
 ) -> FastAPI:
-    """The application; the caller owns `backend`, and drains by `in_flight`."""
+    """Builds the application; the caller owns `backend`, and drains through `in_flight`."""
     metrics.follow(backend.replicas.status, in_flight)
     routes = Routes(settings, backend, in_flight, metrics).router().routes
     app = FastAPI(
@@ -87,7 +87,7 @@ async def _routing_error(request: Request, error: Exception) -> Response:
         service_error = ServiceError("method_not_allowed", f"Method not allowed: {where}.")
         return ErrorResponse(service_error, {"allow": ", ".join(sorted(_allowed(request)))})
     if error.status_code == 404:
-        # The usual faults: a client's base URL without /v1, and a slash at the end.
+        # The usual mistakes: a base URL without /v1, and a trailing slash.
         near = "/v1/" + path.strip("/").removeprefix("v1/")
         is_near = any(route.path == near for route in _api_routes(request))
         advice = f"Did you mean {near}?" if is_near else "The docs are at /docs."
@@ -98,7 +98,7 @@ async def _routing_error(request: Request, error: Exception) -> Response:
 
 
 def _allowed(request: Request) -> set[str]:
-    """The methods of all routes at a path; the framework names those of the first alone."""
+    """The methods of all routes at a path; Starlette only returns those of the first."""
     at_path = [
         route for route in _api_routes(request) if route.matches(request.scope)[0] is not Match.NONE
     ]
@@ -110,7 +110,7 @@ def _api_routes(request: Request) -> list[RawRoute]:
 
 
 class IdentityMiddleware:
-    """Gives each request its id and returns it as a header; logs and counts the outcome."""
+    """Assigns each request an id, returned as a header; logs and counts its outcome."""
 
     def __init__(
         self,
@@ -245,7 +245,7 @@ class ErrorMiddleware:
             self._metrics.rejections.labels(service_error.code).inc()
             await ErrorResponse(service_error)(scope, receive, send)
             return
-        # Only streams can fail after their start.
+        # Only streams can fail after the response has started.
         usage_of(scope).outcome = service_error.kind.http
         tracing.current().fail(service_error.code)
         self._metrics.stream_errors.labels(service_error.code).inc()
@@ -255,7 +255,7 @@ class ErrorMiddleware:
 
 
 class AdmissionMiddleware:
-    """Checks API keys, their limits and draining for the API's paths; all others are open."""
+    """Checks API keys, rate limits and draining for the API's paths; all others are open."""
 
     def __init__(
         self, app: ASGIApp, in_flight: InFlight, keys: KeyFile | None, limits: RateLimits

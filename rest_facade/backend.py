@@ -1,6 +1,6 @@
-"""The next stage, as the facade calls it. Every failure leaves here as a ServiceError.
+"""Calls the next stage, the tokenizers; every failure is raised as a ServiceError.
 
-Knows nothing of HTTP or JSON.
+Knows nothing about HTTP or JSON.
 """
 
 import asyncio
@@ -25,16 +25,16 @@ log = logging.getLogger(__name__)
 CHAT_SERVICE = "trivium.chat.v1.ChatService"
 
 _READ_SECONDS = 10  # metadata lookups
-_NOT_SAMPLED = f"00-{1:032x}-{1:016x}-00"  # of what no trace should begin with
-_CHECK = "check"  # the name of the key in whose name readiness is asked for
-_TOKENIZE_SECONDS = 60  # the largest body takes a few
+_NOT_SAMPLED = f"00-{1:032x}-{1:016x}-00"  # for calls that should not start a trace
+_CHECK = "check"  # the key name that readiness checks use
+_TOKENIZE_SECONDS = 60  # the largest body takes a few seconds
 
 Event = TypeVar("Event")
 Request = TypeVar("Request")
 Response = TypeVar("Response")
 Call = TypeVar("Call", bound=grpc.aio.Call)
 
-# How a replica is asked one thing, by the names of a stub and of its method.
+# Selects a method of a stub of a replica.
 Unary = Callable[[Replica], grpc.aio.UnaryUnaryMultiCallable[Request, Response]]
 Streaming = Callable[[Replica], grpc.aio.UnaryStreamMultiCallable[Any, Event]]
 
@@ -42,8 +42,8 @@ Streaming = Callable[[Replica], grpc.aio.UnaryStreamMultiCallable[Any, Event]]
 class Backend:
     """The tokenizers at `target`. An async context manager.
 
-    `timeout` in seconds is the longest that a completion may take. `key` is shown to tokenizers; if
-    requests say whose they are, `names_keys`, it has to be a stage's. Without `tls` calls are in
+    `timeout` is the maximum time for a completion, in seconds. `key` authenticates this stage; if
+    calls name the caller's key, `names_keys`, it has to be a stage key. Without `tls`, calls are in
     plain text.
     """
 
@@ -55,8 +55,8 @@ class Backend:
         tls: ChannelTls | None = None,
         names_keys: bool = False,
     ) -> None:
-        # Those that have a generator serve; while none does, any of them says why.
-        refusals = ["invalid_api_key"]  # of our key, which reaches one process sooner than another
+        # Tokenizers serve while they have a generator; if none does, any of them says why.
+        refusals = ["invalid_api_key"]  # processes do not all reload changed keys at once
         self.replicas = ReplicaSet(
             target, CHAT_SERVICE, any_reachable=True, refusals=refusals, tls=tls
         )
@@ -64,7 +64,7 @@ class Backend:
         self._key = key
         self._names_keys = names_keys
         self._is_key_accepted = False
-        self._key_refusal = ""  # that is logged already
+        self._key_refusal = ""  # already logged
         self._running: set[grpc.aio.Call] = set()
         self._stopped = False
         self._clock = asyncio.get_running_loop().time
@@ -81,7 +81,7 @@ class Backend:
         await self.replicas.close()
 
     async def complete_chat(self, request: chat.Request) -> chat.Response:
-        """The whole answer; the call is cancelled when the caller is."""
+        """The complete response; cancelling the caller cancels the call."""
         return await self._completed(
             lambda replica: replica.stub(chat.ChatServiceStub).CreateChatCompletion, request
         )
@@ -94,7 +94,7 @@ class Backend:
         )
 
     def stream_chat(self, request: chat.Request) -> "CompletionStream[chat.StreamResponse]":
-        """An answer as it is made. The caller closes it, whatever happens."""
+        """A streamed response. The caller must close it."""
         return CompletionStream(
             self,
             lambda replica: replica.stub(chat.ChatServiceStub).StreamChatCompletion,
@@ -127,7 +127,7 @@ class Backend:
         return response.model
 
     async def render_chat(self, request: tokenizer.RenderRequest) -> tokenizer.RenderResponse:
-        """The tokens of a conversation, as protobuf."""
+        """The token ids of a conversation, as protobuf."""
         return await self._read(
             lambda replica: replica.stub(tokenizer.TokenizerServiceStub).RenderChat,
             request,
@@ -135,7 +135,7 @@ class Backend:
         )
 
     async def tokenize(self, request: tokenizer.EncodeRequest) -> tokenizer.EncodeResponse:
-        """The tokens of a text, as protobuf."""
+        """The token ids of a text, as protobuf."""
         return await self._read(
             lambda replica: replica.stub(tokenizer.TokenizerServiceStub).Tokenize,
             request,
@@ -143,7 +143,7 @@ class Backend:
         )
 
     async def detokenize(self, request: tokenizer.DecodeRequest) -> tokenizer.DecodeResponse:
-        """The text of tokens, as protobuf."""
+        """The text of token ids, as protobuf."""
         return await self._read(
             lambda replica: replica.stub(tokenizer.TokenizerServiceStub).Detokenize,
             request,
@@ -151,21 +151,21 @@ class Backend:
         )
 
     async def tokenizer_info(self, request: tokenizer.InfoRequest) -> tokenizer.InfoResponse:
-        """What kind of tokenizer a model has, as protobuf."""
+        """Information about a model's tokenizer, as protobuf."""
         return await self._read(
             lambda replica: replica.stub(tokenizer.TokenizerServiceStub).GetTokenizerInfo, request
         )
 
     async def check(self, seconds: float) -> None:
-        """Returns if some tokenizer can complete; raises ServiceError that says why none can."""
+        """Returns if any tokenizer can complete; otherwise raises ServiceError with the reason."""
         if self._clock() - self._lost_at < GAP_SECONDS:
             return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds / 2):
                 await self._can_complete.wait()
-                if not self._is_key_accepted:  # a tokenizer's health does not tell
+                if not self._is_key_accepted:  # health checks do not show whether it is
                     telemetry.traceparent.set(_NOT_SAMPLED)
-                    if self._names_keys:  # as requests do, which only a stage's key may
+                    if self._names_keys:  # as requests do; only a stage key may
                         telemetry.key_name.set(_CHECK)
                     await self.models()
                 return
@@ -178,13 +178,13 @@ class Backend:
         raise ServiceError("model_loading", "The model server is not ready.")
 
     def deadline(self) -> float | None:
-        """Until when a completion that begins now has to be done, on the loop's clock."""
+        """The deadline of a completion that begins now, on the event loop's clock."""
         return None if self._timeout is None else self._clock() + self._timeout
 
     def begin(
         self, replica: Replica, method: Callable[..., Call], request: Any, deadline: float | None
     ) -> Call:
-        """A call that may last until `deadline`; whoever begins it `end`s it."""
+        """Starts a call with this deadline; the caller must `end` it."""
         if self._stopped:
             raise _draining()
         seconds = None if deadline is None else max(deadline - self._clock(), 0.0)
@@ -193,7 +193,7 @@ class Backend:
         return call
 
     def cancel_all(self) -> None:
-        """Ends every running completion: the time to drain is over."""
+        """Cancels every running completion, at the end of the drain period."""
         self._stopped = True
         for call in tuple(self._running):
             call.cancel()
@@ -205,15 +205,15 @@ class Backend:
 
     @contextlib.contextmanager
     def errors_translated(self) -> Iterator[None]:
-        """Whatever gRPC raises inside becomes a ServiceError."""
+        """Turns gRPC errors raised inside into ServiceErrors."""
         try:
             yield
         except grpc.aio.AioRpcError as error:
             service_error = from_rpc_error(error)
-            if service_error.code == "client_closed_request":  # it was not we who cancelled
+            if service_error.code == "client_closed_request":  # not cancelled by us
                 message = "The connection to the model server was lost."
                 service_error = ServiceError("backend_unavailable", message)
-            elif service_error.code == "invalid_api_key":  # ours, not the caller's
+            elif service_error.code == "invalid_api_key":  # our key, not the caller's
                 self._is_key_accepted = False
                 if self._key_refusal != service_error.message:
                     self._key_refusal = service_error.message
@@ -272,7 +272,7 @@ def _draining() -> ServiceError:
 
 
 class CompletionStream(Generic[Event]):
-    """The events of one streamed answer."""
+    """The events of one streamed response."""
 
     def __init__(self, backend: Backend, method: Streaming[Event], request: Any) -> None:
         self._backend = backend
@@ -293,7 +293,7 @@ class CompletionStream(Generic[Event]):
                 except grpc.aio.AioRpcError as error:
                     self._replica.log_foreign(error)
                     raise
-        # The stub's types do not tell an event from EOF.
+        # The stub's types do not distinguish events from EOF.
         return None if event is grpc.aio.EOF else cast("Event", event)
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
-"""A request's body: read within limits of size and time, and parsed as strict JSON.
+"""Reads a request's body within limits on size and time, and parses it as strict JSON.
 
-No charset but UTF-8, no BOM, no NaN, Infinity or number that a double cannot hold, no lone
-surrogate, no deep nesting. Knows nothing of what the JSON means.
+Refuses charsets other than UTF-8, a BOM, NaN, Infinity, numbers that overflow a double, lone
+surrogates and deep nesting. Knows nothing about what the JSON means.
 """
 
 import asyncio
@@ -20,8 +20,8 @@ from trivium.wire.errors import ServiceError
 
 MAX_DEPTH = 64
 
-# Up to here a body is parsed in place, within a few milliseconds; larger ones in a thread, so that
-# no stream waits for them. One thread, as the event loop's has to wait for each in turn.
+# Bodies up to this size are parsed inline, within a few milliseconds; larger ones in a thread, so
+# that they do not delay streams. Only one thread, as each takes the GIL from the event loop.
 INLINE_BYTES = 64 * 1024
 _PARSER = ThreadPoolExecutor(1, thread_name_prefix="parser")
 
@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 async def read_json(
     request: Request, max_bytes: int, seconds: float, convert: Callable[[dict[str, Any]], Result]
 ) -> Result:
-    """What `convert` makes of the JSON object in the body; raises ServiceError, or ClientGone."""
+    """The result of `convert` on the body's JSON object; raises ServiceError or ClientGone."""
     _check_headers(request, max_bytes)
     try:
         async with asyncio.timeout(seconds):
@@ -84,7 +84,7 @@ def _too_large(max_bytes: int) -> ServiceError:
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
-    """`body` as a JSON object; raises ServiceError."""
+    """Parses `body` as a JSON object; raises ServiceError."""
     if len(body) > INLINE_BYTES:
         try:
             JsonSize().add(body)
@@ -93,13 +93,13 @@ def parse_json(body: bytes) -> dict[str, Any]:
         except ValueError as error:
             raise _invalid_json(str(error)) from None
     try:
-        # Refuses what the module's docstring lists, but for depths up to 200 and 1e400.
+        # Refuses what the module's docstring lists, except nesting up to 200 levels and 1e400.
         value = from_json(body, allow_inf_nan=False)
     except ValueError as error:
         why = str(error)
         if body.startswith(codecs.BOM_UTF8):
             why = "it begins with a byte order mark (BOM)"
-        # The parser's words for the first half of a character without its second.
+        # The parser's words for a high surrogate without a low one.
         why = why.replace("unexpected end of hex escape", "a lone surrogate")
         raise _invalid_json(why) from None
     _check_nested(value, MAX_DEPTH)
@@ -120,7 +120,7 @@ def _check_nested(value: Any, depth_left: int) -> None:
 
 
 def _too_much(beginning: bytes, why: str) -> ServiceError:
-    """The error for a body that goes on like its beginning, named by what is largest in it."""
+    """The error for a body that is too large, naming the largest value that its beginning opens."""
     try:
         value = from_json(beginning, allow_inf_nan=False, allow_partial=True)
     except ValueError as error:
@@ -142,7 +142,7 @@ def _too_much(beginning: bytes, why: str) -> ServiceError:
 
 
 def _unfinished(value: Any) -> Iterator[tuple[str, dict[str, Any] | list[Any]]]:
-    """The objects and arrays that are open where the text ends, and their names in it."""
+    """Yields the objects and arrays still open where the text ends, with their paths."""
     path = ""
     while isinstance(value, (dict, list)):
         yield path, value

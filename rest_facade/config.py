@@ -1,4 +1,4 @@
-"""Settings of the REST facade: read once, frozen. Nothing else looks at the environment."""
+"""Settings of the REST facade: read once, frozen. No other module reads the environment."""
 
 import re
 import sys
@@ -23,7 +23,7 @@ def _parts(value: str) -> list[str]:
 
 
 class FacadeSettings(DoorSettings):
-    """How the facade listens, what it limits and whom it asks."""
+    """The facade's listener, limits and backends."""
 
     model_config = SettingsConfigDict(
         env_prefix="TRIVIUM_FACADE_", env_ignore_empty=True, frozen=True
@@ -158,7 +158,7 @@ class FacadeSettings(DoorSettings):
         return tuple(_parts(self.cors_origins or ""))
 
     def tokenizer_tls(self) -> ChannelTls | None:
-        """For the channels to the tokenizers. Raises TlsError."""
+        """TLS for the channels to the tokenizers; raises TlsError."""
         return tls.channel_tls(
             self.tokenizer_tls_ca_file,
             self.tokenizer_tls_cert_file,

@@ -1,4 +1,4 @@
-"""Watches the client's connection: a request whose client has disconnected is cancelled."""
+"""Watches the client's connection, to cancel a request whose client has disconnected."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -10,13 +10,13 @@ Result = TypeVar("Result")
 
 
 class ClientGone(Exception):
-    """The client hung up; there is nobody to answer."""
+    """The client has disconnected, so there is no one to respond to."""
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
-    """The result of `work`, which is cancelled, with ClientGone raised, if the client leaves.
+    """The result of `work`; if the client disconnects, cancels it and raises ClientGone.
 
-    The request's body must have been read. `work` has ended when this returns or raises.
+    The request's body must have been read. `work` has always ended when this returns or raises.
     """
     worker = asyncio.create_task(work)
     watcher = asyncio.create_task(_disconnected(receive))

@@ -1,4 +1,4 @@
-"""Pages of other origins: which of them may call this server from a browser (CORS)."""
+"""CORS: which web pages of other origins may call this server."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from rest_facade.errors import ErrorResponse
 from trivium.wire import telemetry
 from trivium.wire.errors import ServiceError
 
-# What clients read besides the body, which a browser hides from a page unless it is named here.
+# Response headers that clients read; browsers hide them from pages unless they are listed here.
 _EXPOSED = (
     telemetry.REQUEST_ID,
     "retry-after",
@@ -26,9 +26,9 @@ _EXPOSED = (
 
 
 def cors(origins: Sequence[str]) -> list[Middleware]:
-    """The middleware that lets pages of these origins in; `*` is all, and none needs none.
+    """The middleware that allows pages of these origins; `*` allows all.
 
-    Keys come in a header, so cookies and other credentials of the browser are not let through.
+    Keys are sent in a header, so the browser's cookies and other credentials are not allowed.
     """
     if not origins:
         return []
@@ -45,7 +45,7 @@ def cors(origins: Sequence[str]) -> list[Middleware]:
 
 
 class _Cors(CORSMiddleware):
-    """Starlette's, whose answers to preflights are no plain text."""
+    """Starlette's, without plain-text responses to preflights."""
 
     def preflight_response(self, request_headers: Headers) -> Response:
         answer = super().preflight_response(request_headers)

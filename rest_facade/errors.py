@@ -1,6 +1,6 @@
-"""Errors as clients of the OpenAI API know them.
+"""Errors in the format of the OpenAI API.
 
-Which error has which status, type and code stands in `trivium.wire.errors` alone.
+Their statuses, types and codes are defined in `trivium.wire.errors` only.
 """
 
 import math
@@ -17,7 +17,7 @@ _MAX_RETRY_SECONDS = 60
 
 
 class ErrorResponse(Response):
-    """A ServiceError as an HTTP answer, with the headers that its status asks for."""
+    """A ServiceError as an HTTP response, with the headers that its status requires."""
 
     media_type = "application/json"
 
@@ -33,20 +33,20 @@ def _headers(error: ServiceError) -> dict[str, str]:
     status = error.kind.http
     if status in (429, 503):
         seconds = math.ceil(error.retry_after or 1)
-        # Nobody waits until midnight.
+        # Clients should not wait for hours.
         give_up = {"x-should-retry": "false"} if seconds > _MAX_RETRY_SECONDS else {}
         return {"retry-after": str(min(max(seconds, 1), _MAX_RETRY_SECONDS)), **give_up}
     if status == 401:
         return {"www-authenticate": "Bearer"}
     if status == 504:
-        return {"x-should-retry": "false"}  # most of the work was done; again it would take as long
+        return {"x-should-retry": "false"}  # a retry would take as long again
     if status in (408, 413):
-        return {"connection": "close"}  # the rest of the body is not wanted
+        return {"connection": "close"}  # do not read the rest of the body
     return {}
 
 
 def error_body(error: ServiceError) -> dict[str, Any]:
-    """OpenAI's error object, as a body or as the last event of a stream."""
+    """OpenAI's error object, for a response body or a stream's last event."""
     body = error.body()
     if error.code == "internal_error":
         body["error"]["message"] += f" (request id: {telemetry.request_id.get()})"

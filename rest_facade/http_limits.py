@@ -1,4 +1,4 @@
-"""Limits on request heads, and refusals of what is not HTTP, below the ASGI application."""
+"""Limits on request heads, and errors for invalid HTTP, below the ASGI application."""
 
 import asyncio
 import json
@@ -13,11 +13,11 @@ MAX_HEAD_BYTES = 64 * 1024
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with limits on a request's head, and its only own answer in JSON.
+    """uvicorn's protocol with limits on a request's head, and its own 400 response in JSON.
 
-    A client may offer to go on in another protocol (`Upgrade: h2c`, as Java's does), and a server
-    that does not want to answers as if nothing had been offered. The parser cannot: it takes the
-    request for complete without its body. So it is fed the same head again, without the offer.
+    A client may offer to upgrade to another protocol (`Upgrade: h2c`, as Java's does), which a
+    server may ignore. The parser cannot: it considers the request complete without its body. So it
+    is fed the same head again, without the offer.
     """
 
     _head_timer: asyncio.TimerHandle | None = None
@@ -31,7 +31,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def _time_head(self) -> None:
-        """A head has to be whole within the time that a connection may be idle."""
+        """Starts the timer for a complete head: the time that a connection may be idle."""
         self._stop_head_timer()
         self._head_timer = self.loop.call_later(self.timeout_keep_alive, self._give_up)
 
@@ -54,7 +54,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.send_400_response("Invalid HTTP request received.")
 
     def _parse(self, data: bytes) -> bytes:
-        """What is still to be parsed."""
+        """Parses `data`; returns what remains to be parsed."""
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as offer:
@@ -97,7 +97,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """Answers `msg` as an error object, and hangs up."""
+        """Responds with `msg` as an error object, and closes the connection."""
         body = json.dumps(ServiceError("invalid_value", msg).body()).encode()
         head = (
             "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"

@@ -1,15 +1,15 @@
-"""The one JSON encoder: compact text whose strings hold no line end of any kind."""
+"""The one JSON encoder: compact text whose strings contain no line terminators of any kind."""
 
 from json import JSONEncoder
 from typing import Any
 
-# Legal in JSON and in a line of an event, but some clients take them for the line's end.
+# Legal in JSON and within a line of an event, but some clients split lines at them.
 _LINE_ENDS = {"\x85": r"\u0085", "\u2028": r"\u2028", "\u2029": r"\u2029"}
 _ENCODER = JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def to_json(value: Any) -> str:
-    """`value` as JSON, keys in their order; raises ValueError for numbers that JSON lacks."""
+    """`value` as JSON, with keys in order; raises ValueError for NaN and infinities."""
     text = _ENCODER.encode(value)
     if not text.isascii():
         for character, escaped in _LINE_ENDS.items():  # str.translate takes a hundred times as long

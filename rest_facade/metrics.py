@@ -23,7 +23,7 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 
 
 
 class Metrics:
-    """The counters of one process."""
+    """The metrics of one process."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -66,16 +66,16 @@ class Metrics:
             ("code",),
             registry=self.registry,
         )
-        for code in ERRORS:  # of a series that starts at 1 no rate is known
+        for code in ERRORS:  # a series that first appears at 1 has no rate
             self.rejections.labels(code)
             self.stream_errors.labels(code)
 
     def follow(self, status: Callable[[], ReplicaSetStatus], in_flight: InFlight) -> None:
-        """From now on, tells of these requests, and of these replicas of the tokenizer too."""
+        """Also exports the requests in flight, and the state of the tokenizer's replicas."""
         self.running.set_function(lambda: in_flight.count)
         self.registry.register(ReplicaCollector({"": status}))
         register_process(self.registry, in_flight)
 
     def text(self) -> bytes:
-        """Everything in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)

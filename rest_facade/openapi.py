@@ -1,7 +1,7 @@
-"""The API's OpenAPI document: how routes are declared, and what FastAPI cannot know of them.
+"""The API's OpenAPI document: how routes are declared, with what FastAPI cannot know about them.
 
-FastAPI never parses a body here, so the request models are named by hand; so are the chunks of
-streams, which OpenAPI 3.1 has no words for.
+FastAPI never parses a body here, so the request models are listed by hand; so are the chunks of
+streams, which OpenAPI 3.1 cannot describe.
 """
 
 import copy
@@ -38,21 +38,21 @@ _SCHEMAS = (
     TextCompletionChunk,
     ErrorResponse,
 )
-# Or none: whether a key is asked for is the operator's choice.
+# Optional: whether a key is required is the operator's choice.
 _KEY: list[dict[str, list[str]]] = [{}, {"key": []}]
 _BODY_ERRORS = (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
 READ_ERRORS = (401, 404, 500, 503, 504)
 
 
 class RawRoute(APIRoute):
-    """A route that FastAPI describes and whose handler reads the request itself, strictly.
+    """A route that FastAPI documents, but whose handler parses the request itself, strictly.
 
-    FastAPI's own parsing takes NaN, turns "1" into 1, and answers with shapes of its own.
+    FastAPI's own parsing accepts NaN, turns "1" into 1, and has its own error format.
     """
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **declared: Any) -> None:
         super().__init__(path, endpoint, **declared)
-        self.description = ""  # the handler's docstring is for those who read the code
+        self.description = ""  # the handler's docstring is for readers of the code
         if self.methods and "GET" in self.methods:
             self.methods.add("HEAD")
 
@@ -63,13 +63,13 @@ class RawRoute(APIRoute):
 def takes_body(
     operation_id: str, summary: str, body: type[Body], answer: type, chunk: type | None = None
 ) -> dict[str, Any]:
-    """The declaration of a route that takes `body`, and streams `chunk`s if that is given."""
+    """Declares a route that takes `body`, and may stream `chunk`s."""
     answered: dict[str, Any] = {"description": "The answer.", "model": answer}
     if chunk is not None:
         answered["description"] = (
             "The answer; with `stream` one chunk per event, then `data: [DONE]`."
         )
-        # Without a schema: what 3.1 would have it describe is all events together.
+        # Not as a schema, which in 3.1 would have to describe all events together.
         answered["content"] = {"text/event-stream": {"x-event-schema": _ref(chunk)}}
     content = {"application/json": {"schema": _ref(body)}}
     return {
@@ -90,7 +90,7 @@ def reads(
     errors: Sequence[int] = READ_ERRORS,
     **extra: Any,
 ) -> dict[str, Any]:
-    """The declaration of a route of the API that takes no body."""
+    """Declares a route of the API that takes no body."""
     return {
         "operation_id": operation_id,
         "summary": summary,
@@ -100,12 +100,12 @@ def reads(
 
 
 def checks_health(operation_id: str, summary: str, answer: type) -> dict[str, Any]:
-    """The declaration of a route that needs no key."""
+    """Declares a route that needs no key."""
     return reads(operation_id, summary, answer, (503,), security=[])
 
 
 def _errors(statuses: Sequence[int]) -> dict[int, dict[str, Any]]:
-    # Not as a "model", of which FastAPI would make a field for each route and status.
+    # Not as a "model", from which FastAPI would create a field for each route and status.
     content = {"application/json": {"schema": _ref(ErrorResponse)}}
     return {status: {"description": _codes(status), "content": content} for status in statuses}
 
@@ -119,7 +119,7 @@ def _ref(kind: type) -> dict[str, str]:
 
 
 def openapi_document(routes: Sequence[BaseRoute]) -> dict[str, Any]:
-    """An OpenAPI 3.1 document of the declared routes."""
+    """The OpenAPI 3.1 document of the declared routes."""
     document = get_openapi(
         title="Trivium",
         version="1",
@@ -139,7 +139,7 @@ def openapi_document(routes: Sequence[BaseRoute]) -> dict[str, Any]:
 
 
 def _without_head(route: BaseRoute) -> BaseRoute:
-    """HEAD is GET without a body; FastAPI would describe it as an operation of the same name."""
+    """Leaves out HEAD, which FastAPI would document as another operation of the same name."""
     shown = copy.copy(route)
     if isinstance(shown, RawRoute):
         shown.methods = (shown.methods or set()) - {"HEAD"}

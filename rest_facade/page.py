@@ -1,4 +1,4 @@
-"""The HTML pages of the facade, which load nothing and run nothing but what is in them."""
+"""The facade's HTML pages, which are self-contained: they load no other resources or scripts."""
 
 import base64
 import hashlib
@@ -9,10 +9,10 @@ from starlette.responses import Response
 
 
 class Page:
-    """A file beside this one, and the Content-Security-Policy that browsers hold it to.
+    """An HTML file in this package, with the Content-Security-Policy that browsers enforce on it.
 
-    The policy names the hashes of the page's own script and style, so that a browser runs no other,
-    and lets it talk to its own origin alone.
+    The policy lists the hashes of the page's own script and style, so that a browser runs no
+    others, and lets it connect to its own origin only.
     """
 
     def __init__(self, name: str) -> None:
@@ -41,5 +41,5 @@ class Page:
         return f"'sha256-{base64.b64encode(digest).decode()}'"
 
     def response(self) -> Response:
-        """The page."""
+        """The page as a response."""
         return Response(self._html, media_type="text/html", headers=self._headers)

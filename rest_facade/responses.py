@@ -1,14 +1,14 @@
-"""Response bodies as typed JSON objects: OpenAI's shapes, with `gpu_seconds` in the usage and
-`reasoning_content` beside the content.
+"""Response bodies as typed JSON objects: OpenAI's schema, plus `gpu_seconds` in the usage and
+`reasoning_content` next to the content.
 
-The type checker holds `convert` to these, and the OpenAPI document is made from them.
+The type checker checks `convert` against these, and the OpenAPI document is built from them.
 """
 
 from typing import Annotated, Literal, NotRequired
 
 from pydantic import Field
 
-# pydantic reads these, and takes typing's own TypedDict only from Python 3.12 on.
+# pydantic supports typing.TypedDict only from Python 3.12 on.
 from typing_extensions import TypedDict
 
 FinishReason = Literal["stop", "length", "tool_calls"]
@@ -56,7 +56,7 @@ class CompletionTokensDetails(TypedDict):
 
 
 class CompletionUsage(TypedDict):
-    """What a request cost. `gpu_seconds` is its exact share of the device's busy time."""
+    """The usage of a request. `gpu_seconds` is its exact share of the device's busy time."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -82,7 +82,7 @@ class FunctionCall(TypedDict):
 
 
 class MessageToolCall(TypedDict):
-    """A call that the model makes."""
+    """A tool call by the model."""
 
     id: str
     type: Literal["function"]
@@ -104,7 +104,7 @@ class ChatCompletionMessage(TypedDict):
 
 
 class Choice(TypedDict):
-    """One finished answer."""
+    """One choice."""
 
     index: int
     message: ChatCompletionMessage
@@ -126,14 +126,14 @@ class ChatCompletion(TypedDict):
 
 
 class FunctionCallDelta(TypedDict):
-    """The name comes first and once; the arguments' pieces are to be joined."""
+    """The name comes once, first; the fragments of arguments are to be concatenated."""
 
     name: NotRequired[str]
     arguments: str
 
 
 class ToolCallDelta(TypedDict):
-    """A piece of a call: the first one has all fields, the others index and arguments."""
+    """A fragment of a tool call: the first has all fields, the others index and arguments."""
 
     index: int
     id: NotRequired[str]
@@ -151,7 +151,7 @@ class ChoiceDelta(TypedDict):
 
 
 class ChunkChoice(TypedDict):
-    """A piece of one answer."""
+    """A fragment of one choice."""
 
     index: int
     delta: ChoiceDelta
@@ -160,7 +160,7 @@ class ChunkChoice(TypedDict):
 
 
 class ChatCompletionChunk(TypedDict):
-    """One `data:` event of a chat's stream."""
+    """One `data:` event of a streamed chat completion."""
 
     id: str
     object: Literal["chat.completion.chunk"]
@@ -175,7 +175,7 @@ class ChatCompletionChunk(TypedDict):
 class TextLogprobs(TypedDict):
     """Log-probabilities of plain completions: parallel arrays, one element for each token.
 
-    The first token of an echoed prompt has null for its two.
+    The first token of an echoed prompt has null in both arrays of log-probabilities.
     """
 
     tokens: list[str]
@@ -185,7 +185,7 @@ class TextLogprobs(TypedDict):
 
 
 class TextChoice(TypedDict):
-    """One finished text."""
+    """One choice of a plain completion."""
 
     index: int
     text: str
@@ -207,7 +207,7 @@ class TextCompletion(TypedDict):
 
 
 class TextChunkChoice(TypedDict):
-    """A piece of one text."""
+    """A fragment of one choice of a plain completion."""
 
     index: int
     text: str
@@ -216,7 +216,7 @@ class TextChunkChoice(TypedDict):
 
 
 class TextCompletionChunk(TypedDict):
-    """One `data:` event of a plain completion's stream."""
+    """One `data:` event of a streamed plain completion."""
 
     id: str
     object: Literal["text_completion"]
@@ -229,7 +229,7 @@ class TextCompletionChunk(TypedDict):
 
 
 class TokenizeResponse(TypedDict):
-    """The tokens of a text or a conversation, in vLLM's shape."""
+    """The token ids of a text or a conversation, in vLLM's format."""
 
     count: int
     max_model_len: int
@@ -238,7 +238,7 @@ class TokenizeResponse(TypedDict):
 
 
 class DetokenizeResponse(TypedDict):
-    """The text of tokens, in vLLM's shape."""
+    """The text of token ids, in vLLM's format."""
 
     prompt: str
 
@@ -251,7 +251,7 @@ class AddedToken(TypedDict):
 
 
 class TokenizerInfoResponse(TypedDict):
-    """What kind of tokenizer a model has, under the names of tokenizer_config.json."""
+    """Information about a model's tokenizer, with the names of tokenizer_config.json."""
 
     tokenizer_class: Literal["PreTrainedTokenizerFast"]
     vocab_size: int
@@ -263,7 +263,7 @@ class TokenizerInfoResponse(TypedDict):
 
 
 class ModelObject(TypedDict):
-    """A model. Its context length stands under both names that clients look for."""
+    """A model. Its context length is given under both names that clients look for."""
 
     id: str
     object: Literal["model"]

@@ -1,4 +1,4 @@
-"""What each path answers.
+"""The handlers of all paths.
 
 A completion goes requests → convert → backend → convert → sse.
 """
@@ -71,7 +71,7 @@ _MODEL_IN_QUERY = {"name": "model", "in": "query", "schema": {"type": "string"}}
 
 
 class Routes:
-    """The handlers, and what they all need."""
+    """The handlers, and what they share."""
 
     def __init__(
         self, settings: FacadeSettings, backend: Backend, in_flight: InFlight, metrics: Metrics
@@ -85,7 +85,7 @@ class Routes:
         self._docs = Page("docs.html")
 
     def router(self) -> APIRouter:
-        """Which path goes where, and what the OpenAPI document says of it."""
+        """Declares the routes, with what the OpenAPI document says about them."""
         router = APIRouter(route_class=RawRoute)
         self._declare_completions(router)
         self._declare_models(router)
@@ -222,7 +222,7 @@ class Routes:
         )
 
     async def _read(self, request: Request, convert: Callable[[dict[str, Any]], Result]) -> Result:
-        """What `convert` makes of the JSON object in the body."""
+        """The result of `convert` on the body's JSON object."""
         settings = self._settings
         with tracing.span("receive"):
             return await read_json(
@@ -262,7 +262,7 @@ class Routes:
         return _json(tokenizer.model_object(await self._model(request, request.path_params["id"])))
 
     async def tokenize(self, request: Request) -> Response:
-        """The tokens of a text or a conversation."""
+        """The token ids of a text or a conversation."""
         body = await self._read(request, partial(parse, TokenizeRequest))
         return await while_connected(request.receive, self._tokenize(request, body))
 
@@ -276,7 +276,7 @@ class Routes:
         return _json(tokenizer.tokenize_answer(response.token_ids, model.context_length))
 
     async def detokenize(self, request: Request) -> Response:
-        """The text of tokens."""
+        """The text of token ids."""
         body = await self._read(request, partial(parse, DetokenizeRequest))
         return await while_connected(request.receive, self._detokenize(request, body))
 
@@ -288,7 +288,7 @@ class Routes:
         return _json(tokenizer.detokenize_answer(response))
 
     async def tokenizer_info(self, request: Request) -> Response:
-        """What kind of tokenizer a model has; GET takes the model as a query parameter."""
+        """Information about a model's tokenizer; GET takes the model as a query parameter."""
         if request.method == "POST":
             name = (await self._read(request, partial(parse, TokenizerInfoRequest))).model
         else:
@@ -298,12 +298,12 @@ class Routes:
         return _json(tokenizer.info(response))
 
     async def _models(self, request: Request) -> list[tokenizer.Model]:
-        """All models that the request's key opens."""
+        """All models that the request's key may use."""
         models = (await self._backend.models()).models
         return [model for model in models if usage_of(request.scope).may_use(model.id)]
 
     async def _model(self, request: Request, name: str | None) -> tokenizer.Model:
-        """The model of that name, or the only one there is."""
+        """The model of that name; without a name, the only model."""
         if name is not None:
             usage_of(request.scope).is_for(name)
             with rename_error_params({"id": "model"}):
@@ -314,17 +314,17 @@ class Routes:
         return models[0]
 
     async def ready(self, request: Request) -> Response:
-        """Whether a completion would be taken on now."""
+        """Whether a completion would be accepted now."""
         self._in_flight.check_ready()
         await self._backend.check(self._settings.health_timeout_seconds)
         return _json(self._healthy)
 
     async def live(self, request: Request) -> Response:
-        """Whether this process answers at all; its peers do not matter."""
+        """Whether this process responds, regardless of other stages."""
         return _json(self._healthy)
 
     async def metrics(self, request: Request) -> Response:
-        """Counters, in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return Response(self._metrics.text(), headers={"content-type": CONTENT_TYPE})
 
     async def docs(self, request: Request) -> Response:
@@ -332,18 +332,18 @@ class Routes:
         return self._docs.response()
 
     async def chat_page(self, request: Request) -> Response:
-        """A page to talk to the models."""
+        """A page for chatting with the models."""
         return self._chat_page.response()
 
     async def openapi(self, request: Request) -> Response:
-        """The API's description."""
+        """The OpenAPI document."""
         return Response(self._openapi, media_type="application/json")
 
 
 def _converted(
     kind: type[RequestBody], convert: Callable[[RequestBody], RequestMessage], raw: dict[str, Any]
 ) -> tuple[RequestBody, RequestMessage]:
-    """The request in a body's JSON, and as the next stage takes it."""
+    """The request in a body's JSON, and its message for the next stage."""
     body = parse(kind, raw)
     return body, convert(body)
 

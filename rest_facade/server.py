@@ -1,4 +1,4 @@
-"""The process around the application: it listens, and at a stop signal it drains."""
+"""Runs the application: listens, and drains at a stop signal."""
 
 import asyncio
 import contextlib
@@ -28,11 +28,11 @@ from trivium.wire.tls.metrics import CertificateCollector
 log = logging.getLogger(__name__)
 
 _BACKLOG = 65_535  # pending connections; the system's own limit (somaxconn) applies
-_FLUSH_TIMEOUT_SECONDS = 5  # to write the error events of streams that were cut off
+_FLUSH_TIMEOUT_SECONDS = 5  # to send the error events of streams that were cut off
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, but signals are ours: its own handling closes the port at once."""
+    """uvicorn without its signal handling, which would close the port at once."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -40,7 +40,7 @@ class _Server(uvicorn.Server):
 
 
 async def serve(settings: FacadeSettings, keys: KeyFile | None) -> None:
-    """Serves until a stop signal, then drains; raises SystemExit when a port is taken."""
+    """Serves until a stop signal, then drains; raises SystemExit if a port is in use."""
     in_flight = InFlight()
     metrics = Metrics()
     usage_log = _open_usage_log(settings, metrics.registry)
@@ -109,7 +109,7 @@ def _open_usage_log(settings: FacadeSettings, registry: CollectorRegistry) -> Us
 
 
 def _listening_sockets(settings: FacadeSettings) -> list[socket.socket]:
-    """`::` is IPv4 too, as with gRPC. Facades that share a port have a queue each."""
+    """`::` includes IPv4, as with gRPC. Facades that share a port have a backlog each."""
     addresses = socket.getaddrinfo(
         settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )
@@ -140,10 +140,10 @@ async def _drain(
     log.info("draining")
     in_flight.leaving = True
     await wait_for_any(settings.drain_notice_seconds, signals.second)
-    # The port stays open, so that late requests get an error that says why.
+    # The port stays open, so that late requests get an error with the reason.
     in_flight.draining.set()
-    # Clients that pool connections find theirs closed and connect to another replica. A connection
-    # without a request yet stays open: its first one may be on its way, and is answered with 503.
+    # Pooled connections are closed, so that clients connect to another replica. A connection
+    # without a request so far stays open: its first one may be on its way, and gets a 503.
     for connection in list(server.server_state.connections):
         if isinstance(connection, LimitedHttpProtocol) and connection.cycle is not None:
             connection.shutdown()

@@ -1,4 +1,4 @@
-"""Server-sent events as bytes. Knows nothing of HTTP, gRPC or what an event says."""
+"""Server-sent events as bytes. Knows nothing about HTTP, gRPC or the content of events."""
 
 from typing import Any
 
@@ -9,5 +9,5 @@ DONE = b"data: [DONE]\n\n"
 
 
 def sse_event(body: Any) -> bytes:
-    """`body` as the JSON of one event."""
+    """One event with `body` as JSON."""
     return b"data: " + encode(body) + b"\n\n"

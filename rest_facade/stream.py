@@ -1,6 +1,6 @@
-"""A streamed answer as an HTTP response: events out, and comments while there are none.
+"""A streamed HTTP response: sends events, and keep-alive comments while there are none.
 
-An error leaves as an exception; the application's boundary makes the last event of it.
+Errors are raised; ErrorMiddleware sends them as the last event.
 """
 
 import asyncio
@@ -28,9 +28,9 @@ Event = TypeVar("Event")
 
 
 class EventStream(Response):
-    """Sends the chunks of all events in `stream`, which it closes. To be sent after `begin`.
+    """Sends the chunks of all events in `stream`, and closes it. Call `begin` before sending it.
 
-    `on_begin` is called when the first event has come, `on_text` when the first text has been sent.
+    `on_begin` is called once the first event has arrived, `on_text` once the first text was sent.
     """
 
     def __init__(
@@ -53,8 +53,8 @@ class EventStream(Response):
         self._first = asyncio.create_task(self._read_first())
 
     async def begin(self, receive: Receive) -> None:
-        """Awaits the first event, so that early failures have their own HTTP status; but only as
-        long as a stream may be silent, for those on the way who give up on one that is.
+        """Awaits the first event, so that early failures get their own HTTP status; but no longer
+        than `keep_alive_seconds`, as proxies give up on silent connections.
 
         Raises ServiceError, or ClientGone.
         """
@@ -63,7 +63,7 @@ class EventStream(Response):
             await while_connected(receive, first)
             if self._first.done():
                 self._first.result()
-                self._sent_at = self._clock()  # otherwise a comment goes out at once
+                self._sent_at = self._clock()  # otherwise a comment is sent at once
         except BaseException:
             self._first.cancel()
             self._stream.close()
@@ -75,7 +75,7 @@ class EventStream(Response):
         return await self._chunks(event)
 
     async def _chunks(self, event: Any) -> Sequence[Any] | None:
-        """Those of an event; None at the end."""
+        """The chunks of an event; None at the end."""
         if event is None:
             return None
         return await offload(
@@ -97,7 +97,7 @@ class EventStream(Response):
             while chunks is not None:
                 body = b"".join(map(sse_event, chunks))
                 if self._converter.complete:
-                    usage = body  # goes out with the end, which comes with it
+                    usage = body  # sent together with the end
                 elif body:
                     await self._send(send, body)
                     if not has_text:
@@ -110,7 +110,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": usage + DONE})
 
     async def _send_keep_alives(self, send: Send) -> None:
-        # A task of its own, as a timeout around every read would cost more than the read.
+        # A separate task, as a timeout around every read would cost more than the read.
         while True:
             silent_for = self._clock() - self._sent_at
             if silent_for >= self._keep_alive_seconds:

@@ -1,7 +1,7 @@
-"""What a request took, as far as the facade knows, and the record of one that took nothing.
+"""A request's usage as known to the facade, and the usage records of refused requests.
 
-The generator writes the records of all requests that it answers; here are those of requests that
-ended before an answer began.
+The generator writes the records of all requests that it answers; the facade writes those of
+requests that ended before an answer began.
 """
 
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ _CLIENT_GONE = 499
 
 @dataclass
 class RequestUsage(KeyedRequest):
-    """Of one request. `began` once a generator has answered: the record is the generator's then.
+    """The usage of one request. `began` once a generator has responded, which writes the record.
 
-    `outcome` is the status of what became of an answer after its own had been sent.
+    `outcome` is the status of a failure after the response's own status was sent.
     """
 
     model: str = ""
@@ -30,26 +30,26 @@ class RequestUsage(KeyedRequest):
     outcome: int | None = None
 
     def is_for(self, model: str) -> None:
-        """Notes the model that is asked for; raises ServiceError if the key does not open it."""
+        """Sets the requested model; raises ServiceError if the key may not use it."""
         self.model = model
         self.check_model(model)
 
 
 def begin_usage(scope: Scope) -> RequestUsage:
-    """A request begins."""
+    """Attaches usage to a request that begins."""
     usage = RequestUsage()
     scope.setdefault("state", {})[_STATE] = usage
     return usage
 
 
 def usage_of(scope: Scope) -> RequestUsage:
-    """What `begin_usage` has made for this request."""
+    """The usage that `begin_usage` attached to this request."""
     usage: RequestUsage = scope["state"][_STATE]
     return usage
 
 
 def refusal_record(usage: RequestUsage, status: int, seconds: float) -> UsageRecord:
-    """The record of a request that was answered with `status` after so many seconds, or left."""
+    """The record of a request that ended with `status` before a generator responded."""
     status = usage.outcome or status
     return UsageRecord(
         service="rest_facade",

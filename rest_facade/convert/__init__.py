@@ -1,4 +1,4 @@
-"""Between JSON objects and the public protobuf; the one door for generated protobuf code.
+"""Converts between JSON objects and the public protobuf; alone imports generated protobuf code.
 
-Knows nothing of HTTP, SSE or gRPC calls.
+Knows nothing about HTTP, SSE or gRPC calls.
 """

@@ -1,4 +1,4 @@
-"""Chat completions: the request to protobuf, answers and events from it."""
+"""Chat completions: requests to protobuf, responses and events from it."""
 
 from collections.abc import Iterable, Iterator
 
@@ -28,7 +28,7 @@ StreamResponse = chat_pb2.StreamChatCompletionResponse
 
 
 def request(body: ChatCompletionRequest) -> Request:
-    """The request as the tokenizer takes it; absent fields stay absent."""
+    """The request for the tokenizer; absent fields stay absent."""
     request = Request(
         messages=message.messages(body.messages),
         options=envelope.options(body),
@@ -37,13 +37,13 @@ def request(body: ChatCompletionRequest) -> Request:
         chat_template_kwargs=body.chat_template_kwargs or {},
     )
     envelope.copy_scalars(body, request)
-    if not body.logprobs:  # some clients always send a zero
+    if not body.logprobs:  # some clients always send 0
         request.ClearField("top_logprobs")
     return request
 
 
 def answer(response: Response, body: ChatCompletionRequest) -> ChatCompletion:
-    """The whole answer."""
+    """The response to a request without `stream`."""
     header = response.header
     completion = ChatCompletion(
         id=header.id,
@@ -90,7 +90,7 @@ def _tool_call(call: chat_pb2.ToolCall) -> MessageToolCall:
 
 
 class ChatChunks(Chunks[ChatCompletionChunk]):
-    """The chunks of one chat's stream."""
+    """The chunks of a streamed chat completion."""
 
     object = "chat.completion.chunk"
 
@@ -98,7 +98,7 @@ class ChatChunks(Chunks[ChatCompletionChunk]):
         index = delta.index
         if index not in self._completion_tokens:
             self._completion_tokens[index] = 0
-            # Null where content may never come.
+            # Null if there may never be any content.
             opens_otherwise = (delta.tool_calls or delta.reasoning_content) and not delta.content
             yield _chunk_choice(
                 index, ChoiceDelta(role="assistant", content=None if opens_otherwise else "")
@@ -107,7 +107,7 @@ class ChatChunks(Chunks[ChatCompletionChunk]):
         parts = _parts(delta)
         if delta.logprobs and not parts:
             parts = [ChoiceDelta(content="")]
-        # Log-probabilities stand beside the last of what their tokens made.
+        # Log-probabilities go with the last part that their tokens made.
         for position, part in enumerate(parts, start=1):
             with_logprobs = delta.logprobs and position == len(parts)
             yield _chunk_choice(index, part, _logprobs(delta.logprobs) if with_logprobs else None)
@@ -127,7 +127,7 @@ def _chunk_choice(
 
 
 def _parts(delta: chat_pb2.ChoiceDelta) -> list[ChoiceDelta]:
-    """What is new, each to be the only thing in its chunk."""
+    """The parts of a delta, each of which becomes a chunk of its own."""
     parts = []
     if delta.reasoning_content:
         parts.append(ChoiceDelta(reasoning_content=delta.reasoning_content))
@@ -143,7 +143,7 @@ def _parts(delta: chat_pb2.ChoiceDelta) -> list[ChoiceDelta]:
 
 
 def _opened(call: chat_pb2.ToolCallDelta) -> ToolCallDelta:
-    """The first fragment of a call; its arguments come in chunks of their own, as with OpenAI."""
+    """The first fragment of a call; arguments follow in separate chunks, as with OpenAI."""
     return ToolCallDelta(
         index=call.index,
         id=call.id,

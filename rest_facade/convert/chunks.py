@@ -1,4 +1,4 @@
-"""The chunks of a stream: what chat and plain completions share of them."""
+"""The chunks of a stream: what chat and plain completions share."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -16,8 +16,8 @@ class Chunks(ABC, Generic[ChunkObject]):
     """Turns the events of one stream into chunks, in order; the header comes first.
 
     `include_usage` ends the stream with a usage chunk, as OpenAI does; `continuous_usage_stats`
-    puts token counts into all others, which otherwise say `"usage": null`. `complete` once the
-    usage has come, which is a stream's last event.
+    adds token counts to all others, which otherwise have `"usage": null`. `complete` once the usage
+    has arrived, which is a stream's last event.
     """
 
     object = ""
@@ -34,11 +34,11 @@ class Chunks(ABC, Generic[ChunkObject]):
         self._taken: tuple[int, int] | None = None
 
     def push(self, response: Any) -> list[ChunkObject]:
-        """The chunks for one event, maybe none; raises ValueError for an empty event."""
+        """The chunks for one event, possibly none; raises ValueError for an empty event."""
         match response.WhichOneof("event"):
             case "delta":
                 assert self._head, "A delta came before the header. This is a bug."
-                # One by one: each chunk has the token counts as they are when it is made.
+                # One by one, as each chunk has the token counts at the time it is created.
                 return [self._chunk([choice]) for choice in self._choices(response.delta)]
             case "header":
                 self._start(response.header)
@@ -52,14 +52,14 @@ class Chunks(ABC, Generic[ChunkObject]):
 
     @property
     def taken(self) -> tuple[int, int | None]:
-        """Tokens of prompt and answer so far, and nanoseconds of device time once complete."""
+        """Prompt and completion tokens so far, and device time in nanoseconds once complete."""
         if self._taken is not None:
             return self._taken
         return self._prompt_tokens + sum(self._completion_tokens.values()), None
 
     @abstractmethod
     def _choices(self, delta: Any) -> Iterator[Any]:
-        """The choices of the chunks for `delta`; notes how many tokens there are."""
+        """Yields the choice of each chunk for `delta`; updates the token counts."""
 
     def _start(self, header: chat_pb2.CompletionHeader) -> None:
         self._head = {

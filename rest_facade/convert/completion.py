@@ -1,4 +1,4 @@
-"""Plain completions: the request to protobuf, answers and events from it."""
+"""Plain completions: requests to protobuf, responses and events from it."""
 
 from collections.abc import Iterator, Sequence
 
@@ -22,7 +22,7 @@ StreamResponse = completion_pb2.StreamCompletionResponse
 
 
 def request(body: TextCompletionRequest) -> Request:
-    """The request as the tokenizer takes it; absent fields stay absent."""
+    """The request for the tokenizer; absent fields stay absent."""
     return Request(
         model=body.model,
         prompts=[_prompt(prompt) for prompt in body.prompt],
@@ -40,7 +40,7 @@ def _prompt(prompt: str | list[int]) -> completion_pb2.Prompt:
 
 
 def answer(response: Response, body: TextCompletionRequest) -> TextCompletion:
-    """The whole answer."""
+    """The response to a request without `stream`."""
     header = response.header
     completion = TextCompletion(
         id=header.id,
@@ -66,7 +66,7 @@ def _choice(choice: completion_pb2.CompletionChoice, with_logprobs: bool) -> Tex
 
 
 class CompletionChunks(Chunks[TextCompletionChunk]):
-    """The chunks of one plain completion's stream."""
+    """The chunks of a streamed plain completion."""
 
     object = "text_completion"
 
@@ -84,7 +84,7 @@ class CompletionChunks(Chunks[TextCompletionChunk]):
 
 
 def _logprobs(tokens: Sequence[completion_pb2.CompletionTokenLogprob], text: str) -> TextLogprobs:
-    """`text` is what the tokens make; the first of an echoed prompt shows its part of it only."""
+    """`text` is the tokens' text; an echoed prompt's first token shows only its part of it."""
     shown = TextLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
     for entry in tokens:
         token = entry.token if entry.HasField("token") else None
@@ -100,13 +100,13 @@ def _logprobs(tokens: Sequence[completion_pb2.CompletionTokenLogprob], text: str
 
 
 def _top(token: chat_pb2.TokenLogprob) -> dict[str, float]:
-    """The likeliest tokens, and in any case the one that was taken."""
+    """The most likely tokens, and always the sampled one."""
     top = {_name(other.token, other.bytes): other.logprob for other in token.top_logprobs}
     return top | {_name(token.token, token.bytes): token.logprob}
 
 
 def _name(token: str, token_bytes: bytes) -> str:
-    """The token as a key: tokens that are no whole characters differ in their bytes alone."""
+    """The token as a key: incomplete characters differ in their bytes only."""
     if token.encode() == token_bytes:
         return token
     return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token_bytes)

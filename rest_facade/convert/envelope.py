@@ -1,4 +1,4 @@
-"""What chat and plain completions share: the request's options and an answer's usage."""
+"""What chat and plain completions share: a request's options and a response's usage."""
 
 import functools
 
@@ -40,7 +40,7 @@ def options(request: SharedOptions) -> chat_pb2.CompletionOptions:
 
 
 def copy_scalars(request: BaseModel, message: Message) -> None:
-    """Copies the numbers, texts and flags that both name alike; absent ones stay absent."""
+    """Copies the scalar fields that both have by the same name; absent ones stay absent."""
     for name in _scalars(message.DESCRIPTOR):
         value = getattr(request, name, None)
         if value is not None:
@@ -89,12 +89,12 @@ def _structured_outputs(constraint: StructuredOutputs) -> chat_pb2.StructuredOut
 
 
 def taken(usage: chat_pb2.Usage) -> tuple[int, int]:
-    """Tokens of prompt and answer, and nanoseconds of device time."""
+    """Prompt and completion tokens, and device time in nanoseconds."""
     return usage.prompt_tokens + usage.completion_tokens, usage.device_nanoseconds
 
 
 def usage(message: chat_pb2.Usage) -> CompletionUsage:
-    """What a request cost."""
+    """The usage of a request."""
     return CompletionUsage(
         prompt_tokens=message.prompt_tokens,
         completion_tokens=message.completion_tokens,

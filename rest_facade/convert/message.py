@@ -1,4 +1,4 @@
-"""Messages and tools of a conversation, from JSON to protobuf."""
+"""Converts the messages and tools of a conversation from JSON to protobuf."""
 
 from collections.abc import Iterable
 
@@ -57,7 +57,7 @@ def tools(functions: Iterable[ToolParam] | None) -> list[chat_pb2.Tool]:
 
 
 def tool_choice(choice: ToolChoiceParam | None) -> chat_pb2.ToolChoice | None:
-    """Which of them are called; None if unspecified."""
+    """Which tools may or must be called; None if unspecified."""
     if choice is None:
         return None
     if choice.type == "function":

@@ -1,4 +1,4 @@
-"""Models and their tokenizers: which there are, text to tokens and back."""
+"""Converts requests and responses about models and their tokenizers."""
 
 from collections.abc import Iterable, Sequence
 
@@ -29,7 +29,7 @@ InfoResponse = tokenizer_pb2.GetTokenizerInfoResponse
 
 
 def render_request(body: TokenizeRequest, model: str) -> tokenizer_pb2.RenderChatRequest:
-    """Asks for the tokens of a conversation."""
+    """A request for the token ids of a conversation."""
     return tokenizer_pb2.RenderChatRequest(
         model=model,
         messages=message.messages(body.messages or ()),
@@ -41,36 +41,36 @@ def render_request(body: TokenizeRequest, model: str) -> tokenizer_pb2.RenderCha
 
 
 def tokenize_request(body: TokenizeRequest, model: str) -> tokenizer_pb2.TokenizeRequest:
-    """Asks for the tokens of a text."""
+    """A request for the token ids of a text."""
     return tokenizer_pb2.TokenizeRequest(
         model=model, text=body.prompt, add_special_tokens=body.add_special_tokens is not False
     )
 
 
 def detokenize_request(model: str, tokens: Sequence[int]) -> tokenizer_pb2.DetokenizeRequest:
-    """Asks for the text of tokens."""
+    """A request for the text of token ids."""
     return tokenizer_pb2.DetokenizeRequest(model=model, token_ids=tokens)
 
 
 def info_request(model: str) -> tokenizer_pb2.GetTokenizerInfoRequest:
-    """Asks about a model's tokenizer."""
+    """A request for information about a model's tokenizer."""
     return tokenizer_pb2.GetTokenizerInfoRequest(model=model)
 
 
 def tokenize_answer(tokens: Sequence[int], context_length: int) -> TokenizeResponse:
-    """The tokens of a text or a conversation."""
+    """The token ids of a text or a conversation."""
     return TokenizeResponse(
         count=len(tokens), max_model_len=context_length, tokens=list(tokens), token_strs=None
     )
 
 
 def detokenize_answer(response: tokenizer_pb2.DetokenizeResponse) -> DetokenizeResponse:
-    """The text of tokens."""
+    """The text of token ids."""
     return DetokenizeResponse(prompt=response.text)
 
 
 def info(response: tokenizer_pb2.GetTokenizerInfoResponse) -> TokenizerInfoResponse:
-    """What kind of tokenizer a model has."""
+    """Information about a model's tokenizer."""
     return TokenizerInfoResponse(
         tokenizer_class="PreTrainedTokenizerFast",
         vocab_size=response.vocabulary_size,
@@ -86,17 +86,17 @@ def info(response: tokenizer_pb2.GetTokenizerInfoResponse) -> TokenizerInfoRespo
 
 
 def models_request() -> model_pb2.ListModelsRequest:
-    """Asks for all models."""
+    """A request for all models."""
     return model_pb2.ListModelsRequest()
 
 
 def model_request(model: str) -> model_pb2.GetModelRequest:
-    """Asks for one model."""
+    """A request for one model."""
     return model_pb2.GetModelRequest(id=model)
 
 
 def model_list(models: Iterable[model_pb2.Model]) -> ModelList:
-    """These models."""
+    """A list of models."""
     return ModelList(object="list", data=[model_object(model) for model in models])
 
 

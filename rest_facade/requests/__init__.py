@@ -1,1 +1,1 @@
-"""Request bodies: strict types, ranges and rules. Knows nothing of protobuf."""
+"""Request bodies: strict types, ranges and rules. Knows nothing about protobuf."""

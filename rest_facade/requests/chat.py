@@ -1,8 +1,8 @@
-"""The body of POST /v1/chat/completions: types and ranges, strictly.
+"""The body of POST /v1/chat/completions, with strict types and ranges.
 
-Knows nothing of HTTP or protobuf. `null` for an optional field is the same as its absence.
-Unknown fields are ignored; known ones that are not supported are refused by `unsupported`.
-Fields are validated in declaration order; the first error is reported.
+Knows nothing about HTTP or protobuf. `null` for an optional field means that it is absent. Unknown
+fields are ignored; known ones that are not supported are refused by `unsupported`. Fields are
+validated in declaration order; the first error is reported.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The body of POST /v1/completions: a prompt as text or token ids, and how it is completed."""
+"""The body of POST /v1/completions: prompts as text or token ids, and options."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -18,7 +18,7 @@ from trivium.limits import (
 
 
 def _as_prompts(value: Any) -> Any:
-    """`value` as a list of prompts, whichever of the four forms it has."""
+    """`value` as a list of prompts, from any of its four forms."""
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list):

@@ -1,6 +1,6 @@
-"""Building blocks of request models: strict types, errors in OpenAI's words, JSON kept as text.
+"""Building blocks of request models: strict types, errors in OpenAI's wording, JSON as text.
 
-Knows no endpoint.
+Knows nothing about endpoints.
 """
 
 from collections.abc import Mapping
@@ -21,20 +21,20 @@ Value = TypeVar("Value")
 
 
 def field_error(code: str, message: str) -> PydanticCustomError:
-    """An error with a code of the table; `{param}` in `message` becomes the field's name.
+    """An error with a code of `ERRORS`; `{param}` in `message` is replaced by the field's name.
 
-    With `invalid_type` the message is only what was expected.
+    With `invalid_type`, the message is just the expected type.
     """
     return PydanticCustomError(FIELD_ERROR, "{message}", {"code": code, "message": message})
 
 
 def field_error_of(error: ServiceError) -> PydanticCustomError:
-    """The same error, whose param was written as `{param}`, within a field's own checks."""
+    """Converts an error, with `{param}` for its param, for use in a field's validator."""
     return field_error(error.code, error.message)
 
 
 class Strict(BaseModel):
-    """An object whose values have just the types they should; unknown fields are ignored."""
+    """An object whose values are not coerced to other types; unknown fields are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
@@ -43,7 +43,7 @@ class Body(Strict):
     """The whole body of a request."""
 
     def check(self, raw: Mapping[str, Any]) -> None:
-        """Raises ServiceError for what is wrong with the fields together, or not supported."""
+        """Raises ServiceError for fields that contradict each other or are not supported."""
 
 
 def _name(value: str) -> str:
@@ -83,7 +83,7 @@ def _object_or_text(value: Any) -> str:
 
 
 def within(allowed: Range) -> Any:
-    """The range as a constraint, for Annotated."""
+    """A range as a pydantic constraint, for Annotated."""
     if allowed.above_minimum:
         return Field(gt=allowed.minimum, le=allowed.maximum)
     return Field(ge=allowed.minimum, le=allowed.maximum)
@@ -102,7 +102,7 @@ AnyText = Annotated[str, BeforeValidator(to_json, json_schema_input_type=Any)]
 
 
 def reject_unsupported(*values: str) -> BeforeValidator:
-    """Rejects `values`, which other servers know, as not supported by this one."""
+    """Rejects `values`, which other servers support, as not supported by this one."""
 
     def check(value: Any) -> Any:
         if isinstance(value, str) and value in values:

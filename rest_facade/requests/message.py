@@ -1,4 +1,4 @@
-"""The messages of a conversation, as a client sends them. Knows nothing of HTTP or protobuf."""
+"""The messages of a conversation, as a client sends them. Knows nothing about HTTP or protobuf."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -75,11 +75,11 @@ class MessageParam(Strict):
     reasoning: str | None = Field(None, description="Another name of reasoning_content.")
 
     def thought(self) -> str | None:
-        """The reasoning, under whichever name it was given."""
+        """The reasoning, from either field."""
         return self.reasoning_content or self.reasoning
 
     def check(self, place: str) -> None:
-        """Raises ServiceError for fields that do not go together; `place` is the message's."""
+        """Raises ServiceError for fields that do not go together; `place` is the message's path."""
         if self.content is None and self.role != "assistant":
             raise missing(f"{place}.content")
         for name in ("tool_calls", "reasoning_content", "reasoning"):
@@ -103,7 +103,7 @@ Messages = Annotated[
 
 
 def check_messages(messages: Sequence[MessageParam]) -> None:
-    """Raises ServiceError for the first message that is wrong, or one too many of its parts."""
+    """Raises ServiceError for the first invalid message, or for too many parts or calls in all."""
     parts = calls = 0
     for position, message in enumerate(messages):
         place = f"messages[{position}]"

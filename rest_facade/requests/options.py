@@ -98,7 +98,7 @@ _UnsupportedTiers = reject_unsupported("flex", "scale", "priority", "fast")
 
 
 class SamplingFields(Strict):
-    """The fields that say how an answer is drawn, where it ends and how it is sent."""
+    """Fields for how choices are sampled, where they end and how they are sent."""
 
     temperature: Annotated[float, within(SAMPLING["temperature"])] | None = Field(
         None, description="0 is greedy."
@@ -153,7 +153,7 @@ class SamplingFields(Strict):
     safety_identifier: str | None = Field(None, max_length=512, description="Accepted and ignored.")
 
     def longest_answer(self) -> int | None:
-        """The limit on tokens per choice, under whichever name it was given."""
+        """The limit on tokens per choice, from either field."""
         named = self.max_completion_tokens
         return self.max_tokens if named is None else named
 
@@ -177,10 +177,10 @@ class SamplingFields(Strict):
 
 
 class SharedOptions(StructuredOutputFields, SamplingFields):
-    """The form of an answer, how it is drawn, where it ends and how it is sent."""
+    """Fields for how choices are formatted and sampled, where they end and how they are sent."""
 
     def old_names(self) -> dict[str, str]:
-        """The names that the client used where the next stage knows others, by the latter."""
+        """The client's names of fields, by the names that the next stage uses if they differ."""
         names = {}
         if self.max_tokens is not None:
             names["max_completion_tokens"] = "max_tokens"

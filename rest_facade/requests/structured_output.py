@@ -11,11 +11,11 @@ from trivium.wire.errors import ServiceError
 
 
 class JsonSchemaFormat(Strict):
-    """A JSON Schema that the answer has to fit."""
+    """A JSON Schema that the answer has to match."""
 
     name: Name = Field(description="Letters, digits, underscores and hyphens.")
     description: str | None = Field(None, description="What the format is for.")
-    # Named so, as `schema` is a method of pydantic's.
+    # Not `schema`, which is a method of pydantic's models.
     schema_text: ObjectText | None = Field(
         None, alias="schema", description="The schema. Default: any JSON value."
     )
@@ -27,7 +27,7 @@ class JsonSchemaFormat(Strict):
 
 
 class ResponseFormat(Strict):
-    """The form of the answer."""
+    """The format of the answer."""
 
     type: Annotated[
         Literal["text", "json_object", "json_schema"],
@@ -45,9 +45,9 @@ class ResponseFormat(Strict):
     )
 
     def bare_schema(self) -> tuple[str, str] | None:
-        """The field that gives a schema without a name, and the schema; None if there is none."""
+        """The field with a schema that has no name, and the schema; None if there is none."""
         for field, text in (("schema", self.schema_text), ("value", self.value)):
-            # With json_object an empty one, which allows more, is no constraint.
+            # With json_object, an empty schema adds no constraint.
             if text is not None and (self.type, text) != ("json_object", "{}"):
                 return field, text
         return None
@@ -91,7 +91,7 @@ class StructuredOutputs(Strict):
     json_object: bool | None = Field(None, description="Any JSON object, if true.")
 
     def kinds(self) -> list[str]:
-        """Which constraints are given, by their JSON names."""
+        """The JSON names of the constraints that are set."""
         values = {
             "json": self.json_text,
             "regex": self.regex,
@@ -102,7 +102,7 @@ class StructuredOutputs(Strict):
         return [name for name, value in values.items() if value is not None]
 
 
-# Top-level fields that are one of structured_outputs under another name, vLLM's old ones and
+# Top-level fields that are another name for one of structured_outputs: vLLM's old names and
 # SGLang's.
 OTHER_NAMES = {
     "guided_json": "json",
@@ -116,7 +116,7 @@ OTHER_NAMES = {
 
 
 class StructuredOutputFields(Strict):
-    """The fields of a request that say what form its answer has."""
+    """The fields of a request that constrain the format of its answer."""
 
     response_format: ResponseFormat | None = Field(None, description="Default: plain text.")
     structured_outputs: StructuredOutputs | None = Field(
@@ -136,7 +136,7 @@ class StructuredOutputFields(Strict):
     ebnf: str | None = Field(None, description="SGLang's name of structured_outputs.grammar.")
 
     def constraint(self) -> StructuredOutputs | None:
-        """The constraint, under whichever name it was given; None if there is none."""
+        """The constraint, from whichever field has it; None if there is none."""
         if self.structured_outputs is not None:
             return self.structured_outputs
         values = {OTHER_NAMES[name]: getattr(self, name) for name in self.constraints()}
@@ -151,14 +151,14 @@ class StructuredOutputFields(Strict):
         )
 
     def constraints(self) -> list[str]:
-        """The fields that give a constraint; no more than one once the request was checked."""
+        """The fields with a constraint; at most one once the request has been validated."""
         names = ["structured_outputs", *OTHER_NAMES]
         present = [name for name in names if getattr(self, name) is not None]
-        # llama.cpp's clients send an empty schema for none.
+        # llama.cpp's clients send an empty schema when they want none.
         return [name for name in present if name != "json_schema" or self.json_schema != "{}"]
 
     def check_constraint(self) -> None:
-        """Raises ServiceError for more than one constraint, and for none where one is due."""
+        """Raises ServiceError for more than one constraint, and for a missing one."""
         fields = self.constraints()
         if len(fields) > 1:
             raise contradiction(fields[1], f"cannot be combined with '{fields[0]}'.")

@@ -1,4 +1,4 @@
-"""The bodies of /tokenize, /detokenize and /tokenizer_info, which are vLLM's."""
+"""The bodies of /tokenize, /detokenize and /tokenizer_info, which are vLLM's endpoints."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any

@@ -53,7 +53,7 @@ def _only_function(kind: str) -> str:
 
 
 class ToolChoiceParam(Strict):
-    """The function to call; the modes 'none', 'auto' and 'required' are given as text."""
+    """The function to call; the modes 'none', 'auto' and 'required' are plain strings."""
 
     type: Annotated[str, AfterValidator(_only_function)] = Field(
         "function", json_schema_extra={"enum": ["function"]}
@@ -84,7 +84,7 @@ ToolChoiceOption = Annotated[
 
 
 def check_tools(tools: list[ToolParam], choice: ToolChoiceParam | None) -> None:
-    """Raises ServiceError for names that are given twice, and choices that cannot be made."""
+    """Raises ServiceError for duplicate names, and for a tool choice that cannot be met."""
     names = [tool.function.name for tool in tools]
     for position, name in enumerate(names):
         if name in names[:position]:

@@ -1,7 +1,7 @@
-"""Fields that other servers know and this one does not support: refused, never silently dropped.
+"""Fields that other servers support and this one does not: refused, never silently dropped.
 
-Each stands with the values that change nothing and are therefore let through; `null` always is.
-Fields in neither these tables nor the request models are unknown to everyone and ignored.
+Each is listed with the values that change nothing and are therefore accepted, as `null` always is.
+Fields in neither these tables nor the request models are unknown and ignored.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from trivium.wire.errors import ServiceError
 
 Table = dict[str, tuple[Any, ...]]
 
-# Of both completions.
+# For both kinds of completions.
 _OPENAI: Table = {
     "store": (False,),
     "audio": (),
@@ -109,7 +109,7 @@ _MESSAGE: Table = {
 
 
 def refuse_unsupported_chat(raw: Mapping[str, Any]) -> None:
-    """Raises for the first field of a checked chat body that asks for something not built."""
+    """Raises ServiceError for the first unsupported field of a chat body of valid types."""
     _refuse(raw, _CHAT, "")
     _refuse_in_objects(raw)
     for position, message in enumerate(raw["messages"]):
@@ -138,7 +138,7 @@ def _refuse_in_objects(raw: Mapping[str, Any]) -> None:
 def _refuse(fields: Mapping[str, Any], table: Table, place: str) -> None:
     for name, harmless in table.items():
         value = fields.get(name)
-        # By repr, as True == 1 in Python and not in JSON.
+        # By repr, as True == 1 in Python but not in JSON.
         if value is None or repr(value) in map(repr, harmless):
             continue
         param = place + name

@@ -1,6 +1,6 @@
-"""From parsed JSON to a validated request; errors in OpenAI's words, with the client's field names.
+"""Parsed JSON to validated requests; errors in OpenAI's wording, with the client's field names.
 
-Knows nothing of HTTP.
+Knows nothing about HTTP.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ _EXPECTED = {
     "model_attributes_type": "an object",
 }
 _ARRAYS_OF_OBJECTS = ("messages", "tool_calls", "tools")
-# pydantic's kinds of errors: the sign, and the bound's name in the context.
+# By pydantic's error type: the sign, and the bound's key in the error's context.
 _BOUNDS: dict[str, tuple[Sign, str]] = {
     "greater_than_equal": (">=", "ge"),
     "greater_than": (">", "gt"),
@@ -49,7 +49,7 @@ RequestBody = TypeVar("RequestBody", bound=Body)
 
 
 def parse(kind: type[RequestBody], raw: dict[str, Any]) -> RequestBody:
-    """A JSON object as a request; raises ServiceError for the first invalid field."""
+    """Validates a JSON object as a request; raises ServiceError for the first invalid field."""
     try:
         request = kind.model_validate(raw)
     except ValidationError as error:
@@ -60,7 +60,7 @@ def parse(kind: type[RequestBody], raw: dict[str, Any]) -> RequestBody:
 
 @contextlib.contextmanager
 def rename_error_params(names: Mapping[str, str]) -> Iterator[None]:
-    """Errors of the next stage name fields as the client did: by `names`, from theirs to ours."""
+    """Errors of the next stage get the client's field names; `names` maps theirs to ours."""
     try:
         yield
     except ServiceError as error:
@@ -114,7 +114,7 @@ def _field_error(details: ErrorDetails, param: str) -> ServiceError:
 
 
 def _param(location: tuple[int | str, ...]) -> str:
-    """`messages[0].content`, as OpenAI writes the path of a field."""
+    """A field's path in OpenAI's notation, such as `messages[0].content`."""
     text = ""
     for part in location:
         if isinstance(part, int):
