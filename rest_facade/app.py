@@ -249,7 +249,7 @@ class ErrorMiddleware:
         usage_of(scope).outcome = service_error.kind.http
         tracing.current().fail(service_error.code)
         self._metrics.stream_errors.labels(service_error.code).inc()
-        log.warning("a stream broke off: %s: %s", service_error.code, service_error.message)
+        log.warning("a stream failed: %s: %s", service_error.code, service_error.message)
         # No `[DONE]` follows.
         await send({"type": "http.response.body", "body": sse_event(error_body(service_error))})
 

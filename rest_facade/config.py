@@ -30,7 +30,7 @@ class FacadeSettings(DoorSettings):
     )
 
     host: Host = Field("127.0.0.1", description="Address to listen on.")
-    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     reuse_port: bool = Field(
         False,
         description="Share the port with other facades on this machine (SO_REUSEPORT), over which "
@@ -57,8 +57,8 @@ class FacadeSettings(DoorSettings):
     tokenizer_tls_server_name: tls.TlsServerName = Field(None, description=tls.SERVER_NAME)
     tokenizer_api_key_file: Path | None = Field(
         None,
-        description="File with the key by which this stage calls the tokenizers, if they ask for "
-        "one. Read again when it changes.",
+        description="File with this stage's API key for the tokenizers, if they require one. "
+        "Reloaded when it changes.",
     )
     limits_url: str | None = Field(None, description=LIMITS_URL)
     cors_origins: str | None = Field(
@@ -69,19 +69,19 @@ class FacadeSettings(DoorSettings):
     chat_page: bool = Field(
         True,
         description="Serve a chat page at /; if false, / is 404. The page itself needs no key, and "
-        "asks for one if the API does.",
+        "asks for one if the API requires it.",
     )
-    docs: bool = Field(True, description="Serve the API's description: /docs and /openapi.json.")
+    docs: bool = Field(True, description="Serve the API's documentation: /docs, /openapi.json.")
     metrics: bool = Field(True, description="Serve /metrics, if METRICS_PORT is 0.")
     max_body_bytes: int = Field(
         8 * 2**20,
         ge=1024,
         le=31 * 2**20,
         description="Maximum size of a request body in bytes. Parsing one "
-        "holds up running streams for about 5 ms per MiB.",
+        "delays running streams by about 5 ms per MiB.",
     )
     body_read_seconds: float = Field(
-        30.0, gt=0, le=3600, description="Seconds within which a request body must have arrived."
+        30.0, gt=0, le=3600, description="Seconds within which a request body must arrive."
     )
     request_timeout_seconds: float | None = Field(
         None,
@@ -93,8 +93,8 @@ class FacadeSettings(DoorSettings):
         15.0,
         gt=0,
         le=3600,
-        description="Seconds of silence in a stream after which a comment is sent. A request that "
-        "fails before the first one gets an HTTP error status, later an error event.",
+        description="Seconds of silence in a stream after which a keep-alive comment is sent. A "
+        "request that fails before the first one gets an HTTP error status, later an error event.",
     )
     idle_connection_seconds: int = Field(
         75,
@@ -111,13 +111,17 @@ class FacadeSettings(DoorSettings):
         5.0,
         ge=0,
         le=600,
-        description="Seconds after a stop signal in which /health fails but requests are served.",
+        description="Seconds after a stop signal in which /health fails, but requests are still "
+        "accepted.",
     )
     drain_seconds: float = Field(
-        30.0, ge=0, le=3600, description="Seconds after that in which running requests may finish."
+        30.0,
+        ge=0,
+        le=3600,
+        description="Seconds after that in which requests in flight may finish.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="Lowest log level that is written."
+        "info", description="Minimum level of log lines."
     )
     log_format: Literal["json", "text"] = Field(
         "json", description="json: one JSON object per line; text: for reading at a terminal."
@@ -133,7 +137,7 @@ class FacadeSettings(DoorSettings):
         for origin in _parts(value or ""):
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 raise ValueError(
-                    f"{origin!r} is no origin: expected one such as https://chat.example.org, "
+                    f"{origin!r} is not an origin: expected one such as https://chat.example.org, "
                     "with no path and no slash at its end, or *"
                 )
         return value
@@ -142,14 +146,16 @@ class FacadeSettings(DoorSettings):
     @classmethod
     def _spreads(cls, value: bool) -> bool:
         if value and sys.platform != "linux":
-            raise ValueError("elsewhere than on Linux, one process would get all connections")
+            raise ValueError("only on Linux: elsewhere one process would get all connections")
         return value
 
     @field_validator("metrics_port")
     @classmethod
     def _is_of_one_process(cls, value: int, others: ValidationInfo) -> int:
         if others.data.get("reuse_port") and not value:
-            raise ValueError("required with REUSE_PORT: /metrics on a shared port is anyone's")
+            raise ValueError(
+                "required with REUSE_PORT: on a shared port, any process may answer /metrics"
+            )
         return value
 
     @property

@@ -87,7 +87,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         if self.parser.get_method() == b"CONNECT":
-            raise ValueError("this is no proxy")
+            raise ValueError("this is not a proxy")
         if not self.parser.should_upgrade():
             self._stop_head_timer()
             super().on_headers_complete()

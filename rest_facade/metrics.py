@@ -29,19 +29,19 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "trivium_http_requests",
-            "HTTP requests answered, by route and status; 499: the client left first.",
+            "HTTP requests answered, by route and status; 499: the client disconnected first.",
             ("route", "status"),
             registry=self.registry,
         )
         self.seconds = Histogram(
             "trivium_http_request_seconds",
-            "Time from a request's headers to the end of its answer.",
+            "Time from a request's headers to the end of its response.",
             ("route",),
             buckets=_SECONDS,
             registry=self.registry,
         )
         self.running = Gauge(
-            "trivium_http_requests_running", "API requests being answered.", registry=self.registry
+            "trivium_http_requests_running", "API requests in flight.", registry=self.registry
         )
         self.first_token_seconds = Histogram(
             "trivium_http_time_to_first_token_seconds",

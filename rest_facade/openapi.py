@@ -64,10 +64,10 @@ def takes_body(
     operation_id: str, summary: str, body: type[Body], answer: type, chunk: type | None = None
 ) -> dict[str, Any]:
     """Declares a route that takes `body`, and may stream `chunk`s."""
-    answered: dict[str, Any] = {"description": "The answer.", "model": answer}
+    answered: dict[str, Any] = {"description": "The response.", "model": answer}
     if chunk is not None:
         answered["description"] = (
-            "The answer; with `stream` one chunk per event, then `data: [DONE]`."
+            "The response; with `stream` one chunk per event, then `data: [DONE]`."
         )
         # Not as a schema, which in 3.1 would have to describe all events together.
         answered["content"] = {"text/event-stream": {"x-event-schema": _ref(chunk)}}
@@ -123,7 +123,7 @@ def openapi_document(routes: Sequence[BaseRoute]) -> dict[str, Any]:
     document = get_openapi(
         title="Trivium",
         version="1",
-        description="Completions as the OpenAI API has them.",
+        description="An OpenAI-compatible API.",
         routes=[_without_head(route) for route in routes],
     )
     components = document["components"]
@@ -132,7 +132,7 @@ def openapi_document(routes: Sequence[BaseRoute]) -> dict[str, Any]:
         "key": {
             "type": "http",
             "scheme": "bearer",
-            "description": "Asked for when the server has a key file.",
+            "description": "Required if the server has a key file.",
         }
     }
     return document

@@ -92,12 +92,12 @@ class Routes:
         router.add_api_route(
             "/health",
             self.ready,
-            **checks_health("ready", "Whether a completion would be taken on", HealthResponse),
+            **checks_health("ready", "Whether a completion would be accepted", HealthResponse),
         )
         router.add_api_route(
             "/health/live",
             self.live,
-            **checks_health("live", "Whether this process answers", HealthResponse),
+            **checks_health("live", "Whether this process responds", HealthResponse),
         )
         settings = self._settings
         paths: dict[str, Callable[[Request], Awaitable[Response]]] = {}
@@ -119,7 +119,7 @@ class Routes:
             methods=["POST"],
             **takes_body(
                 "createChatCompletion",
-                "Completes a conversation, whole or as server-sent events",
+                "Creates a chat completion, as JSON or as server-sent events",
                 ChatCompletionRequest,
                 ChatCompletion,
                 ChatCompletionChunk,
@@ -131,7 +131,7 @@ class Routes:
             methods=["POST"],
             **takes_body(
                 "createCompletion",
-                "Completes plain prompts, whole or as server-sent events",
+                "Creates completions of prompts, as JSON or as server-sent events",
                 TextCompletionRequest,
                 TextCompletion,
                 TextCompletionChunk,
@@ -153,7 +153,7 @@ class Routes:
             methods=["POST"],
             **takes_body(
                 "tokenize",
-                "The tokens of a text or a conversation",
+                "The token ids of a text or a conversation",
                 TokenizeRequest,
                 TokenizeResponse,
             ),
@@ -162,9 +162,9 @@ class Routes:
             "/detokenize",
             self.detokenize,
             methods=["POST"],
-            **takes_body("detokenize", "The text of tokens", DetokenizeRequest, DetokenizeResponse),
+            **takes_body("detokenize", "Text of token ids", DetokenizeRequest, DetokenizeResponse),
         )
-        about = "What kind of tokenizer a model has"
+        about = "Information about a model's tokenizer"
         router.add_api_route(
             "/tokenizer_info",
             self.tokenizer_info,

@@ -135,7 +135,7 @@ async def test_a_tokenizer_that_is_to_call_no_generator(
     await client.close()
     await server.drain(0, 0)
 
-    assert [f"127.0.0.1:{port} does not tell its load: UNIMPLEMENTED: Method not found!"] == (
+    assert [f"127.0.0.1:{port} does not report its load: UNIMPLEMENTED: Method not found!"] == (
         warnings()
     )
 

@@ -172,7 +172,7 @@ async def _generate(
             raise ServiceError(error.code, error.message, "logprobs") from error
         raise attribute_error_to_field(error, job.constraint) from error
     if not completion.done:
-        log.error("the generator ended the call before its choices")
+        log.error("the generator ended the call before all choices had finished")
         raise internal_error()
 
 

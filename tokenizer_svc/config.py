@@ -81,7 +81,7 @@ class TokenizerSettings(DoorSettings):
 
     host: Host = Field("127.0.0.1", description="Address to listen on, for gRPC and metrics.")
     port: int = Field(
-        50051, ge=0, le=65535, description="Port of the gRPC server; 0 takes a free one."
+        50051, ge=0, le=65535, description="Port of the gRPC server; 0 picks a free one."
     )
     metrics_port: int = Field(
         9051,
@@ -103,15 +103,15 @@ class TokenizerSettings(DoorSettings):
     generator_tls_server_name: tls.TlsServerName = Field(None, description=tls.SERVER_NAME)
     generator_api_key_file: Path | None = Field(
         None,
-        description="File with the key by which this stage calls the generators, if they ask for "
-        "one. Read again when it changes.",
+        description="File with this stage's API key for the generators, if they require one. "
+        "Reloaded when it changes.",
     )
     limits_url: str | None = Field(None, description=LIMITS_URL)
     reflection: bool = Field(True, description=REFLECTION)
     models: Annotated[tuple[ModelSettings, ...], NoDecode, BeforeValidator(_from_json)] = Field(
         (),
         description=(
-            "Several models instead of the one of MODEL_DIRECTORY: a JSON list of objects with "
+            "Several models instead of the one in MODEL_DIRECTORY: a JSON list of objects with "
             "model_directory (required), generator_target, aliases, tool_parser, "
             "reasoning_parser and default_max_tokens."
         ),
@@ -159,15 +159,16 @@ class TokenizerSettings(DoorSettings):
     drain_notice_seconds: float = Field(
         5.0,
         ge=0,
-        description="Seconds after a stop signal in which health checks fail but calls are served.",
+        description="Seconds after a stop signal in which health checks fail, but calls are still "
+        "accepted.",
     )
     drain_seconds: float = Field(
         30.0,
         ge=0,
-        description="Seconds after that in which running calls may finish.",
+        description="Seconds after that in which calls in flight may finish.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="Lowest log level that is written."
+        "info", description="Minimum level of log lines."
     )
     log_format: Literal["json", "text"] = Field(
         "json", description="json: one JSON object per line; text: for reading at a terminal."
@@ -179,9 +180,9 @@ class TokenizerSettings(DoorSettings):
     def _one_or_several(cls, value: Path | None, info: ValidationInfo) -> Path | None:
         models = info.data.get("models")  # None if MODELS itself is invalid
         if value is None and models == ():
-            raise ValueError("required, as there are no MODELS")
+            raise ValueError("required unless MODELS is set")
         if value is not None and models:
-            raise ValueError("not together with MODELS")
+            raise ValueError("cannot be combined with MODELS")
         return value
 
     @property

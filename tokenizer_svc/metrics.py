@@ -54,12 +54,12 @@ class Metrics:
         self.success = Counter(
             "vllm:request_success_total",
             "Admitted requests that ended, by reason: length if any choice was cut off, abort if "
-            "the caller left.",
+            "the caller disconnected.",
             [*_LABELS, "finished_reason"],
             registry=registry,
         )
         self.prompt_tokens = Counter(
-            "vllm:prompt_tokens_total", "Tokens of prompts.", _LABELS, registry=registry
+            "vllm:prompt_tokens_total", "Prompt tokens.", _LABELS, registry=registry
         )
         self.generation_tokens = Counter(
             "vllm:generation_tokens_total", "Tokens generated.", _LABELS, registry=registry
@@ -73,7 +73,7 @@ class Metrics:
         )
         self.request_generation_tokens = Histogram(
             "vllm:request_generation_tokens",
-            "Tokens generated for a request, those of all its choices.",
+            "Tokens generated for a request, by all its choices.",
             _LABELS,
             buckets=_LENGTH_BUCKETS,
             registry=registry,
@@ -86,13 +86,13 @@ class Metrics:
         )
         self.inter_token_latency = TokenHistogram(
             "vllm:inter_token_latency_seconds",
-            "Inter-token latency (ITL) of a choice; tokens that come in one message share its gap.",
+            "Inter-token latency (ITL) of a choice; tokens that arrive together share the gap.",
             _TOKEN_BUCKETS,
             registry,
         )
         self.request_latency = _seconds(
             "e2e_request_latency",
-            "End-to-end latency of a request, to its last token; not of aborted and failed ones.",
+            "End-to-end latency of a request; aborted and failed ones are not counted.",
             _REQUEST_BUCKETS,
             registry,
         )

@@ -211,7 +211,7 @@ def _chat_prompt(model: Model) -> list[int]:
     except ServiceError as error:
         raise ModelDirectoryError(f"{model.id}: {error.message}") from error
     if not prompt.token_ids:
-        raise ModelDirectoryError(f"{model.id}: the chat template makes an empty prompt")
+        raise ModelDirectoryError(f"{model.id}: the chat template renders an empty prompt")
     return prompt.token_ids
 
 

@@ -72,8 +72,8 @@ class TextCompletionRequest(SharedOptions, _Prompted, Body):
 
     echo: bool | None = Field(
         None,
-        description="Whether the text begins with the prompt, and log-probabilities with those of "
-        "its tokens.",
+        description="Whether the text begins with the prompt, and the log-probabilities with those "
+        "of its tokens.",
     )
     max_completion_tokens: Annotated[int, within(PLAIN_COMPLETION_TOKENS)] | None = Field(
         None, description="Maximum number of tokens per choice; 0 to echo or score the prompt."
@@ -82,10 +82,10 @@ class TextCompletionRequest(SharedOptions, _Prompted, Body):
         None, description="The same: OpenAI's name. Default 16."
     )
     add_special_tokens: bool | None = Field(
-        None, description="Begin a prompt of text as the tokenizer does. Default true."
+        None, description="Add special tokens such as BOS to a text prompt. Default true."
     )
     logprobs: Annotated[int, within(COMPLETION_LOGPROBS)] | None = Field(
-        None, description="Log-probabilities of the tokens and of this many others."
+        None, description="Log-probabilities of the tokens and of this many most likely ones."
     )
 
     def check(self, raw: Mapping[str, Any]) -> None:

@@ -128,7 +128,7 @@ class SamplingFields(Strict):
     ignore_eos: bool | None = Field(None, description="Continue past end-of-sequence tokens.")
     stop: Stop | None = Field(None, description="At most 4 strings that end a choice.")
     stop_token_ids: StopTokens | None = Field(
-        None, description="Tokens that end a choice besides the model's own."
+        None, description="Token ids that end a choice, besides the model's own."
     )
     include_stop_str_in_output: bool | None = Field(
         None, description="Whether the stop string or stop token is in the text. Default false."
@@ -140,7 +140,7 @@ class SamplingFields(Strict):
     n: Annotated[int, within(N)] | None = Field(None, description="How many choices.")
     stream: bool | None = Field(None, description="Answer with server-sent events.")
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, max_length=512, description="Who asks, for the logs.")
+    user: str | None = Field(None, max_length=512, description="The end user, for the logs.")
     metadata: Labels | None = Field(None, description="The caller's own labels.")
     service_tier: Annotated[Literal["auto", "default"], _UnsupportedTiers] | None = Field(
         None, description="There is one tier; the answer says 'default' if this is given."

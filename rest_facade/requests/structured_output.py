@@ -21,8 +21,8 @@ class JsonSchemaFormat(Strict):
     )
     strict: bool | None = Field(
         None,
-        description="Whether the schema is enforced exactly, or refused; otherwise what cannot be "
-        "enforced is left to the model. Default false.",
+        description="Whether the schema is either enforced exactly or refused; otherwise it is "
+        "enforced as far as possible. Default false.",
     )
 
 
@@ -33,12 +33,12 @@ class ResponseFormat(Strict):
         Literal["text", "json_object", "json_schema"],
         reject_unsupported("structural_tag", "grammar", "regex", "json", "python"),
     ]
-    json_schema: JsonSchemaFormat | None = Field(None, description="With that type only.")
+    json_schema: JsonSchemaFormat | None = Field(None, description="Only with type 'json_schema'.")
     schema_text: ObjectText | None = Field(
         None,
         alias="schema",
-        description="llama.cpp's place for a schema, with either type of JSON; what cannot be "
-        "enforced is left to the model.",
+        description="llama.cpp's field for a schema, with either JSON type; enforced as far as "
+        "possible.",
     )
     value: ObjectText | None = Field(
         None, description="The same in TGI, and from Hugging Face's client."

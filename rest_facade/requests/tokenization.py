@@ -20,20 +20,22 @@ class TokenizeRequest(Body):
     """The body of POST /tokenize: a prompt, or the messages of a conversation."""
 
     model: str | None = Field(None, description=_MODEL)
-    prompt: str | None = Field(None, description="Text; control tokens in it stay text.")
+    prompt: str | None = Field(None, description="Text, in which control tokens are recognized.")
     messages: Messages | None = Field(
         None, description="A conversation, which the chat template renders first."
     )
     add_special_tokens: bool | None = Field(
-        None, description="With prompt: add what a lone text begins with. Default true."
+        None, description="With prompt: add special tokens such as BOS. Default true."
     )
     add_generation_prompt: bool | None = Field(
         None, description="With messages: open the assistant's message. Default true."
     )
     continue_final_message: bool | None = Field(
-        None, description="With messages: go on with the last one. Default false."
+        None, description="With messages: continue the last one. Default false."
     )
-    tools: Tools | None = Field(None, description="With messages: functions to be shown.")
+    tools: Tools | None = Field(
+        None, description="With messages: functions that the model may call."
+    )
     chat_template_kwargs: dict[str, AnyText] | None = Field(
         None, description="With messages: further variables for the chat template."
     )
@@ -71,7 +73,7 @@ class DetokenizeRequest(Body):
 
     model: str | None = Field(None, description=_MODEL)
     tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKEN_IDS, fail_fast=True)] = Field(
-        description="Tokens of the vocabulary."
+        description="Token ids."
     )
 
 

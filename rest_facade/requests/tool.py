@@ -20,8 +20,8 @@ class FunctionDefinition(Strict):
     )
     strict: bool | None = Field(
         None,
-        description="Whether the schema is enforced exactly, or refused; otherwise "
-        "what cannot be enforced is left to the model. Default false.",
+        description="Whether the schema is either enforced exactly or refused; otherwise it is "
+        "enforced as far as possible. Default false.",
     )
 
 

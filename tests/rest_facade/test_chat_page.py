@@ -262,7 +262,7 @@ async def test_the_key_is_asked_for(
     client = await start_facade(api_keys_file=keys)
     opened = await tab(client)
     dialog = opened.get_by_role("dialog")
-    await expect(dialog).to_contain_text("This server asks for a key.")
+    await expect(dialog).to_contain_text("This server requires an API key.")
     for key in ("wrong", "secret"):
         await dialog.get_by_label("API key").fill(key)
         await opened.keyboard.press("Enter")
@@ -315,8 +315,8 @@ async def test_tool_calls_are_shown_and_answered(page: Page, backend: ScriptedBa
     await page.get_by_role("button", name="Settings").click()
     await page.get_by_label("Tools").fill('[{"type": "function", "function": {"name": "weather"}}]')
     await ask(page, "What is it like?")
-    await expect(page.get_by_label("Call of weather")).to_contain_text('{"city":"Paris"}')
-    await expect(page.get_by_label("Call of clock")).to_contain_text("{}")
+    await expect(page.get_by_label("Call to weather")).to_contain_text('{"city":"Paris"}')
+    await expect(page.get_by_label("Call to clock")).to_contain_text("{}")
     await page.get_by_label("Result of weather").fill("Rain.")
     await page.get_by_label("Result of clock").fill("Noon.")
     backend.script = HELLO

@@ -132,5 +132,5 @@ async def test_no_page_by_default(client: httpx.AsyncClient) -> None:
 @pytest.mark.parametrize("origin", ["chat.example.org", PAGE + "/", PAGE + "/chat", "**"])
 def test_what_is_no_origin(origin: str) -> None:
     """A slash too many would never match; it is refused at start."""
-    with pytest.raises(ValueError, match="is no origin"):
+    with pytest.raises(ValueError, match="is not an origin"):
         FacadeSettings(cors_origins=f"{OTHER_PAGE},{origin}")

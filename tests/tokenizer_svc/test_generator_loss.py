@@ -101,7 +101,7 @@ async def test_only_a_generator_that_was_there_is_missed(
         await stage.stop_generator()
         await becomes(stage.channel, PIPELINE_SERVICES[0], NOT_SERVING)
 
-        assert ["no generator can be asked: The generator cannot be reached."] == errors()
+        assert ["no generator is available: The generator cannot be reached."] == errors()
     finally:
         await stage.close()
 

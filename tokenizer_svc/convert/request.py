@@ -188,5 +188,5 @@ def _optional(message: ProtobufMessage, name: str, kind: type[Value]) -> Value |
     if not message.HasField(name):
         return None
     value = getattr(message, name)
-    assert isinstance(value, kind), f"{name} is no {kind}. This is a bug."
+    assert isinstance(value, kind), f"{name} is not a {kind}. This is a bug."
     return value

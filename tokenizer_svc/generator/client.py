@@ -138,7 +138,7 @@ class GeneratorClient:
             except grpc.aio.AioRpcError as error:
                 if is_foreign(error):  # lost replicas are logged elsewhere
                     reason = f"{error.code().name}: {error.details()}"
-                    silence.failed(f"{replica.address} does not tell its load", reason)
+                    silence.failed(f"{replica.address} does not report its load", reason)
             finally:
                 load.reported(None)
             await asyncio.sleep(_LOAD_RETRY_SECONDS)

@@ -89,7 +89,7 @@ class GeneratorWatch:
             try:
                 self._info = await self._client.info()
             except ServiceError as error:
-                log.debug("the generator cannot be asked what it serves: %s", error.message)
+                log.debug("cannot get the generator's model info: %s", error.message)
                 failing_since = min(failing_since, time.monotonic())
                 if time.monotonic() - failing_since > GAP_SECONDS:
                     await self._set(error, on_change)
@@ -107,7 +107,7 @@ class GeneratorWatch:
             if self._info is None and fault.code in _LOADING:
                 log.info("waiting for a generator: %s", fault.message)
             else:
-                log.error("no generator can be asked: %s", fault.message)
+                log.error("no generator is available: %s", fault.message)
         if self.available is not (fault is None):
             self.available = fault is None
             log.info("the generator is %s", "available" if self.available else "not available")

@@ -206,7 +206,7 @@ class PromptBuilder:
         self._fold_is_logged = True
         log.warning(
             "model %s: folded a conversation that its chat template refuses or shows only in part; "
-            "this is logged once (TRIVIUM_TOKENIZER_FOLD_MESSAGES=false refuses such ones instead)",
+            "this is logged once (TRIVIUM_TOKENIZER_FOLD_MESSAGES=false refuses them instead)",
             self._model,
         )
 

@@ -132,7 +132,7 @@ def _from_tokenizer_config(config: Mapping[str, Any]) -> tuple[str | None, str |
         if template is None:
             raise ChatTemplateError("tokenizer_config.json has several, and no default")
     if not isinstance(template, str | None):
-        raise ChatTemplateError("in tokenizer_config.json it is no text")
+        raise ChatTemplateError("in tokenizer_config.json it is not a string")
     return template, tool_template
 
 

@@ -115,7 +115,7 @@ class _Reader:
         self._place += 1
         self._depth += 1
         if self._depth > MAX_DEPTH:
-            raise ValueError(f"more than {MAX_DEPTH} parentheses within one another")
+            raise ValueError(f"more than {MAX_DEPTH} levels of parentheses")
         options = self._options()
         if self._token("sign") != ")":
             raise self._unexpected()
@@ -127,8 +127,8 @@ class _Reader:
         match = self._tokens[self._place]
         start = match.end() if match.lastgroup == "end" else match.start(match.lastgroup or 0)
         line = self._grammar.count("\n", 0, start) + 1
-        found = "the end" if match.lastgroup == "end" else repr(self._grammar[start : start + 20])
-        return ValueError(f"line {line} has {found} where nothing such is expected")
+        found = "end" if match.lastgroup == "end" else repr(self._grammar[start : start + 20])
+        return ValueError(f"line {line} has an unexpected {found}")
 
 
 def _characters(text: str) -> list[str]:
@@ -138,14 +138,14 @@ def _characters(text: str) -> list[str]:
         code = match[1] or match[2] or match[3]
         if code:
             if int(code, 16) > 0x10FFFF or 0xD800 <= int(code, 16) < 0xE000:
-                raise ValueError(f"{match[0]} is no character")
+                raise ValueError(f"{match[0]} is not a character")
             characters.append(chr(int(code, 16)))
         elif match[4] is None:
             characters.append(match[5])
         elif match[4] in _ESCAPED or match[4] in _ITSELF:
             characters.append(_ESCAPED.get(match[4], match[4]))
         else:
-            raise ValueError(f"{match[0]} is no escape sequence")
+            raise ValueError(f"{match[0]} is not an escape sequence")
     return characters
 
 

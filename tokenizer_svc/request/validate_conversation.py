@@ -95,5 +95,7 @@ def _check_continuation(conversation: Conversation) -> None:
         raise ServiceError("invalid_parameter_combination", message, field)
     last = conversation.messages[-1]
     if last.role is not Role.ASSISTANT or last.tool_calls or not (last.content or "").strip():
-        message = "'continue_final_message' needs a last message of the assistant's that has text."
+        message = (
+            "'continue_final_message' needs the last message to be the assistant's, with text."
+        )
         raise ServiceError("invalid_parameter_combination", message, field)
