@@ -64,8 +64,8 @@ async def stream_completion(
         Completion(n, job.decoding, model.tokenizer, len(token_ids)) for token_ids in job.prompts
     ]
     streams = [
-        _generate(served, job, completion, place, meter, trace, seconds)
-        for place, completion in enumerate(completions)
+        _generate(served, job, completion, prompt_index, meter, trace, seconds)
+        for prompt_index, completion in enumerate(completions)
     ]
     steps = streams[0] if len(streams) == 1 else merge_streams(streams)
     header: Header | None = Header(
@@ -87,7 +87,7 @@ async def stream_completion(
     finally:
         trace.close()
     usage = _sum([completion.usage for completion in completions])
-    trace.used(usage)
+    trace.record_usage(usage)
     yield usage
 
 
@@ -125,17 +125,17 @@ async def _generate(
     served: ServedModel,
     job: CompletionJob,
     completion: Completion,
-    place: int,
+    prompt_index: int,
     meter: RequestMeter,
     trace: CompletionTrace,
     seconds: float | None,
 ) -> AsyncGenerator[list[Delta]]:
-    """Yields the deltas of each generator message, for the prompt at index `place`.
+    """Yields the deltas of each generator message, for the prompt at `prompt_index`.
 
     Deltas and metrics use choice indices that are numbered across all prompts.
     """
-    token_ids, first_index = job.prompts[place], place * job.options.n
-    echo = job.echoes[place] if job.echoes else None
+    token_ids, first_index = job.prompts[prompt_index], prompt_index * job.options.n
+    echo = job.echoes[prompt_index] if job.echoes else None
     served.watch.check_available()
     generation = served.connection.generate(_command(served, job, token_ids), seconds)
     admitted = False
@@ -154,11 +154,11 @@ async def _generate(
                 await generation.stop(step.stops)
                 deltas = step.deltas
                 if echo is not None:
-                    deltas = [*echoed, *map(echo.follow, deltas)]
+                    deltas = [*echoed, *map(echo.shift, deltas)]
                 if first_index:
                     deltas = [replace(delta, index=first_index + delta.index) for delta in deltas]
                 meter.step(updates, deltas, first_index)
-                trace.note(deltas)
+                trace.record_reasons(deltas)
                 reasons |= {
                     delta.index: delta.finish_reason.value
                     for delta in deltas

@@ -177,7 +177,7 @@ class TokenizerSettings(DoorSettings):
 
     @field_validator("model_directory")
     @classmethod
-    def _one_or_several(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+    def _model_directory_or_models(cls, value: Path | None, info: ValidationInfo) -> Path | None:
         models = info.data.get("models")  # None if MODELS itself is invalid
         if value is None and models == ():
             raise ValueError("required unless MODELS is set")

@@ -97,7 +97,7 @@ class Metrics:
             registry,
         )
 
-    def expect(self, models: Iterable[str]) -> None:
+    def initialize(self, models: Iterable[str]) -> None:
         """Exports zeros for these models: a series that first appears at 1 has no rate."""
         for code in ("ok", *ERRORS):
             self.requests.labels(code)
@@ -132,7 +132,7 @@ class RequestMeter:
         self._start = time.monotonic()
         self._last: dict[int, float] = {}
         self._prompt_tokens = self._generated_tokens = 0
-        self._is_cut = False  # whether any choice was cut off
+        self._is_truncated = False  # whether any choice was cut off
 
     def __enter__(self) -> "RequestMeter":
         self._metrics.in_flight.inc()
@@ -158,7 +158,7 @@ class RequestMeter:
                 self._tokens(first_index + update.index, len(update.token_ids), now)
         for delta in deltas:
             if delta.finish_reason is FinishReason.LENGTH:
-                self._is_cut = True
+                self._is_truncated = True
 
     def _tokens(self, index: int, count: int, now: float) -> None:
         if not self._last:
@@ -186,6 +186,6 @@ class RequestMeter:
         # A caller whose deadline expired has left as well, which the operator cannot help.
         reason = _ABORT if code in (CLIENT_LEFT, "deadline_exceeded") else _ERROR
         if error is None:
-            reason = _LENGTH if self._is_cut else _STOP
+            reason = _LENGTH if self._is_truncated else _STOP
             metrics.request_latency.labels(model).observe(time.monotonic() - self._start)
         metrics.success.labels(model, reason).inc()

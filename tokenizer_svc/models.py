@@ -44,7 +44,7 @@ class Model:
 
     async def prompt(self, conversation: Conversation, context_length: int) -> Prompt:
         """Renders and encodes the prompt; raises ServiceError if it fills the context."""
-        size = sum(map(_size, conversation.messages))
+        size = sum(map(_message_size, conversation.messages))
         size += sum(map(_tool_size, conversation.tools))
         self._check_size(size, context_length, "messages")
         try:
@@ -125,7 +125,7 @@ class ServedModels:
             raise ServiceError("model_not_found", f"The model `{name}` does not exist.", param)
         return served
 
-    def check_any(self) -> None:
+    def check_any_available(self) -> None:
         """Raises ServiceError if no model has a generator that is serving."""
         if self.available:
             return
@@ -144,12 +144,13 @@ def load_model(
     tool_parser: str = "auto",
     reasoning_parser: str = "auto",
     variables: Set[str] = frozenset(),
-    folds: bool = True,
+    fold_messages: bool = True,
 ) -> Model:
     """Loads a model folder and warms it up; raises ModelDirectoryError if it is not usable.
 
     The parsers are names that `choose` knows; `variables` are the template variables that requests
-    may set; `folds` is whether conversations that the template refuses are tried in other forms.
+    may set; `fold_messages` is whether conversations that the template refuses are tried in other
+    forms.
     """
     directory = load_model_directory(path)
     try:
@@ -157,7 +158,7 @@ def load_model(
     except Exception as error:  # the library raises bare Exceptions
         raise ModelDirectoryError(f"{directory.tokenizer}: {error}") from error
     template = _chat_template(directory)
-    prompts = PromptBuilder(template, tokenizer, variables, folds, directory.id)
+    prompts = PromptBuilder(template, tokenizer, variables, fold_messages, directory.id)
     model = Model(
         id=directory.id,
         revision=directory.revision,
@@ -215,7 +216,7 @@ def _chat_prompt(model: Model) -> list[int]:
     return prompt.token_ids
 
 
-def _size(message: Message) -> int:
+def _message_size(message: Message) -> int:
     calls = sum(len(call.name) + len(call.arguments) for call in message.tool_calls)
     text = sum(len(part or "") for part in message.parts)
     return text + len(message.name or "") + len(message.reasoning or "") + calls

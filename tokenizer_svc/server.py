@@ -78,7 +78,7 @@ class TokenizerServer:
                 }
             )
         )
-        metrics.expect(self._models.by_id)
+        metrics.initialize(self._models.by_id)
         in_flight = InFlight()
         register_process(metrics.registry, in_flight)
         tls = settings.server_tls()
@@ -126,7 +126,7 @@ class TokenizerServer:
             await self._server.check_ready(PIPELINE_SERVICES[0])
         except ServiceError as error:
             if error.code == "model_loading":
-                self._models.check_any()
+                self._models.check_any_available()
             raise
 
     async def drain(self, hurry: asyncio.Event | None = None) -> None:

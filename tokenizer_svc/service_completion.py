@@ -77,7 +77,7 @@ class CompletionService(completion_pb2_grpc.CompletionServiceServicer):
                 message.ByteSize(), lambda: _valid(message, model), INLINE_BYTES
             )
             prompts = [
-                await _prompt(served, request, place) for place in range(len(request.prompts))
+                await _prompt(served, request, index) for index in range(len(request.prompts))
             ]
             _check_prompt_logprobs(options, sum(len(prompt.token_ids) for prompt in prompts))
             response = options.response_constraint
@@ -109,11 +109,11 @@ def _valid(
     return request, validate_completion(request, model.vocabulary_size)
 
 
-async def _prompt(served: ServedModel, request: CompletionRequest, place: int) -> _PlainPrompt:
-    """The prompt at index `place`; raises ServiceError if it does not fit the context."""
-    model, prompt = served.model, request.prompts[place]
+async def _prompt(served: ServedModel, request: CompletionRequest, index: int) -> _PlainPrompt:
+    """The prompt at `index`; raises ServiceError if it does not fit the context."""
+    model, prompt = served.model, request.prompts[index]
     assert prompt is not None, "An unchecked prompt is to be answered. This is a bug."
-    param = f"prompt[{place}]" if len(request.prompts) > 1 else "prompt"
+    param = f"prompt[{index}]" if len(request.prompts) > 1 else "prompt"
     if isinstance(prompt, str):
         token_ids = await model.encode(
             prompt, served.context_length, param, request.add_special_tokens

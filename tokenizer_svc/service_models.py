@@ -29,7 +29,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
     async def ListModels(
         self, request: model_pb2.ListModelsRequest, context: Call
     ) -> model_pb2.ListModelsResponse:
-        self._models.check_any()
+        self._models.check_any_available()
         caller = current_request()
         models = [each for each in self._models.available if caller.may_use(each.model.id)]
         return model_pb2.ListModelsResponse(models=map(_model, models))
@@ -93,7 +93,7 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
             chat_template=model.template.source,
             bos_token=named.get("bos_token", ""),
             eos_token=named.get("eos_token", ""),
-            special_tokens=model.tokenizer.hidden_tokens,
+            special_tokens=model.tokenizer.special_tokens,
         )
 
 

@@ -21,8 +21,8 @@ from tokenizers import Tokenizer as _Library
 _CONTROL_FORM = re.compile(r"<[|\uff5c].*[|\uff5c]>", re.DOTALL)
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
-_CHARACTERS_A_TOKEN = 8  # twice the average of most languages
-_AT_A_CUT = 64  # tokens
+_CHARACTERS_PER_TOKEN = 8  # twice the average of most languages
+_CUT_TOLERANCE = 64  # tokens
 
 
 class TooManyTokens(Exception):
@@ -39,7 +39,7 @@ class Tokenizer:
         self._plain = _load(tokenizer_json)
         self._names = _secret_names([t["content"] for t in added if _is_control(t)])
         self._encoder = _load(json.dumps(_renamed(definition, self._names)))
-        self._hidden_ids = frozenset(token["id"] for token in added if token["special"])
+        self._special_ids = frozenset(token["id"] for token in added if token["special"])
         self._marker_ids = {t["content"]: t["id"] for t in added if _is_marker(t)}
         self._byte_level = "ByteLevel" in decoders
         self._byte_fallback = "ByteFallback" in decoders
@@ -58,9 +58,9 @@ class Tokenizer:
         """The name in a text that `encode` turns into this control token."""
         return self._names[control_token]
 
-    def is_hidden(self, token_id: int) -> bool:
+    def is_special(self, token_id: int) -> bool:
         """Whether the token is left out of a model's answer: those marked as special are."""
-        return token_id in self._hidden_ids
+        return token_id in self._special_ids
 
     def marker_id(self, text: str) -> int | None:
         """The id of the single token that is a format's marker; None if there is none.
@@ -70,9 +70,9 @@ class Tokenizer:
         return self._marker_ids.get(text)
 
     @property
-    def hidden_tokens(self) -> dict[int, str]:
+    def special_tokens(self) -> dict[int, str]:
         """The text of every hidden token, by id."""
-        return {token_id: self._plain.id_to_token(token_id) for token_id in self._hidden_ids}
+        return {token_id: self._plain.id_to_token(token_id) for token_id in self._special_ids}
 
     def encode(
         self,
@@ -84,15 +84,15 @@ class Tokenizer:
         """Ids of `text`, in which only `control_name`s are control tokens; with `parse_special`,
         only those that are spelled out.
 
-        `add_special_tokens` adds what the tokenizer puts around a text, such as BOS. To save time
-        on a text that is much too long, only its beginning is encoded, and TooManyTokens raised if
-        that has more than `max_tokens`.
+        `add_special_tokens` adds what the tokenizer puts around a text, such as BOS. Of a text that
+        is much too long, the beginning is encoded first, and TooManyTokens raised if that alone has
+        more than `max_tokens`.
         """
         library = self._plain if parse_special else self._encoder
-        if max_tokens is not None and len(text) > max_tokens * _CHARACTERS_A_TOKEN:
-            beginning = text[: max_tokens * _CHARACTERS_A_TOKEN]
+        if max_tokens is not None and len(text) > max_tokens * _CHARACTERS_PER_TOKEN:
+            beginning = text[: max_tokens * _CHARACTERS_PER_TOKEN]
             # Around the cut there may be a few tokens that the whole text does not have.
-            if len(_encoding(library, beginning, add_special_tokens)) > max_tokens + _AT_A_CUT:
+            if len(_encoding(library, beginning, add_special_tokens)) > max_tokens + _CUT_TOLERANCE:
                 raise TooManyTokens
         ids: list[int] = _encoding(library, text, add_special_tokens).ids
         return ids
@@ -111,7 +111,7 @@ class Tokenizer:
             return _byte_level_bytes(token)
         if self._byte_fallback and (match := _BYTE_TOKEN.fullmatch(token)):
             return bytes([int(match[1], 16)])
-        if self._anchor is None or token_id in self._hidden_ids:
+        if self._anchor is None or token_id in self._special_ids:
             return token.encode()
         # A token's text depends on its position, so it is decoded after another token.
         before, both = self.decode([self._anchor]), self.decode([self._anchor, token_id])
@@ -164,7 +164,7 @@ def _renamed(definition: dict[str, Any], names: dict[str, str]) -> dict[str, Any
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
     if model.get("merges"):
-        model["merges"] = [m for m in model["merges"] if not _meets(m, names)]
+        model["merges"] = [m for m in model["merges"] if not _involves(m, names)]
     added = [
         token | {"content": names[token["content"]], "normalized": False, "single_word": False}
         if token["content"] in names
@@ -174,7 +174,7 @@ def _renamed(definition: dict[str, Any], names: dict[str, str]) -> dict[str, Any
     return definition | {"model": model, "added_tokens": added}
 
 
-def _meets(merge: str | list[str], names: dict[str, str]) -> bool:
+def _involves(merge: str | list[str], names: dict[str, str]) -> bool:
     """Whether a BPE merge produces or uses a control token."""
     left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
     return left in names or right in names or left + right in names

@@ -72,7 +72,7 @@ class CompletionTrace:
         self._busy_seconds += self._last - came
         return step
 
-    def note(self, deltas: Sequence[Delta]) -> None:
+    def record_reasons(self, deltas: Sequence[Delta]) -> None:
         """Notes the finish reasons in these deltas."""
         if not self.is_recorded:
             return
@@ -86,7 +86,7 @@ class CompletionTrace:
             busy = {"trivium.busy_seconds": self._busy_seconds}
             tracing.record("detokenize", self._first, self._last, busy)
 
-    def used(self, usage: Usage) -> None:
+    def record_usage(self, usage: Usage) -> None:
         """Records the usage of a completion that succeeded."""
         self._span.set(
             {

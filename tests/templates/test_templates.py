@@ -181,14 +181,14 @@ ODD_TOOLS = {
 }
 
 
-def builder(name: str, folds: bool = True) -> PromptBuilder:
+def builder(name: str, fold_messages: bool = True) -> PromptBuilder:
     source = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
     template = (
         ChatTemplate(SMOLLM2, TOKENS, source)
         if name in FOR_TOOLS_ONLY
         else ChatTemplate(source, TOKENS)
     )
-    return PromptBuilder(template, Tokenizer(byte_level()), folds=folds)
+    return PromptBuilder(template, Tokenizer(byte_level()), fold_messages=fold_messages)
 
 
 @pytest.fixture(scope="module")

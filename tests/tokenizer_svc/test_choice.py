@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tests.tokenizer_svc.sample_tokenizers import byte_level
 from tests.tokenizer_svc.test_families import read
 from tests.tokenizer_svc.test_stop_strings import search
-from tokenizer_svc.families.parser import Plain
+from tokenizer_svc.families.parser import PlainParser
 from tokenizer_svc.families.thinking import Thinking, ThinkingParser
 from tokenizer_svc.generator.types import (
     Finished,
@@ -97,11 +97,11 @@ def test_reasoning_is_apart_and_stop_strings_mind_the_rest(
 ) -> None:
     """What is reasoned is never searched, and log-probabilities are of the answer's text alone."""
     options = DecodingOptions(
-        parser=lambda: ThinkingParser(Thinking.POSSIBLE, Plain()),
+        parser=lambda: ThinkingParser(Thinking.POSSIBLE, PlainParser()),
         stops=StopStrings(stops),
         include_stop=include,
     )
-    reasoning, content, _ = read(ThinkingParser(Thinking.POSSIBLE, Plain()), [text])
+    reasoning, content, _ = read(ThinkingParser(Thinking.POSSIBLE, PlainParser()), [text])
     expected, stop = search(content, stops)
     token_ids = TOKENIZER.encode(text)
     choice, deltas = read_tokens(token_ids, sizes, options)

@@ -122,4 +122,4 @@ def test_hidden_tokens_show_to_those_who_have_to_see_them() -> None:
 
     assert "a" == text()
     assert "<|im_start|>a" == text(markers={"<|im_start|>", "<tool_call>"})
-    assert "<|im_start|>a<|im_end|>" == text(show_hidden=True)
+    assert "<|im_start|>a<|im_end|>" == text(show_special=True)

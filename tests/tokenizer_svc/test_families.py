@@ -20,7 +20,7 @@ from tokenizer_svc.families.parser import (
     CallStart,
     Channel,
     Parser,
-    Plain,
+    PlainParser,
     Segment,
 )
 from tokenizer_svc.families.thinking import Thinking, ThinkingParser
@@ -32,8 +32,8 @@ PARSERS: dict[str, Callable[[], Parser]] = {
     "llama3_json": lambda: Llama3JsonParser(NAMES),
     "mistral": lambda: MistralParser(NAMES),
     "harmony": lambda: HarmonyParser(NAMES),
-    "thinking": lambda: ThinkingParser(Thinking.POSSIBLE, Plain()),
-    "opened": lambda: ThinkingParser(Thinking.OPENED, Plain()),
+    "thinking": lambda: ThinkingParser(Thinking.POSSIBLE, PlainParser()),
+    "opened": lambda: ThinkingParser(Thinking.OPENED, PlainParser()),
     "qwen3": lambda: ThinkingParser(Thinking.POSSIBLE, HermesParser(NAMES)),
 }
 

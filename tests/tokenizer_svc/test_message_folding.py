@@ -21,9 +21,9 @@ from trivium.chat.v1 import chat_pb2
 from trivium.wire.errors import ServiceError
 
 
-def builder(source: str, folds: bool = True) -> PromptBuilder:
+def builder(source: str, fold_messages: bool = True) -> PromptBuilder:
     template = ChatTemplate(source, {"bos_token": "", "eos_token": "</s>"})
-    return PromptBuilder(template, Tokenizer(byte_level()), folds=folds)
+    return PromptBuilder(template, Tokenizer(byte_level()), fold_messages=fold_messages)
 
 
 def render(source: str, *messages: Message, tools: tuple[Tool, ...] = ()) -> str:
@@ -190,7 +190,7 @@ def test_what_a_template_takes_is_left_alone() -> None:
 def test_folding_can_be_turned_off(source: str, messages: tuple[Message, ...]) -> None:
     """Then such conversations are refused, with the template's own words if it has some."""
     with pytest.raises(ServiceError) as refused:
-        builder(source, folds=False).build(Conversation(messages))
+        builder(source, fold_messages=False).build(Conversation(messages))
 
     assert ("invalid_chat_template_input", "messages") == (refused.value.code, refused.value.param)
 

@@ -22,7 +22,7 @@ def test_text_never_becomes_a_control_token(make) -> None:  # type: ignore[no-un
     token_ids = tokenizer.encode(text)
 
     assert plainly(make(), text) == token_ids
-    assert not any(tokenizer.is_hidden(token_id) for token_id in token_ids)
+    assert not any(tokenizer.is_special(token_id) for token_id in token_ids)
 
 
 def test_text_cannot_reach_a_control_token_through_the_vocabulary() -> None:
@@ -41,7 +41,7 @@ def test_a_plain_prompt_may_spell_out_control_tokens(make) -> None:  # type: ign
     token_ids = tokenizer.encode(text, parse_special=True)
 
     assert list(library.encode(text, add_special_tokens=False).ids) == token_ids
-    assert any(tokenizer.is_hidden(token_id) for token_id in token_ids)
+    assert any(tokenizer.is_special(token_id) for token_id in token_ids)
 
 
 def test_names_stand_for_control_tokens() -> None:
@@ -110,4 +110,4 @@ def test_markers_that_are_one_token() -> None:
     assert tokenizer.marker_id("<think>") is not None
     assert tokenizer.marker_id("[ARGS]") is None
     assert tokenizer.marker_id("a") is None
-    assert {0: "<|im_end|>", 1: "[CALL]"} == tokenizer.hidden_tokens
+    assert {0: "<|im_end|>", 1: "[CALL]"} == tokenizer.special_tokens

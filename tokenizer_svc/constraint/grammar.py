@@ -111,13 +111,13 @@ def _wrapped(
         lines.append("body: answer")
     else:
         lines.extend(tools.body_rules(plan, marker))
-        for tool, place in zip(tool_use.tools, tool_use.places, strict=True):
+        for tool, index in zip(tool_use.tools, tool_use.indices, strict=True):
             schema = arguments_schema(tool.parameters, exact=tool.strict)
             schema = one_line(schema if tool.strict else lenient(schema))
-            lines.append(f"call_{place}: {tools.call_rule(tool.name or '', schema, marker)}")
-            fields[len(lines)] = f"tools[{place}].function.parameters"
+            lines.append(f"call_{index}: {tools.call_rule(tool.name or '', schema, marker)}")
+            fields[len(lines)] = f"tools[{index}].function.parameters"
     if tool_use.tools:
-        lines.append("call: " + " | ".join(f"call_{place}" for place in tool_use.places))
+        lines.append("call: " + " | ".join(f"call_{index}" for index in tool_use.indices))
     lines.append(f"TEXT: {ANYTHING}")
     if response is not None and not tool_use.forced:
         lines.append(_answer(response))

@@ -50,7 +50,7 @@ def answer_schema(text: str, exact: bool) -> str:
     """
     schema = json.loads(text)
     if isinstance(schema, dict):
-        _close(schema, exact)
+        _forbid_additional_properties(schema, exact)
     return json.dumps(schema)
 
 
@@ -65,11 +65,11 @@ def arguments_schema(text: str | None, exact: bool) -> str:
     others = {"required", "propertyNames", "maxProperties", "const", "enum"}
     if (_OBJECT_KEYWORDS | others).isdisjoint(schema):
         schema.setdefault("properties", {})
-    _close(schema, exact)
+    _forbid_additional_properties(schema, exact)
     return json.dumps(schema)
 
 
-def _close(root: dict[str, Any], exact: bool) -> None:
+def _forbid_additional_properties(root: dict[str, Any], exact: bool) -> None:
     """Forbids additional properties wherever all schemas that could name a property are known."""
     nodes = list(_subschemas(root))
     # Closing could make overlapping members of a oneOf disjoint, and so allow what matches two.
@@ -109,11 +109,13 @@ def _subschemas(
         if key in _NAMED_SCHEMAS_KEYWORDS and isinstance(value, dict):
             value = list(value.values())
         inner = value if isinstance(value, list) else [value]
-        beside = key in _CONDITIONAL_KEYWORDS or (overlaps and key not in _DEFINITIONS)
+        inner_shared = key in _CONDITIONAL_KEYWORDS or (overlaps and key not in _DEFINITIONS)
         if key in _COMPOSITION_KEYWORDS:
-            beside = shared or _has_other_keywords(node, key) or (key == "allOf" and len(inner) > 1)
+            inner_shared = (
+                shared or _has_other_keywords(node, key) or (key == "allOf" and len(inner) > 1)
+            )
         for schema in inner:
-            yield from _subschemas(schema, beside, is_definition or key in _DEFINITIONS)
+            yield from _subschemas(schema, inner_shared, is_definition or key in _DEFINITIONS)
 
 
 def _has_other_keywords(node: dict[str, Any], key: str) -> bool:

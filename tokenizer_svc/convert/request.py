@@ -38,7 +38,7 @@ _MODES = {
     chat_pb2.TOOL_CHOICE_MODE_REQUIRED: ToolMode.REQUIRED,
     chat_pb2.TOOL_CHOICE_MODE_FUNCTION: ToolMode.FUNCTION,
 }
-_FORMS = {
+_STRUCTURED_KINDS = {
     "json": ResponseKind.JSON_SCHEMA,
     "regex": ResponseKind.REGEX,
     "grammar": ResponseKind.GRAMMAR,
@@ -147,7 +147,7 @@ def _structured_outputs(structured: chat_pb2.StructuredOutputs) -> ResponseConst
         return None
     value = getattr(structured, kind)
     return ResponseConstraint(
-        _FORMS[kind],
+        _STRUCTURED_KINDS[kind],
         f"structured_outputs.{kind}",
         definition=value if isinstance(value, str) else None,
         choices=tuple(structured.choice.choices),

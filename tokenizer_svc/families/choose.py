@@ -9,7 +9,7 @@ from tokenizer_svc.families.hermes import HermesParser
 from tokenizer_svc.families.lark import Marker, Plan
 from tokenizer_svc.families.llama3_json import Llama3JsonParser
 from tokenizer_svc.families.mistral import MistralParser
-from tokenizer_svc.families.parser import Parser, Plain
+from tokenizer_svc.families.parser import Parser, PlainParser
 from tokenizer_svc.families.thinking import Thinking, ThinkingParser
 
 TOOL_PARSERS = ("auto", "none", "hermes", "llama3_json", "mistral", "harmony")
@@ -65,7 +65,7 @@ class ModelOutputFormat:
         """A parser for one answer in which these functions may be called."""
         if self.is_harmony:
             return HarmonyParser(names, in_answer=state is Thinking.DONE)
-        inner: Parser = Plain()
+        inner: Parser = PlainParser()
         if self.tools is not None and names:
             inner = self.tools.parser(names)
         return ThinkingParser(state, inner) if self.thinks else inner

@@ -5,7 +5,7 @@ from collections.abc import Set
 from tokenizer_svc.families.call_object import CallObject
 from tokenizer_svc.families.lark import Marker, Plan, after_opening, literal
 from tokenizer_svc.families.marker_search import MarkerSearch
-from tokenizer_svc.families.parser import Machine
+from tokenizer_svc.families.parser import StateMachine
 
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
 MARKERS = frozenset((OPENING, CLOSING))
@@ -30,7 +30,7 @@ def body_rules(plan: Plan, marker: Marker) -> list[str]:
     return after_opening(opening, "call", repeats=plan.parallel)
 
 
-class HermesParser(Machine):
+class HermesParser(StateMachine):
     """Text with calls between markers."""
 
     def __init__(self, names: Set[str]) -> None:
@@ -45,11 +45,11 @@ class HermesParser(Machine):
     @property
     def held(self) -> int:
         if self._call is not None:
-            unproven = len(self._search.dropped) + len(OPENING) + self._call.length
-            return 0 if self._call.begun else unproven
+            pending = len(self._search.dropped) + len(OPENING) + self._call.length
+            return 0 if self._call.begun else pending
         return self._search.held + len(self._after_call) + self._closed
 
-    def _unproven(self, call: CallObject) -> str:
+    def _pending_text(self, call: CallObject) -> str:
         """What was read of an object that may not be a call."""
         return self._search.dropped + OPENING + call.raw
 
@@ -70,7 +70,7 @@ class HermesParser(Machine):
             self._call, self._state = None, self._in_closing
         elif call.wrong:
             if not call.begun:
-                self._show(self._unproven(call), position)
+                self._show(self._pending_text(call), position)
             self._called = self._called or call.begun
             self._call, self._state = None, self._in_text
         return position

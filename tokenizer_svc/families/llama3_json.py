@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizer_svc.families.call_object import CallObject
 from tokenizer_svc.families.lark import Marker, Plan, is_control
-from tokenizer_svc.families.parser import Machine
+from tokenizer_svc.families.parser import StateMachine
 
 TAG = "<|python_tag|>"
 MARKERS = frozenset((TAG,))
@@ -58,7 +58,7 @@ def body_rules(plan: Plan, marker: Marker) -> list[str]:
     return ["body: UNLIKE_CALL | " + calls, "UNLIKE_CALL: FIRST & /([^{](?s:.*))?/"]
 
 
-class Llama3JsonParser(Machine):
+class Llama3JsonParser(StateMachine):
     """Calls, up to the first text that is not a call; from there on all is text."""
 
     def __init__(self, names: Set[str]) -> None:

@@ -10,7 +10,7 @@ from tokenizer_svc.families.call_object import CallObject
 from tokenizer_svc.families.json_scan import JsonScan
 from tokenizer_svc.families.lark import Marker, Plan, after_opening, literal
 from tokenizer_svc.families.marker_search import MarkerSearch
-from tokenizer_svc.families.parser import CallArguments, CallStart, Machine
+from tokenizer_svc.families.parser import CallArguments, CallStart, StateMachine
 
 OPENING, ARGUMENTS = "[TOOL_CALLS]", "[ARGS]"
 MARKERS = frozenset((OPENING, ARGUMENTS, "[CALL_ID]"))
@@ -55,7 +55,7 @@ def _body_rules(plan: Plan, opening: str, calls: str, repeats: bool) -> list[str
     return after_opening(opening, calls, repeats)
 
 
-class MistralParser(Machine):
+class MistralParser(StateMachine):
     """Text, then calls after a marker."""
 
     def __init__(self, names: Set[str]) -> None:
@@ -75,8 +75,8 @@ class MistralParser(Machine):
             return self._search.held
         if self._called or (self._call is not None and self._call.begun):
             return 0
-        unproven = 0 if self._call is None else self._call.length
-        return len(self._search.dropped) + len(OPENING) + self._length + unproven
+        pending = 0 if self._call is None else self._call.length
+        return len(self._search.dropped) + len(OPENING) + self._length + pending
 
     def _in_text(self, position: int) -> int:
         shown, after, found = self._search.scan(self._text, position)

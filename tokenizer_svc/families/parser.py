@@ -75,7 +75,7 @@ class Parser(Protocol):
         """Whether it is in a phase other than the answer, or may enter one again."""
 
 
-class Plain:
+class PlainParser:
     """The parser of a format without markers: all output is content."""
 
     held = 0
@@ -97,7 +97,7 @@ def content(text: str, start: int) -> list[Segment]:
 State = Callable[[int], int]
 
 
-class Machine:
+class StateMachine:
     """A parser as a state machine.
 
     A state reads from a position in the current piece and returns where it stopped: it reads at

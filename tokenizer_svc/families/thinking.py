@@ -9,7 +9,7 @@ from enum import Enum
 
 from tokenizer_svc.families.lark import Marker, is_control
 from tokenizer_svc.families.marker_search import MarkerSearch
-from tokenizer_svc.families.parser import Channel, Machine, Parser, Phase, Text
+from tokenizer_svc.families.parser import Channel, Parser, Phase, StateMachine, Text
 
 OPENING, CLOSING = "<think>", "</think>"
 MARKERS = frozenset((OPENING, CLOSING))
@@ -27,10 +27,10 @@ _OPENED = re.compile(r"<think>\s*\Z")
 _CLOSED = re.compile(r"</think>\s*\Z")
 
 
-def thinking_after(prompt: str, own_text: str = "") -> Thinking:
-    """Where the output after this prompt begins; `own_text` is the message that it continues."""
-    if own_text:
-        unclosed = own_text.rfind(OPENING) > own_text.rfind(CLOSING)
+def thinking_after(prompt: str, continued_text: str = "") -> Thinking:
+    """Where output after this prompt begins; `continued_text` is the message that it continues."""
+    if continued_text:
+        unclosed = continued_text.rfind(OPENING) > continued_text.rfind(CLOSING)
         return Thinking.OPENED if unclosed else Thinking.DONE
     if _CLOSED.search(prompt, max(0, len(prompt) - 100)):
         return Thinking.DONE
@@ -58,7 +58,7 @@ def start_rules(thinking: Thinking, marker: Marker, gap: bool) -> list[str]:
     return [start, rule, first, r"GAP: /\s{1,4}/"]
 
 
-class ThinkingParser(Machine):
+class ThinkingParser(StateMachine):
     """Splits off the reasoning; white space around it is dropped."""
 
     def __init__(self, thinking: Thinking, answer: Parser) -> None:

@@ -53,11 +53,11 @@ class GeneratorClient:
         health_service = revision_service(convert.GENERATOR_SERVICE, revision)
         self._picker = GeneratorPicker()
         self._candidates: WeakKeyDictionary[Replica, Candidate] = WeakKeyDictionary()
-        self._silences: WeakKeyDictionary[Replica, Outage] = WeakKeyDictionary()
+        self._load_outages: WeakKeyDictionary[Replica, Outage] = WeakKeyDictionary()
         self.replicas = ReplicaSet(
             target,
             health_service,
-            self._follow_load,
+            self._watch_load,
             # Processes do not all reload changed keys at once.
             refusals=["queue_full", "invalid_api_key"],
             tls=tls,
@@ -114,31 +114,31 @@ class GeneratorClient:
         return telemetry.outgoing_metadata() + own_metadata(self._key)
 
     async def _info(self, replica: Replica) -> GeneratorInfo:
-        call = self._asked(replica.stub(convert.GeneratorStub))
+        call = self._get_model_info(replica.stub(convert.GeneratorStub))
         return convert.generator_info(await replica.track(call))
 
-    def _asked(self, stub: convert.GeneratorStub) -> Any:
+    def _get_model_info(self, stub: convert.GeneratorStub) -> Any:
         """Starts a GetModelInfo call."""
         request, metadata = convert.generator_info_request(), own_metadata(self._key)
         return stub.GetModelInfo(request, timeout=INFO_SECONDS, metadata=metadata)
 
-    async def _follow_load(self, replica: Replica) -> None:
+    async def _watch_load(self, replica: Replica) -> None:
         candidate = self.candidate(replica)
-        load, silence = candidate.load, self._silences.setdefault(replica, Outage())
+        load, outage = candidate.load, self._load_outages.setdefault(replica, Outage())
         stub = replica.stub(convert.GeneratorStub)
         while True:
             try:
-                info = convert.generator_info(await self._asked(stub))
+                info = convert.generator_info(await self._get_model_info(stub))
                 candidate.connected(info.instance_id)
                 async for response in stub.WatchLoad(
                     convert.load_request(), metadata=own_metadata(self._key)
                 ):
                     load.reported(convert.load_report(response))
-                    silence.ended()
+                    outage.ended()
             except grpc.aio.AioRpcError as error:
                 if is_foreign(error):  # lost replicas are logged elsewhere
                     reason = f"{error.code().name}: {error.details()}"
-                    silence.failed(f"{replica.address} does not report its load", reason)
+                    outage.failed(f"{replica.address} does not report its load", reason)
             finally:
                 load.reported(None)
             await asyncio.sleep(_LOAD_RETRY_SECONDS)

@@ -24,7 +24,7 @@ Response = generator_pb2.GenerateResponse
 Call = grpc.aio.StreamStreamCall[generator_pb2.GenerateRequest, generator_pb2.GenerateResponse]
 GENERATOR_SERVICE = "trivium.generator.v1.GeneratorService"
 
-_ENDINGS = {
+_FINISH_REASONS = {
     generator_pb2.FINISH_REASON_STOP_TOKEN: GeneratorFinishReason.STOP_TOKEN,
     generator_pb2.FINISH_REASON_LENGTH: GeneratorFinishReason.LENGTH,
     generator_pb2.FINISH_REASON_STOPPED: GeneratorFinishReason.STOPPED,
@@ -96,7 +96,7 @@ def _logprobs(entry: generator_pb2.TokenLogprobs) -> TokenIdLogprobs:
 
 def _finished(finished: generator_pb2.Finished) -> Finished:
     return Finished(
-        reason=_ENDINGS[finished.reason],
+        reason=_FINISH_REASONS[finished.reason],
         completion_tokens=finished.completion_tokens,
         cached_prompt_tokens=finished.cached_prompt_tokens,
         device_nanoseconds=finished.device_nanoseconds,

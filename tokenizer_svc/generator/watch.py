@@ -15,7 +15,7 @@ from trivium.wire.replicas.replica_set import GAP_SECONDS
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 0.1
-_HELD_UP_SECONDS = 0.25
+_MAX_LAG_SECONDS = 0.25
 
 # The errors while a generator that was started together with the tokenizer loads its model.
 _LOADING = ("backend_unavailable", "model_loading")
@@ -62,7 +62,7 @@ class GeneratorWatch:
         """Watches the generators forever; calls `on_change` at every change of `available`."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._listen())
-            tasks.create_task(self._judge(on_change))
+            tasks.create_task(self._update(on_change))
 
     async def _listen(self) -> None:
         async with aclosing(self._client.serving()) as states:
@@ -73,7 +73,7 @@ class GeneratorWatch:
                 before.clear()
                 now.set()
 
-    async def _judge(self, on_change: Callable[[bool], Awaitable[None]]) -> None:
+    async def _update(self, on_change: Callable[[bool], Awaitable[None]]) -> None:
         failing_since = math.inf
         while True:
             began = time.monotonic()
@@ -81,7 +81,7 @@ class GeneratorWatch:
                 async with asyncio.timeout(GAP_SECONDS):
                     await self._serving.wait()
             except TimeoutError:
-                if time.monotonic() - began > GAP_SECONDS + _HELD_UP_SECONDS:
+                if time.monotonic() - began > GAP_SECONDS + _MAX_LAG_SECONDS:
                     continue  # the event loop was blocked, so updates may be waiting
                 failing_since = math.inf
                 await self._set(await self._client.fault(), on_change)

@@ -58,7 +58,7 @@ class ChoiceDecoder:
         self._tokenizer = tokenizer
         self._options = options
         self._detokenizer = Detokenizer(
-            tokenizer, options.markers, options.show_hidden, options.continues
+            tokenizer, options.markers, options.show_special, options.continues
         )
         self._parser = options.parser()
         self._matcher = StopMatcher(options.stops)
@@ -125,7 +125,7 @@ class ChoiceDecoder:
         start, before = self._decoded, self._parser.phase
         if logprobs is not None:
             # Pending bytes that this token leaves incomplete become one U+FFFD before its text.
-            own = start + self._detokenizer.breaks_off(token_id)
+            own = start + self._detokenizer.leaves_incomplete(token_id)
         piece = self._detokenizer.push(token_id)
         self._decoded += len(piece)
         segments = self._parser.push(piece, start) if piece else []
@@ -135,7 +135,7 @@ class ChoiceDecoder:
             entry = describe(self._tokenizer, token_id, logprobs, own)
             # Within the answer, a token without text, such as a special token, has an entry too;
             # the markers around the reasoning have none.
-            self._logprobs.push(own, end, entry, counts=before is Phase.ANSWER)
+            self._logprobs.push(own, end, entry, keep_if_empty=before is Phase.ANSWER)
         self._take_segments(segments)
 
     def _count_reasoning(self, before: Phase, after: Phase) -> None:
@@ -208,7 +208,7 @@ class ChoiceDecoder:
         # Only an output that was cut off, or that has to be a call, can end within a marker. If the
         # model ended by itself, what looks like the beginning of a marker is text.
         is_cut = finished.reason is GeneratorFinishReason.LENGTH or self._options.forced_call
-        cut = self._options.spelled_markers if is_cut else frozenset()
+        cut = self._options.multi_token_markers if is_cut else frozenset()
         self._take_segments(self._parser.flush(cut))
         if self.matched_stop is None:
             # The generator counts the stop token too, which was not decoded.

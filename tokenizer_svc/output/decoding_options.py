@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from tokenizer_svc.families.choose import ModelOutputFormat
-from tokenizer_svc.families.parser import Parser, Plain
+from tokenizer_svc.families.parser import Parser, PlainParser
 from tokenizer_svc.families.thinking import Thinking
 from tokenizer_svc.output.events import FinishReason
 from tokenizer_svc.output.stop import StopStrings
@@ -19,20 +19,20 @@ _LETTERS_AND_DIGITS = string.ascii_letters + string.digits
 class DecodingOptions:
     """How a request's choices are decoded: output parser, visible special tokens, stop strings.
 
-    `markers` are the special tokens that the parser has to see. `spelled_markers` are those that
-    are not a single token, so that the output may end within one. `forced_call` is whether the
-    output has to be a tool call; `call_finish_reason` is the finish reason of a choice with calls.
-    `shown_stop_tokens` are the stop tokens that stay in the text. `continues` is whether the answer
-    continues a text in the prompt.
+    `markers` are the special tokens that the parser has to see. `multi_token_markers` are those of
+    several tokens, within which the output may end. `forced_call` is whether the output has to be a
+    tool call; `call_finish_reason` is the finish reason of a choice with calls. `shown_stop_tokens`
+    are the stop tokens that stay in the text. `continues` is whether the answer continues a text in
+    the prompt.
     """
 
-    parser: Callable[[], Parser] = Plain
+    parser: Callable[[], Parser] = PlainParser
     call_id: Callable[[], str] = str
     markers: frozenset[str] = frozenset()
-    spelled_markers: frozenset[str] = frozenset()
+    multi_token_markers: frozenset[str] = frozenset()
     forced_call: bool = False
     call_finish_reason: FinishReason = FinishReason.TOOL_CALLS
-    show_hidden: bool = False
+    show_special: bool = False
     stops: StopStrings = field(default_factory=lambda: StopStrings(()))
     include_stop: bool = False
     shown_stop_tokens: frozenset[int] = frozenset()
@@ -43,7 +43,7 @@ class DecodingOptions:
 def plain_decoding(options: ValidOptions, continues: bool = True) -> DecodingOptions:
     """For an answer of plain text."""
     return DecodingOptions(
-        show_hidden=not options.skip_special_tokens,
+        show_special=not options.skip_special_tokens,
         stops=StopStrings(options.stop),
         include_stop=options.include_stop,
         shown_stop_tokens=frozenset(options.stop_token_ids if options.include_stop else ()),
@@ -71,7 +71,7 @@ def chat_decoding(
         parser=parser,
         call_id=_short_call_id if output.short_call_ids else _call_id,
         markers=markers,
-        spelled_markers=frozenset(text for text in markers if marker_id(text) is None),
+        multi_token_markers=frozenset(text for text in markers if marker_id(text) is None),
         forced_call=use.forced,
         # As with OpenAI: a call that the caller named was not the model's decision.
         call_finish_reason=FinishReason.STOP if use.named else FinishReason.TOOL_CALLS,

@@ -26,7 +26,7 @@ class Echo:
         entries = () if logprobs is None else self._entries(logprobs)
         return [Delta(index, self._text, entries, completion_tokens=0) for index in range(n)]
 
-    def follow(self, delta: Delta) -> Delta:
+    def shift(self, delta: Delta) -> Delta:
         """A later delta, with offsets that count the prompt's text."""
         if not delta.logprobs:
             return delta
@@ -52,14 +52,14 @@ class Echo:
         """
         tokenizer, text = self._tokenizer, self._text
         detokenizer = Detokenizer(tokenizer)
-        offsets, place = [], 0
+        offsets, position = [], 0
         for token_id in self._token_ids:
-            offsets.append(min(place + detokenizer.breaks_off(token_id), len(text)))
-            if tokenizer.is_hidden(token_id):
+            offsets.append(min(position + detokenizer.leaves_incomplete(token_id), len(text)))
+            if tokenizer.is_special(token_id):
                 spelled = tokenizer.token_bytes(token_id).decode(errors="replace")
-                if text.startswith(spelled, place):
-                    place += len(spelled)
-                    detokenizer = Detokenizer(tokenizer, continues=text.startswith(" ", place))
+                if text.startswith(spelled, position):
+                    position += len(spelled)
+                    detokenizer = Detokenizer(tokenizer, continues=text.startswith(" ", position))
             else:
-                place += len(detokenizer.push(token_id))
+                position += len(detokenizer.push(token_id))
         return offsets

@@ -31,7 +31,7 @@ class _Held:
     start: int
     end: int
     entry: TokenLogprob
-    counts: bool  # whether it has an entry even without text
+    keep_if_empty: bool  # whether it has an entry even without text
 
 
 class HeldLogprobs:
@@ -41,12 +41,12 @@ class HeldLogprobs:
         self._held: deque[_Held] = deque()
         self._shown: deque[tuple[int, int]] = deque()  # (start, end) of shown text
 
-    def push(self, start: int, end: int, entry: TokenLogprob, counts: bool = True) -> None:
+    def push(self, start: int, end: int, entry: TokenLogprob, keep_if_empty: bool = True) -> None:
         """Adds an entry whose token's text goes from `start` to `end`.
 
         A token that ends within a character ends with that character.
         """
-        self._held.append(_Held(start, end, entry, counts))
+        self._held.append(_Held(start, end, entry, keep_if_empty))
 
     def show(self, start: int, end: int) -> None:
         """Records that the text from `start` to `end`, after all shown before, is shown."""
@@ -71,5 +71,5 @@ class HeldLogprobs:
         while self._shown and self._shown[0][1] <= held.start:
             self._shown.popleft()
         if held.start == held.end:
-            return held.counts
+            return held.keep_if_empty
         return bool(self._shown) and self._shown[0][0] < held.end

@@ -26,14 +26,14 @@ from tokenizer_svc.prompt.chat_template import ChatTemplate
 from tokenizer_svc.prompt.control_tokens import ControlTokenEscaper
 from tokenizer_svc.prompt.message_folding import FOLDINGS, Folding, folded
 from tokenizer_svc.prompt.template_input import (
-    changed,
+    map_strings,
     message_input,
-    separate_calls,
+    split_calls,
     template_variables,
     tool_input,
 )
 from tokenizer_svc.prompt.template_traits import TemplateProbe
-from tokenizer_svc.prompt.tool_prompt import with_tools, without_roles
+from tokenizer_svc.prompt.tool_prompt import calls_as_text, with_tools
 from tokenizer_svc.request.types import SYSTEM_ROLES, Conversation
 from tokenizer_svc.tokenizer import Tokenizer
 from trivium.wire import tracing
@@ -69,9 +69,9 @@ class ToolForm(Enum):
 class PromptBuilder:
     """Renders and encodes conversations for one model. May be used from any thread.
 
-    `variables` are the extra template variables that a request may set. With `folds`, conversations
-    that the template refuses, or shows only in part, are tried in other forms; `model` is the
-    model's name in log lines.
+    `variables` are the extra template variables that a request may set. With `fold_messages`,
+    conversations that the template refuses, or shows in part, are tried in other forms; `model` is
+    the model's name in log lines.
     """
 
     def __init__(
@@ -79,21 +79,21 @@ class PromptBuilder:
         template: ChatTemplate,
         tokenizer: Tokenizer,
         variables: Set[str] = frozenset(),
-        folds: bool = True,
+        fold_messages: bool = True,
         model: str = "",
     ) -> None:
         self._template = template
         self._tokenizer = tokenizer
         self._variables = variables
         self._escaper = ControlTokenEscaper(tokenizer.control_tokens)
-        self._folds = folds
+        self._fold_messages = fold_messages
         self._model = model
         self._fold_is_logged = False
-        plain, beside_tools = TemplateProbe(template, False), TemplateProbe(template, True)
-        self.shows_tools = beside_tools.shows_tools()
-        self._shows_system = plain.shows_system()
-        self._traits = plain.traits()
-        self._traits_beside_tools = beside_tools.traits() if self.shows_tools else self._traits
+        plain_probe, tools_probe = TemplateProbe(template, False), TemplateProbe(template, True)
+        self.shows_tools = tools_probe.shows_tools()
+        self._shows_system = plain_probe.shows_system()
+        self._traits = plain_probe.traits()
+        self._traits_with_tools = tools_probe.traits() if self.shows_tools else self._traits
 
     def build(self, conversation: Conversation, max_tokens: int | None = None) -> Prompt:
         """The prompt up to the assistant's answer; raises ServiceError if the template refuses it.
@@ -117,16 +117,16 @@ class PromptBuilder:
     def _texts(self, conversation: Conversation, variables: Mapping[str, Any]) -> list[str]:
         texts: list[str] = []
 
-        def note(text: str) -> str:
+        def collect(text: str) -> str:
             texts.append(text)
             return text
 
-        for traits in {self._traits, self._traits_beside_tools}:
+        for traits in {self._traits, self._traits_with_tools}:
             for message in conversation.messages:
-                message_input(message, traits, note)
+                message_input(message, traits, collect)
         for tool in conversation.tools:
-            tool_input(tool, note)
-        changed(variables, note)
+            tool_input(tool, collect)
+        map_strings(variables, collect)
         return texts
 
     def _render(
@@ -138,8 +138,8 @@ class PromptBuilder:
         """Renders the conversation, with `change` applied to all of its text."""
         refusal: ServiceError | None = None
         tried: list[Any] = []
-        opens = conversation.add_generation_prompt is not False
-        opens = opens and not conversation.continue_final_message
+        add_generation_prompt = conversation.add_generation_prompt is not False
+        add_generation_prompt = add_generation_prompt and not conversation.continue_final_message
         for folding, form in product(self._foldings(conversation), self._tool_forms(conversation)):
             messages, tools = self._input(conversation, change, form, folding)
             if (messages, tools) in tried:
@@ -147,22 +147,24 @@ class PromptBuilder:
             tried.append((messages, tools))
             last = str(messages[-1]["content"])
             try:
-                rendered = self._template.render(messages, tools, opens, changed(variables, change))
+                rendered = self._template.render(
+                    messages, tools, add_generation_prompt, map_strings(variables, change)
+                )
             except ServiceError as error:
                 refusal = refusal or error
                 continue
             if folding is not None:
                 self._log_fold()
-            return _up_to(rendered, last) if conversation.continue_final_message else rendered
+            return _cut_after(rendered, last) if conversation.continue_final_message else rendered
         assert refusal is not None, "Nothing was tried. This is a bug."
         raise refusal
 
     def _foldings(self, conversation: Conversation) -> Sequence[Folding | None]:
         """The foldings to try, in order; None is the conversation as it is."""
-        traits = self._traits_beside_tools if conversation.tools else self._traits
+        traits = self._traits_with_tools if conversation.tools else self._traits
         later = any(message.role in SYSTEM_ROLES for message in conversation.messages[1:])
-        left_out = later and not traits.later_system
-        if self._folds:
+        left_out = later and not traits.later_system_messages
+        if self._fold_messages:
             return FOLDINGS if left_out else (None, *FOLDINGS)
         if left_out:
             message = "The model's chat template shows no system messages after the first."
@@ -185,13 +187,13 @@ class PromptBuilder:
     ) -> tuple[Sequence[Mapping[str, Any]], list[dict[str, Any]] | None]:
         """Messages and tools for the template, new objects each time, as it may modify them."""
         is_native = form in (ToolForm.NATIVE, ToolForm.FILLED)
-        traits = self._traits_beside_tools if is_native else self._traits
+        traits = self._traits_with_tools if is_native else self._traits
         messages: Sequence[Mapping[str, Any]] = [
             message_input(message, traits, change)
-            for message in separate_calls(conversation.messages, traits)
+            for message in split_calls(conversation.messages, traits)
         ]
         if not traits.shows_calls:
-            messages = without_roles(messages)
+            messages = calls_as_text(messages)
         if folding is not None:
             messages = folded(messages, folding)
         tools = [tool_input(tool, change, form is ToolForm.FILLED) for tool in conversation.tools]
@@ -211,7 +213,7 @@ class PromptBuilder:
         )
 
 
-def _up_to(rendered: str, last: str) -> str:
+def _cut_after(rendered: str, last: str) -> str:
     """The prompt cut off after the last message's text, as Hugging Face does it."""
     at = rendered.rfind(last.strip())
     if at < 0:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tokenizer_svc.prompt.tool_prompt import without_roles
+from tokenizer_svc.prompt.tool_prompt import calls_as_text
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -37,8 +37,8 @@ FOLDINGS = tuple(
 def folded(messages: Messages, folding: Folding) -> list[Mapping[str, Any]]:
     """The folded conversation; messages that need no change are the same objects."""
     if folding.calls_as_text:
-        messages = without_roles(messages)
-    result = _joined(_system_as_user(messages, folding.keeps_system)) or list(messages)
+        messages = calls_as_text(messages)
+    result = _merged(_system_as_user(messages, folding.keeps_system)) or list(messages)
     return _alternating(result) if folding.alternates else result
 
 
@@ -51,27 +51,27 @@ def _system_as_user(messages: Messages, keeps_first: bool) -> Messages:
     return result
 
 
-def _joined(messages: Messages) -> list[Mapping[str, Any]]:
+def _merged(messages: Messages) -> list[Mapping[str, Any]]:
     """Merges adjacent messages of one role; an empty assistant message is left out."""
     result: list[Mapping[str, Any]] = []
     for message in messages:
         if message["role"] == "assistant" and not (message["content"] or _has_calls(message)):
             continue
-        if result and _belong_together(result[-1], message):
+        if result and _can_merge(result[-1], message):
             before = result.pop()
-            message = {**before, **message, "content": _both_texts(before, message)}
+            message = {**before, **message, "content": _merged_text(before, message)}
             if before.get("name") != message.get("name"):
                 message.pop("name")
         result.append(message)
     return result
 
 
-def _belong_together(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+def _can_merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     is_same = first["role"] == second["role"] and first["role"] != "tool"
     return is_same and not _has_calls(first) and not _has_calls(second)
 
 
-def _both_texts(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+def _merged_text(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     return "\n\n".join(text for text in (first["content"], second["content"]) if text)
 
 

@@ -28,7 +28,7 @@ _EFFORT = "reasoning_effort"
 _SWITCHES = ("enable_thinking", "thinking")
 
 
-def separate_calls(messages: Sequence[Message], traits: TemplateTraits) -> list[Message]:
+def split_calls(messages: Sequence[Message], traits: TemplateTraits) -> list[Message]:
     """Splits messages that the template would only show in part.
 
     Where the template needs it, text and calls in one message become two messages, and several
@@ -39,14 +39,14 @@ def separate_calls(messages: Sequence[Message], traits: TemplateTraits) -> list[
     for index, message in enumerate(messages):
         if message.role is Role.TOOL and index < results_done:
             continue
-        if message.tool_calls and message.content and not traits.calls_beside_text:
+        if message.tool_calls and message.content and not traits.calls_with_text:
             result.append(replace(message, tool_calls=()))
             message = replace(message, parts=(), reasoning=None)
-        if len(message.tool_calls) < 2 or traits.several_calls:
+        if len(message.tool_calls) < 2 or traits.parallel_calls:
             result.append(message)
             continue
         results_done = _end_of_results(messages, index + 1)
-        result += _one_by_one(message, list(messages[index + 1 : results_done]))
+        result += _one_call_each(message, list(messages[index + 1 : results_done]))
     return result
 
 
@@ -57,7 +57,7 @@ def _end_of_results(messages: Sequence[Message], start: int) -> int:
     return end
 
 
-def _one_by_one(message: Message, results: list[Message]) -> list[Message]:
+def _one_call_each(message: Message, results: list[Message]) -> list[Message]:
     """A message for each call; results that belong to none of them come last."""
     separate: list[Message] = []
     for call in message.tool_calls:
@@ -80,7 +80,7 @@ def message_input(message: Message, traits: TemplateTraits, change: Change) -> d
         result["name"] = change(message.name)
     if message.reasoning is not None:
         both = message.tool_calls and message.content
-        if traits.reasoning_beside_both or not both:
+        if traits.reasoning_with_text_and_calls or not both:
             result[traits.reasoning_name] = change(message.reasoning)
     if message.tool_calls:
         result["tool_calls"] = [_tool_call(call, traits, change) for call in message.tool_calls]
@@ -97,7 +97,7 @@ def tool_input(tool: Tool, change: Change, filled: bool = False) -> dict[str, An
     if tool.description is not None:
         function["description"] = change(tool.description)
     if tool.parameters is not None:
-        function["parameters"] = changed(json.loads(tool.parameters), change)
+        function["parameters"] = map_strings(json.loads(tool.parameters), change)
     if filled:
         function["parameters"] = {"type": "object", "properties": {}} | function["parameters"]
     return {"type": "function", "function": function}
@@ -122,12 +122,12 @@ def _arguments(text: str, traits: TemplateTraits, change: Change) -> Any:
     """
     if text.strip() in ("", "null"):
         text = "{}"
-    if traits.text_arguments:
+    if traits.arguments_as_text:
         return change(text)
     parsed = _json_object(text)
     if parsed is not None:
-        return changed(parsed, change)
-    return change(text) if traits.takes_odd_arguments else {INVALID_ARGUMENTS: change(text)}
+        return map_strings(parsed, change)
+    return change(text) if traits.accepts_invalid_arguments else {INVALID_ARGUMENTS: change(text)}
 
 
 def _json_object(text: str) -> dict[str, Any] | None:
@@ -139,14 +139,16 @@ def _json_object(text: str) -> dict[str, Any] | None:
     return parsed if is_right else None
 
 
-def changed(value: Any, change: Change) -> Any:
+def map_strings(value: Any, change: Change) -> Any:
     """JSON with `change` applied to every string in it."""
     if isinstance(value, str):
         return change(value.encode("utf-8", "replace").decode())  # JSON can spell lone surrogates
     if isinstance(value, dict):
-        return {changed(key, change): changed(inner, change) for key, inner in value.items()}
+        return {
+            map_strings(key, change): map_strings(inner, change) for key, inner in value.items()
+        }
     if isinstance(value, list):
-        return [changed(inner, change) for inner in value]
+        return [map_strings(inner, change) for inner in value]
     return value
 
 

@@ -26,13 +26,13 @@ class TemplateTraits:
 
     shows_calls: bool = False
     null_content: bool = False  # absent text of a message with calls is None, not ""
-    text_arguments: bool = False  # arguments of calls are JSON text, not an object
-    takes_odd_arguments: bool = True  # arguments that are not a JSON object are shown as they are
-    several_calls: bool = True  # all calls of a message are shown
-    calls_beside_text: bool = True  # calls of a message that has text are shown
+    arguments_as_text: bool = False  # arguments of calls are JSON text, not an object
+    accepts_invalid_arguments: bool = True  # those that are not a JSON object are shown as they are
+    parallel_calls: bool = True  # all calls of a message are shown
+    calls_with_text: bool = True  # calls of a message that has text are shown
     reasoning_name: str = _REASONING_NAMES[0]
-    reasoning_beside_both: bool = True  # reasoning is accepted beside text and calls
-    later_system: bool = True  # system messages after the first are shown
+    reasoning_with_text_and_calls: bool = True  # reasoning is accepted beside text and calls
+    later_system_messages: bool = True  # system messages after the first are shown
     short_call_ids: bool = False  # ids of calls are nine letters and digits, as in Mistral's
 
 
@@ -56,17 +56,23 @@ class TemplateProbe:
         short_ids = "length 9" in self._template.whole_source
         traits = replace(self._call_form(), short_call_ids=short_ids)
         if traits.shows_calls:
-            odd = '{"trivium_odd": "trivium_cut'
+            invalid = '{"trivium_odd": "trivium_cut'
             traits = replace(
                 traits,
-                takes_odd_arguments=self._shows(
-                    _called(traits, arguments=odd), "trivium_odd", "trivium_cut"
+                accepts_invalid_arguments=self._shows(
+                    _conversation_with_calls(traits, arguments=invalid),
+                    "trivium_odd",
+                    "trivium_cut",
                 ),
-                several_calls=self._shows(_called(traits, calls=2), *_words(2)),
-                calls_beside_text=self._shows(_called(traits, content=_TEXT), *_words(1)),
+                parallel_calls=self._shows(
+                    _conversation_with_calls(traits, calls=2), *_expected_words(2)
+                ),
+                calls_with_text=self._shows(
+                    _conversation_with_calls(traits, content=_TEXT), *_expected_words(1)
+                ),
             )
         later = [_system("trivium_first"), _user(), _answer(), _system(_TEXT), _user()]
-        traits = replace(traits, later_system=self._shows(later, "trivium_first", _TEXT))
+        traits = replace(traits, later_system_messages=self._shows(later, "trivium_first", _TEXT))
         return self._with_reasoning(traits)
 
     def _call_form(self) -> TemplateTraits:
@@ -74,9 +80,9 @@ class TemplateProbe:
         found = []
         for text in (False, True):
             for null in (False, True):
-                form = TemplateTraits(True, null_content=null, text_arguments=text)
-                prompt = self._prompt(_called(form))
-                if all(word in prompt for word in _words(1)):
+                form = TemplateTraits(True, null_content=null, arguments_as_text=text)
+                prompt = self._prompt(_conversation_with_calls(form))
+                if all(word in prompt for word in _expected_words(1)):
                     found.append((prompt, form))
 
         def flaws(candidate: tuple[str, TemplateTraits]) -> tuple[bool, bool, int, int]:
@@ -85,7 +91,7 @@ class TemplateProbe:
             # as an empty turn, makes the longer prompt.
             prompt, form = candidate
             is_python = "{'trivium_key" in prompt
-            return is_python, form.text_arguments, prompt.count("None"), len(prompt)
+            return is_python, form.arguments_as_text, prompt.count("None"), len(prompt)
 
         return min(found, key=flaws)[1] if found else TemplateTraits()
 
@@ -93,14 +99,18 @@ class TemplateProbe:
         for name in _REASONING_NAMES:
             conversations = [[_user(), _answer() | {name: _TEXT}]]
             if traits.shows_calls:  # many templates show it nowhere else
-                conversations.append(_with(_called(traits), {name: _TEXT}))
+                conversations.append(
+                    _add_to_assistant(_conversation_with_calls(traits), {name: _TEXT})
+                )
             if any(self._shows(messages, _TEXT) for messages in conversations):
                 traits = replace(traits, reasoning_name=name)
                 break
-        if not (traits.shows_calls and traits.calls_beside_text):
+        if not (traits.shows_calls and traits.calls_with_text):
             return traits
-        both = _with(_called(traits, content="a"), {traits.reasoning_name: _TEXT})
-        return replace(traits, reasoning_beside_both=self._shows(both))
+        both = _add_to_assistant(
+            _conversation_with_calls(traits, content="a"), {traits.reasoning_name: _TEXT}
+        )
+        return replace(traits, reasoning_with_text_and_calls=self._shows(both))
 
     def _shows(self, messages: Messages, *words: str) -> bool:
         prompt = self._prompt(messages)
@@ -138,7 +148,7 @@ def _answer() -> dict[str, Any]:
     return {"role": "assistant", "content": "Hello"}
 
 
-def _called(
+def _conversation_with_calls(
     form: TemplateTraits,
     calls: int = 1,
     arguments: str | None = None,
@@ -150,7 +160,7 @@ def _called(
         value: Any = {f"trivium_key_{index}": f"trivium_value_{index}"}
         if arguments is not None:
             value = arguments
-        elif form.text_arguments:
+        elif form.arguments_as_text:
             value = f'{{"trivium_key_{index}": "trivium_value_{index}"}}'
         call_id = f"trivium0{index}"  # nine letters and digits, as Mistral's templates require
         function = {"name": f"trivium_call_{index}", "arguments": value}
@@ -162,12 +172,12 @@ def _called(
     return [_user(), {"role": "assistant", "content": content, "tool_calls": made}, *results]
 
 
-def _with(messages: Messages, more: dict[str, Any]) -> Messages:
+def _add_to_assistant(messages: Messages, more: dict[str, Any]) -> Messages:
     """The same messages with `more` in the assistant's."""
     return [message | more if message["role"] == "assistant" else message for message in messages]
 
 
-def _words(calls: int) -> list[str]:
+def _expected_words(calls: int) -> list[str]:
     """What the prompt has to show of this many calls. Their names are among the tools anyway."""
     return [
         f"trivium_{part}_{index}" for part in ("key", "value", "result") for index in range(calls)

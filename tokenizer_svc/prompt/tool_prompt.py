@@ -31,16 +31,16 @@ def with_tools(messages: Messages, tools: Messages, system: bool) -> list[Mappin
     description = f"{_BEFORE}{lines}{_AFTER}"
     role = "system" if system else "user"
     candidates = messages[:1] if system else messages
-    place = next((at for at, message in enumerate(candidates) if message["role"] == role), None)
-    if place is None:
+    index = next((at for at, message in enumerate(candidates) if message["role"] == role), None)
+    if index is None:
         return [{"role": role, "content": description}, *messages]
-    found = messages[place]
+    found = messages[index]
     text = found.get("content") or ""
     joined = f"{text}\n\n{description}" if system else f"{description}\n\n{text}"
-    return [*messages[:place], {**found, "content": joined}, *messages[place + 1 :]]
+    return [*messages[:index], {**found, "content": joined}, *messages[index + 1 :]]
 
 
-def without_roles(messages: Messages) -> list[Mapping[str, Any]]:
+def calls_as_text(messages: Messages) -> list[Mapping[str, Any]]:
     """The messages with calls and results as text; consecutive results become one message."""
     result: list[Mapping[str, Any]] = []
     after_tool = False

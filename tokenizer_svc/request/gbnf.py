@@ -28,7 +28,7 @@ _CHARACTER = re.compile(
     r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))|(.)", re.DOTALL
 )
 _ESCAPED = {"n": "\n", "r": "\r", "t": "\t", "f": "\f", "v": "\v", "b": "\b", "a": "\a"}
-_ITSELF = frozenset("\"'\\[]-^/.?*+(){}|$ ")
+_LITERAL_ESCAPES = frozenset("\"'\\[]-^/.?*+(){}|$ ")
 
 
 def is_gbnf(grammar: str) -> bool:
@@ -38,16 +38,16 @@ def is_gbnf(grammar: str) -> bool:
 
 def to_lark(grammar: str) -> str:
     """The same grammar in Lark; raises ValueError that says what is wrong with it."""
-    return _Reader(grammar).lark()
+    return _Parser(grammar).lark()
 
 
-class _Reader:
+class _Parser:
     """Parses a grammar from its first token to its last."""
 
     def __init__(self, grammar: str) -> None:
         self._grammar = grammar
         self._tokens = list(_TOKEN.finditer(grammar))
-        self._place = 0
+        self._position = 0
         self._depth = 0
         rules = [match["rule"] for match in self._tokens if match["rule"]]
         self._names = {name: f"rule_{number}" for number, name in enumerate(rules)}
@@ -63,19 +63,19 @@ class _Reader:
             name = self._token("rule")
             if not name:
                 raise self._unexpected()
-            self._place += 1
+            self._position += 1
             lines.append(f"{self._names[name]}: {self._options()}\n")
         return "".join(lines)
 
     def _token(self, kind: str) -> str:
         """The next token if it is of this kind, else ""; the end of the grammar is "end"."""
-        match = self._tokens[self._place]
+        match = self._tokens[self._position]
         return match[kind] or ("end" if kind == "end" and match.lastgroup == "end" else "")
 
     def _options(self) -> str:
         options = [self._sequence()]
         while self._token("sign") == "|":
-            self._place += 1
+            self._position += 1
             options.append(self._sequence())
         return " | ".join(options)
 
@@ -84,20 +84,20 @@ class _Reader:
         while (item := self._item()) is not None:
             repeat = self._token("repeat")
             if repeat:
-                self._place += 1
+                self._position += 1
                 item = f"({item}){''.join(repeat.split())}"
             items.append(item)
         return " ".join(items) or '""'
 
     def _item(self) -> str | None:
         """The next item; None at the end of a sequence."""
-        match = self._tokens[self._place]
+        match = self._tokens[self._position]
         kind = match.lastgroup
         if kind in ("rule", "end") or (kind == "sign" and match["sign"] in "|)"):
             return None
         if kind == "sign" and match["sign"] == "(":
             return self._group()
-        self._place += 1
+        self._position += 1
         if kind == "name" and match["name"] in self._names:
             return self._names[match["name"]]
         if kind == "name":
@@ -108,23 +108,23 @@ class _Reader:
             return f"/{_set(match['set'])}/"
         if kind == "sign":
             return "/(?s:.)/"
-        self._place -= 1
+        self._position -= 1
         raise self._unexpected()
 
     def _group(self) -> str:
-        self._place += 1
+        self._position += 1
         self._depth += 1
         if self._depth > MAX_DEPTH:
             raise ValueError(f"more than {MAX_DEPTH} levels of parentheses")
         options = self._options()
         if self._token("sign") != ")":
             raise self._unexpected()
-        self._place += 1
+        self._position += 1
         self._depth -= 1
         return f"({options})"
 
     def _unexpected(self) -> ValueError:
-        match = self._tokens[self._place]
+        match = self._tokens[self._position]
         start = match.end() if match.lastgroup == "end" else match.start(match.lastgroup or 0)
         line = self._grammar.count("\n", 0, start) + 1
         found = "end" if match.lastgroup == "end" else repr(self._grammar[start : start + 20])
@@ -142,7 +142,7 @@ def _characters(text: str) -> list[str]:
             characters.append(chr(int(code, 16)))
         elif match[4] is None:
             characters.append(match[5])
-        elif match[4] in _ESCAPED or match[4] in _ITSELF:
+        elif match[4] in _ESCAPED or match[4] in _LITERAL_ESCAPES:
             characters.append(_ESCAPED.get(match[4], match[4]))
         else:
             raise ValueError(f"{match[0]} is not an escape sequence")
@@ -153,11 +153,13 @@ def _set(text: str) -> str:
     """A character class in regex syntax."""
     negated = text.startswith("^")
     members = [match[0] for match in _CHARACTER.finditer(text[negated:])]
-    ranges, place = [], 0
-    while place < len(members):
-        is_range = members[place + 1 : place + 2] == ["-"] and place + 2 < len(members)
-        ranges.append(_range(members[place : place + 3 : 2] if is_range else [members[place]]))
-        place += 3 if is_range else 1
+    ranges, position = [], 0
+    while position < len(members):
+        is_range = members[position + 1 : position + 2] == ["-"] and position + 2 < len(members)
+        ranges.append(
+            _range(members[position : position + 3 : 2] if is_range else [members[position]])
+        )
+        position += 3 if is_range else 1
     if not ranges:
         return r"(?s:.)" if negated else r"[^\x00-\u{10FFFF}]"
     return f"[{'^' * negated}{''.join(ranges)}]"

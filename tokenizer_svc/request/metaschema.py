@@ -69,19 +69,19 @@ _KINDS: dict[str, Kind] = {
 }
 
 
-def schema_error(schema: Any, place: str = "#") -> str | None:
+def schema_error(schema: Any, path: str = "#") -> str | None:
     """The first error in a schema, as a clause; None if there is none."""
     if isinstance(schema, bool):
         return None
     if not isinstance(schema, dict):
-        return f"'{place}' must be {_SCHEMA[0]}"
+        return f"'{path}' must be {_SCHEMA[0]}"
     for key, kind in _KINDS.items():
         if key not in schema:
             continue
         if not kind[1](schema[key]):
-            return f"'{place}/{key}' must be {kind[0]}"
+            return f"'{path}/{key}' must be {kind[0]}"
         for name, inner in _schemas(key, kind, schema[key]):
-            found = schema_error(inner, f"{place}/{name}")
+            found = schema_error(inner, f"{path}/{name}")
             if found is not None:
                 return found
     return None

@@ -153,10 +153,10 @@ class ChatRequest:
     def schema_characters(self) -> int:
         """Number of characters of JSON to be parsed."""
         conversation, options = self.conversation, self.options
-        forms = (options.response_format, options.structured_outputs)
+        constraints = filter(None, (options.response_format, options.structured_outputs))
         return (
             sum(len(tool.parameters or "") for tool in conversation.tools)
-            + sum(len(form.definition or "") for form in forms if form is not None)
+            + sum(len(constraint.definition or "") for constraint in constraints)
             + sum(map(len, conversation.variables.values()))
         )
 
@@ -202,12 +202,12 @@ class ValidOptions:
 class ToolUse:
     """Which tools an answer may or must call; without `tools`, none.
 
-    `places` are the tools' indices in the request; `named` is whether the caller named the function
-    to call.
+    `indices` are those of the tools in the request; `named` is whether the caller named the
+    function to call.
     """
 
     tools: tuple[Tool, ...] = ()
-    places: tuple[int, ...] = ()
+    indices: tuple[int, ...] = ()
     forced: bool = False
     parallel: bool = True
     named: bool = False

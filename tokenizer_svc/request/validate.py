@@ -85,12 +85,12 @@ def validate_completion(request: CompletionRequest, vocabulary_size: int) -> Val
             check_token_ids(field, prompt, vocabulary_size)
     options = valid_options(request.options, vocabulary_size, PLAIN_COMPLETION_TOKENS)
     check_optional("logprobs", request.logprobs, COMPLETION_LOGPROBS)
-    longest = options.max_completion_tokens
-    if longest is None:
-        longest = max(COMPLETION_TOKENS, options.min_tokens)
+    max_tokens = options.max_completion_tokens
+    if max_tokens is None:
+        max_tokens = max(COMPLETION_TOKENS, options.min_tokens)
     return replace(
         options,
-        max_completion_tokens=longest,
+        max_completion_tokens=max_tokens,
         top_logprobs=request.logprobs,
         prompt_logprobs=request.logprobs if request.echo else None,
     )
@@ -110,9 +110,12 @@ def valid_options(
     _check_stop(options.stop)
     check_array("stop_token_ids", options.stop_token_ids, MAX_STOP_TOKENS)
     check_token_ids("stop_token_ids", options.stop_token_ids, vocabulary_size)
-    most, least = options.max_completion_tokens, options.min_tokens or 0
-    if most is not None and least > most:
-        message = f"'min_tokens' is {least}, more than 'max_completion_tokens', which is {most}."
+    max_tokens, min_tokens = options.max_completion_tokens, options.min_tokens or 0
+    if max_tokens is not None and min_tokens > max_tokens:
+        message = (
+            f"'min_tokens' is {min_tokens}, more than 'max_completion_tokens', which is "
+            f"{max_tokens}."
+        )
         raise ServiceError("invalid_parameter_combination", message, "min_tokens")
     return ValidOptions(
         sampling=options.sampling,

@@ -19,9 +19,9 @@ def valid_response_constraint(
     response_format: ResponseConstraint | None, structured_outputs: ResponseConstraint | None
 ) -> ResponseConstraint | None:
     """The constraint that either field gives; None for plain text."""
-    for form in (response_format, structured_outputs):
-        if form is not None:
-            _check(form)
+    for constraint in (response_format, structured_outputs):
+        if constraint is not None:
+            _check(constraint)
     if response_format is not None and response_format.kind is ResponseKind.TEXT:
         response_format = None
     if response_format is not None and structured_outputs is not None:
@@ -32,42 +32,42 @@ def valid_response_constraint(
     return response_format or (structured_outputs and _in_lark(structured_outputs))
 
 
-def _in_lark(form: ResponseConstraint) -> ResponseConstraint:
+def _in_lark(constraint: ResponseConstraint) -> ResponseConstraint:
     """The same constraint, with a grammar in GBNF translated to Lark."""
-    if form.kind is not ResponseKind.GRAMMAR or not is_gbnf(form.definition or ""):
-        return form
+    if constraint.kind is not ResponseKind.GRAMMAR or not is_gbnf(constraint.definition or ""):
+        return constraint
     try:
-        return replace(form, definition=to_lark(form.definition or ""))
+        return replace(constraint, definition=to_lark(constraint.definition or ""))
     except ValueError as error:
-        message = f"Invalid '{form.param}': the grammar cannot be used: {error}."
-        raise ServiceError("invalid_value", message, form.param) from error
+        message = f"Invalid '{constraint.param}': the grammar cannot be used: {error}."
+        raise ServiceError("invalid_value", message, constraint.param) from error
 
 
-def _check(form: ResponseConstraint) -> None:
-    if form.kind is None:
+def _check(constraint: ResponseConstraint) -> None:
+    if constraint.kind is None:
         known = (
             "'text', 'json_object' and 'json_schema'"
-            if form.param == "response_format"
+            if constraint.param == "response_format"
             else "'json', 'regex', 'choice', 'grammar' and 'json_object'"
         )
-        raise unknown_value(form.param, known)
-    if form.param.startswith("response_format.json_schema"):
-        check_name("response_format.json_schema.name", form.name or "")
-    if form.kind is ResponseKind.JSON_SCHEMA and form.definition is not None:
-        check_schema(form.definition, form.param)
-    elif form.kind in (ResponseKind.REGEX, ResponseKind.GRAMMAR):
-        if not form.definition:
-            raise missing(form.param)
-        check_length(form.param, form.definition, MAX_PATTERN_CHARACTERS)
-    elif form.kind is ResponseKind.CHOICE:
-        _check_choices(form)
+        raise unknown_value(constraint.param, known)
+    if constraint.param.startswith("response_format.json_schema"):
+        check_name("response_format.json_schema.name", constraint.name or "")
+    if constraint.kind is ResponseKind.JSON_SCHEMA and constraint.definition is not None:
+        check_schema(constraint.definition, constraint.param)
+    elif constraint.kind in (ResponseKind.REGEX, ResponseKind.GRAMMAR):
+        if not constraint.definition:
+            raise missing(constraint.param)
+        check_length(constraint.param, constraint.definition, MAX_PATTERN_CHARACTERS)
+    elif constraint.kind is ResponseKind.CHOICE:
+        _check_choices(constraint)
 
 
-def _check_choices(form: ResponseConstraint) -> None:
-    check_nonempty(form.param, form.choices)
-    check_array(form.param, form.choices, MAX_CHOICES)
-    for index, choice in enumerate(form.choices):
-        field = f"{form.param}[{index}]"
+def _check_choices(constraint: ResponseConstraint) -> None:
+    check_nonempty(constraint.param, constraint.choices)
+    check_array(constraint.param, constraint.choices, MAX_CHOICES)
+    for index, choice in enumerate(constraint.choices):
+        field = f"{constraint.param}[{index}]"
         if not choice:
             raise empty_string(field)
         check_length(field, choice, MAX_PATTERN_CHARACTERS)

@@ -61,18 +61,18 @@ def tool_use(tools: tuple[Tool, ...], choice: ToolChoice | None, parallel: bool 
         raise ServiceError("invalid_parameter_combination", text, "tool_choice")
     if not tools or mode is ToolMode.NONE:
         return ToolUse()
-    places = tuple(range(len(tools)))
+    indices = tuple(range(len(tools)))
     if mode is ToolMode.FUNCTION:
         name = None if choice is None else choice.function_name
-        places = tuple(index for index, tool in enumerate(tools) if tool.name == name)
+        indices = tuple(index for index, tool in enumerate(tools) if tool.name == name)
         if not name:
             raise missing("tool_choice.function.name")
-        if not places:
+        if not indices:
             text = f"Tool choice '{name}' not found in 'tools' parameter."
             raise ServiceError("invalid_parameter_combination", text, "tool_choice")
     return ToolUse(
-        tools=tuple(tools[index] for index in places),
-        places=places,
+        tools=tuple(tools[index] for index in indices),
+        indices=indices,
         forced=mode is not ToolMode.AUTO,
         parallel=parallel is not False and mode is not ToolMode.FUNCTION,
         named=mode is ToolMode.FUNCTION,
