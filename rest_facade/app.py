@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rest_facade.backend import Backend
 from rest_facade.config import FacadeSettings
-from rest_facade.connection import ClientGone
+from rest_facade.connection import ClientDisconnected
 from rest_facade.cors import cors
 from rest_facade.errors import ErrorResponse, error_body
 from rest_facade.metrics import Metrics
@@ -40,9 +40,9 @@ from trivium.wire.in_flight import InFlight
 log = logging.getLogger(__name__)
 
 # Paths that need a key and are refused while draining; all others concern this process only.
-_API = ("/v1/", "/tokenize", "/detokenize", "/tokenizer_info")
-_ONE_MODEL = "/v1/models/"
-_CLIENT_GONE = ERRORS[CLIENT_LEFT].http
+_API_PREFIXES = ("/v1/", "/tokenize", "/detokenize", "/tokenizer_info")
+_MODEL_PREFIX = "/v1/models/"
+_CLIENT_CLOSED_REQUEST = ERRORS[CLIENT_LEFT].http
 _IDENTITY_HEADERS = (telemetry.REQUEST_ID.encode(), telemetry.TRACEPARENT.encode())
 
 
@@ -143,7 +143,7 @@ class IdentityMiddleware:
             "url.scheme": scope["scheme"],
             "url.path": scope["path"][:200],
         }
-        if scope["path"].startswith(_API):
+        if scope["path"].startswith(_API_PREFIXES):
             with tracing.call(f"{scope['method']} {route}", attributes, begins=True) as span:
                 await self._answer(scope, receive, send, identity, route, span)
         else:
@@ -159,7 +159,7 @@ class IdentityMiddleware:
         span: tracing.Span,
     ) -> None:
         usage = usage_of(scope)
-        status, started_at, sending_since = _CLIENT_GONE, time.monotonic(), math.inf
+        status, started_at, sending_since = _CLIENT_CLOSED_REQUEST, time.monotonic(), math.inf
 
         async def send_with_id(message: Message) -> None:
             nonlocal status, sending_since
@@ -188,15 +188,15 @@ class IdentityMiddleware:
                 self._usage_log.write(refusal_record(usage, status, now - started_at))
 
     def _route(self, path: str) -> str:
-        if path.startswith(_ONE_MODEL):
-            return _ONE_MODEL + "{id}"
+        if path.startswith(_MODEL_PREFIX):
+            return _MODEL_PREFIX + "{id}"
         return path if path in self._paths else "other"
 
     def _record(self, scope: Scope, route: str, status: int, seconds: float) -> None:
         path = scope["path"]
         self._metrics.requests.labels(route, status).inc()
         self._metrics.seconds.labels(route).observe(seconds)
-        level = logging.INFO if path.startswith(_API) else logging.DEBUG
+        level = logging.INFO if path.startswith(_API_PREFIXES) else logging.DEBUG
         fields = {
             "method": scope["method"],
             "route": route,
@@ -222,16 +222,16 @@ class ErrorMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
 
-        async def send_and_note_start(message: Message) -> None:
+        async def send_and_record_start(message: Message) -> None:
             nonlocal started
             started = True
             await send(message)
 
         try:
-            await self._app(scope, receive, send_and_note_start)
+            await self._app(scope, receive, send_and_record_start)
             return
-        except ClientGone:
-            usage_of(scope).outcome = _CLIENT_GONE
+        except ClientDisconnected:
+            usage_of(scope).final_status = _CLIENT_CLOSED_REQUEST
             tracing.current().set({"error.type": CLIENT_LEFT})
             self._metrics.disconnects.inc()
             return
@@ -246,7 +246,7 @@ class ErrorMiddleware:
             await ErrorResponse(service_error)(scope, receive, send)
             return
         # Only streams can fail after the response has started.
-        usage_of(scope).outcome = service_error.kind.http
+        usage_of(scope).final_status = service_error.kind.http
         tracing.current().fail(service_error.code)
         self._metrics.stream_errors.labels(service_error.code).inc()
         log.warning("a stream failed: %s: %s", service_error.code, service_error.message)
@@ -266,7 +266,7 @@ class AdmissionMiddleware:
         self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not scope["path"].startswith(_API):
+        if not scope["path"].startswith(_API_PREFIXES):
             await self._app(scope, receive, send)
             return
         with self._in_flight.admitted():

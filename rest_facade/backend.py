@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 CHAT_SERVICE = "trivium.chat.v1.ChatService"
 
 _READ_SECONDS = 10  # metadata lookups
-_NOT_SAMPLED = f"00-{1:032x}-{1:016x}-00"  # for calls that should not start a trace
-_CHECK = "check"  # the key name that readiness checks use
+_UNSAMPLED_TRACEPARENT = f"00-{1:032x}-{1:016x}-00"  # for calls that should not start a trace
+_HEALTH_CHECK_KEY_NAME = "check"  # the key name that readiness checks use
 _TOKENIZE_SECONDS = 60  # the largest body takes a few seconds
 
 Event = TypeVar("Event")
@@ -43,8 +43,8 @@ class Backend:
     """The tokenizers at `target`. An async context manager.
 
     `timeout` is the maximum time for a completion, in seconds. `key` authenticates this stage; if
-    calls name the caller's key, `names_keys`, it has to be a stage key. Without `tls`, calls are in
-    plain text.
+    calls name the caller's key, `forwards_key_names`, it has to be a stage key. Without `tls`,
+    calls are in plain text.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Backend:
         timeout: float | None = None,
         key: OwnKey | None = None,
         tls: ChannelTls | None = None,
-        names_keys: bool = False,
+        forwards_key_names: bool = False,
     ) -> None:
         # Tokenizers serve while they have a generator; if none does, any of them says why.
         refusals = ["invalid_api_key"]  # processes do not all reload changed keys at once
@@ -62,7 +62,7 @@ class Backend:
         )
         self._timeout = timeout
         self._key = key
-        self._names_keys = names_keys
+        self._forwards_key_names = forwards_key_names
         self._is_key_accepted = False
         self._key_refusal = ""  # already logged
         self._running: set[grpc.aio.Call] = set()
@@ -72,23 +72,23 @@ class Backend:
         self._lost_at = -math.inf
 
     async def __aenter__(self) -> Self:
-        self._following = asyncio.create_task(self._follow())
+        self._watcher = asyncio.create_task(self._watch_replicas())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._following.cancel()
-        await asyncio.gather(self._following, return_exceptions=True)
+        self._watcher.cancel()
+        await asyncio.gather(self._watcher, return_exceptions=True)
         await self.replicas.close()
 
     async def complete_chat(self, request: chat.Request) -> chat.Response:
         """The complete response; cancelling the caller cancels the call."""
-        return await self._completed(
+        return await self._complete(
             lambda replica: replica.stub(chat.ChatServiceStub).CreateChatCompletion, request
         )
 
     async def complete_text(self, request: completion.Request) -> completion.Response:
         """The same for a plain completion."""
-        return await self._completed(
+        return await self._complete(
             lambda replica: replica.stub(completion.CompletionServiceStub).CreateCompletion,
             request,
         )
@@ -164,9 +164,9 @@ class Backend:
             async with asyncio.timeout(seconds / 2):
                 await self._can_complete.wait()
                 if not self._is_key_accepted:  # health checks do not show whether it is
-                    telemetry.traceparent.set(_NOT_SAMPLED)
-                    if self._names_keys:  # as requests do; only a stage key may
-                        telemetry.key_name.set(_CHECK)
+                    telemetry.traceparent.set(_UNSAMPLED_TRACEPARENT)
+                    if self._forwards_key_names:  # as requests do; only a stage key may
+                        telemetry.key_name.set(_HEALTH_CHECK_KEY_NAME)
                     await self.models()
                 return
         try:
@@ -204,7 +204,7 @@ class Backend:
         call.cancel()
 
     @contextlib.contextmanager
-    def errors_translated(self) -> Iterator[None]:
+    def translate_errors(self) -> Iterator[None]:
         """Turns gRPC errors raised inside into ServiceErrors."""
         try:
             yield
@@ -230,7 +230,7 @@ class Backend:
     def _metadata(self) -> tuple[tuple[str, str], ...]:
         return telemetry.outgoing_metadata() + own_metadata(self._key)
 
-    async def _follow(self) -> None:
+    async def _watch_replicas(self) -> None:
         async with contextlib.aclosing(self.replicas.changes()) as states:
             async for can_complete in states:
                 if can_complete:
@@ -249,10 +249,10 @@ class Backend:
             self._is_key_accepted, self._key_refusal = True, ""
             return response
 
-        with self.errors_translated():
+        with self.translate_errors():
             return await self.replicas.ask(attempt)
 
-    async def _completed(self, method: Unary[Request, Response], request: Request) -> Response:
+    async def _complete(self, method: Unary[Request, Response], request: Request) -> Response:
         deadline = self.deadline()
 
         async def attempt(replica: Replica) -> Response:
@@ -263,7 +263,7 @@ class Backend:
             finally:
                 self.end(call)
 
-        with self.errors_translated():
+        with self.translate_errors():
             return await self.replicas.ask(attempt)
 
 
@@ -284,7 +284,7 @@ class CompletionStream(Generic[Event]):
 
     async def read(self) -> Event | None:
         """The next event, or None at the end; raises ServiceError."""
-        with self._backend.errors_translated():
+        with self._backend.translate_errors():
             if self._call is None or self._replica is None:
                 event = await self._backend.replicas.ask(self._first)
             else:

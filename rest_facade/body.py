@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from pydantic_core import from_json
 from starlette.requests import Request
 
-from rest_facade.connection import ClientGone
+from rest_facade.connection import ClientDisconnected
 from trivium.json_size import Excess, JsonSize
 from trivium.wire.errors import ServiceError
 
@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 async def read_json(
     request: Request, max_bytes: int, seconds: float, convert: Callable[[dict[str, Any]], Result]
 ) -> Result:
-    """The result of `convert` on the body's JSON object; raises ServiceError or ClientGone."""
+    """What `convert` makes of the body; raises ServiceError or ClientDisconnected."""
     _check_headers(request, max_bytes)
     try:
         async with asyncio.timeout(seconds):
@@ -71,7 +71,7 @@ async def _read(request: Request, max_bytes: int) -> bytes:
     while True:
         event = await request.receive()
         if event["type"] == "http.disconnect":
-            raise ClientGone
+            raise ClientDisconnected
         body += event.get("body", b"")
         if len(body) > max_bytes:
             raise _too_large(max_bytes)
@@ -89,7 +89,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
         try:
             JsonSize().add(body)
         except Excess as excess:
-            raise _too_much(body[: excess.position], str(excess)) from None
+            raise _json_too_large(body[: excess.position], str(excess)) from None
         except ValueError as error:
             raise _invalid_json(str(error)) from None
     try:
@@ -119,14 +119,14 @@ def _check_nested(value: Any, depth_left: int) -> None:
             _check_nested(inner, depth_left - 1)
 
 
-def _too_much(beginning: bytes, why: str) -> ServiceError:
+def _json_too_large(beginning: bytes, why: str) -> ServiceError:
     """The error for a body that is too large, naming the largest value that its beginning opens."""
     try:
         value = from_json(beginning, allow_inf_nan=False, allow_partial=True)
     except ValueError as error:
         return _invalid_json(str(error))
     param, largest = "", value
-    for path, inner in _unfinished(value):
+    for path, inner in _unclosed(value):
         if len(inner) >= len(largest):
             param, largest = path, inner
     code, kind = (
@@ -141,7 +141,7 @@ def _too_much(beginning: bytes, why: str) -> ServiceError:
     return ServiceError(code, message, param or None)
 
 
-def _unfinished(value: Any) -> Iterator[tuple[str, dict[str, Any] | list[Any]]]:
+def _unclosed(value: Any) -> Iterator[tuple[str, dict[str, Any] | list[Any]]]:
     """Yields the objects and arrays still open where the text ends, with their paths."""
     path = ""
     while isinstance(value, (dict, list)):

@@ -133,7 +133,7 @@ class FacadeSettings(DoorSettings):
 
     @field_validator("cors_origins")
     @classmethod
-    def _are_origins(cls, value: str | None) -> str | None:
+    def _valid_origins(cls, value: str | None) -> str | None:
         for origin in _parts(value or ""):
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 raise ValueError(
@@ -144,14 +144,14 @@ class FacadeSettings(DoorSettings):
 
     @field_validator("reuse_port")
     @classmethod
-    def _spreads(cls, value: bool) -> bool:
+    def _requires_linux(cls, value: bool) -> bool:
         if value and sys.platform != "linux":
             raise ValueError("only on Linux: elsewhere one process would get all connections")
         return value
 
     @field_validator("metrics_port")
     @classmethod
-    def _is_of_one_process(cls, value: int, others: ValidationInfo) -> int:
+    def _required_with_reuse_port(cls, value: int, others: ValidationInfo) -> int:
         if others.data.get("reuse_port") and not value:
             raise ValueError(
                 "required with REUSE_PORT: on a shared port, any process may answer /metrics"

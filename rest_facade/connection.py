@@ -9,12 +9,12 @@ from starlette.types import Receive
 Result = TypeVar("Result")
 
 
-class ClientGone(Exception):
+class ClientDisconnected(Exception):
     """The client has disconnected, so there is no one to respond to."""
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
-    """The result of `work`; if the client disconnects, cancels it and raises ClientGone.
+    """The result of `work`; if the client disconnects, cancels it and raises ClientDisconnected.
 
     The request's body must have been read. `work` has always ended when this returns or raises.
     """
@@ -24,7 +24,7 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -
         await asyncio.wait((worker, watcher), return_when=asyncio.FIRST_COMPLETED)
         if worker.done():
             return worker.result()
-        raise ClientGone
+        raise ClientDisconnected
     finally:
         worker.cancel()
         watcher.cancel()

@@ -33,13 +33,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def _time_head(self) -> None:
         """Starts the timer for a complete head: the time that a connection may be idle."""
         self._stop_head_timer()
-        self._head_timer = self.loop.call_later(self.timeout_keep_alive, self._give_up)
+        self._head_timer = self.loop.call_later(self.timeout_keep_alive, self._close_if_idle)
 
     def _stop_head_timer(self) -> None:
         if self._head_timer is not None:
             self._head_timer.cancel()
 
-    def _give_up(self) -> None:
+    def _close_if_idle(self) -> None:
         is_answering = self.cycle is not None and not self.cycle.response_complete
         if not is_answering:
             self.transport.close()
@@ -57,11 +57,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """Parses `data`; returns what remains to be parsed."""
         try:
             self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as offer:
-            return self._head_without_offer() + data[offer.args[0] :]
+        except httptools.HttpParserUpgrade as upgrade:
+            return self._head_without_upgrade() + data[upgrade.args[0] :]
         return b""
 
-    def _head_without_offer(self) -> bytes:
+    def _head_without_upgrade(self) -> bytes:
         version = self.parser.get_http_version().encode()
         lines = [self.parser.get_method() + b" " + self.url + b" HTTP/" + version]
         lines += [name + b": " + value for name, value in self.headers if name != b"upgrade"]

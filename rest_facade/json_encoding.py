@@ -4,7 +4,7 @@ from json import JSONEncoder
 from typing import Any
 
 # Legal in JSON and within a line of an event, but some clients split lines at them.
-_LINE_ENDS = {"\x85": r"\u0085", "\u2028": r"\u2028", "\u2029": r"\u2029"}
+_LINE_TERMINATORS = {"\x85": r"\u0085", "\u2028": r"\u2028", "\u2029": r"\u2029"}
 _ENCODER = JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
@@ -12,7 +12,8 @@ def to_json(value: Any) -> str:
     """`value` as JSON, with keys in order; raises ValueError for NaN and infinities."""
     text = _ENCODER.encode(value)
     if not text.isascii():
-        for character, escaped in _LINE_ENDS.items():  # str.translate takes a hundred times as long
+        # str.translate takes a hundred times as long.
+        for character, escaped in _LINE_TERMINATORS.items():
             text = text.replace(character, escaped)
     return text
 

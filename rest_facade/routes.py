@@ -187,14 +187,14 @@ class Routes:
         """A chat completion, whole or streamed."""
         started_at = time.perf_counter()
         body, message = await self._read(
-            request, partial(_converted, ChatCompletionRequest, chat.request)
+            request, partial(_parse_and_convert, ChatCompletionRequest, chat.request)
         )
         usage = usage_of(request.scope)
-        usage.is_for(body.model)
-        with rename_error_params(body.old_names()):
+        usage.set_model(body.model)
+        with rename_error_params(body.client_names()):
             if body.stream:
                 stream = self._backend.stream_chat(message)
-                return await self._streamed(request, stream, ChatChunks(body), started_at)
+                return await self._stream(request, stream, ChatChunks(body), started_at)
             response = await while_connected(request.receive, self._backend.complete_chat(message))
         usage.began, usage.taken = True, partial(taken, response.usage)
         return await offload(
@@ -205,14 +205,14 @@ class Routes:
         """A plain completion, whole or streamed."""
         started_at = time.perf_counter()
         body, message = await self._read(
-            request, partial(_converted, TextCompletionRequest, completion.request)
+            request, partial(_parse_and_convert, TextCompletionRequest, completion.request)
         )
         usage = usage_of(request.scope)
-        usage.is_for(body.model)
-        with rename_error_params(body.old_names()):
+        usage.set_model(body.model)
+        with rename_error_params(body.client_names()):
             if body.stream:
                 stream = self._backend.stream_text(message)
-                return await self._streamed(request, stream, CompletionChunks(body), started_at)
+                return await self._stream(request, stream, CompletionChunks(body), started_at)
             response = await while_connected(request.receive, self._backend.complete_text(message))
         usage.began, usage.taken = True, partial(taken, response.usage)
         return await offload(
@@ -229,7 +229,7 @@ class Routes:
                 request, settings.max_body_bytes, settings.body_read_seconds, convert
             )
 
-    async def _streamed(
+    async def _stream(
         self,
         request: Request,
         stream: CompletionStream[Event],
@@ -305,7 +305,7 @@ class Routes:
     async def _model(self, request: Request, name: str | None) -> tokenizer.Model:
         """The model of that name; without a name, the only model."""
         if name is not None:
-            usage_of(request.scope).is_for(name)
+            usage_of(request.scope).set_model(name)
             with rename_error_params({"id": "model"}):
                 return await self._backend.model(name)
         models = await self._models(request)
@@ -340,7 +340,7 @@ class Routes:
         return Response(self._openapi, media_type="application/json")
 
 
-def _converted(
+def _parse_and_convert(
     kind: type[RequestBody], convert: Callable[[RequestBody], RequestMessage], raw: dict[str, Any]
 ) -> tuple[RequestBody, RequestMessage]:
     """The request in a body's JSON, and its message for the next stage."""

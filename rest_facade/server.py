@@ -50,7 +50,11 @@ async def serve(settings: FacadeSettings, keys: KeyFile | None) -> None:
     metrics.registry.register(CertificateCollector(tls, tokenizer_tls))
     timeout = settings.request_timeout_seconds
     async with Backend(
-        settings.tokenizer_target, timeout, own_key, tokenizer_tls, names_keys=keys is not None
+        settings.tokenizer_target,
+        timeout,
+        own_key,
+        tokenizer_tls,
+        forwards_key_names=keys is not None,
     ) as backend:
         limits = open_limits("TRIVIUM_FACADE_LIMITS_URL", settings.limits_url, metrics.registry)
         server = _Server(

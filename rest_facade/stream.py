@@ -56,7 +56,7 @@ class EventStream(Response):
         """Awaits the first event, so that early failures get their own HTTP status; but no longer
         than `keep_alive_seconds`, as proxies give up on silent connections.
 
-        Raises ServiceError, or ClientGone.
+        Raises ServiceError or ClientDisconnected.
         """
         try:
             first = asyncio.wait([self._first], timeout=self._keep_alive_seconds)

@@ -15,21 +15,21 @@ from trivium.wire import telemetry
 COMPLETIONS = ("/v1/chat/completions", "/v1/completions")
 
 _STATE = "usage"
-_CLIENT_GONE = 499
+_CLIENT_CLOSED_REQUEST = 499
 
 
 @dataclass
 class RequestUsage(KeyedRequest):
     """The usage of one request. `began` once a generator has responded, which writes the record.
 
-    `outcome` is the status of a failure after the response's own status was sent.
+    `final_status` is the status of a failure after the response's own status was sent.
     """
 
     model: str = ""
     began: bool = False
-    outcome: int | None = None
+    final_status: int | None = None
 
-    def is_for(self, model: str) -> None:
+    def set_model(self, model: str) -> None:
         """Sets the requested model; raises ServiceError if the key may not use it."""
         self.model = model
         self.check_model(model)
@@ -50,7 +50,7 @@ def usage_of(scope: Scope) -> RequestUsage:
 
 def refusal_record(usage: RequestUsage, status: int, seconds: float) -> UsageRecord:
     """The record of a request that ended with `status` before a generator responded."""
-    status = usage.outcome or status
+    status = usage.final_status or status
     return UsageRecord(
         service="rest_facade",
         request_id=telemetry.request_id.get(),
@@ -58,7 +58,7 @@ def refusal_record(usage: RequestUsage, status: int, seconds: float) -> UsageRec
         key=telemetry.key_name.get(),
         model=usage.model,
         status=status,
-        finish_reason="abort" if status == _CLIENT_GONE else "error",
+        finish_reason="abort" if status == _CLIENT_CLOSED_REQUEST else "error",
         duration_seconds=seconds,
         reasoning_tokens=0,
     )

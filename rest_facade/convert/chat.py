@@ -99,9 +99,9 @@ class ChatChunks(Chunks[ChatCompletionChunk]):
         if index not in self._completion_tokens:
             self._completion_tokens[index] = 0
             # Null if there may never be any content.
-            opens_otherwise = (delta.tool_calls or delta.reasoning_content) and not delta.content
+            has_other_parts = (delta.tool_calls or delta.reasoning_content) and not delta.content
             yield _chunk_choice(
-                index, ChoiceDelta(role="assistant", content=None if opens_otherwise else "")
+                index, ChoiceDelta(role="assistant", content=None if has_other_parts else "")
             )
         self._completion_tokens[index] = delta.completion_tokens
         parts = _parts(delta)
@@ -135,14 +135,14 @@ def _parts(delta: chat_pb2.ChoiceDelta) -> list[ChoiceDelta]:
         parts.append(ChoiceDelta(content=delta.content))
     for call in delta.tool_calls:
         if call.HasField("id"):
-            parts.append(ChoiceDelta(tool_calls=[_opened(call)]))
+            parts.append(ChoiceDelta(tool_calls=[_first_fragment(call)]))
         if call.arguments:
             arguments = ToolCallDelta(index=call.index, function={"arguments": call.arguments})
             parts.append(ChoiceDelta(tool_calls=[arguments]))
     return parts
 
 
-def _opened(call: chat_pb2.ToolCallDelta) -> ToolCallDelta:
+def _first_fragment(call: chat_pb2.ToolCallDelta) -> ToolCallDelta:
     """The first fragment of a call; arguments follow in separate chunks, as with OpenAI."""
     return ToolCallDelta(
         index=call.index,

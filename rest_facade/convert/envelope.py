@@ -25,7 +25,7 @@ def options(request: SharedOptions) -> chat_pb2.CompletionOptions:
     copy_scalars(request, sampling)
     message = chat_pb2.CompletionOptions(
         sampling=sampling,
-        max_completion_tokens=request.longest_answer(),
+        max_completion_tokens=request.max_tokens_per_choice(),
         stop=request.stop or (),
         stop_token_ids=request.stop_token_ids or (),
         metadata=request.metadata or {},

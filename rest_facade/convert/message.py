@@ -37,7 +37,7 @@ def _message(message: MessageParam) -> chat_pb2.ChatMessage:
             for call in message.tool_calls or ()
         ],
         tool_call_id=message.tool_call_id,
-        reasoning_content=message.thought(),
+        reasoning_content=message.reasoning_text(),
     )
 
 

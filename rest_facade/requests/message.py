@@ -74,26 +74,26 @@ class MessageParam(Strict):
     )
     reasoning: str | None = Field(None, description="Another name of reasoning_content.")
 
-    def thought(self) -> str | None:
+    def reasoning_text(self) -> str | None:
         """The reasoning, from either field."""
         return self.reasoning_content or self.reasoning
 
-    def check(self, place: str) -> None:
-        """Raises ServiceError for fields that do not go together; `place` is the message's path."""
+    def check(self, path: str) -> None:
+        """Raises ServiceError for fields that do not go together; `path` is the message's path."""
         if self.content is None and self.role != "assistant":
-            raise missing(f"{place}.content")
+            raise missing(f"{path}.content")
         for name in ("tool_calls", "reasoning_content", "reasoning"):
             if getattr(self, name) and self.role != "assistant":
                 raise ServiceError(
                     "invalid_value",
                     f"Only messages with role 'assistant' have '{name}'.",
-                    param=f"{place}.{name}",
+                    param=f"{path}.{name}",
                 )
         if self.role == "tool" and self.tool_call_id is None:
-            raise missing(f"{place}.tool_call_id")
+            raise missing(f"{path}.tool_call_id")
         if self.reasoning_content and self.reasoning not in (None, "", self.reasoning_content):
             raise contradiction(
-                f"{place}.reasoning", "and 'reasoning_content' differ; give only the latter."
+                f"{path}.reasoning", "and 'reasoning_content' differ; give only the latter."
             )
 
 
@@ -106,11 +106,11 @@ def check_messages(messages: Sequence[MessageParam]) -> None:
     """Raises ServiceError for the first invalid message, or for too many parts or calls in all."""
     parts = calls = 0
     for position, message in enumerate(messages):
-        place = f"messages[{position}]"
-        message.check(place)
+        path = f"messages[{position}]"
+        message.check(path)
         parts += len(message.content or ())
         calls += len(message.tool_calls or ())
         if parts > MAX_CONTENT_PARTS:
-            raise too_many(f"{place}.content", MAX_CONTENT_PARTS, "content parts")
+            raise too_many(f"{path}.content", MAX_CONTENT_PARTS, "content parts")
         if calls > MAX_TOOL_CALLS:
-            raise too_many(f"{place}.tool_calls", MAX_TOOL_CALLS, "tool calls")
+            raise too_many(f"{path}.tool_calls", MAX_TOOL_CALLS, "tool calls")

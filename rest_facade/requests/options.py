@@ -11,7 +11,7 @@ from rest_facade.requests.field import (
     reject_unsupported,
     within,
 )
-from rest_facade.requests.structured_output import OTHER_NAMES, StructuredOutputFields
+from rest_facade.requests.structured_output import ALIASES, StructuredOutputFields
 from trivium.field_errors import contradiction, too_many_entries
 from trivium.limits import (
     LOGIT_BIAS,
@@ -152,7 +152,7 @@ class SamplingFields(Strict):
     )
     safety_identifier: str | None = Field(None, max_length=512, description="Accepted and ignored.")
 
-    def longest_answer(self) -> int | None:
+    def max_tokens_per_choice(self) -> int | None:
         """The limit on tokens per choice, from either field."""
         named = self.max_completion_tokens
         return self.max_tokens if named is None else named
@@ -171,22 +171,22 @@ class SamplingFields(Strict):
             raise contradiction(
                 "max_tokens", "and 'max_completion_tokens' differ; give only the latter."
             )
-        longest = self.longest_answer()
-        if self.min_tokens and longest is not None and self.min_tokens > longest:
-            raise contradiction("min_tokens", f"is above the longest answer, {longest} tokens.")
+        limit = self.max_tokens_per_choice()
+        if self.min_tokens and limit is not None and self.min_tokens > limit:
+            raise contradiction("min_tokens", f"is above the maximum of {limit} tokens.")
 
 
 class SharedOptions(StructuredOutputFields, SamplingFields):
     """Fields for how choices are formatted and sampled, where they end and how they are sent."""
 
-    def old_names(self) -> dict[str, str]:
+    def client_names(self) -> dict[str, str]:
         """The client's names of fields, by the names that the next stage uses if they differ."""
         names = {}
         if self.max_tokens is not None:
             names["max_completion_tokens"] = "max_tokens"
         for name in self.constraints():
-            if name in OTHER_NAMES:
-                names[f"structured_outputs.{OTHER_NAMES[name]}"] = name
+            if name in ALIASES:
+                names[f"structured_outputs.{ALIASES[name]}"] = name
                 names["structured_outputs"] = name
         bare = self.response_format.bare_schema() if self.response_format is not None else None
         if bare is not None:

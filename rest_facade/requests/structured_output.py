@@ -54,20 +54,20 @@ class ResponseFormat(Strict):
 
     def check(self) -> None:
         """Raises ServiceError for fields that do not go together."""
-        place = "response_format."
+        prefix = "response_format."
         values = {"json_schema": self.json_schema, "schema": self.schema_text, "value": self.value}
         given = [name for name, value in values.items() if value is not None]
         if len(given) > 1:
-            raise contradiction(place + given[1], f"cannot be combined with '{given[0]}'.")
+            raise contradiction(prefix + given[1], f"cannot be combined with '{given[0]}'.")
         if self.type == "json_schema" and not given:
-            raise missing(place + "json_schema")
+            raise missing(prefix + "json_schema")
         if self.type != "json_schema" and self.json_schema is not None:
             raise contradiction(
-                place + "json_schema", "is only allowed with the type 'json_schema'."
+                prefix + "json_schema", "is only allowed with the type 'json_schema'."
             )
         if self.type == "text" and given:
             raise contradiction(
-                place + given[0], "is only allowed with the types 'json_object' and 'json_schema'."
+                prefix + given[0], "is only allowed with the types 'json_object' and 'json_schema'."
             )
 
 
@@ -104,7 +104,7 @@ class StructuredOutputs(Strict):
 
 # Top-level fields that are another name for one of structured_outputs: vLLM's old names and
 # SGLang's.
-OTHER_NAMES = {
+ALIASES = {
     "guided_json": "json",
     "guided_regex": "regex",
     "guided_choice": "choice",
@@ -139,7 +139,7 @@ class StructuredOutputFields(Strict):
         """The constraint, from whichever field has it; None if there is none."""
         if self.structured_outputs is not None:
             return self.structured_outputs
-        values = {OTHER_NAMES[name]: getattr(self, name) for name in self.constraints()}
+        values = {ALIASES[name]: getattr(self, name) for name in self.constraints()}
         if not values:
             return None
         return StructuredOutputs.model_construct(
@@ -152,7 +152,7 @@ class StructuredOutputFields(Strict):
 
     def constraints(self) -> list[str]:
         """The fields with a constraint; at most one once the request has been validated."""
-        names = ["structured_outputs", *OTHER_NAMES]
+        names = ["structured_outputs", *ALIASES]
         present = [name for name in names if getattr(self, name) is not None]
         # llama.cpp's clients send an empty schema when they want none.
         return [name for name in present if name != "json_schema" or self.json_schema != "{}"]

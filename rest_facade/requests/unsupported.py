@@ -135,16 +135,16 @@ def _refuse_in_objects(raw: Mapping[str, Any]) -> None:
         _refuse(raw.get(name) or {}, table, f"{name}.")
 
 
-def _refuse(fields: Mapping[str, Any], table: Table, place: str) -> None:
-    for name, harmless in table.items():
+def _refuse(fields: Mapping[str, Any], table: Table, prefix: str) -> None:
+    for name, allowed in table.items():
         value = fields.get(name)
         # By repr, as True == 1 in Python but not in JSON.
-        if value is None or repr(value) in map(repr, harmless):
+        if value is None or repr(value) in map(repr, allowed):
             continue
-        param = place + name
-        if not harmless:
+        param = prefix + name
+        if not allowed:
             raise unsupported_parameter(param, "by this server")
-        supported = " or ".join(dict.fromkeys(map(to_json, harmless)))
+        supported = " or ".join(dict.fromkeys(map(to_json, allowed)))
         raise ServiceError(
             "unsupported_value",
             f"Unsupported value: '{param}' supports only {supported} with this server.",

@@ -97,12 +97,12 @@ def _field_error(details: ErrorDetails, param: str) -> ServiceError:
         supported = context["expected"]
         if not isinstance(value, str):
             return wrong_type(param, f"one of {supported}", _json_type(value))
-        message = f"Invalid value: {_shown(value)}. Supported values are: {supported}."
+        message = f"Invalid value: {_displayed(value)}. Supported values are: {supported}."
         return ServiceError("invalid_value", message, param)
     if kind in _BOUNDS:
         sign, key = _BOUNDS[kind]
         noun: Noun = "integer" if isinstance(context[key], int) else "decimal"
-        return out_of_range(param, noun, sign, _shown(context[key]), _shown(value))
+        return out_of_range(param, noun, sign, _displayed(context[key]), _displayed(value))
     if kind == "too_long":
         return array_too_long(param, context["max_length"], len(value))
     if kind == "too_short":
@@ -137,7 +137,7 @@ def _json_type(value: Any) -> str:
     return names[type(value)]
 
 
-def _shown(value: Any) -> str:
+def _displayed(value: Any) -> str:
     if isinstance(value, float) and value == math.trunc(value):
         value = int(value)
     text = repr(value)
