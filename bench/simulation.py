@@ -165,10 +165,10 @@ class PrefixAffine:
         for number in range(len(self._candidates), len(replicas)):
             self._candidates.append(Candidate(str(number)))
         for candidate, replica in zip(self._candidates, replicas, strict=True):
-            candidate.load.reported(replica.report())
+            candidate.load.update(replica.report())
         keys = prefixes(prompt)
         picked = self._picker.pick(self._candidates, keys)
-        picked.memory.sent(keys)
+        picked.memory.add(keys)
         return self._candidates.index(picked)
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from tokenizer_svc.generator.common_prefixes import CommonPrefixes
-from tokenizer_svc.generator.load import LoadReport, Sent
+from tokenizer_svc.generator.load import LoadReport, SentGeneration
 from tokenizer_svc.generator.picker import Candidate, GeneratorPicker
 from tokenizer_svc.generator.prefix_memory import BLOCK_TOKENS, PrefixMemory, prefixes
 
@@ -14,7 +14,7 @@ def picked(picker: GeneratorPicker, candidates: list[Candidate], prompt: list[in
     """Sends a prompt to whom it should go, who answers at once; its number."""
     keys = prefixes(prompt)
     chosen = picker.pick(candidates, keys)
-    chosen.memory.sent(keys)
+    chosen.memory.add(keys)
     return candidates.index(chosen)
 
 
@@ -55,7 +55,7 @@ def test_tokenizers_agree_on_a_conversations_home(system_tokens: int) -> None:
     first, second = ((GeneratorPicker(), candidates_of(3)) for _ in range(2))
     for picker, candidates in (first, second):
         for candidate in candidates:
-            candidate.memory.sent(prefixes(system))
+            candidate.memory.add(prefixes(system))
         picked(picker, candidates, prompt(77, 15))  # their turns are not the same
     homes = [
         (picked(*first, system + prompt(n, 60)), picked(*second, system + prompt(n, 300)))
@@ -117,13 +117,13 @@ def test_what_was_common_is_forgotten() -> None:
     """Only the latest conversations count."""
     common = CommonPrefixes()
     for number in range(100):
-        common.began(prefixes(prompt(-1, 320) + prompt(number, 64)))
-    before = common.blocks(prefixes(prompt(-1, 320)), 0.5)
+        common.add(prefixes(prompt(-1, 320) + prompt(number, 64)))
+    before = common.shared_blocks(prefixes(prompt(-1, 320)), 0.5)
     for number in range(100):
-        common.began(prefixes(prompt(number, 400)))
+        common.add(prefixes(prompt(number, 400)))
 
     assert 320 == before * BLOCK_TOKENS
-    assert 0 == common.blocks(prefixes(prompt(-1, 320)), 0.0)
+    assert 0 == common.shared_blocks(prefixes(prompt(-1, 320)), 0.0)
 
 
 def test_the_longest_prefix_wins() -> None:
@@ -131,8 +131,8 @@ def test_the_longest_prefix_wins() -> None:
     picker, candidates = GeneratorPicker(), candidates_of(3)
     system = prompt(1, 320)
     for candidate in candidates:
-        candidate.memory.sent(prefixes(system))
-    candidates[1].memory.sent(prefixes(system + prompt(2, 64)))
+        candidate.memory.add(prefixes(system))
+    candidates[1].memory.add(prefixes(system + prompt(2, 64)))
 
     assert 1 == picked(picker, candidates, system + prompt(2, 90))
 
@@ -150,9 +150,9 @@ def test_the_longest_prefix_wins() -> None:
 def test_a_prefix_is_worth_so_much_load(cached_tokens: int, busier: int, stays: bool) -> None:
     """A sequence more for every 128 tokens that it saves, and at most four."""
     candidates = candidates_of(2)
-    candidates[0].memory.sent(prefixes(prompt(1, cached_tokens)))
-    candidates[0].load.reported(report(running=3 + busier, free=8))
-    candidates[1].load.reported(report(running=3))
+    candidates[0].memory.add(prefixes(prompt(1, cached_tokens)))
+    candidates[0].load.update(report(running=3 + busier, free=8))
+    candidates[1].load.update(report(running=3))
 
     assert (0 if stays else 1) == picked(GeneratorPicker(), candidates, prompt(1, cached_tokens))
 
@@ -160,9 +160,9 @@ def test_a_prefix_is_worth_so_much_load(cached_tokens: int, busier: int, stays: 
 def test_a_prefix_is_not_worth_waiting_for_a_slot() -> None:
     """Where one has all slots taken and another one has a free one, that takes the prompt."""
     candidates = candidates_of(2)
-    candidates[0].memory.sent(prefixes(prompt(1, 5_000)))
-    candidates[0].load.reported(report(running=4, free=0))
-    candidates[1].load.reported(report(running=6, free=2))
+    candidates[0].memory.add(prefixes(prompt(1, 5_000)))
+    candidates[0].load.update(report(running=4, free=0))
+    candidates[1].load.update(report(running=6, free=2))
 
     assert 1 == picked(GeneratorPicker(), candidates, prompt(1, 5_000))
 
@@ -180,8 +180,8 @@ def test_a_prefix_is_not_worth_waiting_for_a_slot() -> None:
 def test_the_least_busy_takes_what_is_new(busy: LoadReport, idle: LoadReport) -> None:
     """By their reports: sequences that run or wait, tokens of prompts that wait, and free slots."""
     candidates = candidates_of(2)
-    candidates[0].load.reported(busy)
-    candidates[1].load.reported(idle)
+    candidates[0].load.update(busy)
+    candidates[1].load.update(idle)
 
     assert 1 == picked(GeneratorPicker(), candidates, prompt(1, 15))
 
@@ -190,11 +190,11 @@ def test_what_was_sent_since_the_report_counts() -> None:
     """A burst between two reports is spread as if each had been heard of."""
     picker, candidates = GeneratorPicker(), candidates_of(2)
     for candidate, running in zip(candidates, (0, 4), strict=True):
-        candidate.load.reported(report(running=running, free=100))
+        candidate.load.update(report(running=running, free=100))
     counts: Counter[int] = Counter()
     for number in range(16):
         chosen = picker.pick(candidates, prefixes(prompt(number, 15)))
-        chosen.load.begin(Sent(1, 40))
+        chosen.load.add(SentGeneration(1, 40))
         counts[candidates.index(chosen)] += 1
 
     assert {0: 10, 1: 6} == counts
@@ -203,11 +203,11 @@ def test_what_was_sent_since_the_report_counts() -> None:
 def test_choices_count_each() -> None:
     """Eight choices are eight sequences, until they end."""
     candidates = candidates_of(2)
-    sent = Sent(8, 10)
-    candidates[0].load.begin(sent)
-    candidates[1].load.begin(Sent(1, 10))
+    sent = SentGeneration(8, 10)
+    candidates[0].load.add(sent)
+    candidates[1].load.add(SentGeneration(1, 10))
     before = picked(GeneratorPicker(), candidates, prompt(1, 10))
-    candidates[0].load.end(sent)
+    candidates[0].load.remove(sent)
     after = picked(GeneratorPicker(), candidates, prompt(1, 10))
 
     assert (1, 0) == (before, after)
@@ -218,8 +218,8 @@ def test_a_report_that_is_behind_hides_no_calls() -> None:
     candidates = candidates_of(2)
     for candidate, calls in zip(candidates, (3, 2), strict=True):
         for _ in range(calls):
-            candidate.load.begin(Sent(1, 10))
-        candidate.load.reported(report())
+            candidate.load.add(SentGeneration(1, 10))
+        candidate.load.update(report())
 
     assert 1 == picked(GeneratorPicker(), candidates, prompt(1, 10))
 
@@ -227,9 +227,9 @@ def test_a_report_that_is_behind_hides_no_calls() -> None:
 def test_no_report_at_all() -> None:
     """Those that tell nothing of their load are picked by our own calls."""
     candidates = candidates_of(2)
-    candidates[0].load.reported(report(running=9, free=0))
-    candidates[0].load.reported(None)
-    candidates[1].load.begin(Sent(1, 10))
+    candidates[0].load.update(report(running=9, free=0))
+    candidates[0].load.update(None)
+    candidates[1].load.add(SentGeneration(1, 10))
 
     assert 0 == picked(GeneratorPicker(), candidates, prompt(1, 10))
 
@@ -237,7 +237,7 @@ def test_no_report_at_all() -> None:
 def test_known_are_the_whole_blocks_in_common() -> None:
     """As a plain comparison of the prompts has them."""
     sent, memory = list(range(1000)), PrefixMemory()
-    memory.sent(prefixes(sent))
+    memory.add(prefixes(sent))
     for common in (0, 1, 15, 16, 17, 500, 999, 1000):
         asked = sent[:common] + [-1] * 40
 
@@ -250,7 +250,7 @@ def test_memory_is_bounded() -> None:
     memory = PrefixMemory(max_tokens=1600)
     system = prompt(0, 160)
     for number in range(1, 50):
-        memory.sent(prefixes(system + prompt(number, 640)))
+        memory.add(prefixes(system + prompt(number, 640)))
     known = [
         memory.known_blocks(prefixes(system + prompt(number, 640))) for number in (49, 48, 47, 46)
     ]

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import grpc
 
 from tokenizer_svc.generator import convert
-from tokenizer_svc.generator.load import Sent
+from tokenizer_svc.generator.load import SentGeneration
 from tokenizer_svc.generator.picker import Candidate, GeneratorPicker
 from tokenizer_svc.generator.prefix_memory import BLOCK_TOKENS, Prefixes, prefixes
 from tokenizer_svc.generator.types import (
@@ -133,14 +133,14 @@ class GeneratorClient:
                 async for response in stub.WatchLoad(
                     convert.load_request(), metadata=own_metadata(self._key)
                 ):
-                    load.reported(convert.load_report(response))
+                    load.update(convert.load_report(response))
                     outage.ended()
             except grpc.aio.AioRpcError as error:
                 if is_foreign(error):  # lost replicas are logged elsewhere
                     reason = f"{error.code().name}: {error.details()}"
                     outage.failed(f"{replica.address} does not report its load", reason)
             finally:
-                load.reported(None)
+                load.update(None)
             await asyncio.sleep(_LOAD_RETRY_SECONDS)
 
 
@@ -209,15 +209,17 @@ class Generation:
         call = replica.track(stub.Generate(timeout=timeout, metadata=metadata))
         candidate = self._client.candidate(replica)
         known = candidate.memory.known_blocks(self._prompt)
-        sent = Sent(self._start.options.n, len(self._start.token_ids) - BLOCK_TOKENS * known)
-        candidate.memory.sent(self._prompt)
-        candidate.load.begin(sent)
-        call.add_done_callback(lambda _: candidate.load.end(sent))
+        sent = SentGeneration(
+            self._start.options.n, len(self._start.token_ids) - BLOCK_TOKENS * known
+        )
+        candidate.memory.add(self._prompt)
+        candidate.load.add(sent)
+        call.add_done_callback(lambda _: candidate.load.remove(sent))
         self._call = _GenerationCall(call, replica)
         try:
             return await self._call.start(self._start)
         except grpc.aio.AioRpcError:
-            candidate.memory.forget(self._prompt, known)
+            candidate.memory.remove(self._prompt, known)
             raise
 
     def _cancel(self) -> None:

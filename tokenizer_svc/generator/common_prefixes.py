@@ -13,21 +13,21 @@ class CommonPrefixes:
     """Counts the prefixes of the last CONVERSATIONS conversations that began."""
 
     def __init__(self) -> None:
-        self._began: deque[Prefixes] = deque()
+        self._recent: deque[Prefixes] = deque()
         self._counts: Counter[int] = Counter()
 
-    def blocks(self, prompt: Prefixes, share: float) -> int:
+    def shared_blocks(self, prompt: Prefixes, share: float) -> int:
         """The length, in blocks, of the longest prefix of `prompt` that more than `share` of
         CONVERSATIONS conversations have."""
-        most = share * CONVERSATIONS
-        return sum(1 for _ in takewhile(lambda key: self._counts[key] > most, prompt))
+        threshold = share * CONVERSATIONS
+        return sum(1 for _ in takewhile(lambda key: self._counts[key] > threshold, prompt))
 
-    def began(self, prompt: Prefixes) -> None:
+    def add(self, prompt: Prefixes) -> None:
         """Records that a conversation began with `prompt`."""
-        self._began.append(prompt[:MAX_BLOCKS])
-        self._counts.update(self._began[-1])
-        if len(self._began) > CONVERSATIONS:
-            for key in self._began.popleft():
+        self._recent.append(prompt[:MAX_BLOCKS])
+        self._counts.update(self._recent[-1])
+        if len(self._recent) > CONVERSATIONS:
+            for key in self._recent.popleft():
                 self._counts[key] -= 1
                 if not self._counts[key]:
                     del self._counts[key]

@@ -17,7 +17,7 @@ class LoadReport:
 
 
 @dataclass(eq=False)
-class Sent:
+class SentGeneration:
     """A generation sent to a generator; `prompt_tokens` are those to compute, not cached ones."""
 
     sequences: int
@@ -29,20 +29,20 @@ class GeneratorLoad:
     """The load of one generator, whose reports are about 100 ms old and count others' work too."""
 
     report: LoadReport | None = None
-    _outstanding: set[Sent] = field(default_factory=set)
-    _since_report: set[Sent] = field(default_factory=set)
+    _outstanding: set[SentGeneration] = field(default_factory=set)
+    _since_report: set[SentGeneration] = field(default_factory=set)
 
-    def reported(self, report: LoadReport | None) -> None:
+    def update(self, report: LoadReport | None) -> None:
         """Takes a new report; None means that reports are not available."""
         self.report = report
         self._since_report.clear()
 
-    def begin(self, sent: Sent) -> None:
+    def add(self, sent: SentGeneration) -> None:
         """Records a generation that is being sent."""
         self._outstanding.add(sent)
         self._since_report.add(sent)
 
-    def end(self, sent: Sent) -> None:
+    def remove(self, sent: SentGeneration) -> None:
         """Records that a generation has ended."""
         self._outstanding.discard(sent)
         self._since_report.discard(sent)

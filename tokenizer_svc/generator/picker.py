@@ -55,9 +55,9 @@ class GeneratorPicker:
             one.memory.is_end(prompt[longest - 1]) for one in candidates
         )
         if not is_later_turn:
-            self._common.began(prompt)
+            self._common.add(prompt)
         # A prefix shared by more conversations than one replica's share is computed once on each.
-        common = self._common.blocks(prompt, 1 / len(candidates))
+        common = self._common.shared_blocks(prompt, 1 / len(candidates))
         known = {one: max(blocks, common) for one, blocks in known.items()}
         longest = max(longest, common)
         home = None

@@ -39,18 +39,18 @@ class PrefixMemory:
         """Whether a prompt that was sent ended with this block, and none went on after it."""
         return self._blocks.get(block) is False
 
-    def sent(self, prompt: Prefixes) -> None:
+    def add(self, prompt: Prefixes) -> None:
         """Records that `prompt` was sent."""
-        went_on = False
+        continued = False
         # The shortest prefix last, so that what other prompts may share is evicted last.
         for key in reversed(prompt):
-            self._blocks[key] = went_on or self._blocks.get(key, False)
+            self._blocks[key] = continued or self._blocks.get(key, False)
             self._blocks.move_to_end(key)
-            went_on = True
+            continued = True
         while len(self._blocks) > self._max_blocks:
             self._blocks.popitem(last=False)
 
-    def forget(self, prompt: Prefixes, known_blocks: int) -> None:
-        """Undoes `sent` for a refused prompt, of which `known_blocks` were known before."""
+    def remove(self, prompt: Prefixes, known_blocks: int) -> None:
+        """Undoes `add` for a refused prompt, of which `known_blocks` were known before."""
         for key in prompt[known_blocks:]:
             self._blocks.pop(key, None)
