@@ -123,7 +123,7 @@ class SamplingFields(Strict):
         None,
         description="Maximum number of tokens per choice. Default: up to the context length.",
     )
-    max_tokens: Count | None = Field(None, description="The same: the old name.")
+    max_tokens: Count | None = Field(None, description="The same, under its old name.")
     min_tokens: Annotated[int, within(MIN_TOKENS)] | None = None
     ignore_eos: bool | None = Field(None, description="Continue past end-of-sequence tokens.")
     stop: Stop | None = Field(None, description="At most 4 strings that end a choice.")
