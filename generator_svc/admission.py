@@ -7,7 +7,7 @@ class QueueFull(Exception):
     """The queue is full. `waiting_tokens` is the number of queued prompt tokens."""
 
     def __init__(self, waiting_tokens: int) -> None:
-        super().__init__(f"{waiting_tokens} prompt tokens are waiting already")
+        super().__init__(f"{waiting_tokens} prompt tokens are already waiting")
         self.waiting_tokens = waiting_tokens
 
 

@@ -32,22 +32,25 @@ class GeneratorSettings(DoorSettings):
         protected_namespaces=(),
     )
 
-    model_directory: Path = Field(description="The model's folder; its name is the model's id.")
+    model_directory: Path = Field(description="Model folder. Its name becomes the model id.")
     host: Host = Field("127.0.0.1", description="Address to listen on, for gRPC and metrics.")
-    port: int = Field(50052, ge=0, le=65535, description="gRPC port; 0 takes any free one.")
+    port: int = Field(
+        50052, ge=0, le=65535, description="Port of the gRPC server; 0 picks a free one."
+    )
     metrics_port: int = Field(
         9052,
         ge=0,
         le=65535,
-        description="HTTP port of /metrics, /healthz and /livez, never over TLS; 0 turns it off.",
+        description="Port of the HTTP server for /metrics, /healthz and /livez, never over TLS; "
+        "0 turns it off.",
     )
     api_keys_file: Path | None = Field(None, description=STAGE_KEYS_FILE)
     reflection: bool = Field(True, description=REFLECTION)
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="Lowest log level that is written."
+        "info", description="Minimum log level."
     )
     log_format: Literal["json", "text"] = Field(
-        "json", description="json: one JSON object per line; text: for reading at a terminal."
+        "json", description="json: one JSON object per line; text: human-readable."
     )
     log_name: str = Field("generator_svc", description="Name of this process in its log lines.")
     usage_log: str | None = Field(None, description=USAGE_LOG)
@@ -55,103 +58,110 @@ class GeneratorSettings(DoorSettings):
     usage_log_backups: int = Field(20, ge=1, le=10_000, description=USAGE_LOG_BACKUPS)
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto",
-        description="Where the model runs. auto: CUDA if it works, otherwise the CPU; the log, "
-        "trivium_engine_info and GetModelInfo say why. cuda: refuse to start without it.",
+        description="Device that runs the model. auto: CUDA if available, otherwise the CPU; the "
+        "log, trivium_engine_info and GetModelInfo give the reason. cuda: fail to start if CUDA "
+        "is unavailable.",
     )
     cuda_graphs: bool = Field(
         True,
-        description="Capture decode steps as CUDA graphs at start, for a set of batch sizes; "
-        "disabled with a warning if that fails. Not with precision fp32.",
+        description="Capture decode steps as CUDA graphs at startup, for a set of batch sizes; "
+        "disabled with a warning if capturing fails. Not supported with precision fp32.",
     )
     threads: int = Field(
         0,
         ge=0,
         le=1024,
-        description="Threads on the CPU. 0: one per physical core of the affinity mask, "
-        "no more than a cgroup's CPU quota (rounded down), and at most 16, or one for each 64 MiB "
-        "of weights if that is more.",
+        description="Threads per run on the CPU. 0: one per physical core in the affinity mask, "
+        "limited by the cgroup's CPU quota (rounded down) and by 16, or one per 64 MiB of "
+        "weights if that is more.",
     )
     slots: int = Field(
         32,
         ge=1,
         le=4096,
-        description="Maximum sequences in flight; fewer if memory is short. On CUDA the default is "
-        f"{CUDA_DEFAULTS['slots']}.",
+        description="Maximum number of running sequences (vLLM's max_num_seqs); fewer if memory "
+        f"is short. On CUDA the default is {CUDA_DEFAULTS['slots']}.",
     )
     max_sequence_length: int = Field(
         4096,
         ge=16,
-        description="Maximum tokens per sequence, prompt and completion together; at most the "
-        "model's context. If neither this nor kv_cache_bytes is set, less where memory is short. "
-        f"On CUDA the default is {CUDA_DEFAULTS['max_sequence_length']}.",
+        description="Maximum tokens per sequence, prompt plus completion (vLLM's "
+        "max_model_len); capped at the model's context length. If neither this nor "
+        "kv_cache_bytes is set, it is reduced if memory is short. On CUDA the default is "
+        f"{CUDA_DEFAULTS['max_sequence_length']}.",
     )
     kv_cache_bytes: int = Field(
         0,
         ge=0,
-        description="Size of the KV cache in bytes. 0: kv_memory_share of what the weights leave "
-        "free, but at least one slot.",
+        description="Size of the KV cache in bytes. 0: kv_memory_share of the memory that "
+        "remains after the weights, but at least one slot.",
     )
     kv_memory_share: float = Field(
         0.5,
         gt=0,
         le=0.95,
-        description="Share of free memory for the KV cache, of main memory (within the lowest "
-        "cgroup limit), or of the CUDA device's: there what is free once the model is loaded and "
-        f"has run, and the default is {CUDA_DEFAULTS['kv_memory_share']}. An upper bound: slots "
-        "take memory on first use on the CPU, at start on CUDA.",
+        description="Share of free memory for the KV cache. On the CPU: of main memory (within "
+        "the lowest cgroup limit), as an upper bound, since slots take memory on first use. On "
+        "CUDA: of the device memory that is free once the model has been loaded and run, "
+        f"allocated at startup; the default is {CUDA_DEFAULTS['kv_memory_share']}.",
     )
     prefix_cache: bool = Field(
         True,
         description="Reuse the KV cache of common prompt prefixes. Finished answers are "
         "re-prefilled while the engine is idle, so that the next turn hits the cache too. Where "
-        "prompts are prefilled together (max_prefill_batch_size), prefixes of less than "
-        f"{MIN_REUSED_TOKENS} tokens are computed again, which takes less time there.",
+        "prompts are prefilled together (max_prefill_batch_size), prefixes of fewer than "
+        f"{MIN_REUSED_TOKENS} tokens are recomputed, which is faster there.",
     )
     prefill_stall_ms: int = Field(
         100,
         ge=1,
-        description="Prefill time budget per step (ms) while others decode; up to 4x where more "
-        "prompts are pending than sequences decode. Higher: lower TTFT, more tokens per second; "
-        "lower: smaller inter-token stalls.",
+        description="Prefill time budget per step (ms) while sequences are decoding; up to 4x "
+        "that if more prompts are pending than sequences are decoding. Higher: lower TTFT, more "
+        "tokens per second; lower: shorter inter-token stalls.",
     )
     max_num_batched_tokens: int = Field(
         512,
         ge=8,
-        description="Maximum tokens per step: those of prompts, and one for each sequence that "
-        "decodes. Prompts get at least 32 of them. While sequences decode, prefill_stall_ms is "
-        "usually the tighter bound. On CUDA the default is "
+        description="Maximum tokens per step: prompt tokens, plus one for each decoding "
+        "sequence. Prompts get at least 32 of them. While sequences are decoding, "
+        "prefill_stall_ms is usually the tighter bound. On CUDA the default is "
         f"{CUDA_DEFAULTS['max_num_batched_tokens']}.",
     )
     max_prefill_batch_size: int = Field(
         0,
         ge=0,
         le=256,
-        description="Maximum prompts prefilled in one run, padded to one length; prompts with a "
-        "cached prefix, and those cut into chunks, run on their own. 0: 32 on "
-        "CUDA; 1 on the CPU, where padding costs what batching gains. Needs a model "
-        "folder with exporter_version 5 or later in its trivium_export.json.",
+        description="Maximum prompts prefilled in one run, padded to a common length; prompts "
+        "with a cached prefix and chunks of prompts run on their own. 0: 32 on CUDA; 1 on the "
+        "CPU, where padding costs as much as batching saves. Requires a model folder with "
+        "exporter_version 5 or later in its trivium_export.json.",
     )
     max_n: int = Field(128, ge=1, le=128, description="Maximum n of a request.")
     max_queued_requests: int = Field(
-        512, ge=1, description="Maximum requests waiting for a slot; more get 429."
+        512,
+        ge=1,
+        description="Maximum requests waiting for a slot; further ones are rejected with 429.",
     )
     max_queued_tokens: int = Field(
-        400_000, ge=1, description="Maximum prompt tokens waiting for a slot; more get 429."
+        400_000,
+        ge=1,
+        description="Maximum prompt tokens waiting for a slot; further requests "
+        "are rejected with 429.",
     )
     max_messages_per_second: float = Field(
         600.0,
         gt=0,
-        description="Messages per second beyond which the tokens of a stream are merged, so that "
-        "delivering them costs a bounded share of a core in each stage. The interval between two "
-        "messages of a stream is then the number of streams divided by this. First and last "
-        "tokens are sent at once and do not count.",
+        description="Message rate (per second) above which the tokens of a stream are merged, so "
+        "that delivery takes a bounded share of a core in each stage. The interval between two "
+        "messages of a stream is then the number of streams divided by this rate. First and last "
+        "tokens are sent immediately and do not count.",
     )
     max_message_interval_ms: int = Field(
         100,
         ge=0,
         le=5_000,
-        description="Maximum of that interval (ms), even if more messages per second result. "
-        "0: every token is sent at once.",
+        description="Maximum of that interval (ms), even if it means more messages per second. "
+        "0: every token is sent immediately.",
     )
     constraint_cache_bytes: int = Field(
         16 * 2**20, ge=0, description="Size of the LRU cache of compiled constraints, in bytes."
@@ -167,19 +177,21 @@ class GeneratorSettings(DoorSettings):
         MAX_CONNECTION_AGE_SECONDS,
         ge=1,
         le=86_400,
-        description="Seconds after which a caller has to reconnect, so that gRPC clients "
-        "resolve the generators' name again and load balancers pick again: new replicas get their "
-        "share of calls within this time. The tokenizer does not depend on it.",
+        description="Seconds after which a connection is closed and the client has to reconnect. "
+        "gRPC clients then resolve the generators' name again and load balancers pick again, so "
+        "that new replicas get their share of calls within this time. The tokenizer does not "
+        "depend on it.",
     )
     drain_notice_seconds: float = Field(
         5.0,
         ge=0,
-        description="Seconds after a stop signal in which health checks fail but calls are served.",
+        description="Seconds after a stop signal during which health checks fail but calls are "
+        "still served.",
     )
     drain_seconds: float = Field(
         30.0,
         ge=0,
-        description="Seconds after that in which running calls may finish.",
+        description="Seconds that running calls then have to finish; the rest are aborted.",
     )
 
     def on(self, device: str, name: str) -> Any:

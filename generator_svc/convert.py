@@ -69,7 +69,7 @@ def to_engine_request(start: pb.StartGeneration, limits: Limits) -> EngineReques
     if start.revision != limits.revision:
         raise ServiceError(
             "revision_mismatch",
-            f"The token ids are for revision {start.revision!r} of the model, and "
+            f"The token ids are for revision {start.revision!r} of the model, but revision "
             f"{limits.revision!r} is loaded.",
         )
     prompt = tuple(start.prompt_token_ids)
@@ -100,7 +100,8 @@ def to_engine_request(start: pb.StartGeneration, limits: Limits) -> EngineReques
     if prompt_logprobs is not None and not limits.scores_prompts:
         raise ServiceError(
             "unsupported_parameter",
-            "This model's folder has no log-probabilities of prompts; export it again.",
+            "This model's folder does not support log-probabilities of prompts; export the model "
+            "again.",
             "prompt_logprobs",
         )
     return EngineRequest(
@@ -163,7 +164,9 @@ def to_constraint(start: pb.StartGeneration) -> tuple[str, str] | None:
     kind = start.constraint.WhichOneof("kind")
     if kind is None:
         raise ServiceError(
-            "missing_required_parameter", "The constraint is of no kind.", CONSTRAINT
+            "missing_required_parameter",
+            "The constraint is empty: set json_schema, regex or lark.",
+            CONSTRAINT,
         )
     text = getattr(start.constraint, kind)
     max_bytes = _MAX_CONSTRAINT_BYTES[kind]
@@ -216,7 +219,9 @@ def _logprobs(found: TokenLogprobs) -> pb.TokenLogprobs:
 
 
 def _finished(sequence: Sequence) -> pb.Finished:
-    assert sequence.finish_reason in _REASONS, "reported by no call. This is a bug."
+    assert sequence.finish_reason in _REASONS, (
+        "A call never reports this finish reason. This is a bug."
+    )
     return pb.Finished(
         reason=_REASONS[sequence.finish_reason],
         completion_tokens=sequence.generated,

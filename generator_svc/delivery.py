@@ -48,7 +48,7 @@ class UpdateQueue:
         self._last[index] = now
 
     @property
-    def is_awaited(self) -> bool:
+    def should_send(self) -> bool:
         """Whether pending updates should be sent without waiting for an urgent one."""
         return not self.is_whole or len(self._updates) >= _WHOLE_UPDATES
 
@@ -106,7 +106,7 @@ class UpdateDispatcher:
         self._max_messages_per_second = max_messages_per_second
         self._max_interval_seconds = max_interval_seconds
         self._steps: deque[tuple[float, list[SequenceUpdate]]] = deque()
-        self._is_awaited = False  # whether `_dispatch` is scheduled already
+        self._is_scheduled = False  # whether `_dispatch` is scheduled already
         self._pending: dict[UpdateQueue, None] = {}  # an ordered set
         self._due = 0.0  # pending updates are held back until then, by the loop's clock
         self._timer: asyncio.TimerHandle | None = None
@@ -118,12 +118,12 @@ class UpdateDispatcher:
         next `_dispatch` picks them up.
         """
         self._steps.append((time.monotonic(), updates))
-        if not self._is_awaited or any(update.is_urgent for update in updates):
-            self._is_awaited = True
+        if not self._is_scheduled or any(update.is_urgent for update in updates):
+            self._is_scheduled = True
             self._loop.call_soon_threadsafe(self._dispatch)
 
     def _dispatch(self) -> None:
-        self._is_awaited = False  # before reading `_steps`, so that no update goes unnoticed
+        self._is_scheduled = False  # before reading `_steps`, so that no update goes unnoticed
         while self._steps:
             now, updates = self._steps.popleft()
             for update in updates:
@@ -132,14 +132,14 @@ class UpdateDispatcher:
                 if update.is_urgent:
                     queue.send()
                     self._pending.pop(queue, None)
-                elif queue.is_awaited:
+                elif queue.should_send:
                     self._pending[queue] = None
         if self._pending and self._timer is None:
             if self._loop.time() >= self._due:
                 self._send_pending()
             else:
                 self._timer = self._loop.call_at(self._due, self._on_timer)
-        self._is_awaited = self._timer is not None
+        self._is_scheduled = self._timer is not None
 
     def _on_timer(self) -> None:
         self._timer = None

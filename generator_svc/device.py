@@ -56,7 +56,7 @@ def choose_device(requested: str) -> str:
         return "cpu"
     reason = why_not_cuda()
     if requested == "cuda" and reason:
-        raise DeviceError(f"device cuda was requested: {reason}")
+        raise DeviceError(f"device cuda is unavailable: {reason}")
     return "cpu" if reason else "cuda"
 
 
@@ -66,7 +66,7 @@ def why_not_cuda() -> str:
     if _PROVIDERS["cuda"] not in ort.get_available_providers():
         return "this build of ONNX Runtime has no CUDA provider"
     if not device_count():
-        return "no CUDA device was found"
+        return "no CUDA device found"
     # Loads the CUDA libraries that pip installed; querying free memory needs them too.
     with contextlib.redirect_stdout(io.StringIO()):  # it prints failures and where to read on
         ort.preload_dlls()
@@ -123,9 +123,11 @@ class Device:
         try:
             session = ort.InferenceSession(str(graph), options, providers=providers)
         except Exception as error:
-            raise DeviceError(f"{graph}: ONNX Runtime cannot load it: {error}") from error
+            raise DeviceError(f"{graph}: ONNX Runtime cannot load the graph: {error}") from error
         if session.get_providers()[0] != _PROVIDERS[self.name]:
-            raise DeviceError(f"the {_PROVIDERS[self.name]} did not start; see its log above")
+            raise DeviceError(
+                f"the {_PROVIDERS[self.name]} failed to initialise; see ONNX Runtime's log above"
+            )
         return session
 
     def tensor(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Any:
@@ -198,7 +200,9 @@ def type_of(nodes: list[Any], name: str) -> str:
     for node in nodes:
         if node.name == name:
             return str(node.type)
-    raise DeviceError(f"the graph has no {name!r}; its nodes are {[n.name for n in nodes]}")
+    raise DeviceError(
+        f"the graph has no input or output {name!r}; it has {[n.name for n in nodes]}"
+    )
 
 
 def _start_clock(device: str) -> HostClock | CudaClock:
@@ -210,5 +214,7 @@ def _start_clock(device: str) -> HostClock | CudaClock:
             clock.stop()
             return clock
         except (CudaError, AttributeError) as error:
-            log.warning("device time is measured on the host: %s", error)
+            log.warning(
+                "CUDA events are unavailable, so device time is measured on the host: %s", error
+            )
     return HostClock()

@@ -178,7 +178,7 @@ class Engine:
         (result,) = self._runner.run(plan).chunks
         self.meter.charge_overhead(result.nanoseconds, REPREFILL)
         if result.error is not None:
-            log.warning("a finished answer could not be re-prefilled: %s", result.error)
+            log.warning("re-prefilling a finished answer failed: %s", result.error)
         self._scheduler.commit_reprefill(plan, failed=result.error is not None)
 
     def check_integrity(self) -> None:
@@ -204,7 +204,7 @@ class Engine:
             for sequence in [*self._scheduler.waiting, *self._scheduler.running]:
                 self._scheduler.cancel(sequence.group)
         except BaseException as fault:
-            log.critical("the engine failed", exc_info=fault)
+            log.critical("engine failure, the process exits", exc_info=fault)
             self._on_fault(fault)
 
     def _run_step(self, step: Callable[[], None]) -> None:

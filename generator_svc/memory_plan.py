@@ -83,17 +83,17 @@ class MemoryPlan:
 
 
 def plan_on(
-    device: str, settings: GeneratorSettings, model: ModelDirectory, beside: int = 0
+    device: str, settings: GeneratorSettings, model: ModelDirectory, reserved: int = 0
 ) -> MemoryPlan:
     """The plan for `cpu` or `cuda`, from the memory that is free there now.
 
-    `beside` bytes of it are set aside for other processes. Raises MemoryPlanError, CudaError.
+    `reserved` bytes of it are left to other processes. Raises MemoryPlanError, CudaError.
     """
     memory = memory_limit() if device == "cpu" else device_memory()
-    if beside:
-        source = f"{memory.source}, less {_mebibytes(beside)} for what runs beside it"
+    if reserved:
+        source = f"{memory.source}, less {_mebibytes(reserved)} reserved for other processes"
         # Negative if the others alone take too much, so that the error says how much is missing.
-        memory = replace(memory, free=memory.free - beside, source=source)
+        memory = replace(memory, free=memory.free - reserved, source=source)
     return plan_memory(device, settings, model, memory)
 
 
@@ -127,8 +127,8 @@ def plan_memory(
     slots = min(settings.on(device, "slots"), cache_bytes // slot_bytes)
     if slots < 1:
         raise MemoryPlanError(
-            f"one slot of {length:,} tokens takes {slot_bytes:,} bytes and the cache may have "
-            f"{cache_bytes:,}: raise kv_cache_bytes or lower max_sequence_length"
+            f"one slot of {length:,} tokens takes {slot_bytes:,} bytes, but the KV cache is "
+            f"limited to {cache_bytes:,}: raise kv_cache_bytes or lower max_sequence_length"
         )
     _warn_if_tight(demand, slot_bytes, settings.kv_cache_bytes)
     needed_bytes = demand.needed_bytes(slot_bytes)
@@ -182,7 +182,7 @@ def _slot_length(demand: _Demand, device: str, settings: GeneratorSettings) -> i
     length -= length % _SLOT_GRANULARITY
     if not length:
         raise MemoryPlanError(
-            f"the model's context of {context} tokens is below {_SLOT_GRANULARITY}"
+            f"the model's context of {context} tokens is below the minimum of {_SLOT_GRANULARITY}"
         )
     fitting = demand.fitting_length
     if length <= fitting:
@@ -192,7 +192,7 @@ def _slot_length(demand: _Demand, device: str, settings: GeneratorSettings) -> i
         needed = demand.needed_bytes(demand.token_bytes * length)
         raise MemoryPlanError(_refusal(demand, length), needed)
     log.warning(
-        "memory is short (%s): sequences have at most %s tokens instead of %s",
+        "memory is short (%s): max_sequence_length is reduced to %s tokens instead of %s",
         demand.memory.source,
         f"{fitting:,}",
         f"{length:,}",
@@ -206,7 +206,7 @@ def _refusal(demand: _Demand, length: int) -> str:
     slot_bytes = demand.token_bytes * length
     needed = demand.needed_bytes(slot_bytes)
     missing, rest = needed - memory.free, needed - model.weight_bytes - slot_bytes
-    advice = [f"allow {_mebibytes(missing)} more"]
+    advice = [f"provide {_mebibytes(missing)} more"]
     if demand.fitting_length >= _MIN_DEFAULT_LENGTH:
         setting = "TRIVIUM_GENERATOR_MAX_SEQUENCE_LENGTH"
         advice.append(f"set {setting} to {demand.fitting_length} or less")
@@ -229,8 +229,8 @@ def _warn_if_tight(demand: _Demand, slot_bytes: int, requested: int) -> None:
     memory = demand.memory
     if requested > demand.available:
         log.warning(
-            "TRIVIUM_GENERATOR_KV_CACHE_BYTES allows %s and weights leave %s (%s): the process "
-            "may be killed when the cache fills up",
+            "TRIVIUM_GENERATOR_KV_CACHE_BYTES is %s, but the weights leave only %s free (%s): "
+            "the process may be killed when the cache fills up",
             _mebibytes(requested),
             _mebibytes(demand.available),
             memory.source,
@@ -238,7 +238,7 @@ def _warn_if_tight(demand: _Demand, slot_bytes: int, requested: int) -> None:
     elif demand.available - demand.packing_bytes < slot_bytes:
         most = demand.needed_bytes(slot_bytes) + demand.packing_bytes
         log.warning(
-            "%s only just fits: it may take %s, and %s of %s are free (%s)",
+            "%s barely fits into memory: it may take up to %s, and %s of %s are free (%s)",
             demand.model.id,
             _mebibytes(most),
             _mebibytes(memory.free),

@@ -38,10 +38,10 @@ _BLOCK_TOKENS = 16
 
 
 _PHASES = {
-    "queue": "Time a finished call waited for a slot",
-    "prefill": "Time from a finished call's slot to its first token",
-    "decode": "Time from a finished call's first token to its last one",
-    "inference": "Time from a finished call's slot to its last token",
+    "queue": "Queue time of a finished call (submission to slot), in seconds",
+    "prefill": "Prefill time of a finished call (slot to first token), in seconds",
+    "decode": "Decode time of a finished call (first to last token), in seconds",
+    "inference": "Inference time of a finished call (slot to last token), in seconds",
 }
 
 
@@ -54,9 +54,10 @@ class RequestMetrics(Collector):
 
         self._model = model
         labels = {"model_name": model}
-        self.prompt_tokens = counter("trivium_engine_prompt_tokens", "Prompt tokens").labels(
-            **labels
-        )
+        self.prompt_tokens = counter(
+            "trivium_engine_prompt_tokens",
+            "Prompt tokens of calls that got a first token, cached ones included",
+        ).labels(**labels)
         self.cached_tokens = counter(
             "vllm:prefix_cache_hits", "Prompt tokens served from the prefix cache"
         ).labels(**labels)
@@ -67,21 +68,21 @@ class RequestMetrics(Collector):
         registry.register(self)
         self.first_token = Histogram(
             "trivium_engine_time_to_first_token_seconds",
-            "Time from a call's arrival to its first token",
+            "Time to first token (TTFT) of a call, from its arrival, in seconds",
             ["model_name"],
             registry=registry,
             buckets=_FIRST_TOKEN_BUCKETS,
         ).labels(**labels)
         self.next_token = TokenHistogram(
             "trivium_engine_inter_token_latency_seconds",
-            "Time between two tokens of a sequence, as sampled; trivium_engine_message_tokens has "
-            "how they are merged into messages",
+            "Inter-token latency (ITL) of a sequence, as sampled, in seconds; "
+            "trivium_engine_message_tokens shows how tokens are merged into messages",
             _NEXT_TOKEN_BUCKETS,
             registry,
         ).labels(model)
         self._message_tokens = Histogram(
             "trivium_engine_message_tokens",
-            "Tokens per message to a caller, over all its choices: 1 unless merged",
+            "Tokens per message to the caller, over all choices of the call; 1 unless merged",
             ["model_name"],
             registry=registry,
             buckets=_MESSAGE_BUCKETS,
@@ -98,13 +99,13 @@ class RequestMetrics(Collector):
         }
         self._rejected = Counter(
             "trivium_engine_rejections",
-            "Calls that were refused before they reached the engine, by error code",
+            "Calls rejected before they reached the engine, by error code",
             ["model_name", "reason"],
             registry=registry,
         )
         self._finished = Counter(
             "trivium_engine_calls",
-            "Calls that ended, by finish reason; cancelled and failed ones too",
+            "Calls that ended, by finish reason, including cancelled and failed ones",
             ["model_name", "finished_reason"],
             registry=registry,
         )
@@ -121,7 +122,7 @@ class RequestMetrics(Collector):
         """Observes the phases of a finished call; `first_token` and `last_token` are monotonic
         times in seconds."""
         scheduled = group.scheduled_at
-        assert scheduled is not None, "Tokens arose without a slot. This is a bug."
+        assert scheduled is not None, "A call has tokens but never got a slot. This is a bug."
         self._phases["queue"].observe(scheduled - group.queued_at)
         self._phases["prefill"].observe(first_token - scheduled)
         self._phases["decode"].observe(last_token - first_token)
@@ -153,7 +154,10 @@ def register_info(
         "execution_provider": device.provider,
         "cuda_unavailable": device.cuda_unavailable,
     }
-    text = "1; its labels say what runs where, and why not on CUDA if the device is auto"
+    text = (
+        "Always 1; labels: the model, its precision, the execution provider, and why CUDA is "
+        "unavailable if the device is auto"
+    )
     _info(registry, "trivium_engine_info", text, labels)
     labels = {
         "model_name": model,
@@ -165,7 +169,8 @@ def register_info(
         "slot_length": str(device.slot_length),
     }
     text = (
-        "1; its labels say how large the KV cache is: blocks as in vLLM, also on a CPU, and slots"
+        "Always 1; labels: the size of the KV cache, in blocks as in vLLM (also on the CPU) and "
+        "in slots"
     )
     _info(registry, "vllm:cache_config_info", text, labels)
 
@@ -192,16 +197,19 @@ class EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         load = self._load()
         gauges = {
-            "vllm:num_requests_running": ("Sequences that hold a slot", load.running_sequences),
+            "vllm:num_requests_running": (
+                "Running sequences: those that hold a slot",
+                load.running_sequences,
+            ),
             "vllm:num_requests_waiting": ("Requests waiting for a slot", load.waiting_requests),
             "vllm:kv_cache_usage_perc": (
-                "Tokens of running sequences as a share of the KV cache's capacity, 0 to 1",
+                "KV cache usage: tokens of running sequences as a share of its capacity, 0 to 1",
                 self._cache_usage(),
             ),
-            "trivium_slots": ("Slots", load.slots),
-            "trivium_slots_in_use": ("Slots held by sequences", load.used_slots),
+            "trivium_slots": ("KV cache slots", load.slots),
+            "trivium_slots_in_use": ("KV cache slots held by running sequences", load.used_slots),
             "trivium_waiting_prompt_tokens": (
-                "Prompt tokens waiting for a slot",
+                "Prompt tokens of requests waiting for a slot",
                 load.waiting_tokens,
             ),
         }
@@ -216,7 +224,7 @@ class EngineCollector(Collector):
         steps = self._meter.steps.copy()
         histogram = HistogramMetricFamily(
             "vllm:iteration_tokens_total",
-            "Tokens, prefilled and decoded, per step of the engine",
+            "Tokens computed per engine step, prefill and decode",
             labels=["model_name"],
         )
         buckets = [
@@ -231,13 +239,15 @@ class EngineCollector(Collector):
     def _device_time(self) -> Iterator[Metric]:
         busy_nanoseconds, overheads, settled = self._meter.snapshot()
         busy = CounterMetricFamily(
-            "trivium_device_busy_nanoseconds", "Device time of all runs", labels=["model_name"]
+            "trivium_device_busy_nanoseconds",
+            "Device time of all runs, in nanoseconds",
+            labels=["model_name"],
         )
         busy.add_metric([self._model], busy_nanoseconds)
         yield busy
         overhead = CounterMetricFamily(
             "trivium_device_overhead_nanoseconds",
-            "Device time not charged to any request",
+            "Device time not charged to any request, by reason, in nanoseconds",
             labels=["model_name", "reason"],
         )
         for reason in OVERHEADS:
@@ -245,7 +255,7 @@ class EngineCollector(Collector):
         yield overhead
         requests = CounterMetricFamily(
             "trivium_device_request_nanoseconds",
-            "Device time of ended sequences by finish reason",
+            "Device time of ended sequences, by finish reason, in nanoseconds",
             labels=["model_name", "outcome"],
         )
         for outcome in FinishReason:

@@ -200,5 +200,5 @@ async def _start_server(
     serve_metrics(settings.metrics_port, settings.host, registry, ready)
     port = await server.start(address_of(settings.host, settings.port))
     await server.set_serving(True)
-    log.info("serving %s on port %d by %s", model.id, port, info.execution_provider)
+    log.info("serving %s on port %d with %s", model.id, port, info.execution_provider)
     return server

@@ -59,7 +59,7 @@ def _to_service_error(error: BaseException) -> ServiceError:
     """The error that the caller gets for a failed step."""
     if isinstance(error, ConstraintError):
         return ServiceError(error.code, error.message, CONSTRAINT)
-    log.error("a step failed", exc_info=error)
+    log.error("an engine step failed", exc_info=error)
     return internal_error()
 
 
@@ -69,9 +69,7 @@ async def _receive_start(messages: AsyncIterator[pb.GenerateRequest]) -> pb.Star
         if message.HasField("start"):
             return message.start
         break
-    raise ServiceError(
-        "missing_required_parameter", "The first message has to start a generation.", "start"
-    )
+    raise ServiceError("missing_required_parameter", "The first message must be `start`.", "start")
 
 
 def _to_load_response(load: Load) -> pb.WatchLoadResponse:
@@ -205,8 +203,8 @@ class GeneratorService(pb_grpc.GeneratorServiceServicer):
         except ConstraintError as error:
             raise ServiceError(error.code, error.message, CONSTRAINT) from None
         except ConstraintsUnavailable as error:
-            log.warning("a constraint was refused: %s", error)
-            message = "This model's tokenizer does not allow constraints."
+            log.warning("constraint rejected: %s", error)
+            message = "This model's tokenizer does not support constraints."
             raise ServiceError("unsupported_parameter", message, CONSTRAINT) from None
         except CompilerBusy:
             message = "The server is compiling too many constraints. Please try again later."

@@ -52,7 +52,7 @@ def load_runner(settings: GeneratorSettings, model: ModelDirectory) -> OrtRunner
             reason = str(error)
     if reason:  # not a warning on a machine without a CUDA device
         level = logging.WARNING if device_count() else logging.INFO
-        log.log(level, "the model runs on the CPU, without CUDA: %s", reason)
+        log.log(level, "CUDA is unavailable, the model runs on the CPU: %s", reason)
     runner = _load_on("cpu", settings, model)
     runner.info = replace(runner.info, cuda_unavailable=reason)
     return runner
@@ -62,7 +62,7 @@ def _load_on(device: str, settings: GeneratorSettings, model: ModelDirectory) ->
     cpu = cpu_limit()
     threads = settings.threads or plan_threads(cpu.cores, model.weight_bytes)
     plan = plan_on(device, settings, model)
-    log.info("%s; %s; threads of a run on the CPU: %d", cpu, plan, threads)
+    log.info("%s; %s; threads per run on the CPU: %d", cpu, plan, threads)
     # ONNX Runtime places some float32 nodes on the CPU, and then refuses to capture the graph.
     cuda_graphs = settings.cuda_graphs and device == "cuda" and model.precision != "fp32"
     if device == "cpu":
@@ -91,13 +91,17 @@ def _load_on(device: str, settings: GeneratorSettings, model: ModelDirectory) ->
         if not weight_only_gemm:
             raise
         # For example, there is no kernel for one of the matrix widths.
-        log.warning("the model is loaded again without weight-only products: %s", error)
+        log.warning("reloading the model without weight-only GEMM kernels: %s", error)
         runner = None
     if runner is None:
         gc.collect()  # the runner is a reference cycle, and two copies of the weights may not fit
         runner = load(False)
     runner.reallocate(plan_loaded(settings, plan, allocated=slots))
-    log.info("%d slots of %d tokens on the device", runner.info.slots, runner.info.slot_length)
+    log.info(
+        "allocated %d KV cache slots of %d tokens on the device",
+        runner.info.slots,
+        runner.info.slot_length,
+    )
     return runner
 
 
@@ -130,7 +134,7 @@ def warm_up(settings: GeneratorSettings, runner: OrtRunner, meter: Meter) -> Non
 
 def _check(result: RunResult) -> None:
     if result.error is not None:
-        raise DeviceError(f"the model cannot be run: {result.error}") from result.error
+        raise DeviceError(f"running the model failed: {result.error}") from result.error
     if result.logits is None or not np.isfinite(result.logits).all():
         raise DeviceError("the model's logits are not finite")
 

@@ -33,13 +33,15 @@ class UsageMetrics:
         labels = ["model_name", "key"]
         self._nanoseconds = Counter(
             "trivium_key_device_nanoseconds",
-            "Device time of ended calls by key; empty if no key is required",
+            "Device time of ended calls by API key, in nanoseconds; the key is empty if none is "
+            "required",
             labels,
             registry=registry,
         )
         self._tokens = Counter(
             "trivium_key_tokens",
-            "Tokens of ended calls by key: prompt, cached (those of it that were), completion",
+            "Tokens of ended calls by API key and type: prompt, cached (the part of the prompt "
+            "from the prefix cache), completion",
             [*labels, "type"],
             registry=registry,
         )

@@ -122,7 +122,7 @@ class SandboxWorker:
         try:
             request = json.dumps({"kind": kind, "text": text})
             # Retries once if the process was killed, for example for lack of memory.
-            response = await self._ask(request) or await self._ask(request)
+            response = await self._request(request) or await self._request(request)
         finally:
             self._lock.release()
         if response is None:
@@ -133,7 +133,7 @@ class SandboxWorker:
             raise CompilerBusy
         return str(response["text"])
 
-    async def _ask(self, request: str) -> dict[str, Any] | None:
+    async def _request(self, request: str) -> dict[str, Any] | None:
         """The response of the process; None if it has ended and is being restarted.
 
         If it does not respond in time, restarts it and raises CompilerBusy.
@@ -142,17 +142,17 @@ class SandboxWorker:
         try:
             line = await _exchange(process, request)
         except TimeoutError as error:
-            await self._replace("does not respond")
+            await self._restart(f"no response within {_COMPILE_SECONDS:g} s")
             raise CompilerBusy from error
         if line.endswith(b"\n"):
             response: dict[str, Any] = json.loads(line)
             return response
         await _end(process)
-        await self._replace(f"has ended with status {process.returncode}")
+        await self._restart(f"exited with status {process.returncode}")
         return None
 
-    async def _replace(self, why: str) -> None:
-        log.warning("the process that compiles constraints %s: it is started again", why)
+    async def _restart(self, reason: str) -> None:
+        log.warning("restarting the constraint sandbox process: %s", reason)
         await self.close()
         self.start()
 
@@ -167,7 +167,7 @@ async def _spawn(command: list[str]) -> Process:
             *command, stdin=pipe, stdout=pipe, env=environment, limit=_MAX_RESPONSE_BYTES
         )
     except OSError as error:
-        log.warning("the process that compiles constraints does not start: %s", error)
+        log.warning("the constraint sandbox process failed to start: %s", error)
         raise CompilerBusy from error
     assert process.stdout is not None
     try:
@@ -177,8 +177,8 @@ async def _spawn(command: list[str]) -> Process:
         raise
     if not is_ready:
         await _end(process)
-        why = f"it has ended with status {process.returncode}"
-        log.warning("the process that compiles constraints does not start: %s", why)
+        reason = f"exited with status {process.returncode}"
+        log.warning("the constraint sandbox process failed to start: %s", reason)
         raise CompilerBusy
     return process
 
@@ -262,7 +262,7 @@ class ConstraintCompiler:
         try:
             await self._load_tokens()
         except ConstraintsUnavailable as error:
-            log.warning("requests with constraints will be refused: %s", error)
+            log.warning("requests with constraints will be rejected: %s", error)
 
     async def _load_tokens(self) -> TokenTable:
         if self._table is None:

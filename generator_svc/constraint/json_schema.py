@@ -188,7 +188,7 @@ def _check_exact(node: dict[str, Any]) -> None:
     for key in ("const", "enum"):
         if not is_writable(node.get(key)):
             raise ValueError(
-                f"{key} has a value that cannot be written exactly: a number of more than 15 "
+                f"{key} has a value that cannot be generated exactly: a number of more than 15 "
                 "digits, or a control character"
             )
     least = node.get("minProperties")
@@ -198,7 +198,7 @@ def _check_exact(node: dict[str, Any]) -> None:
         if least > len(names) + 1:
             raise ValueError(
                 f"minProperties: {least} needs at least {least - 1} names in 'required', since "
-                "other properties may be written twice"
+                "other properties may be repeated"
             )
 
 

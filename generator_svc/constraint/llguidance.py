@@ -42,7 +42,7 @@ def grammar_of(kind: str, text: str) -> str:
     try:
         if kind == "lark":
             return LLMatcher.grammar_from_lark(prepared_lark(text))
-        assert kind == "json_schema", f"no kind of constraint: {kind}. This is a bug."
+        assert kind == "json_schema", f"unknown kind of constraint: {kind}. This is a bug."
         if text.strip() == "true":
             text = "{}"
         options = cast("Any", OPTIONS)
@@ -66,7 +66,9 @@ class TokenTable:
                 text, max(num_tokens, vocabulary_size), list(eos_token_ids) or None
             )
         except BaseException as error:  # a Rust panic is not an Exception
-            raise ValueError(f"{file}: tokens do not support constraints: {error}") from error
+            raise ValueError(
+                f"{file}: the tokenizer does not support constraints: {error}"
+            ) from error
         self.vocabulary_size = vocabulary_size
         self.num_tokens = num_tokens
         self.end_token_ids = frozenset(self.tokenizer.eos_tokens)
@@ -144,7 +146,7 @@ def _refuse(kind: str, reason: str) -> NoReturn:
     """Raises the ConstraintError for an llguidance error message."""
     reason = reason.replace("<non-verbose/>", "").strip()[:_MAX_MESSAGE_LENGTH]
     if reason.startswith("NoExtension"):
-        reason = "nothing fits it"
+        reason = "no text matches it"
     if _OVER_LIMIT.search(_QUOTED.sub("", reason)):
         raise ConstraintError("json_schema_too_complex", f"The constraint is too complex: {reason}")
     if kind == "json_schema":

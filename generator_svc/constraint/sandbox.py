@@ -103,7 +103,7 @@ def _walk(
         if not ids.size:
             return
         if time.thread_time() - started > _WALK_SECONDS:
-            message = "The constraint is too complex: its tokens take too long to find."
+            message = "The constraint is too complex: its token masks take too long to compute."
             raise ConstraintError("json_schema_too_complex", message)
         state.accept(int(ids[draw.randrange(ids.size)]))
 

@@ -185,7 +185,7 @@ class DeviceLogits:
                 and np.isclose(rest, candidates.rest.sum(), rtol=RELATIVE_ERROR)
                 and (ids[0], True) == (best.token_id, best.is_certain)
             ):
-                raise ArithmeticError("the top-k logits of the device are not the largest ones")
+                raise ArithmeticError("top-k on the device gives wrong results")
 
     def _fetch_row(self, buffer: Any, row: int) -> Logits:
         logits = np.empty(self._vocabulary, np.float32)

@@ -135,7 +135,7 @@ class OrtRunner:
             log.warning("CUDA graphs are disabled: %s", error)
             return time.perf_counter_ns() - started
         if not self._matches_eager_runs():
-            log.warning("CUDA graphs are disabled: their logits are not those of eager runs")
+            log.warning("CUDA graphs are disabled: their logits differ from those of eager runs")
             self._fixed_inputs = None
         for size in self.info.capture_sizes:
             if self._fixed_inputs is None or time.perf_counter_ns() - started > seconds * 1e9:
@@ -274,7 +274,7 @@ class OrtRunner:
         result = self.run(plan).rows
         assert result is not None
         if result.logits is None:
-            raise DeviceError(f"the model cannot be run: {result.error}") from result.error
+            raise DeviceError(f"running the model failed: {result.error}") from result.error
         return np.array(result.logits[0])
 
     def _make_bindings(self) -> Callable[[int, int], Any]:
@@ -308,11 +308,11 @@ def capture_sizes(slots: int) -> tuple[int, ...]:
 
 def _check_integer_products(device: str) -> None:
     if device != "cpu":
-        raise DeviceError("a model of precision w8a8 runs on the CPU alone")
+        raise DeviceError("a model of precision w8a8 runs on the CPU only")
     if not multiplies_bytes_exactly():
         raise DeviceError(
-            "this processor does not multiply bytes exactly, which a model of precision w8a8 "
-            "needs; export it with precision int8"
+            "a model of precision w8a8 needs a processor with exact int8 products (on x86: "
+            "VNNI), which this one lacks; export it with precision int8"
         )
 
 
@@ -324,5 +324,8 @@ def _logits_buffers(device: Device, vocabulary: int, dtype: Any) -> HostLogits |
             logits.check()
             return logits
         except Exception as error:  # of the runtime's own types, for example a missing kernel
-            log.warning("all logits are copied to the host: %s", error)
+            log.warning(
+                "top-k on the device is unavailable, so all logits are copied to the host: %s",
+                error,
+            )
     return HostLogits(vocabulary, dtype)

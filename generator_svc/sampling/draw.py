@@ -55,7 +55,7 @@ def checked(best: float) -> float:
     if math.isfinite(best):
         return best
     if best == -math.inf:
-        raise BadLogits("no token is left that could be drawn")
+        raise BadLogits("no token is left to sample")
     raise BadLogits("the model's logits are not finite")
 
 

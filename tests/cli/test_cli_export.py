@@ -155,7 +155,7 @@ def test_the_embedded_model_for_a_device_that_is_absent_is_not_made(
     )
 
     assert (2, "") == (done.returncode, done.stdout)
-    assert "trivium: device cuda was requested: no CUDA device was found" in done.stderr
+    assert "trivium: device cuda is unavailable: no CUDA device found" in done.stderr
     assert [] == list(tmp_path.iterdir())
 
 

@@ -67,7 +67,7 @@ def test_a_model_that_is_too_large_is_refused_before_anything_starts(
     """One line: what is needed, what there is, and how much memory would do; the status is 2."""
     line = _refused(capfd, _taking(tmp_path / "huge", 10))
 
-    numbers = re.search(r"huge needs ([\d,]+) MiB .* ([\d,]+) MiB are free: allow ([\d,]+)", line)
+    numbers = re.search(r"huge needs ([\d,]+) MiB .* ([\d,]+) MiB are free: provide ([\d,]+)", line)
     assert numbers, line
     needed, free, missing = (int(number.replace(",", "")) for number in numbers.groups())
     assert abs(needed - free - missing) <= 1
@@ -101,7 +101,7 @@ def test_models_have_to_fit_together(
 
     assert "two needs" in line
     assert "for one sequence of 1,024 tokens" in line
-    assert "for what runs beside it" in line
+    assert "reserved for other processes" in line
 
 
 def test_what_is_missing_is_told_for_all_models(
@@ -112,7 +112,7 @@ def test_what_is_missing_is_told_for_all_models(
     models = [_taking(tmp_path / name, 0.7) for name in ("one", "two", "three")]
     two, three = _refusals(capfd, *models)
     needed, free = _mebibytes(three)[0], memory_limit().free / MIB
-    missing = int(three.partition("allow ")[2].split()[0].replace(",", ""))
+    missing = int(three.partition("provide ")[2].split()[0].replace(",", ""))
 
     assert "two needs" in two
     assert "three needs" in three
@@ -126,5 +126,5 @@ def test_further_replicas_are_planned_for(tmp_path: Path) -> None:
     [alone] = memory_plans(Pipeline(model, "cpu"))
     [beside] = memory_plans(Pipeline(model, "cpu", facades=2, tokenizers=3))
 
-    assert "less 320 MiB for what runs beside it" in alone
-    assert "less 680 MiB for what runs beside it" in beside
+    assert "less 320 MiB reserved for other processes" in alone
+    assert "less 680 MiB reserved for other processes" in beside

@@ -39,7 +39,7 @@ async def test_a_container_that_is_too_small_is_told_so(model, group):
 
     [line] = lines_of(words)
     assert 2 == status
-    for part in ("200 MiB", "memory limit in /sys/fs/cgroup", "for weights", "allow"):
+    for part in ("200 MiB", "memory limit in /sys/fs/cgroup", "for weights", "provide"):
         assert part in line
 
 
@@ -63,4 +63,4 @@ async def test_a_container_with_modest_room_gets_a_smaller_cache(model, group):
     assert (0, 64 * 40) == (status, tokens)
     assert 16 <= info.slots <= 256 * MIB // SLOT_BYTES
     assert "1 core (quota of 1.5 CPUs in /sys/fs/cgroup" in log
-    assert "threads of a run on the CPU: 1" in log
+    assert "threads per run on the CPU: 1" in log

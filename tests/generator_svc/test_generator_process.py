@@ -212,7 +212,7 @@ async def test_a_stop_signal_ends_the_loading(model, number):
     """In good order too: as process 1 of a container, a signal without a handler would be lost."""
     process = await spawn(model_directory=model.path, port=0, metrics_port=0, threads=1)
     async with asyncio.timeout(60):
-        while b"threads of a run" not in await process.stderr.readline():
+        while b"threads per run" not in await process.stderr.readline():
             assert process.returncode is None
         process.send_signal(number)
         _, words = await process.communicate()
@@ -230,7 +230,7 @@ async def test_a_stop_signal_ends_the_warm_up(model):
     settings = {"port": 0, "metrics_port": 0, "threads": 1, "drain_notice_seconds": 0}
     process = await spawn(model_directory=model.path, **settings)
     async with asyncio.timeout(60):
-        while b"threads of a run" not in await process.stderr.readline():
+        while b"threads per run" not in await process.stderr.readline():
             assert process.returncode is None
         while not _children(process.pid):  # the sandbox: from now on the event loop runs
             assert process.returncode is None

@@ -165,7 +165,7 @@ def test_sequences_are_shorter_where_memory_is_short(heavy, settings, caplog):
     assert 1 == plan.slots
     assert 256 <= plan.slot_length < 4096
     assert plan.needed_bytes <= 420 * MIB < plan.needed_bytes + 8 * 30 * 1024
-    assert f"at most {plan.slot_length:,} tokens instead of 4,096" in caplog.text
+    assert f"reduced to {plan.slot_length:,} tokens instead of 4,096" in caplog.text
 
 
 @pytest.mark.parametrize("wanted", [{"max_sequence_length": 4096}, {"kv_cache_bytes": 10**9}])
@@ -221,7 +221,7 @@ def test_what_only_just_fits_is_warned_of(heavy, precision, grows, caplog):
     assert [] == caplog.messages
 
     _plan(model, needed)
-    warned = [line for line in caplog.messages if "m only just fits: it may take" in line]
+    warned = [line for line in caplog.messages if "m barely fits into memory: it may take" in line]
     assert bool(grows) == bool(warned)
 
 
@@ -238,7 +238,7 @@ def test_a_cuda_device_keeps_what_is_not_the_share(heavy):
         _plan(heavy, 580, "cuda", kv_memory_share=0.1, max_sequence_length=4096)
 
     assert "1,300 MiB of memory: 100 MiB for weights, 120 MiB for one" in str(caught.value)
-    assert "580 MiB are free: allow 720 MiB more" in str(caught.value)
+    assert "580 MiB are free: provide 720 MiB more" in str(caught.value)
 
 
 def test_a_cache_beyond_the_memory_is_warned_of(heavy, caplog):
@@ -247,7 +247,7 @@ def test_a_cache_beyond_the_memory_is_warned_of(heavy, caplog):
     assert (2, []) == (small, caplog.messages)
 
     assert 7 == _plan(heavy, 1000, kv_cache_bytes=900 * MIB).slots
-    assert "TRIVIUM_GENERATOR_KV_CACHE_BYTES allows 900 MiB" in caplog.text
+    assert "TRIVIUM_GENERATOR_KV_CACHE_BYTES is 900 MiB" in caplog.text
     assert "memory limit in /sys/fs/cgroup" in caplog.text
 
 

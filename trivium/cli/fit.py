@@ -30,11 +30,11 @@ def memory_plans(pipeline: Pipeline) -> list[str]:
     makes the plan, so that no CUDA context stays open here.
     """
     more = (pipeline.tokenizers - 1) * TOKENIZER_BYTES + (pipeline.facades - 1) * FACADE_BYTES
-    taken = {"cpu": SERVICES_BYTES + more, "cuda": 0}
+    reserved = {"cpu": SERVICES_BYTES + more, "cuda": 0}
     lines, status = [], 0
     for stage in pipeline.stages()[: len(pipeline.models)]:
         done = subprocess.run(
-            [sys.executable, "-m", "generator_svc.fit", json.dumps(taken)],
+            [sys.executable, "-m", "generator_svc.fit", json.dumps(reserved)],
             env={**os.environ, **stage.environment},
             stdout=subprocess.PIPE,
             check=False,
@@ -43,7 +43,7 @@ def memory_plans(pipeline: Pipeline) -> list[str]:
         if not done.stdout:  # failed for another reason than memory
             break
         plan = json.loads(done.stdout)
-        taken[plan["device"]] += plan["needed_bytes"]
+        reserved[plan["device"]] += plan["needed_bytes"]
         lines.append(plan.get("text", ""))
     if status != 0:
         raise DoesNotFit(status)

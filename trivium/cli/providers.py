@@ -45,7 +45,7 @@ def why_not(provider: str) -> str | None:
                 ort.preload_dlls()  # finds the libraries of the cuda extra
         session = ort.InferenceSession(GRAPH, options, providers=[provider])
         if provider not in session.get_providers():
-            return missing_libraries() or "no CUDA device was found"
+            return missing_libraries() or "no CUDA device found"
         (result,) = session.run(None, {"x": np.ones(1, np.float32)})
     except Exception as error:  # the runtime's exceptions have no other common base class
         return str(error).splitlines()[0]
