@@ -100,8 +100,7 @@ def to_engine_request(start: pb.StartGeneration, limits: Limits) -> EngineReques
     if prompt_logprobs is not None and not limits.scores_prompts:
         raise ServiceError(
             "unsupported_parameter",
-            "This model's folder does not support log-probabilities of prompts; export the model "
-            "again.",
+            "This model's folder does not support log-probabilities of prompts; export it again.",
             "prompt_logprobs",
         )
     return EngineRequest(

@@ -56,14 +56,14 @@ def until_interrupted(progress: Progress) -> Progress:
 
     Some libraries swallow all exceptions while they are imported, KeyboardInterrupt included.
     """
-    came: list[int] = []
+    received: list[int] = []
 
     def interrupt(number: int, _: object) -> None:
-        came.append(number)
+        received.append(number)
         raise KeyboardInterrupt
 
     def show(step: str, done: int = 0, total: int | None = None) -> None:
-        if came:
+        if received:
             raise KeyboardInterrupt
         progress(step, done, total)
 
@@ -82,12 +82,14 @@ def export(
             "apply), or the embedded default smollm2-135m-instruct."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The folder to create; its name is the model's id.")],
+    out: Annotated[Path, typer.Option(help="Folder to create. Its name becomes the model id.")],
     precision: Annotated[
-        Precision, typer.Option(help="Of the weights; w8a8 also of the activations.")
+        Precision, typer.Option(help="Precision of the weights; w8a8 also quantises activations.")
     ] = Precision.INT8,
-    device: Annotated[Device, typer.Option(help="Device that the export is for.")] = Device.CPU,
-    force: Annotated[bool, typer.Option(help="Replace a different export.")] = False,
+    device: Annotated[Device, typer.Option(help="Device that will run the model.")] = Device.CPU,
+    force: Annotated[
+        bool, typer.Option(help="Replace an existing export with other options or another source.")
+    ] = False,
 ) -> None:
     """Exports a checkpoint to a model folder."""
     # A console of its own, as some steps redirect sys.stderr to silence libraries.
@@ -105,8 +107,8 @@ def export(
         console.print(f"trivium export: {error}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(FAILED) from error
     except KeyboardInterrupt:
-        told = f"trivium export: interrupted; {out} is as it was before"
-        console.print(told, markup=False, highlight=False, soft_wrap=True)
+        message = f"trivium export: interrupted; {out} is unchanged"
+        console.print(message, markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
     # Exports into the cache are made by `trivium up`, which goes on to serve them.
     if cache_folder() not in out.absolute().parents:
@@ -118,7 +120,7 @@ def _what_next(folder: Path) -> str:
     config = json.loads((folder / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
     if (folder / CHAT_TEMPLATE).is_file() or config.get("chat_template"):
         return f"is ready: {command}"
-    return f"is ready for plain completions, as chats need a {CHAT_TEMPLATE} in it: {command}"
+    return f"is ready for plain completions (chat needs a {CHAT_TEMPLATE} in it): {command}"
 
 
 if __name__ == "__main__":

@@ -69,10 +69,12 @@ def main() -> None:
     """Exits with 0 if the model is there; otherwise replaces this process by its export."""
     parser = argparse.ArgumentParser(
         prog="python -m generator_svc.export.cached",
-        description="Makes a model in the cache, unless it is there.",
+        description="Exports a model to the cache unless it is already there.",
     )
     parser.add_argument("source", nargs="?", default=EMBEDDED_MODEL)
-    parser.add_argument("--check", action="store_true", help="make nothing: exit 1 if it is not")
+    parser.add_argument(
+        "--check", action="store_true", help="export nothing; exit with 1 if an export is needed"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     given = parser.parse_args()
     try:
@@ -93,7 +95,7 @@ def main() -> None:
         sys.exit(0)
     if given.check:
         sys.exit(1)
-    print(f"Exporting {source} to {folder}, once.", file=sys.stderr, flush=True)
+    print(f"Exporting {source} to {folder} (once).", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "generator_svc.export", source, "--out", str(folder)]
     command += ["--device", device, "--precision", options.precision]
     if folder.exists():  # damaged, from another version, or for another processor

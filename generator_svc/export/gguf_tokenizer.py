@@ -48,7 +48,9 @@ class GgufTokenizer:
         self._tokens: list[str] = self._value("tokens")
         types = self._header.get("token_type") or [TokenType.NORMAL] * len(self._tokens)
         if len(types) != len(self._tokens):
-            raise self._unreadable(f"it has {len(self._tokens)} tokens and {len(types)} types")
+            raise self._unreadable(
+                f"it has {len(self._tokens)} tokens but {len(types)} token types"
+            )
         try:
             self._types = [TokenType(kind) for kind in types]
         except ValueError as error:
@@ -137,8 +139,8 @@ class GgufTokenizer:
             return {"type": "Sequence", "pretokenizers": [first, _byte_level(use_regex=True)]}
         if pre not in (*_LLAMA3, *_QWEN2):
             raise ExportError(
-                f"{self._path.name}: its pre-tokenizer {pre!r} is not known; "
-                "export from the Hugging Face folder instead"
+                f"{self._path.name}: unknown pre-tokenizer {pre!r}; export from the Hugging Face "
+                "folder instead"
             )
         pattern = {"Regex": _LLAMA3_SPLIT if pre in _LLAMA3 else _QWEN2_SPLIT}
         first = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
@@ -209,11 +211,11 @@ class GgufTokenizer:
 
     def _value(self, name: str) -> Any:
         if not self._header.get(name):
-            raise self._unreadable(f"it lacks tokenizer.ggml.{name}")
+            raise self._unreadable(f"it has no tokenizer.ggml.{name}")
         return self._header[name]
 
     def _unreadable(self, reason: str) -> ExportError:
-        return ExportError(f"{self._path}: no tokenizer that can be read: {reason}")
+        return ExportError(f"{self._path}: unreadable tokenizer: {reason}")
 
 
 def _byte_level(use_regex: bool) -> dict[str, Any]:

@@ -26,11 +26,13 @@ class ExportOptions:
             raise ExportError("precision fp16 is for cuda: the CPU provider computes in fp32")
         if self.precision == "w8a8":
             if self.device != "cpu":
-                raise ExportError("precision w8a8 is for cpu: its products have no CUDA kernel")
+                raise ExportError(
+                    "precision w8a8 is for cpu: there is no CUDA kernel for its products"
+                )
             if not _multiplies_bytes_exactly():
                 raise ExportError(
-                    "precision w8a8 needs a processor that multiplies bytes exactly (on x86: with "
-                    "VNNI), which this one does not; take int8"
+                    "precision w8a8 needs a processor with exact int8 products (on x86: VNNI), "
+                    "which this one lacks; use int8"
                 )
 
     @property
@@ -46,9 +48,9 @@ class ExportOptions:
     def check_experts(self) -> None:
         """Raises ExportError if a model with experts cannot be exported with these options."""
         if self.precision == "w8a8":
-            raise ExportError("precision w8a8 has no form for a model's experts; take int8")
+            raise ExportError("precision w8a8 does not support experts; use int8")
         if self.device == "cuda" and self.precision == "fp32":
-            raise ExportError("precision fp32 has no CUDA kernel for a model's experts; take fp16")
+            raise ExportError("precision fp32 has no CUDA kernel for experts; use fp16")
 
 
 DEFAULT_OPTIONS = ExportOptions()

@@ -15,7 +15,7 @@ from generator_svc.export.checkpoint.source import EMBEDDED_SAMPLING, locate, st
 from generator_svc.export.errors import ExportError
 from generator_svc.export.options import DEFAULT_OPTIONS, ExportOptions
 from generator_svc.export.progress import Progress, silent
-from generator_svc.export.whole_folder import alone, making
+from generator_svc.export.whole_folder import locked, new_folder
 from trivium.embedded_model import EMBEDDED_MODEL
 from trivium.file_digest import read_digest
 from trivium.host_limits import cpu_limit
@@ -58,15 +58,15 @@ def export_model(
     if final.is_symlink():  # replaces the link's target, not the link
         final = final.resolve()
     if final.is_mount():
-        raise ExportError(f"{final} is where a volume is mounted: name a folder within it")
+        raise ExportError(f"{final} is a mount point: choose a folder inside it")
     try:
-        with alone(final, lambda: progress("waiting for another export to this folder")):
+        with locked(final, lambda: progress("waiting for another export to this folder")):
             if is_current(final, source, options, force):
                 return final
-            with making(final) as (folder, scratch):
+            with new_folder(final) as (folder, scratch):
                 _build(source, folder, scratch, options, progress, cache)
     except OSError as error:
-        raise ExportError(f"{final} cannot be made: {_reason(error)}") from error
+        raise ExportError(f"{final} cannot be created: {_reason(error)}") from error
     progress("done")
     return final
 
@@ -93,14 +93,14 @@ def is_current(folder: Path, source: str, options: ExportOptions, force: bool = 
         manifest = None
     if not isinstance(manifest, dict) or "exporter_version" not in manifest:
         raise ExportError(
-            f"{folder} exists already and is no export ({MANIFEST} is not there, or damaged): "
+            f"{folder} already exists and is not an export ({MANIFEST} is missing or damaged): "
             "remove it, or choose another --out"
         )
     if force:
         return False
     wanted = {"source": source, **asdict(options)}
     if any(manifest.get(key) != value for key, value in wanted.items()):
-        raise ExportError(f"{folder} exists already and is another export; --force replaces it")
+        raise ExportError(f"{folder} already exists and is a different export; --force replaces it")
     try:
         load_model_directory(folder)
     except ModelDirectoryError:
@@ -122,7 +122,7 @@ def _build(
     began = time.monotonic()
     checkpoint_state = state(source)  # before reading, so that later changes are noticed
     progress("fetching")
-    origin = locate(source, cache, lambda there, total: progress("fetching", there, total))
+    origin = locate(source, cache, lambda done, total: progress("fetching", done, total))
     progress("opening the checkpoint")
     from generator_svc.export.checkpoint.checkpoint import load_checkpoint
     from generator_svc.export.checkpoint.residual import scale_residual
@@ -179,8 +179,8 @@ def _check_vocabulary(checkpoint: Checkpoint, folder: Path) -> None:
     size = checkpoint.decoder.vocab_size
     if highest >= size:
         raise ExportError(
-            f"{checkpoint.source.label}: the tokenizer is another model's: it makes token {highest}"
-            f", and config.json has a vocab_size of {size}"
+            f"{checkpoint.source.label}: the tokenizer does not match the model: it produces "
+            f"token {highest}, but vocab_size in config.json is {size}"
         )
 
 
@@ -269,9 +269,9 @@ def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
         except (ValueError, TypeError) as error:
             raise ExportError(f"{file}: not a JSON object: {error}") from None
     if checkpoint.source.kind == "gguf" and (
-        ends := GgufTokenizer(checkpoint.source.path).end_token_ids
+        eos_ids := GgufTokenizer(checkpoint.source.path).end_token_ids
     ):
-        generation["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+        generation["eos_token_id"] = eos_ids if len(eos_ids) > 1 else eos_ids[0]
     if checkpoint.source.label == EMBEDDED_MODEL:
         generation |= EMBEDDED_SAMPLING
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -288,12 +288,14 @@ def _check_generation(checkpoint: Checkpoint, generation: dict[str, Any]) -> Non
     eos = generation.get("eos_token_id")
     if eos is None:
         raise ExportError(
-            f"{label}: names no end-of-sequence token (eos_token_id), neither in "
-            "generation_config.json nor in config.json"
+            f"{label}: no end-of-sequence token (eos_token_id) in generation_config.json or "
+            "config.json"
         )
     ids = eos if isinstance(eos, list) else [eos]
     if not ids or not all(type(token) is int and token < size for token in ids) or max(ids) < 0:
-        raise ExportError(f"{label}: eos_token_id is {eos!r}: not a token of the model, nor a list")
+        raise ExportError(
+            f"{label}: eos_token_id is {eos!r}, neither a token of the model nor a list of them"
+        )
     try:
         sampling_values(generation)
     except ValueError as error:
@@ -319,12 +321,12 @@ def _verify(
     from generator_svc.export.weights.external_data import save
 
     def export_twin(twin: Checkpoint) -> Path:
-        beside = scratch / "twin"
-        beside.mkdir()
+        twin_folder = scratch / "twin"
+        twin_folder.mkdir()
         graph = trace(twin, scratch / "traced")
         rewrite(graph, twin, options, experts_form="int8")
-        save(graph, beside / GRAPH_FILE, beside / WEIGHTS_FILE)
-        return beside / GRAPH_FILE
+        save(graph, twin_folder / GRAPH_FILE, twin_folder / WEIGHTS_FILE)
+        return twin_folder / GRAPH_FILE
 
     graph = folder / GRAPH_FILE
     tokens = encode(folder, verify.TEXT)

@@ -65,8 +65,8 @@ def _convert_slow(source: Source, folder: Path) -> None:
     """Converts a folder without tokenizer.json, for example with only a SentencePiece model."""
     if not any((source.path / name).is_file() for name in SLOW_TOKENIZER_FILES):
         raise ExportError(
-            f"{source.label}: has no tokenizer: neither {TOKENIZER_FILE} nor what it could be made "
-            f"from ({', '.join(SLOW_TOKENIZER_FILES)})"
+            f"{source.label}: has no tokenizer: neither {TOKENIZER_FILE} nor files to convert "
+            f"({', '.join(SLOW_TOKENIZER_FILES)})"
         )
     try:
         with quiet_libraries():
@@ -78,12 +78,12 @@ def _convert_slow(source: Source, folder: Path) -> None:
 
 def _no_tokenizer(label: str, error: Exception) -> ExportError:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return ExportError(f"{label}: no tokenizer that can be read: {reason}")
+    return ExportError(f"{label}: unreadable tokenizer: {reason}")
 
 
 def _save(tokenizer: Any, folder: Path) -> None:
     if not tokenizer.is_fast:
-        raise ExportError("the tokenizer has no tokenizer.json form")
+        raise ExportError("the tokenizer cannot be converted to tokenizer.json")
     scratch = folder / ".tokenizer"
     tokenizer.save_pretrained(scratch)
     _copy(scratch, folder)
@@ -95,7 +95,9 @@ def _check(source: Source, folder: Path) -> None:
     try:
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ExportError(f"{source.label}: tokenizer_config.json is not JSON: {error}") from None
+        raise ExportError(
+            f"{source.label}: tokenizer_config.json is not valid JSON: {error}"
+        ) from None
     if not isinstance(config, dict):
         raise ExportError(f"{source.label}: tokenizer_config.json is not a JSON object")
     try:
@@ -125,8 +127,8 @@ def _place_chat_template(source: Source, folder: Path) -> None:
             named = {entry["name"]: entry["template"] for entry in template}
         except (TypeError, KeyError):
             raise ExportError(
-                f"{source.label}: tokenizer_config.json: chat_template is a list of something else "
-                "than templates with names"
+                f"{source.label}: tokenizer_config.json: chat_template must be a string or a "
+                "list of named templates"
             ) from None
         template = None if "tool_use" in named else named.get("default")
     if isinstance(template, str):

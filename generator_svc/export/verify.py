@@ -175,11 +175,13 @@ def compare(
         reference = checkpoint.model(torch.tensor([tokens])).logits[0].numpy()
     label = checkpoint.source.label
     if not np.isfinite(reference).all():
-        raise ExportError(f"{label}: computes NaN or infinity itself: its weights cannot be right")
+        raise ExportError(
+            f"{label}: the checkpoint itself computes NaN or infinity: its weights are corrupt"
+        )
     progress("verifying")
     exported = runner.run(tokens, progress)
     if not np.isfinite(exported).all():
-        half = ": its activations exceed float16; take --precision fp32, or export for the CPU"
+        half = ": its activations exceed float16; use --precision fp32, or export for the CPU"
         raise ExportError(
             f"{label}: the exported graph computes NaN or infinity where the checkpoint does not"
             f"{half if runner.is_half else ''}"

@@ -50,7 +50,7 @@ def check_packed(graph: Path, experts: Experts) -> None:
             for expert in range(matrices.count):
                 if not _is_packed(matrices, expert, codes[expert], scales[expert]):
                     raise ExportError(
-                        f"{graph}: expert {expert} of {matrices.name} is not the checkpoint's"
+                        f"{graph}: expert {expert} of {matrices.name} differs from the checkpoint"
                     )
 
 
@@ -94,10 +94,11 @@ def compare_twin(
     with _exact_products():
         agreement = compare(twin, graph, tokens, progress)
     named = ", ".join(map(str, sampled_layers(count)))
-    missing = [f"layers from {TWIN_LAYERS} to {count - 1}"] if count > TWIN_LAYERS else []
+    missing = [f"layers {TWIN_LAYERS} to {count - 1}"] if count > TWIN_LAYERS else []
     missing += [
-        f"the experts' weights, but for those of layers {named}, which are the checkpoint's bits",
-        "the experts' kernel, which the CPU lacks: int8 ones of the same values ran instead",
+        f"the experts' weights, except in layers {named}, which are bit-identical to the "
+        "checkpoint's",
+        "the experts' kernel, which the CPU lacks: int8 experts with the same values ran instead",
     ]
     return replace(agreement, not_compared=(*agreement.not_compared, *missing))
 

@@ -18,7 +18,7 @@ _FULL_DISK_BYTES = 2**16  # a disk with less than this free counts as full
 
 
 @contextlib.contextmanager
-def alone(final: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+def locked(final: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     """Holds the lock on `final`; calls `on_wait` before it waits for another process."""
     final.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(final.parent / f".{final.name}.lock")
@@ -28,36 +28,36 @@ def alone(final: Path, on_wait: Callable[[], None]) -> Iterator[None]:
         on_wait()
         lock.acquire()
     try:
-        _sweep(final)
+        _clean_up(final)
         yield
     finally:
         lock.release()
 
 
 @contextlib.contextmanager
-def making(final: Path) -> Iterator[tuple[Path, Path]]:
+def new_folder(final: Path) -> Iterator[tuple[Path, Path]]:
     """Yields the folder that becomes `final` on success, and a scratch folder that is removed.
 
-    Only within `alone`. Raises OSError for any error of a library if the disk is full.
+    Only within `locked`. Raises OSError for any error of a library if the disk is full.
     """
     scratch = _scratch(final)
-    made = scratch / "model"
+    partial = scratch / "model"
     try:
-        made.mkdir(parents=True)
+        partial.mkdir(parents=True)
         with _report_full_disk(scratch):
-            yield made, scratch
+            yield partial, scratch
         if final.exists():
             final.rename(scratch / "replaced")
-        made.rename(final)
+        partial.rename(final)
     finally:
-        _sweep(final)
+        _clean_up(final)
 
 
 def _scratch(final: Path) -> Path:
     return final.parent / f".{final.name}.partial"
 
 
-def _sweep(final: Path) -> None:
+def _clean_up(final: Path) -> None:
     """Removes what was left behind, but restores a folder that was about to be replaced."""
     scratch = _scratch(final)
     replaced = scratch / "replaced"

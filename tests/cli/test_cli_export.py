@@ -91,7 +91,7 @@ def test_is_stopped_by_the_signal_that_its_process_gets(tmp_path: Path) -> None:
     _, told = process.communicate(timeout=120)
 
     assert process.returncode == 130
-    assert told.splitlines()[-1] == f"trivium export: interrupted; {out} is as it was before"
+    assert told.splitlines()[-1] == f"trivium export: interrupted; {out} is unchanged"
     assert "Traceback" not in told
     assert [".model.lock"] == [path.name for path in out.parent.iterdir()]
 
@@ -119,7 +119,7 @@ def test_is_stopped_although_a_library_swallows_the_signal() -> None:
     done = subprocess.run([sys.executable, "-c", SWALLOWS], capture_output=True, text=True)
 
     assert done.returncode == 130
-    told = ["importing", "trivium export: interrupted; m is as it was before"]
+    told = ["importing", "trivium export: interrupted; m is unchanged"]
     assert told == done.stderr.splitlines()
 
 

@@ -132,5 +132,5 @@ def test_what_cannot_be_exported_is_told(
     told = capfd.readouterr().err
 
     assert [1, 1] == statuses
-    assert f"acme/absent: there is no such folder, and {hub.url} has no such model" in told
+    assert f"acme/absent: no such folder, and {hub.url} has no such model" in told
     assert "broken: has weights but no config.json" in told

@@ -146,10 +146,12 @@ def _gguf_config(source: Source) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(str(source.path.parent), gguf_file=source.path.name)
     except (OSError, *_SETTING_ERRORS) as error:
-        raise ExportError(f"{source.path}: not a GGUF file that can be read: {error}") from error
+        raise ExportError(f"{source.path}: not a readable GGUF file: {error}") from error
     check_family(source.label, config.model_type)
     if config.model_type == "gpt_oss":
-        raise ExportError(f"{source.path}: gpt_oss is read from safetensors, not from GGUF files")
+        raise ExportError(
+            f"{source.path}: gpt_oss is supported from safetensors only, not from GGUF files"
+        )
     return config
 
 
@@ -157,13 +159,13 @@ def _check_context(source: Source, config: PretrainedConfig) -> None:
     length = config.max_position_embeddings
     if not isinstance(length, int) or length < MIN_CONTEXT_LENGTH:
         raise ExportError(
-            f"{source.label}: the context (max_position_embeddings) is {length!r} tokens long; "
-            f"{MIN_CONTEXT_LENGTH} are needed at least"
+            f"{source.label}: the context length (max_position_embeddings) is {length!r}; the "
+            f"minimum is {MIN_CONTEXT_LENGTH}"
         )
     if length > MAX_CONTEXT_LENGTH:
         raise ExportError(
-            f"{source.label}: the context (max_position_embeddings) is {length:,} tokens long; at "
-            f"most {MAX_CONTEXT_LENGTH:,} are supported"
+            f"{source.label}: the context length (max_position_embeddings) is {length:,}; the "
+            f"maximum is {MAX_CONTEXT_LENGTH:,}"
         )
 
 
@@ -173,21 +175,21 @@ def _check_heads(source: Source, model: PreTrainedModel) -> None:
     heads, kv_heads, size = _heads(config)
     rotated = 2 * len(model.model.rotary_emb.inv_freq)
     if config.num_hidden_layers < 1:
-        told = "num_hidden_layers is 0"
+        message = "num_hidden_layers is 0"
     elif not isinstance(config.rms_norm_eps, int | float):
-        told = f"rms_norm_eps is {config.rms_norm_eps!r}"
+        message = f"rms_norm_eps is {config.rms_norm_eps!r}"
     elif heads % kv_heads:
-        told = f"{heads} attention heads cannot share {kv_heads} key-value heads"
+        message = f"{heads} attention heads are not a multiple of {kv_heads} key-value heads"
     elif size % HEAD_SIZE_STEP:
-        told = (
-            f"attention heads of {size} are not supported: ONNX Runtime rotates heads of a "
+        message = (
+            f"head size {size} is not supported: ONNX Runtime's rotary embedding needs a "
             f"multiple of {HEAD_SIZE_STEP}"
         )
     elif rotated != size:
-        told = f"heads that are rotated in part ({rotated} of {size}) are not supported"
+        message = f"partial rotary embeddings ({rotated} of {size}) are not supported"
     else:
         return
-    raise ExportError(f"{source.label}: {told}")
+    raise ExportError(f"{source.label}: {message}")
 
 
 def _heads(config: PretrainedConfig) -> tuple[int, int, int]:
@@ -213,7 +215,9 @@ def _without_weights(source: Source, config: PretrainedConfig) -> PreTrainedMode
 def _unreadable(source: Source, error: Exception) -> ExportError:
     reason = (str(error).splitlines() or [""])[0]
     kind = type(error).__name__
-    return ExportError(f"{source.label}: transformers cannot use its config.json: {kind}: {reason}")
+    return ExportError(
+        f"{source.label}: transformers cannot load its config.json: {kind}: {reason}"
+    )
 
 
 def _check_weights(source: Source, model: PreTrainedModel, tensors: Tensors) -> None:
@@ -229,12 +233,12 @@ def _check_weights(source: Source, model: PreTrainedModel, tensors: Tensors) -> 
         if name not in tied
     }
     if missing := sorted(weights.keys() - known):
-        raise ExportError(f"{source.label}: {_lacking(missing, known)}")
+        raise ExportError(f"{source.label}: {_missing_weights(missing, known)}")
     unread = sorted(name for name in known - weights.keys() if UNREAD.match(name))
     if unread:
         raise ExportError(
-            f"{source.label}: the weights have {unread[0]}{_and_others(unread)}, which a model as "
-            "its configuration has it does not read: the results would be wrong"
+            f"{source.label}: the weights contain {unread[0]}{_and_others(unread)}, which the "
+            "architecture in its configuration does not use: the results would be wrong"
         )
     if ROPE_DIVISORS in known:
         weights[ROPE_DIVISORS] = list(model.model.rotary_emb.inv_freq.shape)
@@ -242,27 +246,30 @@ def _check_weights(source: Source, model: PreTrainedModel, tensors: Tensors) -> 
     for name, shape in weights.items():
         found = list(tensors.shape(name))
         if found != shape:
-            raise ExportError(f"{tensors.file(name)}: {name} is {found}; by {by} it is {shape}")
+            raise ExportError(
+                f"{tensors.file(name)}: {name} has shape {found}, but {by} implies {shape}"
+            )
         kind = tensors.read(name, 0, 1).dtype
         if kind != "float32":
             raise ExportError(
-                f"{tensors.file(name)}: {name} holds {kind}: is it quantised? export the "
+                f"{tensors.file(name)}: {name} has type {kind}: is it quantised? export the "
                 "full-precision checkpoint"
             )
 
 
-def _lacking(missing: list[str], known: set[str]) -> str:
+def _missing_weights(missing: list[str], known: set[str]) -> str:
     """An error message: what is missing, and whether it is there under a longer or shorter name."""
-    told = f"the weights lack {missing[0]}{_and_others(missing)}"
+    message = f"missing weights: {missing[0]}{_and_others(missing)}"
     for name in missing:
         if name.removeprefix(BASE) in known:
             return (
-                f"{told}: {name.removeprefix(BASE)} is there instead of {name}, so this is a base "
-                "model; export one for text generation (…ForCausalLM)"
+                f"{message}; found {name.removeprefix(BASE)} instead of {name}, so this is a "
+                "base model; export one for text generation (…ForCausalLM)"
             )
         if longer := min((other for other in known if other.endswith(f".{name}")), default=None):
-            return f"{told}: {longer} is there instead of {name}, so this model is part of another"
-    return told
+            message += f"; found {longer} instead of {name}"
+            return f"{message}, so this model is part of a larger one"
+    return message
 
 
 def _and_others(names: list[str]) -> str:

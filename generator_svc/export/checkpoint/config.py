@@ -26,7 +26,7 @@ def read_config(label: str, file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ExportError(f"{label}: config.json is not JSON: {error}") from None
+        raise ExportError(f"{label}: config.json is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise ExportError(f"{label}: config.json is not a JSON object")
     check_family(label, config.get("model_type"))
@@ -43,7 +43,7 @@ def read_config(label: str, file: Path) -> dict[str, Any]:
     method = quantization.get("quant_method")
     if quantization and (config["model_type"], method) != ("gpt_oss", "mxfp4"):
         raise ExportError(
-            f"{label}: is quantised already ({method}); export the full-precision checkpoint"
+            f"{label}: is already quantised ({method}); export the full-precision checkpoint"
         )
     return config
 

@@ -93,5 +93,5 @@ def _read_rows(name: str, tensor: FileTensor, start: int, stop: int) -> Array:
     except OSError as error:
         raise ExportError(f"{tensor.file}: tensor {name!r} cannot be read: {error}") from error
     if len(raw) < count:
-        raise ExportError(f"{tensor.file}: ends within tensor {name!r}")
+        raise ExportError(f"{tensor.file}: truncated within tensor {name!r}")
     return raw.reshape(stop - start, tensor.row_bytes)

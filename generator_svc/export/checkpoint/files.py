@@ -29,7 +29,7 @@ TEXT_FILES = (
 SLOW_TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
 
 _PART_OF_GGUF = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
-_MAX_NAMES_TOLD = 8
+_MAX_NAMES_SHOWN = 8
 
 
 def choose_files(
@@ -73,8 +73,8 @@ def check_is_whole(label: str, gguf: str) -> str:
     part = _PART_OF_GGUF.search(gguf)
     if part and int(part[1]) > 1:
         raise ExportError(
-            f"{label}: {gguf} is one of {int(part[1])} parts; make one file of them with "
-            "llama-gguf-split --merge"
+            f"{label}: {gguf} is one of {int(part[1])} parts; merge them with llama-gguf-split "
+            "--merge"
         )
     return gguf
 
@@ -88,7 +88,7 @@ def _find_gguf(label: str, names: Collection[str], wanted: str) -> str:
     if len(found) == 1:
         return check_is_whole(label, found[0])
     if found:
-        raise ExportError(f"{label}: {wanted} stands for {len(found)} files: {_listed(found)}")
+        raise ExportError(f"{label}: {wanted} matches {len(found)} files: {_listed(found)}")
     raise ExportError(f"{label}: has no {wanted}; its GGUF files: {_listed(ggufs) or 'none'}")
 
 
@@ -96,23 +96,25 @@ def _shards(label: str, names: Collection[str], index: Path) -> list[str]:
     try:
         shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ExportError(f"{label}: {INDEX_FILE} is no index of tensors by file") from None
+        raise ExportError(f"{label}: {INDEX_FILE} is not an index of tensors by file") from None
     missing = [shard for shard in shards if shard not in names]
     if missing:
-        raise ExportError(f"{label}: {INDEX_FILE} names what is not there: {_listed(missing)}")
+        raise ExportError(f"{label}: {INDEX_FILE} names missing files: {_listed(missing)}")
     return shards
 
 
 def _no_weights(label: str, names: Collection[str]) -> str:
-    said = f"{label}: has neither {WEIGHTS_FILE} (or its index of shards) nor a GGUF file"
+    message = f"{label}: has neither {WEIGHTS_FILE} (or its index of shards) nor a GGUF file"
     if not names:
-        return f"{said}; it is empty"
+        return f"{message}; it is empty"
     if any(name.endswith((".bin", ".pth", ".pt")) for name in names):
-        said += ", and PyTorch's pickles are not read: let transformers save it as safetensors"
-    return f"{said}; it has {_listed(names)}"
+        message += (
+            "; PyTorch pickles are not supported: save the model as safetensors with transformers"
+        )
+    return f"{message}; it has {_listed(names)}"
 
 
 def _listed(names: Collection[str]) -> str:
-    told = sorted(names)[:_MAX_NAMES_TOLD]
-    more = len(names) - len(told)
-    return ", ".join(told) + (f" and {more} more" if more else "")
+    shown = sorted(names)[:_MAX_NAMES_SHOWN]
+    more = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")

@@ -56,12 +56,12 @@ def open_gguf(path: Path) -> FileTensors:
     try:
         reader = GGUFReader(path)
     except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
-        raise ExportError(f"{path}: cut short, damaged or no GGUF file: {error}") from error
+        raise ExportError(f"{path}: truncated, damaged or not a GGUF file: {error}") from error
     if reader.endianess != GGUFEndian.LITTLE:
         raise ExportError(f"{path}: is big-endian, which is not supported")
     if (parts := _metadata(reader, "split.count") or 1) > 1:
         raise ExportError(
-            f"{path}: is one of {parts} parts; join them with `llama-gguf-split --merge`"
+            f"{path}: is one of {parts} parts; merge them with llama-gguf-split --merge"
         )
     architecture = _metadata(reader, "general.architecture")
     if architecture not in ARCHITECTURES:
@@ -72,8 +72,8 @@ def open_gguf(path: Path) -> FileTensors:
     scaling = _metadata(reader, f"{architecture}.rope.scaling.type") or "none"
     if scaling != "none":
         raise ExportError(
-            f"{path}: rope scaling {scaling!r} is not read from GGUF files; "
-            "export from the Hugging Face folder instead"
+            f"{path}: rope scaling {scaling!r} is not supported in GGUF files; export from the "
+            "Hugging Face folder instead"
         )
     heads = _permuted_heads(path, reader) if architecture == "llama" else {}
     # The reader memory-maps the whole file, so nothing may keep a reference to it.
@@ -97,7 +97,7 @@ def _permuted_heads(path: Path, reader: GGUFReader) -> dict[str, int]:
     queries = _metadata(reader, "llama.attention.head_count")
     keys = _metadata(reader, "llama.attention.head_count_kv") or queries
     if not (isinstance(queries, int) and isinstance(keys, int)):
-        raise ExportError(f"{path}: needs one llama.attention.head_count for all layers")
+        raise ExportError(f"{path}: llama.attention.head_count must be the same for all layers")
     return {"attn_q": queries, "attn_k": keys}
 
 
@@ -108,7 +108,7 @@ def _translate(path: Path, name: str) -> str:
             return f"{OUTSIDE_LAYERS[part]}.{kind}"
         if layer is not None and part in IN_LAYERS:
             return f"model.layers.{layer}.{IN_LAYERS[part]}.{kind}"
-    raise ExportError(f"{path}: tensor {name!r} is not supported: a dense decoder has none such")
+    raise ExportError(f"{path}: tensor {name!r} is not supported: not part of a dense decoder")
 
 
 def _tensor(path: Path, tensor: Any, permuted_heads: dict[str, int]) -> FileTensor:

@@ -90,14 +90,16 @@ def _list_files(name: HubName) -> tuple[str, dict[str, RepoSibling]]:
     except (ConnectionError, Timeout) as error:
         raise _Unreachable(f"{constants.ENDPOINT} cannot be reached ({_root(error)})") from error
     except (JSONDecodeError, KeyError):
-        raise ValueError(f"{constants.ENDPOINT} does not answer as a hub of models does") from None
+        raise ValueError(f"{constants.ENDPOINT} does not respond like a model hub") from None
     except HfHubHTTPError as error:
         status = _status(error)
         if status < 500:
             raise
-        raise _Unreachable(f"{constants.ENDPOINT} answers with status {status}") from error
+        raise _Unreachable(f"{constants.ENDPOINT} returned status {status}") from error
     if info.sha is None:
-        raise ValueError(f"{constants.ENDPOINT} does not say which commit {name.revision} is")
+        raise ValueError(
+            f"{constants.ENDPOINT} did not return the commit of revision {name.revision}"
+        )
     return info.sha, {file.rfilename: file for file in info.siblings or []}
 
 
@@ -109,14 +111,14 @@ def _from_cache(name: HubName, why: str) -> tuple[Kind, Path]:
         folder = Path(snapshot_download(name.repo, revision=name.revision, local_files_only=True))
     except LocalEntryNotFoundError:
         raise ExportError(
-            f"{name.text}: {why}, and it is not in the cache ({constants.HF_HUB_CACHE}); "
-            "there is no folder of that name here either"
+            f"{name.text}: {why}, and it is not in the cache ({constants.HF_HUB_CACHE}); no "
+            "local folder has that name either"
         ) from None
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     try:
         kind, files = choose_files(name.text, names, lambda: folder / INDEX_FILE, name.gguf, ":")
     except ExportError as error:
-        raise ExportError(f"{error} ({why}, and this is what the cache has)") from None
+        raise ExportError(f"{error} ({why}, so only the cache was searched)") from None
     return kind, folder / files[0] if kind == "gguf" else folder
 
 
@@ -160,8 +162,8 @@ class _Download:
         free = shutil.disk_usage(self._cache).free
         if missing > free:
             raise ExportError(
-                f"{self._name.text}: {missing / 1e9:.1f} GB are still to come, and the disk of "
-                f"{self._cache} has {free / 1e9:.1f} GB free"
+                f"{self._name.text}: {missing / 1e9:.1f} GB remain to be downloaded, but the "
+                f"disk of {self._cache} has only {free / 1e9:.1f} GB free"
             )
 
     def fetch_all(self, files: list[str], received: Received) -> None:
@@ -233,8 +235,8 @@ class _Download:
         path.resolve().unlink()
         path.unlink()
         raise ExportError(
-            f"{self._name.text}: {file} came damaged (its SHA-256 is not what the hub says) and "
-            "was removed; run it again"
+            f"{self._name.text}: the download of {file} was corrupt (its SHA-256 differs from "
+            "the hub's) and was deleted; run the command again"
         )
 
 
@@ -257,34 +259,36 @@ def _explanation(name: HubName, error: Exception) -> str:
         error = error.__cause__
     match error:
         case GatedRepoError() if has_token:
-            said = f"is gated, and your token has no access: ask for it at {hub}/{name.repo}"
+            message = f"is gated, and your token has no access: request access at {hub}/{name.repo}"
         case GatedRepoError():
-            said = (
-                f"is gated: ask for access at {hub}/{name.repo}, then set HF_TOKEN to your token "
+            message = (
+                f"is gated: request access at {hub}/{name.repo}, then set HF_TOKEN to your token "
                 "(or log in with `hf auth login`)"
             )
         case RepositoryNotFoundError():
-            said = f"there is no such folder, and {hub} has no such model; "
-            said += "a private one needs " + ("another token" if has_token else "HF_TOKEN")
+            message = f"no such folder, and {hub} has no such model; "
+            message += "a private one needs " + ("another token" if has_token else "HF_TOKEN")
         case RevisionNotFoundError():
-            said = f"{hub}/{name.repo} has no revision {name.revision!r}"
+            message = f"{hub}/{name.repo} has no revision {name.revision!r}"
         case EntryNotFoundError():
-            said = f"{hub} lists a file that it does not have: {_first_line(error)}"
+            message = f"{hub} lists a file that is missing: {_first_line(error)}"
         case HFValidationError():
-            said = f"is no folder and no hub id: {_first_line(error)}"
+            message = f"is neither a folder nor a hub id: {_first_line(error)}"
         case HfHubHTTPError() if _status(error) == 401:
-            said = f"{hub} does not accept your token (HF_TOKEN, or the file of `hf auth login`)"
+            message = f"{hub} does not accept your token (HF_TOKEN, or the file of `hf auth login`)"
         case HfHubHTTPError() if _status(error) == 403:
-            said = f"{hub} denies access; your token may lack the right to read this model"
+            message = f"{hub} denied access; your token may lack permission to read this model"
         case HfHubHTTPError():
-            said = f"{hub} answers with status {_status(error)}"
+            message = f"{hub} returned status {_status(error)}"
         case RequestException():
-            said = f"the download broke off ({_root(error)}); run it again and it goes on"
+            message = (
+                f"the download was interrupted ({_root(error)}); run the command again to resume it"
+            )
         case OSError(strerror=str(reason)):
-            said = f"cannot be fetched into {constants.HF_HUB_CACHE}: {reason}"
+            message = f"cannot be downloaded to {constants.HF_HUB_CACHE}: {reason}"
         case _:
-            said = _first_line(error)
-    return f"{name.text}: {said}"
+            message = _first_line(error)
+    return f"{name.text}: {message}"
 
 
 def _status(error: HfHubHTTPError) -> int:

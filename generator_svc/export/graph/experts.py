@@ -55,9 +55,7 @@ def swap_experts(graph: Graph, experts: Experts, form: Form, is_half: bool) -> N
         router = [graph.node(f"{module}router/{op}") for op in ("Reshape", "Gemm")]
         reshape, product = router
         if reshape is None or product is None:
-            raise ExportError(
-                f"the traced graph has no {module}router: these experts are not known"
-            )
+            raise ExportError(f"the traced graph has no {module}router: unsupported experts")
         result = module_output(graph, module)
         kept = {reshape.name, product.name}
         shape = graph.producer(reshape.input[1])
@@ -102,7 +100,7 @@ def _pack(matrices: ExpertMatrices, form: Form, is_half: bool) -> Packing:
     """The weights of all experts and, unless they are floats, a scale per block."""
     rows, columns = matrices.rows, matrices.columns
     if form != "float" and columns % BLOCK_SIZE:
-        raise ExportError(f"{matrices.name}: {columns} columns are no multiple of {BLOCK_SIZE}")
+        raise ExportError(f"{matrices.name}: {columns} columns are not a multiple of {BLOCK_SIZE}")
 
     def packed(suffix: str, shape: tuple[int, int], data_type: int) -> Packed:
         return Packed(matrices.name + suffix, (matrices.count, *shape), data_type)

@@ -91,7 +91,7 @@ class Graph:
         **attributes: Any,
     ) -> str:
         """Adds a node and returns its first output, by default named after the node."""
-        assert name not in self.nodes, f"{name} is there already"
+        assert name not in self.nodes, f"{name} already exists"
         names = list(outputs) if outputs is not None else [f"{name}/output_0"]
         self.nodes[name] = helper.make_node(
             op, list(inputs), names, name=name, domain=domain, **attributes

@@ -24,7 +24,7 @@ def keep_wanted_tokens(graph: Graph, hidden_size: int) -> None:
     """
     head = graph.node(HEAD)
     if head is None:
-        raise ExportError(f"the traced graph has no {HEAD}: this head is not known")
+        raise ExportError(f"the traced graph has no {HEAD}: unsupported head")
     head.input[0] = wanted_tokens(graph, head.input[0], hidden_size)
     logits = next(value for value in graph.model.graph.output if value.name == "logits")
     logits.type.tensor_type.shape.dim[1].dim_value = 1

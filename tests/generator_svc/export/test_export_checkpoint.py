@@ -70,15 +70,18 @@ def test_rope_parameters_per_layer_type_are_refused():
             r"model.safetensors: model.layers.0.mlp.gate_proj.weight is \[160, 64\]; by "
             r"config.json it is \[128, 64\]",
         ),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "transformers cannot use its config.json: Key"),
-        ({"max_position_embeddings": 17}, r"context \(max_position_embeddings\) is 17 tokens long"),
-        ({"max_position_embeddings": -1}, "is -1 tokens long; 18 are needed at least"),
-        ({"max_position_embeddings": 10**9}, "is 1,000,000,000 tokens long; at most 4,194,304 are"),
-        ({"hidden_size": "64"}, "transformers cannot use its config.json: TypeError: "),
-        ({"head_dim": 24}, "attention heads of 24 are not supported"),
-        ({"head_dim": 15}, "attention heads of 15 are not supported"),
-        ({"num_key_value_heads": 3}, "4 attention heads cannot share 3 key-value heads"),
-        ({"partial_rotary_factor": 0.5}, r"rotated in part \(8 of 16\) are not supported"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "transformers cannot load its config.json: Key"),
+        ({"max_position_embeddings": 17}, r"context length \(max_position_embeddings\) is 17;"),
+        ({"max_position_embeddings": -1}, "is -1; the minimum is 18"),
+        ({"max_position_embeddings": 10**9}, "is 1,000,000,000; the maximum is 4,194,304"),
+        ({"hidden_size": "64"}, "transformers cannot load its config.json: TypeError: "),
+        ({"head_dim": 24}, "head size 24 is not supported"),
+        ({"head_dim": 15}, "head size 15 is not supported"),
+        ({"num_key_value_heads": 3}, "4 attention heads are not a multiple of 3 key-value heads"),
+        (
+            {"partial_rotary_factor": 0.5},
+            r"partial rotary embeddings \(8 of 16\) are not supported",
+        ),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"rms_norm_eps": None}, "rms_norm_eps is None"),
         ({"rope_scaling": "yarn"}, "config.json: rope_scaling is not a JSON object"),
@@ -100,7 +103,7 @@ def test_missing_weights_are_refused(tmp_path):
     del weights["model.layers.1.mlp.down_proj.weight"]
     save_file(weights, file, {"format": "pt"})
 
-    told = "the weights lack model.layers.1.mlp.down_proj.weight$"
+    told = "missing weights: model.layers.1.mlp.down_proj.weight$"
     with pytest.raises(ExportError, match=told):
         load_checkpoint(source)
 
@@ -124,7 +127,7 @@ def test_weights_that_no_part_reads_are_refused(tmp_path, name, is_read):
     if is_read:
         load_checkpoint(source)
         return
-    with pytest.raises(ExportError, match=f"the weights have {name}, which a model as its config"):
+    with pytest.raises(ExportError, match=f"the weights contain {name}, which the architecture"):
         load_checkpoint(source)
 
 
@@ -145,13 +148,13 @@ def test_yarn_makes_the_context_longer(tmp_path):
     [
         (
             lambda name: name.removeprefix("model."),
-            "the weights lack .* others: embed_tokens.weight is there instead of "
+            "missing weights: .* others; found embed_tokens.weight instead of "
             "model.embed_tokens.weight, so this is a base model; export one for text generation",
         ),
         (
             lambda name: f"language_model.{name}",
-            "others: language_model.model.embed_tokens.weight is there instead of "
-            "model.embed_tokens.weight, so this model is part of another$",
+            "others; found language_model.model.embed_tokens.weight instead of "
+            "model.embed_tokens.weight, so this model is part of a larger one$",
         ),
     ],
 )
@@ -174,7 +177,9 @@ def test_weights_of_whole_numbers_are_refused(tmp_path):
     name = "model.layers.1.mlp.down_proj.weight"
     save_file(weights | {name: (50 * weights[name]).char()}, file, {"format": "pt"})
 
-    with pytest.raises(ExportError, match=f"model.safetensors: {name} holds int8: is it quantised"):
+    with pytest.raises(
+        ExportError, match=f"model.safetensors: {name} has type int8: is it quantised"
+    ):
         load_checkpoint(source)
 
 
@@ -182,7 +187,7 @@ def test_a_broken_gguf_is_refused(tmp_path):
     """A file that is no GGUF gives one line, not a struct error."""
     (tmp_path / "model.gguf").write_bytes(b"not a model" * 100)
 
-    with pytest.raises(ExportError, match="not a GGUF file"):
+    with pytest.raises(ExportError, match="not a readable GGUF file"):
         load_checkpoint(locate(str(tmp_path / "model.gguf")))
 
 
@@ -195,5 +200,5 @@ def test_a_gguf_without_an_architecture_is_refused(tmp_path):
     content = (tmp_path / "model.gguf").read_bytes()
     (tmp_path / "model.gguf").write_bytes(content.replace(b"architecture", b"architectura"))
 
-    with pytest.raises(ExportError, match="not a GGUF file that can be read"):
+    with pytest.raises(ExportError, match="not a readable GGUF file"):
         load_checkpoint(locate(str(tmp_path / "model.gguf")))

@@ -163,8 +163,8 @@ def test_a_connection_that_brings_nothing(hub: ModelHub, user: User) -> None:
     told, _ = user.locate("acme/large")
     found, _ = user.locate("acme/large")
 
-    assert told.startswith("acme/large: the download broke off (")
-    assert told.endswith("; run it again and it goes on")
+    assert told.startswith("acme/large: the download was interrupted (")
+    assert told.endswith("; run the command again to resume it")
     assert content == (Path(found.split()[1]) / "model.safetensors").read_bytes()
     assert len(content) == hub.sent["model.safetensors"]
 
@@ -188,7 +188,7 @@ def test_ctrl_c_and_again(hub: ModelHub, user: User, tmp_path: Path) -> None:
 
     assert CHUNK == sent
     assert process.returncode == 130
-    assert errors.splitlines()[-1] == f"trivium export: interrupted; {out} is as it was before"
+    assert errors.splitlines()[-1] == f"trivium export: interrupted; {out} is unchanged"
     assert "Traceback" not in errors
     assert [out.parent / ".large.lock"] == list(out.parent.iterdir())
     assert content == (Path(found.split()[1]) / "model.safetensors").read_bytes()
@@ -217,7 +217,7 @@ def test_a_partial_file_that_holds_something_else(hub: ModelHub, user: User) -> 
     told, _ = user.locate("acme/tiny")
     again, _ = user.locate("acme/tiny")
 
-    assert "acme/tiny: model.safetensors came damaged" in told
+    assert "acme/tiny: the download of model.safetensors was corrupt" in told
     assert found == again
     assert path.read_bytes() == b"model.safetensors"
 
@@ -274,37 +274,37 @@ def test_offline_and_not_whole(hub: ModelHub, user: User) -> None:
 
     assert "acme/tiny: offline mode is on (HF_HUB_OFFLINE), and it is not in the cache" in absent
     assert str(user.home / "hub") in absent
-    assert f"acme/tiny: {INDEX} names what is not there: {SHARDS[1]}" in partial
+    assert f"acme/tiny: {INDEX} names missing files: {SHARDS[1]}" in partial
     assert "offline mode is on" in partial
 
 
 @pytest.mark.parametrize(
     ("source", "environment", "told"),
     [
-        ("acme/gated", {}, "is gated: ask for access at {url}/acme/gated, then set HF_TOKEN"),
-        ("acme/gated", {"HF_TOKEN": "hf_known"}, "is gated, and your token has no access: ask for"),
+        ("acme/gated", {}, "is gated: request access at {url}/acme/gated, then set HF_TOKEN"),
+        ("acme/gated", {"HF_TOKEN": "hf_known"}, "is gated, and your token has no access: request"),
         ("acme/none", {}, "has no such model; a private one needs HF_TOKEN"),
         ("acme/none", {"HF_TOKEN": "hf_known"}, "a private one needs another token"),
         ("acme/tiny@v2", {}, "{url}/acme/tiny has no revision 'v2'"),
         ("acme/tiny", {"HF_TOKEN": "hf_wrong"}, "{url} does not accept your token (HF_TOKEN"),
-        ("acme--tiny/x..y", {}, "is no folder and no hub id"),
-        ("acme--tiny/x..y", {"HF_HUB_OFFLINE": "1"}, "is no folder and no hub id"),
+        ("acme--tiny/x..y", {}, "is neither a folder nor a hub id"),
+        ("acme--tiny/x..y", {"HF_HUB_OFFLINE": "1"}, "is neither a folder nor a hub id"),
         (
             "acme/tiny",
             {"HF_ENDPOINT": "http://127.0.0.1:1"},
             "http://127.0.0.1:1 cannot be reached (Connection refused), and it is not in the cache",
         ),
-        ("acme/pickled", {}, "PyTorch's pickles are not read"),
+        ("acme/pickled", {}, "PyTorch pickles are not supported"),
         ("acme/pickled", {}, "it has README.md, config.json, pytorch_model.bin"),
         ("acme/empty", {}, "it is empty"),
         ("acme/bare", {}, "has weights but no config.json"),
-        ("acme/torn", {}, f"{INDEX} names what is not there: {SHARDS[0]}, {SHARDS[1]}"),
-        ("acme/odd", {}, f"{INDEX} is no index"),
+        ("acme/torn", {}, f"{INDEX} names missing files: {SHARDS[0]}, {SHARDS[1]}"),
+        ("acme/odd", {}, f"{INDEX} is not an index"),
         ("acme/quants", {}, "has 3 GGUF files; name one, as in acme/quants:q-Q4_K_M.gguf: q-Q4_"),
         ("acme/quants", {}, "q-Q4_K_M.gguf, q-Q8_0.gguf, q-UD-Q8_0.gguf"),
         ("acme/quants:Q2_K", {}, "has no Q2_K; its GGUF files: q-Q4_K_M.gguf, "),
-        ("acme/quants:Q8_0", {}, "Q8_0 stands for 2 files: q-Q8_0.gguf, q-UD-Q8_0.gguf"),
-        ("acme/parts:Q8_0", {}, "one of 2 parts; make one file of them with llama-gguf-split"),
+        ("acme/quants:Q8_0", {}, "Q8_0 matches 2 files: q-Q8_0.gguf, q-UD-Q8_0.gguf"),
+        ("acme/parts:Q8_0", {}, "one of 2 parts; merge them with llama-gguf-split"),
         ("acme/tiny:Q8_0", {}, "has no Q8_0; its GGUF files: none"),
     ],
 )
@@ -338,10 +338,10 @@ def test_says_what_is_missing(
 @pytest.mark.parametrize(
     ("status", "told"),
     [
-        (HTTPStatus.OK, "{url} does not answer as a hub of models does"),
-        (HTTPStatus.FORBIDDEN, "{url} denies access; your token may lack the right to read this"),
-        (HTTPStatus.TOO_MANY_REQUESTS, "{url} answers with status 429"),
-        (HTTPStatus.BAD_GATEWAY, "{url} answers with status 502, and it is not in the cache"),
+        (HTTPStatus.OK, "{url} does not respond like a model hub"),
+        (HTTPStatus.FORBIDDEN, "{url} denied access; your token may lack permission to read"),
+        (HTTPStatus.TOO_MANY_REQUESTS, "{url} returned status 429"),
+        (HTTPStatus.BAD_GATEWAY, "{url} returned status 502, and it is not in the cache"),
     ],
 )
 def test_a_hub_that_answers_otherwise(
@@ -387,7 +387,7 @@ def test_a_gguf_file_is_chosen(hub: ModelHub, user: User, source: str, file: str
         ({"model_type": "bert"}, "model type 'bert' is not supported (supported: llama, "),
         (
             {"model_type": "qwen2", "quantization_config": {"quant_method": "awq"}},
-            "is quantised already (awq); export the full-precision checkpoint",
+            "is already quantised (awq); export the full-precision checkpoint",
         ),
         (
             {"model_type": "llama", "rope_scaling": {"rope_type": "longrope"}},
@@ -430,9 +430,9 @@ def test_a_disk_without_room(hub: ModelHub, user: User) -> None:
     limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({CHUNK}, {CHUNK}))"
     during, _ = user.locate("acme/large", limit)
 
-    assert "acme/large: 0.0 GB are still to come, and the disk of" in before
+    assert "acme/large: 0.0 GB remain to be downloaded, but the disk of" in before
     assert ["config.json"] == sent
-    assert f"acme/large: cannot be fetched into {user.home}/hub: File too large" == during
+    assert f"acme/large: cannot be downloaded to {user.home}/hub: File too large" == during
 
 
 def test_export_from_the_hub(hub: ModelHub, user: User, tmp_path: Path) -> None:
@@ -476,6 +476,6 @@ def test_export_as_one_types_it(hub: ModelHub, user: User, tmp_path: Path) -> No
 
     refused, made = ended
     assert 1 == refused[0]
-    assert refused[1].startswith("trivium export: acme/gated: is gated: ask for access at ")
+    assert refused[1].startswith("trivium export: acme/gated: is gated: request access at ")
     assert (0, f"{out} is ready: trivium up --model {out}") == made
     assert load_model_directory(out).id == "gated"

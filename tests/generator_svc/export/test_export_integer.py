@@ -92,7 +92,7 @@ def test_a_processor_that_saturates_is_refused(monkeypatch):
     monkeypatch.setattr("generator_svc.run.runner.multiplies_bytes_exactly", lambda: False)
 
     assert "int8" == embedded_precision()
-    with pytest.raises(ExportError, match="take int8"):
+    with pytest.raises(ExportError, match="use int8"):
         ExportOptions("w8a8")
     with pytest.raises(DeviceError, match="precision int8"):
         OrtRunner(load_model_directory(folder), "cpu", 1, 64)
@@ -102,7 +102,7 @@ def test_it_is_for_the_cpu():
     """Said before any work is done, and at loading before the device is asked."""
     with pytest.raises(ExportError, match="for cpu"):
         ExportOptions("w8a8", "cuda")
-    with pytest.raises(DeviceError, match="CPU alone"):
+    with pytest.raises(DeviceError, match="CPU only"):
         OrtRunner(load_model_directory(tiny_model_directory("llama", "w8a8")), "cuda", 1, 64)
 
 

@@ -49,10 +49,10 @@ def test_folders_and_files(tmp_path: Path) -> None:
     [
         ([], {}, "has neither model.safetensors (or its index of shards) nor a GGUF file; it is e"),
         (["config.json"], {}, "nor a GGUF file; it has config.json"),
-        (["config.json", "pytorch_model.bin"], {}, "PyTorch's pickles are not read: let transform"),
+        (["config.json", "pytorch_model.bin"], {}, "PyTorch pickles are not supported: save the m"),
         (["model.safetensors"], {}, "has weights but no config.json"),
-        (["config.json", "1"], {"a": "1", "b": "2"}, f"{INDEX} names what is not there: 2"),
-        (["config.json", INDEX], {}, f"{INDEX} is no index of tensors by file"),
+        (["config.json", "1"], {"a": "1", "b": "2"}, f"{INDEX} names missing files: 2"),
+        (["config.json", INDEX], {}, f"{INDEX} is not an index of tensors by file"),
         (["a.gguf", "b.gguf"], {}, "checkpoint/a.gguf: a.gguf, b.gguf"),
         (["a-00001-of-00003.gguf"], {}, "a-00001-of-00003.gguf is one of 3 parts"),
         (list("abcdefghij"), {}, "it has a, b, c, d, e, f, g, h and 2 more"),
@@ -71,8 +71,8 @@ def test_a_folder_that_lacks_something(
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("model.safetensors", "is one file of a checkpoint; name its folder: {folder}"),
-        (INDEX, "is one file of a checkpoint; name its folder: {folder}"),
+        ("model.safetensors", "is one file of a checkpoint; pass its folder: {folder}"),
+        (INDEX, "is one file of a checkpoint; pass its folder: {folder}"),
         ("pytorch_model.bin", "a checkpoint file must be a .gguf file"),
         ("a-00002-of-00003.gguf", "a-00002-of-00003.gguf is one of 3 parts"),
     ],
@@ -96,9 +96,12 @@ def test_a_file_that_is_no_checkpoint(tmp_path: Path, name: str, told: str) -> N
         ("models/llama/7b", "no such file or folder: {here} has no models"),
         (
             "no-such-model",
-            "'no-such-model' is no folder, no .gguf file, no hub id (owner/name) and",
+            "'no-such-model' is neither a folder, a .gguf file, a hub id (owner/name) nor",
         ),
-        ("https://huggingface.co/acme/tiny", "is no folder, no .gguf file, no hub id (owner/name)"),
+        (
+            "https://huggingface.co/acme/tiny",
+            "is neither a folder, a .gguf file, a hub id (owner/name)",
+        ),
     ],
 )
 def test_a_misspelt_path(

@@ -72,7 +72,7 @@ def test_a_write_that_is_refused(source: str, tmp_path: Path, limit: int) -> Non
     status, _, words = ended("-c", WITH_FILE_LIMIT, str(limit), *options)
 
     assert 1 == status
-    assert words[-1].startswith(f"trivium export: {out} cannot be made: File too large")
+    assert words[-1].startswith(f"trivium export: {out} cannot be created: File too large")
     assert "Traceback" not in "\n".join(words)
     assert [] == leftovers(out.parent)
 
@@ -105,7 +105,7 @@ def test_a_disk_that_is_full(
 
     assert 1 == done.returncode
     told = done.stderr.splitlines()[-1]
-    assert told.startswith(f"trivium export: {out} cannot be made: No space left on device")
+    assert told.startswith(f"trivium export: {out} cannot be created: No space left on device")
     assert "Traceback" not in done.stderr
     assert done.stdout.splitlines()[-1] == "['.m.lock']"
 
@@ -117,7 +117,7 @@ def test_a_folder_that_cannot_be_written(source: str, command: tuple[str, ...]) 
     status, _, words = ended("-m", *command, *options)
 
     assert 1 == status
-    assert words[-1].startswith("trivium export: /sys/trivium/m cannot be made: ")
+    assert words[-1].startswith("trivium export: /sys/trivium/m cannot be created: ")
     assert "Traceback" not in "\n".join(words)
 
 
