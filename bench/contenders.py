@@ -32,7 +32,7 @@ from bench.scenarios import Load, Scenario
 from bench.worker import Worker
 from trivium.cli.load import Target
 from trivium.cli.pipeline import free_ports
-from trivium.cli.supervisor import LEASH, Supervisor
+from trivium.cli.supervisor import EXIT_WITH_PARENT, Supervisor
 
 READY_SECONDS = 120.0
 CLIENT = "client"  # the process that sends the requests to all servers
@@ -163,8 +163,8 @@ class LlamaServer(Url):
     @contextlib.contextmanager
     def turn(self, scenario: Scenario) -> Iterator[None]:
         [port] = free_ports(1)
-        leashed = [sys.executable, "-I", LEASH, str(os.getpid())]
-        command = [*leashed, *self._command(scenario, port)]
+        wrapper = [sys.executable, "-I", EXIT_WITH_PARENT, str(os.getpid())]
+        command = [*wrapper, *self._command(scenario, port)]
         self._process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )

@@ -94,7 +94,7 @@ class _Run:
         for place, request in requests:
             asked = time.perf_counter()
             try:
-                pieces: Pieces = await client.ask(request)
+                pieces: Pieces = await client.send(request)
             except OSError:  # an empty response counts as a fault
                 pieces = ()
             self._records[place] = asked, pieces

@@ -89,7 +89,7 @@ class Clients:
             prompt = " ".join(words.choices(WORDS, k=work.words))
             body = target.body([{"role": "user", "content": prompt}], work.output_tokens)
             began = time.perf_counter()
-            pieces = await client.ask(target.request(body))
+            pieces = await client.send(target.request(body))
             fault = ""
             try:
                 read_answer(began, pieces)

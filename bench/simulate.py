@@ -143,7 +143,7 @@ async def between_tokens(target: Target, prompts: Prompts) -> dict[int, float]:
 async def _ask(target: Target, prompt: str, output_tokens: int, began: float) -> Answer:
     body = target.body([{"role": "user", "content": prompt}], output_tokens)
     with contextlib.closing(Client(target)) as client:
-        return read_answer(began, await client.ask(target.request(body)))
+        return read_answer(began, await client.send(target.request(body)))
 
 
 @dataclass(frozen=True)

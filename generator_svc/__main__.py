@@ -10,10 +10,10 @@ from generator_svc.device import DeviceError
 from generator_svc.memory_plan import MemoryPlanError
 from generator_svc.server import serve
 from generator_svc.startup import load_runner
-from trivium.keys.configured import open_keys
+from trivium.keys.settings import open_keys
 from trivium.model_directory import ModelDirectoryError, load_model_directory
 from trivium.wire import telemetry, tracing
-from trivium.wire.garbage_collection import collect_seldom
+from trivium.wire.garbage_collection import tune_garbage_collection
 from trivium.wire.listening import refuse_taken_ports
 from trivium.wire.open_files import prepare_open_files
 from trivium.wire.settings import load_settings, refuse_to_start, refuse_unguarded
@@ -36,7 +36,7 @@ def main() -> None:
     try:
         model = load_model_directory(settings.model_directory)
         runner = load_runner(settings, model)
-        collect_seldom()
+        tune_garbage_collection()
         # Not uvloop: it starts child processes by fork, which is unsafe with gRPC's threads.
         with tracing.exported("generator_svc", settings.log_name):
             status = asyncio.run(serve(settings, model, runner, keys))

@@ -7,7 +7,7 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from generator_svc.prompt_batches import MIN_REUSED_TOKENS
-from trivium.keys.configured import REFLECTION, STAGE_KEYS_FILE, DoorSettings
+from trivium.keys.settings import REFLECTION, STAGE_KEYS_FILE, AccessSettings
 from trivium.usage_log import USAGE_LOG, USAGE_LOG_BACKUPS, USAGE_LOG_MAX_BYTES
 from trivium.wire.listening import Host
 from trivium.wire.serving import MAX_CONNECTION_AGE_SECONDS
@@ -21,7 +21,7 @@ CUDA_DEFAULTS = {
 }
 
 
-class GeneratorSettings(DoorSettings):
+class GeneratorSettings(AccessSettings):
     """Every setting of generator_svc."""
 
     model_config = SettingsConfigDict(
@@ -72,7 +72,7 @@ class GeneratorSettings(DoorSettings):
         ge=0,
         le=1024,
         description="Threads per run on the CPU. 0: one per physical core in the affinity mask, "
-        "limited by the cgroup's CPU quota (rounded down) and by 16, or one per 64 MiB of "
+        "limited by the cgroup's CPU quota (rounded down) and to 16, or to one per 64 MiB of "
         "weights if that is more.",
     )
     slots: int = Field(

@@ -22,7 +22,7 @@ from generator_svc.usage import UsageMetrics, UsageRecorder
 from generator_svc.watchdog import step_timed_out
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.generator.v1.generator_pb2_grpc import add_GeneratorServiceServicer_to_server
-from trivium.keys.door import Door
+from trivium.keys.grpc_guard import KeyGuard
 from trivium.keys.key_file import KeyFile
 from trivium.model_directory import ModelDirectory
 from trivium.usage_log import UsageLog
@@ -191,7 +191,7 @@ async def _start_server(
         [revision_service(SERVICE, model.revision)],
         settings.max_connection_age_seconds,
         in_flight,
-        guard=None if keys is None else Door(keys),
+        guard=None if keys is None else KeyGuard(keys),
         has_reflection=settings.reflection,
         tls=tls,
         refused=service.refused,

@@ -2,9 +2,9 @@
 
 from rest_facade.config import FacadeSettings
 from rest_facade.server import serve
-from trivium.keys.configured import open_keys
+from trivium.keys.settings import open_keys
 from trivium.wire import tracing
-from trivium.wire.garbage_collection import collect_seldom
+from trivium.wire.garbage_collection import tune_garbage_collection
 from trivium.wire.open_files import prepare_open_files
 from trivium.wire.serving import run
 from trivium.wire.settings import load_settings, refuse_unguarded
@@ -20,7 +20,7 @@ def main() -> None:
     refuse_unguarded("TRIVIUM_FACADE_", settings.host, settings.is_guarded)
     configure_logging(settings.log_name, settings.log_level, settings.log_format)
     prepare_open_files()
-    collect_seldom()
+    tune_garbage_collection()
     with tracing.exported("rest_facade", settings.log_name):
         run(serve(settings, keys))
 

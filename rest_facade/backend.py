@@ -250,7 +250,7 @@ class Backend:
             return response
 
         with self.translate_errors():
-            return await self.replicas.ask(attempt)
+            return await self.replicas.call(attempt)
 
     async def _complete(self, method: Unary[Request, Response], request: Request) -> Response:
         deadline = self.deadline()
@@ -264,7 +264,7 @@ class Backend:
                 self.end(call)
 
         with self.translate_errors():
-            return await self.replicas.ask(attempt)
+            return await self.replicas.call(attempt)
 
 
 def _draining() -> ServiceError:
@@ -286,7 +286,7 @@ class CompletionStream(Generic[Event]):
         """The next event, or None at the end; raises ServiceError."""
         with self._backend.translate_errors():
             if self._call is None or self._replica is None:
-                event = await self._backend.replicas.ask(self._first)
+                event = await self._backend.replicas.call(self._first)
             else:
                 try:
                     event = await self._call.read()

@@ -15,7 +15,7 @@ from pydantic_core import from_json
 from starlette.requests import Request
 
 from rest_facade.connection import ClientDisconnected
-from trivium.json_size import Excess, JsonSize
+from trivium.json_size import JsonSize, TooManyValues
 from trivium.wire.errors import ServiceError
 
 MAX_DEPTH = 64
@@ -88,7 +88,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
     if len(body) > INLINE_BYTES:
         try:
             JsonSize().add(body)
-        except Excess as excess:
+        except TooManyValues as excess:
             raise _json_too_large(body[: excess.position], str(excess)) from None
         except ValueError as error:
             raise _invalid_json(str(error)) from None

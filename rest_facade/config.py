@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from pydantic_settings import SettingsConfigDict
 
-from trivium.keys.configured import LIMITS_URL, DoorSettings
+from trivium.keys.settings import LIMITS_URL, AccessSettings
 from trivium.usage_log import USAGE_LOG, USAGE_LOG_BACKUPS, USAGE_LOG_MAX_BYTES
 from trivium.wire.listening import Host
 from trivium.wire.replicas.resolver import check_target
@@ -22,7 +22,7 @@ def _parts(value: str) -> list[str]:
     return [part.strip() for part in value.split(",") if part.strip()]
 
 
-class FacadeSettings(DoorSettings):
+class FacadeSettings(AccessSettings):
     """The facade's listener, limits and backends."""
 
     model_config = SettingsConfigDict(

@@ -14,8 +14,8 @@ from rest_facade.backend import Backend
 from rest_facade.config import FacadeSettings
 from rest_facade.http_limits import LimitedHttpProtocol
 from rest_facade.metrics import Metrics
-from trivium.keys.configured import open_limits, open_own_key
 from trivium.keys.key_file import KeyFile
+from trivium.keys.settings import open_limits, open_own_key
 from trivium.usage_log import UsageLog
 from trivium.wire.errors import ServiceError
 from trivium.wire.in_flight import InFlight, wait_for_any

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from trivium import json_size
-from trivium.json_size import Excess, JsonSize
+from trivium.json_size import JsonSize, TooManyValues
 
 
 def counted(value: Any) -> tuple[int, int]:
@@ -35,7 +35,7 @@ def drawn(draw: random.Random, depth: int) -> Any:
 def is_excess(text: bytes) -> bool:
     try:
         JsonSize().add(text)
-    except Excess:
+    except TooManyValues:
         return True
     return False
 
@@ -68,7 +68,7 @@ def test_several_texts_count_together() -> None:
     half = json.dumps([[]] * (json_size.MAX_OBJECTS_ARRAYS_AND_FIELDS // 2 - 1)).encode()
     size.add(half)
     size.add(half)
-    with pytest.raises(Excess):
+    with pytest.raises(TooManyValues):
         size.add(b"[]")
 
 

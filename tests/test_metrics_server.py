@@ -54,13 +54,13 @@ async def test_probes_hear_what_health_checks_do(stage: Stage) -> None:
 async def test_probes_hear_of_a_drain_at_once(stage: Stage) -> None:
     """While calls are still served as before; the process is alive."""
     await stage.server.set_serving(True)
-    hurry = asyncio.Event()
-    draining = asyncio.create_task(stage.server.drain(3600, 0, hurry))
+    stop_now = asyncio.Event()
+    draining = asyncio.create_task(stage.server.drain(3600, 0, stop_now))
     await asyncio.sleep(0)
 
     assert (503, "The server is shutting down.\n") == await stage.get("/healthz")
     assert (200, "ok\n") == await stage.get("/livez")
-    hurry.set()
+    stop_now.set()
     await draining
 
 
@@ -72,7 +72,7 @@ async def test_a_process_that_hangs_is_not_alive(
     url = f"http://127.0.0.1:{stage.port}"
     for path in ("/livez", "/healthz"):
         hung = httpx.get(f"{url}{path}", timeout=60)  # noqa: ASYNC210 - that is what hangs
-        assert (503, "The process does not answer.\n") == (hung.status_code, hung.text)
+        assert (503, "The process does not respond.\n") == (hung.status_code, hung.text)
 
 
 async def test_any_other_path_is_the_metrics(stage: Stage) -> None:

@@ -86,7 +86,7 @@ async def test_a_name_that_is_not_known(warnings: Callable[[], list[str]]) -> No
             await until(warnings)
             await asyncio.sleep(2.5)
 
-    assert ["tokenizer:5 cannot be looked up: Domain name not found"] == warnings()
+    assert ["tokenizer:5 cannot be resolved: Domain name not found"] == warnings()
 
 
 @pytest.mark.usefixtures("lasts")

@@ -149,7 +149,7 @@ async def test_an_expired_certificate_is_told_and_refused(
         assert "CERTIFICATE_VERIFY_FAILED" in await check(port, ChannelTls(files.ca))
 
     [warning] = caplog.records
-    assert f"{files.certificate} has expired at {YESTERDAY}" in warning.getMessage()
+    assert f"{files.certificate} expired at {YESTERDAY}" in warning.getMessage()
     assert logging.WARNING == warning.levelno
 
 
@@ -253,18 +253,18 @@ SERVER, CHANNEL = "TRIVIUM_FACADE_TLS_", "TRIVIUM_FACADE_TOKENIZER_TLS_"
     ("settings", "words"),
     [
         ({f"{SERVER}CERT_FILE": "tls.crt"}, f"{SERVER}KEY_FILE: required with TLS_CERT_FILE"),
-        ({f"{SERVER}KEY_FILE": "tls.key"}, f"{SERVER}KEY_FILE: not without TLS_CERT_FILE"),
+        ({f"{SERVER}KEY_FILE": "tls.key"}, f"{SERVER}KEY_FILE: requires TLS_CERT_FILE"),
         (
             {f"{SERVER}CLIENT_CA_FILE": "ca.crt"},
-            f"{SERVER}CLIENT_CA_FILE: not without TLS_CERT_FILE",
+            f"{SERVER}CLIENT_CA_FILE: requires TLS_CERT_FILE",
         ),
         (
             {f"{SERVER}CERT_FILE": "tls.crt", f"{SERVER}KEY_FILE": "strange.key"},
-            f"{SERVER}KEY_FILE: */strange.key: is not the key of the certificate */tls.crt",
+            f"{SERVER}KEY_FILE: */strange.key: does not match the certificate */tls.crt",
         ),
         (
             {f"{SERVER}CERT_FILE": "tls.crt", f"{SERVER}KEY_FILE": "locked.key"},
-            f"{SERVER}KEY_FILE: */locked.key: is no private key in PEM without a passphrase",
+            f"{SERVER}KEY_FILE: */locked.key: not a PEM private key without a passphrase",
         ),
         (
             {f"{SERVER}CERT_FILE": "tls.crt", f"{SERVER}KEY_FILE": "gone.key"},
@@ -272,15 +272,15 @@ SERVER, CHANNEL = "TRIVIUM_FACADE_TLS_", "TRIVIUM_FACADE_TOKENIZER_TLS_"
         ),
         (
             {f"{SERVER}CERT_FILE": "tls.key", f"{SERVER}KEY_FILE": "tls.key"},
-            f"{SERVER}CERT_FILE: */tls.key: no certificate in PEM is in it",
+            f"{SERVER}CERT_FILE: */tls.key: contains no PEM certificate",
         ),
         (
             {f"{CHANNEL}CA_FILE": "empty"},
-            f"{CHANNEL}CA_FILE: */empty: no certificate in PEM is in it",
+            f"{CHANNEL}CA_FILE: */empty: contains no PEM certificate",
         ),
         (
             {f"{CHANNEL}CERT_FILE": "tls.crt", f"{CHANNEL}KEY_FILE": "tls.key"},
-            f"{CHANNEL}CERT_FILE: not without TOKENIZER_TLS_CA_FILE",
+            f"{CHANNEL}CERT_FILE: requires TOKENIZER_TLS_CA_FILE",
         ),
         (
             {f"{CHANNEL}CA_FILE": "ca.crt", f"{CHANNEL}CERT_FILE": "tls.crt"},
@@ -288,7 +288,7 @@ SERVER, CHANNEL = "TRIVIUM_FACADE_TLS_", "TRIVIUM_FACADE_TOKENIZER_TLS_"
         ),
         (
             {f"{CHANNEL}SERVER_NAME": "tokenizer.test"},
-            f"{CHANNEL}SERVER_NAME: not without TOKENIZER_TLS_CA_FILE",
+            f"{CHANNEL}SERVER_NAME: requires TOKENIZER_TLS_CA_FILE",
         ),
     ],
 )

@@ -91,7 +91,7 @@ def test_a_full_disk_costs_only_the_records_that_came_meanwhile(
 
     assert ["req_0", "req_3", "req_6"] == whole_ids(path)
     assert 4 == registry.get_sample_value("trivium_usage_records_lost_total")
-    told = f"usage records are lost: {path}: {os.strerror(errno.EFBIG)}"
+    told = f"usage records are being lost, cannot write to {path}: {os.strerror(errno.EFBIG)}"
     assert [("ERROR", told)] * 2 == [(line.levelname, line.message) for line in caplog.records]
 
 
@@ -123,7 +123,9 @@ def test_nobody_reads_standard_output(
         log.write(record(2))
         log.close()
 
-    assert ["usage records are lost: standard output: Broken pipe"] == caplog.messages
+    assert [
+        "usage records are being lost, cannot write to standard output: Broken pipe"
+    ] == caplog.messages
     assert 2 == registry.get_sample_value("trivium_usage_records_lost_total")
 
 
@@ -131,7 +133,7 @@ def test_one_process_writes_a_file(tmp_path: Path) -> None:
     """Another one is refused as long as it does; other names in the folder are others' files."""
     log = UsageLog(str(tmp_path), "name", 1000, 9)
     UsageLog(str(tmp_path), "other", 1000, 9).close()
-    with pytest.raises(OSError, match=r"another process writes .*/name\.usage\.jsonl"):
+    with pytest.raises(OSError, match=r"/name\.usage\.jsonl is in use by another process"):
         UsageLog(str(tmp_path), "name", 1000, 9)
     log.close()
     UsageLog(str(tmp_path), "name", 1000, 9).close()

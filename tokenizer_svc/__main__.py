@@ -9,11 +9,11 @@ from tokenizer_svc.metrics import Metrics
 from tokenizer_svc.models import Model
 from tokenizer_svc.server import TokenizerServer, load_models
 from trivium.host_limits import cpu_limit
-from trivium.keys.configured import open_keys
 from trivium.keys.key_file import KeyFile
+from trivium.keys.settings import open_keys
 from trivium.model_directory import ModelDirectoryError
 from trivium.wire import telemetry, tracing
-from trivium.wire.garbage_collection import collect_seldom
+from trivium.wire.garbage_collection import tune_garbage_collection
 from trivium.wire.listening import refuse_taken_ports
 from trivium.wire.metrics_server import serve_metrics
 from trivium.wire.open_files import prepare_open_files
@@ -51,7 +51,7 @@ def main() -> None:
     prepare_open_files()
     try:
         models = load_models(settings)
-        collect_seldom()
+        tune_garbage_collection()
         with tracing.exported("tokenizer_svc", settings.log_name):
             run(serve(settings, models, keys))
     except (ModelDirectoryError, OSError) as error:  # such as a port already in use

@@ -16,7 +16,7 @@ from pydantic import (
 from pydantic_settings import NoDecode, SettingsConfigDict
 
 from tokenizer_svc.families.choose import REASONING_PARSERS, TOOL_PARSERS
-from trivium.keys.configured import LIMITS_URL, REFLECTION, DoorSettings
+from trivium.keys.settings import LIMITS_URL, REFLECTION, AccessSettings
 from trivium.wire.listening import Host
 from trivium.wire.replicas.resolver import check_target
 from trivium.wire.serving import MAX_CONNECTION_AGE_SECONDS
@@ -69,7 +69,7 @@ def _one_of(known: tuple[str, ...], value: str | None) -> str | None:
     return value
 
 
-class TokenizerSettings(DoorSettings):
+class TokenizerSettings(AccessSettings):
     """Read once at start, never changed."""
 
     model_config = SettingsConfigDict(

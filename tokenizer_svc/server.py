@@ -15,9 +15,9 @@ from tokenizer_svc.service import (
     TOKENIZER_SERVICE,
     create_server,
 )
-from trivium.keys.configured import open_limits, open_own_key
-from trivium.keys.door import Door
+from trivium.keys.grpc_guard import KeyGuard
 from trivium.keys.key_file import KeyFile
+from trivium.keys.settings import open_limits, open_own_key
 from trivium.model_directory import ModelDirectoryError
 from trivium.wire.errors import ServiceError
 from trivium.wire.in_flight import InFlight
@@ -88,7 +88,7 @@ class TokenizerServer:
             setting = "TRIVIUM_TOKENIZER_LIMITS_URL"
             limits = open_limits(setting, settings.limits_url, metrics.registry)
             self._background.push_async_callback(limits.close)
-            guard = Door(keys, limits, COMPLETIONS)
+            guard = KeyGuard(keys, limits, COMPLETIONS)
         self._server = create_server(
             self._models,
             metrics,
@@ -129,10 +129,10 @@ class TokenizerServer:
                 self._models.check_any_available()
             raise
 
-    async def drain(self, hurry: asyncio.Event | None = None) -> None:
+    async def drain(self, stop_now: asyncio.Event | None = None) -> None:
         """Drains as GrpcServer.drain does, then ends all background work."""
         settings = self._settings
-        await self._server.drain(settings.drain_notice_seconds, settings.drain_seconds, hurry)
+        await self._server.drain(settings.drain_notice_seconds, settings.drain_seconds, stop_now)
         await self._background.aclose()
 
     async def _set_ready(self, changed: bool) -> None:

@@ -29,10 +29,10 @@ def missing_libraries() -> str:
     if sys.platform != "linux":
         return ""
     missing = [name for name in LIBRARIES if not _loads(name)]
-    told = [", ".join(f"{name} ({LIBRARIES[name]})" for name in missing)] if missing else []
+    parts = [", ".join(f"{name} ({LIBRARIES[name]})" for name in missing)] if missing else []
     if missing and missing != [_DRIVER]:
-        told.append(f"{INSTALL} brings all but the driver's")
-    return "; ".join(told)
+        parts.append(f"{INSTALL} installs all of them except the driver's")
+    return "; ".join(parts)
 
 
 def _loads(name: str) -> bool:

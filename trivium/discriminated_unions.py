@@ -10,7 +10,7 @@ from urllib.parse import unquote
 _MAX_REFERENCES = 16  # longest chain of references that is followed
 
 
-def are_apart(members: Any, root: Any) -> bool:
+def are_disjoint(members: Any, root: Any) -> bool:
     """Whether types, or a required string property, show that no value matches two of the
     schemas."""
     if not isinstance(members, list) or not members:

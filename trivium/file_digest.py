@@ -30,9 +30,9 @@ from trivium.cache_folder import cache_folder
 log = logging.getLogger(__name__)
 
 # Smaller files are read each time, which takes a negligible time.
-_REMEMBERED_BYTES = 16 * 2**20
+_CACHED_BYTES = 16 * 2**20
 # A file this large takes at least a second to read, which should not look like a hang.
-_ANNOUNCED_BYTES = 2**30
+_LOGGED_BYTES = 2**30
 _PARALLEL_READS = 4
 # A file changed more recently than this may change again within the same tick of the file system's
 # clock, which has a resolution of seconds on some.
@@ -80,19 +80,19 @@ def _digest(path: Path, known: FileDigest | None) -> FileDigest:
     status = path.stat()
     if known is not None and known.is_of(status):
         return known
-    if status.st_size <= _REMEMBERED_BYTES:
+    if status.st_size <= _CACHED_BYTES:
         return read_digest(path)
     entry = _entry(path)
-    known = _recall(entry)
+    known = _read_cached(entry)
     if known is not None and known.is_of(status):
         return known
-    if status.st_size >= _ANNOUNCED_BYTES:
+    if status.st_size >= _LOGGED_BYTES:
         size = status.st_size / 1e9
-        log.warning("reading all of %s (%.1f GB) for its digest", path, size)
+        log.warning("computing the digest of %s (%.1f GB)", path, size)
     started = time.time_ns()
     digest = read_digest(path)
     if started - max(digest.mtime_ns, digest.ctime_ns) > _SETTLED_NANOSECONDS:
-        _remember(entry, digest)
+        _cache(entry, digest)
     return digest
 
 
@@ -103,7 +103,7 @@ def read_digest(path: Path) -> FileDigest:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         digest = FileDigest(sha256, before.st_size, before.st_mtime_ns, before.st_ctime_ns)
         if not digest.is_of(os.fstat(file.fileno())):
-            raise OSError(f"{path} is being changed")
+            raise OSError(f"{path} is being modified")
     return digest
 
 
@@ -115,7 +115,7 @@ def _entry(path: Path) -> Path | None:
     return None
 
 
-def _recall(entry: Path | None) -> FileDigest | None:
+def _read_cached(entry: Path | None) -> FileDigest | None:
     if entry is None:
         return None
     try:
@@ -124,7 +124,7 @@ def _recall(entry: Path | None) -> FileDigest | None:
         return None
 
 
-def _remember(entry: Path | None, digest: FileDigest) -> None:
+def _cache(entry: Path | None, digest: FileDigest) -> None:
     """Writes an entry atomically, even with concurrent writers. Only warns if that fails."""
     if entry is None:
         return
@@ -142,4 +142,6 @@ def _remember(entry: Path | None, digest: FileDigest) -> None:
                 partial.unlink(missing_ok=True)
                 raise
     except OSError as error:
-        log.warning("a digest cannot be remembered, so each start reads the file: %s", error)
+        log.warning(
+            "a file's digest cannot be cached, so it is recomputed at every start: %s", error
+        )

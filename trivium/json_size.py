@@ -19,11 +19,11 @@ _STRING = re.compile(b'"[^"]*"')
 _LONG_NUMBER = re.compile(b"[0-9]{%d}" % (MAX_DIGITS + 1))
 
 
-class Excess(Exception):
+class TooManyValues(Exception):
     """Too many values. `position` is how far it is safe to parse to find out where."""
 
-    def __init__(self, why: str, position: int) -> None:
-        super().__init__(why)
+    def __init__(self, reason: str, position: int) -> None:
+        super().__init__(reason)
         self.position = position
 
 
@@ -34,7 +34,7 @@ class JsonSize:
         self._heavy = self._values = 0
 
     def add(self, text: bytes) -> None:
-        """Raises Excess if there is too much to parse quickly, ValueError for a long number.
+        """Raises TooManyValues if there is too much to parse quickly, ValueError for a long number.
 
         Works in chunks, between which other threads can run.
         """
@@ -51,10 +51,10 @@ class JsonSize:
         self._heavy += outside.count(b"{") + outside.count(b"[") + outside.count(b":")
         self._values += outside.count(b",")
         if self._heavy > MAX_OBJECTS_ARRAYS_AND_FIELDS:
-            why = f"more than {MAX_OBJECTS_ARRAYS_AND_FIELDS} objects, arrays and fields"
-            raise Excess(why, end)
+            reason = f"more than {MAX_OBJECTS_ARRAYS_AND_FIELDS} objects, arrays and fields"
+            raise TooManyValues(reason, end)
         if self._values > MAX_VALUES:
-            raise Excess(f"more than {MAX_VALUES} values", end)
+            raise TooManyValues(f"more than {MAX_VALUES} values", end)
 
 
 def _end_of_chunk(text: bytes, start: int) -> int:

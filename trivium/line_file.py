@@ -40,7 +40,7 @@ class RotatedLineFile(LineFile):
             self._lock.acquire(blocking=False)
         except Timeout:
             raise OSError(
-                f"another process writes {path}; each needs a folder or a LOG_NAME of its own"
+                f"{path} is in use by another process; give each process its own folder or LOG_NAME"
             ) from None
         super().__init__(self._open(), str(path))
         self._is_torn = not self._ends_whole()

@@ -157,7 +157,7 @@ class _Section:
 
     def value(self, key: str) -> Any:
         if key not in self.values:
-            raise ModelDirectoryError(f"{self.file}: no {key!r}")
+            raise ModelDirectoryError(f"{self.file}: {key!r} is missing")
         return self.values[key]
 
     def section(self, key: str) -> _Section:
@@ -231,7 +231,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ModelDirectoryError(f"{path.parent}: {path.name} is missing") from None
     except (OSError, ValueError) as error:
-        raise ModelDirectoryError(f"{path}: not readable as JSON: {error}") from None
+        raise ModelDirectoryError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ModelDirectoryError(f"{path}: not a JSON object")
     return value
@@ -261,6 +261,6 @@ def _revision(folder: Path, files: list[Path], manifest: dict[str, Any]) -> str:
     whole = hashlib.sha256()
     for name, expected, found in zip(names, exported, digest_files(files, exported), strict=True):
         if expected is not None and expected.sha256 != found.sha256:
-            log.warning("%s is not as it was exported", folder / name)
+            log.warning("%s has changed since the export", folder / name)
         whole.update(f"{name}\0{found.sha256}\0".encode())
     return whole.hexdigest()[:32]

@@ -25,13 +25,15 @@ STANDARD_OUTPUT = "-"
 
 # Descriptions of the settings, for all services that write records.
 USAGE_LOG = (
-    "Where usage records are written, one JSON line per request: a folder, for the file "
-    "LOG_NAME.usage.jsonl in it, or `-` for standard output. Not set: none are written."
+    "Destination of usage records, one JSON line per request: a folder, for the file "
+    "LOG_NAME.usage.jsonl in it, or `-` for standard output. Not set: no records are "
+    "written."
 )
 USAGE_LOG_MAX_BYTES = (
-    "Size at which that file is rotated to LOG_NAME.usage.jsonl.1, that one to .2, and so on."
+    "Size in bytes at which the file is rotated to LOG_NAME.usage.jsonl.1, that one to .2, "
+    "and so on."
 )
-USAGE_LOG_BACKUPS = "How many rotated files are kept; older ones are deleted."
+USAGE_LOG_BACKUPS = "Number of rotated files to keep; older ones are deleted."
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class UsageLog:
         self._is_failing = False
         self._lost = Counter(
             "trivium_usage_records_lost",
-            "Usage records that could not be written, e.g. to a full disk; the log says why",
+            "Usage records that could not be written, for example to a full disk; the log says why",
             registry=registry,
         )
 
@@ -109,7 +111,11 @@ class UsageLog:
         except OSError as error:
             self._lost.inc()
             if not self._is_failing:  # one line per record would fill the disk
-                log.error("usage records are lost: %s: %s", self._file.name, error.strerror)
+                log.error(
+                    "usage records are being lost, cannot write to %s: %s",
+                    self._file.name,
+                    error.strerror,
+                )
             self._is_failing = True
         else:
             self._is_failing = False

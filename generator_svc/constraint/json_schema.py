@@ -22,7 +22,7 @@ from generator_svc.constraint.schema_relaxation import (
     loosened,
     relaxed,
 )
-from trivium.discriminated_unions import are_apart
+from trivium.discriminated_unions import are_disjoint
 from trivium.ecma_regex import to_rust
 
 # Whitespace between JSON tokens is a newline and indentation, so that it cannot go on forever. No
@@ -99,7 +99,7 @@ def prepared(text: str) -> str:
         if isinstance(node, dict):
             if not lenient:
                 _check_exact(node)
-            if is_one_resource and are_apart(node.get("oneOf"), schema):
+            if is_one_resource and are_disjoint(node.get("oneOf"), schema):
                 coerce_one_of(node)
             for key, values in _VACUOUS.items():
                 if key in node and node[key] in values:

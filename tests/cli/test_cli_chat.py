@@ -142,7 +142,7 @@ def test_a_certificate_that_is_none_is_told(command: str, tmp_path: Path) -> Non
     for arguments, told in (
         (["--cert-file", str(empty)], f"--cert-file {empty}: "),
         ([*certificate, "--key-file", str(others.key)], f" with --key-file {others.key}: "),
-        (["--key-file", str(ours.key)], f"--key-file {ours.key} needs --cert-file"),
+        (["--key-file", str(ours.key)], f"--key-file {ours.key} requires --cert-file"),
     ):
         result = CliRunner().invoke(app, [command, *arguments])
 

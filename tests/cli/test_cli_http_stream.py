@@ -46,7 +46,7 @@ def test_chunks_may_be_cut_anywhere() -> None:
     ("data", "why"),
     [
         (b'HTTP/1.1 503 No\r\nContent-Length: 30\r\n\r\n{"error": {"message": "full"}}', "full"),
-        (b"", "hung up"),
+        (b"", "closed the connection"),
         (HEAD + _chunked(*TOKENS), "without \\[DONE\\]"),
         (HEAD + _chunked("no JSON"), "JSONDecodeError"),
         (HEAD + _chunked('{"error": {"message": "too late"}}'), "too late"),
@@ -95,4 +95,6 @@ def test_a_server_that_is_not_there_is_a_fault(unused_tcp_port: int) -> None:
     target = Target(f"http://127.0.0.1:{unused_tcp_port}/v1", "none")
     answers, _ = LoadClient().play(target, Script(((ask, ask),)))
 
-    assert ["the server hung up without an answer"] * 2 == [answer.fault for answer in answers]
+    assert ["the server closed the connection without a response"] * 2 == [
+        answer.fault for answer in answers
+    ]

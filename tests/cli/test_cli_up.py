@@ -19,7 +19,7 @@ from trivium.cli.banner import banner
 from trivium.cli.main import app
 from trivium.cli.pipeline import Pipeline, authority, free_ports
 from trivium.cli.supervisor import Stage, Supervisor
-from trivium.cli.up import asks_for_keys, shut_doors, supervise
+from trivium.cli.up import disabled_features, requires_api_keys, supervise
 from trivium.generator.v1 import generator_pb2
 from trivium.host_limits import CpuLimit, MemoryLimit, cpu_limit, memory_limit
 from trivium.wire.listening import bind
@@ -100,7 +100,7 @@ def test_names_the_port_that_is_taken(tiny_folder: Path) -> None:
 
     assert result.exit_code == 2
     assert f"trivium up: TRIVIUM_FACADE_PORT: 127.0.0.1:{port} is in use; " in result.output
-    assert "choose another with --port" in result.output
+    assert "choose another port with --port" in result.output
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,11 @@ def test_names_the_port_that_is_taken(tiny_folder: Path) -> None:
     [
         ("--port", "--tokenizer-port", "TRIVIUM_TOKENIZER_PORT: 127.0.0.1:8498 is in use by"),
         ("--port", "--facade-metrics-port", "127.0.0.1:8498 is in use by TRIVIUM_FACADE_PORT"),
-        ("--tokenizer-metrics-port", "--generator-port", "choose another with --generator-port"),
+        (
+            "--tokenizer-metrics-port",
+            "--generator-port",
+            "choose another port with --generator-port",
+        ),
     ],
 )
 def test_no_two_stages_get_one_port(one: str, other: str, told: str, tiny_folder: Path) -> None:
@@ -173,7 +177,7 @@ def test_replicas_need_ports_that_exist(options: list[str], option: str, tiny_fo
 
     assert 2 == result.exit_code
     assert (
-        f"port 65600 would be needed, and 65535 is the highest; choose a lower one with {option}"
+        f"port 65600 is above the highest one, 65535; choose a lower port with {option}"
         in " ".join(result.output.splitlines())
     )
 
@@ -208,17 +212,17 @@ def test_names_each_folder_once() -> None:
     """An absolute path is the same wherever it is looked for."""
     result = CliRunner().invoke(app, ["up", "--model", "/nobody"])
 
-    assert "looked for /nobody" == result.output.strip().partition("; ")[2]
+    assert "searched /nobody" == result.output.strip().partition("; ")[2]
 
 
 @pytest.mark.parametrize(
     ("option", "value", "told"),
     [
         ("--log-level", "loud", "is not one of"),
-        ("--drain-seconds", "nan", "nan is no number of seconds from 0 to 3600"),
-        ("--drain-seconds", "-1", "-1 is no number of seconds"),
-        ("--drain-seconds", "3601", "3601 is no number of seconds"),
-        ("--ready-seconds", "inf", "inf is no number of seconds"),
+        ("--drain-seconds", "nan", "nan is not between 0 and 3600 seconds"),
+        ("--drain-seconds", "-1", "-1 is not between 0 and"),
+        ("--drain-seconds", "3601", "3601 is not between 0 and"),
+        ("--ready-seconds", "inf", "inf is not between 0 and"),
     ],
 )
 def test_wrong_options_are_refused_by_their_names(option: str, value: str, told: str) -> None:
@@ -244,11 +248,11 @@ def test_wrong_options_are_refused_by_their_names(option: str, value: str, told:
         ),
         (
             "TRIVIUM_FACADE_TLS_CLIENT_CA_FILE",
-            "TRIVIUM_FACADE_TLS_CLIENT_CA_FILE needs --facade-metrics-port",
+            "TRIVIUM_FACADE_TLS_CLIENT_CA_FILE requires --facade-metrics-port",
         ),
         (
             "TRIVIUM_FACADE_TOKENIZER_TLS_KEY_FILE",
-            "TRIVIUM_FACADE_TOKENIZER_TLS_KEY_FILE: not without TLS_CERT_FILE",
+            "TRIVIUM_FACADE_TOKENIZER_TLS_KEY_FILE: requires TLS_CERT_FILE",
         ),
     ],
 )
@@ -408,7 +412,7 @@ def test_the_banner_of_a_base_model_completes_text() -> None:
     """Its snippets would be refused if they were chats."""
     info = generator_pb2.GetModelInfoResponse(id="base")
     limits = CpuLimit(2, ""), MemoryLimit(2**31, 2**30, "")
-    text = banner([info], [0], Pipeline(Path("base")), False, limits, chats=False)
+    text = banner([info], [0], Pipeline(Path("base")), False, limits, has_chat_template=False)
 
     assert "http://127.0.0.1:8000/v1/completions" in text
     assert "client.completions.create(" in text
@@ -428,7 +432,9 @@ def test_the_banner_tells_of_every_replica() -> None:
         limits=limits,
     )
 
-    assert "2 facades, 2 tokenizers, 1 generator; --facades and --tokenizers start more" in text
+    assert (
+        "2 facades, 2 tokenizers, 1 generator; start more with --facades and --tokenizers" in text
+    )
     assert "http://127.0.0.1:9050/metrics, http://127.0.0.1:9150/metrics" in text
     assert "127.0.0.1:50051,127.0.0.1:50151 " in text
 
@@ -443,7 +449,7 @@ def test_the_banner_names_nothing_that_is_turned_off() -> None:
         pipeline,
         keys=False,
         limits=limits,
-        shut={"chat", "docs", "metrics", "reflection"},
+        disabled={"chat", "docs", "metrics", "reflection"},
     )
 
     assert not [
@@ -459,7 +465,7 @@ def test_what_the_facade_offers_is_named(value: str, monkeypatch: pytest.MonkeyP
     settings = FacadeSettings()
     offered = {"chat": settings.chat_page, "docs": settings.docs, "metrics": settings.metrics}
 
-    assert {name for name, offers in offered.items() if not offers} == shut_doors()
+    assert {name for name, offers in offered.items() if not offers} == disabled_features()
 
 
 @pytest.mark.parametrize("value", ["", "keys.toml"])
@@ -469,7 +475,7 @@ def test_the_banner_asks_for_keys_as_the_facade_does(
     """An empty variable names no file of keys."""
     monkeypatch.setenv("TRIVIUM_FACADE_API_KEYS_FILE", value)
 
-    assert (FacadeSettings().api_keys_file is not None) == asks_for_keys()
+    assert (FacadeSettings().api_keys_file is not None) == requires_api_keys()
 
 
 def test_the_banner_shows_where_a_key_goes() -> None:

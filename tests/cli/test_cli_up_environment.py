@@ -111,7 +111,7 @@ def test_no_stage_is_killed_while_it_may_drain(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("setting", "value", "option"),
     [
-        ("TRIVIUM_TOKENIZER_MODELS", '[{"model_directory": "a"}]', "--model, once for each"),
+        ("TRIVIUM_TOKENIZER_MODELS", '[{"model_directory": "a"}]', "--model once per model"),
         ("TRIVIUM_TOKENIZER_MODEL_DIRECTORY", "elsewhere", "--model"),
         ("TRIVIUM_TOKENIZER_GENERATOR_TARGET", "elsewhere:50052", "--generator-port"),
         ("TRIVIUM_FACADE_TOKENIZER_TARGET", "elsewhere:50051", "--tokenizer-port"),
@@ -143,7 +143,7 @@ def test_a_stage_without_the_key_that_it_needs_is_refused(
     monkeypatch.setenv(keys, "keys.toml")
     monkeypatch.setenv(key, "")
 
-    assert f"trivium up: {keys} needs {key}" in refusal("--model", str(tiny_folder))
+    assert f"trivium up: {keys} requires {key}" in refusal("--model", str(tiny_folder))
 
 
 def test_a_folder_may_have_spaces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_a_folder_may_have_spaces(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     missing = tmp_path / "my models" / "one"
     monkeypatch.setenv("TRIVIUM_GENERATOR_MODEL_DIRECTORY", str(missing))
 
-    assert f"'{missing}' is no model folder" in refusal().replace(" │ ", "")
+    assert f"'{missing}' is neither a model folder" in refusal().replace(" │ ", "")
 
 
 def test_variables_that_say_the_same_are_taken(

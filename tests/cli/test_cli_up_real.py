@@ -352,7 +352,7 @@ def test_doctor_makes_five_tokens(
     assert result.exit_code == 0, result.output
     assert "FAIL" not in result.output
     assert re.search(r"ok +CPUExecutionProvider +works", result.output)
-    assert re.search(r"ok +smoke run .* gpu_seconds", result.output)
+    assert re.search(r"ok +smoke test .* gpu_seconds", result.output)
     assert not usage.exists()
 
 
@@ -367,4 +367,4 @@ def test_the_doctor_finds_a_base_model_well(
     result = CliRunner().invoke(app, ["doctor", "--model", "base"])
 
     assert result.exit_code == 0, result.output
-    assert re.search(r"ok +smoke run .* gpu_seconds", result.output)
+    assert re.search(r"ok +smoke test .* gpu_seconds", result.output)

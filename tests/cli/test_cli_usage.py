@@ -172,7 +172,10 @@ def test_rotated_files_may_be_compressed(tmp_path: Path) -> None:
         (b'{"ev', "not JSON"),
         (b'{"event": "usage", "time": "20', "not JSON"),
         (b'rest_facade-1 | {"event": "usage"}', "not JSON"),
-        (b'{"event": "usage", "time": "2024-10-04T00:00:00.000Z"}', "no request_id"),
+        (
+            b'{"event": "usage", "time": "2024-10-04T00:00:00.000Z"}',
+            "request_id is missing or invalid",
+        ),
         (b"\x28\xb5\x2f\xfd zstd", "not JSON"),
     ],
 )
@@ -186,7 +189,7 @@ def test_what_is_no_record_is_told_and_skipped(tmp_path: Path, line: bytes, faul
 
     assert 0 == result.exit_code
     assert [2] == [row["requests"] for row in json.loads(result.stdout)]
-    told = f"skipped lines that are no records: 2, the first: {file}: line 2: {fault}"
+    told = f"skipped 2 invalid lines, the first: {file}: line 2: {fault}"
     assert told in result.stderr
     assert 1 == len(result.stderr.splitlines())
 
@@ -220,7 +223,7 @@ def test_columns_that_are_refused(tmp_path: Path, columns: str) -> None:
     result = CliRunner().invoke(app, ["usage", str(write(tmp_path)), "--by", columns])
 
     assert 2 == result.exit_code
-    assert "--by wants any of day, key, model" in result.stderr
+    assert "--by: expected any of day, key, model" in result.stderr
 
 
 @pytest.mark.parametrize("day", ["2026-1", "2026-13", "2026-13-99", "2026-02-29", "today"])
@@ -229,4 +232,4 @@ def test_days_that_are_refused(tmp_path: Path, day: str) -> None:
     result = CliRunner().invoke(app, ["usage", str(write(tmp_path)), "--day", day])
 
     assert 2 == result.exit_code
-    assert "--day wants a day such as 2026-11-30, or a month" in result.stderr
+    assert "--day: expected a day such as 2026-11-30, or a month" in result.stderr

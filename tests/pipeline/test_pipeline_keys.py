@@ -279,7 +279,7 @@ def test_none_listens_to_others_without_keys(service: str, tiny_model: Path) -> 
     )
 
     assert 2 == ended.returncode
-    assert f"{prefix}HOST: 0.0.0.0 can be reached from outside" in ended.stderr
+    assert f"{prefix}HOST: 0.0.0.0 can be reached by other hosts" in ended.stderr
     assert f"{prefix}API_KEYS_FILE" in ended.stderr
     assert f"{prefix}ALLOW_UNAUTHENTICATED_REMOTE=true" in ended.stderr
     assert 1 == len(ended.stderr.splitlines())

@@ -11,7 +11,7 @@ import pytest
 
 from tests.pipeline.services import STAGES, Services
 
-NONE_LEFT, FREE_AGAIN = "no file descriptor is left of", "file descriptors are free again"
+NONE_LEFT, FREE_AGAIN = "file descriptors are in use", "file descriptors are available again"
 
 
 @pytest.fixture(scope="module")

@@ -86,7 +86,7 @@ def test_stages_call_each_other_over_mutual_tls(tiny_model: Path, tmp_path: Path
             files.write(CA, not_after=SOON)
         for name in ("tokenizer_svc", "generator_svc"):
             read = str(tmp_path / name.removesuffix("_svc"))
-            line = f"TLS uses what is in {read}"
+            line = f"reloaded TLS files: {read}"
             services.until(lambda n=name, said=line: said in services.log(n), f"{name}: no {line}")
         assert "length" == services.finish_reason()
         for port, files in (

@@ -16,8 +16,8 @@ from rest_facade.http_limits import LimitedHttpProtocol
 from rest_facade.metrics import Metrics
 from tests.openai_shapes import watched
 from tests.rest_facade.scripted_backend import ScriptedBackend
-from trivium.keys.configured import open_limits
 from trivium.keys.key_file import KeyFile
+from trivium.keys.settings import open_limits
 from trivium.usage_log import UsageLog
 from trivium.wire.in_flight import InFlight
 

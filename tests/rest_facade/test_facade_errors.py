@@ -223,9 +223,12 @@ async def test_a_status_that_no_stage_made(errors_logged: list[tuple[str, str]])
         assert "internal_error" in answer.text
         assert not any(text in answer.text for text in ("RBAC", "Stream removed", "Jwt"))
     assert [
-        ("whole", f"127.0.0.1:{stage.port} answered PERMISSION_DENIED: RBAC: access denied"),
-        ("streamed", f"127.0.0.1:{stage.port} answered UNKNOWN: Stream removed"),
-        ("read", f"127.0.0.1:{stage.port} answered UNAUTHENTICATED: Jwt is missing"),
+        (
+            "whole",
+            f"replica 127.0.0.1:{stage.port} returned PERMISSION_DENIED: RBAC: access denied",
+        ),
+        ("streamed", f"replica 127.0.0.1:{stage.port} returned UNKNOWN: Stream removed"),
+        ("read", f"replica 127.0.0.1:{stage.port} returned UNAUTHENTICATED: Jwt is missing"),
     ] == errors_logged
 
 
@@ -240,7 +243,7 @@ async def test_a_server_that_is_another_stage(errors_logged: list[tuple[str, str
     await server.drain(0, 0)
 
     assert ["backend_unavailable"] * 2 == [check_shape(answer)["code"] for answer in answers]
-    line = f"127.0.0.1:{port} answered UNIMPLEMENTED: Method not found!"
+    line = f"replica 127.0.0.1:{port} returned UNIMPLEMENTED: Method not found!"
     assert [("whole", line), ("streamed", line)] == errors_logged
 
 

@@ -305,7 +305,7 @@ async def test_device_time_of_what_broke_off_is_reckoned_by_its_tokens(limits: R
         (table("a", name='"b"'), "keys.a"),
         ("[keys.a]\n", "keys.a.digest"),
         ('[keys.a]\ndigest = "sk-secret"\n', "keys.a.digest"),
-        ('[keys."a b"]\n', "a name is 1 to 64"),
+        ('[keys."a b"]\n', "a key's name has 1 to 64"),
         ("[[keys]]\n", r"tables \[keys.NAME\]"),
         ("[key.a]\n", r"tables \[keys.NAME\], not key"),
         ("[keys.a\n", "line 1"),

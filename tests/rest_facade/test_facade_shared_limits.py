@@ -181,7 +181,7 @@ async def test_a_facade_that_was_killed_holds_nothing_for_long(
     while_it_lives = await second.enter(key, "two")
     await first.close()  # as a kill would: it renews no more
     async with asyncio.timeout(30):
-        while (await second.enter(key, "three")).over:  # noqa: ASYNC110 - it tells nobody
+        while (await second.enter(key, "three")).exceeded:  # noqa: ASYNC110 - it tells nobody
             await asyncio.sleep(0.05)
 
-    assert "concurrent_requests" == while_it_lives.over
+    assert "concurrent_requests" == while_it_lives.exceeded

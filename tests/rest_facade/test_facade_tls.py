@@ -248,4 +248,4 @@ async def test_an_expired_certificate_is_in_the_log(
                 await client.get("/health")
         warnings = facade.log("warning")
 
-    assert [f"the certificate in {files.certificate} has expired at {YESTERDAY}"] == warnings
+    assert [f"the certificate in {files.certificate} expired at {YESTERDAY}"] == warnings

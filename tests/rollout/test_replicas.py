@@ -514,8 +514,8 @@ async def test_the_log_tells_of_replicas_and_not_of_connections(
         await asyncio.sleep(0.1)
     await replicas.close()
 
-    assert [f"127.0.0.1:{port} is serving"] == renewed
-    assert f"127.0.0.1:{port} is unreachable" == caplog.records[-1].getMessage()
+    assert [f"replica 127.0.0.1:{port} is serving"] == renewed
+    assert f"replica 127.0.0.1:{port} is unreachable" == caplog.records[-1].getMessage()
 
 
 async def test_a_health_watch_that_ends_at_once() -> None:
@@ -556,10 +556,10 @@ async def test_a_drain_as_callers_see_it() -> None:
         health = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest(service=SERVICE)
         watch = health.Watch(request)
-        hurry = asyncio.Event()
+        stop_now = asyncio.Event()
         async with aclosing(_statuses(watch)) as watched:
             before = await anext(watched)
-            draining = asyncio.create_task(fleet.servers[0].drain(2.0, 30, hurry))
+            draining = asyncio.create_task(fleet.servers[0].drain(2.0, 30, stop_now))
             while (polled := (await health.Check(request)).status) == before:
                 pass
             served = await fleet.ask()
@@ -624,9 +624,9 @@ async def test_the_end_of_a_drain_can_be_hurried() -> None:
         fleet.generators[0].script = stalls_after([END])
         messages = fleet.client.generate(command([7]), None).messages()
         await anext(messages)
-        hurry = asyncio.Event()
-        draining = asyncio.create_task(fleet.servers[0].drain(600, 600, hurry))
-        hurry.set()
+        stop_now = asyncio.Event()
+        draining = asyncio.create_task(fleet.servers[0].drain(600, 600, stop_now))
+        stop_now.set()
         with pytest.raises(ServiceError) as cut:
             await anext(messages)
         await draining

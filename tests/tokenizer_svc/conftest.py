@@ -23,7 +23,7 @@ from trivium.chat.v1 import (
     completion_pb2_grpc,
     model_pb2_grpc,
 )
-from trivium.keys.configured import open_keys
+from trivium.keys.settings import open_keys
 from trivium.tokenizer.v1 import tokenizer_pb2_grpc
 from trivium.wire.channel import open_channel
 from trivium.wire.serving import GrpcServer

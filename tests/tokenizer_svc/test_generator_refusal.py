@@ -136,6 +136,6 @@ async def test_a_status_that_no_stage_made(caplog: pytest.LogCaptureFixture) -> 
     await server.drain(0, 0)
 
     assert ("internal_error", False) == (refused.value.code, "RBAC" in refused.value.message)
-    assert [f"127.0.0.1:{port} answered PERMISSION_DENIED: RBAC: access denied"] == [
+    assert [f"replica 127.0.0.1:{port} returned PERMISSION_DENIED: RBAC: access denied"] == [
         record.getMessage() for record in caplog.records if record.levelname == "ERROR"
     ]

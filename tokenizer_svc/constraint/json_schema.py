@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from trivium.discriminated_unions import are_apart
+from trivium.discriminated_unions import are_disjoint
 
 # Keywords whose values are data, not schemas; and keywords whose values are schemas by name.
 _DATA_KEYWORDS = frozenset(("const", "enum", "default", "examples"))
@@ -73,7 +73,9 @@ def _forbid_additional_properties(root: dict[str, Any], exact: bool) -> None:
     """Forbids additional properties wherever all schemas that could name a property are known."""
     nodes = list(_subschemas(root))
     # Closing could make overlapping members of a oneOf disjoint, and so allow what matches two.
-    if exact and not all(are_apart(node["oneOf"], root) for node, *_ in nodes if "oneOf" in node):
+    if exact and not all(
+        are_disjoint(node["oneOf"], root) for node, *_ in nodes if "oneOf" in node
+    ):
         return
     # A definition combined with other schemas has to allow the properties that they name.
     merged = [

@@ -74,7 +74,7 @@ class GeneratorClient:
     async def info(self) -> GeneratorInfo:
         """What the generators serve; raises ServiceError."""
         try:
-            return await self.replicas.ask(self._info)
+            return await self.replicas.call(self._info)
         except grpc.aio.AioRpcError as error:
             raise _service_error(error) from error
 
@@ -190,7 +190,7 @@ class Generation:
 
     async def _first(self) -> convert.Response | None:
         try:
-            return await self._client.replicas.ask(self._begin, self._pick)
+            return await self._client.replicas.call(self._begin, self._pick)
         except grpc.aio.AioRpcError as error:
             fault = _service_error(error)
             # It was retried already, or there was no other generator: callers should not retry.

@@ -10,7 +10,7 @@ from tokenizer_svc.request.field_checks import check_nonempty, is_deeper
 from tokenizer_svc.request.types import Conversation, Message, Role
 from tokenizer_svc.request.validate_tools import check_tools
 from trivium.field_errors import missing, unknown_value
-from trivium.json_size import Excess, JsonSize
+from trivium.json_size import JsonSize, TooManyValues
 from trivium.wire.errors import ServiceError
 
 MAX_VARIABLE_DEPTH = 64
@@ -39,7 +39,7 @@ def _check_json_size(conversation: Conversation) -> None:
     for field, text in _json_texts(conversation):
         try:
             size.add(text.encode("utf-8", "replace"))
-        except Excess as excess:
+        except TooManyValues as excess:
             message = f"Invalid '{field}': with what is before it, the request has {excess}."
             raise ServiceError("invalid_value", message, field) from None
         except ValueError as error:

@@ -41,9 +41,9 @@ class Answer:
         Raises AnswerFailed.
         """
         self.ended = now
-        return "".join(self._take(data, now) for data in self._decoder.push(piece))
+        return "".join(self._process(data, now) for data in self._decoder.push(piece))
 
-    def _take(self, data: str, now: float) -> str:
+    def _process(self, data: str, now: float) -> str:
         if data == DONE:
             self.complete = True
             return ""
@@ -89,7 +89,7 @@ class Answer:
         return (self.completion_tokens - 1) / (times[-1] - times[0])
 
 
-def refusal(status: int, body: bytes) -> AnswerFailed:
+def http_error(status: int, body: bytes) -> AnswerFailed:
     """The error for a response with a status other than 200."""
     try:
         message = error_message(json.loads(body))

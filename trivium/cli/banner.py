@@ -23,14 +23,14 @@ def banner(
     pipeline: Pipeline,
     keys: bool,
     limits: tuple[CpuLimit, MemoryLimit],
-    shut: Collection[str] = (),
-    chats: bool = True,
+    disabled: Collection[str] = (),
+    has_chat_template: bool = True,
 ) -> str:
     """Facts, addresses, and two snippets that work when pasted.
 
     `weights` are the bytes of each model's weights. `keys`: whether an API key is required.
-    `shut`: which of chat, docs, metrics and reflection are turned off. `chats`: whether the first
-    model has a chat template.
+    `disabled`: which of chat, docs, metrics and reflection are turned off. `has_chat_template`:
+    whether the first model has one.
     """
     models = zip(infos, weights, pipeline.aliases or [None] * len(infos), strict=True)
     facts = [fact for info, size, alias in models for fact in _model(info, size, alias)]
@@ -39,18 +39,26 @@ def banner(
         ("host", "; ".join(map(str, limits))),
         ("services", _services(pipeline)),
         ("REST", f"{pipeline.url}/v1"),
-        ("gRPC", f"{pipeline.chat_target}  (trivium.chat.v1.ChatService, {_grpc(pipeline, shut)})"),
+        (
+            "gRPC",
+            f"{pipeline.chat_target}  (trivium.chat.v1.ChatService, {_grpc(pipeline, disabled)})",
+        ),
         ("chat", f"{pipeline.url}/  (in a browser)"),
         ("docs", f"{pipeline.url}/docs"),
         ("metrics", metrics),
         *_tls(pipeline.tls),
         ("health", f"{pipeline.url}/health"),
     ]
-    facts = [(name, value) for name, value in facts if name not in shut]
+    facts = [(name, value) for name, value in facts if name not in disabled]
     lines = ["", "Trivium is ready. Ctrl-C drains and stops it.", ""]
     lines += [f"  {name:<9}{value}" for name, value in facts]
     model, url = infos[0].id, pipeline.url
-    lines += ["", curl(model, url, keys, chats), "", openai_python(model, url, keys, chats)]
+    lines += [
+        "",
+        curl(model, url, keys, has_chat_template),
+        "",
+        openai_python(model, url, keys, has_chat_template),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -62,7 +70,7 @@ def _model(
         ("model", f"{names}  (revision {info.revision}, {info.precision or 'unknown'} weights)"),
         ("runs on", f"{info.execution_provider}, {info.dtype}" + _why(info.cuda_unavailable)),
         ("context", f"{info.context_length:,} tokens"),
-        ("slots", f"{info.slots} sequences at once"),
+        ("slots", f"{info.slots} concurrent sequences"),
         (
             "memory",
             f"{weight_bytes / MEBIBYTE:,.0f} MiB of weights, "
@@ -70,15 +78,15 @@ def _model(
         ),
         (
             "limits",
-            f"n up to {info.max_n}; {info.max_queued_requests:,} requests "
-            f"or {info.max_queued_tokens:,} prompt tokens may wait",
+            f"n up to {info.max_n}; {info.max_queued_requests:,} requests or "
+            f"{info.max_queued_tokens:,} prompt tokens in the queue",
         ),
     ]
 
 
-def _grpc(pipeline: Pipeline, shut: Collection[str]) -> str:
-    over = "plain text" if pipeline.tls.chat is None else "TLS"
-    return over if "reflection" in shut else f"{over}, reflection on"
+def _grpc(pipeline: Pipeline, disabled: Collection[str]) -> str:
+    over = "plaintext" if pipeline.tls.chat is None else "TLS"
+    return over if "reflection" in disabled else f"{over}, reflection on"
 
 
 def _tls(tls: StageTls) -> list[tuple[str, str]]:
@@ -89,14 +97,14 @@ def _tls(tls: StageTls) -> list[tuple[str, str]]:
     return [
         (
             "TLS",
-            f"certificate {tls.certificate}; {clients}SSL_CERT_FILE tells curl and Python of a CA "
-            "that they do not know",
+            f"certificate {tls.certificate}; {clients}set SSL_CERT_FILE for curl and Python if "
+            "they do not trust its CA",
         )
     ]
 
 
 def _why(cuda_unavailable: str) -> str:
-    return f"  (not on CUDA: {cuda_unavailable})" if cuda_unavailable else ""
+    return f"  (CUDA is unavailable: {cuda_unavailable})" if cuda_unavailable else ""
 
 
 def _services(pipeline: Pipeline) -> str:
@@ -108,16 +116,18 @@ def _services(pipeline: Pipeline) -> str:
     )
     running = ", ".join(f"{count} {name}{'s' * (count > 1)}" for count, name in counts)
     return (
-        f"{running}; --facades and --tokenizers start more, which helps if one of these saturates "
-        f"a core, at about {EVENTS_PER_CORE:,} events/s, and other cores are idle"
+        f"{running}; start more with --facades and --tokenizers if one of these saturates a core "
+        f"(about {EVENTS_PER_CORE:,} events/s) and other cores are idle"
     )
 
 
-def curl(model: str, url: str, keys: bool, chats: bool) -> str:
+def curl(model: str, url: str, keys: bool, has_chat_template: bool) -> str:
     """A shell command that asks a question."""
-    path = "chat/completions" if chats else "completions"
+    path = "chat/completions" if has_chat_template else "completions"
     prompt = (
-        {"messages": [{"role": "user", "content": QUESTION}]} if chats else {"prompt": BEGINNING}
+        {"messages": [{"role": "user", "content": QUESTION}]}
+        if has_chat_template
+        else {"prompt": BEGINNING}
     )
     body = {"model": model, **prompt}
     authorisation = ' -H "Authorization: Bearer $OPENAI_API_KEY"' if keys else ""
@@ -127,11 +137,11 @@ def curl(model: str, url: str, keys: bool, chats: bool) -> str:
     )
 
 
-def openai_python(model: str, url: str, keys: bool, chats: bool) -> str:
+def openai_python(model: str, url: str, keys: bool, has_chat_template: bool) -> str:
     """The same as Python code for the `openai` package."""
     key = "" if keys else ', api_key="none"'
     lines = ["from openai import OpenAI", f'client = OpenAI(base_url="{url}/v1"{key})']
-    if chats:
+    if has_chat_template:
         lines += [
             f'messages = [{{"role": "user", "content": "{QUESTION}"}}]',
             f'answer = client.chat.completions.create(model="{model}", messages=messages)',

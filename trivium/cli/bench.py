@@ -29,21 +29,29 @@ def bench(
     url: Annotated[str, typer.Option(help="Base URL, with or without /v1.")] = (
         "http://127.0.0.1:8000"
     ),
-    model: Annotated[str | None, typer.Option(help="Default: the first of /v1/models.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model to use. Default: the first in /v1/models.")
+    ] = None,
     clients: Annotated[
-        str, typer.Option(help="Concurrent clients, a run for each number.")
+        str, typer.Option(help="Numbers of concurrent clients, one run for each.")
     ] = "1,8,32",
-    requests: Annotated[int, typer.Option(min=1, help="Per client, one after another.")] = 4,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Approximate length of prompts.")] = 115,
-    output_tokens: Annotated[int, typer.Option(min=1, help="Length of each answer.")] = 64,
-    ignore_eos: Annotated[bool, typer.Option(help="Send ignore_eos: answers of equal length.")] = (
-        True
-    ),
+    requests: Annotated[
+        int, typer.Option(min=1, help="Requests per client, sent one after another.")
+    ] = 4,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=1, help="Approximate prompt length in tokens.")
+    ] = 115,
+    output_tokens: Annotated[int, typer.Option(min=1, help="Answer length in tokens.")] = 64,
+    ignore_eos: Annotated[
+        bool, typer.Option(help="Send ignore_eos, so that all answers have this length.")
+    ] = (True),
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY")] = None,
     ca_file: CaFileOption = None,
     cert_file: CertFileOption = None,
     key_file: KeyFileOption = None,
-    seed: Annotated[int | None, typer.Option(help="Of the prompts. Default: random.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the random prompts. Default: random.")
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the results to this file.")
     ] = (None),
@@ -55,7 +63,7 @@ def bench(
         levels = []
     if not levels or min(levels) < 1:
         typer.echo(
-            f"trivium bench: --clients wants numbers such as 1,8,32; got {clients}", err=True
+            f"trivium bench: --clients: expected numbers such as 1,8,32; got {clients}", err=True
         )
         raise typer.Exit(REFUSED)
     if json_file is not None:
@@ -109,7 +117,7 @@ async def _run(target: Target, workload: Workload) -> dict[str, Any]:
         _show_failures(console, level)
     console.print(
         f"{target.model} at {target.root}: about {workload.prompt_tokens} prompt and "
-        f"{output_tokens} output tokens, streamed, {requests} requests a client",
+        f"{output_tokens} output tokens, streamed, {requests} requests per client",
         highlight=False,
         soft_wrap=True,
     )
@@ -133,7 +141,7 @@ async def _with_model(client: httpx.AsyncClient, target: Target) -> Target:
     response.raise_for_status()
     models = response.json().get("data") or []
     if not models:
-        raise AnswerFailed("the server lists no model; name one with --model")
+        raise AnswerFailed("the server lists no models; choose one with --model")
     return dataclasses.replace(target, model=models[0]["id"])
 
 
@@ -160,8 +168,8 @@ def table(summaries: list[dict[str, Any]]) -> Table:
     return shown
 
 
-def _milliseconds(found: dict[str, float] | None) -> str:
-    if found is None:
+def _milliseconds(values_by_rank: dict[str, float] | None) -> str:
+    if values_by_rank is None:
         return "-"
-    values = [value * 1000 for value in found.values()]
+    values = [value * 1000 for value in values_by_rank.values()]
     return " / ".join(f"{value:.0f}" if value >= 100 else f"{value:.1f}" for value in values)

@@ -13,7 +13,7 @@ from typing import Annotated
 import httpx
 import typer
 
-from trivium.cli.answer import Answer, AnswerFailed, api_root, headers, refusal
+from trivium.cli.answer import Answer, AnswerFailed, api_root, headers, http_error
 from trivium.cli.https import CaFileOption, CertFileOption, KeyFileOption, tls_context
 
 FAILED = 1
@@ -79,7 +79,7 @@ class Conversation:
             client.stream("POST", self._url, json=body) as response,
         ):
             if response.status_code != 200:
-                raise refusal(response.status_code, await response.aread())
+                raise http_error(response.status_code, await response.aread())
             async for piece in response.aiter_raw():
                 show(answer.push(piece, time.perf_counter()))
 
@@ -103,8 +103,10 @@ def chat(
     url: Annotated[str, typer.Option(help="Base URL, with or without /v1.")] = (
         "http://127.0.0.1:8000"
     ),
-    model: Annotated[str | None, typer.Option(help="Default: the first of /v1/models.")] = None,
-    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model to use. Default: the first in /v1/models.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY")] = None,
     ca_file: CaFileOption = None,
     cert_file: CertFileOption = None,
@@ -118,7 +120,7 @@ def chat(
     except (AnswerFailed, httpx.HTTPError) as error:
         typer.echo(f"trivium chat: {root}: {error or type(error).__name__}", err=True)
         raise typer.Exit(FAILED) from error
-    typer.echo(f"{name} at {root}. Ctrl-C cancels an answer, Ctrl-D leaves, /new starts over.")
+    typer.echo(f"{name} at {root}. Ctrl-C cancels an answer, Ctrl-D exits, /new starts over.")
     while _converse(Conversation(root, api_key, name, system, context)):
         pass
 
@@ -129,7 +131,7 @@ def _converse(conversation: Conversation) -> bool:
         try:
             question = input("> ").strip()
         except KeyboardInterrupt:
-            typer.echo("  (Ctrl-D leaves)")
+            typer.echo("  (Ctrl-D exits)")
             continue
         except EOFError:
             typer.echo()
@@ -153,10 +155,10 @@ def _first_model(root: str, api_key: str | None, context: ssl.SSLContext) -> str
     ) as client:
         response = client.get(f"{root}/models")
     if response.status_code != 200:
-        raise refusal(response.status_code, response.content)
+        raise http_error(response.status_code, response.content)
     models = response.json().get("data") or []
     if not models:
-        raise AnswerFailed("the server lists no model; name one with --model")
+        raise AnswerFailed("the server lists no models; choose one with --model")
     return str(models[0]["id"])
 
 

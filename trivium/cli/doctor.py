@@ -33,7 +33,7 @@ FAILED = 1
 SMOKE_TOKENS = 5
 PACKAGES = ("grpcio", "protobuf", "fastapi", "uvicorn", "pydantic", "tokenizers", "numpy")
 # Parts of settings that the smoke run drops: it serves one model, without TLS, keys or records.
-_LEFT_OUT = ("_TLS_", "_API_KEY", "_USAGE_LOG", "_TOKENIZER_MODELS")
+_UNSET_VARIABLES = ("_TLS_", "_API_KEY", "_USAGE_LOG", "_TOKENIZER_MODELS")
 GOOD, NOTE, BAD = "ok", "note", "FAIL"
 
 
@@ -70,7 +70,7 @@ def check_providers(device: Device) -> Iterator[Finding]:
     for card in cards:
         yield Finding(GOOD, "graphics card", card)
     if not cards:
-        yield Finding(NOTE, "graphics card", "nvidia-smi shows none")
+        yield Finding(NOTE, "graphics card", "none reported by nvidia-smi")
     yield Finding(GOOD, "onnxruntime", providers.version())
     for provider, needed in ((providers.CPU, True), (providers.CUDA, device is Device.CUDA)):
         reason = providers.why_not(provider)
@@ -91,7 +91,7 @@ def check_ports(pipeline: Pipeline) -> Iterator[Finding]:
     except PortTaken as taken:
         yield Finding(NOTE, "ports", str(taken))
     else:
-        yield Finding(GOOD, "ports", "the default ones are free")
+        yield Finding(GOOD, "ports", "the default ports are free")
 
 
 def check_model(folder: Path) -> Iterator[Finding]:
@@ -113,44 +113,48 @@ async def check_answer(pipeline: Pipeline, folder: Path) -> Finding:
     """Starts the three services on free ports and requests a few tokens, without TLS, keys or usage
     records."""
     for name in tuple(os.environ):
-        if name.startswith("TRIVIUM_") and any(part in name for part in _LEFT_OUT):
+        if name.startswith("TRIVIUM_") and any(part in name for part in _UNSET_VARIABLES):
             del os.environ[name]
     try:
         async with Supervisor(pipeline.stages(), stop_seconds=30) as supervisor:
             await supervisor.wait_until_ready(300)
             text, usage = await _ask(pipeline.url, load_model_directory(folder))
     except (StageDied, NotReady, httpx.HTTPError) as error:
-        return Finding(BAD, "smoke run", str(error) or type(error).__name__)
+        return Finding(BAD, "smoke test", str(error) or type(error).__name__)
     if usage["completion_tokens"] != SMOKE_TOKENS:
-        return Finding(BAD, "smoke run", f"asked for {SMOKE_TOKENS} tokens, got {usage}")
-    return Finding(GOOD, "smoke run", f"{text!r} in {usage['gpu_seconds']:.3f} gpu_seconds")
+        return Finding(BAD, "smoke test", f"asked for {SMOKE_TOKENS} tokens, got {usage}")
+    return Finding(GOOD, "smoke test", f"{text!r} in {usage['gpu_seconds']:.3f} gpu_seconds")
 
 
 async def _ask(url: str, model: ModelDirectory) -> tuple[str, dict[str, float]]:
-    chats, prompt = model.has_chat_template, "Count from one to ten."
+    has_chat_template, prompt = model.has_chat_template, "Count from one to ten."
     body = {
         "model": model.id,
-        **({"messages": [{"role": "user", "content": prompt}]} if chats else {"prompt": prompt}),
+        **(
+            {"messages": [{"role": "user", "content": prompt}]}
+            if has_chat_template
+            else {"prompt": prompt}
+        ),
         "max_tokens": SMOKE_TOKENS,
         "temperature": 0,
         "ignore_eos": True,
     }
     async with httpx.AsyncClient(timeout=120, trust_env=False) as client:
-        path = "chat/completions" if chats else "completions"
+        path = "chat/completions" if has_chat_template else "completions"
         response = await client.post(f"{url}/v1/{path}", json=body)
     response.raise_for_status()
     answer = response.json()
     choice = answer["choices"][0]
-    return choice["message"]["content"] if chats else choice["text"], answer["usage"]
+    return choice["message"]["content"] if has_chat_template else choice["text"], answer["usage"]
 
 
 def doctor(
     model: Annotated[
         str,
-        typer.Option(help="A model folder, or the name of one in ./models or the cache."),
+        typer.Option(help="Model folder, or its name in ./models or the cache."),
     ] = EMBEDDED_MODEL,
     device: Annotated[
-        Device, typer.Option(help="Device that the model has to run on.")
+        Device, typer.Option(help="Device that the model must run on.")
     ] = Device.AUTO,
 ) -> None:
     """Checks the installation, the devices, the ports and the model, and generates five tokens."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from trivium.cli.answer import Answer, AnswerFailed, refusal
+from trivium.cli.answer import Answer, AnswerFailed, http_error
 
 Pieces = Sequence[tuple[float, bytes]]
 
@@ -30,7 +30,7 @@ class Connection(asyncio.Protocol):
         self._head = b""
         self._left: int | None = None  # bytes, of a body with a Content-Length
 
-    async def ask(self, request: bytes) -> Pieces:
+    async def send(self, request: bytes) -> Pieces:
         """Sends a request; returns the response's pieces, so far if the server hangs up."""
         assert self._transport is not None
         self.pieces, self._tail, self._head, self._left = [], b"", b"", None
@@ -122,12 +122,12 @@ def _read(began: float, pieces: Pieces) -> Answer:
     whole = b"".join(data for _, data in pieces)
     head, found, body = whole.partition(_HEAD_END)
     if not found:
-        raise AnswerFailed("the server hung up without an answer")
+        raise AnswerFailed("the server closed the connection without a response")
     known = headers(head)
     is_chunked = known.get(b"transfer-encoding", b"").lower() == b"chunked"
     if head.split()[1] != b"200":
         body = Unchunker().push(body) if is_chunked else body
-        raise refusal(int(head.split()[1]), body)
+        raise http_error(int(head.split()[1]), body)
     answer, unchunker = Answer(began), Unchunker()
     skip = len(head) + len(_HEAD_END)
     for when, data in pieces:

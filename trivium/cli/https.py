@@ -13,14 +13,16 @@ CaFileOption = Annotated[
     Path | None,
     typer.Option(
         envvar="SSL_CERT_FILE",
-        help="CA certificates (PEM) for https:// addresses. Default: those of certifi.",
+        help="CA certificates (PEM) for https:// URLs. Default: certifi's.",
     ),
 ]
 CertFileOption = Annotated[
     Path | None,
-    typer.Option(help="A certificate (PEM) for servers that ask for one; may hold its key too."),
+    typer.Option(
+        help="Client certificate (PEM) for servers that ask for one; may contain its key too."
+    ),
 ]
-KeyFileOption = Annotated[Path | None, typer.Option(help="The key (PEM) of --cert-file.")]
+KeyFileOption = Annotated[Path | None, typer.Option(help="Private key (PEM) of --cert-file.")]
 
 
 def tls_context(
@@ -44,7 +46,7 @@ def tls_context(
             key = "" if key_file is None else f" with --key-file {key_file}"
             raise _refused(f"--cert-file {cert_file}{key}", error) from error
     elif key_file is not None:
-        typer.echo(f"--key-file {key_file} needs --cert-file", err=True)
+        typer.echo(f"--key-file {key_file} requires --cert-file", err=True)
         raise typer.Exit(2)
     return context
 

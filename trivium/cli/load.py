@@ -78,7 +78,7 @@ class Client:
     def __init__(self, target: Target) -> None:
         address = urlsplit(target.root)
         if address.scheme not in ("http", "https") or address.hostname is None:
-            raise ValueError(f"{target.root}: only http:// and https:// addresses can be measured")
+            raise ValueError(f"{target.root}: only http:// and https:// URLs are supported")
         is_secure = address.scheme == "https"
         self._address = address.hostname, address.port or (443 if is_secure else 80)
         self._ssl = (target.context or tls_context(None)) if is_secure else None
@@ -89,7 +89,7 @@ class Client:
         """The current response's pieces so far."""
         return self._connection.pieces if self._connection is not None else ()
 
-    async def ask(self, request: bytes) -> Pieces:
+    async def send(self, request: bytes) -> Pieces:
         """The response's pieces, until it ends or the server hangs up; see read_answer.
 
         Raises OSError if the server cannot be reached, TimeoutError if the response does not end.
@@ -98,10 +98,10 @@ class Client:
             async with asyncio.timeout(ANSWER_SECONDS):
                 pieces: Pieces = ()
                 if self._connection is not None and self._connection.is_open:
-                    pieces = await self._connection.ask(request)
+                    pieces = await self._connection.send(request)
                 if not pieces:  # a kept connection may be closed while a request is sent
                     self._connection = await self._connect()
-                    pieces = await self._connection.ask(request)
+                    pieces = await self._connection.send(request)
                 return pieces
         except BaseException:
             self.close()  # else the rest would arrive before the next response
@@ -136,20 +136,20 @@ class Level:
             "requests": len(self.answers) + len(self.failures),
             "failures": len(self.failures),
             "seconds": round(self.seconds, 4),
-            "prompt_tokens": self._used("prompt_tokens"),
+            "prompt_tokens": self._total("prompt_tokens"),
             "cached_tokens": sum(
                 (answer.usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
                 for answer in self.answers
             ),
             "completion_tokens": completion,
-            "gpu_seconds": self._used("gpu_seconds"),
+            "gpu_seconds": self._total("gpu_seconds"),
             "output_tokens_per_second": round(completion / self.seconds, 2),
             "time_to_first_token": percentiles([value for value in first if value is not None]),
             "time_between_tokens": percentiles([g for answer in self.answers for g in answer.gaps]),
             "request_seconds": percentiles([a.ended - a.began for a in self.answers]),
         }
 
-    def _used(self, key: str) -> float:
+    def _total(self, key: str) -> float:
         return round(sum(answer.usage.get(key) or 0 for answer in self.answers), 6)
 
 
@@ -170,7 +170,7 @@ async def run_level(
 
     `draw` returns a prompt.
     """
-    came: list[tuple[float, Pieces | Exception]] = []
+    responses: list[tuple[float, Pieces | Exception]] = []
 
     async def one_client() -> None:
         client = Client(target)
@@ -178,16 +178,16 @@ async def run_level(
             body = target.body([{"role": "user", "content": draw()}], output_tokens)
             began = time.perf_counter()
             try:
-                came.append((began, await client.ask(target.request(body))))
+                responses.append((began, await client.send(target.request(body))))
             except OSError as error:  # TimeoutError is one
-                came.append((began, error))
+                responses.append((began, error))
         client.close()
 
     began = time.perf_counter()
     await asyncio.gather(*(one_client() for _ in range(clients)))
     seconds = time.perf_counter() - began
     answers, failures = [], []
-    for began, result in came:
+    for began, result in responses:
         try:
             if isinstance(result, Exception):
                 raise result

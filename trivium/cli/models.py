@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trivium.cache_folder import cache_folder
-from trivium.cli.supervisor import LEASH
+from trivium.cli.supervisor import EXIT_WITH_PARENT
 from trivium.embedded_model import EMBEDDED_MODEL
 from trivium.hub_name import HubName
 from trivium.model_directory import GENAI_CONFIG, ModelDirectoryError, load_model_directory
@@ -54,10 +54,10 @@ def find_model(name: str, device: str) -> NamedModel:
         return NamedModel(_cached(str(path.absolute()), device))
     if HubName.parse(name) is not None:
         return NamedModel(_cached(name, device), alias=name)
-    looked = ", ".join(dict.fromkeys(str(folder.absolute()) for folder in candidates))
+    searched = ", ".join(dict.fromkeys(str(folder.absolute()) for folder in candidates))
     raise NoModel(
-        f"{name!r} is no model folder, no checkpoint (a folder, a .gguf file) and no name on the "
-        f"hub (owner/name); looked for {looked}"
+        f"{name!r} is neither a model folder, a checkpoint (a folder, a .gguf file) nor a model "
+        f"on the hub (owner/name); searched {searched}"
     )
 
 
@@ -75,9 +75,9 @@ def _is_checkpoint(folder: Path) -> bool:
 
 def _cached(source: str, device: str) -> Path:
     """The folder of its export in the cache, made by a separate process if missing."""
-    leash = (sys.executable, "-I", LEASH, str(os.getpid()))
+    wrapper = (sys.executable, "-I", EXIT_WITH_PARENT, str(os.getpid()))
     command = (sys.executable, "-m", "generator_svc.export.cached", source, "--device", device)
-    done = subprocess.run([*leash, *command], stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run([*wrapper, *command], stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         raise ExportFailed(done.returncode)
     return Path(done.stdout.splitlines()[0])

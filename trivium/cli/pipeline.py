@@ -42,11 +42,11 @@ DRAIN_SECONDS = 30.0
 DRAIN_NOTICE_SECONDS = 0.0
 
 # Settings that must match the local stages, and the option that changes each.
-_DECIDED_HERE = {
+_MANAGED_SETTINGS = {
     "TRIVIUM_FACADE_REUSE_PORT": "--facades",
     "TRIVIUM_FACADE_TOKENIZER_TARGET": "--tokenizer-port",
     "TRIVIUM_TOKENIZER_GENERATOR_TARGET": "--generator-port",
-    "TRIVIUM_TOKENIZER_MODELS": "--model, once for each",
+    "TRIVIUM_TOKENIZER_MODELS": "--model once per model",
     "TRIVIUM_TOKENIZER_MODEL_DIRECTORY": "--model",
 }
 
@@ -158,10 +158,14 @@ class Pipeline:
         for setting, value in needed:
             found = os.environ.get(setting)
             # A folder may be given as a relative path.
-            if found and setting in _DECIDED_HERE and value not in (found, os.path.abspath(found)):
+            if (
+                found
+                and setting in _MANAGED_SETTINGS
+                and value not in (found, os.path.abspath(found))
+            ):
                 raise SettingConflict(
-                    f"{setting} is {found}, which `trivium up` decides itself; "
-                    f"unset it, and use {_DECIDED_HERE[setting]}"
+                    f"{setting} is {found}, which conflicts with `trivium up`; unset it, and use "
+                    f"{_MANAGED_SETTINGS[setting]}"
                 )
 
     def check_ports(self) -> None:
@@ -170,24 +174,24 @@ class Pipeline:
         for host, port, setting, option in self._listeners():
             if port > HIGHEST_PORT:
                 raise PortTaken(
-                    f"port {port} would be needed, and {HIGHEST_PORT} is the highest; "
-                    f"choose a lower one with {option}"
+                    f"port {port} is above the highest one, {HIGHEST_PORT}; choose a lower port "
+                    f"with {option}"
                 )
             for other_host, other_port, other in ours:
                 if port == other_port != 0 and (
                     host == other_host or {host, other_host} & ANY_HOST
                 ):
                     raise PortTaken(
-                        f"{setting}: {address_of(host, port)} is in use by {other}; "
-                        f"choose another with {option}"
+                        f"{setting}: {address_of(host, port)} is in use by {other}; choose "
+                        f"another port with {option}"
                     )
             ours.append((host, port, setting))
             try:
                 bind(host, port).close()
             except OSError as error:
                 raise PortTaken(
-                    f"{setting}: {why_unbound(host, port, error)}; "
-                    f"stop what uses it, or choose another with {option}"
+                    f"{setting}: {why_unbound(host, port, error)}; stop the process that uses "
+                    f"it, or choose another port with {option}"
                 ) from error
 
     def _listeners(self) -> Iterator[tuple[str, int, str, str]]:
@@ -213,20 +217,20 @@ class Pipeline:
             "TRIVIUM_GENERATOR_PORT": str(self.generator_port + number),
             "TRIVIUM_GENERATOR_METRICS_PORT": str(metrics_port),
             "TRIVIUM_GENERATOR_MODEL_DIRECTORY": str(self.models[number]),
-            **self._memory(),
+            **self._memory_settings(),
             **huge_pages(),
             "TRIVIUM_GENERATOR_DEVICE": self.device,
-            **self._for_all("GENERATOR"),
+            **self._common_settings("GENERATOR"),
         }
 
-    def _memory(self) -> dict[str, str]:
+    def _memory_settings(self) -> dict[str, str]:
         """Each generator's share of memory, as generators do not know about each other."""
         if len(self.models) == 1:
             return {}
         share = round(MEMORY_SHARE / len(self.models), 3)
         return _default("TRIVIUM_GENERATOR_KV_MEMORY_SHARE", share)
 
-    def _served(self) -> dict[str, str]:
+    def _model_settings(self) -> dict[str, str]:
         """The tokenizer's settings for the models; those not needed are set to empty."""
         if len(self.models) == 1 and not any(self.aliases):
             return {
@@ -265,11 +269,11 @@ class Pipeline:
 
     def _tokenizer(self, number: int) -> dict[str, str]:
         return {
-            **self._served(),
+            **self._model_settings(),
             "TRIVIUM_TOKENIZER_HOST": self.grpc_host,
             "TRIVIUM_TOKENIZER_PORT": str(_port(self.tokenizer_port, number)),
             "TRIVIUM_TOKENIZER_METRICS_PORT": str(_port(self.tokenizer_metrics_port, number)),
-            **self._for_all("TOKENIZER"),
+            **self._common_settings("TOKENIZER"),
         }
 
     def _facade(self, number: int) -> dict[str, str]:
@@ -280,10 +284,10 @@ class Pipeline:
             "TRIVIUM_FACADE_REUSE_PORT": str(self.facades > 1),
             "TRIVIUM_FACADE_METRICS_PORT": str(metrics_ports[number]),
             "TRIVIUM_FACADE_TOKENIZER_TARGET": self.chat_target,
-            **self._for_all("FACADE"),
+            **self._common_settings("FACADE"),
         }
 
-    def _for_all(self, service: str) -> dict[str, str]:
+    def _common_settings(self, service: str) -> dict[str, str]:
         """The settings that all services share, with the names they have in this one."""
         return {
             **_default(f"TRIVIUM_{service}_LOG_LEVEL", LOG_LEVEL, self.log_level),
@@ -336,12 +340,12 @@ def _replicas(
     """A stage per pair of addresses to probe and environment; numbered if there are several."""
     command = (sys.executable, "-m", service)
     log_name = f"TRIVIUM_{settings}_LOG_NAME"
-    logged_as = os.environ.get(log_name) or service
+    base_name = os.environ.get(log_name) or service
     for number, (addresses, environment) in enumerate(replicas, start=1):
         suffix = "" if len(replicas) == 1 else f"-{number}"
         ready = functools.partial(until_ready, *addresses, tls=tls)
         why_not = functools.partial(fault, *_probes(settings, environment), *addresses, tls=tls)
-        named = {**environment, log_name: f"{logged_as}{suffix}"}
+        named = {**environment, log_name: f"{base_name}{suffix}"}
         yield Stage(f"{service}{suffix}", command, ready, named, why_not)
 
 

@@ -6,7 +6,7 @@ import random
 
 import httpx
 
-from trivium.cli.answer import refusal
+from trivium.cli.answer import http_error
 from trivium.cli.load import Target
 
 # Words that most tokenizers take as one token each.
@@ -44,5 +44,5 @@ async def _count(client: httpx.AsyncClient, target: Target, prompt: str) -> int:
     body = target.body([{"role": "user", "content": prompt}], 1, stream=False)
     response = await client.post(f"{target.root}/chat/completions", json=body)
     if response.status_code != 200:
-        raise refusal(response.status_code, response.content)
+        raise http_error(response.status_code, response.content)
     return int(response.json()["usage"]["prompt_tokens"])

@@ -18,5 +18,5 @@ def check_stage_keys() -> None:
     for accepted, own in _PAIRS.items():
         if os.environ.get(accepted) and not os.environ.get(own):
             raise SettingConflict(
-                f"{accepted} needs {own}, the file with the key of the stage that calls"
+                f"{accepted} requires {own}, the file with the calling stage's key"
             )

@@ -18,10 +18,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-LEASH = str(Path(__file__).with_name("leash.py"))
+EXIT_WITH_PARENT = str(Path(__file__).with_name("exit_with_parent.py"))
 
 
-async def _unexplained() -> str:
+async def _unknown_fault() -> str:
     return ""
 
 
@@ -37,7 +37,7 @@ class Stage:
     command: tuple[str, ...]
     ready: Callable[[], Awaitable[None]]
     environment: Mapping[str, str] = field(default_factory=dict)
-    fault: Callable[[], Awaitable[str]] = _unexplained
+    fault: Callable[[], Awaitable[str]] = _unknown_fault
 
 
 class StageDied(Exception):
@@ -108,9 +108,9 @@ class Supervisor:
                 await death
             if not ready.done():
                 pairs = zip(self._stages, waiting, strict=True)
-                late = [_explained(stage) for stage, task in pairs if not task.done()]
-                told = ", ".join(await asyncio.gather(*late))
-                raise NotReady(f"not ready after {seconds:g} s: {told}")
+                late = [_with_fault(stage) for stage, task in pairs if not task.done()]
+                faults = ", ".join(await asyncio.gather(*late))
+                raise NotReady(f"not ready after {seconds:g} s: {faults}")
             await ready
         finally:
             for task in (ready, death):
@@ -161,7 +161,7 @@ class Supervisor:
                 _kill_group(process)
 
 
-async def _explained(stage: Stage) -> str:
+async def _with_fault(stage: Stage) -> str:
     fault = await stage.fault()
     return f"{stage.name} ({fault})" if fault else stage.name
 
@@ -171,7 +171,7 @@ async def _spawn(stage: Stage) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
         sys.executable,
         "-I",
-        LEASH,
+        EXIT_WITH_PARENT,
         str(os.getpid()),
         *stage.command,
         stdin=asyncio.subprocess.DEVNULL,

@@ -40,7 +40,7 @@ STOPPED, FAILED, REFUSED = 0, 1, 2
 # A stage that has not ended this long after its own drain limit is hung, and gets killed.
 STOP_SLACK_SECONDS = 10.0
 # The settings that can turn off what services offer, by its name in the banner.
-_DOORS = {
+_FEATURE_SETTINGS = {
     "chat": "TRIVIUM_FACADE_CHAT_PAGE",
     "docs": "TRIVIUM_FACADE_DOCS",
     "metrics": "TRIVIUM_FACADE_METRICS",
@@ -70,7 +70,7 @@ def _seconds(longest: int) -> Callable[[float | None], float | None]:
 
     def checked(value: float | None) -> float | None:
         if value is not None and not 0 <= value <= longest:
-            raise typer.BadParameter(f"{value:g} is no number of seconds from 0 to {longest}.")
+            raise typer.BadParameter(f"{value:g} is not between 0 and {longest} seconds.")
         return value
 
     return checked
@@ -79,14 +79,14 @@ def _seconds(longest: int) -> Callable[[float | None], float | None]:
 ModelOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="A model folder, or the name of one in ./models or the cache; or a checkpoint, which "
-        "is exported to the cache first (int8, on CUDA fp16): a Hugging Face folder, a .gguf file, "
-        "owner/name on the Hugging Face Hub. Repeat it for several models, each with its own "
+        help="Model folder, or its name in ./models or the cache; or a checkpoint, which is "
+        "first exported to the cache (int8, on CUDA fp16): a Hugging Face folder, a .gguf file, "
+        "or owner/name on the Hugging Face Hub. Repeat for several models, each with its own "
         "generator. Default: TRIVIUM_GENERATOR_MODEL_DIRECTORY, or the embedded model.",
     ),
 ]
 DeviceOption = Annotated[
-    Device, typer.Option(envvar="TRIVIUM_GENERATOR_DEVICE", help="Where the model runs.")
+    Device, typer.Option(envvar="TRIVIUM_GENERATOR_DEVICE", help="Device that runs the model.")
 ]
 HostOption = Annotated[
     str,
@@ -101,23 +101,24 @@ FacadeMetricsPortOption = Annotated[
         min=0,
         max=65535,
         envvar="TRIVIUM_FACADE_METRICS_PORT",
-        help="Port of its metrics; 0: that of the REST API, or with several facades 9050, 9150 …",
+        help="Port of the facade's metrics; 0: that of the REST API, or with several facades "
+        "9050, 9150 …",
     ),
 ]
 FacadesOption = Annotated[
     int,
     typer.Option(
         min=1,
-        help="How many processes serve the REST API, on one port (vLLM's --api-server-count). "
-        "More help if one saturates a core and other cores are idle.",
+        help="Number of processes that serve the REST API on one port (like vLLM's "
+        "--api-server-count). More help if one saturates a core and other cores are idle.",
     ),
 ]
 TokenizersOption = Annotated[
     int,
     typer.Option(
         min=1,
-        help="How many tokenizers to start, each for all models, on ports 100 apart. More help "
-        "as with --facades.",
+        help="Number of tokenizers, each for all models, on ports 100 apart. More help as with "
+        "--facades.",
     ),
 ]
 GrpcHostOption = Annotated[
@@ -156,7 +157,7 @@ LogLevelOption = Annotated[
     LogLevel | None,
     typer.Option(
         show_default=f"each one's …_LOG_LEVEL, or {LOG_LEVEL}",
-        help="Log level of all three services.",
+        help="Minimum log level of all three services.",
     ),
 ]
 DrainOption = Annotated[
@@ -164,14 +165,14 @@ DrainOption = Annotated[
     typer.Option(
         callback=_seconds(3600),
         show_default=f"each one's …_DRAIN_SECONDS, or {DRAIN_SECONDS:g}",
-        help="Seconds in which each service may finish running requests.",
+        help="Seconds that each service gives running requests to finish when it stops.",
     ),
 ]
 ReadyOption = Annotated[
     float,
     typer.Option(
         callback=_seconds(86_400),
-        help="Seconds in which the services have to become ready.",
+        help="Seconds to wait for the services to become ready.",
     ),
 ]
 
@@ -195,29 +196,29 @@ async def supervise(
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, on_signal)
 
-    async def live() -> None:
+    async def serve() -> None:
         await supervisor.wait_until_ready(ready_seconds)
         await when_ready()
         await supervisor.watch()
 
     async with supervisor:
-        life, stop = asyncio.ensure_future(live()), asyncio.ensure_future(stopping.wait())
+        serving, stop = asyncio.ensure_future(serve()), asyncio.ensure_future(stopping.wait())
         try:
-            await asyncio.wait({life, stop}, return_when="FIRST_COMPLETED")
+            await asyncio.wait({serving, stop}, return_when="FIRST_COMPLETED")
             if not stop.done():
-                await life
-            typer.echo("Draining ... (again to stop at once)", err=True)
+                await serving
+            typer.echo("Draining ... (Ctrl-C again to stop immediately)", err=True)
             return STOPPED
-        except StageDied as death:
-            typer.echo(f"trivium up: {death}; the others are stopped", err=True)
-            return REFUSED if death.returncode == REFUSED else FAILED
-        except NotReady as late:
-            typer.echo(f"trivium up: {late}", err=True)
+        except StageDied as error:
+            typer.echo(f"trivium up: {error}; stopping the other processes", err=True)
+            return REFUSED if error.returncode == REFUSED else FAILED
+        except NotReady as error:
+            typer.echo(f"trivium up: {error}", err=True)
             return FAILED
         finally:
-            life.cancel()
+            serving.cancel()
             stop.cancel()
-            await asyncio.gather(life, stop, return_exceptions=True)
+            await asyncio.gather(serving, stop, return_exceptions=True)
 
 
 def up(
@@ -259,11 +260,11 @@ def up(
     except ExportFailed as failed:
         raise typer.Exit(REFUSED if failed.status == REFUSED else FAILED) from failed
     if len({model.folder.name for model in models}) < len(models):
-        _refuse("two models have the same id, which is their folder's name")
+        _refuse("two models have the same id, which is the folder's name")
     if tls.is_mutual and facades == 1 and not facade_metrics_port:
         _refuse(
-            f"{REST_CLIENT_CA} needs --facade-metrics-port, at which the facade is asked whether "
-            "it is ready"
+            f"{REST_CLIENT_CA} requires --facade-metrics-port, where the facade can be probed "
+            "for readiness"
         )
     pipeline = Pipeline(
         model=models[0].folder,
@@ -287,9 +288,10 @@ def up(
     )
     if facades > 1 and sys.platform != "linux":
         _refuse(
-            f"--facades {facades}: only Linux spreads connections over processes that share a port"
+            f"--facades {facades}: only Linux balances connections across processes that share a "
+            "port"
         )
-    _warn_of_few_cores(pipeline)
+    _warn_if_too_few_cores(pipeline)
     try:
         pipeline.check_environment()
         pipeline.check_ports()
@@ -313,24 +315,32 @@ async def _run(pipeline: Pipeline, ready_seconds: float, stop_seconds: float) ->
         ]
         models = [load_model_directory(folder) for folder in pipeline.models]
         weights = [model.weight_bytes for model in models]
-        limits, chats = (cpu_limit(), memory_limit()), models[0].has_chat_template
+        limits, has_chat_template = (cpu_limit(), memory_limit()), models[0].has_chat_template
         sys.stdout.write(
-            banner(infos, weights, pipeline, asks_for_keys(), limits, shut_doors(), chats)
+            banner(
+                infos,
+                weights,
+                pipeline,
+                requires_api_keys(),
+                limits,
+                disabled_features(),
+                has_chat_template,
+            )
         )
         sys.stdout.flush()
 
     return await supervise(Supervisor(pipeline.stages(), stop_seconds), when_ready, ready_seconds)
 
 
-def _warn_of_few_cores(pipeline: Pipeline) -> None:
+def _warn_if_too_few_cores(pipeline: Pipeline) -> None:
     """As with uvicorn's workers, more processes than cores are allowed, but of no use."""
     limit, count = cpu_limit(), len(pipeline.stages())
-    asked = {"--facades": pipeline.facades, "--tokenizers": pipeline.tokenizers}
-    options = [f"{name} {value}" for name, value in asked.items() if value > 1]
+    counts = {"--facades": pipeline.facades, "--tokenizers": pipeline.tokenizers}
+    options = [f"{name} {value}" for name, value in counts.items() if value > 1]
     if options and count > limit.cores:
         typer.echo(
-            f"trivium up: {' and '.join(options)}: {count} processes share {limit}; "
-            "more of them do not help",
+            f"trivium up: {' and '.join(options)}: {count} processes share {limit}; more "
+            "processes than cores do not help",
             err=True,
         )
 
@@ -340,15 +350,15 @@ def _refuse(message: str) -> NoReturn:
     raise typer.Exit(REFUSED)
 
 
-def asks_for_keys() -> bool:
+def requires_api_keys() -> bool:
     """Whether the REST API requires API keys, by the facade's setting."""
     return bool(os.environ.get("TRIVIUM_FACADE_API_KEYS_FILE"))
 
 
-def shut_doors() -> set[str]:
+def disabled_features() -> set[str]:
     """What is turned off by the services' settings."""
     return {
         name
-        for name, setting in _DOORS.items()
+        for name, setting in _FEATURE_SETTINGS.items()
         if not TypeAdapter(bool).validate_python(os.environ.get(setting) or True)
     }

@@ -71,7 +71,7 @@ class UsageFileError(Exception):
     """A file cannot be read, or a folder contains none."""
 
 
-class _NoRecord(Exception):
+class _InvalidRecord(Exception):
     """A line looks like a usage record but is not one."""
 
 
@@ -79,14 +79,15 @@ def usage(
     files: Annotated[
         list[Path],
         typer.Argument(
-            help=f"Files of usage records, .gz too, or folders with {PATTERN}; - is standard input."
+            help=f"Files of usage records (also .gz), or folders with {PATTERN}; - is standard "
+            "input."
         ),
     ],
-    by: Annotated[str, typer.Option(help="What to sum by: any of day, key, model.")] = (
-        "day,key,model"
-    ),
-    day: Annotated[str, typer.Option(help="Only this day, such as 2026-11-30, or month.")] = "",
-    format: Annotated[Format, typer.Option(help="How to print it.")] = Format.TABLE,
+    by: Annotated[
+        str, typer.Option(help="Comma-separated columns to group by: day, key, model.")
+    ] = ("day,key,model"),
+    day: Annotated[str, typer.Option(help="Only this day (2026-11-30) or month (2026-11).")] = "",
+    format: Annotated[Format, typer.Option(help="Output format.")] = Format.TABLE,
 ) -> None:
     """Sums usage records: requests, tokens and device time, exact to the nanosecond."""
     try:
@@ -94,17 +95,17 @@ def usage(
     except ValueError:
         columns = []
     if not columns or len(set(columns)) < len(columns):
-        _refuse(f"--by wants any of day, key, model, separated by commas; got {by}")
+        _refuse(f"--by: expected any of day, key, model, separated by commas; got {by}")
     if not _is_day_or_month(day):
-        _refuse(f"--day wants a day such as 2026-11-30, or a month such as 2026-11; got {day}")
+        _refuse(f"--day: expected a day such as 2026-11-30, or a month such as 2026-11; got {day}")
     skipped: list[str] = []
     try:
         records = [r for r in read_records(files, skipped) if r["time"].startswith(day)]
     except UsageFileError as error:
         _refuse(str(error))
     if skipped:
-        told = f"skipped lines that are no records: {len(skipped)}, the first: {skipped[0]}"
-        typer.echo(f"trivium usage: {told}", err=True)
+        message = f"skipped {len(skipped)} invalid lines, the first: {skipped[0]}"
+        typer.echo(f"trivium usage: {message}", err=True)
     rows = [
         {
             **dict(zip(columns, group, strict=True)),
@@ -152,7 +153,7 @@ def read_records(paths: Iterable[Path], skipped: list[str]) -> Iterator[dict[str
                 for number, line in enumerate(lines, start=1):
                     try:
                         record = _record(line)
-                    except _NoRecord as fault:
+                    except _InvalidRecord as fault:
                         if line.endswith("\n"):
                             skipped.append(f"{file}: line {number}: {fault}")
                     else:
@@ -185,26 +186,26 @@ def _opened(file: Path) -> TextIO:
 
 
 def _record(line: str) -> dict[str, Any] | None:
-    """Parses a line; None for a log line. Raises _NoRecord for an invalid record."""
+    """Parses a line; None for a log line. Raises _InvalidRecord for an invalid record."""
     if not (line.startswith("{") or _IS_RECORD.search(line) or _NOT_TEXT in line):
         return None
     try:
         record = json.loads(line)
     except ValueError:
-        raise _NoRecord("not JSON") from None
+        raise _InvalidRecord("not JSON") from None
     if not isinstance(record, dict) or record.get("event") != EVENT:
         return None
-    wanted: dict[str, Any] = {
+    required: dict[str, Any] = {
         "time": str,
         "request_id": str,
         "key": str,
         "model": str,
         "service": str,
     }
-    wanted |= {"status": int, **{field.name: int | None for field in fields(Totals)[2:]}}
-    for name, kind in wanted.items():
+    required |= {"status": int, **{field.name: int | None for field in fields(Totals)[2:]}}
+    for name, kind in required.items():
         if name not in record or not isinstance(record[name], kind):
-            raise _NoRecord(f"no {name}, or a wrong one")
+            raise _InvalidRecord(f"{name} is missing or invalid")
     return record
 
 
@@ -220,11 +221,11 @@ def sum_up(records: Iterable[dict[str, Any]], by: Iterable[By]) -> dict[tuple[st
     statuses: dict[str, int] = {}
     for record in records:
         group = tuple(_value(record, column) for column in columns)
-        request, is_refusal = record["request_id"], record["service"] == "rest_facade"
+        request, is_facade = record["request_id"], record["service"] == "rest_facade"
         totals.setdefault(group, Totals()).add(record)
-        if not is_refusal or request not in groups:
+        if not is_facade or request not in groups:
             groups[request] = group
-        if is_refusal or record["status"] != 200 or request not in statuses:
+        if is_facade or record["status"] != 200 or request not in statuses:
             statuses[request] = record["status"]
     for request, group in groups.items():
         totals[group].requests += 1

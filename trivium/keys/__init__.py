@@ -1,1 +1,1 @@
-"""API keys: who may call, what each may take, and how one stage shows its own to the next."""
+"""API keys: who may call, with which limits, and the key that one stage presents to the next."""

@@ -1,8 +1,8 @@
-"""What each API key has taken, in this process: requests and tokens of the last minute, requests
-that run, device time of the day.
+"""Each API key's usage in this process: requests and tokens of the last minute, running requests,
+and device time of the day.
 
-Requests and tokens leak away evenly, a minute's worth in a minute; device time counts from one
-midnight, UTC, to the next.
+Requests and tokens are leaky buckets that drain a minute's limit per minute; device time is counted
+from midnight to midnight, UTC.
 """
 
 import time
@@ -14,14 +14,17 @@ from trivium.keys.key_file import ApiKey
 
 MINUTE = 60.0
 DAY = 86_400.0
-ROUNDING = 1e-6  # of a request
+ROUNDING = 1e-6  # of a request: tolerance for rounding errors
 
 
 @dataclass(frozen=True)
-class Standing:
-    """What a key has taken when a request asks to be let in. It is, unless it is `over` a limit."""
+class LimitStatus:
+    """A key's usage when a request arrives, before it is counted.
 
-    over: str
+    `exceeded` is the limit that the key has reached, for which the request is rejected; else empty.
+    """
+
+    exceeded: str
     requests: float
     tokens: float
     device_nanoseconds: float
@@ -29,33 +32,33 @@ class Standing:
 
 
 class AccountsUnavailable(Exception):
-    """The accounts cannot be reached."""
+    """The store of the accounts cannot be reached."""
 
 
 class Accounts(Protocol):
-    """Where the accounts are kept. Each raises AccountsUnavailable."""
+    """Where the accounts are kept. Every method may raise AccountsUnavailable."""
 
-    async def enter(self, key: ApiKey, request: str) -> Standing:
-        """Lets a request in, by an id of its own, unless the key is over one of its limits."""
+    async def enter(self, key: ApiKey, request: str) -> LimitStatus:
+        """Admits a request, with a unique id, unless the key has reached one of its limits."""
 
     async def leave(
         self, key: ApiKey, request: str, tokens: int, device_nanoseconds: float
     ) -> None:
-        """A request that was let in has ended, and has taken this."""
+        """Charges an admitted request that has ended."""
 
     async def close(self) -> None:
-        """Ends whatever runs."""
+        """Stops background tasks and closes connections."""
 
 
 @dataclass
 class _Bucket:
-    """A leaky bucket, which `limit` a minute flow out of."""
+    """A leaky bucket that drains at `limit` per minute."""
 
     amount: float = 0.0
     at: float = 0.0
 
     def add(self, amount: float, limit: int | None, now: float) -> float:
-        """What is in it at `now`, with as much more; nothing is kept without a limit."""
+        """Adds `amount` at `now` and returns the level; always 0 without a limit."""
         if limit is None:
             self.amount = 0.0
         else:
@@ -73,14 +76,14 @@ class _Account:
     device_nanoseconds: float = 0.0
 
     def begin_day(self, now: float) -> None:
-        """Forgets yesterday's device time."""
+        """Resets the device time when a new day begins."""
         day = int(now // DAY)
         if self.day != day:
             self.day, self.device_nanoseconds = day, 0.0
 
 
 class LocalAccounts:
-    """Accounts of this process, by the keys' names: they outlive a reload of the key file.
+    """Accounts in this process, by key name, so that they outlive a reload of the key file.
 
     `clock` is monotonic, `wall_clock` in seconds since 1970.
     """
@@ -94,7 +97,7 @@ class LocalAccounts:
         self._wall_clock = wall_clock
         self._accounts: dict[str, _Account] = {}
 
-    async def enter(self, key: ApiKey, request: str) -> Standing:
+    async def enter(self, key: ApiKey, request: str) -> LimitStatus:
         account = self._accounts.setdefault(key.name, _Account())
         now, today = self._clock(), self._wall_clock()
         account.begin_day(today)
@@ -106,14 +109,14 @@ class LocalAccounts:
             "concurrent_requests": (len(account.running) + 1, key.concurrent_requests),
             "gpu_seconds": (account.device_nanoseconds / 1e9 + 1e-9, key.gpu_seconds_per_day),
         }
-        over = (name for name, (wanted, most) in limits.items() if most and wanted > most)
-        standing = Standing(
-            next(over, ""), requests, tokens, account.device_nanoseconds, DAY - today % DAY
+        exceeded = (name for name, (used, limit) in limits.items() if limit and used > limit)
+        status = LimitStatus(
+            next(exceeded, ""), requests, tokens, account.device_nanoseconds, DAY - today % DAY
         )
-        if not standing.over:
+        if not status.exceeded:
             account.requests.add(1, key.requests_per_minute, now)
             account.running.add(request)
-        return standing
+        return status
 
     async def leave(
         self, key: ApiKey, request: str, tokens: int, device_nanoseconds: float
@@ -125,4 +128,4 @@ class LocalAccounts:
         account.device_nanoseconds += device_nanoseconds
 
     async def close(self) -> None:
-        """There is nothing to end."""
+        """Does nothing: there are no tasks or connections."""

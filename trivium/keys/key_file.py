@@ -1,6 +1,6 @@
-"""A file of API keys by their SHA-256 digests, with names and limits, read again when it changes.
+"""A file of API keys as SHA-256 digests, with names and limits, reloaded when it changes.
 
-It is TOML, or one digest a line for keys without limits. Digests are compared in constant time.
+It is TOML, or one digest per line for keys without limits. Digests are compared in constant time.
 """
 
 import hashlib
@@ -35,15 +35,15 @@ _Count = Annotated[StrictInt, Field(gt=0)]
 
 
 class KeyFileError(ValueError):
-    """The key file cannot be read or says something that it cannot."""
+    """The key file cannot be read or is invalid."""
 
 
 class ApiKey(BaseModel):
-    """A key, as its table in the file describes it; None is no limit.
+    """A key, as described by its table in the file; None means no limit.
 
-    `models` are names as requests give them. From `expires` on, UTC unless it says otherwise, the
-    key is refused. The key of a `stage` is for one of our own processes to call the next: it says
-    whose each call is, and has no limits.
+    `models` are model names as in requests. From `expires` on, in UTC unless it has an offset, the
+    key is rejected. A `stage` key is for one of our own processes that calls the next stage: its
+    calls name the key that they are charged to, and it has no limits.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -62,12 +62,12 @@ class ApiKey(BaseModel):
     def _stages_have_no_limits(self) -> Self:
         limits = self.model_fields_set - {"name", "digest", "expires", "stage"}
         if self.stage and limits:
-            raise ValueError(f"the key of a stage has no {sorted(limits)[0]}")
+            raise ValueError(f"a stage key cannot have {sorted(limits)[0]}")
         return self
 
     @property
     def expires_at(self) -> float:
-        """Seconds since 1970."""
+        """When the key expires, in seconds since 1970; infinity if it does not."""
         if self.expires is None:
             return float("inf")
         when = self.expires
@@ -77,13 +77,13 @@ class ApiKey(BaseModel):
 
 
 class KeyFile:
-    """The accepted keys. A file that goes bad later leaves the last good keys in force."""
+    """The accepted keys. If the file becomes invalid, the last valid keys stay in use."""
 
     def __init__(self, path: Path) -> None:
         self._file = WatchedFile(path, _read)
 
     def check(self, authorization: str) -> ApiKey:
-        """The key that the header's value bears; ServiceError unless it is accepted."""
+        """The key in the value of an Authorization header; raises ServiceError unless accepted."""
         scheme, _, key = authorization.partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise ServiceError(
@@ -92,7 +92,7 @@ class KeyFile:
                 "'Authorization: Bearer YOUR_KEY'.",
             )
         digest = hashlib.sha256(key.strip().encode("latin-1", "replace")).digest()
-        # All are compared, so that the time tells nothing of which one is near.
+        # Compares with all keys, so that the time reveals nothing about them.
         matches = [key for known, key in self._file.content if hmac.compare_digest(digest, known)]
         if not matches:
             raise ServiceError("invalid_api_key", "Incorrect API key provided.")
@@ -102,7 +102,7 @@ class KeyFile:
 
 
 def _read(path: Path) -> tuple[tuple[bytes, ApiKey], ...]:
-    """All keys by their digests."""
+    """All keys, each with its digest."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -119,7 +119,7 @@ def _read(path: Path) -> tuple[tuple[bytes, ApiKey], ...]:
 
 
 def _from_lines(text: str, path: Path) -> Iterator[ApiKey]:
-    """One digest a line; the first word behind it is the key's name, or the digest's beginning."""
+    """One digest per line, then optionally a name; by default the start of the digest."""
     for number, line in enumerate(text.splitlines(), start=1):
         line = line.partition("#")[0].strip()
         if not line:
@@ -133,20 +133,22 @@ def _from_lines(text: str, path: Path) -> Iterator[ApiKey]:
 
 
 def _from_toml(text: str, path: Path) -> Iterator[ApiKey]:
-    """One table for each key: [keys.NAME]."""
+    """One table per key: [keys.NAME]."""
     try:
         document: dict[str, Any] = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise KeyFileError(f"{path}: {error}") from None
-    strangers = sorted(document.keys() - {"keys"})
+    unknown = sorted(document.keys() - {"keys"})
     tables = document.get("keys", {})
-    if strangers or not isinstance(tables, dict):
-        found = strangers[0] if strangers else "keys"
+    if unknown or not isinstance(tables, dict):
+        found = unknown[0] if unknown else "keys"
         raise KeyFileError(f"{path}: expected tables [keys.NAME], not {found}")
     for name, table in tables.items():
         where = f"{path}: keys.{name}"
         if not is_key_name(name):
-            raise KeyFileError(f"{where}: a name is 1 to 64 letters, digits or . _ : / + = @ -")
+            raise KeyFileError(
+                f"{where}: a key's name has 1 to 64 characters: letters, digits and . _ : / + = @ -"
+            )
         if not isinstance(table, dict) or "name" in table:
             raise KeyFileError(f"{where}: expected a table [keys.{name}] without a name in it")
         try:

@@ -1,4 +1,4 @@
-"""A request, the key that it came with, and what it has taken."""
+"""A request, the API key that it was sent with, and its usage."""
 
 import contextvars
 from collections.abc import Callable
@@ -10,10 +10,10 @@ from trivium.wire.errors import ServiceError
 
 @dataclass
 class KeyedRequest:
-    """`key` is None where none is asked for, and for calls by another stage, which has checked it.
+    """`key` is None if none is required, and for calls by another stage, which has checked it.
 
-    `headers` are further ones of the answer. `taken` gives the tokens so far, of prompt and answer,
-    and the device time in nanoseconds once that is known.
+    `headers` are to be added to the response. `taken` returns the request's usage: the tokens of
+    prompt and answer so far, and the device time in nanoseconds, None until it is known.
     """
 
     key: ApiKey | None = None
@@ -21,14 +21,14 @@ class KeyedRequest:
     taken: Callable[[], tuple[int, int | None]] = lambda: (0, 0)
 
     def check_model(self, name: str, param: str = "model") -> None:
-        """Raises ServiceError, of the field `param`, if the key does not open the model of that
-        name; whether there is one, is not told."""
+        """Raises ServiceError for the field `param` if the key may not use the model `name`. The
+        message does not reveal whether that model exists."""
         if not self.may_use(name):
             message = f"The model `{name}` does not exist or you do not have access to it."
             raise ServiceError("model_not_found", message, param)
 
     def may_use(self, name: str) -> bool:
-        """Whether the key, if there is one, opens the model of that name."""
+        """Whether the key, if there is one, may use the model `name`."""
         return self.key is None or self.key.models is None or name in self.key.models
 
 
@@ -38,10 +38,10 @@ _current: contextvars.ContextVar[KeyedRequest | None] = contextvars.ContextVar(
 
 
 def current_request() -> KeyedRequest:
-    """That of the current call; one without a key outside of any."""
+    """The request of the current call; outside of calls, one without a key."""
     return _current.get() or KeyedRequest()
 
 
 def begin_request(request: KeyedRequest) -> None:
-    """Makes it the current call's."""
+    """Sets the request of the current call."""
     _current.set(request)

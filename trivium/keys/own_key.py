@@ -1,4 +1,4 @@
-"""The key by which a stage calls the next one, from a file that may change."""
+"""The API key that a stage presents to the next one, from a file that may change."""
 
 from pathlib import Path
 
@@ -8,22 +8,23 @@ AUTHORIZATION = "authorization"
 
 
 class OwnKeyError(ValueError):
-    """The file cannot be read, or has no key in it."""
+    """The file cannot be read, or does not contain exactly one key."""
 
 
 class OwnKey:
-    """Raises OwnKeyError; a file that goes bad later leaves the last key in force."""
+    """The current key. Raises OwnKeyError when created; if the file becomes invalid later, the last
+    valid key stays in use."""
 
     def __init__(self, path: Path) -> None:
         self._file = WatchedFile(path, _read)
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What gRPC calls carry of it."""
+        """The gRPC metadata that presents the key."""
         return ((AUTHORIZATION, f"Bearer {self._file.content}"),)
 
 
 def own_metadata(key: OwnKey | None) -> tuple[tuple[str, str], ...]:
-    """The same, and nothing for a stage without a key."""
+    """The metadata of `key`; empty for a stage without one."""
     return () if key is None else key.metadata()
 
 
@@ -33,5 +34,5 @@ def _read(path: Path) -> str:
     except (OSError, ValueError) as error:
         raise OwnKeyError(f"{path}: cannot be read: {error}") from None
     if not key or not key.isprintable() or " " in key:
-        raise OwnKeyError(f"{path}: expected a key, and nothing else")
+        raise OwnKeyError(f"{path}: expected one API key and nothing else")
     return key

@@ -1,7 +1,8 @@
-"""What each API key may take: requests and tokens per minute, requests at once, device time a day.
+"""Limits of API keys: requests and tokens per minute, concurrent requests, device time per day.
 
-A request is let in while something is left of each, and takes what it took when it ends: tokens and
-device time may be overdrawn once, and are then paid back before the next request.
+A request is admitted as long as no limit is used up, and charged when it ends: tokens and device
+time may be overdrawn by the requests in flight, and no further one is admitted until that has been
+made up for.
 """
 
 import asyncio
@@ -17,8 +18,8 @@ from trivium.keys.accounts import (
     MINUTE,
     Accounts,
     AccountsUnavailable,
+    LimitStatus,
     LocalAccounts,
-    Standing,
 )
 from trivium.keys.key_file import ApiKey
 from trivium.keys.keyed_request import KeyedRequest
@@ -26,36 +27,37 @@ from trivium.wire.errors import ServiceError
 
 log = logging.getLogger(__name__)
 
-_PAUSE_SECONDS = 1.0  # in which no request waits for accounts that could not be reached
+_PAUSE_SECONDS = 1.0  # before a shared store that could not be reached is tried again
 
 
 class LimitMetrics:
-    """What each key asked for, by the names of the key file."""
+    """Requests and rejections by key name, and failures of the shared store."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.requests = Counter(
             "trivium_key_requests",
-            "Completions requested by key, including those over a limit",
+            "Completion requests by API key, including rejected ones",
             ["key"],
             registry=registry,
         )
         self.rejections = Counter(
             "trivium_key_rejections",
-            "Requests over a limit of their key: requests, tokens, concurrent_requests, "
-            "gpu_seconds",
+            "Requests rejected because their API key was over a limit: requests, tokens, "
+            "concurrent_requests or gpu_seconds",
             ["key", "limit"],
             registry=registry,
         )
         self.store_errors = Counter(
             "trivium_limits_store_errors",
-            "Failed accesses to the shared store of limits; the process then counts on its own",
+            "Failed calls to the shared store of limits (Redis); until it works again, the "
+            "process counts on its own",
             registry=registry,
         )
 
 
 class RateLimits:
-    """Holds requests to the limits of their keys, by `shared` accounts, or by those of this process
-    where there are none or they cannot be reached."""
+    """Enforces the limits of keys with `shared` accounts, or with those of this process if there
+    are none or they cannot be reached."""
 
     def __init__(
         self,
@@ -67,41 +69,41 @@ class RateLimits:
         self._shared = shared
         self._local = local or LocalAccounts()
         self._clock = time.monotonic
-        self._shared_from = 0.0  # when they are to be tried again
+        self._shared_from = 0.0  # when the shared accounts are tried again
         self._leaving: set[asyncio.Task[None]] = set()
-        # Of all requests that ended well: what one that broke off is reckoned by.
+        # Totals of requests with a known device time, to estimate that of the others.
         self._tokens = 0
         self._device_nanoseconds = 0
 
     @contextlib.asynccontextmanager
     async def admitted(self, key: ApiKey, request: KeyedRequest) -> AsyncIterator[None]:
-        """Around a request of this key; raises ServiceError if it is over a limit.
+        """Wraps a request with this key; raises ServiceError if the key is over a limit.
 
-        Sets the headers of its answer, and takes what `request` says in the end.
+        Sets the headers of its response, and charges the request's usage at its end.
         """
         self._metrics.requests.labels(key.name).inc()
         lease = uuid.uuid4().hex
-        accounts, standing = await self._enter(key, lease)
-        request.headers = _headers(key, standing)
-        if standing.over:
-            self._metrics.rejections.labels(key.name, standing.over).inc()
-            raise _refusal(key, standing)
+        accounts, status = await self._enter(key, lease)
+        request.headers = _headers(key, status)
+        if status.exceeded:
+            self._metrics.rejections.labels(key.name, status.exceeded).inc()
+            raise _refusal(key, status)
         try:
             yield
         finally:
             leaving = self._leave(accounts, key, lease, *request.taken())
-            # Whatever becomes of this request's own task.
+            # In a separate task, as this request's may be cancelled.
             task = asyncio.create_task(leaving)
             self._leaving.add(task)
             task.add_done_callback(self._leaving.discard)
 
     async def close(self) -> None:
-        """Waits until all that ended is counted."""
+        """Waits until all ended requests are charged."""
         await asyncio.gather(*self._leaving)
         if self._shared is not None:
             await self._shared.close()
 
-    async def _enter(self, key: ApiKey, request: str) -> tuple[Accounts, Standing]:
+    async def _enter(self, key: ApiKey, request: str) -> tuple[Accounts, LimitStatus]:
         if self._shared is not None and self._clock() >= self._shared_from:
             try:
                 return self._shared, await self._shared.enter(key, request)
@@ -132,42 +134,44 @@ class RateLimits:
     def _failed(self, error: AccountsUnavailable) -> None:
         self._shared_from = self._clock() + _PAUSE_SECONDS
         self._metrics.store_errors.inc()
-        log.warning("limits are counted by this process alone: %s", error)
+        log.warning(
+            "the shared store of limits is unavailable, counting in this process only: %s", error
+        )
 
 
-def _refusal(key: ApiKey, standing: Standing) -> ServiceError:
+def _refusal(key: ApiKey, status: LimitStatus) -> ServiceError:
     limit, per, seconds = {
         "requests": (
             key.requests_per_minute,
             "per minute",
-            _seconds(standing.requests + 1, key.requests_per_minute),
+            _seconds(status.requests + 1, key.requests_per_minute),
         ),
         "tokens": (
             key.tokens_per_minute,
             "per minute",
-            _seconds(standing.tokens + 1, key.tokens_per_minute),
+            _seconds(status.tokens + 1, key.tokens_per_minute),
         ),
         "concurrent_requests": (key.concurrent_requests, "at once", 1.0),
-        "gpu_seconds": (key.gpu_seconds_per_day, "per day", standing.seconds_to_midnight),
-    }[standing.over]
+        "gpu_seconds": (key.gpu_seconds_per_day, "per day", status.seconds_to_midnight),
+    }[status.exceeded]
     message = (
-        f"Rate limit reached for {standing.over.replace('_', ' ')} of key {key.name}: {limit:,} "
+        f"Rate limit reached for {status.exceeded.replace('_', ' ')} of key {key.name}: {limit:,} "
         f"{per}. Please try again in {_duration(seconds)}."
     )
     return ServiceError("rate_limit_exceeded", message, retry_after=seconds)
 
 
 def _seconds(amount: float, limit: int | None) -> float:
-    """Until as much has leaked away that the limit is kept."""
+    """Seconds until the bucket has drained from `amount` to `limit`."""
     return 0.0 if limit is None else (amount - limit) * MINUTE / limit
 
 
-def _headers(key: ApiKey, standing: Standing) -> dict[str, str]:
-    """OpenAI's x-ratelimit headers, of those limits that the key has."""
-    entered = 0 if standing.over else 1
+def _headers(key: ApiKey, status: LimitStatus) -> dict[str, str]:
+    """OpenAI's x-ratelimit headers, for the limits that the key has."""
+    admitted = 0 if status.exceeded else 1
     amounts = {
-        "requests": (key.requests_per_minute, standing.requests + entered),
-        "tokens": (key.tokens_per_minute, standing.tokens),
+        "requests": (key.requests_per_minute, status.requests + admitted),
+        "tokens": (key.tokens_per_minute, status.tokens),
     }
     headers = {}
     for name, (limit, amount) in amounts.items():
@@ -179,7 +183,7 @@ def _headers(key: ApiKey, standing: Standing) -> dict[str, str]:
 
 
 def _duration(seconds: float) -> str:
-    """As in OpenAI's headers: 1s, 6m0s, 17ms."""
+    """Formats a duration as in OpenAI's headers: 1s, 6m0s, 17ms."""
     if seconds < 1:
         return f"{round(seconds * 1000)}ms"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,7 +1,7 @@
-"""Accounts that several processes share, in Redis or Valkey: accounts.py in two scripts.
+"""Accounts that several processes share in Redis or Valkey: accounts.py as Lua scripts.
 
-Time is the server's, so that they need no common clock. A request that runs is a lease, which its
-process renews: those of one that was killed run out.
+The server's time is used, so that processes need no common clock. Each running request is a lease
+that its process renews, so the leases of a killed process expire.
 """
 
 import asyncio
@@ -12,15 +12,14 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from trivium.keys.accounts import DAY, MINUTE, ROUNDING, AccountsUnavailable, Standing
+from trivium.keys.accounts import DAY, MINUTE, ROUNDING, AccountsUnavailable, LimitStatus
 from trivium.keys.key_file import ApiKey
 
 LEASE_SECONDS = 60.0
 _TIMEOUT_SECONDS = 1.0
 _PREFIX = "trivium:limits:"
 
-# KEYS: a hash with what was taken, and a sorted set of leases by when they run out. A limit of 0 is
-# none.
+# KEYS: a hash with the usage, and a sorted set of leases by expiry time. A limit of 0 means none.
 _ACCOUNT = f"""
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1e6
@@ -82,7 +81,7 @@ end
 class SharedAccounts:
     """Accounts at `url`, such as redis://host:6379/0.
 
-    Made while the event loop runs; raises ValueError for a wrong URL.
+    Must be created while the event loop runs; raises ValueError for an invalid URL.
     """
 
     def __init__(self, url: str, lease_seconds: float = LEASE_SECONDS) -> None:
@@ -91,16 +90,16 @@ class SharedAccounts:
             socket_timeout=_TIMEOUT_SECONDS,
             socket_connect_timeout=_TIMEOUT_SECONDS,
             decode_responses=True,
-            retry=Retry(NoBackoff(), 0),  # what has timed out may have been done
+            retry=Retry(NoBackoff(), 0),  # a call that timed out may have been executed
         )
         self._enter = self._client.register_script(_ENTER)
         self._leave = self._client.register_script(_LEAVE)
         self._renew = self._client.register_script(_RENEW)
         self._lease_seconds = lease_seconds
-        self._running: dict[str, str] = {}  # leases, and the sets in which they are
+        self._running: dict[str, str] = {}  # leases, each with the sorted set it belongs to
         self._renewing = asyncio.create_task(self._renew_leases())
 
-    async def enter(self, key: ApiKey, request: str) -> Standing:
+    async def enter(self, key: ApiKey, request: str) -> LimitStatus:
         """See Accounts."""
         limits = (
             key.requests_per_minute,
@@ -110,15 +109,15 @@ class SharedAccounts:
         )
         account, leases = _names(key)
         try:
-            over, *amounts = await self._enter(
+            exceeded, *amounts = await self._enter(
                 keys=[account, leases],
                 args=[request, *(limit or 0 for limit in limits), self._lease_seconds],
             )
         except (RedisError, OSError) as error:
             raise AccountsUnavailable(str(error)) from error
-        if not over:
+        if not exceeded:
             self._running[request] = leases
-        return Standing(over, *map(float, amounts))
+        return LimitStatus(exceeded, *map(float, amounts))
 
     async def leave(
         self, key: ApiKey, request: str, tokens: int, device_nanoseconds: float
@@ -132,7 +131,7 @@ class SharedAccounts:
             raise AccountsUnavailable(str(error)) from error
 
     async def close(self) -> None:
-        """Ends its connections."""
+        """Stops renewing leases and closes the connections."""
         self._renewing.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._renewing
@@ -148,5 +147,5 @@ class SharedAccounts:
 
 
 def _names(key: ApiKey) -> tuple[str, str]:
-    """Of a key's hash and its leases; the braces keep them on one node of a cluster."""
+    """The names of a key's hash and leases; braces keep both on one node of a cluster."""
     return f"{_PREFIX}{{{key.name}}}", f"{_PREFIX}{{{key.name}}}:running"

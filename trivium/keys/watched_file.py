@@ -1,4 +1,4 @@
-"""A file that is read again when it has changed."""
+"""A file that is reloaded when it changes."""
 
 import logging
 import os
@@ -15,9 +15,10 @@ Content = TypeVar("Content")
 
 
 class WatchedFile(Generic[Content]):
-    """What `read` makes of a file, which raises ValueError for one that it cannot take.
+    """A file as parsed by `read`, which raises ValueError if the content is invalid.
 
-    A file that goes bad later leaves the last good content in force, and is logged once.
+    If the file becomes invalid later, the last valid content stays in use, and the error is logged
+    once.
     """
 
     def __init__(self, path: Path, read: Callable[[Path], Content]) -> None:
@@ -29,7 +30,7 @@ class WatchedFile(Generic[Content]):
 
     @property
     def content(self) -> Content:
-        """As the file is now, or was a second ago."""
+        """The content, at most CHECK_SECONDS old."""
         now = time.monotonic()
         if now - self._checked_at >= CHECK_SECONDS:
             self._checked_at = now
@@ -43,13 +44,13 @@ class WatchedFile(Generic[Content]):
         self._stamp = stamp
         try:
             self._content = self._read(self._path)
-            log.info("%s was read again", self._path)
+            log.info("reloaded %s", self._path)
         except ValueError as error:
-            log.error("what was read of it before stays in force: %s", error)
+            log.error("reload failed, the previous content stays in use: %s", error)
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """None for a file that is not there; a link may lead to another file."""
+    """Changes with the file, or with the target of a link; None if there is no file."""
     try:
         status = os.stat(path)
     except OSError:

@@ -18,9 +18,9 @@ from trivium.wire.in_flight import InFlight, wait_for_any
 
 log = logging.getLogger(__name__)
 
-_OURS = "/trivium."
+_OWN_SERVICES = "/trivium."
 _PUBLIC = "/trivium.chat."  # services for any client; all others are for the preceding stage
-_ON_THE_WAY_SECONDS = 0.05  # upper bound for a call to get here from its caller
+_MAX_TRANSIT_SECONDS = 0.05  # upper bound for a call to get here from its caller
 
 
 class Guard(Protocol):
@@ -59,13 +59,13 @@ class CallBoundary(grpc.aio.ServerInterceptor):
         self._sending: set[asyncio.Task[Any]] = set()  # suspended at a yield: not cancelled
         self._cut: dict[asyncio.Task[Any], ServiceError] = {}  # the errors that end calls
 
-    async def drain(self, seconds: float, hurry: asyncio.Event) -> None:
-        """Refuses new calls and waits until none is running; after `seconds`, or once `hurry` is
+    async def drain(self, seconds: float, stop_now: asyncio.Event) -> None:
+        """Refuses new calls and waits until none is running; after `seconds`, or once `stop_now` is
         set, ends the rest."""
         self._in_flight.draining.set()
-        await wait_for_any(seconds, self._in_flight.idle, hurry)
+        await wait_for_any(seconds, self._in_flight.idle, stop_now)
         for call in self._running:
-            message = "The server is shutting down, and its time to finish calls is over."
+            message = "The server is shutting down, and its drain time is over."
             self._cut_off(call, ServiceError("draining", message))
 
     def _cut_off(self, call: asyncio.Task[Any], error: ServiceError) -> None:
@@ -90,19 +90,19 @@ class CallBoundary(grpc.aio.ServerInterceptor):
                 self._cut.pop(call, None)
 
     @contextlib.asynccontextmanager
-    async def _let_in(
+    async def _guarded(
         self, method: str, context: Any, request: Any
     ) -> AsyncIterator[asyncio.Task[Any]]:
-        is_in = False
+        is_admitted = False
         try:
             with self._admitted() as call:
                 async with self._guard.admitted(method, context):
                     if request is _UNDECODABLE:
                         raise _undecodable()
-                    is_in = True
+                    is_admitted = True
                     yield call
         except ServiceError as error:
-            if not is_in:
+            if not is_admitted:
                 self._refused(method, error.code)
             raise
 
@@ -130,7 +130,7 @@ class CallBoundary(grpc.aio.ServerInterceptor):
         if method in self._handlers:
             return self._handlers[method]
         handler = await continuation(handler_call_details)
-        if handler is None or not method.startswith(_OURS):
+        if handler is None or not method.startswith(_OWN_SERVICES):
             return handler
         self._handlers[method] = bounded = self._bounded(handler, method)
         return bounded
@@ -152,7 +152,7 @@ class CallBoundary(grpc.aio.ServerInterceptor):
             _adopt(context)
             try:
                 with _accessed(method):
-                    async with self._let_in(method, context, request) as call:
+                    async with self._guarded(method, context, request) as call:
                         received = self._decoded(request, call) if reads_stream else request
                         return await inner(received, context)
             except (asyncio.CancelledError, grpc.aio.AbortError):
@@ -167,7 +167,7 @@ class CallBoundary(grpc.aio.ServerInterceptor):
             _adopt(context)
             try:
                 with _accessed(method):
-                    async with self._let_in(method, context, request) as call:
+                    async with self._guarded(method, context, request) as call:
                         received = self._decoded(request, call) if reads_stream else request
                         async with contextlib.aclosing(inner(received, context)) as responses:
                             async for response in responses:
@@ -230,15 +230,17 @@ def _adopt(context: Any) -> None:
     context.set_trailing_metadata(((telemetry.REQUEST_ID, request_id),))
     # Callers hang up at their own deadline; the one they send may be 1% later, as gRPC rounds it.
     left = remaining_seconds(context)
-    late_from = math.inf if left is None else time.monotonic() + 0.98 * left - _ON_THE_WAY_SECONDS
-    telemetry.late_from.set(late_from)
+    deadline_at = (
+        math.inf if left is None else time.monotonic() + 0.98 * left - _MAX_TRANSIT_SECONDS
+    )
+    telemetry.deadline_at.set(deadline_at)
 
 
 async def _abort(context: Any, error: BaseException) -> NoReturn:
     if isinstance(error, grpc.aio.AioRpcError):
         error = from_rpc_error(error)
     if not isinstance(error, ServiceError):
-        log.error("unhandled error in a call", exc_info=error)
+        log.error("unhandled exception in a call", exc_info=error)
         error = internal_error()
     status: Any = error.status()  # its trailing metadata would replace the call's
     trailing = (*status.trailing_metadata, *context.trailing_metadata())

@@ -50,7 +50,7 @@ ERRORS: dict[str, ErrorKind] = {
     "invalid_json": _invalid("the body is not JSON"),
     "missing_required_parameter": _invalid("a required field is absent"),
     "invalid_type": _invalid("a field has the wrong JSON type"),
-    "invalid_value": _invalid("a field has a value it cannot have"),
+    "invalid_value": _invalid("a field has an invalid value"),
     "integer_above_max_value": _invalid("an integer is too large"),
     "integer_below_min_value": _invalid("an integer is too small"),
     "decimal_above_max_value": _invalid("a number is too large"),
@@ -64,7 +64,7 @@ ERRORS: dict[str, ErrorKind] = {
     "invalid_json_schema": _invalid("a JSON schema cannot be compiled"),
     "json_schema_too_complex": _invalid("a JSON schema is over the limits"),
     "invalid_chat_template_input": _invalid(
-        "the model's chat template refuses the messages, or the model has none"
+        "the model's chat template rejects the messages, or the model has none"
     ),
     "context_length_exceeded": ErrorKind(
         400,
@@ -82,7 +82,7 @@ ERRORS: dict[str, ErrorKind] = {
         404, "invalid_request_error", _NOT_FOUND, "no such model, or the API key may not use it"
     ),
     "unknown_url": ErrorKind(404, "invalid_request_error", _NOT_FOUND, "no such path"),
-    "method_not_allowed": _invalid("the path does not take this method", 405),
+    "method_not_allowed": _invalid("the path does not support this method", 405),
     "unsupported_media_type": _invalid("the body is not application/json", 415),
     "revision_mismatch": ErrorKind(
         503,
@@ -122,7 +122,7 @@ ERRORS: dict[str, ErrorKind] = {
         503, "server_error", _UNAVAILABLE, "this process is shutting down", retry_after=1
     ),
     "deadline_exceeded": ErrorKind(
-        504, "timeout", grpc.StatusCode.DEADLINE_EXCEEDED, "the caller's time ran out"
+        504, "timeout", grpc.StatusCode.DEADLINE_EXCEEDED, "the caller's deadline passed"
     ),
 }
 
@@ -195,25 +195,27 @@ class ServiceError(Exception):
             code=getattr(code_pb2, self.kind.grpc.name), message=self.message
         )
         status.details.extend(_packed(detail) for detail in details)
-        made = rpc_status.to_status(status)
+        grpc_status = rpc_status.to_status(status)
         if self.everywhere:
-            made = made._replace(trailing_metadata=(*made.trailing_metadata, _DO_NOT_RETRY))
-        return cast("grpc.Status", made)
+            grpc_status = grpc_status._replace(
+                trailing_metadata=(*grpc_status.trailing_metadata, _DO_NOT_RETRY)
+            )
+        return cast("grpc.Status", grpc_status)
 
 
 _MAX_PARAM_CHARACTERS = 400
 _PLAIN = frozenset(map(chr, range(0x20, 0x7F))) - {"%"}
 
 
-def _fits_trailers(text: str, most: int) -> str:
-    """The longest prefix of `text` within `most` characters once gRPC percent-encodes it.
+def _fits_trailers(text: str, max_length: int) -> str:
+    """The longest prefix of `text` within `max_length` characters once gRPC percent-encodes it.
 
     A lone surrogate becomes a question mark.
     """
     length = 0
     for position, character in enumerate(text):
         length += 1 if character in _PLAIN else 3 * len(character.encode("utf-8", "replace"))
-        if length > most:
+        if length > max_length:
             text = text[:position]
             break
     return text.encode("utf-8", "replace").decode("utf-8")
@@ -286,7 +288,7 @@ def code_of(error: BaseException | None) -> str:
         return error.code
     if not isinstance(error, (asyncio.CancelledError, GeneratorExit)):
         return "internal_error"
-    return CLIENT_LEFT if time.monotonic() < telemetry.late_from.get() else "deadline_exceeded"
+    return CLIENT_LEFT if time.monotonic() < telemetry.deadline_at.get() else "deadline_exceeded"
 
 
 def is_final(error: grpc.aio.AioRpcError) -> bool:

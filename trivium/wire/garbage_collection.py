@@ -7,7 +7,7 @@ import gc
 _YOUNG_OBJECTS = 10_000
 
 
-def collect_seldom() -> None:
+def tune_garbage_collection() -> None:
     """Freezes the objects that exist now, and collects newer ones less often.
 
     Called once everything that lives as long as the process has been loaded.

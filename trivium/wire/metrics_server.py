@@ -62,7 +62,7 @@ def _fault(loop: asyncio.AbstractEventLoop, check: Check) -> str:
     try:
         return asyncio.run_coroutine_threadsafe(work, loop).result(_ANSWER_SECONDS)
     except TimeoutError:
-        return "The process does not answer."
+        return "The process does not respond."
     except (RuntimeError, CancelledError):  # the loop is closed, or about to be
         work.close()
         return "The process has ended."

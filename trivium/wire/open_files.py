@@ -13,37 +13,37 @@ import time
 
 log = logging.getLogger(__name__)
 
-_MOST = 2**20  # some systems allow a thousand times more, and some libraries loop over all
+_MAX_FILES = 2**20  # some systems allow a thousand times more, and some libraries loop over all
 _CHECK_SECONDS = 0.2
 
 
 def prepare_open_files() -> None:
     """Raises this process's limit as far as allowed, and logs from now on when it is reached."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = _MOST if hard == resource.RLIM_INFINITY else min(hard, _MOST)
+    limit = _MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_FILES)
     if soft != resource.RLIM_INFINITY and soft < limit:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     threading.Thread(target=_watch, name="open-files", daemon=True).start()
 
 
 def _watch() -> None:
-    were_left = True
+    was_available = True
     while True:
-        are_left = _are_left()
-        if were_left and not are_left:
+        is_available = _has_free()
+        if was_available and not is_available:
             limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
             log.error(
-                "no file descriptor is left of %d: connections cannot be taken until some end; "
+                "all %d file descriptors are in use: new connections fail until some are closed; "
                 "raise the limit (ulimit -n) or add replicas",
                 limit,
             )
-        elif are_left and not were_left:
-            log.warning("file descriptors are free again")
-        were_left = are_left
+        elif is_available and not was_available:
+            log.warning("file descriptors are available again")
+        was_available = is_available
         time.sleep(_CHECK_SECONDS)
 
 
-def _are_left() -> bool:
+def _has_free() -> bool:
     try:
         os.close(os.open(os.devnull, os.O_RDONLY))
     except OSError as error:

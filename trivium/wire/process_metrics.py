@@ -21,7 +21,7 @@ def register_process(registry: CollectorRegistry, in_flight: InFlight) -> None:
         "version": importlib.metadata.version("trivium"),
         "python_version": platform.python_version(),
     }
-    text = "1; its labels say which build this is."
+    text = "Always 1; labels: the versions of Trivium and Python"
     Gauge("trivium_build_info", text, list(labels), registry=registry).labels(**labels).set(1)
     registry.register(DrainCollector(in_flight))
 
@@ -35,8 +35,8 @@ class DrainCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         gauge = GaugeMetricFamily(
             "trivium_drain_state",
-            "1 for the current state of the process: none, notice (not ready, still serving) or "
-            "drain (refuses new requests).",
+            "1 for the process's current drain state: none, notice (not ready, still serving) or "
+            "drain (rejects new requests)",
             labels=["state"],
         )
         for state in DrainState:

@@ -155,20 +155,20 @@ class GrpcServer:
             raise ServiceError("model_loading", f"{name or 'The process'} is not ready.")
 
     async def drain(
-        self, notice_seconds: float, drain_seconds: float, hurry: asyncio.Event | None = None
+        self, notice_seconds: float, drain_seconds: float, stop_now: asyncio.Event | None = None
     ) -> None:
         """Shuts down without losing a call; docs/operations.md says what callers see.
 
         For `notice_seconds` everything is served as before, but health checks fail. Then the
         port is closed, callers are sent elsewhere, and calls in flight get `drain_seconds`; the
-        rest end as `draining`. Setting `hurry` skips the waiting.
+        rest end as `draining`. Setting `stop_now` skips the waiting.
         """
-        hurry = hurry or asyncio.Event()
+        stop_now = stop_now or asyncio.Event()
         self._in_flight.leaving = True
-        await wait_for_any(notice_seconds, hurry)
+        await wait_for_any(notice_seconds, stop_now)
         await self._health.enter_graceful_shutdown()
         stopping = asyncio.create_task(self._server.stop(drain_seconds + _FLUSH_TIMEOUT_SECONDS))
-        await self._boundary.drain(drain_seconds, hurry)
+        await self._boundary.drain(drain_seconds, stop_now)
         # Health and reflection calls, which the boundary does not track, get this time only.
         await self._server.stop(_FLUSH_TIMEOUT_SECONDS)
         await stopping

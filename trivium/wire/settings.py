@@ -36,9 +36,10 @@ def refuse_unguarded(prefix: str, host: str, is_guarded: bool) -> None:
     if is_guarded or is_loopback(host):
         return
     refuse_to_start(
-        f"{prefix}HOST: {host} can be reached from outside and no API keys are set. Set "
-        f"{prefix}API_KEYS_FILE, {prefix}TLS_CLIENT_CA_FILE for mutual TLS, or "
-        f"{prefix}ALLOW_UNAUTHENTICATED_REMOTE=true to serve everyone."
+        f"{prefix}HOST: {host} can be reached by other hosts, but neither API keys nor client "
+        f"certificates are required. Set {prefix}API_KEYS_FILE, {prefix}TLS_CLIENT_CA_FILE "
+        f"(mutual TLS), or {prefix}ALLOW_UNAUTHENTICATED_REMOTE=true to allow calls without "
+        "authentication."
     )
 
 

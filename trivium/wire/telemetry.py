@@ -26,7 +26,7 @@ request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", d
 traceparent: contextvars.ContextVar[str] = contextvars.ContextVar("traceparent", default="")
 key_name: contextvars.ContextVar[str] = contextvars.ContextVar("key_name", default="")
 # A caller that hangs up after this monotonic time is taken to have reached its deadline.
-late_from: contextvars.ContextVar[float] = contextvars.ContextVar("late_from", default=math.inf)
+deadline_at: contextvars.ContextVar[float] = contextvars.ContextVar("deadline_at", default=math.inf)
 
 
 def trace_id() -> str:

@@ -68,7 +68,7 @@ def exported(service: str, instance: str) -> Iterator[None]:
 
         exporter = otlp.Exporter(service, instance)
     except ModuleNotFoundError as error:
-        refuse_to_start(f"{endpoint} is set: install 'trivium[otel]' ({error})")
+        refuse_to_start(f"{endpoint} is set, which requires 'trivium[otel]' ({error})")
     except ValueError as error:
         refuse_to_start(str(error))
     _begin = exporter.begin

@@ -429,7 +429,7 @@ def test_divisors_of_another_head_size_are_refused(tmp_path, count):
     with pytest.raises(ExportError) as caught:
         load_checkpoint(Source("m", "gguf", path))
 
-    told = rf"{path}: rope_freqs.weight is \[{count}\]; by its metadata it is \[\d+\]"
+    told = rf"{path}: rope_freqs.weight has shape \[{count}\], but its metadata implies \[\d+\]"
     assert re.fullmatch(told, str(caught.value))
 
 

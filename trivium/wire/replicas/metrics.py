@@ -22,30 +22,30 @@ class ReplicaCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """The current replicas; one that is gone disappears from the metrics too."""
         picked = CounterMetricFamily(
-            "trivium_replica_picked", "Calls that this replica was picked for.", labels=_LABELS
+            "trivium_replica_picked", "Calls sent to this replica", labels=_LABELS
         )
         outstanding = GaugeMetricFamily(
             "trivium_replica_outstanding",
-            "Calls to this replica that have not ended.",
+            "Calls in flight to this replica",
             labels=_LABELS,
         )
         state = GaugeMetricFamily(
             "trivium_replica_state",
-            "1 for the replica's current state: serving, not_serving or unreachable.",
+            "1 for the replica's current state: serving, not_serving or unreachable",
             labels=[*_LABELS, "state"],
         )
         ejections = CounterMetricFamily(
             "trivium_replica_ejections",
-            "Times this replica was ejected because its calls kept failing.",
+            "Times this replica was ejected because its calls kept failing",
             labels=_LABELS,
         )
         retries = CounterMetricFamily(
             "trivium_replica_retries",
-            "Calls that were retried, by the error code of the first attempt.",
+            "Calls that were retried, by error code of the first attempt",
             labels=["model_name", "reason"],
         )
-        for model, of_set in self._statuses.items():
-            found = of_set()
+        for model, status_of in self._statuses.items():
+            found = status_of()
             for reason, count in sorted(found.retries.items()):
                 retries.add_metric([model, reason], count)
             for status in found.replicas:
@@ -53,6 +53,6 @@ class ReplicaCollector(Collector):
                 picked.add_metric(labels, status.picked)
                 outstanding.add_metric(labels, status.outstanding)
                 ejections.add_metric(labels, status.ejections)
-                for one in ReplicaState:
-                    state.add_metric([*labels, one.value], status.state is one)
+                for replica_state in ReplicaState:
+                    state.add_metric([*labels, replica_state.value], status.state is replica_state)
         yield from (picked, outstanding, state, ejections, retries)

@@ -14,19 +14,19 @@ class Outage:
 
     def __init__(self) -> None:
         self._began: float | None = None
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
 
     def failed(self, what: str, reason: str) -> None:
         """It is failing now."""
         now = time.monotonic()
         if self._began is None:
             self._began = now
-        is_new = reason not in self._told and len(self._told) < _MAX_WARNINGS
+        is_new = reason not in self._logged and len(self._logged) < _MAX_WARNINGS
         if is_new and now - self._began >= OUTAGE_SECONDS:
             log.warning("%s: %s", what, reason)
-            self._told.add(reason)
+            self._logged.add(reason)
 
     def ended(self) -> None:
         """It works now."""
         self._began = None
-        self._told.clear()
+        self._logged.clear()

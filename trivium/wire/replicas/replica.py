@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 
 _WATCH_RETRY_SECONDS = 0.2
 # Connections that reach their maximum age are re-established at once, which need not be logged.
-_LOST_SECONDS = 1.0
-_ASK_SECONDS = 1.0
+_LOG_DELAY_SECONDS = 1.0
+_CHECK_SECONDS = 1.0
 
 _turns = itertools.count(1)
 
@@ -94,7 +94,7 @@ class Replica:
         tls: ChannelTls | None = None,
     ) -> None:
         self.address = address
-        self.state = self._told = ReplicaState.UNREACHABLE
+        self.state = self._logged_state = ReplicaState.UNREACHABLE
         self.outstanding = 0
         self.picked = 0
         self.last_turn = 0
@@ -151,7 +151,9 @@ class Replica:
     def log_foreign(self, error: grpc.aio.AioRpcError) -> None:
         """Logs the status that this replica returned, unless a stage raised it."""
         if is_foreign(error):
-            log.error("%s answered %s: %s", self.address, error.code().name, error.details())
+            log.error(
+                "replica %s returned %s: %s", self.address, error.code().name, error.details()
+            )
 
     async def why_unreachable(self) -> str | None:
         """The reason, found by a call, as a channel does not expose it; None if it is reachable."""
@@ -159,7 +161,7 @@ class Replica:
         link = self._link
         link.began()  # so that it is not closed in the meantime
         try:
-            await link.stub(health_pb2_grpc.HealthStub).Check(request, timeout=_ASK_SECONDS)
+            await link.stub(health_pb2_grpc.HealthStub).Check(request, timeout=_CHECK_SECONDS)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.NOT_FOUND:  # it reports other services only
                 return None
@@ -246,10 +248,10 @@ class Replica:
     async def _watch_health(self) -> None:
         request = health_pb2.HealthCheckRequest(service=self._health_service)
         while True:
-            heard = False
+            has_responded = False
             try:
                 async for response in self.stub(health_pb2_grpc.HealthStub).Watch(request):
-                    heard = True
+                    has_responded = True
                     serving = response.status == health_pb2.HealthCheckResponse.SERVING
                     self._set(ReplicaState.SERVING if serving else ReplicaState.NOT_SERVING)
             except grpc.aio.AioRpcError as error:
@@ -258,7 +260,7 @@ class Replica:
                     self._set(ReplicaState.SERVING)
                     return
             # A proxy ends an idle watch; the replica stays healthy if the next watch succeeds.
-            if not heard:
+            if not has_responded:
                 self._set(ReplicaState.UNREACHABLE)
             await asyncio.sleep(_WATCH_RETRY_SECONDS)
 
@@ -268,11 +270,11 @@ class Replica:
         self.state = state
         self._changed()
         if state is ReplicaState.UNREACHABLE:
-            asyncio.get_running_loop().call_later(_LOST_SECONDS, self._tell)
+            asyncio.get_running_loop().call_later(_LOG_DELAY_SECONDS, self._log_state)
         else:
-            self._tell()
+            self._log_state()
 
-    def _tell(self) -> None:
-        if self.state is not self._told:
-            log.info("%s is %s", self.address, self.state.value)
-            self._told = self.state
+    def _log_state(self) -> None:
+        if self.state is not self._logged_state:
+            log.info("replica %s is %s", self.address, self.state.value)
+            self._logged_state = self.state

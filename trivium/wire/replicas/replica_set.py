@@ -131,7 +131,7 @@ class ReplicaSet:
             yield bool(self.serving)
             await changed.wait()
 
-    async def ask(
+    async def call(
         self,
         attempt: Callable[[Replica], Awaitable[Answer]],
         pick: Picker = least_outstanding,
@@ -257,7 +257,7 @@ class ReplicaSet:
     def _done(self, task: asyncio.Task[None]) -> None:
         self._background.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            log.error("replicas are not followed any more", exc_info=task.exception())
+            log.error("a background task that tracks replicas failed", exc_info=task.exception())
 
 
 def _not_ejected(replicas: list[Replica]) -> list[Replica]:

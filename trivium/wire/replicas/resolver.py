@@ -81,7 +81,7 @@ class Resolver:
             self._outages[name].ended()
         except aiodns.error.DNSError as error:
             _, reason = error.args
-            self._outages[name].failed(f"{name.host}:{name.port} cannot be looked up", reason)
+            self._outages[name].failed(f"{name.host}:{name.port} cannot be resolved", reason)
 
     def _add(self, part: str) -> None:
         if _OF_GRPC.fullmatch(part):

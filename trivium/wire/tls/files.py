@@ -39,9 +39,9 @@ class TlsFiles:
     ) -> None:
         self._paths = (certificate, key, ca)
         self._check = check
-        self._faults = 0
+        self._failures = 0
         self._expired: Pem | None = None  # the one whose expiry was logged
-        self._looked_at = time.monotonic()
+        self._checked_at = time.monotonic()
         check()
         self.pem = self._read()
 
@@ -59,18 +59,18 @@ class TlsFiles:
         """Yields whenever `pem` has changed, forever. May be iterated several times at once."""
         known = self.pem
         while True:
-            self._look()
+            self._reload()
             self._warn_if_expired()
             if self.pem is not known:
                 known = self.pem
                 yield
             await asyncio.sleep(CHECK_SECONDS)
 
-    def _look(self) -> None:
+    def _reload(self) -> None:
         now = time.monotonic()
-        if now - self._looked_at < CHECK_SECONDS / 2:  # another iterator just did
+        if now - self._checked_at < CHECK_SECONDS / 2:  # another iterator just did
             return
-        self._looked_at = now
+        self._checked_at = now
         try:
             pem = self._read()
             if pem != self.pem:
@@ -78,13 +78,17 @@ class TlsFiles:
                 if pem != self._read():
                     return  # still being replaced
                 self.pem = pem
-                log.info("TLS uses what is in %s now", self._names())
-            self._faults = 0
+                log.info("reloaded TLS files: %s", self._names())
+            self._failures = 0
         except TlsError as error:
             # When files are replaced one after the other, they briefly do not match.
-            self._faults += 1
-            if self._faults == 2:
-                log.error("TLS goes on with what was in %s: %s", self._names(), error)
+            self._failures += 1
+            if self._failures == 2:
+                log.error(
+                    "TLS reload failed, the previous content of %s stays in use: %s",
+                    self._names(),
+                    error,
+                )
 
     def _read(self) -> Pem:
         return Pem(*(None if path is None else read_file(path) for path in self._paths))
@@ -98,4 +102,4 @@ class TlsFiles:
             return
         if expires_at <= datetime.now(UTC):
             self._expired = self.pem
-            log.warning("the certificate in %s has expired at %s", self.certificate, expires_at)
+            log.warning("the certificate in %s expired at %s", self.certificate, expires_at)

@@ -10,7 +10,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 
-class Certified(Protocol):
+class TlsEndpoint(Protocol):
     """A TLS server or client: the file of its certificate, and when the one in use expires."""
 
     @property
@@ -23,17 +23,17 @@ class Certified(Protocol):
 class CertificateCollector(Collector):
     """The certificates of a process: its server's and its channels'; None for those without TLS."""
 
-    def __init__(self, *sides: Certified | None) -> None:
-        self._sides = [side for side in sides if side is not None]
+    def __init__(self, *endpoints: TlsEndpoint | None) -> None:
+        self._endpoints = [endpoint for endpoint in endpoints if endpoint is not None]
 
     def collect(self) -> Iterator[Metric]:
         gauge = GaugeMetricFamily(
             "trivium_tls_certificate_expiry_timestamp_seconds",
-            "When the certificate in use from this file expires, in seconds since 1970.",
+            "When the certificate in use from this file expires, in seconds since 1970",
             labels=["file"],
         )
         # Server and channel may share one file.
-        expiries = {side.certificate: side.expires_at for side in self._sides}
+        expiries = {endpoint.certificate: endpoint.expires_at for endpoint in self._endpoints}
         for file, expires_at in expiries.items():
             if expires_at is not None:
                 gauge.add_metric([str(file)], expires_at.timestamp())

@@ -41,8 +41,8 @@ def server_context(certificate: Path, key: Path, client_ca: Path | None = None) 
         context.load_cert_chain(certificate, key, password=lambda: "")
     except OSError as error:  # SSLError is one
         if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
-            raise TlsError(f"{key}: is not the key of the certificate {certificate}") from None
-        raise TlsError(f"{key}: is no private key in PEM without a passphrase") from None
+            raise TlsError(f"{key}: does not match the certificate {certificate}") from None
+        raise TlsError(f"{key}: not a PEM private key without a passphrase") from None
     if client_ca is not None:
         _load_certificates(context, client_ca)
         context.verify_mode = ssl.CERT_REQUIRED
@@ -73,7 +73,7 @@ def _load_certificates(context: ssl.SSLContext, path: Path) -> None:
     except OSError:  # SSLError is one
         is_plain = False
     if not is_plain:
-        raise TlsError(f"{path}: no certificate in PEM is in it")
+        raise TlsError(f"{path}: contains no PEM certificate")
 
 
 def _parts(der: bytes) -> list[tuple[int, bytes]]:

@@ -37,7 +37,7 @@ class ServerTls(TlsFiles):
 
     def http_context(self) -> ssl.SSLContext:
         """For an HTTP/1.1 server on asyncio."""
-        context = _FollowingContext(ssl.PROTOCOL_TLS_SERVER)
+        context = _ReloadingContext(ssl.PROTOCOL_TLS_SERVER)
         context.current = lambda: self._context
         return context
 
@@ -68,7 +68,7 @@ def _configuration(pem: Pem) -> grpc.ServerCertificateConfiguration:
     return grpc.ssl_server_certificate_configuration([(pem.key, pem.certificates)], pem.ca)
 
 
-class _FollowingContext(ssl.SSLContext):
+class _ReloadingContext(ssl.SSLContext):
     """Creates each connection from the `current` context. CAs can be added to a context but not
     removed, so one context cannot be updated in place."""
 

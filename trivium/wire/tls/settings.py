@@ -14,14 +14,14 @@ from trivium.wire.tls.pem import check_certificates, server_context
 from trivium.wire.tls.server import ServerTls
 
 CA_FILE = (
-    "File of CA certificates (PEM). If set, calls use TLS, and servers need a certificate signed "
-    "by one of these CAs. TLS files are read again when they change."
+    "CA certificates (PEM file). If set, calls use TLS, and the server's certificate must be "
+    "signed by one of these CAs. TLS files are reloaded when they change."
 )
-CERT_FILE = "File of the client certificate (PEM) for servers that ask for one (mutual TLS)."
-KEY_FILE = "File of its private key (PEM, without a passphrase)."
+CERT_FILE = "Client certificate (PEM file), for servers that ask for one (mutual TLS)."
+KEY_FILE = "Its private key (PEM file, without a passphrase)."
 SERVER_NAME = (
-    "Name that servers' certificates are verified against, also sent as :authority. Not "
-    "set: the host name or IP address in the target."
+    "Name to verify the server's certificate against, also sent as :authority. Not set: the "
+    "host name or IP address in the target."
 )
 
 
@@ -45,7 +45,7 @@ def _check(value: Path | str | None, info: ValidationInfo) -> Path | str | None:
         if kind == "key_file" and certificate is not None:
             raise ValueError(f"required with {prefix.upper()}CERT_FILE")
     elif needed in others and others[needed] is None:
-        raise ValueError(f"not without {prefix.upper()}{needed.upper()}")
+        raise ValueError(f"requires {prefix.upper()}{needed.upper()}")
     elif kind == "key_file" and certificate is not None:
         server_context(certificate, Path(value))
     elif kind in ("ca_file", "client_ca_file", "cert_file"):
@@ -62,13 +62,13 @@ class ServerTlsSettings(BaseSettings):
 
     tls_cert_file: TlsFile = Field(
         None,
-        description="File of the server's certificate (PEM), followed by its intermediate CAs. If "
-        "set, PORT accepts TLS only. Read again when it changes, as are the next two.",
+        description="Server certificate (PEM file), followed by its intermediate CAs. If set, "
+        "PORT accepts TLS only. Reloaded when it changes, as are the next two.",
     )
     tls_key_file: TlsFile = Field(None, validate_default=True, description=KEY_FILE)
     tls_client_ca_file: TlsFile = Field(
         None,
-        description="File of CA certificates (PEM). If set, clients need a certificate signed by "
+        description="CA certificates (PEM file). If set, clients need a certificate signed by "
         "one of these CAs (mutual TLS).",
     )
 

@@ -1,4 +1,4 @@
-"""Who may make a gRPC call: the same keys and limits as over HTTP."""
+"""Admits gRPC calls by API key, with the same keys and limits as over HTTP."""
 
 import contextlib
 from collections.abc import AsyncIterator, Collection
@@ -12,11 +12,12 @@ from trivium.wire import telemetry
 from trivium.wire.errors import ServiceError
 
 
-class Door:
-    """Lets calls in that bear a key of `keys`.
+class KeyGuard:
+    """Admits calls that present one of `keys`.
 
-    With `limits`, calls of the methods `limited` count against those of their key. Without, only
-    the keys of stages open. What such a call says of whose it is holds; no other may say that.
+    With `limits`, calls of the methods in `limited` count towards the limits of their key. Without,
+    only stage keys are accepted. Only calls with a stage key may name the key that they are charged
+    to.
     """
 
     def __init__(
@@ -28,20 +29,18 @@ class Door:
 
     @contextlib.asynccontextmanager
     async def admitted(self, method: str, context: Any) -> AsyncIterator[None]:
-        """Around a call; raises ServiceError if it may not be made."""
+        """Wraps a call; raises ServiceError if it is not allowed."""
         metadata = dict(context.invocation_metadata() or ())
         key = self._keys.check(str(metadata.get(AUTHORIZATION, "")))
         if key.stage:
             yield
             return
         if self._limits is None:
-            message = "Only keys of stages are accepted here: set `stage = true` for the key."
+            message = "Only stage keys are accepted here: set `stage = true` for the key."
             raise ServiceError("invalid_api_key", message)
         if metadata.get(telemetry.KEY_NAME, key.name) != key.name:
-            # Such as a facade with a client's key, to which all its clients' usage would go.
-            message = (
-                f"Only a stage's key may name another key: set `stage = true` for {key.name!r}."
-            )
+            # For example a facade with a client's key, which would be charged for all its clients.
+            message = f"Only a stage key may name another key: set `stage = true` for {key.name!r}."
             raise ServiceError("invalid_api_key", message)
         telemetry.key_name.set(key.name)
         request = KeyedRequest(key)
@@ -51,16 +50,16 @@ class Door:
             return
         try:
             async with self._limits.admitted(key, request):
-                await _tell(context, request)
+                await _send_limits(context, request)
                 yield
         except ServiceError as error:
             if error.code == "rate_limit_exceeded":
-                await _tell(context, request)
+                await _send_limits(context, request)
             raise
 
 
-async def _tell(context: Any, request: KeyedRequest) -> None:
-    """Sends the limits and what is left of them as initial metadata."""
+async def _send_limits(context: Any, request: KeyedRequest) -> None:
+    """Sends the limits and what remains of them as initial metadata."""
     if request.headers:
         headers, request.headers = tuple(request.headers.items()), {}
         await context.send_initial_metadata(headers)

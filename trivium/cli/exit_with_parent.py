@@ -1,4 +1,4 @@
-"""Runs a command that dies with its parent: `python -I leash.py PARENT_PID COMMAND …`.
+"""Runs a command that dies with its parent: `python -I exit_with_parent.py PARENT_PID COMMAND …`.
 
 Runs as a script, imports none of our packages, and is replaced by the command at once. On Linux,
 the kernel kills the command when the parent dies, even by `kill -9`; elsewhere, only a parent that

@@ -1,6 +1,6 @@
-"""What the settings of all stages say of keys, and what is opened by them.
+"""The settings for API keys, TLS and access, which all stages share, and what they open.
 
-A wrong setting ends the process with status 2.
+An invalid setting ends the process with status 2.
 """
 
 from collections.abc import Callable
@@ -20,39 +20,39 @@ from trivium.wire.tls.settings import ServerTlsSettings
 
 Opened = TypeVar("Opened")
 
-# Of each setting, in all services that have it.
+# Descriptions of the settings, for all services that have them.
 API_KEYS_FILE = (
-    "File of the accepted API keys, by their SHA-256 digests: TOML with names, models, limits and "
-    "expiry, or one digest (hex) per line, then an optional name; # starts a comment. Read again "
-    "when it changes. Not set: no key is required."
+    "File of accepted API keys, as SHA-256 digests: TOML with names, models, limits and "
+    "expiry, or one hex digest per line, optionally followed by a name; # starts a comment. "
+    "Reloaded when it changes. Not set: no key is required."
 )
 STAGE_KEYS_FILE = (
-    "File of API keys as in TRIVIUM_FACADE_API_KEYS_FILE, of which only those of stages are "
-    "accepted here. Not set: no key is required."
+    "File of API keys, as TRIVIUM_FACADE_API_KEYS_FILE; only stage keys are accepted here. "
+    "Not set: no key is required."
 )
 LIMITS_URL = (
-    "Redis or Valkey in which all processes share the counts for the limits of keys, such as "
-    "redis://host:6379/0; needs trivium[redis]. Without it, and while it cannot be reached, each "
-    "process counts on its own."
+    "URL of a Redis or Valkey server that counts towards the limits of API keys for all "
+    "processes, such as redis://host:6379/0; requires trivium[redis]. If not set or "
+    "unreachable, each process counts on its own."
 )
-REFLECTION = "Serve gRPC reflection, which tools such as grpcurl use."
+REFLECTION = "Enable gRPC reflection, for tools such as grpcurl."
 
 
-class DoorSettings(ServerTlsSettings):
-    """Who gets in. The settings of each service extend these."""
+class AccessSettings(ServerTlsSettings):
+    """Who may call. The settings of each service extend these."""
 
     model_config = SettingsConfigDict(allow_inf_nan=False)
 
     api_keys_file: Path | None = Field(None, description=API_KEYS_FILE)
     allow_unauthenticated_remote: bool = Field(
         False,
-        description="Listen on an address that other hosts can reach although neither API keys nor "
-        "client certificates are required.",
+        description="Allow listening on an address that other hosts can reach even though "
+        "neither API keys nor client certificates are required.",
     )
 
     @property
     def is_guarded(self) -> bool:
-        """Whether calls are checked, or somebody said that they need not be."""
+        """Whether calls are authenticated, or explicitly need not be."""
         return (
             self.api_keys_file is not None
             or self.authenticates_clients_by_tls
@@ -61,12 +61,12 @@ class DoorSettings(ServerTlsSettings):
 
 
 def open_keys(setting: str, path: Path | None) -> KeyFile | None:
-    """The keys in the file that `setting` names, if it names one."""
+    """The keys in the file at `path`, the value of `setting`; None if not set."""
     return _opened(setting, path, KeyFile)
 
 
 def open_own_key(setting: str, path: Path | None) -> OwnKey | None:
-    """The key in the file that `setting` names, if it names one."""
+    """The key in the file at `path`, the value of `setting`; None if not set."""
     return _opened(setting, path, OwnKey)
 
 
@@ -80,16 +80,19 @@ def _opened(setting: str, path: Path | None, kind: Callable[[Path], Opened]) -> 
 
 
 def open_limits(setting: str, url: str | None, registry: CollectorRegistry) -> RateLimits:
-    """The limits of keys, shared at the URL that `setting` names; while an event loop runs."""
+    """The limits of keys, shared through `url`, the value of `setting`, if set.
+
+    Must be called while the event loop runs.
+    """
     shared: Accounts | None = None
     if url is not None:
         try:
-            # Only here, as the library is an extra.
+            # Imported here, as the library is an optional extra.
             from trivium.keys.shared_accounts import SharedAccounts
 
             shared = SharedAccounts(url)
         except ImportError:
-            refuse_to_start(f"{setting}: install trivium[redis] for it")
+            refuse_to_start(f"{setting}: requires trivium[redis]")
         except ValueError as error:
             refuse_to_start(f"{setting}: {error}")
     return RateLimits(LimitMetrics(registry), shared)
