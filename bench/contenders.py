@@ -26,7 +26,7 @@ from typing import Any
 
 import httpx
 
-from bench.play import Answer, Ask, Play, Recording, Script
+from bench.play import Answer, Play, Recording, Request, Script
 from bench.processes import Watch
 from bench.scenarios import Load, Scenario
 from bench.worker import Worker
@@ -114,7 +114,7 @@ class Bare(Watched):
 
     def _answers(self, script: Script) -> tuple[Sequence[Answer], float]:
         recording = self._recordings.popleft()
-        assert len(recording.traces) == len(script.asks), "another script was recorded"
+        assert len(recording.traces) == len(script.requests), "another script was recorded"
         ends = self._worker.call("replay", recording.plans)
         return [trace.replayed(ends) for trace in recording.traces], 0.0
 
@@ -202,7 +202,7 @@ class LlamaServer(Url):
         until = time.monotonic() + READY_SECONDS
         while time.monotonic() < until:
             if self._process.poll() is not None:
-                raise RuntimeError(f"llama-server ended with status {self._process.returncode}")
+                raise RuntimeError(f"llama-server exited with status {self._process.returncode}")
             with contextlib.suppress(httpx.HTTPError):
                 if httpx.get(url, trust_env=False).status_code == httpx.codes.OK:
                     return
@@ -228,14 +228,16 @@ class GenAi(Contender):
         """Its process measures itself, from when the model has been loaded."""
         waves = list(zip(*script.clients, strict=True))
         watch = Watch({})
-        found = self._run([[ask.token_ids for ask in wave] for wave in waves], waves[0][0].output)
+        found = self._run(
+            [[request.token_ids for request in wave] for wave in waves], waves[0][0].output
+        )
         used = watch.stop()
         self.version = found["version"]
         answers: list[list[Answer]] = []
-        asked = 0.0
+        sent_at = 0.0
         for wave, ends in zip(waves, found["runs"], strict=True):
-            answers.append([_row(ask, asked, ends) for ask in wave])
-            asked += ends[-1]
+            answers.append([_row(request, sent_at, ends) for request in wave])
+            sent_at += ends[-1]
         return Play(
             tuple(answer for client in zip(*answers, strict=True) for answer in client),
             {self.name: found["cpu_seconds"]},
@@ -257,13 +259,13 @@ class GenAi(Contender):
         return found
 
 
-def _row(ask: Ask, asked: float, ends: Sequence[float]) -> Answer:
-    """One row of a batch whose tokens were done `ends` seconds after `asked`."""
-    times = tuple(asked + end for end in ends)
+def _row(request: Request, sent_at: float, ends: Sequence[float]) -> Answer:
+    """One row of a batch whose tokens were done `ends` seconds after `sent_at`."""
+    times = tuple(sent_at + end for end in ends)
     return Answer(
-        asked,
+        sent_at,
         times[-1],
         (times,),
-        prompt_tokens=len(ask.token_ids),
+        prompt_tokens=len(request.token_ids),
         completion_tokens=len(times),
     )

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.play import Ask, Recording, Script, Trace
+from bench.play import Recording, Request, Script, Trace
 from generator_svc.config import GeneratorSettings
 from generator_svc.metering import Meter
 from generator_svc.plan import StepPlan
@@ -78,33 +78,37 @@ class EngineLoop:
         """Plays a script; raises the engine's error if it fails."""
         self._recorder.start()
         clients, late = script.numbered()
-        firsts = [asks[0][0] for asks in clients]
-        lines = [iter(asks) for asks in clients]
-        line_of = {place: lines[at] for at, asks in enumerate(clients) for place, _ in asks}
+        firsts = [requests[0][0] for requests in clients]
+        lines = [iter(requests) for requests in clients]
+        line_of = {place: lines[at] for at, requests in enumerate(clients) for place, _ in requests}
         traces: dict[int, Trace] = {}
-        running = sum(self._ask_next(line, traces) for line in lines)
+        running = sum(self._submit_next(line, traces) for line in lines)
         while running:
             for place in self._ended():
-                running += self._ask_next(line_of.get(place, iter(())), traces) - 1
-            if late and _have_had(traces, firsts, script.late_after):
-                running += self._ask_next(iter([late]), traces)
+                running += self._submit_next(line_of.get(place, iter(())), traces) - 1
+            if late and _have_received(traces, firsts, script.late_after):
+                running += self._submit_next(iter([late]), traces)
                 late = None
         return Recording(tuple(self._recorder.plans), tuple(traces[n] for n in sorted(traces)))
 
     def _deliver(self, updates: list[SequenceUpdate]) -> None:
         self._events.put((self._recorder.ended - 1, updates))
 
-    def _ask_next(self, asks: Iterator[tuple[int, Ask]], traces: dict[int, Trace]) -> int:
+    def _submit_next(
+        self, requests: Iterator[tuple[int, Request]], traces: dict[int, Trace]
+    ) -> int:
         """Submits a client's next request, if any; returns the number submitted."""
-        following = next(asks, None)
+        following = next(requests, None)
         if following is None:
             return 0
-        place, ask = following
-        trace = Trace(ask, time.perf_counter(), self._recorder.ended, [[] for _ in range(ask.n)])
+        place, request = following
+        trace = Trace(
+            request, time.perf_counter(), self._recorder.ended, [[] for _ in range(request.n)]
+        )
         traces[place] = trace
-        sampling = SamplingParams(temperature=ask.temperature, top_p=ask.top_p, seed=place)
-        request = EngineRequest(ask.token_ids, ask.output, sampling, n=ask.n)
-        self._engine.submit(request, tag=(place, trace))
+        sampling = SamplingParams(temperature=request.temperature, top_p=request.top_p, seed=place)
+        engine_request = EngineRequest(request.token_ids, request.output, sampling, n=request.n)
+        self._engine.submit(engine_request, tag=(place, trace))
         return 1
 
     def _ended(self) -> Iterator[int]:
@@ -121,7 +125,7 @@ class EngineLoop:
                 continue
             place, trace = update.group.tag
             trace.tokens[update.sequence.index].append((now, step, update.token.token_id))
-            if sum(map(len, trace.tokens)) == trace.ask.output * trace.ask.n:
+            if sum(map(len, trace.tokens)) == trace.request.output * trace.request.n:
                 sequences = update.group.sequences
                 trace.cached_tokens = sequences[0].cached_prompt_tokens
                 trace.device_nanoseconds = sum(each.device_nanoseconds for each in sequences)
@@ -152,5 +156,5 @@ def _load(folder: Path, device: str) -> tuple[GeneratorSettings, OrtRunner, Mete
     return settings, runner, meter
 
 
-def _have_had(traces: dict[int, Trace], places: list[int], tokens: int) -> bool:
+def _have_received(traces: dict[int, Trace], places: list[int], tokens: int) -> bool:
     return all(len(traces[place].tokens[0]) >= tokens for place in places)

@@ -33,13 +33,16 @@ Batch = list[list[int]]
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
-    parser.add_argument("--batch", default="1,8,32", help="sizes of a batch, one after another")
-    parser.add_argument("--batches", type=int, default=3, help="of each size")
+    parser.add_argument("--batch", default="1,8,32", help="batch sizes, run one after another")
+    parser.add_argument("--batches", type=int, default=3, help="number of batches of each size")
     parser.add_argument("--prompt-tokens", type=int, default=115)
     parser.add_argument("--output-tokens", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=0, help="of a run; 0: one for each core")
+    parser.add_argument("--threads", type=int, default=0, help="threads per run; 0: one per core")
     parser.add_argument(
-        "--prompts", type=Path, help="instead: JSON, a list of batches, each a list of token ids"
+        "--prompts",
+        type=Path,
+        help="JSON file with the prompts to use instead: a list of "
+        "batches, each a list of token ids",
     )
     return parser.parse_args()
 
@@ -88,7 +91,7 @@ def timed(model: og.Model, prompts: Batch, output: int) -> list[float]:
         generator.generate_next_token()
         ends.append(time.perf_counter() - began)
     if len(ends) != output:
-        raise RuntimeError(f"{len(ends)} tokens came instead of {output}")
+        raise RuntimeError(f"got {len(ends)} tokens instead of {output}")
     return ends
 
 

@@ -291,8 +291,8 @@ def run(work: Work, precisions: Sequence[str], models: Path, genai: str | None) 
     usual: dict[int, float] = {}
     if importlib.util.find_spec("transformers") and importlib.util.find_spec("torch"):
         config = llama_config(SHAPES[work.shape])
-        asked = (config, work.device, work.counts, work.prompt, work.output)
-        usual = in_own_process(transformers_generate.tokens_per_second, *asked)
+        parameters = (config, work.device, work.counts, work.prompt, work.output)
+        usual = in_own_process(transformers_generate.tokens_per_second, *parameters)
     for precision in precisions:
         folder = models / f"random-{work.shape}-{precision}-{work.device}"
         if not folder.exists():
@@ -309,18 +309,24 @@ def run(work: Work, precisions: Sequence[str], models: Path, genai: str | None) 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="a model that any CPU can run")
+    parser.add_argument("--small", action="store_true", help="use a model small enough for any CPU")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--precision", default="fp16,int4", help=f"of {', '.join(PRECISIONS)}")
-    parser.add_argument("--shape", choices=SHAPES, help="instead of 8b, or of small with --small")
+    parser.add_argument(
+        "--precision", default="fp16,int4", help=f"comma-separated, from {', '.join(PRECISIONS)}"
+    )
+    parser.add_argument(
+        "--shape", choices=SHAPES, help="shape of the model; default 8b, or small with --small"
+    )
     parser.add_argument("--sequences", default=",".join(map(str, COUNTS)))
-    parser.add_argument("--prompt", type=int, help="tokens; 128, or 16 with --small")
-    parser.add_argument("--output", type=int, help="tokens; 128, or 8 with --small")
-    parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
+    parser.add_argument("--prompt", type=int, help="prompt tokens; default 128, or 16 with --small")
+    parser.add_argument("--output", type=int, help="output tokens; default 128, or 8 with --small")
+    parser.add_argument("--eager", action="store_true", help="disable CUDA graphs")
     parser.add_argument("--profile", action="store_true", help="list kernels and gaps")
-    parser.add_argument("--models", type=Path, help="keeps the models there and takes them again")
-    parser.add_argument("--genai-python", help="an interpreter that has onnxruntime-genai")
-    parser.add_argument("--json", type=Path, help="where to write all numbers")
+    parser.add_argument(
+        "--models", type=Path, help="folder in which to keep the models for the next run"
+    )
+    parser.add_argument("--genai-python", help="Python interpreter that has onnxruntime-genai")
+    parser.add_argument("--json", type=Path, help="file for all results")
     return parser.parse_args()
 
 

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from bench.play import Answer, Ask, Script
+from bench.play import Answer, Request, Script
 from trivium.cli import answer as stream
 from trivium.cli.http_stream import Pieces, read_answer
 from trivium.cli.load import Client, Target
@@ -29,23 +29,25 @@ class LoadClient:
             began = time.process_time()
             loop.run(run.play())
             spent = time.process_time() - began
-        return [to_answer(asked, pieces) for asked, pieces in run.records()], spent
+        return [to_answer(sent_at, pieces) for sent_at, pieces in run.records()], spent
 
 
-def to_answer(asked: float, pieces: Pieces) -> Answer:
+def to_answer(sent_at: float, pieces: Pieces) -> Answer:
     """Parses a stream with its timings. Never raises: errors go into the answer's `fault`."""
     try:
-        read = read_answer(asked, pieces)
+        read = read_answer(sent_at, pieces)
     except stream.AnswerFailed as failed:
-        return Answer(asked, pieces[-1][0] if pieces else asked, (), fault=str(failed))
+        return Answer(sent_at, pieces[-1][0] if pieces else sent_at, (), fault=str(failed))
     # A choice of nothing but control tokens has no text; use the time of its finish_reason.
     choices = tuple(
         tuple(read.parts.get(index, (end,))) for index, end in sorted(read.ends.items())
     )
     if not choices:
-        return Answer(asked, read.ended, (), fault="the stream ended before its answer did")
+        return Answer(
+            sent_at, read.ended, (), fault="the stream ended before the answer was complete"
+        )
     return Answer(
-        asked,
+        sent_at,
         read.ended,
         choices,
         prompt_tokens=read.usage.get("prompt_tokens") or 0,
@@ -56,19 +58,19 @@ def to_answer(asked: float, pieces: Pieces) -> Answer:
     )
 
 
-def _body(target: Target, ask: Ask) -> dict[str, object]:
-    body = target.body(ask.messages, ask.output, ask.n)
-    return {**body, "temperature": ask.temperature, "top_p": ask.top_p}
+def _body(target: Target, request: Request) -> dict[str, object]:
+    body = target.body(request.messages, request.output, request.n)
+    return {**body, "temperature": request.temperature, "top_p": request.top_p}
 
 
 class _Run:
     def __init__(self, target: Target, script: Script) -> None:
-        def requests(asks: list[tuple[int, Ask]]) -> list[tuple[int, bytes]]:
-            return [(place, target.request(_body(target, ask))) for place, ask in asks]
+        def encoded(requests: list[tuple[int, Request]]) -> list[tuple[int, bytes]]:
+            return [(place, target.request(_body(target, request))) for place, request in requests]
 
         clients, late = script.numbered()
-        self._clients = [(Client(target), requests(asks)) for asks in clients]
-        self._late = (Client(target), requests([late] if late else []))
+        self._clients = [(Client(target), encoded(requests)) for requests in clients]
+        self._late = (Client(target), encoded([late] if late else []))
         self._late_after = script.late_after
         self._records: dict[int, tuple[float, Pieces]] = {}
 
@@ -92,10 +94,10 @@ class _Run:
 
     async def _play(self, client: Client, requests: list[tuple[int, bytes]]) -> None:
         for place, request in requests:
-            asked = time.perf_counter()
+            sent_at = time.perf_counter()
             try:
                 pieces: Pieces = await client.send(request)
             except OSError:  # an empty response counts as a fault
                 pieces = ()
-            self._records[place] = asked, pieces
+            self._records[place] = sent_at, pieces
         client.close()

@@ -83,7 +83,7 @@ def main() -> None:
     model = load_model_directory(Path(sys.argv[1]))
     loading = lambda: TokenTable(model.tokenizer, model.vocab_size, model.eos_token_ids)  # noqa: E731 - timed
     spent, table = timed(loading)
-    show("loading the tokens", [spent])
+    show("load the tokens", [spent])
     grammar = grammar_of("json_schema", json.dumps(SCHEMA))
     compiling = [
         timed(lambda: CompiledConstraint(table, "json_schema", grammar)) for _ in range(20)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from bench.play import Answer, Ask, Play, Script
+from bench.play import Answer, Play, Request, Script
 
 Numbers = dict[str, float]
 
@@ -45,7 +45,7 @@ def streaming(answers: Sequence[Answer]) -> Numbers:
     good = whole(answers)
     if not good:
         return {}
-    seconds = max(a.ended for a in answers) - min(a.asked for a in answers)
+    seconds = max(a.ended for a in answers) - min(a.sent_at for a in answers)
     return {
         "tokens_per_second": sum(a.completion_tokens for a in good) / seconds,
         **percentiles("ttft", [a.first for a in good]),
@@ -65,11 +65,11 @@ def stalls(answers: Sequence[Answer], late: Answer) -> Numbers:
     begun = max(answer.choices[0][0] for answer in running)
     for answer in running:
         for before, after in zip(answer.choices[0], answer.choices[0][1:], strict=False):
-            if begun <= before and after <= late.asked:
+            if begun <= before and after <= late.sent_at:
                 quiet.append(after - before)
-            elif after > late.asked and before < late.asked + late.first:
+            elif after > late.sent_at and before < late.sent_at + late.first:
                 busy.append(after - before)
-    outlasted = all(answer.ended > late.asked + late.first for answer in running)
+    outlasted = all(answer.ended > late.sent_at + late.first for answer in running)
     return {
         **percentiles("quiet_gap", quiet, with_max=True),
         **percentiles("busy_gap", busy, with_max=True),
@@ -93,16 +93,22 @@ def costs(plays: Sequence[Play]) -> Numbers:
 
 def checks(script: Script, play: Play) -> Numbers:
     """How many requests failed, and how many have other prompt or output lengths than requested."""
-    pairs = [(ask, a) for ask, a in zip(script.asks, play.answers, strict=True) if not a.fault]
+    pairs = [
+        (request, a)
+        for request, a in zip(script.requests, play.answers, strict=True)
+        if not a.fault
+    ]
     return {
         "requests": float(len(play.answers)),
         "faults": float(len(play.answers) - len(pairs)),
-        "other_prompts": float(sum(a.prompt_tokens != len(ask.token_ids) for ask, a in pairs)),
-        "other_outputs": float(sum(not _is_whole(ask, a) for ask, a in pairs)),
+        "other_prompts": float(
+            sum(a.prompt_tokens != len(request.token_ids) for request, a in pairs)
+        ),
+        "other_outputs": float(sum(not _is_whole(request, a) for request, a in pairs)),
     }
 
 
-def _is_whole(ask: Ask, answer: Answer) -> bool:
+def _is_whole(request: Request, answer: Answer) -> bool:
     """Whether all choices have all of their tokens."""
-    is_complete = answer.completion_tokens == ask.output * ask.n
-    return is_complete and len(answer.choices) == ask.n
+    is_complete = answer.completion_tokens == request.output * request.n
+    return is_complete and len(answer.choices) == request.n

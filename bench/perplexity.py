@@ -37,7 +37,7 @@ def windows(model: ModelDirectory, length: int) -> npt.NDArray[np.int64]:
     topics = pydoc_data.topics.topics
     found = (tokenizer.encode(topics[name]).ids[10:] for name in sorted(topics))
     rows = [ids[:length] for ids in found if len(ids) >= length][:ROWS]
-    assert len(rows) == ROWS, "the text is too short for such windows"
+    assert len(rows) == ROWS, "the text is too short for windows of this length"
     return np.array(rows)
 
 
@@ -66,7 +66,7 @@ def agreement(found: Logs, reference: Logs, tokens: npt.NDArray[np.int64]) -> Ag
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", type=Path, nargs="+", metavar="MODEL")
-    parser.add_argument("--tokens", type=int, default=128, help="of each of 32 windows")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens in each of 32 windows")
     options = parser.parse_args()
     models = [load_model_directory(folder) for folder in options.models]
     tokens = windows(models[0], options.tokens)
@@ -76,8 +76,8 @@ def main() -> None:
         found = agreement(log_probabilities(model, tokens), reference, tokens)
         print(
             f"{model.precision or model.id:10} perplexity {found.perplexity:7.3f} "
-            f"({found.perplexity / base.perplexity - 1:+.2%}), divergence {found.divergence:.4f}, "
-            f"same first choice {found.top1:.1%}"
+            f"({found.perplexity / base.perplexity - 1:+.2%}), KL divergence "
+            f"{found.divergence:.4f}, same top-1 token {found.top1:.1%}"
         )
 
 

@@ -15,7 +15,7 @@ Message = dict[str, str]
 
 
 @dataclass(frozen=True)
-class Ask:
+class Request:
     """A request: a conversation, and its prompt as made by our own chat template and tokenizer.
 
     Servers get the messages, the engine alone the token ids. All answers are `output` tokens long,
@@ -37,19 +37,19 @@ class Script:
     `late` is sent once every client has received `late_after` tokens of its first answer.
     """
 
-    clients: tuple[tuple[Ask, ...], ...]
-    late: Ask | None = None
+    clients: tuple[tuple[Request, ...], ...]
+    late: Request | None = None
     late_after: int = 0
 
     @property
-    def asks(self) -> list[Ask]:
+    def requests(self) -> list[Request]:
         """All requests, client by client, the late one last: the answers have the same order."""
         return [*itertools.chain(*self.clients), *([self.late] if self.late else ())]
 
-    def numbered(self) -> tuple[list[list[tuple[int, Ask]]], tuple[int, Ask] | None]:
+    def numbered(self) -> tuple[list[list[tuple[int, Request]]], tuple[int, Request] | None]:
         """Each client's requests, and the late one, with their indices among the answers."""
         places = itertools.count()
-        clients = [[(next(places), ask) for ask in asks] for asks in self.clients]
+        clients = [[(next(places), request) for request in requests] for requests in self.clients]
         return clients, (next(places), self.late) if self.late else None
 
 
@@ -61,7 +61,7 @@ class Answer:
     tokens. `fault` says why the answer is not complete.
     """
 
-    asked: float
+    sent_at: float
     ended: float
     choices: tuple[tuple[float, ...], ...]
     prompt_tokens: int = 0
@@ -75,7 +75,7 @@ class Answer:
     @property
     def first(self) -> float:
         """Seconds from the request until every choice has begun."""
-        return max(times[0] for times in self.choices) - self.asked
+        return max(times[0] for times in self.choices) - self.sent_at
 
     @property
     def gaps(self) -> list[float]:
@@ -102,32 +102,32 @@ class Play:
 class Trace:
     """A request in the engine: for each choice's tokens, their times, steps and token ids.
 
-    `asked_step` is the first step that had not ended when the request was submitted.
+    `sent_step` is the first step that had not ended when the request was submitted.
     """
 
-    ask: Ask
-    asked: float
-    asked_step: int
+    request: Request
+    sent_at: float
+    sent_step: int
     tokens: list[list[tuple[float, int, int]]]
     cached_tokens: int = 0
     device_nanoseconds: int = 0
 
     def answer(self) -> Answer:
         """The answer as the engine's client saw it."""
-        return self._answer(self.asked, [[time for time, _, _ in row] for row in self.tokens])
+        return self._answer(self.sent_at, [[time for time, _, _ in row] for row in self.tokens])
 
     def replayed(self, ends: Sequence[float]) -> Answer:
         """The answer if step i had ended at `ends[i]`, and the first step begun at 0."""
-        asked = ends[self.asked_step - 1] if self.asked_step else 0.0
+        sent_at = ends[self.sent_step - 1] if self.sent_step else 0.0
         times = [[ends[step] for _, step, _ in row] for row in self.tokens]
-        return replace(self._answer(asked, times), device_seconds=None)
+        return replace(self._answer(sent_at, times), device_seconds=None)
 
-    def _answer(self, asked: float, times: list[list[float]]) -> Answer:
+    def _answer(self, sent_at: float, times: list[list[float]]) -> Answer:
         return Answer(
-            asked,
+            sent_at,
             max(row[-1] for row in times),
             tuple(map(tuple, times)),
-            prompt_tokens=len(self.ask.token_ids),
+            prompt_tokens=len(self.request.token_ids),
             completion_tokens=sum(map(len, self.tokens)),
             cached_tokens=self.cached_tokens,
             device_seconds=self.device_nanoseconds / 1e9,

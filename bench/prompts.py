@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from bench.play import Answer, Ask, Message
+from bench.play import Answer, Message, Request
 from trivium.cli.random_prompts import WORDS
 
 _SYSTEM_WORDS = 8
@@ -62,7 +62,7 @@ class Prompts:
         """Random words."""
         return " ".join(self._random.choices(WORDS, k=count))
 
-    def ask(self, tokens: int, output: int, n: int = 1, system: str | None = None) -> Ask:
+    def request(self, tokens: int, output: int, n: int = 1, system: str | None = None) -> Request:
         """A request with a prompt of exactly `tokens` tokens; a random system message by default.
 
         Raises ValueError if that cannot be done.
@@ -74,21 +74,21 @@ class Prompts:
             ids = self._text.token_ids(messages)
             if len(ids) == tokens:
                 self._words_for[tokens] = count
-                return Ask(messages, ids, output, n)
+                return Request(messages, ids, output, n)
             # With a small vocabulary, words take several tokens.
             a_word = max(len(ids) / (count + _SYSTEM_WORDS), 1.0)
             count = max(count + round((tokens - len(ids)) / a_word), 1)
-        raise ValueError(f"no prompt of {tokens} tokens could be made; the nearest has {len(ids)}")
+        raise ValueError(f"cannot make a prompt of {tokens} tokens; the closest has {len(ids)}")
 
-    def next_turn(self, ask: Ask, answer: Answer, words: int) -> Ask:
+    def next_turn(self, request: Request, answer: Answer, words: int) -> Request:
         """Continues the conversation with the answer and a new question."""
         text = answer.text or self._text.text(answer.token_ids)
         messages = (
-            *ask.messages,
+            *request.messages,
             {"role": "assistant", "content": text or "-"},
             {"role": "user", "content": self.words(words)},
         )
-        return Ask(messages, self._text.token_ids(messages), ask.output)
+        return Request(messages, self._text.token_ids(messages), request.output)
 
 
 def _conversation(system: str, user: str) -> tuple[Message, ...]:

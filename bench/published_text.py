@@ -96,7 +96,7 @@ def _merges(count: int) -> Iterator[tuple[str, str]]:
     left = max(count - len(pairs), 0)
     seconds = pairs[len(string.ascii_lowercase) :]
     total = len(pairs) * len(seconds)
-    assert left <= total, f"there are only {total + len(pairs)} merges, {count} were asked for"
+    assert left <= total, f"there are only {total + len(pairs)} merges, but {count} were requested"
     for index in range(left):
         first, second = divmod(index * total // left, len(seconds))
         yield "".join(pairs[first]), "".join(seconds[second])

@@ -66,7 +66,7 @@ def write_random_checkpoint(
 ) -> Path:
     """Writes the folder, which must not exist yet, completely or not at all; returns it."""
     if folder.exists():
-        raise FileExistsError(f"{folder} is already there")
+        raise FileExistsError(f"{folder} already exists")
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -237,14 +237,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=PUBLISHED)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--layers", type=int, help="only the first of them; all by default")
+    parser.add_argument("--layers", type=int, help="number of layers; default: all of the model's")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     published = PUBLISHED[options.name]
     if options.layers is not None:
         layers = published.config["num_hidden_layers"]
         if not 1 <= options.layers <= layers:
-            parser.error(f"--layers: {options.name} has {layers}, so from 1 to {layers}")
+            parser.error(f"--layers: {options.name} has {layers}; choose from 1 to {layers}")
         published = published.with_config(num_hidden_layers=options.layers)
     start = time.monotonic()
     try:

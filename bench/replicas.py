@@ -349,9 +349,9 @@ async def measure(options: argparse.Namespace) -> int:
             if name in scenarios:
                 loss = await lose(cluster, options.clients, number)
                 print(
-                    f"{name}: it held {loss.held} calls; of {loss.requests} requests failed "
-                    f"{loss.failed} that had begun and {loss.others} that had not, the last after "
-                    f"{loss.seconds:.1f} s; the others had their first text within "
+                    f"{name}: it had {loss.held} calls in flight; of {loss.requests} requests, "
+                    f"{loss.failed} that had started and {loss.others} that had not failed, the "
+                    f"last after {loss.seconds:.1f} s; the others had their first text within "
                     f"{loss.slowest:.1f} s",
                     flush=True,
                 )
@@ -361,8 +361,10 @@ async def measure(options: argparse.Namespace) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scenarios", default="split,join,freeze,kill")
-    parser.add_argument("--requests", type=int, default=1000, help="of `split`")
-    parser.add_argument("--clients", type=int, default=36, help="at once; a multiple of 6")
+    parser.add_argument("--requests", type=int, default=1000, help="number of requests in `split`")
+    parser.add_argument(
+        "--clients", type=int, default=36, help="number of concurrent clients; a multiple of 6"
+    )
     sys.exit(asyncio.run(measure(parser.parse_args())))
 
 

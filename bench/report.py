@@ -161,10 +161,10 @@ _COLUMNS: dict[str, dict[str, Cell]] = {
     "stall": {
         **{
             f"{name} {rank}, ms": _number(f"{key}_gap_{rank}_ms")
-            for name, key in (("quiet", "quiet"), ("beside it", "busy"))
+            for name, key in (("quiet", "quiet"), ("during prefill", "busy"))
             for rank in ("p50", "p99", "max")
         },
-        "its first token, ms": _number("late_ttft_ms"),
+        "long prompt TTFT, ms": _number("late_ttft_ms"),
     },
 }
 _WITH_PROCESSES = ("load", "sampled", "long", "streams", "ceiling")
@@ -205,7 +205,7 @@ def _processes(results: Results, kinds: list[Row], title: str) -> Table:
         )
         for row, name in names
     )
-    head = ("", "", "process", "processor time, us a token", "peak memory, MiB")
+    head = ("", "", "process", "CPU time, us per token", "peak memory, MiB")
     return _without_empty(Table(title, head, body))
 
 
@@ -216,13 +216,13 @@ def notes(results: Results) -> list[str]:
         where = f"{row.contender}, {row.scenario} {row.case}".strip()
         for name, problem in (
             ("faults", f"requests failed ({'; '.join(row.faults)})"),
-            ("other_prompts", "prompts were of another length, as the server counts"),
-            ("other_outputs", "answers were of another length than asked for"),
+            ("other_prompts", "prompts had a different length by the server's count"),
+            ("other_outputs", "answers had a different length than requested"),
         ):
             if row.numbers.get(name):
                 found[where, problem] += round(row.numbers[name])
         if row.numbers.get("streams_outlasted") == 0:
-            found[where, "times the streams ended before the long prompt was computed"] += 1
+            found[where, "times the streams ended before the long prompt was prefilled"] += 1
     return [f"{where}: {count} {problem}" for (where, problem), count in found.items()] + _noise(
         results
     )

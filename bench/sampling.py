@@ -63,21 +63,21 @@ def sequences(rows: int, vocabulary: int, sampling: SamplingParams) -> Iterator[
         yield sequence
 
 
-def as_on_cuda(asked: list[Sequence], logits: Rows) -> DeviceRows:
+def as_on_cuda(batch: list[Sequence], logits: Rows) -> DeviceRows:
     """What a CUDA device would return for the rows."""
     rows, vocabulary = logits.shape
     device_logits = DeviceLogits(Device("cpu"), vocabulary)
     buffer = device_logits.allocate(rows)
     buffer.update_inplace(logits.reshape(rows, 1, vocabulary))
-    return device_logits.read(buffer, [sequence.row_temperature for sequence in asked])
+    return device_logits.read(buffer, [sequence.row_temperature for sequence in batch])
 
 
-def step_milliseconds(asked: list[Sequence], logits: Rows | DeviceRows) -> float:
+def step_milliseconds(batch: list[Sequence], logits: Rows | DeviceRows) -> float:
     """CPU time of one step."""
     began = time.process_time_ns()
-    tokens, failures = sample_all(zip(asked, logits, strict=True))
+    tokens, failures = sample_all(zip(batch, logits, strict=True))
     spent = time.process_time_ns() - began
-    assert len(tokens) == len(asked), failures
+    assert len(tokens) == len(batch), failures
     return spent / 1e6
 
 
@@ -91,10 +91,10 @@ def main() -> None:
             logits = make(options.rows, vocabulary)
             steps: dict[str, tuple[list[Sequence], Rows | DeviceRows]] = {}
             for name, sampling in SAMPLINGS.items():
-                asked = list(sequences(options.rows, vocabulary, sampling))
-                steps[name] = asked, logits
+                batch = list(sequences(options.rows, vocabulary, sampling))
+                steps[name] = batch, logits
                 if make is not flat:  # flat logits need the whole rows
-                    steps[f"{name}, CUDA"] = asked, as_on_cuda(asked, logits)
+                    steps[f"{name}, CUDA"] = batch, as_on_cuda(batch, logits)
             times: dict[str, list[float]] = {name: [] for name in steps}
             for _ in range(options.rounds):
                 for name, step in steps.items():

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from bench.measures import Numbers, median_ms, percentiles, ratio, stalls, streaming, whole
-from bench.play import Answer, Ask, Script
+from bench.play import Answer, Request, Script
 from bench.prompts import Prompts
 
 # The services have 32 slots by default; further clients queue.
@@ -80,13 +80,13 @@ class Load:
     def run(self, stage: Stage, prompts: Prompts) -> Numbers:
         """Tokens/s, TTFT and inter-token latency."""
         clients = tuple(
-            tuple(self._ask(prompts) for _ in range(self.requests)) for _ in range(self.clients)
+            tuple(self._request(prompts) for _ in range(self.requests)) for _ in range(self.clients)
         )
         return streaming(stage.play(Script(clients)))
 
-    def _ask(self, prompts: Prompts) -> Ask:
-        ask = prompts.ask(self.prompt, self.output)
-        return replace(ask, temperature=self.temperature, top_p=self.top_p)
+    def _request(self, prompts: Prompts) -> Request:
+        request = prompts.request(self.prompt, self.output)
+        return replace(request, temperature=self.temperature, top_p=self.top_p)
 
 
 @dataclass(frozen=True)
@@ -112,11 +112,11 @@ class SharedSystemPrompt:
     def run(self, stage: Stage, prompts: Prompts) -> Numbers:
         """TTFT of the first user, who finds nothing cached, and of later users."""
         system = prompts.words(self.system)
-        asks = [
-            prompts.ask(self.system + self.user, self.output, system=system)
+        requests = [
+            prompts.request(self.system + self.user, self.output, system=system)
             for _ in range(self.users)
         ]
-        first, *later = stage.play(Script((tuple(asks),)))
+        first, *later = stage.play(Script((tuple(requests),)))
         numbers = {
             **median_ms("cold_ttft", [a.first for a in whole([first])]),
             **percentiles("later_ttft", [a.first for a in whole(later)]),
@@ -152,25 +152,25 @@ class Turns:
     def run(self, stage: Stage, prompts: Prompts) -> Numbers:
         """TTFT by turn, also relative to a cold prompt of the same length."""
         numbers: Numbers = {}
-        asks = [prompts.ask(self.prompt, self.output) for _ in range(self.conversations)]
+        requests = [prompts.request(self.prompt, self.output) for _ in range(self.conversations)]
         for turn in range(1, self.turns + 1):
-            answers = stage.play(Script((tuple(asks),)))
+            answers = stage.play(Script((tuple(requests),)))
             numbers |= median_ms(f"turn_{turn}_ttft", [a.first for a in whole(answers)])
             if turn > 1:
-                cold = stage.play(Script((self._cold(asks, prompts),)))
+                cold = stage.play(Script((self._cold(requests, prompts),)))
                 numbers |= median_ms(f"cold_{turn}_ttft", [a.first for a in whole(cold)])
                 names = f"turn_{turn}_ttft_ms", f"cold_{turn}_ttft_ms"
                 numbers |= ratio(f"turn_{turn}_of_cold", numbers, *names)
             time.sleep(self.pause)
-            asks = [
-                prompts.next_turn(ask, answer, self.words)
-                for ask, answer in zip(asks, answers, strict=True)
+            requests = [
+                prompts.next_turn(request, answer, self.words)
+                for request, answer in zip(requests, answers, strict=True)
             ]
         return numbers
 
     @staticmethod
-    def _cold(asks: list[Ask], prompts: Prompts) -> tuple[Ask, ...]:
-        return tuple(prompts.ask(len(ask.token_ids), 1) for ask in asks)
+    def _cold(requests: list[Request], prompts: Prompts) -> tuple[Request, ...]:
+        return tuple(prompts.request(len(request.token_ids), 1) for request in requests)
 
 
 @dataclass(frozen=True)
@@ -199,8 +199,8 @@ class Choices:
         """Time until all choices have their first token, and device time, relative to n=1."""
         numbers: Numbers = {}
         for n in (1, self.n):
-            asks = tuple(prompts.ask(self.prompt, 1, n) for _ in range(self.requests))
-            answers = whole(stage.play(Script((asks,))))
+            requests = tuple(prompts.request(self.prompt, 1, n) for _ in range(self.requests))
+            answers = whole(stage.play(Script((requests,))))
             name = "one" if n == 1 else "many"
             numbers |= median_ms(f"{name}_ttft", [a.first for a in answers])
             device = [a.device_seconds for a in answers if a.device_seconds is not None]
@@ -227,7 +227,7 @@ class LongPrompt:
 
     @property
     def title(self) -> str:
-        return f"Time between tokens of {self.streams} streams, quiet and beside a long prompt"
+        return f"Inter-token latency of {self.streams} streams, quiet and during a long prefill"
 
     @property
     def slots(self) -> int:
@@ -239,7 +239,7 @@ class LongPrompt:
 
     def run(self, stage: Stage, prompts: Prompts) -> Numbers:
         """Inter-token latency of the streams before it arrives, and during its prefill."""
-        clients = tuple((prompts.ask(self.short, self.output),) for _ in range(self.streams))
-        late = prompts.ask(self.prompt, 1)
+        clients = tuple((prompts.request(self.short, self.output),) for _ in range(self.streams))
+        late = prompts.request(self.prompt, 1)
         *answers, last = stage.play(Script(clients, late, late_after=self.quiet))
         return stalls(answers, last)

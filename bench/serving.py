@@ -66,20 +66,56 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", type=Path, default=embedded_folder())
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    add("--scenarios", default=",".join(NAMES), help=f"some of the default's, or {CEILING}")
+    add(
+        "--scenarios",
+        default=",".join(NAMES),
+        help=f"comma-separated, from the default ones and {CEILING}",
+    )
     add("--rounds", type=int, default=5)
-    add("--clients", help="of load, sampled, ceiling; 1,8,32 by default, of ceiling to 256")
-    add("--requests", type=int, default=3, help="of each client, in load, sampled and long")
-    add("--prompt-tokens", type=int, default=115, help="of load, sampled, streams and ceiling")
-    add("--output-tokens", type=int, default=64, help="of load, sampled, long and streams")
-    add("--contender", type=Path, metavar="CHECKOUT", help="another one, whose services play too")
-    add("--url", action="append", default=[], metavar="NAME=URL", help="a server that runs")
-    add("--llama-server", type=Path, metavar="BINARY", help="a llama-server to run; wants --gguf")
-    add("--gguf", type=Path, metavar="FILE", help="the model for it")
-    add("--genai", type=Path, metavar="PYTHON", help="an interpreter with onnxruntime-genai")
-    add("--seed", type=int, default=secrets.randbelow(2**31), help="of the prompts")
-    add("--json", type=Path, metavar="FILE", help="write all numbers here, after every round")
-    add("--markdown", type=Path, metavar="FILE", help="write the results into this page")
+    add(
+        "--clients",
+        help="numbers of clients in load, sampled and ceiling; default 1,8,32, for "
+        "ceiling up to 256",
+    )
+    add("--requests", type=int, default=3, help="requests per client in load, sampled and long")
+    add(
+        "--prompt-tokens",
+        type=int,
+        default=115,
+        help="prompt length in load, sampled, streams and ceiling",
+    )
+    add(
+        "--output-tokens",
+        type=int,
+        default=64,
+        help="output length in load, sampled, long and streams",
+    )
+    add(
+        "--contender",
+        type=Path,
+        metavar="CHECKOUT",
+        help="another checkout whose services are measured too",
+    )
+    add(
+        "--url",
+        action="append",
+        default=[],
+        metavar="NAME=URL",
+        help="a running server to measure too",
+    )
+    add(
+        "--llama-server",
+        type=Path,
+        metavar="BINARY",
+        help="a llama-server to start; requires --gguf",
+    )
+    add("--gguf", type=Path, metavar="FILE", help="model for llama-server")
+    add(
+        "--genai", type=Path, metavar="PYTHON", help="Python interpreter that has onnxruntime-genai"
+    )
+    add("--seed", type=int, default=secrets.randbelow(2**31), help="seed of the prompts")
+    add("--json", type=Path, metavar="FILE", help="file for all results, written after every round")
+    add("--markdown", type=Path, metavar="FILE", help="page whose results section to replace")
     options = parser.parse_args()
     _check(parser, options)
     return options
@@ -89,13 +125,13 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     """Checks options early that would otherwise fail after an hour."""
     unknown = set(options.scenarios.split(",")) - {*NAMES, CEILING}
     if unknown:
-        parser.error(f"--scenarios: there is no {', '.join(sorted(unknown))}")
+        parser.error(f"--scenarios: unknown: {', '.join(sorted(unknown))}")
     if any("=" not in named for named in options.url):
-        parser.error("--url wants NAME=URL")
+        parser.error("--url: expected NAME=URL")
     if options.contender and not (options.contender / "generator_svc").is_dir():
-        parser.error(f"--contender: {options.contender} is no checkout of this project")
+        parser.error(f"--contender: {options.contender} is not a checkout of this project")
     if (options.llama_server is None) != (options.gguf is None):
-        parser.error("--llama-server and --gguf go together")
+        parser.error("--llama-server and --gguf must be used together")
     if options.markdown:
         try:
             renewed(options.markdown.read_text(), "")
@@ -106,15 +142,15 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
 def scenarios(options: argparse.Namespace, longest: int) -> list[Scenario]:
     """The requested scenarios that fit into a slot of `longest` tokens."""
     prompt, output, requests = options.prompt_tokens, options.output_tokens, options.requests
-    asked = [int(number) for number in (options.clients or "").split(",") if number]
+    client_counts = [int(number) for number in (options.clients or "").split(",") if number]
     found: list[Scenario] = [
         *(
             Load("load", n, requests * (4 if n == 1 else 1), prompt, output)
-            for n in asked or CLIENTS
+            for n in client_counts or CLIENTS
         ),
         *(
             Load("sampled", n, requests, prompt, output, temperature=TEMPERATURE, top_p=TOP_P)
-            for n in asked or CLIENTS
+            for n in client_counts or CLIENTS
         ),
         *(Load("long", n, requests, LONG_PROMPT, output) for n in LONG_CLIENTS),
         SharedSystemPrompt(),
@@ -124,13 +160,13 @@ def scenarios(options: argparse.Namespace, longest: int) -> list[Scenario]:
         LongPrompt(prompt=min(LATE_PROMPT, longest - LATE_ROOM)),
         *(
             Load(CEILING, n, max(2, 48 // n), prompt, CEILING_OUTPUT)
-            for n in asked or CEILING_CLIENTS
+            for n in client_counts or CEILING_CLIENTS
         ),
     ]
     chosen = [each for each in found if each.name in options.scenarios.split(",")]
     for each in chosen:
         if each.length > longest:
-            _tell(f"{each.name} is left out: a slot has {longest} tokens, not {each.length}")
+            _log(f"{each.name} is skipped: a slot has {longest} tokens, but it needs {each.length}")
     return [each for each in chosen if each.length <= longest]
 
 
@@ -183,17 +219,17 @@ def rounds(
                 if contender.takes(scenario):
                     seed = f"{options.seed}/{number}/{scenario.name}/{scenario.case}"
                     rows.append(measure(scenario, contender, Prompts(text, seed), number))
-                    _tell(f"round {number + 1} of {options.rounds}: {_in_short(rows[-1])}")
+                    _log(f"round {number + 1} of {options.rounds}: {_summary(rows[-1])}")
                     time.sleep(SETTLE_SECONDS)
         yield rows
 
 
-def _in_short(row: Row) -> str:
+def _summary(row: Row) -> str:
     shown = (f"{name} {value:.4g}" for name, value in itertools.islice(row.numbers.items(), 3))
     return f"{row.scenario} {row.case}, {row.contender}: {', '.join(shown)}"
 
 
-def _tell(text: str) -> None:
+def _log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 

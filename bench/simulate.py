@@ -122,7 +122,7 @@ async def replay(target: Target, prompts: Prompts, requests: Sequence[Request]) 
         prompt = prompts.draw(max(1, request.prompt_tokens - TEMPLATE_TOKENS))
         due = start + request.arrival
         await asyncio.sleep(due - time.perf_counter())
-        return await _ask(target, prompt, request.output_tokens, due)
+        return await _send(target, prompt, request.output_tokens, due)
 
     return await asyncio.gather(*(one(request) for request in requests))
 
@@ -132,7 +132,7 @@ async def between_tokens(target: Target, prompts: Prompts) -> dict[int, float]:
     found = {}
     for streams in STREAMS:
         asking = [
-            _ask(target, prompts.draw(STREAM_WORDS), STREAM_TOKENS, time.perf_counter())
+            _send(target, prompts.draw(STREAM_WORDS), STREAM_TOKENS, time.perf_counter())
             for _ in range(streams)
         ]
         answers = await asyncio.gather(*asking)
@@ -140,7 +140,7 @@ async def between_tokens(target: Target, prompts: Prompts) -> dict[int, float]:
     return found
 
 
-async def _ask(target: Target, prompt: str, output_tokens: int, began: float) -> Answer:
+async def _send(target: Target, prompt: str, output_tokens: int, began: float) -> Answer:
     body = target.body([{"role": "user", "content": prompt}], output_tokens)
     with contextlib.closing(Client(target)) as client:
         return read_answer(began, await client.send(target.request(body)))
@@ -243,22 +243,24 @@ def check(options: argparse.Namespace) -> int:
     after = step_costs.measure(runner)
     costs = on_one_machine(step_costs.mean([before, after]), run.gaps)
     drift = after.decode_seconds(8, 128) / before.decode_seconds(8, 128)
-    print(f"costs measured after the run are {drift:.2f} times those before")
+    print(f"costs measured after the run are {drift:.2f} times those measured before")
     requests = as_measured(requests, run.answers)
     result = simulate(requests, dataclasses.replace(cluster, costs=costs))
-    print(f"{len(requests)} requests, {rate:.2f} a second, generator {result.utilization:.0%} busy")
+    print(
+        f"{len(requests)} requests, {rate:.2f} per second, generator {result.utilization:.0%} busy"
+    )
     return show_check(summary_of_simulation(result), summary_of_run(run.answers))
 
 
 def show_check(predicted: dict[str, float], measured: dict[str, float]) -> int:
     """Prints a table; returns the exit status."""
-    print(f"{'seconds, unless said':24} {'predicted':>10} {'measured':>10} {'error':>7}")
+    print(f"{'seconds unless noted':24} {'predicted':>10} {'measured':>10} {'error':>7}")
     errors = {name: predicted[name] / value - 1 for name, value in measured.items()}
     for name, value in measured.items():
         print(f"{name:24} {predicted[name]:10.4g} {value:10.4g} {errors[name]:+7.1%}")
     names = ("output tokens/s", "mean latency")
     worst = max(abs(errors[name]) for name in names)
-    print(f"{' and '.join(names)}: at most {worst:.1%} off, {TOLERANCE:.0%} allowed")
+    print(f"{' and '.join(names)}: error of at most {worst:.1%}, tolerance {TOLERANCE:.0%}")
     return int(worst > TOLERANCE)
 
 
@@ -309,7 +311,7 @@ def show_plans(plans: dict[str, Plan]) -> None:
                 f"{result.utilization:6.0%}{mark}"
             )
         if found.found is None:
-            print(f"{policy:14} nothing that was tried meets the targets")
+            print(f"{policy:14} no number of replicas tried meets the targets")
 
 
 def load(options: argparse.Namespace) -> int:
@@ -403,7 +405,7 @@ def arguments() -> argparse.Namespace:
         options.set_defaults(function=function)
         options.add_argument("--model", type=Path, default=embedded_folder())
         if command != "check":
-            help = "JSON file; what to write, or to read instead of measuring"
+            help = "JSON file to write, or to read instead of measuring"
             options.add_argument("--costs", type=Path, required=command == "measure", help=help)
         if command in ("plan", "check"):
             _add_arrivals(options)
@@ -413,44 +415,71 @@ def arguments() -> argparse.Namespace:
             _add_targets(options)
         if command == "load":
             options.add_argument("--clients", default="1,8,32,64,256")
-            options.add_argument("--requests", type=int, default=10, help="of each client")
+            options.add_argument("--requests", type=int, default=10, help="requests per client")
         if command == "check":
-            options.add_argument("--rate", type=float, help="requests/s; by default from --load")
-            options.add_argument("--load", type=float, default=0.6, help="share of the capacity")
+            options.add_argument("--rate", type=float, help="requests/s; default: from --load")
+            options.add_argument(
+                "--load", type=float, default=0.6, help="request rate as a share of the capacity"
+            )
             options.add_argument("--requests", type=int, default=50)
     return parser.parse_args()
 
 
 def _add_arrivals(options: argparse.ArgumentParser) -> None:
     options.add_argument("--arrivals", choices=("poisson", "bursty"), default="poisson")
-    options.add_argument("--burst-peak", type=float, default=3.0, help="of the mean rate")
-    options.add_argument("--burst-share", type=float, default=0.2, help="of the time")
+    options.add_argument(
+        "--burst-peak", type=float, default=3.0, help="peak rate relative to the mean rate"
+    )
+    options.add_argument(
+        "--burst-share", type=float, default=0.2, help="share of the time that is peak"
+    )
 
 
 def _add_load(options: argparse.ArgumentParser) -> None:
     options.add_argument("--prompt-tokens", type=float, default=115, help="mean")
     options.add_argument("--output-tokens", type=float, default=64, help="mean")
-    options.add_argument("--sigma", type=float, default=0.5, help="of the log-lengths; 0 is fixed")
-    options.add_argument("--conversations", type=int, default=1, help="that share a prefix")
-    options.add_argument("--shared-tokens", type=int, default=0, help="length of that prefix")
+    options.add_argument(
+        "--sigma",
+        type=float,
+        default=0.5,
+        help="standard deviation of the logarithms of lengths; 0 for fixed lengths",
+    )
+    options.add_argument(
+        "--conversations",
+        type=int,
+        default=1,
+        help="number of conversations, each of which shares a prefix",
+    )
+    options.add_argument(
+        "--shared-tokens", type=int, default=0, help="length of that prefix in tokens"
+    )
     options.add_argument("--seed", type=int, default=0)
     costs = TokenizerCosts()
     options.add_argument("--tokenizer-request-us", type=float, default=costs.request * 1e6)
     options.add_argument("--tokenizer-prompt-us", type=float, default=costs.prompt_token * 1e6)
     options.add_argument("--tokenizer-output-us", type=float, default=costs.output_token * 1e6)
-    options.add_argument("--hop-us", type=float, default=costs.hop * 1e6, help="facade, each way")
+    options.add_argument(
+        "--hop-us",
+        type=float,
+        default=costs.hop * 1e6,
+        help="time per message through the facade, each way",
+    )
 
 
 def _add_targets(options: argparse.ArgumentParser) -> None:
     options.add_argument("--rate", type=float, default=8.0, help="requests/s")
-    options.add_argument("--seconds", type=float, default=120.0, help="length of the trace")
-    options.add_argument("--trace", type=Path, help="replay this instead, JSON lines")
+    options.add_argument(
+        "--seconds", type=float, default=120.0, help="length of the trace in seconds"
+    )
+    options.add_argument("--trace", type=Path, help="trace to replay instead (JSON lines)")
     options.add_argument("--save-trace", type=Path)
     options.add_argument("--first-token", type=float, default=1.0, help="target, seconds")
     options.add_argument("--between-tokens", type=float, default=0.2, help="target, seconds")
     options.add_argument("--percentile", type=float, default=95.0)
     options.add_argument("--policies", default=",".join(POLICIES))
-    options.add_argument("--most", type=int, default=32, help="replicas of a stage to try")
+    options.add_argument(
+        "--most", type=int, default=32, help="maximum number of replicas of a stage to try"
+    )
 
 
 def main() -> None:

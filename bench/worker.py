@@ -64,7 +64,7 @@ class Worker:
             result, failure = self._pipe.recv()
         except EOFError:
             self._process.join(_END_SECONDS)
-            message = f"{self._process.name} ended with {self._process.exitcode}"
+            message = f"{self._process.name} exited with {self._process.exitcode}"
             raise WorkerFailed(message) from None
         if failure:
             raise WorkerFailed(failure)

@@ -212,7 +212,7 @@ def test_a_number_of_layers_that_is_not_there_is_refused(layers, tmp_path, monke
     with pytest.raises(SystemExit):
         main()
 
-    assert "--layers: qwen-2.5-7b has 28, so from 1 to 28" in capsys.readouterr().err
+    assert "--layers: qwen-2.5-7b has 28; choose from 1 to 28" in capsys.readouterr().err
 
 
 def test_the_command_writes_what_is_not_there_yet(tmp_path, monkeypatch, capsys):
@@ -226,4 +226,4 @@ def test_the_command_writes_what_is_not_there_yet(tmp_path, monkeypatch, capsys)
         main()
 
     assert config.num_hidden_layers == 1
-    assert capsys.readouterr().err == f"{folder} is already there\n"
+    assert capsys.readouterr().err == f"{folder} already exists\n"

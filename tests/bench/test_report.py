@@ -3,12 +3,12 @@
 import pytest
 
 from bench.measures import percentiles, ratio, stalls, streaming
-from bench.play import Answer, Ask, Script, Trace
+from bench.play import Answer, Request, Script, Trace
 from bench.report import BEGIN, END, Results, Row, Spread, Table, as_json, notes, page, renewed
 
 
-def _answer(*times: float, asked: float = 0.0) -> Answer:
-    return Answer(asked, times[-1], (times,), 5, len(times))
+def _answer(*times: float, sent_at: float = 0.0) -> Answer:
+    return Answer(sent_at, times[-1], (times,), 5, len(times))
 
 
 def _rows(name: str, speeds: list[float]) -> list[Row]:
@@ -50,7 +50,7 @@ def test_speed_is_of_whole_answers_over_all_of_the_time() -> None:
 def test_gaps_are_told_apart_by_the_late_request() -> None:
     """A gap in which the late request came, or another stream began, is not a quiet one."""
     stream, other = _answer(0.1, 1.0, 1.1, 1.2, 2.2, 2.4, 2.5, 2.6), _answer(1.0, 3.0)
-    found = stalls([stream, other], _answer(2.3, asked=1.3))
+    found = stalls([stream, other], _answer(2.3, sent_at=1.3))
 
     assert 100 == pytest.approx(found["quiet_gap_max_ms"])
     assert 2000 == pytest.approx(found["busy_gap_max_ms"])
@@ -60,22 +60,22 @@ def test_gaps_are_told_apart_by_the_late_request() -> None:
 
 
 def test_a_replay_moves_tokens_to_its_own_steps() -> None:
-    """A request is asked when the step before its first one ends; device time is not copied."""
-    trace = Trace(Ask((), (1, 2), 2), 7.0, 1, [[(8.0, 1, 11), (9.0, 3, 12)]], 0, 5)
+    """A request is sent when the step before its first one ends; device time is not copied."""
+    trace = Trace(Request((), (1, 2), 2), 7.0, 1, [[(8.0, 1, 11), (9.0, 3, 12)]], 0, 5)
     answer = trace.replayed([0.5, 1.5, 2.0, 4.0])
 
-    assert (0.5, 4.0, ((1.5, 4.0),)) == (answer.asked, answer.ended, answer.choices)
+    assert (0.5, 4.0, ((1.5, 4.0),)) == (answer.sent_at, answer.ended, answer.choices)
     assert (1.0, (11, 12), None) == (answer.first, answer.token_ids, answer.device_seconds)
 
 
 def test_answers_come_in_the_order_of_the_script() -> None:
     """Client by client, the late request last."""
-    first, second, late = (Ask((), (number,), 1) for number in range(3))
+    first, second, late = (Request((), (number,), 1) for number in range(3))
     clients, last = Script(((first, first), (second,)), late).numbered()
 
     assert [[(0, first), (1, first)], [(2, second)]] == clients
     assert (3, late) == last
-    assert [first, first, second, late] == Script(((first, first), (second,)), late).asks
+    assert [first, first, second, late] == Script(((first, first), (second,)), late).requests
 
 
 def test_ratios_are_taken_round_by_round() -> None:

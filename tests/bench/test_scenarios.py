@@ -1,22 +1,22 @@
-"""What the benchmark's scenarios ask for."""
+"""What the benchmark's scenarios request."""
 
 from types import SimpleNamespace
 
-from bench.play import Answer, Ask
+from bench.play import Answer, Request
 from bench.scenarios import Load
 
 
 class Stage:
-    """Answers at once, and keeps what was asked."""
+    """Answers at once, and keeps what was requested."""
 
     def play(self, script):
-        self.asks = script.asks
-        return [Answer(0.0, 0.2, ((0.1, 0.2),), completion_tokens=2) for _ in script.asks]
+        self.requests = script.requests
+        return [Answer(0.0, 0.2, ((0.1, 0.2),), completion_tokens=2) for _ in script.requests]
 
 
 def test_a_load_asks_as_it_says():
     """Clients, requests, lengths, and how tokens are drawn: greedy, or as the title has it."""
-    prompts = SimpleNamespace(ask=lambda tokens, output: Ask((), (1,) * tokens, output))
+    prompts = SimpleNamespace(request=lambda tokens, output: Request((), (1,) * tokens, output))
     for load, drawn, told in (
         (Load("load", 2, 3, 5, 7), (0.0, 1.0), False),
         (Load("sampled", 2, 3, 5, 7, temperature=0.7, top_p=0.95), (0.7, 0.95), True),
@@ -27,5 +27,6 @@ def test_a_load_asks_as_it_says():
         assert numbers["tokens_per_second"] > 0
         assert told == ("temperature 0.7, top_p 0.95" in load.title)
         assert [(5, 7, *drawn)] * 6 == [
-            (len(ask.token_ids), ask.output, ask.temperature, ask.top_p) for ask in stage.asks
+            (len(request.token_ids), request.output, request.temperature, request.top_p)
+            for request in stage.requests
         ]

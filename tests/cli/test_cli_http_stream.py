@@ -3,7 +3,7 @@
 import pytest
 
 from bench.load_client import LoadClient, to_answer
-from bench.play import Ask, Script
+from bench.play import Request, Script
 from tests.cli.openai_script import ScriptedServer
 from trivium.cli.answer import AnswerFailed
 from trivium.cli.http_stream import Unchunker, read_answer
@@ -75,9 +75,9 @@ def test_choices_are_told_apart() -> None:
 
 
 def test_a_script_is_played_to_a_server(scripted: ScriptedServer) -> None:
-    """Each client asks one after another; the late request is sent while all others are read."""
+    """Each client sends one request after another; the late one while all others are read."""
     first, second, late = (
-        Ask(({"role": "user", "content": name},), (), 5) for name in ("first", "second", "late")
+        Request(({"role": "user", "content": name},), (), 5) for name in ("first", "second", "late")
     )
     script = Script(((first, first), (second,)), late, late_after=1)
     answers, _ = LoadClient().play(Target(f"{scripted.url}/v1", "scripted"), script)
@@ -86,14 +86,14 @@ def test_a_script_is_played_to_a_server(scripted: ScriptedServer) -> None:
     assert ["first", "first", "late", "second"] == sorted(names)
     assert [""] * 4 == [answer.fault for answer in answers]
     assert {(5, 5)} == {(len(each.choices[0]), each.completion_tokens) for each in answers}
-    assert answers[0].ended <= answers[1].asked
+    assert answers[0].ended <= answers[1].sent_at
 
 
 def test_a_server_that_is_not_there_is_a_fault(unused_tcp_port: int) -> None:
     """Of each request to it."""
-    ask = Ask(({"role": "user", "content": "hello"},), (), 5)
+    request = Request(({"role": "user", "content": "hello"},), (), 5)
     target = Target(f"http://127.0.0.1:{unused_tcp_port}/v1", "none")
-    answers, _ = LoadClient().play(target, Script(((ask, ask),)))
+    answers, _ = LoadClient().play(target, Script(((request, request),)))
 
     assert ["the server closed the connection without a response"] * 2 == [
         answer.fault for answer in answers
