@@ -47,7 +47,7 @@ class Contender(abc.ABC):
         self.name = name
         self.version = ""
 
-    def takes(self, scenario: Scenario) -> bool:
+    def supports(self, scenario: Scenario) -> bool:
         """Whether this contender can play the scenario."""
         return True
 
@@ -218,7 +218,7 @@ class GenAi(Contender):
         self._python = python
         self._model = model
 
-    def takes(self, scenario: Scenario) -> bool:
+    def supports(self, scenario: Scenario) -> bool:
         """Only greedy batches whose rows have equal lengths and start together."""
         if not isinstance(scenario, Load) or scenario.temperature > 0:
             return False

@@ -288,18 +288,18 @@ def report(precision: str, measured: Measured, others: dict[str, dict[int, float
 def run(work: Work, precisions: Sequence[str], models: Path, genai: str | None) -> dict[str, Any]:
     """Measures everything, prints tables as they are ready, and returns all numbers."""
     found: dict[str, Any] = {"work": dataclasses.asdict(work)}
-    usual: dict[int, float] = {}
+    transformers_rates: dict[int, float] = {}
     if importlib.util.find_spec("transformers") and importlib.util.find_spec("torch"):
         config = llama_config(SHAPES[work.shape])
         parameters = (config, work.device, work.counts, work.prompt, work.output)
-        usual = in_own_process(transformers_generate.tokens_per_second, *parameters)
+        transformers_rates = in_own_process(transformers_generate.tokens_per_second, *parameters)
     for precision in precisions:
         folder = models / f"random-{work.shape}-{precision}-{work.device}"
         if not folder.exists():
             make_random_llama(folder, SHAPES[work.shape], precision, work.device)
         measured = in_own_process(measure, folder, work)
         others = {
-            "transformers": usual,
+            "transformers": transformers_rates,
             "genai": genai_rates(genai, folder, work) if genai else {},
         }
         print(report(precision, measured, others), flush=True)

@@ -15,7 +15,7 @@ _GUEST = 8  # columns from here on are already counted in others
 
 
 @dataclass(frozen=True)
-class Used:
+class Usage:
     """CPU seconds and peak memory in bytes, by process name.
 
     `others` is the share, 0 to 1, of all cores' time that went to other processes or was stolen by
@@ -36,7 +36,7 @@ class Watch:
             _reset_peak(pid)
         self._before = self._now()
 
-    def stop(self) -> Used:
+    def stop(self) -> Usage:
         """The resources used since the start."""
         before, after = self._before, self._now()
         spent = {name: after[1][name] - before[1][name] for name in after[1]}
@@ -44,7 +44,7 @@ class Watch:
         others = (after[2] - before[2] - sum(spent.values())) / machine
         own = {name: spent[name] for name in self._pids}
         peaks = {name: peak_bytes(pid) for name, pid in self._pids.items()}
-        return Used(own, peaks, min(max(others, 0.0), 1.0))
+        return Usage(own, peaks, min(max(others, 0.0), 1.0))
 
     def _now(self) -> tuple[float, dict[str, float], float]:
         """The time, CPU seconds by process (the keeper's under ""), and the machine's."""

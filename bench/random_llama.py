@@ -28,7 +28,7 @@ from generator_svc.export.checkpoint.decoder import Decoder, LayerAttention
 from generator_svc.export.genai_config import GRAPH_FILE, WEIGHTS_FILE, genai_config
 from generator_svc.export.graph.attention import COS, LENGTHS, SIN, TOTAL, add_lengths
 from generator_svc.export.graph.graph import MICROSOFT, Graph
-from generator_svc.export.graph.head import wanted_tokens
+from generator_svc.export.graph.head import select_tokens
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 BLOCK_SIZE = 32
@@ -222,7 +222,7 @@ class _Llama:
 
     def _head(self, normed: str) -> None:
         graph, shape = self._graph, self._shape
-        last = wanted_tokens(graph, normed, shape.hidden)
+        last = select_tokens(graph, normed, shape.hidden)
         # The exporter keeps the head in int8 if the rest is int4.
         precision = "int8" if self._precision == "int4" else self._precision
         logits = self._product("/lm_head", last, shape.hidden, shape.vocabulary, precision)

@@ -23,7 +23,7 @@ BEGIN, END = "<!-- begin results -->", "<!-- end results -->"
 REFERENCE, OURS = "bare", "services"
 SPEED = "tokens_per_second"
 NOTHING = "-"
-LOUD_PERCENT = 5.0  # of the machine's CPU time: above this share for others, a note is added
+NOISE_PERCENT = 5.0  # of the machine's CPU time: above this share for others, a note is added
 
 
 @dataclass(frozen=True)
@@ -229,12 +229,12 @@ def notes(results: Results) -> list[str]:
 
 
 def _noise(results: Results) -> list[str]:
-    loud = [row for row in results.rows if row.numbers.get("others_percent", 0) > LOUD_PERCENT]
-    if not loud:
+    noisy = [row for row in results.rows if row.numbers.get("others_percent", 0) > NOISE_PERCENT]
+    if not noisy:
         return []
     return [
-        f"in {len(loud)} of {len(results.rows)} measurements other processes took more than "
-        f"{LOUD_PERCENT:g} % of the machine"
+        f"in {len(noisy)} of {len(results.rows)} measurements other processes took more than "
+        f"{NOISE_PERCENT:g} % of the machine"
     ]
 
 
@@ -262,7 +262,7 @@ def page(results: Results, about: dict[str, object]) -> str:
     return "\n\n".join(parts)
 
 
-def renewed(text: str, section: str) -> str:
+def with_results(text: str, section: str) -> str:
     """The page with its results section replaced; raises ValueError if it has no markers."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)

@@ -38,7 +38,7 @@ from bench.contenders import (
 from bench.measures import Numbers, checks, costs
 from bench.play import Answer, Play, Recording, Script
 from bench.prompts import Prompts, Text
-from bench.report import Results, Row, as_json, machine, notes, page, renewed, tables
+from bench.report import Results, Row, as_json, machine, notes, page, tables, with_results
 from bench.scenarios import Choices, Load, LongPrompt, Scenario, SharedSystemPrompt, Turns
 from bench.worker import Worker
 from generator_svc.run.outcome import DeviceInfo
@@ -134,7 +134,7 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error("--llama-server and --gguf must be used together")
     if options.markdown:
         try:
-            renewed(options.markdown.read_text(), "")
+            with_results(options.markdown.read_text(), "")
         except (OSError, ValueError) as error:
             parser.error(f"--markdown: {error}")
 
@@ -216,7 +216,7 @@ def rounds(
         groups = contenders[::-1] if number % 2 else contenders
         for scenario in planned:
             for contender in itertools.chain(*groups):
-                if contender.takes(scenario):
+                if contender.supports(scenario):
                     seed = f"{options.seed}/{number}/{scenario.name}/{scenario.case}"
                     rows.append(measure(scenario, contender, Prompts(text, seed), number))
                     _log(f"round {number + 1} of {options.rounds}: {_summary(rows[-1])}")
@@ -333,7 +333,7 @@ def save(options: argparse.Namespace, results: Results, about: dict[str, object]
         options.json.write_text(json.dumps(as_json(results, about), indent=1) + "\n")
     if options.markdown:
         text = options.markdown.read_text()
-        options.markdown.write_text(renewed(text, page(results, about)))
+        options.markdown.write_text(with_results(text, page(results, about)))
 
 
 def _same_slots(info: DeviceInfo) -> dict[str, str]:

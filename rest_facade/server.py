@@ -19,7 +19,7 @@ from trivium.keys.settings import open_limits, open_own_key
 from trivium.usage_log import UsageLog
 from trivium.wire.errors import ServiceError
 from trivium.wire.in_flight import InFlight, wait_for_any
-from trivium.wire.listening import address_of, why_unbound
+from trivium.wire.listening import address_of, bind_error_message
 from trivium.wire.metrics_server import serve_metrics
 from trivium.wire.settings import refuse_to_start
 from trivium.wire.stop_signals import StopSignals
@@ -129,7 +129,7 @@ def _listening_sockets(settings: FacadeSettings) -> list[socket.socket]:
             for family, _, _, _, address in addresses
         ]
     except OSError as error:
-        why = why_unbound(settings.host, settings.port, error)
+        why = bind_error_message(settings.host, settings.port, error)
         refuse_to_start(f"TRIVIUM_FACADE_PORT: {why}")
 
 

@@ -221,7 +221,7 @@ async def test_files_that_cannot_be_used_change_nothing(
         assert first == shown(port)
         assert "serving" == await check(port, ChannelTls(client_files.ca))
         [error] = caplog.records
-        assert f"{server_files.key}: is no private key in PEM" in error.getMessage()
+        assert f"{server_files.key}: not a PEM private key" in error.getMessage()
         assert logging.ERROR == error.levelno
         server_files.write(CA)
         await until(lambda: shown(port) != first)

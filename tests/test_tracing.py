@@ -25,7 +25,7 @@ def test_without_an_endpoint_nothing_is_imported(stage: str, environment: dict[s
     done = run(
         f"import sys, {stage}.__main__\n"
         "from trivium.wire import tracing\n"
-        "with tracing.exported('s', 's'), tracing.call('c', {}, True) as span:\n"
+        "with tracing.export_spans('s', 's'), tracing.call('c', {}, True) as span:\n"
         "    assert not span.is_recording\n"
         "print([name for name in sys.modules\n"
         "       if name.startswith(('opentelemetry.sdk', 'opentelemetry.exporter'))])",
@@ -39,7 +39,7 @@ def test_an_endpoint_without_opentelemetry_is_refused() -> None:
     """In one line that says what to install."""
     done = run(
         "import sys\nsys.modules['opentelemetry.sdk'] = None\n"
-        "from trivium.wire import tracing\nwith tracing.exported('s', 's'): pass",
+        "from trivium.wire import tracing\nwith tracing.export_spans('s', 's'): pass",
         **ENDPOINT,
     )
 
@@ -53,7 +53,7 @@ def test_an_endpoint_without_opentelemetry_is_refused() -> None:
 def test_a_protocol_that_is_not_known_is_refused() -> None:
     """In one line that names the variable."""
     done = run(
-        "from trivium.wire import tracing\nwith tracing.exported('s', 's'): pass",
+        "from trivium.wire import tracing\nwith tracing.export_spans('s', 's'): pass",
         **ENDPOINT,
         OTEL_EXPORTER_OTLP_PROTOCOL="http/json",
     )

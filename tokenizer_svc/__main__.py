@@ -16,10 +16,10 @@ from trivium.wire import telemetry, tracing
 from trivium.wire.garbage_collection import tune_garbage_collection
 from trivium.wire.listening import refuse_taken_ports
 from trivium.wire.metrics_server import serve_metrics
-from trivium.wire.open_files import prepare_open_files
+from trivium.wire.open_files import raise_open_file_limit
 from trivium.wire.serving import run
 from trivium.wire.settings import load_settings, refuse_to_start, refuse_unguarded
-from trivium.wire.stop_signals import StopSignals, end_at_stop_signal
+from trivium.wire.stop_signals import StopSignals, exit_on_stop_signal
 
 log = logging.getLogger("tokenizer_svc")
 
@@ -42,17 +42,17 @@ async def serve(settings: TokenizerSettings, models: list[Model], keys: KeyFile 
 
 
 def main() -> None:
-    end_at_stop_signal()
+    exit_on_stop_signal()
     settings = load_settings(TokenizerSettings)
     keys = open_keys("TRIVIUM_TOKENIZER_API_KEYS_FILE", settings.api_keys_file)
     refuse_unguarded("TRIVIUM_TOKENIZER_", settings.host, settings.is_guarded)
     refuse_taken_ports("TRIVIUM_TOKENIZER_", settings.host, settings.port, settings.metrics_port)
     telemetry.configure_logging(settings.log_name, settings.log_level, settings.log_format)
-    prepare_open_files()
+    raise_open_file_limit()
     try:
         models = load_models(settings)
         tune_garbage_collection()
-        with tracing.exported("tokenizer_svc", settings.log_name):
+        with tracing.export_spans("tokenizer_svc", settings.log_name):
             run(serve(settings, models, keys))
     except (ModelDirectoryError, OSError) as error:  # such as a port already in use
         refuse_to_start(f"tokenizer_svc: {error}")

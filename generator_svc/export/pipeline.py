@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from generator_svc.default_sampling import sampling_values
+from generator_svc.export.atomic_folder import locked, new_folder
 from generator_svc.export.checkpoint.source import EMBEDDED_SAMPLING, locate, state
 from generator_svc.export.errors import ExportError
 from generator_svc.export.options import DEFAULT_OPTIONS, ExportOptions
 from generator_svc.export.progress import Progress, silent
-from generator_svc.export.whole_folder import locked, new_folder
 from trivium.embedded_model import EMBEDDED_MODEL
 from trivium.file_digest import read_digest
 from trivium.host_limits import cpu_limit
@@ -226,7 +226,7 @@ def rewrite(
     if decoder.experts is not None:
         form = experts_form or experts.choose_form(options, decoder.experts.is_mxfp4)
         experts.swap_experts(graph, decoder.experts, form, options.is_half)
-    head.keep_wanted_tokens(graph, decoder.hidden_size)
+    head.select_logits(graph, decoder.hidden_size)
     if options.precision == "w8a8":
         assert ranges is not None
         integer_products(graph, ranges)

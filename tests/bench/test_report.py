@@ -4,7 +4,7 @@ import pytest
 
 from bench.measures import percentiles, ratio, stalls, streaming
 from bench.play import Answer, Request, Script, Trace
-from bench.report import BEGIN, END, Results, Row, Spread, Table, as_json, notes, page, renewed
+from bench.report import BEGIN, END, Results, Row, Spread, Table, as_json, notes, page, with_results
 
 
 def _answer(*times: float, sent_at: float = 0.0) -> Answer:
@@ -132,9 +132,9 @@ def test_failures_and_noise_are_told() -> None:
 
 def test_results_go_between_the_markers() -> None:
     """The rest of the page stays; a page without markers is refused."""
-    assert f"a\n{BEGIN}\n\nnew\n\n{END}\nb\n" == renewed(f"a\n{BEGIN}\nold\n{END}\nb\n", "new")
+    assert f"a\n{BEGIN}\n\nnew\n\n{END}\nb\n" == with_results(f"a\n{BEGIN}\nold\n{END}\nb\n", "new")
     with pytest.raises(ValueError, match="begin results"):
-        renewed("a page", "new")
+        with_results("a page", "new")
 
 
 def test_the_json_has_rows_and_their_summary() -> None:

@@ -22,7 +22,7 @@ def exported(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
     with over_grpc() as collector:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint)
-        with tracing.exported("rest_facade", "rest_facade-2"):
+        with tracing.export_spans("rest_facade", "rest_facade-2"):
             yield collector
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from trivium.cli.probe import fault, until_ready
 from trivium.cli.stage_tls import StageTls
 from trivium.cli.supervisor import Stage
-from trivium.wire.listening import address_of, bind, why_unbound
+from trivium.wire.listening import address_of, bind, bind_error_message
 from trivium.wire.tls.channel import ChannelTls
 
 ANY_HOST = {"", "0.0.0.0", "::"}  # noqa: S104 - compared with, not bound to
@@ -189,9 +189,10 @@ class Pipeline:
             try:
                 bind(host, port).close()
             except OSError as error:
+                reason = bind_error_message(host, port, error)
                 raise PortTaken(
-                    f"{setting}: {why_unbound(host, port, error)}; stop the process that uses "
-                    f"it, or choose another port with {option}"
+                    f"{setting}: {reason}; stop the process that uses it, or choose another port "
+                    f"with {option}"
                 ) from error
 
     def _listeners(self) -> Iterator[tuple[str, int, str, str]]:

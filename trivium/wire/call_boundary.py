@@ -143,7 +143,7 @@ class CallBoundary(grpc.aio.ServerInterceptor):
             kind, bounded = f"{requests}_unary", self._bounded_unary
         return getattr(grpc, f"{kind}_rpc_method_handler")(
             bounded(getattr(handler, kind), method, handler.request_streaming),
-            _total(handler.request_deserializer),
+            _safe_deserializer(handler.request_deserializer),
             handler.response_serializer,
         )
 
@@ -151,7 +151,7 @@ class CallBoundary(grpc.aio.ServerInterceptor):
         async def behaviour(request: Any, context: Any) -> Any:
             _adopt(context)
             try:
-                with _accessed(method):
+                with _logged(method):
                     async with self._guarded(method, context, request) as call:
                         received = self._decoded(request, call) if reads_stream else request
                         return await inner(received, context)
@@ -166,7 +166,7 @@ class CallBoundary(grpc.aio.ServerInterceptor):
         async def behaviour(request: Any, context: Any) -> AsyncIterator[Any]:
             _adopt(context)
             try:
-                with _accessed(method):
+                with _logged(method):
                     async with self._guarded(method, context, request) as call:
                         received = self._decoded(request, call) if reads_stream else request
                         async with contextlib.aclosing(inner(received, context)) as responses:
@@ -186,7 +186,7 @@ class CallBoundary(grpc.aio.ServerInterceptor):
 _UNDECODABLE = object()
 
 
-def _total(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+def _safe_deserializer(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     """Turns a message that cannot be decoded into _UNDECODABLE. gRPC itself would fail the call
     before its key is checked, send the exception's text to the caller, and log an error."""
 
@@ -204,7 +204,7 @@ def _undecodable() -> ServiceError:
 
 
 @contextlib.contextmanager
-def _accessed(method: str) -> Iterator[None]:
+def _logged(method: str) -> Iterator[None]:
     """Logs a call when it ends, and records its span."""
     code, began = "ok", time.perf_counter()
     is_public = method.startswith(_PUBLIC)

@@ -37,7 +37,7 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def why_unbound(host: str, port: int, error: OSError) -> str:
+def bind_error_message(host: str, port: int, error: OSError) -> str:
     """Why nothing can listen there, with the address."""
     is_taken = error.errno == errno.EADDRINUSE
     reason = "is in use" if is_taken else f"cannot be bound: {error.strerror or error}"
@@ -51,7 +51,7 @@ def refuse_taken_ports(prefix: str, host: str, port: int, metrics_port: int) -> 
         try:
             bind(host, number).close()
         except OSError as error:
-            refuse_to_start(f"{prefix}{setting}: {why_unbound(host, number, error)}")
+            refuse_to_start(f"{prefix}{setting}: {bind_error_message(host, number, error)}")
     if port == metrics_port != 0:
         address = address_of(host, port)
         refuse_to_start(f"{prefix}METRICS_PORT: {address} is in use by {prefix}PORT")

@@ -9,7 +9,7 @@ from prometheus_client import start_http_server
 from prometheus_client.registry import CollectorRegistry
 
 from trivium.wire.errors import ServiceError
-from trivium.wire.listening import why_unbound
+from trivium.wire.listening import bind_error_message
 
 _ANSWER_SECONDS = 5.0  # time for a busy event loop to answer
 
@@ -31,7 +31,7 @@ def serve_metrics(port: int, host: str, registry: CollectorRegistry, check_ready
     try:
         server, _ = start_http_server(port, host, registry)
     except OSError as error:
-        raise OSError(f"METRICS_PORT: {why_unbound(host, port, error)}") from error
+        raise OSError(f"METRICS_PORT: {bind_error_message(host, port, error)}") from error
     metrics = server.get_app()
     assert metrics is not None, "A metrics server without an application. This is a bug."
 

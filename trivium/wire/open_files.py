@@ -17,7 +17,7 @@ _MAX_FILES = 2**20  # some systems allow a thousand times more, and some librari
 _CHECK_SECONDS = 0.2
 
 
-def prepare_open_files() -> None:
+def raise_open_file_limit() -> None:
     """Raises this process's limit as far as allowed, and logs from now on when it is reached."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = _MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_FILES)

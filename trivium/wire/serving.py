@@ -44,7 +44,7 @@ _OPTIONS: list[tuple[str, str | int]] = [
 MAX_CONNECTION_AGE_SECONDS = 60.0
 
 _FLUSH_TIMEOUT_SECONDS = 0.5  # for the last responses of finished handlers to be sent
-_LAST_WORD_SECONDS = 0.1  # for watchers to be notified and the GOAWAY to be sent
+_NOTIFY_SECONDS = 0.1  # for watchers to be notified and the GOAWAY to be sent
 
 
 class Health(health.aio.HealthServicer):  # type: ignore[misc]  # untyped
@@ -72,7 +72,7 @@ class Health(health.aio.HealthServicer):  # type: ignore[misc]  # untyped
         leaving = asyncio.ensure_future(self._left.wait())
         try:
             await asyncio.wait((watching, leaving), return_when=asyncio.FIRST_COMPLETED)
-            await asyncio.sleep(_LAST_WORD_SECONDS)
+            await asyncio.sleep(_NOTIFY_SECONDS)
         finally:
             leaving.cancel()
             watching.cancel()
@@ -109,7 +109,7 @@ class GrpcServer:
     ) -> None:
         self._in_flight = in_flight or InFlight()
         self._tls = tls
-        self._following: asyncio.Task[None] | None = None
+        self._tls_reload: asyncio.Task[None] | None = None
         self._serving: dict[str, bool] = {}
         self._boundary = CallBoundary(self._in_flight, guard, refused)
         age = ("grpc.max_connection_age_ms", int(max_connection_age_seconds * 1000))
@@ -135,7 +135,7 @@ class GrpcServer:
                 port = self._server.add_insecure_port(address)
             else:
                 port = self._server.add_secure_port(address, self._tls.grpc_credentials())
-                self._following = asyncio.create_task(self._tls.follow())
+                self._tls_reload = asyncio.create_task(self._tls.follow())
         except RuntimeError as error:
             raise OSError(f"{address} cannot be bound") from error  # gRPC has logged why
         await self._server.start()
@@ -172,8 +172,8 @@ class GrpcServer:
         # Health and reflection calls, which the boundary does not track, get this time only.
         await self._server.stop(_FLUSH_TIMEOUT_SECONDS)
         await stopping
-        if self._following is not None:
-            self._following.cancel()
+        if self._tls_reload is not None:
+            self._tls_reload.cancel()
 
 
 def run(main: Coroutine[Any, Any, Result]) -> Result:

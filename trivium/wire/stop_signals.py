@@ -7,7 +7,7 @@ import sys
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def end_at_stop_signal() -> None:
+def exit_on_stop_signal() -> None:
     """Until StopSignals is created, a stop signal ends the process with status 0.
 
     Otherwise, as process 1 of a container, a process that is still loading would ignore the signal

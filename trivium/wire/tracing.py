@@ -53,7 +53,7 @@ _current: contextvars.ContextVar[Span] = contextvars.ContextVar("span", default=
 
 
 @contextlib.contextmanager
-def exported(service: str, instance: str) -> Iterator[None]:
+def export_spans(service: str, instance: str) -> Iterator[None]:
     """Records this service's spans inside the block, if an endpoint is configured.
 
     Flushes them at the end. Exits with status 2 if OpenTelemetry is missing or misconfigured.

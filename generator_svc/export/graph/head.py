@@ -17,26 +17,26 @@ HEAD = "/lm_head/MatMul"
 EMBEDDING = "/model/embed_tokens/Gather"
 
 
-def keep_wanted_tokens(graph: Graph, hidden_size: int) -> None:
-    """Reduces the logits to [batch, wanted tokens, vocabulary].
+def select_logits(graph: Graph, hidden_size: int) -> None:
+    """Reduces the logits to [batch, selected tokens, vocabulary].
 
     The output is declared with one token, which tells onnxruntime-genai to expect no others.
     """
     head = graph.node(HEAD)
     if head is None:
         raise ExportError(f"the traced graph has no {HEAD}: unsupported head")
-    head.input[0] = wanted_tokens(graph, head.input[0], hidden_size)
+    head.input[0] = select_tokens(graph, head.input[0], hidden_size)
     logits = next(value for value in graph.model.graph.output if value.name == "logits")
     logits.type.tensor_type.shape.dim[1].dim_value = 1
     graph.finish()
 
 
-def wanted_tokens(graph: Graph, hidden: str, hidden_size: int) -> str:
-    """Selects from `hidden`, [batch, sequence, hidden size], the tokens whose logits are wanted:
-    [batch, wanted tokens, hidden size].
+def select_tokens(graph: Graph, hidden: str, hidden_size: int) -> str:
+    """Selects from `hidden` the tokens whose logits are returned: [batch, sequence, hidden size]
+    to [batch, selected tokens, hidden size].
 
-    The input TOKENS_FROM_END, int64 [wanted tokens], counts them from each row's last token, which
-    is 1. That is also the default, so callers that do not know the input get the last token only.
+    The input TOKENS_FROM_END, int64 [selected tokens], counts them from each row's last token, 1.
+    That is also the default, so callers that do not know the input get the last token only.
 
     The last token of a row is found by counting the ones in its mask, which works for prompts
     padded on the right. With a past, it is the last new token: only as many columns of the mask are

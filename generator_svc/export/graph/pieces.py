@@ -18,7 +18,7 @@ from onnx import ModelProto, NodeProto, ValueInfoProto, helper
 from generator_svc.export.weights.matrix import MAX_SLICE, Array
 
 _LAYER = re.compile(r"/layers\.(\d+)/")
-BEFORE, BEHIND = -1, 2**31
+BEFORE, AFTER = -1, 2**31
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,13 @@ class CutGraph:
 
     def _pieces(self, max_bytes: int) -> Iterator[Piece]:
         layers: dict[int, list[NodeProto]] = {}
-        made: dict[str, int] = {}  # the layer that makes each tensor
+        produced: dict[str, int] = {}  # the layer that produces each tensor
         for node in self.model.graph.node:  # in topological order
             match = _LAYER.search(node.name)
             # Nodes outside of layers come first if they depend on no layer, wherever they are.
-            is_before = all(made.get(name, BEFORE) == BEFORE for name in node.input)
-            layer = int(match[1]) if match else BEFORE if is_before else BEHIND
-            made |= dict.fromkeys(node.output, layer)
+            is_before = all(produced.get(name, BEFORE) == BEFORE for name in node.input)
+            layer = int(match[1]) if match else BEFORE if is_before else AFTER
+            produced |= dict.fromkeys(node.output, layer)
             layers.setdefault(layer, []).append(node)
         parts = [
             part for _, nodes in sorted(layers.items()) for part in self._split(nodes, max_bytes)
@@ -125,14 +125,14 @@ class CutGraph:
         return sum(int(place["length"]) for place in places if place)
 
     def _piece(self, nodes: list[NodeProto]) -> Piece:
-        made = {name for node in nodes for name in node.output if name}
+        produced = {name for node in nodes for name in node.output if name}
         read = {name for node in nodes for name in node.input if name}
         own = {node.name for node in nodes}
         others = (node for node in self.model.graph.node if node.name not in own)
-        wanted = {name for node in others for name in node.input}
-        wanted |= {value.name for value in self.model.graph.output}
-        inputs = read - made - self._initializers.keys()
-        return Piece(tuple(nodes), tuple(sorted(inputs)), tuple(sorted(made & wanted)))
+        needed = {name for node in others for name in node.input}
+        needed |= {value.name for value in self.model.graph.output}
+        inputs = read - produced - self._initializers.keys()
+        return Piece(tuple(nodes), tuple(sorted(inputs)), tuple(sorted(produced & needed)))
 
     def save(self, piece: Piece, inputs: dict[str, Array]) -> Path:
         """Writes `piece` as a model of its own next to the graph, whose data file it shares.
