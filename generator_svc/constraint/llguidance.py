@@ -48,7 +48,7 @@ def grammar_of(kind: str, text: str) -> str:
         options = cast("Any", OPTIONS)
         return LLMatcher.grammar_from_json_schema(prepared(text), overrides=options)
     except ValueError as error:
-        _refuse(kind, str(error))
+        _reject(kind, str(error))
 
 
 class TokenTable:
@@ -99,9 +99,9 @@ class CompiledConstraint:
         try:
             self._matcher = LLMatcher(table.tokenizer, grammar, log_level=0, limits=_limits(kind))
         except BaseException as error:  # a Rust panic is not an Exception
-            _refuse(kind, str(error))
+            _reject(kind, str(error))
         if self._matcher.is_error():
-            _refuse(kind, self._matcher.get_error())
+            _reject(kind, self._matcher.get_error())
 
     def new_state(self) -> "ConstraintState":
         """The state before the first token; takes a few microseconds."""
@@ -122,9 +122,9 @@ class ConstraintState:
         try:
             self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         except BaseException as error:  # a Rust panic is not an Exception
-            _refuse(self._kind, str(error))
+            _reject(self._kind, str(error))
         if self._matcher.is_error():
-            _refuse(self._kind, self._matcher.get_error())
+            _reject(self._kind, self._matcher.get_error())
         table = self._table
         bits = np.unpackbits(
             self._bits.view(np.uint8), count=table.vocabulary_size, bitorder="little"
@@ -137,12 +137,12 @@ class ConstraintState:
         try:
             accepted = self._matcher.consume_token(token_id)
         except BaseException as error:  # a Rust panic is not an Exception
-            _refuse(self._kind, str(error))
+            _reject(self._kind, str(error))
         if not accepted:
-            _refuse(self._kind, self._matcher.get_error())
+            _reject(self._kind, self._matcher.get_error())
 
 
-def _refuse(kind: str, reason: str) -> NoReturn:
+def _reject(kind: str, reason: str) -> NoReturn:
     """Raises the ConstraintError for an llguidance error message."""
     reason = reason.replace("<non-verbose/>", "").strip()[:_MAX_MESSAGE_LENGTH]
     if reason.startswith("NoExtension"):

@@ -312,7 +312,7 @@ def test_settings_that_are_refused_are_told(tiny_model: Path, setting: str, told
     assert bool(told) == ("trivium up: " in done.stderr)
 
 
-def test_the_doctor_shows_graphics_cards(
+def test_the_doctor_shows_gpus(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Card, driver and memory as the driver's own tool tells them; what CUDA lacks is named, and
@@ -328,7 +328,7 @@ def test_the_doctor_shows_graphics_cards(
     why_not.cache_clear()
     card = "NVIDIA H200, driver 580.65, 142000 MiB of 143771 MiB free"
 
-    assert re.search(f"ok +graphics card +{card}", result.output)
+    assert re.search(f"ok +GPU +{card}", result.output)
     if "works" not in result.output.partition("CUDAExecutionProvider")[2].partition("\n")[0]:
         assert re.search(
             r"FAIL +CUDAExecutionProvider +.*libnone\.so\.1 \(nvidia-none\)", result.output

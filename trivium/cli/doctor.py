@@ -19,7 +19,7 @@ import httpx
 import typer
 
 from trivium.cli import providers
-from trivium.cli.graphics_cards import graphics_cards
+from trivium.cli.gpus import gpus
 from trivium.cli.models import possible_folders
 from trivium.cli.pipeline import Pipeline, PortTaken, free_ports
 from trivium.cli.supervisor import NotReady, StageDied, Supervisor
@@ -66,11 +66,11 @@ def _installed(name: str) -> Finding:
 
 def check_providers(device: Device) -> Iterator[Finding]:
     """Whether the CPU and CUDA providers work. CUDA is optional unless `device` asks for it."""
-    cards = graphics_cards()
-    for card in cards:
-        yield Finding(GOOD, "graphics card", card)
-    if not cards:
-        yield Finding(NOTE, "graphics card", "none reported by nvidia-smi")
+    found = gpus()
+    for gpu in found:
+        yield Finding(GOOD, "GPU", gpu)
+    if not found:
+        yield Finding(NOTE, "GPU", "none reported by nvidia-smi")
     yield Finding(GOOD, "onnxruntime", providers.version())
     for provider, needed in ((providers.CPU, True), (providers.CUDA, device is Device.CUDA)):
         reason = providers.why_not(provider)

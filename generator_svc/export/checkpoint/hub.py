@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.hf_api import RepoSibling
 
-Received = Callable[[int, int], None]
-"""Called with the bytes that are there and the bytes that there will be."""
+DownloadProgress = Callable[[int, int], None]
+"""Called with the bytes downloaded so far and the total."""
 
 MAX_STREAMS = 4  # files at a time; a single connection seldom saturates the network
 _POLL_SECONDS = 0.25
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def fetch(name: HubName, received: Received) -> tuple[Kind, Path]:
+def fetch(name: HubName, progress: DownloadProgress) -> tuple[Kind, Path]:
     """The folder of a checkpoint, or the path of a GGUF file; fetches what is missing.
 
     Without a network, or in offline mode, uses what is complete in the cache. Raises ExportError if
@@ -62,7 +62,7 @@ def fetch(name: HubName, received: Received) -> tuple[Kind, Path]:
         if kind == "folder":  # unsupported models are refused before their weights are fetched
             read_config(name.text, download.fetch_one(CONFIG_FILE))
         download.check_room(wanted)
-        download.fetch_all(wanted, received)
+        download.fetch_all(wanted, progress)
         return kind, download.finish(kind, wanted)
     except ExportError:
         raise
@@ -166,7 +166,7 @@ class _Download:
                 f"disk of {self._cache} has only {free / 1e9:.1f} GB free"
             )
 
-    def fetch_all(self, files: list[str], received: Received) -> None:
+    def fetch_all(self, files: list[str], progress: DownloadProgress) -> None:
         """Fetches several files at a time, on daemon threads, so that Ctrl-C does not wait."""
         waiting = deque(files)
         ended: queue.Queue[Exception | None] = queue.Queue()
@@ -198,7 +198,7 @@ class _Download:
                         raise error
                     left -= 1
                 if total:  # a mirror may not say how large files are
-                    received(sum(map(self._size, files)), total)
+                    progress(sum(map(self._size, files)), total)
         finally:
             waiting.clear()
 

@@ -22,7 +22,7 @@ from generator_svc.export.checkpoint.files import (
     check_is_whole,
     choose_files,
 )
-from generator_svc.export.checkpoint.hub import Received, fetch
+from generator_svc.export.checkpoint.hub import DownloadProgress, fetch
 from generator_svc.export.errors import ExportError
 from trivium.cache_folder import cache_folder
 from trivium.embedded_model import EMBEDDED_MODEL
@@ -78,10 +78,12 @@ def ignore_progress(received: int, total: int) -> None:
     """Ignores download progress."""
 
 
-def locate(source: str, cache: Path | None = None, received: Received = ignore_progress) -> Source:
+def locate(
+    source: str, cache: Path | None = None, progress: DownloadProgress = ignore_progress
+) -> Source:
     """Finds or fetches `source`: a folder, a GGUF file, the default, or a hub id.
 
-    A folder or file of that name takes precedence. `received` is called with the progress of a
+    A folder or file of that name takes precedence. `progress` is called with the progress of a
     download from the hub. Raises ExportError if `source` is none of these or is incomplete.
     """
     path = Path(source).expanduser()
@@ -93,7 +95,7 @@ def locate(source: str, cache: Path | None = None, received: Received = ignore_p
         return Source(source, "gguf", _embedded((cache or cache_folder()) / "sources"))
     name = HubName.parse(source)
     if name is not None:
-        return Source(source, *fetch(name, received))
+        return Source(source, *fetch(name, progress))
     if is_path(source) or (path.parent != Path() and "://" not in source):
         raise ExportError(f"{source}: {_first_missing_part(path)}")
     raise ExportError(

@@ -30,7 +30,7 @@ from generator_svc.export.checkpoint.source import locate
 source, before = sys.argv[1:]
 exec(before)
 try:
-    found = locate(source, received=lambda there, total: print(there, total, sep="/"))
+    found = locate(source, progress=lambda done, total: print(done, total, sep="/"))
 except ExportError as error:
     sys.exit(f"told: {error}")
 print(found.kind, found.path)

@@ -1,4 +1,4 @@
-"""This machine's NVIDIA cards, as reported by nvidia-smi."""
+"""This machine's NVIDIA GPUs, as reported by nvidia-smi."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ _FIELDS = "name,driver_version,memory.free,memory.total"
 _SECONDS = 20  # without its persistence daemon, the driver is loaded for each query
 
 
-def graphics_cards() -> list[str]:
-    """One line per card; none without a driver and its nvidia-smi."""
+def gpus() -> list[str]:
+    """One line per GPU; none without a driver and its nvidia-smi."""
     command = ["nvidia-smi", f"--query-gpu={_FIELDS}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=True)
