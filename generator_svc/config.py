@@ -41,13 +41,13 @@ class GeneratorSettings(AccessSettings):
         9052,
         ge=0,
         le=65535,
-        description="Port of the HTTP server for /metrics, /healthz and /livez, never over TLS; "
+        description="Port of the HTTP server with /metrics, /healthz and /livez, never over TLS; "
         "0 turns it off.",
     )
     api_keys_file: Path | None = Field(None, description=STAGE_KEYS_FILE)
     reflection: bool = Field(True, description=REFLECTION)
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="Minimum log level."
+        "info", description="Minimum level of log lines."
     )
     log_format: Literal["json", "text"] = Field(
         "json", description="json: one JSON object per line; text: human-readable."
@@ -185,13 +185,13 @@ class GeneratorSettings(AccessSettings):
     drain_notice_seconds: float = Field(
         5.0,
         ge=0,
-        description="Seconds after a stop signal during which health checks fail but calls are "
-        "still served.",
+        description="Seconds after a stop signal in which health checks fail, but calls are still "
+        "accepted.",
     )
     drain_seconds: float = Field(
         30.0,
         ge=0,
-        description="Seconds that running calls then have to finish; the rest are aborted.",
+        description="Seconds after that in which calls in flight may finish; the rest are aborted.",
     )
 
     def on(self, device: str, name: str) -> Any:

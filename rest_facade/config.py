@@ -118,13 +118,14 @@ class FacadeSettings(AccessSettings):
         30.0,
         ge=0,
         le=3600,
-        description="Seconds after that in which requests in flight may finish.",
+        description="Seconds after that in which requests in flight may finish; the rest are "
+        "aborted.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Minimum level of log lines."
     )
     log_format: Literal["json", "text"] = Field(
-        "json", description="json: one JSON object per line; text: for reading at a terminal."
+        "json", description="json: one JSON object per line; text: human-readable."
     )
     log_name: str = Field("rest_facade", description="Name of this process in its log lines.")
     usage_log: str | None = Field(None, description=USAGE_LOG)

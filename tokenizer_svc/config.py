@@ -152,9 +152,10 @@ class TokenizerSettings(AccessSettings):
         MAX_CONNECTION_AGE_SECONDS,
         ge=1,
         le=86_400,
-        description="Seconds after which a caller has to reconnect, so that gRPC clients "
-        "resolve the tokenizers' name again and load balancers pick again: new replicas get their "
-        "share of calls within this time. The facade does not depend on it.",
+        description="Seconds after which a connection is closed and the client has to reconnect. "
+        "gRPC clients then resolve the tokenizers' name again and load balancers pick again, so "
+        "that new replicas get their share of calls within this time. The facade does not "
+        "depend on it.",
     )
     drain_notice_seconds: float = Field(
         5.0,
@@ -165,13 +166,13 @@ class TokenizerSettings(AccessSettings):
     drain_seconds: float = Field(
         30.0,
         ge=0,
-        description="Seconds after that in which calls in flight may finish.",
+        description="Seconds after that in which calls in flight may finish; the rest are aborted.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Minimum level of log lines."
     )
     log_format: Literal["json", "text"] = Field(
-        "json", description="json: one JSON object per line; text: for reading at a terminal."
+        "json", description="json: one JSON object per line; text: human-readable."
     )
     log_name: str = Field("tokenizer_svc", description="Name of this process in its log lines.")
 
