@@ -97,13 +97,16 @@ async def facade(edge: Edge, answer: Any) -> AsyncIterator[list[bytes]]:
                 await answer(writer)
         writer.close()
 
-    async with await asyncio.start_server(serve, FACADE, edge.facade_port):
+    async with await asyncio.start_server(serve, FACADE, edge.facade_port) as server:
         edge.names.names["facade.test"] = (FACADE,)
         async with asyncio.timeout(60), httpx.AsyncClient(trust_env=False) as client:
             url = f"http://127.0.0.1:{edge.port}/health"
             while (await client.get(url)).status_code != 200:
                 pass
         yield bodies
+        # What asyncio has just accepted when a server closes, it neither serves nor closes.
+        asyncio.get_running_loop().remove_reader(server.sockets[0].fileno())
+        await asyncio.sleep(0)
     while serving := asyncio.all_tasks() - before:  # the edge may be asking after its health
         for writer in writers:
             writer.close()
