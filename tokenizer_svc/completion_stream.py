@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -87,7 +87,7 @@ async def stream_completion(
     finally:
         trace.close()
     usage = _sum([completion.usage for completion in completions])
-    trace.record_usage(usage)
+    trace.record_end(usage, [reason for each in completions for reason in each.finish_reasons])
     yield usage
 
 
@@ -139,7 +139,6 @@ async def _generate(
     served.watch.check_available()
     generation = served.connection.generate(_command(served, job, token_ids), seconds)
     admitted = False
-    reasons: dict[int, str] = {}
     try:
         async with aclosing(generation.messages()) as messages:
             async for updates in messages:
@@ -158,15 +157,9 @@ async def _generate(
                 if first_index:
                     deltas = [replace(delta, index=first_index + delta.index) for delta in deltas]
                 meter.step(updates, deltas, first_index)
-                trace.record_reasons(deltas)
-                reasons |= {
-                    delta.index: delta.finish_reason.value
-                    for delta in deltas
-                    if delta.finish_reason is not None
-                }
                 yield deltas
                 if completion.done:
-                    await generation.report(_report(completion.usage, reasons))
+                    await generation.report(_report(completion))
     except ServiceError as error:
         if error.param == "prompt_logprobs":  # requested by `echo` and `logprobs`
             raise ServiceError(error.code, error.message, "logprobs") from error
@@ -191,11 +184,10 @@ async def _begin(echo: Echo, options: ValidOptions, updates: Sequence[TokenUpdat
     return await offload(size, lambda: echo.begin(options.n, logprobs), INLINE_LOGPROBS)
 
 
-def _report(usage: Usage, reasons: Mapping[int, str]) -> CompletionReport:
-    in_order = [reason for _, reason in sorted(reasons.items())]
-    return CompletionReport(
-        usage.completion_tokens, usage.reasoning_tokens, list(dict.fromkeys(in_order))
-    )
+def _report(completion: Completion) -> CompletionReport:
+    usage = completion.usage
+    reasons = dict.fromkeys(reason.value for reason in completion.finish_reasons)
+    return CompletionReport(usage.completion_tokens, usage.reasoning_tokens, list(reasons))
 
 
 async def merge_streams(streams: Sequence[AsyncGenerator[Item]]) -> AsyncGenerator[Item]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from tokenizer_svc.generator.types import TokenUpdate
 from tokenizer_svc.output.completion import Completion, CompletionStep
-from tokenizer_svc.output.events import Delta, Usage
+from tokenizer_svc.output.events import FinishReason, Usage
 from tokenizer_svc.request.types import ValidOptions
 from trivium.wire import tracing
 
@@ -41,7 +41,6 @@ class CompletionTrace:
         self._first: float | None = None  # when the first tokens arrived
         self._last = 0.0  # when the last ones were decoded
         self._busy_seconds = 0.0
-        self._reasons: dict[int, str] = {}
         if not self.is_recorded:
             return
         sampling = options.sampling
@@ -72,27 +71,17 @@ class CompletionTrace:
         self._busy_seconds += self._last - came
         return step
 
-    def record_reasons(self, deltas: Sequence[Delta]) -> None:
-        """Notes the finish reasons in these deltas."""
-        if not self.is_recorded:
-            return
-        for delta in deltas:
-            if delta.finish_reason is not None:
-                self._reasons[delta.index] = delta.finish_reason.value
-
     def close(self) -> None:
         """Records the span of detokenization, with the seconds in which it was busy."""
         if self._first is not None:
             busy = {"trivium.busy_seconds": self._busy_seconds}
             tracing.record("detokenize", self._first, self._last, busy)
 
-    def record_usage(self, usage: Usage) -> None:
-        """Records the usage of a completion that succeeded."""
+    def record_end(self, usage: Usage, reasons: Sequence[FinishReason]) -> None:
+        """Records the usage and each choice's finish reason of a completion that succeeded."""
         self._span.set(
             {
-                "gen_ai.response.finish_reasons": [
-                    self._reasons[index] for index in sorted(self._reasons)
-                ],
+                "gen_ai.response.finish_reasons": [reason.value for reason in reasons],
                 "gen_ai.usage.input_tokens": usage.prompt_tokens,
                 "gen_ai.usage.output_tokens": usage.completion_tokens,
                 "gen_ai.usage.cache_read.input_tokens": usage.cached_prompt_tokens,

@@ -54,6 +54,7 @@ class ChoiceDecoder:
         self.reasoning_tokens = 0
         self.matched_stop: str | None = None
         self.finished: Finished | None = None
+        self.finish_reason: FinishReason | None = None
         self._index = index
         self._tokenizer = tokenizer
         self._options = options
@@ -83,6 +84,8 @@ class ChoiceDecoder:
         ended = self.finished is not None or self.matched_stop is not None
         # An entry is sent with the text of its token, so it waits while that is held back.
         new.logprobs = self._logprobs.finish() if ended else self._logprobs.release(self._decided)
+        if ended:
+            self.finish_reason = self._finish_reason()
         if new.is_empty and not ended:
             return None
         return Delta(
@@ -92,7 +95,7 @@ class ChoiceDecoder:
             completion_tokens=self.completion_tokens,
             reasoning=new.reasoning,
             calls=tuple(new.calls),
-            finish_reason=self._finish_reason() if ended else None,
+            finish_reason=self.finish_reason,
             matched_stop=self.matched_stop,
         )
 

@@ -47,6 +47,11 @@ class Completion:
         return all(choice.finished is not None for choice in self._choices)
 
     @property
+    def finish_reasons(self) -> list[FinishReason]:
+        """Why each choice ended, in their order; those still running are left out."""
+        return [choice.finish_reason for choice in self._choices if choice.finish_reason]
+
+    @property
     def usage(self) -> Usage:
         """Usage so far. The prompt is shared, so its cached tokens are counted by choice 0."""
         first = self._choices[0].finished
