@@ -112,7 +112,7 @@ def test_whole_prompts_are_prefilled_in_one_run():
 def test_only_prompts_of_similar_lengths_are_prefilled_in_one_run():
     """A long prompt does not make short ones as long as itself, in whatever order they come."""
     bench = Bench(slots=8, slot_length=512, max_num_batched_tokens=2048, max_prefill_batch_size=8)
-    groups = [bench.submit([length] * length, 2) for length in (20, 25, 30, 400, 10, 300, 290)]
+    groups = [bench.submit([length] * length, 2) for length in (20, 25, 30, 390, 10, 300, 290)]
     bench.finish()
 
     assert [(4, 32), (3, 448)] == [(len(b.prompts), b.length) for b in _batches(bench)]
@@ -187,6 +187,19 @@ def test_prompts_on_both_sides_of_a_running_stream_are_one_run():
     assert [2, 2] == [len(batch.prompts) for batch in _batches(bench)]
     assert greedy([7, 8], 40, eos=None) == bench.tokens[between][0]
     assert [greedy([v, v], 3) for v in (9, 10)] == [bench.tokens[g][0] for g in newcomers]
+
+
+def test_decode_batches_shrink_once_streams_have_ended():
+    """The last stream moves into a slot that became free, so that no idle row is left."""
+    bench = Bench(slots=3, reuse=False)
+    ends = [bench.submit([value, 3], 2, stop_token_ids=frozenset()) for value in (7, 8)]
+    goes_on = bench.submit([9, 3], 20, stop_token_ids=frozenset())
+    bench.finish()
+    sizes = [len(plan.rows) for plan in bench.runner.plans]
+
+    assert all(bench.finished[group] for group in ends)
+    assert (3, 1) == (max(sizes), sizes[-1])
+    assert greedy([9, 3], 20, eos=None) == bench.tokens[goes_on][0]
 
 
 def test_cut_and_partly_cached_prompts_are_prefilled_alone():
@@ -367,12 +380,13 @@ def test_a_long_prompt_does_not_starve_where_its_tokens_are_slow():
 
 def test_a_long_prompt_is_not_started_beside_another():
     """The second would hold a slot that short requests can use meanwhile."""
-    bench = Bench(slots=3, slot_length=512, prefill_tokens=32, max_num_batched_tokens=32)
+    bench = Bench(slots=4, slot_length=512, prefill_tokens=32, max_num_batched_tokens=32)
     bench.submit([5, 6], 300, stop_token_ids=frozenset())
     bench.step()
     first, second = bench.submit([7] * 300, 2), bench.submit([9] * 300, 2)
     short = bench.submit([8] * 14, 2)
     _steps_until(bench, short)
+    bench.step()
 
     assert not bench.tokens[first][0]
     assert second.sequences[0] in bench.scheduler.waiting
