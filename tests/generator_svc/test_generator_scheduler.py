@@ -55,11 +55,20 @@ def test_prompts_that_nearly_agree_never_leave_a_lone_token(seed):
         assert all(wanted == tokens for tokens in bench.tokens[group].values())
 
 
+@pytest.mark.parametrize("max_prefill_batch_size", [0, 4])
 @pytest.mark.parametrize("max_num_batched_tokens", [8, 33, 40, 64, 512])
-def test_no_token_is_alone_in_a_tile_of_the_attention(max_num_batched_tokens):
-    """Chunks of one token more than a multiple of the tile are cut shorter."""
+def test_no_token_is_alone_in_a_tile_of_the_attention(
+    max_num_batched_tokens, max_prefill_batch_size
+):
+    """Chunks of one token more than a multiple of the tile are cut shorter. Of prompts that are
+    prefilled in batches, this goes for those too long for a step."""
     bench = Bench(
-        2, 256, reuse=False, max_num_batched_tokens=max_num_batched_tokens, max_queued_requests=200
+        2,
+        256,
+        reuse=False,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_prefill_batch_size=max_prefill_batch_size,
+        max_queued_requests=200,
     )
     groups = [bench.submit([9] * length, 2) for length in range(2, 100)]
     bench.finish()
