@@ -276,7 +276,8 @@ async def test_options_reach_the_generator(stage: Stage) -> None:
         assert 0.5 == call.start.sampling.temperature
         assert [7, 9] == list(call.start.stop_token_ids)
         assert "[a-z]+" == call.start.constraint.regex
-        assert 20 == call.start.max_new_tokens
+        assert (20, 20) == (call.start.min_new_tokens, call.start.max_new_tokens)
+    assert 2 == len(stage.generator.calls)
 
 
 async def test_one_prompts_fault_ends_all(stage: Stage) -> None:
