@@ -146,6 +146,25 @@ async def test_a_stopped_choice_finishes_with_exact_counts_and_the_others_go_on(
     assert len(tokens[0]) == finished[0].completion_tokens < 50
     assert greedy([5, 6], 50, eos=None) == tokens[1]
     assert tokens[1][: len(tokens[0])] == tokens[0]
+    assert len(tokens[0]) + 50 == stage.metric("trivium_engine_generation_tokens_total")
+
+
+async def test_a_call_that_is_stopped_while_it_waits_ends_well():
+    """It has no token, and is no failure."""
+    stage = Stage(slots=1)
+    async with stage.running():
+        stage.runner.delay = 0.02
+        running = await stage.call([2], ignore_eos=True)
+        await running.read()
+        waiting = await stage.call([2], half_close=False)
+        await stage.until(lambda load: load.waiting_sequences)
+        await waiting.write(pb.GenerateRequest(stop=pb.StopSequence(index=0)))
+        await waiting.done_writing()
+        tokens, finished = collected([message async for message in waiting])
+        running.cancel()
+
+    assert {0: []} == tokens
+    assert pb.FINISH_REASON_STOPPED == finished[0].reason
 
 
 async def test_what_gathers_while_a_message_is_written_goes_out_as_one():
@@ -504,15 +523,16 @@ async def _drained(call):
 async def test_metrics_count_what_callers_got(stage):
     """Tokens, cached tokens, first tokens and ends, by the names vLLM's users know."""
     prompt = list(range(2, 22))
-    for _ in range(2):
-        await stage.generate(prompt, max_new_tokens=5, ignore_eos=True)
+    for n in (1, 2):
+        await stage.generate(prompt, n=n, max_new_tokens=5, ignore_eos=True)
 
     assert 40 == stage.metric("trivium_engine_prompt_tokens_total", model_name="m")
     assert 40 == stage.metric("vllm:prefix_cache_queries_total")
     assert 18 == stage.metric("vllm:prefix_cache_hits_total")
-    assert 10 == stage.metric("trivium_engine_generation_tokens_total")
+    assert 15 == stage.metric("trivium_engine_generation_tokens_total")
     assert 2 == stage.metric("trivium_engine_time_to_first_token_seconds_count")
-    assert 8 == stage.metric("trivium_engine_inter_token_latency_seconds_count")
+    assert 0 < stage.metric("trivium_engine_time_to_first_token_seconds_sum") < PATIENCE_SECONDS
+    assert 12 == stage.metric("trivium_engine_inter_token_latency_seconds_count")
     assert 2 == stage.metric("trivium_engine_calls_total", finished_reason="length")
 
 
