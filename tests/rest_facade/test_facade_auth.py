@@ -84,6 +84,15 @@ def test_bad_files(tmp_path: Path) -> None:
     assert "sk-plain" not in str(caught.value)
 
 
+def test_lines_name_their_keys(file: Path) -> None:
+    """By the word after the digest, or by the digest; of a key that is there twice, the first line
+    counts."""
+    file.write_text(f"{file.read_text()}{digest('one')} carol\n")
+    keys = KeyFile(file)
+
+    assert ["alice", digest("two")[:12]] == [keys.check(f"Bearer {k}").name for k in ("one", "two")]
+
+
 def test_odd_keys(file: Path) -> None:
     """Keys that are not ASCII are wrong, and nothing worse."""
     keys = KeyFile(file)
