@@ -156,6 +156,7 @@ class Stage:
             for sample in samples
             if sample.name == name and labels.items() <= sample.labels.items()
         ]
+        assert values, f"there is no metric {name} with {labels}"
         return sum(values)
 
 
