@@ -452,10 +452,15 @@ async def test_metrics_add_up(stage: Stage) -> None:
     assert len(token_ids) == value("vllm:inter_token_latency_seconds_count", names)
     assert 1 == value("vllm:time_to_first_token_seconds_count", names)
     assert 1 == value("vllm:e2e_request_latency_seconds_count", names)
-    assert 1 == value("vllm:request_success_total", names | {"finished_reason": "stop"})
-    assert value("vllm:prompt_tokens_total", names) == value(
-        "vllm:request_prompt_tokens_sum", names
+    assert 0 < value("vllm:time_to_first_token_seconds_sum", names)
+    assert value("vllm:time_to_first_token_seconds_sum", names) <= value(
+        "vllm:e2e_request_latency_seconds_sum", names
     )
+    assert value("vllm:e2e_request_latency_seconds_sum", names) < 60
+    assert 1 == value("vllm:request_success_total", names | {"finished_reason": "stop"})
+    prompt_tokens = len(stage.generator.calls[0].start.prompt_token_ids)
+    assert prompt_tokens == value("vllm:prompt_tokens_total", names)
+    assert prompt_tokens == value("vllm:request_prompt_tokens_sum", names)
     assert len(token_ids) + 1 == value("vllm:request_generation_tokens_sum", names)
     assert 1 == value("vllm:request_generation_tokens_count", names)
 

@@ -1,7 +1,7 @@
 """The stop matcher against a search of the whole text."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tokenizer_svc.output.stop import StopMatcher, StopResult, StopStrings
@@ -32,6 +32,9 @@ stop_lists = st.lists(st.text("ab<", min_size=1, max_size=5), min_size=1, max_si
 
 
 @given(few_letters, stop_lists)
+@example("\n\n\nUser", ["\n\nUser"])
+@example("ababab<", ["abab<"])
+@example("aabaaabaaaa", ["aabaaaa"])
 def test_every_split_gives_what_a_search_gives(text: str, stops: list[str]) -> None:
     """Whatever the pieces are, the text before the first match comes out, and nothing else."""
     expected = search(text, stops)
