@@ -245,20 +245,23 @@ async def test_a_stop_token_may_be_kept(stage: Stage, scored: bool) -> None:
 
 
 async def test_control_tokens_may_be_shown(stage: Stage) -> None:
-    """They are left out unless one wants to see them."""
+    """They are left out unless one wants to see them; log-probabilities are of all tokens."""
 
     async def script(
         start: generator_pb2.StartGeneration, stops: Stops
     ) -> AsyncIterator[generator_pb2.GenerateResponse]:
-        yield message_of(update(0, [70, 1, 71]), finish(0, LENGTH, 3))
+        scores = [generator_pb2.TokenLogprobs(logprob=-1.0)] * 4
+        yield message_of(update(0, [70, 1, 71, 1], scores), finish(0, LENGTH, 4))
 
     stage.generator.script = script
     a, b = (stage.model.tokenizer.decode([token_id]) for token_id in (70, 71))
-    for skip, expected in ((True, a + b), (False, f"{a}<|im_start|>{b}")):
-        asked = request("x", options=options(skip_special_tokens=skip))
+    tokens = [a, "<|im_start|>", b, "<|im_start|>"]
+    for skip, expected in ((True, a + b), (False, "".join(tokens))):
+        asked = request("x", logprobs=1, options=options(skip_special_tokens=skip))
         [choice] = (await stage.completions.CreateCompletion(asked)).choices
 
         assert expected == choice.text
+        assert tokens == [entry.token.token for entry in choice.logprobs]
 
 
 async def test_options_reach_the_generator(stage: Stage) -> None:
