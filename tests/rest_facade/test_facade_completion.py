@@ -88,6 +88,7 @@ async def test_stream(client: httpx.AsyncClient) -> None:
         ({"content": " world"}, None),
         ({}, "stop"),
     ] == [(e["choices"][0]["delta"], e["choices"][0]["finish_reason"]) for e in events[:-1]]
+    assert [None] * 4 == [event["choices"][0]["logprobs"] for event in events[:-1]]
     assert events[-1] == "[DONE]"
     assert events[0] == {
         "id": "chatcmpl-" + "0" * 32,
@@ -169,9 +170,9 @@ async def test_logprobs(client: httpx.AsyncClient, backend: ScriptedBackend) -> 
     streamed = await post(client, logprobs=True, top_logprobs=1, stream=True)
 
     assert whole.json()["choices"][0]["logprobs"] == expected
-    assert [None, expected, None] == [
-        chunk["choices"][0]["logprobs"] for chunk in chunks(streamed.text)[:-1]
-    ]
+    choices = [chunk["choices"][0] for chunk in chunks(streamed.text)[:-1]]
+    assert [None, expected, None] == [choice["logprobs"] for choice in choices]
+    assert ["", "é", None] == [choice["delta"].get("content") for choice in choices]
 
 
 @pytest.mark.parametrize(
