@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 
 from trivium.wire import telemetry, tracing
 from trivium.wire.channel import remaining_seconds
-from trivium.wire.errors import ServiceError, code_of, from_rpc_error, internal_error
+from trivium.wire.errors import ServiceError, code_of, internal_error
 from trivium.wire.in_flight import InFlight, wait_for_any
 
 log = logging.getLogger(__name__)
@@ -237,8 +237,6 @@ def _adopt(context: Any) -> None:
 
 
 async def _abort(context: Any, error: BaseException) -> NoReturn:
-    if isinstance(error, grpc.aio.AioRpcError):
-        error = from_rpc_error(error)
     if not isinstance(error, ServiceError):
         log.error("unhandled exception in a call", exc_info=error)
         error = internal_error()
