@@ -332,6 +332,7 @@ async def test_odd_paths(
         ({"content-type": 'application/json; charset="UTF-8"'}, 200),
         ({"content-type": "application/vnd.api+json"}, 200),
         ({"content-type": "application/json; charset=utf-16"}, 415),
+        ({"content-type": "application/xml"}, 415),
         ({"content-type": "text/plain"}, 415),
         ({"content-type": "text/json"}, 415),
         ({}, 415),
@@ -364,20 +365,25 @@ async def test_large_bodies(start_facade: StartFacade, backend: ScriptedBackend)
     assert backend.requests == []
 
 
-async def test_slow_bodies(start_facade: StartFacade) -> None:
-    """A body that does not arrive in time is 408."""
-    client = await start_facade(body_read_seconds=0.05)
+@pytest.mark.parametrize(
+    ("length", "status", "code"),
+    [(10, 408, "request_read_timeout"), (2000, 413, "request_too_large")],
+)
+async def test_slow_bodies(start_facade: StartFacade, length: int, status: int, code: str) -> None:
+    """A body that does not arrive in time is 408; one that says that it is too large is not waited
+    for."""
+    client = await start_facade(body_read_seconds=0.05, max_body_bytes=1024)
     reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
     writer.write(
         b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n"
-        b"content-type: application/json\r\ncontent-length: 10\r\n\r\n{"
+        b"content-type: application/json\r\ncontent-length: %d\r\n\r\n{" % length
     )
     answer = (await reader.read()).decode()
     writer.close()
     await writer.wait_closed()
 
-    assert answer.startswith("HTTP/1.1 408")
-    assert "request_read_timeout" in answer
+    assert answer.startswith(f"HTTP/1.1 {status}")
+    assert code in answer
 
 
 @pytest.mark.parametrize(
