@@ -20,6 +20,7 @@ from trivium.cli.main import app
 from trivium.cli.pipeline import Pipeline, authority, free_ports
 from trivium.cli.supervisor import Stage, Supervisor
 from trivium.cli.up import disabled_features, requires_api_keys, supervise
+from trivium.export_extra import PACKAGES
 from trivium.generator.v1 import generator_pb2
 from trivium.host_limits import CpuLimit, MemoryLimit, cpu_limit, memory_limit
 from trivium.wire.listening import bind
@@ -280,7 +281,7 @@ def test_says_what_to_install_for_the_export(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Without the model and without what exports it, one is told what to type."""
-    hide = "import sys\nsys.modules.update(torch=None, optimum=None)\n"
+    hide = f"import sys\nsys.modules.update(dict.fromkeys({PACKAGES}))\n"
     (tmp_path / "sitecustomize.py").write_text(hide)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("TRIVIUM_CACHE", str(tmp_path))
@@ -289,7 +290,7 @@ def test_says_what_to_install_for_the_export(
     told = capfd.readouterr().err
     assert result.exit_code == 2
     assert f"smollm2-135m-instruct to {tmp_path}" in told
-    assert "torch, optimum" in told
+    assert ", ".join(PACKAGES) in told
     assert "-m pip install 'trivium[export]'" in told
 
 

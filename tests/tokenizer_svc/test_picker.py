@@ -109,7 +109,7 @@ def test_a_long_conversation_shares_with_nobody() -> None:
     """However many turns it has, it counts as one, and stays, also where that is busier."""
     picker, candidates = GeneratorPicker(), candidates_of(2)
     homes = [picked(picker, candidates, prompt(1, 20 * turn)) for turn in range(10, 200)]
-    candidates[homes[0]].load.reported(report(running=3))
+    candidates[homes[0]].load.update(report(running=3))
     homes.append(picked(picker, candidates, prompt(1, 20 * 200)))
 
     assert 1 == len(set(homes))
@@ -199,7 +199,7 @@ def test_what_was_sent_since_the_report_counts() -> None:
         chosen.load.add(SentGeneration(1, 40))
         counts[candidates.index(chosen)] += 1
     for candidate, running in zip(candidates, (10, 11), strict=True):
-        candidate.load.reported(report(running=running, free=90))  # which has them all
+        candidate.load.update(report(running=running, free=90))  # which has them all
 
     assert {0: 10, 1: 6} == counts
     assert 0 == picked(picker, candidates, prompt(16, 15))
