@@ -1,4 +1,4 @@
-{{/* An image by its digest, or else by its tag: (list $ image) */}}
+{{/* An image by digest if it has one, else by tag: (list $ image) */}}
 {{- define "trivium.image" -}}
 {{- $root := index . 0 }}{{ $image := index . 1 -}}
 {{ $root.Values.imageRegistry }}{{ $image.repository }}
@@ -16,15 +16,15 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- end }}
 
-{{/* What finds the pods of a stage: (list $ stage) */}}
+{{/* Selects the pods of a stage: (list $ stage) */}}
 {{- define "trivium.selector" -}}
 {app: {{ (index . 0).Release.Name }}-{{ index . 1 }}}
 {{- end }}
 
-{{/* What all three deployments say of their rollout: (list $ stage values) */}}
+{{/* The rollout settings that all three deployments share: (list $ stage values) */}}
 {{- define "trivium.rollout" -}}
 {{- $root := index . 0 }}{{ $stage := index . 1 }}{{ $values := index . 2 -}}
-# A new pod is ready for longer than name servers remember an answer (5 s by default in a cluster)
+# A new pod has to be ready for longer than DNS answers are cached (5 s by default in a cluster)
 # before an old one is told to stop.
 minReadySeconds: 10
 strategy: {{ $values.strategy | default (dict "rollingUpdate" (dict "maxSurge" 1 "maxUnavailable" 0)) | toJson }}
@@ -42,10 +42,10 @@ app.kubernetes.io/part-of: trivium
 app.kubernetes.io/instance: {{ $root.Release.Name }}
 {{- end }}
 
-{{/* What all three pods say of themselves: (list $ stage values) */}}
+{{/* The pod settings that all three stages share: (list $ stage values) */}}
 {{- define "trivium.pod" -}}
 {{- $root := index . 0 }}{{ $stage := index . 1 }}{{ $values := index . 2 -}}
-# Notice, drain and the last words.
+# Longer than DRAIN_NOTICE_SECONDS, DRAIN_SECONDS and process exit together.
 terminationGracePeriodSeconds: {{ add $root.Values.drain.noticeSeconds $root.Values.drain.seconds 10 }}
 enableServiceLinks: false
 automountServiceAccountToken: false
@@ -79,10 +79,10 @@ securityContext:
   capabilities: {drop: [ALL]}
 {{- end }}
 
-{{/* The settings of a stage's drain, and those that `env` has: (list $ prefix values) */}}
+{{/* A stage's drain settings, and those in its `env`: (list $ prefix values) */}}
 {{- define "trivium.env" -}}
 {{- $root := index . 0 }}{{ $prefix := index . 1 }}{{ $values := index . 2 -}}
-# Endpoints take a moment to forget a pod that is leaving.
+# Endpoints take a moment to drop a pod that is terminating.
 - {name: {{ $prefix }}_DRAIN_NOTICE_SECONDS, value: {{ $root.Values.drain.noticeSeconds | quote }}}
 - {name: {{ $prefix }}_DRAIN_SECONDS, value: {{ $root.Values.drain.seconds | quote }}}
 {{- range $name, $value := $values.env }}
@@ -90,13 +90,14 @@ securityContext:
 {{- end }}
 {{- end }}
 
-{{/* What a gRPC port asks for; without keys or certificates, who may do without: (list $ prefix) */}}
+{{/* The keys that a gRPC port requires; with neither keys nor certificates, the network policy protects it:
+     (list $ prefix) */}}
 {{- define "trivium.guard" -}}
 {{- $root := index . 0 }}{{ $prefix := index . 1 -}}
 {{- if $root.Values.apiKeys.stages.enabled }}
 - {name: {{ $prefix }}_API_KEYS_FILE, value: "/keys/{{ $root.Values.apiKeys.secretKey }}"}
 {{- else if and $root.Values.networkPolicy.enabled (ne $root.Values.tls.grpc "mutual") }}
-# The network policy lets in the stage before, and to tokenizers internal clients.
+# The network policy admits only the calling stage, and to tokenizers also internal clients.
 - {name: {{ $prefix }}_ALLOW_UNAUTHENTICATED_REMOTE, value: "true"}
 {{- end }}
 {{- include "trivium.serverTls" (list $prefix $root.Values.tls.grpc "/tls") }}
@@ -114,7 +115,7 @@ securityContext:
 {{- end }}
 {{- end }}
 
-{{/* What a stage shows to the next one, and asks of it: (list $ prefix stage) */}}
+{{/* The key and certificates for calls to the next stage: (list $ prefix stage) */}}
 {{- define "trivium.channel" -}}
 {{- $root := index . 0 }}{{ $prefix := index . 1 }}{{ $stage := index . 2 -}}
 {{- if $root.Values.apiKeys.stages.enabled }}
@@ -129,7 +130,7 @@ securityContext:
 {{- end }}
 {{- end }}
 
-{{/* How a gRPC stage is asked; probes know no gRPC over TLS: (list $ grpc metricsPort path) */}}
+{{/* The probe of a gRPC stage; probes do not support gRPC over TLS: (list $ grpc metricsPort path) */}}
 {{- define "trivium.probe" -}}
 {{- if eq (index . 0).Values.tls.grpc "none" -}}
 grpc: {{ index . 1 }}
@@ -138,7 +139,7 @@ httpGet: {port: {{ index . 2 }}, path: {{ index . 3 }}}
 {{- end }}
 {{- end }}
 
-{{/* The volumes of secrets that the stages have for each other: (list $ stage) */}}
+{{/* The volumes with a stage's keys and certificates: (list $ stage) */}}
 {{- define "trivium.secretVolumes" -}}
 {{- $root := index . 0 }}{{ $stage := index . 1 -}}
 {{- if $root.Values.apiKeys.stages.enabled }}
@@ -147,7 +148,7 @@ httpGet: {port: {{ index . 2 }}, path: {{ index . 3 }}}
   secret: {secretName: {{ $root.Values.apiKeys.secretName }}}
 {{- end }}
 {{- if ne $stage "generator" }}
-# Its own key alone.
+# Only its own key.
 - name: stage-key
   secret: {secretName: {{ $root.Values.apiKeys.stages.secretName }}, items: [{key: {{ $stage }}, path: {{ $stage }}}]}
 {{- end }}
@@ -158,7 +159,7 @@ httpGet: {port: {{ index . 2 }}, path: {{ index . 3 }}}
 {{- end }}
 {{- end }}
 
-{{/* Where these are: (list $ stage) */}}
+{{/* Their mounts: (list $ stage) */}}
 {{- define "trivium.secretMounts" -}}
 {{- $root := index . 0 }}{{ $stage := index . 1 -}}
 {{- if $root.Values.apiKeys.stages.enabled }}
@@ -174,7 +175,7 @@ httpGet: {port: {{ index . 2 }}, path: {{ index . 3 }}}
 {{- end }}
 {{- end }}
 
-{{/* The port of REST's service. */}}
+{{/* The port of the REST service. */}}
 {{- define "trivium.restPort" -}}
 {{ if eq .Values.tls.rest "none" }}80{{ else }}443{{ end }}
 {{- end }}
@@ -182,7 +183,7 @@ httpGet: {port: {{ index . 2 }}, path: {{ index . 3 }}}
 {{/* An init container that waits for the model: (list $ image) */}}
 {{- define "trivium.waitForModel" -}}
 {{- $root := index . 0 -}}
-# Exports appear in the volume as a whole, by a rename.
+# Exports appear in the volume atomically, by a rename.
 - name: wait-for-model
   image: {{ include "trivium.image" . }}
   imagePullPolicy: {{ $root.Values.imagePullPolicy }}
@@ -214,7 +215,7 @@ metadata:
   labels:
     {{- include "trivium.labels" $root | nindent 4 }}
 spec:
-  # Not minAvailable: 1, which would keep the node of a single replica from ever being drained.
+  # Not minAvailable: 1, which would block draining the node of a single replica.
   maxUnavailable: 1
   unhealthyPodEvictionPolicy: AlwaysAllow
   selector:
