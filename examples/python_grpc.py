@@ -1,6 +1,6 @@
 """Streams an answer over gRPC:  python examples/python_grpc.py [HOST:PORT] [QUESTION]
 
-Needs `pip install trivium` (for the stubs), or stubs of your own made from protos/.
+Needs `pip install trivium` (for the stubs), or stubs that you generate from protos/.
 """
 
 import sys

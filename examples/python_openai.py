@@ -1,6 +1,6 @@
 """Streams an answer with OpenAI's client:  python examples/python_openai.py [URL] [QUESTION]
 
-Needs `pip install openai`. An API key, where the server wants one, comes from OPENAI_API_KEY.
+Needs `pip install openai`. If the server requires an API key, it is read from OPENAI_API_KEY.
 """
 
 import os

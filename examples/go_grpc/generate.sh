@@ -1,6 +1,6 @@
 #!/bin/sh
-# The stubs by protoc, protoc-gen-go and protoc-gen-go-grpc; `buf generate ../../protos` makes the same.
-# The protocol names no Go packages, so each file is given one under this module's path.
+# Generates the stubs with protoc, protoc-gen-go and protoc-gen-go-grpc, as `buf generate ../../protos` does.
+# The .proto files set no go_package, so each is mapped to a package under this module's path.
 set -eu
 cd "$(dirname "$0")"
 protos=${TRIVIUM_PROTOS:-../../protos}

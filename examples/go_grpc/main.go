@@ -1,5 +1,5 @@
 // Streams an answer over gRPC:  go run . [HOST:PORT] [QUESTION]
-// ./generate.sh or `buf generate ../../protos` makes the stubs; docs/clients.md says what of.
+// Generate the stubs with ./generate.sh or `buf generate ../../protos`; docs/clients.md says what that needs.
 package main
 
 import (

@@ -1,5 +1,5 @@
 // Streams an answer over gRPC:  java -cp ... Chat [HOST:PORT] [QUESTION]
-// ./generate.sh or `buf generate ../../protos` makes the stubs; docs/clients.md says what of.
+// Generate the stubs with ./generate.sh or `buf generate ../../protos`; docs/clients.md says what that needs.
 
 import io.grpc.ManagedChannel;
 import io.grpc.ManagedChannelBuilder;

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The stubs by protoc and protoc-gen-grpc-java; `buf generate ../../protos` makes the same.
+# Generates the stubs with protoc and protoc-gen-grpc-java, as `buf generate ../../protos` does.
 set -eu
 cd "$(dirname "$0")"
 mkdir -p stubs
