@@ -7,7 +7,7 @@ FROM ${PYTHON} AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
 RUN python -m venv /opt/trivium
-# What the lock has, first, so that a change of ours downloads nothing again.
+# Locked dependencies first, so that changes to the code do not download them again.
 COPY requirements.lock ./
 RUN /opt/trivium/bin/pip install --require-hashes -r requirements.lock
 COPY pyproject.toml README.md LICENSE ./
@@ -17,20 +17,20 @@ COPY tokenizer_svc tokenizer_svc
 COPY generator_svc generator_svc
 RUN /opt/trivium/bin/pip install --no-deps .
 
-# CUDA's libraries and the exporter's come on top, in the ranges of pyproject.toml.
+# The libraries of CUDA and of the exporter are not locked; they follow the ranges in pyproject.toml.
 FROM build AS build-cuda
 RUN /opt/trivium/bin/pip install '.[cuda]'
 
 FROM build AS build-export
-# PyTorch's own index has builds for the CPU alone, without several gigabytes of CUDA libraries.
+# PyTorch's own index has CPU-only builds, without several gigabytes of CUDA libraries.
 RUN /opt/trivium/bin/pip install --extra-index-url https://download.pytorch.org/whl/cpu '.[export]'
 
 FROM ${PYTHON} AS runtime
 LABEL org.opencontainers.image.title=trivium \
       org.opencontainers.image.version=0.1.0 \
       org.opencontainers.image.licenses=Apache-2.0
-# What is remembered between starts goes to HOME, which is writable where the root is not, whatever
-# the user. ONNX Runtime reports to nobody.
+# Caches are written to HOME, which is writable even with a read-only root file system and any user.
+# ONNX Runtime's telemetry is off.
 ENV PATH=/opt/trivium/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     HOME=/tmp ORT_DISABLE_TELEMETRY=1
 RUN useradd --uid 10001 --no-create-home --home-dir /tmp trivium \
@@ -50,7 +50,7 @@ HEALTHCHECK --interval=5s --timeout=10s --start-period=30s \
 CMD ["python", "-m", "rest_facade"]
 
 FROM serving AS tokenizer_svc
-# The variable's name has a TOKEN in it, and no secret.
+# The variable's name contains TOKEN, but it is not a secret.
 # hadolint ignore=DL3064
 ENV TRIVIUM_TOKENIZER_HOST=0.0.0.0
 EXPOSE 50051 9051
@@ -59,7 +59,7 @@ HEALTHCHECK --interval=5s --timeout=10s --start-period=30s \
 CMD ["python", "-m", "tokenizer_svc"]
 
 FROM serving AS generator_svc
-# The weights in huge pages, as with `trivium up`.
+# Huge pages for the weights, as with `trivium up`.
 ENV TRIVIUM_GENERATOR_HOST=0.0.0.0 GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 EXPOSE 50052 9052
 HEALTHCHECK --interval=5s --timeout=10s --start-period=120s \
@@ -70,7 +70,7 @@ FROM generator_svc AS generator_svc-cuda
 COPY --from=build-cuda /opt/trivium /opt/trivium
 ENV TRIVIUM_GENERATOR_DEVICE=cuda
 
-# Makes a model folder in the volume /models; what it fetches goes to /tmp.
+# Exports a model into the volume /models; downloads go to /tmp.
 FROM runtime AS export
 COPY --from=build-export /opt/trivium /opt/trivium
 ENV HF_HOME=/tmp/huggingface

