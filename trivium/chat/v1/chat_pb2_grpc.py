@@ -29,7 +29,7 @@ class ChatServiceStub:
     """Chat completions. Errors are gRPC statuses whose details carry
     google.rpc.ErrorInfo (reason: the error code in upper case, domain "trivium"),
     google.rpc.BadRequest (the field that is wrong) and google.rpc.RetryInfo
-    (when to try again). Nothing is ever reported inside a message.
+    (when to try again). Errors are never reported inside a message.
     """
 
     def __init__(self, channel):
@@ -54,7 +54,7 @@ class ChatServiceServicer:
     """Chat completions. Errors are gRPC statuses whose details carry
     google.rpc.ErrorInfo (reason: the error code in upper case, domain "trivium"),
     google.rpc.BadRequest (the field that is wrong) and google.rpc.RetryInfo
-    (when to try again). Nothing is ever reported inside a message.
+    (when to try again). Errors are never reported inside a message.
     """
 
     def CreateChatCompletion(self, request, context):
@@ -101,7 +101,7 @@ class ChatService:
     """Chat completions. Errors are gRPC statuses whose details carry
     google.rpc.ErrorInfo (reason: the error code in upper case, domain "trivium"),
     google.rpc.BadRequest (the field that is wrong) and google.rpc.RetryInfo
-    (when to try again). Nothing is ever reported inside a message.
+    (when to try again). Errors are never reported inside a message.
     """
 
     @staticmethod

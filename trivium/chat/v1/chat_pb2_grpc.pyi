@@ -30,7 +30,7 @@ class ChatServiceStub:
     """Chat completions. Errors are gRPC statuses whose details carry
     google.rpc.ErrorInfo (reason: the error code in upper case, domain "trivium"),
     google.rpc.BadRequest (the field that is wrong) and google.rpc.RetryInfo
-    (when to try again). Nothing is ever reported inside a message.
+    (when to try again). Errors are never reported inside a message.
     """
 
     @_typing.overload
@@ -54,7 +54,7 @@ class ChatServiceAsyncStub(ChatServiceStub):
     """Chat completions. Errors are gRPC statuses whose details carry
     google.rpc.ErrorInfo (reason: the error code in upper case, domain "trivium"),
     google.rpc.BadRequest (the field that is wrong) and google.rpc.RetryInfo
-    (when to try again). Nothing is ever reported inside a message.
+    (when to try again). Errors are never reported inside a message.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -74,7 +74,7 @@ class ChatServiceServicer(metaclass=_abc_1.ABCMeta):
     """Chat completions. Errors are gRPC statuses whose details carry
     google.rpc.ErrorInfo (reason: the error code in upper case, domain "trivium"),
     google.rpc.BadRequest (the field that is wrong) and google.rpc.RetryInfo
-    (when to try again). Nothing is ever reported inside a message.
+    (when to try again). Errors are never reported inside a message.
     """
 
     @_abc_1.abstractmethod

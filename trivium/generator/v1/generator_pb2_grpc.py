@@ -59,7 +59,7 @@ class GeneratorServiceServicer:
     def Generate(self, request_iterator, context):
         """Generates n continuations of one prompt. The first message starts them;
         later ones may stop single continuations, which then finish with exact
-        counts. A caller that never stops one may close its side at once.
+        counts. A caller that never stops one may half-close the stream at once.
         Cancelling the call frees everything it holds within a step.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -75,8 +75,8 @@ class GeneratorServiceServicer:
 
     def WatchLoad(self, request, context):
         """How busy the generator is: at once, then whenever something has changed,
-        and at least every five seconds, so that a frozen process shows by its
-        silence. Ends with OK when the process drains.
+        and at least every five seconds, so that a process that sends nothing is
+        known to be frozen. Ends with OK when the process drains.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
