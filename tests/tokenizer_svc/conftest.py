@@ -38,7 +38,7 @@ def write_model(
     context_length: int = CONTEXT_LENGTH,
     eos_token: str = "<|im_end|>",
 ) -> Path:
-    """A model folder whose graph no one will run."""
+    """A model folder whose graph is never run."""
     folder.mkdir()
     decoder = {
         "filename": "model.onnx",
@@ -67,7 +67,7 @@ def write_model(
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model that knows no tools."""
+    """A small model whose template has no tools."""
     return write_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
@@ -77,7 +77,7 @@ def model(model_folder: Path) -> Model:
 
 
 class Stage:
-    """The tokenizer stage, its generator, and a client of it."""
+    """The tokenizer stage, its generator, and a client for it."""
 
     def __init__(self, model: Model, folder: Path, **settings: Any) -> None:
         self.model = model
@@ -117,7 +117,7 @@ class Stage:
 
     async def stop_generator(self) -> None:
         if self._generator_server is not None:
-            await self._generator_server._server.stop(None)  # a drain would find kinder words
+            await self._generator_server._server.stop(None)  # a drain would refuse politely
             self._generator_server = None
 
     async def close(self) -> None:
@@ -126,7 +126,7 @@ class Stage:
         await self.stop_generator()
 
     def request(self, **fields: Any) -> chat_pb2.CreateChatCompletionRequest:
-        """A good request with these fields, of its options and its sampling too."""
+        """A valid request with these fields, including options and sampling parameters."""
         good: dict[str, Any] = {"model": self.model.id, "messages": [user("Hello")]}
         return chat_request(**good | fields)
 
@@ -134,7 +134,7 @@ class Stage:
         return self.model.tokenizer.encode(text)
 
     async def stream(self, **fields: Any) -> list[chat_pb2.StreamChatCompletionResponse]:
-        """All events of a stream."""
+        """All events of one stream."""
         call = self.chat.StreamChatCompletion(self.request(**fields))
         return [event async for event in call]
 
@@ -147,7 +147,7 @@ async def stage(model: Model, model_folder: Path) -> AsyncIterator[Stage]:
 
 @asynccontextmanager
 async def running(model: Model, folder: Path, **settings: Any) -> AsyncIterator[Stage]:
-    """A stage that serves this model."""
+    """A running stage that serves this model."""
     stage = Stage(model, folder, **settings)
     await stage.start()
     try:
@@ -158,6 +158,6 @@ async def running(model: Model, folder: Path, **settings: Any) -> AsyncIterator[
 
 
 def user(text: str) -> chat_pb2.ChatMessage:
-    """What a person says."""
+    """A user message."""
     part = chat_pb2.ContentPart(text=text)
     return chat_pb2.ChatMessage(role=chat_pb2.ROLE_USER, content=[part])

@@ -1,6 +1,6 @@
 """`python -m tests.tokenizer_svc.refusing_generator CODE`: refuses every call with this error.
 
-Refuses before it has read what is asked, as a draining process does. Prints its port.
+Refuses before it has read the request, as a draining process does. Prints its port.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from trivium.wire.serving import run
 
 
 class RefusingGenerator(ScriptedGenerator):
-    """Has a time to wait for everyone."""
+    """Every refusal says when to retry."""
 
     def __init__(self, code: str) -> None:
         super().__init__("r1")

@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001 - the wide bars are DeepSeek's
-"""Chat templates true to the form of well-known models', and the tokens they write."""
+"""Chat templates modelled on those of well-known models, and the tokens they write."""
 
 SMOLLM2 = (
     "{% for message in messages %}"
@@ -364,7 +364,7 @@ HARMONY = """\
 {%- endif %}
 """
 
-# Calls as XML elements, for which arguments have to be an object; system messages only at first.
+# Calls as XML elements, whose arguments must be an object; system messages only at the beginning.
 QWEN35 = """\
 {%- if tools %}
     {{- '<|im_start|>system\\n# Tools\\n' }}
@@ -399,7 +399,7 @@ QWEN35 = """\
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
 """
 
-# Prints whatever the content is, so that a null becomes a word.
+# Prints the content unchecked, so that null becomes the word "None".
 MINIMAX_M2 = """\
 {%- for tool in tools or [] %}{{- tool | tojson }}{%- endfor %}
 {%- for message in messages %}
@@ -439,7 +439,7 @@ GEMMA2 = (
     "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
 )
 
-# Keeps a list of its own, and numbers the calls.
+# Builds lists itself, and numbers the calls.
 KIMI_K2 = """\
 {%- set queue = namespace(ids=[]) -%}
 {%- for tool in tools or [] %}{{ tool | tojson }}{% endfor -%}

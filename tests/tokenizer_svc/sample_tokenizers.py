@@ -1,4 +1,4 @@
-"""Small tokenizers of the kinds that real models have, built on the spot."""
+"""Small tokenizers of the kinds that real models have, built on the fly."""
 
 import functools
 import json
@@ -21,7 +21,7 @@ CORPUS = [
 
 @functools.cache
 def byte_level(special: tuple[str, ...] = CHATML, plain: tuple[str, ...] = ()) -> str:
-    """tokenizer.json of a byte-level BPE, as GPT-2, Llama 3 and Qwen have it.
+    """tokenizer.json of a byte-level BPE, as in GPT-2, Llama 3 and Qwen.
 
     `special` are control tokens; `plain` are added tokens that are not.
     """
@@ -41,7 +41,7 @@ def byte_level(special: tuple[str, ...] = CHATML, plain: tuple[str, ...] = ()) -
 
 @functools.cache
 def byte_fallback(special: tuple[str, ...] = ("<unk>", "<s>", "</s>")) -> str:
-    """tokenizer.json of a SentencePiece BPE with byte tokens, as Llama 2 and Mistral have it.
+    """tokenizer.json of a SentencePiece BPE with byte tokens, as in Llama 2 and Mistral.
 
     Its post-processor adds BOS; decoding drops the first space.
     """
@@ -71,7 +71,7 @@ def byte_fallback(special: tuple[str, ...] = ("<unk>", "<s>", "</s>")) -> str:
 
 @functools.cache
 def unigram() -> str:
-    """tokenizer.json of a Unigram model, whose vocabulary text can reach control tokens."""
+    """tokenizer.json of a Unigram model, in which plain text can reach control tokens."""
     special = ["<unk>", "<s>", "</s>"]
     pieces = ["▁", "<", ">", "/", *"abcdefghijklmnopqrstuvwxyz"]
     vocabulary = [(piece, 0.0) for piece in special] + [(piece, -5.0) for piece in pieces]

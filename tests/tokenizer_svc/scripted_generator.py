@@ -1,4 +1,4 @@
-"""A generator that says what a test wrote down, over real gRPC on loopback."""
+"""A generator that follows a script, over real gRPC on loopback."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -34,7 +34,7 @@ class Seen:
 
 
 class ScriptedGenerator(generator_pb2_grpc.GeneratorServiceServicer):
-    """Every call of Generate runs `script`; `calls` has what came."""
+    """Every call of Generate runs `script`; `calls` records the calls."""
 
     def __init__(self, revision: str, context_length: int = 512) -> None:
         self.revision = revision
@@ -88,7 +88,7 @@ class ScriptedGenerator(generator_pb2_grpc.GeneratorServiceServicer):
         self, request: pb.WatchLoadRequest, context: Any
     ) -> AsyncIterator[pb.WatchLoadResponse]:
         self.watched.set()
-        yield pb.WatchLoadResponse(free_slots=100)  # with none, calls would go elsewhere
+        yield pb.WatchLoadResponse(free_slots=100)  # with no free slots, calls would go elsewhere
 
     async def serve(
         self, port: int | None = None, host: str = "127.0.0.1"
@@ -117,7 +117,7 @@ def says_until_stopped(
     nanoseconds: int = 1_000,
     cached: int = 0,
 ) -> Script:
-    """These messages; then so many choices end when told to, each with one token too many."""
+    """These messages; then `choices` choices end when stopped, each with one token too many."""
 
     async def script(start: pb.StartGeneration, stops: Stops) -> AsyncIterator[pb.GenerateResponse]:
         for message in messages:
@@ -131,7 +131,7 @@ def says_until_stopped(
 
 
 def stalls_after(messages: Sequence[pb.GenerateResponse]) -> Script:
-    """These messages, then nothing for good."""
+    """These messages, then the stream hangs forever."""
 
     async def script(start: pb.StartGeneration, stops: Stops) -> AsyncIterator[pb.GenerateResponse]:
         for message in messages:
@@ -153,7 +153,7 @@ def fails_after(messages: Sequence[pb.GenerateResponse], error: Exception) -> Sc
 
 
 def message_of(*updates: pb.SequenceUpdate) -> pb.GenerateResponse:
-    """One message; updates of the same choice are put together, as there is at most one of it."""
+    """One message; updates of the same choice are merged, as a message has at most one for each."""
     merged: dict[int, pb.SequenceUpdate] = {}
     for one in updates:
         if one.index in merged:
@@ -184,6 +184,6 @@ def finish(
 
 
 def code_of(error: grpc.aio.AioRpcError) -> tuple[str, str | None]:
-    """Our code and the field that is wrong."""
+    """Our error code and the field it names."""
     fault = from_rpc_error(error)
     return fault.code, fault.param

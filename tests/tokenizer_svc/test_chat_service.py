@@ -1,4 +1,4 @@
-"""ChatService over a scripted generator: what a caller gets, and what the generator is told."""
+"""ChatService with a scripted generator: what callers get, and what the generator receives."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -50,7 +50,7 @@ def text(events: Events, index: int = 0) -> str:
 
 
 async def test_a_stream_is_header_deltas_usage(stage: Stage) -> None:
-    """In this order; the finish delta has no content, and the stop token no text."""
+    """A stream has this order; the finish delta has no content, and the stop token no text."""
     token_ids = stage.encode("The capital \U0001fae0")
     stage.generator.script = says([*one_by_one(token_ids), ended(len(token_ids) + 1, cached=5)])
     events = await stage.stream()
@@ -68,7 +68,7 @@ async def test_a_stream_is_header_deltas_usage(stage: Stage) -> None:
 
 
 async def test_the_unary_call_gives_the_same(stage: Stage) -> None:
-    """Both calls answer the same request with the same text, reason and usage."""
+    """The unary call answers the same request with the same text, finish reason and usage."""
     token_ids = stage.encode("Hello there")
     stage.generator.script = says([*one_by_one(token_ids), ended(len(token_ids) + 1)])
     events = await stage.stream()
@@ -81,7 +81,7 @@ async def test_the_unary_call_gives_the_same(stage: Stage) -> None:
 
 
 async def test_only_a_unary_call_wants_its_answer_whole(stage: Stage) -> None:
-    """Nobody reads it before the end; but a stop string has to be seen when it comes."""
+    """A unary answer is read only at the end, but stop strings must be noticed as they come."""
     stage.generator.script = says([*one_by_one(stage.encode("Hello")), ended(2)])
     await stage.stream()
     await stage.chat.CreateChatCompletion(stage.request())
@@ -91,7 +91,7 @@ async def test_only_a_unary_call_wants_its_answer_whole(stage: Stage) -> None:
 
 
 async def test_the_generator_gets_the_prompt_and_the_sampling(stage: Stage) -> None:
-    """What the caller left out stays left out, and the revision goes along."""
+    """What the caller omitted stays unset, and the revision is sent along."""
     stage.generator.script = says([ended(1)])
     await stage.stream(temperature=0.0, seed=-7, logit_bias={5: -1.5}, min_tokens=3)
     start = stage.generator.calls[0].start
@@ -114,7 +114,7 @@ async def test_the_generator_gets_the_prompt_and_the_sampling(stage: Stage) -> N
 
 
 async def test_sampling_goes_through_as_it_came(stage: Stage) -> None:
-    """Every field, those that only a newer generator knows among them."""
+    """Every sampling field is passed through unchanged, even one for newer generators only."""
     stage.generator.script = says([ended(1)])
     given: dict[str, Any] = {"temperature": 0.5, "top_p": 0.9, "top_k": -1, "min_p": 0.0}
     given |= {"presence_penalty": -2.0, "frequency_penalty": 2.0, "repetition_penalty": 1e-9}
@@ -129,7 +129,7 @@ async def test_sampling_goes_through_as_it_came(stage: Stage) -> None:
 
 
 async def test_the_longest_answer_is_what_was_asked_or_what_is_left(stage: Stage) -> None:
-    """A limit beyond the context is no error."""
+    """A limit beyond the context is not an error."""
     stage.generator.script = says([ended(1)])
     await stage.stream(max_completion_tokens=7)
     await stage.stream(max_completion_tokens=100_000)
@@ -140,7 +140,7 @@ async def test_the_longest_answer_is_what_was_asked_or_what_is_left(stage: Stage
 
 
 async def test_the_longest_answer_unless_told_otherwise(model: Model, model_folder: Path) -> None:
-    """Is the operator's, within what the context leaves; plain completions have OpenAI's."""
+    """The default is the operator's, if the context has room; plain completions have OpenAI's."""
     async with running(model, model_folder, default_max_tokens=20) as stage:
         stage.generator.script = says([ended(1)])
         await stage.stream()
@@ -162,7 +162,7 @@ async def test_the_longest_answer_unless_told_otherwise(model: Model, model_fold
 
 
 async def test_length_is_reported(stage: Stage) -> None:
-    """A choice that was cut off says so, and keeps its last token."""
+    """A choice that was cut off has the reason `length`, and keeps its last token."""
     token_ids = stage.encode("Hello there")
     last = message_of(update(0, token_ids), finish(0, LENGTH, len(token_ids)))
     stage.generator.script = says([last])
@@ -173,7 +173,7 @@ async def test_length_is_reported(stage: Stage) -> None:
 
 
 async def test_tokens_of_one_message_are_one_delta(stage: Stage) -> None:
-    """The generator coalesces, and so do we."""
+    """Tokens that the generator merged are one delta."""
     token_ids = stage.encode("one two three")
     stage.generator.script = says([message_of(update(0, token_ids)), ended(len(token_ids) + 1)])
 
@@ -181,7 +181,7 @@ async def test_tokens_of_one_message_are_one_delta(stage: Stage) -> None:
 
 
 async def test_a_stop_string_ends_the_choice_at_once(stage: Stage) -> None:
-    """The generator is told, what it still says is dropped, and its exact time is reported."""
+    """The generator is told to stop, later tokens are dropped, and its device time is exact."""
     token_ids = stage.encode("one two END three")
     stage.generator.script = says_until_stopped(one_by_one(token_ids))
     events = await stage.stream(stop=["never", "END"])
@@ -196,7 +196,7 @@ async def test_a_stop_string_ends_the_choice_at_once(stage: Stage) -> None:
 
 
 async def test_a_stop_string_in_the_last_message_needs_no_command(stage: Stage) -> None:
-    """The generator is done anyway."""
+    """The generator has already finished, so it is not told to stop."""
     token_ids = stage.encode("one END")
     last = message_of(update(0, token_ids), finish(0, LENGTH, len(token_ids)))
     stage.generator.script = says([last])
@@ -208,7 +208,7 @@ async def test_a_stop_string_in_the_last_message_needs_no_command(stage: Stage) 
 
 
 async def test_text_held_back_comes_at_the_end(stage: Stage) -> None:
-    """What began like a stop string and was none is text, and the last delta has it."""
+    """Text that might have become a stop string but did not is part of the last delta."""
     token_ids = stage.encode("one EN")
     stage.generator.script = says([*one_by_one(token_ids), ended(len(token_ids) + 1)])
     found = deltas(await stage.stream(stop=["END"]))
@@ -219,7 +219,7 @@ async def test_text_held_back_comes_at_the_end(stage: Stage) -> None:
 
 
 async def test_min_tokens_delays_stop_strings(stage: Stage) -> None:
-    """A match within the first tokens is text; a later one ends the choice."""
+    """A match within the first `min_tokens` tokens is text; a later one ends the choice."""
     token_ids = stage.encode("ENDa bcd END")
     stage.generator.script = says_until_stopped(one_by_one(token_ids))
     events = await stage.stream(stop=["END"], min_tokens=len(stage.encode("ENDa")))
@@ -228,7 +228,7 @@ async def test_min_tokens_delays_stop_strings(stage: Stage) -> None:
 
 
 async def test_choices_interleave_and_finish_apart(stage: Stage) -> None:
-    """Each has its own text, stop string and end; usage adds them up, the prompt once."""
+    """Each choice has its own text, stop string and end; usage counts the prompt once."""
     first, second = stage.encode("a STOP b"), stage.encode("other text")
     messages = [message_of(update(0, first[:1]), update(1, second[:1]))]
     messages += [message_of(update(0, first[1:]), update(1, second[1:]))]
@@ -245,7 +245,7 @@ async def test_choices_interleave_and_finish_apart(stage: Stage) -> None:
 
 
 async def test_ignored_eos_has_no_text(stage: Stage) -> None:
-    """The choice goes on past it."""
+    """The choice continues after an EOS token."""
     token_ids = [*stage.encode("one"), IM_END, *stage.encode(" two")]
     last = message_of(finish(0, LENGTH, len(token_ids)))
     stage.generator.script = says([*one_by_one(token_ids), last])
@@ -256,7 +256,7 @@ async def test_ignored_eos_has_no_text(stage: Stage) -> None:
 
 
 def scored(token_ids: Sequence[int]) -> list[generator_pb2.GenerateResponse]:
-    """One message per token; the top list is the token and the letter "a"."""
+    """One message per token, with the token itself and the letter "a" as its top_logprobs."""
     return [
         message_of(
             update(
@@ -274,7 +274,7 @@ def scored(token_ids: Sequence[int]) -> list[generator_pb2.GenerateResponse]:
 
 
 async def test_logprobs_come_with_the_text_they_complete(stage: Stage) -> None:
-    """Every token has an entry with its true bytes, the stop token has none."""
+    """Every token has an entry with its exact bytes; the stop token has none."""
     token_ids = stage.encode("a \U0001fae0!")
     stage.generator.script = says([*scored(token_ids), ended(len(token_ids) + 1)])
     found = deltas(await stage.stream(logprobs=True, top_logprobs=2))
@@ -291,7 +291,7 @@ async def test_logprobs_come_with_the_text_they_complete(stage: Stage) -> None:
 
 
 async def test_logprobs_end_where_a_stop_string_begins(stage: Stage) -> None:
-    """Tokens of which some text remains are reported, those wholly cut away are not."""
+    """Tokens that contribute text are reported, those cut off entirely are not."""
     token_ids = stage.encode("one xSTOP")
     stage.generator.script = says_until_stopped(scored(token_ids))
     answer = await stage.chat.CreateChatCompletion(stage.request(logprobs=True, stop=["STOP"]))
@@ -304,7 +304,7 @@ async def test_logprobs_end_where_a_stop_string_begins(stage: Stage) -> None:
 
 
 async def test_logprobs_without_alternatives(stage: Stage) -> None:
-    """Asking for none still asks for the tokens' own."""
+    """`logprobs` without `top_logprobs` still requests those of the tokens themselves."""
     stage.generator.script = says([ended(1)])
     await stage.stream(logprobs=True)
 
@@ -313,7 +313,7 @@ async def test_logprobs_without_alternatives(stage: Stage) -> None:
 
 
 async def test_a_prompt_as_long_as_the_context_is_refused(stage: Stage) -> None:
-    """The words are those that client libraries look for; the generator is not asked."""
+    """The message has the phrase that client libraries look for; the generator is not called."""
     for content in ("word " * CONTEXT_LENGTH, "word " * 1_000_000):
         with pytest.raises(grpc.aio.AioRpcError, match=str(CONTEXT_LENGTH)) as refused:
             await stage.stream(messages=[user(content)])
@@ -325,7 +325,7 @@ async def test_a_prompt_as_long_as_the_context_is_refused(stage: Stage) -> None:
 
 
 async def test_the_generators_own_limit_counts(stage: Stage) -> None:
-    """Its slots may be shorter than the model's context."""
+    """The generator's slots may be shorter than the model's context."""
     stage.generator.context_length = 200
     await stage.stop_generator()
     await stage.start_generator()
@@ -337,7 +337,7 @@ async def test_the_generators_own_limit_counts(stage: Stage) -> None:
 
 
 async def available(stage: Stage) -> None:
-    """Waits until the stage is told of a generator that was started anew."""
+    """Waits until the stage has found the restarted generator."""
     stage.generator.script = says([ended(1)])
     for _ in range(500):
         try:
@@ -356,7 +356,7 @@ async def available(stage: Stage) -> None:
 async def test_a_caller_that_leaves_takes_the_generation_along(
     stage: Stage, streaming: bool
 ) -> None:
-    """The generator's call is cancelled, whichever way the answer was to come."""
+    """The generator's call is cancelled, for unary calls and for streams."""
     stage.generator.script = stalls_after(one_by_one(stage.encode("one")))
     if streaming:
         call = stage.chat.StreamChatCompletion(stage.request())
@@ -370,7 +370,7 @@ async def test_a_caller_that_leaves_takes_the_generation_along(
 
 
 async def test_a_caller_that_leaves_before_the_first_token(stage: Stage) -> None:
-    """Queued requests are cancelled as well."""
+    """Queued requests are cancelled too."""
     stage.generator.script = stalls_after([])
     call = stage.chat.StreamChatCompletion(stage.request())
     await stage.generator.called.wait()
@@ -380,7 +380,7 @@ async def test_a_caller_that_leaves_before_the_first_token(stage: Stage) -> None
 
 
 async def test_the_deadline_goes_down_and_ends_everything(stage: Stage) -> None:
-    """The generator sees the time that is left."""
+    """The generator is given the remaining time, and its call is cancelled when that is over."""
     stage.generator.script = stalls_after([])
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await stage.chat.CreateChatCompletion(stage.request(), timeout=0.5)
@@ -391,7 +391,7 @@ async def test_the_deadline_goes_down_and_ends_everything(stage: Stage) -> None:
 
 
 async def test_the_request_id_goes_down(stage: Stage) -> None:
-    """So does the trace parent."""
+    """The request id and the trace parent reach the generator."""
     parent = f"00-{'a' * 32}-{'b' * 16}-01"
     stage.generator.script = says([ended(1)])
     metadata = (("x-request-id", "req-7"), ("traceparent", parent))
@@ -402,7 +402,7 @@ async def test_the_request_id_goes_down(stage: Stage) -> None:
 
 
 async def test_the_generators_refusal_is_passed_on(stage: Stage) -> None:
-    """With its code and the time to wait."""
+    """The caller gets the generator's code."""
     stage.generator.script = fails_after([], ServiceError("queue_full", "full", retry_after=7))
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await stage.stream()
@@ -412,7 +412,7 @@ async def test_the_generators_refusal_is_passed_on(stage: Stage) -> None:
 
 
 async def test_a_fault_in_the_middle_ends_the_stream(stage: Stage) -> None:
-    """What was said before stays said, and the fault's text stays in."""
+    """The caller keeps the text sent so far; the error's details are not revealed."""
     fault = RuntimeError("secret")
     stage.generator.script = fails_after(one_by_one(stage.encode("one")), fault)
     call = stage.chat.StreamChatCompletion(stage.request())
@@ -427,7 +427,7 @@ async def test_a_fault_in_the_middle_ends_the_stream(stage: Stage) -> None:
 
 
 async def test_a_generator_that_ends_early_is_a_fault(stage: Stage) -> None:
-    """An answer without its end is never taken for a whole one."""
+    """A truncated answer is never mistaken for a complete one."""
     stage.generator.script = says(one_by_one(stage.encode("one")))
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await stage.chat.CreateChatCompletion(stage.request())
@@ -436,7 +436,7 @@ async def test_a_generator_that_ends_early_is_a_fault(stage: Stage) -> None:
 
 
 async def test_metrics_add_up(stage: Stage) -> None:
-    """Requests, tokens and latencies are counted, and nothing is left in flight."""
+    """Requests, tokens and latencies are counted, and none is left in flight."""
     token_ids = stage.encode("one two three")
     stage.generator.script = says([*one_by_one(token_ids), ended(len(token_ids) + 1)])
     await stage.stream()
@@ -472,8 +472,9 @@ async def test_metrics_add_up(stage: Stage) -> None:
 
 
 async def test_requests_end_once_and_in_vllms_words(stage: Stage) -> None:
-    """A request of two choices is one; what was cut is length, who left is abort, a fault is error,
-    and the lengths' counts and sums are those of all of them."""
+    """A request with two choices counts once, as `length` if one of them was cut off; a
+    disconnected caller counts as `abort`, a failure as `error`; prompt and generation lengths cover
+    all of them."""
     names = {"model_name": "tiny"}
     value = stage.metrics.registry.get_sample_value
 
@@ -510,7 +511,7 @@ async def test_requests_end_once_and_in_vllms_words(stage: Stage) -> None:
 
 
 async def test_the_generator_is_told_what_became_of_its_tokens(stage: Stage) -> None:
-    """Tokens as the caller's usage has them, and each reason once, before its call ends."""
+    """It reports the caller's usage and each finish reason once, before the call ends."""
     token_ids = stage.encode("Hello")
 
     async def script(start: Any, stops: Any) -> AsyncIterator[generator_pb2.GenerateResponse]:

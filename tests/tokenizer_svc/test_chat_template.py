@@ -1,4 +1,4 @@
-"""Chat templates as Hugging Face means them."""
+"""Chat templates are interpreted as by Hugging Face's transformers."""
 
 import re
 from datetime import datetime
@@ -18,7 +18,7 @@ def render(source: str, **tokens: str) -> str:
 
 
 def test_the_file_comes_before_the_configuration() -> None:
-    """chat_template.jinja wins; without it tokenizer_config.json has the template."""
+    """chat_template.jinja wins; without it the template is in tokenizer_config.json."""
     config = {"chat_template": "from config"}
 
     assert "from file" == ChatTemplate.from_config(config, "from file").render(HELLO)
@@ -26,7 +26,7 @@ def test_the_file_comes_before_the_configuration() -> None:
 
 
 def test_of_several_templates_the_default_is_taken() -> None:
-    """tokenizer_config.json may have a list."""
+    """tokenizer_config.json may have a list of named templates."""
     config = {
         "chat_template": [
             {"name": "tool_use", "template": "tools"},
@@ -39,7 +39,7 @@ def test_of_several_templates_the_default_is_taken() -> None:
 
 @pytest.mark.parametrize("config", [{}, {"chat_template": None}])
 def test_without_a_template_conversations_are_refused(config: dict[str, Any]) -> None:
-    """In words that say what the model is good for."""
+    """The error says which endpoint the model can be used with."""
     with pytest.raises(ServiceError, match="send a prompt to /v1/completions") as refused:
         ChatTemplate.from_config(config, None).render(HELLO)
 
@@ -47,7 +47,7 @@ def test_without_a_template_conversations_are_refused(config: dict[str, Any]) ->
 
 
 def test_a_template_that_is_none_is_an_error() -> None:
-    """As is a list without a default."""
+    """An invalid template is an error, and so is a list without a default."""
     for template in ([{"name": "rag", "template": "x"}], 5, {"default": "x"}):
         with pytest.raises(ChatTemplateError):
             ChatTemplate.from_config({"chat_template": template}, None)
@@ -56,7 +56,7 @@ def test_a_template_that_is_none_is_an_error() -> None:
 
 
 def test_named_tokens_are_text_or_objects() -> None:
-    """bos_token may be written in both ways; what is absent is undefined."""
+    """bos_token may be a string or an object; an absent token is undefined."""
     config = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": None}
     source = "{{ bos_token }}{{ eos_token }}{{ pad_token is defined }}"
 
@@ -64,40 +64,40 @@ def test_named_tokens_are_text_or_objects() -> None:
 
 
 def test_json_is_written_as_it_is() -> None:
-    """No escapes of HTML or of letters outside ASCII."""
+    """`tojson` does not escape HTML or non-ASCII characters."""
     assert '{"a": "<é>"}' == render("{{ {'a': '<é>'} | tojson }}")
     assert '{\n  "a": 1\n}' == render("{{ {'a': 1} | tojson(indent=2) }}")
 
 
 def test_loops_can_be_left() -> None:
-    """`break` and `continue` are there."""
+    """`break` and `continue` are supported."""
     source = "{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}"
 
     assert "01" == render(source)
 
 
 def test_generation_blocks_are_their_body() -> None:
-    """They matter to training only."""
+    """They matter only in training."""
     assert "a Hello b" == render("a {% generation %}{{ messages[0].content }}{% endgeneration %} b")
 
 
 def test_templates_may_keep_lists() -> None:
-    """Kimi's does: it notes the ids of calls, and takes them out again at their results."""
+    """Kimi's does: it records the ids of calls, and removes them when their results come."""
     assert "b" == render("{% set l = [] %}{% set _ = l.extend(['a', 'b']) %}{{ l.pop() }}")
 
 
 def test_what_a_filter_makes_can_be_json() -> None:
-    """As where tools are mapped to their functions."""
+    """`tojson` takes what `map` returns, as in templates that map tools to their functions."""
     assert '["Hello"]' == render("{{ messages | map(attribute='content') | tojson }}")
 
 
 def test_white_space_around_blocks_goes() -> None:
-    """As `trim_blocks` and `lstrip_blocks` have it."""
+    """White space is removed as with `trim_blocks` and `lstrip_blocks`."""
     assert "x\ny" == render("  {% if true %}\nx\n  {% endif %}\ny")
 
 
 def test_the_date_is_known() -> None:
-    """Templates may write today's date."""
+    """`strftime_now` gives today's date."""
     assert str(datetime.now().astimezone().year) == render("{{ strftime_now('%Y') }}")
 
 
@@ -112,7 +112,7 @@ def test_the_date_is_known() -> None:
     ],
 )
 def test_a_template_that_fails_refuses_the_messages(source: str) -> None:
-    """What it cannot do is the caller's error, and the sandbox's limits are such errors too."""
+    """A template's failure is the caller's error, and so is hitting the sandbox's limits."""
     with pytest.raises(ServiceError) as refused:
         render(source)
 
@@ -120,6 +120,6 @@ def test_a_template_that_fails_refuses_the_messages(source: str) -> None:
 
 
 def test_the_templates_own_words_reach_the_caller() -> None:
-    """Its author wrote them for whoever sends the messages."""
+    """What a template's author wrote in `raise_exception` is for the caller."""
     with pytest.raises(ServiceError, match=re.escape("roles must alternate")):
         ChatTemplate(LLAMA2, {"bos_token": "<s>"}).render(HELLO * 2)

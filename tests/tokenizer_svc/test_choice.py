@@ -1,4 +1,4 @@
-"""A choice against decoding and searching its whole text, however its tokens come."""
+"""Decoding a choice in pieces gives what decoding and searching its whole text gives."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,7 +26,7 @@ TOKENIZER = Tokenizer(byte_level())
 def run(
     token_ids: list[int], sizes: list[int], stops: list[str]
 ) -> tuple[ChoiceDecoder, list[Delta]]:
-    """All tokens, in messages of these sizes, then the end by length."""
+    """All tokens, in messages of these sizes, then a finish by length."""
     return read_tokens(token_ids, sizes, DecodingOptions(stops=StopStrings(stops)))
 
 
@@ -44,7 +44,7 @@ sizes = st.lists(st.integers(0, 4), max_size=8)
 def test_the_text_is_that_before_the_first_stop_string(
     text: str, sizes: list[int], stops: list[str]
 ) -> None:
-    """One delta at most for each message, one with the reason at the end, and nothing after."""
+    """At most one delta per message; the last has the finish reason, and nothing follows."""
     _, deltas = run(TOKENIZER.encode(text), sizes, stops)
     expected, stop = search(text, stops)
 
@@ -60,7 +60,7 @@ def test_the_text_is_that_before_the_first_stop_string(
 def test_log_probabilities_cover_the_text_and_no_more(
     text: str, sizes: list[int], stops: list[str]
 ) -> None:
-    """They never run ahead of it, but for the last token when a stop string cuts it."""
+    """They are never ahead of the text, except for the last token when a stop string cuts it."""
     _, deltas = run(TOKENIZER.encode(text), sizes, stops)
     expected, stop = search(text, stops)
     shown, covered = b"", b""
@@ -77,7 +77,7 @@ def test_log_probabilities_cover_the_text_and_no_more(
 def test_tokens_are_counted_to_the_one_that_completed_the_stop_string(
     text: str, sizes: list[int], stops: list[str]
 ) -> None:
-    """Not to the end of the message it came in."""
+    """Later tokens of the same message do not count."""
     token_ids = TOKENIZER.encode(text)
     choice, _ = run(token_ids, sizes, stops)
     counts = range(1, len(token_ids) + 1)
@@ -95,7 +95,7 @@ words = st.lists(
 def test_reasoning_is_apart_and_stop_strings_mind_the_rest(
     text: str, sizes: list[int], stops: list[str], include: bool
 ) -> None:
-    """What is reasoned is never searched, and log-probabilities are of the answer's text alone."""
+    """Stop strings are not searched for in reasoning; log-probabilities cover only the answer."""
     options = DecodingOptions(
         parser=lambda: ThinkingParser(Thinking.POSSIBLE, PlainParser()),
         stops=StopStrings(stops),
@@ -120,7 +120,7 @@ def test_reasoning_is_apart_and_stop_strings_mind_the_rest(
 def read_tokens(
     token_ids: list[int], sizes: list[int], options: DecodingOptions
 ) -> tuple[ChoiceDecoder, list[Delta]]:
-    """All tokens, in messages of these sizes, then the end by length."""
+    """All tokens, in messages of these sizes, then a finish by length."""
     choice = ChoiceDecoder(0, TOKENIZER, options)
     deltas, rest = [], list(token_ids)
     for size in sizes:

@@ -1,4 +1,4 @@
-"""CompletionService over a scripted generator."""
+"""CompletionService with a scripted generator."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -43,7 +43,7 @@ def request(*given: str | Sequence[int], **fields: Any) -> completion_pb2.Create
 
 
 def continues(stage: Stage, text: str = " and so on", scored: bool = False) -> Script:
-    """Each choice goes on with its number and the text, until its end or until it is stopped."""
+    """Each choice is its number and the text, until it ends or is stopped."""
 
     async def script(
         start: generator_pb2.StartGeneration, stops: Stops
@@ -63,7 +63,7 @@ async def events(stage: Stage, asked: Any) -> list[completion_pb2.StreamCompleti
 
 
 async def test_a_prompt_is_continued(stage: Stage) -> None:
-    """Header, deltas, usage; the id says that it is no chat."""
+    """The stream has a header, deltas and usage; the id has the prefix of plain completions."""
     stage.generator.script = continues(stage)
     seen = await events(stage, request("Once upon"))
     header, usage = seen[0].header, seen[-1].usage
@@ -78,7 +78,7 @@ async def test_a_prompt_is_continued(stage: Stage) -> None:
 
 
 async def test_prompts_and_choices(stage: Stage) -> None:
-    """Choice i of prompt p is number p * n + i; usage is over all of them."""
+    """Choice i of prompt p is number p * n + i; usage covers all of them."""
     stage.generator.script = continues(stage)
     asked = request("one", [70, 71], "three", options=options(n=2, max_completion_tokens=9))
     answer = await stage.completions.CreateCompletion(asked)
@@ -93,7 +93,7 @@ async def test_prompts_and_choices(stage: Stage) -> None:
 
 
 async def test_prompts_may_spell_out_control_tokens(stage: Stage) -> None:
-    """A conversation that the caller has rendered is what the model was trained on."""
+    """Control tokens in a prompt that the caller rendered are encoded as control tokens."""
     stage.generator.script = continues(stage)
     text = "<|im_start|>user\nHi<|im_end|>\n"
     await stage.completions.CreateCompletion(request(text, add_special_tokens=False))
@@ -104,7 +104,7 @@ async def test_prompts_may_spell_out_control_tokens(stage: Stage) -> None:
 
 
 async def test_an_echo_comes_first(stage: Stage) -> None:
-    """In every choice, whether its prompt was text or tokens."""
+    """Every choice begins with its prompt, whether that was text or tokens."""
     stage.generator.script = continues(stage)
     asked = request("Say: ", stage.encode("Tokens: "), echo=True, options=options(n=2))
     answer = await stage.completions.CreateCompletion(asked)
@@ -119,8 +119,8 @@ async def test_an_echo_comes_first(stage: Stage) -> None:
 
 
 async def test_an_echo_has_logprobs(stage: Stage) -> None:
-    """Those of the prompt's tokens, the first of which has none, then those of the answer's, each
-    where its text begins."""
+    """Log-probabilities cover the prompt's tokens, of which the first has none, and then the
+    answer's, each with the offset of its text."""
     text = "<|im_start|>Say 🫠: "
     token_ids = [1, *stage.encode("Say 🫠: ")]
     answers = continues(stage, "!", scored=True)
@@ -156,8 +156,8 @@ async def test_an_echo_has_logprobs(stage: Stage) -> None:
 
 
 async def test_a_completion_keeps_its_first_space(tmp_path: Path) -> None:
-    """SentencePiece writes every text with a space before it: behind a prompt, it is the space
-    between the two; also where a chat's last message is continued."""
+    """SentencePiece puts a space before every text: after a prompt, and where a chat's last message
+    is continued, it separates the two."""
     folder = write_model(tmp_path / "tiny", tokenizer=byte_fallback(), eos_token="</s>")
     score = generator_pb2.TokenLogprobs(logprob=-1.0)
     async with running(load_model(folder), folder) as stage:
@@ -196,7 +196,7 @@ async def test_a_completion_keeps_its_first_space(tmp_path: Path) -> None:
 
 
 async def test_logprobs_have_places(stage: Stage) -> None:
-    """Each token's is where its text begins in the choice's."""
+    """Each token has the offset at which its text begins."""
     stage.generator.script = continues(stage, " é\U0001fae0!", scored=True)
     answer = await stage.completions.CreateCompletion(request("x", logprobs=2))
     [choice] = answer.choices
@@ -211,7 +211,7 @@ async def test_logprobs_have_places(stage: Stage) -> None:
 
 
 async def test_stop_strings_may_be_kept(stage: Stage) -> None:
-    """They end a choice, and are part of its text where that is wanted."""
+    """Stop strings end a choice, and are part of its text if include_stop_str_in_output is set."""
     stage.generator.script = continues(stage)
     for keep, expected in ((False, "0 and "), (True, "0 and so")):
         asked = request("x", options=options(stop=["so"], include_stop_str_in_output=keep))
@@ -222,8 +222,8 @@ async def test_stop_strings_may_be_kept(stage: Stage) -> None:
 
 @pytest.mark.parametrize("scored", [False, True])
 async def test_a_stop_token_may_be_kept(stage: Stage, scored: bool) -> None:
-    """One that the caller has named, where that is wanted, with its log-probability; the model's
-    own are left out in any case."""
+    """A stop token that the caller named is kept on request, with its log-probability; the model's
+    own stop tokens never are."""
 
     async def script(
         start: generator_pb2.StartGeneration, stops: Stops
@@ -245,7 +245,7 @@ async def test_a_stop_token_may_be_kept(stage: Stage, scored: bool) -> None:
 
 
 async def test_control_tokens_may_be_shown(stage: Stage) -> None:
-    """They are left out unless one wants to see them; log-probabilities are of all tokens."""
+    """Control tokens are left out unless the caller asks for them; all tokens have logprobs."""
 
     async def script(
         start: generator_pb2.StartGeneration, stops: Stops
@@ -265,7 +265,7 @@ async def test_control_tokens_may_be_shown(stage: Stage) -> None:
 
 
 async def test_options_reach_the_generator(stage: Stage) -> None:
-    """Sampling, endings and the constraint, the same for every prompt."""
+    """Sampling, stop conditions and the constraint are sent with every prompt."""
     stage.generator.script = continues(stage)
     given = options(
         temperature=0.5,
@@ -284,7 +284,7 @@ async def test_options_reach_the_generator(stage: Stage) -> None:
 
 
 async def test_one_prompts_fault_ends_all(stage: Stage) -> None:
-    """The others are cancelled, and the caller is told."""
+    """If one prompt fails, the others are cancelled and the caller gets the error."""
     fault = ServiceError("queue_full", "full", retry_after=3)
     began = asyncio.Event()
 
@@ -308,7 +308,7 @@ async def test_one_prompts_fault_ends_all(stage: Stage) -> None:
 
 
 async def test_a_caller_that_leaves_takes_all_generations_along(stage: Stage) -> None:
-    """Whichever of them was being read."""
+    """All of them are cancelled, whichever was being read."""
 
     async def script(
         start: generator_pb2.StartGeneration, stops: Stops

@@ -1,4 +1,4 @@
-"""Control tokens in a text, searched for step by step, against one search of the whole."""
+"""Searching a text for control tokens step by step finds what one search of the whole finds."""
 
 import random
 import re
@@ -15,7 +15,7 @@ ANY = "|".join(map(re.escape, sorted(TOKENS, key=len, reverse=True)))
 
 @pytest.mark.parametrize("step", [1, 2, 3, 5, 1_000])
 def test_steps_change_nothing(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Wherever a step ends, the longest token at each place is found, and each only once."""
+    """Wherever a step ends, the longest token at each position is found, and found once."""
     monkeypatch.setattr(control_tokens, "_STEP_CHARACTERS", step)
     draw, escaper = random.Random(step), ControlTokenEscaper(TOKENS)
     for _ in range(500):

@@ -1,7 +1,7 @@
-"""Answers that end early, cut at every character and at every token: no markup ever shows.
+"""Answers cut off at every character and at every token never show markup.
 
-Complete answers with reasoning, text and calls are the oracle: whatever is cut off, what is left is
-a beginning of what the whole answer gives, a call as far as it goes.
+Complete answers with reasoning, text and calls are the reference: a truncated answer is a prefix of
+the complete one, with its last call as far as it goes.
 """
 
 from collections.abc import AsyncIterator, Callable
@@ -104,9 +104,10 @@ COMPLETE: dict[str, tuple[Callable[[], Parser], str, Result]] = {
 
 
 def check_beginning(part: Result, whole: Result) -> None:
-    """`part` is a beginning of `whole`, but for white space before a marker, which is nobody's.
+    """`part` is a prefix of `whole`, apart from white space before a marker, which belongs to
+    neither.
 
-    A character that was cut in two shows as U+FFFD.
+    A character cut in two shows as U+FFFD.
     """
     reasoning, content, calls = part
     assert whole[0].startswith(reasoning.rstrip("\ufffd").rstrip())
@@ -121,7 +122,7 @@ def check_beginning(part: Result, whole: Result) -> None:
 
 @pytest.mark.parametrize("name", COMPLETE)
 def test_cut_at_every_character(name: str) -> None:
-    """Where markers are letters; the pieces in which the output comes make no difference."""
+    """Markers are spelled out in letters here; how the output is split makes no difference."""
     parser, output, whole = COMPLETE[name]
     assert whole == read(parser(), [output])
     lengths = []
@@ -140,7 +141,7 @@ def test_cut_at_every_character(name: str) -> None:
 
 @dataclass(frozen=True)
 class Spoken:
-    """What a model of a family writes, part by part, with all that it can write."""
+    """What a model of a family writes, part by part, using everything its format allows."""
 
     template: str
     tokenizer: str
@@ -201,7 +202,7 @@ SPOKEN = {
         "",
     ),
 }
-# The marker of calls is spelled out in several tokens, so that an end can cut it in two.
+# The marker of calls takes several tokens here, so that the end of an answer can cut it in two.
 SPELLED = ("smollm2", "deepseek")
 REQUIRED = chat_pb2.ToolChoice(mode=chat_pb2.TOOL_CHOICE_MODE_REQUIRED)
 NAMED = chat_pb2.ToolChoice(mode=chat_pb2.TOOL_CHOICE_MODE_FUNCTION, function_name="add")
@@ -212,7 +213,7 @@ TOOLS = [ADD, NOW]
 async def spoken(
     request: pytest.FixtureRequest, tmp_path: Path
 ) -> AsyncIterator[tuple[Stage, Spoken]]:
-    """A model of the family that the test names, and what it says."""
+    """A model of the family that the test names, and what it writes."""
     said = SPOKEN[request.param]
     folder = write_model(tmp_path / "tiny", said.template, said.tokenizer, context_length=4096)
     model = load_model(folder)
@@ -225,7 +226,7 @@ def of(*names: str) -> Any:
 
 
 def say(stage: Stage, token_ids: list[int], reason: Any, size: int = 1) -> None:
-    """The model says these tokens, `size` to a message, and ends for this reason."""
+    """The model writes these tokens, `size` per message, and ends for this reason."""
     parts = [token_ids[at : at + size] for at in range(0, len(token_ids), size)]
     end = [2] if reason is STOP_TOKEN else []
     last = message_of(update(0, end), finish(0, reason, len(token_ids) + len(end)))
@@ -233,7 +234,7 @@ def say(stage: Stage, token_ids: list[int], reason: Any, size: int = 1) -> None:
 
 
 async def whole(stage: Stage, **fields: Any) -> tuple[Result, Any]:
-    """What the unary call answers, and why it ended."""
+    """What the unary call returns, and its finish reason."""
     answer = await stage.chat.CreateChatCompletion(stage.request(**fields))
     [choice] = answer.choices
     calls = [(call.name, call.arguments) for call in choice.tool_calls]
@@ -241,7 +242,7 @@ async def whole(stage: Stage, **fields: Any) -> tuple[Result, Any]:
 
 
 async def streamed(stage: Stage, **fields: Any) -> tuple[Result, Any]:
-    """What a stream says, put together, and why it ended."""
+    """What a stream says, joined, and its finish reason."""
     deltas = [e.delta for e in await stage.stream(**fields) if e.HasField("delta")]
     reasoning = "".join(delta.reasoning_content for delta in deltas)
     content = "".join(delta.content for delta in deltas)
@@ -255,7 +256,7 @@ async def streamed(stage: Stage, **fields: Any) -> tuple[Result, Any]:
 
 @of(*SPOKEN)
 async def test_cut_at_every_token(spoken: tuple[Stage, Spoken]) -> None:
-    """By the longest answer: `length`, and the stream says what the unary call does."""
+    """Cut off at any token, an answer has the reason `length`, and a stream says the same."""
     stage, said = spoken
     token_ids = ids(stage, said.output)
     for end in range(len(token_ids) + 1):
@@ -271,7 +272,7 @@ async def test_cut_at_every_token(spoken: tuple[Stage, Spoken]) -> None:
 
 @of(*(name for name in SPOKEN if name not in SPELLED))
 async def test_ended_at_every_token(spoken: tuple[Stage, Spoken]) -> None:
-    """By a stop token in the middle of it all: no markup either."""
+    """A stop token in the middle of a marker or call shows no markup either."""
     stage, said = spoken
     token_ids = ids(stage, said.output)
     for end in range(len(token_ids) + 1):
@@ -287,7 +288,7 @@ async def test_ended_at_every_token(spoken: tuple[Stage, Spoken]) -> None:
 async def test_a_forced_call_is_never_content(
     spoken: tuple[Stage, Spoken], choice: chat_pb2.ToolChoice
 ) -> None:
-    """However much of it there is, and whatever ended it, in the middle of a marker too."""
+    """This holds however much of the call there is and however it ended, even within a marker."""
     stage, said = spoken
     token_ids = ids(stage, said.thought + said.call)
     for reason in (LENGTH, STOP_TOKEN):
@@ -303,7 +304,7 @@ async def test_a_forced_call_is_never_content(
 @of(*SPOKEN)
 @pytest.mark.parametrize("reason", [LENGTH, STOP_TOKEN])
 async def test_stop_strings_find_no_markup(spoken: tuple[Stage, Spoken], reason: Any) -> None:
-    """Neither in a call nor in one that is cut off; what they end has no call behind it."""
+    """Stop strings do not match in calls, complete or not; no call follows a match in the text."""
     stage, said = spoken
     token_ids = ids(stage, said.output)
     call = len(ids(stage, said.thought + said.remark + said.call[:-4]))
@@ -324,7 +325,7 @@ STARTS = ("<", "<tool", "[", "[TOOL_", '{"city', "<|", "t", "to=", "\n")
 
 @of(*SPOKEN)
 async def test_text_is_never_lost(spoken: tuple[Stage, Spoken]) -> None:
-    """Not even what looks like a marker, unless that is spelled out and the answer was cut off."""
+    """Text that looks like a marker is kept, unless it was cut off and markers are plain text."""
     stage, said = spoken
     is_spelled = said in (SPOKEN[name] for name in SPELLED)
     harmony = said.thought.startswith("<|channel|>")
@@ -343,7 +344,7 @@ async def test_text_is_never_lost(spoken: tuple[Stage, Spoken]) -> None:
 
 @of(*SPOKEN)
 async def test_why_a_call_ended(spoken: tuple[Stage, Spoken]) -> None:
-    """A call that the caller named is no decision of the model's: `stop`, as OpenAI has it."""
+    """A call that the caller forced by name ends with `stop`, as OpenAI's do."""
     stage, said = spoken
     token_ids = ids(stage, said.thought + said.call)
     for choice, ended in (

@@ -1,4 +1,4 @@
-"""Incremental decoding against decoding at once."""
+"""Incremental decoding gives what decoding everything at once gives."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ def pieces(tokenizer: Tokenizer, token_ids: list[int]) -> list[str]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("text", TEXTS)
 def test_the_pieces_are_whole_characters_of_the_text(kind: str, text: str) -> None:
-    """No piece has a replacement character, and joined they are what decoding at once gives."""
+    """No piece has a replacement character, and joined they equal the text decoded at once."""
     tokenizer = KINDS[kind]
     token_ids = tokenizer.encode(text)
     found = pieces(tokenizer, token_ids)
@@ -51,7 +51,7 @@ def test_the_pieces_are_whole_characters_of_the_text(kind: str, text: str) -> No
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=st.text(st.characters(exclude_characters="▁", codec="utf-8"), max_size=30))
 def test_any_text_comes_back(kind: str, text: str) -> None:
-    """Also text that no one would write, but for the space of SentencePiece."""
+    """This includes text that nobody would write, except SentencePiece's own space character."""
     tokenizer = KINDS[kind]
 
     assert text == "".join(pieces(tokenizer, tokenizer.encode(text)))
@@ -59,14 +59,14 @@ def test_any_text_comes_back(kind: str, text: str) -> None:
 
 @given(token_ids=st.lists(st.integers(3, 480), max_size=30))
 def test_any_byte_level_tokens_decode_as_at_once(token_ids: list[int]) -> None:
-    """A model may make bytes that are no characters: they show as decoding at once shows them."""
+    """Bytes that are not valid characters show as they do when decoded at once."""
     tokenizer = KINDS["byte level"]
 
     assert tokenizer.decode(token_ids) == "".join(pieces(tokenizer, token_ids))
 
 
 def test_a_character_comes_with_its_last_byte() -> None:
-    """Not later: nothing but an unfinished character is held back."""
+    """Only an incomplete character is held back."""
     tokenizer = KINDS["byte fallback"]
     emoji = "\U0001fae0".encode()
     token_ids = [3 + byte for byte in emoji]
@@ -83,7 +83,7 @@ def test_only_the_first_space_of_a_sentencepiece_text_is_dropped() -> None:
 
 
 def test_unigram_with_metaspace() -> None:
-    """The same holds where Metaspace decodes."""
+    """The same holds for the Metaspace decoder."""
     tokenizer = Tokenizer(unigram())
     token_ids = tokenizer.encode("a b cd")
 
@@ -91,7 +91,7 @@ def test_unigram_with_metaspace() -> None:
 
 
 def test_control_tokens_have_no_text() -> None:
-    """They are skipped, even in the middle of a character."""
+    """Control tokens are skipped, even in the middle of a character."""
     tokenizer = KINDS["byte level"]
     first, *rest = tokenizer.encode("\U0001fae0")
 
@@ -99,7 +99,7 @@ def test_control_tokens_have_no_text() -> None:
 
 
 def test_unfinished_bytes_show_at_the_end() -> None:
-    """What never became a character is one replacement character."""
+    """An incomplete character at the end becomes one replacement character."""
     tokenizer = KINDS["byte level"]
     token_ids = tokenizer.encode("a\U0001fae0")[:-1]
 
@@ -107,12 +107,12 @@ def test_unfinished_bytes_show_at_the_end() -> None:
 
 
 def test_ids_beyond_the_tokenizer_have_no_text() -> None:
-    """Models pad their vocabulary; such an id says nothing."""
+    """Models pad their vocabulary; such ids decode to nothing."""
     assert ["", ""] == pieces(KINDS["byte level"], [99_999])
 
 
 def test_hidden_tokens_show_to_those_who_have_to_see_them() -> None:
-    """A parser's markers, or all of them for a caller who asks."""
+    """Control tokens are shown if they are a parser's markers, or if the caller asks for all."""
     tokenizer = KINDS["byte level"]
     token_ids = [1, *tokenizer.encode("a"), 2]
 

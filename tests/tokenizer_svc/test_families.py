@@ -1,4 +1,4 @@
-"""Parsers of the families' formats: what comes out, however the output is cut into pieces."""
+"""Parsers of the families' formats give the same result however the output is split into pieces."""
 
 import json
 import sys
@@ -43,7 +43,7 @@ Result = tuple[str, str, Calls]
 
 
 def read(parser: Parser, pieces: list[str], cut: Set[str] = frozenset()) -> Result:
-    """All segments put together; each text must stand where it says it does."""
+    """All segments joined; each text must be at the position it states."""
     whole, segments = "".join(pieces), []
     start = 0
     for piece in pieces:
@@ -160,7 +160,7 @@ OUTPUTS: list[tuple[str, str, Result]] = [
     ("qwen3", f"<think>a {HERMES_ADD}</think>{HERMES_ADD}", (f"a {HERMES_ADD}", "", [("add", A)])),
 ]
 
-# What looks like a call and is none is text, to the last character.
+# What looks like a call but is not one is text, down to the last character.
 MALFORMED: list[tuple[str, str]] = [
     ("hermes", "a <tool_call>\nadd(1, 2)\n</tool_call> b"),
     ("hermes", '<tool_call>{"name": "unknown", "arguments": {}}</tool_call>'),
@@ -193,19 +193,19 @@ MALFORMED: list[tuple[str, str]] = [
 
 @pytest.mark.parametrize(("family", "output", "expected"), OUTPUTS)
 def test_what_a_family_writes(family: str, output: str, expected: Result) -> None:
-    """Reasoning, text and calls are told apart; white space around calls is nobody's."""
+    """Reasoning, text and calls are told apart; white space around calls is dropped."""
     assert expected == read(PARSERS[family](), [output])
     assert expected == read(PARSERS[family](), list(output))
 
 
 @pytest.mark.parametrize(("family", "output"), MALFORMED)
 def test_malformed_calls_are_text(family: str, output: str) -> None:
-    """Nothing is lost, and nothing is a call."""
+    """No text is lost, and none of it becomes a call."""
     assert ("", output, []) == read(PARSERS[family](), [output])
     assert ("", output, []) == read(PARSERS[family](), list(output))
 
 
-# Where a call that was cut off is one, and where nothing is known of it.
+# Calls that were cut off: some are reported as far as they go, others not at all.
 UNFINISHED: list[tuple[str, str, Calls]] = [
     ("hermes", "<tool_call>", []),
     ("hermes", '\n<tool_call>\n{"name": "ad', []),
@@ -223,7 +223,7 @@ UNFINISHED: list[tuple[str, str, Calls]] = [
     ("mistral", "[TOOL_CALLS]", []),
     ("mistral", '[TOOL_CALLS] [{"name": "add"', [("add", "")]),
     ("mistral", f'[TOOL_CALLS][{{"name": "add", "arguments": {A}}}, {{"name', [("add", A)]),
-    ("mistral", "[TOOL_CALLS]add", []),  # it may be a longer name
+    ("mistral", "[TOOL_CALLS]add", []),  # it may be the beginning of a longer name
     ("mistral", "[TOOL_CALLS]add[", [("add", "")]),
     ("mistral", "[TOOL_CALLS]get_weather[CALL_ID]abc123", [("get_weather", "")]),
     ("mistral", "[TOOL_CALLS]add[ARGS]", [("add", "")]),
@@ -238,20 +238,20 @@ UNFINISHED: list[tuple[str, str, Calls]] = [
 
 @pytest.mark.parametrize(("family", "output", "calls"), UNFINISHED)
 def test_unfinished_calls_are_no_text(family: str, output: str, calls: Calls) -> None:
-    """They are reported as far as they go once the name is whole, and not at all before."""
+    """They are reported as far as they go once the name is complete, and not at all before."""
     assert ("", "", calls) == read(PARSERS[family](), [output])
     assert ("", "", calls) == read(PARSERS[family](), list(output))
 
 
 def test_a_call_without_arguments_in_harmony() -> None:
-    """An empty message to a function calls it, as an object without arguments does elsewhere."""
+    """An empty message to a function is a call without arguments, as in other formats."""
     output = "<|channel|>commentary to=functions.add<|message|> <|call|><|start|>"
 
     assert ("", "", [("add", "{}")]) == read(PARSERS["harmony"](), [output])
 
 
 def test_arguments_that_go_wrong_end_the_call() -> None:
-    """What went out cannot be taken back; the rest is text, and a later call is one."""
+    """What was sent cannot be taken back; the rest is text, and a later call is parsed."""
     output = f'<tool_call>{{"name": "add", "arguments": {{"a": tru? }}}}</tool_call>{HERMES_ADD}'
     expected = ("", "? }}</tool_call>", [("add", '{"a": tru'), ("add", A)])
 
@@ -260,7 +260,7 @@ def test_arguments_that_go_wrong_end_the_call() -> None:
 
 
 def test_space_before_a_call_that_goes_wrong_is_no_text() -> None:
-    """It stood before what went out as a call, and must not turn up behind it."""
+    """The space preceded what was sent as a call, and must not appear after it."""
     output = ' {"name": "add", "arguments": {?'
     expected = ("", "?", [("add", "{")])
 
@@ -269,7 +269,7 @@ def test_space_before_a_call_that_goes_wrong_is_no_text() -> None:
 
 
 def test_arguments_come_in_pieces() -> None:
-    """Each as soon as it is there; the name comes once, first."""
+    """Each piece is sent at once; the name comes first, and only once."""
     parser, start = PARSERS["hermes"](), 0
     seen: list[list[Segment]] = []
     for piece in ('<tool_call>\n{"name": "ad', 'd", "argu', 'ments": {"a"', ": 1", "}}", "\n"):
@@ -310,7 +310,7 @@ alphabet = st.sampled_from(
 def test_pieces_make_no_difference(
     family: str, pieces: list[str], cuts: list[int], markers: set[str]
 ) -> None:
-    """Any output gives the same, whole, in characters, and in any other pieces."""
+    """Any output gives the same result whole, character by character, and in any other pieces."""
     output = "".join(pieces)
     cut, position = [], 0
     for length in cuts:
@@ -325,7 +325,7 @@ def test_pieces_make_no_difference(
 @pytest.mark.parametrize("family", PARSERS)
 @given(pieces=st.lists(alphabet, max_size=14))
 def test_nothing_is_decided_that_is_held(family: str, pieces: list[str]) -> None:
-    """What comes out later stands behind all that was decided before."""
+    """Text that comes out later lies after everything that was decided before."""
     parser, start, decided = PARSERS[family](), 0, 0
     for piece in [*pieces, ""]:
         segments = parser.push(piece, start) if piece else parser.flush()
@@ -353,7 +353,7 @@ HOSTILE = {
 
 
 def operations(work: Callable[[], Any]) -> int:
-    """How many lines of Python ran."""
+    """The number of trace events while it runs, which is about the number of Python lines."""
     count = 0
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
@@ -373,7 +373,7 @@ def operations(work: Callable[[], Any]) -> int:
 @pytest.mark.parametrize("hostile", HOSTILE)
 @pytest.mark.parametrize("family", PARSERS)
 def test_time_is_linear(family: str, hostile: str) -> None:
-    """Twice the output is twice the work, in one piece and in characters."""
+    """Four times the output takes about four times the work, whole and character by character."""
     small, large = HOSTILE[hostile](1_000), HOSTILE[hostile](4_000)
     whole = [operations(lambda text=text: read_raw(family, [text])) for text in (small, large)]
     single = [operations(lambda text=text: read_raw(family, [*text])) for text in (small, large)]
@@ -394,5 +394,5 @@ def read_raw(family: str, pieces: list[str]) -> None:
 @pytest.mark.parametrize("hostile", HOSTILE)
 @pytest.mark.parametrize("family", PARSERS)
 def test_a_hundred_thousand_characters(family: str, hostile: str) -> None:
-    """They are read to their end, one at a time."""
+    """Such outputs are read to the end, character by character."""
     read_raw(family, list(HOSTILE[hostile](100_000)))

@@ -1,4 +1,4 @@
-"""Grammars in GBNF: what they describe is what a constraint lets through, and nothing else."""
+"""GBNF grammars: the constraint accepts exactly the language that the grammar describes."""
 
 import pytest
 from llguidance import LLMatcher
@@ -69,7 +69,7 @@ def allows(grammar: str, text: str) -> bool:
     ],
 )
 def test_a_grammar_is_kept_to(grammar: str, right: list[str], wrong: list[str]) -> None:
-    """Grammars of llama.cpp, of vLLM's documentation, and those that a lexer would get wrong."""
+    """Grammars are llama.cpp's, ones from vLLM's docs, and ones that a lexer would get wrong."""
     assert is_gbnf(grammar)
     assert [] == [text for text in right if not allows(grammar, text)]
     assert [] == [text for text in wrong if allows(grammar, text)]
@@ -94,7 +94,7 @@ def test_a_grammar_is_kept_to(grammar: str, right: list[str], wrong: list[str]) 
     ],
 )
 def test_what_is_wrong_with_a_grammar_is_told(grammar: str, says: str) -> None:
-    """With the line or the rule."""
+    """The error names the line or the rule."""
     with pytest.raises(ValueError, match=says):
         to_lark(grammar)
 
@@ -103,5 +103,5 @@ def test_what_is_wrong_with_a_grammar_is_told(grammar: str, says: str) -> None:
     "grammar", ['start: "::="', "start: /a ::= b/", '// root ::= x\nstart: "a"']
 )
 def test_lark_is_not_taken_for_it(grammar: str) -> None:
-    """Though it may speak of it."""
+    """Lark that merely mentions GBNF's syntax stays Lark."""
     assert not is_gbnf(grammar)

@@ -1,4 +1,4 @@
-"""A generator that goes, comes back, or serves something else."""
+"""A generator that disappears, comes back, or serves something else."""
 
 import asyncio
 import logging
@@ -32,7 +32,7 @@ ANSWER = [message_of(update(0, [2]), finish(0, generator_pb2.FINISH_REASON_STOP_
 
 
 async def becomes(channel: grpc.aio.Channel, service: str, status: int) -> None:
-    """Returns when the service's health is `status`."""
+    """Returns once the service's health is `status`."""
     watch = health_pb2_grpc.HealthStub(channel).Watch(
         health_pb2.HealthCheckRequest(service=service)
     )
@@ -49,7 +49,7 @@ async def health(stage: Stage, service: str) -> int:
 
 
 async def test_it_is_ready_while_the_generator_is(stage: Stage) -> None:
-    """Readiness follows the generator there and back; liveness never looks at it."""
+    """Readiness follows the generator's in both directions; liveness does not depend on it."""
     for service in PIPELINE_SERVICES:
         await becomes(stage.channel, service, SERVING)
     await stage.stop_generator()
@@ -65,7 +65,7 @@ async def test_it_is_ready_while_the_generator_is(stage: Stage) -> None:
 
 
 async def test_who_asks_whether_it_is_ready_hears_why_not(stage: Stage) -> None:
-    """Where /healthz has its answer from."""
+    """check_ready, which answers /healthz, gives the reason."""
     await becomes(stage.channel, PIPELINE_SERVICES[0], SERVING)
     await stage.server.check_ready()
     await stage.stop_generator()
@@ -78,16 +78,15 @@ async def test_who_asks_whether_it_is_ready_hears_why_not(stage: Stage) -> None:
 async def test_only_a_generator_that_was_there_is_missed(
     model: Model, model_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Until the first one has loaded its model nothing is logged as an error or a warning; a loss
-    is."""
+    """Nothing is logged as a warning or error before the first generator is ready; a loss is."""
 
     def errors() -> list[str]:
-        # Of ours: gRPC's poller may complain of another test's event loop.
+        # Only our own: gRPC's poller may complain of another test's event loop.
         ours = [one for one in caplog.records if one.name.startswith(("tokenizer_svc", "trivium"))]
         return [one.message for one in ours if one.levelname in ("WARNING", "ERROR")]
 
     stage = Stage(model, model_folder)
-    await stage.start_generator()  # for a port
+    await stage.start_generator()  # to choose a port
     await stage.stop_generator()
     await stage.start_tokenizer()
     try:
@@ -107,7 +106,7 @@ async def test_only_a_generator_that_was_there_is_missed(
 
 
 async def test_calls_fail_at_once_and_recover_by_themselves(stage: Stage) -> None:
-    """No call waits for a generator that is gone; when it is back, calls just work."""
+    """No call waits for a missing generator; once it is back, calls succeed."""
     stage.generator.script = says(ANSWER)
     await becomes(stage.channel, PIPELINE_SERVICES[0], SERVING)
     await stage.stop_generator()
@@ -125,7 +124,7 @@ async def test_calls_fail_at_once_and_recover_by_themselves(stage: Stage) -> Non
 
 
 async def test_a_generator_that_dies_in_the_middle(stage: Stage) -> None:
-    """The stream ends with backend_unavailable, not with a cut answer."""
+    """The stream ends with backend_unavailable, not with a truncated answer."""
     stage.generator.script = stalls_after([message_of(update(0, [70]))])
     call = stage.chat.StreamChatCompletion(stage.request())
     await call.read()
@@ -138,7 +137,7 @@ async def test_a_generator_that_dies_in_the_middle(stage: Stage) -> None:
 
 
 async def test_another_revision_is_refused(stage: Stage) -> None:
-    """Ids of one tokenizer are never given to the model of another."""
+    """Token ids of one tokenizer are never sent to a model with another."""
     await becomes(stage.channel, PIPELINE_SERVICES[0], SERVING)
     own, stage.generator.revision = stage.generator.revision, "another"
     await stage.stop_generator()
@@ -170,7 +169,7 @@ async def refusal(stage: Stage) -> str:
 
 
 async def test_the_generators_word_on_revisions_counts(stage: Stage) -> None:
-    """Of several generators behind one name only one was asked beforehand."""
+    """Several generators may share a name, and only one of them was asked for its revision."""
     mismatch = ServiceError("revision_mismatch", "The generator serves revision b.")
     stage.generator.script = fails_after([], mismatch)
     with pytest.raises(grpc.aio.AioRpcError, match="revision b") as refused:
@@ -183,12 +182,12 @@ async def test_the_generators_word_on_revisions_counts(stage: Stage) -> None:
 async def test_a_busy_tokenizer_takes_no_generator_for_lost(
     model: Model, model_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What it could not hear of while its event loop was held up is not reported as gone."""
+    """A blocked event loop does not make the tokenizer report a generator as lost."""
     caplog.set_level(logging.INFO)
     async with running(model, model_folder) as stage:
         for _ in range(3):
-            await asyncio.sleep(0)  # it begins to look for one
-        time.sleep(GAP_SECONDS + 0.5)  # noqa: ASYNC251 - it is the loop that is to be held up
+            await asyncio.sleep(0)  # it starts looking for a generator
+        time.sleep(GAP_SECONDS + 0.5)  # noqa: ASYNC251 - blocks the event loop on purpose
         stage.generator.script = says(ANSWER)
         answer = await stage.chat.CreateChatCompletion(stage.request())
 

@@ -1,4 +1,4 @@
-"""What a generator says when it refuses a call is what the caller hears, whatever was written."""
+"""The caller gets the generator's refusal, whatever had been written by then."""
 
 import asyncio
 import subprocess
@@ -30,7 +30,7 @@ CALLS = 200
 
 @pytest.fixture
 def refusing() -> Iterator[Callable[[str], str]]:
-    """Starts a generator that refuses with this code, in a process of its own; its address."""
+    """Starts a generator that refuses with this code, in its own process; returns its address."""
     with ExitStack() as stack:
 
         def start(code: str) -> str:
@@ -45,7 +45,7 @@ def refusing() -> Iterator[Callable[[str], str]]:
 
 @asynccontextmanager
 async def connected(client: GeneratorClient) -> AsyncIterator[GeneratorClient]:
-    """The client once it has found the generator."""
+    """The client, once it has found the generator."""
     async for serves in client.serving():
         if serves:
             break
@@ -54,7 +54,7 @@ async def connected(client: GeneratorClient) -> AsyncIterator[GeneratorClient]:
 
 
 def start(prompt_tokens: int, *stop: str) -> GenerateCommand:
-    """What is asked; a long prompt takes long to write."""
+    """A command; a long prompt takes long to write."""
     options = ValidOptions(
         sampling=SamplingParams(),
         max_completion_tokens=None,
@@ -77,7 +77,7 @@ def start(prompt_tokens: int, *stop: str) -> GenerateCommand:
 async def test_a_call_that_is_refused_while_it_is_written(
     refusing: Callable[[str], str], code: str, stop: tuple[str, ...], prompt_tokens: int
 ) -> None:
-    """The refusal and its time arrive, though the write fails: no broken call, no fault of ours."""
+    """Even if the write fails, the refusal and its retry time arrive, not an internal error."""
     heard: Counter[tuple[str, float | None]] = Counter()
     async with connected(GeneratorClient(refusing(code), "r1")) as client:
 
@@ -94,7 +94,7 @@ async def test_a_call_that_is_refused_while_it_is_written(
 
 
 async def test_a_command_that_comes_after_the_end() -> None:
-    """A generation that ends while it is told to stop has ended well, and all of it arrives."""
+    """A generation that ends while it is being stopped has ended well, and all of it arrives."""
     last = message_of(update(0, [3]), finish(0, pb.FINISH_REASON_LENGTH, 3))
     messages = [message_of(update(0, [1])), message_of(update(0, [2])), last]
     generator = ScriptedGenerator("r1")
@@ -117,7 +117,7 @@ async def test_a_command_that_comes_after_the_end() -> None:
 
 
 class BehindAMesh(ScriptedGenerator):
-    """A proxy before it refuses what would generate."""
+    """A proxy in front of it refuses Generate."""
 
     async def Generate(
         self, request_iterator: AsyncIterator[pb.GenerateRequest], context: Any
@@ -127,7 +127,7 @@ class BehindAMesh(ScriptedGenerator):
 
 
 async def test_a_status_that_no_stage_made(caplog: pytest.LogCaptureFixture) -> None:
-    """Callers learn nothing of it; the log has it once, with who answered so."""
+    """Callers do not see its details; it is logged once, with the replica that returned it."""
     server, port = await BehindAMesh("r1").serve()
     async with connected(GeneratorClient(f"127.0.0.1:{port}", "r1")) as client:
         with pytest.raises(ServiceError) as refused:

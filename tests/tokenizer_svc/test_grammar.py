@@ -1,5 +1,4 @@
-"""Constraints as llguidance understands them: what an answer may be, and what the parsers make
-of it."""
+"""Constraints as compiled by llguidance: which answers they accept, and how parsers read them."""
 
 import json
 from collections.abc import Callable
@@ -80,7 +79,7 @@ def compiled(made: Constraint, tokens: str = PLAIN) -> LLMatcher:
 
 
 def allows(made: Constraint, text: str, tokens: str = PLAIN) -> bool:
-    """Whether the whole text may be an answer."""
+    """Whether the whole text is accepted as an answer."""
     matcher = compiled(made, tokens)
     token_ids = LIBRARIES[tokens].encode(text, add_special_tokens=False).ids
     return matcher.try_consume_tokens(token_ids) == len(token_ids) and matcher.is_accepting()
@@ -120,7 +119,7 @@ def parsed(family: str, text: str) -> tuple[str, str, Calls]:
 
 @pytest.mark.parametrize("family", FORMATS)
 def test_a_forced_call(family: str) -> None:
-    """One call fits, text does not; the parser finds the call."""
+    """A single call is accepted and text is not; the parser finds the call."""
     for use in (FORCED, ONE):
         assert allows(made(FORMATS[family], use), call(family))
         assert not allows(made(FORMATS[family], use), "Hello")
@@ -130,7 +129,7 @@ def test_a_forced_call(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["hermes", "qwen3", "mistral", "named"])
 def test_several_forced_calls(family: str) -> None:
-    """Fit where they may be parallel, and only there."""
+    """Several calls are accepted only if parallel calls are allowed."""
     expected = ("", "", [("add", '{"a": 1}'), ("now", "{}")])
 
     assert allows(made(FORMATS[family], FORCED), calls(family))
@@ -139,7 +138,7 @@ def test_several_forced_calls(family: str) -> None:
 
 
 def test_mistrals_marker_may_have_a_space_behind_it() -> None:
-    """As the tokens of its older models have it."""
+    """Tokenizers of Mistral's older models have it."""
     spaced = call("mistral").replace("]", "] ", 1)
     for use in (BOTH, FORCED, ONE):
         assert allows(made(MISTRAL, use), spaced)
@@ -147,7 +146,7 @@ def test_mistrals_marker_may_have_a_space_behind_it() -> None:
 
 
 def test_a_template_that_refuses_several_calls_is_given_one() -> None:
-    """Llama 3.1's says so; another's with the same format takes more."""
+    """Llama 3.1's template refuses several calls; another template of the same format gets them."""
     other = choose(templates.LLAMA31.replace("only supports single", "supports"))
 
     assert LLAMA3.single_call
@@ -157,7 +156,7 @@ def test_a_template_that_refuses_several_calls_is_given_one() -> None:
 
 @pytest.mark.parametrize("family", FORMATS)
 def test_arguments_keep_to_the_schema(family: str) -> None:
-    """Of the function that is called, and no other function can be."""
+    """They fit the called function's schema, and no other function can be called."""
     for use in (BOTH, FORCED):
         assert not allows(made(FORMATS[family], use), call(family).replace("1", '"1"'))
         assert not allows(made(FORMATS[family], use), call(family).replace("add", "sub"))
@@ -165,7 +164,7 @@ def test_arguments_keep_to_the_schema(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["hermes", "qwen3", "mistral", "named", "llama3"])
 def test_the_model_may_choose(family: str) -> None:
-    """Text, a call, or a text and then a call; what looks like a call has to be one."""
+    """Text, a call, or both are accepted; what looks like a call must be a valid one."""
     chosen = made(FORMATS[family])
 
     assert allows(chosen, "Hello <tool> [TOOL] there {")
@@ -181,7 +180,7 @@ def test_the_model_may_choose(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["hermes", "qwen3", "mistral", "named"])
 def test_the_model_may_choose_one_call(family: str) -> None:
-    """After which there is nothing, where calls are not parallel."""
+    """Nothing may follow the call if parallel calls are not allowed."""
     chosen = made(FORMATS[family], ToolUse((ADD, NOW), (0, 1), parallel=False))
 
     assert allows(chosen, "Hello")
@@ -190,7 +189,7 @@ def test_the_model_may_choose_one_call(family: str) -> None:
 
 
 def test_harmony_lets_choose() -> None:
-    """Reasoning first, then a remark, then a call or the answer."""
+    """Harmony allows reasoning, then a remark, then a call or the answer."""
     chosen = made(HARMONY)
     thought = "<|channel|>analysis<|message|>Hm {.<|end|><|start|>assistant"
     remark = "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant"
@@ -208,7 +207,7 @@ def test_harmony_lets_choose() -> None:
 @pytest.mark.parametrize("tokens", [PLAIN, MARKED], ids=["letters", "tokens"])
 @pytest.mark.parametrize("forced", [True, False])
 def test_reasoning_comes_before_calls(tokens: str, forced: bool) -> None:
-    """And is free, whatever it says of calls; markers may be tokens."""
+    """Reasoning is unconstrained even if it mentions calls; markers may be single tokens."""
     use = FORCED if forced else BOTH
     thought = "<think>\nWell, <tool_cal {\n</think>"
     possible = made(QWEN3, use, tokens=tokens)
@@ -225,7 +224,7 @@ def test_reasoning_comes_before_calls(tokens: str, forced: bool) -> None:
 
 @pytest.mark.parametrize("tokens", [PLAIN, MARKED], ids=["letters", "tokens"])
 def test_reasoning_comes_before_json(tokens: str) -> None:
-    """If the model reasons at all."""
+    """Reasoning is optional unless the prompt has opened it."""
     answer = '{"q": "a\u2028// b"}'
     possible = made(QWEN3, ToolUse(), JSON, tokens=tokens)
     opened = made(QWEN3, ToolUse(), JSON, Thinking.OPENED, tokens)
@@ -241,7 +240,7 @@ def test_reasoning_comes_before_json(tokens: str) -> None:
 
 
 def test_harmony_reasons_before_json() -> None:
-    """And writes it into the final channel; a message that was begun is gone on with."""
+    """It writes JSON into the final channel; a message that was begun is continued."""
     wrapped = made(HARMONY, ToolUse(), JSON)
     thought = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
 
@@ -253,7 +252,7 @@ def test_harmony_reasons_before_json() -> None:
 
 @pytest.mark.parametrize("family", FORMATS)
 def test_json_or_calls(family: str) -> None:
-    """With both an answer is one of the two."""
+    """With tools and a response format, an answer is either JSON or calls."""
     either = made(FORMATS[family], BOTH, JSON)
     final = "<|channel|>final<|message|>" if family == "harmony" else ""
 
@@ -314,7 +313,7 @@ FORMS: list[tuple[ResponseConstraint, str, str]] = [
 
 @pytest.mark.parametrize(("form", "right", "wrong"), FORMS)
 def test_forms(form: ResponseConstraint, right: str, wrong: str) -> None:
-    """Alone, behind reasoning, and beside calls."""
+    """Each form works alone, after reasoning, and together with tools."""
     alone = made(HERMES, ToolUse(), form)
     reasoned = made(QWEN3, ToolUse(), form, Thinking.OPENED)
     beside = made(HERMES, BOTH, form)
@@ -327,7 +326,7 @@ def test_forms(form: ResponseConstraint, right: str, wrong: str) -> None:
 
 
 def test_a_regex_is_the_same_alone_and_wrapped() -> None:
-    """Its digits are ASCII's in either case."""
+    """`\\d` means ASCII digits in either case."""
     form = ResponseConstraint(
         ResponseKind.REGEX, "structured_outputs.regex", definition=r"\d[\w-]/[^\D]"
     )
@@ -346,7 +345,7 @@ def fault(made: Constraint) -> str:
 @pytest.mark.parametrize("family", FORMATS)
 @pytest.mark.parametrize("place", [0, 1])
 def test_a_tool_is_blamed_for_its_schema(family: str, place: int) -> None:
-    """The generator's error names a line, and the line is some tool's."""
+    """The generator's error names a line, and that line belongs to a tool."""
     schema = '{"type": "object", "properties": {"x": {"type": "strin"}}}'
     tools = [ADD, NOW]
     tools[place] = Tool("bad", None, schema)
@@ -365,7 +364,7 @@ def test_a_tool_is_blamed_for_its_schema(family: str, place: int) -> None:
 
 
 def test_a_format_is_blamed_for_its_schema() -> None:
-    """Also where tools stand beside it."""
+    """The response format is named even if there are tools too."""
     form = ResponseConstraint(
         ResponseKind.JSON_SCHEMA,
         "response_format.json_schema.schema",
@@ -390,7 +389,7 @@ def test_a_format_is_blamed_for_its_schema() -> None:
     ],
 )
 def test_a_single_field_is_blamed(form: ResponseConstraint, code: str, expected: str) -> None:
-    """Whatever asked for the constraint."""
+    """The error names the field that the constraint came from."""
     error = attribute_error_to_field(
         ServiceError(code, "It cannot.", "constraint"), made(HERMES, ToolUse(), form)
     )
@@ -400,7 +399,7 @@ def test_a_single_field_is_blamed(form: ResponseConstraint, code: str, expected:
 
 
 def test_other_errors_stay_what_they_are() -> None:
-    """The queue's, for one."""
+    """Errors that are not about the constraint, such as queue_full, are unchanged."""
     full = ServiceError("queue_full", "full")
 
     assert full is attribute_error_to_field(full, made(HERMES))
@@ -408,13 +407,13 @@ def test_other_errors_stay_what_they_are() -> None:
 
 
 def test_nothing_is_asked_for_where_nothing_is_wanted() -> None:
-    """Plain text needs no constraint, not even of a model that reasons."""
+    """Plain text needs no constraint, even from a reasoning model."""
     for output in FORMATS.values():
         made = build_constraint(None, ToolUse(), output, Thinking.POSSIBLE, lambda text: None)
         assert made is None
 
 
-# Schemas, and whether an object may have properties that they do not name.
+# Schemas, and whether objects may have properties that they do not name.
 PROPERTIES = [
     ({"properties": {"a": {"type": "integer"}}}, False),
     ({"properties": {"a": {"type": "integer"}}, "additionalProperties": True}, True),
@@ -427,7 +426,7 @@ PROPERTIES = [
     ({"required": ["a"]}, True),
     ({"maxProperties": 2}, True),
     ({"additionalProperties": True}, True),
-    # What is elsewhere in the schema does not open the rest of it.
+    # Keywords inside a subschema do not open the object around it.
     (
         {
             "properties": {
@@ -446,7 +445,7 @@ PROPERTIES = [
 
 @pytest.mark.parametrize(("schema", "wider"), PROPERTIES)
 def test_models_invent_no_arguments(schema: dict[str, Any], wider: bool) -> None:
-    """Fields that a schema does not name are left out, unless it seems to want them."""
+    """Arguments that the schema does not name are not generated, unless it appears to want them."""
     tool = Tool("add", None, json.dumps(schema))
     forced = made(HERMES, ToolUse((tool,), (0,), forced=True))
 
@@ -456,7 +455,7 @@ def test_models_invent_no_arguments(schema: dict[str, Any], wider: bool) -> None
 
 @pytest.mark.parametrize(("schema", "wider"), PROPERTIES)
 def test_models_invent_no_properties(schema: dict[str, Any], wider: bool) -> None:
-    """The same of an answer's objects, alone and beside calls."""
+    """The same holds for objects in answers, with and without tools."""
     definition = json.dumps({"type": "object"} | schema)
     form = ResponseConstraint(
         ResponseKind.JSON_SCHEMA, "response_format", definition=definition, lenient=True
@@ -488,7 +487,7 @@ _Y = {"type": "object", "properties": {"y": {"type": "integer"}}, "required": ["
     ],
 )
 def test_several_schemas_may_speak_of_one_property(schema: dict[str, Any]) -> None:
-    """Its value has what each of them asks for."""
+    """The value satisfies all of them."""
     definition = json.dumps({"type": "object", "required": ["a"]} | schema)
     form = ResponseConstraint(ResponseKind.JSON_SCHEMA, "response_format", definition)
     answer = made(HERMES, ToolUse(), form)
@@ -501,7 +500,7 @@ def test_several_schemas_may_speak_of_one_property(schema: dict[str, Any]) -> No
 @pytest.mark.parametrize("required", [5, ["a", ["b"], 3]])
 @pytest.mark.parametrize("lenient", [True, False])
 def test_what_stands_below_an_unknown_keyword_is_no_schema(required: Any, lenient: bool) -> None:
-    """However much it looks like one."""
+    """It is not treated as a schema, however much it looks like one."""
     schema = {"type": "object", "x-form": {"properties": {"a": {}}, "required": required}}
     form = ResponseConstraint(
         ResponseKind.JSON_SCHEMA, "response_format", json.dumps(schema), lenient=lenient
@@ -512,7 +511,7 @@ def test_what_stands_below_an_unknown_keyword_is_no_schema(required: Any, lenien
 
 @pytest.mark.parametrize("lenient", [True, False])
 def test_a_schema_of_nothing_is_refused(lenient: bool) -> None:
-    """The generator says why."""
+    """The generator's error says why."""
     form = ResponseConstraint(ResponseKind.JSON_SCHEMA, "response_format", "false", lenient=lenient)
     answer = made(HERMES, ToolUse(), form)
 
@@ -525,7 +524,7 @@ def test_a_schema_of_nothing_is_refused(lenient: bool) -> None:
 
 
 def test_a_strict_answer_has_no_other_properties_either() -> None:
-    """Nor has one of `structured_outputs.json`."""
+    """The same holds for `structured_outputs.json`."""
     definition = '{"type": "object", "properties": {"a": {"type": "integer"}}}'
     form = ResponseConstraint(
         ResponseKind.JSON_SCHEMA, "structured_outputs.json", definition=definition
@@ -543,7 +542,7 @@ B = {"type": "object", "properties": {"b": {"type": "integer"}}}
 @pytest.mark.parametrize(
     ("members", "closes"),
     [
-        ([A, B], False),  # of {"a": 1}, which fits both, nothing may be made
+        ([A, B], False),  # {"a": 1} fits both: neither may be closed
         ([A, {"$ref": "#/$defs/missing"}], False),
         ([A, {"type": "integer"}, {"type": "number"}], False),
         ([A, {"type": "null"}, {"type": "array"}], True),
@@ -561,8 +560,8 @@ B = {"type": "object", "properties": {"b": {"type": "integer"}}}
     ],
 )
 def test_exactly_one_of_several_schemas_stays_so(members: list[Any], closes: bool) -> None:
-    """Without further properties schemas could be apart that are not: then they keep them where the
-    schema has to be exact, of answers and of calls."""
+    """Closing schemas may make overlapping ones distinct; where the schema must be exact, in
+    answers and strict tools, they are then left open."""
     schema = json.dumps({"type": "object", "properties": {"u": {"oneOf": members}}})
     form = ResponseConstraint(
         ResponseKind.JSON_SCHEMA, "response_format", definition=schema, lenient=False
@@ -580,7 +579,7 @@ def test_exactly_one_of_several_schemas_stays_so(members: list[Any], closes: boo
 
 
 def test_an_answer_of_any_object_stays_one() -> None:
-    """A schema that lists no properties lets all of them through."""
+    """A schema that lists no properties allows any."""
     form = ResponseConstraint(ResponseKind.JSON_SCHEMA, "response_format", '{"type": "object"}')
 
     assert allows(made(HERMES, ToolUse(), form), '{"x": {"y": 2}}')
@@ -598,7 +597,7 @@ def test_an_answer_of_any_object_stays_one() -> None:
 )
 @pytest.mark.parametrize("family", FORMATS)
 def test_a_function_without_fields_is_given_none(family: str, parameters: str | None) -> None:
-    """Whichever way its parameters say nothing, its arguments are an empty object."""
+    """However its parameters express that there are none, its arguments are an empty object."""
     tool = Tool("add", None, parameters)
     forced = made(FORMATS[family], ToolUse((tool,), (0,), forced=True))
 
@@ -607,7 +606,7 @@ def test_a_function_without_fields_is_given_none(family: str, parameters: str | 
 
 
 def test_a_nested_object_of_no_fields_may_have_any() -> None:
-    """As the value of a field it is data, and JSON Schema means what it says."""
+    """A nested object is data, where JSON Schema means what it says."""
     tool = Tool("add", None, '{"properties": {"a": {"type": "object"}}}')
     forced = made(HERMES, ToolUse((tool,), (0,), forced=True))
 
@@ -615,7 +614,7 @@ def test_a_nested_object_of_no_fields_may_have_any() -> None:
 
 
 def test_a_required_field_that_is_not_named_can_be_given() -> None:
-    """It may be anything, and no others are made."""
+    """It may have any value, and no other fields are generated."""
     schema = {"properties": {"a": {"type": "integer"}}, "required": ["a", "b"]}
     forced = made(HERMES, ToolUse((Tool("add", None, json.dumps(schema)),), (0,), forced=True))
 
@@ -626,8 +625,8 @@ def test_a_required_field_that_is_not_named_can_be_given() -> None:
 
 @pytest.mark.parametrize("family", FORMATS)
 def test_only_a_strict_schema_is_to_be_kept_exactly(family: str) -> None:
-    """The generator is told of every other that it may drop from it what cannot be kept; a schema
-    of the caller's own cannot say so itself where it is strict."""
+    """Every other schema is marked lenient, so that the generator may drop what it cannot enforce;
+    a caller cannot mark a strict schema so."""
     schema = '{"properties": {"a": {"x-guidance": 1}}, "x-guidance": {"lenient": true}}'
     for strict in (True, False):
         tools = (Tool("add", None, schema, strict=strict),)
@@ -641,7 +640,7 @@ def test_only_a_strict_schema_is_to_be_kept_exactly(family: str) -> None:
 
 
 def test_data_in_schemas_is_left_alone() -> None:
-    """A constant that looks like a schema stays what it is."""
+    """A constant that looks like a schema is unchanged."""
     constant = {"properties": {"b": 1}}
     schema = {"properties": {"a": {"const": constant}}, "required": ["a"]}
     forced = made(HERMES, ToolUse((Tool("add", None, json.dumps(schema)),), (0,), forced=True))
@@ -651,7 +650,7 @@ def test_data_in_schemas_is_left_alone() -> None:
 
 @pytest.mark.parametrize("family", FORMATS)
 def test_schemas_that_refer_to_themselves(family: str) -> None:
-    """Find what they mean, wherever they stand."""
+    """References are resolved in every format."""
     tree = {"type": "object", "properties": {"a": {"$ref": "#/$defs/n"}, "b": {"$ref": "#"}}}
     schema = json.dumps(tree | {"$defs": {"n": {"type": "integer"}}, "required": ["a"]})
     forced = made(FORMATS[family], ToolUse((Tool("add", None, schema),), (0,), forced=True))

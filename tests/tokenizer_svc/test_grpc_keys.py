@@ -1,4 +1,4 @@
-"""API keys on gRPC: who gets in, for whom a call counts, and what a key may take."""
+"""API keys over gRPC: which calls are accepted, which key they count for, and each key's limits."""
 
 import hashlib
 from collections.abc import Callable
@@ -33,7 +33,7 @@ Start = Callable[..., AbstractAsyncContextManager[Stage]]
 
 
 def table(name: str, /, **fields: object) -> str:
-    """A key's table; the key is its name."""
+    """A key's table in the key file; the key is its name."""
     lines = [f"[keys.{name}]", f'digest = "{hashlib.sha256(name.encode()).hexdigest()}"']
     return "\n".join([*lines, *(f"{field} = {value}" for field, value in fields.items())]) + "\n"
 
@@ -52,7 +52,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def start(model: Model, model_folder: Path, file: Path) -> Start:
-    """Starts a stage that takes the keys of these tables."""
+    """Starts a stage that accepts the keys in these tables."""
 
     def started(*tables: str) -> AbstractAsyncContextManager[Stage]:
         write(file, *tables)
@@ -66,7 +66,7 @@ def write(file: Path, *tables: str) -> None:
 
 
 def answers(stage: Stage) -> None:
-    """Each answer has three tokens of output."""
+    """Each answer has three completion tokens."""
     stage.generator.script = says(
         [message_of(update(0, stage.encode("abc"))), message_of(finish(0, STOP, 3))]
     )
@@ -83,8 +83,7 @@ async def refusal(call: Any) -> ServiceError:
 
 
 async def test_only_an_accepted_key_gets_in(start: Start) -> None:
-    """Without one, with a wrong and with an expired one every call is refused, streamed or not;
-    health needs none."""
+    """Any call with a missing, unknown or expired key is refused; health checks need none."""
     yesterday = (datetime.now(UTC) - timedelta(days=1)).isoformat()
     async with start(table("good"), table("old", expires=yesterday)) as stage:
         answers(stage)
@@ -106,8 +105,8 @@ async def test_only_an_accepted_key_gets_in(start: Start) -> None:
 
 
 async def test_a_call_is_its_keys(start: Start) -> None:
-    """Only another stage says whose a call is: it has checked the key. From others that is refused,
-    as it would come from a facade that has a client's key."""
+    """Only another stage may name the key that a call counts for, as it has checked that key.
+    Anyone else is refused: it would be a facade configured with a client's key."""
     async with start(table("good"), table("facade", stage="true")) as stage:
         answers(stage)
         for name in ({}, {"x_trivium_key_name": "good"}):
@@ -123,7 +122,7 @@ async def test_a_call_is_its_keys(start: Start) -> None:
 
 
 async def test_a_key_opens_its_models_alone(start: Start) -> None:
-    """Others are as if they did not exist, for every service."""
+    """For every service, other models seem not to exist."""
     async with start(table("a", models='["tiny"]'), table("b", models='["large"]')) as stage:
         answers(stage)
         await becomes(stage.channel, "trivium.chat.v1.ModelService", SERVING)
@@ -150,7 +149,7 @@ async def test_a_key_opens_its_models_alone(start: Start) -> None:
 
 
 async def test_requests_over_the_limit_are_refused(start: Start) -> None:
-    """With the time after which one comes back; the answers' metadata counts down as headers do."""
+    """The refusal says when to retry; initial metadata counts down like HTTP's headers."""
     async with start(table("a", requests_per_minute=1), table("b")) as stage:
         answers(stage)
         call = stage.chat.CreateChatCompletion(stage.request(), metadata=bearing("a"))
@@ -170,7 +169,7 @@ async def test_requests_over_the_limit_are_refused(start: Start) -> None:
 
 
 async def test_tokens_count_when_a_call_has_ended(start: Start) -> None:
-    """Those of prompt and answer; what is no completion counts for nothing."""
+    """Prompt and completion tokens count; calls that are not completions cost nothing."""
     async with start(table("a", tokens_per_minute=30)) as stage:
         answers(stage)
         usage = (await ask(stage, *bearing("a"))).usage
@@ -183,8 +182,8 @@ async def test_tokens_count_when_a_call_has_ended(start: Start) -> None:
 
 
 async def test_every_answer_has_its_request_id(start: Start) -> None:
-    """The caller's own or a new one, as trailing metadata: of answers, whole and streamed, of
-    errors, and of what is refused for its key."""
+    """Answers, streams and errors, even refusals for a wrong key, have the caller's id or a new one
+    in their trailing metadata."""
     own = (*bearing("a"), ("x-request-id", "mine"))
     async with start(table("a")) as stage:
         answers(stage)
@@ -208,7 +207,7 @@ async def test_every_answer_has_its_request_id(start: Start) -> None:
 
 
 async def test_refusals_are_counted(start: Start) -> None:
-    """By their code, as what fails later is; what is no completion is not among them."""
+    """Refusals are counted by code, like later failures; only completions are counted."""
     async with start(table("a", requests_per_minute=1)) as stage:
         answers(stage)
         before = counted(stage)
@@ -229,7 +228,7 @@ async def test_refusals_are_counted(start: Start) -> None:
 async def test_a_message_that_cannot_be_decoded(
     start: Start, caplog: pytest.LogCaptureFixture, message: bytes
 ) -> None:
-    """No protobuf, or a string that is no UTF-8: the caller's error, but not before its key."""
+    """Invalid protobuf and invalid UTF-8 are the caller's error, but the key is checked first."""
     service = "/trivium.chat.v1.ChatService"
     async with start(table("a")) as stage:
         before = counted(stage)
@@ -259,7 +258,7 @@ def counted(stage: Stage) -> dict[str, float]:
 
 
 async def test_a_stage_has_no_limits_and_a_public_key_no_stage(start: Start, file: Path) -> None:
-    """The key of a stage is not counted, and cannot have what would be ignored."""
+    """A stage's key is not counted, and giving it limits, which would be ignored, is an error."""
     async with start(table("facade", stage="true")) as stage:
         answers(stage)
         for _ in range(3):
@@ -273,7 +272,7 @@ async def test_a_stage_has_no_limits_and_a_public_key_no_stage(start: Start, fil
 async def test_a_key_that_is_withdrawn_opens_no_more(
     start: Start, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From then on, though the call that runs is left to its end."""
+    """New calls are refused from then on."""
     monkeypatch.setattr(watched_file, "CHECK_SECONDS", 0)
     async with start(table("a")) as stage:
         answers(stage)
@@ -286,7 +285,7 @@ async def test_a_key_that_is_withdrawn_opens_no_more(
 
 
 async def test_reflection_can_be_shut(model: Model, model_folder: Path) -> None:
-    """It is unknown then."""
+    """Without reflection, the service is unimplemented."""
     reflection = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
     codes = []
     for is_open in (True, False):

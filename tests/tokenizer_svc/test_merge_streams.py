@@ -1,4 +1,4 @@
-"""Several streams as one."""
+"""Several streams merged into one."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -32,7 +32,7 @@ async def failing() -> AsyncGenerator[str]:
 
 @pytest.mark.parametrize("counts", [[3], [3, 0, 5], [0, 0]])
 async def test_all_items_come_in_their_order(counts: list[int]) -> None:
-    """Those of each stream as it has them, and the end after the last."""
+    """Each stream's items keep their order, and the merged stream ends after the last."""
     ended: list[str] = []
     streams = [counting(str(place), count, ended) for place, count in enumerate(counts)]
     items = [item async for item in merge_streams(streams)]
@@ -44,7 +44,7 @@ async def test_all_items_come_in_their_order(counts: list[int]) -> None:
 
 
 async def test_a_fault_ends_all_streams() -> None:
-    """And is raised."""
+    """The error is raised."""
     ended: list[str] = []
     with pytest.raises(RuntimeError, match="a fault"):
         async for _ in merge_streams([waiting(ended), failing()]):
@@ -54,7 +54,7 @@ async def test_a_fault_ends_all_streams() -> None:
 
 
 async def test_who_stops_reading_ends_all_streams() -> None:
-    """At once, whether they had something to say or not."""
+    """They end at once, whether or not they had more to yield."""
     ended: list[str] = []
     streams = merge_streams([waiting(ended), counting("a", 100, ended)])
     await anext(streams)

@@ -1,7 +1,7 @@
-"""The generator may merge a stream's tokens into messages as it likes: no answer changes by it.
+"""However the generator merges a stream's tokens into messages, the answer is the same.
 
-Recorded streams of tokens go through the public services in many ways of merging. What the events
-say, put together, has to be what they say a token at a time; so has what the facade makes of them.
+Recorded token streams go through the public services, merged in many ways. Joined, the events must
+say what they say with one token per message; so must what the facade makes of them.
 """
 
 import random
@@ -32,7 +32,7 @@ LENGTH = generator_pb2.FINISH_REASON_LENGTH
 TOOLS = {"tools": [ADD, NOW]}
 LOGPROBS = {"logprobs": True, "top_logprobs": 2}
 
-EXHAUSTIVE_STEPS = 9  # with so few all 2^8 ways are tried
+EXHAUSTIVE_STEPS = 9  # up to this many steps, all 2^8 ways are tried
 SAMPLES = 20
 
 Step = list[generator_pb2.SequenceUpdate]
@@ -40,16 +40,16 @@ Step = list[generator_pb2.SequenceUpdate]
 
 @dataclass(frozen=True)
 class Recording:
-    """What a model of a family writes, how it ends, and what was asked; by `choices` at once."""
+    """What a model of a family writes for each choice, how it ends, and the request's fields."""
 
     family: str
     texts: Sequence[str]
     reason: Any = STOP_TOKEN
     fields: dict[str, Any] = field(default_factory=dict)
-    plain: bool = False  # a plain completion
+    plain: bool = False  # /v1/completions instead of chat
 
     def steps(self, stage: Stage) -> list[Step]:
-        """One for each step of the engine; choices may end in different ones."""
+        """One entry per step of the engine; choices may end at different steps."""
         tokens = [ids(stage, text) for text in self.texts]
         steps: list[Step] = [[] for _ in range(max(map(len, tokens)) + 1)]
         for index, token_ids in enumerate(tokens):
@@ -71,7 +71,7 @@ def recording(family: str, *texts: str, reason: Any = STOP_TOKEN, **fields: Any)
     return Recording(family, texts, reason, fields)
 
 
-MELTING = "a 🫠🥹 鿊 b"  # characters of several tokens
+MELTING = "a 🫠🥹 鿊 b"  # characters that take several tokens
 RECORDINGS = {
     "text": recording("smollm2", f"I like {MELTING}."),
     "few tokens": recording("smollm2", "🫠 ok", **LOGPROBS),
@@ -122,7 +122,7 @@ RECORDINGS = {
 def mergings(steps: Sequence[Step], seed: str) -> Iterator[list[generator_pb2.GenerateResponse]]:
     """The steps as messages: all ways if there are few, else the extremes and a random sample.
 
-    The first way is that of a message for each step.
+    The first way is one message per step.
     """
     joints = len(steps) - 1
     if len(steps) <= EXHAUSTIVE_STEPS:
@@ -154,7 +154,7 @@ def _copy(original: generator_pb2.SequenceUpdate) -> generator_pb2.SequenceUpdat
 
 
 async def answered(stage: Stage, recorded: Recording) -> list[Any]:
-    """The events of the stream."""
+    """All events of the stream."""
     if not recorded.plain:
         return await stage.stream(**recorded.fields)
     shared = {name: recorded.fields[name] for name in ("n", "stop") if name in recorded.fields}
@@ -166,7 +166,7 @@ async def answered(stage: Stage, recorded: Recording) -> list[Any]:
 
 
 def joined(events: Sequence[Any]) -> dict[Any, Any]:
-    """All that a stream says, by choice, wherever it was cut; call ids differ in any case."""
+    """All that a stream says, by choice, however it was split; without the random call ids."""
     whole: dict[Any, Any] = {}
     for event in events:
         if event.HasField("usage"):
@@ -222,7 +222,7 @@ def shown(events: Sequence[Any], plain: bool) -> dict[Any, Any]:
 
 
 def _add(choice: dict[str, Any], delta: dict[str, Any]) -> None:
-    """The pieces of a delta to those before them."""
+    """Appends the pieces of a delta to those before."""
     choice["roles"] += [delta["role"]] if "role" in delta else []
     for name in ("content", "reasoning_content"):
         choice[name] = choice.get(name, "") + (delta.get(name) or "")
@@ -238,7 +238,7 @@ def _add(choice: dict[str, Any], delta: dict[str, Any]) -> None:
 async def recorded(
     request: pytest.FixtureRequest, tmp_path: Path
 ) -> AsyncIterator[tuple[Stage, Recording]]:
-    """A stage with the model that the recording is of."""
+    """A stage with the recording's model."""
     one = RECORDINGS[request.param]
     said = SPOKEN[one.family]
     folder = write_model(tmp_path / "tiny", said.template, said.tokenizer, context_length=4096)
@@ -249,8 +249,8 @@ async def recorded(
 
 @pytest.mark.parametrize("recorded", RECORDINGS, indirect=True)
 async def test_any_merging_says_the_same(recorded: tuple[Stage, Recording]) -> None:
-    """Text, reasoning, calls, log-probabilities, usage, ends; one event for an update, however many
-    tokens it has."""
+    """Text, reasoning, calls, log-probabilities, usage and finish reasons are the same; each update
+    is at most one event, however many tokens it has."""
     stage, one = recorded
     expected = None
     steps = one.steps(stage)
@@ -261,7 +261,7 @@ async def test_any_merging_says_the_same(recorded: tuple[Stage, Recording]) -> N
         expected = expected or found
 
         assert expected == found
-        # Besides there are header and usage, and for each choice its echo and its end.
+        # In addition there are the header and the usage, and each choice's echo and end.
         updates = sum(len(message.updates) for message in messages)
         assert len(events) <= updates + 2 + 2 * len(one.texts)
     assert expected is not None

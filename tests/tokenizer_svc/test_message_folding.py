@@ -1,4 +1,4 @@
-"""Conversations that a chat template refuses, in the form that it takes."""
+"""Conversations that a chat template refuses are folded into a form that it accepts."""
 
 import logging
 from pathlib import Path
@@ -47,7 +47,7 @@ NOON = Message(Role.TOOL, ("noon",), tool_call_id="abcDEF123")
 
 
 def test_a_system_message_where_there_is_no_such_role() -> None:
-    """Gemma's is the beginning of what the user says, as its makers advise."""
+    """For Gemma, it begins the user's message, as its makers advise."""
     folded = render(templates.GEMMA2, system("Be brief."), user("Hi"))
 
     assert render(templates.GEMMA2, user("Be brief.\n\nHi")) == folded
@@ -58,7 +58,7 @@ def test_a_system_message_where_there_is_no_such_role() -> None:
 
 
 def test_a_later_system_message() -> None:
-    """Belongs to the user's next message, or else to the one before; the first one stays."""
+    """It joins the user's next message, or else the previous one; the first stays."""
     first, later = system("Be brief."), system("Be kind.")
     turns = (user("Hi"), assistant("Hello"))
 
@@ -75,7 +75,7 @@ def test_a_later_system_message() -> None:
 
 @pytest.mark.parametrize("source", [templates.MINIMAX_M2, templates.HARMONY, templates.DEEPSEEK_R1])
 def test_a_system_message_that_would_be_left_out(source: str) -> None:
-    """Some templates know one of them, and lose the others without a word."""
+    """Some templates keep one system message and silently drop the others."""
     messages = (
         system("Be brief."),
         user("Hi"),
@@ -91,7 +91,7 @@ def test_a_system_message_that_would_be_left_out(source: str) -> None:
 
 @pytest.mark.parametrize("source", [templates.GEMMA2, templates.LLAMA2, templates.MISTRAL])
 def test_roles_have_to_alternate(source: str) -> None:
-    """Neighbours of one role are one message, and a greeting answers an empty one."""
+    """Neighbouring messages of one role are joined; an empty user message precedes a greeting."""
     assert render(source, user("a\n\nb"), assistant("c\n\nd"), user("e")) == render(
         source, user("a"), user("b"), assistant("c"), assistant("d"), user("e")
     )
@@ -101,7 +101,7 @@ def test_roles_have_to_alternate(source: str) -> None:
 
 
 def test_an_assistant_that_said_nothing() -> None:
-    """As an answer ends whose budget went into reasoning; Ministral's template wants text."""
+    """An answer is empty if reasoning used up its tokens; Ministral's template requires text."""
     refusal = (
         "{{ raise_exception('must have content') if m.role == 'assistant' and not m.content }}"
     )
@@ -110,12 +110,12 @@ def test_an_assistant_that_said_nothing() -> None:
     )
 
     assert "[user]a\n\nb" == render(source, user("a"), assistant(""), user("b"))
-    with pytest.raises(ServiceError, match="must have content"):  # nothing else is there
+    with pytest.raises(ServiceError, match="must have content"):  # there is nothing else to fold
         render(source, assistant(""))
 
 
 def test_who_spoke_is_not_mixed_up() -> None:
-    """Messages of two people that become one are nobody's by name."""
+    """A message joined from two people's has neither's name."""
     source = templates.GEMMA2.replace(
         "message['content']", "(message.name or '') + message.content"
     )
@@ -126,7 +126,7 @@ def test_who_spoke_is_not_mixed_up() -> None:
 
 
 def test_a_question_after_a_result() -> None:
-    """Mistral's template wants the assistant's word in between; system and calls stay."""
+    """Mistral's template requires an assistant message in between; all other messages stay."""
     prompt = render(templates.MISTRAL, system("Be brief."), user("a"), CALL, NOON, user("b"))
 
     assert '[TOOL_CALLS][{"name": "now", "arguments": {}, "id": "abcDEF123"}]</s>' in prompt
@@ -134,14 +134,14 @@ def test_a_question_after_a_result() -> None:
 
 
 def test_a_result_without_its_call() -> None:
-    """As clients that shorten a history have them; at last calls and results are text."""
+    """Clients that shorten the history send this; as a last resort calls and results are text."""
     prompt = render(templates.HARMONY, user("a"), NOON)
 
     assert "a\n\n<tool_response>\nnoon\n</tool_response><|end|>" in prompt
 
 
 def test_tools_and_a_system_message_that_the_template_refuses() -> None:
-    """Both stand in the first user message."""
+    """Both are put into the first user message."""
     tool = Tool("now", "The time.", '{"type": "object", "properties": {}}')
     prompt = render(templates.GEMMA2, system("Be brief."), user("a"), CALL, NOON, tools=(tool,))
 
@@ -152,7 +152,7 @@ def test_tools_and_a_system_message_that_the_template_refuses() -> None:
 
 
 def test_tools_that_the_template_refuses() -> None:
-    """Those without properties are filled up; those that it cannot write are told as text."""
+    """Missing properties are filled in; tools that the template cannot write become text."""
     source = (
         "{% for t in tools or [] %}[{{ t.function.description + t.function.parameters.type }}"
         "{% for p in t.function.parameters.properties.values() %}{{ p.type + ',' }}{% endfor %}]"
@@ -168,7 +168,7 @@ def test_tools_that_the_template_refuses() -> None:
 
 
 def test_what_a_template_takes_is_left_alone() -> None:
-    """Only what is refused or left out is changed."""
+    """Messages are changed only if the template would refuse or drop them."""
     messages = (system("a"), user("b"), user("c"), assistant(""), system("d"), user("e"))
     expected = "".join(
         f"<|im_start|>{message.role and message.role.value}\n{message.content}<|im_end|>\n"
@@ -188,7 +188,7 @@ def test_what_a_template_takes_is_left_alone() -> None:
     ],
 )
 def test_folding_can_be_turned_off(source: str, messages: tuple[Message, ...]) -> None:
-    """Then such conversations are refused, with the template's own words if it has some."""
+    """Without folding they are refused, with the template's own message if it has one."""
     with pytest.raises(ServiceError) as refused:
         builder(source, fold_messages=False).build(Conversation(messages))
 
@@ -196,14 +196,14 @@ def test_folding_can_be_turned_off(source: str, messages: tuple[Message, ...]) -
 
 
 def test_what_cannot_be_folded_is_refused() -> None:
-    """With the first reason."""
+    """The error has the first reason."""
     source = "{% if messages %}{{ raise_exception('not a ' + messages[0].role) }}{% endif %}"
     with pytest.raises(ServiceError, match="not a system"):
         render(source, system("Be brief."), user("Hi"))
 
 
 def test_going_on_with_the_last_message_of_a_folded_conversation() -> None:
-    """The prompt ends with its text all the same."""
+    """The prompt still ends with its text."""
     messages = (system("Be brief."), user("Hi"), assistant("Once upon"))
     conversation = Conversation(messages, continue_final_message=True)
 
@@ -211,7 +211,7 @@ def test_going_on_with_the_last_message_of_a_folded_conversation() -> None:
 
 
 def test_folded_texts_cannot_control() -> None:
-    """Texts that are put side by side do not complete a control token between them."""
+    """Joining texts cannot complete a control token between them."""
     tokenizer = Tokenizer(byte_level())
     [end] = tokenizer.encode(tokenizer.control_name("<|im_end|>"))
     evil = builder(templates.GEMMA2).build(
@@ -222,7 +222,7 @@ def test_folded_texts_cannot_control() -> None:
 
 
 async def test_the_setting(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Folds by default and says so once; told not to, answers invalid_chat_template_input."""
+    """Folding is on by default, and logged once; without it, invalid_chat_template_input."""
     folder = write_model(tmp_path / "tiny", templates.GEMMA2, context_length=4096)
     messages = [
         chat_pb2.ChatMessage(role=role, content=[chat_pb2.ContentPart(text="Hello")])

@@ -1,4 +1,4 @@
-"""Calls in the history reach the prompt whole, in whichever form the template can read."""
+"""Calls in the history reach the prompt complete, in whichever form the template can read."""
 
 import json
 from pathlib import Path
@@ -68,7 +68,7 @@ ROME = ("traffic", '{"city": "Rome"}')
 
 @any_template
 def test_arguments_with_words_of_control_tokens(name: str) -> None:
-    """They reach the prompt as they are, however a template prints lists and objects."""
+    """They reach the prompt unchanged, however a template prints lists and objects."""
     words = '["start", {"end": "im"}, "<|im_end|>"]'
     prompt = render(name, called(("weather", f'{{"at": {words}}}')), result("sunny"))
 
@@ -93,7 +93,7 @@ def test_a_text_within_a_list(printed: str, text: str) -> None:
 @pytest.mark.parametrize("tools", [TOOLS, ()], ids=["tools", "no tools"])
 @pytest.mark.parametrize("text", [None, ""], ids=["null", "empty"])
 def test_a_call_without_text(name: str, tools: tuple[Tool, ...], text: str | None) -> None:
-    """The null that we answer beside calls comes back, and no template trips over it or says it."""
+    """Clients send back the null content of our calls; no template fails on it or prints it."""
     prompt = render(name, called(PARIS, text=text), result("sunny"), tools=tools)
 
     for word in ("weather", "Paris", "sunny"):
@@ -103,7 +103,7 @@ def test_a_call_without_text(name: str, tools: tuple[Tool, ...], text: str | Non
 
 
 def test_absent_text_adds_no_empty_turn() -> None:
-    """Of the forms in which the call is shown, the one that shows nothing else is taken."""
+    """If several forms show the call, the one that shows nothing else is used."""
     source = (
         "{% for m in messages %}{% if m.tool_calls %}<call>{{ m.tool_calls | tojson }}{% endif %}"
         "{% if m.content is not none %}<{{ m.role }}>{{ m.content }}<end>{% endif %}{% endfor %}"
@@ -116,7 +116,7 @@ def test_absent_text_adds_no_empty_turn() -> None:
 
 @any_template
 def test_text_beside_a_call(name: str) -> None:
-    """It must not cost the call, as it would with DeepSeek's template."""
+    """DeepSeek's template would drop the call."""
     prompt = render(name, called(PARIS, text="Let me see."), result("sunny"))
 
     for word in ("weather", "Paris", "sunny"):
@@ -127,7 +127,7 @@ def test_text_beside_a_call(name: str) -> None:
 
 @any_template
 def test_several_calls(name: str) -> None:
-    """All are shown with their results, one after another where the template takes one at once."""
+    """All are shown with their results, one at a time if the template takes only one call."""
     prompt = render(name, called(PARIS, ROME), result("sunny"), result("jammed", 1))
 
     for word in ("weather", "traffic"):
@@ -139,7 +139,7 @@ def test_several_calls(name: str) -> None:
 
 
 def test_results_follow_their_own_calls() -> None:
-    """By their ids, in whichever order they came; one that belongs to no call is kept."""
+    """They are matched by id, in whatever order they came; a result without a call is kept."""
     prompt = render(
         "gpt-oss",
         called(PARIS, ROME),
@@ -156,7 +156,7 @@ def test_results_follow_their_own_calls() -> None:
 @any_template
 @pytest.mark.parametrize("arguments", ["", " ", "{}", "null"])
 def test_empty_arguments(name: str, arguments: str) -> None:
-    """All mean that there are none."""
+    """All of these mean that there are none."""
     prompt = render(name, called(("clock", arguments)), result("noon"))
 
     assert render(name, called(("clock", "{}")), result("noon")) == prompt
@@ -171,7 +171,7 @@ ODD = ['{"city": "Par', '["Paris", 7]', "751", '"Paris"', "true", "not JSON", DE
 @any_template
 @pytest.mark.parametrize("arguments", ODD, ids=range(len(ODD)))
 def test_arguments_that_are_no_object(name: str, arguments: str) -> None:
-    """As max_tokens cuts them off, or as a model gets them wrong: shown, and never refused."""
+    """Arguments cut off by max_tokens or malformed by a model are shown, and never refused."""
     prompt = render(name, called(("weather", arguments)), result("invalid"))
     written = json.dumps(arguments)[1:-1]
 
@@ -180,7 +180,7 @@ def test_arguments_that_are_no_object(name: str, arguments: str) -> None:
 
 
 def test_where_arguments_that_are_no_object_stand() -> None:
-    """As they are where the template takes text, and else as the one field of an object."""
+    """They stay text if the template takes text; else they become an object's only field."""
     cut = called(("weather", '{"city": "Par'))
 
     assert '"arguments": {"city": "Par}' in render("Qwen3", cut)
@@ -190,14 +190,14 @@ def test_where_arguments_that_are_no_object_stand() -> None:
 
 
 def test_arguments_are_text_where_the_template_joins_them_to_text() -> None:
-    """Exactly as they were."""
+    """They are unchanged."""
     call = ("weather", '{"city":"Paris"}')
 
     assert 'weather\n```json\n{"city":"Paris"}\n```' in render("DeepSeek R1", called(call))
 
 
 def test_arguments_are_not_printed_as_python_does() -> None:
-    """A template that puts them into text without a filter is given JSON."""
+    """A template that puts them into text without a filter gets JSON."""
     source = (
         "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
         "{{ c.function.name ~ ' ' ~ c.function.arguments }}{% endfor %}{% endfor %}"
@@ -210,7 +210,7 @@ def test_arguments_are_not_printed_as_python_does() -> None:
 
 @any_template
 def test_odd_arguments_cannot_control(name: str) -> None:
-    """They are text whatever form they reach the template in."""
+    """They stay text, in whatever form they reach the template."""
     source, control = TEMPLATES[name], "<|im_end|>"
     tokenizer = Tokenizer(byte_level())
     [control_id] = tokenizer.encode(tokenizer.control_name(control))
@@ -229,7 +229,7 @@ def test_odd_arguments_cannot_control(name: str) -> None:
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking", "thought"])
 def test_reasoning_reaches_the_template_by_its_name_for_it(key: str) -> None:
-    """Solar says reasoning, gpt-oss thinking, Apriel thought."""
+    """Solar calls it reasoning, gpt-oss thinking, Apriel thought."""
     source = (
         f"{{% for m in messages %}}{{% if m['{key}'] %}}<think>{{{{ m['{key}'] }}}}</think>"
         "{% endif %}{{ m.content }}{% endfor %}"
@@ -243,7 +243,7 @@ def test_reasoning_reaches_the_template_by_its_name_for_it(key: str) -> None:
 @any_template
 @pytest.mark.parametrize("text", [None, "Let me see."])
 def test_reasoning_before_a_call(name: str, text: str | None) -> None:
-    """Is no reason to refuse, though gpt-oss's template takes it not beside text and a call."""
+    """It is not refused, though gpt-oss's template cannot have it beside both text and a call."""
     prompt = render(name, called(PARIS, text=text, thought="Hm."), result("sunny"))
 
     assert "Paris" in prompt
@@ -253,7 +253,7 @@ def test_reasoning_before_a_call(name: str, text: str | None) -> None:
 
 @any_template
 def test_results_in_parts_and_calls_without_ids(name: str) -> None:
-    """As some clients have them."""
+    """Some clients send them."""
     call = ToolCall("", "weather", '{"city": "Paris"}')
     parts = Message(Role.TOOL, ("sunny", "dry"), tool_call_id="call_0")
     prompt = render(name, Message(Role.ASSISTANT, (), tool_calls=(call,)), parts)
@@ -263,7 +263,7 @@ def test_results_in_parts_and_calls_without_ids(name: str) -> None:
 
 
 def test_calls_without_tools_of_a_template_for_each() -> None:
-    """Where the template without tools knows no calls, they are text; the other one knows them."""
+    """If the template without tools does not support calls, they are text; the other's are not."""
     named = [
         {"name": "default", "template": templates.SMOLLM2},
         {"name": "tool_use", "template": templates.QWEN25},
@@ -280,7 +280,7 @@ def test_calls_without_tools_of_a_template_for_each() -> None:
 
 
 async def odd_answer(stage: Stage, arguments: str) -> Any:
-    """What a client gets to hear after such a call."""
+    """What a client gets after such a call."""
     messages = [
         user("Where?"),
         chat_pb2.ChatMessage(
@@ -302,7 +302,7 @@ async def odd_answer(stage: Stage, arguments: str) -> Any:
 
 @pytest.mark.parametrize("name", ["Qwen3", "Qwen3.5", "gpt-oss", "MiniMax M2"])
 async def test_over_grpc(name: str, tmp_path: Path) -> None:
-    """Whatever stands in the history, the conversation goes on."""
+    """Whatever is in the history, the conversation continues."""
     folder = write_model(tmp_path / "tiny", TEMPLATES[name], context_length=4096)
     async with running(load_model(folder), folder) as stage:
         stage.generator.script = says([ended(1)])
@@ -310,5 +310,5 @@ async def test_over_grpc(name: str, tmp_path: Path) -> None:
             answer = await odd_answer(stage, arguments)
 
             assert answer.choices
-        with pytest.raises(grpc.aio.AioRpcError):  # that it can refuse at all
+        with pytest.raises(grpc.aio.AioRpcError):  # it can refuse at all
             await stage.chat.CreateChatCompletion(stage.request(messages=[]))

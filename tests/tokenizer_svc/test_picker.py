@@ -1,4 +1,4 @@
-"""Which generator a prompt goes to: by what it was sent before, and by how busy it is."""
+"""Which generator a prompt goes to, by what each was sent before and by how busy it is."""
 
 from collections import Counter
 
@@ -11,7 +11,7 @@ from tokenizer_svc.generator.prefix_memory import BLOCK_TOKENS, PrefixMemory, pr
 
 
 def picked(picker: GeneratorPicker, candidates: list[Candidate], prompt: list[int]) -> int:
-    """Sends a prompt to whom it should go, who answers at once; its number."""
+    """Picks a replica for a prompt whose answer ends at once; returns its number."""
     keys = prefixes(prompt)
     chosen = picker.pick(candidates, keys)
     chosen.memory.add(keys)
@@ -31,7 +31,7 @@ def prompt(conversation: int, tokens: int) -> list[int]:
 
 
 def test_idle_ones_take_turns() -> None:
-    """Prompts too short to be cached are spread evenly, not all sent to the first."""
+    """Prompts too short to be cached are spread evenly instead of all going to the first."""
     picker, candidates = GeneratorPicker(), candidates_of(3)
     counts = Counter(picked(picker, candidates, prompt(n, 15)) for n in range(30))
 
@@ -39,7 +39,7 @@ def test_idle_ones_take_turns() -> None:
 
 
 def test_new_conversations_are_spread_too() -> None:
-    """Each has a home, and homes are where chance has them."""
+    """Each conversation has a home, chosen by hash."""
     picker, candidates = GeneratorPicker(), candidates_of(3)
     counts = Counter(picked(picker, candidates, prompt(n, 100)) for n in range(300))
 
@@ -49,14 +49,14 @@ def test_new_conversations_are_spread_too() -> None:
 
 @pytest.mark.parametrize("system_tokens", [0, 200])
 def test_tokenizers_agree_on_a_conversations_home(system_tokens: int) -> None:
-    """A conversation's turns that come through another tokenizer go where the first one was sent,
-    though that knows nothing of it, behind a system prompt too that all conversations have."""
+    """A conversation's turns that come through another tokenizer go to the same generator, though
+    that tokenizer has never seen it, even if all conversations share a system prompt."""
     system = prompt(-1, system_tokens)
     first, second = ((GeneratorPicker(), candidates_of(3)) for _ in range(2))
     for picker, candidates in (first, second):
         for candidate in candidates:
             candidate.memory.add(prefixes(system))
-        picked(picker, candidates, prompt(77, 15))  # their turns are not the same
+        picked(picker, candidates, prompt(77, 15))  # so that their round-robin positions differ
     homes = [
         (picked(*first, system + prompt(n, 60)), picked(*second, system + prompt(n, 300)))
         for n in range(50)
@@ -67,7 +67,7 @@ def test_tokenizers_agree_on_a_conversations_home(system_tokens: int) -> None:
 
 
 def test_a_conversation_stays_where_it_was() -> None:
-    """Each next turn begins with the last one's prompt, and goes where that is cached."""
+    """Each turn begins with the previous one's prompt, and goes where that is cached."""
     picker, candidates = GeneratorPicker(), candidates_of(2)
     homes = [
         {picked(picker, candidates, prompt(conversation, 100 * turn)) for turn in range(1, 5)}
@@ -78,8 +78,8 @@ def test_a_conversation_stays_where_it_was() -> None:
 
 
 def test_a_newcomer_takes_conversations_that_all_begin_alike() -> None:
-    """A long system prompt that every conversation has keeps none of them from a generator that
-    joins: it computes that once. Later turns stay where they were."""
+    """A long system prompt shared by all conversations does not keep them from a generator that
+    joins: it is computed there once. Later turns stay where they were."""
     picker, candidates = GeneratorPicker(), candidates_of(2)
     system = prompt(-1, 1_000)
     for number in range(100):
@@ -93,7 +93,7 @@ def test_a_newcomer_takes_conversations_that_all_begin_alike() -> None:
 
 
 def test_what_a_part_of_all_conversations_share_stays_where_it_is() -> None:
-    """Of ten system prompts each is cached by one of three generators, not by all."""
+    """Each of ten system prompts is cached by one of three generators, not by all."""
     picker, candidates = GeneratorPicker(), candidates_of(3)
     numbers = [(number, number % 10) for number in range(300)]
     homes: dict[int, set[int]] = {}
@@ -106,7 +106,7 @@ def test_what_a_part_of_all_conversations_share_stays_where_it_is() -> None:
 
 
 def test_a_long_conversation_shares_with_nobody() -> None:
-    """However many turns it has, it counts as one, and stays, also where that is busier."""
+    """However many turns it has, it counts as one and stays, even where others are less busy."""
     picker, candidates = GeneratorPicker(), candidates_of(2)
     homes = [picked(picker, candidates, prompt(1, 20 * turn)) for turn in range(10, 200)]
     candidates[homes[0]].load.update(report(running=3))
@@ -116,7 +116,7 @@ def test_a_long_conversation_shares_with_nobody() -> None:
 
 
 def test_what_was_common_is_forgotten() -> None:
-    """Only the latest conversations count."""
+    """Only the most recent conversations count."""
     common = CommonPrefixes()
     for number in range(100):
         common.add(prefixes(prompt(-1, 320) + prompt(number, 64)))
@@ -129,7 +129,7 @@ def test_what_was_common_is_forgotten() -> None:
 
 
 def test_the_longest_prefix_wins() -> None:
-    """All have the system prompt, one of them the conversation too."""
+    """All replicas have the system prompt, but only one has the conversation."""
     picker, candidates = GeneratorPicker(), candidates_of(3)
     system = prompt(1, 320)
     for candidate in candidates:
@@ -145,12 +145,12 @@ def test_the_longest_prefix_wins() -> None:
         (128 * 2, 1, True),
         (128 * 2, 3, False),
         (128 * 100, 3, True),
-        (128 * 100, 5, False),  # however long
+        (128 * 100, 5, False),  # however long the prefix
         (16, 1, False),
     ],
 )
 def test_a_prefix_is_worth_so_much_load(cached_tokens: int, busier: int, stays: bool) -> None:
-    """A sequence more for every 128 tokens that it saves, and at most four."""
+    """Each 128 cached tokens are worth one more sequence, up to four."""
     candidates = candidates_of(2)
     candidates[0].memory.add(prefixes(prompt(1, cached_tokens)))
     candidates[0].load.update(report(running=3 + busier, free=8))
@@ -160,7 +160,7 @@ def test_a_prefix_is_worth_so_much_load(cached_tokens: int, busier: int, stays: 
 
 
 def test_a_prefix_is_not_worth_waiting_for_a_slot() -> None:
-    """Where one has all slots taken and another one has a free one, that takes the prompt."""
+    """If one replica has no free slot and another has one, the other takes the prompt."""
     candidates = candidates_of(2)
     candidates[0].memory.add(prefixes(prompt(1, 5_000)))
     candidates[0].load.update(report(running=4, free=0))
@@ -180,7 +180,7 @@ def test_a_prefix_is_not_worth_waiting_for_a_slot() -> None:
     ids=["sequences", "queue", "waiting prompts", "no slot"],
 )
 def test_the_least_busy_takes_what_is_new(busy: LoadReport, idle: LoadReport) -> None:
-    """By their reports: sequences that run or wait, tokens of prompts that wait, and free slots."""
+    """Reports count running and waiting sequences, tokens of waiting prompts, and free slots."""
     candidates = candidates_of(2)
     candidates[0].load.update(busy)
     candidates[1].load.update(idle)
@@ -189,7 +189,7 @@ def test_the_least_busy_takes_what_is_new(busy: LoadReport, idle: LoadReport) ->
 
 
 def test_what_was_sent_since_the_report_counts() -> None:
-    """A burst between two reports is spread as if each had been heard of."""
+    """A burst between two reports is spread as if each call had been reported."""
     picker, candidates = GeneratorPicker(), candidates_of(2)
     for candidate, running in zip(candidates, (0, 4), strict=True):
         candidate.load.update(report(running=running, free=100))
@@ -206,7 +206,7 @@ def test_what_was_sent_since_the_report_counts() -> None:
 
 
 def test_choices_count_each() -> None:
-    """Eight choices are eight sequences, until they end."""
+    """Eight choices count as eight sequences until they end."""
     candidates = candidates_of(2)
     sent = SentGeneration(8, 10)
     candidates[0].load.add(sent)
@@ -219,7 +219,7 @@ def test_choices_count_each() -> None:
 
 
 def test_a_report_that_is_behind_hides_no_calls() -> None:
-    """One that was made before our calls arrived says that it is idle; we know better."""
+    """Calls count even if a later report, made before they arrived, says that it is idle."""
     candidates = candidates_of(2)
     for candidate, calls in zip(candidates, (3, 2), strict=True):
         for _ in range(calls):
@@ -230,7 +230,7 @@ def test_a_report_that_is_behind_hides_no_calls() -> None:
 
 
 def test_no_report_at_all() -> None:
-    """Those that tell nothing of their load are picked by our own calls."""
+    """Replicas that do not report their load are picked by our own calls."""
     candidates = candidates_of(2)
     candidates[0].load.update(report(running=9, free=0))
     candidates[0].load.update(None)
@@ -240,7 +240,7 @@ def test_no_report_at_all() -> None:
 
 
 def test_known_are_the_whole_blocks_in_common() -> None:
-    """As a plain comparison of the prompts has them."""
+    """The number of known blocks is that of a plain comparison of the prompts."""
     sent, memory = list(range(1000)), PrefixMemory()
     memory.add(prefixes(sent))
     for common in (0, 1, 15, 16, 17, 500, 999, 1000):
@@ -251,7 +251,7 @@ def test_known_are_the_whole_blocks_in_common() -> None:
 
 
 def test_memory_is_bounded() -> None:
-    """The prompts used longest ago are forgotten, and their ends before their beginnings."""
+    """The least recently used prompts are forgotten, their ends before their beginnings."""
     memory = PrefixMemory(max_tokens=1600)
     system = prompt(0, 160)
     for number in range(1, 50):

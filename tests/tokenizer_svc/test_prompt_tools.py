@@ -1,4 +1,4 @@
-"""Prompts with tools, reasoning and continued messages, against transformers' own."""
+"""Prompts with tools, reasoning and continued messages, compared with transformers'."""
 
 import json
 from typing import Any
@@ -69,7 +69,7 @@ def build(sample: str, *messages: Message, **more: Any) -> Prompt:
 
 
 def transformers_ids(sample: str, messages: list[dict[str, Any]], **more: Any) -> list[int]:
-    """The oracle."""
+    """The reference."""
     named = SAMPLES[sample]
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Library.from_str(named.tokenizer_json), **named.tokens
@@ -84,7 +84,7 @@ def said(text: str) -> Message:
 
 @pytest.mark.parametrize("sample", ["Qwen2.5", "Qwen3", "Llama 3.1", "Mistral", "gpt-oss"])
 def test_tools_reach_the_template(sample: str) -> None:
-    """As transformers hands them on, and with them a call and its result."""
+    """Tools, a call and its result are rendered as by transformers."""
     call = ToolCall("abcDEF123", "add", '{"a": 1, "é <b>": "x"}')
     function = {"name": "add", "arguments": {"a": 1, "é <b>": "x"}}
     calls = [{"id": "abcDEF123", "type": "function", "function": function}]
@@ -110,7 +110,7 @@ def test_tools_reach_the_template(sample: str) -> None:
 
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_messages_without_tools(sample: str) -> None:
-    """Are what they are for transformers."""
+    """They are rendered as by transformers."""
     expected = transformers_ids(sample, [{"role": "user", "content": "Hi"}])
 
     assert expected == build(sample, said("Hi")).token_ids
@@ -118,7 +118,7 @@ def test_messages_without_tools(sample: str) -> None:
 
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_tools_cannot_control(sample: str) -> None:
-    """Names, descriptions, keys and values of schemas are text."""
+    """Names, descriptions, keys and values of schemas are plain text."""
     tokenizer = Tokenizer(SAMPLES[sample].tokenizer_json)
     control = tokenizer.control_tokens
     ids = {tokenizer.encode(tokenizer.control_name(token))[0] for token in control}
@@ -132,7 +132,7 @@ def test_tools_cannot_control(sample: str) -> None:
 
 
 def test_tools_are_told_where_the_template_knows_none() -> None:
-    """In a system message, in the form that Hermes models learned."""
+    """A system message describes them in the format of Hermes models."""
     builder = Sample(templates.SMOLLM2, QWEN, EOS).builder()
     system = Message(Role.SYSTEM, ("Be brief.",))
     alone = builder.build(Conversation((said("Hi"),), tools=TOOLS)).text
@@ -146,7 +146,7 @@ def test_tools_are_told_where_the_template_knows_none() -> None:
 
 
 def test_tools_are_told_to_the_user_where_there_is_no_system() -> None:
-    """Some templates refuse that role."""
+    """Some templates refuse the system role."""
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
     source = refuses + "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     builder = Sample(source, QWEN, EOS).builder()
@@ -157,7 +157,7 @@ def test_tools_are_told_to_the_user_where_there_is_no_system() -> None:
 
 
 def test_calls_and_results_are_text_where_the_template_knows_none() -> None:
-    """The model sees what it wrote, and results in a row as one message of the user's."""
+    """The model sees calls as it wrote them, and consecutive results as one user message."""
     builder = Sample(templates.SMOLLM2, QWEN, EOS).builder()
     calls = (ToolCall("1", "add", '{"a": 1}'), ToolCall("2", "now", "{}"))
     text = builder.build(
@@ -180,7 +180,7 @@ def test_calls_and_results_are_text_where_the_template_knows_none() -> None:
 
 
 def test_a_template_of_its_own_for_tools() -> None:
-    """tokenizer_config.json may have one, as Hermes 2 Pro's; it is taken when there are tools."""
+    """tokenizer_config.json may have a separate template for tools, as Hermes 2 Pro's does."""
     named = [
         {"name": "default", "template": templates.SMOLLM2},
         {"name": "tool_use", "template": templates.QWEN25},
@@ -197,14 +197,14 @@ def test_a_template_of_its_own_for_tools() -> None:
 
 
 def test_tools_without_a_description() -> None:
-    """gpt-oss's template wants one, be it empty."""
+    """gpt-oss's template requires a description, which may be empty."""
     text = build("gpt-oss", said("x"), tools=(Tool("now"),)).text
 
     assert "// \ntype now = (_: ) => any;" in text
 
 
 def test_mistrals_call_ids() -> None:
-    """Ids that its template would refuse are replaced, the same by the same."""
+    """Ids that its template would refuse are replaced consistently."""
     call = ToolCall("call_0123456789", "add", "{}")
     prompt = build(
         "Mistral",
@@ -232,23 +232,23 @@ def test_mistrals_call_ids() -> None:
 def test_the_prompt_tells_whether_reasoning_follows(
     sample: str, more: dict[str, Any], thinking: Thinking
 ) -> None:
-    """By its end; what a message says about <think> does not matter."""
+    """The end of the prompt tells; `<think>` in a message does not matter."""
     assert thinking is build(sample, said("</think> <think>"), **more).thinking
 
 
 def test_reasoning_effort_reaches_the_template() -> None:
-    """Where it knows it."""
+    """It is passed to templates that use it."""
     assert "Reasoning: high" in build("gpt-oss", said("x"), reasoning_effort="high").text
 
 
 def test_no_effort_is_what_a_model_without_reasoning_makes() -> None:
-    """So `none` changes nothing there."""
+    """`none` changes nothing for a model that does not reason."""
     assert build("Qwen2.5", said("x")) == build("Qwen2.5", said("x"), reasoning_effort="none")
 
 
 @pytest.mark.parametrize(("sample", "effort"), [("Qwen2.5", "high"), ("DeepSeek R1", "none")])
 def test_an_effort_that_a_model_cannot_heed_is_refused(sample: str, effort: str) -> None:
-    """Where nothing switches reasoning on, or off."""
+    """An effort is refused if the model's reasoning cannot be turned on, or off."""
     with pytest.raises(ServiceError) as refused:
         build(sample, said("x"), reasoning_effort=effort)
 
@@ -259,7 +259,7 @@ def test_an_effort_that_a_model_cannot_heed_is_refused(sample: str, effort: str)
 
 
 def test_variables_that_are_not_allowed_are_refused() -> None:
-    """The operator decides which."""
+    """The operator decides which are allowed."""
     with pytest.raises(ServiceError) as refused:
         build("Qwen3", said("x"), variables={"messages": "[]"})
 
@@ -270,7 +270,7 @@ def test_variables_that_are_not_allowed_are_refused() -> None:
 
 
 def test_reasoning_in_the_history() -> None:
-    """Reaches templates under the name that each has for it."""
+    """It reaches each template under the name that it uses."""
     thought = Message(Role.ASSISTANT, ("Hi",), reasoning="Hm.")
     expected = transformers_ids(
         "Qwen3",
@@ -288,7 +288,7 @@ def test_reasoning_in_the_history() -> None:
 @pytest.mark.parametrize("text", ["Once upon", "  Once upon ", "a<|im_end|>b"])
 @pytest.mark.parametrize("sample", ["Qwen2.5", "Qwen3", "Llama 3.1"])
 def test_going_on_with_the_last_message(sample: str, text: str) -> None:
-    """The prompt ends where its text does, as with transformers."""
+    """The prompt ends where the message's text does, as with transformers."""
     last = Message(Role.ASSISTANT, (text,))
     prompt = build(sample, said("Hi"), last, continue_final_message=True)
 
@@ -303,7 +303,7 @@ def test_going_on_with_the_last_message(sample: str, text: str) -> None:
 
 
 def test_going_on_within_the_reasoning() -> None:
-    """What the assistant said may have opened it."""
+    """The assistant's message may have opened the reasoning."""
     last = Message(Role.ASSISTANT, ("<think>\nHm, let",))
     done = Message(Role.ASSISTANT, ("<think>\nHm.\n</think>\n\nWell",))
     opened = build("Qwen3", said("Hi"), last, continue_final_message=True)
@@ -313,7 +313,7 @@ def test_going_on_within_the_reasoning() -> None:
 
 
 def test_a_template_that_changes_the_last_message() -> None:
-    """It cannot be gone on with."""
+    """Such a message cannot be continued."""
     last = Message(Role.ASSISTANT, ("a </think> b",))
     with pytest.raises(ServiceError) as refused:
         build("DeepSeek R1", said("Hi"), last, continue_final_message=True)

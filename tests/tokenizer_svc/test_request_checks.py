@@ -1,4 +1,4 @@
-"""Every way in which a request can be wrong: its code, the field, and OpenAI's words."""
+"""Every way in which a request can be invalid: the error's code, its field, OpenAI's wording."""
 
 import math
 from typing import Any
@@ -84,7 +84,7 @@ async def refusal(stage: Stage, **fields: Any) -> grpc.aio.AioRpcError:
 
 @pytest.mark.parametrize(("fields", "code", "param"), WRONG)
 async def test_wrong_fields(stage: Stage, fields: dict[str, Any], code: str, param: str) -> None:
-    """Each is an INVALID_ARGUMENT with its code and field, before the generator is asked."""
+    """Each is INVALID_ARGUMENT with its code and field, and the generator is not called."""
     error = await refusal(stage, **fields)
 
     assert (code, param) == code_of(error)
@@ -94,7 +94,7 @@ async def test_wrong_fields(stage: Stage, fields: dict[str, Any], code: str, par
 
 @pytest.mark.parametrize(("message", "code", "param"), WRONG_MESSAGES)
 async def test_wrong_messages(stage: Stage, message: dict[str, Any], code: str, param: str) -> None:
-    """The field names the message and what is wrong in it."""
+    """The field names the message and the part of it that is wrong."""
     messages = [user("fine"), chat_pb2.ChatMessage(**message)]
 
     assert (code, f"messages[1].{param}") == code_of(await refusal(stage, messages=messages))
@@ -116,12 +116,12 @@ async def test_wrong_messages(stage: Stage, message: dict[str, Any], code: str, 
     ],
 )
 async def test_the_words_are_openais(stage: Stage, fields: dict[str, Any], words: str) -> None:
-    """Client libraries show them to people."""
+    """Client libraries show these messages to people."""
     assert words == (await refusal(stage, **fields)).details()
 
 
 async def test_a_model_that_is_not_there(stage: Stage) -> None:
-    """NOT_FOUND, from every service."""
+    """Every service answers NOT_FOUND."""
     errors = [await refusal(stage, model="other")]
     for call in (
         stage.tokenizer.Tokenize(tokenizer_pb2.TokenizeRequest(model="other", text="x")),
@@ -137,7 +137,7 @@ async def test_a_model_that_is_not_there(stage: Stage) -> None:
 
 @pytest.mark.parametrize("character", ["x", "%", "日", "🙂", "\x01"])
 async def test_a_long_name_is_no_other_error(stage: Stage, character: str) -> None:
-    """Errors quote what was sent, and are short enough to reach the caller, in any script."""
+    """Errors quote the caller's text, shortened so that they reach the caller, in any script."""
     name = character * 5000
     error = await refusal(stage, model=name)
     unknown = await refusal(stage, chat_template_kwargs={name: "1"})
@@ -149,7 +149,7 @@ async def test_a_long_name_is_no_other_error(stage: Stage, character: str) -> No
 
 
 async def test_the_edges_of_every_range_are_fine(stage: Stage) -> None:
-    """Both ends belong to it."""
+    """Both ends of a range belong to it."""
     answer = message_of(update(0, [2]), finish(0, generator_pb2.FINISH_REASON_STOP_TOKEN, 1))
     stage.generator.script = says([answer])
     low: dict[str, Any] = {"temperature": 0.0, "top_p": 0.0, "top_k": -1, "min_p": 0.0}
@@ -165,7 +165,7 @@ async def test_the_edges_of_every_range_are_fine(stage: Stage) -> None:
 
 
 async def test_an_assistant_may_say_nothing(stage: Stage) -> None:
-    """Null content is fine there, and only there."""
+    """Only an assistant's content may be null."""
     answer = message_of(update(0, [2]), finish(0, generator_pb2.FINISH_REASON_STOP_TOKEN, 1))
     stage.generator.script = says([answer])
 

@@ -1,4 +1,4 @@
-"""Checks of forms, tools, reasoning and endings: the code and the field, named as OpenAI does."""
+"""Checks of response formats, tools, reasoning and stop conditions: code and OpenAI's field."""
 
 from typing import Any
 
@@ -139,7 +139,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
 
 @pytest.mark.parametrize(("fields", "code", "param"), WRONG)
 async def test_wrong_forms(stage: Stage, fields: dict[str, Any], code: str, param: str) -> None:
-    """Each is refused with its code and field, before the generator is asked."""
+    """Each is refused with its code and field, and the generator is not called."""
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await stage.chat.CreateChatCompletion(stage.request(**fields))
 
@@ -163,7 +163,7 @@ async def test_wrong_forms(stage: Stage, fields: dict[str, Any], code: str, para
 async def test_rendering_is_checked_too(
     stage: Stage, fields: dict[str, Any], code: str, param: str
 ) -> None:
-    """A conversation is the same wherever it goes."""
+    """RenderChat checks a conversation like a completion does."""
     request = tokenizer_pb2.RenderChatRequest(model="tiny", messages=[user("x")], **fields)
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await stage.tokenizer.RenderChat(request)
@@ -204,7 +204,7 @@ def ids_prompt(*token_ids: int) -> completion_pb2.Prompt:
 async def test_wrong_completions(
     stage: Stage, fields: dict[str, Any], code: str, param: str
 ) -> None:
-    """Plain completions are checked alike."""
+    """Plain completions are checked too."""
     good: dict[str, Any] = {"model": "tiny", "prompts": [text_prompt("x")]}
     request = completion_pb2.CreateCompletionRequest(**good | fields)
     with pytest.raises(grpc.aio.AioRpcError) as refused:
@@ -225,7 +225,7 @@ async def test_wrong_completions(
 async def test_the_generators_refusal_of_a_constraint(
     stage: Stage, fields: dict[str, Any], kind: str, param: str
 ) -> None:
-    """Is about the caller's field."""
+    """The error names the caller's field."""
     fault = ServiceError("json_schema_too_complex", "The constraint is too complex.", "constraint")
     stage.generator.script = fails_after([], fault)
     with pytest.raises(grpc.aio.AioRpcError) as refused:
@@ -265,7 +265,7 @@ async def test_the_generators_refusal_of_a_constraint(
 async def test_the_generator_gets_the_constraint(
     stage: Stage, fields: dict[str, Any], kind: str | None, text: str
 ) -> None:
-    """As the caller meant it, and that it need not be exact; a grammar in Lark; or none at all."""
+    """It is what the caller meant: lenient unless strict, GBNF as Lark, or nothing."""
     stage.generator.script = fails_after([], ServiceError("queue_full", "full"))
     with pytest.raises(grpc.aio.AioRpcError):
         await stage.chat.CreateChatCompletion(stage.request(**fields))

@@ -1,4 +1,4 @@
-"""Requests that hold too much, from callers who come over gRPC; and large ones that do not."""
+"""Requests over gRPC that are too large, and large ones that are not."""
 
 import asyncio
 import time
@@ -88,13 +88,13 @@ ARGUMENTS = "messages[0].tool_calls[0].function.arguments"
     ],
 )
 async def test_too_much(stage: Stage, fields: dict[str, Any], code: str, param: str) -> None:
-    """The field that takes it too far is named, and no generator hears of it."""
+    """The error names the field that exceeds the limit, and no generator is called."""
     assert (code, param) == await refusal(stage.chat.CreateChatCompletion(stage.request(**fields)))
     assert [] == stage.generator.calls
 
 
 async def test_as_much_as_is_allowed(stage: Stage) -> None:
-    """2,048 messages of 8,192 parts are no mistake; these are only too long for the model."""
+    """2,048 messages, or 8,192 parts, are allowed; these are only too long for the model."""
     messages = [said(4) for _ in range(2_048)]
     code, param = await refusal(stage.chat.CreateChatCompletion(stage.request(messages=messages)))
 
@@ -102,7 +102,7 @@ async def test_as_much_as_is_allowed(stage: Stage) -> None:
 
 
 async def test_other_calls(stage: Stage) -> None:
-    """The calls for plain completions and for tokens have the same bounds."""
+    """Calls for plain completions and for tokens have the same limits."""
     ids = completion_pb2.TokenIds(ids=[1] * 524_289)
     completion = completion_pb2.CreateCompletionRequest(
         model=stage.model.id, prompts=[completion_pb2.Prompt(token_ids=ids)]
@@ -118,7 +118,7 @@ async def test_other_calls(stage: Stage) -> None:
 
 @pytest.fixture(scope="module")
 def long_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose context holds a few million tokens."""
+    """A model whose context is a few million tokens long."""
     folder = tmp_path_factory.mktemp("models") / "long"
     return write_model(folder, context_length=3_000_000)
 
@@ -133,7 +133,7 @@ async def long_stage(long_folder: Path) -> AsyncIterator[Stage]:
 
 @pytest.mark.parametrize("where", ["text", "tool", "reasoning and calls", "control tokens"])
 async def test_nobody_waits_for_a_long_conversation(long_stage: Stage, where: str) -> None:
-    """While it is rendered and encoded the event loop goes on, wherever the text stands."""
+    """Rendering and encoding do not block the event loop, wherever the text is."""
     text = "lorem ipsum " * 150_000
     fields: dict[str, Any] = {
         "text": {"messages": [user(text)]},
@@ -158,7 +158,7 @@ async def test_nobody_waits_for_a_long_conversation(long_stage: Stage, where: st
 
 
 async def stall(call: Awaitable[Any]) -> float:
-    """The longest time that the event loop stood still during a call, as a share of all of it."""
+    """The longest time that the event loop was blocked during a call, as a share of the whole."""
     longest = 0.0
 
     async def beat() -> None:
@@ -185,7 +185,7 @@ def echo(stage: Stage, tokens: int, n: int = 1) -> completion_pb2.CreateCompleti
 
 @pytest.mark.parametrize("whole", [True, False])
 async def test_nobody_waits_for_a_long_echo(long_stage: Stage, whole: bool) -> None:
-    """While its log-probabilities become an answer, the event loop goes on."""
+    """Converting its log-probabilities does not block the event loop."""
     answer = message_of(update(0, [2]), finish(0, generator_pb2.FINISH_REASON_STOP_TOKEN, 1))
     score = generator_pb2.TokenLogprobs(
         logprob=-1.0, top_token_ids=[71, 72, 73], top_logprobs=[-1.0, -2.0, -3.0]
@@ -205,7 +205,7 @@ async def test_nobody_waits_for_a_long_echo(long_stage: Stage, whole: bool) -> N
 
 
 async def test_an_echo_has_so_many_logprobs_and_no_more(long_stage: Stage) -> None:
-    """Each choice has them, so that a short request could make an answer of gigabytes."""
+    """The limit is over all choices; a short request could otherwise get gigabytes."""
     long_stage.generator.script = says(ANSWER)
     for asked in (echo(long_stage, 131_073), echo(long_stage, 1_025, n=128)):
         call = long_stage.completions.CreateCompletion(asked)
@@ -216,6 +216,6 @@ async def test_an_echo_has_so_many_logprobs_and_no_more(long_stage: Stage) -> No
 
 
 async def test_a_prompt_that_is_far_too_long_is_refused_after_its_beginning(stage: Stage) -> None:
-    """How long it really is, nobody has to know."""
+    """Only its beginning is encoded; its exact length is not reported."""
     with pytest.raises(grpc.aio.AioRpcError, match="resulted in more than 256 tokens"):
         await stage.stream(messages=[user("ä" * 2_100)])

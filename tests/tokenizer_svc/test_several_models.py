@@ -1,4 +1,4 @@
-"""More than one model: each with its generator, found by id or alias."""
+"""Several models, each with its own generator, found by id or alias."""
 
 import json
 from collections.abc import AsyncIterator
@@ -93,7 +93,7 @@ class Pair:
     async def until_listed(self, names: list[str]) -> None:
         found: list[str] = []
         while found != names:
-            with suppress(grpc.aio.AioRpcError):  # while no generator has been reached
+            with suppress(grpc.aio.AioRpcError):  # until a generator has been reached
                 found = await self.listed()
 
     async def ask(self, model: str) -> Any:
@@ -116,7 +116,7 @@ async def pair(tmp_path: Path) -> AsyncIterator[Pair]:
 
 
 async def test_each_model_has_its_generator(pair: Pair) -> None:
-    """A request goes to the one that runs the model, and the answer names the model."""
+    """A request goes to the generator of its model, and the answer names the model."""
     for name in ("a", "b"):
         answer = await pair.ask(name)
 
@@ -125,7 +125,7 @@ async def test_each_model_has_its_generator(pair: Pair) -> None:
 
 
 async def test_each_model_has_its_longest_answer(pair: Pair) -> None:
-    """Its own, or else the one of all models."""
+    """A model's own default, or else that of all models."""
     for name, expected in (("a", 9), ("b", 5)):
         await pair.ask(name)
 
@@ -133,7 +133,7 @@ async def test_each_model_has_its_longest_answer(pair: Pair) -> None:
 
 
 async def test_aliases_lead_to_the_model(pair: Pair) -> None:
-    """The answer has the model's real id, and so has the model when one asks for it."""
+    """Answers and model objects have the model's real id."""
     answer = await pair.ask("my-b")
     found = await pair.models.GetModel(model_pb2.GetModelRequest(id="my-b"))
     info = await pair.tokenizer.GetTokenizerInfo(
@@ -145,7 +145,7 @@ async def test_aliases_lead_to_the_model(pair: Pair) -> None:
 
 
 async def test_unknown_models_are_not_found(pair: Pair) -> None:
-    """Whatever the others are called."""
+    """Other models' names do not matter."""
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await pair.ask("c")
 
@@ -153,7 +153,7 @@ async def test_unknown_models_are_not_found(pair: Pair) -> None:
 
 
 async def test_healthy_models_are_listed(pair: Pair) -> None:
-    """The stage is ready while there is one; a known model without its generator is unavailable."""
+    """The stage is ready while one is healthy; a model without its generator is unavailable."""
     await pair.until_listed(["a", "b"])
     await pair.servers["a"].drain(0, 0)
     await pair.until_listed(["b"])
@@ -194,7 +194,7 @@ def models(**more: Any) -> dict[str, Any]:
     ],
 )
 def test_settings_that_are_wrong(given: dict[str, Any], field: str) -> None:
-    """Are refused at start, by name."""
+    """They are refused at startup; the error names the setting."""
     with pytest.raises(ValidationError) as refused:
         TokenizerSettings(**given)
 
@@ -202,7 +202,7 @@ def test_settings_that_are_wrong(given: dict[str, Any], field: str) -> None:
 
 
 async def test_settings_come_from_the_environment(tmp_path: Path) -> None:
-    """Also a list that is none."""
+    """Even a malformed list is reported by its variable's name."""
     process = await start_process(models="[{}")
     _, errors = await process.communicate()
 
@@ -211,7 +211,7 @@ async def test_settings_come_from_the_environment(tmp_path: Path) -> None:
 
 
 def test_names_are_not_shared(tmp_path: Path) -> None:
-    """Neither ids nor aliases."""
+    """Neither ids nor aliases may be shared by two models."""
     folder, other = write_model(tmp_path / "a"), tmp_path / "other"
     other.mkdir()
     for second in (
@@ -226,7 +226,7 @@ def test_names_are_not_shared(tmp_path: Path) -> None:
 
 
 def test_parsers_can_be_named(tmp_path: Path) -> None:
-    """For all models, and for one of them."""
+    """Parsers can be set for all models, or for a single one."""
     folders = [str(write_model(tmp_path / name)) for name in ("a", "b", "c")]
     one, two, three = (
         model.output

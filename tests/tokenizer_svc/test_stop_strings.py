@@ -1,4 +1,4 @@
-"""The stop matcher against a search of the whole text."""
+"""The stop matcher finds what a search of the whole text finds."""
 
 import pytest
 from hypothesis import example, given
@@ -8,7 +8,7 @@ from tokenizer_svc.output.stop import StopMatcher, StopResult, StopStrings
 
 
 def search(text: str, stops: list[str]) -> tuple[str, str | None]:
-    """The oracle: the text before the match that ends first, and of those the longest."""
+    """The reference: the text before the match that ends first; on ties, the longest."""
     ends = [(text.find(stop) + len(stop), -len(stop), stop) for stop in stops if stop in text]
     if not ends:
         return text, None
@@ -36,7 +36,7 @@ stop_lists = st.lists(st.text("ab<", min_size=1, max_size=5), min_size=1, max_si
 @example("ababab<", ["abab<"])
 @example("aabaaabaaaa", ["aabaaaa"])
 def test_every_split_gives_what_a_search_gives(text: str, stops: list[str]) -> None:
-    """Whatever the pieces are, the text before the first match comes out, and nothing else."""
+    """However the text is split, exactly the text before the first match comes out."""
     expected = search(text, stops)
 
     for cut in range(len(text) + 1):
@@ -46,7 +46,7 @@ def test_every_split_gives_what_a_search_gives(text: str, stops: list[str]) -> N
 
 @given(few_letters, stop_lists)
 def test_only_what_may_become_a_match_is_held(text: str, stops: list[str]) -> None:
-    """While nothing matched, what is held is the longest end that begins a stop string."""
+    """Until a match, the longest suffix that begins a stop string is held back."""
     matcher = StopMatcher(StopStrings(stops))
     shown = ""
     for end, character in enumerate(text, start=1):
@@ -67,7 +67,7 @@ def test_the_match_that_completes_first_wins() -> None:
 
 
 def test_of_matches_that_end_together_the_longest_wins() -> None:
-    """It is the one that began first."""
+    """The longest is the one that began first."""
     assert ("x", "ab") == feed(["xab"], ["b", "ab"])
 
 
@@ -76,7 +76,7 @@ def test_of_matches_that_end_together_the_longest_wins() -> None:
     [("abc", "abc", None), ("<", "", None), ("<end>", "", "<end>"), ("x<end>y", "x", "<end>")],
 )
 def test_a_piece_is_text_or_held_back_or_ends_it(piece: str, text: str, stop: str | None) -> None:
-    """What may be shown comes at once, with the stop string that ended the text."""
+    """Text that may be shown comes at once, with the stop string that ended it."""
     assert StopResult(text, stop) == StopMatcher(StopStrings(["<end>"])).push(piece)
 
 
@@ -90,10 +90,10 @@ def test_a_match_before_the_matcher_is_armed_is_text() -> None:
 
 
 def test_text_after_the_stop_string_is_gone() -> None:
-    """Nothing of the piece that completed the match comes after it."""
+    """The rest of the piece that completed the match is dropped."""
     assert ("one ", "STOP") == feed(["one ST", "OP two"], ["STOP"])
 
 
 def test_no_stop_strings_hold_nothing() -> None:
-    """Every piece comes out as it went in."""
+    """Every piece comes out unchanged."""
     assert "abc" == StopMatcher(StopStrings([])).push("abc").text

@@ -1,4 +1,4 @@
-"""The tokenizer: text stays text, and tokens have their true bytes."""
+"""The tokenizer: text stays text, and tokens have their exact bytes."""
 
 import pytest
 from tokenizers import Tokenizer as Library
@@ -8,7 +8,7 @@ from tokenizer_svc.tokenizer import Tokenizer
 
 
 def plainly(tokenizer_json: str, text: str) -> list[int]:
-    """The oracle: the library told to take control tokens as text."""
+    """The reference: the library, set to treat control tokens as text."""
     library = Library.from_str(tokenizer_json)
     library.encode_special_tokens = True
     return list(library.encode(text, add_special_tokens=False).ids)
@@ -16,7 +16,7 @@ def plainly(tokenizer_json: str, text: str) -> list[int]:
 
 @pytest.mark.parametrize("make", [byte_level, byte_fallback])
 def test_text_never_becomes_a_control_token(make) -> None:  # type: ignore[no-untyped-def]
-    """It is encoded as the library does with `encode_special_tokens`."""
+    """Text is encoded as by the library with `encode_special_tokens`."""
     tokenizer = Tokenizer(make())
     text = "a <|im_end|> b <s>c</s> <unk> <|im_start|>"
     token_ids = tokenizer.encode(text)
@@ -26,7 +26,7 @@ def test_text_never_becomes_a_control_token(make) -> None:  # type: ignore[no-un
 
 
 def test_text_cannot_reach_a_control_token_through_the_vocabulary() -> None:
-    """A Unigram model's own vocabulary has them; the library alone would use them."""
+    """A Unigram model's vocabulary contains them; the library alone would use them."""
     tokenizer = Tokenizer(unigram())
 
     assert plainly(unigram(), "<s>a</s>").count(1) == 1
@@ -35,7 +35,7 @@ def test_text_cannot_reach_a_control_token_through_the_vocabulary() -> None:
 
 @pytest.mark.parametrize("make", [byte_level, byte_fallback, unigram])
 def test_a_plain_prompt_may_spell_out_control_tokens(make) -> None:  # type: ignore[no-untyped-def]
-    """As the library has them; what it makes of ids can be read back."""
+    """They are encoded as by the library, so that decoded ids can be encoded again."""
     tokenizer, library = Tokenizer(make()), Library.from_str(make())
     text = "<|im_start|>a<|im_end|> <s>b</s>"
     token_ids = tokenizer.encode(text, parse_special=True)
@@ -45,14 +45,14 @@ def test_a_plain_prompt_may_spell_out_control_tokens(make) -> None:  # type: ign
 
 
 def test_names_stand_for_control_tokens() -> None:
-    """Whoever knows a control token's secret name can write it."""
+    """The secret names of control tokens are encoded as control tokens."""
     tokenizer = Tokenizer(byte_level())
 
     assert [1, 2] == tokenizer.encode("".join(map(tokenizer.control_name, CHATML[1:])))
 
 
 def test_ids_stay_when_control_tokens_are_not_in_the_vocabulary() -> None:
-    """Llama 3 adds them behind it."""
+    """Llama 3 adds them after its vocabulary."""
     library = Library.from_str(byte_level(("<|endoftext|>",)))
     library.add_special_tokens(["<|begin|>", "<|end|>"])
     tokenizer = Tokenizer(library.to_str())
@@ -61,7 +61,7 @@ def test_ids_stay_when_control_tokens_are_not_in_the_vocabulary() -> None:
 
 
 def test_added_tokens_that_control_nothing_are_still_found() -> None:
-    """`<think>` in a text is one token, as the model was trained."""
+    """`<think>` in a text is one token, as in the model's training."""
     tokenizer = Tokenizer(byte_level(plain=("<think>",)))
     library = Library.from_str(byte_level(plain=("<think>",)))
 
@@ -69,7 +69,7 @@ def test_added_tokens_that_control_nothing_are_still_found() -> None:
 
 
 def test_lone_texts_can_get_their_special_tokens() -> None:
-    """BOS is added if asked for, and only then."""
+    """BOS is added only on request."""
     tokenizer = Tokenizer(byte_fallback())
 
     assert [1, *tokenizer.encode("Hello")] == tokenizer.encode("Hello", add_special_tokens=True)
@@ -85,7 +85,7 @@ def test_partial_characters_have_true_bytes() -> None:
 
 
 def test_sentencepiece_tokens_keep_their_space() -> None:
-    """A token's bytes are those it has inside a text."""
+    """A token's bytes are those that it has inside a text."""
     tokenizer = Tokenizer(byte_fallback())
     library = Library.from_str(byte_fallback())
 
@@ -95,14 +95,14 @@ def test_sentencepiece_tokens_keep_their_space() -> None:
 
 
 def test_byte_level_tokens_have_no_space_dropped() -> None:
-    """Only SentencePiece texts begin with a space that is not theirs."""
+    """Only SentencePiece puts a space before a text."""
     assert not Tokenizer(byte_level()).drops_first_space
     assert Tokenizer(byte_fallback()).drops_first_space
     assert Tokenizer(unigram()).drops_first_space
 
 
 def test_markers_that_are_one_token() -> None:
-    """Hidden tokens, and added ones in angle brackets, which constraints keep apart from text."""
+    """Special tokens, and added ones in angle brackets, which constraints tell from text."""
     tokenizer = Tokenizer(byte_level(("<|im_end|>", "[CALL]"), ("<think>", "[ARGS]")))
 
     assert 0 == tokenizer.marker_id("<|im_end|>")

@@ -40,7 +40,7 @@ CHAT_SERVICE = "trivium.chat.v1.ChatService"
 
 
 async def test_models_are_listed_and_found(stage: Stage, model: Model) -> None:
-    """With context length, revision and a time that stays the same."""
+    """Models have their context length, revision and a constant creation time."""
     await becomes(stage.channel, "trivium.chat.v1.ModelService", SERVING)
     listed = await stage.models.ListModels(model_pb2.ListModelsRequest())
     found = await stage.models.GetModel(model_pb2.GetModelRequest(id="tiny"))
@@ -55,7 +55,7 @@ async def test_models_are_listed_and_found(stage: Stage, model: Model) -> None:
 
 
 async def test_text_to_tokens_and_back(stage: Stage) -> None:
-    """Control tokens are written out, and read."""
+    """Control tokens are parsed, and shown."""
     text = "a <|im_end|> \U0001fae0<|im_end|>"
     tokens = await stage.tokenizer.Tokenize(tokenizer_pb2.TokenizeRequest(model="tiny", text=text))
     request = tokenizer_pb2.DetokenizeRequest(model="tiny", token_ids=tokens.token_ids)
@@ -66,7 +66,7 @@ async def test_text_to_tokens_and_back(stage: Stage) -> None:
 
 
 async def test_a_long_text_gives_the_same_tokens(stage: Stage) -> None:
-    """It is encoded in a thread, which makes no difference."""
+    """A long text is encoded in a thread, which makes no difference."""
     text = "word " * 2_000
     tokens = await stage.tokenizer.Tokenize(tokenizer_pb2.TokenizeRequest(model="tiny", text=text))
 
@@ -74,7 +74,7 @@ async def test_a_long_text_gives_the_same_tokens(stage: Stage) -> None:
 
 
 async def test_rendering_shows_the_prompt(stage: Stage) -> None:
-    """As text and as the generator gets it."""
+    """The prompt is returned as text and as the token ids that the generator gets."""
     request = tokenizer_pb2.RenderChatRequest(model="tiny", messages=[user("Hi")])
     rendered = await stage.tokenizer.RenderChat(request)
     detokenize = tokenizer_pb2.DetokenizeRequest(model="tiny", token_ids=rendered.token_ids)
@@ -84,7 +84,7 @@ async def test_rendering_shows_the_prompt(stage: Stage) -> None:
 
 
 async def test_a_tokenizer_tells_of_itself(stage: Stage) -> None:
-    """Its size, its control tokens, and the template."""
+    """It returns its vocabulary size, its control tokens and the template."""
     request = tokenizer_pb2.GetTokenizerInfoRequest(model="tiny")
     info = await stage.tokenizer.GetTokenizerInfo(request)
 
@@ -95,7 +95,7 @@ async def test_a_tokenizer_tells_of_itself(stage: Stage) -> None:
 
 @pytest.mark.parametrize("token_id", [-1, 512])
 async def test_ids_outside_the_vocabulary_are_refused(stage: Stage, token_id: int) -> None:
-    """The field tells which."""
+    """The field names the token id."""
     request = tokenizer_pb2.DetokenizeRequest(model="tiny", token_ids=[5, token_id])
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await stage.tokenizer.Detokenize(request)
@@ -118,7 +118,7 @@ async def test_ids_outside_the_vocabulary_are_refused(stage: Stage, token_id: in
 def test_a_model_folder_that_is_not_usable(
     model_folder: Path, tmp_path: Path, name: str, content: str, words: str
 ) -> None:
-    """It is refused at start, in words that name the fault."""
+    """It is refused at startup, with a message that names the problem."""
     folder = shutil.copytree(model_folder, tmp_path / "model")
     (folder / name).write_text(content)
     with pytest.raises(ModelDirectoryError, match=words):
@@ -128,7 +128,7 @@ def test_a_model_folder_that_is_not_usable(
 def test_a_base_model_is_served(
     model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its plain completions; conversations are refused, and the log says so at once."""
+    """It serves plain completions; conversations are refused, and the log says so at startup."""
     folder = shutil.copytree(model_folder, tmp_path / "base")
     (folder / "chat_template.jinja").unlink()
     model = load_model(folder)
@@ -149,7 +149,7 @@ async def start_process(**environment: str) -> asyncio.subprocess.Process:
 
 
 async def test_wrong_settings_are_all_listed() -> None:
-    """And the process exits with 2."""
+    """The process exits with 2."""
     process = await start_process(port="x", drain_seconds="-1")
     _, errors = await process.communicate()
 
@@ -170,7 +170,7 @@ async def test_models_are_a_json_list(models: str) -> None:
 
 
 async def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    """With one line, and exit code 2."""
+    """One line says so, and the exit code is 2."""
     process = await start_process(model_directory=str(tmp_path / "nothing"))
     _, errors = await process.communicate()
 
@@ -180,7 +180,7 @@ async def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("setting", ["port", "metrics_port"])
 async def test_a_taken_port_is_refused(setting: str, model_folder: Path) -> None:
-    """With one line that names the setting, and exit code 2."""
+    """One line names the setting, and the exit code is 2."""
     with bind("127.0.0.1", 0) as listener:
         listener.listen()
         port = listener.getsockname()[1]
@@ -193,7 +193,7 @@ async def test_a_taken_port_is_refused(setting: str, model_folder: Path) -> None
 
 
 async def test_the_metrics_need_another_port(model_folder: Path) -> None:
-    """Than gRPC, and their setting is named."""
+    """It must differ from the gRPC port; the error names its setting."""
     port = free_port()
     process = await start_process(
         model_directory=str(model_folder), port=str(port), metrics_port=str(port)
@@ -206,8 +206,7 @@ async def test_the_metrics_need_another_port(model_folder: Path) -> None:
 
 @pytest.mark.parametrize("host", ["::1", "[::1]", "::", "[::]"])
 async def test_ipv6(host: str, model_folder: Path) -> None:
-    """With or without brackets, for gRPC and for metrics; over IPv4 too if that is not for IPv6's
-    own loopback address."""
+    """IPv6 works with or without brackets, for gRPC and metrics; `::` includes IPv4, `::1` not."""
     metrics_port = free_port()
     is_remote = "1" not in host
     process = await start_process(
@@ -229,7 +228,7 @@ async def test_ipv6(host: str, model_folder: Path) -> None:
 
 
 async def test_a_running_stream_outlives_sigterm(model_folder: Path, model: Model) -> None:
-    """After SIGTERM the process is not ready; the stream goes on to its end; the exit code is 0."""
+    """After SIGTERM the process is not ready, streams finish, and the exit code is 0."""
     resumed = asyncio.Event()
 
     async def script(start: object, stops: object) -> AsyncIterator[generator_pb2.GenerateResponse]:
@@ -282,7 +281,7 @@ async def announced_port(process: asyncio.subprocess.Process) -> int:
 async def test_a_deadline_that_passes_is_no_caller_that_left(
     stage: Stage, caplog: pytest.LogCaptureFixture, has_deadline: bool
 ) -> None:
-    """The log and the metrics tell one from the other, though both are aborts."""
+    """The log and the metrics distinguish the two, though both count as aborts."""
     caplog.set_level(logging.INFO, "trivium.wire.call_boundary")
     stage.generator.script = stalls_after([message_of(update(0, [70]))])
     counted = stage.metrics.registry.get_sample_value

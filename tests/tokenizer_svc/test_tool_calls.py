@@ -1,4 +1,4 @@
-"""Tools and reasoning through the service: what the generator is told, what the caller gets."""
+"""Tools and reasoning through the service: what the generator is sent, and what callers get."""
 
 import json
 from collections.abc import AsyncIterator, Callable
@@ -76,14 +76,14 @@ def of(*names: str) -> Any:
 
 
 def ids(stage: Stage, text: str) -> list[int]:
-    """The model's tokens for what it writes, control tokens among them."""
+    """The token ids of a model's output, including control tokens."""
     for token in sorted(stage.model.tokenizer.control_tokens, key=len, reverse=True):
         text = text.replace(token, stage.model.tokenizer.control_name(token))
     return stage.encode(text)
 
 
 def script(stage: Stage, text: str, reason: Any = STOP_TOKEN) -> None:
-    """The model says this, a token at a time."""
+    """The model writes this, one token per message."""
     token_ids = ids(stage, text)
     messages = [message_of(update(0, [token_id])) for token_id in token_ids]
     end = [2] if reason is STOP_TOKEN else []
@@ -116,7 +116,7 @@ CALLS = {
 
 @pytest.mark.parametrize(("family", "text"), list(CALLS.items()), indirect=["family"])
 async def test_a_call_as_the_family_writes_it(family: Stage, text: str) -> None:
-    """Is a call for every caller, with an id, and reasoning apart."""
+    """Every family's call becomes a tool call with an id, apart from the reasoning."""
     script(family, text)
     answer = await whole(family, tools=[ADD, NOW])
     [choice] = answer.choices
@@ -132,7 +132,7 @@ async def test_a_call_as_the_family_writes_it(family: Stage, text: str) -> None:
 
 @of("qwen3")
 async def test_a_call_comes_in_fragments(family: Stage) -> None:
-    """Id and name once, in the first; arguments in pieces; the index stays."""
+    """Id and name are in the first fragment only; arguments come in pieces; the index stays."""
     second = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
     script(family, f"Well.\n{CALL}\n{second}")
     events = await family.stream(tools=[ADD, NOW])
@@ -153,7 +153,7 @@ async def test_a_call_comes_in_fragments(family: Stage) -> None:
 
 @of("smollm2")
 async def test_the_unary_call_and_the_stream_agree(family: Stage) -> None:
-    """On calls as on all else."""
+    """A stream's fragments joined are the unary answer's arguments."""
     script(family, CALL)
     [choice] = (await whole(family, tools=[ADD])).choices
     events = await family.stream(tools=[ADD])
@@ -164,7 +164,7 @@ async def test_the_unary_call_and_the_stream_agree(family: Stage) -> None:
 
 @of("smollm2", "qwen3")
 async def test_without_tools_nothing_is_a_call(family: Stage) -> None:
-    """Neither without any nor when none may be called; markers are text."""
+    """Without tools, or with tool_choice `none`, markers are text."""
     for fields in ({}, {"tools": [ADD], "tool_choice": NONE}):
         script(family, CALL)
         [choice] = (await whole(family, **fields)).choices
@@ -176,7 +176,7 @@ async def test_without_tools_nothing_is_a_call(family: Stage) -> None:
 
 @of("smollm2")
 async def test_malformed_calls_are_text(family: Stage) -> None:
-    """A function that nobody offered, for one."""
+    """A call of a function that was not offered is text, for example."""
     script(family, CALL.replace("add", "sub"))
     [choice] = (await whole(family, tools=[ADD])).choices
 
@@ -185,7 +185,7 @@ async def test_malformed_calls_are_text(family: Stage) -> None:
 
 @of("smollm2")
 async def test_a_call_that_is_cut_off(family: Stage) -> None:
-    """Shows what came, and that it was cut."""
+    """The answer has the arguments so far, and its finish reason is `length`."""
     script(family, '<tool_call>\n{"name": "add", "arguments": {"a"', LENGTH)
     [choice] = (await whole(family, tools=[ADD])).choices
 
@@ -195,7 +195,8 @@ async def test_a_call_that_is_cut_off(family: Stage) -> None:
 
 @of("smollm2")
 async def test_a_model_that_may_not_call_is_not_told_of_tools(family: Stage) -> None:
-    """The prompt is that without tools; otherwise it tells of them, as the template does not."""
+    """With tool_choice `none` the prompt is the one without tools; otherwise it describes them, as
+    this template does not support tools."""
     prompts = []
     for fields in ({}, {"tools": [ADD], "tool_choice": NONE}, {"tools": [ADD]}):
         script(family, "Hi")
@@ -210,7 +211,7 @@ async def test_a_model_that_may_not_call_is_not_told_of_tools(family: Stage) -> 
 
 @pytest.mark.parametrize("family", FAMILIES, indirect=True)
 async def test_calls_are_forced_by_a_grammar(family: Stage) -> None:
-    """Of any function, or of the one that is named."""
+    """The grammar forces a call of any function, or of the named one."""
     for choice, names in ((REQUIRED, {"add", "now"}), (ONLY_NOW, {"now"})):
         family.generator.script = fails_after([], ServiceError("queue_full", "full"))
         with pytest.raises(grpc.aio.AioRpcError, match="full"):
@@ -225,7 +226,7 @@ async def test_calls_are_forced_by_a_grammar(family: Stage) -> None:
 
 @of("qwen3")
 async def test_a_tools_schema_is_blamed(family: Stage) -> None:
-    """By its place in the request, also when another was left out."""
+    """The error names the tool by its position in the request, even if others were left out."""
     fault = "The lark cannot be used: at 7(9): failed to compile JSON schema: no\n   7 | x"
     family.generator.script = fails_after([], ServiceError("invalid_value", fault, "constraint"))
     lark_line = 7
@@ -240,7 +241,7 @@ async def test_a_tools_schema_is_blamed(family: Stage) -> None:
 
 @of("deepseek", "qwen3", "harmony")
 async def test_stop_strings_mind_the_answer_alone(family: Stage) -> None:
-    """Reasoning may say them."""
+    """Reasoning may contain them."""
     text = {
         "<｜Assistant｜>": "one END two</think>three END four",  # noqa: RUF001
         "<|im_start|>": "<think>one END two</think>three END four",
@@ -261,7 +262,7 @@ async def test_stop_strings_mind_the_answer_alone(family: Stage) -> None:
 
 @of("qwen3")
 async def test_reasoning_tokens_are_counted(family: Stage) -> None:
-    """The markers among them; an answer without reasoning has none."""
+    """Reasoning tokens include the markers; an answer without reasoning has none."""
     thought = ids(family, "<think>\nHm, let me see.\n</think>")
     script(family, "<think>\nHm, let me see.\n</think>\n\nHi")
     reasoned = await whole(family)
@@ -274,7 +275,7 @@ async def test_reasoning_tokens_are_counted(family: Stage) -> None:
 
 @of("qwen3")
 async def test_no_reasoning_where_the_prompt_closed_it(family: Stage) -> None:
-    """What looks like it then is the answer."""
+    """If the prompt closed the reasoning, what looks like reasoning is part of the answer."""
     script(family, "<think>x</think>y")
     answer = await whole(family, chat_template_kwargs={"enable_thinking": "false"})
 
@@ -286,7 +287,7 @@ async def test_no_reasoning_where_the_prompt_closed_it(family: Stage) -> None:
 
 @of("qwen3")
 async def test_reasoning_is_streamed(family: Stage) -> None:
-    """As it comes, and before the answer."""
+    """Reasoning is streamed as it comes, before the answer."""
     script(family, "<think>one two three</think>four")
     events = await family.stream()
     reasoning = [e.delta.reasoning_content for e in events if e.delta.reasoning_content]
@@ -298,7 +299,7 @@ async def test_reasoning_is_streamed(family: Stage) -> None:
 
 @of("qwen3", "harmony")
 async def test_logprobs_are_those_of_the_answer(family: Stage) -> None:
-    """Reasoning, markers and calls have none; the bytes are the content's."""
+    """Reasoning, markers and calls have no log-probabilities; the bytes are the content's."""
     harmony = "<|channel|>" in family.model.tokenizer.control_tokens
     text = (
         "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
@@ -319,7 +320,7 @@ async def test_logprobs_are_those_of_the_answer(family: Stage) -> None:
 
 @of("harmony")
 async def test_harmony_without_tools(family: Stage) -> None:
-    """Its channels are read all the same, and its markers never show."""
+    """Channels are parsed without tools too, and markers never show."""
     said = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Hi"
     script(family, said)
     [choice] = (await whole(family)).choices
@@ -330,7 +331,7 @@ async def test_harmony_without_tools(family: Stage) -> None:
 
 @of("qwen3")
 async def test_calls_and_results_in_the_history(family: Stage) -> None:
-    """Are rendered by the template."""
+    """The template renders them."""
     call = chat_pb2.ToolCall(id="c1", name="add", arguments='{"a":1}')
     messages = [
         user("x"),
