@@ -1,4 +1,4 @@
-"""The facade under a real server, in front of a scripted next stage."""
+"""The facade on a real server, in front of a scripted next stage."""
 
 import asyncio
 import contextlib
@@ -26,14 +26,14 @@ StartFacade = Callable[..., Any]
 
 @pytest.fixture(autouse=True)
 def openai_shapes() -> Iterator[None]:
-    """Whatever a test receives has OpenAI's shapes, or the test fails."""
+    """Everything a test receives has OpenAI's shapes, or the test fails."""
     with watched():
         yield
 
 
 @pytest.fixture
 async def backend() -> AsyncIterator[ScriptedBackend]:
-    """A scripted next stage that is up."""
+    """A running scripted next stage."""
     scripted = ScriptedBackend()
     await scripted.start()
     yield scripted
@@ -42,12 +42,12 @@ async def backend() -> AsyncIterator[ScriptedBackend]:
 
 @pytest.fixture
 async def start_facade(backend: ScriptedBackend) -> AsyncIterator[StartFacade]:
-    """Starts a facade with the given settings on a free port, and returns a client of it."""
+    """Starts a facade with the given settings on a free port; returns a client for it."""
     async with contextlib.AsyncExitStack() as stack:
 
         async def start(**settings: Any) -> httpx.AsyncClient:
             url = await stack.enter_async_context(facade(backend.port, settings))
-            # No TLS here, whose certificates would take as long to load as most tests.
+            # No TLS: loading the CA certificates would take as long as most tests.
             client = httpx.AsyncClient(base_url=url, timeout=30, trust_env=False, verify=False)
             return await stack.enter_async_context(client)
 
@@ -56,7 +56,7 @@ async def start_facade(backend: ScriptedBackend) -> AsyncIterator[StartFacade]:
 
 @pytest.fixture
 async def client(start_facade: StartFacade) -> httpx.AsyncClient:
-    """A client of a facade with default settings."""
+    """A client for a facade with default settings."""
     started: httpx.AsyncClient = await start_facade()
     return started
 
@@ -73,7 +73,7 @@ class _Server(uvicorn.Server):
 
 @contextlib.asynccontextmanager
 async def facade(backend_port: int, values: dict[str, Any]) -> AsyncIterator[str]:
-    """Serves with these settings before a stage at a port; gives the URL."""
+    """Serves with these settings in front of a stage on the given port; yields the URL."""
     settings = FacadeSettings(tokenizer_target=f"127.0.0.1:{backend_port}", **values)
     keys = KeyFile(settings.api_keys_file) if settings.api_keys_file else None
     log = UsageLog(settings.usage_log, settings.log_name, settings.usage_log_max_bytes, 2)

@@ -1,4 +1,4 @@
-"""A next stage that does what a test says, over real gRPC on the loopback interface."""
+"""A next stage that follows a test's script, over real gRPC on loopback."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -24,8 +24,8 @@ MODEL_SERVICE = "trivium.chat.v1.ModelService"
 COMPLETION_SERVICE = "trivium.chat.v1.CompletionService"
 TOKENIZER_SERVICE = "trivium.tokenizer.v1.TokenizerService"
 
-# What a script is made of: an event is sent, an asyncio.Event is waited for, a number of seconds
-# is slept, an exception is raised, and None waits for ever.
+# Steps of a script: an event is sent, an asyncio.Event is awaited, a number of seconds is slept, an
+# exception is raised, and None waits forever.
 Message = chat_pb2.StreamChatCompletionResponse | completion_pb2.StreamCompletionResponse
 Step = Message | asyncio.Event | float | Exception | None
 
@@ -55,7 +55,7 @@ def delta(
 
 
 def call(name: str | None = None, arguments: str = "", position: int = 0) -> chat_pb2.ToolCallDelta:
-    """A piece of a tool call; with a name it is the first one."""
+    """A piece of a tool call; the first one has the name."""
     piece = chat_pb2.ToolCallDelta(index=position, name=name, arguments=arguments)
     if name is not None:
         piece.id = f"call_{position}"
@@ -76,14 +76,14 @@ def text_delta(
 
 
 def text_logprob(token: chat_pb2.TokenLogprob | None, offset: int) -> Any:
-    """A token of a plain completion and where its text begins; None is an echoed first one."""
+    """A plain completion's token and the offset of its text; None is the first token of an echo."""
     return completion_pb2.CompletionTokenLogprob(token=token, text_offset=offset)
 
 
 def usage(
     completion_tokens: int = 2, reasoning_tokens: int = 0
 ) -> chat_pb2.StreamChatCompletionResponse:
-    """What every scripted answer costs."""
+    """The usage of every scripted answer."""
     event = chat_pb2.StreamChatCompletionResponse()
     event.usage.CopyFrom(
         chat_pb2.Usage(
@@ -129,9 +129,8 @@ class ScriptedBackend(
     model_pb2_grpc.ModelServiceServicer,
     tokenizer_pb2_grpc.TokenizerServiceServicer,
 ):
-    """Plays `script` for every chat, `text_script` for every plain completion, and remembers
-    what it was asked. A text is tokenized into its characters' code points.
-    """
+    """Plays `script` for every chat and `text_script` for every plain completion, and records the
+    requests. A text's tokens are its characters' code points."""
 
     def __init__(self, tls: ServerTls | None = None) -> None:
         self._tls = tls
@@ -162,15 +161,15 @@ class ScriptedBackend(
         await self._server.set_serving(True)
 
     async def set_serving(self, serving: bool) -> None:
-        """What its health service says of all that needs a generator."""
+        """Sets the health of the services that need a generator."""
         assert self._server is not None
         needing = [CHAT_SERVICE, COMPLETION_SERVICE, MODEL_SERVICE]
         await self._server.set_serving(serving, needing)
 
     async def die(self) -> None:
-        """Ends at once, whatever runs."""
+        """Stops at once, whatever is running."""
         if self._server is not None:
-            await self._server._server.stop(None)  # a drain would find kinder words
+            await self._server._server.stop(None)  # a drain would refuse politely
             self._server = None
 
     async def StreamChatCompletion(self, request: Any, context: Any) -> AsyncIterator[Any]:
@@ -272,7 +271,7 @@ class ScriptedBackend(
 
 
 def _add(choice: chat_pb2.Choice, delta: chat_pb2.ChoiceDelta) -> None:
-    """Makes `choice` longer by what is new."""
+    """Appends a delta to `choice`."""
     choice.content += delta.content
     choice.reasoning_content += delta.reasoning_content
     choice.logprobs.extend(delta.logprobs)
@@ -284,7 +283,7 @@ def _add(choice: chat_pb2.Choice, delta: chat_pb2.ChoiceDelta) -> None:
 
 
 def _as_text(event: Any) -> completion_pb2.StreamCompletionResponse:
-    """A chat's header or usage as a plain completion's."""
+    """A chat's header or usage as that of a plain completion."""
     if isinstance(event, completion_pb2.StreamCompletionResponse):
         return event
     same = completion_pb2.StreamCompletionResponse.FromString(b"")

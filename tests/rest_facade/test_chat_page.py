@@ -1,4 +1,4 @@
-"""The page at / in a real browser, before a scripted next stage."""
+"""The page at / in a real browser, with a scripted next stage."""
 
 import asyncio
 import hashlib
@@ -46,7 +46,7 @@ async def browser() -> AsyncIterator[Browser]:
 
 @pytest.fixture
 async def tab(browser: Browser) -> AsyncIterator[Open]:
-    """Opens the page of a facade. No tab may complain, nor ask any server but its own."""
+    """Opens a facade's page. No tab may report errors or make requests to other servers."""
     complaints: list[str] = []
     urls: list[str] = []
     contexts: list[BrowserContext] = []
@@ -67,7 +67,7 @@ async def tab(browser: Browser) -> AsyncIterator[Open]:
     yield open_tab
     for context in contexts:
         await context.close()
-    # The browser itself reports each answer that is no success.
+    # The browser itself logs every unsuccessful response.
     assert [] == [text for text in complaints if "Failed to load resource" not in text]
     assert all(re.match(r"http://127\.0\.0\.1:\d+/|data:", url) for url in urls), urls
 
@@ -92,7 +92,7 @@ def answer(page: Page) -> Any:
 
 
 def conversation(request: Any) -> list[tuple[str, str]]:
-    """Roles and texts that a request has."""
+    """A request's messages as roles and texts."""
     return [
         (chat_pb2.Role.Name(message.role)[5:].lower(), "".join(p.text for p in message.content))
         for message in request.messages
@@ -100,7 +100,7 @@ def conversation(request: Any) -> list[tuple[str, str]]:
 
 
 async def test_an_answer_is_shown_while_it_comes(page: Page, backend: ScriptedBackend) -> None:
-    """Enter sends; text appears as it arrives, and what it cost at its end."""
+    """Enter sends; text appears as it arrives, then the usage."""
     gate = asyncio.Event()
     backend.script = [HELLO[0], HELLO[1], gate, *HELLO[2:]]
     await ask(page, "Say it.")
@@ -119,7 +119,7 @@ async def test_an_answer_is_shown_while_it_comes(page: Page, backend: ScriptedBa
 
 
 async def test_the_whole_conversation_is_sent(page: Page, backend: ScriptedBackend) -> None:
-    """A second question follows the first with its answer; New forgets both."""
+    """A second question is sent with the first and its answer; New discards both."""
     for text in ("First.", "Second."):
         await ask(page, text)
         await expect(answer(page)).to_have_attribute("aria-busy", "false")
@@ -136,7 +136,7 @@ async def test_the_whole_conversation_is_sent(page: Page, backend: ScriptedBacke
 
 
 async def test_settings_are_sent(page: Page, backend: ScriptedBackend) -> None:
-    """Each field of the settings arrives; what is left empty is the model's default."""
+    """Every setting arrives; empty fields are left to the model's defaults."""
     await ask(page, "Plain.")
     await expect(answer(page)).to_have_attribute("aria-busy", "false")
     await page.get_by_label("Model").select_option("org/other")
@@ -166,7 +166,7 @@ async def test_settings_are_sent(page: Page, backend: ScriptedBackend) -> None:
 
 
 async def test_what_is_no_json_is_not_sent(page: Page, backend: ScriptedBackend) -> None:
-    """The field says what is wrong, and the message waits where it was typed."""
+    """The field shows the problem, and the message is kept."""
     await page.get_by_role("button", name="Settings").click()
     await page.get_by_label("JSON schema").fill('{"type": ')
     await ask(page, "Shall not be sent.")
@@ -178,7 +178,7 @@ async def test_what_is_no_json_is_not_sent(page: Page, backend: ScriptedBackend)
 
 
 async def test_enter_with_shift_is_a_new_line(page: Page, backend: ScriptedBackend) -> None:
-    """A message may have several lines; nothing but blanks is not sent."""
+    """Messages may have several lines; blank messages are not sent."""
     await ask(page, "   ")
     await page.get_by_label("Your message").fill("one")
     await page.keyboard.press("Shift+Enter")
@@ -193,7 +193,7 @@ async def test_enter_with_shift_is_a_new_line(page: Page, backend: ScriptedBacke
 
 @pytest.mark.parametrize("by", ["key", "button"])
 async def test_an_answer_is_stopped(page: Page, backend: ScriptedBackend, by: str) -> None:
-    """Esc or the button: the server is told, and what has come stays in the conversation."""
+    """Esc or the button cancels the request, and the partial answer stays in the conversation."""
     backend.script = [header(), delta("Half an"), None]
     await ask(page, "Never ends.")
     await expect(answer(page).locator(".text")).to_have_text("Half an")
@@ -212,7 +212,7 @@ async def test_an_answer_is_stopped(page: Page, backend: ScriptedBackend, by: st
 
 
 async def test_a_refusal_is_shown(page: Page, backend: ScriptedBackend) -> None:
-    """The server's words, its code and when to come again; then the same request works."""
+    """It shows the server's message, its code and when to retry; retrying then works."""
     backend.script = [ServiceError("queue_full", "The queue is full.", retry_after=7)]
     await ask(page, "Now?")
     failure = answer(page).get_by_role("alert")
@@ -228,7 +228,7 @@ async def test_a_refusal_is_shown(page: Page, backend: ScriptedBackend) -> None:
 async def test_an_answer_that_breaks_off_is_no_complete_one(
     page: Page, backend: ScriptedBackend
 ) -> None:
-    """What has come stays, beside the error that came as the stream's last event."""
+    """The partial answer is kept, together with the error that ended the stream."""
     backend.script = [header(), delta("Half"), ServiceError("backend_unavailable", "It is gone.")]
     await ask(page, "And?")
 
@@ -240,7 +240,7 @@ async def test_an_answer_that_breaks_off_is_no_complete_one(
 async def test_models_that_cannot_be_listed(
     tab: Open, start_facade: StartFacade, backend: ScriptedBackend
 ) -> None:
-    """While the next stage is away the page says so, and tries again when told to."""
+    """While the next stage is down the page shows the error and a button to retry."""
     await backend.die()
     client = await start_facade()
     opened = await tab(client)
@@ -256,7 +256,7 @@ async def test_models_that_cannot_be_listed(
 async def test_the_key_is_asked_for(
     tab: Open, start_facade: StartFacade, backend: ScriptedBackend, tmp_path: Path
 ) -> None:
-    """Once, and again if it is wrong; it stays in the tab, and another tab asks for it."""
+    """The key is requested once, and again if it is wrong; it is kept for this tab only."""
     keys = tmp_path / "keys"
     keys.write_text(hashlib.sha256(b"secret").hexdigest())
     client = await start_facade(api_keys_file=keys)
@@ -287,7 +287,7 @@ async def test_the_key_is_asked_for(
 
 
 async def test_reasoning_is_folded(page: Page, backend: ScriptedBackend) -> None:
-    """It is there for whoever opens it, and goes back to the model with the answer."""
+    """It is shown on a click, and sent back to the model with the answer."""
     thought = delta(reasoning_content="Let me think.")
     backend.script = [header(), thought, delta("Four.", finish="STOP"), usage(9, 5)]
     await ask(page, "2 + 2?")
@@ -304,7 +304,7 @@ async def test_reasoning_is_folded(page: Page, backend: ScriptedBackend) -> None
 
 
 async def test_tool_calls_are_shown_and_answered(page: Page, backend: ScriptedBackend) -> None:
-    """Each call with its arguments; the results that are typed in go back to the model."""
+    """Each call is shown with its arguments; results typed in are sent to the model."""
     backend.script = [
         header(),
         delta(tool_calls=[call("weather", '{"city":')]),
@@ -332,9 +332,9 @@ async def test_tool_calls_are_shown_and_answered(page: Page, backend: ScriptedBa
 
 
 async def test_probabilities_are_colours(page: Page, backend: ScriptedBackend) -> None:
-    """On demand: less likely tokens are darker, and the arrow keys tell each one's alternatives.
+    """On demand, less likely tokens are darker, and the arrow keys show each one's alternatives.
 
-    A character that is spread over two tokens is shown whole.
+    A character split into two tokens is shown whole.
     """
     euro = "€".encode()
     halves = [logprob("?", -0.01), logprob("?", -0.01)]
@@ -369,7 +369,7 @@ async def test_probabilities_are_colours(page: Page, backend: ScriptedBackend) -
 async def test_a_request_is_copied_as_code(
     page: Page, backend: ScriptedBackend, language: str, tmp_path: Path
 ) -> None:
-    """What is copied runs as it is, and sends what the page sent, to the last quote."""
+    """The copied code runs unchanged and sends exactly what the page sent, including quotes."""
     await page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     await page.get_by_role("button", name="Settings").click()
     await page.get_by_label("Temperature").fill("0.5")
@@ -393,7 +393,7 @@ async def test_a_request_is_copied_as_code(
 
 
 async def test_no_text_becomes_markup(page: Page, backend: ScriptedBackend) -> None:
-    """Whatever a model writes is shown as it is."""
+    """A model's text is shown literally."""
     evil = "<img src=x onerror=alert(1)><script>alert(2)</script>"
     backend.script = [
         header(),
@@ -410,7 +410,7 @@ async def test_no_text_becomes_markup(page: Page, backend: ScriptedBackend) -> N
 
 
 async def test_nothing_but_its_own_script_runs(client: httpx.AsyncClient, browser: Browser) -> None:
-    """The policy lets in the page's script and style by their hashes, and no other."""
+    """The policy allows the page's own script and style by hash, and nothing else."""
     policy = (await client.get("/")).headers["content-security-policy"]
     assert "unsafe" not in policy
     opened = await browser.new_page()
@@ -433,7 +433,7 @@ async def test_nothing_but_its_own_script_runs(client: httpx.AsyncClient, browse
 async def test_everybody_can_use_it(
     tab: Open, client: httpx.AsyncClient, backend: ScriptedBackend, scheme: str, width: int
 ) -> None:
-    """axe-core finds no fault, in either colours, at either width: names, roles and contrast."""
+    """axe-core finds no problem with names, roles or contrast, light or dark, narrow or wide."""
     opened = await tab(
         client,
         color_scheme=scheme,
@@ -478,7 +478,7 @@ async def test_everybody_can_use_it(
 
 
 async def test_the_page_can_be_turned_off(start_facade: StartFacade) -> None:
-    """Then / is a URL as unknown as any other; by default it is a page that needs no key."""
+    """/ is then an unknown URL; by default it is a page that needs no key."""
     shown = await (await start_facade()).get("/")
     refused = await (await start_facade(chat_page=False)).get("/")
 

@@ -1,4 +1,4 @@
-"""deploy/nginx.conf in the real nginx: no request fails because of a facade that is not there."""
+"""deploy/nginx.conf in a real nginx: no request fails because a facade is missing."""
 
 import asyncio
 import contextlib
@@ -40,7 +40,7 @@ Answer = Callable[[bytes], Awaitable[bytes]]
 
 @dataclass
 class Edge:
-    """nginx, the names it resolves, and the port of whatever has the name rest_facade."""
+    """nginx, the names it resolves, and the port of the server behind the name rest_facade."""
 
     client: httpx.AsyncClient
     names: NameServer
@@ -49,14 +49,14 @@ class Edge:
 
     @property
     def port(self) -> int:
-        """Where REST is."""
+        """The REST port."""
         assert self.client.base_url.port is not None
         return self.client.base_url.port
 
 
 @contextlib.asynccontextmanager
 async def _nginx(folder: Path, port: int, replaced: dict[str, str]) -> AsyncIterator[None]:
-    """Runs with the deployed configuration but for what is replaced, and listens on `port`."""
+    """Runs the deployed configuration with these replacements, listening on `port`."""
     text = CONFIG.read_text()
     for old, new in replaced.items():
         assert old in text
@@ -91,7 +91,7 @@ async def _is_listening(port: int) -> bool:
 
 @pytest.fixture
 async def edge(tmp_path: Path, backend: ScriptedBackend) -> AsyncIterator[Edge]:
-    """The edge as it is deployed, but for its ports and the name server."""
+    """The edge as deployed, except for its ports and the name server."""
     http_port, grpc_port, facade_port = free_port(), free_port(), free_port()
     with NameServer(rest_facade=[], tokenizer_svc=[]) as names:
         replaced = {
@@ -116,7 +116,7 @@ async def edge(tmp_path: Path, backend: ScriptedBackend) -> AsyncIterator[Edge]:
 async def _facade(
     edge: Edge, backend: ScriptedBackend, address: str, **settings: object
 ) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A real facade that is ready."""
+    """A real facade, once it is ready."""
     target = f"127.0.0.1:{backend.port}"
     process = await spawn(host=address, port=edge.facade_port, tokenizer_target=target, **settings)
     try:
@@ -137,7 +137,7 @@ async def _facade(
 
 @contextlib.asynccontextmanager
 async def _server(edge: Edge, address: str, answer: Answer) -> AsyncIterator[list[bytes]]:
-    """A server in a facade's place: the bodies it gets. An empty answer breaks off."""
+    """A server in a facade's place; yields the bodies. An empty answer drops the connection."""
     bodies = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -172,7 +172,7 @@ async def _breaking_off(body: bytes) -> bytes:
 
 
 async def _statuses(edge: Edge, requests: int = 40) -> list[int]:
-    """What requests are answered that come in fours."""
+    """The statuses of requests sent four at a time."""
     statuses = []
     for _ in range(requests // 4):
         answers = [edge.client.post(URL, json=ASK) for _ in range(4)]
@@ -181,7 +181,7 @@ async def _statuses(edge: Edge, requests: int = 40) -> list[int]:
 
 
 async def test_a_dead_address_costs_no_request(edge: Edge, backend: ScriptedBackend) -> None:
-    """One of two addresses refuses connections: all requests are answered."""
+    """One of two addresses refuses connections; all requests are answered."""
     async with _facade(edge, backend, FIRST):
         await edge.names.change("rest_facade", NOBODY, FIRST)
         statuses = await _statuses(edge)
@@ -191,10 +191,10 @@ async def test_a_dead_address_costs_no_request(edge: Edge, backend: ScriptedBack
 
 
 async def test_a_silent_address_costs_no_request(edge: Edge, backend: ScriptedBackend) -> None:
-    """One of two addresses never answers, as when its machine is gone: all are answered."""
+    """One of two addresses never answers, as if its machine were gone; all requests succeed."""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.create_server((NOBODY, edge.facade_port), backlog=0))
-        for _ in range(4):  # once its queue is full, a listener lets connections wait for ever
+        for _ in range(4):  # once the backlog is full, further connections hang forever
             waiting = stack.enter_context(socket.socket())
             waiting.setblocking(False)
             waiting.connect_ex(listener.getsockname())
@@ -207,7 +207,7 @@ async def test_a_silent_address_costs_no_request(edge: Edge, backend: ScriptedBa
 
 
 async def test_a_draining_facade_costs_no_request(edge: Edge, backend: ScriptedBackend) -> None:
-    """A facade that is told to stop finishes its stream; meanwhile the other one answers."""
+    """A draining facade finishes its stream; meanwhile the other one answers."""
     finish = asyncio.Event()
     async with (
         _facade(edge, backend, FIRST, drain_notice_seconds=0.1) as first,
@@ -231,7 +231,7 @@ async def test_a_draining_facade_costs_no_request(edge: Edge, backend: ScriptedB
 
 
 async def test_what_cannot_be_taken_goes_on_whole(edge: Edge) -> None:
-    """503 sends even the largest body on to the next facade, every byte of it."""
+    """After a 503, even the largest body is sent complete to the next facade."""
     body = json.dumps(ASK).encode().ljust(MAX_BODY_BYTES)
     async with _server(edge, FIRST, _draining) as refused, _server(edge, SECOND, _fine):
         await edge.names.change("rest_facade", FIRST, SECOND)
@@ -242,7 +242,7 @@ async def test_what_cannot_be_taken_goes_on_whole(edge: Edge) -> None:
 
 
 async def test_no_request_is_executed_twice(edge: Edge) -> None:
-    """A facade that breaks off has perhaps done the work: the client learns of it."""
+    """A facade that drops the connection may have done the work, so the client gets an error."""
     async with (
         _server(edge, FIRST, _breaking_off) as first,
         _server(edge, SECOND, _breaking_off) as second,
@@ -256,7 +256,7 @@ async def test_no_request_is_executed_twice(edge: Edge) -> None:
 
 
 async def test_nobody_there(edge: Edge) -> None:
-    """A name without addresses, and addresses that nobody listens on, are 503 in OpenAI's form."""
+    """A name without addresses, and addresses without a listener, are 503 in OpenAI's format."""
     answers = [await edge.client.post(URL, json=ASK)]
     await edge.names.change("rest_facade", NOBODY)
     answers.append(await edge.client.post(URL, json=ASK))
@@ -270,7 +270,7 @@ async def test_nobody_there(edge: Edge) -> None:
 
 
 async def test_addresses_that_change(edge: Edge, backend: ScriptedBackend) -> None:
-    """A facade of a new address is found, and one whose address is gone is left alone."""
+    """A facade at a new address is found, and a removed address is no longer used."""
     async with _facade(edge, backend, FIRST):
         await edge.names.change("rest_facade", FIRST)
         before = await _statuses(edge, 4)
@@ -282,7 +282,7 @@ async def test_addresses_that_change(edge: Edge, backend: ScriptedBackend) -> No
 
 
 async def test_events_are_not_held_back(edge: Edge, backend: ScriptedBackend) -> None:
-    """A stream's first event arrives before its second one is made; leaving ends the work."""
+    """A stream's events arrive at once; a disconnecting client cancels the work."""
     backend.script = (header(), delta("He"), None)
     async with _facade(edge, backend, FIRST):
         await edge.names.change("rest_facade", FIRST)
@@ -295,7 +295,7 @@ async def test_events_are_not_held_back(edge: Edge, backend: ScriptedBackend) ->
 
 
 async def test_the_facades_errors_pass_unchanged(edge: Edge, backend: ScriptedBackend) -> None:
-    """Status, words and headers are those of the facade, be it 400, 500, 503 or 504."""
+    """Status, body and headers are the facade's, for 400, 500, 503 and 504."""
     bodies = [{"model": MODEL}, ASK, ASK | {"stream": True}]
     scripts = [[TimeoutError()], [None], [ServiceError("model_loading", "The model is loading.")]]
     async with _facade(edge, backend, FIRST, request_timeout_seconds=0.3):
@@ -315,7 +315,7 @@ async def test_the_facades_errors_pass_unchanged(edge: Edge, backend: ScriptedBa
 
 
 async def _raw(address: str, port: int, request: bytes) -> tuple[int, Any]:
-    """Status and JSON of what is answered to these very bytes."""
+    """The status and JSON body of the answer to exactly these bytes."""
     reader, writer = await asyncio.open_connection(address, port)
     writer.write(request)
     head, _, body = (await reader.read()).partition(b"\r\n\r\n")
@@ -325,7 +325,7 @@ async def _raw(address: str, port: int, request: bytes) -> tuple[int, Any]:
 
 
 async def test_a_body_over_the_limit(edge: Edge, backend: ScriptedBackend) -> None:
-    """The edge refuses exactly what the facade would, in its words; the largest body passes."""
+    """The edge refuses exactly what the facade would, with its error; the largest body passes."""
     largest = json.dumps(ASK).encode().ljust(MAX_BODY_BYTES)
     kind = {"content-type": "application/json"}
     head = (
@@ -352,14 +352,14 @@ async def test_a_body_over_the_limit(edge: Edge, backend: ScriptedBackend) -> No
     ids=["too large", "no host", "broken chunk"],
 )
 async def test_what_is_not_http(edge: Edge, request_bytes: bytes) -> None:
-    """A request that cannot be understood is 400 in OpenAI's form."""
+    """A malformed request is 400 in OpenAI's format."""
     status, body = await _raw("127.0.0.1", edge.port, request_bytes)
 
     assert (400, "invalid_value") == (status, body["error"]["code"])
 
 
 async def test_grpc_passes_over_a_dead_address(edge: Edge, backend: ScriptedBackend) -> None:
-    """One of two tokenizers is gone: every call is answered, and its events are not held back."""
+    """One of two tokenizers is down: every call is answered, and its events arrive at once."""
     await edge.names.change("tokenizer_svc", NOBODY, "127.0.0.1")
     backend.script = (header(), delta("He"), None)
     async with open_channel(edge.grpc_target) as channel:
@@ -376,7 +376,7 @@ async def test_grpc_passes_over_a_dead_address(edge: Edge, backend: ScriptedBack
 
 
 def test_what_is_replaced_is_what_is_deployed() -> None:
-    """The names and ports are those of the services, and all that is written goes to /tmp."""
+    """Names and ports are those of the services, and only /tmp is written to."""
     text = CONFIG.read_text()
     paths = [line.split()[1] for line in text.splitlines() if "_path " in line or "pid " in line]
 

@@ -1,4 +1,4 @@
-"""API keys, as a client and an operator see them."""
+"""API keys, as seen by clients and operators."""
 
 import hashlib
 from pathlib import Path
@@ -13,12 +13,12 @@ from trivium.wire.errors import ServiceError
 
 
 def digest(key: str) -> str:
-    """What stands in the file for `key`."""
+    """The digest of `key`, as in the file."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 def accepts(keys: KeyFile, key: str) -> bool:
-    """Whether `key` opens the API."""
+    """Whether `key` is accepted."""
     try:
         keys.check(f"Bearer {key}")
     except ServiceError:
@@ -35,7 +35,7 @@ def file(tmp_path: Path) -> Path:
 
 
 async def test_the_api_asks_for_a_key(start_facade: StartFacade, file: Path) -> None:
-    """With a key file the API wants one of its keys; all of them work."""
+    """With a key file, requests need one of its keys, and each of them works."""
     client: httpx.AsyncClient = await start_facade(api_keys_file=file)
 
     for key in ("one", "two"):
@@ -73,7 +73,7 @@ def test_reload(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bad_files(tmp_path: Path) -> None:
-    """A file that is absent or has a line that is no digest is refused, by line."""
+    """A missing file and a line that is not a digest are refused; the error names the line."""
     path = tmp_path / "keys"
     with pytest.raises(KeyFileError, match="No such file"):
         KeyFile(path)
@@ -94,7 +94,7 @@ def test_lines_name_their_keys(file: Path) -> None:
 
 
 def test_odd_keys(file: Path) -> None:
-    """Keys that are not ASCII are wrong, and nothing worse."""
+    """Non-ASCII keys are refused like any wrong key."""
     keys = KeyFile(file)
 
     assert not accepts(keys, "ÿ\u20ac")

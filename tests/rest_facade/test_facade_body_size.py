@@ -1,4 +1,4 @@
-"""Bodies that hold too much, and large ones that do not: neither makes anybody else wait."""
+"""Bodies that are too large, and large ones that are allowed, do not delay other requests."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ HEAD = b'{"model":"scripted","messages":[{"role":"user","content":"a"}],'
 
 
 def filled(before: bytes, element: bytes, after: bytes) -> bytes:
-    """A body of the largest allowed size with as many elements as fit."""
+    """A body of the maximum size with as many elements as fit."""
     count = (LARGEST - len(before) - len(after)) // (len(element) + 1)
     return before + b",".join([element] * count) + after
 
@@ -27,7 +27,7 @@ def filled(before: bytes, element: bytes, after: bytes) -> bytes:
 PART = b'{"type":"text","text":"a"}'
 CALL = b'{"id":"a","type":"function","function":{"name":"f","arguments":"{}"}}'
 TOOL = b'{"type":"function","function":{"name":"f"}}'
-# By what is too much in them: the body, and the code and field of the error.
+# By what exceeds its limit: the body, and the code and field of the error.
 TOO_MUCH = {
     "messages": (
         filled(b'{"messages":[', b'{"role":"user","content":"a"}', b'],"model":"scripted"}'),
@@ -95,7 +95,7 @@ async def test_too_much(client: httpx.AsyncClient, backend: ScriptedBackend, wha
 
 @pytest.mark.parametrize("what", ALLOWED)
 async def test_what_is_large_and_allowed(client: httpx.AsyncClient, what: str) -> None:
-    """Long texts, and many numbers or fields, are nobody's fault."""
+    """Long texts, and many numbers or fields, are accepted."""
     assert 200 == (await post(client, ALLOWED[what])).status_code
 
 
@@ -138,7 +138,7 @@ TOOLS = [{"type": "function", "function": {"name": f"f{n}"}} for n in range(129)
 async def test_bounds(
     client: httpx.AsyncClient, most: dict[str, Any], more: dict[str, Any], param: str
 ) -> None:
-    """As many as are allowed, and one more."""
+    """The maximum is accepted, and one more is refused."""
     allowed, refused = await client.post(URL, json=most), await client.post(URL, json=more)
 
     assert 200 == allowed.status_code, allowed.text
@@ -146,7 +146,7 @@ async def test_bounds(
 
 
 async def test_tokens_are_bounded_too(start_facade: StartFacade) -> None:
-    """The other paths have the same bounds."""
+    """Other paths have the same limits."""
     client = await start_facade()
     refused = await client.post("/detokenize", json={"model": MODEL, "tokens": [1] * 524_289})
     conversation = {"model": MODEL, "messages": [USER] * 2_049}
@@ -158,7 +158,7 @@ async def test_tokens_are_bounded_too(start_facade: StartFacade) -> None:
 
 
 async def test_nobody_waits_for_large_bodies(backend: ScriptedBackend) -> None:
-    """While they are read and parsed, another stream goes on and liveness is answered."""
+    """While they are read and parsed, another stream continues and liveness is answered."""
     bodies = [body for body, _ in TOO_MUCH.values()] + list(ALLOWED.values())
     async with running(backend) as (_, client):
         backend.script = (header(), *[delta("a"), 0.005] * 20_000, delta(finish="STOP"), usage())
@@ -182,5 +182,5 @@ async def test_nobody_waits_for_large_bodies(backend: ScriptedBackend) -> None:
                 assert 200 == live.status_code
             listening.cancel()
 
-    # Far more than it takes, for a machine that is busy with something else.
+    # Far more than needed, in case the machine is busy with something else.
     assert longest < 2

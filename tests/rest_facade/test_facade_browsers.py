@@ -1,4 +1,4 @@
-"""Pages of other origins that call the API from a browser."""
+"""Pages from other origins that call the API from a browser."""
 
 import hashlib
 from pathlib import Path
@@ -18,7 +18,7 @@ ASK: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": 
 
 
 def preflight(origin: str, **headers: str) -> dict[str, str]:
-    """What a browser sends before a request that bears a key."""
+    """The headers that a browser sends before a request with a key."""
     return {
         "origin": origin,
         "access-control-request-method": "POST",
@@ -27,7 +27,7 @@ def preflight(origin: str, **headers: str) -> dict[str, str]:
 
 
 async def start(start_facade: StartFacade, tmp_path: Path, **settings: Any) -> httpx.AsyncClient:
-    """A facade that asks for the key `secret` and knows two origins."""
+    """A facade that requires the key `secret` and allows two origins."""
     keys = tmp_path / "keys"
     keys.write_text(hashlib.sha256(b"secret").hexdigest())
     origins = {"cors_origins": f"{PAGE}, {OTHER_PAGE}"}
@@ -39,7 +39,7 @@ async def start(start_facade: StartFacade, tmp_path: Path, **settings: Any) -> h
 async def test_a_preflight_needs_no_key(
     start_facade: StartFacade, tmp_path: Path, origin: str
 ) -> None:
-    """It bears none, and is told that the request with its headers may come."""
+    """A preflight has no key; the answer allows the request with its headers."""
     client = await start(start_facade, tmp_path)
     answer = await client.options(URL, headers=preflight(origin))
 
@@ -55,7 +55,7 @@ async def test_a_preflight_needs_no_key(
 async def test_a_page_on_the_web_may_call_a_private_address(
     start_facade: StartFacade, tmp_path: Path
 ) -> None:
-    """A browser asks for that as well, before it lets a page call a server on the laptop."""
+    """Browsers ask for this too before a page may call a server on a private address."""
     client = await start(start_facade, tmp_path)
     wanted = preflight(PAGE, **{"access-control-request-private-network": "true"})
     answer = await client.options(URL, headers=wanted)
@@ -64,7 +64,7 @@ async def test_a_page_on_the_web_may_call_a_private_address(
 
 
 async def test_a_stranger_is_refused(start_facade: StartFacade, tmp_path: Path) -> None:
-    """A page that is not listed gets no header that would let its browser show it the answer."""
+    """A page that is not listed gets no header that would let its browser read the answer."""
     client = await start(start_facade, tmp_path)
     refused = await client.options(URL, headers=preflight(STRANGER))
     answer = await client.get("/health/live", headers={"origin": STRANGER})
@@ -78,7 +78,7 @@ async def test_a_stranger_is_refused(start_facade: StartFacade, tmp_path: Path) 
 async def test_every_answer_may_be_read(
     start_facade: StartFacade, backend: ScriptedBackend, tmp_path: Path
 ) -> None:
-    """Errors above all: a page that cannot read them cannot say what is wrong."""
+    """This matters most for errors: a page that cannot read them cannot explain them."""
     client = await start(start_facade, tmp_path)
     client.headers.update({"origin": PAGE, "authorization": "Bearer secret"})
     answers = [
@@ -110,7 +110,7 @@ async def test_every_answer_may_be_read(
 
 
 async def test_any_page(start_facade: StartFacade, tmp_path: Path) -> None:
-    """An asterisk lets all pages in."""
+    """An asterisk allows all pages."""
     client = await start(start_facade, tmp_path, cors_origins="*")
     asked = await client.options(URL, headers=preflight(STRANGER))
     answer = await client.get("/health/live", headers={"origin": STRANGER})
@@ -120,7 +120,7 @@ async def test_any_page(start_facade: StartFacade, tmp_path: Path) -> None:
 
 
 async def test_no_page_by_default(client: httpx.AsyncClient) -> None:
-    """Without the setting no answer has a header of this kind."""
+    """Without the setting no answer has a CORS header."""
     asked = await client.options(URL, headers=preflight(PAGE))
     answer = await client.post(URL, json=ASK, headers={"origin": PAGE})
 
@@ -131,6 +131,6 @@ async def test_no_page_by_default(client: httpx.AsyncClient) -> None:
 
 @pytest.mark.parametrize("origin", ["chat.example.org", PAGE + "/", PAGE + "/chat", "**"])
 def test_what_is_no_origin(origin: str) -> None:
-    """A slash too many would never match; it is refused at start."""
+    """An origin with a trailing slash would never match; it is refused at startup."""
     with pytest.raises(ValueError, match="is not an origin"):
         FacadeSettings(cors_origins=f"{OTHER_PAGE},{origin}")

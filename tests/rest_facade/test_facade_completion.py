@@ -1,4 +1,4 @@
-"""Completions through the facade, as a client sees them."""
+"""Chat completions through the facade, as clients see them."""
 
 import json
 from typing import Any
@@ -38,7 +38,7 @@ async def post(client: httpx.AsyncClient, **fields: Any) -> httpx.Response:
 
 
 def chunks(text: str) -> list[Any]:
-    """The JSON of a stream's events, after its framing has been checked."""
+    """The JSON of a stream's events, with their framing checked."""
     assert text.endswith("\n\n")
     events = text.split("\n\n")[:-1]
     assert all(event.startswith("data: ") and "\n" not in event for event in events)
@@ -46,7 +46,7 @@ def chunks(text: str) -> list[Any]:
 
 
 async def test_whole_answer(client: httpx.AsyncClient) -> None:
-    """An answer without `stream` is OpenAI's object, key by key."""
+    """An answer without `stream` is OpenAI's object, field by field."""
     answer = await post(client)
 
     assert answer.status_code == 200
@@ -108,7 +108,7 @@ async def test_stream(client: httpx.AsyncClient) -> None:
 
 
 async def test_stream_usage(client: httpx.AsyncClient) -> None:
-    """With include_usage the last chunk has the usage and no choices, and the others null."""
+    """With include_usage the last chunk has usage and no choices; in the others usage is null."""
     answer = await post(client, stream=True, stream_options={"include_usage": True})
     *others, last, done = chunks(answer.text)
 
@@ -119,7 +119,7 @@ async def test_stream_usage(client: httpx.AsyncClient) -> None:
 
 
 async def test_continuous_usage(client: httpx.AsyncClient) -> None:
-    """With continuous_usage_stats every chunk counts the tokens so far."""
+    """With continuous_usage_stats every chunk has the usage so far."""
     options = {"include_usage": True, "continuous_usage_stats": True}
     answer = await post(client, stream=True, stream_options=options)
     *others, last, _ = chunks(answer.text)
@@ -131,7 +131,7 @@ async def test_continuous_usage(client: httpx.AsyncClient) -> None:
 
 
 async def test_choices_interleave(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
-    """Each index has its own role chunk and finish chunk, in the order things happened."""
+    """Each index has its own role and finish chunk, in the order in which they arise."""
     backend.script = (
         header(),
         delta("a", index=0),
@@ -157,7 +157,7 @@ async def test_choices_interleave(client: httpx.AsyncClient, backend: ScriptedBa
 
 
 async def test_logprobs(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
-    """Log-probabilities come with token, bytes and alternatives, streamed and not."""
+    """Log-probabilities have token, bytes and alternatives, streaming or not."""
     backend.script = (
         header(),
         delta("é", logprobs=[logprob("é")]),
@@ -181,7 +181,7 @@ async def test_logprobs(client: httpx.AsyncClient, backend: ScriptedBackend) -> 
 async def test_text_survives(
     client: httpx.AsyncClient, backend: ScriptedBackend, text: str
 ) -> None:
-    """Any text arrives as it was made, and never breaks an event for whoever splits lines."""
+    """Any text arrives unchanged, and never breaks an event for clients that split lines."""
     backend.script = (header(), delta(text), delta(finish="STOP"), usage())
     whole = await post(client)
     streamed = await post(client, stream=True)
@@ -256,7 +256,7 @@ async def test_every_field_arrives(client: httpx.AsyncClient, backend: ScriptedB
 async def test_null_is_absence(
     client: httpx.AsyncClient, backend: ScriptedBackend, field: str
 ) -> None:
-    """`null` for an optional field asks for the same as its absence."""
+    """`null` for an optional field is the same as omitting it."""
     await post(client)
     answer = await post(client, **{field: None})
 
@@ -267,7 +267,7 @@ async def test_null_is_absence(
 async def test_no_alternatives_of_no_logprobs(
     client: httpx.AsyncClient, backend: ScriptedBackend
 ) -> None:
-    """A top_logprobs of 0 without logprobs asks for nothing."""
+    """top_logprobs 0 without logprobs changes nothing."""
     await post(client)
     await post(client, logprobs=False, top_logprobs=0)
     backend.requests[1].ClearField("logprobs")
@@ -286,7 +286,7 @@ async def test_max_tokens_is_the_old_name(
 
 
 async def test_models(client: httpx.AsyncClient) -> None:
-    """Models are listed and found one by one, also with a slash in the id."""
+    """Models are listed and can be retrieved one by one, even with a slash in the id."""
     listed = (await client.get("/v1/models")).json()
     one = (await client.get("/v1/models/org/other")).json()
 
@@ -303,7 +303,7 @@ async def test_models(client: httpx.AsyncClient) -> None:
 
 
 async def test_identity(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
-    """A sane request id is echoed and handed on with the trace; any other is replaced."""
+    """A valid request id is echoed and passed on with the trace; any other is replaced."""
     trace = f"00-{'a' * 32}-{'b' * 16}-01"
     sane = {"x-request-id": "order-17", "traceparent": trace}
     kept = await client.post("/v1/chat/completions", json=ASK, headers=sane)
@@ -318,7 +318,7 @@ async def test_identity(client: httpx.AsyncClient, backend: ScriptedBackend) -> 
 async def test_an_answer_may_be_larger_than_a_request(
     client: httpx.AsyncClient, backend: ScriptedBackend
 ) -> None:
-    """Its length is what the caller asked for, in choices, tokens and log-probabilities."""
+    """Its length depends on the requested choices, tokens and log-probabilities."""
     text = "a" * 2**24
     texts = [delta(text, index=index, finish="LENGTH") for index in range(3)]
     backend.script = (header(), *texts, usage())

@@ -1,4 +1,4 @@
-"""Connections that end early, are silent for long, or have nobody behind them."""
+"""Connections that end early, stay silent for long, or have no next stage."""
 
 import asyncio
 import contextlib
@@ -27,7 +27,7 @@ URL = "/v1/chat/completions"
 async def test_a_client_that_leaves_at_once(
     client: httpx.AsyncClient, backend: ScriptedBackend, stream: bool
 ) -> None:
-    """A client that hangs up before its answer begins cancels the call behind it."""
+    """A client that disconnects before its answer begins cancels the call behind it."""
     backend.script = (None,)
     asking = asyncio.create_task(client.post(URL, json=ASK | {"stream": stream}))
     await backend.started.wait()
@@ -44,7 +44,7 @@ async def test_a_client_that_leaves_at_once(
 async def test_a_client_that_leaves_in_the_middle(
     client: httpx.AsyncClient, backend: ScriptedBackend
 ) -> None:
-    """A client that hangs up while its stream is silent cancels the call behind it."""
+    """A client that disconnects while its stream is silent cancels the call behind it."""
     backend.script = (header(), delta("He"), None)
     async with client.stream("POST", URL, json=ASK | {"stream": True}) as answer:
         async for line in answer.aiter_lines():
@@ -57,7 +57,7 @@ async def test_a_client_that_leaves_in_the_middle(
 
 
 async def test_keep_alives(start_facade: StartFacade, backend: ScriptedBackend) -> None:
-    """A silent stream sends comments, which no client takes for an event."""
+    """A silent stream sends comments, which clients ignore."""
     client = await start_facade(keep_alive_seconds=0.02)
     go_on = asyncio.Event()
     backend.script = (header(), delta("He"), go_on, delta(finish="STOP"), usage())
@@ -77,7 +77,7 @@ async def test_keep_alives(start_facade: StartFacade, backend: ScriptedBackend) 
 async def test_status_waits_for_the_first_event(
     client: httpx.AsyncClient, backend: ScriptedBackend
 ) -> None:
-    """No HTTP status is sent before the next stage has said its first word."""
+    """No HTTP status is sent before the next stage's first event."""
     go_on = asyncio.Event()
     backend.script = (go_on, *HELLO)
     asking = asyncio.create_task(client.post(URL, json=ASK | {"stream": True}))
@@ -92,7 +92,7 @@ async def test_status_waits_for_the_first_event(
 async def test_a_long_wait_is_not_silent(
     start_facade: StartFacade, backend: ScriptedBackend
 ) -> None:
-    """Headers and comments come before the next stage's first word, if that takes long."""
+    """If the next stage's first event takes long, headers and comments are sent before it."""
     client = await start_facade(keep_alive_seconds=0.02)
     go_on = asyncio.Event()
     backend.script = (go_on, *HELLO)
@@ -110,7 +110,7 @@ async def test_a_long_wait_is_not_silent(
 async def test_a_refusal_after_a_long_wait(
     start_facade: StartFacade, backend: ScriptedBackend
 ) -> None:
-    """Is the last event of a stream that has begun."""
+    """The error is the last event of a stream that has begun."""
     client = await start_facade(keep_alive_seconds=0.02)
     go_on = asyncio.Event()
     backend.script = (go_on, ServiceError("queue_full", "Come again."))
@@ -130,7 +130,7 @@ async def test_a_refusal_after_a_long_wait(
 async def test_a_head_that_never_ends_costs_no_connection(
     start_facade: StartFacade, beginning: str
 ) -> None:
-    """Whether nothing comes, or one more byte now and then."""
+    """The connection is closed whether nothing comes or only a byte now and then."""
     client = await start_facade(idle_connection_seconds=1)
     reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
     writer.write(beginning.encode())
@@ -146,7 +146,7 @@ async def test_a_head_that_never_ends_costs_no_connection(
 async def test_an_answer_may_take_longer_than_a_connection_may_be_idle(
     start_facade: StartFacade, backend: ScriptedBackend
 ) -> None:
-    """Also if the next request is on its way meanwhile."""
+    """This holds even if the next request arrives in the meantime."""
     client = await start_facade(idle_connection_seconds=1)
     go_on = asyncio.Event()
     backend.script = (header(), delta("He"), go_on, delta(finish="STOP"), usage())
@@ -162,7 +162,7 @@ async def test_an_answer_may_take_longer_than_a_connection_may_be_idle(
 
 
 async def unready(client: httpx.AsyncClient) -> httpx.Response:
-    """What /health says once it knows that this is not the gap that a replaced replica leaves."""
+    """The first unsuccessful /health, after the gap that replacing a replica would leave."""
     while (answer := await client.get("/health")).status_code == 200:
         pass
     return answer
@@ -171,7 +171,7 @@ async def unready(client: httpx.AsyncClient) -> httpx.Response:
 async def test_next_stage_gone_and_back(
     client: httpx.AsyncClient, backend: ScriptedBackend
 ) -> None:
-    """Without the next stage everything is 503 but liveness; once it is back, all is well."""
+    """Without the next stage everything but liveness is 503; once it is back, requests succeed."""
     await backend.die()
     ready = await unready(client)
     asked = await client.post(URL, json=ASK)
@@ -190,7 +190,7 @@ async def test_next_stage_gone_and_back(
 async def test_next_stage_dies_in_the_middle(
     client: httpx.AsyncClient, backend: ScriptedBackend
 ) -> None:
-    """A stream whose next stage dies ends with an error event, and not with [DONE]."""
+    """A stream whose next stage dies ends with an error event, without [DONE]."""
     backend.script = (header(), delta("He"), None)
     text = ""
     async with client.stream("POST", URL, json=ASK | {"stream": True}) as answer:
@@ -204,7 +204,7 @@ async def test_next_stage_dies_in_the_middle(
 
 
 async def test_readiness(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
-    """/health is ready when the next stage says so, and 503 with Retry-After when not."""
+    """/health follows the next stage's readiness; if not ready, it is 503 with Retry-After."""
     ready = await client.get("/health")
     await backend.set_serving(False)
     loading = await unready(client)
@@ -219,7 +219,7 @@ async def test_readiness(client: httpx.AsyncClient, backend: ScriptedBackend) ->
 
 
 async def test_metrics(client: httpx.AsyncClient) -> None:
-    """/metrics counts requests by route and status, and streams' first tokens."""
+    """/metrics counts requests by route and status, and times first tokens."""
     await client.post(URL, json=ASK | {"stream": True})
     await client.post(URL, json=[])
     await client.get("/v1/models/org/other")
@@ -238,7 +238,7 @@ async def test_metrics(client: httpx.AsyncClient) -> None:
 async def test_metrics_by_replica(
     start_facade: StartFacade, backend: ScriptedBackend, client: httpx.AsyncClient
 ) -> None:
-    """/metrics tells of each tokenizer how it is and what it was picked for."""
+    """/metrics has the state of each tokenizer and the calls it was picked for."""
     backend.script = (header(), delta("He"), None)
     labels = f'model_name="",replica="127.0.0.1:{backend.port}"'
     async with client.stream("POST", URL, json=ASK | {"stream": True}) as answer:
@@ -261,7 +261,7 @@ async def test_metrics_by_replica(
 
 
 async def test_metrics_of_retries(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
-    """/metrics tells how many calls were tried once more, and why, with reasons that never were."""
+    """/metrics counts retried calls by reason, including reasons that have not occurred."""
     backend.script = [ServiceError("draining", "Not here.")]
     refused = await client.post(URL, json=ASK)
     text = (await client.get("/metrics")).text

@@ -1,4 +1,4 @@
-"""The documentation that the facade serves about itself."""
+"""The facade's own API documentation."""
 
 import re
 from typing import Any
@@ -21,13 +21,13 @@ def _references(value: Any) -> set[str]:
 
 @pytest.fixture
 async def document(client: httpx.AsyncClient) -> dict[str, Any]:
-    """What /openapi.json serves."""
+    """The document at /openapi.json."""
     served: dict[str, Any] = (await client.get("/openapi.json")).json()
     return served
 
 
 def test_references_resolve(document: dict[str, Any]) -> None:
-    """Every reference in the OpenAPI document leads to a schema in it."""
+    """Every reference in the OpenAPI document resolves to a schema in it."""
     names = {ref.removeprefix("#/components/schemas/") for ref in _references(document)}
 
     assert names
@@ -53,7 +53,7 @@ def test_request_and_answers_are_described(document: dict[str, Any]) -> None:
 async def test_paths_of_the_document_exist(
     client: httpx.AsyncClient, document: dict[str, Any]
 ) -> None:
-    """Each path of the document answers its own methods, HEAD with GET, and no others."""
+    """Each path in the document accepts its own methods, and HEAD with GET, but no others."""
     assert "/v1/chat/completions" in document["paths"]
     for path, operations in document["paths"].items():
         methods = {name.upper() for name in operations}
@@ -66,7 +66,7 @@ async def test_paths_of_the_document_exist(
 
 
 async def test_head(client: httpx.AsyncClient) -> None:
-    """HEAD is answered as GET is, without the body."""
+    """HEAD is answered like GET, without the body."""
     for path in ("/", "/v1/models", "/v1/models/scripted", "/health", "/metrics", "/docs"):
         got, head = await client.get(path), await client.head(path)
 
@@ -74,7 +74,7 @@ async def test_head(client: httpx.AsyncClient) -> None:
 
 
 async def test_docs_page_is_self_contained(client: httpx.AsyncClient) -> None:
-    """The page loads nothing from elsewhere, and its policy would not let it."""
+    """The page loads nothing from other hosts, and its policy forbids it."""
     page = await client.get("/docs")
 
     assert page.headers["content-type"] == "text/html; charset=utf-8"

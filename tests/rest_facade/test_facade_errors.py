@@ -27,7 +27,7 @@ URL = "/v1/chat/completions"
 
 
 def check_shape(answer: httpx.Response) -> dict[str, Any]:
-    """The error object of an answer, after its shape has been checked."""
+    """The error object of a response, with its shape checked."""
     assert answer.headers["content-type"] == "application/json"
     assert answer.headers["x-request-id"]
     error: dict[str, Any] = answer.json()["error"]
@@ -43,7 +43,7 @@ def check_shape(answer: httpx.Response) -> dict[str, Any]:
 async def test_errors_of_the_next_stage(
     client: httpx.AsyncClient, backend: ScriptedBackend, code: str
 ) -> None:
-    """Each error of the table passes through gRPC, whole and streamed, with its HTTP status."""
+    """Every error in the table passes through gRPC, streaming or not, with its HTTP status."""
     backend.script = (ServiceError(code, "Why.", param="messages", retry_after=90),)
     whole = await client.post(URL, json=ASK)
     streamed = await client.post(URL, json=ASK | {"stream": True})
@@ -58,7 +58,7 @@ async def test_errors_of_the_next_stage(
 async def test_a_key_that_the_next_stage_refuses_is_not_the_clients(
     client: httpx.AsyncClient, backend: ScriptedBackend
 ) -> None:
-    """The facade shows a key of its own there: its client can do nothing about it."""
+    """The key there is the facade's own: its client can do nothing about it."""
     backend.script = (ServiceError("invalid_api_key", "Why."),)
     whole = await client.post(URL, json=ASK)
     streamed = await client.post(URL, json=ASK | {"stream": True})
@@ -69,8 +69,8 @@ async def test_a_key_that_the_next_stage_refuses_is_not_the_clients(
 async def test_a_refused_key_is_logged_when_that_is_new(
     client: httpx.AsyncClient, backend: ScriptedBackend, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """However many requests and probes meet it: once, and again for another reason, or after a key
-    that was accepted."""
+    """It is logged once, however many requests and probes are refused, and again for another reason
+    or after the key was accepted."""
 
     async def refused(why: str) -> None:
         backend.script = (ServiceError("invalid_api_key", why),)
@@ -104,7 +104,7 @@ async def test_fields_are_named_as_the_client_named_them(
     blamed: str,
     shown: str | None,
 ) -> None:
-    """A fault that the next stage finds has the old name of a field if that was used."""
+    """If the client used a field's old name, errors from the next stage use it too."""
     backend.script = (ServiceError("invalid_value", f"Bad '{blamed}'.", blamed),)
     whole = await client.post(URL, json=ASK | fields)
     streamed = await client.post(URL, json=ASK | fields | {"stream": True})
@@ -115,7 +115,7 @@ async def test_fields_are_named_as_the_client_named_them(
 
 
 async def test_error_in_the_middle(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
-    """A stream that fails ends with an error event, and not with [DONE]."""
+    """A stream that fails ends with an error event, without [DONE]."""
     backend.script = (header(), delta("He"), ServiceError("backend_unavailable", "It is gone."))
     answer = await client.post(URL, json=ASK | {"stream": True})
     last = answer.text.split("\n\n")[-2]
@@ -135,8 +135,7 @@ async def test_error_in_the_middle(client: httpx.AsyncClient, backend: ScriptedB
 async def test_an_event_of_a_later_protocol(
     client: httpx.AsyncClient, backend: ScriptedBackend
 ) -> None:
-    """An event that the facade cannot read is an internal error, with a status while there can be
-    one."""
+    """An event that the facade cannot read is a 500, or an error event in a running stream."""
     unknown = chat_pb2.StreamChatCompletionResponse()
     backend.script = (unknown,)
     first = await client.post(URL, json=ASK | {"stream": True})
@@ -152,7 +151,7 @@ async def test_an_event_of_a_later_protocol(
 async def test_a_fault_of_ours_tells_nothing(
     client: httpx.AsyncClient, backend: ScriptedBackend
 ) -> None:
-    """An unexpected error shows generic words and the request id, before and in a stream."""
+    """An unexpected error shows a generic message and the request id, streaming or not."""
     backend.script = (header(), delta("He"), RuntimeError("secret"))
     whole = await client.post(URL, json=ASK, headers={"x-request-id": "r-1"})
     streamed = await client.post(URL, json=ASK | {"stream": True}, headers={"x-request-id": "r-2"})
@@ -167,7 +166,7 @@ async def test_a_fault_of_ours_tells_nothing(
 async def test_a_broken_next_stage(
     client: httpx.AsyncClient, backend: ScriptedBackend, script: Any
 ) -> None:
-    """A stream without header or usage never ends with [DONE], but with an error."""
+    """A stream without header or usage ends with an error, never with [DONE]."""
     backend.script = script
     answer = await client.post(URL, json=ASK | {"stream": True})
 
@@ -176,7 +175,7 @@ async def test_a_broken_next_stage(
 
 
 class BehindAMesh(ScriptedBackend):
-    """A proxy before it refuses some calls."""
+    """A proxy in front of it refuses some calls."""
 
     async def CreateChatCompletion(self, request: Any, context: Any) -> Any:
         await context.abort(grpc.StatusCode.PERMISSION_DENIED, "RBAC: access denied")
@@ -192,7 +191,7 @@ class BehindAMesh(ScriptedBackend):
 
 @pytest.fixture
 def errors_logged(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
-    """The request id and the text of each line of level error."""
+    """The request id and message of each log line at error level."""
     found: list[tuple[str, str]] = []
 
     def note(record: logging.LogRecord) -> bool:
@@ -205,7 +204,7 @@ def errors_logged(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
 
 
 async def test_a_status_that_no_stage_made(errors_logged: list[tuple[str, str]]) -> None:
-    """Its text is for the log alone, once for each request, with who answered so."""
+    """Its message is only logged, once per request, with the replica that returned it."""
     stage = BehindAMesh()
     await stage.start()
     async with facade(stage.port, {}) as url, httpx.AsyncClient(base_url=url) as client:
@@ -233,7 +232,7 @@ async def test_a_status_that_no_stage_made(errors_logged: list[tuple[str, str]])
 
 
 async def test_a_server_that_is_another_stage(errors_logged: list[tuple[str, str]]) -> None:
-    """What a facade is told that calls a generator's port: that there is no tokenizer."""
+    """A facade that calls a generator's port answers that no tokenizer is available."""
     server, port = await ScriptedGenerator("r1").serve()
     async with facade(port, {}) as url, httpx.AsyncClient(base_url=url) as client:
         answers = [
@@ -248,7 +247,7 @@ async def test_a_server_that_is_another_stage(errors_logged: list[tuple[str, str
 
 
 async def test_unknown_paths_and_methods(client: httpx.AsyncClient) -> None:
-    """Unknown paths are 404, wrong methods 405 with Allow, and neither is HTML or bare text."""
+    """Unknown paths are 404 and wrong methods 405 with Allow, both with a JSON error."""
     nowhere = await client.get("/v1/nowhere")
     slash = await client.post("/v1/chat/completions/", json=ASK)
     wrong = await client.get(URL)
@@ -313,7 +312,7 @@ NO_URL, NO_MODEL, WRONG = (
 async def test_odd_paths(
     client: httpx.AsyncClient, method: str, target: str, expected: tuple[int, str | None]
 ) -> None:
-    """Slashes too many, empty segments, odd escapes: what is not there is 404, never 400 or 500."""
+    """Extra slashes, empty segments, odd escapes: what does not exist is 404, never 400 or 500."""
     reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
     head = f"{method} {target.replace(' ', '%20')} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
     writer.write(f"{head}content-length: 0\r\n\r\n".encode())
@@ -340,7 +339,7 @@ async def test_odd_paths(
     ],
 )
 async def test_media_types(client: httpx.AsyncClient, headers: dict[str, str], status: int) -> None:
-    """Only JSON in UTF-8, uncompressed, is taken."""
+    """Only uncompressed JSON in UTF-8 is accepted."""
     answer = await client.post(URL, content=json.dumps(ASK), headers=headers)
 
     assert answer.status_code == status
@@ -396,7 +395,7 @@ async def test_slow_bodies(start_facade: StartFacade, length: int, status: int, 
     ],
 )
 async def test_what_is_not_http(client: httpx.AsyncClient, head: bytes) -> None:
-    """Even what the HTTP parser refuses is answered with an error object."""
+    """Even requests that the HTTP parser rejects are answered with an error object."""
     reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
     writer.write(head)
     answer = (await reader.read()).partition(b"\r\n\r\n")
@@ -408,7 +407,7 @@ async def test_what_is_not_http(client: httpx.AsyncClient, head: bytes) -> None:
 
 
 async def test_time_runs_out(start_facade: StartFacade, backend: ScriptedBackend) -> None:
-    """Past the time limit the call ends with 504, not to be retried, or with an error event."""
+    """After the timeout a call ends with 504 and x-should-retry false, or with an error event."""
     client = await start_facade(request_timeout_seconds=0.2)
     backend.script = (header(), delta("He"), None)
     whole = await client.post(URL, json=ASK)
@@ -422,7 +421,7 @@ async def test_time_runs_out(start_facade: StartFacade, backend: ScriptedBackend
 
 
 def test_retry_after_is_within_what_clients_obey() -> None:
-    """Retry-After is a whole number of seconds from 1 to 60."""
+    """Retry-After is a whole number of seconds from 1 to 60, which clients obey."""
     waits = [0, 0.2, 1.5, 60, 3600]
     answers = [ErrorResponse(ServiceError("queue_full", "", retry_after=wait)) for wait in waits]
 
@@ -430,7 +429,7 @@ def test_retry_after_is_within_what_clients_obey() -> None:
 
 
 def test_an_error_event_is_one_event() -> None:
-    """Line ends in a message do not break the event."""
+    """Line breaks in a message do not break the event."""
     event = sse_event(error_body(ServiceError("invalid_value", "a\n\nb\u2028c"))).decode()
 
     assert event.count("\n") == 2
@@ -485,7 +484,7 @@ FULL = ASK | {
 
 
 def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Every path into a JSON value."""
+    """The paths of all parts of a JSON value."""
     inner: Any = ()
     if isinstance(value, dict):
         inner = value.items()
@@ -513,7 +512,7 @@ def _replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 async def test_mutated_bodies_are_never_our_fault(
     client: httpx.AsyncClient, backend: ScriptedBackend, path: Any, new: Any, cut: int | None
 ) -> None:
-    """A valid body with any part replaced, or cut off, is answered or refused with 4xx."""
+    """A valid body with any part replaced, or truncated, is answered or refused with 4xx."""
     backend.script = HELLO
     body = json.dumps(_replaced(FULL, path, new))[:cut]
     answer = await client.post(URL, content=body, headers={"content-type": "application/json"})

@@ -1,4 +1,4 @@
-"""API keys with models, limits and an expiry, as their clients see them."""
+"""API keys with models, limits and an expiry, as clients see them."""
 
 import asyncio
 import hashlib
@@ -27,7 +27,7 @@ Start = Callable[..., Any]
 
 
 def table(name: str, /, **fields: object) -> str:
-    """A key's table; the key is its name."""
+    """A key's table in the key file; the key is its name."""
     lines = [f"[keys.{name}]", f'digest = "{hashlib.sha256(name.encode()).hexdigest()}"']
     return "\n".join([*lines, *(f"{field} = {value}" for field, value in fields.items())]) + "\n"
 
@@ -47,7 +47,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def start(start_facade: StartFacade, file: Path) -> Start:
-    """Starts a facade that takes the keys of these tables."""
+    """Starts a facade that accepts the keys in these tables."""
 
     async def started(*tables: str) -> httpx.AsyncClient:
         write(file, *tables)
@@ -62,8 +62,7 @@ async def ask(client: httpx.AsyncClient, key: str, **fields: object) -> httpx.Re
 
 
 async def test_requests_per_minute(start: Start) -> None:
-    """Beyond them it is 429 with the time after which one comes back, for this key alone; OpenAI's
-    headers count down."""
+    """Beyond them, this key alone gets 429 with Retry-After; OpenAI's headers count down."""
     client = await start(table("a", requests_per_minute=2), table("b"))
     first, second, third = [await ask(client, "a") for _ in range(3)]
     other = await ask(client, "b")
@@ -84,7 +83,7 @@ async def test_requests_per_minute(start: Start) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_tokens_per_minute(start: Start, stream: bool) -> None:
-    """They count when a request ends, streamed or not: 9 of prompt and answer together here."""
+    """Tokens count when a request ends, streaming or not: 9 for prompt and answer together here."""
     client = await start(table("a", tokens_per_minute=12))
     first, second, third = [await ask(client, "a", stream=stream) for _ in range(3)]
 
@@ -94,13 +93,13 @@ async def test_tokens_per_minute(start: Start, stream: bool) -> None:
     ]
     assert "12" == first.headers["x-ratelimit-limit-tokens"]
     assert "tokens" in third.json()["error"]["message"]
-    assert 30 <= int(third.headers["retry-after"]) <= 35  # 7 more of 12 have to come back
+    assert 30 <= int(third.headers["retry-after"]) <= 35  # 7 more of 12 have to be refilled
 
 
 async def test_a_stream_that_is_left_has_its_tokens_counted(
     start: Start, backend: ScriptedBackend
 ) -> None:
-    """Those of the prompt, and of the answer as far as it came."""
+    """The prompt counts, and the answer as far as it was sent."""
     client = await start(table("a", tokens_per_minute=10))
     backend.script = (header(), delta("He", tokens=5), None)
     request = {"json": ASK | {"stream": True}, "headers": bearing("a")}
@@ -115,7 +114,7 @@ async def test_a_stream_that_is_left_has_its_tokens_counted(
 
 
 async def test_concurrent_requests(start: Start, backend: ScriptedBackend) -> None:
-    """One more than the limit is refused, until one has ended, however it ended."""
+    """Requests beyond the limit are refused until one ends, however it ends."""
     client = await start(table("a", concurrent_requests=1))
     backend.script = (header(), delta("He"), None)
     request = {"json": ASK | {"stream": True}, "headers": bearing("a")}
@@ -133,7 +132,7 @@ async def test_concurrent_requests(start: Start, backend: ScriptedBackend) -> No
 
 
 async def test_gpu_seconds_per_day(start: Start) -> None:
-    """An answer takes 1.5 s here. Until midnight there is no use in trying again."""
+    """An answer takes 1.5 s of device time here; the limit resets at midnight."""
     client = await start(table("a", gpu_seconds_per_day=2.5))
     answers = [await ask(client, "a") for _ in range(3)]
 
@@ -143,7 +142,7 @@ async def test_gpu_seconds_per_day(start: Start) -> None:
 
 
 async def test_models(start: Start) -> None:
-    """A key sees the models that it may use; any other one does not exist for it."""
+    """A key sees the models that it may use; to it, others do not exist."""
     client = await start(table("a", models=f'["{MODEL}"]'), table("b"))
     own, all_models = [
         [
@@ -173,7 +172,7 @@ async def test_models(start: Start) -> None:
 
 
 async def test_an_expired_key(start: Start) -> None:
-    """It is refused from that moment on; a day begins at midnight, UTC."""
+    """A key is refused from its expiry on; a date means midnight UTC."""
     now = datetime.now(UTC)
     client = await start(
         table("past", expires=(now - timedelta(seconds=5)).strftime("%Y-%m-%dT%H:%M:%SZ")),
@@ -190,7 +189,7 @@ async def test_an_expired_key(start: Start) -> None:
 
 
 async def test_the_official_client_is_told(start: Start) -> None:
-    """It raises what it raises for OpenAI."""
+    """It raises the same exception as for OpenAI."""
     client = await start(table("a", requests_per_minute=1))
     with openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="a", max_retries=0) as official:
 
@@ -205,7 +204,7 @@ async def test_the_official_client_is_told(start: Start) -> None:
 async def test_limits_change_with_the_file(
     start: Start, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was taken stays taken."""
+    """What was used before the change still counts."""
     monkeypatch.setattr("trivium.keys.watched_file.CHECK_SECONDS", 0)
     client = await start(table("a", requests_per_minute=1))
     before = [(await ask(client, "a")).status_code for _ in range(2)]
@@ -216,7 +215,7 @@ async def test_limits_change_with_the_file(
 
 
 async def test_totals_by_key(start: Start) -> None:
-    """How often each key asked, and which limits it met."""
+    """Requests and rejections are counted by key, the latter also by limit."""
     client = await start(table("a", requests_per_minute=1), table("b"))
     for key in ("a", "a", "b"):
         await ask(client, key)
@@ -228,7 +227,7 @@ async def test_totals_by_key(start: Start) -> None:
 
 
 class Clock:
-    """A clock that stands still."""
+    """A clock that advances only when told to."""
 
     def __init__(self) -> None:
         self.now = 20_000 * 86_400.0
@@ -250,19 +249,19 @@ def limits(clock: Clock) -> RateLimits:
 async def one(
     limits: RateLimits, tokens: int = 0, nanoseconds: int | None = 0, **fields: Any
 ) -> float:
-    """A request that takes this; returns 0, or the seconds after which to try again."""
+    """A request that takes this much; returns 0, or the seconds after which to retry."""
     usage = RequestUsage(taken=lambda: (tokens, nanoseconds))
     try:
         async with limits.admitted(ApiKey(name="a", digest="0" * 64, **fields), usage):
             pass
     except ServiceError as error:
         return error.retry_after or 0
-    await asyncio.sleep(0)  # it is counted as soon as others may run
+    await asyncio.sleep(0)  # usage is counted once other tasks run
     return 0
 
 
 async def test_a_minute_s_worth_comes_back_in_a_minute(limits: RateLimits, clock: Clock) -> None:
-    """Evenly: who waits as long as told gets in, once; nothing is saved up beyond the limit."""
+    """Retrying after the given time succeeds once; unused requests do not add up."""
     assert [0, 0, 0, 20] == [await one(limits, requests_per_minute=3) for _ in range(4)]
     clock.now += 20
     assert [0, 20] == [await one(limits, requests_per_minute=3) for _ in range(2)]
@@ -271,7 +270,7 @@ async def test_a_minute_s_worth_comes_back_in_a_minute(limits: RateLimits, clock
 
 
 async def test_overdrawn_tokens_are_paid_back(limits: RateLimits, clock: Clock) -> None:
-    """A request may take more than is left, and the next one waits that much longer."""
+    """A request may exceed what is left, and the next one waits correspondingly longer."""
     assert 0 == await one(limits, 180, tokens_per_minute=60)
     assert 121 == await one(limits, tokens_per_minute=60)
     clock.now += 121
@@ -279,7 +278,7 @@ async def test_overdrawn_tokens_are_paid_back(limits: RateLimits, clock: Clock) 
 
 
 async def test_device_time_comes_back_at_midnight(limits: RateLimits, clock: Clock) -> None:
-    """And tells until when to wait."""
+    """The refusal says when that is."""
     clock.now += 86_000
     assert 0 == await one(limits, 9, 2_000_000_000, gpu_seconds_per_day=2)
     assert 400 == await one(limits, gpu_seconds_per_day=2)
@@ -288,7 +287,7 @@ async def test_device_time_comes_back_at_midnight(limits: RateLimits, clock: Clo
 
 
 async def test_device_time_of_what_broke_off_is_reckoned_by_its_tokens(limits: RateLimits) -> None:
-    """At what a token has cost so far, so that leaving early does not make it free."""
+    """It is estimated from the past cost per token, so that disconnecting is not free."""
     assert 0 == await one(limits, 10, 1_000_000_000)
     assert 0 == await one(limits, 10, None, gpu_seconds_per_day=2)
     assert 0 < await one(limits, gpu_seconds_per_day=2)
@@ -313,7 +312,7 @@ async def test_device_time_of_what_broke_off_is_reckoned_by_its_tokens(limits: R
     ],
 )
 def test_files_that_say_what_they_cannot(file: Path, text: str, fault: str) -> None:
-    """One line, which names the key and the field, and no secret."""
+    """The error is one line that names the key and the field, and contains no secret."""
     file.write_text(text)
     with pytest.raises(KeyFileError, match=fault) as caught:
         KeyFile(file)

@@ -1,4 +1,4 @@
-"""The official Python client, with strict validation of everything it gets."""
+"""OpenAI's official Python client, strictly validating everything it gets."""
 
 from collections.abc import AsyncIterator
 
@@ -34,7 +34,7 @@ async def official(client: httpx.AsyncClient) -> AsyncIterator[AsyncOpenAI]:
 
 
 async def test_official_client(official: AsyncOpenAI, backend: ScriptedBackend) -> None:
-    """A whole answer with log-probabilities fits OpenAI's schema."""
+    """An answer with log-probabilities fits OpenAI's schema."""
     backend.script = (
         header(),
         delta("Hi", logprobs=[logprob("Hi")]),
@@ -75,7 +75,7 @@ async def test_official_client_streaming(official: AsyncOpenAI) -> None:
 
 
 async def test_official_client_tools(official: AsyncOpenAI, backend: ScriptedBackend) -> None:
-    """Calls and reasoning fit OpenAI's schema; the client's helper joins a stream's pieces."""
+    """Calls and reasoning fit OpenAI's schema; the client joins a stream's pieces."""
     backend.script = (
         header(),
         delta(reasoning_content="Hm"),
@@ -118,7 +118,7 @@ async def test_official_client_completions(official: AsyncOpenAI, backend: Scrip
 
 
 async def test_official_client_models(official: AsyncOpenAI) -> None:
-    """The list of models, and one of them, fit OpenAI's schema."""
+    """The list of models, and a single model, fit OpenAI's schema."""
     listed = [model.id async for model in official.models.list()]
     one = await official.models.retrieve(MODEL)
 
@@ -127,7 +127,7 @@ async def test_official_client_models(official: AsyncOpenAI) -> None:
 
 
 async def test_official_client_errors(official: AsyncOpenAI, backend: ScriptedBackend) -> None:
-    """Errors arrive as the client's own exceptions, before and in the middle of a stream."""
+    """Errors arrive as the client's own exceptions, before and during a stream."""
     backend.script = (ServiceError("context_length_exceeded", "Too long.", "messages"),)
     with pytest.raises(openai.BadRequestError) as refused:
         await official.chat.completions.create(

@@ -1,4 +1,4 @@
-"""What the next stage says when it has too much to do is what callers hear."""
+"""When the next stage is overloaded, callers get its refusal."""
 
 import asyncio
 from collections import Counter
@@ -38,7 +38,7 @@ async def streamed(backend: Backend) -> None:
 async def test_every_refusal_of_a_burst_arrives(
     backend: ScriptedBackend, ask: Callable[[Backend], Awaitable[None]]
 ) -> None:
-    """However many calls come before the first is picked up, none is reset instead."""
+    """However many calls arrive before the first is accepted, none is reset instead."""
     backend.script = [ServiceError("queue_full", "Full.", retry_after=7)]
     heard: Counter[tuple[str, float | None]] = Counter()
     async with Backend(f"127.0.0.1:{backend.port}") as client:

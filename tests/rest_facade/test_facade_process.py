@@ -1,4 +1,4 @@
-"""`python -m rest_facade` as a process: how it starts, refuses to, and stops."""
+"""`python -m rest_facade` as a process: how it starts, fails to start, and stops."""
 
 import asyncio
 import contextlib
@@ -33,7 +33,7 @@ async def spawn(**settings: object) -> asyncio.subprocess.Process:
 
 
 async def refusal(**settings: object) -> tuple[int | None, str]:
-    """The exit status and words of a facade that does not start."""
+    """The exit code and stderr of a facade that does not start."""
     process = await spawn(**settings)
     _, words = await process.communicate()
     return process.returncode, words.decode()
@@ -43,7 +43,7 @@ async def refusal(**settings: object) -> tuple[int | None, str]:
 async def running(
     backend: ScriptedBackend, **settings: object
 ) -> AsyncIterator[tuple[asyncio.subprocess.Process, httpx.AsyncClient]]:
-    """A facade that is ready, and a client of it."""
+    """A facade that is ready, and a client for it."""
     port = free_port()
     target = f"127.0.0.1:{backend.port}"
     process = await spawn(port=port, tokenizer_target=target, **settings)
@@ -69,7 +69,7 @@ async def _is_ready(client: httpx.AsyncClient) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 async def test_drain(backend: ScriptedBackend, number: signal.Signals) -> None:
-    """At a stop signal a running stream finishes, newcomers hear 503, and the status is 0."""
+    """On a stop signal, running streams finish, new requests get 503, and the exit code is 0."""
     finish = asyncio.Event()
     backend.script = (header(), delta("He"), finish, delta("llo", finish="STOP"), usage())
     async with running(backend, drain_notice_seconds=0) as (process, client):
@@ -94,7 +94,7 @@ async def test_drain(backend: ScriptedBackend, number: signal.Signals) -> None:
 
 
 async def test_drain_time_runs_out(backend: ScriptedBackend) -> None:
-    """What outlasts the drain time ends with an error, streamed or not, and the status is 0."""
+    """Requests that exceed the drain time get an error, streaming or not; the exit code is 0."""
     backend.script = (header(), delta("He"), None)
     settings = {"drain_notice_seconds": 0, "drain_seconds": 0.2}
     async with running(backend, **settings) as (process, client):
@@ -116,7 +116,7 @@ async def test_drain_time_runs_out(backend: ScriptedBackend) -> None:
 
 
 async def ends(backend: ScriptedBackend, seconds: float, **settings: object) -> bool:
-    """Whether the facade closes a connection within so many seconds of its last answer."""
+    """Whether the facade closes a connection within `seconds` of its last answer."""
     async with running(backend, **settings) as (_, client):
         reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
         writer.write(b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n")
@@ -132,13 +132,13 @@ async def ends(backend: ScriptedBackend, seconds: float, **settings: object) -> 
 
 
 async def test_idle_connections_are_kept(backend: ScriptedBackend) -> None:
-    """Longer than clients keep theirs, so that it is they who close; and as long as one likes."""
+    """By default clients give up idle connections first; the setting changes the time."""
     assert not await ends(backend, seconds=7)
     assert await ends(backend, seconds=60, idle_connection_seconds=1)
 
 
 async def test_a_new_connection_is_told_of_the_drain(backend: ScriptedBackend) -> None:
-    """Its request may have been on its way when the notice was over; it is not just hung up on."""
+    """A request that arrives just after the notice period gets 503, not a dropped connection."""
     backend.script = (header(), delta("He"), None)
     async with (
         running(backend, drain_notice_seconds=0.2, drain_seconds=600) as (process, client),
@@ -162,7 +162,7 @@ async def test_a_new_connection_is_told_of_the_drain(backend: ScriptedBackend) -
 
 
 async def test_a_second_signal_ends_at_once(backend: ScriptedBackend) -> None:
-    """What runs ends with an error, however much notice and time were promised."""
+    """Running requests end with an error, whatever notice and drain time are set."""
     backend.script = (header(), delta("He"), None)
     settings = {"drain_notice_seconds": 600, "drain_seconds": 600}
     async with running(backend, **settings) as (process, client):
@@ -181,7 +181,7 @@ async def test_a_second_signal_ends_at_once(backend: ScriptedBackend) -> None:
 
 
 async def test_wrong_settings() -> None:
-    """All wrong settings are named at once, and the status is 2."""
+    """All invalid settings are named at once, and the exit code is 2."""
     status, words = await refusal(port=70000, keep_alive_seconds="often")
 
     assert status == 2
@@ -190,7 +190,7 @@ async def test_wrong_settings() -> None:
 
 
 async def test_metrics_at_a_port_of_their_own(backend: ScriptedBackend) -> None:
-    """They are there alone then, so that nobody takes those of a replica for those of all."""
+    """The API's port then has none, as they would be those of a single replica."""
     port = free_port()
     async with running(backend, reuse_port=True, metrics_port=port) as (_, client):
         shared = await client.get("/metrics")
@@ -201,7 +201,7 @@ async def test_metrics_at_a_port_of_their_own(backend: ScriptedBackend) -> None:
 
 
 async def test_a_shared_port_needs_one_for_the_metrics() -> None:
-    """A facade that shares its port says which setting it lacks."""
+    """A facade that shares its port names the setting that is missing."""
     status, words = await refusal(port=free_port(), reuse_port=True)
 
     assert 2 == status
@@ -210,7 +210,7 @@ async def test_a_shared_port_needs_one_for_the_metrics() -> None:
 
 
 async def test_any_port() -> None:
-    """The log tells which one it is, and that it listens there."""
+    """The log says on which port it listens."""
     process = await spawn(port=0)
     assert process.stderr is not None
     async for line in process.stderr:
@@ -228,7 +228,7 @@ async def test_any_port() -> None:
 @pytest.mark.parametrize("is_shared", [True, False])
 @pytest.mark.parametrize("setting", ["TRIVIUM_FACADE_PORT", "TRIVIUM_FACADE_METRICS_PORT"])
 async def test_a_port_that_is_taken(setting: str, is_shared: bool) -> None:
-    """A port that somebody else has, and does not share, is named with its setting."""
+    """A port in use by a process that does not share it is reported with its setting."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         taken = listener.getsockname()[1]
         ports = {"port": free_port(), "metrics_port": free_port()}
@@ -239,7 +239,7 @@ async def test_a_port_that_is_taken(setting: str, is_shared: bool) -> None:
 
 
 async def test_the_metrics_need_another_port() -> None:
-    """Than the API, and their setting is named."""
+    """It must differ from the API's port; the error names its setting."""
     port = free_port()
     status, words = await refusal(port=port, metrics_port=port, log_level="warning")
 
@@ -249,8 +249,7 @@ async def test_the_metrics_need_another_port() -> None:
 
 @pytest.mark.parametrize("host", ["::1", "[::1]", "::", "[::]"])
 async def test_ipv6(host: str) -> None:
-    """With or without brackets, for the API and for its metrics; over IPv4 too if that is not for
-    IPv6's own loopback address."""
+    """IPv6 works with or without brackets, for API and metrics; `::` includes IPv4, `::1` not."""
     ports = {"port": free_port(), "metrics_port": free_port()}
     is_remote = "1" not in host
     process = await spawn(host=host, allow_unauthenticated_remote=is_remote, **ports)
@@ -275,7 +274,7 @@ async def _answers(client: httpx.AsyncClient, url: str) -> bool:
 
 
 async def test_remote_without_keys() -> None:
-    """An address that others reach needs API keys, or the word of the operator."""
+    """A non-loopback address needs API keys, or the operator's explicit permission."""
     status, words = await refusal(host="0.0.0.0")
 
     assert status == 2
@@ -284,7 +283,7 @@ async def test_remote_without_keys() -> None:
 
 
 async def test_bad_key_file(tmp_path: Path) -> None:
-    """A key file that cannot be used is refused at start."""
+    """An unusable key file is refused at startup."""
     status, words = await refusal(api_keys_file=tmp_path / "none")
 
     assert status == 2
@@ -295,7 +294,7 @@ async def test_bad_key_file(tmp_path: Path) -> None:
     ("setting", "value"), [("limits_url", "http://127.0.0.1"), ("usage_log", __file__)]
 )
 async def test_limits_and_records_that_cannot_be_kept(setting: str, value: str) -> None:
-    """A wrong URL of the store and a folder that is none are refused in a line that names them."""
+    """A wrong store URL or folder is refused with one line that names the setting."""
     status, words = await refusal(port=free_port(), **{setting: value})
 
     assert status == 2
@@ -306,8 +305,8 @@ async def test_limits_and_records_that_cannot_be_kept(setting: str, value: str) 
 async def test_a_usage_log_that_another_process_writes(
     backend: ScriptedBackend, tmp_path: Path
 ) -> None:
-    """The second is refused and told what to set; it starts under a name of its own, and where
-    the first was killed."""
+    """The second process is refused and the error says what to set; it starts under another name,
+    and after the first was killed."""
     async with running(backend, usage_log=tmp_path) as (first, _):
         status, words = await refusal(port=free_port(), usage_log=tmp_path)
         async with running(backend, usage_log=tmp_path, log_name="second"):

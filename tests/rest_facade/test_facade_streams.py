@@ -1,4 +1,4 @@
-"""Streams byte for byte: what clients parse does not change with the code that writes it."""
+"""Streams byte for byte: refactoring does not change what clients parse."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -109,7 +109,7 @@ STREAMS: dict[str, tuple[str, dict[str, Any], Sequence[Step]]] = {
 
 
 async def received(client: httpx.AsyncClient, backend: ScriptedBackend, name: str) -> bytes:
-    """The body of one of the streams."""
+    """The body of one stream."""
     path, fields, script = STREAMS[name]
     backend.script = backend.text_script = script
     prompt: dict[str, Any] = {"prompt": "Hi"}
@@ -124,5 +124,5 @@ async def received(client: httpx.AsyncClient, backend: ScriptedBackend, name: st
 async def test_streams_keep_their_bytes(
     client: httpx.AsyncClient, backend: ScriptedBackend, name: str
 ) -> None:
-    """Every event of a stream is, to the byte, as it was recorded."""
+    """Every event of a stream is byte for byte as recorded."""
     assert (RECORDED / f"{name}.sse").read_bytes() == await received(client, backend, name)

@@ -1,4 +1,4 @@
-"""Plain completions through the facade, as a client sees them."""
+"""Plain completions through the facade, as clients see them."""
 
 import asyncio
 import json
@@ -32,7 +32,7 @@ async def post(client: httpx.AsyncClient, **fields: Any) -> httpx.Response:
 
 
 async def test_whole_text(client: httpx.AsyncClient) -> None:
-    """An answer without `stream` is OpenAI's text_completion, key by key."""
+    """An answer without `stream` is OpenAI's text_completion, field by field."""
     answer = await post(client)
 
     assert answer.status_code == 200
@@ -48,7 +48,7 @@ async def test_whole_text(client: httpx.AsyncClient) -> None:
 
 
 async def test_streamed_text(client: httpx.AsyncClient) -> None:
-    """A stream is text, one finish chunk, the usage if asked for, and [DONE]."""
+    """A stream is text, one finish chunk, the usage if requested, and [DONE]."""
     answer = await post(client, stream=True, stream_options={"include_usage": True})
     *events, last, done = chunks(answer.text)
 
@@ -72,7 +72,7 @@ async def test_streamed_text(client: httpx.AsyncClient) -> None:
 async def test_prompts_arrive(
     client: httpx.AsyncClient, backend: ScriptedBackend, prompt: Any, expected: Any
 ) -> None:
-    """A text, texts, tokens and lists of tokens are all prompts."""
+    """A prompt may be a text, a list of texts, token ids, or a list of those."""
     answer = await post(client, prompt=prompt)
     prompts = backend.requests[0].prompts
 
@@ -124,7 +124,7 @@ async def test_every_field_of_a_text_arrives(
 async def test_absent_fields_of_a_text_stay_absent(
     client: httpx.AsyncClient, backend: ScriptedBackend
 ) -> None:
-    """Nothing is made up for what the request does not say, and `null` says nothing."""
+    """No values are invented for omitted fields, and `null` is the same as omitting them."""
     await post(client)
     await post(client, max_tokens=None, logprobs=None, suffix=None, best_of=None, echo=None)
 
@@ -137,7 +137,7 @@ async def test_absent_fields_of_a_text_stay_absent(
 
 
 async def test_logprobs_of_a_text(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
-    """The old shape: parallel arrays, in which the taken token is always among the likeliest."""
+    """The legacy format has parallel arrays; the sampled token is always among the top_logprobs."""
     part = logprob("\ufffd", -1.5)
     part.bytes = b"\xf0\x9f"
     part.top_logprobs[0].token, part.top_logprobs[0].bytes = "b", b"b"
@@ -191,7 +191,7 @@ async def test_logprobs_of_a_text(client: httpx.AsyncClient, backend: ScriptedBa
     ],
 )
 def test_refused_fields_of_a_text(fields: dict[str, Any], code: str, param: str) -> None:
-    """Wrong, contradicting and unsupported fields are refused, and named."""
+    """Invalid, contradictory and unsupported fields are refused; the error names them."""
     with pytest.raises(ServiceError) as caught:
         parse(TextCompletionRequest, {"model": "m", "prompt": "a"} | fields)
 
@@ -199,13 +199,13 @@ def test_refused_fields_of_a_text(fields: dict[str, Any], code: str, param: str)
 
 
 def test_what_is_supported_is_told() -> None:
-    """Of a field that has some values which change nothing."""
+    """For a field with only some supported values, the error lists them."""
     with pytest.raises(ServiceError, match="'best_of' supports only 1 with this server"):
         parse(TextCompletionRequest, {"model": "m", "prompt": "a", "best_of": 2})
 
 
 async def test_errors_of_a_text(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
-    """Failures before and in the middle of a stream are OpenAI's errors, as in chat."""
+    """Failures before and during a stream are OpenAI's errors, as in chat."""
     backend.text_script = (ServiceError("context_length_exceeded", "Too long.", "prompt"),)
     early = await post(client, stream=True)
     whole = await post(client)
@@ -223,7 +223,7 @@ async def test_errors_of_a_text(client: httpx.AsyncClient, backend: ScriptedBack
 async def test_nobody_waits_for_a_long_answer(
     client: httpx.AsyncClient, backend: ScriptedBackend, streamed: bool
 ) -> None:
-    """While the log-probabilities of a long echo become JSON, the event loop goes on."""
+    """Serializing a long echo's log-probabilities does not block the event loop."""
     entries = [text_logprob(logprob("a"), place) for place in range(100_000)]
     backend.text_script = (
         header(),
@@ -243,7 +243,7 @@ async def test_nobody_waits_for_a_long_answer(
     body = json.dumps({"model": MODEL, "prompt": "Say", "logprobs": 1, "stream": streamed})
     head = f"POST {URL} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
     head += f"connection: close\r\ncontent-length: {len(body)}\r\n\r\n"
-    # Without a client's library, which would look at the answer in this process.
+    # No client library, which would parse the answer in this process.
     reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
     began = time.monotonic()
     beating = asyncio.create_task(beat())

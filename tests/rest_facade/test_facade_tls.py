@@ -1,4 +1,4 @@
-"""The REST API over TLS: who gets in, what others hear, and certificates that are replaced."""
+"""The REST API over TLS: who is accepted, what others get, and replaced certificates."""
 
 import asyncio
 import contextlib
@@ -35,7 +35,7 @@ def files(tmp_path: Path) -> Files:
 
 
 def trusting(*authorities: trustme.CA, client: Files | None = None) -> ssl.SSLContext:
-    """What a client checks servers with, and shows to them."""
+    """A client's context: the CAs it trusts and its own certificate."""
     context = ssl.create_default_context()
     for authority in authorities:
         authority.configure_trust(context)
@@ -45,7 +45,7 @@ def trusting(*authorities: trustme.CA, client: Files | None = None) -> ssl.SSLCo
 
 
 class Facade:
-    """A process that serves over TLS."""
+    """A facade process that serves TLS."""
 
     def __init__(self, process: asyncio.subprocess.Process, port: int, log: Path) -> None:
         self.process = process
@@ -57,7 +57,7 @@ class Facade:
         return httpx.AsyncClient(base_url=self.url, timeout=60, trust_env=False, verify=context)
 
     def shown(self, context: ssl.SSLContext) -> str:
-        """The serial number of the certificate that a new client sees."""
+        """The serial number of the certificate that a new connection gets."""
         with (
             socket.create_connection(("127.0.0.1", self.port)) as plain,
             context.wrap_socket(plain, server_hostname="127.0.0.1") as secured,
@@ -67,7 +67,7 @@ class Facade:
         return str(found["serialNumber"])
 
     def log(self, level: str) -> list[str]:
-        """Messages of this level."""
+        """Log messages of this level."""
         lines = [json.loads(line) for line in self._log.read_text().splitlines()]
         return [line["message"] for line in lines if line["level"] == level]
 
@@ -76,7 +76,7 @@ class Facade:
 async def running(
     backend: ScriptedBackend, files: Files, is_mutual: bool = False
 ) -> AsyncIterator[Facade]:
-    """One that is ready, by its metrics port."""
+    """A facade that is ready according to its metrics port."""
     port, metrics_port = free_port(), free_port()
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TRIVIUM_")}
     environment |= {
@@ -107,12 +107,12 @@ def is_ready(metrics_port: int) -> bool:
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/healthz", timeout=60):
             return True
-    except OSError:  # HTTPError, of other statuses, is one
+    except OSError:  # including HTTPError, for other statuses
         return False
 
 
 async def test_openai_over_https(backend: ScriptedBackend, files: Files) -> None:
-    """The official client streams over TLS, once it knows the CA; then the process drains."""
+    """The official client streams over TLS if it trusts the CA; then the process drains."""
     async with running(backend, files) as facade:
         async with official_client(facade, trusting(OTHER_CA)) as client:
             with pytest.raises(openai.APIConnectionError) as refusal:
@@ -142,7 +142,7 @@ def official_client(facade: Facade, context: ssl.SSLContext) -> openai.AsyncOpen
 async def test_clients_need_a_certificate(
     backend: ScriptedBackend, files: Files, tmp_path: Path
 ) -> None:
-    """With a client CA, those without one, and with one of another CA, get no answer."""
+    """With a client CA, clients without a certificate or with another CA's get no answer."""
     known = Files(tmp_path / "known").write(CA)
     strange = Files(tmp_path / "strange").write(OTHER_CA)
     async with running(backend, files, is_mutual=True) as facade:
@@ -156,7 +156,7 @@ async def test_clients_need_a_certificate(
 
 
 async def test_plain_http_at_the_port_of_tls(backend: ScriptedBackend, files: Files) -> None:
-    """The connection is closed at once, and those who speak TLS notice nothing."""
+    """The connection is closed at once, and TLS clients are not affected."""
     async with running(backend, files) as facade:
         async with httpx.AsyncClient(timeout=60, trust_env=False) as plain:
             for _ in range(3):
@@ -168,7 +168,7 @@ async def test_plain_http_at_the_port_of_tls(backend: ScriptedBackend, files: Fi
 
 
 async def test_tls_at_the_port_of_plain_http(client: httpx.AsyncClient) -> None:
-    """It is told apart from a certificate that is wrong."""
+    """The error differs from that of an invalid certificate."""
     async with httpx.AsyncClient(timeout=60, trust_env=False, verify=trusting(CA)) as secure:
         with pytest.raises(httpx.ConnectError, match=r"(?i)wrong.version.number"):
             await secure.get(str(client.base_url.copy_with(scheme="https")) + "/health")
@@ -177,7 +177,7 @@ async def test_tls_at_the_port_of_plain_http(client: httpx.AsyncClient) -> None:
 
 
 async def test_old_versions_of_tls_are_refused(backend: ScriptedBackend, files: Files) -> None:
-    """1.2 and 1.3 are spoken, and HTTP/1.1 within them, whatever else is offered."""
+    """TLS 1.2 and 1.3 are accepted, with HTTP/1.1 over them, whatever else is offered."""
     spoken = {}
     async with running(backend, files) as facade:
         for version in (ssl.TLSVersion.TLSv1_1, ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
@@ -195,7 +195,7 @@ async def test_old_versions_of_tls_are_refused(backend: ScriptedBackend, files: 
 
 
 def alpn(port: int, context: ssl.SSLContext) -> str | None:
-    """The protocol that a server chooses."""
+    """The protocol that the server chooses."""
     with (
         socket.create_connection(("127.0.0.1", port)) as plain,
         context.wrap_socket(plain, server_hostname="127.0.0.1") as secured,
@@ -206,8 +206,8 @@ def alpn(port: int, context: ssl.SSLContext) -> str | None:
 async def test_a_certificate_is_replaced_under_a_stream(
     backend: ScriptedBackend, files: Files, tmp_path: Path
 ) -> None:
-    """The stream goes on, new connections see the new certificate, and client certificates of the
-    CA that is gone are not taken any more."""
+    """The stream continues, new connections get the new certificate, and client certificates of the
+    replaced CA are no longer accepted."""
     first, second = Files(tmp_path / "1").write(CA), Files(tmp_path / "2").write(OTHER_CA)
     before = trusting(CA, OTHER_CA, client=first)
     after = trusting(CA, OTHER_CA, client=second)
@@ -239,7 +239,7 @@ async def test_a_certificate_is_replaced_under_a_stream(
 async def test_an_expired_certificate_is_in_the_log(
     backend: ScriptedBackend, tmp_path: Path
 ) -> None:
-    """As a warning with the date; it is served, for clients to judge."""
+    """A warning has the date; the certificate is still served, so that clients decide."""
     old = YESTERDAY - datetime.timedelta(days=30)
     files = Files(tmp_path / "old").write(CA, not_before=old, not_after=YESTERDAY)
     async with running(backend, files) as facade:

@@ -1,4 +1,4 @@
-"""Tokens through the facade, in vLLM's shapes."""
+"""Token endpoints of the facade, in vLLM's formats."""
 
 import hashlib
 from pathlib import Path
@@ -23,7 +23,7 @@ INFO = {
 
 
 async def test_tokenize_a_text(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
-    """A prompt becomes tokens, with those that a lone text begins with unless told otherwise."""
+    """A prompt is tokenized with the special tokens of a lone text, unless they are turned off."""
     answer = await client.post("/tokenize", json={"model": MODEL, "prompt": "Hi"})
     await client.post(
         "/tokenize", json={"model": MODEL, "prompt": "Hi", "add_special_tokens": False}
@@ -39,7 +39,7 @@ async def test_tokenize_a_text(client: httpx.AsyncClient, backend: ScriptedBacke
 
 
 async def test_tokenize_a_conversation(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
-    """Messages are rendered first, with all that the chat template is told."""
+    """Messages are rendered first, with all options of the chat template."""
     fields: dict[str, Any] = {
         "add_generation_prompt": False,
         "continue_final_message": True,
@@ -58,7 +58,7 @@ async def test_tokenize_a_conversation(client: httpx.AsyncClient, backend: Scrip
 
 
 async def test_detokenize(client: httpx.AsyncClient) -> None:
-    """Tokens become their text; those that do not exist are refused."""
+    """Token ids become text; ids that do not exist are refused."""
     answer = await client.post("/detokenize", json={"model": MODEL, "tokens": [72, 105]})
     refused = await client.post("/detokenize", json={"model": MODEL, "tokens": [0xD800]})
 
@@ -68,7 +68,7 @@ async def test_detokenize(client: httpx.AsyncClient) -> None:
 
 
 async def test_tokenizer_info(client: httpx.AsyncClient) -> None:
-    """What tokenizer_config.json would say, by GET and by POST."""
+    """GET and POST return the contents of tokenizer_config.json."""
     by_get = await client.get("/tokenizer_info", params={"model": MODEL})
     by_post = await client.post("/tokenizer_info", json={"model": MODEL})
 
@@ -78,7 +78,7 @@ async def test_tokenizer_info(client: httpx.AsyncClient) -> None:
 async def test_the_only_model_need_not_be_named(
     client: httpx.AsyncClient, backend: ScriptedBackend
 ) -> None:
-    """With one model its id may be left out; with two it must be given."""
+    """With one model its id may be omitted; with two it is required."""
     ambiguous = await client.post("/tokenize", json={"prompt": "Hi"})
     backend.model_names = [MODEL]
     answer = await client.post("/tokenize", json={"prompt": "Hi"})
@@ -117,7 +117,7 @@ async def test_the_only_model_need_not_be_named(
 async def test_refused_tokenize(
     client: httpx.AsyncClient, fields: dict[str, Any], code: str, param: str
 ) -> None:
-    """Wrong and contradicting fields are refused, and named."""
+    """Invalid and contradictory fields are refused; the error names them."""
     answer = await client.post("/tokenize", json={"model": MODEL, **fields})
     error = answer.json()["error"]
 
@@ -125,7 +125,7 @@ async def test_refused_tokenize(
 
 
 async def test_tokens_need_a_key(start_facade: StartFacade, tmp_path: Path) -> None:
-    """With a key file, /tokenize and its neighbours want a key too."""
+    """With a key file, /tokenize and its neighbours need a key too."""
     file = tmp_path / "keys"
     file.write_text(hashlib.sha256(b"one").hexdigest())
     client = await start_facade(api_keys_file=file)

@@ -1,4 +1,4 @@
-"""Tools, reasoning and the form of answers through the facade, as a client sees them."""
+"""Tools, reasoning and response formats through the facade, as clients see them."""
 
 import json
 from typing import Any
@@ -38,13 +38,13 @@ TWO_CALLS = (
 
 
 def deltas(answer: httpx.Response) -> list[Any]:
-    """The deltas and finish reasons of a stream of one choice."""
+    """The deltas and finish reasons of a stream with one choice."""
     choices = [chunk["choices"][0] for chunk in chunks(answer.text)[:-1]]
     return [(choice["delta"], choice["finish_reason"]) for choice in choices]
 
 
 async def test_tool_calls(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
-    """An answer of calls alone has null content, and finishes with tool_calls."""
+    """An answer that consists of calls has null content and finish reason tool_calls."""
     backend.script = TWO_CALLS
     answer = await post(client, tools=[WEATHER])
     choice = answer.json()["choices"][0]
@@ -71,7 +71,7 @@ async def test_tool_calls(client: httpx.AsyncClient, backend: ScriptedBackend) -
 
 
 async def test_streamed_tool_calls(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
-    """Id, type and name come once and first, then the arguments in pieces, by the call's index."""
+    """Id, type and name come first, then the arguments in pieces, with the call's index."""
     backend.script = TWO_CALLS
     answer = await post(client, tools=[WEATHER], stream=True)
 
@@ -94,7 +94,7 @@ async def test_streamed_tool_calls(client: httpx.AsyncClient, backend: ScriptedB
 
 
 async def test_words_before_a_call(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
-    """Content beside tool calls stays content."""
+    """Content before tool calls stays content."""
     backend.script = (
         header(),
         delta("Let me see."),
@@ -111,7 +111,7 @@ async def test_words_before_a_call(client: httpx.AsyncClient, backend: ScriptedB
 
 
 async def test_reasoning(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
-    """Reasoning stands beside the content, in message, delta and usage."""
+    """Reasoning is separate from content in messages, deltas and usage."""
     backend.script = (
         header(),
         delta(reasoning_content="Hm"),
@@ -140,7 +140,7 @@ async def test_reasoning(client: httpx.AsyncClient, backend: ScriptedBackend) ->
 
 
 async def test_reasoning_that_was_cut(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
-    """Reasoning that reached the limit leaves null for content, whole and streamed."""
+    """If reasoning reaches the limit, content is null, streaming or not."""
     backend.script = (
         header(),
         delta(reasoning_content="Hm", finish="LENGTH"),
@@ -157,7 +157,7 @@ async def test_reasoning_that_was_cut(client: httpx.AsyncClient, backend: Script
 async def test_logprobs_of_what_is_no_content(
     client: httpx.AsyncClient, backend: ScriptedBackend
 ) -> None:
-    """Every token's log-probability arrives once, whatever the token became."""
+    """Every token's log-probability arrives once, even if the token is not content."""
     backend.script = (
         header(),
         delta(tool_calls=[call("clock", "{}")], logprobs=[logprob("{}")]),
@@ -171,7 +171,7 @@ async def test_logprobs_of_what_is_no_content(
 
 
 async def test_tools_arrive(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
-    """Tools and choices reach the next stage, schemas as text with their keys in order."""
+    """Tools and tool choices reach the next stage; schemas are text with their keys in order."""
     named = {"type": "function", "function": {"name": "weather"}}
     for choice in (None, "none", "auto", "required", named):
         await post(client, tools=[WEATHER], tool_choice=choice, parallel_tool_calls=False)
@@ -191,7 +191,7 @@ async def test_tools_arrive(client: httpx.AsyncClient, backend: ScriptedBackend)
 async def test_tools_without_a_type_are_functions(
     client: httpx.AsyncClient, backend: ScriptedBackend
 ) -> None:
-    """As in vLLM: Hugging Face's client leaves out the type of a choice."""
+    """This is as in vLLM: Hugging Face's client omits the type of a choice."""
     tool = {"function": {"name": "weather"}}
     answer = await post(client, tools=[tool], tool_choice=tool)
 
@@ -288,7 +288,7 @@ SCHEMA_TEXT = '{"type":"object","required":["z","a"]}'
 async def test_formats_arrive(
     client: httpx.AsyncClient, backend: ScriptedBackend, fields: Any, expected: Any
 ) -> None:
-    """Each form of an answer reaches the next stage, under old and new names."""
+    """Each response format reaches the next stage, under old and new names."""
     answer = await post(client, **fields)
     request = backend.requests[0]
     request.ClearField("model")
@@ -299,7 +299,7 @@ async def test_formats_arrive(
 
 
 async def test_template_fields_arrive(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
-    """What the chat template and the end of an answer are told reaches the next stage."""
+    """Fields for the chat template and the stop conditions reach the next stage."""
     await post(
         client,
         reasoning_effort="low",
@@ -329,7 +329,7 @@ async def test_template_fields_arrive(client: httpx.AsyncClient, backend: Script
 async def test_reasoning_in_history(
     client: httpx.AsyncClient, backend: ScriptedBackend, name: str
 ) -> None:
-    """What the assistant thought before may be sent back, under both names in use."""
+    """Earlier reasoning may be sent back under either common name."""
     messages = [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "Yes", name: "Hm"},
@@ -345,7 +345,7 @@ async def test_reasoning_in_history(
 async def test_arguments_in_history(
     client: httpx.AsyncClient, backend: ScriptedBackend, arguments: str
 ) -> None:
-    """Are passed on as they are: a model may have got them wrong, and a limit cut them off."""
+    """They are passed on unchanged, as a model may have malformed them or a limit cut them off."""
     past = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
     messages = [
         {"role": "user", "content": "Hi"},
@@ -360,7 +360,7 @@ async def test_arguments_in_history(
 
 
 async def test_service_tier(client: httpx.AsyncClient) -> None:
-    """The tier is named in the answer, and in every chunk, if the request named one."""
+    """Answers and chunks have the tier if the request has one."""
     silent = await post(client)
     whole = await post(client, service_tier="auto")
     streamed = await post(client, service_tier="auto", stream=True)
@@ -373,7 +373,7 @@ async def test_service_tier(client: httpx.AsyncClient) -> None:
 async def test_an_answer_is_a_legal_message(
     client: httpx.AsyncClient, backend: ScriptedBackend
 ) -> None:
-    """The message of an answer, calls and reasoning included, can be sent back as it is."""
+    """An answer's message, including calls and reasoning, can be sent back unchanged."""
     backend.script = (header(), delta(reasoning_content="Hm"), *TWO_CALLS[1:])
     said = (await post(client, tools=[WEATHER])).json()["choices"][0]["message"]
     results = [

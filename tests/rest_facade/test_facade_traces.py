@@ -1,4 +1,4 @@
-"""What a facade's spans say of requests that do not go as they should."""
+"""Spans of requests that do not go as planned."""
 
 import itertools
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ TRACES = (f"{number:032x}" for number in itertools.count(1))
 
 @pytest.fixture
 def exported(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
-    """What this process sent, once it is left."""
+    """The spans that this process exports."""
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
     with over_grpc() as collector:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint)
@@ -27,7 +27,7 @@ def exported(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
 
 
 async def traced(client: httpx.AsyncClient, exported: Collector, **fields: object) -> Received:
-    """The span of a chat with these fields."""
+    """The span of a chat request with these fields."""
     trace = next(TRACES)
     headers = {"traceparent": f"00-{trace}-{'b' * 16}-01"}
     await client.post(URL, json=ASK | fields, headers=headers)
@@ -41,7 +41,7 @@ async def traced(client: httpx.AsyncClient, exported: Collector, **fields: objec
 async def test_a_fault_is_one_in_the_trace(
     exported: Collector, client: httpx.AsyncClient, backend: ScriptedBackend
 ) -> None:
-    """A second try is an event; the end has the code that the client got."""
+    """A retry is an event; the span's error is the code that the client got."""
     backend.script = [ServiceError("draining", "Not here.")]
     span = await traced(client, exported)
 
@@ -55,7 +55,7 @@ async def test_a_fault_is_one_in_the_trace(
 
 
 async def test_a_wrong_request_is_no_fault(exported: Collector, client: httpx.AsyncClient) -> None:
-    """It is the caller's, says the code."""
+    """The code says that it is the caller's error."""
     span = await traced(client, exported, n="one")
 
     assert "invalid_type" == span.attributes["error.type"]
@@ -65,7 +65,7 @@ async def test_a_wrong_request_is_no_fault(exported: Collector, client: httpx.As
 async def test_a_stream_that_breaks_off_is_a_fault(
     exported: Collector, client: httpx.AsyncClient, backend: ScriptedBackend
 ) -> None:
-    """Though its status was 200."""
+    """The span is an error though the HTTP status was 200."""
     backend.script = [*backend.script[:2], ServiceError("backend_unavailable", "Gone.")]
     span = await traced(client, exported, stream=True)
 

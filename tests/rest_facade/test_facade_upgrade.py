@@ -1,4 +1,4 @@
-"""Offers to go on in another protocol, which are not taken: the request is what counts."""
+"""Offers to upgrade to another protocol are ignored, and the request is answered."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ OFFERS = {"h2c": JAVA, "websocket": WEBSOCKET, "none": ""}
 
 
 def post(text: str, offer: str, chunked: bool = False) -> bytes:
-    """A request for an answer to `text`."""
+    """A request with `text` as its prompt."""
     asked = {"model": MODEL, "messages": [{"role": "user", "content": text}]}
     body = json.dumps(asked, ensure_ascii=False).encode()
     if chunked:
@@ -33,7 +33,7 @@ def post(text: str, offer: str, chunked: bool = False) -> bytes:
 
 
 async def exchange(client: httpx.AsyncClient, packets: Sequence[bytes], answers: int) -> list[int]:
-    """The statuses of so many answers to what is sent packet by packet over one connection."""
+    """The statuses of the answers to packets sent over one connection."""
     url = client.base_url
     reader, writer = await asyncio.open_connection(url.host, url.port)
     for packet in packets:
@@ -73,7 +73,7 @@ async def test_the_body_is_read(
 async def test_the_body_comes_later(
     client: httpx.AsyncClient, backend: ScriptedBackend, step: int, chunked: bool
 ) -> None:
-    """Wherever the packets divide head and body."""
+    """This holds wherever packets split the head and the body."""
     data = post("Hello", JAVA, chunked)
     packets = [data[at : at + step] for at in range(0, len(data), step)]
     statuses = await exchange(client, packets, 1)
@@ -86,7 +86,7 @@ async def test_the_body_comes_later(
 async def test_several_requests_on_one_connection(
     client: httpx.AsyncClient, backend: ScriptedBackend, whole: bool
 ) -> None:
-    """Offers before and after other requests, all sent before the first answer."""
+    """Requests with and without offers, all sent before the first answer."""
     offers = ["", JAVA, JAVA, "", WEBSOCKET, ""]
     requests = [post(f"Text {n}", offer, n % 2 == 0) for n, offer in enumerate(offers)]
     statuses = await exchange(client, [b"".join(requests)] if whole else requests, len(requests))
@@ -96,14 +96,14 @@ async def test_several_requests_on_one_connection(
 
 
 async def test_an_offer_without_a_body(client: httpx.AsyncClient) -> None:
-    """A GET that offers is answered, and the connection goes on."""
+    """A GET with an offer is answered, and the connection stays usable."""
     get = f"GET /health/live HTTP/1.1\r\nHost: localhost\r\n{WEBSOCKET}\r\n".encode()
 
     assert [200, 200] == await exchange(client, [get, get], 2)
 
 
 async def test_limits_hold_for_heads_with_an_offer(client: httpx.AsyncClient) -> None:
-    """An offer lets nobody send a larger head."""
+    """An offer does not allow a larger head."""
     padding = "".join(f"x-{number}: {'y' * 1000}\r\n" for number in range(70))
 
     assert [400] == await exchange(client, [post("Hello", padding + JAVA)], 1)
@@ -111,7 +111,7 @@ async def test_limits_hold_for_heads_with_an_offer(client: httpx.AsyncClient) ->
 
 @pytest.mark.parametrize("target", ["example.org:443", "http://example.org/", "/health"])
 async def test_connect(client: httpx.AsyncClient, target: str) -> None:
-    """This is no proxy, with or without an offer."""
+    """CONNECT is refused, with or without an offer."""
     for offer in ("", JAVA):
         head = f"CONNECT {target} HTTP/1.1\r\nHost: example.org\r\n{offer}\r\n"
 

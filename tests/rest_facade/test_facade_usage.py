@@ -1,4 +1,4 @@
-"""Usage records of the facade: those of requests that ended before an answer began."""
+"""The facade's usage records, for requests that ended before an answer began."""
 
 import asyncio
 import hashlib
@@ -26,7 +26,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 async def client(start_facade: StartFacade, tmp_path: Path) -> httpx.AsyncClient:
-    """A client of a facade that asks for the key `one`, named alice."""
+    """A client for a facade that requires the key `one`, named alice."""
     keys = tmp_path / "keys"
     keys.write_text(f"{hashlib.sha256(b'one').hexdigest()} alice\n")
     started: httpx.AsyncClient = await start_facade(api_keys_file=keys, usage_log=str(tmp_path))
@@ -37,7 +37,7 @@ async def client(start_facade: StartFacade, tmp_path: Path) -> httpx.AsyncClient
 async def test_a_refused_request_has_a_record_of_nothing(
     client: httpx.AsyncClient, backend: ScriptedBackend, tmp_path: Path, stream: bool
 ) -> None:
-    """No tokens, no device time, and the status that its client got."""
+    """The record has no tokens, no device time, and the client's HTTP status."""
     ask = ASK | {"stream": stream}
     backend.script = [ServiceError("queue_full", "Full.")]
     await client.post(URL, json=ask, headers=KEY | {"x-request-id": "req_full"})
@@ -67,8 +67,7 @@ async def test_a_refused_request_has_a_record_of_nothing(
 async def test_an_answered_request_has_its_record_elsewhere(
     client: httpx.AsyncClient, backend: ScriptedBackend, tmp_path: Path
 ) -> None:
-    """Whole, streamed, or broken off after its beginning: the generator has recorded it. It is told
-    whose it is."""
+    """Complete, streamed or interrupted, the generator records it, and is given the key's name."""
     await client.post(URL, json=ASK, headers=KEY)
     await client.post(URL, json=ASK | {"stream": True}, headers=KEY)
     backend.script = [header(), delta("Hello"), ServiceError("internal_error", "Oh.")]
@@ -81,14 +80,14 @@ async def test_an_answered_request_has_its_record_elsewhere(
 async def test_a_client_that_leaves_before_its_answer_has_a_record(
     client: httpx.AsyncClient, backend: ScriptedBackend, tmp_path: Path
 ) -> None:
-    """With 499: whether a generator began with it is not known here."""
+    """The status is 499: the facade cannot know whether a generator had started."""
     backend.script = [None]
     asking = asyncio.create_task(client.post(URL, json=ASK, headers=KEY))
     await backend.started.wait()
     asking.cancel()
     await backend.cancelled.wait()
     async with asyncio.timeout(30):
-        while not records(tmp_path):  # noqa: ASYNC110 - a file tells nobody of a line
+        while not records(tmp_path):  # noqa: ASYNC110 - no event for a new line
             await asyncio.sleep(0.01)
     [record] = records(tmp_path)
 
@@ -107,7 +106,7 @@ async def test_a_stream_that_began_for_nothing_has_a_record(
     leaves: bool,
     status: int,
 ) -> None:
-    """Its headers went out while it waited; the record tells what became of it."""
+    """Its headers were sent while it waited; the record has what became of it."""
     client = await start_facade(keep_alive_seconds=0.02, usage_log=str(tmp_path))
     go_on = asyncio.Event()
     backend.script = [go_on, ServiceError("queue_full", "Full.")]
@@ -119,7 +118,7 @@ async def test_a_stream_that_began_for_nothing_has_a_record(
             async for _ in lines:
                 pass
     async with asyncio.timeout(30):
-        while not records(tmp_path):  # noqa: ASYNC110 - a file tells nobody of a line
+        while not records(tmp_path):  # noqa: ASYNC110 - no event for a new line
             await asyncio.sleep(0.01)
     [record] = records(tmp_path)
 
@@ -127,7 +126,7 @@ async def test_a_stream_that_began_for_nothing_has_a_record(
 
 
 async def test_only_completions_are_recorded(client: httpx.AsyncClient, tmp_path: Path) -> None:
-    """Nothing else takes device time."""
+    """Other requests take no device time."""
     await client.get("/v1/models", headers=KEY)
     await client.get("/v1/models")
     await client.get("/v1/nowhere", headers=KEY)
@@ -139,7 +138,7 @@ async def test_only_completions_are_recorded(client: httpx.AsyncClient, tmp_path
 async def test_the_name_of_a_key_is_not_the_client_s_to_choose(
     start_facade: StartFacade, backend: ScriptedBackend
 ) -> None:
-    """Where no key is asked for, nobody has a name."""
+    """Without keys, calls have no key name."""
     client: httpx.AsyncClient = await start_facade()
     await client.post(URL, json=ASK, headers={"x-trivium-key-name": "mallory"})
 

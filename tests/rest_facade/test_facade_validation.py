@@ -1,4 +1,4 @@
-"""What requests are refused, and in which words."""
+"""Which requests are refused, and with which messages."""
 
 import copy
 from typing import Any
@@ -125,7 +125,7 @@ def test_missing_fields() -> None:
     ],
 )
 def test_wording(fields: dict[str, Any], code: str, param: str, message: str) -> None:
-    """Faults are worded as OpenAI words them."""
+    """Errors have OpenAI's wording."""
     error = refusal(VALID | fields)
 
     assert (code, param, message) == (error.code, error.param, error.message)
@@ -196,7 +196,7 @@ def test_wording(fields: dict[str, Any], code: str, param: str, message: str) ->
     ],
 )
 def test_refused_fields(fields: dict[str, Any], code: str, param: str) -> None:
-    """Wrong, contradicting and unsupported fields are refused, and named."""
+    """Invalid, contradictory and unsupported fields are refused; the error names them."""
     error = refusal(VALID | fields)
 
     assert (code, param) == (error.code, error.param)
@@ -258,7 +258,7 @@ FUNCTION = {"type": "function", "function": {"name": "f"}}
     ],
 )
 def test_refused_tools(fields: dict[str, Any], code: str, param: str) -> None:
-    """Tools that cannot be called are refused where they are wrong."""
+    """Invalid tools are refused; the error names the exact field."""
     error = refusal(VALID | fields)
 
     assert (code, param) == (error.code, error.param)
@@ -364,7 +364,7 @@ def test_refused_tools(fields: dict[str, Any], code: str, param: str) -> None:
     ],
 )
 def test_refused_formats(fields: dict[str, Any], code: str, param: str) -> None:
-    """Constraints that are none, or more than one, are refused where they are wrong."""
+    """Missing, invalid and conflicting constraints are refused; the error names the exact field."""
     error = refusal(VALID | fields)
 
     assert (code, param) == (error.code, error.param)
@@ -453,7 +453,7 @@ def test_refused_formats(fields: dict[str, Any], code: str, param: str) -> None:
     ],
 )
 def test_refused_messages(message: Any, code: str, param: str) -> None:
-    """A wrong message is refused at the very place that is wrong."""
+    """Invalid messages are refused; the error names the exact field."""
     error = refusal({"model": "m", "messages": [message]})
 
     assert (code, param) == (error.code, error.param)
@@ -479,12 +479,12 @@ def test_refused_messages(message: Any, code: str, param: str) -> None:
     ],
 )
 def test_harmless_fields(fields: dict[str, Any]) -> None:
-    """Values that ask for what is done anyway, and unknown fields, are let through."""
+    """Values that change nothing and unknown fields are accepted."""
     assert parse(ChatCompletionRequest, VALID | fields).model == "m"
 
 
 def test_an_answer_is_a_legal_message() -> None:
-    """The message of an answer can be sent back as part of the conversation."""
+    """An answer's message can be sent back as part of the conversation."""
     answer = {"role": "assistant", "content": "Hello", "refusal": None, "tool_calls": None}
     messages = [*VALID["messages"], answer]
 
@@ -495,7 +495,7 @@ def test_an_answer_is_a_legal_message() -> None:
 
 
 def test_the_body_is_not_changed() -> None:
-    """Checking a body leaves it as it was."""
+    """Parsing does not modify the body."""
     raw = copy.deepcopy(VALID) | {"stop": "x", "tools": []}
     before = copy.deepcopy(raw)
     parse(ChatCompletionRequest, raw)
@@ -525,7 +525,7 @@ def test_the_body_is_not_changed() -> None:
     ],
 )
 def test_not_json(body: bytes) -> None:
-    """What is not strict JSON in UTF-8, of sane depth and numbers, is invalid_json."""
+    """Anything but strict JSON in UTF-8, with limited depth and numbers, is invalid_json."""
     with pytest.raises(ServiceError) as caught:
         parse_json(body)
 
@@ -541,14 +541,14 @@ def test_not_json(body: bytes) -> None:
     ],
 )
 def test_what_is_no_json_is_told(body: bytes, words: str) -> None:
-    """What clients on Windows, and those that cut an emoji in two, send."""
+    """Clients on Windows send a byte order mark, others an emoji cut in two; the error says so."""
     with pytest.raises(ServiceError, match=words):
         parse_json(body)
 
 
 @pytest.mark.parametrize("body", [b"[]", b'"x"', b"5", b"null", b"true"])
 def test_not_an_object(body: bytes) -> None:
-    """JSON that is no object has the wrong type."""
+    """JSON other than an object is invalid_type."""
     with pytest.raises(ServiceError) as caught:
         parse_json(body)
 
@@ -556,7 +556,7 @@ def test_not_an_object(body: bytes) -> None:
 
 
 def test_json_that_is_fine() -> None:
-    """Depth up to 64, astral characters as escapes, and repeated keys (the last wins) pass."""
+    """Depth up to 64, escaped astral characters, and repeated keys (the last wins) are accepted."""
     assert parse_json(b'{"a":' * 64 + b"1" + b"}" * 64)
     assert parse_json(b'{"a":"\\ud83e\\udee0"}') == {"a": "\U0001fae0"}
     assert parse_json(b'{"a":1,"a":2}') == {"a": 2}
