@@ -1,4 +1,4 @@
-"""A collector of OpenTelemetry's protocol, over gRPC or HTTP, that keeps what it gets."""
+"""An OpenTelemetry collector, over gRPC or HTTP, that keeps the spans it receives."""
 
 import threading
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from opentelemetry.proto.trace.v1 import trace_pb2
 
 @dataclass(frozen=True)
 class Received:
-    """A span, and the service that sent it."""
+    """A span and the service that sent it."""
 
     service: str
     resource: dict[str, Any]
@@ -55,7 +55,7 @@ class Received:
 
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):
-    """All spans that came, at `endpoint`."""
+    """A collector at `endpoint`, with the spans it has received."""
 
     def __init__(self) -> None:
         self.endpoint = ""
@@ -72,7 +72,7 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
         return trace_service_pb2.ExportTraceServiceResponse()
 
     def of_trace(self, trace: str) -> list[Received]:
-        """The spans of a trace, in the order in which they began."""
+        """The spans of a trace, ordered by start time."""
         found = [span for span in list(self.spans) if span.trace == trace]
         return sorted(found, key=lambda span: span.began)
 

@@ -1,4 +1,4 @@
-"""The three real services on a tiny model, shared by the tests that leave them as they are."""
+"""The three real services on a tiny model, shared by tests that leave them intact."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +20,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def openai_shapes() -> Iterator[None]:
-    """Whatever a test receives has OpenAI's shapes, or the test fails."""
+    """Everything a test receives has OpenAI's shapes, or the test fails."""
     with watched():
         yield
 
@@ -40,7 +40,7 @@ def shared_services(
 
 @pytest.fixture
 def services(shared_services: Services) -> Iterator[Services]:
-    """Running services; whatever a test did, afterwards nothing runs and no time is lost."""
+    """Running services; after each test they become idle, with all device time accounted for."""
     yield shared_services
     metrics = shared_services.wait_until_idle()
     requests = metrics.get("trivium_device_request_nanoseconds_total", 0)
@@ -50,7 +50,7 @@ def services(shared_services: Services) -> Iterator[Services]:
 
 @pytest.fixture
 def client(services: Services) -> Iterator[openai.OpenAI]:
-    """The official client, which here refuses what does not fit its models."""
+    """The official client, which here rejects responses that do not fit its models."""
     with openai.OpenAI(
         base_url=f"{services.url}/v1",
         api_key="none",

@@ -1,11 +1,11 @@
-"""Runs a command in a network of its own that has loopback alone, and counts what wants out.
+"""Runs a command in a network namespace with loopback only, and counts attempts to leave it.
 
     unshare --map-root-user --net python offline.py SECONDS COMMAND …
 
-The command is `trivium up …`: it is asked one question when it is ready, watched for so many
-seconds, and stopped. Prints one JSON object: the answer's HTTP status, the exit status, and the
-kernel's counts of packets without a route (to anywhere else) and of datagrams that nobody listens
-for (to a name server on loopback).
+The command is `trivium up …`: it gets one request when it is ready, is watched for SECONDS, and is
+stopped. Prints one JSON object: the response's HTTP status, the exit code, and the kernel's counts
+of packets without a route (to any other host) and of datagrams to ports without a listener (a name
+server on loopback).
 """
 
 import fcntl
@@ -31,7 +31,7 @@ def raise_loopback() -> None:
 
 
 def counts() -> dict[str, int]:
-    """The kernel's counts for this network."""
+    """The kernel's counts for this network namespace."""
     found = {}
     lines = Path("/proc/self/net/snmp").read_text().splitlines()
     for names, values in zip(lines[::2], lines[1::2], strict=True):
@@ -45,7 +45,7 @@ def counts() -> dict[str, int]:
 
 
 def ask(process: subprocess.Popen[str]) -> int:
-    """The HTTP status of an answer, once the command is ready."""
+    """The HTTP status of a request, once the command is ready."""
     assert process.stdout is not None
     for line in process.stdout:
         if match := re.search(r"REST +(http://\S+)", line):

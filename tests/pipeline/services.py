@@ -1,4 +1,4 @@
-"""The three services as real processes that a test can kill and start again."""
+"""The three services as real processes that a test can kill and restart."""
 
 import os
 import re
@@ -19,7 +19,7 @@ STAGES = ("generator_svc", "tokenizer_svc", "rest_facade")
 
 
 class Services:
-    """`settings` are further environment variables. A context manager that leaves nothing."""
+    """`settings` are further environment variables. A context manager that stops all processes."""
 
     def __init__(self, model: Path, logs: Path, **settings: Any) -> None:
         ports = free_ports(5)
@@ -39,7 +39,8 @@ class Services:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._logs = logs
         self._settings = {name: str(value) for name, value in settings.items()}
-        # No TLS, whose certificates take longer to load than a poll, and no connection is kept.
+        # No TLS: loading the CA certificates would take longer than a poll. Connections are not
+        # kept.
         limits = httpx.Limits(max_keepalive_connections=0)
         self._client = httpx.Client(verify=False, limits=limits)
 
@@ -79,7 +80,7 @@ class Services:
         self.until(lambda: self.health() == 200, "the services are not ready")
 
     def finish_reason(self, api_key: str = "none") -> str:
-        """That of an answer of eight tokens, by OpenAI's client."""
+        """The finish reason of an answer with eight tokens, by OpenAI's client."""
         with openai.OpenAI(
             base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=120
         ) as client:
@@ -98,7 +99,7 @@ class Services:
             return 0
 
     def until(self, holds: Any, otherwise: str, seconds: float = 60) -> None:
-        """Polls until `holds()`; a process that died ends the wait."""
+        """Polls until `holds()` is true; fails if a process has died."""
         deadline = time.monotonic() + seconds
         while not holds():
             for name, process in self.processes.items():
@@ -107,7 +108,7 @@ class Services:
             time.sleep(0.02)
 
     def generator_metrics(self) -> dict[str, float]:
-        """Values by name, those of one name added up."""
+        """Metric values by name, summed over labels."""
         url = f"http://{LOOPBACK}:{self.pipeline.generator_metrics_port}/metrics"
         text = self._client.get(url).text
         values: dict[str, float] = {}
@@ -116,7 +117,7 @@ class Services:
         return values
 
     def wait_until_idle(self) -> dict[str, float]:
-        """Until the generator holds nothing; returns its metrics."""
+        """Waits until nothing runs or waits in the generator; returns its metrics."""
 
         def is_idle() -> bool:
             metrics = self.generator_metrics()

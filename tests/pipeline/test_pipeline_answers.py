@@ -1,4 +1,4 @@
-"""What a client gets through all three services, on a tiny model of random weights."""
+"""Answers through all three services, on a tiny model with random weights."""
 
 import concurrent.futures
 import json
@@ -24,7 +24,7 @@ def ask(client: openai.OpenAI, services: Services, **fields: Any) -> Any:
 
 
 def test_stream_and_whole_answer_are_the_same(client: openai.OpenAI, services: Services) -> None:
-    """The pieces of a stream make the text of the whole answer, with the same usage."""
+    """A stream's deltas joined are the unary answer's text, with the same usage."""
     whole = ask(client, services)
     pieces = list(ask(client, services, stream=True, stream_options={"include_usage": True}))
 
@@ -40,7 +40,7 @@ def test_stream_and_whole_answer_are_the_same(client: openai.OpenAI, services: S
 def test_chat_service_gives_the_same_answer_as_rest(
     client: openai.OpenAI, services: Services
 ) -> None:
-    """A gRPC caller gets the text, counts and reasons that a REST caller gets."""
+    """A gRPC caller gets the same text and counts as a REST caller."""
     answer = ask(client, services, n=3)
     request = chat_request(
         model=services.model,
@@ -66,7 +66,7 @@ def test_chat_service_gives_the_same_answer_as_rest(
 def test_a_seed_gives_the_same_tokens_under_any_load(
     client: openai.OpenAI, services: Services
 ) -> None:
-    """Alone and among twenty others, with n and without, cached and not."""
+    """Alone or among twenty other requests, with n or without, cached or not, they are the same."""
     alone = ask(client, services, n=2)
     with concurrent.futures.ThreadPoolExecutor(20) as pool:
         others = [
@@ -90,7 +90,7 @@ def test_a_seed_gives_the_same_tokens_under_any_load(
 
 
 def test_choices_interleave_and_finish_apart(client: openai.OpenAI, services: Services) -> None:
-    """Deltas carry their index; each index has one role chunk, its text, one finish chunk."""
+    """Deltas carry their index; each index has one role chunk, its text, and one finish chunk."""
     events: dict[int, list[Any]] = defaultdict(list)
     order = []
     for chunk in ask(client, services, n=4, stream=True):
@@ -122,7 +122,7 @@ def test_choices_share_one_prompt(client: openai.OpenAI, services: Services) -> 
 
 
 def test_stop_strings_cut_exactly(client: openai.OpenAI, services: Services) -> None:
-    """Wherever the text is cut, it ends right before the match, streamed or whole."""
+    """Wherever the stop string is, the text ends right before it, streaming or not."""
     text = ask(client, services).choices[0].message.content
     assert len(text) > 12
     for start in range(1, len(text) - 4, 3):
@@ -139,7 +139,7 @@ def test_stop_strings_cut_exactly(client: openai.OpenAI, services: Services) -> 
 def test_a_stop_string_ends_one_choice_and_not_the_others(
     client: openai.OpenAI, services: Services
 ) -> None:
-    """A match in one of n choices leaves the others their whole text."""
+    """A match in one of n choices does not affect the others."""
     free = ask(client, services, n=3)
     texts = [choice.message.content for choice in free.choices]
     stop = texts[1][5:11]
@@ -151,7 +151,7 @@ def test_a_stop_string_ends_one_choice_and_not_the_others(
 
 
 def test_logprobs_fit_the_text(client: openai.OpenAI, services: Services) -> None:
-    """The bytes of the reported tokens are the text's, and greedy tokens head their lists."""
+    """The tokens' bytes are the text's, and greedy tokens are first in their top_logprobs."""
     answer = ask(client, services, temperature=0, logprobs=True, top_logprobs=3)
     content = answer.choices[0].logprobs.content
 
@@ -169,7 +169,7 @@ def test_logprobs_fit_the_text(client: openai.OpenAI, services: Services) -> Non
 def test_a_second_turn_reuses_the_first_ones_prompt(
     client: openai.OpenAI, services: Services
 ) -> None:
-    """cached_tokens tells what was reused, and what is reused changes nothing."""
+    """cached_tokens says how much was reused, and reuse does not change the answer."""
     first: list[Any] = [{"role": "user", "content": "Tell me of kings and thieves " * 8}]
     answer = ask(client, services, messages=first)
     second = [
@@ -188,7 +188,7 @@ def test_a_second_turn_reuses_the_first_ones_prompt(
 
 
 def test_lengths(client: openai.OpenAI, services: Services) -> None:
-    """max_tokens and min_tokens are kept to the token; ignore_eos goes on to the end."""
+    """max_tokens and min_tokens are exact; ignore_eos generates up to the limit."""
     exact = ask(client, services, max_tokens=5, extra_body={"ignore_eos": True})
     long = ask(client, services, max_tokens=60, extra_body={"min_tokens": 60})
 
@@ -200,7 +200,7 @@ def test_lengths(client: openai.OpenAI, services: Services) -> None:
 
 
 def test_a_prompt_over_the_context_is_refused(client: openai.OpenAI, services: Services) -> None:
-    """400 with OpenAI's code, naming the limit."""
+    """It is a 400 with OpenAI's code, and the message has the limit."""
     messages = [{"role": "user", "content": "Once upon a time " * 2000}]
     with pytest.raises(openai.BadRequestError) as refusal:
         ask(client, services, messages=messages)
@@ -225,7 +225,7 @@ def test_a_prompt_over_the_context_is_refused(client: openai.OpenAI, services: S
     ],
 )
 def test_bad_fields_are_named(services: Services, fields: dict[str, Any], param: str) -> None:
-    """400 in OpenAI's error shape, with the field."""
+    """They are a 400 in OpenAI's error format that names the field."""
     body = {"model": services.model, "messages": MESSAGES, **SAMPLED, **fields}
     reply = httpx.post(f"{services.url}/v1/chat/completions", json=body)
 
@@ -235,14 +235,14 @@ def test_bad_fields_are_named(services: Services, fields: dict[str, Any], param:
 
 
 def test_text_of_any_script_passes(client: openai.OpenAI, services: Services) -> None:
-    """Whatever characters go in, whole characters come out."""
+    """Whatever characters are sent, deltas have whole characters."""
     text = "🫠🥹龜 <|im_end|> ñ 👩‍👩‍👧 \u0301"
     for chunk in ask(client, services, messages=[{"role": "user", "content": text}], stream=True):
         json.dumps(chunk.choices[0].delta.content, ensure_ascii=False).encode("utf-8")
 
 
 def test_models(client: openai.OpenAI, services: Services) -> None:
-    """The model is listed with its context length; another one is 404."""
+    """The model is listed with its context length; any other is 404."""
     models = client.models.list().data
 
     assert [services.model] == [model.id for model in models]

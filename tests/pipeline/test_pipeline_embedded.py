@@ -1,4 +1,4 @@
-"""The embedded model, made once and kept in the cache, through `trivium up` and the examples."""
+"""The embedded model, exported once into the cache, with `trivium up` and the examples."""
 
 import concurrent.futures
 import os
@@ -28,7 +28,7 @@ CAPITAL = "The capital of France is Paris."
 
 @dataclass
 class Up:
-    """A running `trivium up`: its process, what it printed until it was ready, its addresses."""
+    """A running `trivium up`: its process, its output until it was ready, its addresses."""
 
     process: subprocess.Popen[str]
     banner: str
@@ -37,13 +37,13 @@ class Up:
     metrics: str
 
     def answers_nanoseconds(self) -> int:
-        """What the generator has spent on computing answers as prompts."""
+        """The time the generator has spent re-prefilling answers."""
         text = httpx.get(self.metrics, trust_env=False).text
         found = re.search(r'overhead_nanoseconds_total\{[^}]*reason="reprefill"\} (\S+)', text)
         return int(float(found[1])) if found else 0
 
     def wait(self) -> int:
-        """Its exit status, once it has ended."""
+        """The exit code, once it has ended."""
         self.process.communicate(timeout=60)
         return self.process.returncode
 
@@ -55,7 +55,7 @@ class Up:
 
 
 def start_up() -> Up:
-    """Starts `trivium up` on free ports and reads its output to the end of the banner."""
+    """Starts `trivium up` on free ports and reads its output up to the end of the banner."""
     names = ("port", "tokenizer-port", "tokenizer-metrics-port", "generator-port")
     ports = free_ports(5)
     options = [f"--{name}={port}" for name, port in zip(names, ports, strict=False)]
@@ -96,7 +96,7 @@ def ask(url: str, **fields: Any) -> Any:
 
 @pytest.mark.timeout(600)
 def test_the_banner_tells_what_runs_and_its_curl_works(up: Up) -> None:
-    """Model, provider, memory, addresses; and the command that it shows can be pasted."""
+    """It shows model, provider, memory and addresses; its command can be pasted into a shell."""
     embedded = find_embedded("cpu")
     assert embedded is not None
     precision = embedded.manifest["precision"]
@@ -111,7 +111,7 @@ def test_the_banner_tells_what_runs_and_its_curl_works(up: Up) -> None:
 
 
 def test_it_answers_alone_and_in_a_crowd(up: Up) -> None:
-    """Sixteen at once get what one alone gets."""
+    """Sixteen concurrent requests get the same answer as a single one."""
     alone = ask(up.url)
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         crowd = list(pool.map(lambda _: ask(up.url), range(16)))
@@ -122,7 +122,7 @@ def test_it_answers_alone_and_in_a_crowd(up: Up) -> None:
 
 
 def test_after_a_pause_the_next_turn_finds_the_answer_in_the_cache(up: Up) -> None:
-    """Only what is new is computed then."""
+    """Only the new tokens are computed."""
     question: list[Any] = [{"role": "user", "content": "Name a river in Africa."}]
     before = up.answers_nanoseconds()
     first = ask(up.url, messages=question, max_tokens=24)
@@ -139,7 +139,7 @@ def test_after_a_pause_the_next_turn_finds_the_answer_in_the_cache(up: Up) -> No
 
 
 def test_a_seeded_draw_is_the_same_in_a_crowd(up: Up) -> None:
-    """Sampled answers depend on the seed, and on nothing else that runs."""
+    """Sampled answers depend on the seed, and not on other requests."""
     sampled: dict[str, Any] = {"temperature": 1.0, "max_tokens": 24}
     alone = [ask(up.url, seed=seed, **sampled) for seed in range(4)]
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
@@ -151,7 +151,7 @@ def test_a_seeded_draw_is_the_same_in_a_crowd(up: Up) -> None:
 
 
 async def test_the_examples_run(up: Up) -> None:
-    """Python and Node over gRPC, curl and openai-python over REST."""
+    """They are Python and Node over gRPC, and curl and OpenAI's client over REST."""
     outputs = [
         await example_runs.run_python_grpc(up.grpc),
         await example_runs.run_node_grpc(up.grpc),
@@ -163,7 +163,7 @@ async def test_the_examples_run(up: Up) -> None:
 
 
 def test_bench_and_doctor_run(up: Up) -> None:
-    """The load generator measures it; the doctor finds nothing wrong."""
+    """The load generator measures it; the doctor finds the CPU provider."""
     trivium = [sys.executable, "-m", "trivium.cli"]
     load = ["--clients=1,4", "--requests=4", "--output-tokens=8", "--prompt-tokens=30"]
     bench = subprocess.run(
@@ -172,12 +172,12 @@ def test_bench_and_doctor_run(up: Up) -> None:
     doctor = subprocess.run([*trivium, "doctor"], capture_output=True, text=True)
 
     assert 0 == bench.returncode, bench.stdout + bench.stderr
-    # The default ports may be taken by another server on this machine; that is not at stake here.
+    # Another server on this machine may use the default ports; that does not matter here.
     assert "CPUExecutionProvider" in doctor.stdout
 
 
 def test_interrupt_leaves_no_process() -> None:
-    """Ctrl-C ends all four processes, and the status is 0."""
+    """Ctrl-C ends all four processes, and the exit code is 0."""
     running = start_up()
     children = running.children()
     running.process.send_signal(signal.SIGINT)
@@ -188,7 +188,7 @@ def test_interrupt_leaves_no_process() -> None:
 
 
 def test_a_dead_process_ends_the_others() -> None:
-    """kill -9 of one of the three: the others stop, and the status is not 0."""
+    """After kill -9 of one of the three the others stop, and the exit code is not 0."""
     running = start_up()
     children = running.children()
     os.kill(children[0], signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""What is left when clients leave, processes die and queues fill: nothing lost, clear words."""
+"""When clients disconnect, processes die or queues fill, nothing is lost and errors are clear."""
 
 import concurrent.futures
 import json
@@ -45,7 +45,7 @@ def own_services(tiny_model: Path, tmp_path: Path) -> Iterator[Callable[..., Ser
 
 
 def test_twenty_streams_half_of_them_cut(services: Services) -> None:
-    """Those that stay get their end; then nothing runs and every nanosecond has an owner."""
+    """The other streams complete; then nothing runs, and every nanosecond is accounted for."""
 
     def stream(number: int) -> str:
         fields = {"stream": True, "max_tokens": 60, "seed": number}
@@ -71,7 +71,7 @@ def test_twenty_streams_half_of_them_cut(services: Services) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_slots(services: Services, stream: bool) -> None:
-    """Streaming or not, what runs for a client ends when the client is gone."""
+    """Streaming or not, a disconnected client's sequences end."""
     with httpx.Client() as client:
         request = client.build_request(
             "POST",
@@ -91,7 +91,7 @@ def test_a_client_that_leaves_frees_its_slots(services: Services, stream: bool) 
 
 
 def test_overload_is_told_at_once(own_services: Callable[..., Services]) -> None:
-    """One runs, one waits, the third gets 429 with a time to wait; the first two lose nothing."""
+    """One request runs, one waits, and a third gets 429 with Retry-After; the others complete."""
     services = own_services(TRIVIUM_GENERATOR_SLOTS=1, TRIVIUM_GENERATOR_MAX_QUEUED_REQUESTS=1)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         waiting = []
@@ -116,7 +116,7 @@ def test_overload_is_told_at_once(own_services: Callable[..., Services]) -> None
 
 @pytest.mark.parametrize("victim", ["generator_svc", "tokenizer_svc"])
 def test_a_stage_killed_in_mid_stream(own_services: Callable[..., Services], victim: str) -> None:
-    """An error event and no [DONE]; then 503 at once; then, with the stage back, answers."""
+    """The stream ends with an error event, requests get 503, and succeed once the stage is back."""
     services = own_services()
     url = f"{services.url}/v1/chat/completions"
     with httpx.stream("POST", url, json=body(services, stream=True), timeout=60) as response:
@@ -145,7 +145,7 @@ def test_a_stage_killed_in_mid_stream(own_services: Callable[..., Services], vic
 def test_sigterm_lets_running_streams_finish(
     own_services: Callable[..., Services], stage: str
 ) -> None:
-    """The stream gets its end, new requests are refused, and the process exits with 0."""
+    """The stream completes, new requests are refused, and the process exits with 0."""
     services = own_services()
     url = f"{services.url}/v1/chat/completions"
     fields = body(services, stream=True, max_tokens=1500)
@@ -163,7 +163,7 @@ def test_sigterm_lets_running_streams_finish(
 def test_stages_of_different_revisions_do_not_talk(
     own_services: Callable[..., Services], tmp_path: Path
 ) -> None:
-    """Another model under the same name is refused, never answered with garbage."""
+    """Another model with the same name is refused; it never answers with garbage."""
     services = own_services()
     twin = tmp_path / "other" / services.model
     twin.parent.mkdir()
@@ -179,5 +179,5 @@ def test_stages_of_different_revisions_do_not_talk(
         assert time.monotonic() < deadline
 
     assert (503, "revision_mismatch") == (refused.status_code, refused.json()["error"]["code"])
-    # The facade stays ready for a moment, for the sake of replacements.
+    # The facade stays ready for a moment, to allow for a replacement.
     services.until(lambda: services.health() == 503, "still ready")

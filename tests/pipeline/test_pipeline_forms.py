@@ -1,6 +1,6 @@
-"""Forms, tools, plain completions and tokens through all three services, on a tiny model.
+"""Constraints, tools, plain completions and tokens through all three services, on a tiny model.
 
-The weights are random, so whatever comes out right does so because nothing else was let through.
+The weights are random, so correct output shows that the constraint allowed nothing else.
 """
 
 import json
@@ -45,7 +45,7 @@ def check(text: str) -> None:
 
 
 def test_a_schema_is_kept_to(client: openai.OpenAI, services: Services) -> None:
-    """Every choice of a sampled answer is JSON of the schema; a stream has the same text."""
+    """Every choice of a sampled answer fits the schema; a stream has the same text."""
     whole = ask(client, services, response_format=FORMAT, n=4)
     texts = {choice.index: "" for choice in whole.choices}
     for chunk in ask(client, services, response_format=FORMAT, n=4, stream=True):
@@ -61,7 +61,7 @@ def test_a_schema_is_kept_to(client: openai.OpenAI, services: Services) -> None:
 def test_a_call_that_was_cut_off_can_be_sent_back(
     client: openai.OpenAI, services: Services
 ) -> None:
-    """The history may hold whatever was answered, and arguments that are no object."""
+    """The history may contain any answer, and arguments that are not an object."""
     text = {"type": "string", "minLength": 200}
     schema = {"type": "object", "properties": {"text": text}, "required": ["text"]}
     tool = {"type": "function", "function": {"name": "note", "parameters": schema}}
@@ -97,7 +97,7 @@ def test_a_call_that_was_cut_off_can_be_sent_back(
 def test_constraints_are_kept_to(
     client: openai.OpenAI, services: Services, fields: dict[str, Any], pattern: str
 ) -> None:
-    """Expressions, choices and grammars: the whole answer fits."""
+    """With regular expressions, choices and grammars the whole answer matches."""
     answer = ask(client, services, extra_body=fields, n=3)
 
     assert all(re.fullmatch(pattern, choice.message.content) for choice in answer.choices)
@@ -105,7 +105,7 @@ def test_constraints_are_kept_to(
 
 @pytest.mark.parametrize("choice", ["required", NAMED])
 def test_forced_calls(client: openai.OpenAI, services: Services, choice: Any) -> None:
-    """A forced call names a tool and fits its schema, whole and streamed alike."""
+    """A forced call names a tool and fits its schema, streaming or not."""
     fields = {"tools": [TOOL, OTHER], "tool_choice": choice, "parallel_tool_calls": False}
     whole = ask(client, services, **fields).choices[0]
     chunks = list(ask(client, services, stream=True, **fields))
@@ -133,7 +133,7 @@ def test_forced_calls(client: openai.OpenAI, services: Services, choice: Any) ->
 def test_a_forced_call_that_is_cut_off(
     client: openai.OpenAI, services: Services, choice: Any
 ) -> None:
-    """Has no content at any length, and a name as soon as it is whole, whole and streamed alike."""
+    """At any length it has no content, and the name once that is complete, streaming or not."""
     fields = {"tools": [TOOL], "tool_choice": choice, "parallel_tool_calls": False}
     [complete] = ask(client, services, **fields).choices[0].message.tool_calls
     told = []
@@ -154,7 +154,7 @@ def test_a_forced_call_that_is_cut_off(
     assert "" == told[0] != told[-1]
 
 
-# What pydantic makes of a set, zod of a record, an OpenAPI document of a choice, and worse.
+# pydantic's schema of a set, zod's of a record, an OpenAPI document's of a choice, and worse.
 LOOSE = {
     "type": "object",
     "properties": {
@@ -185,7 +185,7 @@ LOOSE = {
 
 
 def keeps(arguments: dict[str, Any]) -> bool:
-    """Whether arguments keep to what of LOOSE can be enforced."""
+    """Whether arguments fit the part of LOOSE that can be enforced."""
     return (
         ["tags", "file", "price", "either"]
         == [name for name in arguments if name not in ("sizes", "other")]
@@ -198,19 +198,19 @@ def keeps(arguments: dict[str, Any]) -> bool:
 
 
 def loose(name: str, **more: Any) -> dict[str, Any]:
-    """A tool that cannot be enforced exactly."""
+    """A tool whose schema cannot be enforced exactly."""
     return {"type": "function", "function": {"name": name, "parameters": LOOSE} | more}
 
 
 def test_a_tool_that_cannot_be_enforced_hinders_no_request(
     client: openai.OpenAI, services: Services
 ) -> None:
-    """Called or not; a call keeps to what can be enforced. Where it must be exact it is refused."""
+    """The request works, and a call fits what can be enforced; a strict tool is refused."""
     tools = [TOOL, loose("one"), loose("two", strict=False)]
     ask(client, services, tools=tools, tool_choice="auto", max_tokens=8)
     named = {"type": "function", "function": {"name": "two"}}
     answer = ask(client, services, tools=tools, tool_choice=named, n=8, max_tokens=1500)
-    # Names of sizes may be of any length, and random weights know no end.
+    # Names of sizes may have any length, and random weights may never end them.
     whole = [choice for choice in answer.choices if choice.finish_reason != "length"]
     made = [choice.message.tool_calls[0].function.arguments for choice in whole]
 
@@ -223,7 +223,7 @@ def test_a_tool_that_cannot_be_enforced_hinders_no_request(
 
 
 def test_a_format_that_cannot_be_enforced(client: openai.OpenAI, services: Services) -> None:
-    """As far as it can be where it need not be exact, and else not at all."""
+    """It is enforced as far as possible if it need not be exact, and else refused."""
     response_format = {"type": "json_schema", "json_schema": {"name": "s", "schema": LOOSE}}
     answer = ask(client, services, response_format=response_format, n=8, max_tokens=1500)
     whole = [choice for choice in answer.choices if choice.finish_reason != "length"]
@@ -243,7 +243,7 @@ def test_a_format_that_cannot_be_enforced(client: openai.OpenAI, services: Servi
 def test_a_tool_without_parameters_is_called_with_none(
     client: openai.OpenAI, services: Services
 ) -> None:
-    """Whichever way that is written."""
+    """However its parameters express that there are none, the arguments are empty."""
     for parameters in (
         {},
         {"parameters": None},
@@ -303,7 +303,7 @@ def test_a_tool_without_parameters_is_called_with_none(
 def test_what_cannot_be_done_is_refused(
     services: Services, fields: dict[str, Any], code: str, param: str
 ) -> None:
-    """Never an answer without the constraint, but 400 and the place that is wrong."""
+    """They are a 400 that names the field, never an answer without the constraint."""
     body = {"model": services.model, "messages": MESSAGES, **fields}
     reply = httpx.post(f"{services.url}/v1/chat/completions", json=body, timeout=60)
     error = reply.json()["error"]
@@ -313,7 +313,7 @@ def test_what_cannot_be_done_is_refused(
 
 
 def test_plain_completions(client: openai.OpenAI, services: Services) -> None:
-    """Prompts times n choices, in order; an echo is the prompt; a stream has the same text."""
+    """Each prompt has n choices, in order; an echo begins with it; a stream has the same text."""
     fields: dict[str, Any] = {
         "model": services.model,
         "prompt": ["Once upon", "In a village"],
@@ -338,8 +338,8 @@ def test_plain_completions(client: openai.OpenAI, services: Services) -> None:
 
 
 def test_a_prompt_is_scored(services: Services) -> None:
-    """With echo and logprobs each token of the prompt has the log-probability that it would have
-    as an answer to what stands before it; evaluation harnesses compare answers by that."""
+    """With echo and logprobs, each prompt token has the log-probability that it would have as the
+    next token after those before it, which evaluation harnesses use to compare answers."""
 
     def post(path: str, **fields: Any) -> Any:
         body = {"model": services.model, **fields}
@@ -387,7 +387,7 @@ def test_a_prompt_is_scored(services: Services) -> None:
 
 
 def test_plain_completions_over_grpc(client: openai.OpenAI, services: Services) -> None:
-    """A gRPC caller gets the text and counts that a REST caller gets."""
+    """A gRPC caller gets the same text and counts as a REST caller."""
     answer = client.completions.create(model=services.model, prompt="Once", seed=3, max_tokens=9)
     request = completion_pb2.CreateCompletionRequest(
         model=services.model,
@@ -406,7 +406,7 @@ def test_plain_completions_over_grpc(client: openai.OpenAI, services: Services) 
 def test_log_probabilities_of_plain_completions(
     client: openai.OpenAI, services: Services, seed: int
 ) -> None:
-    """Tokens stand where their offsets say, and the taken one is among the likeliest."""
+    """Tokens are at their offsets, and the sampled token is among the top_logprobs."""
     answer = client.completions.create(
         model=services.model,
         prompt="Once",
@@ -424,14 +424,14 @@ def test_log_probabilities_of_plain_completions(
     ):
         assert top[token] == value
     for token, offset in zip(shown.tokens, shown.text_offset, strict=True):
-        # Parts of characters and control tokens have no text of their own.
+        # Partial characters and control tokens have no text of their own.
         is_text = not token.startswith(("bytes:", "<|"))
         assert not is_text or choice.text[offset:].startswith(token)
     assert shown.text_offset == sorted(shown.text_offset)
 
 
 def test_tokens_there_and_back(services: Services) -> None:
-    """/tokenize and /detokenize are each other's inverse; a completion takes those tokens."""
+    """/detokenize inverts /tokenize, and a completion accepts the token ids."""
     text = "Once upon a time 🫠"
 
     def post(path: str, **body: Any) -> Any:

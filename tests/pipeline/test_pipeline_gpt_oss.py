@@ -1,4 +1,4 @@
-"""gpt-oss through all three services: a tiny one that was taught to write Harmony."""
+"""gpt-oss through all three services: a tiny one that was trained to write Harmony."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -30,20 +30,20 @@ def client(gpt_oss: Services) -> Iterator[openai.OpenAI]:
 
 
 def reasoning(message: Any) -> str | None:
-    """A field that the official client's types do not have."""
+    """Reasoning content, which the official client's types do not have."""
     extra: dict[str, Any] = message.model_extra
     return extra.get("reasoning_content")
 
 
 def thought(answer: str) -> str:
-    """What an answer says in its analysis channel."""
+    """The text in an answer's analysis channel."""
     return answer.split("analysis<|message|>")[1].split("<|end|>")[0]
 
 
 @pytest.mark.parametrize(("effort", "lesson"), [("medium", MEDIUM), ("high", HIGH)])
 def test_reasoning_comes_by_itself(client: openai.OpenAI, effort: str, lesson: str) -> None:
-    """The analysis channel is reasoning_content; after its <|end|> the answer goes on, and ends
-    with <|return|>. Of which length the reasoning is, the model reads in its prompt."""
+    """The analysis channel is reasoning_content; after its <|end|> the answer continues up to
+    <|return|>. The model reads the reasoning effort in its prompt."""
     answer = client.chat.completions.create(
         model=MODEL, messages=QUESTION, reasoning_effort=effort, temperature=0, max_tokens=100
     )
@@ -55,7 +55,7 @@ def test_reasoning_comes_by_itself(client: openai.OpenAI, effort: str, lesson: s
 
 
 def test_low_effort_answers_at_once(client: openai.OpenAI) -> None:
-    """This model was taught not to think then."""
+    """This model was trained not to reason at low effort."""
     answer = client.chat.completions.create(
         model=MODEL, messages=QUESTION, reasoning_effort="low", temperature=0, max_tokens=100
     )
@@ -66,7 +66,7 @@ def test_low_effort_answers_at_once(client: openai.OpenAI) -> None:
 
 
 def test_channels_are_streamed_apart(client: openai.OpenAI) -> None:
-    """First all of the reasoning, then all of the answer, and no marker in either."""
+    """All of the reasoning comes first, then the answer, without markers in either."""
     stream = client.chat.completions.create(
         model=MODEL, messages=QUESTION, temperature=0, max_tokens=100, stream=True
     )
@@ -83,7 +83,7 @@ def test_channels_are_streamed_apart(client: openai.OpenAI) -> None:
 
 
 def test_a_call_is_made_in_the_commentary_channel(client: openai.OpenAI) -> None:
-    """<|call|> ends the answer; its message is the call of a tool."""
+    """<|call|> ends the answer; its message is a tool call."""
     answer = client.chat.completions.create(
         model=MODEL, messages=WEATHER, tools=[TOOL], temperature=0, max_tokens=100
     )
@@ -98,7 +98,7 @@ def test_a_call_is_made_in_the_commentary_channel(client: openai.OpenAI) -> None
 
 
 def test_a_call_can_be_demanded(client: openai.OpenAI) -> None:
-    """Even where the model would rather answer, its tokens are held to a call that fits."""
+    """Even a model that would rather answer is constrained to a valid call."""
     answer = client.chat.completions.create(
         model=MODEL,
         messages=QUESTION,
@@ -114,7 +114,7 @@ def test_a_call_can_be_demanded(client: openai.OpenAI) -> None:
 
 
 def test_tokens_are_counted_up_to_the_end(client: openai.OpenAI, gpt_oss: Services) -> None:
-    """Those of both messages, with all markers, and the last one."""
+    """Tokens of both messages count, including all markers and the last one."""
     answer = client.chat.completions.create(
         model=MODEL, messages=QUESTION, temperature=0, max_tokens=100
     )

@@ -1,4 +1,4 @@
-"""Keys at every door of the three real services: what docs/security.md says of each port."""
+"""Keys at every port of the three real services, as in docs/security.md."""
 
 import asyncio
 import hashlib
@@ -35,7 +35,7 @@ YESTERDAY = "2026-01-01"
 
 
 def table(name: str, /, **fields: object) -> str:
-    """A key's table; the key is its name."""
+    """A key's table in the key file; the key is its name."""
     lines = [f"[keys.{name}]", f'digest = "{hashlib.sha256(name.encode()).hexdigest()}"']
     return "\n".join([*lines, *(f"{field} = {value}" for field, value in fields.items())]) + "\n"
 
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def services(tiny_model: Path, folder: Path) -> Iterator[Services]:
-    """One key file for all, and a key of its own for each stage that calls another."""
+    """One key file for all services, and a key for each stage that calls another."""
     keys = folder / "keys.toml"
     stages = [table(name, stage="true") for name in ("facade", "tokenizer")]
     clients = [table("alice"), table("bob"), table("old", expires=YESTERDAY)]
@@ -67,7 +67,7 @@ def services(tiny_model: Path, folder: Path) -> Iterator[Services]:
 
 
 def open_doors(port: str) -> set[str]:
-    """What the document says is open to all at a port."""
+    """What is open at a port without a key, according to the document."""
     (row,) = re.findall(rf"^\| {port} \|.*$", DOCUMENT.read_text(), re.M)
     return set(re.findall(r"`([^`]+)`", row.split("|")[4]))
 
@@ -82,7 +82,7 @@ def bearing(key: str) -> tuple[tuple[str, str], ...]:
 
 
 def test_a_call_passes_all_three_and_is_its_keys(services: Services, folder: Path) -> None:
-    """By HTTP and by gRPC; each stage shows the next its own key, and says whose the call is."""
+    """By HTTP or gRPC, each stage uses its own key and passes on the name of the caller's."""
 
     async def by_grpc() -> int:
         async with open_channel(services.chat_target) as channel:
@@ -111,7 +111,7 @@ def test_a_call_passes_all_three_and_is_its_keys(services: Services, folder: Pat
 
 
 def test_every_path_is_shut_but_those_of_the_document(services: Services) -> None:
-    """Each path and method of the facade without a key, with a wrong, an expired and a stage's."""
+    """The facade's paths are tried without a key, with a wrong, an expired and a stage's key."""
 
     async def paths() -> list[APIRoute]:
         async with Backend(services.chat_target) as backend:
@@ -133,7 +133,7 @@ def test_every_path_is_shut_but_those_of_the_document(services: Services) -> Non
 
 
 def all_methods() -> dict[str, Any]:
-    """Every method that we declare, with its descriptor."""
+    """Every method in our protocols, with its descriptor."""
     modules = (chat_pb2, completion_pb2, model_pb2, tokenizer_pb2, generator_pb2)
     return {
         f"/{service.full_name}/{method.name}": method
@@ -144,7 +144,7 @@ def all_methods() -> dict[str, Any]:
 
 
 async def status(channel: grpc.aio.Channel, name: str, method: Any, key: str) -> grpc.StatusCode:
-    """What a call without content ends with, or OK if it answers."""
+    """The status of a call with an empty message, or OK if it answers."""
     metadata = bearing(key) if key else ()
     shape = "stream" if method is None or method.client_streaming else "unary"
     shape += "_stream" if method is None or method.server_streaming else "_unary"
@@ -155,7 +155,7 @@ async def status(channel: grpc.aio.Channel, name: str, method: Any, key: str) ->
         else call(b"", metadata=metadata, timeout=20)
     )
     try:
-        # Nothing is written to a stream: a write that fails would hide the status.
+        # Nothing is written to the stream: a failing write would hide the status.
         if shape.endswith("stream"):
             if await call.read() is grpc.aio.EOF:
                 return grpc.StatusCode(await call.code())
@@ -173,7 +173,7 @@ async def status(channel: grpc.aio.Channel, name: str, method: Any, key: str) ->
 async def test_every_method_is_shut_but_those_of_the_document(
     services: Services, port: str, keys: tuple[str, ...]
 ) -> None:
-    """Each method of all services at both gRPC ports; a client's key does not open a generator."""
+    """All methods are tried at both gRPC ports; a client's key does not open a generator."""
     target = services.chat_target if port == "50051" else services.generator_target
 
     async def walk() -> dict[str, set[grpc.StatusCode]]:
@@ -204,7 +204,7 @@ async def test_every_method_is_shut_but_those_of_the_document(
 
 
 def test_metrics_ports_are_open(services: Services) -> None:
-    """As the document says, and that they should be kept from others by the network."""
+    """They are open as the document says, which advises to restrict them by network."""
     for name, port in (
         ("9051", services.pipeline.tokenizer_metrics_port),
         ("9052", services.pipeline.generator_metrics_port),
@@ -218,8 +218,8 @@ def test_metrics_ports_are_open(services: Services) -> None:
 
 @pytest.mark.parametrize("key", ["alice2", "bob"])
 def test_a_facade_whose_key_is_refused_says_so(services: Services, folder: Path, key: str) -> None:
-    """To its clients that it cannot serve them, to its operators why: an unknown key, and a
-    client's, in whose name no other client's requests may be made."""
+    """Clients get an error and the log has the reason, both for an unknown key and for a client's
+    key, which may not be used for other clients' requests."""
     wrong = folder / "wrong.key"
     wrong.write_text(key)
     services.terminate("rest_facade")
@@ -244,7 +244,7 @@ def test_a_facade_whose_key_is_refused_says_so(services: Services, folder: Path,
 
 
 def test_a_tokenizer_whose_key_is_refused_says_so(services: Services, folder: Path) -> None:
-    """It has no generator then, and tells why."""
+    """It then has no generator, and reports the reason."""
     services.terminate("tokenizer_svc")
     services.processes["tokenizer_svc"].wait()
     services.start("tokenizer_svc", TRIVIUM_TOKENIZER_GENERATOR_API_KEY_FILE=folder / "facade.no")
@@ -265,7 +265,7 @@ def test_a_tokenizer_whose_key_is_refused_says_so(services: Services, folder: Pa
 
 @pytest.mark.parametrize("service", ["rest_facade", "tokenizer_svc", "generator_svc"])
 def test_none_listens_to_others_without_keys(service: str, tiny_model: Path) -> None:
-    """It ends with a line that says what to set, unless that was meant."""
+    """The process exits with one line that says what to set, unless remote access is allowed."""
     prefix = {"rest_facade": "FACADE", "tokenizer_svc": "TOKENIZER", "generator_svc": "GENERATOR"}
     prefix = f"TRIVIUM_{prefix[service]}_"
     environment = {

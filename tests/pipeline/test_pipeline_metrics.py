@@ -1,4 +1,4 @@
-"""What the three services tell Prometheus before anything has happened."""
+"""The metrics of the three services before any request."""
 
 from pathlib import Path
 
@@ -8,18 +8,18 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.pipeline.services import Services
 from trivium.cli.pipeline import LOOPBACK
 
-# Labels whose values nobody knows beforehand: what was asked for, and whose key asked.
+# Labels whose values depend on requests: what they ask for, and their key.
 OPEN = {"status", "route", "key"}
 
 
 def ports(services: Services) -> list[int]:
-    """Where each stage's metrics are."""
+    """The port of each stage's metrics."""
     pipeline = services.pipeline
     return [pipeline.port, pipeline.tokenizer_metrics_port, pipeline.generator_metrics_port]
 
 
 def counters(ports: list[int]) -> set[tuple[str, frozenset[tuple[str, str]]]]:
-    """All counted series at these ports, by name and labels, but for those with open labels."""
+    """All counter and histogram series at these ports, by name and labels, without open labels."""
     found = set()
     for port in ports:
         text = httpx.get(f"http://{LOOPBACK}:{port}/metrics").text
@@ -32,8 +32,8 @@ def counters(ports: list[int]) -> set[tuple[str, frozenset[tuple[str, str]]]]:
 
 
 def test_what_is_counted_is_zero_before_it_happens(tiny_model: Path, tmp_path: Path) -> None:
-    """So that a rate shows the first request, the first refusal and the first failure as well:
-    Prometheus knows no rate of a series that begins with its first event."""
+    """A rate then includes the first request, refusal and failure: Prometheus cannot compute the
+    rate of a series that starts with its first event."""
     with Services(tiny_model, tmp_path) as services:
         facade, tokenizer, generator = ports(services)
         before = counters([facade, tokenizer, generator])

@@ -1,4 +1,4 @@
-"""Two models behind one tokenizer stage, each with a generator of its own."""
+"""Two models behind one tokenizer stage, each with its own generator."""
 
 import os
 import signal
@@ -37,10 +37,10 @@ def two_models() -> Iterator[tuple[str, list[str], subprocess.Popen[str]]]:
 def test_each_model_answers_for_itself(
     two_models: tuple[str, list[str], subprocess.Popen[str]],
 ) -> None:
-    """Both are listed, answer as themselves, and an unknown one is 404."""
+    """Both models are listed and answer under their own ids, and an unknown one is 404."""
     url, names, _ = two_models
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-        # The API is up with the first model; a generator that took longer is noticed soon after.
+        # The API is up with the first model; a slower generator is found soon after.
         listed: list[str] = []
         while len(listed) < len(names):
             listed = [model.id for model in client.models.list().data]
@@ -64,7 +64,7 @@ def test_each_model_answers_for_itself(
 
 
 def test_ids_must_differ(tmp_path: Path) -> None:
-    """Two folders of one name are refused at the start."""
+    """Two folders with the same name are refused at startup."""
     folder = tiny_model_directory("llama")
     twin = tmp_path / folder.name
     os.symlink(folder, twin)

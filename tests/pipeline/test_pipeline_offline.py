@@ -1,4 +1,4 @@
-"""Nothing here calls home: no name is looked up, no host is called, no id is left behind."""
+"""Nothing phones home: no DNS queries, no outgoing connections, no stored id."""
 
 import json
 import os
@@ -12,12 +12,12 @@ from tests.tiny_models import tiny_checkpoint
 
 ROOT = Path(__file__).parents[2]
 OFFLINE = Path(__file__).with_name("offline.py")
-# ONNX Runtime's first look-up comes about nine seconds after it is loaded.
+# ONNX Runtime's first DNS query comes about nine seconds after it is loaded.
 SECONDS = "15"
 
 GENERATOR = "TRIVIUM_GENERATOR_MODEL_DIRECTORY"
 PYTEST = (sys.executable, "-m", "pytest")
-# Every way to load ONNX Runtime, the shortest there is for each, and its exit status.
+# Every way to load ONNX Runtime, by the shortest command for each, and its exit code.
 WAYS = {
     "generator": ([sys.executable, "-m", "generator_svc"], 2),
     "up": ([sys.executable, "-m", "trivium.cli", "up", "--model", "/nowhere"], 2),
@@ -29,19 +29,19 @@ WAYS = {
 
 
 def clean_environment(home: Path) -> dict[str, str]:
-    """As a user's, with a home of its own; the runtime reports nothing where it sees a CI."""
+    """A user's environment with its own home; in CI the runtime would report nothing."""
     return {"PATH": os.environ["PATH"], "HOME": str(home), GENERATOR: "/nowhere"}
 
 
 def files(home: Path) -> list[str]:
-    """What was left, but for what is ours."""
+    """The files left behind, except our own."""
     found = (file.relative_to(home).as_posix() for file in home.rglob("*") if file.is_file())
     return [file for file in found if not file.startswith(".cache/trivium/")]
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_no_id_is_left_in_the_users_cache(tmp_path: Path, way: str) -> None:
-    """However ONNX Runtime comes to be loaded."""
+    """This holds for every way to load ONNX Runtime."""
     command, status = WAYS[way]
     done = subprocess.run(
         command, cwd=ROOT, env=clean_environment(tmp_path), capture_output=True, check=False
@@ -52,7 +52,7 @@ def test_no_id_is_left_in_the_users_cache(tmp_path: Path, way: str) -> None:
 
 
 def test_an_export_leaves_no_id(tmp_path: Path) -> None:
-    """It runs the model to verify it."""
+    """The export runs the model to verify it."""
     options = (str(tiny_checkpoint()), "--out", str(tmp_path / "m"), "--precision", "fp32")
     command = [sys.executable, "-m", "generator_svc.export", *options]
     home = tmp_path / "home"
@@ -63,7 +63,7 @@ def test_an_export_leaves_no_id(tmp_path: Path) -> None:
 
 
 def test_a_start_calls_nobody(tiny_model: Path, tmp_path: Path) -> None:
-    """From the start to the end of all three services, with a request in between."""
+    """All three services make no outgoing calls from start to end, with a request in between."""
     isolated = ("unshare", "--map-root-user", "--net")
     if subprocess.run([*isolated, "true"], capture_output=True, check=False).returncode:
         pytest.skip("no network of its own can be made here")

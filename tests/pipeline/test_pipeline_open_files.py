@@ -1,4 +1,4 @@
-"""A process that runs out of file descriptors says so, and goes on once there are some again."""
+"""A process that runs out of file descriptors logs it, and recovers once some are free."""
 
 import contextlib
 import resource
@@ -16,7 +16,7 @@ NONE_LEFT, FREE_AGAIN = "file descriptors are in use", "file descriptors are ava
 
 @pytest.fixture(scope="module")
 def services(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
-    """Services that were started with a low limit, which is not the highest they may have."""
+    """Services started with a soft limit below the hard limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, hard), hard))
     try:
@@ -39,7 +39,7 @@ def port_of(services: Services, stage: str) -> int:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_limit_is_raised_as_far_as_it_may_be(services: Services, stage: str) -> None:
-    """Nobody has to remember `ulimit -n` for thousands of clients to be served."""
+    """Serving thousands of clients does not need `ulimit -n`."""
     soft, hard = resource.prlimit(services.processes[stage].pid, resource.RLIMIT_NOFILE)
 
     assert min(hard, 2**20) == soft
@@ -47,7 +47,7 @@ def test_the_limit_is_raised_as_far_as_it_may_be(services: Services, stage: str)
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_running_out_is_logged_and_passes(services: Services, stage: str) -> None:
-    """Connections that nobody can take are told of in the log; later ones are served again."""
+    """The log reports connections that cannot be accepted; later ones are served again."""
     pid = services.processes[stage].pid
     before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     said = services.log(stage).count(NONE_LEFT)

@@ -1,4 +1,4 @@
-"""Thousands of requests in the same moment: each is answered, or told when to come again."""
+"""Thousands of simultaneous requests: each is answered, or told when to retry."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ REQUESTS = 2_000
 
 @dataclass(frozen=True)
 class Reply:
-    """An HTTP answer, read to its end."""
+    """A complete HTTP response."""
 
     status: int
     headers: dict[str, str]
@@ -36,7 +36,7 @@ def many_sockets() -> Iterator[None]:
 
 
 async def ask(port: int, body: bytes, connected: asyncio.Barrier) -> Reply:
-    """Waits until all others are connected too, and asks."""
+    """Sends the request once all others are connected too."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     await connected.wait()
     head = (
@@ -53,7 +53,7 @@ async def ask(port: int, body: bytes, connected: asyncio.Barrier) -> Reply:
 
 
 async def burst(services: Services) -> list[tuple[bool, Reply]]:
-    """Whether each was streamed, and its reply."""
+    """For each request, whether it was streaming, and its reply."""
     connected = asyncio.Barrier(REQUESTS)
 
     async def one(number: int) -> tuple[bool, Reply]:
@@ -63,7 +63,7 @@ async def burst(services: Services) -> list[tuple[bool, Reply]]:
             "messages": [{"role": "user", "content": f"Tell me of {number}."}],
             "max_tokens": 20,
             "stream": stream,
-            # A stop string leaves the call to the generator open for more commands.
+            # A stop string keeps the generator call open for further commands.
             "stop": ["never said"] if number % 4 < 2 else None,
         }
         return stream, await ask(services.pipeline.port, json.dumps(body).encode(), connected)
@@ -74,7 +74,7 @@ async def burst(services: Services) -> list[tuple[bool, Reply]]:
 def test_each_of_2000_at_once_is_answered_or_told_when_to_come_again(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Whatever is not answered is 429 queue_full with a time, streamed or not; nothing is lost."""
+    """Requests that are not answered get 429 queue_full with Retry-After, streaming or not."""
     settings = {"TRIVIUM_GENERATOR_SLOTS": 4, "TRIVIUM_GENERATOR_MAX_QUEUED_REQUESTS": 16}
     with Services(tiny_model, tmp_path, **settings) as services:
         replies = asyncio.run(burst(services))

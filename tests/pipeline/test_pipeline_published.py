@@ -1,7 +1,7 @@
-"""The text side of published models, through the three services on tiny random weights.
+"""The text side of published models, through the three services with tiny random weights.
 
-Configurations, special tokens and their order are the published ones; the chat template too where
-`make templates` has fetched it, else a shortened one.
+Configurations, special tokens and their order are the published ones; so is the chat template if
+`make templates` has fetched it, else it is a shortened one.
 """
 
 import json
@@ -55,7 +55,7 @@ NO_ENDS = {
 
 @dataclass(frozen=True)
 class Serving:
-    """A model that is served: its services, its folder and the ids of its tokens."""
+    """A served model: its services, its folder and its tokenizer."""
 
     name: str
     folder: Path
@@ -63,7 +63,7 @@ class Serving:
     tokenizer: tokenizers.Tokenizer
 
     def ask(self, **fields: Any) -> Any:
-        """The choice that is answered."""
+        """The answer's choice."""
         body = {"model": self.name, "messages": MESSAGES, "seed": 5, "max_tokens": 32, **fields}
         return self.post("/v1/chat/completions", **body)["choices"][0]
 
@@ -88,7 +88,7 @@ def serving(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 def _as_gpt_oss(folder: Path, published: Published) -> None:
-    """A Llama's graph with gpt-oss's text side: what is said here is not about experts."""
+    """A Llama graph with gpt-oss's text side: these tests are not about experts."""
     shape = Shape(64, 2, 4, 2, 16, 160, published.config["vocab_size"], 4096)
     make_random_llama(folder, shape, "fp32")
     (folder / "trivium_export.json").unlink()
@@ -106,7 +106,7 @@ def test_the_folders_name_is_the_models_id(serving: Serving) -> None:
 
 
 def test_sampling_is_the_models_own(serving: Serving) -> None:
-    """A request that says nothing is drawn as generation_config.json says, and not as OpenAI's."""
+    """Omitted sampling values come from generation_config.json, not from OpenAI's defaults."""
     own = SAMPLING[serving.name]
     fields = ("temperature", "top_p", "top_k", "repetition_penalty")
     said = serving.ask(**{field: getattr(own, field) for field in fields})
@@ -119,7 +119,7 @@ def test_sampling_is_the_models_own(serving: Serving) -> None:
 
 
 def test_the_end_tokens_end_an_answer(serving: Serving) -> None:
-    """All of them, unseen; other control tokens do not."""
+    """Each of them ends the answer and is hidden; other control tokens do not end it."""
     for token in ENDS[serving.name] | NO_ENDS[serving.name]:
         token_id = serving.tokenizer.token_to_id(token)
         choice = serving.ask(logit_bias={str(token_id): 100}, max_tokens=3)
@@ -130,7 +130,7 @@ def test_the_end_tokens_end_an_answer(serving: Serving) -> None:
 
 
 def test_the_prompt_begins_once(serving: Serving) -> None:
-    """With BOS where the template writes it, to which the tokenizer adds none."""
+    """It begins with BOS if the template writes it, to which the tokenizer does not add another."""
     tokens = serving.post("/tokenize", messages=MESSAGES)["tokens"]
     bos = serving.tokenizer.token_to_id("<｜begin▁of▁sentence｜>")
     template = (serving.folder / "chat_template.jinja").read_text()
@@ -147,7 +147,7 @@ def test_the_prompt_begins_once(serving: Serving) -> None:
 
 
 def test_the_answer_begins_as_the_prompt_ends(serving: Serving) -> None:
-    """Inside the reasoning where the template opens it, else in the answer."""
+    """It begins with reasoning if the template opens it, else with the answer."""
     message = serving.ask()["message"]
     reasoning = message.get("reasoning_content")
 
@@ -161,7 +161,7 @@ def test_the_answer_begins_as_the_prompt_ends(serving: Serving) -> None:
 
 @pytest.mark.parametrize("serving", [DEEPSEEK], indirect=True)
 def test_behind_the_reasoning_comes_the_answer(serving: Serving) -> None:
-    """Once the model has closed what the template opened; a constraint is for the answer alone."""
+    """It comes once the model closes the reasoning; a constraint applies to the answer alone."""
     closes = {str(serving.tokenizer.token_to_id("</think>")): 100}
     choice = serving.ask(logit_bias=closes, structured_outputs={"regex": "Yes[.]"})
 

@@ -1,4 +1,4 @@
-"""What the three real services tell their operators of a request."""
+"""Logs and traces of a request through the three real services."""
 
 import itertools
 import json
@@ -37,7 +37,7 @@ def services(
 def ask(
     services: Services, request_id: str, content: str, trace: str = TRACE, **fields: Any
 ) -> httpx.Response:
-    """A chat of one message, in a trace."""
+    """A chat with one message, in a trace."""
     body = {"messages": [{"role": "user", "content": content}], "model": services.model, **fields}
     headers = {"x-request-id": request_id, "traceparent": f"00-{trace}-{PARENT}-01"}
     url = f"{services.url}/v1/chat/completions"
@@ -45,13 +45,13 @@ def ask(
 
 
 def lines(services: Services, stage: str, request_id: str) -> list[dict[str, Any]]:
-    """A request's lines in a stage's log that say how a call ended."""
+    """A request's log lines in one stage about how a call ended."""
     found = [json.loads(line) for line in services.log(stage).splitlines()]
     return [one for one in found if one["request_id"] == request_id and "seconds" in one]
 
 
 def test_every_stage_logs_how_a_call_ended(services: Services) -> None:
-    """One access line each, with the request's id, its trace, route or method, and the outcome."""
+    """Each logs one line with the request's id, its trace, route or method, and the outcome."""
     ask(services, "good-1", "Hello", max_tokens=3)
     services.until(lambda: lines(services, "rest_facade", "good-1"), "nothing is logged")
     [facade], [tokenizer], [generator] = (
@@ -74,7 +74,7 @@ def test_every_stage_logs_how_a_call_ended(services: Services) -> None:
 
 
 def test_refusals_are_logged_with_their_code(services: Services) -> None:
-    """Where it was refused; later stages never hear of it."""
+    """The stage that refuses logs it; later stages never get the request."""
     ask(services, "long-1", "Once upon a time " * 2000)
     services.until(lambda: lines(services, "rest_facade", "long-1"), "nothing is logged")
 
@@ -91,7 +91,7 @@ def spans_of(
     trace: str,
     stages: tuple[str, ...] = ("rest_facade", "tokenizer_svc", "generator_svc"),
 ) -> list[Received]:
-    """A trace's spans, once these stages have sent theirs; a call's own comes after its parts."""
+    """A trace's spans, once these stages have sent theirs; a call's own span comes last."""
 
     def has_come(stage: str) -> bool:
         server = trace_pb2.Span.SPAN_KIND_SERVER
@@ -103,7 +103,7 @@ def spans_of(
 
 
 def tree(spans: list[Received]) -> dict[tuple[str, str], str]:
-    """Of each span, by service and name, the name of its parent."""
+    """By service and name, each span's parent's name."""
     names = {span.id: span.name for span in spans} | {PARENT: "caller"}
     return {(span.service, span.name): names[span.parent] for span in spans}
 
@@ -111,7 +111,7 @@ def tree(spans: list[Received]) -> dict[tuple[str, str], str]:
 def test_a_request_is_one_trace_through_all_stages(
     services: Services, collector: Collector
 ) -> None:
-    """Each stage's span is the child of the one before, and has its parts below it."""
+    """Each stage's span is a child of the previous one's, with its parts as children."""
     trace = "1" * 32
     answer = ask(services, "traced-1", "Once upon a time", trace, max_tokens=8, temperature=0.5)
     spans = spans_of(services, collector, trace)
@@ -143,7 +143,7 @@ def test_a_request_is_one_trace_through_all_stages(
 
 
 def test_spans_tell_what_was_asked_and_used(services: Services, collector: Collector) -> None:
-    """By the conventions for generative AI; the first token is an event where it arose."""
+    """Attributes follow the GenAI conventions; the first token is an event where it arises."""
     trace = "2" * 32
     fields = {"max_tokens": 8, "temperature": 0.5, "seed": 7, "n": 2, "ignore_eos": True}
     usage = ask(services, "traced-2", "Once upon", trace, **fields).json()["usage"]
@@ -177,7 +177,7 @@ def test_spans_tell_what_was_asked_and_used(services: Services, collector: Colle
 
 
 def test_streams_and_refusals_have_traces(services: Services, collector: Collector) -> None:
-    """A stream's first text is an event; what was refused says by which code, and is no fault."""
+    """A stream's first text is an event; a refusal has its code, and is not an error of ours."""
     with httpx.stream(
         "POST",
         f"{services.url}/v1/chat/completions",
@@ -205,7 +205,7 @@ def test_streams_and_refusals_have_traces(services: Services, collector: Collect
 
 
 def test_a_callers_decision_not_to_sample_holds(services: Services, collector: Collector) -> None:
-    """Nothing of it is recorded in any stage, and its trace id is logged all the same."""
+    """No stage records a span of it, but logs still have its trace id."""
     trace = "5" * 32
     body = {"messages": [{"role": "user", "content": "Hi"}], "model": services.model}
     headers = {"x-request-id": "unsampled", "traceparent": f"00-{trace}-{PARENT}-00"}
@@ -222,7 +222,7 @@ def test_a_callers_decision_not_to_sample_holds(services: Services, collector: C
 def test_without_a_caller_a_request_begins_a_trace(
     services: Services, collector: Collector
 ) -> None:
-    """One for each; health checks, metrics and calls between stages without a request have none."""
+    """Each request has its own trace; health checks, metrics and calls between stages have none."""
     httpx.post(
         f"{services.url}/v1/completions",
         json={"prompt": "Hi", "model": services.model, "max_tokens": 2},
@@ -241,7 +241,7 @@ def test_without_a_caller_a_request_begins_a_trace(
 
 
 def test_what_is_left_is_sent_at_the_end(tiny_model: Path, tmp_path: Path) -> None:
-    """Over HTTP too; a service that ends sends what it has, and is not held up by much."""
+    """On exit a service sends its remaining spans, over HTTP too, without much delay."""
     settings = {
         "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
         "OTEL_BSP_SCHEDULE_DELAY": "600000",
@@ -263,7 +263,7 @@ def test_what_is_left_is_sent_at_the_end(tiny_model: Path, tmp_path: Path) -> No
 
 
 def test_a_collector_that_is_gone_harms_nobody(tiny_model: Path, tmp_path: Path) -> None:
-    """Requests are answered, and services end within seconds."""
+    """Requests are answered, and services stop within seconds."""
     settings = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}
     with Services(tiny_model, tmp_path, **settings) as services:
         answer = ask(services, "good", "Hi", max_tokens=2)

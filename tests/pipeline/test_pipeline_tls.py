@@ -1,4 +1,4 @@
-"""The three services with mutual TLS between all of them."""
+"""The three services with mutual TLS between them."""
 
 import datetime
 import urllib.request
@@ -24,7 +24,7 @@ def probed(port: int, path: str) -> int:
 
 
 def expiries(port: int) -> dict[str, float]:
-    """When certificates expire, by file, as the metrics at this port say."""
+    """When certificates expire, by file, according to the metrics at this port."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
         families = list(text_string_to_metric_families(answer.read().decode()))
     name = "trivium_tls_certificate_expiry_timestamp_seconds"
@@ -33,7 +33,7 @@ def expiries(port: int) -> dict[str, float]:
 
 
 def code(target: str, credentials: grpc.ChannelCredentials | None) -> grpc.StatusCode:
-    """How a health check of a server ends."""
+    """The status of a server's health check."""
     if credentials is None:
         channel = grpc.insecure_channel(target)
     else:
@@ -49,8 +49,8 @@ def code(target: str, credentials: grpc.ChannelCredentials | None) -> grpc.Statu
 
 @pytest.mark.timeout(600)
 def test_stages_call_each_other_over_mutual_tls(tiny_model: Path, tmp_path: Path) -> None:
-    """Requests are answered, also after each has a new certificate, as metrics show; probes need
-    none; whoever has none, or one of another CA, gets into neither gRPC port."""
+    """Requests succeed, also after each certificate was renewed, as metrics show; probes need no
+    certificate; clients without one, or with one of another CA, reach neither gRPC port."""
     facade, tokenizer, generator = (
         Files(tmp_path / name).write(CA) for name in ("facade", "tokenizer", "generator")
     )

@@ -1,5 +1,4 @@
-"""Usage records of the three real services: all of the device's time is somebody's, to the last
-nanosecond, whoever is killed meanwhile."""
+"""Usage records account for all device time, to the nanosecond, even if processes are killed."""
 
 import asyncio
 import hashlib
@@ -49,13 +48,13 @@ def body(services: Services, number: int, **options: Any) -> dict[str, Any]:
 
 
 async def ask(client: httpx.AsyncClient, services: Services, number: int) -> str:
-    """Sends one of several kinds of request; says what became of it."""
+    """Sends one of several kinds of requests; returns the outcome."""
     kinds: list[dict[str, Any]] = [
         {"stream": True, "ignore_eos": True},
         {"n": 2},
-        {"stream": True, "ignore_eos": True, "max_tokens": 400},  # left in the middle
+        {"stream": True, "ignore_eos": True, "max_tokens": 400},  # disconnects in mid-stream
         {"stream": True, "stop": ["e"]},
-        {"ignore_eos": True, "max_tokens": 400},  # left before its answer
+        {"ignore_eos": True, "max_tokens": 400},  # disconnects before the answer
     ]
     kind = number % len(kinds)
     headers = {"authorization": f"Bearer {KEYS[number % 2]}", "x-request-id": f"req_{number}"}
@@ -79,7 +78,7 @@ async def ask(client: httpx.AsyncClient, services: Services, number: int) -> str
 
 
 async def load(services: Services, killed: str) -> Counter[str]:
-    """Requests of all kinds, during which a process is killed and started again."""
+    """Requests of all kinds, during which a process is killed and restarted."""
     outcomes: Counter[str] = Counter()
     numbers = iter(range(10_000))
     done = asyncio.Event()
@@ -105,7 +104,7 @@ async def load(services: Services, killed: str) -> Counter[str]:
 
 async def until(holds: Any) -> None:
     async with asyncio.timeout(120):
-        while not holds():  # noqa: ASYNC110 - numbers tell nobody that they change
+        while not holds():  # noqa: ASYNC110 - no event for it
             await asyncio.sleep(0.01)
 
 
@@ -113,7 +112,7 @@ async def until(holds: Any) -> None:
 def test_records_and_overhead_are_the_busy_time(
     services: Services, folder: Path, killed: str
 ) -> None:
-    """To the nanosecond, over requests that are left, failed or lost by kill -9."""
+    """This includes requests whose client disconnected, that failed or were lost by kill -9."""
     outcomes = asyncio.run(load(services, killed))
     metrics = services.wait_until_idle()
     charged = records(folder, "generator_svc")
@@ -127,12 +126,12 @@ def test_records_and_overhead_are_the_busy_time(
     assert {"abort", "length"} <= {record["finish_reason"] for record in charged}
     rows = json.loads(CliRunner().invoke(app, ["usage", str(folder), "--format", "json"]).output)
     assert nanoseconds == sum(row["device_nanoseconds"] for row in rows)
-    if killed == "rest_facade":  # what a tokenizer had not answered is tried once more
+    if killed == "rest_facade":  # if the tokenizer dies, unanswered calls are retried
         by_id = Counter(record["request_id"] for record in charged if record["status"] == 200)
         assert {1} == set(by_id.values())
     refused = records(folder, "rest_facade")
     assert {0} == {record["device_nanoseconds"] for record in refused}
-    # The rest ends well too, and loses nothing.
+    # The others also stop cleanly, without losing records.
     for name in ("rest_facade", "tokenizer_svc", "generator_svc"):
         services.terminate(name)
         services.processes[name].wait(60)
@@ -163,7 +162,7 @@ def test_several_prompts_are_several_records_of_one_request(
 
 
 def test_a_record_says_what_the_client_was_told(services: Services, folder: Path) -> None:
-    """Tokens, device time and reason are those of the answer, stop strings included."""
+    """Tokens, device time and finish reason are those of the answer, including stop strings."""
     headers = {"authorization": "Bearer bob", "x-request-id": "req_told"}
     trace = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
     with httpx.Client(base_url=services.url, trust_env=False, timeout=60) as client:
@@ -190,7 +189,7 @@ def test_a_record_says_what_the_client_was_told(services: Services, folder: Path
 
 
 def test_a_full_disk_harms_no_request(tiny_model: Path, tmp_path: Path, folder: Path) -> None:
-    """Both processes count the records that they lose, and tell of it in a line of JSON."""
+    """Both processes count the records they lose and log a line of JSON."""
     folder.mkdir()
     stages = ("generator_svc", "rest_facade")
     for stage in stages:
