@@ -1,6 +1,6 @@
-"""Several replicas of each stage, as real processes that find each other by DNS.
+"""Several replicas of each stage, as real processes that find each other through DNS.
 
-All replicas of a stage have the same port, each on a loopback address of its own.
+All replicas of a stage have the same port, each on its own loopback address.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ Key = tuple[str, str]
 
 @dataclass
 class Ports:
-    """One for all replicas of a stage."""
+    """Each port is used by all replicas of a stage."""
 
     generator: int
     generator_metrics: int
@@ -38,9 +38,9 @@ class Ports:
 
 
 class Fleet:
-    """Replicas by stage and address, and the DNS server that knows them. A context manager.
+    """Replicas by stage and address, and a DNS server for their names. A context manager.
 
-    `modules` are run in place of a stage's own.
+    `modules` are run instead of a stage's own module.
     """
 
     def __init__(self, model: Path, logs: Path, modules: Mapping[str, str] | None = None) -> None:
@@ -62,21 +62,21 @@ class Fleet:
         self.names.__exit__()
 
     async def start(self, stage: str, *hosts: str, **settings: object) -> None:
-        """Starts replicas and waits until they are ready; DNS does not know them yet."""
+        """Starts replicas and waits until they are ready; they are not in DNS yet."""
         for host in hosts:
             self._spawn(stage, host, {name: str(value) for name, value in settings.items()})
         for host in hosts:
             await self.until_ready(stage, host)
 
     def publish(self, stage: str, *hosts: str) -> None:
-        """What DNS says from now on."""
+        """Sets the stage's addresses in DNS."""
         self.names.names[f"{stage}.test"] = hosts
 
     def signal(self, stage: str, host: str, number: signal.Signals) -> None:
         self.processes[stage, host].send_signal(number)
 
     async def ended(self, stage: str, host: str) -> int:
-        """The exit status of a replica that is ending."""
+        """The exit code of a replica that is stopping."""
         process = self.processes.pop((stage, host))
         return await asyncio.to_thread(process.wait, 60)
 
@@ -90,23 +90,23 @@ class Fleet:
         return f"http://{host}:{self.ports.facade}"
 
     async def tokens(self, stage: str, host: str) -> float:
-        """How many tokens the generator or tokenizer at this address has answered with."""
+        """How many tokens the generator or tokenizer at this address has generated or sent."""
         name = "(?:vllm:|trivium_engine_)generation_tokens_total"
         text = await self._metrics(stage, host)
         found = re.search(rf"^{name}\{{.*\}} ([0-9.e+]+)$", text, re.M)
         return float(found[1]) if found else 0.0
 
     async def until_known(self, stage: str, *hosts: str) -> None:
-        """Returns once all who call this stage see its replicas at these addresses serve."""
+        """Returns once all callers of this stage see its replicas at these addresses as serving."""
         callers = {GENERATOR: TOKENIZER, TOKENIZER: FACADE}
         for caller, host in list(self.processes):
             if caller == callers.get(stage):
                 async with asyncio.timeout(120):
-                    while not set(hosts) <= await self.callees(caller, host):  # noqa: ASYNC110 - metrics tell nobody
+                    while not set(hosts) <= await self.callees(caller, host):  # noqa: ASYNC110 - no event for it
                         await asyncio.sleep(POLL_SECONDS)
 
     async def callees(self, stage: str, host: str) -> set[str]:
-        """The hosts of the replicas of the next stage that the one at this address may call."""
+        """The hosts of the next stage's replicas that this replica sees as serving."""
         name = r"trivium_replica_state\{.*replica=\"([^:]*):.*state=\"serving\"\} 1.0"
         return set(re.findall(name, await self._metrics(stage, host)))
 
@@ -116,7 +116,7 @@ class Fleet:
             TOKENIZER: self.ports.tokenizer_metrics,
             FACADE: self.ports.facade,
         }[stage]
-        # No TLS, whose certificates take longer to load than the answer to come.
+        # No TLS: loading the CA certificates would take longer than the response.
         async with httpx.AsyncClient(trust_env=False, verify=False) as client:
             return (await client.get(f"http://{host}:{port}/metrics")).text
 
@@ -130,7 +130,7 @@ class Fleet:
             )
 
     async def until_ready(self, stage: str, host: str) -> None:
-        """Returns once this replica and those it needs can serve."""
+        """Returns once this replica, and the stages behind it, can serve."""
         async with asyncio.timeout(120):
             while not await is_ready(self._address(stage, host)):
                 process = self.processes[stage, host]

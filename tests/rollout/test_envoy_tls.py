@@ -1,4 +1,4 @@
-"""The real Envoy calls a stage over mutual TLS, as docs/tls.md has it."""
+"""The real Envoy calls a stage over mutual TLS, configured as in docs/tls.md."""
 
 import asyncio
 import json
@@ -24,12 +24,12 @@ from trivium.wire.tls.server import ServerTls
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Envoy's package is for Linux")
 
 PAGE = Path(__file__).parents[2] / "docs" / "tls.md"
-# In each cluster of stages.yaml.
+# This is in each cluster of stages.yaml.
 PLACE = "      connect_timeout: 1s\n"
 
 
 def socket_of_the_docs(files: Files) -> dict[str, Any]:
-    """The `transport_socket`, with these files."""
+    """The documented `transport_socket`, with these files."""
     [text] = re.findall(r"```yaml\n(transport_socket:.*?)```", PAGE.read_text(), re.DOTALL)
     for name in ("tls.crt", "tls.key", "ca.crt"):
         assert f"/etc/trivium/{name}" in text
@@ -38,7 +38,7 @@ def socket_of_the_docs(files: Files) -> dict[str, Any]:
 
 
 async def test_envoy_calls_over_mutual_tls(tmp_path: Path) -> None:
-    """A client without TLS is answered through a proxy that has a certificate to show."""
+    """A client without TLS is answered through a proxy that has a certificate."""
     ca = trustme.CA()
     server = Files(tmp_path / "server").write(ca, names=("tokenizer-svc",))
     backend = ScriptedBackend(ServerTls(server.certificate, server.key, server.ca))
@@ -61,7 +61,7 @@ async def test_envoy_calls_over_mutual_tls(tmp_path: Path) -> None:
                 try:
                     models = await stub.ListModels(model_pb2.ListModelsRequest())
                     break
-                except grpc.aio.AioRpcError:  # Envoy asks for names and healths first
+                except grpc.aio.AioRpcError:  # Envoy resolves names and checks health first
                     await asyncio.sleep(0.1)
     await backend.die()
 

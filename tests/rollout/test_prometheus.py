@@ -1,4 +1,4 @@
-"""A real Prometheus that scrapes replicas under load, with the rules and the dashboard we ship."""
+"""A real Prometheus scrapes replicas under load, with the alerts and the dashboard that we ship."""
 
 import asyncio
 import signal
@@ -22,7 +22,7 @@ A, B = "127.0.0.2", "127.0.0.3"
 
 @pytest.fixture
 async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
-    """Two replicas of each stage, with so few slots that requests wait."""
+    """Two replicas of each stage, with so few slots that requests have to wait."""
     installed("prometheus")
     with Fleet(tiny_model_directory(), tmp_path) as fleet:
         for stage in (GENERATOR, TOKENIZER, FACADE):
@@ -35,7 +35,7 @@ async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
 
 
 def targets(fleet: Fleet) -> dict[str, list[str]]:
-    """Where each stage's metrics are, by job."""
+    """The addresses of each stage's metrics, by job."""
     ports = {
         GENERATOR: fleet.ports.generator_metrics,
         TOKENIZER: fleet.ports.tokenizer_metrics,
@@ -45,18 +45,18 @@ def targets(fleet: Fleet) -> dict[str, list[str]]:
 
 
 def refused(url: str) -> None:
-    """A request without messages."""
+    """Sends a request without messages."""
     assert 400 == httpx.post(f"{url}/v1/chat/completions", json={"model": "any"}).status_code
 
 
 def scraped(fleet: Fleet) -> list[str]:
-    """What all of them say to a scraper."""
+    """The metrics of all replicas."""
     addresses = [address for found in targets(fleet).values() for address in found]
     return [httpx.get(f"http://{address}/metrics").text for address in addresses]
 
 
 async def lose_generators(fleet: Fleet, load: Load, seen: Prometheus, since: float) -> None:
-    """Kills one again and again until calls were tried once more, and streams broken off."""
+    """Kills one repeatedly, until calls have been retried and streams have broken off."""
     counted = ("trivium_replica_retries_total", "trivium_http_stream_errors_total")
     while not all(any(seen.values(f"sum({name})", since)) for name in counted):
         await fleet.kill(GENERATOR, A)
@@ -67,9 +67,9 @@ async def lose_generators(fleet: Fleet, load: Load, seen: Prometheus, since: flo
 
 
 async def test_every_panel_shows_what_has_happened(fleet: Fleet, tmp_path: Path) -> None:
-    """Once there were requests that waited, were refused, broke off and were tried once more, and a
-    facade that drains, each panel of the dashboard has a graph above zero, for each of its queries
-    the numbers of one; all rules are evaluated, and promtool finds no fault with any scrape."""
+    """After requests that waited, were refused, broke off or were retried, and with a draining
+    facade, each panel of the dashboard shows a value above zero, and a graph for each of its
+    queries; all rules are evaluated, and promtool's checks pass for every scrape."""
     since = time.time()
     with Prometheus(tmp_path, targets(fleet), FOLDER / "alerts.yaml") as seen:
         await asyncio.to_thread(seen.until_it_scrapes, 6)
@@ -96,7 +96,7 @@ async def test_every_panel_shows_what_has_happened(fleet: Fleet, tmp_path: Path)
 
 
 def graphs(seen: Prometheus, panel: Any, model: str, since: float) -> list[list[float]]:
-    """What Grafana would draw, for each query of a panel, with the variables filled in."""
+    """What Grafana would plot for each query of a panel, with the variables filled in."""
     return [
         seen.values(
             target["expr"].replace("$__rate_interval", "4s").replace("$model", model), since

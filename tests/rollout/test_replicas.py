@@ -1,4 +1,4 @@
-"""What becomes of calls when replicas refuse, are not healthy, or all fail alike."""
+"""What happens to calls when replicas refuse them, are unhealthy, or all fail."""
 
 import asyncio
 import json
@@ -46,7 +46,7 @@ DRAINING = ServiceError("draining", "The server is shutting down.")
 
 
 def command(token_ids: list[int], n: int = 1) -> GenerateCommand:
-    """What is asked."""
+    """A command for the generator."""
     options = ValidOptions(
         sampling=SamplingParams(),
         max_completion_tokens=None,
@@ -64,9 +64,9 @@ def command(token_ids: list[int], n: int = 1) -> GenerateCommand:
 
 
 class Fleet:
-    """Generators, and a client of those that serve the revision "ours".
+    """Generators, and a client for those that serve the revision "ours".
 
-    `servers` are theirs, in the same order, each at its port of 127.0.0.1.
+    `servers` are their servers, in the same order, each on its port of 127.0.0.1.
     """
 
     def __init__(self, *revisions: str) -> None:
@@ -79,16 +79,16 @@ class Fleet:
 
     @property
     def calls(self) -> list[int]:
-        """How many calls each of them had."""
+        """The number of calls each has had."""
         return [len(generator.calls) for generator in self.generators]
 
     async def ask(self, prompt_tokens: int = 1, n: int = 1, token: int = 7) -> list[TokenUpdate]:
-        """All updates of an answer to a prompt of so many times the same token."""
+        """All updates of the answer to a prompt that repeats one token."""
         generation = self.client.generate(command([token] * prompt_tokens, n), None)
         return [update async for updates in generation.messages() for update in updates]
 
     async def called(self, count: int) -> None:
-        """Returns when they have had so many calls."""
+        """Returns once they have had `count` calls."""
         while sum(self.calls) < count:
             for generator in self.generators:
                 generator.called.clear()
@@ -98,7 +98,7 @@ class Fleet:
                 wait.cancel()
 
     async def known(self, *addresses: str) -> None:
-        """Returns when those at these addresses serve, and no other one."""
+        """Returns once exactly the replicas at these addresses are serving."""
         async for _ in self.client.serving():
             if {str(one.address) for one in self.client.replicas.serving} == set(addresses):
                 return
@@ -106,7 +106,7 @@ class Fleet:
 
 @asynccontextmanager
 async def serving(fleet: Fleet) -> AsyncIterator[Fleet]:
-    """While all of them serve, and those of our revision are known."""
+    """All of them serve, and those of our revision are known, while the context lasts."""
     for generator, port in zip(fleet.generators, fleet.ports, strict=True):
         server, _ = await generator.serve(port)
         fleet.servers.append(server)
@@ -122,7 +122,7 @@ async def serving(fleet: Fleet) -> AsyncIterator[Fleet]:
 
 @pytest.mark.parametrize("prompt_tokens", [1, 5_000_000])
 async def test_what_one_refuses_another_answers(prompt_tokens: int) -> None:
-    """A call that was not begun is repeated, the largest ones too: this one has 5 MB."""
+    """A call that was not begun is repeated, even a large one: this one has 5 MB."""
     async with serving(Fleet("ours", "ours")) as fleet:
 
         async def refuses_first(start: Any, stops: Any) -> AsyncIterator[pb.GenerateResponse]:
@@ -139,8 +139,8 @@ async def test_what_one_refuses_another_answers(prompt_tokens: int) -> None:
 
 
 async def test_no_call_is_lost_when_a_drain_begins() -> None:
-    """Neither those that are on their way then, nor those that follow, one every half a
-    millisecond: gRPC itself ends some of them as CANCELLED."""
+    """Neither calls in flight nor those that follow, one every half millisecond, are lost, though
+    gRPC itself ends some of them as CANCELLED."""
     async with serving(Fleet("ours", "ours")) as fleet:
         asked = []
         for number in range(200):
@@ -155,7 +155,7 @@ async def test_no_call_is_lost_when_a_drain_begins() -> None:
 
 
 async def test_what_was_begun_is_not_repeated() -> None:
-    """The caller would get its first part twice."""
+    """The caller would otherwise get the first part twice."""
     async with serving(Fleet("ours", "ours")) as fleet:
         for generator in fleet.generators:
             generator.script = fails_after([message_of(update(0, [70]))], DRAINING)
@@ -175,7 +175,7 @@ async def test_what_was_begun_is_not_repeated() -> None:
     ids=["everywhere", "wrong"],
 )
 async def test_what_would_fail_everywhere_is_not_repeated(error: ServiceError) -> None:
-    """The server says so, or the request is wrong: its word arrives at once."""
+    """If the server says so, or the request is invalid, the error is returned at once."""
     async with serving(Fleet("ours", "ours")) as fleet:
         for generator in fleet.generators:
             generator.script = fails_after([], error)
@@ -187,8 +187,8 @@ async def test_what_would_fail_everywhere_is_not_repeated(error: ServiceError) -
 
 
 async def test_room_is_looked_for_once_elsewhere() -> None:
-    """What one has no room for is answered by another one; if that has none either, the caller
-    hears so, and nobody is asked twice."""
+    """A call that one replica has no room for is answered by another; if that is full too, the
+    caller gets the error, and no further replica is tried."""
     full = ServiceError("queue_full", "The queue is full.", retry_after=7)
     async with serving(Fleet("ours", "ours", "ours")) as fleet:
         fleet.generators[0].script = fails_after([], full)
@@ -207,7 +207,7 @@ async def test_room_is_looked_for_once_elsewhere() -> None:
 
 
 async def test_what_one_refused_it_has_not_cached() -> None:
-    """The next turn goes to the one that answered, also when the other one has room again."""
+    """The next turn goes to the one that answered, even if the other has room again."""
     async with serving(Fleet("ours", "ours")) as fleet:
         fleet.generators[0].script = fails_after([], ServiceError("queue_full", "Full."))
         for conversation in range(16):
@@ -223,8 +223,7 @@ async def test_what_one_refused_it_has_not_cached() -> None:
 
 @pytest.mark.parametrize("instance_id", ["first", "second"])
 async def test_what_was_started_anew_has_nothing_cached(instance_id: str) -> None:
-    """Conversations that it had go to either one then; after a connection that was merely lost
-    they go on where they were."""
+    """After a restart its conversations may move; after a lost connection they stay."""
     async with serving(Fleet("ours", "ours")) as fleet:
         fleet.generators[0].script = fails_after([], ServiceError("queue_full", "Full."))
         for conversation in range(32):
@@ -257,8 +256,8 @@ async def test_what_was_started_anew_has_nothing_cached(instance_id: str) -> Non
     ],
 )
 async def test_what_is_tried_once_more_is_counted(code: str, reason: str) -> None:
-    """By the reason for which the first one did not answer; all reasons are there from the start,
-    and what is answered at once counts for nothing."""
+    """Retries are counted by the reason of the first failure; all reasons exist from the start, and
+    calls answered at once do not count."""
     async with serving(Fleet("ours", "ours")) as fleet:
         registry = CollectorRegistry()
         registry.register(ReplicaCollector({"tiny": fleet.client.replicas.status}))
@@ -276,7 +275,7 @@ async def test_what_is_tried_once_more_is_counted(code: str, reason: str) -> Non
 
 
 def retries(registry: CollectorRegistry) -> dict[str, float]:
-    """Calls that were tried once more, by reason."""
+    """Retried calls by reason."""
     return {
         sample.labels["reason"]: sample.value
         for metric in registry.collect()
@@ -286,7 +285,7 @@ def retries(registry: CollectorRegistry) -> dict[str, float]:
 
 
 async def test_a_call_is_lost_twice_at_most() -> None:
-    """What kills a replica kills one other at most: whoever asked is told to try nobody else."""
+    """A request that kills a replica kills at most one other: callers are told not to retry it."""
     async with serving(Fleet("ours", "ours", "ours")) as fleet:
         for generator in fleet.generators:
             generator.script = fails_after([], ServiceError("backend_unavailable", "Gone."))
@@ -299,8 +298,9 @@ async def test_a_call_is_lost_twice_at_most() -> None:
 
 @pytest.mark.parametrize("code", ["internal_error", "backend_unavailable"])
 async def test_one_that_keeps_failing_gets_few_calls(code: str) -> None:
-    """It says that it is well, and is always free as it fails at once; after three failures others
-    take its calls, but for one now and then. When it answers again it has its share again."""
+    """It reports that it is healthy, and is always free because it fails at once; after three
+    failures others get its calls, except for an occasional one. Once it answers again, it gets its
+    share."""
     async with serving(Fleet("ours", "ours")) as fleet:
         registry = CollectorRegistry()
         registry.register(ReplicaCollector({"tiny": fleet.client.replicas.status}))
@@ -313,7 +313,7 @@ async def test_one_that_keeps_failing_gets_few_calls(code: str) -> None:
             asked.append([await fleet.ask()])
         again = registry.get_sample_value("trivium_replica_ejections_total", labels(fleet, 0))
 
-    lost = failing if code == "internal_error" else 0  # what is lost is tried once more
+    lost = failing if code == "internal_error" else 0  # lost calls are retried
     assert len(asked) - lost == asked.count([ANSWER])
     assert 3 <= failing < 10
     assert ejected == again == failing - 2
@@ -321,7 +321,7 @@ async def test_one_that_keeps_failing_gets_few_calls(code: str) -> None:
 
 
 async def test_where_all_keep_failing_all_are_called() -> None:
-    """An ejection never leaves nobody: callers hear of the fault itself, from either."""
+    """Ejection never leaves no replica: callers get the actual error, from either."""
     async with serving(Fleet("ours", "ours")) as fleet:
         for generator in fleet.generators:
             generator.script = fails_after([], ServiceError("internal_error", "No."))
@@ -336,12 +336,12 @@ async def test_where_all_keep_failing_all_are_called() -> None:
 
 
 def labels(fleet: Fleet, number: int) -> dict[str, str]:
-    """Those of one replica's metrics."""
+    """The labels of one replica's metrics."""
     return {"model_name": "tiny", "replica": f"127.0.0.1:{fleet.ports[number]}"}
 
 
 async def test_a_request_that_always_fails_ejects_nobody() -> None:
-    """Between it others are answered, and all replicas go on taking turns."""
+    """Others are answered in between, and all replicas keep taking turns."""
     poison = ServiceError("internal_error", "No.")
 
     async def script(start: Any, stops: Any) -> AsyncIterator[pb.GenerateResponse]:
@@ -362,7 +362,7 @@ async def test_a_request_that_always_fails_ejects_nobody() -> None:
 
 
 async def test_a_single_one_that_is_full_is_not_asked_again() -> None:
-    """It would have no room the second time either."""
+    """It would be full the second time too."""
     async with serving(Fleet("ours")) as fleet:
         fleet.generators[0].script = fails_after([], ServiceError("queue_full", "Full."))
         with pytest.raises(ServiceError, match="Full"):
@@ -372,7 +372,7 @@ async def test_a_single_one_that_is_full_is_not_asked_again() -> None:
 
 
 async def test_only_replicas_of_the_revision_are_called() -> None:
-    """Those of another one are up and healthy, and get nothing."""
+    """Replicas of another revision get no calls, though they are up and healthy."""
     async with serving(Fleet("theirs", "ours", "theirs")) as fleet:
         for _ in range(6):
             await fleet.ask()
@@ -381,8 +381,7 @@ async def test_only_replicas_of_the_revision_are_called() -> None:
 
 
 async def test_calls_go_where_fewest_are_outstanding() -> None:
-    """Calls are spread evenly over replicas that hold them, and the next ones go to the replica
-    that has answered its own."""
+    """Calls are spread evenly over busy replicas; the next ones go to the one that has finished."""
     events = [asyncio.Event(), asyncio.Event()]
 
     def until(event: asyncio.Event) -> Script:
@@ -413,8 +412,8 @@ async def test_calls_go_where_fewest_are_outstanding() -> None:
 
 
 async def test_addresses_that_change() -> None:
-    """A new address of a name gets calls; one that is gone gets none, and what runs there goes on.
-    A name that suddenly has no address at all changes nothing."""
+    """A new address of a name gets calls; a removed one gets no more, and its running calls
+    continue. A name that suddenly has no address changes nothing."""
     fleet, resumed = Fleet("ours", "ours"), asyncio.Event()
 
     async def waits(start: Any, stops: Any) -> AsyncIterator[pb.GenerateResponse]:
@@ -445,8 +444,8 @@ async def test_addresses_that_change() -> None:
 
 
 async def test_a_name_without_an_answer_holds_up_no_other() -> None:
-    """Of a list, the addresses of one name are there before the look-up of another one is given
-    up, which is after it was asked for a second time."""
+    """In a list of names, the addresses of one are used before the lookup of another times out,
+    which takes a second attempt."""
     with NameServer(b=["127.0.0.2"]) as names:
         names.unanswered["a"] = 0
         replicas = ReplicaSet(",".join([names.target("a", 5), names.target("b", 5)]), SERVICE)
@@ -456,11 +455,11 @@ async def test_a_name_without_an_answer_holds_up_no_other() -> None:
             questions = names.unanswered["a"]
         await replicas.close()
 
-    assert questions <= 2  # for IPv4 and IPv6, once
+    assert questions <= 2  # one each for IPv4 and IPv6
 
 
 async def test_a_new_one_takes_turns() -> None:
-    """It does not get all calls until it has had as many as those that were there before."""
+    """It does not get all calls until it has caught up with the others."""
     fleet = Fleet("ours", "ours")
     port, hosts = fleet.ports[0], ("127.0.0.2", "127.0.0.3")
     for generator, host in zip(fleet.generators, hosts, strict=True):
@@ -482,7 +481,7 @@ async def test_a_new_one_takes_turns() -> None:
 
 
 class BriefHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """Ends each watch once it has said that all is well; counts them."""
+    """Ends each watch after reporting SERVING; counts the watches."""
 
     def __init__(self) -> None:
         self.watches = 0
@@ -495,7 +494,7 @@ class BriefHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
 async def test_the_log_tells_of_replicas_and_not_of_connections(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A connection that is renewed for its age is no news; a replica that is gone is."""
+    """Renewing an old connection is not logged; losing a replica is."""
     caplog.set_level(logging.INFO, "trivium.wire.replicas")
     server = GrpcServer([], [SERVICE], max_connection_age_seconds=0.3)
     port = await server.start("127.0.0.1:0")
@@ -519,7 +518,7 @@ async def test_the_log_tells_of_replicas_and_not_of_connections(
 
 
 async def test_a_health_watch_that_ends_at_once() -> None:
-    """As a proxy may have it: it is taken up again, without haste, and the replica serves."""
+    """A proxy may do that: the watch is restarted after a pause, and the replica serves."""
     server, health = grpc.aio.server(), BriefHealth()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -541,8 +540,8 @@ async def test_a_health_watch_that_ends_at_once() -> None:
 
 
 async def test_a_drain_as_callers_see_it() -> None:
-    """Who polls hears of it at once; who watches, and all calls, notice nothing before the time
-    of notice is over; then calls that run go on and new ones find nobody here, nor do watches."""
+    """Polling sees the drain at once; watches and calls see nothing until the notice period is
+    over; then running calls continue, and new calls and watches are refused."""
     resumed = asyncio.Event()
 
     async def script(start: Any, stops: Any) -> AsyncIterator[pb.GenerateResponse]:
@@ -577,13 +576,13 @@ async def test_a_drain_as_callers_see_it() -> None:
     assert (states.SERVING, states.NOT_SERVING) == (before, polled)
     assert [states.NOT_SERVING] == after
     assert ANSWER == served == finished
-    # The latter if it crossed the GOAWAY.
+    # CANCELLED if it crossed the GOAWAY.
     assert refused.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
 async def test_what_a_proxy_breaks_off_is_lost() -> None:
-    """Its streams end with RST_STREAM, INTERNAL_ERROR, when it has lost the server behind it; a
-    fault of ours would look the same but for its details."""
+    """A proxy that loses its server resets streams with INTERNAL_ERROR; an internal error of ours
+    would differ only in its details."""
     headers, reset, settings, ack = 1, 3, 4, 1
     ended = asyncio.Event()
 
@@ -619,7 +618,7 @@ async def test_what_a_proxy_breaks_off_is_lost() -> None:
 
 
 async def test_the_end_of_a_drain_can_be_hurried() -> None:
-    """What still runs ends as draining, whatever notice and time were promised."""
+    """Running calls end as draining, whatever notice and drain time are set."""
     async with serving(Fleet("ours")) as fleet:
         fleet.generators[0].script = stalls_after([END])
         messages = fleet.client.generate(command([7]), None).messages()
@@ -635,8 +634,8 @@ async def test_the_end_of_a_drain_can_be_hurried() -> None:
 
 
 async def test_clients_in_other_languages_lose_no_call_either() -> None:
-    """With the service config of docs/operations.md gRPC itself does it: while one of two
-    replicas drains, no call of a plain gRPC client fails."""
+    """With the service config in docs/operations.md gRPC itself retries: while one of two replicas
+    drains, no call of a plain gRPC client fails."""
     page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
     config = json.loads(page.partition("```json\n")[2].partition("```")[0])
     config["healthCheckConfig"]["serviceName"] = SERVICE

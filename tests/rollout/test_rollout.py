@@ -1,4 +1,4 @@
-"""Replicas that are replaced, drained, killed, frozen, added or of another model, under load."""
+"""Replicas are replaced, drained, killed, frozen, added, or have another model, under load."""
 
 import asyncio
 import itertools
@@ -27,13 +27,13 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 
 @pytest.fixture
 async def fleet(started: Fleet) -> AsyncIterator[Fleet]:
-    """Two ready replicas of each stage at A and B, and DNS that knows them."""
+    """Two ready replicas of each stage at A and B, both in DNS."""
     for stage in (GENERATOR, TOKENIZER, FACADE):
         for host in (A, B):
             if (stage, host) not in started.processes:
                 await started.start(stage, host)
         started.publish(stage, A, B)
-    # The test before may have left them without anybody to call, or with one replica only.
+    # After the previous test they may know no replica, or only one.
     await until_pipeline_ready(started)
     for stage in (GENERATOR, TOKENIZER):
         await started.until_known(stage, A, B)
@@ -44,14 +44,14 @@ async def fleet(started: Fleet) -> AsyncIterator[Fleet]:
 
 
 async def until_pipeline_ready(fleet: Fleet) -> None:
-    """Returns when all that call the generators know one."""
+    """Returns once all tokenizers and facades have a generator behind them."""
     for stage in (TOKENIZER, FACADE):
         for host in (A, B):
             await fleet.until_ready(stage, host)
 
 
 async def busy(fleet: Fleet, load: Load, stage: str) -> None:
-    """Returns when the replica at A has its share of the load."""
+    """Returns once the replica at A gets a share of the load."""
     before = await fleet.tokens(stage, A)
     async with asyncio.timeout(60):
         while await fleet.tokens(stage, A) == before:
@@ -64,8 +64,7 @@ def facades(fleet: Fleet, *hosts: str) -> list[str]:
 
 @pytest.mark.parametrize("stage", [GENERATOR, TOKENIZER])
 async def test_the_only_replica_is_replaced(fleet: Fleet, stage: str) -> None:
-    """Its successor is ready and in DNS when it is told to stop: no client and no health check
-    notices."""
+    """Its successor is ready and in DNS before it stops: no client and no health check notices."""
     fleet.publish(stage, A)
     await fleet.kill(stage, B)
     async with loaded(fleet.model.name, facades(fleet, A, B)) as load:
@@ -86,7 +85,7 @@ async def test_the_only_replica_is_replaced(fleet: Fleet, stage: str) -> None:
     [(GENERATOR, signal.SIGTERM), (TOKENIZER, signal.SIGHUP), (FACADE, signal.SIGTERM)],
 )
 async def test_one_of_two_is_drained(fleet: Fleet, stage: str, number: signal.Signals) -> None:
-    """No request fails, whichever stage it is, and the process ends well."""
+    """No request fails, whichever stage is drained, and the process exits with 0."""
     async with loaded(fleet.model.name, facades(fleet, A, B)) as load:
         if stage != FACADE:
             await busy(fleet, load, stage)
@@ -102,7 +101,7 @@ async def test_one_of_two_is_drained(fleet: Fleet, stage: str, number: signal.Si
 
 
 async def test_a_facade_that_drains_says_so_and_serves(fleet: Fleet) -> None:
-    """For the time of notice it is not ready but answers, on connections that close after it."""
+    """During the notice period it is not ready but answers, and closes connections afterwards."""
     body = {
         "model": fleet.model.name,
         "messages": [{"role": "user", "content": "Hi"}],
@@ -125,7 +124,7 @@ async def test_a_facade_that_drains_says_so_and_serves(fleet: Fleet) -> None:
 
 @pytest.mark.parametrize("stage", [GENERATOR, TOKENIZER])
 async def test_one_of_two_is_killed(fleet: Fleet, stage: str) -> None:
-    """kill -9 ends the streams under way and nothing else; DNS need not know."""
+    """kill -9 ends running streams and nothing else, even while DNS still has the replica."""
     async with loaded(fleet.model.name, facades(fleet, A, B)) as load:
         await busy(fleet, load, stage)
         await fleet.kill(stage, A)
@@ -138,7 +137,7 @@ async def test_one_of_two_is_killed(fleet: Fleet, stage: str) -> None:
 
 @pytest.mark.parametrize("stage", [GENERATOR, TOKENIZER])
 async def test_one_of_two_is_frozen(fleet: Fleet, stage: str) -> None:
-    """What it had not begun to answer is answered by the other one, and later calls go there."""
+    """Calls that it had not begun to answer are retried on the other one; later calls go there."""
     async with loaded(fleet.model.name, facades(fleet, A, B)) as load:
         await busy(fleet, load, stage)
         fleet.signal(stage, A, signal.SIGSTOP)
@@ -153,8 +152,8 @@ async def test_one_of_two_is_frozen(fleet: Fleet, stage: str) -> None:
 
 @pytest.mark.parametrize("stage", [GENERATOR, TOKENIZER])
 async def test_one_comes_and_goes(fleet: Fleet, stage: str) -> None:
-    """A replica whose address is gone gets nothing, though it runs and no connection breaks; once
-    the address is back it soon has its share, long before any connection is old."""
+    """A replica removed from DNS gets no calls, though it runs and no connection breaks; once it is
+    back in DNS it soon gets its share, long before connections age out."""
     async with loaded(fleet.model.name, facades(fleet, A, B)) as load:
         fleet.publish(stage, A)
         async with asyncio.timeout(30):
@@ -178,19 +177,18 @@ async def test_one_comes_and_goes(fleet: Fleet, stage: str) -> None:
 
 
 async def test_two_generators_find_what_one_finds_in_its_cache(fleet: Fleet) -> None:
-    """Each conversation's turns, through whichever facade and tokenizer they come, go where the
-    earlier ones are cached."""
+    """Each conversation's turns go where it is cached, through any facade and tokenizer."""
     fleet.publish(GENERATOR, A)
     await fleet.kill(GENERATOR, B)
     one = await cached_tokens(fleet, "one")
     await fleet.start(GENERATOR, B)
     fleet.publish(GENERATOR, A, B)
-    await fleet.until_known(GENERATOR, A, B)  # by the one tokenizer long before the other, perhaps
+    await fleet.until_known(GENERATOR, A, B)  # tokenizers may notice at different times
     async with loaded(fleet.model.name, facades(fleet, A, B)) as load, asyncio.timeout(30):
         while not await fleet.tokens(GENERATOR, B):
             await load.more(1)
     before = [await fleet.tokens(GENERATOR, host) for host in (A, B)]
-    # All six have the same home once in 32 times, but not again and again.
+    # All six have the same home one time in 32, but not repeatedly.
     two = [await cached_tokens(fleet, name) for name in ("two", "three", "four")]
     after = [await fleet.tokens(GENERATOR, host) for host in (A, B)]
 
@@ -199,7 +197,7 @@ async def test_two_generators_find_what_one_finds_in_its_cache(fleet: Fleet) -> 
 
 
 async def cached_tokens(fleet: Fleet, name: str) -> int:
-    """What the usage of six conversations says, of four turns each, that are held in turns."""
+    """The cached tokens of six interleaved conversations of four turns each."""
     conversations: list[list[dict[str, str]]] = [[] for _ in range(6)]
     cached = 0
     async with httpx.AsyncClient(trust_env=False, timeout=120) as client:
@@ -218,8 +216,8 @@ async def cached_tokens(fleet: Fleet, name: str) -> int:
 
 
 async def test_generators_of_another_revision(fleet: Fleet, tmp_path: Path) -> None:
-    """They get no requests while there is one of the right revision; when there is none, both
-    revisions are named, also by /health; and when there is one again, all is well."""
+    """They get no requests while there is a replica of the right revision; without one, errors and
+    /health name both revisions; once there is one again, requests succeed."""
     other = tmp_path / fleet.model.name
     other.symlink_to(tiny_model_directory("qwen2"))
     await fleet.kill(GENERATOR, B)
@@ -255,7 +253,7 @@ async def test_generators_of_another_revision(fleet: Fleet, tmp_path: Path) -> N
 
 
 async def test_a_stream_that_outlasts_the_drain(fleet: Fleet) -> None:
-    """It ends with an error that says why; an answer that is not streamed is made elsewhere."""
+    """It ends with an error that gives the reason; a non-streaming request is retried elsewhere."""
     for host in (A, B):
         await fleet.kill(GENERATOR, host)
     await fleet.start(GENERATOR, A, TRIVIUM_GENERATOR_DRAIN_SECONDS=0.2)

@@ -1,4 +1,4 @@
-"""Three generators, two tokenizers and two facades under load, as an operator handles them."""
+"""Three generators, two tokenizers and two facades under load and an operator's actions."""
 
 import asyncio
 import signal
@@ -25,7 +25,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 
 @pytest.fixture
 async def fleet(started: Fleet) -> Fleet:
-    """All of HOSTS, ready, in DNS, and known to all that call them; nobody else."""
+    """All of HOSTS and no others: ready, in DNS, and known to their callers."""
     if (GENERATOR, D) in started.processes:
         await started.kill(GENERATOR, D)
     for stage, hosts in HOSTS.items():
@@ -37,12 +37,12 @@ async def fleet(started: Fleet) -> Fleet:
 
 
 async def until_known(fleet: Fleet) -> None:
-    """Returns when each caller may call all of the next stage that DNS knows."""
+    """Returns once each caller sees all replicas of the next stage that are in DNS."""
     async with asyncio.timeout(60):
         for caller, callee in CALLERS.items():
             published = set(fleet.names.names[f"{callee}.test"])
             for host in HOSTS[caller]:
-                while await fleet.callees(caller, host) != published:  # noqa: ASYNC110 - metrics tell nobody
+                while await fleet.callees(caller, host) != published:  # noqa: ASYNC110 - no event for it
                     await asyncio.sleep(POLL_SECONDS)
 
 
@@ -51,7 +51,7 @@ def urls(fleet: Fleet) -> list[str]:
 
 
 async def until_all_busy(fleet: Fleet, load: Load) -> None:
-    """Returns when each generator and each tokenizer has answered something from now on."""
+    """Returns once each generator and each tokenizer has answered a new request."""
     replicas = [(stage, host) for stage in (GENERATOR, TOKENIZER) for host in HOSTS[stage]]
     before = [await fleet.tokens(*replica) for replica in replicas]
     async with asyncio.timeout(60):
@@ -61,8 +61,7 @@ async def until_all_busy(fleet: Fleet, load: Load) -> None:
 
 
 async def test_all_are_restarted_one_after_another(fleet: Fleet) -> None:
-    """For new settings, say. No request fails, and each process ends well and takes calls again at
-    the same address, which DNS knows all the time."""
+    """No request fails; each process exits with 0 and is back at its address, still in DNS."""
     statuses = []
     async with loaded(fleet.model.name, urls(fleet)) as load:
         await until_all_busy(fleet, load)
@@ -82,7 +81,7 @@ async def test_all_are_restarted_one_after_another(fleet: Fleet) -> None:
 async def test_a_generator_dies_while_another_one_drains(
     fleet: Fleet, number: signal.Signals
 ) -> None:
-    """Or freezes. The third one takes over, and only streams are lost that were under way."""
+    """Whether it dies or freezes, the third one takes over, and only running streams are lost."""
     async with loaded(fleet.model.name, urls(fleet)) as load:
         await until_all_busy(fleet, load)
         fleet.signal(GENERATOR, A, signal.SIGTERM)
@@ -101,8 +100,7 @@ async def test_a_generator_dies_while_another_one_drains(
 
 
 async def test_a_fourth_generator_takes_its_share(fleet: Fleet) -> None:
-    """Though all conversations begin with a long system prompt, which it has not cached, and the
-    load is so light that nobody is busy."""
+    """This holds though the load is light and all share a system prompt that it has not cached."""
     system = "Tell me of whales and ships. " * 40
     async with loaded(fleet.model.name, urls(fleet), clients=2, system=system) as load:
         await load.more(160)
