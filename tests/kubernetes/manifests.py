@@ -1,4 +1,4 @@
-"""What kustomize and Helm make of deploy/, and what is valid there."""
+"""Rendering deploy/ with kustomize, and validating manifests."""
 
 import functools
 import json
@@ -19,7 +19,7 @@ from tests.node import beside_packages, executable
 ROOT = Path(__file__).parents[2]
 KUBERNETES = ROOT / "deploy" / "kubernetes"
 OLDEST, NEWEST = "1.29", "1.37"
-# Kinds that come with a cluster; the others are extensions of it.
+# API groups that every cluster has; others are extensions.
 CORE_GROUPS = ("", "apps", "batch", "policy", "autoscaling", "networking.k8s.io")
 DIGEST = f"sha256:{'0123456789abcdef' * 4}"
 CHECK = Path(__file__).parent / "custom_resources" / "check.mjs"
@@ -29,22 +29,22 @@ Manifest = dict[str, Any]
 
 @functools.cache
 def build(folder: str, *components: str) -> list[Manifest]:
-    """What `kubectl apply -k` would send for a folder of deploy/kubernetes, and components."""
+    """What `kubectl apply -k` would send for a folder of deploy/kubernetes and these components."""
     if not components:
         return kustomize(KUBERNETES / folder)
     return overlay(folder, components)
 
 
 def overlay(folder: str, components: Sequence[str] = (), **fields: Any) -> list[Manifest]:
-    """The same for an overlay on top of `folder`, with further fields of a kustomization."""
+    """The same for an overlay of `folder`, with further fields of the kustomization."""
     named = [f"components/{name}" for name in components]
     return written({"resources": [folder], "components": named, **fields})
 
 
 def written(kustomization: Manifest) -> list[Manifest]:
-    """The same for a kustomization that an operator writes, with paths within deploy/kubernetes."""
+    """The same for an operator's kustomization, with paths inside deploy/kubernetes."""
     with tempfile.TemporaryDirectory() as scratch:
-        # Resolved, as kustomize does, which knows no absolute paths.
+        # Resolved, because kustomize resolves it and does not accept absolute paths.
         place = Path(scratch).resolve()
         for field in ("resources", "components"):
             paths = [os.path.relpath(KUBERNETES / path, place) for path in kustomization[field]]
@@ -64,7 +64,7 @@ def of_kind(manifests: list[Manifest], kind: str) -> list[Manifest]:
 
 
 def find(manifests: list[Manifest], kind: str, name: str) -> Manifest:
-    """The only one of that kind whose name begins so."""
+    """The only manifest of that kind whose name starts with `name`."""
     (found,) = (
         manifest
         for manifest in of_kind(manifests, kind)
@@ -74,7 +74,7 @@ def find(manifests: list[Manifest], kind: str, name: str) -> Manifest:
 
 
 def pods(manifests: list[Manifest]) -> dict[str, Manifest]:
-    """The templates of all pods, by the name of what makes them."""
+    """All pod templates, by the name of their Deployment or Job."""
     return {
         manifest["metadata"]["name"]: manifest["spec"]["template"]
         for manifest in manifests
@@ -83,7 +83,7 @@ def pods(manifests: list[Manifest]) -> dict[str, Manifest]:
 
 
 def containers(template: Manifest) -> dict[str, Manifest]:
-    """All containers of a pod, by name, in the order in which they start."""
+    """All containers of a pod, by name, in startup order."""
     spec = template["spec"]
     return {
         container["name"]: container
@@ -92,7 +92,7 @@ def containers(template: Manifest) -> dict[str, Manifest]:
 
 
 def environment(manifests: list[Manifest], container: Manifest) -> dict[str, str]:
-    """The container's variables; those of a ConfigMap are looked up, optional ones left out."""
+    """The container's variables, with ConfigMap values looked up and optional secrets left out."""
     values = {}
     for variable in container["env"]:
         source = variable.get("valueFrom", {})
@@ -108,13 +108,13 @@ def environment(manifests: list[Manifest], container: Manifest) -> dict[str, str
 
 
 def selects(selector: Manifest, labels: dict[str, str]) -> bool:
-    """Whether a label selector with matchLabels, or an empty one, takes what has these labels."""
+    """Whether a label selector (matchLabels or empty) matches these labels."""
     assert selector.keys() <= {"matchLabels"}
     return bool(selector.get("matchLabels", {}).items() <= labels.items())
 
 
 def faults(manifests: list[Manifest], version: str) -> list[str]:
-    """What a cluster of that version, with the extensions that are used, would refuse."""
+    """What a cluster of that version with all extensions in use would reject."""
     found = []
     extensions = []
     for manifest in manifests:
@@ -131,7 +131,7 @@ def faults(manifests: list[Manifest], version: str) -> list[str]:
 
 @functools.cache
 def _custom_resource_faults(manifests: str) -> list[str]:
-    """Of a JSON list; the extensions are the same in all versions."""
+    """The errors for a JSON list; extensions are the same in all versions."""
     if manifests == "[]":
         return []
     command = [str(executable()), str(beside_packages(CHECK))]
@@ -140,7 +140,7 @@ def _custom_resource_faults(manifests: str) -> list[str]:
 
 
 def documented() -> list[Manifest]:
-    """The examples of docs/kubernetes.md: a kustomization, and values of the chart."""
+    """The examples in docs/kubernetes.md: a kustomization, chart values, and a certificate."""
     page = (ROOT / "docs" / "kubernetes.md").read_text()
     blocks = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     return [yaml.safe_load(block.replace("sha256:…", DIGEST)) for block in blocks]

@@ -1,4 +1,4 @@
-"""What a container finds where secrets are mounted."""
+"""The secrets mounted into a container."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from tests.kubernetes.manifests import Manifest, environment
 
 
 def secrets_of(template: Manifest) -> dict[str, str]:
-    """Names of the secrets that a pod needs, by volume."""
+    """Names of a pod's secrets, by volume."""
     return {
         volume["name"]: volume["secret"]["secretName"]
         for volume in template["spec"]["volumes"]
@@ -17,8 +17,8 @@ def secrets_of(template: Manifest) -> dict[str, str]:
 def variables_in(
     folder: Path, manifests: list[Manifest], template: Manifest, container: Manifest
 ) -> dict[str, str]:
-    """The container's variables, with files of secrets where they are here: each secret is a folder
-    of that name in `folder`. Only what is mounted is found."""
+    """The container's variables, with paths to secrets replaced by local ones: each secret is a
+    folder of that name in `folder`. Only mounted secrets are found."""
     found = environment(manifests, container)
     names = secrets_of(template)
     for mount in container["volumeMounts"]:

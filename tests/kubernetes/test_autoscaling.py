@@ -1,4 +1,4 @@
-"""What scales, monitors and routes to the pods asks for what is there."""
+"""Autoscalers, monitors and routes refer to metrics, ports and services that exist."""
 
 import re
 from types import ModuleType
@@ -26,7 +26,8 @@ AUTOSCALERS = {"hpa": "HorizontalPodAutoscaler", "keda": "ScaledObject"}
 ADAPTER: dict[str, Any] = yaml.safe_load(
     (ROOT / "deploy" / "monitoring" / "prometheus-adapter.yaml").read_text()
 )["rules"]
-# What the model server protocol of the Gateway API Inference Extension asks for, by vLLM's names.
+# The metrics that the Gateway API Inference Extension's model server protocol requires, by vLLM's
+# names.
 PROTOCOL = {
     "vllm:num_requests_waiting": set(),
     "vllm:num_requests_running": set(),
@@ -36,7 +37,7 @@ PROTOCOL = {
 
 
 def series(generate: ModuleType, stage: str) -> dict[str, set[str]]:
-    """A stage's series, each with the names of its labels."""
+    """A stage's series, each with its label names."""
     found: dict[str, set[str]] = {}
     for family in scraped(generate, stage):
         for sample in family.samples:
@@ -45,13 +46,13 @@ def series(generate: ModuleType, stage: str) -> dict[str, set[str]]:
 
 
 def asked(query: str) -> set[str]:
-    """The metrics that a query names."""
+    """The metrics in a query."""
     nodes = walked(promql_parser.parse(query))
     return {str(node.name) for node in nodes if isinstance(node, promql_parser.VectorSelector)}
 
 
 def adapted() -> dict[str, str]:
-    """The metrics that prometheus-adapter offers of a pod, and the query for each."""
+    """The pod metrics that prometheus-adapter offers, with the query for each."""
     offered = {}
     for rule in ADAPTER["custom"]:
         name = rule["seriesQuery"].partition("{")[0]
@@ -69,7 +70,7 @@ def adapted() -> dict[str, str]:
 
 @pytest.mark.parametrize(("component", "kind"), AUTOSCALERS.items())
 def test_every_stage_scales(component: str, kind: str) -> None:
-    """Each has one autoscaler, and an apply does not set the number of its pods back."""
+    """Each stage has one autoscaler, and an apply does not reset its number of pods."""
     manifests = build(CPU, component)
     deployments = {one["metadata"]["name"]: one for one in of_kind(manifests, "Deployment")}
     targets = [one["spec"]["scaleTargetRef"]["name"] for one in of_kind(manifests, kind)]
@@ -80,7 +81,7 @@ def test_every_stage_scales(component: str, kind: str) -> None:
 
 
 def test_adapted_metrics_are_the_generators(generate: ModuleType) -> None:
-    """prometheus-adapter offers what the autoscaler asks for, from series that exist."""
+    """prometheus-adapter offers what the autoscaler requests, from series that exist."""
     spec = find(build(CPU, "hpa"), "HorizontalPodAutoscaler", "generator-svc")["spec"]
     wanted = [one["pods"]["metric"]["name"] for one in spec["metrics"]]
 
@@ -90,7 +91,7 @@ def test_adapted_metrics_are_the_generators(generate: ModuleType) -> None:
 
 
 def test_keda_asks_for_the_generators_metrics(generate: ModuleType) -> None:
-    """In queries that Prometheus understands, of generators' pods alone."""
+    """The queries are valid PromQL and select only generator pods."""
     manifests = build(CPU, "keda")
     triggers = find(manifests, "ScaledObject", "generator-svc")["spec"]["triggers"]
     queries = [trigger["metadata"]["query"] for trigger in triggers]
@@ -107,7 +108,7 @@ def test_keda_asks_for_the_generators_metrics(generate: ModuleType) -> None:
 
 @pytest.mark.parametrize("folder", [CPU, POOL])
 def test_every_pod_is_scraped(folder: str) -> None:
-    """The PodMonitor takes all pods, each of whose services has a port of that name."""
+    """The PodMonitor selects all pods, and each service in them has a port with its name."""
     manifests = build(folder, "pod-monitor")
     monitor = find(manifests, "PodMonitor", "trivium")["spec"]
     (endpoint,) = monitor["podMetricsEndpoints"]
@@ -129,7 +130,7 @@ def port_of(template: Manifest, container: str, name: str) -> int:
 
 
 def test_the_pool_is_of_pods_that_answer_requests(generate: ModuleType) -> None:
-    """It takes the pods, at the facade's port; the picker finds its metrics at the generator's."""
+    """It selects the pods, at the facade's port; the picker reads metrics at the generator's."""
     manifests = build(POOL)
     pool = find(manifests, "InferencePool", "trivium")
     (template,) = pods(manifests).values()
@@ -148,7 +149,7 @@ def test_the_pool_is_of_pods_that_answer_requests(generate: ModuleType) -> None:
 
 
 def test_a_gateway_leads_to_the_facades() -> None:
-    """Its route names their service, and does not cut long answers."""
+    """Its route names their service, and does not limit the duration of requests."""
     manifests = build(CPU, "gateway")
     (rule,) = find(manifests, "HTTPRoute", "rest-facade")["spec"]["rules"]
     service = find(manifests, "Service", "rest-facade")

@@ -1,4 +1,4 @@
-"""deploy/helm/trivium as Helm's own engine renders it: valid, and the same as deploy/kubernetes."""
+"""deploy/helm/trivium, rendered by Helm's engine: valid and equivalent to deploy/kubernetes."""
 
 import re
 from operator import itemgetter
@@ -68,10 +68,10 @@ def render(values: dict[str, Any], release: str = "release") -> list[Manifest]:
 
 
 def plain(manifests: list[Manifest]) -> dict[tuple[str, str], Any]:
-    """Manifests by kind and name, without what is of Helm or kustomize alone.
+    """Manifests by kind and name, without what is specific to Helm or kustomize.
 
-    Helm puts the release before names; kustomize has the model's folder in a ConfigMap. Volumes
-    have no order.
+    Helm prefixes names with the release; kustomize has the model's folder in a ConfigMap. The order
+    of volumes does not matter.
     """
     found = {}
     for manifest in yaml.safe_load(re.sub(r"\brelease-", "", yaml.safe_dump(manifests))):
@@ -114,7 +114,7 @@ def plain(manifests: list[Manifest]) -> dict[tuple[str, str], Any]:
 def test_the_chart_says_what_kustomize_says(
     values: dict[str, Any], folders: tuple[str, ...]
 ) -> None:
-    """Every field of every manifest; but the chart's queries name the namespace."""
+    """Every field of every manifest is equal, but the chart's queries name the namespace."""
     ours = yaml.safe_dump(render(values)).replace('namespace="default",', "")
 
     assert plain(build(*folders)) == plain(yaml.safe_load(ours))
@@ -122,7 +122,7 @@ def test_the_chart_says_what_kustomize_says(
 
 @pytest.mark.parametrize(("extra", "folder"), [({}, "export"), (GPU, "export-gpu")])
 def test_the_chart_exports_what_kustomize_exports(extra: dict[str, Any], folder: str) -> None:
-    """The same job, into the same volume."""
+    """The job and its volume are the same."""
     model = extra.get("model", {})
     export = {**model.get("export", {}), "enabled": True}
     manifests = render({**extra, "model": {**model, "export": export}})
@@ -139,7 +139,7 @@ def test_the_chart_exports_what_kustomize_exports(extra: dict[str, Any], folder:
 @pytest.mark.parametrize("version", [OLDEST, NEWEST])
 @pytest.mark.parametrize("autoscaler", ["hpa", "keda"])
 def test_everything_at_once_is_valid(version: str, autoscaler: str) -> None:
-    """Whatever can be turned on fits the schema of its kind."""
+    """All optional parts together fit their kinds' schemas."""
     manifests = render({**EVERYTHING, "autoscaling": {"type": autoscaler}})
 
     assert [] == faults(manifests, version)
@@ -148,7 +148,7 @@ def test_everything_at_once_is_valid(version: str, autoscaler: str) -> None:
 
 
 def test_the_documented_values_are_valid() -> None:
-    """The model that is exported is the one that is served."""
+    """They are valid, and the exported model is the one served."""
     _, values, _ = documented()
     manifests = render(values)
     (job,) = of_kind(manifests, "Job")
@@ -160,14 +160,14 @@ def test_the_documented_values_are_valid() -> None:
 
 
 def test_helm_lint_finds_nothing() -> None:
-    """But that there is no icon."""
+    """It only recommends an icon."""
     report = helm.lint(CHART, strict=True)
 
     assert ["icon is recommended"] == [message["error"] for message in report["messages"]]
 
 
 def test_the_chart_is_of_this_version() -> None:
-    """Its images are those of the release that it comes with."""
+    """Its images are those of its own release."""
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     project = (ROOT / "pyproject.toml").read_text()
     (version,) = re.findall(r'^version = "(.+)"$', project, re.MULTILINE)
@@ -176,7 +176,7 @@ def test_the_chart_is_of_this_version() -> None:
 
 
 def test_images_are_named_by_digest() -> None:
-    """A digest wins over a tag, in all containers of an image."""
+    """A digest takes precedence over a tag, in all containers of an image."""
     image = {"tag": "1.2.3", "digest": DIGEST}
     manifests = render({"imageRegistry": "r.example.org/", "generator": {"image": image}})
     generator = containers(pods(manifests)["release-generator-svc"])
@@ -203,7 +203,7 @@ def test_images_are_named_by_digest() -> None:
     ],
 )
 def test_values_that_are_wrong_are_refused(values: dict[str, Any], told: str) -> None:
-    """With the value's name."""
+    """The error names the value."""
     with pytest.raises(helm.HelmValuesError) as refused:
         render(values)
 
@@ -211,7 +211,7 @@ def test_values_that_are_wrong_are_refused(values: dict[str, Any], told: str) ->
 
 
 def test_a_release_name_that_does_not_fit_is_refused() -> None:
-    """With 47 characters each name fits, a job's too; with more nothing is rendered."""
+    """Up to 47 characters all names fit, including the job's; a longer one is refused."""
     names = [manifest["metadata"]["name"] for manifest in render(EVERYTHING, "r" * 47)]
     with pytest.raises(helm.HelmError, match="47 characters"):
         render({}, "r" * 48)
@@ -220,10 +220,10 @@ def test_a_release_name_that_does_not_fit_is_refused() -> None:
 
 
 def test_two_releases_do_not_mix() -> None:
-    """Nothing of one selects pods of the other in the same namespace."""
+    """No selector of one release matches the other's pods in the same namespace."""
     one, other = render(EVERYTHING, "one"), render(EVERYTHING, "other")
     names = {(manifest["kind"], manifest["metadata"]["name"]) for manifest in one}
-    # The volume of models is the one that both read.
+    # They share the volume with the models.
     shared = names & {(manifest["kind"], manifest["metadata"]["name"]) for manifest in other}
 
     assert {("PersistentVolumeClaim", "trivium-models")} == shared
@@ -233,7 +233,7 @@ def test_two_releases_do_not_mix() -> None:
 
 
 def selectors(value: Any) -> list[dict[str, str]]:
-    """All label selectors of pods in there, but those of namespaces."""
+    """All label selectors of pods in a manifest, without namespace selectors."""
     if isinstance(value, list):
         return [found for one in value for found in selectors(one)]
     if not isinstance(value, dict):
@@ -252,7 +252,7 @@ def selectors(value: Any) -> list[dict[str, str]]:
 
 
 def test_another_model_is_another_job() -> None:
-    """A job's arguments cannot be changed, so that its name does; nothing else changes it."""
+    """A job's arguments are immutable, so its name depends on them, and on nothing else."""
 
     def name(**export: Any) -> str:
         manifests = render({"model": {"export": {"enabled": True, **export}}})
@@ -263,7 +263,7 @@ def test_another_model_is_another_job() -> None:
 
 
 def test_a_longer_drain_has_a_longer_grace_period() -> None:
-    """The pod's and the service's times are one value."""
+    """The grace period and the services' drain times come from the same values."""
     manifests = render({"drain": {"noticeSeconds": 15, "seconds": 600}})
 
     for template in pods(manifests).values():
@@ -282,7 +282,7 @@ def variables(container: Manifest) -> dict[str, str]:
     [
         (STAGE_KEYS, {"API_KEYS_FILE"}),
         ({"tls": {"grpc": "mutual"}}, {"TLS_CERT_FILE", "TLS_KEY_FILE", "TLS_CLIENT_CA_FILE"}),
-        # Nobody is asked for a certificate, so that the network policy has to do.
+        # Clients need no certificate, so the network policy has to protect the port.
         (
             {"tls": {"grpc": "tls"}},
             {"TLS_CERT_FILE", "TLS_KEY_FILE", "ALLOW_UNAUTHENTICATED_REMOTE"},
@@ -295,7 +295,7 @@ def variables(container: Manifest) -> dict[str, str]:
     ids=["keys", "mutual", "tls", "keys-tls"],
 )
 def test_grpc_ports_have_what_guards_them(values: dict[str, Any], guards: set[str]) -> None:
-    """Only where nothing else does is it said that calls need not be checked."""
+    """Unauthenticated calls are allowed only if neither keys nor client certificates are used."""
     found = set(
         variables(containers(pods(render(values))["release-generator-svc"])["generator-svc"])
     )
@@ -308,7 +308,7 @@ def test_grpc_ports_have_what_guards_them(values: dict[str, Any], guards: set[st
 
 @pytest.mark.parametrize("kind", ["tls", "mutual"])
 def test_rest_over_tls(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The facade reads its certificate where it is mounted; probes, ingress and route find it."""
+    """The facade reads its mounted certificate; probes, ingress and route use the right port."""
     values = {**EVERYTHING, "apiKeys": {}, "tls": {"grpc": "none", "rest": kind}}
     manifests = render(values)
     template = pods(manifests)["release-rest-facade"]
@@ -333,7 +333,7 @@ def test_rest_over_tls(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_any_setting_can_be_set() -> None:
-    """By its name, as text whatever YAML makes of it."""
+    """Settings have their own names, and values are text whatever YAML parses them as."""
     env = {"TRIVIUM_GENERATOR_SLOTS": 8, "TRIVIUM_GENERATOR_PREFIX_CACHE": False}
     manifests = render({"generator": {"env": env}})
     container = containers(pods(manifests)["release-generator-svc"])["generator-svc"]
@@ -352,7 +352,7 @@ def test_any_setting_can_be_set() -> None:
     ],
 )
 def test_who_relies_on_network_policies_is_told(values: dict[str, Any], warned: bool) -> None:
-    """Not every cluster enforces them."""
+    """The notes warn that not every cluster enforces them."""
     with helm.Chart.load(CHART) as chart:
         rendered = chart.render(values, name="release", namespace="default")
     [notes] = [text for name, text in rendered.items() if name.endswith("NOTES.txt")]
@@ -361,7 +361,7 @@ def test_who_relies_on_network_policies_is_told(values: dict[str, Any], warned: 
 
 
 def test_network_policies_can_be_left_out() -> None:
-    """Where the cluster has its own. Stages without keys then have to be told so."""
+    """A cluster may have its own policies; stages without keys then need explicit permission."""
     manifests = render({"networkPolicy": {"enabled": False}})
 
     assert [] == of_kind(manifests, "NetworkPolicy")

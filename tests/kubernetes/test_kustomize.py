@@ -1,4 +1,4 @@
-"""deploy/kubernetes as the real kustomize renders it: valid, and true to settings and images."""
+"""deploy/kubernetes, rendered by the real kustomize, is valid and matches settings and images."""
 
 import json
 import os
@@ -34,7 +34,7 @@ from tests.kubernetes.manifests import (
 from tests.rest_facade.scripted_backend import MODEL, ScriptedBackend
 from tests.rest_facade.test_facade_process import running
 
-SCALED = ("overlays/cpu", "overlays/gpu")  # each stage has pods of its own
+SCALED = ("overlays/cpu", "overlays/gpu")  # each stage has its own pods
 POOL = "overlays/inference-pool"
 SERVING = (*SCALED, POOL)
 EXPORTS = {"export": "overlays/cpu", "export-gpu": "overlays/gpu"}
@@ -49,7 +49,7 @@ def size(quantity: str) -> int:
 
 
 def test_every_kustomization_is_checked() -> None:
-    """None is left out here, but for the base, which says no model."""
+    """No folder is left out except the base, which names no model."""
     folders = {
         str(path.parent.relative_to(KUBERNETES)) for path in KUBERNETES.rglob("kustomization.yaml")
     }
@@ -69,7 +69,7 @@ def test_every_kustomization_is_checked() -> None:
 )
 @pytest.mark.parametrize("version", [OLDEST, NEWEST])
 def test_manifests_are_valid(folders: tuple[str, ...], version: str) -> None:
-    """Every manifest fits the schema of its kind, in old clusters and new ones."""
+    """Every manifest fits its kind's schema, in old and new clusters."""
     manifests = build(*folders)
 
     assert manifests
@@ -80,7 +80,7 @@ def test_manifests_are_valid(folders: tuple[str, ...], version: str) -> None:
     "kind", ["Service", "HorizontalPodAutoscaler", "ScaledObject", "InferencePool", "HTTPRoute"]
 )
 def test_unknown_fields_are_found(kind: str) -> None:
-    """Of a cluster's own kinds and of extensions."""
+    """Unknown fields are found in built-in kinds and in extensions."""
     manifests = [*build(SCALED[0], "hpa"), *build(SCALED[0], "keda"), *build(POOL)]
     manifest = json.loads(json.dumps(of_kind(manifests, kind)[0]))
     manifest["spec"]["nonsense"] = 1
@@ -91,7 +91,7 @@ def test_unknown_fields_are_found(kind: str) -> None:
 
 @pytest.mark.parametrize("folder", SERVING)
 def test_a_second_apply_can_change_everything(folder: str) -> None:
-    """No job is among the services: its template cannot be changed once it is there."""
+    """None of them contains a job, whose template would be immutable."""
     manifests = build(folder)
 
     assert [] == of_kind(manifests, "Job")
@@ -101,7 +101,7 @@ def test_a_second_apply_can_change_everything(folder: str) -> None:
 
 @pytest.mark.parametrize("folder", [*SERVING, *EXPORTS])
 def test_images_are_of_this_version(folder: str) -> None:
-    """None is untagged or `latest`, which would be another one from pod to pod."""
+    """No image is untagged or `latest`, which could differ from pod to pod."""
     images = [
         container["image"]
         for template in pods(build(folder)).values()
@@ -113,7 +113,7 @@ def test_images_are_of_this_version(folder: str) -> None:
 
 
 def test_an_overlay_names_images_by_digest() -> None:
-    """An operator's overlay says registry and digest once, for all containers of an image."""
+    """An operator's overlay sets registry and digest once for all containers of an image."""
     name = "trivium-generator-svc"
     registry = f"registry.example.org/{name}"
     manifests = overlay(SCALED[0], images=[{"name": name, "newName": registry, "digest": DIGEST}])
@@ -123,7 +123,7 @@ def test_an_overlay_names_images_by_digest() -> None:
 
 
 def test_the_documented_overlay_is_valid() -> None:
-    """Everything in it at once, with the model that it makes."""
+    """It is valid as a whole, including the model's export."""
     kustomization, *_ = documented()
     for field in ("resources", "components"):
         paths = [path.removeprefix("../deploy/kubernetes/") for path in kustomization[field]]
@@ -136,7 +136,7 @@ def test_the_documented_overlay_is_valid() -> None:
 
 
 def services(folder: str) -> list[tuple[Manifest, Manifest]]:
-    """Containers that serve, each with its pod."""
+    """Containers that serve, each with its pod template."""
     return [
         (container, template)
         for template in pods(build(folder)).values()
@@ -158,7 +158,7 @@ def settings_of(folder: str, container: Manifest, monkeypatch: pytest.MonkeyPatc
 def test_pods_are_true_to_the_settings(
     folder: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Settings are accepted, ports and probes are the service's."""
+    """Their settings are accepted, and ports and probes are the service's."""
     ((container, template),) = (one for one in services(folder) if one[0]["name"] == name)
     settings = settings_of(folder, container, monkeypatch)
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
@@ -172,7 +172,7 @@ def test_pods_are_true_to_the_settings(
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         (asked,) = (value for value in container[probe].values() if isinstance(value, dict))
         assert asked["port"] == settings.port
-        # Longer than the service itself takes at most to find out.
+        # Longer than the service's own health timeout.
         assert container[probe]["timeoutSeconds"] > getattr(settings, "health_timeout_seconds", 1)
     if isinstance(settings, FacadeSettings):
         assert settings.is_guarded
@@ -183,7 +183,7 @@ def test_pods_are_true_to_the_settings(
 @pytest.mark.parametrize("folder", SCALED)
 @pytest.mark.parametrize("name", NAMES)
 def test_pods_may_drain_to_the_end(folder: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The time of notice does what a preStop hook would, and it is long enough for endpoints."""
+    """The notice period replaces a preStop hook, and is long enough for endpoints to be updated."""
     ((container, template),) = (one for one in services(folder) if one[0]["name"] == name)
     settings = settings_of(folder, container, monkeypatch)
     drains = settings.drain_notice_seconds + settings.drain_seconds
@@ -194,7 +194,7 @@ def test_pods_may_drain_to_the_end(folder: str, name: str, monkeypatch: pytest.M
 
 
 def test_a_pod_of_all_three_drains_from_the_front(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sidecars are stopped after the facade, in reverse order, and all of them have the time."""
+    """Sidecars are stopped after the facade, in reverse order, with enough time for all."""
     (template,) = pods(build(POOL)).values()
     stages = [container for container, _ in services(POOL)]
     facade = template["spec"]["containers"]
@@ -211,7 +211,7 @@ def test_a_pod_of_all_three_drains_from_the_front(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("folder", [*SERVING, *EXPORTS])
 def test_pods_have_no_privileges(folder: str) -> None:
-    """No root, no token, nothing to write to but volumes; /tmp and the models are such."""
+    """Pods are non-root, without a token, and write only to volumes, for /tmp and the models."""
     for template in pods(build(folder)).values():
         spec = template["spec"]
         assert spec["securityContext"]["runAsNonRoot"]
@@ -236,7 +236,7 @@ def test_pods_have_no_privileges(folder: str) -> None:
 @pytest.mark.parametrize("folder", SCALED)
 @pytest.mark.parametrize("name", NAMES)
 def test_services_find_their_pods(folder: str, name: str) -> None:
-    """A service selects the pods of its name; the gRPC ones show each of them to callers."""
+    """A service selects the pods with its name; the gRPC ones are headless."""
     service = find(build(folder), "Service", name)["spec"]
     deployment = find(build(folder), "Deployment", name)["spec"]
     labels = deployment["template"]["metadata"]["labels"]
@@ -253,7 +253,7 @@ def test_services_find_their_pods(folder: str, name: str) -> None:
 
 @pytest.mark.parametrize("folder", SERVING)
 def test_stages_call_each_other(folder: str) -> None:
-    """By names that gRPC resolves to all pods, or within the pod."""
+    """They use names that gRPC resolves to all pods, or loopback within a pod."""
     for caller, variable, callee in (
         ("rest-facade", "TRIVIUM_FACADE_TOKENIZER_TARGET", "tokenizer-svc"),
         ("tokenizer-svc", "TRIVIUM_TOKENIZER_GENERATOR_TARGET", "generator-svc"),
@@ -269,7 +269,7 @@ def test_stages_call_each_other(folder: str) -> None:
 
 @pytest.mark.parametrize("folder", [SCALED[0], POOL])
 def test_a_rollout_never_has_fewer_pods(folder: str) -> None:
-    """A new pod is ready, and in the name servers' answers, before an old one has to go."""
+    """A new pod is ready and in DNS before an old one is stopped."""
     for manifest in of_kind(build(folder), "Deployment"):
         deployment = manifest["spec"]
         assert {"maxSurge": 1, "maxUnavailable": 0} == deployment["strategy"]["rollingUpdate"]
@@ -279,7 +279,7 @@ def test_a_rollout_never_has_fewer_pods(folder: str) -> None:
 
 @pytest.mark.parametrize("folder", SERVING)
 def test_nodes_can_be_drained(folder: str) -> None:
-    """One pod of each kind at a time, also where there is a single one."""
+    """One pod of each kind may be evicted at a time, even if it is the only one."""
     budgets = [manifest["spec"] for manifest in of_kind(build(folder), "PodDisruptionBudget")]
 
     for template in pods(build(folder)).values():
@@ -292,7 +292,7 @@ def test_nodes_can_be_drained(folder: str) -> None:
 
 @pytest.mark.parametrize("folder", SERVING)
 def test_usage_records_go_to_standard_output(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the two stages that write any."""
+    """Only the generator and the facade write usage records."""
     written = [
         container["name"]
         for container, _ in services(folder)
@@ -304,7 +304,7 @@ def test_usage_records_go_to_standard_output(folder: str, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("folder", SERVING)
 def test_stages_without_keys_are_guarded(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who may do without is behind a network policy; the facade, which clients reach, may not."""
+    """Stages that allow unauthenticated calls have a network policy; the facade requires keys."""
     policies = [policy["spec"]["podSelector"] for policy in of_kind(build(folder), "NetworkPolicy")]
     open_ones = [
         (container["name"], template["metadata"]["labels"])
@@ -319,7 +319,7 @@ def test_stages_without_keys_are_guarded(folder: str, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(("folder", "served"), EXPORTS.items())
 def test_the_export_makes_the_model_that_is_served(folder: str, served: str) -> None:
-    """Into the volume that the services read, under the name that they read."""
+    """The volume and the folder are those that the services read."""
     job = find(build(folder), "Job", "trivium-export")["spec"]["template"]["spec"]
     claim = find(build(folder), "PersistentVolumeClaim", "trivium-models")["metadata"]["name"]
     arguments = job["containers"][0]["args"]
@@ -339,13 +339,13 @@ def test_the_export_makes_the_model_that_is_served(folder: str, served: str) -> 
         if "persistentVolumeClaim" in volume
     ]
 
-    assert [out] * 4 == directories  # the services', and of those that wait for it
+    assert [out] * 4 == directories  # of the services and of the containers that wait for the model
     assert [claim] * 3 == claims
 
 
 @pytest.mark.parametrize("folder", [SCALED[0], POOL])
 def test_pods_wait_for_the_model(folder: str, tmp_path: Path) -> None:
-    """What comes before the service ends as soon as the model's folder is there, and not before."""
+    """The init container ends as soon as the model's folder exists, and not before."""
     for template in pods(build(folder)).values():
         started = list(containers(template).values())
         if not any(mount["name"] == "models" for one in started for mount in one["volumeMounts"]):
@@ -370,14 +370,14 @@ def test_pods_wait_for_the_model(folder: str, tmp_path: Path) -> None:
 
 
 def test_exports_do_not_collide() -> None:
-    """Each model has a job of its own, since a job's arguments cannot be changed."""
+    """Each model has its own job, as a job's arguments are immutable."""
     names = [job["metadata"]["name"] for name in EXPORTS for job in of_kind(build(name), "Job")]
 
     assert len(EXPORTS) == len(set(names))
 
 
 def test_the_gpu_overlay_asks_for_a_gpu() -> None:
-    """One GPU, an image with CUDA's libraries, and no second pod that would wait for it."""
+    """It has one GPU, an image with the CUDA libraries, and no second pod waiting for the GPU."""
     deployment = find(build("overlays/gpu"), "Deployment", "generator-svc")["spec"]
     container = containers(deployment["template"])["generator-svc"]
 
@@ -390,16 +390,16 @@ def test_the_gpu_overlay_asks_for_a_gpu() -> None:
 
 @pytest.mark.parametrize("folder", ["overlays/cpu", POOL])
 def test_the_generators_memory_holds_its_cache(folder: str) -> None:
-    """Beside keys and values, 1 GiB is left for the model's weights, twice, and the rest."""
+    """Besides the KV cache there is 1 GiB for the model's weights, twice, and the rest."""
     (container,) = (one for one, _ in services(folder) if one["name"] == "generator-svc")
     cache = int(environment(build(folder), container)["TRIVIUM_GENERATOR_KV_CACHE_BYTES"])
 
     assert size(container["resources"]["limits"]["memory"]) >= cache + 2**30
-    assert "cpu" in container["resources"]["limits"]  # it decides the number of threads
+    assert "cpu" in container["resources"]["limits"]  # it determines the number of threads
 
 
 def _largest_bodies() -> list[bytes]:
-    """Bodies of the largest size whose JSON becomes many, or large, objects."""
+    """Bodies of the maximum size whose JSON parses into many or large objects."""
     limit = FacadeSettings.model_fields["max_body_bytes"].default
     start = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]})[:-1]
     forms = {
@@ -422,7 +422,7 @@ def _peak_bytes(process: int) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc says how much memory a process took")
 async def test_the_facades_memory_holds_a_maximal_request() -> None:
-    """Whatever is in a body of the largest size, the limit is twice what it takes."""
+    """Whatever a maximal body contains, the limit is at least twice the peak memory."""
     backend = ScriptedBackend()
     await backend.start()
     headers = {"content-type": "application/json"}

@@ -1,11 +1,11 @@
-"""Who reaches which port of which pod, by the NetworkPolicies of deploy/kubernetes."""
+"""Which pods can reach which ports, according to the NetworkPolicies in deploy/kubernetes."""
 
 import pytest
 
 from tests.kubernetes.manifests import Manifest, build, containers, of_kind, pods, selects
 
 PICKER = {"inferencepool": "trivium-epp"}
-OWN: dict[str, str] = {}  # labels of the namespace that the pods are in
+OWN: dict[str, str] = {}  # labels of the pods' own namespace
 INGRESS = {"trivium/http": "allowed"}
 CLIENTS = {"trivium/grpc": "allowed"}
 MONITORING = {"trivium/metrics": "allowed"}
@@ -17,7 +17,7 @@ def reaches(
     pod: dict[str, str],
     namespace: dict[str, str] | None = None,
 ) -> set[str]:
-    """Pods whose `port` is open to one with these labels, of another namespace or of theirs."""
+    """Pods whose `port` is open to a pod with these labels, in another namespace or in theirs."""
     return {
         name
         for name, template in pods(manifests).items()
@@ -37,7 +37,7 @@ def _is_open(
         for policy in of_kind(manifests, "NetworkPolicy")
         if selects(policy["spec"]["podSelector"], target)
     ]
-    # A pod that no policy selects is open to all.
+    # A pod without a policy is open to all.
     return not policies or any(
         {"protocol": "TCP", "port": port} in rule["ports"]
         and any(_is_peer(peer, pod, namespace) for peer in rule["from"])
@@ -47,7 +47,7 @@ def _is_open(
 
 
 def _is_peer(peer: Manifest, pod: dict[str, str], namespace: dict[str, str] | None) -> bool:
-    """A podSelector alone means pods of the policy's namespace."""
+    """A podSelector without a namespaceSelector means pods in the policy's namespace."""
     if "namespaceSelector" in peer:
         if not selects(peer["namespaceSelector"], OWN if namespace is None else namespace):
             return False
@@ -59,7 +59,7 @@ def _is_peer(peer: Manifest, pod: dict[str, str], namespace: dict[str, str] | No
 def open_ports(
     manifests: list[Manifest], pod: dict[str, str], namespace: dict[str, str] | None = None
 ) -> dict[str, list[int]]:
-    """The ports of each pod that the other one reaches."""
+    """The ports of each pod that the given pod can reach."""
     ports = {
         port["containerPort"]
         for template in pods(manifests).values()
@@ -88,7 +88,7 @@ def open_ports(
         ({"app": "generator-svc"}, None, {}),
         ({"app": "anything"}, None, {}),
         ({"app": "anything"}, {}, {}),
-        # A pod of another namespace is not ours, whatever it calls itself.
+        # A pod in another namespace gets no access by using our labels.
         ({"app": "rest-facade"}, {}, {}),
         ({"app": "tokenizer-svc"}, CLIENTS, {"tokenizer-svc": [50051]}),
     ],
@@ -97,7 +97,7 @@ def open_ports(
 def test_a_stage_is_open_to_the_one_before_it(
     folder: str, pod: dict[str, str], namespace: dict[str, str] | None, ports: dict[str, list[int]]
 ) -> None:
-    """And to namespaces with the label of a port, and to nobody else."""
+    """It is also open to namespaces with the label for a port, and to no others."""
     assert ports == open_ports(build(folder), pod, namespace)
 
 
@@ -115,7 +115,7 @@ def test_a_stage_is_open_to_the_one_before_it(
 def test_a_pod_of_all_three_is_open_to_gateway_and_picker(
     pod: dict[str, str], namespace: dict[str, str] | None, ports: list[int]
 ) -> None:
-    """Its gRPC ports are open to nobody."""
+    """Its gRPC ports are closed to all."""
     expected = {"trivium": ports} if ports else {}
 
     assert expected == open_ports(build("overlays/inference-pool"), pod, namespace)

@@ -1,4 +1,4 @@
-"""Keys and mutual TLS between the stages, with the secrets that kustomize's components mount."""
+"""Keys and mutual TLS between stages, with the secrets mounted by kustomize's components."""
 
 import hashlib
 import urllib.request
@@ -27,7 +27,7 @@ CLIENT_KEY = "client"
 
 @pytest.fixture
 def secrets(tmp_path: Path) -> Path:
-    """A folder with those that an operator makes, certificates by one CA."""
+    """A folder with the secrets that an operator creates, with certificates from one CA."""
     ca = trustme.CA()
     for service, secret in STAGES.items():
         Files(tmp_path / secret).write(ca, names=(service,))
@@ -44,7 +44,7 @@ def secrets(tmp_path: Path) -> Path:
 
 
 def variables(secrets: Path, folders: tuple[str, ...], service: str) -> dict[str, str]:
-    """Of a service's container, with its secrets where they are here."""
+    """The variables of a service's container, with paths to its secrets replaced by local ones."""
     manifests = build(*folders)
     template = pods(manifests)[service]
     return variables_in(secrets, manifests, template, containers(template)[service])
@@ -60,7 +60,7 @@ def test_ports_are_guarded(
     secrets: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By keys, by certificates or by both; nobody gets in because it is said that all may."""
+    """Ports need keys, certificates or both; no setting allows unauthenticated calls."""
     target = service.replace("-", "_")
     found = variables(secrets, (folder, *components), service)
     settings = read_settings(target, {**dockerfile_environment(target), **found}, monkeypatch)
@@ -77,7 +77,7 @@ def test_ports_are_guarded(
 def test_probes_ask_ports_without_tls(
     service: str, secrets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of gRPC know no TLS; the metrics ports answer the same over HTTP."""
+    """gRPC probes do not support TLS; the metrics ports give the same answers over HTTP."""
     target = service.replace("-", "_")
     found = variables(secrets, BOTH, service)
     settings = read_settings(target, {**dockerfile_environment(target), **found}, monkeypatch)
@@ -92,7 +92,7 @@ def test_probes_ask_ports_without_tls(
 
 
 def test_stages_see_their_own_key_alone(secrets: Path) -> None:
-    """The facade's pod has not the tokenizer's key, the generator's pod has none."""
+    """The facade's and the tokenizer's pods have only their own keys; the generator's has none."""
     for service, key in (("rest-facade", "facade"), ("tokenizer-svc", "tokenizer")):
         spec = pods(build(*BOTH))[service]["spec"]
         (volume,) = (one for one in spec["volumes"] if one["name"] == "stage-key")
@@ -102,7 +102,7 @@ def test_stages_see_their_own_key_alone(secrets: Path) -> None:
 
 
 def test_the_documented_certificate_is_the_tokenizers() -> None:
-    """It has the name by which facades call, in the secret that is mounted."""
+    """It has the name that facades call, and goes into the mounted secret."""
     _, _, certificate = documented()
     spec = certificate["spec"]
     template = pods(build(*BOTH))["tokenizer-svc"]
@@ -115,9 +115,9 @@ def test_the_documented_certificate_is_the_tokenizers() -> None:
 
 @pytest.mark.timeout(600)
 def test_a_request_passes_all_stages(secrets: Path) -> None:
-    """The services run with the variables of their pods; only addresses are those of this machine.
+    """The services run with their pods' variables; only the addresses are this machine's.
 
-    Servers have to have the certificate for the name in the pods' targets.
+    Servers need a certificate for the name in the pods' targets.
     """
     settings: dict[str, str] = {}
     for service in STAGES:

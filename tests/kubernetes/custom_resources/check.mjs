@@ -1,6 +1,5 @@
-// Reads manifests of custom resources, a JSON list, from standard input and writes what is wrong with them,
-// a line each. Types find fields that do not exist, the validators patterns and ranges. Both come from the
-// projects' own Go types.
+// Reads manifests of custom resources, a JSON list, from standard input and prints one line per error.
+// Types find unknown fields; validators check patterns and ranges. Both come from the projects' own Go types.
 import path from "node:path";
 import { fileURLToPath } from "node:url";
 import ts from "typescript";
@@ -10,7 +9,7 @@ const KINDS = {
   PodMonitor: "@kubernetes-models/prometheus-operator/monitoring.coreos.com/v1/PodMonitor",
   ScaledObject: "@kubernetes-models/keda/keda.sh/v1alpha1/ScaledObject",
 };
-// No package has it: inference.networking.k8s.io/v1 of the Gateway API Inference Extension 1.6.
+// Not in any package: inference.networking.k8s.io/v1 of the Gateway API Inference Extension 1.6.
 const INFERENCE_POOL = `
   interface IInferencePool {
     apiVersion: "inference.networking.k8s.io/v1";
