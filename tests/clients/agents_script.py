@@ -1,4 +1,4 @@
-"""OpenAI's agents over chat completions: python agents_script.py BASE_URL MODEL"""
+"""OpenAI's Agents SDK over chat completions: python agents_script.py BASE_URL MODEL"""
 
 import asyncio
 import sys
@@ -48,7 +48,7 @@ async def main() -> None:
                 ),
             )
 
-        # A forced call, which is made, and its result, which is answered; the same as a stream.
+        # A forced call is executed and its result answered; then the same as a stream.
         question = "What is the weather in Paris?"
         done = await Runner.run(agent(tool_choice="required"), question)
         kinds = {item.type for item in done.new_items}
@@ -65,7 +65,7 @@ async def main() -> None:
         typed = Agent(name="typed", model=model, output_type=Weather)
         assert isinstance((await Runner.run(typed, question)).final_output, Weather)
 
-        # A handoff is a tool of the framework's own.
+        # A handoff is a tool that the framework defines.
         other = Agent(name="other", model=model, model_settings=ModelSettings(max_tokens=8))
         first = Agent(
             name="first",

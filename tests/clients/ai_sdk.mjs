@@ -35,7 +35,7 @@ for await (const piece of stream.textStream) text += piece;
 assert.equal(text, await stream.text);
 assert.ok((await stream.usage).inputTokens > 0);
 
-// A forced call that the SDK makes and whose result it sends back.
+// A forced call that the SDK executes and whose result it sends back.
 const called = await generateText({
   model,
   prompt,

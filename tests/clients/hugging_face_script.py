@@ -28,7 +28,7 @@ plain = ask(max_tokens=4, logprobs=True, top_logprobs=2, n=2, seed=1)
 assert len(plain.choices) == 2
 assert len(plain.choices[1].logprobs.content) == 4
 
-# Its choice of a function has no type, and its schema goes as TGI has it.
+# Its tool choice has no type, and its schema has TGI's format.
 for choice in ("required", {"function": {"name": "forecast"}}):
     for call in ask(tools=tools, tool_choice=choice).choices[0].message.tool_calls:
         assert json.loads(call.function.arguments)["city"] in CITIES

@@ -38,7 +38,7 @@ assert.ok(models.data.some((listed) => listed.id === model));
 const plain = await client.chat.completions.create({ model, messages, max_completion_tokens: 8 });
 assert.equal(typeof plain.choices[0].message.content, "string");
 
-// A forced call, whole; its result goes back; and the same as a stream that the client puts together.
+// A forced call; its result is sent back; then the same as a stream, which the client assembles.
 const forced = { model, messages, tools, tool_choice: "required", parallel_tool_calls: false };
 const called = await client.chat.completions.create(forced);
 const [choice] = called.choices;

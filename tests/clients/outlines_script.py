@@ -1,4 +1,4 @@
-"""Outlines, as it speaks to vLLM: python outlines_script.py BASE_URL MODEL"""
+"""Outlines, in its modes for vLLM, SGLang and OpenAI: python outlines_script.py BASE_URL MODEL"""
 
 import re
 import sys

@@ -1,7 +1,7 @@
-"""Clients that are not ours, each with a small script, against the three real services.
+"""Third-party clients, each with a small script, against the three real services.
 
-The embedded model was never trained for tools; forced calls and schemas come out valid all the
-same, since the grammar lets nothing else through.
+The embedded model was not trained for tools; forced calls and schemas are valid all the same,
+because the grammar allows nothing else.
 """
 
 import subprocess
@@ -23,14 +23,14 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
-    """The three services on the embedded model, which is made if it is not there."""
+    """The three services on the embedded model, which is exported if it is missing."""
     model = find_model(EMBEDDED_MODEL, "auto").folder
     with Services(model, tmp_path_factory.mktemp("services")) as services:
         yield services
 
 
 def run(program: str | Path, script: Path, services: Services) -> None:
-    """Runs a client's script to its last line."""
+    """Runs a client's script to the end."""
     command = [str(program), str(script), f"{services.url}/v1", EMBEDDED_MODEL]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
 
@@ -49,12 +49,12 @@ def test_vercel_ai_sdk(services: Services) -> None:
 
 
 def test_langchain(services: Services) -> None:
-    """PyPI's `langchain-openai`: with_structured_output in both ways, tools, streamed calls."""
+    """PyPI's `langchain-openai`: both methods of with_structured_output, tools, streamed calls."""
     run(sys.executable, HERE / "langchain_script.py", services)
 
 
 def test_openai_agents(services: Services) -> None:
-    """PyPI's `openai-agents`: calls it makes itself, streamed too, typed answers, handoffs."""
+    """PyPI's `openai-agents`: tools that it executes, streaming too, typed answers, handoffs."""
     run(sys.executable, HERE / "agents_script.py", services)
 
 
