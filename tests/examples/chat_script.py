@@ -1,4 +1,4 @@
-"""A ChatService that answers every question in the same words, over real gRPC."""
+"""A ChatService with a fixed answer, over real gRPC."""
 
 from collections.abc import AsyncIterator
 from typing import Any
@@ -13,7 +13,7 @@ NAMES = ("trivium.chat.v1.ChatService", "trivium.chat.v1.ModelService")
 
 
 class ScriptedChat(chat_pb2_grpc.ChatServiceServicer):
-    """Answers WORDS, and remembers what it was asked."""
+    """Answers WORDS, and records the requests."""
 
     def __init__(self) -> None:
         self.requests: list[chat_pb2.CreateChatCompletionRequest] = []
@@ -42,7 +42,7 @@ class ScriptedChat(chat_pb2_grpc.ChatServiceServicer):
 
 
 class ScriptedModels(model_pb2_grpc.ModelServiceServicer):
-    """Has one model."""
+    """Lists one model."""
 
     async def ListModels(self, request: Any, context: Any) -> model_pb2.ListModelsResponse:
         return model_pb2.ListModelsResponse(models=[_model()])
@@ -56,7 +56,7 @@ def _model() -> model_pb2.Model:
 
 
 def scripted_server(chat: ScriptedChat) -> GrpcServer:
-    """A server of `chat` and of its model, not yet started."""
+    """A server for `chat` and its model, not yet started."""
     return GrpcServer(
         [
             (chat_pb2_grpc.add_ChatServiceServicer_to_server, chat),

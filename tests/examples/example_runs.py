@@ -1,6 +1,6 @@
-"""Runs the examples as a reader would: each in a process of its own, given only an address.
+"""Runs the examples as a reader would: each as a process that is given only an address.
 
-Every function takes the address, so that the same runs serve scripted and real servers.
+Every function takes the address, so that it works with scripted and real servers.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""The Go and Java examples, built with the toolchains and libraries of Debian's packages."""
+"""The Go and Java examples, built with toolchains and libraries from Debian packages."""
 
 import os
 import re
@@ -33,7 +33,7 @@ FILES["java"] = JARS
 
 
 def require(language: str) -> None:
-    """Skips the test where something is not installed."""
+    """Skips the test if a program or library is not installed."""
     gone = [name for name in PROGRAMS[language] if not shutil.which(name)]
     gone += [str(path) for path in FILES[language] if not path.exists()]
     if gone:
@@ -41,14 +41,14 @@ def require(language: str) -> None:
 
 
 def copied(language: str, folder: Path) -> Path:
-    """A copy of the example, at the place that its import path has below a GOPATH."""
+    """A copy of the example at its import path below a GOPATH."""
     example = folder / "src" / "example.com" / "chat"
     shutil.copytree(EXAMPLES / f"{language}_grpc", example)
     return example
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """What finds plugins by their usual names and Go's libraries without a network."""
+    """Variables with which plugins have their usual names and Go finds its libraries offline."""
     plugins = folder / "bin"
     plugins.mkdir(exist_ok=True)
     java_plugin = plugins / "protoc-gen-grpc-java"
@@ -74,14 +74,14 @@ def generate_by_buf(language: str, folder: Path) -> Path:
 
 
 def generate_by_protoc(language: str, folder: Path) -> Path:
-    """The same by the example's script."""
+    """The same with the example's script."""
     example = copied(language, folder)
     subprocess.run(["./generate.sh"], cwd=example, env=environment(folder), check=True)
     return example
 
 
 def build(language: str, example: Path, folder: Path) -> list[str]:
-    """Compiles an example that has its stubs; the command that runs it."""
+    """Compiles an example that has its stubs; returns the command that runs it."""
     classpath = ":".join(map(str, JARS))
     commands = {
         "go": ["go", "build", "-o", "chat", "."],
@@ -94,8 +94,8 @@ def build(language: str, example: Path, folder: Path) -> list[str]:
 
 
 def declarations(example: Path) -> dict[str, list[str]]:
-    """What the generated files offer, by file. Beside it they hold the protocol itself in bytes, in
-    which buf notes the packages that it was told of."""
+    """The public declarations of the generated files, by file. The serialized protocol in them
+    differs, as buf records the packages that it was given."""
     return {
         path.relative_to(example).as_posix(): re.findall(
             r"^(?:package|func|type|\s*public) .*", path.read_text(), re.MULTILINE
