@@ -1,6 +1,6 @@
-"""A headless Chromium: the one that TRIVIUM_TEST_BROWSER names, one from npm, or one on the PATH.
+"""A headless Chromium: TRIVIUM_TEST_BROWSER's, one from npm, or one on the PATH.
 
-npm's is for Linux on x86-64, and brings the libraries and the font that it needs.
+npm's is for Linux on x86-64, and includes the libraries and the font that it needs.
 """
 
 import os
@@ -18,7 +18,7 @@ import pytest
 from tests import node
 
 UNPACK = Path(__file__).with_name("unpack.mjs")
-# Without its sandbox, which root may not use in a container; it sees our own page alone.
+# No sandbox, which root cannot use in a container; it only opens our own page.
 _ARGUMENTS = ["--no-sandbox", "--font-render-hinting=none"]
 _FONTS = """<?xml version="1.0"?>
 <fontconfig>
@@ -29,7 +29,7 @@ _FONTS = """<?xml version="1.0"?>
 
 
 def launch_options() -> dict[str, Any]:
-    """How Playwright starts the browser; skips the test where there is none."""
+    """Playwright's options for the browser; skips the test if there is none."""
     named = os.environ.get("TRIVIUM_TEST_BROWSER")
     if not named and sys.platform == "linux" and platform.machine() == "x86_64":
         return _from_npm()
@@ -69,5 +69,5 @@ def _unpack(script: Path, folder: Path) -> None:
 
 
 def axe() -> str:
-    """The source of axe-core, which finds what keeps people from using a page."""
+    """The source of axe-core, which finds accessibility problems of a page."""
     return (node.beside_packages(UNPACK).parent / "node_modules/axe-core/axe.min.js").read_text()

@@ -1,6 +1,6 @@
-"""Takes the screenshots of the chat page that the docs show: `python -m tests.browser.screenshots`.
+"""Takes the docs' screenshots of the chat page: `python -m tests.browser.screenshots`.
 
-The page and the facade are real, the model is a script.
+The page and the facade are real; the model is scripted.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ LIST = '{"colour": "blue", "wavelength_nm": 470, "scattered_by": ["nitrogen", "o
 
 
 def script(text: str, seconds: float, thought: str = "", cached: int = 0) -> Sequence[Step]:
-    """An answer, word by word, each with a log-probability of its own."""
+    """A scripted answer, word by word, with varying log-probabilities."""
     draw = random.Random(4)
     spent_thinking = 24 if thought else 0
     steps: list[Step] = [header(), 0.11]
@@ -55,7 +55,7 @@ def script(text: str, seconds: float, thought: str = "", cached: int = 0) -> Seq
 
 
 async def ask(page: Page, text: str) -> None:
-    """Asks and waits for the end of the answer."""
+    """Sends a message and waits for the end of the answer."""
     await page.get_by_label("Your message").fill(text)
     await page.keyboard.press("Enter")
     last = page.get_by_label("Answer", exact=True).last
@@ -63,7 +63,7 @@ async def ask(page: Page, text: str) -> None:
 
 
 async def take(browser: Browser, backend: ScriptedBackend, url: str, name: str, **how: Any) -> None:
-    """One screenshot."""
+    """Takes one screenshot."""
     context = await browser.new_context(**how)
     page = await context.new_page()
     await page.goto(url)
@@ -88,7 +88,7 @@ async def take(browser: Browser, backend: ScriptedBackend, url: str, name: str, 
 
 
 async def main() -> None:
-    """Light, dark, and as a phone shows it."""
+    """Takes them in light and dark mode, and as on a phone."""
     FOLDER.mkdir(exist_ok=True)
     backend = ScriptedBackend()
     backend.model_names = ["my-model"]

@@ -1,4 +1,4 @@
-// Unpacks the Chromium of @sparticuz/chromium, which comes compressed by Brotli: `node unpack.mjs OUT`.
+// Unpacks the Brotli-compressed Chromium of @sparticuz/chromium: `node unpack.mjs OUT`.
 import fs from "node:fs";
 import path from "node:path";
 import zlib from "node:zlib";
