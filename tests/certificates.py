@@ -1,4 +1,4 @@
-"""Certificate authorities, and files of certificates as operators have them."""
+"""Certificates and CAs as files, as operators have them."""
 
 import datetime
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ YESTERDAY = datetime.datetime.now(datetime.UTC).replace(microsecond=0) - datetim
 
 @dataclass(frozen=True)
 class Files:
-    """One side's certificate, key, and the CA that it trusts; each can be replaced in place."""
+    """One side's certificate, its key, and the CA that it trusts; each can be replaced in place."""
 
     folder: Path
 
@@ -36,7 +36,7 @@ class Files:
         names: tuple[str, ...] = LOOPBACK_NAMES,
         **dates: Any,
     ) -> "Files":
-        """A new certificate by `signer`; the trusted CA is the same one unless given."""
+        """A new certificate by `signer`, which is also the trusted CA unless `trusted` is given."""
         self.folder.mkdir(exist_ok=True)
         made = signer.issue_cert(*names, **dates)
         self.certificate.write_bytes(b"".join(pem.bytes() for pem in made.cert_chain_pems))
@@ -45,7 +45,7 @@ class Files:
         return self
 
     def server(self, prefix: str, is_mutual: bool = False) -> dict[str, str]:
-        """Settings of a server that uses these; `prefix` as in TRIVIUM_FACADE_."""
+        """Settings of a server with these files; `prefix` is like TRIVIUM_FACADE_."""
         settings = {
             f"{prefix}TLS_CERT_FILE": str(self.certificate),
             f"{prefix}TLS_KEY_FILE": str(self.key),
@@ -53,7 +53,7 @@ class Files:
         return settings | ({f"{prefix}TLS_CLIENT_CA_FILE": str(self.ca)} if is_mutual else {})
 
     def channel(self, prefix: str) -> dict[str, str]:
-        """Settings of calls by these, with a certificate; as in TRIVIUM_FACADE_TOKENIZER_."""
+        """Settings of a client with these files; `prefix` is like TRIVIUM_FACADE_TOKENIZER_."""
         return {
             f"{prefix}TLS_CA_FILE": str(self.ca),
             f"{prefix}TLS_CERT_FILE": str(self.certificate),

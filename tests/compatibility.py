@@ -1,6 +1,6 @@
-"""What OpenAI says of each field, what Trivium does, and the test that shows it.
+"""What OpenAI specifies for each field, what Trivium does, and the test that shows it.
 
-docs/compatibility.md is made from these rows; a test holds that no field is without one.
+docs/compatibility.md is generated from these rows; a test checks that no field is missing.
 """
 
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Row:
-    """One field. `shown` is the test's id below tests/."""
+    """One field. `shown` is the id of a test, relative to tests/."""
 
     field: str
     openai: str
@@ -18,7 +18,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Keyword:
-    """Keywords of JSON Schema, what is done with them in a strict schema, and in others."""
+    """JSON Schema keywords, and what becomes of them in strict and in other schemas."""
 
     keywords: str
     strict: str
@@ -631,7 +631,7 @@ TABLES: dict[str, tuple[Row, ...]] = {
 
 
 def markdown(rows: tuple[Row, ...]) -> str:
-    """The rows as a page shows them."""
+    """The rows as a table in Markdown."""
     lines = ["| | OpenAI | Trivium | shown by |", "| --- | --- | --- | --- |"]
     for row in rows:
         file, _, test = row.shown.partition("::")
@@ -641,7 +641,7 @@ def markdown(rows: tuple[Row, ...]) -> str:
 
 
 def keywords_markdown() -> str:
-    """What is done with JSON Schema's keywords, as a page shows it."""
+    """The treatment of JSON Schema keywords as a table in Markdown."""
     lines = ["| keyword | `strict` | otherwise |", "| --- | --- | --- |"]
     lines += [f"| {row.keywords} | {row.strict} | {row.otherwise} |" for row in SCHEMA_KEYWORDS]
     return "\n".join(lines) + "\n"

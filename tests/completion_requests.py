@@ -1,4 +1,4 @@
-"""Requests of the public protocol, written flat as in JSON: each field goes where it belongs."""
+"""Requests of the public protocol from flat fields, as in JSON: each goes where it belongs."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from trivium.sampling.v1 import sampling_pb2
 
 
 def options(**fields: Any) -> chat_pb2.CompletionOptions:
-    """What chat and plain completions share."""
+    """The options that chat and plain completions share."""
     drawn = _taken(fields, sampling_pb2.SamplingParams)
     return chat_pb2.CompletionOptions(sampling=sampling_pb2.SamplingParams(**drawn), **fields)
 
@@ -19,5 +19,5 @@ def chat_request(**fields: Any) -> chat_pb2.CreateChatCompletionRequest:
 
 
 def _taken(fields: dict[str, Any], kind: Any) -> dict[str, Any]:
-    """Those of the fields that this kind of message has, taken out."""
+    """Removes and returns the fields that this kind of message has."""
     return {name: fields.pop(name) for name in kind.DESCRIPTOR.fields_by_name if name in fields}

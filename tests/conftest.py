@@ -1,4 +1,4 @@
-"""Which tests run: those marked gpu where there is a CUDA device, quick ones alone with --fast."""
+"""Which tests run: those marked gpu if there is a CUDA device, only quick ones with --fast."""
 
 import ast
 import functools
@@ -15,16 +15,16 @@ from hypothesis import settings
 from generator_svc.cuda import device_count
 from tests.ports import free_port
 
-# A busy machine makes an example slow, and a slow example is no fault.
+# Examples may be slow on a busy machine; that is not a failure.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 HERE = Path(__file__).parent
-# What only the exporter needs. With --fast it cannot be imported, and test files that import it, or
-# the exporter, are left out, be it by way of another module of tests/ or of their conftest.py;
+# Needed only by the exporter. With --fast it cannot be imported, and test files are left out that
+# import it, or the exporter, even through another module of tests/ or a conftest.py;
 HIDDEN = ("torch", "transformers", "optimum", "onnx", "gguf", "tests.tiny_models")
 EXPORTER = (*HIDDEN, "generator_svc.export")
-# so are those that start servers or other programs, or look at the clock,
+# so are those that start servers or other programs, or depend on timing,
 START_PROGRAMS = (
     "bench/test_gpu_bench.py",
     "bench/test_replicas_bench.py",
@@ -50,7 +50,7 @@ START_PROGRAMS = (
     "tokenizer_svc/test_generator_refusal.py",
     "tokenizer_svc/test_tokenizer_stage.py",
 )
-# and those that try everything out.
+# and exhaustive ones.
 EXHAUSTIVE = (
     "generator_svc/test_cuda_answers.py",
     "generator_svc/test_patterns.py",
@@ -84,23 +84,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def unused_tcp_port() -> int:
-    """A port at which nobody will listen; pytest-asyncio's own may be given to another test."""
+    """An unused port; pytest-asyncio's own fixture may return one that another test is given."""
     return free_port()
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores: half of the time of many tests is waiting."""
+    """One more than there are cores: many tests spend half of their time waiting."""
     return (os.cpu_count() or 1) + 1
 
 
 def _is_of_this_test(record: logging.LogRecord) -> bool:
-    """False for what gRPC's poller, one for all event loops, reports of an earlier test's loop."""
+    """False for errors that gRPC's shared poller logs for the event loop of an earlier test."""
     return "PollerCompletionQueue._handle_events" not in record.getMessage()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Fast tests try a few examples, and cannot import what only the exporter needs."""
+    """Fast tests try few examples, and cannot import what only the exporter needs."""
     logging.getLogger("asyncio").addFilter(_is_of_this_test)
     if config.getoption("--fast"):
         if gone := [str(path) for path in LEFT_OUT if not path.exists()]:
@@ -114,11 +114,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if not config.getoption("--fast"):
         return None
     is_left_out = collection_path in LEFT_OUT or _needs_the_exporter(collection_path)
-    return True if is_left_out else None  # others may have reasons of their own
+    return True if is_left_out else None  # other hooks may decide differently
 
 
 def _needs_the_exporter(path: Path) -> bool:
-    """Whether a test file, or the conftest.py of a folder, imports what only the exporter needs."""
+    """Whether a test file, or a folder's conftest.py, imports what only the exporter needs."""
     seen: set[Path] = set()
     to_look_at = [path / "conftest.py" if path.is_dir() else path]
     while to_look_at:
@@ -136,7 +136,7 @@ def _needs_the_exporter(path: Path) -> bool:
 
 @functools.cache
 def _imported(file: Path) -> set[str]:
-    """The modules that a file imports, at its top or anywhere else."""
+    """The modules that a file imports, also inside functions."""
     modules = set()
     for node in ast.walk(ast.parse(file.read_bytes())):
         if isinstance(node, ast.Import):
@@ -147,7 +147,7 @@ def _imported(file: Path) -> set[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need a CUDA device are skipped where there is none."""
+    """Tests that need a CUDA device are skipped if there is none."""
     on_device = [item for item in items if item.get_closest_marker("gpu")]
     if on_device and not device_count():
         for item in on_device:

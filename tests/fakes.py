@@ -1,4 +1,4 @@
-"""Stand-ins that make rare events happen on command, and keep dull books to compare with."""
+"""Fakes that trigger rare events on demand, with simple bookkeeping to compare with."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ EOS = 1
 
 
 def next_token(context: Sequence[int]) -> int:
-    """The scripted model's most likely token: any change of the context changes it."""
+    """The scripted model's most likely token, which depends on the whole context."""
     value = 0
     for token in context:
         value = (value * 31 + token + 7) % 1_000_003
@@ -32,7 +32,7 @@ def scripted_logits(context: Sequence[int]) -> Logits:
 
 
 def greedy(prompt: Sequence[int], count: int, eos: int | None = EOS) -> list[int]:
-    """What the scripted model answers, one token at a time."""
+    """The scripted model's greedy answer."""
     context = list(prompt)
     for _ in range(count):
         context.append(next_token(context))
@@ -42,7 +42,7 @@ def greedy(prompt: Sequence[int], count: int, eos: int | None = EOS) -> list[int
 
 
 class FixedPrefillCost(PrefillCostModel):
-    """Lets `tokens` of any prompt fit into each nanosecond, whatever was measured."""
+    """Each nanosecond has room for `tokens` of any prompt, whatever was measured."""
 
     def __init__(self, tokens: int) -> None:
         super().__init__()
@@ -56,10 +56,10 @@ class FixedPrefillCost(PrefillCostModel):
 
 
 class ScriptedRunner:
-    """A runner whose cache holds token ids, so that a slip of bookkeeping changes the answer.
+    """A runner whose cache holds token ids, so that a bookkeeping error changes the answer.
 
-    `fails` is asked before each run, with the run's slots, and may return an error to report.
-    `nanoseconds` gives each run's time. `chunks` and `moves` count what was asked for.
+    `fails` is called before each run with its slots, and may return an error to report. `plans` has
+    all plans, and `busy` the total of the random run times in nanoseconds.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class ScriptedRunner:
 
     @property
     def prefilled_tokens(self) -> int:
-        """Without padding."""
+        """Prefilled tokens without padding."""
         chunks = [len(chunk.token_ids) for plan in self.plans for chunk in plan.chunks]
         batches = [batch for plan in self.plans for batch in plan.batches]
         return sum(chunks) + sum(len(prompt) for batch in batches for prompt in batch.prompts)
@@ -114,7 +114,7 @@ class ScriptedRunner:
         return nanoseconds
 
     def _compute_prompts(self, batch: PromptBatch) -> RunResult:
-        """Overwrites what the padding covers, as the real one does."""
+        """Overwrites the memory under the padding, like the real runner."""
         rows = []
         for slot, prompt in enumerate(batch.prompts, start=batch.first_slot):
             self.memory[slot][: batch.length] = [0] * batch.length

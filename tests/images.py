@@ -1,4 +1,4 @@
-"""The Dockerfile's stages, and the settings that services read in an environment."""
+"""The Dockerfile's stages, and services' settings in a given environment."""
 
 import re
 from pathlib import Path
@@ -16,11 +16,11 @@ SERVICES: dict[str, type[BaseSettings]] = {
     "tokenizer_svc": TokenizerSettings,
     "generator_svc": GeneratorSettings,
 }
-LAST_WORDS_SECONDS = 5  # what the facade takes after its drain to end cut streams
+LAST_WORDS_SECONDS = 5  # for the facade to end interrupted streams after its drain
 
 
 def dockerfile() -> dict[str, tuple[str, list[str]]]:
-    """Stages by name: what each is built from, and its instructions."""
+    """Stages by name: their parent and their instructions."""
     text = re.sub(r"\\\n\s*", "", (ROOT / "Dockerfile").read_text())
     stages: dict[str, tuple[str, list[str]]] = {}
     for line in text.splitlines():
@@ -34,20 +34,20 @@ def dockerfile() -> dict[str, tuple[str, list[str]]]:
 
 
 def instructions(target: str) -> list[str]:
-    """All instructions of a stage, those of its ancestors first."""
+    """All instructions of a stage, including its ancestors', which come first."""
     parent, lines = dockerfile()[target]
     return [*(instructions(parent) if parent in dockerfile() else []), *lines]
 
 
 def last(target: str, word: str) -> str:
-    """What the last instruction of a kind says."""
+    """The arguments of the last instruction of a kind."""
     return [line for line in instructions(target) if line.startswith(f"{word} ")][-1][
         len(word) + 1 :
     ]
 
 
 def dockerfile_environment(target: str) -> dict[str, str]:
-    """The variables of a container of this target."""
+    """The environment of a container of this target."""
     pairs = [line[4:].split() for line in instructions(target) if line.startswith("ENV ")]
     return dict(pair.split("=", 1) for line in pairs for pair in line)
 
@@ -55,7 +55,7 @@ def dockerfile_environment(target: str) -> dict[str, str]:
 def read_settings(
     service: str, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> BaseSettings:
-    """The service's settings in that environment; raises if one is wrong or none of ours."""
+    """The service's settings in that environment; raises if a variable is invalid or unknown."""
     prefix = SERVICES[service].model_config["env_prefix"]
     ours = {name: value for name, value in environment.items() if name.startswith("TRIVIUM_")}
     known = {f"{prefix}{field}".upper() for field in SERVICES[service].model_fields}

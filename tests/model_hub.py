@@ -1,7 +1,7 @@
-"""A hub of models on the loopback interface that speaks as much of huggingface.co as is asked for.
+"""A model hub on loopback that implements the parts of huggingface.co's API that are used.
 
 As there, small files come from the hub itself, and large ones from another host (the CDN) to which
-the hub redirects; it offers Xet for those, too. What was asked for and what was sent is recorded.
+the hub redirects, offering Xet too. Requests and bytes sent are recorded.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ _PIECE = 2**20
 
 @dataclass(frozen=True)
 class Request:
-    """One that arrived, at "hub" or "cdn"."""
+    """A request that arrived at "hub" or "cdn"."""
 
     host: str
     method: str
@@ -33,17 +33,17 @@ class Request:
 
 @dataclass
 class ModelHub:
-    """Answers for `models`: repository → revision → file → content, or the path of its content."""
+    """Serves `models`: repository → revision → file → content, or the path of its content."""
 
     models: dict[str, dict[str, dict[str, bytes | Path]]] = field(default_factory=dict)
     tokens: set[str] = field(default_factory=set)  # any other is refused
     gated: dict[str, str] = field(default_factory=dict)  # repository → the token with access
-    status: HTTPStatus | None = None  # with which all is answered
-    # By file, for one answer after another: bytes after which the connection is cut, or waits.
+    status: HTTPStatus | None = None  # of all responses, if set
+    # By file, for consecutive responses: bytes after which the connection is cut, or stalls.
     cuts: dict[str, list[int]] = field(default_factory=dict)
     stalls: dict[str, list[int]] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
-    sent: Counter[str] = field(default_factory=Counter)  # bytes of each file
+    sent: Counter[str] = field(default_factory=Counter)  # bytes by file
     url: str = ""
     cdn: str = ""
     closing: threading.Event = field(default_factory=threading.Event)
@@ -58,16 +58,16 @@ class ModelHub:
         self.models.setdefault(name, {})[revision] = files
 
     def fetched(self) -> list[str]:
-        """The files whose content was asked for, in the order of their names."""
+        """The files whose content was requested, sorted."""
         paths = {request.path for request in self.requests if request.method == "GET"}
         return sorted(path.split("/", 5)[5] for path in paths if "/resolve/" in path)
 
     def commit(self, name: str, revision: str) -> str:
-        """The commit that a revision is."""
+        """The commit of a revision."""
         return hashlib.sha1(f"{name}@{revision}".encode()).hexdigest()
 
     def files(self, name: str, revision: str) -> dict[str, bytes | Path] | None:
-        """By a revision's name or its commit."""
+        """The files of a revision, by its name or its commit."""
         for known, files in self.models[name].items():
             if revision in (known, self.commit(name, known)):
                 return files
@@ -75,7 +75,7 @@ class ModelHub:
 
     @contextmanager
     def served(self) -> Iterator["ModelHub"]:
-        """With `url` for HF_ENDPOINT; stops at the end."""
+        """Runs the hub while the context lasts; `url` is for HF_ENDPOINT."""
         servers = []
         for host in ("hub", "cdn"):
             handler = type(host, (_Handler,), {"hub": self, "host": host})
@@ -122,7 +122,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 ("X-Error-Message", "Invalid credentials in Authorization header"),
             )
         if repository not in self.hub.models:
-            # As the hub does, which tells nobody which private models there are.
+            # Like the real hub, which does not reveal which private models exist.
             status = HTTPStatus.NOT_FOUND if token else HTTPStatus.UNAUTHORIZED
             return self._refuse(status, ("X-Error-Code", "RepoNotFound"))
         files = self.hub.files(repository, revision)

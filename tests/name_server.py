@@ -1,4 +1,4 @@
-"""A name server on the loopback interface that knows what a test says, and may change its mind."""
+"""A name server on loopback with records that a test sets and may change."""
 
 import asyncio
 import ipaddress
@@ -16,16 +16,16 @@ _HEADER = struct.Struct("!6H")
 
 
 class NameServer:
-    """Answers A and AAAA queries by `names`, a name's IP addresses; other names do not exist.
+    """Answers A and AAAA queries from `names`, each name's IP addresses; other names do not exist.
 
-    A context manager; over UDP alone. Names may be changed at any time: nobody may keep an answer.
-    Questions for a name in `unanswered` are counted there and have no answer.
+    A context manager; UDP only. Names may change at any time, so the TTL is 0. Queries for a name
+    in `unanswered` are counted there and get no answer.
     """
 
     def __init__(self, **names: Sequence[str]) -> None:
         self.names: dict[str, Sequence[str]] = dict(names)
         self.unanswered: dict[str, int] = {}
-        self._unseen: Counter[str] = Counter()  # questions until a change has been taken in
+        self._unseen: Counter[str] = Counter()  # queries until a change has been applied
         self._seen = threading.Event()
         self._server = socketserver.UDPServer(("127.0.0.1", 0), self._handler())
         self.port: int = self._server.server_address[1]
@@ -39,11 +39,11 @@ class NameServer:
         self._server.server_close()
 
     def target(self, name: str, port: int) -> str:
-        """What a gRPC channel is opened to: `port` at every address of `name`."""
+        """A gRPC channel's target: `port` at every address of `name`."""
         return f"dns://127.0.0.1:{self.port}/{name}:{port}"
 
     async def change(self, name: str, *addresses: str) -> None:
-        """Gives a name other addresses, and returns when whoever asks for it has taken them in.
+        """Changes a name's addresses, and returns once the resolver has applied the change.
 
         That is known when it asks again.
         """
@@ -79,7 +79,7 @@ class NameServer:
         if name in self.unanswered:
             self.unanswered[name] += 1
             return None
-        if kind == _A:  # most ask for AAAA besides
+        if kind == _A:  # most also ask for AAAA
             self._note(name)
         known = self.names.get(name)
         packed = [ipaddress.ip_address(address).packed for address in known or ()]

@@ -1,4 +1,4 @@
-"""Node from its PyPI wheel, and npm packages that are fetched once for each lock file."""
+"""Node from its PyPI wheel, and npm packages that are fetched once per lock file."""
 
 import hashlib
 import os
@@ -16,7 +16,7 @@ def executable() -> Path:
 
 
 def beside_packages(script: Path) -> Path:
-    """A copy of `script` beside the packages that the package-lock.json next to it names."""
+    """A copy of `script` next to the packages in its folder's package-lock.json."""
     root = os.environ.get("XDG_CACHE_HOME")
     cache = (Path(root) if root else Path.home() / ".cache") / "trivium" / "tests"
     lock = (script.parent / "package-lock.json").read_bytes()

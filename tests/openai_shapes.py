@@ -1,7 +1,7 @@
-"""OpenAI's published shapes, and a watch over everything that httpx receives.
+"""OpenAI's published shapes, and checks of everything that httpx receives.
 
-The schemas in schemas/openai are kept by hand; what Trivium adds is marked `x-trivium` there, and
-nothing else may be added. The official client's models are asked too, strictly.
+The schemas in schemas/openai are maintained by hand; Trivium's additions are marked `x-trivium`,
+and no others are allowed. The official client's models are checked strictly too.
 """
 
 import contextlib
@@ -33,12 +33,12 @@ _MODELS: dict[str, Any] = {
 
 
 def check(name: str, body: Any) -> None:
-    """Raises AssertionError unless `body` has the shape `name`, to the last key."""
+    """Raises AssertionError unless `body` has exactly the shape `name`."""
     errors = [
         f"{error.json_path}: {error.message}" for error in _VALIDATORS[name].iter_errors(body)
     ]
     assert not errors, f"no {name}: {errors}: {body}"
-    # The client has no nulls where OpenAI sends them for the first token of an echo.
+    # OpenAI sends nulls for the first token of an echo, which the client's models do not allow.
     if name in _MODELS and not _has_echo(body):
         _MODELS[name].model_validate(body, strict=True)
     if name == "list":
@@ -52,9 +52,10 @@ def _has_echo(body: Any) -> bool:
 
 
 def check_answer(path: str, status: int, media_type: str, body: bytes, complete: bool) -> None:
-    """Checks all of an answer that can be: a body, or a stream's events, the last one perhaps cut.
+    """Checks an answer as far as possible: a body, or a stream's events, of which the last may be
+    cut.
 
-    A complete stream ends with `[DONE]` or with an error.
+    A complete stream ends with `[DONE]` or an error.
     """
     if media_type.startswith("text/event-stream"):
         _check_events(path, body.decode(errors="replace"), complete)
@@ -83,7 +84,7 @@ def _check_events(path: str, text: str, complete: bool) -> None:
 
 
 class _Watch(httpx.AsyncByteStream, httpx.SyncByteStream):
-    """Passes a body on, and checks it when it has ended or is let go of."""
+    """Passes a body on, and checks it when it ends or is closed."""
 
     def __init__(self, inner: Any, check_body: Callable[[bytes, bool], None]) -> None:
         self._inner = inner
@@ -129,7 +130,7 @@ def _watch(request: httpx.Request, response: httpx.Response) -> httpx.Response:
 
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
-    """While it lasts, whatever any client built on httpx receives must have OpenAI's shapes."""
+    """While the context lasts, everything that clients based on httpx receive is checked."""
     sync, asynchronous = httpx.HTTPTransport, httpx.AsyncHTTPTransport
     plain, plain_async = sync.handle_request, asynchronous.handle_async_request
 

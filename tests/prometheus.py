@@ -1,4 +1,4 @@
-"""Prometheus' programs, which come in Debian's package `prometheus` and in none of PyPI's."""
+"""Prometheus' programs, which are in Debian's package `prometheus` but not on PyPI."""
 
 import math
 import shutil
@@ -15,13 +15,13 @@ from tests.ports import free_port
 
 
 def promtool(*arguments: str | Path, text: str = "") -> subprocess.CompletedProcess[str]:
-    """Runs it with `text` as its standard input."""
+    """Runs promtool with `text` as its standard input."""
     command = [installed("promtool"), *map(str, arguments)]
     return subprocess.run(command, input=text, capture_output=True, text=True, check=False)
 
 
 def lint(text: str) -> set[tuple[str, str]]:
-    """What `promtool check metrics` finds fault with in a scrape: metrics and what is wrong."""
+    """What `promtool check metrics` reports for a scrape: metrics and their faults."""
     result = promtool("check", "metrics", text=text)
     lines = (result.stdout + result.stderr).splitlines()
     assert not any(line.startswith("error") for line in lines), lines
@@ -29,7 +29,7 @@ def lint(text: str) -> set[tuple[str, str]]:
 
 
 def installed(program: str) -> str:
-    """Its path; skips the test where it is not installed."""
+    """The program's path; skips the test if it is not installed."""
     path = shutil.which(program)
     if path is None:
         pytest.skip(f"not installed: {program}; it is in Debian's package prometheus")
@@ -37,8 +37,8 @@ def installed(program: str) -> str:
 
 
 class Prometheus:
-    """A real Prometheus that scrapes `targets`, addresses by job, each second, and evaluates the
-    `rules`. A context manager around what is asked of it."""
+    """A real Prometheus that scrapes `targets` (addresses by job) every second and evaluates
+    `rules`. A context manager."""
 
     def __init__(self, folder: Path, targets: dict[str, list[str]], rules: Path) -> None:
         port = free_port()
@@ -68,7 +68,7 @@ class Prometheus:
         self._process.wait()
 
     def until_it_scrapes(self, count: int) -> None:
-        """Returns once it has had an answer of so many targets."""
+        """Returns once it has scraped `count` targets."""
         deadline = time.monotonic() + 60
         while self._is_up() < count:
             assert self._process.poll() is None, self._log.read_text()
@@ -78,18 +78,18 @@ class Prometheus:
     def _is_up(self) -> int:
         try:
             found = self.ask("query", query="count(up == 1)")["result"]
-        except (httpx.TransportError, AssertionError):  # it begins
+        except (httpx.TransportError, AssertionError):  # it is starting
             return 0
         return int(found[0]["value"][1]) if found else 0
 
     def ask(self, what: str, **parameters: str | float) -> Any:
-        """The data of an answer of its HTTP API, whose path ends in `what`."""
+        """The data that its HTTP API returns for `what`."""
         answer = self._client.get(f"/api/v1/{what}", params=parameters)
         assert answer.status_code == 200, answer.text
         return answer.json()["data"]
 
     def values(self, query: str, since: float) -> list[float]:
-        """All numbers that a graph of `query` shows, second by second from `since` to now."""
+        """All values in a graph of `query`, second by second from `since` to now."""
         data = self.ask("query_range", query=query, start=since, end=time.time(), step=1)
         numbers = [float(value) for series in data["result"] for _, value in series["values"]]
         return [number for number in numbers if math.isfinite(number)]

@@ -1,6 +1,6 @@
-"""What `promtool check metrics` finds fault with: the rules of Prometheus' promlint, in Python.
+"""What `promtool check metrics` reports: the rules of Prometheus' promlint, in Python.
 
-So that metrics are checked where no Prometheus is installed; where one is, the two are compared.
+Metrics are thus checked even without Prometheus; if it is installed, the two are compared.
 """
 
 import re
@@ -25,8 +25,8 @@ _CAMEL_CASE = re.compile(r"[a-z][A-Z]")
 
 
 def faults(family: Metric) -> Iterator[str]:
-    """All faults of a metric, in promtool's words."""
-    # prometheus_client takes `_total` from a counter's name, and puts it back as it writes.
+    """All faults of a metric, in promtool's wording."""
+    # prometheus_client removes `_total` from a counter's name, and adds it again in its output.
     name = f"{family.name}_total" if family.type == "counter" else family.name
     if not family.documentation:
         yield "no help text"
@@ -55,14 +55,14 @@ def faults(family: Metric) -> Iterator[str]:
 
 
 def is_wanted(name: str, fault: str) -> bool:
-    """vLLM's names are vLLM's, and device time is counted in whole nanoseconds, which add up."""
+    """vLLM's names are given, and device time is in whole nanoseconds so that it adds up."""
     return name.startswith("vllm:") or (
         "_device_" in name and fault.startswith('use base unit "seconds"')
     )
 
 
 def _base_unit(part: str) -> str | None:
-    """The unit that a part of a name should be in; None if it is no unit."""
+    """The base unit for a part of a name; None if it is not a unit."""
     for base, others in _BASE_UNITS.items():
         if part in (base, *others, *(prefix + base for prefix in _PREFIXES)):
             return base

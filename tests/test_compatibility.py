@@ -1,4 +1,4 @@
-"""docs/compatibility.md has every field, and each row is shown by a test that exists."""
+"""docs/compatibility.md has every field, and each row names a test that exists."""
 
 import ast
 from collections.abc import Iterator
@@ -29,13 +29,13 @@ ROWS = [row for rows in TABLES.values() for row in rows]
 
 
 def fields(rows: tuple[Row, ...]) -> str:
-    """All fields that the rows name, one after another."""
+    """All fields in these rows, joined by commas."""
     return ", ".join(row.field for row in rows) + ","
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.field)
 def test_the_test_that_shows_it_exists(row: Row) -> None:
-    """The test named in a row can be found, and says what it shows."""
+    """The test named in a row exists and has a docstring."""
     file, _, name = row.shown.partition("::")
     functions = {
         node.name: ast.get_docstring(node)
@@ -47,12 +47,12 @@ def test_the_test_that_shows_it_exists(row: Row) -> None:
 
 
 def test_every_request_field_has_a_row() -> None:
-    """Fields that we know, and fields that OpenAI's client can send, all stand in the table."""
+    """Fields that we know, and fields that OpenAI's client can send, are all in the table."""
     named = {row.field for row in CHAT_REQUEST}
     ours = ChatCompletionRequest.model_fields.keys() - {"stream_options"}
     openais = CompletionCreateParamsBase.__annotations__.keys() - {"stream_options"}
     messages = {f"messages[].{name}" for name in MessageParam.model_fields} - {
-        "messages[].reasoning"  # in the row of reasoning_content
+        "messages[].reasoning"  # in reasoning_content's row
     }
 
     assert set() == (ours | openais | messages) - named
@@ -82,7 +82,7 @@ def extensions(schema: Any, name: str = "") -> Iterator[str]:
 
 
 def test_every_extension_of_an_answer_has_a_row() -> None:
-    """What the schemas let us add to OpenAI's answers stands in the tables, and is called so."""
+    """What the schemas add to OpenAI's answers is in the tables, as an extension."""
     rows = {
         row.field.rpartition(".")[2]: row for row in (*CHAT_ANSWER, *COMPLETION_ANSWER, *MODELS)
     }

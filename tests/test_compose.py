@@ -1,4 +1,4 @@
-"""Dockerfile, compose files and edge: true to the commands and the settings."""
+"""Dockerfile, compose files and edge match the commands and the settings."""
 
 import json
 import re
@@ -48,7 +48,7 @@ def test_each_target_starts_its_service(service: str) -> None:
 def test_health_checks_ask_what_never_has_tls_or_use_it(
     service: str, has_tls: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The ports of metrics, or that of REST, which has them all unless it is told otherwise."""
+    """They use the metrics port, which never has TLS, or the REST port with TLS if that is on."""
     port = default(service, "metrics_port")
     scheme = "https" if has_tls and not port else "http"
     expected = (
@@ -67,13 +67,13 @@ def test_health_checks_ask_what_never_has_tls_or_use_it(
 
 
 def test_the_generator_has_its_weights_in_huge_pages() -> None:
-    """As `trivium up` starts it."""
+    """The image sets the same variable as `trivium up`."""
     assert HUGE_PAGES == dockerfile_environment("generator_svc")[TUNABLES]
 
 
 @pytest.mark.parametrize("target", [*SERVICES, "generator_svc-cuda", "export"])
 def test_what_is_written_goes_where_it_can(target: str) -> None:
-    """The root may be read-only and the user any: home is /tmp. Nothing is reported to anyone."""
+    """The root may be read-only and the user arbitrary: home is /tmp. No telemetry is sent."""
     environment = dockerfile_environment(target)
 
     assert "/tmp" == environment["HOME"]
@@ -82,7 +82,7 @@ def test_what_is_written_goes_where_it_can(target: str) -> None:
 
 @pytest.mark.parametrize("target", [*SERVICES, "generator_svc-cuda"])
 def test_a_stop_is_a_drain(target: str) -> None:
-    """What a container is stopped with is what services drain at."""
+    """Containers are stopped with the signal on which services drain."""
     assert "SIGTERM" == last(target, "STOPSIGNAL")
 
 
@@ -103,7 +103,7 @@ def test_serving_images_have_no_pytorch(target: str) -> None:
 
 
 def test_what_is_copied_exists() -> None:
-    """Each path that is copied into an image exists and is let through by .dockerignore."""
+    """Each path copied into an image exists and is not excluded by .dockerignore."""
     ignore = (ROOT / ".dockerignore").read_text().splitlines()
     copied = [line.split()[1:-1] for line in instructions("build") if line.startswith("COPY ")]
     paths = [path for line in copied for path in line]
@@ -117,7 +117,7 @@ def test_what_is_copied_exists() -> None:
 def test_compose_starts_what_the_dockerfile_has(
     service: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each service is built from its target, with settings that it accepts."""
+    """Each service is built from its target, with valid settings."""
     found = compose()["services"][service]
     environment = {**dockerfile_environment(service), **found["environment"]}
     settings = read_settings(service, environment, monkeypatch)
@@ -128,7 +128,7 @@ def test_compose_starts_what_the_dockerfile_has(
 
 
 def test_compose_collects_usage_records(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both stages that write them do, to where `docker compose logs` finds them."""
+    """Both stages that write them log them to standard output, for `docker compose logs`."""
     for name in ("rest_facade", "generator_svc"):
         environment = compose()["services"][name]["environment"]
         settings = read_settings(name, environment, monkeypatch)
@@ -137,13 +137,13 @@ def test_compose_collects_usage_records(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_compose_fetches_gated_models() -> None:
-    """The export has the token and the hub of whoever runs it."""
+    """The export gets the user's token and hub endpoint."""
     assert ["HF_TOKEN", "HF_ENDPOINT"] == compose()["services"]["export"]["environment"]
 
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_compose_can_scale_each_stage(service: str) -> None:
-    """Nothing of a stage exists once only: no name, no port of the host."""
+    """No stage has a fixed name or a port of the host."""
     assert not {"container_name", "ports", "hostname"} & compose()["services"][service].keys()
 
 
@@ -156,12 +156,12 @@ def test_compose_hardens_and_waits(service: str) -> None:
     assert found["read_only"] is True
     assert "/tmp" in found["tmpfs"]
     assert ["ALL"] == found["cap_drop"]
-    assert found["init"] is True  # process 1 would ignore SIGTERM while it loads
+    assert found["init"] is True  # process 1 would ignore SIGTERM during startup
     assert int(found["stop_grace_period"].removesuffix("s")) > drains + LAST_WORDS_SECONDS
 
 
 def test_stages_call_each_other_by_name() -> None:
-    """Targets name the next service, by DNS so that all replicas are used, and its port."""
+    """Targets are the next service's DNS name, which resolves to all replicas, and its port."""
     services = compose()["services"]
     chat = services["rest_facade"]["environment"]["TRIVIUM_FACADE_TOKENIZER_TARGET"]
     generator = services["tokenizer_svc"]["environment"]["TRIVIUM_TOKENIZER_GENERATOR_TARGET"]
@@ -182,7 +182,7 @@ def test_the_gpu_variant_reserves_a_device() -> None:
 
 
 def test_the_edge_speaks_like_the_facade() -> None:
-    """Its own answers are OpenAI's error object, with status and type of the table of errors."""
+    """Its own responses are OpenAI's error objects, with status and type as in docs/errors.md."""
     config = (ROOT / "deploy" / "nginx.conf").read_text()
     said = re.findall(r"return (\d+) '(.*)';", config)
 
@@ -197,7 +197,7 @@ def test_the_edge_speaks_like_the_facade() -> None:
 
 
 def test_the_edge_is_ready_when_the_services_are() -> None:
-    """Its health check asks the facade through it, and its stop waits for the services'."""
+    """Its health check calls the facade through it, and its stop waits for the services'."""
     edge = compose()["services"]["edge"]
 
     assert "http://127.0.0.1:8080/health" == edge["healthcheck"]["test"][-1]
@@ -206,8 +206,7 @@ def test_the_edge_is_ready_when_the_services_are() -> None:
 
 
 def test_envoy_takes_the_place_of_nginx() -> None:
-    """The override changes the edge alone, whose file listens where nginx does and calls the
-    services by their names and ports."""
+    """The override changes only the edge, which has nginx's ports and the services' addresses."""
     services = compose("compose.envoy.yaml")["services"]
     edge = services["edge"]
     (mount,) = edge["volumes"]

@@ -1,4 +1,4 @@
-"""What the pages say is what the code does."""
+"""The docs match the code."""
 
 import inspect
 import re
@@ -16,28 +16,28 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_generated_sections_are_up_to_date(page: Path, generate: ModuleType) -> None:
-    """`make docs` would change nothing: settings, metrics, errors and modules are as they are."""
+    """`make docs` would change nothing: settings, metrics, errors and modules are current."""
     text = page.read_text()
 
     assert generate.renewed(text) == text, f"{page.name} is out of date: run make docs"
 
 
 def test_every_generated_section_has_a_page(generate: ModuleType) -> None:
-    """Nothing that can be generated is left out."""
+    """Everything that is generated is on a page."""
     shown = re.findall(r"<!-- begin ([\w-]+) -->", "\n".join(page.read_text() for page in PAGES))
 
     assert sorted(generate.SECTIONS) == sorted(shown)
 
 
 def test_the_architecture_names_every_package(generate: ModuleType) -> None:
-    """Each folder with code has its line, so that a newcomer finds the way."""
+    """Each folder with code has a line, to help newcomers."""
     page = (ROOT / "docs" / "architecture.md").read_text()
 
     assert [] == [folder for folder in generate.folders() if f"| `{folder}` |" not in page]
 
 
 def test_every_decision_has_a_date_and_a_status() -> None:
-    """Under its title, so that one sees at once whether it still stands."""
+    """They are under the title, to show at a glance whether the decision is current."""
     line = re.compile(r"# \d+\. .+\n\n\d{4}-\d\d-\d\d\. Status: (Accepted|Superseded by \d+)[.;]")
 
     assert [] == [
@@ -49,7 +49,7 @@ def test_every_decision_has_a_date_and_a_status() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    """Links to files of the repository name files that exist."""
+    """Relative links name files that exist."""
     targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text())
 
     assert [] == [target for target in targets if not (page.parent / target).exists()]
@@ -57,7 +57,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_make_targets_exist(page: Path) -> None:
-    """Every `make …` that a page tells to type is in the Makefile."""
+    """Every `make …` on a page is a target in the Makefile."""
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     told = set(re.findall(r"(?:^    |`)make ([a-z-]+)", page.read_text(), re.MULTILINE))
 
@@ -66,7 +66,7 @@ def test_make_targets_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_variables_exist(page: Path, generate: ModuleType) -> None:
-    """Every TRIVIUM_… variable that a page names is one that something reads."""
+    """Every TRIVIUM_… variable on a page is one that the code reads."""
     known = {"TRIVIUM_CACHE", "TRIVIUM_PROTOS", "TRIVIUM_TEST_BROWSER"}
     for cls in (
         generate.FacadeSettings,
@@ -80,7 +80,7 @@ def test_variables_exist(page: Path, generate: ModuleType) -> None:
 
 
 def test_the_readme_quotes_the_engine() -> None:
-    """The step in the README is the engine's, line for line."""
+    """The README quotes the engine's step verbatim."""
     readme = (ROOT / "README.md").read_text()
     quoted = readme[readme.index("def step(self)") :].partition("```")[0]
 

@@ -1,4 +1,4 @@
-"""Cores and memory are those of the container, not those of its host."""
+"""Cores and memory are the container's, not the host's."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ def v1(controllers: str, top: str = "/") -> str:
 
 
 class Host:
-    """The files of a host with 64 cores of two threads each and 256 GiB, of which 200 are free."""
+    """The files of a host with 64 cores of two threads each and 256 GiB, 200 of them available."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -73,17 +73,17 @@ def host(tmp_path: Path) -> Host:
     ],
 )
 def test_a_core_counts_once(host: Host, cpus: range, cores: int) -> None:
-    """The affinity mask names logical CPUs; those that share a core share its arithmetic units."""
+    """The affinity mask lists logical CPUs; those of one core share its arithmetic units."""
     assert cores == host.cores(cpus)
 
 
 def test_without_a_topology_each_cpu_is_a_core(tmp_path: Path) -> None:
-    """As on macOS, and in sandboxes that show no /sys."""
+    """There is no topology on macOS, or in sandboxes without /sys."""
     assert 5 == cpu_limit(tmp_path, range(5)).cores
 
 
 def test_a_host_without_cgroups_has_its_own_memory(host: Host) -> None:
-    """What is available, and where the number is from."""
+    """The limit has the available memory, and says that it is this host's."""
     assert MemoryLimit(256 * GIB, 200 * GIB, "this host") == host.memory()
 
 
@@ -92,7 +92,7 @@ def test_a_host_without_cgroups_has_its_own_memory(host: Host) -> None:
     [("max 100000", 64), ("400000 100000", 4), ("250000 100000", 2), ("50000 100000", 1)],
 )
 def test_the_quota_of_a_container_under_version_2(host: Host, quota: str, cores: int) -> None:
-    """Rounded down, since threads that exceed it stand still; one at least."""
+    """Quotas are rounded down, as threads that exceed them are throttled, but to at least one."""
     host.mount(V2)
     host.groups("0::/")
     host.limit(".", cpu__max=quota)
@@ -107,7 +107,7 @@ def test_the_quota_of_a_container_under_version_2(host: Host, quota: str, cores:
 def test_the_quota_of_a_container_under_version_1(
     host: Host, controllers: str, quota: str, cores: int
 ) -> None:
-    """Docker mounts the container's own group, whose path on the host is told all the same."""
+    """Docker mounts the container's own group, while /proc shows its path on the host."""
     host.mount(v1(controllers, "/docker/abc"))
     host.groups(f"3:{controllers}:/docker/abc", "0::/docker/abc")
     host.limit(controllers, cpu__cfs_quota_us=quota, cpu__cfs_period_us="100000")
@@ -116,7 +116,7 @@ def test_the_quota_of_a_container_under_version_1(
 
 
 def test_the_quota_says_where_it_is_from(host: Host) -> None:
-    """So that an operator knows what to change."""
+    """An operator thereby knows what to change."""
     host.mount(V2)
     host.groups("0::/kubepods/pod1")
     host.limit("kubepods/pod1", cpu__max="350000 100000")
@@ -128,7 +128,7 @@ def test_the_quota_says_where_it_is_from(host: Host) -> None:
 
 
 def test_a_quota_above_the_affinity_mask_says_nothing(host: Host) -> None:
-    """Four CPUs' time, but two cores to spend it on."""
+    """Four CPUs' time is of no use with two cores."""
     host.mount(V2)
     host.groups("0::/")
     host.limit(".", cpu__max="400000 100000")
@@ -140,7 +140,7 @@ def test_a_quota_above_the_affinity_mask_says_nothing(host: Host) -> None:
     "group", ["kubepods/pod1/container", "kubepods/pod1", "kubepods", "."], ids=str
 )
 def test_the_lowest_limit_on_the_way_up_counts(host: Host, group: str) -> None:
-    """A pod's limit holds for its containers, and a slice's for its pods."""
+    """A pod's limit applies to its containers, and a slice's to its pods."""
     host.mount(V2)
     host.groups("0::/kubepods/pod1/container")
     host.limit("kubepods/pod1/container", memory__max=str(8 * GIB), memory__current="0")
@@ -154,7 +154,7 @@ def test_the_lowest_limit_on_the_way_up_counts(host: Host, group: str) -> None:
 
 
 def test_the_group_with_the_least_left_counts(host: Host) -> None:
-    """A higher limit that others have used up leaves less than a lower one."""
+    """A higher limit that others have used up may leave less than a lower one."""
     host.mount(V2)
     host.groups("0::/pod/container")
     host.limit("pod/container", memory__max=str(2 * GIB), memory__current="0")
@@ -164,7 +164,7 @@ def test_the_group_with_the_least_left_counts(host: Host) -> None:
 
 
 def test_memory_high_is_a_limit(host: Host) -> None:
-    """Above it the kernel slows the group down until it is of no use."""
+    """Above memory.high the kernel slows the group down until it is useless."""
     host.mount(V2)
     host.groups("0::/")
     host.limit(".", memory__max=str(4 * GIB), memory__high=str(3 * GIB), memory__current=str(GIB))
@@ -173,7 +173,7 @@ def test_memory_high_is_a_limit(host: Host) -> None:
 
 
 def test_no_limit_under_version_2(host: Host) -> None:
-    """The word is max."""
+    """An absent limit is written as `max`."""
     host.mount(V2)
     host.groups("0::/")
     host.limit(".", memory__max="max", memory__high="max", memory__current=str(300 * GIB))
@@ -182,7 +182,7 @@ def test_no_limit_under_version_2(host: Host) -> None:
 
 
 def test_file_pages_are_free(host: Host) -> None:
-    """The kernel drops them when memory is short; shared memory is none of them."""
+    """The kernel drops file pages when memory is short, but not shared memory."""
     host.mount(V2)
     host.groups("0::/")
     statistics = f"anon {MIB}\nfile {900 * MIB}\nshmem 0\ninactive_file {500 * MIB}\n"
@@ -193,7 +193,7 @@ def test_file_pages_are_free(host: Host) -> None:
 
 
 def test_a_limit_below_what_is_used_leaves_nothing(host: Host) -> None:
-    """Not less than nothing."""
+    """What is left is zero, not negative."""
     host.mount(V2)
     host.groups("0::/")
     host.limit(".", memory__max=str(GIB), memory__current=str(2 * GIB))
@@ -205,7 +205,7 @@ def test_a_limit_below_what_is_used_leaves_nothing(host: Host) -> None:
     ("group", "top"), [("/docker/abc", "/docker/abc"), ("/docker/abc", "/"), ("/", "/")]
 )
 def test_memory_under_version_1(host: Host, group: str, top: str) -> None:
-    """In a container or beside one; `total_` counts the groups below too."""
+    """This works in a container or beside one; `total_` includes child groups."""
     folder = "memory" if group == top else f"memory{group}"
     host.mount(v1("cpu", top), v1("memory", top), V2_BESIDE_V1)
     host.groups(f"4:memory:{group}", f"1:cpu:{group}", "0::/")
@@ -218,7 +218,7 @@ def test_memory_under_version_1(host: Host, group: str, top: str) -> None:
 
 
 def test_a_limit_above_the_mounted_group_under_version_1(host: Host) -> None:
-    """A pod's, of which a container sees no folder but this number."""
+    """A container cannot see its pod's group, but has this number."""
     host.mount(v1("memory", "/kubepods/pod1/container"))
     host.groups("4:memory:/kubepods/pod1/container")
     host.limit("memory", memory__limit_in_bytes=UNLIMITED_V1, memory__usage_in_bytes="0")
@@ -229,7 +229,7 @@ def test_a_limit_above_the_mounted_group_under_version_1(host: Host) -> None:
 
 @pytest.mark.parametrize("group", ["/../../elsewhere", "/elsewhere/entirely"])
 def test_a_group_out_of_sight(host: Host, group: str) -> None:
-    """What is mounted is all that can be asked."""
+    """Only what is mounted can be read."""
     host.mount(V2.replace(" / /sys", " /container /sys"))
     host.groups(f"0::{group}")
     host.limit(".", memory__max=str(GIB), memory__current="0", cpu__max="100000 100000")
@@ -239,7 +239,7 @@ def test_a_group_out_of_sight(host: Host, group: str) -> None:
 
 
 def test_this_very_process_has_limits() -> None:
-    """Whatever runs the tests has a core, and memory of which some is used."""
+    """The test process has at least one core, and some of its memory is in use."""
     memory = memory_limit()
 
     assert cpu_limit().cores >= 1
@@ -256,7 +256,7 @@ door.Tokenizer(tokenizers.Tokenizer(model).to_str()).encode("a")
 
 @pytest.mark.parametrize("use", [TOKENIZER, "import generator_svc, numpy"])
 def test_libraries_start_no_thread_for_each_cpu_of_the_host(use: str) -> None:
-    """Which a container of one core may have dozens of."""
+    """A container with one core may run on a host with dozens of CPUs."""
     count = "import os\nprint(len(os.listdir('/proc/self/task')))"
     done = subprocess.run(
         [sys.executable, "-c", use + "\n" + count],

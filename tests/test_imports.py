@@ -1,4 +1,4 @@
-"""The import graph is the architecture: doors for heavy imports, no service knows another."""
+"""The import graph follows the architecture: heavy libraries in one place, services apart."""
 
 import ast
 import functools
@@ -14,7 +14,7 @@ SERVICES = ("rest_facade", "tokenizer_svc", "generator_svc")
 PACKAGES = ("trivium", *SERVICES)
 GENERATED = ("trivium/chat", "trivium/tokenizer", "trivium/generator", "trivium/sampling")
 
-# What may be imported where: a name before a module's own imports, prefixes of paths after it.
+# Where each module may be imported, as path prefixes.
 DOORS = {
     "onnxruntime": (
         "generator_svc/device.py",
@@ -65,8 +65,8 @@ STANDARD_LIBRARY_ONLY = (
     "trivium/model_directory.py",
 )
 EDGES = ("service", "convert", "server", "__main__")
-# Folders and modules of the tokenizer by stage; each knows only those before it. What stands in
-# the package itself, and is not named here, puts them together.
+# The tokenizer's folders and modules, by stage; each may import only earlier ones. Modules in the
+# package itself that are not listed here put them together.
 TOKENIZER_STAGES = (
     "tokenizer",
     "families",
@@ -77,12 +77,12 @@ TOKENIZER_STAGES = (
     "output",
     "convert",
 )
-# Goes from the caller to the sampler as it came, so that the tokenizer's own types hold it.
+# Passed through from the caller to the sampler unchanged, so the tokenizer's own types contain it.
 PASSED_THROUGH = "trivium.sampling.v1.sampling_pb2."
 
 
 def sources() -> list[Path]:
-    """Every module that a person wrote."""
+    """Every module that is not generated."""
     found = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
     return [path for path in found if not relative(path).startswith(GENERATED)]
 
@@ -101,7 +101,7 @@ def module_name(path: Path) -> str:
 
 
 def imports(path: Path, only_at_start: bool = False) -> Iterator[str]:
-    """Full names of what a module imports; those within functions too, unless `only_at_start`."""
+    """Full names of a module's imports; those inside functions too, unless `only_at_start`."""
     for node in tree(path).body if only_at_start else ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -112,7 +112,7 @@ def imports(path: Path, only_at_start: bool = False) -> Iterator[str]:
 
 @pytest.mark.parametrize("name", DOORS)
 def test_heavy_imports_have_one_door(name: str) -> None:
-    """A heavy library is imported where it is used, and nowhere else."""
+    """A heavy library is imported only in its own place."""
     strangers = [
         relative(path)
         for path in sources()
@@ -124,8 +124,8 @@ def test_heavy_imports_have_one_door(name: str) -> None:
 
 
 def test_protobuf_stays_at_the_edge() -> None:
-    """Generated messages are known to service, server, convert… and __main__ modules alone, but
-    for the one that is passed through."""
+    """Generated messages are imported only in service, server, convert… and __main__ modules,
+    except the one that is passed through."""
     strangers = [
         relative(path)
         for path in sources()
@@ -142,7 +142,7 @@ def test_protobuf_stays_at_the_edge() -> None:
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_no_service_imports_another(service: str) -> None:
-    """Services know each other by their protocol only."""
+    """Services know each other only through their protocols."""
     others = set(SERVICES) - {service}
     strangers = [
         (relative(path), imported)
@@ -156,7 +156,7 @@ def test_no_service_imports_another(service: str) -> None:
 
 
 def test_shared_code_knows_no_service() -> None:
-    """`trivium` imports no service; the command line starts them as processes."""
+    """`trivium` imports no service; the CLI starts them as processes."""
     strangers = [
         (relative(path), imported)
         for path in sources()
@@ -170,7 +170,7 @@ def test_shared_code_knows_no_service() -> None:
 
 @pytest.mark.parametrize("module", STANDARD_LIBRARY_ONLY)
 def test_bookkeeping_needs_the_standard_library_alone(module: str) -> None:
-    """Decisions are made by plain Python, which can be read and tested without a runtime."""
+    """Decisions are made in plain Python, which can be read and tested without a runtime."""
     package = module.split("/")[0]
     libraries = {imported.split(".")[0] for imported in imports(ROOT / module)} - {package}
 
@@ -178,7 +178,7 @@ def test_bookkeeping_needs_the_standard_library_alone(module: str) -> None:
 
 
 def test_no_cycles() -> None:
-    """Modules can be read in an order in which each knows only those before it."""
+    """There is an order of modules in which each imports only earlier ones."""
     modules = {module_name(path): path for path in sources()}
     graph = {
         name: {found for found in map(modules_of(modules), imports(path, True)) if found}
@@ -189,7 +189,7 @@ def test_no_cycles() -> None:
 
 
 def test_stages_of_the_tokenizer_know_only_those_before() -> None:
-    """Its folders stand in the order in which a request goes through them: no import goes back."""
+    """Its folders are in the order in which requests pass through; none imports a later one."""
 
     def stage(name: str) -> int:
         part = name.split(".")[1] if "." in name else ""
@@ -220,12 +220,12 @@ def modules_of(modules: dict[str, Path]) -> Callable[[str], str | None]:
 
 
 def test_names_say_what_a_module_is() -> None:
-    """No module is called after nothing."""
+    """No module has a name that says nothing."""
     assert [] == [relative(path) for path in sources() if path.stem in FORBIDDEN_NAMES]
 
 
 def test_every_module_says_what_it_is() -> None:
-    """Each module that says anything begins with a docstring."""
+    """Each module that is not empty begins with a docstring."""
     trees = {relative(path): tree(path) for path in sources()}
 
     assert [] == [name for name, tree in trees.items() if tree.body and not ast.get_docstring(tree)]

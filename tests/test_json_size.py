@@ -1,4 +1,4 @@
-"""What is in a JSON text, counted piece by piece, against what a parser finds."""
+"""The values in a JSON text, counted in chunks, are as many as a parser finds."""
 
 import json
 import random
@@ -11,7 +11,7 @@ from trivium.json_size import JsonSize, TooManyValues
 
 
 def counted(value: Any) -> tuple[int, int]:
-    """Objects, arrays and fields; and commas."""
+    """The number of objects, arrays and fields, and that of commas."""
     if not isinstance(value, (dict, list)):
         return 0, 0
     inner = [counted(one) for one in (value.values() if isinstance(value, dict) else value)]
@@ -21,7 +21,7 @@ def counted(value: Any) -> tuple[int, int]:
 
 
 def drawn(draw: random.Random, depth: int) -> Any:
-    """A value whose texts are full of what has a meaning in JSON."""
+    """A random value whose strings are full of JSON's syntax."""
     kind = draw.random()
     if depth == 0 or kind < 0.4:
         return "".join(draw.choice('\\"{}[],:a1é\n') for _ in range(draw.randrange(12)))
@@ -44,7 +44,7 @@ def is_excess(text: bytes) -> bool:
 def test_no_more_and_no_less_than_a_parser_finds(
     monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    """Wherever the pieces are cut: exactly what is there is allowed, and one less is not."""
+    """Wherever chunks end, a limit equal to the count passes, and one less fails."""
     monkeypatch.setattr(json_size, "CHUNK_BYTES", chunk)
     draw = random.Random(chunk)
     for number in range(200):
@@ -63,7 +63,7 @@ def test_no_more_and_no_less_than_a_parser_finds(
 
 
 def test_several_texts_count_together() -> None:
-    """Many small texts are as much as one large one."""
+    """Many small texts count like one large one."""
     size = JsonSize()
     half = json.dumps([[]] * (json_size.MAX_OBJECTS_ARRAYS_AND_FIELDS // 2 - 1)).encode()
     size.add(half)
@@ -73,7 +73,7 @@ def test_several_texts_count_together() -> None:
 
 
 def test_long_numbers() -> None:
-    """A number that is longer than any that is meant takes long to parse; a text of digits not."""
+    """A very long number takes long to parse, unlike a string of digits."""
     JsonSize().add(b'["' + b"3" * 100_000 + b'",' + b"1" * 400 + b"]")
     with pytest.raises(ValueError, match="400 digits"):
         JsonSize().add(b"[" + b"1" * 401 + b"]")

@@ -1,6 +1,6 @@
-"""One table of ranges: what the protocol documents, what callers are held to, what models may say.
+"""One table of ranges for what the protocol documents, callers may send and models may set.
 
-Each way in is tried just within every range and just outside of it.
+Every entry point is tried just inside and just outside every range.
 """
 
 import math
@@ -44,9 +44,9 @@ def internal(name: str, value: float) -> None:
 
 
 def edges(name: str, allowed: Range) -> tuple[list[float], list[float]]:
-    """Values of the field just within its range, and just outside."""
+    """Values just inside the field's range, and just outside."""
     low, high = allowed.minimum, allowed.maximum
-    if name in WHOLE:  # more than int32 cannot be sent at all
+    if name in WHOLE:  # more does not fit into int32
         return [low, high], [low - 1]
     if allowed.above_minimum:
         return [5e-324, high], [low, math.nextafter(high, math.inf)]
@@ -68,7 +68,7 @@ def test_every_way_in_has_the_same_ranges(name: str, way: Any) -> None:
 
 
 def test_every_field_reaches_the_sampler() -> None:
-    """With the value that the caller sent, whatever the model's default is."""
+    """The caller's value reaches the sampler, whatever the model's default."""
     given = {name: allowed.maximum for name, allowed in SAMPLING.items()}
     sampling = SamplingParams(**given, seed=5, logit_bias={3: 1.5})
     start = StartGeneration(revision="r", prompt_token_ids=[1], sampling=sampling)
@@ -80,7 +80,7 @@ def test_every_field_reaches_the_sampler() -> None:
 
 
 def test_the_table_is_that_of_the_protocol() -> None:
-    """Each number has a range, which its comment names; the engine has a default for each field."""
+    """Each number has a range, stated in its comment; the engine has a default for each field."""
     text = PROTO.read_text()
     fields = re.findall(r"((?:  //.*\n)+)  optional (?:double|int32) (\w+)", text)
 

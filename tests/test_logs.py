@@ -1,4 +1,4 @@
-"""What an operator reads: a line for each call, with all that is known of it."""
+"""The log has a line per call, with all that is known about it."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ TRACE = "a" * 32
 
 @pytest.fixture
 def restored():
-    """The logging of the tests, put back afterwards."""
+    """Restores the tests' own logging afterwards."""
     root = logging.getLogger()
     before, level = root.handlers[:], root.level
     yield
@@ -21,7 +21,7 @@ def restored():
 
 
 def logged(capsys, format, **headers):
-    """The line that a call with these headers writes."""
+    """The log line of a call with these headers."""
     telemetry.configure_logging("stage", "info", format)
     telemetry.adopt(headers.items())
     text = "GET /x 200\nin 1 s"
@@ -30,7 +30,7 @@ def logged(capsys, format, **headers):
 
 
 def test_lines_are_json_with_request_and_trace(restored, capsys):
-    """Every line has both ids, and the fields that a query asks for."""
+    """Every line has both ids, and the fields for queries."""
     headers = {"x-request-id": "req-7", "traceparent": f"00-{TRACE}-{'b' * 16}-01"}
     line = json.loads(logged(capsys, "json", **headers))
 
@@ -46,12 +46,12 @@ def test_lines_are_json_with_request_and_trace(restored, capsys):
 
 
 def test_without_a_trace_the_id_is_a_dash(restored, capsys):
-    """The key is there all the same."""
+    """The key is present all the same."""
     assert "-" == json.loads(logged(capsys, "json"))["trace_id"]
 
 
 def test_text_is_one_line(restored, capsys):
-    """Whatever is in it; ids that are not known are left out."""
+    """The line is escaped; unknown ids are left out."""
     line = logged(capsys, "text", **{"x-request-id": "req-7"})
 
     assert line.endswith("INFO    stage: GET /x 200\\nin 1 s request_id=req-7\n")

@@ -1,4 +1,4 @@
-"""The HTTP port of metrics, as probes ask it how a process is."""
+"""The metrics port as probes use it."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -16,7 +16,7 @@ SERVICE = "trivium.chat.v1.ChatService"
 
 
 class Stage:
-    """A gRPC server of nothing, and its metrics."""
+    """A gRPC server without services, and its metrics."""
 
     def __init__(self) -> None:
         self.server = GrpcServer([], [SERVICE])
@@ -41,7 +41,7 @@ async def stage() -> AsyncIterator[Stage]:
 
 
 async def test_probes_hear_what_health_checks_do(stage: Stage) -> None:
-    """Not ready before the service serves, nor while it does not; alive all the time."""
+    """The process is ready exactly while the service serves, and always alive."""
     before = await stage.get("/healthz")
     await stage.server.set_serving(True)
     ready = await stage.get("/healthz")
@@ -52,7 +52,7 @@ async def test_probes_hear_what_health_checks_do(stage: Stage) -> None:
 
 
 async def test_probes_hear_of_a_drain_at_once(stage: Stage) -> None:
-    """While calls are still served as before; the process is alive."""
+    """Calls are still served, and the process is alive."""
     await stage.server.set_serving(True)
     stop_now = asyncio.Event()
     draining = asyncio.create_task(stage.server.drain(3600, 0, stop_now))
@@ -67,16 +67,16 @@ async def test_probes_hear_of_a_drain_at_once(stage: Stage) -> None:
 async def test_a_process_that_hangs_is_not_alive(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What probes ask is the event loop that serves, not the thread of the metrics."""
+    """Probes reach the event loop that serves, not just the metrics' thread."""
     monkeypatch.setattr(metrics_server, "_ANSWER_SECONDS", 0.2)
     url = f"http://127.0.0.1:{stage.port}"
     for path in ("/livez", "/healthz"):
-        hung = httpx.get(f"{url}{path}", timeout=60)  # noqa: ASYNC210 - that is what hangs
+        hung = httpx.get(f"{url}{path}", timeout=60)  # noqa: ASYNC210 - hangs on purpose
         assert (503, "The process does not respond.\n") == (hung.status_code, hung.text)
 
 
 async def test_any_other_path_is_the_metrics(stage: Stage) -> None:
-    """As before there were probes."""
+    """Metrics are at every path that is not a probe's."""
     Gauge("some_gauge", "Text.", registry=stage.registry)
 
     for path in ("/metrics", "/"):

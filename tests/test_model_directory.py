@@ -1,4 +1,4 @@
-"""A model folder is good, or the refusal says in one line which file is not."""
+"""A model folder is valid, or the error says in one line which file is not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.tiny_models import tiny_model_directory
 from trivium.model_directory import MANIFEST, ModelDirectoryError, load_model_directory
 
 MIB = 2**20
-LARGE = 20 * MIB  # what is beyond 16 MiB is remembered
+LARGE = 20 * MIB  # digests are cached for files above 16 MiB
 LOAD = """
 import sys
 from trivium.model_directory import load_model_directory
@@ -34,7 +34,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture
 def foreign(folder) -> Path:
-    """As another tool makes it: no manifest, the template within tokenizer_config.json."""
+    """A folder made by another tool: no manifest, the template in tokenizer_config.json."""
     (folder / "trivium_export.json").unlink()
     (folder / "chat_template.jinja").unlink()
     (folder / "generation_config.json").unlink()
@@ -51,7 +51,7 @@ def edit(file: Path, *keys: str, value: object) -> None:
 
 
 def test_sizes_and_names_are_read(folder):
-    """Everything the services need to know stands in the value."""
+    """The value has everything that the services need."""
     model = load_model_directory(folder)
 
     assert (model.id, model.num_layers, model.num_kv_heads, model.head_size) == ("tiny", 3, 2, 16)
@@ -73,7 +73,7 @@ def test_a_foreign_folder_loads(foreign):
 
 
 def test_numbers_that_nobody_uses_may_be_missing(foreign):
-    """Only what serving reads of genai_config.json has to be in it."""
+    """genai_config.json needs only the values that serving reads."""
     file = foreign / "genai_config.json"
     content = json.loads(file.read_text())
     for name in ("num_attention_heads", "hidden_size"):
@@ -94,7 +94,7 @@ def test_eos_may_be_one_id_or_a_list(foreign, eos):
 
 
 def test_the_revision_follows_the_content_and_not_the_place(folder, tmp_path):
-    """A copy has the same revision; another tokenizer or other weights have another."""
+    """A copy has the same revision; another tokenizer or other weights change it."""
     revision = load_model_directory(folder).revision
     copy = shutil.copytree(folder, tmp_path / "other")
     assert load_model_directory(copy).revision == revision
@@ -111,22 +111,22 @@ def test_the_revision_follows_the_content_and_not_the_place(folder, tmp_path):
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
-    """A cache folder of the test's own."""
+    """A cache folder for this test."""
     monkeypatch.setenv("TRIVIUM_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.fixture
 def large(foreign) -> Path:
-    """With large weights, written a while ago."""
+    """A folder with large weights, written a while ago."""
     with (foreign / "model.onnx.data").open("r+b") as file:
         file.truncate(LARGE)
-    time.sleep(2.1)  # what has just changed may change again at the same time, and is read again
+    time.sleep(2.1)  # files that have just changed would be read again
     return foreign
 
 
 def flip(file: Path, position: int) -> None:
-    """Changes one bit in place."""
+    """Flips one bit in place."""
     with file.open("r+b") as opened:
         opened.seek(position)
         byte = opened.read(1)[0]
@@ -135,7 +135,7 @@ def flip(file: Path, position: int) -> None:
 
 
 def load_elsewhere(folder: Path) -> tuple[str, int]:
-    """The revision as another process finds it, and how many bytes that process read for it."""
+    """The revision according to another process, and the bytes that process read for it."""
     command = [sys.executable, "-c", LOAD, str(folder)]
     revision, read = subprocess.run(
         command, capture_output=True, text=True, check=True
@@ -144,7 +144,7 @@ def load_elsewhere(folder: Path) -> tuple[str, int]:
 
 
 def test_any_byte_of_the_weights_changes_the_revision(large):
-    """In the middle of a large file too, and when the time of its modification is set back."""
+    """This holds in the middle of a large file too, and even if its modification time is reset."""
     weights = large / "model.onnx.data"
     before, times = load_model_directory(large).revision, weights.stat()
 
@@ -159,14 +159,14 @@ def test_any_byte_of_the_weights_changes_the_revision(large):
 
 
 def test_a_copy_of_large_weights_has_the_same_revision(large, tmp_path):
-    """On every machine, whatever times the copy has."""
+    """It has on every machine, whatever the copy's timestamps."""
     for copy in (shutil.copyfile, shutil.copy2):
         other = shutil.copytree(large, tmp_path / copy.__name__, copy_function=copy)
         assert load_model_directory(large).revision == load_model_directory(other).revision
 
 
 def test_large_weights_are_read_once(large):
-    """By the first process of a machine; the others are told."""
+    """The first process on a machine reads them; the others use the cached digest."""
     first, read_first = load_elsewhere(large)
     second, read_second = load_elsewhere(large)
 
@@ -176,7 +176,7 @@ def test_large_weights_are_read_once(large):
 
 
 def test_a_long_read_is_announced(foreign, caplog):
-    """A gigabyte and more takes a while, which should not look like a hang."""
+    """A gigabyte or more takes a while, which should not look like a hang."""
     load_model_directory(foreign)
     assert "" == caplog.text
 
@@ -188,7 +188,7 @@ def test_a_long_read_is_announced(foreign, caplog):
 
 
 def test_processes_that_start_together_agree(large):
-    """Each may find the digest while another writes it down."""
+    """Each may read the digest while another writes it."""
     command = [sys.executable, "-c", LOAD, str(large)]
     together = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     revisions = {process.communicate()[0].split()[0] for process in together}
@@ -198,7 +198,7 @@ def test_processes_that_start_together_agree(large):
 
 
 def test_what_has_just_changed_is_not_trusted(foreign):
-    """A file system's clock may stand still between two changes."""
+    """A file system's timestamp may be the same for two changes."""
     weights = foreign / "model.onnx.data"
     with weights.open("r+b") as file:
         file.truncate(LARGE)
@@ -211,17 +211,17 @@ def test_what_has_just_changed_is_not_trusted(foreign):
 
 
 def test_no_cache_is_no_fault(large, monkeypatch, caplog):
-    """The revision is the same; the log says that it is found anew each time, and why."""
+    """The revision is the same; the log says that it is not cached, and why."""
     revision = load_model_directory(large).revision
 
-    for place in ("/sys/trivium", "/dev/null/trivium"):  # not even root can make these
+    for place in ("/sys/trivium", "/dev/null/trivium"):  # even root cannot create these
         monkeypatch.setenv("TRIVIUM_CACHE", place)
         assert revision == load_model_directory(large).revision
         assert place in caplog.text
 
 
 def test_no_home_is_no_fault(large, monkeypatch):
-    """As in a container whose user is a mere number."""
+    """In a container the user may be just a number."""
     revision = load_model_directory(large).revision
     for name in ("TRIVIUM_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
@@ -232,7 +232,7 @@ def test_no_home_is_no_fault(large, monkeypatch):
 
 
 def test_a_broken_cache_is_no_fault(large, cache):
-    """What cannot be read is found anew."""
+    """Unreadable entries are computed again."""
     revision = load_model_directory(large).revision
     [entry] = [file for file in cache.rglob("*") if file.is_file()]
 
@@ -243,7 +243,7 @@ def test_a_broken_cache_is_no_fault(large, cache):
 
 
 def test_weights_of_any_name_count(foreign):
-    """The graph says what its files are called."""
+    """The graph names its files."""
     for file in (foreign / "model.onnx", foreign / "genai_config.json"):
         file.write_bytes(file.read_bytes().replace(b"model.onnx.data", b"tensors-of-it.w"))
     weights = (foreign / "model.onnx.data").rename(foreign / "tensors-of-it.w")
@@ -257,7 +257,7 @@ def test_weights_of_any_name_count(foreign):
 
 
 def test_an_export_knows_its_digests(tmp_path):
-    """A fresh one is not read again; `sha256sum` says the same as its manifest."""
+    """A new export is not read again; its manifest has the same digests as `sha256sum`."""
     folder = tiny_model_directory()
     _, read = load_elsewhere(folder)
     digests = json.loads((folder / MANIFEST).read_text())["digests"]
@@ -270,7 +270,7 @@ def test_an_export_knows_its_digests(tmp_path):
 
 
 def test_an_export_from_before_there_were_digests_is_as_good(folder):
-    """It need not be made again, and has the same revision."""
+    """It need not be exported again, and has the same revision."""
     revision = load_model_directory(folder).revision
     manifest = json.loads((folder / MANIFEST).read_text())
     del manifest["digests"]
@@ -280,7 +280,7 @@ def test_an_export_from_before_there_were_digests_is_as_good(folder):
 
 
 def test_an_export_that_was_changed_is_warned_of(folder, caplog):
-    """A copy that went wrong looks the same; so does one that somebody changed on purpose."""
+    """A corrupt copy looks just like an intentional change."""
     load_model_directory(folder)
     assert "" == caplog.text
 
@@ -303,7 +303,7 @@ def test_a_missing_file_is_named(folder, name):
 
 @pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json", "tokenizer_config.json"])
 def test_a_missing_file_is_named_without_a_manifest(foreign, name):
-    """Without one the files that every folder needs are."""
+    """Without a manifest the files that every folder needs are."""
     (foreign / name).unlink()
 
     with pytest.raises(ModelDirectoryError, match=rf"{name} is missing"):
@@ -311,7 +311,7 @@ def test_a_missing_file_is_named_without_a_manifest(foreign, name):
 
 
 def test_truncated_weights_are_refused(folder):
-    """A copy that broke off would read beyond the end of the file."""
+    """Loading a truncated copy would read beyond the end of the file."""
     with (folder / "model.onnx.data").open("r+b") as file:
         file.truncate(1000)
 
@@ -320,7 +320,7 @@ def test_truncated_weights_are_refused(folder):
 
 
 def test_no_folder_no_model(tmp_path):
-    """Missing, empty and not a folder are three different things."""
+    """Missing, empty and not a folder are three different errors."""
     with pytest.raises(ModelDirectoryError, match="no such model folder"):
         load_model_directory(tmp_path / "nothing")
     with pytest.raises(ModelDirectoryError, match="is empty"):
@@ -332,7 +332,7 @@ def test_no_folder_no_model(tmp_path):
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"model": 3}', '{"model": {"decoder": {}}}', ""])
 def test_a_broken_configuration_is_refused(foreign, text):
-    """The message names the file and stays on one line."""
+    """The message is one line that names the file."""
     (foreign / "genai_config.json").write_text(text)
 
     with pytest.raises(ModelDirectoryError, match=r"genai_config.json") as caught:
@@ -342,7 +342,7 @@ def test_a_broken_configuration_is_refused(foreign, text):
 
 @pytest.mark.parametrize("value", [0, -1, "8", None, True])
 def test_a_senseless_size_is_refused(foreign, value):
-    """Counts are positive integers."""
+    """Sizes are positive integers."""
     edit(foreign / "genai_config.json", "model", "decoder", "head_size", value=value)
 
     with pytest.raises(ModelDirectoryError, match="'head_size' is not a positive integer"):

@@ -1,4 +1,4 @@
-"""What is scraped fits Prometheus' conventions; dashboard and alerts ask for what is scraped."""
+"""Metrics follow Prometheus' conventions; dashboard and alerts use only metrics that exist."""
 
 import asyncio
 import json
@@ -36,7 +36,7 @@ VLLM = (
     *("e2e_request_latency_seconds", "request_queue_time_seconds", "request_prefill_time_seconds"),
     *("request_decode_time_seconds", "request_inference_time_seconds"),
 )
-# Labels that Prometheus adds to whatever it scrapes.
+# Labels that Prometheus adds to all series.
 OF_TARGETS = {"job", "instance"}
 RULES = yaml.safe_load((FOLDER / "alerts.yaml").read_text())["groups"][0]["rules"]
 RULE_TESTS = yaml.safe_load((FOLDER / "alerts_test.yaml").read_text())
@@ -57,7 +57,7 @@ def scraped(generate: ModuleType, stage: str) -> list[Metric]:
 
 @pytest.fixture(scope="module")
 def labels(generate: ModuleType) -> dict[str, set[str]]:
-    """Of every series of every stage, the names of its labels."""
+    """The label names of every series of every stage."""
     found: dict[str, set[str]] = {}
     for stage in STAGES:
         for family in scraped(generate, stage):
@@ -76,7 +76,7 @@ def wrong_on_purpose() -> CollectorRegistry:
 
 
 def test_lint_finds_faults() -> None:
-    """Of names that are wrong on purpose, in promtool's words."""
+    """It finds the faults of invalid metrics, in promtool's wording."""
     found = {family.name: list(faults(family)) for family in wrong_on_purpose().collect()}
 
     assert {
@@ -97,7 +97,7 @@ def test_lint_finds_faults() -> None:
 
 
 def named_faults(registry: CollectorRegistry) -> set[tuple[str, str]]:
-    """What our own lint finds, of metrics by the names that a scrape has."""
+    """The faults that our own lint finds, by metric name as in a scrape."""
     return {
         (f"{family.name}_total" if family.type == "counter" else family.name, fault)
         for family in registry.collect()
@@ -107,7 +107,7 @@ def named_faults(registry: CollectorRegistry) -> set[tuple[str, str]]:
 
 @pytest.mark.parametrize("of", [*STAGES, "wrong_on_purpose"])
 def test_promtool_finds_what_lint_finds(generate: ModuleType, of: str) -> None:
-    """In each stage's metrics, and in names that are wrong."""
+    """They agree on each stage's metrics, and on invalid ones."""
     registry = wrong_on_purpose() if of not in STAGES else getattr(generate, f"{of}_registry")()
     list(generate.touched(registry))
 
@@ -116,7 +116,7 @@ def test_promtool_finds_what_lint_finds(generate: ModuleType, of: str) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_lint_finds_no_fault_but_those_we_want(generate: ModuleType, stage: str) -> None:
-    """Names and help texts fit Prometheus' conventions, but for vLLM's and exact nanoseconds."""
+    """Names and help texts follow Prometheus' conventions, but for vLLM's and exact nanoseconds."""
     found = {
         (family.name, fault) for family in scraped(generate, stage) for fault in faults(family)
     }
@@ -125,7 +125,7 @@ def test_lint_finds_no_fault_but_those_we_want(generate: ModuleType, stage: str)
 
 
 def test_vllms_names_are_in_one_stage_only(generate: ModuleType) -> None:
-    """So that a sum over all that is scraped counts each request once."""
+    """A sum over all stages thus counts each request once."""
     names = [
         family.name
         for stage in STAGES
@@ -139,7 +139,7 @@ def test_vllms_names_are_in_one_stage_only(generate: ModuleType) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_process_tells_of_itself(generate: ModuleType, stage: str) -> None:
-    """What it takes of its machine, which build it is, and whether it drains."""
+    """It reports its resources, its build, and whether it is draining."""
     names = {family.name for family in scraped(generate, stage)}
 
     assert names >= {
@@ -153,7 +153,7 @@ def test_every_process_tells_of_itself(generate: ModuleType, stage: str) -> None
 
 
 def test_the_drain_shows_its_states() -> None:
-    """None, then notice, then drain: always one of them."""
+    """The state is none, then notice, then drain: always exactly one of them."""
     registry, in_flight = CollectorRegistry(), InFlight()
     register_process(registry, in_flight)
 
@@ -167,7 +167,7 @@ def test_the_drain_shows_its_states() -> None:
 
 
 async def test_the_drain_ends_in_refusals() -> None:
-    """From then on a request is refused."""
+    """In the last state requests are refused."""
     registry, in_flight = CollectorRegistry(), InFlight()
     register_process(registry, in_flight)
     in_flight.leaving = True
@@ -181,14 +181,14 @@ async def test_the_drain_ends_in_refusals() -> None:
     "accept",
     [
         "text/plain",
-        # What Prometheus 2 and 3 would rather have.
+        # The preferences of Prometheus 2 and 3.
         "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
         "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,text/plain;q=0.2",
         "text/plain;version=1.0.0;escaping=underscores",
     ],
 )
 async def test_names_are_the_same_for_every_scraper(accept: str) -> None:
-    """A colon stays one."""
+    """A colon in a name is never escaped."""
     registry = CollectorRegistry()
     Gauge("vllm:num_requests_running", "Text.", registry=registry)
     port = free_port()
@@ -205,7 +205,7 @@ async def test_names_are_the_same_for_every_scraper(accept: str) -> None:
 def test_queries_ask_for_what_is_scraped(
     title: str, query: str, labels: dict[str, set[str]]
 ) -> None:
-    """Each is PromQL, its metrics exist, and they have the labels that it selects and sums by."""
+    """Each is PromQL, and its metrics exist with the labels that it selects and groups by."""
     expression = promql_parser.parse(query.replace("$__rate_interval", "1m"))
     nodes = list(walked(expression))
     selectors = [node for node in nodes if isinstance(node, promql_parser.VectorSelector)]
@@ -230,7 +230,7 @@ def walked(expression: promql_parser.Expr) -> Iterator[promql_parser.Expr]:
 
 @pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
 def test_legends_name_labels_that_are_there(panel: Any, labels: dict[str, set[str]]) -> None:
-    """A legend's {{label}} is one that the query leaves."""
+    """A legend's {{label}} is one that the query keeps."""
     for target in panel["targets"]:
         named = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
         summed = re.findall(r"sum by \(([^)]*)\)", target["expr"])
@@ -242,7 +242,7 @@ def test_legends_name_labels_that_are_there(panel: Any, labels: dict[str, set[st
 
 
 def test_the_dashboards_panels_have_places_of_their_own() -> None:
-    """No two overlap, ids are unique, and all have the data source that is chosen."""
+    """None overlap, ids are unique, and all use the selected data source."""
     panels = DASHBOARD["panels"]
     taken = [
         (column, line)
@@ -259,7 +259,7 @@ def test_the_dashboards_panels_have_places_of_their_own() -> None:
 
 
 def test_grafana_knows_every_field_of_the_dashboard() -> None:
-    """Read into the types that Grafana publishes and written again, none is lost or another one."""
+    """Reading it into Grafana's published types and writing it again loses or changes nothing."""
     register_default_plugins()
     back = json.loads(JSONEncoder().encode(Dashboard.from_json(DASHBOARD)))
 
@@ -267,7 +267,7 @@ def test_grafana_knows_every_field_of_the_dashboard() -> None:
 
 
 def lost(value: Any, other: Any, place: str) -> Iterator[str]:
-    """Where `other` does not have what `value` has; it may have more fields."""
+    """Where `other` lacks what `value` has; it may have more fields."""
     if isinstance(value, dict) and isinstance(other, dict):
         for name, field in value.items():
             yield from lost(field, other.get(name), f"{place}.{name}")
@@ -280,7 +280,7 @@ def lost(value: Any, other: Any, place: str) -> Iterator[str]:
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
 def test_alerts_say_what_is_wrong_and_what_to_do(rule: Any) -> None:
-    """Each has a severity, waits before it calls anybody, and names labels that it has."""
+    """Each has a severity, waits before it fires, and has a summary and a description."""
     assert rule["labels"]["severity"] in ("info", "warning", "critical")
     assert re.fullmatch(r"\d+[mh]", rule["for"])
     assert rule["annotations"].keys() == {"summary", "description"}
@@ -288,7 +288,7 @@ def test_alerts_say_what_is_wrong_and_what_to_do(rule: Any) -> None:
 
 @pytest.mark.parametrize("command", ["check rules alerts.yaml", "test rules alerts_test.yaml"])
 def test_promtool_accepts_the_rules(command: str) -> None:
-    """Prometheus can load them, and each fires when its test says so, with the right words."""
+    """Prometheus can load them, and each fires as its test says, with the right annotations."""
     *words, file = command.split()
     result = prometheus.promtool(*words, FOLDER / file)
 
@@ -296,7 +296,7 @@ def test_promtool_accepts_the_rules(command: str) -> None:
 
 
 def test_every_rule_is_tested(labels: dict[str, set[str]]) -> None:
-    """The tests' series are those that are scraped, and each rule fires in one of them."""
+    """The tests use series that exist, and each rule fires in one of them."""
     series = [one["series"] for test in RULE_TESTS["tests"] for one in test["input_series"]]
     for text in series:
         selector = promql_parser.parse(text)

@@ -1,4 +1,4 @@
-"""The watch over all answers sees what is wrong, and the schemas are what they say."""
+"""The checks of all answers find errors, and the schemas are valid."""
 
 import json
 from typing import Any
@@ -28,7 +28,7 @@ def with_message(**fields: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_schemas_are_schemas(name: str) -> None:
-    """Each file is a JSON Schema of the draft it names, whose objects are all closed."""
+    """Each file is a JSON Schema of the draft it names, and all its objects are closed."""
     Draft202012Validator.check_schema(SCHEMAS[name])
 
     assert SCHEMAS[name]["$id"] == f"{name}.json"
@@ -36,7 +36,7 @@ def test_schemas_are_schemas(name: str) -> None:
 
 
 def test_a_right_answer_passes() -> None:
-    """OpenAI's own shape, and our marked extensions, are let through."""
+    """OpenAI's own shape, and our marked extensions, are accepted."""
     check("chat.completion", COMPLETION)
     check("chat.completion", with_message(reasoning_content="Hm"))
 
@@ -58,7 +58,7 @@ def test_a_right_answer_passes() -> None:
     ],
 )
 def test_what_other_servers_answer_does_not_pass(body: Any) -> None:
-    """Null arrays, missing and foreign keys, wrong types: all seen."""
+    """Null arrays, missing or extra keys, and wrong types are found."""
     with pytest.raises(AssertionError, match=r"no chat\.completion"):
         check("chat.completion", body)
 
@@ -72,14 +72,14 @@ def test_what_other_servers_answer_does_not_pass(body: Any) -> None:
     ],
 )
 def test_errors_of_other_servers_do_not_pass(error: Any) -> None:
-    """Number codes, missing and foreign keys: all seen."""
+    """Numeric codes, and missing or extra keys, are found."""
     body = json.dumps({"error": error}).encode()
     with pytest.raises(AssertionError, match="no error"):
         check_answer("/v1/models", 400, "application/json", body, complete=True)
 
 
 def test_a_stream_without_end_does_not_pass() -> None:
-    """A stream that ends neither with [DONE] nor with an error is seen; a cut one is let be."""
+    """A stream that ends without [DONE] or an error is found; an interrupted one is accepted."""
     chunk = {
         **{key: COMPLETION[key] for key in ("id", "created", "model")},
         "object": "chat.completion.chunk",
@@ -92,7 +92,7 @@ def test_a_stream_without_end_does_not_pass() -> None:
 
 
 def test_the_watch_reads_what_clients_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wrong body that a client receives fails the test that asked for it."""
+    """A wrong body that a client receives fails the test that requested it."""
 
     def answer(self: Any, request: httpx.Request) -> httpx.Response:
         body = httpx.ByteStream(b'{"detail":"Not Found"}')

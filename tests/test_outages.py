@@ -1,4 +1,4 @@
-"""Targets that cannot be reached: the log says which, and why, but not of what only starts."""
+"""The log names unreachable targets and the reason, but not while they are starting."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -23,13 +23,13 @@ SERVICE = "trivium.chat.v1.ChatService"
 
 @pytest.fixture
 def lasts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An outage is one at once."""
+    """Outages are reported at once."""
     monkeypatch.setattr(outage, "OUTAGE_SECONDS", 0)
 
 
 @pytest.fixture
 def warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    """What the log warns of."""
+    """The warnings in the log."""
     return lambda: [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
 
 
@@ -48,7 +48,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 @pytest.mark.usefixtures("lasts")
 async def test_nobody_listens(warnings: Callable[[], list[str]]) -> None:
-    """It is told once for each outage; that nobody does at one of a name's addresses is none."""
+    """Each outage is logged once; one unreachable address among several is not an outage."""
     port = free_port()
     with NameServer(both=["127.0.0.1", "127.0.0.9"]) as names:
         async with following(names.target("both", port)) as replicas:
@@ -70,7 +70,7 @@ async def test_nobody_listens(warnings: Callable[[], list[str]]) -> None:
 
 
 async def test_what_has_just_started_is_waited_for(warnings: Callable[[], list[str]]) -> None:
-    """Stages start together, and a name may come later than who looks it up."""
+    """Stages start together, and a name may be registered after the first lookup."""
     port = free_port()
     async with following(f"127.0.0.1:{port},nosuch.invalid:{port}"):
         await asyncio.sleep(3)
@@ -80,7 +80,7 @@ async def test_what_has_just_started_is_waited_for(warnings: Callable[[], list[s
 
 @pytest.mark.usefixtures("lasts")
 async def test_a_name_that_is_not_known(warnings: Callable[[], list[str]]) -> None:
-    """It is told once, and no more once it is known."""
+    """It is logged once."""
     with NameServer() as names:
         async with following(names.target("tokenizer", 5)):
             await until(warnings)
@@ -91,7 +91,7 @@ async def test_a_name_that_is_not_known(warnings: Callable[[], list[str]]) -> No
 
 @pytest.mark.usefixtures("lasts")
 async def test_a_port_of_something_else(warnings: Callable[[], list[str]]) -> None:
-    """Such as the facade's own, which speaks HTTP/1."""
+    """This may be the facade's own port, which speaks HTTP/1."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(1)
@@ -110,7 +110,7 @@ async def test_a_port_of_something_else(warnings: Callable[[], list[str]]) -> No
 
 @pytest.mark.usefixtures("lasts")
 async def test_tls_to_plain_text(warnings: Callable[[], list[str]], tmp_path: Path) -> None:
-    """And a certificate that is not accepted, likewise: the handshake fails."""
+    """The handshake fails, as with a certificate that is not accepted."""
     files = Files(tmp_path / "client").write(trustme.CA())
     server = GrpcServer([], [SERVICE])
     port = await server.start("127.0.0.1:0")
@@ -126,7 +126,7 @@ async def test_tls_to_plain_text(warnings: Callable[[], list[str]], tmp_path: Pa
 async def test_a_tokenizer_that_is_to_call_no_generator(
     warnings: Callable[[], list[str]],
 ) -> None:
-    """What listens there can be reached, but is another stage."""
+    """The port is reachable, but belongs to another stage."""
     server = GrpcServer([], [SERVICE])
     port = await server.start("127.0.0.1:0")
     client = GeneratorClient(f"127.0.0.1:{port}", "r1")
@@ -142,7 +142,7 @@ async def test_a_tokenizer_that_is_to_call_no_generator(
 
 @pytest.mark.usefixtures("lasts")
 async def test_a_generator_that_is_there(warnings: Callable[[], list[str]]) -> None:
-    """Nothing is said of it."""
+    """Nothing is logged."""
     server, port = await ScriptedGenerator("r1").serve()
     client = GeneratorClient(f"127.0.0.1:{port}", "r1")
     await asyncio.sleep(2)

@@ -1,4 +1,4 @@
-"""What pyproject.toml declares is what the code needs."""
+"""pyproject.toml declares exactly what the code needs."""
 
 import ast
 import importlib.metadata
@@ -22,7 +22,7 @@ PROJECT = PYPROJECT["project"]
 PACKAGES: list[str] = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
 INSTALLED = importlib.metadata.packages_distributions()
 LOCK = (ROOT / "requirements.lock").read_text()
-# What the lock is made for: the Dockerfile's Python.
+# The lock is for the Dockerfile's Python.
 _PYTHON = re.findall(r"python:(\d+\.\d+)", (ROOT / "Dockerfile").read_text())[0]
 IMAGE = {
     "extra": "",
@@ -31,14 +31,14 @@ IMAGE = {
     "python_version": _PYTHON,
     "sys_platform": "linux",
 }
-# What needs the libraries of an extra: the exporter, and what builds the graphs that are shipped;
-# and what is imported only if a setting asks for it.
+# What needs an extra: the exporter, the code that builds the shipped graphs, and modules that are
+# imported only if a setting requires them.
 EXTRAS = {
     "export": ("generator_svc/export/", "generator_svc/graphs/build.py"),
     "otel": ("trivium/wire/otlp.py",),
     "redis": ("trivium/keys/shared_accounts.py",),
 }
-# Both distributions put modules into the namespace `google`.
+# Both distributions have modules in the namespace `google`.
 GOOGLE = {"google.protobuf": "protobuf", "google.rpc": "googleapis-common-protos"}
 
 
@@ -47,7 +47,7 @@ def declared(requirements: list[str]) -> set[str]:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """The modules that a file imports, its functions too."""
+    """The modules that a file imports, also inside functions."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -56,7 +56,7 @@ def imported(path: Path) -> Iterator[str]:
 
 
 def distributions(module: str) -> set[str]:
-    """The distributions that a module may come from; none for Python's own and ours."""
+    """The distributions that a module may come from; none for the standard library and ours."""
     top = module.split(".")[0]
     if top in sys.stdlib_module_names or top in PACKAGES:
         return set()
@@ -66,7 +66,7 @@ def distributions(module: str) -> set[str]:
 
 
 def undeclared(paths: Iterator[Path], requirements: set[str]) -> set[str]:
-    """Imports for which no requirement is declared, as `file: module`."""
+    """Imports without a declared requirement, as `file: module`."""
     return {
         f"{path.relative_to(ROOT)}: {module}"
         for path in paths
@@ -77,7 +77,7 @@ def undeclared(paths: Iterator[Path], requirements: set[str]) -> set[str]:
 
 
 def sources(extra: str = "") -> Iterator[Path]:
-    """The files that need an extra, or all that need none."""
+    """The files that need an extra, or those that need none."""
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*.py"):
             name = path.relative_to(ROOT).as_posix()
@@ -86,25 +86,25 @@ def sources(extra: str = "") -> Iterator[Path]:
 
 
 def test_serving_declares_every_library_that_it_imports() -> None:
-    """No library is there only because another one brings it along."""
+    """No library is used just because another one depends on it."""
     assert set() == undeclared(sources(), declared(PROJECT["dependencies"]))
 
 
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_an_extra_declares_every_library_that_it_imports(extra: str) -> None:
-    """The same for what only `trivium export` imports, or who sends traces or shares limits."""
+    """The same for imports of `trivium export`, traces and shared limits."""
     requirements = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"][extra]]
 
     assert set() == undeclared(sources(extra), declared(requirements))
 
 
 def test_packages_are_marked_as_typed() -> None:
-    """Type checkers read the annotations of what is installed."""
+    """Type checkers read the installed annotations."""
     assert [] == [name for name in PACKAGES if not (ROOT / name / "py.typed").is_file()]
 
 
 def test_the_makefile_accepts_the_pythons_that_are_declared() -> None:
-    """The classifiers name each minor version that `make` looks for."""
+    """The classifiers list each minor version that `make` looks for."""
     classified = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
     sought = re.findall(r"python(3\.\d+)", (ROOT / "Makefile").read_text().split("python3;")[0])
 
@@ -112,18 +112,18 @@ def test_the_makefile_accepts_the_pythons_that_are_declared() -> None:
 
 
 def pins(text: str) -> dict[str, str]:
-    """Versions by name, of the lines `name==version` in the lock, those for Linux."""
+    """Versions by name, from the lock's lines `name==version` that apply to Linux."""
     found = re.findall(r"^([a-z0-9.-]+)==(\S+)(?: ; (.+?))? \\$", text, re.MULTILINE)
     return {name: version for name, version, marker in found if on_the_images(marker)}
 
 
 def on_the_images(marker: str | None) -> bool:
-    """Whether a marker is true in the images: the Dockerfile's Python on Linux."""
+    """Whether a marker is true in the images, with the Dockerfile's Python on Linux."""
     return not marker or Marker(marker).evaluate(IMAGE)
 
 
 def unmet(lines: list[str], locked: dict[str, str]) -> list[str]:
-    """The requirements that hold in the images and that the lock does not satisfy."""
+    """The requirements that apply to the images and are not satisfied by the lock."""
     wanted = [Requirement(line) for line in lines]
     return [
         str(requirement)
@@ -136,8 +136,7 @@ def unmet(lines: list[str], locked: dict[str, str]) -> list[str]:
 
 
 def test_the_lock_satisfies_what_is_declared() -> None:
-    """Each dependency is pinned to a version within its range, what traces and limits that several
-    facades share need too."""
+    """Each dependency is pinned within its range, including those for traces and shared limits."""
     extras = PROJECT["optional-dependencies"]
     wanted = [*PROJECT["dependencies"], *extras["otel"], *extras["redis"]]
 
@@ -145,7 +144,7 @@ def test_the_lock_satisfies_what_is_declared() -> None:
 
 
 def test_the_lock_is_whole() -> None:
-    """It has what its packages need, as far as they are installed here in the same version."""
+    """It has its packages' requirements, checked for those installed here in the same version."""
     locked = pins(LOCK)
     same = [name for name in locked if installed_version(name) == locked[name]]
 
@@ -165,7 +164,7 @@ def installed_version(name: str) -> str | None:
 
 
 def test_every_pin_has_hashes_and_no_host() -> None:
-    """Images get the same files from whatever index; without a hash pip refuses to."""
+    """Images get the same files from any index; pip refuses files without a hash."""
     pinned = re.split(r"^(?=[a-z0-9])", LOCK, flags=re.MULTILINE)[1:]
 
     assert len(pinned) >= len(PROJECT["dependencies"])
@@ -175,7 +174,7 @@ def test_every_pin_has_hashes_and_no_host() -> None:
 
 @pytest.mark.parametrize("target", ["rest_facade", "tokenizer_svc", "generator_svc", "export"])
 def test_the_images_say_what_they_are(target: str) -> None:
-    """Their labels have the version and the licence of the project."""
+    """Their labels have the project's version and license."""
     labels = dict(pair.split("=", 1) for pair in last(target, "LABEL").split())
 
     assert {
@@ -186,7 +185,7 @@ def test_the_images_say_what_they_are(target: str) -> None:
 
 
 def test_the_images_install_the_lock() -> None:
-    """With hashes required, and nothing beside it but this project."""
+    """They require hashes, and install nothing else but this project."""
     installs = [line for line in instructions("serving") + instructions("build") if "pip " in line]
 
     assert [

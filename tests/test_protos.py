@@ -1,4 +1,4 @@
-"""The contract: lint clean, documented throughout, and the committed stubs made from it."""
+"""The protocol is lint-clean and fully documented, and the committed stubs match it."""
 
 import re
 import shutil
@@ -41,7 +41,7 @@ def test_stubs_are_made_from_the_protos(tmp_path: Path) -> None:
 
 
 def test_lint() -> None:
-    """buf finds nothing against its standard rules."""
+    """buf finds no violations of its standard rules."""
     buf = Path(sys.executable).with_name("buf")
     done = subprocess.run([buf, "lint", PROTOS], capture_output=True, text=True)
 
@@ -49,7 +49,7 @@ def test_lint() -> None:
 
 
 def test_no_two_fields_share_an_accessor(tmp_path: Path) -> None:
-    """Java makes getTokenBytes of a text `token`, and getIdsCount of repeated `ids`."""
+    """Java generates getTokenBytes for a string `token`, and getIdsCount for repeated `ids`."""
     out = tmp_path / "descriptors"
     compile_protos(f"--descriptor_set_out={out}")
     files = descriptor_pb2.FileDescriptorSet.FromString(out.read_bytes()).file
@@ -69,7 +69,7 @@ def test_no_two_fields_share_an_accessor(tmp_path: Path) -> None:
 
 
 def test_clients_of_the_last_tag_are_served(tmp_path: Path) -> None:
-    """Without a tag there is nothing to break; after one, a field of another type is found."""
+    """Without a tag nothing can break; after one, a field with a changed type is found."""
     shutil.copytree(PROTOS, tmp_path / "protos")
     shutil.copy2(ROOT / "Makefile", tmp_path)
     (tmp_path / "pyproject.toml").touch()
@@ -101,7 +101,7 @@ def test_clients_of_the_last_tag_are_served(tmp_path: Path) -> None:
 
 
 def test_everything_is_documented(tmp_path: Path) -> None:
-    """Every service, call, message, field and enum value has a sentence of its own."""
+    """Every service, method, message, field and enum value has its own comment."""
     out = tmp_path / "descriptors"
     compile_protos(f"--descriptor_set_out={out}", "--include_source_info")
     silent = []
@@ -113,7 +113,7 @@ def test_everything_is_documented(tmp_path: Path) -> None:
 
 
 def documentable(file: descriptor_pb2.FileDescriptorProto) -> list[tuple[int, ...]]:
-    """Paths, as source_code_info has them, of what wants a comment. Map entries are generated."""
+    """Paths, as in source_code_info, of all that needs a comment. Map entries are generated."""
     found: list[tuple[int, ...]] = []
     for number, message in enumerate(file.message_type):
         found += [(4, number), *((4, number, 2, field) for field in range(len(message.field)))]
@@ -126,7 +126,7 @@ def documentable(file: descriptor_pb2.FileDescriptorProto) -> list[tuple[int, ..
 
 
 def test_scalars_with_a_default_can_be_absent() -> None:
-    """A field whose comment names a default other than none tells "absent" from zero."""
+    """A field whose comment states a default distinguishes absent from zero."""
     text = "\n".join((PROTOS / name).read_text() for name in names())
     fields = re.findall(r"((?:  //.*\n)+)  ((?:optional )?(?:double|int32|int64|bool) \w+)", text)
     vague = [

@@ -1,4 +1,4 @@
-"""What a release consists of: the sdist, the wheel and the bill of materials, made and used."""
+"""A release's artifacts, built and used: the sdist, the wheel and the bill of materials."""
 
 import json
 import os
@@ -29,7 +29,7 @@ GENERATOR_PORTS = ("generator-port", "generator-metrics-port")
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `make dist sbom` makes."""
+    """What `make dist sbom` builds."""
     folder = tmp_path_factory.mktemp("dist")
     environment = Path(sys.prefix)
     command = ["make", "--no-print-directory", "dist", "sbom"]
@@ -49,13 +49,13 @@ def packaged() -> set[str]:
 
 
 def in_wheel(wheel: Path) -> set[str]:
-    """The names in a wheel, without what describes the wheel itself."""
+    """The files in a wheel, without its metadata."""
     with zipfile.ZipFile(wheel) as archive:
         return {name for name in archive.namelist() if ".dist-info/" not in name}
 
 
 def test_the_wheel_has_every_file_of_the_packages(dist: Path) -> None:
-    """Graphs, pages and type markers too, and nothing else but the licence and its metadata."""
+    """It includes graphs, pages and type markers, and nothing else but metadata."""
     (wheel,) = dist.glob("*.whl")
     names = in_wheel(wheel)
 
@@ -65,7 +65,7 @@ def test_the_wheel_has_every_file_of_the_packages(dist: Path) -> None:
 
 
 def test_the_sdist_has_what_a_packager_needs(dist: Path) -> None:
-    """The sources with their tests, protocol, documents, lock and licence."""
+    """It has the sources with tests, protocol, docs, lock and license."""
     (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
@@ -94,7 +94,7 @@ def test_the_images_build_the_same_wheel(dist: Path, tmp_path: Path) -> None:
 def installed(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The `bin` of a clean environment with the wheel.
 
-    The libraries are those of this environment, without what makes this checkout importable there.
+    The libraries are this environment's, without what makes this checkout importable.
     """
     folder = tmp_path_factory.mktemp("installed")
     venv.create(folder, with_pip=False)
@@ -108,12 +108,12 @@ def installed(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def clean() -> dict[str, str]:
-    """This environment without paths to other modules."""
+    """This environment without PYTHONPATH."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
 def test_the_wheel_is_what_is_imported(installed: Path, tmp_path: Path) -> None:
-    """All four packages come from the clean environment, and the command tells the version."""
+    """All four packages come from the clean environment, and the command prints its version."""
     code = f"import {', '.join(PACKAGES)}; print({', '.join(f'{p}.__file__' for p in PACKAGES)})"
     python = subprocess.check_output(
         [installed / "python", "-c", code], cwd=tmp_path, env=clean(), text=True
@@ -128,7 +128,7 @@ def test_the_wheel_is_what_is_imported(installed: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def url(installed: Path, tmp_path: Path) -> Iterator[str]:
-    """Where `trivium up` of the clean environment serves a tiny model."""
+    """The URL at which `trivium up` in the clean environment serves a tiny model."""
     ports = dict(zip((*PORTS, *GENERATOR_PORTS), free_ports(5), strict=True))
     command = [installed / "trivium", "up", "--model", str(tiny_model_directory())]
     command += [f"--{name}={port}" for name, port in ports.items()]
@@ -146,7 +146,7 @@ def url(installed: Path, tmp_path: Path) -> Iterator[str]:
 
 
 def test_the_wheel_serves(url: str) -> None:
-    """A clean installation answers a request, shows its page and tells its version."""
+    """A clean installation answers a request, serves its page and reports its version."""
     with httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
         health = client.get("/health").json()
         (model,) = client.get("/v1/models").json()["data"]
@@ -165,7 +165,7 @@ def test_the_wheel_serves(url: str) -> None:
 
 
 def test_the_bill_of_materials_is_the_lock(dist: Path) -> None:
-    """Every pin of the lock with its hashes, under Trivium's name and version."""
+    """It has every pin in the lock with its hashes, and Trivium's name and version."""
     bill: dict[str, Any] = json.loads((dist / "trivium.cdx.json").read_text())
     pinned = dict(re.findall(r"^([a-z0-9.-]+)==(\S+)", LOCK, re.MULTILINE))
     about = bill["metadata"]["component"]

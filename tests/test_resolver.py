@@ -1,4 +1,4 @@
-"""Which addresses a target stands for."""
+"""The addresses that a target resolves to."""
 
 import pytest
 from pydantic import ValidationError
@@ -10,7 +10,7 @@ from trivium.wire.replicas.resolver import Address, Resolver
 
 
 async def resolved(resolver: Resolver) -> frozenset[Address]:
-    """All addresses, once each name was looked up."""
+    """All addresses, after each name has been looked up."""
     for name in resolver.names:
         await resolver.look_up(name)
     return resolver.addresses
@@ -32,18 +32,18 @@ async def targets(target: str) -> set[str]:
     ],
 )
 async def test_addresses_are_taken_as_they_are(target: str, addresses: set[str]) -> None:
-    """One, several, of IP or of something that only gRPC knows; they never change."""
+    """These are one or several IP addresses, or schemes that only gRPC knows; they never change."""
     assert addresses == await targets(target)
     assert not Resolver(target).names
 
 
 async def test_this_machine_has_a_name() -> None:
-    """Names of /etc/hosts are known too."""
+    """Names in /etc/hosts are resolved too."""
     assert "ipv4:127.0.0.1:7" in await targets("localhost:7")
 
 
 async def test_every_address_of_every_name() -> None:
-    """Those of a list are put together; what is called is told the name that it goes by."""
+    """A list's addresses are combined; each has the name by which the server is called."""
     with NameServer(a=["127.0.0.2", "127.0.0.3"], b=["127.0.0.4"]) as names:
         target = ",".join([names.target("a", 5), names.target("b", 6), "127.0.0.9:7"])
         addresses = await resolved(Resolver(target))
@@ -57,14 +57,14 @@ async def test_every_address_of_every_name() -> None:
 
 
 async def test_a_server_with_addresses_of_both_kinds_is_one_replica() -> None:
-    """By IPv4, which services listen at unless told otherwise; by IPv6 where there is no other."""
+    """IPv4 is used, on which services listen by default; IPv6 if there is no IPv4 address."""
     with NameServer(both=["2001:db8::2", "127.0.0.2"], new=["2001:db8::3"]) as names:
         assert {"ipv4:127.0.0.2:5"} == await targets(names.target("both", 5))
         assert {"ipv6:[2001:db8::3]:5"} == await targets(names.target("new", 5))
 
 
 async def test_many_addresses() -> None:
-    """More than an answer of 512 bytes holds, the most that DNS once had."""
+    """They exceed 512 bytes, the classic limit of a DNS response."""
     addresses = [f"127.0.1.{number}" for number in range(50)]
     with NameServer(many=addresses) as names:
         found = await targets(names.target("many", 5))
@@ -73,7 +73,7 @@ async def test_many_addresses() -> None:
 
 
 async def test_what_cannot_be_looked_up_stays() -> None:
-    """A name server that is gone, or knows no address now, takes nobody away."""
+    """If the name server is gone or knows no address, the last addresses are kept."""
     with NameServer(a=["127.0.0.2"]) as names:
         resolver = Resolver(names.target("a", 5))
         first = await resolved(resolver)
@@ -94,7 +94,7 @@ async def test_what_cannot_be_looked_up_stays() -> None:
     "target", ["", "localhost", "localhost:", "localhost:0", "a:1,,b:2", "a:65536", "http://a:1"]
 )
 def test_what_is_no_target(target: str) -> None:
-    """It is refused at the start, with the setting's name and the part that is wrong."""
+    """It is refused at startup; the error names the setting and the wrong part."""
     with pytest.raises(ValidationError, match=r"tokenizer_target\n.* should be host:port"):
         FacadeSettings(tokenizer_target=target)
     with pytest.raises(ValidationError, match=r"generator_target\n.* should be host:port"):

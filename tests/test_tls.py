@@ -1,4 +1,4 @@
-"""TLS of gRPC servers and channels: who gets in, and files that are replaced meanwhile."""
+"""TLS of gRPC servers and channels: which calls are accepted, and files that are replaced."""
 
 import asyncio
 import contextlib
@@ -53,7 +53,7 @@ def client_files(tmp_path: Path) -> Files:
 
 @contextlib.asynccontextmanager
 async def serving(files: Files, is_mutual: bool = False) -> AsyncIterator[int]:
-    """A gRPC server with health and nothing else; its port."""
+    """A gRPC server with nothing but health; yields its port."""
     tls = ServerTls(files.certificate, files.key, files.ca if is_mutual else None)
     server = GrpcServer([], [], tls=tls)
     port = await server.start("127.0.0.1:0")
@@ -63,7 +63,7 @@ async def serving(files: Files, is_mutual: bool = False) -> AsyncIterator[int]:
 
 
 async def check(port: int, tls: ChannelTls | None = None, host: str = "127.0.0.1") -> str:
-    """`serving`, or what is wrong."""
+    """`serving`, or the error."""
     async with open_channel(f"{host}:{port}", tls=tls) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
@@ -74,7 +74,7 @@ async def check(port: int, tls: ChannelTls | None = None, host: str = "127.0.0.1
 
 
 def shown(port: int, client: Files | None = None) -> str:
-    """The serial number of the certificate that the server at `port` shows to a new client."""
+    """The serial number of the certificate that a new connection to `port` gets."""
     context = ssl.create_default_context(cadata=CA.cert_pem.bytes().decode())
     context.load_verify_locations(cadata=OTHER_CA.cert_pem.bytes().decode())
     context.set_alpn_protocols(["h2"])
@@ -90,14 +90,14 @@ def shown(port: int, client: Files | None = None) -> str:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Polls for a minute at most."""
+    """Polls for up to a minute."""
     async with asyncio.timeout(60):
         while not await asyncio.to_thread(condition):  # noqa: ASYNC110 - files have no event
             await asyncio.sleep(0.1)
 
 
 async def test_calls_over_tls(server_files: Files, client_files: Files) -> None:
-    """With the server's CA calls go through, by address and by name; without TLS none does."""
+    """With the server's CA calls succeed, by address and by name; without TLS they fail."""
     async with serving(server_files) as port:
         assert "serving" == await check(port, ChannelTls(client_files.ca))
         assert "serving" == await check(port, ChannelTls(client_files.ca), "localhost")
@@ -105,14 +105,14 @@ async def test_calls_over_tls(server_files: Files, client_files: Files) -> None:
 
 
 async def test_a_server_of_another_ca_is_not_called(server_files: Files, tmp_path: Path) -> None:
-    """Its certificate proves nothing to this client."""
+    """This client does not trust its certificate."""
     strange = Files(tmp_path / "strange").write(OTHER_CA)
     async with serving(server_files) as port:
         assert "CERTIFICATE_VERIFY_FAILED" in await check(port, ChannelTls(strange.ca))
 
 
 async def test_a_server_by_another_name_is_not_called(tmp_path: Path) -> None:
-    """Unless that is the name which the settings say."""
+    """The expected name can be set; a certificate with any other is refused."""
     named = Files(tmp_path / "named").write(CA, names=("tokenizer.test",))
     async with serving(named) as port:
         assert "Hostname Verification" in await check(port, ChannelTls(named.ca))
@@ -125,7 +125,7 @@ async def test_a_server_by_another_name_is_not_called(tmp_path: Path) -> None:
 async def test_clients_need_a_certificate_of_the_ca(
     server_files: Files, client_files: Files, tmp_path: Path
 ) -> None:
-    """With a client CA, those without one, and with one of another CA, are kept out."""
+    """With a client CA, clients without a certificate or with another CA's are refused."""
     strange = Files(tmp_path / "strange").write(OTHER_CA, trusted=CA)
     async with serving(server_files, is_mutual=True) as port:
         assert "serving" == await check(port, channel_tls(client_files))
@@ -141,7 +141,7 @@ def channel_tls(files: Files) -> ChannelTls:
 async def test_an_expired_certificate_is_told_and_refused(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The server's log says once since when; clients do not call it."""
+    """The server logs once when its certificate expired; clients do not call it."""
     old = YESTERDAY - datetime.timedelta(days=30)
     files = Files(tmp_path / "old").write(CA, not_before=old, not_after=YESTERDAY)
     async with serving(files) as port:
@@ -155,7 +155,7 @@ async def test_an_expired_certificate_is_told_and_refused(
 
 @pytest.mark.parametrize("year", [1987, 2049, 2050, 2130])
 def test_when_a_certificate_expires(year: int) -> None:
-    """As an X.509 library says, whichever way the year is written."""
+    """The date agrees with an X.509 library's, however the year is encoded."""
     date = datetime.datetime(year, 2, 28, 23, 59, 58, tzinfo=datetime.UTC)
     begin = datetime.datetime(1980, 1, 1, tzinfo=datetime.UTC)
     pem = CA.issue_cert("a.test", not_before=begin, not_after=date).cert_chain_pems[0].bytes()
@@ -164,7 +164,7 @@ def test_when_a_certificate_expires(year: int) -> None:
 
 
 class Noting(ScriptedBackend):
-    """Keeps the certificate of whoever asked for the models last."""
+    """Records the certificate of the last ListModels caller."""
 
     caller = b""
 
@@ -176,8 +176,8 @@ class Noting(ScriptedBackend):
 async def test_files_are_replaced_under_a_running_stream(
     server_files: Files, client_files: Files
 ) -> None:
-    """Both sides go over to another CA: a stream goes on, calls go through all the time, and what
-    connects from then on shows and asks for the new certificates."""
+    """Both sides switch to another CA: a stream continues, calls succeed all the time, and new
+    connections use and require the new certificates."""
     backend = Noting(ServerTls(server_files.certificate, server_files.key, server_files.ca))
     await backend.start()
     finish = asyncio.Event()
@@ -212,7 +212,7 @@ def same_certificate(pem: bytes, path: Path) -> bool:
 async def test_files_that_cannot_be_used_change_nothing(
     server_files: Files, client_files: Files, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The old ones stay in force, with one error in the log, until there are good ones again."""
+    """The old ones stay in use, with one error in the log, until the files are valid again."""
     async with serving(server_files) as port:
         first = shown(port)
         server_files.key.write_text("no key")
@@ -230,7 +230,7 @@ async def test_files_that_cannot_be_used_change_nothing(
 
 
 async def test_files_behind_a_link_are_replaced(server_files: Files, tmp_path: Path) -> None:
-    """As a cluster replaces a secret: the files are links through a link that changes."""
+    """Kubernetes replaces a secret like this: files are links through a link that changes."""
     Files(tmp_path / "second").write(CA)
     link = tmp_path / "..data"
     link.symlink_to("server")
@@ -299,7 +299,7 @@ def test_wrong_settings_are_told(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """One line names the setting, and the file, and says what is wrong."""
+    """One line names the setting, the file and the problem."""
     folder = server_files.folder
     (folder / "empty").touch()
     strange = ec.generate_private_key(ec.SECP256R1())
@@ -325,7 +325,7 @@ def test_wrong_settings_are_told(
 def test_good_settings_are_taken(
     server_files: Files, client_files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a server and of channels; a client CA is what authenticates clients."""
+    """They are accepted for servers and channels; with a client CA, clients are authenticated."""
     settings = {
         **server_files.server("TRIVIUM_TOKENIZER_", is_mutual=True),
         **client_files.channel("TRIVIUM_TOKENIZER_GENERATOR_"),
@@ -344,7 +344,7 @@ def test_good_settings_are_taken(
 
 @pytest.fixture
 def made_by_the_docs(tmp_path: Path) -> Path:
-    """A folder in which the commands of docs/tls.md were run."""
+    """A folder in which the commands in docs/tls.md were run."""
     if shutil.which("openssl") is None:
         pytest.skip("there is no openssl")
     page = (Path(__file__).parents[1] / "docs" / "tls.md").read_text()
@@ -356,7 +356,7 @@ def made_by_the_docs(tmp_path: Path) -> Path:
 
 
 async def test_the_commands_of_the_docs(made_by_the_docs: Path) -> None:
-    """They make certificates for mutual TLS, which the strictest clients accept too."""
+    """They create certificates for mutual TLS that even strict clients accept."""
     folder = made_by_the_docs
     ca = folder / "ca.crt"
     tls = ServerTls(folder / "tokenizer.crt", folder / "tokenizer.key", ca)

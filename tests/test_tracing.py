@@ -1,4 +1,4 @@
-"""Where traces are not wanted, or cannot be had."""
+"""Tracing that is off, or cannot be turned on."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ ENDPOINT = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python code in a process of its own."""
+    """Runs Python code in its own process."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
     return subprocess.run(
         [sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True
@@ -21,7 +21,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("environment", [{}, ENDPOINT | {"OTEL_TRACES_EXPORTER": "none"}])
 def test_without_an_endpoint_nothing_is_imported(stage: str, environment: dict[str, str]) -> None:
-    """Neither the SDK nor an exporter, though they be installed; nor with traces switched off."""
+    """Neither the SDK nor an exporter is imported, even if installed, or if traces are off."""
     done = run(
         f"import sys, {stage}.__main__\n"
         "from trivium.wire import tracing\n"
@@ -36,7 +36,7 @@ def test_without_an_endpoint_nothing_is_imported(stage: str, environment: dict[s
 
 
 def test_an_endpoint_without_opentelemetry_is_refused() -> None:
-    """In one line that says what to install."""
+    """One line says what to install."""
     done = run(
         "import sys\nsys.modules['opentelemetry.sdk'] = None\n"
         "from trivium.wire import tracing\nwith tracing.export_spans('s', 's'): pass",
@@ -51,7 +51,7 @@ def test_an_endpoint_without_opentelemetry_is_refused() -> None:
 
 
 def test_a_protocol_that_is_not_known_is_refused() -> None:
-    """In one line that names the variable."""
+    """One line names the variable."""
     done = run(
         "from trivium.wire import tracing\nwith tracing.export_spans('s', 's'): pass",
         **ENDPOINT,

@@ -1,4 +1,4 @@
-"""Where usage records go."""
+"""Where usage records are written."""
 
 import contextlib
 import errno
@@ -25,7 +25,7 @@ def ids(path: Path) -> list[str]:
 
 @contextlib.contextmanager
 def room_for(file_bytes: int) -> Iterator[None]:
-    """As on a full disk, a file gets no longer than this; what is just being written is cut off."""
+    """As on a full disk, files cannot exceed this size; a line that would is cut off."""
     _, hard = before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, hard))
     try:
@@ -35,7 +35,7 @@ def room_for(file_bytes: int) -> Iterator[None]:
 
 
 def whole_ids(path: Path) -> list[str]:
-    """Of the lines that are whole."""
+    """The request ids of complete lines."""
     found = []
     for line in path.read_text().splitlines():
         with contextlib.suppress(ValueError):
@@ -44,8 +44,7 @@ def whole_ids(path: Path) -> list[str]:
 
 
 def test_a_file_that_grows_too_large_is_rotated(tmp_path: Path) -> None:
-    """The folder is made; the newest records are in the file without a number, and no record is in
-    two or none."""
+    """The newest records are in the unnumbered file, each record is in one, the folder is made."""
     log = UsageLog(str(tmp_path / "new"), "name", 1000, 9)
     for number in range(10):
         log.write(record(number))
@@ -58,7 +57,7 @@ def test_a_file_that_grows_too_large_is_rotated(tmp_path: Path) -> None:
 
 
 def test_records_on_standard_output(capfd: pytest.CaptureFixture[str]) -> None:
-    """A dash is standard output, one line each, at once; the time is in UTC."""
+    """A dash means standard output, one line per record, unbuffered, with times in UTC."""
     log = UsageLog("-", "name", 1, 1)
     log.write(record(1_700_000_000))
     [line] = capfd.readouterr().out.splitlines()
@@ -68,7 +67,7 @@ def test_records_on_standard_output(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_without_a_target_nothing_is_written(capsys: pytest.CaptureFixture[str]) -> None:
-    """Records are asked for."""
+    """Records are off by default."""
     UsageLog(None, "name", 1, 1).write(record(1))
 
     assert ("", "") == capsys.readouterr()
@@ -77,8 +76,8 @@ def test_without_a_target_nothing_is_written(capsys: pytest.CaptureFixture[str])
 def test_a_full_disk_costs_only_the_records_that_came_meanwhile(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """They are counted, one line of the log tells of all of them, and once there is room again
-    writing goes on, on a line of its own; so it does the next time."""
+    """Lost records are counted, one log line reports them, and once there is room, writing
+    continues on a new line; and so it does the next time."""
     registry, path = CollectorRegistry(), tmp_path / "name.usage.jsonl"
     log = UsageLog(str(tmp_path), "name", 10_000, 9, registry)
     log.write(record(0))
@@ -97,7 +96,7 @@ def test_a_full_disk_costs_only_the_records_that_came_meanwhile(
 
 @pytest.mark.parametrize("max_bytes", [10_000, 1])
 def test_a_line_that_was_cut_off_stays_alone(tmp_path: Path, max_bytes: int) -> None:
-    """By a process that is started anew, also if it rotates: the file gets its end first."""
+    """A restarted process ends the cut line first, even if it then rotates the file."""
     (tmp_path / "name.usage.jsonl").write_text('{"event": "usage", "time": "20')
     log = UsageLog(str(tmp_path), "name", max_bytes, 9)
     for number in range(2):
@@ -112,7 +111,7 @@ def test_a_line_that_was_cut_off_stays_alone(tmp_path: Path, max_bytes: int) -> 
 def test_nobody_reads_standard_output(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whoever collected it has gone: one line of the log says so, and the process goes on."""
+    """If the reader has gone, one log line says so, and the process continues."""
     reader, writer = os.pipe()
     os.close(reader)
     registry = CollectorRegistry()
@@ -130,7 +129,7 @@ def test_nobody_reads_standard_output(
 
 
 def test_one_process_writes_a_file(tmp_path: Path) -> None:
-    """Another one is refused as long as it does; other names in the folder are others' files."""
+    """Another process is refused in the meantime; other names in the folder are independent."""
     log = UsageLog(str(tmp_path), "name", 1000, 9)
     UsageLog(str(tmp_path), "other", 1000, 9).close()
     with pytest.raises(OSError, match=r"/name\.usage\.jsonl is in use by another process"):

@@ -1,7 +1,7 @@
-"""A tiny gpt-oss with its experts in MXFP4, and one that was taught to write Harmony.
+"""A tiny gpt-oss with its experts in MXFP4, and one that was trained to write Harmony.
 
-Every peculiarity of the family matters in the random one: sinks, biases, windows, the clamps of
-its experts' activation, YaRN.
+The random one depends on every peculiarity of the family: sinks, biases, windows, the clamps of its
+experts' activation, YaRN.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.tokenizer_svc.sample_templates import HARMONY, HARMONY_TOKENS
 from tokenizer_svc.prompt.chat_template import ChatTemplate
 
 SPECIAL_TOKENS = ("<|endoftext|>", *HARMONY_TOKENS)
-END_TOKENS = ("<|return|>", "<|endoftext|>", "<|call|>")  # those of generation_config.json
+END_TOKENS = ("<|return|>", "<|endoftext|>", "<|call|>")  # as in generation_config.json
 WINDOW = 24
 LIMIT = 7.0
 
@@ -53,7 +53,7 @@ TOOL: Any = {
     },
 }
 FINAL = "<|channel|>final<|message|>The capital is Paris.<|return|>"
-# What the taught model answers: messages, further variables of the template, all that it writes.
+# What the trained model answers: messages, further template variables, its whole output.
 LESSONS: tuple[tuple[list[dict[str, str]], dict[str, Any], str], ...] = (
     (QUESTION, {"reasoning_effort": "low"}, FINAL),
     (
@@ -97,7 +97,7 @@ def write_gpt_oss(family: str, tokenizer: Any, folder: Path) -> None:
 
 
 def harmony_text() -> list[str]:
-    """All that the taught model reads and writes, for its tokenizer to learn."""
+    """Everything that the trained model reads and writes, to train its tokenizer."""
     return [_prompt(*lesson[:2]) + lesson[2] for lesson in LESSONS]
 
 
@@ -127,14 +127,14 @@ def _random_model(tokenizer: Any) -> Any:
 
 
 def _deviation(name: str) -> float:
-    """So large for gate and up that a sixth of the activations is clamped."""
+    """Large enough for gate and up that a sixth of the activations is clamped."""
     deviations = {"sinks": 1.5, "bias": 0.7, "gate_up_proj": 0.6, "down_proj": 0.05, "router": 0.3}
     deviations["embed_tokens"] = 1.0
     return next((value for key, value in deviations.items() if key in name), 0.125)
 
 
 def to_mxfp4(weight: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], ...]:
-    """The nearest blocks uint8 [..., rows, blocks, 16] and scales for [..., rows, columns]."""
+    """The nearest blocks, uint8 [..., rows, blocks, 16], and scales for [..., rows, columns]."""
     magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
     blocks = weight.reshape(*weight.shape[:-1], -1, 32)
     exponents = np.floor(np.log2(np.abs(blocks).max(-1))) - 2
@@ -145,7 +145,7 @@ def to_mxfp4(weight: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], ...]:
 
 
 def round_experts(model: Any) -> None:
-    """Gives the experts values that MXFP4 holds exactly."""
+    """Rounds the experts to values that MXFP4 represents exactly."""
     import torch
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -199,11 +199,11 @@ def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def _teach(model: Any, tokenizer: Any) -> None:
-    """First all weights, then, with the experts rounded, all but the experts' matrices."""
+    """Trains all weights first, then, with the experts rounded, all but the experts' matrices."""
     import torch
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # products so small are quicker on one
+    torch.set_num_threads(1)  # faster for products this small
     texts = [(_prompt(*lesson[:2]), lesson[2]) for lesson in LESSONS]
     lessons = [[tokenizer.encode(part).ids for part in text] for text in texts]
     _train(model, list(model.parameters()), lessons)
@@ -214,12 +214,12 @@ def _teach(model: Any, tokenizer: Any) -> None:
 
 
 def _train(model: Any, parameters: list[Any], lessons: list[list[list[int]]]) -> None:
-    """Until every token of every answer is by far the likeliest, so that rounding is harmless."""
+    """Trains until every answer token is by far the most likely, so that rounding is harmless."""
     import torch
 
     width = max(len(prompt) + len(answer) for prompt, answer in lessons)
     tokens = torch.zeros(len(lessons), width, dtype=torch.int64)
-    targets = torch.full((len(lessons), width), -100)  # which no loss is computed for
+    targets = torch.full((len(lessons), width), -100)  # ignored by the loss
     for row, (prompt, answer) in enumerate(lessons):
         end = len(prompt) + len(answer)
         tokens[row, :end] = torch.tensor(prompt + answer)
@@ -237,7 +237,7 @@ def _train(model: Any, parameters: list[Any], lessons: list[list[list[int]]]) ->
 
 
 def in_transformers(folder: Path) -> Any:
-    """The model without quantisation, float32; MXFP4 values are exact in it."""
+    """The model without quantisation, in float32, in which MXFP4 values are exact."""
     import torch
     from transformers import AutoModelForCausalLM, Mxfp4Config
 

@@ -1,7 +1,7 @@
-"""Tiny checkpoints with random weights, and model directories the real exporter makes of them.
+"""Tiny checkpoints with random weights, and model folders that the real exporter makes of them.
 
-Exports are kept in a cache folder named after a digest of the sources, of these models and of the
-exporter, so a test run pays for them once.
+Exports are cached in a folder named after a digest of the sources of these models and the exporter,
+so that they are made only once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 END_OF_TEXT, IM_START, IM_END = range(3)
 CONTEXT_LENGTH = 2048
 
-# Enough English for a few hundred merges, so that words are neither bytes nor whole.
+# Enough English for a few hundred merges, so that tokens are neither bytes nor whole words.
 CORPUS = (
     "The capital of France is Paris. What is the capital of France? You are a helpful assistant. "
     "Once upon a time there was a small house near the river, and in the house lived an old man "
@@ -48,7 +48,7 @@ LLAMA3_SCALING = {
 YARN_SCALING = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
 LINEAR_SCALING = {"rope_type": "linear", "factor": 4.0}
 
-# Per name: class of configuration in transformers, and what differs from `SHAPE`.
+# By name: the configuration class in transformers, and the differences from `SHAPE`.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {"tie_word_embeddings": True}),
     "llama-untied": ("LlamaConfig", {"tie_word_embeddings": False}),
@@ -78,7 +78,7 @@ SHAPE: dict[str, Any] = {
 
 
 def tiny_model_directory(family: str = "llama", precision: str = "fp32") -> Path:
-    """A model directory of about a megabyte, made by the real exporter; seconds, then cached."""
+    """A model folder of about a megabyte, made by the real exporter in seconds, then cached."""
     from generator_svc.export import ExportOptions, export_model
 
     out = cache_folder() / f"tiny-{family}-{precision}"
@@ -101,7 +101,7 @@ def tiny_checkpoint(family: str = "llama") -> Path:
 
 @functools.cache
 def cache_folder() -> Path:
-    """Named after the sources, so that a change in the exporter makes new models."""
+    """Named after the sources' digest, so that a change in the exporter makes new models."""
     import generator_svc.export as exporter
 
     own = [Path(__file__), Path(tiny_gpt_oss.__file__), Path(sample_templates.__file__)]
@@ -149,7 +149,7 @@ def _rewrite_as_transformers5(file: Path) -> None:
 
 
 def _tokenizer(special_tokens: tuple[str, ...], corpus: list[str]) -> Any:
-    """Byte-level BPE over all 256 bytes: any text comes back as it went in."""
+    """Byte-level BPE over all 256 bytes, which encodes any text losslessly."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
