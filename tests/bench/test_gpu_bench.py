@@ -19,7 +19,7 @@ WORK = Work(
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
 def test_a_model_is_measured_and_reported(precision, tmp_path):
-    """Bare runner, engine, greedy and sampled, prefill and the floor, by number of sequences."""
+    """Bare runner, engine (greedy and sampled), prefill and floor, by number of sequences."""
     folder = make_random_llama(tmp_path / "tiny", SHAPES["tiny"], precision)
     measured = measure(folder, WORK)
     table = report(precision, measured, {"transformers": {1: 7.5}}).splitlines()

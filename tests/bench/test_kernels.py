@@ -1,4 +1,4 @@
-"""Kernels of a run, as PyTorch's profiler records them, and what their table says."""
+"""The kernels that PyTorch's profiler records in a run, and the table of them."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ from bench.kernels import Kernel, recorded, table, why_not
 
 
 def test_what_ran_is_recorded_once() -> None:
-    """By the real profiler, of operators on the CPU, which it records in the same way."""
+    """The real profiler records each operator once; on the CPU it works in the same way."""
     left, right = torch.ones(64, 64), torch.ones(64, 64)
     found = recorded(lambda: torch.mm(left, right).relu(), "CPU")
     names = [kernel.name for kernel in found]
@@ -37,7 +37,7 @@ def test_the_table_tells_kernels_from_gaps() -> None:
 
 
 def test_what_is_left_out_counts() -> None:
-    """Of many names the last ones are together in a line."""
+    """If there are many kernel names, the last ones are summed in one line."""
     kernels = [Kernel(f"kernel {number}", 10 * number, 10 * number + 5) for number in range(20)]
     last = table(kernels).splitlines()[-1]
 
@@ -45,7 +45,7 @@ def test_what_is_left_out_counts() -> None:
 
 
 def test_without_a_device_nothing_is_measured() -> None:
-    """The reason, at once."""
+    """Without a CUDA device, --profile fails at once with the reason."""
     command = [sys.executable, "-m", "bench.gpu", "--small", "--device=cpu", "--profile"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
 

@@ -1,4 +1,4 @@
-"""The sizes that docs/models.md tells, against folders that the exporter makes."""
+"""The sizes in docs/models.md, compared with folders that the exporter makes."""
 
 import onnx
 import pytest
@@ -23,7 +23,7 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def published():
-    """With biases, which Llamas have not."""
+    """A model with biases, which Llamas do not have."""
     return PUBLISHED["qwen-2.5-7b"].with_config(**SMALL)
 
 
@@ -33,7 +33,7 @@ def checkpoint(published, tmp_path_factory):
 
 
 def test_a_checkpoint_is_as_large_as_is_told(checkpoint, published):
-    """But for the headers of its shards."""
+    """The computed size is right, except for the headers of the shards."""
     size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
 
     assert checkpoint_bytes(published.config) == pytest.approx(size, rel=0.01)
@@ -43,7 +43,7 @@ def test_a_checkpoint_is_as_large_as_is_told(checkpoint, published):
     ("device", "precision"), [(d, p) for d, precisions in DEVICES.items() for p in precisions]
 )
 def test_a_folder_is_as_large_as_is_told(checkpoint, published, device, precision, tmp_path):
-    """But for numbers that are in the graph itself, and for what aligns tensors in the file."""
+    """The computed size is right, except for tensors in the graph itself and alignment."""
     folder = export_model(str(checkpoint), tmp_path / "m", ExportOptions(precision, device))
     graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
     places = [entry for tensor in graph.initializer for entry in tensor.external_data]

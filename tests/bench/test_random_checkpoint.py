@@ -1,4 +1,4 @@
-"""Checkpoints with random weights: the published form, and numbers that a model can live with."""
+"""Checkpoints with random weights: laid out as published, with values that a model can run on."""
 
 import json
 
@@ -49,14 +49,14 @@ def name(request):
 
 @pytest.fixture(scope="module")
 def folder(name, tmp_path_factory):
-    """Several shards."""
+    """A checkpoint of several shards."""
     path = tmp_path_factory.mktemp("checkpoints") / name
     return write_random_checkpoint(path, small(name), shard_bytes=2**20)
 
 
 @pytest.fixture(scope="module")
 def tensors(folder):
-    """All of them as they are stored, and in which file each is."""
+    """All tensors by name, as stored, each with the name of its file."""
     return {
         name: (tensor, path.name)
         for path in folder.glob("*.safetensors")
@@ -70,7 +70,7 @@ def _read(path):
 
 
 def _expected(config):
-    """Names and shapes of the model's parameters; experts as MXFP4 keeps them."""
+    """Names and shapes of the model's parameters; experts as MXFP4 stores them."""
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     shapes = {}
@@ -85,14 +85,14 @@ def _expected(config):
 
 
 def test_names_and_shapes_are_the_models(folder, tensors):
-    """The folder has the parameters that transformers' model of its config.json has."""
+    """The folder has the parameters of the transformers model for its config.json."""
     config = transformers.AutoConfig.from_pretrained(folder)
 
     assert _expected(config) == {name: tuple(t.shape) for name, (t, _) in tensors.items()}
 
 
 def test_at_full_size_too(name, tmp_path):
-    """The published configuration, of which no weights are written here."""
+    """The same holds for the published configuration, without writing its weights here."""
     config = PUBLISHED[name].config
     (tmp_path / "config.json").write_text(json.dumps(config))
     read = transformers.AutoConfig.from_pretrained(tmp_path)
@@ -110,7 +110,7 @@ def test_the_index_finds_every_tensor(folder, tensors):
 
 
 def test_what_is_stored_has_the_published_types(tensors):
-    """Experts in bytes, everything else in bfloat16."""
+    """Experts are stored as bytes, everything else in bfloat16."""
     for name, (tensor, _) in tensors.items():
         packed = name.endswith(("_blocks", "_scales"))
 
@@ -118,7 +118,7 @@ def test_what_is_stored_has_the_published_types(tensors):
 
 
 def test_numbers_are_of_their_size(tensors):
-    """Around one for norms and zero for all else; no row of a matrix is another's."""
+    """Norms are around one, all else around zero; matrices have full rank and no equal rows."""
     for name, (tensor, _) in tensors.items():
         if tensor.dtype == torch.uint8:
             continue
@@ -135,7 +135,7 @@ def test_numbers_are_of_their_size(tensors):
 
 
 def test_experts_are_of_their_size(name, folder):
-    """Once unpacked, as large as the number of their inputs asks for."""
+    """Unpacked, experts' values are scaled to their number of inputs."""
     experts = [t for t in checkpoint_tensors(small(name).config) if t.kind == "scales"]
     assert bool(experts) == name.startswith("gpt-oss")
     for scales in experts:
@@ -149,7 +149,7 @@ def test_experts_are_of_their_size(name, folder):
 
 
 def test_the_model_computes(folder, name):
-    """Logits near one, which depend on what was asked."""
+    """Logits are near one and depend on the prompt."""
     quantization = {}
     if name.startswith("gpt-oss"):
         quantization["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
@@ -178,7 +178,7 @@ def test_the_seed_decides(tmp_path):
 
 
 def test_added_tokens_have_their_published_ids(name):
-    """And any text comes back."""
+    """And any text survives encoding and decoding."""
     tokenizer = published_tokenizer(PUBLISHED[name])
     text = "Zwölf Boxkämpfer jagen, 十二\n\n  12345"
 
@@ -187,7 +187,7 @@ def test_added_tokens_have_their_published_ids(name):
 
 
 def test_layers_are_cut_everywhere(name):
-    """What config.json says of each layer is as long as there are layers."""
+    """Per-layer fields of config.json are cut to the number of layers."""
     config = PUBLISHED[name].with_config(num_hidden_layers=2).config
 
     assert len(config.get("layer_types", "12")) == 2
@@ -195,7 +195,7 @@ def test_layers_are_cut_everywhere(name):
 
 
 def test_a_folder_appears_whole(tmp_path, monkeypatch):
-    """What failed half-way leaves nothing, and does not stand in the way."""
+    """A failed attempt leaves nothing behind and can be repeated."""
     published = small("qwen-2.5-7b")
     with monkeypatch.context() as patch:
         patch.setattr("bench.random_checkpoint._normal", None)
@@ -216,7 +216,7 @@ def test_a_number_of_layers_that_is_not_there_is_refused(layers, tmp_path, monke
 
 
 def test_the_command_writes_what_is_not_there_yet(tmp_path, monkeypatch, capsys):
-    """With as many layers as asked for; a folder that exists is left as it is."""
+    """With the requested number of layers; an existing folder is left as it is."""
     monkeypatch.setitem(PUBLISHED, "qwen-2.5-7b", small("qwen-2.5-7b"))
     folder = tmp_path / "qwen-2.5-7b"
     monkeypatch.setattr("sys.argv", ["", "qwen-2.5-7b", str(folder), "--layers", "1"])

@@ -1,4 +1,4 @@
-"""Models with random weights: what the exporter would make, and nothing but numbers out of them."""
+"""Models with random weights: the graph that the exporter would make, and finite logits."""
 
 import dataclasses
 from collections import Counter
@@ -30,7 +30,7 @@ def model(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runner(model):
-    """On the CPU, which runs the models for CUDA too."""
+    """On the CPU, which can run the models for CUDA too."""
     return OrtRunner(model, "cpu", 3, 64, threads=1)
 
 
@@ -40,7 +40,7 @@ def _prefill(runner, slot, token_ids):
 
 
 def test_rows_in_a_batch_give_what_their_prompts_give(runner, model):
-    """Finite logits of about one, which depend on what the cache holds."""
+    """Decoding a batch gives each prompt's logits: finite, near one, dependent on the cache."""
     for slot, prompt in enumerate(PROMPTS):
         _prefill(runner, slot, prompt)
     rows = runner.run(StepPlan(rows=tuple(Row(3, len(p)) for p in PROMPTS))).rows
@@ -56,7 +56,7 @@ def test_rows_in_a_batch_give_what_their_prompts_give(runner, model):
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 def test_the_graph_is_the_exporters(precision, tmp_path):
-    """The same operators, as often, as in an export of a checkpoint of this shape."""
+    """The same operators, equally often, as in the export of a checkpoint of this shape."""
     exported = tiny_model_directory("llama-untied", precision)
     shape = Shape(
         hidden=SHAPE["hidden_size"],
@@ -75,7 +75,7 @@ def test_the_graph_is_the_exporters(precision, tmp_path):
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_products_for_cuda_are_the_exporters(precision, tmp_path):
-    """The same attributes and inputs, and the manifest's word for it: so the same kernels run."""
+    """Attributes, inputs and the manifest's block size are the same, so the same kernels run."""
     options = ExportOptions(precision, "cuda")
     exported = export_model(str(tiny_checkpoint("llama-untied")), tmp_path / "exported", options)
     vocabulary = load_model_directory(exported).vocab_size
@@ -117,7 +117,7 @@ def _interface(folder):
 
 
 def test_the_tokenizer_has_a_token_for_each_byte(model):
-    """Any text comes back, as token ids within the vocabulary."""
+    """Any text survives encoding and decoding, with token ids within the vocabulary."""
     tokenizer = Tokenizer(model.tokenizer.read_text())
     text = "Zwölf Boxkämpfer, 十二\n"
     ids = tokenizer.encode(text)
@@ -127,7 +127,7 @@ def test_the_tokenizer_has_a_token_for_each_byte(model):
 
 
 def test_a_folder_appears_whole(tmp_path, monkeypatch):
-    """What failed half-way is not there under its name, and does not stand in the way."""
+    """A failed attempt leaves no folder of that name and can be repeated."""
     shape = dataclasses.replace(SHAPES["tiny"], layers=1)
     with monkeypatch.context() as patch:
         patch.setattr("bench.random_llama._write_text_side", None)

@@ -1,4 +1,4 @@
-"""What bench.replicas compares with: shares that an oracle makes, and a perfect split."""
+"""What bench.replicas compares with: an oracle's shares and a perfect split."""
 
 import itertools
 
@@ -8,7 +8,7 @@ from bench.replicas import Split, Work, draw, lanes
 
 
 def test_an_oracle_shares_equally() -> None:
-    """Each gets work of its own for as long as the others, and nothing is left out."""
+    """All shares take equally long, and each request is in exactly one."""
     works = list(draw(1000))
     shares = lanes(works, 3)
     seconds = [sum(work.seconds for work in share) for share in shares]
@@ -29,10 +29,10 @@ def test_requests_are_of_mixed_length() -> None:
 
 @pytest.mark.parametrize(("busy", "ratio"), [((10.0, 10.0, 10.0), 1.0), ((10.0, 5.0, 0.0), 2.0)])
 def test_a_perfect_split_keeps_all_busy(busy: tuple[float, ...], ratio: float) -> None:
-    """Whoever is idle while another one works makes the ratio worse."""
+    """A generator that idles while another one works makes the ratio worse."""
     assert ratio == Split(10.0, busy, 0).ratio
 
 
 def test_longer_requests_weigh_more() -> None:
-    """By prompt and by output."""
+    """Whether the prompt or the output is longer."""
     assert Work(10, 10).seconds < Work(20, 10).seconds < Work(20, 20).seconds

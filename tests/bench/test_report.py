@@ -1,4 +1,4 @@
-"""What the benchmark makes of what it measured; speed itself is never tested."""
+"""How the benchmark reports its measurements; speed itself is never tested."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def _results(*rows: Row) -> Results:
 
 
 def test_percentiles_are_interpolated_and_in_milliseconds() -> None:
-    """p50 of an even number of values is between the two in the middle."""
+    """The p50 of an even number of values lies between the two in the middle."""
     found = percentiles("gap", [0.001, 0.002, 0.003, 0.004], with_max=True)
 
     assert {"gap_p50_ms": 2.5, "gap_p99_ms": 3.97, "gap_max_ms": 4.0} == pytest.approx(found)
@@ -31,7 +31,7 @@ def test_percentiles_are_interpolated_and_in_milliseconds() -> None:
 
 
 def test_a_ratio_wants_both_numbers() -> None:
-    """What was not measured, or is zero, gives no ratio."""
+    """There is no ratio to a number that was not measured or is zero."""
     assert {"half": 0.5} == ratio("half", {"a": 1.0, "b": 2.0}, "a", "b")
     assert {} == ratio("half", {"a": 1.0}, "a", "b")
     assert {} == ratio("half", {"a": 1.0, "b": 0.0}, "a", "b")
@@ -48,7 +48,7 @@ def test_speed_is_of_whole_answers_over_all_of_the_time() -> None:
 
 
 def test_gaps_are_told_apart_by_the_late_request() -> None:
-    """A gap in which the late request came, or another stream began, is not a quiet one."""
+    """A gap in which the late request arrived, or another stream began, is not a quiet one."""
     stream, other = _answer(0.1, 1.0, 1.1, 1.2, 2.2, 2.4, 2.5, 2.6), _answer(1.0, 3.0)
     found = stalls([stream, other], _answer(2.3, sent_at=1.3))
 
@@ -89,20 +89,20 @@ def test_ratios_are_taken_round_by_round() -> None:
 
 
 def test_a_round_without_the_other_gives_no_ratio() -> None:
-    """Rounds are paired by their number, not by their place."""
+    """Rounds are paired by number, not by position."""
     results = _results(*_rows("bare", [100])[:1], *_rows("services", [50, 70]))
 
     assert Spread(0.5, 0.5, 0.5) == results.ratio_to(results.kinds("load")[1], "bare")
 
 
 def test_a_spread_shows_its_ends_when_they_differ() -> None:
-    """About three digits each."""
+    """Each number has about three digits."""
     assert "1.50" == str(Spread(1.5, 1.5, 1.5))
     assert "12.3 (9.87 to 123)" == str(Spread(12.34, 9.87, 123.4))
 
 
 def test_tables_are_markdown() -> None:
-    """A heading, a head, a line, the body."""
+    """A heading, the header row, the separator and the rows."""
     table = Table("Speed", ("who", "tokens/s"), (("bare", "10"),))
 
     assert "### Speed\n\n| who | tokens/s |\n| --- | --- |\n| bare | 10 |" == table.markdown()
@@ -121,7 +121,7 @@ def test_a_page_says_what_it_is_of() -> None:
 
 
 def test_failures_and_noise_are_told() -> None:
-    """Failures are summed over the rounds; other processes are a note."""
+    """Failures are summed over the rounds; load from other processes is noted."""
     numbers = {"faults": 2.0, "others_percent": 30.0}
     row = Row("load", "8 clients", 0, "services", numbers, ("HTTP 503",))
     said = notes(_results(row, row))
@@ -138,7 +138,7 @@ def test_results_go_between_the_markers() -> None:
 
 
 def test_the_json_has_rows_and_their_summary() -> None:
-    """Each round's numbers, and median, lowest and highest."""
+    """Each round's numbers, and their median, lowest and highest."""
     results = _results(*_rows("bare", [100, 50]), *_rows("services", [80, 45]))
     found = as_json(results, {"cores": 2})
 

@@ -7,7 +7,7 @@ from bench.scenarios import Load
 
 
 class Stage:
-    """Answers at once, and keeps what was requested."""
+    """Answers at once and records the requests."""
 
     def play(self, script):
         self.requests = script.requests
@@ -15,7 +15,7 @@ class Stage:
 
 
 def test_a_load_asks_as_it_says():
-    """Clients, requests, lengths, and how tokens are drawn: greedy, or as the title has it."""
+    """Clients, requests, lengths and sampling: greedy, or with the parameters in the title."""
     prompts = SimpleNamespace(request=lambda tokens, output: Request((), (1,) * tokens, output))
     for load, drawn, told in (
         (Load("load", 2, 3, 5, 7), (0.0, 1.0), False),

@@ -1,4 +1,4 @@
-"""The simulator of bench.simulate: its queues against formulas, its books, its routing."""
+"""The simulator of bench.simulate: queues as in theory, accounting and routing."""
 
 import dataclasses
 import itertools
@@ -21,7 +21,7 @@ from bench.step_costs import StepCosts
 from bench.trace import Bursts, Lengths, Request, Workload
 from generator_svc.plan import Copy, Swap
 
-# A step of 10 ms, and 5 for each row; a prompt's token takes 1 ms.
+# A step takes 10 ms, plus 5 ms per row; a prompt token takes 1 ms.
 COSTS = StepCosts(
     rows=(1, 3),
     contexts=(0, 1000),
@@ -41,7 +41,7 @@ def workload(rate: float, **changes: object) -> Workload:
 
 
 def test_one_slot_waits_as_long_as_an_md1_queue() -> None:
-    """One token each, so that every request is one step of the same length (Pollaczek 1930)."""
+    """One token per request, so that each is one step of the same length (Pollaczek 1930)."""
     requests = workload(20.0, prompt=Lengths(20), output=Lengths(1)).draw(6000, seed=1)
     service = COSTS.chunk_seconds(20, 0)
     busy = 20.0 * service
@@ -56,8 +56,8 @@ def test_one_slot_waits_as_long_as_an_md1_queue() -> None:
 
 
 def test_costs_of_a_cuda_device_are_planned_with_as_the_service_would_there() -> None:
-    """Prompts that wait together share a run, whatever prefix they have in common, and it costs
-    what its positions do; on the CPU each takes the prefix and runs on its own."""
+    """On CUDA, prompts that wait together share a run even if they have a common prefix, and it
+    costs as much as its positions; on the CPU each reuses the prefix and runs on its own."""
     cuda = dataclasses.replace(COSTS, device="cuda")
     requests = [Request(0.0, 30, 1, shared_tokens=20) for _ in range(4)]
     seconds = {
@@ -72,7 +72,7 @@ def test_costs_of_a_cuda_device_are_planned_with_as_the_service_would_there() ->
 
 
 def test_a_tokenizer_waits_as_long_as_an_md1_queue() -> None:
-    """Work of 20 ms each, 30 times a second."""
+    """Jobs of 20 ms each, 30 per second."""
     clock = Clock()
     tokenizer = Tokenizer(clock)
     waits: list[float] = []
@@ -89,7 +89,7 @@ def test_a_tokenizer_waits_as_long_as_an_md1_queue() -> None:
 
 
 def test_a_lone_request_takes_the_sum_of_its_parts() -> None:
-    """Hops, tokenizer, chunk, then a step for each further token at its context."""
+    """Hops, tokenizer, prefill, then a decode step at its context for each further token."""
     costs = TokenizerCosts(request=0.5, prompt_token=0.01, output_token=0.1, hop=0.25)
     chunk = COSTS.chunk_seconds(20, 0)
     steps = [COSTS.decode_seconds(1, context) for context in (20, 21)]
@@ -99,14 +99,14 @@ def test_a_lone_request_takes_the_sum_of_its_parts() -> None:
     ).answers
 
     first = 3.0 + 0.25 + 0.5 + 0.2 + chunk + 0.1 + 0.25
-    # The tokenizer is slower than the steps, so that tokens queue before it.
+    # The tokenizer is slower than the steps, so tokens queue in front of it.
     assert [first, first + 0.1, first + 0.2] == pytest.approx(answer.times)
     assert chunk + sum(steps) == pytest.approx(answer.device_seconds)
 
 
 @pytest.mark.parametrize("clients", [1, 3, 50])
 def test_clients_ask_again_when_they_have_their_answers(clients: int) -> None:
-    """At once and as often as there are requests; never more of them are on their way."""
+    """At once, until all requests are sent; each client has at most one in flight."""
     costs = TokenizerCosts(request=0.01, prompt_token=0.0, output_token=0.001, hop=0.005)
     cluster = dataclasses.replace(CLUSTER, tokenizer_costs=costs)
     requests = workload(1.0).draw(40, seed=4)
@@ -133,7 +133,7 @@ def test_clients_who_are_refused_ask_again() -> None:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_request_gets_exactly_its_tokens(policy: str) -> None:
-    """And pays for no more than the generators were busy."""
+    """And the device time charged is at most the time that the generators were busy."""
     requests = workload(12.0, conversations=5, shared_tokens=16, bursts=Bursts()).draw(150, seed=3)
     cluster = dataclasses.replace(CLUSTER, generators=3, tokenizers=2)
 
@@ -147,7 +147,7 @@ def test_every_request_gets_exactly_its_tokens(policy: str) -> None:
 
 
 def test_a_full_queue_refuses() -> None:
-    """As the service's admission does, and the rest is served."""
+    """As the service's admission control does; the rest is served."""
     requests = [Request(0.0, 300, 1) for _ in range(600)]
     cluster = dataclasses.replace(CLUSTER, slots=1)
 
@@ -158,7 +158,7 @@ def test_a_full_queue_refuses() -> None:
 
 
 def test_affinity_finds_more_in_the_caches_than_turns() -> None:
-    """More conversations than slots: a replica keeps those that come back to it."""
+    """With more conversations than a replica has slots, each keeps those routed back to it."""
     requests = workload(4.0, conversations=8, shared_tokens=64).draw(200, seed=4)
     cluster = dataclasses.replace(CLUSTER, generators=3)
 
@@ -168,8 +168,8 @@ def test_affinity_finds_more_in_the_caches_than_turns() -> None:
 
 
 def test_a_thousand_requests_are_split_almost_perfectly() -> None:
-    """Though nobody knows how long answers will be, three generators end within 1.1 times the time
-    for which each is busy in the mean; in turns they would take longer."""
+    """Though output lengths are unknown, three generators finish within 1.1 times their mean busy
+    time; round-robin takes longer."""
     lengths = Lengths(40, 1.2, most=400), Lengths(24, 1.2, most=300)
     requests = Workload(35.0, *lengths).draw(1000, seed=0)
     costs = dataclasses.replace(
@@ -219,7 +219,7 @@ def test_the_plan_is_the_smallest_that_meets_the_targets() -> None:
 
 
 def test_smallest_finds_every_number() -> None:
-    """By doubling and halving, and None beyond the most."""
+    """By doubling, then bisection; None if it is above the maximum."""
     for most in range(1, 20):
         for wanted in range(1, most + 3):
             found = smallest(most, lambda count, wanted=wanted: count >= wanted)
@@ -227,7 +227,7 @@ def test_smallest_finds_every_number() -> None:
 
 
 def test_traces_survive_a_file(tmp_path) -> None:
-    """JSON lines, and back."""
+    """A trace saved as JSON lines loads unchanged."""
     requests = workload(5.0, conversations=3, shared_tokens=8).draw(20, seed=7)
 
     trace.save(tmp_path / "trace.jsonl", requests)
@@ -236,7 +236,7 @@ def test_traces_survive_a_file(tmp_path) -> None:
 
 
 def test_costs_survive_a_file(tmp_path) -> None:
-    """JSON, and back."""
+    """Costs saved as JSON load unchanged."""
     COSTS.save(tmp_path / "costs.json")
 
     assert COSTS == step_costs.load(tmp_path / "costs.json")
@@ -244,7 +244,7 @@ def test_costs_survive_a_file(tmp_path) -> None:
 
 @pytest.mark.parametrize("bursts", [None, Bursts(peak=4.0, share=0.2, seconds=1.0)])
 def test_arrivals_keep_their_mean_rate(bursts: Bursts | None) -> None:
-    """Poisson gaps vary as much as their mean; bursts vary more."""
+    """The standard deviation of Poisson gaps equals their mean; with bursts it is larger."""
     requests = workload(20.0, bursts=bursts).draw(30_000, seed=8)
     gaps = [after.arrival - before.arrival for before, after in _pairs(requests)]
     variation = statistics.stdev(gaps) / statistics.fmean(gaps)
@@ -255,7 +255,7 @@ def test_arrivals_keep_their_mean_rate(bursts: Bursts | None) -> None:
 
 
 def test_lengths_keep_their_mean_and_spread() -> None:
-    """The mean is that of the tokens, not of their logarithms; the same seed draws the same."""
+    """The mean is of tokens, not of their logarithms; the same seed draws the same lengths."""
     load = workload(1.0, prompt=Lengths(100, 0.5), output=Lengths(30))
     requests = load.draw(20_000, seed=9)
 
@@ -266,7 +266,7 @@ def test_lengths_keep_their_mean_and_spread() -> None:
 
 
 def test_costs_lie_on_their_lines() -> None:
-    """Between the measured points, and beyond them."""
+    """They are linear between the measured points and beyond them."""
     assert 0.020 == pytest.approx(COSTS.decode_seconds(2, 0))
     assert 0.040 == pytest.approx(COSTS.decode_seconds(3, 500))
     assert 0.030 == pytest.approx(COSTS.decode_seconds(4, 0))
@@ -276,7 +276,7 @@ def test_costs_lie_on_their_lines() -> None:
 
 
 def test_costs_have_a_mean() -> None:
-    """Time by time; the grid stays."""
+    """Each time is averaged; the grid stays the same."""
     slow = dataclasses.replace(COSTS, decode=((0.03, 0.05), (0.05, 0.11)), chunk=(0.03, 0.0, 0.0))
 
     mean = step_costs.mean([COSTS, slow])
@@ -287,7 +287,7 @@ def test_costs_have_a_mean() -> None:
 
 
 def test_costs_on_one_machine_are_those_that_streams_show() -> None:
-    """Where they were seen, and by as much more at any other context."""
+    """Exact at the observed context, and higher by the same amount at any other."""
     alone = dataclasses.replace(COSTS, around_step=0.001, around_token=0.0001)
     seen = {streams: 0.05 + 0.01 * streams for streams in STREAMS}
 
