@@ -1,4 +1,4 @@
-"""Small processes for the supervisor to hold, and a log of what becomes of them."""
+"""Small child processes for the supervisor, and a log of what happens to them."""
 
 import asyncio
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trivium.cli.supervisor import Stage
 
-# Writes "NAME ready" to the log, "NAME stopped" upon SIGTERM.
+# Writes "NAME ready" to the log, "NAME stopped" on SIGTERM.
 CHILD = """
 import os, signal, sys
 log, name, tail = sys.argv[1:]
@@ -25,7 +25,7 @@ while True:
 
 
 class Children:
-    """Makes stages whose children write into one log."""
+    """Makes stages whose processes write to one log."""
 
     def __init__(self, folder: Path) -> None:
         self.log = folder / "log"
@@ -44,7 +44,7 @@ class Children:
 
 
 def is_running(pid: int) -> bool:
-    """Whether the process exists and is no zombie."""
+    """Whether the process exists and is not a zombie."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):

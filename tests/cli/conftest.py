@@ -15,7 +15,7 @@ from tests.cli.openai_script import ScriptedServer
 
 @pytest.fixture
 def scripted() -> Iterator[ScriptedServer]:
-    """The server on a free port of the loopback interface."""
+    """A scripted server on a free port of the loopback interface."""
     script = ScriptedServer()
     config = uvicorn.Config(script.app(), port=0, log_level="error", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
@@ -43,12 +43,12 @@ def children(tmp_path: Path) -> Children:
 
 @pytest.fixture
 def tiny_folder(tmp_path: Path) -> Path:
-    """A folder that passes for a model as long as nobody runs it."""
+    """A folder that passes for a model as long as it is not run."""
     return pretended_model(tmp_path / "pretended")
 
 
 def pretended_model(folder: Path, token_bytes: int = 64, context_length: int = 64) -> Path:
-    """A folder of this name that passes for a model with so much cache for each token."""
+    """Makes a folder that passes for a model with `token_bytes` of KV cache per token."""
     decoder = {
         "filename": "model.onnx",
         "num_hidden_layers": 1,

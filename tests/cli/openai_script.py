@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server that answers by a script, for the commands that are clients."""
+"""A scripted OpenAI-compatible server, for the commands that are clients."""
 
 import asyncio
 import json
@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 @dataclass
 class ScriptedServer:
-    """Says "word " once for each token; remembers every request body and how streams ended."""
+    """Sends "word " for each token; records all request bodies and whether a stream was cut."""
 
     url: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)

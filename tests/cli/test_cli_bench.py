@@ -20,7 +20,7 @@ def run(*arguments: str) -> tuple[int, str]:
 
 
 def test_counts_what_the_server_says_it_made(scripted: ScriptedServer, tmp_path: Path) -> None:
-    """Every level sends its requests, and the report adds up the usage of the answers."""
+    """Each number of clients sends its requests, and the report sums the usage of the answers."""
     report = tmp_path / "report.json"
     options = ("--clients", "1,3", "--requests", "2", "--output-tokens", "5")
     status, output = run("--url", scripted.url, *options, "--json", str(report))
@@ -37,7 +37,7 @@ def test_counts_what_the_server_says_it_made(scripted: ScriptedServer, tmp_path:
 
 
 def test_prompts_differ_and_have_the_wanted_length(scripted: ScriptedServer) -> None:
-    """No prompt comes twice, each has about the wanted number of tokens, and none ends early."""
+    """No prompt is repeated, each has about the requested length, and no answer ends early."""
     status, _ = run("--url", scripted.url, "--clients", "4", "--prompt-tokens", "100")
 
     streamed = [body for body in scripted.bodies if body["stream"]]
@@ -50,7 +50,7 @@ def test_prompts_differ_and_have_the_wanted_length(scripted: ScriptedServer) -> 
 
 
 def test_a_refusal_is_told_and_fails(scripted: ScriptedServer) -> None:
-    """When the server refuses, its own words are shown and the status is not 0."""
+    """If the server refuses, its message is shown and the exit status is not 0."""
     scripted.refusal = (404, "no model called scripted")
     status, output = run("--url", scripted.url)
 
@@ -59,7 +59,7 @@ def test_a_refusal_is_told_and_fails(scripted: ScriptedServer) -> None:
 
 
 def test_a_broken_stream_is_a_failure(scripted: ScriptedServer, tmp_path: Path) -> None:
-    """An answer that ends in an error event is counted as failed, with its message."""
+    """An answer that ends in an error event counts as failed, and its message is shown."""
     scripted.breaks_off = True
     report = tmp_path / "report.json"
     status, output = run("--url", scripted.url, "--clients", "2", "--json", str(report))
@@ -71,7 +71,7 @@ def test_a_broken_stream_is_a_failure(scripted: ScriptedServer, tmp_path: Path) 
 
 @pytest.mark.parametrize("clients", ["", "0", "one", "1,,2"])
 def test_refuses_client_numbers_that_are_none(clients: str) -> None:
-    """Wrong numbers of clients are refused before anything is sent."""
+    """Invalid numbers of clients are refused before anything is sent."""
     status, output = run("--clients", clients)
 
     assert status == 2
@@ -89,7 +89,7 @@ def test_numbers_that_could_not_be_saved(scripted: ScriptedServer, tmp_path: Pat
 
 
 def test_nobody_there(unused_tcp_port: int) -> None:
-    """Without a server the address is named and the status is not 0."""
+    """If no server listens, the address is named and the exit status is not 0."""
     status, output = run("--url", f"http://127.0.0.1:{unused_tcp_port}")
 
     assert status == 1
@@ -97,7 +97,7 @@ def test_nobody_there(unused_tcp_port: int) -> None:
 
 
 def test_percentiles_interpolate() -> None:
-    """The same as numpy on a plain case; nothing at all where there is nothing."""
+    """As in NumPy; None if there are no values."""
     values = [float(value) for value in range(101)]
 
     assert {"p50": 50.0, "p95": 95.0, "p99": 99.0} == percentiles(values)
@@ -106,14 +106,14 @@ def test_percentiles_interpolate() -> None:
 
 
 def test_prompts_repeat_with_their_seed() -> None:
-    """The same seed draws the same prompts, another one others."""
+    """The same seed draws the same prompts, another seed different ones."""
     draws = [Prompts(seed).draw(20) for seed in (1, 1, 2)]
 
     assert draws[0] == draws[1] != draws[2]
 
 
 def test_times_of_an_answer() -> None:
-    """The first token is counted from the request, gaps lie between parts with text."""
+    """Time to first token counts from the request; gaps are between chunks with text."""
     answer = Answer(began=10.0)
     for now, content in ((10.5, ""), (11.0, "a"), (11.25, "b"), (12.0, "c")):
         chunk = {"choices": [{"index": 0, "delta": {"content": content}}]}
@@ -126,7 +126,7 @@ def test_times_of_an_answer() -> None:
 
 
 def test_an_error_event_ends_an_answer() -> None:
-    """An error in the stream is raised with the server's words."""
+    """An error event in the stream is raised with the server's message."""
     with pytest.raises(AnswerFailed, match="too late"):
         Answer(began=0).push(b'data: {"error": {"message": "too late"}}\n\n', 1.0)
 

@@ -32,7 +32,7 @@ def chat(scripted: ScriptedServer) -> Iterator[subprocess.Popen[str]]:
 
 
 def read_until(process: subprocess.Popen[str], wanted: str) -> str:
-    """Output up to and with `wanted`."""
+    """Output up to and including `wanted`."""
     assert process.stdout is not None
     text = ""
     while not text.endswith(wanted):
@@ -49,7 +49,7 @@ def say(process: subprocess.Popen[str], line: str) -> None:
 
 
 def test_answers_and_remembers(chat: subprocess.Popen[str], scripted: ScriptedServer) -> None:
-    """An answer is shown with what it took, and the next question carries the conversation."""
+    """An answer is shown with its cost, and the next request has the conversation so far."""
     say(chat, "hello")
     shown = read_until(chat, "]\n")
     say(chat, "again")
@@ -99,7 +99,7 @@ def test_new_starts_over(chat: subprocess.Popen[str], scripted: ScriptedServer) 
 def test_a_refusal_does_not_end_the_program(
     chat: subprocess.Popen[str], scripted: ScriptedServer
 ) -> None:
-    """The server's words are shown and one can go on; the refused question is forgotten."""
+    """The server's message is shown and the chat goes on, without the refused question."""
     scripted.refusal = (429, "the queue is full")
     say(chat, "hello")
     shown = read_until(chat, "full")
@@ -122,7 +122,7 @@ def test_ctrl_d_leaves(chat: subprocess.Popen[str]) -> None:
 
 @pytest.mark.parametrize("command", ["chat", "bench"])
 def test_a_ca_file_that_is_none_is_told(command: str, tmp_path: Path) -> None:
-    """Before anybody is called, in one line that names it."""
+    """A missing or invalid CA file is refused in one line that names it, before any request."""
     empty = tmp_path / "empty.crt"
     empty.touch()
     for path in (empty, tmp_path / "gone.crt"):
@@ -134,7 +134,7 @@ def test_a_ca_file_that_is_none_is_told(command: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", ["chat", "bench"])
 def test_a_certificate_that_is_none_is_told(command: str, tmp_path: Path) -> None:
-    """Before anybody is called, in one line that names it; so is a key without one."""
+    """A wrong certificate is refused, by name, before any request; so is a key without one."""
     ours, others = (Files(tmp_path / name).write(trustme.CA()) for name in ("ours", "others"))
     empty = tmp_path / "empty.crt"
     empty.touch()

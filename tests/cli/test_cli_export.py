@@ -1,4 +1,4 @@
-"""`trivium export`: a folder that serves, or a sentence that says why not."""
+"""`trivium export`: a folder that can be served, or a message that says why not."""
 
 import json
 import os
@@ -20,7 +20,7 @@ TRIVIUM = (sys.executable, "-m", "trivium.cli")
 
 
 def run(*arguments: str, **environment: str) -> tuple[int, str]:
-    """Exit status and output, to both streams, of `trivium export`."""
+    """Exit status and combined output of `trivium export`."""
     done = subprocess.run(
         [*TRIVIUM, "export", *arguments],
         env=os.environ | environment,
@@ -32,7 +32,7 @@ def run(*arguments: str, **environment: str) -> tuple[int, str]:
 
 
 def test_makes_a_model_folder(tmp_path: Path) -> None:
-    """A checkpoint becomes a folder that is whole, and one is told how to serve it."""
+    """A checkpoint becomes a complete folder, and the output says how to serve it."""
     out = tmp_path / "my-model"
     status, output = run(str(tiny_checkpoint("llama")), "--out", str(out), "--precision", "fp32")
 
@@ -43,7 +43,7 @@ def test_makes_a_model_folder(tmp_path: Path) -> None:
 
 
 def test_says_why_a_source_is_none(tmp_path: Path) -> None:
-    """What is no checkpoint is named, the status is 1, and nothing is left behind."""
+    """A source that is no checkpoint is named, the status is 1, and nothing is left behind."""
     status, output = run("no such thing", "--out", str(tmp_path / "model"))
 
     assert status == 1
@@ -52,7 +52,7 @@ def test_says_why_a_source_is_none(tmp_path: Path) -> None:
 
 
 def test_says_what_cannot_be_combined(tmp_path: Path) -> None:
-    """float16 on a CPU is refused with the reason."""
+    """float16 on the CPU is refused with the reason."""
     status, output = run("any", "--out", str(tmp_path / "model"), "--precision", "fp16")
 
     assert status == 1
@@ -60,7 +60,7 @@ def test_says_what_cannot_be_combined(tmp_path: Path) -> None:
 
 
 def test_says_what_to_install(tmp_path: Path) -> None:
-    """Without the export extra one is told what to type."""
+    """Without the export extra, the message says how to install it."""
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['gguf'] = None\n")
     status, output = run("any", "--out", str(tmp_path / "model"), PYTHONPATH=str(tmp_path))
 
@@ -71,7 +71,7 @@ def test_says_what_to_install(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("module", [("trivium.cli", "export"), ("generator_svc.export",)])
 def test_explains_its_options(module: tuple[str, ...]) -> None:
-    """The exporter's own command is the same one."""
+    """The exporter's own module is the same command."""
     command = [sys.executable, "-m", *module, "--help"]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
@@ -80,7 +80,7 @@ def test_explains_its_options(module: tuple[str, ...]) -> None:
 
 
 def test_is_stopped_by_the_signal_that_its_process_gets(tmp_path: Path) -> None:
-    """As a shell, a container or a supervisor sends it; nothing half-made is left."""
+    """SIGINT from a shell, container or supervisor ends it, and nothing half-made is left."""
     source, out = str(tiny_checkpoint("llama")), tmp_path / "models" / "model"
     process = subprocess.Popen(
         [*TRIVIUM, "export", source, "--out", str(out)], stderr=subprocess.PIPE, text=True
@@ -115,7 +115,7 @@ command.app(["any", "--out", "m"])
 
 
 def test_is_stopped_although_a_library_swallows_the_signal() -> None:
-    """As some do while they are imported: then the next step does not begin."""
+    """Some do while being imported; the export then ends before its next step."""
     done = subprocess.run([sys.executable, "-c", SWALLOWS], capture_output=True, text=True)
 
     assert done.returncode == 130
@@ -124,7 +124,7 @@ def test_is_stopped_although_a_library_swallows_the_signal() -> None:
 
 
 def put_embedded(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model folder in the embedded model's place, in a cache of its own."""
+    """Puts a model folder in the embedded model's place, in a cache of its own."""
     monkeypatch.setenv("TRIVIUM_CACHE", str(cache))
     shutil.copytree(tiny_model_directory("llama"), embedded_folder())
     return embedded_folder()
@@ -147,7 +147,7 @@ def test_the_embedded_model_is_found_in_the_cache(
 def test_the_embedded_model_for_a_device_that_is_absent_is_not_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reason is told before anything is exported."""
+    """The reason is printed and nothing is exported."""
     monkeypatch.setenv("TRIVIUM_CACHE", str(tmp_path))
     made = [sys.executable, "-m", "generator_svc.export.cached", "--device", "cuda"]
     done = subprocess.run(
@@ -162,7 +162,7 @@ def test_the_embedded_model_for_a_device_that_is_absent_is_not_made(
 def test_an_embedded_model_that_this_processor_cannot_run_is_made_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As when machines share a cache, and only some of them multiply bytes exactly."""
+    """As when machines share a cache but only some of them multiply bytes exactly."""
     out = put_embedded(tmp_path, monkeypatch)
     manifest = json.loads((out / MANIFEST).read_text())
     (out / MANIFEST).write_text(json.dumps({**manifest, "precision": "w8a8"}))

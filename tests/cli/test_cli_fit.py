@@ -1,4 +1,4 @@
-"""`trivium up` on a machine that is too small for its models, and what it tells before a start."""
+"""`trivium up`: the memory plan that it shows, and models that are too large for the machine."""
 
 import re
 from pathlib import Path
@@ -20,25 +20,25 @@ LENGTH = 1024
 
 @pytest.fixture(autouse=True)
 def own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU, and nothing that the shell has set."""
+    """The CPU, and no generator settings from the shell."""
     for name in GeneratorSettings.model_fields:
         monkeypatch.delenv(f"TRIVIUM_GENERATOR_{name}".upper(), raising=False)
     monkeypatch.setenv("TRIVIUM_GENERATOR_DEVICE", "cpu")
 
 
 def _taking(folder: Path, share: float) -> Path:
-    """A model of which one sequence takes this share of the free memory."""
+    """A model for which one sequence's KV cache takes this share of the free memory."""
     return pretended_model(folder, int(memory_limit().free * share / LENGTH), LENGTH)
 
 
 def _refused(capfd: pytest.CaptureFixture[str], *models: Path) -> str:
-    """What `trivium up` says, in its only line."""
+    """The single line with which `trivium up` refuses these models."""
     [line] = _refusals(capfd, *models)
     return line
 
 
 def _refusals(capfd: pytest.CaptureFixture[str], *models: Path) -> list[str]:
-    """What `trivium up` says, a line for each model that does not fit."""
+    """The lines with which `trivium up` refuses them, one per model that does not fit."""
     options = [option for model in models for option in ("--model", str(model))]
     result = CliRunner().invoke(app, ["up", "--device", "cpu", *up_ports(), *options])
 
@@ -51,7 +51,7 @@ def _mebibytes(line: str) -> list[int]:
 
 
 def test_a_model_that_fits_is_shown_with_its_memory(tmp_path: Path) -> None:
-    """Weights, cache, slots and free memory, each model's in a line."""
+    """Weights, KV cache, slots and free memory, one line per model."""
     models = [pretended_model(tmp_path / name, 2**14, LENGTH) for name in ("one", "two")]
     first, second = memory_plans(Pipeline(models[0], "cpu", more_models=(models[1],)))
 
@@ -64,7 +64,7 @@ def test_a_model_that_fits_is_shown_with_its_memory(tmp_path: Path) -> None:
 def test_a_model_that_is_too_large_is_refused_before_anything_starts(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """One line: what is needed, what there is, and how much memory would do; the status is 2."""
+    """One line says what is needed, what is free and how much to add; the exit status is 2."""
     line = _refused(capfd, _taking(tmp_path / "huge", 10))
 
     numbers = re.search(r"huge needs ([\d,]+) MiB .* ([\d,]+) MiB are free: provide ([\d,]+)", line)
@@ -77,7 +77,7 @@ def test_a_model_that_is_too_large_is_refused_before_anything_starts(
 def test_a_length_that_would_fit_is_named(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody who asked for more tokens than fit is told how many would."""
+    """If the requested sequence length does not fit, the message names one that does."""
     setting = "TRIVIUM_GENERATOR_MAX_SEQUENCE_LENGTH"
     model = _taking(tmp_path / "long", 2)
     monkeypatch.setenv(setting, "1024")
@@ -91,7 +91,7 @@ def test_a_length_that_would_fit_is_named(
 def test_models_have_to_fit_together(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each alone would, and the second is refused for what the first one takes."""
+    """Each would fit alone; the second is refused because of what the first one takes."""
     monkeypatch.setenv("TRIVIUM_GENERATOR_MAX_SEQUENCE_LENGTH", str(LENGTH))
     models = [_taking(tmp_path / name, 0.7) for name in ("one", "two")]
     for model in models:
@@ -107,7 +107,7 @@ def test_models_have_to_fit_together(
 def test_what_is_missing_is_told_for_all_models(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who allows as much more as the last line says can start them all."""
+    """With as much more memory as the last line says, all of them can start."""
     monkeypatch.setenv("TRIVIUM_GENERATOR_MAX_SEQUENCE_LENGTH", str(LENGTH))
     models = [_taking(tmp_path / name, 0.7) for name in ("one", "two", "three")]
     two, three = _refusals(capfd, *models)

@@ -1,4 +1,4 @@
-"""A stream's bytes and when they came, read once all have come."""
+"""Streams are parsed after they have ended, from their bytes and arrival times."""
 
 import pytest
 
@@ -20,7 +20,7 @@ def _chunked(*events: str) -> bytes:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
 def test_a_stream_reads_the_same_however_it_is_cut(size: int) -> None:
-    """Pieces of any size: each event counts when its end came."""
+    """For pieces of any size, an event's time is the arrival of its last byte."""
     events = (*TOKENS, '{"choices":[{"index":0,"delta":{},"finish_reason":"length"}]}')
     usage = '{"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2,"gpu_seconds":0.5}}'
     whole = HEAD + _chunked(*events, usage, "[DONE]")
@@ -34,7 +34,7 @@ def test_a_stream_reads_the_same_however_it_is_cut(size: int) -> None:
 
 
 def test_chunks_may_be_cut_anywhere() -> None:
-    """Sizes, line ends and data may each come in two pieces."""
+    """Chunk sizes, line ends and data may each be split in two."""
     body = b"5\r\nhello\r\n6;x=y\r\n world\r\n0\r\n\r\n"
 
     for at in range(len(body)):
@@ -53,7 +53,7 @@ def test_chunks_may_be_cut_anywhere() -> None:
     ],
 )
 def test_what_went_wrong_is_told(data: bytes, why: str) -> None:
-    """A refusal, a hang-up, a stream that breaks off; to the benchmark it is an answer's fault."""
+    """A refusal, a closed connection, a broken stream; the benchmark records it as a fault."""
     with pytest.raises(AnswerFailed, match=why) as caught:
         read_answer(0.0, [(1.0, data)])
 
@@ -61,7 +61,7 @@ def test_what_went_wrong_is_told(data: bytes, why: str) -> None:
 
 
 def test_choices_are_told_apart() -> None:
-    """Some servers send usage for each choice. A choice without text came when it ended."""
+    """Some servers send usage per choice. A choice without text arrives when it ends."""
     ends = [
         f'{{"choices":[{{"index":{n},"delta":{{}},"finish_reason":"length"}}]}}' for n in (0, 1)
     ]
@@ -75,7 +75,7 @@ def test_choices_are_told_apart() -> None:
 
 
 def test_a_script_is_played_to_a_server(scripted: ScriptedServer) -> None:
-    """Each client sends one request after another; the late one while all others are read."""
+    """Each client sends one request after another, the late one while the others stream."""
     first, second, late = (
         Request(({"role": "user", "content": name},), (), 5) for name in ("first", "second", "late")
     )
@@ -90,7 +90,7 @@ def test_a_script_is_played_to_a_server(scripted: ScriptedServer) -> None:
 
 
 def test_a_server_that_is_not_there_is_a_fault(unused_tcp_port: int) -> None:
-    """Of each request to it."""
+    """Each request to it fails, and the reason is recorded."""
     request = Request(({"role": "user", "content": "hello"},), (), 5)
     target = Target(f"http://127.0.0.1:{unused_tcp_port}/v1", "none")
     answers, _ = LoadClient().play(target, Script(((request, request),)))

@@ -1,4 +1,4 @@
-"""`trivium up` with a checkpoint: it is exported once, and served under the name that was given."""
+"""`trivium up` with a checkpoint: it is exported once and served under the given name."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ NO_EXPORT_EXTRA = "import sys\nsys.modules.update(torch=None, optimum=None)\n"
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Caches of our own and of the hub, both empty."""
+    """Empty caches for Trivium and for the hub; returns the first."""
     monkeypatch.setenv("TRIVIUM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     return tmp_path / "cache"
@@ -40,7 +40,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModelHub]:
 
 
 def cached(source: str, *options: str, **environment: str) -> tuple[int, Path]:
-    """Exit status of what `trivium up` asks first, and the folder that it names."""
+    """Exit status of the command that `trivium up` runs first, and the folder it prints."""
     command = [sys.executable, "-m", "generator_svc.export.cached", source, *options]
     env = {**os.environ, **environment}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=env)
@@ -49,7 +49,7 @@ def cached(source: str, *options: str, **environment: str) -> tuple[int, Path]:
 
 @pytest.mark.pipeline
 def test_a_name_on_the_hub_is_served(hub: ModelHub, cache: Path) -> None:
-    """By one command, and requests may name the model as the hub does, as with vLLM."""
+    """One command suffices, and requests may use the hub's name, as with vLLM."""
     port, *others = free_ports(5)
     ports = [f"--{name}={number}" for name, number in zip(PORTS, others, strict=True)]
     command = [sys.executable, "-m", "trivium.cli", "up", "--model", "acme/tiny", f"--port={port}"]
@@ -80,7 +80,7 @@ def test_a_name_on_the_hub_is_served(hub: ModelHub, cache: Path) -> None:
 
 
 def test_it_is_made_once(hub: ModelHub, tmp_path: Path) -> None:
-    """The next start needs neither the hub nor what exports."""
+    """The next start needs neither the hub nor the export extra."""
     made = cached("acme/tiny")
     asked = len(hub.requests)
     (tmp_path / "sitecustomize.py").write_text(NO_EXPORT_EXTRA)
@@ -91,7 +91,7 @@ def test_it_is_made_once(hub: ModelHub, tmp_path: Path) -> None:
 
 
 def test_a_folder_of_ones_own_is_made_anew_when_it_changes(tmp_path: Path) -> None:
-    """A fine-tuned model is not served as it was before."""
+    """After further fine-tuning, the old export is not served."""
     checkpoint = tmp_path / "mine" / "tuned"
     shutil.copytree(tiny_checkpoint("llama"), checkpoint)
     made, folder = cached(str(checkpoint))
@@ -103,14 +103,14 @@ def test_a_folder_of_ones_own_is_made_anew_when_it_changes(tmp_path: Path) -> No
 
 
 def test_a_model_folder_beside_its_checkpoint_is_served_as_it_is(tiny_folder: Path) -> None:
-    """As repositories have it that publish both."""
+    """As in repositories that publish both."""
     (tiny_folder / "model.safetensors").touch()
 
     assert tiny_folder == find_model(str(tiny_folder), "cpu").folder
 
 
 def test_checkpoints_of_one_name_do_not_meet(tmp_path: Path) -> None:
-    """Each path and each name on the hub has a folder of its own."""
+    """Each path and each name on the hub gets a folder of its own."""
     sources = [str(tmp_path / "a" / "tiny"), str(tmp_path / "b" / "tiny.gguf")]
     sources += ["acme/tiny", "other/tiny", "acme/tiny@v2"]
     found = [cached(source, "--check") for source in sources]
@@ -122,7 +122,7 @@ def test_checkpoints_of_one_name_do_not_meet(tmp_path: Path) -> None:
 def test_what_cannot_be_exported_is_told(
     hub: ModelHub, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """In the exporter's words, and nothing is started."""
+    """The exporter's message is shown and nothing is started."""
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "model.safetensors").write_bytes(b"no tensors")
     statuses = [

@@ -1,4 +1,4 @@
-"""Health as containers and the doctor ask for it, and providers that are really tried."""
+"""Health probes of containers and the doctor, and execution providers that are really tried."""
 
 import asyncio
 import sys
@@ -14,7 +14,7 @@ from trivium.cli.probe import fault, is_ready
 
 
 async def exit_status(address: str) -> int:
-    """What a container's health check of `address` exits with."""
+    """The exit status of a container's health check of `address`."""
     command = (sys.executable, "-m", "trivium.cli.probe", address)
     return await (await asyncio.create_subprocess_exec(*command)).wait()
 
@@ -35,19 +35,19 @@ async def test_grpc_services_are_asked_by_name() -> None:
 
 
 async def test_http_is_ready_when_it_answers_200(scripted: ScriptedServer) -> None:
-    """Any other status, and nobody at all, is not ready."""
+    """Any other status means not ready."""
     assert await is_ready(f"{scripted.url}/v1/models")
     assert not await is_ready(f"{scripted.url}/nowhere")
 
 
 async def test_nobody_is_not_ready(unused_tcp_port: int) -> None:
-    """A port at which nobody listens is not ready, over HTTP and gRPC."""
+    """A port on which nothing listens is not ready, over HTTP or gRPC."""
     for scheme in ("http", "grpc"):
         assert not await is_ready(f"{scheme}://127.0.0.1:{unused_tcp_port}")
 
 
 async def test_what_is_not_ready_tells_why(scripted: ScriptedServer, unused_tcp_port: int) -> None:
-    """By the message of an error or by plain text, and the first that is not ready counts."""
+    """By an error's message or plain text; of several targets, the first that is not ready."""
     server = scripted_server(ScriptedChat())
     target = f"grpc://127.0.0.1:{await server.start('127.0.0.1:0')}"
     ready = f"{scripted.url}/v1/models"
@@ -61,12 +61,12 @@ async def test_what_is_not_ready_tells_why(scripted: ScriptedServer, unused_tcp_
 
 
 def test_the_cpu_provider_computes() -> None:
-    """The provider that is always there runs the graph."""
+    """The provider that is always available runs the graph."""
     assert providers.why_not(providers.CPU) is None
 
 
 def test_a_provider_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who asks again has the same answer without another session, which takes seconds on CUDA."""
+    """The result is cached, as creating a session takes seconds on CUDA."""
     providers.why_not.cache_clear()
     sessions = Mock(wraps=onnxruntime.InferenceSession)
     monkeypatch.setattr(onnxruntime, "InferenceSession", sessions)
@@ -76,6 +76,6 @@ def test_a_provider_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_provider_that_is_not_there_is_told(capfd: pytest.CaptureFixture[str]) -> None:
-    """A provider of another build is no crash, but a reason."""
+    """A provider that this build lacks gives a reason, not a crash."""
     assert providers.why_not("NoSuchExecutionProvider") == "not in this build of ONNX Runtime"
     assert capfd.readouterr().err == ""

@@ -1,4 +1,4 @@
-"""The supervisor with small children of its own: what becomes of them in every kind of end."""
+"""The supervisor with small child processes: what happens to them however it ends."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,7 @@ from trivium.cli.supervisor import NotReady, Stage, StageDied, Supervisor
 
 
 async def test_stops_front_to_back(children: Children) -> None:
-    """The stage that was started last is drained first, the one it calls after it."""
+    """The stage started last drains first, then the one that it calls."""
     stages = [children.stage(name) for name in ("generator", "tokenizer", "facade")]
     async with Supervisor(stages, stop_seconds=30) as supervisor:
         await supervisor.wait_until_ready(60)
@@ -27,7 +27,7 @@ async def test_stops_front_to_back(children: Children) -> None:
 
 
 async def test_replicas_drain_together(children: Children) -> None:
-    """Each waits here until both have been told, and only then comes the stage behind them."""
+    """All replicas get SIGTERM at once, and the stage behind them after they have ended."""
     both = "signal.signal(signal.SIGTERM, lambda *_: [note('told'), wait(), sys.exit(0)])"
     wait = "def wait():\n while open(log).read().count('facade told') < 2: pass"
     replica = children.stage("facade", f"{wait}\n{both}\nnote('armed')")
@@ -59,7 +59,7 @@ async def test_reports_the_process_that_died(children: Children) -> None:
 
 
 async def test_a_process_that_refuses_to_start_ends_the_wait(children: Children) -> None:
-    """Waiting for readiness ends when a process ends, however long it might have waited."""
+    """Waiting for readiness ends as soon as a process ends, however long the timeout."""
     never = Stage("facade", children.stage("facade").command, asyncio.Event().wait)  # type: ignore[arg-type]
     stages = [children.stage("generator", "sys.exit(2)"), never]
     with pytest.raises(StageDied) as death:
@@ -70,7 +70,7 @@ async def test_a_process_that_refuses_to_start_ends_the_wait(children: Children)
 
 
 async def test_names_the_stages_that_are_late(children: Children) -> None:
-    """A stage that never becomes ready is named when the time is over."""
+    """A stage that never becomes ready is named after the timeout."""
     late = Stage("tokenizer", children.stage("tokenizer").command, asyncio.Event().wait)  # type: ignore[arg-type]
     with pytest.raises(NotReady, match=r"tokenizer$"):
         async with Supervisor([children.stage("generator"), late], stop_seconds=30) as supervisor:
@@ -80,7 +80,7 @@ async def test_names_the_stages_that_are_late(children: Children) -> None:
 
 
 async def test_tells_why_a_stage_is_late(children: Children) -> None:
-    """In its own words, if it has any."""
+    """With the stage's own reason, if it gives one."""
 
     async def refused() -> str:
         return "Wrong key."
@@ -97,7 +97,7 @@ async def test_tells_why_a_stage_is_late(children: Children) -> None:
 
 
 async def test_kills_what_does_not_drain(children: Children) -> None:
-    """A process that ignores SIGTERM is killed once its time is over."""
+    """A process that ignores SIGTERM is killed after the timeout."""
     deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN); note('deaf')"
     async with Supervisor([children.stage("facade", deaf)], stop_seconds=0.2) as supervisor:
         await children.until("facade deaf")
@@ -109,7 +109,7 @@ async def test_kills_what_does_not_drain(children: Children) -> None:
 async def test_a_failed_start_leaves_nothing_behind(
     children: Children, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When one process cannot even be started, those before it are ended."""
+    """If one process cannot be started, those before it are stopped."""
     started: list[int] = []
     real = asyncio.create_subprocess_exec
 
@@ -139,7 +139,7 @@ async def test_environment_reaches_the_process(children: Children) -> None:
 
 
 def test_children_die_with_a_killed_supervisor(children: Children) -> None:
-    """`kill -9` of the supervisor takes its processes along."""
+    """`kill -9` of the supervisor also kills its processes."""
     script = textwrap.dedent(
         """
         import asyncio, sys

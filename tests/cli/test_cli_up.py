@@ -1,4 +1,4 @@
-"""`trivium up` without the services: what it refuses, what it tells them, how it ends."""
+"""`trivium up` without the services: what it refuses, how it configures them, how it ends."""
 
 import asyncio
 import importlib
@@ -27,12 +27,12 @@ from trivium.wire.listening import bind
 
 
 async def nothing() -> None:
-    """When ready, do nothing."""
+    """Does nothing once the stages are ready."""
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 async def test_a_signal_drains_and_ends_well(children: Children, number: int) -> None:
-    """Ctrl-C, SIGTERM and a closed terminal drain front to back, and the status is 0."""
+    """Ctrl-C, SIGTERM and a closed terminal drain front to back, and the exit status is 0."""
     supervisor = Supervisor([children.stage("generator"), children.stage("facade")], 30)
 
     async def stop() -> None:
@@ -46,7 +46,7 @@ async def test_a_signal_drains_and_ends_well(children: Children, number: int) ->
 
 
 async def test_a_second_signal_does_not_wait(children: Children) -> None:
-    """A second Ctrl-C ends at once what does not drain."""
+    """A second Ctrl-C kills at once what is still draining."""
     deaf = "signal.signal(signal.SIGTERM, lambda *_: note('asked')); note('deaf')"
     supervisor = Supervisor([children.stage("facade", deaf)], stop_seconds=3600)
 
@@ -70,7 +70,7 @@ async def test_a_second_signal_does_not_wait(children: Children) -> None:
 async def test_a_process_that_ends_takes_the_others_along(
     children: Children, dies_with: int, status: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """If one process ends, the others are stopped and the status is not 0; refusals stay 2."""
+    """If a process ends, the others are stopped and the status is not 0; a 2 is passed on."""
     dying = children.stage("generator", f"sys.exit({dies_with})")
     supervisor = Supervisor([dying, children.stage("facade")], 30)
 
@@ -117,7 +117,7 @@ def test_names_the_port_that_is_taken(tiny_folder: Path) -> None:
     ],
 )
 def test_no_two_stages_get_one_port(one: str, other: str, told: str, tiny_folder: Path) -> None:
-    """The later one is named, and whose port it is."""
+    """The setting that comes later is named, and the one that already has the port."""
     options = (*up_ports(), f"{one}=8498", f"{other}=8498")
     result = CliRunner().invoke(app, ["up", "--model", str(tiny_folder), *options])
 
@@ -141,7 +141,7 @@ def test_warns_of_more_processes_than_cores(
     tiny_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Who asks for several of a service hears when there are too few cores for them."""
+    """There is a warning if the requested replicas outnumber the cores."""
     monkeypatch.setattr("trivium.cli.up.cpu_limit", lambda: CpuLimit(cores, "some quota"))
     with bind("127.0.0.1", 0) as listener:
         listener.listen()
@@ -155,7 +155,7 @@ def test_warns_of_more_processes_than_cores(
 
 
 def test_several_facades_need_linux(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Elsewhere one of them would get all connections, so it is refused and not just slow."""
+    """Elsewhere one facade would get all connections, so several are refused, not just slow."""
     monkeypatch.setattr("trivium.cli.up.sys.platform", "darwin")
     result = CliRunner().invoke(app, ["up", "--model", str(tiny_folder), "--facades", "2"])
 
@@ -172,7 +172,7 @@ def test_several_facades_need_linux(tiny_folder: Path, monkeypatch: pytest.Monke
     ],
 )
 def test_replicas_need_ports_that_exist(options: list[str], option: str, tiny_folder: Path) -> None:
-    """Replicas listen 100 ports apart; one that would be beyond the last is refused."""
+    """Replicas listen 100 ports apart; one beyond the highest port is refused."""
     model = ("--model", str(tiny_folder))
     result = CliRunner().invoke(app, ["up", *model, *up_ports(), *options])
 
@@ -184,7 +184,7 @@ def test_replicas_need_ports_that_exist(options: list[str], option: str, tiny_fo
 
 
 def test_replicas_have_ports_of_their_own(tiny_folder: Path) -> None:
-    """With the default ports, services and metrics of several models and replicas never meet."""
+    """With the default ports, services and metrics of several models and replicas never collide."""
     pipeline = Pipeline(tiny_folder, more_models=(tiny_folder,) * 3, facades=4, tokenizers=4)
     stages = [dict(stage.environment) for stage in pipeline.stages()]
     ports = [
@@ -201,7 +201,7 @@ def test_replicas_have_ports_of_their_own(tiny_folder: Path) -> None:
 
 
 def test_names_the_folders_it_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that is nowhere is refused with the places where it might have been."""
+    """A model that is not found is refused with the folders that were searched."""
     monkeypatch.setenv("TRIVIUM_CACHE", str(tmp_path))
     result = CliRunner().invoke(app, ["up", "--model", "nobody"])
 
@@ -210,7 +210,7 @@ def test_names_the_folders_it_looked_into(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_names_each_folder_once() -> None:
-    """An absolute path is the same wherever it is looked for."""
+    """An absolute path is the same in all of them."""
     result = CliRunner().invoke(app, ["up", "--model", "/nobody"])
 
     assert "searched /nobody" == result.output.strip().partition("; ")[2]
@@ -227,7 +227,7 @@ def test_names_each_folder_once() -> None:
     ],
 )
 def test_wrong_options_are_refused_by_their_names(option: str, value: str, told: str) -> None:
-    """Not by the services' variables, which nobody has set."""
+    """Not by the services' variables, which the user has not set."""
     result = CliRunner().invoke(app, ["up", option, value])
     words = " ".join(result.output.replace("│", " ").split())
 
@@ -260,7 +260,7 @@ def test_wrong_options_are_refused_by_their_names(option: str, value: str, told:
 def test_tls_of_one_side_alone_is_refused(
     setting: str, words: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before anything is started, as such services would wait for each other for good."""
+    """Before anything is started, as such services would wait for each other forever."""
     files = Files(tmp_path / "tls").write(trustme.CA())
     monkeypatch.setenv(setting, str(files.key if "KEY" in setting else files.certificate))
     result = CliRunner().invoke(app, ["up", "--model", str(tiny_folder)])
@@ -280,7 +280,7 @@ def test_an_empty_model_folder_is_refused(tmp_path: Path) -> None:
 def test_says_what_to_install_for_the_export(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Without the model and without what exports it, one is told what to type."""
+    """Without the model and what is needed to export it, the message says what to install."""
     hide = f"import sys\nsys.modules.update(dict.fromkeys({PACKAGES}))\n"
     (tmp_path / "sitecustomize.py").write_text(hide)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -332,7 +332,7 @@ def test_every_variable_it_sets_is_a_setting(
 def test_an_empty_variable_is_none(
     variable: str, settings: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As `VARIABLE: ${VARIABLE:-}` in a compose file makes it: the default holds."""
+    """It means the default, as for `VARIABLE: ${VARIABLE:-}` in a compose file."""
     module, _, name = settings.rpartition(".")
     cls = getattr(importlib.import_module(module), name)
     monkeypatch.setenv("TRIVIUM_GENERATOR_MODEL_DIRECTORY", "models/any")
@@ -346,7 +346,7 @@ def test_an_empty_variable_is_none(
 def test_a_generator_has_its_weights_in_huge_pages(
     monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
 ) -> None:
-    """The generator alone, and not against what its owner says of the allocator."""
+    """Only the generator, and not if the user has set GLIBC_TUNABLES."""
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     given = [stage.environment.get("GLIBC_TUNABLES") for stage in Pipeline(tiny_folder).stages()]
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=3")
@@ -359,7 +359,7 @@ def test_a_generator_has_its_weights_in_huge_pages(
 def test_stages_on_one_machine_give_no_notice(
     monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
 ) -> None:
-    """Ctrl-C is quick, as no load balancer has to hear of it, unless the owner says otherwise."""
+    """Ctrl-C is quick, as there is no load balancer to notify, unless the user sets a notice."""
     names = [f"TRIVIUM_{name}_DRAIN_NOTICE_SECONDS" for name in ("GENERATOR", "TOKENIZER")]
     monkeypatch.delenv(names[0], raising=False)
     monkeypatch.setenv(names[1], "7")
@@ -370,7 +370,7 @@ def test_stages_on_one_machine_give_no_notice(
 
 
 def test_the_banner_tells_what_is_really_in_use() -> None:
-    """Model, provider, memory, limits and addresses stand in the banner, as asked of the server."""
+    """The banner shows model, provider, memory, limits and addresses as the server reports them."""
     info = generator_pb2.GetModelInfoResponse(
         id="tiny",
         revision="0123abcd",
@@ -410,7 +410,7 @@ def test_the_banner_tells_what_is_really_in_use() -> None:
 
 
 def test_the_banner_of_a_base_model_completes_text() -> None:
-    """Its snippets would be refused if they were chats."""
+    """Its snippets are plain completions, as chats would be refused."""
     info = generator_pb2.GetModelInfoResponse(id="base")
     limits = CpuLimit(2, ""), MemoryLimit(2**31, 2**30, "")
     text = banner([info], [0], Pipeline(Path("base")), False, limits, has_chat_template=False)
@@ -422,7 +422,7 @@ def test_the_banner_of_a_base_model_completes_text() -> None:
 
 
 def test_the_banner_tells_of_every_replica() -> None:
-    """How many there are of each service, where their metrics are, and when more of them pay."""
+    """How many there are of each service, where their metrics are, and how to start more."""
     pipeline = Pipeline(Path("tiny"), port=8123, facades=2, tokenizers=2)
     limits = CpuLimit(8, "8 logical CPUs"), memory_limit()
     text = banner(
@@ -441,7 +441,7 @@ def test_the_banner_tells_of_every_replica() -> None:
 
 
 def test_the_banner_names_nothing_that_is_turned_off() -> None:
-    """There is no line about it."""
+    """Disabled features have no line."""
     info, limits = generator_pb2.GetModelInfoResponse(), (cpu_limit(), memory_limit())
     pipeline = Pipeline(Path("tiny"))
     text = banner(
@@ -460,7 +460,7 @@ def test_the_banner_names_nothing_that_is_turned_off() -> None:
 
 @pytest.mark.parametrize("value", ["", "true", "1", "on", "false", "0", "off"])
 def test_what_the_facade_offers_is_named(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command and the facade read the settings alike."""
+    """The command and the facade read these settings in the same way."""
     for name in ("CHAT_PAGE", "DOCS", "METRICS"):
         monkeypatch.setenv(f"TRIVIUM_FACADE_{name}", value)
     settings = FacadeSettings()
@@ -473,7 +473,7 @@ def test_what_the_facade_offers_is_named(value: str, monkeypatch: pytest.MonkeyP
 def test_the_banner_asks_for_keys_as_the_facade_does(
     value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An empty variable names no file of keys."""
+    """An empty variable names no key file."""
     monkeypatch.setenv("TRIVIUM_FACADE_API_KEYS_FILE", value)
 
     assert (FacadeSettings().api_keys_file is not None) == requires_api_keys()
@@ -489,7 +489,7 @@ def test_the_banner_shows_where_a_key_goes() -> None:
 
 
 def test_addresses() -> None:
-    """A server bound to any address is reached over loopback; IPv6 gets its brackets."""
+    """A server bound to all addresses is reached over loopback; IPv6 gets brackets."""
     assert authority("0.0.0.0", 1) == "127.0.0.1:1"
     assert authority("::1", 2) == "[::1]:2"
     assert authority("10.0.0.5", 3) == "10.0.0.5:3"

@@ -1,4 +1,4 @@
-"""`trivium up` and the environment: options count most, then variables, then its own defaults."""
+"""`trivium up` and the environment: options override variables, which override its defaults."""
 
 import os
 from collections.abc import Mapping
@@ -28,14 +28,14 @@ SETTINGS = {
 
 @pytest.fixture(autouse=True)
 def own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing that the shell has set."""
+    """No settings from the shell."""
     for name in os.environ:
         if name.startswith("TRIVIUM_"):
             monkeypatch.delenv(name)
 
 
 def read(pipeline: Pipeline) -> dict[str, BaseSettings]:
-    """What each service reads, by the name of its stage."""
+    """The settings that each service reads, by the name of its stage."""
     return {stage.name: _read(stage.name, stage.environment) for stage in pipeline.stages()}
 
 
@@ -47,7 +47,7 @@ def _read(name: str, environment: Mapping[str, str]) -> BaseSettings:
 
 
 def refusal(*options: str) -> str:
-    """What `trivium up` says when it refuses."""
+    """The message with which `trivium up` refuses."""
     result = CliRunner().invoke(app, ["up", *options])
 
     assert 2 == result.exit_code, result.output
@@ -66,7 +66,7 @@ def refusal(*options: str) -> str:
 def test_variables_count_more_than_its_defaults(
     setting: str, value: object, here: object, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
 ) -> None:
-    """Each service's own one; an empty one is none."""
+    """Each service reads its own variable; an empty one counts as unset."""
     monkeypatch.setenv(f"TRIVIUM_TOKENIZER_{setting.upper()}", str(value))
     monkeypatch.setenv(f"TRIVIUM_GENERATOR_{setting.upper()}", "")
     services = read(Pipeline(tiny_folder))
@@ -79,7 +79,7 @@ def test_variables_count_more_than_its_defaults(
 def test_options_count_more_than_variables(
     monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
 ) -> None:
-    """For all services alike."""
+    """In all services."""
     monkeypatch.setenv("TRIVIUM_FACADE_LOG_LEVEL", "debug")
     monkeypatch.setenv("TRIVIUM_GENERATOR_DRAIN_SECONDS", "77")
     services = read(Pipeline(tiny_folder, log_level="error", drain_seconds=5)).values()
@@ -90,7 +90,7 @@ def test_options_count_more_than_variables(
 def test_replicas_are_numbered_by_the_name_they_are_given(
     monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
 ) -> None:
-    """So that their logs and usage records stay apart."""
+    """So that their logs and usage records can be told apart."""
     monkeypatch.setenv("TRIVIUM_TOKENIZER_LOG_NAME", "mine")
     services = read(Pipeline(tiny_folder, tokenizers=2))
 
@@ -99,7 +99,7 @@ def test_replicas_are_numbered_by_the_name_they_are_given(
 
 
 def test_no_stage_is_killed_while_it_may_drain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one with the longest notice and drain is waited for."""
+    """`trivium up` waits for the stage with the longest notice and drain."""
     assert 30 == longest_drain(None)
     monkeypatch.setenv("TRIVIUM_GENERATOR_DRAIN_SECONDS", "77")
     monkeypatch.setenv("TRIVIUM_TOKENIZER_DRAIN_NOTICE_SECONDS", "60")
@@ -121,7 +121,7 @@ def test_no_stage_is_killed_while_it_may_drain(monkeypatch: pytest.MonkeyPatch) 
 def test_what_it_decides_itself_is_refused(
     setting: str, value: str, option: str, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
 ) -> None:
-    """A variable that would have no effect is named, with the option that has."""
+    """A variable that would have no effect is refused, and the option to use is named."""
     monkeypatch.setenv(setting, value)
     told = refusal("--model", str(tiny_folder), "--port=8499")
 
@@ -139,7 +139,7 @@ def test_what_it_decides_itself_is_refused(
 def test_a_stage_without_the_key_that_it_needs_is_refused(
     keys: str, key: str, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
 ) -> None:
-    """Before anything is started, as it would wait for good; an empty variable names no key."""
+    """Before anything is started, as it would wait forever; an empty variable names no key."""
     monkeypatch.setenv(keys, "keys.toml")
     monkeypatch.setenv(key, "")
 
@@ -147,7 +147,7 @@ def test_a_stage_without_the_key_that_it_needs_is_refused(
 
 
 def test_a_folder_may_have_spaces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Also one that a variable names."""
+    """Also a folder that a variable names."""
     missing = tmp_path / "my models" / "one"
     monkeypatch.setenv("TRIVIUM_GENERATOR_MODEL_DIRECTORY", str(missing))
 
@@ -157,7 +157,7 @@ def test_a_folder_may_have_spaces(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 def test_variables_that_say_the_same_are_taken(
     monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
 ) -> None:
-    """As in one file of variables for the services on their own and together."""
+    """As in one env file for running the services separately or with `trivium up`."""
     monkeypatch.chdir(tiny_folder.parent)
     monkeypatch.setenv("TRIVIUM_TOKENIZER_MODEL_DIRECTORY", tiny_folder.name)
     monkeypatch.setenv("TRIVIUM_FACADE_TOKENIZER_TARGET", "127.0.0.1:50051")
@@ -168,7 +168,7 @@ def test_variables_that_say_the_same_are_taken(
 def test_variables_of_one_model_do_not_meet_those_of_several(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the environment has of the other kind, the tokenizer gets the models of `up`."""
+    """Whichever variable is set, the tokenizer gets the models that `up` was given."""
     other = pretended_model(tmp_path / "other")
     monkeypatch.setenv("TRIVIUM_TOKENIZER_MODELS", '[{"model_directory": "a"}]')
     one = read(Pipeline(tiny_folder))["tokenizer_svc"]
@@ -187,7 +187,7 @@ def test_seconds_are_numbers(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """In words that fit, whatever the bounds of a setting."""
+    """Others are refused with a fitting message, whatever the bounds of the setting."""
     prefix = kind.model_config["env_prefix"]
     floats = [name for name, field in kind.model_fields.items() if "float" in str(field.annotation)]
     for name in floats:
@@ -232,7 +232,7 @@ def test_ipv6(
 
 
 def test_the_generators_host_is_followed(tiny_folder: Path) -> None:
-    """Tokenizers find the generator where its variable puts it."""
+    """Tokenizers connect to the host on which the generator listens."""
     pipeline = Pipeline(tiny_folder, generator_host="127.0.0.2")
 
     assert "127.0.0.2:50052" == read(pipeline)["tokenizer_svc"].generator_target  # type: ignore[attr-defined]

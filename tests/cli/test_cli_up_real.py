@@ -1,4 +1,4 @@
-"""`trivium up` with the three real services on a tiny model: ready, and every way to end."""
+"""`trivium up` with the three real services on a tiny model, and every way for it to end."""
 
 import hashlib
 import json
@@ -38,7 +38,7 @@ def tiny_model() -> Path:
 
 @pytest.fixture
 def dead_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An environment that sends everything through a proxy, at which nobody listens."""
+    """An environment that routes everything through a proxy on a closed port."""
     for name in ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
         monkeypatch.setenv(name.upper(), "http://127.0.0.1:1")
@@ -48,7 +48,7 @@ def dead_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All three ask for keys."""
+    """All three services require API keys."""
     names = ("client", "facade", "tokenizer")
     tables = [
         f'[keys.{name}]\ndigest = "{hashlib.sha256(name.encode()).hexdigest()}"\n'
@@ -65,7 +65,7 @@ def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
-    """An environment in which all services speak TLS, and the files of it."""
+    """An environment in which all services use TLS; returns its files."""
     files = Files(tmp_path / "tls").write(trustme.CA())
     settings = {
         **files.server("TRIVIUM_FACADE_"),
@@ -94,7 +94,7 @@ def up(tiny_model: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def read_banner(process: subprocess.Popen[str]) -> str:
-    """All of the banner; the command is ready when it is there."""
+    """The whole banner, which is printed once the services are ready."""
     assert process.stdout is not None
     lines = []
     for line in process.stdout:
@@ -105,7 +105,7 @@ def read_banner(process: subprocess.Popen[str]) -> str:
 
 
 def children_of(pid: int) -> dict[str, int]:
-    """The services by name."""
+    """The process ids of the services, by name."""
     pids = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return {Path(f"/proc/{child}/cmdline").read_text().split("\0")[2]: int(child) for child in pids}
 
@@ -113,7 +113,7 @@ def children_of(pid: int) -> dict[str, int]:
 def test_a_pasted_snippet_is_answered_and_ctrl_c_leaves_nothing(
     up: subprocess.Popen[str],
 ) -> None:
-    """The banner's curl and its openai-python snippet work; SIGINT drains and ends with 0."""
+    """The banner's curl and openai-python snippets work; SIGINT drains, with exit status 0."""
     text = read_banner(up)
     services = children_of(up.pid)
     curl = re.search(r"^curl .*$", text, re.MULTILINE)
@@ -133,13 +133,13 @@ def test_a_pasted_snippet_is_answered_and_ctrl_c_leaves_nothing(
 
 
 def test_all_services_speak_tls(tls: Files, up: subprocess.Popen[str]) -> None:
-    """What the banner says works for whoever trusts the CA, and our commands take that CA too."""
+    """The banner's snippets work for clients that trust the CA, and our commands take it too."""
     text = read_banner(up)
     url = re.search(r"REST +(https://\S+)/v1", text)
     curl = re.search(r"^curl .*$", text, re.MULTILINE)
     assert url is not None
     assert curl is not None
-    # curl would rather have the first two.
+    # curl prefers the first two.
     others = ("CURL_CA_BUNDLE", "SSL_CERT_DIR", "SSL_CERT_FILE")
     plain = {name: value for name, value in os.environ.items() if name not in others}
     trusting = {**plain, "SSL_CERT_FILE": str(tls.ca)}
@@ -177,7 +177,7 @@ def test_all_services_speak_tls(tls: Files, up: subprocess.Popen[str]) -> None:
 def test_our_commands_show_a_certificate(
     tls: Files, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, command: str
 ) -> None:
-    """Where REST asks for one; without it they end with the connection's fault."""
+    """If the REST port requires one; without it they fail with the connection's error."""
     monkeypatch.setenv("TRIVIUM_FACADE_TLS_CLIENT_CA_FILE", str(tls.ca))
     up: subprocess.Popen[str] = request.getfixturevalue("up")
     url = re.search(r"REST +(https://\S+)/v1", read_banner(up))
@@ -202,7 +202,7 @@ def test_our_commands_show_a_certificate(
 
 
 def test_a_running_answer_is_finished_before_the_end(up: subprocess.Popen[str]) -> None:
-    """A stream that is being read when SIGTERM comes goes on to its [DONE]."""
+    """A stream that is in flight when SIGTERM arrives goes on to its [DONE]."""
     url = re.search(r"REST +(http://\S+)", read_banner(up))
     assert url is not None
     model = httpx.get(f"{url[1]}/models").json()["data"][0]["id"]
@@ -227,7 +227,7 @@ def test_a_running_answer_is_finished_before_the_end(up: subprocess.Popen[str]) 
 def test_a_proxy_in_the_environment_is_not_asked(
     dead_proxy: None, up: subprocess.Popen[str]
 ) -> None:
-    """The services reach each other, and our commands reach them, as any laptop's owner expects."""
+    """The services reach each other, and our commands reach them, without the proxy."""
     text = read_banner(up)
     url, target = re.search(r"REST +(http://\S+)", text), re.search(r"gRPC +(\S+)", text)
     assert url is not None
@@ -247,7 +247,7 @@ def test_a_proxy_in_the_environment_is_not_asked(
 
 
 def test_the_doctor_asks_no_proxy_either(dead_proxy: None, tiny_model: Path) -> None:
-    """Its smoke run goes over loopback as well."""
+    """Its smoke test goes directly over loopback as well."""
     result = CliRunner().invoke(app, ["doctor", "--model", str(tiny_model)])
 
     assert result.exit_code == 0, result.output
@@ -256,7 +256,7 @@ def test_the_doctor_asks_no_proxy_either(dead_proxy: None, tiny_model: Path) -> 
 
 @pytest.mark.usefixtures("keys")
 def test_keys_at_every_stage(up: subprocess.Popen[str]) -> None:
-    """It gets ready, and answers those who have one."""
+    """The services become ready and answer clients that have a key."""
     url = re.search(r"REST +(http://\S+)", read_banner(up))
     assert url is not None
     message = {"role": "user", "content": "Hi"}
@@ -298,7 +298,7 @@ def test_a_killed_supervisor_takes_the_services_along(up: subprocess.Popen[str])
     ],
 )
 def test_settings_that_are_refused_are_told(tiny_model: Path, setting: str, told: str) -> None:
-    """A service that refuses its settings says which, and the whole ends with status 2."""
+    """The refused setting is named, and `trivium up` exits with status 2."""
     names = (*OPTIONS, *GENERATOR_OPTIONS)
     ports = [f"--{name}={port}" for name, port in zip(names, free_ports(6), strict=True)]
     command = [sys.executable, "-m", "trivium.cli", "up", "--model", str(tiny_model), *ports]
@@ -315,15 +315,15 @@ def test_settings_that_are_refused_are_told(tiny_model: Path, setting: str, told
 def test_the_doctor_shows_gpus(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Card, driver and memory as the driver's own tool tells them; what CUDA lacks is named, and
-    is a fault where CUDA was asked for."""
+    """Card, driver and memory as nvidia-smi reports them; missing CUDA libraries are named, and
+    are a failure if CUDA was requested."""
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 'NVIDIA H200, 580.65, 142000 MiB, 143771 MiB'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr("trivium.cuda_libraries.LIBRARIES", {"libnone.so.1": "nvidia-none"})
     command = ["doctor", "--model", str(tiny_model), "--device", "cuda"]
-    why_not.cache_clear()  # it may have been asked with the libraries that there are
+    why_not.cache_clear()  # it may have cached the result for the real libraries
     result = CliRunner().invoke(app, command)
     why_not.cache_clear()
     card = "NVIDIA H200, driver 580.65, 142000 MiB of 143771 MiB free"
@@ -340,8 +340,8 @@ def test_the_doctor_shows_gpus(
 def test_doctor_makes_five_tokens(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The doctor starts the pipeline on free ports, gets its tokens, and finds nothing wrong,
-    whatever keys the services ask others for and whatever models they serve; nobody used them."""
+    """The doctor starts the pipeline on free ports, gets its tokens and finds nothing wrong,
+    whatever keys and models the environment configures; it writes no usage records."""
     usage = tmp_path / "usage"
     monkeypatch.setenv("TRIVIUM_GENERATOR_USAGE_LOG", str(usage))
     monkeypatch.setenv("TRIVIUM_FACADE_USAGE_LOG", str(usage))
@@ -359,7 +359,7 @@ def test_doctor_makes_five_tokens(
 def test_the_doctor_finds_a_base_model_well(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One without a chat template completes text, and is found by name as `trivium up` finds it."""
+    """Without a chat template it completes text; it is found by name as `trivium up` finds it."""
     folder = shutil.copytree(tiny_model, tmp_path / "models" / "base")
     for name in ("chat_template.jinja", "trivium_export.json"):
         (folder / name).unlink()

@@ -22,13 +22,13 @@ from trivium.wire.listening import bind
 
 pytestmark = pytest.mark.pipeline
 
-REQUESTS = 40  # all of them at one of two facades: once in 10^12
+REQUESTS = 40  # all of them reach one of the two facades only once in 10^12
 SMALL = {"TRIVIUM_GENERATOR_SLOTS": "4", "TRIVIUM_GENERATOR_MAX_SEQUENCE_LENGTH": "512"}
 
 
 @dataclass(frozen=True)
 class Up:
-    """The running command: its process, the services' process ids by name, and what it said."""
+    """The running command: its process, the services' process ids by name, banner and log."""
 
     process: subprocess.Popen[str]
     pids: dict[str, int]
@@ -49,7 +49,7 @@ class Up:
 
 
 def free_pair() -> int:
-    """A port that is free, as is that of a second replica."""
+    """A port that is free, as is the one for a second replica."""
     while True:
         port = free_port()
         with contextlib.suppress(OSError, OverflowError), bind("127.0.0.1", port + PORT_STRIDE):
@@ -58,7 +58,7 @@ def free_pair() -> int:
 
 @pytest.fixture
 def up(tmp_path: Path) -> Iterator[Up]:
-    """Two facades and two tokenizers before one generator."""
+    """Two facades and two tokenizers in front of one generator."""
     pairs = ("facade-metrics-port", "tokenizer-port", "tokenizer-metrics-port")
     ports = {name: free_pair() for name in pairs}
     ports |= zip(("port", "generator-port", "generator-metrics-port"), free_ports(3), strict=True)
@@ -84,7 +84,7 @@ def up(tmp_path: Path) -> Iterator[Up]:
 
 
 def services(pid: int) -> dict[str, int]:
-    """The process ids of the services by the names that they have in the log."""
+    """The process ids of the services, by their names in the log."""
     named = {}
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
         environment = Path(f"/proc/{child}/environ").read_text().split("\0")
@@ -94,7 +94,7 @@ def services(pid: int) -> dict[str, int]:
 
 
 def counted(url: str, metric: str, **labels: str) -> dict[tuple[str, ...], float]:
-    """The samples of a metric at an address of /metrics, by the other labels' values."""
+    """The samples of a metric at a /metrics URL, by the values of its other labels."""
     found = {}
     text = httpx.get(url, trust_env=False).raise_for_status().text
     for family in text_string_to_metric_families(text):
@@ -143,7 +143,7 @@ def test_all_of_them_work_and_ctrl_c_ends_all(up: Up) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["tokenizer_svc-2", "rest_facade-1"])
 def test_a_killed_replica_ends_the_others(up: Up, victim: str) -> None:
-    """As with one of each: the status is not 0, the dead one is named, and nothing is left."""
+    """As with one of each: the status is not 0, the dead one is named, no process is left."""
     os.kill(up.pids[victim], signal.SIGKILL)
 
     assert 1 == up.process.wait()
@@ -153,7 +153,7 @@ def test_a_killed_replica_ends_the_others(up: Up, victim: str) -> None:
 
 @pytest.mark.slow
 def test_running_answers_are_finished(up: Up) -> None:
-    """Streams of both facades go on to their [DONE] when SIGTERM comes."""
+    """When SIGTERM arrives, streams of both facades go on to their [DONE]."""
     model = httpx.get(f"{up.url}/models", trust_env=False).json()["data"][0]["id"]
     body = {
         "model": model,
@@ -176,5 +176,5 @@ def test_running_answers_are_finished(up: Up) -> None:
 
 
 def running(url: str) -> bool:
-    """Whether a facade answers a request just now."""
+    """Whether a facade is answering a request right now."""
     return counted(url, "trivium_http_requests_running")[()] > 0

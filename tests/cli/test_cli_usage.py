@@ -1,4 +1,4 @@
-"""`trivium usage`: records are summed, whoever wrote them."""
+"""`trivium usage`: records are summed, whichever service wrote them."""
 
 import csv
 import gzip
@@ -19,7 +19,7 @@ MONDAY = 20_000 * DAY  # 2024-10-04
 
 
 def record(request_id: str, key: str = "alice", **fields: Any) -> UsageRecord:
-    """One of a generator for a request that went well."""
+    """A generator's record of a request, by default a successful one."""
     values = {
         "service": "generator_svc",
         "trace_id": "",
@@ -34,7 +34,7 @@ def record(request_id: str, key: str = "alice", **fields: Any) -> UsageRecord:
 
 
 def refusal(request_id: str, status: int, **fields: Any) -> UsageRecord:
-    """One of the facade."""
+    """A facade's record of a request that failed."""
     return record(request_id, service="rest_facade", status=status, **fields)
 
 
@@ -79,8 +79,8 @@ def test_sums_by_day_key_and_model(tmp_path: Path) -> None:
 
 
 def test_a_request_with_several_records_is_one(tmp_path: Path) -> None:
-    """Two prompts, or the facade's word on what the client got beside the generator's: its status
-    counts, and no number twice."""
+    """One per prompt, or the facade's beside the generator's: the status that the client got
+    counts, and nothing is counted twice."""
     file = write(
         tmp_path,
         record("two", completion_tokens=1),
@@ -96,7 +96,7 @@ def test_a_request_with_several_records_is_one(tmp_path: Path) -> None:
 
 
 def test_folders_rotated_files_and_one_day(tmp_path: Path) -> None:
-    """A folder is all files of records in it; of a file that is being written, all whole lines."""
+    """A folder means all usage files in it; of a file being written, complete lines count."""
     write(tmp_path, record("a"))
     (tmp_path / "one.usage.jsonl").rename(tmp_path / "one.usage.jsonl.1")
     write(tmp_path, record("b"), record("late", time=MONDAY + 31 * DAY))
@@ -148,7 +148,7 @@ def test_no_cell_of_the_table_is_cut_off(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_named_twice_counts_once(tmp_path: Path) -> None:
-    """By its folder too, or by another path."""
+    """Also through its folder or by another path."""
     file = write(tmp_path, record("a", completion_tokens=3))
     [row] = summed(tmp_path, file, tmp_path / ".." / tmp_path.name, file)
 
@@ -156,7 +156,7 @@ def test_a_file_that_is_named_twice_counts_once(tmp_path: Path) -> None:
 
 
 def test_rotated_files_may_be_compressed(tmp_path: Path) -> None:
-    """As logrotate leaves them, named or in a folder."""
+    """As logrotate leaves them, given by name or in a folder."""
     file = write(tmp_path, record("a"))
     packed = tmp_path / "one.usage.jsonl.1.gz"
     packed.write_bytes(gzip.compress(file.read_bytes()))
@@ -180,7 +180,7 @@ def test_rotated_files_may_be_compressed(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_record_is_told_and_skipped(tmp_path: Path, line: bytes, fault: str) -> None:
-    """How many lines are left out of the sums, and where the first one is."""
+    """The message says how many lines were skipped, and where the first one is."""
     file = write(tmp_path, record("a"))
     with file.open("ab") as end:
         end.write(line + b"\n" + line + b"\n")
@@ -198,7 +198,7 @@ def test_what_is_no_record_is_told_and_skipped(tmp_path: Path, line: bytes, faul
     "content", [b"plain text\n", gzip.compress(b"records")[:-9]], ids=["text", "cut off"]
 )
 def test_a_compressed_file_that_is_broken_is_refused(tmp_path: Path, content: bytes) -> None:
-    """It is none, or its end is missing."""
+    """It is not gzip at all, or its end is missing."""
     file = tmp_path / "one.usage.jsonl.2.gz"
     file.write_bytes(content)
     result = CliRunner().invoke(app, ["usage", str(tmp_path)])
@@ -208,7 +208,7 @@ def test_a_compressed_file_that_is_broken_is_refused(tmp_path: Path, content: by
 
 
 def test_what_cannot_be_summed_is_refused(tmp_path: Path) -> None:
-    """A file that is not there, and a folder without one."""
+    """A file that does not exist, and a folder without usage files."""
     absent = CliRunner().invoke(app, ["usage", str(tmp_path / "absent")])
     empty = CliRunner().invoke(app, ["usage", str(tmp_path)])
 
@@ -219,7 +219,7 @@ def test_what_cannot_be_summed_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("columns", ["colour", "key,key", "", "key,"])
 def test_columns_that_are_refused(tmp_path: Path, columns: str) -> None:
-    """Those that are none, and one that comes twice."""
+    """Unknown, empty and repeated ones."""
     result = CliRunner().invoke(app, ["usage", str(write(tmp_path)), "--by", columns])
 
     assert 2 == result.exit_code
@@ -228,7 +228,7 @@ def test_columns_that_are_refused(tmp_path: Path, columns: str) -> None:
 
 @pytest.mark.parametrize("day", ["2026-1", "2026-13", "2026-13-99", "2026-02-29", "today"])
 def test_days_that_are_refused(tmp_path: Path, day: str) -> None:
-    """No calendar has them, or it might be any of several months."""
+    """They do not exist, or could mean several months."""
     result = CliRunner().invoke(app, ["usage", str(write(tmp_path)), "--day", day])
 
     assert 2 == result.exit_code
