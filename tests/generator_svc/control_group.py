@@ -1,4 +1,4 @@
-"""Real cgroups with limits, where this machine lets one make them."""
+"""Real cgroups with limits, on machines that allow creating them."""
 
 import contextlib
 import itertools
@@ -16,12 +16,12 @@ NUMBERS = itertools.count()
 
 
 class NoGroups(Exception):
-    """No cgroup can be made here."""
+    """No cgroup can be created here."""
 
 
 @contextlib.contextmanager
 def limited(memory_bytes: int, cpus: float) -> Iterator[tuple[str, ...]]:
-    """A new cgroup of either version; yields the start of a command that joins it.
+    """Creates a cgroup, v1 or v2; yields the command prefix that runs a command in it.
 
     Raises NoGroups.
     """

@@ -1,4 +1,4 @@
-"""An engine on a scripted runner that a test steps by hand, and what came out of it."""
+"""An engine on a scripted runner that tests step by hand, and a record of what it delivers."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ def _by_index() -> dict[SequenceGroup, dict[int, list[int]]]:
 
 @dataclass
 class Bench:
-    """`updates` is what was delivered, `tokens[group][index]` the tokens in it, and `errors` the
+    """`updates` are those delivered, `tokens[group][index]` the tokens in them, and `errors` the
     failures by group."""
 
     slots: int = 4
@@ -76,7 +76,7 @@ class Bench:
         self.engine.check_integrity()
 
     def finish(self) -> None:
-        """Steps until nothing is left to do, then looks whether anything was lost."""
+        """Steps until no work is left, then checks that nothing is still held."""
         self.step()
         while self.scheduler.has_work:
             self.step()
@@ -84,7 +84,7 @@ class Bench:
         assert (self.admission.requests, self.admission.tokens) == (0, 0)
 
     def deliver(self, updates: list[SequenceUpdate]) -> None:
-        """Takes what a step brought."""
+        """Records the updates of a step."""
         self.updates += updates
         for update in updates:
             group, index = update.group, update.sequence.index

@@ -1,4 +1,4 @@
-"""`python -m generator_svc` as a process of its own: started, refused, signalled."""
+"""`python -m generator_svc` as a process of its own: running, refusing to start, signalled."""
 
 import asyncio
 import contextlib
@@ -20,9 +20,9 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 
 
 async def spawn(*prefix, **settings):
-    """Starts a generator with these settings and no others; `prefix` is a command that starts it.
+    """Starts a generator with exactly these settings.
 
-    A prefix takes the rest of its line as the command to become.
+    `prefix` is a command that replaces itself with the command in the rest of its arguments.
     """
     clean = {k: v for k, v in os.environ.items() if not k.startswith("TRIVIUM_")}
     ours = {f"TRIVIUM_GENERATOR_{name.upper()}": str(value) for name, value in settings.items()}
@@ -36,7 +36,7 @@ async def spawn(*prefix, **settings):
 
 
 async def refusal(*prefix, **settings):
-    """Exit status and words of a generator that should not start."""
+    """Exit status and stderr of a generator that should refuse to start."""
     process = await spawn(*prefix, **({"port": 0, "metrics_port": 0, "threads": 1} | settings))
     try:
         async with asyncio.timeout(60):
@@ -48,7 +48,7 @@ async def refusal(*prefix, **settings):
 
 
 class Running:
-    """A generator that serves, and clients of it."""
+    """A running generator and clients for it."""
 
     def __init__(self, process, channel):
         self.process = process
@@ -56,7 +56,7 @@ class Running:
         self._health = health_pb2_grpc.HealthStub(channel)
 
     async def health(self):
-        """The status of the whole process; None while nobody answers."""
+        """The health of the whole process; None while it does not answer."""
         try:
             return (await self._health.Check(health_pb2.HealthCheckRequest())).status
         except grpc.aio.AioRpcError:
@@ -68,7 +68,7 @@ class Running:
             await asyncio.sleep(0.02)
 
     def peak_bytes(self):
-        """The most memory that was ever resident, mapped files included."""
+        """Peak resident memory, mapped files included."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
@@ -76,14 +76,14 @@ class Running:
         self.process.send_signal(signal.SIGTERM)
 
     async def ended(self):
-        """Exit status and words."""
+        """Exit status and stderr, once it has ended."""
         _, words = await self.process.communicate()
         return self.process.returncode, words.decode()
 
 
 @contextlib.asynccontextmanager
 async def running(*prefix, **settings):
-    """A generator that is ready; it is killed afterwards if it still runs."""
+    """A generator that is ready; it is killed afterwards if it is still running."""
     port = free_port()
     process = await spawn(*prefix, port=port, **({"metrics_port": 0, "threads": 1} | settings))
     try:
@@ -98,5 +98,5 @@ async def running(*prefix, **settings):
 
 
 def lines_of(words):
-    """What was said, without the lines of the log."""
+    """The lines that are not log lines."""
     return [line for line in words.splitlines() if line and not re.match(r'\{"time"', line)]

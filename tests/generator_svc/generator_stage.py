@@ -36,7 +36,7 @@ PATIENCE_SECONDS = 30
 
 
 class SlowRunner(ScriptedRunner):
-    """Takes `delay` seconds for each step, so that calls can be met on their way."""
+    """Waits `delay` seconds before each step, so that tests can act on calls in flight."""
 
     delay = 0.0
 
@@ -46,7 +46,7 @@ class SlowRunner(ScriptedRunner):
 
 
 class Stage:
-    """A running stage and a client of it."""
+    """A generator stage and a client for it."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class Stage:
 
     @contextlib.asynccontextmanager
     async def running(self):
-        """Serves; afterwards nothing may be held."""
+        """Serves, then checks that nothing is still held."""
         add = pb_grpc.add_GeneratorServiceServicer_to_server
         server = GrpcServer([(add, self.service)], [SERVICE], in_flight=self.in_flight)
         self.port = await server.start("127.0.0.1:0")
@@ -125,7 +125,7 @@ class Stage:
         self.engine.check_integrity()
 
     async def call(self, prompt, half_close=True, seconds=None, **fields):
-        """A call that has sent its start."""
+        """Starts a call and sends its first message."""
         call = self.stub.Generate(timeout=seconds)
         start = pb.StartGeneration(revision=REVISION, prompt_token_ids=prompt)
         start.MergeFrom(pb.StartGeneration(**fields))
@@ -135,20 +135,20 @@ class Stage:
         return call
 
     async def generate(self, prompt, **fields):
-        """A whole call: tokens by index, and finishes by index."""
+        """Runs a call to its end; tokens by index, and finishes by index."""
         return collected([message async for message in await self.call(prompt, **fields)])
 
     async def until(self, condition):
-        """Waits until the load fulfils `condition`."""
+        """Waits until the load satisfies `condition`."""
         await until_load(self.stub, condition)
 
     async def until_free(self):
-        """Waits until nothing runs or waits and every slot is free."""
+        """Waits until nothing is running or waiting and every slot is free."""
         free = pb.WatchLoadResponse(free_slots=len(self.runner.memory))
         await self.until(lambda load: load == free)
 
     def metric(self, name, **labels):
-        """A metric's value as /metrics shows it, summed over what `labels` leave open."""
+        """A metric's value as /metrics shows it, summed over the labels not in `labels`."""
         text = prometheus_client.generate_latest(self.registry).decode()
         samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
         values = [
@@ -161,7 +161,7 @@ class Stage:
 
 
 async def until_load(stub, condition=lambda load: True):
-    """The first reported load that fulfils `condition`."""
+    """The first reported load that satisfies `condition`."""
     watch = stub.WatchLoad(pb.WatchLoadRequest(min_interval_milliseconds=10))
     try:
         async with asyncio.timeout(PATIENCE_SECONDS):
@@ -174,7 +174,7 @@ async def until_load(stub, condition=lambda load: True):
 
 
 def collected(messages):
-    """Tokens by index, and finishes by index, of a call's messages."""
+    """The tokens by index and finishes by index in a call's messages."""
     tokens, finished = {}, {}
     for message in messages:
         for update in message.updates:
@@ -186,14 +186,14 @@ def collected(messages):
 
 
 def by_last_token(context):
-    """Cheap logits for long answers; token 1, the end, never comes."""
+    """Cheap logits for long answers; token 1, the EOS, is never chosen."""
     logits = np.zeros(VOCABULARY, np.float32)
     logits[2 + (context[-1] * 5 + 3) % (VOCABULARY - 2)] = 9.0
     return logits
 
 
 def long_answer(first, count):
-    """What `by_last_token` makes the model say after a prompt that ends with `first`."""
+    """The answer that `by_last_token` gives to a prompt that ends with `first`."""
     tokens = [first]
     for _ in range(count):
         tokens.append(2 + (tokens[-1] * 5 + 3) % (VOCABULARY - 2))

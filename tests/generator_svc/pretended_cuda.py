@@ -1,6 +1,6 @@
-"""A CUDA device made of main memory, the host's clock and ONNX Runtime's CPU provider.
+"""A fake CUDA device made of main memory, the host's clock and ONNX Runtime's CPU provider.
 
-Everything of ours runs as on a device; kernels are the CPU's, and no graph is captured.
+All of our code runs as on a device; kernels are the CPU's, and no graph is captured.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ _MEMORY_BYTES = 4 * 2**30
 
 
 class PretendedRuntime:
-    """The calls of the CUDA driver and runtime that we make, on main memory.
+    """The functions of the CUDA driver and runtime that we call, on main memory.
 
-    `calls` are copies to the host and those of a clock, whose nanoseconds come from `now`.
+    `calls` records copies to the host and timing calls, whose nanoseconds come from `now`.
     """
 
     def __init__(self, now: Callable[[], int] = time.perf_counter_ns) -> None:
@@ -96,7 +96,7 @@ class PretendedRuntime:
 
 
 class _Session(onnxruntime.InferenceSession):
-    """A session that says CUDA where that was asked for, and runs on the CPU."""
+    """A session that reports the requested providers, but runs on the CPU."""
 
     def __init__(self, path: str, options: Any, providers: list[Any]) -> None:
         self._asked_for = [name if isinstance(name, str) else name[0] for name in providers]
@@ -108,7 +108,7 @@ class _Session(onnxruntime.InferenceSession):
 
 @contextlib.contextmanager
 def pretended_runtime(now: Callable[[], int] = time.perf_counter_ns) -> Iterator[PretendedRuntime]:
-    """Any library that is loaded by name is a PretendedRuntime."""
+    """Makes ctypes load a PretendedRuntime, whatever the library."""
     runtime = PretendedRuntime(now)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ctypes, "CDLL", lambda name: runtime)
@@ -117,7 +117,7 @@ def pretended_runtime(now: Callable[[], int] = time.perf_counter_ns) -> Iterator
 
 @contextlib.contextmanager
 def pretended_device() -> Iterator[None]:
-    """There is a device `cuda`, and nothing that it needs is missing."""
+    """Makes a device `cuda` available, with all that it needs."""
     with pretended_runtime(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnxruntime, "preload_dlls", lambda: None)
         patch.setattr(onnxruntime, "InferenceSession", _Session)

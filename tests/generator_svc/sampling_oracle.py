@@ -1,4 +1,4 @@
-"""Sampling as a person would write it down: plain loops, one full sort, no short cuts."""
+"""A naive reference implementation of sampling: plain loops, one full sort, no shortcuts."""
 
 import math
 
@@ -24,7 +24,7 @@ def sequence_of(prompt=(0,), output=(), **fields):
 
 def adjusted(sequence, logits):
     """Logits after bias, mask, repetition, frequency and presence penalty, in this order; float32
-    after each, which matters where a small repetition penalty makes millions of them."""
+    after each, which matters where a small repetition penalty makes them huge."""
     sampling, request = sequence.request.sampling, sequence.request
     output = sequence.token_ids[sequence.prompt_length :]
     result = []
@@ -84,7 +84,7 @@ def _nucleus(ids, weight, top_p):
 
 
 def interval(sequence, logits, token_id):
-    """Where draws give a token: most likely tokens first if there is a filter, else by ids."""
+    """The draws that give a token: most likely tokens first if there is a filter, else by id."""
     sampling = sequence.request.sampling
     shares = probabilities(sequence, logits)
     if sampling.top_k <= 0 and sampling.top_p >= 1 and sampling.min_p == 0:
@@ -95,12 +95,12 @@ def interval(sequence, logits, token_id):
 
 
 def swept(sequence, logits, grid=GRID):
-    """Token id to the number of draws that give it, over draws in the middle of `grid` cells."""
+    """Token id to the number of draws that give it, for draws in the middle of `grid` cells."""
     counts = {}
     with pytest.MonkeyPatch.context() as patch:
         for cell in range(grid):
             draw = (cell + 0.5) / grid
-            patch.setattr("generator_svc.sampling.sampler.uniform", lambda seed, position: draw)  # noqa: B023 - drawn before the loop goes on
+            patch.setattr("generator_svc.sampling.sampler.uniform", lambda seed, position: draw)  # noqa: B023 - called before the loop continues
             token_id = sample(sequence, logits).token_id
             counts[token_id] = counts.get(token_id, 0) + 1
     return counts
@@ -120,7 +120,7 @@ def edges(sequence, logits):
     found = []
     with pytest.MonkeyPatch.context() as patch:
         for draw in (0.0, float(np.nextafter(1.0, 0.0))):
-            patch.setattr("generator_svc.sampling.sampler.uniform", lambda seed, position: draw)  # noqa: B023 - drawn before the loop goes on
+            patch.setattr("generator_svc.sampling.sampler.uniform", lambda seed, position: draw)  # noqa: B023 - called before the loop continues
             found.append(sample(sequence, logits).token_id)
     return found
 
@@ -134,7 +134,7 @@ def log_probabilities(logits):
 
 
 def device_row(row, temperature=1.0):
-    """What the device finds out about a row, float32 [vocabulary], by numpy."""
+    """What the device computes for a row, float32 [vocabulary], in NumPy."""
     size = row.size
     ids = np.lexsort((np.arange(size), -row))[:CANDIDATES]
     values = row[ids]

@@ -1,4 +1,4 @@
-"""JSON Schemas drawn at random, of everything that the generator's constraints know."""
+"""Random JSON Schemas of everything that the generator's constraints support."""
 
 import random
 from typing import Any
@@ -8,7 +8,7 @@ PATTERNS = ["^[a-c]{2,5}$", "^(yes|no)$", "[0-9]+-[0-9]+", "^\\d{3}$", "^x.*y$"]
 
 
 def draw_schema(draw: random.Random, depth: int = 3) -> dict[str, Any]:
-    """A schema about `depth` deep. Some cannot be compiled, or fit nothing."""
+    """A schema about `depth` levels deep. Some cannot be compiled or satisfied."""
     tree = {
         "type": "object",
         "properties": {

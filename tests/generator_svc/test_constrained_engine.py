@@ -1,4 +1,4 @@
-"""Constraints in the engine: with n, seeds, crowds, stops, penalties, reuse and bad luck."""
+"""Constraints in the engine: with n, seeds, large batches, stops, penalties, reuse, failures."""
 
 import itertools
 import json
@@ -48,7 +48,7 @@ def _submit(bench, prompt, kind="json_schema", text=PEOPLE, count=300, **fields)
 
 
 def _answers(bench, group):
-    """Texts by index, and how each ended."""
+    """Texts by index, and finish reasons by index."""
     tokens = text_tokens()
     texts = {i: tokens.decode(ids) for i, ids in bench.tokens[group].items()}
     return texts, {s.index: s.finish_reason for s in group.sequences}
@@ -60,7 +60,7 @@ def _fits(text, schema=PEOPLE):
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_every_answer_that_stops_fits(temperature):
-    """Many requests of many schemas at once, some with n, some without any constraint."""
+    """With many schemas at once, some requests with n, some without a constraint."""
     bench = _bench(slots=5)
     groups = {}
     for seed in range(60):
@@ -89,7 +89,7 @@ def test_every_answer_that_stops_fits(temperature):
 
 @pytest.mark.parametrize("reuse", [False, True])
 def test_a_crowd_does_not_change_a_constrained_request(reuse):
-    """The same seed gives the same tokens alone and among others, constrained or not."""
+    """The same seed gives the same tokens alone and in a batch with others, constrained or not."""
     prompt = list(range(30, 60))
     alone = _bench(reuse=reuse)
     wanted = _submit(alone, prompt, n=4)
@@ -112,7 +112,7 @@ def test_a_crowd_does_not_change_a_constrained_request(reuse):
 
 
 def test_greedy_takes_the_most_likely_of_what_fits():
-    """Step by step, against a mask made by hand."""
+    """Compared step by step with a mask made by hand."""
     tokens = text_tokens()
     bench = _bench()
     group = _submit(bench, [9, 9], "regex", "[ab]{12}", sampling=SamplingParams(temperature=0))
@@ -136,7 +136,7 @@ def test_greedy_takes_the_most_likely_of_what_fits():
     [{}, {"top_p": 0.8}, {"top_k": 4}, {"min_p": 0.1}, {"top_p": 0.9, "top_k": 7, "min_p": 0.01}],
 )
 def test_draws_are_those_of_a_model_that_gives_nothing_else(regex, settings):
-    """A mask over few tokens or over many is the same as logits of minus infinity."""
+    """A mask, whether it allows few tokens or many, works like logits of minus infinity."""
     tokens = text_tokens()
     allowed = compiled("regex", regex).new_state().allowed()
     logits = tokens.random_logits([1, 2, 3])
@@ -153,7 +153,7 @@ def test_draws_are_those_of_a_model_that_gives_nothing_else(regex, settings):
 
 
 def test_penalties_and_bias_work_within_the_constraint():
-    """A bias chooses among what fits, and cannot force what does not."""
+    """A bias chooses among tokens that fit and cannot force one that does not."""
     tokens = text_tokens()
     [a, b, c] = (tokens.encode(letter)[0] for letter in "abc")
     bench = _bench()
@@ -171,7 +171,7 @@ def test_penalties_and_bias_work_within_the_constraint():
 
 
 def test_logprobs_are_those_of_the_model():
-    """As it gave them, before the mask: what is on top may be what did not fit."""
+    """They are taken before the mask, so the top token may be one that does not fit."""
     tokens = text_tokens()
     bench = _bench()
     group = _submit(bench, [9], "regex", "[ab]{5}", top_logprobs=3)
@@ -191,7 +191,7 @@ def test_logprobs_are_those_of_the_model():
 @pytest.mark.parametrize("ignores_end", [False, True])
 @pytest.mark.parametrize("least", [0, 30])
 def test_a_complete_text_ends_even_where_ends_are_held_back(ignores_end, least):
-    """Neither ignore_eos nor min_tokens can make more of a text that is complete."""
+    """Neither ignore_eos nor min_tokens can extend a text that is complete."""
     tokens = text_tokens()
     stops = frozenset() if ignores_end else frozenset({tokens.eos})
     bench = _bench()
@@ -208,7 +208,7 @@ def test_a_complete_text_ends_even_where_ends_are_held_back(ignores_end, least):
 
 
 def test_a_callers_stop_token_ends_an_unfinished_text():
-    """It was asked for."""
+    """Because the caller asked for it."""
     tokens = text_tokens()
     [b] = tokens.encode("b")
     bench = _bench()
@@ -220,7 +220,7 @@ def test_a_callers_stop_token_ends_an_unfinished_text():
 
 
 def test_a_limit_cuts_a_constrained_text_too():
-    """As any other."""
+    """max_tokens applies as without a constraint."""
     bench = _bench()
     group = _submit(bench, [9], "regex", "a{400}", count=5)
     bench.finish()
@@ -231,7 +231,7 @@ def test_a_limit_cuts_a_constrained_text_too():
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_stopping_one_choice_leaves_the_others_as_they_were(index):
-    """Each has a state of its own."""
+    """Each choice has its own constraint state."""
     whole = _bench()
     wanted = _submit(whole, [5, 6], n=3)
     whole.finish()
@@ -248,7 +248,7 @@ def test_stopping_one_choice_leaves_the_others_as_they_were(index):
 
 
 def test_cancelled_requests_leave_nothing():
-    """No state outlives its sequence."""
+    """No constraint state outlives its sequence."""
     bench = _bench()
     groups = [_submit(bench, [value], n=3) for value in range(5, 9)]
     for _ in range(5):
@@ -278,7 +278,7 @@ def test_nan_fails_its_own_request_only():
 
 
 def test_nothing_left_fails_its_own_request_only():
-    """A model that gives all that fits a probability of zero."""
+    """Here the model gives all tokens that fit a probability of zero."""
     tokens = text_tokens()
     fitting = compiled("regex", "[ab]*").new_state().allowed()
 
@@ -296,7 +296,7 @@ def test_nothing_left_fails_its_own_request_only():
 
 
 def test_a_constraint_that_grows_too_complex_fails_its_own_request_only():
-    """With an error of its own; the others' tokens are those they get without it."""
+    """With its own error; other requests get the tokens that they get without it."""
     tokens = text_tokens()
     [a] = tokens.encode("a")
     ambiguous = 'start: e\ne: e e | "a" | e e e | '
@@ -314,7 +314,7 @@ def test_a_constraint_that_grows_too_complex_fails_its_own_request_only():
 
 
 def test_unconstrained_requests_pay_nothing():
-    """No state and no mask where there is no constraint."""
+    """Without a constraint there is no state and no mask."""
     bench = _bench()
     group = _submit(bench, [5], kind=None, count=5)
     bench.finish()

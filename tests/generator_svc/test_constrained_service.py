@@ -1,4 +1,4 @@
-"""Constraints over real gRPC: hostile ones answered soon, others undisturbed, nothing left over."""
+"""Constraints over real gRPC: hostile ones are answered soon, disturb no one, leave nothing."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ from tests.generator_svc.text_tokens import text_tokens
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.sampling.v1.sampling_pb2 import SamplingParams
 
-# The sandbox ends what takes too long, and gives way to any other program.
+# The sandbox kills what takes too long, and runs at a lower priority than other programs.
 pytestmark = pytest.mark.slow
 
 ANSWER_SECONDS = 5
@@ -42,7 +42,7 @@ def _deep(depth):
     return json.dumps(schema)
 
 
-# Code, kind, text; no code where such a thing can be kept.
+# Error code, kind, text; no code if the constraint can be enforced.
 HOSTILE = {
     "an automaton of a million states": ("json_schema_too_complex", "json_schema", MULTIPLE),
     "a chain of rules": ("json_schema_too_complex", "lark", CHAIN),
@@ -109,7 +109,7 @@ async def stage(tokens):
 
 
 async def _outcome(call):
-    """None, or the reason and the field of its error, for a call that may fail."""
+    """None, or the status, reason and field of the error, for a call that may fail."""
     try:
         async for _ in call:
             pass
@@ -126,7 +126,7 @@ async def _outcome(call):
 
 
 async def test_an_answer_fits(stage, tokens):
-    """With n, and sooner the second time; each choice has its own."""
+    """With n, each choice fits and is different."""
     constraint = pb.Constraint(regex="[ab]{40}")
     sampling = SamplingParams(temperature=1.0, seed=3)
     answers, finished = await stage.generate([5], constraint=constraint, n=4, sampling=sampling)
@@ -138,7 +138,7 @@ async def test_an_answer_fits(stage, tokens):
 
 
 async def test_ends_come_even_when_they_are_ignored(stage, tokens):
-    """A complete text ends, and the model's end is its last token."""
+    """A complete text ends, and the model's EOS is its last token."""
     constraint = pb.Constraint(json_schema='{"const": "x"}')
     fields = {"constraint": constraint, "ignore_eos": True, "min_new_tokens": 50}
     answers, finished = await stage.generate([5], **fields)
@@ -169,7 +169,7 @@ async def test_refusals_name_the_constraint(stage, constraint, code):
 
 
 async def test_what_grows_too_complex_on_its_way_is_told_as_such(stage, tokens):
-    """Found out while it is kept, since the dry run went another way."""
+    """It is noticed during decoding, as the dry run took another path."""
     [a] = tokens.encode("a")
     lark = 'start: /b/ /(.|\\n)*/ | e\ne: e e | "a" | e e e'
     sampling = SamplingParams(temperature=0, logit_bias={a: 100.0})
@@ -180,7 +180,7 @@ async def test_what_grows_too_complex_on_its_way_is_told_as_such(stage, tokens):
 
 
 async def test_a_model_without_constraints_still_answers(tmp_path, tokens, caplog):
-    """A tokenizer of another kind: constrained requests are refused, others are not."""
+    """With an unsupported tokenizer, only constrained requests are refused."""
     file = tmp_path / "tokenizer.json"
     file.write_text('{"model": {"type": "WordLevel", "vocab": {"a": 0}}}')
     other = type(tokens)(tokens.tokenizer, file)
@@ -203,7 +203,7 @@ async def _compiler(tokens, cache_bytes=2**20):
 
 
 async def test_hostile_constraints_are_answered_soon_while_a_stream_goes_on(stage, tokens):
-    """Each before its deadline; the stream steps on, and gets the tokens that it gets alone."""
+    """Each before its deadline; the stream keeps decoding and gets the tokens it gets alone."""
     bias = SamplingParams(temperature=0, logit_bias={tokens.eos: -100.0})
     long = {"max_new_tokens": 400, "sampling": bias}
     wanted, _ = await stage.generate([5, 6], **long)
@@ -227,7 +227,7 @@ async def test_hostile_constraints_are_answered_soon_while_a_stream_goes_on(stag
 
 
 async def test_hostile_schemas_that_are_lenient_are_answered_soon_too(tokens):
-    """Loosened, or refused as too complex; and what comes back may be longer than a pipe holds."""
+    """Relaxed, or refused as too complex; the result may be larger than a pipe's buffer."""
     lenient = {"x-guidance": {"lenient": True}}
     outcomes = {}
     async with _compiler(tokens) as compiler:
@@ -250,7 +250,7 @@ async def test_hostile_schemas_that_are_lenient_are_answered_soon_too(tokens):
 
 
 async def test_a_lenient_schema_is_kept_as_far_as_it_can_be(stage, tokens):
-    """Over gRPC, where without that word it is refused."""
+    """Over gRPC; without `lenient` the same schema is refused."""
     schema = {"type": "object", "properties": {"a": {"const": 1}}, "minProperties": 1}
     schema |= {"additionalProperties": {"type": "null"}, "maxProperties": 1}
     exact = await _outcome(
@@ -266,7 +266,7 @@ async def test_a_lenient_schema_is_kept_as_far_as_it_can_be(stage, tokens):
 
 
 async def test_a_schema_elsewhere_is_not_fetched(tokens):
-    """No connection leaves the process, neither to hosts nor to files."""
+    """References to URLs and files are refused, and no connection is made."""
     connections = []
     server = await asyncio.start_server(lambda *pair: connections.append(pair), "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
@@ -280,12 +280,12 @@ async def test_a_schema_elsewhere_is_not_fetched(tokens):
 
 
 def sandboxes():
-    """The sandboxes of this process that run, by process id."""
+    """Process ids of this process's running sandboxes."""
     return children(os.getpid())
 
 
 def children(parent):
-    """The sandboxes, and forks of one, that this process has started and that run."""
+    """Process ids of the running sandboxes, or forks of one, that `parent` has started."""
     listed = subprocess.run(
         ["ps", "-ww", "-o", "pid=,stat=,args=", "--ppid", str(parent)],
         capture_output=True,
@@ -296,7 +296,7 @@ def children(parent):
 
 
 def kill_sandbox():
-    """Ends the one that runs, and waits until it has ended."""
+    """Kills the running sandbox and waits until it has ended."""
     [pid] = sandboxes()
     os.kill(pid, signal.SIGKILL)
     while pid in sandboxes():
@@ -304,7 +304,7 @@ def kill_sandbox():
 
 
 async def test_compile_results_are_cached(tokens):
-    """The second request of a constraint needs no sandbox, good or bad."""
+    """The second request with the same constraint, valid or not, needs no sandbox."""
     async with _compiler(tokens) as compiler:
         for kind, text in [("regex", "[ab]+"), ("json_schema", MULTIPLE)]:
             with contextlib.suppress(ConstraintError):
@@ -319,7 +319,7 @@ async def test_compile_results_are_cached(tokens):
 
 
 async def test_too_many_at_once_are_refused(tokens):
-    """Each request has a compilation of its own, for which not all may wait, with all they hold."""
+    """Waiting requests hold memory, so only a bounded number may wait for the compiler."""
     async with _compiler(tokens) as compiler:
         calls = [compiler.compile("regex", "a") for _ in range(1_000)]
         results = await asyncio.gather(*calls, return_exceptions=True)
@@ -331,7 +331,7 @@ async def test_too_many_at_once_are_refused(tokens):
 
 
 async def test_many_who_want_the_same_share_one_compilation(tokens, monkeypatch):
-    """And those who leave take it from nobody."""
+    """And a request that is cancelled does not cancel it for the others."""
     async with _compiler(tokens) as compiler:
         put, results = compiler.cache.put, []
 
@@ -347,11 +347,11 @@ async def test_many_who_want_the_same_share_one_compilation(tokens, monkeypatch)
 
     assert 1 == len(results)
     assert isinstance(constraints[0], asyncio.CancelledError)
-    assert 8 == len(set(constraints[1:]))  # each has its own
+    assert 8 == len(set(constraints[1:]))  # each has its own object
 
 
 async def test_a_killed_sandbox_is_started_again(tokens, caplog):
-    """Nobody notices but the log."""
+    """Requests succeed as before; only the log shows it."""
     async with _compiler(tokens) as compiler:
         assert await compiler.compile("regex", "[ab]")
         kill_sandbox()
@@ -361,12 +361,12 @@ async def test_a_killed_sandbox_is_started_again(tokens, caplog):
 
 
 async def test_a_sandbox_that_is_killed_as_it_starts_is_started_again(tokens, caplog):
-    """As where memory is short for a moment: the model does not lose its constraints for that."""
+    """As when memory is briefly short; the model's constraints remain available."""
     async with ConstraintCompiler(tokens.file, tokens.size, (tokens.eos,), 2**20) as compiler:
-        while not sandboxes():  # noqa: ASYNC110 - a process that starts tells nobody
+        while not sandboxes():  # noqa: ASYNC110 - a new process has no event
             await asyncio.sleep(0)
         kill_sandbox()
-        with contextlib.suppress(CompilerBusy):  # if it waited for that one
+        with contextlib.suppress(CompilerBusy):  # if it was waiting for the killed one
             await compiler.compile("regex", "[ab]")
 
         assert await compiler.compile("regex", "[ab]")
@@ -374,7 +374,7 @@ async def test_a_sandbox_that_is_killed_as_it_starts_is_started_again(tokens, ca
 
 
 async def test_a_sandbox_for_which_there_is_no_process_is_started_later(tokens, monkeypatch):
-    """As at a limit of processes: who asks is to ask again, and is answered once there is one."""
+    """As at a process limit: the caller is told to retry, and succeeds once it can be started."""
 
     async def refused(*command, **options):
         raise BlockingIOError("no process is left")
@@ -389,7 +389,7 @@ async def test_a_sandbox_for_which_there_is_no_process_is_started_later(tokens, 
 
 
 async def test_a_sandbox_that_hangs_is_replaced(tokens, caplog):
-    """Who waited for it is to ask again, and then is answered as if nothing had happened."""
+    """Callers waiting for it are told to retry, and then succeed."""
     async with _compiler(tokens) as compiler:
         assert await compiler.compile("regex", "[ab]")
         [sandbox] = sandboxes()
@@ -402,7 +402,7 @@ async def test_a_sandbox_that_hangs_is_replaced(tokens, caplog):
 
 
 async def test_a_compilation_without_processor_time_is_no_fault_of_the_constraint(tokens):
-    """It is to be asked again, and that a busy machine could not tell is not remembered."""
+    """The caller is told to retry, and a timeout on a busy machine is not cached."""
     async with _compiler(tokens) as compiler:
         [sandbox] = sandboxes()
         asked = asyncio.create_task(compiler.compile("json_schema", MULTIPLE))
@@ -418,7 +418,7 @@ async def test_a_compilation_without_processor_time_is_no_fault_of_the_constrain
 
 
 async def test_a_process_that_grinds_is_ended_with_the_service(tokens):
-    """Nothing is left behind."""
+    """No process is left behind."""
     async with _compiler(tokens) as compiler:
         await compiler.compile("regex", "[ab]")
         [sandbox] = sandboxes()
@@ -431,7 +431,7 @@ async def test_a_process_that_grinds_is_ended_with_the_service(tokens):
 
 
 def test_the_cache_keeps_within_its_bytes():
-    """What was not used for longest goes first."""
+    """The least recently used result is evicted first."""
     cache = CompileCache(10_000)
     for number in range(20):
         cache.put(bytes([number]), CompileResult("g" * 1_000))

@@ -1,4 +1,4 @@
-"""Masks over tokens: what they let through fits, and what fits they let through."""
+"""Token masks: what they allow fits the constraint, and what fits they allow."""
 
 import json
 import math
@@ -25,7 +25,7 @@ POINT = {
 
 
 def _written(state, seed, most=300):
-    """What a random model writes; None when it comes to no end."""
+    """What a random model writes; None if it does not end."""
     tokens = text_tokens()
     draw = np.random.default_rng(seed)
     written = []
@@ -49,7 +49,7 @@ def _fits(schema, answer):
 
 @pytest.mark.parametrize("part", range(4))
 def test_whatever_a_random_model_writes_fits_its_schema(part):
-    """Hundreds of schemas; those that are refused fit nothing, or use what cannot be kept."""
+    """For hundreds of schemas; refused ones are unsatisfiable or cannot be enforced."""
     outcomes = Counter()
     for seed in range(250 * part, 250 * part + 250):
         schema = draw_schema(random.Random(seed))
@@ -80,7 +80,7 @@ def test_whatever_a_random_model_writes_matches_its_regex(regex):
 
 
 def test_whatever_a_random_model_writes_is_of_its_grammar():
-    """A Lark grammar with recursion: balanced brackets, and sums in them."""
+    """A Lark grammar with recursion: sums in balanced parentheses."""
     lark = 'start: sum\nsum: item ("+" item)*\nitem: /[0-9]{1,3}/ | "(" sum ")"'
     answers = [_written(compiled("lark", lark).new_state(), seed) for seed in range(40)]
     finished = [answer for answer in answers if answer is not None]
@@ -106,7 +106,7 @@ def test_whatever_a_random_model_writes_is_of_its_grammar():
     ],
 )
 def test_json_may_be_indented_and_nothing_may_stand_around_it(answer, fits):
-    """The usual ways to write JSON are open."""
+    """The usual ways to format JSON are allowed."""
     assert fits is accepts("json_schema", json.dumps(POINT), answer)
 
 
@@ -121,7 +121,7 @@ def test_json_may_be_indented_and_nothing_may_stand_around_it(answer, fits):
     ],
 )
 def test_blanks_do_not_run_away(kind, text):
-    """A line's end and its indentation; a model that likes blanks gets no more of them."""
+    """One newline and its indentation are allowed; a model cannot write whitespace forever."""
     assert accepts(kind, text, "[\n" + " " * 20 + "]")
     assert not accepts(kind, text, "[" + " " * 21 + "]")
     assert not accepts(kind, text, "[\n\n]")
@@ -129,7 +129,7 @@ def test_blanks_do_not_run_away(kind, text):
 
 
 def test_a_schema_in_lark_is_found_only_where_it_is_one():
-    """Not in strings, patterns or comments; what follows stays."""
+    """Not in strings, patterns or comments; what follows is left as it is."""
     lark = 'start: "%json {}" /%json {2}/ a // %json {}\na: %json {"type": "null"} "z"'
     other = lark.replace(' a // %json {}\na: %json {"type": "null"} "z"', "")
 
@@ -143,7 +143,7 @@ def test_a_schema_in_lark_is_found_only_where_it_is_one():
 @pytest.mark.parametrize("most", ["maximum", "exclusiveMaximum"])
 @pytest.mark.parametrize("form", ["plain", "lark", "merged"])
 def test_bounds_of_numbers_hold(least, most, form):
-    """Also those that llguidance alone lets slip: whole ones that are excluded."""
+    """Also exclusive bounds that are whole numbers, which llguidance alone does not enforce."""
     answers = "-1 -0.5 -0 0 0.0 0.25 0.5 0.50 0.9 1 1.0 1.5 2 2.5 3 3.0 3.25 3.5 4 1e0 30e-1"
     ranges = [(0, 0.5), (-0.5, 0), (3, 3.5), (2.5, 3), (3, 4), (0, 3), (0, 1), (0.25, 0.5)]
     for low, high in ranges:
@@ -160,7 +160,7 @@ def test_bounds_of_numbers_hold(least, most, form):
 
 
 def test_values_in_a_schema_are_no_schemas():
-    """A constant stays what it is, though it looks like a schema."""
+    """A constant that looks like a schema stays as it is."""
     text = '{"const": {"exclusiveMinimum": 3, "maximum": 3.5}}'
 
     assert text == prepared(text)
@@ -168,7 +168,7 @@ def test_values_in_a_schema_are_no_schemas():
 
 
 def test_a_name_cannot_be_written_in_a_second_way():
-    """What parsers take for the same property is held to the same schema."""
+    """An escaped name is the same property to parsers, so it has to fit the same schema."""
     schema = {"properties": {"a": {"type": "null"}}, "additionalProperties": {"type": "integer"}}
     schema = json.dumps(schema | {"type": "object"})
 
@@ -197,7 +197,7 @@ def test_a_graph_may_know_fewer_tokens_than_the_tokenizer():
 
 
 def test_control_tokens_come_only_where_a_grammar_names_them():
-    """Text cannot become one."""
+    """Plain text cannot become one."""
     tool = text_tokens().tokenizer.token_to_id("<|tool|>")
     regex = compiled("regex", r"(.|\n)*").new_state()
     lark = compiled("lark", 'start: <|tool|> "x"').new_state()
@@ -207,7 +207,7 @@ def test_control_tokens_come_only_where_a_grammar_names_them():
 
 
 def test_a_complete_text_allows_only_its_end():
-    """And every continuation of a request is at its own place."""
+    """And each choice of a request has its own state."""
     tokens = text_tokens()
     constraint = compiled("regex", "ab")
     one, other = constraint.new_state(), constraint.new_state()
@@ -242,7 +242,7 @@ def test_a_complete_text_allows_only_its_end():
     ],
 )  # fmt: skip
 def test_what_cannot_be_kept_is_refused_with_its_place(kind, text, code, says):
-    """Never let through without its constraint."""
+    """It is never served unconstrained."""
     with pytest.raises(ConstraintError, match=says) as caught:
         compiled(kind, text).new_state().allowed()
 
@@ -256,7 +256,7 @@ def test_true_is_a_schema_of_anything():
 
 
 def test_tokenizers_of_other_kinds_are_told(tmp_path):
-    """A file that is none, for one."""
+    """For instance a word-level one; the message names the file."""
     file = tmp_path / "tokenizer.json"
     file.write_text('{"model": {"type": "WordLevel", "vocab": {"a": 0}}}')
     with pytest.raises(ValueError, match=r"tokenizer\.json"):
@@ -264,7 +264,7 @@ def test_tokenizers_of_other_kinds_are_told(tmp_path):
 
 
 def test_ambiguity_ends_in_an_error_and_not_in_hours():
-    """A grammar whose readings multiply with each character."""
+    """Here the number of parses multiplies with each character."""
     tokens = text_tokens()
     state = compiled("lark", 'start: e\ne: e e | "a" | e e e | ').new_state()
     [a] = tokens.encode("a")
@@ -277,7 +277,7 @@ def test_ambiguity_ends_in_an_error_and_not_in_hours():
 
 
 def test_masks_do_not_depend_on_earlier_requests():
-    """What one request's matcher learned or used up, another's never sees."""
+    """What one request's matcher cached or used up never affects another's."""
     regex = r"(.|\n)*a(.|\n){12}"
     first = [_written(compiled("regex", regex).new_state(), seed, 60) for seed in range(3)]
     again = [_written(compiled("regex", regex).new_state(), seed, 60) for seed in range(3)]
@@ -286,7 +286,7 @@ def test_masks_do_not_depend_on_earlier_requests():
 
 
 def test_no_text_is_lost_between_two_tables():
-    """The table's tokens are those of the file."""
+    """llguidance's table has the same tokens as the tokenizer file."""
     table, tokens = token_table(), text_tokens()
     text = 'Some "text", é🫠\n'
 

@@ -1,4 +1,4 @@
-"""The CUDA road: on a device where there is one, and on one that is pretended everywhere."""
+"""The CUDA code path: on a device where there is one, and everywhere on a fake one."""
 
 import contextlib
 import ctypes
@@ -29,7 +29,7 @@ PROMPT = tuple(range(5, 45))
 
 @pytest.fixture
 def runtime():
-    """A pretended one, on which 1.5 ms pass between any two events."""
+    """A fake one, on which 1.5 ms pass between any two events."""
     with pretended_runtime(itertools.count(0, 1_500_000).__next__) as runtime:
         yield runtime
 
@@ -62,7 +62,7 @@ def test_slots_move_as_in_main_memory():
 
 
 def test_time_is_taken_between_events_on_the_stream(runtime):
-    """Both on the clock's own stream; the second is waited for; whole nanoseconds."""
+    """Both are on the clock's own stream, and the second is waited for; whole nanoseconds."""
     clock = CudaClock()
     clock.start()
     spent = clock.stop()
@@ -74,7 +74,7 @@ def test_time_is_taken_between_events_on_the_stream(runtime):
 
 
 def test_rows_come_from_the_device(runtime):
-    """Bytes as they are, by a copy from device to host; a failed one is an error."""
+    """Their bytes are copied unchanged from device to host; a failed copy is an error."""
     source, target = np.arange(9, dtype=np.float32), np.zeros(9, np.float32)
     copy_to_host(target.ctypes.data, source.ctypes.data, source.nbytes)
 
@@ -84,7 +84,7 @@ def test_rows_come_from_the_device(runtime):
         copy_to_host(target.ctypes.data, source.ctypes.data, source.nbytes)
 
 
-# ---- with a device, pretended or real
+# ---- with a device, fake or real
 
 
 @pytest.fixture(scope="module", params=["pretended", pytest.param("real", marks=pytest.mark.gpu)])
@@ -109,7 +109,7 @@ def on_device(model):
 
 @pytest.fixture(scope="module")
 def capturing(model):
-    """The same, with decode steps as CUDA graphs where there can be any: not in float32."""
+    """The same, with decode steps as CUDA graphs where possible: not in float32."""
     return _loaded(model, cuda_graphs=True)
 
 
@@ -138,7 +138,7 @@ def _prefill(runner, slot, token_ids=PROMPT):
 
 
 def test_all_is_on_the_device(on_device):
-    """Provider, logits, and time from the device's events."""
+    """The provider, the logits, and the time, which comes from the device's events."""
     began = time.perf_counter_ns()
     result = on_device.run(StepPlan(chunks=(Chunk(0, 0, PROMPT, True),))).chunks[0]
     passed = time.perf_counter_ns() - began
@@ -150,7 +150,7 @@ def test_all_is_on_the_device(on_device):
 
 
 def test_logits_are_nearly_those_of_the_cpu(on_device, model):
-    """Other kernels round differently, TF32 among them; nothing more is different."""
+    """Only rounding differs, as other kernels are used, some of them in TF32."""
     expected = _prefill(OrtRunner(model, "cpu", 1, 128), 0)
 
     assert np.allclose(expected, _prefill(on_device, 0).whole, atol=0.15)
@@ -158,7 +158,7 @@ def test_logits_are_nearly_those_of_the_cpu(on_device, model):
 
 @pytest.mark.parametrize("rows", [1, 2, 4])
 def test_decode_logits_do_not_depend_on_earlier_runs(either, model, rows):
-    """After steps and prompts of other lengths they are those of a runner that had none."""
+    """After steps and prompts of other lengths they are those of a fresh runner."""
     for slot in range(4):
         _prefill(either, slot, PROMPT[::-1])
     either.run(StepPlan(rows=tuple(Row(7, 40) for _ in range(rows))))
@@ -173,7 +173,7 @@ def test_decode_logits_do_not_depend_on_earlier_runs(either, model, rows):
 
 
 def test_candidates_are_those_of_the_whole_row(on_device):
-    """Of every row of a batch, at positions of their own."""
+    """For every row of a batch, each at its own position."""
     for slot in range(4):
         _prefill(on_device, slot, PROMPT[: 10 * (slot + 1)])
     rows = tuple(Row(7, 10 * (slot + 1)) for slot in range(4))
@@ -193,7 +193,7 @@ def test_candidates_are_those_of_the_whole_row(on_device):
 
 @pytest.mark.parametrize("length", [40, 64, 128])
 def test_prompts_in_one_run_give_nearly_the_logits_of_each_alone(on_device, length):
-    """Padded on the right; and so do the tokens behind them."""
+    """They are padded on the right; the tokens after them have nearly the same logits too."""
     prompts = (PROMPT, PROMPT[:10], PROMPT[5:38])
     rows = tuple(Row(7, len(prompt)) for prompt in prompts)
     alone = [_prefill(on_device, slot, prompt).whole for slot, prompt in enumerate(prompts)]
@@ -210,7 +210,7 @@ def test_prompts_in_one_run_give_nearly_the_logits_of_each_alone(on_device, leng
 
 
 def test_every_token_of_a_prompt_has_nearly_the_logits_of_a_prompt_that_ends_there(on_device):
-    """All of a chunk's come to the host, and the last ones are sampled from there."""
+    """All of a chunk's logits are copied to the host, and the last ones are sampled there."""
     chunk = Chunk(0, 0, PROMPT, True, wants_all_logits=True)
     [result] = on_device.run(StepPlan(chunks=(chunk,))).chunks
 
@@ -224,7 +224,7 @@ def test_every_token_of_a_prompt_has_nearly_the_logits_of_a_prompt_that_ends_the
 
 
 def test_slots_can_be_moved_on_the_device(on_device):
-    """A copied and swapped prompt goes on as it would have."""
+    """A prompt that was copied and swapped continues as it would have."""
     _prefill(on_device, 0)
     _prefill(on_device, 1, PROMPT[::-1])
     first = on_device.run(StepPlan(rows=(Row(7, 40), Row(7, 40)))).rows.logits
@@ -240,7 +240,7 @@ def test_slots_can_be_moved_on_the_device(on_device):
 
 
 def test_replayed_graphs_give_nearly_the_logits_of_eager_runs(on_device, capturing, caplog):
-    """Of one to four rows, with other sizes and prompts in between; no graph was disabled."""
+    """For one to four rows, with other sizes and prompts in between; no graph is disabled."""
     for step, count in enumerate((1, 4, 4, 2, 4, 2, 1)):
         found = []
         for runner in (on_device, capturing):
@@ -254,7 +254,7 @@ def test_replayed_graphs_give_nearly_the_logits_of_eager_runs(on_device, capturi
 
 
 def test_float32_is_served_without_graphs(model, capturing, caplog):
-    """Decided before the session is made: nothing fails, and nothing is logged."""
+    """This is decided before the session is created: nothing fails, and nothing is logged."""
     expected = () if model.precision == "fp32" else (1, 2, 4)
 
     assert expected == capturing.info.capture_sizes
@@ -262,7 +262,7 @@ def test_float32_is_served_without_graphs(model, capturing, caplog):
 
 
 def test_the_engine_serves_from_the_device(either):
-    """Greedy and drawn requests end as asked, and the books are right after every step."""
+    """Greedy and sampled requests are complete; bookkeeping is consistent after every step."""
     sizes = either.info.capture_sizes
     bench = Bench(slots=4, slot_length=128, runner=either, batch_sizes=sizes)
     samplings = [

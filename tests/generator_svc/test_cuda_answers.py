@@ -1,5 +1,5 @@
-"""Tokens of the CUDA road, on a device that is pretended, are those of each request alone on the
-CPU: whatever shares its batches, is reused for it, moved, padded or left off."""
+"""On a fake CUDA device a request gets the tokens that it gets alone on the CPU, whatever is
+batched with it, reused for it, moved, padded or cancelled."""
 
 import random
 from collections import defaultdict
@@ -33,7 +33,7 @@ def model(request, tmp_path_factory):
 
 
 def requests(seed):
-    """Short and long prompts, many of which begin alike, with one or several answers."""
+    """Short and long prompts, many with a common prefix, with one or several choices."""
     draw = random.Random(seed)
 
     def words(count):
@@ -53,8 +53,8 @@ def requests(seed):
 
 
 def answers(model, device, wanted, at_once, cancelled=frozenset()):
-    """Tokens of all requests. With an `at_once` of 1 each comes when the one before has ended, else
-    up to so many before each step; those `cancelled` are given up after a few steps."""
+    """Tokens of all requests. If `at_once` is 1, each is submitted when the one before has ended,
+    else up to `at_once` before each step; those in `cancelled` are cancelled after a few steps."""
     settings = GeneratorSettings(
         model_directory=model.path,
         device=device,
@@ -95,7 +95,7 @@ def answers(model, device, wanted, at_once, cancelled=frozenset()):
 
 
 def test_tokens_are_those_of_each_request_alone(model):
-    """Of some requests that are cancelled, as far as they came."""
+    """Cancelled requests get the beginning of those tokens."""
     wanted = requests(seed=1)
     cancelled = frozenset(range(0, len(wanted), 7))
     alone = answers(model, "cpu", wanted, at_once=1)

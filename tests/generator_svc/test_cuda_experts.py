@@ -1,4 +1,4 @@
-"""gpt-oss on a device, served as the service serves it, against PyTorch."""
+"""gpt-oss on a CUDA device, loaded as the service loads it, compared with PyTorch."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ from tests.generator_svc.export.test_export_experts import HALF, exported
 from tests.tiny_models import tiny_checkpoint
 from trivium.model_directory import load_model_directory
 
-TOLERANCE = 0.15  # float16; without one of its peculiarities the tiny model is off by more than 1
+TOLERANCE = 0.15  # float16; without any one of gpt-oss's peculiarities they are off by over 1
 LENGTHS = (5, 40, 61)  # within the window of 24, and beyond
 
 
@@ -61,7 +61,7 @@ def reference():
 
 
 def _prefill(runner, slot, token_ids):
-    """In two chunks; the logits of the last token."""
+    """Prefills in two chunks; returns the logits of the last token."""
     half = len(token_ids) // 2
     runner.run(StepPlan(chunks=(Chunk(slot, 0, tuple(token_ids[:half]), False),)))
     last = Chunk(slot, half, tuple(token_ids[half:]), True)

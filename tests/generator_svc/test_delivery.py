@@ -18,7 +18,7 @@ RATE, MAX_INTERVAL = 1000, 0.1
 
 
 class _Jump(selectors.DefaultSelector):
-    """Passes the time that the loop would wait at once."""
+    """Advances the clock instead of waiting."""
 
     now = 0.0
 
@@ -28,7 +28,7 @@ class _Jump(selectors.DefaultSelector):
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """A loop in which waiting takes no time, and nothing else takes any."""
+    """A loop in virtual time: waiting takes no real time, and nothing else takes virtual time."""
 
     def __init__(self):
         self._jump = _Jump()
@@ -47,7 +47,7 @@ class Message:
 
 @dataclass
 class Call:
-    """A call of one sequence that notes its messages and when each of its tokens arose."""
+    """A call with one sequence; records its messages and when each token was sampled."""
 
     metrics: RequestMetrics
     messages: list[Message] = field(default_factory=list)
@@ -73,7 +73,7 @@ class Call:
         return SequenceUpdate(self.group, sequence, token, is_last, is_urgent=is_last or count == 1)
 
     def check(self):
-        """Everything came, once, in order; first and last at once."""
+        """Every token arrived once and in order, the first and the last one at once."""
         assert list(range(len(self.arose))) == [t for m in self.messages for t in m.tokens]
         assert [0] == self.messages[0].tokens
         assert (self.arose[0], self.arose[-1]) == (self.messages[0].time, self.messages[-1].time)
@@ -90,7 +90,7 @@ class Call:
 
 
 def play(streams, steps, step_seconds, rate=RATE, max_interval=MAX_INTERVAL, whole=False):
-    """The calls of so many streams, which all get a token in each step."""
+    """Runs this many calls, each of which gets a token in every step."""
 
     async def run():
         metrics = RequestMetrics(CollectorRegistry(), "m")
@@ -123,7 +123,7 @@ def test_few_messages_leave_at_once(streams, step_ms):
 
 @pytest.mark.parametrize("streams", [8, 32, 64])
 def test_the_interval_grows_with_the_number_of_streams(streams):
-    """Above the rate a stream's tokens are merged, so that the process sends about so many."""
+    """Above the rate a stream's tokens are merged, so that the process sends about that many."""
     calls = play(streams, 2000, 0.001)
     seconds = calls[0].arose[-1] - calls[0].arose[0]
     messages = sum(len(call.messages) for call in calls)
@@ -136,7 +136,7 @@ def test_the_interval_grows_with_the_number_of_streams(streams):
 
 @pytest.mark.parametrize("step_ms", [1, 30])
 def test_the_interval_never_exceeds_its_bound(step_ms):
-    """However many streams there are: no token waits longer."""
+    """No token waits longer, however many streams there are."""
     for call in play(500, 40, step_ms / 1000):
         assert max(call.waits) <= MAX_INTERVAL + 1e-9
         assert max(call.intervals, default=0) <= MAX_INTERVAL + step_ms / 1000 + 1e-9
@@ -150,13 +150,13 @@ def test_a_bound_of_zero_merges_nothing():
 
 @pytest.mark.parametrize("streams", [1, 8])
 def test_what_is_wanted_whole_comes_in_large_pieces(streams):
-    """The first token, 256 whenever they have gathered, and the rest with the end."""
+    """The first token, then 256 at a time, and the rest at the end."""
     for call in play(streams, 600, 0.015, whole=True):
         assert [1, 256, 256, 87] == [len(message.tokens) for message in call.messages]
 
 
 def test_a_held_token_does_not_wait_for_another():
-    """A stream that gets no more tokens for a while shows those that it has."""
+    """If a stream gets no more tokens for a while, those held back are sent."""
 
     async def run():
         metrics = RequestMetrics(CollectorRegistry(), "m")
@@ -179,7 +179,7 @@ def test_a_held_token_does_not_wait_for_another():
 
 async def test_eight_streams_of_fifteen_milliseconds_see_every_token():
     """Over real gRPC: no two tokens share a message. A busy machine may stall the loop for longer
-    than a step, so this has to hold in one of several attempts only."""
+    than a step, so this only has to hold in one of several attempts."""
     stage = Stage(slots=8, slot_length=256, logits=by_last_token)
     async with stage.running():
         stage.runner.delay = 0.015
@@ -198,7 +198,7 @@ async def _read(call):
 
 
 async def test_first_and_last_tokens_never_wait():
-    """With a message in a hundred years there are two: the first, and all the rest at the end."""
+    """At a rate of almost zero there are two messages: the first token, and the rest at the end."""
     stage = Stage(
         slot_length=512,
         logits=by_last_token,
@@ -206,7 +206,7 @@ async def test_first_and_last_tokens_never_wait():
         max_interval_seconds=1e9,
     )
     async with stage.running():
-        # Takes the one message that is due at once, unless it ends while the loop is held up.
+        # Uses up the one message that is due at once, unless it ends while the loop is stalled.
         await stage.generate([3], max_new_tokens=200)
         calls = [await stage.call([4, 5 + i], max_new_tokens=200) for i in range(4)]
         answers = await asyncio.gather(*(_read(call) for call in calls))
@@ -231,7 +231,7 @@ async def test_an_answer_that_is_wanted_whole_comes_in_few_messages():
 
 
 async def test_messages_are_counted_by_their_tokens():
-    """The metrics say how many messages there were, and how many tokens went with them."""
+    """The metrics say how many messages there were, and how many tokens were in them."""
     stage = Stage(slot_length=512, logits=by_last_token, max_messages_per_second=1e-9)
     async with stage.running():
         messages = await _read(await stage.call([4, 5], max_new_tokens=200))
@@ -241,7 +241,7 @@ async def test_messages_are_counted_by_their_tokens():
 
 
 async def test_inter_token_latencies_are_those_of_the_steps():
-    """Tokens that leave together have not arisen together: none took less than a step."""
+    """Tokens that are sent together were not sampled together: each took at least a step."""
     stage = Stage(slot_length=64, logits=by_last_token, max_messages_per_second=1e-9)
     async with stage.running():
         stage.runner.delay = 0.003

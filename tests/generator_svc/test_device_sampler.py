@@ -1,4 +1,4 @@
-"""Draws from candidates against the sampler on whole rows, and the graph that picks them."""
+"""Sampling from candidates, compared with whole rows, and the graph that selects candidates."""
 
 import dataclasses
 
@@ -32,12 +32,12 @@ SHAPES = ["model", "zipf", "gauss"]
 
 
 def certain_token(sequence, row):
-    """The token of a row that stands alone."""
+    """The token of a single row, or None if its candidates do not determine it."""
     return certain_tokens([(sequence, row)])[0]
 
 
 def sample(sequence, row):
-    """The same, from the whole row if it has to be; raises what it fails with."""
+    """The same, from the whole row if necessary; raises the error if it fails."""
     tokens, failures = sample_all([(sequence, row)])
     for _, error in failures:
         raise error
@@ -58,7 +58,7 @@ def _row(random, size, shape):
 
 
 def _sampling(random):
-    """Any settings of requests, those that candidates cannot serve among them."""
+    """Any sampling parameters, including those for which candidates are not enough."""
     return SamplingParams(
         temperature=float(random.choice([0, 0.3, 0.7, 1, 1, 1, 1.5, 1e-300])),
         top_k=int(random.choice([-1, 0, 0, 0, 1, 2, 20, 200, 255, 256, 1000])),
@@ -73,7 +73,7 @@ def _sampling(random):
 
 
 def _sequence(random, row, sampling):
-    """One whose text has likely and unlikely tokens, and which at times may not end yet."""
+    """A sequence with likely and unlikely tokens, which sometimes may not end yet."""
     likely = np.argsort(-row, kind="stable")
     output = [*random.integers(row.size, size=2), *likely[: random.integers(4)]]
     return sequence_of(
@@ -86,7 +86,7 @@ def _sequence(random, row, sampling):
 
 
 def _shaken(random, row):
-    """The same row with sums as wrong as they may be, and equal logits in any order."""
+    """The same row with sums as inexact as they may be, and equal logits in any order."""
     error = RELATIVE_ERROR * random.uniform(-0.9, 0.9, row.rest.size)
     order = random.permutation(CANDIDATES)
     order = order[np.argsort(-row.values[order], kind="stable")]
@@ -98,7 +98,7 @@ def _shaken(random, row):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("size", SIZES)
 def test_what_is_certain_is_what_the_sampler_draws(size, shape):
-    """Any settings, ties, impossible tokens, penalties and masks; sums off by what they may be."""
+    """With any parameters, ties, impossible tokens, penalties, masks, and inexact sums."""
     random = np.random.default_rng([size, SHAPES.index(shape)])
     certain = 0
     for _ in range(20):
@@ -131,7 +131,7 @@ def test_what_is_certain_is_what_the_sampler_draws(size, shape):
     ],
 )
 def test_usual_settings_seldom_need_the_whole_row(least, fields):
-    """Logits as models give them: a share of `least` of all draws is certain, and right."""
+    """For realistic logits, at least a share of `least` of all draws is certain, and right."""
     random = np.random.default_rng(1)
     draws = 100
     certain = 0
@@ -163,7 +163,7 @@ def _edges(row, temperature):
     "fields", [{}, {"temperature": 0.8}, {"temperature": 1.2, "top_p": 0.7}, {"top_p": 0.7}]
 )
 def test_draws_at_the_edges_of_a_token(shape, error, fields, monkeypatch):
-    """Sums all too large or all too small, ends in the middle of equal logits."""
+    """With all sums too large or too small, and interval ends among equal logits."""
     random = np.random.default_rng(3)
     row = _row(random, 900, "model" if shape == "ties" else shape)
     if shape == "ties":
@@ -175,7 +175,7 @@ def test_draws_at_the_edges_of_a_token(shape, error, fields, monkeypatch):
     certain = 0
     for draw in _edges(row, given.temperature):
         for name in ("candidates", "sampler"):
-            monkeypatch.setattr(f"generator_svc.sampling.{name}.uniform", lambda seed, at: draw)  # noqa: B023 - drawn before the loop goes on
+            monkeypatch.setattr(f"generator_svc.sampling.{name}.uniform", lambda seed, at: draw)  # noqa: B023 - called before the loop continues
         token_id = certain_token(sequence, given)
         if token_id is not None:
             certain += 1
@@ -185,7 +185,7 @@ def test_draws_at_the_edges_of_a_token(shape, error, fields, monkeypatch):
 
 
 def test_a_candidate_as_low_as_the_rest_may_be_is_not_certain():
-    """A penalty brings the only one above down to where a lower id may be."""
+    """A penalty lowers the only larger logit to where a token with a lower id may be first."""
     row = np.zeros(600, np.float32)
     row[300] = 0.5
     for penalty, expected in ((0.25, 300), (0.5, None), (0.75, None)):
@@ -196,7 +196,7 @@ def test_a_candidate_as_low_as_the_rest_may_be_is_not_certain():
 
 
 def test_top_k_of_as_many_as_are_allowed_is_no_limit():
-    """The sampler then draws in another order."""
+    """The sampler then draws in another order, so that no token is certain."""
     row = np.linspace(0, 9, 1000).astype(np.float32)
     constraint = Only(1000, [990, 995, 999])
     drawn = set()
@@ -217,13 +217,13 @@ def test_top_k_of_as_many_as_are_allowed_is_no_limit():
         {"sampling": SamplingParams(temperature=0, frequency_penalty=-0.1)},
         {"sampling": SamplingParams(temperature=0, presence_penalty=-0.1)},
         {"sampling": SamplingParams(temperature=0), "top_logprobs": 2},
-        {"sampling": SamplingParams(temperature=1.3)},  # the masses are those at 1
+        {"sampling": SamplingParams(temperature=1.3)},  # the sums are for temperature 1
         {"sampling": SamplingParams(top_k=256)},
         {"sampling": SamplingParams(top_n_sigma=1.0)},
     ],
 )
 def test_what_could_come_from_outside_takes_the_whole_row(fields):
-    """Biases, penalties that raise, deviations, log-probabilities, and too few candidates."""
+    """Biases, penalties that raise logits, top_n_sigma, logprobs, and too few candidates."""
     row = _row(np.random.default_rng(4), 1000, "zipf")
     sequence = sequence_of((1, 2), (3,), **fields)
 
@@ -233,8 +233,8 @@ def test_what_could_come_from_outside_takes_the_whole_row(fields):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_token_does_not_depend_on_who_else_is_drawn(seed):
-    """Rows of all kinds together, more than are looked at at once, one by one, and by the sampler;
-    a row that is no numbers and a constraint that fails cost nobody else a token."""
+    """The same in a mixed batch larger than one slice, one by one, and by the sampler; a row with
+    NaN and a constraint that fails cost no other request its token."""
     random = np.random.default_rng(seed)
     drawing, whole = [], []
     for number in range(150):
@@ -260,7 +260,7 @@ def test_a_token_does_not_depend_on_who_else_is_drawn(seed):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.nan])
 @pytest.mark.parametrize("place", [0, 300, 999])
 def test_logits_that_are_no_numbers_are_refused(bad, place):
-    """Wherever the device shows them, in the sampler's words."""
+    """Wherever they show on the device, with the sampler's error."""
     good = _row(np.random.default_rng(5), 1000, "zipf")
     row, values = good.copy(), device_row(good).values.copy()
     row[place] = bad
@@ -272,7 +272,7 @@ def test_logits_that_are_no_numbers_are_refused(bad, place):
 
 
 class Only:
-    """A constraint that allows some tokens, always."""
+    """A constraint that always allows the same tokens."""
 
     end_token_ids = frozenset()
 
@@ -288,7 +288,7 @@ class Only:
 
 
 class Broken(Only):
-    """A constraint that cannot tell what it allows."""
+    """A constraint that fails to compute its mask."""
 
     def __init__(self):
         super().__init__(1000, [3])
@@ -299,7 +299,7 @@ class Broken(Only):
 
 @pytest.mark.parametrize("share", [0.02, 0.2, 0.9])
 def test_a_constraint_masks_candidates(share):
-    """Few allowed tokens, which the sampler draws from alone, and many."""
+    """Whether it allows few tokens, which the sampler handles separately, or many."""
     random = np.random.default_rng(6)
     certain = 0
     for seed in range(150):
@@ -318,13 +318,13 @@ def test_a_constraint_masks_candidates(share):
 
 
 def _on_cpu(vocabulary):
-    """Logits as they are on a CUDA device, with main memory in its place."""
+    """Logits as on a CUDA device, in main memory instead."""
     return DeviceLogits(Device("cpu"), vocabulary)
 
 
 @pytest.mark.parametrize("size", [256, 257, 511, 640, 5000])
 def test_the_graph_picks_what_numpy_picks(size):
-    """Values, ids and sums of the rest, also where logits are equal or impossible."""
+    """Values, ids and sums of the rest, also for equal or impossible logits."""
     random = np.random.default_rng(size)
     rows = np.stack([_row(random, size, shape) for shape in (*SHAPES, "gauss")])
     memory = _on_cpu(size)
@@ -345,7 +345,7 @@ def test_the_graph_picks_what_numpy_picks(size):
 
 
 def test_the_graph_shows_what_is_no_number():
-    """Among candidates or outside, one token makes the row unsound."""
+    """A single bad logit, among the candidates or not, leaves no token certain."""
     rows = np.stack([_row(np.random.default_rng(8), 1000, "zipf")] * 3)
     rows[0, 400], rows[1, 3], rows[2, :] = np.nan, np.inf, -np.inf
     memory = _on_cpu(1000)
@@ -358,7 +358,7 @@ def test_the_graph_shows_what_is_no_number():
 
 @pytest.mark.parametrize("size", [256, 257, 5000])
 def test_the_largest_logit_is_told_without_candidates(size):
-    """Certain unless another is as large, or one is no number; then the whole row is fetched."""
+    """Certain unless another is as large, or any is NaN or inf; then the whole row is fetched."""
     random = np.random.default_rng(size)
     rows = np.stack([random.permutation(size).astype(np.float32) for _ in range(6)])
     rows[1, rows[1].argmin()] = rows[1].max()
@@ -378,7 +378,7 @@ def test_the_largest_logit_is_told_without_candidates(size):
 
 
 def test_candidates_are_found_for_the_rows_that_need_them_alone(monkeypatch):
-    """64 at a time, wherever they are in the batch; of the others the largest logit is told."""
+    """64 at a time, wherever they are in the batch; the others only get their largest logit."""
     rows = np.random.default_rng(3).permutation(200 * 300).astype(np.float32).reshape(200, 300)
     memory = _on_cpu(300)
     buffer = memory.allocate(200)
@@ -398,7 +398,7 @@ def test_candidates_are_found_for_the_rows_that_need_them_alone(monkeypatch):
 
 
 def test_the_device_is_tried_before_it_is_trusted(monkeypatch):
-    """A device that picks well passes, one that does not is noticed."""
+    """A device that selects correctly passes the check, another one fails it."""
     memory = _on_cpu(700)
     memory.check()
     monkeypatch.setattr(Device, "copy_to_host", lambda self, target, source, size: None)
@@ -419,7 +419,7 @@ def _runner(model, patch=None):
 
 
 def test_an_engine_makes_the_same_tokens_from_rows_on_the_device(model, monkeypatch):
-    """Greedy and drawn, filters, penalties, several choices, log-probabilities; after warm-up."""
+    """Greedy and sampled, filters, penalties, several choices, logprobs; after warm-up."""
     requests = [
         {"sampling": SamplingParams(temperature=0)},
         {"sampling": SamplingParams(seed=3), "n": 3},
@@ -442,7 +442,7 @@ def test_an_engine_makes_the_same_tokens_from_rows_on_the_device(model, monkeypa
 
 
 def test_candidates_are_enough_for_a_greedy_batch(model, monkeypatch):
-    """No row is fetched, and prompts that want no logits have none."""
+    """No row is fetched, and prompt chunks that need no logits have none."""
     fetched = []
     monkeypatch.setattr(Device, "copy_to_host", lambda *copy: fetched.append(copy))
     bench = Bench(slots=4, slot_length=96, runner=_runner(model, monkeypatch))

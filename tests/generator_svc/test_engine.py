@@ -1,4 +1,4 @@
-"""The engine on a runner whose cache holds token ids: every slip changes an answer."""
+"""The engine on a runner whose cache holds token ids, so that every mistake changes an answer."""
 
 import random
 import threading
@@ -25,7 +25,7 @@ def _prompts(seed, count, longest=40):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_random_traffic_gives_each_request_its_own_answer_and_every_nanosecond_an_owner(seed):
-    """Arrivals, stops, cancellations and failed runs at random: answers, slots, time add up."""
+    """With random arrivals, stops, cancellations and failed runs; slots are freed, times add up."""
     draw = random.Random(seed)
     bench = Bench(
         slots=draw.choice([1, 2, 5]),
@@ -68,7 +68,7 @@ def test_random_traffic_gives_each_request_its_own_answer_and_every_nanosecond_a
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_batch_mates_do_not_change_a_request(temperature):
-    """The same seed gives the same tokens alone and among others."""
+    """The same seed gives the same tokens alone and in a batch with others."""
     sampling = SamplingParams(temperature=temperature, seed=5, top_p=0.95)
     prompt = [3, 1, 4, 1, 5]
     alone = Bench()
@@ -85,7 +85,7 @@ def test_batch_mates_do_not_change_a_request(temperature):
 
 
 def _scored(prompt, top):
-    """What the scripted model's logits say of each token but the first, one prefix at a time."""
+    """Logprob and top tokens for each token but the first, computed prefix by prefix."""
     for place in range(1, len(prompt)):
         logits = scripted_logits(prompt[:place]).astype(np.float64)
         logprobs = logits - np.log(np.exp(logits).sum())
@@ -100,8 +100,8 @@ def _assert_scored(group, top):
 
 @pytest.mark.parametrize("batch_size", [0, 4])
 def test_prompts_are_scored_whatever_else_there_is(batch_size):
-    """Beside others, behind a cached beginning, in chunks, for several choices: each token's own
-    log-probability, and the answer that there is without."""
+    """In a batch, with a prefix in the cache, in chunks, for several choices: each token gets its
+    log-probability, and the answer is the same as without."""
     bench = Bench(
         slots=6, slot_length=256, max_num_batched_tokens=160, max_prefill_batch_size=batch_size
     )
@@ -124,7 +124,7 @@ def test_prompts_are_scored_whatever_else_there_is(batch_size):
 
 
 def test_a_choice_that_is_stopped_leaves_the_scores_to_the_next():
-    """The prompt is computed once more, and scored once."""
+    """The prompt is prefilled again, and scored once."""
     prompt = next(_prompts(2, 1, longest=300))[:100]
     bench = Bench(slot_length=256, max_num_batched_tokens=40)
     group = bench.submit([*prompt, *range(2, 40)], 3, n=2, prompt_logprobs=1)
@@ -137,7 +137,7 @@ def test_a_choice_that_is_stopped_leaves_the_scores_to_the_next():
 
 
 def test_bad_logits_inside_a_prompt_end_the_request_that_asked():
-    """Its last token's may be good; nobody else hears of it."""
+    """Even if the last token's logits are good; other requests are not affected."""
 
     def logits(context):
         row = scripted_logits(context)
@@ -156,7 +156,7 @@ def test_bad_logits_inside_a_prompt_end_the_request_that_asked():
 
 
 def test_a_step_counts_its_tokens_however_they_are_computed():
-    """Prompts in one run, padding left out, chunks, and rows; what is idle does not count."""
+    """In batched prompts, without padding, in chunks and in rows; idle rows do not count."""
     bench = Bench(max_num_batched_tokens=64, max_prefill_batch_size=4)
     bench.submit(list(range(2, 22)), 2, stop_token_ids=frozenset())
     bench.submit(list(range(3, 20)), 2, stop_token_ids=frozenset())
@@ -168,7 +168,7 @@ def test_a_step_counts_its_tokens_however_they_are_computed():
 
 
 def test_prefix_cache_changes_nothing_but_the_work():
-    """A second request with the same beginning computes less and answers the same."""
+    """A second request with the same prefix computes less and gets the same answer."""
     prompt = list(range(2, 34))
     runs = {}
     for reuse in (True, False):
@@ -187,7 +187,7 @@ def test_prefix_cache_changes_nothing_but_the_work():
 
 
 def test_tokens_of_an_answer_are_not_reused():
-    """Only what was computed as a prompt is taken over, so that the cache never shows."""
+    """Only tokens computed as a prompt are reused, so that the cache never changes an answer."""
     prompt = list(range(2, 20))
     bench = Bench()
     group = bench.submit(prompt, 6)
@@ -199,7 +199,7 @@ def test_tokens_of_an_answer_are_not_reused():
 
 
 def test_an_answer_computed_anew_is_reused():
-    """The next turn has only its own words to compute; that time is named, and nobody pays it."""
+    """The next turn prefills only its new tokens; re-prefilling is overhead that no one pays."""
     prompt = list(range(2, 20))
     bench = Bench()
     group = bench.submit(prompt, 40, stop_token_ids=frozenset())
@@ -220,7 +220,7 @@ def test_an_answer_computed_anew_is_reused():
 
 
 def test_an_answer_that_cannot_be_computed_is_forgotten(caplog):
-    """Nothing that failed is reused, nor tried for ever."""
+    """What failed is neither reused nor retried forever."""
     bench = Bench()
     group = bench.submit(list(range(2, 20)), 12, stop_token_ids=frozenset())
     bench.finish()
@@ -237,7 +237,7 @@ def test_an_answer_that_cannot_be_computed_is_forgotten(caplog):
 
 
 def test_an_engine_at_rest_computes_answers_until_it_has_work():
-    """By itself, in a pause; and the next turn, which wakes it, finds them."""
+    """It re-prefills them by itself, and the next turn, which wakes it, finds them cached."""
     bench = Bench()
     prompt = list(range(2, 20))
     bench.engine.start()
@@ -255,7 +255,7 @@ def test_an_engine_at_rest_computes_answers_until_it_has_work():
 @pytest.mark.parametrize("reuse", [True, False])
 @pytest.mark.parametrize("slots", [2, 8])
 def test_choices_share_one_prefill(slots, reuse):
-    """Seven choices compute their prompt once, though there are fewer slots than choices."""
+    """Seven choices prefill their prompt once, even with fewer slots than choices."""
     prompt = list(range(2, 30))
     bench = Bench(slots=slots, reuse=reuse)
     group = bench.submit(prompt, 5, n=7, sampling=SamplingParams(temperature=1, seed=3))
@@ -295,7 +295,7 @@ def test_stopping_the_first_choice_before_its_prompt_is_computed_leaves_the_othe
 
 
 def test_a_stopped_choice_finishes_with_counts_and_frees_its_slot():
-    """One choice ends at once, the other runs on."""
+    """One choice ends at once, the other continues."""
     bench = Bench()
     group = bench.submit([7, 8, 9], 12, n=2, stop_token_ids=frozenset())
     bench.step()
@@ -328,7 +328,7 @@ def test_cancelling_frees_everything_wherever_the_request_is(steps):
 
 
 def test_running_streams_wait_for_a_bounded_piece_of_a_long_prompt():
-    """While something decodes, a step prefills no more than the dial says, and decodes it too."""
+    """While a stream decodes, a step prefills only within its time budget, and decodes too."""
     bench = Bench(slots=2, slot_length=256, prefill_tokens=8, max_num_batched_tokens=64)
     bench.submit([5, 6], 60, stop_token_ids=frozenset())
     bench.step()
@@ -342,7 +342,7 @@ def test_running_streams_wait_for_a_bounded_piece_of_a_long_prompt():
 
 
 def test_no_chunk_has_a_lone_token():
-    """A lone token is computed by a kernel that rounds differently, so prompts never end in one."""
+    """A single token is computed by a kernel that rounds differently, so no prompt ends in one."""
     for length in range(2, 50):
         bench = Bench(prefill_tokens=8, max_num_batched_tokens=8)
         bench.submit([3, 4, 5], 30, stop_token_ids=frozenset())
@@ -354,7 +354,7 @@ def test_no_chunk_has_a_lone_token():
 
 
 def test_failed_run_ends_those_in_it_and_no_one_else():
-    """The failed are told; the others go on; what the failed had computed is not reused."""
+    """They get the error, others continue, and what the failed ones computed is not reused."""
     bench = Bench(slots=3)
     victim = bench.submit([9] * 20, 5)
     bench.step()
@@ -373,8 +373,8 @@ def test_failed_run_ends_those_in_it_and_no_one_else():
 
 
 def test_failed_runs_do_not_make_prefill_look_fast():
-    """They end sooner than others: streams would be held up by longer chunks, and Retry-After
-    would be too short."""
+    """They end early: otherwise longer chunks would delay streams, and Retry-After would be too
+    short."""
     bench = Bench(slot_length=512, max_num_batched_tokens=512)
     bench.scheduler.prefill_cost = PrefillCostModel()
     bench.submit([9] * 100, 1)
@@ -390,7 +390,7 @@ def test_failed_runs_do_not_make_prefill_look_fast():
 
 
 def test_not_a_number_fails_only_the_row_it_is_in():
-    """NaN logits end their own request with an error."""
+    """NaN logits fail their own request only."""
 
     def logits(context):
         row = scripted_logits(context)
@@ -407,7 +407,7 @@ def test_not_a_number_fails_only_the_row_it_is_in():
 
 @pytest.mark.parametrize("bound", [{"max_queued_requests": 2}, {"max_queued_tokens": 5}])
 def test_queue_is_bounded_by_requests_and_by_tokens(bound):
-    """One more than the bound is refused, and a place is free again when a request starts."""
+    """One more than the bound is refused, and there is room again once a request starts."""
     bench = Bench(slots=1, **bound)
     bench.submit([2, 3], 3)
     bench.submit([2, 3], 3)
@@ -419,7 +419,7 @@ def test_queue_is_bounded_by_requests_and_by_tokens(bound):
 
 
 def test_min_new_tokens_holds_stop_tokens_back():
-    """No stop token is drawn before the minimum, and one may be afterwards."""
+    """No stop token is sampled before the minimum; afterwards one may be."""
     prompt = next(p for p in ([i] for i in range(99)) if greedy(p, 1) == [EOS])
     bench = Bench()
     short = bench.submit(prompt, 9)
@@ -443,7 +443,7 @@ def test_the_start_waits_for_what_is_prepared_on_the_engines_thread():
 
 
 def test_an_engine_that_cannot_be_prepared_does_not_start():
-    """Whoever starts it is told why, and there is no fault to report afterwards."""
+    """`start` raises the error, and no fault is reported afterwards."""
     bench = Bench()
     with pytest.raises(MemoryError, match="no room"):
         bench.engine.start(_fail)
@@ -457,7 +457,7 @@ def _fail():
 
 
 def test_a_crash_of_the_engine_is_reported():
-    """A bug in the runner ends the engine's thread with a word."""
+    """A bug in the runner ends the engine's thread and is reported."""
     bench = Bench()
     bench.runner.run = lambda plan: 1 / 0
     bench.engine.start()

@@ -1,4 +1,4 @@
-"""What becomes of a generator, and of its calls, when its engine itself fails."""
+"""What happens to a generator and its calls when the engine itself fails."""
 
 import asyncio
 import json
@@ -21,7 +21,7 @@ from trivium.wire.stop_signals import StopSignals
 
 
 class FailingRunner(OrtRunner):
-    """Raises, as only a bug may, once `is_broken`; hangs, as a driver may, once `is_stuck`."""
+    """Raises, as a bug would, once `is_broken`; hangs, as a driver might, once `is_stuck`."""
 
     is_broken = is_stuck = False
 
@@ -39,7 +39,7 @@ class FailingRunner(OrtRunner):
 @pytest.mark.parametrize("is_draining", [False, True])
 @pytest.mark.parametrize("fault", ["is_broken", "is_stuck"])
 async def test_a_failed_engine_ends_its_calls_and_the_process_at_once(fault, is_draining, tmp_path):
-    """With status 1, also while it drains: its calls would never finish. They are on record."""
+    """With status 1, also in a drain, as calls would never finish. They have usage records."""
     model = load_model_directory(tiny_model_directory())
     port, runner = free_port(), FailingRunner(model, "cpu", 4, 2048, threads=1)
     settings = GeneratorSettings(

@@ -1,4 +1,4 @@
-"""Schemas that are exact: what fits them not at all cannot be written, or they are refused."""
+"""Strict schemas: an answer that does not fit cannot be generated, or the schema is refused."""
 
 import json
 
@@ -11,7 +11,7 @@ LENIENT = {"x-guidance": {"lenient": True}}
 
 
 def refused(schema, says):
-    """Whether an exact schema is refused with those words, by itself and in a grammar."""
+    """Whether a strict schema is refused with this message, on its own and in a grammar."""
     for kind, text in (("json_schema", "{}"), ("lark", "start: call\ncall: %json {}")):
         with pytest.raises(ConstraintError, match=says) as caught:
             compiled(kind, text.replace("{}", json.dumps(schema)))
@@ -34,7 +34,7 @@ def refused(schema, says):
     ],
 )
 def test_a_property_that_is_written_twice_counts_once(schema, few):
-    """Names that a schema leaves open may be repeated; an exact count of them is refused."""
+    """Names that a schema leaves open may be repeated, so an exact count of them is refused."""
     schema = {"type": "object"} | schema
 
     assert refused(schema, "minProperties")
@@ -44,7 +44,7 @@ def test_a_property_that_is_written_twice_counts_once(schema, few):
 
 @pytest.mark.parametrize("least", [1, 2, 3])
 def test_properties_are_counted_where_their_names_differ(least):
-    """Those that are required, and one other."""
+    """The required ones, and one other."""
     names = ["a", "b"][: least - 1]
     schema = {"type": "object", "required": names, "minProperties": least}
     text = json.dumps(schema)
@@ -71,7 +71,7 @@ LARGE = 2**53 + 1
 )
 @pytest.mark.parametrize("keyword", ["const", "enum"])
 def test_a_value_that_cannot_be_written_is_refused(keyword, value, other):
-    """Rather than another one in its place; where the schema need not be exact it is dropped."""
+    """Rather than replaced by another one; a lenient schema drops the keyword."""
     schema = {keyword: value if keyword == "const" else [1, value]}
 
     assert refused(schema, keyword)
@@ -108,7 +108,7 @@ def test_other_values_are_written_as_they_are(value):
     ],
 )
 def test_bounds_may_be_far_away(kind, bounds, right, wrong):
-    """Those of 64-bit integers and floats too: what is beyond a bound cannot be written."""
+    """Also those of 64-bit integers and floats: values beyond a bound cannot be written."""
     text = json.dumps({"type": kind} | bounds)
     lenient = json.dumps({"type": kind} | bounds | LENIENT)
 
@@ -121,7 +121,7 @@ def test_bounds_may_be_far_away(kind, bounds, right, wrong):
 
 @pytest.mark.parametrize("bounds", [{"minimum": 2**64}, {"exclusiveMaximum": -(10**300)}])
 def test_a_bound_beyond_all_that_can_be_written_is_refused(bounds):
-    """No answer would do; where the schema need not be exact any number does."""
+    """No answer would fit; a lenient schema allows any number."""
     assert refused({"type": "number"} | bounds, "range")
     assert accepts("json_schema", json.dumps({"type": "number"} | bounds | LENIENT), "3")
 
@@ -161,7 +161,7 @@ def test_a_bound_beyond_all_that_can_be_written_is_refused(bounds):
     ],
 )
 def test_formats_are_what_programs_read(name, right, wrong):
-    """No days that a calendar lacks, no leap seconds, no names that are too long."""
+    """No dates that do not exist, no leap seconds, no names that are too long."""
     schema = {"type": "string", "format": name}
     for text in (json.dumps(schema), json.dumps(schema | {"pattern": "."})):
         assert [] == [value for value in right if not accepts("json_schema", text, f'"{value}"')]
@@ -202,7 +202,7 @@ def test_bounds_of_many_digits_hold(bounds, right, wrong):
     ],
 )
 def test_keywords_that_forbid_nothing_hinder_nothing(schema, right, wrong):
-    """Such as those of zod's records, and OpenAPI's defaults."""
+    """Such as in zod's records and OpenAPI's defaults."""
     assert accepts("json_schema", json.dumps(schema), json.dumps(right))
     assert not accepts("json_schema", json.dumps(schema), json.dumps(wrong))
 
@@ -211,7 +211,7 @@ def test_keywords_that_forbid_nothing_hinder_nothing(schema, right, wrong):
     "name", ["Größe", "List[int]", "Page<User>", "Response«User»", "a b", "x^{2}|"]
 )
 def test_references_may_be_spelled_as_the_names_are(name):
-    """Without the escapes of a URI, as some generators write them."""
+    """Without URI escapes, as some schema generators write them."""
     for options in ({}, LENIENT):
         text = json.dumps(
             {"$ref": f"#/$defs/{name}", "$defs": {name: {"type": "integer"}}} | options
@@ -234,7 +234,7 @@ def test_references_may_be_spelled_as_the_names_are(name):
     ],
 )
 def test_the_callers_words_do_not_make_a_constraint_too_complex(kind, text):
-    """Names that happen to be those of a limit."""
+    """Names that occur in messages about limits, too."""
     with pytest.raises(ConstraintError) as caught:
         compiled(kind, text)
 
@@ -279,7 +279,7 @@ def test_a_union_may_refer_to_itself():
     ],
 )
 def test_a_union_whose_members_may_be_the_same_is_refused(members):
-    """oneOf is fitted by one of them alone."""
+    """oneOf requires that exactly one of them fits."""
     schema = union(**members)
 
     assert refused(schema, "oneOf|circular")

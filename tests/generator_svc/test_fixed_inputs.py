@@ -1,6 +1,6 @@
-"""Decode runs whose inputs stand in fixed places, as captured CUDA graphs need: on the CPU.
+"""Decode runs with inputs at fixed addresses, as captured CUDA graphs need, on the CPU.
 
-The CPU captures nothing, so what is compared here is all but the capture itself.
+The CPU captures nothing, so everything is compared here but the capture itself.
 """
 
 import logging
@@ -34,7 +34,7 @@ def _runner(model, cuda_graphs):
 
 
 def _decoded(runner):
-    """Logits of steps of one to four rows, at positions of their own, one of them idle."""
+    """Logits of steps with one to four rows, each at its own position, one of them idle."""
     found = []
     for step, count in enumerate((1, 4, 3, 2, 4, 1, 2)):
         rows = [Row(7 + step, len(prompt) + step) for prompt in PROMPTS[:count]]
@@ -44,7 +44,7 @@ def _decoded(runner):
 
 
 def test_captured_sizes_give_the_same_bits_as_eager_runs(model, monkeypatch):
-    """Fewer rows after more, and more again; three rows, which no graph is for, run eagerly."""
+    """Also for fewer rows after more, and more again; three rows have no graph and run eagerly."""
     written = []
     write = FixedInputs.write
 
@@ -61,7 +61,7 @@ def test_captured_sizes_give_the_same_bits_as_eager_runs(model, monkeypatch):
 
 
 def test_what_there_is_no_time_to_capture_at_the_start_is_captured_later(model):
-    """The start is as short as it was told to be, and nobody notices afterwards."""
+    """The start takes no longer than allowed, and answers are the same afterwards."""
     runner = OrtRunner(model, "cpu", 4, 96, threads=1, cuda_graphs=True)
     spent = runner.capture(seconds=0)
     for slot, prompt in enumerate(PROMPTS):
@@ -72,7 +72,7 @@ def test_what_there_is_no_time_to_capture_at_the_start_is_captured_later(model):
 
 
 def test_an_engine_makes_the_same_tokens(model):
-    """Greedy and drawn, several choices, ends at different times."""
+    """Greedy and sampled, several choices, ending at different times."""
     requests = [
         {"sampling": SamplingParams(temperature=0)},
         {"sampling": SamplingParams(seed=3), "n": 2},
@@ -94,7 +94,7 @@ def test_an_engine_makes_the_same_tokens(model):
 
 
 def test_a_graph_that_fails_is_replaced_by_an_ordinary_run(model, monkeypatch, caplog):
-    """Nobody notices but the log; what the failure took is device time too."""
+    """Only the log shows it; the time of the failed attempt is device time too."""
     expected = _decoded(_runner(model, cuda_graphs=False))
     runner = _runner(model, cuda_graphs=True)
 
@@ -113,7 +113,7 @@ def test_a_graph_that_fails_is_replaced_by_an_ordinary_run(model, monkeypatch, c
 
 
 def test_no_room_for_the_inputs_is_no_reason_not_to_start(model, monkeypatch, caplog):
-    """The log says why steps are ordinary ones."""
+    """The log says why steps run without graphs."""
 
     def fail(self, *arguments):
         raise MemoryError("no room for a mask")
@@ -127,7 +127,7 @@ def test_no_room_for_the_inputs_is_no_reason_not_to_start(model, monkeypatch, ca
 
 
 def test_graphs_are_tried_before_they_are_trusted(model, monkeypatch, caplog):
-    """A replay of what was captured before, whatever the tokens are now, is noticed."""
+    """It is noticed if a replay ignores the current tokens."""
     expected = _decoded(_runner(model, cuda_graphs=False))
     write = FixedInputs.write
     monkeypatch.setattr(FixedInputs, "write", lambda self, rows: write(self, (Row(0, 0),)))

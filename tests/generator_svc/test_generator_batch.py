@@ -1,4 +1,4 @@
-"""A plan's runs as arrays: every row's mask tells where its new tokens go."""
+"""A plan's runs as arrays: each row's mask tells where its new tokens go."""
 
 import numpy as np
 from hypothesis import given
@@ -9,7 +9,7 @@ from generator_svc.run.batch import decode_inputs, prefill_inputs, prompt_inputs
 
 
 def test_a_chunk_attends_to_all_before_it():
-    """The mask covers what is cached and the chunk, and the run touches one slot."""
+    """The mask covers the cached tokens and the chunk, and the run touches one slot."""
     inputs = prefill_inputs(Chunk(slot=3, start=2, token_ids=(7, 8, 9), wants_logits=True))
 
     assert (3, 1) == (inputs.first_slot, inputs.rows)
@@ -18,7 +18,7 @@ def test_a_chunk_attends_to_all_before_it():
 
 
 def test_prompts_are_padded_on_the_right():
-    """Ids and mask are as wide as the batch is long; the mask leaves the padding out."""
+    """Ids and mask have the batch's padded length; the mask leaves the padding out."""
     batch = PromptBatch(2, ((7, 8, 9), (5,)), 4, (1.0, None))
     inputs = prompt_inputs(batch)
 
@@ -29,7 +29,7 @@ def test_prompts_are_padded_on_the_right():
 
 
 def test_rows_have_positions_of_their_own():
-    """One new token each; the mask is as wide as the longest and filled from the left."""
+    """Each has one new token; the mask is as wide as the longest row, filled from the left."""
     inputs = decode_inputs((Row(5, 2), Row(0, 0, is_idle=True), Row(6, 3)))
 
     assert (0, 3) == (inputs.first_slot, inputs.rows)

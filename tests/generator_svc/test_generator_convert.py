@@ -43,7 +43,7 @@ def _error(start):
 
 
 def test_absent_fields_take_the_models_defaults():
-    """Nothing said: the model's sampling, one answer up to the context's end, its own ends."""
+    """The model's sampling parameters and EOS tokens, and one choice up to the context length."""
     request = to_engine_request(_start(), LIMITS)
 
     assert (3, 4, 5) == request.prompt
@@ -55,7 +55,7 @@ def test_absent_fields_take_the_models_defaults():
 
 
 def test_a_folder_that_cannot_score_prompts_is_told():
-    """An export of before, or of another builder; with a newer one the number is taken."""
+    """An older export, or another builder's; with a newer export the field is accepted."""
     asked = _start(prompt_logprobs=0)
     error = _error(asked)
 
@@ -65,7 +65,7 @@ def test_a_folder_that_cannot_score_prompts_is_told():
 
 
 def test_given_fields_win_even_when_they_are_zero():
-    """Zero is a value and not an absence."""
+    """Zero is a value and does not mean absent."""
     given = {
         "temperature": 0.0,
         "top_p": 0.0,
@@ -84,7 +84,7 @@ def test_given_fields_win_even_when_they_are_zero():
 
 
 def test_seeds_are_fresh_unless_given():
-    """Two requests without a seed do not draw alike, nor with -1; other negative ones are seeds."""
+    """Requests without a seed, or with -1, get different seeds; other negative ones are seeds."""
     for sampling in ({}, {"seed": -1}):
         seeds = {to_engine_request(_start(sampling), LIMITS).sampling.seed for _ in range(9)}
 
@@ -112,7 +112,7 @@ def test_seeds_are_fresh_unless_given():
     ],
 )
 def test_wrong_fields_are_named(fields, code, param):
-    """Code and param of the table of errors."""
+    """With the code of the error table, and the field as param."""
     error = _error(_start(**fields))
 
     assert (code, param) == (error.code, error.param)
@@ -162,7 +162,7 @@ def test_sampling_out_of_range_is_named(field, value, code):
     ],
 )
 def test_logit_bias_is_checked_by_id_and_by_value(bias, code, param):
-    """The id that is wrong is part of the param."""
+    """The param names the token id whose bias is out of range."""
     error = _error(_start({"logit_bias": bias}))
 
     assert (code, param) == (error.code, error.param)
@@ -178,7 +178,7 @@ def test_another_revision_is_refused_before_anything_else_is_looked_at():
 
 
 def test_a_prompt_at_the_context_is_refused_in_words_that_clients_look_for():
-    """One token less leaves room for one."""
+    """A prompt of one token less leaves room for one token."""
 
     assert (
         "maximum context length is 32 tokens" in _error(_start(prompt_token_ids=[3] * 32)).message
@@ -233,7 +233,7 @@ def _group(n=1):
 
 
 def test_updates_are_merged_by_continuation():
-    """One message holds all tokens since the last, and who ended how."""
+    """One message holds all tokens since the last one, and how each choice ended."""
     group = _group(n=2)
     first, second = group.sequences
     updates = []
@@ -259,7 +259,7 @@ def test_updates_are_merged_by_continuation():
 
 
 def test_logprobs_stand_beside_their_tokens():
-    """One for each token, alternatives included."""
+    """There is one for each token, alternatives included."""
     group = _group()
     sampled = SampledToken(5, TokenLogprobs(-0.5, (5, 6), (-0.5, -1.5)))
     [update] = to_response([SequenceUpdate(group, group.sequences[0], sampled)]).updates
@@ -276,7 +276,7 @@ def test_logprobs_stand_beside_their_tokens():
     ],
 )
 def test_ends_are_told_by_name(reason, told):
-    """The two ends that are not a matter of length."""
+    """The two finish reasons other than length."""
     group = _group()
     group.sequences[0].finish_reason = reason
     [update] = to_response([SequenceUpdate(group, group.sequences[0], is_finished=True)]).updates

@@ -1,4 +1,4 @@
-"""What happens where a CUDA device shows and cannot be used, made to happen on command."""
+"""What happens if a CUDA device is visible but cannot be used, simulated."""
 
 import mmap
 import subprocess
@@ -26,7 +26,7 @@ from trivium.model_directory import ModelDirectory, load_model_directory
 
 @pytest.fixture
 def broken_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A driver that shows a device, and no library to use it with."""
+    """A driver that shows a device, but no library to use it with."""
 
     def no_library() -> int:
         raise CudaError("no runtime library was found")
@@ -44,8 +44,8 @@ def _settings(device: str, **fields: object) -> GeneratorSettings:
 @pytest.mark.parametrize("cache_bytes", [0, 2**24])
 @pytest.mark.usefixtures("broken_cuda")
 def test_auto_goes_on_with_the_cpu(cache_bytes, monkeypatch, caplog):
-    """Whether its memory cannot be asked for or its session does not start: log, GetModelInfo and
-    metrics say so."""
+    """If the device's memory cannot be queried or the session does not start; the log, GetModelInfo
+    and metrics say so."""
     settings = _settings("auto", kv_cache_bytes=cache_bytes)
     if cache_bytes:
 
@@ -70,7 +70,7 @@ def test_auto_goes_on_with_the_cpu(cache_bytes, monkeypatch, caplog):
 
 
 def test_missing_libraries_are_named(monkeypatch):
-    """All of them, with who has them, and how to install them; `cuda` is refused with that."""
+    """All of them, with their packages and how to install them, when `cuda` is refused."""
     libraries = {"libnone.so.1": "nvidia-none", "libc.so.6": "libc", "libno.so.2": "nvidia-no"}
     monkeypatch.setattr("trivium.cuda_libraries.LIBRARIES", libraries)
     monkeypatch.setattr("generator_svc.device.device_count", lambda: 1)
@@ -88,7 +88,7 @@ def test_missing_libraries_are_named(monkeypatch):
 
 
 def test_other_systems_have_other_names(monkeypatch):
-    """Where Linux's names mean nothing, their absence is no reason to do without CUDA."""
+    """On systems other than Linux, missing Linux libraries do not rule out CUDA."""
     monkeypatch.setattr("trivium.cuda_libraries.LIBRARIES", {"libnone.so.1": "nvidia-none"})
     monkeypatch.setattr("trivium.cuda_libraries.sys.platform", "win32")
 
@@ -96,7 +96,7 @@ def test_other_systems_have_other_names(monkeypatch):
 
 
 def test_the_libraries_are_those_that_the_provider_is_linked_to():
-    """A new version of ONNX Runtime may want others."""
+    """A new version of ONNX Runtime may need others."""
     provider = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
     if not provider.exists():
         pytest.skip("a build of ONNX Runtime without CUDA")
@@ -122,8 +122,8 @@ GIBIBYTE = 2**30
     ],
 )
 def test_slots_are_what_is_free_once_the_model_has_run(loaded_gib, fields, slots, monkeypatch):
-    """On CUDA: what was free before says little about activations, contexts and copies of weights.
-    Room for CUDA graphs is kept. The model here runs on the CPU in the device's place."""
+    """On CUDA, as what is free before says little about activations, contexts and weight copies.
+    Room for CUDA graphs is reserved. Here the model runs on the CPU instead of the device."""
     frees = [10 * GIBIBYTE, int(loaded_gib * GIBIBYTE)]
     memory = lambda: MemoryLimit(10 * GIBIBYTE, frees.pop(0), "the CUDA device")  # noqa: E731
     monkeypatch.setattr("generator_svc.memory_plan.device_memory", memory)
@@ -143,8 +143,8 @@ def test_slots_are_what_is_free_once_the_model_has_run(loaded_gib, fields, slots
 
 
 def test_the_longest_run_before_slots_are_planned_is_as_large_as_any_later_one(monkeypatch):
-    """As many prompts as fill max_num_batched_tokens; what their slots take is free afterwards."""
-    free = GIBIBYTE + 15 * 2**19  # beside CUDA graphs, 7.5 MiB
+    """It fills max_num_batched_tokens with prompts; their slots' memory is free afterwards."""
+    free = GIBIBYTE + 15 * 2**19  # 7.5 MiB besides CUDA graphs
     memory = MemoryLimit(10 * GIBIBYTE, free, "the CUDA device")
     monkeypatch.setattr("generator_svc.memory_plan.device_memory", lambda: memory)
     monkeypatch.setattr(startup, "choose_device", lambda wanted: "cuda")
@@ -186,8 +186,8 @@ def symmetric_model(tmp_path: Path) -> ModelDirectory:
 def test_quantised_products_fall_back_to_the_usual_kernels(
     fails, symmetric_model, monkeypatch, caplog
 ):
-    """Symmetric weights take the kernels made for them, unless these fail to load or to run, which
-    costs one line. The model here runs on the CPU in the device's place."""
+    """Symmetric weights use the kernels made for them, unless these fail to load or to run, which
+    logs one warning. Here the model runs on the CPU instead of the device."""
     memory = MemoryLimit(10 * GIBIBYTE, 5 * GIBIBYTE, "the CUDA device")
     monkeypatch.setattr("generator_svc.memory_plan.device_memory", lambda: memory)
     monkeypatch.setattr(startup, "choose_device", lambda wanted: "cuda")
@@ -219,7 +219,7 @@ def test_quantised_products_fall_back_to_the_usual_kernels(
 
 
 def test_other_models_do_not_wait_for_timings_of_kernels(monkeypatch):
-    """With zero points, or with no quantised weights, there is nothing to gain."""
+    """With zero points, or without quantised weights, there is nothing to gain."""
     memory = MemoryLimit(10 * GIBIBYTE, 5 * GIBIBYTE, "the CUDA device")
     monkeypatch.setattr("generator_svc.memory_plan.device_memory", lambda: memory)
     monkeypatch.setattr(startup, "choose_device", lambda wanted: "cuda")
@@ -239,7 +239,7 @@ def test_other_models_do_not_wait_for_timings_of_kernels(monkeypatch):
 
 @pytest.mark.parametrize("weight_only_gemm", [True, False])
 def test_the_session_is_told_which_kernels_to_take(weight_only_gemm, symmetric_model, monkeypatch):
-    """By ONNX Runtime's own names, which its CUDA provider has in its file."""
+    """By ONNX Runtime's own option names, which the library of its CUDA provider contains."""
     given = {}
 
     class Session:
@@ -266,7 +266,7 @@ def test_the_session_is_told_which_kernels_to_take(weight_only_gemm, symmetric_m
 
 @pytest.mark.usefixtures("broken_cuda")
 def test_cuda_that_was_asked_for_is_not_replaced():
-    """It refuses to start rather than being slow unnoticed."""
+    """The generator refuses to start rather than being slow unnoticed."""
     settings = _settings("cuda")
     with pytest.raises(CudaError):
         startup.load_runner(settings, load_model_directory(settings.model_directory))

@@ -1,4 +1,4 @@
-"""The books of the slots against a memory of token ids that carries out the moves."""
+"""The slots' bookkeeping, compared with a memory of token ids that carries out the moves."""
 
 import itertools
 
@@ -20,7 +20,7 @@ def _group(prompt, n=1):
 
 
 class Machine:
-    """A cache, the memory it keeps books of, and the sequences that run."""
+    """A cache, the memory that it manages, and the running sequences."""
 
     def __init__(self, slots, reuse=True, least=2):
         self.cache = SlotCache(slots, SLOT_LENGTH, reuse, least)
@@ -30,7 +30,7 @@ class Machine:
         self.moves = []
 
     def start(self, prompt, most=SLOT_LENGTH, group=None):
-        """Allocates, and returns the sequence; at first only what was cached is computed."""
+        """Allocates a slot; returns the sequence, of which only the cached prefix is computed."""
         group = group or _group(prompt)
         sequence = next(s for s in group.sequences if s.slot < 0 and not s.computed)
         self.carry_out(self.cache.allocate(sequence, most))
@@ -38,7 +38,7 @@ class Machine:
         return sequence
 
     def compute(self, sequence, count):
-        """The next `count` tokens are computed; those behind the prompt are generated."""
+        """Computes the next `count` tokens, generating those after the prompt."""
         for _ in range(count):
             if sequence.computed == len(sequence.token_ids):
                 if len(sequence.token_ids) + 1 >= SLOT_LENGTH:
@@ -51,7 +51,7 @@ class Machine:
             sequence.group.prompt_logits = "its last position's"
 
     def run(self, prompt):
-        """A whole life: allocated, computed, released."""
+        """A sequence's whole life: allocated, computed, released."""
         sequence = self.start(prompt)
         self.compute(sequence, len(prompt))
         self.release(sequence)
@@ -62,7 +62,7 @@ class Machine:
         (self.cache.release if trusted else self.cache.discard)(sequence)
 
     def compute_answer(self, count):
-        """Some of an answer is computed as a prompt's tokens are, if there is one."""
+        """Re-prefills up to `count` tokens of a finished answer, if there is one."""
         found = self.cache.next_reprefill()
         if found is not None:
             slot, start, tokens = found
@@ -78,13 +78,13 @@ class Machine:
         assert len(self.running) == self.cache.active_range
 
     def reorder(self):
-        """Sequences of which nothing is computed change places."""
+        """Reassigns the slots of sequences of which nothing is computed yet."""
         fresh = [s for s in reversed(self.running) if not s.computed]
         self.cache.assign_in_order(fresh)
         assert sorted(s.slot for s in fresh) == [s.slot for s in fresh]
 
     def idle_rows(self):
-        """What a decode run does to the rows that are nobody's."""
+        """What a decode run writes for idle rows."""
         for slot in range(self.cache.active_range):
             if self.cache.owner(slot) is None:
                 self.memory[slot][self.cache.idle_position(slot)] = GARBAGE
@@ -99,7 +99,7 @@ class Machine:
                 one[:length], other[:length] = other[:length], one[:length]
 
     def kept(self):
-        """What the free slots are said to hold."""
+        """What the free slots hold according to the cache."""
         return sorted(filter(None, map(self.cache.kept_tokens, range(self.cache.num_slots))))
 
     def check(self):
@@ -120,7 +120,7 @@ def _common(left, right):
 
 
 def _best_prefix(machine, group, most):
-    """The longest prefix that may be taken, found by looking at everything."""
+    """The longest prefix that may be reused, found by brute force."""
     prompt, best = group.request.prompt, 0
     for owner in machine.running:
         if machine.cache.reuse or owner.group is group:
@@ -130,8 +130,8 @@ def _best_prefix(machine, group, most):
         best = max([best, *(_common(prompt, tokens) for tokens in machine.kept())])
     best = min(best, most)
     if best == len(prompt) - 1:
-        best -= 1  # no lone token is left to compute
-    # Nor taken; where the prompt is computed already, it is never computed again.
+        best -= 1  # a single token is never left to compute
+    # Nor is one reused; and a prompt that is computed already is never computed again.
     return best if best >= (2 if group.prompt_logits else machine.least) else 0
 
 
@@ -199,8 +199,8 @@ def _apply(machine, operation):
     least=st.sampled_from([2, 2, 7]),
 )
 def test_books_and_memory_agree_whatever_happens(operations, slots, reuse, least):
-    """Every owner finds its tokens, every free slot holds what is written, the longest prefix
-    is found, and neither moves nor idle rows overwrite anything of value."""
+    """Every owner finds its tokens, every free slot holds what is recorded, the longest prefix is
+    found, and neither moves nor idle rows overwrite anything that is needed."""
     machine = Machine(slots, reuse, least)
     for operation in operations:
         _apply(machine, operation)
@@ -212,7 +212,7 @@ DISTINCT = [[value] * 8 for value in (11, 12, 13, 14)]
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
 def test_the_least_recently_used_goes_first(order):
-    """Wherever it lies: each stranger costs the content that was left longest ago."""
+    """In whatever slot: each unrelated prompt evicts the content that was released longest ago."""
     machine = Machine(4)
     sequences = [machine.start(prompt) for prompt in DISTINCT]
     for number in order:
@@ -226,7 +226,7 @@ def test_the_least_recently_used_goes_first(order):
 
 
 def test_taking_a_copy_counts_as_use():
-    """Content that somebody just copied from is not the next to go."""
+    """Content that was just copied from is not evicted next."""
     machine = Machine(3)
     shared = list(range(20))
     machine.run(shared)
@@ -242,7 +242,7 @@ def test_taking_a_copy_counts_as_use():
 
 
 def test_empty_slots_are_filled_before_content_is_given_up():
-    """As long as there is room, everything that was ever computed is found again."""
+    """As long as there are empty slots, nothing that was computed is evicted."""
     machine = Machine(4)
     for prompt in DISTINCT[:3]:
         machine.run(prompt)
@@ -252,7 +252,7 @@ def test_empty_slots_are_filled_before_content_is_given_up():
 
 
 def test_a_conversation_that_goes_on_takes_its_slot_over_without_a_move():
-    """The common case costs nothing: the content already lies in the lowest free slot."""
+    """The common case costs nothing: the content is already in the lowest free slot."""
     machine = Machine(2)
     machine.run(list(range(10)))
     following = machine.start(list(range(14)))
@@ -262,7 +262,7 @@ def test_a_conversation_that_goes_on_takes_its_slot_over_without_a_move():
 
 
 def test_a_conversation_elsewhere_is_swapped_in():
-    """Its slot and the lowest free one change places, so nothing is lost."""
+    """Its slot and the lowest free one are swapped, so nothing is lost."""
     machine = Machine(2)
     first, second = machine.start([5] * 8), machine.start(list(range(10)))
     for sequence in (first, second):
@@ -277,7 +277,7 @@ def test_a_conversation_elsewhere_is_swapped_in():
 
 
 def test_a_short_common_beginning_is_copied_and_the_conversation_stays():
-    """A system prompt shared with a long conversation does not cost that conversation."""
+    """Sharing a system prompt with a long conversation does not evict that conversation."""
     long, other = list(range(30)), [*range(6), 40, 41]
     machine = Machine(2)
     machine.run(long)
@@ -289,7 +289,7 @@ def test_a_short_common_beginning_is_copied_and_the_conversation_stays():
 
 
 def test_the_prefix_of_a_running_sequence_is_copied():
-    """It goes on in its own slot; only its prompt's tokens are taken, not its answer's."""
+    """The sequence keeps its slot; only its prompt's tokens are copied, not its answer's."""
     machine = Machine(2)
     first = machine.start(list(range(10)))
     machine.compute(first, 14)
@@ -301,7 +301,7 @@ def test_the_prefix_of_a_running_sequence_is_copied():
 
 
 def test_tokens_that_are_not_computed_yet_are_not_taken():
-    """A prompt in the middle of its prefill gives what it has."""
+    """Of a prompt in the middle of its prefill, what is computed so far is reused."""
     machine = Machine(2)
     first = machine.start(list(range(10)))
     machine.compute(first, 4)
@@ -310,7 +310,7 @@ def test_tokens_that_are_not_computed_yet_are_not_taken():
 
 
 def test_without_reuse_only_the_choices_of_a_request_share():
-    """Nothing of an ended or another request is found."""
+    """Nothing of a finished or another request is reused."""
     machine = Machine(3, reuse=False)
     prompt = list(range(10))
     machine.run(prompt)
@@ -325,7 +325,7 @@ def test_without_reuse_only_the_choices_of_a_request_share():
 
 
 def test_what_is_too_short_to_be_reused_is_neither_found_nor_kept():
-    """Until its answer, which the next turn repeats, makes it long enough; a choice always is."""
+    """Until the answer, which the next turn repeats, makes it long enough; choices always share."""
     machine = Machine(3, least=10)
     machine.run(list(range(9)))
     assert [] == machine.kept()
@@ -342,7 +342,7 @@ def test_what_is_too_short_to_be_reused_is_neither_found_nor_kept():
 
 
 def test_a_hole_is_closed_after_the_patience():
-    """Not before, since a newcomer may take it; then the last active slot moves in."""
+    """Not before, since a new request may take it; then the last active slot moves there."""
     machine = Machine(4)
     sequences = [machine.start(prompt) for prompt in DISTINCT[:3]]
     for sequence in sequences:
@@ -360,7 +360,7 @@ def test_a_hole_is_closed_after_the_patience():
 
 
 def test_patience_starts_anew_with_every_hole():
-    """A slot that was taken and freed again has not been idle all the time."""
+    """A slot that was used and freed again has not been idle all the time."""
     machine = Machine(2)
     first, _ = machine.start(DISTINCT[0]), machine.start(DISTINCT[1])
     for _ in range(3):
@@ -372,7 +372,7 @@ def test_patience_starts_anew_with_every_hole():
 
 
 def test_one_hole_is_closed_at_a_time():
-    """A step pays for one move, however many holes there are."""
+    """A step makes at most one move, however many holes there are."""
     machine = Machine(4)
     sequences = [machine.start(prompt) for prompt in DISTINCT]
     machine.release(sequences[0])
@@ -387,7 +387,7 @@ def test_one_hole_is_closed_at_a_time():
 
 
 def test_a_lone_token_is_neither_taken_nor_left():
-    """It is computed by other kernels than several, so its prompt would not be the same."""
+    """A single token is computed by other kernels, so the prompt's logits would differ."""
     machine = Machine(4)
     machine.run([3])
     machine.run([4, 5, 6])
@@ -408,7 +408,7 @@ def test_what_cannot_be_trusted_is_not_found_again():
 
 
 def _converse(machine, prompt, count):
-    """A whole life with an answer of `count` tokens; returns all tokens."""
+    """A sequence's whole life, with an answer of `count` tokens; returns all tokens."""
     sequence = machine.start(prompt)
     machine.compute(sequence, len(prompt) + count - sequence.computed)
     machine.release(sequence)
@@ -416,7 +416,7 @@ def _converse(machine, prompt, count):
 
 
 def test_an_answer_is_found_as_far_as_it_was_computed_anew():
-    """Not before, for other kernels made it; then up to where that got."""
+    """Not before, as decoding uses other kernels; then as far as it was re-prefilled."""
     machine = Machine(2)
     tokens = _converse(machine, list(range(10)), 12)
     found = []
@@ -432,7 +432,7 @@ def test_an_answer_is_found_as_far_as_it_was_computed_anew():
 
 
 def test_the_answer_of_the_last_conversation_is_computed_first():
-    """Who was just answered goes on first."""
+    """The client that was just answered is likely to continue first."""
     machine = Machine(3)
     _converse(machine, [5] * 8, 6)
     last = _converse(machine, list(range(10)), 6)
@@ -443,7 +443,7 @@ def test_the_answer_of_the_last_conversation_is_computed_first():
 
 
 def test_answers_of_the_last_few_are_remembered():
-    """After a rush of requests not all of their answers are computed twice."""
+    """After a burst of requests, not all of their answers are re-prefilled."""
     machine = Machine(MAX_PENDING_REPREFILLS + 3)
     sequences = [machine.start([60 + number] * 5) for number in range(MAX_PENDING_REPREFILLS + 3)]
     for sequence in sequences:
@@ -458,7 +458,7 @@ def test_answers_of_the_last_few_are_remembered():
 
 
 def test_nothing_is_left_to_compute_of_what_never_was_an_answer():
-    """A prompt that was given up, a lone token, a cache that is off, a slot not to be trusted."""
+    """An abandoned prompt, an answer of one token, a failed run, a cache that is turned off."""
     machine = Machine(4)
     given_up = machine.start(list(range(10)))
     machine.compute(given_up, 4)
@@ -474,7 +474,7 @@ def test_nothing_is_left_to_compute_of_what_never_was_an_answer():
 
 
 def test_an_answer_that_fills_its_slot_leaves_room_for_an_idle_row():
-    """Which writes behind what is of value."""
+    """An idle row writes after the tokens that are needed."""
     machine = Machine(2)
     tokens = _converse(machine, list(range(10)), 99)
     machine.compute_answer(99)

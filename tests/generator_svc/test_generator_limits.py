@@ -1,4 +1,4 @@
-"""The generator in a real cgroup: it takes what it may, or says that it is too little."""
+"""The generator in a real cgroup: it stays within the limits, or says that they are too low."""
 
 import json
 
@@ -21,7 +21,7 @@ def model():
 
 @pytest.fixture
 def group(request):
-    """The start of a command in a cgroup with so much memory in MiB, and so many CPUs."""
+    """The prefix for commands in a cgroup with this much memory in MiB and this many CPUs."""
     memory_mib, cpus = request.param
     groups = limited(memory_mib * MIB, cpus)
     try:
@@ -34,7 +34,7 @@ def group(request):
 
 @pytest.mark.parametrize("group", [(200, 1)], indirect=True)
 async def test_a_container_that_is_too_small_is_told_so(model, group):
-    """Rather than killed: with its limit, what is needed, and status 2."""
+    """Instead of being killed: it names the limit and what is needed, and exits with status 2."""
     status, words = await refusal(*group, model_directory=model.path, device="cpu")
 
     [line] = lines_of(words)
@@ -45,7 +45,7 @@ async def test_a_container_that_is_too_small_is_told_so(model, group):
 
 @pytest.mark.parametrize("group", [(512, 1.5)], indirect=True)
 async def test_a_container_with_modest_room_gets_a_smaller_cache(model, group):
-    """Slots that fit into the limit, and not more threads than its quota; all slots can be used."""
+    """Slots fit into the limit, threads do not exceed the quota, and all slots can be used."""
     settings = {"device": "cpu", "slots": 4096, "threads": 0}
     async with running(*group, model_directory=model.path, **settings) as generator:
         info = await generator.stub.GetModelInfo(pb.GetModelInfoRequest())

@@ -1,4 +1,4 @@
-"""Device time: shares that add up to the last nanosecond, and an account that shows a lost one."""
+"""Device time: shares add up to the last nanosecond, and a lost one is noticed."""
 
 import sys
 import threading
@@ -18,7 +18,7 @@ times = st.integers(0, 10**12)
 
 @given(nanoseconds=times, weights=weights)
 def test_shares_add_up_and_are_the_nearest_integers(nanoseconds, weights):
-    """Nobody pays one nanosecond more or less than the exact share, rounded up or down."""
+    """Each share is the exact one, rounded up or down to whole nanoseconds."""
     shares = share(nanoseconds, weights)
     exact = [Fraction(nanoseconds * weight, sum(weights)) for weight in weights]
 
@@ -29,7 +29,7 @@ def test_shares_add_up_and_are_the_nearest_integers(nanoseconds, weights):
 
 @given(nanoseconds=times, weights=weights)
 def test_the_spare_nanoseconds_go_to_the_largest_remainders(nanoseconds, weights):
-    """Whoever is rounded up was cut by at least as much as anyone who is rounded down."""
+    """A share that is rounded up has at least as large a remainder as any rounded down."""
     shares = share(nanoseconds, weights)
     cuts = [nanoseconds * weight % sum(weights) for weight in weights]
     is_up = [got > nanoseconds * w // sum(weights) for got, w in zip(shares, weights, strict=True)]
@@ -40,7 +40,7 @@ def test_the_spare_nanoseconds_go_to_the_largest_remainders(nanoseconds, weights
 
 
 def test_shares_are_known_by_heart():
-    """Ties go to those who come first, always in the same way."""
+    """Ties always go to the first."""
     assert [4, 3, 3] == share(10, [1, 1, 1])
     assert [1, 1, 0] == share(2, [5, 5, 5])
     assert [2, 7, 0] == share(9, [1, 4, 0])  # 1.8 and 7.2
@@ -60,7 +60,7 @@ charges = st.lists(
 
 @given(charges=charges, overhead=st.lists(times), ended=st.sets(st.integers(0, 4)))
 def test_busy_is_what_sequences_and_overhead_were_charged(charges, overhead, ended):
-    """Whatever is charged to whom, and whoever has ended, the account closes."""
+    """Whatever is charged to which sequences, and whichever have ended, it all adds up."""
     meter, sequences = Meter(), _sequences(5)
     for nanoseconds, rows in charges:
         owners = [(sequences[who] if who >= 0 else None, tokens) for who, tokens in rows]
@@ -99,7 +99,7 @@ def test_decode_rows_are_charged_as_one_token_each(nanoseconds, rows):
 
 
 def test_idle_rows_are_padding():
-    """A row that is nobody's is paid by the overhead of that name."""
+    """Rows that belong to no sequence are charged to the overhead for padding."""
     meter, [sequence] = Meter(), _sequences(1)
     meter.charge_rows(9, [None, sequence, None])
 
@@ -108,7 +108,7 @@ def test_idle_rows_are_padding():
 
 
 def test_a_lost_nanosecond_is_noticed():
-    """A sequence that was never settled, or one that changed afterwards, breaks the account."""
+    """The check fails if a sequence was never settled, or if time was charged to no one."""
     meter, [sequence] = Meter(), _sequences(1)
     meter.charge(7, [(sequence, 1)])
     meter.check_integrity([sequence])
@@ -120,7 +120,7 @@ def test_a_lost_nanosecond_is_noticed():
 
 
 def test_a_snapshot_adds_up_while_time_is_charged():
-    """Taken by another thread, in the middle of whatever the engine's does."""
+    """Even if another thread takes it while the engine's thread is charging."""
     meter, ended = Meter(), threading.Event()
 
     def charge():

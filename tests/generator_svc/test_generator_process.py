@@ -1,4 +1,4 @@
-"""The generator as a process: how it starts, refuses to, serves and ends."""
+"""The generator as a process: how it starts or refuses to, serves and ends."""
 
 import asyncio
 import shutil
@@ -39,7 +39,7 @@ async def _call(generator, model, **fields):
 
 
 async def test_wrong_settings_are_all_listed_at_once():
-    """By their variables' names, and the status is 2."""
+    """By the names of their variables, and the exit status is 2."""
     status, words = await refusal(port="99999", device="tpu", slots="0", threads="many")
 
     assert 2 == status
@@ -90,7 +90,7 @@ def _wrong_defaults(folder):
     ],
 )
 async def test_a_folder_that_is_no_model_is_refused_in_one_line(model, tmp_path, spoil, said):
-    """Which folder, and what is wrong with it; the status is 2."""
+    """It names the folder and what is wrong with it; the exit status is 2."""
     folder = tmp_path / "m"
     shutil.copytree(model.path, folder)
     spoil(folder)
@@ -103,7 +103,7 @@ async def test_a_folder_that_is_no_model_is_refused_in_one_line(model, tmp_path,
 
 
 async def test_too_little_memory_is_refused_in_one_line(model):
-    """With what it takes and what there is."""
+    """It says what is needed and what is available."""
     status, words = await refusal(model_directory=model.path, device="cpu", kv_cache_bytes=1000)
 
     assert 2 == status
@@ -129,7 +129,7 @@ async def test_cuda_is_a_demand(model):
 
 @pytest.mark.parametrize("setting", ["port", "metrics_port"])
 async def test_a_taken_port_is_refused(model, setting):
-    """The status is 2, and one line names the setting."""
+    """The exit status is 2, and one line names the setting."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         status, words = await refusal(model_directory=model.path, device="cpu", **{setting: port})
@@ -139,7 +139,7 @@ async def test_a_taken_port_is_refused(model, setting):
 
 
 async def test_it_tells_what_is_loaded(model):
-    """The settings' limits, the model's revision, what is really in use."""
+    """The limits from the settings, the model's revision, and what is really in use."""
     async with running(
         model_directory=model.path, device="cpu", slots=3, max_sequence_length=100, max_n=5
     ) as generator:
@@ -160,7 +160,7 @@ async def test_it_tells_what_is_loaded(model):
 
 
 async def test_load_is_reported_while_it_changes_and_while_it_does_not(model):
-    """To whom picks a replica: at once, on every change, now and then, and until the drain."""
+    """At once, on every change, regularly without changes, and until the drain."""
     async with running(
         model_directory=model.path, device="cpu", slots=4, drain_notice_seconds=0
     ) as generator:
@@ -189,7 +189,7 @@ async def test_load_is_reported_while_it_changes_and_while_it_does_not(model):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 async def test_drain(model, number):
-    """NOT_SERVING at once, a running stream finishes, then the status is 0."""
+    """NOT_SERVING at once, a running stream finishes, then the exit status is 0."""
     async with running(
         model_directory=model.path, device="cpu", drain_notice_seconds=1.0
     ) as generator:
@@ -209,7 +209,7 @@ async def test_drain(model, number):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 async def test_a_stop_signal_ends_the_loading(model, number):
-    """In good order too: as process 1 of a container, a signal without a handler would be lost."""
+    """Cleanly; for process 1 of a container, a signal without a handler would be lost."""
     process = await spawn(model_directory=model.path, port=0, metrics_port=0, threads=1)
     async with asyncio.timeout(60):
         while b"threads per run" not in await process.stderr.readline():
@@ -226,13 +226,13 @@ def _children(pid):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 async def test_a_stop_signal_ends_the_warm_up(model):
-    """Loaded, but not ready: it ends in good order too."""
+    """A process that has loaded but is not ready exits cleanly too."""
     settings = {"port": 0, "metrics_port": 0, "threads": 1, "drain_notice_seconds": 0}
     process = await spawn(model_directory=model.path, **settings)
     async with asyncio.timeout(60):
         while b"threads per run" not in await process.stderr.readline():
             assert process.returncode is None
-        while not _children(process.pid):  # the sandbox: from now on the event loop runs
+        while not _children(process.pid):  # the sandbox: once it has started, the event loop runs
             assert process.returncode is None
         process.send_signal(signal.SIGTERM)
         _, words = await process.communicate()
@@ -242,7 +242,7 @@ async def test_a_stop_signal_ends_the_warm_up(model):
 
 
 async def test_a_stream_that_takes_longer_than_the_drain_is_cut(model):
-    """The call is told why, and the process ends with status 0."""
+    """The call gets the reason, and the process exits with status 0."""
     async with running(
         model_directory=model.path, device="cpu", drain_notice_seconds=0, drain_seconds=0.1
     ) as generator:
@@ -260,7 +260,7 @@ async def test_a_stream_that_takes_longer_than_the_drain_is_cut(model):
 
 
 async def test_metrics_are_served(model):
-    """After cut and whole calls nothing is held, and the device's time adds up."""
+    """After cancelled and complete calls nothing is held, and device time adds up."""
     metrics_port = free_port()
     async with running(
         model_directory=model.path, device="cpu", metrics_port=metrics_port, slots=4

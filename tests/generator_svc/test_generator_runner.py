@@ -1,6 +1,6 @@
-"""The model itself in slots: chunks, batches, moves and errors, against itself and the checkpoint.
+"""The real model in slots: chunks, batches, moves, errors, compared with itself and the checkpoint.
 
-Compared bitwise, since the same request has to give the same tokens whatever else there is.
+Bitwise, since the same request has to give the same tokens whatever else is in the batch.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ def runner(model):
 
 
 def _prefill(runner, slot, tokens, *lengths):
-    """Computes `tokens` from the slot's start in chunks of `lengths` and one of what is left."""
+    """Prefills `tokens` in chunks of `lengths` and one for the rest; returns the last logits."""
     start, chunks = 0, []
     for length in (*lengths, len(tokens) - sum(lengths)):
         chunks.append(Chunk(slot, start, tuple(tokens[start : start + length]), True))
@@ -60,7 +60,7 @@ def _decode(runner, *rows):
 
 @pytest.mark.parametrize("lengths", [(2,), (8,), (20, 18), (2, 2, 32), (7, 11, 13)])
 def test_a_prompt_in_chunks_gives_the_logits_of_the_whole(runner, lengths):
-    """Wherever it is cut, as long as no token is alone in a tile of the attention."""
+    """Wherever it is split, as long as no token is alone in an attention tile."""
     whole = _prefill(runner, 0, PROMPT)
     cut = _prefill(runner, 1, PROMPT, *lengths)
 
@@ -69,7 +69,7 @@ def test_a_prompt_in_chunks_gives_the_logits_of_the_whole(runner, lengths):
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 def test_every_token_of_a_chunk_has_the_logits_of_a_prompt_that_ends_there(family, precision):
-    """Bit by bit, at the start and behind it; and runs that ask for no more get the last alone."""
+    """Bitwise, in the first chunk and later; other runs only return the last token's logits."""
     folder = tiny_model_directory(family, precision)
     runner = OrtRunner(load_model_directory(folder), "cpu", SLOTS, SLOT_LENGTH, threads=1)
     tokens = tuple(PROMPT)
@@ -89,7 +89,7 @@ def test_every_token_of_a_chunk_has_the_logits_of_a_prompt_that_ends_there(famil
 
 
 def test_slots_do_not_matter(runner):
-    """The same prompt anywhere gives the same logits."""
+    """The same prompt gives the same logits in any slot."""
     logits = [_prefill(runner, slot, PROMPT).tolist() for slot in range(SLOTS)]
 
     assert [logits[0]] * SLOTS == logits
@@ -97,7 +97,7 @@ def test_slots_do_not_matter(runner):
 
 @pytest.mark.parametrize("length", [40, 64, SLOT_LENGTH])
 def test_prompts_in_one_run_give_what_each_gives_alone(runner, length):
-    """The prompts' logits, those of the tokens behind them, and what a slot beside them holds."""
+    """The prompts' logits, those of the tokens after them, and what a neighbouring slot holds."""
     prompts = [PROMPT, OTHERS[0], PROMPT[:2]]
     alone = [_prefill(runner, slot, prompt) for slot, prompt in enumerate(prompts)]
     _prefill(runner, 3, OTHERS[1])
@@ -114,7 +114,7 @@ def test_prompts_in_one_run_give_what_each_gives_alone(runner, length):
 
 
 def test_rows_together_give_what_each_gives_alone(runner):
-    """Batched decoding of different lengths, and idle rows in between."""
+    """Batched decoding at different lengths, with idle rows in between."""
     prompts = [PROMPT, OTHERS[0], OTHERS[1], PROMPT[:15]]
     for slot, prompt in enumerate(prompts):
         _prefill(runner, slot, prompt)
@@ -139,7 +139,7 @@ def test_a_row_alone_in_a_batch_of_one_gives_the_same(runner):
 
 
 def test_idle_rows_harm_nobody(runner):
-    """What is written behind a slot's content is overwritten before it is read."""
+    """What they write after a slot's content is overwritten before it is read."""
     _prefill(runner, 0, PROMPT)
     _prefill(runner, 1, OTHERS[0])
     expected = _decode(runner, Row(4, len(PROMPT)), Row(5, len(OTHERS[0])))
@@ -174,7 +174,7 @@ def test_copies_and_swaps_keep_answers(runner):
 
 
 def test_a_prefix_that_was_copied_can_be_continued(runner):
-    """A shorter copy and the rest of the prompt is the whole prompt."""
+    """A copied prefix and the rest of the prompt give the logits of the whole prompt."""
     whole = _prefill(runner, 0, PROMPT)
     runner.run(StepPlan(moves=(Copy(0, 2, 21),)))
     rest = Chunk(2, 21, tuple(PROMPT[21:]), True)
@@ -184,7 +184,7 @@ def test_a_prefix_that_was_copied_can_be_continued(runner):
 
 
 def test_a_step_does_moves_then_chunks_then_rows(runner):
-    """A plan with all three gives what the three give one after the other."""
+    """A plan with all three gives the same as the three one after the other."""
     _prefill(runner, 0, PROMPT)
     expected = _decode(runner, Row(4, len(PROMPT)))[0]
     rows = (Row(4, len(PROMPT)), Row(4, len(PROMPT)))
@@ -197,7 +197,7 @@ def test_a_step_does_moves_then_chunks_then_rows(runner):
 
 
 def test_a_token_outside_the_vocabulary_is_reported_and_the_runner_goes_on(runner, model):
-    """As the result's error: of its chunk, or of the rows, and of nothing else."""
+    """As the error of its chunk or of the rows, and of nothing else."""
     expected = _prefill(runner, 0, PROMPT)
     bad = Chunk(1, 0, (3, model.vocab_size + 5), True)
     good = Chunk(0, 0, tuple(PROMPT), True)
@@ -213,7 +213,7 @@ def test_a_token_outside_the_vocabulary_is_reported_and_the_runner_goes_on(runne
 
 
 def test_what_is_in_use_is_told(runner, model):
-    """Provider, type, and the bytes of the cache."""
+    """Provider, dtype, and the bytes of the KV cache."""
     info = runner.info
     token_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_size * 4
 
@@ -223,7 +223,7 @@ def test_what_is_in_use_is_told(runner, model):
 
 @pytest.fixture(scope="module")
 def checkpoint_answers(family):
-    """What the checkpoint itself generates greedily, by transformers on PyTorch."""
+    """What transformers generates greedily from the checkpoint, in PyTorch."""
     import torch
     import transformers
 
@@ -239,7 +239,7 @@ def checkpoint_answers(family):
 
 
 class Reporting(Bench):
-    """Keeps what the last updates said of the logits."""
+    """Keeps the logprobs of the last updates."""
 
     def deliver(self, updates):
         super().deliver(updates)
@@ -262,7 +262,7 @@ def test_greedy_answers_are_the_checkpoints(runner, model, checkpoint_answers):
 
 @pytest.mark.parametrize("length", [*range(30, 37), *range(63, 69), 97])
 def test_prompts_of_any_length_can_be_cut_anywhere(runner, length):
-    """The scheduler never leaves a token alone in a tile, so its chunks do not show."""
+    """The scheduler never leaves a token alone in a tile, so chunking does not change logprobs."""
     prompt = [int(token) for token in np.random.default_rng(length).integers(3, 300, length)]
     logprobs = []
     for max_num_batched_tokens in (8, 11, 33, 40, 128):
@@ -282,7 +282,7 @@ def test_prompts_of_any_length_can_be_cut_anywhere(runner, length):
 
 @pytest.mark.parametrize("temperature", [0, 1.2])
 def test_batched_is_one_at_a_time(runner, temperature):
-    """Greedy and drawn with a seed, more requests than slots, arriving apart."""
+    """Greedy and sampled with a seed, for more requests than slots, arriving one by one."""
     requests = [
         ([*PROMPT[: 5 + 3 * seed], seed + 3], SamplingParams(temperature=temperature, seed=seed))
         for seed in range(9)
@@ -303,7 +303,7 @@ def test_batched_is_one_at_a_time(runner, temperature):
 
 
 class Recorder:
-    """A runner that keeps the plans it was given."""
+    """A runner that records its plans."""
 
     def __init__(self, runner):
         self._runner = runner
@@ -320,7 +320,7 @@ class Recorder:
 
 @pytest.mark.parametrize("temperature", [0, 1.2])
 def test_prompts_in_one_run_are_one_at_a_time(runner, temperature):
-    """More requests than slots, some with a part in the prefix cache: the same tokens."""
+    """More requests than slots, some with a cached prefix: the same tokens."""
     sampling = SamplingParams(temperature=temperature, seed=3)
     prompts = [PROMPT[:20], *OTHERS, PROMPT[:25], PROMPT, [*PROMPT[:30], 7, 8], [5], PROMPT[:33]]
     tokens, sizes = [], set()
@@ -340,9 +340,9 @@ def test_prompts_in_one_run_are_one_at_a_time(runner, temperature):
 
 @pytest.mark.parametrize(("size", "is_new", "batches"), [(0, True, 0), (4, True, 1), (4, False, 0)])
 def test_who_prefills_prompts_in_one_run(model, tmp_path, size, is_new, batches):
-    """The CPU if told to, and never a graph that takes the last position for each row's last token.
+    """The CPU if configured, but no graph that takes the last position for each row's last token.
 
-    Such graphs are those of other exporters, and of this one's earlier versions.
+    Graphs of other exporters, and of earlier versions of this one, do that.
     """
     if not is_new:
         graph = onnx.load(model.graph, load_external_data=False)
@@ -366,7 +366,7 @@ def test_who_prefills_prompts_in_one_run(model, tmp_path, size, is_new, batches)
     [("CUDAExecutionProvider", [1, 16], 0), ("CPUExecutionProvider", [], 40)],
 )
 def test_cuda_devices_are_given_larger_runs(provider, batches, cached):
-    """Up to 2,048 tokens in a step, of prompts that rather share a run than a short prefix."""
+    """Up to 2,048 tokens per step, of prompts that share a run rather than a short prefix."""
     runner = ScriptedRunner(32, 256)
     runner.info = DeviceInfo(provider, "float16", 32, 256, 0, pads_prompts=True)
     settings = GeneratorSettings(model_directory="model")
@@ -385,7 +385,7 @@ def test_cuda_devices_are_given_larger_runs(provider, batches, cached):
 
 
 def test_no_prompt_is_the_first_of_its_length_on_cuda(model):
-    """Whatever length prompts are padded to has run when the warm-up ends; the CPU needs none."""
+    """The warm-up runs every length that prompts are padded to; on the CPU it runs none."""
     settings = GeneratorSettings(model_directory=model.path, max_prefill_batch_size=4)
     warmed = {}
     for provider in ("CUDAExecutionProvider", "CPUExecutionProvider"):
@@ -408,7 +408,7 @@ def test_no_prompt_is_the_first_of_its_length_on_cuda(model):
 
 
 def test_a_batch_with_a_token_outside_the_vocabulary_fails_as_a_whole(runner, model):
-    """Its prompts are told, what runs beside it goes on, and what it wrote is not reused."""
+    """Its prompts get the error, running requests go on, and what it wrote is not reused."""
     bench = _bench(runner, prefill_tokens=64, max_num_batched_tokens=256, max_prefill_batch_size=4)
     running = bench.submit(PROMPT, 12, stop_token_ids=frozenset())
     bench.step()
@@ -424,9 +424,9 @@ def test_a_batch_with_a_token_outside_the_vocabulary_fails_as_a_whole(runner, mo
 
 @pytest.mark.parametrize("temperature", [0, 1.2])
 def test_prefix_cache_on_is_off(runner, temperature):
-    """Conversations that go on, and prompts with a common beginning: the same tokens, less work.
+    """Conversations that continue, and prompts with a common prefix: the same tokens, less work.
 
-    Less still with pauses, in which the answers are computed as the next prompt would.
+    Still less with pauses, in which answers are re-prefilled for the next prompt.
     """
     sampling = SamplingParams(temperature=temperature, seed=4)
     answers, cached = {}, {}
@@ -451,7 +451,7 @@ def test_prefix_cache_on_is_off(runner, temperature):
 
 
 def test_failed_runs_leave_the_engine_and_the_others_alone(runner, model):
-    """An id that got past the checks fails its own request."""
+    """A token id that got past the checks fails its own request only."""
     bench = _bench(runner)
     bad = bench.submit([3, model.vocab_size + 1, 4], 5)
     good = bench.submit(PROMPT, 5)
@@ -465,7 +465,7 @@ def test_failed_runs_leave_the_engine_and_the_others_alone(runner, model):
 
 
 def test_slots_can_be_allocated_anew(model, checkpoint_answers):
-    """As many as the device turns out to have room for: the same tokens, in empty slots."""
+    """As many as the device has room for; they are empty, and the tokens are the same."""
     runner = OrtRunner(model, "cpu", 1, SLOT_LENGTH, 1)
     first = _bench(runner)
     first.slots = 1
@@ -481,7 +481,7 @@ def test_slots_can_be_allocated_anew(model, checkpoint_answers):
 
 
 def test_a_device_that_is_absent_is_refused_or_used():
-    """cuda is a demand, auto a preference, cpu always there."""
+    """`cuda` is a requirement, `auto` a preference, `cpu` is always available."""
     assert "cpu" == choose_device("cpu")
     if choose_device("auto") == "cuda":
         assert "cuda" == choose_device("cuda")
@@ -502,14 +502,14 @@ def test_a_graph_that_is_no_graph_is_refused(model, tmp_path):
 
 
 def test_a_graph_with_other_names_is_refused(model):
-    """The message lists what there is."""
+    """The message lists the names that it has."""
     names = dataclasses.replace(model.names, past_key="memory.%d.k")
     with pytest.raises(DeviceError, match=r"memory\.0\.k.*past_key_values\.0\.key"):
         OrtRunner(dataclasses.replace(model, names=names), "cpu", 1, 16)
 
 
 def test_the_scripted_runner_is_as_forgetful_as_the_real_one():
-    """The fake used elsewhere overwrites in place too, so that slips show."""
+    """The fake runner of other tests overwrites in place too, so that mistakes show."""
     runner = ScriptedRunner(2, 8)
     runner.run(StepPlan(chunks=(Chunk(0, 0, (5, 6, 7), True),)))
     runner.run(StepPlan(moves=(Copy(0, 1, 2),), rows=(Row(9, 1),)))

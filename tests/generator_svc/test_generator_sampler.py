@@ -1,4 +1,4 @@
-"""Sampling against plain loops over the whole vocabulary: every filter, penalty and report."""
+"""Sampling compared with plain loops over the vocabulary: every filter, penalty and logprob."""
 
 import itertools
 import math
@@ -94,7 +94,7 @@ def test_top_n_sigma_keeps_what_is_near_the_best(temperature):
 
 
 def test_top_n_sigma_comes_after_the_penalties():
-    """A penalty of 2 takes a token out of reach of the best, and the deviation is the new one."""
+    """A penalty of 2 excludes a token, and the deviation is that of the penalised logits."""
     sampling = SamplingParams(top_n_sigma=1.0, presence_penalty=2.0)
     drawn = swept(sequence_of(output=[1], sampling=sampling), np.array([1, 1, 0.9], np.float32))
 
@@ -113,7 +113,7 @@ def test_a_flat_distribution_needs_more_candidates_than_are_sorted_first(size):
 OPENAI = {}
 QWEN = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}
 DEEPSEEK = {"temperature": 0.6, "top_p": 0.95}
-# Sizes, offsets of all logits (a softmax knows only differences), and draws.
+# Sizes, offsets of all logits (softmax depends on differences only), and draws.
 WHOLE_VOCABULARIES = [(2_000, -90.0, 5), (6_143, 130.0, 3), (16_411, -90.0, 1), (36_875, 0.0, 2)]
 KINDS = {"model": (3.0, 1), "flat": (0.02, 7), "ties": (1.0, 0)}  # scale and decimals
 
@@ -136,10 +136,10 @@ KINDS = {"model": (3.0, 1), "flat": (0.02, 7), "ties": (1.0, 0)}  # scale and de
     ],
 )
 def test_whole_vocabularies(size, offset, draws, kind, fields):
-    """The token whose interval has the draw, whether few or many tokens share the mass."""
+    """The interval of the token contains the draw, whether few or many tokens share the mass."""
     scale, decimals = KINDS[kind]
     row = _logits(size, scale=scale, decimals=decimals) + np.float32(offset)
-    row[-1] = row.max()  # what is left of whole blocks and groups counts
+    row[-1] = row.max()  # the rest after whole blocks and groups counts
     for seed in range(draws):
         sampling = SamplingParams(seed=seed, **fields)
         sequence = sequence_of([1, 2, 3, 2], [3, 3, size - 1], sampling=sampling)
@@ -150,9 +150,9 @@ def test_whole_vocabularies(size, offset, draws, kind, fields):
 
 @pytest.mark.parametrize("fields", [OPENAI, QWEN, DEEPSEEK, {"top_p": 0.9, "min_p": 1e-6}])
 def test_a_row_gives_the_same_token_in_any_company(fields):
-    """Among others of the batch, alone, wherever it lies in memory, and with its mates reversed.
+    """In a batch, alone, at any address in memory, and in the reversed batch.
 
-    Draws lie at the ends of intervals, where the last bit of a sum decides.
+    Draws are at the ends of intervals, where the last bit of a sum decides.
     """
     size = 5_003  # rows of a batch begin at odd addresses
     batch = np.stack([_logits(size, seed, scale=(0.1, 3.0)[seed % 2]) for seed in range(24)])
@@ -232,13 +232,13 @@ def test_frequency_and_presence_look_at_generated_tokens_only():
 
 
 def test_frequency_counts_and_presence_does_not():
-    """Twice generated is twice the frequency penalty and once the presence penalty."""
+    """Two occurrences give twice the frequency penalty and once the presence penalty."""
     assert 0 == _greedy([1, 2.5, 0], output=[1, 1], frequency_penalty=1.0)
     assert 1 == _greedy([1, 2.5, 0], output=[1, 1], presence_penalty=1.0)
 
 
 def test_repetition_penalty_looks_at_prompt_and_answer():
-    """It divides positive and multiplies negative logits, once each."""
+    """It divides positive and multiplies negative logits, once per token."""
     assert 0 == _greedy([1, 1.5, -9], prompt=[1], repetition_penalty=2.0)
     assert 0 == _greedy([1, 1.5, -9], prompt=[2], output=[1], repetition_penalty=2.0)
     assert 0 == _greedy([-1.5, -1, -9], prompt=[1, 1], repetition_penalty=2.0)
@@ -247,7 +247,7 @@ def test_repetition_penalty_looks_at_prompt_and_answer():
 
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_the_smallest_repetition_penalty_makes_a_token_sure(temperature):
-    """It is a number like others, although a quotient by it would be none."""
+    """It works like any other value, although dividing by it overflows."""
     sampling = SamplingParams(temperature=temperature, repetition_penalty=5e-324)
     row = np.array([1, 2, 30], np.float32)
 
@@ -278,7 +278,7 @@ def test_stop_tokens_are_masked_until_the_minimum_whatever_the_bias():
 
 
 def test_temperature_zero_ignores_filters_and_the_draw():
-    """Greedy is greedy with any filter, and takes the lower id among equals."""
+    """Greedy is greedy with any filter, and takes the lowest id among equal logits."""
     row = _logits(400, decimals=0)
     best = row.tolist().index(max(row))
     for top_k, top_p, min_p, seed in itertools.product([0, 5], [0.1, 1], [0, 0.5], range(3)):
@@ -288,7 +288,7 @@ def test_temperature_zero_ignores_filters_and_the_draw():
 
 @pytest.mark.parametrize("fields", [{"top_k": 1}, {"top_p": 0.0}, {"min_p": 1.0}])
 def test_the_narrowest_filters_keep_the_top_token(fields):
-    """Whatever is drawn, it is the most likely one."""
+    """The most likely token is sampled, whatever the draw."""
     row = _logits(300)
     for seed in range(50):
         sequence = sequence_of(sampling=SamplingParams(temperature=2.0, seed=seed, **fields))
@@ -307,7 +307,7 @@ def test_logits_that_are_no_numbers_are_refused(temperature, value, place):
 
 
 def test_a_row_of_impossible_tokens_is_refused():
-    """All -inf, be it by the model or by the mask."""
+    """All are -inf, whether from the model or because of the mask."""
     with pytest.raises(BadLogits):
         sample(sequence_of(), np.full(5, -np.inf, np.float32))
     masked = sequence_of(min_new_tokens=1, stop_token_ids=frozenset({0, 1}))
@@ -328,7 +328,7 @@ def test_a_bad_row_leaves_its_neighbours_alone():
 @settings(max_examples=100, deadline=None)
 @given(logits=rows, top=st.integers(0, 20), sampling=filters, others=penalties)
 def test_reported_logprobs_are_those_of_the_model(logits, top, sampling, others):
-    """Penalties, bias and filters change the token and never the report."""
+    """Penalties, bias and filters change the token, but never the reported logprobs."""
     wanted = SamplingParams(**(vars(others) | {"top_k": sampling.top_k, "logit_bias": {0: 3.0}}))
     sequence = sequence_of([0], [0, 0], sampling=wanted, top_logprobs=top)
     sampled = sample(sequence, logits)
@@ -352,7 +352,7 @@ def test_impossible_tokens_are_reported_as_minus_9999():
 
 
 def test_no_report_unless_asked_for():
-    """None is not zero: zero alternatives still report the token itself."""
+    """None differs from 0, with which the token itself is still reported."""
     row = np.array([0.0, 0.0], np.float32)
 
     assert sample(sequence_of(), row).logprobs is None
@@ -370,7 +370,7 @@ def _split_mix_64(state):
 
 
 def test_split_mix_64_oracle_gives_the_published_numbers():
-    """The first outputs for 1234567, as the reference implementation prints them."""
+    """The first outputs for seed 1234567, as the reference implementation prints them."""
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
     assert published == list(itertools.islice(_split_mix_64(1234567), 3))
@@ -379,7 +379,7 @@ def test_split_mix_64_oracle_gives_the_published_numbers():
 @settings(max_examples=60)
 @given(seed=st.integers(-(2**70), 2**70))
 def test_uniform_is_split_mix_64_of_a_mixed_seed(seed):
-    """Any position can be had alone, and equals the one reached step by step."""
+    """Any position can be computed directly, and equals the one reached step by step."""
     gamma = 0x9E3779B97F4A7C15
     start = next(_split_mix_64((seed - gamma) % 2**64))  # one mix of the seed itself
     outputs = itertools.islice(_split_mix_64(start), 40)
@@ -391,7 +391,7 @@ def test_uniform_is_split_mix_64_of_a_mixed_seed(seed):
 
 
 def test_neighbouring_seeds_and_positions_share_nothing():
-    """No number appears twice, and streams of neighbouring seeds do not go together."""
+    """No number appears twice, and streams of neighbouring seeds are uncorrelated."""
     draws = np.array([[uniform(seed, t) for t in range(300)] for seed in range(-50, 50)])
     correlations = np.corrcoef(draws)[np.triu_indices(100, 1)]
     shifted = np.corrcoef(draws[:, 1:].ravel(), draws[:, :-1].ravel())[0, 1]

@@ -1,4 +1,4 @@
-"""Corners of the schedule that random traffic rarely meets."""
+"""Scheduling cases that random traffic rarely covers."""
 
 import random
 
@@ -25,7 +25,7 @@ def _chunk_lengths(bench):
 
 
 def test_a_choice_whose_prompt_was_nearly_evicted_computes_no_lone_token():
-    """Another request's prompt, one token apart, is all that is left of it in the cache."""
+    """All that is left of it in the cache is another prompt that differs in its last token."""
     prompt, nearly = [*range(2, 22), 50], [*range(2, 22), 51]
     bench = Bench(slots=2, slot_length=64)
     first = bench.submit(prompt, 2, n=3, stop_token_ids=frozenset())
@@ -60,8 +60,8 @@ def test_prompts_that_nearly_agree_never_leave_a_lone_token(seed):
 def test_no_token_is_alone_in_a_tile_of_the_attention(
     max_num_batched_tokens, max_prefill_batch_size
 ):
-    """Chunks of one token more than a multiple of the tile are cut shorter. Of prompts that are
-    prefilled in batches, this goes for those too long for a step."""
+    """Chunks one token longer than a multiple of the tile size are shortened, also where prompts
+    are prefilled in batches and one is too long for a step."""
     bench = Bench(
         2,
         256,
@@ -80,7 +80,7 @@ def test_no_token_is_alone_in_a_tile_of_the_attention(
 
 @pytest.mark.parametrize("seed", range(4))
 def test_padded_decode_batches_give_the_same_tokens(seed):
-    """Every batch has one of the sizes asked for; prompts in free slots stay cached."""
+    """Every batch has one of the given sizes; prompts in free slots stay cached."""
     draw = random.Random(seed)
     sizes = (1, 2, 4, 6)
     bench = Bench(slots=6, seed=seed, batch_sizes=sizes)
@@ -106,7 +106,7 @@ def _batches(bench):
 
 
 def test_whole_prompts_are_prefilled_in_one_run():
-    """As many as the setting says, each of them padded to the same length, and they answer."""
+    """As many as the setting allows, padded to the same length, and the answers are right."""
     bench = Bench(slots=8, slot_length=128, max_num_batched_tokens=512, max_prefill_batch_size=4)
     prompts = [[*range(2, 22 + count)] for count in range(6)]
     groups = [bench.submit(prompt, 3) for prompt in prompts]
@@ -119,7 +119,7 @@ def test_whole_prompts_are_prefilled_in_one_run():
 
 
 def test_only_prompts_of_similar_lengths_are_prefilled_in_one_run():
-    """A long prompt does not make short ones as long as itself, in whatever order they come."""
+    """Short prompts are not padded to the length of a long one, in whatever order they come."""
     bench = Bench(slots=8, slot_length=512, max_num_batched_tokens=2048, max_prefill_batch_size=8)
     groups = [bench.submit([length] * length, 2) for length in (20, 25, 30, 390, 10, 300, 290)]
     bench.finish()
@@ -129,7 +129,7 @@ def test_only_prompts_of_similar_lengths_are_prefilled_in_one_run():
 
 
 def test_a_run_is_no_larger_than_a_step_with_its_padding():
-    """Activations of a larger one might not fit the device's memory."""
+    """The activations of a larger one might not fit into the device's memory."""
     bench = Bench(slots=8, slot_length=128, max_num_batched_tokens=256, max_prefill_batch_size=8)
     for count in range(7):
         bench.submit([count + 2] * 33, 2)
@@ -139,8 +139,8 @@ def test_a_run_is_no_larger_than_a_step_with_its_padding():
 
 
 def test_no_prompt_is_cut_to_fill_up_a_step():
-    """It waits for the next one, where it is prefilled with those that wait too. One that no step
-    has room for is cut, and what is left of the step is for others."""
+    """It waits for the next one and is prefilled with others that wait. A prompt that is too long
+    for any step is split, and the rest of the step is for others."""
     bench = Bench(
         slots=8,
         slot_length=256,
@@ -160,7 +160,7 @@ def test_no_prompt_is_cut_to_fill_up_a_step():
 
 
 def test_a_short_common_prefix_does_not_keep_prompts_out_of_a_run():
-    """Such as a system prompt: to compute it again takes less time than a run for each of them."""
+    """Such as a system prompt: recomputing it takes less time than a run for each prompt."""
     prompts = [[*range(2, 14), *[value] * 10] for value in range(20, 24)]
     runs = {}
     for least in (2, 32):
@@ -183,7 +183,7 @@ def test_a_short_common_prefix_does_not_keep_prompts_out_of_a_run():
 
 
 def test_prompts_on_both_sides_of_a_running_stream_are_one_run():
-    """A run covers consecutive slots, so the stream moves out of their midst."""
+    """A run covers consecutive slots, so the stream between them is moved."""
     bench = Bench(slots=3, prefill_tokens=64, max_num_batched_tokens=64, max_prefill_batch_size=4)
     first = bench.submit([5, 6], 2, stop_token_ids=frozenset())
     between = bench.submit([7, 8], 40, stop_token_ids=frozenset())
@@ -212,7 +212,7 @@ def test_decode_batches_shrink_once_streams_have_ended():
 
 
 def test_cut_and_partly_cached_prompts_are_prefilled_alone():
-    """Behind a past, the attention takes one sequence at a time, and no padding."""
+    """With past keys and values, attention takes one sequence at a time, without padding."""
     bench = Bench(slots=4, slot_length=128, max_num_batched_tokens=64, max_prefill_batch_size=4)
     bench.submit([9] * 40, 2)
     bench.finish()
@@ -242,7 +242,7 @@ def test_padding_of_prompts_is_overhead():
 @pytest.mark.parametrize("stopped", [[0], [0, 1], [1], [2, 0], [1, 0]])
 @pytest.mark.parametrize("steps", [0, 1, 2])
 def test_the_next_choice_takes_the_prefill_over(stopped, steps):
-    """Whichever choices are stopped, and whenever, the others answer."""
+    """Whichever choices are stopped, and whenever, the others are complete."""
     prompt = list(range(2, 40))
     bench = Bench(slots=2, max_num_batched_tokens=8)
     group = bench.submit(prompt, 4, n=3)
@@ -258,7 +258,7 @@ def test_the_next_choice_takes_the_prefill_over(stopped, steps):
 
 
 def test_stopping_all_choices_ends_the_request():
-    """Nothing is computed for nobody."""
+    """Nothing is computed for it."""
     bench = Bench()
     group = bench.submit(list(range(2, 40)), 4, n=3)
     for index in (0, 1, 2):
@@ -270,7 +270,7 @@ def test_stopping_all_choices_ends_the_request():
 
 
 def test_a_prompt_of_one_token_is_answered():
-    """The only lone token there is."""
+    """It is the only case of a chunk of one token."""
     bench = Bench()
     group = bench.submit([5], 6, n=2)
     bench.finish()
@@ -279,7 +279,7 @@ def test_a_prompt_of_one_token_is_answered():
 
 
 def test_an_answer_may_fill_its_slot():
-    """Prompt and answer together take the slot to its last place."""
+    """Prompt and answer together may use the slot up to its last position."""
     bench = Bench(slots=2, slot_length=16)
     full = bench.submit([5, 6], 14, stop_token_ids=frozenset())
     other = bench.submit(list(range(2, 17)), 1, stop_token_ids=frozenset())
@@ -290,7 +290,7 @@ def test_an_answer_may_fill_its_slot():
 
 
 def test_requests_start_in_the_order_they_came():
-    """With one slot, one after the other."""
+    """With one slot, they run one after the other."""
     bench = Bench(slots=1)
     groups = [bench.submit([value, 3], 3, stop_token_ids=frozenset()) for value in (7, 8, 9)]
     order = []
@@ -303,7 +303,7 @@ def test_requests_start_in_the_order_they_came():
 
 
 def test_choices_start_in_the_order_of_their_indices():
-    """Before whoever came later, and the first index first."""
+    """And before requests that came later."""
     bench = Bench(slots=1)
     group = bench.submit([7, 8, 9], 3, n=4, stop_token_ids=frozenset())
     later = bench.submit([5, 6], 3, stop_token_ids=frozenset())
@@ -317,7 +317,7 @@ def test_choices_start_in_the_order_of_their_indices():
 
 
 def test_a_stop_after_the_end_is_without_effect():
-    """No second last update, nothing freed twice."""
+    """There is no second final update, and nothing is freed twice."""
     bench = Bench()
     group = bench.submit([7, 8], 3, sampling=SamplingParams(seed=1))
     bench.finish()
@@ -329,7 +329,7 @@ def test_a_stop_after_the_end_is_without_effect():
 
 
 def _steps_until(bench, group, most=400):
-    """Steps until the first token of `group`."""
+    """Steps until the first token of `group`; returns the number of steps."""
     for step in range(1, most):
         bench.step()
         if bench.tokens[group][0]:
@@ -338,7 +338,7 @@ def _steps_until(bench, group, most=400):
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one():
-    """Half of each step is for the others, shortest first, while a long prompt is computed."""
+    """While a long prompt is prefilled, half of each step is for the others, shortest first."""
     bench = Bench(slots=4, slot_length=512, prefill_tokens=32, max_num_batched_tokens=32)
     running = bench.submit([5, 6], 200, stop_token_ids=frozenset())
     bench.step()
@@ -353,7 +353,7 @@ def test_a_short_prompt_does_not_wait_for_a_long_one():
 
 
 def test_a_long_prompt_does_not_starve_under_short_ones():
-    """It gets at least half of every step once it has started, however many others come."""
+    """Once it has started, it gets at least half of every step, however many others arrive."""
     bench = Bench(slots=4, slot_length=512, prefill_tokens=32, max_num_batched_tokens=32)
     bench.submit([5, 6], 300, stop_token_ids=frozenset())
     bench.step()
@@ -370,7 +370,7 @@ def test_a_long_prompt_does_not_starve_under_short_ones():
 
 
 def test_a_long_prompt_does_not_starve_where_its_tokens_are_slow():
-    """Nor when half of a step has not the time for one of them, far back in the prompt."""
+    """Nor if, late in the prompt, half of a step is too short for a single one of them."""
     bench = Bench(slots=4, slot_length=512, prefill_tokens=32, max_num_batched_tokens=32)
     bench.scheduler.prefill_cost.cost = lambda start: 1.0 if start < 64 else 40.0
     bench.submit([5, 6], 300, stop_token_ids=frozenset())
@@ -388,7 +388,7 @@ def test_a_long_prompt_does_not_starve_where_its_tokens_are_slow():
 
 
 def test_a_long_prompt_is_not_started_beside_another():
-    """The second would hold a slot that short requests can use meanwhile."""
+    """The second would hold a slot that short requests can use in the meantime."""
     bench = Bench(slots=4, slot_length=512, prefill_tokens=32, max_num_batched_tokens=32)
     bench.submit([5, 6], 300, stop_token_ids=frozenset())
     bench.step()
@@ -405,7 +405,7 @@ def test_a_long_prompt_is_not_started_beside_another():
 
 
 def test_a_long_conversation_that_is_cached_does_not_wait_for_a_long_prompt():
-    """What it has to compute is short, so it counts as short."""
+    """Only its uncached part counts, which is short."""
     bench = Bench(slots=4, slot_length=512, prefill_tokens=32, max_num_batched_tokens=32)
     bench.submit([9] * 300, 2)
     bench.finish()
@@ -421,7 +421,7 @@ def test_a_long_conversation_that_is_cached_does_not_wait_for_a_long_prompt():
 
 
 def test_running_streams_are_held_up_no_longer_than_the_dial_says():
-    """A step's chunks, at the speed that was measured, take no more than the stall."""
+    """At the measured speed, a step's chunks take no longer than the configured stall."""
     stall, slot_length = 50_000, 8192
     bench = Bench(slots=2, slot_length=slot_length)
     cost_model = PrefillCostModel()
@@ -433,7 +433,7 @@ def test_running_streams_are_held_up_no_longer_than_the_dial_says():
         s.status is not SequenceStatus.DECODE for s in scheduler.running
     ):
         step = scheduler.schedule()
-        # A token at position p takes 100 ns and p / 40 more.
+        # A token at position p takes 100 + p / 40 ns.
         times = [len(c.token_ids) * (100 + c.start // 40) for c in step.plan.chunks]
         if step.rows:
             spent.append(sum(times))
@@ -452,7 +452,7 @@ def test_running_streams_are_held_up_no_longer_than_the_dial_says():
 
 @pytest.mark.parametrize(("streams", "most"), [(4, 92), (68, 32)])
 def test_decoding_sequences_count_among_the_tokens_of_a_step(streams, most):
-    """Prompts get what they leave of the maximum, and one tile at least."""
+    """Prompts get what is left of the maximum, and at least one tile."""
     bench = Bench(
         slots=70, slot_length=256, prefill_tokens=200, max_num_batched_tokens=96, reuse=False
     )
@@ -471,9 +471,9 @@ def test_decoding_sequences_count_among_the_tokens_of_a_step(streams, most):
 
 @pytest.mark.parametrize(("streams", "prompts", "stretch"), [(4, 4, 1), (2, 4, 2), (1, 7, 4)])
 def test_newcomers_hold_streams_up_by_how_many_they_are(streams, prompts, stretch):
-    """With no more prompts than streams, a step prefills what the dial says, however many come.
+    """With no more prompts than streams, a step prefills for prefill_stall_ms, however many come.
 
-    Only where fewer streams than prompts wait for the step, it prefills more, up to four times.
+    With fewer streams than prompts it prefills for longer, up to four times.
     """
     bench = Bench(slots=8, slot_length=256, prefill_tokens=64, max_num_batched_tokens=512)
     for value in range(streams):

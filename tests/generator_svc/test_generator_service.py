@@ -29,7 +29,7 @@ from trivium.generator.v1 import generator_pb2 as pb
 from trivium.sampling.v1.sampling_pb2 import SamplingParams
 from trivium.wire.errors import INTERNAL_MESSAGE
 
-STALLING = 0.02  # seconds a step: a slot of 4096 tokens would take longer than any test waits
+STALLING = 0.02  # seconds per step: filling a slot of 4096 tokens takes longer than any test waits
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ async def _error(call):
 
 
 async def test_tokens_are_those_of_the_model(stage):
-    """The same as taking the most likely token again and again; then one finish with counts."""
+    """The same as repeatedly taking the most likely token; then one finish with counts."""
     prompt = [3, 4, 5, 6]
     tokens, finished = await stage.generate(prompt, max_new_tokens=20)
     wanted = greedy(prompt, 20)
@@ -64,7 +64,7 @@ async def test_tokens_are_those_of_the_model(stage):
 
 
 async def test_ends_are_told_apart(stage):
-    """A stop token is the last of the tokens; a limit just cuts."""
+    """A stop token is the last of the tokens; a length limit just cuts."""
     prompt = next([i] for i in range(2, 60) if len(greedy([i], 30)) in range(3, 30))
     wanted = greedy(prompt, 30)
     _, stop = await stage.generate(prompt)
@@ -79,7 +79,7 @@ async def test_ends_are_told_apart(stage):
 
 
 async def test_many_calls_at_once_get_their_own_answers(stage):
-    """More calls than slots, some with the same beginning."""
+    """More calls than slots, some with a common prefix."""
     prompts = [[2, 3, 4, 5, value, value % 3] for value in range(6, 30)]
     answers = await asyncio.gather(*(stage.generate(p, max_new_tokens=9) for p in prompts))
 
@@ -87,7 +87,7 @@ async def test_many_calls_at_once_get_their_own_answers(stage):
 
 
 async def test_choices_draw_apart_and_finish_apart(stage):
-    """n drawn choices under one seed are the same again, and each has its own finish."""
+    """n sampled choices are the same again with the same seed, and each has its own finish."""
     fields = {"n": 5, "max_new_tokens": 8, "ignore_eos": True}
     fields["sampling"] = SamplingParams(temperature=1.5, seed=3)
     tokens, finished = await stage.generate([9, 8, 7], **fields)
@@ -100,7 +100,7 @@ async def test_choices_draw_apart_and_finish_apart(stage):
 
 
 async def test_logprobs_come_with_each_token(stage):
-    """As many as were asked for, the greedy token on top."""
+    """As many as requested, with the greedy token first."""
     call = await stage.call([5, 6], max_new_tokens=6, top_logprobs=3)
     updates = [update async for message in call for update in message.updates]
     token_ids = [token for update in updates for token in update.token_ids]
@@ -112,7 +112,7 @@ async def test_logprobs_come_with_each_token(stage):
 
 
 async def test_logprobs_of_the_prompt_come_with_the_first_message(stage):
-    """One for each of its tokens but the first, in a message of their own choice or of all."""
+    """One for each prompt token but the first; later messages have none."""
     prompt = [5, 6, *greedy([5, 6], 4, eos=None)]
     call = await stage.call(prompt, max_new_tokens=2, n=2, prompt_logprobs=2)
     first, *others = [message async for message in call]
@@ -125,14 +125,14 @@ async def test_logprobs_of_the_prompt_come_with_the_first_message(stage):
 
 
 async def test_a_prompt_of_one_token_has_none(stage):
-    """Nothing comes before it."""
+    """Its only token has no predecessor."""
     tokens, _ = await stage.generate([5], max_new_tokens=2, prompt_logprobs=0)
 
     assert greedy([5], 2) == tokens[0]
 
 
 async def test_a_stopped_choice_finishes_with_exact_counts_and_the_others_go_on(stage):
-    """Indices that do not exist are without effect."""
+    """Stopping indices that do not exist has no effect."""
     stage.runner.delay = 0.002
     call = await stage.call([5, 6], half_close=False, n=2, max_new_tokens=50, ignore_eos=True)
     messages = [await anext(aiter(call))]
@@ -168,12 +168,12 @@ async def test_a_call_that_is_stopped_while_it_waits_ends_well():
 
 
 async def test_what_gathers_while_a_message_is_written_goes_out_as_one():
-    """The first token goes out at once; the rest waits for the reader and is complete."""
+    """The first token is sent at once; the rest waits for the reader, and nothing is lost."""
     stage = Stage(slot_length=1024, logits=by_last_token)
     run, is_read = stage.runner.run, threading.Event()
 
     def run_once_read(plan):
-        if plan.rows:  # a busy machine would wake the reader after several tokens only
+        if plan.rows:  # on a busy machine the reader might not wake before several tokens
             assert is_read.wait(PATIENCE_SECONDS)
         return run(plan)
 
@@ -201,8 +201,8 @@ async def test_what_gathers_while_a_message_is_written_goes_out_as_one():
 
 @pytest.mark.parametrize("has_begun", [False, True])
 async def test_a_message_that_cannot_be_decoded(has_begun, caplog):
-    """The call ends at once with an error, at its first message and after it, and nothing of it
-    is logged as a fault."""
+    """The call ends at once with an error, at its first message or later, and nothing is
+    logged as an error."""
     stage = Stage(slot_length=4096, logits=by_last_token)
     async with stage.running():
         stage.runner.delay = 0.01
@@ -225,7 +225,7 @@ async def test_a_message_that_cannot_be_decoded(has_begun, caplog):
 
 
 async def test_a_slow_reader_loses_nothing_and_holds_nobody_up():
-    """The engine is done long before the reader reads on; fewer messages than tokens come."""
+    """The engine finishes long before the reader continues, with fewer messages than tokens."""
     stage = Stage(slot_length=4096, logits=by_last_token)
     async with stage.running():
         call = await stage.call([4, 5], max_new_tokens=1500, top_logprobs=20)
@@ -258,7 +258,7 @@ async def _queued(stage):
 
 @pytest.mark.parametrize("met", [_queued, _prefilling, _decoding])
 async def test_a_cancelled_call_frees_what_it_holds(met, caplog):
-    """Queued, in prefill or decoding, with open sending sides; and nothing is logged as a fault."""
+    """Queued, in prefill or decoding, with the request stream still open; no error is logged."""
     stage = Stage(slots=1, slot_length=4096, logits=by_last_token)
     async with stage.running():
         stage.runner.delay = STALLING
@@ -278,7 +278,7 @@ async def test_a_cancelled_call_frees_what_it_holds(met, caplog):
 
 
 async def test_a_deadline_frees_what_the_call_holds():
-    """The caller hears DEADLINE_EXCEEDED."""
+    """The caller gets DEADLINE_EXCEEDED."""
     stage = Stage(slots=1, slot_length=4096, logits=by_last_token)
     async with stage.running():
         stage.runner.delay = STALLING
@@ -291,7 +291,7 @@ async def test_a_deadline_frees_what_the_call_holds():
 
 
 async def test_the_time_to_try_again_is_what_the_queue_takes():
-    """As prompts were measured here: ten tokens at two seconds each."""
+    """By the measured prefill time: ten tokens at two seconds each."""
 
     class SlowPrefill(FixedPrefillCost):
         def cost(self, start):
@@ -312,7 +312,7 @@ async def test_the_time_to_try_again_is_what_the_queue_takes():
 
 @pytest.mark.parametrize("bound", [{"requests": 1}, {"tokens": 3}])
 async def test_a_full_queue_is_told_with_a_time_to_try_again(bound):
-    """Those who run and those who wait are not touched by it."""
+    """Running and waiting calls are not affected."""
     stage = Stage(slots=1, slot_length=4096, logits=by_last_token, **bound)
     async with stage.running():
         stage.runner.delay = 0.002
@@ -369,7 +369,7 @@ async def test_refusals_carry_status_reason_and_field(stage, fields, code, reaso
 
 @pytest.mark.parametrize("first", [pb.GenerateRequest(stop=pb.StopSequence()), None])
 async def test_a_call_has_to_start_with_a_start(stage, first):
-    """Neither another command nor silence."""
+    """Neither another command nor an empty stream is accepted."""
     call = stage.stub.Generate()
     if first is not None:
         await call.write(first)
@@ -381,9 +381,9 @@ async def test_a_call_has_to_start_with_a_start(stage, first):
 
 
 async def test_a_second_start_changes_nothing(stage):
-    """Only the first message starts."""
+    """Only the first message starts a generation."""
     call = await stage.call([5, 6], half_close=False, max_new_tokens=4, ignore_eos=True)
-    with contextlib.suppress(asyncio.InvalidStateError):  # the answer may have been quicker
+    with contextlib.suppress(asyncio.InvalidStateError):  # the answer may already be complete
         await call.write(pb.GenerateRequest(start=pb.StartGeneration(prompt_token_ids=[999])))
         await call.done_writing()
 
@@ -391,7 +391,7 @@ async def test_a_second_start_changes_nothing(stage):
 
 
 async def test_bad_logits_fail_their_request_with_a_generic_text(caplog):
-    """What went wrong is logged and not told; others go on."""
+    """The reason is logged, not sent to the caller; other calls go on."""
 
     def logits(context):
         row = scripted_logits(context)
@@ -412,7 +412,7 @@ async def test_bad_logits_fail_their_request_with_a_generic_text(caplog):
 
 
 async def test_model_info_and_load_are_told(stage):
-    """What the operator's tools and the tokenizer stage ask for."""
+    """As operators' tools and the tokenizer need them."""
     info = await stage.stub.GetModelInfo(pb.GetModelInfoRequest())
     load = await until_load(stage.stub)
 
@@ -421,7 +421,7 @@ async def test_model_info_and_load_are_told(stage):
 
 
 async def test_load_is_reported_as_often_as_asked_at_most(stage):
-    """However much changes meanwhile."""
+    """However much changes in the meantime."""
     interval = 0.1
     began = time.monotonic()
     watch = stage.stub.WatchLoad(pb.WatchLoadRequest(min_interval_milliseconds=100))
@@ -443,10 +443,10 @@ async def test_load_is_reported_as_often_as_asked_at_most(stage):
 
 
 async def test_a_call_that_has_just_come_is_not_reported_as_waiting(stage):
-    """It goes into a free slot at once; what is over by the next look was no load."""
+    """It gets a free slot at once, and a call that has ended by the next report does not count."""
     watch = stage.stub.WatchLoad(pb.WatchLoadRequest(min_interval_milliseconds=300))
     idle = await watch.read()
-    await asyncio.sleep(0.4)  # it is looked at again, and found as it was
+    await asyncio.sleep(0.4)  # the load is checked again and has not changed
     await stage.generate([5, 6, 7, 8], max_new_tokens=2)
 
     assert pb.WatchLoadResponse(free_slots=4) == idle
@@ -457,7 +457,7 @@ async def test_a_call_that_has_just_come_is_not_reported_as_waiting(stage):
 
 @pytest.mark.parametrize("milliseconds", [0, 9, 5001])
 async def test_load_is_not_reported_in_any_interval(stage, milliseconds):
-    """The field is named."""
+    """An interval out of range is refused, and the field is named."""
     request = pb.WatchLoadRequest(min_interval_milliseconds=milliseconds)
     code, message, _ = await _error(stage.stub.WatchLoad(request))
 
@@ -484,7 +484,7 @@ async def test_reflection_lists_the_service(stage):
 
 
 async def test_metrics_are_at_rest_and_add_up_after_any_traffic():
-    """Finished, stopped, cancelled and failed calls: nothing held, every nanosecond accounted."""
+    """After finished, cancelled and failed calls nothing is held, no nanosecond unaccounted."""
     stage = Stage(slots=3)
     stage.runner.fails = lambda slots: OSError("run") if len(stage.runner.plans) == 40 else None
     async with stage.running():
@@ -521,7 +521,7 @@ async def _drained(call):
 
 
 async def test_metrics_count_what_callers_got(stage):
-    """Tokens, cached tokens, first tokens and ends, by the names vLLM's users know."""
+    """Tokens, cached tokens, latencies and finish reasons, by names that vLLM's users know."""
     prompt = list(range(2, 22))
     for n in (1, 2):
         await stage.generate(prompt, n=n, max_new_tokens=5, ignore_eos=True)
@@ -537,8 +537,8 @@ async def test_metrics_count_what_callers_got(stage):
 
 
 async def test_phases_of_a_call_add_up(stage):
-    """Queue, prefill and decode are observed once for each finished call, and decode and prefill
-    are what the call took with its slot."""
+    """Queue, prefill and decode are observed once for each finished call; prefill and decode add up
+    to the inference time."""
     async with asyncio.TaskGroup() as group:
         for value in range(2, 12):
             group.create_task(stage.generate([value, 3], n=2, max_new_tokens=5, ignore_eos=True))
@@ -566,7 +566,7 @@ async def test_steps_are_counted_by_their_tokens(stage):
 
 
 async def test_cache_usage_counts_tokens(stage):
-    """Of four slots of 64 tokens, a running sequence fills as much as it has tokens, not a slot."""
+    """Of four slots of 64 tokens, a running sequence uses as much as it has tokens, not a slot."""
     stage.runner.delay = 0.1
     call = await stage.call(list(range(2, 34)), ignore_eos=True)
     await call.read()
@@ -577,7 +577,7 @@ async def test_cache_usage_counts_tokens(stage):
 
 
 async def test_refused_calls_are_counted_by_why():
-    """A full queue and a wrong field count as refused, from 0 on, and not as calls that ended."""
+    """Refusals by a full queue or for a wrong field start at 0 and do not count as calls."""
     stage = Stage(slots=1, requests=1)
     async with stage.running():
         assert 0 == stage.metric("trivium_engine_rejections_total", reason="queue_full")

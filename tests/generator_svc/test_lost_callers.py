@@ -1,4 +1,4 @@
-"""What callers hold of a generator that are gone without a word: frozen, or cut off."""
+"""Callers that vanish without closing the connection, frozen or cut off, keep no resources."""
 
 import asyncio
 import signal
@@ -28,7 +28,7 @@ asyncio.run(main())
 
 @pytest.mark.slow
 async def test_a_frozen_caller_keeps_no_slot():
-    """Its connection is open, and takes what is sent; that nobody is there shows within 20 s."""
+    """Its connection is open and accepts data; that no one is there is detected within 20 s."""
     stage = Stage(slot_length=100_000, logits=by_last_token)
     async with stage.running():
         stage.runner.delay = 0.02

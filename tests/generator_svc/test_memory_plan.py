@@ -1,4 +1,4 @@
-"""How many threads and slots the host allows, and what a model says about its own sampling."""
+"""How many threads and slots the host allows, and a model's own default sampling parameters."""
 
 import dataclasses
 from pathlib import Path
@@ -57,13 +57,13 @@ def no_settings_of_the_shell(monkeypatch):
 
 @pytest.fixture
 def light(tmp_path):
-    """A model whose weights take nothing."""
+    """A model whose weights take no memory."""
     return _with_files(_model(), tmp_path, 0)
 
 
 @pytest.fixture
 def heavy(tmp_path):
-    """A model with 100 MiB of weights, all of them holes, and 30 KiB for each token."""
+    """A model with 100 MiB of weights, in a sparse file, and 30 KiB of KV cache per token."""
     return _with_files(_model(context_length=8192), tmp_path, 100, num_layers=20, head_size=64)
 
 
@@ -78,7 +78,7 @@ def _with_files(model, folder, mib, **fields):
 @pytest.mark.parametrize(
     ("slots", "max_length", "cache_bytes", "expected"),
     [
-        (4, 4096, 10**8, (4, 96)),  # 100 rounded down to eights
+        (4, 4096, 10**8, (4, 96)),  # 100 rounded down to a multiple of 8
         (4, 50, 10**8, (4, 48)),
         (4, 16, 3 * 16 * TOKEN_BYTES, (3, 16)),
         (4, 16, 3 * 16 * TOKEN_BYTES - 1, (2, 16)),
@@ -86,7 +86,7 @@ def _with_files(model, folder, mib, **fields):
     ],
 )
 def test_slots_are_what_fits(light, slots, max_length, cache_bytes, expected):
-    """As many as asked for if memory holds them; lengths up to setting and context."""
+    """As many as requested, if they fit; lengths up to the setting and the context length."""
     settings = {"max_sequence_length": max_length, "kv_cache_bytes": cache_bytes}
     plan = _plan(light, 1000, slots=slots, **settings)
 
@@ -94,7 +94,7 @@ def test_slots_are_what_fits(light, slots, max_length, cache_bytes, expected):
 
 
 def test_half_the_element_size_is_twice_the_slots(light):
-    """The bytes of an element count, which are two on CUDA unless the model is fp32."""
+    """Elements have two bytes on CUDA unless the model is fp32, and four on the CPU."""
     settings = {"slots": 99, "max_sequence_length": 16, "kv_cache_bytes": 2 * 16 * TOKEN_BYTES}
     half = dataclasses.replace(light, precision="int4")
 
@@ -104,7 +104,7 @@ def test_half_the_element_size_is_twice_the_slots(light):
 
 
 def test_memory_for_less_than_one_slot_is_refused_with_the_numbers(light):
-    """The message says what a slot takes, what there is, and what to change."""
+    """The message says what a slot needs, what is available, and what to change."""
     with pytest.raises(MemoryPlanError) as caught:
         _plan(light, 1000, max_sequence_length=16, kv_cache_bytes=16 * TOKEN_BYTES - 1)
 
@@ -113,7 +113,7 @@ def test_memory_for_less_than_one_slot_is_refused_with_the_numbers(light):
 
 
 def test_a_context_below_the_granularity_is_refused(light):
-    """Not a division by zero."""
+    """It does not end in a division by zero."""
     with pytest.raises(MemoryPlanError, match="context"):
         _plan(dataclasses.replace(light, context_length=7), 1000)
 
@@ -123,7 +123,7 @@ def test_a_context_below_the_granularity_is_refused(light):
     [(1, 139, 1), (8, 139, 8), (64, 139, 16), (64, 2330, 36), (64, 8000, 64), (4, 8000, 4)],
 )
 def test_small_models_do_not_take_all_cores(cores, weight_mib, threads):
-    """Up to 16 always; beyond, a thread for each 64 MiB of weights."""
+    """Up to 16 threads in any case; beyond that, one for each 64 MiB of weights."""
 
     assert threads == plan_threads(cores, weight_mib * MIB)
 
@@ -132,7 +132,7 @@ SLOT = 2 * 20 * 3 * 64 * 4 * 4096  # 120 MiB
 
 
 def test_the_cache_takes_a_share_of_what_weights_leave(heavy):
-    """Weights and working memory come first; the rest of the plan is what one slot needs."""
+    """Weights and working memory come first; `needed_bytes` is those and one slot."""
     plan = _plan(heavy, 1000, kv_memory_share=0.5)
 
     assert 120 * MIB == SLOT == plan.slot_bytes
@@ -159,7 +159,7 @@ def test_one_slot_may_take_more_than_the_share(heavy):
 
 @pytest.mark.parametrize("settings", [{}, {"kv_cache_bytes": 0}])
 def test_sequences_are_shorter_where_memory_is_short(heavy, settings, caplog):
-    """As long as it holds them, with a warning, if nobody asked for a length."""
+    """As long as fits, with a warning, if no length was requested."""
     plan = _plan(heavy, 420, **settings)
 
     assert 1 == plan.slots
@@ -170,7 +170,7 @@ def test_sequences_are_shorter_where_memory_is_short(heavy, settings, caplog):
 
 @pytest.mark.parametrize("wanted", [{"max_sequence_length": 4096}, {"kv_cache_bytes": 10**9}])
 def test_too_little_memory_for_one_slot_is_refused(heavy, wanted):
-    """With what is needed, what there is, who says so, and what one can do; in one line."""
+    """One line says what is needed, what is free, where the limit comes from and what to do."""
     with pytest.raises(MemoryPlanError) as caught:
         _plan(heavy, 420, **wanted)
 
@@ -186,7 +186,7 @@ def test_too_little_memory_for_one_slot_is_refused(heavy, wanted):
 
 
 def test_shorter_sequences_are_no_advice_where_nothing_fits(heavy):
-    """The weights alone are too much: only memory helps, or smaller weights."""
+    """If the weights alone are too large, only more memory or smaller weights help."""
     with pytest.raises(MemoryPlanError) as caught:
         _plan(dataclasses.replace(heavy, precision="int4"), 120)
 
@@ -214,7 +214,7 @@ def test_smaller_weights_are_advised_where_they_fit(heavy, precision, free_mib, 
 
 @pytest.mark.parametrize(("precision", "grows"), [("int4", 20), ("int8", 11), ("fp32", 0)])
 def test_what_only_just_fits_is_warned_of(heavy, precision, grows, caplog):
-    """Quantised weights may take more memory than their file, and there is none to spare."""
+    """Quantised weights may take more memory than their file, and none is left."""
     model = dataclasses.replace(heavy, precision=precision)
     needed = _plan(model, 900).needed_bytes // MIB + 1
     _plan(model, needed + grows + 1)
@@ -226,7 +226,7 @@ def test_what_only_just_fits_is_warned_of(heavy, precision, grows, caplog):
 
 
 def test_a_cuda_device_keeps_what_is_not_the_share(heavy):
-    """Its own free memory counts: weights, and then a share of the rest for slots."""
+    """Of the device's free memory, weights come first, then slots get a share of the rest."""
     length = {"max_sequence_length": 4096}
     plan = _plan(heavy, 580, "cuda", kv_memory_share=0.5, **length)
     half = dataclasses.replace(heavy, precision="fp16")
@@ -242,7 +242,7 @@ def test_a_cuda_device_keeps_what_is_not_the_share(heavy):
 
 
 def test_a_cache_beyond_the_memory_is_warned_of(heavy, caplog):
-    """It is the operator's own word, and counts; the log says what may come of it."""
+    """The operator's setting is applied; the log says what the consequences may be."""
     small = _plan(heavy, 1000, kv_cache_bytes=250 * MIB).slots
     assert (2, []) == (small, caplog.messages)
 

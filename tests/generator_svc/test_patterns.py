@@ -1,4 +1,4 @@
-"""Patterns of JSON Schema: what they match in JavaScript is what a constraint lets through."""
+"""Patterns of JSON Schema: a constraint allows what they match in JavaScript."""
 
 import json
 import subprocess
@@ -75,13 +75,13 @@ def let_through(schema):
         text
         for text in TEXTS
         if accepts("json_schema", schema, json.dumps(text, ensure_ascii=False))
-        # What JSON has to escape by its number is never let through.
+        # What JSON has to escape by its code point is never allowed.
         or ("\ufeff" == text and accepts("json_schema", schema, f'"{text}"'))
     ]
 
 
 def test_a_pattern_is_javascripts():
-    """ECMA-262's, as JSON Schema says: digits are ASCII, a bracket in a class is one."""
+    """ECMA-262's, as JSON Schema says: digits are ASCII, and `[` in a class is a literal."""
     for pattern, expected in zip(SAME, javascript(SAME), strict=True):
         assert expected == let_through({"pattern": pattern}), pattern
         if pattern.startswith("^") and pattern.endswith("$") and "|" not in pattern:
@@ -90,7 +90,7 @@ def test_a_pattern_is_javascripts():
 
 
 def test_a_regex_has_the_same_classes():
-    """Digits and letters of other scripts are none, in and out of brackets."""
+    """Digits and letters of other scripts do not match, inside character classes or outside."""
     for pattern in (r"\d", r"[\d]", r"\w", r"[\w-]"):
         assert accepts("regex", pattern, "1")
         assert not accepts("regex", pattern, "٣")
@@ -101,7 +101,7 @@ def test_a_regex_has_the_same_classes():
 
 @pytest.mark.parametrize(("pattern", "wrong"), WIDER)
 def test_what_an_automaton_cannot_keep_is_left_out_of_a_pattern(pattern, wrong):
-    """All that matches still does, and the rest of the pattern holds; exactly it is refused."""
+    """All matches remain allowed and the rest is enforced; in a strict schema it is refused."""
     [expected] = javascript([pattern])
     wider = let_through({"pattern": pattern, "x-guidance": {"lenient": True}})
 

@@ -1,4 +1,4 @@
-"""What fits into a time is what was measured, place by place."""
+"""How many tokens fit into a time follows from measurements, by position in the prompt."""
 
 from generator_svc.prefill_cost import PrefillCostModel
 
@@ -14,7 +14,7 @@ def test_it_follows_what_it_sees():
 
 
 def test_places_have_speeds_of_their_own():
-    """Late tokens cost more; where nothing was seen, the last place before counts."""
+    """Late tokens cost more; if nothing was measured at a position, the last one before counts."""
     model = PrefillCostModel()
     model.observe(0, 128, 128_000)
     model.observe(2_048, 128, 256_000)
@@ -41,7 +41,7 @@ def test_a_few_tokens_tell_nothing():
 
 
 def test_something_always_fits():
-    """At least one tile, in whole tiles, so that every prompt ends."""
+    """At least one tile, in whole tiles, so that every prompt makes progress."""
     model = PrefillCostModel()
     model.observe(0, 512, 10**12)
 

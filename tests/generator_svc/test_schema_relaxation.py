@@ -1,4 +1,4 @@
-"""Lenient schemas: all that fits them is let through, and all that can be kept of them is kept."""
+"""Lenient schemas: all that fits is allowed, and all that can be enforced is enforced."""
 
 import json
 import random
@@ -20,7 +20,7 @@ LENIENT = {"x-guidance": {"lenient": True}}
 
 
 def kept(schema, kind="json_schema"):
-    """The text of what is kept of a schema."""
+    """The text of what is enforced of a schema."""
     return compilable_text(token_table(), kind, json.dumps(schema | LENIENT))
 
 
@@ -28,7 +28,7 @@ def kept(schema, kind="json_schema"):
     ("name", "schema", "right", "wrong"), SAMPLES, ids=lambda value: str(value)[:20]
 )
 def test_schemas_of_real_programs(name, schema, right, wrong):
-    """What fits is let through, and what does not fit for a reason that can be kept is not."""
+    """What fits is allowed; what violates a rule that can be enforced is not."""
     text = kept(schema)
     valid = jsonschema.Draft202012Validator(
         {"components": {"schemas": {"Owner": {}}}} | schema,
@@ -43,7 +43,7 @@ def test_schemas_of_real_programs(name, schema, right, wrong):
 
 
 def augmented(schema, draw):
-    """The schema with keywords that cannot be enforced, in places at random."""
+    """The schema with keywords that cannot be enforced, added in random places."""
     schema = json.loads(json.dumps(schema))
     nodes, rest = [], [schema]
     while rest:
@@ -53,7 +53,7 @@ def augmented(schema, draw):
             rest += [child for _, child in children(node)]
     for node in draw.sample(nodes, min(len(nodes), 3)):
         node |= draw.choice(EXTRAS)
-        if draw.random() < 0.3 and node is not schema:  # which has the definitions
+        if draw.random() < 0.3 and node is not schema:  # the root has the definitions
             whole = dict(node)
             node.clear()
             node["oneOf"] = [whole, {"type": "string", "maxLength": 1}, {"required": ["zz"]}]
@@ -61,7 +61,7 @@ def augmented(schema, draw):
 
 
 STEPS = [
-    # A schema, what it lets through when it is lenient, and what still not.
+    # A schema, what it allows when lenient, and what it still does not allow.
     ({"type": "array", "uniqueItems": True, "items": {"type": "integer"}}, [[1, 1]], [["a"], {}]),
     ({"type": "integer", "not": {"const": 3}, "minimum": 0}, [3], [-1]),
     ({"type": "array", "contains": {"const": 1}, "maxItems": 1}, [[2]], [[2, 2]]),
@@ -137,18 +137,18 @@ STEPS = [
 
 @pytest.mark.parametrize(("schema", "wider", "wrong"), STEPS, ids=lambda value: str(value)[:40])
 def test_one_keyword_goes_and_the_rest_stays(schema, wider, wrong):
-    """Where the schema must be exact it is refused."""
+    """A strict schema is refused."""
     text = kept(schema)
 
     assert all(accepts("json_schema", text, written(value)) for value in wider)
     assert not any(accepts("json_schema", text, written(value)) for value in wrong)
-    if schema.get("multipleOf") != 99991:  # exact, in a second
+    if schema.get("multipleOf") != 99991:  # this one can be enforced, in a second
         with pytest.raises(ConstraintError):
             compiled("json_schema", json.dumps(schema)).new_state().allowed()
 
 
 def test_lenient_schemas_in_lark_are_loosened_each_by_itself():
-    """One that may be loosened is, one that is not lenient stays or is refused."""
+    """A lenient one is relaxed, another one is left as it is or refused."""
     bad = {"type": "integer", "not": {"const": 1}}
     hard = {"type": "number", "multipleOf": 1e-20, "minimum": 0}
     lark = f'start: "a" %json {json.dumps(hard | LENIENT)} | "b" %json {json.dumps(bad | LENIENT)}'
@@ -161,7 +161,7 @@ def test_lenient_schemas_in_lark_are_loosened_each_by_itself():
 
 
 def test_a_tool_of_very_many_fields_is_an_object():
-    """More optional fields than a grammar may have at a place: they are not held to."""
+    """With more optional fields than a grammar may have, they are not enforced."""
     wide = {"type": "object", "properties": {f"p{i}": {"type": "null"} for i in range(200)}}
     text = compilable_text(token_table(), "lark", f"start: %json {json.dumps(wide | LENIENT)}")
 
@@ -170,7 +170,7 @@ def test_a_tool_of_very_many_fields_is_an_object():
 
 
 def test_the_page_names_what_is_dropped():
-    """Every keyword and format that the code knows of."""
+    """Every keyword and format that the code handles specially is on it."""
     page = " ".join(f"{row.keywords} {row.strict} {row.otherwise}" for row in SCHEMA_KEYWORDS)
 
     assert [] == [word for word in DROPPED | FORMATS if f"`{word}`" not in page]
@@ -179,7 +179,7 @@ def test_the_page_names_what_is_dropped():
 
 @pytest.mark.parametrize("name", sorted(FORMATS | {"password", "int64", "binary", "regex", "iri"}))
 def test_formats_are_those_that_can_be_kept(name):
-    """Neither one too few nor one too many."""
+    """No format is missing, and none is listed that cannot be enforced."""
     schema = {"type": "string", "format": name}
     try:
         compiled("json_schema", json.dumps(schema))
@@ -216,8 +216,8 @@ EXTRAS = [
 
 @pytest.mark.parametrize("part", range(4))
 def test_whatever_fits_is_let_through(part):
-    """Values that fit a schema by themselves, written as a random model writes them, in hundreds of
-    schemas that cannot be enforced; a validator tells which still fit."""
+    """For hundreds of schemas with added keywords that cannot be enforced, and a random model's
+    answers to the original schemas: those that a validator accepts are allowed."""
     outcomes = Counter()
     for seed in range(100 * part, 100 * part + 100):
         draw = random.Random(seed)

@@ -1,4 +1,4 @@
-"""The usage record of a call: one for each that the engine took, however it ended."""
+"""Usage records: one for each call that the engine accepted, however it ended."""
 
 import asyncio
 import json
@@ -25,15 +25,15 @@ async def stage(tmp_path):
 
 
 async def written(stage, folder, count):
-    """The records, once there are so many."""
+    """The records, once there are `count`."""
     async with asyncio.timeout(30):
-        while len(records_in(folder)) < count:  # noqa: ASYNC110 - a file tells nobody of a line
+        while len(records_in(folder)) < count:  # noqa: ASYNC110 - a file has no event
             await asyncio.sleep(0.01)
     return records_in(folder)
 
 
 async def call(stage, prompt, *metadata, **fields):
-    """A call that has sent its start, with metadata."""
+    """Starts a call with this metadata."""
     call = stage.stub.Generate(metadata=metadata)
     start = pb.StartGeneration(revision=REVISION, prompt_token_ids=prompt, **fields)
     await call.write(pb.GenerateRequest(start=start))
@@ -41,7 +41,7 @@ async def call(stage, prompt, *metadata, **fields):
 
 
 async def test_a_call_is_recorded_with_all_that_is_known_of_it(stage, tmp_path):
-    """Whose it was, what it took and when; a prompt that was seen before is partly cached."""
+    """Its key, cost and times; a prompt that was seen before is partly cached."""
     trace = "0af7651916cd43dd8448eb211c80319c"
     metadata = (
         ("x-request-id", "req_1"),
@@ -77,7 +77,7 @@ async def test_a_call_is_recorded_with_all_that_is_known_of_it(stage, tmp_path):
 
 
 async def test_a_report_says_what_became_of_the_tokens(stage, tmp_path):
-    """Its counts and reasons are those that the caller's caller was told."""
+    """The record has its counts and finish reasons, which are those that the client got."""
     answer = await call(stage, [5, 6], sends_report=True, n=2, **LONG)
     async for message in answer:
         if any(update.HasField("finished") for update in message.updates):
@@ -96,7 +96,7 @@ async def test_a_report_says_what_became_of_the_tokens(stage, tmp_path):
 
 
 async def test_calls_that_break_off_are_recorded_and_nothing_is_lost(stage, tmp_path):
-    """Left in the middle, left in the queue, failed: the records add up to the busy time."""
+    """Cancelled while running or queued: records and overhead add up to the busy time."""
     stage.runner.delay = 0.01
     left = [await call(stage, [2, 3, value], n=2, **LONG) for value in range(4, 10)]
     await anext(aiter(left[0]))
@@ -115,7 +115,7 @@ async def test_calls_that_break_off_are_recorded_and_nothing_is_lost(stage, tmp_
 
 
 async def test_a_call_that_takes_too_long_has_the_status_that_its_client_gets(stage, tmp_path):
-    """Its deadline is no client that left."""
+    """A deadline is not recorded as a client that disconnected."""
     stage.runner.delay = 0.05
     answer = await stage.call([5, 6], seconds=0.5, **LONG)
     with pytest.raises(grpc.aio.AioRpcError, match="DEADLINE_EXCEEDED"):
@@ -127,7 +127,7 @@ async def test_a_call_that_takes_too_long_has_the_status_that_its_client_gets(st
 
 
 async def test_what_still_runs_is_recorded_when_the_process_ends(tmp_path):
-    """With the time that it took until then."""
+    """With the device time that it took until then."""
     stage = Stage(usage_log=tmp_path)
     with pytest.raises(KeyboardInterrupt):
         async with stage.running():
@@ -143,7 +143,7 @@ async def test_what_still_runs_is_recorded_when_the_process_ends(tmp_path):
 
 
 async def test_refused_calls_have_no_record(stage, tmp_path):
-    """Another generator may take them."""
+    """Another generator may accept them."""
     for prompt in ([], [1] * 100):
         answer = await call(stage, prompt)
         with pytest.raises(Exception, match=r"prompt|context"):
@@ -155,7 +155,7 @@ async def test_refused_calls_have_no_record(stage, tmp_path):
 
 
 async def test_totals_by_key(stage, tmp_path):
-    """What the records say, added up, without a name where no key was asked for."""
+    """Metrics are the sums of the records; without a key, the name is empty."""
     for name in ("alice", "bob", "alice"):
         answer = await call(stage, [5, 6, 7], ("x-trivium-key-name", name), max_new_tokens=3)
         await answer.done_writing()
@@ -175,7 +175,7 @@ async def test_totals_by_key(stage, tmp_path):
 
 @pytest.mark.parametrize("name", ["a b", "x" * 65, 'a"b'])
 async def test_odd_names_of_keys_are_not_taken(stage, tmp_path, name):
-    """A record and a label hold nothing that a caller could break them with."""
+    """Callers cannot put anything into records and labels that breaks them."""
     answer = await call(stage, [5, 6], ("x-trivium-key-name", name), max_new_tokens=2)
     await answer.done_writing()
     async for _ in answer:

@@ -1,4 +1,4 @@
-"""A small tokenizer of real text, and models that write at random with it."""
+"""A small tokenizer of real text, and a random model that uses it."""
 
 import atexit
 import functools
@@ -12,7 +12,7 @@ import numpy as np
 
 from generator_svc.constraint.llguidance import CompiledConstraint, TokenTable, grammar_of
 
-EXTRA_IDS = 5  # the graph knows some ids more than the tokenizer, as graphs do
+EXTRA_IDS = 5  # graphs often have a few more ids than the tokenizer
 CORPUS = (
     '{"name": "value", "items": [1, 2, 3], "nothing": null, "yes": true, "no": false}\n'
     '{\n  "a": -1.5e10,\n  "b": [[], {}, ""],\n  "c": {"d": "2024-01-31T12:00:00Z"}\n}\n'
@@ -30,7 +30,7 @@ class TextTokens:
 
     @property
     def size(self) -> int:
-        """Tokens of the graph."""
+        """Vocabulary size of the graph."""
         return self.known + EXTRA_IDS
 
     @property
@@ -41,16 +41,16 @@ class TextTokens:
         return list(self.tokenizer.encode(text).ids)
 
     def decode(self, token_ids: list[int]) -> str:
-        """The text without control tokens; bytes that are no character make U+FFFD."""
+        """The text without control tokens; bytes that form no character become U+FFFD."""
         return str(self.tokenizer.decode(token_ids))
 
     @functools.cached_property
     def closers(self) -> list[int]:
-        """Tokens that end what is open in JSON."""
+        """Tokens that close strings, objects and arrays in JSON."""
         return [self.tokenizer.token_to_id(text) for text in '"}]']
 
     def random_logits(self, context: list[int]) -> Any:
-        """Noise that depends on the whole context, float32 [size]; it rather ends than goes on."""
+        """Noise that depends on the whole context, float32 [size]; endings are more likely."""
         draw = np.random.default_rng([len(context), *context])
         logits = (draw.normal(size=self.size) * 3).astype(np.float32)
         logits[self.closers] += 6
@@ -60,7 +60,7 @@ class TextTokens:
 
 @functools.cache
 def token_table() -> TokenTable:
-    """The same tokens as llguidance knows them."""
+    """The same tokens in llguidance's form."""
     tokens = text_tokens()
     return TokenTable(tokens.file, tokens.size, [tokens.eos])
 
@@ -71,7 +71,7 @@ def compiled(kind: str, text: str) -> CompiledConstraint:
 
 
 def accepts(kind: str, text: str, answer: str) -> bool:
-    """Whether an answer can be written token by token, and be over after that."""
+    """Whether an answer can be generated token by token and may end after that."""
     tokens = text_tokens()
     state = compiled(kind, text).new_state()
     for token_id in tokens.encode(answer):
@@ -83,7 +83,7 @@ def accepts(kind: str, text: str, answer: str) -> bool:
 
 @functools.cache
 def text_tokens() -> TextTokens:
-    """All 256 bytes and about 150 merges."""
+    """The tokenizer: all 256 bytes and about 150 merges."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
