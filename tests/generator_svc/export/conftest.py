@@ -1,4 +1,4 @@
-"""Running an exported graph as the engine does: slots of one buffer that is past and present."""
+"""Runs an exported graph as the engine does: past and present share one buffer of slots."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trivium.model_directory import ModelDirectory
 
 
 class Slots:
-    """A cache of [rows, kv heads, capacity, head size] per layer, bound to both sides."""
+    """A KV cache of [rows, kv heads, capacity, head size] per layer, bound as past and present."""
 
     def __init__(self, model: ModelDirectory, rows: int, capacity: int) -> None:
         options = ort.SessionOptions()
@@ -24,7 +24,7 @@ class Slots:
         )
         shape = (rows, model.num_kv_heads, capacity, model.head_size)
         self.cache = {
-            (layer, part): np.full(shape, 7.0, np.float32)  # what is not valid must not be read
+            (layer, part): np.full(shape, 7.0, np.float32)  # invalid positions must not be read
             for layer in range(model.num_layers)
             for part in ("key", "value")
         }
@@ -32,9 +32,9 @@ class Slots:
     def run(
         self, first: int, tokens: list[list[int]], lengths: list[int], width: int = 0
     ) -> np.ndarray:
-        """Feeds `tokens` to the rows from `first`; `lengths` count them in. [rows, vocabulary].
+        """Runs `tokens` in the rows from `first`; `lengths` include them. [rows, vocabulary].
 
-        The mask is as wide as the longest, or `width`.
+        The mask is as wide as the longest row, or `width`.
         """
         mask = np.arange(width or max(lengths))[None, :] < np.array(lengths)[:, None]
         binding = self.session.io_binding()
@@ -53,7 +53,7 @@ class Slots:
         return logits[:, 0].copy()
 
     def prefill(self, row: int, tokens: list[int], chunk: int | None = None) -> np.ndarray:
-        """Feeds a prompt to one row, in chunks if asked; logits [vocabulary] of its last token."""
+        """Prefills a row, in chunks if requested; logits [vocabulary] of the last token."""
         size = chunk or len(tokens)
         for start in range(0, len(tokens), size):
             part = tokens[start : start + size]

@@ -1,4 +1,4 @@
-"""What loads, what is translated, and what is refused with a reason."""
+"""Which checkpoints load, which settings are translated, and what is refused with a reason."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def changed(tmp_path: Path, **changes: object) -> Source:
 
 
 def test_rope_parameters_become_theta_and_scaling():
-    """The settings of transformers 5 move to where transformers 4 looks for them."""
+    """The settings of transformers 5 are moved to where transformers 4 looks for them."""
     new = {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}}
 
     assert translate_rope(new) == {
@@ -45,7 +45,7 @@ def test_default_rope_parameters_mean_no_scaling():
 
 
 def test_old_settings_are_left_alone():
-    """A configuration without the new name passes as it is."""
+    """A configuration without the new name is not changed."""
     old = {"rope_theta": 1e4, "rope_scaling": None}
 
     assert translate_rope(old) == old
@@ -119,7 +119,7 @@ def test_missing_weights_are_refused(tmp_path):
     ],
 )
 def test_weights_that_no_part_reads_are_refused(tmp_path, name, is_read):
-    """A layer without its bias talks nonsense. Frequencies, once saved too, are computed."""
+    """A layer without its bias gives nonsense. Saved rotary frequencies may be ignored."""
     source = changed(tmp_path)
     file = source.path / "model.safetensors"
     save_file(load_file(file) | {name: torch.ones(64)}, file, {"format": "pt"})
@@ -132,7 +132,7 @@ def test_weights_that_no_part_reads_are_refused(tmp_path, name, is_read):
 
 
 def test_yarn_makes_the_context_longer(tmp_path):
-    """Qwen's model cards tell to add rope_scaling alone, and promise 131,072 tokens."""
+    """Qwen's model cards say to add rope_scaling only, and promise 131,072 tokens."""
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 
     decoder = load_checkpoint(
@@ -159,7 +159,7 @@ def test_yarn_makes_the_context_longer(tmp_path):
     ],
 )
 def test_weights_of_another_kind_of_model_are_named(tmp_path, rename, told):
-    """Of a base model, saved without its head, or of one with eyes: as found, and as expected."""
+    """A base model without its head, or a vision model; found and expected names are shown."""
     source = changed(tmp_path)
     file = source.path / "model.safetensors"
     weights = {rename(name): weight for name, weight in load_file(file).items()}
@@ -170,7 +170,7 @@ def test_weights_of_another_kind_of_model_are_named(tmp_path, rename, told):
 
 
 def test_weights_of_whole_numbers_are_refused(tmp_path):
-    """They have scales somewhere, or mean nothing."""
+    """They need scales from somewhere, or mean nothing."""
     source = changed(tmp_path)
     file = source.path / "model.safetensors"
     weights = load_file(file)
@@ -184,7 +184,7 @@ def test_weights_of_whole_numbers_are_refused(tmp_path):
 
 
 def test_a_broken_gguf_is_refused(tmp_path):
-    """A file that is no GGUF gives one line, not a struct error."""
+    """A file that is not a GGUF file gives one line, not a struct error."""
     (tmp_path / "model.gguf").write_bytes(b"not a model" * 100)
 
     with pytest.raises(ExportError, match="not a readable GGUF file"):
@@ -192,7 +192,7 @@ def test_a_broken_gguf_is_refused(tmp_path):
 
 
 def test_a_gguf_without_an_architecture_is_refused(tmp_path):
-    """As where a byte of its name was changed."""
+    """Here a byte of the field's name was changed."""
     writer = GGUFWriter(tmp_path / "model.gguf", "llama")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -1,4 +1,4 @@
-"""The embedded default: a GGUF file that becomes a model with its own tokenizer and template."""
+"""The embedded model: a GGUF file becomes a model folder with its own tokenizer and template."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.embedded, pytest.mark.timeout(900)]
 
 @pytest.fixture(scope="module")
 def model() -> ModelDirectory:
-    """What serving takes, exported if it is not there."""
+    """The folder that is served by default, exported if it does not exist."""
     return load_model_directory(find_model(EMBEDDED_MODEL, "auto").folder)
 
 
@@ -27,7 +27,7 @@ def tokenizer(model) -> PreTrainedTokenizerFast:
 
 
 def test_it_answers(model, tokenizer, slots):
-    """Greedily, through template, tokenizer and graph."""
+    """With greedy decoding, through template, tokenizer and graph."""
     assert model.chat_template is not None
     template = Environment(autoescape=False).from_string(model.chat_template.read_text())
     messages = [{"role": "user", "content": "What is the capital of France?"}]
@@ -44,7 +44,7 @@ def test_it_answers(model, tokenizer, slots):
 
 
 def test_control_tokens_are_those_of_chatml(model, tokenizer):
-    """A turn ends with <|im_end|>, which the file names, or with the end of the text."""
+    """A turn ends with <|im_end|>, which the file names, or with <|endoftext|>."""
     assert tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]) == [1, 2]
     assert model.eos_token_ids == (2, 0)
     assert '"eos_token": "<|im_end|>"' in model.tokenizer_config.read_text()
@@ -58,7 +58,7 @@ def test_digits_are_split_and_nothing_is_added(tokenizer):
 
 
 def test_eight_bits_cost_little(model):
-    """The measured loss is in the manifest, and small."""
+    """The measured loss of quality is in the manifest, and small."""
     agreement = model.manifest["agreement"]
 
     assert agreement["mean_kl_divergence"] < 0.02
@@ -66,12 +66,12 @@ def test_eight_bits_cost_little(model):
 
 
 def test_sampling_defaults_are_written(model):
-    """A GGUF file brings none."""
+    """A GGUF file contains none."""
     assert model.generation_config["do_sample"] is False
 
 
 def test_prefill_in_chunks_is_bitwise_equal(model, slots):
-    """Any chunks of two tokens and more; a chunk of one takes another kernel in the attention."""
+    """With chunks of two or more tokens; attention uses another kernel for a single token."""
     tokens = [int(token) for token in np.random.default_rng(1).integers(20, 40_000, 115)]
 
     whole = slots(model).prefill(0, tokens)
@@ -81,7 +81,7 @@ def test_prefill_in_chunks_is_bitwise_equal(model, slots):
 
 
 def test_eight_bit_rows_reproduce_q8_0():
-    """Blocks whose largest magnitude is 127 steps come back exactly, as a GGUF embedding's do."""
+    """Blocks whose largest magnitude is 127 steps, as in GGUF embeddings, are restored exactly."""
     generator = np.random.default_rng(0)
     steps = generator.integers(-126, 127, (5, 3, 32)).astype(np.float32)
     steps[..., 7] = 127

@@ -1,7 +1,7 @@
-"""gpt-oss, exported, against transformers with float experts: what it computes, and its bits.
+"""gpt-oss exports compared with transformers and float experts: their logits, and their bits.
 
-Eight-bit experts are run with exact products here (`ORT_QMOE_CPU_QNBIT_GEMM`): by default ONNX
-Runtime's CPU kernel rounds what they read to eight bits too, which may choose other experts.
+Int8 experts are run with exact products here (`ORT_QMOE_CPU_QNBIT_GEMM`): by default ONNX Runtime's
+CPU kernel rounds their inputs to eight bits too, which may change which experts are chosen.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ FULL, HALF = ExportOptions("fp32"), ExportOptions("fp16", "cuda")
 
 
 def exported(folder: Path, source: Path, form: str, options=FULL) -> Path:
-    """A graph whose experts have this form, everything else as `options` say."""
+    """Exports a graph with experts in this form, and everything else according to `options`."""
     checkpoint = load_checkpoint(locate(str(source)))
     if options.is_half:
         checkpoint = scale_residual(checkpoint)
@@ -64,7 +64,7 @@ def exported(folder: Path, source: Path, form: str, options=FULL) -> Path:
 
 @pytest.fixture(scope="module")
 def model_with(tmp_path_factory):
-    """By form of the experts: a model directory that is float32 otherwise."""
+    """Makes a model directory with experts in the given form and everything else in float32."""
 
     @cache
     def make(form: str) -> ModelDirectory:
@@ -80,7 +80,7 @@ def exact_products(monkeypatch):
 
 
 def in_four_bits(model):
-    """The same model with what four bits make of its experts."""
+    """The same model with its experts rounded to four bits."""
     with torch.no_grad():
         for layer in model.model.layers:
             for name in PARTS:
@@ -103,7 +103,7 @@ def model_behind(form: str):
 
 
 def test_experts_from_the_files_are_those_of_transformers(prompt):
-    """Read one at a time, in MXFP4 or in bfloat16, they compute what transformers does."""
+    """Read one at a time, in MXFP4 or in bfloat16, they give the same logits."""
     tokens = prompt(60)
     expected = logits_of(reference_model(), tokens)
 
@@ -115,7 +115,7 @@ def test_experts_from_the_files_are_those_of_transformers(prompt):
 @pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize("form", ["float", "int8", "int4"])
 def test_prompts_and_chunks_equal_transformers(form, model_with, slots, prompt):
-    """Whole, one by one, and in chunks, several windows long."""
+    """Whole, token by token and in chunks, for a prompt several windows long."""
     tokens = prompt(90)
     expected = logits_of(model_behind(form), tokens)[-1]
 
@@ -155,7 +155,7 @@ def swapped_gate_and_up(graph):
 
 
 def changed(name: str, value: float | int | None):
-    """Another value of an attribute, or its default."""
+    """Changes an attribute to another value, or to its default."""
 
     def change(graph):
         nodes = [n for n in graph.node if any(a.name == name for a in n.attribute)]
@@ -185,7 +185,7 @@ def changed(name: str, value: float | int | None):
     ],
 )
 def test_every_peculiarity_shows(change, model_with, slots, prompt, tmp_path):
-    """A graph that lacks one of them is far off, so the tests above would notice."""
+    """Logits of a graph that lacks one of them are far off, so the tests above would notice."""
     model = onnx.load(model_with("float").graph)
     change(model.graph)
     onnx.save(model, tmp_path / "model.onnx")
@@ -216,7 +216,7 @@ E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 
 
 def test_cuda_gets_the_checkpoints_own_bits(for_cuda):
-    """Codes and scales, decoded, are the weights; those of down_proj are a 64th of them."""
+    """Decoded codes and scales equal the weights; for down_proj, 1/64 of them."""
     nodes, tensors = initializers(for_cuda)
     experts = [node for node in nodes if node.op_type == "QMoE"]
 
@@ -245,7 +245,7 @@ def test_cuda_gets_the_checkpoints_own_bits(for_cuda):
 
 @pytest.mark.parametrize("form", ["int8", "int4"])
 def test_what_runs_on_both_devices_has_no_private_layout(form, model_with):
-    """CUDA arranges raw weights itself when it loads them."""
+    """The CUDA provider arranges raw weights itself when it loads them."""
     nodes = onnx.load(model_with(form).graph).graph.node
     experts = [node for node in nodes if node.op_type == "QMoE"]
 
@@ -256,7 +256,7 @@ def test_what_runs_on_both_devices_has_no_private_layout(form, model_with):
 
 
 def test_the_manifest_says_what_was_compared(for_cuda):
-    """The CPU cannot run these experts: it compared the first layers, closely, and some bits."""
+    """The CPU cannot run these experts: only the first layers are compared, and some bits."""
     agreement = json.loads((for_cuda / "trivium_export.json").read_text())["agreement"]
 
     assert agreement["top1_agreement"] == 1.0
@@ -267,7 +267,7 @@ def test_the_manifest_says_what_was_compared(for_cuda):
 
 
 def test_packed_experts_that_differ_are_noticed(for_cuda, tmp_path):
-    """One wrong bit of one expert, and it is named."""
+    """If one bit is wrong, the expert is named."""
     folder = tmp_path / "copy"
     shutil.copytree(for_cuda, folder)
     graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
@@ -289,7 +289,7 @@ def test_packed_experts_that_differ_are_noticed(for_cuda, tmp_path):
 
 
 def test_the_folder_is_a_gpt_oss(for_cuda):
-    """onnxruntime-genai's name of the family; the end tokens of generation_config.json."""
+    """It has onnxruntime-genai's family name and the EOS tokens of generation_config.json."""
     config = json.loads((for_cuda / "genai_config.json").read_text())["model"]
     tokenizer = json.loads((for_cuda / "tokenizer.json").read_text())
     ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
@@ -319,7 +319,7 @@ def much_larger(tensors):
 
 
 def test_a_smaller_residual_changes_nothing(prompt):
-    """A power of two rounds nothing, so the logits have the same bits."""
+    """Scaling by a power of two rounds nothing, so the logits are bitwise the same."""
     tokens = prompt(60)
     source = locate(str(tiny_checkpoint("gpt-oss")))
     scaled = scale_residual(load_checkpoint(source))
@@ -330,7 +330,7 @@ def test_a_smaller_residual_changes_nothing(prompt):
 
 @pytest.mark.usefixtures("exact_products")
 def test_large_activations_fit_float16(tmp_path, prompt, monkeypatch):
-    """A residual stream beyond 65,504 is computed right, and without the smaller one is not."""
+    """A residual stream beyond 65,504 is computed correctly, but not if it is not scaled."""
     source = edited(tmp_path / "large", much_larger)
     tokens = prompt(40)
     expected = logits_of(in_transformers(source), tokens)
@@ -355,7 +355,7 @@ def test_large_activations_fit_float16(tmp_path, prompt, monkeypatch):
     [("w8a8", "cpu", "w8a8 does not support experts"), ("fp32", "cuda", "fp32 has no CUDA kernel")],
 )
 def test_what_experts_cannot_become_is_refused(precision, device, message, tmp_path, monkeypatch):
-    """One line, before any work is done, and nothing is left."""
+    """With one line, before any work is done, and nothing is left behind."""
     monkeypatch.setattr("generator_svc.export.options._multiplies_bytes_exactly", lambda: True)
     options = ExportOptions(precision, device)
 

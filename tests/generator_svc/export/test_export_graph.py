@@ -1,4 +1,4 @@
-"""The exported graph against two oracles: the checkpoint in PyTorch, and Optimum's own runtime."""
+"""The exported graph compared with the checkpoint in PyTorch and with Optimum's own runtime."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def pytorch(family: str) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(
             folder, config=AutoConfig.for_model(model_type, **config), dtype=torch.float32
         )
-    return model.float().eval()  # experts in MXFP4 come as bfloat16, which holds them exactly
+    return model.float().eval()  # MXFP4 experts are loaded as bfloat16, which is exact
 
 
 def reference(family: str, tokens: list[int]) -> np.ndarray:
@@ -59,7 +59,7 @@ def reference(family: str, tokens: list[int]) -> np.ndarray:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_that_leaves_its_weights_on_the_disk_says_the_same(family, prompt):
-    """It is what an export is verified against."""
+    """Exports are verified against that model."""
     tokens = prompt(90)
 
     with torch.inference_mode():
@@ -70,7 +70,7 @@ def test_a_model_that_leaves_its_weights_on_the_disk_says_the_same(family, promp
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prefill_equals_the_checkpoint(family, slots, prompt):
-    """One run over a prompt gives the checkpoint's logits at its last position."""
+    """Prefilling a prompt in one run gives the checkpoint's logits at the last position."""
     tokens = prompt(90)
 
     logits = slots(exported(family)).prefill(0, tokens)
@@ -80,7 +80,7 @@ def test_prefill_equals_the_checkpoint(family, slots, prompt):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_position_equals_the_checkpoint(family, prompt):
-    """Where those of all tokens are asked for, as to score a prompt."""
+    """If the logits of all tokens are requested, for instance to score a prompt."""
     tokens = prompt(90)
     runner = OrtRunner(exported(family), "cpu", 1, 128, threads=1)
 
@@ -93,7 +93,7 @@ def test_every_position_equals_the_checkpoint(family, prompt):
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_chunks_into_one_buffer_equal_the_checkpoint(family, chunk, slots, prompt):
-    """A prompt fed in pieces, past and present in one longer buffer, ends in the same logits."""
+    """A prompt in chunks, with past and present in one longer buffer, gives the same logits."""
     tokens = prompt(90)
 
     logits = slots(exported(family)).prefill(0, tokens, chunk)
@@ -118,7 +118,7 @@ def test_ragged_rows_decode_as_if_alone(family, slots, prompt):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prompts_may_be_padded_on_the_right(family, slots, prompt):
-    """Several in one run give the logits of each one's own last token, and so do those behind."""
+    """Each gets the logits of its own last token, and so do the tokens after them."""
     tokens = [prompt(length, seed=length) for length in (30, 5, 17)]
     running = slots(exported(family), rows=3)
     padded = [[*row, *[0] * (32 - len(row))] for row in tokens]
@@ -180,7 +180,7 @@ def test_greedy_tokens_equal_optimum(family, slots, prompt, tmp_path):
 
 @pytest.mark.parametrize("family", ["llama-llama3", "llama-yarn", "llama-linear"])
 def test_rope_scaling_matters(family, prompt):
-    """The checkpoints with rope scaling differ from those without, so a lost scaling would show."""
+    """Logits with rope scaling differ from those without, so a lost scaling would show."""
     tokens = prompt(90)
 
     assert not np.allclose(reference(family, tokens), reference("llama-untied", tokens), atol=0.1)
@@ -197,7 +197,7 @@ def test_rope_parameters_reach_the_tables():
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_few_operators_remain(family):
-    """Attention, norms and projections are single operators; nothing of the trace is left over."""
+    """Attention, norms and projections are single operators; nothing else of the trace remains."""
     import onnx
 
     graph = onnx.load(exported(family).graph, load_external_data=False)

@@ -1,4 +1,4 @@
-"""A checkpoint from a hub: what is fetched, resumed, taken from the cache, and what is told.
+"""A checkpoint from a hub: what is fetched, resumed and reused from the cache, and messages.
 
 huggingface_hub reads its settings when it is imported, so each download has its own process.
 """
@@ -48,7 +48,7 @@ def hub() -> Iterator[ModelHub]:
 
 
 class User:
-    """Somebody with a cache and an environment of their own."""
+    """A user with their own cache and environment."""
 
     def __init__(self, home: Path, hub: ModelHub) -> None:
         self.home = home
@@ -58,7 +58,7 @@ class User:
             "HF_ENDPOINT": hub.url,
             "NO_PROXY": "127.0.0.1",
             "TRANSFORMERS_OFFLINE": "",
-            "TQDM_POSITION": "-1",  # huggingface_hub shows bars although this is no terminal
+            "TQDM_POSITION": "-1",  # makes huggingface_hub show bars without a terminal
         }
 
     def start(self, *command: str, **environment: str) -> subprocess.Popen[str]:
@@ -72,7 +72,7 @@ class User:
         )
 
     def locate(self, source: str, before: str = "", **environment: str) -> tuple[str, list[str]]:
-        """Kind and path, or what is told on standard error; and the progress."""
+        """Kind and path, or the error message, and the progress lines."""
         process = self.start("-c", LOCATE, source, before, **environment)
         output, errors = process.communicate(timeout=300)
         lines = output.splitlines()
@@ -90,7 +90,7 @@ def user(tmp_path: Path, hub: ModelHub) -> User:
 
 
 def files(*names: str, **content: bytes) -> dict[str, bytes | Path]:
-    """A repository's files, small and without a meaning, but for those with their own content."""
+    """A repository's files with meaningless content, except for those given in `content`."""
     own = {"config.json": b'{"model_type": "llama"}'}
     return {**{name: own.get(name, name.encode()) for name in names}, **content}
 
@@ -102,7 +102,7 @@ def in_shards() -> dict[str, bytes | Path]:
 
 
 def test_fetches_what_is_read_and_nothing_else(hub: ModelHub, user: User) -> None:
-    """No other formats, no copies in folders, no shard that the index does not name."""
+    """No other formats, no copies in subfolders, no shards that the index does not name."""
     hub.models["acme/tiny"] = {
         "main": in_shards()
         | files(
@@ -132,7 +132,7 @@ def test_fetches_what_is_read_and_nothing_else(hub: ModelHub, user: User) -> Non
 
 
 def test_a_tokenizer_without_tokenizer_json(hub: ModelHub, user: User) -> None:
-    """Then the files that it is made from come too."""
+    """Then the files from which it can be built are fetched too."""
     names = ("config.json", "model.safetensors", "tokenizer.model", "vocab.json", "merges.txt")
     hub.models["acme/slow"] = {"main": files(*names, "README.md")}
     user.locate("acme/slow")
@@ -156,7 +156,7 @@ def test_a_cut_connection_is_resumed(hub: ModelHub, user: User) -> None:
 
 
 def test_a_connection_that_brings_nothing(hub: ModelHub, user: User) -> None:
-    """Then one is told, and the next run goes on from there."""
+    """The user is told, and the next run resumes from there."""
     content = os.urandom(2 * CHUNK)
     hub.models["acme/large"] = {"main": files(*SMALL) | {"model.safetensors": content}}
     hub.cuts["model.safetensors"] = [CHUNK, 0]
@@ -170,13 +170,13 @@ def test_a_connection_that_brings_nothing(hub: ModelHub, user: User) -> None:
 
 
 def test_ctrl_c_and_again(hub: ModelHub, user: User, tmp_path: Path) -> None:
-    """The process ends without waiting for a shard, and the next one fetches what it has not."""
+    """The process ends without waiting for a shard, and the next one fetches only the rest."""
     content = os.urandom(3 * CHUNK)
     hub.models["acme/large"] = {"main": files(*SMALL) | {"model.safetensors": content}}
     hub.stalls["model.safetensors"] = [CHUNK]
     out = tmp_path / "models" / "large"
     command = ("-m", "trivium.cli", "export", "acme/large", "--out", str(out))
-    process = user.start(*command, HF_HUB_DOWNLOAD_TIMEOUT="120")  # no new try before the signal
+    process = user.start(*command, HF_HUB_DOWNLOAD_TIMEOUT="120")  # no retry before the signal
     try:
         wait_for_partial(user, CHUNK)
         process.send_signal(signal.SIGINT)
@@ -197,7 +197,7 @@ def test_ctrl_c_and_again(hub: ModelHub, user: User, tmp_path: Path) -> None:
 
 
 def wait_for_partial(user: User, size: int) -> None:
-    """Until a file is there in part, with `size` bytes."""
+    """Waits for a partial file of `size` bytes."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         if any(path.stat().st_size == size for path in user.home.rglob("*.incomplete")):
@@ -207,7 +207,7 @@ def wait_for_partial(user: User, size: int) -> None:
 
 
 def test_a_partial_file_that_holds_something_else(hub: ModelHub, user: User) -> None:
-    """Its digest tells: it is said, removed, and fetched by the next run."""
+    """Its digest is wrong: it is reported, removed, and fetched again by the next run."""
     hub.models["acme/tiny"] = {"main": files(*SMALL, "model.safetensors")}
     found, _ = user.locate("acme/tiny")
     path = Path(found.split()[1]) / "model.safetensors"
@@ -224,7 +224,7 @@ def test_a_partial_file_that_holds_something_else(hub: ModelHub, user: User) -> 
 
 @pytest.mark.parametrize("where", ["variable", "file"])
 def test_the_token_goes_to_the_hub_alone(hub: ModelHub, user: User, where: str) -> None:
-    """From HF_TOKEN or the file of `hf auth login`; not to where the hub redirects."""
+    """From HF_TOKEN or the file of `hf auth login`; it is not sent to where the hub redirects."""
     hub.models["acme/gated"] = {"main": files(*SMALL, "model.safetensors")}
     hub.gated, hub.tokens = {"acme/gated": "hf_secret"}, {"hf_secret"}
     environment = {"HF_TOKEN": "hf_secret"} if where == "variable" else {}
@@ -239,7 +239,7 @@ def test_the_token_goes_to_the_hub_alone(hub: ModelHub, user: User, where: str) 
 
 
 def test_offline_from_the_cache(hub: ModelHub, user: User) -> None:
-    """What is whole in the cache is taken without a request; so it is if the hub is down."""
+    """A complete cache entry is used without a request, and also if the hub is down."""
     hub.models["acme/tiny"] = {"main": in_shards()}
     found, _ = user.locate("acme/tiny")
     hub.requests.clear()
@@ -254,7 +254,7 @@ def test_offline_from_the_cache(hub: ModelHub, user: User) -> None:
 
 
 def test_what_is_there_is_not_fetched_again(hub: ModelHub, user: User) -> None:
-    """One question, which commit it is and what belongs to it; no file."""
+    """There is one request, for the commit and its list of files, and none for a file."""
     hub.models["acme/tiny"] = {"main": in_shards()}
     found, _ = user.locate("acme/tiny")
     hub.requests.clear()
@@ -265,7 +265,7 @@ def test_what_is_there_is_not_fetched_again(hub: ModelHub, user: User) -> None:
 
 
 def test_offline_and_not_whole(hub: ModelHub, user: User) -> None:
-    """What the cache lacks is named."""
+    """The message names what the cache lacks."""
     hub.models["acme/tiny"] = {"main": in_shards()}
     absent, _ = user.locate("acme/tiny", HF_HUB_OFFLINE="1")
     found, _ = user.locate("acme/tiny")
@@ -311,7 +311,7 @@ def test_offline_and_not_whole(hub: ModelHub, user: User) -> None:
 def test_says_what_is_missing(
     hub: ModelHub, user: User, source: str, environment: dict[str, str], told: str
 ) -> None:
-    """One line that begins with what was asked for."""
+    """In one line that begins with the source."""
     tiny = in_shards()
     index = {INDEX: tiny[INDEX]}
     hub.models = {
@@ -347,7 +347,7 @@ def test_says_what_is_missing(
 def test_a_hub_that_answers_otherwise(
     hub: ModelHub, user: User, status: HTTPStatus, told: str
 ) -> None:
-    """The status is told, and what it may mean."""
+    """The message has the status and what it may mean."""
     hub.status = status
     said, _ = user.locate("acme/tiny")
 
@@ -365,7 +365,7 @@ def test_a_hub_that_answers_otherwise(
     ],
 )
 def test_a_gguf_file_is_chosen(hub: ModelHub, user: User, source: str, file: str) -> None:
-    """By its name or its quantisation; alone where it is the only one; nothing else is fetched."""
+    """By name, by quantisation, or because it is the only one; nothing else is fetched."""
     hub.models = {
         "acme/quants": {"main": files("config.json", "q-Q4_K_M.gguf", "large/q-Q8_0.gguf")},
         "acme/one": {"main": files("one.gguf", "README.md", "config.json")},
@@ -398,7 +398,7 @@ def test_a_gguf_file_is_chosen(hub: ModelHub, user: User, source: str, file: str
 def test_what_cannot_be_exported_is_not_fetched(
     hub: ModelHub, user: User, config: dict[str, object], told: str
 ) -> None:
-    """Its config.json says so, which comes first."""
+    """Because config.json is fetched first, and says so."""
     own = {"config.json": json.dumps(config).encode()}
     hub.models["acme/other"] = {"main": in_shards() | own}
     said, _ = user.locate("acme/other")
@@ -421,7 +421,7 @@ def test_a_revision(hub: ModelHub, user: User) -> None:
 
 
 def test_a_disk_without_room(hub: ModelHub, user: User) -> None:
-    """Told before anything large is fetched; and when a write fails after all."""
+    """It is reported before anything large is fetched, or when a write fails."""
     content = bytes(2 * CHUNK)
     hub.models["acme/large"] = {"main": files(*SMALL) | {"model.safetensors": content}}
     small = "shutil.disk_usage = lambda folder: shutil._ntuple_diskusage(0, 0, 10**7)"
@@ -436,7 +436,7 @@ def test_a_disk_without_room(hub: ModelHub, user: User) -> None:
 
 
 def test_export_from_the_hub(hub: ModelHub, user: User, tmp_path: Path) -> None:
-    """A real checkpoint in two shards becomes a model folder; the bytes are shown."""
+    """A real checkpoint in two shards becomes a model folder; progress is shown in bytes."""
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     for path in tiny_checkpoint("qwen2").iterdir():
@@ -463,7 +463,7 @@ def test_export_from_the_hub(hub: ModelHub, user: User, tmp_path: Path) -> None:
 
 
 def test_export_as_one_types_it(hub: ModelHub, user: User, tmp_path: Path) -> None:
-    """`trivium export owner/name`: first refused in one line, then, with a token, made."""
+    """`trivium export owner/name`: refused in one line without a token, exported with one."""
     hub.add("acme/gated", tiny_checkpoint("llama"))
     hub.gated, hub.tokens = {"acme/gated": "hf_secret"}, {"hf_secret"}
     out = tmp_path / "gated"

@@ -1,4 +1,4 @@
-"""Precision w8a8: products of bytes, whose scales depend on no other request."""
+"""Precision w8a8: integer products with scales that do not depend on other requests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOKENS = [int(token) for token in np.random.default_rng(3).integers(3, 400, 300)
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_smoothing_changes_nothing_but_rounding(family):
-    """Norms, biases and shared value heads included: the model says what it said."""
+    """The model's logits stay the same, also with biases and shared value heads."""
     model = load_checkpoint(locate(str(tiny_checkpoint(family)))).model
     tokens = torch.tensor([TOKENS[:64]])
     with torch.inference_mode():
@@ -38,7 +38,7 @@ def test_smoothing_changes_nothing_but_rounding(family):
 
 
 def test_ranges_after_smoothing_are_those_of_the_smoothed_model():
-    """What is known of activations follows them."""
+    """The ranges of activations are updated together with them."""
     model = load_checkpoint(locate(str(tiny_checkpoint("qwen2")))).model
     ranges = calibrate(model, TOKENS)
     smooth(model, ranges)
@@ -48,7 +48,7 @@ def test_ranges_after_smoothing_are_those_of_the_smoothed_model():
 
 
 def test_smoothing_evens_the_channels_out():
-    """The largest of an input's channels stands out less, which is what 8 bits need."""
+    """An input's largest channel stands out less, as is needed for 8 bits."""
     model = load_checkpoint(locate(str(tiny_checkpoint("llama")))).model
     with torch.no_grad():
         model.model.layers[0].input_layernorm.weight[5] = 40.0
@@ -62,7 +62,7 @@ def test_smoothing_evens_the_channels_out():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_stays_close_to_the_checkpoint(family):
-    """The manifest says what bytes cost, and that is little."""
+    """The loss of quality is in the manifest, and small."""
     model = load_model_directory(tiny_model_directory(family, "w8a8"))
 
     assert "w8a8" == model.precision
@@ -72,7 +72,7 @@ def test_it_stays_close_to_the_checkpoint(family):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_products_are_of_integers(family):
-    """All but the MLP's last, which has a scale for each row and block, and the head."""
+    """All but the MLP's down projection, which has a scale per row and block, and the head."""
     graph = onnx.load(load_model_directory(tiny_model_directory(family, "w8a8")).graph).graph
     kinds = {node.name: node.op_type for node in graph.node}
     qkv = "qkv_proj" if family == "llama" else "q_proj"
@@ -86,7 +86,7 @@ def test_products_are_of_integers(family):
 
 
 def test_a_processor_that_saturates_is_refused(monkeypatch):
-    """Nothing is exported or loaded that would give other numbers than were measured."""
+    """Nothing is exported or loaded that would not give the numbers that were measured."""
     folder = tiny_model_directory("llama", "w8a8")
     monkeypatch.setattr(device, "multiplies_bytes_exactly", lambda: False)
     monkeypatch.setattr("generator_svc.run.runner.multiplies_bytes_exactly", lambda: False)
@@ -99,7 +99,7 @@ def test_a_processor_that_saturates_is_refused(monkeypatch):
 
 
 def test_it_is_for_the_cpu():
-    """Said before any work is done, and at loading before the device is asked."""
+    """Other devices are refused before any work is done, and at loading before they are used."""
     with pytest.raises(ExportError, match="for cpu"):
         ExportOptions("w8a8", "cuda")
     with pytest.raises(DeviceError, match="CPU only"):
@@ -107,7 +107,7 @@ def test_it_is_for_the_cpu():
 
 
 def test_equal_bits_however_it_is_run(slots):
-    """Chunks, batch mates and the place in the batch change nothing."""
+    """Chunking, the rest of the batch and the row do not change a bit."""
     cache = slots(load_model_directory(tiny_model_directory("llama", "w8a8")), rows=4)
     prompts = [TOKENS[:40], TOKENS[50:90], TOKENS[100:140]]
     whole = [cache.prefill(row, prompt).tolist() for row, prompt in enumerate(prompts)]

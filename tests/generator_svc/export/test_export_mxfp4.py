@@ -1,4 +1,4 @@
-"""MXFP4 weights and what they become, against transformers and ONNX Runtime's own packer."""
+"""Conversions of MXFP4 weights, compared with transformers and ONNX Runtime's own packer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXPERTS, ROWS, COLUMNS = 3, 64, 128
 
 @pytest.fixture(scope="module")
 def weights():
-    """Random blocks [experts, rows, blocks, 16], every code among them, and scales."""
+    """Random blocks [experts, rows, blocks, 16], with every code among them, and scales."""
     random = np.random.default_rng(5)
     blocks = random.integers(0, 256, (EXPERTS, ROWS, COLUMNS // 32, 16), dtype=np.uint8)
     scales = random.integers(104, 143, blocks.shape[:-1], dtype=np.uint8)
@@ -36,14 +36,14 @@ def in_transformers(blocks, scales):
 
 
 def test_floats_are_those_of_transformers(weights):
-    """Bit for bit, signs of zeros included."""
+    """Bitwise, including signs of zeros."""
     expected = in_transformers(*weights)
 
     np.testing.assert_array_equal(bits(expected), bits(mxfp4.as_float(*weights)))
 
 
 def test_eight_bits_lose_nothing(weights):
-    """Whole numbers times half the scale, which float16 holds too, are the same values."""
+    """Integers times half the scale, which is exact in float16, give the same values."""
     quantized, scales = mxfp4.as_int8(*weights)
 
     assert (np.uint8, np.float32) == (quantized.dtype, scales.dtype)
@@ -53,7 +53,7 @@ def test_eight_bits_lose_nothing(weights):
 
 
 def test_four_bit_floats_are_packed_as_onnx_runtime_packs_them(weights):
-    """Byte for byte the layout of its own packer for CUDA."""
+    """The layout is byte for byte that of its own packer for CUDA."""
     blocks, _ = weights
     packed = mxfp4.as_fp4(blocks)
 
@@ -92,7 +92,7 @@ def test_exponents_that_float16_cannot_hold_are_refused(weights, byte, exponent)
 
 @pytest.mark.parametrize("byte", [103, 142])
 def test_the_ends_of_float16_are_exact(byte):
-    """The outermost scales that are allowed are float16 numbers."""
+    """The smallest and the largest allowed scale are exact in float16."""
     scale = np.float32(2.0) ** (byte - 127)
 
     assert byte in mxfp4.FLOAT16_EXPONENTS

@@ -1,4 +1,4 @@
-"""A graph too large to be loaded whole is verified in pieces, with the same numbers."""
+"""A graph that is too large to load at once is verified in pieces, with the same results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.tiny_models import tiny_checkpoint, tiny_model_directory
 
 @pytest.mark.parametrize("family", ["llama", "llama-untied", "gpt-oss"])
 def test_every_layer_by_itself_gives_the_same_logits(family, prompt, monkeypatch):
-    """What all layers read, such as the lengths of the rows, is there for each of them."""
+    """What all layers read, such as the rows' lengths, is available to each of them."""
     decoder = load_checkpoint(locate(str(tiny_checkpoint(family)))).decoder
     graph = tiny_model_directory(family) / "model.onnx"
     whole = verify.GraphRunner(graph, decoder)

@@ -1,4 +1,4 @@
-"""A model folder appears whole or not at all, whoever else is at work and whenever it is killed."""
+"""A model folder appears complete or not at all, even with concurrent or killed exports."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def leftovers(folder: Path) -> list[str]:
 
 
 def test_progress_only_moves_forward(source, tmp_path):
-    """The callback gets named steps, one after the other, and the bytes of some of them."""
+    """The callback gets named steps in order, some of them with bytes."""
     seen: list[tuple[str, int, int | None]] = []
 
     def show(step: str, done: int = 0, total: int | None = None) -> None:
@@ -52,7 +52,7 @@ def test_progress_only_moves_forward(source, tmp_path):
 
 
 def test_the_long_steps_count_bytes(source, tmp_path):
-    """Whatever reads all weights says how many are done, up to all of them."""
+    """Steps that read all weights report how many bytes are done, up to all of them."""
     seen: dict[str, list[tuple[int, int | None]]] = {}
 
     def show(step: str, done: int = 0, total: int | None = None) -> None:
@@ -69,7 +69,7 @@ def test_the_long_steps_count_bytes(source, tmp_path):
 
 
 class Broken(Exception):
-    """What a step ends in."""
+    """Raised by a step that fails."""
 
 
 def fail_at(wanted: str) -> Progress:
@@ -82,7 +82,7 @@ def fail_at(wanted: str) -> Progress:
 
 @pytest.mark.parametrize("step", ["tracing", "writing the weights", "computing digests"])
 def test_a_failure_leaves_all_as_it_was(source, tmp_path, step):
-    """Whichever step fails: no folder where none was, and the former one where it was to go."""
+    """Whichever step fails, no folder is made, or the one to be replaced stays."""
     with pytest.raises(Broken):
         export_model(source, tmp_path / "m", FP32, fail_at(step))
 
@@ -99,7 +99,7 @@ def test_a_failure_leaves_all_as_it_was(source, tmp_path, step):
 
 @pytest.mark.parametrize("manifest", [None, "", "[]", "{}", '{"exporter_ver'])
 def test_what_is_no_export_is_never_replaced(source, tmp_path, manifest):
-    """Not even by force: a slip of --out would cost somebody's files. It is told at once."""
+    """Not even with --force, as a wrong --out would delete other files. It is refused at once."""
     mine = tmp_path / "m"
     mine.mkdir()
     (mine / "mine").touch()
@@ -117,7 +117,7 @@ def test_what_is_no_export_is_never_replaced(source, tmp_path, manifest):
 
 
 def test_a_file_is_never_replaced(source, tmp_path):
-    """Nor is what is no folder at all."""
+    """Not even with --force."""
     (tmp_path / "m").write_text("mine")
 
     with pytest.raises(ExportError, match="already exists and is not an export"):
@@ -128,7 +128,7 @@ def test_a_file_is_never_replaced(source, tmp_path):
 
 @pytest.mark.parametrize("is_there", [False, True])
 def test_an_empty_folder_is_filled(source, tmp_path, is_there):
-    """With --force as without it: nothing is lost."""
+    """With --force too, as nothing is lost."""
     if is_there:
         (tmp_path / "m").mkdir()
 
@@ -137,7 +137,7 @@ def test_an_empty_folder_is_filled(source, tmp_path, is_there):
 
 
 def test_a_folder_that_was_about_to_be_replaced_comes_back(source, tmp_path):
-    """As when the power fails between the two renames of --force."""
+    """As after a power failure between the two renames of --force."""
     moved = tmp_path / ".m.partial" / "replaced"
     moved.mkdir(parents=True)
     (moved / "mine").touch()
@@ -150,7 +150,7 @@ def test_a_folder_that_was_about_to_be_replaced_comes_back(source, tmp_path):
 
 
 def test_the_shortest_context_is_exported(tmp_path):
-    """Down to the least that is not refused, there is enough to verify the export by."""
+    """Even the smallest context that is accepted is enough to verify the export."""
     folder = tmp_path / "checkpoint"
     shutil.copytree(tiny_checkpoint("llama"), folder)
     config = json.loads((folder / "config.json").read_text())
@@ -163,7 +163,7 @@ def test_the_shortest_context_is_exported(tmp_path):
 
 
 def test_a_checkpoint_that_never_ends_is_refused_at_once(tmp_path):
-    """Without an end-of-sequence token no answer would end. Told before the long steps."""
+    """Without an end-of-sequence token no answer would end. Refused before the long steps."""
     folder = tmp_path / "checkpoint"
     shutil.copytree(tiny_checkpoint("llama"), folder)
     (folder / "generation_config.json").unlink()
@@ -191,7 +191,7 @@ def test_a_checkpoint_that_never_ends_is_refused_at_once(tmp_path):
     ],
 )
 def test_defaults_that_cannot_be_served_are_refused_at_once(tmp_path, settings, told):
-    """Not in a traceback after the long steps, nor when the folder is served."""
+    """Not with a traceback after the long steps, nor only when the folder is served."""
     folder = tmp_path / "checkpoint"
     shutil.copytree(tiny_checkpoint("llama"), folder)
     (folder / "generation_config.json").write_text(json.dumps(settings))
@@ -201,7 +201,7 @@ def test_defaults_that_cannot_be_served_are_refused_at_once(tmp_path, settings, 
 
 
 def test_an_end_token_may_stand_in_the_configuration_alone(tmp_path):
-    """A null in generation_config.json says nothing."""
+    """A null in generation_config.json counts as absent."""
     folder = tmp_path / "checkpoint"
     shutil.copytree(tiny_checkpoint("llama"), folder)
     (folder / "generation_config.json").write_text('{"eos_token_id": null}')
@@ -212,7 +212,7 @@ def test_an_end_token_may_stand_in_the_configuration_alone(tmp_path):
 
 
 def test_the_tokenizer_of_another_model_is_refused_at_once(tmp_path):
-    """Its tokens have no embedding."""
+    """Some of its tokens have no embedding."""
     folder = tmp_path / "checkpoint"
     shutil.copytree(tiny_checkpoint("llama"), folder)
     weights = load_file(folder / "model.safetensors")
@@ -227,7 +227,7 @@ def test_the_tokenizer_of_another_model_is_refused_at_once(tmp_path):
 
 
 def test_activations_that_float16_cannot_hold_are_told(tmp_path):
-    """As bfloat16 checkpoints may have them. Every answer would be noise."""
+    """Some bfloat16 checkpoints have such activations; every answer would be noise."""
     folder = tmp_path / "checkpoint"
     shutil.copytree(tiny_checkpoint("llama"), folder)
     weights = load_file(folder / "model.safetensors")
@@ -242,7 +242,7 @@ def test_activations_that_float16_cannot_hold_are_told(tmp_path):
 
 
 def test_a_killed_export_leaves_no_folder_and_the_next_one_works(source, tmp_path):
-    """kill -9 in the middle: nothing under the final name, and the remains are swept."""
+    """After kill -9 nothing has the final name, and the next export removes what is left."""
     command = [sys.executable, "-m", "generator_svc.export", source, "--precision", "fp32"]
     process = subprocess.Popen(
         [*command, "--out", str(tmp_path / "m")], stderr=subprocess.PIPE, text=True
@@ -263,7 +263,7 @@ def test_a_killed_export_leaves_no_folder_and_the_next_one_works(source, tmp_pat
 
 
 def test_exporters_to_one_place_wait_for_each_other(source, tmp_path):
-    """Of two at once one does the work and both return the same good folder."""
+    """Of two concurrent exports, one does the work and both return the same valid folder."""
     steps: list[str] = []
 
     def work() -> None:
@@ -281,7 +281,7 @@ def test_exporters_to_one_place_wait_for_each_other(source, tmp_path):
 
 
 def test_an_existing_folder_is_kept_or_refused(source, tmp_path, monkeypatch):
-    """Same source and options: kept, or renewed when broken or old. Others are refused."""
+    """For the same source and options, kept, or renewed if broken or old. Others are refused."""
     folder = export_model(source, tmp_path / "m", FP32)
     made = (folder / "model.onnx").stat().st_mtime_ns
 
@@ -305,7 +305,7 @@ def test_an_existing_folder_is_kept_or_refused(source, tmp_path, monkeypatch):
 
 
 def test_a_changed_checkpoint_is_exported_anew(source, tmp_path):
-    """As after more training: the same command makes the new one; a removed one is still served."""
+    """After more training, the same command exports again; without the checkpoint, it is kept."""
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(source, checkpoint)
     folder = export_model(str(checkpoint), tmp_path / "m", FP32)
@@ -324,7 +324,7 @@ def test_a_changed_checkpoint_is_exported_anew(source, tmp_path):
 
 
 def test_the_folder_has_the_layout_of_the_model_builder():
-    """The file that onnxruntime-genai reads names every tensor and every size."""
+    """The file that onnxruntime-genai reads has all tensor names and sizes."""
     folder = tiny_model_directory("qwen2")
     model = json.loads((folder / "genai_config.json").read_text())["model"]
 
@@ -338,13 +338,13 @@ def test_the_folder_has_the_layout_of_the_model_builder():
     assert {"input_ids", "attention_mask"} == {
         value.name for value in session.get_inputs() if "past_key_values" not in value.name
     }
-    assert 1 == session.get_outputs()[0].shape[1]  # by that it knows to expect the last token's
+    assert 1 == session.get_outputs()[0].shape[1]  # tells it to expect the last token's logits only
     names = {path.name for path in folder.iterdir()}
     assert names >= {"config.json", "generation_config.json", "chat_template.jinja"}
 
 
 def test_the_command_explains_itself(tmp_path):
-    """A wrong source is one line on stderr and exit code 1."""
+    """A wrong source gives one line on stderr and exit status 1."""
     done = subprocess.run(
         [sys.executable, "-m", "generator_svc.export", "nothing", "--out", str(tmp_path / "m")],
         capture_output=True,
@@ -357,7 +357,7 @@ def test_the_command_explains_itself(tmp_path):
 
 
 def test_an_empty_folder_may_be_filled(source, tmp_path):
-    """As one made by hand may be."""
+    """Such as one that was created by hand."""
     (tmp_path / "m").mkdir()
 
     assert load_model_directory(export_model(source, tmp_path / "m", FP32)).num_layers == 3
@@ -365,7 +365,7 @@ def test_an_empty_folder_may_be_filled(source, tmp_path):
 
 @pytest.mark.parametrize("is_there", [False, True])
 def test_a_link_to_a_folder_stays_one(source, tmp_path, is_there):
-    """As one to a larger disk: what it leads to is made, and by --force replaced."""
+    """Such as one to a larger disk: its target is created, or with --force replaced."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "m").symlink_to(tmp_path / "disk" / "m")
     if is_there:
@@ -379,7 +379,7 @@ def test_a_link_to_a_folder_stays_one(source, tmp_path, is_there):
 
 
 def test_the_place_of_a_volume_is_refused_at_once(source, tmp_path, monkeypatch):
-    """It cannot be renamed, so a folder cannot appear there whole."""
+    """A mount point cannot be renamed, so no folder can appear there atomically."""
     monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
 
     with pytest.raises(ExportError, match="is a mount point: choose a folder inside it"):
@@ -387,7 +387,7 @@ def test_the_place_of_a_volume_is_refused_at_once(source, tmp_path, monkeypatch)
 
 
 def exported_by_command(source: str, out: Path) -> str:
-    """What the command says."""
+    """The command's stderr."""
     command = [sys.executable, "-m", "generator_svc.export", source, "--precision", "fp32"]
     done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, check=True)
     return done.stderr

@@ -16,7 +16,7 @@ from trivium.model_directory import load_model_directory
 
 
 def test_eight_bits_stay_close(slots, prompt):
-    """Eight-bit weights keep the distribution of the full-precision graph."""
+    """Logits with int8 weights stay close to those of the full-precision graph."""
     tokens = prompt(60)
     exact, rounded = (
         slots(load_model_directory(tiny_model_directory("llama", precision))).prefill(0, tokens)
@@ -28,7 +28,7 @@ def test_eight_bits_stay_close(slots, prompt):
 
 @pytest.mark.parametrize(("precision", "least"), [("int8", 0.8), ("int4", 0.3)])
 def test_agreement_is_in_the_manifest(precision, least):
-    """What quantisation cost is written into the folder."""
+    """The loss of quality by quantisation is written into the folder."""
     manifest = load_model_directory(tiny_model_directory("llama", precision)).manifest
 
     assert manifest["agreement"]["top1_agreement"] >= least
@@ -38,7 +38,7 @@ def test_agreement_is_in_the_manifest(precision, least):
 
 @pytest.mark.parametrize(("family", "precision"), [("llama", "int8"), ("qwen2", "int4")])
 def test_a_tied_embedding_reads_the_quantised_head(family, precision):
-    """No float copy of the vocabulary is left, and node names are those of the modules."""
+    """No float copy of the embedding is left, and nodes are named after the modules."""
     graph = onnx.load(load_model_directory(tiny_model_directory(family, precision)).graph).graph
     nodes = {node.name: node for node in graph.node}
 
@@ -51,7 +51,7 @@ def test_a_tied_embedding_reads_the_quantised_head(family, precision):
 
 @pytest.mark.parametrize(("precision", "least"), [("fp16", 0.95), ("int8", 0.8), ("int4", 0.3)])
 def test_cuda_gets_half_precision_throughout(precision, least, tmp_path):
-    """For CUDA the cache and the activations are float16 and only the logits are float32."""
+    """For CUDA, KV cache and activations are float16; only the logits are float32."""
     options = ExportOptions(precision, "cuda")
 
     folder = export_model(str(tiny_checkpoint("llama")), tmp_path / "m", options)
@@ -67,8 +67,8 @@ def test_cuda_gets_half_precision_throughout(precision, least, tmp_path):
 
 @pytest.mark.parametrize(("precision", "bits"), [("int8", 8), ("int4", 4)])
 def test_cuda_gets_symmetric_blocks(precision, bits, tmp_path):
-    """What the quickest kernels there want: no zero points, and scales in float16. The manifest
-    says so, and the CPU's export has zero points as before."""
+    """As the fastest kernels there need: no zero points, and scales in float16. The manifest says
+    so; exports for the CPU have zero points."""
     folder = export_model(
         str(tiny_checkpoint("llama-untied")), tmp_path / "m", ExportOptions(precision, "cuda")
     )
@@ -89,8 +89,8 @@ def test_cuda_gets_symmetric_blocks(precision, bits, tmp_path):
 
 
 def test_four_bits_for_cuda_heed_the_activations(tmp_path, monkeypatch):
-    """Columns that meet large activations are rounded with more care than those that do not, in
-    every layer, so the distribution stays closer."""
+    """Columns with large activations are rounded more carefully than others, in every layer, so the
+    output distribution stays closer."""
     checkpoint = tmp_path / "uneven"
     shutil.copytree(tiny_checkpoint("qwen2"), checkpoint)
     tensors = load_file(checkpoint / "model.safetensors")

@@ -1,4 +1,4 @@
-"""What an export shows on a terminal, and where there is none."""
+"""What an export shows on a terminal, and without one."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from generator_svc.export.progress_bar import Steps
 
 
 class Broken(Exception):
-    """What a step ends in."""
+    """Raised by a step that fails."""
 
 
 def shown(*, fails: bool, is_terminal: bool) -> list[str]:
-    """All lines that are written for two steps, of which the first counts bytes."""
+    """All lines that are written for two steps, the first of which counts bytes."""
     output = io.StringIO()
     console = Console(file=output, force_terminal=is_terminal, width=100, color_system=None)
     try:
@@ -36,7 +36,7 @@ def last(lines: list[str], step: str) -> str:
 
 
 def test_steps_and_bytes_on_a_terminal() -> None:
-    """Steps that are done are ticked, the last one too; those that count bytes say how many."""
+    """Finished steps are ticked, the last one too; steps that count bytes show how many."""
     lines = shown(fails=False, is_terminal=True)
     weights, digests = last(lines, "writing the weights"), last(lines, "computing digests")
 
@@ -47,7 +47,7 @@ def test_steps_and_bytes_on_a_terminal() -> None:
 
 
 def test_a_step_that_failed_is_not_ticked() -> None:
-    """It stays as far as it came."""
+    """It keeps showing how far it got."""
     weights = last(shown(fails=True, is_terminal=True), "writing the weights")
 
     assert "✓" not in weights
@@ -56,7 +56,7 @@ def test_a_step_that_failed_is_not_ticked() -> None:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_line_for_each_step_elsewhere(fails: bool) -> None:
-    """Without escape sequences, and not one for each byte."""
+    """Without escape sequences, and not a line for each update."""
     steps = ["writing the weights", *(["computing digests"] if not fails else [])]
 
     assert steps == shown(fails=fails, is_terminal=False)

@@ -1,4 +1,4 @@
-"""What a source may be, and what one is told where it lacks something."""
+"""What a source may be, and the messages if something is missing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def folder(path: Path, *names: str, **shards: str) -> Path:
-    """With empty files, and an index of `shards` (tensor → file) where there are any."""
+    """A folder with empty files, and an index of `shards` (tensor → file) if there are any."""
     path.mkdir(parents=True)
     for name in names:
         (path / name).touch()
@@ -24,7 +24,7 @@ def folder(path: Path, *names: str, **shards: str) -> Path:
 
 
 def refusal(source: str | Path) -> str:
-    """The one line that is told."""
+    """The message, a single line."""
     with pytest.raises(ExportError) as error:
         locate(str(source))
     assert 1 == len(str(error.value).splitlines())
@@ -32,7 +32,7 @@ def refusal(source: str | Path) -> str:
 
 
 def test_folders_and_files(tmp_path: Path) -> None:
-    """Safetensors in one file or in shards; one GGUF file, beside a config.json or not."""
+    """Safetensors in one file or in shards; one GGUF file, as a folder or by its path."""
     single = folder(tmp_path / "single", "config.json", "model.safetensors", "x.gguf")
     sharded = folder(tmp_path / "sharded", "config.json", "1.safetensors", a="1.safetensors")
     gguf = folder(tmp_path / "gguf", "config.json", "x.gguf")
@@ -61,7 +61,7 @@ def test_folders_and_files(tmp_path: Path) -> None:
 def test_a_folder_that_lacks_something(
     tmp_path: Path, names: list[str], shards: dict[str, str], told: str
 ) -> None:
-    """The folder is named, and what it lacks, or what it has instead."""
+    """The message names the folder and what is missing, or what it has instead."""
     said = refusal(folder(tmp_path / "checkpoint", *names, **shards))
 
     assert said.startswith(f"{tmp_path / 'checkpoint'}: ")
@@ -78,7 +78,7 @@ def test_a_folder_that_lacks_something(
     ],
 )
 def test_a_file_that_is_no_checkpoint(tmp_path: Path, name: str, told: str) -> None:
-    """One is told what to name instead."""
+    """The message says what to pass instead."""
     file = folder(tmp_path / "checkpoint", "config.json", name) / name
 
     assert told.format(folder=file.parent) in refusal(file)
@@ -107,7 +107,7 @@ def test_a_file_that_is_no_checkpoint(tmp_path: Path, name: str, told: str) -> N
 def test_a_misspelt_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, told: str
 ) -> None:
-    """What is not there is named with the folder that lacks it; the hub is not asked."""
+    """The message names what is missing and in which folder; no request is made to the hub."""
     folder(tmp_path / "models" / "llama")
     here = folder(tmp_path / "here")
     monkeypatch.chdir(here)

@@ -10,14 +10,14 @@ import pytest
 from tests.tiny_models import tiny_checkpoint
 
 ROOT = Path(__file__).parents[3]
-# As large as a file may get in the export's process: the kernel refuses the write beyond.
+# Limits the size of files in the export's process: the kernel refuses larger writes.
 WITH_FILE_LIMIT = """
 import resource, runpy, sys
 limit = int(sys.argv.pop(1))
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 runpy.run_module("generator_svc.export", run_name="__main__", alter_sys=True)
 """
-# A file system of so many bytes, which its process alone sees.
+# A file system of this size, visible to its process only.
 ON_SMALL_DISK = """
 import os, subprocess, sys
 size, folder, *command = sys.argv[1:]
@@ -28,7 +28,7 @@ sys.exit(status)
 """
 
 
-# Promises room that is not there, as when somebody else fills the disk meanwhile.
+# Reports free space that does not exist, as when another process fills the disk meanwhile.
 WITH_FALSE_PROMISE = """
 import collections, runpy, shutil
 usage = collections.namedtuple("usage", "total used free")
@@ -66,7 +66,7 @@ def leftovers(folder: Path) -> list[str]:
     [pytest.param(1000, marks=SLOW), pytest.param(100_000, marks=SLOW), 500_000],
 )
 def test_a_write_that_is_refused(source: str, tmp_path: Path, limit: int) -> None:
-    """At whichever step: the tokenizer, the trace or the weights."""
+    """At any step: the tokenizer, the trace or the weights."""
     out = tmp_path / "models" / "m"
     options = (source, "--out", str(out), "--precision", "fp32")
     status, _, words = ended("-c", WITH_FILE_LIMIT, str(limit), *options)
@@ -89,9 +89,9 @@ def test_a_write_that_is_refused(source: str, tmp_path: Path, limit: int) -> Non
 def test_a_disk_that_is_full(
     source: str, tmp_path: Path, size: str, script: tuple[str, str]
 ) -> None:
-    """The same, on a real file system without room; where one may be mounted.
+    """The same on a real file system without space, where mounting is allowed.
 
-    The last one is full in the midst of the weights.
+    In the last case the disk is full in the middle of the weights.
     """
     isolated = ("unshare", "--map-root-user", "--mount")
     if subprocess.run([*isolated, "true"], capture_output=True, check=False).returncode:
@@ -112,7 +112,7 @@ def test_a_disk_that_is_full(
 
 @pytest.mark.parametrize("command", [("generator_svc.export",), ("trivium.cli", "export")])
 def test_a_folder_that_cannot_be_written(source: str, command: tuple[str, ...]) -> None:
-    """Not even by root, as a volume that is mounted to be read."""
+    """Not even by root, like a volume that is mounted read-only."""
     options = (source, "--out", "/sys/trivium/m", "--precision", "fp32")
     status, _, words = ended("-m", *command, *options)
 
@@ -122,7 +122,7 @@ def test_a_folder_that_cannot_be_written(source: str, command: tuple[str, ...]) 
 
 
 def test_a_cache_that_cannot_be_written() -> None:
-    """`trivium up` wants to export the embedded model into it, and cannot."""
+    """`trivium up` cannot export the embedded model into it."""
     status, _, words = ended("-m", "trivium.cli", "up", TRIVIUM_CACHE="/sys/trivium")
 
     assert 1 == status

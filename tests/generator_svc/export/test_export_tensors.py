@@ -58,7 +58,7 @@ def two_shards(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_floats_are_read_as_float32(tmp_path, dtype):
-    """Each type of floats becomes what PyTorch makes of it, bit for bit, NaN and infinity too."""
+    """Each float type is converted as by PyTorch, bit for bit, including subnormal numbers."""
     special = [0.0, -0.0, 1e-40, 65504.0]
     values = torch.cat([torch.tensor(special).double(), torch.randn(60).double()])
     save_file({"weight": values.reshape(8, 8).to(dtype)}, tmp_path / "model.safetensors")
@@ -73,7 +73,7 @@ def test_floats_are_read_as_float32(tmp_path, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_weights_that_are_no_numbers_are_refused(tmp_path, dtype, value):
-    """As a training that diverged leaves them: every answer would be noise."""
+    """As after training that diverged: every answer would be noise."""
     good, bad = torch.full((4, 8), 60000.0), torch.zeros(4, 8)
     bad[3, 7] = value
     save_file({"good": good.to(dtype), "bad": bad.to(dtype)}, tmp_path / "model.safetensors")
@@ -86,7 +86,7 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path, dtype, value):
 
 
 def test_the_largest_weights_are_numbers(tmp_path):
-    """Although their sum is not."""
+    """Although their sum overflows."""
     largest = torch.full((4, 8), torch.finfo(torch.float32).max)
     save_file({"weight": largest}, tmp_path / "model.safetensors")
 
@@ -95,7 +95,7 @@ def test_the_largest_weights_are_numbers(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int64])
 def test_integers_are_read_as_they_are(tmp_path, dtype):
-    """Packed weights and their scales are bytes, which nothing may convert."""
+    """Packed weights and their scales are bytes that must not be converted."""
     values = torch.arange(-60, 60).to(dtype).reshape(2, 3, 4, 5)
     save_file({"blocks": values}, tmp_path / "model.safetensors")
 
@@ -108,7 +108,7 @@ def test_integers_are_read_as_they_are(tmp_path, dtype):
 
 
 def test_tensors_of_all_shards_are_one_checkpoint(two_shards):
-    """Names and shapes come from every shard, and each tensor knows its file."""
+    """Names and shapes come from all shards, and each tensor knows its file."""
     tensors = open_safetensors(two_shards)
 
     shapes = {name: tensors.shape(name) for name in tensors.names()}
@@ -119,7 +119,7 @@ def test_tensors_of_all_shards_are_one_checkpoint(two_shards):
 
 
 def check_slices(tensors: Tensors, name: str, expected: np.ndarray) -> bool:
-    """Each slice is equal to that of the whole tensor, and is the caller's to write to."""
+    """Each slice equals that of the whole tensor, and the caller may write to it."""
     rows = len(expected)
     for start in range(0, rows, 1 + rows // 20):
         for stop in (start + 1, (start + 1 + rows) // 2, rows, None):
@@ -130,7 +130,7 @@ def check_slices(tensors: Tensors, name: str, expected: np.ndarray) -> bool:
 
 
 def test_small_checkpoints_are_kept_in_memory(two_shards):
-    """A checkpoint that takes less than 1 GiB is read from the disk once."""
+    """A checkpoint of less than 1 GiB is read from disk once."""
     tensors = open_tensors(Source("test", "folder", two_shards))
     tensors.read("embed", 3, 4)
     for file in two_shards.iterdir():
@@ -184,7 +184,7 @@ def damage(path: Path, change: Callable[[bytes], bytes]) -> None:
     ],
 )
 def test_a_bad_folder_is_refused_before_anything_is_read(two_shards, change, message):
-    """One line names the file, and the tensor where it is one."""
+    """One line names the file, and the tensor if one is the reason."""
     change(two_shards)
 
     with pytest.raises(ExportError, match=message) as caught:
@@ -195,7 +195,7 @@ def test_a_bad_folder_is_refused_before_anything_is_read(two_shards, change, mes
 
 
 def test_an_unknown_tensor_is_named(two_shards):
-    """What the caller looks for stands in the message, and where it was looked for."""
+    """The message has the tensor's name and the file that was searched."""
     tensors = open_safetensors(two_shards)
 
     for use in (tensors.shape, tensors.read, tensors.file):
@@ -204,7 +204,7 @@ def test_an_unknown_tensor_is_named(two_shards):
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_noticed(tmp_path):
-    """No rows are made up when the disk gives fewer bytes than the header promised."""
+    """No rows are made up if the file has fewer bytes than the header promised."""
     file = tmp_path / "model.safetensors"
     save_file({"weight": random_tensor(8, 8)}, file)
     tensors = open_safetensors(tmp_path)
@@ -236,7 +236,7 @@ print(rows, peak() - before)
 
 
 def read_all(path: Path) -> tuple[int, int]:
-    """Reads a checkpoint in slices in a process of its own: rows, bytes by which it grew."""
+    """Reads a checkpoint in slices in another process; its rows, and bytes of memory growth."""
     command = [sys.executable, "-c", READ_ALL, str(path)]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     rows, grown = output.split()
@@ -258,7 +258,7 @@ def test_reading_gives_the_memory_back(tmp_path):
     assert grown < 200 * 10**6
 
 
-# Of a Llama: two layers, rows of 256 so that blocks of all quantisations fit.
+# Two layers, and rows of 256 so that blocks of all quantisations fit.
 GGUF_SHAPE = {
     "vocab_size": 300,
     "hidden_size": 256,
@@ -272,16 +272,16 @@ GGUF_FAMILIES = {
     "llama": {"tie_word_embeddings": True},
     "mistral": {"tie_word_embeddings": False},
     "qwen2": {"tie_word_embeddings": False},
-    # transformers takes 128 for this family, whatever the file says.
+    # transformers uses 128 for this family, whatever the file says.
     "qwen3": {"tie_word_embeddings": True, "head_dim": 128},
 }
-# Those that the package can write; of the others only the bytes are random.
+# Types that the gguf package can write; for the others, random bytes are used.
 QUANTISED = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4")
 RANDOM_BLOCKS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "IQ2_XXS", "IQ1_M")
 
 
 def encode(values: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
-    """Blocks of `kind`; the scales of random ones are finite, whatever their place is."""
+    """Blocks of `kind`; scales in random blocks are finite, wherever they are."""
     if kind.name in QUANTISED:
         return gguf.quantize(values, kind)
     shape = gguf.quant_shape_to_byte_shape(values.shape, kind)
@@ -289,18 +289,18 @@ def encode(values: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
 
 
 def permute(values: np.ndarray, heads: int) -> np.ndarray:
-    """Rows as llama.cpp writes those of Llama's queries and keys."""
+    """Permutes rows as llama.cpp does for Llama's queries and keys."""
     halves = values.reshape(heads, 2, -1, *values.shape[1:])
     return halves.swapaxes(1, 2).reshape(values.shape)
 
 
 def random_weights(family: str, **settings: Any) -> tuple[Any, dict[str, np.ndarray]]:
-    """The configuration and the weights of a model of `family`, as a checkpoint has them."""
+    """Configuration and weights of a model of `family`, as in a checkpoint."""
     config = AutoConfig.for_model(family, **GGUF_SHAPE | GGUF_FAMILIES[family] | settings)
     weights = AutoModelForCausalLM.from_config(config).state_dict()
     if config.tie_word_embeddings:
         del weights["lm_head.weight"]
-    # Norms are ones and biases zeros in a fresh model, which would show no order.
+    # In a new model norms are ones and biases zeros, which would not show a wrong order.
     random = np.random.default_rng(0)
     return config, {
         name: random.standard_normal(tensor.shape, np.float32) for name, tensor in weights.items()
@@ -308,7 +308,7 @@ def random_weights(family: str, **settings: Any) -> tuple[Any, dict[str, np.ndar
 
 
 def write_gguf(path: Path, family: str = "llama", kind: str = "F32", **changes: Any) -> Path:
-    """A random model of `family` with its matrices in `kind`, as llama.cpp's converter has it."""
+    """A random model of `family`, its matrices in `kind`, as llama.cpp's converter writes it."""
     config, weights = random_weights(family, **changes.get("settings", {}))
     architecture = "llama" if family == "mistral" else family
     arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
@@ -374,7 +374,7 @@ def check_equal(tensors: Tensors, expected: Mapping[str, np.ndarray]) -> None:
     ],
 )
 def test_gguf_weights_are_those_that_transformers_loads(tmp_path, family, kind):
-    """Names, shapes and each bit of each weight, and every slice of a matrix with heads."""
+    """Names, shapes and every bit of every weight are equal; slices too, with and without heads."""
     path = write_gguf(tmp_path / "model.gguf", family, kind)
 
     tensors, expected = open_gguf(path), loaded_by_transformers(path)
@@ -386,14 +386,14 @@ def test_gguf_weights_are_those_that_transformers_loads(tmp_path, family, kind):
 
 @pytest.mark.slow
 def test_the_embedded_model_is_what_transformers_loads():
-    """The file that everybody's first export reads."""
+    """The file that the default export reads."""
     source = locate(EMBEDDED_MODEL)
 
     check_equal(open_tensors(source), loaded_by_transformers(source.path))
 
 
 def test_what_llama_cpp_permuted_is_put_back(tmp_path):
-    """Rows of queries and keys, and their biases, come out as they were before the conversion."""
+    """Rows of queries and keys, and their biases, are as they were before the conversion."""
     settings = {"attention_bias": True}
     path = write_gguf(tmp_path / "model.gguf", settings=settings)
     _, weights = random_weights("llama", **settings)
@@ -406,7 +406,7 @@ def test_what_llama_cpp_permuted_is_put_back(tmp_path):
 
 
 def test_the_rope_scaling_of_llama_3_1_is_read_from_a_gguf_file(tmp_path):
-    """It stands there as divisors of the frequencies alone, which transformers ignores."""
+    """There it is only stored as divisors of the frequencies, which transformers ignores."""
     config, _ = random_weights("llama")
     plain = LlamaRotaryEmbedding(config).inv_freq
     config.rope_scaling = LLAMA3_SCALING | {"original_max_position_embeddings": 64}
@@ -423,7 +423,7 @@ def test_the_rope_scaling_of_llama_3_1_is_read_from_a_gguf_file(tmp_path):
 
 @pytest.mark.parametrize("count", [1, 3, 64])
 def test_divisors_of_another_head_size_are_refused(tmp_path, count):
-    """One line names the tensor, its size and the one that it should have."""
+    """One line names the tensor, its shape and the expected shape."""
     path = write_gguf(tmp_path / "model.gguf", rope_freqs=np.ones(count, np.float32))
 
     with pytest.raises(ExportError) as caught:
@@ -455,7 +455,7 @@ ONE_TENSOR = (np.zeros((4, 32), np.float32), GGMLQuantizationType.F32)
     ],
 )
 def test_a_gguf_file_of_another_kind_is_refused(tmp_path, changes, message):
-    """One line names the file and what it is that is not known."""
+    """One line names the file and what is not supported."""
     path = write_gguf(tmp_path / "model.gguf", **changes)
 
     with pytest.raises(ExportError, match=message) as caught:
@@ -477,7 +477,7 @@ def test_a_gguf_file_of_another_kind_is_refused(tmp_path, changes, message):
     ],
 )
 def test_a_damaged_gguf_file_is_refused_before_anything_is_read(tmp_path, change):
-    """Whatever is missing of the file, the message is one line and names it."""
+    """Whatever part is missing, the message is one line and names the file."""
     path = write_gguf(tmp_path / "model.gguf")
     damage(path, change)
 

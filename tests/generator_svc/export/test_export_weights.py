@@ -1,4 +1,4 @@
-"""Quantised slices of rows, against ONNX Runtime's own quantisers and its kernels."""
+"""Quantised slices of rows, compared with ONNX Runtime's own quantisers and kernels."""
 
 import numpy as np
 import onnxruntime
@@ -25,7 +25,7 @@ def heavy_tailed(shape):
 
 
 def mixed(shape):
-    """Scales of rows from 1e-6 to 1e6, a row of zeros, a constant one, and one of each sign."""
+    """Rows scaled from 1e-6 to 1e6, one of zeros, one constant, one positive, one negative."""
     rows = normal(shape) * np.logspace(-6, 6, shape[0], dtype=np.float32)[:, None]
     rows[0] = 0
     rows[1] = -0.3
@@ -60,7 +60,7 @@ EXTREMES = {
 
 
 def by_input(rows):
-    """With mean squares of the product's input, which differ from column to column."""
+    """Quantises with mean squares of the product's input, which differ by column."""
     return int4.quantize_symmetric(rows, True, input_squares(rows.shape[1]))
 
 
@@ -116,7 +116,7 @@ def run(proto, x):
 
 
 def by_onnx_runtime(weight, config):
-    """What its quantiser makes of a product with the weight [n, K]: packed, scales, zero points."""
+    """ONNX Runtime's quantiser on a product with weight [n, K]: packed, scales, zero points."""
     rows, columns = weight.shape
     node = helper.make_node("MatMul", ["x", "w"], ["y"], name="product")
     proto = model([node], {"w": np.ascontiguousarray(weight.T)}, columns, rows)
@@ -128,14 +128,14 @@ def by_onnx_runtime(weight, config):
 
 
 def importance(weight):
-    """How much the error of each weight counts, in float64 blocks [blocks, 32], padded."""
+    """How much each weight's error counts, in float64 blocks [blocks, 32], padded."""
     blocks = np.pad(weight.astype(np.float64), ((0, 0), (0, -weight.shape[1] % BLOCK)))
     blocks = blocks.reshape(-1, BLOCK)
     return np.abs(blocks) + np.sqrt((blocks**2).mean(1, keepdims=True))
 
 
 def weighted_error(weight, got):
-    """The weighted squares of errors of each block."""
+    """The weighted sum of squared errors of each block."""
     padding = ((0, 0), (0, -weight.shape[1] % BLOCK))
     error = np.pad(weight.astype(np.float64) - got, padding).reshape(-1, BLOCK)
     return (importance(weight) * error**2).sum(1)
@@ -144,7 +144,7 @@ def weighted_error(weight, got):
 @pytest.mark.parametrize("weight", WEIGHTS.values(), ids=WEIGHTS)
 @pytest.mark.parametrize("quantize", QUANTIZERS.values(), ids=QUANTIZERS)
 def test_slices_give_what_the_whole_gives(quantize, weight):
-    """Bit for bit, wherever the cuts are."""
+    """Bit for bit, wherever the weight is split."""
     whole = quantize(weight)
 
     slices = [quantize(weight[start:stop]) for start, stop in ((0, 1), (1, 8), (8, 24))]
@@ -155,7 +155,7 @@ def test_slices_give_what_the_whole_gives(quantize, weight):
 
 @pytest.mark.parametrize("quantize", QUANTIZERS.values(), ids=QUANTIZERS)
 def test_many_rows_are_each_quantised_by_themselves(quantize):
-    """More blocks than are worked on at once, the last of them not filled."""
+    """With more blocks than are processed at once, the last batch of them incomplete."""
     weight = normal((800, 96))
 
     whole = quantize(weight)
@@ -223,7 +223,7 @@ def test_eight_bits_are_those_of_onnx_runtime(weight):
     ids=["normal", "heavy-tailed", "positive", "symmetric"],
 )
 def test_four_bits_lose_less_than_with_onnx_runtime(quantize, weight, at_most):
-    """Than with its k-quant, which is asymmetric."""
+    """Compared with its k-quant, which is asymmetric."""
     theirs = by_onnx_runtime(weight, KQuantWeightOnlyQuantConfig())
 
     lost = weighted_error(weight, restored(*quantize(weight), columns=1024)).sum()
@@ -234,14 +234,14 @@ def test_four_bits_lose_less_than_with_onnx_runtime(quantize, weight, at_most):
 
 @pytest.mark.parametrize("weight", WEIGHTS.values(), ids=WEIGHTS)
 def test_four_bits_are_the_best_of_an_exhaustive_search(weight):
-    """Any step from much too small to much too large, any zero point, one block after the other."""
+    """Over all steps from much too small to much too large and all zero points, block by block."""
     columns = weight.shape[1]
     got = weighted_error(weight, restored(*int4.quantize_asymmetric(weight), columns=columns))
 
     blocks = np.pad(weight.astype(np.float64), ((0, 0), (0, -columns % BLOCK))).reshape(-1, BLOCK)
     best = np.array([_least_error(*pair) for pair in zip(blocks, importance(weight), strict=True)])
     size = (importance(weight) * blocks**2).sum(1)
-    assert (got >= best * (1 - 1e-3) - 1e-9 * size).all()  # else the search is not exhaustive
+    assert (got >= best * (1 - 1e-3) - 1e-9 * size).all()  # otherwise the search is not exhaustive
     assert got.sum() <= 1.05 * best.sum() + 1e-9 * size.sum()
     assert np.median(got - best - 1e-9 * size) <= 0.05 * np.median(best)
 
@@ -261,7 +261,7 @@ def _least_error(block, weights):
 
 
 def test_what_the_input_weighs_makes_products_exacter():
-    """The result is off by a third less than with a search for the weights' sake alone."""
+    """Their error is a third smaller than if only the weights' own error is minimized."""
     weight, squares = normal((64, 1024)), input_squares(1024)
     x = normal((200, 1024), seed=5) * np.sqrt(squares)
     off = {}
@@ -278,7 +278,7 @@ def test_what_the_input_weighs_makes_products_exacter():
 
 @pytest.mark.parametrize("squares", [np.zeros(64), np.repeat([0, 1], 32)], ids=["all", "a block"])
 def test_columns_that_never_meet_anything_keep_their_weights(squares):
-    """A calibration text may not reach what another will."""
+    """Other texts may activate columns that the calibration text does not."""
     weight = normal((16, 64))
     inputs = int4.quantize_symmetric(weight, True, squares.astype(np.float32))
 
@@ -296,7 +296,7 @@ def test_columns_that_never_meet_anything_keep_their_weights(squares):
     ],
 )
 def test_scales_are_rounded_before_levels_are_chosen(quantize, at_most, factor):
-    """Float16 holds them as they are, and where it has few digits left little is lost by it."""
+    """They are exact in float16; where it has few digits left, little is lost."""
     weight = normal((64, 256)) * np.float32(factor)
 
     packed, scales = quantize(weight, True)
@@ -304,7 +304,7 @@ def test_scales_are_rounded_before_levels_are_chosen(quantize, at_most, factor):
     with np.errstate(over="raise"):
         assert (scales.astype(np.float16).astype(np.float32) == scales).all()
     off = restored(packed, scales, columns=256) - weight
-    if 1e-7 < factor < 1e8:  # 1e-5: scales of a few of float16's smallest steps
+    if 1e-7 < factor < 1e8:  # at 1e-5 scales are a few of float16's smallest steps
         assert np.linalg.norm(off) < at_most * np.linalg.norm(weight)
     else:
         assert np.abs(off).max() <= np.abs(weight).max()
@@ -320,7 +320,7 @@ def test_scales_are_rounded_before_levels_are_chosen(quantize, at_most, factor):
     ],
 )
 def test_extreme_blocks_stay_within_a_step(quantize, levels, weight):
-    """No weight is further off than its block's range divided by the levels."""
+    """No weight is off by more than its block's range divided by the levels."""
     got = restored(*quantize(weight), columns=64)
 
     blocks = weight.astype(np.float64).reshape(3, 2, BLOCK)
@@ -334,7 +334,7 @@ def test_extreme_blocks_stay_within_a_step(quantize, levels, weight):
 
 @pytest.mark.parametrize("quantize", [int4.quantize_asymmetric, int4.quantize_symmetric])
 def test_four_bits_reproduce_q4_0(quantize):
-    """Blocks that have 16 levels around zero already, one of them at -8 as GGUF files have it."""
+    """Blocks that already have 16 levels around zero, one of them -8, as in GGUF files."""
     generator = np.random.default_rng(0)
     levels = np.rint(generator.standard_normal((64, 4, BLOCK)) * 2).clip(-8, 7)
     levels[..., 5] = -8
