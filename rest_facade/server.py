@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import uvicorn
 from prometheus_client.registry import CollectorRegistry
+from starlette.types import ASGIApp
 
 from rest_facade.app import build_app
 from rest_facade.backend import Backend
@@ -24,6 +25,7 @@ from trivium.wire.metrics_server import serve_metrics
 from trivium.wire.settings import refuse_to_start
 from trivium.wire.stop_signals import StopSignals
 from trivium.wire.tls.metrics import CertificateCollector
+from trivium.wire.tls.server import ServerTls
 
 log = logging.getLogger(__name__)
 
@@ -57,22 +59,8 @@ async def serve(settings: FacadeSettings, keys: KeyFile | None) -> None:
         forwards_key_names=keys is not None,
     ) as backend:
         limits = open_limits("TRIVIUM_FACADE_LIMITS_URL", settings.limits_url, metrics.registry)
-        server = _Server(
-            uvicorn.Config(
-                build_app(settings, backend, in_flight, keys, metrics, usage_log, limits),
-                http=LimitedHttpProtocol,
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                backlog=_BACKLOG,
-                timeout_keep_alive=settings.idle_connection_seconds,
-                timeout_graceful_shutdown=_FLUSH_TIMEOUT_SECONDS,
-                ssl_context_factory=None if tls is None else lambda *_: tls.http_context(),
-            )
-        )
+        app = build_app(settings, backend, in_flight, keys, metrics, usage_log, limits)
+        server = _server(app, settings, tls)
         sockets = _listening_sockets(settings)
 
         async def check_ready() -> None:
@@ -97,6 +85,25 @@ async def serve(settings: FacadeSettings, keys: KeyFile | None) -> None:
                 following.cancel()
             await limits.close()
             usage_log.close()
+
+
+def _server(app: ASGIApp, settings: FacadeSettings, tls: ServerTls | None) -> _Server:
+    return _Server(
+        uvicorn.Config(
+            app,
+            http=LimitedHttpProtocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            backlog=_BACKLOG,
+            timeout_keep_alive=settings.idle_connection_seconds,
+            timeout_graceful_shutdown=_FLUSH_TIMEOUT_SECONDS,
+            ssl_context_factory=None if tls is None else lambda *_: tls.http_context(),
+        )
+    )
 
 
 def _open_usage_log(settings: FacadeSettings, registry: CollectorRegistry) -> UsageLog:
