@@ -18,6 +18,7 @@ CUDA_DEFAULTS = {
     "max_sequence_length": 8192,
     "kv_memory_share": 0.9,
     "max_num_batched_tokens": 2048,
+    "step_timeout_seconds": 300.0,
 }
 
 
@@ -167,11 +168,12 @@ class GeneratorSettings(AccessSettings):
         16 * 2**20, ge=0, description="Size of the LRU cache of compiled constraints, in bytes."
     )
     step_timeout_seconds: float = Field(
-        300.0,
+        0.0,
         ge=0,
         description="Seconds after which a step that is still running means that the device hangs: "
         "running calls fail as UNAVAILABLE, and the process exits with status 1, to be restarted. "
-        "0: steps never time out.",
+        "0: steps never time out, as on the CPU a large model may take minutes. On CUDA the "
+        f"default is {CUDA_DEFAULTS['step_timeout_seconds']:g}.",
     )
     max_connection_age_seconds: float = Field(
         MAX_CONNECTION_AGE_SECONDS,

@@ -126,6 +126,7 @@ async def serve_constrained(
 ) -> int:
     loop = asyncio.get_running_loop()
     failed = asyncio.Event()
+    step_timeout = settings.on(runner.info.device, "step_timeout_seconds")
 
     def fail() -> None:
         failed.set()
@@ -136,8 +137,8 @@ async def serve_constrained(
         loop.call_soon_threadsafe(fail)
 
     async def watch() -> None:
-        await step_timed_out(engine.running_step, settings.step_timeout_seconds)
-        log.critical("the device hangs: a step took over %g s", settings.step_timeout_seconds)
+        await step_timed_out(engine.running_step, step_timeout)
+        log.critical("the device hangs: a step took over %g s", step_timeout)
         fail()
 
     meter = Meter()
@@ -160,7 +161,7 @@ async def serve_constrained(
     if not failed.is_set():
         log.info("draining")
     await server.drain(settings.drain_notice_seconds, settings.drain_seconds, signals.second)
-    engine.close(0 if watchdog.done() else settings.step_timeout_seconds or None)
+    engine.close(0 if watchdog.done() else step_timeout or None)
     watchdog.cancel()
     usage.close()
     return int(failed.is_set())
