@@ -16,7 +16,7 @@ SERVICES: dict[str, type[BaseSettings]] = {
     "tokenizer_svc": TokenizerSettings,
     "generator_svc": GeneratorSettings,
 }
-LAST_WORDS_SECONDS = 5  # for the facade to end interrupted streams after its drain
+FINAL_ERRORS_SECONDS = 5  # for the facade to end interrupted streams after its drain
 
 
 def dockerfile() -> dict[str, tuple[str, list[str]]]:

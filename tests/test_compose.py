@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.images import (
-    LAST_WORDS_SECONDS,
+    FINAL_ERRORS_SECONDS,
     ROOT,
     SERVICES,
     dockerfile,
@@ -157,7 +157,7 @@ def test_compose_hardens_and_waits(service: str) -> None:
     assert "/tmp" in found["tmpfs"]
     assert ["ALL"] == found["cap_drop"]
     assert found["init"] is True  # process 1 would ignore SIGTERM during startup
-    assert int(found["stop_grace_period"].removesuffix("s")) > drains + LAST_WORDS_SECONDS
+    assert int(found["stop_grace_period"].removesuffix("s")) > drains + FINAL_ERRORS_SECONDS
 
 
 def test_stages_call_each_other_by_name() -> None:

@@ -45,7 +45,7 @@ def series(generate: ModuleType, stage: str) -> dict[str, set[str]]:
     return found
 
 
-def asked(query: str) -> set[str]:
+def metrics_in(query: str) -> set[str]:
     """The metrics in a query."""
     nodes = walked(promql_parser.parse(query))
     return {str(node.name) for node in nodes if isinstance(node, promql_parser.VectorSelector)}
@@ -80,27 +80,27 @@ def test_every_stage_scales(component: str, kind: str) -> None:
     assert all("replicas" in one["spec"] for one in of_kind(build(CPU), "Deployment"))
 
 
-def test_adapted_metrics_are_the_generators(generate: ModuleType) -> None:
+def test_adapter_metrics_exist_in_the_generator(generate: ModuleType) -> None:
     """prometheus-adapter offers what the autoscaler requests, from series that exist."""
     spec = find(build(CPU, "hpa"), "HorizontalPodAutoscaler", "generator-svc")["spec"]
     wanted = [one["pods"]["metric"]["name"] for one in spec["metrics"]]
 
     assert wanted == list(adapted())
     for query in adapted().values():
-        assert asked(query) <= series(generate, "generator").keys()
+        assert metrics_in(query) <= series(generate, "generator").keys()
 
 
-def test_keda_asks_for_the_generators_metrics(generate: ModuleType) -> None:
+def test_keda_queries_the_generators_metrics(generate: ModuleType) -> None:
     """The queries are valid PromQL and select only generator pods."""
     manifests = build(CPU, "keda")
     triggers = find(manifests, "ScaledObject", "generator-svc")["spec"]["triggers"]
     queries = [trigger["metadata"]["query"] for trigger in triggers]
 
     assert [{"vllm:num_requests_waiting"}, {"trivium_slots_in_use", "trivium_slots"}] == [
-        asked(query) for query in queries
+        metrics_in(query) for query in queries
     ]
     for query in queries:
-        assert asked(query) <= series(generate, "generator").keys()
+        assert metrics_in(query) <= series(generate, "generator").keys()
         for pattern in re.findall(r'pod=~"([^"]+)"', query):
             assert re.fullmatch(pattern, "generator-svc-7d9c5b8f6-x2x4z")
             assert not re.fullmatch(pattern, "tokenizer-svc-7d9c5b8f6-x2x4z")
@@ -129,7 +129,7 @@ def port_of(template: Manifest, container: str, name: str) -> int:
     return int(port)
 
 
-def test_the_pool_is_of_pods_that_answer_requests(generate: ModuleType) -> None:
+def test_the_inference_pool_selects_pods_and_ports(generate: ModuleType) -> None:
     """It selects the pods, at the facade's port; the picker reads metrics at the generator's."""
     manifests = build(POOL)
     pool = find(manifests, "InferencePool", "trivium")
@@ -148,7 +148,7 @@ def test_the_pool_is_of_pods_that_answer_requests(generate: ModuleType) -> None:
         assert labels <= found[name]
 
 
-def test_a_gateway_leads_to_the_facades() -> None:
+def test_the_gateway_routes_to_the_facades() -> None:
     """Its route names their service, and does not limit the duration of requests."""
     manifests = build(CPU, "gateway")
     (rule,) = find(manifests, "HTTPRoute", "rest-facade")["spec"]["rules"]

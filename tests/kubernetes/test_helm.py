@@ -111,7 +111,7 @@ def plain(manifests: list[Manifest]) -> dict[tuple[str, str], Any]:
     ],
     ids=["cpu", "gpu", "hpa", "keda", "gateway", "keys", "tls", "keys-tls"],
 )
-def test_the_chart_says_what_kustomize_says(
+def test_chart_and_kustomize_render_the_same_manifests(
     values: dict[str, Any], folders: tuple[str, ...]
 ) -> None:
     """Every field of every manifest is equal, but the chart's queries name the namespace."""
@@ -121,7 +121,7 @@ def test_the_chart_says_what_kustomize_says(
 
 
 @pytest.mark.parametrize(("extra", "folder"), [({}, "export"), (GPU, "export-gpu")])
-def test_the_chart_exports_what_kustomize_exports(extra: dict[str, Any], folder: str) -> None:
+def test_chart_and_kustomize_render_the_same_export_job(extra: dict[str, Any], folder: str) -> None:
     """The job and its volume are the same."""
     model = extra.get("model", {})
     export = {**model.get("export", {}), "enabled": True}
@@ -138,7 +138,7 @@ def test_the_chart_exports_what_kustomize_exports(extra: dict[str, Any], folder:
 
 @pytest.mark.parametrize("version", [OLDEST, NEWEST])
 @pytest.mark.parametrize("autoscaler", ["hpa", "keda"])
-def test_everything_at_once_is_valid(version: str, autoscaler: str) -> None:
+def test_all_optional_parts_together_are_valid(version: str, autoscaler: str) -> None:
     """All optional parts together fit their kinds' schemas."""
     manifests = render({**EVERYTHING, "autoscaling": {"type": autoscaler}})
 
@@ -159,14 +159,14 @@ def test_the_documented_values_are_valid() -> None:
     assert "/models/qwen2.5-7b" in export["args"]
 
 
-def test_helm_lint_finds_nothing() -> None:
+def test_helm_lint_finds_no_problems() -> None:
     """It only recommends an icon."""
     report = helm.lint(CHART, strict=True)
 
     assert ["icon is recommended"] == [message["error"] for message in report["messages"]]
 
 
-def test_the_chart_is_of_this_version() -> None:
+def test_the_chart_has_the_projects_version() -> None:
     """Its images are those of its own release."""
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     project = (ROOT / "pyproject.toml").read_text()
@@ -175,7 +175,7 @@ def test_the_chart_is_of_this_version() -> None:
     assert (version, version) == (chart["version"], chart["appVersion"])
 
 
-def test_images_are_named_by_digest() -> None:
+def test_images_can_be_pinned_by_digest() -> None:
     """A digest takes precedence over a tag, in all containers of an image."""
     image = {"tag": "1.2.3", "digest": DIGEST}
     manifests = render({"imageRegistry": "r.example.org/", "generator": {"image": image}})
@@ -202,7 +202,7 @@ def test_images_are_named_by_digest() -> None:
         ({"generator": {"env": {"slots": "8"}}}, "'slots' not allowed"),
     ],
 )
-def test_values_that_are_wrong_are_refused(values: dict[str, Any], told: str) -> None:
+def test_invalid_values_are_refused(values: dict[str, Any], told: str) -> None:
     """The error names the value."""
     with pytest.raises(helm.HelmValuesError) as refused:
         render(values)
@@ -210,7 +210,7 @@ def test_values_that_are_wrong_are_refused(values: dict[str, Any], told: str) ->
     assert told in str(refused.value)
 
 
-def test_a_release_name_that_does_not_fit_is_refused() -> None:
+def test_a_release_name_that_is_too_long_is_refused() -> None:
     """Up to 47 characters all names fit, including the job's; a longer one is refused."""
     names = [manifest["metadata"]["name"] for manifest in render(EVERYTHING, "r" * 47)]
     with pytest.raises(helm.HelmError, match="47 characters"):
@@ -219,7 +219,7 @@ def test_a_release_name_that_does_not_fit_is_refused() -> None:
     assert 63 == max(map(len, names))
 
 
-def test_two_releases_do_not_mix() -> None:
+def test_selectors_of_two_releases_do_not_overlap() -> None:
     """No selector of one release matches the other's pods in the same namespace."""
     one, other = render(EVERYTHING, "one"), render(EVERYTHING, "other")
     names = {(manifest["kind"], manifest["metadata"]["name"]) for manifest in one}
@@ -251,7 +251,7 @@ def selectors(value: Any) -> list[dict[str, str]]:
     return found
 
 
-def test_another_model_is_another_job() -> None:
+def test_another_model_gets_another_export_job() -> None:
     """A job's arguments are immutable, so its name depends on them, and on nothing else."""
 
     def name(**export: Any) -> str:
@@ -294,7 +294,9 @@ def variables(container: Manifest) -> dict[str, str]:
     ],
     ids=["keys", "mutual", "tls", "keys-tls"],
 )
-def test_grpc_ports_have_what_guards_them(values: dict[str, Any], guards: set[str]) -> None:
+def test_grpc_ports_use_the_configured_authentication(
+    values: dict[str, Any], guards: set[str]
+) -> None:
     """Unauthenticated calls are allowed only if neither keys nor client certificates are used."""
     found = set(
         variables(containers(pods(render(values))["release-generator-svc"])["generator-svc"])
@@ -351,7 +353,7 @@ def test_any_setting_can_be_set() -> None:
         ({"networkPolicy": {"enabled": False}}, False),
     ],
 )
-def test_who_relies_on_network_policies_is_told(values: dict[str, Any], warned: bool) -> None:
+def test_notes_warn_if_network_policies_are_relied_on(values: dict[str, Any], warned: bool) -> None:
     """The notes warn that not every cluster enforces them."""
     with helm.Chart.load(CHART) as chart:
         rendered = chart.render(values, name="release", namespace="default")
@@ -360,7 +362,7 @@ def test_who_relies_on_network_policies_is_told(values: dict[str, Any], warned: 
     assert warned == ("does not enforce network policies" in notes)
 
 
-def test_network_policies_can_be_left_out() -> None:
+def test_network_policies_can_be_disabled() -> None:
     """A cluster may have its own policies; stages without keys then need explicit permission."""
     manifests = render({"networkPolicy": {"enabled": False}})
 

@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 
 from rest_facade.config import FacadeSettings
-from tests.images import LAST_WORDS_SECONDS, dockerfile, dockerfile_environment, last, read_settings
+from tests.images import (
+    FINAL_ERRORS_SECONDS,
+    dockerfile,
+    dockerfile_environment,
+    last,
+    read_settings,
+)
 from tests.kubernetes.manifests import (
     DIGEST,
     KUBERNETES,
@@ -90,7 +96,7 @@ def test_unknown_fields_are_found(kind: str) -> None:
 
 
 @pytest.mark.parametrize("folder", SERVING)
-def test_a_second_apply_can_change_everything(folder: str) -> None:
+def test_a_second_apply_changes_no_immutable_field(folder: str) -> None:
     """None of them contains a job, whose template would be immutable."""
     manifests = build(folder)
 
@@ -100,7 +106,7 @@ def test_a_second_apply_can_change_everything(folder: str) -> None:
 
 
 @pytest.mark.parametrize("folder", [*SERVING, *EXPORTS])
-def test_images_are_of_this_version(folder: str) -> None:
+def test_images_have_the_projects_version(folder: str) -> None:
     """No image is untagged or `latest`, which could differ from pod to pod."""
     images = [
         container["image"]
@@ -112,7 +118,7 @@ def test_images_are_of_this_version(folder: str) -> None:
     assert {VERSION} == {image.partition(":")[2] for image in images}
 
 
-def test_an_overlay_names_images_by_digest() -> None:
+def test_an_overlay_can_pin_images_by_digest() -> None:
     """An operator's overlay sets registry and digest once for all containers of an image."""
     name = "trivium-generator-svc"
     registry = f"registry.example.org/{name}"
@@ -155,7 +161,7 @@ def settings_of(folder: str, container: Manifest, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("folder", SERVING)
 @pytest.mark.parametrize("name", NAMES)
-def test_pods_are_true_to_the_settings(
+def test_settings_ports_and_probes_fit_the_services(
     folder: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their settings are accepted, and ports and probes are the service's."""
@@ -182,18 +188,20 @@ def test_pods_are_true_to_the_settings(
 
 @pytest.mark.parametrize("folder", SCALED)
 @pytest.mark.parametrize("name", NAMES)
-def test_pods_may_drain_to_the_end(folder: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_grace_period_covers_the_drain(
+    folder: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The notice period replaces a preStop hook, and is long enough for endpoints to be updated."""
     ((container, template),) = (one for one in services(folder) if one[0]["name"] == name)
     settings = settings_of(folder, container, monkeypatch)
     drains = settings.drain_notice_seconds + settings.drain_seconds
 
-    assert template["spec"]["terminationGracePeriodSeconds"] > drains + LAST_WORDS_SECONDS
+    assert template["spec"]["terminationGracePeriodSeconds"] > drains + FINAL_ERRORS_SECONDS
     assert settings.drain_notice_seconds >= 5
     assert "lifecycle" not in container
 
 
-def test_a_pod_of_all_three_drains_from_the_front(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_all_in_one_pod_drains_the_facade_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sidecars are stopped after the facade, in reverse order, with enough time for all."""
     (template,) = pods(build(POOL)).values()
     stages = [container for container, _ in services(POOL)]
@@ -206,7 +214,7 @@ def test_a_pod_of_all_three_drains_from_the_front(monkeypatch: pytest.MonkeyPatc
     assert ["Always", "Always"] == [container["restartPolicy"] for container in stages[:2]]
     assert [0, 0] == [one.drain_notice_seconds for one in settings[:2]]
     grace = template["spec"]["terminationGracePeriodSeconds"]
-    assert grace > first + 3 * LAST_WORDS_SECONDS
+    assert grace > first + 3 * FINAL_ERRORS_SECONDS
 
 
 @pytest.mark.parametrize("folder", [*SERVING, *EXPORTS])
@@ -235,7 +243,7 @@ def test_pods_have_no_privileges(folder: str) -> None:
 
 @pytest.mark.parametrize("folder", SCALED)
 @pytest.mark.parametrize("name", NAMES)
-def test_services_find_their_pods(folder: str, name: str) -> None:
+def test_services_select_their_pods(folder: str, name: str) -> None:
     """A service selects the pods with its name; the gRPC ones are headless."""
     service = find(build(folder), "Service", name)["spec"]
     deployment = find(build(folder), "Deployment", name)["spec"]
@@ -252,7 +260,7 @@ def test_services_find_their_pods(folder: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("folder", SERVING)
-def test_stages_call_each_other(folder: str) -> None:
+def test_stages_call_the_next_stage_by_name(folder: str) -> None:
     """They use names that gRPC resolves to all pods, or loopback within a pod."""
     for caller, variable, callee in (
         ("rest-facade", "TRIVIUM_FACADE_TOKENIZER_TARGET", "tokenizer-svc"),
@@ -268,7 +276,7 @@ def test_stages_call_each_other(folder: str) -> None:
 
 
 @pytest.mark.parametrize("folder", [SCALED[0], POOL])
-def test_a_rollout_never_has_fewer_pods(folder: str) -> None:
+def test_a_rollout_never_reduces_the_number_of_pods(folder: str) -> None:
     """A new pod is ready and in DNS before an old one is stopped."""
     for manifest in of_kind(build(folder), "Deployment"):
         deployment = manifest["spec"]
@@ -303,7 +311,9 @@ def test_usage_records_go_to_standard_output(folder: str, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("folder", SERVING)
-def test_stages_without_keys_are_guarded(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_without_keys_have_network_policies(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Stages that allow unauthenticated calls have a network policy; the facade requires keys."""
     policies = [policy["spec"]["podSelector"] for policy in of_kind(build(folder), "NetworkPolicy")]
     open_ones = [
@@ -318,7 +328,7 @@ def test_stages_without_keys_are_guarded(folder: str, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(("folder", "served"), EXPORTS.items())
-def test_the_export_makes_the_model_that_is_served(folder: str, served: str) -> None:
+def test_the_exported_model_is_the_one_served(folder: str, served: str) -> None:
     """The volume and the folder are those that the services read."""
     job = find(build(folder), "Job", "trivium-export")["spec"]["template"]["spec"]
     claim = find(build(folder), "PersistentVolumeClaim", "trivium-models")["metadata"]["name"]
@@ -369,14 +379,14 @@ def test_pods_wait_for_the_model(folder: str, tmp_path: Path) -> None:
         wait.stderr.close()
 
 
-def test_exports_do_not_collide() -> None:
+def test_each_model_has_its_own_export_job() -> None:
     """Each model has its own job, as a job's arguments are immutable."""
     names = [job["metadata"]["name"] for name in EXPORTS for job in of_kind(build(name), "Job")]
 
     assert len(EXPORTS) == len(set(names))
 
 
-def test_the_gpu_overlay_asks_for_a_gpu() -> None:
+def test_the_gpu_overlay_requests_one_gpu() -> None:
     """It has one GPU, an image with the CUDA libraries, and no second pod waiting for the GPU."""
     deployment = find(build("overlays/gpu"), "Deployment", "generator-svc")["spec"]
     container = containers(deployment["template"])["generator-svc"]
@@ -389,7 +399,7 @@ def test_the_gpu_overlay_asks_for_a_gpu() -> None:
 
 
 @pytest.mark.parametrize("folder", ["overlays/cpu", POOL])
-def test_the_generators_memory_holds_its_cache(folder: str) -> None:
+def test_the_generators_memory_limit_covers_its_kv_cache(folder: str) -> None:
     """Besides the KV cache there is 1 GiB for the model's weights, twice, and the rest."""
     (container,) = (one for one, _ in services(folder) if one["name"] == "generator-svc")
     cache = int(environment(build(folder), container)["TRIVIUM_GENERATOR_KV_CACHE_BYTES"])
@@ -420,8 +430,8 @@ def _peak_bytes(process: int) -> int:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc says how much memory a process took")
-async def test_the_facades_memory_holds_a_maximal_request() -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="reads a process's peak memory from /proc")
+async def test_the_facades_memory_limit_covers_a_maximal_request() -> None:
     """Whatever a maximal body contains, the limit is at least twice the peak memory."""
     backend = ScriptedBackend()
     await backend.start()

@@ -94,7 +94,7 @@ def open_ports(
     ],
 )
 @pytest.mark.parametrize("folder", ["overlays/cpu", "overlays/gpu"])
-def test_a_stage_is_open_to_the_one_before_it(
+def test_a_stage_is_open_to_the_previous_stage(
     folder: str, pod: dict[str, str], namespace: dict[str, str] | None, ports: dict[str, list[int]]
 ) -> None:
     """It is also open to namespaces with the label for a port, and to no others."""
@@ -112,7 +112,7 @@ def test_a_stage_is_open_to_the_one_before_it(
         (PICKER, {}, []),
     ],
 )
-def test_a_pod_of_all_three_is_open_to_gateway_and_picker(
+def test_an_all_in_one_pod_is_open_to_gateway_and_picker(
     pod: dict[str, str], namespace: dict[str, str] | None, ports: list[int]
 ) -> None:
     """Its gRPC ports are closed to all."""

@@ -53,7 +53,7 @@ def variables(secrets: Path, folders: tuple[str, ...], service: str) -> dict[str
 @pytest.mark.parametrize("folder", SCALED)
 @pytest.mark.parametrize("components", [(KEYS,), (TLS,), (KEYS, TLS)], ids="+".join)
 @pytest.mark.parametrize("service", STAGES)
-def test_ports_are_guarded(
+def test_every_port_is_authenticated(
     folder: str,
     components: tuple[str, ...],
     service: str,
@@ -74,7 +74,7 @@ def test_ports_are_guarded(
 
 
 @pytest.mark.parametrize("service", STAGES)
-def test_probes_ask_ports_without_tls(
+def test_probes_use_ports_without_tls(
     service: str, secrets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """gRPC probes do not support TLS; the metrics ports give the same answers over HTTP."""
@@ -91,7 +91,7 @@ def test_probes_ask_ports_without_tls(
             assert settings.metrics_port == asked  # type: ignore[attr-defined]
 
 
-def test_stages_see_their_own_key_alone(secrets: Path) -> None:
+def test_each_stage_has_only_its_own_key(secrets: Path) -> None:
     """The facade's and the tokenizer's pods have only their own keys; the generator's has none."""
     for service, key in (("rest-facade", "facade"), ("tokenizer-svc", "tokenizer")):
         spec = pods(build(*BOTH))[service]["spec"]
@@ -101,7 +101,7 @@ def test_stages_see_their_own_key_alone(secrets: Path) -> None:
     assert {"trivium-api-keys", "trivium-generator-tls"} == set(generator.values())
 
 
-def test_the_documented_certificate_is_the_tokenizers() -> None:
+def test_the_documented_certificate_fits_the_tokenizer() -> None:
     """It has the name that facades call, and goes into the mounted secret."""
     _, _, certificate = documented()
     spec = certificate["spec"]
