@@ -108,7 +108,7 @@ CHAT_REQUEST = (
         "logit_bias",
         "-100 to 100 by token id",
         "the same; unknown ids are 400",
-        f"{_P}test_bad_fields_are_named",
+        f"{_P}test_invalid_fields_are_named",
     ),
     Row(
         "max_completion_tokens",
@@ -123,7 +123,7 @@ CHAT_REQUEST = (
         "the same; both and different 400",
         f"{_C}test_max_tokens_is_the_old_name",
     ),
-    Row("stop", "a string or up to 4", _SAME, f"{_P}test_stop_strings_cut_exactly"),
+    Row("stop", "a string or up to 4", _SAME, f"{_P}test_stop_strings_end_the_text_exactly"),
     Row(
         "seed",
         "best effort",
@@ -135,7 +135,7 @@ CHAT_REQUEST = (
         "n",
         "1 to 128",
         "the same; the operator may set a lower maximum",
-        f"{_P}test_choices_interleave_and_finish_apart",
+        f"{_P}test_choices_interleave_and_finish_independently",
     ),
     Row("stream", "server-sent events", _SAME, f"{_C}test_stream"),
     Row(
@@ -162,7 +162,7 @@ CHAT_REQUEST = (
         "response_format",
         "`text`, `json_object`, `json_schema`",
         "the same; a schema without `strict` is enforced too, [as far as possible](#json-schema)",
-        f"{_R}test_a_schema_is_kept_to",
+        f"{_R}test_a_schema_is_enforced",
     ),
     Row(
         "response_format.schema",
@@ -191,7 +191,7 @@ CHAT_REQUEST = (
         "arguments keep to the schema exactly",
         "the same for every schema that can be [enforced](#json-schema), else 400; without it the "
         "schema is enforced as far as possible",
-        f"{_R}test_a_tool_that_cannot_be_enforced_hinders_no_request",
+        f"{_R}test_a_tool_schema_that_cannot_be_enforced_fails_no_request",
     ),
     Row(
         "tool_choice",
@@ -249,9 +249,9 @@ CHAT_REQUEST = (
         "min_tokens",
         _NOT_PUBLISHED,
         "extension, as in vLLM; more than the context has left is 400",
-        f"{_P}test_lengths",
+        f"{_P}test_token_limits_are_exact",
     ),
-    Row("ignore_eos", _NOT_PUBLISHED, "extension, as in vLLM", f"{_P}test_lengths"),
+    Row("ignore_eos", _NOT_PUBLISHED, "extension, as in vLLM", f"{_P}test_token_limits_are_exact"),
     Row("stop_token_ids", _NOT_PUBLISHED, "extension, as in vLLM: up to 64", _TEMPLATE),
     Row("include_stop_str_in_output", _NOT_PUBLISHED, "extension, as in vLLM", _TEMPLATE),
     Row("skip_special_tokens", _NOT_PUBLISHED, "extension, as in vLLM", _TEMPLATE),
@@ -259,7 +259,7 @@ CHAT_REQUEST = (
         "structured_outputs",
         _NOT_PUBLISHED,
         "extension, as in vLLM: one of `json`, `regex`, `choice`, `grammar`, `json_object`",
-        f"{_R}test_constraints_are_kept_to",
+        f"{_R}test_constraints_are_enforced",
     ),
     Row(
         "guided_json",
@@ -352,7 +352,7 @@ CHAT_ANSWER = (
         "choices[].logprobs.content[].bytes",
         "bytes or null",
         "always bytes, also for parts of a character",
-        f"{_P}test_logprobs_fit_the_text",
+        f"{_P}test_logprobs_match_the_text",
     ),
     Row(
         "choices[].finish_reason",
@@ -384,13 +384,13 @@ CHAT_ANSWER = (
         "usage.prompt_tokens_details.cached_tokens",
         "tokens from the cache",
         _SAME,
-        f"{_P}test_a_second_turn_reuses_the_first_ones_prompt",
+        f"{_P}test_a_second_turn_reuses_the_cached_prefix",
     ),
     Row(
         "usage.gpu_seconds",
         _NOT_PUBLISHED,
         "extension: the request's exact share of the device's time",
-        f"{_P}test_stream_and_whole_answer_are_the_same",
+        f"{_P}test_streaming_and_unary_answers_are_equal",
     ),
     Row(
         "data: [DONE]",
@@ -412,7 +412,7 @@ COMPLETION_REQUEST = (
         "default 16, 0 or more",
         "the same, or `min_tokens` if larger; 0 with `echo` and `logprobs` scores the prompt; "
         "`max_completion_tokens` is an alias",
-        "pipeline/test_pipeline_forms.py::test_a_prompt_is_scored",
+        "pipeline/test_pipeline_forms.py::test_echo_with_logprobs_scores_the_prompt",
     ),
     Row(
         "add_special_tokens",
@@ -425,7 +425,7 @@ COMPLETION_REQUEST = (
         "the text begins with the prompt",
         "the same; with `logprobs` also those of the prompt's tokens, without the prefix cache: at "
         "most 524,288 in one answer, alternatives included",
-        f"{_R}test_a_prompt_is_scored",
+        f"{_R}test_echo_with_logprobs_scores_the_prompt",
     ),
     Row("logprobs", "0 to 5", _SAME, f"{_T}test_logprobs_of_a_text"),
     Row(

@@ -54,7 +54,7 @@ TOOL: Any = {
 }
 FINAL = "<|channel|>final<|message|>The capital is Paris.<|return|>"
 # What the trained model answers: messages, further template variables, its whole output.
-LESSONS: tuple[tuple[list[dict[str, str]], dict[str, Any], str], ...] = (
+TRAINING_EXAMPLES: tuple[tuple[list[dict[str, str]], dict[str, Any], str], ...] = (
     (QUESTION, {"reasoning_effort": "low"}, FINAL),
     (
         QUESTION,
@@ -84,7 +84,7 @@ def write_gpt_oss(family: str, tokenizer: Any, folder: Path) -> None:
     model = _random_model(tokenizer)
     round_experts(model)
     if family == "gpt-oss-taught":
-        _teach(model, tokenizer)
+        _train_on_examples(model, tokenizer)
     model = model.to(torch.bfloat16)
     if family == "gpt-oss-bf16":
         model.save_pretrained(folder)
@@ -98,7 +98,7 @@ def write_gpt_oss(family: str, tokenizer: Any, folder: Path) -> None:
 
 def harmony_text() -> list[str]:
     """Everything that the trained model reads and writes, to train its tokenizer."""
-    return [_prompt(*lesson[:2]) + lesson[2] for lesson in LESSONS]
+    return [_prompt(*example[:2]) + example[2] for example in TRAINING_EXAMPLES]
 
 
 def _prompt(messages: list[dict[str, str]], variables: dict[str, Any]) -> str:
@@ -198,29 +198,29 @@ def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(HARMONY)
 
 
-def _teach(model: Any, tokenizer: Any) -> None:
+def _train_on_examples(model: Any, tokenizer: Any) -> None:
     """Trains all weights first, then, with the experts rounded, all but the experts' matrices."""
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # faster for products this small
-    texts = [(_prompt(*lesson[:2]), lesson[2]) for lesson in LESSONS]
-    lessons = [[tokenizer.encode(part).ids for part in text] for text in texts]
-    _train(model, list(model.parameters()), lessons)
+    texts = [(_prompt(*example[:2]), example[2]) for example in TRAINING_EXAMPLES]
+    examples = [[tokenizer.encode(part).ids for part in text] for text in texts]
+    _train(model, list(model.parameters()), examples)
     round_experts(model)
     rest = [p for n, p in model.named_parameters() if not n.endswith(("gate_up_proj", "down_proj"))]
-    _train(model, rest, lessons)
+    _train(model, rest, examples)
     torch.set_num_threads(threads)
 
 
-def _train(model: Any, parameters: list[Any], lessons: list[list[list[int]]]) -> None:
+def _train(model: Any, parameters: list[Any], examples: list[list[list[int]]]) -> None:
     """Trains until every answer token is by far the most likely, so that rounding is harmless."""
     import torch
 
-    width = max(len(prompt) + len(answer) for prompt, answer in lessons)
-    tokens = torch.zeros(len(lessons), width, dtype=torch.int64)
-    targets = torch.full((len(lessons), width), -100)  # ignored by the loss
-    for row, (prompt, answer) in enumerate(lessons):
+    width = max(len(prompt) + len(answer) for prompt, answer in examples)
+    tokens = torch.zeros(len(examples), width, dtype=torch.int64)
+    targets = torch.full((len(examples), width), -100)  # ignored by the loss
+    for row, (prompt, answer) in enumerate(examples):
         end = len(prompt) + len(answer)
         tokens[row, :end] = torch.tensor(prompt + answer)
         targets[row, len(prompt) - 1 : end - 1] = torch.tensor(answer)
@@ -233,7 +233,7 @@ def _train(model: Any, parameters: list[Any], lessons: list[list[list[int]]]) ->
         optimizer.zero_grad()
         (losses.sum() / (losses > 0).sum()).backward()
         optimizer.step()
-    raise AssertionError("the lessons were not learnt")
+    raise AssertionError("training did not converge")
 
 
 def in_transformers(folder: Path) -> Any:

@@ -124,7 +124,7 @@ class Services:
             running = metrics["vllm:num_requests_running"] + metrics["vllm:num_requests_waiting"]
             return running == metrics["trivium_slots_in_use"] == 0
 
-        self.until(is_idle, "the generator still holds something")
+        self.until(is_idle, "the generator is not idle")
         return self.generator_metrics()
 
     def is_running(self, count: int) -> bool:

@@ -23,7 +23,7 @@ def ask(client: openai.OpenAI, services: Services, **fields: Any) -> Any:
     return client.chat.completions.create(**fields)
 
 
-def test_stream_and_whole_answer_are_the_same(client: openai.OpenAI, services: Services) -> None:
+def test_streaming_and_unary_answers_are_equal(client: openai.OpenAI, services: Services) -> None:
     """A stream's deltas joined are the unary answer's text, with the same usage."""
     whole = ask(client, services)
     pieces = list(ask(client, services, stream=True, stream_options={"include_usage": True}))
@@ -37,9 +37,7 @@ def test_stream_and_whole_answer_are_the_same(client: openai.OpenAI, services: S
         assert usage.gpu_seconds > 0
 
 
-def test_chat_service_gives_the_same_answer_as_rest(
-    client: openai.OpenAI, services: Services
-) -> None:
+def test_grpc_and_rest_give_the_same_answer(client: openai.OpenAI, services: Services) -> None:
     """A gRPC caller gets the same text and counts as a REST caller."""
     answer = ask(client, services, n=3)
     request = chat_request(
@@ -89,7 +87,9 @@ def test_a_seed_gives_the_same_tokens_under_any_load(
         ]
 
 
-def test_choices_interleave_and_finish_apart(client: openai.OpenAI, services: Services) -> None:
+def test_choices_interleave_and_finish_independently(
+    client: openai.OpenAI, services: Services
+) -> None:
     """Deltas carry their index; each index has one role chunk, its text, and one finish chunk."""
     events: dict[int, list[Any]] = defaultdict(list)
     order = []
@@ -121,7 +121,7 @@ def test_choices_share_one_prompt(client: openai.OpenAI, services: Services) -> 
     assert four.usage.completion_tokens > one.usage.completion_tokens
 
 
-def test_stop_strings_cut_exactly(client: openai.OpenAI, services: Services) -> None:
+def test_stop_strings_end_the_text_exactly(client: openai.OpenAI, services: Services) -> None:
     """Wherever the stop string is, the text ends right before it, streaming or not."""
     text = ask(client, services).choices[0].message.content
     assert len(text) > 12
@@ -136,9 +136,7 @@ def test_stop_strings_cut_exactly(client: openai.OpenAI, services: Services) -> 
         assert wanted == "".join(chunk.choices[0].delta.content or "" for chunk in streamed)
 
 
-def test_a_stop_string_ends_one_choice_and_not_the_others(
-    client: openai.OpenAI, services: Services
-) -> None:
+def test_a_stop_string_ends_only_its_choice(client: openai.OpenAI, services: Services) -> None:
     """A match in one of n choices does not affect the others."""
     free = ask(client, services, n=3)
     texts = [choice.message.content for choice in free.choices]
@@ -150,7 +148,7 @@ def test_a_stop_string_ends_one_choice_and_not_the_others(
     assert cut.usage.completion_tokens < free.usage.completion_tokens
 
 
-def test_logprobs_fit_the_text(client: openai.OpenAI, services: Services) -> None:
+def test_logprobs_match_the_text(client: openai.OpenAI, services: Services) -> None:
     """The tokens' bytes are the text's, and greedy tokens are first in their top_logprobs."""
     answer = ask(client, services, temperature=0, logprobs=True, top_logprobs=3)
     content = answer.choices[0].logprobs.content
@@ -166,9 +164,7 @@ def test_logprobs_fit_the_text(client: openai.OpenAI, services: Services) -> Non
         )
 
 
-def test_a_second_turn_reuses_the_first_ones_prompt(
-    client: openai.OpenAI, services: Services
-) -> None:
+def test_a_second_turn_reuses_the_cached_prefix(client: openai.OpenAI, services: Services) -> None:
     """cached_tokens says how much was reused, and reuse does not change the answer."""
     first: list[Any] = [{"role": "user", "content": "Tell me of kings and thieves " * 8}]
     answer = ask(client, services, messages=first)
@@ -187,7 +183,7 @@ def test_a_second_turn_reuses_the_first_ones_prompt(
     assert warm.choices[0].message.content == again.choices[0].message.content
 
 
-def test_lengths(client: openai.OpenAI, services: Services) -> None:
+def test_token_limits_are_exact(client: openai.OpenAI, services: Services) -> None:
     """max_tokens and min_tokens are exact; ignore_eos generates up to the limit."""
     exact = ask(client, services, max_tokens=5, extra_body={"ignore_eos": True})
     long = ask(client, services, max_tokens=60, extra_body={"min_tokens": 60})
@@ -224,7 +220,7 @@ def test_a_prompt_over_the_context_is_refused(client: openai.OpenAI, services: S
         ({"max_completion_tokens": 3}, "max_tokens"),
     ],
 )
-def test_bad_fields_are_named(services: Services, fields: dict[str, Any], param: str) -> None:
+def test_invalid_fields_are_named(services: Services, fields: dict[str, Any], param: str) -> None:
     """They are a 400 in OpenAI's error format that names the field."""
     body = {"model": services.model, "messages": MESSAGES, **SAMPLED, **fields}
     reply = httpx.post(f"{services.url}/v1/chat/completions", json=body)
@@ -234,7 +230,7 @@ def test_bad_fields_are_named(services: Services, fields: dict[str, Any], param:
     assert error["param"].startswith(param) or "max_completion_tokens" == error["param"]
 
 
-def test_text_of_any_script_passes(client: openai.OpenAI, services: Services) -> None:
+def test_text_in_any_script_has_whole_characters(client: openai.OpenAI, services: Services) -> None:
     """Whatever characters are sent, deltas have whole characters."""
     text = "🫠🥹龜 <|im_end|> ñ 👩‍👩‍👧 \u0301"
     for chunk in ask(client, services, messages=[{"role": "user", "content": text}], stream=True):

@@ -36,7 +36,7 @@ class Up:
     grpc: str
     metrics: str
 
-    def answers_nanoseconds(self) -> int:
+    def reprefill_nanoseconds(self) -> int:
         """The time the generator has spent re-prefilling answers."""
         text = httpx.get(self.metrics, trust_env=False).text
         found = re.search(r'overhead_nanoseconds_total\{[^}]*reason="reprefill"\} (\S+)', text)
@@ -95,7 +95,7 @@ def ask(url: str, **fields: Any) -> Any:
 
 
 @pytest.mark.timeout(600)
-def test_the_banner_tells_what_runs_and_its_curl_works(up: Up) -> None:
+def test_the_banner_describes_the_server_and_its_curl_works(up: Up) -> None:
     """It shows model, provider, memory and addresses; its command can be pasted into a shell."""
     embedded = find_embedded("cpu")
     assert embedded is not None
@@ -110,7 +110,7 @@ def test_the_banner_tells_what_runs_and_its_curl_works(up: Up) -> None:
     assert '"gpu_seconds":' in answer
 
 
-def test_it_answers_alone_and_in_a_crowd(up: Up) -> None:
+def test_concurrent_requests_get_the_same_answer(up: Up) -> None:
     """Sixteen concurrent requests get the same answer as a single one."""
     alone = ask(up.url)
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
@@ -121,15 +121,15 @@ def test_it_answers_alone_and_in_a_crowd(up: Up) -> None:
     assert all(answer.usage.gpu_seconds > 0 for answer in crowd)
 
 
-def test_after_a_pause_the_next_turn_finds_the_answer_in_the_cache(up: Up) -> None:
+def test_the_next_turn_reuses_the_cached_answer(up: Up) -> None:
     """Only the new tokens are computed."""
     question: list[Any] = [{"role": "user", "content": "Name a river in Africa."}]
-    before = up.answers_nanoseconds()
+    before = up.reprefill_nanoseconds()
     first = ask(up.url, messages=question, max_tokens=24)
-    spent = [before, up.answers_nanoseconds()]
+    spent = [before, up.reprefill_nanoseconds()]
     while spent[-1] == before or spent[-1] != spent[-2]:
         time.sleep(1.0)
-        spent.append(up.answers_nanoseconds())
+        spent.append(up.reprefill_nanoseconds())
     said = {"role": "assistant", "content": first.choices[0].message.content}
     more = {"role": "user", "content": "And one in Asia?"}
     second = ask(up.url, messages=[*question, said, more], max_tokens=4)
@@ -138,7 +138,7 @@ def test_after_a_pause_the_next_turn_finds_the_answer_in_the_cache(up: Up) -> No
     assert reused >= used.prompt_tokens + used.completion_tokens - 1
 
 
-def test_a_seeded_draw_is_the_same_in_a_crowd(up: Up) -> None:
+def test_a_seeded_answer_is_the_same_under_load(up: Up) -> None:
     """Sampled answers depend on the seed, and not on other requests."""
     sampled: dict[str, Any] = {"temperature": 1.0, "max_tokens": 24}
     alone = [ask(up.url, seed=seed, **sampled) for seed in range(4)]
@@ -176,7 +176,7 @@ def test_bench_and_doctor_run(up: Up) -> None:
     assert "CPUExecutionProvider" in doctor.stdout
 
 
-def test_interrupt_leaves_no_process() -> None:
+def test_ctrl_c_leaves_no_process() -> None:
     """Ctrl-C ends all four processes, and the exit code is 0."""
     running = start_up()
     children = running.children()

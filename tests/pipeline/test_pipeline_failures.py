@@ -44,7 +44,7 @@ def own_services(tiny_model: Path, tmp_path: Path) -> Iterator[Callable[..., Ser
         services.__exit__()
 
 
-def test_twenty_streams_half_of_them_cut(services: Services) -> None:
+def test_cancelled_streams_do_not_affect_the_others(services: Services) -> None:
     """The other streams complete; then nothing runs, and every nanosecond is accounted for."""
 
     def stream(number: int) -> str:
@@ -70,7 +70,7 @@ def test_twenty_streams_half_of_them_cut(services: Services) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_its_slots(services: Services, stream: bool) -> None:
+def test_a_disconnected_client_frees_its_slots(services: Services, stream: bool) -> None:
     """Streaming or not, a disconnected client's sequences end."""
     with httpx.Client() as client:
         request = client.build_request(
@@ -90,7 +90,7 @@ def test_a_client_that_leaves_frees_its_slots(services: Services, stream: bool) 
     services.wait_until_idle()
 
 
-def test_overload_is_told_at_once(own_services: Callable[..., Services]) -> None:
+def test_overload_is_refused_at_once(own_services: Callable[..., Services]) -> None:
     """One request runs, one waits, and a third gets 429 with Retry-After; the others complete."""
     services = own_services(TRIVIUM_GENERATOR_SLOTS=1, TRIVIUM_GENERATOR_MAX_QUEUED_REQUESTS=1)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -115,7 +115,7 @@ def test_overload_is_told_at_once(own_services: Callable[..., Services]) -> None
 
 
 @pytest.mark.parametrize("victim", ["generator_svc", "tokenizer_svc"])
-def test_a_stage_killed_in_mid_stream(own_services: Callable[..., Services], victim: str) -> None:
+def test_a_stage_killed_mid_stream(own_services: Callable[..., Services], victim: str) -> None:
     """The stream ends with an error event, requests get 503, and succeed once the stage is back."""
     services = own_services()
     url = f"{services.url}/v1/chat/completions"
@@ -127,7 +127,7 @@ def test_a_stage_killed_in_mid_stream(own_services: Callable[..., Services], vic
         services.kill(victim)
         rest = list(stream)
     refused = httpx.post(url, json=body(services))
-    services.until(lambda: services.health() == 503, "still called ready")
+    services.until(lambda: services.health() == 503, "/health is not 503")
     live = httpx.get(f"{services.url}/health/live").status_code
     services.start(victim)
     services.wait_until_ready()
@@ -153,14 +153,14 @@ def test_sigterm_lets_running_streams_finish(
         stream = events(response)
         next(stream)
         services.terminate(stage)
-        services.until(lambda: services.health() != 200, "still ready")
+        services.until(lambda: services.health() != 200, "/health is still 200")
         rest = list(stream)
 
     assert "[DONE]" == rest[-1]
     assert 0 == services.processes[stage].wait(30)
 
 
-def test_stages_of_different_revisions_do_not_talk(
+def test_stages_of_different_revisions_refuse_each_other(
     own_services: Callable[..., Services], tmp_path: Path
 ) -> None:
     """Another model with the same name is refused; it never answers with garbage."""
@@ -180,4 +180,4 @@ def test_stages_of_different_revisions_do_not_talk(
 
     assert (503, "revision_mismatch") == (refused.status_code, refused.json()["error"]["code"])
     # The facade stays ready for a moment, to allow for a replacement.
-    services.until(lambda: services.health() == 503, "still ready")
+    services.until(lambda: services.health() == 503, "/health is still 200")

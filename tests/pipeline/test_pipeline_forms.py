@@ -44,7 +44,7 @@ def check(text: str) -> None:
     Draft202012Validator(SCHEMA).validate(json.loads(text))
 
 
-def test_a_schema_is_kept_to(client: openai.OpenAI, services: Services) -> None:
+def test_a_schema_is_enforced(client: openai.OpenAI, services: Services) -> None:
     """Every choice of a sampled answer fits the schema; a stream has the same text."""
     whole = ask(client, services, response_format=FORMAT, n=4)
     texts = {choice.index: "" for choice in whole.choices}
@@ -58,9 +58,7 @@ def test_a_schema_is_kept_to(client: openai.OpenAI, services: Services) -> None:
     assert texts == {choice.index: choice.message.content for choice in whole.choices}
 
 
-def test_a_call_that_was_cut_off_can_be_sent_back(
-    client: openai.OpenAI, services: Services
-) -> None:
+def test_a_truncated_call_can_be_sent_back(client: openai.OpenAI, services: Services) -> None:
     """The history may contain any answer, and arguments that are not an object."""
     text = {"type": "string", "minLength": 200}
     schema = {"type": "object", "properties": {"text": text}, "required": ["text"]}
@@ -94,7 +92,7 @@ def test_a_call_that_was_cut_off_can_be_sent_back(
         ({"json_schema": {"enum": [1, 2]}}, "1|2"),
     ],
 )
-def test_constraints_are_kept_to(
+def test_constraints_are_enforced(
     client: openai.OpenAI, services: Services, fields: dict[str, Any], pattern: str
 ) -> None:
     """With regular expressions, choices and grammars the whole answer matches."""
@@ -130,7 +128,7 @@ def test_forced_calls(client: openai.OpenAI, services: Services, choice: Any) ->
 
 
 @pytest.mark.parametrize("choice", ["required", NAMED])
-def test_a_forced_call_that_is_cut_off(
+def test_a_truncated_forced_call_is_never_content(
     client: openai.OpenAI, services: Services, choice: Any
 ) -> None:
     """At any length it has no content, and the name once that is complete, streaming or not."""
@@ -202,7 +200,7 @@ def loose(name: str, **more: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "parameters": LOOSE} | more}
 
 
-def test_a_tool_that_cannot_be_enforced_hinders_no_request(
+def test_a_tool_schema_that_cannot_be_enforced_fails_no_request(
     client: openai.OpenAI, services: Services
 ) -> None:
     """The request works, and a call fits what can be enforced; a strict tool is refused."""
@@ -222,7 +220,9 @@ def test_a_tool_that_cannot_be_enforced_hinders_no_request(
     assert "invalid_json_schema" == refused.value.code
 
 
-def test_a_format_that_cannot_be_enforced(client: openai.OpenAI, services: Services) -> None:
+def test_a_response_format_that_cannot_be_enforced(
+    client: openai.OpenAI, services: Services
+) -> None:
     """It is enforced as far as possible if it need not be exact, and else refused."""
     response_format = {"type": "json_schema", "json_schema": {"name": "s", "schema": LOOSE}}
     answer = ask(client, services, response_format=response_format, n=8, max_tokens=1500)
@@ -240,7 +240,7 @@ def test_a_format_that_cannot_be_enforced(client: openai.OpenAI, services: Servi
             ask(client, services, **fields)
 
 
-def test_a_tool_without_parameters_is_called_with_none(
+def test_a_tool_without_parameters_gets_empty_arguments(
     client: openai.OpenAI, services: Services
 ) -> None:
     """However its parameters express that there are none, the arguments are empty."""
@@ -300,7 +300,7 @@ def test_a_tool_without_parameters_is_called_with_none(
         ({"chat_template_kwargs": {"x": 1}}, "unsupported_parameter", "chat_template_kwargs.x"),
     ],
 )
-def test_what_cannot_be_done_is_refused(
+def test_unsupported_constraints_are_refused(
     services: Services, fields: dict[str, Any], code: str, param: str
 ) -> None:
     """They are a 400 that names the field, never an answer without the constraint."""
@@ -337,7 +337,7 @@ def test_plain_completions(client: openai.OpenAI, services: Services) -> None:
         assert fields["prompt"][plain.index // 2] + plain.text == echo.text
 
 
-def test_a_prompt_is_scored(services: Services) -> None:
+def test_echo_with_logprobs_scores_the_prompt(services: Services) -> None:
     """With echo and logprobs, each prompt token has the log-probability that it would have as the
     next token after those before it, which evaluation harnesses use to compare answers."""
 
@@ -403,7 +403,7 @@ def test_plain_completions_over_grpc(client: openai.OpenAI, services: Services) 
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_log_probabilities_of_plain_completions(
+def test_logprobs_of_plain_completions(
     client: openai.OpenAI, services: Services, seed: int
 ) -> None:
     """Tokens are at their offsets, and the sampled token is among the top_logprobs."""
@@ -430,7 +430,7 @@ def test_log_probabilities_of_plain_completions(
     assert shown.text_offset == sorted(shown.text_offset)
 
 
-def test_tokens_there_and_back(services: Services) -> None:
+def test_detokenize_inverts_tokenize(services: Services) -> None:
     """/detokenize inverts /tokenize, and a completion accepts the token ids."""
     text = "Once upon a time 🫠"
 

@@ -8,10 +8,10 @@ import pytest
 from tokenizers import Tokenizer
 
 from tests.pipeline.services import Services
-from tests.tiny_gpt_oss import LESSONS, QUESTION, TOOL, WEATHER
+from tests.tiny_gpt_oss import QUESTION, TOOL, TRAINING_EXAMPLES, WEATHER
 from tests.tiny_models import tiny_model_directory
 
-LOW, MEDIUM, HIGH, CALL = (answer for _, _, answer in LESSONS)
+LOW, MEDIUM, HIGH, CALL = (answer for _, _, answer in TRAINING_EXAMPLES)
 MODEL = "tiny-gpt-oss-taught-int8"
 ANSWER = "The capital is Paris."
 
@@ -40,8 +40,10 @@ def thought(answer: str) -> str:
     return answer.split("analysis<|message|>")[1].split("<|end|>")[0]
 
 
-@pytest.mark.parametrize(("effort", "lesson"), [("medium", MEDIUM), ("high", HIGH)])
-def test_reasoning_comes_by_itself(client: openai.OpenAI, effort: str, lesson: str) -> None:
+@pytest.mark.parametrize(("effort", "output"), [("medium", MEDIUM), ("high", HIGH)])
+def test_the_analysis_channel_becomes_reasoning_content(
+    client: openai.OpenAI, effort: str, output: str
+) -> None:
     """The analysis channel is reasoning_content; after its <|end|> the answer continues up to
     <|return|>. The model reads the reasoning effort in its prompt."""
     answer = client.chat.completions.create(
@@ -51,10 +53,10 @@ def test_reasoning_comes_by_itself(client: openai.OpenAI, effort: str, lesson: s
 
     assert "stop" == choice.finish_reason
     assert ANSWER == choice.message.content
-    assert thought(lesson) == reasoning(choice.message)
+    assert thought(output) == reasoning(choice.message)
 
 
-def test_low_effort_answers_at_once(client: openai.OpenAI) -> None:
+def test_low_effort_skips_the_reasoning(client: openai.OpenAI) -> None:
     """This model was trained not to reason at low effort."""
     answer = client.chat.completions.create(
         model=MODEL, messages=QUESTION, reasoning_effort="low", temperature=0, max_tokens=100
@@ -65,7 +67,7 @@ def test_low_effort_answers_at_once(client: openai.OpenAI) -> None:
     assert not reasoning(choice.message)
 
 
-def test_channels_are_streamed_apart(client: openai.OpenAI) -> None:
+def test_channels_are_streamed_separately(client: openai.OpenAI) -> None:
     """All of the reasoning comes first, then the answer, without markers in either."""
     stream = client.chat.completions.create(
         model=MODEL, messages=QUESTION, temperature=0, max_tokens=100, stream=True
@@ -82,7 +84,7 @@ def test_channels_are_streamed_apart(client: openai.OpenAI) -> None:
     assert ANSWER == "".join(text for kind, text in parts if kind == "content")
 
 
-def test_a_call_is_made_in_the_commentary_channel(client: openai.OpenAI) -> None:
+def test_a_tool_call_in_the_commentary_channel(client: openai.OpenAI) -> None:
     """<|call|> ends the answer; its message is a tool call."""
     answer = client.chat.completions.create(
         model=MODEL, messages=WEATHER, tools=[TOOL], temperature=0, max_tokens=100
@@ -97,7 +99,7 @@ def test_a_call_is_made_in_the_commentary_channel(client: openai.OpenAI) -> None
     assert not choice.message.content
 
 
-def test_a_call_can_be_demanded(client: openai.OpenAI) -> None:
+def test_a_tool_call_can_be_forced(client: openai.OpenAI) -> None:
     """Even a model that would rather answer is constrained to a valid call."""
     answer = client.chat.completions.create(
         model=MODEL,
@@ -113,7 +115,7 @@ def test_a_call_can_be_demanded(client: openai.OpenAI) -> None:
     assert "get_weather" == call.function.name
 
 
-def test_tokens_are_counted_up_to_the_end(client: openai.OpenAI, gpt_oss: Services) -> None:
+def test_usage_counts_all_messages_and_markers(client: openai.OpenAI, gpt_oss: Services) -> None:
     """Tokens of both messages count, including all markers and the last one."""
     answer = client.chat.completions.create(
         model=MODEL, messages=QUESTION, temperature=0, max_tokens=100

@@ -66,7 +66,7 @@ def services(tiny_model: Path, folder: Path) -> Iterator[Services]:
         yield services
 
 
-def open_doors(port: str) -> set[str]:
+def open_without_key(port: str) -> set[str]:
     """What is open at a port without a key, according to the document."""
     (row,) = re.findall(rf"^\| {port} \|.*$", DOCUMENT.read_text(), re.M)
     return set(re.findall(r"`([^`]+)`", row.split("|")[4]))
@@ -81,7 +81,9 @@ def bearing(key: str) -> tuple[tuple[str, str], ...]:
     return (("authorization", f"Bearer {key}"),)
 
 
-def test_a_call_passes_all_three_and_is_its_keys(services: Services, folder: Path) -> None:
+def test_a_call_is_authenticated_at_each_stage_and_counts_for_its_key(
+    services: Services, folder: Path
+) -> None:
     """By HTTP or gRPC, each stage uses its own key and passes on the name of the caller's."""
 
     async def by_grpc() -> int:
@@ -110,7 +112,7 @@ def test_a_call_passes_all_three_and_is_its_keys(services: Services, folder: Pat
     assert len(lines) >= 2
 
 
-def test_every_path_is_shut_but_those_of_the_document(services: Services) -> None:
+def test_only_documented_paths_are_open_without_a_key(services: Services) -> None:
     """The facade's paths are tried without a key, with a wrong, an expired and a stage's key."""
 
     async def paths() -> list[APIRoute]:
@@ -128,7 +130,9 @@ def test_every_path_is_shut_but_those_of_the_document(services: Services) -> Non
             found.setdefault(route.path, set()).add(answer.status_code)
 
     assert len(found) > 10
-    assert open_doors("8000") == {path for path, statuses in found.items() if statuses == {200}}
+    assert open_without_key("8000") == {
+        path for path, statuses in found.items() if statuses == {200}
+    }
     assert {(200,), (401,)} == {tuple(statuses) for statuses in found.values()}
 
 
@@ -170,7 +174,7 @@ async def status(channel: grpc.aio.Channel, name: str, method: Any, key: str) ->
 @pytest.mark.parametrize(
     ("port", "keys"), [("50051", ("", "bad", "old")), ("50052", ("", "bad", "old", "alice"))]
 )
-async def test_every_method_is_shut_but_those_of_the_document(
+async def test_only_documented_methods_are_open_without_a_key(
     services: Services, port: str, keys: tuple[str, ...]
 ) -> None:
     """All methods are tried at both gRPC ports; a client's key does not open a generator."""
@@ -198,12 +202,12 @@ async def test_every_method_is_shut_but_those_of_the_document(
 
     assert served == {name for name in found if name.startswith(of_stage)}
     assert {grpc.StatusCode.UNAUTHENTICATED} == set().union(*(found[name] for name in served))
-    assert {HEALTH, REFLECTION} == open_doors(port)
+    assert {HEALTH, REFLECTION} == open_without_key(port)
     assert await is_open(HEALTH, "Check")
     assert await is_open(REFLECTION, "ServerReflectionInfo")
 
 
-def test_metrics_ports_are_open(services: Services) -> None:
+def test_metrics_ports_need_no_key(services: Services) -> None:
     """They are open as the document says, which advises to restrict them by network."""
     for name, port in (
         ("9051", services.pipeline.tokenizer_metrics_port),
@@ -213,11 +217,13 @@ def test_metrics_ports_are_open(services: Services) -> None:
         statuses = [httpx.get(f"http://127.0.0.1:{port}{path}").status_code for path in paths]
 
         assert [200] * 3 == statuses
-        assert set(paths) == open_doors(name)
+        assert set(paths) == open_without_key(name)
 
 
 @pytest.mark.parametrize("key", ["alice2", "bob"])
-def test_a_facade_whose_key_is_refused_says_so(services: Services, folder: Path, key: str) -> None:
+def test_a_facade_reports_that_its_key_is_refused(
+    services: Services, folder: Path, key: str
+) -> None:
     """Clients get an error and the log has the reason, both for an unknown key and for a client's
     key, which may not be used for other clients' requests."""
     wrong = folder / "wrong.key"
@@ -243,7 +249,7 @@ def test_a_facade_whose_key_is_refused_says_so(services: Services, folder: Path,
     assert "the tokenizer refuses this stage's key" in services.log("rest_facade")
 
 
-def test_a_tokenizer_whose_key_is_refused_says_so(services: Services, folder: Path) -> None:
+def test_a_tokenizer_reports_that_its_key_is_refused(services: Services, folder: Path) -> None:
     """It then has no generator, and reports the reason."""
     services.terminate("tokenizer_svc")
     services.processes["tokenizer_svc"].wait()
@@ -256,7 +262,9 @@ def test_a_tokenizer_whose_key_is_refused_says_so(services: Services, folder: Pa
         headers = {"authorization": "Bearer alice"}
         return httpx.get(f"{services.url}/v1/models", headers=headers).text
 
-    services.until(lambda: "refuses the tokenizer's key" in fault(), "nothing is said of the key")
+    services.until(
+        lambda: "refuses the tokenizer's key" in fault(), "the refused key is not reported"
+    )
     services.kill("tokenizer_svc")
     services.start("tokenizer_svc")
     services.wait_until_ready()
@@ -264,7 +272,7 @@ def test_a_tokenizer_whose_key_is_refused_says_so(services: Services, folder: Pa
 
 
 @pytest.mark.parametrize("service", ["rest_facade", "tokenizer_svc", "generator_svc"])
-def test_none_listens_to_others_without_keys(service: str, tiny_model: Path) -> None:
+def test_remote_access_without_keys_is_refused(service: str, tiny_model: Path) -> None:
     """The process exits with one line that says what to set, unless remote access is allowed."""
     prefix = {"rest_facade": "FACADE", "tokenizer_svc": "TOKENIZER", "generator_svc": "GENERATOR"}
     prefix = f"TRIVIUM_{prefix[service]}_"

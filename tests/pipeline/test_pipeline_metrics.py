@@ -31,7 +31,7 @@ def counters(ports: list[int]) -> set[tuple[str, frozenset[tuple[str, str]]]]:
     return found
 
 
-def test_what_is_counted_is_zero_before_it_happens(tiny_model: Path, tmp_path: Path) -> None:
+def test_counters_start_at_zero(tiny_model: Path, tmp_path: Path) -> None:
     """A rate then includes the first request, refusal and failure: Prometheus cannot compute the
     rate of a series that starts with its first event."""
     with Services(tiny_model, tmp_path) as services:

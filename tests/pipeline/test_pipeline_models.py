@@ -34,7 +34,7 @@ def two_models() -> Iterator[tuple[str, list[str], subprocess.Popen[str]]]:
     process.communicate(timeout=60)
 
 
-def test_each_model_answers_for_itself(
+def test_each_model_answers_under_its_own_id(
     two_models: tuple[str, list[str], subprocess.Popen[str]],
 ) -> None:
     """Both models are listed and answer under their own ids, and an unknown one is 404."""
@@ -63,7 +63,7 @@ def test_each_model_answers_for_itself(
     assert 2 == len(set(answers.values()))
 
 
-def test_ids_must_differ(tmp_path: Path) -> None:
+def test_duplicate_model_ids_are_refused(tmp_path: Path) -> None:
     """Two folders with the same name are refused at startup."""
     folder = tiny_model_directory("llama")
     twin = tmp_path / folder.name

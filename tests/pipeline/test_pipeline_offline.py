@@ -40,7 +40,7 @@ def files(home: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_no_id_is_left_in_the_users_cache(tmp_path: Path, way: str) -> None:
+def test_no_telemetry_id_is_left_in_the_users_cache(tmp_path: Path, way: str) -> None:
     """This holds for every way to load ONNX Runtime."""
     command, status = WAYS[way]
     done = subprocess.run(
@@ -51,7 +51,7 @@ def test_no_id_is_left_in_the_users_cache(tmp_path: Path, way: str) -> None:
     assert [] == files(tmp_path)
 
 
-def test_an_export_leaves_no_id(tmp_path: Path) -> None:
+def test_an_export_leaves_no_telemetry_id(tmp_path: Path) -> None:
     """The export runs the model to verify it."""
     options = (str(tiny_checkpoint()), "--out", str(tmp_path / "m"), "--precision", "fp32")
     command = [sys.executable, "-m", "generator_svc.export", *options]
@@ -62,11 +62,11 @@ def test_an_export_leaves_no_id(tmp_path: Path) -> None:
     assert [] == files(home)
 
 
-def test_a_start_calls_nobody(tiny_model: Path, tmp_path: Path) -> None:
+def test_services_make_no_outgoing_calls(tiny_model: Path, tmp_path: Path) -> None:
     """All three services make no outgoing calls from start to end, with a request in between."""
     isolated = ("unshare", "--map-root-user", "--net")
     if subprocess.run([*isolated, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("no network of its own can be made here")
+        pytest.skip("network namespaces are not available")
     up = (sys.executable, "-m", "trivium.cli", "up", "--device", "cpu", "--model", str(tiny_model))
     done = subprocess.run(
         [*isolated, sys.executable, str(OFFLINE), SECONDS, *up],

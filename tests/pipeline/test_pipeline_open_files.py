@@ -38,7 +38,7 @@ def port_of(services: Services, stage: str) -> int:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_limit_is_raised_as_far_as_it_may_be(services: Services, stage: str) -> None:
+def test_the_open_file_limit_is_raised_to_the_hard_limit(services: Services, stage: str) -> None:
     """Serving thousands of clients does not need `ulimit -n`."""
     soft, hard = resource.prlimit(services.processes[stage].pid, resource.RLIMIT_NOFILE)
 
@@ -46,7 +46,9 @@ def test_the_limit_is_raised_as_far_as_it_may_be(services: Services, stage: str)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_running_out_is_logged_and_passes(services: Services, stage: str) -> None:
+def test_running_out_of_file_descriptors_is_logged_and_recovers(
+    services: Services, stage: str
+) -> None:
     """The log reports connections that cannot be accepted; later ones are served again."""
     pid = services.processes[stage].pid
     before = resource.prlimit(pid, resource.RLIMIT_NOFILE)

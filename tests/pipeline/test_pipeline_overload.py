@@ -71,7 +71,7 @@ async def burst(services: Services) -> list[tuple[bool, Reply]]:
     return await asyncio.gather(*map(one, range(REQUESTS)))
 
 
-def test_each_of_2000_at_once_is_answered_or_told_when_to_come_again(
+def test_each_of_2000_concurrent_requests_is_answered_or_gets_retry_after(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     """Requests that are not answered get 429 queue_full with Retry-After, streaming or not."""

@@ -99,13 +99,13 @@ def _as_gpt_oss(folder: Path, published: Published) -> None:
     file.write_text(json.dumps(genai))
 
 
-def test_the_folders_name_is_the_models_id(serving: Serving) -> None:
+def test_the_folder_name_is_the_model_id(serving: Serving) -> None:
     models = httpx.get(f"{serving.services.url}/v1/models").json()["data"]
 
     assert [serving.name] == [model["id"] for model in models]
 
 
-def test_sampling_is_the_models_own(serving: Serving) -> None:
+def test_sampling_defaults_come_from_the_model(serving: Serving) -> None:
     """Omitted sampling values come from generation_config.json, not from OpenAI's defaults."""
     own = SAMPLING[serving.name]
     fields = ("temperature", "top_p", "top_k", "repetition_penalty")
@@ -118,7 +118,7 @@ def test_sampling_is_the_models_own(serving: Serving) -> None:
     assert (openais == silent) == (own == SamplingParams())
 
 
-def test_the_end_tokens_end_an_answer(serving: Serving) -> None:
+def test_each_eos_token_ends_the_answer(serving: Serving) -> None:
     """Each of them ends the answer and is hidden; other control tokens do not end it."""
     for token in ENDS[serving.name] | NO_ENDS[serving.name]:
         token_id = serving.tokenizer.token_to_id(token)
@@ -129,7 +129,7 @@ def test_the_end_tokens_end_an_answer(serving: Serving) -> None:
         assert not ends or not choice["message"]["content"]
 
 
-def test_the_prompt_begins_once(serving: Serving) -> None:
+def test_the_prompt_has_one_bos(serving: Serving) -> None:
     """It begins with BOS if the template writes it, to which the tokenizer does not add another."""
     tokens = serving.post("/tokenize", messages=MESSAGES)["tokens"]
     bos = serving.tokenizer.token_to_id("<｜begin▁of▁sentence｜>")
@@ -146,7 +146,7 @@ def test_the_prompt_begins_once(serving: Serving) -> None:
         assert text.count(start) == 1
 
 
-def test_the_answer_begins_as_the_prompt_ends(serving: Serving) -> None:
+def test_reasoning_comes_first_if_the_template_opens_it(serving: Serving) -> None:
     """It begins with reasoning if the template opens it, else with the answer."""
     message = serving.ask()["message"]
     reasoning = message.get("reasoning_content")
@@ -160,7 +160,7 @@ def test_the_answer_begins_as_the_prompt_ends(serving: Serving) -> None:
 
 
 @pytest.mark.parametrize("serving", [DEEPSEEK], indirect=True)
-def test_behind_the_reasoning_comes_the_answer(serving: Serving) -> None:
+def test_the_answer_follows_the_reasoning(serving: Serving) -> None:
     """It comes once the model closes the reasoning; a constraint applies to the answer alone."""
     closes = {str(serving.tokenizer.token_to_id("</think>")): 100}
     choice = serving.ask(logit_bias=closes, structured_outputs={"regex": "Yes[.]"})

@@ -50,7 +50,7 @@ def lines(services: Services, stage: str, request_id: str) -> list[dict[str, Any
     return [one for one in found if one["request_id"] == request_id and "seconds" in one]
 
 
-def test_every_stage_logs_how_a_call_ended(services: Services) -> None:
+def test_every_stage_logs_the_outcome_of_a_call(services: Services) -> None:
     """Each logs one line with the request's id, its trace, route or method, and the outcome."""
     ask(services, "good-1", "Hello", max_tokens=3)
     services.until(lambda: lines(services, "rest_facade", "good-1"), "nothing is logged")
@@ -93,12 +93,12 @@ def spans_of(
 ) -> list[Received]:
     """A trace's spans, once these stages have sent theirs; a call's own span comes last."""
 
-    def has_come(stage: str) -> bool:
+    def has_arrived(stage: str) -> bool:
         server = trace_pb2.Span.SPAN_KIND_SERVER
         spans = collector.of_trace(trace)
         return any(one.service == stage and one.span.kind == server for one in spans)
 
-    services.until(lambda: all(map(has_come, stages)), f"not all spans came of {trace}")
+    services.until(lambda: all(map(has_arrived, stages)), f"missing spans of {trace}")
     return collector.of_trace(trace)
 
 
@@ -142,7 +142,7 @@ def test_a_request_is_one_trace_through_all_stages(
     assert 200 == answer.status_code
 
 
-def test_spans_tell_what_was_asked_and_used(services: Services, collector: Collector) -> None:
+def test_spans_have_genai_attributes(services: Services, collector: Collector) -> None:
     """Attributes follow the GenAI conventions; the first token is an event where it arises."""
     trace = "2" * 32
     fields = {"max_tokens": 8, "temperature": 0.5, "seed": 7, "n": 2, "ignore_eos": True}
@@ -204,7 +204,9 @@ def test_streams_and_refusals_have_traces(services: Services, collector: Collect
             assert 0 == span.span.status.code
 
 
-def test_a_callers_decision_not_to_sample_holds(services: Services, collector: Collector) -> None:
+def test_a_callers_decision_not_to_sample_is_respected(
+    services: Services, collector: Collector
+) -> None:
     """No stage records a span of it, but logs still have its trace id."""
     trace = "5" * 32
     body = {"messages": [{"role": "user", "content": "Hi"}], "model": services.model}
@@ -219,7 +221,7 @@ def test_a_callers_decision_not_to_sample_holds(services: Services, collector: C
     assert trace == line["trace_id"]
 
 
-def test_without_a_caller_a_request_begins_a_trace(
+def test_a_request_without_traceparent_starts_a_trace(
     services: Services, collector: Collector
 ) -> None:
     """Each request has its own trace; health checks, metrics and calls between stages have none."""
@@ -240,7 +242,7 @@ def test_without_a_caller_a_request_begins_a_trace(
     assert [] == [span.name for span in collector.spans if not span.name.startswith(known)]
 
 
-def test_what_is_left_is_sent_at_the_end(tiny_model: Path, tmp_path: Path) -> None:
+def test_remaining_spans_are_exported_on_exit(tiny_model: Path, tmp_path: Path) -> None:
     """On exit a service sends its remaining spans, over HTTP too, without much delay."""
     settings = {
         "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
@@ -262,7 +264,7 @@ def test_what_is_left_is_sent_at_the_end(tiny_model: Path, tmp_path: Path) -> No
         }
 
 
-def test_a_collector_that_is_gone_harms_nobody(tiny_model: Path, tmp_path: Path) -> None:
+def test_an_unreachable_collector_fails_no_request(tiny_model: Path, tmp_path: Path) -> None:
     """Requests are answered, and services stop within seconds."""
     settings = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}
     with Services(tiny_model, tmp_path, **settings) as services:

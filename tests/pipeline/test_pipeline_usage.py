@@ -109,7 +109,7 @@ async def until(holds: Any) -> None:
 
 
 @pytest.mark.parametrize("killed", ["rest_facade", "tokenizer_svc"])
-def test_records_and_overhead_are_the_busy_time(
+def test_records_and_overhead_add_up_to_the_busy_time(
     services: Services, folder: Path, killed: str
 ) -> None:
     """This includes requests whose client disconnected, that failed or were lost by kill -9."""
@@ -138,9 +138,7 @@ def test_records_and_overhead_are_the_busy_time(
     assert len(charged) == len(records(folder, "generator_svc"))
 
 
-def test_several_prompts_are_several_records_of_one_request(
-    services: Services, folder: Path
-) -> None:
+def test_each_prompt_of_a_request_has_its_own_record(services: Services, folder: Path) -> None:
     """Their numbers add up to the answer's usage, and they count as one request."""
     with httpx.Client(base_url=services.url, trust_env=False, timeout=60) as client:
         usage = client.post(
@@ -161,7 +159,7 @@ def test_several_prompts_are_several_records_of_one_request(
     assert (1, 0) == (row["requests"], row["failed"])
 
 
-def test_a_record_says_what_the_client_was_told(services: Services, folder: Path) -> None:
+def test_a_record_matches_the_response(services: Services, folder: Path) -> None:
     """Tokens, device time and finish reason are those of the answer, including stop strings."""
     headers = {"authorization": "Bearer bob", "x-request-id": "req_told"}
     trace = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
@@ -188,7 +186,7 @@ def test_a_record_says_what_the_client_was_told(services: Services, folder: Path
     assert not records(folder, "rest_facade")
 
 
-def test_a_full_disk_harms_no_request(tiny_model: Path, tmp_path: Path, folder: Path) -> None:
+def test_a_full_disk_fails_no_request(tiny_model: Path, tmp_path: Path, folder: Path) -> None:
     """Both processes count the records they lose and log a line of JSON."""
     folder.mkdir()
     stages = ("generator_svc", "rest_facade")
