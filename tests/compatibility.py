@@ -33,10 +33,10 @@ _K = "rest_facade/test_facade_tokens.py::"
 _R = "pipeline/test_pipeline_forms.py::"
 _E = "rest_facade/test_facade_errors.py::"
 _P = "pipeline/test_pipeline_answers.py::"
-_ARRIVES = f"{_C}test_every_field_arrives"
+_ARRIVES = f"{_C}test_every_field_is_passed_on"
 _REFUSED = f"{_V}test_refused_fields"
-_FORMS = f"{_F}test_formats_arrive"
-_TEMPLATE = f"{_F}test_template_fields_arrive"
+_FORMS = f"{_F}test_response_formats_are_passed_on"
+_TEMPLATE = f"{_F}test_chat_template_fields_are_passed_on"
 _NOT_PUBLISHED = "—"
 _SAME = "the same"
 _IGNORED = "accepted and ignored"
@@ -94,13 +94,13 @@ CHAT_REQUEST = (
         "temperature",
         "0 to 2, default 1",
         "the same; the model's own default comes first",
-        f"{_V}test_wording",
+        f"{_V}test_errors_have_openais_wording",
     ),
     Row(
         "top_p",
         "0 to 1, default 1",
         "the same; the model's own default comes first",
-        f"{_V}test_wording",
+        f"{_V}test_errors_have_openais_wording",
     ),
     Row("presence_penalty", "-2 to 2", _SAME, _ARRIVES),
     Row("frequency_penalty", "-2 to 2", _SAME, _ARRIVES),
@@ -121,7 +121,7 @@ CHAT_REQUEST = (
         "max_tokens",
         "deprecated name of `max_completion_tokens`",
         "the same; both and different 400",
-        f"{_C}test_max_tokens_is_the_old_name",
+        f"{_C}test_max_tokens_is_an_alias",
     ),
     Row("stop", "a string or up to 4", _SAME, f"{_P}test_stop_strings_end_the_text_exactly"),
     Row(
@@ -156,7 +156,7 @@ CHAT_REQUEST = (
         "top_logprobs",
         "0 to 20, needs `logprobs`",
         "the same; 0 without `logprobs` is ignored",
-        f"{_C}test_no_alternatives_of_no_logprobs",
+        f"{_C}test_zero_top_logprobs_without_logprobs",
     ),
     Row(
         "response_format",
@@ -169,7 +169,7 @@ CHAT_REQUEST = (
         _NOT_PUBLISHED,
         "extension, as in llama.cpp: the schema of `json_object` or `json_schema`, without a name; "
         "`value` is an alias, for TGI's and Hugging Face's clients",
-        f"{_F}test_formats_arrive",
+        f"{_F}test_response_formats_are_passed_on",
     ),
     Row(
         "tools",
@@ -200,7 +200,7 @@ CHAT_REQUEST = (
         "`max_tokens` is returned as far as it goes, and its markup is never content",
         f"{_R}test_forced_calls",
     ),
-    Row("parallel_tool_calls", "default true", _SAME, f"{_F}test_tools_arrive"),
+    Row("parallel_tool_calls", "default true", _SAME, f"{_F}test_tools_are_passed_on"),
     Row("functions", "deprecated", _NO, _REFUSED),
     Row("function_call", "deprecated", _NO, _REFUSED),
     Row(
@@ -234,7 +234,12 @@ CHAT_REQUEST = (
     ),
     Row("prompt_cache_options", "explicit caching", _NO, _REFUSED),
     Row("safety_identifier", "the end user", _IGNORED, f"{_V}test_harmless_fields"),
-    Row("user", "the end user", "the same, up to 512 characters", f"{_V}test_wording"),
+    Row(
+        "user",
+        "the end user",
+        "the same, up to 512 characters",
+        f"{_V}test_errors_have_openais_wording",
+    ),
     Row("metadata", "up to 16 key-value pairs", "the same; not used", _ARRIVES),
     Row("top_k", _NOT_PUBLISHED, "extension, as in vLLM: -1 or more", _ARRIVES),
     Row("min_p", _NOT_PUBLISHED, "extension, as in vLLM: 0 to 1", _ARRIVES),
@@ -305,7 +310,7 @@ CHAT_REQUEST = (
         "null",
         "the same as absence, where it is allowed",
         "the same for every optional field",
-        f"{_C}test_null_is_absence",
+        f"{_C}test_null_is_the_same_as_omitted",
     ),
     Row(
         "unknown fields",
@@ -320,10 +325,10 @@ CHAT_ANSWER = (
         "object",
         "`chat.completion`, in chunks `chat.completion.chunk`",
         _SAME,
-        f"{_C}test_whole_answer",
+        f"{_C}test_non_streaming_answer",
     ),
     Row("id, created, model", "always there, the same in all chunks", _SAME, f"{_C}test_stream"),
-    Row("system_fingerprint", "optional", "always there", f"{_C}test_whole_answer"),
+    Row("system_fingerprint", "optional", "always there", f"{_C}test_non_streaming_answer"),
     Row("service_tier", "if the request named one", _SAME, f"{_F}test_service_tier"),
     Row(
         "choices[].message.content",
@@ -332,13 +337,16 @@ CHAT_ANSWER = (
         f"{_F}test_tool_calls",
     ),
     Row(
-        "choices[].message.refusal", "text or null, always there", "null", f"{_C}test_whole_answer"
+        "choices[].message.refusal",
+        "text or null, always there",
+        "null",
+        f"{_C}test_non_streaming_answer",
     ),
     Row(
         "choices[].message.annotations",
         "always there, empty without a web search",
         "always empty; not in chunks, as with OpenAI",
-        f"{_C}test_whole_answer",
+        f"{_C}test_non_streaming_answer",
     ),
     Row("choices[].message.tool_calls", "absent or not empty", _SAME, f"{_F}test_tool_calls"),
     Row(
@@ -373,7 +381,7 @@ CHAT_ANSWER = (
         f"{_F}test_streamed_tool_calls",
     ),
     Row("choices[].delta.reasoning_content", _NOT_PUBLISHED, "extension", f"{_F}test_reasoning"),
-    Row("usage", "three counts and their details", _SAME, f"{_C}test_whole_answer"),
+    Row("usage", "three counts and their details", _SAME, f"{_C}test_non_streaming_answer"),
     Row(
         "usage.completion_tokens_details.reasoning_tokens",
         "tokens of reasoning",
@@ -396,7 +404,7 @@ CHAT_ANSWER = (
         "data: [DONE]",
         "ends a stream",
         "the same; a failed stream has none",
-        f"{_E}test_error_in_the_middle",
+        f"{_E}test_error_mid_stream",
     ),
 )
 
@@ -405,7 +413,7 @@ COMPLETION_REQUEST = (
         "prompt",
         "a string, strings, token ids or lists of token ids",
         "the same, up to 128; required; text may contain special tokens, as in vLLM",
-        f"{_T}test_prompts_arrive",
+        f"{_T}test_all_forms_of_prompts_are_passed_on",
     ),
     Row(
         "max_tokens",
@@ -427,60 +435,62 @@ COMPLETION_REQUEST = (
         "most 524,288 in one answer, alternatives included",
         f"{_R}test_echo_with_logprobs_scores_the_prompt",
     ),
-    Row("logprobs", "0 to 5", _SAME, f"{_T}test_logprobs_of_a_text"),
+    Row("logprobs", "0 to 5", _SAME, f"{_T}test_completion_logprobs"),
     Row(
         "suffix",
         "for one model only",
         f"empty or null; else {_NO_VALUE}",
-        f"{_T}test_refused_fields_of_a_text",
+        f"{_T}test_refused_completion_fields",
     ),
-    Row("best_of", "1 to 20", f"1 or null; else {_NO_VALUE}", f"{_T}test_refused_fields_of_a_text"),
+    Row(
+        "best_of", "1 to 20", f"1 or null; else {_NO_VALUE}", f"{_T}test_refused_completion_fields"
+    ),
     Row(
         "model, temperature, top_p, n, seed, stop, stream, stream_options, user, "
         "presence_penalty, frequency_penalty, logit_bias",
         "as in chat",
         "as in chat",
-        f"{_T}test_every_field_of_a_text_arrives",
+        f"{_T}test_every_completion_field_is_passed_on",
     ),
     Row(
         "response_format, structured_outputs, top_k, …",
         _NOT_PUBLISHED,
         "extension: as in chat",
-        f"{_T}test_every_field_of_a_text_arrives",
+        f"{_T}test_every_completion_field_is_passed_on",
     ),
 )
 
 COMPLETION_ANSWER = (
-    Row("object", "`text_completion`, in chunks too", _SAME, f"{_T}test_whole_text"),
+    Row("object", "`text_completion`, in chunks too", _SAME, f"{_T}test_non_streaming_completion"),
     Row(
         "choices[].finish_reason",
         "`stop`, `length`, `content_filter`; null before the last chunk, which is not published",
         "`stop`, `length`; null before the last chunk",
-        f"{_T}test_streamed_text",
+        f"{_T}test_streaming_completion",
     ),
     Row(
         "choices[].logprobs",
         "parallel arrays; the sampled token is always in `top_logprobs`",
         _SAME,
-        f"{_T}test_logprobs_of_a_text",
+        f"{_T}test_completion_logprobs",
     ),
     Row(
         "choices[].logprobs.token_logprobs[]",
         "numbers; null for an echoed prompt's first token, which is not published",
         _SAME,
-        f"{_T}test_logprobs_of_a_text",
+        f"{_T}test_completion_logprobs",
     ),
     Row(
         "choices[].logprobs.top_logprobs[]",
         "objects; null likewise",
         _SAME,
-        f"{_T}test_logprobs_of_a_text",
+        f"{_T}test_completion_logprobs",
     ),
     Row(
         "usage",
         "as in chat, over all prompts",
         "as in chat, `gpu_seconds` too",
-        f"{_T}test_whole_text",
+        f"{_T}test_non_streaming_completion",
     ),
 )
 
@@ -503,18 +513,23 @@ ERRORS = (
         _SAME,
         f"{_E}test_errors_of_the_next_stage",
     ),
-    Row("wording", "names the field, the bound and the value", _SAME, f"{_V}test_wording"),
+    Row(
+        "wording",
+        "names the field, the bound and the value",
+        _SAME,
+        f"{_V}test_errors_have_openais_wording",
+    ),
     Row(
         "an error in a stream",
         '`data: {"error": …}`, and no `[DONE]`',
         _SAME,
-        f"{_E}test_error_in_the_middle",
+        f"{_E}test_error_mid_stream",
     ),
     Row(
         "429",
         "with `Retry-After`",
         "the same, 1 to 60 seconds; 503 too",
-        f"{_E}test_retry_after_is_within_what_clients_obey",
+        f"{_E}test_retry_after_is_from_1_to_60_seconds",
     ),
     Row(
         "unknown paths and methods",
@@ -526,7 +541,7 @@ ERRORS = (
         "x-request-id",
         "in every answer",
         "the same; a valid one sent by the client is kept",
-        f"{_C}test_identity",
+        f"{_C}test_request_ids",
     ),
 )
 

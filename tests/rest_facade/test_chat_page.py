@@ -99,7 +99,7 @@ def conversation(request: Any) -> list[tuple[str, str]]:
     ]
 
 
-async def test_an_answer_is_shown_while_it_comes(page: Page, backend: ScriptedBackend) -> None:
+async def test_an_answer_is_shown_as_it_streams(page: Page, backend: ScriptedBackend) -> None:
     """Enter sends; text appears as it arrives, then the usage."""
     gate = asyncio.Event()
     backend.script = [HELLO[0], HELLO[1], gate, *HELLO[2:]]
@@ -165,7 +165,7 @@ async def test_settings_are_sent(page: Page, backend: ScriptedBackend) -> None:
     assert ('{"type":"integer"}', True) == (schema.schema, schema.strict)
 
 
-async def test_what_is_no_json_is_not_sent(page: Page, backend: ScriptedBackend) -> None:
+async def test_invalid_json_is_not_sent(page: Page, backend: ScriptedBackend) -> None:
     """The field shows the problem, and the message is kept."""
     await page.get_by_role("button", name="Settings").click()
     await page.get_by_label("JSON schema").fill('{"type": ')
@@ -177,7 +177,7 @@ async def test_what_is_no_json_is_not_sent(page: Page, backend: ScriptedBackend)
     assert [] == backend.requests
 
 
-async def test_enter_with_shift_is_a_new_line(page: Page, backend: ScriptedBackend) -> None:
+async def test_shift_enter_inserts_a_line_break(page: Page, backend: ScriptedBackend) -> None:
     """Messages may have several lines; blank messages are not sent."""
     await ask(page, "   ")
     await page.get_by_label("Your message").fill("one")
@@ -192,7 +192,7 @@ async def test_enter_with_shift_is_a_new_line(page: Page, backend: ScriptedBacke
 
 
 @pytest.mark.parametrize("by", ["key", "button"])
-async def test_an_answer_is_stopped(page: Page, backend: ScriptedBackend, by: str) -> None:
+async def test_an_answer_can_be_stopped(page: Page, backend: ScriptedBackend, by: str) -> None:
     """Esc or the button cancels the request, and the partial answer stays in the conversation."""
     backend.script = [header(), delta("Half an"), None]
     await ask(page, "Never ends.")
@@ -225,7 +225,7 @@ async def test_a_refusal_is_shown(page: Page, backend: ScriptedBackend) -> None:
     assert [("user", "Now?")] == conversation(backend.requests[-1])
 
 
-async def test_an_answer_that_breaks_off_is_no_complete_one(
+async def test_an_interrupted_answer_is_kept_with_its_error(
     page: Page, backend: ScriptedBackend
 ) -> None:
     """The partial answer is kept, together with the error that ended the stream."""
@@ -237,7 +237,7 @@ async def test_an_answer_that_breaks_off_is_no_complete_one(
     await expect(answer(page).get_by_role("alert")).to_contain_text("backend_unavailable")
 
 
-async def test_models_that_cannot_be_listed(
+async def test_an_error_listing_models_is_shown(
     tab: Open, start_facade: StartFacade, backend: ScriptedBackend
 ) -> None:
     """While the next stage is down the page shows the error and a button to retry."""
@@ -253,7 +253,7 @@ async def test_models_that_cannot_be_listed(
     await expect(opened.get_by_label("Model")).to_have_value(MODEL)
 
 
-async def test_the_key_is_asked_for(
+async def test_the_page_asks_for_an_api_key(
     tab: Open, start_facade: StartFacade, backend: ScriptedBackend, tmp_path: Path
 ) -> None:
     """The key is requested once, and again if it is wrong; it is kept for this tab only."""
@@ -286,7 +286,7 @@ async def test_the_key_is_asked_for(
     assert 0 == await opened.evaluate("sessionStorage.length")
 
 
-async def test_reasoning_is_folded(page: Page, backend: ScriptedBackend) -> None:
+async def test_reasoning_is_collapsed(page: Page, backend: ScriptedBackend) -> None:
     """It is shown on a click, and sent back to the model with the answer."""
     thought = delta(reasoning_content="Let me think.")
     backend.script = [header(), thought, delta("Four.", finish="STOP"), usage(9, 5)]
@@ -331,7 +331,9 @@ async def test_tool_calls_are_shown_and_answered(page: Page, backend: ScriptedBa
     assert ["call_0", "call_1"] == [message.tool_call_id for message in second.messages[2:]]
 
 
-async def test_probabilities_are_colours(page: Page, backend: ScriptedBackend) -> None:
+async def test_token_probabilities_are_shown_as_colours(
+    page: Page, backend: ScriptedBackend
+) -> None:
     """On demand, less likely tokens are darker, and the arrow keys show each one's alternatives.
 
     A character split into two tokens is shown whole.
@@ -366,7 +368,7 @@ async def test_probabilities_are_colours(page: Page, backend: ScriptedBackend) -
 
 
 @pytest.mark.parametrize("language", ["curl", "Python"])
-async def test_a_request_is_copied_as_code(
+async def test_a_request_can_be_copied_as_code(
     page: Page, backend: ScriptedBackend, language: str, tmp_path: Path
 ) -> None:
     """The copied code runs unchanged and sends exactly what the page sent, including quotes."""
@@ -392,7 +394,7 @@ async def test_a_request_is_copied_as_code(
     assert MessageToDict(of_the_page) == MessageToDict(of_the_code)
 
 
-async def test_no_text_becomes_markup(page: Page, backend: ScriptedBackend) -> None:
+async def test_text_is_never_rendered_as_html(page: Page, backend: ScriptedBackend) -> None:
     """A model's text is shown literally."""
     evil = "<img src=x onerror=alert(1)><script>alert(2)</script>"
     backend.script = [
@@ -409,7 +411,9 @@ async def test_no_text_becomes_markup(page: Page, backend: ScriptedBackend) -> N
     assert await page.get_by_text(evil).count() >= 4
 
 
-async def test_nothing_but_its_own_script_runs(client: httpx.AsyncClient, browser: Browser) -> None:
+async def test_the_policy_allows_only_the_pages_own_script(
+    client: httpx.AsyncClient, browser: Browser
+) -> None:
     """The policy allows the page's own script and style by hash, and nothing else."""
     policy = (await client.get("/")).headers["content-security-policy"]
     assert "unsafe" not in policy
@@ -430,7 +434,7 @@ async def test_nothing_but_its_own_script_runs(client: httpx.AsyncClient, browse
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
-async def test_everybody_can_use_it(
+async def test_the_page_is_accessible(
     tab: Open, client: httpx.AsyncClient, backend: ScriptedBackend, scheme: str, width: int
 ) -> None:
     """axe-core finds no problem with names, roles or contrast, light or dark, narrow or wide."""
@@ -477,7 +481,7 @@ async def test_everybody_can_use_it(
     assert [width, 0] == wide
 
 
-async def test_the_page_can_be_turned_off(start_facade: StartFacade) -> None:
+async def test_the_page_can_be_disabled(start_facade: StartFacade) -> None:
     """/ is then an unknown URL; by default it is a page that needs no key."""
     shown = await (await start_facade()).get("/")
     refused = await (await start_facade(chat_page=False)).get("/")

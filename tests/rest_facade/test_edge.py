@@ -26,7 +26,7 @@ from trivium.wire.channel import open_channel
 from trivium.wire.errors import ServiceError
 
 pytestmark = pytest.mark.skipif(
-    sys.platform != "linux", reason="elsewhere 127.0.0.2 is no address of this machine"
+    sys.platform != "linux", reason="127.0.0.2 is a loopback address by default only on Linux"
 )
 
 CONFIG = Path(__file__).parents[2] / "deploy" / "nginx.conf"
@@ -180,7 +180,9 @@ async def _statuses(edge: Edge, requests: int = 40) -> list[int]:
     return statuses
 
 
-async def test_a_dead_address_costs_no_request(edge: Edge, backend: ScriptedBackend) -> None:
+async def test_an_unreachable_address_fails_no_request(
+    edge: Edge, backend: ScriptedBackend
+) -> None:
     """One of two addresses refuses connections; all requests are answered."""
     async with _facade(edge, backend, FIRST):
         await edge.names.change("rest_facade", NOBODY, FIRST)
@@ -190,7 +192,9 @@ async def test_a_dead_address_costs_no_request(edge: Edge, backend: ScriptedBack
     assert 40 == len(backend.requests)
 
 
-async def test_a_silent_address_costs_no_request(edge: Edge, backend: ScriptedBackend) -> None:
+async def test_an_unresponsive_address_fails_no_request(
+    edge: Edge, backend: ScriptedBackend
+) -> None:
     """One of two addresses never answers, as if its machine were gone; all requests succeed."""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.create_server((NOBODY, edge.facade_port), backlog=0))
@@ -206,7 +210,7 @@ async def test_a_silent_address_costs_no_request(edge: Edge, backend: ScriptedBa
     assert 16 == len(backend.requests)
 
 
-async def test_a_draining_facade_costs_no_request(edge: Edge, backend: ScriptedBackend) -> None:
+async def test_a_draining_facade_fails_no_request(edge: Edge, backend: ScriptedBackend) -> None:
     """A draining facade finishes its stream; meanwhile the other one answers."""
     finish = asyncio.Event()
     async with (
@@ -230,7 +234,7 @@ async def test_a_draining_facade_costs_no_request(edge: Edge, backend: ScriptedB
     assert text.endswith("data: [DONE]\n\n")
 
 
-async def test_what_cannot_be_taken_goes_on_whole(edge: Edge) -> None:
+async def test_a_refused_body_is_resent_in_full(edge: Edge) -> None:
     """After a 503, even the largest body is sent complete to the next facade."""
     body = json.dumps(ASK).encode().ljust(MAX_BODY_BYTES)
     async with _server(edge, FIRST, _draining) as refused, _server(edge, SECOND, _fine):
@@ -255,7 +259,7 @@ async def test_no_request_is_executed_twice(edge: Edge) -> None:
     assert "1" == answer.headers["retry-after"]
 
 
-async def test_nobody_there(edge: Edge) -> None:
+async def test_unreachable_facade(edge: Edge) -> None:
     """A name without addresses, and addresses without a listener, are 503 in OpenAI's format."""
     answers = [await edge.client.post(URL, json=ASK)]
     await edge.names.change("rest_facade", NOBODY)
@@ -269,7 +273,7 @@ async def test_nobody_there(edge: Edge) -> None:
     assert ["1"] * 3 == [answer.headers["retry-after"] for answer in answers]
 
 
-async def test_addresses_that_change(edge: Edge, backend: ScriptedBackend) -> None:
+async def test_address_changes_are_followed(edge: Edge, backend: ScriptedBackend) -> None:
     """A facade at a new address is found, and a removed address is no longer used."""
     async with _facade(edge, backend, FIRST):
         await edge.names.change("rest_facade", FIRST)
@@ -281,7 +285,7 @@ async def test_addresses_that_change(edge: Edge, backend: ScriptedBackend) -> No
     assert [200] * 8 == before + after
 
 
-async def test_events_are_not_held_back(edge: Edge, backend: ScriptedBackend) -> None:
+async def test_events_are_not_buffered(edge: Edge, backend: ScriptedBackend) -> None:
     """A stream's events arrive at once; a disconnecting client cancels the work."""
     backend.script = (header(), delta("He"), None)
     async with _facade(edge, backend, FIRST):
@@ -294,7 +298,9 @@ async def test_events_are_not_held_back(edge: Edge, backend: ScriptedBackend) ->
         await backend.cancelled.wait()
 
 
-async def test_the_facades_errors_pass_unchanged(edge: Edge, backend: ScriptedBackend) -> None:
+async def test_the_facades_errors_are_passed_on_unchanged(
+    edge: Edge, backend: ScriptedBackend
+) -> None:
     """Status, body and headers are the facade's, for 400, 500, 503 and 504."""
     bodies = [{"model": MODEL}, ASK, ASK | {"stream": True}]
     scripts = [[TimeoutError()], [None], [ServiceError("model_loading", "The model is loading.")]]
@@ -351,14 +357,14 @@ async def test_a_body_over_the_limit(edge: Edge, backend: ScriptedBackend) -> No
     ],
     ids=["too large", "no host", "broken chunk"],
 )
-async def test_what_is_not_http(edge: Edge, request_bytes: bytes) -> None:
+async def test_malformed_http_requests(edge: Edge, request_bytes: bytes) -> None:
     """A malformed request is 400 in OpenAI's format."""
     status, body = await _raw("127.0.0.1", edge.port, request_bytes)
 
     assert (400, "invalid_value") == (status, body["error"]["code"])
 
 
-async def test_grpc_passes_over_a_dead_address(edge: Edge, backend: ScriptedBackend) -> None:
+async def test_grpc_skips_an_unreachable_address(edge: Edge, backend: ScriptedBackend) -> None:
     """One of two tokenizers is down: every call is answered, and its events arrive at once."""
     await edge.names.change("tokenizer_svc", NOBODY, "127.0.0.1")
     backend.script = (header(), delta("He"), None)
@@ -375,7 +381,7 @@ async def test_grpc_passes_over_a_dead_address(edge: Edge, backend: ScriptedBack
     assert 20 == len(backend.requests)
 
 
-def test_what_is_replaced_is_what_is_deployed() -> None:
+def test_replaced_parts_are_in_the_deployed_config() -> None:
     """Names and ports are those of the services, and only /tmp is written to."""
     text = CONFIG.read_text()
     paths = [line.split()[1] for line in text.splitlines() if "_path " in line or "pid " in line]

@@ -34,7 +34,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-async def test_the_api_asks_for_a_key(start_facade: StartFacade, file: Path) -> None:
+async def test_the_api_requires_a_key(start_facade: StartFacade, file: Path) -> None:
     """With a key file, requests need one of its keys, and each of them works."""
     client: httpx.AsyncClient = await start_facade(api_keys_file=file)
 
@@ -48,7 +48,7 @@ async def test_the_api_asks_for_a_key(start_facade: StartFacade, file: Path) -> 
         assert answer.json()["error"]["code"] == "invalid_api_key"
 
 
-async def test_what_stays_open(start_facade: StartFacade, file: Path) -> None:
+async def test_endpoints_that_need_no_key(start_facade: StartFacade, file: Path) -> None:
     """Health, metrics and documentation need no key."""
     client: httpx.AsyncClient = await start_facade(api_keys_file=file)
     paths = ("/health", "/health/live", "/metrics", "/docs", "/openapi.json")
@@ -56,7 +56,7 @@ async def test_what_stays_open(start_facade: StartFacade, file: Path) -> None:
     assert [200] * 5 == [(await client.get(path)).status_code for path in paths]
 
 
-def test_reload(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_file_is_reloaded(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A changed file takes effect without a restart, and a broken one changes nothing."""
     monkeypatch.setattr(watched_file, "CHECK_SECONDS", 0)
     keys = KeyFile(file)
@@ -72,7 +72,7 @@ def test_reload(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not accepts(keys, "three")
 
 
-def test_bad_files(tmp_path: Path) -> None:
+def test_invalid_key_files_are_refused(tmp_path: Path) -> None:
     """A missing file and a line that is not a digest are refused; the error names the line."""
     path = tmp_path / "keys"
     with pytest.raises(KeyFileError, match="No such file"):
@@ -84,7 +84,7 @@ def test_bad_files(tmp_path: Path) -> None:
     assert "sk-plain" not in str(caught.value)
 
 
-def test_lines_name_their_keys(file: Path) -> None:
+def test_key_names_come_from_the_file(file: Path) -> None:
     """By the word after the digest, or by the digest; of a key that is there twice, the first line
     counts."""
     file.write_text(f"{file.read_text()}{digest('one')} carol\n")
@@ -93,7 +93,7 @@ def test_lines_name_their_keys(file: Path) -> None:
     assert ["alice", digest("two")[:12]] == [keys.check(f"Bearer {k}").name for k in ("one", "two")]
 
 
-def test_odd_keys(file: Path) -> None:
+def test_non_ascii_keys_are_refused(file: Path) -> None:
     """Non-ASCII keys are refused like any wrong key."""
     keys = KeyFile(file)
 

@@ -82,7 +82,9 @@ async def post(client: httpx.AsyncClient, body: bytes) -> httpx.Response:
 
 
 @pytest.mark.parametrize("what", TOO_MUCH)
-async def test_too_much(client: httpx.AsyncClient, backend: ScriptedBackend, what: str) -> None:
+async def test_requests_over_a_limit_name_the_field(
+    client: httpx.AsyncClient, backend: ScriptedBackend, what: str
+) -> None:
     """The error names the field that is too large, whatever else is in the body."""
     body, expected = TOO_MUCH[what]
     reply = await post(client, body)
@@ -94,7 +96,7 @@ async def test_too_much(client: httpx.AsyncClient, backend: ScriptedBackend, wha
 
 
 @pytest.mark.parametrize("what", ALLOWED)
-async def test_what_is_large_and_allowed(client: httpx.AsyncClient, what: str) -> None:
+async def test_large_requests_within_the_limits(client: httpx.AsyncClient, what: str) -> None:
     """Long texts, and many numbers or fields, are accepted."""
     assert 200 == (await post(client, ALLOWED[what])).status_code
 
@@ -135,7 +137,7 @@ TOOLS = [{"type": "function", "function": {"name": f"f{n}"}} for n in range(129)
         ),
     ],
 )
-async def test_bounds(
+async def test_limits_are_inclusive(
     client: httpx.AsyncClient, most: dict[str, Any], more: dict[str, Any], param: str
 ) -> None:
     """The maximum is accepted, and one more is refused."""
@@ -145,7 +147,7 @@ async def test_bounds(
     assert (400, param) == (refused.status_code, refused.json()["error"]["param"])
 
 
-async def test_tokens_are_bounded_too(start_facade: StartFacade) -> None:
+async def test_other_paths_have_the_same_limits(start_facade: StartFacade) -> None:
     """Other paths have the same limits."""
     client = await start_facade()
     refused = await client.post("/detokenize", json={"model": MODEL, "tokens": [1] * 524_289})
@@ -157,7 +159,7 @@ async def test_tokens_are_bounded_too(start_facade: StartFacade) -> None:
     )
 
 
-async def test_nobody_waits_for_large_bodies(backend: ScriptedBackend) -> None:
+async def test_large_bodies_do_not_block_other_requests(backend: ScriptedBackend) -> None:
     """While they are read and parsed, another stream continues and liveness is answered."""
     bodies = [body for body, _ in TOO_MUCH.values()] + list(ALLOWED.values())
     async with running(backend) as (_, client):

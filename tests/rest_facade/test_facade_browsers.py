@@ -52,7 +52,7 @@ async def test_a_preflight_needs_no_key(
     assert "access-control-allow-credentials" not in answer.headers
 
 
-async def test_a_page_on_the_web_may_call_a_private_address(
+async def test_a_public_page_may_call_a_private_address(
     start_facade: StartFacade, tmp_path: Path
 ) -> None:
     """Browsers ask for this too before a page may call a server on a private address."""
@@ -63,7 +63,7 @@ async def test_a_page_on_the_web_may_call_a_private_address(
     assert "true" == answer.headers["access-control-allow-private-network"]
 
 
-async def test_a_stranger_is_refused(start_facade: StartFacade, tmp_path: Path) -> None:
+async def test_an_unlisted_origin_is_refused(start_facade: StartFacade, tmp_path: Path) -> None:
     """A page that is not listed gets no header that would let its browser read the answer."""
     client = await start(start_facade, tmp_path)
     refused = await client.options(URL, headers=preflight(STRANGER))
@@ -75,7 +75,7 @@ async def test_a_stranger_is_refused(start_facade: StartFacade, tmp_path: Path) 
         assert "access-control-allow-origin" not in reply.headers
 
 
-async def test_every_answer_may_be_read(
+async def test_every_response_has_cors_headers(
     start_facade: StartFacade, backend: ScriptedBackend, tmp_path: Path
 ) -> None:
     """This matters most for errors: a page that cannot read them cannot explain them."""
@@ -109,7 +109,7 @@ async def test_every_answer_may_be_read(
         assert answer.headers["x-request-id"]
 
 
-async def test_any_page(start_facade: StartFacade, tmp_path: Path) -> None:
+async def test_an_asterisk_allows_any_origin(start_facade: StartFacade, tmp_path: Path) -> None:
     """An asterisk allows all pages."""
     client = await start(start_facade, tmp_path, cors_origins="*")
     asked = await client.options(URL, headers=preflight(STRANGER))
@@ -119,7 +119,7 @@ async def test_any_page(start_facade: StartFacade, tmp_path: Path) -> None:
     assert ["*", "*"] == [r.headers["access-control-allow-origin"] for r in (asked, answer)]
 
 
-async def test_no_page_by_default(client: httpx.AsyncClient) -> None:
+async def test_no_origin_is_allowed_by_default(client: httpx.AsyncClient) -> None:
     """Without the setting no answer has a CORS header."""
     asked = await client.options(URL, headers=preflight(PAGE))
     answer = await client.post(URL, json=ASK, headers={"origin": PAGE})
@@ -130,7 +130,7 @@ async def test_no_page_by_default(client: httpx.AsyncClient) -> None:
 
 
 @pytest.mark.parametrize("origin", ["chat.example.org", PAGE + "/", PAGE + "/chat", "**"])
-def test_what_is_no_origin(origin: str) -> None:
+def test_invalid_origins_are_refused(origin: str) -> None:
     """An origin with a trailing slash would never match; it is refused at startup."""
     with pytest.raises(ValueError, match="is not an origin"):
         FacadeSettings(cors_origins=f"{OTHER_PAGE},{origin}")

@@ -45,7 +45,7 @@ def chunks(text: str) -> list[Any]:
     return [d if d == "[DONE]" else json.loads(d) for d in (e[6:] for e in events)]
 
 
-async def test_whole_answer(client: httpx.AsyncClient) -> None:
+async def test_non_streaming_answer(client: httpx.AsyncClient) -> None:
     """An answer without `stream` is OpenAI's object, field by field."""
     answer = await post(client)
 
@@ -178,7 +178,7 @@ async def test_logprobs(client: httpx.AsyncClient, backend: ScriptedBackend) -> 
 @pytest.mark.parametrize(
     "text", ['\u2028\u2029\x85\r\n\t\x00"\\', "🫠 鼜 👩‍🚀", "data: [DONE]\n\n"]
 )
-async def test_text_survives(
+async def test_any_text_arrives_unchanged(
     client: httpx.AsyncClient, backend: ScriptedBackend, text: str
 ) -> None:
     """Any text arrives unchanged, and never breaks an event for clients that split lines."""
@@ -192,7 +192,9 @@ async def test_text_survives(
     assert all(line.startswith("data: ") for line in lines)
 
 
-async def test_every_field_arrives(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
+async def test_every_field_is_passed_on(
+    client: httpx.AsyncClient, backend: ScriptedBackend
+) -> None:
     """Each field of the request reaches the next stage with its value."""
     fields = {
         "temperature": 0,
@@ -253,7 +255,7 @@ async def test_every_field_arrives(client: httpx.AsyncClient, backend: ScriptedB
 
 
 @pytest.mark.parametrize("field", ["temperature", "seed", "stop", "n", "logit_bias", "stream"])
-async def test_null_is_absence(
+async def test_null_is_the_same_as_omitted(
     client: httpx.AsyncClient, backend: ScriptedBackend, field: str
 ) -> None:
     """`null` for an optional field is the same as omitting it."""
@@ -264,7 +266,7 @@ async def test_null_is_absence(
     assert backend.requests[0] == backend.requests[1]
 
 
-async def test_no_alternatives_of_no_logprobs(
+async def test_zero_top_logprobs_without_logprobs(
     client: httpx.AsyncClient, backend: ScriptedBackend
 ) -> None:
     """top_logprobs 0 without logprobs changes nothing."""
@@ -275,9 +277,7 @@ async def test_no_alternatives_of_no_logprobs(
     assert backend.requests[0] == backend.requests[1]
 
 
-async def test_max_tokens_is_the_old_name(
-    client: httpx.AsyncClient, backend: ScriptedBackend
-) -> None:
+async def test_max_tokens_is_an_alias(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
     """max_tokens alone, or with an equal max_completion_tokens, is the limit."""
     await post(client, max_tokens=3)
     await post(client, max_tokens=3, max_completion_tokens=3)
@@ -302,7 +302,7 @@ async def test_models(client: httpx.AsyncClient) -> None:
     }
 
 
-async def test_identity(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
+async def test_request_ids(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
     """A valid request id is echoed and passed on with the trace; any other is replaced."""
     trace = f"00-{'a' * 32}-{'b' * 16}-01"
     sane = {"x-request-id": "order-17", "traceparent": trace}
@@ -315,7 +315,7 @@ async def test_identity(client: httpx.AsyncClient, backend: ScriptedBackend) -> 
     assert made.headers["x-request-id"].startswith("req_")
 
 
-async def test_an_answer_may_be_larger_than_a_request(
+async def test_an_answer_may_exceed_the_request_size_limit(
     client: httpx.AsyncClient, backend: ScriptedBackend
 ) -> None:
     """Its length depends on the requested choices, tokens and log-probabilities."""

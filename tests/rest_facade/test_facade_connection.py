@@ -24,7 +24,7 @@ URL = "/v1/chat/completions"
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_client_that_leaves_at_once(
+async def test_a_client_that_disconnects_before_its_answer(
     client: httpx.AsyncClient, backend: ScriptedBackend, stream: bool
 ) -> None:
     """A client that disconnects before its answer begins cancels the call behind it."""
@@ -41,7 +41,7 @@ async def test_a_client_that_leaves_at_once(
     assert f'trivium_http_requests_total{{route="{URL}",status="499"}} 1.0' in metrics
 
 
-async def test_a_client_that_leaves_in_the_middle(
+async def test_a_client_that_disconnects_mid_stream(
     client: httpx.AsyncClient, backend: ScriptedBackend
 ) -> None:
     """A client that disconnects while its stream is silent cancels the call behind it."""
@@ -89,7 +89,7 @@ async def test_status_waits_for_the_first_event(
     assert (await asking).status_code == 200
 
 
-async def test_a_long_wait_is_not_silent(
+async def test_keep_alives_before_the_first_event(
     start_facade: StartFacade, backend: ScriptedBackend
 ) -> None:
     """If the next stage's first event takes long, headers and comments are sent before it."""
@@ -107,7 +107,7 @@ async def test_a_long_wait_is_not_silent(
     assert lines[-2] == "data: [DONE]"
 
 
-async def test_a_refusal_after_a_long_wait(
+async def test_an_error_after_keep_alives(
     start_facade: StartFacade, backend: ScriptedBackend
 ) -> None:
     """The error is the last event of a stream that has begun."""
@@ -127,7 +127,7 @@ async def test_a_refusal_after_a_long_wait(
 
 
 @pytest.mark.parametrize("beginning", ["", "POST /v1/chat/comp"])
-async def test_a_head_that_never_ends_costs_no_connection(
+async def test_an_incomplete_request_head_times_out(
     start_facade: StartFacade, beginning: str
 ) -> None:
     """The connection is closed whether nothing comes or only a byte now and then."""
@@ -143,7 +143,7 @@ async def test_a_head_that_never_ends_costs_no_connection(
     writer.close()
 
 
-async def test_an_answer_may_take_longer_than_a_connection_may_be_idle(
+async def test_a_long_answer_outlasts_the_idle_timeout(
     start_facade: StartFacade, backend: ScriptedBackend
 ) -> None:
     """This holds even if the next request arrives in the meantime."""
@@ -168,7 +168,7 @@ async def unready(client: httpx.AsyncClient) -> httpx.Response:
     return answer
 
 
-async def test_next_stage_gone_and_back(
+async def test_the_next_stage_goes_away_and_comes_back(
     client: httpx.AsyncClient, backend: ScriptedBackend
 ) -> None:
     """Without the next stage everything but liveness is 503; once it is back, requests succeed."""
@@ -187,7 +187,7 @@ async def test_next_stage_gone_and_back(
     assert (await client.post(URL, json=ASK)).status_code == 200
 
 
-async def test_next_stage_dies_in_the_middle(
+async def test_the_next_stage_dies_mid_stream(
     client: httpx.AsyncClient, backend: ScriptedBackend
 ) -> None:
     """A stream whose next stage dies ends with an error event, without [DONE]."""

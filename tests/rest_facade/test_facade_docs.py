@@ -65,7 +65,7 @@ async def test_paths_of_the_document_exist(
         )
 
 
-async def test_head(client: httpx.AsyncClient) -> None:
+async def test_head_is_answered_like_get(client: httpx.AsyncClient) -> None:
     """HEAD is answered like GET, without the body."""
     for path in ("/", "/v1/models", "/v1/models/scripted", "/health", "/metrics", "/docs"):
         got, head = await client.get(path), await client.head(path)

@@ -55,7 +55,7 @@ async def test_errors_of_the_next_stage(
         assert answer.headers.get("retry-after") == ("60" if retriable else None)
 
 
-async def test_a_key_that_the_next_stage_refuses_is_not_the_clients(
+async def test_a_refused_stage_key_is_not_the_clients_error(
     client: httpx.AsyncClient, backend: ScriptedBackend
 ) -> None:
     """The key there is the facade's own: its client can do nothing about it."""
@@ -66,7 +66,7 @@ async def test_a_key_that_the_next_stage_refuses_is_not_the_clients(
     assert ["backend_unavailable"] * 2 == [check_shape(each)["code"] for each in (whole, streamed)]
 
 
-async def test_a_refused_key_is_logged_when_that_is_new(
+async def test_a_refused_stage_key_is_logged_once(
     client: httpx.AsyncClient, backend: ScriptedBackend, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is logged once, however many requests and probes are refused, and again for another reason
@@ -97,7 +97,7 @@ async def test_a_refused_key_is_logged_when_that_is_new(
         ({}, "max_completion_tokens", None),
     ],
 )
-async def test_fields_are_named_as_the_client_named_them(
+async def test_errors_use_the_clients_field_names(
     client: httpx.AsyncClient,
     backend: ScriptedBackend,
     fields: dict[str, Any],
@@ -114,7 +114,7 @@ async def test_fields_are_named_as_the_client_named_them(
         assert check_shape(answer)["message"] == f"Bad '{shown or blamed}'."
 
 
-async def test_error_in_the_middle(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
+async def test_error_mid_stream(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
     """A stream that fails ends with an error event, without [DONE]."""
     backend.script = (header(), delta("He"), ServiceError("backend_unavailable", "It is gone."))
     answer = await client.post(URL, json=ASK | {"stream": True})
@@ -132,7 +132,7 @@ async def test_error_in_the_middle(client: httpx.AsyncClient, backend: ScriptedB
     }
 
 
-async def test_an_event_of_a_later_protocol(
+async def test_unknown_events_are_errors(
     client: httpx.AsyncClient, backend: ScriptedBackend
 ) -> None:
     """An event that the facade cannot read is a 500, or an error event in a running stream."""
@@ -148,7 +148,7 @@ async def test_an_event_of_a_later_protocol(
     assert "internal_error" in later.text.split("\n\n")[-2]
 
 
-async def test_a_fault_of_ours_tells_nothing(
+async def test_internal_errors_reveal_nothing(
     client: httpx.AsyncClient, backend: ScriptedBackend
 ) -> None:
     """An unexpected error shows a generic message and the request id, streaming or not."""
@@ -163,7 +163,7 @@ async def test_a_fault_of_ours_tells_nothing(
 
 
 @pytest.mark.parametrize("script", [(), (header(), delta("He")), (delta("He"),)])
-async def test_a_broken_next_stage(
+async def test_incomplete_streams_end_with_an_error(
     client: httpx.AsyncClient, backend: ScriptedBackend, script: Any
 ) -> None:
     """A stream without header or usage ends with an error, never with [DONE]."""
@@ -203,7 +203,7 @@ def errors_logged(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
     return found
 
 
-async def test_a_status_that_no_stage_made(errors_logged: list[tuple[str, str]]) -> None:
+async def test_a_proxys_status_is_not_revealed(errors_logged: list[tuple[str, str]]) -> None:
     """Its message is only logged, once per request, with the replica that returned it."""
     stage = BehindAMesh()
     await stage.start()
@@ -231,7 +231,7 @@ async def test_a_status_that_no_stage_made(errors_logged: list[tuple[str, str]])
     ] == errors_logged
 
 
-async def test_a_server_that_is_another_stage(errors_logged: list[tuple[str, str]]) -> None:
+async def test_a_target_that_is_another_stage(errors_logged: list[tuple[str, str]]) -> None:
     """A facade that calls a generator's port answers that no tokenizer is available."""
     server, port = await ScriptedGenerator("r1").serve()
     async with facade(port, {}) as url, httpx.AsyncClient(base_url=url) as client:
@@ -309,7 +309,7 @@ NO_URL, NO_MODEL, WRONG = (
         ("OPTIONS", "*", NO_URL),
     ],
 )
-async def test_odd_paths(
+async def test_malformed_paths(
     client: httpx.AsyncClient, method: str, target: str, expected: tuple[int, str | None]
 ) -> None:
     """Extra slashes, empty segments, odd escapes: what does not exist is 404, never 400 or 500."""
@@ -394,7 +394,7 @@ async def test_slow_bodies(start_facade: StartFacade, length: int, status: int, 
         b"GET /\xff HTTP/1.1\r\n\r\n",
     ],
 )
-async def test_what_is_not_http(client: httpx.AsyncClient, head: bytes) -> None:
+async def test_malformed_http_requests(client: httpx.AsyncClient, head: bytes) -> None:
     """Even requests that the HTTP parser rejects are answered with an error object."""
     reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
     writer.write(head)
@@ -406,7 +406,7 @@ async def test_what_is_not_http(client: httpx.AsyncClient, head: bytes) -> None:
     assert json.loads(answer[2])["error"].keys() == {"message", "type", "param", "code"}
 
 
-async def test_time_runs_out(start_facade: StartFacade, backend: ScriptedBackend) -> None:
+async def test_a_call_times_out(start_facade: StartFacade, backend: ScriptedBackend) -> None:
     """After the timeout a call ends with 504 and x-should-retry false, or with an error event."""
     client = await start_facade(request_timeout_seconds=0.2)
     backend.script = (header(), delta("He"), None)
@@ -420,7 +420,7 @@ async def test_time_runs_out(start_facade: StartFacade, backend: ScriptedBackend
     assert all(left is not None and left <= 0.202 for left in backend.deadlines)
 
 
-def test_retry_after_is_within_what_clients_obey() -> None:
+def test_retry_after_is_from_1_to_60_seconds() -> None:
     """Retry-After is a whole number of seconds from 1 to 60, which clients obey."""
     waits = [0, 0.2, 1.5, 60, 3600]
     answers = [ErrorResponse(ServiceError("queue_full", "", retry_after=wait)) for wait in waits]
@@ -428,7 +428,7 @@ def test_retry_after_is_within_what_clients_obey() -> None:
     assert ["1", "1", "2", "60", "60"] == [answer.headers["retry-after"] for answer in answers]
 
 
-def test_an_error_event_is_one_event() -> None:
+def test_line_breaks_do_not_split_an_error_event() -> None:
     """Line breaks in a message do not break the event."""
     event = sse_event(error_body(ServiceError("invalid_value", "a\n\nb\u2028c"))).decode()
 
@@ -509,7 +509,7 @@ def _replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
     new=JSON,
     cut=st.none() | st.integers(0, 700),
 )
-async def test_mutated_bodies_are_never_our_fault(
+async def test_mutated_bodies_never_cause_a_5xx(
     client: httpx.AsyncClient, backend: ScriptedBackend, path: Any, new: Any, cut: int | None
 ) -> None:
     """A valid body with any part replaced, or truncated, is answered or refused with 4xx."""

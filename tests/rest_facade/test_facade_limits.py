@@ -96,9 +96,7 @@ async def test_tokens_per_minute(start: Start, stream: bool) -> None:
     assert 30 <= int(third.headers["retry-after"]) <= 35  # 7 more of 12 have to be refilled
 
 
-async def test_a_stream_that_is_left_has_its_tokens_counted(
-    start: Start, backend: ScriptedBackend
-) -> None:
+async def test_a_cancelled_streams_tokens_count(start: Start, backend: ScriptedBackend) -> None:
     """The prompt counts, and the answer as far as it was sent."""
     client = await start(table("a", tokens_per_minute=10))
     backend.script = (header(), delta("He", tokens=5), None)
@@ -188,7 +186,7 @@ async def test_an_expired_key(start: Start) -> None:
     assert "has expired" in answers["past"].json()["error"]["message"]
 
 
-async def test_the_official_client_is_told(start: Start) -> None:
+async def test_the_official_client_raises_rate_limit_error(start: Start) -> None:
     """It raises the same exception as for OpenAI."""
     client = await start(table("a", requests_per_minute=1))
     with openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="a", max_retries=0) as official:
@@ -201,7 +199,7 @@ async def test_the_official_client_is_told(start: Start) -> None:
             await asyncio.to_thread(complete)
 
 
-async def test_limits_change_with_the_file(
+async def test_changed_limits_keep_what_was_used(
     start: Start, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was used before the change still counts."""
@@ -260,7 +258,7 @@ async def one(
     return 0
 
 
-async def test_a_minute_s_worth_comes_back_in_a_minute(limits: RateLimits, clock: Clock) -> None:
+async def test_the_request_limit_refills_within_a_minute(limits: RateLimits, clock: Clock) -> None:
     """Retrying after the given time succeeds once; unused requests do not add up."""
     assert [0, 0, 0, 20] == [await one(limits, requests_per_minute=3) for _ in range(4)]
     clock.now += 20
@@ -269,7 +267,7 @@ async def test_a_minute_s_worth_comes_back_in_a_minute(limits: RateLimits, clock
     assert [0, 0, 0, 20] == [await one(limits, requests_per_minute=3) for _ in range(4)]
 
 
-async def test_overdrawn_tokens_are_paid_back(limits: RateLimits, clock: Clock) -> None:
+async def test_overdrawn_tokens_delay_the_next_request(limits: RateLimits, clock: Clock) -> None:
     """A request may exceed what is left, and the next one waits correspondingly longer."""
     assert 0 == await one(limits, 180, tokens_per_minute=60)
     assert 121 == await one(limits, tokens_per_minute=60)
@@ -277,7 +275,7 @@ async def test_overdrawn_tokens_are_paid_back(limits: RateLimits, clock: Clock) 
     assert 0 == await one(limits, tokens_per_minute=60)
 
 
-async def test_device_time_comes_back_at_midnight(limits: RateLimits, clock: Clock) -> None:
+async def test_the_gpu_seconds_limit_resets_at_midnight(limits: RateLimits, clock: Clock) -> None:
     """The refusal says when that is."""
     clock.now += 86_000
     assert 0 == await one(limits, 9, 2_000_000_000, gpu_seconds_per_day=2)
@@ -286,7 +284,7 @@ async def test_device_time_comes_back_at_midnight(limits: RateLimits, clock: Clo
     assert 0 == await one(limits, gpu_seconds_per_day=2)
 
 
-async def test_device_time_of_what_broke_off_is_reckoned_by_its_tokens(limits: RateLimits) -> None:
+async def test_gpu_seconds_of_interrupted_requests_are_estimated(limits: RateLimits) -> None:
     """It is estimated from the past cost per token, so that disconnecting is not free."""
     assert 0 == await one(limits, 10, 1_000_000_000)
     assert 0 == await one(limits, 10, None, gpu_seconds_per_day=2)
@@ -311,7 +309,7 @@ async def test_device_time_of_what_broke_off_is_reckoned_by_its_tokens(limits: R
         (table("a") + table("a").replace("keys.a", "keys.b"), "a and b have the same digest"),
     ],
 )
-def test_files_that_say_what_they_cannot(file: Path, text: str, fault: str) -> None:
+def test_invalid_limits_are_refused(file: Path, text: str, fault: str) -> None:
     """The error is one line that names the key and the field, and contains no secret."""
     file.write_text(text)
     with pytest.raises(KeyFileError, match=fault) as caught:

@@ -93,7 +93,7 @@ async def test_drain(backend: ScriptedBackend, number: signal.Signals) -> None:
     assert status == 0
 
 
-async def test_drain_time_runs_out(backend: ScriptedBackend) -> None:
+async def test_requests_that_exceed_the_drain_time(backend: ScriptedBackend) -> None:
     """Requests that exceed the drain time get an error, streaming or not; the exit code is 0."""
     backend.script = (header(), delta("He"), None)
     settings = {"drain_notice_seconds": 0, "drain_seconds": 0.2}
@@ -137,7 +137,7 @@ async def test_idle_connections_are_kept(backend: ScriptedBackend) -> None:
     assert await ends(backend, seconds=60, idle_connection_seconds=1)
 
 
-async def test_a_new_connection_is_told_of_the_drain(backend: ScriptedBackend) -> None:
+async def test_a_new_connection_during_the_drain_gets_503(backend: ScriptedBackend) -> None:
     """A request that arrives just after the notice period gets 503, not a dropped connection."""
     backend.script = (header(), delta("He"), None)
     async with (
@@ -161,7 +161,7 @@ async def test_a_new_connection_is_told_of_the_drain(backend: ScriptedBackend) -
     assert b"HTTP/1.1 503 Service Unavailable\r\n" == head
 
 
-async def test_a_second_signal_ends_at_once(backend: ScriptedBackend) -> None:
+async def test_a_second_signal_exits_at_once(backend: ScriptedBackend) -> None:
     """Running requests end with an error, whatever notice and drain time are set."""
     backend.script = (header(), delta("He"), None)
     settings = {"drain_notice_seconds": 600, "drain_seconds": 600}
@@ -180,7 +180,7 @@ async def test_a_second_signal_ends_at_once(backend: ScriptedBackend) -> None:
     assert status == 0
 
 
-async def test_wrong_settings() -> None:
+async def test_invalid_settings() -> None:
     """All invalid settings are named at once, and the exit code is 2."""
     status, words = await refusal(port=70000, keep_alive_seconds="often")
 
@@ -189,7 +189,7 @@ async def test_wrong_settings() -> None:
     assert "TRIVIUM_FACADE_KEEP_ALIVE_SECONDS" in words
 
 
-async def test_metrics_at_a_port_of_their_own(backend: ScriptedBackend) -> None:
+async def test_metrics_on_their_own_port(backend: ScriptedBackend) -> None:
     """The API's port then has none, as they would be those of a single replica."""
     port = free_port()
     async with running(backend, reuse_port=True, metrics_port=port) as (_, client):
@@ -200,7 +200,7 @@ async def test_metrics_at_a_port_of_their_own(backend: ScriptedBackend) -> None:
     assert 'trivium_http_requests_total{route="/health",status="200"} 1.0' in own.text
 
 
-async def test_a_shared_port_needs_one_for_the_metrics() -> None:
+async def test_a_shared_port_needs_a_metrics_port() -> None:
     """A facade that shares its port names the setting that is missing."""
     status, words = await refusal(port=free_port(), reuse_port=True)
 
@@ -209,7 +209,7 @@ async def test_a_shared_port_needs_one_for_the_metrics() -> None:
     assert "REUSE_PORT" in words
 
 
-async def test_any_port() -> None:
+async def test_port_zero_picks_a_free_port() -> None:
     """The log says on which port it listens."""
     process = await spawn(port=0)
     assert process.stderr is not None
@@ -227,7 +227,7 @@ async def test_any_port() -> None:
 
 @pytest.mark.parametrize("is_shared", [True, False])
 @pytest.mark.parametrize("setting", ["TRIVIUM_FACADE_PORT", "TRIVIUM_FACADE_METRICS_PORT"])
-async def test_a_port_that_is_taken(setting: str, is_shared: bool) -> None:
+async def test_a_port_in_use_is_refused(setting: str, is_shared: bool) -> None:
     """A port in use by a process that does not share it is reported with its setting."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         taken = listener.getsockname()[1]
@@ -238,7 +238,7 @@ async def test_a_port_that_is_taken(setting: str, is_shared: bool) -> None:
     assert (2, f"{setting}: 127.0.0.1:{taken} is in use\n") == (status, words)
 
 
-async def test_the_metrics_need_another_port() -> None:
+async def test_the_metrics_port_must_differ() -> None:
     """It must differ from the API's port; the error names its setting."""
     port = free_port()
     status, words = await refusal(port=port, metrics_port=port, log_level="warning")
@@ -273,7 +273,7 @@ async def _answers(client: httpx.AsyncClient, url: str) -> bool:
         return False
 
 
-async def test_remote_without_keys() -> None:
+async def test_remote_access_without_keys_is_refused() -> None:
     """A non-loopback address needs API keys, or the operator's explicit permission."""
     status, words = await refusal(host="0.0.0.0")
 
@@ -282,7 +282,7 @@ async def test_remote_without_keys() -> None:
     assert "TRIVIUM_FACADE_ALLOW_UNAUTHENTICATED_REMOTE" in words
 
 
-async def test_bad_key_file(tmp_path: Path) -> None:
+async def test_an_unusable_key_file_is_refused(tmp_path: Path) -> None:
     """An unusable key file is refused at startup."""
     status, words = await refusal(api_keys_file=tmp_path / "none")
 
@@ -293,7 +293,7 @@ async def test_bad_key_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "value"), [("limits_url", "http://127.0.0.1"), ("usage_log", __file__)]
 )
-async def test_limits_and_records_that_cannot_be_kept(setting: str, value: str) -> None:
+async def test_unusable_stores_and_folders_are_refused(setting: str, value: str) -> None:
     """A wrong store URL or folder is refused with one line that names the setting."""
     status, words = await refusal(port=free_port(), **{setting: value})
 
@@ -302,9 +302,7 @@ async def test_limits_and_records_that_cannot_be_kept(setting: str, value: str) 
     assert "Traceback" not in words
 
 
-async def test_a_usage_log_that_another_process_writes(
-    backend: ScriptedBackend, tmp_path: Path
-) -> None:
+async def test_a_usage_log_has_one_writer(backend: ScriptedBackend, tmp_path: Path) -> None:
     """The second process is refused and the error says what to set; it starts under another name,
     and after the first was killed."""
     async with running(backend, usage_log=tmp_path) as (first, _):

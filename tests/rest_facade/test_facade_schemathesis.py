@@ -18,7 +18,9 @@ CHECKS = (
 )
 
 
-async def test_the_document_is_true(client: httpx.AsyncClient, tmp_path: Path) -> None:
+async def test_responses_conform_to_the_openapi_document(
+    client: httpx.AsyncClient, tmp_path: Path
+) -> None:
     """Whatever is sent, valid or not: no 5xx, no undocumented status, media type or shape."""
     command = [
         *(sys.executable, "-m", "schemathesis.cli", "run", f"{client.base_url}/openapi.json"),

@@ -34,7 +34,9 @@ def _find_server() -> str | None:
 
 
 SERVER = _find_server()
-pytestmark = pytest.mark.skipif(SERVER is None, reason="no redis-server or valkey-server here")
+pytestmark = pytest.mark.skipif(
+    SERVER is None, reason="neither redis-server nor valkey-server is installed"
+)
 
 
 class Redis:
@@ -99,14 +101,14 @@ async def statuses(clients: list[httpx.AsyncClient], count: int) -> list[int]:
     "limits",
     [{"requests_per_minute": 3}, {"tokens_per_minute": 25}, {"gpu_seconds_per_day": 4.5}],
 )
-async def test_two_facades_count_together(facades: Facades, limits: dict[str, object]) -> None:
+async def test_two_facades_share_their_limits(facades: Facades, limits: dict[str, object]) -> None:
     """Three requests of 9 tokens and 1.5 s each use up the limit, whichever facade gets them."""
     clients = await facades(**limits)
 
     assert [200, 200, 200, 429, 429] == await statuses(clients, 5)
 
 
-async def test_headers_are_those_of_all_facades(facades: Facades) -> None:
+async def test_headers_have_what_remains_across_facades(facades: Facades) -> None:
     """The headers have what remains across all facades."""
     clients = await facades(requests_per_minute=3, tokens_per_minute=100)
     answers = []
@@ -135,7 +137,7 @@ async def test_concurrent_requests_of_two_facades(
             pass
 
 
-async def test_many_at_once_are_counted_to_the_last(facades: Facades) -> None:
+async def test_concurrent_requests_are_counted_exactly(facades: Facades) -> None:
     """However they race, exactly as many succeed as the limit allows."""
     clients = await facades(requests_per_minute=20)
     answers = await asyncio.gather(
@@ -145,7 +147,7 @@ async def test_many_at_once_are_counted_to_the_last(facades: Facades) -> None:
     assert 20 == sum(answer.status_code == 200 for answer in answers)
 
 
-async def test_without_the_store_each_facade_counts_for_itself(
+async def test_without_the_store_each_facade_enforces_limits_alone(
     facades: Facades, redis: Redis
 ) -> None:
     """Each facade then enforces limits by itself; once the store is back, they count together."""
@@ -170,7 +172,7 @@ async def accounts(redis: Redis) -> AsyncIterator[list[SharedAccounts]]:
         await one.close()
 
 
-async def test_a_facade_that_was_killed_holds_nothing_for_long(
+async def test_requests_of_a_killed_facade_expire(
     accounts: list[SharedAccounts],
 ) -> None:
     """Its requests expire; those of a facade that is alive are renewed while they run."""

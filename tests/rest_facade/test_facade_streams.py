@@ -121,7 +121,7 @@ async def received(client: httpx.AsyncClient, backend: ScriptedBackend, name: st
 
 
 @pytest.mark.parametrize("name", STREAMS)
-async def test_streams_keep_their_bytes(
+async def test_streams_are_byte_for_byte_as_recorded(
     client: httpx.AsyncClient, backend: ScriptedBackend, name: str
 ) -> None:
     """Every event of a stream is byte for byte as recorded."""

@@ -31,7 +31,7 @@ async def post(client: httpx.AsyncClient, **fields: Any) -> httpx.Response:
     return await client.post(URL, json={"model": MODEL, "prompt": "Say", **fields})
 
 
-async def test_whole_text(client: httpx.AsyncClient) -> None:
+async def test_non_streaming_completion(client: httpx.AsyncClient) -> None:
     """An answer without `stream` is OpenAI's text_completion, field by field."""
     answer = await post(client)
 
@@ -47,7 +47,7 @@ async def test_whole_text(client: httpx.AsyncClient) -> None:
     }
 
 
-async def test_streamed_text(client: httpx.AsyncClient) -> None:
+async def test_streaming_completion(client: httpx.AsyncClient) -> None:
     """A stream is text, one finish chunk, the usage if requested, and [DONE]."""
     answer = await post(client, stream=True, stream_options={"include_usage": True})
     *events, last, done = chunks(answer.text)
@@ -69,7 +69,7 @@ async def test_streamed_text(client: httpx.AsyncClient) -> None:
         ([[1], [2, 3]], [[1], [2, 3]]),
     ],
 )
-async def test_prompts_arrive(
+async def test_all_forms_of_prompts_are_passed_on(
     client: httpx.AsyncClient, backend: ScriptedBackend, prompt: Any, expected: Any
 ) -> None:
     """A prompt may be a text, a list of texts, token ids, or a list of those."""
@@ -82,7 +82,7 @@ async def test_prompts_arrive(
     ]
 
 
-async def test_every_field_of_a_text_arrives(
+async def test_every_completion_field_is_passed_on(
     client: httpx.AsyncClient, backend: ScriptedBackend
 ) -> None:
     """Each field of the request reaches the next stage with its value."""
@@ -121,7 +121,7 @@ async def test_every_field_of_a_text_arrives(
     assert options(max_completion_tokens=0) == backend.requests[2].options
 
 
-async def test_absent_fields_of_a_text_stay_absent(
+async def test_omitted_completion_fields_stay_unset(
     client: httpx.AsyncClient, backend: ScriptedBackend
 ) -> None:
     """No values are invented for omitted fields, and `null` is the same as omitting them."""
@@ -136,7 +136,7 @@ async def test_absent_fields_of_a_text_stay_absent(
     assert backend.requests[0] == backend.requests[1]
 
 
-async def test_logprobs_of_a_text(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
+async def test_completion_logprobs(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
     """The legacy format has parallel arrays; the sampled token is always among the top_logprobs."""
     part = logprob("\ufffd", -1.5)
     part.bytes = b"\xf0\x9f"
@@ -190,7 +190,7 @@ async def test_logprobs_of_a_text(client: httpx.AsyncClient, backend: ScriptedBa
         ({"messages": []}, "unsupported_parameter", "messages"),
     ],
 )
-def test_refused_fields_of_a_text(fields: dict[str, Any], code: str, param: str) -> None:
+def test_refused_completion_fields(fields: dict[str, Any], code: str, param: str) -> None:
     """Invalid, contradictory and unsupported fields are refused; the error names them."""
     with pytest.raises(ServiceError) as caught:
         parse(TextCompletionRequest, {"model": "m", "prompt": "a"} | fields)
@@ -198,13 +198,13 @@ def test_refused_fields_of_a_text(fields: dict[str, Any], code: str, param: str)
     assert (code, param) == (caught.value.code, caught.value.param)
 
 
-def test_what_is_supported_is_told() -> None:
+def test_errors_list_the_supported_values() -> None:
     """For a field with only some supported values, the error lists them."""
     with pytest.raises(ServiceError, match="'best_of' supports only 1 with this server"):
         parse(TextCompletionRequest, {"model": "m", "prompt": "a", "best_of": 2})
 
 
-async def test_errors_of_a_text(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
+async def test_completion_errors(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
     """Failures before and during a stream are OpenAI's errors, as in chat."""
     backend.text_script = (ServiceError("context_length_exceeded", "Too long.", "prompt"),)
     early = await post(client, stream=True)
@@ -220,7 +220,7 @@ async def test_errors_of_a_text(client: httpx.AsyncClient, backend: ScriptedBack
 
 @pytest.mark.slow
 @pytest.mark.parametrize("streamed", [True, False])
-async def test_nobody_waits_for_a_long_answer(
+async def test_a_long_echo_does_not_block_the_event_loop(
     client: httpx.AsyncClient, backend: ScriptedBackend, streamed: bool
 ) -> None:
     """Serializing a long echo's log-probabilities does not block the event loop."""

@@ -155,7 +155,7 @@ async def test_clients_need_a_certificate(
         assert [] == facade.log("error")
 
 
-async def test_plain_http_at_the_port_of_tls(backend: ScriptedBackend, files: Files) -> None:
+async def test_plain_http_to_a_tls_port(backend: ScriptedBackend, files: Files) -> None:
     """The connection is closed at once, and TLS clients are not affected."""
     async with running(backend, files) as facade:
         async with httpx.AsyncClient(timeout=60, trust_env=False) as plain:
@@ -167,7 +167,7 @@ async def test_plain_http_at_the_port_of_tls(backend: ScriptedBackend, files: Fi
         assert [] == facade.log("error")
 
 
-async def test_tls_at_the_port_of_plain_http(client: httpx.AsyncClient) -> None:
+async def test_tls_to_a_plain_http_port(client: httpx.AsyncClient) -> None:
     """The error differs from that of an invalid certificate."""
     async with httpx.AsyncClient(timeout=60, trust_env=False, verify=trusting(CA)) as secure:
         with pytest.raises(httpx.ConnectError, match=r"(?i)wrong.version.number"):
@@ -203,7 +203,7 @@ def alpn(port: int, context: ssl.SSLContext) -> str | None:
         return secured.selected_alpn_protocol()
 
 
-async def test_a_certificate_is_replaced_under_a_stream(
+async def test_a_certificate_is_replaced_during_a_stream(
     backend: ScriptedBackend, files: Files, tmp_path: Path
 ) -> None:
     """The stream continues, new connections get the new certificate, and client certificates of the
@@ -236,9 +236,7 @@ async def test_a_certificate_is_replaced_under_a_stream(
     assert text.endswith("data: [DONE]\n\n")
 
 
-async def test_an_expired_certificate_is_in_the_log(
-    backend: ScriptedBackend, tmp_path: Path
-) -> None:
+async def test_an_expired_certificate_is_logged(backend: ScriptedBackend, tmp_path: Path) -> None:
     """A warning has the date; the certificate is still served, so that clients decide."""
     old = YESTERDAY - datetime.timedelta(days=30)
     files = Files(tmp_path / "old").write(CA, not_before=old, not_after=YESTERDAY)

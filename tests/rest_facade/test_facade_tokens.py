@@ -75,7 +75,7 @@ async def test_tokenizer_info(client: httpx.AsyncClient) -> None:
     assert INFO == by_get.json() == by_post.json()
 
 
-async def test_the_only_model_need_not_be_named(
+async def test_the_model_is_optional_if_there_is_only_one(
     client: httpx.AsyncClient, backend: ScriptedBackend
 ) -> None:
     """With one model its id may be omitted; with two it is required."""
@@ -124,7 +124,7 @@ async def test_refused_tokenize(
     assert (400, code, param) == (answer.status_code, error["code"], error["param"])
 
 
-async def test_tokens_need_a_key(start_facade: StartFacade, tmp_path: Path) -> None:
+async def test_tokenize_needs_a_key(start_facade: StartFacade, tmp_path: Path) -> None:
     """With a key file, /tokenize and its neighbours need a key too."""
     file = tmp_path / "keys"
     file.write_text(hashlib.sha256(b"one").hexdigest())

@@ -93,7 +93,7 @@ async def test_streamed_tool_calls(client: httpx.AsyncClient, backend: ScriptedB
     ]
 
 
-async def test_words_before_a_call(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
+async def test_content_before_a_call(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
     """Content before tool calls stays content."""
     backend.script = (
         header(),
@@ -139,7 +139,7 @@ async def test_reasoning(client: httpx.AsyncClient, backend: ScriptedBackend) ->
     ]
 
 
-async def test_reasoning_that_was_cut(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
+async def test_truncated_reasoning(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
     """If reasoning reaches the limit, content is null, streaming or not."""
     backend.script = (
         header(),
@@ -154,7 +154,7 @@ async def test_reasoning_that_was_cut(client: httpx.AsyncClient, backend: Script
     assert deltas(streamed)[-1] == ({}, "length")
 
 
-async def test_logprobs_of_what_is_no_content(
+async def test_logprobs_of_tokens_that_are_not_content(
     client: httpx.AsyncClient, backend: ScriptedBackend
 ) -> None:
     """Every token's log-probability arrives once, even if the token is not content."""
@@ -170,7 +170,7 @@ async def test_logprobs_of_what_is_no_content(
     assert ["{}", "\ufffd"] == [entry["content"][0]["token"] for entry in found if entry]
 
 
-async def test_tools_arrive(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
+async def test_tools_are_passed_on(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
     """Tools and tool choices reach the next stage; schemas are text with their keys in order."""
     named = {"type": "function", "function": {"name": "weather"}}
     for choice in (None, "none", "auto", "required", named):
@@ -285,7 +285,7 @@ SCHEMA_TEXT = '{"type":"object","required":["z","a"]}'
         ({"json_schema": {}, "regex": None}, {}),
     ],
 )
-async def test_formats_arrive(
+async def test_response_formats_are_passed_on(
     client: httpx.AsyncClient, backend: ScriptedBackend, fields: Any, expected: Any
 ) -> None:
     """Each response format reaches the next stage, under old and new names."""
@@ -298,7 +298,9 @@ async def test_formats_arrive(
     assert request == chat_request(**expected)
 
 
-async def test_template_fields_arrive(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
+async def test_chat_template_fields_are_passed_on(
+    client: httpx.AsyncClient, backend: ScriptedBackend
+) -> None:
     """Fields for the chat template and the stop conditions reach the next stage."""
     await post(
         client,
@@ -370,7 +372,7 @@ async def test_service_tier(client: httpx.AsyncClient) -> None:
     assert {"default"} == {chunk["service_tier"] for chunk in chunks(streamed.text)[:-1]}
 
 
-async def test_an_answer_is_a_legal_message(
+async def test_an_answer_can_be_sent_back(
     client: httpx.AsyncClient, backend: ScriptedBackend
 ) -> None:
     """An answer's message, including calls and reasoning, can be sent back unchanged."""

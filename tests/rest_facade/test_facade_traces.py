@@ -38,7 +38,7 @@ async def traced(client: httpx.AsyncClient, exported: Collector, **fields: objec
         await client.get("/health/live")
 
 
-async def test_a_fault_is_one_in_the_trace(
+async def test_a_server_error_marks_the_span_as_error(
     exported: Collector, client: httpx.AsyncClient, backend: ScriptedBackend
 ) -> None:
     """A retry is an event; the span's error is the code that the client got."""
@@ -54,7 +54,9 @@ async def test_a_fault_is_one_in_the_trace(
     assert "rest_facade-2" == span.resource["service.instance.id"]
 
 
-async def test_a_wrong_request_is_no_fault(exported: Collector, client: httpx.AsyncClient) -> None:
+async def test_a_client_error_does_not_mark_the_span_as_error(
+    exported: Collector, client: httpx.AsyncClient
+) -> None:
     """The code says that it is the caller's error."""
     span = await traced(client, exported, n="one")
 
@@ -62,7 +64,7 @@ async def test_a_wrong_request_is_no_fault(exported: Collector, client: httpx.As
     assert 0 == span.span.status.code
 
 
-async def test_a_stream_that_breaks_off_is_a_fault(
+async def test_an_interrupted_stream_marks_the_span_as_error(
     exported: Collector, client: httpx.AsyncClient, backend: ScriptedBackend
 ) -> None:
     """The span is an error though the HTTP status was 200."""

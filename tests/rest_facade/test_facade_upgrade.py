@@ -57,7 +57,7 @@ def texts(backend: ScriptedBackend) -> list[str]:
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("offer", OFFERS)
 @pytest.mark.parametrize("size", [1, 200_000])
-async def test_the_body_is_read(
+async def test_an_upgrade_offer_with_a_body(
     client: httpx.AsyncClient, backend: ScriptedBackend, offer: str, chunked: bool, size: int
 ) -> None:
     """The answer is the same as without the offer, however the body is sent."""
@@ -70,7 +70,7 @@ async def test_the_body_is_read(
 
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("step", [1, 50, 1000])
-async def test_the_body_comes_later(
+async def test_the_body_may_follow_the_head(
     client: httpx.AsyncClient, backend: ScriptedBackend, step: int, chunked: bool
 ) -> None:
     """This holds wherever packets split the head and the body."""
@@ -95,14 +95,14 @@ async def test_several_requests_on_one_connection(
     assert [f"Text {n}" for n in range(len(offers))] == texts(backend)
 
 
-async def test_an_offer_without_a_body(client: httpx.AsyncClient) -> None:
+async def test_an_upgrade_offer_without_a_body(client: httpx.AsyncClient) -> None:
     """A GET with an offer is answered, and the connection stays usable."""
     get = f"GET /health/live HTTP/1.1\r\nHost: localhost\r\n{WEBSOCKET}\r\n".encode()
 
     assert [200, 200] == await exchange(client, [get, get], 2)
 
 
-async def test_limits_hold_for_heads_with_an_offer(client: httpx.AsyncClient) -> None:
+async def test_an_upgrade_offer_does_not_lift_the_head_limit(client: httpx.AsyncClient) -> None:
     """An offer does not allow a larger head."""
     padding = "".join(f"x-{number}: {'y' * 1000}\r\n" for number in range(70))
 
@@ -110,7 +110,7 @@ async def test_limits_hold_for_heads_with_an_offer(client: httpx.AsyncClient) ->
 
 
 @pytest.mark.parametrize("target", ["example.org:443", "http://example.org/", "/health"])
-async def test_connect(client: httpx.AsyncClient, target: str) -> None:
+async def test_connect_is_refused(client: httpx.AsyncClient, target: str) -> None:
     """CONNECT is refused, with or without an offer."""
     for offer in ("", JAVA):
         head = f"CONNECT {target} HTTP/1.1\r\nHost: example.org\r\n{offer}\r\n"

@@ -34,7 +34,7 @@ async def client(start_facade: StartFacade, tmp_path: Path) -> httpx.AsyncClient
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_refused_request_has_a_record_of_nothing(
+async def test_a_refused_request_has_an_empty_record(
     client: httpx.AsyncClient, backend: ScriptedBackend, tmp_path: Path, stream: bool
 ) -> None:
     """The record has no tokens, no device time, and the client's HTTP status."""
@@ -64,7 +64,7 @@ async def test_a_refused_request_has_a_record_of_nothing(
     assert ("", 401) == (stranger["key"], stranger["status"])
 
 
-async def test_an_answered_request_has_its_record_elsewhere(
+async def test_answered_requests_are_recorded_by_the_generator(
     client: httpx.AsyncClient, backend: ScriptedBackend, tmp_path: Path
 ) -> None:
     """Complete, streamed or interrupted, the generator records it, and is given the key's name."""
@@ -77,7 +77,7 @@ async def test_an_answered_request_has_its_record_elsewhere(
     assert ["alice"] * 3 == [metadata["x-trivium-key-name"] for metadata in backend.metadata]
 
 
-async def test_a_client_that_leaves_before_its_answer_has_a_record(
+async def test_a_client_that_disconnects_before_its_answer_has_a_record(
     client: httpx.AsyncClient, backend: ScriptedBackend, tmp_path: Path
 ) -> None:
     """The status is 499: the facade cannot know whether a generator had started."""
@@ -99,7 +99,7 @@ async def test_a_client_that_leaves_before_its_answer_has_a_record(
 
 
 @pytest.mark.parametrize(("leaves", "status"), [(False, 429), (True, 499)])
-async def test_a_stream_that_began_for_nothing_has_a_record(
+async def test_a_stream_that_fails_after_its_headers_has_a_record(
     start_facade: StartFacade,
     backend: ScriptedBackend,
     tmp_path: Path,
@@ -135,7 +135,7 @@ async def test_only_completions_are_recorded(client: httpx.AsyncClient, tmp_path
     assert [] == records(tmp_path)
 
 
-async def test_the_name_of_a_key_is_not_the_client_s_to_choose(
+async def test_clients_cannot_choose_the_key_name(
     start_facade: StartFacade, backend: ScriptedBackend
 ) -> None:
     """Without keys, calls have no key name."""

@@ -124,7 +124,9 @@ def test_missing_fields() -> None:
         ),
     ],
 )
-def test_wording(fields: dict[str, Any], code: str, param: str, message: str) -> None:
+def test_errors_have_openais_wording(
+    fields: dict[str, Any], code: str, param: str, message: str
+) -> None:
     """Errors have OpenAI's wording."""
     error = refusal(VALID | fields)
 
@@ -483,7 +485,7 @@ def test_harmless_fields(fields: dict[str, Any]) -> None:
     assert parse(ChatCompletionRequest, VALID | fields).model == "m"
 
 
-def test_an_answer_is_a_legal_message() -> None:
+def test_an_answer_can_be_sent_back() -> None:
     """An answer's message can be sent back as part of the conversation."""
     answer = {"role": "assistant", "content": "Hello", "refusal": None, "tool_calls": None}
     messages = [*VALID["messages"], answer]
@@ -494,7 +496,7 @@ def test_an_answer_is_a_legal_message() -> None:
     )
 
 
-def test_the_body_is_not_changed() -> None:
+def test_parsing_does_not_modify_the_body() -> None:
     """Parsing does not modify the body."""
     raw = copy.deepcopy(VALID) | {"stop": "x", "tools": []}
     before = copy.deepcopy(raw)
@@ -524,7 +526,7 @@ def test_the_body_is_not_changed() -> None:
         b'{"a":' + b"[" * 100_000,
     ],
 )
-def test_not_json(body: bytes) -> None:
+def test_invalid_json(body: bytes) -> None:
     """Anything but strict JSON in UTF-8, with limited depth and numbers, is invalid_json."""
     with pytest.raises(ServiceError) as caught:
         parse_json(body)
@@ -540,14 +542,14 @@ def test_not_json(body: bytes) -> None:
         (b"\xef\xbb\xbf{}", "byte order mark"),
     ],
 )
-def test_what_is_no_json_is_told(body: bytes, words: str) -> None:
+def test_invalid_json_errors_state_the_cause(body: bytes, words: str) -> None:
     """Clients on Windows send a byte order mark, others an emoji cut in two; the error says so."""
     with pytest.raises(ServiceError, match=words):
         parse_json(body)
 
 
 @pytest.mark.parametrize("body", [b"[]", b'"x"', b"5", b"null", b"true"])
-def test_not_an_object(body: bytes) -> None:
+def test_json_other_than_an_object(body: bytes) -> None:
     """JSON other than an object is invalid_type."""
     with pytest.raises(ServiceError) as caught:
         parse_json(body)
@@ -555,7 +557,7 @@ def test_not_an_object(body: bytes) -> None:
     assert caught.value.code == "invalid_type"
 
 
-def test_json_that_is_fine() -> None:
+def test_valid_json_is_accepted() -> None:
     """Depth up to 64, escaped astral characters, and repeated keys (the last wins) are accepted."""
     assert parse_json(b'{"a":' * 64 + b"1" + b"}" * 64)
     assert parse_json(b'{"a":"\\ud83e\\udee0"}') == {"a": "\U0001fae0"}
