@@ -61,7 +61,7 @@ class LoadBalancer:
             finally:
                 await response.aclose()
             return
-        raise httpx.ConnectError("nobody is ready")
+        raise httpx.ConnectError("no facade is ready")
 
 
 @dataclass

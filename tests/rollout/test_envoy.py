@@ -29,7 +29,7 @@ from trivium.wire.channel import open_channel
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        sys.platform != "linux", reason="elsewhere 127.0.0.2 is no address of this machine"
+        sys.platform != "linux", reason="127.0.0.2 is a loopback address by default only on Linux"
     ),
 ]
 
@@ -140,7 +140,7 @@ call.end(body);
 """
 
 
-async def test_one_answer_by_every_road(mesh: Mesh, client: httpx.AsyncClient) -> None:
+async def test_every_protocol_gives_the_same_answer(mesh: Mesh, client: httpx.AsyncClient) -> None:
     """The answer is the same, streaming or not, over HTTP/1.1, HTTP/2 and gRPC."""
     body = mesh.body(max_tokens=20)
     whole = await client.post(URL, json=body)
@@ -163,7 +163,7 @@ async def test_one_answer_by_every_road(mesh: Mesh, client: httpx.AsyncClient) -
     assert expected == "".join(event.delta.content for event in events)
 
 
-async def test_events_are_not_held_back(mesh: Mesh, client: httpx.AsyncClient) -> None:
+async def test_events_are_not_buffered(mesh: Mesh, client: httpx.AsyncClient) -> None:
     """The first tokens arrive while others are generated; a disconnecting client ends the work."""
     body = mesh.body(max_tokens=1900, n=24, ignore_eos=True, stream=True)
     async with client.stream("POST", URL, json=body) as answer:
@@ -193,7 +193,7 @@ async def running_sequences(mesh: Mesh) -> float:
 
 
 @pytest.mark.parametrize("stage", [GENERATOR, TOKENIZER])
-async def test_a_replica_drains_with_a_long_stream(mesh: Mesh, stage: str) -> None:
+async def test_a_replica_drains_during_a_long_stream(mesh: Mesh, stage: str) -> None:
     """Its last stream continues; all else goes to the other replica, even from callers whose only
     health watch was on the draining one."""
     fleet = mesh.fleet
@@ -263,7 +263,7 @@ async def test_one_of_two_is_frozen(mesh: Mesh, stage: str) -> None:
     assert len(load.faults) <= load.streams
 
 
-async def test_a_frozen_facade_gets_nothing_new(mesh: Mesh) -> None:
+async def test_a_frozen_facade_gets_no_new_requests(mesh: Mesh) -> None:
     """Once its health check has failed it gets no new requests; it keeps those it has."""
     mesh.fleet.signal(FACADE, A, signal.SIGSTOP)
     try:

@@ -20,7 +20,7 @@ from tokenizer_svc.config import TokenizerSettings
 from trivium.wire.errors import ERRORS
 
 pytestmark = pytest.mark.skipif(
-    sys.platform != "linux", reason="elsewhere 127.0.0.2 is no address of this machine"
+    sys.platform != "linux", reason="127.0.0.2 is a loopback address by default only on Linux"
 )
 
 FACADE = "127.0.0.2"
@@ -148,7 +148,7 @@ async def test_the_largest_body_and_one_byte_more(edge: Edge) -> None:
     ],
     ids=["large head", "many headers", "no host", "broken chunk", "slow head", "slow body"],
 )
-async def test_what_no_facade_is_troubled_with(
+async def test_invalid_requests_are_refused_at_the_edge(
     edge: Edge, request_text: str, status: int, code: str
 ) -> None:
     """Heads that are too large, too slow or malformed, and missing bodies, stop at the edge."""
@@ -159,7 +159,7 @@ async def test_what_no_facade_is_troubled_with(
     assert [] == bodies
 
 
-async def test_nobody_there(edge: Edge) -> None:
+async def test_unreachable_facade(edge: Edge) -> None:
     """A name without addresses, and addresses without a listener, are 503 in OpenAI's format."""
     request = f"{HEAD}Content-Length: 2\r\n\r\n{{}}"
     answers = [await edge.ask(request)]
@@ -172,7 +172,7 @@ async def test_nobody_there(edge: Edge) -> None:
         assert "1" == headers["retry-after"]
 
 
-async def test_a_client_that_takes_nothing_is_hung_up_on(edge: Edge) -> None:
+async def test_a_client_that_reads_nothing_is_disconnected(edge: Edge) -> None:
     """Otherwise it could occupy a slot of the generator indefinitely."""
     broken = asyncio.Event()
 
@@ -194,7 +194,7 @@ async def test_a_client_that_takes_nothing_is_hung_up_on(edge: Edge) -> None:
         writer.close()
 
 
-def test_what_is_replaced_is_what_is_deployed() -> None:
+def test_replaced_parts_are_in_the_deployed_config() -> None:
     """Names, ports, limits and error bodies are those of the services."""
     text = (FOLDER / "edge.yaml").read_text()
 

@@ -66,7 +66,7 @@ async def lose_generators(fleet: Fleet, load: Load, seen: Prometheus, since: flo
         await load.more(40)
 
 
-async def test_every_panel_shows_what_has_happened(fleet: Fleet, tmp_path: Path) -> None:
+async def test_every_panel_has_data(fleet: Fleet, tmp_path: Path) -> None:
     """After requests that waited, were refused, broke off or were retried, and with a draining
     facade, each panel of the dashboard shows a value above zero, and a graph for each of its
     queries; all rules are evaluated, and promtool's checks pass for every scrape."""

@@ -121,7 +121,7 @@ async def serving(fleet: Fleet) -> AsyncIterator[Fleet]:
 
 
 @pytest.mark.parametrize("prompt_tokens", [1, 5_000_000])
-async def test_what_one_refuses_another_answers(prompt_tokens: int) -> None:
+async def test_a_refused_call_is_retried_on_another_replica(prompt_tokens: int) -> None:
     """A call that was not begun is repeated, even a large one: this one has 5 MB."""
     async with serving(Fleet("ours", "ours")) as fleet:
 
@@ -154,7 +154,7 @@ async def test_no_call_is_lost_when_a_drain_begins() -> None:
     assert [ANSWER] * 200 == answers
 
 
-async def test_what_was_begun_is_not_repeated() -> None:
+async def test_a_call_that_has_begun_is_not_retried() -> None:
     """The caller would otherwise get the first part twice."""
     async with serving(Fleet("ours", "ours")) as fleet:
         for generator in fleet.generators:
@@ -172,9 +172,9 @@ async def test_what_was_begun_is_not_repeated() -> None:
         ServiceError("backend_unavailable", "No generator.", everywhere=True),
         ServiceError("invalid_value", "No."),
     ],
-    ids=["everywhere", "wrong"],
+    ids=["fails everywhere", "invalid request"],
 )
-async def test_what_would_fail_everywhere_is_not_repeated(error: ServiceError) -> None:
+async def test_a_call_that_would_fail_on_any_replica_is_not_retried(error: ServiceError) -> None:
     """If the server says so, or the request is invalid, the error is returned at once."""
     async with serving(Fleet("ours", "ours")) as fleet:
         for generator in fleet.generators:
@@ -186,7 +186,7 @@ async def test_what_would_fail_everywhere_is_not_repeated(error: ServiceError) -
     assert 1 == sum(fleet.calls)
 
 
-async def test_room_is_looked_for_once_elsewhere() -> None:
+async def test_a_full_replicas_call_is_retried_once() -> None:
     """A call that one replica has no room for is answered by another; if that is full too, the
     caller gets the error, and no further replica is tried."""
     full = ServiceError("queue_full", "The queue is full.", retry_after=7)
@@ -206,7 +206,7 @@ async def test_room_is_looked_for_once_elsewhere() -> None:
     assert calls + 2 == sum(fleet.calls)
 
 
-async def test_what_one_refused_it_has_not_cached() -> None:
+async def test_a_refused_prompt_does_not_count_as_cached() -> None:
     """The next turn goes to the one that answered, even if the other has room again."""
     async with serving(Fleet("ours", "ours")) as fleet:
         fleet.generators[0].script = fails_after([], ServiceError("queue_full", "Full."))
@@ -222,7 +222,7 @@ async def test_what_one_refused_it_has_not_cached() -> None:
 
 
 @pytest.mark.parametrize("instance_id", ["first", "second"])
-async def test_what_was_started_anew_has_nothing_cached(instance_id: str) -> None:
+async def test_a_restarted_replica_has_nothing_cached(instance_id: str) -> None:
     """After a restart its conversations may move; after a lost connection they stay."""
     async with serving(Fleet("ours", "ours")) as fleet:
         fleet.generators[0].script = fails_after([], ServiceError("queue_full", "Full."))
@@ -255,7 +255,7 @@ async def test_what_was_started_anew_has_nothing_cached(instance_id: str) -> Non
         ("client_closed_request", "backend_unavailable"),
     ],
 )
-async def test_what_is_tried_once_more_is_counted(code: str, reason: str) -> None:
+async def test_retries_are_counted_by_reason(code: str, reason: str) -> None:
     """Retries are counted by the reason of the first failure; all reasons exist from the start, and
     calls answered at once do not count."""
     async with serving(Fleet("ours", "ours")) as fleet:
@@ -284,7 +284,7 @@ def retries(registry: CollectorRegistry) -> dict[str, float]:
     }
 
 
-async def test_a_call_is_lost_twice_at_most() -> None:
+async def test_a_request_kills_at_most_two_replicas() -> None:
     """A request that kills a replica kills at most one other: callers are told not to retry it."""
     async with serving(Fleet("ours", "ours", "ours")) as fleet:
         for generator in fleet.generators:
@@ -297,7 +297,7 @@ async def test_a_call_is_lost_twice_at_most() -> None:
 
 
 @pytest.mark.parametrize("code", ["internal_error", "backend_unavailable"])
-async def test_one_that_keeps_failing_gets_few_calls(code: str) -> None:
+async def test_a_failing_replica_is_ejected(code: str) -> None:
     """It reports that it is healthy, and is always free because it fails at once; after three
     failures others get its calls, except for an occasional one. Once it answers again, it gets its
     share."""
@@ -320,7 +320,7 @@ async def test_one_that_keeps_failing_gets_few_calls(code: str) -> None:
     assert 0 == registry.get_sample_value("trivium_replica_ejections_total", labels(fleet, 1))
 
 
-async def test_where_all_keep_failing_all_are_called() -> None:
+async def test_if_all_replicas_fail_none_is_ejected() -> None:
     """Ejection never leaves no replica: callers get the actual error, from either."""
     async with serving(Fleet("ours", "ours")) as fleet:
         for generator in fleet.generators:
@@ -340,7 +340,7 @@ def labels(fleet: Fleet, number: int) -> dict[str, str]:
     return {"model_name": "tiny", "replica": f"127.0.0.1:{fleet.ports[number]}"}
 
 
-async def test_a_request_that_always_fails_ejects_nobody() -> None:
+async def test_a_request_that_always_fails_ejects_no_replica() -> None:
     """Others are answered in between, and all replicas keep taking turns."""
     poison = ServiceError("internal_error", "No.")
 
@@ -361,7 +361,7 @@ async def test_a_request_that_always_fails_ejects_nobody() -> None:
     assert [20, 20] == fleet.calls
 
 
-async def test_a_single_one_that_is_full_is_not_asked_again() -> None:
+async def test_a_full_replica_without_others_is_not_retried() -> None:
     """It would be full the second time too."""
     async with serving(Fleet("ours")) as fleet:
         fleet.generators[0].script = fails_after([], ServiceError("queue_full", "Full."))
@@ -380,7 +380,7 @@ async def test_only_replicas_of_the_revision_are_called() -> None:
     assert [0, 6, 0] == fleet.calls
 
 
-async def test_calls_go_where_fewest_are_outstanding() -> None:
+async def test_calls_go_to_the_least_outstanding_replica() -> None:
     """Calls are spread evenly over busy replicas; the next ones go to the one that has finished."""
     events = [asyncio.Event(), asyncio.Event()]
 
@@ -411,7 +411,7 @@ async def test_calls_go_where_fewest_are_outstanding() -> None:
     assert [7, 3] == fleet.calls
 
 
-async def test_addresses_that_change() -> None:
+async def test_address_changes_are_followed() -> None:
     """A new address of a name gets calls; a removed one gets no more, and its running calls
     continue. A name that suddenly has no address changes nothing."""
     fleet, resumed = Fleet("ours", "ours"), asyncio.Event()
@@ -443,7 +443,7 @@ async def test_addresses_that_change() -> None:
     assert [1, 5] == fleet.calls
 
 
-async def test_a_name_without_an_answer_holds_up_no_other() -> None:
+async def test_an_unresolved_name_does_not_delay_the_others() -> None:
     """In a list of names, the addresses of one are used before the lookup of another times out,
     which takes a second attempt."""
     with NameServer(b=["127.0.0.2"]) as names:
@@ -458,7 +458,7 @@ async def test_a_name_without_an_answer_holds_up_no_other() -> None:
     assert questions <= 2  # one each for IPv4 and IPv6
 
 
-async def test_a_new_one_takes_turns() -> None:
+async def test_a_new_replica_is_not_flooded() -> None:
     """It does not get all calls until it has caught up with the others."""
     fleet = Fleet("ours", "ours")
     port, hosts = fleet.ports[0], ("127.0.0.2", "127.0.0.3")
@@ -491,7 +491,7 @@ class BriefHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         yield health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
 
 
-async def test_the_log_tells_of_replicas_and_not_of_connections(
+async def test_lost_replicas_are_logged_but_not_reconnects(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Renewing an old connection is not logged; losing a replica is."""
@@ -517,7 +517,7 @@ async def test_the_log_tells_of_replicas_and_not_of_connections(
     assert f"replica 127.0.0.1:{port} is unreachable" == caplog.records[-1].getMessage()
 
 
-async def test_a_health_watch_that_ends_at_once() -> None:
+async def test_a_health_watch_that_ends_is_restarted() -> None:
     """A proxy may do that: the watch is restarted after a pause, and the replica serves."""
     server, health = grpc.aio.server(), BriefHealth()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
@@ -580,7 +580,7 @@ async def test_a_drain_as_callers_see_it() -> None:
     assert refused.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
-async def test_what_a_proxy_breaks_off_is_lost() -> None:
+async def test_a_stream_reset_by_a_proxy_counts_as_lost() -> None:
     """A proxy that loses its server resets streams with INTERNAL_ERROR; an internal error of ours
     would differ only in its details."""
     headers, reset, settings, ack = 1, 3, 4, 1
@@ -617,7 +617,7 @@ async def test_what_a_proxy_breaks_off_is_lost() -> None:
     assert "backend_unavailable" == from_rpc_error(lost.value).code
 
 
-async def test_the_end_of_a_drain_can_be_hurried() -> None:
+async def test_a_drain_can_be_cut_short() -> None:
     """Running calls end as draining, whatever notice and drain time are set."""
     async with serving(Fleet("ours")) as fleet:
         fleet.generators[0].script = stalls_after([END])
@@ -633,7 +633,7 @@ async def test_the_end_of_a_drain_can_be_hurried() -> None:
     assert "draining" == cut.value.code
 
 
-async def test_clients_in_other_languages_lose_no_call_either() -> None:
+async def test_the_documented_service_config_loses_no_call() -> None:
     """With the service config in docs/operations.md gRPC itself retries: while one of two replicas
     drains, no call of a plain gRPC client fails."""
     page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()

@@ -100,7 +100,7 @@ async def test_one_of_two_is_drained(fleet: Fleet, stage: str, number: signal.Si
     assert {"ready"} == set(load.balancer.health[fleet.url(B)])
 
 
-async def test_a_facade_that_drains_says_so_and_serves(fleet: Fleet) -> None:
+async def test_a_draining_facade_is_not_ready_but_serves(fleet: Fleet) -> None:
     """During the notice period it is not ready but answers, and closes connections afterwards."""
     body = {
         "model": fleet.model.name,
@@ -151,7 +151,7 @@ async def test_one_of_two_is_frozen(fleet: Fleet, stage: str) -> None:
 
 
 @pytest.mark.parametrize("stage", [GENERATOR, TOKENIZER])
-async def test_one_comes_and_goes(fleet: Fleet, stage: str) -> None:
+async def test_a_replica_leaves_dns_and_returns(fleet: Fleet, stage: str) -> None:
     """A replica removed from DNS gets no calls, though it runs and no connection breaks; once it is
     back in DNS it soon gets its share, long before connections age out."""
     async with loaded(fleet.model.name, facades(fleet, A, B)) as load:
@@ -176,7 +176,7 @@ async def test_one_comes_and_goes(fleet: Fleet, stage: str) -> None:
     assert 0.25 < share < 0.75
 
 
-async def test_two_generators_find_what_one_finds_in_its_cache(fleet: Fleet) -> None:
+async def test_two_generators_have_the_cache_hits_of_one(fleet: Fleet) -> None:
     """Each conversation's turns go where it is cached, through any facade and tokenizer."""
     fleet.publish(GENERATOR, A)
     await fleet.kill(GENERATOR, B)
@@ -215,7 +215,7 @@ async def cached_tokens(fleet: Fleet, name: str) -> int:
     return cached
 
 
-async def test_generators_of_another_revision(fleet: Fleet, tmp_path: Path) -> None:
+async def test_generators_of_another_revision_get_no_requests(fleet: Fleet, tmp_path: Path) -> None:
     """They get no requests while there is a replica of the right revision; without one, errors and
     /health name both revisions; once there is one again, requests succeed."""
     other = tmp_path / fleet.model.name

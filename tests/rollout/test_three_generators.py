@@ -60,7 +60,7 @@ async def until_all_busy(fleet: Fleet, load: Load) -> None:
                 await load.more(1)
 
 
-async def test_all_are_restarted_one_after_another(fleet: Fleet) -> None:
+async def test_a_rolling_restart_fails_no_request(fleet: Fleet) -> None:
     """No request fails; each process exits with 0 and is back at its address, still in DNS."""
     statuses = []
     async with loaded(fleet.model.name, urls(fleet)) as load:
