@@ -49,7 +49,7 @@ def fetch_templates(folder: Path, unpacked: Path) -> None:
             path = Path(member.name)
             if path.match("models/templates/*.jinja"):
                 content = archive.extractfile(member)
-                assert content is not None, f"{path} is no file"
+                assert content is not None, f"{path} is not a file"
                 (unpacked / path.name).write_bytes(content.read())
 
 

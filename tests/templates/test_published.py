@@ -124,7 +124,7 @@ def prompt(name: str, messages: Sequence[Message], tools: Any = (), **fields: An
     return builder(name).build(Conversation(tuple(messages), tools, **fields))
 
 
-def test_they_are_all_there() -> None:
+def test_all_files_were_downloaded() -> None:
     """If this fails, fetch them with `make templates`."""
     for published in PUBLISHED.values():
         assert (FOLDER / f"{published.chat_template}.jinja").exists()
@@ -134,14 +134,14 @@ def test_they_are_all_there() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_ordinary_tokens_are_as_many_as_published(name: str) -> None:
+def test_the_vocabulary_size_is_as_published(name: str) -> None:
     """The added tokens therefore have the published ids."""
     size = tokenizers.Tokenizer(real_bpe(name)).get_vocab_size()
 
     assert size == PUBLISHED[name].ordinary_tokens
 
 
-def test_qwen_splits_and_controls_as_published() -> None:
+def test_qwens_pre_tokenizer_and_special_tokens_are_as_published() -> None:
     """Apart from them, Qwen 3's tokenizer has four more added tokens."""
     published, real = PUBLISHED[QWEN], _file(QWEN)
     added = [(token["content"], token["special"]) for token in real["added_tokens"]]
@@ -151,7 +151,7 @@ def test_qwen_splits_and_controls_as_published() -> None:
     assert [(t.content, t.special) for t in published.added_tokens] == added[:-4]
 
 
-def test_deepseek_splits_and_adds_bos_as_llama_3() -> None:
+def test_deepseeks_pre_tokenizer_and_bos_are_llama_3s() -> None:
     """It keeps Llama's names of the control tokens that it does not rename."""
     published, real = PUBLISHED[DEEPSEEK], _file(DEEPSEEK)
     llamas = {token["id"]: token["content"] for token in real["added_tokens"]}
@@ -165,7 +165,7 @@ def test_deepseek_splits_and_adds_bos_as_llama_3() -> None:
 
 
 @pytest.mark.parametrize(("name", "with_tools"), [(QWEN, False), (QWEN, True), (DEEPSEEK, False)])
-def test_the_prompt_is_what_transformers_makes(name: str, with_tools: bool) -> None:
+def test_prompts_equal_those_of_transformers(name: str, with_tools: bool) -> None:
     """They are equal to the last token, with an earlier answer and its reasoning."""
     turns = [
         ("system", "Be brief."),
@@ -188,7 +188,7 @@ def test_the_prompt_is_what_transformers_makes(name: str, with_tools: bool) -> N
     assert expected == made.token_ids
 
 
-def test_gpt_oss_is_asked_as_openai_harmony_asks() -> None:
+def test_gpt_oss_prompts_equal_those_of_openai_harmony() -> None:
     """The template and the vocabulary together give the ids of OpenAI's own library."""
     tool = Tool("get_weather", "Gets the weather.", json.dumps(PARAMETERS))
     messages = [Message(Role.SYSTEM, ("Be brief.",)), Message(Role.USER, (QUESTION,))]
@@ -197,7 +197,7 @@ def test_gpt_oss_is_asked_as_openai_harmony_asks() -> None:
     assert made.token_ids == HARMONY_IDS
 
 
-def test_deepseek_begins_within_the_reasoning() -> None:
+def test_deepseeks_answer_begins_inside_the_reasoning() -> None:
     """The template writes BOS and opens <think>, and the answer continues there."""
     made = prompt(DEEPSEEK, [Message(Role.USER, ("Hi",))])
     bos, user, assistant, think = 128000, 128011, 128012, 128013
@@ -208,7 +208,7 @@ def test_deepseek_begins_within_the_reasoning() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_format_is_known_by_the_template(name: str) -> None:
+def test_the_format_is_detected_from_the_template(name: str) -> None:
     """DeepSeek's template has think tags, gpt-oss's has channels; Qwen 2.5 does not reason."""
     output = choose(chat_template(PUBLISHED[name]))
 
@@ -217,7 +217,7 @@ def test_the_format_is_known_by_the_template(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_end_tokens_are_those_of_the_format(name: str) -> None:
+def test_the_eos_tokens_are_those_of_the_format(name: str) -> None:
     """For gpt-oss they are those that openai-harmony stops at, and the end of a document."""
     ends = {
         QWEN: {"<|im_end|>", "<|endoftext|>"},

@@ -197,7 +197,7 @@ def builders() -> dict[str, PromptBuilder]:
     return {name: builder(name) for name in TEMPLATES if name not in UNUSABLE}
 
 
-def test_they_are_all_there() -> None:
+def test_all_files_were_downloaded() -> None:
     """If this fails, fetch them with `make templates`."""
     assert 70 == len(TEMPLATES)
     assert set(TEMPLATES) >= UNUSABLE.keys() | FOR_TOOLS_ONLY
@@ -238,7 +238,7 @@ def test_tools(name: str, tool: str, builders: dict[str, PromptBuilder]) -> None
 
 
 @pytest.mark.parametrize("name", UNUSABLE)
-def test_what_cannot_be_used(name: str) -> None:
+def test_unusable_templates_are_refused(name: str) -> None:
     """The error has the reason, and a model with such a template is not loaded."""
     with pytest.raises(ServiceError, match=UNUSABLE[name]):
         builder(name).build(Conversation((ASKED,)))
