@@ -115,7 +115,7 @@ CHAT_REQUEST = (
         "maximum length of the answer, default the model's own limit",
         "the same, but no reasoning is hidden; default the end of the context, or "
         "TRIVIUM_TOKENIZER_DEFAULT_MAX_TOKENS",
-        "tokenizer_svc/test_chat_service.py::test_the_longest_answer_unless_told_otherwise",
+        "tokenizer_svc/test_chat_service.py::test_default_max_tokens",
     ),
     Row(
         "max_tokens",
@@ -184,7 +184,7 @@ CHAT_REQUEST = (
         "the same; properties it does not list are not generated, unless it has "
         "`additionalProperties`; if it lists none, as `{}` or "
         '`{"type": "object"}`, the arguments are `{}`',
-        "tokenizer_svc/test_grammar.py::test_a_function_without_fields_is_given_none",
+        "tokenizer_svc/test_grammar.py::test_a_function_without_parameters_gets_an_empty_object",
     ),
     Row(
         "tools[].function.strict",
@@ -426,7 +426,7 @@ COMPLETION_REQUEST = (
         "add_special_tokens",
         _NOT_PUBLISHED,
         "extension, as in vLLM: whether BOS and the like are added to text prompts; default true",
-        "tokenizer_svc/test_completions.py::test_prompts_may_spell_out_control_tokens",
+        "tokenizer_svc/test_completions.py::test_prompts_may_contain_control_tokens",
     ),
     Row(
         "echo",

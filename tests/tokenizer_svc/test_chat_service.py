@@ -67,7 +67,7 @@ async def test_a_stream_is_header_deltas_usage(stage: Stage) -> None:
     assert 1_000 == usage.device_nanoseconds
 
 
-async def test_the_unary_call_gives_the_same(stage: Stage) -> None:
+async def test_unary_and_streaming_answers_are_equal(stage: Stage) -> None:
     """The unary call answers the same request with the same text, finish reason and usage."""
     token_ids = stage.encode("Hello there")
     stage.generator.script = says([*one_by_one(token_ids), ended(len(token_ids) + 1)])
@@ -80,7 +80,7 @@ async def test_the_unary_call_gives_the_same(stage: Stage) -> None:
     assert "tiny" == answer.header.model
 
 
-async def test_only_a_unary_call_wants_its_answer_whole(stage: Stage) -> None:
+async def test_only_unary_calls_request_the_whole_answer_at_once(stage: Stage) -> None:
     """A unary answer is read only at the end, but stop strings must be noticed as they come."""
     stage.generator.script = says([*one_by_one(stage.encode("Hello")), ended(2)])
     await stage.stream()
@@ -113,7 +113,7 @@ async def test_the_generator_gets_the_prompt_and_the_sampling(stage: Stage) -> N
     assert CONTEXT_LENGTH - len(start.prompt_token_ids) == start.max_new_tokens
 
 
-async def test_sampling_goes_through_as_it_came(stage: Stage) -> None:
+async def test_sampling_is_passed_through_unchanged(stage: Stage) -> None:
     """Every sampling field is passed through unchanged, even one for newer generators only."""
     stage.generator.script = says([ended(1)])
     given: dict[str, Any] = {"temperature": 0.5, "top_p": 0.9, "top_k": -1, "min_p": 0.0}
@@ -128,7 +128,7 @@ async def test_sampling_goes_through_as_it_came(stage: Stage) -> None:
     assert sampling.SerializeToString().endswith(field_100_is_1)
 
 
-async def test_the_longest_answer_is_what_was_asked_or_what_is_left(stage: Stage) -> None:
+async def test_max_tokens_is_capped_by_the_context(stage: Stage) -> None:
     """A limit beyond the context is not an error."""
     stage.generator.script = says([ended(1)])
     await stage.stream(max_completion_tokens=7)
@@ -139,7 +139,7 @@ async def test_the_longest_answer_is_what_was_asked_or_what_is_left(stage: Stage
     assert CONTEXT_LENGTH - len(long.prompt_token_ids) == long.max_new_tokens
 
 
-async def test_the_longest_answer_unless_told_otherwise(model: Model, model_folder: Path) -> None:
+async def test_default_max_tokens(model: Model, model_folder: Path) -> None:
     """The default is the operator's, if the context has room; plain completions have OpenAI's."""
     async with running(model, model_folder, default_max_tokens=20) as stage:
         stage.generator.script = says([ended(1)])
@@ -195,7 +195,7 @@ async def test_a_stop_string_ends_the_choice_at_once(stage: Stage) -> None:
     assert 1_000 == events[-1].usage.device_nanoseconds
 
 
-async def test_a_stop_string_in_the_last_message_needs_no_command(stage: Stage) -> None:
+async def test_a_stop_string_in_the_last_message_sends_no_stop(stage: Stage) -> None:
     """The generator has already finished, so it is not told to stop."""
     token_ids = stage.encode("one END")
     last = message_of(update(0, token_ids), finish(0, LENGTH, len(token_ids)))
@@ -227,7 +227,7 @@ async def test_min_tokens_delays_stop_strings(stage: Stage) -> None:
     assert "ENDa bcd " == text(events)
 
 
-async def test_choices_interleave_and_finish_apart(stage: Stage) -> None:
+async def test_choices_interleave_and_finish_independently(stage: Stage) -> None:
     """Each choice has its own text, stop string and end; usage counts the prompt once."""
     first, second = stage.encode("a STOP b"), stage.encode("other text")
     messages = [message_of(update(0, first[:1]), update(1, second[:1]))]
@@ -324,7 +324,7 @@ async def test_a_prompt_as_long_as_the_context_is_refused(stage: Stage) -> None:
     assert [] == stage.generator.calls
 
 
-async def test_the_generators_own_limit_counts(stage: Stage) -> None:
+async def test_the_generators_context_length_applies(stage: Stage) -> None:
     """The generator's slots may be shorter than the model's context."""
     stage.generator.context_length = 200
     await stage.stop_generator()
@@ -353,9 +353,7 @@ async def available(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-async def test_a_caller_that_leaves_takes_the_generation_along(
-    stage: Stage, streaming: bool
-) -> None:
+async def test_a_disconnected_caller_cancels_its_generation(stage: Stage, streaming: bool) -> None:
     """The generator's call is cancelled, for unary calls and for streams."""
     stage.generator.script = stalls_after(one_by_one(stage.encode("one")))
     if streaming:
@@ -369,7 +367,7 @@ async def test_a_caller_that_leaves_takes_the_generation_along(
     await stage.generator.calls[0].cancelled.wait()
 
 
-async def test_a_caller_that_leaves_before_the_first_token(stage: Stage) -> None:
+async def test_a_caller_that_disconnects_before_the_first_token(stage: Stage) -> None:
     """Queued requests are cancelled too."""
     stage.generator.script = stalls_after([])
     call = stage.chat.StreamChatCompletion(stage.request())
@@ -379,7 +377,7 @@ async def test_a_caller_that_leaves_before_the_first_token(stage: Stage) -> None
     await stage.generator.calls[0].cancelled.wait()
 
 
-async def test_the_deadline_goes_down_and_ends_everything(stage: Stage) -> None:
+async def test_the_deadline_is_passed_on_and_enforced(stage: Stage) -> None:
     """The generator is given the remaining time, and its call is cancelled when that is over."""
     stage.generator.script = stalls_after([])
     with pytest.raises(grpc.aio.AioRpcError) as refused:
@@ -390,7 +388,7 @@ async def test_the_deadline_goes_down_and_ends_everything(stage: Stage) -> None:
     assert 0 < (stage.generator.calls[0].seconds_left or 0) <= 0.5
 
 
-async def test_the_request_id_goes_down(stage: Stage) -> None:
+async def test_the_request_id_is_passed_on(stage: Stage) -> None:
     """The request id and the trace parent reach the generator."""
     parent = f"00-{'a' * 32}-{'b' * 16}-01"
     stage.generator.script = says([ended(1)])
@@ -411,7 +409,7 @@ async def test_the_generators_refusal_is_passed_on(stage: Stage) -> None:
     assert ("queue_full", None) == code_of(refused.value)
 
 
-async def test_a_fault_in_the_middle_ends_the_stream(stage: Stage) -> None:
+async def test_an_error_mid_stream_ends_the_stream(stage: Stage) -> None:
     """The caller keeps the text sent so far; the error's details are not revealed."""
     fault = RuntimeError("secret")
     stage.generator.script = fails_after(one_by_one(stage.encode("one")), fault)
@@ -426,7 +424,7 @@ async def test_a_fault_in_the_middle_ends_the_stream(stage: Stage) -> None:
     assert "secret" not in (refused.value.details() or "")
 
 
-async def test_a_generator_that_ends_early_is_a_fault(stage: Stage) -> None:
+async def test_a_generator_that_ends_early_is_an_error(stage: Stage) -> None:
     """A truncated answer is never mistaken for a complete one."""
     stage.generator.script = says(one_by_one(stage.encode("one")))
     with pytest.raises(grpc.aio.AioRpcError) as refused:
@@ -471,7 +469,7 @@ async def test_metrics_add_up(stage: Stage) -> None:
     assert 1 == value("trivium_replica_state", replica | {"state": "serving"})
 
 
-async def test_requests_end_once_and_in_vllms_words(stage: Stage) -> None:
+async def test_each_request_counts_once_with_vllms_finish_reasons(stage: Stage) -> None:
     """A request with two choices counts once, as `length` if one of them was cut off; a
     disconnected caller counts as `abort`, a failure as `error`; prompt and generation lengths cover
     all of them."""
@@ -510,7 +508,7 @@ async def test_requests_end_once_and_in_vllms_words(stage: Stage) -> None:
         )
 
 
-async def test_the_generator_is_told_what_became_of_its_tokens(stage: Stage) -> None:
+async def test_usage_and_finish_reasons_are_reported_to_the_generator(stage: Stage) -> None:
     """It reports the caller's usage and each finish reason once, before the call ends."""
     token_ids = stage.encode("Hello")
 

@@ -41,7 +41,7 @@ sizes = st.lists(st.integers(0, 4), max_size=8)
 
 
 @given(texts, sizes, stop_lists)
-def test_the_text_is_that_before_the_first_stop_string(
+def test_the_text_ends_before_the_first_stop_string(
     text: str, sizes: list[int], stops: list[str]
 ) -> None:
     """At most one delta per message; the last has the finish reason, and nothing follows."""
@@ -57,9 +57,7 @@ def test_the_text_is_that_before_the_first_stop_string(
 
 
 @given(texts, sizes, stop_lists)
-def test_log_probabilities_cover_the_text_and_no_more(
-    text: str, sizes: list[int], stops: list[str]
-) -> None:
+def test_logprobs_cover_exactly_the_text(text: str, sizes: list[int], stops: list[str]) -> None:
     """They are never ahead of the text, except for the last token when a stop string cuts it."""
     _, deltas = run(TOKENIZER.encode(text), sizes, stops)
     expected, stop = search(text, stops)
@@ -74,7 +72,7 @@ def test_log_probabilities_cover_the_text_and_no_more(
 
 
 @given(texts, sizes, stop_lists)
-def test_tokens_are_counted_to_the_one_that_completed_the_stop_string(
+def test_tokens_after_the_stop_string_do_not_count(
     text: str, sizes: list[int], stops: list[str]
 ) -> None:
     """Later tokens of the same message do not count."""
@@ -92,7 +90,7 @@ words = st.lists(
 
 
 @given(words, sizes, stop_lists, st.booleans())
-def test_reasoning_is_apart_and_stop_strings_mind_the_rest(
+def test_stop_strings_and_logprobs_skip_the_reasoning(
     text: str, sizes: list[int], stops: list[str], include: bool
 ) -> None:
     """Stop strings are not searched for in reasoning; log-probabilities cover only the answer."""

@@ -92,7 +92,7 @@ async def test_prompts_and_choices(stage: Stage) -> None:
     assert {9} == {call.start.max_new_tokens for call in stage.generator.calls}
 
 
-async def test_prompts_may_spell_out_control_tokens(stage: Stage) -> None:
+async def test_prompts_may_contain_control_tokens(stage: Stage) -> None:
     """Control tokens in a prompt that the caller rendered are encoded as control tokens."""
     stage.generator.script = continues(stage)
     text = "<|im_start|>user\nHi<|im_end|>\n"
@@ -195,7 +195,7 @@ async def test_a_completion_keeps_its_first_space(tmp_path: Path) -> None:
     assert ["0 b", " 0 b"] == [chat.choices[0].content for chat in chats]
 
 
-async def test_logprobs_have_places(stage: Stage) -> None:
+async def test_logprobs_have_text_offsets(stage: Stage) -> None:
     """Each token has the offset at which its text begins."""
     stage.generator.script = continues(stage, " é\U0001fae0!", scored=True)
     answer = await stage.completions.CreateCompletion(request("x", logprobs=2))
@@ -283,7 +283,7 @@ async def test_options_reach_the_generator(stage: Stage) -> None:
     assert 2 == len(stage.generator.calls)
 
 
-async def test_one_prompts_fault_ends_all(stage: Stage) -> None:
+async def test_an_error_of_one_prompt_cancels_the_others(stage: Stage) -> None:
     """If one prompt fails, the others are cancelled and the caller gets the error."""
     fault = ServiceError("queue_full", "full", retry_after=3)
     began = asyncio.Event()
@@ -307,7 +307,7 @@ async def test_one_prompts_fault_ends_all(stage: Stage) -> None:
     assert ("queue_full", None) == code_of(refused.value)
 
 
-async def test_a_caller_that_leaves_takes_all_generations_along(stage: Stage) -> None:
+async def test_a_disconnected_caller_cancels_all_generations(stage: Stage) -> None:
     """All of them are cancelled, whichever was being read."""
 
     async def script(

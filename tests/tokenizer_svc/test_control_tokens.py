@@ -14,7 +14,7 @@ ANY = "|".join(map(re.escape, sorted(TOKENS, key=len, reverse=True)))
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 5, 1_000])
-def test_steps_change_nothing(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+def test_step_boundaries_change_no_match(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Wherever a step ends, the longest token at each position is found, and found once."""
     monkeypatch.setattr(control_tokens, "_STEP_CHARACTERS", step)
     draw, escaper = random.Random(step), ControlTokenEscaper(TOKENS)

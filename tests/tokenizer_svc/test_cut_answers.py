@@ -121,7 +121,7 @@ def check_beginning(part: Result, whole: Result) -> None:
 
 
 @pytest.mark.parametrize("name", COMPLETE)
-def test_cut_at_every_character(name: str) -> None:
+def test_truncated_at_every_character(name: str) -> None:
     """Markers are spelled out in letters here; how the output is split makes no difference."""
     parser, output, whole = COMPLETE[name]
     assert whole == read(parser(), [output])
@@ -135,12 +135,12 @@ def test_cut_at_every_character(name: str) -> None:
         assert part == read(parser(), list(cut), MARKERS)
         assert part == read(parser(), pieces, MARKERS)
         lengths.append(sum(len(arguments) for _, arguments in part[2]))
-    assert sorted(lengths) == lengths, "arguments that were there are gone"
+    assert sorted(lengths) == lengths, "a longer output has fewer arguments"
     assert len(set(lengths)) > len("".join(arguments for _, arguments in whole[2])) * 0.9
 
 
 @dataclass(frozen=True)
-class Spoken:
+class ModelOutput:
     """What a model of a family writes, part by part, using everything its format allows."""
 
     template: str
@@ -163,22 +163,22 @@ class Spoken:
 D, E = '{"a": 1}', "{}"
 HERMES_ADD = f'<tool_call>\n{{"name": "add", "arguments": {D}}}\n</tool_call>'
 HERMES_NOW = f'\n<tool_call>\n{{"name": "now", "arguments": {E}}}\n</tool_call>'
-SPOKEN = {
-    "smollm2": Spoken(*FAMILIES["smollm2"], "", "I look.\n", HERMES_ADD, HERMES_NOW),
-    "qwen3": Spoken(
+MODEL_OUTPUTS = {
+    "smollm2": ModelOutput(*FAMILIES["smollm2"], "", "I look.\n", HERMES_ADD, HERMES_NOW),
+    "qwen3": ModelOutput(
         *FAMILIES["qwen3"], "<think>\nHm é.\n</think>\n\n", "I look.\n", HERMES_ADD, HERMES_NOW
     ),
-    "deepseek": Spoken(
+    "deepseek": ModelOutput(
         *FAMILIES["deepseek"], "Hm é.\n</think>\n\n", "I look.\n", HERMES_ADD, HERMES_NOW
     ),
-    "mistral": Spoken(
+    "mistral": ModelOutput(
         *FAMILIES["mistral"],
         "",
         "I look.",
         f'[TOOL_CALLS][{{"name": "add", "arguments": {D}}}',
         f', {{"name": "now", "arguments": {E}}}]',
     ),
-    "mistral named": Spoken(
+    "mistral named": ModelOutput(
         templates.MISTRAL + "{#- [ARGS] #}",
         byte_level((*templates.MISTRAL_TOKENS, "[ARGS]")),
         "",
@@ -186,7 +186,7 @@ SPOKEN = {
         f"[TOOL_CALLS]add[ARGS]{D}",
         f"[TOOL_CALLS]now[ARGS]{E}",
     ),
-    "llama3": Spoken(
+    "llama3": ModelOutput(
         templates.LLAMA31,
         byte_level((*templates.LLAMA3_TOKENS, "<|python_tag|>")),
         "",
@@ -194,7 +194,7 @@ SPOKEN = {
         f'<|python_tag|>{{"name": "add", "parameters": {D}}}',
         f'; {{"name": "now", "parameters": {E}}}',
     ),
-    "harmony": Spoken(
+    "harmony": ModelOutput(
         *FAMILIES["harmony"],
         "<|channel|>analysis<|message|>Hm é.<|end|><|start|>assistant",
         REMARK,
@@ -203,26 +203,28 @@ SPOKEN = {
     ),
 }
 # The marker of calls takes several tokens here, so that the end of an answer can cut it in two.
-SPELLED = ("smollm2", "deepseek")
+WITH_MULTI_TOKEN_MARKERS = ("smollm2", "deepseek")
 REQUIRED = chat_pb2.ToolChoice(mode=chat_pb2.TOOL_CHOICE_MODE_REQUIRED)
 NAMED = chat_pb2.ToolChoice(mode=chat_pb2.TOOL_CHOICE_MODE_FUNCTION, function_name="add")
 TOOLS = [ADD, NOW]
 
 
 @pytest.fixture
-async def spoken(
+async def scripted(
     request: pytest.FixtureRequest, tmp_path: Path
-) -> AsyncIterator[tuple[Stage, Spoken]]:
+) -> AsyncIterator[tuple[Stage, ModelOutput]]:
     """A model of the family that the test names, and what it writes."""
-    said = SPOKEN[request.param]
-    folder = write_model(tmp_path / "tiny", said.template, said.tokenizer, context_length=4096)
+    written = MODEL_OUTPUTS[request.param]
+    folder = write_model(
+        tmp_path / "tiny", written.template, written.tokenizer, context_length=4096
+    )
     model = load_model(folder)
     async with running(model, folder) as stage:
-        yield stage, said
+        yield stage, written
 
 
 def of(*names: str) -> Any:
-    return pytest.mark.parametrize("spoken", names, indirect=True)
+    return pytest.mark.parametrize("scripted", names, indirect=True)
 
 
 def say(stage: Stage, token_ids: list[int], reason: Any, size: int = 1) -> None:
@@ -254,43 +256,43 @@ async def streamed(stage: Stage, **fields: Any) -> tuple[Result, Any]:
     return (reasoning, content, calls), deltas[-1].finish_reason
 
 
-@of(*SPOKEN)
-async def test_cut_at_every_token(spoken: tuple[Stage, Spoken]) -> None:
+@of(*MODEL_OUTPUTS)
+async def test_truncated_at_every_token(scripted: tuple[Stage, ModelOutput]) -> None:
     """Cut off at any token, an answer has the reason `length`, and a stream says the same."""
-    stage, said = spoken
-    token_ids = ids(stage, said.output)
+    stage, written = scripted
+    token_ids = ids(stage, written.output)
     for end in range(len(token_ids) + 1):
         say(stage, token_ids[:end], LENGTH)
         part, reason = await whole(stage, tools=TOOLS)
 
-        check_beginning(part, said.whole)
+        check_beginning(part, written.whole)
         assert chat_pb2.FINISH_REASON_LENGTH == reason
         say(stage, token_ids[:end], LENGTH, size=1 + end % 4)
         assert (part, reason) == await streamed(stage, tools=TOOLS)
-    assert said.whole == part
+    assert written.whole == part
 
 
-@of(*(name for name in SPOKEN if name not in SPELLED))
-async def test_ended_at_every_token(spoken: tuple[Stage, Spoken]) -> None:
+@of(*(name for name in MODEL_OUTPUTS if name not in WITH_MULTI_TOKEN_MARKERS))
+async def test_stopped_at_every_token(scripted: tuple[Stage, ModelOutput]) -> None:
     """A stop token in the middle of a marker or call shows no markup either."""
-    stage, said = spoken
-    token_ids = ids(stage, said.output)
+    stage, written = scripted
+    token_ids = ids(stage, written.output)
     for end in range(len(token_ids) + 1):
         say(stage, token_ids[:end], STOP_TOKEN)
         part, reason = await whole(stage, tools=TOOLS)
 
-        check_beginning(part, said.whole)
+        check_beginning(part, written.whole)
         assert (part, reason) == await streamed(stage, tools=TOOLS)
 
 
-@of(*SPOKEN)
+@of(*MODEL_OUTPUTS)
 @pytest.mark.parametrize("choice", [REQUIRED, NAMED], ids=["required", "named"])
 async def test_a_forced_call_is_never_content(
-    spoken: tuple[Stage, Spoken], choice: chat_pb2.ToolChoice
+    scripted: tuple[Stage, ModelOutput], choice: chat_pb2.ToolChoice
 ) -> None:
     """This holds however much of the call there is and however it ended, even within a marker."""
-    stage, said = spoken
-    token_ids = ids(stage, said.thought + said.call)
+    stage, written = scripted
+    token_ids = ids(stage, written.thought + written.call)
     for reason in (LENGTH, STOP_TOKEN):
         for end in range(len(token_ids) + 1):
             say(stage, token_ids[:end], reason)
@@ -301,19 +303,21 @@ async def test_a_forced_call_is_never_content(
         assert [("add", D)] == calls
 
 
-@of(*SPOKEN)
+@of(*MODEL_OUTPUTS)
 @pytest.mark.parametrize("reason", [LENGTH, STOP_TOKEN])
-async def test_stop_strings_find_no_markup(spoken: tuple[Stage, Spoken], reason: Any) -> None:
+async def test_stop_strings_do_not_match_markup(
+    scripted: tuple[Stage, ModelOutput], reason: Any
+) -> None:
     """Stop strings do not match in calls, complete or not; no call follows a match in the text."""
-    stage, said = spoken
-    token_ids = ids(stage, said.output)
-    call = len(ids(stage, said.thought + said.remark + said.call[:-4]))
+    stage, written = scripted
+    token_ids = ids(stage, written.output)
+    call = len(ids(stage, written.thought + written.remark + written.call[:-4]))
     for end in (call, len(token_ids)):
         say(stage, token_ids[:end], reason)
         expected, _ = await whole(stage, tools=TOOLS)
         for stop in ('{"', "tool_call", "TOOL_CALLS", "commentary", "name", ">", "add", ": 1"):
             assert expected == (await whole(stage, tools=TOOLS, stop=[stop]))[0]
-        if said.remark:
+        if written.remark:
             part, why = await whole(stage, tools=TOOLS, stop=["look"])
 
             assert ("I ", [], chat_pb2.FINISH_REASON_STOP) == (*part[1:], why)
@@ -323,13 +327,13 @@ TEXT = "if a < b and x[0] <= {1} | <tool> [TOOL, </think <|x|> \n\n"
 STARTS = ("<", "<tool", "[", "[TOOL_", '{"city', "<|", "t", "to=", "\n")
 
 
-@of(*SPOKEN)
-async def test_text_is_never_lost(spoken: tuple[Stage, Spoken]) -> None:
+@of(*MODEL_OUTPUTS)
+async def test_text_is_never_lost(scripted: tuple[Stage, ModelOutput]) -> None:
     """Text that looks like a marker is kept, unless it was cut off and markers are plain text."""
-    stage, said = spoken
-    is_spelled = said in (SPOKEN[name] for name in SPELLED)
-    harmony = said.thought.startswith("<|channel|>")
-    before = "<|channel|>final<|message|>" if harmony else said.thought
+    stage, written = scripted
+    has_multi_token_markers = written in (MODEL_OUTPUTS[name] for name in WITH_MULTI_TOKEN_MARKERS)
+    harmony = written.thought.startswith("<|channel|>")
+    before = "<|channel|>final<|message|>" if harmony else written.thought
     for text in (*(TEXT[:end] for end in range(len(TEXT) + 1)), *STARTS):
         for reason in (LENGTH, STOP_TOKEN):
             say(stage, ids(stage, before + text), reason)
@@ -338,15 +342,15 @@ async def test_text_is_never_lost(spoken: tuple[Stage, Spoken]) -> None:
 
             assert [] == calls
             assert "" == rest or (
-                is_spelled and reason is LENGTH and "<tool_call>".startswith(rest)
+                has_multi_token_markers and reason is LENGTH and "<tool_call>".startswith(rest)
             ), (text, content)
 
 
-@of(*SPOKEN)
-async def test_why_a_call_ended(spoken: tuple[Stage, Spoken]) -> None:
+@of(*MODEL_OUTPUTS)
+async def test_finish_reasons_of_calls(scripted: tuple[Stage, ModelOutput]) -> None:
     """A call that the caller forced by name ends with `stop`, as OpenAI's do."""
-    stage, said = spoken
-    token_ids = ids(stage, said.thought + said.call)
+    stage, written = scripted
+    token_ids = ids(stage, written.thought + written.call)
     for choice, ended in (
         (None, chat_pb2.FINISH_REASON_TOOL_CALLS),
         (REQUIRED, chat_pb2.FINISH_REASON_TOOL_CALLS),

@@ -37,7 +37,7 @@ def pieces(tokenizer: Tokenizer, token_ids: list[int]) -> list[str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("text", TEXTS)
-def test_the_pieces_are_whole_characters_of_the_text(kind: str, text: str) -> None:
+def test_pieces_have_whole_characters(kind: str, text: str) -> None:
     """No piece has a replacement character, and joined they equal the text decoded at once."""
     tokenizer = KINDS[kind]
     token_ids = tokenizer.encode(text)
@@ -50,7 +50,7 @@ def test_the_pieces_are_whole_characters_of_the_text(kind: str, text: str) -> No
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=st.text(st.characters(exclude_characters="▁", codec="utf-8"), max_size=30))
-def test_any_text_comes_back(kind: str, text: str) -> None:
+def test_any_text_round_trips(kind: str, text: str) -> None:
     """This includes text that nobody would write, except SentencePiece's own space character."""
     tokenizer = KINDS[kind]
 
@@ -58,14 +58,14 @@ def test_any_text_comes_back(kind: str, text: str) -> None:
 
 
 @given(token_ids=st.lists(st.integers(3, 480), max_size=30))
-def test_any_byte_level_tokens_decode_as_at_once(token_ids: list[int]) -> None:
+def test_incremental_decoding_equals_decoding_at_once(token_ids: list[int]) -> None:
     """Bytes that are not valid characters show as they do when decoded at once."""
     tokenizer = KINDS["byte level"]
 
     assert tokenizer.decode(token_ids) == "".join(pieces(tokenizer, token_ids))
 
 
-def test_a_character_comes_with_its_last_byte() -> None:
+def test_a_character_is_shown_with_its_last_byte() -> None:
     """Only an incomplete character is held back."""
     tokenizer = KINDS["byte fallback"]
     emoji = "\U0001fae0".encode()
@@ -98,7 +98,7 @@ def test_control_tokens_have_no_text() -> None:
     assert "\U0001fae0" == "".join(pieces(tokenizer, [2, first, 2, *rest, 0]))
 
 
-def test_unfinished_bytes_show_at_the_end() -> None:
+def test_incomplete_bytes_at_the_end_become_a_replacement_character() -> None:
     """An incomplete character at the end becomes one replacement character."""
     tokenizer = KINDS["byte level"]
     token_ids = tokenizer.encode("a\U0001fae0")[:-1]
@@ -111,7 +111,7 @@ def test_ids_beyond_the_tokenizer_have_no_text() -> None:
     assert ["", ""] == pieces(KINDS["byte level"], [99_999])
 
 
-def test_hidden_tokens_show_to_those_who_have_to_see_them() -> None:
+def test_control_tokens_can_be_shown() -> None:
     """Control tokens are shown if they are a parser's markers, or if the caller asks for all."""
     tokenizer = KINDS["byte level"]
     token_ids = [1, *tokenizer.encode("a"), 2]

@@ -192,7 +192,7 @@ MALFORMED: list[tuple[str, str]] = [
 
 
 @pytest.mark.parametrize(("family", "output", "expected"), OUTPUTS)
-def test_what_a_family_writes(family: str, output: str, expected: Result) -> None:
+def test_each_familys_output_is_parsed(family: str, output: str, expected: Result) -> None:
     """Reasoning, text and calls are told apart; white space around calls is dropped."""
     assert expected == read(PARSERS[family](), [output])
     assert expected == read(PARSERS[family](), list(output))
@@ -237,7 +237,7 @@ UNFINISHED: list[tuple[str, str, Calls]] = [
 
 
 @pytest.mark.parametrize(("family", "output", "calls"), UNFINISHED)
-def test_unfinished_calls_are_no_text(family: str, output: str, calls: Calls) -> None:
+def test_unfinished_calls_are_not_text(family: str, output: str, calls: Calls) -> None:
     """They are reported as far as they go once the name is complete, and not at all before."""
     assert ("", "", calls) == read(PARSERS[family](), [output])
     assert ("", "", calls) == read(PARSERS[family](), list(output))
@@ -250,7 +250,7 @@ def test_a_call_without_arguments_in_harmony() -> None:
     assert ("", "", [("add", "{}")]) == read(PARSERS["harmony"](), [output])
 
 
-def test_arguments_that_go_wrong_end_the_call() -> None:
+def test_malformed_arguments_end_the_call() -> None:
     """What was sent cannot be taken back; the rest is text, and a later call is parsed."""
     output = f'<tool_call>{{"name": "add", "arguments": {{"a": tru? }}}}</tool_call>{HERMES_ADD}'
     expected = ("", "? }}</tool_call>", [("add", '{"a": tru'), ("add", A)])
@@ -259,7 +259,7 @@ def test_arguments_that_go_wrong_end_the_call() -> None:
     assert expected == read(PARSERS["hermes"](), list(output))
 
 
-def test_space_before_a_call_that_goes_wrong_is_no_text() -> None:
+def test_space_before_a_malformed_call_is_not_text() -> None:
     """The space preceded what was sent as a call, and must not appear after it."""
     output = ' {"name": "add", "arguments": {?'
     expected = ("", "?", [("add", "{")])
@@ -268,7 +268,7 @@ def test_space_before_a_call_that_goes_wrong_is_no_text() -> None:
     assert expected == read(PARSERS["llama3_json"](), list(output))
 
 
-def test_arguments_come_in_pieces() -> None:
+def test_arguments_are_streamed() -> None:
     """Each piece is sent at once; the name comes first, and only once."""
     parser, start = PARSERS["hermes"](), 0
     seen: list[list[Segment]] = []
@@ -307,7 +307,7 @@ alphabet = st.sampled_from(
     cuts=st.lists(st.integers(1, 9), max_size=12),
     markers=st.sets(st.sampled_from(sorted(MARKERS))),
 )
-def test_pieces_make_no_difference(
+def test_any_split_of_the_output_parses_the_same(
     family: str, pieces: list[str], cuts: list[int], markers: set[str]
 ) -> None:
     """Any output gives the same result whole, character by character, and in any other pieces."""
@@ -324,7 +324,7 @@ def test_pieces_make_no_difference(
 
 @pytest.mark.parametrize("family", PARSERS)
 @given(pieces=st.lists(alphabet, max_size=14))
-def test_nothing_is_decided_that_is_held(family: str, pieces: list[str]) -> None:
+def test_held_text_comes_after_decided_text(family: str, pieces: list[str]) -> None:
     """Text that comes out later lies after everything that was decided before."""
     parser, start, decided = PARSERS[family](), 0, 0
     for piece in [*pieces, ""]:

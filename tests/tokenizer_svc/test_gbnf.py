@@ -68,7 +68,7 @@ def allows(grammar: str, text: str) -> bool:
         ('root ::= ("ab" | "c"){2,} "."?', ["abc", "cc.", "ababab"], ["ab", "c."]),
     ],
 )
-def test_a_grammar_is_kept_to(grammar: str, right: list[str], wrong: list[str]) -> None:
+def test_grammars_are_enforced(grammar: str, right: list[str], wrong: list[str]) -> None:
     """Grammars are llama.cpp's, ones from vLLM's docs, and ones that a lexer would get wrong."""
     assert is_gbnf(grammar)
     assert [] == [text for text in right if not allows(grammar, text)]
@@ -93,7 +93,7 @@ def test_a_grammar_is_kept_to(grammar: str, right: list[str], wrong: list[str]) 
         ("root ::= " + "(" * 10_000 + ")" * 10_000, "parentheses"),
     ],
 )
-def test_what_is_wrong_with_a_grammar_is_told(grammar: str, says: str) -> None:
+def test_grammar_errors_name_the_line_or_rule(grammar: str, says: str) -> None:
     """The error names the line or the rule."""
     with pytest.raises(ValueError, match=says):
         to_lark(grammar)
@@ -102,6 +102,6 @@ def test_what_is_wrong_with_a_grammar_is_told(grammar: str, says: str) -> None:
 @pytest.mark.parametrize(
     "grammar", ['start: "::="', "start: /a ::= b/", '// root ::= x\nstart: "a"']
 )
-def test_lark_is_not_taken_for_it(grammar: str) -> None:
+def test_lark_is_not_mistaken_for_gbnf(grammar: str) -> None:
     """Lark that merely mentions GBNF's syntax stays Lark."""
     assert not is_gbnf(grammar)

@@ -31,7 +31,7 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 ANSWER = [message_of(update(0, [2]), finish(0, generator_pb2.FINISH_REASON_STOP_TOKEN, 1))]
 
 
-async def becomes(channel: grpc.aio.Channel, service: str, status: int) -> None:
+async def wait_for_health(channel: grpc.aio.Channel, service: str, status: int) -> None:
     """Returns once the service's health is `status`."""
     watch = health_pb2_grpc.HealthStub(channel).Watch(
         health_pb2.HealthCheckRequest(service=service)
@@ -48,34 +48,34 @@ async def health(stage: Stage, service: str) -> int:
     return int(response.status)
 
 
-async def test_it_is_ready_while_the_generator_is(stage: Stage) -> None:
+async def test_readiness_follows_the_generators(stage: Stage) -> None:
     """Readiness follows the generator's in both directions; liveness does not depend on it."""
     for service in PIPELINE_SERVICES:
-        await becomes(stage.channel, service, SERVING)
+        await wait_for_health(stage.channel, service, SERVING)
     await stage.stop_generator()
     for service in PIPELINE_SERVICES:
-        await becomes(stage.channel, service, NOT_SERVING)
+        await wait_for_health(stage.channel, service, NOT_SERVING)
 
     assert SERVING == await health(stage, "")
     assert SERVING == await health(stage, TOKENIZER_SERVICE)
 
     await stage.start_generator()
     for service in PIPELINE_SERVICES:
-        await becomes(stage.channel, service, SERVING)
+        await wait_for_health(stage.channel, service, SERVING)
 
 
-async def test_who_asks_whether_it_is_ready_hears_why_not(stage: Stage) -> None:
+async def test_health_reports_why_it_is_not_ready(stage: Stage) -> None:
     """check_ready, which answers /healthz, gives the reason."""
-    await becomes(stage.channel, PIPELINE_SERVICES[0], SERVING)
+    await wait_for_health(stage.channel, PIPELINE_SERVICES[0], SERVING)
     await stage.server.check_ready()
     await stage.stop_generator()
-    await becomes(stage.channel, PIPELINE_SERVICES[0], NOT_SERVING)
+    await wait_for_health(stage.channel, PIPELINE_SERVICES[0], NOT_SERVING)
 
     with pytest.raises(ServiceError, match="The generator cannot be reached"):
         await stage.server.check_ready()
 
 
-async def test_only_a_generator_that_was_there_is_missed(
+async def test_a_loss_is_logged_only_once_a_generator_was_ready(
     model: Model, model_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nothing is logged as a warning or error before the first generator is ready; a loss is."""
@@ -96,21 +96,21 @@ async def test_only_a_generator_that_was_there_is_missed(
         assert [] == errors()
 
         await stage.start_generator()
-        await becomes(stage.channel, PIPELINE_SERVICES[0], SERVING)
+        await wait_for_health(stage.channel, PIPELINE_SERVICES[0], SERVING)
         await stage.stop_generator()
-        await becomes(stage.channel, PIPELINE_SERVICES[0], NOT_SERVING)
+        await wait_for_health(stage.channel, PIPELINE_SERVICES[0], NOT_SERVING)
 
         assert ["no generator is available: The generator cannot be reached."] == errors()
     finally:
         await stage.close()
 
 
-async def test_calls_fail_at_once_and_recover_by_themselves(stage: Stage) -> None:
+async def test_calls_fail_fast_and_recover(stage: Stage) -> None:
     """No call waits for a missing generator; once it is back, calls succeed."""
     stage.generator.script = says(ANSWER)
-    await becomes(stage.channel, PIPELINE_SERVICES[0], SERVING)
+    await wait_for_health(stage.channel, PIPELINE_SERVICES[0], SERVING)
     await stage.stop_generator()
-    await becomes(stage.channel, PIPELINE_SERVICES[0], NOT_SERVING)
+    await wait_for_health(stage.channel, PIPELINE_SERVICES[0], NOT_SERVING)
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await stage.stream()
 
@@ -118,12 +118,12 @@ async def test_calls_fail_at_once_and_recover_by_themselves(stage: Stage) -> Non
     assert ("backend_unavailable", None) == code_of(refused.value)
 
     await stage.start_generator()
-    await becomes(stage.channel, PIPELINE_SERVICES[0], SERVING)
+    await wait_for_health(stage.channel, PIPELINE_SERVICES[0], SERVING)
 
     assert await stage.stream()
 
 
-async def test_a_generator_that_dies_in_the_middle(stage: Stage) -> None:
+async def test_a_generator_that_dies_mid_stream(stage: Stage) -> None:
     """The stream ends with backend_unavailable, not with a truncated answer."""
     stage.generator.script = stalls_after([message_of(update(0, [70]))])
     call = stage.chat.StreamChatCompletion(stage.request())
@@ -138,11 +138,11 @@ async def test_a_generator_that_dies_in_the_middle(stage: Stage) -> None:
 
 async def test_another_revision_is_refused(stage: Stage) -> None:
     """Token ids of one tokenizer are never sent to a model with another."""
-    await becomes(stage.channel, PIPELINE_SERVICES[0], SERVING)
+    await wait_for_health(stage.channel, PIPELINE_SERVICES[0], SERVING)
     own, stage.generator.revision = stage.generator.revision, "another"
     await stage.stop_generator()
     await stage.start_generator()
-    await becomes(stage.channel, PIPELINE_SERVICES[0], NOT_SERVING)
+    await wait_for_health(stage.channel, PIPELINE_SERVICES[0], NOT_SERVING)
     for _ in range(500):
         if await refusal(stage) == "revision_mismatch":
             break
@@ -157,7 +157,7 @@ async def test_another_revision_is_refused(stage: Stage) -> None:
     stage.generator.script = says(ANSWER)
     await stage.stop_generator()
     await stage.start_generator()
-    await becomes(stage.channel, PIPELINE_SERVICES[0], SERVING)
+    await wait_for_health(stage.channel, PIPELINE_SERVICES[0], SERVING)
 
     assert await stage.stream()
 
@@ -168,7 +168,7 @@ async def refusal(stage: Stage) -> str:
     return code_of(refused.value)[0]
 
 
-async def test_the_generators_word_on_revisions_counts(stage: Stage) -> None:
+async def test_the_generator_checks_the_revision_itself(stage: Stage) -> None:
     """Several generators may share a name, and only one of them was asked for its revision."""
     mismatch = ServiceError("revision_mismatch", "The generator serves revision b.")
     stage.generator.script = fails_after([], mismatch)
@@ -179,7 +179,7 @@ async def test_the_generators_word_on_revisions_counts(stage: Stage) -> None:
     assert ("revision_mismatch", None) == code_of(refused.value)
 
 
-async def test_a_busy_tokenizer_takes_no_generator_for_lost(
+async def test_a_blocked_event_loop_does_not_report_a_loss(
     model: Model, model_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A blocked event loop does not make the tokenizer report a generator as lost."""

@@ -74,7 +74,7 @@ def start(prompt_tokens: int, *stop: str) -> GenerateCommand:
 @pytest.mark.parametrize("prompt_tokens", [10, 100_000])
 @pytest.mark.parametrize("stop", [(), ("x",)])
 @pytest.mark.parametrize("code", ["queue_full", "draining"])
-async def test_a_call_that_is_refused_while_it_is_written(
+async def test_a_call_refused_during_its_write(
     refusing: Callable[[str], str], code: str, stop: tuple[str, ...], prompt_tokens: int
 ) -> None:
     """Even if the write fails, the refusal and its retry time arrive, not an internal error."""
@@ -93,7 +93,7 @@ async def test_a_call_that_is_refused_while_it_is_written(
     assert {(code, 7): CALLS} == heard
 
 
-async def test_a_command_that_comes_after_the_end() -> None:
+async def test_a_stop_command_after_the_end() -> None:
     """A generation that ends while it is being stopped has ended well, and all of it arrives."""
     last = message_of(update(0, [3]), finish(0, pb.FINISH_REASON_LENGTH, 3))
     messages = [message_of(update(0, [1])), message_of(update(0, [2])), last]
@@ -126,7 +126,7 @@ class BehindAMesh(ScriptedGenerator):
         yield
 
 
-async def test_a_status_that_no_stage_made(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_proxys_status_is_not_revealed(caplog: pytest.LogCaptureFixture) -> None:
     """Callers do not see its details; it is logged once, with the replica that returned it."""
     server, port = await BehindAMesh("r1").serve()
     async with connected(GeneratorClient(f"127.0.0.1:{port}", "r1")) as client:

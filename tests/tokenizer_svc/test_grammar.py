@@ -137,7 +137,7 @@ def test_several_forced_calls(family: str) -> None:
     assert expected == parsed(family, calls(family))
 
 
-def test_mistrals_marker_may_have_a_space_behind_it() -> None:
+def test_a_space_may_follow_mistrals_marker() -> None:
     """Tokenizers of Mistral's older models have it."""
     spaced = call("mistral").replace("]", "] ", 1)
     for use in (BOTH, FORCED, ONE):
@@ -145,7 +145,7 @@ def test_mistrals_marker_may_have_a_space_behind_it() -> None:
     assert ("", "", [("add", '{"a": 1}')]) == parsed("mistral", spaced)
 
 
-def test_a_template_that_refuses_several_calls_is_given_one() -> None:
+def test_one_call_if_the_template_refuses_several() -> None:
     """Llama 3.1's template refuses several calls; another template of the same format gets them."""
     other = choose(templates.LLAMA31.replace("only supports single", "supports"))
 
@@ -155,7 +155,7 @@ def test_a_template_that_refuses_several_calls_is_given_one() -> None:
 
 
 @pytest.mark.parametrize("family", FORMATS)
-def test_arguments_keep_to_the_schema(family: str) -> None:
+def test_arguments_fit_the_schema(family: str) -> None:
     """They fit the called function's schema, and no other function can be called."""
     for use in (BOTH, FORCED):
         assert not allows(made(FORMATS[family], use), call(family).replace("1", '"1"'))
@@ -163,7 +163,7 @@ def test_arguments_keep_to_the_schema(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["hermes", "qwen3", "mistral", "named", "llama3"])
-def test_the_model_may_choose(family: str) -> None:
+def test_tool_choice_auto(family: str) -> None:
     """Text, a call, or both are accepted; what looks like a call must be a valid one."""
     chosen = made(FORMATS[family])
 
@@ -179,7 +179,7 @@ def test_the_model_may_choose(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["hermes", "qwen3", "mistral", "named"])
-def test_the_model_may_choose_one_call(family: str) -> None:
+def test_tool_choice_auto_without_parallel_calls(family: str) -> None:
     """Nothing may follow the call if parallel calls are not allowed."""
     chosen = made(FORMATS[family], ToolUse((ADD, NOW), (0, 1), parallel=False))
 
@@ -188,7 +188,7 @@ def test_the_model_may_choose_one_call(family: str) -> None:
     assert not allows(chosen, calls(family))
 
 
-def test_harmony_lets_choose() -> None:
+def test_tool_choice_auto_in_harmony() -> None:
     """Harmony allows reasoning, then a remark, then a call or the answer."""
     chosen = made(HARMONY)
     thought = "<|channel|>analysis<|message|>Hm {.<|end|><|start|>assistant"
@@ -312,7 +312,7 @@ FORMS: list[tuple[ResponseConstraint, str, str]] = [
 
 
 @pytest.mark.parametrize(("form", "right", "wrong"), FORMS)
-def test_forms(form: ResponseConstraint, right: str, wrong: str) -> None:
+def test_each_kind_of_constraint(form: ResponseConstraint, right: str, wrong: str) -> None:
     """Each form works alone, after reasoning, and together with tools."""
     alone = made(HERMES, ToolUse(), form)
     reasoned = made(QWEN3, ToolUse(), form, Thinking.OPENED)
@@ -344,7 +344,7 @@ def fault(made: Constraint) -> str:
 
 @pytest.mark.parametrize("family", FORMATS)
 @pytest.mark.parametrize("place", [0, 1])
-def test_a_tool_is_blamed_for_its_schema(family: str, place: int) -> None:
+def test_schema_errors_name_the_tool(family: str, place: int) -> None:
     """The generator's error names a line, and that line belongs to a tool."""
     schema = '{"type": "object", "properties": {"x": {"type": "strin"}}}'
     tools = [ADD, NOW]
@@ -363,7 +363,7 @@ def test_a_tool_is_blamed_for_its_schema(family: str, place: int) -> None:
         assert "%json" not in error.message
 
 
-def test_a_format_is_blamed_for_its_schema() -> None:
+def test_schema_errors_name_the_response_format() -> None:
     """The response format is named even if there are tools too."""
     form = ResponseConstraint(
         ResponseKind.JSON_SCHEMA,
@@ -388,7 +388,9 @@ def test_a_format_is_blamed_for_its_schema() -> None:
         (FORMS[5][0], "json_schema_too_complex", "json_schema_too_complex"),
     ],
 )
-def test_a_single_field_is_blamed(form: ResponseConstraint, code: str, expected: str) -> None:
+def test_constraint_errors_name_the_field(
+    form: ResponseConstraint, code: str, expected: str
+) -> None:
     """The error names the field that the constraint came from."""
     error = attribute_error_to_field(
         ServiceError(code, "It cannot.", "constraint"), made(HERMES, ToolUse(), form)
@@ -398,7 +400,7 @@ def test_a_single_field_is_blamed(form: ResponseConstraint, code: str, expected:
     assert error.message.endswith("It cannot.")
 
 
-def test_other_errors_stay_what_they_are() -> None:
+def test_other_errors_are_unchanged() -> None:
     """Errors that are not about the constraint, such as queue_full, are unchanged."""
     full = ServiceError("queue_full", "full")
 
@@ -406,7 +408,7 @@ def test_other_errors_stay_what_they_are() -> None:
     assert full is attribute_error_to_field(full, None)
 
 
-def test_nothing_is_asked_for_where_nothing_is_wanted() -> None:
+def test_plain_text_needs_no_constraint() -> None:
     """Plain text needs no constraint, even from a reasoning model."""
     for output in FORMATS.values():
         made = build_constraint(None, ToolUse(), output, Thinking.POSSIBLE, lambda text: None)
@@ -444,7 +446,7 @@ PROPERTIES = [
 
 
 @pytest.mark.parametrize(("schema", "wider"), PROPERTIES)
-def test_models_invent_no_arguments(schema: dict[str, Any], wider: bool) -> None:
+def test_undeclared_arguments_are_not_generated(schema: dict[str, Any], wider: bool) -> None:
     """Arguments that the schema does not name are not generated, unless it appears to want them."""
     tool = Tool("add", None, json.dumps(schema))
     forced = made(HERMES, ToolUse((tool,), (0,), forced=True))
@@ -454,7 +456,7 @@ def test_models_invent_no_arguments(schema: dict[str, Any], wider: bool) -> None
 
 
 @pytest.mark.parametrize(("schema", "wider"), PROPERTIES)
-def test_models_invent_no_properties(schema: dict[str, Any], wider: bool) -> None:
+def test_undeclared_properties_are_not_generated(schema: dict[str, Any], wider: bool) -> None:
     """The same holds for objects in answers, with and without tools."""
     definition = json.dumps({"type": "object"} | schema)
     form = ResponseConstraint(
@@ -486,7 +488,7 @@ _Y = {"type": "object", "properties": {"y": {"type": "integer"}}, "required": ["
         | {"$defs": {"x": _X}},
     ],
 )
-def test_several_schemas_may_speak_of_one_property(schema: dict[str, Any]) -> None:
+def test_a_property_in_several_schemas_satisfies_all(schema: dict[str, Any]) -> None:
     """The value satisfies all of them."""
     definition = json.dumps({"type": "object", "required": ["a"]} | schema)
     form = ResponseConstraint(ResponseKind.JSON_SCHEMA, "response_format", definition)
@@ -499,7 +501,7 @@ def test_several_schemas_may_speak_of_one_property(schema: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("required", [5, ["a", ["b"], 3]])
 @pytest.mark.parametrize("lenient", [True, False])
-def test_what_stands_below_an_unknown_keyword_is_no_schema(required: Any, lenient: bool) -> None:
+def test_unknown_keywords_are_not_treated_as_schemas(required: Any, lenient: bool) -> None:
     """It is not treated as a schema, however much it looks like one."""
     schema = {"type": "object", "x-form": {"properties": {"a": {}}, "required": required}}
     form = ResponseConstraint(
@@ -510,7 +512,7 @@ def test_what_stands_below_an_unknown_keyword_is_no_schema(required: Any, lenien
 
 
 @pytest.mark.parametrize("lenient", [True, False])
-def test_a_schema_of_nothing_is_refused(lenient: bool) -> None:
+def test_an_unsatisfiable_schema_is_refused(lenient: bool) -> None:
     """The generator's error says why."""
     form = ResponseConstraint(ResponseKind.JSON_SCHEMA, "response_format", "false", lenient=lenient)
     answer = made(HERMES, ToolUse(), form)
@@ -523,7 +525,7 @@ def test_a_schema_of_nothing_is_refused(lenient: bool) -> None:
     )
 
 
-def test_a_strict_answer_has_no_other_properties_either() -> None:
+def test_strict_answers_have_no_undeclared_properties() -> None:
     """The same holds for `structured_outputs.json`."""
     definition = '{"type": "object", "properties": {"a": {"type": "integer"}}}'
     form = ResponseConstraint(
@@ -559,7 +561,7 @@ B = {"type": "object", "properties": {"b": {"type": "integer"}}}
         ),
     ],
 )
-def test_exactly_one_of_several_schemas_stays_so(members: list[Any], closes: bool) -> None:
+def test_one_of_still_means_exactly_one(members: list[Any], closes: bool) -> None:
     """Closing schemas may make overlapping ones distinct; where the schema must be exact, in
     answers and strict tools, they are then left open."""
     schema = json.dumps({"type": "object", "properties": {"u": {"oneOf": members}}})
@@ -578,7 +580,7 @@ def test_exactly_one_of_several_schemas_stays_so(members: list[Any], closes: boo
     assert '"additionalProperties": false' in lenient.text
 
 
-def test_an_answer_of_any_object_stays_one() -> None:
+def test_an_object_schema_without_properties_allows_any() -> None:
     """A schema that lists no properties allows any."""
     form = ResponseConstraint(ResponseKind.JSON_SCHEMA, "response_format", '{"type": "object"}')
 
@@ -596,7 +598,9 @@ def test_an_answer_of_any_object_stays_one() -> None:
     ],
 )
 @pytest.mark.parametrize("family", FORMATS)
-def test_a_function_without_fields_is_given_none(family: str, parameters: str | None) -> None:
+def test_a_function_without_parameters_gets_an_empty_object(
+    family: str, parameters: str | None
+) -> None:
     """However its parameters express that there are none, its arguments are an empty object."""
     tool = Tool("add", None, parameters)
     forced = made(FORMATS[family], ToolUse((tool,), (0,), forced=True))
@@ -605,7 +609,7 @@ def test_a_function_without_fields_is_given_none(family: str, parameters: str | 
     assert not allows(forced, call(family))
 
 
-def test_a_nested_object_of_no_fields_may_have_any() -> None:
+def test_a_nested_object_without_properties_allows_any() -> None:
     """A nested object is data, where JSON Schema means what it says."""
     tool = Tool("add", None, '{"properties": {"a": {"type": "object"}}}')
     forced = made(HERMES, ToolUse((tool,), (0,), forced=True))
@@ -613,7 +617,7 @@ def test_a_nested_object_of_no_fields_may_have_any() -> None:
     assert allows(forced, call("hermes").replace("1", '{"any": [1]}'))
 
 
-def test_a_required_field_that_is_not_named_can_be_given() -> None:
+def test_a_required_undeclared_property_can_be_generated() -> None:
     """It may have any value, and no other fields are generated."""
     schema = {"properties": {"a": {"type": "integer"}}, "required": ["a", "b"]}
     forced = made(HERMES, ToolUse((Tool("add", None, json.dumps(schema)),), (0,), forced=True))
@@ -624,7 +628,7 @@ def test_a_required_field_that_is_not_named_can_be_given() -> None:
 
 
 @pytest.mark.parametrize("family", FORMATS)
-def test_only_a_strict_schema_is_to_be_kept_exactly(family: str) -> None:
+def test_only_strict_schemas_are_enforced_exactly(family: str) -> None:
     """Every other schema is marked lenient, so that the generator may drop what it cannot enforce;
     a caller cannot mark a strict schema so."""
     schema = '{"properties": {"a": {"x-guidance": 1}}, "x-guidance": {"lenient": true}}'
@@ -639,7 +643,7 @@ def test_only_a_strict_schema_is_to_be_kept_exactly(family: str) -> None:
         assert (None if strict else {"lenient": True}) == told.get("x-guidance")
 
 
-def test_data_in_schemas_is_left_alone() -> None:
+def test_constants_in_schemas_are_unchanged() -> None:
     """A constant that looks like a schema is unchanged."""
     constant = {"properties": {"b": 1}}
     schema = {"properties": {"a": {"const": constant}}, "required": ["a"]}
@@ -649,7 +653,7 @@ def test_data_in_schemas_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("family", FORMATS)
-def test_schemas_that_refer_to_themselves(family: str) -> None:
+def test_recursive_schemas(family: str) -> None:
     """References are resolved in every format."""
     tree = {"type": "object", "properties": {"a": {"$ref": "#/$defs/n"}, "b": {"$ref": "#"}}}
     schema = json.dumps(tree | {"$defs": {"n": {"type": "integer"}}, "required": ["a"]})

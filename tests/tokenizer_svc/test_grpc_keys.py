@@ -18,7 +18,7 @@ from tests.tokenizer_svc.scripted_generator import (
     says,
     update,
 )
-from tests.tokenizer_svc.test_generator_loss import SERVING, becomes
+from tests.tokenizer_svc.test_generator_loss import SERVING, wait_for_health
 from tokenizer_svc.models import Model
 from trivium.chat.v1 import model_pb2
 from trivium.generator.v1 import generator_pb2
@@ -82,7 +82,7 @@ async def refusal(call: Any) -> ServiceError:
     return from_rpc_error(caught.value)
 
 
-async def test_only_an_accepted_key_gets_in(start: Start) -> None:
+async def test_calls_need_a_valid_key(start: Start) -> None:
     """Any call with a missing, unknown or expired key is refused; health checks need none."""
     yesterday = (datetime.now(UTC) - timedelta(days=1)).isoformat()
     async with start(table("good"), table("old", expires=yesterday)) as stage:
@@ -104,7 +104,7 @@ async def test_only_an_accepted_key_gets_in(start: Start) -> None:
     assert 1 == len(stage.generator.calls)
 
 
-async def test_a_call_is_its_keys(start: Start) -> None:
+async def test_calls_count_for_their_key(start: Start) -> None:
     """Only another stage may name the key that a call counts for, as it has checked that key.
     Anyone else is refused: it would be a facade configured with a client's key."""
     async with start(table("good"), table("facade", stage="true")) as stage:
@@ -121,11 +121,11 @@ async def test_a_call_is_its_keys(start: Start) -> None:
     assert not [call for call in stage.generator.calls if "authorization" in call.metadata]
 
 
-async def test_a_key_opens_its_models_alone(start: Start) -> None:
+async def test_a_key_gives_access_to_its_models_only(start: Start) -> None:
     """For every service, other models seem not to exist."""
     async with start(table("a", models='["tiny"]'), table("b", models='["large"]')) as stage:
         answers(stage)
-        await becomes(stage.channel, "trivium.chat.v1.ModelService", SERVING)
+        await wait_for_health(stage.channel, "trivium.chat.v1.ModelService", SERVING)
         request = model_pb2.ListModelsRequest()
         listed = [
             [model.id for model in found.models]
@@ -257,7 +257,7 @@ def counted(stage: Stage) -> dict[str, float]:
     }
 
 
-async def test_a_stage_has_no_limits_and_a_public_key_no_stage(start: Start, file: Path) -> None:
+async def test_stage_keys_have_no_limits(start: Start, file: Path) -> None:
     """A stage's key is not counted, and giving it limits, which would be ignored, is an error."""
     async with start(table("facade", stage="true")) as stage:
         answers(stage)
@@ -269,7 +269,7 @@ async def test_a_stage_has_no_limits_and_a_public_key_no_stage(start: Start, fil
         KeyFile(file)
 
 
-async def test_a_key_that_is_withdrawn_opens_no_more(
+async def test_a_revoked_key_is_refused(
     start: Start, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """New calls are refused from then on."""
@@ -284,7 +284,7 @@ async def test_a_key_that_is_withdrawn_opens_no_more(
     assert "invalid_api_key" == error.code
 
 
-async def test_reflection_can_be_shut(model: Model, model_folder: Path) -> None:
+async def test_reflection_can_be_disabled(model: Model, model_folder: Path) -> None:
     """Without reflection, the service is unimplemented."""
     reflection = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
     codes = []

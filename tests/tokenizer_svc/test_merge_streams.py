@@ -31,7 +31,7 @@ async def failing() -> AsyncGenerator[str]:
 
 
 @pytest.mark.parametrize("counts", [[3], [3, 0, 5], [0, 0]])
-async def test_all_items_come_in_their_order(counts: list[int]) -> None:
+async def test_each_streams_items_keep_their_order(counts: list[int]) -> None:
     """Each stream's items keep their order, and the merged stream ends after the last."""
     ended: list[str] = []
     streams = [counting(str(place), count, ended) for place, count in enumerate(counts)]
@@ -43,7 +43,7 @@ async def test_all_items_come_in_their_order(counts: list[int]) -> None:
     assert len(counts) == len(ended)
 
 
-async def test_a_fault_ends_all_streams() -> None:
+async def test_an_error_ends_all_streams() -> None:
     """The error is raised."""
     ended: list[str] = []
     with pytest.raises(RuntimeError, match="a fault"):
@@ -53,7 +53,7 @@ async def test_a_fault_ends_all_streams() -> None:
     assert ["waiting"] == ended
 
 
-async def test_who_stops_reading_ends_all_streams() -> None:
+async def test_closing_the_merged_stream_ends_all_streams() -> None:
     """They end at once, whether or not they had more to yield."""
     ended: list[str] = []
     streams = merge_streams([waiting(ended), counting("a", 100, ended)])

@@ -21,7 +21,7 @@ from tests.completion_requests import options
 from tests.tokenizer_svc.conftest import Stage, running, write_model
 from tests.tokenizer_svc.scripted_generator import finish, message_of, says, update
 from tests.tokenizer_svc.test_completions import prompts
-from tests.tokenizer_svc.test_cut_answers import SPOKEN
+from tests.tokenizer_svc.test_cut_answers import MODEL_OUTPUTS
 from tests.tokenizer_svc.test_tool_calls import ADD, NOW, ids
 from tokenizer_svc.models import load_model
 from trivium.chat.v1 import completion_pb2
@@ -71,12 +71,12 @@ def recording(family: str, *texts: str, reason: Any = STOP_TOKEN, **fields: Any)
     return Recording(family, texts, reason, fields)
 
 
-MELTING = "a 🫠🥹 鿊 b"  # characters that take several tokens
+MULTI_TOKEN = "a 🫠🥹 鿊 b"  # characters that take several tokens
 RECORDINGS = {
-    "text": recording("smollm2", f"I like {MELTING}."),
+    "text": recording("smollm2", f"I like {MULTI_TOKEN}."),
     "few tokens": recording("smollm2", "🫠 ok", **LOGPROBS),
     "cut character": recording("smollm2", "a🫠"[:2], reason=LENGTH, **LOGPROBS),
-    "logprobs": recording("smollm2", f"{MELTING} and so on", reason=LENGTH, **LOGPROBS),
+    "logprobs": recording("smollm2", f"{MULTI_TOKEN} and so on", reason=LENGTH, **LOGPROBS),
     "stop string": recording("smollm2", "one END two", reason=LENGTH, stop=["END", "D t"]),
     "half a stop string": recording("smollm2", "one EN", stop=["END"], **LOGPROBS),
     "stop string, shown": recording(
@@ -90,28 +90,28 @@ RECORDINGS = {
     "special tokens": recording("smollm2", "a<|im_start|>b", skip_special_tokens=False),
     **{
         f"calls of {name}": recording(name, said.output, **TOOLS, **LOGPROBS)
-        for name, said in SPOKEN.items()
+        for name, said in MODEL_OUTPUTS.items()
     },
     **{
-        f"cut calls of {name}": recording(name, said.output[:-9], reason=LENGTH, **TOOLS)
-        for name, said in SPOKEN.items()
+        f"truncated calls of {name}": recording(name, said.output[:-9], reason=LENGTH, **TOOLS)
+        for name, said in MODEL_OUTPUTS.items()
     },
     "two choices with calls": recording(
-        "qwen3", SPOKEN["qwen3"].output, "No calls.", n=2, **TOOLS, **LOGPROBS
+        "qwen3", MODEL_OUTPUTS["qwen3"].output, "No calls.", n=2, **TOOLS, **LOGPROBS
     ),
     "reasoning and a stop string": recording(
         "qwen3", "<think>\nHm END.\n</think>\n\nYes END no", stop=["END"], **LOGPROBS
     ),
-    "reasoning": recording("qwen3", f"<think>\nHm {MELTING}.\n</think>\n\nYes, {MELTING}."),
+    "reasoning": recording("qwen3", f"<think>\nHm {MULTI_TOKEN}.\n</think>\n\nYes, {MULTI_TOKEN}."),
     "reasoning after an answer": recording(
         "harmony",
         "<|channel|>final<|message|>A 🫠<|end|><|start|>assistant"
         "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes",
     ),
-    "plain": Recording("smollm2", [f"{MELTING} END"], LENGTH, {"logprobs": 2}, plain=True),
+    "plain": Recording("smollm2", [f"{MULTI_TOKEN} END"], LENGTH, {"logprobs": 2}, plain=True),
     "plain, stopped, echoed": Recording(
         "smollm2",
-        [f"{MELTING} END of it", "🫠"],
+        [f"{MULTI_TOKEN} END of it", "🫠"],
         LENGTH,
         {"n": 2, "stop": ["END"], "echo": True},
         plain=True,
@@ -240,7 +240,7 @@ async def recorded(
 ) -> AsyncIterator[tuple[Stage, Recording]]:
     """A stage with the recording's model."""
     one = RECORDINGS[request.param]
-    said = SPOKEN[one.family]
+    said = MODEL_OUTPUTS[one.family]
     folder = write_model(tmp_path / "tiny", said.template, said.tokenizer, context_length=4096)
     model = load_model(folder)
     async with running(model, folder) as stage:
@@ -248,7 +248,7 @@ async def recorded(
 
 
 @pytest.mark.parametrize("recorded", RECORDINGS, indirect=True)
-async def test_any_merging_says_the_same(recorded: tuple[Stage, Recording]) -> None:
+async def test_merging_tokens_changes_no_answer(recorded: tuple[Stage, Recording]) -> None:
     """Text, reasoning, calls, log-probabilities, usage and finish reasons are the same; each update
     is at most one event, however many tokens it has."""
     stage, one = recorded

@@ -46,7 +46,7 @@ CALL = Message(Role.ASSISTANT, (), tool_calls=(ToolCall("abcDEF123", "now", "{}"
 NOON = Message(Role.TOOL, ("noon",), tool_call_id="abcDEF123")
 
 
-def test_a_system_message_where_there_is_no_such_role() -> None:
+def test_a_system_message_without_a_system_role() -> None:
     """For Gemma, it begins the user's message, as its makers advise."""
     folded = render(templates.GEMMA2, system("Be brief."), user("Hi"))
 
@@ -74,7 +74,7 @@ def test_a_later_system_message() -> None:
 
 
 @pytest.mark.parametrize("source", [templates.MINIMAX_M2, templates.HARMONY, templates.DEEPSEEK_R1])
-def test_a_system_message_that_would_be_left_out(source: str) -> None:
+def test_a_system_message_that_the_template_would_drop(source: str) -> None:
     """Some templates keep one system message and silently drop the others."""
     messages = (
         system("Be brief."),
@@ -90,7 +90,7 @@ def test_a_system_message_that_would_be_left_out(source: str) -> None:
 
 
 @pytest.mark.parametrize("source", [templates.GEMMA2, templates.LLAMA2, templates.MISTRAL])
-def test_roles_have_to_alternate(source: str) -> None:
+def test_messages_of_one_role_are_joined_if_roles_must_alternate(source: str) -> None:
     """Neighbouring messages of one role are joined; an empty user message precedes a greeting."""
     assert render(source, user("a\n\nb"), assistant("c\n\nd"), user("e")) == render(
         source, user("a"), user("b"), assistant("c"), assistant("d"), user("e")
@@ -100,7 +100,7 @@ def test_roles_have_to_alternate(source: str) -> None:
     )
 
 
-def test_an_assistant_that_said_nothing() -> None:
+def test_an_empty_assistant_message() -> None:
     """An answer is empty if reasoning used up its tokens; Ministral's template requires text."""
     refusal = (
         "{{ raise_exception('must have content') if m.role == 'assistant' and not m.content }}"
@@ -114,7 +114,7 @@ def test_an_assistant_that_said_nothing() -> None:
         render(source, assistant(""))
 
 
-def test_who_spoke_is_not_mixed_up() -> None:
+def test_joined_messages_have_no_name() -> None:
     """A message joined from two people's has neither's name."""
     source = templates.GEMMA2.replace(
         "message['content']", "(message.name or '') + message.content"
@@ -125,7 +125,7 @@ def test_who_spoke_is_not_mixed_up() -> None:
     assert "\nHi\n\nHo<" in render(source, user("Hi", "Ann"), user("Ho", "Bob"))
 
 
-def test_a_question_after_a_result() -> None:
+def test_a_user_message_after_a_tool_result() -> None:
     """Mistral's template requires an assistant message in between; all other messages stay."""
     prompt = render(templates.MISTRAL, system("Be brief."), user("a"), CALL, NOON, user("b"))
 
@@ -133,7 +133,7 @@ def test_a_question_after_a_result() -> None:
     assert prompt.endswith('"abcDEF123"}[/TOOL_RESULTS]</s>[INST]Be brief.\n\nb[/INST]')
 
 
-def test_a_result_without_its_call() -> None:
+def test_a_tool_result_without_its_call() -> None:
     """Clients that shorten the history send this; as a last resort calls and results are text."""
     prompt = render(templates.HARMONY, user("a"), NOON)
 
@@ -167,7 +167,7 @@ def test_tools_that_the_template_refuses() -> None:
     assert '["string", "null"]' in render(source, user("a"), tools=(union,))
 
 
-def test_what_a_template_takes_is_left_alone() -> None:
+def test_messages_that_the_template_accepts_are_unchanged() -> None:
     """Messages are changed only if the template would refuse or drop them."""
     messages = (system("a"), user("b"), user("c"), assistant(""), system("d"), user("e"))
     expected = "".join(
@@ -187,7 +187,7 @@ def test_what_a_template_takes_is_left_alone() -> None:
         (templates.LLAMA2, (user("Hi"), user("Hi"))),
     ],
 )
-def test_folding_can_be_turned_off(source: str, messages: tuple[Message, ...]) -> None:
+def test_folding_can_be_disabled(source: str, messages: tuple[Message, ...]) -> None:
     """Without folding they are refused, with the template's own message if it has one."""
     with pytest.raises(ServiceError) as refused:
         builder(source, fold_messages=False).build(Conversation(messages))
@@ -195,14 +195,14 @@ def test_folding_can_be_turned_off(source: str, messages: tuple[Message, ...]) -
     assert ("invalid_chat_template_input", "messages") == (refused.value.code, refused.value.param)
 
 
-def test_what_cannot_be_folded_is_refused() -> None:
+def test_conversations_that_cannot_be_folded_are_refused() -> None:
     """The error has the first reason."""
     source = "{% if messages %}{{ raise_exception('not a ' + messages[0].role) }}{% endif %}"
     with pytest.raises(ServiceError, match="not a system"):
         render(source, system("Be brief."), user("Hi"))
 
 
-def test_going_on_with_the_last_message_of_a_folded_conversation() -> None:
+def test_continuing_the_last_message_of_a_folded_conversation() -> None:
     """The prompt still ends with its text."""
     messages = (system("Be brief."), user("Hi"), assistant("Once upon"))
     conversation = Conversation(messages, continue_final_message=True)
@@ -210,7 +210,7 @@ def test_going_on_with_the_last_message_of_a_folded_conversation() -> None:
     assert builder(templates.GEMMA2).build(conversation).text.endswith("model\nOnce upon")
 
 
-def test_folded_texts_cannot_control() -> None:
+def test_folded_texts_cannot_form_control_tokens() -> None:
     """Joining texts cannot complete a control token between them."""
     tokenizer = Tokenizer(byte_level())
     [end] = tokenizer.encode(tokenizer.control_name("<|im_end|>"))
@@ -221,7 +221,7 @@ def test_folded_texts_cannot_control() -> None:
     assert end not in evil.token_ids
 
 
-async def test_the_setting(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_folding_setting(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Folding is on by default, and logged once; without it, invalid_chat_template_input."""
     folder = write_model(tmp_path / "tiny", templates.GEMMA2, context_length=4096)
     messages = [

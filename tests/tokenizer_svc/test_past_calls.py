@@ -67,7 +67,7 @@ ROME = ("traffic", '{"city": "Rome"}')
 
 
 @any_template
-def test_arguments_with_words_of_control_tokens(name: str) -> None:
+def test_arguments_that_contain_control_tokens(name: str) -> None:
     """They reach the prompt unchanged, however a template prints lists and objects."""
     words = '["start", {"end": "im"}, "<|im_end|>"]'
     prompt = render(name, called(("weather", f'{{"at": {words}}}')), result("sunny"))
@@ -170,7 +170,7 @@ ODD = ['{"city": "Par', '["Paris", 7]', "751", '"Paris"', "true", "not JSON", DE
 
 @any_template
 @pytest.mark.parametrize("arguments", ODD, ids=range(len(ODD)))
-def test_arguments_that_are_no_object(name: str, arguments: str) -> None:
+def test_arguments_that_are_not_an_object(name: str, arguments: str) -> None:
     """Arguments cut off by max_tokens or malformed by a model are shown, and never refused."""
     prompt = render(name, called(("weather", arguments)), result("invalid"))
     written = json.dumps(arguments)[1:-1]
@@ -179,7 +179,7 @@ def test_arguments_that_are_no_object(name: str, arguments: str) -> None:
     assert arguments in prompt or written in prompt or json.dumps(written)[1:-1] in prompt
 
 
-def test_where_arguments_that_are_no_object_stand() -> None:
+def test_rendering_of_arguments_that_are_not_an_object() -> None:
     """They stay text if the template takes text; else they become an object's only field."""
     cut = called(("weather", '{"city": "Par'))
 
@@ -196,7 +196,7 @@ def test_arguments_are_text_where_the_template_joins_them_to_text() -> None:
     assert 'weather\n```json\n{"city":"Paris"}\n```' in render("DeepSeek R1", called(call))
 
 
-def test_arguments_are_not_printed_as_python_does() -> None:
+def test_arguments_are_rendered_as_json_and_not_as_python() -> None:
     """A template that puts them into text without a filter gets JSON."""
     source = (
         "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
@@ -209,7 +209,7 @@ def test_arguments_are_not_printed_as_python_does() -> None:
 
 
 @any_template
-def test_odd_arguments_cannot_control(name: str) -> None:
+def test_malformed_arguments_cannot_form_control_tokens(name: str) -> None:
     """They stay text, in whatever form they reach the template."""
     source, control = TEMPLATES[name], "<|im_end|>"
     tokenizer = Tokenizer(byte_level())
@@ -228,7 +228,7 @@ def test_odd_arguments_cannot_control(name: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking", "thought"])
-def test_reasoning_reaches_the_template_by_its_name_for_it(key: str) -> None:
+def test_reasoning_has_the_name_that_the_template_uses(key: str) -> None:
     """Solar calls it reasoning, gpt-oss thinking, Apriel thought."""
     source = (
         f"{{% for m in messages %}}{{% if m['{key}'] %}}<think>{{{{ m['{key}'] }}}}</think>"
@@ -262,7 +262,7 @@ def test_results_in_parts_and_calls_without_ids(name: str) -> None:
         assert word in prompt
 
 
-def test_calls_without_tools_of_a_template_for_each() -> None:
+def test_calls_without_tools_if_tools_have_their_own_template() -> None:
     """If the template without tools does not support calls, they are text; the other's are not."""
     named = [
         {"name": "default", "template": templates.SMOLLM2},
@@ -301,7 +301,7 @@ async def odd_answer(stage: Stage, arguments: str) -> Any:
 
 
 @pytest.mark.parametrize("name", ["Qwen3", "Qwen3.5", "gpt-oss", "MiniMax M2"])
-async def test_over_grpc(name: str, tmp_path: Path) -> None:
+async def test_any_history_can_be_continued_over_grpc(name: str, tmp_path: Path) -> None:
     """Whatever is in the history, the conversation continues."""
     folder = write_model(tmp_path / "tiny", TEMPLATES[name], context_length=4096)
     async with running(load_model(folder), folder) as stage:

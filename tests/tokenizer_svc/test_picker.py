@@ -30,7 +30,7 @@ def prompt(conversation: int, tokens: int) -> list[int]:
     return [conversation] * tokens
 
 
-def test_idle_ones_take_turns() -> None:
+def test_idle_replicas_take_turns() -> None:
     """Prompts too short to be cached are spread evenly instead of all going to the first."""
     picker, candidates = GeneratorPicker(), candidates_of(3)
     counts = Counter(picked(picker, candidates, prompt(n, 15)) for n in range(30))
@@ -38,7 +38,7 @@ def test_idle_ones_take_turns() -> None:
     assert {0: 10, 1: 10, 2: 10} == counts
 
 
-def test_new_conversations_are_spread_too() -> None:
+def test_new_conversations_are_spread_evenly() -> None:
     """Each conversation has a home, chosen by hash."""
     picker, candidates = GeneratorPicker(), candidates_of(3)
     counts = Counter(picked(picker, candidates, prompt(n, 100)) for n in range(300))
@@ -66,7 +66,7 @@ def test_tokenizers_agree_on_a_conversations_home(system_tokens: int) -> None:
     assert 3 == len(set(homes))
 
 
-def test_a_conversation_stays_where_it_was() -> None:
+def test_a_conversation_stays_on_its_replica() -> None:
     """Each turn begins with the previous one's prompt, and goes where that is cached."""
     picker, candidates = GeneratorPicker(), candidates_of(2)
     homes = [
@@ -77,7 +77,7 @@ def test_a_conversation_stays_where_it_was() -> None:
     assert [1] * 6 == [len(home) for home in homes]
 
 
-def test_a_newcomer_takes_conversations_that_all_begin_alike() -> None:
+def test_a_new_replica_gets_conversations_with_a_common_prefix() -> None:
     """A long system prompt shared by all conversations does not keep them from a generator that
     joins: it is computed there once. Later turns stay where they were."""
     picker, candidates = GeneratorPicker(), candidates_of(2)
@@ -92,7 +92,7 @@ def test_a_newcomer_takes_conversations_that_all_begin_alike() -> None:
     assert new[2] >= 10
 
 
-def test_what_a_part_of_all_conversations_share_stays_where_it_is() -> None:
+def test_a_prefix_of_some_conversations_stays_on_its_replica() -> None:
     """Each of ten system prompts is cached by one of three generators, not by all."""
     picker, candidates = GeneratorPicker(), candidates_of(3)
     numbers = [(number, number % 10) for number in range(300)]
@@ -105,7 +105,7 @@ def test_what_a_part_of_all_conversations_share_stays_where_it_is() -> None:
     assert 1 < len(set.union(*homes.values()))
 
 
-def test_a_long_conversation_shares_with_nobody() -> None:
+def test_a_long_conversation_is_not_a_common_prefix() -> None:
     """However many turns it has, it counts as one and stays, even where others are less busy."""
     picker, candidates = GeneratorPicker(), candidates_of(2)
     homes = [picked(picker, candidates, prompt(1, 20 * turn)) for turn in range(10, 200)]
@@ -115,7 +115,7 @@ def test_a_long_conversation_shares_with_nobody() -> None:
     assert 1 == len(set(homes))
 
 
-def test_what_was_common_is_forgotten() -> None:
+def test_old_common_prefixes_are_forgotten() -> None:
     """Only the most recent conversations count."""
     common = CommonPrefixes()
     for number in range(100):
@@ -149,7 +149,9 @@ def test_the_longest_prefix_wins() -> None:
         (16, 1, False),
     ],
 )
-def test_a_prefix_is_worth_so_much_load(cached_tokens: int, busier: int, stays: bool) -> None:
+def test_a_cached_prefix_outweighs_limited_load(
+    cached_tokens: int, busier: int, stays: bool
+) -> None:
     """Each 128 cached tokens are worth one more sequence, up to four."""
     candidates = candidates_of(2)
     candidates[0].memory.add(prefixes(prompt(1, cached_tokens)))
@@ -179,7 +181,7 @@ def test_a_prefix_is_not_worth_waiting_for_a_slot() -> None:
     ],
     ids=["sequences", "queue", "waiting prompts", "no slot"],
 )
-def test_the_least_busy_takes_what_is_new(busy: LoadReport, idle: LoadReport) -> None:
+def test_new_prompts_go_to_the_least_loaded_replica(busy: LoadReport, idle: LoadReport) -> None:
     """Reports count running and waiting sequences, tokens of waiting prompts, and free slots."""
     candidates = candidates_of(2)
     candidates[0].load.update(busy)
@@ -188,7 +190,7 @@ def test_the_least_busy_takes_what_is_new(busy: LoadReport, idle: LoadReport) ->
     assert 1 == picked(GeneratorPicker(), candidates, prompt(1, 15))
 
 
-def test_what_was_sent_since_the_report_counts() -> None:
+def test_calls_since_the_last_report_count() -> None:
     """A burst between two reports is spread as if each call had been reported."""
     picker, candidates = GeneratorPicker(), candidates_of(2)
     for candidate, running in zip(candidates, (0, 4), strict=True):
@@ -205,7 +207,7 @@ def test_what_was_sent_since_the_report_counts() -> None:
     assert 0 == picked(picker, candidates, prompt(16, 15))
 
 
-def test_choices_count_each() -> None:
+def test_each_choice_counts() -> None:
     """Eight choices count as eight sequences until they end."""
     candidates = candidates_of(2)
     sent = SentGeneration(8, 10)
@@ -218,7 +220,7 @@ def test_choices_count_each() -> None:
     assert (1, 0) == (before, after)
 
 
-def test_a_report_that_is_behind_hides_no_calls() -> None:
+def test_a_stale_report_hides_no_calls() -> None:
     """Calls count even if a later report, made before they arrived, says that it is idle."""
     candidates = candidates_of(2)
     for candidate, calls in zip(candidates, (3, 2), strict=True):
@@ -229,7 +231,7 @@ def test_a_report_that_is_behind_hides_no_calls() -> None:
     assert 1 == picked(GeneratorPicker(), candidates, prompt(1, 10))
 
 
-def test_no_report_at_all() -> None:
+def test_replicas_without_load_reports() -> None:
     """Replicas that do not report their load are picked by our own calls."""
     candidates = candidates_of(2)
     candidates[0].load.update(report(running=9, free=0))
@@ -239,7 +241,7 @@ def test_no_report_at_all() -> None:
     assert 0 == picked(GeneratorPicker(), candidates, prompt(1, 10))
 
 
-def test_known_are_the_whole_blocks_in_common() -> None:
+def test_known_blocks_are_the_common_whole_blocks() -> None:
     """The number of known blocks is that of a plain comparison of the prompts."""
     sent, memory = list(range(1000)), PrefixMemory()
     memory.add(prefixes(sent))

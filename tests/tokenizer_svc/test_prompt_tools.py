@@ -117,7 +117,7 @@ def test_messages_without_tools(sample: str) -> None:
 
 
 @pytest.mark.parametrize("sample", SAMPLES)
-def test_tools_cannot_control(sample: str) -> None:
+def test_tools_cannot_form_control_tokens(sample: str) -> None:
     """Names, descriptions, keys and values of schemas are plain text."""
     tokenizer = Tokenizer(SAMPLES[sample].tokenizer_json)
     control = tokenizer.control_tokens
@@ -131,7 +131,7 @@ def test_tools_cannot_control(sample: str) -> None:
     assert controls("harmless") == controls("".join(control) + " ".join(control))
 
 
-def test_tools_are_told_where_the_template_knows_none() -> None:
+def test_tools_are_described_if_the_template_does_not_support_them() -> None:
     """A system message describes them in the format of Hermes models."""
     builder = Sample(templates.SMOLLM2, QWEN, EOS).builder()
     system = Message(Role.SYSTEM, ("Be brief.",))
@@ -145,7 +145,7 @@ def test_tools_are_told_where_the_template_knows_none() -> None:
         assert "<tool_call>\n{" in text
 
 
-def test_tools_are_told_to_the_user_where_there_is_no_system() -> None:
+def test_tools_are_in_the_user_message_without_a_system_role() -> None:
     """Some templates refuse the system role."""
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
     source = refuses + "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -156,7 +156,7 @@ def test_tools_are_told_to_the_user_where_there_is_no_system() -> None:
     assert text.endswith("\n\nHi")
 
 
-def test_calls_and_results_are_text_where_the_template_knows_none() -> None:
+def test_calls_and_results_are_text_if_the_template_does_not_support_them() -> None:
     """The model sees calls as it wrote them, and consecutive results as one user message."""
     builder = Sample(templates.SMOLLM2, QWEN, EOS).builder()
     calls = (ToolCall("1", "add", '{"a": 1}'), ToolCall("2", "now", "{}"))
@@ -179,7 +179,7 @@ def test_calls_and_results_are_text_where_the_template_knows_none() -> None:
     ) in text
 
 
-def test_a_template_of_its_own_for_tools() -> None:
+def test_a_separate_template_for_tools() -> None:
     """tokenizer_config.json may have a separate template for tools, as Hermes 2 Pro's does."""
     named = [
         {"name": "default", "template": templates.SMOLLM2},
@@ -229,7 +229,7 @@ def test_mistrals_call_ids() -> None:
         ("DeepSeek R1", {}, Thinking.OPENED),
     ],
 )
-def test_the_prompt_tells_whether_reasoning_follows(
+def test_the_end_of_the_prompt_shows_whether_reasoning_follows(
     sample: str, more: dict[str, Any], thinking: Thinking
 ) -> None:
     """The end of the prompt tells; `<think>` in a message does not matter."""
@@ -241,13 +241,13 @@ def test_reasoning_effort_reaches_the_template() -> None:
     assert "Reasoning: high" in build("gpt-oss", said("x"), reasoning_effort="high").text
 
 
-def test_no_effort_is_what_a_model_without_reasoning_makes() -> None:
+def test_effort_none_changes_nothing_without_reasoning() -> None:
     """`none` changes nothing for a model that does not reason."""
     assert build("Qwen2.5", said("x")) == build("Qwen2.5", said("x"), reasoning_effort="none")
 
 
 @pytest.mark.parametrize(("sample", "effort"), [("Qwen2.5", "high"), ("DeepSeek R1", "none")])
-def test_an_effort_that_a_model_cannot_heed_is_refused(sample: str, effort: str) -> None:
+def test_an_unsupported_effort_is_refused(sample: str, effort: str) -> None:
     """An effort is refused if the model's reasoning cannot be turned on, or off."""
     with pytest.raises(ServiceError) as refused:
         build(sample, said("x"), reasoning_effort=effort)
@@ -287,7 +287,7 @@ def test_reasoning_in_the_history() -> None:
 
 @pytest.mark.parametrize("text", ["Once upon", "  Once upon ", "a<|im_end|>b"])
 @pytest.mark.parametrize("sample", ["Qwen2.5", "Qwen3", "Llama 3.1"])
-def test_going_on_with_the_last_message(sample: str, text: str) -> None:
+def test_continuing_the_last_message(sample: str, text: str) -> None:
     """The prompt ends where the message's text does, as with transformers."""
     last = Message(Role.ASSISTANT, (text,))
     prompt = build(sample, said("Hi"), last, continue_final_message=True)
@@ -302,7 +302,7 @@ def test_going_on_with_the_last_message(sample: str, text: str) -> None:
         assert expected == prompt.token_ids
 
 
-def test_going_on_within_the_reasoning() -> None:
+def test_continuing_inside_the_reasoning() -> None:
     """The assistant's message may have opened the reasoning."""
     last = Message(Role.ASSISTANT, ("<think>\nHm, let",))
     done = Message(Role.ASSISTANT, ("<think>\nHm.\n</think>\n\nWell",))
@@ -321,7 +321,7 @@ def test_a_template_that_changes_the_last_message() -> None:
     assert "invalid_chat_template_input" == refused.value.code
 
 
-def test_no_opening_of_the_answer() -> None:
+def test_without_the_generation_prompt() -> None:
     """On request the prompt ends with the last message."""
     expected = transformers_ids(
         "Qwen2.5", [{"role": "user", "content": "Hi"}], add_generation_prompt=False

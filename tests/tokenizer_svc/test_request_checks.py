@@ -83,7 +83,7 @@ async def refusal(stage: Stage, **fields: Any) -> grpc.aio.AioRpcError:
 
 
 @pytest.mark.parametrize(("fields", "code", "param"), WRONG)
-async def test_wrong_fields(stage: Stage, fields: dict[str, Any], code: str, param: str) -> None:
+async def test_invalid_fields(stage: Stage, fields: dict[str, Any], code: str, param: str) -> None:
     """Each is INVALID_ARGUMENT with its code and field, and the generator is not called."""
     error = await refusal(stage, **fields)
 
@@ -93,7 +93,9 @@ async def test_wrong_fields(stage: Stage, fields: dict[str, Any], code: str, par
 
 
 @pytest.mark.parametrize(("message", "code", "param"), WRONG_MESSAGES)
-async def test_wrong_messages(stage: Stage, message: dict[str, Any], code: str, param: str) -> None:
+async def test_invalid_messages(
+    stage: Stage, message: dict[str, Any], code: str, param: str
+) -> None:
     """The field names the message and the part of it that is wrong."""
     messages = [user("fine"), chat_pb2.ChatMessage(**message)]
 
@@ -115,12 +117,14 @@ async def test_wrong_messages(stage: Stage, message: dict[str, Any], code: str, 
         ({"model": "gpt-5"}, "The model `gpt-5` does not exist."),
     ],
 )
-async def test_the_words_are_openais(stage: Stage, fields: dict[str, Any], words: str) -> None:
+async def test_errors_have_openais_wording(
+    stage: Stage, fields: dict[str, Any], words: str
+) -> None:
     """Client libraries show these messages to people."""
     assert words == (await refusal(stage, **fields)).details()
 
 
-async def test_a_model_that_is_not_there(stage: Stage) -> None:
+async def test_an_unknown_model(stage: Stage) -> None:
     """Every service answers NOT_FOUND."""
     errors = [await refusal(stage, model="other")]
     for call in (
@@ -136,7 +140,7 @@ async def test_a_model_that_is_not_there(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize("character", ["x", "%", "日", "🙂", "\x01"])
-async def test_a_long_name_is_no_other_error(stage: Stage, character: str) -> None:
+async def test_a_long_name_does_not_change_the_error(stage: Stage, character: str) -> None:
     """Errors quote the caller's text, shortened so that they reach the caller, in any script."""
     name = character * 5000
     error = await refusal(stage, model=name)
@@ -148,7 +152,7 @@ async def test_a_long_name_is_no_other_error(stage: Stage, character: str) -> No
     assert (code_of(unknown)[1] or "").startswith(f"chat_template_kwargs.{character}")
 
 
-async def test_the_edges_of_every_range_are_fine(stage: Stage) -> None:
+async def test_range_bounds_are_inclusive(stage: Stage) -> None:
     """Both ends of a range belong to it."""
     answer = message_of(update(0, [2]), finish(0, generator_pb2.FINISH_REASON_STOP_TOKEN, 1))
     stage.generator.script = says([answer])
@@ -164,7 +168,7 @@ async def test_the_edges_of_every_range_are_fine(stage: Stage) -> None:
     assert 2 == len(stage.generator.calls)
 
 
-async def test_an_assistant_may_say_nothing(stage: Stage) -> None:
+async def test_only_an_assistants_content_may_be_null(stage: Stage) -> None:
     """Only an assistant's content may be null."""
     answer = message_of(update(0, [2]), finish(0, generator_pb2.FINISH_REASON_STOP_TOKEN, 1))
     stage.generator.script = says([answer])

@@ -138,7 +138,9 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("fields", "code", "param"), WRONG)
-async def test_wrong_forms(stage: Stage, fields: dict[str, Any], code: str, param: str) -> None:
+async def test_invalid_constraints(
+    stage: Stage, fields: dict[str, Any], code: str, param: str
+) -> None:
     """Each is refused with its code and field, and the generator is not called."""
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await stage.chat.CreateChatCompletion(stage.request(**fields))
@@ -201,7 +203,7 @@ def ids_prompt(*token_ids: int) -> completion_pb2.Prompt:
         ({"options": {"structured_outputs": {"json": "{"}}}, SCHEMA, "structured_outputs.json"),
     ],
 )
-async def test_wrong_completions(
+async def test_invalid_completions(
     stage: Stage, fields: dict[str, Any], code: str, param: str
 ) -> None:
     """Plain completions are checked too."""

@@ -87,13 +87,15 @@ ARGUMENTS = "messages[0].tool_calls[0].function.arguments"
         ),
     ],
 )
-async def test_too_much(stage: Stage, fields: dict[str, Any], code: str, param: str) -> None:
+async def test_requests_over_a_limit_name_the_field(
+    stage: Stage, fields: dict[str, Any], code: str, param: str
+) -> None:
     """The error names the field that exceeds the limit, and no generator is called."""
     assert (code, param) == await refusal(stage.chat.CreateChatCompletion(stage.request(**fields)))
     assert [] == stage.generator.calls
 
 
-async def test_as_much_as_is_allowed(stage: Stage) -> None:
+async def test_requests_at_the_limit_are_accepted(stage: Stage) -> None:
     """2,048 messages, or 8,192 parts, are allowed; these are only too long for the model."""
     messages = [said(4) for _ in range(2_048)]
     code, param = await refusal(stage.chat.CreateChatCompletion(stage.request(messages=messages)))
@@ -101,7 +103,7 @@ async def test_as_much_as_is_allowed(stage: Stage) -> None:
     assert ("context_length_exceeded", "messages") == (code, param)
 
 
-async def test_other_calls(stage: Stage) -> None:
+async def test_other_methods_have_the_same_limits(stage: Stage) -> None:
     """Calls for plain completions and for tokens have the same limits."""
     ids = completion_pb2.TokenIds(ids=[1] * 524_289)
     completion = completion_pb2.CreateCompletionRequest(
@@ -132,7 +134,9 @@ async def long_stage(long_folder: Path) -> AsyncIterator[Stage]:
 
 
 @pytest.mark.parametrize("where", ["text", "tool", "reasoning and calls", "control tokens"])
-async def test_nobody_waits_for_a_long_conversation(long_stage: Stage, where: str) -> None:
+async def test_a_long_conversation_does_not_block_the_event_loop(
+    long_stage: Stage, where: str
+) -> None:
     """Rendering and encoding do not block the event loop, wherever the text is."""
     text = "lorem ipsum " * 150_000
     fields: dict[str, Any] = {
@@ -184,7 +188,7 @@ def echo(stage: Stage, tokens: int, n: int = 1) -> completion_pb2.CreateCompleti
 
 
 @pytest.mark.parametrize("whole", [True, False])
-async def test_nobody_waits_for_a_long_echo(long_stage: Stage, whole: bool) -> None:
+async def test_a_long_echo_does_not_block_the_event_loop(long_stage: Stage, whole: bool) -> None:
     """Converting its log-probabilities does not block the event loop."""
     answer = message_of(update(0, [2]), finish(0, generator_pb2.FINISH_REASON_STOP_TOKEN, 1))
     score = generator_pb2.TokenLogprobs(
@@ -204,7 +208,7 @@ async def test_nobody_waits_for_a_long_echo(long_stage: Stage, whole: bool) -> N
         assert await stall(streamed()) < 0.4
 
 
-async def test_an_echo_has_so_many_logprobs_and_no_more(long_stage: Stage) -> None:
+async def test_the_logprobs_of_an_echo_are_limited(long_stage: Stage) -> None:
     """The limit is over all choices; a short request could otherwise get gigabytes."""
     long_stage.generator.script = says(ANSWER)
     for asked in (echo(long_stage, 131_073), echo(long_stage, 1_025, n=128)):
@@ -215,7 +219,7 @@ async def test_an_echo_has_so_many_logprobs_and_no_more(long_stage: Stage) -> No
         await long_stage.completions.CreateCompletion(asked)
 
 
-async def test_a_prompt_that_is_far_too_long_is_refused_after_its_beginning(stage: Stage) -> None:
+async def test_a_far_too_long_prompt_is_not_encoded_in_full(stage: Stage) -> None:
     """Only its beginning is encoded; its exact length is not reported."""
     with pytest.raises(grpc.aio.AioRpcError, match="resulted in more than 256 tokens"):
         await stage.stream(messages=[user("ä" * 2_100)])

@@ -21,7 +21,7 @@ from tests.tokenizer_svc.scripted_generator import (
     says,
     update,
 )
-from tests.tokenizer_svc.test_generator_loss import NOT_SERVING, SERVING, becomes
+from tests.tokenizer_svc.test_generator_loss import NOT_SERVING, SERVING, wait_for_health
 from tests.tokenizer_svc.test_tokenizer_stage import start_process
 from tokenizer_svc.config import TokenizerSettings
 from tokenizer_svc.families.choose import HERMES, MISTRAL
@@ -124,7 +124,7 @@ async def test_each_model_has_its_generator(pair: Pair) -> None:
         assert 1 == len(pair.generators[name].calls)
 
 
-async def test_each_model_has_its_longest_answer(pair: Pair) -> None:
+async def test_each_model_has_its_default_max_tokens(pair: Pair) -> None:
     """A model's own default, or else that of all models."""
     for name, expected in (("a", 9), ("b", 5)):
         await pair.ask(name)
@@ -132,7 +132,7 @@ async def test_each_model_has_its_longest_answer(pair: Pair) -> None:
         assert expected == pair.generators[name].calls[-1].start.max_new_tokens
 
 
-async def test_aliases_lead_to_the_model(pair: Pair) -> None:
+async def test_aliases_resolve_to_the_model(pair: Pair) -> None:
     """Answers and model objects have the model's real id."""
     answer = await pair.ask("my-b")
     found = await pair.models.GetModel(model_pb2.GetModelRequest(id="my-b"))
@@ -157,7 +157,7 @@ async def test_healthy_models_are_listed(pair: Pair) -> None:
     await pair.until_listed(["a", "b"])
     await pair.servers["a"].drain(0, 0)
     await pair.until_listed(["b"])
-    await becomes(pair.channel, CHAT_SERVICE, SERVING)
+    await wait_for_health(pair.channel, CHAT_SERVICE, SERVING)
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await pair.ask("a")
 
@@ -165,7 +165,7 @@ async def test_healthy_models_are_listed(pair: Pair) -> None:
     assert await pair.ask("b")
 
     await pair.servers["b"].drain(0, 0)
-    await becomes(pair.channel, CHAT_SERVICE, NOT_SERVING)
+    await wait_for_health(pair.channel, CHAT_SERVICE, NOT_SERVING)
 
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await pair.listed()
@@ -193,7 +193,7 @@ def models(**more: Any) -> dict[str, Any]:
         ({"model_directory": "y", "tool_parser": "vllm"}, "tool_parser"),
     ],
 )
-def test_settings_that_are_wrong(given: dict[str, Any], field: str) -> None:
+def test_invalid_settings_are_refused(given: dict[str, Any], field: str) -> None:
     """They are refused at startup; the error names the setting."""
     with pytest.raises(ValidationError) as refused:
         TokenizerSettings(**given)
@@ -210,7 +210,7 @@ async def test_settings_come_from_the_environment(tmp_path: Path) -> None:
     assert b"TRIVIUM_TOKENIZER_MODELS: " in errors
 
 
-def test_names_are_not_shared(tmp_path: Path) -> None:
+def test_duplicate_names_are_refused(tmp_path: Path) -> None:
     """Neither ids nor aliases may be shared by two models."""
     folder, other = write_model(tmp_path / "a"), tmp_path / "other"
     other.mkdir()
@@ -225,7 +225,7 @@ def test_names_are_not_shared(tmp_path: Path) -> None:
             load_models(settings)
 
 
-def test_parsers_can_be_named(tmp_path: Path) -> None:
+def test_parsers_can_be_configured(tmp_path: Path) -> None:
     """Parsers can be set for all models, or for a single one."""
     folders = [str(write_model(tmp_path / name)) for name in ("a", "b", "c")]
     one, two, three = (

@@ -35,7 +35,7 @@ stop_lists = st.lists(st.text("ab<", min_size=1, max_size=5), min_size=1, max_si
 @example("\n\n\nUser", ["\n\nUser"])
 @example("ababab<", ["abab<"])
 @example("aabaaabaaaa", ["aabaaaa"])
-def test_every_split_gives_what_a_search_gives(text: str, stops: list[str]) -> None:
+def test_any_split_gives_the_same_as_a_search(text: str, stops: list[str]) -> None:
     """However the text is split, exactly the text before the first match comes out."""
     expected = search(text, stops)
 
@@ -45,7 +45,7 @@ def test_every_split_gives_what_a_search_gives(text: str, stops: list[str]) -> N
 
 
 @given(few_letters, stop_lists)
-def test_only_what_may_become_a_match_is_held(text: str, stops: list[str]) -> None:
+def test_only_a_possible_match_is_held_back(text: str, stops: list[str]) -> None:
     """Until a match, the longest suffix that begins a stop string is held back."""
     matcher = StopMatcher(StopStrings(stops))
     shown = ""
@@ -66,7 +66,7 @@ def test_the_match_that_completes_first_wins() -> None:
     assert ("xa", "b") == feed(["xabc"], ["abc", "b"])
 
 
-def test_of_matches_that_end_together_the_longest_wins() -> None:
+def test_the_longest_of_matches_that_end_together_wins() -> None:
     """The longest is the one that began first."""
     assert ("x", "ab") == feed(["xab"], ["b", "ab"])
 
@@ -75,7 +75,9 @@ def test_of_matches_that_end_together_the_longest_wins() -> None:
     ("piece", "text", "stop"),
     [("abc", "abc", None), ("<", "", None), ("<end>", "", "<end>"), ("x<end>y", "x", "<end>")],
 )
-def test_a_piece_is_text_or_held_back_or_ends_it(piece: str, text: str, stop: str | None) -> None:
+def test_each_piece_is_shown_held_back_or_ends_the_text(
+    piece: str, text: str, stop: str | None
+) -> None:
     """Text that may be shown comes at once, with the stop string that ended it."""
     assert StopResult(text, stop) == StopMatcher(StopStrings(["<end>"])).push(piece)
 
@@ -89,11 +91,11 @@ def test_a_match_before_the_matcher_is_armed_is_text() -> None:
     assert "ab" == matcher.push("b").stop
 
 
-def test_text_after_the_stop_string_is_gone() -> None:
+def test_text_after_the_stop_string_is_dropped() -> None:
     """The rest of the piece that completed the match is dropped."""
     assert ("one ", "STOP") == feed(["one ST", "OP two"], ["STOP"])
 
 
-def test_no_stop_strings_hold_nothing() -> None:
+def test_without_stop_strings_nothing_is_held_back() -> None:
     """Every piece comes out unchanged."""
     assert "abc" == StopMatcher(StopStrings([])).push("abc").text

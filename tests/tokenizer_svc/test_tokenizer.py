@@ -34,7 +34,7 @@ def test_text_cannot_reach_a_control_token_through_the_vocabulary() -> None:
 
 
 @pytest.mark.parametrize("make", [byte_level, byte_fallback, unigram])
-def test_a_plain_prompt_may_spell_out_control_tokens(make) -> None:  # type: ignore[no-untyped-def]
+def test_a_plain_prompt_may_contain_control_tokens(make) -> None:  # type: ignore[no-untyped-def]
     """They are encoded as by the library, so that decoded ids can be encoded again."""
     tokenizer, library = Tokenizer(make()), Library.from_str(make())
     text = "<|im_start|>a<|im_end|> <s>b</s>"
@@ -44,14 +44,14 @@ def test_a_plain_prompt_may_spell_out_control_tokens(make) -> None:  # type: ign
     assert any(tokenizer.is_special(token_id) for token_id in token_ids)
 
 
-def test_names_stand_for_control_tokens() -> None:
+def test_secret_names_are_encoded_as_control_tokens() -> None:
     """The secret names of control tokens are encoded as control tokens."""
     tokenizer = Tokenizer(byte_level())
 
     assert [1, 2] == tokenizer.encode("".join(map(tokenizer.control_name, CHATML[1:])))
 
 
-def test_ids_stay_when_control_tokens_are_not_in_the_vocabulary() -> None:
+def test_control_tokens_outside_the_vocabulary_keep_their_ids() -> None:
     """Llama 3 adds them after its vocabulary."""
     library = Library.from_str(byte_level(("<|endoftext|>",)))
     library.add_special_tokens(["<|begin|>", "<|end|>"])
@@ -60,7 +60,7 @@ def test_ids_stay_when_control_tokens_are_not_in_the_vocabulary() -> None:
     assert [library.token_to_id("<|end|>")] == tokenizer.encode(tokenizer.control_name("<|end|>"))
 
 
-def test_added_tokens_that_control_nothing_are_still_found() -> None:
+def test_added_tokens_that_are_not_control_tokens_are_encoded() -> None:
     """`<think>` in a text is one token, as in the model's training."""
     tokenizer = Tokenizer(byte_level(plain=("<think>",)))
     library = Library.from_str(byte_level(plain=("<think>",)))
@@ -68,14 +68,14 @@ def test_added_tokens_that_control_nothing_are_still_found() -> None:
     assert [library.token_to_id("<think>")] == tokenizer.encode("<think>")
 
 
-def test_lone_texts_can_get_their_special_tokens() -> None:
+def test_special_tokens_are_added_on_request() -> None:
     """BOS is added only on request."""
     tokenizer = Tokenizer(byte_fallback())
 
     assert [1, *tokenizer.encode("Hello")] == tokenizer.encode("Hello", add_special_tokens=True)
 
 
-def test_partial_characters_have_true_bytes() -> None:
+def test_partial_characters_have_exact_bytes() -> None:
     """The bytes of a character's tokens, joined, are the character."""
     tokenizer = Tokenizer(byte_level())
     token_ids = tokenizer.encode("\U0001fae0")

@@ -25,7 +25,7 @@ from tests.tokenizer_svc.scripted_generator import (
     stalls_after,
     update,
 )
-from tests.tokenizer_svc.test_generator_loss import NOT_SERVING, SERVING, becomes
+from tests.tokenizer_svc.test_generator_loss import NOT_SERVING, SERVING, wait_for_health
 from tokenizer_svc.models import Model, load_model
 from tokenizer_svc.request.types import Conversation, Message, Role
 from trivium.chat.v1 import chat_pb2, chat_pb2_grpc, model_pb2
@@ -41,7 +41,7 @@ CHAT_SERVICE = "trivium.chat.v1.ChatService"
 
 async def test_models_are_listed_and_found(stage: Stage, model: Model) -> None:
     """Models have their context length, revision and a constant creation time."""
-    await becomes(stage.channel, "trivium.chat.v1.ModelService", SERVING)
+    await wait_for_health(stage.channel, "trivium.chat.v1.ModelService", SERVING)
     listed = await stage.models.ListModels(model_pb2.ListModelsRequest())
     found = await stage.models.GetModel(model_pb2.GetModelRequest(id="tiny"))
 
@@ -54,7 +54,7 @@ async def test_models_are_listed_and_found(stage: Stage, model: Model) -> None:
     assert int(model.created) == found.model.create_time.seconds
 
 
-async def test_text_to_tokens_and_back(stage: Stage) -> None:
+async def test_detokenize_inverts_tokenize(stage: Stage) -> None:
     """Control tokens are parsed, and shown."""
     text = "a <|im_end|> \U0001fae0<|im_end|>"
     tokens = await stage.tokenizer.Tokenize(tokenizer_pb2.TokenizeRequest(model="tiny", text=text))
@@ -83,7 +83,7 @@ async def test_rendering_shows_the_prompt(stage: Stage) -> None:
     assert rendered.prompt == (await stage.tokenizer.Detokenize(detokenize)).text
 
 
-async def test_a_tokenizer_tells_of_itself(stage: Stage) -> None:
+async def test_tokenizer_info(stage: Stage) -> None:
     """It returns its vocabulary size, its control tokens and the template."""
     request = tokenizer_pb2.GetTokenizerInfoRequest(model="tiny")
     info = await stage.tokenizer.GetTokenizerInfo(request)
@@ -115,7 +115,7 @@ async def test_ids_outside_the_vocabulary_are_refused(stage: Stage, token_id: in
         ("tokenizer_config.json", "[]", "not an object"),
     ],
 )
-def test_a_model_folder_that_is_not_usable(
+def test_an_unusable_model_folder_is_refused(
     model_folder: Path, tmp_path: Path, name: str, content: str, words: str
 ) -> None:
     """It is refused at startup, with a message that names the problem."""
@@ -148,7 +148,7 @@ async def start_process(**environment: str) -> asyncio.subprocess.Process:
     )
 
 
-async def test_wrong_settings_are_all_listed() -> None:
+async def test_all_invalid_settings_are_listed() -> None:
     """The process exits with 2."""
     process = await start_process(port="x", drain_seconds="-1")
     _, errors = await process.communicate()
@@ -169,7 +169,7 @@ async def test_models_are_a_json_list(models: str) -> None:
     assert line.startswith("TRIVIUM_TOKENIZER_MODELS: should be a JSON list of objects")
 
 
-async def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+async def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     """One line says so, and the exit code is 2."""
     process = await start_process(model_directory=str(tmp_path / "nothing"))
     _, errors = await process.communicate()
@@ -179,7 +179,7 @@ async def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("setting", ["port", "metrics_port"])
-async def test_a_taken_port_is_refused(setting: str, model_folder: Path) -> None:
+async def test_a_port_in_use_is_refused(setting: str, model_folder: Path) -> None:
     """One line names the setting, and the exit code is 2."""
     with bind("127.0.0.1", 0) as listener:
         listener.listen()
@@ -192,7 +192,7 @@ async def test_a_taken_port_is_refused(setting: str, model_folder: Path) -> None
     assert (2, told) == (process.returncode, errors.decode())
 
 
-async def test_the_metrics_need_another_port(model_folder: Path) -> None:
+async def test_the_metrics_port_must_differ(model_folder: Path) -> None:
     """It must differ from the gRPC port; the error names its setting."""
     port = free_port()
     process = await start_process(
@@ -220,14 +220,14 @@ async def test_ipv6(host: str, model_folder: Path) -> None:
     async with httpx.AsyncClient(trust_env=False) as client:
         for address in ("[::1]", "127.0.0.1") if is_remote else ("[::1]",):
             async with open_channel(f"{address}:{port}") as channel:
-                await becomes(channel, "", SERVING)
+                await wait_for_health(channel, "", SERVING)
             answer = await client.get(f"http://{address}:{metrics_port}/livez")
             assert 200 == answer.status_code
     process.kill()
     await process.communicate()
 
 
-async def test_a_running_stream_outlives_sigterm(model_folder: Path, model: Model) -> None:
+async def test_running_streams_finish_after_sigterm(model_folder: Path, model: Model) -> None:
     """After SIGTERM the process is not ready, streams finish, and the exit code is 0."""
     resumed = asyncio.Event()
 
@@ -247,13 +247,13 @@ async def test_a_running_stream_outlives_sigterm(model_folder: Path, model: Mode
         drain_notice_seconds="0.5",
     )
     async with open_channel(f"127.0.0.1:{await announced_port(process)}") as channel:
-        await becomes(channel, CHAT_SERVICE, SERVING)
+        await wait_for_health(channel, CHAT_SERVICE, SERVING)
         call = chat_pb2_grpc.ChatServiceStub(channel).StreamChatCompletion(
             chat_pb2.CreateChatCompletionRequest(model="tiny", messages=[user("Hello")])
         )
         await call.read()
         process.send_signal(signal.SIGTERM)
-        await becomes(channel, CHAT_SERVICE, NOT_SERVING)
+        await wait_for_health(channel, CHAT_SERVICE, NOT_SERVING)
         resumed.set()
         events = [event async for event in _rest(call)]
     await process.communicate()
@@ -278,7 +278,7 @@ async def announced_port(process: asyncio.subprocess.Process) -> int:
 
 
 @pytest.mark.parametrize("has_deadline", [True, False])
-async def test_a_deadline_that_passes_is_no_caller_that_left(
+async def test_deadlines_and_disconnects_are_distinguished(
     stage: Stage, caplog: pytest.LogCaptureFixture, has_deadline: bool
 ) -> None:
     """The log and the metrics distinguish the two, though both count as aborts."""

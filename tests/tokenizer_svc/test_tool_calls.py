@@ -115,7 +115,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize(("family", "text"), list(CALLS.items()), indirect=["family"])
-async def test_a_call_as_the_family_writes_it(family: Stage, text: str) -> None:
+async def test_each_familys_calls_are_parsed(family: Stage, text: str) -> None:
     """Every family's call becomes a tool call with an id, apart from the reasoning."""
     script(family, text)
     answer = await whole(family, tools=[ADD, NOW])
@@ -152,7 +152,7 @@ async def test_a_call_comes_in_fragments(family: Stage) -> None:
 
 
 @of("smollm2")
-async def test_the_unary_call_and_the_stream_agree(family: Stage) -> None:
+async def test_unary_and_streamed_calls_are_equal(family: Stage) -> None:
     """A stream's fragments joined are the unary answer's arguments."""
     script(family, CALL)
     [choice] = (await whole(family, tools=[ADD])).choices
@@ -184,7 +184,7 @@ async def test_malformed_calls_are_text(family: Stage) -> None:
 
 
 @of("smollm2")
-async def test_a_call_that_is_cut_off(family: Stage) -> None:
+async def test_a_truncated_call(family: Stage) -> None:
     """The answer has the arguments so far, and its finish reason is `length`."""
     script(family, '<tool_call>\n{"name": "add", "arguments": {"a"', LENGTH)
     [choice] = (await whole(family, tools=[ADD])).choices
@@ -194,7 +194,7 @@ async def test_a_call_that_is_cut_off(family: Stage) -> None:
 
 
 @of("smollm2")
-async def test_a_model_that_may_not_call_is_not_told_of_tools(family: Stage) -> None:
+async def test_tool_choice_none_leaves_the_tools_out_of_the_prompt(family: Stage) -> None:
     """With tool_choice `none` the prompt is the one without tools; otherwise it describes them, as
     this template does not support tools."""
     prompts = []
@@ -225,7 +225,7 @@ async def test_calls_are_forced_by_a_grammar(family: Stage) -> None:
 
 
 @of("qwen3")
-async def test_a_tools_schema_is_blamed(family: Stage) -> None:
+async def test_schema_errors_name_the_tool(family: Stage) -> None:
     """The error names the tool by its position in the request, even if others were left out."""
     fault = "The lark cannot be used: at 7(9): failed to compile JSON schema: no\n   7 | x"
     family.generator.script = fails_after([], ServiceError("invalid_value", fault, "constraint"))
@@ -240,7 +240,7 @@ async def test_a_tools_schema_is_blamed(family: Stage) -> None:
 
 
 @of("deepseek", "qwen3", "harmony")
-async def test_stop_strings_mind_the_answer_alone(family: Stage) -> None:
+async def test_stop_strings_apply_to_the_answer_only(family: Stage) -> None:
     """Reasoning may contain them."""
     text = {
         "<｜Assistant｜>": "one END two</think>three END four",  # noqa: RUF001
@@ -274,7 +274,7 @@ async def test_reasoning_tokens_are_counted(family: Stage) -> None:
 
 
 @of("qwen3")
-async def test_no_reasoning_where_the_prompt_closed_it(family: Stage) -> None:
+async def test_no_reasoning_if_the_prompt_closed_it(family: Stage) -> None:
     """If the prompt closed the reasoning, what looks like reasoning is part of the answer."""
     script(family, "<think>x</think>y")
     answer = await whole(family, chat_template_kwargs={"enable_thinking": "false"})
@@ -298,7 +298,7 @@ async def test_reasoning_is_streamed(family: Stage) -> None:
 
 
 @of("qwen3", "harmony")
-async def test_logprobs_are_those_of_the_answer(family: Stage) -> None:
+async def test_logprobs_cover_the_answer_only(family: Stage) -> None:
     """Reasoning, markers and calls have no log-probabilities; the bytes are the content's."""
     harmony = "<|channel|>" in family.model.tokenizer.control_tokens
     text = (
