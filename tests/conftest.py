@@ -104,7 +104,7 @@ def pytest_configure(config: pytest.Config) -> None:
     logging.getLogger("asyncio").addFilter(_is_of_this_test)
     if config.getoption("--fast"):
         if gone := [str(path) for path in LEFT_OUT if not path.exists()]:
-            raise pytest.UsageError(f"tests/conftest.py leaves out what is gone: {gone}")
+            raise pytest.UsageError(f"tests/conftest.py lists files that do not exist: {gone}")
         settings.register_profile("fast", max_examples=20)
         settings.load_profile("fast")
         sys.modules.update(dict.fromkeys(HIDDEN))  # type: ignore[arg-type]

@@ -37,7 +37,7 @@ def check(name: str, body: Any) -> None:
     errors = [
         f"{error.json_path}: {error.message}" for error in _VALIDATORS[name].iter_errors(body)
     ]
-    assert not errors, f"no {name}: {errors}: {body}"
+    assert not errors, f"not a valid {name}: {errors}: {body}"
     # OpenAI sends nulls for the first token of an echo, which the client's models do not allow.
     if name in _MODELS and not _has_echo(body):
         _MODELS[name].model_validate(body, strict=True)
@@ -79,8 +79,8 @@ def _check_events(path: str, text: str, complete: bool) -> None:
         chunk = json.loads(event)
         check("error" if "error" in chunk else name, chunk)
     if complete:
-        assert not rest, f"the stream's last event is cut: {rest}"
-        assert len(data) - 1 in ends, f"the stream has no end: {data[-1]}"
+        assert not rest, f"the stream's last event is truncated: {rest}"
+        assert len(data) - 1 in ends, f"the stream does not end with [DONE] or an error: {data[-1]}"
 
 
 class _Watch(httpx.AsyncByteStream, httpx.SyncByteStream):

@@ -54,7 +54,7 @@ def faults(family: Metric) -> Iterator[str]:
         yield 'non-summary metrics should not have "quantile" label'
 
 
-def is_wanted(name: str, fault: str) -> bool:
+def is_accepted(name: str, fault: str) -> bool:
     """vLLM's names are given, and device time is in whole nanoseconds so that it adds up."""
     return name.startswith("vllm:") or (
         "_device_" in name and fault.startswith('use base unit "seconds"')

@@ -34,7 +34,7 @@ def fields(rows: tuple[Row, ...]) -> str:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.field)
-def test_the_test_that_shows_it_exists(row: Row) -> None:
+def test_every_row_names_an_existing_test(row: Row) -> None:
     """The test named in a row exists and has a docstring."""
     file, _, name = row.shown.partition("::")
     functions = {
@@ -43,7 +43,7 @@ def test_the_test_that_shows_it_exists(row: Row) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     }
 
-    assert functions.get(name), f"{row.shown} is no test with a docstring"
+    assert functions.get(name), f"{row.shown} is not a test with a docstring"
 
 
 def test_every_request_field_has_a_row() -> None:
@@ -58,7 +58,7 @@ def test_every_request_field_has_a_row() -> None:
     assert set() == (ours | openais | messages) - named
 
 
-def test_every_request_field_of_a_text_has_a_row() -> None:
+def test_every_completion_request_field_has_a_row() -> None:
     """The same for plain completions."""
     openais = TextCompletionCreateParamsBase.__annotations__.keys()
 
@@ -81,7 +81,7 @@ def extensions(schema: Any, name: str = "") -> Iterator[str]:
     yield from extensions(schema.get("anyOf", []), name)
 
 
-def test_every_extension_of_an_answer_has_a_row() -> None:
+def test_every_response_extension_has_a_row() -> None:
     """What the schemas add to OpenAI's answers is in the tables, as an extension."""
     rows = {
         row.field.rpartition(".")[2]: row for row in (*CHAT_ANSWER, *COMPLETION_ANSWER, *MODELS)

@@ -45,7 +45,7 @@ def test_each_target_starts_its_service(service: str) -> None:
 
 @pytest.mark.parametrize("service", SERVICES)
 @pytest.mark.parametrize("has_tls", [False, True])
-def test_health_checks_ask_what_never_has_tls_or_use_it(
+def test_health_checks_work_with_tls(
     service: str, has_tls: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They use the metrics port, which never has TLS, or the REST port with TLS if that is on."""
@@ -66,13 +66,13 @@ def test_health_checks_ask_what_never_has_tls_or_use_it(
     assert f"-m trivium.cli.probe {scheme}://{expected}\n" == told
 
 
-def test_the_generator_has_its_weights_in_huge_pages() -> None:
+def test_the_generator_uses_huge_pages() -> None:
     """The image sets the same variable as `trivium up`."""
     assert HUGE_PAGES == dockerfile_environment("generator_svc")[TUNABLES]
 
 
 @pytest.mark.parametrize("target", [*SERVICES, "generator_svc-cuda", "export"])
-def test_what_is_written_goes_where_it_can(target: str) -> None:
+def test_images_write_only_to_tmp(target: str) -> None:
     """The root may be read-only and the user arbitrary: home is /tmp. No telemetry is sent."""
     environment = dockerfile_environment(target)
 
@@ -81,7 +81,7 @@ def test_what_is_written_goes_where_it_can(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", [*SERVICES, "generator_svc-cuda"])
-def test_a_stop_is_a_drain(target: str) -> None:
+def test_the_stop_signal_starts_a_drain(target: str) -> None:
     """Containers are stopped with the signal on which services drain."""
     assert "SIGTERM" == last(target, "STOPSIGNAL")
 
@@ -102,7 +102,7 @@ def test_serving_images_have_no_pytorch(target: str) -> None:
     assert [] == [line for line in installed if "export" in line]
 
 
-def test_what_is_copied_exists() -> None:
+def test_copied_paths_exist() -> None:
     """Each path copied into an image exists and is not excluded by .dockerignore."""
     ignore = (ROOT / ".dockerignore").read_text().splitlines()
     copied = [line.split()[1:-1] for line in instructions("build") if line.startswith("COPY ")]
@@ -114,7 +114,7 @@ def test_what_is_copied_exists() -> None:
 
 
 @pytest.mark.parametrize("service", SERVICES)
-def test_compose_starts_what_the_dockerfile_has(
+def test_compose_builds_each_service_from_its_target(
     service: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each service is built from its target, with valid settings."""
@@ -148,7 +148,7 @@ def test_compose_can_scale_each_stage(service: str) -> None:
 
 
 @pytest.mark.parametrize("service", SERVICES)
-def test_compose_hardens_and_waits(service: str) -> None:
+def test_compose_has_read_only_roots_and_waits_for_drains(service: str) -> None:
     """Root file systems are read-only, and no service is killed while it drains."""
     found = compose()["services"][service]
     drains = default(service, "drain_notice_seconds") + default(service, "drain_seconds")
@@ -181,7 +181,7 @@ def test_the_gpu_variant_reserves_a_device() -> None:
     assert ["gpu"] == device["capabilities"]
 
 
-def test_the_edge_speaks_like_the_facade() -> None:
+def test_the_edges_own_errors_are_openais() -> None:
     """Its own responses are OpenAI's error objects, with status and type as in docs/errors.md."""
     config = (ROOT / "deploy" / "nginx.conf").read_text()
     said = re.findall(r"return (\d+) '(.*)';", config)
@@ -205,7 +205,7 @@ def test_the_edge_is_ready_when_the_services_are() -> None:
     assert compose()["services"]["rest_facade"]["stop_grace_period"] == edge["stop_grace_period"]
 
 
-def test_envoy_takes_the_place_of_nginx() -> None:
+def test_envoy_can_replace_nginx() -> None:
     """The override changes only the edge, which has nginx's ports and the services' addresses."""
     services = compose("compose.envoy.yaml")["services"]
     edge = services["edge"]

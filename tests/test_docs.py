@@ -48,7 +48,7 @@ def test_every_decision_has_a_date_and_a_status() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_resolve(page: Path) -> None:
     """Relative links name files that exist."""
     targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text())
 

@@ -72,7 +72,7 @@ def host(tmp_path: Path) -> Host:
         (range(127, 128), 1),
     ],
 )
-def test_a_core_counts_once(host: Host, cpus: range, cores: int) -> None:
+def test_hyperthreads_count_as_one_core(host: Host, cpus: range, cores: int) -> None:
     """The affinity mask lists logical CPUs; those of one core share its arithmetic units."""
     assert cores == host.cores(cpus)
 
@@ -82,7 +82,7 @@ def test_without_a_topology_each_cpu_is_a_core(tmp_path: Path) -> None:
     assert 5 == cpu_limit(tmp_path, range(5)).cores
 
 
-def test_a_host_without_cgroups_has_its_own_memory(host: Host) -> None:
+def test_a_host_without_cgroups(host: Host) -> None:
     """The limit has the available memory, and says that it is this host's."""
     assert MemoryLimit(256 * GIB, 200 * GIB, "this host") == host.memory()
 
@@ -115,7 +115,7 @@ def test_the_quota_of_a_container_under_version_1(
     assert cores == host.cores()
 
 
-def test_the_quota_says_where_it_is_from(host: Host) -> None:
+def test_the_quota_names_its_source(host: Host) -> None:
     """An operator thereby knows what to change."""
     host.mount(V2)
     host.groups("0::/kubepods/pod1")
@@ -127,7 +127,7 @@ def test_the_quota_says_where_it_is_from(host: Host) -> None:
     assert "/sys/fs/cgroup/kubepods/pod1" in str(limit)
 
 
-def test_a_quota_above_the_affinity_mask_says_nothing(host: Host) -> None:
+def test_a_quota_above_the_affinity_mask_is_ignored(host: Host) -> None:
     """Four CPUs' time is of no use with two cores."""
     host.mount(V2)
     host.groups("0::/")
@@ -139,7 +139,7 @@ def test_a_quota_above_the_affinity_mask_says_nothing(host: Host) -> None:
 @pytest.mark.parametrize(
     "group", ["kubepods/pod1/container", "kubepods/pod1", "kubepods", "."], ids=str
 )
-def test_the_lowest_limit_on_the_way_up_counts(host: Host, group: str) -> None:
+def test_the_lowest_limit_of_all_ancestors_applies(host: Host, group: str) -> None:
     """A pod's limit applies to its containers, and a slice's to its pods."""
     host.mount(V2)
     host.groups("0::/kubepods/pod1/container")
@@ -153,7 +153,7 @@ def test_the_lowest_limit_on_the_way_up_counts(host: Host, group: str) -> None:
     assert 2 == host.cores()
 
 
-def test_the_group_with_the_least_left_counts(host: Host) -> None:
+def test_the_group_with_the_least_memory_left_applies(host: Host) -> None:
     """A higher limit that others have used up may leave less than a lower one."""
     host.mount(V2)
     host.groups("0::/pod/container")
@@ -181,7 +181,7 @@ def test_no_limit_under_version_2(host: Host) -> None:
     assert "this host" == host.memory().source
 
 
-def test_file_pages_are_free(host: Host) -> None:
+def test_the_page_cache_counts_as_available(host: Host) -> None:
     """The kernel drops file pages when memory is short, but not shared memory."""
     host.mount(V2)
     host.groups("0::/")
@@ -192,7 +192,7 @@ def test_file_pages_are_free(host: Host) -> None:
     assert 924 * MIB == host.memory().free
 
 
-def test_a_limit_below_what_is_used_leaves_nothing(host: Host) -> None:
+def test_a_limit_below_the_usage_leaves_nothing(host: Host) -> None:
     """What is left is zero, not negative."""
     host.mount(V2)
     host.groups("0::/")
@@ -228,7 +228,7 @@ def test_a_limit_above_the_mounted_group_under_version_1(host: Host) -> None:
 
 
 @pytest.mark.parametrize("group", ["/../../elsewhere", "/elsewhere/entirely"])
-def test_a_group_out_of_sight(host: Host, group: str) -> None:
+def test_a_group_that_is_not_mounted(host: Host, group: str) -> None:
     """Only what is mounted can be read."""
     host.mount(V2.replace(" / /sys", " /container /sys"))
     host.groups(f"0::{group}")
@@ -238,7 +238,7 @@ def test_a_group_out_of_sight(host: Host, group: str) -> None:
     assert 1 == host.cores()
 
 
-def test_this_very_process_has_limits() -> None:
+def test_limits_of_the_test_process() -> None:
     """The test process has at least one core, and some of its memory is in use."""
     memory = memory_limit()
 
@@ -255,7 +255,7 @@ door.Tokenizer(tokenizers.Tokenizer(model).to_str()).encode("a")
 
 
 @pytest.mark.parametrize("use", [TOKENIZER, "import generator_svc, numpy"])
-def test_libraries_start_no_thread_for_each_cpu_of_the_host(use: str) -> None:
+def test_libraries_do_not_start_a_thread_per_host_cpu(use: str) -> None:
     """A container with one core may run on a host with dozens of CPUs."""
     count = "import os\nprint(len(os.listdir('/proc/self/task')))"
     done = subprocess.run(

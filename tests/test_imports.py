@@ -15,7 +15,7 @@ PACKAGES = ("trivium", *SERVICES)
 GENERATED = ("trivium/chat", "trivium/tokenizer", "trivium/generator", "trivium/sampling")
 
 # Where each module may be imported, as path prefixes.
-DOORS = {
+ALLOWED_IMPORTERS = {
     "onnxruntime": (
         "generator_svc/device.py",
         "generator_svc/export/",
@@ -110,13 +110,13 @@ def imports(path: Path, only_at_start: bool = False) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("name", DOORS)
-def test_heavy_imports_have_one_door(name: str) -> None:
+@pytest.mark.parametrize("name", ALLOWED_IMPORTERS)
+def test_heavy_libraries_are_imported_in_one_place(name: str) -> None:
     """A heavy library is imported only in its own place."""
     strangers = [
         relative(path)
         for path in sources()
-        if not relative(path).startswith(DOORS[name])
+        if not relative(path).startswith(ALLOWED_IMPORTERS[name])
         and any(imported.split(".")[0] == name for imported in imports(path))
     ]
 
@@ -155,7 +155,7 @@ def test_no_service_imports_another(service: str) -> None:
     assert [] == strangers
 
 
-def test_shared_code_knows_no_service() -> None:
+def test_shared_code_imports_no_service() -> None:
     """`trivium` imports no service; the CLI starts them as processes."""
     strangers = [
         (relative(path), imported)
@@ -169,7 +169,7 @@ def test_shared_code_knows_no_service() -> None:
 
 
 @pytest.mark.parametrize("module", STANDARD_LIBRARY_ONLY)
-def test_bookkeeping_needs_the_standard_library_alone(module: str) -> None:
+def test_bookkeeping_needs_only_the_standard_library(module: str) -> None:
     """Decisions are made in plain Python, which can be read and tested without a runtime."""
     package = module.split("/")[0]
     libraries = {imported.split(".")[0] for imported in imports(ROOT / module)} - {package}
@@ -177,7 +177,7 @@ def test_bookkeeping_needs_the_standard_library_alone(module: str) -> None:
     assert set() == libraries - set(sys.stdlib_module_names)
 
 
-def test_no_cycles() -> None:
+def test_no_import_cycles() -> None:
     """There is an order of modules in which each imports only earlier ones."""
     modules = {module_name(path): path for path in sources()}
     graph = {
@@ -188,7 +188,7 @@ def test_no_cycles() -> None:
     assert list(graphlib.TopologicalSorter(graph).static_order())
 
 
-def test_stages_of_the_tokenizer_know_only_those_before() -> None:
+def test_tokenizer_folders_import_only_earlier_ones() -> None:
     """Its folders are in the order in which requests pass through; none imports a later one."""
 
     def stage(name: str) -> int:
@@ -219,12 +219,12 @@ def modules_of(modules: dict[str, Path]) -> Callable[[str], str | None]:
     return find
 
 
-def test_names_say_what_a_module_is() -> None:
+def test_no_meaningless_module_names() -> None:
     """No module has a name that says nothing."""
     assert [] == [relative(path) for path in sources() if path.stem in FORBIDDEN_NAMES]
 
 
-def test_every_module_says_what_it_is() -> None:
+def test_every_module_has_a_docstring() -> None:
     """Each module that is not empty begins with a docstring."""
     trees = {relative(path): tree(path) for path in sources()}
 

@@ -41,9 +41,7 @@ def is_excess(text: bytes) -> bool:
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64, 65_536])
-def test_no_more_and_no_less_than_a_parser_finds(
-    monkeypatch: pytest.MonkeyPatch, chunk: int
-) -> None:
+def test_counts_equal_those_of_a_parser(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     """Wherever chunks end, a limit equal to the count passes, and one less fails."""
     monkeypatch.setattr(json_size, "CHUNK_BYTES", chunk)
     draw = random.Random(chunk)

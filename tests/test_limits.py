@@ -55,7 +55,7 @@ def edges(name: str, allowed: Range) -> tuple[list[float], list[float]]:
 
 @pytest.mark.parametrize("way", [rest, public, internal])
 @pytest.mark.parametrize("name", SAMPLING)
-def test_every_way_in_has_the_same_ranges(name: str, way: Any) -> None:
+def test_all_interfaces_have_the_same_ranges(name: str, way: Any) -> None:
     """REST, the public protocol and the generator's agree on both ends of every range."""
     within, outside = edges(name, SAMPLING[name])
     for value in within:
@@ -79,7 +79,7 @@ def test_every_field_reaches_the_sampler() -> None:
     )
 
 
-def test_the_table_is_that_of_the_protocol() -> None:
+def test_limits_match_the_protocols_comments() -> None:
     """Each number has a range, stated in its comment; the engine has a default for each field."""
     text = PROTO.read_text()
     fields = re.findall(r"((?:  //.*\n)+)  optional (?:double|int32) (\w+)", text)

@@ -40,7 +40,7 @@ async def stage() -> AsyncIterator[Stage]:
     await started.server.drain(0, 0)
 
 
-async def test_probes_hear_what_health_checks_do(stage: Stage) -> None:
+async def test_probes_agree_with_health_checks(stage: Stage) -> None:
     """The process is ready exactly while the service serves, and always alive."""
     before = await stage.get("/healthz")
     await stage.server.set_serving(True)
@@ -51,7 +51,7 @@ async def test_probes_hear_what_health_checks_do(stage: Stage) -> None:
     assert (200, "ok\n") == ready == await stage.get("/livez")
 
 
-async def test_probes_hear_of_a_drain_at_once(stage: Stage) -> None:
+async def test_probes_report_a_drain_at_once(stage: Stage) -> None:
     """Calls are still served, and the process is alive."""
     await stage.server.set_serving(True)
     stop_now = asyncio.Event()
@@ -64,9 +64,7 @@ async def test_probes_hear_of_a_drain_at_once(stage: Stage) -> None:
     await draining
 
 
-async def test_a_process_that_hangs_is_not_alive(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_hung_process_is_not_alive(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """Probes reach the event loop that serves, not just the metrics' thread."""
     monkeypatch.setattr(metrics_server, "_ANSWER_SECONDS", 0.2)
     url = f"http://127.0.0.1:{stage.port}"
@@ -75,7 +73,7 @@ async def test_a_process_that_hangs_is_not_alive(
         assert (503, "The process does not respond.\n") == (hung.status_code, hung.text)
 
 
-async def test_any_other_path_is_the_metrics(stage: Stage) -> None:
+async def test_any_other_path_serves_the_metrics(stage: Stage) -> None:
     """Metrics are at every path that is not a probe's."""
     Gauge("some_gauge", "Text.", registry=stage.registry)
 

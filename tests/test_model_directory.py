@@ -63,7 +63,7 @@ def test_sizes_and_names_are_read(folder):
     assert model.generation_config["eos_token_id"] == 2
 
 
-def test_a_foreign_folder_loads(foreign):
+def test_a_third_party_folder_loads(foreign):
     """Manifest, template file and sampling defaults are optional."""
     model = load_model_directory(foreign)
 
@@ -72,7 +72,7 @@ def test_a_foreign_folder_loads(foreign):
     assert model.precision is None
 
 
-def test_numbers_that_nobody_uses_may_be_missing(foreign):
+def test_unused_values_may_be_missing(foreign):
     """genai_config.json needs only the values that serving reads."""
     file = foreign / "genai_config.json"
     content = json.loads(file.read_text())
@@ -93,7 +93,7 @@ def test_eos_may_be_one_id_or_a_list(foreign, eos):
     assert load_model_directory(foreign).eos_token_ids == ((2, 0) if eos != 2 else (2,))
 
 
-def test_the_revision_follows_the_content_and_not_the_place(folder, tmp_path):
+def test_the_revision_depends_on_the_content_only(folder, tmp_path):
     """A copy has the same revision; another tokenizer or other weights change it."""
     revision = load_model_directory(folder).revision
     copy = shutil.copytree(folder, tmp_path / "other")
@@ -134,7 +134,7 @@ def flip(file: Path, position: int) -> None:
         opened.write(bytes([byte ^ 1]))
 
 
-def load_elsewhere(folder: Path) -> tuple[str, int]:
+def load_in_another_process(folder: Path) -> tuple[str, int]:
     """The revision according to another process, and the bytes that process read for it."""
     command = [sys.executable, "-c", LOAD, str(folder)]
     revision, read = subprocess.run(
@@ -167,15 +167,15 @@ def test_a_copy_of_large_weights_has_the_same_revision(large, tmp_path):
 
 def test_large_weights_are_read_once(large):
     """The first process on a machine reads them; the others use the cached digest."""
-    first, read_first = load_elsewhere(large)
-    second, read_second = load_elsewhere(large)
+    first, read_first = load_in_another_process(large)
+    second, read_second = load_in_another_process(large)
 
     assert first == second == load_model_directory(large).revision
     assert read_first > LARGE
     assert read_second < LARGE / 10
 
 
-def test_a_long_read_is_announced(foreign, caplog):
+def test_reading_large_weights_is_logged(foreign, caplog):
     """A gigabyte or more takes a while, which should not look like a hang."""
     load_model_directory(foreign)
     assert "" == caplog.text
@@ -197,20 +197,20 @@ def test_processes_that_start_together_agree(large):
     assert [0] * 4 == [process.returncode for process in together]
 
 
-def test_what_has_just_changed_is_not_trusted(foreign):
+def test_digests_of_just_modified_files_are_not_cached(foreign):
     """A file system's timestamp may be the same for two changes."""
     weights = foreign / "model.onnx.data"
     with weights.open("r+b") as file:
         file.truncate(LARGE)
-    revision, _ = load_elsewhere(foreign)
+    revision, _ = load_in_another_process(foreign)
 
-    again, read = load_elsewhere(foreign)
+    again, read = load_in_another_process(foreign)
 
     assert revision == again
     assert read > LARGE
 
 
-def test_no_cache_is_no_fault(large, monkeypatch, caplog):
+def test_an_unwritable_cache_is_not_an_error(large, monkeypatch, caplog):
     """The revision is the same; the log says that it is not cached, and why."""
     revision = load_model_directory(large).revision
 
@@ -220,7 +220,7 @@ def test_no_cache_is_no_fault(large, monkeypatch, caplog):
         assert place in caplog.text
 
 
-def test_no_home_is_no_fault(large, monkeypatch):
+def test_a_missing_home_is_not_an_error(large, monkeypatch):
     """In a container the user may be just a number."""
     revision = load_model_directory(large).revision
     for name in ("TRIVIUM_CACHE", "XDG_CACHE_HOME"):
@@ -231,7 +231,7 @@ def test_no_home_is_no_fault(large, monkeypatch):
     assert revision == load_model_directory(large).revision
 
 
-def test_a_broken_cache_is_no_fault(large, cache):
+def test_a_corrupt_cache_is_not_an_error(large, cache):
     """Unreadable entries are computed again."""
     revision = load_model_directory(large).revision
     [entry] = [file for file in cache.rglob("*") if file.is_file()]
@@ -256,10 +256,10 @@ def test_weights_of_any_name_count(foreign):
     assert model.revision != load_model_directory(foreign).revision
 
 
-def test_an_export_knows_its_digests(tmp_path):
+def test_an_exports_manifest_has_its_digests(tmp_path):
     """A new export is not read again; its manifest has the same digests as `sha256sum`."""
     folder = tiny_model_directory()
-    _, read = load_elsewhere(folder)
+    _, read = load_in_another_process(folder)
     digests = json.loads((folder / MANIFEST).read_text())["digests"]
     command = ["sha256sum", *sorted(digests)]
     told = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
@@ -269,7 +269,7 @@ def test_an_export_knows_its_digests(tmp_path):
     assert told.split()[::2] == [digests[name]["sha256"] for name in sorted(digests)]
 
 
-def test_an_export_from_before_there_were_digests_is_as_good(folder):
+def test_an_old_export_without_digests_has_the_same_revision(folder):
     """It need not be exported again, and has the same revision."""
     revision = load_model_directory(folder).revision
     manifest = json.loads((folder / MANIFEST).read_text())
@@ -279,7 +279,7 @@ def test_an_export_from_before_there_were_digests_is_as_good(folder):
     assert revision == load_model_directory(folder).revision
 
 
-def test_an_export_that_was_changed_is_warned_of(folder, caplog):
+def test_a_modified_export_logs_a_warning(folder, caplog):
     """A corrupt copy looks just like an intentional change."""
     load_model_directory(folder)
     assert "" == caplog.text
@@ -319,7 +319,7 @@ def test_truncated_weights_are_refused(folder):
         load_model_directory(folder)
 
 
-def test_no_folder_no_model(tmp_path):
+def test_a_path_that_is_not_a_model_folder_is_refused(tmp_path):
     """Missing, empty and not a folder are three different errors."""
     with pytest.raises(ModelDirectoryError, match="no such model folder"):
         load_model_directory(tmp_path / "nothing")
@@ -341,7 +341,7 @@ def test_a_broken_configuration_is_refused(foreign, text):
 
 
 @pytest.mark.parametrize("value", [0, -1, "8", None, True])
-def test_a_senseless_size_is_refused(foreign, value):
+def test_an_invalid_size_is_refused(foreign, value):
     """Sizes are positive integers."""
     edit(foreign / "genai_config.json", "model", "decoder", "head_size", value=value)
 

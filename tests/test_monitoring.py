@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests import prometheus
 from tests.ports import free_port
-from tests.prometheus_lint import faults, is_wanted
+from tests.prometheus_lint import faults, is_accepted
 from trivium.wire.in_flight import InFlight
 from trivium.wire.metrics_server import serve_metrics
 from trivium.wire.process_metrics import register_process
@@ -66,7 +66,7 @@ def labels(generate: ModuleType) -> dict[str, set[str]]:
     return found
 
 
-def wrong_on_purpose() -> CollectorRegistry:
+def invalid_metrics() -> CollectorRegistry:
     """Two metrics with faults, and one without."""
     registry = CollectorRegistry()
     Gauge("a:fooBar_milliseconds_total", "", registry=registry)
@@ -77,7 +77,7 @@ def wrong_on_purpose() -> CollectorRegistry:
 
 def test_lint_finds_faults() -> None:
     """It finds the faults of invalid metrics, in promtool's wording."""
-    found = {family.name: list(faults(family)) for family in wrong_on_purpose().collect()}
+    found = {family.name: list(faults(family)) for family in invalid_metrics().collect()}
 
     assert {
         "a:fooBar_milliseconds_total": [
@@ -105,26 +105,26 @@ def named_faults(registry: CollectorRegistry) -> set[tuple[str, str]]:
     }
 
 
-@pytest.mark.parametrize("of", [*STAGES, "wrong_on_purpose"])
-def test_promtool_finds_what_lint_finds(generate: ModuleType, of: str) -> None:
+@pytest.mark.parametrize("of", [*STAGES, "invalid_metrics"])
+def test_promtool_and_lint_agree(generate: ModuleType, of: str) -> None:
     """They agree on each stage's metrics, and on invalid ones."""
-    registry = wrong_on_purpose() if of not in STAGES else getattr(generate, f"{of}_registry")()
+    registry = invalid_metrics() if of not in STAGES else getattr(generate, f"{of}_registry")()
     list(generate.touched(registry))
 
     assert named_faults(registry) == prometheus.lint(generate_latest(registry).decode())
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_lint_finds_no_fault_but_those_we_want(generate: ModuleType, stage: str) -> None:
+def test_lint_finds_only_accepted_faults(generate: ModuleType, stage: str) -> None:
     """Names and help texts follow Prometheus' conventions, but for vLLM's and exact nanoseconds."""
     found = {
         (family.name, fault) for family in scraped(generate, stage) for fault in faults(family)
     }
 
-    assert [] == [fault for fault in found if not is_wanted(*fault)]
+    assert [] == [fault for fault in found if not is_accepted(*fault)]
 
 
-def test_vllms_names_are_in_one_stage_only(generate: ModuleType) -> None:
+def test_vllm_metrics_come_from_one_stage_only(generate: ModuleType) -> None:
     """A sum over all stages thus counts each request once."""
     names = [
         family.name
@@ -138,7 +138,7 @@ def test_vllms_names_are_in_one_stage_only(generate: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_process_tells_of_itself(generate: ModuleType, stage: str) -> None:
+def test_every_process_has_process_metrics(generate: ModuleType, stage: str) -> None:
     """It reports its resources, its build, and whether it is draining."""
     names = {family.name for family in scraped(generate, stage)}
 
@@ -152,7 +152,7 @@ def test_every_process_tells_of_itself(generate: ModuleType, stage: str) -> None
     assert [] == [name for name in names if name.endswith("_created")]
 
 
-def test_the_drain_shows_its_states() -> None:
+def test_the_drain_state_has_one_value_at_a_time() -> None:
     """The state is none, then notice, then drain: always exactly one of them."""
     registry, in_flight = CollectorRegistry(), InFlight()
     register_process(registry, in_flight)
@@ -166,7 +166,7 @@ def test_the_drain_shows_its_states() -> None:
     assert ["notice"] == state()
 
 
-async def test_the_drain_ends_in_refusals() -> None:
+async def test_the_last_drain_state_is_drain() -> None:
     """In the last state requests are refused."""
     registry, in_flight = CollectorRegistry(), InFlight()
     register_process(registry, in_flight)
@@ -202,7 +202,7 @@ async def test_names_are_the_same_for_every_scraper(accept: str) -> None:
 
 
 @pytest.mark.parametrize(("title", "query"), QUERIES, ids=[title for title, _ in QUERIES])
-def test_queries_ask_for_what_is_scraped(
+def test_queries_use_existing_metrics_and_labels(
     title: str, query: str, labels: dict[str, set[str]]
 ) -> None:
     """Each is PromQL, and its metrics exist with the labels that it selects and groups by."""
@@ -229,7 +229,7 @@ def walked(expression: promql_parser.Expr) -> Iterator[promql_parser.Expr]:
 
 
 @pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
-def test_legends_name_labels_that_are_there(panel: Any, labels: dict[str, set[str]]) -> None:
+def test_legends_use_labels_that_the_query_keeps(panel: Any, labels: dict[str, set[str]]) -> None:
     """A legend's {{label}} is one that the query keeps."""
     for target in panel["targets"]:
         named = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
@@ -241,7 +241,7 @@ def test_legends_name_labels_that_are_there(panel: Any, labels: dict[str, set[st
         assert named <= OF_TARGETS.union(*(labels.get(metric, set()) for metric in metrics))
 
 
-def test_the_dashboards_panels_have_places_of_their_own() -> None:
+def test_dashboard_panels_do_not_overlap() -> None:
     """None overlap, ids are unique, and all use the selected data source."""
     panels = DASHBOARD["panels"]
     taken = [
@@ -279,7 +279,7 @@ def lost(value: Any, other: Any, place: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
-def test_alerts_say_what_is_wrong_and_what_to_do(rule: Any) -> None:
+def test_alerts_have_severity_delay_and_annotations(rule: Any) -> None:
     """Each has a severity, waits before it fires, and has a summary and a description."""
     assert rule["labels"]["severity"] in ("info", "warning", "critical")
     assert re.fullmatch(r"\d+[mh]", rule["for"])

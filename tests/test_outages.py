@@ -47,7 +47,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 @pytest.mark.usefixtures("lasts")
-async def test_nobody_listens(warnings: Callable[[], list[str]]) -> None:
+async def test_unreachable_addresses_are_logged_once(warnings: Callable[[], list[str]]) -> None:
     """Each outage is logged once; one unreachable address among several is not an outage."""
     port = free_port()
     with NameServer(both=["127.0.0.1", "127.0.0.9"]) as names:
@@ -69,7 +69,7 @@ async def test_nobody_listens(warnings: Callable[[], list[str]]) -> None:
     assert [first] == found
 
 
-async def test_what_has_just_started_is_waited_for(warnings: Callable[[], list[str]]) -> None:
+async def test_outages_are_not_logged_during_startup(warnings: Callable[[], list[str]]) -> None:
     """Stages start together, and a name may be registered after the first lookup."""
     port = free_port()
     async with following(f"127.0.0.1:{port},nosuch.invalid:{port}"):
@@ -79,7 +79,7 @@ async def test_what_has_just_started_is_waited_for(warnings: Callable[[], list[s
 
 
 @pytest.mark.usefixtures("lasts")
-async def test_a_name_that_is_not_known(warnings: Callable[[], list[str]]) -> None:
+async def test_an_unknown_host_name(warnings: Callable[[], list[str]]) -> None:
     """It is logged once."""
     with NameServer() as names:
         async with following(names.target("tokenizer", 5)):
@@ -90,7 +90,7 @@ async def test_a_name_that_is_not_known(warnings: Callable[[], list[str]]) -> No
 
 
 @pytest.mark.usefixtures("lasts")
-async def test_a_port_of_something_else(warnings: Callable[[], list[str]]) -> None:
+async def test_a_port_of_another_protocol(warnings: Callable[[], list[str]]) -> None:
     """This may be the facade's own port, which speaks HTTP/1."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -123,7 +123,7 @@ async def test_tls_to_plain_text(warnings: Callable[[], list[str]], tmp_path: Pa
 
 
 @pytest.mark.usefixtures("lasts")
-async def test_a_tokenizer_that_is_to_call_no_generator(
+async def test_a_tokenizers_target_that_is_not_a_generator(
     warnings: Callable[[], list[str]],
 ) -> None:
     """The port is reachable, but belongs to another stage."""
@@ -141,7 +141,7 @@ async def test_a_tokenizer_that_is_to_call_no_generator(
 
 
 @pytest.mark.usefixtures("lasts")
-async def test_a_generator_that_is_there(warnings: Callable[[], list[str]]) -> None:
+async def test_a_reachable_generator_logs_nothing(warnings: Callable[[], list[str]]) -> None:
     """Nothing is logged."""
     server, port = await ScriptedGenerator("r1").serve()
     client = GeneratorClient(f"127.0.0.1:{port}", "r1")

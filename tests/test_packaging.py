@@ -103,7 +103,7 @@ def test_packages_are_marked_as_typed() -> None:
     assert [] == [name for name in PACKAGES if not (ROOT / name / "py.typed").is_file()]
 
 
-def test_the_makefile_accepts_the_pythons_that_are_declared() -> None:
+def test_the_makefile_accepts_the_declared_pythons() -> None:
     """The classifiers list each minor version that `make` looks for."""
     classified = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
     sought = re.findall(r"python(3\.\d+)", (ROOT / "Makefile").read_text().split("python3;")[0])
@@ -143,7 +143,7 @@ def test_the_lock_satisfies_what_is_declared() -> None:
     assert [] == unmet(wanted, pins(LOCK))
 
 
-def test_the_lock_is_whole() -> None:
+def test_the_lock_is_complete() -> None:
     """It has its packages' requirements, checked for those installed here in the same version."""
     locked = pins(LOCK)
     same = [name for name in locked if installed_version(name) == locked[name]]
@@ -173,7 +173,7 @@ def test_every_pin_has_hashes_and_no_host() -> None:
 
 
 @pytest.mark.parametrize("target", ["rest_facade", "tokenizer_svc", "generator_svc", "export"])
-def test_the_images_say_what_they_are(target: str) -> None:
+def test_images_have_version_and_license_labels(target: str) -> None:
     """Their labels have the project's version and license."""
     labels = dict(pair.split("=", 1) for pair in last(target, "LABEL").split())
 

@@ -21,7 +21,7 @@ def compile_protos(*options: str) -> None:
     subprocess.run(command, check=True, cwd=PROTOS)
 
 
-def test_stubs_are_made_from_the_protos(tmp_path: Path) -> None:
+def test_stubs_are_up_to_date(tmp_path: Path) -> None:
     """`make protos` would change nothing."""
     out = str(tmp_path)
     plugin = Path(sys.executable).with_name("protoc-gen-mypy_grpc")
@@ -40,7 +40,7 @@ def test_stubs_are_made_from_the_protos(tmp_path: Path) -> None:
         assert path.read_text() == committed.read_text(), f"{committed}: run make protos"
 
 
-def test_lint() -> None:
+def test_buf_lint_finds_nothing() -> None:
     """buf finds no violations of its standard rules."""
     buf = Path(sys.executable).with_name("buf")
     done = subprocess.run([buf, "lint", PROTOS], capture_output=True, text=True)

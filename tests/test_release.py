@@ -164,7 +164,7 @@ def test_the_wheel_serves(url: str) -> None:
     assert (200, "text/html; charset=utf-8") == (page.status_code, page.headers["content-type"])
 
 
-def test_the_bill_of_materials_is_the_lock(dist: Path) -> None:
+def test_the_sbom_matches_the_lock(dist: Path) -> None:
     """It has every pin in the lock with its hashes, and Trivium's name and version."""
     bill: dict[str, Any] = json.loads((dist / "trivium.cdx.json").read_text())
     pinned = dict(re.findall(r"^([a-z0-9.-]+)==(\S+)", LOCK, re.MULTILINE))

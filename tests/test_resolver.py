@@ -31,18 +31,18 @@ async def targets(target: str) -> set[str]:
         ("xds:///tokenizer", {"xds:///tokenizer"}),
     ],
 )
-async def test_addresses_are_taken_as_they_are(target: str, addresses: set[str]) -> None:
+async def test_ip_addresses_are_not_resolved(target: str, addresses: set[str]) -> None:
     """These are one or several IP addresses, or schemes that only gRPC knows; they never change."""
     assert addresses == await targets(target)
     assert not Resolver(target).names
 
 
-async def test_this_machine_has_a_name() -> None:
+async def test_names_in_etc_hosts_are_resolved() -> None:
     """Names in /etc/hosts are resolved too."""
     assert "ipv4:127.0.0.1:7" in await targets("localhost:7")
 
 
-async def test_every_address_of_every_name() -> None:
+async def test_all_addresses_of_all_names() -> None:
     """A list's addresses are combined; each has the name by which the server is called."""
     with NameServer(a=["127.0.0.2", "127.0.0.3"], b=["127.0.0.4"]) as names:
         target = ",".join([names.target("a", 5), names.target("b", 6), "127.0.0.9:7"])
@@ -56,14 +56,14 @@ async def test_every_address_of_every_name() -> None:
     } == addresses
 
 
-async def test_a_server_with_addresses_of_both_kinds_is_one_replica() -> None:
+async def test_a_dual_stack_server_is_one_replica() -> None:
     """IPv4 is used, on which services listen by default; IPv6 if there is no IPv4 address."""
     with NameServer(both=["2001:db8::2", "127.0.0.2"], new=["2001:db8::3"]) as names:
         assert {"ipv4:127.0.0.2:5"} == await targets(names.target("both", 5))
         assert {"ipv6:[2001:db8::3]:5"} == await targets(names.target("new", 5))
 
 
-async def test_many_addresses() -> None:
+async def test_responses_over_512_bytes() -> None:
     """They exceed 512 bytes, the classic limit of a DNS response."""
     addresses = [f"127.0.1.{number}" for number in range(50)]
     with NameServer(many=addresses) as names:
@@ -72,7 +72,7 @@ async def test_many_addresses() -> None:
     assert {f"ipv4:{address}:5" for address in addresses} == found
 
 
-async def test_what_cannot_be_looked_up_stays() -> None:
+async def test_failed_lookups_keep_the_last_addresses() -> None:
     """If the name server is gone or knows no address, the last addresses are kept."""
     with NameServer(a=["127.0.0.2"]) as names:
         resolver = Resolver(names.target("a", 5))
@@ -93,7 +93,7 @@ async def test_what_cannot_be_looked_up_stays() -> None:
 @pytest.mark.parametrize(
     "target", ["", "localhost", "localhost:", "localhost:0", "a:1,,b:2", "a:65536", "http://a:1"]
 )
-def test_what_is_no_target(target: str) -> None:
+def test_invalid_targets_are_refused(target: str) -> None:
     """It is refused at startup; the error names the setting and the wrong part."""
     with pytest.raises(ValidationError, match=r"tokenizer_target\n.* should be host:port"):
         FacadeSettings(tokenizer_target=target)

@@ -104,14 +104,14 @@ async def test_calls_over_tls(server_files: Files, client_files: Files) -> None:
         assert "serving" != await check(port)
 
 
-async def test_a_server_of_another_ca_is_not_called(server_files: Files, tmp_path: Path) -> None:
+async def test_a_server_of_an_unknown_ca_is_refused(server_files: Files, tmp_path: Path) -> None:
     """This client does not trust its certificate."""
     strange = Files(tmp_path / "strange").write(OTHER_CA)
     async with serving(server_files) as port:
         assert "CERTIFICATE_VERIFY_FAILED" in await check(port, ChannelTls(strange.ca))
 
 
-async def test_a_server_by_another_name_is_not_called(tmp_path: Path) -> None:
+async def test_a_server_with_another_name_is_refused(tmp_path: Path) -> None:
     """The expected name can be set; a certificate with any other is refused."""
     named = Files(tmp_path / "named").write(CA, names=("tokenizer.test",))
     async with serving(named) as port:
@@ -138,7 +138,7 @@ def channel_tls(files: Files) -> ChannelTls:
     return ChannelTls(files.ca, files.certificate, files.key)
 
 
-async def test_an_expired_certificate_is_told_and_refused(
+async def test_an_expired_certificate_is_logged_and_refused(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The server logs once when its certificate expired; clients do not call it."""
@@ -154,7 +154,7 @@ async def test_an_expired_certificate_is_told_and_refused(
 
 
 @pytest.mark.parametrize("year", [1987, 2049, 2050, 2130])
-def test_when_a_certificate_expires(year: int) -> None:
+def test_expiry_dates_are_parsed(year: int) -> None:
     """The date agrees with an X.509 library's, however the year is encoded."""
     date = datetime.datetime(year, 2, 28, 23, 59, 58, tzinfo=datetime.UTC)
     begin = datetime.datetime(1980, 1, 1, tzinfo=datetime.UTC)
@@ -163,7 +163,7 @@ def test_when_a_certificate_expires(year: int) -> None:
     assert date == expiry(pem) == x509.load_pem_x509_certificate(pem).not_valid_after_utc
 
 
-class Noting(ScriptedBackend):
+class CertificateRecorder(ScriptedBackend):
     """Records the certificate of the last ListModels caller."""
 
     caller = b""
@@ -173,12 +173,12 @@ class Noting(ScriptedBackend):
         return await super().ListModels(request, context)
 
 
-async def test_files_are_replaced_under_a_running_stream(
-    server_files: Files, client_files: Files
-) -> None:
+async def test_files_are_replaced_during_a_stream(server_files: Files, client_files: Files) -> None:
     """Both sides switch to another CA: a stream continues, calls succeed all the time, and new
     connections use and require the new certificates."""
-    backend = Noting(ServerTls(server_files.certificate, server_files.key, server_files.ca))
+    backend = CertificateRecorder(
+        ServerTls(server_files.certificate, server_files.key, server_files.ca)
+    )
     await backend.start()
     finish = asyncio.Event()
     backend.script = (header(), delta("He"), finish, delta("llo", finish="STOP"), usage())
@@ -209,7 +209,7 @@ def same_certificate(pem: bytes, path: Path) -> bool:
     return pem.split() == path.read_bytes().split()
 
 
-async def test_files_that_cannot_be_used_change_nothing(
+async def test_invalid_files_change_nothing(
     server_files: Files, client_files: Files, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The old ones stay in use, with one error in the log, until the files are valid again."""
@@ -229,7 +229,7 @@ async def test_files_that_cannot_be_used_change_nothing(
     assert 1 == len([one for one in caplog.records if one.levelno >= logging.WARNING])
 
 
-async def test_files_behind_a_link_are_replaced(server_files: Files, tmp_path: Path) -> None:
+async def test_symlinked_files_are_reloaded(server_files: Files, tmp_path: Path) -> None:
     """Kubernetes replaces a secret like this: files are links through a link that changes."""
     Files(tmp_path / "second").write(CA)
     link = tmp_path / "..data"
@@ -292,7 +292,7 @@ SERVER, CHANNEL = "TRIVIUM_FACADE_TLS_", "TRIVIUM_FACADE_TOKENIZER_TLS_"
         ),
     ],
 )
-def test_wrong_settings_are_told(
+def test_invalid_settings_are_refused(
     settings: dict[str, str],
     words: str,
     server_files: Files,
@@ -322,7 +322,7 @@ def test_wrong_settings_are_told(
     assert 2 == exit.value.code
 
 
-def test_good_settings_are_taken(
+def test_valid_settings_are_accepted(
     server_files: Files, client_files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are accepted for servers and channels; with a client CA, clients are authenticated."""
@@ -346,7 +346,7 @@ def test_good_settings_are_taken(
 def made_by_the_docs(tmp_path: Path) -> Path:
     """A folder in which the commands in docs/tls.md were run."""
     if shutil.which("openssl") is None:
-        pytest.skip("there is no openssl")
+        pytest.skip("openssl is not installed")
     page = (Path(__file__).parents[1] / "docs" / "tls.md").read_text()
     [commands] = re.findall(r"```sh\n(openssl .*?)```", page, re.DOTALL)
     subprocess.run(["sh", "-ec", commands], cwd=tmp_path, check=True, capture_output=True)
@@ -355,7 +355,7 @@ def made_by_the_docs(tmp_path: Path) -> Path:
     return tmp_path
 
 
-async def test_the_commands_of_the_docs(made_by_the_docs: Path) -> None:
+async def test_the_documented_openssl_commands(made_by_the_docs: Path) -> None:
     """They create certificates for mutual TLS that even strict clients accept."""
     folder = made_by_the_docs
     ca = folder / "ca.crt"

@@ -15,7 +15,7 @@ def _text(registry: CollectorRegistry) -> list[str]:
     return [line for line in lines if "_created" not in line]
 
 
-def test_it_is_prometheus_own_but_for_its_speed() -> None:
+def test_results_equal_prometheus_own_histogram() -> None:
     """This holds for any values, even the bounds, once or several times, for several models."""
     draw = random.Random(0)
     ours, theirs = CollectorRegistry(), CollectorRegistry()

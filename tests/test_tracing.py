@@ -50,7 +50,7 @@ def test_an_endpoint_without_opentelemetry_is_refused() -> None:
     assert 1 == len(done.stderr.splitlines())
 
 
-def test_a_protocol_that_is_not_known_is_refused() -> None:
+def test_an_unknown_protocol_is_refused() -> None:
     """One line names the variable."""
     done = run(
         "from trivium.wire import tracing\nwith tracing.export_spans('s', 's'): pass",

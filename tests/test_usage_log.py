@@ -73,7 +73,7 @@ def test_without_a_target_nothing_is_written(capsys: pytest.CaptureFixture[str])
     assert ("", "") == capsys.readouterr()
 
 
-def test_a_full_disk_costs_only_the_records_that_came_meanwhile(
+def test_a_full_disk_loses_only_the_records_written_meanwhile(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Lost records are counted, one log line reports them, and once there is room, writing
@@ -95,7 +95,7 @@ def test_a_full_disk_costs_only_the_records_that_came_meanwhile(
 
 
 @pytest.mark.parametrize("max_bytes", [10_000, 1])
-def test_a_line_that_was_cut_off_stays_alone(tmp_path: Path, max_bytes: int) -> None:
+def test_a_truncated_line_is_not_continued(tmp_path: Path, max_bytes: int) -> None:
     """A restarted process ends the cut line first, even if it then rotates the file."""
     (tmp_path / "name.usage.jsonl").write_text('{"event": "usage", "time": "20')
     log = UsageLog(str(tmp_path), "name", max_bytes, 9)
@@ -108,7 +108,7 @@ def test_a_line_that_was_cut_off_stays_alone(tmp_path: Path, max_bytes: int) -> 
     assert [] == [file for file in files if not file.read_text().endswith("\n")]
 
 
-def test_nobody_reads_standard_output(
+def test_a_closed_standard_output_is_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """If the reader has gone, one log line says so, and the process continues."""
@@ -128,7 +128,7 @@ def test_nobody_reads_standard_output(
     assert 2 == registry.get_sample_value("trivium_usage_records_lost_total")
 
 
-def test_one_process_writes_a_file(tmp_path: Path) -> None:
+def test_a_file_has_one_writer(tmp_path: Path) -> None:
     """Another process is refused in the meantime; other names in the folder are independent."""
     log = UsageLog(str(tmp_path), "name", 1000, 9)
     UsageLog(str(tmp_path), "other", 1000, 9).close()

@@ -35,7 +35,7 @@ def launch_options() -> dict[str, Any]:
         return _from_npm()
     found = named or shutil.which("chromium") or shutil.which("google-chrome")
     if found is None:
-        pytest.skip("no browser: install Chromium, or name one by TRIVIUM_TEST_BROWSER")
+        pytest.skip("no browser: install Chromium, or set TRIVIUM_TEST_BROWSER")
     return {"executable_path": found, "args": _ARGUMENTS}
 
 

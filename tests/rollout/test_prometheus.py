@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from tests.prometheus import Prometheus, installed, lint
-from tests.prometheus_lint import is_wanted
+from tests.prometheus_lint import is_accepted
 from tests.rollout.fleet import FACADE, GENERATOR, TOKENIZER, Fleet
 from tests.rollout.load import Load, loaded
 from tests.test_monitoring import FOLDER, PANELS, RULES
@@ -92,7 +92,7 @@ async def test_every_panel_has_data(fleet: Fleet, tmp_path: Path) -> None:
         (rule["name"], rule["health"]) for rule in rules
     }
     assert pending
-    assert set() == {fault for text in scrapes for fault in lint(text) if not is_wanted(*fault)}
+    assert set() == {fault for text in scrapes for fault in lint(text) if not is_accepted(*fault)}
 
 
 def graphs(seen: Prometheus, panel: Any, model: str, since: float) -> list[list[float]]:
