@@ -233,12 +233,16 @@ def test_legends_use_labels_that_the_query_keeps(panel: Any, labels: dict[str, s
     """A legend's {{label}} is one that the query keeps."""
     for target in panel["targets"]:
         named = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
-        summed = re.findall(r"sum by \(([^)]*)\)", target["expr"])
-        if summed:
-            assert named <= {label.strip() for label in summed[0].split(",")}
-            continue
-        metrics = re.findall(r"[a-z_:]{6,}", target["expr"])
-        assert named <= OF_TARGETS.union(*(labels.get(metric, set()) for metric in metrics))
+        assert named <= kept_labels(target["expr"], labels)
+
+
+def kept_labels(query: str, labels: dict[str, set[str]]) -> set[str]:
+    """The labels that a query's results may have."""
+    summed = re.findall(r"\bsum\b(?: by \(([^)]*)\))?", query)
+    if summed:
+        return {label.strip() for label in summed[0].split(",")}
+    metrics = re.findall(r"[a-z_:]{6,}", query)
+    return OF_TARGETS.union(*(labels.get(metric, set()) for metric in metrics))
 
 
 def test_dashboard_panels_do_not_overlap() -> None:
@@ -279,11 +283,14 @@ def lost(value: Any, other: Any, place: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
-def test_alerts_have_severity_delay_and_annotations(rule: Any) -> None:
-    """Each has a severity, waits before it fires, and has a summary and a description."""
+def test_alerts_have_severity_delay_and_annotations(rule: Any, labels: dict[str, set[str]]) -> None:
+    """Each has a severity, waits before it fires, and has a summary and a description, which name
+    only labels that its expression keeps."""
     assert rule["labels"]["severity"] in ("info", "warning", "critical")
     assert re.fullmatch(r"\d+[mh]", rule["for"])
     assert rule["annotations"].keys() == {"summary", "description"}
+    texts = " ".join(rule["annotations"].values())
+    assert set(re.findall(r"\$labels\.(\w+)", texts)) <= kept_labels(rule["expr"], labels)
 
 
 @pytest.mark.parametrize("command", ["check rules alerts.yaml", "test rules alerts_test.yaml"])

@@ -23,7 +23,7 @@ from tokenizer_svc.models import Model
 from trivium.chat.v1 import chat_pb2, completion_pb2, model_pb2
 from trivium.generator.v1 import generator_pb2
 from trivium.tokenizer.v1 import tokenizer_pb2
-from trivium.wire.errors import ServiceError
+from trivium.wire.errors import ServiceError, from_rpc_error
 
 STOP_TOKEN = generator_pb2.FINISH_REASON_STOP_TOKEN
 LENGTH = generator_pb2.FINISH_REASON_LENGTH
@@ -400,13 +400,14 @@ async def test_the_request_id_is_passed_on(stage: Stage) -> None:
 
 
 async def test_the_generators_refusal_is_passed_on(stage: Stage) -> None:
-    """The caller gets the generator's code."""
+    """The caller gets the generator's code and retry time."""
     stage.generator.script = fails_after([], ServiceError("queue_full", "full", retry_after=7))
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await stage.stream()
 
     assert grpc.StatusCode.RESOURCE_EXHAUSTED is refused.value.code()
     assert ("queue_full", None) == code_of(refused.value)
+    assert 7 == from_rpc_error(refused.value).retry_after
 
 
 async def test_an_error_mid_stream_ends_the_stream(stage: Stage) -> None:
