@@ -11,7 +11,7 @@ from typing import Self
 
 _RESPONSE, _NO_SUCH_NAME = 0x8580, 3
 _A, _AAAA, _IN = 1, 28, 1
-_NAME_OF_THE_QUESTION = 0xC00C
+_POINTER_TO_QUESTION_NAME = 0xC00C
 _HEADER = struct.Struct("!6H")
 
 
@@ -84,7 +84,7 @@ class NameServer:
         known = self.names.get(name)
         packed = [ipaddress.ip_address(address).packed for address in known or ()]
         records = [
-            struct.pack("!HHHIH", _NAME_OF_THE_QUESTION, kind, _IN, 0, len(address)) + address
+            struct.pack("!HHHIH", _POINTER_TO_QUESTION_NAME, kind, _IN, 0, len(address)) + address
             for address in packed
             if kind == {4: _A, 16: _AAAA}[len(address)]
         ]

@@ -77,7 +77,7 @@ def body(services: Services) -> dict[str, Any]:
     return {"model": services.model, "messages": messages, "max_tokens": 4}
 
 
-def bearing(key: str) -> tuple[tuple[str, str], ...]:
+def bearer(key: str) -> tuple[tuple[str, str], ...]:
     return (("authorization", f"Bearer {key}"),)
 
 
@@ -94,7 +94,7 @@ def test_a_call_is_authenticated_at_each_stage_and_counts_for_its_key(
             request = chat_request(
                 model=services.model, messages=[message], max_completion_tokens=4
             )
-            answer = await stub.CreateChatCompletion(request, metadata=bearing("alice"))
+            answer = await stub.CreateChatCompletion(request, metadata=bearer("alice"))
             return int(answer.usage.completion_tokens)
 
     answer = httpx.post(
@@ -149,7 +149,7 @@ def all_methods() -> dict[str, Any]:
 
 async def status(channel: grpc.aio.Channel, name: str, method: Any, key: str) -> grpc.StatusCode:
     """The status of a call with an empty message, or OK if it answers."""
-    metadata = bearing(key) if key else ()
+    metadata = bearer(key) if key else ()
     shape = "stream" if method is None or method.client_streaming else "unary"
     shape += "_stream" if method is None or method.server_streaming else "_unary"
     call = getattr(channel, shape)(name)

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(
 
 CONFIG = Path(__file__).parents[2] / "deploy" / "nginx.conf"
 URL = "/v1/chat/completions"
-ASK: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
+REQUEST: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
 FIRST, SECOND, NOBODY = "127.0.0.2", "127.0.0.3", "127.0.0.4"
 MAX_BODY_BYTES = FacadeSettings.model_fields["max_body_bytes"].default
 
@@ -167,7 +167,7 @@ async def _draining(body: bytes) -> bytes:
     return _response(503, {"error": error})
 
 
-async def _breaking_off(body: bytes) -> bytes:
+async def _disconnecting(body: bytes) -> bytes:
     return b""
 
 
@@ -175,7 +175,7 @@ async def _statuses(edge: Edge, requests: int = 40) -> list[int]:
     """The statuses of requests sent four at a time."""
     statuses = []
     for _ in range(requests // 4):
-        answers = [edge.client.post(URL, json=ASK) for _ in range(4)]
+        answers = [edge.client.post(URL, json=REQUEST) for _ in range(4)]
         statuses += [answer.status_code for answer in await asyncio.gather(*answers)]
     return statuses
 
@@ -219,7 +219,7 @@ async def test_a_draining_facade_fails_no_request(edge: Edge, backend: ScriptedB
     ):
         await edge.names.change("rest_facade", FIRST)
         backend.script = (header(), delta("He"), finish, delta("llo", finish="STOP"), usage())
-        async with edge.client.stream("POST", URL, json=ASK | {"stream": True}) as answer:
+        async with edge.client.stream("POST", URL, json=REQUEST | {"stream": True}) as answer:
             parts = answer.aiter_text()
             text = await anext(parts)
             backend.script = (header(), delta("Hi", finish="STOP"), usage())
@@ -236,7 +236,7 @@ async def test_a_draining_facade_fails_no_request(edge: Edge, backend: ScriptedB
 
 async def test_a_refused_body_is_resent_in_full(edge: Edge) -> None:
     """After a 503, even the largest body is sent complete to the next facade."""
-    body = json.dumps(ASK).encode().ljust(MAX_BODY_BYTES)
+    body = json.dumps(REQUEST).encode().ljust(MAX_BODY_BYTES)
     async with _server(edge, FIRST, _draining) as refused, _server(edge, SECOND, _fine):
         await edge.names.change("rest_facade", FIRST, SECOND)
         answers = [await edge.client.post("/echo", content=body) for _ in range(4)]
@@ -248,11 +248,11 @@ async def test_a_refused_body_is_resent_in_full(edge: Edge) -> None:
 async def test_no_request_is_executed_twice(edge: Edge) -> None:
     """A facade that drops the connection may have done the work, so the client gets an error."""
     async with (
-        _server(edge, FIRST, _breaking_off) as first,
-        _server(edge, SECOND, _breaking_off) as second,
+        _server(edge, FIRST, _disconnecting) as first,
+        _server(edge, SECOND, _disconnecting) as second,
     ):
         await edge.names.change("rest_facade", FIRST, SECOND)
-        answer = await edge.client.post(URL, json=ASK)
+        answer = await edge.client.post(URL, json=REQUEST)
 
     assert 1 == len(first + second)
     assert (503, "backend_unavailable") == (answer.status_code, answer.json()["error"]["code"])
@@ -261,11 +261,11 @@ async def test_no_request_is_executed_twice(edge: Edge) -> None:
 
 async def test_unreachable_facade(edge: Edge) -> None:
     """A name without addresses, and addresses without a listener, are 503 in OpenAI's format."""
-    answers = [await edge.client.post(URL, json=ASK)]
+    answers = [await edge.client.post(URL, json=REQUEST)]
     await edge.names.change("rest_facade", NOBODY)
-    answers.append(await edge.client.post(URL, json=ASK))
+    answers.append(await edge.client.post(URL, json=REQUEST))
     await edge.names.change("rest_facade", NOBODY, "127.0.0.5")
-    answers.append(await edge.client.post(URL, json=ASK))
+    answers.append(await edge.client.post(URL, json=REQUEST))
 
     assert [(503, "backend_unavailable")] * 3 == [
         (answer.status_code, answer.json()["error"]["code"]) for answer in answers
@@ -290,7 +290,7 @@ async def test_events_are_not_buffered(edge: Edge, backend: ScriptedBackend) -> 
     backend.script = (header(), delta("He"), None)
     async with _facade(edge, backend, FIRST):
         await edge.names.change("rest_facade", FIRST)
-        async with edge.client.stream("POST", URL, json=ASK | {"stream": True}) as answer:
+        async with edge.client.stream("POST", URL, json=REQUEST | {"stream": True}) as answer:
             parts = answer.aiter_text()
             text = await anext(parts)
             while '"He"' not in text:
@@ -302,7 +302,7 @@ async def test_the_facades_errors_are_passed_on_unchanged(
     edge: Edge, backend: ScriptedBackend
 ) -> None:
     """Status, body and headers are the facade's, for 400, 500, 503 and 504."""
-    bodies = [{"model": MODEL}, ASK, ASK | {"stream": True}]
+    bodies = [{"model": MODEL}, REQUEST, REQUEST | {"stream": True}]
     scripts = [[TimeoutError()], [None], [ServiceError("model_loading", "The model is loading.")]]
     async with _facade(edge, backend, FIRST, request_timeout_seconds=0.3):
         await edge.names.change("rest_facade", FIRST)
@@ -332,7 +332,7 @@ async def _raw(address: str, port: int, request: bytes) -> tuple[int, Any]:
 
 async def test_a_body_over_the_limit(edge: Edge, backend: ScriptedBackend) -> None:
     """The edge refuses exactly what the facade would, with its error; the largest body passes."""
-    largest = json.dumps(ASK).encode().ljust(MAX_BODY_BYTES)
+    largest = json.dumps(REQUEST).encode().ljust(MAX_BODY_BYTES)
     kind = {"content-type": "application/json"}
     head = (
         f"POST {URL} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"

@@ -14,7 +14,7 @@ from trivium.wire.errors import ServiceError
 
 PAGE, OTHER_PAGE, STRANGER = "https://chat.example.org", "http://localhost:3000", "https://evil.org"
 URL = "/v1/chat/completions"
-ASK: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
+REQUEST: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
 
 
 def preflight(origin: str, **headers: str) -> dict[str, str]:
@@ -82,22 +82,22 @@ async def test_every_response_has_cors_headers(
     client = await start(start_facade, tmp_path)
     client.headers.update({"origin": PAGE, "authorization": "Bearer secret"})
     answers = [
-        await client.post(URL, json=ASK),
-        await client.post(URL, json=ASK | {"stream": True}),
-        await client.post(URL, json=ASK, headers={"authorization": "Bearer wrong"}),
-        await client.post(URL, json=ASK | {"temperature": 3}),
+        await client.post(URL, json=REQUEST),
+        await client.post(URL, json=REQUEST | {"stream": True}),
+        await client.post(URL, json=REQUEST, headers={"authorization": "Bearer wrong"}),
+        await client.post(URL, json=REQUEST | {"temperature": 3}),
         await client.get("/v1/nothing"),
         await client.get(URL),
     ]
     backend.script = [ServiceError("queue_full", "Full.", retry_after=7)]
     answers += [
-        await client.post(URL, json=ASK),
-        await client.post(URL, json=ASK | {"stream": True}),
+        await client.post(URL, json=REQUEST),
+        await client.post(URL, json=REQUEST | {"stream": True}),
     ]
     backend.script = [header(), delta("He"), ServiceError("backend_unavailable", "Gone.")]
-    answers += [await client.post(URL, json=ASK | {"stream": True})]
+    answers += [await client.post(URL, json=REQUEST | {"stream": True})]
     await backend.die()
-    answers += [await client.post(URL, json=ASK)]
+    answers += [await client.post(URL, json=REQUEST)]
 
     statuses = [200, 200, 401, 400, 404, 405, 429, 429, 200, 503]
     assert statuses == [answer.status_code for answer in answers]
@@ -122,7 +122,7 @@ async def test_an_asterisk_allows_any_origin(start_facade: StartFacade, tmp_path
 async def test_no_origin_is_allowed_by_default(client: httpx.AsyncClient) -> None:
     """Without the setting no answer has a CORS header."""
     asked = await client.options(URL, headers=preflight(PAGE))
-    answer = await client.post(URL, json=ASK, headers={"origin": PAGE})
+    answer = await client.post(URL, json=REQUEST, headers={"origin": PAGE})
 
     assert [405, 200] == [asked.status_code, answer.status_code]
     for reply in (asked, answer):

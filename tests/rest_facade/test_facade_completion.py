@@ -17,7 +17,7 @@ from tests.rest_facade.scripted_backend import (
 )
 from trivium.chat.v1 import chat_pb2
 
-ASK = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
+REQUEST = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
 USAGE = {
     "prompt_tokens": 7,
     "completion_tokens": 2,
@@ -34,7 +34,7 @@ USAGE = {
 
 
 async def post(client: httpx.AsyncClient, **fields: Any) -> httpx.Response:
-    return await client.post("/v1/chat/completions", json=ASK | fields)
+    return await client.post("/v1/chat/completions", json=REQUEST | fields)
 
 
 def chunks(text: str) -> list[Any]:
@@ -306,7 +306,7 @@ async def test_request_ids(client: httpx.AsyncClient, backend: ScriptedBackend) 
     """A valid request id is echoed and passed on with the trace; any other is replaced."""
     trace = f"00-{'a' * 32}-{'b' * 16}-01"
     sane = {"x-request-id": "order-17", "traceparent": trace}
-    kept = await client.post("/v1/chat/completions", json=ASK, headers=sane)
+    kept = await client.post("/v1/chat/completions", json=REQUEST, headers=sane)
     made = await client.get("/nowhere", headers={"x-request-id": "two words"})
 
     assert kept.headers["x-request-id"] == "order-17"

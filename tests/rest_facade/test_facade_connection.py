@@ -19,7 +19,7 @@ from tests.rest_facade.scripted_backend import (
 )
 from trivium.wire.errors import ServiceError
 
-ASK = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
+REQUEST = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
 URL = "/v1/chat/completions"
 
 
@@ -29,7 +29,7 @@ async def test_a_client_that_disconnects_before_its_answer(
 ) -> None:
     """A client that disconnects before its answer begins cancels the call behind it."""
     backend.script = (None,)
-    asking = asyncio.create_task(client.post(URL, json=ASK | {"stream": stream}))
+    asking = asyncio.create_task(client.post(URL, json=REQUEST | {"stream": stream}))
     await backend.started.wait()
     asking.cancel()
     with contextlib.suppress(asyncio.CancelledError):
@@ -46,7 +46,7 @@ async def test_a_client_that_disconnects_mid_stream(
 ) -> None:
     """A client that disconnects while its stream is silent cancels the call behind it."""
     backend.script = (header(), delta("He"), None)
-    async with client.stream("POST", URL, json=ASK | {"stream": True}) as answer:
+    async with client.stream("POST", URL, json=REQUEST | {"stream": True}) as answer:
         async for line in answer.aiter_lines():
             if "He" in line:
                 break
@@ -62,7 +62,7 @@ async def test_keep_alives(start_facade: StartFacade, backend: ScriptedBackend) 
     go_on = asyncio.Event()
     backend.script = (header(), delta("He"), go_on, delta(finish="STOP"), usage())
     events = []
-    async with client.stream("POST", URL, json=ASK | {"stream": True}) as answer:
+    async with client.stream("POST", URL, json=REQUEST | {"stream": True}) as answer:
         async for line in answer.aiter_lines():
             events.append(line)
             if events.count(": keep-alive") == 3:
@@ -80,7 +80,7 @@ async def test_status_waits_for_the_first_event(
     """No HTTP status is sent before the next stage's first event."""
     go_on = asyncio.Event()
     backend.script = (go_on, *HELLO)
-    asking = asyncio.create_task(client.post(URL, json=ASK | {"stream": True}))
+    asking = asyncio.create_task(client.post(URL, json=REQUEST | {"stream": True}))
     await backend.started.wait()
     waiting = not asking.done()
     go_on.set()
@@ -97,7 +97,7 @@ async def test_keep_alives_before_the_first_event(
     go_on = asyncio.Event()
     backend.script = (go_on, *HELLO)
     lines = []
-    async with client.stream("POST", URL, json=ASK | {"stream": True}) as answer:
+    async with client.stream("POST", URL, json=REQUEST | {"stream": True}) as answer:
         async for line in answer.aiter_lines():
             lines.append(line)
             if lines.count(": keep-alive") == 3:
@@ -115,7 +115,7 @@ async def test_an_error_after_keep_alives(
     go_on = asyncio.Event()
     backend.script = (go_on, ServiceError("queue_full", "Come again."))
     lines = []
-    async with client.stream("POST", URL, json=ASK | {"stream": True}) as answer:
+    async with client.stream("POST", URL, json=REQUEST | {"stream": True}) as answer:
         async for line in answer.aiter_lines():
             lines.append(line)
             go_on.set()
@@ -150,7 +150,7 @@ async def test_a_long_answer_outlasts_the_idle_timeout(
     client = await start_facade(idle_connection_seconds=1)
     go_on = asyncio.Event()
     backend.script = (header(), delta("He"), go_on, delta(finish="STOP"), usage())
-    body = json.dumps(ASK | {"stream": True})
+    body = json.dumps(REQUEST | {"stream": True})
     reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
     head = f"POST {URL} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
     writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n{body}POST /v1".encode())
@@ -174,7 +174,7 @@ async def test_the_next_stage_goes_away_and_comes_back(
     """Without the next stage everything but liveness is 503; once it is back, requests succeed."""
     await backend.die()
     ready = await unready(client)
-    asked = await client.post(URL, json=ASK)
+    asked = await client.post(URL, json=REQUEST)
     models = await client.get("/v1/models")
     live = await client.get("/health/live")
 
@@ -184,7 +184,7 @@ async def test_the_next_stage_goes_away_and_comes_back(
     await backend.start()
     while (await client.get("/health")).status_code != 200:
         pass
-    assert (await client.post(URL, json=ASK)).status_code == 200
+    assert (await client.post(URL, json=REQUEST)).status_code == 200
 
 
 async def test_the_next_stage_dies_mid_stream(
@@ -193,7 +193,7 @@ async def test_the_next_stage_dies_mid_stream(
     """A stream whose next stage dies ends with an error event, without [DONE]."""
     backend.script = (header(), delta("He"), None)
     text = ""
-    async with client.stream("POST", URL, json=ASK | {"stream": True}) as answer:
+    async with client.stream("POST", URL, json=REQUEST | {"stream": True}) as answer:
         async for part in answer.aiter_text():
             text += part
             if "He" in part:
@@ -220,7 +220,7 @@ async def test_readiness(client: httpx.AsyncClient, backend: ScriptedBackend) ->
 
 async def test_metrics(client: httpx.AsyncClient) -> None:
     """/metrics counts requests by route and status, and times first tokens."""
-    await client.post(URL, json=ASK | {"stream": True})
+    await client.post(URL, json=REQUEST | {"stream": True})
     await client.post(URL, json=[])
     await client.get("/v1/models/org/other")
     await client.get("/somewhere/else")
@@ -241,7 +241,7 @@ async def test_metrics_by_replica(
     """/metrics has the state of each tokenizer and the calls it was picked for."""
     backend.script = (header(), delta("He"), None)
     labels = f'model_name="",replica="127.0.0.1:{backend.port}"'
-    async with client.stream("POST", URL, json=ASK | {"stream": True}) as answer:
+    async with client.stream("POST", URL, json=REQUEST | {"stream": True}) as answer:
         parts = answer.aiter_text()
         await anext(parts)
         during = (await client.get("/metrics")).text
@@ -263,7 +263,7 @@ async def test_metrics_by_replica(
 async def test_metrics_of_retries(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
     """/metrics counts retried calls by reason, including reasons that have not occurred."""
     backend.script = [ServiceError("draining", "Not here.")]
-    refused = await client.post(URL, json=ASK)
+    refused = await client.post(URL, json=REQUEST)
     text = (await client.get("/metrics")).text
 
     name = "trivium_replica_retries_total"

@@ -22,7 +22,7 @@ from trivium.chat.v1 import chat_pb2
 from trivium.wire import telemetry
 from trivium.wire.errors import ERRORS, ServiceError
 
-ASK = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
+REQUEST = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
 URL = "/v1/chat/completions"
 
 
@@ -45,8 +45,8 @@ async def test_errors_of_the_next_stage(
 ) -> None:
     """Every error in the table passes through gRPC, streaming or not, with its HTTP status."""
     backend.script = (ServiceError(code, "Why.", param="messages", retry_after=90),)
-    whole = await client.post(URL, json=ASK)
-    streamed = await client.post(URL, json=ASK | {"stream": True})
+    whole = await client.post(URL, json=REQUEST)
+    streamed = await client.post(URL, json=REQUEST | {"stream": True})
 
     for answer in (whole, streamed):
         error = check_shape(answer)
@@ -60,8 +60,8 @@ async def test_a_refused_stage_key_is_not_the_clients_error(
 ) -> None:
     """The key there is the facade's own: its client can do nothing about it."""
     backend.script = (ServiceError("invalid_api_key", "Why."),)
-    whole = await client.post(URL, json=ASK)
-    streamed = await client.post(URL, json=ASK | {"stream": True})
+    whole = await client.post(URL, json=REQUEST)
+    streamed = await client.post(URL, json=REQUEST | {"stream": True})
 
     assert ["backend_unavailable"] * 2 == [check_shape(each)["code"] for each in (whole, streamed)]
 
@@ -74,7 +74,7 @@ async def test_a_refused_stage_key_is_logged_once(
 
     async def refused(why: str) -> None:
         backend.script = (ServiceError("invalid_api_key", why),)
-        await client.post(URL, json=ASK)
+        await client.post(URL, json=REQUEST)
 
     for why in ("No key.", "No key.", "Wrong key."):
         await refused(why)
@@ -106,8 +106,8 @@ async def test_errors_use_the_clients_field_names(
 ) -> None:
     """If the client used a field's old name, errors from the next stage use it too."""
     backend.script = (ServiceError("invalid_value", f"Bad '{blamed}'.", blamed),)
-    whole = await client.post(URL, json=ASK | fields)
-    streamed = await client.post(URL, json=ASK | fields | {"stream": True})
+    whole = await client.post(URL, json=REQUEST | fields)
+    streamed = await client.post(URL, json=REQUEST | fields | {"stream": True})
 
     for answer in (whole, streamed):
         assert check_shape(answer)["param"] == (shown or blamed)
@@ -117,7 +117,7 @@ async def test_errors_use_the_clients_field_names(
 async def test_error_mid_stream(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
     """A stream that fails ends with an error event, without [DONE]."""
     backend.script = (header(), delta("He"), ServiceError("backend_unavailable", "It is gone."))
-    answer = await client.post(URL, json=ASK | {"stream": True})
+    answer = await client.post(URL, json=REQUEST | {"stream": True})
     last = answer.text.split("\n\n")[-2]
 
     assert answer.status_code == 200
@@ -138,9 +138,9 @@ async def test_unknown_events_are_errors(
     """An event that the facade cannot read is a 500, or an error event in a running stream."""
     unknown = chat_pb2.StreamChatCompletionResponse()
     backend.script = (unknown,)
-    first = await client.post(URL, json=ASK | {"stream": True})
+    first = await client.post(URL, json=REQUEST | {"stream": True})
     backend.script = (header(), delta("He"), unknown)
-    later = await client.post(URL, json=ASK | {"stream": True})
+    later = await client.post(URL, json=REQUEST | {"stream": True})
 
     assert first.status_code == 500
     assert check_shape(first)["code"] == "internal_error"
@@ -153,8 +153,10 @@ async def test_internal_errors_reveal_nothing(
 ) -> None:
     """An unexpected error shows a generic message and the request id, streaming or not."""
     backend.script = (header(), delta("He"), RuntimeError("secret"))
-    whole = await client.post(URL, json=ASK, headers={"x-request-id": "r-1"})
-    streamed = await client.post(URL, json=ASK | {"stream": True}, headers={"x-request-id": "r-2"})
+    whole = await client.post(URL, json=REQUEST, headers={"x-request-id": "r-1"})
+    streamed = await client.post(
+        URL, json=REQUEST | {"stream": True}, headers={"x-request-id": "r-2"}
+    )
 
     assert check_shape(whole)["code"] == "internal_error"
     assert "r-1" in whole.text
@@ -168,7 +170,7 @@ async def test_incomplete_streams_end_with_an_error(
 ) -> None:
     """A stream without header or usage ends with an error, never with [DONE]."""
     backend.script = script
-    answer = await client.post(URL, json=ASK | {"stream": True})
+    answer = await client.post(URL, json=REQUEST | {"stream": True})
 
     assert "internal_error" in answer.text
     assert "[DONE]" not in answer.text
@@ -209,9 +211,9 @@ async def test_a_proxys_status_is_not_revealed(errors_logged: list[tuple[str, st
     await stage.start()
     async with facade(stage.port, {}) as url, httpx.AsyncClient(base_url=url) as client:
         answers = [
-            await client.post(URL, json=ASK, headers={"x-request-id": "whole"}),
+            await client.post(URL, json=REQUEST, headers={"x-request-id": "whole"}),
             await client.post(
-                URL, json=ASK | {"stream": True}, headers={"x-request-id": "streamed"}
+                URL, json=REQUEST | {"stream": True}, headers={"x-request-id": "streamed"}
             ),
             await client.get("/v1/models", headers={"x-request-id": "read"}),
         ]
@@ -237,7 +239,7 @@ async def test_a_target_that_is_another_stage(errors_logged: list[tuple[str, str
     async with facade(port, {}) as url, httpx.AsyncClient(base_url=url) as client:
         answers = [
             await client.post(URL, json=body, headers={"x-request-id": name})
-            for name, body in (("whole", ASK), ("streamed", ASK | {"stream": True}))
+            for name, body in (("whole", REQUEST), ("streamed", REQUEST | {"stream": True}))
         ]
     await server.drain(0, 0)
 
@@ -249,11 +251,11 @@ async def test_a_target_that_is_another_stage(errors_logged: list[tuple[str, str
 async def test_unknown_paths_and_methods(client: httpx.AsyncClient) -> None:
     """Unknown paths are 404 and wrong methods 405 with Allow, both with a JSON error."""
     nowhere = await client.get("/v1/nowhere")
-    slash = await client.post("/v1/chat/completions/", json=ASK)
+    slash = await client.post("/v1/chat/completions/", json=REQUEST)
     wrong = await client.get(URL)
     no_model = await client.get("/v1/models/none")
 
-    without = await client.post("/chat/completions", json=ASK)
+    without = await client.post("/chat/completions", json=REQUEST)
 
     assert check_shape(nowhere)["code"] == "unknown_url"
     assert "The docs are at /docs." in nowhere.text
@@ -340,7 +342,7 @@ async def test_malformed_paths(
 )
 async def test_media_types(client: httpx.AsyncClient, headers: dict[str, str], status: int) -> None:
     """Only uncompressed JSON in UTF-8 is accepted."""
-    answer = await client.post(URL, content=json.dumps(ASK), headers=headers)
+    answer = await client.post(URL, content=json.dumps(REQUEST), headers=headers)
 
     assert answer.status_code == status
     assert status == 200 or check_shape(answer)["code"] == "unsupported_media_type"
@@ -349,7 +351,7 @@ async def test_media_types(client: httpx.AsyncClient, headers: dict[str, str], s
 async def test_large_bodies(start_facade: StartFacade, backend: ScriptedBackend) -> None:
     """A body over the limit is 413, whether its size was declared or not."""
     client = await start_facade(max_body_bytes=1024)
-    large = json.dumps(ASK | {"user": "x" * 1024}).encode()
+    large = json.dumps(REQUEST | {"user": "x" * 1024}).encode()
 
     async def pieces() -> Any:
         for start in range(0, len(large), 100):
@@ -410,8 +412,8 @@ async def test_a_call_times_out(start_facade: StartFacade, backend: ScriptedBack
     """After the timeout a call ends with 504 and x-should-retry false, or with an error event."""
     client = await start_facade(request_timeout_seconds=0.2)
     backend.script = (header(), delta("He"), None)
-    whole = await client.post(URL, json=ASK)
-    streamed = await client.post(URL, json=ASK | {"stream": True})
+    whole = await client.post(URL, json=REQUEST)
+    streamed = await client.post(URL, json=REQUEST | {"stream": True})
 
     assert check_shape(whole)["code"] == "deadline_exceeded"
     assert whole.headers["x-should-retry"] == "false"
@@ -449,7 +451,7 @@ JSON = st.recursive(
     ),
     max_leaves=8,
 )
-FULL = ASK | {
+FULL = REQUEST | {
     "messages": [
         {"role": "user", "content": [{"type": "text", "text": "a"}], "name": "n"},
         {

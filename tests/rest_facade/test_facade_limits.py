@@ -21,7 +21,7 @@ from trivium.keys.rate_limits import LimitMetrics, RateLimits
 from trivium.wire.errors import ServiceError
 
 URL = "/v1/chat/completions"
-ASK = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
+REQUEST = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
 
 Start = Callable[..., Any]
 
@@ -36,7 +36,7 @@ def write(file: Path, *tables: str) -> None:
     file.write_text("\n".join(tables))
 
 
-def bearing(name: str) -> dict[str, str]:
+def bearer(name: str) -> dict[str, str]:
     return {"authorization": f"Bearer {name}"}
 
 
@@ -58,7 +58,7 @@ def start(start_facade: StartFacade, file: Path) -> Start:
 
 
 async def ask(client: httpx.AsyncClient, key: str, **fields: object) -> httpx.Response:
-    return await client.post(URL, json=ASK | fields, headers=bearing(key))
+    return await client.post(URL, json=REQUEST | fields, headers=bearer(key))
 
 
 async def test_requests_per_minute(start: Start) -> None:
@@ -100,7 +100,7 @@ async def test_a_cancelled_streams_tokens_count(start: Start, backend: ScriptedB
     """The prompt counts, and the answer as far as it was sent."""
     client = await start(table("a", tokens_per_minute=10))
     backend.script = (header(), delta("He", tokens=5), None)
-    request = {"json": ASK | {"stream": True}, "headers": bearing("a")}
+    request = {"json": REQUEST | {"stream": True}, "headers": bearer("a")}
     async with client.stream("POST", URL, **request) as answer:
         async for line in answer.aiter_lines():
             if "He" in line:
@@ -115,7 +115,7 @@ async def test_concurrent_requests(start: Start, backend: ScriptedBackend) -> No
     """Requests beyond the limit are refused until one ends, however it ends."""
     client = await start(table("a", concurrent_requests=1))
     backend.script = (header(), delta("He"), None)
-    request = {"json": ASK | {"stream": True}, "headers": bearing("a")}
+    request = {"json": REQUEST | {"stream": True}, "headers": bearer("a")}
     async with client.stream("POST", URL, **request) as answer:
         second = await ask(client, "a")
         assert 200 == answer.status_code
@@ -145,19 +145,19 @@ async def test_models(start: Start) -> None:
     own, all_models = [
         [
             model["id"]
-            for model in (await client.get("/v1/models", headers=bearing(key))).json()["data"]
+            for model in (await client.get("/v1/models", headers=bearer(key))).json()["data"]
         ]
         for key in ("a", "b")
     ]
     refused = [
         await ask(client, "a", model="org/other"),
         await ask(client, "a", model="org/other", stream=True),
-        await client.get("/v1/models/org/other", headers=bearing("a")),
+        await client.get("/v1/models/org/other", headers=bearer("a")),
         await client.post(
-            "/tokenize", json={"model": "org/other", "prompt": "x"}, headers=bearing("a")
+            "/tokenize", json={"model": "org/other", "prompt": "x"}, headers=bearer("a")
         ),
         await client.post(
-            "/v1/completions", json={"model": "org/other", "prompt": "x"}, headers=bearing("a")
+            "/v1/completions", json={"model": "org/other", "prompt": "x"}, headers=bearer("a")
         ),
     ]
 
@@ -166,7 +166,7 @@ async def test_models(start: Start) -> None:
         (answer.status_code, answer.json()["error"]["code"]) for answer in refused
     }
     assert 200 == (await ask(client, "a")).status_code
-    assert 200 == (await client.get("/v1/models/org/other", headers=bearing("b"))).status_code
+    assert 200 == (await client.get("/v1/models/org/other", headers=bearer("b"))).status_code
 
 
 async def test_an_expired_key(start: Start) -> None:
@@ -192,7 +192,7 @@ async def test_the_official_client_raises_rate_limit_error(start: Start) -> None
     with openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="a", max_retries=0) as official:
 
         def complete() -> None:
-            official.chat.completions.create(**ASK)
+            official.chat.completions.create(**REQUEST)
 
         await asyncio.to_thread(complete)
         with pytest.raises(openai.RateLimitError, match="Rate limit reached for requests"):

@@ -16,7 +16,7 @@ from tests.ports import free_port
 from tests.rest_facade.scripted_backend import MODEL, ScriptedBackend, delta, header, usage
 
 ROOT = Path(__file__).parents[2]
-ASK = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "stream": True}
+REQUEST = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "stream": True}
 URL = "/v1/chat/completions"
 
 
@@ -73,13 +73,13 @@ async def test_drain(backend: ScriptedBackend, number: signal.Signals) -> None:
     finish = asyncio.Event()
     backend.script = (header(), delta("He"), finish, delta("llo", finish="STOP"), usage())
     async with running(backend, drain_notice_seconds=0) as (process, client):
-        async with client.stream("POST", URL, json=ASK) as answer:
+        async with client.stream("POST", URL, json=REQUEST) as answer:
             parts = answer.aiter_text()
             text = await anext(parts)
             process.send_signal(number)
             while (health := await client.get("/health")).status_code == 200:
                 pass
-            newcomer = await client.post(URL, json=ASK)
+            newcomer = await client.post(URL, json=REQUEST)
             live = await client.get("/health/live")
             finish.set()
             text += "".join([part async for part in parts])
@@ -98,9 +98,9 @@ async def test_requests_that_exceed_the_drain_time(backend: ScriptedBackend) -> 
     backend.script = (header(), delta("He"), None)
     settings = {"drain_notice_seconds": 0, "drain_seconds": 0.2}
     async with running(backend, **settings) as (process, client):
-        whole = asyncio.create_task(client.post(URL, json=ASK | {"stream": False}))
+        whole = asyncio.create_task(client.post(URL, json=REQUEST | {"stream": False}))
         await backend.started.wait()
-        async with client.stream("POST", URL, json=ASK) as answer:
+        async with client.stream("POST", URL, json=REQUEST) as answer:
             parts = answer.aiter_text()
             text = await anext(parts)
             process.send_signal(signal.SIGTERM)
@@ -142,7 +142,7 @@ async def test_a_new_connection_during_the_drain_gets_503(backend: ScriptedBacke
     backend.script = (header(), delta("He"), None)
     async with (
         running(backend, drain_notice_seconds=0.2, drain_seconds=600) as (process, client),
-        client.stream("POST", URL, json=ASK) as answer,
+        client.stream("POST", URL, json=REQUEST) as answer,
     ):
         parts = answer.aiter_text()
         await anext(parts)
@@ -166,7 +166,7 @@ async def test_a_second_signal_exits_at_once(backend: ScriptedBackend) -> None:
     backend.script = (header(), delta("He"), None)
     settings = {"drain_notice_seconds": 600, "drain_seconds": 600}
     async with running(backend, **settings) as (process, client):
-        async with client.stream("POST", URL, json=ASK) as answer:
+        async with client.stream("POST", URL, json=REQUEST) as answer:
             parts = answer.aiter_text()
             text = await anext(parts)
             process.send_signal(signal.SIGTERM)

@@ -20,7 +20,7 @@ from trivium.keys.key_file import ApiKey
 from trivium.keys.shared_accounts import SharedAccounts
 
 URL = "/v1/chat/completions"
-ASK = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
+REQUEST = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
 KEY = {"authorization": "Bearer a"}
 
 Facades = Callable[..., Any]
@@ -92,7 +92,7 @@ async def statuses(clients: list[httpx.AsyncClient], count: int) -> list[int]:
     answers = []
     for number in range(count):
         client = clients[number % len(clients)]
-        answers.append((await client.post(URL, json=ASK, headers=KEY)).status_code)
+        answers.append((await client.post(URL, json=REQUEST, headers=KEY)).status_code)
         await asyncio.sleep(0.05)  # usage is counted shortly after the last byte
     return answers
 
@@ -113,7 +113,7 @@ async def test_headers_have_what_remains_across_facades(facades: Facades) -> Non
     clients = await facades(requests_per_minute=3, tokens_per_minute=100)
     answers = []
     for client in clients:
-        answers.append(await client.post(URL, json=ASK, headers=KEY))
+        answers.append(await client.post(URL, json=REQUEST, headers=KEY))
         await asyncio.sleep(0.05)
 
     assert ["2", "1"] == [a.headers["x-ratelimit-remaining-requests"] for a in answers]
@@ -127,13 +127,13 @@ async def test_concurrent_requests_of_two_facades(
     first, second = await facades(concurrent_requests=1)
     script = backend.script
     backend.script = (header(), delta("He"), None)
-    async with first.stream("POST", URL, json=ASK | {"stream": True}, headers=KEY):
-        refused = await second.post(URL, json=ASK, headers=KEY)
+    async with first.stream("POST", URL, json=REQUEST | {"stream": True}, headers=KEY):
+        refused = await second.post(URL, json=REQUEST, headers=KEY)
     backend.script = script
 
     assert 429 == refused.status_code
     async with asyncio.timeout(30):
-        while (await second.post(URL, json=ASK, headers=KEY)).status_code != 200:
+        while (await second.post(URL, json=REQUEST, headers=KEY)).status_code != 200:
             pass
 
 
@@ -141,7 +141,7 @@ async def test_concurrent_requests_are_counted_exactly(facades: Facades) -> None
     """However they race, exactly as many succeed as the limit allows."""
     clients = await facades(requests_per_minute=20)
     answers = await asyncio.gather(
-        *(clients[number % 2].post(URL, json=ASK, headers=KEY) for number in range(60))
+        *(clients[number % 2].post(URL, json=REQUEST, headers=KEY) for number in range(60))
     )
 
     assert 20 == sum(answer.status_code == 200 for answer in answers)

@@ -25,7 +25,7 @@ from tests.rest_facade.test_facade_process import ROOT
 
 CA = trustme.CA()
 OTHER_CA = trustme.CA()
-ASK = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "stream": True}
+REQUEST = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "stream": True}
 URL = "/v1/chat/completions"
 
 
@@ -219,7 +219,7 @@ async def test_a_certificate_is_replaced_during_a_stream(
         facade.client(after) as newcomer,
         facade.client(before) as late,
     ):
-        async with client.stream("POST", URL, json=ASK) as answer:
+        async with client.stream("POST", URL, json=REQUEST) as answer:
             parts = answer.aiter_text()
             text = await anext(parts)
             known = await asyncio.to_thread(facade.shown, before)

@@ -11,7 +11,7 @@ from tests.rest_facade.scripted_backend import MODEL, ScriptedBackend
 from trivium.wire import tracing
 from trivium.wire.errors import ServiceError
 
-ASK = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
+REQUEST = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
 URL = "/v1/chat/completions"
 TRACES = (f"{number:032x}" for number in itertools.count(1))
 
@@ -30,7 +30,7 @@ async def traced(client: httpx.AsyncClient, exported: Collector, **fields: objec
     """The span of a chat request with these fields."""
     trace = next(TRACES)
     headers = {"traceparent": f"00-{trace}-{'b' * 16}-01"}
-    await client.post(URL, json=ASK | fields, headers=headers)
+    await client.post(URL, json=REQUEST | fields, headers=headers)
     while True:
         for span in exported.of_trace(trace):
             if span.name == f"POST {URL}":

@@ -14,7 +14,7 @@ from tests.rest_facade.scripted_backend import MODEL, ScriptedBackend, delta, he
 from trivium.wire.errors import ServiceError
 
 URL = "/v1/chat/completions"
-ASK = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
+REQUEST = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
 KEY = {"authorization": "Bearer one"}
 
 
@@ -38,7 +38,7 @@ async def test_a_refused_request_has_an_empty_record(
     client: httpx.AsyncClient, backend: ScriptedBackend, tmp_path: Path, stream: bool
 ) -> None:
     """The record has no tokens, no device time, and the client's HTTP status."""
-    ask = ASK | {"stream": stream}
+    ask = REQUEST | {"stream": stream}
     backend.script = [ServiceError("queue_full", "Full.")]
     await client.post(URL, json=ask, headers=KEY | {"x-request-id": "req_full"})
     await client.post(URL, json=ask | {"top_p": 7}, headers=KEY)
@@ -68,10 +68,10 @@ async def test_answered_requests_are_recorded_by_the_generator(
     client: httpx.AsyncClient, backend: ScriptedBackend, tmp_path: Path
 ) -> None:
     """Complete, streamed or interrupted, the generator records it, and is given the key's name."""
-    await client.post(URL, json=ASK, headers=KEY)
-    await client.post(URL, json=ASK | {"stream": True}, headers=KEY)
+    await client.post(URL, json=REQUEST, headers=KEY)
+    await client.post(URL, json=REQUEST | {"stream": True}, headers=KEY)
     backend.script = [header(), delta("Hello"), ServiceError("internal_error", "Oh.")]
-    await client.post(URL, json=ASK | {"stream": True}, headers=KEY)
+    await client.post(URL, json=REQUEST | {"stream": True}, headers=KEY)
 
     assert [] == records(tmp_path)
     assert ["alice"] * 3 == [metadata["x-trivium-key-name"] for metadata in backend.metadata]
@@ -82,7 +82,7 @@ async def test_a_client_that_disconnects_before_its_answer_has_a_record(
 ) -> None:
     """The status is 499: the facade cannot know whether a generator had started."""
     backend.script = [None]
-    asking = asyncio.create_task(client.post(URL, json=ASK, headers=KEY))
+    asking = asyncio.create_task(client.post(URL, json=REQUEST, headers=KEY))
     await backend.started.wait()
     asking.cancel()
     await backend.cancelled.wait()
@@ -110,7 +110,7 @@ async def test_a_stream_that_fails_after_its_headers_has_a_record(
     client = await start_facade(keep_alive_seconds=0.02, usage_log=str(tmp_path))
     go_on = asyncio.Event()
     backend.script = [go_on, ServiceError("queue_full", "Full.")]
-    async with client.stream("POST", URL, json=ASK | {"stream": True}) as answer:
+    async with client.stream("POST", URL, json=REQUEST | {"stream": True}) as answer:
         lines = answer.aiter_lines()
         await anext(lines)
         if not leaves:
@@ -140,6 +140,6 @@ async def test_clients_cannot_choose_the_key_name(
 ) -> None:
     """Without keys, calls have no key name."""
     client: httpx.AsyncClient = await start_facade()
-    await client.post(URL, json=ASK, headers={"x-trivium-key-name": "mallory"})
+    await client.post(URL, json=REQUEST, headers={"x-trivium-key-name": "mallory"})
 
     assert "x-trivium-key-name" not in backend.metadata[0]

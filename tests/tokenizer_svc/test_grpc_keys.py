@@ -38,7 +38,7 @@ def table(name: str, /, **fields: object) -> str:
     return "\n".join([*lines, *(f"{field} = {value}" for field, value in fields.items())]) + "\n"
 
 
-def bearing(key: str, **more: str) -> tuple[tuple[str, str], ...]:
+def bearer(key: str, **more: str) -> tuple[tuple[str, str], ...]:
     return (
         ("authorization", f"Bearer {key}"),
         *((k.replace("_", "-"), v) for k, v in more.items()),
@@ -89,8 +89,8 @@ async def test_calls_need_a_valid_key(start: Start) -> None:
         answers(stage)
         health = health_pb2_grpc.HealthStub(stage.channel)
         checked = await health.Check(health_pb2.HealthCheckRequest())
-        await ask(stage, *bearing("good"))
-        for metadata in ((), bearing("bad"), bearing("old")):
+        await ask(stage, *bearer("good"))
+        for metadata in ((), bearer("bad"), bearer("old")):
             stream = stage.chat.StreamChatCompletion(stage.request(), metadata=metadata)
             listed = stage.models.ListModels(model_pb2.ListModelsRequest(), metadata=metadata)
             errors = [
@@ -110,9 +110,9 @@ async def test_calls_count_for_their_key(start: Start) -> None:
     async with start(table("good"), table("facade", stage="true")) as stage:
         answers(stage)
         for name in ({}, {"x_trivium_key_name": "good"}):
-            await ask(stage, *bearing("good", **name))
-        await ask(stage, *bearing("facade", x_trivium_key_name="alice"))
-        error = await refusal(ask(stage, *bearing("good", x_trivium_key_name="somebody")))
+            await ask(stage, *bearer("good", **name))
+        await ask(stage, *bearer("facade", x_trivium_key_name="alice"))
+        error = await refusal(ask(stage, *bearer("good", x_trivium_key_name="somebody")))
 
     names = [call.metadata["x-trivium-key-name"] for call in stage.generator.calls]
     assert ["good", "good", "alice"] == names
@@ -130,15 +130,15 @@ async def test_a_key_gives_access_to_its_models_only(start: Start) -> None:
         listed = [
             [model.id for model in found.models]
             for key in "ab"
-            for found in [await stage.models.ListModels(request, metadata=bearing(key))]
+            for found in [await stage.models.ListModels(request, metadata=bearer(key))]
         ]
-        await ask(stage, *bearing("a"))
+        await ask(stage, *bearer("a"))
         tokenize = tokenizer_pb2.TokenizeRequest(model="tiny", text="a")
         errors = [
-            await refusal(ask(stage, *bearing("b"))),
-            await refusal(stage.tokenizer.Tokenize(tokenize, metadata=bearing("b"))),
+            await refusal(ask(stage, *bearer("b"))),
+            await refusal(stage.tokenizer.Tokenize(tokenize, metadata=bearer("b"))),
             await refusal(
-                stage.models.GetModel(model_pb2.GetModelRequest(id="tiny"), metadata=bearing("b"))
+                stage.models.GetModel(model_pb2.GetModelRequest(id="tiny"), metadata=bearer("b"))
             ),
         ]
 
@@ -152,13 +152,13 @@ async def test_requests_over_the_limit_are_refused(start: Start) -> None:
     """The refusal says when to retry; initial metadata counts down like HTTP's headers."""
     async with start(table("a", requests_per_minute=1), table("b")) as stage:
         answers(stage)
-        call = stage.chat.CreateChatCompletion(stage.request(), metadata=bearing("a"))
+        call = stage.chat.CreateChatCompletion(stage.request(), metadata=bearer("a"))
         await call
         told = dict(await call.initial_metadata())
-        late = stage.chat.StreamChatCompletion(stage.request(), metadata=bearing("a"))
+        late = stage.chat.StreamChatCompletion(stage.request(), metadata=bearer("a"))
         error = await refusal(late.read())
         told_late = dict(await late.initial_metadata())
-        await ask(stage, *bearing("b"))
+        await ask(stage, *bearer("b"))
 
     assert ("rate_limit_exceeded", True) == (error.code, 50 < (error.retry_after or 0) <= 60)
     assert ("1", "0") == (
@@ -172,10 +172,10 @@ async def test_tokens_count_when_a_call_has_ended(start: Start) -> None:
     """Prompt and completion tokens count; calls that are not completions cost nothing."""
     async with start(table("a", tokens_per_minute=30)) as stage:
         answers(stage)
-        usage = (await ask(stage, *bearing("a"))).usage
+        usage = (await ask(stage, *bearer("a"))).usage
         tokenize = tokenizer_pb2.TokenizeRequest(model="tiny", text="a" * 1000)
-        await stage.tokenizer.Tokenize(tokenize, metadata=bearing("a"))
-        error = await refusal(ask(stage, *bearing("a")))
+        await stage.tokenizer.Tokenize(tokenize, metadata=bearer("a"))
+        error = await refusal(ask(stage, *bearer("a")))
 
     assert 30 <= usage.prompt_tokens + usage.completion_tokens
     assert ("rate_limit_exceeded", True) == (error.code, "tokens" in error.message)
@@ -184,7 +184,7 @@ async def test_tokens_count_when_a_call_has_ended(start: Start) -> None:
 async def test_every_answer_has_its_request_id(start: Start) -> None:
     """Answers, streams and errors, even refusals for a wrong key, have the caller's id or a new one
     in their trailing metadata."""
-    own = (*bearing("a"), ("x-request-id", "mine"))
+    own = (*bearer("a"), ("x-request-id", "mine"))
     async with start(table("a")) as stage:
         answers(stage)
         known, unknown = stage.request(), stage.request(model="unknown")
@@ -211,10 +211,10 @@ async def test_refusals_are_counted(start: Start) -> None:
     async with start(table("a", requests_per_minute=1)) as stage:
         answers(stage)
         before = counted(stage)
-        await ask(stage, *bearing("a"))
+        await ask(stage, *bearer("a"))
         for _ in range(2):
-            await refusal(ask(stage, *bearing("a")))
-        wrong = stage.chat.StreamChatCompletion(stage.request(), metadata=bearing("b"))
+            await refusal(ask(stage, *bearer("a")))
+        wrong = stage.chat.StreamChatCompletion(stage.request(), metadata=bearer("b"))
         await refusal(wrong.read())
         await refusal(stage.models.ListModels(model_pb2.ListModelsRequest()))
         after = counted(stage)
@@ -236,8 +236,8 @@ async def test_a_message_that_cannot_be_decoded(
         streamed = stage.channel.unary_stream(f"{service}/StreamChatCompletion")
         strangers = [await refusal(whole(message)), await refusal(streamed(message).read())]
         errors = [
-            await refusal(whole(message, metadata=bearing("a"))),
-            await refusal(streamed(message, metadata=bearing("a")).read()),
+            await refusal(whole(message, metadata=bearer("a"))),
+            await refusal(streamed(message, metadata=bearer("a")).read()),
         ]
         after = counted(stage)
 
@@ -262,7 +262,7 @@ async def test_stage_keys_have_no_limits(start: Start, file: Path) -> None:
     async with start(table("facade", stage="true")) as stage:
         answers(stage)
         for _ in range(3):
-            await ask(stage, *bearing("facade"))
+            await ask(stage, *bearer("facade"))
 
     write(file, table("facade", stage="true", requests_per_minute=3))
     with pytest.raises(KeyFileError, match=r"keys\.facade: .*requests_per_minute"):
@@ -276,10 +276,10 @@ async def test_a_revoked_key_is_refused(
     monkeypatch.setattr(watched_file, "CHECK_SECONDS", 0)
     async with start(table("a")) as stage:
         answers(stage)
-        await ask(stage, *bearing("a"))
+        await ask(stage, *bearer("a"))
         write(file, table("b"))
-        error = await refusal(ask(stage, *bearing("a")))
-        await ask(stage, *bearing("b"))
+        error = await refusal(ask(stage, *bearer("a")))
+        await ask(stage, *bearer("b"))
 
     assert "invalid_api_key" == error.code
 
