@@ -8,7 +8,7 @@ import torch
 from bench.kernels import Kernel, recorded, table, why_not
 
 
-def test_what_ran_is_recorded_once() -> None:
+def test_each_operator_is_recorded_once() -> None:
     """The real profiler records each operator once; on the CPU it works in the same way."""
     left, right = torch.ones(64, 64), torch.ones(64, 64)
     found = recorded(lambda: torch.mm(left, right).relu(), "CPU")
@@ -19,7 +19,7 @@ def test_what_ran_is_recorded_once() -> None:
     assert all(kernel.began <= kernel.ended for kernel in found)
 
 
-def test_the_table_tells_kernels_from_gaps() -> None:
+def test_table_separates_kernels_and_gaps() -> None:
     """Two gaps, of 10 and 30 us; kernels that overlap leave none."""
     kernels = [
         Kernel("gemm", 100, 150),
@@ -36,7 +36,7 @@ def test_the_table_tells_kernels_from_gaps() -> None:
     assert all(len(row) <= 90 for row in rows)
 
 
-def test_what_is_left_out_counts() -> None:
+def test_omitted_kernels_are_summed_in_one_line() -> None:
     """If there are many kernel names, the last ones are summed in one line."""
     kernels = [Kernel(f"kernel {number}", 10 * number, 10 * number + 5) for number in range(20)]
     last = table(kernels).splitlines()[-1]
@@ -44,7 +44,7 @@ def test_what_is_left_out_counts() -> None:
     assert ["25.0", "12.8%", "5", "all", "others"] == last.split()
 
 
-def test_without_a_device_nothing_is_measured() -> None:
+def test_profiling_without_a_device_fails() -> None:
     """Without a CUDA device, --profile fails at once with the reason."""
     command = [sys.executable, "-m", "bench.gpu", "--small", "--device=cpu", "--profile"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -32,7 +32,7 @@ def checkpoint(published, tmp_path_factory):
     return write_random_checkpoint(tmp_path_factory.mktemp("sizes") / "checkpoint", published)
 
 
-def test_a_checkpoint_is_as_large_as_is_told(checkpoint, published):
+def test_computed_checkpoint_size_is_right(checkpoint, published):
     """The computed size is right, except for the headers of the shards."""
     size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
 
@@ -42,7 +42,7 @@ def test_a_checkpoint_is_as_large_as_is_told(checkpoint, published):
 @pytest.mark.parametrize(
     ("device", "precision"), [(d, p) for d, precisions in DEVICES.items() for p in precisions]
 )
-def test_a_folder_is_as_large_as_is_told(checkpoint, published, device, precision, tmp_path):
+def test_computed_model_folder_size_is_right(checkpoint, published, device, precision, tmp_path):
     """The computed size is right, except for tensors in the graph itself and alignment."""
     folder = export_model(str(checkpoint), tmp_path / "m", ExportOptions(precision, device))
     graph = onnx.load(folder / "model.onnx", load_external_data=False).graph

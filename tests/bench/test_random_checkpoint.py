@@ -84,14 +84,14 @@ def _expected(config):
     return shapes
 
 
-def test_names_and_shapes_are_the_models(folder, tensors):
+def test_names_and_shapes_match_transformers(folder, tensors):
     """The folder has the parameters of the transformers model for its config.json."""
     config = transformers.AutoConfig.from_pretrained(folder)
 
     assert _expected(config) == {name: tuple(t.shape) for name, (t, _) in tensors.items()}
 
 
-def test_at_full_size_too(name, tmp_path):
+def test_names_and_shapes_match_at_full_size(name, tmp_path):
     """The same holds for the published configuration, without writing its weights here."""
     config = PUBLISHED[name].config
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -109,7 +109,7 @@ def test_the_index_finds_every_tensor(folder, tensors):
     assert len(set(index["weight_map"].values())) > 1
 
 
-def test_what_is_stored_has_the_published_types(tensors):
+def test_tensors_have_the_published_dtypes(tensors):
     """Experts are stored as bytes, everything else in bfloat16."""
     for name, (tensor, _) in tensors.items():
         packed = name.endswith(("_blocks", "_scales"))
@@ -117,7 +117,7 @@ def test_what_is_stored_has_the_published_types(tensors):
         assert tensor.dtype == (torch.uint8 if packed else torch.bfloat16), name
 
 
-def test_numbers_are_of_their_size(tensors):
+def test_weights_have_realistic_magnitudes(tensors):
     """Norms are around one, all else around zero; matrices have full rank and no equal rows."""
     for name, (tensor, _) in tensors.items():
         if tensor.dtype == torch.uint8:
@@ -134,7 +134,7 @@ def test_numbers_are_of_their_size(tensors):
             assert abs(numbers.mean() - mean) < 0.1, name
 
 
-def test_experts_are_of_their_size(name, folder):
+def test_experts_are_scaled_to_their_number_of_inputs(name, folder):
     """Unpacked, experts' values are scaled to their number of inputs."""
     experts = [t for t in checkpoint_tensors(small(name).config) if t.kind == "scales"]
     assert bool(experts) == name.startswith("gpt-oss")
@@ -148,7 +148,7 @@ def test_experts_are_of_their_size(name, folder):
         assert len(np.unique(stored[scales.name])) == 3
 
 
-def test_the_model_computes(folder, name):
+def test_logits_depend_on_the_prompt(folder, name):
     """Logits are near one and depend on the prompt."""
     quantization = {}
     if name.startswith("gpt-oss"):
@@ -165,7 +165,7 @@ def test_the_model_computes(folder, name):
     assert hidden.hidden_states[-2].float().abs().max() < 50
 
 
-def test_the_seed_decides(tmp_path):
+def test_seed_determines_the_weights(tmp_path):
     published = small("qwen-2.5-7b")
     folders = [
         write_random_checkpoint(tmp_path / str(index), published, seed)
@@ -186,7 +186,7 @@ def test_added_tokens_have_their_published_ids(name):
     assert text == tokenizer.decode(tokenizer.encode(text).ids)
 
 
-def test_layers_are_cut_everywhere(name):
+def test_per_layer_settings_are_cut_too(name):
     """Per-layer fields of config.json are cut to the number of layers."""
     config = PUBLISHED[name].with_config(num_hidden_layers=2).config
 
@@ -194,7 +194,7 @@ def test_layers_are_cut_everywhere(name):
     assert config.get("max_window_layers", 2) == 2
 
 
-def test_a_folder_appears_whole(tmp_path, monkeypatch):
+def test_folder_is_created_atomically(tmp_path, monkeypatch):
     """A failed attempt leaves nothing behind and can be repeated."""
     published = small("qwen-2.5-7b")
     with monkeypatch.context() as patch:
@@ -207,7 +207,7 @@ def test_a_folder_appears_whole(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("layers", ["0", "29"])
-def test_a_number_of_layers_that_is_not_there_is_refused(layers, tmp_path, monkeypatch, capsys):
+def test_invalid_number_of_layers_is_refused(layers, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["", "qwen-2.5-7b", str(tmp_path / "m"), "--layers", layers])
     with pytest.raises(SystemExit):
         main()
@@ -215,7 +215,7 @@ def test_a_number_of_layers_that_is_not_there_is_refused(layers, tmp_path, monke
     assert "--layers: qwen-2.5-7b has 28; choose from 1 to 28" in capsys.readouterr().err
 
 
-def test_the_command_writes_what_is_not_there_yet(tmp_path, monkeypatch, capsys):
+def test_command_keeps_an_existing_folder(tmp_path, monkeypatch, capsys):
     """With the requested number of layers; an existing folder is left as it is."""
     monkeypatch.setitem(PUBLISHED, "qwen-2.5-7b", small("qwen-2.5-7b"))
     folder = tmp_path / "qwen-2.5-7b"

@@ -39,7 +39,7 @@ def _prefill(runner, slot, token_ids):
     return runner.run(plan).chunks[0].logits[0]
 
 
-def test_rows_in_a_batch_give_what_their_prompts_give(runner, model):
+def test_batched_decode_gives_each_prompts_logits(runner, model):
     """Decoding a batch gives each prompt's logits: finite, near one, dependent on the cache."""
     for slot, prompt in enumerate(PROMPTS):
         _prefill(runner, slot, prompt)
@@ -55,7 +55,7 @@ def test_rows_in_a_batch_give_what_their_prompts_give(runner, model):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
-def test_the_graph_is_the_exporters(precision, tmp_path):
+def test_graph_has_the_operators_of_an_export(precision, tmp_path):
     """The same operators, equally often, as in the export of a checkpoint of this shape."""
     exported = tiny_model_directory("llama-untied", precision)
     shape = Shape(
@@ -74,7 +74,7 @@ def test_the_graph_is_the_exporters(precision, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_products_for_cuda_are_the_exporters(precision, tmp_path):
+def test_cuda_matmuls_equal_those_of_an_export(precision, tmp_path):
     """Attributes, inputs and the manifest's block size are the same, so the same kernels run."""
     options = ExportOptions(precision, "cuda")
     exported = export_model(str(tiny_checkpoint("llama-untied")), tmp_path / "exported", options)
@@ -82,12 +82,12 @@ def test_products_for_cuda_are_the_exporters(precision, tmp_path):
     shape = Shape(64, 3, 4, 2, 16, 160, vocabulary, 512)  # the checkpoint's
     made = make_random_llama(tmp_path / "made", shape, precision, "cuda")
 
-    assert _products(exported) == _products(made)
+    assert _matmuls(exported) == _matmuls(made)
     blocks = {load_model_directory(f).manifest["symmetric_block_size"] for f in (exported, made)}
     assert {32} == blocks
 
 
-def _products(folder):
+def _matmuls(folder):
     graph = _graph(folder)
     types = {tensor.name: tensor.data_type for tensor in graph.initializer}
     return {
@@ -126,7 +126,7 @@ def test_the_tokenizer_has_a_token_for_each_byte(model):
     assert max(ids) < model.vocab_size
 
 
-def test_a_folder_appears_whole(tmp_path, monkeypatch):
+def test_folder_is_created_atomically(tmp_path, monkeypatch):
     """A failed attempt leaves no folder of that name and can be repeated."""
     shape = dataclasses.replace(SHAPES["tiny"], layers=1)
     with monkeypatch.context() as patch:

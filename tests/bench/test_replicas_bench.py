@@ -7,7 +7,7 @@ import pytest
 from bench.replicas import Split, Work, draw, lanes
 
 
-def test_an_oracle_shares_equally() -> None:
+def test_oracle_balances_the_load() -> None:
     """All shares take equally long, and each request is in exactly one."""
     works = list(draw(1000))
     shares = lanes(works, 3)

@@ -30,14 +30,14 @@ def test_percentiles_are_interpolated_and_in_milliseconds() -> None:
     assert {} == percentiles("gap", [])
 
 
-def test_a_ratio_wants_both_numbers() -> None:
+def test_ratio_needs_both_numbers() -> None:
     """There is no ratio to a number that was not measured or is zero."""
     assert {"half": 0.5} == ratio("half", {"a": 1.0, "b": 2.0}, "a", "b")
     assert {} == ratio("half", {"a": 1.0}, "a", "b")
     assert {} == ratio("half", {"a": 1.0, "b": 0.0}, "a", "b")
 
 
-def test_speed_is_of_whole_answers_over_all_of_the_time() -> None:
+def test_failed_requests_lower_the_throughput() -> None:
     """A failed request adds its time and no tokens."""
     failed = Answer(0.0, 4.0, (), fault="gone")
     found = streaming([_answer(1.0, 1.5, 2.0), failed])
@@ -47,7 +47,7 @@ def test_speed_is_of_whole_answers_over_all_of_the_time() -> None:
     assert 500 == found["gap_p99_ms"]
 
 
-def test_gaps_are_told_apart_by_the_late_request() -> None:
+def test_quiet_gaps_exclude_the_late_request() -> None:
     """A gap in which the late request arrived, or another stream began, is not a quiet one."""
     stream, other = _answer(0.1, 1.0, 1.1, 1.2, 2.2, 2.4, 2.5, 2.6), _answer(1.0, 3.0)
     found = stalls([stream, other], _answer(2.3, sent_at=1.3))
@@ -78,7 +78,7 @@ def test_answers_come_in_the_order_of_the_script() -> None:
     assert [first, first, second, late] == Script(((first, first), (second,)), late).requests
 
 
-def test_ratios_are_taken_round_by_round() -> None:
+def test_ratios_are_computed_per_round() -> None:
     """A machine that is half as fast in one round changes no ratio."""
     results = _results(*_rows("bare", [100, 50, 80]), *_rows("services", [90, 45, 80]))
     services, bare = results.kinds("load")[::-1]
@@ -88,14 +88,14 @@ def test_ratios_are_taken_round_by_round() -> None:
     assert results.ratio_to(bare, "bare") is None
 
 
-def test_a_round_without_the_other_gives_no_ratio() -> None:
+def test_unpaired_round_gives_no_ratio() -> None:
     """Rounds are paired by number, not by position."""
     results = _results(*_rows("bare", [100])[:1], *_rows("services", [50, 70]))
 
     assert Spread(0.5, 0.5, 0.5) == results.ratio_to(results.kinds("load")[1], "bare")
 
 
-def test_a_spread_shows_its_ends_when_they_differ() -> None:
+def test_spread_shows_the_range_if_values_differ() -> None:
     """Each number has about three digits."""
     assert "1.50" == str(Spread(1.5, 1.5, 1.5))
     assert "12.3 (9.87 to 123)" == str(Spread(12.34, 9.87, 123.4))
@@ -109,7 +109,7 @@ def test_tables_are_markdown() -> None:
     assert "Speed\n\nwho   tokens/s\nbare  10" == table.text()
 
 
-def test_a_page_says_what_it_is_of() -> None:
+def test_page_names_commit_and_machine() -> None:
     """Commit and machine come first; columns without a number are left out."""
     results = _results(*_rows("bare", [100]), *_rows("services", [90]))
     shown = page(results, {"commit": "abc", "cores": 2})
@@ -120,7 +120,7 @@ def test_a_page_says_what_it_is_of() -> None:
     assert "| 8 clients | bare | 100 | - | 0.90 |" in shown
 
 
-def test_failures_and_noise_are_told() -> None:
+def test_failures_and_noise_are_reported() -> None:
     """Failures are summed over the rounds; load from other processes is noted."""
     numbers = {"faults": 2.0, "others_percent": 30.0}
     row = Row("load", "8 clients", 0, "services", numbers, ("HTTP 503",))

@@ -40,7 +40,7 @@ def workload(rate: float, **changes: object) -> Workload:
     return dataclasses.replace(mixed, **changes)
 
 
-def test_one_slot_waits_as_long_as_an_md1_queue() -> None:
+def test_one_slot_is_an_md1_queue() -> None:
     """One token per request, so that each is one step of the same length (Pollaczek 1930)."""
     requests = workload(20.0, prompt=Lengths(20), output=Lengths(1)).draw(6000, seed=1)
     service = COSTS.chunk_seconds(20, 0)
@@ -55,7 +55,7 @@ def test_one_slot_waits_as_long_as_an_md1_queue() -> None:
     assert service * busy / (2 * (1 - busy)) == pytest.approx(statistics.fmean(waits), rel=0.1)
 
 
-def test_costs_of_a_cuda_device_are_planned_with_as_the_service_would_there() -> None:
+def test_cuda_costs_use_the_services_cuda_batching() -> None:
     """On CUDA, prompts that wait together share a run even if they have a common prefix, and it
     costs as much as its positions; on the CPU each reuses the prefix and runs on its own."""
     cuda = dataclasses.replace(COSTS, device="cuda")
@@ -71,7 +71,7 @@ def test_costs_of_a_cuda_device_are_planned_with_as_the_service_would_there() ->
     assert alone <= seconds["cpu"] <= alone + moves
 
 
-def test_a_tokenizer_waits_as_long_as_an_md1_queue() -> None:
+def test_tokenizer_is_an_md1_queue() -> None:
     """Jobs of 20 ms each, 30 per second."""
     clock = Clock()
     tokenizer = Tokenizer(clock)
@@ -105,7 +105,7 @@ def test_a_lone_request_takes_the_sum_of_its_parts() -> None:
 
 
 @pytest.mark.parametrize("clients", [1, 3, 50])
-def test_clients_ask_again_when_they_have_their_answers(clients: int) -> None:
+def test_clients_send_their_next_request_after_each_answer(clients: int) -> None:
     """At once, until all requests are sent; each client has at most one in flight."""
     costs = TokenizerCosts(request=0.01, prompt_token=0.0, output_token=0.001, hop=0.005)
     cluster = dataclasses.replace(CLUSTER, tokenizer_costs=costs)
@@ -120,7 +120,7 @@ def test_clients_ask_again_when_they_have_their_answers(clients: int) -> None:
     assert ended[: max(0, 40 - clients)] == began[clients:]
 
 
-def test_clients_who_are_refused_ask_again() -> None:
+def test_refused_clients_retry() -> None:
     """Every request is sent, and either served or refused."""
     requests = [Request(0.0, 300, 1) for _ in range(700)]
     result = simulate_clients(requests, 600, dataclasses.replace(CLUSTER, slots=1))
@@ -157,14 +157,14 @@ def test_a_full_queue_refuses() -> None:
     assert not Targets(1e9, 1e9, 95).are_met(result)
 
 
-def test_affinity_finds_more_in_the_caches_than_turns() -> None:
+def test_affinity_has_more_cache_hits_than_round_robin() -> None:
     """With more conversations than a replica has slots, each keeps those routed back to it."""
     requests = workload(4.0, conversations=8, shared_tokens=64).draw(200, seed=4)
     cluster = dataclasses.replace(CLUSTER, generators=3)
 
-    turns, affine = (simulate(requests, cluster, p) for p in ("round-robin", "prefix-affine"))
+    round_robin, affine = (simulate(requests, cluster, p) for p in ("round-robin", "prefix-affine"))
 
-    assert affine.cached_share > 1.2 * turns.cached_share > 0
+    assert affine.cached_share > 1.2 * round_robin.cached_share > 0
 
 
 def test_a_thousand_requests_are_split_almost_perfectly() -> None:
@@ -180,11 +180,11 @@ def test_a_thousand_requests_are_split_almost_perfectly() -> None:
     )
     cluster = Cluster(costs, generators=3, tokenizers=2, slots=16, slot_length=1024)
 
-    affine, turns = (simulate(requests, cluster, p) for p in ("prefix-affine", "round-robin"))
+    affine, round_robin = (simulate(requests, cluster, p) for p in ("prefix-affine", "round-robin"))
 
     assert 1000 == len(affine.served)
     assert affine.seconds <= 1.1 * statistics.fmean(affine.generator_seconds)
-    assert affine.seconds < 0.95 * turns.seconds
+    assert affine.seconds < 0.95 * round_robin.seconds
 
 
 @pytest.mark.parametrize("policy", ["round-robin", "least-loaded"])
@@ -226,7 +226,7 @@ def test_smallest_finds_every_number() -> None:
             assert (wanted if wanted <= most else None) == found
 
 
-def test_traces_survive_a_file(tmp_path) -> None:
+def test_traces_round_trip_through_a_file(tmp_path) -> None:
     """A trace saved as JSON lines loads unchanged."""
     requests = workload(5.0, conversations=3, shared_tokens=8).draw(20, seed=7)
 
@@ -235,7 +235,7 @@ def test_traces_survive_a_file(tmp_path) -> None:
     assert requests == trace.load(tmp_path / "trace.jsonl")
 
 
-def test_costs_survive_a_file(tmp_path) -> None:
+def test_costs_round_trip_through_a_file(tmp_path) -> None:
     """Costs saved as JSON load unchanged."""
     COSTS.save(tmp_path / "costs.json")
 
@@ -265,7 +265,7 @@ def test_lengths_keep_their_mean_and_spread() -> None:
     assert requests[:50] != load.draw(50, seed=10)
 
 
-def test_costs_lie_on_their_lines() -> None:
+def test_costs_are_interpolated_linearly() -> None:
     """They are linear between the measured points and beyond them."""
     assert 0.020 == pytest.approx(COSTS.decode_seconds(2, 0))
     assert 0.040 == pytest.approx(COSTS.decode_seconds(3, 500))
@@ -275,7 +275,7 @@ def test_costs_lie_on_their_lines() -> None:
     assert 0.0045 == pytest.approx(COSTS.move_seconds(Swap(0, 1, 500)))
 
 
-def test_costs_have_a_mean() -> None:
+def test_costs_are_averaged() -> None:
     """Each time is averaged; the grid stays the same."""
     slow = dataclasses.replace(COSTS, decode=((0.03, 0.05), (0.05, 0.11)), chunk=(0.03, 0.0, 0.0))
 
@@ -286,7 +286,7 @@ def test_costs_have_a_mean() -> None:
     assert COSTS.rows == mean.rows
 
 
-def test_costs_on_one_machine_are_those_that_streams_show() -> None:
+def test_costs_on_one_machine_match_observed_streams() -> None:
     """Exact at the observed context, and higher by the same amount at any other."""
     alone = dataclasses.replace(COSTS, around_step=0.001, around_token=0.0001)
     seen = {streams: 0.05 + 0.01 * streams for streams in STREAMS}
