@@ -44,10 +44,10 @@ def children(tmp_path: Path) -> Children:
 @pytest.fixture
 def tiny_folder(tmp_path: Path) -> Path:
     """A folder that passes for a model as long as it is not run."""
-    return pretended_model(tmp_path / "pretended")
+    return fake_model_folder(tmp_path / "model")
 
 
-def pretended_model(folder: Path, token_bytes: int = 64, context_length: int = 64) -> Path:
+def fake_model_folder(folder: Path, token_bytes: int = 64, context_length: int = 64) -> Path:
     """Makes a folder that passes for a model with `token_bytes` of KV cache per token."""
     decoder = {
         "filename": "model.onnx",

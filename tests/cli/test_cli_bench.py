@@ -19,7 +19,9 @@ def run(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-def test_counts_what_the_server_says_it_made(scripted: ScriptedServer, tmp_path: Path) -> None:
+def test_tokens_are_counted_from_the_servers_usage(
+    scripted: ScriptedServer, tmp_path: Path
+) -> None:
     """Each number of clients sends its requests, and the report sums the usage of the answers."""
     report = tmp_path / "report.json"
     options = ("--clients", "1,3", "--requests", "2", "--output-tokens", "5")
@@ -36,7 +38,7 @@ def test_counts_what_the_server_says_it_made(scripted: ScriptedServer, tmp_path:
     assert three["output_tokens_per_second"] > 0
 
 
-def test_prompts_differ_and_have_the_wanted_length(scripted: ScriptedServer) -> None:
+def test_prompts_differ_and_have_the_requested_length(scripted: ScriptedServer) -> None:
     """No prompt is repeated, each has about the requested length, and no answer ends early."""
     status, _ = run("--url", scripted.url, "--clients", "4", "--prompt-tokens", "100")
 
@@ -49,7 +51,7 @@ def test_prompts_differ_and_have_the_wanted_length(scripted: ScriptedServer) -> 
     assert all(body["stream_options"] == {"include_usage": True} for body in streamed)
 
 
-def test_a_refusal_is_told_and_fails(scripted: ScriptedServer) -> None:
+def test_refusal_shows_the_servers_message(scripted: ScriptedServer) -> None:
     """If the server refuses, its message is shown and the exit status is not 0."""
     scripted.refusal = (404, "no model called scripted")
     status, output = run("--url", scripted.url)
@@ -70,7 +72,7 @@ def test_a_broken_stream_is_a_failure(scripted: ScriptedServer, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("clients", ["", "0", "one", "1,,2"])
-def test_refuses_client_numbers_that_are_none(clients: str) -> None:
+def test_invalid_client_numbers_are_refused(clients: str) -> None:
     """Invalid numbers of clients are refused before anything is sent."""
     status, output = run("--clients", clients)
 
@@ -78,7 +80,7 @@ def test_refuses_client_numbers_that_are_none(clients: str) -> None:
     assert "--clients" in output
 
 
-def test_numbers_that_could_not_be_saved(scripted: ScriptedServer, tmp_path: Path) -> None:
+def test_unwritable_json_file_is_refused(scripted: ScriptedServer, tmp_path: Path) -> None:
     """A file that cannot be written is refused in one line, before anything is sent."""
     report = tmp_path / "nowhere" / "report.json"
     status, output = run("--url", scripted.url, "--json", str(report))
@@ -88,7 +90,7 @@ def test_numbers_that_could_not_be_saved(scripted: ScriptedServer, tmp_path: Pat
     assert [] == scripted.bodies
 
 
-def test_nobody_there(unused_tcp_port: int) -> None:
+def test_no_server_at_the_address(unused_tcp_port: int) -> None:
     """If no server listens, the address is named and the exit status is not 0."""
     status, output = run("--url", f"http://127.0.0.1:{unused_tcp_port}")
 
@@ -105,7 +107,7 @@ def test_percentiles_interpolate() -> None:
     assert float(np.percentile([1.0, 2.0], 50)) == (percentiles([1.0, 2.0]) or {})["p50"]
 
 
-def test_prompts_repeat_with_their_seed() -> None:
+def test_same_seed_draws_the_same_prompts() -> None:
     """The same seed draws the same prompts, another seed different ones."""
     draws = [Prompts(seed).draw(20) for seed in (1, 1, 2)]
 

@@ -121,7 +121,7 @@ def test_ctrl_d_leaves(chat: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.parametrize("command", ["chat", "bench"])
-def test_a_ca_file_that_is_none_is_told(command: str, tmp_path: Path) -> None:
+def test_invalid_ca_file_is_refused(command: str, tmp_path: Path) -> None:
     """A missing or invalid CA file is refused in one line that names it, before any request."""
     empty = tmp_path / "empty.crt"
     empty.touch()
@@ -133,13 +133,13 @@ def test_a_ca_file_that_is_none_is_told(command: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["chat", "bench"])
-def test_a_certificate_that_is_none_is_told(command: str, tmp_path: Path) -> None:
+def test_invalid_client_certificate_is_refused(command: str, tmp_path: Path) -> None:
     """A wrong certificate is refused, by name, before any request; so is a key without one."""
     ours, others = (Files(tmp_path / name).write(trustme.CA()) for name in ("ours", "others"))
     empty = tmp_path / "empty.crt"
     empty.touch()
     certificate = ["--cert-file", str(ours.certificate)]
-    for arguments, told in (
+    for arguments, message in (
         (["--cert-file", str(empty)], f"--cert-file {empty}: "),
         ([*certificate, "--key-file", str(others.key)], f" with --key-file {others.key}: "),
         (["--key-file", str(ours.key)], f"--key-file {ours.key} requires --cert-file"),
@@ -147,4 +147,4 @@ def test_a_certificate_that_is_none_is_told(command: str, tmp_path: Path) -> Non
         result = CliRunner().invoke(app, [command, *arguments])
 
         assert 2 == result.exit_code
-        assert told in result.output
+        assert message in result.output

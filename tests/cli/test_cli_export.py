@@ -42,7 +42,7 @@ def test_makes_a_model_folder(tmp_path: Path) -> None:
     assert f"trivium up --model {out}" in output
 
 
-def test_says_why_a_source_is_none(tmp_path: Path) -> None:
+def test_invalid_source_is_refused(tmp_path: Path) -> None:
     """A source that is no checkpoint is named, the status is 1, and nothing is left behind."""
     status, output = run("no such thing", "--out", str(tmp_path / "model"))
 
@@ -51,7 +51,7 @@ def test_says_why_a_source_is_none(tmp_path: Path) -> None:
     assert not (tmp_path / "model").exists()
 
 
-def test_says_what_cannot_be_combined(tmp_path: Path) -> None:
+def test_float16_on_the_cpu_is_refused(tmp_path: Path) -> None:
     """float16 on the CPU is refused with the reason."""
     status, output = run("any", "--out", str(tmp_path / "model"), "--precision", "fp16")
 
@@ -59,7 +59,7 @@ def test_says_what_cannot_be_combined(tmp_path: Path) -> None:
     assert "fp16 is for cuda" in output
 
 
-def test_says_what_to_install(tmp_path: Path) -> None:
+def test_missing_export_extra_is_named(tmp_path: Path) -> None:
     """Without the export extra, the message says how to install it."""
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['gguf'] = None\n")
     status, output = run("any", "--out", str(tmp_path / "model"), PYTHONPATH=str(tmp_path))
@@ -73,13 +73,13 @@ def test_says_what_to_install(tmp_path: Path) -> None:
 def test_explains_its_options(module: tuple[str, ...]) -> None:
     """The exporter's own module is the same command."""
     command = [sys.executable, "-m", *module, "--help"]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    assert "Usage: trivium export [OPTIONS]" in told
-    assert {"--out", "--precision", "--device", "--force"} <= set(told.split())
+    assert "Usage: trivium export [OPTIONS]" in output
+    assert {"--out", "--precision", "--device", "--force"} <= set(output.split())
 
 
-def test_is_stopped_by_the_signal_that_its_process_gets(tmp_path: Path) -> None:
+def test_sigint_stops_the_export(tmp_path: Path) -> None:
     """SIGINT from a shell, container or supervisor ends it, and nothing half-made is left."""
     source, out = str(tiny_checkpoint("llama")), tmp_path / "models" / "model"
     process = subprocess.Popen(
@@ -88,11 +88,11 @@ def test_is_stopped_by_the_signal_that_its_process_gets(tmp_path: Path) -> None:
     while not (out.parent / ".model.partial").exists() and process.poll() is None:
         pass
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=120)
+    _, output = process.communicate(timeout=120)
 
     assert process.returncode == 130
-    assert told.splitlines()[-1] == f"trivium export: interrupted; {out} is unchanged"
-    assert "Traceback" not in told
+    assert output.splitlines()[-1] == f"trivium export: interrupted; {out} is unchanged"
+    assert "Traceback" not in output
     assert [".model.lock"] == [path.name for path in out.parent.iterdir()]
 
 
@@ -114,13 +114,13 @@ command.app(["any", "--out", "m"])
 """
 
 
-def test_is_stopped_although_a_library_swallows_the_signal() -> None:
+def test_sigint_stops_the_export_although_a_library_swallows_it() -> None:
     """Some do while being imported; the export then ends before its next step."""
     done = subprocess.run([sys.executable, "-c", SWALLOWS], capture_output=True, text=True)
 
     assert done.returncode == 130
-    told = ["importing", "trivium export: interrupted; m is unchanged"]
-    assert told == done.stderr.splitlines()
+    expected = ["importing", "trivium export: interrupted; m is unchanged"]
+    assert expected == done.stderr.splitlines()
 
 
 def put_embedded(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -144,7 +144,7 @@ def test_the_embedded_model_is_found_in_the_cache(
     assert [out, out] == [find_model(EMBEDDED_MODEL, device).folder for device in ("auto", "cpu")]
 
 
-def test_the_embedded_model_for_a_device_that_is_absent_is_not_made(
+def test_embedded_model_for_a_missing_device_is_not_exported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reason is printed and nothing is exported."""
@@ -159,7 +159,7 @@ def test_the_embedded_model_for_a_device_that_is_absent_is_not_made(
     assert [] == list(tmp_path.iterdir())
 
 
-def test_an_embedded_model_that_this_processor_cannot_run_is_made_anew(
+def test_embedded_model_that_this_cpu_cannot_run_is_exported_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when machines share a cache but only some of them multiply bytes exactly."""

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from generator_svc.config import GeneratorSettings
-from tests.cli.conftest import pretended_model
+from tests.cli.conftest import fake_model_folder
 from tests.ports import up_ports
 from trivium.cli.fit import SERVICES_BYTES, memory_plans
 from trivium.cli.main import app
@@ -26,9 +26,9 @@ def own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRIVIUM_GENERATOR_DEVICE", "cpu")
 
 
-def _taking(folder: Path, share: float) -> Path:
+def _model_taking(folder: Path, share: float) -> Path:
     """A model for which one sequence's KV cache takes this share of the free memory."""
-    return pretended_model(folder, int(memory_limit().free * share / LENGTH), LENGTH)
+    return fake_model_folder(folder, int(memory_limit().free * share / LENGTH), LENGTH)
 
 
 def _refused(capfd: pytest.CaptureFixture[str], *models: Path) -> str:
@@ -52,7 +52,7 @@ def _mebibytes(line: str) -> list[int]:
 
 def test_a_model_that_fits_is_shown_with_its_memory(tmp_path: Path) -> None:
     """Weights, KV cache, slots and free memory, one line per model."""
-    models = [pretended_model(tmp_path / name, 2**14, LENGTH) for name in ("one", "two")]
+    models = [fake_model_folder(tmp_path / name, 2**14, LENGTH) for name in ("one", "two")]
     first, second = memory_plans(Pipeline(models[0], "cpu", more_models=(models[1],)))
 
     plan = "1 MiB of weights, up to 512 MiB of KV cache for 32 sequences of 1,024 tokens; "
@@ -65,7 +65,7 @@ def test_a_model_that_is_too_large_is_refused_before_anything_starts(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """One line says what is needed, what is free and how much to add; the exit status is 2."""
-    line = _refused(capfd, _taking(tmp_path / "huge", 10))
+    line = _refused(capfd, _model_taking(tmp_path / "huge", 10))
 
     numbers = re.search(r"huge needs ([\d,]+) MiB .* ([\d,]+) MiB are free: provide ([\d,]+)", line)
     assert numbers, line
@@ -74,12 +74,12 @@ def test_a_model_that_is_too_large_is_refused_before_anything_starts(
     assert free < memory_limit().total / MIB < needed
 
 
-def test_a_length_that_would_fit_is_named(
+def test_sequence_length_that_fits_is_suggested(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If the requested sequence length does not fit, the message names one that does."""
     setting = "TRIVIUM_GENERATOR_MAX_SEQUENCE_LENGTH"
-    model = _taking(tmp_path / "long", 2)
+    model = _model_taking(tmp_path / "long", 2)
     monkeypatch.setenv(setting, "1024")
     line = _refused(capfd, model)
     monkeypatch.setenv(setting, "256")
@@ -93,7 +93,7 @@ def test_models_have_to_fit_together(
 ) -> None:
     """Each would fit alone; the second is refused because of what the first one takes."""
     monkeypatch.setenv("TRIVIUM_GENERATOR_MAX_SEQUENCE_LENGTH", str(LENGTH))
-    models = [_taking(tmp_path / name, 0.7) for name in ("one", "two")]
+    models = [_model_taking(tmp_path / name, 0.7) for name in ("one", "two")]
     for model in models:
         assert 1 == len(memory_plans(Pipeline(model, "cpu")))
     capfd.readouterr()
@@ -104,12 +104,12 @@ def test_models_have_to_fit_together(
     assert "reserved for other processes" in line
 
 
-def test_what_is_missing_is_told_for_all_models(
+def test_missing_memory_is_summed_over_all_models(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With as much more memory as the last line says, all of them can start."""
     monkeypatch.setenv("TRIVIUM_GENERATOR_MAX_SEQUENCE_LENGTH", str(LENGTH))
-    models = [_taking(tmp_path / name, 0.7) for name in ("one", "two", "three")]
+    models = [_model_taking(tmp_path / name, 0.7) for name in ("one", "two", "three")]
     two, three = _refusals(capfd, *models)
     needed, free = _mebibytes(three)[0], memory_limit().free / MIB
     missing = int(three.partition("provide ")[2].split()[0].replace(",", ""))
@@ -120,9 +120,9 @@ def test_what_is_missing_is_told_for_all_models(
     assert abs(3 * needed + SERVICES_BYTES / MIB - free - missing) < free / 10
 
 
-def test_further_replicas_are_planned_for(tmp_path: Path) -> None:
+def test_more_replicas_leave_less_memory(tmp_path: Path) -> None:
     """More tokenizers and facades leave less memory for the models, and the plan says so."""
-    model = pretended_model(tmp_path / "one", 2**14, LENGTH)
+    model = fake_model_folder(tmp_path / "one", 2**14, LENGTH)
     [alone] = memory_plans(Pipeline(model, "cpu"))
     [beside] = memory_plans(Pipeline(model, "cpu", facades=2, tokenizers=3))
 

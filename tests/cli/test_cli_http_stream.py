@@ -19,7 +19,7 @@ def _chunked(*events: str) -> bytes:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
-def test_a_stream_reads_the_same_however_it_is_cut(size: int) -> None:
+def test_event_times_do_not_depend_on_how_a_stream_is_split(size: int) -> None:
     """For pieces of any size, an event's time is the arrival of its last byte."""
     events = (*TOKENS, '{"choices":[{"index":0,"delta":{},"finish_reason":"length"}]}')
     usage = '{"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2,"gpu_seconds":0.5}}'
@@ -33,7 +33,7 @@ def test_a_stream_reads_the_same_however_it_is_cut(size: int) -> None:
     assert answer.ended == pieces[-1][0]
 
 
-def test_chunks_may_be_cut_anywhere() -> None:
+def test_chunks_may_be_split_anywhere() -> None:
     """Chunk sizes, line ends and data may each be split in two."""
     body = b"5\r\nhello\r\n6;x=y\r\n world\r\n0\r\n\r\n"
 
@@ -52,7 +52,7 @@ def test_chunks_may_be_cut_anywhere() -> None:
         (HEAD + _chunked('{"error": {"message": "too late"}}'), "too late"),
     ],
 )
-def test_what_went_wrong_is_told(data: bytes, why: str) -> None:
+def test_stream_errors_are_reported(data: bytes, why: str) -> None:
     """A refusal, a closed connection, a broken stream; the benchmark records it as a fault."""
     with pytest.raises(AnswerFailed, match=why) as caught:
         read_answer(0.0, [(1.0, data)])
@@ -60,7 +60,7 @@ def test_what_went_wrong_is_told(data: bytes, why: str) -> None:
     assert str(caught.value) == to_answer(0.0, [(1.0, data)]).fault
 
 
-def test_choices_are_told_apart() -> None:
+def test_choices_are_kept_separate() -> None:
     """Some servers send usage per choice. A choice without text arrives when it ends."""
     ends = [
         f'{{"choices":[{{"index":{n},"delta":{{}},"finish_reason":"length"}}]}}' for n in (0, 1)
@@ -89,7 +89,7 @@ def test_a_script_is_played_to_a_server(scripted: ScriptedServer) -> None:
     assert answers[0].ended <= answers[1].sent_at
 
 
-def test_a_server_that_is_not_there_is_a_fault(unused_tcp_port: int) -> None:
+def test_unreachable_server_is_a_failure(unused_tcp_port: int) -> None:
     """Each request to it fails, and the reason is recorded."""
     request = Request(({"role": "user", "content": "hello"},), (), 5)
     target = Target(f"http://127.0.0.1:{unused_tcp_port}/v1", "none")

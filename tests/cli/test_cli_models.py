@@ -48,7 +48,7 @@ def cached(source: str, *options: str, **environment: str) -> tuple[int, Path]:
 
 
 @pytest.mark.pipeline
-def test_a_name_on_the_hub_is_served(hub: ModelHub, cache: Path) -> None:
+def test_hub_model_is_served_by_name(hub: ModelHub, cache: Path) -> None:
     """One command suffices, and requests may use the hub's name, as with vLLM."""
     port, *others = free_ports(5)
     ports = [f"--{name}={number}" for name, number in zip(PORTS, others, strict=True)]
@@ -59,7 +59,7 @@ def test_a_name_on_the_hub_is_served(hub: ModelHub, cache: Path) -> None:
     ) as up:
         try:
             assert up.stdout is not None
-            told = next(line for line in up.stdout if line.startswith("  model "))
+            shown = next(line for line in up.stdout if line.startswith("  model "))
             answers = [
                 httpx.post(
                     f"http://127.0.0.1:{port}/v1/completions",
@@ -73,13 +73,13 @@ def test_a_name_on_the_hub_is_served(hub: ModelHub, cache: Path) -> None:
             up.stdout.read() if up.stdout else None
 
     assert up.returncode == 0
-    assert "tiny or acme/tiny  (revision" in told
+    assert "tiny or acme/tiny  (revision" in shown
     assert ["tiny", "tiny"] == [answer["model"] for answer in answers]
     assert [2, 2] == [answer["usage"]["completion_tokens"] for answer in answers]
     assert cache in cached("acme/tiny", "--check")[1].parents
 
 
-def test_it_is_made_once(hub: ModelHub, tmp_path: Path) -> None:
+def test_hub_model_is_exported_once(hub: ModelHub, tmp_path: Path) -> None:
     """The next start needs neither the hub nor the export extra."""
     made = cached("acme/tiny")
     asked = len(hub.requests)
@@ -90,7 +90,7 @@ def test_it_is_made_once(hub: ModelHub, tmp_path: Path) -> None:
     assert asked == len(hub.requests)
 
 
-def test_a_folder_of_ones_own_is_made_anew_when_it_changes(tmp_path: Path) -> None:
+def test_changed_local_checkpoint_is_exported_again(tmp_path: Path) -> None:
     """After further fine-tuning, the old export is not served."""
     checkpoint = tmp_path / "mine" / "tuned"
     shutil.copytree(tiny_checkpoint("llama"), checkpoint)
@@ -102,14 +102,14 @@ def test_a_folder_of_ones_own_is_made_anew_when_it_changes(tmp_path: Path) -> No
     assert ("tuned", [0, 0, 1]) == (folder.name, [made, kept, changed])
 
 
-def test_a_model_folder_beside_its_checkpoint_is_served_as_it_is(tiny_folder: Path) -> None:
+def test_model_folder_next_to_its_checkpoint_is_served_as_is(tiny_folder: Path) -> None:
     """As in repositories that publish both."""
     (tiny_folder / "model.safetensors").touch()
 
     assert tiny_folder == find_model(str(tiny_folder), "cpu").folder
 
 
-def test_checkpoints_of_one_name_do_not_meet(tmp_path: Path) -> None:
+def test_checkpoints_with_the_same_name_do_not_collide(tmp_path: Path) -> None:
     """Each path and each name on the hub gets a folder of its own."""
     sources = [str(tmp_path / "a" / "tiny"), str(tmp_path / "b" / "tiny.gguf")]
     sources += ["acme/tiny", "other/tiny", "acme/tiny@v2"]
@@ -119,7 +119,7 @@ def test_checkpoints_of_one_name_do_not_meet(tmp_path: Path) -> None:
     assert len(sources) == len({folder for _, folder in found})
 
 
-def test_what_cannot_be_exported_is_told(
+def test_exporters_error_is_shown(
     hub: ModelHub, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The exporter's message is shown and nothing is started."""
@@ -129,8 +129,8 @@ def test_what_cannot_be_exported_is_told(
         CliRunner().invoke(app, ["up", "--model", name]).exit_code
         for name in ("acme/absent", str(tmp_path / "broken"))
     ]
-    told = capfd.readouterr().err
+    output = capfd.readouterr().err
 
     assert [1, 1] == statuses
-    assert f"acme/absent: no such folder, and {hub.url} has no such model" in told
-    assert "broken: has weights but no config.json" in told
+    assert f"acme/absent: no such folder, and {hub.url} has no such model" in output
+    assert "broken: has weights but no config.json" in output

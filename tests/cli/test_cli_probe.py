@@ -19,7 +19,7 @@ async def exit_status(address: str) -> int:
     return await (await asyncio.create_subprocess_exec(*command)).wait()
 
 
-async def test_grpc_services_are_asked_by_name() -> None:
+async def test_grpc_services_are_probed_by_name() -> None:
     """A service that cannot serve is not ready although its process is; unknown ones never are."""
     server = scripted_server(ScriptedChat())
     target = f"grpc://127.0.0.1:{await server.start('127.0.0.1:0')}"
@@ -34,19 +34,21 @@ async def test_grpc_services_are_asked_by_name() -> None:
     assert await exit_status(f"{target}/{NAMES[0]}") == 1
 
 
-async def test_http_is_ready_when_it_answers_200(scripted: ScriptedServer) -> None:
+async def test_http_is_ready_only_with_status_200(scripted: ScriptedServer) -> None:
     """Any other status means not ready."""
     assert await is_ready(f"{scripted.url}/v1/models")
     assert not await is_ready(f"{scripted.url}/nowhere")
 
 
-async def test_nobody_is_not_ready(unused_tcp_port: int) -> None:
+async def test_closed_port_is_not_ready(unused_tcp_port: int) -> None:
     """A port on which nothing listens is not ready, over HTTP or gRPC."""
     for scheme in ("http", "grpc"):
         assert not await is_ready(f"{scheme}://127.0.0.1:{unused_tcp_port}")
 
 
-async def test_what_is_not_ready_tells_why(scripted: ScriptedServer, unused_tcp_port: int) -> None:
+async def test_reason_for_not_being_ready_is_reported(
+    scripted: ScriptedServer, unused_tcp_port: int
+) -> None:
     """By an error's message or plain text; of several targets, the first that is not ready."""
     server = scripted_server(ScriptedChat())
     target = f"grpc://127.0.0.1:{await server.start('127.0.0.1:0')}"
@@ -75,7 +77,7 @@ def test_a_provider_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 == sessions.call_count
 
 
-def test_a_provider_that_is_not_there_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+def test_missing_provider_is_reported(capfd: pytest.CaptureFixture[str]) -> None:
     """A provider that this build lacks gives a reason, not a crash."""
     assert providers.why_not("NoSuchExecutionProvider") == "not in this build of ONNX Runtime"
     assert capfd.readouterr().err == ""

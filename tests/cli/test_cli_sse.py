@@ -18,7 +18,7 @@ def test_any_split_gives_the_same_events() -> None:
         assert EVENTS == events
 
 
-def test_flush_gives_the_event_whose_end_never_came() -> None:
+def test_flush_gives_an_unterminated_event() -> None:
     """A stream that is cut off still shows its last line."""
     decoder = SseDecoder()
 

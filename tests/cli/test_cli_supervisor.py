@@ -28,8 +28,8 @@ async def test_stops_front_to_back(children: Children) -> None:
 
 async def test_replicas_drain_together(children: Children) -> None:
     """All replicas get SIGTERM at once, and the stage behind them after they have ended."""
-    both = "signal.signal(signal.SIGTERM, lambda *_: [note('told'), wait(), sys.exit(0)])"
-    wait = "def wait():\n while open(log).read().count('facade told') < 2: pass"
+    both = "signal.signal(signal.SIGTERM, lambda *_: [note('signalled'), wait(), sys.exit(0)])"
+    wait = "def wait():\n while open(log).read().count('facade signalled') < 2: pass"
     replica = children.stage("facade", f"{wait}\n{both}\nnote('armed')")
 
     async def armed() -> None:
@@ -41,7 +41,7 @@ async def test_replicas_drain_together(children: Children) -> None:
         await supervisor.wait_until_ready(60)
         pids = supervisor.pids()
 
-    assert ["facade told", "facade told", "generator stopped"] == children.lines()[-3:]
+    assert ["facade signalled", "facade signalled", "generator stopped"] == children.lines()[-3:]
     assert not any(is_running(pid) for pid in pids.values())
 
 
@@ -69,7 +69,7 @@ async def test_a_process_that_refuses_to_start_ends_the_wait(children: Children)
     assert ("generator", 2) == (death.value.name, death.value.returncode)
 
 
-async def test_names_the_stages_that_are_late(children: Children) -> None:
+async def test_late_stages_are_named(children: Children) -> None:
     """A stage that never becomes ready is named after the timeout."""
     late = Stage("tokenizer", children.stage("tokenizer").command, asyncio.Event().wait)  # type: ignore[arg-type]
     with pytest.raises(NotReady, match=r"tokenizer$"):
@@ -79,7 +79,7 @@ async def test_names_the_stages_that_are_late(children: Children) -> None:
             await supervisor.wait_until_ready(0.2)
 
 
-async def test_tells_why_a_stage_is_late(children: Children) -> None:
+async def test_reason_for_a_late_stage_is_reported(children: Children) -> None:
     """With the stage's own reason, if it gives one."""
 
     async def refused() -> str:
@@ -96,7 +96,7 @@ async def test_tells_why_a_stage_is_late(children: Children) -> None:
             await supervisor.wait_until_ready(0.1)
 
 
-async def test_kills_what_does_not_drain(children: Children) -> None:
+async def test_process_that_does_not_drain_is_killed(children: Children) -> None:
     """A process that ignores SIGTERM is killed after the timeout."""
     deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN); note('deaf')"
     async with Supervisor([children.stage("facade", deaf)], stop_seconds=0.2) as supervisor:

@@ -31,7 +31,7 @@ async def nothing() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-async def test_a_signal_drains_and_ends_well(children: Children, number: int) -> None:
+async def test_signal_drains_and_exits_with_status_0(children: Children, number: int) -> None:
     """Ctrl-C, SIGTERM and a closed terminal drain front to back, and the exit status is 0."""
     supervisor = Supervisor([children.stage("generator"), children.stage("facade")], 30)
 
@@ -67,7 +67,7 @@ async def test_a_second_signal_does_not_wait(children: Children) -> None:
 
 
 @pytest.mark.parametrize(("dies_with", "status"), [(0, 1), (1, 1), (2, 2)])
-async def test_a_process_that_ends_takes_the_others_along(
+async def test_exit_of_one_process_stops_the_others(
     children: Children, dies_with: int, status: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """If a process ends, the others are stopped and the status is not 0; a 2 is passed on."""
@@ -79,7 +79,7 @@ async def test_a_process_that_ends_takes_the_others_along(
     assert not any(is_running(pid) for pid in supervisor.pids().values())
 
 
-async def test_gives_up_on_what_never_becomes_ready(
+async def test_stage_that_never_becomes_ready_stops_the_others(
     children: Children, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A stage that is not ready in time is named, and everything is stopped."""
@@ -91,7 +91,7 @@ async def test_gives_up_on_what_never_becomes_ready(
     assert not any(is_running(pid) for pid in supervisor.pids().values())
 
 
-def test_names_the_port_that_is_taken(tiny_folder: Path) -> None:
+def test_port_in_use_is_named(tiny_folder: Path) -> None:
     """A port in use is named with its variable and its option, and the status is 2."""
     with bind("127.0.0.1", 0) as listener:
         listener.listen()
@@ -105,7 +105,7 @@ def test_names_the_port_that_is_taken(tiny_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "told"),
+    ("one", "other", "message"),
     [
         ("--port", "--tokenizer-port", "TRIVIUM_TOKENIZER_PORT: 127.0.0.1:8498 is in use by"),
         ("--port", "--facade-metrics-port", "127.0.0.1:8498 is in use by TRIVIUM_FACADE_PORT"),
@@ -116,17 +116,19 @@ def test_names_the_port_that_is_taken(tiny_folder: Path) -> None:
         ),
     ],
 )
-def test_no_two_stages_get_one_port(one: str, other: str, told: str, tiny_folder: Path) -> None:
+def test_two_stages_cannot_share_a_port(
+    one: str, other: str, message: str, tiny_folder: Path
+) -> None:
     """The setting that comes later is named, and the one that already has the port."""
     options = (*up_ports(), f"{one}=8498", f"{other}=8498")
     result = CliRunner().invoke(app, ["up", "--model", str(tiny_folder), *options])
 
     assert 2 == result.exit_code
-    assert told in " ".join(result.output.split())
+    assert message in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(
-    ("options", "cores", "told"),
+    ("options", "cores", "message"),
     [
         ([], 1, ""),
         (["--facades=2", "--tokenizers=2"], 5, ""),
@@ -137,7 +139,7 @@ def test_no_two_stages_get_one_port(one: str, other: str, told: str, tiny_folder
 def test_warns_of_more_processes_than_cores(
     options: list[str],
     cores: int,
-    told: str,
+    message: str,
     tiny_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -150,8 +152,8 @@ def test_warns_of_more_processes_than_cores(
     *warning, refusal = result.output.splitlines()
 
     assert "is in use" in refusal
-    assert bool(told) == bool(warning)
-    assert told in " ".join(warning)
+    assert bool(message) == bool(warning)
+    assert message in " ".join(warning)
 
 
 def test_several_facades_need_linux(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +173,9 @@ def test_several_facades_need_linux(tiny_folder: Path, monkeypatch: pytest.Monke
         (["--facades=2", "--facade-metrics-port=65500"], "--facade-metrics-port"),
     ],
 )
-def test_replicas_need_ports_that_exist(options: list[str], option: str, tiny_folder: Path) -> None:
+def test_replica_port_above_the_maximum_is_refused(
+    options: list[str], option: str, tiny_folder: Path
+) -> None:
     """Replicas listen 100 ports apart; one beyond the highest port is refused."""
     model = ("--model", str(tiny_folder))
     result = CliRunner().invoke(app, ["up", *model, *up_ports(), *options])
@@ -183,7 +187,7 @@ def test_replicas_need_ports_that_exist(options: list[str], option: str, tiny_fo
     )
 
 
-def test_replicas_have_ports_of_their_own(tiny_folder: Path) -> None:
+def test_default_ports_of_replicas_do_not_collide(tiny_folder: Path) -> None:
     """With the default ports, services and metrics of several models and replicas never collide."""
     pipeline = Pipeline(tiny_folder, more_models=(tiny_folder,) * 3, facades=4, tokenizers=4)
     stages = [dict(stage.environment) for stage in pipeline.stages()]
@@ -200,7 +204,7 @@ def test_replicas_have_ports_of_their_own(tiny_folder: Path) -> None:
     assert target == stages[-1]["TRIVIUM_FACADE_TOKENIZER_TARGET"]
 
 
-def test_names_the_folders_it_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_searched_folders_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that is not found is refused with the folders that were searched."""
     monkeypatch.setenv("TRIVIUM_CACHE", str(tmp_path))
     result = CliRunner().invoke(app, ["up", "--model", "nobody"])
@@ -209,7 +213,7 @@ def test_names_the_folders_it_looked_into(tmp_path: Path, monkeypatch: pytest.Mo
     assert str(tmp_path / "models" / "nobody") in result.output.replace("\n", "")
 
 
-def test_names_each_folder_once() -> None:
+def test_searched_folder_is_named_once() -> None:
     """An absolute path is the same in all of them."""
     result = CliRunner().invoke(app, ["up", "--model", "/nobody"])
 
@@ -217,7 +221,7 @@ def test_names_each_folder_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "told"),
+    ("option", "value", "message"),
     [
         ("--log-level", "loud", "is not one of"),
         ("--drain-seconds", "nan", "nan is not between 0 and 3600 seconds"),
@@ -226,18 +230,18 @@ def test_names_each_folder_once() -> None:
         ("--ready-seconds", "inf", "inf is not between 0 and"),
     ],
 )
-def test_wrong_options_are_refused_by_their_names(option: str, value: str, told: str) -> None:
+def test_invalid_option_is_named(option: str, value: str, message: str) -> None:
     """Not by the services' variables, which the user has not set."""
     result = CliRunner().invoke(app, ["up", option, value])
-    words = " ".join(result.output.replace("│", " ").split())
+    output = " ".join(result.output.replace("│", " ").split())
 
     assert 2 == result.exit_code
-    assert f"Invalid value for '{option}'" in words
-    assert told in words
+    assert f"Invalid value for '{option}'" in output
+    assert message in output
 
 
 @pytest.mark.parametrize(
-    ("setting", "words"),
+    ("setting", "message"),
     [
         (
             "TRIVIUM_TOKENIZER_TLS_CERT_FILE",
@@ -257,8 +261,8 @@ def test_wrong_options_are_refused_by_their_names(option: str, value: str, told:
         ),
     ],
 )
-def test_tls_of_one_side_alone_is_refused(
-    setting: str, words: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_tls_on_one_side_only_is_refused(
+    setting: str, message: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before anything is started, as such services would wait for each other forever."""
     files = Files(tmp_path / "tls").write(trustme.CA())
@@ -266,7 +270,7 @@ def test_tls_of_one_side_alone_is_refused(
     result = CliRunner().invoke(app, ["up", "--model", str(tiny_folder)])
 
     assert 2 == result.exit_code
-    assert words in result.output
+    assert message in result.output
 
 
 def test_an_empty_model_folder_is_refused(tmp_path: Path) -> None:
@@ -277,7 +281,7 @@ def test_an_empty_model_folder_is_refused(tmp_path: Path) -> None:
     assert "empty" in result.output
 
 
-def test_says_what_to_install_for_the_export(
+def test_packages_missing_for_the_export_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Without the model and what is needed to export it, the message says what to install."""
@@ -287,11 +291,11 @@ def test_says_what_to_install_for_the_export(
     monkeypatch.setenv("TRIVIUM_CACHE", str(tmp_path))
     result = CliRunner().invoke(app, ["up"])
 
-    told = capfd.readouterr().err
+    message = capfd.readouterr().err
     assert result.exit_code == 2
-    assert f"smollm2-135m-instruct to {tmp_path}" in told
-    assert ", ".join(PACKAGES) in told
-    assert "-m pip install 'trivium[export]'" in told
+    assert f"smollm2-135m-instruct to {tmp_path}" in message
+    assert ", ".join(PACKAGES) in message
+    assert "-m pip install 'trivium[export]'" in message
 
 
 @pytest.mark.parametrize(
@@ -329,7 +333,7 @@ def test_every_variable_it_sets_is_a_setting(
         ("TRIVIUM_FACADE_PORT", "rest_facade.config.FacadeSettings"),
     ],
 )
-def test_an_empty_variable_is_none(
+def test_empty_variable_means_the_default(
     variable: str, settings: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It means the default, as for `VARIABLE: ${VARIABLE:-}` in a compose file."""
@@ -343,9 +347,7 @@ def test_an_empty_variable_is_none(
     assert default == cls()
 
 
-def test_a_generator_has_its_weights_in_huge_pages(
-    monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
-) -> None:
+def test_generator_uses_huge_pages(monkeypatch: pytest.MonkeyPatch, tiny_folder: Path) -> None:
     """Only the generator, and not if the user has set GLIBC_TUNABLES."""
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     given = [stage.environment.get("GLIBC_TUNABLES") for stage in Pipeline(tiny_folder).stages()]
@@ -356,9 +358,7 @@ def test_a_generator_has_its_weights_in_huge_pages(
     assert [None, None, None] == left
 
 
-def test_stages_on_one_machine_give_no_notice(
-    monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
-) -> None:
+def test_no_drain_notice_on_one_machine(monkeypatch: pytest.MonkeyPatch, tiny_folder: Path) -> None:
     """Ctrl-C is quick, as there is no load balancer to notify, unless the user sets a notice."""
     names = [f"TRIVIUM_{name}_DRAIN_NOTICE_SECONDS" for name in ("GENERATOR", "TOKENIZER")]
     monkeypatch.delenv(names[0], raising=False)
@@ -369,7 +369,7 @@ def test_stages_on_one_machine_give_no_notice(
     assert names[1] not in stages[1].environment
 
 
-def test_the_banner_tells_what_is_really_in_use() -> None:
+def test_banner_shows_what_is_in_use() -> None:
     """The banner shows model, provider, memory, limits and addresses as the server reports them."""
     info = generator_pb2.GetModelInfoResponse(
         id="tiny",
@@ -409,7 +409,7 @@ def test_the_banner_tells_what_is_really_in_use() -> None:
     assert "http://127.0.0.1:8123/  (in a browser)" in text
 
 
-def test_the_banner_of_a_base_model_completes_text() -> None:
+def test_banner_of_a_base_model_shows_completions() -> None:
     """Its snippets are plain completions, as chats would be refused."""
     info = generator_pb2.GetModelInfoResponse(id="base")
     limits = CpuLimit(2, ""), MemoryLimit(2**31, 2**30, "")
@@ -421,7 +421,7 @@ def test_the_banner_of_a_base_model_completes_text() -> None:
     assert "chat/completions" not in text
 
 
-def test_the_banner_tells_of_every_replica() -> None:
+def test_banner_shows_every_replica() -> None:
     """How many there are of each service, where their metrics are, and how to start more."""
     pipeline = Pipeline(Path("tiny"), port=8123, facades=2, tokenizers=2)
     limits = CpuLimit(8, "8 logical CPUs"), memory_limit()
@@ -440,7 +440,7 @@ def test_the_banner_tells_of_every_replica() -> None:
     assert "127.0.0.1:50051,127.0.0.1:50151 " in text
 
 
-def test_the_banner_names_nothing_that_is_turned_off() -> None:
+def test_banner_omits_disabled_features() -> None:
     """Disabled features have no line."""
     info, limits = generator_pb2.GetModelInfoResponse(), (cpu_limit(), memory_limit())
     pipeline = Pipeline(Path("tiny"))
@@ -459,7 +459,9 @@ def test_the_banner_names_nothing_that_is_turned_off() -> None:
 
 
 @pytest.mark.parametrize("value", ["", "true", "1", "on", "false", "0", "off"])
-def test_what_the_facade_offers_is_named(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_banner_reads_settings_as_the_facade_does(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The command and the facade read these settings in the same way."""
     for name in ("CHAT_PAGE", "DOCS", "METRICS"):
         monkeypatch.setenv(f"TRIVIUM_FACADE_{name}", value)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from generator_svc.config import GeneratorSettings
 from rest_facade.config import FacadeSettings
-from tests.cli.conftest import pretended_model
+from tests.cli.conftest import fake_model_folder
 from tokenizer_svc.config import TokenizerSettings
 from trivium.cli.fit import DoesNotFit
 from trivium.cli.main import app
@@ -63,7 +63,7 @@ def refusal(*options: str) -> str:
         ("drain_notice_seconds", 7.0, 0.0),
     ],
 )
-def test_variables_count_more_than_its_defaults(
+def test_variables_override_defaults(
     setting: str, value: object, here: object, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
 ) -> None:
     """Each service reads its own variable; an empty one counts as unset."""
@@ -76,9 +76,7 @@ def test_variables_count_more_than_its_defaults(
         assert (name if here is None else here) == getattr(services[name], setting)
 
 
-def test_options_count_more_than_variables(
-    monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
-) -> None:
+def test_options_override_variables(monkeypatch: pytest.MonkeyPatch, tiny_folder: Path) -> None:
     """In all services."""
     monkeypatch.setenv("TRIVIUM_FACADE_LOG_LEVEL", "debug")
     monkeypatch.setenv("TRIVIUM_GENERATOR_DRAIN_SECONDS", "77")
@@ -87,9 +85,7 @@ def test_options_count_more_than_variables(
     assert {("error", 5.0)} == {(each.log_level, each.drain_seconds) for each in services}  # type: ignore[attr-defined]
 
 
-def test_replicas_are_numbered_by_the_name_they_are_given(
-    monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
-) -> None:
+def test_replica_names_are_numbered(monkeypatch: pytest.MonkeyPatch, tiny_folder: Path) -> None:
     """So that their logs and usage records can be told apart."""
     monkeypatch.setenv("TRIVIUM_TOKENIZER_LOG_NAME", "mine")
     services = read(Pipeline(tiny_folder, tokenizers=2))
@@ -98,7 +94,7 @@ def test_replicas_are_numbered_by_the_name_they_are_given(
         assert f"mine-{number}" == services[f"tokenizer_svc-{number}"].log_name  # type: ignore[attr-defined]
 
 
-def test_no_stage_is_killed_while_it_may_drain(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drain_timeout_covers_the_longest_drain(monkeypatch: pytest.MonkeyPatch) -> None:
     """`trivium up` waits for the stage with the longest notice and drain."""
     assert 30 == longest_drain(None)
     monkeypatch.setenv("TRIVIUM_GENERATOR_DRAIN_SECONDS", "77")
@@ -118,15 +114,15 @@ def test_no_stage_is_killed_while_it_may_drain(monkeypatch: pytest.MonkeyPatch) 
         ("TRIVIUM_FACADE_REUSE_PORT", "true", "--facades"),
     ],
 )
-def test_what_it_decides_itself_is_refused(
+def test_variable_without_effect_is_refused(
     setting: str, value: str, option: str, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
 ) -> None:
     """A variable that would have no effect is refused, and the option to use is named."""
     monkeypatch.setenv(setting, value)
-    told = refusal("--model", str(tiny_folder), "--port=8499")
+    message = refusal("--model", str(tiny_folder), "--port=8499")
 
-    assert f"trivium up: {setting} is {value}, " in told
-    assert told.endswith(f"unset it, and use {option}")
+    assert f"trivium up: {setting} is {value}, " in message
+    assert message.endswith(f"unset it, and use {option}")
 
 
 @pytest.mark.parametrize(
@@ -154,7 +150,7 @@ def test_a_folder_may_have_spaces(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert f"'{missing}' is neither a model folder" in refusal().replace(" │ ", "")
 
 
-def test_variables_that_say_the_same_are_taken(
+def test_consistent_variables_are_accepted(
     monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
 ) -> None:
     """As in one env file for running the services separately or with `trivium up`."""
@@ -165,11 +161,11 @@ def test_variables_that_say_the_same_are_taken(
     Pipeline(tiny_folder).check_environment()
 
 
-def test_variables_of_one_model_do_not_meet_those_of_several(
+def test_model_variables_do_not_change_the_models_given(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever variable is set, the tokenizer gets the models that `up` was given."""
-    other = pretended_model(tmp_path / "other")
+    other = fake_model_folder(tmp_path / "other")
     monkeypatch.setenv("TRIVIUM_TOKENIZER_MODELS", '[{"model_directory": "a"}]')
     one = read(Pipeline(tiny_folder))["tokenizer_svc"]
     monkeypatch.setenv("TRIVIUM_TOKENIZER_MODEL_DIRECTORY", "a")
@@ -181,7 +177,7 @@ def test_variables_of_one_model_do_not_meet_those_of_several(
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
 @pytest.mark.parametrize("kind", SETTINGS.values())
-def test_seconds_are_numbers(
+def test_seconds_must_be_finite_numbers(
     kind: type[BaseSettings],
     value: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -196,8 +192,8 @@ def test_seconds_are_numbers(
     with pytest.raises(SystemExit):
         load_settings(kind)
 
-    told = [f"{prefix}{name.upper()}: Input should be a finite number" for name in floats]
-    assert sorted(told) == sorted(capsys.readouterr().err.splitlines())
+    expected = [f"{prefix}{name.upper()}: Input should be a finite number" for name in floats]
+    assert sorted(expected) == sorted(capsys.readouterr().err.splitlines())
 
 
 @pytest.mark.parametrize("variables", [True, False])
@@ -231,7 +227,7 @@ def test_ipv6(
     assert {host.strip("[]")} == {each.host for each in read(pipeline).values()}  # type: ignore[attr-defined]
 
 
-def test_the_generators_host_is_followed(tiny_folder: Path) -> None:
+def test_tokenizers_connect_to_the_generators_host(tiny_folder: Path) -> None:
     """Tokenizers connect to the host on which the generator listens."""
     pipeline = Pipeline(tiny_folder, generator_host="127.0.0.2")
 

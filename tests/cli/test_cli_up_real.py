@@ -110,7 +110,7 @@ def children_of(pid: int) -> dict[str, int]:
     return {Path(f"/proc/{child}/cmdline").read_text().split("\0")[2]: int(child) for child in pids}
 
 
-def test_a_pasted_snippet_is_answered_and_ctrl_c_leaves_nothing(
+def test_banner_snippets_work_and_ctrl_c_drains(
     up: subprocess.Popen[str],
 ) -> None:
     """The banner's curl and openai-python snippets work; SIGINT drains, with exit status 0."""
@@ -132,7 +132,7 @@ def test_a_pasted_snippet_is_answered_and_ctrl_c_leaves_nothing(
     assert "CPUExecutionProvider" in text
 
 
-def test_all_services_speak_tls(tls: Files, up: subprocess.Popen[str]) -> None:
+def test_all_services_use_tls(tls: Files, up: subprocess.Popen[str]) -> None:
     """The banner's snippets work for clients that trust the CA, and our commands take it too."""
     text = read_banner(up)
     url = re.search(r"REST +(https://\S+)/v1", text)
@@ -174,7 +174,7 @@ def test_all_services_speak_tls(tls: Files, up: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.parametrize("command", ["chat", "bench"])
-def test_our_commands_show_a_certificate(
+def test_commands_send_a_client_certificate(
     tls: Files, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, command: str
 ) -> None:
     """If the REST port requires one; without it they fail with the connection's error."""
@@ -201,7 +201,7 @@ def test_our_commands_show_a_certificate(
     assert hidden.stderr.startswith(f"trivium {command}: ")
 
 
-def test_a_running_answer_is_finished_before_the_end(up: subprocess.Popen[str]) -> None:
+def test_running_stream_finishes_after_sigterm(up: subprocess.Popen[str]) -> None:
     """A stream that is in flight when SIGTERM arrives goes on to its [DONE]."""
     url = re.search(r"REST +(http://\S+)", read_banner(up))
     assert url is not None
@@ -224,9 +224,7 @@ def test_a_running_answer_is_finished_before_the_end(up: subprocess.Popen[str]) 
     assert rest[-1] == "data: [DONE]"
 
 
-def test_a_proxy_in_the_environment_is_not_asked(
-    dead_proxy: None, up: subprocess.Popen[str]
-) -> None:
+def test_proxy_in_the_environment_is_not_used(dead_proxy: None, up: subprocess.Popen[str]) -> None:
     """The services reach each other, and our commands reach them, without the proxy."""
     text = read_banner(up)
     url, target = re.search(r"REST +(http://\S+)", text), re.search(r"gRPC +(\S+)", text)
@@ -246,7 +244,7 @@ def test_a_proxy_in_the_environment_is_not_asked(
         assert "refused" not in done.stdout + done.stderr
 
 
-def test_the_doctor_asks_no_proxy_either(dead_proxy: None, tiny_model: Path) -> None:
+def test_doctor_uses_no_proxy(dead_proxy: None, tiny_model: Path) -> None:
     """Its smoke test goes directly over loopback as well."""
     result = CliRunner().invoke(app, ["doctor", "--model", str(tiny_model)])
 
@@ -270,7 +268,7 @@ def test_keys_at_every_stage(up: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.parametrize("victim", ["generator_svc", "tokenizer_svc", "rest_facade"])
-def test_a_killed_service_ends_the_others(up: subprocess.Popen[str], victim: str) -> None:
+def test_killed_service_stops_the_others(up: subprocess.Popen[str], victim: str) -> None:
     """Whichever of the three dies, the other two are stopped and the status is not 0."""
     read_banner(up)
     services = children_of(up.pid)
@@ -280,7 +278,7 @@ def test_a_killed_service_ends_the_others(up: subprocess.Popen[str], victim: str
     assert [] == [name for name, pid in services.items() if is_running(pid)]
 
 
-def test_a_killed_supervisor_takes_the_services_along(up: subprocess.Popen[str]) -> None:
+def test_killed_supervisor_stops_the_services(up: subprocess.Popen[str]) -> None:
     """`kill -9` of `trivium up` leaves no service behind."""
     read_banner(up)
     services = children_of(up.pid)
@@ -291,13 +289,13 @@ def test_a_killed_supervisor_takes_the_services_along(up: subprocess.Popen[str])
 
 
 @pytest.mark.parametrize(
-    ("setting", "told"),
+    ("setting", "message"),
     [
         ("TRIVIUM_GENERATOR_SLOTS", ""),  # before any service is started
         ("TRIVIUM_TOKENIZER_MAX_CONNECTION_AGE_SECONDS", "tokenizer_svc exited with status 2"),
     ],
 )
-def test_settings_that_are_refused_are_told(tiny_model: Path, setting: str, told: str) -> None:
+def test_refused_setting_is_named(tiny_model: Path, setting: str, message: str) -> None:
     """The refused setting is named, and `trivium up` exits with status 2."""
     names = (*OPTIONS, *GENERATOR_OPTIONS)
     ports = [f"--{name}={port}" for name, port in zip(names, free_ports(6), strict=True)]
@@ -308,8 +306,8 @@ def test_settings_that_are_refused_are_told(tiny_model: Path, setting: str, told
 
     assert done.returncode == 2
     assert f"{setting}: " in done.stderr
-    assert told in done.stderr
-    assert bool(told) == ("trivium up: " in done.stderr)
+    assert message in done.stderr
+    assert bool(message) == ("trivium up: " in done.stderr)
 
 
 def test_the_doctor_shows_gpus(
@@ -337,7 +335,7 @@ def test_the_doctor_shows_gpus(
 
 
 @pytest.mark.usefixtures("keys")
-def test_doctor_makes_five_tokens(
+def test_doctor_generates_five_tokens(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The doctor starts the pipeline on free ports, gets its tokens and finds nothing wrong,
@@ -356,7 +354,7 @@ def test_doctor_makes_five_tokens(
     assert not usage.exists()
 
 
-def test_the_doctor_finds_a_base_model_well(
+def test_doctor_accepts_a_base_model(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a chat template it completes text; it is found by name as `trivium up` finds it."""

@@ -37,14 +37,14 @@ class Up:
 
     @property
     def url(self) -> str:
-        return self._told(r"REST +(\S+)")[0]
+        return self._matches(r"REST +(\S+)")[0]
 
     @property
     def metrics(self) -> list[str]:
         """Addresses of the facades' metrics."""
         return re.findall(r"http://\S+?/metrics", self.banner)
 
-    def _told(self, pattern: str) -> list[str]:
+    def _matches(self, pattern: str) -> list[str]:
         return re.findall(pattern, self.banner)
 
 
@@ -112,7 +112,7 @@ def ask(url: str) -> httpx.Response:
     return httpx.post(f"{url}/chat/completions", json=body, timeout=60, trust_env=False)
 
 
-def test_all_of_them_work_and_ctrl_c_ends_all(up: Up) -> None:
+def test_replicas_share_the_load_and_ctrl_c_stops_all(up: Up) -> None:
     """Connections are spread over the facades, calls over the tokenizers; one SIGINT ends all."""
     answers = [ask(up.url).status_code for _ in range(REQUESTS)]
     route = "/v1/chat/completions"
@@ -142,7 +142,7 @@ def test_all_of_them_work_and_ctrl_c_ends_all(up: Up) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["tokenizer_svc-2", "rest_facade-1"])
-def test_a_killed_replica_ends_the_others(up: Up, victim: str) -> None:
+def test_killed_replica_stops_the_others(up: Up, victim: str) -> None:
     """As with one of each: the status is not 0, the dead one is named, no process is left."""
     os.kill(up.pids[victim], signal.SIGKILL)
 
@@ -152,7 +152,7 @@ def test_a_killed_replica_ends_the_others(up: Up, victim: str) -> None:
 
 
 @pytest.mark.slow
-def test_running_answers_are_finished(up: Up) -> None:
+def test_running_streams_finish_after_sigterm(up: Up) -> None:
     """When SIGTERM arrives, streams of both facades go on to their [DONE]."""
     model = httpx.get(f"{up.url}/models", trust_env=False).json()["data"][0]["id"]
     body = {

@@ -15,7 +15,7 @@ from trivium.cli.main import app
 from trivium.usage_log import UsageLog, UsageRecord
 
 DAY = 86_400
-MONDAY = 20_000 * DAY  # 2024-10-04
+FRIDAY = 20_000 * DAY  # 2024-10-04
 
 
 def record(request_id: str, key: str = "alice", **fields: Any) -> UsageRecord:
@@ -27,7 +27,7 @@ def record(request_id: str, key: str = "alice", **fields: Any) -> UsageRecord:
         "status": 200,
         "finish_reason": "stop",
         "duration_seconds": 1.5,
-        "time": MONDAY,
+        "time": FRIDAY,
         **fields,
     }
     return UsageRecord(request_id=request_id, key=key, **values)
@@ -63,7 +63,7 @@ def test_sums_by_day_key_and_model(tmp_path: Path) -> None:
         record("b", device_nanoseconds=1, **took),
         record("c", key="bob", **took),
         record("d", model="other", **took),
-        record("e", time=MONDAY + DAY, **took),
+        record("e", time=FRIDAY + DAY, **took),
     )
     rows = summed(file)
 
@@ -78,7 +78,7 @@ def test_sums_by_day_key_and_model(tmp_path: Path) -> None:
     assert (20, 8, 6, 4) == tuple(rows[0][name] for name in tokens)
 
 
-def test_a_request_with_several_records_is_one(tmp_path: Path) -> None:
+def test_several_records_of_a_request_count_once(tmp_path: Path) -> None:
     """One per prompt, or the facade's beside the generator's: the status that the client got
     counts, and nothing is counted twice."""
     file = write(
@@ -99,7 +99,7 @@ def test_folders_rotated_files_and_one_day(tmp_path: Path) -> None:
     """A folder means all usage files in it; of a file being written, complete lines count."""
     write(tmp_path, record("a"))
     (tmp_path / "one.usage.jsonl").rename(tmp_path / "one.usage.jsonl.1")
-    write(tmp_path, record("b"), record("late", time=MONDAY + 31 * DAY))
+    write(tmp_path, record("b"), record("late", time=FRIDAY + 31 * DAY))
     file = write(tmp_path, record("c"), name="two")
     with file.open("a") as end:
         end.write('{"event": "usage", "time": "20')
@@ -108,7 +108,7 @@ def test_folders_rotated_files_and_one_day(tmp_path: Path) -> None:
     assert [3] == [r["requests"] for r in summed(tmp_path, "--by", "key", "--day", "2024-10")]
 
 
-def test_lines_that_are_no_records_are_passed_over(tmp_path: Path) -> None:
+def test_other_log_lines_are_skipped(tmp_path: Path) -> None:
     """Standard output may be collected together with the logs."""
     file = write(tmp_path, record("a"))
     file.write_text('{"time": "x", "level": "info"}\nnot JSON\n' + file.read_text())
@@ -179,7 +179,7 @@ def test_rotated_files_may_be_compressed(tmp_path: Path) -> None:
         (b"\x28\xb5\x2f\xfd zstd", "not JSON"),
     ],
 )
-def test_what_is_no_record_is_told_and_skipped(tmp_path: Path, line: bytes, fault: str) -> None:
+def test_invalid_records_are_reported_and_skipped(tmp_path: Path, line: bytes, fault: str) -> None:
     """The message says how many lines were skipped, and where the first one is."""
     file = write(tmp_path, record("a"))
     with file.open("ab") as end:
@@ -189,15 +189,15 @@ def test_what_is_no_record_is_told_and_skipped(tmp_path: Path, line: bytes, faul
 
     assert 0 == result.exit_code
     assert [2] == [row["requests"] for row in json.loads(result.stdout)]
-    told = f"skipped 2 invalid lines, the first: {file}: line 2: {fault}"
-    assert told in result.stderr
+    message = f"skipped 2 invalid lines, the first: {file}: line 2: {fault}"
+    assert message in result.stderr
     assert 1 == len(result.stderr.splitlines())
 
 
 @pytest.mark.parametrize(
     "content", [b"plain text\n", gzip.compress(b"records")[:-9]], ids=["text", "cut off"]
 )
-def test_a_compressed_file_that_is_broken_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_broken_gzip_file_is_refused(tmp_path: Path, content: bytes) -> None:
     """It is not gzip at all, or its end is missing."""
     file = tmp_path / "one.usage.jsonl.2.gz"
     file.write_bytes(content)
@@ -207,7 +207,7 @@ def test_a_compressed_file_that_is_broken_is_refused(tmp_path: Path, content: by
     assert result.stderr.startswith(f"trivium usage: {file}: ")
 
 
-def test_what_cannot_be_summed_is_refused(tmp_path: Path) -> None:
+def test_missing_file_or_empty_folder_is_refused(tmp_path: Path) -> None:
     """A file that does not exist, and a folder without usage files."""
     absent = CliRunner().invoke(app, ["usage", str(tmp_path / "absent")])
     empty = CliRunner().invoke(app, ["usage", str(tmp_path)])
@@ -218,7 +218,7 @@ def test_what_cannot_be_summed_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("columns", ["colour", "key,key", "", "key,"])
-def test_columns_that_are_refused(tmp_path: Path, columns: str) -> None:
+def test_invalid_columns_are_refused(tmp_path: Path, columns: str) -> None:
     """Unknown, empty and repeated ones."""
     result = CliRunner().invoke(app, ["usage", str(write(tmp_path)), "--by", columns])
 
@@ -227,7 +227,7 @@ def test_columns_that_are_refused(tmp_path: Path, columns: str) -> None:
 
 
 @pytest.mark.parametrize("day", ["2026-1", "2026-13", "2026-13-99", "2026-02-29", "today"])
-def test_days_that_are_refused(tmp_path: Path, day: str) -> None:
+def test_invalid_days_are_refused(tmp_path: Path, day: str) -> None:
     """They do not exist, or could mean several months."""
     result = CliRunner().invoke(app, ["usage", str(write(tmp_path)), "--day", day])
 
