@@ -247,7 +247,7 @@ CHAT_REQUEST = (
         "top_n_sigma",
         _NOT_PUBLISHED,
         "extension, as in llama.cpp: -1 to 100, 0 or less is off",
-        "generator_svc/test_generator_sampler.py::test_top_n_sigma_keeps_what_is_near_the_best",
+        "generator_svc/test_generator_sampler.py::test_top_n_sigma_keeps_logits_near_the_maximum",
     ),
     Row("repetition_penalty", _NOT_PUBLISHED, "extension, as in vLLM: above 0 to 10", _ARRIVES),
     Row(

@@ -15,7 +15,7 @@ JOIN = (
 NUMBERS = itertools.count()
 
 
-class NoGroups(Exception):
+class CgroupUnavailable(Exception):
     """No cgroup can be created here."""
 
 
@@ -23,7 +23,7 @@ class NoGroups(Exception):
 def limited(memory_bytes: int, cpus: float) -> Iterator[tuple[str, ...]]:
     """Creates a cgroup, v1 or v2; yields the command prefix that runs a command in it.
 
-    Raises NoGroups.
+    Raises CgroupUnavailable.
     """
     quota = str(int(cpus * 100_000))
     name = f"trivium-test-{os.getpid()}-{next(NUMBERS)}"
@@ -45,7 +45,7 @@ def limited(memory_bytes: int, cpus: float) -> Iterator[tuple[str, ...]]:
         prefix = ("sh", "-c", JOIN, "sh", *map(str, made), "--")
         subprocess.run([*prefix, "true"], check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        raise NoGroups(str(error)) from error
+        raise CgroupUnavailable(str(error)) from error
     else:
         yield prefix
     finally:

@@ -40,11 +40,11 @@ async def refusal(*prefix, **settings):
     process = await spawn(*prefix, **({"port": 0, "metrics_port": 0, "threads": 1} | settings))
     try:
         async with asyncio.timeout(60):
-            _, words = await process.communicate()
+            _, stderr = await process.communicate()
     except TimeoutError:
         process.kill()
         raise
-    return process.returncode, words.decode()
+    return process.returncode, stderr.decode()
 
 
 class Running:
@@ -77,8 +77,8 @@ class Running:
 
     async def ended(self):
         """Exit status and stderr, once it has ended."""
-        _, words = await self.process.communicate()
-        return self.process.returncode, words.decode()
+        _, stderr = await self.process.communicate()
+        return self.process.returncode, stderr.decode()
 
 
 @contextlib.asynccontextmanager
@@ -97,6 +97,6 @@ async def running(*prefix, **settings):
             await process.communicate()
 
 
-def lines_of(words):
+def non_log_lines(stderr):
     """The lines that are not log lines."""
-    return [line for line in words.splitlines() if line and not re.match(r'\{"time"', line)]
+    return [line for line in stderr.splitlines() if line and not re.match(r'\{"time"', line)]

@@ -178,7 +178,7 @@ def collected(messages):
     tokens, finished = {}, {}
     for message in messages:
         for update in message.updates:
-            assert update.index not in finished, "an update after the last"
+            assert update.index not in finished, "an update after the final one"
             tokens.setdefault(update.index, []).extend(update.token_ids)
             if update.HasField("finished"):
                 finished[update.index] = update.finished

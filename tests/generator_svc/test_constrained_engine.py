@@ -11,7 +11,7 @@ import pytest
 from generator_svc.sampling.sampler import sample
 from generator_svc.sequence import ConstraintError, FinishReason, SamplingParams
 from tests.fakes import ScriptedRunner
-from tests.generator_svc.engine_bench import Bench
+from tests.generator_svc.engine_harness import Harness
 from tests.generator_svc.sampling_oracle import sequence_of
 from tests.generator_svc.schema_draw import draw_schema
 from tests.generator_svc.text_tokens import compiled, text_tokens
@@ -34,23 +34,23 @@ PEOPLE = json.dumps(
 )
 
 
-def _bench(slots=4, logits=None, **fields):
+def _harness(slots=4, logits=None, **fields):
     tokens = text_tokens()
     runner = ScriptedRunner(slots, 512, logits or tokens.random_logits)
-    return Bench(slots=slots, slot_length=512, runner=runner, **fields)
+    return Harness(slots=slots, slot_length=512, runner=runner, **fields)
 
 
-def _submit(bench, prompt, kind="json_schema", text=PEOPLE, count=300, **fields):
+def _submit(harness, prompt, kind="json_schema", text=PEOPLE, count=300, **fields):
     fields.setdefault("stop_token_ids", frozenset({text_tokens().eos}))
     fields.setdefault("sampling", SamplingParams(temperature=1.0, seed=7))
     constraint = compiled(kind, text) if kind else None
-    return bench.submit(prompt, count, constraint=constraint, **fields)
+    return harness.submit(prompt, count, constraint=constraint, **fields)
 
 
-def _answers(bench, group):
+def _answers(harness, group):
     """Texts by index, and finish reasons by index."""
     tokens = text_tokens()
-    texts = {i: tokens.decode(ids) for i, ids in bench.tokens[group].items()}
+    texts = {i: tokens.decode(ids) for i, ids in harness.tokens[group].items()}
     return texts, {s.index: s.finish_reason for s in group.sequences}
 
 
@@ -59,9 +59,9 @@ def _fits(text, schema=PEOPLE):
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
-def test_every_answer_that_stops_fits(temperature):
+def test_every_finished_answer_fits_its_schema(temperature):
     """With many schemas at once, some requests with n, some without a constraint."""
-    bench = _bench(slots=5)
+    harness = _harness(slots=5)
     groups = {}
     for seed in range(60):
         draw = random.Random(seed)
@@ -70,16 +70,16 @@ def test_every_answer_that_stops_fits(temperature):
         sampling = SamplingParams(temperature=temperature, seed=seed)
         fields = {"sampling": sampling, "count": 200, "n": draw.choice([1, 1, 3])}
         try:
-            groups[_submit(bench, prompt, text=schema, **fields)] = schema
+            groups[_submit(harness, prompt, text=schema, **fields)] = schema
         except ConstraintError:
-            _submit(bench, prompt, kind=None, **fields)
-        bench.step()
-    bench.finish()
+            _submit(harness, prompt, kind=None, **fields)
+        harness.step()
+    harness.finish()
 
     stopped = 0
     for group, schema in groups.items():
-        assert group not in bench.errors
-        texts, reasons = _answers(bench, group)
+        assert group not in harness.errors
+        texts, reasons = _answers(harness, group)
         for index, text in texts.items():
             if reasons[index] is FinishReason.STOP_TOKEN:
                 stopped += 1
@@ -88,13 +88,13 @@ def test_every_answer_that_stops_fits(temperature):
 
 
 @pytest.mark.parametrize("reuse", [False, True])
-def test_a_crowd_does_not_change_a_constrained_request(reuse):
+def test_constrained_tokens_do_not_depend_on_the_batch(reuse):
     """The same seed gives the same tokens alone and in a batch with others, constrained or not."""
     prompt = list(range(30, 60))
-    alone = _bench(reuse=reuse)
+    alone = _harness(reuse=reuse)
     wanted = _submit(alone, prompt, n=4)
     alone.finish()
-    crowded = _bench(slots=3, reuse=reuse)
+    crowded = _harness(slots=3, reuse=reuse)
     others = []
     for seed in range(8):
         kind, text = [("json_schema", PEOPLE), ("regex", "[a-z ]{4,90}"), (None, "")][seed % 3]
@@ -111,12 +111,12 @@ def test_a_crowd_does_not_change_a_constrained_request(reuse):
     assert all(_fits(text) for text in _answers(crowded, got)[0].values())
 
 
-def test_greedy_takes_the_most_likely_of_what_fits():
+def test_greedy_takes_the_most_likely_allowed_token():
     """Compared step by step with a mask made by hand."""
     tokens = text_tokens()
-    bench = _bench()
-    group = _submit(bench, [9, 9], "regex", "[ab]{12}", sampling=SamplingParams(temperature=0))
-    bench.finish()
+    harness = _harness()
+    group = _submit(harness, [9, 9], "regex", "[ab]{12}", sampling=SamplingParams(temperature=0))
+    harness.finish()
     written, expected, context = "", [], [9, 9]
     while len(written) < 12:
         pieces = {t: tokens.decode([t]) for t in range(3, tokens.known)}
@@ -127,7 +127,7 @@ def test_greedy_takes_the_most_likely_of_what_fits():
         context.append(expected[-1])
         written += pieces[expected[-1]]
 
-    assert [*expected, tokens.eos] == bench.tokens[group][0]
+    assert [*expected, tokens.eos] == harness.tokens[group][0]
 
 
 @pytest.mark.parametrize("regex", ["[ab]{9}", "[^ab]{9}"])
@@ -135,7 +135,7 @@ def test_greedy_takes_the_most_likely_of_what_fits():
     "settings",
     [{}, {"top_p": 0.8}, {"top_k": 4}, {"min_p": 0.1}, {"top_p": 0.9, "top_k": 7, "min_p": 0.01}],
 )
-def test_draws_are_those_of_a_model_that_gives_nothing_else(regex, settings):
+def test_mask_equals_logits_of_minus_infinity(regex, settings):
     """A mask, whether it allows few tokens or many, works like logits of minus infinity."""
     tokens = text_tokens()
     allowed = compiled("regex", regex).new_state().allowed()
@@ -156,29 +156,29 @@ def test_penalties_and_bias_work_within_the_constraint():
     """A bias chooses among tokens that fit and cannot force one that does not."""
     tokens = text_tokens()
     [a, b, c] = (tokens.encode(letter)[0] for letter in "abc")
-    bench = _bench()
+    harness = _harness()
     bias = {a: 50.0, c: 100.0}
     biased = SamplingParams(temperature=0, logit_bias=bias)
     varied = SamplingParams(
         temperature=0, logit_bias=bias, frequency_penalty=2, repetition_penalty=10
     )
-    groups = [_submit(bench, [9], "regex", "[ab]{9}", sampling=one) for one in (biased, varied)]
-    bench.finish()
+    groups = [_submit(harness, [9], "regex", "[ab]{9}", sampling=one) for one in (biased, varied)]
+    harness.finish()
 
-    assert [a] * 9 == bench.tokens[groups[0]][0][:-1]
-    assert {a, b} <= set(bench.tokens[groups[1]][0])
-    assert not {c} & set(bench.tokens[groups[1]][0])
+    assert [a] * 9 == harness.tokens[groups[0]][0][:-1]
+    assert {a, b} <= set(harness.tokens[groups[1]][0])
+    assert not {c} & set(harness.tokens[groups[1]][0])
 
 
 def test_logprobs_are_those_of_the_model():
     """They are taken before the mask, so the top token may be one that does not fit."""
     tokens = text_tokens()
-    bench = _bench()
-    group = _submit(bench, [9], "regex", "[ab]{5}", top_logprobs=3)
-    bench.finish()
+    harness = _harness()
+    group = _submit(harness, [9], "regex", "[ab]{5}", top_logprobs=3)
+    harness.finish()
 
     context = [9]
-    for update in bench.updates:
+    for update in harness.updates:
         logits = tokens.random_logits(context).astype(np.float64)
         logprobs = logits - np.log(np.exp(logits).sum())
         token = update.token
@@ -190,73 +190,73 @@ def test_logprobs_are_those_of_the_model():
 
 @pytest.mark.parametrize("ignores_end", [False, True])
 @pytest.mark.parametrize("least", [0, 30])
-def test_a_complete_text_ends_even_where_ends_are_held_back(ignores_end, least):
+def test_complete_text_ends_despite_ignore_eos_and_min_tokens(ignores_end, least):
     """Neither ignore_eos nor min_tokens can extend a text that is complete."""
     tokens = text_tokens()
     stops = frozenset() if ignores_end else frozenset({tokens.eos})
-    bench = _bench()
+    harness = _harness()
     fields = {"stop_token_ids": stops, "min_new_tokens": least}
-    exact = _submit(bench, [9], "regex", "[ab]{6}", **fields)
-    open_ended = _submit(bench, [9], "regex", "[ab]{6,}", count=40, **fields)
-    bench.finish()
-    texts, reasons = _answers(bench, exact)
+    exact = _submit(harness, [9], "regex", "[ab]{6}", **fields)
+    open_ended = _submit(harness, [9], "regex", "[ab]{6,}", count=40, **fields)
+    harness.finish()
+    texts, reasons = _answers(harness, exact)
 
     assert 6 == len(texts[0])
     assert FinishReason.STOP_TOKEN is reasons[0]
-    assert tokens.eos == bench.tokens[exact][0][-1]
-    assert len(bench.tokens[open_ended][0]) > (39 if ignores_end else least)
+    assert tokens.eos == harness.tokens[exact][0][-1]
+    assert len(harness.tokens[open_ended][0]) > (39 if ignores_end else least)
 
 
 def test_a_callers_stop_token_ends_an_unfinished_text():
     """Because the caller asked for it."""
     tokens = text_tokens()
     [b] = tokens.encode("b")
-    bench = _bench()
-    group = _submit(bench, [9], "regex", "(a|b){200}", stop_token_ids=frozenset({tokens.eos, b}))
-    bench.finish()
+    harness = _harness()
+    group = _submit(harness, [9], "regex", "(a|b){200}", stop_token_ids=frozenset({tokens.eos, b}))
+    harness.finish()
 
-    assert b == bench.tokens[group][0][-1]
+    assert b == harness.tokens[group][0][-1]
     assert FinishReason.STOP_TOKEN is group.sequences[0].finish_reason
 
 
-def test_a_limit_cuts_a_constrained_text_too():
+def test_max_tokens_applies_to_constrained_text():
     """max_tokens applies as without a constraint."""
-    bench = _bench()
-    group = _submit(bench, [9], "regex", "a{400}", count=5)
-    bench.finish()
+    harness = _harness()
+    group = _submit(harness, [9], "regex", "a{400}", count=5)
+    harness.finish()
 
     assert FinishReason.LENGTH is group.sequences[0].finish_reason
-    assert set(_answers(bench, group)[0][0]) == {"a"}
+    assert set(_answers(harness, group)[0][0]) == {"a"}
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_stopping_one_choice_leaves_the_others_as_they_were(index):
+def test_stopping_one_choice_leaves_the_others_unchanged(index):
     """Each choice has its own constraint state."""
-    whole = _bench()
+    whole = _harness()
     wanted = _submit(whole, [5, 6], n=3)
     whole.finish()
-    bench = _bench()
-    group = _submit(bench, [5, 6], n=3)
+    harness = _harness()
+    group = _submit(harness, [5, 6], n=3)
     for _ in range(4):
-        bench.step()
-    bench.engine.stop(group, index)
-    bench.finish()
+        harness.step()
+    harness.engine.stop(group, index)
+    harness.finish()
 
     for other in {0, 1, 2} - {index}:
-        assert whole.tokens[wanted][other] == bench.tokens[group][other]
-    assert len(bench.tokens[group][index]) < len(whole.tokens[wanted][index])
+        assert whole.tokens[wanted][other] == harness.tokens[group][other]
+    assert len(harness.tokens[group][index]) < len(whole.tokens[wanted][index])
 
 
-def test_cancelled_requests_leave_nothing():
+def test_cancelled_requests_free_their_constraint_state():
     """No constraint state outlives its sequence."""
-    bench = _bench()
-    groups = [_submit(bench, [value], n=3) for value in range(5, 9)]
+    harness = _harness()
+    groups = [_submit(harness, [value], n=3) for value in range(5, 9)]
     for _ in range(5):
-        bench.step()
+        harness.step()
     assert any(s.constraint_state for group in groups for s in group.sequences)
     for group in groups:
-        bench.engine.cancel(group)
-    bench.finish()
+        harness.engine.cancel(group)
+    harness.finish()
 
     assert not any(s.constraint_state for group in groups for s in group.sequences)
 
@@ -269,15 +269,15 @@ def test_nan_fails_its_own_request_only():
         row = tokens.random_logits(context)
         return row * np.nan if context[0] == 13 and len(context) > 4 else row
 
-    bench = _bench(logits=logits)
-    bad, good = _submit(bench, [13, 14], n=2), _submit(bench, [15, 14])
-    bench.finish()
+    harness = _harness(logits=logits)
+    bad, good = _submit(harness, [13, 14], n=2), _submit(harness, [15, 14])
+    harness.finish()
 
-    assert [bad] == list(bench.errors)
-    assert _fits(_answers(bench, good)[0][0])
+    assert [bad] == list(harness.errors)
+    assert _fits(_answers(harness, good)[0][0])
 
 
-def test_nothing_left_fails_its_own_request_only():
+def test_no_possible_token_fails_its_own_request_only():
     """Here the model gives all tokens that fit a probability of zero."""
     tokens = text_tokens()
     fitting = compiled("regex", "[ab]*").new_state().allowed()
@@ -287,11 +287,11 @@ def test_nothing_left_fails_its_own_request_only():
         row[fitting & (context[0] == 13)] = -np.inf
         return row
 
-    bench = _bench(logits=logits)
-    bad, good = _submit(bench, [13], "regex", "[ab]*"), _submit(bench, [15])
-    bench.finish()
+    harness = _harness(logits=logits)
+    bad, good = _submit(harness, [13], "regex", "[ab]*"), _submit(harness, [15])
+    harness.finish()
 
-    assert [bad] == list(bench.errors)
+    assert [bad] == list(harness.errors)
     assert good.is_finished
 
 
@@ -300,24 +300,24 @@ def test_a_constraint_that_grows_too_complex_fails_its_own_request_only():
     tokens = text_tokens()
     [a] = tokens.encode("a")
     ambiguous = 'start: e\ne: e e | "a" | e e e | '
-    bench, quiet = _bench(), _bench()
+    harness, quiet = _harness(), _harness()
     sampling = SamplingParams(temperature=0, logit_bias={a: 90.0})
-    bad = _submit(bench, [9], "lark", ambiguous, n=2, count=400, sampling=sampling)
-    good = _submit(bench, [5, 6], count=400)
+    bad = _submit(harness, [9], "lark", ambiguous, n=2, count=400, sampling=sampling)
+    good = _submit(harness, [5, 6], count=400)
     wanted = _submit(quiet, [5, 6], count=400)
-    bench.finish()
+    harness.finish()
     quiet.finish()
 
-    assert "json_schema_too_complex" == bench.errors[bad].code
-    assert {bad} == bench.errors.keys()
-    assert quiet.tokens[wanted] == bench.tokens[good]
+    assert "json_schema_too_complex" == harness.errors[bad].code
+    assert {bad} == harness.errors.keys()
+    assert quiet.tokens[wanted] == harness.tokens[good]
 
 
-def test_unconstrained_requests_pay_nothing():
+def test_unconstrained_requests_have_no_state_or_mask():
     """Without a constraint there is no state and no mask."""
-    bench = _bench()
-    group = _submit(bench, [5], kind=None, count=5)
-    bench.finish()
+    harness = _harness()
+    group = _submit(harness, [5], kind=None, count=5)
+    harness.finish()
 
     assert [None] == [s.constraint_state for s in group.sequences]
-    assert list(itertools.chain(*bench.tokens[group].values()))
+    assert list(itertools.chain(*harness.tokens[group].values()))

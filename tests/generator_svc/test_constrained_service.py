@@ -125,7 +125,7 @@ async def _outcome(call):
     return None
 
 
-async def test_an_answer_fits(stage, tokens):
+async def test_each_choice_fits_the_schema(stage, tokens):
     """With n, each choice fits and is different."""
     constraint = pb.Constraint(regex="[ab]{40}")
     sampling = SamplingParams(temperature=1.0, seed=3)
@@ -137,7 +137,7 @@ async def test_an_answer_fits(stage, tokens):
     assert {pb.FINISH_REASON_STOP_TOKEN} == {last.reason for last in finished.values()}
 
 
-async def test_ends_come_even_when_they_are_ignored(stage, tokens):
+async def test_complete_text_ends_despite_ignore_eos(stage, tokens):
     """A complete text ends, and the model's EOS is its last token."""
     constraint = pb.Constraint(json_schema='{"const": "x"}')
     fields = {"constraint": constraint, "ignore_eos": True, "min_new_tokens": 50}
@@ -168,7 +168,7 @@ async def test_refusals_name_the_constraint(stage, constraint, code):
     assert not stage.runner.plans
 
 
-async def test_what_grows_too_complex_on_its_way_is_told_as_such(stage, tokens):
+async def test_constraint_too_complex_during_decoding_has_its_own_error(stage, tokens):
     """It is noticed during decoding, as the dry run took another path."""
     [a] = tokens.encode("a")
     lark = 'start: /b/ /(.|\\n)*/ | e\ne: e e | "a" | e e e'
@@ -202,7 +202,7 @@ async def _compiler(tokens, cache_bytes=2**20):
         yield compiler
 
 
-async def test_hostile_constraints_are_answered_soon_while_a_stream_goes_on(stage, tokens):
+async def test_hostile_constraints_do_not_delay_streams(stage, tokens):
     """Each before its deadline; the stream keeps decoding and gets the tokens it gets alone."""
     bias = SamplingParams(temperature=0, logit_bias={tokens.eos: -100.0})
     long = {"max_new_tokens": 400, "sampling": bias}
@@ -226,7 +226,7 @@ async def test_hostile_constraints_are_answered_soon_while_a_stream_goes_on(stag
     assert wanted == answers
 
 
-async def test_hostile_schemas_that_are_lenient_are_answered_soon_too(tokens):
+async def test_hostile_lenient_schemas_are_answered_in_time(tokens):
     """Relaxed, or refused as too complex; the result may be larger than a pipe's buffer."""
     lenient = {"x-guidance": {"lenient": True}}
     outcomes = {}
@@ -249,7 +249,7 @@ async def test_hostile_schemas_that_are_lenient_are_answered_soon_too(tokens):
     assert outcomes["patterns of names"] is None
 
 
-async def test_a_lenient_schema_is_kept_as_far_as_it_can_be(stage, tokens):
+async def test_lenient_schema_is_enforced_as_far_as_possible(stage, tokens):
     """Over gRPC; without `lenient` the same schema is refused."""
     schema = {"type": "object", "properties": {"a": {"const": 1}}, "minProperties": 1}
     schema |= {"additionalProperties": {"type": "null"}, "maxProperties": 1}
@@ -265,7 +265,7 @@ async def test_a_lenient_schema_is_kept_as_far_as_it_can_be(stage, tokens):
         assert all(value == (1 if name == "a" else None) for name, value in answer.items())
 
 
-async def test_a_schema_elsewhere_is_not_fetched(tokens):
+async def test_remote_references_are_not_fetched(tokens):
     """References to URLs and files are refused, and no connection is made."""
     connections = []
     server = await asyncio.start_server(lambda *pair: connections.append(pair), "127.0.0.1", 0)
@@ -318,7 +318,7 @@ async def test_compile_results_are_cached(tokens):
             await compiler.compile("regex", "[cd]+")
 
 
-async def test_too_many_at_once_are_refused(tokens):
+async def test_too_many_waiting_compilations_are_refused(tokens):
     """Waiting requests hold memory, so only a bounded number may wait for the compiler."""
     async with _compiler(tokens) as compiler:
         calls = [compiler.compile("regex", "a") for _ in range(1_000)]
@@ -330,7 +330,7 @@ async def test_too_many_at_once_are_refused(tokens):
     assert 512 == sum(isinstance(result, CompiledConstraint) for result in results)
 
 
-async def test_many_who_want_the_same_share_one_compilation(tokens, monkeypatch):
+async def test_identical_constraints_share_one_compilation(tokens, monkeypatch):
     """And a request that is cancelled does not cancel it for the others."""
     async with _compiler(tokens) as compiler:
         put, results = compiler.cache.put, []
@@ -350,7 +350,7 @@ async def test_many_who_want_the_same_share_one_compilation(tokens, monkeypatch)
     assert 8 == len(set(constraints[1:]))  # each has its own object
 
 
-async def test_a_killed_sandbox_is_started_again(tokens, caplog):
+async def test_killed_sandbox_is_restarted(tokens, caplog):
     """Requests succeed as before; only the log shows it."""
     async with _compiler(tokens) as compiler:
         assert await compiler.compile("regex", "[ab]")
@@ -360,7 +360,7 @@ async def test_a_killed_sandbox_is_started_again(tokens, caplog):
     assert ["restarting the constraint sandbox process: exited with status -9"] == (caplog.messages)
 
 
-async def test_a_sandbox_that_is_killed_as_it_starts_is_started_again(tokens, caplog):
+async def test_sandbox_killed_at_startup_is_restarted(tokens, caplog):
     """As when memory is briefly short; the model's constraints remain available."""
     async with ConstraintCompiler(tokens.file, tokens.size, (tokens.eos,), 2**20) as compiler:
         while not sandboxes():  # noqa: ASYNC110 - a new process has no event
@@ -373,7 +373,7 @@ async def test_a_sandbox_that_is_killed_as_it_starts_is_started_again(tokens, ca
     assert "failed to start: exited with status -9" in caplog.text
 
 
-async def test_a_sandbox_for_which_there_is_no_process_is_started_later(tokens, monkeypatch):
+async def test_sandbox_that_hits_a_process_limit_is_started_later(tokens, monkeypatch):
     """As at a process limit: the caller is told to retry, and succeeds once it can be started."""
 
     async def refused(*command, **options):
@@ -401,7 +401,7 @@ async def test_a_sandbox_that_hangs_is_replaced(tokens, caplog):
     assert "no response within" in caplog.text
 
 
-async def test_a_compilation_without_processor_time_is_no_fault_of_the_constraint(tokens):
+async def test_compilation_timeout_on_a_busy_machine_is_retryable(tokens):
     """The caller is told to retry, and a timeout on a busy machine is not cached."""
     async with _compiler(tokens) as compiler:
         [sandbox] = sandboxes()
@@ -417,7 +417,7 @@ async def test_a_compilation_without_processor_time_is_no_fault_of_the_constrain
             await compiler.compile("json_schema", MULTIPLE)
 
 
-async def test_a_process_that_grinds_is_ended_with_the_service(tokens):
+async def test_busy_sandbox_ends_with_the_service(tokens):
     """No process is left behind."""
     async with _compiler(tokens) as compiler:
         await compiler.compile("regex", "[ab]")
@@ -430,7 +430,7 @@ async def test_a_process_that_grinds_is_ended_with_the_service(tokens):
     assert sandbox not in sandboxes()
 
 
-def test_the_cache_keeps_within_its_bytes():
+def test_cache_size_is_bounded():
     """The least recently used result is evicted first."""
     cache = CompileCache(10_000)
     for number in range(20):

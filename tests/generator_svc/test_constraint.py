@@ -79,7 +79,7 @@ def test_whatever_a_random_model_writes_matches_its_regex(regex):
     assert all(re.fullmatch(regex, answer) for answer in finished), finished
 
 
-def test_whatever_a_random_model_writes_is_of_its_grammar():
+def test_whatever_a_random_model_writes_matches_its_grammar():
     """A Lark grammar with recursion: sums in balanced parentheses."""
     lark = 'start: sum\nsum: item ("+" item)*\nitem: /[0-9]{1,3}/ | "(" sum ")"'
     answers = [_written(compiled("lark", lark).new_state(), seed) for seed in range(40)]
@@ -105,7 +105,7 @@ def test_whatever_a_random_model_writes_is_of_its_grammar():
         ('{"x":1,"label":""}\n', False),
     ],
 )
-def test_json_may_be_indented_and_nothing_may_stand_around_it(answer, fits):
+def test_json_may_be_indented_but_not_surrounded(answer, fits):
     """The usual ways to format JSON are allowed."""
     assert fits is accepts("json_schema", json.dumps(POINT), answer)
 
@@ -120,7 +120,7 @@ def test_json_may_be_indented_and_nothing_may_stand_around_it(answer, fits):
         ("json_schema", '{"type": "array", "x-guidance": {"whitespace_pattern": " *"}}'),
     ],
 )
-def test_blanks_do_not_run_away(kind, text):
+def test_whitespace_is_bounded(kind, text):
     """One newline and its indentation are allowed; a model cannot write whitespace forever."""
     assert accepts(kind, text, "[\n" + " " * 20 + "]")
     assert not accepts(kind, text, "[" + " " * 21 + "]")
@@ -128,7 +128,7 @@ def test_blanks_do_not_run_away(kind, text):
     assert not accepts(kind, text, "[\t]")
 
 
-def test_a_schema_in_lark_is_found_only_where_it_is_one():
+def test_schemas_in_lark_are_not_found_in_strings_or_comments():
     """Not in strings, patterns or comments; what follows is left as it is."""
     lark = 'start: "%json {}" /%json {2}/ a // %json {}\na: %json {"type": "null"} "z"'
     other = lark.replace(' a // %json {}\na: %json {"type": "null"} "z"', "")
@@ -159,7 +159,7 @@ def test_bounds_of_numbers_hold(least, most, form):
         assert accepts(kind, text, str(round((low + high) / 2, 3)))
 
 
-def test_values_in_a_schema_are_no_schemas():
+def test_constants_are_not_treated_as_schemas():
     """A constant that looks like a schema stays as it is."""
     text = '{"const": {"exclusiveMinimum": 3, "maximum": 3.5}}'
 
@@ -167,7 +167,7 @@ def test_values_in_a_schema_are_no_schemas():
     assert accepts("json_schema", text, '{"exclusiveMinimum":3,"maximum":3.5}')
 
 
-def test_a_name_cannot_be_written_in_a_second_way():
+def test_escaped_property_name_fits_the_same_schema():
     """An escaped name is the same property to parsers, so it has to fit the same schema."""
     schema = {"properties": {"a": {"type": "null"}}, "additionalProperties": {"type": "integer"}}
     schema = json.dumps(schema | {"type": "object"})
@@ -187,7 +187,7 @@ def test_ids_without_a_token_are_never_allowed():
         assert not allowed[-EXTRA_IDS:].any()
 
 
-def test_a_graph_may_know_fewer_tokens_than_the_tokenizer():
+def test_graph_may_have_fewer_tokens_than_the_tokenizer():
     """The mask has the graph's width."""
     tokens = text_tokens()
     table = TokenTable(tokens.file, tokens.known - 10, [tokens.eos])
@@ -220,7 +220,7 @@ def test_a_complete_text_allows_only_its_end():
 
 
 @pytest.mark.parametrize(
-    ("kind", "text", "code", "says"),
+    ("kind", "text", "code", "message"),
     [
         ("json_schema", "{", "invalid_json_schema", "EOF"),
         ("json_schema", "[1]", "invalid_json_schema", "object"),
@@ -241,21 +241,21 @@ def test_a_complete_text_allows_only_its_end():
         ("lark", "start: <|nosuch|>", "invalid_value", "nosuch"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_kept_is_refused_with_its_place(kind, text, code, says):
+def test_unenforceable_constraint_is_refused_with_its_location(kind, text, code, message):
     """It is never served unconstrained."""
-    with pytest.raises(ConstraintError, match=says) as caught:
+    with pytest.raises(ConstraintError, match=message) as caught:
         compiled(kind, text).new_state().allowed()
 
     assert code == caught.value.code
     assert len(caught.value.message) < 600
 
 
-def test_true_is_a_schema_of_anything():
+def test_schema_true_allows_anything():
     """As in JSON Schema."""
     assert accepts("json_schema", "true", '[1, {"a": null}]')
 
 
-def test_tokenizers_of_other_kinds_are_told(tmp_path):
+def test_unsupported_tokenizer_is_named(tmp_path):
     """For instance a word-level one; the message names the file."""
     file = tmp_path / "tokenizer.json"
     file.write_text('{"model": {"type": "WordLevel", "vocab": {"a": 0}}}')
@@ -263,7 +263,7 @@ def test_tokenizers_of_other_kinds_are_told(tmp_path):
         TokenTable(file, 10, [0])
 
 
-def test_ambiguity_ends_in_an_error_and_not_in_hours():
+def test_ambiguous_grammar_fails_instead_of_taking_hours():
     """Here the number of parses multiplies with each character."""
     tokens = text_tokens()
     state = compiled("lark", 'start: e\ne: e e | "a" | e e e | ').new_state()
@@ -285,7 +285,7 @@ def test_masks_do_not_depend_on_earlier_requests():
     assert first == again
 
 
-def test_no_text_is_lost_between_two_tables():
+def test_llguidance_has_the_tokenizers_tokens():
     """llguidance's table has the same tokens as the tokenizer file."""
     table, tokens = token_table(), text_tokens()
     text = 'Some "text", é🫠\n'

@@ -20,8 +20,8 @@ from generator_svc.run.slot_memory import HostMemory
 from generator_svc.sampling.device_row import CANDIDATES, RELATIVE_ERROR, DeviceRow
 from generator_svc.sequence import SamplingParams
 from generator_svc.startup import load_runner, warm_up
-from tests.generator_svc.engine_bench import Bench
-from tests.generator_svc.pretended_cuda import pretended_device, pretended_runtime
+from tests.generator_svc.engine_harness import Harness
+from tests.generator_svc.fake_cuda import fake_cuda_device, fake_cuda_runtime
 from trivium.model_directory import load_model_directory
 
 PROMPT = tuple(range(5, 45))
@@ -30,7 +30,7 @@ PROMPT = tuple(range(5, 45))
 @pytest.fixture
 def runtime():
     """A fake one, on which 1.5 ms pass between any two events."""
-    with pretended_runtime(itertools.count(0, 1_500_000).__next__) as runtime:
+    with fake_cuda_runtime(itertools.count(0, 1_500_000).__next__) as runtime:
         yield runtime
 
 
@@ -87,9 +87,9 @@ def test_rows_come_from_the_device(runtime):
 # ---- with a device, fake or real
 
 
-@pytest.fixture(scope="module", params=["pretended", pytest.param("real", marks=pytest.mark.gpu)])
+@pytest.fixture(scope="module", params=["simulated", pytest.param("real", marks=pytest.mark.gpu)])
 def device(request):
-    with pretended_device() if request.param == "pretended" else contextlib.nullcontext():
+    with fake_cuda_device() if request.param == "simulated" else contextlib.nullcontext():
         yield
 
 
@@ -137,7 +137,7 @@ def _prefill(runner, slot, token_ids=PROMPT):
     return result.logits[0]
 
 
-def test_all_is_on_the_device(on_device):
+def test_provider_logits_and_timing_are_on_the_device(on_device):
     """The provider, the logits, and the time, which comes from the device's events."""
     began = time.perf_counter_ns()
     result = on_device.run(StepPlan(chunks=(Chunk(0, 0, PROMPT, True),))).chunks[0]
@@ -192,7 +192,7 @@ def test_candidates_are_those_of_the_whole_row(on_device):
 
 
 @pytest.mark.parametrize("length", [40, 64, 128])
-def test_prompts_in_one_run_give_nearly_the_logits_of_each_alone(on_device, length):
+def test_batched_prefill_gives_nearly_each_prompts_logits(on_device, length):
     """They are padded on the right; the tokens after them have nearly the same logits too."""
     prompts = (PROMPT, PROMPT[:10], PROMPT[5:38])
     rows = tuple(Row(7, len(prompt)) for prompt in prompts)
@@ -209,7 +209,7 @@ def test_prompts_in_one_run_give_nearly_the_logits_of_each_alone(on_device, leng
     assert np.allclose(following, [row.whole for row in outcome.rows.logits], atol=0.05)
 
 
-def test_every_token_of_a_prompt_has_nearly_the_logits_of_a_prompt_that_ends_there(on_device):
+def test_prompt_logits_are_nearly_those_of_shorter_prompts(on_device):
     """All of a chunk's logits are copied to the host, and the last ones are sampled there."""
     chunk = Chunk(0, 0, PROMPT, True, wants_all_logits=True)
     [result] = on_device.run(StepPlan(chunks=(chunk,))).chunks
@@ -264,23 +264,25 @@ def test_float32_is_served_without_graphs(model, capturing, caplog):
 def test_the_engine_serves_from_the_device(either):
     """Greedy and sampled requests are complete; bookkeeping is consistent after every step."""
     sizes = either.info.capture_sizes
-    bench = Bench(slots=4, slot_length=128, runner=either, batch_sizes=sizes)
+    harness = Harness(slots=4, slot_length=128, runner=either, batch_sizes=sizes)
     samplings = [
         SamplingParams(temperature=0),
         SamplingParams(seed=1),
         SamplingParams(seed=2, top_k=5),
     ]
     groups = [
-        bench.submit(list(PROMPT[: 9 + i]), 15, sampling=sampling, n=2, stop_token_ids=frozenset())
+        harness.submit(
+            list(PROMPT[: 9 + i]), 15, sampling=sampling, n=2, stop_token_ids=frozenset()
+        )
         for i, sampling in enumerate(samplings)
     ]
-    bench.finish()
+    harness.finish()
 
-    assert {} == bench.errors
-    assert [[15, 15]] * 3 == [[len(bench.tokens[group][i]) for i in (0, 1)] for group in groups]
+    assert {} == harness.errors
+    assert [[15, 15]] * 3 == [[len(harness.tokens[group][i]) for i in (0, 1)] for group in groups]
 
 
-def test_no_kernel_is_given_up(model, caplog):
+def test_no_kernel_falls_back(model, caplog):
     """Symmetric weights load and run with the kernels made for them, at the first try."""
     _loaded(model, cuda_graphs=False)
 

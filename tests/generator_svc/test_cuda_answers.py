@@ -11,7 +11,7 @@ from generator_svc.config import GeneratorSettings
 from generator_svc.metering import Meter
 from generator_svc.sequence import EngineRequest, SamplingParams, SequenceUpdate
 from generator_svc.startup import build_engine, load_runner, warm_up
-from tests.generator_svc.pretended_cuda import pretended_device
+from tests.generator_svc.fake_cuda import fake_cuda_device
 from trivium.model_directory import load_model_directory
 
 SLOTS, SLOT_LENGTH = 12, 384
@@ -36,13 +36,13 @@ def requests(seed):
     """Short and long prompts, many with a common prefix, with one or several choices."""
     draw = random.Random(seed)
 
-    def words(count):
+    def random_tokens(count):
         return tuple(draw.randrange(5, 250) for _ in range(count))
 
-    beginnings = [(), *(words(count) for count in (10, 40, 90))]
+    beginnings = [(), *(random_tokens(count) for count in (10, 40, 90))]
     return [
         EngineRequest(
-            draw.choice(beginnings) + words(draw.choice((1, 3, 9, 30, 60, 150))),
+            draw.choice(beginnings) + random_tokens(draw.choice((1, 3, 9, 30, 60, 150))),
             draw.randrange(1, 30),
             SamplingParams(**draw.choice(SAMPLINGS), seed=draw.randrange(999)),
             n=draw.choice((1, 1, 1, 2, 4)),
@@ -94,12 +94,12 @@ def answers(model, device, wanted, at_once, cancelled=frozenset()):
     return tokens
 
 
-def test_tokens_are_those_of_each_request_alone(model):
+def test_batched_tokens_equal_those_of_each_request_alone(model):
     """Cancelled requests get the beginning of those tokens."""
     wanted = requests(seed=1)
     cancelled = frozenset(range(0, len(wanted), 7))
     alone = answers(model, "cpu", wanted, at_once=1)
-    with pretended_device():
+    with fake_cuda_device():
         together = answers(model, "cuda", wanted, 6, cancelled)
 
     assert sum(request.n for request in wanted) == len(alone)

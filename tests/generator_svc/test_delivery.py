@@ -114,7 +114,7 @@ def play(streams, steps, step_seconds, rate=RATE, max_interval=MAX_INTERVAL, who
 
 
 @pytest.mark.parametrize(("streams", "step_ms"), [(1, 2), (8, 15), (32, 45), (64, 70)])
-def test_few_messages_leave_at_once(streams, step_ms):
+def test_few_messages_are_sent_immediately(streams, step_ms):
     """Below the rate every token is a message of its own, and none of them waits."""
     for call in play(streams, 50, step_ms / 1000):
         assert 50 == len(call.messages)
@@ -149,7 +149,7 @@ def test_a_bound_of_zero_merges_nothing():
 
 
 @pytest.mark.parametrize("streams", [1, 8])
-def test_what_is_wanted_whole_comes_in_large_pieces(streams):
+def test_unstreamed_answers_come_in_large_messages(streams):
     """The first token, then 256 at a time, and the rest at the end."""
     for call in play(streams, 600, 0.015, whole=True):
         assert [1, 256, 256, 87] == [len(message.tokens) for message in call.messages]
@@ -177,7 +177,7 @@ def test_a_held_token_does_not_wait_for_another():
         runner.run(run())
 
 
-async def test_eight_streams_of_fifteen_milliseconds_see_every_token():
+async def test_eight_streams_get_one_message_per_token():
     """Over real gRPC: no two tokens share a message. A busy machine may stall the loop for longer
     than a step, so this only has to hold in one of several attempts."""
     stage = Stage(slots=8, slot_length=256, logits=by_last_token)
@@ -218,7 +218,7 @@ async def test_first_and_last_tokens_never_wait():
         assert {0} == finished.keys()
 
 
-async def test_an_answer_that_is_wanted_whole_comes_in_few_messages():
+async def test_unstreamed_answer_comes_in_few_messages():
     """Over real gRPC: nothing is lost, and almost nothing is sent before the end."""
     stage = Stage(slot_length=512, logits=by_last_token)
     async with stage.running():

@@ -22,7 +22,7 @@ from generator_svc.sampling.draw import BadLogits
 from generator_svc.sampling.sampler import sample as sample_whole
 from generator_svc.sequence import ConstraintError, SamplingParams
 from generator_svc.startup import warm_up
-from tests.generator_svc.engine_bench import Bench
+from tests.generator_svc.engine_harness import Harness
 from tests.generator_svc.sampling_oracle import device_row, sequence_of
 from tests.tiny_models import tiny_model_directory
 from trivium.model_directory import load_model_directory
@@ -85,7 +85,7 @@ def _sequence(random, row, sampling):
     )
 
 
-def _shaken(random, row):
+def _perturbed(random, row):
     """The same row with sums as inexact as they may be, and equal logits in any order."""
     error = RELATIVE_ERROR * random.uniform(-0.9, 0.9, row.rest.size)
     order = random.permutation(CANDIDATES)
@@ -97,7 +97,7 @@ def _shaken(random, row):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("size", SIZES)
-def test_what_is_certain_is_what_the_sampler_draws(size, shape):
+def test_certain_tokens_are_those_the_sampler_draws(size, shape):
     """With any parameters, ties, impossible tokens, penalties, masks, and inexact sums."""
     random = np.random.default_rng([size, SHAPES.index(shape)])
     certain = 0
@@ -106,7 +106,7 @@ def test_what_is_certain_is_what_the_sampler_draws(size, shape):
         for _ in range(12):
             sampling = _sampling(random)
             sequence = _sequence(random, row, sampling)
-            on_device = _shaken(random, device_row(row, sampling.temperature))
+            on_device = _perturbed(random, device_row(row, sampling.temperature))
             token_id = certain_token(sequence, on_device)
             if token_id is not None:
                 certain += 1
@@ -184,7 +184,7 @@ def test_draws_at_the_edges_of_a_token(shape, error, fields, monkeypatch):
     assert certain > 0 or shape == "gauss"
 
 
-def test_a_candidate_as_low_as_the_rest_may_be_is_not_certain():
+def test_candidate_as_low_as_the_rest_is_not_certain():
     """A penalty lowers the only larger logit to where a token with a lower id may be first."""
     row = np.zeros(600, np.float32)
     row[300] = 0.5
@@ -195,10 +195,10 @@ def test_a_candidate_as_low_as_the_rest_may_be_is_not_certain():
         )
 
 
-def test_top_k_of_as_many_as_are_allowed_is_no_limit():
+def test_top_k_of_all_allowed_tokens_is_no_limit():
     """The sampler then draws in another order, so that no token is certain."""
     row = np.linspace(0, 9, 1000).astype(np.float32)
-    constraint = Only(1000, [990, 995, 999])
+    constraint = FixedMask(1000, [990, 995, 999])
     drawn = set()
     for seed in range(40):
         sampling = SamplingParams(seed=seed, top_k=3)
@@ -222,7 +222,7 @@ def test_top_k_of_as_many_as_are_allowed_is_no_limit():
         {"sampling": SamplingParams(top_n_sigma=1.0)},
     ],
 )
-def test_what_could_come_from_outside_takes_the_whole_row(fields):
+def test_settings_that_candidates_cannot_cover_need_the_whole_row(fields):
     """Biases, penalties that raise logits, top_n_sigma, logprobs, and too few candidates."""
     row = _row(np.random.default_rng(4), 1000, "zipf")
     sequence = sequence_of((1, 2), (3,), **fields)
@@ -232,7 +232,7 @@ def test_what_could_come_from_outside_takes_the_whole_row(fields):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_token_does_not_depend_on_who_else_is_drawn(seed):
+def test_token_does_not_depend_on_the_batch(seed):
     """The same in a mixed batch larger than one slice, one by one, and by the sampler; a row with
     NaN and a constraint that fails cost no other request its token."""
     random = np.random.default_rng(seed)
@@ -259,7 +259,7 @@ def test_a_token_does_not_depend_on_who_else_is_drawn(seed):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.nan])
 @pytest.mark.parametrize("place", [0, 300, 999])
-def test_logits_that_are_no_numbers_are_refused(bad, place):
+def test_nan_and_infinite_logits_are_refused(bad, place):
     """Wherever they show on the device, with the sampler's error."""
     good = _row(np.random.default_rng(5), 1000, "zipf")
     row, values = good.copy(), device_row(good).values.copy()
@@ -271,7 +271,7 @@ def test_logits_that_are_no_numbers_are_refused(bad, place):
             sample(sequence_of(sampling=SamplingParams(temperature=0)), on_device)
 
 
-class Only:
+class FixedMask:
     """A constraint that always allows the same tokens."""
 
     end_token_ids = frozenset()
@@ -287,7 +287,7 @@ class Only:
         return self.mask
 
 
-class Broken(Only):
+class Broken(FixedMask):
     """A constraint that fails to compute its mask."""
 
     def __init__(self):
@@ -304,7 +304,7 @@ def test_a_constraint_masks_candidates(share):
     certain = 0
     for seed in range(150):
         row = _row(random, 2000, "zipf")
-        constraint = Only(row.size, random.random(row.size) < share)
+        constraint = FixedMask(row.size, random.random(row.size) < share)
         constraint.mask[random.integers(row.size)] = True
         fields = [{}, {"temperature": 0}, {"top_k": 2}, {"top_p": 0.6}, {"top_k": 50}][seed % 5]
         sampling = SamplingParams(seed=seed, **fields)
@@ -323,7 +323,7 @@ def _on_cpu(vocabulary):
 
 
 @pytest.mark.parametrize("size", [256, 257, 511, 640, 5000])
-def test_the_graph_picks_what_numpy_picks(size):
+def test_graph_selects_the_same_candidates_as_numpy(size):
     """Values, ids and sums of the rest, also for equal or impossible logits."""
     random = np.random.default_rng(size)
     rows = np.stack([_row(random, size, shape) for shape in (*SHAPES, "gauss")])
@@ -344,7 +344,7 @@ def test_the_graph_picks_what_numpy_picks(size):
         assert row.tolist() == given.whole.tolist()
 
 
-def test_the_graph_shows_what_is_no_number():
+def test_bad_logit_leaves_no_token_certain():
     """A single bad logit, among the candidates or not, leaves no token certain."""
     rows = np.stack([_row(np.random.default_rng(8), 1000, "zipf")] * 3)
     rows[0, 400], rows[1, 3], rows[2, :] = np.nan, np.inf, -np.inf
@@ -357,7 +357,7 @@ def test_the_graph_shows_what_is_no_number():
 
 
 @pytest.mark.parametrize("size", [256, 257, 5000])
-def test_the_largest_logit_is_told_without_candidates(size):
+def test_greedy_needs_only_the_largest_logit(size):
     """Certain unless another is as large, or any is NaN or inf; then the whole row is fetched."""
     random = np.random.default_rng(size)
     rows = np.stack([random.permutation(size).astype(np.float32) for _ in range(6)])
@@ -377,7 +377,7 @@ def test_the_largest_logit_is_told_without_candidates(size):
             sample(greedy, row)
 
 
-def test_candidates_are_found_for_the_rows_that_need_them_alone(monkeypatch):
+def test_only_rows_that_need_candidates_get_them(monkeypatch):
     """64 at a time, wherever they are in the batch; the others only get their largest logit."""
     rows = np.random.default_rng(3).permutation(200 * 300).astype(np.float32).reshape(200, 300)
     memory = _on_cpu(300)
@@ -397,7 +397,7 @@ def test_candidates_are_found_for_the_rows_that_need_them_alone(monkeypatch):
         assert row.tolist() == part.fetch().tolist()
 
 
-def test_the_device_is_tried_before_it_is_trusted(monkeypatch):
+def test_device_selection_is_verified(monkeypatch):
     """A device that selects correctly passes the check, another one fails it."""
     memory = _on_cpu(700)
     memory.check()
@@ -418,7 +418,7 @@ def _runner(model, patch=None):
     return OrtRunner(model, "cpu", 4, 96, threads=1)
 
 
-def test_an_engine_makes_the_same_tokens_from_rows_on_the_device(model, monkeypatch):
+def test_engine_generates_the_same_tokens_from_device_logits(model, monkeypatch):
     """Greedy and sampled, filters, penalties, several choices, logprobs; after warm-up."""
     requests = [
         {"sampling": SamplingParams(temperature=0)},
@@ -430,13 +430,13 @@ def test_an_engine_makes_the_same_tokens_from_rows_on_the_device(model, monkeypa
     answers = []
     for runner in (_runner(model), _runner(model, monkeypatch)):
         warm_up(GeneratorSettings(model_directory=model.path), runner, Meter())
-        bench = Bench(slots=4, slot_length=96, runner=runner)
+        harness = Harness(slots=4, slot_length=96, runner=runner)
         groups = [
-            bench.submit([9 + i, *range(20, 40)], 20, stop_token_ids=frozenset(), **fields)
+            harness.submit([9 + i, *range(20, 40)], 20, stop_token_ids=frozenset(), **fields)
             for i, fields in enumerate(requests)
         ]
-        bench.finish()
-        answers.append([dict(bench.tokens[group]) for group in groups])
+        harness.finish()
+        answers.append([dict(harness.tokens[group]) for group in groups])
 
     assert answers[0] == answers[1]
 
@@ -445,10 +445,10 @@ def test_candidates_are_enough_for_a_greedy_batch(model, monkeypatch):
     """No row is fetched, and prompt chunks that need no logits have none."""
     fetched = []
     monkeypatch.setattr(Device, "copy_to_host", lambda *copy: fetched.append(copy))
-    bench = Bench(slots=4, slot_length=96, runner=_runner(model, monkeypatch))
+    harness = Harness(slots=4, slot_length=96, runner=_runner(model, monkeypatch))
     for i in range(4):
-        bench.submit([9 + i, *range(20, 50)], 12, stop_token_ids=frozenset())
-    bench.finish()
+        harness.submit([9 + i, *range(20, 50)], 12, stop_token_ids=frozenset())
+    harness.finish()
 
     assert [] == fetched
     assert CANDIDATES <= model.vocab_size

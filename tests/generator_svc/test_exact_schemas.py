@@ -10,10 +10,10 @@ from tests.generator_svc.text_tokens import accepts, compiled
 LENIENT = {"x-guidance": {"lenient": True}}
 
 
-def refused(schema, says):
+def refused(schema, message):
     """Whether a strict schema is refused with this message, on its own and in a grammar."""
     for kind, text in (("json_schema", "{}"), ("lark", "start: call\ncall: %json {}")):
-        with pytest.raises(ConstraintError, match=says) as caught:
+        with pytest.raises(ConstraintError, match=message) as caught:
             compiled(kind, text.replace("{}", json.dumps(schema)))
         is_place_named = kind != "lark" or "at 2(" in caught.value.message
         if not is_place_named:
@@ -70,7 +70,7 @@ LARGE = 2**53 + 1
     ],
 )
 @pytest.mark.parametrize("keyword", ["const", "enum"])
-def test_a_value_that_cannot_be_written_is_refused(keyword, value, other):
+def test_value_that_cannot_be_generated_is_refused(keyword, value, other):
     """Rather than replaced by another one; a lenient schema drops the keyword."""
     schema = {keyword: value if keyword == "const" else [1, value]}
 
@@ -79,7 +79,7 @@ def test_a_value_that_cannot_be_written_is_refused(keyword, value, other):
 
 
 @pytest.mark.parametrize("value", ['\t\n\f\r\b"\\/', "\x85\u2028é🫠", 2**53, -(2**62), 1e22, 1.5])
-def test_other_values_are_written_as_they_are(value):
+def test_other_values_are_generated_exactly(value):
     """Whatever escape or precision they need."""
     text = json.dumps({"enum": [{"k": value}]})
 
@@ -107,7 +107,7 @@ def test_other_values_are_written_as_they_are(value):
         ({"exclusiveMinimum": -1e300, "minimum": 2.5}, [3], [2, -1]),
     ],
 )
-def test_bounds_may_be_far_away(kind, bounds, right, wrong):
+def test_large_bounds_are_enforced(kind, bounds, right, wrong):
     """Also those of 64-bit integers and floats: values beyond a bound cannot be written."""
     text = json.dumps({"type": kind} | bounds)
     lenient = json.dumps({"type": kind} | bounds | LENIENT)
@@ -120,7 +120,7 @@ def test_bounds_may_be_far_away(kind, bounds, right, wrong):
 
 
 @pytest.mark.parametrize("bounds", [{"minimum": 2**64}, {"exclusiveMaximum": -(10**300)}])
-def test_a_bound_beyond_all_that_can_be_written_is_refused(bounds):
+def test_unreachable_bound_is_refused(bounds):
     """No answer would fit; a lenient schema allows any number."""
     assert refused({"type": "number"} | bounds, "range")
     assert accepts("json_schema", json.dumps({"type": "number"} | bounds | LENIENT), "3")
@@ -160,7 +160,7 @@ def test_a_bound_beyond_all_that_can_be_written_is_refused(bounds):
         ),
     ],
 )
-def test_formats_are_what_programs_read(name, right, wrong):
+def test_formats_allow_only_valid_values(name, right, wrong):
     """No dates that do not exist, no leap seconds, no names that are too long."""
     schema = {"type": "string", "format": name}
     for text in (json.dumps(schema), json.dumps(schema | {"pattern": "."})):
@@ -201,7 +201,7 @@ def test_bounds_of_many_digits_hold(bounds, right, wrong):
         ({"type": "null", "not": False, "dependentRequired": {}, "dependencies": {}}, None, 1),
     ],
 )
-def test_keywords_that_forbid_nothing_hinder_nothing(schema, right, wrong):
+def test_keywords_without_effect_are_accepted(schema, right, wrong):
     """Such as in zod's records and OpenAPI's defaults."""
     assert accepts("json_schema", json.dumps(schema), json.dumps(right))
     assert not accepts("json_schema", json.dumps(schema), json.dumps(wrong))
@@ -210,7 +210,7 @@ def test_keywords_that_forbid_nothing_hinder_nothing(schema, right, wrong):
 @pytest.mark.parametrize(
     "name", ["Größe", "List[int]", "Page<User>", "Response«User»", "a b", "x^{2}|"]
 )
-def test_references_may_be_spelled_as_the_names_are(name):
+def test_references_need_no_uri_escapes(name):
     """Without URI escapes, as some schema generators write them."""
     for options in ({}, LENIENT):
         text = json.dumps(
@@ -233,7 +233,7 @@ def test_references_may_be_spelled_as_the_names_are(name):
         ("regex", "(nested"),
     ],
 )
-def test_the_callers_words_do_not_make_a_constraint_too_complex(kind, text):
+def test_property_names_do_not_cause_a_complexity_error(kind, text):
     """Names that occur in messages about limits, too."""
     with pytest.raises(ConstraintError) as caught:
         compiled(kind, text)

@@ -13,7 +13,7 @@ from generator_svc.plan import Chunk, Row, StepPlan
 from generator_svc.run.fixed_inputs import FixedInputs
 from generator_svc.run.runner import OrtRunner
 from generator_svc.sequence import SamplingParams
-from tests.generator_svc.engine_bench import Bench
+from tests.generator_svc.engine_harness import Harness
 from tests.tiny_models import tiny_model_directory
 from trivium.model_directory import load_model_directory
 
@@ -60,7 +60,7 @@ def test_captured_sizes_give_the_same_bits_as_eager_runs(model, monkeypatch):
     assert comparison + captures + steps == written
 
 
-def test_what_there_is_no_time_to_capture_at_the_start_is_captured_later(model):
+def test_graphs_not_captured_at_startup_are_captured_later(model):
     """The start takes no longer than allowed, and answers are the same afterwards."""
     runner = OrtRunner(model, "cpu", 4, 96, threads=1, cuda_graphs=True)
     spent = runner.capture(seconds=0)
@@ -71,7 +71,7 @@ def test_what_there_is_no_time_to_capture_at_the_start_is_captured_later(model):
     assert _decoded(_runner(model, cuda_graphs=False)) == _decoded(runner)
 
 
-def test_an_engine_makes_the_same_tokens(model):
+def test_engine_generates_the_same_tokens_with_captured_graphs(model):
     """Greedy and sampled, several choices, ending at different times."""
     requests = [
         {"sampling": SamplingParams(temperature=0)},
@@ -82,18 +82,20 @@ def test_an_engine_makes_the_same_tokens(model):
     for cuda_graphs in (False, True):
         runner = _runner(model, cuda_graphs)
         sizes = runner.info.capture_sizes
-        bench = Bench(slots=4, slot_length=96, runner=runner, batch_sizes=sizes)
+        harness = Harness(slots=4, slot_length=96, runner=runner, batch_sizes=sizes)
         groups = [
-            bench.submit([9 + i, *range(20, 40)], 10 + 5 * i, stop_token_ids=frozenset(), **fields)
+            harness.submit(
+                [9 + i, *range(20, 40)], 10 + 5 * i, stop_token_ids=frozenset(), **fields
+            )
             for i, fields in enumerate(requests)
         ]
-        bench.finish()
-        answers.append([dict(bench.tokens[group]) for group in groups])
+        harness.finish()
+        answers.append([dict(harness.tokens[group]) for group in groups])
 
     assert answers[0] == answers[1]
 
 
-def test_a_graph_that_fails_is_replaced_by_an_ordinary_run(model, monkeypatch, caplog):
+def test_failed_graph_falls_back_to_an_eager_run(model, monkeypatch, caplog):
     """Only the log shows it; the time of the failed attempt is device time too."""
     expected = _decoded(_runner(model, cuda_graphs=False))
     runner = _runner(model, cuda_graphs=True)
@@ -112,7 +114,7 @@ def test_a_graph_that_fails_is_replaced_by_an_ordinary_run(model, monkeypatch, c
     assert ["CUDA graphs are disabled: no room for a graph"] == caplog.messages
 
 
-def test_no_room_for_the_inputs_is_no_reason_not_to_start(model, monkeypatch, caplog):
+def test_no_memory_for_graph_inputs_disables_graphs(model, monkeypatch, caplog):
     """The log says why steps run without graphs."""
 
     def fail(self, *arguments):
@@ -126,7 +128,7 @@ def test_no_room_for_the_inputs_is_no_reason_not_to_start(model, monkeypatch, ca
     assert ["CUDA graphs are disabled: no room for a mask"] == caplog.messages
 
 
-def test_graphs_are_tried_before_they_are_trusted(model, monkeypatch, caplog):
+def test_captured_graphs_are_verified(model, monkeypatch, caplog):
     """It is noticed if a replay ignores the current tokens."""
     expected = _decoded(_runner(model, cuda_graphs=False))
     write = FixedInputs.write

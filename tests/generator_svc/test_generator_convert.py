@@ -54,7 +54,7 @@ def test_absent_fields_take_the_models_defaults():
     assert kept == {name: getattr(request.sampling, name) for name in kept}
 
 
-def test_a_folder_that_cannot_score_prompts_is_told():
+def test_prompt_logprobs_are_refused_without_support_in_the_graph():
     """An older export, or another builder's; with a newer export the field is accepted."""
     asked = _start(prompt_logprobs=0)
     error = _error(asked)
@@ -64,7 +64,7 @@ def test_a_folder_that_cannot_score_prompts_is_told():
     assert 0 == to_engine_request(asked, replace(LIMITS, scores_prompts=True)).prompt_logprobs
 
 
-def test_given_fields_win_even_when_they_are_zero():
+def test_zero_is_not_treated_as_absent():
     """Zero is a value and does not mean absent."""
     given = {
         "temperature": 0.0,
@@ -168,7 +168,7 @@ def test_logit_bias_is_checked_by_id_and_by_value(bias, code, param):
     assert (code, param) == (error.code, error.param)
 
 
-def test_another_revision_is_refused_before_anything_else_is_looked_at():
+def test_revision_mismatch_is_refused_first():
     """Token ids of another tokenizer mean nothing here."""
     error = _error(_start(revision="r2", prompt_token_ids=[999]))
 
@@ -177,7 +177,7 @@ def test_another_revision_is_refused_before_anything_else_is_looked_at():
     assert "'r2'" in error.message
 
 
-def test_a_prompt_at_the_context_is_refused_in_words_that_clients_look_for():
+def test_too_long_prompt_has_openais_error_message():
     """A prompt of one token less leaves room for one token."""
 
     assert (
@@ -186,14 +186,14 @@ def test_a_prompt_at_the_context_is_refused_in_words_that_clients_look_for():
     assert 1 == to_engine_request(_start(prompt_token_ids=[3] * 31), LIMITS).max_new_tokens
 
 
-def test_more_tokens_than_there_is_room_for_are_cut():
+def test_max_new_tokens_is_capped_by_the_context():
     """max_new_tokens is an upper bound, and so is the context."""
 
     assert 29 == to_engine_request(_start(max_new_tokens=2**31 - 1), LIMITS).max_new_tokens
     assert 5 == to_engine_request(_start(max_new_tokens=5), LIMITS).max_new_tokens
 
 
-def test_stop_tokens_add_to_the_models_own_unless_these_are_ignored():
+def test_stop_tokens_add_to_the_models_eos_tokens():
     """ignore_eos drops the model's, never the caller's."""
 
     assert {1, 2, 9} == to_engine_request(_start(stop_token_ids=[9]), LIMITS).stop_token_ids
@@ -258,7 +258,7 @@ def test_updates_are_merged_by_continuation():
     assert expected == one.finished
 
 
-def test_logprobs_stand_beside_their_tokens():
+def test_each_token_has_its_logprobs():
     """There is one for each token, alternatives included."""
     group = _group()
     sampled = SampledToken(5, TokenLogprobs(-0.5, (5, 6), (-0.5, -1.5)))
@@ -269,16 +269,16 @@ def test_logprobs_stand_beside_their_tokens():
 
 
 @pytest.mark.parametrize(
-    ("reason", "told"),
+    ("reason", "expected"),
     [
         (FinishReason.STOP_TOKEN, pb.FINISH_REASON_STOP_TOKEN),
         (FinishReason.STOPPED, pb.FINISH_REASON_STOPPED),
     ],
 )
-def test_ends_are_told_by_name(reason, told):
+def test_finish_reasons_have_their_names(reason, expected):
     """The two finish reasons other than length."""
     group = _group()
     group.sequences[0].finish_reason = reason
     [update] = to_response([SequenceUpdate(group, group.sequences[0], is_finished=True)]).updates
 
-    assert told == update.finished.reason
+    assert expected == update.finished.reason

@@ -43,7 +43,7 @@ def _settings(device: str, **fields: object) -> GeneratorSettings:
 
 @pytest.mark.parametrize("cache_bytes", [0, 2**24])
 @pytest.mark.usefixtures("broken_cuda")
-def test_auto_goes_on_with_the_cpu(cache_bytes, monkeypatch, caplog):
+def test_auto_falls_back_to_the_cpu(cache_bytes, monkeypatch, caplog):
     """If the device's memory cannot be queried or the session does not start; the log, GetModelInfo
     and metrics say so."""
     settings = _settings("auto", kv_cache_bytes=cache_bytes)
@@ -87,7 +87,7 @@ def test_missing_libraries_are_named(monkeypatch):
     assert "cpu" == chosen
 
 
-def test_other_systems_have_other_names(monkeypatch):
+def test_linux_library_names_are_only_checked_on_linux(monkeypatch):
     """On systems other than Linux, missing Linux libraries do not rule out CUDA."""
     monkeypatch.setattr("trivium.cuda_libraries.LIBRARIES", {"libnone.so.1": "nvidia-none"})
     monkeypatch.setattr("trivium.cuda_libraries.sys.platform", "win32")
@@ -99,7 +99,7 @@ def test_the_libraries_are_those_that_the_provider_is_linked_to():
     """A new version of ONNX Runtime may need others."""
     provider = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
     if not provider.exists():
-        pytest.skip("a build of ONNX Runtime without CUDA")
+        pytest.skip("ONNX Runtime is built without CUDA")
     linked = subprocess.run(["ldd", provider], capture_output=True, text=True, check=True).stdout
     names = {line.split()[0] for line in linked.splitlines()}
 
@@ -121,7 +121,7 @@ GIBIBYTE = 2**30
         (9, {"kv_cache_bytes": 30 * 2**20}, 20),
     ],
 )
-def test_slots_are_what_is_free_once_the_model_has_run(loaded_gib, fields, slots, monkeypatch):
+def test_slots_are_planned_after_a_model_run(loaded_gib, fields, slots, monkeypatch):
     """On CUDA, as what is free before says little about activations, contexts and weight copies.
     Room for CUDA graphs is reserved. Here the model runs on the CPU instead of the device."""
     frees = [10 * GIBIBYTE, int(loaded_gib * GIBIBYTE)]
@@ -142,7 +142,7 @@ def test_slots_are_what_is_free_once_the_model_has_run(loaded_gib, fields, slots
     assert [] == frees
 
 
-def test_the_longest_run_before_slots_are_planned_is_as_large_as_any_later_one(monkeypatch):
+def test_planning_run_is_as_large_as_any_later_run(monkeypatch):
     """It fills max_num_batched_tokens with prompts; their slots' memory is free afterwards."""
     free = GIBIBYTE + 15 * 2**19  # 7.5 MiB besides CUDA graphs
     memory = MemoryLimit(10 * GIBIBYTE, free, "the CUDA device")
@@ -183,7 +183,7 @@ def symmetric_model(tmp_path: Path) -> ModelDirectory:
 
 
 @pytest.mark.parametrize("fails", ["session", "run", "never"])
-def test_quantised_products_fall_back_to_the_usual_kernels(
+def test_quantised_matmuls_fall_back_to_the_default_kernels(
     fails, symmetric_model, monkeypatch, caplog
 ):
     """Symmetric weights use the kernels made for them, unless these fail to load or to run, which
@@ -218,7 +218,7 @@ def test_quantised_products_fall_back_to_the_usual_kernels(
     assert (0 if fails == "never" else 1) == len(warnings)
 
 
-def test_other_models_do_not_wait_for_timings_of_kernels(monkeypatch):
+def test_other_models_skip_kernel_timing(monkeypatch):
     """With zero points, or without quantised weights, there is nothing to gain."""
     memory = MemoryLimit(10 * GIBIBYTE, 5 * GIBIBYTE, "the CUDA device")
     monkeypatch.setattr("generator_svc.memory_plan.device_memory", lambda: memory)
@@ -238,7 +238,7 @@ def test_other_models_do_not_wait_for_timings_of_kernels(monkeypatch):
 
 
 @pytest.mark.parametrize("weight_only_gemm", [True, False])
-def test_the_session_is_told_which_kernels_to_take(weight_only_gemm, symmetric_model, monkeypatch):
+def test_kernels_are_chosen_by_session_options(weight_only_gemm, symmetric_model, monkeypatch):
     """By ONNX Runtime's own option names, which the library of its CUDA provider contains."""
     given = {}
 
@@ -265,7 +265,7 @@ def test_the_session_is_told_which_kernels_to_take(weight_only_gemm, symmetric_m
 
 
 @pytest.mark.usefixtures("broken_cuda")
-def test_cuda_that_was_asked_for_is_not_replaced():
+def test_requested_cuda_does_not_fall_back():
     """The generator refuses to start rather than being slow unnoticed."""
     settings = _settings("cuda")
     with pytest.raises(CudaError):

@@ -198,7 +198,7 @@ def _apply(machine, operation):
     reuse=st.booleans(),
     least=st.sampled_from([2, 2, 7]),
 )
-def test_books_and_memory_agree_whatever_happens(operations, slots, reuse, least):
+def test_records_match_memory_after_any_operations(operations, slots, reuse, least):
     """Every owner finds its tokens, every free slot holds what is recorded, the longest prefix is
     found, and neither moves nor idle rows overwrite anything that is needed."""
     machine = Machine(slots, reuse, least)
@@ -211,7 +211,7 @@ DISTINCT = [[value] * 8 for value in (11, 12, 13, 14)]
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
-def test_the_least_recently_used_goes_first(order):
+def test_least_recently_used_is_evicted_first(order):
     """In whatever slot: each unrelated prompt evicts the content that was released longest ago."""
     machine = Machine(4)
     sequences = [machine.start(prompt) for prompt in DISTINCT]
@@ -225,7 +225,7 @@ def test_the_least_recently_used_goes_first(order):
         machine.check()
 
 
-def test_taking_a_copy_counts_as_use():
+def test_copying_counts_as_use():
     """Content that was just copied from is not evicted next."""
     machine = Machine(3)
     shared = list(range(20))
@@ -241,7 +241,7 @@ def test_taking_a_copy_counts_as_use():
     assert [shared] == machine.kept()
 
 
-def test_empty_slots_are_filled_before_content_is_given_up():
+def test_empty_slots_are_used_before_eviction():
     """As long as there are empty slots, nothing that was computed is evicted."""
     machine = Machine(4)
     for prompt in DISTINCT[:3]:
@@ -251,7 +251,7 @@ def test_empty_slots_are_filled_before_content_is_given_up():
     assert sorted(DISTINCT[:3]) == machine.kept()
 
 
-def test_a_conversation_that_goes_on_takes_its_slot_over_without_a_move():
+def test_continued_conversation_keeps_its_slot():
     """The common case costs nothing: the content is already in the lowest free slot."""
     machine = Machine(2)
     machine.run(list(range(10)))
@@ -276,7 +276,7 @@ def test_a_conversation_elsewhere_is_swapped_in():
     assert [[5] * 8] == machine.kept()
 
 
-def test_a_short_common_beginning_is_copied_and_the_conversation_stays():
+def test_short_common_prefix_is_copied_without_eviction():
     """Sharing a system prompt with a long conversation does not evict that conversation."""
     long, other = list(range(30)), [*range(6), 40, 41]
     machine = Machine(2)
@@ -300,7 +300,7 @@ def test_the_prefix_of_a_running_sequence_is_copied():
     assert 10 == second.computed
 
 
-def test_tokens_that_are_not_computed_yet_are_not_taken():
+def test_uncomputed_tokens_are_not_reused():
     """Of a prompt in the middle of its prefill, what is computed so far is reused."""
     machine = Machine(2)
     first = machine.start(list(range(10)))
@@ -324,7 +324,7 @@ def test_without_reuse_only_the_choices_of_a_request_share():
     assert [0, 10, 0] == [first.cached_prompt_tokens, sibling.computed, stranger.computed]
 
 
-def test_what_is_too_short_to_be_reused_is_neither_found_nor_kept():
+def test_too_short_prefix_is_neither_found_nor_kept():
     """Until the answer, which the next turn repeats, makes it long enough; choices always share."""
     machine = Machine(3, least=10)
     machine.run(list(range(9)))
@@ -359,7 +359,7 @@ def test_a_hole_is_closed_after_the_patience():
     assert [DISTINCT[0]] == machine.kept()
 
 
-def test_patience_starts_anew_with_every_hole():
+def test_patience_restarts_with_every_hole():
     """A slot that was used and freed again has not been idle all the time."""
     machine = Machine(2)
     first, _ = machine.start(DISTINCT[0]), machine.start(DISTINCT[1])
@@ -386,7 +386,7 @@ def test_one_hole_is_closed_at_a_time():
     assert [4] * COMPACT_AFTER_IDLE_STEPS + [3, 2, 2] == ranges
 
 
-def test_a_lone_token_is_neither_taken_nor_left():
+def test_single_token_is_neither_reused_nor_left_over():
     """A single token is computed by other kernels, so the prompt's logits would differ."""
     machine = Machine(4)
     machine.run([3])
@@ -397,7 +397,7 @@ def test_a_lone_token_is_neither_taken_nor_left():
     assert 0 == machine.start([4, 9, 9]).computed
 
 
-def test_what_cannot_be_trusted_is_not_found_again():
+def test_content_of_a_failed_run_is_not_reused():
     """The slot of a failed run is empty afterwards."""
     machine = Machine(1)
     sequence = machine.start(list(range(10)))
@@ -415,7 +415,7 @@ def _converse(machine, prompt, count):
     return sequence.token_ids
 
 
-def test_an_answer_is_found_as_far_as_it_was_computed_anew():
+def test_answer_is_reused_as_far_as_it_was_reprefilled():
     """Not before, as decoding uses other kernels; then as far as it was re-prefilled."""
     machine = Machine(2)
     tokens = _converse(machine, list(range(10)), 12)
@@ -431,7 +431,7 @@ def test_an_answer_is_found_as_far_as_it_was_computed_anew():
     assert [10, 15, 15] == found
 
 
-def test_the_answer_of_the_last_conversation_is_computed_first():
+def test_latest_answer_is_reprefilled_first():
     """The client that was just answered is likely to continue first."""
     machine = Machine(3)
     _converse(machine, [5] * 8, 6)
@@ -457,7 +457,7 @@ def test_answers_of_the_last_few_are_remembered():
     assert MAX_PENDING_REPREFILLS == count
 
 
-def test_nothing_is_left_to_compute_of_what_never_was_an_answer():
+def test_only_answers_are_reprefilled():
     """An abandoned prompt, an answer of one token, a failed run, a cache that is turned off."""
     machine = Machine(4)
     given_up = machine.start(list(range(10)))

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from tests.generator_svc.control_group import NoGroups, limited
-from tests.generator_svc.generator_process import lines_of, refusal, running
+from tests.generator_svc.control_group import CgroupUnavailable, limited
+from tests.generator_svc.generator_process import non_log_lines, refusal, running
 from tests.tiny_models import tiny_model_directory
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.model_directory import load_model_directory
@@ -26,25 +26,25 @@ def group(request):
     groups = limited(memory_mib * MIB, cpus)
     try:
         prefix = groups.__enter__()
-    except NoGroups as error:
-        pytest.skip(f"no cgroup can be made here: {error}")
+    except CgroupUnavailable as error:
+        pytest.skip(f"cannot create a cgroup: {error}")
     yield prefix
     groups.__exit__(None, None, None)
 
 
 @pytest.mark.parametrize("group", [(200, 1)], indirect=True)
-async def test_a_container_that_is_too_small_is_told_so(model, group):
+async def test_too_small_container_is_refused(model, group):
     """Instead of being killed: it names the limit and what is needed, and exits with status 2."""
-    status, words = await refusal(*group, model_directory=model.path, device="cpu")
+    status, stderr = await refusal(*group, model_directory=model.path, device="cpu")
 
-    [line] = lines_of(words)
+    [line] = non_log_lines(stderr)
     assert 2 == status
     for part in ("200 MiB", "memory limit in /sys/fs/cgroup", "for weights", "provide"):
         assert part in line
 
 
 @pytest.mark.parametrize("group", [(512, 1.5)], indirect=True)
-async def test_a_container_with_modest_room_gets_a_smaller_cache(model, group):
+async def test_small_container_gets_a_smaller_cache(model, group):
     """Slots fit into the limit, threads do not exceed the quota, and all slots can be used."""
     settings = {"device": "cpu", "slots": 4096, "threads": 0}
     async with running(*group, model_directory=model.path, **settings) as generator:
@@ -57,9 +57,9 @@ async def test_a_container_with_modest_room_gets_a_smaller_cache(model, group):
         await call.done_writing()
         tokens = sum([len(u.token_ids) async for message in call for u in message.updates])
         generator.terminate()
-        status, words = await generator.ended()
+        status, stderr = await generator.ended()
 
-    log = "\n".join(json.loads(line)["message"] for line in words.splitlines())
+    log = "\n".join(json.loads(line)["message"] for line in stderr.splitlines())
     assert (0, 64 * 40) == (status, tokens)
     assert 16 <= info.slots <= 256 * MIB // SLOT_BYTES
     assert "1 core (quota of 1.5 CPUs in /sys/fs/cgroup" in log

@@ -39,7 +39,7 @@ def test_the_spare_nanoseconds_go_to_the_largest_remainders(nanoseconds, weights
     assert min(up, default=max(cuts)) >= max(down, default=0)
 
 
-def test_shares_are_known_by_heart():
+def test_shares_of_known_examples():
     """Ties always go to the first."""
     assert [4, 3, 3] == share(10, [1, 1, 1])
     assert [1, 1, 0] == share(2, [5, 5, 5])
@@ -107,7 +107,7 @@ def test_idle_rows_are_padding():
     assert {PADDING: 6} == meter.overhead
 
 
-def test_a_lost_nanosecond_is_noticed():
+def test_unaccounted_nanosecond_is_detected():
     """The check fails if a sequence was never settled, or if time was charged to no one."""
     meter, [sequence] = Meter(), _sequences(1)
     meter.charge(7, [(sequence, 1)])

@@ -13,7 +13,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from generator_svc.cuda import device_count
-from tests.generator_svc.generator_process import lines_of, refusal, running, spawn
+from tests.generator_svc.generator_process import non_log_lines, refusal, running, spawn
 from tests.generator_svc.generator_stage import until_load
 from tests.ports import free_port
 from tests.tiny_models import tiny_model_directory
@@ -40,10 +40,10 @@ async def _call(generator, model, **fields):
 
 async def test_wrong_settings_are_all_listed_at_once():
     """By the names of their variables, and the exit status is 2."""
-    status, words = await refusal(port="99999", device="tpu", slots="0", threads="many")
+    status, stderr = await refusal(port="99999", device="tpu", slots="0", threads="many")
 
     assert 2 == status
-    named = [line.split(":")[0] for line in lines_of(words)]
+    named = [line.split(":")[0] for line in non_log_lines(stderr)]
     prefix = "TRIVIUM_GENERATOR_"
     wanted = {"DEVICE", "MODEL_DIRECTORY", "PORT", "SLOTS", "THREADS"}
     assert sorted(prefix + name for name in wanted) == sorted(named)
@@ -89,38 +89,38 @@ def _wrong_defaults(folder):
         (_wrong_defaults, "temperature is 7"),
     ],
 )
-async def test_a_folder_that_is_no_model_is_refused_in_one_line(model, tmp_path, spoil, said):
+async def test_invalid_model_folder_is_refused_in_one_line(model, tmp_path, spoil, said):
     """It names the folder and what is wrong with it; the exit status is 2."""
     folder = tmp_path / "m"
     shutil.copytree(model.path, folder)
     spoil(folder)
-    status, words = await refusal(model_directory=folder, device="cpu")
+    status, stderr = await refusal(model_directory=folder, device="cpu")
 
     assert 2 == status
-    [line] = lines_of(words)
+    [line] = non_log_lines(stderr)
     assert str(folder) in line
     assert said in line
 
 
 async def test_too_little_memory_is_refused_in_one_line(model):
     """It says what is needed and what is available."""
-    status, words = await refusal(model_directory=model.path, device="cpu", kv_cache_bytes=1000)
+    status, stderr = await refusal(model_directory=model.path, device="cpu", kv_cache_bytes=1000)
 
     assert 2 == status
-    [line] = lines_of(words)
+    [line] = non_log_lines(stderr)
     assert "1,000" in line
     assert "kv_cache_bytes" in line
 
 
-async def test_cuda_is_a_demand(model):
+async def test_cuda_without_a_device_is_refused(model):
     """Without a CUDA device the process refuses to start rather than run on the CPU."""
     if device_count():
         async with running(model_directory=model.path, device="cuda") as generator:
             info = await generator.stub.GetModelInfo(pb.GetModelInfoRequest())
         outcome = info.execution_provider
     else:
-        status, words = await refusal(model_directory=model.path, device="cuda")
-        [line] = lines_of(words)
+        status, stderr = await refusal(model_directory=model.path, device="cuda")
+        [line] = non_log_lines(stderr)
         assert "cuda" in line
         outcome = status
 
@@ -132,13 +132,14 @@ async def test_a_taken_port_is_refused(model, setting):
     """The exit status is 2, and one line names the setting."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        status, words = await refusal(model_directory=model.path, device="cpu", **{setting: port})
+        status, stderr = await refusal(model_directory=model.path, device="cpu", **{setting: port})
 
     assert 2 == status
-    assert [f"TRIVIUM_GENERATOR_{setting.upper()}: 127.0.0.1:{port} is in use"] == lines_of(words)
+    [line] = non_log_lines(stderr)
+    assert line == f"TRIVIUM_GENERATOR_{setting.upper()}: 127.0.0.1:{port} is in use"
 
 
-async def test_it_tells_what_is_loaded(model):
+async def test_model_info_shows_what_is_loaded(model):
     """The limits from the settings, the model's revision, and what is really in use."""
     async with running(
         model_directory=model.path, device="cpu", slots=3, max_sequence_length=100, max_n=5
@@ -159,7 +160,7 @@ async def test_it_tells_what_is_loaded(model):
     assert pb.WatchLoadResponse(free_slots=3) == load
 
 
-async def test_load_is_reported_while_it_changes_and_while_it_does_not(model):
+async def test_load_is_reported_on_change_and_regularly(model):
     """At once, on every change, regularly without changes, and until the drain."""
     async with running(
         model_directory=model.path, device="cpu", slots=4, drain_notice_seconds=0
@@ -199,12 +200,12 @@ async def test_drain(model, number):
         generator.process.send_signal(number)
         await generator.until_health(NOT_SERVING)
         updates = list(first.updates) + [u async for m in messages for u in m.updates]
-        status, words = await generator.ended()
+        status, stderr = await generator.ended()
 
     assert 1500 == sum(len(update.token_ids) for update in updates)
     assert 1500 == updates[-1].finished.completion_tokens
     assert 0 == status
-    assert [] == lines_of(words)
+    assert [] == non_log_lines(stderr)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -215,16 +216,16 @@ async def test_a_stop_signal_ends_the_loading(model, number):
         while b"threads per run" not in await process.stderr.readline():
             assert process.returncode is None
         process.send_signal(number)
-        _, words = await process.communicate()
+        _, stderr = await process.communicate()
 
-    assert (0, False) == (process.returncode, b"Traceback" in words)
+    assert (0, False) == (process.returncode, b"Traceback" in stderr)
 
 
 def _children(pid):
     return Path(f"/proc/{pid}/task/{pid}/children").read_text()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 async def test_a_stop_signal_ends_the_warm_up(model):
     """A process that has loaded but is not ready exits cleanly too."""
     settings = {"port": 0, "metrics_port": 0, "threads": 1, "drain_notice_seconds": 0}
@@ -235,13 +236,13 @@ async def test_a_stop_signal_ends_the_warm_up(model):
         while not _children(process.pid):  # the sandbox: once it has started, the event loop runs
             assert process.returncode is None
         process.send_signal(signal.SIGTERM)
-        _, words = await process.communicate()
+        _, stderr = await process.communicate()
 
     assert 0 == process.returncode
-    assert [] == lines_of(words.decode())
+    assert [] == non_log_lines(stderr.decode())
 
 
-async def test_a_stream_that_takes_longer_than_the_drain_is_cut(model):
+async def test_stream_longer_than_the_drain_is_aborted(model):
     """The call gets the reason, and the process exits with status 0."""
     async with running(
         model_directory=model.path, device="cpu", drain_notice_seconds=0, drain_seconds=0.1

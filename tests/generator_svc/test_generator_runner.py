@@ -19,7 +19,7 @@ from generator_svc.run.runner import OrtRunner
 from generator_svc.sequence import EngineRequest, SamplingParams
 from generator_svc.startup import build_engine, warm_up
 from tests.fakes import ScriptedRunner
-from tests.generator_svc.engine_bench import Bench
+from tests.generator_svc.engine_harness import Harness
 from tests.tiny_models import tiny_checkpoint, tiny_model_directory
 from trivium.model_directory import load_model_directory
 
@@ -68,7 +68,7 @@ def test_a_prompt_in_chunks_gives_the_logits_of_the_whole(runner, lengths):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
-def test_every_token_of_a_chunk_has_the_logits_of_a_prompt_that_ends_there(family, precision):
+def test_chunk_logits_are_those_of_shorter_prompts(family, precision):
     """Bitwise, in the first chunk and later; other runs only return the last token's logits."""
     folder = tiny_model_directory(family, precision)
     runner = OrtRunner(load_model_directory(folder), "cpu", SLOTS, SLOT_LENGTH, threads=1)
@@ -96,7 +96,7 @@ def test_slots_do_not_matter(runner):
 
 
 @pytest.mark.parametrize("length", [40, 64, SLOT_LENGTH])
-def test_prompts_in_one_run_give_what_each_gives_alone(runner, length):
+def test_batched_prefill_gives_each_prompts_logits(runner, length):
     """The prompts' logits, those of the tokens after them, and what a neighbouring slot holds."""
     prompts = [PROMPT, OTHERS[0], PROMPT[:2]]
     alone = [_prefill(runner, slot, prompt) for slot, prompt in enumerate(prompts)]
@@ -113,7 +113,7 @@ def test_prompts_in_one_run_give_what_each_gives_alone(runner, length):
     assert together.nanoseconds > 0
 
 
-def test_rows_together_give_what_each_gives_alone(runner):
+def test_batched_decode_gives_each_rows_logits(runner):
     """Batched decoding at different lengths, with idle rows in between."""
     prompts = [PROMPT, OTHERS[0], OTHERS[1], PROMPT[:15]]
     for slot, prompt in enumerate(prompts):
@@ -128,7 +128,7 @@ def test_rows_together_give_what_each_gives_alone(runner):
     assert alone == together.tolist()
 
 
-def test_a_row_alone_in_a_batch_of_one_gives_the_same(runner):
+def test_batch_of_one_gives_the_same_logits(runner):
     """Batch size one is no special case."""
     _prefill(runner, 0, PROMPT)
     single = _decode(runner, Row(17, len(PROMPT)))[0]
@@ -138,7 +138,7 @@ def test_a_row_alone_in_a_batch_of_one_gives_the_same(runner):
     assert single.tolist() == pair.tolist()
 
 
-def test_idle_rows_harm_nobody(runner):
+def test_idle_rows_do_not_affect_other_slots(runner):
     """What they write after a slot's content is overwritten before it is read."""
     _prefill(runner, 0, PROMPT)
     _prefill(runner, 1, OTHERS[0])
@@ -212,7 +212,7 @@ def test_a_token_outside_the_vocabulary_is_reported_and_the_runner_goes_on(runne
     assert expected.tolist() == _prefill(runner, 2, PROMPT).tolist()
 
 
-def test_what_is_in_use_is_told(runner, model):
+def test_provider_dtype_and_cache_size_are_reported(runner, model):
     """Provider, dtype, and the bytes of the KV cache."""
     info = runner.info
     token_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_size * 4
@@ -238,7 +238,7 @@ def checkpoint_answers(family):
     return answers
 
 
-class Reporting(Bench):
+class Reporting(Harness):
     """Keeps the logprobs of the last updates."""
 
     def deliver(self, updates):
@@ -246,42 +246,42 @@ class Reporting(Bench):
         self.logprobs = [update.token.logprobs for update in updates]
 
 
-def _bench(runner, **fields):
-    return Bench(slots=SLOTS, slot_length=SLOT_LENGTH, runner=runner, **fields)
+def _harness(runner, **fields):
+    return Harness(slots=SLOTS, slot_length=SLOT_LENGTH, runner=runner, **fields)
 
 
-def test_greedy_answers_are_the_checkpoints(runner, model, checkpoint_answers):
+def test_greedy_answers_equal_the_checkpoints(runner, model, checkpoint_answers):
     """Batched, in chunks, through slots: the same tokens as the original in PyTorch."""
-    bench = _bench(runner)
+    harness = _harness(runner)
     stops = frozenset(model.eos_token_ids)
-    groups = [bench.submit(p, 24, stop_token_ids=stops) for p in (PROMPT, *OTHERS)]
-    bench.finish()
+    groups = [harness.submit(p, 24, stop_token_ids=stops) for p in (PROMPT, *OTHERS)]
+    harness.finish()
 
-    assert checkpoint_answers == [bench.tokens[group][0] for group in groups]
+    assert checkpoint_answers == [harness.tokens[group][0] for group in groups]
 
 
 @pytest.mark.parametrize("length", [*range(30, 37), *range(63, 69), 97])
-def test_prompts_of_any_length_can_be_cut_anywhere(runner, length):
+def test_chunking_does_not_change_logprobs(runner, length):
     """The scheduler never leaves a token alone in a tile, so chunking does not change logprobs."""
     prompt = [int(token) for token in np.random.default_rng(length).integers(3, 300, length)]
     logprobs = []
     for max_num_batched_tokens in (8, 11, 33, 40, 128):
-        bench = Reporting(
+        harness = Reporting(
             SLOTS,
             SLOT_LENGTH,
             reuse=False,
             max_num_batched_tokens=max_num_batched_tokens,
             runner=runner,
         )
-        bench.submit(prompt, 1, top_logprobs=20)
-        bench.finish()
-        logprobs.append(bench.logprobs)
+        harness.submit(prompt, 1, top_logprobs=20)
+        harness.finish()
+        logprobs.append(harness.logprobs)
 
     assert [logprobs[0]] * 5 == logprobs
 
 
 @pytest.mark.parametrize("temperature", [0, 1.2])
-def test_batched_is_one_at_a_time(runner, temperature):
+def test_batched_tokens_equal_one_at_a_time(runner, temperature):
     """Greedy and sampled with a seed, for more requests than slots, arriving one by one."""
     requests = [
         ([*PROMPT[: 5 + 3 * seed], seed + 3], SamplingParams(temperature=temperature, seed=seed))
@@ -289,17 +289,17 @@ def test_batched_is_one_at_a_time(runner, temperature):
     ]
     alone = []
     for prompt, sampling in requests:
-        bench = _bench(runner, reuse=False)
-        group = bench.submit(prompt, 12, sampling=sampling, n=2)
-        bench.finish()
-        alone.append(dict(bench.tokens[group]))
-    bench, groups = _bench(runner), []
+        harness = _harness(runner, reuse=False)
+        group = harness.submit(prompt, 12, sampling=sampling, n=2)
+        harness.finish()
+        alone.append(dict(harness.tokens[group]))
+    harness, groups = _harness(runner), []
     for prompt, sampling in requests:
-        groups.append(bench.submit(prompt, 12, sampling=sampling, n=2))
-        bench.step()
-    bench.finish()
+        groups.append(harness.submit(prompt, 12, sampling=sampling, n=2))
+        harness.step()
+    harness.finish()
 
-    assert alone == [dict(bench.tokens[group]) for group in groups]
+    assert alone == [dict(harness.tokens[group]) for group in groups]
 
 
 class Recorder:
@@ -319,19 +319,19 @@ class Recorder:
 
 
 @pytest.mark.parametrize("temperature", [0, 1.2])
-def test_prompts_in_one_run_are_one_at_a_time(runner, temperature):
+def test_batched_prefill_tokens_equal_one_at_a_time(runner, temperature):
     """More requests than slots, some with a cached prefix: the same tokens."""
     sampling = SamplingParams(temperature=temperature, seed=3)
     prompts = [PROMPT[:20], *OTHERS, PROMPT[:25], PROMPT, [*PROMPT[:30], 7, 8], [5], PROMPT[:33]]
     tokens, sizes = [], set()
     for size in (0, 1, 4):
         recorder = Recorder(runner)
-        bench = _bench(
+        harness = _harness(
             recorder, max_num_batched_tokens=256, max_prefill_batch_size=size, prefill_tokens=96
         )
-        groups = [bench.submit(p, 6, sampling=sampling, n=1 + len(p) % 2) for p in prompts]
-        bench.finish()
-        tokens.append([dict(bench.tokens[group]) for group in groups])
+        groups = [harness.submit(p, 6, sampling=sampling, n=1 + len(p) % 2) for p in prompts]
+        harness.finish()
+        tokens.append([dict(harness.tokens[group]) for group in groups])
         sizes |= {len(batch.prompts) for plan in recorder.plans for batch in plan.batches}
 
     assert tokens[0] == tokens[1] == tokens[2]
@@ -339,7 +339,7 @@ def test_prompts_in_one_run_are_one_at_a_time(runner, temperature):
 
 
 @pytest.mark.parametrize(("size", "is_new", "batches"), [(0, True, 0), (4, True, 1), (4, False, 0)])
-def test_who_prefills_prompts_in_one_run(model, tmp_path, size, is_new, batches):
+def test_which_runners_batch_prefill(model, tmp_path, size, is_new, batches):
     """The CPU if configured, but no graph that takes the last position for each row's last token.
 
     Graphs of other exporters, and of earlier versions of this one, do that.
@@ -365,7 +365,7 @@ def test_who_prefills_prompts_in_one_run(model, tmp_path, size, is_new, batches)
     ("provider", "batches", "cached"),
     [("CUDAExecutionProvider", [1, 16], 0), ("CPUExecutionProvider", [], 40)],
 )
-def test_cuda_devices_are_given_larger_runs(provider, batches, cached):
+def test_cuda_prefills_larger_batches(provider, batches, cached):
     """Up to 2,048 tokens per step, of prompts that share a run rather than a short prefix."""
     runner = ScriptedRunner(32, 256)
     runner.info = DeviceInfo(provider, "float16", 32, 256, 0, pads_prompts=True)
@@ -384,7 +384,7 @@ def test_cuda_devices_are_given_larger_runs(provider, batches, cached):
     assert {cached} == {group.sequences[0].cached_prompt_tokens for group in groups[1:]}
 
 
-def test_no_prompt_is_the_first_of_its_length_on_cuda(model):
+def test_cuda_warm_up_runs_every_padded_length(model):
     """The warm-up runs every length that prompts are padded to; on the CPU it runs none."""
     settings = GeneratorSettings(model_directory=model.path, max_prefill_batch_size=4)
     warmed = {}
@@ -409,21 +409,23 @@ def test_no_prompt_is_the_first_of_its_length_on_cuda(model):
 
 def test_a_batch_with_a_token_outside_the_vocabulary_fails_as_a_whole(runner, model):
     """Its prompts get the error, running requests go on, and what it wrote is not reused."""
-    bench = _bench(runner, prefill_tokens=64, max_num_batched_tokens=256, max_prefill_batch_size=4)
-    running = bench.submit(PROMPT, 12, stop_token_ids=frozenset())
-    bench.step()
-    failed = [bench.submit([*OTHERS[0], token, 4], 5) for token in (model.vocab_size + 1, 4)]
-    bench.finish()
-    again = bench.submit([*OTHERS[0], 4, 4], 5)
-    bench.finish()
+    harness = _harness(
+        runner, prefill_tokens=64, max_num_batched_tokens=256, max_prefill_batch_size=4
+    )
+    running = harness.submit(PROMPT, 12, stop_token_ids=frozenset())
+    harness.step()
+    failed = [harness.submit([*OTHERS[0], token, 4], 5) for token in (model.vocab_size + 1, 4)]
+    harness.finish()
+    again = harness.submit([*OTHERS[0], 4, 4], 5)
+    harness.finish()
 
-    assert set(failed) == set(bench.errors)
-    assert 12 == len(bench.tokens[running][0])
+    assert set(failed) == set(harness.errors)
+    assert 12 == len(harness.tokens[running][0])
     assert 0 == again.sequences[0].cached_prompt_tokens
 
 
 @pytest.mark.parametrize("temperature", [0, 1.2])
-def test_prefix_cache_on_is_off(runner, temperature):
+def test_prefix_cache_does_not_change_tokens(runner, temperature):
     """Conversations that continue, and prompts with a common prefix: the same tokens, less work.
 
     Still less with pauses, in which answers are re-prefilled for the next prompt.
@@ -431,53 +433,53 @@ def test_prefix_cache_on_is_off(runner, temperature):
     sampling = SamplingParams(temperature=temperature, seed=4)
     answers, cached = {}, {}
     for reuse, pauses in ((True, True), (True, False), (False, True)):
-        bench = _bench(runner, reuse=reuse)
+        harness = _harness(runner, reuse=reuse)
         key = reuse, pauses
         answers[key], cached[key] = [], 0
         conversation = PROMPT[:20]
         for turn in range(4):
-            group = bench.submit(conversation, 8, sampling=sampling, stop_token_ids=frozenset())
-            other = bench.submit([*PROMPT[:12], 50 + turn, 3], 5, sampling=sampling)
-            bench.finish()
-            conversation = [*conversation, *bench.tokens[group][0], 9, 10 + turn, 11]
-            answers[key] += [bench.tokens[group][0], bench.tokens[other][0]]
+            group = harness.submit(conversation, 8, sampling=sampling, stop_token_ids=frozenset())
+            other = harness.submit([*PROMPT[:12], 50 + turn, 3], 5, sampling=sampling)
+            harness.finish()
+            conversation = [*conversation, *harness.tokens[group][0], 9, 10 + turn, 11]
+            answers[key] += [harness.tokens[group][0], harness.tokens[other][0]]
             cached[key] += group.sequences[0].cached_prompt_tokens
             for _ in range(9 if pauses else 0):
-                bench.engine.reprefill()
+                harness.engine.reprefill()
 
     assert answers[False, True] == answers[True, False] == answers[True, True]
     assert cached[True, True] >= cached[True, False] + 3 * 8
     assert cached[True, False] > 40 > 0 == cached[False, True]
 
 
-def test_failed_runs_leave_the_engine_and_the_others_alone(runner, model):
+def test_failed_run_fails_only_its_own_request(runner, model):
     """A token id that got past the checks fails its own request only."""
-    bench = _bench(runner)
-    bad = bench.submit([3, model.vocab_size + 1, 4], 5)
-    good = bench.submit(PROMPT, 5)
-    bench.finish()
-    alone = _bench(runner)
+    harness = _harness(runner)
+    bad = harness.submit([3, model.vocab_size + 1, 4], 5)
+    good = harness.submit(PROMPT, 5)
+    harness.finish()
+    alone = _harness(runner)
     same = alone.submit(PROMPT, 5)
     alone.finish()
 
-    assert bad in bench.errors
-    assert alone.tokens[same][0] == bench.tokens[good][0]
+    assert bad in harness.errors
+    assert alone.tokens[same][0] == harness.tokens[good][0]
 
 
-def test_slots_can_be_allocated_anew(model, checkpoint_answers):
+def test_slots_can_be_reallocated(model, checkpoint_answers):
     """As many as the device has room for; they are empty, and the tokens are the same."""
     runner = OrtRunner(model, "cpu", 1, SLOT_LENGTH, 1)
-    first = _bench(runner)
+    first = _harness(runner)
     first.slots = 1
     group = first.submit(PROMPT, 24)
     first.finish()
     runner.reallocate(SLOTS)
-    bench = _bench(runner)
-    again = [bench.submit(PROMPT, 24) for _ in range(SLOTS)]
-    bench.finish()
+    harness = _harness(runner)
+    again = [harness.submit(PROMPT, 24) for _ in range(SLOTS)]
+    harness.finish()
 
     assert SLOTS == runner.info.slots
-    assert [first.tokens[group][0]] * SLOTS == [bench.tokens[one][0] for one in again]
+    assert [first.tokens[group][0]] * SLOTS == [harness.tokens[one][0] for one in again]
 
 
 def test_a_device_that_is_absent_is_refused_or_used():
@@ -490,7 +492,7 @@ def test_a_device_that_is_absent_is_refused_or_used():
             choose_device("cuda")
 
 
-def test_a_graph_that_is_no_graph_is_refused(model, tmp_path):
+def test_invalid_graph_file_is_refused(model, tmp_path):
     """In one line that names the file."""
     graph = tmp_path / "model.onnx"
     graph.write_bytes(b"nothing of the kind")
@@ -508,7 +510,7 @@ def test_a_graph_with_other_names_is_refused(model):
         OrtRunner(dataclasses.replace(model, names=names), "cpu", 1, 16)
 
 
-def test_the_scripted_runner_is_as_forgetful_as_the_real_one():
+def test_scripted_runner_overwrites_slots_like_the_real_one():
     """The fake runner of other tests overwrites in place too, so that mistakes show."""
     runner = ScriptedRunner(2, 8)
     runner.run(StepPlan(chunks=(Chunk(0, 0, (5, 6, 7), True),)))

@@ -84,7 +84,7 @@ def test_each_filter_alone_and_with_the_others(size, temperature, top_k, top_p, 
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
-def test_top_n_sigma_keeps_what_is_near_the_best(temperature):
+def test_top_n_sigma_keeps_logits_near_the_maximum(temperature):
     """Of logits that deviate by 0.2 from their mean, half are two deviations below the best."""
     row = np.array([0.2, -0.2, 0.2, -0.2, -np.inf], np.float32)
     every, best = {0, 1, 2, 3}, {0, 2}
@@ -149,7 +149,7 @@ def test_whole_vocabularies(size, offset, draws, kind, fields):
 
 
 @pytest.mark.parametrize("fields", [OPENAI, QWEN, DEEPSEEK, {"top_p": 0.9, "min_p": 1e-6}])
-def test_a_row_gives_the_same_token_in_any_company(fields):
+def test_token_does_not_depend_on_the_other_rows(fields):
     """In a batch, alone, at any address in memory, and in the reversed batch.
 
     Draws are at the ends of intervals, where the last bit of a sum decides.
@@ -224,7 +224,7 @@ def _greedy(logits, prompt=(0,), output=(), **fields):
     ).token_id
 
 
-def test_frequency_and_presence_look_at_generated_tokens_only():
+def test_frequency_and_presence_count_generated_tokens_only():
     """A token of the prompt is not penalised until it is generated."""
     for field in ("frequency_penalty", "presence_penalty"):
         assert 1 == _greedy([1, 2, 0], prompt=[1, 1], **{field: 2.0})
@@ -237,7 +237,7 @@ def test_frequency_counts_and_presence_does_not():
     assert 1 == _greedy([1, 2.5, 0], output=[1, 1], presence_penalty=1.0)
 
 
-def test_repetition_penalty_looks_at_prompt_and_answer():
+def test_repetition_penalty_applies_to_prompt_and_answer():
     """It divides positive and multiplies negative logits, once per token."""
     assert 0 == _greedy([1, 1.5, -9], prompt=[1], repetition_penalty=2.0)
     assert 0 == _greedy([1, 1.5, -9], prompt=[2], output=[1], repetition_penalty=2.0)
@@ -246,7 +246,7 @@ def test_repetition_penalty_looks_at_prompt_and_answer():
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_the_smallest_repetition_penalty_makes_a_token_sure(temperature):
+def test_smallest_repetition_penalty_makes_a_token_certain(temperature):
     """It works like any other value, although dividing by it overflows."""
     sampling = SamplingParams(temperature=temperature, repetition_penalty=5e-324)
     row = np.array([1, 2, 30], np.float32)
@@ -298,7 +298,7 @@ def test_the_narrowest_filters_keep_the_top_token(fields):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("place", [0, 3, 6])
-def test_logits_that_are_no_numbers_are_refused(temperature, value, place):
+def test_nan_and_infinite_logits_are_refused(temperature, value, place):
     """NaN and infinity anywhere in the row, greedy or not."""
     row = np.arange(7, dtype=np.float32)
     row[place] = value
@@ -315,7 +315,7 @@ def test_a_row_of_impossible_tokens_is_refused():
         sample(masked, np.zeros(2, np.float32))
 
 
-def test_a_bad_row_leaves_its_neighbours_alone():
+def test_bad_row_does_not_affect_other_rows():
     """Of several rows, the good ones get tokens and the bad one an error."""
     good, bad, other = sequence_of(), sequence_of(), sequence_of()
     row = np.array([0, 5, 1], np.float32)
@@ -351,7 +351,7 @@ def test_impossible_tokens_are_reported_as_minus_9999():
     assert (-9999.0, -9999.0) == logprobs.top_logprobs[2:]
 
 
-def test_no_report_unless_asked_for():
+def test_no_logprobs_unless_requested():
     """None differs from 0, with which the token itself is still reported."""
     row = np.array([0.0, 0.0], np.float32)
 
@@ -390,7 +390,7 @@ def test_uniform_is_split_mix_64_of_a_mixed_seed(seed):
     assert all(0 <= draw < 1 for draw in expected)
 
 
-def test_neighbouring_seeds_and_positions_share_nothing():
+def test_neighbouring_seeds_and_positions_are_uncorrelated():
     """No number appears twice, and streams of neighbouring seeds are uncorrelated."""
     draws = np.array([[uniform(seed, t) for t in range(300)] for seed in range(-50, 50)])
     correlations = np.corrcoef(draws)[np.triu_indices(100, 1)]

@@ -17,52 +17,52 @@ from generator_svc.sequence import (
     SequenceStatus,
 )
 from tests.fakes import greedy
-from tests.generator_svc.engine_bench import Bench
+from tests.generator_svc.engine_harness import Harness
 
 
-def _chunk_lengths(bench):
-    return [len(chunk.token_ids) for plan in bench.runner.plans for chunk in plan.chunks]
+def _chunk_lengths(harness):
+    return [len(chunk.token_ids) for plan in harness.runner.plans for chunk in plan.chunks]
 
 
 def test_a_choice_whose_prompt_was_nearly_evicted_computes_no_lone_token():
     """All that is left of it in the cache is another prompt that differs in its last token."""
     prompt, nearly = [*range(2, 22), 50], [*range(2, 22), 51]
-    bench = Bench(slots=2, slot_length=64)
-    first = bench.submit(prompt, 2, n=3, stop_token_ids=frozenset())
-    second = bench.submit(nearly, 9, n=3, stop_token_ids=frozenset())
-    bench.finish()
+    harness = Harness(slots=2, slot_length=64)
+    first = harness.submit(prompt, 2, n=3, stop_token_ids=frozenset())
+    second = harness.submit(nearly, 9, n=3, stop_token_ids=frozenset())
+    harness.finish()
 
-    assert min(_chunk_lengths(bench)) >= 2
+    assert min(_chunk_lengths(harness)) >= 2
     for index in range(3):
-        assert greedy(prompt, 2, eos=None) == bench.tokens[first][index]
-        assert greedy(nearly, 9, eos=None) == bench.tokens[second][index]
+        assert greedy(prompt, 2, eos=None) == harness.tokens[first][index]
+        assert greedy(nearly, 9, eos=None) == harness.tokens[second][index]
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_prompts_that_nearly_agree_never_leave_a_lone_token(seed):
     """Many choices of many prompts that differ in their last tokens, in few slots."""
     draw = random.Random(seed)
-    bench = Bench(slots=draw.choice([2, 3]), max_num_batched_tokens=draw.choice([8, 64]), seed=seed)
+    harness = Harness(
+        slots=draw.choice([2, 3]), max_num_batched_tokens=draw.choice([8, 64]), seed=seed
+    )
     groups = []
     for _ in range(12):
         prompt = [*range(2, 2 + draw.randrange(2, 20)), draw.randrange(40, 44)]
-        groups.append(bench.submit(prompt, draw.randrange(1, 6), n=draw.choice([1, 2, 4])))
-    bench.finish()
+        groups.append(harness.submit(prompt, draw.randrange(1, 6), n=draw.choice([1, 2, 4])))
+    harness.finish()
 
-    assert min(_chunk_lengths(bench)) >= 2
+    assert min(_chunk_lengths(harness)) >= 2
     for group in groups:
         wanted = greedy(group.request.prompt, group.request.max_new_tokens)
-        assert all(wanted == tokens for tokens in bench.tokens[group].values())
+        assert all(wanted == tokens for tokens in harness.tokens[group].values())
 
 
 @pytest.mark.parametrize("max_prefill_batch_size", [0, 4])
 @pytest.mark.parametrize("max_num_batched_tokens", [8, 33, 40, 64, 512])
-def test_no_token_is_alone_in_a_tile_of_the_attention(
-    max_num_batched_tokens, max_prefill_batch_size
-):
+def test_no_token_is_alone_in_an_attention_tile(max_num_batched_tokens, max_prefill_batch_size):
     """Chunks one token longer than a multiple of the tile size are shortened, also where prompts
     are prefilled in batches and one is too long for a step."""
-    bench = Bench(
+    harness = Harness(
         2,
         256,
         reuse=False,
@@ -70,12 +70,12 @@ def test_no_token_is_alone_in_a_tile_of_the_attention(
         max_prefill_batch_size=max_prefill_batch_size,
         max_queued_requests=200,
     )
-    groups = [bench.submit([9] * length, 2) for length in range(2, 100)]
-    bench.finish()
+    groups = [harness.submit([9] * length, 2) for length in range(2, 100)]
+    harness.finish()
 
-    assert 1 not in {length % 32 for length in _chunk_lengths(bench)}
+    assert 1 not in {length % 32 for length in _chunk_lengths(harness)}
     for group in groups:
-        assert greedy(group.request.prompt, 2) == bench.tokens[group][0]
+        assert greedy(group.request.prompt, 2) == harness.tokens[group][0]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -83,80 +83,86 @@ def test_padded_decode_batches_give_the_same_tokens(seed):
     """Every batch has one of the given sizes; prompts in free slots stay cached."""
     draw = random.Random(seed)
     sizes = (1, 2, 4, 6)
-    bench = Bench(slots=6, seed=seed, batch_sizes=sizes)
+    harness = Harness(slots=6, seed=seed, batch_sizes=sizes)
     groups = []
     for _ in range(20):
         prompt = [*range(2, 2 + draw.randrange(2, 20)), draw.randrange(40, 44)]
-        groups.append(bench.submit(prompt, draw.randrange(1, 9), n=draw.choice([1, 2, 3])))
+        groups.append(harness.submit(prompt, draw.randrange(1, 9), n=draw.choice([1, 2, 3])))
         for _ in range(draw.randrange(4)):
-            bench.step()
-    bench.finish()
-    again = bench.submit(list(groups[-1].request.prompt), 2)
-    bench.finish()
+            harness.step()
+    harness.finish()
+    again = harness.submit(list(groups[-1].request.prompt), 2)
+    harness.finish()
 
-    assert {len(plan.rows) for plan in bench.runner.plans} <= {0, *sizes}
+    assert {len(plan.rows) for plan in harness.runner.plans} <= {0, *sizes}
     for group in groups:
         wanted = greedy(group.request.prompt, group.request.max_new_tokens)
-        assert all(wanted == tokens for tokens in bench.tokens[group].values())
+        assert all(wanted == tokens for tokens in harness.tokens[group].values())
     assert again.sequences[0].cached_prompt_tokens >= len(again.request.prompt) - 2
 
 
-def _batches(bench):
-    return [batch for plan in bench.runner.plans for batch in plan.batches]
+def _batches(harness):
+    return [batch for plan in harness.runner.plans for batch in plan.batches]
 
 
 def test_whole_prompts_are_prefilled_in_one_run():
     """As many as the setting allows, padded to the same length, and the answers are right."""
-    bench = Bench(slots=8, slot_length=128, max_num_batched_tokens=512, max_prefill_batch_size=4)
+    harness = Harness(
+        slots=8, slot_length=128, max_num_batched_tokens=512, max_prefill_batch_size=4
+    )
     prompts = [[*range(2, 22 + count)] for count in range(6)]
-    groups = [bench.submit(prompt, 3) for prompt in prompts]
-    bench.finish()
+    groups = [harness.submit(prompt, 3) for prompt in prompts]
+    harness.finish()
 
-    assert [4, 2] == [len(batch.prompts) for batch in _batches(bench)]
-    assert {32} == {batch.length for batch in _batches(bench)}
-    assert [] == _chunk_lengths(bench)
-    assert [greedy(p, 3) for p in prompts] == [bench.tokens[group][0] for group in groups]
+    assert [4, 2] == [len(batch.prompts) for batch in _batches(harness)]
+    assert {32} == {batch.length for batch in _batches(harness)}
+    assert [] == _chunk_lengths(harness)
+    assert [greedy(p, 3) for p in prompts] == [harness.tokens[group][0] for group in groups]
 
 
 def test_only_prompts_of_similar_lengths_are_prefilled_in_one_run():
     """Short prompts are not padded to the length of a long one, in whatever order they come."""
-    bench = Bench(slots=8, slot_length=512, max_num_batched_tokens=2048, max_prefill_batch_size=8)
-    groups = [bench.submit([length] * length, 2) for length in (20, 25, 30, 390, 10, 300, 290)]
-    bench.finish()
+    harness = Harness(
+        slots=8, slot_length=512, max_num_batched_tokens=2048, max_prefill_batch_size=8
+    )
+    groups = [harness.submit([length] * length, 2) for length in (20, 25, 30, 390, 10, 300, 290)]
+    harness.finish()
 
-    assert [(4, 32), (3, 448)] == [(len(b.prompts), b.length) for b in _batches(bench)]
-    assert all(greedy(g.request.prompt, 2) == bench.tokens[g][0] for g in groups)
+    assert [(4, 32), (3, 448)] == [(len(b.prompts), b.length) for b in _batches(harness)]
+    assert all(greedy(g.request.prompt, 2) == harness.tokens[g][0] for g in groups)
 
 
-def test_a_run_is_no_larger_than_a_step_with_its_padding():
+def test_padded_prefill_batch_fits_max_num_batched_tokens():
     """The activations of a larger one might not fit into the device's memory."""
-    bench = Bench(slots=8, slot_length=128, max_num_batched_tokens=256, max_prefill_batch_size=8)
+    harness = Harness(
+        slots=8, slot_length=128, max_num_batched_tokens=256, max_prefill_batch_size=8
+    )
     for count in range(7):
-        bench.submit([count + 2] * 33, 2)
-    bench.finish()
+        harness.submit([count + 2] * 33, 2)
+    harness.finish()
 
-    assert [(4, 64), (3, 64)] == [(len(b.prompts), b.length) for b in _batches(bench)]
+    assert [(4, 64), (3, 64)] == [(len(b.prompts), b.length) for b in _batches(harness)]
 
 
-def test_no_prompt_is_cut_to_fill_up_a_step():
+def test_no_prompt_is_chunked_to_fill_a_step():
     """It waits for the next one and is prefilled with others that wait. A prompt that is too long
     for any step is split, and the rest of the step is for others."""
-    bench = Bench(
+    harness = Harness(
         slots=8,
         slot_length=256,
         prefill_tokens=96,
         max_num_batched_tokens=128,
         max_prefill_batch_size=8,
     )
-    short = [bench.submit([value] * 60, 2) for value in range(5, 10)]
-    bench.finish()
+    short = [harness.submit([value] * 60, 2) for value in range(5, 10)]
+    harness.finish()
 
-    assert [2, 2, 1] == [len(batch.prompts) for batch in _batches(bench)]
-    assert [] == _chunk_lengths(bench)
-    long = bench.submit([4] * 130, 2)
-    bench.finish()
-    assert 130 == sum(_chunk_lengths(bench))
-    assert all(greedy(g.request.prompt, 2) == bench.tokens[g][0] for g in (*short, long))
+    assert [2, 2, 1] == [len(batch.prompts) for batch in _batches(harness)]
+    assert [] == _chunk_lengths(harness)
+    long = harness.submit([4] * 130, 2)
+    harness.finish()
+    assert 130 == sum(_chunk_lengths(harness))
+    assert all(greedy(g.request.prompt, 2) == harness.tokens[g][0] for g in (*short, long))
 
 
 def test_a_short_common_prefix_does_not_keep_prompts_out_of_a_run():
@@ -164,269 +170,271 @@ def test_a_short_common_prefix_does_not_keep_prompts_out_of_a_run():
     prompts = [[*range(2, 14), *[value] * 10] for value in range(20, 24)]
     runs = {}
     for least in (2, 32):
-        bench = Bench(
+        harness = Harness(
             slots=4,
             max_num_batched_tokens=128,
             max_prefill_batch_size=4,
             min_reused_tokens=least,
         )
-        bench.submit([*range(2, 14), 3], 2)
-        bench.finish()
-        before = len(bench.runner.plans)
-        groups = [bench.submit(prompt, 3) for prompt in prompts]
-        bench.finish()
-        plans = bench.runner.plans[before:]
+        harness.submit([*range(2, 14), 3], 2)
+        harness.finish()
+        before = len(harness.runner.plans)
+        groups = [harness.submit(prompt, 3) for prompt in prompts]
+        harness.finish()
+        plans = harness.runner.plans[before:]
         runs[least] = sum(len(plan.batches) + len(plan.chunks) for plan in plans)
-        assert [greedy(prompt, 3) for prompt in prompts] == [bench.tokens[g][0] for g in groups]
+        assert [greedy(prompt, 3) for prompt in prompts] == [harness.tokens[g][0] for g in groups]
 
     assert {2: 4, 32: 1} == runs
 
 
-def test_prompts_on_both_sides_of_a_running_stream_are_one_run():
+def test_stream_between_prompts_is_moved_to_batch_them():
     """A run covers consecutive slots, so the stream between them is moved."""
-    bench = Bench(slots=3, prefill_tokens=64, max_num_batched_tokens=64, max_prefill_batch_size=4)
-    first = bench.submit([5, 6], 2, stop_token_ids=frozenset())
-    between = bench.submit([7, 8], 40, stop_token_ids=frozenset())
-    bench.step()
-    bench.step()
-    assert bench.finished[first]
-    newcomers = [bench.submit([value, value], 3) for value in (9, 10)]
-    bench.finish()
+    harness = Harness(
+        slots=3, prefill_tokens=64, max_num_batched_tokens=64, max_prefill_batch_size=4
+    )
+    first = harness.submit([5, 6], 2, stop_token_ids=frozenset())
+    between = harness.submit([7, 8], 40, stop_token_ids=frozenset())
+    harness.step()
+    harness.step()
+    assert harness.finished[first]
+    newcomers = [harness.submit([value, value], 3) for value in (9, 10)]
+    harness.finish()
 
-    assert [2, 2] == [len(batch.prompts) for batch in _batches(bench)]
-    assert greedy([7, 8], 40, eos=None) == bench.tokens[between][0]
-    assert [greedy([v, v], 3) for v in (9, 10)] == [bench.tokens[g][0] for g in newcomers]
+    assert [2, 2] == [len(batch.prompts) for batch in _batches(harness)]
+    assert greedy([7, 8], 40, eos=None) == harness.tokens[between][0]
+    assert [greedy([v, v], 3) for v in (9, 10)] == [harness.tokens[g][0] for g in newcomers]
 
 
 def test_decode_batches_shrink_once_streams_have_ended():
     """The last stream moves into a slot that became free, so that no idle row is left."""
-    bench = Bench(slots=3, reuse=False)
-    ends = [bench.submit([value, 3], 2, stop_token_ids=frozenset()) for value in (7, 8)]
-    goes_on = bench.submit([9, 3], 20, stop_token_ids=frozenset())
-    bench.finish()
-    sizes = [len(plan.rows) for plan in bench.runner.plans]
+    harness = Harness(slots=3, reuse=False)
+    ends = [harness.submit([value, 3], 2, stop_token_ids=frozenset()) for value in (7, 8)]
+    goes_on = harness.submit([9, 3], 20, stop_token_ids=frozenset())
+    harness.finish()
+    sizes = [len(plan.rows) for plan in harness.runner.plans]
 
-    assert all(bench.finished[group] for group in ends)
+    assert all(harness.finished[group] for group in ends)
     assert (3, 1) == (max(sizes), sizes[-1])
-    assert greedy([9, 3], 20, eos=None) == bench.tokens[goes_on][0]
+    assert greedy([9, 3], 20, eos=None) == harness.tokens[goes_on][0]
 
 
-def test_cut_and_partly_cached_prompts_are_prefilled_alone():
+def test_chunked_and_partly_cached_prompts_are_prefilled_alone():
     """With past keys and values, attention takes one sequence at a time, without padding."""
-    bench = Bench(slots=4, slot_length=128, max_num_batched_tokens=64, max_prefill_batch_size=4)
-    bench.submit([9] * 40, 2)
-    bench.finish()
-    batches = len(_batches(bench))
-    following = bench.submit([*[9] * 40, 5, 6, 7], 2)
-    long = bench.submit([8] * 100, 2)
-    bench.finish()
+    harness = Harness(slots=4, slot_length=128, max_num_batched_tokens=64, max_prefill_batch_size=4)
+    harness.submit([9] * 40, 2)
+    harness.finish()
+    batches = len(_batches(harness))
+    following = harness.submit([*[9] * 40, 5, 6, 7], 2)
+    long = harness.submit([8] * 100, 2)
+    harness.finish()
 
     assert 40 == following.sequences[0].cached_prompt_tokens
-    assert batches == len(_batches(bench))
-    assert greedy([8] * 100, 2) == bench.tokens[long][0]
+    assert batches == len(_batches(harness))
+    assert greedy([8] * 100, 2) == harness.tokens[long][0]
 
 
 def test_padding_of_prompts_is_overhead():
     """Each prompt pays for its own tokens; the rest of the run is padding, to the nanosecond."""
-    bench = Bench(slots=2, max_num_batched_tokens=64, max_prefill_batch_size=2)
-    groups = [bench.submit([value] * length, 1) for value, length in ((8, 24), (9, 16))]
-    bench.finish()
+    harness = Harness(slots=2, max_num_batched_tokens=64, max_prefill_batch_size=2)
+    groups = [harness.submit([value] * length, 1) for value, length in ((8, 24), (9, 16))]
+    harness.finish()
     spent = [group.sequences[0].device_nanoseconds for group in groups]
-    busy = bench.meter.busy
+    busy = harness.meter.busy
 
-    assert busy == bench.runner.busy == sum(spent) + bench.meter.overhead[PADDING]
+    assert busy == harness.runner.busy == sum(spent) + harness.meter.overhead[PADDING]
     for nanoseconds, tokens in zip(spent, (24, 16), strict=True):
         assert abs(nanoseconds - busy * tokens / 64) < 1
 
 
 @pytest.mark.parametrize("stopped", [[0], [0, 1], [1], [2, 0], [1, 0]])
 @pytest.mark.parametrize("steps", [0, 1, 2])
-def test_the_next_choice_takes_the_prefill_over(stopped, steps):
+def test_next_choice_takes_over_the_prefill(stopped, steps):
     """Whichever choices are stopped, and whenever, the others are complete."""
     prompt = list(range(2, 40))
-    bench = Bench(slots=2, max_num_batched_tokens=8)
-    group = bench.submit(prompt, 4, n=3)
+    harness = Harness(slots=2, max_num_batched_tokens=8)
+    group = harness.submit(prompt, 4, n=3)
     for _ in range(steps):
-        bench.step()
+        harness.step()
     for index in stopped:
-        bench.engine.stop(group, index)
-    bench.finish()
+        harness.engine.stop(group, index)
+    harness.finish()
 
-    assert {0, 1, 2} == bench.finished[group]
+    assert {0, 1, 2} == harness.finished[group]
     for index in {0, 1, 2} - {*stopped}:
-        assert greedy(prompt, 4) == bench.tokens[group][index]
+        assert greedy(prompt, 4) == harness.tokens[group][index]
 
 
 def test_stopping_all_choices_ends_the_request():
     """Nothing is computed for it."""
-    bench = Bench()
-    group = bench.submit(list(range(2, 40)), 4, n=3)
+    harness = Harness()
+    group = harness.submit(list(range(2, 40)), 4, n=3)
     for index in (0, 1, 2):
-        bench.engine.stop(group, index)
-    bench.finish()
+        harness.engine.stop(group, index)
+    harness.finish()
 
-    assert {0, 1, 2} == bench.finished[group]
-    assert 0 == bench.runner.prefilled_tokens
+    assert {0, 1, 2} == harness.finished[group]
+    assert 0 == harness.runner.prefilled_tokens
 
 
 def test_a_prompt_of_one_token_is_answered():
     """It is the only case of a chunk of one token."""
-    bench = Bench()
-    group = bench.submit([5], 6, n=2)
-    bench.finish()
+    harness = Harness()
+    group = harness.submit([5], 6, n=2)
+    harness.finish()
 
-    assert greedy([5], 6) == bench.tokens[group][0] == bench.tokens[group][1]
+    assert greedy([5], 6) == harness.tokens[group][0] == harness.tokens[group][1]
 
 
 def test_an_answer_may_fill_its_slot():
     """Prompt and answer together may use the slot up to its last position."""
-    bench = Bench(slots=2, slot_length=16)
-    full = bench.submit([5, 6], 14, stop_token_ids=frozenset())
-    other = bench.submit(list(range(2, 17)), 1, stop_token_ids=frozenset())
-    bench.finish()
+    harness = Harness(slots=2, slot_length=16)
+    full = harness.submit([5, 6], 14, stop_token_ids=frozenset())
+    other = harness.submit(list(range(2, 17)), 1, stop_token_ids=frozenset())
+    harness.finish()
 
-    assert greedy([5, 6], 14, eos=None) == bench.tokens[full][0]
-    assert greedy(range(2, 17), 1, eos=None) == bench.tokens[other][0]
+    assert greedy([5, 6], 14, eos=None) == harness.tokens[full][0]
+    assert greedy(range(2, 17), 1, eos=None) == harness.tokens[other][0]
 
 
-def test_requests_start_in_the_order_they_came():
+def test_requests_start_in_order_of_arrival():
     """With one slot, they run one after the other."""
-    bench = Bench(slots=1)
-    groups = [bench.submit([value, 3], 3, stop_token_ids=frozenset()) for value in (7, 8, 9)]
+    harness = Harness(slots=1)
+    groups = [harness.submit([value, 3], 3, stop_token_ids=frozenset()) for value in (7, 8, 9)]
     order = []
     while len(order) < 3:
-        bench.step()
-        order += [g for g in groups if bench.finished[g] and g not in order]
+        harness.step()
+        order += [g for g in groups if harness.finished[g] and g not in order]
 
     assert groups == order
-    bench.finish()
+    harness.finish()
 
 
 def test_choices_start_in_the_order_of_their_indices():
     """And before requests that came later."""
-    bench = Bench(slots=1)
-    group = bench.submit([7, 8, 9], 3, n=4, stop_token_ids=frozenset())
-    later = bench.submit([5, 6], 3, stop_token_ids=frozenset())
+    harness = Harness(slots=1)
+    group = harness.submit([7, 8, 9], 3, n=4, stop_token_ids=frozenset())
+    later = harness.submit([5, 6], 3, stop_token_ids=frozenset())
     order = []
-    while not bench.finished[later]:
-        bench.step()
-        order += [index for index in bench.finished[group] if index not in order]
+    while not harness.finished[later]:
+        harness.step()
+        order += [index for index in harness.finished[group] if index not in order]
 
     assert [0, 1, 2, 3] == order
-    bench.finish()
+    harness.finish()
 
 
-def test_a_stop_after_the_end_is_without_effect():
+def test_stop_after_the_end_has_no_effect():
     """There is no second final update, and nothing is freed twice."""
-    bench = Bench()
-    group = bench.submit([7, 8], 3, sampling=SamplingParams(seed=1))
-    bench.finish()
-    bench.engine.stop(group, 0)
-    bench.engine.cancel(group)
-    bench.finish()
+    harness = Harness()
+    group = harness.submit([7, 8], 3, sampling=SamplingParams(seed=1))
+    harness.finish()
+    harness.engine.stop(group, 0)
+    harness.engine.cancel(group)
+    harness.finish()
 
-    assert {0} == bench.finished[group]
+    assert {0} == harness.finished[group]
 
 
-def _steps_until(bench, group, most=400):
+def _steps_until(harness, group, most=400):
     """Steps until the first token of `group`; returns the number of steps."""
     for step in range(1, most):
-        bench.step()
-        if bench.tokens[group][0]:
+        harness.step()
+        if harness.tokens[group][0]:
             return step
     raise AssertionError("it never started")
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one():
     """While a long prompt is prefilled, half of each step is for the others, shortest first."""
-    bench = Bench(slots=4, slot_length=512, prefill_tokens=32, max_num_batched_tokens=32)
-    running = bench.submit([5, 6], 200, stop_token_ids=frozenset())
-    bench.step()
-    long = bench.submit([7] * 400, 2)
-    bench.step()
-    short = bench.submit([8] * 14, 2)
+    harness = Harness(slots=4, slot_length=512, prefill_tokens=32, max_num_batched_tokens=32)
+    running = harness.submit([5, 6], 200, stop_token_ids=frozenset())
+    harness.step()
+    long = harness.submit([7] * 400, 2)
+    harness.step()
+    short = harness.submit([8] * 14, 2)
 
-    assert _steps_until(bench, short) <= 2
-    assert not bench.tokens[long][0]
-    bench.engine.cancel(running)
-    bench.finish()
+    assert _steps_until(harness, short) <= 2
+    assert not harness.tokens[long][0]
+    harness.engine.cancel(running)
+    harness.finish()
 
 
-def test_a_long_prompt_does_not_starve_under_short_ones():
+def test_short_prompts_do_not_starve_a_long_one():
     """Once it has started, it gets at least half of every step, however many others arrive."""
-    bench = Bench(slots=4, slot_length=512, prefill_tokens=32, max_num_batched_tokens=32)
-    bench.submit([5, 6], 300, stop_token_ids=frozenset())
-    bench.step()
-    long = bench.submit([7] * 320, 2)
+    harness = Harness(slots=4, slot_length=512, prefill_tokens=32, max_num_batched_tokens=32)
+    harness.submit([5, 6], 300, stop_token_ids=frozenset())
+    harness.step()
+    long = harness.submit([7] * 320, 2)
     steps = 0
-    while not bench.tokens[long][0]:
+    while not harness.tokens[long][0]:
         for value in (8, 9):
-            bench.submit([value] * 30, 1)
-        bench.step()
+            harness.submit([value] * 30, 1)
+        harness.step()
         steps += 1
 
     assert steps <= 2 * 320 / 32 + 4
-    bench.finish()
+    harness.finish()
 
 
-def test_a_long_prompt_does_not_starve_where_its_tokens_are_slow():
+def test_slow_tokens_do_not_starve_a_long_prompt():
     """Nor if, late in the prompt, half of a step is too short for a single one of them."""
-    bench = Bench(slots=4, slot_length=512, prefill_tokens=32, max_num_batched_tokens=32)
-    bench.scheduler.prefill_cost.cost = lambda start: 1.0 if start < 64 else 40.0
-    bench.submit([5, 6], 300, stop_token_ids=frozenset())
-    bench.step()
-    long = bench.submit([7] * 320, 2)
+    harness = Harness(slots=4, slot_length=512, prefill_tokens=32, max_num_batched_tokens=32)
+    harness.scheduler.prefill_cost.cost = lambda start: 1.0 if start < 64 else 40.0
+    harness.submit([5, 6], 300, stop_token_ids=frozenset())
+    harness.step()
+    long = harness.submit([7] * 320, 2)
     steps = 0
-    while not bench.tokens[long][0] and steps < 200:
-        if len(bench.scheduler.waiting) < 2:
-            bench.submit([8, *[steps % 60] * 29], 1)
-        bench.step()
+    while not harness.tokens[long][0] and steps < 200:
+        if len(harness.scheduler.waiting) < 2:
+            harness.submit([8, *[steps % 60] * 29], 1)
+        harness.step()
         steps += 1
 
-    assert greedy([7] * 320, 1) == bench.tokens[long][0]
-    bench.finish()
+    assert greedy([7] * 320, 1) == harness.tokens[long][0]
+    harness.finish()
 
 
-def test_a_long_prompt_is_not_started_beside_another():
+def test_only_one_long_prompt_is_prefilled_at_a_time():
     """The second would hold a slot that short requests can use in the meantime."""
-    bench = Bench(slots=4, slot_length=512, prefill_tokens=32, max_num_batched_tokens=32)
-    bench.submit([5, 6], 300, stop_token_ids=frozenset())
-    bench.step()
-    first, second = bench.submit([7] * 300, 2), bench.submit([9] * 300, 2)
-    short = bench.submit([8] * 14, 2)
-    _steps_until(bench, short)
-    bench.step()
+    harness = Harness(slots=4, slot_length=512, prefill_tokens=32, max_num_batched_tokens=32)
+    harness.submit([5, 6], 300, stop_token_ids=frozenset())
+    harness.step()
+    first, second = harness.submit([7] * 300, 2), harness.submit([9] * 300, 2)
+    short = harness.submit([8] * 14, 2)
+    _steps_until(harness, short)
+    harness.step()
 
-    assert not bench.tokens[first][0]
-    assert second.sequences[0] in bench.scheduler.waiting
-    _steps_until(bench, first)
-    _steps_until(bench, second)
-    bench.finish()
+    assert not harness.tokens[first][0]
+    assert second.sequences[0] in harness.scheduler.waiting
+    _steps_until(harness, first)
+    _steps_until(harness, second)
+    harness.finish()
 
 
 def test_a_long_conversation_that_is_cached_does_not_wait_for_a_long_prompt():
     """Only its uncached part counts, which is short."""
-    bench = Bench(slots=4, slot_length=512, prefill_tokens=32, max_num_batched_tokens=32)
-    bench.submit([9] * 300, 2)
-    bench.finish()
-    bench.submit([5, 6], 300, stop_token_ids=frozenset())
-    bench.step()
-    long = bench.submit([7] * 400, 2)
-    bench.step()
-    following = bench.submit([*[9] * 300, *range(2, 10)], 2)
+    harness = Harness(slots=4, slot_length=512, prefill_tokens=32, max_num_batched_tokens=32)
+    harness.submit([9] * 300, 2)
+    harness.finish()
+    harness.submit([5, 6], 300, stop_token_ids=frozenset())
+    harness.step()
+    long = harness.submit([7] * 400, 2)
+    harness.step()
+    following = harness.submit([*[9] * 300, *range(2, 10)], 2)
 
-    assert _steps_until(bench, following) <= 2
-    assert not bench.tokens[long][0]
-    bench.finish()
+    assert _steps_until(harness, following) <= 2
+    assert not harness.tokens[long][0]
+    harness.finish()
 
 
-def test_running_streams_are_held_up_no_longer_than_the_dial_says():
+def test_prefill_stalls_streams_no_longer_than_configured():
     """At the measured speed, a step's chunks take no longer than the configured stall."""
     stall, slot_length = 50_000, 8192
-    bench = Bench(slots=2, slot_length=slot_length)
+    harness = Harness(slots=2, slot_length=slot_length)
     cost_model = PrefillCostModel()
-    scheduler = Scheduler(SlotCache(2, slot_length), cost_model, stall, 512, bench.meter.settle)
-    for sequence in _groups(bench, [[5, 6], [7] * 8000]):
+    scheduler = Scheduler(SlotCache(2, slot_length), cost_model, stall, 512, harness.meter.settle)
+    for sequence in _groups(harness, [[5, 6], [7] * 8000]):
         scheduler.add(sequence)
     spent = []
     while scheduler.waiting or any(
@@ -451,45 +459,45 @@ def test_running_streams_are_held_up_no_longer_than_the_dial_says():
 
 
 @pytest.mark.parametrize(("streams", "most"), [(4, 92), (68, 32)])
-def test_decoding_sequences_count_among_the_tokens_of_a_step(streams, most):
+def test_decoding_sequences_count_towards_max_num_batched_tokens(streams, most):
     """Prompts get what is left of the maximum, and at least one tile."""
-    bench = Bench(
+    harness = Harness(
         slots=70, slot_length=256, prefill_tokens=200, max_num_batched_tokens=96, reuse=False
     )
     for value in range(streams):
-        bench.submit([5, value % 60], 60, stop_token_ids=frozenset())
-    while len(bench.tokens) < streams:
-        bench.step()
-    bench.submit([7] * 200, 2)
-    bench.step()
-    plan = bench.runner.plans[-1]
+        harness.submit([5, value % 60], 60, stop_token_ids=frozenset())
+    while len(harness.tokens) < streams:
+        harness.step()
+    harness.submit([7] * 200, 2)
+    harness.step()
+    plan = harness.runner.plans[-1]
 
     assert streams == sum(not row.is_idle for row in plan.rows)
     assert most == sum(len(chunk.token_ids) for chunk in plan.chunks)
-    bench.finish()
+    harness.finish()
 
 
 @pytest.mark.parametrize(("streams", "prompts", "stretch"), [(4, 4, 1), (2, 4, 2), (1, 7, 4)])
-def test_newcomers_hold_streams_up_by_how_many_they_are(streams, prompts, stretch):
+def test_prefill_stall_grows_if_prompts_outnumber_streams(streams, prompts, stretch):
     """With no more prompts than streams, a step prefills for prefill_stall_ms, however many come.
 
     With fewer streams than prompts it prefills for longer, up to four times.
     """
-    bench = Bench(slots=8, slot_length=256, prefill_tokens=64, max_num_batched_tokens=512)
+    harness = Harness(slots=8, slot_length=256, prefill_tokens=64, max_num_batched_tokens=512)
     for value in range(streams):
-        bench.submit([5, value], 60, stop_token_ids=frozenset())
-    bench.step()
+        harness.submit([5, value], 60, stop_token_ids=frozenset())
+    harness.step()
     for value in range(prompts):
-        bench.submit([value] * 64, 2)
-    bench.step()
-    plan = bench.runner.plans[-1]
+        harness.submit([value] * 64, 2)
+    harness.step()
+    plan = harness.runner.plans[-1]
 
     assert streams == sum(not row.is_idle for row in plan.rows)
     assert stretch * 64 == sum(len(chunk.token_ids) for chunk in plan.chunks)
-    bench.finish()
+    harness.finish()
 
 
-def _groups(bench, prompts):
+def _groups(harness, prompts):
     for prompt in prompts:
         request = EngineRequest(tuple(prompt), 10_000 - len(prompt))
-        yield SequenceGroup(request, bench.admission.enter(len(prompt)))
+        yield SequenceGroup(request, harness.admission.enter(len(prompt)))

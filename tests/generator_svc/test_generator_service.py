@@ -52,7 +52,7 @@ async def _error(call):
     return caught.value.code(), caught.value.details(), details
 
 
-async def test_tokens_are_those_of_the_model(stage):
+async def test_greedy_tokens_are_the_models_most_likely(stage):
     """The same as repeatedly taking the most likely token; then one finish with counts."""
     prompt = [3, 4, 5, 6]
     tokens, finished = await stage.generate(prompt, max_new_tokens=20)
@@ -63,7 +63,7 @@ async def test_tokens_are_those_of_the_model(stage):
     assert finished[0].device_nanoseconds > 0
 
 
-async def test_ends_are_told_apart(stage):
+async def test_finish_reason_is_stop_or_length(stage):
     """A stop token is the last of the tokens; a length limit just cuts."""
     prompt = next([i] for i in range(2, 60) if len(greedy([i], 30)) in range(3, 30))
     wanted = greedy(prompt, 30)
@@ -86,7 +86,7 @@ async def test_many_calls_at_once_get_their_own_answers(stage):
     assert [{0: greedy(prompt, 9)} for prompt in prompts] == [tokens for tokens, _ in answers]
 
 
-async def test_choices_draw_apart_and_finish_apart(stage):
+async def test_choices_are_sampled_and_finish_separately(stage):
     """n sampled choices are the same again with the same seed, and each has its own finish."""
     fields = {"n": 5, "max_new_tokens": 8, "ignore_eos": True}
     fields["sampling"] = SamplingParams(temperature=1.5, seed=3)
@@ -124,7 +124,7 @@ async def test_logprobs_of_the_prompt_come_with_the_first_message(stage):
     assert not any(message.prompt_logprobs for message in others)
 
 
-async def test_a_prompt_of_one_token_has_none(stage):
+async def test_prompt_of_one_token_has_no_logprobs(stage):
     """Its only token has no predecessor."""
     tokens, _ = await stage.generate([5], max_new_tokens=2, prompt_logprobs=0)
 
@@ -149,7 +149,7 @@ async def test_a_stopped_choice_finishes_with_exact_counts_and_the_others_go_on(
     assert len(tokens[0]) + 50 == stage.metric("trivium_engine_generation_tokens_total")
 
 
-async def test_a_call_that_is_stopped_while_it_waits_ends_well():
+async def test_queued_call_can_be_stopped():
     """It has no token, and is no failure."""
     stage = Stage(slots=1)
     async with stage.running():
@@ -167,7 +167,7 @@ async def test_a_call_that_is_stopped_while_it_waits_ends_well():
     assert pb.FINISH_REASON_STOPPED == finished[0].reason
 
 
-async def test_what_gathers_while_a_message_is_written_goes_out_as_one():
+async def test_tokens_are_merged_while_a_message_is_written():
     """The first token is sent at once; the rest waits for the reader, and nothing is lost."""
     stage = Stage(slot_length=1024, logits=by_last_token)
     run, is_read = stage.runner.run, threading.Event()
@@ -224,7 +224,7 @@ async def test_a_message_that_cannot_be_decoded(has_begun, caplog):
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-async def test_a_slow_reader_loses_nothing_and_holds_nobody_up():
+async def test_slow_reader_loses_nothing_and_blocks_nobody():
     """The engine finishes long before the reader continues, with fewer messages than tokens."""
     stage = Stage(slot_length=4096, logits=by_last_token)
     async with stage.running():
@@ -290,7 +290,7 @@ async def test_a_deadline_frees_what_the_call_holds():
     assert grpc.StatusCode.DEADLINE_EXCEEDED is caught.value.code()
 
 
-async def test_the_time_to_try_again_is_what_the_queue_takes():
+async def test_retry_delay_is_the_queues_prefill_time():
     """By the measured prefill time: ten tokens at two seconds each."""
 
     class SlowPrefill(FixedPrefillCost):
@@ -311,7 +311,7 @@ async def test_the_time_to_try_again_is_what_the_queue_takes():
 
 
 @pytest.mark.parametrize("bound", [{"requests": 1}, {"tokens": 3}])
-async def test_a_full_queue_is_told_with_a_time_to_try_again(bound):
+async def test_full_queue_is_refused_with_a_retry_delay(bound):
     """Running and waiting calls are not affected."""
     stage = Stage(slots=1, slot_length=4096, logits=by_last_token, **bound)
     async with stage.running():
@@ -368,7 +368,7 @@ async def test_refusals_carry_status_reason_and_field(stage, fields, code, reaso
 
 
 @pytest.mark.parametrize("first", [pb.GenerateRequest(stop=pb.StopSequence()), None])
-async def test_a_call_has_to_start_with_a_start(stage, first):
+async def test_first_message_must_be_a_start(stage, first):
     """Neither another command nor an empty stream is accepted."""
     call = stage.stub.Generate()
     if first is not None:
@@ -390,7 +390,7 @@ async def test_a_second_start_changes_nothing(stage):
     assert greedy([5, 6], 4, eos=None) == collected([m async for m in call])[0][0]
 
 
-async def test_bad_logits_fail_their_request_with_a_generic_text(caplog):
+async def test_bad_logits_fail_their_request_with_a_generic_message(caplog):
     """The reason is logged, not sent to the caller; other calls go on."""
 
     def logits(context):
@@ -411,7 +411,7 @@ async def test_bad_logits_fail_their_request_with_a_generic_text(caplog):
     assert "not finite" in caplog.text
 
 
-async def test_model_info_and_load_are_told(stage):
+async def test_model_info_and_load_are_reported(stage):
     """As operators' tools and the tokenizer need them."""
     info = await stage.stub.GetModelInfo(pb.GetModelInfoRequest())
     load = await until_load(stage.stub)
@@ -420,7 +420,7 @@ async def test_model_info_and_load_are_told(stage):
     assert pb.WatchLoadResponse(free_slots=4) == load
 
 
-async def test_load_is_reported_as_often_as_asked_at_most(stage):
+async def test_load_reports_respect_the_interval(stage):
     """However much changes in the meantime."""
     interval = 0.1
     began = time.monotonic()
@@ -442,7 +442,7 @@ async def test_load_is_reported_as_often_as_asked_at_most(stage):
     assert count <= seconds / interval + 1
 
 
-async def test_a_call_that_has_just_come_is_not_reported_as_waiting(stage):
+async def test_new_call_is_not_reported_as_waiting(stage):
     """It gets a free slot at once, and a call that has ended by the next report does not count."""
     watch = stage.stub.WatchLoad(pb.WatchLoadRequest(min_interval_milliseconds=300))
     idle = await watch.read()
@@ -456,7 +456,7 @@ async def test_a_call_that_has_just_come_is_not_reported_as_waiting(stage):
 
 
 @pytest.mark.parametrize("milliseconds", [0, 9, 5001])
-async def test_load_is_not_reported_in_any_interval(stage, milliseconds):
+async def test_load_interval_out_of_range_is_refused(stage, milliseconds):
     """An interval out of range is refused, and the field is named."""
     request = pb.WatchLoadRequest(min_interval_milliseconds=milliseconds)
     code, message, _ = await _error(stage.stub.WatchLoad(request))
@@ -483,7 +483,7 @@ async def test_reflection_lists_the_service(stage):
     assert SERVICE in {service.name for service in answer.list_services_response.service}
 
 
-async def test_metrics_are_at_rest_and_add_up_after_any_traffic():
+async def test_metrics_add_up_and_gauges_return_to_zero():
     """After finished, cancelled and failed calls nothing is held, no nanosecond unaccounted."""
     stage = Stage(slots=3)
     stage.runner.fails = lambda slots: OSError("run") if len(stage.runner.plans) == 40 else None
@@ -576,7 +576,7 @@ async def test_cache_usage_counts_tokens(stage):
     assert 32 / 256 <= usage < 64 / 256
 
 
-async def test_refused_calls_are_counted_by_why():
+async def test_refused_calls_are_counted_by_reason():
     """Refusals by a full queue or for a wrong field start at 0 and do not count as calls."""
     stage = Stage(slots=1, requests=1)
     async with stage.running():

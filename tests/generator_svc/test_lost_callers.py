@@ -27,7 +27,7 @@ asyncio.run(main())
 
 
 @pytest.mark.slow
-async def test_a_frozen_caller_keeps_no_slot():
+async def test_unresponsive_client_does_not_keep_its_slot():
     """Its connection is open and accepts data; that no one is there is detected within 20 s."""
     stage = Stage(slot_length=100_000, logits=by_last_token)
     async with stage.running():

@@ -50,7 +50,7 @@ def _plan(model, free_mib, device="cpu", **settings):
 
 
 @pytest.fixture(autouse=True)
-def no_settings_of_the_shell(monkeypatch):
+def no_settings_from_the_shell(monkeypatch):
     for name in GeneratorSettings.model_fields:
         monkeypatch.delenv(f"TRIVIUM_GENERATOR_{name}".upper(), raising=False)
 
@@ -141,13 +141,13 @@ def test_the_cache_takes_a_share_of_what_weights_leave(heavy):
     assert 220 * MIB < plan.needed_bytes < 620 * MIB
 
 
-def test_the_plan_tells_weights_cache_and_memory(heavy):
+def test_plan_shows_weights_cache_and_memory(heavy):
     """In one line, as it is logged and shown before a start."""
-    told = str(_plan(heavy, 1000, slots=2))
+    text = str(_plan(heavy, 1000, slots=2))
 
     for part in ("100 MiB of weights", "240 MiB of KV cache", "2 sequences of 4,096 tokens"):
-        assert part in told
-    assert "1,000 MiB of 1,024 MiB are free (memory limit in /sys/fs/cgroup)" in told
+        assert part in text
+    assert "1,000 MiB of 1,024 MiB are free (memory limit in /sys/fs/cgroup)" in text
 
 
 def test_one_slot_may_take_more_than_the_share(heavy):
@@ -174,18 +174,18 @@ def test_too_little_memory_for_one_slot_is_refused(heavy, wanted):
     with pytest.raises(MemoryPlanError) as caught:
         _plan(heavy, 420, **wanted)
 
-    told = str(caught.value)
+    text = str(caught.value)
     for part in ("1,024 MiB (memory limit in /sys/fs/cgroup)", "420 MiB are free", "100 MiB for w"):
-        assert part in told
-    assert "\n" not in told
-    fitting = int(told.rpartition("MAX_SEQUENCE_LENGTH to ")[2].split()[0])
+        assert part in text
+    assert "\n" not in text
+    fitting = int(text.rpartition("MAX_SEQUENCE_LENGTH to ")[2].split()[0])
     shorter = {**wanted, "max_sequence_length": fitting}
     assert fitting == _plan(heavy, 420, **shorter).slot_length
     with pytest.raises(MemoryPlanError):
         _plan(heavy, 420, **{**wanted, "max_sequence_length": fitting + 8})
 
 
-def test_shorter_sequences_are_no_advice_where_nothing_fits(heavy):
+def test_shorter_sequences_are_not_suggested_if_weights_do_not_fit(heavy):
     """If the weights alone are too large, only more memory or smaller weights help."""
     with pytest.raises(MemoryPlanError) as caught:
         _plan(dataclasses.replace(heavy, precision="int4"), 120)
@@ -203,7 +203,7 @@ def test_shorter_sequences_are_no_advice_where_nothing_fits(heavy):
         ("int8", 450, "export it in int4 (about 56 MiB of weights)"),
     ],
 )
-def test_smaller_weights_are_advised_where_they_fit(heavy, precision, free_mib, advice):
+def test_lower_precision_is_suggested_if_it_fits(heavy, precision, free_mib, advice):
     """The largest precision that fits, with its size."""
     model = dataclasses.replace(heavy, precision=precision)
     with pytest.raises(MemoryPlanError) as caught:
@@ -213,7 +213,7 @@ def test_smaller_weights_are_advised_where_they_fit(heavy, precision, free_mib, 
 
 
 @pytest.mark.parametrize(("precision", "grows"), [("int4", 20), ("int8", 11), ("fp32", 0)])
-def test_what_only_just_fits_is_warned_of(heavy, precision, grows, caplog):
+def test_tight_fit_is_warned_about(heavy, precision, grows, caplog):
     """Quantised weights may take more memory than their file, and none is left."""
     model = dataclasses.replace(heavy, precision=precision)
     needed = _plan(model, 900).needed_bytes // MIB + 1
@@ -225,7 +225,7 @@ def test_what_only_just_fits_is_warned_of(heavy, precision, grows, caplog):
     assert bool(grows) == bool(warned)
 
 
-def test_a_cuda_device_keeps_what_is_not_the_share(heavy):
+def test_cuda_slots_take_a_share_of_what_weights_leave(heavy):
     """Of the device's free memory, weights come first, then slots get a share of the rest."""
     length = {"max_sequence_length": 4096}
     plan = _plan(heavy, 580, "cuda", kv_memory_share=0.5, **length)
@@ -241,7 +241,7 @@ def test_a_cuda_device_keeps_what_is_not_the_share(heavy):
     assert "580 MiB are free: provide 720 MiB more" in str(caught.value)
 
 
-def test_a_cache_beyond_the_memory_is_warned_of(heavy, caplog):
+def test_cache_larger_than_memory_is_warned_about(heavy, caplog):
     """The operator's setting is applied; the log says what the consequences may be."""
     small = _plan(heavy, 1000, kv_cache_bytes=250 * MIB).slots
     assert (2, []) == (small, caplog.messages)
@@ -265,7 +265,7 @@ def test_a_cache_beyond_the_memory_is_warned_of(heavy, caplog):
         ({"eos_token_id": 2, "frequency_penalty": 9}, SamplingParams()),
     ],
 )
-def test_defaults_are_the_models_own_and_then_openais(config, expected):
+def test_defaults_come_from_the_model_then_openai(config, expected):
     """generation_config.json fills in what a request leaves open."""
 
     assert expected == default_sampling(_model(**config))
@@ -288,7 +288,7 @@ def test_defaults_are_the_models_own_and_then_openais(config, expected):
         ("repetition_penalty", 11),
     ],
 )
-def test_defaults_that_no_request_could_have_are_refused(name, value):
+def test_invalid_model_defaults_are_refused(name, value):
     """One line that names folder, file, field and value."""
     with pytest.raises(ModelDirectoryError) as caught:
         default_sampling(_model(**{name: value}))
@@ -297,7 +297,7 @@ def test_defaults_that_no_request_could_have_are_refused(name, value):
         assert part in str(caught.value)
 
 
-def test_a_whole_number_written_as_a_decimal_is_whole():
+def test_integer_written_as_a_decimal_is_accepted():
     """Some files say top_k 50.0."""
 
     assert isinstance(default_sampling(_model(top_k=50.0)).top_k, int)

@@ -3,7 +3,7 @@
 from generator_svc.prefill_cost import PrefillCostModel
 
 
-def test_it_follows_what_it_sees():
+def test_estimate_follows_the_latest_measurements():
     """After some chunks at another speed, the old one is forgotten."""
     model = PrefillCostModel()
     for cost in [1_000] * 5 + [4_000] * 15:
@@ -13,7 +13,7 @@ def test_it_follows_what_it_sees():
     assert 224 <= model.tokens_within(1_000_000) <= 256
 
 
-def test_places_have_speeds_of_their_own():
+def test_speed_depends_on_the_position():
     """Late tokens cost more; if nothing was measured at a position, the last one before counts."""
     model = PrefillCostModel()
     model.observe(0, 128, 128_000)
@@ -23,7 +23,7 @@ def test_places_have_speeds_of_their_own():
     assert 2_000 == model.cost(2_100) == model.cost(9_000)
 
 
-def test_only_later_places_seen():
+def test_only_later_positions_measured():
     """As after a restart with a cached prefix."""
     model = PrefillCostModel()
     model.observe(4_096, 128, 256_000)
@@ -31,7 +31,7 @@ def test_only_later_places_seen():
     assert 2_000 == model.cost(0)
 
 
-def test_a_few_tokens_tell_nothing():
+def test_short_chunks_are_not_measured():
     """A run's fixed cost would look like slow tokens."""
     model = PrefillCostModel()
     before = model.tokens_within(10**8)
@@ -40,7 +40,7 @@ def test_a_few_tokens_tell_nothing():
     assert before == model.tokens_within(10**8)
 
 
-def test_something_always_fits():
+def test_at_least_one_tile_fits():
     """At least one tile, in whole tiles, so that every prompt makes progress."""
     model = PrefillCostModel()
     model.observe(0, 512, 10**12)
@@ -48,7 +48,7 @@ def test_something_always_fits():
     assert 32 == model.tokens_within(1)
 
 
-def test_a_clock_that_stands_still_stops_nothing():
+def test_coarse_clock_is_harmless():
     """A device's clock may be too coarse for a small chunk."""
     model = PrefillCostModel()
     model.observe(0, 64, 0)

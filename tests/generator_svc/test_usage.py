@@ -40,7 +40,7 @@ async def call(stage, prompt, *metadata, **fields):
     return call
 
 
-async def test_a_call_is_recorded_with_all_that_is_known_of_it(stage, tmp_path):
+async def test_record_has_key_cost_and_times(stage, tmp_path):
     """Its key, cost and times; a prompt that was seen before is partly cached."""
     trace = "0af7651916cd43dd8448eb211c80319c"
     metadata = (
@@ -76,7 +76,7 @@ async def test_a_call_is_recorded_with_all_that_is_known_of_it(stage, tmp_path):
     assert 0 <= second["queue_seconds"] <= second["ttft_seconds"] <= second["duration_seconds"]
 
 
-async def test_a_report_says_what_became_of_the_tokens(stage, tmp_path):
+async def test_record_has_the_counts_of_the_completion_report(stage, tmp_path):
     """The record has its counts and finish reasons, which are those that the client got."""
     answer = await call(stage, [5, 6], sends_report=True, n=2, **LONG)
     async for message in answer:
@@ -95,7 +95,7 @@ async def test_a_report_says_what_became_of_the_tokens(stage, tmp_path):
     assert "tool_calls,length" == record["finish_reason"]
 
 
-async def test_calls_that_break_off_are_recorded_and_nothing_is_lost(stage, tmp_path):
+async def test_aborted_and_failed_calls_are_recorded(stage, tmp_path):
     """Cancelled while running or queued: records and overhead add up to the busy time."""
     stage.runner.delay = 0.01
     left = [await call(stage, [2, 3, value], n=2, **LONG) for value in range(4, 10)]
@@ -114,7 +114,7 @@ async def test_calls_that_break_off_are_recorded_and_nothing_is_lost(stage, tmp_
     assert {(0, 0)} == {(r["prompt_tokens"], r["completion_tokens"]) for r in waited}
 
 
-async def test_a_call_that_takes_too_long_has_the_status_that_its_client_gets(stage, tmp_path):
+async def test_exceeded_deadline_is_recorded_as_504(stage, tmp_path):
     """A deadline is not recorded as a client that disconnected."""
     stage.runner.delay = 0.05
     answer = await stage.call([5, 6], seconds=0.5, **LONG)
@@ -126,7 +126,7 @@ async def test_a_call_that_takes_too_long_has_the_status_that_its_client_gets(st
     assert (504, "abort") == (record["status"], record["finish_reason"])
 
 
-async def test_what_still_runs_is_recorded_when_the_process_ends(tmp_path):
+async def test_running_calls_are_recorded_at_shutdown(tmp_path):
     """With the device time that it took until then."""
     stage = Stage(usage_log=tmp_path)
     with pytest.raises(KeyboardInterrupt):
@@ -174,7 +174,7 @@ async def test_totals_by_key(stage, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a b", "x" * 65, 'a"b'])
-async def test_odd_names_of_keys_are_not_taken(stage, tmp_path, name):
+async def test_invalid_key_names_are_ignored(stage, tmp_path, name):
     """Callers cannot put anything into records and labels that breaks them."""
     answer = await call(stage, [5, 6], ("x-trivium-key-name", name), max_new_tokens=2)
     await answer.done_writing()

@@ -89,7 +89,7 @@ def test_rope_parameters_per_layer_type_are_refused():
         ({"quantization_config": "awq"}, "config.json: quantization_config is not a JSON object"),
     ],
 )
-def test_what_cannot_be_exported_is_named(tmp_path, changes, message):
+def test_unsupported_setting_is_named(tmp_path, changes, message):
     """Each refusal says which setting is the reason."""
     with pytest.raises(ExportError, match=message):
         load_checkpoint(changed(tmp_path, **changes))
@@ -103,8 +103,8 @@ def test_missing_weights_are_refused(tmp_path):
     del weights["model.layers.1.mlp.down_proj.weight"]
     save_file(weights, file, {"format": "pt"})
 
-    told = "missing weights: model.layers.1.mlp.down_proj.weight$"
-    with pytest.raises(ExportError, match=told):
+    message = "missing weights: model.layers.1.mlp.down_proj.weight$"
+    with pytest.raises(ExportError, match=message):
         load_checkpoint(source)
 
 
@@ -118,7 +118,7 @@ def test_missing_weights_are_refused(tmp_path):
         ("v_head.summary.weight", True),
     ],
 )
-def test_weights_that_no_part_reads_are_refused(tmp_path, name, is_read):
+def test_unused_weights_are_refused(tmp_path, name, is_read):
     """A layer without its bias gives nonsense. Saved rotary frequencies may be ignored."""
     source = changed(tmp_path)
     file = source.path / "model.safetensors"
@@ -144,7 +144,7 @@ def test_yarn_makes_the_context_longer(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rename", "told"),
+    ("rename", "message"),
     [
         (
             lambda name: name.removeprefix("model."),
@@ -158,18 +158,18 @@ def test_yarn_makes_the_context_longer(tmp_path):
         ),
     ],
 )
-def test_weights_of_another_kind_of_model_are_named(tmp_path, rename, told):
+def test_weights_of_another_architecture_are_named(tmp_path, rename, message):
     """A base model without its head, or a vision model; found and expected names are shown."""
     source = changed(tmp_path)
     file = source.path / "model.safetensors"
     weights = {rename(name): weight for name, weight in load_file(file).items()}
     save_file(weights, file, {"format": "pt"})
 
-    with pytest.raises(ExportError, match=told):
+    with pytest.raises(ExportError, match=message):
         load_checkpoint(source)
 
 
-def test_weights_of_whole_numbers_are_refused(tmp_path):
+def test_integer_weights_are_refused(tmp_path):
     """They need scales from somewhere, or mean nothing."""
     source = changed(tmp_path)
     file = source.path / "model.safetensors"

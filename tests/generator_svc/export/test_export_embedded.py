@@ -57,7 +57,7 @@ def test_digits_are_split_and_nothing_is_added(tokenizer):
     assert tokenizer.decode(tokenizer.encode("a ▁ b 龜 \U0001fae0")) == "a ▁ b 龜 \U0001fae0"
 
 
-def test_eight_bits_cost_little(model):
+def test_int8_loses_little_quality(model):
     """The measured loss of quality is in the manifest, and small."""
     agreement = model.manifest["agreement"]
 

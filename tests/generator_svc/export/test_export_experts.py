@@ -102,7 +102,7 @@ def model_behind(form: str):
     )
 
 
-def test_experts_from_the_files_are_those_of_transformers(prompt):
+def test_experts_from_the_files_equal_transformers(prompt):
     """Read one at a time, in MXFP4 or in bfloat16, they give the same logits."""
     tokens = prompt(60)
     expected = logits_of(reference_model(), tokens)
@@ -184,7 +184,7 @@ def changed(name: str, value: float | int | None):
         changed("k", 3),
     ],
 )
-def test_every_peculiarity_shows(change, model_with, slots, prompt, tmp_path):
+def test_each_architecture_feature_affects_the_logits(change, model_with, slots, prompt, tmp_path):
     """Logits of a graph that lacks one of them are far off, so the tests above would notice."""
     model = onnx.load(model_with("float").graph)
     change(model.graph)
@@ -215,7 +215,7 @@ def initializers(folder: Path):
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 
 
-def test_cuda_gets_the_checkpoints_own_bits(for_cuda):
+def test_cuda_weights_equal_the_checkpoints(for_cuda):
     """Decoded codes and scales equal the weights; for down_proj, 1/64 of them."""
     nodes, tensors = initializers(for_cuda)
     experts = [node for node in nodes if node.op_type == "QMoE"]
@@ -244,7 +244,7 @@ def test_cuda_gets_the_checkpoints_own_bits(for_cuda):
 
 
 @pytest.mark.parametrize("form", ["int8", "int4"])
-def test_what_runs_on_both_devices_has_no_private_layout(form, model_with):
+def test_portable_models_have_no_device_specific_layout(form, model_with):
     """The CUDA provider arranges raw weights itself when it loads them."""
     nodes = onnx.load(model_with(form).graph).graph.node
     experts = [node for node in nodes if node.op_type == "QMoE"]
@@ -266,7 +266,7 @@ def test_the_manifest_says_what_was_compared(for_cuda):
     assert "layers 0, 2, 3" in left_out
 
 
-def test_packed_experts_that_differ_are_noticed(for_cuda, tmp_path):
+def test_wrong_packed_experts_are_detected(for_cuda, tmp_path):
     """If one bit is wrong, the expert is named."""
     folder = tmp_path / "copy"
     shutil.copytree(for_cuda, folder)
@@ -318,7 +318,7 @@ def much_larger(tensors):
             tensor *= 2**13
 
 
-def test_a_smaller_residual_changes_nothing(prompt):
+def test_scaling_the_residual_changes_nothing(prompt):
     """Scaling by a power of two rounds nothing, so the logits are bitwise the same."""
     tokens = prompt(60)
     source = locate(str(tiny_checkpoint("gpt-oss")))
@@ -354,7 +354,7 @@ def test_large_activations_fit_float16(tmp_path, prompt, monkeypatch):
     ("precision", "device", "message"),
     [("w8a8", "cpu", "w8a8 does not support experts"), ("fp32", "cuda", "fp32 has no CUDA kernel")],
 )
-def test_what_experts_cannot_become_is_refused(precision, device, message, tmp_path, monkeypatch):
+def test_unsupported_expert_options_are_refused(precision, device, message, tmp_path, monkeypatch):
     """With one line, before any work is done, and nothing is left behind."""
     monkeypatch.setattr("generator_svc.export.options._multiplies_bytes_exactly", lambda: True)
     options = ExportOptions(precision, device)
@@ -385,7 +385,7 @@ def not_a_number(tensors):
         (not_a_number, r"layers\.2\.mlp\.experts\.down_proj_scales: exponent byte 255"),
     ],
 )
-def test_experts_that_are_not_whole_are_refused(edit, message, tmp_path):
+def test_incomplete_experts_are_refused(edit, message, tmp_path):
     """The tensor is named."""
     folder = edited(tmp_path / "checkpoint", edit)
 

@@ -58,7 +58,7 @@ def reference(family: str, tokens: list[int]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_that_leaves_its_weights_on_the_disk_says_the_same(family, prompt):
+def test_model_with_weights_on_disk_gives_the_same_logits(family, prompt):
     """Exports are verified against that model."""
     tokens = prompt(90)
 

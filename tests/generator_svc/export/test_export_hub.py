@@ -32,7 +32,7 @@ exec(before)
 try:
     found = locate(source, progress=lambda done, total: print(done, total, sep="/"))
 except ExportError as error:
-    sys.exit(f"told: {error}")
+    sys.exit(f"error: {error}")
 print(found.kind, found.path)
 """
 CHUNK = 10 * 2**20  # what huggingface_hub keeps in memory before it writes
@@ -79,9 +79,9 @@ class User:
         if process.returncode == 0:
             assert errors == ""  # no bars, no warnings
             return lines[-1], lines[:-1]
-        assert errors.startswith("told: "), errors
+        assert errors.startswith("error: "), errors
         assert len(errors.splitlines()) == 1
-        return errors.removeprefix("told: ").strip(), lines
+        return errors.removeprefix("error: ").strip(), lines
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def in_shards() -> dict[str, bytes | Path]:
     return files(*SMALL, *SHARDS) | {INDEX: json.dumps({"weight_map": shards}).encode()}
 
 
-def test_fetches_what_is_read_and_nothing_else(hub: ModelHub, user: User) -> None:
+def test_only_needed_files_are_downloaded(hub: ModelHub, user: User) -> None:
     """No other formats, no copies in subfolders, no shards that the index does not name."""
     hub.models["acme/tiny"] = {
         "main": in_shards()
@@ -140,7 +140,7 @@ def test_a_tokenizer_without_tokenizer_json(hub: ModelHub, user: User) -> None:
     assert sorted(names) == hub.fetched()
 
 
-def test_a_cut_connection_is_resumed(hub: ModelHub, user: User) -> None:
+def test_interrupted_download_is_resumed(hub: ModelHub, user: User) -> None:
     """Each byte is sent once, although the connection breaks off twice."""
     content = os.urandom(3 * CHUNK + 5)
     hub.models["acme/large"] = {"main": files(*SMALL) | {"model.safetensors": content}}
@@ -155,21 +155,21 @@ def test_a_cut_connection_is_resumed(hub: ModelHub, user: User) -> None:
     assert progress == sorted(progress, key=lambda line: int(line.split("/")[0]))
 
 
-def test_a_connection_that_brings_nothing(hub: ModelHub, user: User) -> None:
+def test_download_without_progress_is_reported(hub: ModelHub, user: User) -> None:
     """The user is told, and the next run resumes from there."""
     content = os.urandom(2 * CHUNK)
     hub.models["acme/large"] = {"main": files(*SMALL) | {"model.safetensors": content}}
     hub.cuts["model.safetensors"] = [CHUNK, 0]
-    told, _ = user.locate("acme/large")
+    message, _ = user.locate("acme/large")
     found, _ = user.locate("acme/large")
 
-    assert told.startswith("acme/large: the download was interrupted (")
-    assert told.endswith("; run the command again to resume it")
+    assert message.startswith("acme/large: the download was interrupted (")
+    assert message.endswith("; run the command again to resume it")
     assert content == (Path(found.split()[1]) / "model.safetensors").read_bytes()
     assert len(content) == hub.sent["model.safetensors"]
 
 
-def test_ctrl_c_and_again(hub: ModelHub, user: User, tmp_path: Path) -> None:
+def test_download_resumes_after_ctrl_c(hub: ModelHub, user: User, tmp_path: Path) -> None:
     """The process ends without waiting for a shard, and the next one fetches only the rest."""
     content = os.urandom(3 * CHUNK)
     hub.models["acme/large"] = {"main": files(*SMALL) | {"model.safetensors": content}}
@@ -206,7 +206,7 @@ def wait_for_partial(user: User, size: int) -> None:
     raise AssertionError("nothing arrived")
 
 
-def test_a_partial_file_that_holds_something_else(hub: ModelHub, user: User) -> None:
+def test_corrupt_partial_file_is_downloaded_again(hub: ModelHub, user: User) -> None:
     """Its digest is wrong: it is reported, removed, and fetched again by the next run."""
     hub.models["acme/tiny"] = {"main": files(*SMALL, "model.safetensors")}
     found, _ = user.locate("acme/tiny")
@@ -214,16 +214,16 @@ def test_a_partial_file_that_holds_something_else(hub: ModelHub, user: User) -> 
     blob = path.resolve()
     path.unlink()
     blob.rename(f"{blob}.incomplete").write_bytes(bytes(5))
-    told, _ = user.locate("acme/tiny")
+    message, _ = user.locate("acme/tiny")
     again, _ = user.locate("acme/tiny")
 
-    assert "acme/tiny: the download of model.safetensors was corrupt" in told
+    assert "acme/tiny: the download of model.safetensors was corrupt" in message
     assert found == again
     assert path.read_bytes() == b"model.safetensors"
 
 
 @pytest.mark.parametrize("where", ["variable", "file"])
-def test_the_token_goes_to_the_hub_alone(hub: ModelHub, user: User, where: str) -> None:
+def test_token_is_only_sent_to_the_hub(hub: ModelHub, user: User, where: str) -> None:
     """From HF_TOKEN or the file of `hf auth login`; it is not sent to where the hub redirects."""
     hub.models["acme/gated"] = {"main": files(*SMALL, "model.safetensors")}
     hub.gated, hub.tokens = {"acme/gated": "hf_secret"}, {"hf_secret"}
@@ -253,7 +253,7 @@ def test_offline_from_the_cache(hub: ModelHub, user: User) -> None:
     assert asked == 0
 
 
-def test_what_is_there_is_not_fetched_again(hub: ModelHub, user: User) -> None:
+def test_cached_files_are_not_downloaded_again(hub: ModelHub, user: User) -> None:
     """There is one request, for the commit and its list of files, and none for a file."""
     hub.models["acme/tiny"] = {"main": in_shards()}
     found, _ = user.locate("acme/tiny")
@@ -264,7 +264,7 @@ def test_what_is_there_is_not_fetched_again(hub: ModelHub, user: User) -> None:
     assert ["/api/models/acme/tiny/revision/main"] == [request.path for request in hub.requests]
 
 
-def test_offline_and_not_whole(hub: ModelHub, user: User) -> None:
+def test_offline_with_an_incomplete_cache(hub: ModelHub, user: User) -> None:
     """The message names what the cache lacks."""
     hub.models["acme/tiny"] = {"main": in_shards()}
     absent, _ = user.locate("acme/tiny", HF_HUB_OFFLINE="1")
@@ -279,7 +279,7 @@ def test_offline_and_not_whole(hub: ModelHub, user: User) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "environment", "told"),
+    ("source", "environment", "message"),
     [
         ("acme/gated", {}, "is gated: request access at {url}/acme/gated, then set HF_TOKEN"),
         ("acme/gated", {"HF_TOKEN": "hf_known"}, "is gated, and your token has no access: request"),
@@ -309,7 +309,7 @@ def test_offline_and_not_whole(hub: ModelHub, user: User) -> None:
     ],
 )
 def test_says_what_is_missing(
-    hub: ModelHub, user: User, source: str, environment: dict[str, str], told: str
+    hub: ModelHub, user: User, source: str, environment: dict[str, str], message: str
 ) -> None:
     """In one line that begins with the source."""
     tiny = in_shards()
@@ -332,11 +332,11 @@ def test_says_what_is_missing(
     said, _ = user.locate(source, **environment)
 
     assert said.startswith(f"{source}: ")
-    assert told.format(url=hub.url) in said
+    assert message.format(url=hub.url) in said
 
 
 @pytest.mark.parametrize(
-    ("status", "told"),
+    ("status", "message"),
     [
         (HTTPStatus.OK, "{url} does not respond like a model hub"),
         (HTTPStatus.FORBIDDEN, "{url} denied access; your token may lack permission to read"),
@@ -344,14 +344,14 @@ def test_says_what_is_missing(
         (HTTPStatus.BAD_GATEWAY, "{url} returned status 502, and it is not in the cache"),
     ],
 )
-def test_a_hub_that_answers_otherwise(
-    hub: ModelHub, user: User, status: HTTPStatus, told: str
+def test_hub_error_status_is_explained(
+    hub: ModelHub, user: User, status: HTTPStatus, message: str
 ) -> None:
     """The message has the status and what it may mean."""
     hub.status = status
     said, _ = user.locate("acme/tiny")
 
-    assert f"acme/tiny: {told.format(url=hub.url)}" in said
+    assert f"acme/tiny: {message.format(url=hub.url)}" in said
 
 
 @pytest.mark.parametrize(
@@ -382,7 +382,7 @@ def test_a_gguf_file_is_chosen(hub: ModelHub, user: User, source: str, file: str
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "message"),
     [
         ({"model_type": "bert"}, "model type 'bert' is not supported (supported: llama, "),
         (
@@ -395,15 +395,15 @@ def test_a_gguf_file_is_chosen(hub: ModelHub, user: User, source: str, file: str
         ),
     ],
 )
-def test_what_cannot_be_exported_is_not_fetched(
-    hub: ModelHub, user: User, config: dict[str, object], told: str
+def test_unsupported_model_is_not_downloaded(
+    hub: ModelHub, user: User, config: dict[str, object], message: str
 ) -> None:
     """Because config.json is fetched first, and says so."""
     own = {"config.json": json.dumps(config).encode()}
     hub.models["acme/other"] = {"main": in_shards() | own}
     said, _ = user.locate("acme/other")
 
-    assert said.startswith(f"acme/other: {told}")
+    assert said.startswith(f"acme/other: {message}")
     assert ["config.json", INDEX] == hub.fetched()
 
 
@@ -420,7 +420,7 @@ def test_a_revision(hub: ModelHub, user: User) -> None:
     assert ["v1.0", "refs/pr/3", "main"] == list(found.values())
 
 
-def test_a_disk_without_room(hub: ModelHub, user: User) -> None:
+def test_not_enough_disk_space_is_reported(hub: ModelHub, user: User) -> None:
     """It is reported before anything large is fetched, or when a write fails."""
     content = bytes(2 * CHUNK)
     hub.models["acme/large"] = {"main": files(*SMALL) | {"model.safetensors": content}}
@@ -450,7 +450,7 @@ def test_export_from_the_hub(hub: ModelHub, user: User, tmp_path: Path) -> None:
     hub.add("acme/tiny", folder)
     out = tmp_path / "models" / "tiny"
     script = "from generator_svc.export import *; print(export_model({!r}, {!r}, {}, {}))"
-    options = 'ExportOptions("fp32"), lambda *told: print(*told)'
+    options = 'ExportOptions("fp32"), lambda *progress: print(*progress)'
     command = script.format("acme/tiny", str(out), *options.split(", ", 1))
     process = user.start("-c", command)
     output, errors = process.communicate(timeout=600)
@@ -462,7 +462,7 @@ def test_export_from_the_hub(hub: ModelHub, user: User, tmp_path: Path) -> None:
     assert "acme/tiny" == json.loads((out / "trivium_export.json").read_text())["source"]
 
 
-def test_export_as_one_types_it(hub: ModelHub, user: User, tmp_path: Path) -> None:
+def test_export_command_with_a_hub_name(hub: ModelHub, user: User, tmp_path: Path) -> None:
     """`trivium export owner/name`: refused in one line without a token, exported with one."""
     hub.add("acme/gated", tiny_checkpoint("llama"))
     hub.gated, hub.tokens = {"acme/gated": "hf_secret"}, {"hf_secret"}

@@ -47,7 +47,7 @@ def test_ranges_after_smoothing_are_those_of_the_smoothed_model():
         assert torch.allclose(largest, ranges[key], rtol=1e-2, atol=1e-3)
 
 
-def test_smoothing_evens_the_channels_out():
+def test_smoothing_reduces_outlier_channels():
     """An input's largest channel stands out less, as is needed for 8 bits."""
     model = load_checkpoint(locate(str(tiny_checkpoint("llama")))).model
     with torch.no_grad():
@@ -71,7 +71,7 @@ def test_it_stays_close_to_the_checkpoint(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_products_are_of_integers(family):
+def test_matmuls_use_integers(family):
     """All but the MLP's down projection, which has a scale per row and block, and the head."""
     graph = onnx.load(load_model_directory(tiny_model_directory(family, "w8a8")).graph).graph
     kinds = {node.name: node.op_type for node in graph.node}
@@ -85,7 +85,7 @@ def test_products_are_of_integers(family):
     assert "MatMul" not in kinds.values()
 
 
-def test_a_processor_that_saturates_is_refused(monkeypatch):
+def test_cpu_with_saturating_int8_is_refused(monkeypatch):
     """Nothing is exported or loaded that would not give the numbers that were measured."""
     folder = tiny_model_directory("llama", "w8a8")
     monkeypatch.setattr(device, "multiplies_bytes_exactly", lambda: False)
@@ -98,7 +98,7 @@ def test_a_processor_that_saturates_is_refused(monkeypatch):
         OrtRunner(load_model_directory(folder), "cpu", 1, 64)
 
 
-def test_it_is_for_the_cpu():
+def test_devices_other_than_the_cpu_are_refused():
     """Other devices are refused before any work is done, and at loading before they are used."""
     with pytest.raises(ExportError, match="for cpu"):
         ExportOptions("w8a8", "cuda")
@@ -106,7 +106,7 @@ def test_it_is_for_the_cpu():
         OrtRunner(load_model_directory(tiny_model_directory("llama", "w8a8")), "cuda", 1, 64)
 
 
-def test_equal_bits_however_it_is_run(slots):
+def test_logits_are_bitwise_equal_in_any_batch(slots):
     """Chunking, the rest of the batch and the row do not change a bit."""
     cache = slots(load_model_directory(tiny_model_directory("llama", "w8a8")), rows=4)
     prompts = [TOKENS[:40], TOKENS[50:90], TOKENS[100:140]]

@@ -42,7 +42,7 @@ def test_floats_are_those_of_transformers(weights):
     np.testing.assert_array_equal(bits(expected), bits(mxfp4.as_float(*weights)))
 
 
-def test_eight_bits_lose_nothing(weights):
+def test_int8_represents_mxfp4_exactly(weights):
     """Integers times half the scale, which is exact in float16, give the same values."""
     quantized, scales = mxfp4.as_int8(*weights)
 
@@ -52,7 +52,7 @@ def test_eight_bits_lose_nothing(weights):
     np.testing.assert_array_equal(in_transformers(*weights), values)
 
 
-def test_four_bit_floats_are_packed_as_onnx_runtime_packs_them(weights):
+def test_packed_layout_is_onnx_runtimes(weights):
     """The layout is byte for byte that of its own packer for CUDA."""
     blocks, _ = weights
     packed = mxfp4.as_fp4(blocks)
@@ -65,7 +65,7 @@ def test_four_bit_floats_are_packed_as_onnx_runtime_packs_them(weights):
         np.testing.assert_array_equal(np.asarray(theirs).view(np.uint8).ravel(), ours.ravel())
 
 
-def test_a_power_of_two_is_only_another_exponent(weights):
+def test_scaling_by_a_power_of_two_is_exact(weights):
     """The scaled weights are the weights times 2**-6, exactly."""
     blocks, scales = weights
     scaled = mxfp4.scale_by_power("w", blocks, scales, -6)
@@ -91,7 +91,7 @@ def test_exponents_that_float16_cannot_hold_are_refused(weights, byte, exponent)
 
 
 @pytest.mark.parametrize("byte", [103, 142])
-def test_the_ends_of_float16_are_exact(byte):
+def test_smallest_and_largest_float16_scales_are_exact(byte):
     """The smallest and the largest allowed scale are exact in float16."""
     scale = np.float32(2.0) ** (byte - 127)
 

@@ -81,7 +81,7 @@ def fail_at(wanted: str) -> Progress:
 
 
 @pytest.mark.parametrize("step", ["tracing", "writing the weights", "computing digests"])
-def test_a_failure_leaves_all_as_it_was(source, tmp_path, step):
+def test_failed_export_changes_nothing(source, tmp_path, step):
     """Whichever step fails, no folder is made, or the one to be replaced stays."""
     with pytest.raises(Broken):
         export_model(source, tmp_path / "m", FP32, fail_at(step))
@@ -98,7 +98,7 @@ def test_a_failure_leaves_all_as_it_was(source, tmp_path, step):
 
 
 @pytest.mark.parametrize("manifest", [None, "", "[]", "{}", '{"exporter_ver'])
-def test_what_is_no_export_is_never_replaced(source, tmp_path, manifest):
+def test_folder_that_is_not_an_export_is_never_replaced(source, tmp_path, manifest):
     """Not even with --force, as a wrong --out would delete other files. It is refused at once."""
     mine = tmp_path / "m"
     mine.mkdir()
@@ -136,7 +136,7 @@ def test_an_empty_folder_is_filled(source, tmp_path, is_there):
         export_model(source, tmp_path / "m", FP32, fail_at("fetching"), force=True)
 
 
-def test_a_folder_that_was_about_to_be_replaced_comes_back(source, tmp_path):
+def test_interrupted_replacement_is_undone(source, tmp_path):
     """As after a power failure between the two renames of --force."""
     moved = tmp_path / ".m.partial" / "replaced"
     moved.mkdir(parents=True)
@@ -162,7 +162,7 @@ def test_the_shortest_context_is_exported(tmp_path):
     assert (2, 16) == (agreement["positions"], agreement["greedy_tokens_equal"])
 
 
-def test_a_checkpoint_that_never_ends_is_refused_at_once(tmp_path):
+def test_checkpoint_without_eos_is_refused_early(tmp_path):
     """Without an end-of-sequence token no answer would end. Refused before the long steps."""
     folder = tmp_path / "checkpoint"
     shutil.copytree(tiny_checkpoint("llama"), folder)
@@ -178,7 +178,7 @@ def test_a_checkpoint_that_never_ends_is_refused_at_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"eos_token_id": []}, r"eos_token_id is \[\], neither a token of the model nor a list"),
         ({"eos_token_id": "</s>"}, "eos_token_id is '</s>', neither a token of the model"),
@@ -190,17 +190,17 @@ def test_a_checkpoint_that_never_ends_is_refused_at_once(tmp_path):
         ({"top_k": float("inf")}, r"generation_config\.json: top_k is inf, which is not "),
     ],
 )
-def test_defaults_that_cannot_be_served_are_refused_at_once(tmp_path, settings, told):
+def test_invalid_sampling_defaults_are_refused_early(tmp_path, settings, message):
     """Not with a traceback after the long steps, nor only when the folder is served."""
     folder = tmp_path / "checkpoint"
     shutil.copytree(tiny_checkpoint("llama"), folder)
     (folder / "generation_config.json").write_text(json.dumps(settings))
 
-    with pytest.raises(ExportError, match=told):
+    with pytest.raises(ExportError, match=message):
         export_model(str(folder), tmp_path / "m", FP32, fail_at("tracing"))
 
 
-def test_an_end_token_may_stand_in_the_configuration_alone(tmp_path):
+def test_eos_may_be_in_config_json_only(tmp_path):
     """A null in generation_config.json counts as absent."""
     folder = tmp_path / "checkpoint"
     shutil.copytree(tiny_checkpoint("llama"), folder)
@@ -211,7 +211,7 @@ def test_an_end_token_may_stand_in_the_configuration_alone(tmp_path):
     assert load_model_directory(exported).eos_token_ids == (2,)
 
 
-def test_the_tokenizer_of_another_model_is_refused_at_once(tmp_path):
+def test_mismatched_tokenizer_is_refused_early(tmp_path):
     """Some of its tokens have no embedding."""
     folder = tmp_path / "checkpoint"
     shutil.copytree(tiny_checkpoint("llama"), folder)
@@ -221,12 +221,12 @@ def test_the_tokenizer_of_another_model_is_refused_at_once(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
 
-    told = r"does not match the model: it produces token 5\d\d, but vocab_size .* is 300"
-    with pytest.raises(ExportError, match=told):
+    message = r"does not match the model: it produces token 5\d\d, but vocab_size .* is 300"
+    with pytest.raises(ExportError, match=message):
         export_model(str(folder), tmp_path / "m", FP32, fail_at("tracing"))
 
 
-def test_activations_that_float16_cannot_hold_are_told(tmp_path):
+def test_float16_overflow_is_reported(tmp_path):
     """Some bfloat16 checkpoints have such activations; every answer would be noise."""
     folder = tmp_path / "checkpoint"
     shutil.copytree(tiny_checkpoint("llama"), folder)
@@ -262,7 +262,7 @@ def test_a_killed_export_leaves_no_folder_and_the_next_one_works(source, tmp_pat
     assert leftovers(tmp_path) == ["m"]
 
 
-def test_exporters_to_one_place_wait_for_each_other(source, tmp_path):
+def test_concurrent_exports_to_one_folder_wait(source, tmp_path):
     """Of two concurrent exports, one does the work and both return the same valid folder."""
     steps: list[str] = []
 
@@ -304,7 +304,7 @@ def test_an_existing_folder_is_kept_or_refused(source, tmp_path, monkeypatch):
     assert leftovers(tmp_path) == ["m"]
 
 
-def test_a_changed_checkpoint_is_exported_anew(source, tmp_path):
+def test_changed_checkpoint_is_exported_again(source, tmp_path):
     """After more training, the same command exports again; without the checkpoint, it is kept."""
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(source, checkpoint)
@@ -343,7 +343,7 @@ def test_the_folder_has_the_layout_of_the_model_builder():
     assert names >= {"config.json", "generation_config.json", "chat_template.jinja"}
 
 
-def test_the_command_explains_itself(tmp_path):
+def test_wrong_source_gives_one_line_and_status_1(tmp_path):
     """A wrong source gives one line on stderr and exit status 1."""
     done = subprocess.run(
         [sys.executable, "-m", "generator_svc.export", "nothing", "--out", str(tmp_path / "m")],
@@ -364,7 +364,7 @@ def test_an_empty_folder_may_be_filled(source, tmp_path):
 
 
 @pytest.mark.parametrize("is_there", [False, True])
-def test_a_link_to_a_folder_stays_one(source, tmp_path, is_there):
+def test_symlink_to_a_folder_is_kept(source, tmp_path, is_there):
     """Such as one to a larger disk: its target is created, or with --force replaced."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "m").symlink_to(tmp_path / "disk" / "m")
@@ -378,7 +378,7 @@ def test_a_link_to_a_folder_stays_one(source, tmp_path, is_there):
     assert leftovers(tmp_path / "disk") == ["m"]
 
 
-def test_the_place_of_a_volume_is_refused_at_once(source, tmp_path, monkeypatch):
+def test_mount_point_is_refused_early(source, tmp_path, monkeypatch):
     """A mount point cannot be renamed, so no folder can appear there atomically."""
     monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
 
@@ -400,7 +400,7 @@ def test_the_next_command_can_be_copied(source, tmp_path):
     assert f"my model is ready: trivium up --model '{tmp_path / 'my model'}'" in said
 
 
-def test_a_model_without_a_chat_template_is_said_to_take_no_chats(tmp_path):
+def test_missing_chat_template_is_reported(tmp_path):
     """A base model often has none."""
     folder = tmp_path / "checkpoint"
     shutil.copytree(tiny_checkpoint("llama"), folder)

@@ -15,7 +15,7 @@ from tests.tiny_models import tiny_checkpoint, tiny_model_directory
 from trivium.model_directory import load_model_directory
 
 
-def test_eight_bits_stay_close(slots, prompt):
+def test_int8_logits_stay_close(slots, prompt):
     """Logits with int8 weights stay close to those of the full-precision graph."""
     tokens = prompt(60)
     exact, rounded = (
@@ -72,7 +72,7 @@ def test_cuda_gets_symmetric_blocks(precision, bits, tmp_path):
     folder = export_model(
         str(tiny_checkpoint("llama-untied")), tmp_path / "m", ExportOptions(precision, "cuda")
     )
-    products = {node.name: node for node in _products(folder)}
+    products = {node.name: node for node in _matmuls(folder)}
     on_cpu = load_model_directory(tiny_model_directory("llama-untied", precision))
 
     assert load_model_directory(folder).manifest["symmetric_block_size"] == 32
@@ -85,10 +85,10 @@ def test_cuda_gets_symmetric_blocks(precision, bits, tmp_path):
         assert values["block_size"] == 32
         assert values["bits"] == (8 if name == "/lm_head/MatMul" else bits)
     assert "symmetric_block_size" not in on_cpu.manifest
-    assert {len(node.input) for node in _products(on_cpu.path)} == {3, 4}
+    assert {len(node.input) for node in _matmuls(on_cpu.path)} == {3, 4}
 
 
-def test_four_bits_for_cuda_heed_the_activations(tmp_path, monkeypatch):
+def test_int4_for_cuda_is_activation_aware(tmp_path, monkeypatch):
     """Columns with large activations are rounded more carefully than others, in every layer, so the
     output distribution stays closer."""
     checkpoint = tmp_path / "uneven"
@@ -107,7 +107,7 @@ def test_four_bits_for_cuda_heed_the_activations(tmp_path, monkeypatch):
     assert divergences[0] < 0.8 * divergences[1]
 
 
-def _products(folder):
+def _matmuls(folder):
     graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
     return [node for node in graph.node if node.op_type == "MatMulNBits"]
 

@@ -55,7 +55,7 @@ def test_a_step_that_failed_is_not_ticked() -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_line_for_each_step_elsewhere(fails: bool) -> None:
+def test_one_line_per_step_without_a_terminal(fails: bool) -> None:
     """Without escape sequences, and not a line for each update."""
     steps = ["writing the weights", *(["computing digests"] if not fails else [])]
 

@@ -45,7 +45,7 @@ def test_folders_and_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "shards", "told"),
+    ("names", "shards", "message"),
     [
         ([], {}, "has neither model.safetensors (or its index of shards) nor a GGUF file; it is e"),
         (["config.json"], {}, "nor a GGUF file; it has config.json"),
@@ -58,18 +58,18 @@ def test_folders_and_files(tmp_path: Path) -> None:
         (list("abcdefghij"), {}, "it has a, b, c, d, e, f, g, h and 2 more"),
     ],
 )
-def test_a_folder_that_lacks_something(
-    tmp_path: Path, names: list[str], shards: dict[str, str], told: str
+def test_incomplete_folder_is_refused(
+    tmp_path: Path, names: list[str], shards: dict[str, str], message: str
 ) -> None:
     """The message names the folder and what is missing, or what it has instead."""
     said = refusal(folder(tmp_path / "checkpoint", *names, **shards))
 
     assert said.startswith(f"{tmp_path / 'checkpoint'}: ")
-    assert told in said
+    assert message in said
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("model.safetensors", "is one file of a checkpoint; pass its folder: {folder}"),
         (INDEX, "is one file of a checkpoint; pass its folder: {folder}"),
@@ -77,15 +77,15 @@ def test_a_folder_that_lacks_something(
         ("a-00002-of-00003.gguf", "a-00002-of-00003.gguf is one of 3 parts"),
     ],
 )
-def test_a_file_that_is_no_checkpoint(tmp_path: Path, name: str, told: str) -> None:
+def test_file_that_is_not_a_checkpoint_is_refused(tmp_path: Path, name: str, message: str) -> None:
     """The message says what to pass instead."""
     file = folder(tmp_path / "checkpoint", "config.json", name) / name
 
-    assert told.format(folder=file.parent) in refusal(file)
+    assert message.format(folder=file.parent) in refusal(file)
 
 
 @pytest.mark.parametrize(
-    ("source", "told"),
+    ("source", "message"),
     [
         ("{tmp}/modles/llama", "{tmp}/modles/llama: no such file or folder: {tmp} has no modles"),
         ("{tmp}/models/lama", "no such file or folder: {tmp}/models has no lama"),
@@ -105,7 +105,7 @@ def test_a_file_that_is_no_checkpoint(tmp_path: Path, name: str, told: str) -> N
     ],
 )
 def test_a_misspelt_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, told: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str
 ) -> None:
     """The message names what is missing and in which folder; no request is made to the hub."""
     folder(tmp_path / "models" / "llama")
@@ -113,4 +113,4 @@ def test_a_misspelt_path(
     monkeypatch.chdir(here)
     monkeypatch.setattr("generator_svc.export.checkpoint.source.fetch", None)
 
-    assert told.format(tmp=tmp_path, here=here) in refusal(source.format(tmp=tmp_path))
+    assert message.format(tmp=tmp_path, here=here) in refusal(source.format(tmp=tmp_path))

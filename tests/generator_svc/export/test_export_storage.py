@@ -65,15 +65,15 @@ def leftovers(folder: Path) -> list[str]:
     "limit",
     [pytest.param(1000, marks=SLOW), pytest.param(100_000, marks=SLOW), 500_000],
 )
-def test_a_write_that_is_refused(source: str, tmp_path: Path, limit: int) -> None:
+def test_write_error_is_reported(source: str, tmp_path: Path, limit: int) -> None:
     """At any step: the tokenizer, the trace or the weights."""
     out = tmp_path / "models" / "m"
     options = (source, "--out", str(out), "--precision", "fp32")
-    status, _, words = ended("-c", WITH_FILE_LIMIT, str(limit), *options)
+    status, _, lines = ended("-c", WITH_FILE_LIMIT, str(limit), *options)
 
     assert 1 == status
-    assert words[-1].startswith(f"trivium export: {out} cannot be created: File too large")
-    assert "Traceback" not in "\n".join(words)
+    assert lines[-1].startswith(f"trivium export: {out} cannot be created: File too large")
+    assert "Traceback" not in "\n".join(lines)
     assert [] == leftovers(out.parent)
 
 
@@ -86,7 +86,7 @@ def test_a_write_that_is_refused(source: str, tmp_path: Path, limit: int) -> Non
         ("700k", ("-c", WITH_FALSE_PROMISE)),
     ],
 )
-def test_a_disk_that_is_full(
+def test_full_disk_is_reported(
     source: str, tmp_path: Path, size: str, script: tuple[str, str]
 ) -> None:
     """The same on a real file system without space, where mounting is allowed.
@@ -95,7 +95,7 @@ def test_a_disk_that_is_full(
     """
     isolated = ("unshare", "--map-root-user", "--mount")
     if subprocess.run([*isolated, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("no file system may be mounted here")
+        pytest.skip("mounting is not permitted")
     out = tmp_path / "m"
     command = (sys.executable, *script, source, "--precision", "fp32")
     disk = (sys.executable, "-c", ON_SMALL_DISK, size, str(tmp_path))
@@ -104,27 +104,27 @@ def test_a_disk_that_is_full(
     )
 
     assert 1 == done.returncode
-    told = done.stderr.splitlines()[-1]
-    assert told.startswith(f"trivium export: {out} cannot be created: No space left on device")
+    message = done.stderr.splitlines()[-1]
+    assert message.startswith(f"trivium export: {out} cannot be created: No space left on device")
     assert "Traceback" not in done.stderr
     assert done.stdout.splitlines()[-1] == "['.m.lock']"
 
 
 @pytest.mark.parametrize("command", [("generator_svc.export",), ("trivium.cli", "export")])
-def test_a_folder_that_cannot_be_written(source: str, command: tuple[str, ...]) -> None:
+def test_unwritable_folder_is_reported(source: str, command: tuple[str, ...]) -> None:
     """Not even by root, like a volume that is mounted read-only."""
     options = (source, "--out", "/sys/trivium/m", "--precision", "fp32")
-    status, _, words = ended("-m", *command, *options)
+    status, _, lines = ended("-m", *command, *options)
 
     assert 1 == status
-    assert words[-1].startswith("trivium export: /sys/trivium/m cannot be created: ")
-    assert "Traceback" not in "\n".join(words)
+    assert lines[-1].startswith("trivium export: /sys/trivium/m cannot be created: ")
+    assert "Traceback" not in "\n".join(lines)
 
 
-def test_a_cache_that_cannot_be_written() -> None:
+def test_unwritable_cache_is_reported() -> None:
     """`trivium up` cannot export the embedded model into it."""
-    status, _, words = ended("-m", "trivium.cli", "up", TRIVIUM_CACHE="/sys/trivium")
+    status, _, lines = ended("-m", "trivium.cli", "up", TRIVIUM_CACHE="/sys/trivium")
 
     assert 1 == status
-    assert words[-1].startswith("trivium export: /sys/trivium/models/smollm2-135m-instruct cannot")
-    assert "Traceback" not in "\n".join(words)
+    assert lines[-1].startswith("trivium export: /sys/trivium/models/smollm2-135m-instruct cannot")
+    assert "Traceback" not in "\n".join(lines)

@@ -72,7 +72,7 @@ def test_floats_are_read_as_float32(tmp_path, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_weights_that_are_no_numbers_are_refused(tmp_path, dtype, value):
+def test_nan_and_infinite_weights_are_refused(tmp_path, dtype, value):
     """As after training that diverged: every answer would be noise."""
     good, bad = torch.full((4, 8), 60000.0), torch.zeros(4, 8)
     bad[3, 7] = value
@@ -85,7 +85,7 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path, dtype, value):
         tensors.read("bad")
 
 
-def test_the_largest_weights_are_numbers(tmp_path):
+def test_largest_finite_weights_are_accepted(tmp_path):
     """Although their sum overflows."""
     largest = torch.full((4, 8), torch.finfo(torch.float32).max)
     save_file({"weight": largest}, tmp_path / "model.safetensors")
@@ -203,7 +203,7 @@ def test_an_unknown_tensor_is_named(two_shards):
             use("lm_head.weight")
 
 
-def test_a_file_that_shrinks_while_it_is_read_is_noticed(tmp_path):
+def test_file_that_shrinks_while_it_is_read_is_detected(tmp_path):
     """No rows are made up if the file has fewer bytes than the header promised."""
     file = tmp_path / "model.safetensors"
     save_file({"weight": random_tensor(8, 8)}, file)
@@ -243,7 +243,7 @@ def read_all(path: Path) -> tuple[int, int]:
     return int(rows), int(grown)
 
 
-def test_reading_gives_the_memory_back(tmp_path):
+def test_reading_frees_memory(tmp_path):
     """A folder of 1 GiB is read in slices while the process grows by less than 200 MB."""
     rows = 2**15
     for shard in range(4):
@@ -392,7 +392,7 @@ def test_the_embedded_model_is_what_transformers_loads():
     check_equal(open_tensors(source), loaded_by_transformers(source.path))
 
 
-def test_what_llama_cpp_permuted_is_put_back(tmp_path):
+def test_llama_cpp_permutation_is_undone(tmp_path):
     """Rows of queries and keys, and their biases, are as they were before the conversion."""
     settings = {"attention_bias": True}
     path = write_gguf(tmp_path / "model.gguf", settings=settings)
@@ -429,8 +429,8 @@ def test_divisors_of_another_head_size_are_refused(tmp_path, count):
     with pytest.raises(ExportError) as caught:
         load_checkpoint(Source("m", "gguf", path))
 
-    told = rf"{path}: rope_freqs.weight has shape \[{count}\], but its metadata implies \[\d+\]"
-    assert re.fullmatch(told, str(caught.value))
+    message = rf"{path}: rope_freqs.weight has shape \[{count}\], but its metadata implies \[\d+\]"
+    assert re.fullmatch(message, str(caught.value))
 
 
 ONE_TENSOR = (np.zeros((4, 32), np.float32), GGMLQuantizationType.F32)
@@ -454,7 +454,7 @@ ONE_TENSOR = (np.zeros((4, 32), np.float32), GGMLQuantizationType.F32)
         ),
     ],
 )
-def test_a_gguf_file_of_another_kind_is_refused(tmp_path, changes, message):
+def test_unsupported_gguf_file_is_refused(tmp_path, changes, message):
     """One line names the file and what is not supported."""
     path = write_gguf(tmp_path / "model.gguf", **changes)
 
@@ -488,7 +488,7 @@ def test_a_damaged_gguf_file_is_refused_before_anything_is_read(tmp_path, change
     assert "\n" not in str(caught.value)
 
 
-def test_reading_a_gguf_file_gives_the_memory_back(tmp_path):
+def test_reading_a_gguf_file_frees_memory(tmp_path):
     """A file of 430 MB is read in slices while the process grows by less than 200 MB."""
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "qwen2")
     kind = GGMLQuantizationType.Q8_0

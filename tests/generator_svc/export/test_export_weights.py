@@ -143,7 +143,7 @@ def weighted_error(weight, got):
 
 @pytest.mark.parametrize("weight", WEIGHTS.values(), ids=WEIGHTS)
 @pytest.mark.parametrize("quantize", QUANTIZERS.values(), ids=QUANTIZERS)
-def test_slices_give_what_the_whole_gives(quantize, weight):
+def test_slices_equal_the_whole_tensor(quantize, weight):
     """Bit for bit, wherever the weight is split."""
     whole = quantize(weight)
 
@@ -175,7 +175,7 @@ def test_many_rows_are_each_quantised_by_themselves(quantize):
         (8, "symmetric"),
     ],
 )
-def test_blocks_are_what_matmul_n_bits_takes(weight, bits, kind):
+def test_blocks_have_the_layout_of_matmul_n_bits(weight, bits, kind):
     rows, columns = weight.shape
     inputs = QUANTIZERS[f"int{bits} {kind}"](weight)
     names = ["packed", "scales", "zero_points"][: len(inputs)]
@@ -203,7 +203,7 @@ def test_padding_of_zero_points_is_the_default_one():
 
 
 @pytest.mark.parametrize("weight", WEIGHTS.values(), ids=WEIGHTS)
-def test_eight_bits_are_those_of_onnx_runtime(weight):
+def test_int8_equals_onnx_runtime(weight):
     config = DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=False, bits=8)
 
     for got, expected in zip(
@@ -222,7 +222,7 @@ def test_eight_bits_are_those_of_onnx_runtime(weight):
     ],
     ids=["normal", "heavy-tailed", "positive", "symmetric"],
 )
-def test_four_bits_lose_less_than_with_onnx_runtime(quantize, weight, at_most):
+def test_int4_loses_less_than_onnx_runtimes(quantize, weight, at_most):
     """Compared with its k-quant, which is asymmetric."""
     theirs = by_onnx_runtime(weight, KQuantWeightOnlyQuantConfig())
 
@@ -233,7 +233,7 @@ def test_four_bits_lose_less_than_with_onnx_runtime(quantize, weight, at_most):
 
 
 @pytest.mark.parametrize("weight", WEIGHTS.values(), ids=WEIGHTS)
-def test_four_bits_are_the_best_of_an_exhaustive_search(weight):
+def test_int4_equals_the_best_of_an_exhaustive_search(weight):
     """Over all steps from much too small to much too large and all zero points, block by block."""
     columns = weight.shape[1]
     got = weighted_error(weight, restored(*int4.quantize_asymmetric(weight), columns=columns))
@@ -260,7 +260,7 @@ def _least_error(block, weights):
     return (weights * (levels * scale[..., None] - block) ** 2).sum(-1).min()
 
 
-def test_what_the_input_weighs_makes_products_exacter():
+def test_activation_weights_reduce_the_output_error():
     """Their error is a third smaller than if only the weights' own error is minimized."""
     weight, squares = normal((64, 1024)), input_squares(1024)
     x = normal((200, 1024), seed=5) * np.sqrt(squares)
@@ -277,7 +277,7 @@ def test_what_the_input_weighs_makes_products_exacter():
 
 
 @pytest.mark.parametrize("squares", [np.zeros(64), np.repeat([0, 1], 32)], ids=["all", "a block"])
-def test_columns_that_never_meet_anything_keep_their_weights(squares):
+def test_columns_without_activations_keep_their_weights(squares):
     """Other texts may activate columns that the calibration text does not."""
     weight = normal((16, 64))
     inputs = int4.quantize_symmetric(weight, True, squares.astype(np.float32))
@@ -346,7 +346,7 @@ def test_four_bits_reproduce_q4_0(quantize):
     np.testing.assert_allclose(got, weight, rtol=1e-5)
 
 
-def test_constant_blocks_come_back():
+def test_constant_blocks_are_exact():
     weight = np.repeat(np.float32([[0.3], [-7], [1e-3], [0]]), 64, axis=1)
 
     got = restored(*int4.quantize_asymmetric(weight), columns=64)

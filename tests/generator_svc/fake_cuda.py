@@ -19,7 +19,7 @@ from generator_svc.device import Device, why_not_cuda
 _MEMORY_BYTES = 4 * 2**30
 
 
-class PretendedRuntime:
+class FakeCudaRuntime:
     """The functions of the CUDA driver and runtime that we call, on main memory.
 
     `calls` records copies to the host and timing calls, whose nanoseconds come from `now`.
@@ -107,18 +107,18 @@ class _Session(onnxruntime.InferenceSession):
 
 
 @contextlib.contextmanager
-def pretended_runtime(now: Callable[[], int] = time.perf_counter_ns) -> Iterator[PretendedRuntime]:
-    """Makes ctypes load a PretendedRuntime, whatever the library."""
-    runtime = PretendedRuntime(now)
+def fake_cuda_runtime(now: Callable[[], int] = time.perf_counter_ns) -> Iterator[FakeCudaRuntime]:
+    """Makes ctypes load a FakeCudaRuntime, whatever the library."""
+    runtime = FakeCudaRuntime(now)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ctypes, "CDLL", lambda name: runtime)
         yield runtime
 
 
 @contextlib.contextmanager
-def pretended_device() -> Iterator[None]:
+def fake_cuda_device() -> Iterator[None]:
     """Makes a device `cuda` available, with all that it needs."""
-    with pretended_runtime(), pytest.MonkeyPatch.context() as patch:
+    with fake_cuda_runtime(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnxruntime, "preload_dlls", lambda: None)
         patch.setattr(onnxruntime, "InferenceSession", _Session)
         for method in (Device.tensor, Device.tensor_ref):

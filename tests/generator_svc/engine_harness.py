@@ -20,9 +20,12 @@ def _by_index() -> dict[SequenceGroup, dict[int, list[int]]]:
 
 
 @dataclass
-class Bench:
-    """`updates` are those delivered, `tokens[group][index]` the tokens in them, and `errors` the
-    failures by group."""
+class Harness:
+    """An engine and what it delivered.
+
+    `updates` are those delivered, `tokens[group][index]` the tokens in them, and `errors` the
+    failures by group.
+    """
 
     slots: int = 4
     slot_length: int = 64
@@ -91,7 +94,7 @@ class Bench:
             if update.error is not None:
                 self.errors[group] = update.error
             if update.token is not None:
-                assert index not in self.finished[group], "a token after the end"
+                assert index not in self.finished[group], "a token after the final update"
                 self.tokens[group][index].append(update.token.token_id)
             if update.is_finished:
                 self.finished[group].add(index)
