@@ -18,6 +18,7 @@ class ScriptedServer:
     url: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)
     cut: threading.Event = field(default_factory=threading.Event)
+    models_status: int = 200
     tokens_before_silence: int | None = None
     refusal: tuple[int, str] | None = None
     breaks_off: bool = False
@@ -26,8 +27,9 @@ class ScriptedServer:
         app = FastAPI()
 
         @app.get("/v1/models")
-        def models() -> dict[str, Any]:
-            return {"object": "list", "data": [{"id": "scripted", "object": "model"}]}
+        def models() -> Response:
+            listed = {"object": "list", "data": [{"id": "scripted", "object": "model"}]}
+            return JSONResponse(listed, self.models_status)
 
         @app.post("/v1/chat/completions")
         async def completions(request: Request) -> Response:

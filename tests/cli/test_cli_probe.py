@@ -35,9 +35,11 @@ async def test_grpc_services_are_probed_by_name() -> None:
 
 
 async def test_http_is_ready_only_with_status_200(scripted: ScriptedServer) -> None:
-    """Any other status means not ready."""
+    """Any other status means not ready, also another success or a redirect, whatever the body."""
     assert await is_ready(f"{scripted.url}/v1/models")
     assert not await is_ready(f"{scripted.url}/nowhere")
+    for scripted.models_status in (202, 302, 500, 503):
+        assert not await is_ready(f"{scripted.url}/v1/models")
 
 
 async def test_closed_port_is_not_ready(unused_tcp_port: int) -> None:
