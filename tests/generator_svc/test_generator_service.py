@@ -484,11 +484,17 @@ async def test_reflection_lists_the_service(stage):
 
 
 async def test_metrics_add_up_and_gauges_return_to_zero():
-    """After finished, cancelled and failed calls nothing is held, no nanosecond unaccounted."""
+    """After finished, stopped, cancelled and failed calls nothing is held, and times add up."""
     stage = Stage(slots=3)
-    stage.runner.fails = lambda slots: OSError("run") if len(stage.runner.plans) == 40 else None
     async with stage.running():
-        stage.runner.delay = 0.001
+        stage.runner.delay = 0.002
+        stopped = await stage.call([2, 3], half_close=False, n=2, ignore_eos=True)
+        await anext(aiter(stopped))
+        await stopped.write(pb.GenerateRequest(stop=pb.StopSequence(index=0)))
+        await _drained(stopped)
+        plans = stage.runner.plans
+        failing = len(plans) + 40
+        stage.runner.fails = lambda _: OSError("run") if len(plans) == failing else None
         calls = [
             await stage.call([2, 3, value], half_close=False, n=1 + value % 3, ignore_eos=True)
             for value in range(4, 24)
@@ -503,6 +509,7 @@ async def test_metrics_add_up_and_gauges_return_to_zero():
     requests, overhead = (stage.metric(name.format(part)) for part in ("request", "overhead"))
     assert busy == requests + overhead == stage.runner.busy
     assert stage.metric(name.format("request"), outcome="failed") > 0
+    assert 1 == stage.metric("trivium_engine_calls_total", finished_reason="stopped")
     for gauge in (
         "vllm:num_requests_running",
         "vllm:num_requests_waiting",

@@ -96,18 +96,27 @@ async def test_record_has_the_counts_of_the_completion_report(stage, tmp_path):
 
 
 async def test_aborted_and_failed_calls_are_recorded(stage, tmp_path):
-    """Cancelled while running or queued: records and overhead add up to the busy time."""
+    """Cancelled, running or queued, or failed: records and overhead add up to the busy time."""
     stage.runner.delay = 0.01
     left = [await call(stage, [2, 3, value], n=2, **LONG) for value in range(4, 10)]
     await anext(aiter(left[0]))
     await stage.until(lambda load: load.waiting_sequences >= 3)
     for answer in reversed(left):
         answer.cancel()
-    records = await written(stage, tmp_path, 6)
+    await written(stage, tmp_path, 6)
+    await stage.until_free()
+    stage.runner.fails = lambda slots: OSError("run")
+    failed = await call(stage, [5, 6], n=2, **LONG)
+    with pytest.raises(grpc.aio.AioRpcError, match="INTERNAL"):
+        await anext(aiter(failed))
+    *records, failure = await written(stage, tmp_path, 7)
     await stage.until_free()
     busy, overhead, _ = stage.meter.snapshot()
 
     assert {(499, "abort")} == {(record["status"], record["finish_reason"]) for record in records}
+    assert (500, "error") == (failure["status"], failure["finish_reason"])
+    assert failure["device_nanoseconds"] > 0
+    records.append(failure)
     assert busy == overhead.total() + sum(record["device_nanoseconds"] for record in records)
     assert max(record["completion_tokens"] for record in records) > 0
     waited = [record for record in records if not record["device_nanoseconds"]]
