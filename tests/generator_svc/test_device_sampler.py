@@ -422,6 +422,7 @@ def test_engine_generates_the_same_tokens_from_device_logits(model, monkeypatch)
     """Greedy and sampled, filters, penalties, several choices, logprobs; after warm-up."""
     requests = [
         {"sampling": SamplingParams(temperature=0)},
+        {"sampling": SamplingParams(temperature=0), "top_logprobs": 2},
         {"sampling": SamplingParams(seed=3), "n": 3},
         {"sampling": SamplingParams(seed=4, temperature=0.5, top_p=0.9)},
         {"sampling": SamplingParams(seed=5, top_k=20, repetition_penalty=1.1)},
@@ -436,7 +437,12 @@ def test_engine_generates_the_same_tokens_from_device_logits(model, monkeypatch)
             for i, fields in enumerate(requests)
         ]
         harness.finish()
-        answers.append([dict(harness.tokens[group]) for group in groups])
+        answers.append(
+            [
+                [update.token for update in harness.updates if update.group is group]
+                for group in groups
+            ]
+        )
 
     assert answers[0] == answers[1]
 
