@@ -422,6 +422,7 @@ PROPERTIES = [
     ({"properties": {"a": {}}, "patternProperties": {"^x": {}}}, True),
     ({"properties": {"a": {}}, "anyOf": [{"required": ["a"]}, {"required": ["x"]}]}, True),
     ({"allOf": [{"properties": {"a": {}}}, {"properties": {"x": {}}}]}, True),
+    ({"allOf": [{"anyOf": [{"properties": {"a": {}}}]}, {"properties": {"x": {}}}]}, True),
     ({"properties": {"a": {}}, "$ref": "#/$defs/x", "$defs": {"x": {"properties": {}}}}, True),
     ({"properties": {"a": {}}, "if": {}, "then": {"properties": {"x": {}}}}, True),
     ({"properties": {"a": {}}, "dependencies": {"a": {"properties": {"x": {}}}}}, True),
@@ -439,6 +440,13 @@ PROPERTIES = [
         False,
     ),
     ({"properties": {"a": {}, "b": {"type": "object", "minProperties": 1}}}, False),
+    (
+        {
+            "properties": {"a": {}, "b": {"$ref": "#/$defs/y", "properties": {"c": {}}}},
+            "$defs": {"y": {"properties": {"d": {}}}},
+        },
+        False,
+    ),
     ({"properties": {"a": {}}, "not": {"required": ["b"]}}, False),
     ({"allOf": [{"$ref": "#/$defs/x"}], "$defs": {"x": {"properties": {"a": {}}}}}, False),
     ({"anyOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]}, False),
