@@ -223,12 +223,14 @@ def test_reasoning_comes_before_calls(tokens: str, forced: bool) -> None:
 
 
 @pytest.mark.parametrize("tokens", [PLAIN, MARKED], ids=["letters", "tokens"])
-def test_reasoning_comes_before_json(tokens: str) -> None:
+@pytest.mark.parametrize("tool_parser", ["auto", "none"])
+def test_reasoning_comes_before_json(tool_parser: str, tokens: str) -> None:
     """Reasoning is optional unless the prompt has opened it."""
     answer = '{"q": "a\u2028// b"}'
-    possible = made(QWEN3, ToolUse(), JSON, tokens=tokens)
-    opened = made(QWEN3, ToolUse(), JSON, Thinking.OPENED, tokens)
-    done = made(QWEN3, ToolUse(), JSON, Thinking.DONE, tokens)
+    output = choose(templates.QWEN3, tool_parser)
+    possible = made(output, ToolUse(), JSON, tokens=tokens)
+    opened = made(output, ToolUse(), JSON, Thinking.OPENED, tokens)
+    done = made(output, ToolUse(), JSON, Thinking.DONE, tokens)
 
     assert allows(possible, answer, tokens)
     assert allows(possible, f"<think>\nHm.\n</think>\n\n{answer}", tokens)
@@ -392,12 +394,12 @@ def test_constraint_errors_name_the_field(
     form: ResponseConstraint, code: str, expected: str
 ) -> None:
     """The error names the field that the constraint came from."""
-    error = attribute_error_to_field(
-        ServiceError(code, "It cannot.", "constraint"), made(HERMES, ToolUse(), form)
-    )
+    for thinking in (Thinking.DONE, Thinking.OPENED):
+        constraint = made(QWEN3, ToolUse(), form, thinking)
+        error = attribute_error_to_field(ServiceError(code, "It cannot.", "constraint"), constraint)
 
-    assert (expected, form.param) == (error.code, error.param)
-    assert error.message.endswith("It cannot.")
+        assert (expected, form.param) == (error.code, error.param)
+        assert error.message.endswith("It cannot.")
 
 
 def test_other_errors_are_unchanged() -> None:
