@@ -104,7 +104,12 @@ class Stage:
     async def running(self):
         """Serves, then checks that nothing is still held."""
         add = pb_grpc.add_GeneratorServiceServicer_to_server
-        server = GrpcServer([(add, self.service)], [SERVICE], in_flight=self.in_flight)
+        server = GrpcServer(
+            [(add, self.service)],
+            [SERVICE],
+            in_flight=self.in_flight,
+            refused=self.service.refused,
+        )
         self.port = await server.start("127.0.0.1:0")
         self.engine.start()
         await server.set_serving(True)

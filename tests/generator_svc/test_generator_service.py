@@ -598,7 +598,11 @@ async def test_refused_calls_are_counted_by_reason():
         running.cancel()
         waiting.cancel()
         await stage.until_free()
+        stage.in_flight.draining.set()
+        await _error(stage.stub.Generate(iter(())))
+        stage.in_flight.draining.clear()
 
     assert 1 == stage.metric("trivium_engine_rejections_total", reason="queue_full")
-    assert 2 == stage.metric("trivium_engine_rejections_total")
+    assert 1 == stage.metric("trivium_engine_rejections_total", reason="draining")
+    assert 3 == stage.metric("trivium_engine_rejections_total")
     assert 2 == stage.metric("trivium_engine_calls_total")
