@@ -221,6 +221,31 @@ async def test_a_refused_prompt_does_not_count_as_cached() -> None:
     assert [refused, 32] == fleet.calls
 
 
+class Full(ScriptedGenerator):
+    """Reports that no slot is free."""
+
+    async def WatchLoad(
+        self, request: pb.WatchLoadRequest, context: Any
+    ) -> AsyncIterator[pb.WatchLoadResponse]:
+        yield pb.WatchLoadResponse(running_sequences=8)
+        await asyncio.Event().wait()
+
+
+async def test_a_generator_that_reports_no_free_slot_gets_no_calls() -> None:
+    """Even conversations that it has cached go elsewhere once its load is known."""
+    fleet = Fleet("ours", "ours")
+    fleet.generators[0] = Full("ours")
+    fleet.generators[0].script = says([END])
+    async with serving(fleet), asyncio.timeout(10):
+        before = None
+        while before != fleet.calls[0]:
+            before = fleet.calls[0]
+            for conversation in range(16):
+                await fleet.ask(100, token=conversation)
+
+    assert fleet.calls[1] >= 16
+
+
 @pytest.mark.parametrize("instance_id", ["first", "second"])
 async def test_a_restarted_replica_has_nothing_cached(instance_id: str) -> None:
     """After a restart its conversations may move; after a lost connection they stay."""
@@ -631,6 +656,25 @@ async def test_a_drain_can_be_cut_short() -> None:
         await draining
 
     assert "draining" == cut.value.code
+
+
+async def test_a_slow_reader_gets_the_draining_error() -> None:
+    """When the drain ends, a call that waits for its reader ends with a status as others do."""
+    generator = ScriptedGenerator("ours")
+    generator.script = says([message_of(update(0, [70] * 100_000))] * 100)
+    server, port = await generator.serve()
+    async with open_channel(f"127.0.0.1:{port}") as channel:
+        call = generator_pb2_grpc.GeneratorServiceStub(channel).Generate()
+        await call.write(convert.start_command(command([7])))
+        await call.read()
+        draining = asyncio.create_task(server.drain(0, 0.1))
+        await asyncio.sleep(0.2)
+        with pytest.raises(grpc.aio.AioRpcError) as cut:
+            while await call.read() is not grpc.aio.EOF:
+                pass
+        await draining
+
+    assert "draining" == from_rpc_error(cut.value).code
 
 
 async def test_the_documented_service_config_loses_no_call() -> None:
