@@ -74,7 +74,7 @@ STREAMS: dict[str, tuple[str, dict[str, Any], Sequence[Step]]] = {
     ),
     "chat_tools_alone": (
         CHAT,
-        {},
+        {"stream_options": {"include_usage": False}},
         (header(), delta(tool_calls=[call("f")], finish="TOOL_CALLS"), usage()),
     ),
     "chat_error": (
