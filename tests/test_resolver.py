@@ -40,6 +40,7 @@ async def test_ip_addresses_are_not_resolved(target: str, addresses: set[str]) -
 async def test_names_in_etc_hosts_are_resolved() -> None:
     """Names in /etc/hosts are resolved too."""
     assert "ipv4:127.0.0.1:7" in await targets("localhost:7")
+    assert Resolver("localhost:7").names == Resolver("dns:///localhost:7").names
 
 
 async def test_all_addresses_of_all_names() -> None:
