@@ -31,8 +31,8 @@ from bench.processes import Watch
 from bench.scenarios import Load, Scenario
 from bench.worker import Worker
 from trivium.cli.load import Target
-from trivium.cli.pipeline import free_ports
 from trivium.cli.supervisor import EXIT_WITH_PARENT, Supervisor
+from trivium.wire.listening import free_ports
 
 READY_SECONDS = 120.0
 CLIENT = "client"  # the process that sends the requests to all servers

@@ -43,9 +43,10 @@ from bench.scenarios import Choices, Load, LongPrompt, Scenario, SharedSystemPro
 from bench.worker import Worker
 from generator_svc.run.outcome import DeviceInfo
 from trivium.cli.load import Target
-from trivium.cli.pipeline import Pipeline, free_ports
+from trivium.cli.pipeline import Pipeline
 from trivium.cli.supervisor import Stage, Supervisor
 from trivium.embedded_model import embedded_folder
+from trivium.wire.listening import free_ports
 
 NAMES = ("load", "sampled", "long", "shared", "turns", "streams", "choices", "stall")
 CEILING = "ceiling"  # only if named: it needs a model that costs nothing

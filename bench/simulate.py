@@ -44,11 +44,12 @@ from generator_svc.startup import load_runner
 from trivium.cli.answer import Answer
 from trivium.cli.http_stream import read_answer
 from trivium.cli.load import Client, Target, percentiles
-from trivium.cli.pipeline import Pipeline, free_ports
+from trivium.cli.pipeline import Pipeline
 from trivium.cli.random_prompts import Prompts
 from trivium.cli.supervisor import Supervisor
 from trivium.embedded_model import embedded_folder
 from trivium.model_directory import load_model_directory
+from trivium.wire.listening import free_ports
 
 TOLERANCE = 0.15
 TEMPLATE_TOKENS = 32  # about what a chat template adds to a prompt

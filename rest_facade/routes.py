@@ -56,7 +56,7 @@ from rest_facade.responses import (
     TokenizerInfoResponse,
 )
 from rest_facade.stream import Event, EventStream
-from rest_facade.usage import usage_of
+from rest_facade.usage import RequestUsage, usage_of
 from trivium.field_errors import missing
 from trivium.offload import INLINE_ANSWER_BYTES, offload
 from trivium.wire import tracing
@@ -196,10 +196,7 @@ class Routes:
                 stream = self._backend.stream_chat(message)
                 return await self._stream(request, stream, ChatChunks(body), started_at)
             response = await while_connected(request.receive, self._backend.complete_chat(message))
-        usage.began, usage.taken = True, partial(taken, response.usage)
-        return await offload(
-            response.ByteSize(), lambda: _json(chat.answer(response, body)), INLINE_ANSWER_BYTES
-        )
+        return await _respond(usage, response, lambda: chat.answer(response, body))
 
     async def completions(self, request: Request) -> Response:
         """A plain completion, whole or streamed."""
@@ -214,12 +211,7 @@ class Routes:
                 stream = self._backend.stream_text(message)
                 return await self._stream(request, stream, CompletionChunks(body), started_at)
             response = await while_connected(request.receive, self._backend.complete_text(message))
-        usage.began, usage.taken = True, partial(taken, response.usage)
-        return await offload(
-            response.ByteSize(),
-            lambda: _json(completion.answer(response, body)),
-            INLINE_ANSWER_BYTES,
-        )
+        return await _respond(usage, response, lambda: completion.answer(response, body))
 
     async def _read(self, request: Request, convert: Callable[[dict[str, Any]], Result]) -> Result:
         """The result of `convert` on the body's JSON object."""
@@ -346,6 +338,14 @@ def _parse_and_convert(
     """The request in a body's JSON, and its message for the next stage."""
     body = parse(kind, raw)
     return body, convert(body)
+
+
+async def _respond(
+    usage: RequestUsage, response: chat.Response | completion.Response, answer: Callable[[], Any]
+) -> Response:
+    """The HTTP response to a request that was not streamed; `answer` is its body."""
+    usage.began, usage.taken = True, partial(taken, response.usage)
+    return await offload(response.ByteSize(), lambda: _json(answer()), INLINE_ANSWER_BYTES)
 
 
 def _json(body: Any) -> Response:

@@ -17,8 +17,11 @@ def score(sequence: Sequence, all_logits: Logits) -> BadLogits | None:
     assert request.prompt_logprobs is not None
     if start == 0:  # may start again after another sequence of the group was stopped
         group.prompt_logprobs.clear()
+    # The last token of the prompt predicts none of it. Not a slice of all that follows: it would be
+    # copied for every chunk.
+    following = request.prompt[start + 1 : start + 1 + len(all_logits)]
     try:
-        for token_id, row in zip(request.prompt[start + 1 :], all_logits, strict=False):
+        for token_id, row in zip(following, all_logits, strict=False):
             checked(float(row.max()))
             group.prompt_logprobs.append(logprobs(row, token_id, request.prompt_logprobs))
     except BadLogits as error:

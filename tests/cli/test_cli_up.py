@@ -16,10 +16,11 @@ from tests.certificates import Files
 from tests.cli.children import Children, is_running
 from tests.ports import up_ports
 from trivium.cli.banner import banner
+from trivium.cli.features import disabled_features, requires_api_keys
 from trivium.cli.main import app
-from trivium.cli.pipeline import Pipeline, authority, free_ports
+from trivium.cli.pipeline import Pipeline, authority
 from trivium.cli.supervisor import Stage, Supervisor
-from trivium.cli.up import disabled_features, requires_api_keys, supervise
+from trivium.cli.up import supervise
 from trivium.export_extra import PACKAGES
 from trivium.generator.v1 import generator_pb2
 from trivium.host_limits import CpuLimit, MemoryLimit, cpu_limit, memory_limit
@@ -495,4 +496,3 @@ def test_addresses() -> None:
     assert authority("0.0.0.0", 1) == "127.0.0.1:1"
     assert authority("::1", 2) == "[::1]:2"
     assert authority("10.0.0.5", 3) == "10.0.0.5:3"
-    assert len(set(free_ports(5))) == 5

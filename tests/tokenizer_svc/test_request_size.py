@@ -1,8 +1,6 @@
 """Requests over gRPC that are too large, and large ones that are not."""
 
-import asyncio
-import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +8,7 @@ import grpc
 import pytest
 
 from tests.completion_requests import options
+from tests.event_loop import stall
 from tests.tokenizer_svc.conftest import Stage, user, write_model
 from tests.tokenizer_svc.scripted_generator import code_of, finish, message_of, says, update
 from tokenizer_svc.models import load_model
@@ -159,24 +158,6 @@ async def test_a_long_conversation_does_not_block_the_event_loop(
     long_stage.generator.script = says(ANSWER)
 
     assert await stall(long_stage.chat.CreateChatCompletion(long_stage.request(**fields))) < 0.5
-
-
-async def stall(call: Awaitable[Any]) -> float:
-    """The longest time that the event loop was blocked during a call, as a share of the whole."""
-    longest = 0.0
-
-    async def beat() -> None:
-        nonlocal longest
-        while True:
-            before = time.monotonic()
-            await asyncio.sleep(0.001)
-            longest = max(longest, time.monotonic() - before)
-
-    began = time.monotonic()
-    beating = asyncio.create_task(beat())
-    await call
-    beating.cancel()
-    return longest / (time.monotonic() - began)
 
 
 def echo(stage: Stage, tokens: int, n: int = 1) -> completion_pb2.CreateCompletionRequest:

@@ -21,13 +21,14 @@ import typer
 from trivium.cli import providers
 from trivium.cli.gpus import gpus
 from trivium.cli.models import possible_folders
-from trivium.cli.pipeline import Pipeline, PortTaken, free_ports
+from trivium.cli.pipeline import Pipeline, PortTaken
 from trivium.cli.supervisor import NotReady, StageDied, Supervisor
 from trivium.cli.up import Device
 from trivium.embedded_model import EMBEDDED_MODEL, embedded_folder
 from trivium.export_extra import missing_packages
 from trivium.host_limits import cpu_limit, memory_limit
 from trivium.model_directory import ModelDirectory, ModelDirectoryError, load_model_directory
+from trivium.wire.listening import free_ports
 
 FAILED = 1
 SMOKE_TOKENS = 5

@@ -323,15 +323,6 @@ def authority(host: str, port: int) -> str:
     return address_of(LOOPBACK if host in ANY_HOST else host, port)
 
 
-def free_ports(count: int) -> list[int]:
-    """Distinct ports of the loopback interface that were free a moment ago."""
-    listeners = [bind(LOOPBACK, 0) for _ in range(count)]
-    ports = [listener.getsockname()[1] for listener in listeners]
-    for listener in listeners:
-        listener.close()
-    return ports
-
-
 def _replicas(
     service: str,
     settings: str,

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
-from pydantic import TypeAdapter
 
 from trivium.cli.banner import banner
+from trivium.cli.features import disabled_features, requires_api_keys
 from trivium.cli.fit import DoesNotFit, memory_plans
-from trivium.cli.models import ExportFailed, NoModel, find_model
+from trivium.cli.models import ExportFailed, NamedModel, NoModel, find_model
 from trivium.cli.pipeline import (
     DRAIN_SECONDS,
     LOG_LEVEL,
@@ -39,13 +39,6 @@ from trivium.wire.listening import bare_host
 STOPPED, FAILED, REFUSED = 0, 1, 2
 # A stage that has not ended this long after its own drain limit is hung, and gets killed.
 STOP_SLACK_SECONDS = 10.0
-# The settings that can turn off what services offer, by its name in the banner.
-_FEATURE_SETTINGS = {
-    "chat": "TRIVIUM_FACADE_CHAT_PAGE",
-    "docs": "TRIVIUM_FACADE_DOCS",
-    "metrics": "TRIVIUM_FACADE_METRICS",
-    "reflection": "TRIVIUM_TOKENIZER_REFLECTION",
-}
 
 
 class Device(StrEnum):
@@ -251,16 +244,7 @@ def up(
         tls = stage_tls()
     except (SettingConflict, TlsMismatch) as mismatch:
         _refuse(str(mismatch))
-    # Not by the option's envvar, which would split a path at its spaces.
-    named = model or [os.environ.get("TRIVIUM_GENERATOR_MODEL_DIRECTORY") or EMBEDDED_MODEL]
-    try:
-        models = [find_model(name, device.value) for name in named]
-    except NoModel as unknown:
-        _refuse(str(unknown))
-    except ExportFailed as failed:
-        raise typer.Exit(REFUSED if failed.status == REFUSED else FAILED) from failed
-    if len({model.folder.name for model in models}) < len(models):
-        _refuse("two models have the same id, which is the folder's name")
+    models = _find_models(model, device)
     if tls.is_mutual and facades == 1 and not facade_metrics_port:
         _refuse(
             f"{REST_CLIENT_CA} requires --facade-metrics-port, where the facade can be probed "
@@ -300,7 +284,7 @@ def up(
     except (SettingConflict, PortTaken) as fault:
         _refuse(str(fault))
     except DoesNotFit as refused:
-        raise typer.Exit(REFUSED if refused.status == REFUSED else FAILED) from refused
+        _end(refused.status)
     stop_seconds = longest_drain(drain_seconds) + STOP_SLACK_SECONDS
     raise typer.Exit(asyncio.run(_run(pipeline, ready_seconds, stop_seconds)))
 
@@ -316,17 +300,9 @@ async def _run(pipeline: Pipeline, ready_seconds: float, stop_seconds: float) ->
         models = [load_model_directory(folder) for folder in pipeline.models]
         weights = [model.weight_bytes for model in models]
         limits, has_chat_template = (cpu_limit(), memory_limit()), models[0].has_chat_template
-        sys.stdout.write(
-            banner(
-                infos,
-                weights,
-                pipeline,
-                requires_api_keys(),
-                limits,
-                disabled_features(),
-                has_chat_template,
-            )
-        )
+        keys, disabled = requires_api_keys(), disabled_features()
+        text = banner(infos, weights, pipeline, keys, limits, disabled, has_chat_template)
+        sys.stdout.write(text)
         sys.stdout.flush()
 
     return await supervise(Supervisor(pipeline.stages(), stop_seconds), when_ready, ready_seconds)
@@ -345,20 +321,25 @@ def _warn_if_too_few_cores(pipeline: Pipeline) -> None:
         )
 
 
+def _find_models(names: list[str] | None, device: Device) -> list[NamedModel]:
+    # Not by the option's envvar, which would split a path at its spaces.
+    names = names or [os.environ.get("TRIVIUM_GENERATOR_MODEL_DIRECTORY") or EMBEDDED_MODEL]
+    try:
+        models = [find_model(name, device.value) for name in names]
+    except NoModel as unknown:
+        _refuse(str(unknown))
+    except ExportFailed as failed:
+        _end(failed.status)
+    if len({model.folder.name for model in models}) < len(models):
+        _refuse("two models have the same id, which is the folder's name")
+    return models
+
+
+def _end(status: int) -> NoReturn:
+    """Ends because a child process did, with this status, and has said why."""
+    raise typer.Exit(REFUSED if status == REFUSED else FAILED)
+
+
 def _refuse(message: str) -> NoReturn:
     typer.echo(f"trivium up: {message}", err=True)
     raise typer.Exit(REFUSED)
-
-
-def requires_api_keys() -> bool:
-    """Whether the REST API requires API keys, by the facade's setting."""
-    return bool(os.environ.get("TRIVIUM_FACADE_API_KEYS_FILE"))
-
-
-def disabled_features() -> set[str]:
-    """What is turned off by the services' settings."""
-    return {
-        name
-        for name, setting in _FEATURE_SETTINGS.items()
-        if not TypeAdapter(bool).validate_python(os.environ.get(setting) or True)
-    }

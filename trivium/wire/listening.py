@@ -37,6 +37,15 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def free_ports(count: int) -> list[int]:
+    """Distinct ports of the loopback interface that were free a moment ago."""
+    listeners = [bind("127.0.0.1", 0) for _ in range(count)]
+    ports = [listener.getsockname()[1] for listener in listeners]
+    for listener in listeners:
+        listener.close()
+    return ports
+
+
 def bind_error_message(host: str, port: int, error: OSError) -> str:
     """Why nothing can listen there, with the address."""
     is_taken = error.errno == errno.EADDRINUSE
