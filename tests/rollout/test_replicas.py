@@ -206,6 +206,42 @@ async def test_a_full_replicas_call_is_retried_once() -> None:
     assert calls + 2 == sum(fleet.calls)
 
 
+@pytest.mark.parametrize(
+    "order",
+    [
+        ("draining", "backend_unavailable"),
+        ("backend_unavailable", "draining"),
+        ("draining", "draining"),
+    ],
+)
+async def test_a_draining_replica_does_not_use_up_the_retry(order: tuple[str, str]) -> None:
+    """While one replica drains, another may die: the third one answers."""
+    async with serving(Fleet("ours", "ours", "ours")) as fleet:
+
+        async def script(start: Any, stops: Any) -> AsyncIterator[pb.GenerateResponse]:
+            if sum(fleet.calls) <= len(order):
+                raise ServiceError(order[sum(fleet.calls) - 1], "Gone.")
+            yield END
+
+        for generator in fleet.generators:
+            generator.script = script
+        answer = await fleet.ask()
+
+    assert ANSWER == answer
+    assert [1, 1, 1] == fleet.calls
+
+
+async def test_a_call_that_all_replicas_refuse_ends() -> None:
+    """If all say that they are draining but stay in the list, the call is not sent for ever."""
+    async with serving(Fleet("ours", "ours", "ours")) as fleet:
+        for generator in fleet.generators:
+            generator.script = fails_after([], DRAINING)
+        with pytest.raises(ServiceError, match=DRAINING.message):
+            await fleet.ask()
+
+    assert 4 == sum(fleet.calls)  # one is tried once more, after a pause
+
+
 async def test_a_refused_prompt_does_not_count_as_cached() -> None:
     """The next turn goes to the one that answered, even if the other has room again."""
     async with serving(Fleet("ours", "ours")) as fleet:
@@ -281,17 +317,22 @@ async def test_a_restarted_replica_has_nothing_cached(instance_id: str) -> None:
     ],
 )
 async def test_retries_are_counted_by_reason(code: str, reason: str) -> None:
-    """Retries are counted by the reason of the first failure; all reasons exist from the start, and
-    calls answered at once do not count."""
+    """Retries are counted by the reason of the failure before; all reasons exist from the start,
+    and calls answered at once do not count."""
     async with serving(Fleet("ours", "ours")) as fleet:
         registry = CollectorRegistry()
         registry.register(ReplicaCollector({"tiny": fleet.client.replicas.status}))
         before = retries(registry)
         await fleet.ask()
-        fleet.generators[0].script = fails_after([], ServiceError(code, "No."))
-        fleet.generators[1].script = fails_after([], ServiceError(code, "No."))
-        with pytest.raises(ServiceError):
-            await fleet.ask()
+
+        async def fails_once(start: Any, stops: Any) -> AsyncIterator[pb.GenerateResponse]:
+            if sum(fleet.calls) == 2:
+                raise ServiceError(code, "No.")
+            yield END
+
+        for generator in fleet.generators:
+            generator.script = fails_once
+        await fleet.ask()
         after = retries(registry)
 
     reasons = {"queue_full", "draining", "backend_unavailable", "model_loading", "invalid_api_key"}

@@ -41,7 +41,7 @@ class ReplicaCollector(Collector):
         )
         retries = CounterMetricFamily(
             "trivium_replica_retries",
-            "Calls that were retried, by error code of the first attempt",
+            "Retries of calls, by error code of the attempt before",
             labels=["model_name", "reason"],
         )
         for model, status_of in self._statuses.items():

@@ -46,6 +46,9 @@ _FAULTS = frozenset({"backend_unavailable", "internal_error"})
 # GOAWAY ends as CANCELLED.
 LOST = frozenset({"backend_unavailable", "model_loading", "draining", "client_closed_request"})
 
+# Of these, the ones that a call cannot have caused: retries after them need no limit.
+_STARTING_OR_STOPPING = frozenset({"model_loading", "draining"})
+
 Answer = TypeVar("Answer")
 Picker = Callable[[Sequence[Replica]], Replica]
 
@@ -61,7 +64,7 @@ async def _nothing(_: Replica) -> None:
 
 @dataclass(frozen=True)
 class ReplicaSetStatus:
-    """The status of all replicas, and the number of retried calls by error code."""
+    """The status of all replicas, and the number of retries by error code."""
 
     replicas: Sequence[ReplicaStatus]
     retries: Mapping[str, int]
@@ -139,27 +142,37 @@ class ReplicaSet:
         """The result of `attempt` with the replica that `pick` chooses.
 
         If the replica is lost, the attempt is retried once, on another replica if there is one.
-        One that fails with one of `refusals` is retried on another replica only. Waits up to
-        GAP_SECONDS for a replica to pick; raises AioRpcError and ServiceError.
+        One that fails with one of `refusals` is retried on another replica only. Replicas that are
+        starting or stopping are passed over as long as there are others. Waits up to GAP_SECONDS
+        for a replica to pick; raises AioRpcError and ServiceError.
         """
+        tried: list[Replica] = []
+        may_retry = True
         replica = await self._pick(pick)
-        try:
-            return await self._attempt(attempt, replica)
-        except grpc.aio.AioRpcError as error:
-            code = from_rpc_error(error).code
-            if is_final(error) or (code not in LOST and code not in self._refusals):
-                raise
-            others = _not_ejected([one for one in self.serving if one is not replica])
-            # UNIMPLEMENTED means the wrong server is there, so retrying on it is no use.
-            is_lost = code in LOST and error.code() is not grpc.StatusCode.UNIMPLEMENTED
-            if not others and not is_lost:
-                raise
-        self._retries[_reason(code)] += 1
-        tracing.current().event("retry", attributes={"error.type": _reason(code)})
-        if not others:
-            await asyncio.sleep(_PAUSE_SECONDS)
-            return await self._attempt(attempt, await self._pick(pick))
-        return await self._attempt(attempt, pick(others))
+        while True:
+            try:
+                return await self._attempt(attempt, replica)
+            except grpc.aio.AioRpcError as error:
+                code = from_rpc_error(error).code
+                if is_final(error) or (code not in LOST and code not in self._refusals):
+                    raise
+                tried.append(replica)
+                others = _not_ejected([one for one in self.serving if one not in tried])
+                # UNIMPLEMENTED means the wrong server is there, so retrying on it is no use.
+                is_lost = code in LOST and error.code() is not grpc.StatusCode.UNIMPLEMENTED
+                if not others and not is_lost:
+                    raise
+                if not others or code not in _STARTING_OR_STOPPING:
+                    if not may_retry:
+                        raise
+                    may_retry = False
+            self._retries[_reason(code)] += 1
+            tracing.current().event("retry", attributes={"error.type": _reason(code)})
+            if others:
+                replica = pick(others)
+            else:
+                await asyncio.sleep(_PAUSE_SECONDS)
+                replica = await self._pick(pick)
 
     async def close(self) -> None:
         """Cancels the background tasks and closes all channels."""
