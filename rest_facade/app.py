@@ -36,6 +36,7 @@ from trivium.usage_log import UsageLog
 from trivium.wire import telemetry, tracing
 from trivium.wire.errors import CLIENT_LEFT, ERRORS, ServiceError, internal_error
 from trivium.wire.in_flight import InFlight
+from trivium.wire.span import Span
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ class IdentityMiddleware:
         send: Send,
         identity: str,
         route: str,
-        span: tracing.Span,
+        span: Span,
     ) -> None:
         usage = usage_of(scope)
         status, started_at, sending_since = _CLIENT_CLOSED_REQUEST, time.monotonic(), math.inf

@@ -100,9 +100,9 @@ def module_name(path: Path) -> str:
     return relative(path).removesuffix(".py").replace("/", ".").removesuffix(".__init__")
 
 
-def imports(path: Path, only_at_start: bool = False) -> Iterator[str]:
-    """Full names of a module's imports; those inside functions too, unless `only_at_start`."""
-    for node in tree(path).body if only_at_start else ast.walk(tree(path)):
+def imports(path: Path) -> Iterator[str]:
+    """Full names of a module's imports, those inside functions too."""
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -181,7 +181,7 @@ def test_no_import_cycles() -> None:
     """There is an order of modules in which each imports only earlier ones."""
     modules = {module_name(path): path for path in sources()}
     graph = {
-        name: {found for found in map(modules_of(modules), imports(path, True)) if found}
+        name: {found for found in map(modules_of(modules), imports(path)) if found}
         for name, path in modules.items()
     }
 

@@ -16,7 +16,7 @@ from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 
-from trivium.wire.tracing import Attributes, Span
+from trivium.wire.span import Attributes, Span
 
 _CLOSE_SECONDS = 3.0  # to flush the remaining spans; a dead collector must not delay the exit
 

@@ -8,39 +8,14 @@ import contextlib
 import contextvars
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 
 from trivium.wire import telemetry
 from trivium.wire.errors import CLIENT_LEFT, ERRORS, code_of
 from trivium.wire.settings import refuse_to_start
-
-Attributes = Mapping[str, str | bool | int | float | Sequence[str]]
+from trivium.wire.span import Attributes, Span
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-
-
-class Span:
-    """A span that is not recorded. `traceparent` is empty if there is no trace to continue."""
-
-    is_recording = False
-    traceparent = ""
-
-    def rename(self, name: str) -> None:
-        """Changes its name."""
-
-    def set(self, attributes: Attributes) -> None:
-        """Adds attributes."""
-
-    def event(
-        self, name: str, at: float | None = None, attributes: Attributes | None = None
-    ) -> None:
-        """Adds an event at this time of the monotonic clock, or now."""
-
-    def fail(self, description: str) -> None:
-        """Marks it as failed."""
-
-    def end(self, at: float | None = None) -> None:
-        """Ends it, at this time of the monotonic clock, or now."""
 
 
 # Begins a span: its name, its parent's traceparent or "", whether the parent is in another process,
