@@ -179,13 +179,35 @@ def test_bookkeeping_needs_only_the_standard_library(module: str) -> None:
 
 def test_no_import_cycles() -> None:
     """There is an order of modules in which each imports only earlier ones."""
+    assert list(graphlib.TopologicalSorter(import_graph()).static_order())
+
+
+@pytest.mark.parametrize(
+    "package", sorted({module_name(path.parent / "__init__.py") for path in sources()})
+)
+def test_no_import_cycles_between_folders(package: str) -> None:
+    """The same for the folders and modules of each package, where a folder is one node."""
+
+    def child(name: str) -> str | None:
+        inside = name.removeprefix(f"{package}.")
+        return None if inside == name else inside.split(".")[0]
+
+    graph: dict[str | None, set[str | None]] = {}
+    for name, imported in import_graph().items():
+        graph.setdefault(child(name), set()).update(map(child, imported))
+    between = {name: others - {name, None} for name, others in graph.items() if name is not None}
+
+    assert list(graphlib.TopologicalSorter(between).static_order())
+
+
+@functools.cache
+def import_graph() -> dict[str, set[str]]:
+    """The modules that each module imports."""
     modules = {module_name(path): path for path in sources()}
-    graph = {
+    return {
         name: {found for found in map(modules_of(modules), imports(path)) if found}
         for name, path in modules.items()
     }
-
-    assert list(graphlib.TopologicalSorter(graph).static_order())
 
 
 def test_tokenizer_folders_import_only_earlier_ones() -> None:

@@ -127,10 +127,10 @@ def _build(
     from generator_svc.export.checkpoint.checkpoint import load_checkpoint
     from generator_svc.export.checkpoint.residual import scale_residual
     from generator_svc.export.genai_config import GRAPH_FILE, WEIGHTS_FILE
+    from generator_svc.export.graph.external_data import save
     from generator_svc.export.graph.trace import trace
     from generator_svc.export.tokenizer_files import write_tokenizer
     from generator_svc.export.weights.blocks import BLOCK_SIZE
-    from generator_svc.export.weights.external_data import save
 
     checkpoint = load_checkpoint(origin)
     if checkpoint.decoder.experts is not None:
@@ -316,9 +316,9 @@ def _verify(
     from generator_svc.export import verify, verify_experts
     from generator_svc.export.genai_config import GRAPH_FILE, WEIGHTS_FILE
     from generator_svc.export.graph.experts import choose_form
+    from generator_svc.export.graph.external_data import save
     from generator_svc.export.graph.trace import trace
     from generator_svc.export.tokenizer_files import encode
-    from generator_svc.export.weights.external_data import save
 
     def export_twin(twin: Checkpoint) -> Path:
         twin_folder = scratch / "twin"

@@ -1,12 +1,14 @@
 """Log-probabilities of prompt tokens, each from the logits of the token before it."""
 
-from generator_svc.run.logits_buffers import Logits
+import numpy as np
+import numpy.typing as npt
+
 from generator_svc.sampling.draw import BadLogits, checked
 from generator_svc.sampling.sampler import logprobs
 from generator_svc.sequence import Sequence
 
 
-def score(sequence: Sequence, all_logits: Logits) -> BadLogits | None:
+def score(sequence: Sequence, all_logits: npt.NDArray[np.float32]) -> BadLogits | None:
     """Adds the log-probabilities that a chunk's logits yield to the group's `prompt_logprobs`.
 
     `all_logits`, float32 [tokens, vocabulary], are those of every token of the chunk; each predicts

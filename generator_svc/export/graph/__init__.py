@@ -1,1 +1,1 @@
-"""The traced graph and the passes that rewrite it."""
+"""The traced graph, the passes that rewrite it, and the files it is written to."""

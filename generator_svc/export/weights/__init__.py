@@ -1,1 +1,1 @@
-"""Writes weights from a checkpoint into the data file of a graph, a slice at a time."""
+"""Weights from a checkpoint, packed in the formats of a graph, a slice at a time."""

@@ -23,12 +23,12 @@ from generator_svc.export import ExportError, ExportOptions, export_model
 from generator_svc.export.checkpoint.checkpoint import load_checkpoint
 from generator_svc.export.checkpoint.residual import scale_residual
 from generator_svc.export.checkpoint.source import locate
+from generator_svc.export.graph.external_data import save
 from generator_svc.export.graph.trace import trace
 from generator_svc.export.pipeline import rewrite
 from generator_svc.export.verify import GraphRunner
 from generator_svc.export.verify_experts import EXACT_PRODUCTS, check_packed
 from generator_svc.export.weights import int4
-from generator_svc.export.weights.external_data import save
 from tests.tiny_gpt_oss import END_TOKENS, in_transformers
 from tests.tiny_models import tiny_checkpoint, tiny_model_directory
 from trivium.model_directory import ModelDirectory, load_model_directory
