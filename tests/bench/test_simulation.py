@@ -7,7 +7,8 @@ import statistics
 import pytest
 
 from bench import step_costs, trace
-from bench.simulate import STREAMS, Targets, find_replicas, on_one_machine, smallest
+from bench.planning import Targets, find_replicas, smallest
+from bench.replay import STREAMS, on_one_machine
 from bench.simulation import (
     POLICIES,
     Clock,
