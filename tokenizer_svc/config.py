@@ -122,7 +122,9 @@ class TokenizerSettings(AccessSettings):
         description="The model's folder; its name is the model's id. Required without MODELS.",
     )
     tool_parser: Literal["auto", "none", "hermes", "llama3_json", "mistral", "harmony"] = Field(
-        "auto", description="The format of tool calls; auto detects it from the chat template."
+        "auto",
+        description="The format of tool calls; auto detects it from the chat template, and with "
+        "none calls are text.",
     )
     reasoning_parser: Literal["auto", "none", "deepseek_r1", "qwen3", "harmony"] = Field(
         "auto", description="The format of reasoning; auto detects it from the chat template."

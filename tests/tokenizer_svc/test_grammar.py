@@ -252,6 +252,16 @@ def test_harmony_reasons_before_json() -> None:
     assert build_constraint(None, BOTH, HARMONY, Thinking.DONE, lambda text: None) is None
 
 
+@pytest.mark.parametrize("template", [templates.QWEN25, templates.QWEN3])
+def test_calls_that_are_not_parsed_are_not_constrained(template: str) -> None:
+    """Without a tool parser, tools are no part of the constraint; a response format is."""
+    output = choose(template, "none")
+
+    assert build_constraint(None, BOTH, output, Thinking.DONE, lambda text: None) is None
+    assert allows(made(output, BOTH, JSON), '{"q": "a\u2028// b"}')
+    assert not allows(made(output, BOTH, JSON), "Hello")
+
+
 @pytest.mark.parametrize("family", FORMATS)
 def test_json_or_calls(family: str) -> None:
     """With tools and a response format, an answer is either JSON or calls."""

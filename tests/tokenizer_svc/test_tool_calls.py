@@ -225,6 +225,26 @@ async def test_calls_are_forced_by_a_grammar(family: Stage) -> None:
         assert "final" not in body
 
 
+async def test_calls_that_are_not_parsed_are_text(tmp_path: Path) -> None:
+    """Without a tool parser the prompt has the tools and calls are text; none can be forced."""
+    template, tokenizer = FAMILIES["qwen3"]
+    folder = write_model(tmp_path / "tiny", template, tokenizer, context_length=4096)
+    async with running(load_model(folder, tool_parser="none"), folder) as stage:
+        script(stage, f"<think>Hm.</think>{CALL}")
+        [choice] = (await whole(stage, tools=[ADD, NOW])).choices
+        prompt = stage.model.tokenizer.decode(list(told(stage).prompt_token_ids))
+        refusals = []
+        for forced in (REQUIRED, ONLY_NOW):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await whole(stage, tools=[ADD, NOW], tool_choice=forced)
+            refusals.append(code_of(refused.value))
+
+    assert ("Hm.", CALL, []) == (choice.reasoning_content, choice.content, list(choice.tool_calls))
+    assert not told(stage).HasField("constraint")
+    assert "Adds." in prompt
+    assert [("unsupported_parameter", "tool_choice")] * 2 == refusals
+
+
 @of("qwen3")
 async def test_schema_errors_name_the_tool(family: Stage) -> None:
     """The error names the tool by its position in the request, even if others were left out."""

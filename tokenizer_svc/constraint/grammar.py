@@ -21,11 +21,13 @@ from tokenizer_svc.families.thinking import Thinking, start_rules
 from tokenizer_svc.generator.types import Constraint, ConstraintKind
 from tokenizer_svc.request.types import ResponseConstraint, ResponseKind, ToolUse
 from trivium.ecma_regex import to_rust
+from trivium.field_errors import unsupported_parameter
 from trivium.wire.errors import ServiceError
 
 _LINE_IN_ERROR = re.compile(r"\bat (\d+)\(\d+\): ?")
 _PREFIX = "The lark cannot be used: "  # callers do not know that a grammar was built
 _EXCERPT = re.compile(r"\n\s+\d+ \| .*", re.DOTALL)
+_UNPARSED = "with a model whose tool calls are not parsed"
 # Tokens of a Lark grammar: strings, comments, patterns, names.
 _LARK_TOKEN = re.compile(
     r'"(?:\\.|[^"\\\n])*"|(?://|\#)[^\n]*|/(?:\\.|[^/\\\n])+/|(?P<name>[A-Za-z_][\w-]*)'
@@ -44,6 +46,10 @@ def build_constraint(
 
     `control_id` maps the text of a control token to its id.
     """
+    if output.tools is None:  # calls are text, in whatever format the model writes them
+        if tool_use.forced:
+            raise unsupported_parameter("tool_choice", _UNPARSED)
+        tool_use = ToolUse()
     if response is None and not tool_use.tools:
         return None
     is_prefilled = output.is_harmony and thinking is Thinking.DONE
