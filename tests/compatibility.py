@@ -196,9 +196,16 @@ CHAT_REQUEST = (
     Row(
         "tool_choice",
         "`none`, `auto`, `required`, a function, `allowed_tools`, a custom tool",
-        f"`none`, `auto`, `required`, a function; else {_NO_VALUE}; a call cut off by "
-        "`max_tokens` is returned as far as it goes, and its markup is never content",
+        f"`none`, `auto`, `required`, a function, `allowed_tools`; else {_NO_VALUE}; a call cut "
+        "off by `max_tokens` is returned as far as it goes, and its markup is never content",
         f"{_R}test_forced_calls",
+    ),
+    Row(
+        "tool_choice.allowed_tools",
+        "with the modes `auto` and `required` only the tools listed are called",
+        "the same, of functions, enforced by the constraint; the prompt has all tools, so that "
+        "its cached prefix is reused",
+        f"{_R}test_allowed_tools",
     ),
     Row("parallel_tool_calls", "default true", _SAME, f"{_F}test_tools_are_passed_on"),
     Row("functions", "deprecated", _NO, _REFUSED),

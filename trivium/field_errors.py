@@ -118,6 +118,26 @@ def malformed_name(param: str) -> ServiceError:
     return ServiceError("invalid_value", text, param)
 
 
+def choice_without_tools() -> ServiceError:
+    """For a tool choice in a request without tools."""
+    text = (
+        "Invalid value for 'tool_choice': 'tool_choice' is only allowed when 'tools' are specified."
+    )
+    return ServiceError("invalid_parameter_combination", text, "tool_choice")
+
+
+def unknown_tool(param: str, name: str) -> ServiceError:
+    """For a tool choice that names none of the request's tools."""
+    message = f"Tool choice '{name}' not found in 'tools' parameter."
+    return ServiceError("invalid_value", message, param)
+
+
+def duplicate_tool(param: str, name: str) -> ServiceError:
+    """For a tool that is listed twice."""
+    text = f"Invalid '{param}': there is another tool '{name}'."
+    return ServiceError("invalid_value", text, param)
+
+
 def unsupported_parameter(param: str, where: str) -> ServiceError:
     """For a field that is not supported `where`, such as "with this model"."""
     message = f"Unsupported parameter: '{param}' is not supported {where}."

@@ -60,8 +60,14 @@ def tool_choice(choice: ToolChoiceParam | None) -> chat_pb2.ToolChoice | None:
     """Which tools may or must be called; None if unspecified."""
     if choice is None:
         return None
-    if choice.type == "function":
+    if choice.function is not None:
         return chat_pb2.ToolChoice(
             mode=chat_pb2.TOOL_CHOICE_MODE_FUNCTION, function_name=choice.function.name
+        )
+    if choice.allowed_tools is not None:
+        names = [tool.function.name for tool in choice.allowed_tools.tools]
+        return chat_pb2.ToolChoice(
+            mode=_MODES[choice.allowed_tools.mode],
+            allowed_tools=chat_pb2.AllowedTools(function_names=names),
         )
     return chat_pb2.ToolChoice(mode=_MODES[choice.type])

@@ -5,9 +5,14 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from rest_facade.requests.field import Name, ObjectText, Strict, field_error, reject_unsupported
-from trivium.field_errors import contradiction
+from trivium.field_errors import (
+    choice_without_tools,
+    contradiction,
+    duplicate_tool,
+    missing,
+    unknown_tool,
+)
 from trivium.limits import MAX_TOOLS
-from trivium.wire.errors import ServiceError
 
 
 class FunctionDefinition(Strict):
@@ -42,23 +47,65 @@ class FunctionName(Strict):
     name: Name
 
 
-def _only_function(kind: str) -> str:
-    if kind in ("allowed_tools", "custom"):
+class AllowedTool(Strict):
+    """A tool that may be called."""
+
+    type: Annotated[Literal["function"], reject_unsupported("custom")] = "function"
+    function: FunctionName
+
+
+class AllowedTools(Strict):
+    """The tools that may be called; the prompt has all tools."""
+
+    mode: Literal["auto", "required"] = Field(
+        description="Whether the model may call one of them, or has to."
+    )
+    tools: Annotated[
+        list[AllowedTool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)
+    ] = Field(description="These tools, by their functions' names.")
+
+
+def _known_type(kind: str) -> str:
+    if kind == "custom":
         raise field_error("unsupported_value", f"Tool choices of type '{kind}' are not supported.")
-    if kind != "function":
+    if kind not in ("function", "allowed_tools"):
         raise field_error(
-            "invalid_value", f"Invalid value: '{kind[:64]}'. Supported values are: 'function'."
+            "invalid_value",
+            f"Invalid value: '{kind[:64]}'. Supported values are: 'function' and 'allowed_tools'.",
         )
     return kind
 
 
 class ToolChoiceParam(Strict):
-    """The function to call; the modes 'none', 'auto' and 'required' are plain strings."""
+    """The function to call, or those that may be called; the modes 'none', 'auto' and 'required'
+    are plain strings."""
 
-    type: Annotated[str, AfterValidator(_only_function)] = Field(
-        "function", json_schema_extra={"enum": ["function"]}
+    type: Annotated[str, AfterValidator(_known_type)] = Field(
+        "function", json_schema_extra={"enum": ["function", "allowed_tools"]}
     )
-    function: FunctionName
+    function: FunctionName | None = Field(None, description="Only with type 'function'.")
+    allowed_tools: AllowedTools | None = Field(None, description="Only with type 'allowed_tools'.")
+
+    def chosen(self) -> dict[str, str]:
+        """The names of the functions that it lists, by the field that holds each."""
+        if self.function is not None:
+            return {"tool_choice.function.name": self.function.name}
+        tools = self.allowed_tools.tools if self.allowed_tools is not None else []
+        return {
+            f"tool_choice.allowed_tools.tools[{index}].function.name": tool.function.name
+            for index, tool in enumerate(tools)
+        }
+
+    def check(self) -> None:
+        """Raises ServiceError for fields that do not go together."""
+        values = {"function": self.function, "allowed_tools": self.allowed_tools}
+        for name, value in values.items():
+            if name == self.type and value is None:
+                raise missing(f"tool_choice.{name}")
+            if name != self.type and value is not None:
+                raise contradiction(
+                    f"tool_choice.{name}", f"is only allowed with the type '{name}'."
+                )
 
 
 _Mode = Literal["none", "auto", "required"]
@@ -72,7 +119,7 @@ def _from_mode(value: Any) -> Any:
                 f"Invalid value: '{value[:64]}'. "
                 "Supported values are: 'none', 'auto', and 'required'.",
             )
-        return ToolChoiceParam.model_construct(type=value, function=None)  # type: ignore[arg-type]
+        return ToolChoiceParam.model_construct(type=value)
     if not isinstance(value, dict):
         raise field_error("invalid_type", "one of a string or object")
     return value
@@ -88,18 +135,15 @@ def check_tools(tools: list[ToolParam], choice: ToolChoiceParam | None) -> None:
     names = [tool.function.name for tool in tools]
     for position, name in enumerate(names):
         if name in names[:position]:
-            raise ServiceError(
-                "invalid_value",
-                f"Two tools are called '{name}'.",
-                param=f"tools[{position}].function.name",
-            )
+            raise duplicate_tool(f"tools[{position}].function.name", name)
     if choice is None or choice.type in ("none", "auto"):
         return
+    choice.check()
     if not tools:
-        raise contradiction("tool_choice", "is only allowed when 'tools' are specified.")
-    if choice.type == "function" and choice.function.name not in names:
-        raise ServiceError(
-            "invalid_value",
-            f"Invalid value for 'tool_choice': no function is called '{choice.function.name}'.",
-            param="tool_choice.function.name",
-        )
+        raise choice_without_tools()
+    chosen = choice.chosen()
+    for position, (param, name) in enumerate(chosen.items()):
+        if name not in names:
+            raise unknown_tool(param, name)
+        if name in list(chosen.values())[:position]:
+            raise duplicate_tool(param, name)

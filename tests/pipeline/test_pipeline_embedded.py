@@ -138,6 +138,27 @@ def test_the_next_turn_reuses_the_cached_answer(up: Up) -> None:
     assert reused >= used.prompt_tokens + used.completion_tokens - 1
 
 
+def test_allowed_tools_reuse_the_cached_prompt(up: Up) -> None:
+    """Which tools may be called can change with every request without computing the prompt anew."""
+    names = ("get_weather", "get_time")
+    schema = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}}}
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": schema}} for name in names
+    ]
+    question = [{"role": "user", "content": "What is the weather in Paris?"}]
+    answers = []
+    for tool in (*tools, *tools):
+        allowed = {"mode": "required", "tools": [tool]}
+        choice = {"type": "allowed_tools", "allowed_tools": allowed}
+        answers.append(ask(up.url, messages=question, tools=tools, tool_choice=choice))
+    called = [answer.choices[0].message.tool_calls[0].function.name for answer in answers]
+    [size] = {answer.usage.prompt_tokens for answer in answers}
+    cached = [answer.usage.prompt_tokens_details.cached_tokens for answer in answers[1:]]
+
+    assert [*names, *names] == called
+    assert min(cached) > 0.9 * size
+
+
 def test_a_seeded_answer_is_the_same_under_load(up: Up) -> None:
     """Sampled answers depend on the seed, and not on other requests."""
     sampled: dict[str, Any] = {"temperature": 1.0, "max_tokens": 24}

@@ -127,6 +127,32 @@ def test_forced_calls(client: openai.OpenAI, services: Services, choice: Any) ->
     ]
 
 
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_allowed_tools(client: openai.OpenAI, services: Services, mode: str) -> None:
+    """Only tools that the choice lists are called, with `auto` not always; the prompt is the one
+    without such a choice, so that its cached prefix is reused."""
+    tools = [{"type": "function", "function": {"name": "rest"}}]
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+    # With a format, an answer that is not a call is short, and begins about as often.
+    schema = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"const": "x"}}}
+    fields = {"tools": [TOOL, OTHER], "response_format": schema, "n": 16, "temperature": 2}
+    free = ask(client, services, **fields)
+    restricted = ask(client, services, tool_choice=choice, **fields)
+    chunks = list(ask(client, services, tool_choice=choice, stream=True, **fields))
+    messages = [made.message for made in restricted.choices]
+    called = [call.function.name for made in messages for call in made.tool_calls or ()]
+    pieces = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+    usages = [free.usage, restricted.usage]
+
+    assert {"note", "rest"} == {
+        call.function.name for made in free.choices for call in made.message.tool_calls or ()
+    }
+    assert {"rest"} == set(called)
+    assert called == [piece.function.name for piece in pieces if piece.id]
+    assert {None} | ({'"x"'} if mode == "auto" else set()) == {made.content for made in messages}
+    assert usages[0].prompt_tokens == usages[1].prompt_tokens
+
+
 @pytest.mark.parametrize("choice", ["required", NAMED])
 def test_a_truncated_forced_call_is_never_content(
     client: openai.OpenAI, services: Services, choice: Any

@@ -188,6 +188,26 @@ async def test_tools_are_passed_on(client: httpx.AsyncClient, backend: ScriptedB
     assert backend.requests[-1].tool_choice.function_name == "weather"
 
 
+@pytest.mark.parametrize("mode", ["auto", "required"])
+async def test_allowed_tools_are_passed_on(
+    client: httpx.AsyncClient, backend: ScriptedBackend, mode: str
+) -> None:
+    """Of the tools listed only the names count; the request keeps all of its tools."""
+    others = [{"type": "function", "function": {"name": name}} for name in ("time", "news")]
+    allowed = {"mode": mode, "tools": [others[0], WEATHER]}
+    answer = await post(
+        client,
+        tools=[WEATHER, *others],
+        tool_choice={"type": "allowed_tools", "allowed_tools": allowed},
+    )
+    [request] = backend.requests
+
+    assert answer.status_code == 200, answer.text
+    assert ["weather", "time", "news"] == [tool.function.name for tool in request.tools]
+    assert chat_pb2.ToolChoiceMode.Name(request.tool_choice.mode).endswith(mode.upper())
+    assert ["time", "weather"] == list(request.tool_choice.allowed_tools.function_names)
+
+
 async def test_tools_without_a_type_are_functions(
     client: httpx.AsyncClient, backend: ScriptedBackend
 ) -> None:

@@ -207,6 +207,15 @@ def test_refused_fields(fields: dict[str, Any], code: str, param: str) -> None:
 FUNCTION = {"type": "function", "function": {"name": "f"}}
 
 
+def allowed(*tools: Any, mode: str = "auto") -> dict[str, Any]:
+    """A request with one tool and a choice that allows these."""
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": list(tools)}}
+    return {"tools": [FUNCTION], "tool_choice": choice}
+
+
+ALLOWED = "tool_choice.allowed_tools"
+
+
 @pytest.mark.parametrize(
     ("fields", "code", "param"),
     [
@@ -239,9 +248,40 @@ FUNCTION = {"type": "function", "function": {"name": "f"}}
         ({"tool_choice": 5}, "invalid_type", "tool_choice"),
         ({"tool_choice": "required"}, "invalid_parameter_combination", "tool_choice"),
         (
-            {"tool_choice": {"type": "allowed_tools"}},
+            {"tool_choice": {"type": "custom", "custom": {"name": "f"}}},
             "unsupported_value",
             "tool_choice.type",
+        ),
+        ({"tool_choice": {"type": "allowed_tools"}}, "missing_required_parameter", ALLOWED),
+        (
+            {"tool_choice": allowed(FUNCTION)["tool_choice"] | FUNCTION},
+            "invalid_parameter_combination",
+            ALLOWED,
+        ),
+        (
+            {"tool_choice": FUNCTION | allowed(FUNCTION)["tool_choice"]},
+            "invalid_parameter_combination",
+            "tool_choice.function",
+        ),
+        (allowed(FUNCTION) | {"tools": []}, "invalid_parameter_combination", "tool_choice"),
+        (allowed(FUNCTION, mode="none"), "invalid_value", f"{ALLOWED}.mode"),
+        (allowed(), "empty_array", f"{ALLOWED}.tools"),
+        (allowed(*[FUNCTION] * 129), "array_above_max_length", f"{ALLOWED}.tools"),
+        (allowed({"type": "custom"}), "unsupported_value", f"{ALLOWED}.tools[0].type"),
+        (
+            allowed(FUNCTION, {"type": "function", "name": "f"}),
+            "missing_required_parameter",
+            f"{ALLOWED}.tools[1].function",
+        ),
+        (
+            allowed(FUNCTION, {"function": {"name": "g"}}),
+            "invalid_value",
+            f"{ALLOWED}.tools[1].function.name",
+        ),
+        (
+            allowed(FUNCTION, FUNCTION),
+            "invalid_value",
+            f"{ALLOWED}.tools[1].function.name",
         ),
         (
             {"tool_choice": {"type": "function"}},

@@ -188,6 +188,27 @@ def test_tool_choice_auto_without_parallel_calls(family: str) -> None:
     assert not allows(chosen, calls(family))
 
 
+@pytest.mark.parametrize("family", FORMATS)
+@pytest.mark.parametrize("forced", [True, False])
+def test_only_allowed_tools_can_be_called(family: str, forced: bool) -> None:
+    """A call of another function is no answer; text is one unless a call is required."""
+    add, now = ToolUse((ADD,), (0,), forced), ToolUse((NOW,), (1,), forced)
+    final = "<|channel|>final<|message|>" if family == "harmony" else ""
+
+    assert allows(made(FORMATS[family], add), call(family))
+    assert not allows(made(FORMATS[family], now), call(family))
+    assert forced != allows(made(FORMATS[family], now), f"{final}Hello")
+
+
+def test_an_answer_that_harmony_continues_has_only_allowed_calls() -> None:
+    """After text that the prompt has begun there is only more text, as any call could follow it."""
+    use = ToolUse((ADD,), (0,), restricted=True)
+    continued = made(HARMONY, use, thinking=Thinking.DONE)
+
+    assert allows(continued, " and so on.")
+    assert not allows(continued, f"<|end|><|start|>assistant{call('harmony')}")
+
+
 def test_tool_choice_auto_in_harmony() -> None:
     """Harmony allows reasoning, then a remark, then a call or the answer."""
     chosen = made(HARMONY)

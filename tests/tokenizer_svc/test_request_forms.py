@@ -18,6 +18,7 @@ INVALID, TOO_LONG = "invalid_value", "string_above_max_length"
 
 REQUIRED = {"mode": chat_pb2.TOOL_CHOICE_MODE_REQUIRED}
 NAMED = {"mode": chat_pb2.TOOL_CHOICE_MODE_FUNCTION, "function_name": "f"}
+ALLOWED = "tool_choice.allowed_tools"
 ASSISTANT = chat_pb2.ChatMessage(
     role=chat_pb2.ROLE_ASSISTANT, content=[chat_pb2.ContentPart(text="Once")]
 )
@@ -25,6 +26,12 @@ ASSISTANT = chat_pb2.ChatMessage(
 
 def tool(name: str = "f", **function: Any) -> dict[str, Any]:
     return {"function": {"name": name} | function}
+
+
+def allowed(*names: str, **choice: Any) -> dict[str, Any]:
+    """A request with the tools f and g, and a choice that allows these."""
+    choice |= {"allowed_tools": {"function_names": names}}
+    return {"tools": [tool(), tool("g")], "tool_choice": choice}
 
 
 def json_schema(schema: str, name: str = "n", **more: Any) -> dict[str, Any]:
@@ -101,7 +108,14 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     (parameters('{"type": "object", "title": "' + "x" * 262_144 + '"}'), COMPLEX, PARAMETERS),
     ({"tool_choice": REQUIRED}, COMBINATION, "tool_choice"),
     ({"tool_choice": NAMED}, COMBINATION, "tool_choice"),
-    ({"tools": [tool("g")], "tool_choice": NAMED}, COMBINATION, "tool_choice"),
+    ({"tools": [tool("g")], "tool_choice": NAMED}, INVALID, "tool_choice.function.name"),
+    (allowed(), "empty_array", f"{ALLOWED}.tools"),
+    (allowed(*["f"] * 129), "array_above_max_length", f"{ALLOWED}.tools"),
+    (allowed("g", "h"), INVALID, f"{ALLOWED}.tools[1].function.name"),
+    (allowed("g", "f", "g"), INVALID, f"{ALLOWED}.tools[2].function.name"),
+    (allowed("g", mode=chat_pb2.TOOL_CHOICE_MODE_NONE), COMBINATION, ALLOWED),
+    (allowed("g", **NAMED), COMBINATION, ALLOWED),
+    (allowed("g") | {"tools": []}, COMBINATION, "tool_choice"),
     (
         {"tools": [tool("g")], "tool_choice": {"mode": chat_pb2.TOOL_CHOICE_MODE_FUNCTION}},
         MISSING,

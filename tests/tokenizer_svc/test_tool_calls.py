@@ -57,6 +57,8 @@ NONE = chat_pb2.ToolChoice(mode=chat_pb2.TOOL_CHOICE_MODE_NONE)
 REQUIRED = chat_pb2.ToolChoice(mode=chat_pb2.TOOL_CHOICE_MODE_REQUIRED)
 ONLY_NOW = chat_pb2.ToolChoice(mode=chat_pb2.TOOL_CHOICE_MODE_FUNCTION, function_name="now")
 
+ALLOWED_NOW = chat_pb2.ToolChoice(allowed_tools=chat_pb2.AllowedTools(function_names=["now"]))
+
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
 
 Open = Callable[[str], Any]
@@ -225,8 +227,25 @@ async def test_calls_are_forced_by_a_grammar(family: Stage) -> None:
         assert "final" not in body
 
 
+@pytest.mark.parametrize("family", FAMILIES, indirect=True)
+async def test_allowed_tools_leave_the_prompt_as_it_is(family: Stage) -> None:
+    """The prompt has all tools; the grammar has the calls of those allowed only."""
+    prompts = []
+    for choice in (None, ALLOWED_NOW):
+        family.generator.script = fails_after([], ServiceError("queue_full", "full"))
+        with pytest.raises(grpc.aio.AioRpcError, match="full"):
+            await whole(family, tools=[ADD, NOW], tool_choice=choice)
+        prompts.append(list(told(family).prompt_token_ids))
+    lark = told(family).constraint.lark
+
+    assert prompts[0] == prompts[1]
+    assert "\ncall_1:" in lark
+    assert "\ncall_0:" not in lark
+
+
 async def test_calls_that_are_not_parsed_are_text(tmp_path: Path) -> None:
-    """Without a tool parser the prompt has the tools and calls are text; none can be forced."""
+    """Without a tool parser the prompt has the tools and calls are text; none can be forced or
+    ruled out."""
     template, tokenizer = FAMILIES["qwen3"]
     folder = write_model(tmp_path / "tiny", template, tokenizer, context_length=4096)
     async with running(load_model(folder, tool_parser="none"), folder) as stage:
@@ -234,15 +253,15 @@ async def test_calls_that_are_not_parsed_are_text(tmp_path: Path) -> None:
         [choice] = (await whole(stage, tools=[ADD, NOW])).choices
         prompt = stage.model.tokenizer.decode(list(told(stage).prompt_token_ids))
         refusals = []
-        for forced in (REQUIRED, ONLY_NOW):
+        for choice_of in (REQUIRED, ONLY_NOW, ALLOWED_NOW):
             with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await whole(stage, tools=[ADD, NOW], tool_choice=forced)
+                await whole(stage, tools=[ADD, NOW], tool_choice=choice_of)
             refusals.append(code_of(refused.value))
 
     assert ("Hm.", CALL, []) == (choice.reasoning_content, choice.content, list(choice.tool_calls))
     assert not told(stage).HasField("constraint")
     assert "Adds." in prompt
-    assert [("unsupported_parameter", "tool_choice")] * 2 == refusals
+    assert [("unsupported_parameter", "tool_choice")] * 3 == refusals
 
 
 @of("qwen3")

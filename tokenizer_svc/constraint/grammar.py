@@ -47,7 +47,7 @@ def build_constraint(
     `control_id` maps the text of a control token to its id.
     """
     if output.tools is None:  # calls are text, in whatever format the model writes them
-        if tool_use.forced:
+        if tool_use.forced or tool_use.restricted:
             raise unsupported_parameter("tool_choice", _UNPARSED)
         tool_use = ToolUse()
     if response is None and not tool_use.tools:
@@ -55,10 +55,12 @@ def build_constraint(
     is_prefilled = output.is_harmony and thinking is Thinking.DONE
     if not output.thinks:
         thinking = Thinking.DONE
-    if is_prefilled and response is not None and not tool_use.forced:
-        return whole_output(response)  # the prompt opened the answer: nothing else can follow
-    if is_prefilled and not tool_use.forced:
-        return None
+    if is_prefilled and not tool_use.forced:  # the prompt opened the answer
+        if response is not None:
+            return whole_output(response)  # nothing else can follow
+        # Calls could follow, also of functions that are not allowed.
+        text = Constraint(ConstraintKind.LARK, f"start: {ANYTHING}\n", "tool_choice")
+        return text if tool_use.restricted else None
     if not tool_use.tools and thinking is Thinking.DONE and not output.is_harmony:
         assert response is not None, "There is nothing to constrain. This is a bug."
         return whole_output(response)

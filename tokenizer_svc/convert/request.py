@@ -49,7 +49,6 @@ _STRUCTURED_KINDS = {
 
 def chat_request(request: chat_pb2.CreateChatCompletionRequest) -> ChatRequest:
     """The request as sent; absent fields are None."""
-    choice = request.tool_choice
     return ChatRequest(
         model=request.model,
         conversation=Conversation(
@@ -64,9 +63,7 @@ def chat_request(request: chat_pb2.CreateChatCompletionRequest) -> ChatRequest:
         logprobs=_optional(request, "logprobs", bool),
         top_logprobs=_optional(request, "top_logprobs", int),
         tool_choice=(
-            ToolChoice(_MODES.get(choice.mode), _optional(choice, "function_name", str))
-            if request.HasField("tool_choice")
-            else None
+            _tool_choice(request.tool_choice) if request.HasField("tool_choice") else None
         ),
         parallel_tool_calls=_optional(request, "parallel_tool_calls", bool),
     )
@@ -180,6 +177,15 @@ def _tools(tools: Iterable[chat_pb2.Tool]) -> tuple[Tool, ...]:
             strict=tool.function.strict,
         )
         for tool in tools
+    )
+
+
+def _tool_choice(choice: chat_pb2.ToolChoice) -> ToolChoice:
+    has_allowed = choice.HasField("allowed_tools")
+    return ToolChoice(
+        mode=_MODES.get(choice.mode),
+        function_name=_optional(choice, "function_name", str),
+        allowed=tuple(choice.allowed_tools.function_names) if has_allowed else None,
     )
 
 

@@ -75,10 +75,14 @@ class ToolMode(Enum):
 
 @dataclass(frozen=True)
 class ToolChoice:
-    """Which tools may or must be called; `mode` is None if it is unknown."""
+    """Which tools may or must be called; `mode` is None if it is unknown.
+
+    `allowed` are the names of the functions that may be called; None means all.
+    """
 
     mode: ToolMode | None
     function_name: str | None = None
+    allowed: tuple[str, ...] | None = None
 
 
 class ResponseKind(Enum):
@@ -203,7 +207,7 @@ class ToolUse:
     """Which tools an answer may or must call; without `tools`, none.
 
     `indices` are those of the tools in the request; `named` is whether the caller named the
-    function to call.
+    function to call, `restricted` whether it listed those that may be called.
     """
 
     tools: tuple[Tool, ...] = ()
@@ -211,6 +215,7 @@ class ToolUse:
     forced: bool = False
     parallel: bool = True
     named: bool = False
+    restricted: bool = False
 
     @property
     def names(self) -> frozenset[str]:

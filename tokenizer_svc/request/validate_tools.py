@@ -6,10 +6,18 @@ Raises ServiceError as `validate` does. The generator compiles schemas and may s
 import re
 from collections.abc import Sequence
 
-from tokenizer_svc.request.field_checks import check_array, check_length
+from tokenizer_svc.request.field_checks import check_array, check_length, check_nonempty
 from tokenizer_svc.request.json_schema import check_schema
 from tokenizer_svc.request.types import Tool, ToolChoice, ToolMode, ToolUse
-from trivium.field_errors import malformed_name, missing, unknown_value
+from trivium.field_errors import (
+    choice_without_tools,
+    contradiction,
+    duplicate_tool,
+    malformed_name,
+    missing,
+    unknown_tool,
+    unknown_value,
+)
 from trivium.limits import MAX_NAME_CHARACTERS, MAX_TOOLS, NAME_PATTERN
 from trivium.wire.errors import ServiceError
 
@@ -26,8 +34,7 @@ def check_tools(tools: Sequence[Tool]) -> None:
             raise unknown_value(f"{where}.type", "'function'")
         check_name(f"{where}.function.name", tool.name)
         if tool.name in seen:
-            text = f"Invalid '{where}.function.name': there is another tool '{tool.name}'."
-            raise ServiceError("invalid_value", text, f"{where}.function.name")
+            raise duplicate_tool(f"{where}.function.name", tool.name)
         seen.add(tool.name)
         if tool.parameters is not None:
             check_parameters(tool.parameters, f"{where}.function.parameters")
@@ -52,28 +59,50 @@ def check_parameters(text: str, field: str) -> None:
 
 def tool_use(tools: tuple[Tool, ...], choice: ToolChoice | None, parallel: bool | None) -> ToolUse:
     """Which tools the answer may or must call; `tools` have been validated."""
-    mode = ToolMode.AUTO if choice is None else choice.mode
+    choice = choice or ToolChoice(ToolMode.AUTO)
+    mode = choice.mode
     if mode is None:
         modes = ", ".join(f"'{known.value}'" for known in ToolMode)
         raise unknown_value("tool_choice", modes)
-    if not tools and mode in (ToolMode.REQUIRED, ToolMode.FUNCTION):
-        text = "Invalid value for 'tool_choice': it is only allowed when 'tools' are specified."
-        raise ServiceError("invalid_parameter_combination", text, "tool_choice")
+    if choice.allowed is not None and mode not in (ToolMode.AUTO, ToolMode.REQUIRED):
+        raise contradiction(
+            "tool_choice.allowed_tools", "is only allowed with the modes 'auto' and 'required'."
+        )
+    if not tools and (mode in (ToolMode.REQUIRED, ToolMode.FUNCTION) or choice.allowed is not None):
+        raise choice_without_tools()
     if not tools or mode is ToolMode.NONE:
         return ToolUse()
-    indices = tuple(range(len(tools)))
-    if mode is ToolMode.FUNCTION:
-        name = None if choice is None else choice.function_name
-        indices = tuple(index for index, tool in enumerate(tools) if tool.name == name)
-        if not name:
-            raise missing("tool_choice.function.name")
-        if not indices:
-            text = f"Tool choice '{name}' not found in 'tools' parameter."
-            raise ServiceError("invalid_parameter_combination", text, "tool_choice")
+    names = _chosen_names(tools, choice)
+    indices = tuple(index for index, tool in enumerate(tools) if tool.name in names)
     return ToolUse(
         tools=tuple(tools[index] for index in indices),
         indices=indices,
         forced=mode is not ToolMode.AUTO,
         parallel=parallel is not False and mode is not ToolMode.FUNCTION,
         named=mode is ToolMode.FUNCTION,
+        restricted=choice.allowed is not None,
     )
+
+
+def _chosen_names(tools: Sequence[Tool], choice: ToolChoice) -> set[str | None]:
+    """The names of the functions that may be called."""
+    names = {tool.name for tool in tools}
+    if choice.mode is ToolMode.FUNCTION:
+        if not choice.function_name:
+            raise missing("tool_choice.function.name")
+        if choice.function_name not in names:
+            raise unknown_tool("tool_choice.function.name", choice.function_name)
+        return {choice.function_name}
+    if choice.allowed is None:
+        return names
+    check_nonempty("tool_choice.allowed_tools.tools", choice.allowed)
+    check_array("tool_choice.allowed_tools.tools", choice.allowed, MAX_TOOLS)
+    allowed: set[str | None] = set()
+    for index, name in enumerate(choice.allowed):
+        field = f"tool_choice.allowed_tools.tools[{index}].function.name"
+        if name not in names:
+            raise unknown_tool(field, name)
+        if name in allowed:
+            raise duplicate_tool(field, name)
+        allowed.add(name)
+    return allowed
