@@ -2,14 +2,16 @@
 
 import asyncio
 import json
+from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from trivium.wire.errors import ServiceError
 
 MAX_HEADERS = 100
 MAX_HEAD_BYTES = 64 * 1024
+_MAX_PIPELINED = 8  # requests that may wait on a connection
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):
@@ -18,9 +20,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     A client may offer to upgrade to another protocol (`Upgrade: h2c`, as Java's does), which a
     server may ignore. The parser cannot: it considers the request complete without its body. So it
     is fed the same head again, without the offer.
+
+    uvicorn tells only the last request of a connection that the client has disconnected, and stops
+    reading at a pipelined one, so that it would not notice. Here the request that is being answered
+    is told, and reading goes on while few requests wait.
     """
 
     _head_timer: asyncio.TimerHandle | None = None
+    _answering: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -29,6 +36,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_head_timer()
         super().connection_lost(exc)
+        if self._answering is not None and not self._answering.response_complete:
+            self._answering.disconnected = True
+            self._answering.message_event.set()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
 
     def _time_head(self) -> None:
         """Starts the timer for a complete head: the time that a connection may be idle."""
@@ -91,6 +105,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if not self.parser.should_upgrade():
             self._stop_head_timer()
             super().on_headers_complete()
+            if len(self.pipeline) <= _MAX_PIPELINED:
+                self.flow.resume_reading()
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():

@@ -56,6 +56,25 @@ async def test_a_client_that_disconnects_mid_stream(
     assert "trivium_http_requests_running 0.0" in metrics
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_disconnects_with_pipelined_requests(
+    client: httpx.AsyncClient, backend: ScriptedBackend, stream: bool
+) -> None:
+    """The request that is being answered is cancelled, and those that wait are never begun."""
+    backend.script = (header(), delta("He"), None) if stream else (None,)
+    body = json.dumps(REQUEST | {"stream": stream})
+    head = f"POST {URL} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    request = f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+    _, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+    writer.write(request * 3)
+    await backend.started.wait()
+    writer.close()
+
+    async with asyncio.timeout(5):
+        await backend.cancelled.wait()
+    assert 1 == len(backend.requests)
+
+
 async def test_keep_alives(start_facade: StartFacade, backend: ScriptedBackend) -> None:
     """A silent stream sends comments, which clients ignore."""
     client = await start_facade(keep_alive_seconds=0.02)
