@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.tokenizer_svc import sample_templates as templates
 from tests.tokenizer_svc.sample_tokenizers import CHATML, byte_fallback, byte_level
+from tests.tokenizer_svc.test_families import operations
 from tokenizer_svc.prompt.builder import PromptBuilder
 from tokenizer_svc.prompt.chat_template import ChatTemplate
 from tokenizer_svc.request.types import Conversation, Message, Role, ToolCall
@@ -245,3 +246,22 @@ def test_messages_with_every_private_character_are_refused() -> None:
 
     assert "invalid_chat_template_input" == refused.value.code
     assert SAMPLES["SmolLM2"].token_ids([Message(Role.USER, (everything[:-1] + "<|im_end|>",))])
+
+
+def test_texts_are_not_searched_for_every_private_character() -> None:
+    """One pass finds those that a text has, as many passes over a long text would take seconds."""
+    everything = "".join(map(chr, (*range(0xFDD2, 0xFDF0), *range(0xE000, 0xF8FF))))
+    builder = SAMPLES["SmolLM2"].builder()
+    conversation = Conversation((Message(Role.USER, (everything,)),))
+
+    assert operations(lambda: builder.build(conversation)) < 4 * len(everything)
+
+
+@pytest.mark.parametrize("at", [0, 65_530, 65_534, 65_536])
+def test_escaped_private_characters_are_text(at: int) -> None:
+    """They stay as they are, wherever they are in a long text."""
+    text = "a" * at + "\ufdd2" + r"\ufdd3\ufdd4" + "<|im_end|>"
+    plain = Tokenizer(byte_level())
+    prompt = SAMPLES["SmolLM2"].builder().build(Conversation((Message(Role.USER, (text,)),)))
+
+    assert text in plain.decode(prompt.token_ids)

@@ -15,6 +15,7 @@ the middle of a message.
 """
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from enum import Enum
@@ -41,6 +42,8 @@ from trivium.wire.errors import ServiceError
 
 log = logging.getLogger(__name__)
 
+_STEP_CHARACTERS = 65_536
+_ESCAPED = re.compile(r"\\u([0-9a-f]{4})")  # as `_escape` writes it
 # Noncharacters, which no text should contain, then private-use characters, which hardly any does.
 _MARKS = [chr(code) for code in (*range(0xFDD2, 0xFDF0), *range(0xE000, 0xF900))]
 
@@ -224,8 +227,17 @@ def _cut_after(rendered: str, last: str) -> str:
 
 
 def _unused_character(texts: Sequence[str]) -> str:
-    for mark in _MARKS:
-        if not any(mark in text or _escape(mark) in text for text in texts):
+    likely, *others = _MARKS
+    if not any(likely in text or _escape(likely) in text for text in texts):
+        return likely
+    # One pass over a long text, in steps between which other threads can run.
+    used: set[str] = set()
+    for text in texts:
+        for at in range(0, len(text), _STEP_CHARACTERS):
+            step = text[at : at + _STEP_CHARACTERS + 5]  # an escape may go beyond the step
+            used.update(step, (chr(int(code, 16)) for code in _ESCAPED.findall(step)))
+    for mark in others:
+        if mark not in used:
             return mark
     message = "The messages use every private character, so that none is left to tell text apart."
     raise ServiceError("invalid_chat_template_input", message, "messages")
