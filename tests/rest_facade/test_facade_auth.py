@@ -1,6 +1,8 @@
 """API keys, as seen by clients and operators."""
 
+import errno
 import hashlib
+import os
 from pathlib import Path
 
 import httpx
@@ -70,6 +72,28 @@ def test_the_key_file_is_reloaded(file: Path, monkeypatch: pytest.MonkeyPatch) -
     assert accepts(keys, "three")
     file.write_text("# nobody any more")
     assert not accepts(keys, "three")
+
+
+def test_a_key_file_that_could_not_be_read_is_read_again(
+    file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It takes effect once it can be read, for example when its permissions are right, although it
+    has not been modified since. Meanwhile one line of the log says why it does not."""
+    monkeypatch.setattr(watched_file, "CHECK_SECONDS", 0)
+    keys = KeyFile(file)
+    file.write_text(digest("three"))
+
+    with monkeypatch.context() as unreadable:
+        unreadable.setattr(Path, "read_text", _denied)
+        assert accepts(keys, "one")
+        assert accepts(keys, "two")
+    assert ["Permission denied" in record.message for record in caplog.records] == [True]
+    assert not accepts(keys, "one")
+    assert accepts(keys, "three")
+
+
+def _denied(path: Path, encoding: str) -> str:
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 def test_invalid_key_files_are_refused(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ class WatchedFile(Generic[Content]):
     """A file as parsed by `read`, which raises ValueError if the content is invalid.
 
     If the file becomes invalid later, the last valid content stays in use, and the error is logged
-    once.
+    once. It is read again at each check, since a file that could not be read, for want of
+    permission or of file descriptors, may become readable without being modified.
     """
 
     def __init__(self, path: Path, read: Callable[[Path], Content]) -> None:
@@ -27,6 +28,7 @@ class WatchedFile(Generic[Content]):
         self._checked_at = time.monotonic()
         self._stamp = _stamp(path)
         self._content = read(path)
+        self._error = ""
 
     @property
     def content(self) -> Content:
@@ -40,13 +42,17 @@ class WatchedFile(Generic[Content]):
     def _reload(self) -> None:
         stamp = _stamp(self._path)
         if stamp == self._stamp:
+            self._error = ""
             return
-        self._stamp = stamp
         try:
             self._content = self._read(self._path)
-            log.info("reloaded %s", self._path)
         except ValueError as error:
-            log.error("reload failed, the previous content stays in use: %s", error)
+            if str(error) != self._error:
+                log.error("reload failed, the previous content stays in use: %s", error)
+            self._error = str(error)
+        else:
+            self._stamp, self._error = stamp, ""
+            log.info("reloaded %s", self._path)
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
