@@ -11,8 +11,10 @@ def cache_folder() -> Path:
 
     It need not exist. Raises RuntimeError for a user without a home folder.
     """
-    own = os.environ.get("TRIVIUM_CACHE")
-    if own:
-        return Path(own).expanduser().absolute()
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache").absolute() / "trivium"
+    own, root = os.environ.get("TRIVIUM_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        if own:
+            return Path(own).expanduser().absolute()
+        return (Path(root) if root else Path.home() / ".cache").absolute() / "trivium"
+    except RuntimeError:
+        raise RuntimeError("the home folder is unknown: set TRIVIUM_CACHE") from None

@@ -109,7 +109,13 @@ class ModelDirectory:
 
 def load_model_directory(path: str | Path) -> ModelDirectory:
     """Reads and checks the folder at `path`; raises ModelDirectoryError if it is not usable."""
-    folder = Path(path).expanduser().absolute()
+    try:
+        return _load(Path(path).expanduser().absolute())
+    except (OSError, RuntimeError) as error:  # RuntimeError: a home folder that is unknown
+        raise ModelDirectoryError(f"{path}: {error}") from error
+
+
+def _load(folder: Path) -> ModelDirectory:
     _check_folder(folder)
     manifest = _read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
     _check_sizes(folder, manifest)
@@ -119,12 +125,9 @@ def load_model_directory(path: str | Path) -> ModelDirectory:
     decoder = model.section("decoder")
     graph = folder / str(decoder.value("filename"))
     _check_file(graph)
-    try:
-        weights = _weights(graph)
-        files = [folder / TOKENIZER, folder / GENAI_CONFIG, graph, *weights]
-        revision = _revision(folder, files, manifest)
-    except OSError as error:
-        raise ModelDirectoryError(f"{folder}: {error}") from error
+    weights = _weights(graph)
+    files = [folder / TOKENIZER, folder / GENAI_CONFIG, graph, *weights]
+    revision = _revision(folder, files, manifest)
     generation_config = (
         _read_json(folder / GENERATION_CONFIG) if (folder / GENERATION_CONFIG).is_file() else {}
     )
@@ -230,7 +233,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelDirectoryError(f"{path.parent}: {path.name} is missing") from None
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise ModelDirectoryError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ModelDirectoryError(f"{path}: not a JSON object")

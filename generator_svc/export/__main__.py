@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import signal
@@ -102,7 +103,7 @@ def export(
         options = ExportOptions(precision=precision.value, device=device.value)
         with Steps(console) as steps:
             show = until_interrupted(steps.show)
-            export_model(source, out, options, show, force=force, cache=cache_folder())
+            export_model(source, out, options, show, force=force)
     except ExportError as error:
         console.print(f"trivium export: {error}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(FAILED) from error
@@ -111,8 +112,10 @@ def export(
         console.print(message, markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
     # Exports into the cache are made by `trivium up`, which goes on to serve them.
-    if cache_folder() not in out.absolute().parents:
-        console.print(f"{out} {_what_next(out)}", markup=False, soft_wrap=True)
+    with contextlib.suppress(RuntimeError):  # without a home folder, there is no cache
+        if cache_folder() in out.absolute().parents:
+            return
+    console.print(f"{out} {_what_next(out)}", markup=False, soft_wrap=True)
 
 
 def _what_next(folder: Path) -> str:

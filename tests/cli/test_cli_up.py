@@ -1,6 +1,7 @@
 """`trivium up` without the services: what it refuses, how it configures them, how it ends."""
 
 import asyncio
+import errno
 import importlib
 import os
 import signal
@@ -18,6 +19,7 @@ from tests.ports import up_ports
 from trivium.cli.banner import banner
 from trivium.cli.features import disabled_features, requires_api_keys
 from trivium.cli.main import app
+from trivium.cli.models import find_model
 from trivium.cli.pipeline import Pipeline, authority
 from trivium.cli.supervisor import Stage, Supervisor
 from trivium.cli.up import supervise
@@ -280,6 +282,47 @@ def test_an_empty_model_folder_is_refused(tmp_path: Path) -> None:
 
     assert result.exit_code == 2
     assert "empty" in result.output
+
+
+@pytest.fixture
+def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user is just a number, as in many containers: there is no home folder."""
+    for name in ("TRIVIUM_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+
+
+@pytest.mark.usefixtures("no_home")
+def test_a_model_folder_is_found_without_a_home_folder(tiny_folder: Path) -> None:
+    """Only the cache needs one."""
+    assert tiny_folder == find_model(str(tiny_folder), "cpu").folder
+
+
+@pytest.mark.usefixtures("no_home")
+@pytest.mark.parametrize("command", ["up", "doctor"])
+def test_without_a_home_folder_the_cache_has_to_be_set(command: str) -> None:
+    """The embedded model, which is in the cache, is refused in one line that says so."""
+    result = CliRunner().invoke(app, [command])
+
+    assert "the home folder is unknown: set TRIVIUM_CACHE" in result.output
+    assert isinstance(result.exception, SystemExit)
+
+
+def test_a_model_folder_that_may_not_be_read_is_refused(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one line, as the services do; not as JSON that is invalid."""
+    for name in ("iterdir", "read_text"):
+        with monkeypatch.context() as denying:
+            denying.setattr(Path, name, _denied)
+            result = CliRunner().invoke(app, ["up", "--model", str(tiny_folder)])
+        assert 2 == result.exit_code
+        assert "Permission denied" in result.output
+        assert "JSON" not in result.output
+
+
+def _denied(path: Path, encoding: str = "") -> str:
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 def test_packages_missing_for_the_export_are_named(

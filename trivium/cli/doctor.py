@@ -164,7 +164,11 @@ def doctor(
         *_reported(check_host()),
         *_reported(check_providers(device)),
     ]
-    folder = _folder(model, device).absolute()
+    try:
+        folder = _folder(model, device).absolute()
+    except (OSError, RuntimeError) as error:  # it may not be read, or there is no home folder
+        found += _reported(iter([Finding(BAD, "model", str(error))]))
+        raise typer.Exit(FAILED) from error
     found += [
         *_reported(check_ports(Pipeline(folder))),
         *_reported(check_model(folder)),

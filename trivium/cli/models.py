@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -43,15 +44,15 @@ def find_model(name: str, device: str) -> NamedModel:
     if name == EMBEDDED_MODEL:
         return NamedModel(_cached(name, device))
     candidates = possible_folders(name)
-    for folder in candidates:
-        if folder.is_dir() and not _is_checkpoint(folder):
-            try:
-                return NamedModel(load_model_directory(folder).path)
-            except ModelDirectoryError as error:
-                raise NoModel(str(error)) from error
     path = candidates[0]
-    if path.exists():
-        return NamedModel(_cached(str(path.absolute()), device))
+    try:
+        for folder in candidates:
+            if folder.is_dir() and not _is_checkpoint(folder):
+                return NamedModel(load_model_directory(folder).path)
+        if path.exists():
+            return NamedModel(_cached(str(path.absolute()), device))
+    except (ModelDirectoryError, OSError) as error:  # OSError: it may not be read
+        raise NoModel(str(error)) from error
     if HubName.parse(name) is not None:
         return NamedModel(_cached(name, device), alias=name)
     searched = ", ".join(dict.fromkeys(str(folder.absolute()) for folder in candidates))
@@ -63,7 +64,10 @@ def find_model(name: str, device: str) -> NamedModel:
 
 def possible_folders(name: str) -> list[Path]:
     """Where a model folder called `name` may be, first the path itself."""
-    return [Path(name).expanduser(), Path("models") / name, cache_folder() / "models" / name]
+    folders = [Path(os.path.expanduser(name)), Path("models") / name]
+    with contextlib.suppress(RuntimeError):  # in a container the user may be just a number
+        folders.append(cache_folder() / "models" / name)
+    return folders
 
 
 def _is_checkpoint(folder: Path) -> bool:
@@ -75,6 +79,10 @@ def _is_checkpoint(folder: Path) -> bool:
 
 def _cached(source: str, device: str) -> Path:
     """The folder of its export in the cache, made by a separate process if missing."""
+    try:
+        cache_folder()
+    except RuntimeError as error:
+        raise NoModel(f"{source} would be exported to the cache, but {error}") from error
     wrapper = (sys.executable, "-I", EXIT_WITH_PARENT, str(os.getpid()))
     command = (sys.executable, "-m", "generator_svc.export.cached", source, "--device", device)
     done = subprocess.run([*wrapper, *command], stdout=subprocess.PIPE, text=True, check=False)

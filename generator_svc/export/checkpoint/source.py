@@ -92,7 +92,11 @@ def locate(
     if path.is_file():
         return _file(source, path)
     if source == EMBEDDED_MODEL:
-        return Source(source, "gguf", _embedded((cache or cache_folder()) / "sources"))
+        try:
+            folder = cache or cache_folder()
+        except RuntimeError as error:
+            raise ExportError(f"{source} is fetched to the cache, but {error}") from error
+        return Source(source, "gguf", _embedded(folder / "sources"))
     name = HubName.parse(source)
     if name is not None:
         return Source(source, *fetch(name, progress))

@@ -114,3 +114,12 @@ def test_a_misspelt_path(
     monkeypatch.setattr("generator_svc.export.checkpoint.source.fetch", None)
 
     assert message.format(tmp=tmp_path, here=here) in refusal(source.format(tmp=tmp_path))
+
+
+def test_the_embedded_model_needs_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user who is just a number has no home folder; the message says what to set."""
+    for name in ("TRIVIUM_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+
+    assert "the home folder is unknown: set TRIVIUM_CACHE" in refusal("smollm2-135m-instruct")
