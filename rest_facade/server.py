@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
 import socket
 from collections.abc import Iterator
@@ -120,24 +121,35 @@ def _open_usage_log(settings: FacadeSettings, registry: CollectorRegistry) -> Us
 
 
 def _listening_sockets(settings: FacadeSettings) -> list[socket.socket]:
-    """`::` includes IPv4, as with gRPC. Facades that share a port have a backlog each."""
-    addresses = socket.getaddrinfo(
-        settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )
+    """`::` includes IPv4, as with gRPC. Facades that share a port have a backlog each.
+
+    Addresses that this host lacks are skipped: `localhost` may include ::1 on one without IPv6.
+    """
+    sockets, missing = [], None
     try:
-        return [
-            socket.create_server(
-                address,
-                family=family,
-                backlog=_BACKLOG,
-                reuse_port=settings.reuse_port,
-                dualstack_ipv6=family == socket.AF_INET6 and socket.has_dualstack_ipv6(),
-            )
-            for family, _, _, _, address in addresses
-        ]
-    except OSError as error:
+        for family, _, _, _, address in socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        ):
+            try:
+                listener = socket.create_server(
+                    address,
+                    family=family,
+                    backlog=_BACKLOG,
+                    reuse_port=settings.reuse_port,
+                    dualstack_ipv6=family == socket.AF_INET6 and socket.has_dualstack_ipv6(),
+                )
+            except OSError as error:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                missing = error
+            else:
+                sockets.append(listener)
+        if not sockets and missing is not None:
+            raise missing
+    except OSError as error:  # also a host name that cannot be resolved
         why = bind_error_message(settings.host, settings.port, error)
         refuse_to_start(f"TRIVIUM_FACADE_PORT: {why}")
+    return sockets
 
 
 async def _drain(

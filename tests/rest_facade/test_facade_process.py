@@ -266,6 +266,36 @@ async def test_ipv6(host: str) -> None:
         await process.communicate()
 
 
+# In many containers, `localhost` has the address ::1 but the loopback interface has not.
+NO_IPV6 = """
+import socket
+found = socket.getaddrinfo
+def both(host, port, *args, **options):
+    ipv6 = (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("2001:db8::1", port, 0, 0))
+    return [*found(host, port, *args, **options), *[ipv6] * (host == "localhost")]
+socket.getaddrinfo = both
+"""
+
+
+async def test_localhost_without_ipv6(
+    backend: ScriptedBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It serves at the addresses of its host name that the machine has."""
+    (tmp_path / "sitecustomize.py").write_text(NO_IPV6)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+
+    async with running(backend, host="localhost") as (_, client):
+        assert 200 == (await client.get("/health/live")).status_code
+
+
+async def test_an_unknown_host_name_is_refused() -> None:
+    """In one line that names it."""
+    status, words = await refusal(host="nowhere.invalid", allow_unauthenticated_remote=True, port=1)
+
+    assert 2 == status
+    assert words.startswith("TRIVIUM_FACADE_PORT: nowhere.invalid:1 cannot be bound: ")
+
+
 async def _answers(client: httpx.AsyncClient, url: str) -> bool:
     try:
         return (await client.get(url)).status_code == 200
