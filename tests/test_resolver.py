@@ -100,3 +100,16 @@ def test_invalid_targets_are_refused(target: str) -> None:
         FacadeSettings(tokenizer_target=target)
     with pytest.raises(ValidationError, match=r"generator_target\n.* should be host:port"):
         ModelSettings(model_directory=".", generator_target=target)
+
+
+@pytest.mark.parametrize("server", ["ns.example", "ns.example:53", "10.0.0.1:0", "10.0.0.1:65536"])
+def test_a_name_server_needs_an_ip_address(server: str) -> None:
+    """Its own name could not be resolved, so it is refused at startup."""
+    with pytest.raises(ValidationError, match="should be the IP address of a name server"):
+        FacadeSettings(tokenizer_target=f"dns://{server}/tokenizer:50051")
+
+
+@pytest.mark.parametrize("server", ["10.0.0.1", "10.0.0.1:53", "2001:db8::1", "[2001:db8::1]:53"])
+def test_a_name_server_may_have_a_port(server: str) -> None:
+    """It may be IPv4 or IPv6."""
+    assert server == Resolver(f"dns://{server}/tokenizer:50051").names[0].server

@@ -1,7 +1,7 @@
 """Resolves a target to its current addresses: names by DNS, IP addresses as they are.
 
 host:port                  all addresses of the host; the same as dns:///host:port
-dns://server:port/host:port    the same, resolved by that name server
+dns://server:port/host:port    the same, resolved by the name server at that IP address
 a:port,b:port              the addresses of all of them
 unix:…, xds:///…           left to gRPC, as one address
 """
@@ -90,6 +90,8 @@ class Resolver:
         server = None
         if dns := _DNS.fullmatch(part):
             server, part = dns["server"] or None, dns["host_port"]
+            if server is not None and not _is_server(server):
+                raise TargetError(f"{server!r} should be the IP address of a name server")
         match = _HOST_PORT.fullmatch(re.sub(r"^ipv[46]:", "", part))
         if match is None or not 0 < int(match["port"]) < 65536:
             raise TargetError(f"{part!r} should be host:port")
@@ -98,6 +100,17 @@ class Resolver:
             self._fixed.add(Address(_ip_target(host, port)))
         except ValueError:
             self.names.append(Name(host, port, server))
+
+
+def _is_server(text: str) -> bool:
+    """Whether this is an IP address, with or without a port."""
+    match = _HOST_PORT.fullmatch(text)
+    ip, port = (text, "53") if match is None else (match["v6"] or match["host"], match["port"])
+    try:
+        ipaddress.ip_address(ip.strip("[]"))
+    except ValueError:
+        return False
+    return 0 < int(port) < 65536
 
 
 def check_target(target: str) -> str:
