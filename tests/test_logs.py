@@ -55,3 +55,11 @@ def test_text_is_one_line(restored, capsys):
     line = logged(capsys, "text", **{"x-request-id": "req-7"})
 
     assert line.endswith("INFO    stage: GET /x 200\\nin 1 s request_id=req-7\n")
+
+
+def test_text_cannot_be_forged(restored, capsys):
+    """Nothing that a caller sends, such as a path, ends or overwrites a line."""
+    telemetry.configure_logging("stage", "info", "text")
+    for character, escaped in (("\r", "\\r"), ("\x1b", "\\x1b"), ("\x85", "\\x85"), ("é", "é")):
+        logging.getLogger("any").info("GET /%s[2K 200", character)
+        assert f"stage: GET /{escaped}[2K 200" in capsys.readouterr().err

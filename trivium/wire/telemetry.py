@@ -21,6 +21,8 @@ KEY_NAME = "x-trivium-key-name"  # never accepted over HTTP: the facade looks it
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _SANE_KEY_NAME = re.compile(r"[A-Za-z0-9._:/+=@-]{1,64}")
 _SANE_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+# They end a line somewhere, or change what a terminal shows of it.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
 traceparent: contextvars.ContextVar[str] = contextvars.ContextVar("traceparent", default="")
@@ -96,7 +98,7 @@ class _TextFormatter(_Formatter):
     def format(self, record: logging.LogRecord) -> str:
         known = self._identity(record)
         line = f"{known['time']} {known['level'].upper():<7} {known['service']}: "
-        line += record.getMessage().replace("\n", "\\n")
+        line += _CONTROL.sub(lambda found: repr(found[0])[1:-1], record.getMessage())
         line += "".join(
             f" {name}={known[name]}" for name in ("request_id", "trace_id") if known[name] != "-"
         )
