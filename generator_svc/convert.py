@@ -17,12 +17,13 @@ from generator_svc.sequence import (
     SequenceUpdate,
     TokenLogprobs,
 )
-from trivium.field_errors import check_number
+from trivium.field_errors import check_number, contradiction, missing, too_many_entries
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.limits import (
     COMPLETION_LOGPROBS,
     LOGIT_BIAS,
     MAX_COMPLETION_TOKENS,
+    MAX_LOGIT_BIASES,
     MAX_PATTERN_CHARACTERS,
     MAX_SCHEMA_CHARACTERS,
     MIN_TOKENS,
@@ -66,6 +67,8 @@ class Limits:
 
 def to_engine_request(start: pb.StartGeneration, limits: Limits) -> EngineRequest:
     """A validated request; raises ServiceError naming the invalid field."""
+    if not start.revision:
+        raise missing("revision")
     if start.revision != limits.revision:
         raise ServiceError(
             "revision_mismatch",
@@ -76,7 +79,6 @@ def to_engine_request(start: pb.StartGeneration, limits: Limits) -> EngineReques
     if not prompt:
         raise ServiceError("empty_array", "The prompt has no tokens.", "prompt_token_ids")
     _check_ids(prompt, limits, "prompt_token_ids")
-    _check_ids(start.stop_token_ids, limits, "stop_token_ids")
     remaining = limits.slot_length - len(prompt)
     if remaining < 1:
         raise ServiceError(
@@ -90,9 +92,6 @@ def to_engine_request(start: pb.StartGeneration, limits: Limits) -> EngineReques
     n = start.n if start.HasField("n") else 1
     check_number("n", n, Range(N.minimum, limits.max_n))
     check_number("min_new_tokens", start.min_new_tokens, MIN_TOKENS)
-    stop_ids = {*start.stop_token_ids}
-    if not start.ignore_eos:
-        stop_ids.update(limits.eos_token_ids)
     top_logprobs = start.top_logprobs if start.HasField("top_logprobs") else None
     check_number("top_logprobs", top_logprobs or 0, TOP_LOGPROBS)
     prompt_logprobs = start.prompt_logprobs if start.HasField("prompt_logprobs") else None
@@ -109,10 +108,20 @@ def to_engine_request(start: pb.StartGeneration, limits: Limits) -> EngineReques
         sampling=_to_sampling(start.sampling, limits),
         n=n,
         min_new_tokens=start.min_new_tokens,
-        stop_token_ids=frozenset(stop_ids),
+        stop_token_ids=_stop_ids(start, limits),
         top_logprobs=top_logprobs,
         prompt_logprobs=prompt_logprobs,
     )
+
+
+def _stop_ids(start: pb.StartGeneration, limits: Limits) -> frozenset[int]:
+    _check_ids(start.stop_token_ids, limits, "stop_token_ids")
+    stop_ids = {*start.stop_token_ids}
+    if not start.ignore_eos:
+        stop_ids.update(limits.eos_token_ids)
+    if start.min_new_tokens and len(stop_ids) == limits.vocabulary_size:
+        raise contradiction("min_new_tokens", "needs a token that does not end the continuation.")
+    return frozenset(stop_ids)
 
 
 def _to_sampling(params: sampling_pb2.SamplingParams, limits: Limits) -> SamplingParams:
@@ -120,6 +129,8 @@ def _to_sampling(params: sampling_pb2.SamplingParams, limits: Limits) -> Samplin
     for name, value in values.items():
         check_number(f"sampling.{name}", value, SAMPLING[name])
     bias = dict(params.logit_bias)
+    if len(bias) > MAX_LOGIT_BIASES:
+        raise too_many_entries("sampling.logit_bias", MAX_LOGIT_BIASES)
     _check_ids(bias, limits, "sampling.logit_bias")
     for token_id, value in bias.items():
         check_number(f"sampling.logit_bias[{token_id}]", value, LOGIT_BIAS)

@@ -96,6 +96,7 @@ def test_seeds_are_fresh_unless_given():
 @pytest.mark.parametrize(
     ("fields", "code", "param"),
     [
+        ({"revision": ""}, "missing_required_parameter", "revision"),
         ({"prompt_token_ids": []}, "empty_array", "prompt_token_ids"),
         ({"prompt_token_ids": [3, 64]}, "invalid_value", "prompt_token_ids"),
         ({"prompt_token_ids": [-1]}, "invalid_value", "prompt_token_ids"),
@@ -166,6 +167,28 @@ def test_logit_bias_is_checked_by_id_and_by_value(bias, code, param):
     error = _error(_start({"logit_bias": bias}))
 
     assert (code, param) == (error.code, error.param)
+
+
+def test_logit_bias_has_at_most_16384_entries():
+    """As sampling.proto says, for the generator's callers too."""
+    many = {"logit_bias": dict.fromkeys(range(16_385), 1.0)}
+    limits = replace(LIMITS, vocabulary_size=20_000)
+    with pytest.raises(ServiceError) as caught:
+        to_engine_request(_start(many), limits)
+    del many["logit_bias"][0]
+
+    assert ("invalid_value", "sampling.logit_bias") == (caught.value.code, caught.value.param)
+    assert 16_384 == len(to_engine_request(_start(many), limits).sampling.logit_bias)
+
+
+def test_a_minimum_needs_a_token_that_may_come_before_it():
+    """With every token a stop token nothing could be generated; without a minimum one is."""
+    every = list(range(64))
+    error = _error(_start(stop_token_ids=every, min_new_tokens=1))
+
+    assert ("invalid_parameter_combination", "min_new_tokens") == (error.code, error.param)
+    assert 64 == len(to_engine_request(_start(stop_token_ids=every), LIMITS).stop_token_ids)
+    assert 1 == to_engine_request(_start(stop_token_ids=every[1:], min_new_tokens=1), LIMITS).n
 
 
 def test_revision_mismatch_is_refused_first():

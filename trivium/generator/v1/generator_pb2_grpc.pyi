@@ -36,7 +36,8 @@ class GeneratorServiceStub:
     Generate: _grpc.StreamStreamMultiCallable[_generator_pb2.GenerateRequest, _generator_pb2.GenerateResponse]
     """Generates n continuations of one prompt. The first message starts them;
     later ones may stop single continuations, which then finish with exact
-    counts. A caller that never stops one may half-close the stream at once.
+    counts. Commands that have no effect are ignored: an empty one, another
+    start, a stop of an index that is not running. A caller that never stops one may half-close the stream at once.
     Cancelling the call frees everything it holds within a step.
     """
     GetModelInfo: _grpc.UnaryUnaryMultiCallable[_generator_pb2.GetModelInfoRequest, _generator_pb2.GetModelInfoResponse]
@@ -55,7 +56,8 @@ class GeneratorServiceAsyncStub(GeneratorServiceStub):
     Generate: _aio.StreamStreamMultiCallable[_generator_pb2.GenerateRequest, _generator_pb2.GenerateResponse]  # type: ignore[assignment]
     """Generates n continuations of one prompt. The first message starts them;
     later ones may stop single continuations, which then finish with exact
-    counts. A caller that never stops one may half-close the stream at once.
+    counts. Commands that have no effect are ignored: an empty one, another
+    start, a stop of an index that is not running. A caller that never stops one may half-close the stream at once.
     Cancelling the call frees everything it holds within a step.
     """
     GetModelInfo: _aio.UnaryUnaryMultiCallable[_generator_pb2.GetModelInfoRequest, _generator_pb2.GetModelInfoResponse]  # type: ignore[assignment]
@@ -77,7 +79,8 @@ class GeneratorServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_generator_pb2.GenerateResponse], _abc.AsyncIterator[_generator_pb2.GenerateResponse]]:
         """Generates n continuations of one prompt. The first message starts them;
         later ones may stop single continuations, which then finish with exact
-        counts. A caller that never stops one may half-close the stream at once.
+        counts. Commands that have no effect are ignored: an empty one, another
+        start, a stop of an index that is not running. A caller that never stops one may half-close the stream at once.
         Cancelling the call frees everything it holds within a step.
         """
 
