@@ -85,6 +85,16 @@ def test_unused_values_may_be_missing(foreign):
     assert load_model_directory(foreign).head_size == 16
 
 
+@pytest.mark.parametrize("eos", [[2, 517], 517, [-1, 2, 2**70]])
+def test_eos_outside_the_vocabulary_is_ignored(foreign, caplog, eos):
+    """The model cannot generate it, for example if the embeddings were not resized for it."""
+    edit(foreign / "genai_config.json", "model", "vocab_size", value=517)
+    edit(foreign / "genai_config.json", "model", "eos_token_id", value=eos)
+
+    assert load_model_directory(foreign).eos_token_ids == (() if eos == 517 else (2,))
+    assert "'eos_token_id' has ids outside the vocabulary of 517 tokens" in caplog.text
+
+
 @pytest.mark.parametrize("eos", [[2, 0], 2])
 def test_eos_may_be_one_id_or_a_list(foreign, eos):
     """Both forms are in use."""

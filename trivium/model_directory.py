@@ -131,6 +131,7 @@ def _load(folder: Path) -> ModelDirectory:
     generation_config = (
         _read_json(folder / GENERATION_CONFIG) if (folder / GENERATION_CONFIG).is_file() else {}
     )
+    vocab_size = model.count("vocab_size")
     return ModelDirectory(
         path=folder,
         id=folder.name,
@@ -141,8 +142,8 @@ def _load(folder: Path) -> ModelDirectory:
         num_kv_heads=decoder.count("num_key_value_heads"),
         head_size=decoder.count("head_size"),
         context_length=model.count("context_length"),
-        vocab_size=model.count("vocab_size"),
-        eos_token_ids=model.token_ids("eos_token_id"),
+        vocab_size=vocab_size,
+        eos_token_ids=model.token_ids("eos_token_id", vocab_size),
         family=str(model.values.get("type", "")),
         precision=manifest.get("precision"),
         names=_graph_names(decoder),
@@ -175,13 +176,20 @@ class _Section:
             raise ModelDirectoryError(f"{self.file}: {key!r} is not a positive integer")
         return value
 
-    def token_ids(self, key: str) -> tuple[int, ...]:
-        """The ids under `key`, which may be missing, null, one id or a list of ids."""
+    def token_ids(self, key: str, vocab_size: int) -> tuple[int, ...]:
+        """The ids under `key`, which may be missing, null, one id or a list of ids.
+
+        Ids outside the vocabulary are left out, since the model can never generate them.
+        """
         value = self.values.get(key)
         ids = [] if value is None else value if isinstance(value, list) else [value]
         if any(type(token) is not int for token in ids):
             raise ModelDirectoryError(f"{self.file}: {key!r} is neither a token id nor a list")
-        return tuple(token for token in ids if token >= 0)
+        unknown = [token for token in ids if token >= vocab_size]
+        if unknown:
+            text = "%s: %r has ids outside the vocabulary of %d tokens, which are ignored: %s"
+            log.warning(text, self.file, key, vocab_size, unknown)
+        return tuple(token for token in ids if 0 <= token < vocab_size)
 
 
 def _graph_names(decoder: _Section) -> GraphNames:

@@ -55,7 +55,8 @@ class TokenTable:
     """A model's tokens: their bytes, which are control tokens, and which end a text.
 
     Ids range from 0 to `vocabulary_size` - 1; those without a token in the tokenizer file are never
-    allowed. Raises ValueError for a file that llguidance does not support.
+    allowed. Raises ValueError for a file that llguidance does not support, or if no token ends a
+    text.
     """
 
     def __init__(self, file: Path, vocabulary_size: int, eos_token_ids: Sequence[int]) -> None:
@@ -71,7 +72,10 @@ class TokenTable:
             ) from error
         self.vocabulary_size = vocabulary_size
         self.num_tokens = num_tokens
-        self.end_token_ids = frozenset(self.tokenizer.eos_tokens)
+        ends = (token_id for token_id in self.tokenizer.eos_tokens if token_id < vocabulary_size)
+        self.end_token_ids = frozenset(ends)
+        if not self.end_token_ids:
+            raise ValueError(f"{file}: none of the model's tokens ends a text")
 
 
 def _limits(kind: str) -> LLParserLimits:

@@ -196,6 +196,16 @@ def test_graph_may_have_fewer_tokens_than_the_tokenizer():
     assert tokens.known == table.tokenizer.vocab_size
 
 
+def test_an_end_that_the_graph_cannot_generate_is_unsupported():
+    """Otherwise no token would be left once a constrained text is complete."""
+    tokens = text_tokens()
+    last = tokens.known - 1
+
+    assert {tokens.eos} == TokenTable(tokens.file, last, [tokens.eos, last]).end_token_ids
+    with pytest.raises(ValueError, match="none of the model's tokens ends a text"):
+        TokenTable(tokens.file, last, [last])
+
+
 def test_control_tokens_come_only_where_a_grammar_names_them():
     """Plain text cannot become one."""
     tool = text_tokens().tokenizer.token_to_id("<|tool|>")
