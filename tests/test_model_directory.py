@@ -340,7 +340,9 @@ def test_a_path_that_is_not_a_model_folder_is_refused(tmp_path):
         load_model_directory(tmp_path / "file")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"model": 3}', '{"model": {"decoder": {}}}', ""])
+@pytest.mark.parametrize(
+    "text", ["{", "[" * 100_000, "[]", '{"model": 3}', '{"model": {"decoder": {}}}', ""]
+)
 def test_a_broken_configuration_is_refused(foreign, text):
     """The message is one line that names the file."""
     (foreign / "genai_config.json").write_text(text)
@@ -348,6 +350,15 @@ def test_a_broken_configuration_is_refused(foreign, text):
     with pytest.raises(ModelDirectoryError, match=r"genai_config.json") as caught:
         load_model_directory(foreign)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["past.key", "past.%d.key.%d", "past.%s.key", 5, None])
+def test_an_invalid_graph_name_is_refused(foreign, name):
+    """The names of the cache's tensors have a place for the number of the layer."""
+    edit(foreign / "genai_config.json", "model", "decoder", "inputs", "past_key_names", value=name)
+
+    with pytest.raises(ModelDirectoryError, match=r"genai_config.json: 'past_key_names' "):
+        load_model_directory(foreign)
 
 
 @pytest.mark.parametrize("value", [0, -1, "8", None, True])

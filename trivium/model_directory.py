@@ -176,6 +176,15 @@ class _Section:
             raise ModelDirectoryError(f"{self.file}: {key!r} is not a positive integer")
         return value
 
+    def name(self, key: str, standard: str) -> str:
+        """A name of the graph; with one `%d`, for the layer, if the standard name has it."""
+        value = self.values.get(key, standard)
+        if not isinstance(value, str):
+            raise ModelDirectoryError(f"{self.file}: {key!r} is not a string")
+        if "%d" in standard and (value.count("%"), value.count("%d")) != (1, 1):
+            raise ModelDirectoryError(f"{self.file}: {key!r} has no single %d for the layer")
+        return value
+
     def token_ids(self, key: str, vocab_size: int) -> tuple[int, ...]:
         """The ids under `key`, which may be missing, null, one id or a list of ids.
 
@@ -193,17 +202,16 @@ class _Section:
 
 
 def _graph_names(decoder: _Section) -> GraphNames:
-    inputs = decoder.section("inputs").values
-    outputs = decoder.section("outputs").values
+    inputs, outputs = decoder.section("inputs"), decoder.section("outputs")
     standard = GraphNames()
     return GraphNames(
-        input_ids=inputs.get("input_ids", standard.input_ids),
-        attention_mask=inputs.get("attention_mask", standard.attention_mask),
-        past_key=inputs.get("past_key_names", standard.past_key),
-        past_value=inputs.get("past_value_names", standard.past_value),
-        logits=outputs.get("logits", standard.logits),
-        present_key=outputs.get("present_key_names", standard.present_key),
-        present_value=outputs.get("present_value_names", standard.present_value),
+        input_ids=inputs.name("input_ids", standard.input_ids),
+        attention_mask=inputs.name("attention_mask", standard.attention_mask),
+        past_key=inputs.name("past_key_names", standard.past_key),
+        past_value=inputs.name("past_value_names", standard.past_value),
+        logits=outputs.name("logits", standard.logits),
+        present_key=outputs.name("present_key_names", standard.present_key),
+        present_value=outputs.name("present_value_names", standard.present_value),
     )
 
 
@@ -241,7 +249,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelDirectoryError(f"{path.parent}: {path.name} is missing") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelDirectoryError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ModelDirectoryError(f"{path}: not a JSON object")
