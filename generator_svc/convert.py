@@ -4,6 +4,7 @@ Each field is validated once: what `to_engine_request` returns is valid for the 
 """
 
 import secrets
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -134,9 +135,11 @@ def _to_sampling(params: sampling_pb2.SamplingParams, limits: Limits) -> Samplin
     _check_ids(bias, limits, "sampling.logit_bias")
     for token_id, value in bias.items():
         check_number(f"sampling.logit_bias[{token_id}]", value, LOGIT_BIAS)
+    _check_ids(params.allowed_token_ids, limits, "sampling.allowed_token_ids")
     is_given = params.HasField("seed") and params.seed != _FRESH_SEED
     seed = params.seed if is_given else secrets.randbits(63)
-    return replace(limits.defaults, **values, logit_bias=bias, seed=seed)
+    allowed = array("q", params.allowed_token_ids)
+    return replace(limits.defaults, **values, logit_bias=bias, allowed_token_ids=allowed, seed=seed)
 
 
 def _check_ids(ids: Iterable[int], limits: Limits, field: str) -> None:

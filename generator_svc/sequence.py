@@ -44,6 +44,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     top_n_sigma: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_token_ids: "array[int]" = field(default_factory=lambda: array("q"))  # int64
     seed: int = 0
 
     @functools.cached_property
@@ -68,12 +69,16 @@ class SamplingParams:
 
 
 class ConstraintError(Exception):
-    """A constraint cannot be enforced; `code` is one of those in trivium.wire.errors."""
+    """A constraint cannot be enforced, or `param` of the request contradicts other fields.
 
-    def __init__(self, code: str, message: str) -> None:
+    `code` is one of those in trivium.wire.errors.
+    """
+
+    def __init__(self, code: str, message: str, param: str = "constraint") -> None:
         super().__init__(message)
         self.code = code
         self.message = message
+        self.param = param
 
 
 class ConstraintState(Protocol):
@@ -116,6 +121,11 @@ class EngineRequest:
     top_logprobs: int | None = None
     prompt_logprobs: int | None = None
     constraint: Constraint | None = None
+
+    @functools.cached_property
+    def has_masks(self) -> bool:
+        """Whether tokens may be excluded at any position, and not only before `min_new_tokens`."""
+        return self.constraint is not None or bool(self.sampling.allowed_token_ids)
 
     @functools.cached_property
     def all_stop_token_ids(self) -> frozenset[int]:
@@ -179,7 +189,7 @@ class Sequence:
         self.generated = len(self.token_ids) - self.prompt_length  # so far
         self._is_arg_max = (
             request.sampling.is_plain_greedy
-            and request.constraint is None
+            and not request.has_masks
             and request.top_logprobs is None
         )
         self._has_penalties = request.sampling.has_bias_or_penalties

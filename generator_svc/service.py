@@ -58,7 +58,7 @@ _REPORT_SECONDS = 5.0  # how long to wait for an announced completion report
 def _to_service_error(error: BaseException) -> ServiceError:
     """The error that the caller gets for a failed step."""
     if isinstance(error, ConstraintError):
-        return ServiceError(error.code, error.message, CONSTRAINT)
+        return ServiceError(error.code, error.message, error.param)
     log.error("an engine step failed", exc_info=error)
     return internal_error()
 

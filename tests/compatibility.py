@@ -264,6 +264,14 @@ CHAT_REQUEST = (
         f"{_P}test_token_limits_are_exact",
     ),
     Row("ignore_eos", _NOT_PUBLISHED, "extension, as in vLLM", f"{_P}test_token_limits_are_exact"),
+    Row(
+        "allowed_token_ids",
+        _NOT_PUBLISHED,
+        "extension, as in vLLM: 1 to 16,384, without end-of-sequence tokens that are not listed; "
+        "log-probabilities are from before it, as with `logit_bias`; a complete structured output "
+        "ends in any case; 400 `invalid_parameter_combination` if no token is left",
+        f"{_R}test_only_allowed_tokens_are_generated",
+    ),
     Row("stop_token_ids", _NOT_PUBLISHED, "extension, as in vLLM: up to 64", _TEMPLATE),
     Row("include_stop_str_in_output", _NOT_PUBLISHED, "extension, as in vLLM", _TEMPLATE),
     Row("skip_special_tokens", _NOT_PUBLISHED, "extension, as in vLLM", _TEMPLATE),

@@ -5,6 +5,7 @@ Every entry point is tried just inside and just outside every range.
 
 import math
 import re
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,12 @@ def test_all_interfaces_have_the_same_ranges(name: str, way: Any) -> None:
 def test_every_field_reaches_the_sampler() -> None:
     """The caller's value reaches the sampler, whatever the model's default."""
     given = {name: allowed.maximum for name, allowed in SAMPLING.items()}
-    sampling = SamplingParams(**given, seed=5, logit_bias={3: 1.5})
+    sampling = SamplingParams(**given, seed=5, logit_bias={3: 1.5}, allowed_token_ids=[3, 0])
     start = StartGeneration(revision="r", prompt_token_ids=[1], sampling=sampling)
+    allowed = array("q", [3, 0])
 
     assert (
-        sequence.SamplingParams(**given, seed=5, logit_bias={3: 1.5})
+        sequence.SamplingParams(**given, seed=5, logit_bias={3: 1.5}, allowed_token_ids=allowed)
         == to_engine_request(start, LIMITS).sampling
     )
 

@@ -161,12 +161,20 @@ async def _generate(
                 if completion.done:
                     await generation.report(_report(completion))
     except ServiceError as error:
-        if error.param == "prompt_logprobs":  # requested by `echo` and `logprobs`
-            raise ServiceError(error.code, error.message, "logprobs") from error
-        raise attribute_error_to_field(error, job.constraint) from error
+        raise _public_error(error, job.constraint) from error
     if not completion.done:
         log.error("the generator ended the call before all choices had finished")
         raise internal_error()
+
+
+def _public_error(error: ServiceError, constraint: Constraint | None) -> ServiceError:
+    """The generator's error, with the public name of the field that it is about."""
+    param = error.param or ""
+    if param == "prompt_logprobs":  # requested by `echo` and `logprobs`
+        return ServiceError(error.code, error.message, "logprobs")
+    if param.startswith("sampling."):
+        return ServiceError(error.code, error.message, param.removeprefix("sampling."))
+    return attribute_error_to_field(error, constraint)
 
 
 def _without_tokens(update: TokenUpdate) -> TokenUpdate:

@@ -1,8 +1,9 @@
 """Sampling on the host. Rows are processed one by one, so a token never depends on the batch.
 
-The order is: raw log-probabilities (the ones reported), logit bias, mask (of the constraint and of
-min_new_tokens), repetition penalty, frequency and presence penalty, top_n_sigma, temperature,
-top_k, top_p, min_p, draw. Bias and penalties are computed in float64 and rounded to float32.
+The order is: raw log-probabilities (the ones reported), logit bias, mask (of allowed_token_ids, the
+constraint and min_new_tokens), repetition penalty, frequency and presence penalty, top_n_sigma,
+temperature, top_k, top_p, min_p, draw. Bias and penalties are computed in float64 and rounded to
+float32.
 """
 
 from collections.abc import Callable, Iterable
@@ -47,25 +48,59 @@ def sample(sequence: Sequence, logits: HostRow) -> SampledToken:
 def forbidden_tokens(sequence: Sequence, size: int) -> Mask | None:
     """Mask of the tokens that may not be sampled, bool [vocabulary]; None if all are allowed.
 
-    If a constraint allows only end tokens, they may be sampled in spite of min_new_tokens and
-    ignore_eos, since the text is complete.
+    A complete constrained text of which no other token is left may end, in spite of min_new_tokens,
+    ignore_eos and allowed_token_ids. Otherwise, raises ConstraintError if allowed_token_ids leaves
+    no token.
     """
     request = sequence.request
+    if not request.has_masks and sequence.generated >= request.min_new_tokens:
+        return None
     constraint = request.constraint
     withheld: frozenset[int] = frozenset()
     if sequence.generated < request.min_new_tokens:
         withheld = request.all_stop_token_ids
     elif constraint is not None:
         withheld = constraint.end_token_ids - request.stop_token_ids
+    excluded = _excluded_by_caller(sequence, size)
     if constraint is None:
-        return _mask_of(withheld, size) if withheld else None
+        if excluded is None:
+            return _mask_of(withheld, size) if withheld else None
+        excluded[list(withheld)] = True
+        if excluded.all():
+            raise _no_token_left(sequence)
+        return excluded
     if sequence.constraint_state is None:
         sequence.constraint_state = constraint.new_state()
-    forbidden: Mask = ~sequence.constraint_state.allowed()
+    unfit: Mask = ~sequence.constraint_state.allowed()
+    forbidden = unfit if excluded is None else unfit | excluded
     if withheld:
         both = forbidden | _mask_of(withheld, size)
-        return forbidden if both.all() else both
+        if not both.all():
+            return both
+    if excluded is not None and forbidden.all():
+        forbidden = unfit | ~_mask_of(constraint.end_token_ids, size)
+        if forbidden.all():
+            raise _no_token_left(sequence)
     return forbidden
+
+
+def _excluded_by_caller(sequence: Sequence, size: int) -> Mask | None:
+    """Mask of the tokens that allowed_token_ids excludes; None if it is not set."""
+    allowed = sequence.request.sampling.allowed_token_ids
+    if not allowed:
+        return None
+    mask = np.ones(size, np.bool_)
+    mask[np.frombuffer(allowed, np.int64)] = False
+    return mask
+
+
+def _no_token_left(sequence: Sequence) -> ConstraintError:
+    message = (
+        "The 'allowed_token_ids' parameter, together with the request's other parameters, leaves "
+        f"no token to generate after {sequence.generated} tokens."
+    )
+    code = "invalid_parameter_combination"
+    return ConstraintError(code, message, "sampling.allowed_token_ids")
 
 
 def _allowed_if_few(forbidden: Mask | None) -> npt.NDArray[np.intp] | None:

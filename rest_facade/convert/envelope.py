@@ -21,7 +21,10 @@ FINISH_REASONS: dict[int, FinishReason] = {
 
 def options(request: SharedOptions) -> chat_pb2.CompletionOptions:
     """The fields that chat and plain completions share; absent ones stay absent."""
-    sampling = SamplingParams(logit_bias={int(k): v for k, v in (request.logit_bias or {}).items()})
+    sampling = SamplingParams(
+        logit_bias={int(k): v for k, v in (request.logit_bias or {}).items()},
+        allowed_token_ids=request.allowed_token_ids or (),
+    )
     copy_scalars(request, sampling)
     message = chat_pb2.CompletionOptions(
         sampling=sampling,

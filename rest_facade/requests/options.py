@@ -15,6 +15,7 @@ from rest_facade.requests.structured_output import ALIASES, StructuredOutputFiel
 from trivium.field_errors import contradiction, too_many_entries
 from trivium.limits import (
     LOGIT_BIAS,
+    MAX_ALLOWED_TOKENS,
     MAX_COMPLETION_TOKENS,
     MAX_LOGIT_BIASES,
     MAX_STOP_CHARACTERS,
@@ -93,6 +94,9 @@ Biases = Annotated[dict[str, Bias], AfterValidator(_token_keys)]
 Labels = Annotated[dict[str, str], AfterValidator(_labels)]
 Count = Annotated[int, within(MAX_COMPLETION_TOKENS)]
 TokenId = Annotated[int, within(TOKEN_ID)]
+AllowedTokens = Annotated[
+    list[TokenId], Field(min_length=1, max_length=MAX_ALLOWED_TOKENS, fail_fast=True)
+]
 StopTokens = Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS, fail_fast=True)]
 _UnsupportedTiers = reject_unsupported("flex", "scale", "priority", "fast")
 
@@ -119,6 +123,9 @@ class SamplingFields(Strict):
         None, description="Standard deviations below the highest logit; 0 and -1 mean all."
     )
     logit_bias: Biases | None = Field(None, description="Added to logits, by token id.")
+    allowed_token_ids: AllowedTokens | None = Field(
+        None, description="The only tokens that may be generated."
+    )
     max_completion_tokens: Count | None = Field(
         None,
         description="Maximum number of tokens per choice. Default: up to the context length.",

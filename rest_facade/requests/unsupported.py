@@ -36,7 +36,6 @@ _VLLM: Table = {
     "early_stopping": (False,),
     "spaces_between_special_tokens": (True,),
     "bad_words": ([],),
-    "allowed_token_ids": (),
     "logits_processors": ([],),
     "prompt_logprobs": (),
     "prompt_embeds": (),

@@ -32,6 +32,8 @@ def adjusted(sequence, logits):
         value = _float32(float(given) + sampling.logit_bias.get(token_id, 0.0))
         if len(output) < request.min_new_tokens and token_id in request.stop_token_ids:
             value = -math.inf
+        if sampling.allowed_token_ids and token_id not in sampling.allowed_token_ids:
+            value = -math.inf
         if token_id in sequence.token_ids:
             penalty = sampling.repetition_penalty
             value = _float32(value / penalty if value > 0 else value * penalty)

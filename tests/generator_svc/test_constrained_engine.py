@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from array import array
 
 import jsonschema
 import numpy as np
@@ -205,6 +206,52 @@ def test_complete_text_ends_despite_ignore_eos_and_min_tokens(ignores_end, least
     assert FinishReason.STOP_TOKEN is reasons[0]
     assert tokens.eos == harness.tokens[exact][0][-1]
     assert len(harness.tokens[open_ended][0]) > (39 if ignores_end else least)
+
+
+def _allowing(text, **fields):
+    """Sampling of the tokens of this text only."""
+    ids = array("q", text_tokens().encode(text))
+    return SamplingParams(**{"temperature": 1.0, "seed": 7} | fields, allowed_token_ids=ids)
+
+
+@pytest.mark.parametrize("least", [0, 30])
+@pytest.mark.parametrize(("regex", "length"), [("[abc]{6}", 6), ("(b|ba|c){3}c?", 3)])
+def test_complete_text_ends_although_its_end_is_not_allowed(regex, length, least):
+    """Only b and c may be generated; when nothing else is left, the text ends all the same."""
+    harness = _harness()
+    sampling = _allowing("b")
+    group = _submit(harness, [9], "regex", regex, sampling=sampling, min_new_tokens=least)
+    harness.finish()
+    texts, reasons = _answers(harness, group)
+
+    assert "b" * length == texts[0]
+    assert FinishReason.STOP_TOKEN is reasons[0]
+
+
+def test_text_may_go_on_as_long_as_an_allowed_token_fits():
+    """Of a text that is complete but may go on, the end is not drawn unless it is allowed."""
+    harness = _harness()
+    group = _submit(harness, [9], "regex", "[abc]+", sampling=_allowing("bc"), count=40)
+    harness.finish()
+    texts, reasons = _answers(harness, group)
+
+    assert 40 == len(texts[0])
+    assert {*"bc"} == {*texts[0]}
+    assert FinishReason.LENGTH is reasons[0]
+
+
+def test_allowed_tokens_that_contradict_the_constraint_fail_their_own_request_only():
+    """With an error that names the field, once no token is left."""
+    harness = _harness()
+    bad = _submit(harness, [9], "regex", "[bc]{3}ab*", sampling=_allowing("b"), n=2)
+    good = _submit(harness, [9], "regex", "[abc]{6}", sampling=_allowing("b"))
+    harness.finish()
+    error = harness.errors[bad]
+
+    assert {bad} == harness.errors.keys()
+    assert "sampling.allowed_token_ids" == error.param
+    assert "no token to generate after 3 tokens" in error.message
+    assert good.is_finished
 
 
 def test_a_callers_stop_token_ends_an_unfinished_text():

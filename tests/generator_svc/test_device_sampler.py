@@ -1,6 +1,7 @@
 """Sampling from candidates, compared with whole rows, and the graph that selects candidates."""
 
 import dataclasses
+from array import array
 
 import numpy as np
 import pytest
@@ -57,8 +58,9 @@ def _row(random, size, shape):
     return row.astype(np.float32)
 
 
-def _sampling(random):
+def _sampling(random, size):
     """Any sampling parameters, including those for which candidates are not enough."""
+    allowed = random.permutation(size)[: random.choice([0, 0, 0, 1, 20, size // 2])]
     return SamplingParams(
         temperature=float(random.choice([0, 0.3, 0.7, 1, 1, 1, 1.5, 1e-300])),
         top_k=int(random.choice([-1, 0, 0, 0, 1, 2, 20, 200, 255, 256, 1000])),
@@ -68,6 +70,7 @@ def _sampling(random):
         frequency_penalty=float(random.choice([0, 0, 0, 0.5, -1])),
         presence_penalty=float(random.choice([0, 0, 0, 0.5, -1])),
         top_n_sigma=float(random.choice([0, 0, 0, -1, 0.5, 3])),
+        allowed_token_ids=array("q", allowed.tolist()),
         seed=int(random.integers(2**40)),
     )
 
@@ -104,7 +107,7 @@ def test_certain_tokens_are_those_the_sampler_draws(size, shape):
     for _ in range(20):
         row = _row(random, size, shape)
         for _ in range(12):
-            sampling = _sampling(random)
+            sampling = _sampling(random, size)
             sequence = _sequence(random, row, sampling)
             on_device = _perturbed(random, device_row(row, sampling.temperature))
             token_id = certain_token(sequence, on_device)
@@ -239,7 +242,7 @@ def test_token_does_not_depend_on_the_batch(seed):
     drawing, whole = [], []
     for number in range(150):
         row = _row(random, 1000, SHAPES[number % 3])
-        sampling = _sampling(random)
+        sampling = _sampling(random, row.size)
         sequence = _sequence(random, row, sampling)
         if number % 50 == 7:
             row = np.where(np.arange(1000) == 3, np.float32(np.nan), row)
@@ -420,6 +423,7 @@ def _runner(model, patch=None):
 
 def test_engine_generates_the_same_tokens_from_device_logits(model, monkeypatch):
     """Greedy and sampled, filters, penalties, several choices, logprobs; after warm-up."""
+    allowed = array("q", range(3, 400, 7))
     requests = [
         {"sampling": SamplingParams(temperature=0)},
         {"sampling": SamplingParams(temperature=0), "top_logprobs": 2},
@@ -427,6 +431,8 @@ def test_engine_generates_the_same_tokens_from_device_logits(model, monkeypatch)
         {"sampling": SamplingParams(seed=4, temperature=0.5, top_p=0.9)},
         {"sampling": SamplingParams(seed=5, top_k=20, repetition_penalty=1.1)},
         {"sampling": SamplingParams(seed=6, frequency_penalty=0.3), "top_logprobs": 2},
+        {"sampling": SamplingParams(temperature=0, allowed_token_ids=allowed)},
+        {"sampling": SamplingParams(seed=7, top_p=0.9, allowed_token_ids=allowed), "n": 2},
     ]
     answers = []
     for runner in (_runner(model), _runner(model, monkeypatch)):
@@ -437,6 +443,7 @@ def test_engine_generates_the_same_tokens_from_device_logits(model, monkeypatch)
             for i, fields in enumerate(requests)
         ]
         harness.finish()
+        assert {t for group in groups[6:] for t in harness.tokens[group][0]} <= {*allowed}
         answers.append(
             [
                 [update.token for update in harness.updates if update.group is group]

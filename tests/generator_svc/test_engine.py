@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+from array import array
 
 import numpy as np
 import pytest
@@ -66,10 +67,13 @@ def test_answers_are_right_and_device_time_adds_up_under_random_traffic(seed):
     assert harness.meter.settled.total() == spent
 
 
+@pytest.mark.parametrize("allowed", [[], [EOS, 2, 5, 8, 13, 21, 34, 55]])
 @pytest.mark.parametrize("temperature", [0, 1.0])
-def test_tokens_do_not_depend_on_the_batch(temperature):
+def test_tokens_do_not_depend_on_the_batch(temperature, allowed):
     """The same seed gives the same tokens alone and in a batch with others."""
-    sampling = SamplingParams(temperature=temperature, seed=5, top_p=0.95)
+    sampling = SamplingParams(
+        temperature=temperature, seed=5, top_p=0.95, allowed_token_ids=array("q", allowed)
+    )
     prompt = [3, 1, 4, 1, 5]
     alone = Harness()
     group = alone.submit(prompt, 20, sampling=sampling, n=2)
@@ -82,6 +86,8 @@ def test_tokens_do_not_depend_on_the_batch(temperature):
     crowd.finish()
 
     assert alone.tokens[group] == crowd.tokens[same]
+    if allowed:
+        assert {token for ids in crowd.tokens[same].values() for token in ids} <= {*allowed}
 
 
 def _scored(prompt, top):

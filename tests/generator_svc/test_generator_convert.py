@@ -1,6 +1,7 @@
 """Each field of a request: its limits, its error, its default; and the messages of an answer."""
 
 import math
+from array import array
 from dataclasses import replace
 
 import pytest
@@ -76,6 +77,7 @@ def test_zero_is_not_treated_as_absent():
         "repetition_penalty": 1.0,
         "seed": 0,
         "logit_bias": {0: -100.0, 63: 100.0},
+        "allowed_token_ids": array("q", [0]),
     }
     request = to_engine_request(_start(given, top_logprobs=0), LIMITS)
 
@@ -189,6 +191,15 @@ def test_a_minimum_needs_a_token_that_may_come_before_it():
     assert ("invalid_parameter_combination", "min_new_tokens") == (error.code, error.param)
     assert 64 == len(to_engine_request(_start(stop_token_ids=every), LIMITS).stop_token_ids)
     assert 1 == to_engine_request(_start(stop_token_ids=every[1:], min_new_tokens=1), LIMITS).n
+
+
+@pytest.mark.parametrize("token_id", [64, -1])
+def test_allowed_tokens_are_in_the_vocabulary(token_id):
+    """The message repeats the token id."""
+    error = _error(_start({"allowed_token_ids": [3, token_id]}))
+
+    assert ("invalid_value", "sampling.allowed_token_ids") == (error.code, error.param)
+    assert str(token_id) in error.message
 
 
 def test_revision_mismatch_is_refused_first():

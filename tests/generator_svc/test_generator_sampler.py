@@ -1,7 +1,9 @@
 """Sampling compared with plain loops over the vocabulary: every filter, penalty and logprob."""
 
+import dataclasses
 import itertools
 import math
+from array import array
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from generator_svc.sampling.draw import MASS_ERROR, BadLogits
 from generator_svc.sampling.random_draw import uniform
 from generator_svc.sampling.sampler import sample, sample_all
-from generator_svc.sequence import SamplingParams
+from generator_svc.sequence import ConstraintError, SamplingParams
 from tests.generator_svc.sampling_oracle import (
     adjusted,
     assert_same_distribution,
@@ -194,21 +196,22 @@ penalties = st.builds(
     output=st.lists(tokens, max_size=6),
     min_new_tokens=st.integers(0, 8),
     stops=st.frozensets(tokens, max_size=3),
+    allowed=st.just([]) | st.lists(tokens),
 )
 def test_penalties_bias_and_mask_in_the_documented_order(
-    logits, sampling, prompt, output, min_new_tokens, stops
+    logits, sampling, prompt, output, min_new_tokens, stops, allowed
 ):
-    """Bias, mask, repetition, frequency and presence, in any combination."""
+    """Bias, masks, repetition, frequency and presence, in any combination."""
     row = np.array([*logits, 1.0], np.float32)
     sequence = sequence_of(
         prompt,
         output,
-        sampling=sampling,
+        sampling=dataclasses.replace(sampling, allowed_token_ids=array("q", allowed)),
         min_new_tokens=min_new_tokens,
         stop_token_ids=stops,
     )
     if max(adjusted(sequence, row)) == -math.inf:
-        with pytest.raises(BadLogits):
+        with pytest.raises((BadLogits, ConstraintError)):
             sample(sequence, row)
         return
 
@@ -277,6 +280,43 @@ def test_stop_tokens_are_masked_until_the_minimum_whatever_the_bias():
     assert [2, 2, 1, 1] == chosen
 
 
+@pytest.mark.parametrize("fields", [{}, {"temperature": 0}, {"top_k": 2}, {"top_p": 0.9}])
+def test_only_allowed_tokens_are_drawn(fields):
+    """The most likely token is not among them, and neither a bias nor penalties bring it back."""
+    row = np.array([0, 9, 1, 1.5, 1], np.float32)
+    raised = {"logit_bias": {1: 100.0}, "presence_penalty": -2.0, "repetition_penalty": 0.1}
+    for more in ({}, raised):
+        sampling = SamplingParams(**fields, **more, allowed_token_ids=array("q", [2, 3, 2]))
+        drawn = swept(sequence_of(output=[1], sampling=sampling), row).keys()
+
+        assert ({3} if "temperature" in fields else {2, 3}) == drawn
+
+
+def test_no_end_of_sequence_token_is_allowed_unless_listed():
+    """As in vLLM; listed, it is drawn once the minimum number of tokens is reached."""
+    row = np.array([0, 9, 1], np.float32)
+    stops = frozenset({1})
+    for allowed, least, expected in (([0, 2], 0, 2), ([0, 1], 0, 1), ([0, 1], 1, 0)):
+        sampling = SamplingParams(temperature=0, allowed_token_ids=array("q", allowed))
+        sequence = sequence_of(sampling=sampling, min_new_tokens=least, stop_token_ids=stops)
+
+        assert expected == sample(sequence, row).token_id
+
+
+def test_an_allowed_token_that_may_not_come_yet_is_refused():
+    """Only a stop token is allowed, and only other tokens may come before the minimum."""
+    sampling = SamplingParams(allowed_token_ids=array("q", [1]))
+    sequence = sequence_of(
+        output=[4, 4], sampling=sampling, min_new_tokens=3, stop_token_ids=frozenset({1})
+    )
+    with pytest.raises(ConstraintError) as refused:
+        sample(sequence, np.zeros(5, np.float32))
+
+    assert "invalid_parameter_combination" == refused.value.code
+    assert "sampling.allowed_token_ids" == refused.value.param
+    assert "no token to generate after 2 tokens" in refused.value.message
+
+
 def test_temperature_zero_ignores_filters_and_the_draw():
     """Greedy is greedy with any filter, and takes the lowest id among equal logits."""
     row = _logits(400, decimals=0)
@@ -326,10 +366,23 @@ def test_bad_row_does_not_affect_other_rows():
 
 
 @settings(max_examples=100, deadline=None)
-@given(logits=rows, top=st.integers(0, 20), sampling=filters, others=penalties)
-def test_reported_logprobs_are_those_of_the_model(logits, top, sampling, others):
-    """Penalties, bias and filters change the token, but never the reported logprobs."""
-    wanted = SamplingParams(**(vars(others) | {"top_k": sampling.top_k, "logit_bias": {0: 3.0}}))
+@given(
+    logits=rows,
+    top=st.integers(0, 20),
+    sampling=filters,
+    others=penalties,
+    rank=st.none() | st.integers(0, 300),
+)
+def test_reported_logprobs_are_those_of_the_model(logits, top, sampling, others, rank):
+    """Penalties, bias, filters and the allowed tokens change the token, but never the logprobs."""
+    possible = np.flatnonzero(np.isfinite(logits)).tolist()
+    allowed = [] if rank is None else [possible[rank % len(possible)]]
+    wanted = dataclasses.replace(
+        others,
+        top_k=sampling.top_k,
+        logit_bias={0: 3.0},
+        allowed_token_ids=array("q", allowed),
+    )
     sequence = sequence_of([0], [0, 0], sampling=wanted, top_logprobs=top)
     sampled = sample(sequence, logits)
     raw = [max(value, -9999.0) for value in log_probabilities(logits)]

@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
-from tests.fakes import FixedPrefillCost, greedy, scripted_logits
+from tests.fakes import EOS, FixedPrefillCost, greedy, scripted_logits
 from tests.generator_svc.generator_stage import (
     PATIENCE_SECONDS,
     SERVICE,
@@ -365,6 +365,22 @@ async def test_refusals_carry_status_reason_and_field(stage, fields, code, reaso
         assert "BadRequest" not in details
     else:
         assert [field] == [fault.field for fault in details["BadRequest"].field_violations]
+
+
+async def test_no_token_left_to_generate_is_the_callers_error(stage):
+    """The end-of-sequence token is the only one allowed, but may not come yet."""
+    sampling = SamplingParams(allowed_token_ids=[EOS])
+    tokens, finished = await stage.generate([3], sampling=sampling, n=2)
+    call = await stage.call([3], sampling=sampling, min_new_tokens=1)
+    got, message, details = await _error(call)
+
+    assert {0: [EOS], 1: [EOS]} == tokens
+    assert {pb.FINISH_REASON_STOP_TOKEN} == {end.reason for end in finished.values()}
+    assert grpc.StatusCode.INVALID_ARGUMENT is got
+    assert "INVALID_PARAMETER_COMBINATION" == details["ErrorInfo"].reason
+    assert "'allowed_token_ids'" in message
+    [fault] = details["BadRequest"].field_violations
+    assert "sampling.allowed_token_ids" == fault.field
 
 
 @pytest.mark.parametrize("first", [pb.GenerateRequest(stop=pb.StopSequence()), None])

@@ -135,6 +135,11 @@ TOOLS = [{"type": "function", "function": {"name": f"f{n}"}} for n in range(129)
             asks(logit_bias=dict.fromkeys(map(str, range(16_385)), 1)),
             "logit_bias",
         ),
+        (
+            asks(allowed_token_ids=[*range(16_384)]),
+            asks(allowed_token_ids=[*range(16_385)]),
+            "allowed_token_ids",
+        ),
     ],
 )
 async def test_limits_are_inclusive(

@@ -476,6 +476,7 @@ FULL = REQUEST | {
     "stream": True,
     "stream_options": {"include_usage": True},
     "stop_token_ids": [1],
+    "allowed_token_ids": [1],
     "tools": [{"type": "function", "function": {"name": "f", "parameters": {}, "strict": True}}],
     "tool_choice": {"type": "function", "function": {"name": "f"}},
     "response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": {}}},

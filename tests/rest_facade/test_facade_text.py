@@ -99,6 +99,7 @@ async def test_every_completion_field_is_passed_on(
         "ignore_eos": True,
         "stop": ["a", "b"],
         "stop_token_ids": [7],
+        "allowed_token_ids": [7, 4],
         "include_stop_str_in_output": True,
         "skip_special_tokens": False,
         "seed": 3,

@@ -118,7 +118,8 @@ async def test_sampling_is_passed_through_unchanged(stage: Stage) -> None:
     stage.generator.script = says([ended(1)])
     given: dict[str, Any] = {"temperature": 0.5, "top_p": 0.9, "top_k": -1, "min_p": 0.0}
     given |= {"presence_penalty": -2.0, "frequency_penalty": 2.0, "repetition_penalty": 1e-9}
-    request = stage.request(**given, seed=2**63 - 1, logit_bias={1: 2.5, 3: -100.0})
+    given |= {"seed": 2**63 - 1, "logit_bias": {1: 2.5, 3: -100.0}, "allowed_token_ids": [3, 1]}
+    request = stage.request(**given)
     field_100_is_1 = b"\xa0\x06\x01"
     request.options.sampling.MergeFromString(field_100_is_1)
     await stage.chat.CreateChatCompletion(request)
@@ -126,6 +127,18 @@ async def test_sampling_is_passed_through_unchanged(stage: Stage) -> None:
 
     assert request.options.sampling == sampling
     assert sampling.SerializeToString().endswith(field_100_is_1)
+
+
+async def test_the_generators_refusal_has_the_public_fields_name(stage: Stage) -> None:
+    """The generator's sampling.allowed_token_ids is the caller's allowed_token_ids."""
+    fault = ServiceError(
+        "invalid_parameter_combination", "no token is left", "sampling.allowed_token_ids"
+    )
+    stage.generator.script = fails_after([], fault)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stage.stream(allowed_token_ids=[2], min_tokens=1)
+
+    assert ("invalid_parameter_combination", "allowed_token_ids") == code_of(refused.value)
 
 
 async def test_max_tokens_is_capped_by_the_context(stage: Stage) -> None:

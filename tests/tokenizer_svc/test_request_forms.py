@@ -148,6 +148,9 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"stop_token_ids": [3, 512]}, INVALID, "stop_token_ids[1]"),
     ({"stop_token_ids": [-1]}, INVALID, "stop_token_ids[0]"),
     ({"stop_token_ids": [3] * 65}, "array_above_max_length", "stop_token_ids"),
+    ({"allowed_token_ids": [3, 512]}, INVALID, "allowed_token_ids[1]"),
+    ({"allowed_token_ids": [-1]}, INVALID, "allowed_token_ids[0]"),
+    ({"allowed_token_ids": [3] * 16_385}, "array_above_max_length", "allowed_token_ids"),
 ]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from tokenizer_svc.request.field_checks import check_array
 from trivium.field_errors import too_many, too_many_entries
 from trivium.limits import (
+    MAX_ALLOWED_TOKENS,
     MAX_CHOICES,
     MAX_CONTENT_PARTS,
     MAX_LOGIT_BIASES,
@@ -53,6 +54,7 @@ def check_completion_size(request: Any) -> None:
 
 def _check_options(options: Any) -> None:
     _check_map("logit_bias", options.sampling.logit_bias, MAX_LOGIT_BIASES)
+    check_array("allowed_token_ids", options.sampling.allowed_token_ids, MAX_ALLOWED_TOKENS)
     check_array("stop", options.stop, MAX_STOP_STRINGS)
     check_array("stop_token_ids", options.stop_token_ids, MAX_STOP_TOKENS)
     choices = options.structured_outputs.choice.choices

@@ -146,6 +146,7 @@ def _check_sampling(sampling: SamplingParams, vocabulary_size: int) -> None:
             )
             raise ServiceError("invalid_value", text, "logit_bias")
         check_number("logit_bias", bias, LOGIT_BIAS)
+    check_token_ids("allowed_token_ids", sampling.allowed_token_ids, vocabulary_size)
 
 
 def _check_stop(stop: Sequence[str]) -> None:
