@@ -1,5 +1,5 @@
-"""Response bodies as typed JSON objects: OpenAI's schema, plus `gpu_seconds` in the usage and
-`reasoning_content` next to the content.
+"""Response bodies as typed JSON objects: OpenAI's schema, plus `gpu_seconds` in the usage,
+`reasoning_content` next to the content, and vLLM's `prompt_token_ids` and `token_ids` if requested.
 
 The type checker checks `convert` against these, and the OpenAPI document is built from them.
 """
@@ -110,6 +110,7 @@ class Choice(TypedDict):
     message: ChatCompletionMessage
     logprobs: Logprobs | None
     finish_reason: FinishReason
+    token_ids: NotRequired[list[int]]
 
 
 class ChatCompletion(TypedDict):
@@ -123,6 +124,7 @@ class ChatCompletion(TypedDict):
     system_fingerprint: str
     choices: list[Choice]
     usage: CompletionUsage
+    prompt_token_ids: NotRequired[list[int]]
 
 
 class FunctionCallDelta(TypedDict):
@@ -157,10 +159,11 @@ class ChunkChoice(TypedDict):
     delta: ChoiceDelta
     logprobs: Logprobs | None
     finish_reason: FinishReason | None
+    token_ids: NotRequired[list[int]]
 
 
 class ChatCompletionChunk(TypedDict):
-    """One `data:` event of a streamed chat completion."""
+    """One `data:` event of a streamed chat completion; only the first has `prompt_token_ids`."""
 
     id: str
     object: Literal["chat.completion.chunk"]
@@ -168,6 +171,7 @@ class ChatCompletionChunk(TypedDict):
     model: str
     service_tier: NotRequired[ServiceTier]
     system_fingerprint: str
+    prompt_token_ids: NotRequired[list[int]]
     choices: list[ChunkChoice]
     usage: NotRequired[CompletionUsage | UsageSoFar | None]
 
@@ -191,6 +195,8 @@ class TextChoice(TypedDict):
     text: str
     logprobs: TextLogprobs | None
     finish_reason: FinishReason
+    prompt_token_ids: NotRequired[list[int]]
+    token_ids: NotRequired[list[int]]
 
 
 class TextCompletion(TypedDict):
@@ -207,12 +213,14 @@ class TextCompletion(TypedDict):
 
 
 class TextChunkChoice(TypedDict):
-    """A fragment of one choice of a plain completion."""
+    """A fragment of one choice of a plain completion; only its first has `prompt_token_ids`."""
 
     index: int
     text: str
     logprobs: TextLogprobs | None
     finish_reason: FinishReason | None
+    prompt_token_ids: NotRequired[list[int]]
+    token_ids: NotRequired[list[int]]
 
 
 class TextCompletionChunk(TypedDict):

@@ -276,6 +276,12 @@ CHAT_REQUEST = (
     Row("include_stop_str_in_output", _NOT_PUBLISHED, "extension, as in vLLM", _TEMPLATE),
     Row("skip_special_tokens", _NOT_PUBLISHED, "extension, as in vLLM", _TEMPLATE),
     Row(
+        "return_token_ids",
+        _NOT_PUBLISHED,
+        "extension, as in vLLM: `prompt_token_ids` and `token_ids` in the answer",
+        f"{_R}test_token_ids_are_returned",
+    ),
+    Row(
         "structured_outputs",
         _NOT_PUBLISHED,
         "extension, as in vLLM: one of `json`, `regex`, `choice`, `grammar`, `json_object`",
@@ -396,6 +402,19 @@ CHAT_ANSWER = (
         f"{_F}test_streamed_tool_calls",
     ),
     Row("choices[].delta.reasoning_content", _NOT_PUBLISHED, "extension", f"{_F}test_reasoning"),
+    Row(
+        "prompt_token_ids",
+        _NOT_PUBLISHED,
+        "extension, as in vLLM, with `return_token_ids`; in a stream in the first chunk",
+        f"{_C}test_token_ids",
+    ),
+    Row(
+        "choices[].token_ids",
+        _NOT_PUBLISHED,
+        "extension, as in vLLM, with `return_token_ids`: all tokens generated, also those without "
+        "text and the one that ended the choice; in a stream those of each chunk",
+        f"{_C}test_token_ids",
+    ),
     Row("usage", "three counts and their details", _SAME, f"{_C}test_non_streaming_answer"),
     Row(
         "usage.completion_tokens_details.reasoning_tokens",
@@ -500,6 +519,12 @@ COMPLETION_ANSWER = (
         "objects; null likewise",
         _SAME,
         f"{_T}test_completion_logprobs",
+    ),
+    Row(
+        "choices[].prompt_token_ids, choices[].token_ids",
+        _NOT_PUBLISHED,
+        "extension, as in vLLM, with `return_token_ids`; the prompt's in the choice's first chunk",
+        f"{_T}test_token_ids_of_completions",
     ),
     Row(
         "usage",

@@ -74,6 +74,7 @@ async def stream_completion(
         model=model.id,
         fingerprint=model.fingerprint,
         prompt_tokens=sum(map(len, job.prompts)),
+        prompts=job.prompts if job.options.return_token_ids else (),
     )
     try:
         async with aclosing(steps):

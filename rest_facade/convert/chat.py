@@ -51,21 +51,26 @@ def answer(response: Response, body: ChatCompletionRequest) -> ChatCompletion:
         created=header.create_time.seconds,
         model=header.model,
         system_fingerprint=header.system_fingerprint,
-        choices=[_choice(choice, bool(body.logprobs)) for choice in response.choices],
+        choices=[_choice(choice, body) for choice in response.choices],
         usage=envelope.usage(response.usage),
     )
+    if body.return_token_ids:
+        completion["prompt_token_ids"] = list(header.prompts[0].ids)
     if body.service_tier is not None:
         completion["service_tier"] = "default"
     return completion
 
 
-def _choice(choice: chat_pb2.Choice, with_logprobs: bool) -> Choice:
-    return Choice(
+def _choice(choice: chat_pb2.Choice, body: ChatCompletionRequest) -> Choice:
+    result = Choice(
         index=choice.index,
         message=_message(choice),
-        logprobs=_logprobs(choice.logprobs) if with_logprobs else None,
+        logprobs=_logprobs(choice.logprobs) if body.logprobs else None,
         finish_reason=FINISH_REASONS[choice.finish_reason],
     )
+    if body.return_token_ids:
+        result["token_ids"] = list(choice.token_ids)
+    return result
 
 
 def _message(choice: chat_pb2.Choice) -> ChatCompletionMessage:
@@ -94,6 +99,11 @@ class ChatChunks(Chunks[ChatCompletionChunk]):
 
     object = "chat.completion.chunk"
 
+    def _start(self, header: chat_pb2.CompletionHeader) -> None:
+        super()._start(header)
+        if self._return_token_ids:
+            self._head["prompt_token_ids"] = list(header.prompts[0].ids)
+
     def _choices(self, delta: chat_pb2.ChoiceDelta) -> Iterator[ChunkChoice]:
         index = delta.index
         if index not in self._completion_tokens:
@@ -103,18 +113,23 @@ class ChatChunks(Chunks[ChatCompletionChunk]):
             yield _chunk_choice(
                 index, ChoiceDelta(role="assistant", content=None if has_other_parts else "")
             )
+            self._head.pop("prompt_token_ids", None)  # which only the first chunk has
         self._completion_tokens[index] = delta.completion_tokens
         parts = _parts(delta)
         if delta.logprobs and not parts:
             parts = [ChoiceDelta(content="")]
-        # Log-probabilities go with the last part that their tokens made.
+        elif delta.token_ids and not parts and not delta.finish_reason:
+            parts = [ChoiceDelta()]
+        # Log-probabilities and token ids go with the last part that their tokens made.
         for position, part in enumerate(parts, start=1):
-            with_logprobs = delta.logprobs and position == len(parts)
-            yield _chunk_choice(index, part, _logprobs(delta.logprobs) if with_logprobs else None)
+            is_last = position == len(parts)
+            logprobs = _logprobs(delta.logprobs) if delta.logprobs and is_last else None
+            choice = _chunk_choice(index, part, logprobs)
+            yield self._with_token_ids(choice, delta.token_ids if is_last else ())
         if delta.finish_reason:
-            yield _chunk_choice(
-                index, ChoiceDelta(), finish_reason=FINISH_REASONS[delta.finish_reason]
-            )
+            finish_reason = FINISH_REASONS[delta.finish_reason]
+            choice = _chunk_choice(index, ChoiceDelta(), finish_reason=finish_reason)
+            yield self._with_token_ids(choice, () if parts else delta.token_ids)
 
 
 def _chunk_choice(

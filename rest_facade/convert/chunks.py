@@ -1,15 +1,16 @@
 """The chunks of a stream: what chat and plain completions share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Generic, TypeVar, cast
 
 from rest_facade.convert import envelope
 from rest_facade.requests.options import SharedOptions
-from rest_facade.responses import CompletionUsage, UsageSoFar
+from rest_facade.responses import ChunkChoice, CompletionUsage, TextChunkChoice, UsageSoFar
 from trivium.chat.v1 import chat_pb2
 
 ChunkObject = TypeVar("ChunkObject")
+AnyChoice = TypeVar("AnyChoice", ChunkChoice, TextChunkChoice)
 
 
 class Chunks(ABC, Generic[ChunkObject]):
@@ -27,6 +28,7 @@ class Chunks(ABC, Generic[ChunkObject]):
         self.complete = False
         self._include_usage = bool(stream_options and stream_options.include_usage)
         self._continuous_usage = bool(stream_options and stream_options.continuous_usage_stats)
+        self._return_token_ids = bool(options.return_token_ids)
         self._has_tier = options.service_tier is not None
         self._head: dict[str, Any] = {}
         self._prompt_tokens = 0
@@ -60,6 +62,12 @@ class Chunks(ABC, Generic[ChunkObject]):
     @abstractmethod
     def _choices(self, delta: Any) -> Iterator[Any]:
         """Yields the choice of each chunk for `delta`; updates the token counts."""
+
+    def _with_token_ids(self, choice: AnyChoice, token_ids: Iterable[int]) -> AnyChoice:
+        """The choice with the ids of its tokens, if the client asked for them."""
+        if self._return_token_ids:
+            choice["token_ids"] = list(token_ids)
+        return choice
 
     def _start(self, header: chat_pb2.CompletionHeader) -> None:
         self._head = {

@@ -48,7 +48,7 @@ def answer(response: Response, body: TextCompletionRequest) -> TextCompletion:
         created=header.create_time.seconds,
         model=header.model,
         system_fingerprint=header.system_fingerprint,
-        choices=[_choice(choice, body.logprobs is not None) for choice in response.choices],
+        choices=[_choice(choice, header, body) for choice in response.choices],
         usage=envelope.usage(response.usage),
     )
     if body.service_tier is not None:
@@ -56,13 +56,21 @@ def answer(response: Response, body: TextCompletionRequest) -> TextCompletion:
     return completion
 
 
-def _choice(choice: completion_pb2.CompletionChoice, with_logprobs: bool) -> TextChoice:
-    return TextChoice(
+def _choice(
+    choice: completion_pb2.CompletionChoice,
+    header: chat_pb2.CompletionHeader,
+    body: TextCompletionRequest,
+) -> TextChoice:
+    result = TextChoice(
         index=choice.index,
         text=choice.text,
-        logprobs=_logprobs(choice.logprobs, choice.text) if with_logprobs else None,
+        logprobs=_logprobs(choice.logprobs, choice.text) if body.logprobs is not None else None,
         finish_reason=FINISH_REASONS[choice.finish_reason],
     )
+    if body.return_token_ids:
+        result["prompt_token_ids"] = list(header.prompts[choice.index // (body.n or 1)].ids)
+        result["token_ids"] = list(choice.token_ids)
+    return result
 
 
 class CompletionChunks(Chunks[TextCompletionChunk]):
@@ -70,17 +78,36 @@ class CompletionChunks(Chunks[TextCompletionChunk]):
 
     object = "text_completion"
 
+    def __init__(self, options: TextCompletionRequest) -> None:
+        super().__init__(options)
+        self._n = options.n or 1
+        self._prompts: Sequence[chat_pb2.PromptTokens] = ()
+
+    def _start(self, header: chat_pb2.CompletionHeader) -> None:
+        super()._start(header)
+        self._prompts = header.prompts
+
     def _choices(self, delta: completion_pb2.CompletionDelta) -> Iterator[TextChunkChoice]:
         index = delta.index
+        shows_prompt = self._return_token_ids and index not in self._completion_tokens
         self._completion_tokens[index] = delta.completion_tokens
-        if delta.text or delta.logprobs:
+        # Token ids go with the text that their tokens made, otherwise with the finish reason.
+        has_tokens = delta.token_ids and not delta.finish_reason
+        is_part = delta.text or delta.logprobs or has_tokens or shows_prompt
+        if is_part:
             logprobs = _logprobs(delta.logprobs, delta.text) if delta.logprobs else None
-            yield TextChunkChoice(
+            choice = TextChunkChoice(
                 index=index, text=delta.text, logprobs=logprobs, finish_reason=None
             )
+            if shows_prompt:
+                choice["prompt_token_ids"] = list(self._prompts[index // self._n].ids)
+            yield self._with_token_ids(choice, delta.token_ids)
         if delta.finish_reason:
             finish_reason = FINISH_REASONS[delta.finish_reason]
-            yield TextChunkChoice(index=index, text="", logprobs=None, finish_reason=finish_reason)
+            choice = TextChunkChoice(
+                index=index, text="", logprobs=None, finish_reason=finish_reason
+            )
+            yield self._with_token_ids(choice, () if is_part else delta.token_ids)
 
 
 def _logprobs(tokens: Sequence[completion_pb2.CompletionTokenLogprob], text: str) -> TextLogprobs:

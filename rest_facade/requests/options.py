@@ -143,6 +143,9 @@ class SamplingFields(Strict):
     skip_special_tokens: bool | None = Field(
         None, description="Whether control tokens are left out of the text. Default true."
     )
+    return_token_ids: bool | None = Field(
+        None, description="Whether the answer has the token ids of prompts and choices."
+    )
     seed: Annotated[int, within(SEED)] | None = None
     n: Annotated[int, within(N)] | None = Field(None, description="How many choices.")
     stream: bool | None = Field(None, description="Answer with server-sent events.")

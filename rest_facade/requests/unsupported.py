@@ -41,7 +41,6 @@ _VLLM: Table = {
     "prompt_embeds": (),
     "truncate_prompt_tokens": (),
     "return_tokens_as_token_ids": (False,),
-    "return_token_ids": (False,),
     "priority": (0,),
     "cache_salt": (),
     "kv_transfer_params": (),

@@ -444,6 +444,45 @@ def test_echo_with_logprobs_scores_the_prompt(services: Services) -> None:
     assert [None, "length"] == [chunk["finish_reason"] for chunk in chunks]
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"seed": 3, "max_tokens": 40},
+        {"seed": 3, "max_tokens": 40, "stop": ["e", "a"]},
+        {"max_tokens": 400, "tools": [TOOL, OTHER], "tool_choice": "required"},
+        {"max_tokens": 400, "response_format": FORMAT},
+    ],
+)
+def test_token_ids_are_returned(services: Services, fields: dict[str, Any]) -> None:
+    """With return_token_ids answers have the prompt's tokens and all that were generated, whatever
+    became of their text; those of a stream's chunks, joined, are the same."""
+
+    def post(path: str, **fields: Any) -> httpx.Response:
+        body = {"model": services.model, **fields}
+        return httpx.post(f"{services.url}{path}", json=body, timeout=60)
+
+    asked = {"messages": MESSAGES, "seed": 7, "return_token_ids": True, "n": 2, **fields}
+    whole = post("/v1/chat/completions", **asked).json()
+    prompt = post(
+        "/tokenize", messages=MESSAGES, **({"tools": fields["tools"]} if "tools" in fields else {})
+    ).json()["tokens"]
+    lines = post("/v1/chat/completions", stream=True, **asked).text.splitlines()
+    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    streamed: list[list[int]] = [[], []]
+    for chunk in chunks:
+        [choice] = chunk["choices"]
+        streamed[choice["index"]] += choice.get("token_ids", [])
+
+    assert prompt == whole["prompt_token_ids"] == chunks[0]["prompt_token_ids"]
+    assert not any("prompt_token_ids" in chunk for chunk in chunks[1:])
+    found = [choice["token_ids"] for choice in whole["choices"]]
+    assert found == streamed
+    assert whole["usage"]["completion_tokens"] == sum(map(len, found))
+    for choice in whole["choices"]:
+        text = post("/detokenize", tokens=choice["token_ids"]).json()["prompt"]
+        assert text.startswith(choice["message"]["content"] or "")
+
+
 def test_plain_completions_over_grpc(client: openai.OpenAI, services: Services) -> None:
     """A gRPC caller gets the same text and counts as a REST caller."""
     answer = client.completions.create(model=services.model, prompt="Once", seed=3, max_tokens=9)

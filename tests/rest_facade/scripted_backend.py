@@ -30,14 +30,15 @@ Message = chat_pb2.StreamChatCompletionResponse | completion_pb2.StreamCompletio
 Step = Message | asyncio.Event | float | Exception | None
 
 
-def header() -> chat_pb2.StreamChatCompletionResponse:
-    """The header of every scripted answer."""
+def header(*prompts: Sequence[int]) -> chat_pb2.StreamChatCompletionResponse:
+    """The header of every scripted answer; `prompts` are the tokens of each prompt."""
     event = chat_pb2.StreamChatCompletionResponse()
     event.header.id = "chatcmpl-" + "0" * 32
     event.header.create_time.seconds = 1_700_000_000
     event.header.model = MODEL
     event.header.system_fingerprint = "fp_scripted"
     event.header.prompt_tokens = 7
+    event.header.prompts.extend(chat_pb2.PromptTokens(ids=ids) for ids in prompts)
     return event
 
 
@@ -106,7 +107,7 @@ def logprob(token: str, value: float = -0.5) -> chat_pb2.TokenLogprob:
 
 
 HELLO: Sequence[Step] = (
-    header(),
+    header(range(7)),
     delta("Hello"),
     delta(" world", tokens=2),
     delta(tokens=2, finish="STOP"),
@@ -115,7 +116,7 @@ HELLO: Sequence[Step] = (
 
 
 HELLO_TEXT: Sequence[Step] = (
-    header(),
+    header(range(7)),
     text_delta("Hello"),
     text_delta(" world", tokens=2),
     text_delta(tokens=2, finish="STOP"),
@@ -214,6 +215,7 @@ class ScriptedBackend(
                 choice.text += delta.text
                 choice.logprobs.extend(delta.logprobs)
                 choice.finish_reason = delta.finish_reason
+                choice.token_ids.extend(delta.token_ids)
         response.choices.extend(choices[index] for index in sorted(choices))
         return response
 
@@ -276,6 +278,7 @@ def _add(choice: chat_pb2.Choice, delta: chat_pb2.ChoiceDelta) -> None:
     choice.reasoning_content += delta.reasoning_content
     choice.logprobs.extend(delta.logprobs)
     choice.finish_reason = delta.finish_reason
+    choice.token_ids.extend(delta.token_ids)
     for piece in delta.tool_calls:
         if piece.HasField("id"):
             choice.tool_calls.add(id=piece.id, name=piece.name)

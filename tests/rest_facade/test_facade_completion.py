@@ -10,6 +10,7 @@ from tests.completion_requests import chat_request
 from tests.rest_facade.scripted_backend import (
     MODEL,
     ScriptedBackend,
+    call,
     delta,
     header,
     logprob,
@@ -175,6 +176,38 @@ async def test_logprobs(client: httpx.AsyncClient, backend: ScriptedBackend) -> 
     assert ["", "é", None] == [choice["delta"].get("content") for choice in choices]
 
 
+async def test_token_ids(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
+    """With return_token_ids the answer has the tokens of the prompt and of each choice. In a stream
+    the first chunk has the prompt's, and every later one its own: also tokens whose text is held
+    back, those of reasoning and calls, and the one that ended the choice."""
+    backend.script = (
+        header([5, 6]),
+        delta(reasoning_content="Hm", content="Hi", token_ids=[1, 2]),
+        delta(tokens=3, token_ids=[3]),
+        delta("!", index=1, tokens=1, token_ids=[7], finish="LENGTH"),
+        delta(tool_calls=[call("f", "{}")], tokens=5, token_ids=[4, 8]),
+        delta(tokens=6, token_ids=[2], finish="TOOL_CALLS"),
+        usage(7),
+    )
+    whole = (await post(client, return_token_ids=True, n=2)).json()
+    streamed = chunks((await post(client, return_token_ids=True, n=2, stream=True)).text)[:-1]
+    plain = (await post(client, return_token_ids=False)).json()
+    choices = [chunk["choices"][0] for chunk in streamed]
+
+    assert [5, 6] == whole["prompt_token_ids"]
+    assert [[1, 2, 3, 4, 8, 2], [7]] == [choice["token_ids"] for choice in whole["choices"]]
+    assert [[5, 6]] + [None] * 9 == [chunk.get("prompt_token_ids") for chunk in streamed]
+    assert [None, [], [1, 2], [3], [], [4, 8], [2]] == [
+        choice.get("token_ids") for choice in choices if choice["index"] == 0
+    ]
+    assert [None, [7], []] == [
+        choice.get("token_ids") for choice in choices if choice["index"] == 1
+    ]
+    assert ["tool_calls"] == [c["finish_reason"] for c in choices if c.get("token_ids") == [2]]
+    assert "prompt_token_ids" not in plain
+    assert "token_ids" not in plain["choices"][0]
+
+
 @pytest.mark.parametrize(
     "text", ['\u2028\u2029\x85\r\n\t\x00"\\', "🫠 鼜 👩‍🚀", "data: [DONE]\n\n"]
 )
@@ -210,6 +243,7 @@ async def test_every_field_is_passed_on(
         "max_completion_tokens": 5,
         "min_tokens": 2,
         "ignore_eos": True,
+        "return_token_ids": True,
         "stop": ["a", "b"],
         "seed": -(2**63),
         "n": 128,

@@ -100,6 +100,7 @@ async def test_every_completion_field_is_passed_on(
         "stop": ["a", "b"],
         "stop_token_ids": [7],
         "allowed_token_ids": [7, 4],
+        "return_token_ids": True,
         "include_stop_str_in_output": True,
         "skip_special_tokens": False,
         "seed": 3,
@@ -162,6 +163,40 @@ async def test_completion_logprobs(client: httpx.AsyncClient, backend: ScriptedB
     assert [expected, None] == [
         chunk["choices"][0]["logprobs"] for chunk in chunks(streamed.text)[:-1]
     ]
+
+
+async def test_token_ids_of_completions(
+    client: httpx.AsyncClient, backend: ScriptedBackend
+) -> None:
+    """With return_token_ids each choice has its prompt's tokens and its own; in a stream its first
+    chunk has the prompt's, even if there is no text yet, and every chunk its own."""
+    backend.text_script = (
+        header([5], [6, 7]),
+        text_delta(index=0, tokens=0),
+        text_delta("a", index=0, tokens=1, token_ids=[1]),
+        text_delta("b", index=3, tokens=1, token_ids=[2]),
+        text_delta(index=0, tokens=2, token_ids=[3]),
+        text_delta("c", index=0, tokens=3, token_ids=[4], finish="LENGTH"),
+        text_delta(index=3, tokens=2, token_ids=[9], finish="STOP"),
+        usage(5),
+    )
+    fields = {"prompt": ["a", "b"], "n": 2, "return_token_ids": True}
+    whole = (await post(client, **fields)).json()["choices"]
+    streamed = chunks((await post(client, **fields, stream=True)).text)[:-1]
+    found = [chunk["choices"][0] for chunk in streamed]
+
+    assert [([5], [1, 3, 4]), ([6, 7], [2, 9])] == [
+        (choice["prompt_token_ids"], choice["token_ids"]) for choice in whole
+    ]
+    assert [
+        (0, "", [5], []),
+        (0, "a", None, [1]),
+        (3, "b", [6, 7], [2]),
+        (0, "", None, [3]),
+        (0, "c", None, [4]),
+        (0, "", None, []),
+        (3, "", None, [9]),
+    ] == [(c["index"], c["text"], c.get("prompt_token_ids"), c["token_ids"]) for c in found]
 
 
 @pytest.mark.parametrize(

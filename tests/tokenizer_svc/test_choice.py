@@ -115,6 +115,25 @@ def test_stop_strings_and_logprobs_skip_the_reasoning(
     assert 0 <= choice.reasoning_tokens <= choice.completion_tokens
 
 
+@given(words, sizes, stop_lists)
+def test_all_counted_tokens_are_returned(text: str, sizes: list[int], stops: list[str]) -> None:
+    """With return_token_ids each delta has its tokens: all that count, even if their text is held
+    back or cut off by a stop string."""
+    options = DecodingOptions(
+        parser=lambda: ThinkingParser(Thinking.POSSIBLE, PlainParser()),
+        stops=StopStrings(stops),
+        return_token_ids=True,
+    )
+    token_ids = TOKENIZER.encode(text)
+    choice, deltas = read_tokens(token_ids, sizes, options)
+    found: list[int] = []
+    for delta in deltas:
+        found += delta.token_ids
+
+        assert token_ids[: delta.completion_tokens] == found
+    assert choice.completion_tokens == len(found)
+
+
 def read_tokens(
     token_ids: list[int], sizes: list[int], options: DecodingOptions
 ) -> tuple[ChoiceDecoder, list[Delta]]:

@@ -244,6 +244,41 @@ async def test_a_stop_token_may_be_kept(stage: Stage, scored: bool) -> None:
         assert len(expected) * scored == len(choice.logprobs)
 
 
+async def test_token_ids_may_be_returned(stage: Stage) -> None:
+    """With return_token_ids callers get the tokens of each prompt, and all that count of each
+    choice, however it ended; otherwise none."""
+
+    async def script(
+        start: generator_pb2.StartGeneration, stops: Stops
+    ) -> AsyncIterator[generator_pb2.GenerateResponse]:
+        yield message_of(update(0, [*stage.encode("a"), 1]), update(1, stage.encode("bXc")))
+        yield message_of(update(0, [2]), finish(0, STOP_TOKEN, 3))
+        yield message_of(finish(1, STOPPED, 3))
+
+    stage.generator.script = script
+    asked = options(n=2, stop=["X"], return_token_ids=True)
+    wanted = [[*stage.encode("a"), 1, 2], stage.encode("bX")]
+    answer = await stage.completions.CreateCompletion(request([70, 71], "x", options=asked))
+    seen = await events(stage, request([70, 71], "x", options=asked))
+    streamed: dict[int, list[int]] = {}
+    for event in seen[1:-1]:
+        streamed.setdefault(event.delta.index, []).extend(event.delta.token_ids)
+    chat = await stage.chat.CreateChatCompletion(
+        stage.request(n=2, stop=["X"], return_token_ids=True)
+    )
+    plain = await stage.completions.CreateCompletion(request("x", options=options(n=2)))
+
+    for header in (answer.header, seen[0].header):
+        assert [[70, 71], stage.encode("x")] == [list(prompt.ids) for prompt in header.prompts]
+    assert wanted * 2 == [list(choice.token_ids) for choice in answer.choices]
+    assert wanted * 2 == [streamed[index] for index in range(4)]
+    assert sum(map(len, wanted)) * 2 == answer.usage.completion_tokens
+    assert wanted == [list(choice.token_ids) for choice in chat.choices]
+    [prompt] = chat.header.prompts
+    assert list(stage.generator.calls[-2].start.prompt_token_ids) == list(prompt.ids)
+    assert ([], []) == (list(plain.header.prompts), list(plain.choices[0].token_ids))
+
+
 async def test_control_tokens_may_be_shown(stage: Stage) -> None:
     """Control tokens are left out unless the caller asks for them; all tokens have logprobs."""
 

@@ -119,6 +119,7 @@ def _options(request: chat_pb2.CompletionOptions) -> RequestOptions:
             if request.HasField("structured_outputs")
             else None
         ),
+        return_token_ids=request.return_token_ids,
     )
 
 

@@ -48,6 +48,7 @@ def whole_response(answer: WholeCompletion) -> chat_pb2.CreateChatCompletionResp
                 chat_pb2.ToolCall(id=call.id, name=call.name, arguments=call.arguments)
                 for call in choice.calls
             ),
+            token_ids=choice.token_ids,
         )
         for index, choice in sorted(answer.choices.items())
     ]
@@ -69,6 +70,7 @@ def completion_event(event: Event) -> completion_pb2.StreamCompletionResponse:
         finish_reason=FINISH_REASONS[event.finish_reason],
         matched_stop=event.matched_stop,
         completion_tokens=event.completion_tokens,
+        token_ids=event.token_ids,
     )
     return completion_pb2.StreamCompletionResponse(delta=delta)
 
@@ -93,6 +95,7 @@ def _completion_choice(index: int, choice: WholeChoice) -> completion_pb2.Comple
         logprobs=map(_placed_logprob, choice.logprobs),
         finish_reason=FINISH_REASONS[choice.finish_reason],
         matched_stop=choice.matched_stop,
+        token_ids=choice.token_ids,
     )
 
 
@@ -108,6 +111,7 @@ def _header(header: Header) -> chat_pb2.CompletionHeader:
         model=header.model,
         system_fingerprint=header.fingerprint,
         prompt_tokens=header.prompt_tokens,
+        prompts=(chat_pb2.PromptTokens(ids=token_ids) for token_ids in header.prompts),
     )
 
 
@@ -121,6 +125,7 @@ def _delta(delta: Delta) -> chat_pb2.ChoiceDelta:
         matched_stop=delta.matched_stop,
         reasoning_content=delta.reasoning,
         tool_calls=map(_call_delta, delta.calls),
+        token_ids=delta.token_ids,
     )
 
 

@@ -36,10 +36,11 @@ class _NewOutput:
     reasoning: str = ""
     calls: list[CallDelta] = field(default_factory=list)
     logprobs: tuple[TokenLogprob, ...] = ()
+    token_ids: tuple[int, ...] = ()
 
     @property
     def is_empty(self) -> bool:
-        return not (self.content or self.reasoning or self.calls or self.logprobs)
+        return not (self.content or self.reasoning or self.calls or self.logprobs or self.token_ids)
 
 
 class ChoiceDecoder:
@@ -78,6 +79,7 @@ class ChoiceDecoder:
         if self.matched_stop is not None:
             return None  # generated before the stop command reached the generator
         self._new = new = _NewOutput()
+        before = self.completion_tokens
         self._take_tokens(update)
         if update.finished is not None and self.matched_stop is None:
             self._finish(update.finished)
@@ -86,6 +88,9 @@ class ChoiceDecoder:
         new.logprobs = self._logprobs.finish() if ended else self._logprobs.release(self._decided)
         if ended:
             self.finish_reason = self._finish_reason()
+        if self._options.return_token_ids:
+            # Those that count; not the ones after a stop string.
+            new.token_ids = update.token_ids[: self.completion_tokens - before]
         if new.is_empty and not ended:
             return None
         return Delta(
@@ -97,6 +102,7 @@ class ChoiceDecoder:
             calls=tuple(new.calls),
             finish_reason=self.finish_reason,
             matched_stop=self.matched_stop,
+            token_ids=new.token_ids,
         )
 
     def _take_tokens(self, update: TokenUpdate) -> None:

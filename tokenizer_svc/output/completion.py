@@ -76,6 +76,7 @@ class WholeChoice:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     matched_stop: str | None = None
+    token_ids: list[int] = field(default_factory=list)
 
     def push(self, delta: Delta) -> None:
         self.content += delta.content
@@ -89,6 +90,7 @@ class WholeChoice:
         self.logprobs.extend(delta.logprobs)
         self.finish_reason = delta.finish_reason
         self.matched_stop = delta.matched_stop
+        self.token_ids.extend(delta.token_ids)
 
 
 @dataclass

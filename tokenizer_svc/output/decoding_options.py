@@ -23,7 +23,7 @@ class DecodingOptions:
     several tokens, within which the output may end. `forced_call` is whether the output has to be a
     tool call; `call_finish_reason` is the finish reason of a choice with calls. `shown_stop_tokens`
     are the stop tokens that stay in the text. `continues` is whether the answer continues a text in
-    the prompt.
+    the prompt. `return_token_ids` is whether deltas carry their tokens.
     """
 
     parser: Callable[[], Parser] = PlainParser
@@ -38,6 +38,7 @@ class DecodingOptions:
     shown_stop_tokens: frozenset[int] = frozenset()
     min_tokens: int = 0
     continues: bool = False
+    return_token_ids: bool = False
 
 
 def plain_decoding(options: ValidOptions, continues: bool = True) -> DecodingOptions:
@@ -49,6 +50,7 @@ def plain_decoding(options: ValidOptions, continues: bool = True) -> DecodingOpt
         shown_stop_tokens=frozenset(options.stop_token_ids if options.include_stop else ()),
         min_tokens=options.min_tokens,
         continues=continues,
+        return_token_ids=options.return_token_ids,
     )
 
 

@@ -1,5 +1,6 @@
 """The events of a completion, as plain values: header, deltas, usage."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -40,13 +41,17 @@ class TokenLogprob(Alternative):
 
 @dataclass(frozen=True)
 class Header:
-    """What identifies a completion; `created` is a Unix time in seconds."""
+    """What identifies a completion; `created` is a Unix time in seconds.
+
+    `prompts` are the token ids of each prompt, if requested.
+    """
 
     id: str
     created: float
     model: str
     fingerprint: str
     prompt_tokens: int
+    prompts: Sequence[list[int]] = ()
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,10 @@ class CallDelta:
 
 @dataclass(frozen=True)
 class Delta:
-    """What is new in one choice; its last delta has a finish reason and may have nothing else."""
+    """What is new in one choice; its last delta has a finish reason and may have nothing else.
+
+    `token_ids`, if requested, are all tokens since the last delta, with text or without.
+    """
 
     index: int
     content: str
@@ -71,6 +79,7 @@ class Delta:
     calls: tuple[CallDelta, ...] = ()
     finish_reason: FinishReason | None = None
     matched_stop: str | None = None
+    token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

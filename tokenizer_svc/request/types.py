@@ -139,6 +139,7 @@ class RequestOptions:
     n: int | None = None
     response_format: ResponseConstraint | None = None
     structured_outputs: ResponseConstraint | None = None
+    return_token_ids: bool = False
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,7 @@ class ValidOptions:
     top_logprobs: int | None
     response_constraint: ResponseConstraint | None
     prompt_logprobs: int | None = None
+    return_token_ids: bool = False
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,7 @@ def valid_options(
         response_constraint=valid_response_constraint(
             options.response_format, options.structured_outputs
         ),
+        return_token_ids=options.return_token_ids,
     )
 
 

@@ -46,20 +46,22 @@ class CompletionTokenLogprob(_message.Message):
     def __init__(self, token: _Optional[_Union[_chat_pb2.TokenLogprob, _Mapping]] = ..., text_offset: _Optional[int] = ...) -> None: ...
 
 class CompletionDelta(_message.Message):
-    __slots__ = ("index", "text", "logprobs", "finish_reason", "matched_stop", "completion_tokens")
+    __slots__ = ("index", "text", "logprobs", "finish_reason", "matched_stop", "completion_tokens", "token_ids")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     MATCHED_STOP_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     index: int
     text: str
     logprobs: _containers.RepeatedCompositeFieldContainer[CompletionTokenLogprob]
     finish_reason: _chat_pb2.FinishReason
     matched_stop: str
     completion_tokens: int
-    def __init__(self, index: _Optional[int] = ..., text: _Optional[str] = ..., logprobs: _Optional[_Iterable[_Union[CompletionTokenLogprob, _Mapping]]] = ..., finish_reason: _Optional[_Union[_chat_pb2.FinishReason, str]] = ..., matched_stop: _Optional[str] = ..., completion_tokens: _Optional[int] = ...) -> None: ...
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, index: _Optional[int] = ..., text: _Optional[str] = ..., logprobs: _Optional[_Iterable[_Union[CompletionTokenLogprob, _Mapping]]] = ..., finish_reason: _Optional[_Union[_chat_pb2.FinishReason, str]] = ..., matched_stop: _Optional[str] = ..., completion_tokens: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class StreamCompletionResponse(_message.Message):
     __slots__ = ("header", "delta", "usage")
@@ -72,18 +74,20 @@ class StreamCompletionResponse(_message.Message):
     def __init__(self, header: _Optional[_Union[_chat_pb2.CompletionHeader, _Mapping]] = ..., delta: _Optional[_Union[CompletionDelta, _Mapping]] = ..., usage: _Optional[_Union[_chat_pb2.Usage, _Mapping]] = ...) -> None: ...
 
 class CompletionChoice(_message.Message):
-    __slots__ = ("index", "text", "logprobs", "finish_reason", "matched_stop")
+    __slots__ = ("index", "text", "logprobs", "finish_reason", "matched_stop", "token_ids")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     MATCHED_STOP_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     index: int
     text: str
     logprobs: _containers.RepeatedCompositeFieldContainer[CompletionTokenLogprob]
     finish_reason: _chat_pb2.FinishReason
     matched_stop: str
-    def __init__(self, index: _Optional[int] = ..., text: _Optional[str] = ..., logprobs: _Optional[_Iterable[_Union[CompletionTokenLogprob, _Mapping]]] = ..., finish_reason: _Optional[_Union[_chat_pb2.FinishReason, str]] = ..., matched_stop: _Optional[str] = ...) -> None: ...
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, index: _Optional[int] = ..., text: _Optional[str] = ..., logprobs: _Optional[_Iterable[_Union[CompletionTokenLogprob, _Mapping]]] = ..., finish_reason: _Optional[_Union[_chat_pb2.FinishReason, str]] = ..., matched_stop: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class CreateCompletionResponse(_message.Message):
     __slots__ = ("header", "choices", "usage")
