@@ -276,6 +276,13 @@ CHAT_REQUEST = (
     Row("include_stop_str_in_output", _NOT_PUBLISHED, "extension, as in vLLM", _TEMPLATE),
     Row("skip_special_tokens", _NOT_PUBLISHED, "extension, as in vLLM", _TEMPLATE),
     Row(
+        "truncate_prompt_tokens",
+        _NOT_PUBLISHED,
+        "extension, as in vLLM: the last so many tokens of the prompt are kept; -1: as many as fit "
+        f"beside `max_tokens`; `truncation_side` `right` {_NO_VALUE}",
+        "tokenizer_svc/test_completions.py::test_prompts_may_be_truncated",
+    ),
+    Row(
         "return_token_ids",
         _NOT_PUBLISHED,
         "extension, as in vLLM: `prompt_token_ids` and `token_ids` in the answer",

@@ -12,7 +12,7 @@ from tokenizer_svc.generator.watch import GeneratorWatch
 from tokenizer_svc.output.detokenizer import Detokenizer
 from tokenizer_svc.prompt.builder import Prompt, PromptBuilder
 from tokenizer_svc.prompt.chat_template import ChatTemplate
-from tokenizer_svc.request.types import Conversation, Message, Role, Tool
+from tokenizer_svc.request.types import Conversation, Message, Role, Tool, ValidOptions
 from tokenizer_svc.tokenizer import Tokenizer, TooManyTokens
 from trivium.field_errors import missing
 from trivium.keys.keyed_request import current_request
@@ -42,47 +42,52 @@ class Model:
     def fingerprint(self) -> str:
         return "fp_" + self.revision[:10]
 
-    async def prompt(self, conversation: Conversation, context_length: int) -> Prompt:
-        """Renders and encodes the prompt; raises ServiceError if it fills the context."""
+    async def prompt(
+        self, conversation: Conversation, context_length: int, kept: int | None = None
+    ) -> Prompt:
+        """Renders and encodes the prompt, and drops all but the last `kept` tokens; raises
+        ServiceError if it fills the context."""
         size = sum(map(_message_size, conversation.messages))
         size += sum(map(_tool_size, conversation.tools))
-        self._check_size(size, context_length, "messages")
+        max_tokens = context_length if kept is None else None
+        self._check_size(size, max_tokens, "messages")
         try:
             prompt = await offload(
-                size, lambda: self.prompts.build(conversation, max_tokens=context_length)
+                size, lambda: self.prompts.build(conversation, max_tokens=max_tokens)
             )
         except TooManyTokens:
             raise _too_long(context_length, f"more than {context_length}", "messages") from None
+        if kept is not None:
+            prompt = replace(prompt, token_ids=prompt.token_ids[-kept:])
         self.check_tokens(len(prompt.token_ids), context_length, "messages")
         return prompt
 
     async def encode(
-        self, text: str, context_length: int, param: str, add_special_tokens: bool
+        self, text: str, max_tokens: int | None, param: str, add_special_tokens: bool
     ) -> list[int]:
-        """Encodes a plain prompt; raises ServiceError if it fills the context."""
-        self._check_size(len(text), context_length, param)
+        """Encodes a plain prompt; may raise ServiceError if it has more than `max_tokens`."""
+        self._check_size(len(text), max_tokens, param)
         try:
             with tracing.span("encode"):
-                token_ids = await offload(
+                return await offload(
                     len(text),
                     lambda: self.tokenizer.encode(
-                        text, add_special_tokens, max_tokens=context_length, parse_special=True
+                        text, add_special_tokens, max_tokens=max_tokens, parse_special=True
                     ),
                 )
         except TooManyTokens:
-            raise _too_long(context_length, f"more than {context_length}", param) from None
-        self.check_tokens(len(token_ids), context_length, param)
-        return token_ids
+            assert max_tokens is not None
+            raise _too_long(max_tokens, f"more than {max_tokens}", param) from None
 
     def check_tokens(self, tokens: int, context_length: int, param: str) -> None:
         """Raises ServiceError if a prompt of this many tokens fills the context."""
         if tokens >= context_length:
             raise _too_long(context_length, str(tokens), param)
 
-    def _check_size(self, size: int, context_length: int, param: str) -> None:
-        if size > context_length * self.tokenizer.max_token_characters:
+    def _check_size(self, size: int, max_tokens: int | None, param: str) -> None:
+        if max_tokens is not None and size > max_tokens * self.tokenizer.max_token_characters:
             # Far too long, however it is tokenized: not worth the time to count its tokens.
-            raise _too_long(context_length, f"more than {context_length}", param)
+            raise _too_long(max_tokens, f"more than {max_tokens}", param)
 
 
 @dataclass(frozen=True)
@@ -104,8 +109,21 @@ class ServedModel:
         own, generators = self.model.context_length, self.watch.context_length
         return own if generators is None else min(own, generators)
 
-    async def prompt(self, conversation: Conversation) -> Prompt:
-        return await self.model.prompt(conversation, self.context_length)
+    async def prompt(self, conversation: Conversation, kept: int | None = None) -> Prompt:
+        return await self.model.prompt(conversation, self.context_length, kept)
+
+    def kept_tokens(self, options: ValidOptions) -> int | None:
+        """How many tokens of a prompt are kept, None for all; raises ServiceError for none."""
+        if options.truncate_prompt_tokens != -1:
+            return options.truncate_prompt_tokens
+        answer = max(options.max_completion_tokens or 1, options.min_tokens)
+        if answer >= self.context_length:
+            message = (
+                f"'truncate_prompt_tokens' is -1, but {answer} tokens for the answer leave none of "
+                f"the context's {self.context_length} tokens for the prompt."
+            )
+            raise ServiceError("invalid_value", message, "truncate_prompt_tokens")
+        return self.context_length - answer
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,8 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
             request, size = await offload(
                 message.ByteSize(), lambda: _valid(message, model), INLINE_BYTES
             )
-            prompt = await served.prompt(request.conversation)
+            kept = served.kept_tokens(request.options)
+            prompt = await served.prompt(request.conversation, kept)
             job = CompletionJob(
                 id=f"chatcmpl-{uuid.uuid4().hex}",
                 created=created,

@@ -76,8 +76,9 @@ class CompletionService(completion_pb2_grpc.CompletionServiceServicer):
             request, options = await offload(
                 message.ByteSize(), lambda: _valid(message, model), INLINE_BYTES
             )
+            kept = served.kept_tokens(options)
             prompts = [
-                await _prompt(served, request, index) for index in range(len(request.prompts))
+                await _prompt(served, request, index, kept) for index in range(len(request.prompts))
             ]
             _check_prompt_logprobs(options, sum(len(prompt.token_ids) for prompt in prompts))
             response = options.response_constraint
@@ -109,23 +110,30 @@ def _valid(
     return request, validate_completion(request, model.vocabulary_size)
 
 
-async def _prompt(served: ServedModel, request: CompletionRequest, index: int) -> _PlainPrompt:
-    """The prompt at `index`; raises ServiceError if it does not fit the context."""
+async def _prompt(
+    served: ServedModel, request: CompletionRequest, index: int, kept: int | None
+) -> _PlainPrompt:
+    """The prompt at `index`, or its last `kept` tokens; raises ServiceError if it does not fit the
+    context."""
     model, prompt = served.model, request.prompts[index]
     assert prompt is not None, "An unchecked prompt is to be answered. This is a bug."
     param = f"prompt[{index}]" if len(request.prompts) > 1 else "prompt"
+    text: str | None = None
     if isinstance(prompt, str):
-        token_ids = await model.encode(
-            prompt, served.context_length, param, request.add_special_tokens
-        )
+        max_tokens = served.context_length if kept is None else None
+        token_ids = await model.encode(prompt, max_tokens, param, request.add_special_tokens)
         if not token_ids:
             raise empty_string(param, "token")
-        return _PlainPrompt(prompt, token_ids)
-    token_ids = list(prompt)
+        text = prompt
+    else:
+        token_ids = list(prompt)
+    if kept is not None and len(token_ids) > kept:
+        token_ids, text = token_ids[-kept:], None
     model.check_tokens(len(token_ids), served.context_length, param)
     if not request.echo:
         return _PlainPrompt("", token_ids)
-    text = await offload(len(token_ids), lambda: model.tokenizer.decode(token_ids))
+    if text is None:
+        text = await offload(len(token_ids), lambda: model.tokenizer.decode(token_ids))
     return _PlainPrompt(text, token_ids)
 
 

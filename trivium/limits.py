@@ -48,6 +48,7 @@ TOKEN_ID = Range(0, INT32_MAX)
 MAX_COMPLETION_TOKENS = Range(1, INT32_MAX)
 PLAIN_COMPLETION_TOKENS = Range(0, INT32_MAX)  # 0 to echo or score a prompt
 MIN_TOKENS = Range(0, INT32_MAX)
+TRUNCATE_PROMPT_TOKENS = Range(-1, INT32_MAX)  # but not 0
 N = Range(1, 128)
 TOP_LOGPROBS = Range(0, 20)
 COMPLETION_LOGPROBS = Range(0, 5)  # of a plain completion

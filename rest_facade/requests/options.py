@@ -25,6 +25,7 @@ from trivium.limits import (
     SAMPLING,
     SEED,
     TOKEN_ID,
+    TRUNCATE_PROMPT_TOKENS,
     N,
 )
 
@@ -142,6 +143,11 @@ class SamplingFields(Strict):
     )
     skip_special_tokens: bool | None = Field(
         None, description="Whether control tokens are left out of the text. Default true."
+    )
+    truncate_prompt_tokens: Annotated[int, within(TRUNCATE_PROMPT_TOKENS)] | None = Field(
+        None,
+        description="Keep only the last so many tokens of the prompt; -1 for as many as fit the "
+        "context beside the maximum number of tokens.",
     )
     return_token_ids: bool | None = Field(
         None, description="Whether the answer has the token ids of prompts and choices."

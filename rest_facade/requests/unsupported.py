@@ -39,7 +39,7 @@ _VLLM: Table = {
     "logits_processors": ([],),
     "prompt_logprobs": (),
     "prompt_embeds": (),
-    "truncate_prompt_tokens": (),
+    "truncation_side": ("left",),
     "return_tokens_as_token_ids": (False,),
     "priority": (0,),
     "cache_salt": (),

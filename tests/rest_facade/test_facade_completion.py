@@ -244,6 +244,7 @@ async def test_every_field_is_passed_on(
         "min_tokens": 2,
         "ignore_eos": True,
         "return_token_ids": True,
+        "truncate_prompt_tokens": -1,
         "stop": ["a", "b"],
         "seed": -(2**63),
         "n": 128,

@@ -101,6 +101,7 @@ async def test_every_completion_field_is_passed_on(
         "stop_token_ids": [7],
         "allowed_token_ids": [7, 4],
         "return_token_ids": True,
+        "truncate_prompt_tokens": 9,
         "include_stop_str_in_output": True,
         "skip_special_tokens": False,
         "seed": 3,

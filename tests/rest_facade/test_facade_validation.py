@@ -172,6 +172,7 @@ def test_errors_have_openais_wording(
         ({"top_logprobs": 1}, "invalid_parameter_combination", "top_logprobs"),
         ({"modalities": ["text", "audio"]}, "unsupported_value", "modalities[1]"),
         ({"best_of": True}, "unsupported_value", "best_of"),
+        ({"truncation_side": "right"}, "unsupported_value", "truncation_side"),
         ({"store": True}, "unsupported_value", "store"),
         ({"service_tier": "flex"}, "unsupported_value", "service_tier"),
         ({"service_tier": "first"}, "invalid_value", "service_tier"),

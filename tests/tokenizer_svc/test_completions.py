@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from tests.completion_requests import options
-from tests.tokenizer_svc.conftest import Stage, running, user, write_model
+from tests.tokenizer_svc.conftest import CONTEXT_LENGTH, Stage, running, user, write_model
 from tests.tokenizer_svc.sample_tokenizers import byte_fallback
 from tests.tokenizer_svc.scripted_generator import (
     Script,
@@ -20,6 +20,7 @@ from tests.tokenizer_svc.scripted_generator import (
     update,
 )
 from tokenizer_svc.models import load_model
+from tokenizer_svc.request.types import Conversation, Message, Role
 from trivium.chat.v1 import chat_pb2, completion_pb2
 from trivium.generator.v1 import generator_pb2
 from trivium.wire.errors import ServiceError
@@ -277,6 +278,77 @@ async def test_token_ids_may_be_returned(stage: Stage) -> None:
     [prompt] = chat.header.prompts
     assert list(stage.generator.calls[-2].start.prompt_token_ids) == list(prompt.ids)
     assert ([], []) == (list(plain.header.prompts), list(plain.choices[0].token_ids))
+
+
+async def test_prompts_may_be_truncated(stage: Stage) -> None:
+    """With truncate_prompt_tokens a prompt keeps its last tokens, which are what counts and what an
+    echo shows; a shorter one stays whole. -1 keeps what the context has beside the answer."""
+    stage.generator.script = continues(stage)
+
+    async def sent(*given: str | Sequence[int], **fields: Any) -> list[list[int]]:
+        """The prompts that reach the generator, in their order."""
+        asked = options(return_token_ids=True, **fields)
+        answer = await stage.completions.CreateCompletion(request(*given, options=asked))
+        prompts = [list(prompt.ids) for prompt in answer.header.prompts]
+        calls = stage.generator.calls[-len(given) :]
+        assert sorted(prompts) == sorted(list(call.start.prompt_token_ids) for call in calls)
+        assert sum(map(len, prompts)) == answer.usage.prompt_tokens
+        return prompts
+
+    long = list(range(70, 80)) * 100
+    assert [[78, 79], stage.encode("x")] == await sent(long, "x", truncate_prompt_tokens=2)
+    assert [stage.encode("x y")[-2:]] == await sent("x y", truncate_prompt_tokens=2)
+    for fields, rest in (({"max_completion_tokens": 56}, 56), ({}, 16), ({"min_tokens": 20}, 20)):
+        text = "ab" * 5000
+        [kept] = await sent(text, truncate_prompt_tokens=-1, **fields)
+        assert stage.encode(text)[rest - CONTEXT_LENGTH :] == kept
+    for prompt in ("Say: yes", stage.encode("Say: yes")):
+        asked = request(prompt, echo=True, options=options(truncate_prompt_tokens=3))
+        [choice] = (await stage.completions.CreateCompletion(asked)).choices
+        expected = stage.model.tokenizer.decode(stage.encode("Say: yes")[-3:])
+        assert f"{expected}0 and so on" == choice.text
+
+
+async def test_conversations_may_be_truncated(stage: Stage) -> None:
+    """truncate_prompt_tokens keeps the end of a conversation, with the opening of the answer."""
+    stage.generator.script = continues(stage)
+    long = [user("word " * 2000)]
+    rendered = stage.model.prompts.build(Conversation((Message(Role.USER, ("word " * 2000,)),)))
+    for kept, expected in ((7, 7), (-1, CONTEXT_LENGTH - 1), (CONTEXT_LENGTH - 1,) * 2):
+        await stage.chat.CreateChatCompletion(
+            stage.request(messages=long, truncate_prompt_tokens=kept)
+        )
+        sent = list(stage.generator.calls[-1].start.prompt_token_ids)
+
+        assert rendered.token_ids[-expected:] == sent
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "param"),
+    [
+        ({"truncate_prompt_tokens": 0}, "invalid_value", "truncate_prompt_tokens"),
+        (
+            {"truncate_prompt_tokens": -2},
+            "integer_below_min_value",
+            "truncate_prompt_tokens",
+        ),
+        (
+            {"truncate_prompt_tokens": -1, "max_completion_tokens": CONTEXT_LENGTH},
+            "invalid_value",
+            "truncate_prompt_tokens",
+        ),
+        ({"truncate_prompt_tokens": CONTEXT_LENGTH}, "context_length_exceeded", "prompt"),
+    ],
+)
+async def test_refused_truncation(
+    stage: Stage, fields: dict[str, Any], code: str, param: str
+) -> None:
+    """What keeps nothing of a prompt, or more than the context, is refused."""
+    asked = request([70] * 1000, options=options(**fields))
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stage.completions.CreateCompletion(asked)
+
+    assert (code, param) == code_of(refused.value)
 
 
 async def test_control_tokens_may_be_shown(stage: Stage) -> None:

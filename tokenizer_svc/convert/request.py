@@ -120,6 +120,7 @@ def _options(request: chat_pb2.CompletionOptions) -> RequestOptions:
             else None
         ),
         return_token_ids=request.return_token_ids,
+        truncate_prompt_tokens=_optional(request, "truncate_prompt_tokens", int),
     )
 
 

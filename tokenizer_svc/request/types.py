@@ -140,6 +140,7 @@ class RequestOptions:
     response_format: ResponseConstraint | None = None
     structured_outputs: ResponseConstraint | None = None
     return_token_ids: bool = False
+    truncate_prompt_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,8 @@ class ValidOptions:
     """Validated options, which need no further checks. Created by `validate` only.
 
     `top_logprobs` is None for no log-probabilities at all, `prompt_logprobs` for none of the
-    prompt's tokens. `response_constraint` is None for plain text.
+    prompt's tokens. `response_constraint` is None for plain text. `truncate_prompt_tokens` is -1
+    for as many as fit.
     """
 
     sampling: SamplingParams
@@ -202,6 +204,7 @@ class ValidOptions:
     response_constraint: ResponseConstraint | None
     prompt_logprobs: int | None = None
     return_token_ids: bool = False
+    truncate_prompt_tokens: int | None = None
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ from trivium.limits import (
     PLAIN_COMPLETION_TOKENS,
     SAMPLING,
     TOP_LOGPROBS,
+    TRUNCATE_PROMPT_TOKENS,
     N,
     Range,
 )
@@ -107,6 +108,10 @@ def valid_options(
     check_optional("max_completion_tokens", options.max_completion_tokens, longest)
     check_optional("min_tokens", options.min_tokens, MIN_TOKENS)
     check_optional("n", options.n, N)
+    check_optional("truncate_prompt_tokens", options.truncate_prompt_tokens, TRUNCATE_PROMPT_TOKENS)
+    if options.truncate_prompt_tokens == 0:
+        message = "Invalid 'truncate_prompt_tokens': expected -1, or 1 or more, but got 0 instead."
+        raise ServiceError("invalid_value", message, "truncate_prompt_tokens")
     _check_stop(options.stop)
     check_array("stop_token_ids", options.stop_token_ids, MAX_STOP_TOKENS)
     check_token_ids("stop_token_ids", options.stop_token_ids, vocabulary_size)
@@ -132,6 +137,7 @@ def valid_options(
             options.response_format, options.structured_outputs
         ),
         return_token_ids=options.return_token_ids,
+        truncate_prompt_tokens=options.truncate_prompt_tokens,
     )
 
 
