@@ -18,7 +18,13 @@ from generator_svc.sequence import (
     SequenceUpdate,
     TokenLogprobs,
 )
-from trivium.field_errors import check_number, contradiction, missing, too_many_entries
+from trivium.field_errors import (
+    check_number,
+    contradiction,
+    empty_array,
+    missing,
+    too_many_entries,
+)
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.limits import (
     COMPLETION_LOGPROBS,
@@ -112,6 +118,7 @@ def to_engine_request(start: pb.StartGeneration, limits: Limits) -> EngineReques
         stop_token_ids=_stop_ids(start, limits),
         top_logprobs=top_logprobs,
         prompt_logprobs=prompt_logprobs,
+        bad_words=tuple(_to_bad_word(word, limits, i) for i, word in enumerate(start.bad_words)),
     )
 
 
@@ -123,6 +130,14 @@ def _stop_ids(start: pb.StartGeneration, limits: Limits) -> frozenset[int]:
     if start.min_new_tokens and len(stop_ids) == limits.vocabulary_size:
         raise contradiction("min_new_tokens", "needs a token that does not end the continuation.")
     return frozenset(stop_ids)
+
+
+def _to_bad_word(word: pb.TokenSequence, limits: Limits, index: int) -> tuple[int, ...]:
+    field = f"bad_words[{index}].token_ids"
+    if not word.token_ids:
+        raise empty_array(field)
+    _check_ids(word.token_ids, limits, field)
+    return tuple(word.token_ids)
 
 
 def _to_sampling(params: sampling_pb2.SamplingParams, limits: Limits) -> SamplingParams:

@@ -109,7 +109,7 @@ class EngineRequest:
     `top_logprobs` and `prompt_logprobs` are how many of the most likely tokens to report with each
     generated and prompt token; None if no log-probabilities are requested. A complete constrained
     text ends with one of the constraint's end tokens even if end-of-sequence tokens are ignored,
-    since nothing else may follow.
+    since nothing else may follow. `bad_words` are sequences of tokens that may not be generated.
     """
 
     prompt: tuple[int, ...]
@@ -121,11 +121,21 @@ class EngineRequest:
     top_logprobs: int | None = None
     prompt_logprobs: int | None = None
     constraint: Constraint | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
     @functools.cached_property
     def has_masks(self) -> bool:
         """Whether tokens may be excluded at any position, and not only before `min_new_tokens`."""
-        return self.constraint is not None or bool(self.sampling.allowed_token_ids)
+        has_lists = bool(self.sampling.allowed_token_ids or self.bad_words)
+        return has_lists or self.constraint is not None
+
+    @functools.cached_property
+    def bad_word_ends(self) -> dict[int, dict[tuple[int, ...], list[int]]]:
+        """The last tokens of bad words, by the number of tokens before them and by these tokens."""
+        ends: dict[int, dict[tuple[int, ...], list[int]]] = {}
+        for *before, last in self.bad_words:
+            ends.setdefault(len(before), {}).setdefault(tuple(before), []).append(last)
+        return ends
 
     @functools.cached_property
     def all_stop_token_ids(self) -> frozenset[int]:

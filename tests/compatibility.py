@@ -268,9 +268,18 @@ CHAT_REQUEST = (
         "allowed_token_ids",
         _NOT_PUBLISHED,
         "extension, as in vLLM: 1 to 16,384, without end-of-sequence tokens that are not listed; "
-        "log-probabilities are from before it, as with `logit_bias`; a complete structured output "
-        "ends in any case; 400 `invalid_parameter_combination` if no token is left",
+        "log-probabilities are from before it, as with `logit_bias`; a structured output that is "
+        "complete still ends where none of them fits; 400 `invalid_parameter_combination` if no "
+        "token is left",
         f"{_R}test_only_allowed_tokens_are_generated",
+    ),
+    Row(
+        "bad_words",
+        _NOT_PUBLISHED,
+        "extension, as in vLLM: up to 128 strings of up to 256 characters, but the form with a "
+        "space before it is also excluded where it has another number of tokens; log-probabilities "
+        "and the end of structured outputs as with `allowed_token_ids`",
+        f"{_R}test_bad_words_are_not_generated",
     ),
     Row("stop_token_ids", _NOT_PUBLISHED, "extension, as in vLLM: up to 64", _TEMPLATE),
     Row("include_stop_str_in_output", _NOT_PUBLISHED, "extension, as in vLLM", _TEMPLATE),

@@ -38,7 +38,7 @@ class CompletionJob:
     """A validated request with its prompts' token ids; a chat has one prompt.
 
     `created` is a Unix time in seconds. `echoes` has one entry per prompt, or none. `whole` means
-    that nothing is sent to the caller before the end.
+    that nothing is sent to the caller before the end. `bad_words` are token ids.
     """
 
     id: str
@@ -49,6 +49,7 @@ class CompletionJob:
     constraint: Constraint | None
     echoes: Sequence[Echo] = ()
     whole: bool = False
+    bad_words: Sequence[Sequence[int]] = ()
 
 
 async def stream_completion(
@@ -119,6 +120,7 @@ def _command(served: ServedModel, job: CompletionJob, token_ids: list[int]) -> G
         ),
         constraint=job.constraint,
         whole=job.whole,
+        bad_words=job.bad_words,
     )
 
 

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from tokenizer_svc.prompt.builder import Prompt, PromptBuilder
 from tokenizer_svc.prompt.chat_template import ChatTemplate
 from tokenizer_svc.request.types import Conversation, Message, Role, Tool, ValidOptions
 from tokenizer_svc.tokenizer import Tokenizer, TooManyTokens
-from trivium.field_errors import missing
+from trivium.field_errors import empty_string, missing
 from trivium.keys.keyed_request import current_request
 from trivium.model_directory import ModelDirectory, ModelDirectoryError, load_model_directory
 from trivium.offload import offload
@@ -78,6 +78,12 @@ class Model:
         except TooManyTokens:
             assert max_tokens is not None
             raise _too_long(max_tokens, f"more than {max_tokens}", param) from None
+
+    async def encode_bad_words(self, words: Sequence[str]) -> list[tuple[int, ...]]:
+        """The token ids of each, with and without a space before it; raises ServiceError."""
+        if not words:
+            return []
+        return await offload(sum(map(len, words)), lambda: _bad_words(self.tokenizer, words))
 
     def check_tokens(self, tokens: int, context_length: int, param: str) -> None:
         """Raises ServiceError if a prompt of this many tokens fills the context."""
@@ -242,6 +248,20 @@ def _message_size(message: Message) -> int:
 
 def _tool_size(tool: Tool) -> int:
     return len(tool.name or "") + len(tool.description or "") + len(tool.parameters or "")
+
+
+def _bad_words(tokenizer: Tokenizer, words: Sequence[str]) -> list[tuple[int, ...]]:
+    """Unlike vLLM's, also those of more or fewer tokens with the space: " Paris" is one, "Paris"
+    may be two."""
+    found: dict[tuple[int, ...], None] = {}
+    for index, word in enumerate(words):
+        bare = word.lstrip()
+        for text in (bare, f" {bare}"):
+            token_ids = tuple(tokenizer.encode(text, parse_special=True))
+            if not token_ids:
+                raise empty_string(f"bad_words[{index}]", "token")
+            found[token_ids] = None
+    return list(found)
 
 
 def _too_long(context_length: int, tokens: str, param: str) -> ServiceError:

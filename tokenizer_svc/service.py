@@ -112,6 +112,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                 ),
                 constraint=await offload(size, lambda: _constraint(model, request, prompt)),
                 whole=whole,
+                bad_words=await model.encode_bad_words(request.options.bad_words),
             )
             events = stream_completion(served, job, meter, remaining_seconds(context))
             async with aclosing(events):

@@ -96,6 +96,7 @@ class CompletionService(completion_pb2_grpc.CompletionServiceServicer):
                     if request.echo
                 ],
                 whole=whole,
+                bad_words=await model.encode_bad_words(options.bad_words),
             )
             events = stream_completion(served, job, meter, remaining_seconds(context))
             async with aclosing(events):

@@ -1,9 +1,9 @@
 """Sampling on the host. Rows are processed one by one, so a token never depends on the batch.
 
-The order is: raw log-probabilities (the ones reported), logit bias, mask (of allowed_token_ids, the
-constraint and min_new_tokens), repetition penalty, frequency and presence penalty, top_n_sigma,
-temperature, top_k, top_p, min_p, draw. Bias and penalties are computed in float64 and rounded to
-float32.
+The order is: raw log-probabilities (the ones reported), logit bias, mask (of allowed_token_ids,
+bad words, the constraint and min_new_tokens), repetition penalty, frequency and presence penalty,
+top_n_sigma, temperature, top_k, top_p, min_p, draw. Bias and penalties are computed in float64 and
+rounded to float32.
 """
 
 from collections.abc import Callable, Iterable
@@ -49,8 +49,8 @@ def forbidden_tokens(sequence: Sequence, size: int) -> Mask | None:
     """Mask of the tokens that may not be sampled, bool [vocabulary]; None if all are allowed.
 
     A complete constrained text of which no other token is left may end, in spite of min_new_tokens,
-    ignore_eos and allowed_token_ids. Otherwise, raises ConstraintError if allowed_token_ids leaves
-    no token.
+    ignore_eos, allowed_token_ids and bad words. Otherwise, raises ConstraintError if these leave no
+    token.
     """
     request = sequence.request
     if not request.has_masks and sequence.generated >= request.min_new_tokens:
@@ -85,22 +85,30 @@ def forbidden_tokens(sequence: Sequence, size: int) -> Mask | None:
 
 
 def _excluded_by_caller(sequence: Sequence, size: int) -> Mask | None:
-    """Mask of the tokens that allowed_token_ids excludes; None if it is not set."""
-    allowed = sequence.request.sampling.allowed_token_ids
-    if not allowed:
+    """Mask of the tokens that allowed_token_ids and bad words exclude; None if neither is set."""
+    request = sequence.request
+    allowed = request.sampling.allowed_token_ids
+    if not (allowed or request.bad_words):
         return None
-    mask = np.ones(size, np.bool_)
-    mask[np.frombuffer(allowed, np.int64)] = False
+    mask = np.full(size, bool(allowed))
+    if allowed:
+        mask[np.frombuffer(allowed, np.int64)] = False
+    for length, ends in request.bad_word_ends.items():
+        if length <= sequence.generated:
+            before = tuple(sequence.token_ids[len(sequence.token_ids) - length :])
+            mask[ends.get(before, [])] = True
     return mask
 
 
 def _no_token_left(sequence: Sequence) -> ConstraintError:
+    has_list = bool(sequence.request.sampling.allowed_token_ids)
     message = (
-        "The 'allowed_token_ids' parameter, together with the request's other parameters, leaves "
-        f"no token to generate after {sequence.generated} tokens."
+        f"The '{'allowed_token_ids' if has_list else 'bad_words'}' parameter, together with the "
+        "request's other parameters, leaves no token to generate after "
+        f"{sequence.generated} tokens."
     )
-    code = "invalid_parameter_combination"
-    return ConstraintError(code, message, "sampling.allowed_token_ids")
+    param = "sampling.allowed_token_ids" if has_list else "bad_words"
+    return ConstraintError("invalid_parameter_combination", message, param)
 
 
 def _allowed_if_few(forbidden: Mask | None) -> npt.NDArray[np.intp] | None:

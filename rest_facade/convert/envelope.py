@@ -31,6 +31,7 @@ def options(request: SharedOptions) -> chat_pb2.CompletionOptions:
         max_completion_tokens=request.max_tokens_per_choice(),
         stop=request.stop or (),
         stop_token_ids=request.stop_token_ids or (),
+        bad_words=request.bad_words or (),
         metadata=request.metadata or {},
     )
     copy_scalars(request, message)

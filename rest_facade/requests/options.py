@@ -16,6 +16,8 @@ from trivium.field_errors import contradiction, too_many_entries
 from trivium.limits import (
     LOGIT_BIAS,
     MAX_ALLOWED_TOKENS,
+    MAX_BAD_WORD_CHARACTERS,
+    MAX_BAD_WORDS,
     MAX_COMPLETION_TOKENS,
     MAX_LOGIT_BIASES,
     MAX_STOP_CHARACTERS,
@@ -98,6 +100,10 @@ TokenId = Annotated[int, within(TOKEN_ID)]
 AllowedTokens = Annotated[
     list[TokenId], Field(min_length=1, max_length=MAX_ALLOWED_TOKENS, fail_fast=True)
 ]
+BadWords = Annotated[
+    list[Annotated[str, Field(max_length=MAX_BAD_WORD_CHARACTERS)]],
+    Field(max_length=MAX_BAD_WORDS, fail_fast=True),
+]
 StopTokens = Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS, fail_fast=True)]
 _UnsupportedTiers = reject_unsupported("flex", "scale", "priority", "fast")
 
@@ -126,6 +132,9 @@ class SamplingFields(Strict):
     logit_bias: Biases | None = Field(None, description="Added to logits, by token id.")
     allowed_token_ids: AllowedTokens | None = Field(
         None, description="The only tokens that may be generated."
+    )
+    bad_words: BadWords | None = Field(
+        None, description="Texts that are not generated, with or without a space before them."
     )
     max_completion_tokens: Count | None = Field(
         None,

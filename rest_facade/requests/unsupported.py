@@ -35,7 +35,6 @@ _VLLM: Table = {
     "length_penalty": (1, 1.0),
     "early_stopping": (False,),
     "spaces_between_special_tokens": (True,),
-    "bad_words": ([],),
     "logits_processors": ([],),
     "prompt_logprobs": (),
     "prompt_embeds": (),

@@ -34,6 +34,9 @@ def adjusted(sequence, logits):
             value = -math.inf
         if sampling.allowed_token_ids and token_id not in sampling.allowed_token_ids:
             value = -math.inf
+        after = [*output, token_id]
+        if any(after[-len(word) :] == [*word] for word in request.bad_words):
+            value = -math.inf
         if token_id in sequence.token_ids:
             penalty = sampling.repetition_penalty
             value = _float32(value / penalty if value > 0 else value * penalty)

@@ -228,6 +228,23 @@ def test_complete_text_ends_although_its_end_is_not_allowed(regex, length, least
     assert FinishReason.STOP_TOKEN is reasons[0]
 
 
+def test_bad_words_work_within_a_constraint():
+    """They exclude what would fit, and the end of a text only while something else fits."""
+    tokens = text_tokens()
+    bad_words = tuple((*tokens.encode(pair),) for pair in ("bb", "cc"))
+    bad_words += tuple((*tokens.encode(one), *tokens.encode(one)) for one in "bc")
+    harness = _harness()
+    inner = _submit(harness, [9], "regex", "[bc]{8}", bad_words=bad_words)
+    ends = _submit(harness, [9], "regex", "[bc]{8}", bad_words=((tokens.eos,),))
+    none = _submit(harness, [9], "regex", "[bc]{3}a", bad_words=((*tokens.encode("a"),),))
+    harness.finish()
+
+    assert _answers(harness, inner)[0][0] in ("bcbcbcbc", "cbcbcbcb")
+    assert 8 == len(_answers(harness, ends)[0][0])
+    assert {"bad_words"} == {error.param for error in harness.errors.values()}
+    assert [none] == [*harness.errors]
+
+
 def test_text_may_go_on_as_long_as_an_allowed_token_fits():
     """Of a text that is complete but may go on, the end is not drawn unless it is allowed."""
     harness = _harness()

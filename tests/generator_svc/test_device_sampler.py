@@ -75,6 +75,15 @@ def _sampling(random, size):
     )
 
 
+def _bad_words(random, likely, output):
+    """Likely tokens, alone or after the last ones of the output or others."""
+    words = []
+    for token_id in likely[: random.integers(1, 30)]:
+        before = output[len(output) - random.integers(3) :]
+        words.append(tuple(map(int, (*before, *([7] if random.random() < 0.2 else []), token_id))))
+    return tuple(words)
+
+
 def _sequence(random, row, sampling):
     """A sequence with likely and unlikely tokens, which sometimes may not end yet."""
     likely = np.argsort(-row, kind="stable")
@@ -85,6 +94,7 @@ def _sequence(random, row, sampling):
         sampling=sampling,
         min_new_tokens=int(random.choice([0, 0, 50])),
         stop_token_ids=frozenset({int(likely[0]), 5}),
+        bad_words=_bad_words(random, likely, output) if random.random() < 0.3 else (),
     )
 
 
@@ -424,6 +434,7 @@ def _runner(model, patch=None):
 def test_engine_generates_the_same_tokens_from_device_logits(model, monkeypatch):
     """Greedy and sampled, filters, penalties, several choices, logprobs; after warm-up."""
     allowed = array("q", range(3, 400, 7))
+    bad_words = tuple((token_id,) for token_id in range(0, 500, 3))
     requests = [
         {"sampling": SamplingParams(temperature=0)},
         {"sampling": SamplingParams(temperature=0), "top_logprobs": 2},
@@ -433,6 +444,8 @@ def test_engine_generates_the_same_tokens_from_device_logits(model, monkeypatch)
         {"sampling": SamplingParams(seed=6, frequency_penalty=0.3), "top_logprobs": 2},
         {"sampling": SamplingParams(temperature=0, allowed_token_ids=allowed)},
         {"sampling": SamplingParams(seed=7, top_p=0.9, allowed_token_ids=allowed), "n": 2},
+        {"sampling": SamplingParams(temperature=0), "bad_words": bad_words},
+        {"sampling": SamplingParams(seed=8, top_k=9), "bad_words": bad_words, "n": 2},
     ]
     answers = []
     for runner in (_runner(model), _runner(model, monkeypatch)):
@@ -443,7 +456,9 @@ def test_engine_generates_the_same_tokens_from_device_logits(model, monkeypatch)
             for i, fields in enumerate(requests)
         ]
         harness.finish()
-        assert {t for group in groups[6:] for t in harness.tokens[group][0]} <= {*allowed}
+        drawn = [{*harness.tokens[group][0]} for group in groups]
+        assert drawn[6] | drawn[7] <= {*allowed}
+        assert (drawn[8] | drawn[9]).isdisjoint(range(0, 500, 3))
         answers.append(
             [
                 [update.token for update in harness.updates if update.group is group]

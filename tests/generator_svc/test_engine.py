@@ -1,5 +1,6 @@
 """The engine on a runner whose cache holds token ids, so that every mistake changes an answer."""
 
+import itertools
 import random
 import threading
 import time
@@ -67,27 +68,30 @@ def test_answers_are_right_and_device_time_adds_up_under_random_traffic(seed):
     assert harness.meter.settled.total() == spent
 
 
+@pytest.mark.parametrize("bad_words", [(), tuple((t, t + u) for t in range(30) for u in range(34))])
 @pytest.mark.parametrize("allowed", [[], [EOS, 2, 5, 8, 13, 21, 34, 55]])
 @pytest.mark.parametrize("temperature", [0, 1.0])
-def test_tokens_do_not_depend_on_the_batch(temperature, allowed):
+def test_tokens_do_not_depend_on_the_batch(temperature, allowed, bad_words):
     """The same seed gives the same tokens alone and in a batch with others."""
     sampling = SamplingParams(
         temperature=temperature, seed=5, top_p=0.95, allowed_token_ids=array("q", allowed)
     )
     prompt = [3, 1, 4, 1, 5]
+    fields = {"sampling": sampling, "n": 2, "bad_words": bad_words}
     alone = Harness()
-    group = alone.submit(prompt, 20, sampling=sampling, n=2)
+    group = alone.submit(prompt, 20, **fields)
     alone.finish()
     crowd = Harness(slots=6)
     for other in _prompts(1, 9):
         crowd.submit(other, 12, sampling=SamplingParams(seed=len(other)))
     crowd.step()
-    same = crowd.submit(prompt, 20, sampling=sampling, n=2)
+    same = crowd.submit(prompt, 20, **fields)
     crowd.finish()
 
     assert alone.tokens[group] == crowd.tokens[same]
-    if allowed:
-        assert {token for ids in crowd.tokens[same].values() for token in ids} <= {*allowed}
+    for ids in crowd.tokens[same].values():
+        assert {*ids} <= {*(allowed or range(VOCABULARY))}
+        assert {*itertools.pairwise(ids)}.isdisjoint(bad_words)
 
 
 def _scored(prompt, top):

@@ -193,6 +193,19 @@ def test_a_minimum_needs_a_token_that_may_come_before_it():
     assert 1 == to_engine_request(_start(stop_token_ids=every[1:], min_new_tokens=1), LIMITS).n
 
 
+@pytest.mark.parametrize(
+    ("word", "code"), [([], "empty_array"), ([3, 64], "invalid_value"), ([-1], "invalid_value")]
+)
+def test_bad_words_are_sequences_of_tokens(word, code):
+    """Each has at least one token of the vocabulary."""
+    words = [pb.TokenSequence(token_ids=ids) for ids in ([3], word)]
+    request = to_engine_request(_start(bad_words=words[:1] * 2), LIMITS)
+    error = _error(_start(bad_words=words))
+
+    assert ((3,), (3,)) == request.bad_words
+    assert (code, "bad_words[1].token_ids") == (error.code, error.param)
+
+
 @pytest.mark.parametrize("token_id", [64, -1])
 def test_allowed_tokens_are_in_the_vocabulary(token_id):
     """The message repeats the token id."""

@@ -197,9 +197,10 @@ penalties = st.builds(
     min_new_tokens=st.integers(0, 8),
     stops=st.frozensets(tokens, max_size=3),
     allowed=st.just([]) | st.lists(tokens),
+    bad_words=st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=3).map(tuple), max_size=9),
 )
 def test_penalties_bias_and_mask_in_the_documented_order(
-    logits, sampling, prompt, output, min_new_tokens, stops, allowed
+    logits, sampling, prompt, output, min_new_tokens, stops, allowed, bad_words
 ):
     """Bias, masks, repetition, frequency and presence, in any combination."""
     row = np.array([*logits, 1.0], np.float32)
@@ -209,6 +210,7 @@ def test_penalties_bias_and_mask_in_the_documented_order(
         sampling=dataclasses.replace(sampling, allowed_token_ids=array("q", allowed)),
         min_new_tokens=min_new_tokens,
         stop_token_ids=stops,
+        bad_words=tuple(bad_words),
     )
     if max(adjusted(sequence, row)) == -math.inf:
         with pytest.raises((BadLogits, ConstraintError)):
@@ -301,6 +303,55 @@ def test_no_end_of_sequence_token_is_allowed_unless_listed():
         sequence = sequence_of(sampling=sampling, min_new_tokens=least, stop_token_ids=stops)
 
         assert expected == sample(sequence, row).token_id
+
+
+def _drawn(output, *bad_words, prompt=(0,), **fields):
+    """The tokens that are drawn after these, of five that are equally likely."""
+    sampling = SamplingParams(**fields)
+    sequence = sequence_of(prompt, output, sampling=sampling, bad_words=bad_words)
+    return {*swept(sequence, np.zeros(5, np.float32))}
+
+
+def test_bad_words_are_not_completed():
+    """A word of one token never comes; of a longer one the last token, after all the others."""
+    assert {0, 1, 2, 4} == _drawn([], (3,)) == _drawn([3, 1], (3,))
+    assert {0, 1, 2, 3, 4} == _drawn([1], (1, 2, 3)) == _drawn([2], (1, 2, 3))
+    assert {0, 1, 2, 4} == _drawn([1, 2], (1, 2, 3)) == _drawn([4, 1, 2], (1, 2, 3))
+    assert {0, 4} == _drawn([1, 2], (1, 2, 3), (2, 1), (2,), (0, 2, 4))
+    assert {0, 1, 2, 4} == _drawn([3, 3], (3, 3, 3))
+
+
+def test_bad_words_begin_in_the_answer():
+    """As in vLLM, tokens of the prompt are not the beginning of a bad word."""
+    assert {0, 1, 2, 3, 4} == _drawn([2], (1, 2, 3), prompt=(1,))
+    assert {0, 1, 2, 3, 4} == _drawn([], (1, 2, 3), prompt=(1, 2))
+
+
+def test_bad_words_exclude_tokens_whatever_the_other_parameters():
+    """Neither a bias nor penalties bring them back, and they take tokens from the allowed ones."""
+    allowed = array("q", [1, 3])
+    raised = {"logit_bias": {3: 100.0}, "presence_penalty": -2.0}
+
+    assert {0, 1, 2, 4} == _drawn([3], (3,), **raised)
+    assert {1} == _drawn([], (3,), allowed_token_ids=allowed)
+    assert {0} == _drawn([1], (1, 3), temperature=0)
+    assert {1} == _drawn([0], (0, 0), temperature=0)
+
+
+def test_bad_words_that_leave_nothing_are_refused():
+    """The message names the field, and the allowed tokens if they are limited."""
+    row = np.zeros(3, np.float32)
+    every = {"bad_words": ((0,), (1,), (2,))}
+    allowed = {
+        "sampling": SamplingParams(allowed_token_ids=array("q", [1])),
+        "bad_words": ((1,),),
+    }
+    for fields, param in ((every, "bad_words"), (allowed, "sampling.allowed_token_ids")):
+        with pytest.raises(ConstraintError) as refused:
+            sample(sequence_of(**fields), row)
+
+        assert param == refused.value.param
+        assert f"'{param.removeprefix('sampling.')}'" in refused.value.message
 
 
 def test_an_allowed_token_that_may_not_come_yet_is_refused():

@@ -367,6 +367,17 @@ async def test_refusals_carry_status_reason_and_field(stage, fields, code, reaso
         assert [field] == [fault.field for fault in details["BadRequest"].field_violations]
 
 
+async def test_bad_words_are_not_generated(stage):
+    """The greedy answer takes another token where it would complete one."""
+    wanted, _ = await stage.generate([3], max_new_tokens=9)
+    word = pb.TokenSequence(token_ids=wanted[0][:3])
+    tokens, _ = await stage.generate([3], max_new_tokens=9, bad_words=[word])
+
+    assert 9 == len(tokens[0])
+    assert wanted[0][:2] == tokens[0][:2]
+    assert wanted[0][2] != tokens[0][2]
+
+
 async def test_no_token_left_to_generate_is_the_callers_error(stage):
     """The end-of-sequence token is the only one allowed, but may not come yet."""
     sampling = SamplingParams(allowed_token_ids=[EOS])

@@ -323,6 +323,7 @@ def test_a_tool_without_parameters_gets_empty_arguments(
         ({"json_schema": '{"not": {}}'}, "invalid_json_schema", "json_schema"),
         ({"structured_outputs": {"regex": "("}}, "invalid_value", "structured_outputs.regex"),
         ({"stop_token_ids": [99999]}, "invalid_value", "stop_token_ids[0]"),
+        ({"bad_words": ["a", " "]}, "invalid_value", "bad_words[1]"),
         ({"allowed_token_ids": [5, 99999]}, "invalid_value", "allowed_token_ids[1]"),
         (
             {"allowed_token_ids": [5], "structured_outputs": {"regex": "[0-9]+"}},
@@ -344,30 +345,51 @@ def test_unsupported_constraints_are_refused(
     assert error["param"].startswith(param)
 
 
+def ids_of(services: Services, text: str) -> list[int]:
+    """Token ids of a text."""
+    body = {"model": services.model, "prompt": text, "add_special_tokens": False}
+    reply = httpx.post(f"{services.url}/tokenize", json=body, timeout=60)
+    return [*reply.json()["tokens"]]
+
+
 def test_only_allowed_tokens_are_generated(client: openai.OpenAI, services: Services) -> None:
-    """In chats and plain completions, with other parameters, alone and streamed, by their ids."""
-
-    def ids(text: str) -> list[int]:
-        body = {"model": services.model, "prompt": text, "add_special_tokens": False}
-        reply = httpx.post(f"{services.url}/tokenize", json=body, timeout=60)
-        return [*reply.json()["tokens"]]
-
-    allowed = {"extra_body": {"allowed_token_ids": ids("xyz")}, "max_tokens": 12, "seed": 3}
+    """In chats and plain completions, streamed or not, whatever is more likely or has a bias."""
+    allowed = {"extra_body": {"allowed_token_ids": ids_of(services, "xyz")}, "max_tokens": 12}
+    [k] = ids_of(services, "k")
     chat = ask(client, services, **allowed, n=2, logprobs=True, top_logprobs=3)
     stream = ask(client, services, **allowed, stream=True)
-    biased = ask(client, services, **allowed, logit_bias={str(ids("k")[0]): 100}, temperature=0)
+    biased = ask(client, services, **allowed, logit_bias={str(k): 100}, temperature=0)
     plain = client.completions.create(model=services.model, prompt=["Once", "In"], **allowed)
-    chunks = [chunk.choices[0].delta.content or "" for chunk in stream]
 
     texts = [choice.message.content for choice in (*chat.choices, *biased.choices)]
     for text in (*texts, *(choice.text for choice in plain.choices)):
         assert re.fullmatch("[xyz]{12}", text)
-    assert texts[0] == "".join(chunks)
-    # Log-probabilities are the model's own, so that tokens which are not allowed have theirs too.
-    shown = {
-        entry.token for place in chat.choices[0].logprobs.content for entry in place.top_logprobs
+    assert texts[0] == "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    places = chat.choices[0].logprobs.content
+    assert {entry.token for place in places for entry in place.top_logprobs} - {*"xyz"}
+
+
+def test_bad_words_are_not_generated(client: openai.OpenAI, services: Services) -> None:
+    """In chats and plain completions, streamed or not; a word of several tokens as a whole only."""
+    fields: dict[str, Any] = {
+        "extra_body": {
+            "allowed_token_ids": ids_of(services, "xyz"),
+            "bad_words": ["x", "zyy", "yzy"],
+        },
+        "max_tokens": 100,
     }
-    assert shown - {*"xyz"}
+    assert ids_of(services, "zyy") == [i for letter in "zyy" for i in ids_of(services, letter)]
+    chat = ask(client, services, **fields, n=2)
+    stream = ask(client, services, **fields, stream=True)
+    plain = client.completions.create(model=services.model, prompt="Once", seed=3, **fields)
+
+    texts = [choice.message.content for choice in chat.choices]
+    for text in (*texts, plain.choices[0].text):
+        assert 100 == len(text)
+        assert {*"yz"} == {*text}
+        assert "zyy" not in text
+        assert "yzy" not in text
+    assert texts[0] == "".join(chunk.choices[0].delta.content or "" for chunk in stream)
 
 
 def test_plain_completions(client: openai.OpenAI, services: Services) -> None:

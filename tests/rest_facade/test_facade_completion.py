@@ -240,6 +240,7 @@ async def test_every_field_is_passed_on(
         "top_n_sigma": 1.5,
         "logit_bias": {"17": -100, "4": 1.5},
         "allowed_token_ids": [4, 17, 2],
+        "bad_words": ["a", " b c"],
         "max_completion_tokens": 5,
         "min_tokens": 2,
         "ignore_eos": True,

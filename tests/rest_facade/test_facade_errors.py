@@ -477,6 +477,7 @@ FULL = REQUEST | {
     "stream_options": {"include_usage": True},
     "stop_token_ids": [1],
     "allowed_token_ids": [1],
+    "bad_words": ["a"],
     "tools": [{"type": "function", "function": {"name": "f", "parameters": {}, "strict": True}}],
     "tool_choice": {"type": "function", "function": {"name": "f"}},
     "response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": {}}},

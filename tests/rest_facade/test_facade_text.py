@@ -102,6 +102,7 @@ async def test_every_completion_field_is_passed_on(
         "allowed_token_ids": [7, 4],
         "return_token_ids": True,
         "truncate_prompt_tokens": 9,
+        "bad_words": ["a", " b c"],
         "include_stop_str_in_output": True,
         "skip_special_tokens": False,
         "seed": 3,

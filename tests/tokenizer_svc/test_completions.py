@@ -390,6 +390,22 @@ async def test_options_reach_the_generator(stage: Stage) -> None:
     assert 2 == len(stage.generator.calls)
 
 
+async def test_bad_words_reach_the_generator_as_tokens(stage: Stage) -> None:
+    """With and without a space, each once; control tokens may be spelled out, as in a prompt."""
+    stage.generator.script = continues(stage)
+    given = options(bad_words=["Hello", " Hello", "<|im_start|>"])
+    await stage.completions.CreateCompletion(request("x", "y", options=given))
+    await stage.chat.CreateChatCompletion(stage.request(bad_words=["  Hello"]))
+    encode = stage.model.tokenizer.encode
+    hello = [encode("Hello"), encode(" Hello")]
+    control = [encode(text, parse_special=True) for text in ("<|im_start|>", " <|im_start|>")]
+    sent = [[list(word.token_ids) for word in c.start.bad_words] for c in stage.generator.calls]
+
+    assert [[*hello, *control]] * 2 + [hello] == sent
+    assert hello[0] != hello[1]
+    assert [1] == control[0]
+
+
 async def test_an_error_of_one_prompt_cancels_the_others(stage: Stage) -> None:
     """If one prompt fails, the others are cancelled and the caller gets the error."""
     fault = ServiceError("queue_full", "full", retry_after=3)

@@ -61,6 +61,8 @@ ARGUMENTS = "messages[0].tool_calls[0].function.arguments"
         ({"tools": [tool(n) for n in range(129)]}, "array_above_max_length", "tools"),
         ({"stop": ["a"] * 100_000}, "array_above_max_length", "stop"),
         ({"stop_token_ids": [1] * 100_000}, "array_above_max_length", "stop_token_ids"),
+        ({"allowed_token_ids": [1] * 100_000}, "array_above_max_length", "allowed_token_ids"),
+        ({"bad_words": ["a"] * 100_000}, "array_above_max_length", "bad_words"),
         (
             {"structured_outputs": choices(100_000)},
             "array_above_max_length",

@@ -106,6 +106,7 @@ def _options(request: chat_pb2.CompletionOptions) -> RequestOptions:
         ignore_eos=_optional(request, "ignore_eos", bool),
         stop=tuple(request.stop),
         stop_token_ids=tuple(request.stop_token_ids),
+        bad_words=tuple(request.bad_words),
         include_stop=_optional(request, "include_stop_str_in_output", bool),
         skip_special_tokens=_optional(request, "skip_special_tokens", bool),
         n=_optional(request, "n", int),

@@ -45,6 +45,7 @@ def start_command(start: GenerateCommand) -> generator_pb2.GenerateRequest:
         ignore_eos=options.ignore_eos,
         top_logprobs=options.top_logprobs,
         prompt_logprobs=options.prompt_logprobs,
+        bad_words=[generator_pb2.TokenSequence(token_ids=word) for word in start.bad_words],
         # Stop strings have to be searched for as tokens arrive.
         whole=start.whole and not options.stop,
         sends_report=True,

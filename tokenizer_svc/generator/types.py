@@ -38,7 +38,10 @@ class Constraint:
 
 @dataclass(frozen=True)
 class GenerateCommand:
-    """A generation to start; `whole` if nothing of it is read before its end."""
+    """A generation to start; `whole` if nothing of it is read before its end.
+
+    `bad_words` are token ids; those of `options` are the texts.
+    """
 
     revision: str
     token_ids: list[int]
@@ -46,6 +49,7 @@ class GenerateCommand:
     max_new_tokens: int
     constraint: Constraint | None = None
     whole: bool = False
+    bad_words: Sequence[Sequence[int]] = ()
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from tokenizer_svc.request.field_checks import check_array
 from trivium.field_errors import too_many, too_many_entries
 from trivium.limits import (
     MAX_ALLOWED_TOKENS,
+    MAX_BAD_WORDS,
     MAX_CHOICES,
     MAX_CONTENT_PARTS,
     MAX_LOGIT_BIASES,
@@ -55,6 +56,7 @@ def check_completion_size(request: Any) -> None:
 def _check_options(options: Any) -> None:
     _check_map("logit_bias", options.sampling.logit_bias, MAX_LOGIT_BIASES)
     check_array("allowed_token_ids", options.sampling.allowed_token_ids, MAX_ALLOWED_TOKENS)
+    check_array("bad_words", options.bad_words, MAX_BAD_WORDS)
     check_array("stop", options.stop, MAX_STOP_STRINGS)
     check_array("stop_token_ids", options.stop_token_ids, MAX_STOP_TOKENS)
     choices = options.structured_outputs.choice.choices

@@ -134,6 +134,7 @@ class RequestOptions:
     ignore_eos: bool | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[str, ...] = ()
     include_stop: bool | None = None
     skip_special_tokens: bool | None = None
     n: int | None = None
@@ -205,6 +206,7 @@ class ValidOptions:
     prompt_logprobs: int | None = None
     return_token_ids: bool = False
     truncate_prompt_tokens: int | None = None
+    bad_words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

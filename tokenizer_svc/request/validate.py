@@ -33,6 +33,7 @@ from trivium.field_errors import (
 from trivium.limits import (
     COMPLETION_LOGPROBS,
     LOGIT_BIAS,
+    MAX_BAD_WORD_CHARACTERS,
     MAX_COMPLETION_TOKENS,
     MAX_PROMPTS,
     MAX_STOP_CHARACTERS,
@@ -115,6 +116,8 @@ def valid_options(
     _check_stop(options.stop)
     check_array("stop_token_ids", options.stop_token_ids, MAX_STOP_TOKENS)
     check_token_ids("stop_token_ids", options.stop_token_ids, vocabulary_size)
+    for index, word in enumerate(options.bad_words):
+        check_length(f"bad_words[{index}]", word, MAX_BAD_WORD_CHARACTERS)
     max_tokens, min_tokens = options.max_completion_tokens, options.min_tokens or 0
     if max_tokens is not None and min_tokens > max_tokens:
         message = (
@@ -129,6 +132,7 @@ def valid_options(
         ignore_eos=bool(options.ignore_eos),
         stop=options.stop,
         stop_token_ids=options.stop_token_ids,
+        bad_words=options.bad_words,
         include_stop=bool(options.include_stop),
         skip_special_tokens=options.skip_special_tokens is not False,
         n=1 if options.n is None else options.n,

@@ -25,41 +25,43 @@ _sym_db = _symbol_database.Default()
 from trivium.sampling.v1 import sampling_pb2 as trivium_dot_sampling_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$trivium/generator/v1/generator.proto\x12\x14trivium.generator.v1\x1a\"trivium/sampling/v1/sampling.proto\"L\n\nConstraint\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12\x0e\n\x04lark\x18\x03 \x01(\tH\x00\x42\x06\n\x04kind\"\x88\x04\n\x0fStartGeneration\x12\x10\n\x08revision\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\x05\x12\x35\n\x08sampling\x18\x03 \x01(\x0b\x32#.trivium.sampling.v1.SamplingParams\x12\x0e\n\x01n\x18\x04 \x01(\x05H\x00\x88\x01\x01\x12\x1b\n\x0emax_new_tokens\x18\x05 \x01(\x05H\x01\x88\x01\x01\x12\x1b\n\x0emin_new_tokens\x18\x06 \x01(\x05H\x02\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\x05\x12\x17\n\nignore_eos\x18\x08 \x01(\x08H\x03\x88\x01\x01\x12\x19\n\x0ctop_logprobs\x18\t \x01(\x05H\x04\x88\x01\x01\x12\x34\n\nconstraint\x18\n \x01(\x0b\x32 .trivium.generator.v1.Constraint\x12\x12\n\x05whole\x18\x0b \x01(\x08H\x05\x88\x01\x01\x12\x19\n\x0csends_report\x18\x0c \x01(\x08H\x06\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\r \x01(\x05H\x07\x88\x01\x01\x42\x04\n\x02_nB\x11\n\x0f_max_new_tokensB\x11\n\x0f_min_new_tokensB\r\n\x0b_ignore_eosB\x0f\n\r_top_logprobsB\x08\n\x06_wholeB\x0f\n\r_sends_reportB\x12\n\x10_prompt_logprobs\"\x1d\n\x0cStopSequence\x12\r\n\x05index\x18\x01 \x01(\x05\"_\n\x10\x43ompletionReport\x12\x19\n\x11\x63ompletion_tokens\x18\x01 \x01(\x05\x12\x18\n\x10reasoning_tokens\x18\x02 \x01(\x05\x12\x16\n\x0e\x66inish_reasons\x18\x03 \x03(\t\"\xc2\x01\n\x0fGenerateRequest\x12\x36\n\x05start\x18\x01 \x01(\x0b\x32%.trivium.generator.v1.StartGenerationH\x00\x12\x32\n\x04stop\x18\x02 \x01(\x0b\x32\".trivium.generator.v1.StopSequenceH\x00\x12\x38\n\x06report\x18\x03 \x01(\x0b\x32&.trivium.generator.v1.CompletionReportH\x00\x42\t\n\x07\x63ommand\"M\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x01\x12\x15\n\rtop_token_ids\x18\x02 \x03(\x05\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x01\"\xaa\x01\n\x08\x46inished\x12\x32\n\x06reason\x18\x01 \x01(\x0e\x32\".trivium.generator.v1.FinishReason\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x05\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x04 \x01(\x05\x12\x1a\n\x12\x64\x65vice_nanoseconds\x18\x05 \x01(\x03\"\xad\x01\n\x0eSequenceUpdate\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x35\n\x08logprobs\x18\x03 \x03(\x0b\x32#.trivium.generator.v1.TokenLogprobs\x12\x35\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x1e.trivium.generator.v1.FinishedH\x00\x88\x01\x01\x42\x0b\n\t_finished\"\x87\x01\n\x10GenerateResponse\x12\x35\n\x07updates\x18\x01 \x03(\x0b\x32$.trivium.generator.v1.SequenceUpdate\x12<\n\x0fprompt_logprobs\x18\x02 \x03(\x0b\x32#.trivium.generator.v1.TokenLogprobs\"\x15\n\x13GetModelInfoRequest\"\xef\x02\n\x14GetModelInfoResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\x05\x12\x17\n\x0fvocabulary_size\x18\x04 \x01(\x05\x12\x15\n\reos_token_ids\x18\x05 \x03(\x05\x12\x1a\n\x12\x65xecution_provider\x18\x06 \x01(\t\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\x11\n\tprecision\x18\x08 \x01(\t\x12\r\n\x05slots\x18\t \x01(\x05\x12\x16\n\x0ekv_cache_bytes\x18\n \x01(\x03\x12\r\n\x05max_n\x18\x0b \x01(\x05\x12\x1b\n\x13max_queued_requests\x18\x0c \x01(\x05\x12\x19\n\x11max_queued_tokens\x18\r \x01(\x05\x12\x18\n\x10\x63uda_unavailable\x18\x0e \x01(\t\x12\x13\n\x0binstance_id\x18\x0f \x01(\t\x12\x16\n\x0escores_prompts\x18\x10 \x01(\x08\"X\n\x10WatchLoadRequest\x12&\n\x19min_interval_milliseconds\x18\x01 \x01(\x05H\x00\x88\x01\x01\x42\x1c\n\x1a_min_interval_milliseconds\"|\n\x11WatchLoadResponse\x12\x19\n\x11waiting_sequences\x18\x01 \x01(\x05\x12\x19\n\x11running_sequences\x18\x02 \x01(\x05\x12\x12\n\nfree_slots\x18\x03 \x01(\x05\x12\x1d\n\x15waiting_prompt_tokens\x18\x04 \x01(\x05*\x80\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x46INISH_REASON_STOP_TOKEN\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_STOPPED\x10\x03\x32\xb8\x02\n\x10GeneratorService\x12]\n\x08Generate\x12%.trivium.generator.v1.GenerateRequest\x1a&.trivium.generator.v1.GenerateResponse(\x01\x30\x01\x12\x65\n\x0cGetModelInfo\x12).trivium.generator.v1.GetModelInfoRequest\x1a*.trivium.generator.v1.GetModelInfoResponse\x12^\n\tWatchLoad\x12&.trivium.generator.v1.WatchLoadRequest\x1a\'.trivium.generator.v1.WatchLoadResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$trivium/generator/v1/generator.proto\x12\x14trivium.generator.v1\x1a\"trivium/sampling/v1/sampling.proto\"L\n\nConstraint\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12\x0e\n\x04lark\x18\x03 \x01(\tH\x00\x42\x06\n\x04kind\"\"\n\rTokenSequence\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\"\xc0\x04\n\x0fStartGeneration\x12\x10\n\x08revision\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\x05\x12\x35\n\x08sampling\x18\x03 \x01(\x0b\x32#.trivium.sampling.v1.SamplingParams\x12\x0e\n\x01n\x18\x04 \x01(\x05H\x00\x88\x01\x01\x12\x1b\n\x0emax_new_tokens\x18\x05 \x01(\x05H\x01\x88\x01\x01\x12\x1b\n\x0emin_new_tokens\x18\x06 \x01(\x05H\x02\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\x05\x12\x17\n\nignore_eos\x18\x08 \x01(\x08H\x03\x88\x01\x01\x12\x19\n\x0ctop_logprobs\x18\t \x01(\x05H\x04\x88\x01\x01\x12\x34\n\nconstraint\x18\n \x01(\x0b\x32 .trivium.generator.v1.Constraint\x12\x12\n\x05whole\x18\x0b \x01(\x08H\x05\x88\x01\x01\x12\x19\n\x0csends_report\x18\x0c \x01(\x08H\x06\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\r \x01(\x05H\x07\x88\x01\x01\x12\x36\n\tbad_words\x18\x0e \x03(\x0b\x32#.trivium.generator.v1.TokenSequenceB\x04\n\x02_nB\x11\n\x0f_max_new_tokensB\x11\n\x0f_min_new_tokensB\r\n\x0b_ignore_eosB\x0f\n\r_top_logprobsB\x08\n\x06_wholeB\x0f\n\r_sends_reportB\x12\n\x10_prompt_logprobs\"\x1d\n\x0cStopSequence\x12\r\n\x05index\x18\x01 \x01(\x05\"_\n\x10\x43ompletionReport\x12\x19\n\x11\x63ompletion_tokens\x18\x01 \x01(\x05\x12\x18\n\x10reasoning_tokens\x18\x02 \x01(\x05\x12\x16\n\x0e\x66inish_reasons\x18\x03 \x03(\t\"\xc2\x01\n\x0fGenerateRequest\x12\x36\n\x05start\x18\x01 \x01(\x0b\x32%.trivium.generator.v1.StartGenerationH\x00\x12\x32\n\x04stop\x18\x02 \x01(\x0b\x32\".trivium.generator.v1.StopSequenceH\x00\x12\x38\n\x06report\x18\x03 \x01(\x0b\x32&.trivium.generator.v1.CompletionReportH\x00\x42\t\n\x07\x63ommand\"M\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x01\x12\x15\n\rtop_token_ids\x18\x02 \x03(\x05\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x01\"\xaa\x01\n\x08\x46inished\x12\x32\n\x06reason\x18\x01 \x01(\x0e\x32\".trivium.generator.v1.FinishReason\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x05\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x04 \x01(\x05\x12\x1a\n\x12\x64\x65vice_nanoseconds\x18\x05 \x01(\x03\"\xad\x01\n\x0eSequenceUpdate\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x35\n\x08logprobs\x18\x03 \x03(\x0b\x32#.trivium.generator.v1.TokenLogprobs\x12\x35\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x1e.trivium.generator.v1.FinishedH\x00\x88\x01\x01\x42\x0b\n\t_finished\"\x87\x01\n\x10GenerateResponse\x12\x35\n\x07updates\x18\x01 \x03(\x0b\x32$.trivium.generator.v1.SequenceUpdate\x12<\n\x0fprompt_logprobs\x18\x02 \x03(\x0b\x32#.trivium.generator.v1.TokenLogprobs\"\x15\n\x13GetModelInfoRequest\"\xef\x02\n\x14GetModelInfoResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\x05\x12\x17\n\x0fvocabulary_size\x18\x04 \x01(\x05\x12\x15\n\reos_token_ids\x18\x05 \x03(\x05\x12\x1a\n\x12\x65xecution_provider\x18\x06 \x01(\t\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\x11\n\tprecision\x18\x08 \x01(\t\x12\r\n\x05slots\x18\t \x01(\x05\x12\x16\n\x0ekv_cache_bytes\x18\n \x01(\x03\x12\r\n\x05max_n\x18\x0b \x01(\x05\x12\x1b\n\x13max_queued_requests\x18\x0c \x01(\x05\x12\x19\n\x11max_queued_tokens\x18\r \x01(\x05\x12\x18\n\x10\x63uda_unavailable\x18\x0e \x01(\t\x12\x13\n\x0binstance_id\x18\x0f \x01(\t\x12\x16\n\x0escores_prompts\x18\x10 \x01(\x08\"X\n\x10WatchLoadRequest\x12&\n\x19min_interval_milliseconds\x18\x01 \x01(\x05H\x00\x88\x01\x01\x42\x1c\n\x1a_min_interval_milliseconds\"|\n\x11WatchLoadResponse\x12\x19\n\x11waiting_sequences\x18\x01 \x01(\x05\x12\x19\n\x11running_sequences\x18\x02 \x01(\x05\x12\x12\n\nfree_slots\x18\x03 \x01(\x05\x12\x1d\n\x15waiting_prompt_tokens\x18\x04 \x01(\x05*\x80\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x46INISH_REASON_STOP_TOKEN\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_STOPPED\x10\x03\x32\xb8\x02\n\x10GeneratorService\x12]\n\x08Generate\x12%.trivium.generator.v1.GenerateRequest\x1a&.trivium.generator.v1.GenerateResponse(\x01\x30\x01\x12\x65\n\x0cGetModelInfo\x12).trivium.generator.v1.GetModelInfoRequest\x1a*.trivium.generator.v1.GetModelInfoResponse\x12^\n\tWatchLoad\x12&.trivium.generator.v1.WatchLoadRequest\x1a\'.trivium.generator.v1.WatchLoadResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'trivium.generator.v1.generator_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2200
-  _globals['_FINISHREASON']._serialized_end=2328
+  _globals['_FINISHREASON']._serialized_start=2292
+  _globals['_FINISHREASON']._serialized_end=2420
   _globals['_CONSTRAINT']._serialized_start=98
   _globals['_CONSTRAINT']._serialized_end=174
-  _globals['_STARTGENERATION']._serialized_start=177
-  _globals['_STARTGENERATION']._serialized_end=697
-  _globals['_STOPSEQUENCE']._serialized_start=699
-  _globals['_STOPSEQUENCE']._serialized_end=728
-  _globals['_COMPLETIONREPORT']._serialized_start=730
-  _globals['_COMPLETIONREPORT']._serialized_end=825
-  _globals['_GENERATEREQUEST']._serialized_start=828
-  _globals['_GENERATEREQUEST']._serialized_end=1022
-  _globals['_TOKENLOGPROBS']._serialized_start=1024
-  _globals['_TOKENLOGPROBS']._serialized_end=1101
-  _globals['_FINISHED']._serialized_start=1104
-  _globals['_FINISHED']._serialized_end=1274
-  _globals['_SEQUENCEUPDATE']._serialized_start=1277
-  _globals['_SEQUENCEUPDATE']._serialized_end=1450
-  _globals['_GENERATERESPONSE']._serialized_start=1453
-  _globals['_GENERATERESPONSE']._serialized_end=1588
-  _globals['_GETMODELINFOREQUEST']._serialized_start=1590
-  _globals['_GETMODELINFOREQUEST']._serialized_end=1611
-  _globals['_GETMODELINFORESPONSE']._serialized_start=1614
-  _globals['_GETMODELINFORESPONSE']._serialized_end=1981
-  _globals['_WATCHLOADREQUEST']._serialized_start=1983
-  _globals['_WATCHLOADREQUEST']._serialized_end=2071
-  _globals['_WATCHLOADRESPONSE']._serialized_start=2073
-  _globals['_WATCHLOADRESPONSE']._serialized_end=2197
-  _globals['_GENERATORSERVICE']._serialized_start=2331
-  _globals['_GENERATORSERVICE']._serialized_end=2643
+  _globals['_TOKENSEQUENCE']._serialized_start=176
+  _globals['_TOKENSEQUENCE']._serialized_end=210
+  _globals['_STARTGENERATION']._serialized_start=213
+  _globals['_STARTGENERATION']._serialized_end=789
+  _globals['_STOPSEQUENCE']._serialized_start=791
+  _globals['_STOPSEQUENCE']._serialized_end=820
+  _globals['_COMPLETIONREPORT']._serialized_start=822
+  _globals['_COMPLETIONREPORT']._serialized_end=917
+  _globals['_GENERATEREQUEST']._serialized_start=920
+  _globals['_GENERATEREQUEST']._serialized_end=1114
+  _globals['_TOKENLOGPROBS']._serialized_start=1116
+  _globals['_TOKENLOGPROBS']._serialized_end=1193
+  _globals['_FINISHED']._serialized_start=1196
+  _globals['_FINISHED']._serialized_end=1366
+  _globals['_SEQUENCEUPDATE']._serialized_start=1369
+  _globals['_SEQUENCEUPDATE']._serialized_end=1542
+  _globals['_GENERATERESPONSE']._serialized_start=1545
+  _globals['_GENERATERESPONSE']._serialized_end=1680
+  _globals['_GETMODELINFOREQUEST']._serialized_start=1682
+  _globals['_GETMODELINFOREQUEST']._serialized_end=1703
+  _globals['_GETMODELINFORESPONSE']._serialized_start=1706
+  _globals['_GETMODELINFORESPONSE']._serialized_end=2073
+  _globals['_WATCHLOADREQUEST']._serialized_start=2075
+  _globals['_WATCHLOADREQUEST']._serialized_end=2163
+  _globals['_WATCHLOADRESPONSE']._serialized_start=2165
+  _globals['_WATCHLOADRESPONSE']._serialized_end=2289
+  _globals['_GENERATORSERVICE']._serialized_start=2423
+  _globals['_GENERATORSERVICE']._serialized_end=2735
 # @@protoc_insertion_point(module_scope)

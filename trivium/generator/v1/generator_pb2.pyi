@@ -29,8 +29,14 @@ class Constraint(_message.Message):
     lark: str
     def __init__(self, json_schema: _Optional[str] = ..., regex: _Optional[str] = ..., lark: _Optional[str] = ...) -> None: ...
 
+class TokenSequence(_message.Message):
+    __slots__ = ("token_ids",)
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
 class StartGeneration(_message.Message):
-    __slots__ = ("revision", "prompt_token_ids", "sampling", "n", "max_new_tokens", "min_new_tokens", "stop_token_ids", "ignore_eos", "top_logprobs", "constraint", "whole", "sends_report", "prompt_logprobs")
+    __slots__ = ("revision", "prompt_token_ids", "sampling", "n", "max_new_tokens", "min_new_tokens", "stop_token_ids", "ignore_eos", "top_logprobs", "constraint", "whole", "sends_report", "prompt_logprobs", "bad_words")
     REVISION_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -44,6 +50,7 @@ class StartGeneration(_message.Message):
     WHOLE_FIELD_NUMBER: _ClassVar[int]
     SENDS_REPORT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    BAD_WORDS_FIELD_NUMBER: _ClassVar[int]
     revision: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: _sampling_pb2.SamplingParams
@@ -57,7 +64,8 @@ class StartGeneration(_message.Message):
     whole: bool
     sends_report: bool
     prompt_logprobs: int
-    def __init__(self, revision: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., n: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., min_new_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., top_logprobs: _Optional[int] = ..., constraint: _Optional[_Union[Constraint, _Mapping]] = ..., whole: _Optional[bool] = ..., sends_report: _Optional[bool] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
+    bad_words: _containers.RepeatedCompositeFieldContainer[TokenSequence]
+    def __init__(self, revision: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., n: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., min_new_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., top_logprobs: _Optional[int] = ..., constraint: _Optional[_Union[Constraint, _Mapping]] = ..., whole: _Optional[bool] = ..., sends_report: _Optional[bool] = ..., prompt_logprobs: _Optional[int] = ..., bad_words: _Optional[_Iterable[_Union[TokenSequence, _Mapping]]] = ...) -> None: ...
 
 class StopSequence(_message.Message):
     __slots__ = ("index",)

@@ -60,8 +60,9 @@ class GeneratorServiceServicer:
         """Generates n continuations of one prompt. The first message starts them;
         later ones may stop single continuations, which then finish with exact
         counts. Commands that have no effect are ignored: an empty one, another
-        start, a stop of an index that is not running. A caller that never stops one may half-close the stream at once.
-        Cancelling the call frees everything it holds within a step.
+        start, a stop of an index that is not running. A caller that never stops one
+        may half-close the stream at once. Cancelling the call frees everything it
+        holds within a step.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

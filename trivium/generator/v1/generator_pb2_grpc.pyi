@@ -37,8 +37,9 @@ class GeneratorServiceStub:
     """Generates n continuations of one prompt. The first message starts them;
     later ones may stop single continuations, which then finish with exact
     counts. Commands that have no effect are ignored: an empty one, another
-    start, a stop of an index that is not running. A caller that never stops one may half-close the stream at once.
-    Cancelling the call frees everything it holds within a step.
+    start, a stop of an index that is not running. A caller that never stops one
+    may half-close the stream at once. Cancelling the call frees everything it
+    holds within a step.
     """
     GetModelInfo: _grpc.UnaryUnaryMultiCallable[_generator_pb2.GetModelInfoRequest, _generator_pb2.GetModelInfoResponse]
     """What is loaded, and its limits."""
@@ -57,8 +58,9 @@ class GeneratorServiceAsyncStub(GeneratorServiceStub):
     """Generates n continuations of one prompt. The first message starts them;
     later ones may stop single continuations, which then finish with exact
     counts. Commands that have no effect are ignored: an empty one, another
-    start, a stop of an index that is not running. A caller that never stops one may half-close the stream at once.
-    Cancelling the call frees everything it holds within a step.
+    start, a stop of an index that is not running. A caller that never stops one
+    may half-close the stream at once. Cancelling the call frees everything it
+    holds within a step.
     """
     GetModelInfo: _aio.UnaryUnaryMultiCallable[_generator_pb2.GetModelInfoRequest, _generator_pb2.GetModelInfoResponse]  # type: ignore[assignment]
     """What is loaded, and its limits."""
@@ -80,8 +82,9 @@ class GeneratorServiceServicer(metaclass=_abc_1.ABCMeta):
         """Generates n continuations of one prompt. The first message starts them;
         later ones may stop single continuations, which then finish with exact
         counts. Commands that have no effect are ignored: an empty one, another
-        start, a stop of an index that is not running. A caller that never stops one may half-close the stream at once.
-        Cancelling the call frees everything it holds within a step.
+        start, a stop of an index that is not running. A caller that never stops one
+        may half-close the stream at once. Cancelling the call frees everything it
+        holds within a step.
         """
 
     @_abc_1.abstractmethod
