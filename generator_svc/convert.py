@@ -27,7 +27,6 @@ from trivium.field_errors import (
 )
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.limits import (
-    COMPLETION_LOGPROBS,
     LOGIT_BIAS,
     MAX_COMPLETION_TOKENS,
     MAX_LOGIT_BIASES,
@@ -102,7 +101,7 @@ def to_engine_request(start: pb.StartGeneration, limits: Limits) -> EngineReques
     top_logprobs = start.top_logprobs if start.HasField("top_logprobs") else None
     check_number("top_logprobs", top_logprobs or 0, TOP_LOGPROBS)
     prompt_logprobs = start.prompt_logprobs if start.HasField("prompt_logprobs") else None
-    check_number("prompt_logprobs", prompt_logprobs or 0, COMPLETION_LOGPROBS)
+    check_number("prompt_logprobs", prompt_logprobs or 0, TOP_LOGPROBS)
     if prompt_logprobs is not None and not limits.scores_prompts:
         raise ServiceError(
             "unsupported_parameter",
@@ -243,6 +242,7 @@ def _logprobs(found: TokenLogprobs) -> pb.TokenLogprobs:
         logprob=found.logprob,
         top_token_ids=found.top_token_ids,
         top_logprobs=found.top_logprobs,
+        rank=found.rank,
     )
 
 

@@ -156,11 +156,15 @@ class CompletionReport:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Natural log-probabilities of a token and of the most likely tokens at its position."""
+    """Natural log-probabilities of a token and of the most likely tokens at its position.
+
+    `rank`, of prompt tokens only, is how many tokens are at least as likely, itself included.
+    """
 
     logprob: float
     top_token_ids: tuple[int, ...]
     top_logprobs: tuple[float, ...]
+    rank: int = 0
 
 
 # Named tuples, since one is created for every token: a frozen dataclass takes a microsecond more.

@@ -1,5 +1,6 @@
 """Response bodies as typed JSON objects: OpenAI's schema, plus `gpu_seconds` in the usage,
-`reasoning_content` next to the content, and vLLM's `prompt_token_ids` and `token_ids` if requested.
+`reasoning_content` next to the content, and, if requested, vLLM's `prompt_token_ids`, `token_ids`
+and `prompt_logprobs`.
 
 The type checker checks `convert` against these, and the OpenAPI document is built from them.
 """
@@ -37,6 +38,18 @@ class Logprobs(TypedDict):
 
     content: list[ChatCompletionTokenLogprob]
     refusal: None
+
+
+class PromptLogprob(TypedDict):
+    """The log-probability of a token at a position of the prompt, in vLLM's format."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+# By token id at each position: the prompt's token, then the most likely others; null at the first.
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
 class PromptTokensDetails(TypedDict):
@@ -125,6 +138,7 @@ class ChatCompletion(TypedDict):
     choices: list[Choice]
     usage: CompletionUsage
     prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[PromptLogprobs]
 
 
 class FunctionCallDelta(TypedDict):
@@ -197,6 +211,7 @@ class TextChoice(TypedDict):
     finish_reason: FinishReason
     prompt_token_ids: NotRequired[list[int]]
     token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[PromptLogprobs]
 
 
 class TextCompletion(TypedDict):

@@ -292,6 +292,13 @@ CHAT_REQUEST = (
         "tokenizer_svc/test_completions.py::test_prompts_may_be_truncated",
     ),
     Row(
+        "prompt_logprobs",
+        _NOT_PUBLISHED,
+        "extension, as in vLLM: 0 to 20, not with `stream`; the prompt is computed without the "
+        "prefix cache, and an answer has at most 524,288, alternatives included",
+        f"{_R}test_prompt_logprobs_have_ranks",
+    ),
+    Row(
         "return_token_ids",
         _NOT_PUBLISHED,
         "extension, as in vLLM: `prompt_token_ids` and `token_ids` in the answer",
@@ -425,6 +432,13 @@ CHAT_ANSWER = (
         f"{_C}test_token_ids",
     ),
     Row(
+        "prompt_logprobs",
+        _NOT_PUBLISHED,
+        "extension, as in vLLM, with the field of that name: null for the first token, then "
+        "objects by token id",
+        f"{_C}test_prompt_logprobs",
+    ),
+    Row(
         "choices[].token_ids",
         _NOT_PUBLISHED,
         "extension, as in vLLM, with `return_token_ids`: all tokens generated, also those without "
@@ -541,6 +555,12 @@ COMPLETION_ANSWER = (
         _NOT_PUBLISHED,
         "extension, as in vLLM, with `return_token_ids`; the prompt's in the choice's first chunk",
         f"{_T}test_token_ids_of_completions",
+    ),
+    Row(
+        "choices[].prompt_logprobs",
+        _NOT_PUBLISHED,
+        "extension, as in vLLM, with the field of that name",
+        f"{_T}test_prompt_logprobs_of_completions",
     ),
     Row(
         "usage",

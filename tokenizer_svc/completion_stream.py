@@ -14,6 +14,7 @@ from tokenizer_svc.generator.types import (
     Constraint,
     GenerateCommand,
     GeneratorFinishReason,
+    TokenIdLogprobs,
     TokenUpdate,
 )
 from tokenizer_svc.metrics import RequestMeter
@@ -22,8 +23,10 @@ from tokenizer_svc.output.completion import Completion
 from tokenizer_svc.output.decoding_options import DecodingOptions
 from tokenizer_svc.output.echo import Echo
 from tokenizer_svc.output.events import Delta, Event, Header, Usage
+from tokenizer_svc.output.logprobs import describe_prompt
 from tokenizer_svc.request.types import ValidOptions
 from tokenizer_svc.trace import CompletionTrace
+from trivium.field_errors import contradiction
 from trivium.keys.keyed_request import current_request
 from trivium.offload import INLINE_LOGPROBS, offload
 from trivium.wire.errors import ServiceError, internal_error
@@ -59,6 +62,8 @@ async def stream_completion(
 
     Choices are numbered across all prompts. Takes at most `seconds`; raises ServiceError.
     """
+    if job.options.prompt_logprobs is not None and not job.whole:
+        raise contradiction("prompt_logprobs", "is not available in a stream.")
     model, n = served.model, job.options.n
     trace = CompletionTrace(job.id, model.id, job.options, is_stream=not job.whole)
     completions = [
@@ -147,16 +152,17 @@ async def _generate(
             async for updates in messages:
                 if job.options.max_completion_tokens == 0:
                     updates = [_without_tokens(update) for update in updates]
-                echoed: list[Delta] = []
+                first: list[Delta] = []
                 if not admitted:
                     meter.prompt(served.model.id, len(token_ids))
                     admitted = True
-                    echoed = [] if echo is None else await _begin(echo, job.options, updates)
+                    begin = partial(_begin, served, job, prompt_index, updates[0].prompt_logprobs)
+                    first = await offload(len(updates[0].prompt_logprobs), begin, INLINE_LOGPROBS)
                 step = trace.decode(completion, updates)
                 await generation.stop(step.stops)
-                deltas = step.deltas
-                if echo is not None:
-                    deltas = [*echoed, *map(echo.shift, deltas)]
+                deltas = step.deltas if echo is None else list(map(echo.shift, step.deltas))
+                if first:
+                    deltas = [*first, *deltas]
                 if first_index:
                     deltas = [replace(delta, index=first_index + delta.index) for delta in deltas]
                 meter.step(updates, deltas, first_index)
@@ -164,20 +170,21 @@ async def _generate(
                 if completion.done:
                     await generation.report(_report(completion))
     except ServiceError as error:
-        raise _public_error(error, job.constraint) from error
+        raise _public_error(error, job) from error
     if not completion.done:
         log.error("the generator ended the call before all choices had finished")
         raise internal_error()
 
 
-def _public_error(error: ServiceError, constraint: Constraint | None) -> ServiceError:
+def _public_error(error: ServiceError, job: CompletionJob) -> ServiceError:
     """The generator's error, with the public name of the field that it is about."""
     param = error.param or ""
-    if param == "prompt_logprobs":  # requested by `echo` and `logprobs`
+    if param == "prompt_logprobs" and job.options.prompt_logprobs is None:
+        # Requested by `echo` and `logprobs`.
         return ServiceError(error.code, error.message, "logprobs")
     if param.startswith("sampling."):
         return ServiceError(error.code, error.message, param.removeprefix("sampling."))
-    return attribute_error_to_field(error, constraint)
+    return attribute_error_to_field(error, job.constraint)
 
 
 def _without_tokens(update: TokenUpdate) -> TokenUpdate:
@@ -188,11 +195,22 @@ def _without_tokens(update: TokenUpdate) -> TokenUpdate:
     return replace(update, token_ids=(), logprobs=(), finished=finished)
 
 
-async def _begin(echo: Echo, options: ValidOptions, updates: Sequence[TokenUpdate]) -> list[Delta]:
-    """The deltas that echo the prompt, from the generator's first message."""
-    logprobs = updates[0].prompt_logprobs if options.prompt_logprobs is not None else None
-    size = len(logprobs or ())
-    return await offload(size, lambda: echo.begin(options.n, logprobs), INLINE_LOGPROBS)
+def _begin(
+    served: ServedModel, job: CompletionJob, prompt_index: int, scores: Sequence[TokenIdLogprobs]
+) -> list[Delta]:
+    """The deltas that echo the prompt and report on its tokens, before those of the answer.
+
+    `scores` are all tokens' but the first, if any are requested.
+    """
+    options, deltas = job.options, []
+    if options.prompt_logprobs is not None:
+        found = describe_prompt(
+            served.model.tokenizer, job.prompts[prompt_index], scores, options.prompt_logprobs
+        )
+        deltas = [Delta(0, "", (), completion_tokens=0, prompt_logprobs=found)]
+    if job.echoes:
+        deltas += job.echoes[prompt_index].begin(options.n, scores, options.echo_logprobs)
+    return deltas
 
 
 def _report(completion: Completion) -> CompletionReport:

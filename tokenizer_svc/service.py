@@ -24,7 +24,7 @@ from tokenizer_svc.output.events import Event
 from tokenizer_svc.prompt.builder import Prompt
 from tokenizer_svc.request.request_size import check_chat_size
 from tokenizer_svc.request.types import ValidRequest
-from tokenizer_svc.request.validate import validate
+from tokenizer_svc.request.validate import check_prompt_logprobs, validate
 from tokenizer_svc.service_completion import CompletionService
 from tokenizer_svc.service_models import ModelService, TokenizerService
 from tokenizer_svc.trace import name_request
@@ -97,6 +97,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
             )
             kept = served.kept_tokens(request.options)
             prompt = await served.prompt(request.conversation, kept)
+            check_prompt_logprobs(request.options, len(prompt.token_ids))
             job = CompletionJob(
                 id=f"chatcmpl-{uuid.uuid4().hex}",
                 created=created,

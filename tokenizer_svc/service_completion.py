@@ -22,14 +22,12 @@ from tokenizer_svc.output.echo import Echo
 from tokenizer_svc.output.events import Delta, Event
 from tokenizer_svc.request.request_size import check_completion_size
 from tokenizer_svc.request.types import CompletionRequest, ValidOptions
-from tokenizer_svc.request.validate import validate_completion
+from tokenizer_svc.request.validate import check_prompt_logprobs, validate_completion
 from tokenizer_svc.trace import name_request
 from trivium.chat.v1 import completion_pb2, completion_pb2_grpc
 from trivium.field_errors import empty_string
-from trivium.limits import MAX_PROMPT_LOGPROBS
 from trivium.offload import INLINE_BYTES, INLINE_LOGPROBS, offload
 from trivium.wire.channel import remaining_seconds
-from trivium.wire.errors import ServiceError
 
 Call = grpc.aio.ServicerContext[Any, Any]
 
@@ -80,7 +78,8 @@ class CompletionService(completion_pb2_grpc.CompletionServiceServicer):
             prompts = [
                 await _prompt(served, request, index, kept) for index in range(len(request.prompts))
             ]
-            _check_prompt_logprobs(options, sum(len(prompt.token_ids) for prompt in prompts))
+            tokens = sum(len(prompt.token_ids) for prompt in prompts)
+            check_prompt_logprobs(options, tokens, options.n)
             response = options.response_constraint
             constraint = None if response is None else whole_output(response)
             job = CompletionJob(
@@ -136,17 +135,3 @@ async def _prompt(
     if text is None:
         text = await offload(len(token_ids), lambda: model.tokenizer.decode(token_ids))
     return _PlainPrompt(text, token_ids)
-
-
-def _check_prompt_logprobs(options: ValidOptions, tokens: int) -> None:
-    """Raises ServiceError if an answer would have too many: they cost the device little, but every
-    stage a lot, and again for each choice."""
-    alternatives = options.prompt_logprobs
-    if alternatives is None or options.n * tokens * (1 + alternatives) <= MAX_PROMPT_LOGPROBS:
-        return
-    message = (
-        f"Invalid 'logprobs': an answer has at most {MAX_PROMPT_LOGPROBS} log-probabilities of "
-        f"echoed prompts, and {tokens} tokens with {alternatives} alternatives, for n = "
-        f"{options.n}, are more. Send fewer prompts in one request."
-    )
-    raise ServiceError("invalid_value", message, "logprobs")

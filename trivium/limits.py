@@ -72,4 +72,4 @@ MAX_BAD_WORD_CHARACTERS = 256  # of each
 MAX_TEMPLATE_VARIABLES = 64
 MAX_PROMPTS = 128  # of a plain completion
 MAX_TOKEN_IDS = 524_288  # of one list
-MAX_PROMPT_LOGPROBS = 524_288  # of echoed prompts, in all choices, alternatives included
+MAX_PROMPT_LOGPROBS = 524_288  # of prompts, in all choices, alternatives included

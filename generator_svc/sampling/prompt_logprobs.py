@@ -1,5 +1,7 @@
 """Log-probabilities of prompt tokens, each from the logits of the token before it."""
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 
@@ -9,7 +11,8 @@ from generator_svc.sequence import Sequence
 
 
 def score(sequence: Sequence, all_logits: npt.NDArray[np.float32]) -> BadLogits | None:
-    """Adds the log-probabilities that a chunk's logits yield to the group's `prompt_logprobs`.
+    """Adds the log-probabilities that a chunk's logits yield, with ranks, to the group's
+    `prompt_logprobs`.
 
     `all_logits`, float32 [tokens, vocabulary], are those of every token of the chunk; each predicts
     the next prompt token. Returns the error if the logits are bad. To be called before the chunk
@@ -25,7 +28,9 @@ def score(sequence: Sequence, all_logits: npt.NDArray[np.float32]) -> BadLogits 
     try:
         for token_id, row in zip(following, all_logits, strict=False):
             checked(float(row.max()))
-            group.prompt_logprobs.append(logprobs(row, token_id, request.prompt_logprobs))
+            found = logprobs(row, token_id, request.prompt_logprobs)
+            rank = int(np.count_nonzero(row >= row[token_id]))
+            group.prompt_logprobs.append(replace(found, rank=rank))
     except BadLogits as error:
         return error
     return None

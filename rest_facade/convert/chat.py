@@ -56,6 +56,8 @@ def answer(response: Response, body: ChatCompletionRequest) -> ChatCompletion:
     )
     if body.return_token_ids:
         completion["prompt_token_ids"] = list(header.prompts[0].ids)
+    if body.prompt_logprobs is not None:
+        completion["prompt_logprobs"] = envelope.prompt_logprobs(response.prompt_logprobs)
     if body.service_tier is not None:
         completion["service_tier"] = "default"
     return completion

@@ -51,6 +51,11 @@ def answer(response: Response, body: TextCompletionRequest) -> TextCompletion:
         choices=[_choice(choice, header, body) for choice in response.choices],
         usage=envelope.usage(response.usage),
     )
+    if body.prompt_logprobs is not None:
+        for shown, choice in zip(completion["choices"], response.choices, strict=True):
+            if choice.prompt_logprobs:  # otherwise they are those of the choice before
+                prompt_logprobs = envelope.prompt_logprobs(choice.prompt_logprobs)
+            shown["prompt_logprobs"] = prompt_logprobs
     if body.service_tier is not None:
         completion["service_tier"] = "default"
     return completion

@@ -1,6 +1,7 @@
 """What chat and plain completions share: a request's options and a response's usage."""
 
 import functools
+from collections.abc import Iterable
 
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
@@ -8,7 +9,7 @@ from pydantic import BaseModel
 
 from rest_facade.requests.options import SharedOptions
 from rest_facade.requests.structured_output import ResponseFormat, StructuredOutputs
-from rest_facade.responses import CompletionUsage, FinishReason
+from rest_facade.responses import CompletionUsage, FinishReason, PromptLogprob, PromptLogprobs
 from trivium.chat.v1 import chat_pb2
 from trivium.sampling.v1.sampling_pb2 import SamplingParams
 
@@ -90,6 +91,20 @@ def _structured_outputs(constraint: StructuredOutputs) -> chat_pb2.StructuredOut
         grammar=constraint.grammar,
         json_object=constraint.json_object or None,
     )
+
+
+def prompt_logprobs(positions: Iterable[chat_pb2.PromptPosition]) -> PromptLogprobs:
+    """The log-probabilities at each position of a prompt, by token id."""
+    return [
+        {
+            str(token.token_id): PromptLogprob(
+                logprob=token.logprob, rank=token.rank, decoded_token=token.token
+            )
+            for token in position.tokens
+        }
+        or None
+        for position in positions
+    ]
 
 
 def taken(usage: chat_pb2.Usage) -> tuple[int, int]:

@@ -27,6 +27,7 @@ from trivium.limits import (
     SAMPLING,
     SEED,
     TOKEN_ID,
+    TOP_LOGPROBS,
     TRUNCATE_PROMPT_TOKENS,
     N,
 )
@@ -158,6 +159,11 @@ class SamplingFields(Strict):
         description="Keep only the last so many tokens of the prompt; -1 for as many as fit the "
         "context beside the maximum number of tokens.",
     )
+    prompt_logprobs: Annotated[int, within(TOP_LOGPROBS)] | None = Field(
+        None,
+        description="Log-probabilities of the prompt's tokens and of this many most likely ones; "
+        "not with stream.",
+    )
     return_token_ids: bool | None = Field(
         None, description="Whether the answer has the token ids of prompts and choices."
     )
@@ -191,6 +197,8 @@ class SamplingFields(Strict):
             raise contradiction(
                 "stream_options.continuous_usage_stats", "is only allowed with 'include_usage'."
             )
+        if self.prompt_logprobs is not None and self.stream:
+            raise contradiction("prompt_logprobs", "is not available when 'stream' is enabled.")
         old, new = self.max_tokens, self.max_completion_tokens
         if old is not None and new is not None and old != new:
             raise contradiction(

@@ -36,7 +36,6 @@ _VLLM: Table = {
     "early_stopping": (False,),
     "spaces_between_special_tokens": (True,),
     "logits_processors": ([],),
-    "prompt_logprobs": (),
     "prompt_embeds": (),
     "truncation_side": ("left",),
     "return_tokens_as_token_ids": (False,),

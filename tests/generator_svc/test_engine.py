@@ -95,17 +95,19 @@ def test_tokens_do_not_depend_on_the_batch(temperature, allowed, bad_words):
 
 
 def _scored(prompt, top):
-    """Logprob and top tokens for each token but the first, computed prefix by prefix."""
+    """Logprob, top tokens and rank for each token but the first, computed prefix by prefix."""
     for place in range(1, len(prompt)):
         logits = scripted_logits(prompt[:place]).astype(np.float64)
         logprobs = logits - np.log(np.exp(logits).sum())
-        yield logprobs[prompt[place]], np.argsort(-logits, kind="stable")[:top].tolist()
+        rank = sum(logits >= logits[prompt[place]])
+        yield logprobs[prompt[place]], np.argsort(-logits, kind="stable")[:top].tolist(), rank
 
 
 def _assert_scored(group, top):
     found, expected = group.prompt_logprobs, list(_scored(group.request.prompt, top))
-    assert [tuple(ids) for _, ids in expected] == [entry.top_token_ids for entry in found]
-    assert pytest.approx([logprob for logprob, _ in expected]) == [e.logprob for e in found]
+    assert [tuple(ids) for _, ids, _ in expected] == [entry.top_token_ids for entry in found]
+    assert pytest.approx([logprob for logprob, *_ in expected]) == [e.logprob for e in found]
+    assert [rank for *_, rank in expected] == [entry.rank for entry in found]
 
 
 @pytest.mark.parametrize("batch_size", [0, 4])

@@ -120,6 +120,7 @@ async def test_logprobs_of_the_prompt_come_with_the_first_message(stage):
 
     assert prompt[2:] == [entry.top_token_ids[0] for entry in found[1:]]
     assert [2] * 5 == [len(entry.top_logprobs) for entry in found]
+    assert [1] * 4 == [entry.rank for entry in found[1:]]
     assert all(entry.logprob == entry.top_logprobs[0] for entry in found[1:])
     assert not any(message.prompt_logprobs for message in others)
 

@@ -466,6 +466,34 @@ def test_echo_with_logprobs_scores_the_prompt(services: Services) -> None:
     assert [None, "length"] == [chunk["finish_reason"] for chunk in chunks]
 
 
+def test_prompt_logprobs_have_ranks(services: Services) -> None:
+    """At each position the prompt's token has its log-probability, as an echo shows it, and its
+    rank: the most likely tokens have the first ones, and others come after them."""
+
+    def post(path: str, **fields: Any) -> Any:
+        body = {"model": services.model, "max_tokens": 1, **fields}
+        return httpx.post(f"{services.url}{path}", json=body, timeout=60).json()
+
+    chat = post("/v1/chat/completions", messages=MESSAGES, prompt_logprobs=20, n=2)
+    token_ids = post("/tokenize", messages=MESSAGES)["tokens"]
+    plain = post(
+        "/v1/completions", prompt=token_ids, prompt_logprobs=20, n=2, echo=True, logprobs=1
+    )["choices"]
+    echoed = plain[0]["logprobs"]["token_logprobs"]
+    found = chat["prompt_logprobs"]
+
+    assert [found] * 2 == [choice["prompt_logprobs"] for choice in plain]
+    assert [None, *map(str, token_ids[1:])] == [one and next(iter(one)) for one in found]
+    assert echoed[:-1] == [one and next(iter(one.values()))["logprob"] for one in found]
+    for position in found[1:]:
+        ranked = sorted(position.values(), key=lambda token: token["rank"])
+        logprobs = [token["logprob"] for token in ranked]
+        assert sorted(logprobs, reverse=True) == logprobs
+        assert list(range(1, 21)) == [token["rank"] for token in ranked][:20]
+        assert len(ranked) <= 21
+    assert any(len(position) == 21 for position in found[1:])
+
+
 @pytest.mark.parametrize(
     "fields",
     [

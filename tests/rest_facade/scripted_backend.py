@@ -106,6 +106,22 @@ def logprob(token: str, value: float = -0.5) -> chat_pb2.TokenLogprob:
     )
 
 
+def prompt_position(*ranked: tuple[int, str, float, int]) -> chat_pb2.PromptPosition:
+    """A position of the prompt, with id, text, log-probability and rank of its tokens."""
+    names = ("token_id", "token", "logprob", "rank")
+    tokens = [chat_pb2.PromptLogprob(**dict(zip(names, one, strict=True))) for one in ranked]
+    return chat_pb2.PromptPosition(tokens=tokens)
+
+
+SCORED = (prompt_position(), prompt_position((5, "é", -3.5, 77), (9, "a", -0.25, 1)))
+SCORED_JSON = [
+    None,
+    {
+        "5": {"logprob": -3.5, "rank": 77, "decoded_token": "é"},
+        "9": {"logprob": -0.25, "rank": 1, "decoded_token": "a"},
+    },
+]
+
 HELLO: Sequence[Step] = (
     header(range(7)),
     delta("Hello"),
@@ -137,6 +153,7 @@ class ScriptedBackend(
         self._tls = tls
         self.script: Sequence[Step] = HELLO
         self.text_script: Sequence[Step] = HELLO_TEXT
+        self.prompt_logprobs: Sequence[chat_pb2.PromptPosition] = ()
         self.model_names = [MODEL, "org/other"]
         self.requests: list[Any] = []
         self.metadata: list[dict[str, str]] = []
@@ -180,7 +197,7 @@ class ScriptedBackend(
 
     async def CreateChatCompletion(self, request: Any, context: Any) -> Any:
         self._note(request, context)
-        response = chat_pb2.CreateChatCompletionResponse()
+        response = chat_pb2.CreateChatCompletionResponse(prompt_logprobs=self.prompt_logprobs)
         choices: dict[int, chat_pb2.Choice] = {}
         async for event in self._play(self.script):
             if event.HasField("header"):
@@ -216,6 +233,8 @@ class ScriptedBackend(
                 choice.logprobs.extend(delta.logprobs)
                 choice.finish_reason = delta.finish_reason
                 choice.token_ids.extend(delta.token_ids)
+        if 0 in choices:
+            choices[0].prompt_logprobs.extend(self.prompt_logprobs)
         response.choices.extend(choices[index] for index in sorted(choices))
         return response
 

@@ -9,6 +9,8 @@ import pytest
 from tests.completion_requests import chat_request
 from tests.rest_facade.scripted_backend import (
     MODEL,
+    SCORED,
+    SCORED_JSON,
     ScriptedBackend,
     call,
     delta,
@@ -208,6 +210,20 @@ async def test_token_ids(client: httpx.AsyncClient, backend: ScriptedBackend) ->
     assert "token_ids" not in plain["choices"][0]
 
 
+async def test_prompt_logprobs(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
+    """With prompt_logprobs the answer has those of the prompt's tokens and of the most likely ones,
+    by token id; the first token has none. A stream would not have them, so that is refused."""
+    backend.prompt_logprobs = SCORED
+    answer = (await post(client, prompt_logprobs=1)).json()
+    streamed = await post(client, prompt_logprobs=0, stream=True)
+
+    assert answer["prompt_logprobs"] == SCORED_JSON
+    assert list(answer["prompt_logprobs"][1]) == ["5", "9"]
+    assert 1 == backend.requests[0].options.prompt_logprobs
+    error = streamed.json()["error"]
+    assert (error["code"], error["param"]) == ("invalid_parameter_combination", "prompt_logprobs")
+
+
 @pytest.mark.parametrize(
     "text", ['\u2028\u2029\x85\r\n\t\x00"\\', "🫠 鼜 👩‍🚀", "data: [DONE]\n\n"]
 )
@@ -246,6 +262,7 @@ async def test_every_field_is_passed_on(
         "ignore_eos": True,
         "return_token_ids": True,
         "truncate_prompt_tokens": -1,
+        "prompt_logprobs": 20,
         "stop": ["a", "b"],
         "seed": -(2**63),
         "n": 128,

@@ -13,6 +13,8 @@ from tests.completion_requests import options
 from tests.event_loop import stall
 from tests.rest_facade.scripted_backend import (
     MODEL,
+    SCORED,
+    SCORED_JSON,
     ScriptedBackend,
     header,
     logprob,
@@ -102,6 +104,7 @@ async def test_every_completion_field_is_passed_on(
         "allowed_token_ids": [7, 4],
         "return_token_ids": True,
         "truncate_prompt_tokens": 9,
+        "prompt_logprobs": 0,
         "bad_words": ["a", " b c"],
         "include_stop_str_in_output": True,
         "skip_special_tokens": False,
@@ -199,6 +202,22 @@ async def test_token_ids_of_completions(
         (0, "", None, []),
         (3, "", None, [9]),
     ] == [(c["index"], c["text"], c.get("prompt_token_ids"), c["token_ids"]) for c in found]
+
+
+async def test_prompt_logprobs_of_completions(
+    client: httpx.AsyncClient, backend: ScriptedBackend
+) -> None:
+    """With prompt_logprobs each choice has those of its prompt, in the same form as a chat."""
+    backend.prompt_logprobs = SCORED
+    backend.text_script = (
+        header(),
+        text_delta("a", index=0, finish="STOP"),
+        text_delta("b", index=1, finish="STOP"),
+        usage(2),
+    )
+    choices = (await post(client, prompt_logprobs=1, n=2)).json()["choices"]
+
+    assert [SCORED_JSON] * 2 == [choice["prompt_logprobs"] for choice in choices]
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,8 @@ def test_errors_have_openais_wording(
         ({"top_logprobs": 1}, "invalid_parameter_combination", "top_logprobs"),
         ({"modalities": ["text", "audio"]}, "unsupported_value", "modalities[1]"),
         ({"best_of": True}, "unsupported_value", "best_of"),
+        ({"prompt_logprobs": -1}, "integer_below_min_value", "prompt_logprobs"),
+        ({"prompt_logprobs": 21}, "integer_above_max_value", "prompt_logprobs"),
         ({"truncation_side": "right"}, "unsupported_value", "truncation_side"),
         ({"store": True}, "unsupported_value", "store"),
         ({"service_tier": "flex"}, "unsupported_value", "service_tier"),

@@ -156,6 +156,61 @@ async def test_an_echo_has_logprobs(stage: Stage) -> None:
         assert [len(text), len(text) + 1] == places[-2:]
 
 
+async def test_prompt_logprobs_have_the_prompts_tokens(stage: Stage) -> None:
+    """With prompt_logprobs the first choice of each prompt, and a chat, has the prompt's token and
+    the most likely others at each position but the first, each once, with their ranks. An echo
+    beside them keeps its own number of alternatives."""
+
+    async def script(
+        start: generator_pb2.StartGeneration, stops: Stops
+    ) -> AsyncIterator[generator_pb2.GenerateResponse]:
+        message = message_of(*(finish(index, LENGTH, 0) for index in range(start.n)))
+        for token_id in start.prompt_token_ids[1:]:
+            message.prompt_logprobs.add(
+                logprob=-token_id, top_token_ids=[71, 3], top_logprobs=[-1.0, -2.0], rank=9
+            )
+        yield message
+
+    def shown(positions: Any) -> list[list[tuple[int, float, int]]]:
+        return [
+            [(token.token_id, token.logprob, token.rank) for token in position.tokens]
+            for position in positions
+        ]
+
+    stage.generator.script = script
+    asked = request([70, 71, 72], [70], echo=True, logprobs=1)
+    asked.options.CopyFrom(options(n=2, prompt_logprobs=2, max_completion_tokens=0))
+    answer = await stage.completions.CreateCompletion(asked)
+    first, second, third, _ = answer.choices
+    chat = await stage.chat.CreateChatCompletion(stage.request(prompt_logprobs=0))
+    *_, call = stage.generator.calls
+
+    assert {2} == {each.start.prompt_logprobs for each in stage.generator.calls[:-1]}
+    assert [[], [(71, -1.0, 1), (3, -2.0, 2)], [(72, -72.0, 9), (71, -1.0, 1), (3, -2.0, 2)]] == (
+        shown(first.prompt_logprobs)
+    )
+    assert ([], [[]]) == (shown(second.prompt_logprobs), shown(third.prompt_logprobs))
+    assert [1, 1] == [len(entry.token.top_logprobs) for entry in first.logprobs[1:]]
+    assert stage.model.tokenizer.decode([72]) == first.prompt_logprobs[2].tokens[0].token
+    assert 0 == call.start.prompt_logprobs
+    assert [[], *([(token, float(-token), 9)] for token in call.start.prompt_token_ids[1:])] == (
+        shown(chat.prompt_logprobs)
+    )
+
+
+async def test_prompt_logprobs_are_not_streamed(stage: Stage) -> None:
+    """A stream has no place for them, so they are refused there."""
+    stage.generator.script = continues(stage)
+    for call in (
+        stage.completions.StreamCompletion(request("x", options=options(prompt_logprobs=0))),
+        stage.chat.StreamChatCompletion(stage.request(prompt_logprobs=0)),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await call.read()
+
+        assert ("invalid_parameter_combination", "prompt_logprobs") == code_of(refused.value)
+
+
 async def test_a_completion_keeps_its_first_space(tmp_path: Path) -> None:
     """SentencePiece puts a space before every text: after a prompt, and where a chat's last message
     is continued, it separates the two."""

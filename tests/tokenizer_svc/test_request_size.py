@@ -202,6 +202,20 @@ async def test_the_logprobs_of_an_echo_are_limited(long_stage: Stage) -> None:
         await long_stage.completions.CreateCompletion(asked)
 
 
+async def test_prompt_logprobs_are_limited(long_stage: Stage) -> None:
+    """Each choice of a plain completion has them, a chat once for all of its choices."""
+    long_stage.generator.script = says(ANSWER)
+    asked = echo(long_stage, 1_025, n=128)
+    asked.ClearField("logprobs")
+    asked.options.prompt_logprobs = 3
+    chat = long_stage.request(messages=[user("a" * 130_000)], prompt_logprobs=4)
+    for call in (
+        long_stage.completions.CreateCompletion(asked),
+        long_stage.chat.CreateChatCompletion(chat),
+    ):
+        assert ("invalid_value", "prompt_logprobs") == await refusal(call)
+
+
 async def test_a_far_too_long_prompt_is_not_encoded_in_full(stage: Stage) -> None:
     """Only its beginning is encoded; its exact length is not reported."""
     with pytest.raises(grpc.aio.AioRpcError, match="resulted in more than 256 tokens"):

@@ -122,6 +122,7 @@ def _options(request: chat_pb2.CompletionOptions) -> RequestOptions:
         ),
         return_token_ids=request.return_token_ids,
         truncate_prompt_tokens=_optional(request, "truncate_prompt_tokens", int),
+        prompt_logprobs=_optional(request, "prompt_logprobs", int),
     )
 
 

@@ -1,5 +1,7 @@
 """Converts events and whole completions to protobuf."""
 
+from collections.abc import Iterable
+
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from tokenizer_svc.output.completion import WholeChoice, WholeCompletion
@@ -10,6 +12,7 @@ from tokenizer_svc.output.events import (
     Event,
     FinishReason,
     Header,
+    RankedToken,
     TokenLogprob,
     Usage,
 )
@@ -53,7 +56,10 @@ def whole_response(answer: WholeCompletion) -> chat_pb2.CreateChatCompletionResp
         for index, choice in sorted(answer.choices.items())
     ]
     return chat_pb2.CreateChatCompletionResponse(
-        header=_header(answer.header), choices=choices, usage=_usage(answer.usage)
+        header=_header(answer.header),
+        choices=choices,
+        usage=_usage(answer.usage),
+        prompt_logprobs=map(_prompt_position, answer.choices[0].prompt_logprobs),
     )
 
 
@@ -96,6 +102,18 @@ def _completion_choice(index: int, choice: WholeChoice) -> completion_pb2.Comple
         finish_reason=FINISH_REASONS[choice.finish_reason],
         matched_stop=choice.matched_stop,
         token_ids=choice.token_ids,
+        prompt_logprobs=map(_prompt_position, choice.prompt_logprobs),
+    )
+
+
+def _prompt_position(tokens: Iterable[RankedToken]) -> chat_pb2.PromptPosition:
+    return chat_pb2.PromptPosition(
+        tokens=(
+            chat_pb2.PromptLogprob(
+                token_id=token.token_id, token=token.token, logprob=token.logprob, rank=token.rank
+            )
+            for token in tokens
+        )
     )
 
 

@@ -44,7 +44,7 @@ def start_command(start: GenerateCommand) -> generator_pb2.GenerateRequest:
         stop_token_ids=options.stop_token_ids,
         ignore_eos=options.ignore_eos,
         top_logprobs=options.top_logprobs,
-        prompt_logprobs=options.prompt_logprobs,
+        prompt_logprobs=options.scored_alternatives,
         bad_words=[generator_pb2.TokenSequence(token_ids=word) for word in start.bad_words],
         # Stop strings have to be searched for as tokens arrive.
         whole=start.whole and not options.stop,
@@ -91,7 +91,7 @@ def updates(response: generator_pb2.GenerateResponse) -> list[TokenUpdate]:
 
 def _logprobs(entry: generator_pb2.TokenLogprobs) -> TokenIdLogprobs:
     return TokenIdLogprobs(
-        entry.logprob, tuple(zip(entry.top_token_ids, entry.top_logprobs, strict=True))
+        entry.logprob, tuple(zip(entry.top_token_ids, entry.top_logprobs, strict=True)), entry.rank
     )
 
 

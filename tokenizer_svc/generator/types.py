@@ -73,10 +73,14 @@ class CompletionReport:
 
 @dataclass(frozen=True)
 class TokenIdLogprobs:
-    """A token's log-probability, and the ids and log-probabilities of the most likely tokens."""
+    """A token's log-probability, and the ids and log-probabilities of the most likely tokens.
+
+    `rank`, of prompt tokens only, is how many tokens are at least as likely, itself included.
+    """
 
     logprob: float
     top: tuple[tuple[int, float], ...]
+    rank: int = 0
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,15 @@ from dataclasses import dataclass, field
 from tokenizer_svc.generator.types import TokenUpdate
 from tokenizer_svc.output.choice import ChoiceDecoder
 from tokenizer_svc.output.decoding_options import DecodingOptions
-from tokenizer_svc.output.events import Delta, Event, FinishReason, Header, TokenLogprob, Usage
+from tokenizer_svc.output.events import (
+    Delta,
+    Event,
+    FinishReason,
+    Header,
+    PromptLogprobs,
+    TokenLogprob,
+    Usage,
+)
 from tokenizer_svc.request.types import ToolCall
 from tokenizer_svc.tokenizer import Tokenizer
 
@@ -77,6 +85,7 @@ class WholeChoice:
     finish_reason: FinishReason | None = None
     matched_stop: str | None = None
     token_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: PromptLogprobs = ()
 
     def push(self, delta: Delta) -> None:
         self.content += delta.content
@@ -91,6 +100,7 @@ class WholeChoice:
         self.finish_reason = delta.finish_reason
         self.matched_stop = delta.matched_stop
         self.token_ids.extend(delta.token_ids)
+        self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
 
 
 @dataclass
@@ -104,7 +114,9 @@ class WholeCompletion:
     @property
     def logprobs(self) -> int:
         """How many tokens have log-probabilities."""
-        return sum(len(choice.logprobs) for choice in self.choices.values())
+        return sum(
+            len(choice.logprobs) + len(choice.prompt_logprobs) for choice in self.choices.values()
+        )
 
     def push(self, event: Event) -> None:
         if isinstance(event, Header):

@@ -18,12 +18,15 @@ class Echo:
         self._text = text
         self._token_ids = token_ids
 
-    def begin(self, n: int, logprobs: Sequence[TokenIdLogprobs] | None) -> list[Delta]:
+    def begin(
+        self, n: int, logprobs: Sequence[TokenIdLogprobs], alternatives: int | None
+    ) -> list[Delta]:
         """The first deltas of all n choices.
 
-        `logprobs` are those of all tokens but the first; None if not asked for.
+        `logprobs` are those of all tokens but the first, shown with so many alternatives; None
+        shows none of them.
         """
-        entries = () if logprobs is None else self._entries(logprobs)
+        entries = () if alternatives is None else self._entries(logprobs, alternatives)
         return [Delta(index, self._text, entries, completion_tokens=0) for index in range(n)]
 
     def shift(self, delta: Delta) -> Delta:
@@ -34,13 +37,15 @@ class Echo:
         moved = (replace(entry, offset=before + entry.offset) for entry in delta.logprobs)
         return replace(delta, logprobs=tuple(moved))
 
-    def _entries(self, logprobs: Sequence[TokenIdLogprobs]) -> tuple[TokenLogprob, ...]:
+    def _entries(
+        self, logprobs: Sequence[TokenIdLogprobs], alternatives: int
+    ) -> tuple[TokenLogprob, ...]:
         first, *others = zip(self._token_ids, self._offsets(), strict=True)
         token_bytes = self._tokenizer.token_bytes(first[0])
         return (
             TokenLogprob(token_bytes, 0.0, (), is_unscored=True),
             *(
-                describe(self._tokenizer, token_id, entry, offset)
+                describe(self._tokenizer, token_id, entry, offset, alternatives)
                 for (token_id, offset), entry in zip(others, logprobs, strict=True)
             ),
         )

@@ -40,6 +40,14 @@ class TokenLogprob(Alternative):
 
 
 @dataclass(frozen=True)
+class RankedToken(Alternative):
+    """A token at a position of the prompt; its rank is 1 if it is the most likely."""
+
+    token_id: int
+    rank: int
+
+
+@dataclass(frozen=True)
 class Header:
     """What identifies a completion; `created` is a Unix time in seconds.
 
@@ -64,11 +72,16 @@ class CallDelta:
     name: str | None = None
 
 
+# At each position of a prompt its token, then the most likely others; at the first none.
+PromptLogprobs = tuple[tuple[RankedToken, ...], ...]
+
+
 @dataclass(frozen=True)
 class Delta:
     """What is new in one choice; its last delta has a finish reason and may have nothing else.
 
     `token_ids`, if requested, are all tokens since the last delta, with text or without.
+    `prompt_logprobs`, if requested, are in the first delta of a prompt's first choice.
     """
 
     index: int
@@ -80,6 +93,7 @@ class Delta:
     finish_reason: FinishReason | None = None
     matched_stop: str | None = None
     token_ids: tuple[int, ...] = ()
+    prompt_logprobs: PromptLogprobs = ()
 
 
 @dataclass(frozen=True)

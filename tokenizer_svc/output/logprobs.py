@@ -5,25 +5,54 @@ is shown have an entry.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tokenizer_svc.generator.types import TokenIdLogprobs
-from tokenizer_svc.output.events import Alternative, TokenLogprob
+from tokenizer_svc.output.events import (
+    Alternative,
+    PromptLogprobs,
+    RankedToken,
+    TokenLogprob,
+)
 from tokenizer_svc.tokenizer import Tokenizer
 
 
 def describe(
-    tokenizer: Tokenizer, token_id: int, logprobs: TokenIdLogprobs, offset: int
+    tokenizer: Tokenizer,
+    token_id: int,
+    logprobs: TokenIdLogprobs,
+    offset: int,
+    alternatives: int | None = None,
 ) -> TokenLogprob:
-    """A token's log-probabilities with the tokens' exact bytes, also of partial characters."""
+    """A token's log-probabilities with the tokens' exact bytes, also of partial characters; with
+    all of the most likely ones, or the first `alternatives`."""
     return TokenLogprob(
         token_bytes=tokenizer.token_bytes(token_id),
         logprob=logprobs.logprob,
         top=tuple(
-            Alternative(tokenizer.token_bytes(top_id), logprob) for top_id, logprob in logprobs.top
+            Alternative(tokenizer.token_bytes(top_id), logprob)
+            for top_id, logprob in logprobs.top[:alternatives]
         ),
         offset=offset,
     )
+
+
+def describe_prompt(
+    tokenizer: Tokenizer,
+    token_ids: Sequence[int],
+    scores: Sequence[TokenIdLogprobs],
+    alternatives: int,
+) -> PromptLogprobs:
+    """The log-probabilities at each position of a prompt; `scores` has all but the first."""
+    token_bytes = tokenizer.token_bytes
+    positions: list[tuple[RankedToken, ...]] = [()]
+    for token_id, score in zip(token_ids[1:], scores, strict=True):
+        found = {token_id: RankedToken(token_bytes(token_id), score.logprob, token_id, score.rank)}
+        for rank, (top_id, logprob) in enumerate(score.top[:alternatives], start=1):
+            found[top_id] = RankedToken(token_bytes(top_id), logprob, top_id, rank)
+        positions.append(tuple(found.values()))
+    return tuple(positions)
 
 
 @dataclass(frozen=True)

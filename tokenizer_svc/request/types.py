@@ -142,6 +142,7 @@ class RequestOptions:
     structured_outputs: ResponseConstraint | None = None
     return_token_ids: bool = False
     truncate_prompt_tokens: int | None = None
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -188,8 +189,8 @@ class ValidOptions:
     """Validated options, which need no further checks. Created by `validate` only.
 
     `top_logprobs` is None for no log-probabilities at all, `prompt_logprobs` for none of the
-    prompt's tokens. `response_constraint` is None for plain text. `truncate_prompt_tokens` is -1
-    for as many as fit.
+    prompt's tokens, `echo_logprobs` for none of an echo's. `response_constraint` is None for plain
+    text. `truncate_prompt_tokens` is -1 for as many as fit.
     """
 
     sampling: SamplingParams
@@ -204,9 +205,17 @@ class ValidOptions:
     top_logprobs: int | None
     response_constraint: ResponseConstraint | None
     prompt_logprobs: int | None = None
+    echo_logprobs: int | None = None
     return_token_ids: bool = False
     truncate_prompt_tokens: int | None = None
     bad_words: tuple[str, ...] = ()
+
+    @property
+    def scored_alternatives(self) -> int | None:
+        """How many of the most likely tokens are needed at each position of the prompt; None if
+        its tokens are not scored."""
+        asked = [k for k in (self.prompt_logprobs, self.echo_logprobs) if k is not None]
+        return max(asked, default=None)
 
 
 @dataclass(frozen=True)

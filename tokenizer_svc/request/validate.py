@@ -35,6 +35,7 @@ from trivium.limits import (
     LOGIT_BIAS,
     MAX_BAD_WORD_CHARACTERS,
     MAX_COMPLETION_TOKENS,
+    MAX_PROMPT_LOGPROBS,
     MAX_PROMPTS,
     MAX_STOP_CHARACTERS,
     MAX_STOP_STRINGS,
@@ -94,8 +95,23 @@ def validate_completion(request: CompletionRequest, vocabulary_size: int) -> Val
         options,
         max_completion_tokens=max_tokens,
         top_logprobs=request.logprobs,
-        prompt_logprobs=request.logprobs if request.echo else None,
+        echo_logprobs=request.logprobs if request.echo else None,
     )
+
+
+def check_prompt_logprobs(options: ValidOptions, tokens: int, copies: int = 1) -> None:
+    """Raises ServiceError if an answer would have too many, for prompts of so many tokens, each in
+    so many copies: they cost the device little, but every stage a lot."""
+    asked = [k for k in (options.prompt_logprobs, options.echo_logprobs) if k is not None]
+    if copies * tokens * sum(1 + k for k in asked) <= MAX_PROMPT_LOGPROBS:
+        return
+    param = "logprobs" if options.prompt_logprobs is None else "prompt_logprobs"
+    message = (
+        f"Invalid '{param}': an answer has at most {MAX_PROMPT_LOGPROBS} log-probabilities of "
+        f"prompts, and {tokens} tokens with {sum(asked)} alternatives, for n = {copies}, are more. "
+        "Send fewer prompts in one request."
+    )
+    raise ServiceError("invalid_value", message, param)
 
 
 def valid_options(
@@ -110,6 +126,7 @@ def valid_options(
     check_optional("min_tokens", options.min_tokens, MIN_TOKENS)
     check_optional("n", options.n, N)
     check_optional("truncate_prompt_tokens", options.truncate_prompt_tokens, TRUNCATE_PROMPT_TOKENS)
+    check_optional("prompt_logprobs", options.prompt_logprobs, TOP_LOGPROBS)
     if options.truncate_prompt_tokens == 0:
         message = "Invalid 'truncate_prompt_tokens': expected -1, or 1 or more, but got 0 instead."
         raise ServiceError("invalid_value", message, "truncate_prompt_tokens")
@@ -142,6 +159,7 @@ def valid_options(
         ),
         return_token_ids=options.return_token_ids,
         truncate_prompt_tokens=options.truncate_prompt_tokens,
+        prompt_logprobs=options.prompt_logprobs,
     )
 
 

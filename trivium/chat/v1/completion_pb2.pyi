@@ -74,20 +74,22 @@ class StreamCompletionResponse(_message.Message):
     def __init__(self, header: _Optional[_Union[_chat_pb2.CompletionHeader, _Mapping]] = ..., delta: _Optional[_Union[CompletionDelta, _Mapping]] = ..., usage: _Optional[_Union[_chat_pb2.Usage, _Mapping]] = ...) -> None: ...
 
 class CompletionChoice(_message.Message):
-    __slots__ = ("index", "text", "logprobs", "finish_reason", "matched_stop", "token_ids")
+    __slots__ = ("index", "text", "logprobs", "finish_reason", "matched_stop", "token_ids", "prompt_logprobs")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     MATCHED_STOP_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     index: int
     text: str
     logprobs: _containers.RepeatedCompositeFieldContainer[CompletionTokenLogprob]
     finish_reason: _chat_pb2.FinishReason
     matched_stop: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, index: _Optional[int] = ..., text: _Optional[str] = ..., logprobs: _Optional[_Iterable[_Union[CompletionTokenLogprob, _Mapping]]] = ..., finish_reason: _Optional[_Union[_chat_pb2.FinishReason, str]] = ..., matched_stop: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    prompt_logprobs: _containers.RepeatedCompositeFieldContainer[_chat_pb2.PromptPosition]
+    def __init__(self, index: _Optional[int] = ..., text: _Optional[str] = ..., logprobs: _Optional[_Iterable[_Union[CompletionTokenLogprob, _Mapping]]] = ..., finish_reason: _Optional[_Union[_chat_pb2.FinishReason, str]] = ..., matched_stop: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_chat_pb2.PromptPosition, _Mapping]]] = ...) -> None: ...
 
 class CreateCompletionResponse(_message.Message):
     __slots__ = ("header", "choices", "usage")
