@@ -19,6 +19,7 @@ from generator_svc.sequence import (
     TokenLogprobs,
 )
 from trivium.field_errors import (
+    array_too_long,
     check_number,
     contradiction,
     empty_array,
@@ -28,6 +29,7 @@ from trivium.field_errors import (
 from trivium.generator.v1 import generator_pb2 as pb
 from trivium.limits import (
     LOGIT_BIAS,
+    MAX_ALLOWED_TOKENS,
     MAX_COMPLETION_TOKENS,
     MAX_LOGIT_BIASES,
     MAX_PATTERN_CHARACTERS,
@@ -149,6 +151,10 @@ def _to_sampling(params: sampling_pb2.SamplingParams, limits: Limits) -> Samplin
     _check_ids(bias, limits, "sampling.logit_bias")
     for token_id, value in bias.items():
         check_number(f"sampling.logit_bias[{token_id}]", value, LOGIT_BIAS)
+    if len(params.allowed_token_ids) > MAX_ALLOWED_TOKENS:
+        raise array_too_long(
+            "sampling.allowed_token_ids", MAX_ALLOWED_TOKENS, len(params.allowed_token_ids)
+        )
     _check_ids(params.allowed_token_ids, limits, "sampling.allowed_token_ids")
     is_given = params.HasField("seed") and params.seed != _FRESH_SEED
     seed = params.seed if is_given else secrets.randbits(63)

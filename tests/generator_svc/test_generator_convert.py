@@ -206,6 +206,17 @@ def test_bad_words_are_sequences_of_tokens(word, code):
     assert (code, "bad_words[1].token_ids") == (error.code, error.param)
 
 
+def test_allowed_tokens_are_at_most_16384():
+    """As sampling.proto says, for the generator's callers too."""
+    limits = replace(LIMITS, vocabulary_size=20_000)
+    with pytest.raises(ServiceError) as caught:
+        to_engine_request(_start({"allowed_token_ids": range(16_385)}), limits)
+
+    expected = ("array_above_max_length", "sampling.allowed_token_ids")
+    assert expected == (caught.value.code, caught.value.param)
+    assert to_engine_request(_start({"allowed_token_ids": range(16_384)}), limits)
+
+
 @pytest.mark.parametrize("token_id", [64, -1])
 def test_allowed_tokens_are_in_the_vocabulary(token_id):
     """The message repeats the token id."""
