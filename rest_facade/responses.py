@@ -252,12 +252,15 @@ class TextCompletionChunk(TypedDict):
 
 
 class TokenizeResponse(TypedDict):
-    """The token ids of a text or a conversation, in vLLM's format."""
+    """The token ids of a text or a conversation, in vLLM's format.
+
+    `token_strs`, if requested, are the tokens as the vocabulary spells them.
+    """
 
     count: int
     max_model_len: int
     tokens: list[int]
-    token_strs: None
+    token_strs: list[str] | None
 
 
 class DetokenizeResponse(TypedDict):

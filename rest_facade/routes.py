@@ -265,7 +265,8 @@ class Routes:
             response = await self._backend.tokenize(tokenizer.tokenize_request(body, model.id))
         else:
             response = await self._backend.render_chat(tokenizer.render_request(body, model.id))
-        return _json(tokenizer.tokenize_answer(response.token_ids, model.context_length))
+        answer = partial(tokenizer.tokenize_answer, response, body, model.context_length)
+        return await offload(response.ByteSize(), lambda: _json(answer()), INLINE_ANSWER_BYTES)
 
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids."""

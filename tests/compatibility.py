@@ -625,7 +625,7 @@ TOKENS = (
     Row(
         "POST /tokenize",
         _NOT_PUBLISHED,
-        "as in vLLM, for a prompt or messages; without `return_token_strs`",
+        "as in vLLM, for a prompt or messages; `token_strs` with `return_token_strs`",
         f"{_K}test_tokenize_a_text",
     ),
     Row("POST /detokenize", _NOT_PUBLISHED, "as in vLLM", f"{_K}test_detokenize"),

@@ -11,6 +11,7 @@ from tokenizer_svc.request.field_checks import check_array, check_token_ids
 from tokenizer_svc.request.request_size import check_conversation_size
 from tokenizer_svc.request.types import Conversation
 from tokenizer_svc.request.validate_conversation import check_conversation
+from tokenizer_svc.tokenizer import Tokenizer
 from trivium.chat.v1 import model_pb2, model_pb2_grpc
 from trivium.keys.keyed_request import current_request
 from trivium.limits import MAX_TOKEN_IDS
@@ -55,7 +56,10 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
             request.ByteSize(), lambda: _conversation(request), INLINE_BYTES
         )
         prompt = await served.prompt(conversation)
-        return tokenizer_pb2.RenderChatResponse(prompt=prompt.text, token_ids=prompt.token_ids)
+        response = tokenizer_pb2.RenderChatResponse(prompt=prompt.text, token_ids=prompt.token_ids)
+        if request.return_token_strs:
+            await _add_token_strings(response, served.model.tokenizer, prompt.token_ids)
+        return response
 
     async def Tokenize(
         self, request: tokenizer_pb2.TokenizeRequest, context: Call
@@ -65,7 +69,10 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
             len(request.text),
             lambda: tokenizer.encode(request.text, request.add_special_tokens, parse_special=True),
         )
-        return tokenizer_pb2.TokenizeResponse(token_ids=token_ids)
+        response = tokenizer_pb2.TokenizeResponse(token_ids=token_ids)
+        if request.return_token_strs:
+            await _add_token_strings(response, tokenizer, token_ids)
+        return response
 
     async def Detokenize(
         self, request: tokenizer_pb2.DetokenizeRequest, context: Call
@@ -95,6 +102,16 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
             eos_token=named.get("eos_token", ""),
             special_tokens=model.tokenizer.special_tokens,
         )
+
+
+async def _add_token_strings(
+    response: tokenizer_pb2.TokenizeResponse | tokenizer_pb2.RenderChatResponse,
+    tokenizer: Tokenizer,
+    token_ids: list[int],
+) -> None:
+    await offload(
+        len(token_ids), lambda: response.token_strs.extend(tokenizer.token_strings(token_ids))
+    )
 
 
 def _model(served: ServedModel) -> model_pb2.Model:

@@ -13,6 +13,7 @@ are spelled out are intended.
 import json
 import re
 import secrets
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -73,6 +74,10 @@ class Tokenizer:
     def special_tokens(self) -> dict[int, str]:
         """The text of every hidden token, by id."""
         return {token_id: self._plain.id_to_token(token_id) for token_id in self._special_ids}
+
+    def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+        """The tokens as the vocabulary spells them; empty for an id that is not a token."""
+        return [self._plain.id_to_token(token_id) or "" for token_id in token_ids]
 
     def encode(
         self,

@@ -37,13 +37,17 @@ def render_request(body: TokenizeRequest, model: str) -> tokenizer_pb2.RenderCha
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
         chat_template_kwargs=body.chat_template_kwargs or {},
+        return_token_strs=body.return_token_strs,
     )
 
 
 def tokenize_request(body: TokenizeRequest, model: str) -> tokenizer_pb2.TokenizeRequest:
     """A request for the token ids of a text."""
     return tokenizer_pb2.TokenizeRequest(
-        model=model, text=body.prompt, add_special_tokens=body.add_special_tokens is not False
+        model=model,
+        text=body.prompt,
+        add_special_tokens=body.add_special_tokens is not False,
+        return_token_strs=body.return_token_strs,
     )
 
 
@@ -57,10 +61,15 @@ def info_request(model: str) -> tokenizer_pb2.GetTokenizerInfoRequest:
     return tokenizer_pb2.GetTokenizerInfoRequest(model=model)
 
 
-def tokenize_answer(tokens: Sequence[int], context_length: int) -> TokenizeResponse:
+def tokenize_answer(
+    response: EncodeResponse | RenderResponse, body: TokenizeRequest, context_length: int
+) -> TokenizeResponse:
     """The token ids of a text or a conversation."""
     return TokenizeResponse(
-        count=len(tokens), max_model_len=context_length, tokens=list(tokens), token_strs=None
+        count=len(response.token_ids),
+        max_model_len=context_length,
+        tokens=list(response.token_ids),
+        token_strs=list(response.token_strs) if body.return_token_strs else None,
     )
 
 

@@ -21,6 +21,9 @@ class TokenizeRequest(Body):
 
     model: str | None = Field(None, description=_MODEL)
     prompt: str | None = Field(None, description="Text, in which control tokens are recognized.")
+    return_token_strs: bool | None = Field(
+        None, description="Whether the answer has the tokens as strings too. Default false."
+    )
     messages: Messages | None = Field(
         None, description="A conversation, which the chat template renders first."
     )

@@ -84,7 +84,6 @@ _COMPLETION: Table = {
     "reasoning_effort": (),
 }
 _TOKENIZE: Table = {
-    "return_token_strs": (False,),
     "mm_processor_kwargs": ({},),
     "chat_template": (),
 }

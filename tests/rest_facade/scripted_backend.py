@@ -248,11 +248,15 @@ class ScriptedBackend(
     async def RenderChat(self, request: Any, context: Any) -> Any:
         self._note(request, context)
         prompt = "".join(part.text for message in request.messages for part in message.content)
-        return tokenizer_pb2.RenderChatResponse(prompt=prompt, token_ids=map(ord, prompt))
+        return tokenizer_pb2.RenderChatResponse(
+            prompt=prompt, token_ids=map(ord, prompt), token_strs=prompt
+        )
 
     async def Tokenize(self, request: Any, context: Any) -> Any:
         self._note(request, context)
-        return tokenizer_pb2.TokenizeResponse(token_ids=map(ord, request.text))
+        return tokenizer_pb2.TokenizeResponse(
+            token_ids=map(ord, request.text), token_strs=request.text
+        )
 
     async def Detokenize(self, request: Any, context: Any) -> Any:
         self._note(request, context)

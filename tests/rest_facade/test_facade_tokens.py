@@ -57,6 +57,19 @@ async def test_tokenize_a_conversation(client: httpx.AsyncClient, backend: Scrip
     assert request.chat_template_kwargs == {"x": "true"}
 
 
+@pytest.mark.parametrize("fields", [{"prompt": "Hi"}, {"messages": MESSAGES}])
+async def test_token_strings(
+    client: httpx.AsyncClient, backend: ScriptedBackend, fields: dict[str, Any]
+) -> None:
+    """With return_token_strs the answer has the tokens as strings too."""
+    answer = await client.post(
+        "/tokenize", json={"model": MODEL, "return_token_strs": True, **fields}
+    )
+
+    assert answer.json()["token_strs"] == ["H", "i"]
+    assert backend.requests[0].return_token_strs
+
+
 async def test_detokenize(client: httpx.AsyncClient) -> None:
     """Token ids become text; ids that do not exist are refused."""
     answer = await client.post("/detokenize", json={"model": MODEL, "tokens": [72, 105]})
@@ -101,7 +114,7 @@ async def test_the_model_is_optional_if_there_is_only_one(
         ({"messages": []}, "empty_array", "messages"),
         ({"prompt": "a", "messages": MESSAGES}, "invalid_parameter_combination", "messages"),
         ({"prompt": "a", "tools": [{}]}, "missing_required_parameter", "tools[0].function"),
-        ({"prompt": "a", "return_token_strs": True}, "unsupported_value", "return_token_strs"),
+        ({"prompt": "a", "return_token_strs": 1}, "invalid_type", "return_token_strs"),
         (
             {"messages": MESSAGES, "add_special_tokens": True},
             "invalid_parameter_combination",

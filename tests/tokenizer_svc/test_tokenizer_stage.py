@@ -65,6 +65,26 @@ async def test_detokenize_inverts_tokenize(stage: Stage) -> None:
     assert text == back.text
 
 
+async def test_tokens_as_strings(stage: Stage) -> None:
+    """On request, as the vocabulary spells them: a space is \u0120 in byte-level BPE."""
+    tokenize = tokenizer_pb2.TokenizeRequest(
+        model="tiny", text="z z<|im_end|>\U0001fae0", return_token_strs=True
+    )
+    render = tokenizer_pb2.RenderChatRequest(
+        model="tiny", messages=[user("z z")], return_token_strs=True
+    )
+    spelled = await stage.tokenizer.Tokenize(tokenize)
+    rendered = await stage.tokenizer.RenderChat(render)
+    tokenize.return_token_strs = False
+
+    assert ["z", "\u0120", "z", "<|im_end|>", "\u00f0\u0141", "\u00ab\u0142"] == list(
+        spelled.token_strs
+    )
+    assert len(rendered.token_ids) == len(rendered.token_strs)
+    assert rendered.prompt == "".join(rendered.token_strs).translate({0x120: " ", 0x10A: "\n"})
+    assert [] == list((await stage.tokenizer.Tokenize(tokenize)).token_strs)
+
+
 async def test_a_long_text_gives_the_same_tokens(stage: Stage) -> None:
     """A long text is encoded in a thread, which makes no difference."""
     text = "word " * 2_000

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from trivium.chat.v1 import chat_pb2 as trivium_dot_chat_dot_v1_dot_chat__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$trivium/tokenizer/v1/tokenizer.proto\x12\x14trivium.tokenizer.v1\x1a\x1atrivium/chat/v1/chat.proto\"\x90\x03\n\x11RenderChatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12.\n\x08messages\x18\x02 \x03(\x0b\x32\x1c.trivium.chat.v1.ChatMessage\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x03 \x01(\x08H\x00\x88\x01\x01\x12#\n\x16\x63ontinue_final_message\x18\x04 \x01(\x08H\x01\x88\x01\x01\x12$\n\x05tools\x18\x05 \x03(\x0b\x32\x15.trivium.chat.v1.Tool\x12]\n\x14\x63hat_template_kwargs\x18\x06 \x03(\x0b\x32?.trivium.tokenizer.v1.RenderChatRequest.ChatTemplateKwargsEntry\x1a\x39\n\x17\x43hatTemplateKwargsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x18\n\x16_add_generation_promptB\x19\n\x17_continue_final_message\"7\n\x12RenderChatResponse\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\"f\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x03 \x01(\x08H\x00\x88\x01\x01\x42\x15\n\x13_add_special_tokens\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"(\n\x17GetTokenizerInfoRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x99\x02\n\x18GetTokenizerInfoResponse\x12\x17\n\x0fvocabulary_size\x18\x01 \x01(\x05\x12\x16\n\x0e\x63ontext_length\x18\x02 \x01(\x05\x12\x15\n\rchat_template\x18\x03 \x01(\t\x12\x11\n\tbos_token\x18\x04 \x01(\t\x12\x11\n\teos_token\x18\x05 \x01(\t\x12Y\n\x0especial_tokens\x18\x06 \x03(\x0b\x32\x41.trivium.tokenizer.v1.GetTokenizerInfoResponse.SpecialTokensEntry\x1a\x34\n\x12SpecialTokensEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\xa2\x03\n\x10TokenizerService\x12_\n\nRenderChat\x12\'.trivium.tokenizer.v1.RenderChatRequest\x1a(.trivium.tokenizer.v1.RenderChatResponse\x12Y\n\x08Tokenize\x12%.trivium.tokenizer.v1.TokenizeRequest\x1a&.trivium.tokenizer.v1.TokenizeResponse\x12_\n\nDetokenize\x12\'.trivium.tokenizer.v1.DetokenizeRequest\x1a(.trivium.tokenizer.v1.DetokenizeResponse\x12q\n\x10GetTokenizerInfo\x12-.trivium.tokenizer.v1.GetTokenizerInfoRequest\x1a..trivium.tokenizer.v1.GetTokenizerInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$trivium/tokenizer/v1/tokenizer.proto\x12\x14trivium.tokenizer.v1\x1a\x1atrivium/chat/v1/chat.proto\"\xc6\x03\n\x11RenderChatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12.\n\x08messages\x18\x02 \x03(\x0b\x32\x1c.trivium.chat.v1.ChatMessage\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x03 \x01(\x08H\x00\x88\x01\x01\x12#\n\x16\x63ontinue_final_message\x18\x04 \x01(\x08H\x01\x88\x01\x01\x12$\n\x05tools\x18\x05 \x03(\x0b\x32\x15.trivium.chat.v1.Tool\x12]\n\x14\x63hat_template_kwargs\x18\x06 \x03(\x0b\x32?.trivium.tokenizer.v1.RenderChatRequest.ChatTemplateKwargsEntry\x12\x1e\n\x11return_token_strs\x18\x07 \x01(\x08H\x02\x88\x01\x01\x1a\x39\n\x17\x43hatTemplateKwargsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x18\n\x16_add_generation_promptB\x19\n\x17_continue_final_messageB\x14\n\x12_return_token_strs\"K\n\x12RenderChatResponse\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x12\n\ntoken_strs\x18\x03 \x03(\t\"\x9c\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x03 \x01(\x08H\x00\x88\x01\x01\x12\x1e\n\x11return_token_strs\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x15\n\x13_add_special_tokensB\x14\n\x12_return_token_strs\"9\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x12\n\ntoken_strs\x18\x02 \x03(\t\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"(\n\x17GetTokenizerInfoRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x99\x02\n\x18GetTokenizerInfoResponse\x12\x17\n\x0fvocabulary_size\x18\x01 \x01(\x05\x12\x16\n\x0e\x63ontext_length\x18\x02 \x01(\x05\x12\x15\n\rchat_template\x18\x03 \x01(\t\x12\x11\n\tbos_token\x18\x04 \x01(\t\x12\x11\n\teos_token\x18\x05 \x01(\t\x12Y\n\x0especial_tokens\x18\x06 \x03(\x0b\x32\x41.trivium.tokenizer.v1.GetTokenizerInfoResponse.SpecialTokensEntry\x1a\x34\n\x12SpecialTokensEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\xa2\x03\n\x10TokenizerService\x12_\n\nRenderChat\x12\'.trivium.tokenizer.v1.RenderChatRequest\x1a(.trivium.tokenizer.v1.RenderChatResponse\x12Y\n\x08Tokenize\x12%.trivium.tokenizer.v1.TokenizeRequest\x1a&.trivium.tokenizer.v1.TokenizeResponse\x12_\n\nDetokenize\x12\'.trivium.tokenizer.v1.DetokenizeRequest\x1a(.trivium.tokenizer.v1.DetokenizeResponse\x12q\n\x10GetTokenizerInfo\x12-.trivium.tokenizer.v1.GetTokenizerInfoRequest\x1a..trivium.tokenizer.v1.GetTokenizerInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,25 +37,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETTOKENIZERINFORESPONSE_SPECIALTOKENSENTRY']._loaded_options = None
   _globals['_GETTOKENIZERINFORESPONSE_SPECIALTOKENSENTRY']._serialized_options = b'8\001'
   _globals['_RENDERCHATREQUEST']._serialized_start=91
-  _globals['_RENDERCHATREQUEST']._serialized_end=491
-  _globals['_RENDERCHATREQUEST_CHATTEMPLATEKWARGSENTRY']._serialized_start=381
-  _globals['_RENDERCHATREQUEST_CHATTEMPLATEKWARGSENTRY']._serialized_end=438
-  _globals['_RENDERCHATRESPONSE']._serialized_start=493
-  _globals['_RENDERCHATRESPONSE']._serialized_end=548
-  _globals['_TOKENIZEREQUEST']._serialized_start=550
-  _globals['_TOKENIZEREQUEST']._serialized_end=652
-  _globals['_TOKENIZERESPONSE']._serialized_start=654
-  _globals['_TOKENIZERESPONSE']._serialized_end=691
-  _globals['_DETOKENIZEREQUEST']._serialized_start=693
-  _globals['_DETOKENIZEREQUEST']._serialized_end=746
-  _globals['_DETOKENIZERESPONSE']._serialized_start=748
-  _globals['_DETOKENIZERESPONSE']._serialized_end=782
-  _globals['_GETTOKENIZERINFOREQUEST']._serialized_start=784
-  _globals['_GETTOKENIZERINFOREQUEST']._serialized_end=824
-  _globals['_GETTOKENIZERINFORESPONSE']._serialized_start=827
-  _globals['_GETTOKENIZERINFORESPONSE']._serialized_end=1108
-  _globals['_GETTOKENIZERINFORESPONSE_SPECIALTOKENSENTRY']._serialized_start=1056
-  _globals['_GETTOKENIZERINFORESPONSE_SPECIALTOKENSENTRY']._serialized_end=1108
-  _globals['_TOKENIZERSERVICE']._serialized_start=1111
-  _globals['_TOKENIZERSERVICE']._serialized_end=1529
+  _globals['_RENDERCHATREQUEST']._serialized_end=545
+  _globals['_RENDERCHATREQUEST_CHATTEMPLATEKWARGSENTRY']._serialized_start=413
+  _globals['_RENDERCHATREQUEST_CHATTEMPLATEKWARGSENTRY']._serialized_end=470
+  _globals['_RENDERCHATRESPONSE']._serialized_start=547
+  _globals['_RENDERCHATRESPONSE']._serialized_end=622
+  _globals['_TOKENIZEREQUEST']._serialized_start=625
+  _globals['_TOKENIZEREQUEST']._serialized_end=781
+  _globals['_TOKENIZERESPONSE']._serialized_start=783
+  _globals['_TOKENIZERESPONSE']._serialized_end=840
+  _globals['_DETOKENIZEREQUEST']._serialized_start=842
+  _globals['_DETOKENIZEREQUEST']._serialized_end=895
+  _globals['_DETOKENIZERESPONSE']._serialized_start=897
+  _globals['_DETOKENIZERESPONSE']._serialized_end=931
+  _globals['_GETTOKENIZERINFOREQUEST']._serialized_start=933
+  _globals['_GETTOKENIZERINFOREQUEST']._serialized_end=973
+  _globals['_GETTOKENIZERINFORESPONSE']._serialized_start=976
+  _globals['_GETTOKENIZERINFORESPONSE']._serialized_end=1257
+  _globals['_GETTOKENIZERINFORESPONSE_SPECIALTOKENSENTRY']._serialized_start=1205
+  _globals['_GETTOKENIZERINFORESPONSE_SPECIALTOKENSENTRY']._serialized_end=1257
+  _globals['_TOKENIZERSERVICE']._serialized_start=1260
+  _globals['_TOKENIZERSERVICE']._serialized_end=1678
 # @@protoc_insertion_point(module_scope)
