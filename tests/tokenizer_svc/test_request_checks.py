@@ -1,7 +1,9 @@
 """Every way in which a request can be invalid: the error's code, its field, OpenAI's wording."""
 
 import math
+from base64 import b64encode
 from typing import Any
+from urllib.parse import quote
 
 import grpc
 import pytest
@@ -150,6 +152,23 @@ async def test_a_long_name_does_not_change_the_error(stage: Stage, character: st
     assert f"`{character * 100}" in (error.details() or "")
     assert "unsupported_parameter" == code_of(unknown)[0]
     assert (code_of(unknown)[1] or "").startswith(f"chat_template_kwargs.{character}")
+
+
+@pytest.mark.parametrize("character", ["x", "日"])
+async def test_the_longest_error_fits_8_kib_of_headers(stage: Stage, character: str) -> None:
+    """grpc-java takes no more of an answer's headers: it would see INTERNAL without a reason. A
+    KiB is left for what proxies add."""
+    request = stage.request(chat_template_kwargs={character * 5000: "not JSON"})
+    call = stage.chat.CreateChatCompletion(request, metadata=(("x-request-id", "i" * 128),))
+    status, message = await call.code(), quote(await call.details())
+    wire = {":status": "200", "content-type": "application/grpc", "grpc-message": message}
+    wire |= {"grpc-status": str(status.value[0]), "grpc-retry-pushback-ms": "-1"}
+    for name, value in await call.trailing_metadata():
+        wire[name] = b64encode(value).decode() if isinstance(value, bytes) else value
+
+    assert grpc.StatusCode.INVALID_ARGUMENT is status
+    assert {"grpc-status-details-bin", "x-request-id"} <= set(wire)
+    assert sum(len(name) + len(value) + 32 for name, value in wire.items()) <= 7 * 1024
 
 
 async def test_range_bounds_are_inclusive(stage: Stage) -> None:
