@@ -200,6 +200,6 @@ async def _start_server(
     ready = functools.partial(server.check_ready, SERVICE)
     serve_metrics(settings.metrics_port, settings.host, registry, ready)
     port = await server.start(address_of(settings.host, settings.port))
-    await server.set_serving(True)
+    server.set_serving(True)
     log.info("serving %s on port %d with %s", model.id, port, info.execution_provider)
     return server

@@ -43,9 +43,9 @@ async def stage() -> AsyncIterator[Stage]:
 async def test_probes_agree_with_health_checks(stage: Stage) -> None:
     """The process is ready exactly while the service serves, and always alive."""
     before = await stage.get("/healthz")
-    await stage.server.set_serving(True)
+    stage.server.set_serving(True)
     ready = await stage.get("/healthz")
-    await stage.server.set_serving(False, [SERVICE])
+    stage.server.set_serving(False, [SERVICE])
 
     assert (503, f"{SERVICE} is not ready.\n") == before == await stage.get("/healthz")
     assert (200, "ok\n") == ready == await stage.get("/livez")
@@ -53,7 +53,7 @@ async def test_probes_agree_with_health_checks(stage: Stage) -> None:
 
 async def test_probes_report_a_drain_at_once(stage: Stage) -> None:
     """Calls are still served, and the process is alive."""
-    await stage.server.set_serving(True)
+    stage.server.set_serving(True)
     stop_now = asyncio.Event()
     draining = asyncio.create_task(stage.server.drain(3600, 0, stop_now))
     await asyncio.sleep(0)

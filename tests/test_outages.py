@@ -57,7 +57,7 @@ async def test_unreachable_addresses_are_logged_once(warnings: Callable[[], list
             [first] = warnings()
             server = GrpcServer([], [SERVICE])
             await server.start(f"127.0.0.1:{port}")
-            await server.set_serving(True)
+            server.set_serving(True)
             await until(lambda: replicas.serving)
             await asyncio.sleep(1.5)
             found = warnings()

@@ -57,7 +57,7 @@ async def serving(files: Files, is_mutual: bool = False) -> AsyncIterator[int]:
     tls = ServerTls(files.certificate, files.key, files.ca if is_mutual else None)
     server = GrpcServer([], [], tls=tls)
     port = await server.start("127.0.0.1:0")
-    await server.set_serving(True)
+    server.set_serving(True)
     yield port
     await server.drain(0, 0)
 
@@ -362,7 +362,7 @@ async def test_the_documented_openssl_commands(made_by_the_docs: Path) -> None:
     tls = ServerTls(folder / "tokenizer.crt", folder / "tokenizer.key", ca)
     server = GrpcServer([], [], tls=tls)
     port = await server.start("127.0.0.1:0")
-    await server.set_serving(True)
+    server.set_serving(True)
     caller = ChannelTls(ca, folder / "facade.crt", folder / "facade.key")
     found = await check(port, caller), await check(port, ChannelTls(ca))
     await server.drain(0, 0)

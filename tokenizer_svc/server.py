@@ -115,7 +115,7 @@ class TokenizerServer:
         """Starts serving: live at once, ready for completions when a generator is."""
         address = address_of(self._settings.host, self._settings.port)
         self.port = await self._server.start(address)
-        await self._server.set_serving(True, ["", TOKENIZER_SERVICE])
+        self._server.set_serving(True, ["", TOKENIZER_SERVICE])
         for served in self._models.by_id.values():
             following = asyncio.create_task(served.watch.run(self._set_ready))
             self._background.push_async_callback(_end, following)
@@ -137,7 +137,7 @@ class TokenizerServer:
 
     async def _set_ready(self, changed: bool) -> None:
         """Sets whether this stage is ready, which it is while any generator is."""
-        await self._server.set_serving(bool(self._models.available), PIPELINE_SERVICES)
+        self._server.set_serving(bool(self._models.available), PIPELINE_SERVICES)
 
 
 async def _end(task: asyncio.Task[None]) -> None:

@@ -23,12 +23,12 @@ async def test_grpc_services_are_probed_by_name() -> None:
     """A service that cannot serve is not ready although its process is; unknown ones never are."""
     server = scripted_server(ScriptedChat())
     target = f"grpc://127.0.0.1:{await server.start('127.0.0.1:0')}"
-    await server.set_serving(True, [""])
+    server.set_serving(True, [""])
 
     assert await is_ready(target)
     assert not await is_ready(f"{target}/{NAMES[0]}")
     assert not await is_ready(f"{target}/no.such.Service")
-    await server.set_serving(True)
+    server.set_serving(True)
     assert await exit_status(f"{target}/{NAMES[0]}") == 0
     await server.drain(0, 0)
     assert await exit_status(f"{target}/{NAMES[0]}") == 1

@@ -36,7 +36,7 @@ async def grpc_pipeline() -> AsyncIterator[ScriptedPipeline]:
     chat = ScriptedChat()
     server = scripted_server(chat)
     port = await server.start("127.0.0.1:0")
-    await server.set_serving(True)
+    server.set_serving(True)
     yield ScriptedPipeline(chat, f"127.0.0.1:{port}")
     await server.drain(0, 0)
 

@@ -112,7 +112,7 @@ class Stage:
         )
         self.port = await server.start("127.0.0.1:0")
         self.engine.start()
-        await server.set_serving(True)
+        server.set_serving(True)
         async with (
             self.constraints if self.tokenizer else contextlib.nullcontext(),
             open_channel(f"127.0.0.1:{self.port}") as channel,

@@ -176,13 +176,13 @@ class ScriptedBackend(
             tls=self._tls,
         )
         await self._server.start(f"127.0.0.1:{self.port}")
-        await self._server.set_serving(True)
+        self._server.set_serving(True)
 
-    async def set_serving(self, serving: bool) -> None:
+    def set_serving(self, serving: bool) -> None:
         """Sets the health of the services that need a generator."""
         assert self._server is not None
         needing = [CHAT_SERVICE, COMPLETION_SERVICE, MODEL_SERVICE]
-        await self._server.set_serving(serving, needing)
+        self._server.set_serving(serving, needing)
 
     async def die(self) -> None:
         """Stops at once, whatever is running."""

@@ -225,7 +225,7 @@ async def test_the_next_stage_dies_mid_stream(
 async def test_readiness(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
     """/health follows the next stage's readiness; if not ready, it is 503 with Retry-After."""
     ready = await client.get("/health")
-    await backend.set_serving(False)
+    backend.set_serving(False)
     loading = await unready(client)
 
     assert (ready.status_code, ready.json()) == (

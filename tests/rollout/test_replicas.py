@@ -564,7 +564,7 @@ async def test_lost_replicas_are_logged_but_not_reconnects(
     caplog.set_level(logging.INFO, "trivium.wire.replicas")
     server = GrpcServer([], [SERVICE], max_connection_age_seconds=0.3)
     port = await server.start("127.0.0.1:0")
-    await server.set_serving(True)
+    server.set_serving(True)
     replicas = ReplicaSet(f"127.0.0.1:{port}", SERVICE)
     connections = 0
     async for _ in replicas.changes():

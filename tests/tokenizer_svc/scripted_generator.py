@@ -97,7 +97,7 @@ class ScriptedGenerator(generator_pb2_grpc.GeneratorServiceServicer):
         add = generator_pb2_grpc.add_GeneratorServiceServicer_to_server
         server = GrpcServer([(add, self)], [SERVICE], [revision_service(SERVICE, self.revision)])
         port = await server.start(f"{host}:{port or free_port()}")
-        await server.set_serving(True)
+        server.set_serving(True)
         return server, port
 
 

@@ -4,7 +4,7 @@ Knows nothing about the services themselves.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import grpc
@@ -46,41 +46,70 @@ MAX_CONNECTION_AGE_SECONDS = 60.0
 _FLUSH_TIMEOUT_SECONDS = 0.5  # for the last responses of finished handlers to be sent
 _NOTIFY_SECONDS = 0.1  # for watchers to be notified and the GOAWAY to be sent
 
+_STATE = health_pb2.HealthCheckResponse.ServingStatus
 
-class Health(health.aio.HealthServicer):  # type: ignore[misc]  # untyped
+
+class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # untyped
     """A health service that reports a drain in two steps.
 
     Load balancers and probes, which poll, see it at once and stop sending calls. gRPC channels,
     which watch, would then leave without resolving the name again, so they are told together with
     the GOAWAY, which makes them do so. Then their watches end: behind a proxy with one address for
     all replicas, the next watch reaches a replica that stays, however long the last calls here run.
+
+    Unlike grpc_health's, it holds no lock while a watcher is written to: one that reads nothing
+    would keep the state from changing for everybody, and the process from draining.
     """
 
     def __init__(self, in_flight: InFlight) -> None:
-        super().__init__()
         self._in_flight = in_flight
-        self._left = asyncio.Event()
+        self._states: dict[str, int] = {}  # by service
+        self._changed = asyncio.Event()  # replaced after each change
+        self._left = False
+
+    def set(self, name: str, serving: bool) -> None:
+        """Sets a service's state, unless `leave` was called."""
+        if not self._left:
+            self._states[name] = _STATE.SERVING if serving else _STATE.NOT_SERVING
+            self._notify()
+
+    def leave(self) -> None:
+        """Reports all services as NOT_SERVING from now on, and ends all watches."""
+        self._states = dict.fromkeys(self._states, _STATE.NOT_SERVING)
+        self._left = True
+        self._notify()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _checked(self, name: str) -> int:
+        return _STATE.NOT_SERVING if self._in_flight.leaving else self._states[name]
 
     async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
-        response = await super().Check(request, context)
-        if self._in_flight.leaving:
-            response.status = health_pb2.HealthCheckResponse.NOT_SERVING
-        return response
+        if request.service not in self._states:
+            await context.abort(grpc.StatusCode.NOT_FOUND)
+        return health_pb2.HealthCheckResponse(status=self._checked(request.service))
 
-    async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802 - gRPC's name
-        watching = asyncio.ensure_future(super().Watch(request, context))
-        leaving = asyncio.ensure_future(self._left.wait())
-        try:
-            await asyncio.wait((watching, leaving), return_when=asyncio.FIRST_COMPLETED)
-            await asyncio.sleep(_NOTIFY_SECONDS)
-        finally:
-            leaving.cancel()
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
+    async def List(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
+        answer = health_pb2.HealthListResponse()
+        for name in self._states:
+            answer.statuses[name].status = self._checked(name)
+        return answer
 
-    async def enter_graceful_shutdown(self) -> None:
-        await super().enter_graceful_shutdown()
-        self._left.set()
+    async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        reported = None
+        while True:
+            changed, is_last = self._changed, self._left
+            state = self._states.get(request.service, _STATE.SERVICE_UNKNOWN)
+            if state != reported:
+                reported = state
+                yield health_pb2.HealthCheckResponse(status=state)
+            elif is_last:
+                break
+            else:
+                await changed.wait()
+        await asyncio.sleep(_NOTIFY_SECONDS)
 
 
 class GrpcServer:
@@ -129,7 +158,7 @@ class GrpcServer:
 
         Raises OSError if it cannot be bound.
         """
-        await self.set_serving(False)
+        self.set_serving(False)
         try:
             if self._tls is None:
                 port = self._server.add_insecure_port(address)
@@ -141,12 +170,11 @@ class GrpcServer:
         await self._server.start()
         return int(port)
 
-    async def set_serving(self, serving: bool, names: Sequence[str] | None = None) -> None:
+    def set_serving(self, serving: bool, names: Sequence[str] | None = None) -> None:
         """Reports all services, or those in `names`, as SERVING or NOT_SERVING."""
-        state = health_pb2.HealthCheckResponse.ServingStatus
         for name in self._names if names is None else names:
             self._serving[name] = serving
-            await self._health.set(name, state.SERVING if serving else state.NOT_SERVING)
+            self._health.set(name, serving)
 
     async def check_ready(self, name: str) -> None:
         """Raises ServiceError unless health checks report this service as SERVING."""
@@ -166,7 +194,7 @@ class GrpcServer:
         stop_now = stop_now or asyncio.Event()
         self._in_flight.leaving = True
         await wait_for_any(notice_seconds, stop_now)
-        await self._health.enter_graceful_shutdown()
+        self._health.leave()
         stopping = asyncio.create_task(self._server.stop(drain_seconds + _FLUSH_TIMEOUT_SECONDS))
         await self._boundary.drain(drain_seconds, stop_now)
         # Health and reflection calls, which the boundary does not track, get this time only.
