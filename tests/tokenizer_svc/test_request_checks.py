@@ -126,6 +126,15 @@ async def test_errors_have_openais_wording(
     assert words == (await refusal(stage, **fields)).details()
 
 
+async def test_unknown_enum_values_are_told_the_known_ones(stage: Stage) -> None:
+    """By their names in the protocol: what a dynamic client cannot map arrives as 0."""
+    role = await refusal(stage, messages=[chat_pb2.ChatMessage(content=TEXT)])
+    mode = await refusal(stage, tool_choice={"mode": 17})
+
+    assert "'ROLE_SYSTEM', 'ROLE_DEVELOPER', 'ROLE_USER'" in (role.details() or "")
+    assert "'TOOL_CHOICE_MODE_NONE', 'TOOL_CHOICE_MODE_AUTO'" in (mode.details() or "")
+
+
 async def test_an_unknown_model(stage: Stage) -> None:
     """Every service answers NOT_FOUND."""
     errors = [await refusal(stage, model="other")]

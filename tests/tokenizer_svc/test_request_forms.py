@@ -121,6 +121,19 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
         MISSING,
         "tool_choice.function.name",
     ),
+    *(
+        (
+            {"tools": [tool()], "tool_choice": {"mode": mode, "function_name": "f"}},
+            COMBINATION,
+            "tool_choice.function.name",
+        )
+        for mode in (
+            chat_pb2.TOOL_CHOICE_MODE_UNSPECIFIED,
+            chat_pb2.TOOL_CHOICE_MODE_NONE,
+            chat_pb2.TOOL_CHOICE_MODE_AUTO,
+            chat_pb2.TOOL_CHOICE_MODE_REQUIRED,
+        )
+    ),
     ({"tools": [tool()], "tool_choice": {"mode": 17}}, INVALID, "tool_choice"),
     ({"reasoning_effort": "extreme"}, INVALID, "reasoning_effort"),
     ({"reasoning_effort": "high"}, "unsupported_parameter", "reasoning_effort"),

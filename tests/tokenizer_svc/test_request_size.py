@@ -114,7 +114,7 @@ async def test_other_methods_have_the_same_limits(stage: Stage) -> None:
     tokens = tokenizer_pb2.DetokenizeRequest(model=stage.model.id, token_ids=[1] * 524_289)
     too_long = "array_above_max_length"
 
-    assert (too_long, "prompt[0]") == await refusal(stage.completions.CreateCompletion(completion))
+    assert (too_long, "prompt") == await refusal(stage.completions.CreateCompletion(completion))
     assert (too_long, "messages") == await refusal(stage.tokenizer.RenderChat(rendered))
     assert (too_long, "token_ids") == await refusal(stage.tokenizer.Detokenize(tokens))
 

@@ -48,8 +48,10 @@ def check_conversation_size(request: Any) -> None:
 def check_completion_size(request: Any) -> None:
     """The same for a plain completion."""
     check_array("prompt", request.prompts, MAX_PROMPTS)
+    several = len(request.prompts) > 1
     for index, prompt in enumerate(request.prompts):
-        check_array(f"prompt[{index}]", prompt.token_ids.ids, MAX_TOKEN_IDS)
+        field = f"prompt[{index}]" if several else "prompt"
+        check_array(field, prompt.token_ids.ids, MAX_TOKEN_IDS)
     _check_options(request.options)
 
 

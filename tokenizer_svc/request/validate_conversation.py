@@ -58,7 +58,7 @@ def _json_texts(conversation: Conversation) -> Iterator[tuple[str, str]]:
 
 def _check_message(message: Message, where: str) -> None:
     if message.role is None:
-        roles = ", ".join(f"'{role.value}'" for role in Role)
+        roles = ", ".join(f"'ROLE_{role.name}'" for role in Role)
         raise unknown_value(f"{where}.role", roles)
     for index, part in enumerate(message.parts):
         if part is None:

@@ -62,11 +62,16 @@ def tool_use(tools: tuple[Tool, ...], choice: ToolChoice | None, parallel: bool 
     choice = choice or ToolChoice(ToolMode.AUTO)
     mode = choice.mode
     if mode is None:
-        modes = ", ".join(f"'{known.value}'" for known in ToolMode)
+        modes = ", ".join(f"'TOOL_CHOICE_MODE_{known.name}'" for known in ToolMode)
         raise unknown_value("tool_choice", modes)
+    if choice.function_name and mode is not ToolMode.FUNCTION:
+        raise contradiction(
+            "tool_choice.function.name", "is only allowed with TOOL_CHOICE_MODE_FUNCTION."
+        )
     if choice.allowed is not None and mode not in (ToolMode.AUTO, ToolMode.REQUIRED):
         raise contradiction(
-            "tool_choice.allowed_tools", "is only allowed with the modes 'auto' and 'required'."
+            "tool_choice.allowed_tools",
+            "is only allowed with TOOL_CHOICE_MODE_AUTO and TOOL_CHOICE_MODE_REQUIRED.",
         )
     if not tools and (mode in (ToolMode.REQUIRED, ToolMode.FUNCTION) or choice.allowed is not None):
         raise choice_without_tools()
