@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class GeneratorServiceStub:
-    """Token generation on one model.
+    """Token generation on one model. Errors have details as those of ChatService of
+    trivium.chat.v1; a full queue is RESOURCE_EXHAUSTED with reason QUEUE_FULL.
     """
 
     def __init__(self, channel):
@@ -53,16 +54,17 @@ class GeneratorServiceStub:
 
 
 class GeneratorServiceServicer:
-    """Token generation on one model.
+    """Token generation on one model. Errors have details as those of ChatService of
+    trivium.chat.v1; a full queue is RESOURCE_EXHAUSTED with reason QUEUE_FULL.
     """
 
     def Generate(self, request_iterator, context):
         """Generates n continuations of one prompt. The first message starts them;
         later ones may stop single continuations, which then finish with exact
         counts. Commands that have no effect are ignored: an empty one, another
-        start, a stop of an index that is not running. A caller that never stops one
-        may half-close the stream at once. Cancelling the call frees everything it
-        holds within a step.
+        start, a stop of an index that is not running. A caller that never stops
+        one may half-close the stream at once. Cancelling the call frees everything
+        it holds within a step.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -111,7 +113,8 @@ def add_GeneratorServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GeneratorService:
-    """Token generation on one model.
+    """Token generation on one model. Errors have details as those of ChatService of
+    trivium.chat.v1; a full queue is RESOURCE_EXHAUSTED with reason QUEUE_FULL.
     """
 
     @staticmethod

@@ -27,7 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class GeneratorServiceStub:
-    """Token generation on one model."""
+    """Token generation on one model. Errors have details as those of ChatService of
+    trivium.chat.v1; a full queue is RESOURCE_EXHAUSTED with reason QUEUE_FULL.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -37,9 +39,9 @@ class GeneratorServiceStub:
     """Generates n continuations of one prompt. The first message starts them;
     later ones may stop single continuations, which then finish with exact
     counts. Commands that have no effect are ignored: an empty one, another
-    start, a stop of an index that is not running. A caller that never stops one
-    may half-close the stream at once. Cancelling the call frees everything it
-    holds within a step.
+    start, a stop of an index that is not running. A caller that never stops
+    one may half-close the stream at once. Cancelling the call frees everything
+    it holds within a step.
     """
     GetModelInfo: _grpc.UnaryUnaryMultiCallable[_generator_pb2.GetModelInfoRequest, _generator_pb2.GetModelInfoResponse]
     """What is loaded, and its limits."""
@@ -51,16 +53,18 @@ class GeneratorServiceStub:
 
 @_typing.type_check_only
 class GeneratorServiceAsyncStub(GeneratorServiceStub):
-    """Token generation on one model."""
+    """Token generation on one model. Errors have details as those of ChatService of
+    trivium.chat.v1; a full queue is RESOURCE_EXHAUSTED with reason QUEUE_FULL.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.StreamStreamMultiCallable[_generator_pb2.GenerateRequest, _generator_pb2.GenerateResponse]  # type: ignore[assignment]
     """Generates n continuations of one prompt. The first message starts them;
     later ones may stop single continuations, which then finish with exact
     counts. Commands that have no effect are ignored: an empty one, another
-    start, a stop of an index that is not running. A caller that never stops one
-    may half-close the stream at once. Cancelling the call frees everything it
-    holds within a step.
+    start, a stop of an index that is not running. A caller that never stops
+    one may half-close the stream at once. Cancelling the call frees everything
+    it holds within a step.
     """
     GetModelInfo: _aio.UnaryUnaryMultiCallable[_generator_pb2.GetModelInfoRequest, _generator_pb2.GetModelInfoResponse]  # type: ignore[assignment]
     """What is loaded, and its limits."""
@@ -71,7 +75,9 @@ class GeneratorServiceAsyncStub(GeneratorServiceStub):
     """
 
 class GeneratorServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Token generation on one model."""
+    """Token generation on one model. Errors have details as those of ChatService of
+    trivium.chat.v1; a full queue is RESOURCE_EXHAUSTED with reason QUEUE_FULL.
+    """
 
     @_abc_1.abstractmethod
     def Generate(
@@ -82,9 +88,9 @@ class GeneratorServiceServicer(metaclass=_abc_1.ABCMeta):
         """Generates n continuations of one prompt. The first message starts them;
         later ones may stop single continuations, which then finish with exact
         counts. Commands that have no effect are ignored: an empty one, another
-        start, a stop of an index that is not running. A caller that never stops one
-        may half-close the stream at once. Cancelling the call frees everything it
-        holds within a step.
+        start, a stop of an index that is not running. A caller that never stops
+        one may half-close the stream at once. Cancelling the call frees everything
+        it holds within a step.
         """
 
     @_abc_1.abstractmethod
