@@ -1,5 +1,10 @@
 """`python -m generator_svc`: loads the model, warms it up and serves until it is stopped."""
 
+from trivium.wire.stop_signals import exit_on_stop_signal
+
+if __name__ == "__main__":
+    exit_on_stop_signal()  # before the other imports, which take seconds
+
 import asyncio
 import os
 import sys
@@ -17,7 +22,6 @@ from trivium.wire.garbage_collection import tune_garbage_collection
 from trivium.wire.listening import refuse_taken_ports
 from trivium.wire.open_files import raise_open_file_limit
 from trivium.wire.settings import load_settings, refuse_to_start, refuse_unguarded
-from trivium.wire.stop_signals import exit_on_stop_signal
 
 # The engine's thread needs the GIL as soon as a run ends; the default, 5 ms, can last a step.
 _SWITCH_INTERVAL_SECONDS = 0.0005
@@ -25,7 +29,6 @@ _SWITCH_INTERVAL_SECONDS = 0.0005
 
 def main() -> None:
     """Exits with 0 after a stop signal, 1 after an engine failure, 2 if it cannot start."""
-    exit_on_stop_signal()
     settings = load_settings(GeneratorSettings)
     keys = open_keys("TRIVIUM_GENERATOR_API_KEYS_FILE", settings.api_keys_file)
     refuse_unguarded("TRIVIUM_GENERATOR_", settings.host, settings.is_guarded)

@@ -45,6 +45,7 @@ START_PROGRAMS = (
     "rollout",
     "templates",
     "test_outages.py",
+    "test_stop_signals.py",
     "test_tracing.py",
     "tokenizer_svc/test_generator_loss.py",
     "tokenizer_svc/test_generator_refusal.py",

@@ -1,5 +1,10 @@
 """`python -m tokenizer_svc`: loads tokenizers and templates, serves until a stop signal."""
 
+from trivium.wire.stop_signals import exit_on_stop_signal
+
+if __name__ == "__main__":
+    exit_on_stop_signal()  # before the other imports, which take seconds
+
 import asyncio
 import logging
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +24,7 @@ from trivium.wire.metrics_server import serve_metrics
 from trivium.wire.open_files import raise_open_file_limit
 from trivium.wire.serving import run
 from trivium.wire.settings import load_settings, refuse_to_start, refuse_unguarded
-from trivium.wire.stop_signals import StopSignals, exit_on_stop_signal
+from trivium.wire.stop_signals import StopSignals
 
 log = logging.getLogger("tokenizer_svc")
 
@@ -42,7 +47,6 @@ async def serve(settings: TokenizerSettings, models: list[Model], keys: KeyFile 
 
 
 def main() -> None:
-    exit_on_stop_signal()
     settings = load_settings(TokenizerSettings)
     keys = open_keys("TRIVIUM_TOKENIZER_API_KEYS_FILE", settings.api_keys_file)
     refuse_unguarded("TRIVIUM_TOKENIZER_", settings.host, settings.is_guarded)

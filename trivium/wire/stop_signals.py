@@ -1,20 +1,21 @@
 """Stop signals: SIGTERM, SIGINT and SIGHUP."""
 
 import asyncio
+import os
 import signal
-import sys
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def exit_on_stop_signal() -> None:
-    """Until StopSignals is created, a stop signal ends the process with status 0.
+    """Until StopSignals is created, a stop signal ends the process at once, with status 0.
 
     Otherwise, as process 1 of a container, a process that is still loading would ignore the signal
-    and go on to serve.
+    and go on to serve. Not by sys.exit: an extension module that is being initialised turns that
+    into an ImportError, and it would wait for threads.
     """
     for number in _STOP_SIGNALS:
-        signal.signal(number, lambda *_: sys.exit(0))
+        signal.signal(number, lambda *_: os._exit(0))
 
 
 class StopSignals:
