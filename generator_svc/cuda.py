@@ -57,6 +57,12 @@ def device_memory() -> MemoryLimit:
     return MemoryLimit(total.value, free.value, "the CUDA device")
 
 
+def check_device() -> None:
+    """Raises CudaError if the device fails every call until the process ends, as it does after an
+    illegal memory access or an uncorrectable memory error."""
+    check(runtime().cudaDeviceSynchronize(), "cudaDeviceSynchronize")
+
+
 def copy_to_host(target: int, source: int, size: int) -> None:
     """Copies `size` bytes from a device address to a host address, synchronously."""
     pointers = ctypes.c_void_p(target), ctypes.c_void_p(source)

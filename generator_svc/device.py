@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from generator_svc.cuda import CudaClock, CudaError, copy_to_host, device_count
+from generator_svc.cuda import CudaClock, CudaError, check_device, copy_to_host, device_count
 from generator_svc.graphs import BYTE_PRODUCT
 from trivium.cuda_libraries import missing_libraries
 from trivium.host_limits import cpu_limit
@@ -144,6 +144,11 @@ class Device:
             copy_to_host(target, source, size)
         else:
             ctypes.memmove(target, source, size)
+
+    def check(self) -> None:
+        """Raises CudaError if no run can succeed any more in this process."""
+        if self.name == "cuda":
+            check_device()
 
     def _cuda_options(self, cuda_graphs: bool) -> dict[str, str]:
         # FlashAttention for prefill: the default, cuDNN, stalls for up to 92 ms while it plans each

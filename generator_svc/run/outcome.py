@@ -42,7 +42,7 @@ class Runner(Protocol):
     """Executes plans; the engine's view of a device."""
 
     def run(self, plan: StepPlan) -> StepOutcome:
-        """Executes a plan. A failed run is reported in its result, never raised."""
+        """Executes a plan. Reports a failed run in its result; what it raises ends the engine."""
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,8 @@ class OrtRunner:
         )
 
     def run(self, plan: StepPlan) -> StepOutcome:
-        """Executes a plan. A failed run is reported in its result, never raised."""
+        """Executes a plan. A failed run is reported in its result; only if all further runs would
+        fail as well, it raises CudaError."""
         started = time.perf_counter_ns()
         for move in plan.moves:
             self._move(move)
@@ -182,6 +183,7 @@ class OrtRunner:
             last = logits[-1:].copy() if chunk.wants_logits else None
             return RunResult(nanoseconds, last, all_logits=logits)
         except Exception as error:  # an error of the runtime fails this run, not the engine
+            self._device.check()
             return RunResult(time.perf_counter_ns() - started, error=error)
 
     def _run_rows(self, rows: tuple[Row, ...]) -> RunResult:
@@ -224,6 +226,8 @@ class OrtRunner:
             logits = self._logits.read(buffer, temperatures) if wants_logits else None
             return RunResult(self._device.clock.stop(), logits)
         except Exception as error:  # an error of the runtime fails this run, not the engine
+            if graph == NO_GRAPH:  # the check itself may fail after a failed capture
+                self._device.check()
             return RunResult(time.perf_counter_ns() - started, error=error)
 
     def _bind_inputs(self, inputs: RunInputs, binding: Any) -> None:

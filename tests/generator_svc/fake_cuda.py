@@ -22,8 +22,11 @@ _MEMORY_BYTES = 4 * 2**30
 class FakeCudaRuntime:
     """The functions of the CUDA driver and runtime that we call, on main memory.
 
-    `calls` records copies to the host and timing calls, whose nanoseconds come from `now`.
+    `calls` records copies to the host and timing calls, whose nanoseconds come from `now`. `fault`
+    is the error code of all calls that wait for the device.
     """
+
+    fault = 0
 
     def __init__(self, now: Callable[[], int] = time.perf_counter_ns) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -71,7 +74,7 @@ class FakeCudaRuntime:
         return 0
 
     def cudaDeviceSynchronize(self):
-        return 0
+        return self.fault
 
     def cudaStreamCreate(self, handle):
         handle._obj.value = next(self._handles)
@@ -86,7 +89,7 @@ class FakeCudaRuntime:
 
     def cudaEventSynchronize(self, event):
         self.calls.append(("wait", event.value))
-        return 0
+        return self.fault
 
     def cudaEventElapsedTime(self, milliseconds, began, ended):
         self.calls.append(("time", began.value, ended.value))
@@ -116,14 +119,14 @@ def fake_cuda_runtime(now: Callable[[], int] = time.perf_counter_ns) -> Iterator
 
 
 @contextlib.contextmanager
-def fake_cuda_device() -> Iterator[None]:
+def fake_cuda_device() -> Iterator[FakeCudaRuntime]:
     """Makes a device `cuda` available, with all that it needs."""
-    with fake_cuda_runtime(), pytest.MonkeyPatch.context() as patch:
+    with fake_cuda_runtime() as runtime, pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnxruntime, "preload_dlls", lambda: None)
         patch.setattr(onnxruntime, "InferenceSession", _Session)
         for method in (Device.tensor, Device.tensor_ref):
             on_host = staticmethod(functools.partial(method, Device("cpu")))
             patch.setattr(Device, method.__name__, on_host)
         why_not_cuda.cache_clear()
-        yield
+        yield runtime
     why_not_cuda.cache_clear()

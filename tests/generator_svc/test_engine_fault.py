@@ -9,8 +9,11 @@ import pytest
 
 from generator_svc.config import GeneratorSettings
 from generator_svc.constraint.compiler import ConstraintCompiler
+from generator_svc.cuda import CudaError
 from generator_svc.run.runner import OrtRunner
 from generator_svc.server import serve_constrained
+from tests.generator_svc.engine_harness import Harness
+from tests.generator_svc.fake_cuda import fake_cuda_device
 from tests.ports import free_port
 from tests.tiny_models import tiny_model_directory
 from trivium.generator.v1 import generator_pb2 as pb
@@ -18,6 +21,22 @@ from trivium.generator.v1 import generator_pb2_grpc as pb_grpc
 from trivium.model_directory import load_model_directory
 from trivium.wire.channel import open_channel
 from trivium.wire.stop_signals import StopSignals
+
+
+@pytest.mark.parametrize("prompt_logprobs", [None, 1])
+def test_a_device_that_fails_every_run_ends_the_engine(prompt_logprobs):
+    """As after an illegal memory access: a generator that fails all requests, faster than others
+    answer them, would attract those of all callers. Other failed runs cost their requests only."""
+    with fake_cuda_device() as cuda:
+        runner = OrtRunner(load_model_directory(tiny_model_directory()), "cuda", 4, 64)
+        harness = Harness(runner=runner)
+        invalid = harness.submit([10_000, 5], prompt_logprobs=prompt_logprobs)
+        harness.finish()
+        assert invalid in harness.errors
+        harness.submit([5, 6, 7], prompt_logprobs=prompt_logprobs)
+        cuda.fault = 700
+        with pytest.raises(CudaError, match="700"):
+            harness.step()
 
 
 class FailingRunner(OrtRunner):
