@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from trivium.cli.main import app
+from trivium.cli.usage import read_records
 from trivium.usage_log import UsageLog, UsageRecord
 
 DAY = 86_400
@@ -153,6 +154,21 @@ def test_a_file_that_is_named_twice_counts_once(tmp_path: Path) -> None:
     [row] = summed(tmp_path, file, tmp_path / ".." / tmp_path.name, file)
 
     assert 3 == row["completion_tokens"]
+
+
+def test_files_that_are_rotated_while_they_are_read_count_once(tmp_path: Path) -> None:
+    """Neither the one that has a new name by then, nor one whose name was not listed before."""
+    file = write(tmp_path, record("old"))
+    file.rename(f"{file}.1")
+    write(tmp_path, record("current"))
+    reading = read_records([tmp_path], [])
+    found = [next(reading)["request_id"]]
+    Path(f"{file}.1").rename(f"{file}.2")
+    file.rename(f"{file}.1")
+    write(tmp_path, record("new"))
+    found += [one["request_id"] for one in reading]
+
+    assert ["current", "new", "old"] == sorted(found)
 
 
 def test_rotated_files_may_be_compressed(tmp_path: Path) -> None:

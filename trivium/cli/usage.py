@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
+import os
 import re
 import sys
 import zlib
@@ -13,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from datetime import date
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TextIO
+from typing import Annotated, Any, BinaryIO, NoReturn, TextIO
 
 import typer
 from rich import box
@@ -24,8 +26,8 @@ from trivium.usage_log import EVENT
 
 REFUSED = 2
 _WIDEST = 1000
-# Also matches rotated files; their order does not matter.
-PATTERN = "*.usage.jsonl*"
+PATTERN = "*.usage.jsonl*"  # also matches rotated files
+_NUMBER = re.compile(r"\.usage\.jsonl\.(\d+)")  # of a rotated file
 _STANDARD_INPUT = Path("-")
 _IS_DAY_OR_MONTH = re.compile(r"(\d{4}-\d{2}(-\d{2})?)?")
 _IS_RECORD = re.compile(rf'"event":\s*"{EVENT}"')
@@ -100,7 +102,8 @@ def usage(
         _refuse(f"--day: expected a day such as 2026-11-30, or a month such as 2026-11; got {day}")
     skipped: list[str] = []
     try:
-        records = [r for r in read_records(files, skipped) if r["time"].startswith(day)]
+        records = (r for r in read_records(files, skipped) if r["time"].startswith(day))
+        sums = sum_up(records, columns)
     except UsageFileError as error:
         _refuse(str(error))
     if skipped:
@@ -112,7 +115,7 @@ def usage(
             **asdict(totals),
             "gpu_seconds": totals.device_nanoseconds / 1e9,
         }
-        for group, totals in sorted(sum_up(records, columns).items())
+        for group, totals in sorted(sums.items())
     ]
     if format is Format.TABLE:
         _print_table(rows, columns)
@@ -147,9 +150,9 @@ def read_records(paths: Iterable[Path], skipped: list[str]) -> Iterator[dict[str
     last line without a newline, which is still being written. Other invalid lines, such as those
     that a full disk has cut off, are listed in `skipped` with the reason.
     """
-    for file in _files(paths):
+    for file, binary in _files(paths):
         try:
-            with _opened(file) as lines:
+            with binary, _text(file, binary) as lines:
                 for number, line in enumerate(lines, start=1):
                     try:
                         record = _record(line)
@@ -165,24 +168,54 @@ def read_records(paths: Iterable[Path], skipped: list[str]) -> Iterator[dict[str
             raise UsageFileError(f"{file}: {error}") from None
 
 
-def _files(paths: Iterable[Path]) -> Iterator[Path]:
-    """Each file once, however often it is named."""
-    seen = set()
+def _files(paths: Iterable[Path]) -> Iterator[tuple[Path, BinaryIO]]:
+    """Each file once, opened, however often it is named, and although it may be rotated meanwhile.
+
+    Rotation renames files to higher numbers. So they are opened by number, and one that is opened
+    again under its new name is known by its inode; what has left the end of the list is found by
+    listing the folder again, until nothing is new.
+    """
+    seen: set[tuple[int, int]] = set()
     for path in paths:
-        found = sorted(path.glob(PATTERN)) if path.is_dir() else [path]
-        if not found:
+        if not path.is_dir():
+            if (binary := _opened(path, seen)) is not None:
+                yield path, binary
+        elif not any(path.glob(PATTERN)):
             raise UsageFileError(f"{path}: no {PATTERN} in this folder")
-        for file in found:
-            if file.resolve() not in seen:
-                seen.add(file.resolve())
-                yield file
+        else:
+            count = -1
+            while count < len(seen):
+                count = len(seen)
+                for file in sorted(path.glob(PATTERN), key=_age):
+                    if (binary := _opened(file, seen, is_listed=True)) is not None:
+                        yield file, binary
 
 
-def _opened(file: Path) -> TextIO:
-    if file.suffix == ".gz":
-        return gzip.open(file, "rt", encoding="utf-8", errors="replace")
-    opened = 0 if file == _STANDARD_INPUT else file
-    return open(opened, encoding="utf-8", errors="replace")
+def _age(file: Path) -> tuple[str, int]:
+    match = _NUMBER.search(file.name)
+    return file.name.partition(".usage.jsonl")[0], int(match[1]) if match else 0
+
+
+def _opened(file: Path, seen: set[tuple[int, int]], is_listed: bool = False) -> BinaryIO | None:
+    """The file, unless it is one of those `seen`, to which it is added, or was renamed since it was
+    listed. Raises UsageFileError."""
+    try:
+        binary = open(0 if file == _STANDARD_INPUT else file, "rb")  # noqa: SIM115 - the caller reads it
+    except OSError as error:
+        if is_listed and isinstance(error, FileNotFoundError):
+            return None
+        raise UsageFileError(f"{file}: {error.strerror or error}") from None
+    status = os.fstat(binary.fileno())
+    if (status.st_dev, status.st_ino) in seen:
+        binary.close()
+        return None
+    seen.add((status.st_dev, status.st_ino))
+    return binary
+
+
+def _text(file: Path, binary: BinaryIO) -> TextIO:
+    unpacked = gzip.GzipFile(fileobj=binary) if file.suffix == ".gz" else binary
+    return io.TextIOWrapper(unpacked, encoding="utf-8", errors="replace")
 
 
 def _record(line: str) -> dict[str, Any] | None:
