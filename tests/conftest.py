@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +19,10 @@ from tests.ports import free_port
 # Examples may be slow on a busy machine; that is not a failure.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+# Under nohup, the services that tests start would inherit that SIGHUP is ignored.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 HERE = Path(__file__).parent
 # Needed only by the exporter. With --fast it cannot be imported, and test files are left out that

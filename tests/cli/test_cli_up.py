@@ -48,6 +48,26 @@ async def test_signal_drains_and_exits_with_status_0(children: Children, number:
     assert not any(is_running(pid) for pid in supervisor.pids().values())
 
 
+async def test_a_closed_terminal_is_ignored_under_nohup(children: Children) -> None:
+    """nohup keeps it running; another signal stops it."""
+    supervisor = Supervisor([children.stage("facade")], stop_seconds=30)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    still: list[str] = []
+
+    async def close_terminal() -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        await asyncio.sleep(0.1)
+        still.extend(children.lines())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        status = await supervise(supervisor, close_terminal, ready_seconds=60)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+    assert (["facade ready"], 0) == (still, status)
+
+
 async def test_a_second_signal_does_not_wait(children: Children) -> None:
     """A second Ctrl-C kills at once what is still draining."""
     deaf = "signal.signal(signal.SIGTERM, lambda *_: note('asked')); note('deaf')"

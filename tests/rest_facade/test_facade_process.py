@@ -93,6 +93,22 @@ async def test_drain(backend: ScriptedBackend, number: signal.Signals) -> None:
     assert status == 0
 
 
+async def test_a_closed_terminal_is_ignored_under_nohup(backend: ScriptedBackend) -> None:
+    """The facade, like the other services, keeps serving; another signal stops it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        async with running(backend, drain_notice_seconds=0) as (process, client):
+            process.send_signal(signal.SIGHUP)
+            await asyncio.sleep(0.1)
+            health = await client.get("/health")
+            process.send_signal(signal.SIGTERM)
+            status = await process.wait()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+    assert (200, 0) == (health.status_code, status)
+
+
 async def test_requests_that_exceed_the_drain_time(backend: ScriptedBackend) -> None:
     """Requests that exceed the drain time get an error, streaming or not; the exit code is 0."""
     backend.script = (header(), delta("He"), None)

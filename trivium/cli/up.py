@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import sys
 from collections.abc import Awaitable, Callable
 from enum import StrEnum
@@ -35,6 +34,7 @@ from trivium.host_limits import cpu_limit, memory_limit
 from trivium.keys.own_key import OwnKey
 from trivium.model_directory import load_model_directory
 from trivium.wire.listening import bare_host
+from trivium.wire.stop_signals import stop_signals
 
 STOPPED, FAILED, REFUSED = 0, 1, 2
 # A stage that has not ended this long after its own drain limit is hung, and gets killed.
@@ -175,8 +175,8 @@ async def supervise(
 ) -> int:
     """Runs until a signal asks to stop or a process dies; returns the exit status.
 
-    The first SIGINT, SIGTERM or SIGHUP drains, the second kills. If a stage refused its settings
-    (status 2), that status is passed on; any other death gives 1.
+    The first stop signal drains, the second kills. If a stage refused its settings (status 2), that
+    status is passed on; any other death gives 1.
     """
     stopping = asyncio.Event()
 
@@ -186,7 +186,7 @@ async def supervise(
         stopping.set()
 
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in stop_signals():
         loop.add_signal_handler(number, on_signal)
 
     async def serve() -> None:

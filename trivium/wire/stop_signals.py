@@ -4,7 +4,12 @@ import asyncio
 import os
 import signal
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+def stop_signals() -> list[signal.Signals]:
+    """The signals that stop this process. SIGHUP is not one of them if it is ignored, as under
+    nohup, which is to keep a process running when its terminal is closed."""
+    ignores_hangup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *([] if ignores_hangup else [signal.SIGHUP])]
 
 
 def exit_on_stop_signal() -> None:
@@ -14,7 +19,7 @@ def exit_on_stop_signal() -> None:
     and go on to serve. Not by sys.exit: an extension module that is being initialised turns that
     into an ImportError, and it would wait for threads.
     """
-    for number in _STOP_SIGNALS:
+    for number in stop_signals():
         signal.signal(number, lambda *_: os._exit(0))
 
 
@@ -28,7 +33,7 @@ class StopSignals:
         self.first = asyncio.Event()
         self.second = asyncio.Event()
         loop = asyncio.get_running_loop()
-        for number in _STOP_SIGNALS:
+        for number in stop_signals():
             loop.add_signal_handler(number, self._received)
 
     def _received(self) -> None:
