@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from redis.asyncio import from_url
 
 from tests.ports import free_port
 from tests.rest_facade.conftest import StartFacade
@@ -187,3 +188,20 @@ async def test_requests_of_a_killed_facade_expire(
             await asyncio.sleep(0.05)
 
     assert "concurrent_requests" == while_it_lives.exceeded
+
+
+async def test_a_store_whose_clock_goes_back_blocks_nobody(
+    accounts: list[SharedAccounts], redis: Redis
+) -> None:
+    """As when a replica whose clock is an hour behind takes over: nothing is charged for it."""
+    key = ApiKey(name="a", digest="0" * 64, requests_per_minute=60, tokens_per_minute=60)
+    await accounts[0].enter(key, "one")
+    async with from_url(redis.url, decode_responses=True) as client:
+        [account] = await client.keys("*{a}")
+        for name in ("requests_at", "tokens_at"):
+            await client.hincrbyfloat(account, name, 3600)
+    after = await accounts[1].enter(key, "two")
+
+    assert "" == after.exceeded
+    assert after.requests <= 1
+    assert 0 == after.tokens

@@ -28,7 +28,8 @@ local function leak(name, limit, more)
   if limit > 0 then
     local amount_then = tonumber(redis.call('HGET', KEYS[1], name) or 0)
     local at = tonumber(redis.call('HGET', KEYS[1], name .. '_at') or now)
-    amount = math.max(amount_then - (now - at) * limit / {MINUTE}, 0) + more
+    -- The clock goes back when a replica with another one takes over.
+    amount = math.max(amount_then - math.max(now - at, 0) * limit / {MINUTE}, 0) + more
   end
   redis.call('HSET', KEYS[1], name, string.format('%.17g', amount),
              name .. '_at', string.format('%.17g', now))
