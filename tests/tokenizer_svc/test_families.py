@@ -341,6 +341,7 @@ HOSTILE = {
     "open calls": lambda size: "<tool_call>" * (size // 11),
     "open objects": lambda size: '<tool_call>{"a":' + '{"a":' * (size // 5),
     "open lists": lambda size: '{"name": "add", "parameters": {"a": ' + "[" * size,
+    "only spaces": lambda size: " " * size,
     "spaces": lambda size: "<think>" + " " * size,
     "spaces behind a call": lambda size: HERMES_ADD + " " * size,
     "a long name": lambda size: '<tool_call>{"name": "' + "a" * size,
@@ -391,6 +392,7 @@ def read_raw(family: str, pieces: list[str]) -> None:
     parser.flush()
 
 
+@pytest.mark.timeout(20)  # a few tenths of a second, or minutes if time is quadratic
 @pytest.mark.parametrize("hostile", HOSTILE)
 @pytest.mark.parametrize("family", PARSERS)
 def test_a_hundred_thousand_characters(family: str, hostile: str) -> None:

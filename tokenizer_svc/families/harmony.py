@@ -70,6 +70,7 @@ class HarmonyParser:
         # None within a message's body, where the output begins if the prompt opened the answer.
         self._header: list[str] | None = None if in_answer else []
         self._header_length = 0
+        self._header_start = ""  # the header without the white space before it
         self._channel = Channel.CONTENT
         self._callee: str | None = None  # the function that the message calls
         self._arguments: JsonScan | None = None
@@ -159,9 +160,9 @@ class HarmonyParser:
         self._header.append(text)
         self._header_length += len(text)
         self._at += len(text)
-        header = "".join(self._header).lstrip()
+        self._header_start = (self._header_start + text).lstrip()
         # Text where a header should be: the model left it out, so all that follows is content.
-        if header and not _may_be_header(header):
+        if self._header_start and not _may_be_header(self._header_start):
             whole = "".join(self._header)
             self._header, self._header_length = None, 0
             self._channel, self._callee = Channel.CONTENT, None
@@ -184,7 +185,7 @@ class HarmonyParser:
             # An empty body is a call without arguments, which clients expect as an empty object.
             self._take_space()
             self._out += [CallStart(self._callee), CallArguments("{}")]
-        self._header, self._header_length = [], 0
+        self._header, self._header_length, self._header_start = [], 0, ""
 
     def _take_body(self, text: str) -> None:
         self._at += len(text)
