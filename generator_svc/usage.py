@@ -5,6 +5,8 @@ caller, the tokenizer or the facade.
 """
 
 import asyncio
+import logging
+import re
 import time
 
 from prometheus_client import Counter
@@ -15,6 +17,8 @@ from generator_svc.sequence import CompletionReport, FinishReason, SequenceGroup
 from trivium.usage_log import UsageLog, UsageRecord
 from trivium.wire import telemetry
 
+log = logging.getLogger(__name__)
+
 # OpenAI's terms, and vLLM's where OpenAI has none.
 _FINISH_REASONS = {
     FinishReason.STOP_TOKEN: "stop",
@@ -23,6 +27,8 @@ _FINISH_REASONS = {
     FinishReason.CANCELLED: "abort",
     FinishReason.FAILED: "error",
 }
+
+_FINISH_REASON = re.compile("[a-z_]{1,32}")  # a report may have newer ones than this process knows
 
 
 class UsageMetrics:
@@ -114,7 +120,7 @@ class CallUsage:
         if self._seconds is None:
             self.end()
         assert self._seconds is not None
-        sequences, report = self._group.sequences, self.report
+        sequences, report = self._group.sequences, self._possible_report()
         request_id, trace_id, key = self._identity
         reasons = [
             _FINISH_REASONS[sequence.finish_reason or FinishReason.CANCELLED]
@@ -140,6 +146,19 @@ class CallUsage:
             queue_seconds=self._queue_seconds(self._queue.arrived_at + self._seconds),
             ttft_seconds=self._queue.first_token_seconds,
         )
+
+    def _possible_report(self) -> CompletionReport | None:
+        """The caller's report, unless it contradicts what was generated."""
+        report = self.report
+        if report is None:
+            return None
+        generated = sum(sequence.generated for sequence in self._group.sequences)
+        if 0 <= report.reasoning_tokens <= report.completion_tokens <= generated and all(
+            map(_FINISH_REASON.fullmatch, report.finish_reasons)
+        ):
+            return report
+        log.warning("impossible completion report of %s ignored", self._identity[0])
+        return None
 
     def _queue_seconds(self, ended_at: float) -> float:
         """Seconds from submission to the first slot, or to the call's end if it got none."""

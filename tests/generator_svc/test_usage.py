@@ -95,6 +95,33 @@ async def test_record_has_the_counts_of_the_completion_report(stage, tmp_path):
     assert "tool_calls,length" == record["finish_reason"]
 
 
+@pytest.mark.parametrize(
+    "report",
+    [
+        {"completion_tokens": -5},
+        {"completion_tokens": 4},
+        {"completion_tokens": 2, "reasoning_tokens": 3},
+        {"completion_tokens": 2, "reasoning_tokens": -1},
+        {"completion_tokens": 2, "finish_reasons": ["x" * 1000]},
+        {"completion_tokens": 2, "finish_reasons": ["stop,status=0"]},
+    ],
+)
+async def test_an_impossible_report_does_not_cost_the_record(stage, tmp_path, report, caplog):
+    """It is ignored and logged: the record has the generator's own numbers."""
+    answer = await call(stage, [5, 6], sends_report=True, max_new_tokens=3, ignore_eos=True)
+    await answer.write(pb.GenerateRequest(report=pb.CompletionReport(**report)))
+    await answer.done_writing()
+    async for _ in answer:
+        pass
+    [record] = await written(stage, tmp_path, 1)
+
+    assert (3, None, "length") == (
+        *(record["completion_tokens"], record["reasoning_tokens"]),
+        record["finish_reason"],
+    )
+    assert f"impossible completion report of {record['request_id']} ignored" in caplog.messages
+
+
 async def test_aborted_and_failed_calls_are_recorded(stage, tmp_path):
     """Cancelled, running or queued, or failed: records and overhead add up to the busy time."""
     stage.runner.delay = 0.01
