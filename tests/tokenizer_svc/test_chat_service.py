@@ -412,6 +412,23 @@ async def test_the_request_id_is_passed_on(stage: Stage) -> None:
     assert ("req-7", parent) == (seen["x-request-id"], seen["traceparent"])
 
 
+@pytest.mark.parametrize(
+    "parent",
+    [
+        f"00-{'0' * 32}-{'b' * 16}-01",
+        f"00-{'a' * 32}-{'0' * 16}-01",
+        f"ff-{'a' * 32}-{'b' * 16}-01",
+        f"00-{'A' * 32}-{'b' * 16}-01",
+    ],
+)
+async def test_an_invalid_traceparent_is_ignored(stage: Stage, parent: str) -> None:
+    """As W3C demands: all requests of a client that sends zeros are not one trace."""
+    stage.generator.script = says([ended(1)])
+    await stage.chat.CreateChatCompletion(stage.request(), metadata=(("traceparent", parent),))
+
+    assert "traceparent" not in stage.generator.calls[0].metadata
+
+
 async def test_the_generators_refusal_is_passed_on(stage: Stage) -> None:
     """The caller gets the generator's code and retry time."""
     stage.generator.script = fails_after([], ServiceError("queue_full", "full", retry_after=7))
