@@ -9,6 +9,7 @@ loads the tokens once and forks for every line, so a constraint that takes too m
 or overflows the stack, only ends its own fork.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -150,12 +151,21 @@ def _response(table: TokenTable, line: str) -> str:
 def _limit_resources() -> None:
     """Has the system end this process if it exceeds its CPU time, memory or stack limit."""
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _limit(resource.RLIMIT_CORE, 0)
     if sys.platform == "linux":
-        with open("/proc/self/statm", encoding="ascii") as file:
-            in_use = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        resource.setrlimit(resource.RLIMIT_AS, (in_use + _MEMORY_BYTES,) * 2)
-        resource.setrlimit(resource.RLIMIT_STACK, (_STACK_BYTES,) * 2)
+        _limit(resource.RLIMIT_STACK, _STACK_BYTES)
+        with contextlib.suppress(OSError):  # without /proc, only llguidance's own limits apply
+            statistics = Path("/proc/self/statm").read_text(encoding="ascii")
+            in_use = int(statistics.split()[0]) * os.sysconf("SC_PAGE_SIZE")
+            _limit(resource.RLIMIT_AS, in_use + _MEMORY_BYTES)
+
+
+def _limit(kind: int, value: int) -> None:
+    """Sets a resource limit, unless a lower one is in force, which cannot be raised."""
+    _, maximum = resource.getrlimit(kind)
+    if maximum != resource.RLIM_INFINITY:
+        value = min(value, maximum)
+    resource.setrlimit(kind, (value, value))
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import grpc
@@ -348,6 +349,38 @@ async def test_identical_constraints_share_one_compilation(tokens, monkeypatch):
     assert 1 == len(results)
     assert isinstance(constraints[0], asyncio.CancelledError)
     assert 8 == len(set(constraints[1:]))  # each has its own object
+
+
+_LOW_STACK = "resource.setrlimit(resource.RLIMIT_STACK, (2**19, 2**19))"
+_NO_PROC = """
+import builtins, io
+real = open
+def opened(file, *args, **options):
+    if str(file).startswith("/proc/"):
+        raise FileNotFoundError(file)
+    return real(file, *args, **options)
+builtins.open = io.open = opened
+"""
+
+
+@pytest.mark.parametrize("confine", [_LOW_STACK, _NO_PROC])
+def test_constraints_compile_in_a_confined_process(tokens, confine):
+    """Where the stack is limited already, or there is no /proc."""
+    code = (
+        f"import resource, runpy\n{confine}\n"
+        "runpy.run_module('generator_svc.constraint.sandbox', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tokens.file), str(tokens.size), str(tokens.eos)],
+        input='{"kind": "regex", "text": "a"}\n',
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+
+    ready, response = done.stdout.splitlines()
+    assert ("ready", "a") == (ready, json.loads(response)["text"])
 
 
 async def test_killed_sandbox_is_restarted(tokens, caplog):
