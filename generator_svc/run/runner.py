@@ -71,9 +71,8 @@ class OrtRunner:
         self._model = model
         self._device = Device(device)
         self._session, cuda_graphs = self._open(threads, cuda_graphs, weight_only_gemm)
-        past_type = type_of(self._session.get_inputs(), model.names.past_key % 0)
-        self._cache_type = _NUMPY_TYPES[past_type]
-        logits_type = _NUMPY_TYPES[type_of(self._session.get_outputs(), model.names.logits)]
+        self._cache_type = _numpy_type(self._session.get_inputs(), model.names.past_key % 0)
+        logits_type = _numpy_type(self._session.get_outputs(), model.names.logits)
         self._memory = self._allocate_memory(slots, slot_length)
         # In float32 on CUDA, reusing a binding with a mask of another shape yields wrong logits
         # (ONNX Runtime 1.31.1, docs/log.md).
@@ -308,6 +307,15 @@ class OrtRunner:
 def capture_sizes(slots: int) -> tuple[int, ...]:
     """The batch sizes to capture for `slots` slots, ascending."""
     return (*(size for size in CAPTURE_SIZES if size < slots), slots)
+
+
+def _numpy_type(nodes: list[Any], name: str) -> Any:
+    """The element type of the input or output `name`; raises DeviceError if it is not supported."""
+    found = type_of(nodes, name)
+    if found not in _NUMPY_TYPES:
+        supported = " and ".join(_NUMPY_TYPES)
+        raise DeviceError(f"{name!r} of the graph is a {found}; supported are {supported}")
+    return _NUMPY_TYPES[found]
 
 
 def _check_integer_products(device: str) -> None:

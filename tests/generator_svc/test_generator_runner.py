@@ -510,6 +510,22 @@ def test_a_graph_with_other_names_is_refused(model):
         OrtRunner(dataclasses.replace(model, names=names), "cpu", 1, 16)
 
 
+@pytest.mark.parametrize("name", ["past_key_values.0.key", "logits"])
+def test_a_graph_with_an_unsupported_type_is_refused(model, tmp_path, name):
+    """For example one in bfloat16, which CUDA has kernels for."""
+    types = dict.fromkeys(("past_key_values.0.key", "logits"), onnx.TensorProto.FLOAT)
+    types[name] = onnx.TensorProto.BFLOAT16
+    past, logits = (onnx.helper.make_tensor_value_info(n, t, ["size"]) for n, t in types.items())
+    node = onnx.helper.make_node("Cast", [past.name], [logits.name], to=types["logits"])
+    graph = onnx.helper.make_graph([node], "g", [past], [logits])
+    opset = onnx.helper.make_opsetid("", 17)
+    file = tmp_path / "model.onnx"
+    onnx.save(onnx.helper.make_model(graph, ir_version=8, opset_imports=[opset]), file)
+
+    with pytest.raises(DeviceError, match=rf"'{name}' .*tensor\(bfloat16\); supported"):
+        OrtRunner(dataclasses.replace(model, graph=file), "cpu", 1, 16)
+
+
 def test_scripted_runner_overwrites_slots_like_the_real_one():
     """The fake runner of other tests overwrites in place too, so that mistakes show."""
     runner = ScriptedRunner(2, 8)
