@@ -22,14 +22,15 @@ class ScriptedServer:
     tokens_before_silence: int | None = None
     refusal: tuple[int, str] | None = None
     breaks_off: bool = False
+    stops_short: bool = False  # without [DONE], as behind a proxy that lost the server
+    models: str = json.dumps({"object": "list", "data": [{"id": "scripted", "object": "model"}]})
 
     def app(self) -> FastAPI:
         app = FastAPI()
 
         @app.get("/v1/models")
         def models() -> Response:
-            listed = {"object": "list", "data": [{"id": "scripted", "object": "model"}]}
-            return JSONResponse(listed, self.models_status)
+            return Response(self.models, self.models_status)
 
         @app.post("/v1/chat/completions")
         async def completions(request: Request) -> Response:
@@ -63,6 +64,8 @@ class ScriptedServer:
                 yield _event({"delta": {"content": "word "}})
             if self.breaks_off:
                 yield 'data: {"error": {"message": "the generator is gone"}}\n\n'
+                return
+            if self.stops_short:
                 return
             yield _event({"delta": {}, "finish_reason": "length"})
             yield f"data: {json.dumps({'choices': [], 'usage': self._usage(body)})}\n\n"

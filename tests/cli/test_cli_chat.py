@@ -111,6 +111,45 @@ def test_a_refusal_does_not_end_the_program(
     assert len(scripted.bodies[1]["messages"]) == 1
 
 
+def test_an_answer_that_ends_early_is_not_shown_as_whole(
+    chat: subprocess.Popen[str], scripted: ScriptedServer
+) -> None:
+    """As when a proxy has lost the server behind it: a line says so, and the chat goes on."""
+    scripted.stops_short = True
+    say(chat, "hello")
+    shown = read_until(chat, "[DONE]")
+    scripted.stops_short = False
+    say(chat, "hello")
+    read_until(chat, "]\n")
+
+    assert "word word " in shown
+    assert "the server ended the stream without [DONE]" in shown
+    assert len(scripted.bodies[1]["messages"]) == 1
+
+
+@pytest.mark.parametrize("command", ["chat", "bench"])
+@pytest.mark.parametrize("models", ["<html>", "[]", "{}", '{"data": [{}]}', '{"data": 5}'])
+def test_another_server_at_the_address(scripted: ScriptedServer, command: str, models: str) -> None:
+    """A web page or any other JSON than the list of models is refused in one line."""
+    scripted.models = models
+    result = CliRunner().invoke(app, [command, "--url", scripted.url])
+
+    assert 1 == result.exit_code
+    assert result.stderr.startswith(f"trivium {command}: {scripted.url}")
+    assert "the response is not one of OpenAI's API" in result.stderr
+    assert 1 == len(result.stderr.splitlines())
+
+
+@pytest.mark.parametrize("command", ["chat", "bench"])
+def test_an_invalid_url_is_refused(command: str) -> None:
+    """In one line."""
+    result = CliRunner().invoke(app, [command, "--url", "http://[::1"])
+
+    assert 1 == result.exit_code
+    assert result.stderr.startswith(f"trivium {command}: http://[::1")
+    assert 1 == len(result.stderr.splitlines())
+
+
 def test_ctrl_d_leaves(chat: subprocess.Popen[str]) -> None:
     """The end of the input ends the program."""
     read_until(chat, "> ")

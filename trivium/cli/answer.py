@@ -5,8 +5,10 @@ Works with any OpenAI-compatible server. Does no I/O.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,7 +43,8 @@ class Answer:
         Raises AnswerFailed.
         """
         self.ended = now
-        return "".join(self._process(data, now) for data in self._decoder.push(piece))
+        with parsing():
+            return "".join(self._process(data, now) for data in self._decoder.push(piece))
 
     def _process(self, data: str, now: float) -> str:
         if data == DONE:
@@ -87,6 +90,27 @@ class Answer:
         if len(times) < 2 or self.completion_tokens < 2:
             return None
         return (self.completion_tokens - 1) / (times[-1] - times[0])
+
+
+@contextlib.contextmanager
+def parsing() -> Iterator[None]:
+    """Wraps the parsing of a response; raises AnswerFailed if it is not one of OpenAI's API."""
+    try:
+        yield
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise AnswerFailed(f"the response is not one of OpenAI's API ({reason})") from error
+
+
+def first_model(status: int, body: bytes) -> str:
+    """The id of the first model in the response of /v1/models; raises AnswerFailed."""
+    if status != 200:
+        raise http_error(status, body)
+    with parsing():
+        models = json.loads(body)["data"]
+        if not models:
+            raise AnswerFailed("the server lists no models; choose one with --model")
+        return str(models[0]["id"])
 
 
 def http_error(status: int, body: bytes) -> AnswerFailed:

@@ -16,7 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from trivium.cli.answer import AnswerFailed, api_root
+from trivium.cli.answer import AnswerFailed, api_root, first_model
 from trivium.cli.https import CaFileOption, CertFileOption, KeyFileOption, tls_context
 from trivium.cli.load import Level, Target, open_client, run_level
 from trivium.cli.random_prompts import Prompts
@@ -74,7 +74,7 @@ def bench(
     target = Target(api_root(url), model or "", api_key, ignore_eos, context)
     try:
         report = asyncio.run(_run(target, workload))
-    except (AnswerFailed, httpx.HTTPError) as error:
+    except (AnswerFailed, httpx.HTTPError, httpx.InvalidURL) as error:
         typer.echo(f"trivium bench: {url}: {error or type(error).__name__}", err=True)
         raise typer.Exit(FAILED) from error
     if json_file is not None:
@@ -138,11 +138,7 @@ async def _with_model(client: httpx.AsyncClient, target: Target) -> Target:
     if target.model:
         return target
     response = await client.get(f"{target.root}/models")
-    response.raise_for_status()
-    models = response.json().get("data") or []
-    if not models:
-        raise AnswerFailed("the server lists no models; choose one with --model")
-    return dataclasses.replace(target, model=models[0]["id"])
+    return dataclasses.replace(target, model=first_model(response.status_code, response.content))
 
 
 def _show_failures(console: Console, level: Level) -> None:

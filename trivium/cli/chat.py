@@ -13,7 +13,7 @@ from typing import Annotated
 import httpx
 import typer
 
-from trivium.cli.answer import Answer, AnswerFailed, api_root, headers, http_error
+from trivium.cli.answer import Answer, AnswerFailed, api_root, first_model, headers, http_error
 from trivium.cli.https import CaFileOption, CertFileOption, KeyFileOption, tls_context
 
 FAILED = 1
@@ -82,6 +82,8 @@ class Conversation:
                 raise http_error(response.status_code, await response.aread())
             async for piece in response.aiter_raw():
                 show(answer.push(piece, time.perf_counter()))
+        if not answer.complete:
+            raise AnswerFailed("the server ended the stream without [DONE]")
 
 
 def footer(answer: Answer) -> str:
@@ -117,7 +119,7 @@ def chat(
     root, context = api_root(url), tls_context(ca_file, cert_file, key_file)
     try:
         name = model or _first_model(root, api_key, context)
-    except (AnswerFailed, httpx.HTTPError) as error:
+    except (AnswerFailed, httpx.HTTPError, httpx.InvalidURL) as error:
         typer.echo(f"trivium chat: {root}: {error or type(error).__name__}", err=True)
         raise typer.Exit(FAILED) from error
     typer.echo(f"{name} at {root}. Ctrl-C cancels an answer, Ctrl-D exits, /new starts over.")
@@ -154,12 +156,7 @@ def _first_model(root: str, api_key: str | None, context: ssl.SSLContext) -> str
         headers=headers(api_key), timeout=TIMEOUT, trust_env=False, verify=context
     ) as client:
         response = client.get(f"{root}/models")
-    if response.status_code != 200:
-        raise http_error(response.status_code, response.content)
-    models = response.json().get("data") or []
-    if not models:
-        raise AnswerFailed("the server lists no models; choose one with --model")
-    return str(models[0]["id"])
+    return first_model(response.status_code, response.content)
 
 
 def _enable_line_editing() -> None:

@@ -6,7 +6,7 @@ import random
 
 import httpx
 
-from trivium.cli.answer import http_error
+from trivium.cli.answer import http_error, parsing
 from trivium.cli.load import Target
 
 # Words that most tokenizers take as one token each.
@@ -45,4 +45,5 @@ async def _count(client: httpx.AsyncClient, target: Target, prompt: str) -> int:
     response = await client.post(f"{target.root}/chat/completions", json=body)
     if response.status_code != 200:
         raise http_error(response.status_code, response.content)
-    return int(response.json()["usage"]["prompt_tokens"])
+    with parsing():
+        return int(response.json()["usage"]["prompt_tokens"])
