@@ -344,6 +344,15 @@ def test_any_setting_can_be_set() -> None:
     assert "false" == variables(container)["TRIVIUM_GENERATOR_PREFIX_CACHE"]
 
 
+def test_large_numbers_are_written_out() -> None:
+    """Without an exponent, which a setting that is an integer would refuse."""
+    env = {"A": 104857600, "B": 12345678901, "C": 16, "D": 0.25, "E": -1, "F": "8e6"}
+    manifests = render({"facade": {"env": env}})
+    container = containers(pods(manifests)["release-rest-facade"])["rest-facade"]
+
+    assert {name: str(value) for name, value in env.items()}.items() <= variables(container).items()
+
+
 @pytest.mark.parametrize(
     ("values", "warned"),
     [

@@ -86,6 +86,8 @@ securityContext:
 - {name: {{ $prefix }}_DRAIN_NOTICE_SECONDS, value: {{ $root.Values.drain.noticeSeconds | quote }}}
 - {name: {{ $prefix }}_DRAIN_SECONDS, value: {{ $root.Values.drain.seconds | quote }}}
 {{- range $name, $value := $values.env }}
+{{- /* Numbers in values files are floats, which from a million on are written with an exponent. */}}
+{{- if and (kindIs "float64" $value) (eq $value (floor $value)) }}{{ $value = int64 $value }}{{ end }}
 - {name: {{ $name }}, value: {{ $value | quote }}}
 {{- end }}
 {{- end }}
