@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from rest_facade.usage import RequestUsage
 from tests.rest_facade.conftest import StartFacade
 from tests.rest_facade.scripted_backend import MODEL, ScriptedBackend, delta, header
-from trivium.keys.accounts import LocalAccounts
+from trivium.keys.accounts import AccountsUnavailable, LimitStatus, LocalAccounts
 from trivium.keys.key_file import ApiKey, KeyFile, KeyFileError
 from trivium.keys.rate_limits import LimitMetrics, RateLimits
 from trivium.wire.errors import ServiceError
@@ -282,6 +282,47 @@ async def test_the_gpu_seconds_limit_resets_at_midnight(limits: RateLimits, cloc
     assert 400 == await one(limits, gpu_seconds_per_day=2)
     clock.now += 400
     assert 0 == await one(limits, gpu_seconds_per_day=2)
+
+
+class HungStore(LocalAccounts):
+    """A shared store that does not answer until it `works`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.works = False
+        self.tries = 0
+
+    async def enter(self, key: ApiKey, request: str) -> LimitStatus:
+        self.tries += 1
+        if self.works:
+            return await super().enter(key, request)
+        await asyncio.sleep(0.05)
+        raise AccountsUnavailable("Timeout reading from 10.0.0.1:6379")
+
+
+async def test_one_request_at_a_time_waits_for_a_store_that_is_down(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It finds out whether the store works again; the others do not wait for that. The log has one
+    line when the outage begins, and one when it is over."""
+    monkeypatch.setattr("trivium.keys.rate_limits._PAUSE_SECONDS", 0.1)
+    caplog.set_level("INFO", "trivium.keys")
+    store = HungStore()
+    limits = RateLimits(LimitMetrics(CollectorRegistry()), store)
+    await one(limits)
+    await asyncio.sleep(0.11)
+    await asyncio.gather(*(one(limits) for _ in range(20)))
+    tries = store.tries
+    store.works = True
+    await asyncio.sleep(0.11)
+    await asyncio.gather(*(one(limits) for _ in range(20)))
+    await one(limits)
+
+    assert 2 == tries
+    assert 2 + 1 < store.tries
+    assert ["unavailable", "available again"] == [
+        "available again" if "again" in line else "unavailable" for line in caplog.messages
+    ]
 
 
 async def test_gpu_seconds_of_interrupted_requests_are_estimated(limits: RateLimits) -> None:

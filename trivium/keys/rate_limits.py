@@ -69,6 +69,7 @@ class RateLimits:
         self._shared = shared
         self._local = local or LocalAccounts()
         self._clock = time.monotonic
+        self._is_shared_down = False
         self._shared_from = 0.0  # when the shared accounts are tried again
         self._leaving: set[asyncio.Task[None]] = set()
         # Totals of requests with a known device time, to estimate that of the others.
@@ -105,10 +106,17 @@ class RateLimits:
 
     async def _enter(self, key: ApiKey, request: str) -> tuple[Accounts, LimitStatus]:
         if self._shared is not None and self._clock() >= self._shared_from:
+            if self._is_shared_down:  # only this request waits to see whether it works again
+                self._shared_from = self._clock() + _PAUSE_SECONDS
             try:
-                return self._shared, await self._shared.enter(key, request)
+                status = await self._shared.enter(key, request)
             except AccountsUnavailable as error:
                 self._failed(error)
+            else:
+                if self._is_shared_down:
+                    log.info("the shared store of limits is available again")
+                self._is_shared_down, self._shared_from = False, 0.0
+                return self._shared, status
         return self._local, await self._local.enter(key, request)
 
     async def _leave(
@@ -134,9 +142,12 @@ class RateLimits:
     def _failed(self, error: AccountsUnavailable) -> None:
         self._shared_from = self._clock() + _PAUSE_SECONDS
         self._metrics.store_errors.inc()
-        log.warning(
-            "the shared store of limits is unavailable, counting in this process only: %s", error
-        )
+        if not self._is_shared_down:  # a line per request would hide all others
+            log.warning(
+                "the shared store of limits is unavailable, counting in this process only: %s",
+                error,
+            )
+        self._is_shared_down = True
 
 
 def _refusal(key: ApiKey, status: LimitStatus) -> ServiceError:
