@@ -14,6 +14,7 @@ from tests.tokenizer_svc.test_chat_service import ended
 from tokenizer_svc.config import TokenizerSettings
 from tokenizer_svc.prompt.builder import PromptBuilder
 from tokenizer_svc.prompt.chat_template import ChatTemplate
+from tokenizer_svc.prompt.message_folding import FOLDINGS, folded
 from tokenizer_svc.request.types import Conversation, Message, Role, Tool, ToolCall
 from tokenizer_svc.server import load_models
 from tokenizer_svc.tokenizer import Tokenizer
@@ -123,6 +124,26 @@ def test_joined_messages_have_no_name() -> None:
     assert "AnnHi<" in render(source, user("Hi", "Ann"))
     assert "AnnHi\n\nHo<" in render(source, user("Hi", "Ann"), user("Ho", "Ann"))
     assert "\nHi\n\nHo<" in render(source, user("Hi", "Ann"), user("Ho", "Bob"))
+
+
+def test_a_name_is_not_given_to_messages_without_one() -> None:
+    """Whichever of the joined messages has it."""
+    source = "{% for m in messages %}{{ m.name if m.name is defined else '-' }}{% if loop.index > 1"
+    source += " %}{{ raise_exception('one message only') }}{% endif %}{% endfor %}"
+
+    assert "-" == render(source, user("a", "Ann"), user("b"))
+    assert "-" == render(source, user("a"), user("b", "Ann"))
+    assert "Ann" == render(source, user("a", "Ann"), user("b", "Ann"))
+
+
+@pytest.mark.timeout(20)  # a fraction of a second, or minutes if time is quadratic
+@pytest.mark.parametrize("role", ["user", "tool"])
+def test_joining_takes_linear_time(role: str) -> None:
+    """Ten thousand messages of one role are joined at once."""
+    messages = [{"role": role, "content": "x" * 8000}] * 10_000
+    [joined] = folded(messages, FOLDINGS[-1])
+
+    assert 10_000 * 8000 == joined["content"].count("x")
 
 
 def test_a_user_message_after_a_tool_result() -> None:

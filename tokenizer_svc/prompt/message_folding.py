@@ -53,17 +53,15 @@ def _system_as_user(messages: Messages, keeps_first: bool) -> Messages:
 
 def _merged(messages: Messages) -> list[Mapping[str, Any]]:
     """Merges adjacent messages of one role; an empty assistant message is left out."""
-    result: list[Mapping[str, Any]] = []
+    runs: list[list[Mapping[str, Any]]] = []
     for message in messages:
         if message["role"] == "assistant" and not (message["content"] or _has_calls(message)):
             continue
-        if result and _can_merge(result[-1], message):
-            before = result.pop()
-            message = {**before, **message, "content": _merged_text(before, message)}
-            if before.get("name") != message.get("name"):
-                message.pop("name")
-        result.append(message)
-    return result
+        if runs and _can_merge(runs[-1][-1], message):
+            runs[-1].append(message)
+        else:
+            runs.append([message])
+    return [run[0] if len(run) == 1 else _one_message(run) for run in runs]
 
 
 def _can_merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
@@ -71,8 +69,15 @@ def _can_merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     return is_same and not _has_calls(first) and not _has_calls(second)
 
 
-def _merged_text(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
-    return "\n\n".join(text for text in (first["content"], second["content"]) if text)
+def _one_message(run: Messages) -> dict[str, Any]:
+    """One message with the texts of all, and their name if it is the same."""
+    merged: dict[str, Any] = {}
+    for message in run:
+        merged |= message
+    if any(message.get("name") != run[0].get("name") for message in run):
+        merged.pop("name")
+    merged["content"] = "\n\n".join(message["content"] for message in run if message["content"])
+    return merged
 
 
 def _alternating(messages: Messages) -> list[Mapping[str, Any]]:

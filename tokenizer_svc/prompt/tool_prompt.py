@@ -6,6 +6,7 @@ user text.
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 _BEFORE = (
@@ -43,20 +44,20 @@ def with_tools(messages: Messages, tools: Messages, system: bool) -> list[Mappin
 def calls_as_text(messages: Messages) -> list[Mapping[str, Any]]:
     """The messages with calls and results as text; consecutive results become one message."""
     result: list[Mapping[str, Any]] = []
-    after_tool = False
-    for message in messages:
-        is_tool = message.get("role") == "tool"
+    for is_tool, group in groupby(messages, lambda message: message.get("role") == "tool"):
         if is_tool:
-            text = f"<tool_response>\n{message.get('content') or ''}\n</tool_response>"
-            if after_tool:
-                text = f"{result.pop()['content']}\n{text}"
-            message = {"role": "user", "content": text}
-        elif message.get("tool_calls"):
-            texts = [message.get("content") or "", *map(_call_text, message["tool_calls"])]
-            plain = {key: value for key, value in message.items() if key != "tool_calls"}
-            message = plain | {"content": "\n".join(text for text in texts if text)}
-        after_tool = is_tool
-        result.append(message)
+            texts = [
+                f"<tool_response>\n{message.get('content') or ''}\n</tool_response>"
+                for message in group
+            ]
+            result.append({"role": "user", "content": "\n".join(texts)})
+            continue
+        for message in group:
+            if message.get("tool_calls"):
+                texts = [message.get("content") or "", *map(_call_text, message["tool_calls"])]
+                plain = {key: value for key, value in message.items() if key != "tool_calls"}
+                message = plain | {"content": "\n".join(text for text in texts if text)}
+            result.append(message)
     return result
 
 
