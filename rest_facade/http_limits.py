@@ -55,7 +55,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def _close_if_idle(self) -> None:
         is_answering = self.cycle is not None and not self.cycle.response_complete
-        if not is_answering:
+        if is_answering:
+            self._time_head()  # the next request has begun, and may be slow after the answer too
+        else:
             self.transport.close()
 
     def data_received(self, data: bytes) -> None:

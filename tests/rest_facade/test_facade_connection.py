@@ -153,19 +153,24 @@ async def test_an_incomplete_request_head_times_out(
     client = await start_facade(idle_connection_seconds=1)
     reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
     writer.write(beginning.encode())
+    await closed(reader, writer, b"l" if beginning else b"")
+    writer.close()
+
+
+async def closed(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, more: bytes) -> None:
+    """Sends `more` now and then until the server has closed the connection."""
     async with asyncio.timeout(30):
         while not reader.at_eof():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(reader.read(1), 0.2)
-            if beginning and not reader.at_eof():
-                writer.write(b"l")
-    writer.close()
+            if not reader.at_eof():
+                writer.write(more)
 
 
 async def test_a_long_answer_outlasts_the_idle_timeout(
     start_facade: StartFacade, backend: ScriptedBackend
 ) -> None:
-    """This holds even if the next request arrives in the meantime."""
+    """This holds even if the next request begins in the meantime; its head times out after it."""
     client = await start_facade(idle_connection_seconds=1)
     go_on = asyncio.Event()
     backend.script = (header(), delta("He"), go_on, delta(finish="STOP"), usage())
@@ -177,6 +182,7 @@ async def test_a_long_answer_outlasts_the_idle_timeout(
     go_on.set()
 
     assert b"data: [DONE]" in await reader.readuntil(b"[DONE]")
+    await closed(reader, writer, b"l")
     writer.close()
 
 
