@@ -22,7 +22,7 @@ from tokenizer_svc.models import ServedModel
 from tokenizer_svc.output.completion import Completion
 from tokenizer_svc.output.decoding_options import DecodingOptions
 from tokenizer_svc.output.echo import Echo
-from tokenizer_svc.output.events import Delta, Event, Header, Usage
+from tokenizer_svc.output.events import Delta, Event, Header, PromptDelta, Usage
 from tokenizer_svc.output.logprobs import describe_prompt
 from tokenizer_svc.request.types import ValidOptions
 from tokenizer_svc.trace import CompletionTrace
@@ -202,12 +202,13 @@ def _begin(
 
     `scores` are all tokens' but the first, if any are requested.
     """
-    options, deltas = job.options, []
+    options = job.options
+    deltas: list[Delta] = []
     if options.prompt_logprobs is not None:
         found = describe_prompt(
             served.model.tokenizer, job.prompts[prompt_index], scores, options.prompt_logprobs
         )
-        deltas = [Delta(0, "", (), completion_tokens=0, prompt_logprobs=found)]
+        deltas.append(PromptDelta(0, "", (), completion_tokens=0, prompt_logprobs=found))
     if job.echoes:
         deltas += job.echoes[prompt_index].begin(options.n, scores, options.echo_logprobs)
     return deltas

@@ -115,23 +115,32 @@ class ChatChunks(Chunks[ChatCompletionChunk]):
             yield _chunk_choice(
                 index, ChoiceDelta(role="assistant", content=None if has_other_parts else "")
             )
-            self._head.pop("prompt_token_ids", None)  # which only the first chunk has
         self._completion_tokens[index] = delta.completion_tokens
         parts = _parts(delta)
         if delta.logprobs and not parts:
             parts = [ChoiceDelta(content="")]
-        elif delta.token_ids and not parts and not delta.finish_reason:
-            parts = [ChoiceDelta()]
-        # Log-probabilities and token ids go with the last part that their tokens made.
+        # Log-probabilities go with the last part that their tokens made.
         for position, part in enumerate(parts, start=1):
-            is_last = position == len(parts)
-            logprobs = _logprobs(delta.logprobs) if delta.logprobs and is_last else None
-            choice = _chunk_choice(index, part, logprobs)
-            yield self._with_token_ids(choice, delta.token_ids if is_last else ())
+            with_logprobs = delta.logprobs and position == len(parts)
+            yield _chunk_choice(index, part, _logprobs(delta.logprobs) if with_logprobs else None)
         if delta.finish_reason:
-            finish_reason = FINISH_REASONS[delta.finish_reason]
-            choice = _chunk_choice(index, ChoiceDelta(), finish_reason=finish_reason)
-            yield self._with_token_ids(choice, () if parts else delta.token_ids)
+            yield _chunk_choice(
+                index, ChoiceDelta(), finish_reason=FINISH_REASONS[delta.finish_reason]
+            )
+
+    def _choices_with_ids(self, delta: chat_pb2.ChoiceDelta) -> Iterator[ChunkChoice]:
+        token_ids = list(delta.token_ids)
+        for choice in self._choices(delta):
+            if "role" in choice["delta"]:
+                yield choice
+                self._head.pop("prompt_token_ids", None)  # which only the first chunk has
+                continue
+            choice["token_ids"], token_ids = token_ids, []
+            yield choice
+        if token_ids:
+            choice = _chunk_choice(delta.index, ChoiceDelta())
+            choice["token_ids"] = token_ids
+            yield choice
 
 
 def _chunk_choice(

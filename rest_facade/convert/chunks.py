@@ -1,16 +1,15 @@
 """The chunks of a stream: what chat and plain completions share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, Generic, TypeVar, cast
 
 from rest_facade.convert import envelope
 from rest_facade.requests.options import SharedOptions
-from rest_facade.responses import ChunkChoice, CompletionUsage, TextChunkChoice, UsageSoFar
+from rest_facade.responses import CompletionUsage, UsageSoFar
 from trivium.chat.v1 import chat_pb2
 
 ChunkObject = TypeVar("ChunkObject")
-AnyChoice = TypeVar("AnyChoice", ChunkChoice, TextChunkChoice)
 
 
 class Chunks(ABC, Generic[ChunkObject]):
@@ -40,8 +39,11 @@ class Chunks(ABC, Generic[ChunkObject]):
         match response.WhichOneof("event"):
             case "delta":
                 assert self._head, "A delta came before the header. This is a bug."
+                delta = response.delta
+                with_ids = self._return_token_ids
+                choices = self._choices_with_ids(delta) if with_ids else self._choices(delta)
                 # One by one, as each chunk has the token counts at the time it is created.
-                return [self._chunk([choice]) for choice in self._choices(response.delta)]
+                return [self._chunk([choice]) for choice in choices]
             case "header":
                 self._start(response.header)
                 return []
@@ -63,11 +65,10 @@ class Chunks(ABC, Generic[ChunkObject]):
     def _choices(self, delta: Any) -> Iterator[Any]:
         """Yields the choice of each chunk for `delta`; updates the token counts."""
 
-    def _with_token_ids(self, choice: AnyChoice, token_ids: Iterable[int]) -> AnyChoice:
-        """The choice with the ids of its tokens, if the client asked for them."""
-        if self._return_token_ids:
-            choice["token_ids"] = list(token_ids)
-        return choice
+    @abstractmethod
+    def _choices_with_ids(self, delta: Any) -> Iterator[Any]:
+        """The same with token ids. All of `delta` go with the first chunk that they made; if they
+        made none, they have a chunk of their own."""
 
     def _start(self, header: chat_pb2.CompletionHeader) -> None:
         self._head = {

@@ -7,6 +7,7 @@ from rest_facade.convert.chunks import Chunks
 from rest_facade.convert.envelope import FINISH_REASONS
 from rest_facade.requests.completion import TextCompletionRequest
 from rest_facade.responses import (
+    PromptLogprobs,
     TextChoice,
     TextChunkChoice,
     TextCompletion,
@@ -52,10 +53,11 @@ def answer(response: Response, body: TextCompletionRequest) -> TextCompletion:
         usage=envelope.usage(response.usage),
     )
     if body.prompt_logprobs is not None:
+        found: PromptLogprobs = []
         for shown, choice in zip(completion["choices"], response.choices, strict=True):
-            if choice.prompt_logprobs:  # otherwise they are those of the choice before
-                prompt_logprobs = envelope.prompt_logprobs(choice.prompt_logprobs)
-            shown["prompt_logprobs"] = prompt_logprobs
+            if choice.prompt_logprobs:  # only the first choice of each prompt has them
+                found = envelope.prompt_logprobs(choice.prompt_logprobs)
+            shown["prompt_logprobs"] = found
     if body.service_tier is not None:
         completion["service_tier"] = "default"
     return completion
@@ -94,25 +96,27 @@ class CompletionChunks(Chunks[TextCompletionChunk]):
 
     def _choices(self, delta: completion_pb2.CompletionDelta) -> Iterator[TextChunkChoice]:
         index = delta.index
-        shows_prompt = self._return_token_ids and index not in self._completion_tokens
         self._completion_tokens[index] = delta.completion_tokens
-        # Token ids go with the text that their tokens made, otherwise with the finish reason.
-        has_tokens = delta.token_ids and not delta.finish_reason
-        is_part = delta.text or delta.logprobs or has_tokens or shows_prompt
-        if is_part:
+        if delta.text or delta.logprobs:
             logprobs = _logprobs(delta.logprobs, delta.text) if delta.logprobs else None
-            choice = TextChunkChoice(
+            yield TextChunkChoice(
                 index=index, text=delta.text, logprobs=logprobs, finish_reason=None
             )
-            if shows_prompt:
-                choice["prompt_token_ids"] = list(self._prompts[index // self._n].ids)
-            yield self._with_token_ids(choice, delta.token_ids)
         if delta.finish_reason:
             finish_reason = FINISH_REASONS[delta.finish_reason]
-            choice = TextChunkChoice(
-                index=index, text="", logprobs=None, finish_reason=finish_reason
-            )
-            yield self._with_token_ids(choice, () if is_part else delta.token_ids)
+            yield TextChunkChoice(index=index, text="", logprobs=None, finish_reason=finish_reason)
+
+    def _choices_with_ids(self, delta: completion_pb2.CompletionDelta) -> Iterator[TextChunkChoice]:
+        index, token_ids = delta.index, list(delta.token_ids)
+        prompt: list[int] | None = None
+        if index not in self._completion_tokens:
+            prompt = list(self._prompts[index // self._n].ids)
+        empty = TextChunkChoice(index=index, text="", logprobs=None, finish_reason=None)
+        for choice in list(self._choices(delta)) or ([empty] if token_ids or prompt else []):
+            if prompt is not None:
+                choice["prompt_token_ids"], prompt = prompt, None
+            choice["token_ids"], token_ids = token_ids, []
+            yield choice
 
 
 def _logprobs(tokens: Sequence[completion_pb2.CompletionTokenLogprob], text: str) -> TextLogprobs:

@@ -199,7 +199,7 @@ async def test_token_ids(client: httpx.AsyncClient, backend: ScriptedBackend) ->
     assert [5, 6] == whole["prompt_token_ids"]
     assert [[1, 2, 3, 4, 8, 2], [7]] == [choice["token_ids"] for choice in whole["choices"]]
     assert [[5, 6]] + [None] * 9 == [chunk.get("prompt_token_ids") for chunk in streamed]
-    assert [None, [], [1, 2], [3], [], [4, 8], [2]] == [
+    assert [None, [1, 2], [], [3], [4, 8], [], [2]] == [
         choice.get("token_ids") for choice in choices if choice["index"] == 0
     ]
     assert [None, [7], []] == [

@@ -76,8 +76,9 @@ def completion_event(event: Event) -> completion_pb2.StreamCompletionResponse:
         finish_reason=FINISH_REASONS[event.finish_reason],
         matched_stop=event.matched_stop,
         completion_tokens=event.completion_tokens,
-        token_ids=event.token_ids,
     )
+    if event.token_ids:
+        delta.token_ids.extend(event.token_ids)
     return completion_pb2.StreamCompletionResponse(delta=delta)
 
 
@@ -134,7 +135,7 @@ def _header(header: Header) -> chat_pb2.CompletionHeader:
 
 
 def _delta(delta: Delta) -> chat_pb2.ChoiceDelta:
-    return chat_pb2.ChoiceDelta(
+    message = chat_pb2.ChoiceDelta(
         index=delta.index,
         content=delta.content,
         logprobs=map(_logprob, delta.logprobs),
@@ -143,8 +144,10 @@ def _delta(delta: Delta) -> chat_pb2.ChoiceDelta:
         matched_stop=delta.matched_stop,
         reasoning_content=delta.reasoning,
         tool_calls=map(_call_delta, delta.calls),
-        token_ids=delta.token_ids,
     )
+    if delta.token_ids:
+        message.token_ids.extend(delta.token_ids)
+    return message
 
 
 def _call_delta(delta: CallDelta) -> chat_pb2.ToolCallDelta:

@@ -36,11 +36,10 @@ class _NewOutput:
     reasoning: str = ""
     calls: list[CallDelta] = field(default_factory=list)
     logprobs: tuple[TokenLogprob, ...] = ()
-    token_ids: tuple[int, ...] = ()
 
     @property
     def is_empty(self) -> bool:
-        return not (self.content or self.reasoning or self.calls or self.logprobs or self.token_ids)
+        return not (self.content or self.reasoning or self.calls or self.logprobs)
 
 
 class ChoiceDecoder:
@@ -88,10 +87,10 @@ class ChoiceDecoder:
         new.logprobs = self._logprobs.finish() if ended else self._logprobs.release(self._decided)
         if ended:
             self.finish_reason = self._finish_reason()
-        if self._options.return_token_ids:
-            # Those that count; not the ones after a stop string.
-            new.token_ids = update.token_ids[: self.completion_tokens - before]
-        if new.is_empty and not ended:
+        token_ids: tuple[int, ...] = ()
+        if self._options.return_token_ids:  # those that count; not the ones after a stop string
+            token_ids = update.token_ids[: self.completion_tokens - before]
+        if new.is_empty and not ended and not token_ids:
             return None
         return Delta(
             index=self._index,
@@ -102,7 +101,7 @@ class ChoiceDecoder:
             calls=tuple(new.calls),
             finish_reason=self.finish_reason,
             matched_stop=self.matched_stop,
-            token_ids=new.token_ids,
+            token_ids=token_ids,
         )
 
     def _take_tokens(self, update: TokenUpdate) -> None:

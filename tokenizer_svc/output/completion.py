@@ -11,6 +11,7 @@ from tokenizer_svc.output.events import (
     Event,
     FinishReason,
     Header,
+    PromptDelta,
     PromptLogprobs,
     TokenLogprob,
     Usage,
@@ -100,7 +101,8 @@ class WholeChoice:
         self.finish_reason = delta.finish_reason
         self.matched_stop = delta.matched_stop
         self.token_ids.extend(delta.token_ids)
-        self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
+        if isinstance(delta, PromptDelta):
+            self.prompt_logprobs = delta.prompt_logprobs
 
 
 @dataclass

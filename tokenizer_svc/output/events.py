@@ -81,7 +81,6 @@ class Delta:
     """What is new in one choice; its last delta has a finish reason and may have nothing else.
 
     `token_ids`, if requested, are all tokens since the last delta, with text or without.
-    `prompt_logprobs`, if requested, are in the first delta of a prompt's first choice.
     """
 
     index: int
@@ -93,6 +92,12 @@ class Delta:
     finish_reason: FinishReason | None = None
     matched_stop: str | None = None
     token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class PromptDelta(Delta):
+    """The first delta of a prompt's first choice, with the prompt's log-probabilities."""
+
     prompt_logprobs: PromptLogprobs = ()
 
 
