@@ -216,6 +216,23 @@ async def test_metrics_on_their_own_port(backend: ScriptedBackend) -> None:
     assert 'trivium_http_requests_total{route="/health",status="200"} 1.0' in own.text
 
 
+async def test_metrics_of_a_target_without_addresses() -> None:
+    """No tokenizer is serving, which an alert can tell by the series that says so."""
+    port = free_port()
+    process = await spawn(port=port, tokenizer_target="nowhere.invalid:50051")
+    try:
+        async with httpx.AsyncClient(trust_env=False) as client:
+            while not await _answers(client, f"http://127.0.0.1:{port}/health/live"):
+                assert process.returncode is None
+                await asyncio.sleep(0.05)
+            metrics = (await client.get(f"http://127.0.0.1:{port}/metrics")).text
+    finally:
+        process.kill()
+        await process.communicate()
+
+    assert 'trivium_replica_state{model_name="",replica="",state="serving"} 0.0' in metrics
+
+
 async def test_a_shared_port_needs_a_metrics_port() -> None:
     """A facade that shares its port names the setting that is missing."""
     status, words = await refusal(port=free_port(), reuse_port=True)

@@ -55,4 +55,7 @@ class ReplicaCollector(Collector):
                 ejections.add_metric(labels, status.ejections)
                 for replica_state in ReplicaState:
                     state.add_metric([*labels, replica_state.value], status.state is replica_state)
+            if not found.replicas:  # so that an alert can tell no address from no process
+                for replica_state in ReplicaState:
+                    state.add_metric([model, "", replica_state.value], 0)
         yield from (picked, outstanding, state, ejections, retries)
