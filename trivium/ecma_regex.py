@@ -13,23 +13,25 @@ _SPACE = r"\t\n\x0B\x0C\r \u00A0\u1680\u2000-\u200A\u2028\u2029\u202F\u205F\u300
 _CLASSES = {"d": "0-9", "w": "0-9A-Za-z_", "s": _SPACE}
 _DOT = r"[^\n\r\u2028\u2029]"
 _DOT_ALL = re.compile(
-    r"\(\?[a-zA-Z]*s[a-zA-Z]*[-:)]"
+    r"\(\?[a-rt-zA-Z]*s[a-zA-Z]*[-:)]"
 )  # Rust's flag that lets a dot match any character
 _EMPTY_SETS = {"[]": r"[^\s\S]", "[^]": r"[\s\S]"}
 
+# Each character is read a bounded number of times, as callers send long patterns: a set without an
+# end goes on to the pattern's end, and is refused there; names are short.
 _TOKEN = re.compile(
-    r"""(?P<set>\[\^?(?:\\.|\[:\^?[a-z]+:\]|[^\]\\])*\])
+    r"""(?P<set>\[\^?(?:\\.|\[:\^?[a-z]{1,16}:\]|[^\]\\])*(?:\]|\\?\Z))
     |(?P<look>\(\?<?[=!])
-    |(?P<reference>\\[1-9][0-9]*|\\k<[^>]*>)
+    |(?P<reference>\\[1-9][0-9]*|\\k<[^>]{0,100}>)
     |(?P<boundary>\\[bB])
-    |(?P<escape>\\(?:c[A-Za-z]|[pPuUx]\{[^}]*\}|.))
+    |(?P<escape>\\(?:c[A-Za-z]|[pPuUx]\{[^}]{0,100}\}|.))
     |(?P<dot>\.)
-    |(?P<brace>\{(?![0-9]*,?[0-9]*\}))
+    |(?P<brace>\{(?![0-9]*(?:,[0-9]*)?\}))
     |.""",
     re.VERBOSE | re.DOTALL,
 )
 _SET_TOKEN = re.compile(
-    r"(?P<before>-?)\\(?P<class>[dDwWsS])(?P<after>-?)|\[:\^?[a-z]+:\]|\\b|\\(?:c[A-Za-z]|.)|--|[\[&~]",
+    r"(?P<before>-?)\\(?P<class>[dDwWsS])(?P<after>-?)|\[:\^?[a-z]{1,16}:\]|\\b|\\(?:c[A-Za-z]|.)|--|[\[&~]",
     re.DOTALL,
 )
 

@@ -8,7 +8,7 @@ import pytest
 from generator_svc.sequence import ConstraintError
 from tests import node
 from tests.generator_svc.text_tokens import accepts
-from trivium.ecma_regex import widened
+from trivium.ecma_regex import to_rust, widened
 
 TEXTS = [
     *("", "a", "b", "ab", "aab", "a-b", "a.b", "_", "-", "1", "12", "123", "٣", "é", "K", "a1_"),
@@ -111,3 +111,24 @@ def test_unsupported_parts_of_a_pattern_are_dropped(pattern, wrong):
     assert widened(pattern) == widened(widened(pattern))
     with pytest.raises(ConstraintError):
         let_through({"pattern": pattern})
+
+
+LONG = 65_536
+HOSTILE = ("[a", "[^a", "[a\\", "[[:a", "\\k<", "\\p{", "{1,", "(?", "(?<", "\\")
+
+
+@pytest.mark.timeout(20)  # a fraction of a second, or minutes if time is quadratic
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(?" + "s" * LONG,
+        "{" + "1" * LONG,
+        "[" + "-" * LONG,
+        *(piece * (LONG // len(piece)) for piece in HOSTILE),
+    ],
+    ids=lambda pattern: pattern[:4],
+)
+def test_patterns_are_translated_in_linear_time(pattern: str) -> None:
+    """A long pattern delays no other request, however little of it is a pattern."""
+    assert to_rust(pattern)
+    assert widened(pattern)
