@@ -1,7 +1,12 @@
-"""Limits on request heads, and errors for invalid HTTP, below the ASGI application."""
+"""Limits on request heads and on clients that stop reading, and errors for invalid HTTP, below the
+ASGI application."""
 
 import asyncio
+import contextlib
+import fcntl
 import json
+import sys
+import termios
 from typing import Any
 
 import httptools
@@ -28,6 +33,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     _head_timer: asyncio.TimerHandle | None = None
     _answering: RequestResponseCycle | None = None
+    _stall_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -35,6 +41,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_head_timer()
+        self._stop_stall_timer()
         super().connection_lost(exc)
         if self._answering is not None and not self._answering.response_complete:
             self._answering.disconnected = True
@@ -43,6 +50,41 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._answering = cycle
         super()._start_asgi_task(cycle, app)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._time_stall()
+
+    def resume_writing(self) -> None:
+        self._stop_stall_timer()
+        super().resume_writing()
+
+    def _time_stall(self) -> None:
+        """Starts the timer for the client to read something: the time that a connection may be
+        idle. No other limit ends a request whose client has stopped reading."""
+        self._stall_timer = self.loop.call_later(
+            self.timeout_keep_alive, self._close_if_stalled, self._unread_bytes()
+        )
+
+    def _stop_stall_timer(self) -> None:
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+
+    def _close_if_stalled(self, unread_bytes: int) -> None:
+        if self._unread_bytes() < unread_bytes:
+            self._time_stall()
+        else:
+            self.transport.abort()
+
+    def _unread_bytes(self) -> int:
+        """Bytes that wait here or in the kernel, whose buffer a slow client may take minutes to
+        read."""
+        queued = bytes(4)
+        with contextlib.suppress(OSError):  # Linux only
+            queued = fcntl.ioctl(
+                self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, queued
+            )
+        return self.transport.get_write_buffer_size() + int.from_bytes(queued, sys.byteorder)
 
     def _time_head(self) -> None:
         """Starts the timer for a complete head: the time that a connection may be idle."""

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import importlib.metadata
 import json
+import socket
 
 import httpx
 import pytest
@@ -21,6 +22,7 @@ from trivium.wire.errors import ServiceError
 
 REQUEST = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
 URL = "/v1/chat/completions"
+LONG = [delta("x" * 1_000_000) for _ in range(5)]  # more than the kernel buffers
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -174,16 +176,62 @@ async def test_a_long_answer_outlasts_the_idle_timeout(
     client = await start_facade(idle_connection_seconds=1)
     go_on = asyncio.Event()
     backend.script = (header(), delta("He"), go_on, delta(finish="STOP"), usage())
-    body = json.dumps(REQUEST | {"stream": True})
-    reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
-    head = f"POST {URL} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
-    writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n{body}POST /v1".encode())
+    reader, writer = await ask_for_a_stream(client)
+    writer.write(b"POST /v1")
     await asyncio.sleep(1.5)
     go_on.set()
 
     assert b"data: [DONE]" in await reader.readuntil(b"[DONE]")
     await closed(reader, writer, b"l")
     writer.close()
+
+
+async def test_a_client_that_stops_reading(
+    start_facade: StartFacade, backend: ScriptedBackend
+) -> None:
+    """It is disconnected once it has read nothing for as long as an idle connection is kept."""
+    client = await start_facade(idle_connection_seconds=1)
+    backend.script = (header(), *LONG, None)
+    reader, writer = await ask_for_a_stream(client)
+    await reader.readuntil(b"data: ")
+    async with asyncio.timeout(30):
+        await backend.cancelled.wait()
+
+    metrics = (await client.get("/metrics")).text
+    assert "trivium_http_requests_running 0.0" in metrics
+    assert "trivium_http_disconnects_total 1.0" in metrics
+    writer.close()
+
+
+async def test_a_client_that_reads_slowly(
+    start_facade: StartFacade, backend: ScriptedBackend
+) -> None:
+    """It gets the whole stream, even if each event takes longer than a connection may be idle."""
+    client = await start_facade(idle_connection_seconds=1)
+    backend.script = (header(), *LONG, delta(finish="STOP"), usage())
+    reader, writer = await ask_for_a_stream(client)
+    answer = b""
+    async with asyncio.timeout(60):
+        while not answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
+            answer += await reader.read(2**18)
+            await asyncio.sleep(0.3)
+
+    assert 5_000_000 < len(answer)
+    writer.close()
+
+
+async def ask_for_a_stream(
+    client: httpx.AsyncClient,
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection that has asked for a stream, and buffers little of it."""
+    body = json.dumps(REQUEST | {"stream": True})
+    plain = socket.socket()
+    plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+    plain.connect((client.base_url.host, client.base_url.port))
+    reader, writer = await asyncio.open_connection(sock=plain, limit=2**18)
+    head = f"POST {URL} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+    writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+    return reader, writer
 
 
 async def unready(client: httpx.AsyncClient) -> httpx.Response:
