@@ -92,6 +92,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._head_timer = self.loop.call_later(self.timeout_keep_alive, self._close_if_idle)
 
     def _stop_head_timer(self) -> None:
+        # uvicorn's timer, which starts after an answer, has to outlast any data but a head: blank
+        # lines, or the rest of a body, would otherwise keep the connection open without end.
+        self._unset_keepalive_if_required()
         if self._head_timer is not None:
             self._head_timer.cancel()
 
@@ -103,7 +106,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def data_received(self, data: bytes) -> None:
-        self._unset_keepalive_if_required()
         try:
             while data:
                 data = self._parse(data)

@@ -169,6 +169,102 @@ async def closed(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, mor
                 writer.write(more)
 
 
+HEALTH = b"GET /health/live HTTP/1.1\r\nHost: a\r\n\r\n"
+
+
+async def status(reader: asyncio.StreamReader) -> int:
+    """The status of the next answer, whose body is read too."""
+    head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+    await reader.readexactly(int(head.partition("content-length: ")[2].partition("\r")[0]))
+    return int(head.split()[1])
+
+
+@pytest.mark.parametrize(
+    ("request_", "rest"),
+    [
+        (HEALTH, b"\r\n"),
+        (HEALTH.replace(b"\r\n\r\n", b"\r\nContent-Length: 1000\r\n\r\n"), b"a"),
+        (HEALTH + b"GET /", b"a"),
+    ],
+    ids=["blank lines", "the rest of a body", "a second request"],
+)
+async def test_an_incomplete_request_times_out_after_an_answer(
+    start_facade: StartFacade, request_: bytes, rest: bytes
+) -> None:
+    """Whatever a client sends now and then, the connection is closed unless a head is complete."""
+    client = await start_facade(idle_connection_seconds=1)
+    reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+    writer.write(request_)
+    assert 200 == await status(reader)
+    async with asyncio.timeout(10):
+        while not reader.at_eof():
+            writer.write(rest)
+            with contextlib.suppress(TimeoutError, ConnectionError):
+                await asyncio.wait_for(reader.read(1), 0.2)
+    writer.close()
+
+
+@pytest.mark.slow
+async def test_the_idle_timeout_begins_anew(start_facade: StartFacade) -> None:
+    """With each answer, and with the beginning of each request."""
+    client = await start_facade(idle_connection_seconds=2)
+    reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+    statuses = []
+    for _ in range(2):
+        writer.write(HEALTH[:5])
+        await asyncio.sleep(1.2)
+        writer.write(HEALTH[5:])
+        statuses.append(await status(reader))
+        await asyncio.sleep(1.2)
+    writer.close()
+
+    assert [200, 200] == statuses
+
+
+async def test_a_request_that_began_before_the_last_answer(
+    start_facade: StartFacade, backend: ScriptedBackend
+) -> None:
+    """Its own answer may take longer than the idle timeout, which began with the last one."""
+    client = await start_facade(idle_connection_seconds=2)
+    go_on = asyncio.Event()
+    backend.script = (header(), go_on, *HELLO[1:])
+    body = json.dumps(REQUEST)
+    head = f"POST {URL} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+    reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+    writer.write(HEALTH + head.encode())
+    first = await status(reader)
+    writer.write(f"Content-Length: {len(body)}\r\n\r\n{body}".encode())
+    await asyncio.sleep(2.5)
+    go_on.set()
+
+    assert [200, 200] == [first, await status(reader)]
+    writer.close()
+
+
+LARGEST_HEADER = 64 * 1024 - len("/health/live") - len("x")
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ("x: y\r\n" * 100, 200),
+        ("x: y\r\n" * 101, 400),
+        (f"x: {'y' * LARGEST_HEADER}\r\n", 200),
+        (f"x: {'y' * LARGEST_HEADER}y\r\n", 400),
+    ],
+    ids=["most", "too many", "largest", "too large"],
+)
+async def test_limits_of_heads_are_inclusive(
+    client: httpx.AsyncClient, headers: str, expected: int
+) -> None:
+    """A hundred headers and 64 KiB are accepted, and the next request too."""
+    reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+    for _ in range(2 if expected == 200 else 1):
+        writer.write(f"GET /health/live HTTP/1.1\r\n{headers}\r\n".encode())
+        assert expected == await status(reader)
+    writer.close()
+
+
 async def test_a_long_answer_outlasts_the_idle_timeout(
     start_facade: StartFacade, backend: ScriptedBackend
 ) -> None:
