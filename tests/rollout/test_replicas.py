@@ -509,6 +509,63 @@ async def test_address_changes_are_followed() -> None:
     assert [1, 5] == fleet.calls
 
 
+async def test_a_removed_replica_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is left of it once its calls have ended, not even the health watch."""
+    monkeypatch.setattr("trivium.wire.replicas.replica_set._RESOLVE_SECONDS", 0.05)
+    server, closed = GrpcServer([], [SERVICE]), asyncio.Event()
+    behind = await server.start("127.0.0.1:0")
+    await server.set_serving(True)
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while data := await reader.read(65536):
+                writer.write(data)
+        writer.close()
+
+    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        from_server, to_server = await asyncio.open_connection("127.0.0.1", behind)
+        await asyncio.gather(copy(reader, to_server), copy(from_server, writer))
+        closed.set()
+
+    forwarder = await asyncio.start_server(forward, "127.0.0.2", 0)
+    port = forwarder.sockets[0].getsockname()[1]
+    with NameServer(**{"x.test": ["127.0.0.2"]}) as names:
+        replicas = ReplicaSet(names.target("x.test", port), SERVICE)
+        async for is_serving in replicas.changes():
+            if is_serving:
+                break
+        await names.change("x.test", "127.0.0.3")
+        async with asyncio.timeout(30):
+            await closed.wait()
+        left = [str(replica.address) for replica in replicas.replicas]
+        await replicas.close()
+    forwarder.close()
+    await server.drain(0, 0)
+
+    assert [f"127.0.0.3:{port}"] == left
+
+
+async def test_health_watches_leave_nothing_behind() -> None:
+    """Each connection watches anew, so what a watch left behind would add up."""
+    server = GrpcServer([], [SERVICE])
+    port = await server.start("127.0.0.1:0")
+    request = health_pb2.HealthCheckRequest(service=SERVICE)
+    async with open_channel(f"127.0.0.1:{port}") as channel:
+        before = len(asyncio.all_tasks())
+        watches = [health_pb2_grpc.HealthStub(channel).Watch(request) for _ in range(10)]
+        for watch in watches:
+            await watch.read()
+        during = len(asyncio.all_tasks())
+        for watch in watches:
+            watch.cancel()
+        async with asyncio.timeout(30):
+            while len(asyncio.all_tasks()) > before:  # noqa: ASYNC110 - no event for it
+                await asyncio.sleep(0.01)
+    await server.drain(0, 0)
+
+    assert during >= before + 10
+
+
 async def test_an_unresolved_name_does_not_delay_the_others() -> None:
     """In a list of names, the addresses of one are used before the lookup of another times out,
     which takes a second attempt."""

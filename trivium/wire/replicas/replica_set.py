@@ -252,8 +252,7 @@ class ReplicaSet:
 
     async def _retire(self, replica: Replica) -> None:
         """Removes a replica that is gone; its calls in flight may finish."""
-        self._running[replica].cancel()
-        self._notify()
+        self._running[replica].cancel()  # which makes it unreachable, and notifies
         await replica.close_when_idle()
         del self._running[replica]
 
