@@ -514,7 +514,7 @@ async def test_a_removed_replica_is_disconnected(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("trivium.wire.replicas.replica_set._RESOLVE_SECONDS", 0.05)
     server, closed = GrpcServer([], [SERVICE]), asyncio.Event()
     behind = await server.start("127.0.0.1:0")
-    await server.set_serving(True)
+    server.set_serving(True)
 
     async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError):
