@@ -105,3 +105,13 @@ def test_grammar_errors_name_the_line_or_rule(grammar: str, says: str) -> None:
 def test_lark_is_not_mistaken_for_gbnf(grammar: str) -> None:
     """Lark that merely mentions GBNF's syntax stays Lark."""
     assert not is_gbnf(grammar)
+
+
+@pytest.mark.timeout(20)  # a fraction of a second, or minutes if time is quadratic
+@pytest.mark.parametrize(
+    "rest", ["[a" * 30_000, "[\\\n" * 20_000, '"' + '\\"' * 30_000, '"a"{1,' + " " * 60_000]
+)
+def test_time_is_linear(rest: str) -> None:
+    """Long grammars in which sets, strings and counts have no end are refused at once."""
+    with pytest.raises(ValueError, match="unexpected"):
+        to_lark(f"root ::= {rest}")

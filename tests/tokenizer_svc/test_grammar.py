@@ -370,6 +370,15 @@ def test_a_regex_is_the_same_alone_and_wrapped() -> None:
     assert not allows(wrapped, "</think>1é/2")
 
 
+@pytest.mark.timeout(8)  # milliseconds, or half a minute if time is quadratic
+@pytest.mark.parametrize("rest", ['"' + '\\"' * 30_000, "/" + "\\/" * 30_000])
+def test_a_grammar_is_renamed_in_linear_time(rest: str) -> None:
+    """A long string or pattern without an end stays as it is, for the generator to refuse."""
+    form = ResponseConstraint(ResponseKind.GRAMMAR, "structured_outputs.grammar", f"start: {rest}")
+
+    assert f"\nanswer: {rest}\n" in made(QWEN3, ToolUse(), form).text
+
+
 def fault(made: Constraint) -> str:
     matcher = LLMatcher(TABLES[PLAIN], LLMatcher.grammar_from_lark(made.text))
     return f"The lark cannot be used: {matcher.get_error()}"

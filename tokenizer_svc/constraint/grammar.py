@@ -28,9 +28,10 @@ _LINE_IN_ERROR = re.compile(r"\bat (\d+)\(\d+\): ?")
 _PREFIX = "The lark cannot be used: "  # callers do not know that a grammar was built
 _EXCERPT = re.compile(r"\n\s+\d+ \| .*", re.DOTALL)
 _UNPARSED = "with a model whose tool calls are not parsed"
-# Tokens of a Lark grammar: strings, comments, patterns, names.
+# Tokens of a Lark grammar: strings, comments, patterns, names. A string or pattern without an end
+# is one token too, so that its end is not searched for again from each of its characters.
 _LARK_TOKEN = re.compile(
-    r'"(?:\\.|[^"\\\n])*"|(?://|\#)[^\n]*|/(?:\\.|[^/\\\n])+/|(?P<name>[A-Za-z_][\w-]*)'
+    r'"(?:\\.|[^"\\\n])*"?|(?://|\#)[^\n]*|/(?:\\.|[^/\\\n])+/?|(?P<name>[A-Za-z_][\w-]*)'
 )
 _LARK_RULE = re.compile(r"^[ \t]*[?!]?([A-Za-z_][\w-]*)(?:\[[^\]\n]*\])?(?:\.-?\d+)?[ \t]*:", re.M)
 

@@ -18,10 +18,10 @@ _TOKEN = re.compile(
     |(?P<name>[a-zA-Z0-9_-]+)
     |"(?P<text>(?:\\.|[^"\\\n])*)"
     |\[(?P<set>\^?(?:\\.|[^\]\\\n])*)\]
-    |(?P<repeat>[*+?]|\{\s*[0-9]+\s*(?:,\s*[0-9]*\s*)?\})
+    |(?P<repeat>[*+?]|\{\s*[0-9]+\s*(?:,\s*(?:[0-9]+\s*)?)?\})
     |(?P<sign>[|().])
     |(?P<end>$)
-    |(?P<other>.))""",
+    |(?P<other>["\[](?:\\.|[^\\\n])*|.))""",  # one that has no end is not searched for it again
     re.VERBOSE | re.DOTALL,
 )
 _CHARACTER = re.compile(
