@@ -18,6 +18,8 @@ MAX_HEADERS = 100
 MAX_HEAD_BYTES = 64 * 1024
 _MAX_PIPELINED = 8  # requests that may wait on a connection
 
+_TLS_CLOSE_SECONDS = 1.0
+
 
 class LimitedHttpProtocol(HttpToolsProtocol):
     """uvicorn's protocol with limits on a request's head, and its own 400 response in JSON.
@@ -85,6 +87,16 @@ class LimitedHttpProtocol(HttpToolsProtocol):
                 self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, queued
             )
         return self.transport.get_write_buffer_size() + int.from_bytes(queued, sys.byteorder)
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        # With TLS it is not closed until the client closes it too, which an idle one may not do.
+        self.loop.call_later(_TLS_CLOSE_SECONDS, self._abort_if_closing)
+
+    def _abort_if_closing(self) -> None:
+        is_open = self in self.connections
+        if is_open and self.transport.is_closing() and not self._unread_bytes():
+            self.transport.abort()
 
     def _time_head(self) -> None:
         """Starts the timer for a complete head: the time that a connection may be idle."""

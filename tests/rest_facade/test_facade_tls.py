@@ -130,6 +130,25 @@ async def test_openai_over_https(backend: ScriptedBackend, files: Files) -> None
     assert 0 == status
 
 
+async def test_a_drain_does_not_wait_for_idle_clients(
+    backend: ScriptedBackend, files: Files
+) -> None:
+    """A pooled connection delays no exit, though its client reads it only when using it again."""
+    async with running(backend, files) as facade:
+        with (
+            socket.create_connection(("127.0.0.1", facade.port)) as plain,
+            trusting(CA).wrap_socket(plain, server_hostname="127.0.0.1") as pooled,
+        ):
+            pooled.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+            answer = await asyncio.to_thread(pooled.recv, 12)
+            facade.process.send_signal(signal.SIGTERM)
+            status = await facade.process.wait()
+
+    assert b"HTTP/1.1 200" == answer
+    assert 0 == status
+    assert [] == facade.log("error")
+
+
 def official_client(facade: Facade, context: ssl.SSLContext) -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(
         base_url=f"{facade.url}/v1",
