@@ -212,10 +212,12 @@ async def test_a_full_replicas_call_is_retried_once() -> None:
         ("draining", "backend_unavailable"),
         ("backend_unavailable", "draining"),
         ("draining", "draining"),
+        ("queue_full", "backend_unavailable"),
+        ("backend_unavailable", "queue_full"),
     ],
 )
-async def test_a_draining_replica_does_not_use_up_the_retry(order: tuple[str, str]) -> None:
-    """While one replica drains, another may die: the third one answers."""
+async def test_a_refusal_does_not_use_up_the_retry_of_a_lost_call(order: tuple[str, str]) -> None:
+    """While one replica drains or is full, another may die: the third one answers."""
     async with serving(Fleet("ours", "ours", "ours")) as fleet:
 
         async def script(start: Any, stops: Any) -> AsyncIterator[pb.GenerateResponse]:

@@ -141,13 +141,13 @@ class ReplicaSet:
     ) -> Answer:
         """The result of `attempt` with the replica that `pick` chooses.
 
-        If the replica is lost, the attempt is retried once, on another replica if there is one.
-        One that fails with one of `refusals` is retried on another replica only. Replicas that are
-        starting or stopping are passed over as long as there are others. Waits up to GAP_SECONDS
-        for a replica to pick; raises AioRpcError and ServiceError.
+        If the replica is lost, the attempt is retried once, on another replica if there is one. If
+        it fails with one of `refusals`, it is retried once, on another replica only. Replicas that
+        are starting or stopping are passed over as long as there are others. Waits up to
+        GAP_SECONDS for a replica to pick; raises AioRpcError and ServiceError.
         """
         tried: list[Replica] = []
-        may_retry = True
+        retried = {"lost": False, "refused": False}
         replica = await self._pick(pick)
         while True:
             try:
@@ -163,9 +163,10 @@ class ReplicaSet:
                 if not others and not is_lost:
                     raise
                 if not others or code not in _STARTING_OR_STOPPING:
-                    if not may_retry:
+                    kind = "lost" if is_lost else "refused"
+                    if retried[kind]:
                         raise
-                    may_retry = False
+                    retried[kind] = True
             self._retries[_reason(code)] += 1
             tracing.current().event("retry", attributes={"error.type": _reason(code)})
             if others:
