@@ -331,11 +331,13 @@ async def test_malformed_paths(
     [
         ({"content-type": "application/json"}, 200),
         ({"content-type": 'application/json; charset="UTF-8"'}, 200),
+        ({"content-type": "application/json; charset=utf8"}, 200),
         ({"content-type": "application/vnd.api+json"}, 200),
         ({"content-type": "application/json; charset=utf-16"}, 415),
         ({"content-type": "application/xml"}, 415),
         ({"content-type": "text/plain"}, 415),
         ({"content-type": "text/json"}, 415),
+        ({"content-type": "text/vnd.api+json"}, 415),
         ({}, 415),
         ({"content-type": "application/json", "content-encoding": "gzip"}, 415),
     ],
