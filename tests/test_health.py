@@ -36,6 +36,43 @@ async def test_all_states_are_listed() -> None:
     assert {"": State.NOT_SERVING, SERVICE: State.SERVING} == states(after)
 
 
+async def test_each_service_has_a_state_of_its_own() -> None:
+    """A server serves nothing until it says so, all services or some."""
+    server = GrpcServer([], [SERVICE], health_names=["a model"])
+    port = await server.start("127.0.0.1:0")
+    found = []
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        for serving, names in ((None, None), (True, None), (False, ["a model"]), (False, None)):
+            if serving is not None:
+                server.set_serving(serving, names)
+            for name in (SERVICE, "a model"):
+                answer = await stub.Check(health_pb2.HealthCheckRequest(service=name))
+                found.append(answer.status)
+    await server.drain(0, 0)
+
+    up, down = State.SERVING, State.NOT_SERVING
+    assert [down, down, up, up, up, down, down, down] == found
+
+
+async def test_watches_leave_nothing_behind() -> None:
+    """Each connection watches anew, so what a watch left behind would add up."""
+    async with serving() as (_, _, stub):
+        request = health_pb2.HealthCheckRequest(service=SERVICE)
+        before = len(asyncio.all_tasks())
+        watches = [stub.Watch(request) for _ in range(10)]
+        for watch in watches:
+            await watch.read()
+        during = len(asyncio.all_tasks())
+        for watch in watches:
+            watch.cancel()
+        async with asyncio.timeout(30):
+            while len(asyncio.all_tasks()) > before:  # noqa: ASYNC110 - no event for it
+                await asyncio.sleep(0.01)
+
+    assert during >= before + 10
+
+
 async def test_a_watcher_sees_each_change_until_the_drain() -> None:
     """A state, then its changes; the watch ends with the server, and one of a service that is
     unknown says so."""

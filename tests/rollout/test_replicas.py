@@ -547,46 +547,6 @@ async def test_a_removed_replica_is_disconnected(monkeypatch: pytest.MonkeyPatch
     assert [f"127.0.0.3:{port}"] == left
 
 
-async def test_health_checks_follow_the_server() -> None:
-    """A server serves nothing until it says so, each service by itself."""
-    server = GrpcServer([], [SERVICE], health_names=["a model"])
-    port = await server.start("127.0.0.1:0")
-    states = []
-    async with open_channel(f"127.0.0.1:{port}") as channel:
-        health = health_pb2_grpc.HealthStub(channel)
-        for serving, names in ((None, None), (True, None), (False, ["a model"]), (False, None)):
-            if serving is not None:
-                await server.set_serving(serving, names)
-            for name in (SERVICE, "a model"):
-                answer = await health.Check(health_pb2.HealthCheckRequest(service=name))
-                states.append(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
-    await server.drain(0, 0)
-
-    up, down = "SERVING", "NOT_SERVING"
-    assert [down, down, up, up, up, down, down, down] == states
-
-
-async def test_health_watches_leave_nothing_behind() -> None:
-    """Each connection watches anew, so what a watch left behind would add up."""
-    server = GrpcServer([], [SERVICE])
-    port = await server.start("127.0.0.1:0")
-    request = health_pb2.HealthCheckRequest(service=SERVICE)
-    async with open_channel(f"127.0.0.1:{port}") as channel:
-        before = len(asyncio.all_tasks())
-        watches = [health_pb2_grpc.HealthStub(channel).Watch(request) for _ in range(10)]
-        for watch in watches:
-            await watch.read()
-        during = len(asyncio.all_tasks())
-        for watch in watches:
-            watch.cancel()
-        async with asyncio.timeout(30):
-            while len(asyncio.all_tasks()) > before:  # noqa: ASYNC110 - no event for it
-                await asyncio.sleep(0.01)
-    await server.drain(0, 0)
-
-    assert during >= before + 10
-
-
 async def test_an_unresolved_name_does_not_delay_the_others() -> None:
     """In a list of names, the addresses of one are used before the lookup of another times out,
     which takes a second attempt."""
