@@ -48,9 +48,9 @@ def sample(sequence: Sequence, logits: HostRow) -> SampledToken:
 def forbidden_tokens(sequence: Sequence, size: int) -> Mask | None:
     """Mask of the tokens that may not be sampled, bool [vocabulary]; None if all are allowed.
 
-    A complete constrained text of which no other token is left may end, in spite of min_new_tokens,
-    ignore_eos, allowed_token_ids and bad words. Otherwise, raises ConstraintError if these leave no
-    token.
+    If no token is left, a complete constrained text may end all the same, in spite of
+    min_new_tokens, ignore_eos, allowed_token_ids and bad words; otherwise this raises
+    ConstraintError.
     """
     request = sequence.request
     if not request.has_masks and sequence.generated >= request.min_new_tokens:
@@ -85,18 +85,20 @@ def forbidden_tokens(sequence: Sequence, size: int) -> Mask | None:
 
 
 def _excluded_by_caller(sequence: Sequence, size: int) -> Mask | None:
-    """Mask of the tokens that allowed_token_ids and bad words exclude; None if neither is set."""
+    """Mask of the tokens that allowed_token_ids and bad words exclude; None if there is none."""
     request = sequence.request
     allowed = request.sampling.allowed_token_ids
-    if not (allowed or request.bad_words):
+    last_of_bad_words: list[int] = []
+    for length, ends in request.bad_word_ends.items():
+        if length <= sequence.generated:
+            before = tuple(sequence.token_ids[len(sequence.token_ids) - length :])
+            last_of_bad_words += ends.get(before, ())
+    if not (allowed or last_of_bad_words):
         return None
     mask = np.full(size, bool(allowed))
     if allowed:
         mask[np.frombuffer(allowed, np.int64)] = False
-    for length, ends in request.bad_word_ends.items():
-        if length <= sequence.generated:
-            before = tuple(sequence.token_ids[len(sequence.token_ids) - length :])
-            mask[ends.get(before, [])] = True
+    mask[last_of_bad_words] = True
     return mask
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from generator_svc.sampling.draw import MASS_ERROR, BadLogits
 from generator_svc.sampling.random_draw import uniform
-from generator_svc.sampling.sampler import sample, sample_all
+from generator_svc.sampling.sampler import forbidden_tokens, sample, sample_all
 from generator_svc.sequence import ConstraintError, SamplingParams
 from tests.generator_svc.sampling_oracle import (
     adjusted,
@@ -325,6 +325,13 @@ def test_bad_words_begin_in_the_answer():
     """As in vLLM, tokens of the prompt are not the beginning of a bad word."""
     assert {0, 1, 2, 3, 4} == _drawn([2], (1, 2, 3), prompt=(1,))
     assert {0, 1, 2, 3, 4} == _drawn([], (1, 2, 3), prompt=(1, 2))
+
+
+def test_bad_words_cost_nothing_where_none_may_end():
+    """Most of the time: there is no mask, which would make sampling take twice as long."""
+    for output in ([], [2], [2, 4], [3]):
+        sequence = sequence_of(output=output, bad_words=((1, 2), (2, 3, 4)))
+        assert forbidden_tokens(sequence, 5) is None
 
 
 def test_bad_words_exclude_tokens_whatever_the_other_parameters():
