@@ -117,10 +117,11 @@ def test_other_log_lines_are_skipped(tmp_path: Path) -> None:
     assert [1] == [row["requests"] for row in summed(file)]
 
 
-def test_records_may_come_from_a_pipe(tmp_path: Path) -> None:
-    """As from `docker compose logs`, among the lines of the log."""
+@pytest.mark.parametrize("names", [["-"], ["-", "-"]], ids=len)
+def test_records_may_come_from_a_pipe(tmp_path: Path, names: list[str]) -> None:
+    """As from `docker compose logs`, among the lines of the log; once, however often named."""
     lines = '{"level": "info"}\n' + write(tmp_path, record("a"), record("b")).read_text()
-    command = [sys.executable, "-m", "trivium.cli", "usage", "-", "--format", "json"]
+    command = [sys.executable, "-m", "trivium.cli", "usage", *names, "--format", "json"]
     output = subprocess.run(command, input=lines, text=True, stdout=subprocess.PIPE, check=True)
 
     assert [2] == [row["requests"] for row in json.loads(output.stdout)]

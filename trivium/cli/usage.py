@@ -200,7 +200,9 @@ def _opened(file: Path, seen: set[tuple[int, int]], is_listed: bool = False) -> 
     """The file, unless it is one of those `seen`, to which it is added, or was renamed since it was
     listed. Raises UsageFileError."""
     try:
-        binary = open(0 if file == _STANDARD_INPUT else file, "rb")  # noqa: SIM115 - the caller reads it
+        # Standard input is not closed, since it may be named twice.
+        is_input = file == _STANDARD_INPUT
+        binary = open(0 if is_input else file, "rb", closefd=not is_input)  # noqa: SIM115 - the caller reads it
     except OSError as error:
         if is_listed and isinstance(error, FileNotFoundError):
             return None
