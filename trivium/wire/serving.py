@@ -73,6 +73,10 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # untyped
             self._states[name] = _STATE.SERVING if serving else _STATE.NOT_SERVING
             self._notify()
 
+    def is_serving(self, name: str) -> bool:
+        """Whether a service is set as SERVING."""
+        return bool(self._states.get(name) == _STATE.SERVING)
+
     def leave(self) -> None:
         """Reports all services as NOT_SERVING from now on, and ends all watches."""
         self._states = dict.fromkeys(self._states, _STATE.NOT_SERVING)
@@ -139,7 +143,6 @@ class GrpcServer:
         self._in_flight = in_flight or InFlight()
         self._tls = tls
         self._tls_reload: asyncio.Task[None] | None = None
-        self._serving: dict[str, bool] = {}
         self._boundary = CallBoundary(self._in_flight, guard, refused)
         age = ("grpc.max_connection_age_ms", int(max_connection_age_seconds * 1000))
         self._server = grpc.aio.server(interceptors=[self._boundary], options=[*_OPTIONS, age])
@@ -173,13 +176,12 @@ class GrpcServer:
     def set_serving(self, serving: bool, names: Sequence[str] | None = None) -> None:
         """Reports all services, or those in `names`, as SERVING or NOT_SERVING."""
         for name in self._names if names is None else names:
-            self._serving[name] = serving
             self._health.set(name, serving)
 
     async def check_ready(self, name: str) -> None:
         """Raises ServiceError unless health checks report this service as SERVING."""
         self._in_flight.check_ready()
-        if not self._serving.get(name):
+        if not self._health.is_serving(name):
             raise ServiceError("model_loading", f"{name or 'The process'} is not ready.")
 
     async def drain(
