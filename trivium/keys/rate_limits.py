@@ -69,8 +69,7 @@ class RateLimits:
         self._shared = shared
         self._local = local or LocalAccounts()
         self._clock = time.monotonic
-        self._is_shared_down = False
-        self._shared_from = 0.0  # when the shared accounts are tried again
+        self._shared_from = 0.0  # when the shared accounts are tried again; 0 while they work
         self._leaving: set[asyncio.Task[None]] = set()
         # Totals of requests with a known device time, to estimate that of the others.
         self._tokens = 0
@@ -106,16 +105,16 @@ class RateLimits:
 
     async def _enter(self, key: ApiKey, request: str) -> tuple[Accounts, LimitStatus]:
         if self._shared is not None and self._clock() >= self._shared_from:
-            if self._is_shared_down:  # only this request waits to see whether it works again
+            if self._shared_from:  # only this request waits to see whether it works again
                 self._shared_from = self._clock() + _PAUSE_SECONDS
             try:
                 status = await self._shared.enter(key, request)
             except AccountsUnavailable as error:
                 self._failed(error)
             else:
-                if self._is_shared_down:
+                if self._shared_from:
                     log.info("the shared store of limits is available again")
-                self._is_shared_down, self._shared_from = False, 0.0
+                self._shared_from = 0.0
                 return self._shared, status
         return self._local, await self._local.enter(key, request)
 
@@ -140,14 +139,13 @@ class RateLimits:
             self._failed(error)
 
     def _failed(self, error: AccountsUnavailable) -> None:
-        self._shared_from = self._clock() + _PAUSE_SECONDS
         self._metrics.store_errors.inc()
-        if not self._is_shared_down:  # a line per request would hide all others
+        if not self._shared_from:  # a line per request would hide all others
             log.warning(
                 "the shared store of limits is unavailable, counting in this process only: %s",
                 error,
             )
-        self._is_shared_down = True
+        self._shared_from = self._clock() + _PAUSE_SECONDS
 
 
 def _refusal(key: ApiKey, status: LimitStatus) -> ServiceError:
