@@ -167,7 +167,7 @@ def doctor(
     try:
         folder = _folder(model, device).absolute()
     except (OSError, RuntimeError) as error:  # it may not be read, or there is no home folder
-        found += _reported(iter([Finding(BAD, "model", str(error))]))
+        _reported(iter([Finding(BAD, "model", str(error))]))
         raise typer.Exit(FAILED) from error
     found += [
         *_reported(check_ports(Pipeline(folder))),
