@@ -101,9 +101,9 @@ class FacadeSettings(AccessSettings):
         ge=1,
         le=3600,
         description="Seconds for which an idle connection is kept open, and within which the head "
-        "of a request has to arrive and a client has to read some more of its answer. Clients and "
-        "proxies should close idle ones earlier (nginx: 60), so that no request is sent on a "
-        "connection that is being closed.",
+        "of a request has to arrive and, on Linux, a client has to read some more of its answer. "
+        "Clients and proxies should close idle ones earlier (nginx: 60), so that no request is "
+        "sent on a connection that is being closed.",
     )
     health_timeout_seconds: float = Field(
         1.0, gt=0, le=60, description="Seconds /health waits for the tokenizer's answer."

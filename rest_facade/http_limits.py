@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import fcntl
 import json
+import socket
 import sys
 import termios
 from typing import Any
@@ -35,15 +36,19 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     _head_timer: asyncio.TimerHandle | None = None
     _answering: RequestResponseCycle | None = None
-    _stall_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if sys.platform == "linux":
+            # No other limit ends a request whose client has stopped reading. Only the kernel knows
+            # what a client reads: its buffers and those of TLS may hold all that is sent.
+            transport.get_extra_info("socket").setsockopt(
+                socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * self.timeout_keep_alive
+            )
         self._time_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_head_timer()
-        self._stop_stall_timer()
         super().connection_lost(exc)
         if self._answering is not None and not self._answering.response_complete:
             self._answering.disconnected = True
@@ -52,41 +57,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._answering = cycle
         super()._start_asgi_task(cycle, app)
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._time_stall()
-
-    def resume_writing(self) -> None:
-        self._stop_stall_timer()
-        super().resume_writing()
-
-    def _time_stall(self) -> None:
-        """Starts the timer for the client to read something: the time that a connection may be
-        idle. No other limit ends a request whose client has stopped reading."""
-        self._stall_timer = self.loop.call_later(
-            self.timeout_keep_alive, self._close_if_stalled, self._unread_bytes()
-        )
-
-    def _stop_stall_timer(self) -> None:
-        if self._stall_timer is not None:
-            self._stall_timer.cancel()
-
-    def _close_if_stalled(self, unread_bytes: int) -> None:
-        if self._unread_bytes() < unread_bytes:
-            self._time_stall()
-        else:
-            self.transport.abort()
-
-    def _unread_bytes(self) -> int:
-        """Bytes that wait here or in the kernel, whose buffer a slow client may take minutes to
-        read."""
-        queued = bytes(4)
-        with contextlib.suppress(OSError):  # Linux only
-            queued = fcntl.ioctl(
-                self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, queued
-            )
-        return self.transport.get_write_buffer_size() + int.from_bytes(queued, sys.byteorder)
 
     def shutdown(self) -> None:
         super().shutdown()
@@ -97,6 +67,15 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         is_open = self in self.connections
         if is_open and self.transport.is_closing() and not self._unread_bytes():
             self.transport.abort()
+
+    def _unread_bytes(self) -> int:
+        """Bytes that wait here or in the kernel."""
+        queued = bytes(4)
+        with contextlib.suppress(OSError):  # Linux only
+            queued = fcntl.ioctl(
+                self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, queued
+            )
+        return self.transport.get_write_buffer_size() + int.from_bytes(queued, sys.byteorder)
 
     def _time_head(self) -> None:
         """Starts the timer for a complete head: the time that a connection may be idle."""

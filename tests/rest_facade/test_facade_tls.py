@@ -74,7 +74,7 @@ class Facade:
 
 @contextlib.asynccontextmanager
 async def running(
-    backend: ScriptedBackend, files: Files, is_mutual: bool = False
+    backend: ScriptedBackend, files: Files, is_mutual: bool = False, idle_seconds: int = 75
 ) -> AsyncIterator[Facade]:
     """A facade that is ready according to its metrics port."""
     port, metrics_port = free_port(), free_port()
@@ -84,6 +84,7 @@ async def running(
         "TRIVIUM_FACADE_METRICS_PORT": str(metrics_port),
         "TRIVIUM_FACADE_TOKENIZER_TARGET": f"127.0.0.1:{backend.port}",
         "TRIVIUM_FACADE_DRAIN_NOTICE_SECONDS": "0",
+        "TRIVIUM_FACADE_IDLE_CONNECTION_SECONDS": str(idle_seconds),
         **files.server("TRIVIUM_FACADE_", is_mutual),
     }
     log = files.folder / "log"
@@ -147,6 +148,34 @@ async def test_a_drain_does_not_wait_for_idle_clients(
     assert b"HTTP/1.1 200" == answer
     assert 0 == status
     assert [] == facade.log("error")
+
+
+async def test_a_client_that_reads_slowly(backend: ScriptedBackend, files: Files) -> None:
+    """It gets the whole stream: only a client that has stopped reading is disconnected."""
+    backend.script = (
+        header(),
+        *[delta("x" * 4_000_000) for _ in range(3)],
+        delta(finish="STOP"),
+        usage(),
+    )
+    body = json.dumps(REQUEST)
+    head = f"POST {URL} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+    answer = b""
+    async with running(backend, files, idle_seconds=1) as facade:
+        plain = socket.socket()
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+        plain.connect(("127.0.0.1", facade.port))
+        reader, writer = await asyncio.open_connection(
+            sock=plain, limit=2**16, ssl=trusting(CA), server_hostname="127.0.0.1"
+        )
+        writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        async with asyncio.timeout(60):
+            while not answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
+                answer += await reader.readexactly(1) + await reader.read(2**16)
+                await asyncio.sleep(0.1 if len(answer) < 4_000_000 else 0)
+        writer.close()
+
+    assert 12_000_000 < len(answer)
 
 
 def official_client(facade: Facade, context: ssl.SSLContext) -> openai.AsyncOpenAI:
