@@ -5,6 +5,7 @@ import hashlib
 import re
 from pathlib import Path
 
+from starlette.requests import Request
 from starlette.responses import Response
 
 
@@ -40,6 +41,6 @@ class Page:
         digest = hashlib.sha256(content.encode()).digest()
         return f"'sha256-{base64.b64encode(digest).decode()}'"
 
-    def response(self) -> Response:
+    async def respond(self, request: Request) -> Response:
         """The page as a response."""
         return Response(self._html, media_type="text/html", headers=self._headers)

@@ -81,8 +81,6 @@ class Routes:
         self._in_flight = in_flight
         self._metrics = metrics
         self._healthy = HealthResponse(status="ok", version=importlib.metadata.version("trivium"))
-        self._chat_page = Page("chat.html")
-        self._docs = Page("docs.html")
 
     def router(self) -> APIRouter:
         """Declares the routes, with what the OpenAPI document says about them."""
@@ -102,11 +100,11 @@ class Routes:
         settings = self._settings
         paths: dict[str, Callable[[Request], Awaitable[Response]]] = {}
         if settings.docs:
-            paths |= {"/docs": self.docs, "/openapi.json": self.openapi}
+            paths |= {"/docs": Page("docs.html").respond, "/openapi.json": self.openapi}
         if settings.metrics and not settings.metrics_port:
             paths["/metrics"] = self.metrics
         if settings.chat_page:
-            paths["/"] = self.chat_page
+            paths["/"] = Page("chat.html").respond
         for path, handler in paths.items():
             router.add_api_route(path, handler, include_in_schema=False)
         self._openapi = encode(openapi_document(router.routes))
@@ -319,14 +317,6 @@ class Routes:
     async def metrics(self, request: Request) -> Response:
         """All metrics in Prometheus' text format."""
         return Response(self._metrics.text(), headers={"content-type": CONTENT_TYPE})
-
-    async def docs(self, request: Request) -> Response:
-        """A page that shows /openapi.json."""
-        return self._docs.response()
-
-    async def chat_page(self, request: Request) -> Response:
-        """A page for chatting with the models."""
-        return self._chat_page.response()
 
     async def openapi(self, request: Request) -> Response:
         """The OpenAPI document."""
