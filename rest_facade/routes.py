@@ -23,7 +23,7 @@ from rest_facade.convert.chat import ChatChunks
 from rest_facade.convert.chunks import Chunks
 from rest_facade.convert.completion import CompletionChunks
 from rest_facade.convert.envelope import taken
-from rest_facade.json_encoding import encode
+from rest_facade.json_encoding import encode, encode_answer
 from rest_facade.metrics import CONTENT_TYPE, Metrics
 from rest_facade.openapi import (
     READ_ERRORS,
@@ -336,7 +336,10 @@ async def _respond(
 ) -> Response:
     """The HTTP response to a request that was not streamed; `answer` is its body."""
     usage.began, usage.taken = True, partial(taken, response.usage)
-    return await offload(response.ByteSize(), lambda: _json(answer()), INLINE_ANSWER_BYTES)
+    # In JSON each choice of a plain completion repeats the tokens of its prompt.
+    size = response.ByteSize() * len(response.choices)
+    body = await offload(size, lambda: encode_answer(answer()), INLINE_ANSWER_BYTES)
+    return Response(body, media_type="application/json")
 
 
 def _json(body: Any) -> Response:

@@ -67,8 +67,8 @@ class Chunks(ABC, Generic[ChunkObject]):
 
     @abstractmethod
     def _choices_with_ids(self, delta: Any) -> Iterator[Any]:
-        """The same with token ids. All of `delta` go with the first chunk that they made; if they
-        made none, they have a chunk of their own."""
+        """The same with token ids: those of `delta` are in its first chunk with text or a finish
+        reason, or in a chunk of their own."""
 
     def _start(self, header: chat_pb2.CompletionHeader) -> None:
         self._head = {

@@ -49,9 +49,14 @@ def answer(response: Response, body: TextCompletionRequest) -> TextCompletion:
         created=header.create_time.seconds,
         model=header.model,
         system_fingerprint=header.system_fingerprint,
-        choices=[_choice(choice, header, body) for choice in response.choices],
+        choices=[_choice(choice, body) for choice in response.choices],
         usage=envelope.usage(response.usage),
     )
+    if body.return_token_ids:
+        prompts = [list(prompt.ids) for prompt in header.prompts]
+        for shown, choice in zip(completion["choices"], response.choices, strict=True):
+            shown["prompt_token_ids"] = prompts[choice.index // (body.n or 1)]
+            shown["token_ids"] = list(choice.token_ids)
     if body.prompt_logprobs is not None:
         found: PromptLogprobs = []
         for shown, choice in zip(completion["choices"], response.choices, strict=True):
@@ -63,21 +68,13 @@ def answer(response: Response, body: TextCompletionRequest) -> TextCompletion:
     return completion
 
 
-def _choice(
-    choice: completion_pb2.CompletionChoice,
-    header: chat_pb2.CompletionHeader,
-    body: TextCompletionRequest,
-) -> TextChoice:
-    result = TextChoice(
+def _choice(choice: completion_pb2.CompletionChoice, body: TextCompletionRequest) -> TextChoice:
+    return TextChoice(
         index=choice.index,
         text=choice.text,
         logprobs=_logprobs(choice.logprobs, choice.text) if body.logprobs is not None else None,
         finish_reason=FINISH_REASONS[choice.finish_reason],
     )
-    if body.return_token_ids:
-        result["prompt_token_ids"] = list(header.prompts[choice.index // (body.n or 1)].ids)
-        result["token_ids"] = list(choice.token_ids)
-    return result
 
 
 class CompletionChunks(Chunks[TextCompletionChunk]):

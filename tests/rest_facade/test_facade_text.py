@@ -288,7 +288,23 @@ async def test_a_long_echo_does_not_block_the_event_loop(
         text_delta(tokens=2, finish="STOP"),
         usage(),
     )
-    body = json.dumps({"model": MODEL, "prompt": "Say", "logprobs": 1, "stream": streamed})
+    assert await share_stalled(client, logprobs=1, stream=streamed) < 0.5
+
+
+@pytest.mark.slow
+async def test_many_copies_of_a_prompt_do_not_block_the_event_loop(
+    client: httpx.AsyncClient, backend: ScriptedBackend
+) -> None:
+    """A prompt's token ids, which each of its choices has in JSON, are serialized elsewhere."""
+    choices = [text_delta(index=index, finish="STOP") for index in range(128)]
+    backend.text_script = (header([1000] * 20_000), *choices, usage())
+
+    assert await share_stalled(client, return_token_ids=True, n=128) < 0.5
+
+
+async def share_stalled(client: httpx.AsyncClient, **fields: Any) -> float:
+    """The longest time for which a request blocks the event loop, as a share of the whole."""
+    body = json.dumps({"model": MODEL, "prompt": "Say", **fields})
     head = f"POST {URL} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
     head += f"connection: close\r\ncontent-length: {len(body)}\r\n\r\n"
     # No client library, which would parse the answer in this process.
@@ -299,4 +315,4 @@ async def test_a_long_echo_does_not_block_the_event_loop(
     writer.close()
 
     assert answer.result().startswith(b"HTTP/1.1 200")
-    assert share < 0.5
+    return share
