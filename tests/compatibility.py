@@ -551,9 +551,15 @@ COMPLETION_ANSWER = (
         f"{_T}test_completion_logprobs",
     ),
     Row(
-        "choices[].prompt_token_ids, choices[].token_ids",
+        "choices[].prompt_token_ids",
         _NOT_PUBLISHED,
-        "extension, as in vLLM, with `return_token_ids`; the prompt's in the choice's first chunk",
+        "extension, as in vLLM, with `return_token_ids`; in a stream in the choice's first chunk",
+        f"{_T}test_token_ids_of_completions",
+    ),
+    Row(
+        "choices[].token_ids",
+        _NOT_PUBLISHED,
+        "extension, as in chat",
         f"{_T}test_token_ids_of_completions",
     ),
     Row(
