@@ -208,12 +208,17 @@ async def test_prompt_logprobs_are_limited(long_stage: Stage) -> None:
     asked = echo(long_stage, 1_025, n=128)
     asked.ClearField("logprobs")
     asked.options.prompt_logprobs = 3
-    chat = long_stage.request(messages=[user("a" * 130_000)], prompt_logprobs=4)
-    for call in (
-        long_stage.completions.CreateCompletion(asked),
-        long_stage.chat.CreateChatCompletion(chat),
+    text = [user("a" * 130_000)]
+    chat = long_stage.request(messages=text, prompt_logprobs=4, n=2)
+    shown = tokenizer_pb2.RenderChatRequest(model=long_stage.model.id, messages=text)
+    tokens = len((await long_stage.tokenizer.RenderChat(shown)).token_ids)
+    for call, count in (
+        (long_stage.completions.CreateCompletion(asked), 4 * 1_025 * 128),
+        (long_stage.chat.CreateChatCompletion(chat), 5 * tokens),
     ):
-        assert ("invalid_value", "prompt_logprobs") == await refusal(call)
+        with pytest.raises(grpc.aio.AioRpcError, match=f"would have {count}") as refused:
+            await call
+        assert ("invalid_value", "prompt_logprobs") == code_of(refused.value)
 
 
 async def test_a_far_too_long_prompt_is_not_encoded_in_full(stage: Stage) -> None:

@@ -103,13 +103,13 @@ def check_prompt_logprobs(options: ValidOptions, tokens: int, copies: int = 1) -
     """Raises ServiceError if an answer would have too many, for prompts of so many tokens, each in
     so many copies: they cost the device little, but every stage a lot."""
     asked = [k for k in (options.prompt_logprobs, options.echo_logprobs) if k is not None]
-    if copies * tokens * sum(1 + k for k in asked) <= MAX_PROMPT_LOGPROBS:
+    count = copies * tokens * sum(1 + k for k in asked)
+    if count <= MAX_PROMPT_LOGPROBS:
         return
     param = "logprobs" if options.prompt_logprobs is None else "prompt_logprobs"
     message = (
         f"Invalid '{param}': an answer has at most {MAX_PROMPT_LOGPROBS} log-probabilities of "
-        f"prompts, and {tokens} tokens with {sum(asked)} alternatives, for n = {copies}, are more. "
-        "Send fewer prompts in one request."
+        f"prompts, alternatives included, but this one would have {count}."
     )
     raise ServiceError("invalid_value", message, param)
 
