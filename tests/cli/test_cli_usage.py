@@ -172,6 +172,18 @@ def test_files_that_are_rotated_while_they_are_read_count_once(tmp_path: Path) -
     assert ["current", "new", "old"] == sorted(found)
 
 
+def test_a_file_that_is_compressed_after_it_was_read_counts_once(tmp_path: Path) -> None:
+    """As when logrotate runs meanwhile."""
+    file = write(tmp_path, record("a"))
+    reading = read_records([tmp_path], [])
+    found = [next(reading)["request_id"]]
+    (tmp_path / "one.usage.jsonl.1.gz").write_bytes(gzip.compress(file.read_bytes()))
+    file.unlink()
+    found += [one["request_id"] for one in reading]
+
+    assert ["a"] == found
+
+
 def test_rotated_files_may_be_compressed(tmp_path: Path) -> None:
     """As logrotate leaves them, given by name or in a folder."""
     file = write(tmp_path, record("a"))

@@ -185,8 +185,10 @@ def _files(paths: Iterable[Path]) -> Iterator[tuple[Path, BinaryIO]]:
         else:
             count = -1
             while count < len(seen):
-                count = len(seen)
+                is_first, count = count < 0, len(seen)
                 for file in sorted(path.glob(PATTERN), key=_age):
+                    if file.suffix == ".gz" and not is_first:
+                        continue  # it may be one that was read before it was compressed
                     if (binary := _opened(file, seen, is_listed=True)) is not None:
                         yield file, binary
 
