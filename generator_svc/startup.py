@@ -109,7 +109,7 @@ def warm_up(settings: GeneratorSettings, runner: OrtRunner, meter: Meter) -> Non
     """Runs a prefill and a decode; on CUDA also each padded prompt length, and captures the CUDA
     graphs. To be called on the thread that will run the model.
 
-    Raises DeviceError if a run fails or its logits are not finite.
+    Raises DeviceError if a run fails or its logits are not finite, CudaError if all runs would.
     """
 
     def run(plan: StepPlan) -> None:

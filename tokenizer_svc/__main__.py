@@ -1,6 +1,6 @@
 """`python -m tokenizer_svc`: loads tokenizers and templates, serves until a stop signal."""
 
-from trivium.wire.stop_signals import exit_on_stop_signal
+from trivium.wire.stop_signals import StopSignals, exit_on_stop_signal
 
 if __name__ == "__main__":
     exit_on_stop_signal()  # before the other imports, which take seconds
@@ -24,7 +24,6 @@ from trivium.wire.metrics_server import serve_metrics
 from trivium.wire.open_files import raise_open_file_limit
 from trivium.wire.serving import run
 from trivium.wire.settings import load_settings, refuse_to_start, refuse_unguarded
-from trivium.wire.stop_signals import StopSignals
 
 log = logging.getLogger("tokenizer_svc")
 

@@ -161,7 +161,7 @@ def _limit_resources() -> None:
 
 
 def _limit(kind: int, value: int) -> None:
-    """Sets a resource limit, unless a lower one is in force, which cannot be raised."""
+    """Sets a resource limit, or keeps the hard limit in force if that is lower."""
     _, maximum = resource.getrlimit(kind)
     if maximum != resource.RLIM_INFINITY:
         value = min(value, maximum)

@@ -124,7 +124,7 @@ class OrtRunner:
 
         Sizes not captured within `seconds` are captured on their first run. Does nothing if
         `info.capture_sizes` is empty; a failure disables CUDA graphs with a warning. Raises
-        DeviceError if the model cannot be run. Writes to all slots.
+        DeviceError if the model cannot be run, CudaError as `run` does. Writes to all slots.
         """
         started = time.perf_counter_ns()
         if not self.info.capture_sizes:

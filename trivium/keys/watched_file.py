@@ -18,8 +18,8 @@ class WatchedFile(Generic[Content]):
     """A file as parsed by `read`, which raises ValueError if the content is invalid.
 
     If the file becomes invalid later, the last valid content stays in use, and the error is logged
-    once. It is read again at each check, since a file that could not be read, for want of
-    permission or of file descriptors, may become readable without being modified.
+    once. It is read again at each check, since a file that could not be read, for lack of
+    permission or file descriptors, may become readable without being modified.
     """
 
     def __init__(self, path: Path, read: Callable[[Path], Content]) -> None:

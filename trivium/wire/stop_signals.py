@@ -6,8 +6,8 @@ import signal
 
 
 def stop_signals() -> list[signal.Signals]:
-    """The signals that stop this process. SIGHUP is not one of them if it is ignored, as under
-    nohup, which is to keep a process running when its terminal is closed."""
+    """The signals that stop this process: not SIGHUP if it is ignored, as under nohup, which keeps
+    a process running when its terminal is closed."""
     ignores_hangup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [signal.SIGTERM, signal.SIGINT, *([] if ignores_hangup else [signal.SIGHUP])]
 
