@@ -89,6 +89,45 @@ async def test_a_watcher_sees_each_change_until_the_drain() -> None:
     assert [State.NOT_SERVING, State.SERVING, State.NOT_SERVING] == [one.status for one in seen]
 
 
+async def test_a_drain_is_reported_in_two_steps() -> None:
+    """Checks fail at once; watchers are told only when the port is closed, as their channels would
+    otherwise leave without looking for other replicas."""
+    request, stop_now = health_pb2.HealthCheckRequest(service=SERVICE), asyncio.Event()
+    async with serving() as (server, _, stub):
+        server.set_serving(True)
+        watch = aiter(stub.Watch(request))
+        before = await anext(watch)
+        change = asyncio.ensure_future(anext(watch))
+        draining = asyncio.create_task(server.drain(3600, 0, stop_now))
+        await asyncio.sleep(0)
+        checked = await stub.Check(request)
+        listed = await stub.List(health_pb2.HealthListRequest())
+        is_watcher_told = change.done()
+        stop_now.set()
+        after = await change
+        await draining
+
+    assert {"": State.NOT_SERVING, SERVICE: State.NOT_SERVING} == states(listed)
+    assert State.NOT_SERVING == checked.status
+    assert not is_watcher_told
+    assert [State.SERVING, State.NOT_SERVING] == [before.status, after.status]
+
+
+async def test_nothing_is_serving_again_after_a_drain() -> None:
+    """Although a service may become ready in the middle of it, as when its backend comes back."""
+    async with serving() as (server, _, stub):
+        server.set_serving(True)
+        watch = aiter(stub.Watch(health_pb2.HealthCheckRequest(service=SERVICE)))
+        seen = [await anext(watch)]
+        draining = asyncio.create_task(server.drain(0, 0))
+        while not draining.done():
+            server.set_serving(True)
+            await asyncio.sleep(0)
+        seen += [state async for state in watch]
+
+    assert [State.SERVING, State.NOT_SERVING] == [one.status for one in seen]
+
+
 async def test_a_watcher_that_reads_nothing_delays_nobody() -> None:
     """Its flow control lets the server send not a single byte; others see every change, and the
     server drains as usual."""
