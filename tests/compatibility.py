@@ -631,8 +631,14 @@ TOKENS = (
     Row(
         "POST /tokenize",
         _NOT_PUBLISHED,
-        "as in vLLM, for a prompt or messages; `token_strs` with `return_token_strs`",
+        "as in vLLM, for a prompt or messages",
         f"{_K}test_tokenize_a_text",
+    ),
+    Row(
+        "POST /tokenize: `return_token_strs`",
+        _NOT_PUBLISHED,
+        "as in vLLM: `token_strs` are the tokens as the vocabulary spells them",
+        f"{_K}test_token_strings",
     ),
     Row("POST /detokenize", _NOT_PUBLISHED, "as in vLLM", f"{_K}test_detokenize"),
     Row(
