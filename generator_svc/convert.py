@@ -19,10 +19,10 @@ from generator_svc.sequence import (
     TokenLogprobs,
 )
 from trivium.field_errors import (
-    array_too_long,
+    check_array,
+    check_nonempty,
     check_number,
     contradiction,
-    empty_array,
     missing,
     too_many_entries,
 )
@@ -135,8 +135,7 @@ def _stop_ids(start: pb.StartGeneration, limits: Limits) -> frozenset[int]:
 
 def _to_bad_word(word: pb.TokenSequence, limits: Limits, index: int) -> tuple[int, ...]:
     field = f"bad_words[{index}].token_ids"
-    if not word.token_ids:
-        raise empty_array(field)
+    check_nonempty(field, word.token_ids)
     _check_ids(word.token_ids, limits, field)
     return tuple(word.token_ids)
 
@@ -151,10 +150,7 @@ def _to_sampling(params: sampling_pb2.SamplingParams, limits: Limits) -> Samplin
     _check_ids(bias, limits, "sampling.logit_bias")
     for token_id, value in bias.items():
         check_number(f"sampling.logit_bias[{token_id}]", value, LOGIT_BIAS)
-    if len(params.allowed_token_ids) > MAX_ALLOWED_TOKENS:
-        raise array_too_long(
-            "sampling.allowed_token_ids", MAX_ALLOWED_TOKENS, len(params.allowed_token_ids)
-        )
+    check_array("sampling.allowed_token_ids", params.allowed_token_ids, MAX_ALLOWED_TOKENS)
     _check_ids(params.allowed_token_ids, limits, "sampling.allowed_token_ids")
     is_given = params.HasField("seed") and params.seed != _FRESH_SEED
     seed = params.seed if is_given else secrets.randbits(63)

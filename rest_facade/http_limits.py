@@ -18,7 +18,6 @@ from trivium.wire.errors import ServiceError
 MAX_HEADERS = 100
 MAX_HEAD_BYTES = 64 * 1024
 _MAX_PIPELINED = 8  # requests that may wait on a connection
-
 _TLS_CLOSE_SECONDS = 1.0
 
 
@@ -29,9 +28,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     server may ignore. The parser cannot: it considers the request complete without its body. So it
     is fed the same head again, without the offer.
 
-    uvicorn tells only the last request of a connection that the client has disconnected, and stops
-    reading at a pipelined one, so that it would not notice. Here the request that is being answered
-    is told, and reading goes on while few requests wait.
+    When a client disconnects, uvicorn cancels only the connection's last request, and it stops
+    reading at a pipelined one, so that it would not even notice. Here the request being answered is
+    cancelled too, and reading goes on until several pipelined requests are waiting.
     """
 
     _head_timer: asyncio.TimerHandle | None = None

@@ -7,12 +7,13 @@ import grpc
 from tokenizer_svc.convert.request import render_request
 from tokenizer_svc.convert.response import timestamp
 from tokenizer_svc.models import ServedModel, ServedModels
-from tokenizer_svc.request.field_checks import check_array, check_token_ids
+from tokenizer_svc.request.field_checks import check_token_ids
 from tokenizer_svc.request.request_size import check_conversation_size
 from tokenizer_svc.request.types import Conversation
 from tokenizer_svc.request.validate_conversation import check_conversation
 from tokenizer_svc.tokenizer import Tokenizer
 from trivium.chat.v1 import model_pb2, model_pb2_grpc
+from trivium.field_errors import check_array
 from trivium.keys.keyed_request import current_request
 from trivium.limits import MAX_TOKEN_IDS
 from trivium.offload import INLINE_BYTES, offload

@@ -4,6 +4,7 @@
 """
 
 import math
+from collections.abc import Sized
 from typing import Literal
 
 from trivium.limits import NAME_PATTERN, Range
@@ -53,6 +54,18 @@ def check_number(param: str, value: float, allowed: Range) -> None:
         sign: Sign = ">" if allowed.above_minimum else ">="
         raise out_of_range(param, noun, sign, allowed.minimum, value)
     raise out_of_range(param, noun, "<=", allowed.maximum, value)
+
+
+def check_array(param: str, array: Sized, maximum: int) -> None:
+    """Raises ServiceError if the list is too long."""
+    if len(array) > maximum:
+        raise array_too_long(param, maximum, len(array))
+
+
+def check_nonempty(param: str, array: Sized) -> None:
+    """Raises ServiceError if the list is empty."""
+    if not array:
+        raise empty_array(param)
 
 
 def out_of_range(param: str, noun: Noun, sign: Sign, bound: object, value: object) -> ServiceError:

@@ -124,12 +124,13 @@ def _build(
     progress("fetching")
     origin = locate(source, cache, lambda done, total: progress("fetching", done, total))
     progress("opening the checkpoint")
+    from generator_svc.export.calibration.activations import TEXT
     from generator_svc.export.checkpoint.checkpoint import load_checkpoint
     from generator_svc.export.checkpoint.residual import scale_residual
     from generator_svc.export.genai_config import GRAPH_FILE, WEIGHTS_FILE
     from generator_svc.export.graph.external_data import save
     from generator_svc.export.graph.trace import trace
-    from generator_svc.export.tokenizer_files import write_tokenizer
+    from generator_svc.export.tokenizer_files import encode, write_tokenizer
     from generator_svc.export.weights.blocks import BLOCK_SIZE
 
     checkpoint = load_checkpoint(origin)
@@ -140,12 +141,9 @@ def _build(
     generation = generation_config(checkpoint)
     progress("writing the tokenizer")
     write_tokenizer(origin, folder)
-    _check_vocabulary(checkpoint, folder)
-    ranges, squares = None, None
-    if options.precision == "w8a8":
-        ranges = _calibrate(checkpoint, folder, progress)
-    elif options.is_symmetric and options.precision == "int4" and not checkpoint.decoder.experts:
-        squares = _mean_squares(checkpoint, folder, progress)
+    token_ids = encode(folder, TEXT.read_text(encoding="utf-8"))
+    _check_vocabulary(checkpoint, token_ids)
+    ranges, squares = _measure_activations(checkpoint, options, token_ids, progress)
     progress("tracing")
     graph = trace(checkpoint, scratch / "traced")
     rewrite(graph, checkpoint, options, ranges, squares)
@@ -167,16 +165,12 @@ def _build(
     _write_manifest(folder, manifest)
 
 
-def _check_vocabulary(checkpoint: Checkpoint, folder: Path) -> None:
+def _check_vocabulary(checkpoint: Checkpoint, token_ids: list[int]) -> None:
     """Raises ExportError if a multilingual text encodes to token ids that the model lacks.
 
     A tokenizer may define more tokens than the model has, as long as they are never used.
     """
-    from generator_svc.export.calibration.activations import TEXT
-    from generator_svc.export.tokenizer_files import encode
-
-    highest = max(encode(folder, TEXT.read_text(encoding="utf-8")))
-    size = checkpoint.decoder.vocab_size
+    highest, size = max(token_ids), checkpoint.decoder.vocab_size
     if highest >= size:
         raise ExportError(
             f"{checkpoint.source.label}: the tokenizer does not match the model: it produces "
@@ -184,23 +178,21 @@ def _check_vocabulary(checkpoint: Checkpoint, folder: Path) -> None:
         )
 
 
-def _calibrate(checkpoint: Checkpoint, folder: Path, progress: Progress) -> Ranges:
-    """Smooths the checkpoint's model in place; returns the resulting ranges of its activations."""
-    from generator_svc.export.calibration.activations import TEXT, calibrate
+def _measure_activations(
+    checkpoint: Checkpoint, options: ExportOptions, token_ids: list[int], progress: Progress
+) -> tuple[Ranges | None, MeanSquares | None]:
+    """What quantization needs to know of the activations; for w8a8 it smooths the model in
+    place."""
+    from generator_svc.export.calibration.activations import calibrate, mean_squares
     from generator_svc.export.calibration.smooth import smooth
-    from generator_svc.export.tokenizer_files import encode
 
-    token_ids = encode(folder, TEXT.read_text(encoding="utf-8"))
-    ranges = calibrate(checkpoint.model, token_ids, progress)
-    smooth(checkpoint.model, ranges, progress)
-    return ranges
-
-
-def _mean_squares(checkpoint: Checkpoint, folder: Path, progress: Progress) -> MeanSquares:
-    from generator_svc.export.calibration.activations import TEXT, mean_squares
-    from generator_svc.export.tokenizer_files import encode
-
-    return mean_squares(checkpoint.model, encode(folder, TEXT.read_text("utf-8")), progress)
+    if options.precision == "w8a8":
+        ranges = calibrate(checkpoint.model, token_ids, progress)
+        smooth(checkpoint.model, ranges, progress)
+        return ranges, None
+    if options.is_symmetric and options.precision == "int4" and not checkpoint.decoder.experts:
+        return None, mean_squares(checkpoint.model, token_ids, progress)
+    return None, None
 
 
 def rewrite(

@@ -44,7 +44,7 @@ def start_command(start: GenerateCommand) -> generator_pb2.GenerateRequest:
         stop_token_ids=options.stop_token_ids,
         ignore_eos=options.ignore_eos,
         top_logprobs=options.top_logprobs,
-        prompt_logprobs=options.scored_alternatives,
+        prompt_logprobs=max(options.prompt_alternatives, default=None),
         bad_words=[generator_pb2.TokenSequence(token_ids=word) for word in start.bad_words],
         # Stop strings have to be searched for as tokens arrive.
         whole=start.whole and not options.stop,

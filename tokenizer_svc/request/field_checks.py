@@ -3,10 +3,10 @@
 Knows nothing about requests.
 """
 
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from typing import Any
 
-from trivium.field_errors import array_too_long, check_number, empty_array, string_too_long
+from trivium.field_errors import check_number, string_too_long
 from trivium.limits import Range
 from trivium.wire.errors import ServiceError
 
@@ -24,18 +24,6 @@ def check_token_ids(name: str, token_ids: Sequence[int], vocabulary_size: int) -
             field = f"{name}[{index}]"
             message = f"Invalid '{field}': {token_id} is not in the model's vocabulary."
             raise ServiceError("invalid_value", message, field)
-
-
-def check_array(name: str, array: Sized, maximum: int) -> None:
-    """Raises ServiceError if the list is too long."""
-    if len(array) > maximum:
-        raise array_too_long(name, maximum, len(array))
-
-
-def check_nonempty(name: str, array: Sized) -> None:
-    """Raises ServiceError if the list is empty."""
-    if not array:
-        raise empty_array(name)
 
 
 def check_length(name: str, text: str, maximum: int) -> None:

@@ -5,8 +5,7 @@ All it knows about protobuf is that a repeated field has a length.
 
 from typing import Any
 
-from tokenizer_svc.request.field_checks import check_array
-from trivium.field_errors import too_many, too_many_entries
+from trivium.field_errors import check_array, too_many, too_many_entries
 from trivium.limits import (
     MAX_ALLOWED_TOKENS,
     MAX_BAD_WORDS,

@@ -211,11 +211,10 @@ class ValidOptions:
     bad_words: tuple[str, ...] = ()
 
     @property
-    def scored_alternatives(self) -> int | None:
-        """How many of the most likely tokens are needed at each position of the prompt; None if
-        its tokens are not scored."""
-        asked = [k for k in (self.prompt_logprobs, self.echo_logprobs) if k is not None]
-        return max(asked, default=None)
+    def prompt_alternatives(self) -> list[int]:
+        """How many of the most likely tokens are shown at each position of the prompt, in each form
+        in which its log-probabilities are requested."""
+        return [k for k in (self.prompt_logprobs, self.echo_logprobs) if k is not None]
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tokenizer_svc.request.field_checks import (
-    check_array,
     check_length,
-    check_nonempty,
     check_optional,
     check_token_ids,
 )
@@ -25,6 +23,8 @@ from tokenizer_svc.request.validate_constraint import valid_response_constraint
 from tokenizer_svc.request.validate_conversation import check_conversation
 from tokenizer_svc.request.validate_tools import tool_use
 from trivium.field_errors import (
+    check_array,
+    check_nonempty,
     check_number,
     contradiction,
     empty_string,
@@ -102,8 +102,7 @@ def validate_completion(request: CompletionRequest, vocabulary_size: int) -> Val
 def check_prompt_logprobs(options: ValidOptions, tokens: int, copies: int = 1) -> None:
     """Raises ServiceError if an answer would have too many, for prompts of so many tokens, each in
     so many copies: they cost the device little, but every stage a lot."""
-    asked = [k for k in (options.prompt_logprobs, options.echo_logprobs) if k is not None]
-    count = copies * tokens * sum(1 + k for k in asked)
+    count = copies * tokens * sum(1 + k for k in options.prompt_alternatives)
     if count <= MAX_PROMPT_LOGPROBS:
         return
     param = "logprobs" if options.prompt_logprobs is None else "prompt_logprobs"

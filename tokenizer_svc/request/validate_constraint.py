@@ -5,12 +5,12 @@ Raises ServiceError as `validate` does. The generator compiles them and may stil
 
 from dataclasses import replace
 
-from tokenizer_svc.request.field_checks import check_array, check_length, check_nonempty
+from tokenizer_svc.request.field_checks import check_length
 from tokenizer_svc.request.gbnf import is_gbnf, to_lark
 from tokenizer_svc.request.json_schema import check_schema
 from tokenizer_svc.request.types import ResponseConstraint, ResponseKind
 from tokenizer_svc.request.validate_tools import check_name
-from trivium.field_errors import empty_string, missing, unknown_value
+from trivium.field_errors import check_array, check_nonempty, empty_string, missing, unknown_value
 from trivium.limits import MAX_CHOICES, MAX_PATTERN_CHARACTERS
 from trivium.wire.errors import ServiceError
 

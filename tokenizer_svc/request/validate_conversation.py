@@ -6,10 +6,10 @@ Raises ServiceError as `validate` does. The template may still refuse it.
 import json
 from collections.abc import Iterator
 
-from tokenizer_svc.request.field_checks import check_nonempty, is_deeper
+from tokenizer_svc.request.field_checks import is_deeper
 from tokenizer_svc.request.types import Conversation, Message, Role
 from tokenizer_svc.request.validate_tools import check_tools
-from trivium.field_errors import missing, unknown_value
+from trivium.field_errors import check_nonempty, missing, unknown_value
 from trivium.json_size import JsonSize, TooManyValues
 from trivium.wire.errors import ServiceError
 

@@ -6,10 +6,12 @@ Raises ServiceError as `validate` does. The generator compiles schemas and may s
 import re
 from collections.abc import Sequence
 
-from tokenizer_svc.request.field_checks import check_array, check_length, check_nonempty
+from tokenizer_svc.request.field_checks import check_length
 from tokenizer_svc.request.json_schema import check_schema
 from tokenizer_svc.request.types import Tool, ToolChoice, ToolMode, ToolUse
 from trivium.field_errors import (
+    check_array,
+    check_nonempty,
     choice_without_tools,
     contradiction,
     duplicate_tool,

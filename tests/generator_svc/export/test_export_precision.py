@@ -10,7 +10,8 @@ import pytest
 from onnx import TensorProto
 from safetensors.numpy import load_file, save_file
 
-from generator_svc.export import ExportError, ExportOptions, export_model, pipeline
+from generator_svc.export import ExportError, ExportOptions, export_model
+from generator_svc.export.calibration import activations
 from tests.tiny_models import tiny_checkpoint, tiny_model_directory
 from trivium.model_directory import load_model_directory
 
@@ -100,7 +101,7 @@ def test_int4_for_cuda_is_activation_aware(tmp_path, monkeypatch):
     save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
     options = ExportOptions("int4", "cuda")
     found = load_model_directory(export_model(str(checkpoint), tmp_path / "found", options))
-    monkeypatch.setattr(pipeline, "_mean_squares", lambda *arguments: {})
+    monkeypatch.setattr(activations, "mean_squares", lambda *arguments: {})
     unknown = load_model_directory(export_model(str(checkpoint), tmp_path / "unknown", options))
 
     divergences = [m.manifest["agreement"]["mean_kl_divergence"] for m in (found, unknown)]
