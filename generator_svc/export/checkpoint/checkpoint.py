@@ -15,6 +15,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -80,7 +81,7 @@ def load_checkpoint(source: Source) -> Checkpoint:
 
 
 def describe(model: PreTrainedModel) -> Decoder:
-    """The decoder's shape, with rotary tables computed by the model's own rotary module."""
+    """The decoder's shape, with rotary tables of the model's own rotary module."""
     config = model.config
     heads, kv_heads, head_size = _heads(config)
     cos, sin = _rotary_tables(model, config.max_position_embeddings)
@@ -129,9 +130,11 @@ def _rotary_tables(model: PreTrainedModel, context: int) -> tuple[torch.Tensor, 
     """Cosines and sines, each [context, rotary size / 2], as the model's forward pass has them."""
     rotary = model.model.rotary_emb
     positions = torch.arange(context, dtype=torch.float32)
-    angles = torch.outer(positions, rotary.inv_freq.float())
-    scaling = float(rotary.attention_scaling)
-    return angles.cos() * scaling, angles.sin() * scaling
+    angles = torch.outer(positions, rotary.inv_freq.float()).numpy().astype(np.float64)
+    # Not by PyTorch: where several threads made a process's first call of its cosine (MKL), one of
+    # them was off by up to 1.5e-4 (docs/log.md).
+    cos, sin = (f(angles) * float(rotary.attention_scaling) for f in (np.cos, np.sin))
+    return torch.from_numpy(cos.astype(np.float32)), torch.from_numpy(sin.astype(np.float32))
 
 
 def _folder_config(source: Source) -> PretrainedConfig:

@@ -68,6 +68,18 @@ def test_model_with_weights_on_disk_gives_the_same_logits(family, prompt):
     np.testing.assert_allclose(streamed, reference(family, tokens), atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "llama-yarn"])
+def test_rotary_tables_are_rounded_once(family):
+    """No library's fast cosine makes an export differ from the next one."""
+    decoder, rotary = checkpoint(family).decoder, pytorch(family).model.rotary_emb
+    positions = torch.arange(len(decoder.cos), dtype=torch.float32)
+    angles = torch.outer(positions, rotary.inv_freq).numpy().astype(np.float64)
+
+    for table, function in ((decoder.cos, np.cos), (decoder.sin, np.sin)):
+        expected = function(angles) * rotary.attention_scaling
+        np.testing.assert_array_equal(table, expected.astype(np.float32))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prefill_equals_the_checkpoint(family, slots, prompt):
     """Prefilling a prompt in one run gives the checkpoint's logits at the last position."""
